@@ -1,0 +1,44 @@
+"""What goes wrong in kfdist, by who has to act: the person who typed, the machine, or the run itself.
+
+Every message names the value received, what is allowed, and what to do.
+"""
+
+
+class KfdistError(Exception):
+    """Base of all errors that kfdist raises on purpose."""
+
+
+class ConfigError(KfdistError, ValueError):
+    """Bad input: a value that no environment could make right. Commands exit with 2.
+
+    Attributes:
+        path: The dotted path of the offending field, or an empty string.
+    """
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(f"{path}: {message}" if path else message)
+        self.path = path
+
+
+class EnvironmentFault(KfdistError, RuntimeError):
+    """The input is fine but the machine isn't: a port in use, no owner, an unreachable controller. Commands exit with 1."""
+
+
+class WaitLimitExceeded(KfdistError, TimeoutError):
+    """An agreed wait outlasted its limit on all ranks alike; the run has written a checkpoint and can be resumed."""
+
+
+class RanksDiverged(KfdistError, RuntimeError):
+    """The digests of the parameters differ between ranks."""
+
+
+class ModelChanged(KfdistError, RuntimeError):
+    """A layer was frozen, replaced or resized after the preconditioner was made."""
+
+
+class CheckpointError(KfdistError, RuntimeError):
+    """A checkpoint is missing, torn or of another model."""
+
+
+class KfdistWarning(UserWarning):
+    """Something is allowed but surely not meant."""

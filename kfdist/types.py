@@ -1,0 +1,142 @@
+"""Words used everywhere: names, steps, versions, and the records that cross process borders.
+
+Nothing here has behaviour beyond its own fields, and nothing imports torch: the courier and the controller use it too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+BlockName = str
+"""Dotted module name of a layer, without `module.` and `_orig_mod.`."""
+
+GroupName = str
+"""Name of a group of blocks, the unit of phase, version and adoption; a single block's group has its name."""
+
+CHUNK_BYTES = 1 << 20
+"""Largest chunk of a payload in one gRPC message (protos/kfdist/v1/inversion.proto)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """Shape of a block's gradient seen as `groups` matrices.
+
+    Attributes:
+        d_out: Rows p of each matrix: output features (or channels) per group.
+        d_in: Columns q of each matrix: input features per group, plus one where the layer has a bias.
+        groups: Number c of independent matrices (grouped convolution), 1 for most layers.
+    """
+
+    d_out: int
+    d_in: int
+    groups: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSpec:
+    """A group of blocks as the assignment sees it.
+
+    Attributes:
+        name: Unique in the run.
+        cost: Floating-point operations of one inversion, estimated.
+        position: Place in the model, from 0.
+        bytes: Size of one job's payload, estimated; balances the courier ranks.
+    """
+
+    name: GroupName
+    cost: float
+    position: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One inversion to be done. Its result is a function of `payload` alone.
+
+    Attributes:
+        run: Name of the run.
+        epoch: Start of the run that it belongs to (design: fencing).
+        group: The group of blocks.
+        version: Step whose statistics are in the payload.
+        payload: Everything the inversion depends on, in the format of `kfdist.curvature.jobs`.
+        digest: SHA-256 of the payload, hexadecimal.
+        deadline_seconds: How long one attempt may run before it is killed.
+        fingerprint: What an owner's own fingerprint must equal; empty where any owner will do (asap).
+    """
+
+    run: str
+    epoch: int
+    group: GroupName
+    version: int
+    payload: bytes
+    digest: str
+    deadline_seconds: float
+    fingerprint: str = ""
+
+    @property
+    def key(self) -> str:
+        """The job's identity: two jobs of one key have the same result."""
+        return f"{self.run}/{self.epoch}/{self.group}/{self.version}/{self.digest}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """A finished inversion, verified against its digest.
+
+    Attributes:
+        group: The group of blocks.
+        version: Step whose statistics are in it.
+        payload: The result in the format of `kfdist.curvature.jobs`; it says itself whether the inversion failed.
+        digest: SHA-256 of the payload, hexadecimal.
+        seconds: Wall-clock seconds of the inversion.
+        owner: Who did it; "local" without a service.
+        attempts: How many times the job was submitted until it succeeded.
+    """
+
+    group: GroupName
+    version: int
+    payload: bytes
+    digest: str
+    seconds: float
+    owner: str
+    attempts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One measured value on its way to the controller.
+
+    Attributes:
+        name: A name declared in `kfdist.telemetry.metrics`.
+        value: A gauge's value, a counter's total since the sender's start, or one observation of a histogram.
+        labels: Label values by label name.
+    """
+
+    name: str
+    value: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class Desired(StrEnum):
+    """What people want a run to do."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What people asked of a run; all ranks obey at the same step.
+
+    Attributes:
+        revision: Moves at every change, never back.
+        desired: What the run is to do.
+        checkpoint_serial: Moves at every request for a checkpoint.
+        damping: New damping lambda; 0 means as configured.
+    """
+
+    revision: int = 0
+    desired: Desired = Desired.RUNNING
+    checkpoint_serial: int = 0
+    damping: float = 0.0
