@@ -1,0 +1,86 @@
+"""The types of configuration values that several sections share."""
+
+import ipaddress
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+Scalar = bool | int | float | str
+"""What a free-form `settings` table may hold."""
+
+Setting = Scalar | list[Scalar]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict about types, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class FieldError(ValueError):
+    """What a check across fields found wrong with one of them.
+
+    Attributes:
+        field: The field's path below the section that checks.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Splits `host:port`; an IPv6 host stands in brackets.
+
+    Raises:
+        ValueError: It isn't of that form, or the port isn't in 0..65535.
+    """
+    host, separator, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError("an IPv6 host goes in brackets, such as [::1]:7070")
+    if not separator or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ValueError("write host:port with a port from 0 to 65535, such as 127.0.0.1:7070 (port 0: any free one)")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Tells whether a host name or address is reachable from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _loopback_address(address: str) -> str:
+    host, _ = split_address(address)
+    if not is_loopback(host):
+        raise ValueError(
+            "only loopback addresses (127.0.0.1, ::1, localhost) are allowed, because kfdist doesn't have TLS "
+            "yet and anyone who reaches this port could command the run; from elsewhere, forward the port over SSH"
+        )
+    return address
+
+
+def _ray_address(address: str) -> str:
+    if address not in ("local", "auto"):
+        try:
+            split_address(address)
+        except ValueError as error:
+            raise ValueError(f'write "local" (start a Ray of our own), "auto", or an address: {error}') from None
+    return address
+
+
+def _tuple(value: Any) -> Any:
+    # TOML arrays arrive as lists, which strict mode would refuse where the frozen section wants a tuple.
+    return tuple(value) if isinstance(value, list) else value
+
+
+LoopbackAddress = Annotated[str, AfterValidator(_loopback_address)]
+RayAddress = Annotated[str, AfterValidator(_ray_address)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_tuple)]
+Settings = dict[str, Setting]

@@ -1,0 +1,135 @@
+"""Turns pydantic's findings into sentences: the value received, what is allowed, what to do."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from kfdist.config.fields import FieldError
+from kfdist.errors import ConfigError
+
+_WANTED: Mapping[str, str] = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "finite_number": "a finite number",
+}
+
+_BOUNDS: Mapping[str, tuple[str, str]] = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean `x`?" for the nearest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def config_error(error: ValidationError, root: type[BaseModel], origin: Callable[[str], str]) -> ConfigError:
+    """Makes one ConfigError of all findings; its path is that of the first.
+
+    Args:
+        error: What pydantic found.
+        root: The model that was validated.
+        origin: Says for a dotted path where its value came from, such as " (from --set)", or nothing.
+    """
+    findings: dict[str, str] = {}
+    for detail in error.errors():
+        path = _dotted(detail, root)
+        # Only the first finding of a path: the branches of a union each bring their own.
+        findings.setdefault(path, _sentence(detail, path, root) + origin(path))
+    (first, message), *rest = findings.items()
+    lines = [message, *(f"{path}: {text}" for path, text in rest)]
+    return ConfigError("\n".join(lines), path=first)
+
+
+def _dotted(detail: ErrorDetails, root: type[BaseModel]) -> str:
+    """Returns the path of a finding as written in TOML, without the names of union branches."""
+    parts: list[str] = []
+    model: Any = root
+    for part in detail["loc"]:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            parts.append(str(part))
+            field = model.model_fields.get(str(part))
+            model = field.annotation if field else None
+        elif isinstance(part, int):
+            parts[-1] += f"[{part}]"
+        elif parts and parts[-1] == "settings":
+            parts.append(str(part))
+            model = None
+    error = detail.get("ctx", {}).get("error")
+    if isinstance(error, FieldError):
+        parts.append(error.field)
+    return ".".join(parts)
+
+
+def _field(path: str, root: type[BaseModel]) -> tuple[type[BaseModel], FieldInfo | None]:
+    model, field = root, None
+    for part in path.split("."):
+        field = model.model_fields.get(part.partition("[")[0])
+        annotation = field.annotation if field else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+        else:
+            break
+    return model, field
+
+
+def _sentence(detail: ErrorDetails, path: str, root: type[BaseModel]) -> str:
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    model, field = _field(path, root)
+    if ".settings." in path:
+        return f"is {value!r}, {_kind(value)}; a setting is true or false, a number, a string, or a list of these"
+    if kind == "extra_forbidden":
+        known = list(model.model_fields)
+        where = f"[{path.rpartition('.')[0]}]" if "." in path else "the configuration"
+        return f"unknown key{suggestion(path.rpartition('.')[2], known)} {where} has: {', '.join(known)}".replace(
+            "key ", "key; "
+        )
+    purpose = f" ({field.description})" if field and field.description else ""
+    if kind == "value_error":
+        reason = str(context["error"])
+        return reason if isinstance(context["error"], FieldError) else f"is {value!r}; {reason}{purpose}"
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
+        return f"is {value!r}; it must be {words} {context[key]}{purpose}"
+    if kind == "literal_error":
+        close = suggestion(str(value), str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
+        return f"is {value!r}; it must be {context['expected']}{close}{purpose}"
+    if kind in _WANTED:
+        return f"is {value!r}, {_kind(value)}; it must be {_WANTED[kind]}{purpose}"
+    if kind == "string_pattern_mismatch":
+        return f"is {value!r}; it must be {field.description if field else context['pattern']}"
+    return f"is {value!r}; {detail['msg'][:1].lower()}{detail['msg'][1:]}{purpose}"
+
+
+def _unknown_key(path: str, section: type[BaseModel], root: type[BaseModel]) -> str:
+    parent, _, key = path.rpartition(".")
+    known = list(section.model_fields)
+    advice = suggestion(key, known)
+    if not advice:
+        for name, field in root.model_fields.items():
+            other = field.annotation
+            if isinstance(other, type) and issubclass(other, BaseModel) and key in other.model_fields:
+                advice = f"; did you mean `{name}.{key}`?"
+    where = f"[{parent}]" if parent else "the configuration"
+    return f"unknown key{advice or ';'} {where} has: {', '.join(known)}"
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "a list", dict: "a table"}
+    return names.get(type(value), f"a {type(value).__name__}")

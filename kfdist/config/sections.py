@@ -1,0 +1,243 @@
+"""The sections of the configuration. Their defaults are the digits run that `kfdist train` starts without a file.
+
+Every `*_period` counts training steps; other units are in the names. A field's description is shown with its errors.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from kfdist.config.fields import Counts, FieldError, LoopbackAddress, Names, RayAddress, Section, Settings
+
+ASAP_MINIMUM_DELAY_STEPS = 3
+"""Fewest steps from a version's statistics to its swap under `asap`: announced and agreed, then received and agreed."""
+
+
+class RunSection(Section):
+    """What is run, where its files go and for how long."""
+
+    name: str = Field(
+        default="digits",
+        pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$",
+        description="the run's name: 1 to 63 of a-z 0-9 . _ -, beginning and ending with a letter or digit",
+    )
+    dir: str | None = Field(default=None, min_length=1, description="the run directory; runs/NAME if not given")
+    seed: int = Field(default=1, ge=0, lt=2**63, description="seeds everything random in the run")
+    steps: int | None = Field(default=None, ge=1, description="training steps; excludes run.epochs")
+    epochs: int | None = Field(default=None, ge=1, description="passes over the training data; excludes run.steps")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where ranks compute; auto takes CUDA if there is any"
+    )
+    log_period: int = Field(default=10, ge=1, description="steps between two lines of progress and of metrics.jsonl")
+    eval_period: int = Field(
+        default=0, ge=0, description="steps between two evaluations on the test data; 0: only at the end"
+    )
+
+    @property
+    def directory(self) -> Path:
+        """Where the run's files go: `dir`, or `runs/NAME`."""
+        return Path(self.dir) if self.dir else Path("runs") / self.name
+
+    @model_validator(mode="after")
+    def _steps_xor_epochs(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            received = "both are given" if self.steps is not None else "neither run.steps nor run.epochs is given"
+            raise FieldError("steps", f"{received}; give one of them")
+        return self
+
+
+class ModelSection(Section):
+    """Which model is trained."""
+
+    name: str = Field(default="digits-cnn", min_length=1, description="a model of kfdist.models")
+    settings: Settings = Field(default_factory=dict, description="the model's own settings")
+
+
+class DataSection(Section):
+    """What the model is trained on."""
+
+    name: str = Field(default="digits", min_length=1, description="a data set of kfdist.data")
+    batch_size: int = Field(default=64, ge=1, description="examples per rank and step")
+    settings: Settings = Field(default_factory=dict, description="the data set's own settings")
+
+
+class OptimizerSection(Section):
+    """The optimizer that applies the preconditioned gradients, and its learning rate."""
+
+    name: str = Field(default="sgd", min_length=1, description="an optimizer of torch.optim, in lower case")
+    lr: float = Field(default=0.05, gt=0, description="the peak learning rate")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum, for the optimizers that have one")
+    weight_decay: float = Field(default=5e-4, ge=0, description="weight decay")
+    settings: Settings = Field(default_factory=dict, description="further arguments of the optimizer")
+    schedule: Literal["constant", "cosine", "linear", "step"] = Field(
+        default="cosine", description="how the learning rate falls from its peak to lr * final_lr_fraction"
+    )
+    final_lr_fraction: float = Field(default=0.0, ge=0, le=1, description="the last learning rate as a fraction of lr")
+    warmup_steps: int = Field(default=0, ge=0, description="steps in which the learning rate rises linearly to lr")
+    milestones: Counts = Field(
+        default=(), description='steps at which schedule = "step" multiplies the learning rate by milestone_factor'
+    )
+    milestone_factor: float = Field(
+        default=0.1, gt=0, le=1, description="what a milestone multiplies the learning rate by"
+    )
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_step(self) -> Self:
+        received = f"is {list(self.milestones)}"
+        if bool(self.milestones) != (self.schedule == "step"):
+            reason = f'schedule is "{self.schedule}"; milestones go with schedule = "step": give both or neither'
+            raise FieldError("milestones", f"{received} and {reason}")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise FieldError("milestones", f"{received}; the steps must rise")
+        return self
+
+
+class StalenessSection(Section):
+    """What happens under `asap` when the inverse in use gets old."""
+
+    soft_bound_steps: int | None = Field(
+        default=None, ge=1, description="staleness from which damping is raised; none if not given"
+    )
+    soft_damping_factor: float = Field(
+        default=10.0, ge=1, description="what damping is multiplied by beyond the soft bound"
+    )
+    hard_bound_steps: int | None = Field(
+        default=None, ge=1, description="staleness from which hard_action acts; none if not given"
+    )
+    hard_action: Literal["wait", "keep", "fallback"] = Field(
+        default="wait",
+        description="beyond the hard bound: wait for a newer version, keep the old one, or use the scaled gradient",
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether any bound is set."""
+        return self.soft_bound_steps is not None or self.hard_bound_steps is not None
+
+
+class PreconditionerSection(Section):
+    """The second-order method; the names are those of `kfdist.Preconditioner`."""
+
+    method: str = Field(default="rs-kfac", min_length=1, description="an inverter of kfdist.curvature.inverters")
+    settings: Settings = Field(default_factory=lambda: {"rank": 128}, description="the inverter's own settings")
+    damping: float = Field(default=0.01, gt=0, description="lambda of F + lambda I")
+    ema_decay: float = Field(
+        default=0.95, ge=0, lt=1, description="what an update of the statistics keeps of the old ones"
+    )
+    factor_period: int = Field(default=2, ge=1, description="steps between two updates of the statistics")
+    inverse_period: int = Field(
+        default=10, ge=1, description="steps between two inversions of a block, a multiple of factor_period"
+    )
+    kl_clip: float = Field(
+        default=1e-2, ge=0, description="bound kappa of the squared step length in the Fisher's norm; 0 turns it off"
+    )
+    adoption: Literal["asap", "fixed-lag"] = Field(default="asap", description="when a finished inverse is taken up")
+    lag: int | None = Field(
+        default=None,
+        ge=0,
+        description='steps from statistics to adoption with adoption = "fixed-lag"; 0 is synchronous',
+    )
+    skip: Names = Field(default=(), description="globs of module names that stay with the plain gradient")
+    wait_limit_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        description="the longest agreed wait before the run writes a checkpoint and ends, resumable",
+    )
+    staleness: StalenessSection = Field(default_factory=StalenessSection, description="bounds on staleness under asap")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.inverse_period % self.factor_period:
+            above = self.factor_period * (self.inverse_period // self.factor_period + 1)
+            reason = f"it must be a multiple of preconditioner.factor_period = {self.factor_period}, such as {above}"
+            raise FieldError("inverse_period", f"is {self.inverse_period}; {reason}")
+        if self.adoption == "asap" and self.lag is not None:
+            raise FieldError("lag", f'is {self.lag}; it goes with adoption = "fixed-lag" only: set that, or remove lag')
+        if self.adoption == "fixed-lag" and self.lag is None:
+            raise FieldError("lag", 'is missing; adoption = "fixed-lag" needs it, such as lag = 5')
+        self._check_bounds()
+        return self
+
+    def _check_bounds(self) -> None:
+        soft, hard = self.staleness.soft_bound_steps, self.staleness.hard_bound_steps
+        smallest = self.inverse_period + ASAP_MINIMUM_DELAY_STEPS
+        for name, bound in (("staleness.soft_bound_steps", soft), ("staleness.hard_bound_steps", hard)):
+            if bound is None:
+                continue
+            if self.lag is not None:
+                fixed = f"under fixed-lag staleness is at most {self.inverse_period + self.lag} steps by construction"
+                raise FieldError(name, f'is {bound}; bounds go with adoption = "asap" only: {fixed}; remove the bound')
+            if bound < smallest:
+                reason = "staleness reaches inverse_period + delay by construction"
+                raise FieldError(name, f"is {bound}; {reason}, so {smallest} is the smallest legal value here")
+        if soft is not None and hard is not None and soft > hard:
+            raise FieldError("staleness.soft_bound_steps", f"is {soft}; it must not exceed hard_bound_steps = {hard}")
+
+
+class ClusterSection(Section):
+    """The processes of a run."""
+
+    workers: int = Field(default=2, ge=1, description="training ranks that `kfdist train` starts")
+    owners: int = Field(default=2, ge=0, description="Ray actors that invert")
+    threads: int = Field(
+        default=1, ge=1, description="CPU threads of each rank and of each inversion; part of the run's numbers"
+    )
+    ray: RayAddress = Field(default="local", description="where Ray is")
+    assignment: Literal["round_robin", "model_order", "lpt"] = Field(
+        default="round_robin", description="how groups are dealt to owners"
+    )
+    link: Literal["service", "local"] = Field(
+        default="service", description="service: owners invert; local: the ranks do it themselves"
+    )
+    job_deadline_seconds: float = Field(
+        default=60.0, gt=0, description="how long one inversion may take before it is killed and retried"
+    )
+    group_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="how long a rank waits in a collective for the others"
+    )
+
+    @model_validator(mode="after")
+    def _service_needs_owners(self) -> Self:
+        if self.link == "service" and self.owners < 1:
+            raise ValueError(
+                'cluster.owners is 0; with link = "service" at least 1 is needed; link = "local" needs none'
+            )
+        return self
+
+
+class ControlSection(Section):
+    """The controller."""
+
+    address: LoopbackAddress = Field(default="127.0.0.1:7070", description="where the controller serves gRPC")
+    metrics_address: LoopbackAddress = Field(
+        default="127.0.0.1:9464", description="where the controller serves /metrics over HTTP"
+    )
+    database: str | None = Field(
+        default=None,
+        min_length=1,
+        description="the controller's SQLite file; control.sqlite in the run directory if not given",
+    )
+
+
+class CheckpointSection(Section):
+    """When checkpoints are written and what is in them."""
+
+    period: int = Field(default=50, ge=0, description="steps between two checkpoints; 0: only at a stop and at the end")
+    keep: int = Field(default=3, ge=1, description="how many checkpoints are kept")
+    statistics: Literal["per-rank", "folded"] = Field(
+        default="per-rank", description="per-rank: resumes bit for bit at the same world size; folded: smaller"
+    )
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunSection = Field(default_factory=lambda: RunSection(steps=120))
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    preconditioner: PreconditionerSection = Field(default_factory=PreconditionerSection)
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    control: ControlSection = Field(default_factory=ControlSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
