@@ -66,7 +66,7 @@ def _dotted(detail: ErrorDetails, root: type[BaseModel]) -> str:
             parts.append(str(part))
             field = model.model_fields.get(str(part))
             model = field.annotation if field else None
-        elif isinstance(part, int):
+        elif isinstance(part, int) and "settings" not in parts:
             parts[-1] += f"[{part}]"
         elif parts and parts[-1] == "settings":
             parts.append(str(part))
@@ -95,11 +95,7 @@ def _sentence(detail: ErrorDetails, path: str, root: type[BaseModel]) -> str:
     if ".settings." in path:
         return f"is {value!r}, {_kind(value)}; a setting is true or false, a number, a string, or a list of these"
     if kind == "extra_forbidden":
-        known = list(model.model_fields)
-        where = f"[{path.rpartition('.')[0]}]" if "." in path else "the configuration"
-        return f"unknown key{suggestion(path.rpartition('.')[2], known)} {where} has: {', '.join(known)}".replace(
-            "key ", "key; "
-        )
+        return _unknown_key(path, model, root)
     purpose = f" ({field.description})" if field and field.description else ""
     if kind == "value_error":
         reason = str(context["error"])

@@ -94,26 +94,17 @@ class OptimizerSection(Section):
 
 
 class StalenessSection(Section):
-    """What happens under `asap` when the inverse in use gets old."""
+    """What happens under `asap` when the inverse in use gets old; the names are those of `kfdist.StalenessPolicy`."""
 
-    soft_bound_steps: int | None = Field(
-        default=None, ge=1, description="staleness from which damping is raised; none if not given"
+    soft_bound: int | None = Field(
+        default=None, ge=1, description="steps of staleness above which damping is raised; none if not given"
     )
-    soft_damping_factor: float = Field(
-        default=10.0, ge=1, description="what damping is multiplied by beyond the soft bound"
+    hard_bound: int | None = Field(
+        default=None, ge=1, description="steps of staleness above which at_hard_bound acts; none if not given"
     )
-    hard_bound_steps: int | None = Field(
-        default=None, ge=1, description="staleness from which hard_action acts; none if not given"
+    at_hard_bound: Literal["wait", "keep", "fallback"] = Field(
+        default="wait", description="wait for a newer version, keep the old one, or use the scaled gradient"
     )
-    hard_action: Literal["wait", "keep", "fallback"] = Field(
-        default="wait",
-        description="beyond the hard bound: wait for a newer version, keep the old one, or use the scaled gradient",
-    )
-
-    @property
-    def active(self) -> bool:
-        """Whether any bound is set."""
-        return self.soft_bound_steps is not None or self.hard_bound_steps is not None
 
 
 class PreconditionerSection(Section):
@@ -160,9 +151,9 @@ class PreconditionerSection(Section):
         return self
 
     def _check_bounds(self) -> None:
-        soft, hard = self.staleness.soft_bound_steps, self.staleness.hard_bound_steps
+        soft, hard = self.staleness.soft_bound, self.staleness.hard_bound
         smallest = self.inverse_period + ASAP_MINIMUM_DELAY_STEPS
-        for name, bound in (("staleness.soft_bound_steps", soft), ("staleness.hard_bound_steps", hard)):
+        for name, bound in (("staleness.soft_bound", soft), ("staleness.hard_bound", hard)):
             if bound is None:
                 continue
             if self.lag is not None:
@@ -172,7 +163,7 @@ class PreconditionerSection(Section):
                 reason = "staleness reaches inverse_period + delay by construction"
                 raise FieldError(name, f"is {bound}; {reason}, so {smallest} is the smallest legal value here")
         if soft is not None and hard is not None and soft > hard:
-            raise FieldError("staleness.soft_bound_steps", f"is {soft}; it must not exceed hard_bound_steps = {hard}")
+            raise FieldError("staleness.soft_bound", f"is {soft}; it must not exceed hard_bound = {hard}")
 
 
 class ClusterSection(Section):
@@ -200,9 +191,7 @@ class ClusterSection(Section):
     @model_validator(mode="after")
     def _service_needs_owners(self) -> Self:
         if self.link == "service" and self.owners < 1:
-            raise ValueError(
-                'cluster.owners is 0; with link = "service" at least 1 is needed; link = "local" needs none'
-            )
+            raise FieldError("owners", 'is 0; link = "service" needs at least 1; link = "local" needs none')
         return self
 
 
