@@ -24,8 +24,18 @@ class EnvironmentFault(KfdistError, RuntimeError):
     """The input is fine but the machine isn't: a port in use, no owner, an unreachable controller. Commands exit with 1."""
 
 
-class WaitLimitExceeded(KfdistError, TimeoutError):
-    """An agreed wait outlasted its limit on all ranks alike; the run has written a checkpoint and can be resumed."""
+class Interrupted(KfdistError):
+    """An agreed wait ended without its result, on all ranks at the same place; the gradient step was not applied.
+
+    A checkpoint written now describes the step as not yet done, and a resumed run takes it up again.
+
+    Attributes:
+        reason: "stop" (somebody asked for it) or "wait_limit" (the wait outlasted its limit).
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class RanksDiverged(KfdistError, RuntimeError):

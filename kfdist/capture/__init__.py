@@ -1,0 +1,1 @@
+"""Hooks that turn forward and backward passes into per-step statistics."""

@@ -1,0 +1,1 @@
+"""Everything that talks torch.distributed: groups, reductions, broadcasts."""

@@ -1,0 +1,48 @@
+"""Payloads from one rank to all, as raw bytes, without waiting for them."""
+
+import torch
+
+from kfdist.comm.groups import Communicator
+
+
+class PayloadBroadcast:
+    """One payload on its way from the courier rank to all ranks.
+
+    Args:
+        communicator: All its ranks make the same broadcasts in the same order, from their main threads.
+        payload: The bytes, on the source; None elsewhere.
+        size: How many bytes, as the agreed header said.
+        source: The rank that has them.
+    """
+
+    def __init__(self, communicator: Communicator, payload: bytes | None, *, size: int, source: int) -> None:
+        self._payload = payload
+        self._host: torch.Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+        device = communicator.device
+        if payload is not None:
+            self._buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
+        else:
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self._work = communicator.broadcast(self._buffer, source)
+        if device.type == "cuda" and payload is None:
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                self._work.wait()
+                self._host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                self._host.copy_(self._buffer, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record()
+            self._buffer.record_stream(side)
+
+    def is_completed(self) -> bool:
+        """Says, without blocking, whether `wait` would return at once."""
+        return self._event.query() if self._event is not None else self._work.is_completed()
+
+    def wait(self) -> bytes:
+        """Returns the payload; on the source the very bytes it was given."""
+        if self._event is not None and self._host is not None:
+            self._event.synchronize()
+            return self._host.numpy().tobytes()
+        self._work.wait()
+        return self._payload if self._payload is not None else self._buffer.cpu().numpy().tobytes()

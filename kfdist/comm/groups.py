@@ -1,0 +1,211 @@
+"""Communicators: a process group with the few collectives kfdist uses, or a single process with the same face.
+
+The code above this package never asks whether it is distributed: a world of one goes through the same calls.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from kfdist.errors import EnvironmentFault
+
+
+class Pending(Protocol):
+    """A collective in flight."""
+
+    def wait(self) -> object:
+        """Completes it: on a CPU the result is there, on a device the current stream is ordered after it."""
+        ...
+
+    def is_completed(self) -> bool:
+        """Says whether `wait` would return at once."""
+        ...
+
+
+class _Done:
+    """The collective of a world of one: complete when started."""
+
+    def wait(self) -> None:
+        return None
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class Communicator:
+    """A process group, or a single process where `process_group` is None.
+
+    Every method that communicates must be entered by all ranks of the group, in the same order.
+
+    Attributes:
+        process_group: The torch process group, None for a single process.
+        rank: This process's rank in the group.
+        world_size: How many ranks the group has.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        self.process_group = process_group
+        self.rank = dist.get_rank(process_group) if process_group is not None else 0
+        self.world_size = dist.get_world_size(process_group) if process_group is not None else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors of ours have to live to travel: CUDA if the group can only do that, else the CPU."""
+        if self.process_group is not None and dist.get_backend(self.process_group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def global_rank(self, rank: int) -> int:
+        """Translates a rank of this group to the default group's numbering, which torch's broadcast asks for."""
+        return rank if self.process_group is None else dist.get_global_rank(self.process_group, rank)
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> Pending:
+        """Starts summing `tensor` over the ranks, in place."""
+        if self.process_group is None:
+            return _Done()
+        return _started(dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.process_group, async_op=True))
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> Pending:
+        """Starts taking the elementwise maximum of `tensor` over the ranks, in place."""
+        if self.process_group is None:
+            return _Done()
+        return _started(dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.process_group, async_op=True))
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> Pending:
+        """Starts copying `tensor` from rank `source` (of this group) to all, in place."""
+        if self.process_group is None:
+            return _Done()
+        return _started(
+            dist.broadcast(tensor, self.global_rank(source), group=self.process_group, async_op=True)
+        )
+
+    def all_reduce_sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums `tensor` over the ranks in place and waits."""
+        self.all_reduce_sum(tensor).wait()
+        return tensor
+
+    def broadcast_tensors_(self, tensors: Sequence[torch.Tensor], src: int = 0) -> None:
+        """Overwrites every rank's `tensors` with those of rank `src`."""
+        for work in [self.broadcast(tensor, src) for tensor in tensors]:
+            work.wait()
+
+    def broadcast_json(self, value: Any, src: int = 0) -> Any:
+        """Returns rank `src`'s `value`, anything JSON can say, on all ranks."""
+        return self.all_gather_json(value if self.rank == src else None)[src]
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        """Returns every rank's `value`, anything JSON can say, in rank order. JSON: no pickle crosses the wire."""
+        if self.process_group is None:
+            return [json.loads(json.dumps(value))]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = text.numel()
+        self.all_reduce_sum_(sizes)
+        buffer = torch.zeros(self.world_size, int(sizes.max()), dtype=torch.uint8, device=self.device)
+        buffer[self.rank, : text.numel()] = text
+        self.all_reduce_sum_(buffer)
+        rows = buffer.cpu()
+        return [
+            json.loads(rows[rank, : int(size)].numpy().tobytes()) for rank, size in enumerate(sizes.tolist())
+        ]
+
+    def barrier(self) -> None:
+        """Waits until every rank has come here."""
+        self.all_reduce_sum_(torch.zeros(1, device=self.device))
+
+    def close(self) -> None:
+        """Leaves the group; only for a group this process made with `join_training_group`."""
+        if self.process_group is not None and dist.is_initialized():
+            dist.destroy_process_group(None)
+            self.process_group = None
+
+
+def _started(work: Any) -> Pending:
+    """Narrows torch's optional work handle: None only comes back for ranks outside the group."""
+    if work is None:
+        raise EnvironmentFault("this process is not a member of the process group it was asked to communicate in")
+    return work
+
+
+def communicator(process_group: dist.ProcessGroup | None = None) -> Communicator:
+    """Wraps `process_group`; without one, the default group if there is one, else this single process."""
+    if process_group is None and dist.is_available() and dist.is_initialized():
+        process_group = dist.group.WORLD
+    return Communicator(process_group)
+
+
+def join_training_group(*, timeout_seconds: float = 600.0, device: str = "cpu") -> Communicator:
+    """Joins the group that torchrun's variables describe, over NCCL for CUDA and gloo for the CPU.
+
+    Args:
+        timeout_seconds: How long a collective may take before it raises.
+        device: "cpu" or "cuda"; picks the backend.
+
+    Returns:
+        The training group; a single process where RANK is unset.
+
+    Raises:
+        EnvironmentFault: The other ranks could not be reached.
+    """
+    if "RANK" not in os.environ:
+        return Communicator(None)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise EnvironmentFault(
+            f"rank {os.environ['RANK']} could not join the training group at {address}: {error}. "
+            "Start all ranks with torchrun (or `kfdist train`) and check MASTER_ADDR and MASTER_PORT."
+        ) from error
+    return Communicator(dist.group.WORLD)
+
+
+@dataclass(frozen=True)
+class CommunicatorSet:
+    """kfdist's own groups beside the training group, so that our collectives never mix with the trainer's.
+
+    Attributes:
+        training: The group the ranks train in.
+        table: Carries the agreed table and the agreed rounds.
+        statistics: Carries the reduction of the statistics.
+        snapshots: Carries the payloads of snapshots.
+    """
+
+    training: Communicator
+    table: Communicator
+    statistics: Communicator
+    snapshots: Communicator
+
+    def close(self) -> None:
+        """Destroys the three groups of ours; the training group stays."""
+        for own in (self.table, self.statistics, self.snapshots):
+            if own.process_group is not None and own.process_group is not self.training.process_group:
+                if dist.is_initialized():
+                    dist.destroy_process_group(own.process_group)
+                own.process_group = None
+
+
+def make_communicators(training: Communicator) -> CommunicatorSet:
+    """Makes the table, statistics and snapshot groups, in this order, with the training group's ranks and timeout.
+
+    Only members of the training group call this (`use_local_synchronization`), so disjoint training groups in one job
+    do not wait for each other.
+    """
+    if training.process_group is None:
+        return CommunicatorSet(training, training, training, training)
+    ranks = dist.get_process_group_ranks(training.process_group)
+    backend = training.process_group._get_backend(training.device)
+    timeout = backend.options._timeout
+
+    def own(name: str) -> Communicator:
+        group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc=f"kfdist_{name}")
+        return Communicator(group)
+
+    return CommunicatorSet(training, own("table"), own("statistics"), own("snapshots"))

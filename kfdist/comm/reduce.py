@@ -1,0 +1,120 @@
+"""Sums over ranks: gradients in buckets that never change, and the statistics of the blocks that are due."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kfdist.comm.groups import Communicator, Pending
+
+GRADIENT_BUCKET_BYTES = 25 * 1024 * 1024
+"""Size of a gradient bucket; 25 MiB is what DDP and KAISA found to hide latency without delaying the first bucket."""
+
+
+class GradientReducer:
+    """Averages gradients over ranks in buckets fixed for the whole run, started while backward still runs.
+
+    DDP rebuilds its buckets after the first backward, which changes the order of sums above two ranks; a resumed run
+    would then differ in its last bits. Here the buckets follow from the parameters alone: reverse order of
+    registration (about the order in which backward finishes), one dtype a bucket, at most `bucket_bytes` each. Buckets
+    are started in that fixed order on every rank, as soon as they and all before them are full.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        communicator: Communicator,
+        *,
+        bucket_bytes: int = GRADIENT_BUCKET_BYTES,
+    ) -> None:
+        self._communicator = communicator
+        self._buckets = _fixed_buckets([p for p in parameters if p.requires_grad], bucket_bytes)
+        self._bucket_of = {id(p): index for index, bucket in enumerate(self._buckets) for p in bucket}
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._seen: set[int] = set()
+        self._started: list[tuple[Tensor, Pending]] = []
+        self._overlap = True
+        self.bytes_per_step = sum(p.numel() * p.element_size() for bucket in self._buckets for p in bucket)
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._on_gradient) for bucket in self._buckets for p in bucket
+        ]
+
+    def no_overlap(self) -> None:
+        """Makes `reduce` do all the work: for several backwards a step, where a gradient is final only at the end."""
+        self._overlap = False
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if not self._overlap or self._communicator.process_group is None or id(parameter) in self._seen:
+            return
+        self._seen.add(id(parameter))
+        self._missing[self._bucket_of[id(parameter)]] -= 1
+        while len(self._started) < len(self._buckets) and self._missing[len(self._started)] == 0:
+            self._start(len(self._started))
+
+    def _start(self, index: int) -> None:
+        """Starts bucket `index`; a parameter without a gradient on this rank counts as zero."""
+        flat = torch.cat([_gradient_or_zeros(p).reshape(-1) for p in self._buckets[index]])
+        self._started.append((flat, self._communicator.all_reduce_sum(flat)))
+
+    def reduce(self) -> None:
+        """Completes the step's reduction: afterwards every `.grad` is the mean over ranks. All ranks must call it."""
+        if self._communicator.process_group is not None:
+            while len(self._started) < len(self._buckets):
+                self._start(len(self._started))
+            for bucket, (flat, work) in zip(self._buckets, self._started, strict=True):
+                work.wait()
+                flat.div_(self._communicator.world_size)
+                _scatter(flat, bucket)
+        self._started.clear()
+        self._seen.clear()
+        self._missing = [len(bucket) for bucket in self._buckets]
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _gradient_or_zeros(parameter: nn.Parameter) -> Tensor:
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+
+
+def _scatter(flat: Tensor, bucket: Sequence[nn.Parameter]) -> None:
+    offset = 0
+    for parameter in bucket:
+        mean = flat[offset : offset + parameter.numel()].view_as(parameter)
+        offset += parameter.numel()
+        if parameter.grad is None:
+            parameter.grad = mean.clone()
+        else:
+            parameter.grad.copy_(mean)
+
+
+def _fixed_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+    buckets: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in reversed(parameters):
+        own = parameter.numel() * parameter.element_size()
+        if not buckets or size + own > bucket_bytes or buckets[-1][0].dtype != parameter.dtype:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter)
+        size += own
+    return buckets
+
+
+def reduce_flat(tensors: Sequence[Tensor], communicator: Communicator) -> list[Tensor]:
+    """Sums each of `tensors` over the ranks, all in one flat bucket, and returns the sums in new storage.
+
+    Args:
+        tensors: One dtype and device; shapes equal on all ranks.
+        communicator: All its ranks must call this with the same list.
+    """
+    device = tensors[0].device
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    travelling = flat if communicator.process_group is None else flat.to(communicator.device)
+    communicator.all_reduce_sum_(travelling)
+    flat = travelling.to(device)
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]

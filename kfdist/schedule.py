@@ -1,0 +1,56 @@
+"""When a group's statistics are folded and when it is inverted: pure functions of the step.
+
+Every rank asks the same questions and gets the same answers, so every rank enters every collective.
+"""
+
+from dataclasses import dataclass
+
+from kfdist.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The periods of a run.
+
+    Attributes:
+        factor_period: Steps between two foldings of a group.
+        inverse_period: Steps between two inversions of a group, a multiple of `factor_period`.
+        groups: How many groups share the work; their phases spread it evenly over `inverse_period`.
+
+    Raises:
+        ConfigError: A period is below 1 or `inverse_period` is no multiple of `factor_period`.
+    """
+
+    factor_period: int
+    inverse_period: int
+    groups: int
+
+    def __post_init__(self) -> None:
+        for name in ("factor_period", "inverse_period"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; a whole number of steps, at least 1, is needed")
+        if self.inverse_period % self.factor_period:
+            below = max(self.factor_period, self.inverse_period - self.inverse_period % self.factor_period)
+            raise ConfigError(
+                f"inverse_period is {self.inverse_period}, which is no multiple of factor_period = {self.factor_period}; "
+                f"take {below} or {below + self.factor_period}, so that each inversion sees a fresh folding"
+            )
+
+    def phase(self, group: int) -> int:
+        """Returns the step, counted modulo `inverse_period`, at which group number `group` is inverted."""
+        return group * self.inverse_period // max(self.groups, 1)
+
+    def folds(self, group: int, step: int) -> bool:
+        """Says whether the group's statistics are folded at `step`; all are at step 0."""
+        return step == 0 or (step - self.phase(group)) % self.factor_period == 0
+
+    def inverts(self, group: int, step: int) -> bool:
+        """Says whether the group is inverted at `step`; all are at step 0."""
+        return step == 0 or (step - self.phase(group)) % self.inverse_period == 0
+
+    def foldings_until(self, group: int, step: int) -> int:
+        """Returns how many foldings of the group were due in steps 0 to `step`, both included."""
+        phase = self.phase(group) % self.factor_period
+        after_first = (step - phase) // self.factor_period + 1 if step >= phase else 0
+        return after_first if phase == 0 else after_first + 1
