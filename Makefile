@@ -1,0 +1,69 @@
+# The project's commands. The first one that needs it makes .venv and installs into it what constraints.txt pins.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Every `make run` trains anew; pass RUN_DIR=runs/NAME twice to see a run resumed.
+RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-chaos test-slow lint format protos bench wheel clean distclean prometheus
+
+help:  ## Shows this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "kfdist needs Python 3.11 or later; say which one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: $(INSTALLED)  ## Trains the bundled example with every process in its place
+	$(BIN)/kfdist train --set run.dir=$(RUN_DIR)
+
+test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
+	$(PYTEST) -m "not slow and not chaos"
+
+test-chaos: $(INSTALLED)  ## Runs the long fault loops
+	@if $(PYTEST) -m chaos --collect-only -q >/dev/null 2>&1; then $(PYTEST) -m chaos; else echo "no chaos tests yet"; fi
+
+test-slow: $(INSTALLED) prometheus  ## Runs the slow tier: soak, installed wheel
+	@if $(PYTEST) -m slow --collect-only -q >/dev/null 2>&1; then $(PYTEST) -m slow; else echo "no slow tests yet"; fi
+
+lint: $(INSTALLED)  ## Checks format, style, types and the direction of imports
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## Formats the code and sorts imports
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+protos: $(INSTALLED)  ## Regenerates the gRPC stubs from protos/
+	$(BIN)/python -m kfdist.rpc.generate
+
+bench: $(INSTALLED)  ## Measures steps to accuracy against SGD, writes benchmarks/results/
+	$(BIN)/python benchmarks/steps_to_accuracy.py
+
+wheel: $(INSTALLED)  ## Builds dist/*.whl
+	rm -rf build dist
+	$(BIN)/python -m build --wheel
+
+# The tests against a real Prometheus skip themselves, saying so, where Debian's package can't be installed.
+prometheus:
+	@if [ "$$(id -u)" = 0 ] && ! command -v promtool >/dev/null && command -v apt-get >/dev/null; then \
+	  export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
+	  { timeout 120 apt-get update -qq && timeout 180 apt-get install -y -qq --no-install-recommends prometheus; } \
+	    >/dev/null 2>&1 || echo "note: Debian's prometheus could not be installed; its tests will be skipped"; \
+	fi
+
+clean:  ## Removes what was built and cached
+	rm -rf build dist *.egg-info .ruff_cache .import_linter_cache .hypothesis .pytest_cache
+	find kfdist tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## Removes the virtual environment too
+	rm -rf $(VENV)
