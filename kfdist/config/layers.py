@@ -70,7 +70,7 @@ def config_from_table(table: Mapping[str, Any], layers: Sequence[_Layer] = ()) -
     try:
         return Config.model_validate(dict(table))
     except ValidationError as error:
-        raise config_error(error, Config, origin) from None
+        raise config_error(error, Config, origin=origin) from None
 
 
 def _contains(table: Any, keys: Sequence[str]) -> bool:

@@ -39,19 +39,27 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
-def config_error(error: ValidationError, root: type[BaseModel], origin: Callable[[str], str]) -> ConfigError:
+def config_error(
+    error: ValidationError,
+    root: type[BaseModel],
+    *,
+    prefix: str = "",
+    origin: Callable[[str], str] = lambda path: "",
+) -> ConfigError:
     """Makes one ConfigError of all findings; its path is that of the first.
 
     Args:
         error: What pydantic found.
         root: The model that was validated.
-        origin: Says for a dotted path where its value came from, such as " (from --set)", or nothing.
+        prefix: Dotted path of the model in the configuration; empty for the whole.
+        origin: Says for a dotted path where its value came from, such as " [from --set]", or nothing.
     """
     findings: dict[str, str] = {}
     for detail in error.errors():
-        path = _dotted(detail, root)
+        inner = _dotted(detail, root)
+        path = ".".join(part for part in (prefix, inner) if part)
         # Only the first finding of a path: the branches of a union each bring their own.
-        findings.setdefault(path, _sentence(detail, path, root) + origin(path))
+        findings.setdefault(path, _sentence(detail, inner, root, prefix) + origin(path))
     (first, message), *rest = findings.items()
     lines = [message, *(f"{path}: {text}" for path, text in rest)]
     return ConfigError("\n".join(lines), path=first)
@@ -89,13 +97,13 @@ def _field(path: str, root: type[BaseModel]) -> tuple[type[BaseModel], FieldInfo
     return model, field
 
 
-def _sentence(detail: ErrorDetails, path: str, root: type[BaseModel]) -> str:
+def _sentence(detail: ErrorDetails, path: str, root: type[BaseModel], prefix: str) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     model, field = _field(path, root)
     if ".settings." in path:
         return f"is {value!r}, {_kind(value)}; a setting is true or false, a number, a string, or a list of these"
     if kind == "extra_forbidden":
-        return _unknown_key(path, model, root)
+        return _unknown_key(path, model, root, prefix)
     purpose = f" ({field.description})" if field and field.description else ""
     if kind == "value_error":
         reason = str(context["error"])
@@ -113,17 +121,21 @@ def _sentence(detail: ErrorDetails, path: str, root: type[BaseModel]) -> str:
     return f"is {value!r}; {detail['msg'][:1].lower()}{detail['msg'][1:]}{purpose}"
 
 
-def _unknown_key(path: str, section: type[BaseModel], root: type[BaseModel]) -> str:
+def _unknown_key(path: str, section: type[BaseModel], root: type[BaseModel], prefix: str) -> str:
     parent, _, key = path.rpartition(".")
     known = list(section.model_fields)
-    advice = suggestion(key, known)
-    if not advice:
-        for name, field in root.model_fields.items():
-            other = field.annotation
-            if isinstance(other, type) and issubclass(other, BaseModel) and key in other.model_fields:
-                advice = f"; did you mean `{name}.{key}`?"
-    where = f"[{parent}]" if parent else "the configuration"
-    return f"unknown key{advice or ';'} {where} has: {', '.join(known)}"
+    advice = suggestion(key, known) or _elsewhere(key, root)
+    where = ".".join(part for part in (prefix, parent) if part)
+    table = f"[{where}]" if where else "the configuration"
+    return f"unknown key{advice or ';'} {table} has: {', '.join(known) or 'no keys'}"
+
+
+def _elsewhere(key: str, root: type[BaseModel]) -> str:
+    for name, field in root.model_fields.items():
+        other = field.annotation
+        if isinstance(other, type) and issubclass(other, BaseModel) and key in other.model_fields:
+            return f"; did you mean `{name}.{key}`?"
+    return ""
 
 
 def _kind(value: Any) -> str:

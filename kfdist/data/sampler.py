@@ -1,0 +1,92 @@
+"""Which examples a rank trains on at a step: a pure function of (seed, epoch, offset)."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfdist.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far the data has been consumed.
+
+    Attributes:
+        epoch: The current pass over the data, from 0.
+        offset: How many examples of this pass all ranks together have consumed. Counted in examples and not in batches,
+            so that a run resumed with another number of ranks neither repeats nor forgets any.
+    """
+
+    epoch: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Deals the examples of each epoch's permutation to the ranks, full batches only.
+
+    Attributes:
+        examples: How many there are.
+        batch_size: Examples per rank and step.
+        world_size: How many ranks share a step.
+        seed: Seeds the permutations.
+
+    Raises:
+        ConfigError: There are fewer examples than one step takes.
+    """
+
+    examples: int
+    batch_size: int
+    world_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.examples < self.step_examples:
+            raise ConfigError(
+                f"is {self.batch_size}; {self.world_size} ranks would take {self.step_examples} examples a step but "
+                f"there are {self.examples}; give at most {self.examples // self.world_size}",
+                path="data.batch_size",
+            )
+
+    @property
+    def step_examples(self) -> int:
+        """How many examples all ranks together take in a step."""
+        return self.batch_size * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch that was begun with this number of ranks."""
+        return self.examples // self.step_examples
+
+    def indices(self, position: Position, worker_rank: int) -> Tensor:
+        """Returns what rank `worker_rank` trains on at `position`: int64 [batch_size].
+
+        The position must be one that `start` or `advance` returned, so that a full batch is left in the epoch.
+        """
+        first = position.offset + worker_rank * self.batch_size
+        return self.permutation(position.epoch)[first : first + self.batch_size]
+
+    def permutation(self, epoch: int) -> Tensor:
+        """Returns the order of all examples in an epoch: int64 [examples]."""
+        key = hashlib.sha256(f"kfdist sampler {self.seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        return torch.randperm(self.examples, generator=generator)
+
+    def start(self, position: Position) -> Position:
+        """Returns where to go on from a saved position: the next epoch if no full batch is left in this one."""
+        if self.examples - position.offset < self.step_examples:
+            return Position(epoch=position.epoch + 1)
+        return position
+
+    def advance(self, position: Position) -> Position:
+        """Returns the position after the step at `position`."""
+        return self.start(Position(epoch=position.epoch, offset=position.offset + self.step_examples))
+
+    def steps_until(self, epochs: int, position: Position) -> int:
+        """Returns how many steps are left from `position` until `epochs` epochs are done."""
+        if position.epoch >= epochs:
+            return 0
+        in_this_epoch = (self.examples - position.offset) // self.step_examples
+        return in_this_epoch + (epochs - position.epoch - 1) * self.steps_per_epoch
