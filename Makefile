@@ -44,7 +44,7 @@ format: $(INSTALLED)  ## Formats the code and sorts imports
 	$(BIN)/ruff format
 
 protos: $(INSTALLED)  ## Regenerates the gRPC stubs from protos/
-	$(BIN)/python -m kfdist.rpc.generate
+	$(BIN)/python protos/generate.py
 
 bench: $(INSTALLED)  ## Measures steps to accuracy against SGD, writes benchmarks/results/
 	$(BIN)/python benchmarks/steps_to_accuracy.py
