@@ -6,6 +6,7 @@ the pidfd of the launcher (or of a rank) knows at once, without asking the proce
 
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -60,6 +61,24 @@ def exit_with_process(pid: int, status: int = 1) -> None:
         status: Exit status of this process.
     """
     watch_process(pid, lambda: os._exit(status))
+
+
+def terminate_with_process(pid: int, grace_seconds: float = 10.0) -> None:
+    """Ends this process as soon as process `pid` has ended: politely with SIGTERM, and without asking after a grace.
+
+    For processes that have something to put in order, such as a rank that writes a checkpoint.
+
+    Args:
+        pid: Process whose end ends this one.
+        grace_seconds: How long this process may take to end by itself.
+    """
+
+    def terminate() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace_seconds)
+        os._exit(1)
+
+    watch_process(pid, terminate)
 
 
 def launcher_pid(environment: Mapping[str, str] | None = None) -> int | None:

@@ -1,0 +1,82 @@
+"""The `kfdist` command: its subcommands, and what all of them do with errors.
+
+Exit codes: 0 done, 1 the machine (or a process of the run) failed, 2 bad input, 75 stopped and resumable, 130 ended at
+once by a second Ctrl-C. A command module imports torch, Ray or gRPC inside its functions only, so that `kfdist --help`
+answers at once.
+"""
+
+import json
+import os
+import signal
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from kfdist.cli import control_commands, pool_command, train_command, worker_command
+from kfdist.errors import ConfigError, KfdistError
+from kfdist.lifetime import launcher_pid, terminate_with_process
+
+EXIT_ENVIRONMENT = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="kfdist",
+    help="Trains PyTorch models with second-order optimizers, as a service.",
+    epilog="Exit codes: 0 done; 1 the machine or a process failed; 2 bad input; 75 stopped, the same command resumes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kfdist {metadata.version('kfdist')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+for module in (train_command, worker_command, control_commands, pool_command):
+    module.register(app)
+
+
+def main() -> None:
+    """Runs the command line and exits with its code; an expected error is one sentence, without a stack trace.
+
+    Set `KFDIST_DEBUG=1` to see the stack trace of expected errors too.
+    """
+    if (launcher := launcher_pid()) is not None:
+        terminate_with_process(launcher)
+    try:
+        app()
+    except KfdistError as error:
+        if os.environ.get("KFDIST_DEBUG") == "1":
+            raise
+        sys.exit(_report(error, as_json="--json" in sys.argv))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `kfdist status | head -1`; end as other tools do.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _report(error: KfdistError, *, as_json: bool) -> int:
+    bad_input = isinstance(error, ConfigError)
+    if as_json:
+        kind = "bad_input" if bad_input else "environment"
+        path = error.path if isinstance(error, ConfigError) else ""
+        print(json.dumps({"error": {"kind": kind, "path": path, "message": str(error)}}))
+    print(f"kfdist: {error}", file=sys.stderr)
+    return EXIT_BAD_INPUT if bad_input else EXIT_ENVIRONMENT
