@@ -29,9 +29,16 @@ class RunSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where ranks compute; auto takes CUDA if there is any"
     )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="what forward and backward compute in; parameters and curvature stay float32"
+    )
     log_period: int = Field(default=10, ge=1, description="steps between two lines of progress and of metrics.jsonl")
     eval_period: int = Field(
         default=0, ge=0, description="steps between two evaluations on the test data; 0: only at the end"
+    )
+
+    accept_changes: bool = Field(
+        default=False, description="whether a run directory started with another configuration may be taken over"
     )
 
     @property

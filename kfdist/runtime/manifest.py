@@ -1,0 +1,98 @@
+"""What a checkpoint says about itself: `manifest.json`, written last, with a hash over everything."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kfdist.errors import CheckpointError
+
+FORMAT = 1
+"""Version of the layout of a checkpoint's directory and files."""
+
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One file of a checkpoint.
+
+    Attributes:
+        bytes: Its size.
+        sha256: Its SHA-256, hexadecimal.
+    """
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A checkpoint's table of contents.
+
+    Attributes:
+        step: Steps that were done when it was written; the next step to do.
+        world_size: Ranks that wrote it.
+        statistics: "per-rank" or "folded".
+        config_sha256: SHA-256 of the resolved configuration as TOML.
+        files: Every other file of the directory by name.
+        facts: Whatever else is good to know: the run's name, versions, the time.
+        format: Version of the layout.
+    """
+
+    step: int
+    world_size: int
+    statistics: str
+    config_sha256: str
+    files: Mapping[str, FileEntry]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def encode(self) -> bytes:
+        """Writes it as JSON, with a hash over itself."""
+        content = asdict(self)
+        return json.dumps({**content, "sha256": _digest(content)}, indent=1, sort_keys=True).encode()
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Reads and checks a checkpoint's manifest, not its other files.
+
+        Raises:
+            CheckpointError: It is missing, torn, damaged or of a format this version doesn't know.
+        """
+        try:
+            content = json.loads((directory / NAME).read_bytes())
+            digest = content.pop("sha256")
+            if content["format"] != FORMAT:
+                raise CheckpointError(f"format {content['format']!r}; this version of kfdist reads {FORMAT}")
+            if digest != _digest(content):
+                raise CheckpointError(f"{NAME} doesn't match its own hash")
+            files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
+            return cls(files=files, **content)
+        except FileNotFoundError:
+            raise CheckpointError(f"{NAME} is missing") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{NAME} can't be read: {error!r}") from error
+
+    def check_file(self, directory: Path, name: str) -> bytes:
+        """Reads one file and checks it against its entry.
+
+        Raises:
+            CheckpointError: It is missing, too short or too long, or its content was changed.
+        """
+        entry = self.files[name]
+        try:
+            content = (directory / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{name} can't be read ({error.strerror})") from error
+        if len(content) != entry.bytes:
+            raise CheckpointError(f"{name} has {len(content)} bytes instead of {entry.bytes}")
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise CheckpointError(f"{name} doesn't match its hash")
+        return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
