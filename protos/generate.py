@@ -40,7 +40,7 @@ def generate(target: Path) -> None:
         raise RuntimeError(
             f"grpcio-tools is {found}; the committed files are made by {PINNED_VERSION}: install that one"
         )
-    from grpc_tools import protoc  # noqa: PLC0415 - after the version is known to be right
+    from grpc_tools import protoc  # after the version is known to be right
 
     target.mkdir(parents=True, exist_ok=True)
     sources = sorted(PROTOS.rglob("*.proto"))

@@ -1,0 +1,1 @@
+"""gRPC plumbing shared by controller, couriers and owners: channels, servers, chunks, errors, generated stubs."""

@@ -1,0 +1,92 @@
+"""Channels to kfdist's own servers: limits, keepalive, and which calls gRPC may repeat by itself.
+
+A call is repeated only on UNAVAILABLE and only where doing it twice is the same as doing it once: reads, registrations
+(the newest wins), and mutations, which carry a request id that the controller answers once. `Invert` isn't among them:
+gRPC would have to keep the payload for it, and the courier re-submits by itself, to another owner if need be.
+"""
+
+import json
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from kfdist.types import CHUNK_BYTES
+
+MAX_MESSAGE_BYTES = 4 * CHUNK_BYTES
+"""Largest message either side takes: a chunk, a thousand groups or a batch of samples, but never a tensor."""
+
+CALL_SECONDS = 10.0
+"""Deadline of a unary call where its caller has no better one."""
+
+KEEPALIVE_SECONDS = 20
+KEEPALIVE_TIMEOUT_SECONDS = 10
+
+_CONTROL = ("kfdist.v1.RunService", "kfdist.v1.MembershipService")
+_REPEATABLE_OF_OTHERS = (("kfdist.v1.InversionService", "ListPeers"), ("grpc.health.v1.Health", "Check"))
+_NEVER_REPEATED = (("kfdist.v1.MembershipService", "Heartbeat"),)
+_RETRY = {
+    "maxAttempts": 4,
+    "initialBackoff": "0.05s",
+    "maxBackoff": "2s",
+    "backoffMultiplier": 4,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+
+Options = list[tuple[str, Any]]
+
+
+def service_config() -> str:
+    """Returns the service config that channels carry, as JSON (https://grpc.io/docs/guides/service-config/).
+
+    The entry that names a method wins over the one that names only its service.
+    """
+    repeated = [{"service": service} for service in _CONTROL]
+    repeated += [{"service": service, "method": method} for service, method in _REPEATABLE_OF_OTHERS]
+    once = [{"service": service, "method": method} for service, method in _NEVER_REPEATED]
+    return json.dumps({"methodConfig": [{"name": repeated, "retryPolicy": _RETRY}, {"name": once}]})
+
+
+def message_limits() -> Options:
+    """Returns the options that bound messages, for channels and servers alike."""
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ]
+
+
+def channel_options() -> Options:
+    """Returns the options of every channel between kfdist's processes."""
+    return [
+        *message_limits(),
+        ("grpc.service_config", service_config()),
+        ("grpc.service_config_disable_resolution", 1),
+        ("grpc.enable_http_proxy", 0),  # an http_proxy of the environment is not for loopback
+        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        ("grpc.http2.max_pings_without_data", 0),  # a quiet stream may be pinged for as long as it lives
+        # A server that was restarted is found again within a second or two.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+        # Channels to one address don't share a connection, and so not its backoff or its flow control either.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def open_channel(address: str) -> grpc.Channel:
+    """Opens a channel for synchronous calls; connects at the first one.
+
+    Args:
+        address: Where the server listens, "host:port".
+    """
+    return grpc.insecure_channel(address, options=channel_options())
+
+
+def open_aio_channel(address: str) -> grpc.aio.Channel:
+    """Opens a channel for asyncio; connects at the first call.
+
+    Args:
+        address: Where the server listens, "host:port".
+    """
+    return grpc.aio.insecure_channel(address, options=channel_options())

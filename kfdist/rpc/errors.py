@@ -1,0 +1,139 @@
+"""gRPC statuses and kfdist's errors, in both directions, always with a sentence.
+
+Servers raise; `answers` and `streams` turn what was raised into a status. Clients turn a status into the error that
+says who has to act (`kfdist.errors`).
+"""
+
+import functools
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+
+from kfdist.errors import ConfigError, EnvironmentFault, KfdistError
+from kfdist.rpc.chunking import PayloadError, PayloadTooLarge
+
+_LOG = logging.getLogger(__name__)
+
+MAX_SENTENCE_BYTES = 2048
+"""Statuses travel in HTTP/2 trailers, which peers bound at 8 KiB or so."""
+
+Answer = TypeVar("Answer")
+
+
+class Refusal(KfdistError):
+    """A call that a server refuses.
+
+    Attributes:
+        code: The gRPC status it ends with.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """Returns the status and the sentence with which a server answers an exception."""
+    match error:
+        case Refusal():
+            return error.code, _shortened(str(error))
+        case PayloadTooLarge():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, _shortened(str(error))
+        case PayloadError() | ConfigError():
+            return grpc.StatusCode.INVALID_ARGUMENT, _shortened(str(error))
+        case EnvironmentFault():
+            return grpc.StatusCode.INTERNAL, _shortened(str(error))
+        case _:
+            return grpc.StatusCode.INTERNAL, _shortened(f"a fault in kfdist itself: {type(error).__name__}: {error}")
+
+
+def answers(
+    method: Callable[[Any, Any, Any], Awaitable[Answer]],
+) -> Callable[[Any, Any, Any], Awaitable[Answer]]:
+    """Makes a unary method of an asyncio service end with the status of what it raises."""
+
+    @functools.wraps(method)
+    async def wrapped(self: Any, request: Any, context: Any) -> Answer:
+        try:
+            return await method(self, request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, error)
+
+    return wrapped
+
+
+def streams(
+    method: Callable[[Any, Any, Any], AsyncGenerator[Answer]],
+) -> Callable[[Any, Any, Any], AsyncIterator[Answer]]:
+    """Makes a streaming method of an asyncio service end with the status of what it raises."""
+
+    @functools.wraps(method)
+    async def wrapped(self: Any, request: Any, context: Any) -> AsyncIterator[Answer]:
+        try:
+            # Closed by name: else a cancelled call's cleanup would wait for the garbage collector.
+            async with aclosing(method(self, request, context)) as stream:
+                async for answer in stream:
+                    yield answer
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, error)
+
+    return wrapped
+
+
+def fault_of(error: grpc.RpcError, *, address: str, what: str) -> KfdistError:
+    """Returns the error that a client raises for a status.
+
+    Args:
+        error: What gRPC raised.
+        address: Whom the client had called.
+        what: Who listens there, such as "controller".
+    """
+    code, details = code_of(error), details_of(error)
+    match code:
+        case grpc.StatusCode.NOT_FOUND | grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.OUT_OF_RANGE:
+            return ConfigError(details)
+        case grpc.StatusCode.UNAVAILABLE:
+            return EnvironmentFault(
+                f"no {what} answers at {address}: start one, or name the right address; gRPC says: {details}"
+            )
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return EnvironmentFault(f"the {what} at {address} didn't answer in time: is it stopped or overloaded?")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return EnvironmentFault(f"what listens at {address} isn't a kfdist {what} of this version: {details}")
+        case _:
+            return EnvironmentFault(f"the {what} at {address} refused ({code.name}): {details}")
+
+
+def code_of(error: grpc.RpcError) -> grpc.StatusCode:
+    """Returns the status code of an error of a call; UNKNOWN if it carries none."""
+    code = error.code() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else None
+    return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
+
+
+def details_of(error: grpc.RpcError) -> str:
+    """Returns the sentence of an error of a call, possibly empty."""
+    details = error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else None
+    return details or ""
+
+
+async def _abort(context: Any, error: Exception) -> NoReturn:
+    code, sentence = status_of(error)
+    if code is grpc.StatusCode.INTERNAL:  # the caller gets the sentence, the log the whole story
+        _LOG.error("a call failed by a fault of our own", exc_info=error)
+    await context.abort(code, sentence)
+    raise AssertionError("abort returned")
+
+
+def _shortened(sentence: str) -> str:
+    encoded = sentence.encode()
+    if len(encoded) <= MAX_SENTENCE_BYTES:
+        return sentence
+    return encoded[: MAX_SENTENCE_BYTES - 3].decode(errors="ignore") + "..."
