@@ -1,0 +1,46 @@
+"""How a block is inverted: one file per method, and the only table of them."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from kfdist.curvature.inverters.base import AbstractInverter as AbstractInverter
+from kfdist.curvature.inverters.base import Inversion as Inversion
+from kfdist.curvature.inverters.base import Outcome as Outcome
+from kfdist.curvature.inverters.kfac import Kfac as Kfac
+from kfdist.curvature.inverters.kfac_eigen import KfacEigen as KfacEigen
+from kfdist.curvature.inverters.rs_kfac import RsKfac as RsKfac
+from kfdist.errors import ConfigError
+
+INVERTERS: Mapping[str, type[AbstractInverter]] = {
+    "kfac": Kfac,
+    "kfac-eigen": KfacEigen,
+    "rs-kfac": RsKfac,
+}
+
+
+def make_inverter(name: str, **settings: Any) -> AbstractInverter:
+    """Makes an inverter from its name and settings.
+
+    Args:
+        name: A key of `INVERTERS`.
+        **settings: Fields of the inverter; what is left out keeps its default.
+
+    Raises:
+        ConfigError: Unknown name or setting, or a value that isn't allowed.
+    """
+    if name not in INVERTERS:
+        raise ConfigError(f"unknown method {name!r}; {_suggest(name, list(INVERTERS))}", path="method")
+    cls = INVERTERS[name]
+    known = [f.name for f in fields(cls)]
+    for setting in settings:
+        if setting not in known:
+            raise ConfigError(f"{name} has no setting {setting!r}; {_suggest(setting, known)}", path="settings")
+    return cls(**settings)
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    listing = f"allowed are {', '.join(known)}"
+    return f"did you mean {close[0]!r}? {listing}" if close else listing

@@ -1,0 +1,71 @@
+"""K-FAC with factored Tikhonov damping (Martens & Grosse, arXiv 1503.05671; convolutions: arXiv 1602.01407)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverters.checks import check_choice, probes_like
+from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerInverse
+from kfdist.curvature.statistics import KroneckerFactors, Statistic
+from kfdist.linalg.kronecker import split_by_largest, split_by_trace
+from kfdist.linalg.psd import damped_cholesky_inverse, inverse_residual, largest_eigenvalue, trace
+from kfdist.types import BlockShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kfac(AbstractInverter):
+    """(A + lambda_A I)^{-1} and (G + lambda_G I)^{-1} by Cholesky; lambda_A lambda_G = lambda.
+
+    A change of damping acts from the next version on. The exact joint damping needs eigenvalues: see `kfac-eigen`.
+
+    Attributes:
+        damping_rule: "pi" (traces) or "relative" (largest eigenvalues; damping is then a fraction phi).
+    """
+
+    name: ClassVar[str] = "kfac"
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({Statistic.FACTORS})
+    produces: ClassVar[type[AbstractPreconditioner]] = KroneckerInverse
+
+    damping_rule: Literal["pi", "relative"] = "pi"
+
+    def __post_init__(self) -> None:
+        check_choice("damping_rule", self.damping_rule, ("pi", "relative"))
+
+    def invert(
+        self, factors: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
+    ) -> Inversion:
+        """Inverts both damped factors; see `AbstractInverter.invert`."""
+        del previous
+        trace_A, trace_G = trace(factors.A), trace(factors.G)
+        q, p = factors.A.shape[-1], factors.G.shape[-1]
+        probes = {"A": probes_like(factors.A, None, seed=seed, label="A")}
+        probes["G"] = probes_like(factors.G, None, seed=seed, label="G")
+        if self.damping_rule == "pi":
+            split = split_by_trace(trace_A, trace_G, d_in=q, d_out=p, damping=damping)
+        else:
+            largest = (largest_eigenvalue(m, probes[n][..., :1]) for n, m in (("A", factors.A), ("G", factors.G)))
+            split = split_by_largest(*largest, damping=damping)
+        inverses: dict[str, Tensor] = {}
+        diagnostics: dict[str, float] = {}
+        for name, matrix, factor_damping in (("A", factors.A, split[0]), ("G", factors.G, split[1])):
+            inverse, definite = damped_cholesky_inverse(matrix, factor_damping)
+            if not bool(definite.all()):
+                reason = f"factor {name} plus {factor_damping.min().item():.3g} I is not positive definite"
+                return Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=reason, diagnostics=diagnostics)
+            inverses[name] = inverse
+            residual = inverse_residual(matrix, factor_damping, inverse, probes[name])
+            smallest = 1 / largest_eigenvalue(inverse, probes[name][..., :1]) - factor_damping
+            diagnostics[f"residual_{name}"] = residual.max().item()
+            diagnostics[f"smallest_eigenvalue_{name}"] = smallest.min().item()
+            diagnostics[f"rank_{name}"] = float(matrix.shape[-1])
+        preconditioner = KroneckerInverse(
+            trace_A=trace_A, trace_G=trace_G, A_inverse=inverses["A"], G_inverse=inverses["G"], damping=damping
+        )
+        return Inversion(preconditioner=preconditioner, diagnostics=diagnostics)
+
+    def cost(self, shape: BlockShape) -> float:
+        """Estimates d^3 operations a factor: d^3/3 to factorise, 2 d^3/3 to invert."""
+        return float(shape.groups * (shape.d_in**3 + shape.d_out**3))

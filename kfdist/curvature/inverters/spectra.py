@@ -1,0 +1,107 @@
+"""Decompositions of one factor with their diagnostics, shared by the methods that damp at apply."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfdist.curvature.inverters.base import Outcome, split_seed
+from kfdist.curvature.inverters.checks import clamp_spectrum, probes_like
+from kfdist.curvature.preconditioners import KroneckerSpectrum
+from kfdist.curvature.statistics import KroneckerFactors
+from kfdist.linalg.kronecker import DampingRule, Spectrum
+from kfdist.linalg.lowrank import gaussian_sketch, randomized_eigh, randomized_svd, range_basis
+from kfdist.linalg.psd import eigen_residual, eigh_descending, orthogonality_residual, trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorSpectrum:
+    """The decomposition of one factor.
+
+    Attributes:
+        spectrum: Clamped eigenvalues, eigenvectors, and a tail of zero.
+        outcome: DONE or CLAMPED.
+        diagnostics: By name with the factor's letter.
+    """
+
+    spectrum: Spectrum
+    outcome: Outcome
+    diagnostics: dict[str, float]
+
+
+def full_spectrum(matrix: Tensor, *, rank: int, seed: int, label: str) -> FactorSpectrum:
+    """Decomposes a factor by a full eigendecomposition and keeps the leading `rank` pairs.
+
+    Args:
+        matrix: Symmetric `[c, d, d]`.
+        rank: Pairs to keep, at most d.
+        seed: The inversion's seed, for the probes of the diagnostics.
+        label: The factor's letter.
+    """
+    values, vectors = eigh_descending(matrix)
+    probes = probes_like(matrix, None, seed=seed, label=label)
+    residual = torch.maximum(eigen_residual(matrix, values, vectors, probes), orthogonality_residual(vectors, probes))
+    return _factor_spectrum(values, vectors, rank, residual, label)
+
+
+def randomized_spectrum(
+    matrix: Tensor, *, rank: int, oversampling: int, power_iterations: int, method: str, seed: int, label: str
+) -> FactorSpectrum:
+    """Decomposes a factor by the randomised methods of algorithms.md 3.2.
+
+    Where rank + oversampling reaches d, a full eigendecomposition costs no more and is exact.
+
+    Args:
+        matrix: Symmetric `[c, d, d]`.
+        rank: Pairs to keep; clamped to d.
+        oversampling: Further columns of the sketch.
+        power_iterations: Further multiplications by the matrix.
+        method: "rsvd" or "srevd".
+        seed: The inversion's seed.
+        label: The factor's letter.
+    """
+    d = matrix.shape[-1]
+    rank = min(rank, d)
+    if rank + oversampling >= d:
+        return full_spectrum(matrix, rank=rank, seed=seed, label=label)
+    sketch = gaussian_sketch(matrix, rank + oversampling, seed=split_seed(seed, f"sketch/{label}"))
+    basis = range_basis(matrix, sketch, power_iterations=power_iterations)
+    decompose = randomized_svd if method == "rsvd" else randomized_eigh
+    values, vectors = decompose(matrix, basis, rank)
+    residual = orthogonality_residual(vectors, probes_like(matrix, vectors, seed=seed, label=label))
+    found = _factor_spectrum(values, vectors, rank, residual, label)
+    probes = probes_like(matrix, None, seed=seed, label=label)
+    neglected = eigen_residual(matrix, found.spectrum.values, vectors, probes)
+    found.diagnostics[f"approximation_error_{label}"] = neglected.max().item()
+    return found
+
+
+def assemble(
+    factors: KroneckerFactors, A: FactorSpectrum, G: FactorSpectrum, *, damping_rule: DampingRule
+) -> KroneckerSpectrum:
+    """Makes the preconditioner from both decompositions."""
+    return KroneckerSpectrum(
+        trace_A=trace(factors.A),
+        trace_G=trace(factors.G),
+        U_A=A.spectrum.vectors,
+        w_A=A.spectrum.values,
+        tail_A=A.spectrum.tail,
+        U_G=G.spectrum.vectors,
+        w_G=G.spectrum.values,
+        tail_G=G.spectrum.tail,
+        damping_rule=damping_rule,
+    )
+
+
+def _factor_spectrum(values: Tensor, vectors: Tensor, rank: int, residual: Tensor, label: str) -> FactorSpectrum:
+    diagnostics = {
+        f"residual_{label}": residual.max().item(),
+        f"smallest_eigenvalue_{label}": values.min().item(),
+        f"rank_{label}": float(rank),
+    }
+    clamped, outcome = clamp_spectrum(values)
+    order = clamped.argsort(dim=-1, descending=True, stable=True)[..., :rank]
+    kept = clamped.gather(-1, order)
+    columns = vectors.gather(-1, order.unsqueeze(-2).expand(*vectors.shape[:-1], rank))
+    spectrum = Spectrum(columns, kept, torch.zeros_like(kept[..., 0]))
+    return FactorSpectrum(spectrum=spectrum, outcome=outcome, diagnostics=diagnostics)

@@ -1,0 +1,87 @@
+"""Randomised low-rank decompositions of symmetric positive semi-definite matrices (algorithms.md 3.2).
+
+Halko, Martinsson, Tropp, "Finding structure with randomness", 2011; Puiu, arXiv 2206.15397. Eigenvalues are always in
+descending order.
+"""
+
+import torch
+from torch import Tensor
+
+from kfdist.linalg.psd import eigh_descending, symmetrise
+
+
+def gaussian_sketch(matrix: Tensor, width: int, *, seed: int) -> Tensor:
+    """Draws the Gaussian test matrix for `matrix`, the same on every device and in every precision.
+
+    Args:
+        matrix: `[..., d, d]`; gives shape, dtype and device.
+        width: Number of columns s.
+        seed: The only source of randomness.
+
+    Returns:
+        `[..., d, s]`.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    shape = (*matrix.shape[:-1], width)
+    # Always drawn in float64 on the CPU: a repetition in higher precision then sees the same sketch.
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(matrix)
+
+
+def range_basis(matrix: Tensor, sketch: Tensor, *, power_iterations: int) -> Tensor:
+    """Finds an orthonormal basis that nearly spans the dominant eigenvectors of `matrix`.
+
+    The basis is orthogonalised after every multiplication: without that, small modes drown in float32.
+
+    Args:
+        matrix: Symmetric `[..., d, d]`.
+        sketch: `[..., d, s]`, s <= d.
+        power_iterations: Further multiplications by the matrix; each sharpens the decay of the spectrum.
+
+    Returns:
+        `[..., d, s]` with orthonormal columns.
+    """
+    basis = torch.linalg.qr(matrix @ sketch).Q
+    for _ in range(power_iterations):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    return basis
+
+
+def randomized_svd(matrix: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Computes M ~ V diag(w) V^T from B = Q^T M and its right singular vectors V.
+
+    V carries one more multiplication by M than Q does, so it is more accurate than `randomized_eigh` on the same basis.
+    B^T = Z R reduces the d x s problem to an s x s one before the singular value decomposition.
+
+    Args:
+        matrix: Symmetric `[..., d, d]`.
+        basis: Orthonormal `[..., d, s]`.
+        rank: Number r <= s of pairs to keep.
+
+    Returns:
+        Eigenvalues w `[..., r]`, negative where the matrix is indefinite, descending in magnitude, and V `[..., d, r]`.
+    """
+    outer, reduced = torch.linalg.qr(matrix @ basis)
+    left, values, right = torch.linalg.svd(reduced)
+    vectors = (outer @ left)[..., :rank]
+    # For a symmetric matrix the left singular vectors of B, brought back by Q, equal the right ones up to the sign of
+    # the eigenvalue, which singular values don't have.
+    partners = (basis @ right.mT)[..., :rank]
+    signs = torch.where((vectors * partners).sum(-2) < 0, -1.0, 1.0).to(values)
+    return values[..., :rank] * signs, vectors
+
+
+def randomized_eigh(matrix: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Computes M ~ U diag(w) U^T from the projection Q^T M Q.
+
+    Cheaper than `randomized_svd` but projected on both sides, so less accurate.
+
+    Args:
+        matrix: Symmetric `[..., d, d]`.
+        basis: Orthonormal `[..., d, s]`.
+        rank: Number r <= s of pairs to keep.
+
+    Returns:
+        Eigenvalues w `[..., r]`, descending, and U `[..., d, r]`.
+    """
+    values, rotation = eigh_descending(symmetrise(basis.mT @ (matrix @ basis)))
+    return values[..., :rank], basis @ rotation[..., :rank]
