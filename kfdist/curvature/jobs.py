@@ -29,6 +29,9 @@ from kfdist.types import BlockName, BlockShape
 FORMAT = 1
 """Moves with every change that an older reader would misread."""
 
+NO_STATISTICS = "no statistics: every batch since the start was dropped or absent"
+"""Reason of a failure that needed no inversion; see `failure_result`."""
+
 _METADATA_KEY = "kfdist"
 _HEADER_BYTES_PER_TENSOR = 256
 
@@ -50,9 +53,11 @@ class GroupResult:
 
     @property
     def reason(self) -> str:
-        """Why it failed, one sentence per failed block; empty if it didn't."""
-        failed = {n: o for n, o in self.outcomes.items() if o.outcome is Outcome.FAILED}
-        return "; ".join(f"{name}: {outcome.reason}" for name, outcome in failed.items())
+        """Why it failed; blocks are named where their reasons differ. Empty if it didn't fail."""
+        failed = {n: o.reason for n, o in self.outcomes.items() if o.outcome is Outcome.FAILED}
+        if len(set(failed.values())) == 1:
+            return next(iter(failed.values()))
+        return "; ".join(f"{name}: {reason}" for name, reason in failed.items())
 
 
 def encode_job(
