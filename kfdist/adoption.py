@@ -37,20 +37,18 @@ class AgreedTable:
     digests_differ: bool | None
 
 
-def encode_table(
-    ledger: "AdoptionLedger", *, revision: int | None, stop: bool, digest: int | None
-) -> list[int]:
+def encode_table(ledger: "AdoptionLedger", *, revision: int | None, stop: bool) -> list[int]:
     """Lays one rank's contribution out as int64 columns for a MAX reduction.
+
+    The last two columns are for a digest h of the rank's parameters, as (h, not h): the maximum of ~h is the complement of
+    the minimum of h. They are absent here; whoever sends the table fills them in on the device, on all ranks or none.
 
     Args:
         ledger: The rank's ledger.
         revision: Newest settings heard of; None on every rank but 0.
         stop: Whether this rank was asked to stop.
-        digest: Digest of the rank's parameters, or None; given by all ranks or by none.
     """
-    # (h, not h): the maximum of ~h is the complement of the minimum of h.
-    both = (ABSENT, ABSENT) if digest is None else (digest, ~digest)
-    tail = [ABSENT if revision is None else revision, int(stop), *both]
+    tail = [ABSENT if revision is None else revision, int(stop), ABSENT, ABSENT]
     return [*ledger.announced, *(-serial for serial in ledger.received), *ledger.rejected, *tail]
 
 

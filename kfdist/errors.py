@@ -42,6 +42,10 @@ class RanksDiverged(KfdistError, RuntimeError):
     """The digests of the parameters differ between ranks."""
 
 
+class LossNotFinite(KfdistError, ArithmeticError):
+    """The training loss became infinite or NaN; the parameters are of no use any more."""
+
+
 class ModelChanged(KfdistError, RuntimeError):
     """A layer was frozen, replaced or resized after the preconditioner was made."""
 

@@ -68,6 +68,7 @@ class Capture:
     Args:
         model: The bare model (not its DDP wrapper); dim 0 of its first tensor input is the number of examples.
         blocks: The blocks to measure, by name.
+        aliases: Further modules tied to a block's parameters, by block name; their calls add to it.
         sampling: How much of a batch is measured.
         grad_scaler: The scaler whose scale is in the output gradients, or None.
     """
@@ -77,6 +78,7 @@ class Capture:
         model: nn.Module,
         blocks: Mapping[str, Block],
         *,
+        aliases: Mapping[str, Sequence[nn.Module]],
         sampling: Sampling,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
@@ -96,7 +98,8 @@ class Capture:
         self._handles = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
         for name, block in self._blocks.items():
             hook = torch.compiler.disable(partial(self._after_layer, name))
-            self._handles.append(block.module.register_forward_hook(hook, with_kwargs=True))
+            for module in (block.module, *aliases.get(name, ())):
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def arm(self, names: Collection[str], seeds: Callable[[str], int]) -> None:
         """Chooses the blocks to measure until the next `drain`.

@@ -81,9 +81,7 @@ class Communicator:
         """Starts copying `tensor` from rank `source` (of this group) to all, in place."""
         if self.process_group is None:
             return _Done()
-        return _started(
-            dist.broadcast(tensor, self.global_rank(source), group=self.process_group, async_op=True)
-        )
+        return _started(dist.broadcast(tensor, self.global_rank(source), group=self.process_group, async_op=True))
 
     def all_reduce_sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` over the ranks in place and waits."""
@@ -111,9 +109,7 @@ class Communicator:
         buffer[self.rank, : text.numel()] = text
         self.all_reduce_sum_(buffer)
         rows = buffer.cpu()
-        return [
-            json.loads(rows[rank, : int(size)].numpy().tobytes()) for rank, size in enumerate(sizes.tolist())
-        ]
+        return [json.loads(rows[rank, : int(size)].numpy().tobytes()) for rank, size in enumerate(sizes.tolist())]
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""

@@ -25,11 +25,18 @@ class TableExchange:
         self._side = torch.cuda.Stream() if communicator.device.type == "cuda" else None
         self.bytes_sent = 0
 
-    def start(self, columns: Sequence[int]) -> None:
-        """Starts reducing this rank's columns; all ranks must give equally many."""
+    def start(self, columns: Sequence[int], digest: Tensor | None = None) -> None:
+        """Starts reducing this rank's columns; all ranks must give equally many.
+
+        Args:
+            columns: The rank's contribution.
+            digest: An int64 scalar h that fills the last two columns as (h, not h), without leaving its device.
+        """
         if self._table is not None:
             raise AssertionError("a table was started while another is running")
-        self._table = torch.tensor(columns, dtype=torch.int64).to(self._communicator.device)
+        self._table = torch.tensor(columns, dtype=torch.int64).to(self._communicator.device, non_blocking=True)
+        if digest is not None:
+            self._table[-2:] = torch.stack([digest, ~digest])
         self.bytes_sent += self._table.numel() * 8
         self._work = self._communicator.all_reduce_max(self._table)
         if self._side is not None:

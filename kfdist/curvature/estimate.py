@@ -93,16 +93,12 @@ class WeightedSums:
         return [pack_triangle(self.A), pack_triangle(self.G), self.weight.reshape(1)]
 
 
-def factors_from_packed(
-    A: Tensor, G: Tensor, weight: Tensor, *, d_in: int, d_out: int
-) -> KroneckerFactors:
+def factors_from_packed(A: Tensor, G: Tensor, weight: Tensor) -> KroneckerFactors:
     """Turns reduced sums into Omega = sum S_A / sum w and Gamma = sum S_G / sum w.
 
     Args:
         A: Packed triangles of the summed S_A, [c, q(q+1)/2].
         G: Packed triangles of the summed S_G, [c, p(p+1)/2].
         weight: The summed w, [1], positive.
-        d_in: q.
-        d_out: p.
     """
-    return KroneckerFactors(unpack_triangle(A / weight, d_in), unpack_triangle(G / weight, d_out))
+    return KroneckerFactors(unpack_triangle(A / weight), unpack_triangle(G / weight))

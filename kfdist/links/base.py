@@ -35,23 +35,26 @@ class LinkCounters:
     """What a link counted since its start, all growing.
 
     Attributes:
-        resubmissions: Jobs sent again after a fault, by reason ("owner_lost", "deadline", "crash", "courier_lost", ...).
+        resubmissions: Jobs sent again after a fault, by reason ("owner_lost", "deadline", "crash", "courier_lost",
+            "corrupt", "fingerprint", "stale_epoch", "too_large").
         courier_restarts: Couriers respawned.
         bytes_sent: Payload bytes handed to owners.
         bytes_received: Payload bytes that came back.
+        samples_dropped: Samples that never reached the controller, because it was away for too long.
     """
 
     resubmissions: dict[str, int]
     courier_restarts: int
     bytes_sent: int
     bytes_received: int
+    samples_dropped: int = 0
 
 
 class AbstractLink(ABC):
     """Carries jobs to whoever inverts, and their results back. One per rank; all calls come from one thread.
 
-    No call but `wait` and `close` blocks. A submitted job is retried by the link until it has a result: faults of owners
-    and of the courier never surface as results; a result is a function of the job's payload.
+    No call but `wait` and `close` blocks. A submitted job is retried by the link until it has a result: faults of
+    owners and of the courier never surface as results; a result is a function of the job's payload.
     """
 
     @abstractmethod

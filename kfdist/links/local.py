@@ -1,0 +1,107 @@
+"""The local link: this process inverts, in a thread, by the very function that owners run."""
+
+import hashlib
+import queue
+import threading
+import time
+from collections.abc import Sequence
+
+from kfdist.curvature.jobs import run_job
+from kfdist.errors import KfdistError
+from kfdist.links.base import AbstractLink, LinkContext, LinkCounters
+from kfdist.types import Job, JobResult, RunSettings, Sample
+
+
+class LocalLink(AbstractLink):
+    """Inverts in one background thread of the rank; needs no service. torch releases the GIL in its decompositions.
+
+    Args:
+        device: Where to invert; statistics arrive on the CPU.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[JobResult | BaseException] = queue.SimpleQueue()
+        self._arrived: list[JobResult | BaseException] = []
+        self._cancelled: set[tuple[str, int]] = set()
+        self._thread: threading.Thread | None = None
+
+    def start(self, context: LinkContext) -> None:
+        """Starts the thread."""
+        del context
+        self._thread = threading.Thread(target=self._invert_forever, name="kfdist-inverter", daemon=True)
+        self._thread.start()
+
+    def _invert_forever(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if (job.group, job.version) in self._cancelled:
+                continue
+            begun = time.perf_counter()
+            try:
+                payload = run_job(job.payload, device=self._device)
+            except Exception as error:  # surfaces in the rank's main thread, at poll
+                self._done.put(error)
+                continue
+            self._done.put(
+                JobResult(
+                    group=job.group,
+                    version=job.version,
+                    payload=payload,
+                    digest=hashlib.sha256(payload).hexdigest(),
+                    seconds=time.perf_counter() - begun,
+                    owner="local",
+                )
+            )
+
+    def submit(self, job: Job) -> None:
+        """Queues a job; one runs at a time."""
+        self._jobs.put(job)
+
+    def cancel(self, group: str, version: int) -> None:
+        """Forgets a job that has not begun."""
+        self._cancelled.add((group, version))
+
+    def poll(self) -> list[JobResult]:
+        """Returns the finished inversions.
+
+        Raises:
+            KfdistError: An inversion raised; bad statistics never do (they give a failed result), so this is a defect.
+        """
+        finished, self._arrived = self._arrived, []
+        while True:
+            try:
+                finished.append(self._done.get_nowait())
+            except queue.Empty:
+                break
+        for each in finished:
+            if isinstance(each, BaseException):
+                raise KfdistError(f"the inversion thread failed: {each}") from each
+        return [each for each in finished if isinstance(each, JobResult)]
+
+    def wait(self, seconds: float) -> None:
+        """Blocks until an inversion is finished, at most `seconds`."""
+        if self._arrived:
+            return
+        try:
+            self._arrived.append(self._done.get(timeout=seconds))
+        except queue.Empty:
+            return
+
+    def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+        """Does nothing: nobody listens."""
+
+    def settings(self) -> RunSettings:
+        """Returns the initial settings: nobody can change them."""
+        return RunSettings()
+
+    def counters(self) -> LinkCounters:
+        """Returns zeros: nothing travels and nothing is submitted twice."""
+        return LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
+
+    def close(self) -> None:
+        """Ends the thread after the job it is at."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(timeout=60)
+            self._thread = None

@@ -1,0 +1,38 @@
+"""A digest of parameters that is exact, cheap, and never leaves the device."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_ODD = (0x5851F42D4C957F2D, 0x14057B7EF767814F)
+
+
+def parameter_digest(tensors: Iterable[Tensor]) -> Tensor:
+    """Returns an int64 scalar on the tensors' device that differs when any bit of any tensor does, almost surely.
+
+    Integer arithmetic modulo 2^64 is exact and does not depend on the order of summation, so equal bits give equal digests
+    on any device and thread count. Each 8-byte (or the last, shorter) word is multiplied by a weight that depends on its
+    place. Not cryptographic: it finds accidents, not attacks.
+    """
+    total: Tensor | None = None
+    for index, tensor in enumerate(tensors):
+        words = _words(tensor.detach())
+        places = torch.arange(index + 1, index + 1 + words.numel(), dtype=torch.int64, device=words.device)
+        weights = places * _ODD[0] + (index * 2 + 1)
+        own = ((words ^ (words >> 29)) * (weights | 1)).sum() + _signed(_ODD[1]) * (index + 1)
+        total = own if total is None else total * 31 + own
+    return torch.zeros((), dtype=torch.int64) if total is None else total
+
+
+def _words(tensor: Tensor) -> Tensor:
+    flat = tensor.contiguous().view(-1)
+    raw = flat.view(torch.uint8)
+    rest = -raw.numel() % 8
+    if rest:
+        raw = torch.cat([raw, raw.new_zeros(rest)])
+    return raw.view(torch.int64)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

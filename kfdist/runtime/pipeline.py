@@ -1,0 +1,423 @@
+"""The step of a second-order method over ranks: capture, reduce, invert, broadcast, adopt, precondition.
+
+`Pipeline.step` is the algorithm; each verb is one method below it. Every decision that makes ranks communicate is a
+function of the step and of agreed tables, so all ranks always enter the same collectives in the same order.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kfdist.adoption import AdoptionLedger, AgreedTable, decode_table, encode_table
+from kfdist.capture.hooks import Capture
+from kfdist.comm.groups import CommunicatorSet
+from kfdist.comm.table import TableExchange
+from kfdist.curvature.estimate import WeightedSums, decay_at
+from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
+from kfdist.errors import RanksDiverged
+from kfdist.links.base import AbstractLink
+from kfdist.runtime.agreement import Agreement
+from kfdist.runtime.counters import PipelineCounters
+from kfdist.runtime.digest import parameter_digest
+from kfdist.runtime.exchange import SnapshotExchange
+from kfdist.runtime.groups import BlockGroup
+from kfdist.runtime.jobs import JobBook, seed_of
+from kfdist.runtime.precondition import Application, precondition_gradients
+from kfdist.runtime.reduction import ReducedStatistics, reduce_statistics
+from kfdist.runtime.snapshots import SnapshotStore
+from kfdist.schedule import Schedule
+from kfdist.staleness import Decision, StalenessPolicy
+from kfdist.types import BlockName, Job, JobResult, RunSettings
+
+
+@dataclass(frozen=True)
+class FixedLag:
+    """Adoption of version v by all ranks at step v + lag, waited for; `FixedLag(0)` is synchronous K-FAC.
+
+    Nothing that depends on time changes a number: two runs with equal inputs are bitwise equal.
+
+    Attributes:
+        lag: Steps between an inversion's statistics and its adoption.
+    """
+
+    lag: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineSettings:
+    """The numbers of a pipeline; `kfdist.Preconditioner` documents and checks them.
+
+    Attributes:
+        damping: lambda of F + lambda I by step.
+        ema_decay: Largest rho of the moving average.
+        schedule: When groups are folded and inverted.
+        kl_clip: kappa, or None.
+        lag: Steps to adoption; None for asap.
+        staleness: Bounds for asap.
+        seed: The run's seed.
+        run: The run's name.
+        epoch: The start of the run.
+        fingerprint: What this rank's numbers depend on.
+        deadline_seconds: How long one inversion may run.
+        digest_period: Steps between two comparisons of the ranks' parameters; 0 turns them off.
+    """
+
+    damping: Callable[[int], float]
+    ema_decay: float
+    schedule: Schedule
+    kl_clip: float | None
+    lag: int | None
+    staleness: StalenessPolicy
+    seed: int
+    run: str
+    epoch: int
+    fingerprint: str
+    deadline_seconds: float
+    digest_period: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step did; equal on all ranks but for the seconds.
+
+    Attributes:
+        step: The step, from 0.
+        settings: What people want, as agreed.
+        stop: Whether all ranks know that somebody asked to stop.
+        adopted: (group, version) swapped in.
+        waited_seconds: Spent in agreed waits.
+        phase_seconds: Host seconds by phase.
+    """
+
+    step: int
+    settings: RunSettings
+    stop: bool
+    adopted: tuple[tuple[str, int], ...]
+    waited_seconds: float
+    phase_seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineParts:
+    """The collaborators of a pipeline, made by `kfdist.Preconditioner`."""
+
+    groups: Sequence[BlockGroup]
+    parameters: Sequence[nn.Parameter]
+    capture: Capture
+    communicators: CommunicatorSet
+    table: TableExchange
+    ledger: AdoptionLedger
+    agreement: Agreement
+    book: JobBook
+    exchange: SnapshotExchange
+    snapshots: SnapshotStore
+    link: AbstractLink
+
+
+class Pipeline:
+    """One rank's pipeline. All ranks call `step` once per training step, between backward and the optimizer's step.
+
+    Attributes:
+        next_step: The step that `step` will do next.
+        statistics_step: The newest step whose statistics are folded; equals `next_step` after an interrupted step.
+        sums: This rank's (S, w) by block.
+        pending: Versions shipped and not yet adopted, per group, oldest first; the same on all ranks.
+        counters: What happened so far.
+    """
+
+    def __init__(self, parts: PipelineParts, settings: PipelineSettings, sums: dict[BlockName, WeightedSums]) -> None:
+        self.parts = parts
+        self.settings = settings
+        self.sums = sums
+        self.next_step = 0
+        self.statistics_step = -1
+        self.pending: list[list[int]] = [[] for _ in parts.groups]
+        self.counters = PipelineCounters()
+        self._unshipped: list[ReducedStatistics] = []
+        self.arm()
+
+    def step(self, *, step_is_finite: Tensor | None, learning_rate: Callable[[nn.Parameter], float]) -> StepReport:
+        """One step of the method; the order of the lines is the algorithm.
+
+        Args:
+            step_is_finite: Boolean scalar on the device, equal on all ranks; where false no statistics change. None: true.
+            learning_rate: The learning rate of a parameter, for the KL clip.
+
+        Raises:
+            Interrupted: On all ranks, inside an agreed wait; the step is then not done.
+            RanksDiverged: The ranks' parameters differ.
+        """
+        step, table = self.next_step, self._agreed_table()
+        self._capture(step, step_is_finite)
+        reduced = self._reduce(step)
+        self._invert(reduced)
+        arrived = self._broadcast(step, table)
+        adopted = self._adopt(step, table, arrived)
+        self._precondition(step, learning_rate)
+        return self._finish(step, adopted)
+
+    # The verbs -----------------------------------------------------------------------------------------------------
+
+    def _agreed_table(self) -> AgreedTable | None:
+        """Completes the table started one step ago and obeys what it says."""
+        self.counters.phase_seconds.clear()
+        self.parts.exchange.waited_seconds = 0.0
+        with self.counters.phase("table"):
+            columns = self.parts.table.complete()
+        if columns is None:
+            return None
+        table = decode_table(columns, len(self.parts.groups))
+        if table.digests_differ:
+            raise RanksDiverged(
+                f"the parameters differ between ranks before step {self.next_step}; the run stops. Likely causes: ranks that "
+                "see different learning rates or clip gradients before reducing them, or faulty memory. Resume from the "
+                "last checkpoint"
+            )
+        self.parts.agreement.obey(revision=table.revision, stop=table.stop)
+        self.parts.agreement.wait_while_paused()
+        return table
+
+    def _capture(self, step: int, step_is_finite: Tensor | None) -> None:
+        """Folds the batch into the local sums of the groups that are due."""
+        with self.counters.phase("capture"):
+            batches = self.parts.capture.drain()
+            if self.statistics_step >= step:  # the step was interrupted after its folding, and is done again
+                return
+            for group in self.parts.groups:
+                if not self._folds(group, step):
+                    continue
+                update = self.settings.schedule.foldings_until(group.index, step)
+                rho = decay_at(update, self.settings.ema_decay)
+                for block in group.blocks:
+                    self.sums[block.name].fold(batches.get(block.name), rho, step_is_finite)
+
+    def _reduce(self, step: int) -> ReducedStatistics | None:
+        """Sums the statistics of the groups due for inversion over the ranks; this rank keeps what it ships."""
+        if self.statistics_step >= step:
+            return None
+        due = [group for group in self.parts.groups if self._inverts(group, step)]
+        for group in due:
+            self.pending[group.index].append(step)
+        with self.counters.phase("reduce"):
+            share, size = reduce_statistics(step, due, self.sums, self.parts.communicators.statistics)
+        self.counters.bytes["statistics"] += size
+        if due:
+            self.parts.snapshots.note_time(step)
+        self.statistics_step = step
+        return share
+
+    def _invert(self, reduced: ReducedStatistics | None) -> None:
+        """Ships what has reached the host to the inverters, and takes in what they have finished."""
+        with self.counters.phase("invert"):
+            if reduced is not None:
+                self._unshipped.append(reduced)
+            while self._unshipped and (self._must_ship() or self._unshipped[0].ready()):
+                self._ship(self._unshipped.pop(0))
+            self._collect()
+
+    def _broadcast(self, step: int, table: AgreedTable | None) -> dict[int, tuple[int, bytes]]:
+        """Brings results to all ranks: waits for those due now, lets the others travel in the background."""
+        exchange = self.parts.exchange
+        with self.counters.phase("broadcast"):
+            due = self._due_for_adoption(step)
+            if due:
+                return exchange.await_results(due, exact=True)
+            if self.settings.lag is not None:
+                return {}
+            if table is not None:
+                exchange.enter(table)
+            exchange.poll()
+            return self._await_stale(step)
+
+    def _adopt(
+        self, step: int, table: AgreedTable | None, arrived: Mapping[int, tuple[int, bytes]]
+    ) -> tuple[tuple[str, int], ...]:
+        """Swaps in, on all ranks alike, what was waited for and what the table shows all ranks to have."""
+        ledger, exchange = self.parts.ledger, self.parts.exchange
+        adopted = []
+        with self.counters.phase("adopt"):
+            if table is not None and self.settings.lag is None:
+                for group in ledger.swaps(table):
+                    adopted.append(self._swap(group, ledger.swap(group), exchange.take(group)))
+            for group, (version, payload) in arrived.items():
+                if version > ledger.adopted[group]:
+                    ledger.restore(group, version)
+                    adopted.append(self._swap(group, version, payload))
+        del step
+        return tuple(adopted)
+
+    def _precondition(self, step: int, learning_rate: Callable[[nn.Parameter], float]) -> None:
+        """Multiplies the adopted inverses onto the gradients."""
+        with self.counters.phase("precondition"):
+            damping = self.damping(step)
+            applications = []
+            for group in self.parts.groups:
+                snapshot = self.parts.snapshots[group.index]
+                decision = self._decision(group.index, step)
+                if decision.in_force:
+                    self.counters.fallbacks["fallback" if decision.fallback else "damping_raised"] += 1
+                for block in group.blocks:
+                    preconditioner = snapshot.preconditioners.get(block.name)
+                    if preconditioner is None:
+                        self.counters.fallbacks["no_snapshot"] += 1
+                    elif all(parameter.grad is not None for parameter in block.parameters()):
+                        applications.append(
+                            Application(
+                                block=block,
+                                preconditioner=preconditioner,
+                                damping=damping * decision.damping_factor,
+                                fallback=decision.fallback,
+                            )
+                        )
+            precondition_gradients(applications, kl_clip=self.settings.kl_clip, learning_rate=learning_rate)
+
+    def _finish(self, step: int, adopted: tuple[tuple[str, int], ...]) -> StepReport:
+        """Starts the next table and arms the capture for the next step."""
+        parts, period = self.parts, self.settings.digest_period
+        digest = parameter_digest(parts.parameters) if period and step % period == 0 else None
+        with self.counters.phase("table"):
+            parts.table.start(
+                encode_table(
+                    parts.ledger,
+                    revision=parts.agreement.newest_revision,
+                    stop=parts.agreement.stop_requested,
+                ),
+                digest,
+            )
+        self.counters.bytes["table"] = parts.table.bytes_sent
+        self.counters.bytes["snapshots"] = parts.exchange.bytes_sent
+        self.counters.bytes["jobs"] = parts.book.bytes_shipped
+        self.counters.staleness.append(max(self.staleness(step).values()))
+        self.next_step = step + 1
+        self.arm()
+        return StepReport(
+            step=step,
+            settings=parts.agreement.settings,
+            stop=parts.agreement.stop,
+            adopted=adopted,
+            waited_seconds=parts.exchange.waited_seconds,
+            phase_seconds=dict(self.counters.phase_seconds),
+        )
+
+    # Questions all ranks answer alike ------------------------------------------------------------------------------
+
+    def damping(self, step: int) -> float:
+        """Returns lambda at `step`: what people set last, else as configured."""
+        return self.parts.agreement.settings.damping or self.settings.damping(step)
+
+    def staleness(self, step: int) -> dict[str, int]:
+        """Returns the age in steps of each group's snapshot at `step`; step + 1 where there is none."""
+        return {group.name: step - self.parts.snapshots[group.index].version for group in self.parts.groups}
+
+    def _folds(self, group: BlockGroup, step: int) -> bool:
+        return self.settings.schedule.folds(group.index, step) or self._starves(group)
+
+    def _inverts(self, group: BlockGroup, step: int) -> bool:
+        return self.settings.schedule.inverts(group.index, step) or self._starves(group)
+
+    def _starves(self, group: BlockGroup) -> bool:
+        """A group whose newest result had no statistics is due again, one version at a time, until it has some."""
+        return self.parts.snapshots.starving(group.index) and not self.pending[group.index]
+
+    def _due_for_adoption(self, step: int) -> dict[int, int]:
+        """Versions that must be on all ranks before this step goes on: at the lag, and version 0 at step 0 always."""
+        if self.settings.lag is None:
+            return {index: 0 for index in range(len(self.pending))} if step == 0 else {}
+        latest = step - self.settings.lag if step else 0
+        return {index: versions[0] for index, versions in enumerate(self.pending) if versions and versions[0] <= latest}
+
+    def _decision(self, group: int, step: int) -> Decision:
+        snapshot = self.parts.snapshots[group]
+        if not snapshot.preconditioners or self.settings.lag is not None:
+            return Decision()
+        return self.settings.staleness.decide(step - snapshot.version)
+
+    def _await_stale(self, step: int) -> dict[int, tuple[int, bytes]]:
+        """At the hard bound with "wait": blocks, with all ranks, for a version that is young enough."""
+        stale = {}
+        for index, versions in enumerate(self.pending):
+            if self._decision(index, step).wait and versions:
+                bound = self.settings.staleness.hard_bound or 0
+                young = [version for version in versions if step - version <= bound]
+                stale[index] = young[0] if young else versions[-1]
+        if not stale:
+            return {}
+        for index in stale:
+            self.counters.fallbacks["waited"] += 1
+            if self.parts.ledger.in_flight(index):
+                self.parts.exchange.abandon(index)
+        return self.parts.exchange.await_results(stale, exact=False)
+
+    # This rank's share -----------------------------------------------------------------------------------------------
+
+    def arm(self) -> None:
+        """Tells the capture which blocks to measure in the next step."""
+        step, seed = self.next_step, self.settings.seed
+        due = [block.name for group in self.parts.groups if self._folds(group, step) for block in group.blocks]
+        self.parts.capture.arm(due, lambda name: seed_of(seed, name, step))
+
+    def _must_ship(self) -> bool:
+        """Whether somebody will wait for these results in this very step, so that the copy is waited for too."""
+        return self.next_step == 0 or self.settings.lag == 0
+
+    def _ship(self, reduced: ReducedStatistics) -> None:
+        version = reduced.version
+        factors = reduced.factors()
+        for group in reduced.groups:
+            of_group = factors[group.name]
+            if not of_group:
+                payload = failure_result({block.name: NO_STATISTICS for block in group.blocks})
+                self.parts.book.put(_immediate(group.name, version, payload))
+                self.parts.ledger.announce(group.index, version)
+                continue
+            payload = encode_job(
+                inverter=group.inverter,
+                factors=of_group,
+                damping=self.damping(version),
+                seeds={name: seed_of(self.settings.seed, name, version) for name in of_group},
+                previous=self.parts.snapshots[group.index].states,
+                threads=torch.get_num_threads(),
+            )
+            self.parts.book.ship(self._job(group.name, version, payload))
+
+    def _job(self, group: str, version: int, payload: bytes) -> Job:
+        return Job(
+            run=self.settings.run,
+            epoch=self.settings.epoch,
+            group=group,
+            version=version,
+            payload=payload,
+            digest=hashlib.sha256(payload).hexdigest(),
+            deadline_seconds=self.settings.deadline_seconds,
+            fingerprint=self.settings.fingerprint if self.settings.lag is not None else "",
+        )
+
+    def resubmit(self, group: str, version: int, payload: bytes) -> None:
+        """Ships a job that a checkpoint says was under way."""
+        self.parts.book.ship(self._job(group, version, payload))
+
+    def _collect(self) -> None:
+        method = {group.name: group.inverter.name for group in self.parts.groups}
+        index = {group.name: group.index for group in self.parts.groups}
+        self.parts.book.collect()
+        for result in self.parts.book.take_news():
+            self.parts.ledger.announce(index[result.group], result.version)
+            self.counters.completed[method[result.group]] += 1
+            self.counters.inversion_seconds.append((method[result.group], result.seconds))
+            self.counters.bytes["results"] += len(result.payload)
+
+    def _swap(self, group: int, version: int, payload: bytes) -> tuple[str, int]:
+        name = self.parts.groups[group].name
+        self.parts.snapshots.adopt(group, version, payload)
+        self.parts.book.release(name, version)
+        self.pending[group] = [each for each in self.pending[group] if each > version]
+        self.counters.adoptions += 1
+        return name, version
+
+
+def _immediate(group: str, version: int, payload: bytes) -> JobResult:
+    digest = hashlib.sha256(payload).hexdigest()
+    return JobResult(group=group, version=version, payload=payload, digest=digest, seconds=0.0, owner="none")

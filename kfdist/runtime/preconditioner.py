@@ -1,0 +1,417 @@
+"""`kfdist.Preconditioner`: the public face of the pipeline."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from kfdist.adoption import AdoptionLedger
+from kfdist.capture.hooks import Capture, Sampling
+from kfdist.comm.groups import communicator, make_communicators
+from kfdist.comm.table import TableExchange
+from kfdist.curvature.estimate import WeightedSums
+from kfdist.curvature.fingerprint import fingerprint
+from kfdist.errors import ConfigError, EnvironmentFault, KfdistError, ModelChanged
+from kfdist.links.base import AbstractLink, LinkContext
+from kfdist.links.local import LocalLink
+from kfdist.runtime.agreement import Agreement
+from kfdist.runtime.exchange import SnapshotExchange
+from kfdist.runtime.groups import Coverage, Method, bare_model, plan_blocks
+from kfdist.runtime.jobs import JobBook
+from kfdist.runtime.learning_rate import LearningRates, finite_gradients, unscaled
+from kfdist.runtime.pipeline import FixedLag, Pipeline, PipelineParts, PipelineSettings, StepReport
+from kfdist.runtime.report import pipeline_samples, pipeline_totals
+from kfdist.runtime.service import Service, epoch_from_clock
+from kfdist.runtime.snapshots import SnapshotStore
+from kfdist.runtime.state import pipeline_state, restore_pipeline
+from kfdist.schedule import Schedule
+from kfdist.staleness import StalenessPolicy
+from kfdist.types import Sample
+
+SMALLEST_DELAY = 3
+"""Fewest steps from an inversion's statistics to its adoption under asap: announce, broadcast, agree that all have it."""
+
+Scalar = float | Callable[[int], float]
+
+
+class Preconditioner:
+    """Second-order preconditioning of a model's gradients, over all ranks of a process group.
+
+    Between `loss.backward()` and `optimizer.step()`, `step` replaces the gradients in `.grad` by (F + lambda I)^-1 grad,
+    block by block. All ranks must make it, with equal arguments, and call `step` equally often.
+
+    Args:
+        model: The model, also wrapped by DDP or torch.compile.
+        method: An inverter's name, an inverter, or {glob on dotted module names: either}; the first match wins.
+        damping: lambda of F + lambda I: a positive number, or a callable of the step.
+        ema_decay: Largest weight rho of the past in the moving average of the statistics, in [0, 1).
+        factor_period: Steps between two foldings of a block's statistics.
+        inverse_period: Steps between two inversions of a block, a multiple of `factor_period`.
+        fisher: Which output gradients make the Fisher; "empirical" uses those of the training loss.
+        kl_clip: kappa of the KL clip; None turns it off.
+        lr: Learning rate for the KL clip: a number, a callable of the step, or None to read an attached optimizer.
+        adoption: "asap" or `kfdist.FixedLag(k)`; `FixedLag(0)` is synchronous.
+        skip: Globs on module names that are not preconditioned.
+        grad_scaler: The AMP scaler whose scale the loss is multiplied by.
+        process_group: The ranks that train together; None: the default group, else this single process.
+        link: None inverts in the ranks themselves; `kfdist.connect(...)` uses a service.
+        staleness: Bounds on staleness, for "asap" only.
+        examples_fraction: Share of the examples that is measured, in (0, 1].
+        positions_fraction: Share of the positions of a convolution or a sequence that is measured, in (0, 1].
+        seed: Seeds every random choice, together with the block's name and the version.
+        wait_limit_seconds: Longest agreed wait for an inversion.
+        digest_period: Steps between two comparisons of the ranks' parameters; 0 turns them off.
+
+    Raises:
+        ConfigError: A value is out of range, a glob matches nothing, or no layer can be preconditioned.
+        EnvironmentFault: The ranks' machines differ in what numbers depend on, or the link cannot start.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method = "rs-kfac",
+        *,
+        damping: Scalar = 1e-3,
+        ema_decay: float = 0.95,
+        factor_period: int = 10,
+        inverse_period: int = 100,
+        fisher: str = "empirical",
+        kl_clip: float | None = 1e-3,
+        lr: Scalar | None = None,
+        adoption: str | FixedLag = "asap",
+        skip: Sequence[str] = (),
+        grad_scaler: torch.amp.GradScaler | None = None,
+        process_group: Any = None,
+        link: Service | AbstractLink | None = None,
+        staleness: StalenessPolicy | None = None,
+        examples_fraction: float = 1.0,
+        positions_fraction: float = 1.0,
+        seed: int = 0,
+        wait_limit_seconds: float = 600.0,
+        digest_period: int = 100,
+    ) -> None:
+        _check(damping=damping, ema_decay=ema_decay, fisher=fisher, kl_clip=kl_clip, wait_limit=wait_limit_seconds)
+        lag = _lag(adoption)
+        staleness = _staleness(staleness, lag, inverse_period)
+        sampling = Sampling(examples_fraction=examples_fraction, positions_fraction=positions_fraction)
+        self._model = bare_model(model)
+        self._grad_scaler = grad_scaler
+        self._rates = LearningRates(lr, needed=kl_clip is not None)
+        self._training = communicator(process_group)
+        self._plan = plan_blocks(self._model, method, skip=tuple(skip), world_size=self._training.world_size)
+        schedule = Schedule(factor_period=factor_period, inverse_period=inverse_period, groups=len(self._plan.groups))
+        self._device = self._plan.groups[0].blocks[0].parameters()[0].device
+        print_ = _shared_fingerprint(self._training, self._device)
+        service = link if isinstance(link, Service) else Service(address="local:1")
+        epoch = service.epoch if service.epoch is not None else epoch_from_clock()
+        settings = PipelineSettings(
+            damping=damping if callable(damping) else partial(_constant, float(damping)),
+            ema_decay=ema_decay,
+            schedule=schedule,
+            kl_clip=kl_clip,
+            lag=lag,
+            staleness=staleness,
+            seed=seed,
+            run=service.run,
+            epoch=int(self._training.broadcast_json(epoch)),
+            fingerprint=print_,
+            deadline_seconds=service.deadline_seconds,
+            digest_period=digest_period,
+        )
+        self._communicators = make_communicators(self._training)
+        self._link = _make_link(link)
+        self._pipeline = self._make_pipeline(settings, sampling, wait_limit_seconds)
+        self._start_link(settings, service)
+        self._folded = False
+        self._closed = False
+        self._hook: Any = None
+
+    # Construction ----------------------------------------------------------------------------------------------------
+
+    def _make_pipeline(self, settings: PipelineSettings, sampling: Sampling, wait_limit_seconds: float) -> Pipeline:
+        plan, groups = self._plan, self._plan.groups
+        blocks = {block.name: block for group in groups for block in group.blocks}
+        capture = Capture(self._model, blocks, aliases=plan.aliases, sampling=sampling, grad_scaler=self._grad_scaler)
+        table = TableExchange(self._communicators.table)
+        ledger = AdoptionLedger(len(groups))
+        book = JobBook(self._link, queued=settings.lag is not None)
+        agreement = Agreement(table, self._link, self._training.rank)
+        exchange = SnapshotExchange(groups, self._communicators.snapshots, ledger, book, agreement, wait_limit_seconds)
+        parts = PipelineParts(
+            groups=groups,
+            parameters=list(self._model.parameters()),
+            capture=capture,
+            communicators=self._communicators,
+            table=table,
+            ledger=ledger,
+            agreement=agreement,
+            book=book,
+            exchange=exchange,
+            snapshots=SnapshotStore(groups, self._device),
+            link=self._link,
+        )
+        return Pipeline(parts, settings, {name: _sums(block, self._device) for name, block in blocks.items()})
+
+    def _start_link(self, settings: PipelineSettings, service: Service) -> None:
+        self._link.start(
+            LinkContext(
+                run=settings.run,
+                epoch=settings.epoch,
+                worker_rank=self._training.rank,
+                world_size=self._training.world_size,
+                groups=[group.spec for group in self._plan.groups],
+                fingerprint=settings.fingerprint,
+                assignment=service.assignment,
+            )
+        )
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepReport:
+        """Preconditions the gradients in `.grad`; between backward (and unscaling, reducing) and the optimizer's step.
+
+        Collective: all ranks must call it.
+
+        Raises:
+            ModelChanged: A layer was frozen, replaced or resized since construction.
+            Interrupted: A stop was asked for, or the wait limit passed, inside an agreed wait; on all ranks alike.
+            RanksDiverged: The ranks' parameters differ.
+            ConfigError: There is a KL clip but no learning rate.
+            KfdistError: The gradients are still scaled, or `close` was called.
+        """
+        if self._closed:
+            raise KfdistError("step() was called after close(); make a new Preconditioner")
+        self._check_model()
+        finite = None
+        if self._grad_scaler is not None and self._grad_scaler.is_enabled():
+            unscaled(self._grad_scaler, self._rates.optimizer)
+            finite = finite_gradients(self._model.parameters())
+        self._folded = False
+        rates = self._rates.at(self._pipeline.next_step)
+        return self._pipeline.step(step_is_finite=finite, learning_rate=rates)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
+        """Reads the optimizer's learning rates (per group, also under schedulers) and runs `step` before each of its steps.
+
+        Under a GradScaler the optimizer's step, and with it this one, is skipped on overflow.
+
+        Raises:
+            ConfigError: An optimizer is attached already.
+        """
+        if self._hook is not None:
+            raise ConfigError("an optimizer is attached already; make one Preconditioner per optimizer")
+        self._rates.attach(optimizer)
+        self._hook = optimizer.register_step_pre_hook(lambda *_: self._step_before_optimizer())
+        return self
+
+    def _step_before_optimizer(self) -> None:
+        self.step()
+
+    def batch(self, *, examples: int) -> None:
+        """States how many terms the next backward's loss averages (unmasked tokens, say); default: dim 0 of the input.
+
+        Raises:
+            ConfigError: `examples` is not a positive whole number.
+        """
+        self._pipeline.parts.capture.state_examples(examples)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Captures nothing of forwards made inside the `with` block."""
+        return self._pipeline.parts.capture.paused()
+
+    def request_stop(self) -> None:
+        """Asks all ranks to stop at the same later step (`StepReport.stop`). Safe to call from a signal handler."""
+        self._pipeline.parts.agreement.request_stop()
+
+    # Questions ---------------------------------------------------------------------------------------------------
+
+    def coverage(self) -> Coverage:
+        """Returns every parameter with its block and method, or why it has none."""
+        return self._plan.coverage
+
+    def staleness(self) -> dict[str, int]:
+        """Returns each block's staleness in steps: the last step done minus the version in use."""
+        last = max(self._pipeline.next_step - 1, 0)
+        by_group = self._pipeline.staleness(last)
+        return {block.name: by_group[group.name] for group in self._plan.groups for block in group.blocks}
+
+    def versions(self) -> dict[str, int]:
+        """Returns the version in use of each group; -1 where there is none."""
+        return {group.name: self._pipeline.parts.snapshots[group.index].version for group in self._plan.groups}
+
+    @property
+    def next_step(self) -> int:
+        """The step that the next call of `step` does."""
+        return self._pipeline.next_step
+
+    @property
+    def epoch(self) -> int:
+        """The start of the run that all ranks agreed on."""
+        return self._pipeline.settings.epoch
+
+    def samples(self) -> list[Sample]:
+        """Returns this rank's measurements for the controller; observations are returned once."""
+        return pipeline_samples(self._pipeline, self._training.rank)
+
+    def counters(self) -> dict[str, Any]:
+        """Returns totals for a summary: bytes by purpose, inversions, staleness quantiles, failures."""
+        return pipeline_totals(self._pipeline)
+
+    def beat(self, phase: str, samples: Sequence[Sample] = ()) -> None:
+        """Tells the controller, if there is one, where this rank stands; never blocks."""
+        self._link.beat(self._pipeline.next_step, phase, [*self.samples(), *samples])
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns this rank's state: its sums, the adopted snapshots, what is under way. Local, no collective.
+
+        After `fold` and before the next `step` the sums are the totals of all ranks, good for any world size.
+        """
+        return pipeline_state(self._pipeline, folded=self._folded, world_size=self._training.world_size)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts this rank where `state` says; jobs under way are shipped again. Local, no collective.
+
+        Raises:
+            CheckpointError: The state is of another format, model, or number of ranks.
+        """
+        restore_pipeline(self._pipeline, state, world_size=self._training.world_size)
+
+    def fold(self) -> None:
+        """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""
+        statistics = self._communicators.statistics
+        for sums in self._pipeline.sums.values():
+            for tensor in (sums.A, sums.G, sums.weight):
+                travelling = tensor.to(statistics.device)
+                statistics.all_reduce_sum_(travelling)
+                tensor.copy_(travelling / self._training.world_size)
+        self._folded = True
+
+    def close(self) -> None:
+        """Completes what is in flight, removes the hooks and stops the courier. All ranks must call it; safe twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._hook is not None:
+            self._hook.remove()
+        parts = self._pipeline.parts
+        parts.capture.close()
+        try:
+            parts.table.complete()
+            parts.exchange.finish()
+        finally:
+            self._link.close()
+            self._communicators.close()
+
+    def abandon(self) -> None:
+        """Removes the hooks and stops the courier without any collective: for a rank whose peers may be gone."""
+        self._closed = True
+        if self._hook is not None:
+            self._hook.remove()
+        self._pipeline.parts.capture.close()
+        self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        # After an error the other ranks may never come to a collective of ours.
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def _check_model(self) -> None:
+        for group in self._plan.groups:
+            for block in group.blocks:
+                _check_block(self._model, block)
+
+
+def _check_block(model: nn.Module, block: Any) -> None:
+    try:
+        module = model.get_submodule(block.name)
+    except AttributeError:
+        module = None
+    remedy = "make a new Preconditioner after changing the model"
+    if module is not block.module and (module is None or getattr(module, "_orig_mod", None) is not block.module):
+        raise ModelChanged(f"layer {block.name!r} was replaced or removed after the Preconditioner was made; {remedy}")
+    for parameter in block.parameters():
+        if not parameter.requires_grad:
+            raise ModelChanged(f"layer {block.name!r} was frozen after the Preconditioner was made; {remedy}")
+    shape = block.shape
+    numbers = sum(parameter.numel() for parameter in block.parameters())
+    if numbers != shape.groups * shape.d_out * shape.d_in:
+        raise ModelChanged(f"layer {block.name!r} was resized after the Preconditioner was made; {remedy}")
+
+
+def _check(*, damping: Scalar, ema_decay: float, fisher: str, kl_clip: float | None, wait_limit: float) -> None:
+    if not callable(damping) and not (isinstance(damping, (int, float)) and math.isfinite(damping) and damping > 0):
+        raise ConfigError(f"damping is {damping!r}; a positive, finite number or a callable of the step is needed")
+    if not 0.0 <= ema_decay < 1.0:
+        raise ConfigError(f"ema_decay is {ema_decay!r}; a number in [0, 1) is needed")
+    if fisher != "empirical":
+        raise ConfigError(f"fisher is {fisher!r}; this version measures the 'empirical' Fisher only")
+    if kl_clip is not None and not (math.isfinite(kl_clip) and kl_clip > 0):
+        raise ConfigError(f"kl_clip is {kl_clip!r}; a positive number, or None to turn the clip off, is needed")
+    if not wait_limit > 0:
+        raise ConfigError(f"wait_limit_seconds is {wait_limit!r}; a positive number of seconds is needed")
+
+
+def _lag(adoption: str | FixedLag) -> int | None:
+    if isinstance(adoption, FixedLag):
+        if not isinstance(adoption.lag, int) or isinstance(adoption.lag, bool) or adoption.lag < 0:
+            raise ConfigError(f"FixedLag's lag is {adoption.lag!r}; a whole number of steps, at least 0, is needed")
+        return adoption.lag
+    if adoption == "asap":
+        return None
+    raise ConfigError(f"adoption is {adoption!r}; 'asap' or kfdist.FixedLag(k) is needed")
+
+
+def _staleness(policy: StalenessPolicy | None, lag: int | None, inverse_period: int) -> StalenessPolicy:
+    policy = policy or StalenessPolicy()
+    if policy.active and lag is not None:
+        raise ConfigError(
+            "a staleness policy was given together with FixedLag: under a fixed lag nothing that depends on time may change "
+            "a number. Leave the bounds out, or use adoption='asap'"
+        )
+    policy.check(inverse_period=inverse_period, delay=SMALLEST_DELAY)
+    return policy
+
+
+def _constant(value: float, step: int) -> float:
+    del step
+    return value
+
+
+def _shared_fingerprint(training: Any, device: torch.device) -> str:
+    own = fingerprint(device.type, torch.get_num_threads())
+    everyone = training.all_gather_json(own)
+    if any(other != own for other in everyone):
+        listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(everyone))
+        raise EnvironmentFault(
+            f"the ranks differ in what their numbers depend on ({listed}); use the same hardware, thread count "
+            "(torch.set_num_threads) and library versions on all ranks"
+        )
+    return own
+
+
+def _make_link(link: Service | AbstractLink | None) -> AbstractLink:
+    if link is None:
+        return LocalLink()
+    if isinstance(link, AbstractLink):
+        return link
+    from kfdist.links.remote import RemoteLink
+
+    return RemoteLink(link.address)
+
+
+def _sums(block: Any, device: torch.device) -> WeightedSums:
+    dtype = torch.float64 if block.parameters()[0].dtype == torch.float64 else torch.float32
+    shape = block.shape
+    return WeightedSums.zeros(shape.groups, shape.d_out, shape.d_in, dtype=dtype, device=device)

@@ -1,0 +1,85 @@
+"""The snapshots in use: per group, the version adopted by all ranks and its preconditioners."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kfdist.adoption import NO_VERSION
+from kfdist.curvature.jobs import NO_STATISTICS, decode_result
+from kfdist.curvature.preconditioners import AbstractPreconditioner
+from kfdist.runtime.groups import BlockGroup
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An immutable result in use.
+
+    Attributes:
+        version: Step whose statistics are in it; `NO_VERSION` before the first good result.
+        payload: The bytes it was decoded from, the same on all ranks; what a checkpoint stores.
+        preconditioners: By block name.
+        states: What each block's inverter wants to see again, by block name.
+    """
+
+    version: int = NO_VERSION
+    payload: bytes = b""
+    preconditioners: Mapping[str, AbstractPreconditioner] = field(default_factory=dict)
+    states: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+
+class SnapshotStore:
+    """The newest good snapshot of every group. All ranks make the same calls with the same bytes."""
+
+    def __init__(self, groups: Sequence[BlockGroup], device: torch.device) -> None:
+        self._device = device
+        self._snapshots = [Snapshot() for _ in groups]
+        self._without_statistics = [False] * len(groups)
+        self._times: dict[int, float] = {}
+        self.failures: dict[str, int] = {}
+
+    def adopt(self, group: int, version: int, payload: bytes) -> bool:
+        """Takes a version into use.
+
+        A failed inversion keeps the last good snapshot in use, so that staleness goes on growing visibly.
+
+        Returns:
+            Whether the result was good.
+        """
+        result = decode_result(payload, device=self._device)
+        self._without_statistics[group] = result.failed and result.reason == NO_STATISTICS
+        if result.failed:
+            self.failures[result.reason] = self.failures.get(result.reason, 0) + 1
+            return False
+        good = {name: each for name, each in result.outcomes.items() if each.preconditioner is not None}
+        self._snapshots[group] = Snapshot(
+            version,
+            payload,
+            {name: each.preconditioner for name, each in good.items() if each.preconditioner is not None},
+            {name: each.state for name, each in good.items()},
+        )
+        return True
+
+    def __getitem__(self, group: int) -> Snapshot:
+        return self._snapshots[group]
+
+    def starving(self, group: int) -> bool:
+        """Says whether the group's newest result failed because no rank had any statistics (design: it is due again)."""
+        return self._without_statistics[group]
+
+    def mark_starving(self, group: int) -> None:
+        """Restores what a checkpoint says of `starving`."""
+        self._without_statistics[group] = True
+
+    def note_time(self, step: int) -> None:
+        """Remembers when a step's statistics were taken, for staleness in seconds."""
+        self._times[step] = time.monotonic()
+        oldest = min(snapshot.version for snapshot in self._snapshots)
+        for version in [version for version in self._times if version < oldest]:
+            del self._times[version]
+
+    def age_seconds(self, group: int) -> float | None:
+        """Seconds since the statistics in use were taken; None before the first snapshot or after a resume."""
+        taken = self._times.get(self._snapshots[group].version)
+        return None if taken is None else time.monotonic() - taken
