@@ -16,11 +16,8 @@ import typer
 
 from kfdist.cli import control_commands, pool_command, train_command, worker_command
 from kfdist.errors import ConfigError, KfdistError
+from kfdist.exit_codes import ExitCode
 from kfdist.lifetime import launcher_pid, terminate_with_process
-
-EXIT_ENVIRONMENT = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="kfdist",
@@ -65,7 +62,7 @@ def main() -> None:
             raise
         sys.exit(_report(error, as_json="--json" in sys.argv))
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone, as in `kfdist status | head -1`; end as other tools do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,4 +76,4 @@ def _report(error: KfdistError, *, as_json: bool) -> int:
         path = error.path if isinstance(error, ConfigError) else ""
         print(json.dumps({"error": {"kind": kind, "path": path, "message": str(error)}}))
     print(f"kfdist: {error}", file=sys.stderr)
-    return EXIT_BAD_INPUT if bad_input else EXIT_ENVIRONMENT
+    return ExitCode.BAD_INPUT if bad_input else ExitCode.ENVIRONMENT

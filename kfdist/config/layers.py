@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -32,7 +33,11 @@ class _Layer:
 
 
 def load_config(
-    path: Path | None, *, overrides: Sequence[str] = (), environment: Mapping[str, str] = os.environ
+    path: Path | None,
+    *,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Config:
     """Reads and checks a configuration.
 
@@ -40,6 +45,7 @@ def load_config(
         path: A TOML file, or None for the defaults (the digits run).
         overrides: `section.key=value` from the command line; values are TOML, else strings.
         environment: Variables of the form `KFDIST_SECTION__KEY` override the file. Others are ignored.
+        defaults: Nested tables that a command lays over the built-in defaults, below the file.
 
     Raises:
         ConfigError: Anything is wrong with it; says the field's dotted path, the value, what is allowed.
@@ -47,7 +53,7 @@ def load_config(
     layers = [_file(path)] if path is not None else []
     environment_values = _environment(environment)
     command_line = [_override(text) for text in overrides]
-    merged: Table = Config().model_dump(exclude_none=True)
+    merged: Table = _merge(Config().model_dump(exclude_none=True), dict(defaults))
     for table in (*(layer.table for layer in layers), _joined(environment_values), _joined(command_line)):
         merged = _merge(merged, table)
     return config_from_table(merged, (*layers, *environment_values, *command_line))

@@ -49,6 +49,7 @@ class Child:
         """Starts the process in a session of its own, so that Ctrl-C at the terminal reaches the launcher alone."""
         self.command = command
         with command.log.open("ab") as log:
+            self._log_start = log.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
                 [sys.executable, *command.arguments],
                 env=dict(command.environment),
@@ -78,9 +79,11 @@ class Child:
             self._process.send_signal(number)
 
     def log_tail(self, lines: int = 30) -> str:
-        """Returns the end of its log."""
+        """Returns the end of what it wrote to its log."""
         try:
-            text = self.command.log.read_text(encoding="utf-8", errors="replace")
+            with self.command.log.open("rb") as log:
+                log.seek(self._log_start)
+                text = log.read().decode(errors="replace")
         except OSError as error:
             return f"(its log {self.command.log} can't be read: {error.strerror})"
         return "\n".join(text.rstrip().splitlines()[-lines:]) or "(its log is empty)"

@@ -1,0 +1,41 @@
+"""`kfdist train`: a whole run on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_FREE_PORTS = {"control": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0"}}
+"""Unless told otherwise, a launch takes free ports, so that two of them can share a machine."""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    app.command("train")(_train)
+
+
+def _train(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Configuration; the bundled digits run if not given.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides one value; repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary, or the error, as JSON.")] = False,
+) -> None:
+    """Train on this machine: controller, Ray owners and ranks are started, watched and ended.
+
+    The same command resumes a run that was stopped. Ctrl-C writes a checkpoint and ends everything; a second one ends
+    everything at once.
+    """
+    from kfdist.config import load_config
+    from kfdist.runtime.signals import stop_requests
+    from kfdist.runtime.terminal import Terminal
+
+    checked = load_config(config, overrides=overrides or [], defaults=_FREE_PORTS)
+    with stop_requests() as requests:
+        # torch takes seconds to import; a bad configuration is told before that, and Ctrl-C is heard during it.
+        from kfdist.runtime.launch import train
+
+        code = train(checked, Terminal(as_json=as_json), requests)
+    raise typer.Exit(code)

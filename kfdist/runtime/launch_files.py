@@ -1,0 +1,90 @@
+"""What a launch leaves behind and what it must not: directories, logs, the summary, and the words of a dead child."""
+
+import contextlib
+import json
+import os
+import shutil
+import site
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import kfdist
+from kfdist.errors import ConfigError, EnvironmentFault, KfdistError
+from kfdist.exit_codes import ExitCode
+from kfdist.runtime.durable import replace_file
+from kfdist.runtime.processes import Child, describe_exit
+
+
+def inherited_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns what children inherit: not the configuration (it is in their file), but where to find this package."""
+    inherited = {
+        name: value for name, value in environment.items() if not (name.startswith("KFDIST_") and "__" in name)
+    }
+    root = str(Path(kfdist.__path__[0]).resolve().parent)
+    if root not in site.getsitepackages():
+        inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    return inherited
+
+
+def child_fault(child: Child, code: int, when: str) -> KfdistError:
+    """Makes an error of a child's end: its own sentence where it had one, else the end of its log.
+
+    Args:
+        child: A process that has ended.
+        code: How, as `Child.poll` says it.
+        when: What it was about, for people.
+    """
+    tail = child.log_tail()
+    _, marker, sentence = f"\n{tail}".rpartition("\nkfdist: ")
+    if not marker:
+        sentence = ""
+    if sentence and code == ExitCode.BAD_INPUT:
+        return ConfigError(sentence)
+    if sentence and code == ExitCode.ENVIRONMENT:
+        return EnvironmentFault(f"{sentence}\n(said by the {child.name})")
+    return EnvironmentFault(f"the {child.name} {describe_exit(code)} {when}; the end of its log:\n{tail}")
+
+
+def make_directory(path: Path) -> list[Path]:
+    """Makes a directory and returns what had to be made, the innermost first."""
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"can't make {path} ({error.strerror}); choose another run.dir") from error
+    return made
+
+
+def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
+    """Removes the directories of a launch that never trained: their files are of processes that served for nothing.
+
+    Args:
+        made: What `make_directory` made.
+        unless_trained: The run directory; with a checkpoint or a line of metrics in it, everything stays.
+    """
+    if (unless_trained / "checkpoints").exists() or (unless_trained / "metrics.jsonl").exists():
+        return
+    for directory in made:
+        if directory in unless_trained.parents:
+            with contextlib.suppress(OSError):
+                directory.rmdir()  # unless others have put something into it
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def read_summary(run_directory: Path) -> dict[str, Any]:
+    """Reads `summary.json` of a run directory; empty if there is none."""
+    try:
+        return json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def add_to_summary(run_directory: Path, **entries: Any) -> dict[str, Any]:
+    """Adds what only the launcher knows to `summary.json`, and returns the whole; empty if there is none."""
+    summary = read_summary(run_directory)
+    if summary:
+        summary |= entries
+        replace_file(run_directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
