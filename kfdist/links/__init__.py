@@ -1,0 +1,1 @@
+"""Links: how a job reaches an inverter and how its result comes back."""

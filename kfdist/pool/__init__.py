@@ -1,0 +1,1 @@
+"""The pool: owners as Ray actors, and what watches over them."""

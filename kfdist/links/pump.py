@@ -1,0 +1,330 @@
+"""The rank's background thread: it moves jobs to the courier and verified results back, and keeps a courier alive.
+
+The thread that trains only appends to queues; hashing, copying and waiting happen here.
+"""
+
+import hashlib
+import os
+import selectors
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kfdist.errors import EnvironmentFault
+from kfdist.links import messages
+from kfdist.links.base import LinkCounters
+from kfdist.links.courier_process import CourierProcess
+from kfdist.links.ledger import Ledger
+from kfdist.links.messages import Bye, Cancel, Counts, CourierSetup, Done, Hello, Message, Refused, Settings
+from kfdist.links.shared_memory import read_private
+from kfdist.types import Job, JobResult, RunSettings, Sample
+
+_TICK_SECONDS = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteOptions:
+    """How a link treats its courier.
+
+    Attributes:
+        window: Jobs handed to the courier at a time; bounds shared memory and open files.
+        silent_seconds: A courier whose event loop has stood still for this long is replaced.
+        start_seconds: The same before it has greeted: it imports gRPC first.
+        failed_starts: After this many couriers in a row that ended before they greeted, the link gives up.
+        close_seconds: How long `close` waits for the courier to tell the controller that the rank has ended.
+        queued_samples: Samples kept while the courier doesn't take them; newer ones are dropped and counted.
+    """
+
+    window: int = 16
+    silent_seconds: float = 10.0
+    start_seconds: float = 60.0
+    failed_starts: int = 5
+    close_seconds: float = 2.0
+    queued_samples: int = 10_000
+
+
+@dataclass(kw_only=True)
+class Shared:
+    """What the thread that trains and the pump share. Appending to a deque is atomic, so no lock is needed.
+
+    A lock would do harm: a signal handler that raises (Ctrl-C) may interrupt the thread that holds it.
+
+    Attributes:
+        inbox: Calls of the link, in order: a Job, a (group, version) to cancel, a (step, phase, samples), or None for
+            the end.
+        results: Verified results.
+        wake: An eventfd that wakes the pump.
+        arrived: An eventfd that is readable while results (or a fault) may be there.
+        closed: Whether the eventfds were given back.
+    """
+
+    wake: int
+    arrived: int
+    inbox: "deque[Job | tuple[str, int] | tuple[int, str, Sequence[Sample]] | None]" = field(default_factory=deque)
+    results: deque[JobResult] = field(default_factory=deque)
+    closed: bool = False
+
+    def close(self) -> None:
+        """Gives the eventfds back; called when the pump has ended; safe to call twice."""
+        if not self.closed:
+            self.closed = True
+            os.close(self.wake)
+            os.close(self.arrived)
+
+
+class Pump:
+    """Everything the background thread holds; only `run` is called in it, and the attributes below are read elsewhere.
+
+    Attributes:
+        settings: What the controller last said.
+        counters: What was counted.
+        fault: Why the pump ended before it was told to; None while it runs.
+    """
+
+    def __init__(self, shared: Shared, setup: CourierSetup, options: RemoteOptions) -> None:
+        """Starts the first courier, so that a machine that can't start one says so at once.
+
+        Raises:
+            EnvironmentFault: No courier can be started.
+        """
+        self.settings = RunSettings()
+        self.counters = LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
+        self.fault: Exception | None = None
+        self._shared = shared
+        self._setup = setup
+        self._options = options
+        # A copy: the thread that trains may change its own environment while a courier is respawned.
+        self._environment = dict(os.environ)
+        self._ledger = Ledger()
+        self._outbox: deque[tuple[bytes, int]] = deque()
+        self._queued_samples = 0
+        self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
+        self._ending = False
+        self._courier = self._start_courier()
+
+    @property
+    def courier_pid(self) -> int:
+        """Process id of the courier in charge."""
+        return self._courier.pid
+
+    def run(self) -> None:
+        """The thread's body: carries until the inbox says None, then ends the courier."""
+        # Signals belong to the thread that trains; taken here, they would not wake it from its waits.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._selector.register(self._shared.wake, selectors.EVENT_READ)
+        try:
+            while not self._ending:
+                self._turn()
+        except Exception as error:
+            self.fault = error
+        finally:
+            self._courier.end(self._options.close_seconds if self._courier.greeted and self._ending else 0.0)
+            self._ledger.close()
+            self._selector.close()
+            os.eventfd_write(self._shared.arrived, 1)
+
+    def _turn(self) -> None:
+        ready = {key.fd for key, _ in self._selector.select(_TICK_SECONDS)}
+        if self._shared.wake in ready:
+            os.eventfd_read(self._shared.wake)
+        self._take_calls()
+        # What the courier said before it ended still counts, so the socket is emptied first.
+        lost = "" if self._receive() else "closed its socket"
+        if self._courier.exit_descriptor in ready:
+            lost = "ended"
+        elif not lost and time.monotonic() >= self._next_tick:
+            lost = self._check_heartbeat()
+        if lost:
+            self._replace_courier(lost)
+        self._send()
+
+    # --- what the thread that trains asks for
+
+    def _take_calls(self) -> None:
+        while self._shared.inbox:
+            match self._shared.inbox.popleft():
+                case None:
+                    self._ending = True
+                    self._post(Bye())
+                case Job() as job:
+                    self._ledger.add(job)
+                case (str() as group, int() as version):
+                    ticket = self._ledger.cancel(group, version)
+                    if ticket is not None:
+                        self._post(Cancel(ticket=ticket))
+                case (step, phase, samples):
+                    self._post_beats(step, phase, samples)
+
+    def _post_beats(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+        for beat in messages.beats(step, phase, samples):
+            if self._queued_samples + len(beat.samples) > self._options.queued_samples:
+                self._count(samples_dropped=len(beat.samples))
+                continue
+            try:
+                self._post(beat, samples=len(beat.samples))
+            except ValueError:  # labels of many kilobytes
+                self._count(samples_dropped=len(beat.samples))
+
+    def _post(self, message: Message, *, samples: int = 0) -> None:
+        self._outbox.append((messages.encode(message), samples))
+        self._queued_samples += samples
+
+    # --- the courier's socket
+
+    def _send(self) -> None:
+        """Sends what fits into the socket: beats and cancellations first, as they are small, then jobs."""
+        events = selectors.EVENT_READ
+        try:
+            while self._outbox:
+                data, samples = self._outbox[0]
+                messages.send(self._courier.channel, data)
+                self._outbox.popleft()
+                self._queued_samples -= samples
+            while self._ledger.handed_over < self._options.window and (entry := self._ledger.next_waiting()):
+                submit, descriptors = self._ledger.prepare(entry)
+                messages.send(self._courier.channel, messages.encode(submit), descriptors)
+                self._ledger.hand_over(entry)
+        except BlockingIOError:
+            events |= selectors.EVENT_WRITE
+        except ConnectionError:
+            pass  # It is gone, and the next turn replaces it.
+        self._selector.modify(self._courier.channel, events)
+
+    def _receive(self) -> bool:
+        """Handles what the courier said; returns False when it has closed its end."""
+        while True:
+            try:
+                received = messages.receive(self._courier.channel)
+            except BlockingIOError:
+                return True
+            except ConnectionError:
+                return False
+            if received is None:
+                return False
+            self._handle(received[0])
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Hello():
+                self._courier.greeted = True
+                self._failed_starts = 0
+            case Done():
+                self._finish(message)
+            case Refused():
+                self._check_refused(message)
+            case Settings():
+                settings = messages.run_settings(message)
+                if settings.revision > self.settings.revision:
+                    self.settings = settings
+            case Counts():
+                self._count(**vars(message))
+            case _:
+                raise AssertionError(f"only ranks say {message!r}")
+
+    def _finish(self, done: Done) -> None:
+        """Announces a result once it lies in private memory and has its digest; else the job goes out again."""
+        entry = self._ledger.handed(done.ticket)
+        if entry is None or entry.output is None:
+            return
+        try:
+            payload = read_private(entry.output, done.payload_bytes)
+        except ValueError:
+            payload = None
+        if payload is None or hashlib.sha256(payload).hexdigest() != done.digest:
+            self._ledger.requeue(entry, attempts=done.attempts)
+            self._count(resubmissions={"corrupt": 1})
+            return
+        result = JobResult(
+            group=entry.job.group,
+            version=entry.job.version,
+            payload=payload,
+            digest=done.digest,
+            seconds=done.seconds,
+            owner=done.owner,
+            attempts=entry.attempts + done.attempts,
+        )
+        self._ledger.finish(entry)
+        self._shared.results.append(result)
+        os.eventfd_write(self._shared.arrived, 1)
+
+    def _check_refused(self, refused: Refused) -> None:
+        entry = self._ledger.handed(refused.ticket)
+        if entry is None:
+            return
+        actual = hashlib.sha256(entry.job.payload).hexdigest()
+        if actual != entry.job.digest:
+            raise ValueError(
+                f"job {entry.job.group!r} version {entry.job.version} names the digest {entry.job.digest!r}, but its "
+                f"payload has {actual!r}; a job's digest is the SHA-256 of its payload, hexadecimal"
+            )
+        self._ledger.requeue(entry, attempts=0)
+        self._count(resubmissions={"corrupt": 1})
+
+    # --- the courier's life
+
+    def _start_courier(self) -> CourierProcess:
+        courier = CourierProcess(self._setup, self._environment)
+        self._selector.register(courier.channel, selectors.EVENT_READ)
+        self._selector.register(courier.exit_descriptor, selectors.EVENT_READ)
+        self._last_beats, self._silent_ticks, self._next_tick = 0, 0, time.monotonic() + _TICK_SECONDS
+        return courier
+
+    def _check_heartbeat(self) -> str:
+        """Says what is wrong with the courier, if anything.
+
+        Silence is counted in our own ticks, not in time: after a pause of this process (SIGSTOP, a suspended machine)
+        the courier has had as little chance to beat as we had to look.
+        """
+        self._next_tick = time.monotonic() + _TICK_SECONDS
+        beats = self._courier.beats
+        self._silent_ticks = 0 if beats != self._last_beats else self._silent_ticks + 1
+        self._last_beats = beats
+        limit = self._options.silent_seconds if self._courier.greeted else self._options.start_seconds
+        silent_seconds = self._silent_ticks * _TICK_SECONDS
+        return f"was silent for {silent_seconds:.0f} s" if silent_seconds >= limit else ""
+
+    def _replace_courier(self, reason: str) -> None:
+        lost, self._failed_starts = self._courier, self._failed_starts + 1
+        self._selector.unregister(lost.channel)
+        self._selector.unregister(lost.exit_descriptor)
+        status = lost.end()
+        requeued = self._ledger.requeue_all()
+        self._count(courier_restarts=1, resubmissions={"courier_lost": requeued} if requeued else {})
+        print(
+            f"kfdist: courier {lost.pid} of rank {self._setup.context.worker_rank} {reason} (exit status {status}); "
+            f"starting another, {requeued} jobs go out again",
+            file=sys.stderr,
+        )
+        if self._failed_starts >= self._options.failed_starts:
+            raise EnvironmentFault(
+                f"{self._failed_starts} couriers in a row ended before they had started (the last with exit status "
+                f"{status}); what they said is on standard error above"
+            )
+        if not lost.greeted:
+            time.sleep(0.05 * 2**self._failed_starts)
+        self._courier = self._start_courier()
+
+    def _count(
+        self,
+        *,
+        resubmissions: Mapping[str, int] | None = None,
+        courier_restarts: int = 0,
+        bytes_sent: int = 0,
+        bytes_received: int = 0,
+        samples_dropped: int = 0,
+    ) -> None:
+        old = self.counters
+        totals = dict(old.resubmissions)
+        for reason, count in (resubmissions or {}).items():
+            totals[reason] = totals.get(reason, 0) + count
+        self.counters = LinkCounters(
+            resubmissions=totals,
+            courier_restarts=old.courier_restarts + courier_restarts,
+            bytes_sent=old.bytes_sent + bytes_sent,
+            bytes_received=old.bytes_received + bytes_received,
+            samples_dropped=old.samples_dropped + samples_dropped,
+        )
