@@ -1,0 +1,51 @@
+"""What holds for the whole suite: one thread per process, no configuration from outside, no process left behind."""
+
+import os
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+_MARK = "KFDIST_TEST_SESSION"
+_GRACE_SECONDS = 5.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two cores are shared by several processes a test; and results are compared bit for bit.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for name in [name for name in os.environ if name.startswith("KFDIST_")]:
+        del os.environ[name]
+    os.environ[_MARK] = uuid.uuid4().hex
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fails the session if a process that one of its tests started still runs."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while (left := _marked_processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if left:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line("")
+            reporter.write_line("processes left running by tests:", red=True)
+            for pid, command in left.items():
+                reporter.write_line(f"  {pid} {command}", red=True)
+        if exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _marked_processes() -> dict[int, str]:
+    mark = f"{_MARK}={os.environ[_MARK]}".encode()
+    marked = {}
+    for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdecimal()):
+        try:
+            if pid != os.getpid() and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if command:  # a zombie has none
+                    marked[pid] = command
+        except OSError:
+            continue
+    return marked
