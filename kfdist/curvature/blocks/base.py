@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from kfdist.curvature.statistics import FactorSums
 from kfdist.types import BlockName, BlockShape
 
+TILE_BYTES = 32 << 20
+"""Rows held at once, in bytes. The patches of a whole batch of images can be a hundred times the images; a tile of this
+size is large enough that the matrix product dominates its overhead, and small beside the activations of any model that
+needs tiling."""
+
 
 class Block(ABC):
     """One layer's diagonal block: turns what the layer saw into statistics, and reads and writes its gradients.
@@ -35,12 +40,47 @@ class Block(ABC):
         return self._bias is not None
 
     @abstractmethod
+    def batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Checks what the layer saw in one call and brings it to one form, examples first.
+
+        Args:
+            activation: The layer's input.
+            output_gradient: Gradient with respect to its output.
+
+        Returns:
+            Both, detached, as `input_rows` and `output_rows` take them; slices of them along dim 0 are taken too.
+
+        Raises:
+            ValueError: Shapes that don't belong to this layer or to each other.
+        """
+
+    @abstractmethod
+    def positions(self, activation: Tensor) -> int:
+        """Returns at how many positions T the weight is used in each example of a batched activation."""
+
+    @abstractmethod
+    def input_rows(self, activation: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Lays a batched activation out as rows a, without the homogeneous coordinate.
+
+        Args:
+            activation: From `batched`.
+            chosen: Positions to take, int64 on the same device; None for all.
+
+        Returns:
+            `[c, N T, q]`, example by example, in the activation's dtype.
+        """
+
+    @abstractmethod
+    def output_rows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Lays a batched output gradient out as rows g, `[c, N T, p]`, in the order of `input_rows`."""
+
     def factor_sums(
         self, activation: Tensor, output_gradient: Tensor, *, positions_fraction: float = 1.0, seed: int = 0
     ) -> FactorSums:
         """Sums a a^T and g g^T over the rows of one call of the layer, without a host sync.
 
-        Products are taken in float32, in float64 for float64 input, also under autocast.
+        Products are taken in float32, in float64 for float64 input, also under autocast. Memory is bounded by
+        `TILE_BYTES` (or one example, if that is larger).
 
         Args:
             activation: The layer's input, examples first.
@@ -52,6 +92,29 @@ class Block(ABC):
         Raises:
             ValueError: Shapes that don't belong to this layer or to each other, or a fraction outside (0, 1].
         """
+        a, g = self.batched(activation, output_gradient)
+        positions = self.positions(a)
+        chosen = draw_positions(positions, positions_fraction, seed)
+        used = positions if chosen is None else len(chosen)
+        if chosen is not None:
+            chosen = chosen.to(a.device, non_blocking=True)
+        c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in - self.has_bias
+        A = a.new_zeros(c, q, q, dtype=accumulation_dtype(a))
+        G = g.new_zeros(c, p, p, dtype=accumulation_dtype(g))
+        sums = a.new_zeros(c, q, dtype=A.dtype)
+        tile = max(1, TILE_BYTES // max(1, c * used * (p + q) * A.dtype.itemsize))
+        with torch.autocast(a.device.type, enabled=False):
+            for start in range(0, len(a), tile):
+                rows = self.input_rows(a[start : start + tile], chosen).to(A.dtype)
+                A.baddbmm_(rows.mT, rows)
+                sums += rows.sum(1)
+                rows = self.output_rows(g[start : start + tile], chosen).to(G.dtype)
+                G.baddbmm_(rows.mT, rows)
+        if chosen is not None:
+            for estimate in (A, G, sums):
+                estimate.mul_(positions / used)
+        rows_in_all = len(a) * positions
+        return FactorSums(A=with_homogeneous(A, sums, rows_in_all) if self.has_bias else A, G=G, rows=rows_in_all)
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters of the block: the weight and, if it is part of the block, the bias."""

@@ -7,18 +7,11 @@ values count as inputs. Each group is a matrix of its own.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfdist.curvature.blocks.base import Block, accumulation_dtype, draw_positions, with_homogeneous
-from kfdist.curvature.statistics import FactorSums
+from kfdist.curvature.blocks.base import Block
 from kfdist.types import BlockName, BlockShape
-
-TILE_BYTES = 32 << 20
-"""Patches held at once. The im2col of a whole batch can be a hundred times its images; a tile of this size is large
-enough that the matrix product dominates its overhead, and small beside the activations of any model that needs
-tiling."""
 
 
 class Padding(NamedTuple):
@@ -45,38 +38,8 @@ class Conv2dBlock(Block):
         )
         self._padding = _padding_of(module)
 
-    def factor_sums(
-        self, activation: Tensor, output_gradient: Tensor, *, positions_fraction: float = 1.0, seed: int = 0
-    ) -> FactorSums:
-        """Sums a a^T and g g^T over examples and output positions; see `Block.factor_sums`."""
-        images, g = self._batched(activation, output_gradient)
-        height, width = self._output_size(images)
-        positions = height * width
-        chosen = draw_positions(positions, positions_fraction, seed)
-        scale = 1.0 if chosen is None else positions / len(chosen)
-        used = positions if chosen is None else len(chosen)
-        if chosen is not None:
-            chosen = chosen.to(images.device, non_blocking=True)
-        c, p, patch = self.shape.groups, self.shape.d_out, self.shape.d_in - self.has_bias
-        dtype = accumulation_dtype(images)
-        A, sums = images.new_zeros(c, patch, patch, dtype=dtype), images.new_zeros(c, patch, dtype=dtype)
-        G = g.new_zeros(c, p, p, dtype=accumulation_dtype(g))
-        tile = max(1, TILE_BYTES // max(1, c * patch * used * dtype.itemsize))
-        with torch.autocast(images.device.type, enabled=False):
-            for start in range(0, len(images), tile):
-                a_rows = self._patches(images[start : start + tile], chosen)
-                A += a_rows.mT @ a_rows
-                sums += a_rows.sum(1)
-                g_rows = self._output_rows(g[start : start + tile], chosen)
-                G += g_rows.mT @ g_rows
-            rows = len(images) * positions
-            A, G = A * scale, G * scale
-            if self.has_bias:
-                A = with_homogeneous(A, sums * scale, rows)
-        return FactorSums(A=A, G=G, rows=rows)
-
-    def _batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Checks the two tensors and returns them as `[N, C, H, W]`."""
+    def batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns both as `[N, C, H, W]`; see `Block.batched`."""
         images, g = activation.detach(), output_gradient.detach()
         if images.dim() == 3 and g.dim() == 3:
             images, g = images.unsqueeze(0), g.unsqueeze(0)
@@ -93,6 +56,36 @@ class Conv2dBlock(Block):
             )
         return images, g
 
+    def positions(self, activation: Tensor) -> int:
+        """Returns the number of output positions."""
+        height, width = self._output_size(activation)
+        return height * width
+
+    def input_rows(self, activation: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Extracts the patches (im2col), in the order of the flattened weight; see `Block.input_rows`."""
+        conv = self._conv
+        if any(self._padding):
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            activation = F.pad(activation, self._padding, mode=mode)
+        height, width = ((conv.kernel_size[i] - 1) * conv.dilation[i] + 1 for i in (0, 1))
+        # Windows are views, so nothing is copied before the rows are laid out, and only the chosen ones are.
+        windows = activation.unfold(2, height, conv.stride[0]).unfold(3, width, conv.stride[1])
+        windows = windows[..., :: conv.dilation[0], :: conv.dilation[1]]
+        windows = windows.unflatten(1, (conv.groups, -1))  # [N, c, channels, H_out, W_out, kh, kw]
+        if chosen is None:
+            rows = windows.permute(1, 0, 3, 4, 2, 5, 6)
+        else:
+            across = windows.shape[4]
+            rows = windows[:, :, :, chosen // across, chosen % across].permute(1, 0, 3, 2, 4, 5)
+        return rows.reshape(conv.groups, -1, self.shape.d_in - self.has_bias)
+
+    def output_rows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Moves the channels of each group last; see `Block.output_rows`."""
+        grouped = output_gradient.flatten(2).unflatten(1, (self.shape.groups, -1))  # [N, c, p, T]
+        if chosen is not None:
+            grouped = grouped.index_select(-1, chosen)
+        return grouped.permute(1, 0, 3, 2).reshape(self.shape.groups, -1, self.shape.d_out)
+
     def _output_size(self, images: Tensor) -> tuple[int, int]:
         pad, conv = self._padding, self._conv
         padded = (images.shape[2] + pad.top + pad.bottom, images.shape[3] + pad.left + pad.right)
@@ -100,32 +93,6 @@ class Conv2dBlock(Block):
             (padded[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1 for i in (0, 1)
         )
         return height, width
-
-    def _patches(self, images: Tensor, chosen: Tensor | None) -> Tensor:
-        """Extracts the patches of `images` as rows `[c, n T, patch]`, only at the `chosen` positions if given."""
-        conv = self._conv
-        if any(self._padding):
-            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            images = F.pad(images, self._padding, mode=mode)
-        height, width = ((conv.kernel_size[i] - 1) * conv.dilation[i] + 1 for i in (0, 1))
-        # Windows are views: nothing is copied before the rows are laid out.
-        windows = images.unfold(2, height, conv.stride[0]).unfold(3, width, conv.stride[1])
-        windows = windows[..., :: conv.dilation[0], :: conv.dilation[1]]
-        windows = windows.unflatten(1, (conv.groups, -1))  # [n, c, channels, H_out, W_out, kh, kw]
-        if chosen is None:
-            rows = windows.permute(1, 0, 3, 4, 2, 5, 6)
-        else:
-            across = windows.shape[4]
-            rows = windows[:, :, :, chosen // across, chosen % across].permute(1, 0, 3, 2, 4, 5)
-        return rows.reshape(conv.groups, -1, self.shape.d_in - self.has_bias).to(accumulation_dtype(images))
-
-    def _output_rows(self, g: Tensor, chosen: Tensor | None) -> Tensor:
-        """Lays output gradients out as rows `[c, n T, p]`."""
-        grouped = g.flatten(2).unflatten(1, (self.shape.groups, -1))  # [n, c, p, T]
-        if chosen is not None:
-            grouped = grouped.index_select(-1, chosen)
-        rows = grouped.permute(1, 0, 3, 2).reshape(self.shape.groups, -1, self.shape.d_out)
-        return rows.to(accumulation_dtype(g))
 
 
 def _padding_of(conv: nn.Conv2d) -> Padding:
