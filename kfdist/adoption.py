@@ -1,8 +1,8 @@
 """The adoption protocol as a pure state machine: which group enters a broadcast, which one swaps, and when.
 
 Each rank holds one `AdoptionLedger`. Once a step the ranks combine their `columns` by an elementwise maximum into one
-table that is the same everywhere, and every rank asks its ledger what follows from it. Decisions depend on agreed tables
-alone, never on local timing, so all ranks enter the same broadcasts and swap the same versions at the same step.
+table that is the same everywhere, and every rank asks its ledger what follows from it. Decisions depend on agreed
+tables alone, never on local timing, so all ranks enter the same broadcasts and swap the same versions at the same step.
 Nothing here communicates, reads a clock or imports torch.
 """
 
@@ -40,7 +40,8 @@ class AgreedTable:
 def encode_table(ledger: "AdoptionLedger", *, revision: int | None, stop: bool) -> list[int]:
     """Lays one rank's contribution out as int64 columns for a MAX reduction.
 
-    The last two columns are for a digest h of the rank's parameters, as (h, not h): the maximum of ~h is the complement of
+    The last two columns are for a digest h of the rank's parameters, as (h, not h): the maximum of ~h is the
+    complement of
     the minimum of h. They are absent here; whoever sends the table fills them in on the device, on all ranks or none.
 
     Args:

@@ -21,7 +21,7 @@ class ConfigError(KfdistError, ValueError):
 
 
 class EnvironmentFault(KfdistError, RuntimeError):
-    """The input is fine but the machine isn't: a port in use, no owner, an unreachable controller. Commands exit with 1."""
+    """The input is fine but the machine isn't: a port in use, an unreachable controller. Commands exit with 1."""
 
 
 class Interrupted(KfdistError):

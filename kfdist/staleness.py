@@ -39,15 +39,15 @@ class Decision:
 class StalenessPolicy:
     """Bounds on staleness, in steps, for `adoption="asap"`.
 
-    Staleness reaches inverse_period + delay by construction (the snapshot in use ages until its successor is adopted), so
-    a bound below that is refused by `check`.
+    Staleness reaches inverse_period + delay by construction (the snapshot in use ages until its successor is
+    adopted), so a bound below that is refused by `check`.
 
     Attributes:
-        soft_bound: Above it, damping grows in proportion to the excess: lambda * staleness / soft_bound. Stale curvature
-            is compensated by damping. None: never.
+        soft_bound: Above it, damping grows in proportion to the excess: lambda * staleness / soft_bound. Stale
+            curvature is compensated by damping. None: never.
         hard_bound: Above it, `at_hard_bound` applies. None: never.
-        at_hard_bound: "wait" for a newer version, "keep" the old snapshot (visibly), or "fallback" to V / (lambda + tau)
-            with tau = tr(A) tr(G) / (p q) of the last adopted version, which keeps the step's size.
+        at_hard_bound: "wait" for a newer version, "keep" the old snapshot (visibly), or "fallback" to V / (lambda +
+            tau) with tau = tr(A) tr(G) / (p q) of the last adopted version, which keeps the step's size.
     """
 
     soft_bound: int | None = None
@@ -71,7 +71,8 @@ class StalenessPolicy:
 
         Args:
             inverse_period: Steps between two inversions of a group.
-            delay: Fewest steps between an inversion's statistics and its adoption by all ranks (announce, broadcast, swap).
+            delay: Fewest steps between an inversion's statistics and its adoption by all ranks (announce, broadcast,
+                swap).
 
         Raises:
             ConfigError: With the smallest legal value.

@@ -1,6 +1,7 @@
 """Forward and backward hooks that collect each due block's batch statistics; nothing else.
 
-Scaling (algorithms.md 0.2): the loss is a mean over N examples, so autograd's output gradient is g/N and with k backwards
+Scaling (algorithms.md 0.2): the loss is a mean over N examples, so autograd's output gradient is g/N and with k
+backwards
 of loss/k it is g/(N k); under a GradScaler it is also multiplied by the scale. N is undone at each backward, k once its
 final value is known, at the step. A sum is kept per block, never the rows.
 """
@@ -95,9 +96,10 @@ class Capture:
         self._examples_of_backward: dict[int, int | None] = {}
         self._scaler_cycle: object = None
         self._pending: dict[str, _Pending] = {}
-        self._handles = [model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        before: Any = torch.compiler.disable(self._before_forward)
+        self._handles = [model.register_forward_pre_hook(before, with_kwargs=True)]
         for name, block in self._blocks.items():
-            hook = torch.compiler.disable(partial(self._after_layer, name))
+            hook: Any = torch.compiler.disable(partial(self._after_layer, name))
             for module in (block.module, *aliases.get(name, ())):
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
@@ -159,7 +161,6 @@ class Capture:
         self._pending.clear()
         self._examples_of_backward.clear()
 
-    @torch.compiler.disable
     def _before_forward(self, _module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._forwards += 1
         tensor = _first_tensor((args, dict(kwargs)))
@@ -224,7 +225,10 @@ class Capture:
         )
         factor: Tensor | float = boost * float(examples) ** 2
         if self._grad_scaler is not None and self._grad_scaler.is_enabled():
-            factor = factor / self._grad_scaler._get_scale_async().to(sums.G.device, sums.G.dtype) ** 2
+            scale = self._grad_scaler._get_scale_async()
+            if scale is None:
+                raise KfdistError("the loss was not scaled by the GradScaler; call scaler.scale(loss).backward()")
+            factor = factor / scale.to(sums.G.device, sums.G.dtype) ** 2
         pending = self._pending.get(name)
         if pending is None:
             pending = self._pending[name] = _Pending(torch.zeros_like(sums.A), torch.zeros_like(sums.G))

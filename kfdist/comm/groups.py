@@ -202,6 +202,8 @@ def make_communicators(training: Communicator) -> CommunicatorSet:
 
     def own(name: str) -> Communicator:
         group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc=f"kfdist_{name}")
+        if not isinstance(group, dist.ProcessGroup):
+            raise EnvironmentFault(f"torch.distributed made no {name} group for ranks {ranks}")
         return Communicator(group)
 
     return CommunicatorSet(training, own("table"), own("statistics"), own("snapshots"))

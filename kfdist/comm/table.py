@@ -11,7 +11,8 @@ from kfdist.comm.groups import Communicator, Pending
 class TableExchange:
     """Reduces one table a step without waiting for it in that step.
 
-    `start` is called by every rank at the end of step t and `complete` at the end of step t+1; the result is never polled,
+    `start` is called by every rank at the end of step t and `complete` at the end of step t+1; the result is never
+    polled,
     so no rank can see it earlier than another. Over NCCL the table is a device tensor, copied to pinned memory on a
     side stream and read one step later by its event.
     """

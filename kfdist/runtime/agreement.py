@@ -86,7 +86,8 @@ class Agreement:
             raise Interrupted("the run was asked to stop while it waited", reason="stop")
         if agreed[2]:
             raise Interrupted(
-                "the wait for an inversion outlasted wait_limit_seconds: no owner delivered it. Look at `kfdist status` and "
+                "the wait for an inversion outlasted wait_limit_seconds: no owner delivered it. Look at `kfdist "
+                "status` and "
                 "the pool's log, then start the run again: it resumes at this step",
                 reason="wait_limit",
             )

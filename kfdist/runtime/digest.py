@@ -11,9 +11,10 @@ _ODD = (0x5851F42D4C957F2D, 0x14057B7EF767814F)
 def parameter_digest(tensors: Iterable[Tensor]) -> Tensor:
     """Returns an int64 scalar on the tensors' device that differs when any bit of any tensor does, almost surely.
 
-    Integer arithmetic modulo 2^64 is exact and does not depend on the order of summation, so equal bits give equal digests
-    on any device and thread count. Each 8-byte (or the last, shorter) word is multiplied by a weight that depends on its
-    place. Not cryptographic: it finds accidents, not attacks.
+    Integer arithmetic modulo 2^64 is exact and does not depend on the order of summation, so equal bits give equal
+    digests
+    on any device and thread count. Each 8-byte (or the last, shorter) word is multiplied by a weight that depends on
+    its place. Not cryptographic: it finds accidents, not attacks.
     """
     total: Tensor | None = None
     for index, tensor in enumerate(tensors):

@@ -181,7 +181,7 @@ class SnapshotExchange:
         return newest if newest is not None and newest.version >= version else None
 
     def _lacks_own(self, missing: Mapping[int, int], *, exact: bool) -> bool:
-        """Whether this rank is the courier rank of something missing; then it waits for its link before the next round."""
+        """Whether this rank is the courier rank of something missing, and so waits before the next round."""
         return any(
             self._groups[group].courier_rank == self._communicator.rank
             and self._wanted(group, version, exact=exact) is None

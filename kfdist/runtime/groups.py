@@ -176,7 +176,8 @@ def _choose(
         return None, None, "skipped by configuration"
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
         raise ConfigError(
-            f"layer {name!r} has sharded (DTensor) parameters; kfdist needs whole-layer gradients: use DDP or replication"
+            f"layer {name!r} has sharded (DTensor) parameters; kfdist needs whole-layer gradients: use DDP or "
+            f"replication"
         )
     inverter = next((value for glob, value in patterns.items() if fnmatchcase(name, glob)), None)
     if inverter is None:

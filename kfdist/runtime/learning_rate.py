@@ -70,5 +70,5 @@ def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor | None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return None
-    norms = torch._foreach_norm(gradients)
-    return torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())
+    total = torch.stack([gradient.float().sum() for gradient in gradients]).sum()
+    return torch.isfinite(total)

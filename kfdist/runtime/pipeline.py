@@ -143,7 +143,8 @@ class Pipeline:
         """One step of the method; the order of the lines is the algorithm.
 
         Args:
-            step_is_finite: Boolean scalar on the device, equal on all ranks; where false no statistics change. None: true.
+            step_is_finite: Boolean scalar on the device, equal on all ranks; where false no statistics change. None:
+                true.
             learning_rate: The learning rate of a parameter, for the KL clip.
 
         Raises:
@@ -172,8 +173,10 @@ class Pipeline:
         table = decode_table(columns, len(self.parts.groups))
         if table.digests_differ:
             raise RanksDiverged(
-                f"the parameters differ between ranks before step {self.next_step}; the run stops. Likely causes: ranks that "
-                "see different learning rates or clip gradients before reducing them, or faulty memory. Resume from the "
+                f"the parameters differ between ranks before step {self.next_step}; the run stops. Likely "
+                f"causes: ranks that "
+                "see different learning rates or clip gradients before reducing them, or faulty memory. Resume "
+                "from the "
                 "last checkpoint"
             )
         self.parts.agreement.obey(revision=table.revision, stop=table.stop)

@@ -1,7 +1,7 @@
 """`kfdist.Preconditioner`: the public face of the pipeline."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Self
@@ -13,12 +13,20 @@ from kfdist.adoption import AdoptionLedger
 from kfdist.capture.hooks import Capture, Sampling
 from kfdist.comm.groups import communicator, make_communicators
 from kfdist.comm.table import TableExchange
-from kfdist.curvature.estimate import WeightedSums
-from kfdist.curvature.fingerprint import fingerprint
-from kfdist.errors import ConfigError, EnvironmentFault, KfdistError, ModelChanged
+from kfdist.errors import ConfigError, KfdistError
 from kfdist.links.base import AbstractLink, LinkContext
-from kfdist.links.local import LocalLink
 from kfdist.runtime.agreement import Agreement
+from kfdist.runtime.arguments import (
+    Scalar,
+    check_block,
+    check_numbers,
+    checked_staleness,
+    constant,
+    empty_sums,
+    lag_of,
+    make_link,
+    shared_fingerprint,
+)
 from kfdist.runtime.exchange import SnapshotExchange
 from kfdist.runtime.groups import Coverage, Method, bare_model, plan_blocks
 from kfdist.runtime.jobs import JobBook
@@ -32,17 +40,12 @@ from kfdist.schedule import Schedule
 from kfdist.staleness import StalenessPolicy
 from kfdist.types import Sample
 
-SMALLEST_DELAY = 3
-"""Fewest steps from an inversion's statistics to its adoption under asap: announce, broadcast, agree that all have it."""
-
-Scalar = float | Callable[[int], float]
-
 
 class Preconditioner:
     """Second-order preconditioning of a model's gradients, over all ranks of a process group.
 
-    Between `loss.backward()` and `optimizer.step()`, `step` replaces the gradients in `.grad` by (F + lambda I)^-1 grad,
-    block by block. All ranks must make it, with equal arguments, and call `step` equally often.
+    Between `loss.backward()` and `optimizer.step()`, `step` replaces the gradients in `.grad` by (F + lambda I)^-1
+    grad, block by block. All ranks must make it, with equal arguments, and call `step` equally often.
 
     Args:
         model: The model, also wrapped by DDP or torch.compile.
@@ -95,9 +98,11 @@ class Preconditioner:
         wait_limit_seconds: float = 600.0,
         digest_period: int = 100,
     ) -> None:
-        _check(damping=damping, ema_decay=ema_decay, fisher=fisher, kl_clip=kl_clip, wait_limit=wait_limit_seconds)
-        lag = _lag(adoption)
-        staleness = _staleness(staleness, lag, inverse_period)
+        check_numbers(
+            damping=damping, ema_decay=ema_decay, fisher=fisher, kl_clip=kl_clip, wait_limit=wait_limit_seconds
+        )
+        lag = lag_of(adoption)
+        staleness = checked_staleness(staleness, lag, inverse_period)
         sampling = Sampling(examples_fraction=examples_fraction, positions_fraction=positions_fraction)
         self._model = bare_model(model)
         self._grad_scaler = grad_scaler
@@ -106,27 +111,26 @@ class Preconditioner:
         self._plan = plan_blocks(self._model, method, skip=tuple(skip), world_size=self._training.world_size)
         schedule = Schedule(factor_period=factor_period, inverse_period=inverse_period, groups=len(self._plan.groups))
         self._device = self._plan.groups[0].blocks[0].parameters()[0].device
-        print_ = _shared_fingerprint(self._training, self._device)
-        service = link if isinstance(link, Service) else Service(address="local:1")
-        epoch = service.epoch if service.epoch is not None else epoch_from_clock()
+        service = link if isinstance(link, Service) else None
+        epoch = service.epoch if service is not None and service.epoch is not None else epoch_from_clock()
         settings = PipelineSettings(
-            damping=damping if callable(damping) else partial(_constant, float(damping)),
+            damping=damping if callable(damping) else partial(constant, float(damping)),
             ema_decay=ema_decay,
             schedule=schedule,
             kl_clip=kl_clip,
             lag=lag,
             staleness=staleness,
             seed=seed,
-            run=service.run,
+            run=service.run if service is not None else "local",
             epoch=int(self._training.broadcast_json(epoch)),
-            fingerprint=print_,
-            deadline_seconds=service.deadline_seconds,
+            fingerprint=shared_fingerprint(self._training, self._device),
+            deadline_seconds=service.deadline_seconds if service is not None else math.inf,
             digest_period=digest_period,
         )
         self._communicators = make_communicators(self._training)
-        self._link = _make_link(link)
+        self._link = make_link(link)
         self._pipeline = self._make_pipeline(settings, sampling, wait_limit_seconds)
-        self._start_link(settings, service)
+        self._start_link(settings, service.assignment if service is not None else "round_robin")
         self._folded = False
         self._closed = False
         self._hook: Any = None
@@ -155,9 +159,9 @@ class Preconditioner:
             snapshots=SnapshotStore(groups, self._device),
             link=self._link,
         )
-        return Pipeline(parts, settings, {name: _sums(block, self._device) for name, block in blocks.items()})
+        return Pipeline(parts, settings, {name: empty_sums(block, self._device) for name, block in blocks.items()})
 
-    def _start_link(self, settings: PipelineSettings, service: Service) -> None:
+    def _start_link(self, settings: PipelineSettings, assignment: str) -> None:
         self._link.start(
             LinkContext(
                 run=settings.run,
@@ -166,7 +170,7 @@ class Preconditioner:
                 world_size=self._training.world_size,
                 groups=[group.spec for group in self._plan.groups],
                 fingerprint=settings.fingerprint,
-                assignment=service.assignment,
+                assignment=assignment,
             )
         )
 
@@ -196,7 +200,7 @@ class Preconditioner:
         return self._pipeline.step(step_is_finite=finite, learning_rate=rates)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
-        """Reads the optimizer's learning rates (per group, also under schedulers) and runs `step` before each of its steps.
+        """Reads the optimizer's learning rates, per group, as they change, and runs `step` before each of its steps.
 
         Under a GradScaler the optimizer's step, and with it this one, is skipped on overflow.
 
@@ -330,88 +334,4 @@ class Preconditioner:
     def _check_model(self) -> None:
         for group in self._plan.groups:
             for block in group.blocks:
-                _check_block(self._model, block)
-
-
-def _check_block(model: nn.Module, block: Any) -> None:
-    try:
-        module = model.get_submodule(block.name)
-    except AttributeError:
-        module = None
-    remedy = "make a new Preconditioner after changing the model"
-    if module is not block.module and (module is None or getattr(module, "_orig_mod", None) is not block.module):
-        raise ModelChanged(f"layer {block.name!r} was replaced or removed after the Preconditioner was made; {remedy}")
-    for parameter in block.parameters():
-        if not parameter.requires_grad:
-            raise ModelChanged(f"layer {block.name!r} was frozen after the Preconditioner was made; {remedy}")
-    shape = block.shape
-    numbers = sum(parameter.numel() for parameter in block.parameters())
-    if numbers != shape.groups * shape.d_out * shape.d_in:
-        raise ModelChanged(f"layer {block.name!r} was resized after the Preconditioner was made; {remedy}")
-
-
-def _check(*, damping: Scalar, ema_decay: float, fisher: str, kl_clip: float | None, wait_limit: float) -> None:
-    if not callable(damping) and not (isinstance(damping, (int, float)) and math.isfinite(damping) and damping > 0):
-        raise ConfigError(f"damping is {damping!r}; a positive, finite number or a callable of the step is needed")
-    if not 0.0 <= ema_decay < 1.0:
-        raise ConfigError(f"ema_decay is {ema_decay!r}; a number in [0, 1) is needed")
-    if fisher != "empirical":
-        raise ConfigError(f"fisher is {fisher!r}; this version measures the 'empirical' Fisher only")
-    if kl_clip is not None and not (math.isfinite(kl_clip) and kl_clip > 0):
-        raise ConfigError(f"kl_clip is {kl_clip!r}; a positive number, or None to turn the clip off, is needed")
-    if not wait_limit > 0:
-        raise ConfigError(f"wait_limit_seconds is {wait_limit!r}; a positive number of seconds is needed")
-
-
-def _lag(adoption: str | FixedLag) -> int | None:
-    if isinstance(adoption, FixedLag):
-        if not isinstance(adoption.lag, int) or isinstance(adoption.lag, bool) or adoption.lag < 0:
-            raise ConfigError(f"FixedLag's lag is {adoption.lag!r}; a whole number of steps, at least 0, is needed")
-        return adoption.lag
-    if adoption == "asap":
-        return None
-    raise ConfigError(f"adoption is {adoption!r}; 'asap' or kfdist.FixedLag(k) is needed")
-
-
-def _staleness(policy: StalenessPolicy | None, lag: int | None, inverse_period: int) -> StalenessPolicy:
-    policy = policy or StalenessPolicy()
-    if policy.active and lag is not None:
-        raise ConfigError(
-            "a staleness policy was given together with FixedLag: under a fixed lag nothing that depends on time may change "
-            "a number. Leave the bounds out, or use adoption='asap'"
-        )
-    policy.check(inverse_period=inverse_period, delay=SMALLEST_DELAY)
-    return policy
-
-
-def _constant(value: float, step: int) -> float:
-    del step
-    return value
-
-
-def _shared_fingerprint(training: Any, device: torch.device) -> str:
-    own = fingerprint(device.type, torch.get_num_threads())
-    everyone = training.all_gather_json(own)
-    if any(other != own for other in everyone):
-        listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(everyone))
-        raise EnvironmentFault(
-            f"the ranks differ in what their numbers depend on ({listed}); use the same hardware, thread count "
-            "(torch.set_num_threads) and library versions on all ranks"
-        )
-    return own
-
-
-def _make_link(link: Service | AbstractLink | None) -> AbstractLink:
-    if link is None:
-        return LocalLink()
-    if isinstance(link, AbstractLink):
-        return link
-    from kfdist.links.remote import RemoteLink
-
-    return RemoteLink(link.address)
-
-
-def _sums(block: Any, device: torch.device) -> WeightedSums:
-    dtype = torch.float64 if block.parameters()[0].dtype == torch.float64 else torch.float32
-    shape = block.shape
-    return WeightedSums.zeros(shape.groups, shape.d_out, shape.d_in, dtype=dtype, device=device)
+                check_block(self._model, block)

@@ -65,7 +65,7 @@ class SnapshotStore:
         return self._snapshots[group]
 
     def starving(self, group: int) -> bool:
-        """Says whether the group's newest result failed because no rank had any statistics (design: it is due again)."""
+        """Says whether the group's newest result failed because no rank had any statistics (it is due again then)."""
         return self._without_statistics[group]
 
     def mark_starving(self, group: int) -> None:

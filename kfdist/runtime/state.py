@@ -1,4 +1,4 @@
-"""A preconditioner's state as nested dictionaries of tensors and JSON values; how states of several ranks become one."""
+"""A preconditioner's state as nested dictionaries of tensors and JSON values; how several ranks' states become one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,0 +1,115 @@
+"""Checks what a user passes to `kfdist.Preconditioner`, and makes its parts."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from kfdist.comm.groups import Communicator
+from kfdist.curvature.blocks import Block
+from kfdist.curvature.estimate import WeightedSums
+from kfdist.curvature.fingerprint import fingerprint
+from kfdist.errors import ConfigError, EnvironmentFault, ModelChanged
+from kfdist.links.base import AbstractLink
+from kfdist.links.local import LocalLink
+from kfdist.runtime.pipeline import FixedLag
+from kfdist.runtime.service import Service
+from kfdist.staleness import StalenessPolicy
+
+SMALLEST_DELAY = 3
+"""Fewest steps from an inversion's statistics to its adoption under asap: announce, broadcast, agree on receipt."""
+
+Scalar = float | Callable[[int], float]
+
+
+def check_block(model: nn.Module, block: Block) -> None:
+    """Refuses a layer that was frozen, replaced or resized since its block was made, by `ModelChanged`."""
+    try:
+        module = model.get_submodule(block.name)
+    except AttributeError:
+        module = None
+    remedy = "make a new Preconditioner after changing the model"
+    if module is not block.module and (module is None or getattr(module, "_orig_mod", None) is not block.module):
+        raise ModelChanged(f"layer {block.name!r} was replaced or removed after the Preconditioner was made; {remedy}")
+    for parameter in block.parameters():
+        if not parameter.requires_grad:
+            raise ModelChanged(f"layer {block.name!r} was frozen after the Preconditioner was made; {remedy}")
+    shape = block.shape
+    numbers = sum(parameter.numel() for parameter in block.parameters())
+    if numbers != shape.groups * shape.d_out * shape.d_in:
+        raise ModelChanged(f"layer {block.name!r} was resized after the Preconditioner was made; {remedy}")
+
+
+def check_numbers(*, damping: Scalar, ema_decay: float, fisher: str, kl_clip: float | None, wait_limit: float) -> None:
+    """Refuses values out of range by `ConfigError`."""
+    if not callable(damping) and not (isinstance(damping, (int, float)) and math.isfinite(damping) and damping > 0):
+        raise ConfigError(f"damping is {damping!r}; a positive, finite number or a callable of the step is needed")
+    if not 0.0 <= ema_decay < 1.0:
+        raise ConfigError(f"ema_decay is {ema_decay!r}; a number in [0, 1) is needed")
+    if fisher != "empirical":
+        raise ConfigError(f"fisher is {fisher!r}; this version measures the 'empirical' Fisher only")
+    if kl_clip is not None and not (math.isfinite(kl_clip) and kl_clip > 0):
+        raise ConfigError(f"kl_clip is {kl_clip!r}; a positive number, or None to turn the clip off, is needed")
+    if not wait_limit > 0:
+        raise ConfigError(f"wait_limit_seconds is {wait_limit!r}; a positive number of seconds is needed")
+
+
+def lag_of(adoption: str | FixedLag) -> int | None:
+    """Returns the steps to adoption; None for "asap"."""
+    if isinstance(adoption, FixedLag):
+        if not isinstance(adoption.lag, int) or isinstance(adoption.lag, bool) or adoption.lag < 0:
+            raise ConfigError(f"FixedLag's lag is {adoption.lag!r}; a whole number of steps, at least 0, is needed")
+        return adoption.lag
+    if adoption == "asap":
+        return None
+    raise ConfigError(f"adoption is {adoption!r}; 'asap' or kfdist.FixedLag(k) is needed")
+
+
+def checked_staleness(policy: StalenessPolicy | None, lag: int | None, inverse_period: int) -> StalenessPolicy:
+    """Returns the policy, an idle one by default, if it fits the adoption and the period."""
+    policy = policy or StalenessPolicy()
+    if policy.active and lag is not None:
+        raise ConfigError(
+            "a staleness policy was given together with FixedLag: under a fixed lag nothing that depends on time may "
+            "change a number. Leave the bounds out, or use adoption='asap'"
+        )
+    policy.check(inverse_period=inverse_period, delay=SMALLEST_DELAY)
+    return policy
+
+
+def constant(value: float, step: int) -> float:
+    """The schedule of a number: itself at every step."""
+    del step
+    return value
+
+
+def shared_fingerprint(training: Communicator, device: torch.device) -> str:
+    """Returns the fingerprint that all ranks share; collective. Raises `EnvironmentFault` where they differ."""
+    own = fingerprint(device.type, torch.get_num_threads())
+    everyone = training.all_gather_json(own)
+    if any(other != own for other in everyone):
+        listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(everyone))
+        raise EnvironmentFault(
+            f"the ranks differ in what their numbers depend on ({listed}); use the same hardware, thread count "
+            "(torch.set_num_threads) and library versions on all ranks"
+        )
+    return own
+
+
+def make_link(link: Service | AbstractLink | None) -> AbstractLink:
+    """Makes the link a user asked for: the local one by default."""
+    if link is None:
+        return LocalLink()
+    if isinstance(link, AbstractLink):
+        return link
+    from kfdist.links.remote import RemoteLink  # only runs with a service need it
+
+    return RemoteLink(link.address)
+
+
+def empty_sums(block: Block, device: torch.device) -> WeightedSums:
+    """Makes a block's sums: float64 for float64 parameters, else float32."""
+    dtype = torch.float64 if block.parameters()[0].dtype == torch.float64 else torch.float32
+    shape = block.shape
+    return WeightedSums.zeros(shape.groups, shape.d_out, shape.d_in, dtype=dtype, device=device)
