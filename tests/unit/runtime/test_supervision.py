@@ -1,0 +1,64 @@
+import os
+import time
+from pathlib import Path
+
+from kfdist.runtime import supervision
+from kfdist.runtime.processes import Command
+from kfdist.runtime.supervision import SupervisedProcess
+
+# Serves until told to die, or dies at once, depending on a file.
+_SCRIPT = """
+import json, pathlib, sys, time
+ready, fate = map(pathlib.Path, sys.argv[1:3])
+if fate.read_text() == "die":
+    sys.exit(5)
+ready.write_text(json.dumps({"arguments": sys.argv[3:]}))
+while fate.read_text() == "serve":
+    time.sleep(0.02)
+sys.exit(5)
+"""
+
+
+def _service(tmp_path: Path, fate: str) -> SupervisedProcess:
+    (tmp_path / "fate").write_text(fate)
+    ready = tmp_path / "ready.json"
+    arguments = ("-c", _SCRIPT, str(ready), str(tmp_path / "fate"))
+    log = tmp_path / "service.log"
+    return SupervisedProcess(Command(name="service", arguments=arguments, environment=dict(os.environ), log=log), ready)
+
+
+def _events(service: SupervisedProcess, until, seconds: float = 15.0) -> list[str]:
+    events = []
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, events
+        if (event := service.supervise()) is not None:
+            events.append(event)
+        time.sleep(0.02)
+    return events
+
+
+def test_a_dead_service_is_started_again_with_what_was_pinned(tmp_path: Path):
+    service = _service(tmp_path, "serve")
+    assert _events(service, until=service.ready) == []
+    service.pin("--port=7")
+    (tmp_path / "fate").write_text("stop")
+    events = _events(service, until=lambda: service.child is None)
+    assert "exited with 5" in events[0] and service.ready() is None
+    (tmp_path / "fate").write_text("serve")
+    events = _events(service, until=service.ready)
+    assert "started again" in events[0]
+    assert service.ready() == {"arguments": ["--port=7"]}
+    assert service.restarts == 1 and not service.gave_up
+    (tmp_path / "fate").write_text("stop")
+    _events(service, until=lambda: service.child is None)
+
+
+def test_a_service_that_keeps_dying_is_given_up(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(supervision, "_FIRST_PAUSE_SECONDS", 0.01)
+    service = _service(tmp_path, "die")
+    events = _events(service, until=lambda: service.gave_up)
+    assert service.restarts == supervision.RESTARTS_ALLOWED
+    assert sum("was started again" in event for event in events) == supervision.RESTARTS_ALLOWED
+    assert "isn't started again" in events[-1]
+    assert service.supervise() is None and service.child is None
