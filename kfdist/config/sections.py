@@ -117,9 +117,16 @@ class StalenessSection(Section):
 class PreconditionerSection(Section):
     """The second-order method; the names are those of `kfdist.Preconditioner`."""
 
-    method: str = Field(default="rs-kfac", min_length=1, description="an inverter of kfdist.curvature.inverters")
+    method: str = Field(
+        default="rs-kfac",
+        min_length=1,
+        description='an inverter of kfdist.curvature.inverters; "none" leaves the optimizer alone, for comparisons',
+    )
     settings: Settings = Field(default_factory=lambda: {"rank": 128}, description="the inverter's own settings")
     damping: float = Field(default=0.01, gt=0, description="lambda of F + lambda I")
+    fisher: Literal["empirical"] = Field(
+        default="empirical", description="which output gradients make the Fisher: those of the training loss"
+    )
     ema_decay: float = Field(
         default=0.95, ge=0, lt=1, description="what an update of the statistics keeps of the old ones"
     )
@@ -141,6 +148,13 @@ class PreconditionerSection(Section):
         default=600.0,
         gt=0,
         description="the longest agreed wait before the run writes a checkpoint and ends, resumable",
+    )
+    examples_fraction: float = Field(default=1.0, gt=0, le=1, description="share of the examples that is measured")
+    positions_fraction: float = Field(
+        default=1.0, gt=0, le=1, description="share of the positions of a convolution that is measured"
+    )
+    digest_period: int = Field(
+        default=100, ge=0, description="steps between two comparisons of the ranks' parameters; 0: never"
     )
     staleness: StalenessSection = Field(default_factory=StalenessSection, description="bounds on staleness under asap")
 
@@ -237,3 +251,11 @@ class Config(Section):
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     control: ControlSection = Field(default_factory=ControlSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+
+    @model_validator(mode="after")
+    def _no_method_no_service(self) -> Self:
+        if self.preconditioner.method == "none" and self.cluster.link == "service":
+            raise FieldError(
+                "cluster.link", 'is "service"; preconditioner.method = "none" inverts nothing: set "local"'
+            )
+        return self

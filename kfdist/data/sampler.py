@@ -65,8 +65,12 @@ class Sampler:
 
         The position must be one that `start` or `advance` returned, so that a full batch is left in the epoch.
         """
+        return self.permutation(position.epoch)[self.share(position, worker_rank)]
+
+    def share(self, position: Position, worker_rank: int) -> slice:
+        """Returns which part of the epoch's permutation `indices` are, for those who keep the permutation."""
         first = position.offset + worker_rank * self.batch_size
-        return self.permutation(position.epoch)[first : first + self.batch_size]
+        return slice(first, first + self.batch_size)
 
     def permutation(self, epoch: int) -> Tensor:
         """Returns the order of all examples in an epoch: int64 [examples]."""

@@ -128,7 +128,7 @@ class RunDirectory:
         For starts that fail before the first step: no half-made run stays behind.
         """
         if self._fresh:
-            for name in ("config.toml", "metrics.jsonl", "lock"):
+            for name in ("config.toml", "metrics.jsonl", "summary.json", "lock"):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "epochs", ignore_errors=True)
             for directory in (self.checkpoints, self.path):

@@ -1,0 +1,120 @@
+"""What people see of a run while it trains: a live line on a terminal, plain lines otherwise."""
+
+import sys
+from dataclasses import dataclass
+from typing import Protocol, TextIO
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Where a run stands.
+
+    Attributes:
+        step: Steps done.
+        total_steps: Steps of the whole run.
+        loss: Mean training loss since the last one.
+        accuracy: Share of training examples classified correctly since the last one.
+        staleness: Largest staleness of any block, in steps; None without a preconditioner.
+        steps_per_second: Since the last one.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    accuracy: float
+    staleness: int | None
+    steps_per_second: float
+
+    def text(self) -> str:
+        """Says it in one line."""
+        staleness = "" if self.staleness is None else f"  staleness {self.staleness:3d}"
+        width = len(str(self.total_steps))
+        return (
+            f"step {self.step:{width}d}/{self.total_steps}  loss {self.loss:8.4f}  accuracy {self.accuracy:7.2%}"
+            f"{staleness}  {self.steps_per_second:6.1f} steps/s"
+        )
+
+
+class Progress(Protocol):
+    """Shows a run to people."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Shows where the run stands."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Tells of an event."""
+        ...
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        ...
+
+
+class PlainProgress:
+    """One line per log period."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Prints a line."""
+        self.say(snapshot.text())
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Does nothing: there is nothing to give back."""
+
+
+class LiveProgress:
+    """A bar that is redrawn in place, with what is said above it; for terminals."""
+
+    def __init__(self, stream: TextIO, total_steps: int) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        columns = (
+            progress.BarColumn(bar_width=30),
+            progress.TextColumn("{task.description}"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        self._bar = progress.Progress(*columns, console=Console(file=stream), transient=False)
+        self._task = self._bar.add_task("waiting for the first inverse", total=total_steps)
+        self._bar.start()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Moves the bar and rewrites the line beside it."""
+        self._bar.update(self._task, completed=snapshot.step, description=snapshot.text())
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Leaves the bar as it is and gives the terminal back."""
+        self._bar.stop()
+
+
+class NoProgress:
+    """Shows nothing: for ranks other than 0."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Does nothing."""
+
+    def say(self, text: str) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def make_progress(*, worker_rank: int, total_steps: int, stream: TextIO | None = None) -> Progress:
+    """Chooses how to show a run: live on a terminal, plain lines elsewhere, only on rank 0."""
+    stream = sys.stdout if stream is None else stream
+    if worker_rank != 0:
+        return NoProgress()
+    return LiveProgress(stream, total_steps) if stream.isatty() else PlainProgress(stream)
