@@ -90,7 +90,8 @@ class Communicator:
 
     def broadcast_tensors_(self, tensors: Sequence[torch.Tensor], src: int = 0) -> None:
         """Overwrites every rank's `tensors` with those of rank `src`."""
-        for work in [self.broadcast(tensor, src) for tensor in tensors]:
+        # Detached: autograd would record a collective on parameters and run it again backwards.
+        for work in [self.broadcast(tensor.detach(), src) for tensor in tensors]:
             work.wait()
 
     def broadcast_json(self, value: Any, src: int = 0) -> Any:
