@@ -1,0 +1,26 @@
+"""Small models and data that several test files train."""
+
+import torch
+from torch import nn
+
+
+def small_cnn(*, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """A grouped and a strided convolution, two linear layers, one of them without bias."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, groups=2),
+        nn.Tanh(),
+        nn.Conv2d(4, 3, 3, stride=2, bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(12, 6, bias=False),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    ).to(dtype)
+
+
+def images(n: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """`n` random 2x6x6 images with labels out of 3."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 2, 6, 6, generator=generator, dtype=dtype)
+    return x, torch.randint(0, 3, (n,), generator=generator)
