@@ -114,7 +114,7 @@ class NoProgress:
 
 def make_progress(*, worker_rank: int, total_steps: int, stream: TextIO | None = None) -> Progress:
     """Chooses how to show a run: live on a terminal, plain lines elsewhere, only on rank 0."""
-    stream = sys.stdout if stream is None else stream
     if worker_rank != 0:
         return NoProgress()
-    return LiveProgress(stream, total_steps) if stream.isatty() else PlainProgress(stream)
+    output: TextIO = sys.stdout if stream is None else stream
+    return LiveProgress(output, total_steps) if output.isatty() else PlainProgress(output)

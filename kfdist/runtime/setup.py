@@ -96,8 +96,13 @@ def check_controller(config: Config) -> None:
         ) from None
 
 
-def gather_materials(config: Config, communicator: Communicator, device: torch.device) -> Materials:
+def gather_materials(config: Config, world_size: int, device: torch.device) -> Materials:
     """Makes and checks all that doesn't need the run directory. The same on all ranks, none communicates.
+
+    Args:
+        config: The configuration.
+        world_size: How many ranks share a step.
+        device: Where this rank computes.
 
     Raises:
         ConfigError: A value is wrong.
@@ -106,7 +111,7 @@ def gather_materials(config: Config, communicator: Communicator, device: torch.d
     sampler = Sampler(
         examples=len(data.train),
         batch_size=config.data.batch_size,
-        world_size=communicator.world_size,
+        world_size=world_size,
         seed=config.run.seed,
     )
     model = build_model(
@@ -117,7 +122,7 @@ def gather_materials(config: Config, communicator: Communicator, device: torch.d
         seed=config.run.seed,
     ).to(device)
     if (method := make_method(config.preconditioner)) is not None:
-        plan_blocks(model, method, skip=config.preconditioner.skip, world_size=communicator.world_size)
+        plan_blocks(model, method, skip=config.preconditioner.skip, world_size=world_size)
     optimizer = make_optimizer(config.optimizer, model.parameters())
     return Materials(device=device, data=data, sampler=sampler, model=model, optimizer=optimizer)
 
@@ -158,7 +163,7 @@ def make_training(
     learning_rate = LearningRate(section=config.optimizer, total_steps=total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=config.run.precision == "float16")
     seed_rank(config.run.seed, worker_rank=communicator.rank)
-    communicator.broadcast_tensors_([*model.parameters(), *model.buffers()])
+    communicator.broadcast_tensors_([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])
     # After the broadcast: buffers are remembered as they are now.
     forward_state = ForwardState(model, device)
     reducer = GradientReducer(list(model.parameters()), communicator)

@@ -169,10 +169,11 @@ class Trainer:
         accuracy = correct / (self._tallied * training.sampler.step_examples)
         lr = training.learning_rate(step - 1)
         if not math.isfinite(loss):
+            damping = training.config.preconditioner.damping
             raise LossNotFinite(
                 f"the training loss is {loss} in the {self._tallied} steps up to step {step} (learning rate {lr:g}, "
-                f"damping {training.config.preconditioner.damping:g}); lower optimizer.lr or raise preconditioner.damping, and "
-                "start again: the run goes on from its newest checkpoint"
+                f"damping {damping:g}); lower optimizer.lr or raise preconditioner.damping, and start again: the run "
+                "goes on from its newest checkpoint"
             )
         now = time.perf_counter()
         staleness = sorted(training.preconditioner.staleness().values())

@@ -12,6 +12,7 @@ import torch
 from kfdist.comm.groups import Communicator, join_training_group
 from kfdist.config import Config, to_toml
 from kfdist.errors import ConfigError, KfdistError
+from kfdist.exit_codes import ExitCode
 from kfdist.runtime.checkpoint import CheckpointStore
 from kfdist.runtime.metrics_log import MetricsLog
 from kfdist.runtime.progress import Progress, make_progress
@@ -27,10 +28,6 @@ from kfdist.runtime.setup import (
 from kfdist.runtime.summary import gather_totals, summarise, versions, write_summary
 from kfdist.runtime.trainer import Outputs, Trainer
 from kfdist.runtime.training_state import Standing, Training, restore_state, standing_of
-
-EXIT_DONE = 0
-EXIT_RESUMABLE = 75
-"""EX_TEMPFAIL of sysexits.h: try again later, the same command resumes."""
 
 
 def run_worker(config: Config) -> int:
@@ -53,12 +50,12 @@ def run_worker(config: Config) -> int:
     communicator = join_training_group(timeout_seconds=config.cluster.group_timeout_seconds, device=device.type)
     try:
         _check_same_configuration(config, communicator)
-        materials = gather_materials(config, communicator, device)
+        materials = gather_materials(config, communicator.world_size, device)
         finished = settle(communicator, lambda: inspect_run(config).finished)
         if finished:
             if communicator.rank == 0:
                 print(finished, flush=True)
-            return EXIT_DONE
+            return ExitCode.DONE
         return _Start(config, communicator, materials).run()
     finally:
         communicator.close()
@@ -147,7 +144,7 @@ class _Start:
             write_summary(self._directory.path, summary)
         if stopped and communicator.rank == 0:
             print(f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume", flush=True)
-        return EXIT_RESUMABLE if stopped else EXIT_DONE
+        return ExitCode.RESUMABLE if stopped else ExitCode.DONE
 
     def _summary(self, training: Training, trainer: Trainer, epoch: int, stopped: str) -> dict[str, Any]:
         totals = gather_totals(training, len(trainer.step_seconds))
