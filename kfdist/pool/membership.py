@@ -1,0 +1,84 @@
+"""An owner's conversation with the controller: registration and heartbeats, resumed by itself after every fault."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import grpc.aio
+
+from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
+from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
+from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
+from kfdist.types import Sample
+
+_BEAT_SECONDS = 1.0
+_ANSWER_SECONDS = 10.0
+_PAUSE_SECONDS = 0.5
+
+
+class Membership:
+    """Keeps one owner known to the controller.
+
+    Attributes:
+        registered: Whether the controller has ever taken the registration.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        request: membership_pb2.RegisterOwnerRequest,
+        *,
+        measure: Callable[[], Sequence[Sample]],
+        learn_peers: Callable[[Iterable[inversion_pb2.Owner]], None],
+    ) -> None:
+        """Begins without a connection.
+
+        Args:
+            address: Where the controller listens.
+            request: The registration.
+            measure: Returns the samples for the next beat.
+            learn_peers: Takes in the live owners.
+        """
+        self.registered = False
+        self._address = address
+        self._request = request
+        self._measure = measure
+        self._learn_peers = learn_peers
+
+    async def run(self) -> None:
+        """Registers and beats for ever; a controller that is away or was restarted is tried again."""
+        while True:
+            channel = open_aio_channel(self._address)
+            try:
+                stub = MembershipServiceStub(channel)
+                response = await stub.RegisterOwner(self._request, timeout=CALL_SECONDS)
+                self.registered = True
+                self._learn_peers(response.owners)
+                await self._beat(stub)
+            except (grpc.aio.AioRpcError, TimeoutError):
+                pass  # It is away, or was restarted and doesn't know us: both begin with a registration.
+            finally:
+                await channel.close()
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    async def _beat(self, stub: Any) -> None:
+        stream = stub.Heartbeat()
+        beat = membership_pb2.OwnerBeat(owner_id=self._request.owner.owner_id)
+        try:
+            while True:
+                samples = [
+                    membership_pb2.Sample(name=sample.name, labels=dict(sample.labels), value=sample.value)
+                    for sample in self._measure()
+                ]
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    try:
+                        await stream.write(membership_pb2.HeartbeatRequest(owner=beat, samples=samples))
+                        response = await stream.read()
+                    except asyncio.InvalidStateError:  # how gRPC says that the stream had ended before
+                        return
+                if not isinstance(response, membership_pb2.HeartbeatResponse):
+                    return
+                self._learn_peers(response.owners)
+                await asyncio.sleep(_BEAT_SECONDS)
+        finally:
+            stream.cancel()
