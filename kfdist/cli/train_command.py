@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 def _train(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Configuration; the bundled digits run if not given.")
+        Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; the bundled digits run if not given.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides one value; repeatable.")

@@ -2,15 +2,13 @@
 
 import socket
 
+import torch
+
 from kfdist.config import Config
 from kfdist.config.fields import split_address
-from kfdist.curvature.inverters import make_inverter
-from kfdist.data import load_data
-from kfdist.data.sampler import Sampler
-from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.models import build_model
-from kfdist.runtime.groups import plan_blocks
+from kfdist.errors import EnvironmentFault
 from kfdist.runtime.rundir import RunStatus, inspect_run
+from kfdist.runtime.setup import gather_materials
 
 
 def preflight(config: Config) -> RunStatus:
@@ -24,26 +22,8 @@ def preflight(config: Config) -> RunStatus:
         EnvironmentFault: The run directory is in use, or a port is.
     """
     status = inspect_run(config)
-    data = load_data(config.data.name, config.data.settings)
-    Sampler(
-        examples=len(data.train),
-        batch_size=config.data.batch_size,
-        world_size=config.cluster.workers,
-        seed=config.run.seed,
-    )
-    model = build_model(
-        config.model.name,
-        config.model.settings,
-        example_shape=data.example_shape,
-        classes=data.classes,
-        seed=config.run.seed,
-    )
-    method = config.preconditioner
-    try:
-        inverter = make_inverter(method.method, **method.settings)
-    except ConfigError as error:
-        raise ConfigError(str(error), path="preconditioner") from None
-    plan_blocks(model, inverter, skip=method.skip, world_size=config.cluster.workers)
+    # The device a rank will use is its own to find; everything else is the same on the CPU.
+    gather_materials(config, config.cluster.workers, torch.device("cpu"))
     if config.cluster.link == "service":
         check_port("control.address", config.control.address)
         check_port("control.metrics_address", config.control.metrics_address)

@@ -1,0 +1,73 @@
+"""Who may import what: the layers as import-linter sees them, and what really is in memory after an import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _modules_after(statement: str) -> set[str]:
+    script = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
+
+
+def test_imports_go_down_only():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout
+    assert " 0 broken" in done.stdout
+
+
+def test_importing_kfdist_imports_no_other_package():
+    before = _modules_after("")
+    loaded = _modules_after("import kfdist") - before
+    foreign = {name.partition(".")[0] for name in loaded} - {"kfdist"} - set(sys.stdlib_module_names)
+    assert foreign == set()
+
+
+def test_importing_kfdist_takes_no_action():
+    script = """
+import logging, os, signal, sys, threading, warnings
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "descriptors": set(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "handlers": [signal.getsignal(number) for number in signal.valid_signals()],
+        "loggers": list(logging.root.handlers),
+        "level": logging.root.level,
+        "filters": list(warnings.filters),
+        "path": list(sys.path),
+        "directory": os.getcwd(),
+    }
+
+before = state()
+import kfdist
+after = state()
+assert before == after, {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+# What a process of a role has in memory once it has imported everything it runs.
+@pytest.mark.parametrize(
+    ("role", "statement", "forbidden"),
+    [
+        ("training script", "import kfdist; kfdist.Preconditioner, kfdist.connect, kfdist.FixedLag", {"ray", "grpc"}),
+        ("rank", "import kfdist.runtime.trainer, kfdist.links.remote", {"ray", "grpc"}),
+        ("launcher", "import kfdist.runtime.launch", {"ray", "grpc"}),
+        ("courier", "import kfdist.links.courier", {"ray", "torch"}),
+        ("controller", "import kfdist.control.server", {"ray", "torch"}),
+        ("command line", "import kfdist.cli.main", {"ray", "torch", "grpc", "sklearn", "numpy"}),
+    ],
+)
+def test_a_process_imports_only_what_its_role_needs(role: str, statement: str, forbidden: set[str]):
+    del role
+    loaded = {name.partition(".")[0] for name in _modules_after(statement)}
+    assert loaded & forbidden == set()
