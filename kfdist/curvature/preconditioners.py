@@ -96,19 +96,26 @@ class KroneckerInverse(AbstractPreconditioner):
     Attributes:
         A_inverse: (A + lambda_A I)^{-1}, `[c, q, q]`.
         G_inverse: (G + lambda_G I)^{-1}, `[c, p, p]`.
-        damping: The lambda that is in them, after the ladder.
+        damping_A: lambda_A, `[c]`.
+        damping_G: lambda_G, `[c]`.
     """
 
     damping_at_apply: ClassVar[bool] = False
 
     A_inverse: Tensor = symmetric_field()
     G_inverse: Tensor = symmetric_field()
-    damping: float
+    damping_A: Tensor
+    damping_G: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape (c, p, q) of the gradients it takes."""
         return self.G_inverse.shape[0], self.G_inverse.shape[-1], self.A_inverse.shape[-1]
+
+    def joint_damping(self, damping: float) -> Tensor:
+        """Returns the lambda, `[c]`, that was fixed at the inversion, whatever `damping` is now."""
+        del damping
+        return self.damping_A * self.damping_G
 
     def _solve(self, gradient: Tensor, damping: float) -> Tensor:
         del damping

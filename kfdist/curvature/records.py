@@ -64,6 +64,14 @@ def move(record: RecordType, device: torch.device | str, dtype: torch.dtype | No
     return replace(record, **after)
 
 
+def contiguous(record: RecordType) -> RecordType:
+    """Returns the record with row-major tensors, as they arrive from a journey.
+
+    Matrix products take another path for another memory layout and differ in their last bits.
+    """
+    return replace(record, **{name: tensor.contiguous() for name, tensor in tensor_fields(record).items()})
+
+
 def pack(record: object, table: Mapping[str, type]) -> PackedRecord:
     """Takes a record apart.
 

@@ -46,7 +46,7 @@ def range_basis(matrix: Tensor, sketch: Tensor, *, power_iterations: int) -> Ten
     return basis
 
 
-def randomized_svd(matrix: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def randomized_svd(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Computes M ~ V diag(w) V^T from B = Q^T M and its right singular vectors V.
 
     V carries one more multiplication by M than Q does, so it is more accurate than `randomized_eigh` on the same basis.
@@ -55,22 +55,21 @@ def randomized_svd(matrix: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Te
     Args:
         matrix: Symmetric `[..., d, d]`.
         basis: Orthonormal `[..., d, s]`.
-        rank: Number r <= s of pairs to keep.
 
     Returns:
-        Eigenvalues w `[..., r]`, negative where the matrix is indefinite, descending in magnitude, and V `[..., d, r]`.
+        Eigenvalues w `[..., s]`, negative where the matrix is indefinite, descending in magnitude, and V `[..., d, s]`.
     """
     outer, reduced = torch.linalg.qr(matrix @ basis)
     left, values, right = torch.linalg.svd(reduced)
-    vectors = (outer @ left)[..., :rank]
+    vectors = outer @ left
     # For a symmetric matrix the left singular vectors of B, brought back by Q, equal the right ones up to the sign of
     # the eigenvalue, which singular values don't have.
-    partners = (basis @ right.mT)[..., :rank]
+    partners = basis @ right.mT
     signs = torch.where((vectors * partners).sum(-2) < 0, -1.0, 1.0).to(values)
-    return values[..., :rank] * signs, vectors
+    return values * signs, vectors
 
 
-def randomized_eigh(matrix: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def randomized_eigh(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Computes M ~ U diag(w) U^T from the projection Q^T M Q.
 
     Cheaper than `randomized_svd` but projected on both sides, so less accurate.
@@ -78,10 +77,9 @@ def randomized_eigh(matrix: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, T
     Args:
         matrix: Symmetric `[..., d, d]`.
         basis: Orthonormal `[..., d, s]`.
-        rank: Number r <= s of pairs to keep.
 
     Returns:
-        Eigenvalues w `[..., r]`, descending, and U `[..., d, r]`.
+        Eigenvalues w `[..., s]`, descending, and U `[..., d, s]`.
     """
     values, rotation = eigh_descending(symmetrise(basis.mT @ (matrix @ basis)))
-    return values[..., :rank], basis @ rotation[..., :rank]
+    return values, basis @ rotation

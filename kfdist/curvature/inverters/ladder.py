@@ -17,7 +17,7 @@ from torch import Tensor
 from kfdist.curvature.inverters.base import AbstractInverter, Inversion
 from kfdist.curvature.inverters.base import Outcome as Outcome
 from kfdist.curvature.preconditioners import AbstractPreconditioner
-from kfdist.curvature.records import move, tensor_fields
+from kfdist.curvature.records import contiguous, move, tensor_fields
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.psd import asymmetry
 
@@ -89,7 +89,7 @@ def invert_with_ladder(
         if not trouble and attempt.preconditioner is not None:
             reached = Outcome.MORE_DAMPING if factor > 1 else Outcome.DONE if precision == dtype else Outcome.FLOAT64
             return BlockOutcome(
-                preconditioner=attempt.preconditioner.to(factors.A.device, dtype),
+                preconditioner=contiguous(attempt.preconditioner.to(factors.A.device, dtype)),
                 outcome=Outcome.worst(reached, attempt.outcome),
                 reason="; ".join(troubles),
                 diagnostics={**_finite(attempt.diagnostics), "rung": float(rung), "damping": damping * factor},

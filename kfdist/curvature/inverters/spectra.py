@@ -67,11 +67,12 @@ def randomized_spectrum(
     sketch = gaussian_sketch(matrix, rank + oversampling, seed=split_seed(seed, f"sketch/{label}"))
     basis = range_basis(matrix, sketch, power_iterations=power_iterations)
     decompose = randomized_svd if method == "rsvd" else randomized_eigh
-    values, vectors = decompose(matrix, basis, rank)
+    values, vectors = decompose(matrix, basis)
     residual = orthogonality_residual(vectors, probes_like(matrix, vectors, seed=seed, label=label))
+    # The whole sketch is looked at before it is cut: a large negative eigenvalue may hide behind `rank` positive ones.
     found = _factor_spectrum(values, vectors, rank, residual, label)
     probes = probes_like(matrix, None, seed=seed, label=label)
-    neglected = eigen_residual(matrix, found.spectrum.values, vectors, probes)
+    neglected = eigen_residual(matrix, found.spectrum.values, found.spectrum.vectors, probes)
     found.diagnostics[f"approximation_error_{label}"] = neglected.max().item()
     return found
 

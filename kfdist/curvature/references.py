@@ -1,0 +1,151 @@
+"""The dense float64 truth that the fast code is tested against. Slow on purpose: every formula is written out.
+
+Convention: matrices are flattened row-major, the way tensors lie in memory, so that `(G (x) A) V.ravel() = (G V
+A).ravel()` for V `[p, q]`, A `[q, q]`, G `[p, p]`. A block's dense matrix is `[c, p q, p q]`: one per group of a
+convolution, since different groups are different blocks of a block-diagonal matrix.
+"""
+
+import torch
+from torch import Tensor
+
+from kfdist.curvature.blocks import Block
+from kfdist.linalg.kronecker import RELATIVE_FLOOR
+
+
+def per_example_gradients(block: Block, losses: Tensor) -> Tensor:
+    """Differentiates each example's own loss with autograd, one at a time.
+
+    Args:
+        block: The layer whose parameters are meant.
+        losses: One loss per example, `[N]`, with their graph.
+
+    Returns:
+        `[N, c, p, q]` in float64, bias last.
+    """
+    c, p, q = block.shape.groups, block.shape.d_out, block.shape.d_in
+    gradients = []
+    for loss in losses:
+        parts = torch.autograd.grad(loss, block.parameters(), retain_graph=True)
+        gradients.append(torch.cat([part.reshape(c, p, -1) for part in parts], dim=-1))
+    return torch.stack(gradients).double().reshape(-1, c, p, q)
+
+
+def empirical_fisher(gradients: Tensor) -> Tensor:
+    """Returns (1/N) sum_n vec(g_n) vec(g_n)^T of `[N, c, p, q]` per-example gradients, `[c, p q, p q]`."""
+    rows = gradients.double().flatten(2).transpose(0, 1)
+    return rows.mT @ rows / rows.shape[1]
+
+
+def softmax_fisher(block: Block, logits: Tensor) -> Tensor:
+    """Computes the exact Fisher block of a softmax classifier by enumerating the classes.
+
+    (1/N) sum_n sum_c p_nc vec(d log p_nc) vec(d log p_nc)^T, p_nc held constant as the weight.
+
+    Args:
+        block: The layer.
+        logits: `[N, classes]` with their graph.
+
+    Returns:
+        `[c, p q, p q]`.
+    """
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    n, classes = logits.shape
+    fisher = torch.zeros(())
+    for label in range(classes):
+        gradients = per_example_gradients(block, log_probabilities[:, label])
+        weights = log_probabilities[:, label].detach().double().exp().sqrt()
+        fisher = fisher + empirical_fisher(gradients * weights.view(n, 1, 1, 1))
+    return fisher
+
+
+def dense_kronecker(A: Tensor, G: Tensor) -> Tensor:
+    """Returns the matrix of V -> G V A on row-major vectors, G (x) A, for every group.
+
+    Args:
+        A: `[c, q, q]`.
+        G: `[c, p, p]`.
+
+    Returns:
+        `[c, p q, p q]` in float64.
+    """
+    return torch.stack([torch.kron(g.double(), a.double()) for a, g in zip(A, G, strict=True)])
+
+
+def solve_dense(matrix: Tensor, damping: float, gradient: Tensor) -> Tensor:
+    """Computes (F + lambda I)^{-1} vec(V) with a dense solver.
+
+    Args:
+        matrix: F, `[c, p q, p q]`.
+        damping: lambda.
+        gradient: V, `[c, p, q]`.
+
+    Returns:
+        `[c, p, q]` in float64.
+    """
+    identity = torch.eye(matrix.shape[-1], dtype=torch.float64)
+    solution = torch.linalg.solve(matrix.double() + damping * identity, gradient.double().flatten(1).unsqueeze(-1))
+    return solution.reshape(gradient.shape)
+
+
+def damping_shares(A: Tensor, G: Tensor, *, rule: str, damping: float) -> tuple[Tensor, Tensor]:
+    """Returns each factor's share of the damping, written out from algorithms.md 1.1 ("pi") and 3.3 ("relative").
+
+    Args:
+        A: `[c, q, q]`.
+        G: `[c, p, p]`.
+        rule: "pi" or "relative".
+        damping: lambda; the fraction phi for "relative".
+
+    Returns:
+        lambda_A and lambda_G, each `[c]` in float64.
+    """
+    shares: list[tuple[float, float]] = []
+    floor = RELATIVE_FLOOR  # below it a factor counts as zero, and phi is taken as it is
+    for a, g in zip(A.double(), G.double(), strict=True):
+        if rule == "relative":
+            top_a, top_g = (float(torch.linalg.eigvalsh(m)[-1]) for m in (a, g))
+            shares.append((damping * (top_a if top_a > floor else 1), damping * (top_g if top_g > floor else 1)))
+        else:
+            mean_a, mean_g = float(a.trace()) / len(a), float(g.trace()) / len(g)
+            pi = (mean_a / mean_g) ** 0.5 if mean_a > 0 and mean_g > 0 else 1.0
+            shares.append((pi * damping**0.5, damping**0.5 / pi))
+    first, second = zip(*shares, strict=True)
+    return torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
+
+
+def solve_factored_dense(A: Tensor, G: Tensor, shares: tuple[Tensor, Tensor], gradient: Tensor) -> Tensor:
+    """Computes ((G + lambda_G I) (x) (A + lambda_A I))^{-1} vec(V) with a dense solver on the whole product.
+
+    Args:
+        A: `[c, q, q]`.
+        G: `[c, p, p]`.
+        shares: lambda_A and lambda_G, each `[c]`.
+        gradient: V, `[c, p, q]`.
+
+    Returns:
+        `[c, p, q]` in float64.
+    """
+    damped_A = A.double() + shares[0][:, None, None] * torch.eye(A.shape[-1], dtype=torch.float64)
+    damped_G = G.double() + shares[1][:, None, None] * torch.eye(G.shape[-1], dtype=torch.float64)
+    return solve_dense(dense_kronecker(damped_A, damped_G), 0.0, gradient)
+
+
+def project_to_psd(matrix: Tensor) -> Tensor:
+    """Returns the nearest positive semi-definite matrices: negative eigenvalues set to zero, in float64."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return vectors @ torch.diag_embed(values.clamp_min(0)) @ vectors.mT
+
+
+def leading_part(matrix: Tensor, rank: int, *, continued: bool) -> Tensor:
+    """Returns the best rank-r approximation of `[c, d, d]`, from a full eigendecomposition.
+
+    Args:
+        matrix: Symmetric positive semi-definite.
+        rank: r, clamped to d.
+        continued: Give the d - r missing eigenvalues the value of the r-th instead of 0 (spectrum continuation).
+    """
+    values, vectors = torch.linalg.eigh(matrix.double())
+    missing = max(0, matrix.shape[-1] - rank)
+    if missing:
+        values[..., :missing] = values[..., missing : missing + 1] if continued else 0.0
+    return vectors @ torch.diag_embed(values) @ vectors.mT

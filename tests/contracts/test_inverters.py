@@ -1,0 +1,215 @@
+"""What every inversion method must do, over generated spectra and precisions; see `tests.support.cases`."""
+
+import hashlib
+import json
+import pkgutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfdist.curvature import inverters
+from kfdist.curvature.inverters import INVERTERS, AbstractInverter, Outcome, make_inverter
+from kfdist.curvature.inverters.ladder import BlockOutcome, invert_with_ladder
+from kfdist.curvature.jobs import decode_result, encode_job, run_job
+from kfdist.curvature.records import tensor_fields
+from kfdist.types import BlockShape
+from tests.support.cases import CASES, DAMPING, TOLERANCE, InverterCase
+from tests.support.matrices import BAD, GOOD, C, P, Q, gaussian, make_factors, relative_error
+
+SEED = 5
+DTYPES = [torch.float32, torch.float64]
+V = gaussian(C, P, Q, seed=3)
+
+HELPERS = {"base", "checks", "ladder", "spectra"}
+"""Modules of `inverters/` that hold no method."""
+
+over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+over_good = pytest.mark.parametrize("spectrum", GOOD)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+
+
+def invert(case: InverterCase, spectrum: str, dtype: torch.dtype, damping: float = DAMPING) -> BlockOutcome:
+    factors = make_factors(spectrum, dtype)
+    return invert_with_ladder(case.make(), factors, damping=damping, previous={}, seed=SEED)
+
+
+def applied(outcome: BlockOutcome, gradient: Tensor, damping: float = DAMPING) -> Tensor:
+    assert outcome.preconditioner is not None, outcome.reason
+    return outcome.preconditioner.apply(gradient, damping)
+
+
+def job(case: InverterCase, spectrum: str, dtype: torch.dtype) -> bytes:
+    return encode_job(
+        inverter=case.make(),
+        factors={"block": make_factors(spectrum, dtype)},
+        damping=DAMPING,
+        seeds={"block": SEED},
+        previous={},
+        threads=1,
+    )
+
+
+@over_cases
+@over_good
+@over_dtypes
+def test_keeps_shape_and_dtype(case: InverterCase, spectrum: str, dtype: torch.dtype) -> None:
+    outcome = invert(case, spectrum, dtype)
+    assert outcome.preconditioner is not None, outcome.reason
+    assert {tensor.dtype for tensor in tensor_fields(outcome.preconditioner).values()} == {dtype}
+    assert outcome.preconditioner.shape == (C, P, Q)
+    direction = applied(outcome, V.to(dtype))
+    assert direction.shape == V.shape
+    assert direction.dtype == dtype
+    assert isinstance(outcome.preconditioner, case.make().produces)
+
+
+@over_cases
+@over_good
+@over_dtypes
+def test_acts_as_a_symmetric_positive_matrix(case: InverterCase, spectrum: str, dtype: torch.dtype) -> None:
+    outcome = invert(case, spectrum, dtype)
+    other = gaussian(C, P, Q, seed=4)
+    found, mirrored = applied(outcome, V.to(dtype)).double(), applied(outcome, other.to(dtype)).double()
+    scale = float(found.norm() * other.norm())
+    assert abs(float((found * other).sum() - (mirrored * V).sum())) <= TOLERANCE[dtype] * scale
+    assert (found * V).sum((1, 2)).min() > 0
+
+
+@pytest.mark.parametrize(("case", "spectrum"), [pytest.param(c, s, id=f"{c.id}-{s}") for c in CASES for s in c.spectra])
+@over_dtypes
+def test_equals_its_reference(case: InverterCase, spectrum: str, dtype: torch.dtype) -> None:
+    factors = make_factors(spectrum, dtype)
+    expected = case.reference(factors, DAMPING, V)
+    assert relative_error(applied(invert(case, spectrum, dtype), V.to(dtype)), expected) <= TOLERANCE[dtype]
+
+
+@over_cases
+@over_dtypes
+def test_damping_is_lambda_of_the_whole_block(case: InverterCase, dtype: torch.dtype) -> None:
+    """lambda times the direction tends to the gradient as lambda grows."""
+    errors = []
+    for damping in (1e4, 1e8, 1e12):
+        outcome = invert(case, "well-conditioned", dtype, damping)
+        direction = applied(outcome, V.to(dtype), damping)
+        scale = damping if case.damping_is_lambda else _joint(outcome, damping)
+        errors.append(relative_error(direction * scale, V))
+    # A factored damping of gamma = sqrt(lambda) leaves an error of w_max / gamma.
+    assert errors[0] > errors[1] and errors[2] < 1e-5
+
+
+def _joint(outcome: BlockOutcome, damping: float) -> Tensor:
+    assert outcome.preconditioner is not None
+    return outcome.preconditioner.joint_damping(damping)[:, None, None]
+
+
+@over_cases
+@over_good
+def test_fallback_has_the_size_of_the_mean_eigenvalue(case: InverterCase, spectrum: str) -> None:
+    outcome, factors = invert(case, spectrum, torch.float64), make_factors(spectrum, torch.float64)
+    assert outcome.preconditioner is not None, outcome.reason
+    tau = torch.stack([a.trace() * g.trace() / (P * Q) for a, g in zip(factors.A, factors.G, strict=True)])
+    joint = (
+        torch.full((C,), DAMPING, dtype=torch.float64) if case.damping_is_lambda else _joint(outcome, DAMPING).flatten()
+    )
+    expected = V / (joint + tau)[:, None, None]
+    assert relative_error(outcome.preconditioner.fallback(V, DAMPING), expected) <= TOLERANCE[torch.float64]
+
+
+@over_cases
+@over_dtypes
+@pytest.mark.parametrize("spectrum", BAD)
+@pytest.mark.parametrize("both", [True, False], ids=["both", "A-only"])
+def test_says_what_became_of_bad_input(case: InverterCase, dtype: torch.dtype, spectrum: str, both: bool) -> None:
+    factors = make_factors(spectrum, dtype, good_G=not both)
+    outcome = invert_with_ladder(case.make(), factors, damping=DAMPING, previous={}, seed=SEED)
+    expected = case.indefinite if spectrum == "indefinite" else Outcome.FAILED
+    assert outcome.outcome is expected, outcome.reason
+    if expected is Outcome.FAILED:
+        assert outcome.preconditioner is None
+        assert "factor A" in outcome.reason
+    else:
+        direction = applied(outcome, V.to(dtype))
+        assert bool(direction.isfinite().all())
+        assert (direction * V).sum() > 0
+
+
+@over_cases
+def test_depends_on_its_arguments_alone(case: InverterCase) -> None:
+    factors = make_factors("decaying", torch.float32)
+    before = {name: tensor.clone() for name, tensor in tensor_fields(factors).items()}
+    results = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        state = torch.get_rng_state()
+        outcome = invert_with_ladder(case.make(), factors, damping=DAMPING, previous={}, seed=SEED)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert outcome.preconditioner is not None
+        results.append(tensor_fields(outcome.preconditioner))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensor_fields(factors).items())
+
+
+@over_cases
+@over_dtypes
+def test_travels_whole(case: InverterCase, dtype: torch.dtype) -> None:
+    """Through the wire and back, nothing changes by a bit."""
+    direct = invert(case, "decaying", dtype)
+    arrived = decode_result(run_job(job(case, "decaying", dtype))).outcomes["block"]
+    assert direct.preconditioner is not None and arrived.preconditioner is not None
+    assert type(arrived.preconditioner) is type(direct.preconditioner)
+    expected, found = tensor_fields(direct.preconditioner), tensor_fields(arrived.preconditioner)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (arrived.outcome, arrived.reason, arrived.diagnostics) == (direct.outcome, direct.reason, direct.diagnostics)
+    assert torch.equal(applied(arrived, V.to(dtype)), applied(direct, V.to(dtype)))
+
+
+_FRESH = """
+import hashlib, json, sys, torch
+from kfdist.curvature.jobs import run_job
+torch.set_num_threads(1)
+payloads = json.load(sys.stdin)
+print(json.dumps([hashlib.sha256(run_job(bytes.fromhex(payload))).hexdigest() for payload in payloads]))
+"""
+
+
+def test_same_bytes_from_a_fresh_process() -> None:
+    """A new process does every job again, in reverse order: what it did before must not matter."""
+    torch.set_num_threads(1)
+    spectra = [*GOOD, "nan", "indefinite"]
+    payloads = [job(case, spectrum, dtype) for case in CASES for spectrum in spectra for dtype in DTYPES]
+    here = [hashlib.sha256(run_job(payload)).hexdigest() for payload in payloads]
+    backwards = json.dumps([payload.hex() for payload in reversed(payloads)])
+    fresh = subprocess.run(
+        [sys.executable, "-c", _FRESH], input=backwards, capture_output=True, text=True, check=True, timeout=100
+    )
+    assert json.loads(fresh.stdout)[::-1] == here
+
+
+@over_cases
+def test_its_settings_make_it_again(case: InverterCase) -> None:
+    inverter = case.make()
+    settings = json.loads(json.dumps(inverter.settings()))
+    assert make_inverter(inverter.name, **settings) == inverter
+    assert settings.keys() == {field.name for field in fields(inverter)}
+
+
+@over_cases
+def test_cost_grows_with_the_block(case: InverterCase) -> None:
+    inverter = case.make()
+    small, large = BlockShape(d_out=64, d_in=65), BlockShape(d_out=512, d_in=513)
+    assert 0 < inverter.cost(small) < inverter.cost(large)
+    assert inverter.cost(BlockShape(d_out=64, d_in=65, groups=3)) == pytest.approx(3 * inverter.cost(small))
+
+
+def test_every_method_is_in_the_table_and_every_entry_has_a_case() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(inverters.__path__)} - HELPERS
+    tabled = {cls.__module__.rpartition(".")[2] for cls in INVERTERS.values()}
+    assert modules == tabled
+    assert {case.name for case in CASES} == set(INVERTERS)
+    assert all(name == cls.name for name, cls in INVERTERS.items())
+    assert all(issubclass(cls, AbstractInverter) for cls in INVERTERS.values())
