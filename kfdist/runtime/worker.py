@@ -49,16 +49,28 @@ def run_worker(config: Config) -> int:
     check_controller(config)
     communicator = join_training_group(timeout_seconds=config.cluster.group_timeout_seconds, device=device.type)
     try:
-        _check_same_configuration(config, communicator)
-        materials = gather_materials(config, communicator.world_size, device)
-        finished = settle(communicator, lambda: inspect_run(config).finished)
-        if finished:
-            if communicator.rank == 0:
-                print(finished, flush=True)
-            return ExitCode.DONE
-        return _Start(config, communicator, materials).run()
+        return train_together(config, communicator, device)
     finally:
         communicator.close()
+
+
+def train_together(config: Config, communicator: Communicator, device: torch.device) -> int:
+    """Runs a run on ranks that have met; all of them must call it.
+
+    Returns:
+        The exit code, as for `run_worker`.
+
+    Raises:
+        ConfigError, EnvironmentFault, LossNotFinite: As for `run_worker`.
+    """
+    _check_same_configuration(config, communicator)
+    materials = gather_materials(config, communicator.world_size, device)
+    finished = settle(communicator, lambda: inspect_run(config).finished)
+    if finished:
+        if communicator.rank == 0:
+            print(finished, flush=True)
+        return ExitCode.DONE
+    return _Start(config, communicator, materials).run()
 
 
 def _check_same_configuration(config: Config, communicator: Communicator) -> None:

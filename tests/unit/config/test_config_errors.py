@@ -1,0 +1,148 @@
+"""Every message: the field, the value received, what is allowed, what to do."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kfdist.config import load_config
+from kfdist.errors import ConfigError
+
+# What is set, the path the error names, and words its message must have.
+BAD = [
+    # unknown keys
+    ("run.stepz=3", "run.stepz", ["unknown key", "did you mean `steps`", "[run] has: name"]),
+    ("rum.steps=3", "rum", ["unknown key", "did you mean `run`"]),
+    ("run.damping=3", "run.damping", ["did you mean `preconditioner.damping`"]),
+    ("run.zzz=3", "run.zzz", ["unknown key; [run] has: name, dir"]),
+    ("preconditioner.staleness.soft_bund=30", "preconditioner.staleness.soft_bund", ["`soft_bound`"]),
+    # types
+    ("run.steps=abc", "run.steps", ["is 'abc', a string", "an integer"]),
+    ("run.steps=1.5", "run.steps", ["is 1.5, a float", "an integer"]),
+    ("run.seed=true", "run.seed", ["is True, a boolean", "an integer"]),
+    ("optimizer.lr=true", "optimizer.lr", ["is True", "a number"]),
+    ('data.batch_size="4"', "data.batch_size", ["is '4', a string", "an integer"]),
+    ("preconditioner.skip=3", "preconditioner.skip", ["is 3", "a list"]),
+    ("preconditioner.skip=[3]", "preconditioner.skip[0]", ["is 3", "a string"]),
+    ("preconditioner.settings.rank={a=1}", "preconditioner.settings.rank", ["a table", "a number, a string"]),
+    ("preconditioner.staleness=3", "preconditioner.staleness", ["is 3", "a table"]),
+    # ranges
+    ("preconditioner.damping=0", "preconditioner.damping", ["is 0", "greater than 0", "lambda"]),
+    ("preconditioner.damping=-1.0", "preconditioner.damping", ["is -1.0", "greater than 0"]),
+    ("preconditioner.damping=nan", "preconditioner.damping", ["is nan", "finite"]),
+    ("preconditioner.damping=inf", "preconditioner.damping", ["is inf", "finite"]),
+    ("preconditioner.ema_decay=1.0", "preconditioner.ema_decay", ["is 1.0", "less than 1"]),
+    ("cluster.workers=0", "cluster.workers", ["is 0", "at least 1"]),
+    ("cluster.owners=-1", "cluster.owners", ["is -1", "at least 0"]),
+    ("cluster.threads=0", "cluster.threads", ["is 0", "at least 1"]),
+    ("run.steps=0", "run.steps", ["is 0", "at least 1"]),
+    ("checkpoint.keep=0", "checkpoint.keep", ["is 0", "at least 1"]),
+    # choices
+    ("preconditioner.adoption=fixedlag", "preconditioner.adoption", ["'fixedlag'", "did you mean `fixed-lag`"]),
+    ("cluster.assignment=lptt", "cluster.assignment", ["did you mean `lpt`", "round_robin"]),
+    ("cluster.link=socket", "cluster.link", ["'service' or 'local'"]),
+    ("checkpoint.statistics=fold", "checkpoint.statistics", ["'per-rank' or 'folded'"]),
+    # combinations
+    ("cluster.owners=0", "cluster.owners", ['link = "service" needs at least 1', '"local" needs none']),
+    ("preconditioner.inverse_period=7", "preconditioner.inverse_period", ["multiple", "such as 8"]),
+    ("preconditioner.lag=3", "preconditioner.lag", ["is 3", "fixed-lag"]),
+    ("preconditioner.adoption=fixed-lag", "preconditioner.lag", ["is missing", "lag = 5"]),
+    ("optimizer.schedule=step", "optimizer.milestones", ["give both or neither"]),
+    ("optimizer.milestones=[3]", "optimizer.milestones", ["is [3]", "give both or neither"]),
+    ("preconditioner.method=none", "cluster.link", ['set "local"']),
+    # names and addresses
+    ("run.name=../x", "run.name", ["is '../x'", "1 to 63 of a-z 0-9"]),
+    ("run.name=A", "run.name", ["is 'A'"]),
+    ('run.name=""', "run.name", ["is ''"]),
+    ("control.address=7070", "control.address", ["is 7070", "a string"]),
+    ("control.address=localhost", "control.address", ["'localhost'", "host:port"]),
+    ("control.address=127.0.0.1:99999", "control.address", ["0 to 65535"]),
+    ("control.address=::1:70", "control.address", ["in brackets"]),
+    ("control.address=0.0.0.0:70", "control.address", ["is '0.0.0.0:70'", "loopback", "TLS", "SSH"]),
+    ("control.metrics_address=10.0.0.1:70", "control.metrics_address", ["loopback"]),
+    ("cluster.ray=somewhere", "cluster.ray", ["is 'somewhere'", '"local"', '"auto"']),
+    # the syntax of --set
+    ("steps", "--set", ["is 'steps'", "section.key=value"]),
+    ("run=3", "--set", ["is 'run=3'", "section.key=value"]),
+    ("run..steps=3", "--set", ["section.key=value"]),
+]
+
+
+@pytest.mark.parametrize(("override", "path", "words"), BAD, ids=[case[0] for case in BAD])
+def test_one_bad_value(override: str, path: str, words: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides=[override], environment={})
+    assert caught.value.path == path
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "words"),
+    [
+        (["run.steps=3", "run.epochs=2"], "run.steps", ["both are given"]),
+        (["preconditioner.staleness.soft_bound=12"], "preconditioner.staleness.soft_bound", ["is 12", "13 is"]),
+        (["preconditioner.staleness.hard_bound=2"], "preconditioner.staleness.hard_bound", ["is 2", "13 is"]),
+        (
+            ["preconditioner.staleness.soft_bound=30", "preconditioner.staleness.hard_bound=20"],
+            "preconditioner.staleness.soft_bound",
+            ["is 30", "hard_bound = 20"],
+        ),
+        (
+            ["preconditioner.staleness.hard_bound=50", "preconditioner.adoption=fixed-lag", "preconditioner.lag=4"],
+            "preconditioner.staleness.hard_bound",
+            ["is 50", "at most 14 steps", "remove the bound"],
+        ),
+        (["optimizer.schedule=step", "optimizer.milestones=[5, 3]"], "optimizer.milestones", ["[5, 3]", "must rise"]),
+    ],
+)
+def test_values_that_do_not_go_together(overrides: list[str], path: str, words: list[str]):
+    # inverse_period + the smallest delay is 10 + 3.
+    periods = ["preconditioner.factor_period=2", "preconditioner.inverse_period=10"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides=[*periods, *overrides], environment={})
+    assert caught.value.path == path
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_the_smallest_legal_bound_is_accepted():
+    overrides = ["preconditioner.inverse_period=10", "preconditioner.staleness.hard_bound=13"]
+    assert load_config(None, overrides=overrides, environment={}).preconditioner.staleness.hard_bound == 13
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides=["run.stepz=3", "cluster.workers=0", "data.nam=x"], environment={})
+    assert re.findall(r"^[a-z.]+:", str(caught.value), re.MULTILINE) == ["run.stepz:", "data.nam:", "cluster.workers:"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["no such file"]),
+        (b"[run\n", ["isn't valid TOML", "line 1"]),
+        (b"[run]\nname = '\xff'\n", ["isn't UTF-8"]),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, words: list[str]):
+    path = tmp_path / "run.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, environment={})
+    assert caught.value.path == str(path)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_directory_is_no_file(tmp_path: Path):
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_config(tmp_path, environment={})
+
+
+def test_a_section_must_be_a_table(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text("run = 3\n")
+    with pytest.raises(ConfigError, match=r"^run: is 3, an integer; it must be a table") as caught:
+        load_config(path, environment={})
+    assert caught.value.path == "run"
