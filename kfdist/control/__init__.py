@@ -1,0 +1,1 @@
+"""The controller: runs, members and assignment in SQLite, served over gRPC, exported to Prometheus."""

@@ -6,9 +6,9 @@ says who has to act (`kfdist.errors`).
 
 import functools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -21,7 +21,8 @@ _LOG = logging.getLogger(__name__)
 MAX_SENTENCE_BYTES = 2048
 """Statuses travel in HTTP/2 trailers, which peers bound at 8 KiB or so."""
 
-Answer = TypeVar("Answer")
+Unary = TypeVar("Unary", bound=Callable[..., Awaitable[Any]])
+Streaming = TypeVar("Streaming", bound=Callable[..., AsyncGenerator[Any]])
 
 
 class Refusal(KfdistError):
@@ -51,13 +52,11 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
             return grpc.StatusCode.INTERNAL, _shortened(f"a fault in kfdist itself: {type(error).__name__}: {error}")
 
 
-def answers(
-    method: Callable[[Any, Any, Any], Awaitable[Answer]],
-) -> Callable[[Any, Any, Any], Awaitable[Answer]]:
+def answers(method: Unary) -> Unary:
     """Makes a unary method of an asyncio service end with the status of what it raises."""
 
     @functools.wraps(method)
-    async def wrapped(self: Any, request: Any, context: Any) -> Answer:
+    async def wrapped(self: Any, request: Any, context: Any) -> Any:
         try:
             return await method(self, request, context)
         except grpc.aio.AbortError:
@@ -65,16 +64,14 @@ def answers(
         except Exception as error:
             await _abort(context, error)
 
-    return wrapped
+    return cast(Unary, wrapped)
 
 
-def streams(
-    method: Callable[[Any, Any, Any], AsyncGenerator[Answer]],
-) -> Callable[[Any, Any, Any], AsyncIterator[Answer]]:
+def streams(method: Streaming) -> Streaming:
     """Makes a streaming method of an asyncio service end with the status of what it raises."""
 
     @functools.wraps(method)
-    async def wrapped(self: Any, request: Any, context: Any) -> AsyncIterator[Answer]:
+    async def wrapped(self: Any, request: Any, context: Any) -> AsyncGenerator[Any]:
         try:
             # Closed by name: else a cancelled call's cleanup would wait for the garbage collector.
             async with aclosing(method(self, request, context)) as stream:
@@ -85,7 +82,7 @@ def streams(
         except Exception as error:
             await _abort(context, error)
 
-    return wrapped
+    return cast(Streaming, wrapped)
 
 
 def fault_of(error: grpc.RpcError, *, address: str, what: str) -> KfdistError:

@@ -62,7 +62,8 @@ class MembershipServiceServicer:
     """
 
     def RegisterWorker(self, request, context):
-        """Registers a training rank at its start. Errors: NOT_FOUND (unknown run), ABORTED (older epoch than the run's).
+        """Registers a training rank at its start, and again whenever its stream ended. An unknown run is made known; the
+        first rank of a newer epoch opens that start. Errors: ABORTED (older epoch than the run's), INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -77,7 +78,8 @@ class MembershipServiceServicer:
 
     def Heartbeat(self, request_iterator, context):
         """Keeps a member alive: the member sends a message at least every few seconds, with its telemetry; the controller
-        answers each with what the member has to know. Ends with ABORTED when the member's epoch is old.
+        answers each with what the member has to know. Ends with ABORTED when the member's epoch is old, with NOT_FOUND or
+        FAILED_PRECONDITION when the member has to register first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -92,7 +92,8 @@ class RunServiceServicer:
     """
 
     def Create(self, request, context):
-        """Makes a run known, or opens a new start of a known one. Errors: INVALID_ARGUMENT (bad name).
+        """Makes a run known, or prepares a known one for its next start, with its settings again as configured.
+        Errors: INVALID_ARGUMENT (bad name), RESOURCE_EXHAUSTED (too many runs).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,7 +115,8 @@ class RunServiceServicer:
 
     def Watch(self, request, context):
         """Sends the run now and at every change, in order of revision, from `from_revision` on.
-        Errors: NOT_FOUND, OUT_OF_RANGE (`from_revision` lies in the future), RESOURCE_EXHAUSTED (the reader is too slow).
+        Errors: NOT_FOUND, OUT_OF_RANGE (`from_revision` lies in the future, or changes after it are no longer kept),
+        RESOURCE_EXHAUSTED (the reader is too slow).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,7 +158,7 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListEvents(self, request, context):
-        """Lists what happened in a run, oldest first.
+        """Lists what happened in a run, oldest first, at most 1,000 events; ask again after the last one for more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

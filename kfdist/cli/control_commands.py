@@ -1,0 +1,190 @@
+"""What people say to a controller: to look at runs, to steer them, to end them."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kfdist.cli import serve_command
+from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from kfdist.control.client import ControlClient
+    from kfdist.control.views import RunView
+
+DEFAULT_ADDRESS = "127.0.0.1:7070"
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address", metavar="HOST:PORT", envvar="KFDIST_CONTROL_ADDRESS", help="Where the controller serves gRPC."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line, and `serve` with them."""
+    serve_command.register(app)
+    for name, function in (
+        ("status", _status),
+        ("list", _list),
+        ("watch", _watch),
+        ("pause", _pause),
+        ("resume", _resume),
+        ("set", _set),
+        ("checkpoint", _checkpoint),
+        ("stop", _stop),
+        ("events", _events),
+    ):
+        app.command(name)(function)
+
+
+def _status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="The run's name; all runs if not given.")] = None,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a run stands: its step, who is alive, loss and staleness."""
+    from kfdist.cli.run_display import print_run, print_runs
+
+    with _client(address) as client:
+        if run is not None:
+            print_run(client.get(run), as_json=as_json)
+            return
+        runs = client.runs()
+    if len(runs) == 1 and not as_json:
+        print_run(runs[0], as_json=False)
+    else:
+        print_runs(runs, as_json=as_json)
+
+
+def _list(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """List all runs that the controller knows, the newest first."""
+    from kfdist.cli.run_display import print_runs
+
+    with _client(address) as client:
+        print_runs(client.runs(), as_json=as_json)
+
+
+def _watch(
+    run: Run,
+    from_revision: Annotated[
+        int, typer.Option(min=0, help="Show only changes after this revision; 0 begins with the run as it is.")
+    ] = 0,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Show a run now and at every change until it ends; Ctrl-C ends the watch, not the run."""
+    from kfdist.cli.run_display import RunLines
+
+    try:
+        with _client(address) as client, RunLines(as_json=as_json) as lines:
+            for view in client.watch(run, from_revision=from_revision):
+                lines.show(view)
+                if view.state.ended:
+                    return
+    except KeyboardInterrupt:
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+
+
+def _pause(run: Run, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """Ask all ranks of a run to wait at the same step; `resume` lets them go on."""
+    _steer(address, as_json, lambda client: client.pause(run))
+
+
+def _resume(run: Run, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """Let a paused run go on."""
+    _steer(address, as_json, lambda client: client.resume(run))
+
+
+def _set(
+    run: Run,
+    settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="damping=LAMBDA, above 0.")],
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Change a run's settings while it trains; all ranks take them up at the same step."""
+    damping = _parse_settings(settings)
+    _steer(address, as_json, lambda client: client.update_settings(run, damping=damping))
+
+
+def _checkpoint(run: Run, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """Ask a run for a checkpoint."""
+    _steer(address, as_json, lambda client: client.checkpoint(run))
+
+
+def _stop(
+    run: Run,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the run has ended.")] = False,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds that --wait waits at most.")] = 120.0,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Ask all ranks of a run to write a checkpoint and end at the same step; the run can be resumed."""
+    from kfdist.control.client import has_ended
+    from kfdist.control.records import RunState
+
+    def stop(client: "ControlClient") -> "RunView":
+        view = client.stop(run)
+        return client.wait_until(run, has_ended, timeout_seconds=timeout) if wait else view
+
+    view = _steer(address, as_json, stop)
+    if wait and view.state in (RunState.FAILED, RunState.LOST):
+        raise EnvironmentFault(f"run {run!r} is {view.state} at step {view.step}; `kfdist events {run}` says more")
+
+
+def _events(
+    run: Run,
+    after: Annotated[int, typer.Option(min=0, help="Show only events after the one of this id.")] = 0,
+    address: Address = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """List what happened in a run, oldest first."""
+    from kfdist.cli.run_display import print_events
+
+    with _client(address) as client:
+        print_events(list(client.events(run, after=after)), as_json=as_json)
+
+
+def _steer(address: str, as_json: bool, action: "Callable[[ControlClient], RunView]") -> "RunView":
+    from kfdist.cli.run_display import run_line
+
+    with _client(address) as client:
+        view = action(client)
+    print(json.dumps(view.to_json()) if as_json else run_line(view))
+    return view
+
+
+@contextmanager
+def _client(address: str) -> "Iterator[ControlClient]":
+    from kfdist.config.fields import split_address
+    from kfdist.control.client import ControlClient
+
+    try:
+        split_address(address)
+    except ValueError as error:
+        raise ConfigError(f"{address!r} is no address: {error}", path="--address") from None
+    with ControlClient(address) as client:
+        yield client
+
+
+def _parse_settings(settings: list[str]) -> float:
+    values: dict[str, float] = {}
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if key != "damping" or not separator:
+            hint = "; did you mean damping?" if difflib.get_close_matches(key, ["damping"]) and key != "damping" else ""
+            raise ConfigError(f"{text!r} is no setting; write damping=LAMBDA, such as damping=0.01{hint}")
+        if key in values:
+            raise ConfigError(f"{key} is given twice, {values[key]:g} and {value}; give it once", path=key)
+        try:
+            values[key] = float(value)
+        except ValueError:
+            raise ConfigError(f"{value!r} is no number; damping is a finite number above 0", path=key) from None
+    return values["damping"]

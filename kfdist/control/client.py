@@ -1,0 +1,182 @@
+"""A small synchronous client of the controller, for commands and the launcher."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from kfdist.control.records import RunState
+from kfdist.control.views import EventView, RunView, event_view, run_view
+from kfdist.errors import EnvironmentFault
+from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
+from kfdist.rpc.channels import CALL_SECONDS, open_channel
+from kfdist.rpc.errors import code_of, fault_of
+
+WATCH_SECONDS = 60.0
+"""Deadline of one call of a watch; the watch goes on with the next call, from the last revision."""
+
+RECONNECT_SECONDS = 0.5
+
+Response = TypeVar("Response")
+
+
+class ControlClient:
+    """Calls one controller. Every call has a deadline; a context manager.
+
+    Every method raises EnvironmentFault where the controller can't be reached or refuses, and ConfigError where it was
+    asked for something that isn't there or isn't allowed.
+    """
+
+    def __init__(self, address: str, *, timeout_seconds: float = CALL_SECONDS) -> None:
+        """Prepares a channel; connects at the first call.
+
+        Args:
+            address: Where the controller serves gRPC, "host:port".
+            timeout_seconds: Deadline of each call.
+        """
+        self.address = address
+        self._timeout_seconds = timeout_seconds
+        self._channel = open_channel(address)
+        self._runs: Any = run_pb2_grpc.RunServiceStub(self._channel)
+        self._membership: Any = membership_pb2_grpc.MembershipServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        """Returns the client."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes the client."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the channel; safe to call twice."""
+        self._channel.close()
+
+    def create(self, name: str, *, directory: str = "", total_steps: int = 0, config: str = "") -> RunView:
+        """Makes a run known, or prepares a known one for its next start.
+
+        Args:
+            name: The run's name.
+            directory: Its directory, for people.
+            total_steps: How many steps it is to make; 0: not known.
+            config: Its resolved configuration, for people.
+        """
+        request = run_pb2.CreateRequest(
+            request_id=_request_id(), name=name, directory=directory, total_steps=total_steps, config=config
+        )
+        return run_view(self._call(self._runs.Create, request).run)
+
+    def get(self, name: str) -> RunView:
+        """Returns a run."""
+        return run_view(self._call(self._runs.Get, run_pb2.GetRequest(name=name)).run)
+
+    def runs(self) -> list[RunView]:
+        """Returns all runs, the newest first."""
+        return [run_view(run) for run in self._call(self._runs.List, run_pb2.ListRequest()).runs]
+
+    def pause(self, name: str) -> RunView:
+        """Asks all ranks of a run to wait at the same step."""
+        return run_view(self._call(self._runs.Pause, run_pb2.PauseRequest(request_id=_request_id(), name=name)).run)
+
+    def resume(self, name: str) -> RunView:
+        """Lets a paused run go on."""
+        return run_view(self._call(self._runs.Resume, run_pb2.ResumeRequest(request_id=_request_id(), name=name)).run)
+
+    def update_settings(self, name: str, *, damping: float) -> RunView:
+        """Changes the damping of a run."""
+        request = run_pb2.UpdateSettingsRequest(request_id=_request_id(), name=name, damping=damping)
+        return run_view(self._call(self._runs.UpdateSettings, request).run)
+
+    def checkpoint(self, name: str) -> RunView:
+        """Asks a run for a checkpoint."""
+        request = run_pb2.CheckpointRequest(request_id=_request_id(), name=name)
+        return run_view(self._call(self._runs.Checkpoint, request).run)
+
+    def stop(self, name: str) -> RunView:
+        """Asks all ranks of a run to write a checkpoint and end at the same step."""
+        return run_view(self._call(self._runs.Stop, run_pb2.StopRequest(request_id=_request_id(), name=name)).run)
+
+    def events(self, name: str, *, after: int = 0) -> Iterator[EventView]:
+        """Yields what happened in a run after an event, oldest first."""
+        while True:
+            request = run_pb2.ListEventsRequest(name=name, after_event_id=after)
+            events = self._call(self._runs.ListEvents, request).events
+            if not events:
+                return
+            yield from (event_view(event) for event in events)
+            after = events[-1].event_id
+
+    def owners(self, name: str) -> list[str]:
+        """Returns the names of the owners that live, as a run's couriers are told them."""
+        response = self._call(self._membership.GetAssignment, membership_pb2.GetAssignmentRequest(run=name))
+        return [owner.owner_id for owner in response.owners]
+
+    def watch(self, name: str, *, from_revision: int = 0, away_seconds: float = 30.0) -> Iterator[RunView]:
+        """Yields a run now and at every change, in order, none twice and none left out.
+
+        It goes on where it stopped when the controller is started again.
+
+        Args:
+            name: The run.
+            from_revision: The last revision already seen; 0: begin with the run as it is.
+            away_seconds: How long the controller may be away.
+        """
+        seen = from_revision
+        away_since: float | None = None
+        while True:
+            request = run_pb2.WatchRequest(name=name, from_revision=seen)
+            try:
+                for response in self._runs.Watch(request, timeout=WATCH_SECONDS):
+                    seen, away_since = response.run.revision, None
+                    yield run_view(response.run)
+            except grpc.RpcError as error:
+                code = code_of(error)
+                if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # of this call, not of the watch
+                    continue
+                if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                    raise fault_of(error, address=self.address, what="controller") from None
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since > away_seconds:
+                    raise fault_of(error, address=self.address, what="controller") from None
+            time.sleep(RECONNECT_SECONDS)
+
+    def wait_until(
+        self, name: str, reached: Callable[[RunView], bool], *, timeout_seconds: float, poll_seconds: float = 0.2
+    ) -> RunView:
+        """Waits until a run is as wanted and returns it.
+
+        Args:
+            name: The run.
+            reached: Tells whether the run is as wanted.
+            timeout_seconds: How long to wait at most.
+            poll_seconds: Time between two looks.
+
+        Raises:
+            EnvironmentFault: The time is over; also as everywhere in this class.
+        """
+        ends = time.monotonic() + timeout_seconds
+        while not reached(run := self.get(name)):
+            if time.monotonic() > ends:
+                raise EnvironmentFault(
+                    f"run {name!r} is still {run.state} at step {run.step} after {timeout_seconds:g} s; "
+                    "`kfdist events` says what happened"
+                )
+            time.sleep(poll_seconds)
+        return run
+
+    def _call(self, method: Callable[..., Response], request: object) -> Response:
+        try:
+            return method(request, timeout=self._timeout_seconds)
+        except grpc.RpcError as error:
+            raise fault_of(error, address=self.address, what="controller") from None
+
+
+def has_ended(run: RunView) -> bool:
+    """Tells whether nothing more can be expected of a run: it ended, or its ranks are gone."""
+    return run.state.ended or run.state is RunState.LOST
+
+
+def _request_id() -> str:
+    return uuid.uuid4().hex

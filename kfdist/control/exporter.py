@@ -1,0 +1,172 @@
+"""The controller's /metrics: one scrape target for everything that a run's processes measured."""
+
+import platform
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+
+import grpc
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from kfdist.control.records import RunRecord, RunState
+from kfdist.control.series import Histogram, RunSeries, Sender
+from kfdist.rpc.servers import check_loopback, unbindable
+from kfdist.telemetry.metrics import METRICS, Kind, Metric
+from kfdist.types import Sample
+
+MAX_RUNS = 64
+"""Runs that are exported; the one not heard of for longest gives way."""
+
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+
+_FAMILIES = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, Kind.HISTOGRAM: HistogramMetricFamily}
+
+
+class Exporter(Collector):
+    """Keeps what members measured and what the controller knows of runs; Prometheus reads it from another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: OrderedDict[str, RunSeries] = OrderedDict()
+        self._records: dict[str, RunRecord] = {}
+        self._heard: dict[str, float] = {}
+        self._dropped: dict[str, int] = {}
+
+    def ingest(self, run: str, sender: Sender, life: str, samples: Sequence[Sample]) -> None:
+        """Takes a member's samples.
+
+        Args:
+            run: The run they belong to.
+            sender: The member.
+            life: Names the member's present life, since which its counters count.
+            samples: What it measured.
+        """
+        with self._lock:
+            for reason, count in self._series(run).ingest(sender, life, samples).items():
+                self._dropped[reason] = self._dropped.get(reason, 0) + count
+
+    def drop(self, reason: str, count: int) -> None:
+        """Counts samples that were refused before they got here."""
+        with self._lock:
+            self._dropped[reason] = self._dropped.get(reason, 0) + count
+
+    def count(self, run: str, name: str, labels: Mapping[str, str], amount: float = 1.0) -> None:
+        """Adds to a counter of a run that the controller itself keeps."""
+        with self._lock:
+            self._series(run).count(name, labels, amount)
+
+    def heard(self, run: str) -> None:
+        """Notes that a rank of the run was heard of just now."""
+        with self._lock:
+            self._heard[run] = time.time()
+
+    def show(self, record: RunRecord) -> None:
+        """Takes a run's new record."""
+        with self._lock:
+            self._series(record.name)
+            self._records[record.name] = record
+
+    def forget_gauges(self, run: str, sender: Sender) -> None:
+        """Ends the gauges of a member that went silent."""
+        with self._lock:
+            if run in self._runs:
+                self._runs[run].forget_gauges(sender)
+
+    def gauges_of(self, run: str, sender: Sender) -> dict[str, float]:
+        """Returns a member's gauges by metric name; labelled ones by their maximum."""
+        with self._lock:
+            return self._runs[run].gauges_of(sender) if run in self._runs else {}
+
+    def collect(self) -> Iterator[Family]:
+        """Yields all families, for prometheus_client."""
+        with self._lock:
+            families: dict[str, Family] = {}
+            for run, series in self._runs.items():
+                for metric, labels, value in [*series.values(), *self._facts(run)]:
+                    _add(_family(families, metric), [run, *labels], value)
+                for metric, labels, histogram in series.histograms():
+                    _add_histogram(_family(families, metric), [run, *labels], histogram)
+            for reason, count in self._dropped.items():
+                _add(_family(families, METRICS["kfdist_samples_dropped_total"]), [reason], count)
+            _add(_family(families, METRICS["kfdist_build_info"]), _versions(), 1)
+        yield from families.values()
+
+    def _series(self, run: str) -> RunSeries:
+        if run not in self._runs:
+            self._runs[run] = RunSeries()
+            while len(self._runs) > MAX_RUNS:
+                oldest, _ = self._runs.popitem(last=False)
+                self._records.pop(oldest, None)
+                self._heard.pop(oldest, None)
+        self._runs.move_to_end(run)
+        return self._runs[run]
+
+    def _facts(self, run: str) -> Iterator[tuple[Metric, tuple[str, ...], float]]:
+        record = self._records.get(run)
+        if record is not None:
+            yield METRICS["kfdist_up"], (), float(record.live_workers > 0)
+            yield METRICS["kfdist_run_epoch"], (), record.epoch
+            yield METRICS["kfdist_run_step"], (), record.step
+            yield METRICS["kfdist_run_planned_steps"], (), record.total_steps
+            yield METRICS["kfdist_live_workers"], (), record.live_workers
+            yield METRICS["kfdist_live_owners"], (), record.live_owners
+            for state in RunState:
+                yield METRICS["kfdist_run_state"], (state.value,), float(record.state is state)
+        if run in self._heard:
+            yield METRICS["kfdist_last_beat_timestamp_seconds"], (), self._heard[run]
+
+
+class MetricsServer:
+    """Serves an exporter's metrics over HTTP from a thread of its own."""
+
+    def __init__(self, exporter: Exporter, address: str) -> None:
+        """Binds and serves at once.
+
+        Args:
+            exporter: What to serve.
+            address: "host:port" on loopback; port 0 takes any free one.
+
+        Raises:
+            ConfigError: The address is malformed or not on loopback.
+            EnvironmentFault: It is in use.
+        """
+        host, port = check_loopback(address, path="control.metrics_address")
+        registry = CollectorRegistry()
+        registry.register(exporter)
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+        except OSError:
+            raise unbindable(host, port, path="control.metrics_address") from None
+        bound = self._server.server_port
+        self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+
+    def close(self) -> None:
+        """Stops serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _family(families: dict[str, Family], metric: Metric) -> Family:
+    if metric.name not in families:
+        labels = ["run", *metric.labels] if metric.by_run else list(metric.labels)
+        families[metric.name] = _FAMILIES[metric.kind](metric.name, metric.help, labels=labels)
+    return families[metric.name]
+
+
+def _add(family: Family, labels: list[str], value: float) -> None:
+    assert isinstance(family, CounterMetricFamily | GaugeMetricFamily)
+    family.add_metric(labels, value)
+
+
+def _add_histogram(family: Family, labels: list[str], histogram: Histogram) -> None:
+    assert isinstance(family, HistogramMetricFamily)
+    family.add_metric(labels, buckets=histogram.cumulative(), sum_value=histogram.total)
+
+
+def _versions() -> list[str]:
+    return [metadata.version("kfdist"), platform.python_version(), grpc.__version__]

@@ -1,0 +1,352 @@
+"""The controller's memory of runs: changed one transaction at a time, durable before anyone hears of it, watched.
+
+One event loop owns the ledger. A transaction computes new records, has them committed by the store's own thread, and
+only then puts them in place and tells watchers. What isn't worth a transaction of its own (a rank's step, counts of
+members) is noted and committed with the next transaction or the next `flush`; so every revision that anyone has seen
+survives the controller's end, and the revisions of a run are consecutive.
+"""
+
+import asyncio
+import difflib
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import grpc
+
+from kfdist.assignment import assign
+from kfdist.control.messages import run_message
+from kfdist.control.records import AssignmentRecord, Change, Event, OwnerRecord, RunRecord
+from kfdist.control.rows import Answer, Batch, EventRecord, RunUpdate
+from kfdist.control.store import Store
+from kfdist.control.watchers import QUEUED_CHANGES, Watchers
+from kfdist.rpc._generated.kfdist.v1 import run_pb2
+from kfdist.rpc.errors import Refusal
+from kfdist.types import GroupSpec
+
+MAX_RUNS = 1000
+"""Runs in one file; a list of them fits in one message."""
+
+Rule = Callable[[RunRecord | None], Change]
+"""What happens to a run: from its record, None if there is none, to the change."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A mutation as its caller names it: its id, and the SHA-256 of its method and content."""
+
+    request_id: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """A run's groups and how they are dealt, as rank 0 registers them."""
+
+    policy: str
+    specs: tuple[GroupSpec, ...]
+
+
+class Ledger:
+    """Runs, owners and assignments; see the module's text."""
+
+    def __init__(
+        self, store: Store, *, on_change: Callable[[RunRecord], None], queued_changes: int = QUEUED_CHANGES
+    ) -> None:
+        """Reads what the store has.
+
+        Args:
+            store: The open file; the ledger is its only user from now on, and closes it.
+            on_change: Told of every record that was put in place, and first of those that are there already.
+            queued_changes: How many changes may wait for one who watches.
+        """
+        self._store = store
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kfdist-store")
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._watchers = Watchers(queued_changes=queued_changes)
+        self._on_change = on_change
+        contents = store.load()
+        self._runs = contents.runs
+        self._assignments = contents.assignments
+        self._owners = contents.owners
+        self._notes: dict[str, dict[str, Any]] = {}
+        for record in self._runs.values():
+            on_change(record)
+
+    # Reading.
+
+    @property
+    def owners(self) -> Mapping[str, OwnerRecord]:
+        """Every owner that ever registered, by name."""
+        return self._owners
+
+    def live_owners(self) -> list[OwnerRecord]:
+        """Returns the owners heard of within the lease, by name."""
+        return sorted((owner for owner in self._owners.values() if owner.live), key=lambda owner: owner.owner_id)
+
+    def runs(self) -> list[RunRecord]:
+        """Returns all runs, the newest first."""
+        return list(reversed(self._runs.values()))
+
+    def run(self, name: str) -> RunRecord:
+        """Returns a run's record, as committed.
+
+        Raises:
+            Refusal: NOT_FOUND.
+        """
+        if name not in self._runs:
+            close = difflib.get_close_matches(name[:100], self._runs, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {len(self._runs)} runs"
+            raise Refusal(grpc.StatusCode.NOT_FOUND, f"there is no run {name[:100]!r} here{hint}")
+        return self._runs[name]
+
+    def knows(self, name: str) -> bool:
+        """Tells whether there is such a run."""
+        return name in self._runs
+
+    def assignment(self, run: str) -> AssignmentRecord:
+        """Returns who inverts what in a run; an empty record before rank 0 has registered."""
+        return self._assignments.get(run) or AssignmentRecord(run=run)
+
+    async def events(self, run: str, after: int, limit: int) -> list[EventRecord]:
+        """Returns at most `limit` events of a run after one, oldest first."""
+        return await self._in_thread(self._store.events, run, after, limit)
+
+    async def watch(self, name: str, from_revision: int) -> AsyncGenerator[run_pb2.Run]:
+        """Yields a run at every change after a revision, in order, none left out and none twice.
+
+        Args:
+            name: The run.
+            from_revision: The last revision the caller has seen; 0: begin with the run as it is.
+
+        Raises:
+            Refusal: NOT_FOUND; OUT_OF_RANGE: the revision lies in the future, or changes after it are no longer kept;
+                RESOURCE_EXHAUSTED: the caller reads too slowly.
+        """
+        now = self.run(name)
+        if from_revision > now.revision:
+            raise Refusal(
+                grpc.StatusCode.OUT_OF_RANGE, f"from_revision is {from_revision}; run {name!r} is at {now.revision}"
+            )
+        with self._watchers.watch(name) as watch:
+            seen = from_revision
+            if from_revision == 0:
+                seen = now.revision
+                yield run_message(now)
+            elif from_revision < now.revision:
+                for revision, message in await self._in_thread(self._store.changes, name, from_revision):
+                    if revision != seen + 1:
+                        raise Refusal(
+                            grpc.StatusCode.OUT_OF_RANGE,
+                            f"from_revision is {from_revision}; changes up to {revision - 1} are no longer kept: "
+                            "get the run and watch from its revision",
+                        )
+                    seen = revision
+                    yield run_pb2.Run.FromString(message)
+            while True:
+                change = await watch.next()
+                if change.revision > seen:  # else it was committed after the subscription and read from the file
+                    seen = change.revision
+                    yield change
+
+    # Changing.
+
+    async def change(
+        self,
+        name: str,
+        rule: Rule,
+        *,
+        request: Request | None = None,
+        config: str | None = None,
+        groups: Groups | None = None,
+    ) -> run_pb2.Run:
+        """Applies a rule to a run, durably. Once begun it ends, whatever becomes of the call that wanted it.
+
+        Args:
+            name: The run.
+            rule: What happens to it; may refuse.
+            request: The mutation behind it; one that was answered before is answered the same, and nothing changes.
+            config: The run's new configuration.
+            groups: The run's new groups, which are dealt at once.
+
+        Returns:
+            The run's message after the change.
+
+        Raises:
+            Refusal: By the rule; or INVALID_ARGUMENT: the request id was used for something else;
+                RESOURCE_EXHAUSTED: too many runs.
+            EnvironmentFault: The file can't be written; nothing was changed.
+        """
+        return await self._to_its_end(self._change(name, rule, request=request, config=config, groups=groups))
+
+    def note(self, name: str, **fields: Any) -> None:
+        """Notes new values of a record's fields, to be committed with its next change or flush."""
+        if name in self._runs:
+            self._notes.setdefault(name, {}).update(fields)
+
+    async def flush(self) -> None:
+        """Commits what was noted, all runs in one transaction."""
+        if self._notes:
+            await self._to_its_end(self._flush())
+
+    async def put_owners(self, changed: Sequence[OwnerRecord]) -> None:
+        """Puts owners in place and deals the groups of every run that lasts among those that live."""
+        if changed:
+            await self._to_its_end(self._put_owners(changed))
+
+    async def close(self) -> None:
+        """Ends what is under way, commits what was noted and closes the store."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        try:
+            await self.flush()
+        finally:
+            self._thread.shutdown()
+            self._store.close()
+
+    async def _change(
+        self, name: str, rule: Rule, *, request: Request | None, config: str | None, groups: Groups | None
+    ) -> run_pb2.Run:
+        async with self._lock:
+            if request is not None:
+                known = await self._in_thread(self._store.answer, request.request_id)
+                if known is not None:
+                    return _repeated(known, request)
+            before = self._runs.get(name)
+            notes = self._notes.pop(name, {})
+            try:
+                change = rule(replace(before, **notes) if before else None)
+                if before is None and len(self._runs) >= MAX_RUNS:
+                    raise Refusal(
+                        grpc.StatusCode.RESOURCE_EXHAUSTED,
+                        f"there are {MAX_RUNS} runs; start a controller with another file (--state)",
+                    )
+                if before is None:
+                    change = replace(change, record=replace(change.record, live_owners=len(self.live_owners())))
+                updates = () if change.record == before and not change.events else (_update(before, change, config),)
+                run = run_pb2.Run.FromString(updates[0].message) if updates else run_message(change.record)
+                assignment = self._with_groups(name, groups) if groups else None
+                await self._commit(
+                    updates,
+                    assignments=[assignment] if assignment else [],
+                    answer=_answer(request, run) if request else None,
+                )
+            except BaseException:
+                self._notes[name] = notes | self._notes.get(name, {})
+                raise
+            return run
+
+    async def _flush(self) -> None:
+        async with self._lock:
+            notes, self._notes = self._notes, {}
+            try:
+                updates = []
+                for name, fields in notes.items():
+                    record = replace(self._runs[name], **fields)
+                    if record != self._runs[name]:
+                        updates.append(_update(self._runs[name], Change(record), None))
+                if updates:
+                    await self._commit(updates)
+            except BaseException:
+                for name, fields in notes.items():
+                    self._notes[name] = fields | self._notes.get(name, {})
+                raise
+
+    async def _put_owners(self, changed: Sequence[OwnerRecord]) -> None:
+        async with self._lock:
+            owners = self._owners | {owner.owner_id: owner for owner in changed}
+            live = [owner.owner_id for owner in owners.values() if owner.live]
+            events = tuple(_owner_event(self._owners.get(owner.owner_id), owner) for owner in changed)
+            updates, assignments = [], []
+            for record in self._runs.values():
+                told = () if record.state.ended else tuple(event for event in events if event is not None)
+                moved = replace(record, live_owners=len(live))
+                if moved != record or told:
+                    updates.append(_update(record, Change(moved, told), None))
+                if not record.state.ended and record.name in self._assignments:
+                    assignments.append(_dealt(self._assignments[record.name], live))
+            await self._commit(updates, assignments=assignments, owners=changed)
+
+    async def _commit(
+        self,
+        updates: Sequence[RunUpdate],
+        *,
+        assignments: Sequence[AssignmentRecord] = (),
+        owners: Sequence[OwnerRecord] = (),
+        answer: Answer | None = None,
+    ) -> None:
+        moved = [assignment for assignment in assignments if assignment != self._assignments.get(assignment.run)]
+        batch = Batch(
+            time_ns=time.time_ns(),
+            runs=tuple(updates),
+            assignments=tuple(moved),
+            owners=tuple(owners),
+            answer=answer,
+        )
+        await self._in_thread(self._store.commit, batch)
+        self._owners |= {owner.owner_id: owner for owner in owners}
+        self._assignments |= {assignment.run: assignment for assignment in moved}
+        for update in updates:
+            self._runs[update.record.name] = update.record
+            self._on_change(update.record)
+            self._watchers.publish(run_pb2.Run.FromString(update.message))
+
+    def _with_groups(self, name: str, groups: Groups) -> AssignmentRecord:
+        assignment = replace(self.assignment(name), policy=groups.policy, groups=groups.specs)
+        return _dealt(assignment, [owner.owner_id for owner in self.live_owners()])
+
+    async def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, Result]) -> Result:
+        # A caller that goes away cancels its handler; a commit that was begun must still reach the memory.
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen: without a caller nobody else looks at it
+
+
+def _update(before: RunRecord | None, change: Change, config: str | None) -> RunUpdate:
+    record = replace(change.record, revision=before.revision + 1 if before else 1)
+    return RunUpdate(
+        record=record, message=run_message(record).SerializeToString(), events=change.events, config=config
+    )
+
+
+def _answer(request: Request, run: run_pb2.Run) -> Answer:
+    return Answer(request_id=request.request_id, request_digest=request.digest, message=run.SerializeToString())
+
+
+def _repeated(known: Answer, request: Request) -> run_pb2.Run:
+    if known.request_digest != request.digest:
+        raise Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"request_id {request.request_id!r} was used for another request; every new request needs a new one",
+        )
+    return run_pb2.Run.FromString(known.message)
+
+
+def _dealt(assignment: AssignmentRecord, live: Sequence[str]) -> AssignmentRecord:
+    owner_by_group = assign(assignment.groups, live, assignment.policy)
+    if owner_by_group == assignment.owner_by_group:
+        return assignment
+    return replace(assignment, owner_by_group=owner_by_group, revision=assignment.revision + 1)
+
+
+def _owner_event(before: OwnerRecord | None, after: OwnerRecord) -> Event | None:
+    if not after.live:
+        return Event(kind="owner_lost", text=f"owner {after.owner_id} wasn't heard of for longer than the lease")
+    if before is None or not before.live or (before.pid, before.restarts) != (after.pid, after.restarts):
+        restarts = f", restarted {after.restarts} times" if after.restarts else ""
+        return Event(kind="owner_joined", text=f"owner {after.owner_id} at {after.address}{restarts}")
+    return None

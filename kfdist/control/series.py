@@ -1,0 +1,180 @@
+"""What the members of one run measured, as the series that are exported for it.
+
+A sender reports a counter as its total since its own start. Senders come and go, and a series must never go back while
+the controller lives: each sender's earlier lives are added to what its present one reports.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from kfdist.telemetry.metrics import METRICS, Across, Kind, Metric, fault_in
+from kfdist.types import Sample
+
+MAX_BLOCKS = 512
+"""Blocks that get a series of their own in each metric; the others share one named "other", by their maximum."""
+
+MAX_LABEL_VALUES = 64
+"""Values of any other label of a metric; samples with further ones are dropped and counted."""
+
+OTHER = "other"
+
+Key = tuple[str, tuple[str, ...]]
+"""A series: the metric's name and the values of its labels in declared order."""
+
+
+@dataclass(frozen=True, order=True)
+class Sender:
+    """Who sends samples.
+
+    Attributes:
+        kind: "worker" or "owner".
+        name: A worker's rank or an owner's name.
+    """
+
+    kind: str
+    name: str
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether it is the run's rank 0."""
+        return self.kind == "worker" and self.name == "0"
+
+
+@dataclass
+class Total:
+    """One sender's counter over all its lives."""
+
+    life: str = ""
+    earlier: float = 0.0
+    reported: float = 0.0
+
+    def report(self, life: str, value: float) -> None:
+        """Takes what the sender counted since its start; a new life, or a smaller total, means that it started anew."""
+        if life != self.life or value < self.reported:
+            self.earlier += self.reported
+        self.life, self.reported = life, value
+
+
+@dataclass
+class Histogram:
+    """Observations by bucket; the last bucket has no upper bound."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Begins with no observation."""
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Counts one observation in the first bucket whose bound isn't below it."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Returns (upper bound, observations up to it) for each bucket, as Prometheus wants them."""
+        running, buckets = 0, []
+        for bound, count in zip([*self.bounds, float("inf")], self.counts, strict=True):
+            running += count
+            buckets.append(("+Inf" if bound == float("inf") else repr(bound), float(running)))
+        return buckets
+
+
+class RunSeries:
+    """The series of one run. Not thread-safe; its owner locks."""
+
+    def __init__(self) -> None:
+        self._gauges: dict[Key, dict[Sender, float]] = {}
+        self._counters: dict[Key, dict[Sender, Total]] = {}
+        self._histograms: dict[Key, Histogram] = {}
+        self._values: dict[tuple[str, str], set[str]] = {}
+
+    def ingest(self, sender: Sender, life: str, samples: Iterable[Sample]) -> dict[str, int]:
+        """Takes what a sender measured since its last message.
+
+        Args:
+            sender: Who measured.
+            life: Names the sender's present life; its counters began at zero with it.
+            samples: In any order.
+
+        Returns:
+            How many samples were dropped, by reason.
+        """
+        dropped: dict[str, int] = {}
+        gauges: dict[Key, float] = {}
+        for sample in samples:
+            fault = fault_in(sample) or self._take(sender, life, sample, gauges)
+            if fault:
+                dropped[fault] = dropped.get(fault, 0) + 1
+        for key, value in gauges.items():
+            self._gauges.setdefault(key, {})[sender] = value
+        return dropped
+
+    def count(self, name: str, labels: Mapping[str, str], amount: float) -> None:
+        """Adds to a counter that the controller keeps itself beside what members send."""
+        metric = METRICS[name]
+        key = (name, tuple(labels[label] for label in metric.labels))
+        total = self._counters.setdefault(key, {}).setdefault(Sender("controller", ""), Total())
+        total.report("", total.reported + amount)
+
+    def forget_gauges(self, sender: Sender) -> None:
+        """Ends a silent sender's gauges, so that nobody takes the past for the present; its counters stay counted."""
+        for key in list(self._gauges):
+            self._gauges[key].pop(sender, None)
+            if not self._gauges[key]:
+                del self._gauges[key]
+
+    def gauges_of(self, sender: Sender) -> dict[str, float]:
+        """Returns a sender's gauges by metric name; of several series of one metric, the largest value."""
+        found: dict[str, float] = {}
+        for (name, _), values in self._gauges.items():
+            if sender in values:
+                found[name] = max(found[name], values[sender]) if name in found else values[sender]
+        return found
+
+    def values(self) -> Iterator[tuple[Metric, tuple[str, ...], float]]:
+        """Yields every gauge and counter: metric, label values, value."""
+        for (name, labels), by_sender in self._gauges.items():
+            merge = sum if METRICS[name].across is Across.SUM else max
+            yield METRICS[name], labels, merge(by_sender.values())
+        for (name, labels), totals in self._counters.items():
+            yield METRICS[name], labels, sum(total.earlier + total.reported for total in totals.values())
+
+    def histograms(self) -> Iterator[tuple[Metric, tuple[str, ...], Histogram]]:
+        """Yields every histogram: metric, label values, observations."""
+        for (name, labels), histogram in self._histograms.items():
+            yield METRICS[name], labels, histogram
+
+    def _take(self, sender: Sender, life: str, sample: Sample, gauges: dict[Key, float]) -> str:
+        metric = METRICS[sample.name]
+        labels = self._bounded(metric, sample)
+        if labels is None:
+            return "too_many_label_values"
+        key = (metric.name, labels)
+        if metric.kind is Kind.HISTOGRAM:
+            self._histograms.setdefault(key, Histogram(metric.buckets)).observe(sample.value)
+        elif metric.across is Across.RANK_ZERO and not sender.is_rank_zero:
+            pass  # all ranks have the same value: one of them is enough
+        elif metric.kind is Kind.COUNTER:
+            self._counters.setdefault(key, {}).setdefault(sender, Total()).report(life, sample.value)
+        else:
+            shared = OTHER in labels and key in gauges
+            gauges[key] = max(gauges[key], sample.value) if shared else sample.value
+        return ""
+
+    def _bounded(self, metric: Metric, sample: Sample) -> tuple[str, ...] | None:
+        labels = []
+        for label in metric.labels:
+            value = sample.labels[label]
+            known = self._values.setdefault((metric.name, label), set())
+            if value not in known:
+                if len(known) >= (MAX_BLOCKS if label == "block" else MAX_LABEL_VALUES):
+                    if label != "block":
+                        return None
+                    value = OTHER
+                else:
+                    known.add(value)
+            labels.append(value)
+        return tuple(labels)

@@ -1,0 +1,85 @@
+"""Those who watch a run: each has a bounded queue, so that a slow reader costs itself its watch and nobody memory."""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from kfdist.rpc._generated.kfdist.v1 import run_pb2
+from kfdist.rpc.errors import Refusal
+
+QUEUED_CHANGES = 256
+"""Changes that may wait for a reader."""
+
+MAX_WATCHERS = 256
+"""Watches of one run at a time."""
+
+
+class Watch:
+    """One reader's queue."""
+
+    def __init__(self, limit: int) -> None:
+        """Begins empty, to hold at most `limit` changes."""
+        self._limit = limit
+        self._queue: deque[run_pb2.Run] = deque()
+        self._filled = asyncio.Event()
+        self._overflowed = False
+
+    def push(self, run: run_pb2.Run) -> None:
+        """Adds a change; when there is no room, the watch ends after what it holds."""
+        if self._overflowed or len(self._queue) >= self._limit:
+            self._overflowed = True
+        else:
+            self._queue.append(run)
+        self._filled.set()
+
+    async def next(self) -> run_pb2.Run:
+        """Waits for the next change and returns it.
+
+        Raises:
+            Refusal: RESOURCE_EXHAUSTED: changes came faster than they were read.
+        """
+        while not self._queue:
+            if self._overflowed:
+                raise Refusal(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"more than {self._limit} changes waited to be read; watch again from the last revision you saw",
+                )
+            self._filled.clear()
+            await self._filled.wait()
+        return self._queue.popleft()
+
+
+class Watchers:
+    """All watches, by run."""
+
+    def __init__(self, *, queued_changes: int = QUEUED_CHANGES) -> None:
+        """Begins with none; each watch may hold `queued_changes`."""
+        self._queued_changes = queued_changes
+        self._by_run: dict[str, set[Watch]] = {}
+
+    @contextmanager
+    def watch(self, run: str) -> Iterator[Watch]:
+        """Queues every change of a run that is published while the context lasts.
+
+        Raises:
+            Refusal: RESOURCE_EXHAUSTED: the run has too many watches.
+        """
+        watches = self._by_run.setdefault(run, set())
+        if len(watches) >= MAX_WATCHERS:
+            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"run {run!r} is watched by {MAX_WATCHERS} already")
+        made = Watch(self._queued_changes)
+        watches.add(made)
+        try:
+            yield made
+        finally:
+            watches.discard(made)
+            if not watches:
+                self._by_run.pop(run, None)
+
+    def publish(self, run: run_pb2.Run) -> None:
+        """Tells everyone who watches a run of its new record."""
+        for watch in self._by_run.get(run.name, ()):
+            watch.push(run)

@@ -1,0 +1,211 @@
+"""Every metric, declared once as data. Ranks, couriers and owners send samples of them; the controller exports them.
+
+Names are Prometheus names in base units. The exporter adds the label `run` to each metric with `by_run`, so no
+declaration lists it. A label `block` stands only on gauges: one series a layer is affordable, twelve buckets aren't.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kfdist.types import Sample
+
+
+class Kind(StrEnum):
+    """What a metric's values mean."""
+
+    GAUGE = "gauge"
+    COUNTER = "counter"
+    HISTOGRAM = "histogram"
+
+
+class Across(StrEnum):
+    """How the values that several senders have for one series become one. Observations of histograms all count."""
+
+    RANK_ZERO = "rank_zero"  # all ranks have the same, or only rank 0 has it
+    SUM = "sum"
+    MAX = "max"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: Its Prometheus name.
+        kind: What its values mean.
+        help: One sentence, with the unit where the name has none.
+        labels: Label names, besides `run`.
+        across: How several senders' values become one.
+        buckets: Upper bounds of a histogram's buckets, rising, without infinity.
+        by_run: Whether the exporter adds the label `run`.
+        sent: Whether members send it; the controller measures the others itself.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    across: Across = Across.RANK_ZERO
+    buckets: tuple[float, ...] = ()
+    by_run: bool = True
+    sent: bool = True
+
+
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_INVERSION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+
+_DECLARED = (
+    # The run's progress.
+    Metric(name="kfdist_steps_total", kind=Kind.COUNTER, help="Training steps made."),
+    Metric(
+        name="kfdist_step_seconds",
+        kind=Kind.HISTOGRAM,
+        help="Wall-clock seconds of a training step by phase, over all ranks.",
+        labels=("phase",),
+        buckets=_STEP_BUCKETS,
+    ),
+    Metric(name="kfdist_loss", kind=Kind.GAUGE, help="Training loss as last reported."),
+    Metric(name="kfdist_accuracy", kind=Kind.GAUGE, help="Accuracy on the test data as last evaluated, from 0 to 1."),
+    # Staleness and adoption.
+    Metric(
+        name="kfdist_staleness_steps",
+        kind=Kind.GAUGE,
+        help="Training steps between the statistics in a block's inverse and now.",
+        labels=("block",),
+        across=Across.MAX,
+    ),
+    Metric(
+        name="kfdist_staleness_seconds",
+        kind=Kind.GAUGE,
+        help="Seconds between the statistics in a block's inverse and now.",
+        labels=("block",),
+        across=Across.MAX,
+    ),
+    Metric(name="kfdist_adoptions_total", kind=Kind.COUNTER, help="Versions that all ranks swapped in."),
+    Metric(
+        name="kfdist_fallbacks_total",
+        kind=Kind.COUNTER,
+        help="Uses of something lesser than a fresh inverse, by reason.",
+        labels=("reason",),
+    ),
+    Metric(name="kfdist_damping", kind=Kind.GAUGE, help="Damping lambda in force."),
+    # Inversions and what they cost.
+    Metric(
+        name="kfdist_inversion_seconds",
+        kind=Kind.HISTOGRAM,
+        help="Wall-clock seconds of an inversion by method.",
+        labels=("method",),
+        buckets=_INVERSION_BUCKETS,
+    ),
+    Metric(
+        name="kfdist_queue_depth",
+        kind=Kind.GAUGE,
+        help="Inversions submitted and not yet answered.",
+        across=Across.SUM,
+    ),
+    Metric(
+        name="kfdist_bytes_total",
+        kind=Kind.COUNTER,
+        help="Bytes that kfdist moved, by purpose, over all ranks.",
+        labels=("purpose",),
+        across=Across.SUM,
+    ),
+    # What went wrong.
+    Metric(
+        name="kfdist_failures_total",
+        kind=Kind.COUNTER,
+        help="Failed inversions and re-submitted jobs, by reason.",
+        labels=("reason",),
+        across=Across.SUM,
+    ),
+    Metric(
+        name="kfdist_nonfinite_drops_total",
+        kind=Kind.COUNTER,
+        help="Batches whose statistics were dropped because they weren't finite, over all ranks.",
+        across=Across.SUM,
+    ),
+    Metric(
+        name="kfdist_restarts_total",
+        kind=Kind.COUNTER,
+        help="Processes started again, by process.",
+        labels=("process",),
+        across=Across.SUM,
+    ),
+    # What the controller sees by itself.
+    Metric(
+        name="kfdist_up",
+        kind=Kind.GAUGE,
+        help="1 while ranks of the run are heard of within the lease, else 0.",
+        sent=False,
+    ),
+    Metric(
+        name="kfdist_run_state",
+        kind=Kind.GAUGE,
+        help="1 for the state that the run is in, 0 for the others.",
+        labels=("state",),
+        sent=False,
+    ),
+    Metric(name="kfdist_run_epoch", kind=Kind.GAUGE, help="The newest start of the run.", sent=False),
+    Metric(
+        name="kfdist_run_step",
+        kind=Kind.GAUGE,
+        help="The training step that rank 0 last reported.",
+        sent=False,
+    ),
+    Metric(
+        name="kfdist_run_planned_steps",
+        kind=Kind.GAUGE,
+        help="How many training steps the run is to make, 0 if not known.",
+        sent=False,
+    ),
+    Metric(name="kfdist_live_workers", kind=Kind.GAUGE, help="Ranks heard of within the lease.", sent=False),
+    Metric(name="kfdist_live_owners", kind=Kind.GAUGE, help="Owners heard of within the lease.", sent=False),
+    Metric(
+        name="kfdist_last_beat_timestamp_seconds",
+        kind=Kind.GAUGE,
+        help="When a rank of the run was last heard of, in seconds since 1970; time() minus it rises while all hang.",
+        sent=False,
+    ),
+    Metric(
+        name="kfdist_samples_dropped_total",
+        kind=Kind.COUNTER,
+        help="Samples that the controller refused, by reason.",
+        labels=("reason",),
+        by_run=False,
+        sent=False,
+    ),
+    Metric(
+        name="kfdist_build_info",
+        kind=Kind.GAUGE,
+        help="Always 1; the labels name the controller's versions.",
+        labels=("version", "python", "grpc"),
+        by_run=False,
+        sent=False,
+    ),
+)
+
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _DECLARED}
+"""All metrics by name."""
+
+MAX_LABEL_CHARACTERS = 200
+"""Longest value of a label."""
+
+
+def fault_in(sample: Sample) -> str:
+    """Returns why a sample can't be exported, in one word for a label, or an empty string if it can.
+
+    A gauge may be NaN or infinite: a loss that is no number is news. A counter's total and an observation may not, as
+    one such value would stay in every later sum.
+    """
+    metric = METRICS.get(sample.name)
+    if metric is None or not metric.sent:
+        return "unknown_metric"
+    if set(sample.labels) != set(metric.labels):
+        return "wrong_labels"
+    if any(not value or len(value) > MAX_LABEL_CHARACTERS for value in sample.labels.values()):
+        return "bad_label_value"
+    if metric.kind is not Kind.GAUGE and not (math.isfinite(sample.value) and sample.value >= 0):
+        return "bad_value"
+    return ""
