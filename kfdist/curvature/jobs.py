@@ -7,7 +7,7 @@ The bytes of a result are a function of the job's bytes, the device and the thre
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ NO_STATISTICS = "no statistics: every batch since the start was dropped or absen
 """Reason of a failure that needed no inversion; see `failure_result`."""
 
 _METADATA_KEY = "kfdist"
+_JOB_ROLES = ("statistics", "previous")
+_RESULT_ROLES = ("preconditioner", "state")
 _HEADER_BYTES_PER_TENSOR = 256
 
 
@@ -129,7 +131,7 @@ def run_job(payload: bytes, *, device: torch.device | str = "cpu") -> bytes:
     _check_count("threads", metadata.get("threads"))
     results: dict[str, Tensor] = {}
     blocks: list[dict[str, Any]] = []
-    for index, entry in enumerate(_blocks_of(metadata)):
+    for index, entry in enumerate(_blocks_of(metadata, tensors, _JOB_ROLES)):
         seed = entry.get("seed")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"block {entry['name']!r}: seed is {seed!r}, must be a whole number")
@@ -152,7 +154,7 @@ def decode_result(payload: bytes, *, device: torch.device | str = "cpu") -> Grou
     """
     tensors, metadata = _read(payload, "result")
     outcomes: dict[BlockName, BlockOutcome] = {}
-    for index, entry in enumerate(_blocks_of(metadata)):
+    for index, entry in enumerate(_blocks_of(metadata, tensors, _RESULT_ROLES)):
         if entry.get("outcome") not in list(Outcome):
             raise ValueError(f"block {entry['name']!r}: unknown outcome {entry.get('outcome')!r}")
         outcome = Outcome._value2member_map_[entry["outcome"]]
@@ -251,13 +253,24 @@ def _inverter_of(metadata: Mapping[str, Any]) -> AbstractInverter:
         raise ValueError(f"the job's inverter: {error}") from error
 
 
-def _blocks_of(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _blocks_of(
+    metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], roles: Collection[str]
+) -> list[dict[str, Any]]:
+    """Returns the entries of the blocks, once it is sure that each has a name of its own and each tensor a block."""
     blocks = metadata.get("blocks")
     if not isinstance(blocks, list) or not blocks:
         raise ValueError(f"blocks are {blocks!r}, must be a list with at least one entry")
+    names: set[BlockName] = set()
     for entry in blocks:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise ValueError(f"a block is described by {entry!r}, must have a name")
+        if entry["name"] in names:
+            raise ValueError(f"block {entry['name']!r} is in the payload twice")
+        names.add(entry["name"])
+    claimed = tuple(f"{index}/{role}/" for index in range(len(blocks)) for role in roles)
+    stray = sorted(name for name in tensors if not name.startswith(claimed))
+    if stray:
+        raise ValueError(f"tensors that belong to no block: {', '.join(stray)}")
     return blocks
 
 

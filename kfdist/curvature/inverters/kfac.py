@@ -76,6 +76,6 @@ class Kfac(AbstractInverter):
         return Inversion(preconditioner=preconditioner, diagnostics=diagnostics)
 
     def cost(self, shape: BlockShape) -> float:
-        """Estimates d^3 operations a factor (d^3/3 to factorise, 2 d^3/3 to invert), more where eigenvalues are needed."""
+        """Estimates d^3 operations a factor (d^3/3 to factorise, 2 d^3/3 to invert) and, if needed, its eigenvalues."""
         per_factor = 1.0 if self.damping_rule == "pi" else 1.0 + EIGENVALUE_FLOPS
         return per_factor * shape.groups * (shape.d_in**3 + shape.d_out**3)

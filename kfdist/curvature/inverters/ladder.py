@@ -121,6 +121,8 @@ def _check_shapes(factors: KroneckerFactors) -> None:
     for label, matrix in (("A", factors.A), ("G", factors.G)):
         if matrix.dim() != 3 or matrix.shape[-1] != matrix.shape[-2] or matrix.numel() == 0:
             raise ValueError(f"factor {label} has shape {tuple(matrix.shape)}, must be [c, d, d]")
+        if not matrix.is_floating_point():
+            raise ValueError(f"factor {label} is {matrix.dtype}, must be floating-point")
     if factors.A.shape[0] != factors.G.shape[0]:
         raise ValueError(f"factor A has {factors.A.shape[0]} groups, G has {factors.G.shape[0]}; must be the same")
 

@@ -1,0 +1,71 @@
+"""Making inverters by name: unknown names and values are refused with what is allowed."""
+
+from typing import Any
+
+import pytest
+
+from kfdist.curvature.fingerprint import fingerprint
+from kfdist.curvature.inverters import INVERTERS, make_inverter
+from kfdist.curvature.inverters.base import split_seed
+from kfdist.errors import ConfigError
+from kfdist.types import BlockShape
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("rskfac", {}, "unknown method 'rskfac'; did you mean 'rs-kfac'"),
+        ("adam", {}, "allowed are kfac, kfac-eigen, rs-kfac"),
+        ("rs-kfac", {"ranks": 5}, "rs-kfac has no setting 'ranks'; did you mean 'rank'"),
+        ("kfac", {"rank": 5}, "kfac has no setting 'rank'"),
+        ("rs-kfac", {"rank": 0}, "rank: 0 is not allowed; must be a whole number of at least 1"),
+        ("rs-kfac", {"rank": 2.5}, "rank: 2.5"),
+        ("rs-kfac", {"rank": True}, "rank: True"),
+        ("rs-kfac", {"oversampling": -1}, "oversampling: -1"),
+        ("rs-kfac", {"power_iterations": "4"}, "power_iterations: '4'"),
+        ("rs-kfac", {"method": "svd"}, "method: 'svd' is not allowed; choose one of 'rsvd', 'srevd'"),
+        ("rs-kfac", {"damping_rule": "exact"}, "damping_rule: 'exact'"),
+        ("rs-kfac", {"spectrum_continuation": 1}, "spectrum_continuation: 1"),
+        ("kfac", {"damping_rule": "common"}, "damping_rule: 'common' is not allowed; choose one of 'pi', 'relative'"),
+        ("kfac-eigen", {"damping_rule": "none"}, "choose one of 'common', 'pi', 'relative'"),
+    ],
+)
+def test_bad_settings_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_inverter(name, **settings)
+
+
+def test_defaults_are_the_published_ones() -> None:
+    made = make_inverter("rs-kfac")
+    assert made.settings() == {
+        "rank": 220,
+        "oversampling": 10,
+        "power_iterations": 4,
+        "method": "rsvd",
+        "spectrum_continuation": False,
+        "damping_rule": "pi",
+    }
+
+
+def test_a_low_rank_inversion_is_cheaper_than_a_full_one() -> None:
+    wide = BlockShape(d_out=2048, d_in=4097)
+    costs = {name: make_inverter(name).cost(wide) for name in INVERTERS}
+    assert costs["kfac"] < costs["kfac-eigen"]
+    assert costs["rs-kfac"] < costs["kfac-eigen"]
+
+
+def test_split_seeds_never_change() -> None:
+    """Pinned: replicas of different releases would draw different sketches otherwise."""
+    assert split_seed(0, "sketch/A") == PINNED_SEED
+    assert len({split_seed(seed, label) for seed in range(50) for label in "AG"}) == 100
+    assert all(0 <= split_seed(seed, "A") < 2**63 for seed in (0, 2**63, -1))
+
+
+PINNED_SEED = 6643088676517621976
+
+
+def test_fingerprints_tell_apart_what_changes_bits() -> None:
+    one, two = fingerprint("cpu", 1), fingerprint("cpu", 2)
+    assert one != two and one == fingerprint("cpu", 1)
+    assert one.startswith("cpu;") and ";threads=1;" in one and ";torch=" in one
+    assert "\n" not in one

@@ -1,0 +1,194 @@
+"""Jobs and results as bytes: what goes in comes out, and a malformed payload is refused with a sentence."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from kfdist.curvature.inverters import Outcome, make_inverter
+from kfdist.curvature.jobs import (
+    NO_STATISTICS,
+    decode_result,
+    encode_job,
+    failure_result,
+    job_bytes,
+    job_threads,
+    run_job,
+)
+from kfdist.curvature.records import tensor_fields
+from kfdist.curvature.statistics import KroneckerFactors
+from kfdist.types import BlockShape
+from tests.support.matrices import C, P, Q, make_factors
+
+
+def job(**changes: Any) -> bytes:
+    arguments: dict[str, Any] = {
+        "inverter": make_inverter("rs-kfac", rank=3, oversampling=2),
+        "factors": {"conv.1": make_factors("decaying", torch.float32), "a/b.c": make_factors("zero", torch.float32)},
+        "damping": 1e-2,
+        "seeds": {"conv.1": 7, "a/b.c": 2**62},
+        "previous": {"conv.1": {"warm": torch.ones(2, 3)}},
+        "threads": 1,
+    }
+    return encode_job(**{**arguments, **changes})
+
+
+def edited(payload: bytes, edit: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> bytes:
+    """Returns the payload with its metadata or tensors changed, still a safetensors file."""
+    length = int.from_bytes(payload[:8], "little")
+    metadata = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["kfdist"])
+    tensors = load(payload)
+    edit(metadata, tensors)
+    return save(tensors, metadata={"kfdist": json.dumps(metadata)})
+
+
+def test_a_group_of_blocks_comes_back_by_name() -> None:
+    result = decode_result(run_job(job()))
+    assert set(result.outcomes) == {"conv.1", "a/b.c"}
+    assert not result.failed and result.reason == ""
+    for outcome in result.outcomes.values():
+        assert outcome.preconditioner is not None
+        assert outcome.preconditioner.shape == (C, P, Q)
+
+
+def test_a_block_has_the_same_result_alone_and_in_a_group() -> None:
+    together = decode_result(run_job(job())).outcomes["conv.1"].preconditioner
+    alone = job(factors={"conv.1": make_factors("decaying", torch.float32)})
+    single = decode_result(run_job(alone)).outcomes["conv.1"].preconditioner
+    assert together is not None and single is not None
+    expected = tensor_fields(single)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensor_fields(together).items())
+
+
+def test_equal_arguments_give_equal_bytes_in_any_order() -> None:
+    factors = {"b": make_factors("zero", torch.float32), "a": make_factors("decaying", torch.float32)}
+    seeds = {"a": 1, "b": 2}
+    reordered = {"a": factors["a"], "b": factors["b"]}
+    assert job(factors=factors, seeds=seeds, previous={}) == job(factors=reordered, seeds=seeds, previous={})
+    assert job(seeds={"conv.1": 8, "a/b.c": 9}) != job()
+
+
+def test_one_failed_block_fails_the_group_and_says_which() -> None:
+    factors = {"good": make_factors("decaying", torch.float32), "bad": make_factors("nan", torch.float32)}
+    result = decode_result(run_job(job(factors=factors, seeds={"good": 1, "bad": 2}, previous={})))
+    assert result.failed
+    assert result.outcomes["good"].outcome is Outcome.DONE
+    assert result.outcomes["bad"].preconditioner is None
+    assert result.reason.startswith("factor A holds 2 non-finite")
+
+
+def test_a_failure_without_an_inversion() -> None:
+    result = decode_result(failure_result({"x": NO_STATISTICS, "y": NO_STATISTICS}))
+    assert result.failed and set(result.outcomes) == {"x", "y"}
+    assert result.reason == NO_STATISTICS
+    mixed = decode_result(failure_result({"x": NO_STATISTICS, "y": "something else"}))
+    assert mixed.reason == f"x: {NO_STATISTICS}; y: something else"
+
+
+def test_threads_can_be_read_without_the_tensors() -> None:
+    assert job_threads(job(threads=3)) == 3
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_the_estimate_of_the_size_is_close(groups: int) -> None:
+    A, G = torch.zeros(groups, 145, 145), torch.zeros(groups, 64, 64)
+    payload = job(factors={"conv": KroneckerFactors(A=A, G=G)}, seeds={"conv": 1}, previous={})
+    estimate = job_bytes([BlockShape(d_out=64, d_in=145, groups=groups)])
+    assert estimate == pytest.approx(len(payload), rel=0.02)
+
+
+def test_the_estimate_adds_up_over_a_group() -> None:
+    shapes = [BlockShape(d_out=3, d_in=4), BlockShape(d_out=5, d_in=6, groups=2)]
+    assert job_bytes(shapes) == job_bytes(shapes[:1]) + job_bytes(shapes[1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"damping": 0.0}, "damping is 0.0, must be a finite positive number"),
+        ({"damping": float("nan")}, "damping is nan"),
+        ({"threads": 0}, "threads is 0, must be a whole number of at least 1"),
+        ({"factors": {}}, "a job needs at least one block"),
+        ({"seeds": {"conv.1": 1}}, "block 'a/b.c' has no seed"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        job(**changes)
+
+
+def _set(path: str, value: Any) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
+    def edit(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        *parents, last = path.split(".")
+        target: Any = metadata
+        for key in parents:
+            target = target[int(key)] if isinstance(target, list) else target[key]
+        target[last] = value
+
+    return edit
+
+
+MALFORMED: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], None], str]] = {
+    "format": (_set("format", 99), "must be a job of format 1"),
+    "content": (_set("content", "result"), "must be a job of format 1"),
+    "damping": (_set("damping", "much"), "damping is 'much'"),
+    "damping-bool": (_set("damping", True), "damping is True"),
+    "threads": (_set("threads", 1.5), "threads is 1.5"),
+    "method": (_set("inverter.name", "rs-kfak"), "did you mean 'rs-kfac'"),
+    "setting": (_set("inverter.settings", {"rang": 3}), "did you mean 'rank'"),
+    "setting-value": (_set("inverter.settings", {"rank": -3}), "rank: -3 is not allowed"),
+    "inverter": (_set("inverter", None), "inverter is None, must have a name and settings"),
+    "no-blocks": (_set("blocks", []), "must be a list with at least one entry"),
+    "nameless": (_set("blocks", [{}]), "must have a name"),
+    "twice": (lambda m, t: m["blocks"].append(m["blocks"][0]), "is in the payload twice"),
+    "seed": (_set("blocks.0.seed", "x"), "seed is 'x', must be a whole number"),
+    "statistics": (_set("blocks.0.statistics", None), "its statistics are not described"),
+    "statistics-kind": (_set("blocks.0.statistics.kind", "rows"), "unknown record 'rows'; known: kronecker-factors"),
+    "missing": (lambda m, t: t.update({"0/statistics/X": t.pop("0/statistics/G")}), "lacks its field 'G'"),
+    "left-over": (lambda m, t: t.update({"0/statistics/H": torch.ones(3)}), "has no fields H"),
+    "unclaimed": (lambda m, t: t.update({"7/statistics/A": torch.ones(3)}), "that belong to no block: 7/statistics/A"),
+    "triangle": (lambda m, t: t.update({"0/statistics/A": torch.ones(2, 5)}), "5 numbers are no triangle"),
+    "dimensions": (lambda m, t: t.update({"0/statistics/A": torch.ones(6)}), "must be"),
+    "groups": (lambda m, t: t.update({"0/statistics/A": torch.ones(3, 6)}), "factor A has 3 groups, G has 2"),
+    "integers": (
+        lambda m, t: t.update({"0/statistics/A": torch.ones(2, 6, dtype=torch.int64)}),
+        "factor A is torch.int64, must be floating-point",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_job_is_refused_with_a_sentence(edit: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_job(edited(job(), edit))
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 100, -1])
+def test_a_torn_payload_is_refused(size: int) -> None:
+    for payload, read in ((job(), run_job), (run_job(job()), decode_result)):
+        with pytest.raises(ValueError, match="the payload"):
+            read(payload[:size])
+
+
+@pytest.mark.parametrize("payload", [b"x" * 64, (2**60).to_bytes(8, "little") + b"{}", b"\2\0\0\0\0\0\0\0{}"])
+def test_garbage_is_refused(payload: bytes) -> None:
+    with pytest.raises(ValueError, match="no kfdist job"):
+        run_job(payload)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (_set("blocks.0.outcome", "great"), "unknown outcome 'great'"),
+        (_set("blocks.0.preconditioner", None), "are not described"),
+        (_set("blocks.0.preconditioner.kind", "os.system"), "unknown record 'os.system'"),
+        (_set("content", "job"), "must be a result of format 1"),
+    ],
+)
+def test_a_malformed_result_is_refused_with_a_sentence(edit: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_result(edited(run_job(job()), edit))

@@ -1,0 +1,143 @@
+"""K-FAC and KFC against the dense Fisher matrix in float64: K1, K2, K3, K7 and C4 of algorithms.md."""
+
+import pytest
+import torch
+from torch import nn
+
+from kfdist.curvature.blocks import Block, make_block
+from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.inverters.ladder import invert_with_ladder
+from kfdist.curvature.preconditioners import AbstractPreconditioner
+from kfdist.curvature.references import (
+    damping_shares,
+    dense_kronecker,
+    empirical_fisher,
+    per_example_gradients,
+    softmax_fisher,
+    solve_dense,
+    solve_factored_dense,
+)
+from kfdist.curvature.statistics import KroneckerFactors
+from tests.support.matrices import gaussian, make_factors, relative_error
+
+TOLERANCE = 1e-10
+"""Dense float64 solves with condition numbers up to 1e4, as algorithms.md asks (K1: 1e-12)."""
+
+DAMPING = 1e-2
+
+
+def preconditioner(factors: KroneckerFactors, method: str, **settings: object) -> AbstractPreconditioner:
+    inverter = make_inverter(method, **settings)
+    outcome = invert_with_ladder(inverter, factors, damping=DAMPING, previous={}, seed=0)
+    assert outcome.preconditioner is not None, outcome.reason
+    return outcome.preconditioner
+
+
+def captured(layer: nn.Module, block: Block, inputs: torch.Tensor, losses_of) -> tuple[KroneckerFactors, torch.Tensor]:
+    """Omega and Gamma of one batch as `statistics` defines them, and the per-example losses."""
+    output = layer(inputs)
+    losses = losses_of(output)
+    (gradient,) = torch.autograd.grad(losses.sum(), output, retain_graph=True)
+    sums = block.factor_sums(inputs, gradient)
+    return KroneckerFactors(A=sums.A / len(inputs), G=sums.G / sums.rows), losses
+
+
+def linear() -> tuple[nn.Linear, Block]:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, dtype=torch.float64)
+    block = make_block("fc", layer)
+    assert isinstance(block, Block)
+    return layer, block
+
+
+def test_k1_one_example_is_exact() -> None:
+    """K1: with one example and every class enumerated, A (x) G is the Fisher block itself."""
+    layer, block = linear()
+    inputs = gaussian(1, 4, seed=1)
+    logits = layer(inputs)
+    probabilities = torch.softmax(logits, -1).detach()[0]
+    A, G = torch.zeros(1, 5, 5).double(), torch.zeros(1, 3, 3).double()
+    for label in range(3):
+        log_probability = torch.log_softmax(logits, -1)[:, label]
+        (gradient,) = torch.autograd.grad(log_probability.sum(), logits, retain_graph=True)
+        sums = block.factor_sums(inputs, gradient * probabilities[label].sqrt())
+        A, G = sums.A, G + sums.G
+    assert relative_error(dense_kronecker(A, G), softmax_fisher(block, logits)) < 1e-12
+
+
+def test_one_example_is_exact_for_the_empirical_fisher_and_a_one_position_convolution() -> None:
+    layer = nn.Conv2d(2, 4, 3, groups=2, dtype=torch.float64)
+    block = make_block("conv", layer)
+    assert isinstance(block, Block)
+    factors, losses = captured(layer, block, gaussian(1, 2, 3, 3, seed=1), lambda o: o.pow(2).flatten(1).sum(1))
+    fisher = empirical_fisher(per_example_gradients(block, losses))
+    assert relative_error(dense_kronecker(factors.A, factors.G), fisher) < 1e-12
+
+
+@pytest.mark.parametrize("spectrum", ["well-conditioned", "decaying", "singular"])
+def test_k2_joint_damping_solves_the_damped_product(spectrum: str) -> None:
+    """K2: the eigenbasis gives (A (x) G + lambda I)^{-1} V, the factored form (A~ (x) G~)^{-1} V."""
+    factors = make_factors(spectrum, torch.float64)
+    V = gaussian(2, 7, 12, seed=3)
+    exact = solve_dense(dense_kronecker(factors.A, factors.G), DAMPING, V)
+    assert relative_error(preconditioner(factors, "kfac-eigen").apply(V, DAMPING), exact) < TOLERANCE
+    shares = damping_shares(factors.A, factors.G, rule="pi", damping=DAMPING)
+    factored = solve_factored_dense(factors.A, factors.G, shares, V)
+    assert relative_error(preconditioner(factors, "kfac").apply(V, DAMPING), factored) < TOLERANCE
+
+
+def test_damping_can_change_without_a_new_inversion() -> None:
+    factors, V = make_factors("decaying", torch.float64), gaussian(2, 7, 12, seed=3)
+    made = preconditioner(factors, "kfac-eigen")
+    for damping in (1e-4, 1.0):
+        expected = solve_dense(dense_kronecker(factors.A, factors.G), damping, V)
+        assert relative_error(made.apply(V, damping), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["kfac", "kfac-eigen", "rs-kfac"])
+@pytest.mark.parametrize("scale", [1e-5, 7.0, 1e4])
+def test_k3_directions_ignore_how_scale_is_split(method: str, scale: float) -> None:
+    """K3: A -> c A, G -> G/c leaves the direction as it was."""
+    factors, V = make_factors("decaying", torch.float64), gaussian(2, 7, 12, seed=3)
+    moved = KroneckerFactors(A=factors.A * scale, G=factors.G / scale)
+    expected = preconditioner(factors, method).apply(V, DAMPING)
+    assert relative_error(preconditioner(moved, method).apply(V, DAMPING), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("learning_rate", [0.5, 1e-4])
+def test_k7_the_clipped_step_attains_the_bound(learning_rate: float) -> None:
+    """K7: nu = min(1, sqrt(kappa / (lr^2 sum <U, V>))) makes the step's quadratic form kappa where it is below 1."""
+    kappa, total, dense_total = 1e-3, torch.zeros(()).double(), 0.0
+    for spectrum, seed in (("decaying", 3), ("singular", 4)):
+        factors, V = make_factors(spectrum, torch.float64), gaussian(2, 7, 12, seed=seed)
+        total = total + (preconditioner(factors, "kfac-eigen").apply(V, DAMPING) * V).sum()
+        damped = dense_kronecker(factors.A, factors.G) + DAMPING * torch.eye(84, dtype=torch.float64)
+        dense_total += float((V.flatten(1) * torch.linalg.solve(damped, V.flatten(1))).sum())
+    nu = min(1.0, (kappa / (learning_rate**2 * float(total))) ** 0.5)
+    step = (learning_rate * nu) ** 2 * dense_total
+    assert step == pytest.approx(kappa, rel=TOLERANCE) if nu < 1 else step < kappa
+    assert (nu < 1) == (learning_rate == 0.5)
+
+
+def test_c4_products_agree_under_other_conventions() -> None:
+    """C4: other codes scale A by 1/T^2 and G by T^2, or by 1/T and T (expand); the product A (x) G is the same."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 4, 3, padding=1, stride=2, dtype=torch.float64)
+    block = make_block("conv", layer)
+    assert isinstance(block, Block)
+    images = gaussian(3, 2, 7, 6, seed=1)
+    factors, _ = captured(layer, block, images, lambda o: o.pow(2).flatten(1).sum(1))
+    patches = torch.nn.functional.unfold(images, 3, padding=1, stride=2)
+    n, _, T = patches.shape
+    rows = torch.cat([patches, torch.ones(n, 1, T)], dim=1).transpose(1, 2).reshape(n * T, -1)
+    output = layer(images)
+    (mean_gradient,) = torch.autograd.grad(output.pow(2).flatten(1).sum(1).mean(), output)
+    out = mean_gradient.flatten(2).transpose(1, 2).reshape(n * T, -1)
+    ours = dense_kronecker(factors.A, factors.G)
+    # Averaged over positions before the outer product's mean, g multiplied by N and T (CW, RK, DBR).
+    A = (rows / T).T @ (rows / T) / n
+    G = (out * n * T).T @ (out * n * T) / (n * T)
+    assert relative_error(dense_kronecker(A[None], G[None]), ours) < TOLERANCE
+    # Expand: A a mean over examples and positions, G a sum over positions.
+    A, G = rows.T @ rows / (n * T), (out * n).T @ (out * n) / n
+    assert relative_error(dense_kronecker(A[None], G[None]), ours) < TOLERANCE

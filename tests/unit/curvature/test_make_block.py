@@ -1,0 +1,68 @@
+"""Which layers get a block, and what is said of the others."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from kfdist.curvature.blocks import Block, make_block
+from kfdist.types import BlockShape
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Renamed(nn.Linear):
+    """A subclass that computes the same is fine."""
+
+
+def frozen(layer: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        getattr(layer, name).requires_grad_(False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.BatchNorm2d(3), "BatchNorm2d has no block; supported are Linear, Conv2d"),
+        (nn.Embedding(3, 4), "Embedding has no block"),
+        (nn.Conv1d(3, 4, 2), "Conv1d has no block"),
+        (nn.ReLU(), "ReLU has no block"),
+        (nn.LazyLinear(4), "run one forward pass first"),
+        (nn.LazyConv2d(4, 3), "run one forward pass first"),
+        (Doubled(3, 4), "Doubled: it replaces Linear.forward"),
+        (nn.MultiheadAttention(4, 2).out_proj, "attention uses its weight without calling it"),
+        (parametrizations.weight_norm(nn.Linear(3, 4)), "its weight is computed"),
+        (nn.Linear(3, 4, device="meta"), "on the meta device"),
+        (nn.Linear(3, 4, dtype=torch.complex64), "not a real floating-point type"),
+        (frozen(nn.Linear(3, 4), "weight"), "its weight is frozen"),
+        (frozen(nn.Conv2d(3, 4, 2), "weight", "bias"), "its weight is frozen"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_layer_without_a_block_says_why(module: nn.Module, reason: str) -> None:
+    found = make_block("layer", module)
+    assert isinstance(found, str)
+    assert reason in found
+
+
+@pytest.mark.parametrize("module", [nn.Linear(3, 4), Renamed(3, 4), nn.Linear(3, 4, dtype=torch.bfloat16)])
+def test_a_supported_layer_gets_one(module: nn.Linear) -> None:
+    block = make_block("deep.layer", module)
+    assert isinstance(block, Block)
+    assert (block.name, block.module) == ("deep.layer", module)
+    assert block.shape == BlockShape(d_out=4, d_in=4)
+    assert block.parameters()[0] is module.weight and block.parameters()[1] is module.bias
+
+
+def test_a_frozen_bias_is_left_out_of_the_block() -> None:
+    layer = frozen(nn.Conv2d(4, 6, 3, groups=2), "bias")
+    block = make_block("conv", layer)
+    assert isinstance(block, Block)
+    assert not block.has_bias
+    assert block.shape == BlockShape(d_out=3, d_in=18, groups=2)
+    assert len(block.parameters()) == 1
+    assert block.factor_sums(torch.ones(1, 4, 3, 3), torch.ones(1, 6, 1, 1)).A.shape == (2, 18, 18)
