@@ -142,7 +142,7 @@ class Trainer:
         if step % config.run.log_period == 0 or self.done:
             self._report(report)
         elif time.perf_counter() - self._last_beat > _BEAT_SECONDS:
-            self._beat("training")
+            self._beat("running")
         if config.run.eval_period and step % config.run.eval_period == 0 and not self.done:
             self._evaluate()
         if report.stop and not self.done:
@@ -200,7 +200,7 @@ class Trainer:
                 steps_per_second=rate,
             )
         )
-        self._beat("training", Sample(name="kfdist_loss", value=loss), Sample(name="kfdist_accuracy", value=accuracy))
+        self._beat("running", Sample(name="kfdist_loss", value=loss), Sample(name="kfdist_accuracy", value=accuracy))
         self._tally.zero_()
         self._tallied = 0
         self._window_start = now
