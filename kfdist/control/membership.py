@@ -148,17 +148,11 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
                 grpc.StatusCode.NOT_FOUND, f"owner {request.owner.owner_id[:100]!r} isn't registered; register it first"
             )
         await self._members.hear_owner(owner)
-        by_run: dict[str, list[Sample]] = {}
-        for sample in self._bounded(request):
-            labels = dict(sample.labels)
-            run = labels.pop("run", "")
-            by_run.setdefault(run, []).append(Sample(name=sample.name, value=sample.value, labels=labels))
-        for run, samples in by_run.items():
-            if self._ledger.knows(run):
+        samples = self._bounded(request)
+        for run in self._ledger.runs() if samples else ():
+            if not run.state.ended:  # owners work for all runs, and one controller rarely has more than one
                 sender = Sender("owner", owner.owner_id)
-                self._exporter.ingest(run, sender, f"{owner.restarts}/{owner.pid}", samples)
-            else:
-                self._exporter.drop("unknown_run", len(samples))
+                self._exporter.ingest(run.name, sender, f"{owner.restarts}/{owner.pid}", samples)
         return membership_pb2.HeartbeatResponse(owners=owner_messages(self._ledger.live_owners()))
 
     def _bounded(self, request: membership_pb2.HeartbeatRequest) -> list[Sample]:
