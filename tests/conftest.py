@@ -9,6 +9,8 @@ import pytest
 
 _MARK = "KFDIST_TEST_SESSION"
 _GRACE_SECONDS = 5.0
+_END_WITH_US = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
+"""Helpers of Python's own that end when the session's process does, by reading the end of a pipe."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,7 +46,7 @@ def _marked_processes() -> dict[int, str]:
         try:
             if pid != os.getpid() and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if command:  # a zombie has none
+                if command and not any(helper in command for helper in _END_WITH_US):  # a zombie has no command
                     marked[pid] = command
         except OSError:
             continue

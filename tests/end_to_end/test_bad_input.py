@@ -1,0 +1,149 @@
+"""Bad input and unfit machines: the exit code, the words, and nothing half-made."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kfdist.cli.main import main
+from tests.support.commands import Command, run
+
+# One mistake a row: the arguments, and words that the message must have (the value, what is allowed, what to do).
+MISTAKES = [
+    (["--set", "run.stepz=3"], ["run.stepz", "did you mean `steps`"]),
+    (["--set", "run.steps=many"], ["run.steps", "'many'", "integer"]),
+    (["--set", "run.steps=10", "--set", "run.epochs=1"], ["run.steps", "both"]),
+    (["--set", "preconditioner.damping=0"], ["preconditioner.damping", "is 0", "greater than 0"]),
+    (["--set", "preconditioner.damping=nan"], ["preconditioner.damping", "nan", "finite"]),
+    (["--set", "preconditioner.inverse_period=3"], ["inverse_period", "is 3", "multiple", "such as 4"]),
+    (["--set", "preconditioner.adoption=fixed-lag"], ["preconditioner.lag", "missing"]),
+    (["--set", "preconditioner.staleness.hard_bound=2"], ["hard_bound", "is 2", "smallest legal value"]),
+    (["--set", "preconditioner.method=rs-kfak"], ["preconditioner", "'rs-kfak'", "did you mean 'rs-kfac'"]),
+    (["--set", "preconditioner.settings.rnk=3"], ["preconditioner", "'rnk'", "did you mean 'rank'"]),
+    (["--set", 'preconditioner.skip=["*"]'], ["no layer that can be preconditioned", "skip"]),
+    (["--set", 'preconditioner.skip=["nosuch*"]'], ["'nosuch*'", "matches no module"]),
+    (["--set", "cluster.owners=0"], ["cluster.owners", "at least 1", "local"]),
+    (["--set", "cluster.workers=0"], ["cluster.workers", "at least 1"]),
+    (["--set", "control.address=0.0.0.0:7070"], ["control.address", "loopback"]),
+    (["--set", "control.address=somewhere"], ["control.address", "host:port"]),
+    (["--set", "model.name=resnet-9000"], ["model.name", "'resnet-9000'", "digits-cnn"]),
+    (["--set", "data.name=imagenot"], ["data.name", "'imagenot'", "digits"]),
+    (["--set", "data.batch_size=100000"], ["data.batch_size", "100000", "at most 719"]),
+    (["--set", "optimizer.name=sdg"], ["optimizer.name", "'sdg'", "did you mean `sgd`"]),
+    (["--set", "nonsense"], ["--set", "section.key=value"]),
+    (["nosuch.toml"], ["nosuch.toml", "no such file"]),
+    (["--nosuch-option"], ["No such option"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_a_mistake_exits_with_2_names_value_and_remedy_and_makes_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
+):
+    # In this process, where torch is imported once for the whole table; the command starts nothing before it refuses.
+    monkeypatch.setattr(sys, "argv", ["kfdist", "train", *arguments, "--set", f"run.dir={tmp_path / 'runs' / 'it'}"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    output = capfd.readouterr().err
+    assert ended.value.code == 2, output
+    for word in words:
+        assert word in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_is_a_sentence_on_standard_error_without_a_stack_trace(tmp_path: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "kfdist",
+        "train",
+        "--set",
+        "model.name=it",
+        "--set",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "kfdist: model.name: is 'it'; there is: digits-cnn, mlp\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_is_not_toml_is_refused(tmp_path: Path):
+    (tmp_path / "it.toml").write_text("[run\nsteps = 3")
+    code, output = run("train", str(tmp_path / "it.toml"))
+    assert code == 2
+    assert "isn't valid TOML" in output and "line 1" in output
+
+
+def test_a_mistake_is_told_as_json_where_json_is_asked_for(tmp_path: Path):
+    code, output = run("train", "--json", "--set", "run.steps=0", "--set", f"run.dir={tmp_path / 'run'}")
+    assert code == 2
+    error = json.loads(output.splitlines()[0])["error"]
+    assert error["kind"] == "bad_input" and error["path"] == "run.steps" and "at least 1" in error["message"]
+
+
+def test_a_stack_trace_is_shown_only_where_it_is_asked_for():
+    code, output = run("train", "--set", "run.steps=0", environment={"KFDIST_DEBUG": "1"})
+    assert code == 1 and "Traceback" in output and "run.steps" in output
+
+
+@pytest.mark.parametrize("field", ["control.address", "control.metrics_address"])
+def test_a_port_in_use_exits_with_1(tmp_path: Path, field: str):
+    directory = tmp_path / "run"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        code, output = run("train", "--set", f"{field}={address}", "--set", f"run.dir={directory}")
+    assert code == 1, output
+    assert field in output and address in output and "another port" in output
+    assert not directory.exists()
+
+
+def test_a_run_directory_that_is_a_file_exits_with_2(tmp_path: Path):
+    (tmp_path / "run").write_text("precious")
+    code, output = run("train", "--set", f"run.dir={tmp_path / 'run'}")
+    assert code == 2 and "run.dir" in output and "file" in output
+    assert (tmp_path / "run").read_text() == "precious"
+
+
+def test_a_run_directory_that_cannot_be_made_exits_with_1():
+    code, output = run("train", "--set", "run.dir=/proc/kfdist-run", "--set", "cluster.link=local")
+    assert code == 1, output
+    assert "/proc/kfdist-run" in output and "run.dir" in output
+
+
+def test_a_worker_without_a_controller_exits_with_1(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code, output = run("worker", "--set", f"control.address={address}", "--set", f"run.dir={tmp_path / 'run'}")
+    assert code == 1, output
+    assert address in output and "kfdist serve" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_ray_that_cannot_be_reached_exits_with_1_and_leaves_nothing(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    directory = tmp_path / "runs" / "it"
+    with Command("train", "--set", f"cluster.ray={address}", "--set", f"run.dir={directory}") as command:
+        assert command.wait(120) == 1, command.text
+        assert address in command.text
+        assert command.left_behind(5) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_trains_already_is_not_started_twice(tmp_path: Path):
+    arguments = ["train", "--set", "cluster.link=local", "--set", f"run.dir={tmp_path / 'run'}"]
+    with Command(*arguments, "--set", "run.steps=100000") as first:
+        first.wait_for_line("step ")
+        code, output = run(*arguments)
+        assert code == 1, output
+        assert "in use" in output and "another run.dir" in output
+        assert first.process.poll() is None
