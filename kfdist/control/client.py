@@ -9,7 +9,7 @@ import grpc
 
 from kfdist.control.records import RunState
 from kfdist.control.views import EventView, RunView, event_view, run_view
-from kfdist.errors import EnvironmentFault
+from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
 from kfdist.rpc.channels import CALL_SECONDS, open_channel
 from kfdist.rpc.errors import code_of, fault_of
@@ -136,10 +136,10 @@ class ControlClient:
                 if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # of this call, not of the watch
                     continue
                 if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-                    raise fault_of(error, address=self.address, what="controller") from None
+                    raise self._fault(error) from None
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > away_seconds:
-                    raise fault_of(error, address=self.address, what="controller") from None
+                    raise self._fault(error) from None
             time.sleep(RECONNECT_SECONDS)
 
     def wait_until(
@@ -170,7 +170,11 @@ class ControlClient:
         try:
             return method(request, timeout=self._timeout_seconds)
         except grpc.RpcError as error:
-            raise fault_of(error, address=self.address, what="controller") from None
+            raise self._fault(error) from None
+
+    def _fault(self, error: grpc.RpcError) -> KfdistError:
+        remedy = "start one with `kfdist serve`, or give its address with --address or KFDIST_CONTROL_ADDRESS"
+        return fault_of(error, address=self.address, what="controller", remedy=remedy)
 
 
 def has_ended(run: RunView) -> bool:

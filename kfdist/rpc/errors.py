@@ -85,22 +85,23 @@ def streams(method: Streaming) -> Streaming:
     return cast(Streaming, wrapped)
 
 
-def fault_of(error: grpc.RpcError, *, address: str, what: str) -> KfdistError:
+def fault_of(
+    error: grpc.RpcError, *, address: str, what: str, remedy: str = "start one, or name the right address"
+) -> KfdistError:
     """Returns the error that a client raises for a status.
 
     Args:
         error: What gRPC raised.
         address: Whom the client had called.
         what: Who listens there, such as "controller".
+        remedy: What to do when nobody does.
     """
     code, details = code_of(error), details_of(error)
     match code:
         case grpc.StatusCode.NOT_FOUND | grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.OUT_OF_RANGE:
             return ConfigError(details)
         case grpc.StatusCode.UNAVAILABLE:
-            return EnvironmentFault(
-                f"no {what} answers at {address}: start one, or name the right address; gRPC says: {details}"
-            )
+            return EnvironmentFault(f"no {what} answers at {address}: {remedy}; gRPC says: {details}")
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return EnvironmentFault(f"the {what} at {address} didn't answer in time: is it stopped or overloaded?")
         case grpc.StatusCode.UNIMPLEMENTED:
