@@ -36,7 +36,7 @@ class LinkCounters:
 
     Attributes:
         resubmissions: Jobs sent again after a fault, by reason ("owner_lost", "deadline", "crash", "courier_lost",
-            "corrupt", "fingerprint", "stale_epoch", "too_large").
+            "corrupt", "fingerprint", "refused", "stale_epoch", "too_large").
         courier_restarts: Couriers respawned.
         bytes_sent: Payload bytes handed to owners.
         bytes_received: Payload bytes that came back.

@@ -98,7 +98,8 @@ class Dispatcher:
         self._changed = asyncio.Event()
         self._traffic = Traffic()
         self._resubmissions: Counter[str] = Counter()
-        self._quiet_until = 0.0
+        # Quiet at first: owners are learned of a moment after the start.
+        self._quiet_until = time.monotonic() + _WARNING_PERIOD_SECONDS
 
     def submit(self, group: asyncio.TaskGroup, submit: Submit, input_descriptor: int, output_descriptor: int) -> None:
         """Takes a job over, and its descriptors with it.

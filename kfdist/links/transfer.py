@@ -29,6 +29,7 @@ class Reason(StrEnum):
     DEADLINE = "deadline"
     CRASH = "crash"
     CORRUPT = "corrupt"
+    REFUSED = "refused"
     FINGERPRINT = "fingerprint"
     STALE_EPOCH = "stale_epoch"
     TOO_LARGE = "too_large"
@@ -162,7 +163,7 @@ async def _collect(call: Any, traffic: Traffic) -> Inverted:
 _MEANING: dict[grpc.StatusCode, tuple[Reason, bool]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: (Reason.DEADLINE, False),
     grpc.StatusCode.INTERNAL: (Reason.CRASH, False),
-    grpc.StatusCode.INVALID_ARGUMENT: (Reason.CORRUPT, False),
+    grpc.StatusCode.INVALID_ARGUMENT: (Reason.REFUSED, False),
     grpc.StatusCode.FAILED_PRECONDITION: (Reason.FINGERPRINT, False),
     grpc.StatusCode.ABORTED: (Reason.STALE_EPOCH, False),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (Reason.TOO_LARGE, False),

@@ -26,15 +26,29 @@ _PIPE_BYTES = 1 << 20
 
 
 class ExecutionFailed(Exception):
-    """An inversion that gave no result."""
+    """An inversion that gave no result.
+
+    Attributes:
+        process_lost: Whether its process ended or was killed.
+    """
+
+    process_lost = False
 
 
 class DeadlineExceeded(ExecutionFailed):
     """It took too long, and its process was killed."""
 
+    process_lost = True
+
+
+class InversionRaised(ExecutionFailed):
+    """It raised, for want of memory above all; its process lives on."""
+
 
 class ChildCrashed(ExecutionFailed):
-    """Its process ended, or the inversion raised."""
+    """Its process ended, or none could be started."""
+
+    process_lost = True
 
 
 class PayloadRefused(ExecutionFailed):
@@ -55,12 +69,7 @@ class Execution:
 
 
 class Executor:
-    """Keeps one warm process and replaces it when it has to.
-
-    Attributes:
-        crashes: Processes that ended by themselves or were killed by others.
-        deadlines: Processes killed at a deadline.
-    """
+    """Keeps one warm process and replaces it when it has to."""
 
     def __init__(self, *, threads: int, device: str = "cpu", module: str = CHILD_MODULE) -> None:
         """Starts the process, and doesn't wait for it.
@@ -70,8 +79,6 @@ class Executor:
             device: Where to invert.
             module: What to run as the process; another one wraps `kfdist.pool.child`.
         """
-        self.crashes = 0
-        self.deadlines = 0
         self._threads = threads
         self._device = device
         self._module = module
@@ -102,7 +109,8 @@ class Executor:
 
         Raises:
             DeadlineExceeded: It took longer; the process was killed and another one is starting.
-            ChildCrashed: The process ended, or the inversion raised.
+            ChildCrashed: The process ended.
+            InversionRaised: The inversion raised.
             PayloadRefused: The payload is malformed.
         """
         child = self._ready()
@@ -111,20 +119,18 @@ class Executor:
             child.send(payload, deadline)
             kind, seconds, data = child.receive(deadline)
         except TimeoutError:
-            self.deadlines += 1
             self._replace()
             raise DeadlineExceeded(
                 f"the inversion took longer than its deadline of {deadline_seconds:g} s and was killed"
             ) from None
         except EOFError:
-            self.crashes += 1
             raise ChildCrashed(f"the inversion process {self._replace()} in the middle of an inversion") from None
         if kind is Answer.RESULT:
             return Execution(result=data, seconds=seconds)
         sentence = data.decode(errors="replace")
         if kind is Answer.REFUSAL:
             raise PayloadRefused(sentence)
-        raise ChildCrashed(f"the inversion raised {sentence}")
+        raise InversionRaised(f"the inversion raised {sentence}")
 
     def close(self) -> None:
         """Ends the process; an inversion in progress fails. Safe to call twice and from any thread."""

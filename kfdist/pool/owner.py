@@ -10,7 +10,7 @@ from kfdist.pool.server import OwnerOptions, OwnerServer
 
 
 class Owner:
-    """Inverts the groups assigned to it. The supervisor makes an actor of it; its methods take and return plain data."""
+    """Inverts the groups assigned to it. The supervisor makes an actor of it; methods take and return plain data."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Starts to serve.

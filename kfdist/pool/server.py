@@ -73,6 +73,8 @@ class OwnerServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kfdist-owner", daemon=True)
         self._thread.start()
+        self._server: grpc.aio.Server | None = None
+        self._background: asyncio.Task[None] | None = None
         self._membership: Membership | None = None
         self._fingerprint = ""
         try:
@@ -87,6 +89,7 @@ class OwnerServer:
 
         Raises:
             TimeoutError: It doesn't answer.
+            Exception: Something of it has failed; it had better be started anew.
         """
         return self._do(self._status(), seconds)
 
@@ -112,22 +115,22 @@ class OwnerServer:
     async def _start(self) -> str:
         options = self._options
         self._servicer = InversionServicer(options.owner_id, self._executor, options.limits)
-        self._server = grpc.aio.server(options=server_options())
-        add_InversionServiceServicer_to_server(self._servicer, self._server)
-        address = self._bind()
-        await self._server.start()
+        self._server = server = grpc.aio.server(options=server_options())
+        add_InversionServiceServicer_to_server(self._servicer, server)
+        address = self._bind(server)
+        await server.start()
         self._background = asyncio.create_task(self._introduce(address))
         return address
 
-    def _bind(self) -> str:
+    def _bind(self, server: grpc.aio.Server) -> str:
         """Binds to the port of an earlier start, so that couriers find the owner again while no controller is there."""
         host = self._options.host
         if self._memory.port:
             try:
-                return bind(self._server, f"{host}:{self._memory.port}", path="the owner's port")
+                return bind(server, f"{host}:{self._memory.port}", path="the owner's port")
             except EnvironmentFault:
                 pass  # Somebody else has it now.
-        return bind(self._server, f"{host}:0", path="the owner's port")
+        return bind(server, f"{host}:0", path="the owner's port")
 
     async def _introduce(self, address: str) -> None:
         """Waits for the inversion process, whose fingerprint is part of the registration, and keeps registered."""
@@ -149,10 +152,14 @@ class OwnerServer:
         await self._membership.run()
 
     def _measure(self) -> list[Sample]:
-        ended = self._executor.crashes + self._executor.deadlines
-        return [Sample(name="kfdist_restarts_total", value=ended, labels={"process": "inverter"})]
+        return [
+            Sample(name="kfdist_restarts_total", value=lost, labels={"process": "inverter", "run": run})
+            for run, lost in self._servicer.processes_lost.items()
+        ]
 
     async def _status(self) -> dict[str, Any]:
+        if self._background is not None and self._background.done():
+            await self._background  # It never returns by itself: raises what went wrong.
         return {
             "owner_id": self._options.owner_id,
             "address": self.address,
@@ -167,8 +174,15 @@ class OwnerServer:
         }
 
     async def _stop(self) -> None:
-        self._background.cancel()
-        await self._server.stop(grace=None)
+        if self._background is not None:
+            self._background.cancel()
+        if self._server is not None:
+            await self._server.stop(grace=None)
+
+
+def remembered_pid(directory: Path, owner_id: str) -> int:
+    """Returns the process id of an owner as of its newest start in a directory, 0 if it had none."""
+    return _Memory.read(directory / f"{owner_id}.json").get("pid", 0)
 
 
 class _Memory:
@@ -176,15 +190,18 @@ class _Memory:
 
     def __init__(self, options: OwnerOptions) -> None:
         self._path = Path(options.directory) / f"{options.owner_id}.json" if options.directory else None
-        remembered: dict[str, int] = {}
-        if self._path is not None:
-            try:
-                remembered = json.loads(self._path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                pass  # The first start, or a disk that lost it: nothing but a convenience is gone.
-        self.port = int(remembered.get("port", 0))
-        self.starts = int(remembered.get("starts", 0)) + 1
+        remembered = self.read(self._path) if self._path is not None else {}
+        self.port = remembered.get("port", 0)
+        self.starts = remembered.get("starts", 0) + 1
         self._write(self.port)
+
+    @staticmethod
+    def read(path: Path) -> dict[str, int]:
+        """Returns what was remembered; nothing at the first start, or if the disk lost it."""
+        try:
+            return {key: int(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
 
     def note(self, address: str) -> None:
         """Remembers where the owner listens."""

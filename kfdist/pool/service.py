@@ -1,7 +1,7 @@
 """InversionService as an owner serves it: payloads in, one inversion at a time, results out. Needs no Ray."""
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +60,7 @@ class InversionServicer:
         peers: The owners it knows of, by name, itself among them; set by others.
         completed: Inversions that gave a result.
         failed: Inversions that didn't, by reason.
+        processes_lost: Inversion processes that were killed or crashed, by the run whose job they had.
     """
 
     def __init__(self, owner_id: str, executor: Executor, limits: ServiceLimits | None = None) -> None:
@@ -72,7 +73,8 @@ class InversionServicer:
         """
         self.peers: dict[str, inversion_pb2.Owner] = {}
         self.completed = 0
-        self.failed: dict[str, int] = {}
+        self.failed: Counter[str] = Counter()
+        self.processes_lost: Counter[str] = Counter()
         self._owner_id = owner_id
         self._executor = executor
         self._limits = limits or ServiceLimits()
@@ -166,7 +168,7 @@ class InversionServicer:
             try:
                 payload = await requests.payload(assembler)
                 if key not in self._kept and key not in self._running:  # a duplicate may have been faster
-                    self._begin(key, payload, header.deadline_milliseconds / 1000)
+                    self._begin(key, header.run, payload, header.deadline_milliseconds / 1000)
                     taken = True
             finally:
                 if not taken:
@@ -176,7 +178,7 @@ class InversionServicer:
             return self._kept[key]
         return await self._join(key)
 
-    def _begin(self, key: str, payload: bytearray, deadline_seconds: float) -> None:
+    def _begin(self, key: str, run: str, payload: bytearray, deadline_seconds: float) -> None:
         async def invert() -> _Result:
             try:
                 async with self._turn:
@@ -184,7 +186,7 @@ class InversionServicer:
                     execution = await asyncio.to_thread(self._executor.run, payload, deadline_seconds)
                     return await self._keep(key, execution)
             except ExecutionFailed as failure:
-                raise self._refusal(failure) from failure
+                raise self._refusal(run, failure) from failure
 
         def end(task: asyncio.Task[_Result]) -> None:
             # A callback, as a task that is cancelled before its first step never enters its own `finally`.
@@ -217,7 +219,7 @@ class InversionServicer:
             self._kept.popitem(last=False)
         return result
 
-    def _refusal(self, failure: ExecutionFailed) -> Refusal:
+    def _refusal(self, run: str, failure: ExecutionFailed) -> Refusal:
         match failure:
             case DeadlineExceeded():
                 reason, code = "deadline", grpc.StatusCode.DEADLINE_EXCEEDED
@@ -225,7 +227,9 @@ class InversionServicer:
                 reason, code = "refused", grpc.StatusCode.INVALID_ARGUMENT
             case _:
                 reason, code = "crash", grpc.StatusCode.INTERNAL
-        self.failed[reason] = self.failed.get(reason, 0) + 1
+        self.failed[reason] += 1
+        if failure.process_lost:
+            self.processes_lost[run] += 1
         return Refusal(code, f"{self._owner_id}: {failure}")
 
 

@@ -1,0 +1,214 @@
+"""The pool's Ray: started here and ended with the pool, or somebody else's that the pool connects to.
+
+`RAY_AUTH_MODE` is set explicitly, before Ray is imported, and inherited by every process that Ray starts: Ray 2.60
+turns tokens on by itself in some cases and not in others, and processes that disagree can't talk. A Ray of our own uses
+token mode with a token of its own, in a file for this user alone whose path travels in the environment: it needs
+no HOME. Ray listens on all interfaces, whatever it is told: the token keeps others from running code in owners.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import kfdist
+from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.pool import sweep
+
+LOCAL = "local"
+
+_OBJECT_STORE_BYTES = 80 << 20
+"""Little more than Ray's minimum: owners exchange nothing through Ray."""
+
+_LONGEST_DIRECTORY = 40
+"""Ray puts sockets under its directory, whose paths must fit into the 107 characters of an AF_UNIX address."""
+
+_REACH_SECONDS = 5.0
+_CONNECT_TRIES = "8"
+"""Ray tries once a second; by default for 20 s, although a refused token is never accepted later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """Which Ray.
+
+    Attributes:
+        address: "local" to start one, "auto" for the one on this machine, or "host:port".
+        namespace: Where the owners' names live.
+        cpus: For a Ray of our own: how many it shall believe to have, one per owner.
+        directory: What to name the pool's directory, which is removed at its end; a new one under /tmp if None.
+    """
+
+    address: str
+    namespace: str
+    cpus: int
+    directory: Path | None = None
+
+
+class RayCluster:
+    """A connection to Ray. At most one per process, as Ray has it; to be made in the main thread.
+
+    Attributes:
+        ray: The module, imported once the environment is right.
+        directory: A new directory of the pool's own; a Ray of our own has its files there, too.
+    """
+
+    def __init__(self, options: ClusterOptions, environment: MutableMapping[str, str] = os.environ) -> None:
+        """Connects, and starts Ray first if it is to be our own.
+
+        Args:
+            options: Which Ray.
+            environment: The process's variables; Ray's are added.
+
+        Raises:
+            ConfigError: The directory's path is too long.
+            EnvironmentFault: Ray can't be started, reached, or doesn't accept us.
+        """
+        self._options = options
+        self._own = options.address == LOCAL
+        root = str(Path(kfdist.__path__[0]).resolve().parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+        environment["RAY_USAGE_STATS_ENABLED"] = "0"
+        environment.setdefault("RAY_NUM_REDIS_GET_RETRIES", _CONNECT_TRIES)
+        if not self._own:
+            _check_reachable(options.address)
+        self.ray: Any = None
+        self.directory = _make_directory(options.directory)
+        self._guardian = _start_guardian(self.directory)
+        try:
+            if self._own:
+                self._set_own_token(environment, self.directory)
+            else:
+                self._set_mode_of_others(environment)
+            self.ray = self._import_ray()
+            self._connect(environment["RAY_AUTH_MODE"])
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Disconnects; a Ray of our own ends, with all its processes and files. Safe to call twice."""
+        with contextlib.suppress(Exception):  # Whatever it can't end in order is swept next.
+            self.ray.shutdown()
+        if left := sweep.sweep(self.directory):
+            print(f"kfdist: processes {sorted(left)} of Ray outlast SIGKILL", file=sys.stderr)
+        sweep.remove(self.directory)
+        if self._guardian.poll() is None:
+            with contextlib.suppress(BrokenPipeError):
+                self._guardian.communicate(b".")
+
+    def _set_own_token(self, environment: MutableMapping[str, str], directory: Path) -> None:
+        token = directory / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32), encoding="ascii")
+        environment.pop("RAY_AUTH_TOKEN", None)  # would win over the path
+        environment.pop("RAY_ADDRESS", None)
+        environment.update(
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN_PATH=str(token),
+            # A container's /dev/shm may have 64 MB; nothing of ours lies there.
+            RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE="1",
+        )
+
+    def _set_mode_of_others(self, environment: MutableMapping[str, str]) -> None:
+        if not environment.get("RAY_AUTH_MODE"):
+            home = environment.get("HOME")
+            tokens = ["RAY_AUTH_TOKEN" in environment, "RAY_AUTH_TOKEN_PATH" in environment]
+            has_token = any(tokens) or (home is not None and (Path(home) / ".ray" / "auth_token").exists())
+            environment["RAY_AUTH_MODE"] = "token" if has_token else "disabled"
+
+    def _import_ray(self) -> ModuleType:
+        try:
+            import ray
+        except ImportError as error:
+            raise EnvironmentFault(f"Ray can't be imported ({error}); install it with: pip install kfdist") from error
+        if ray.is_initialized():
+            raise EnvironmentFault("this process is connected to a Ray already; run the pool in a process of its own")
+        return ray
+
+    def _connect(self, mode: str) -> None:
+        options = self._options
+        own = {
+            "num_cpus": options.cpus,
+            "num_gpus": 0,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "_temp_dir": str(self.directory),
+        }
+        try:
+            self.ray.init(
+                address=options.address,
+                namespace=options.namespace,
+                log_to_driver=False,
+                configure_logging=False,
+                **(own if self._own else {}),
+            )
+        except (ConnectionError, RuntimeError, ValueError, OSError, self.ray.exceptions.RayError) as error:
+            if self._own:
+                raise EnvironmentFault(f"Ray can't be started: {error}") from error
+            raise EnvironmentFault(
+                f'Ray at cluster.ray = "{options.address}" doesn\'t take us: {error}. RAY_AUTH_MODE is {mode!r} here: '
+                "a cluster with a token needs RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN_PATH or "
+                "RAY_AUTH_TOKEN, one without needs RAY_AUTH_MODE=disabled. Both sides need the same Ray "
+                f"({self.ray.__version__} here) and the same Python"
+            ) from error
+
+
+def _make_directory(given: Path | None) -> Path:
+    """Makes Ray's directory, for this user alone."""
+    if given is None:
+        # Not $TMPDIR, which may be long.
+        return Path(tempfile.mkdtemp(prefix="kfdist-ray-", dir="/tmp"))
+    if len(str(given.resolve())) > _LONGEST_DIRECTORY:
+        raise ConfigError(
+            f"{given} has more than {_LONGEST_DIRECTORY} characters, too long for the sockets that Ray puts there; "
+            "choose a shorter one, such as /tmp/NAME",
+            path="--directory",
+        )
+    try:
+        given.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        raise ConfigError(
+            f"{given} exists; choose a new one, as it is removed at the end", path="--directory"
+        ) from None
+    except OSError as error:
+        raise EnvironmentFault(f"{given} can't be made ({error.strerror}); choose another --directory") from error
+    return given.resolve()
+
+
+def _start_guardian(directory: Path) -> subprocess.Popen[bytes]:
+    """Starts the process that cleans up should this one be killed."""
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", sweep.__name__, str(os.getpid()), str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise EnvironmentFault(f"can't start a process ({error})") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Fails at once where Ray would try for two minutes and then end this process."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        raise EnvironmentFault(
+            f'nobody listens at cluster.ray = "{address}" ({error}); give the address that `ray start --head` printed, '
+            'or "local" to have a Ray started for this run'
+        ) from error

@@ -1,0 +1,237 @@
+"""The Ray driver: places owners, watches them, and replaces the dead and the silent.
+
+Ray starts an owner again whose process has ended. It doesn't see one that is stopped or stuck, so every owner is also
+pinged, and one that doesn't answer is killed, which makes it Ray's business again.
+"""
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kfdist.errors import EnvironmentFault
+from kfdist.pool.owner import Owner
+from kfdist.pool.ray_cluster import RayCluster
+from kfdist.pool.server import remembered_pid
+
+_PING_PERIOD_SECONDS = 1.0
+_TICK_SECONDS = 0.2
+_REPORT_SECONDS = 10.0
+_NAME_SECONDS = 30.0
+
+_TITLE = b"ray::Owner"
+"""What Ray calls an owner's process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolOptions:
+    """What the pool keeps up.
+
+    Attributes:
+        owners: How many owners.
+        threads: CPU threads of each inversion.
+        controller: Where the controller listens.
+        start_seconds: How long all owners together may take to be registered at the start.
+        silent_seconds: An owner that doesn't answer for this long is killed and started again.
+    """
+
+    owners: int
+    threads: int
+    controller: str
+    start_seconds: float = 90.0
+    silent_seconds: float = 8.0
+
+
+@dataclass(kw_only=True, eq=False)
+class _Slot:
+    """One owner's place: its actor, what it last said, and the ping that is under way.
+
+    Attributes:
+        options: What its actor is made from: fields of `OwnerOptions`, as plain data.
+        actor: The actor's handle.
+        status: What it last answered; empty until then.
+        ping: The ping under way.
+        asked_at: When that was sent.
+        pause_until: When the next one is due.
+    """
+
+    options: Mapping[str, Any]
+    actor: Any
+    status: dict[str, Any] = field(default_factory=dict)
+    ping: Any = None
+    asked_at: float = 0.0
+    pause_until: float = 0.0
+
+
+class Supervisor:
+    """Keeps a number of owners alive on a Ray until told to end."""
+
+    def __init__(self, cluster: RayCluster, options: PoolOptions) -> None:
+        """Places the owners; returns before they serve.
+
+        Raises:
+            EnvironmentFault: The cluster hasn't room for them.
+        """
+        self._ray = cluster.ray
+        self._options = options
+        self._directory = cluster.directory / "owners"
+        self._introduced: list[tuple[str, str, int]] = []
+        self._node = self._find_room()
+        self._slots = [self._place(index) for index in range(options.owners)]
+
+    def wait_until_registered(self, ended: Callable[[], bool]) -> None:
+        """Watches until every owner is known to the controller.
+
+        Args:
+            ended: Whether somebody asked to end; returns at once then.
+
+        Raises:
+            EnvironmentFault: It took too long; says what is missing.
+        """
+        begun = reported = time.monotonic()
+        while not ended():
+            self.watch()
+            waiting = [slot for slot in self._slots if not slot.status.get("registered")]
+            if not waiting:
+                return
+            now = time.monotonic()
+            if now - begun > self._options.start_seconds:
+                raise EnvironmentFault(f"after {self._options.start_seconds:g} s, {self._why(waiting)}")
+            if now - reported > _REPORT_SECONDS:
+                reported = now
+                print(f"kfdist pool: {self._why(waiting)}; still trying", file=sys.stderr, flush=True)
+
+    def watch(self) -> None:
+        """Looks after all owners once; takes a fraction of a second."""
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.ping is None and now >= slot.pause_until:
+                slot.ping, slot.asked_at = slot.actor.ping.remote(), now
+        pings = [slot.ping for slot in self._slots if slot.ping is not None]
+        answered = set(self._ray.wait(pings, num_returns=len(pings), timeout=_TICK_SECONDS)[0]) if pings else set()
+        if not pings:
+            time.sleep(_TICK_SECONDS)
+        for slot in self._slots:
+            if slot.ping in answered:
+                self._hear(slot)
+            elif slot.ping is not None and time.monotonic() - slot.asked_at > self._patience(slot):
+                self._kill(slot, f"hasn't answered for {self._patience(slot):g} s")
+        self._introduce()
+
+    def status(self) -> list[dict[str, Any]]:
+        """Returns what each owner last said of itself."""
+        return [dict(slot.status) for slot in self._slots]
+
+    def _patience(self, slot: _Slot) -> float:
+        """A new owner may take as long as all may take to start: Ray answers no ping before its constructor ends."""
+        return self._options.silent_seconds if slot.status else self._options.start_seconds
+
+    def _find_room(self) -> str:
+        """Returns this machine's Ray node; refuses what Ray would wait for in silence and for ever."""
+        here = self._ray.get_runtime_context().get_node_id()
+        node = next(node for node in self._ray.nodes() if node["NodeID"] == here)
+        cpus = int(node["Resources"].get("CPU", 0))
+        if cpus < self._options.owners:
+            raise EnvironmentFault(
+                f"cluster.owners = {self._options.owners} needs as many CPUs of this machine's Ray node, which has "
+                f"{cpus}; start Ray with --num-cpus {self._options.owners}, or ask for fewer owners"
+            )
+        return here
+
+    def _place(self, index: int) -> _Slot:
+        options = {
+            "owner_id": f"owner-{index}",
+            "threads": self._options.threads,
+            "controller": self._options.controller,
+            "directory": str(self._directory),
+        }
+        return _Slot(options=options, actor=self._make_actor(options))
+
+    def _make_actor(self, options: Mapping[str, Any]) -> Any:
+        strategies = importlib.import_module("ray.util.scheduling_strategies")
+        actor_class = self._ray.remote(Owner).options(
+            name=options["owner_id"],
+            num_cpus=1,
+            max_restarts=-1,
+            max_task_retries=0,
+            # On this machine, since owners listen on loopback alone.
+            scheduling_strategy=strategies.NodeAffinitySchedulingStrategy(node_id=self._node, soft=False),
+        )
+        deadline = time.monotonic() + _NAME_SECONDS
+        while True:
+            try:
+                return actor_class.remote(options)
+            except ValueError as error:  # The name is taken; Ray needs a moment to miss a pool that was killed.
+                if time.monotonic() > deadline:
+                    raise EnvironmentFault(
+                        f"{options['owner_id']} of this run is on this Ray already, so another pool is running: {error}"
+                    ) from error
+                time.sleep(_TICK_SECONDS)
+
+    def _hear(self, slot: _Slot) -> None:
+        """Takes in the answer to a ping, or what became of the owner."""
+        errors = self._ray.exceptions
+        ping, slot.ping = slot.ping, None
+        slot.pause_until = time.monotonic() + _PING_PERIOD_SECONDS
+        name = slot.options["owner_id"]
+        try:
+            status = self._ray.get(ping)
+        except errors.ActorUnavailableError:
+            # Its process has ended and Ray is starting another one; the next ping waits for that.
+            slot.status, slot.pause_until = {}, time.monotonic() + _TICK_SECONDS
+        except errors.ActorDiedError as error:
+            self._say(f"{name} can't be started again by Ray, so another one takes its place: {_first_line(error)}")
+            slot.status, slot.pause_until = {}, time.monotonic() + _PING_PERIOD_SECONDS
+            slot.actor = self._make_actor(slot.options)
+        except errors.RayTaskError as error:
+            self._kill(slot, f"says that it is broken: {_first_line(error.cause)}")
+        else:
+            if status["restarts"] and status["pid"] != slot.status.get("pid"):
+                self._say(f"{name} is back at {status['address']} (restart {status['restarts']})")
+            slot.status = status
+
+    def _kill(self, slot: _Slot, reason: str) -> None:
+        """Ends an owner's process with SIGKILL, which works on a stopped one, too; Ray then starts it again."""
+        name, slot.ping, slot.status = slot.options["owner_id"], None, {}
+        slot.pause_until = time.monotonic() + _PING_PERIOD_SECONDS
+        pid = remembered_pid(self._directory, name)
+        self._say(f"{name} (process {pid or 'not known'}) {reason}; it is killed and started again")
+        # Its number may be somebody else's by now.
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(_TITLE):
+                os.kill(pid, signal.SIGKILL)
+
+    def _introduce(self) -> None:
+        """Tells every owner of all others whenever one of them has come or moved."""
+        living = [slot.status for slot in self._slots if slot.status.get("fingerprint")]
+        key = [(status["owner_id"], status["address"], status["pid"]) for status in living]
+        if key and key != self._introduced:
+            self._introduced = key
+            peers = [{field: status[field] for field in ("owner_id", "address", "fingerprint")} for status in living]
+            for slot in self._slots:
+                slot.actor.set_peers.remote(peers)
+
+    def _why(self, waiting: Sequence[_Slot]) -> str:
+        reasons = []
+        for slot in waiting:
+            if not slot.status:
+                reason = "doesn't answer yet"
+            elif not slot.status["fingerprint"]:
+                reason = "has no inversion process yet"
+            else:
+                reason = f"can't register, as no controller answers at {self._options.controller}"
+            reasons.append(f"{slot.options['owner_id']} {reason}")
+        return "; ".join(reasons)
+
+    def _say(self, sentence: str) -> None:
+        print(f"kfdist pool: {sentence}", file=sys.stderr, flush=True)
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().partition("\n")[0]
