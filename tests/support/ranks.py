@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "kfdist.runtime.preconditioner"])
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "kfdist.runtime.preconditioner"])
 
 
 def _rank_main(
@@ -23,7 +23,7 @@ def _rank_main(
 ) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
-    import torch.distributed as dist
+    import torch.distributed as dist  # noqa: TID251  # ranks of a test join by themselves
 
     from kfdist.comm.groups import Communicator
 
