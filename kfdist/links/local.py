@@ -25,6 +25,7 @@ class LocalLink(AbstractLink):
         self._done: queue.SimpleQueue[JobResult | BaseException] = queue.SimpleQueue()
         self._arrived: list[JobResult | BaseException] = []
         self._cancelled: set[tuple[str, int]] = set()
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, context: LinkContext) -> None:
@@ -35,7 +36,10 @@ class LocalLink(AbstractLink):
 
     def _invert_forever(self) -> None:
         while (job := self._jobs.get()) is not None:
+            if self._closing.is_set():
+                return
             if (job.group, job.version) in self._cancelled:
+                self._cancelled.discard((job.group, job.version))
                 continue
             begun = time.perf_counter()
             try:
@@ -100,8 +104,9 @@ class LocalLink(AbstractLink):
         return LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
 
     def close(self) -> None:
-        """Ends the thread after the job it is at."""
+        """Ends the thread after the job it is at; those behind it are dropped."""
         if self._thread is not None:
+            self._closing.set()
             self._jobs.put(None)
             self._thread.join(timeout=60)
             self._thread = None
