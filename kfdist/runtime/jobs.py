@@ -20,6 +20,10 @@ class JobBook:
         link: Carries the jobs.
         queued: Whether every job runs, in order (fixed-lag); else per group one runs and one waits, and a newer one
             replaces the waiting one (asap).
+
+    Attributes:
+        replaced: Jobs that never ran because a newer one took their place.
+        bytes_shipped: Payload bytes submitted.
     """
 
     def __init__(self, link: AbstractLink, *, queued: bool) -> None:
@@ -35,34 +39,42 @@ class JobBook:
 
     def ship(self, job: Job) -> None:
         """Takes a job over: submits it, or lets it wait behind the one that runs."""
-        running = self._running.setdefault(job.group, set())
-        if not self._queued and running:
+        if self._queued or not self._running.get(job.group):
+            self._submit(job)
+        else:
             old = self._waiting.pop(job.group, None)
             if old is not None:
                 del self._inputs[old.group, old.version]
                 self.replaced += 1
             self._waiting[job.group] = job
-        else:
-            running.add(job.version)
-            self._link.submit(job)
         self._inputs[job.group, job.version] = job
+
+    def _submit(self, job: Job) -> None:
+        self._running.setdefault(job.group, set()).add(job.version)
         self.bytes_shipped += len(job.payload)
+        self._link.submit(job)
 
     def put(self, result: JobResult) -> None:
         """Takes in a result that needed no inversion, or one from a checkpoint."""
         self._results[result.group, result.version] = result
 
     def collect(self) -> None:
-        """Takes in what the link brought, and starts the jobs that waited for it."""
+        """Takes in what the link brought, and starts the jobs that waited for it.
+
+        A result of a job that does not run (delivered twice, say) is dropped: its slot may be free again already, and
+        nothing is adopted that was not asked for.
+        """
         for result in self._link.poll():
-            self._news.append(result)
-            self._inputs.pop((result.group, result.version), None)
-            self._running.setdefault(result.group, set()).discard(result.version)
+            running = self._running.get(result.group, set())
+            if result.version not in running:
+                continue
+            running.discard(result.version)
+            del self._inputs[result.group, result.version]
             self._results[result.group, result.version] = result
+            self._news.append(result)
             waiting = self._waiting.pop(result.group, None)
             if waiting is not None:
-                self._running[result.group].add(waiting.version)
-                self._link.submit(waiting)
+                self._submit(waiting)
 
     def take_news(self) -> list[JobResult]:
         """Returns the results that came since the last call."""
@@ -86,6 +98,10 @@ class JobBook:
         """All ranks hold this version or a newer one: frees its slot and the older ones."""
         for key in [key for key in self._results if key[0] == group and key[1] <= version]:
             del self._results[key]
+
+    def holds(self, group: str, version: int) -> bool:
+        """Says whether this version's result is here or will come."""
+        return (group, version) in self._inputs or (group, version) in self._results
 
     @property
     def inputs(self) -> Mapping[tuple[str, int], Job]:
