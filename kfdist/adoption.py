@@ -41,8 +41,8 @@ def encode_table(ledger: "AdoptionLedger", *, revision: int | None, stop: bool) 
     """Lays one rank's contribution out as int64 columns for a MAX reduction.
 
     The last two columns are for a digest h of the rank's parameters, as (h, not h): the maximum of ~h is the
-    complement of
-    the minimum of h. They are absent here; whoever sends the table fills them in on the device, on all ranks or none.
+    complement of the minimum of h. They are absent here; whoever sends the table fills them in on the device, on all
+    ranks or none.
 
     Args:
         ledger: The rank's ledger.
@@ -145,13 +145,14 @@ class AdoptionLedger:
         self.serial[group] += 1
         self._in_flight[group] = True
 
-    def swap(self, group: int) -> int:
-        """All ranks adopt the version they entered; returns it."""
-        if not self._in_flight[group]:
-            raise AssertionError(f"group {group} has nothing to swap in")
+    def adopt(self, group: int, version: int) -> None:
+        """All ranks hold this version and take it into use, from the running broadcast or from an agreed wait."""
+        if version <= self.adopted[group]:
+            raise AssertionError(f"group {group} would go back from version {self.adopted[group]} to {version}")
+        if self._in_flight[group] and version != self.entered[group]:
+            raise AssertionError(f"group {group} adopts {version} while version {self.entered[group]} travels")
         self._in_flight[group] = False
-        self.adopted[group] = self.entered[group]
-        return self.adopted[group]
+        self.adopted[group] = self.entered[group] = version
 
     def give_up(self, group: int) -> None:
         """All ranks forget the running broadcast."""

@@ -16,23 +16,36 @@ class AtHardBound(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What one group does this step.
+    """What the policy says of one group in one step.
 
     Attributes:
-        damping_factor: By how much the damping is raised, 1 below the soft bound.
-        wait: Whether to wait, with all ranks, for a newer version first.
-        fallback: Whether to use V / (lambda + tau) instead of the snapshot.
-        in_force: Whether the policy changes anything; such steps are counted, never silent.
+        damping_factor: By how much the damping is raised, 1 up to the soft bound.
+        beyond: What the hard bound calls for; None up to it.
     """
 
     damping_factor: float = 1.0
-    wait: bool = False
-    fallback: bool = False
+    beyond: AtHardBound | None = None
 
     @property
-    def in_force(self) -> bool:
-        """Whether this differs from plain use of the snapshot."""
-        return self.wait or self.fallback or self.damping_factor != 1.0
+    def wait(self) -> bool:
+        """Whether to wait, with all ranks, for a newer version first."""
+        return self.beyond is AtHardBound.WAIT
+
+    @property
+    def fallback(self) -> bool:
+        """Whether to use V / (lambda + tau) instead of the snapshot."""
+        return self.beyond is AtHardBound.FALLBACK
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What is in force when the snapshot is used now, for counting: staleness is never passed over in silence.
+
+        "kept" also stands for a wait that brought nothing, because the awaited inversion failed or none was under way.
+        """
+        raised = ("damping_raised",) if self.damping_factor != 1.0 else ()
+        if self.beyond is None:
+            return raised
+        return (*raised, "fallback" if self.fallback else "kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +108,5 @@ class StalenessPolicy:
         factor = 1.0
         if self.soft_bound is not None and staleness > self.soft_bound:
             factor = staleness / self.soft_bound
-        if self.hard_bound is not None and staleness > self.hard_bound:
-            if self.at_hard_bound is AtHardBound.WAIT:
-                return Decision(damping_factor=factor, wait=True)
-            if self.at_hard_bound is AtHardBound.FALLBACK:
-                return Decision(damping_factor=factor, fallback=True)
-        return Decision(damping_factor=factor)
+        exceeded = self.hard_bound is not None and staleness > self.hard_bound
+        return Decision(damping_factor=factor, beyond=self.at_hard_bound if exceeded else None)

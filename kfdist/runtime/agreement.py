@@ -1,7 +1,9 @@
 """What people ask of a run, obeyed by all ranks at the same step."""
 
 import math
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kfdist.adoption import ABSENT
 from kfdist.comm.table import TableExchange
@@ -11,6 +13,8 @@ from kfdist.types import Desired, RunSettings
 
 WAITING_ROUND_SECONDS = 1.0
 """Longest a rank blocks on its own between two agreed rounds, so that a waiting run still hears stop and resume."""
+
+_PAUSED_ROUND_SECONDS = 0.25
 
 _DESIRED = tuple(Desired)
 
@@ -42,8 +46,12 @@ class Agreement:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this rank itself was asked to stop."""
-        return self._stop_requested
+        """Whether this rank itself was asked to stop, by a signal or by its link.
+
+        Any rank's link may say so: each courier hears from the controller, and one that learns that a newer start of
+        the run exists has to end this one, whatever rank it serves.
+        """
+        return self._stop_requested or self._link.settings().desired is Desired.STOPPED
 
     @property
     def newest_revision(self) -> int | None:
@@ -77,7 +85,7 @@ class Agreement:
         revision = self.newest_revision
         head = [
             ABSENT if revision is None else revision,
-            int(self._stop_requested or self.stop),
+            int(self.stop_requested or self.stop),
             int(expired and self._worker_rank == 0),
         ]
         agreed = self._table.agree([*head, *columns])
@@ -87,17 +95,35 @@ class Agreement:
         if agreed[2]:
             raise Interrupted(
                 "the wait for an inversion outlasted wait_limit_seconds: no owner delivered it. Look at `kfdist "
-                "status` and "
-                "the pool's log, then start the run again: it resumes at this step",
+                "status` and the pool's log, then start the run again: it resumes at this step",
                 reason="wait_limit",
             )
         return agreed[3:]
 
-    def wait_while_paused(self) -> None:
-        """Blocks, with all ranks, while the settings in force say "paused"."""
+    def wait_while_paused(self, step: int) -> None:
+        """Blocks before `step`, with all ranks, while the settings in force say "paused".
+
+        There is no limit: whoever paused the run decides when it goes on.
+
+        Raises:
+            Interrupted: On all ranks, when a stop was asked for.
+        """
+        if self.settings.desired is not Desired.PAUSED:
+            return
+        self.tell(step, "paused")
         while self.settings.desired is Desired.PAUSED:
-            self._link.wait(WAITING_ROUND_SECONDS / 4)
+            # Not the link's wait: it returns at once when a result lies there, which nobody takes during a pause.
+            time.sleep(_PAUSED_ROUND_SECONDS)
             self.round([])
+        self.tell(step, "running")
+
+    def tell(self, step: int, phase: str) -> None:
+        """Tells the controller what the run is doing at a step that takes longer than usual."""
+        self._link.beat(step, phase, ())
+
+    def restore(self, damping: float) -> None:
+        """A checkpoint says that people had set this damping (0: none); newer settings replace it."""
+        self.settings = replace(self.settings, damping=damping)
 
 
 def _encode(settings: RunSettings) -> list[float]:
@@ -105,7 +131,7 @@ def _encode(settings: RunSettings) -> list[float]:
         float(settings.revision),
         float(_DESIRED.index(settings.desired)),
         float(settings.checkpoint_serial),
-        settings.damping if math.isfinite(settings.damping) else 0.0,
+        settings.damping if math.isfinite(settings.damping) and settings.damping > 0.0 else 0.0,
     ]
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kfdist.adoption import AdoptionLedger, AgreedTable
@@ -56,6 +56,11 @@ class SnapshotExchange:
         book: This rank's frozen results.
         agreement: Carries the rounds.
         wait_limit_seconds: Longest agreed wait.
+
+    Attributes:
+        bytes_sent: Payload bytes this rank broadcast.
+        resent: Broadcasts that reached some rank with a wrong digest and were made again; the same on all ranks.
+        waited_seconds: Spent in agreed waits; the pipeline sets it to zero at each step.
     """
 
     def __init__(
@@ -75,15 +80,24 @@ class SnapshotExchange:
         self._wait_limit_seconds = wait_limit_seconds
         self._travelling: dict[int, tuple[Header, PayloadBroadcast]] = {}
         self._arrived: dict[int, bytes] = {}
+        self._rejections: dict[int, int] = {}
         self.bytes_sent = 0
+        self.resent = 0
         self.waited_seconds = 0.0
 
     # asap: headers when the table says so, payloads in the background -----------------------------------------------
 
+    def received_by_all(self, table: AgreedTable) -> dict[int, tuple[int, bytes]]:
+        """Returns (version, payload) by group of the broadcasts that every rank holds, as the agreed table shows."""
+        return {group: (self._ledger.entered[group], self._arrived[group]) for group in self._ledger.swaps(table)}
+
     def enter(self, table: AgreedTable) -> None:
-        """All ranks enter the broadcasts that the agreed table calls for."""
-        for group in self._ledger.give_ups(table):
-            self.abandon(group)
+        """All ranks enter the broadcasts that the agreed table calls for.
+
+        Raises:
+            EnvironmentFault: A group's snapshots keep reaching some rank damaged; on all ranks alike.
+        """
+        self._give_up(self._ledger.give_ups(table))
         entered = self._ledger.entries(table)
         if not entered:
             return
@@ -105,22 +119,41 @@ class SnapshotExchange:
                 self._receive(group, header, broadcast)
 
     def finish(self) -> None:
-        """Completes every broadcast in flight on this rank (a checkpoint and `close` need quiet groups)."""
+        """Completes every broadcast in flight on this rank; `close` needs quiet groups."""
         for group, (header, broadcast) in self._travelling.items():
             if group not in self._arrived:
                 self._receive(group, header, broadcast)
 
-    def take(self, group: int) -> bytes:
-        """All ranks swap: returns the payload and forgets the broadcast."""
-        self._travelling.pop(group)
-        return self._arrived.pop(group)
+    def abandon(self, group: int) -> None:
+        """All ranks forget the group's running broadcast; its result stays with the courier rank."""
+        _, broadcast = self._travelling.pop(group)
+        broadcast.wait()
+        self._arrived.pop(group, None)
+        self._ledger.give_up(group)
+
+    def adopt(self, group: int, version: int) -> None:
+        """All ranks take a version into use: forgets its broadcast and frees its slot and the older ones."""
+        self._ledger.adopt(group, version)
+        self._travelling.pop(group, None)
+        self._arrived.pop(group, None)
+        self._rejections.pop(group, None)
+        self._book.release(self._groups[group].name, version)
+
+    def _give_up(self, groups: Sequence[int]) -> None:
+        """Drops broadcasts that reached some rank with a wrong digest; they are entered again."""
+        for group in groups:
+            self.abandon(group)
+            self._rejections[group] = self._rejections.get(group, 0) + 1
+            self.resent += 1
+        self._check_attempts([group for group in groups if self._rejections[group] >= _MOST_ATTEMPTS])
 
     # fixed-lag, first step, hard bound: agreed waits ---------------------------------------------------------------
 
-    def await_results(self, wanted: Mapping[int, int], *, exact: bool) -> dict[int, tuple[int, bytes]]:
+    def await_results(self, step: int, wanted: Mapping[int, int], *, exact: bool) -> dict[int, tuple[int, bytes]]:
         """Waits, in agreed rounds, until every wanted result is on all ranks, verified.
 
         Args:
+            step: The step that waits, for the controller.
             wanted: Version by group; equal on all ranks.
             exact: Whether only that version will do (fixed-lag), or any from it on (asap).
 
@@ -130,21 +163,28 @@ class SnapshotExchange:
         Raises:
             Interrupted: A stop was asked for, or the wait limit passed; on all ranks in the same round.
         """
-        begun = time.monotonic()
+        begun, told = time.monotonic(), False
         missing = dict(wanted)
         arrived: dict[int, tuple[int, bytes]] = {}
         while missing:
             self._book.collect()
             own = [self._own_header(g, self._wanted(g, version, exact=exact)) for g, version in missing.items()]
-            expired = time.monotonic() - begun > self._wait_limit_seconds
-            columns = self._agreement.round([column for header in own for column in header], expired=expired)
+            waited = time.monotonic() - begun
+            columns = self._agreement.round(
+                [column for header in own for column in header], expired=waited > self._wait_limit_seconds
+            )
             headers = dict(zip(missing, _read_headers(columns), strict=True))
             ready = {group: header for group, header in headers.items() if header is not None}
             for group, payload in self._transfer(ready).items():
                 arrived[group] = (ready[group].version, payload)
                 del missing[group]
+            if missing and waited > WAITING_ROUND_SECONDS and not told:
+                self._agreement.tell(step, "waiting")
+                told = True
             if missing and self._lacks_own(missing, exact=exact):
                 self._book.wait(WAITING_ROUND_SECONDS)
+        if told:
+            self._agreement.tell(step, "running")
         self.waited_seconds += time.monotonic() - begun
         return arrived
 
@@ -158,17 +198,13 @@ class SnapshotExchange:
             broadcasts = {group: self._broadcast(group, header) for group, header in remaining.items()}
             payloads = {group: broadcast.wait() for group, broadcast in broadcasts.items()}
             wrong = [int(_sha256(payloads[group]) != header.digest) for group, header in remaining.items()]
-            agreed = self._agreement.agree(wrong)
-            for (group, _header), is_wrong in zip(list(remaining.items()), agreed, strict=True):
-                if not is_wrong:
+            for group, is_wrong in zip(list(remaining), self._agreement.agree(wrong), strict=True):
+                if is_wrong:
+                    self.resent += 1
+                else:
                     arrived[group] = payloads[group]
                     del remaining[group]
-        if remaining:
-            names = ", ".join(repr(self._groups[group].name) for group in remaining)
-            raise EnvironmentFault(
-                f"the snapshots of {names} reached some rank with a wrong SHA-256 {_MOST_ATTEMPTS} times in a row; "
-                "check the network and the memory of the ranks' machines"
-            )
+        self._check_attempts(remaining)
         return arrived
 
     # shared --------------------------------------------------------------------------------------------------------
@@ -211,12 +247,13 @@ class SnapshotExchange:
         else:
             self._ledger.reject(group)
 
-    def abandon(self, group: int) -> None:
-        """All ranks forget the group's running broadcast."""
-        _, broadcast = self._travelling.pop(group)
-        broadcast.wait()
-        self._arrived.pop(group, None)
-        self._ledger.give_up(group)
+    def _check_attempts(self, damaged: Collection[int]) -> None:
+        if damaged:
+            names = ", ".join(repr(self._groups[group].name) for group in damaged)
+            raise EnvironmentFault(
+                f"the snapshots of {names} reached some rank with a wrong SHA-256 {_MOST_ATTEMPTS} times in a row; "
+                "check the network and the memory of the ranks' machines"
+            )
 
 
 def _read_headers(columns: Sequence[int]) -> list[Header | None]:

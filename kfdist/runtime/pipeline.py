@@ -5,19 +5,20 @@ function of the step and of agreed tables, so all ranks always enter the same co
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from kfdist.adoption import AdoptionLedger, AgreedTable, decode_table, encode_table
+from kfdist.adoption import NO_VERSION, AdoptionLedger, AgreedTable, decode_table, encode_table
 from kfdist.capture.hooks import Capture
 from kfdist.comm.groups import CommunicatorSet
 from kfdist.comm.table import TableExchange
 from kfdist.curvature.estimate import WeightedSums, decay_at
 from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
-from kfdist.errors import RanksDiverged
+from kfdist.errors import ConfigError, RanksDiverged
 from kfdist.links.base import AbstractLink
 from kfdist.runtime.agreement import Agreement
 from kfdist.runtime.counters import PipelineCounters
@@ -28,6 +29,7 @@ from kfdist.runtime.jobs import JobBook, seed_of
 from kfdist.runtime.precondition import Application, precondition_gradients
 from kfdist.runtime.reduction import ReducedStatistics, reduce_statistics
 from kfdist.runtime.snapshots import SnapshotStore
+from kfdist.runtime.start import agree_on_start
 from kfdist.schedule import Schedule
 from kfdist.staleness import Decision, StalenessPolicy
 from kfdist.types import BlockName, Job, JobResult, RunSettings
@@ -117,6 +119,15 @@ class PipelineParts:
     link: AbstractLink
 
 
+@dataclass(frozen=True)
+class _Unshipped:
+    """Statistics on their way to the host, and what else their jobs will say."""
+
+    reduced: ReducedStatistics
+    damping: float
+    previous: Mapping[str, Mapping[BlockName, Mapping[str, Tensor]]]
+
+
 class Pipeline:
     """One rank's pipeline. All ranks call `step` once per training step, between backward and the optimizer's step.
 
@@ -126,6 +137,7 @@ class Pipeline:
         sums: This rank's (S, w) by block.
         pending: Versions shipped and not yet adopted, per group, oldest first; the same on all ranks.
         counters: What happened so far.
+        started: Whether a step was begun or a state loaded; from then on no state can be loaded.
     """
 
     def __init__(self, parts: PipelineParts, settings: PipelineSettings, sums: dict[BlockName, WeightedSums]) -> None:
@@ -136,7 +148,8 @@ class Pipeline:
         self.statistics_step = -1
         self.pending: list[list[int]] = [[] for _ in parts.groups]
         self.counters = PipelineCounters()
-        self._unshipped: list[ReducedStatistics] = []
+        self.started = False
+        self._unshipped: list[_Unshipped] = []
         self.arm()
 
     def step(self, *, step_is_finite: Tensor | None, learning_rate: Callable[[nn.Parameter], float]) -> StepReport:
@@ -156,31 +169,31 @@ class Pipeline:
         reduced = self._reduce(step)
         self._invert(reduced)
         arrived = self._broadcast(step, table)
-        adopted = self._adopt(step, table, arrived)
+        adopted = self._adopt(arrived)
         self._precondition(step, learning_rate)
         return self._finish(step, adopted)
 
     # The verbs -----------------------------------------------------------------------------------------------------
 
     def _agreed_table(self) -> AgreedTable | None:
-        """Completes the table started one step ago and obeys what it says."""
+        """Completes the table started one step ago and obeys what it says; there is none at a process's first step."""
         self.counters.phase_seconds.clear()
         self.parts.exchange.waited_seconds = 0.0
+        self.started = True
         with self.counters.phase("table"):
             columns = self.parts.table.complete()
         if columns is None:
+            agree_on_start(self)
             return None
         table = decode_table(columns, len(self.parts.groups))
         if table.digests_differ:
             raise RanksDiverged(
-                f"the parameters differ between ranks before step {self.next_step}; the run stops. Likely "
-                f"causes: ranks that "
-                "see different learning rates or clip gradients before reducing them, or faulty memory. Resume "
-                "from the "
-                "last checkpoint"
+                f"the parameters differ between ranks before step {self.next_step}; the run stops. Likely causes: "
+                "ranks that see different learning rates or clip gradients before reducing them, or faulty memory. "
+                "Resume from the last checkpoint"
             )
         self.parts.agreement.obey(revision=table.revision, stop=table.stop)
-        self.parts.agreement.wait_while_paused()
+        self.parts.agreement.wait_while_paused(self.next_step)
         return table
 
     def _capture(self, step: int, step_is_finite: Tensor | None) -> None:
@@ -215,41 +228,42 @@ class Pipeline:
     def _invert(self, reduced: ReducedStatistics | None) -> None:
         """Ships what has reached the host to the inverters, and takes in what they have finished."""
         with self.counters.phase("invert"):
+            damping = self.damping(self.next_step)  # asked on all ranks, so that a bad value stops all of them alike
             if reduced is not None:
-                self._unshipped.append(reduced)
-            while self._unshipped and (self._must_ship() or self._unshipped[0].ready()):
+                # Kept as of now: how soon the copy reaches the host must not change what the job says.
+                previous = {group.name: self.parts.snapshots[group.index].states for group in reduced.groups}
+                self._unshipped.append(_Unshipped(reduced, damping, previous))
+            while self._unshipped and self._unshipped[0].reduced.ready():
                 self._ship(self._unshipped.pop(0))
             self._collect()
 
     def _broadcast(self, step: int, table: AgreedTable | None) -> dict[int, tuple[int, bytes]]:
-        """Brings results to all ranks: waits for those due now, lets the others travel in the background."""
+        """Brings results to all ranks: waits for those due now, lets the others travel in the background.
+
+        Returns:
+            (version, payload) by group of what every rank is known to hold now; equal on all ranks.
+        """
         exchange = self.parts.exchange
         with self.counters.phase("broadcast"):
             due = self._due_for_adoption(step)
-            if due:
-                return exchange.await_results(due, exact=True)
-            if self.settings.lag is not None:
-                return {}
+            if due or self.settings.lag is not None:
+                return self._await(step, due, exact=True)
+            arrived = exchange.received_by_all(table) if table is not None else {}
             if table is not None:
                 exchange.enter(table)
             exchange.poll()
-            return self._await_stale(step)
+            return {**arrived, **self._await_stale(step, arrived)}
 
-    def _adopt(
-        self, step: int, table: AgreedTable | None, arrived: Mapping[int, tuple[int, bytes]]
-    ) -> tuple[tuple[str, int], ...]:
-        """Swaps in, on all ranks alike, what was waited for and what the table shows all ranks to have."""
-        ledger, exchange = self.parts.ledger, self.parts.exchange
+    def _adopt(self, arrived: Mapping[int, tuple[int, bytes]]) -> tuple[tuple[str, int], ...]:
+        """Takes into use, on all ranks alike, what every rank holds."""
         adopted = []
         with self.counters.phase("adopt"):
-            if table is not None and self.settings.lag is None:
-                for group in ledger.swaps(table):
-                    adopted.append(self._swap(group, ledger.swap(group), exchange.take(group)))
-            for group, (version, payload) in arrived.items():
-                if version > ledger.adopted[group]:
-                    ledger.restore(group, version)
-                    adopted.append(self._swap(group, version, payload))
-        del step
+            for group, (version, payload) in sorted(arrived.items()):
+                self.parts.snapshots.adopt(group, version, payload)
+                self.parts.exchange.adopt(group, version)
+                self.pending[group] = [each for each in self.pending[group] if each > version]
+                self.counters.adoptions += 1
+                adopted.append((self.parts.groups[group].name, version))
         return tuple(adopted)
 
     def _precondition(self, step: int, learning_rate: Callable[[nn.Parameter], float]) -> None:
@@ -260,8 +274,7 @@ class Pipeline:
             for group in self.parts.groups:
                 snapshot = self.parts.snapshots[group.index]
                 decision = self._decision(group.index, step)
-                if decision.in_force:
-                    self.counters.fallbacks["fallback" if decision.fallback else "damping_raised"] += 1
+                self.counters.fallbacks.update(decision.reasons)
                 for block in group.blocks:
                     preconditioner = snapshot.preconditioners.get(block.name)
                     if preconditioner is None:
@@ -308,8 +321,17 @@ class Pipeline:
     # Questions all ranks answer alike ------------------------------------------------------------------------------
 
     def damping(self, step: int) -> float:
-        """Returns lambda at `step`: what people set last, else as configured."""
-        return self.parts.agreement.settings.damping or self.settings.damping(step)
+        """Returns lambda at `step`: what people set last, else as configured.
+
+        Raises:
+            ConfigError: A schedule gave something else than a positive, finite number.
+        """
+        damping = self.parts.agreement.settings.damping or float(self.settings.damping(step))
+        if not (math.isfinite(damping) and damping > 0.0):
+            raise ConfigError(
+                f"the damping schedule gave {damping!r} at step {step}; a positive, finite number is needed"
+            )
+        return damping
 
     def staleness(self, step: int) -> dict[str, int]:
         """Returns the age in steps of each group's snapshot at `step`; step + 1 where there is none."""
@@ -333,26 +355,39 @@ class Pipeline:
         return {index: versions[0] for index, versions in enumerate(self.pending) if versions and versions[0] <= latest}
 
     def _decision(self, group: int, step: int) -> Decision:
+        """What the staleness policy says of the snapshot in use; nothing where there is none yet."""
         snapshot = self.parts.snapshots[group]
         if not snapshot.preconditioners or self.settings.lag is not None:
             return Decision()
         return self.settings.staleness.decide(step - snapshot.version)
 
-    def _await_stale(self, step: int) -> dict[int, tuple[int, bytes]]:
-        """At the hard bound with "wait": blocks, with all ranks, for a version that is young enough."""
+    def _await_stale(self, step: int, arrived: Mapping[int, tuple[int, bytes]]) -> dict[int, tuple[int, bytes]]:
+        """At the hard bound with "wait": blocks, with all ranks, for a version that is young enough.
+
+        A group about to adopt a version that is young enough does not wait. Where the awaited inversion turns out to
+        have failed, or none is under way, the old snapshot stays in use, counted as "kept".
+        """
         stale = {}
         for index, versions in enumerate(self.pending):
-            if self._decision(index, step).wait and versions:
-                bound = self.settings.staleness.hard_bound or 0
-                young = [version for version in versions if step - version <= bound]
-                stale[index] = young[0] if young else versions[-1]
-        if not stale:
-            return {}
+            newest = arrived[index][0] if index in arrived else NO_VERSION
+            under_way = [version for version in versions if version > newest]
+            if not (under_way and self._decision(index, step).wait):
+                continue
+            if newest != NO_VERSION and not self.settings.staleness.decide(step - newest).wait:
+                continue
+            young = [version for version in under_way if not self.settings.staleness.decide(step - version).wait]
+            stale[index] = young[0] if young else under_way[-1]
         for index in stale:
             self.counters.fallbacks["waited"] += 1
             if self.parts.ledger.in_flight(index):
                 self.parts.exchange.abandon(index)
-        return self.parts.exchange.await_results(stale, exact=False)
+        return self._await(step, stale, exact=False)
+
+    def _await(self, step: int, wanted: Mapping[int, int], *, exact: bool) -> dict[int, tuple[int, bytes]]:
+        if not wanted:
+            return {}
+        self.ship_all()
+        return self.parts.exchange.await_results(step, wanted, exact=exact)
 
     # This rank's share -----------------------------------------------------------------------------------------------
 
@@ -362,14 +397,15 @@ class Pipeline:
         due = [block.name for group in self.parts.groups if self._folds(group, step) for block in group.blocks]
         self.parts.capture.arm(due, lambda name: seed_of(seed, name, step))
 
-    def _must_ship(self) -> bool:
-        """Whether somebody will wait for these results in this very step, so that the copy is waited for too."""
-        return self.next_step == 0 or self.settings.lag == 0
+    def ship_all(self) -> None:
+        """Ships also what has not reached the host yet: somebody is about to wait for it, or writes it down."""
+        while self._unshipped:
+            self._ship(self._unshipped.pop(0))
 
-    def _ship(self, reduced: ReducedStatistics) -> None:
-        version = reduced.version
-        factors = reduced.factors()
-        for group in reduced.groups:
+    def _ship(self, unshipped: _Unshipped) -> None:
+        version = unshipped.reduced.version
+        factors = unshipped.reduced.factors()
+        for group in unshipped.reduced.groups:
             of_group = factors[group.name]
             if not of_group:
                 payload = failure_result({block.name: NO_STATISTICS for block in group.blocks})
@@ -379,9 +415,9 @@ class Pipeline:
             payload = encode_job(
                 inverter=group.inverter,
                 factors=of_group,
-                damping=self.damping(version),
+                damping=unshipped.damping,
                 seeds={name: seed_of(self.settings.seed, name, version) for name in of_group},
-                previous=self.parts.snapshots[group.index].states,
+                previous=unshipped.previous[group.name],
                 threads=torch.get_num_threads(),
             )
             self.parts.book.ship(self._job(group.name, version, payload))
@@ -411,14 +447,6 @@ class Pipeline:
             self.counters.completed[method[result.group]] += 1
             self.counters.inversion_seconds.append((method[result.group], result.seconds))
             self.counters.bytes["results"] += len(result.payload)
-
-    def _swap(self, group: int, version: int, payload: bytes) -> tuple[str, int]:
-        name = self.parts.groups[group].name
-        self.parts.snapshots.adopt(group, version, payload)
-        self.parts.book.release(name, version)
-        self.pending[group] = [each for each in self.pending[group] if each > version]
-        self.counters.adoptions += 1
-        return name, version
 
 
 def _immediate(group: str, version: int, payload: bytes) -> JobResult:

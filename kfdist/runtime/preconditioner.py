@@ -282,7 +282,10 @@ class Preconditioner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts this rank where `state` says; jobs under way are shipped again. Local, no collective.
 
+        To be called before the first step. The first step then checks that all ranks begin in the same place.
+
         Raises:
+            KfdistError: A step was made or a state loaded before.
             CheckpointError: The state is of another format, model, or number of ranks.
         """
         restore_pipeline(self._pipeline, state, world_size=self._training.world_size)
@@ -291,7 +294,7 @@ class Preconditioner:
         """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""
         statistics = self._communicators.statistics
         for sums in self._pipeline.sums.values():
-            for tensor in (sums.A, sums.G, sums.weight):
+            for tensor in (sums.A, sums.G, sums.weight, sums.dropped):
                 travelling = tensor.to(statistics.device)
                 statistics.all_reduce_sum_(travelling)
                 tensor.copy_(travelling / self._training.world_size)

@@ -61,6 +61,14 @@ def _common_samples(pipeline: Pipeline) -> list[Sample]:
         Sample(name="kfdist_failures_total", value=float(total), labels={"reason": f"inversion: {reason}"[:60]})
         for reason, total in parts.snapshots.failures.items()
     ]
+    if parts.exchange.resent:
+        samples.append(
+            Sample(
+                name="kfdist_failures_total",
+                value=float(parts.exchange.resent),
+                labels={"reason": "damaged_broadcast"},
+            )
+        )
     samples += [
         Sample(name="kfdist_step_seconds", value=seconds, labels={"phase": phase})
         for phase, seconds in counters.phase_seconds.items()
@@ -84,9 +92,10 @@ def pipeline_totals(pipeline: Pipeline) -> dict[str, Any]:
         "adoptions": counters.adoptions,
         "fallbacks": dict(counters.fallbacks),
         "replaced_jobs": parts.book.replaced,
+        "resent_broadcasts": parts.exchange.resent,
         "resubmissions": dict(link.resubmissions),
         "courier_restarts": link.courier_restarts,
-        "nonfinite_drops": int(sum(float(sums.dropped) for sums in pipeline.sums.values())),
+        "nonfinite_drops": round(sum(float(sums.dropped) for sums in pipeline.sums.values())),
     }
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.estimate import WeightedSums
-from kfdist.errors import CheckpointError
+from kfdist.errors import CheckpointError, KfdistError
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.types import JobResult
@@ -24,6 +24,7 @@ def pipeline_state(pipeline: Pipeline, *, folded: bool, world_size: int) -> dict
         folded: Whether every rank's sums are the reduced ones; then the totals are stored, good for any world size.
         world_size: How many ranks train.
     """
+    pipeline.ship_all()
     groups, snapshots = pipeline.parts.groups, pipeline.parts.snapshots
     scale = world_size if folded else 1
     return {
@@ -45,30 +46,32 @@ def pipeline_state(pipeline: Pipeline, *, folded: bool, world_size: int) -> dict
         "starving": [group.name for group in groups if snapshots.starving(group.index)],
         "pending": {group.name: list(pipeline.pending[group.index]) for group in groups},
         "in_flight": _in_flight(pipeline),
+        "damping": pipeline.parts.agreement.settings.damping,
     }
 
 
 def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any], *, world_size: int) -> None:
-    """Puts a pipeline where `state` says, and ships again what was under way.
+    """Puts a fresh pipeline where `state` says, and ships again what was under way.
+
+    Nothing has changed when it raises.
 
     Raises:
+        KfdistError: The pipeline has made a step already: its ranks share a table and broadcasts by now.
         CheckpointError: The state is of another format, model, or number of ranks.
     """
-    if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"the preconditioner's state has format {state.get('format')!r}; this version reads {FORMAT}"
+    if pipeline.started:
+        raise KfdistError(
+            "load_state_dict() was called after a step or another load; close() this Preconditioner, make a new one, "
+            "and load before its first step"
         )
-    if state["statistics"] == PER_RANK and state["world_size"] != world_size:
-        raise CheckpointError(
-            f"the state is one of {state['world_size']} ranks' own and there are {world_size} now; "
-            "merge all ranks' states with kfdist.runtime.state.merge_states first"
-        )
-    _check_names(pipeline, state)
+    _check(pipeline, state, world_size=world_size)
+    pipeline.started = True
     scale = 1.0 / world_size if state["statistics"] == FOLDED else 1.0
     for name, sums in pipeline.sums.items():
-        _load_sums(name, sums, state["sums"][name], scale)
+        _load_sums(sums, state["sums"][name], scale)
     pipeline.next_step = int(state["step"])
     pipeline.statistics_step = int(state["statistics_step"])
+    pipeline.parts.agreement.restore(float(state["damping"]))
     for group in pipeline.parts.groups:
         snapshot = state["snapshots"].get(group.name)
         if snapshot is not None:
@@ -117,21 +120,15 @@ def _sums_state(sums: WeightedSums, scale: int) -> dict[str, Tensor]:
         "A": pack_triangle(sums.A) * scale,
         "G": pack_triangle(sums.G) * scale,
         "weight": sums.weight * scale,
-        "dropped": sums.dropped.clone(),
+        "dropped": sums.dropped * scale,
     }
 
 
-def _load_sums(name: str, sums: WeightedSums, state: Mapping[str, Tensor], scale: float) -> None:
-    for key, own in (("A", sums.A), ("G", sums.G)):
-        stored = unpack_triangle(state[key])
-        if stored.shape != own.shape:
-            raise CheckpointError(
-                f"block {name!r} has factors of shape {tuple(stored.shape)} in the checkpoint and "
-                f"{tuple(own.shape)} in the model; the checkpoint is of another model"
-            )
-        own.copy_(stored * scale)
+def _load_sums(sums: WeightedSums, state: Mapping[str, Tensor], scale: float) -> None:
+    sums.A.copy_(unpack_triangle(state["A"]) * scale)
+    sums.G.copy_(unpack_triangle(state["G"]) * scale)
     sums.weight.copy_(state["weight"] * scale)
-    sums.dropped.copy_(state["dropped"])
+    sums.dropped.copy_(state["dropped"] * scale)
 
 
 def _in_flight(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
@@ -180,13 +177,30 @@ def _ship_again(pipeline: Pipeline, in_flight: Mapping[str, Mapping[str, Any]]) 
         pipeline.parts.ledger.announce(group.index, version)
 
 
-def _check_names(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
+def _check(pipeline: Pipeline, state: Mapping[str, Any], *, world_size: int) -> None:
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"the preconditioner's state has format {state.get('format')!r}; this version reads {FORMAT}"
+        )
+    if state["statistics"] == PER_RANK and state["world_size"] != world_size:
+        raise CheckpointError(
+            f"the state is one of {state['world_size']} ranks' own and there are {world_size} now; "
+            "merge all ranks' states with kfdist.runtime.state.merge_states first"
+        )
     stored, own = set(state["sums"]), set(pipeline.sums)
     if stored != own:
         raise CheckpointError(
             f"the checkpoint has blocks {sorted(stored - own)} that the model lacks, and lacks {sorted(own - stored)}; "
             "load it into the model and method it was written with"
         )
+    for name, sums in pipeline.sums.items():
+        for key, tensor in (("A", sums.A), ("G", sums.G)):
+            found, expected = tuple(state["sums"][name][key].shape), tuple(pack_triangle(tensor).shape)
+            if found != expected:
+                raise CheckpointError(
+                    f"block {name!r} has a factor {key} of shape {found} (packed) in the checkpoint and {expected} in "
+                    "the model; the checkpoint is of another model"
+                )
 
 
 def _to_tensor(payload: bytes) -> Tensor:
