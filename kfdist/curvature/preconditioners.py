@@ -5,7 +5,7 @@ A new kind is a frozen dataclass of tensors (and a few static values) and one li
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Self, get_args
 
 import torch
 from torch import Tensor
@@ -145,6 +145,12 @@ class KroneckerSpectrum(AbstractPreconditioner):
     w_G: Tensor
     tail_G: Tensor
     damping_rule: DampingRule
+
+    def __post_init__(self) -> None:
+        if self.damping_rule not in get_args(DampingRule):  # it may come from a wire or a file
+            raise ValueError(
+                f"damping_rule is {self.damping_rule!r}, must be one of {', '.join(get_args(DampingRule))}"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -52,10 +52,11 @@ def static_fields(record: object) -> dict[str, Static]:
 
 def move(record: RecordType, device: torch.device | str, dtype: torch.dtype | None = None) -> RecordType:
     """Returns the record with its tensors on `device`, floating-point ones as `dtype`; itself if nothing changes."""
+    non_blocking = torch.device(device).type != "cpu"  # nothing would tell the host when it may read
 
     def moved(tensor: Tensor) -> Tensor:
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=device, dtype=wanted, non_blocking=True)
+        return tensor.to(device=device, dtype=wanted, non_blocking=non_blocking)
 
     before = tensor_fields(record)
     after = {name: moved(tensor) for name, tensor in before.items()}

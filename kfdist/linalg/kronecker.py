@@ -13,8 +13,9 @@ from torch import Tensor
 
 DampingRule = Literal["pi", "relative", "common"]
 
-RELATIVE_FLOOR = 1e-12
-"""A largest eigenvalue below this counts as a zero factor: damping relative to it would divide by (almost) zero."""
+RELATIVE_FLOOR = 1e-30
+"""A largest eigenvalue below this counts as a zero factor: damping relative to it would divide by (almost) zero. Output
+gradients late in training have second moments of 1e-12 and less, so the floor lies just above what float32 resolves."""
 
 
 class Spectrum(NamedTuple):

@@ -74,7 +74,7 @@ GOOD: dict[str, Callable[[int, int], Tensor]] = {
     "singular": _spectrum(lambda d: torch.where(torch.arange(d) < d // 2, 1.0 / (1 + torch.arange(d)), 0.0)),
     "one-sample": _rank_one,
     "zero": lambda d, seed: torch.zeros(C, d, d, dtype=torch.float64),
-    "tiny": _spectrum(lambda d: 1e-18 * torch.linspace(2.0, 0.5, d, dtype=torch.float64)),
+    "tiny": _spectrum(lambda d: 1e-12 * torch.linspace(2.0, 0.5, d, dtype=torch.float64)),
     "large": _spectrum(lambda d: 1e12 * torch.linspace(2.0, 0.5, d, dtype=torch.float64)),
 }
 """Second moments that can occur; every method must invert them."""

@@ -15,34 +15,34 @@ from kfdist.types import BlockShape
 
 
 class Outcome(StrEnum):
-    """How an inversion ended; each has a sentence for people. Ordered from best to worst."""
+    """How an inversion ended, from best to worst; each has a sentence for people."""
 
-    sentence: str
+    DONE = "done"
+    FLOAT64 = "float64"
+    CLAMPED = "clamped"
+    MORE_DAMPING = "more_damping"
+    FAILED = "failed"
 
-    DONE = "done", "The inversion succeeded as configured."
-    FLOAT64 = "float64", "The inversion wasn't accurate enough in float32 and was repeated in float64."
-    CLAMPED = (
-        "clamped",
-        "A factor had negative eigenvalues beyond rounding; they were set to zero. A second moment has none: look for "
-        "statistics that were altered after they were summed.",
-    )
-    MORE_DAMPING = (
-        "more_damping",
-        "The damped factors weren't positive definite even in float64; the damping was raised until they were.",
-    )
-    FAILED = "failed", "There is no preconditioner; the reason says why."
-
-    def __new__(cls, value: str, sentence: str) -> "Outcome":
-        """Makes a member from its value and its sentence."""
-        member = str.__new__(cls, value)
-        member._value_ = value
-        member.sentence = sentence
-        return member
+    @property
+    def sentence(self) -> str:
+        """What it means and, where something can be done, what."""
+        return _SENTENCES[self]
 
     @staticmethod
     def worst(*outcomes: "Outcome") -> "Outcome":
         """Returns the worst of some outcomes."""
         return max(outcomes, key=list(Outcome).index)
+
+
+_SENTENCES = {
+    Outcome.DONE: "The inversion succeeded as configured.",
+    Outcome.FLOAT64: "The inversion wasn't accurate enough in float32 and was repeated in float64.",
+    Outcome.CLAMPED: "A factor had negative eigenvalues beyond rounding; they were set to zero. A second moment has "
+    "none: look for statistics that were altered after they were summed.",
+    Outcome.MORE_DAMPING: "The damped factors weren't positive definite or too ill-conditioned even in float64; the "
+    "damping was raised until they could be inverted. If it happens often, configure more damping.",
+    Outcome.FAILED: "There is no preconditioner; the reason says why.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,6 +186,7 @@ def test_garbage_is_refused(payload: bytes) -> None:
         (_set("blocks.0.outcome", "great"), "unknown outcome 'great'"),
         (_set("blocks.0.preconditioner", None), "are not described"),
         (_set("blocks.0.preconditioner.kind", "os.system"), "unknown record 'os.system'"),
+        (_set("blocks.0.preconditioner.static.damping_rule", "none"), "damping_rule is 'none', must be one of pi"),
         (_set("content", "job"), "must be a result of format 1"),
     ],
 )

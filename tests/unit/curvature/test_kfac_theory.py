@@ -119,6 +119,21 @@ def test_k7_the_clipped_step_attains_the_bound(learning_rate: float) -> None:
     assert (nu < 1) == (learning_rate == 0.5)
 
 
+def test_c5_updates_ignore_an_affine_change_of_the_inputs() -> None:
+    """C5: without damping, the layer's output moves the same way in whatever affine coordinates its inputs come."""
+    _, block = linear()
+    a, g = gaussian(40, 4, seed=1), gaussian(40, 3, seed=2)
+    change, shift = gaussian(4, 4, seed=3), gaussian(4, seed=4)
+    moves = []
+    for inputs in (a, a @ change + shift):
+        sums = block.factor_sums(inputs, g)
+        factors = KroneckerFactors(A=sums.A / 40, G=sums.G / 40)
+        rows = torch.cat([inputs, torch.ones(40, 1)], dim=1)
+        made = preconditioner(factors, "kfac-eigen")
+        moves.append(rows @ made.apply((g.T @ rows / 40)[None], 1e-16)[0].T)
+    assert relative_error(moves[1], moves[0]) < TOLERANCE
+
+
 def test_c4_products_agree_under_other_conventions() -> None:
     """C4: other codes scale A by 1/T^2 and G by T^2, or by 1/T and T (expand); the product A (x) G is the same."""
     torch.manual_seed(0)

@@ -1,0 +1,54 @@
+"""What runs in every training step reads no value back to the host, which would stall a CUDA stream.
+
+A fake tensor has shapes but no values: reading one raises. So passing on fake tensors proves that nothing is read.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from kfdist.curvature.blocks import Block, make_block
+from kfdist.curvature.inverters.ladder import invert_with_ladder
+from kfdist.curvature.records import tensor_fields
+from kfdist.linalg.psd import pack_triangle, unpack_triangle
+from tests.support.cases import CASES, DAMPING, InverterCase
+from tests.support.matrices import C, P, Q, make_factors
+
+
+def test_fake_tensors_catch_a_sync() -> None:
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        bool(torch.ones(3).isfinite().all())
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("layer", "activation", "output"),
+    [
+        (nn.Linear(4, 6), (5, 7, 4), (5, 7, 6)),
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), (5, 4, 8, 8), (5, 6, 8, 8)),
+        (nn.Conv2d(4, 6, 3, padding="same", padding_mode="circular"), (5, 4, 8, 8), (5, 6, 8, 8)),
+    ],
+    ids=["linear", "conv", "circular"],
+)
+def test_statistics(layer: nn.Module, activation: tuple[int, ...], output: tuple[int, ...], fraction: float) -> None:
+    block = make_block("layer", layer)
+    assert isinstance(block, Block)
+    with FakeTensorMode():
+        sums = block.factor_sums(torch.zeros(activation), torch.zeros(output), positions_fraction=fraction)
+        assert unpack_triangle(pack_triangle(sums.A)).shape == sums.A.shape
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_application(case: InverterCase) -> None:
+    factors = make_factors("decaying", torch.float32)
+    made = invert_with_ladder(case.make(), factors, damping=DAMPING, previous={}, seed=0).preconditioner
+    assert made is not None
+    mode = FakeTensorMode()
+    fake = replace(made, **{name: mode.from_tensor(tensor) for name, tensor in tensor_fields(made).items()})
+    with mode:
+        gradient = torch.zeros(C, P, Q)
+        assert fake.apply(gradient, DAMPING).shape == (C, P, Q)
+        assert fake.fallback(gradient, DAMPING).shape == (C, P, Q)
