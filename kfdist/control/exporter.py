@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from kfdist.control.records import RunRecord, RunState
 from kfdist.control.series import Histogram, RunSeries, Sender
-from kfdist.rpc.servers import check_loopback, unbindable
+from kfdist.rpc.servers import check_loopback, join_address, unbindable
 from kfdist.telemetry.metrics import METRICS, Kind, Metric
 from kfdist.types import Sample
 
@@ -150,8 +150,7 @@ class MetricsServer:
             self._server = make_server(host, port, make_wsgi_app(registry), server_class, _SilentHandler)
         except OSError:
             raise unbindable(host, port, path="control.metrics_address") from None
-        bound = self._server.server_port
-        self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+        self.address = join_address(host, self._server.server_port)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_SECONDS,), name="kfdist-metrics", daemon=True
         )

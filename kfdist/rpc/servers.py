@@ -70,28 +70,42 @@ def bind(server: Bindable, address: str, *, path: str = "control.address") -> st
         EnvironmentFault: The address is in use, or this machine doesn't have it.
     """
     host, port = check_loopback(address, path=path)
+    if reason := _obstacle(host, port):  # asked first, since gRPC writes lines of its own to standard error
+        raise _unbindable(host, port, reason, path=path)
     try:
         bound = server.add_insecure_port(address)
-    except RuntimeError:  # gRPC doesn't say why
+    except RuntimeError:
         bound = 0
     if bound == 0:
         raise unbindable(host, port, path=path)
-    return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+    return join_address(host, bound)
+
+
+def join_address(host: str, port: int) -> str:
+    """Returns "host:port", an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def unbindable(host: str, port: int, *, path: str) -> EnvironmentFault:
-    """Returns the fault that says why an address can't be bound, and what to do."""
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    """Returns the fault that says why an address could not be bound, and what to do."""
+    return _unbindable(host, port, _obstacle(host, port) or "could not be bound; try again", path=path)
+
+
+def _unbindable(host: str, port: int, reason: str, *, path: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"{join_address(host, port)} {reason}, "
+        f"or choose another address with --set {path}={join_address(host, 0)} (any free port)"
+    )
+
+
+def _obstacle(host: str, port: int) -> str:
+    """Returns why an address can't be bound just now, or an empty string."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: connections of old don't count
             probe.bind((host, port))
-            probe.listen()
-        reason = "could not be bound"
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            reason = "is in use by another process"
-        else:
-            reason = f"can't be bound ({error.strerror})"
-    return EnvironmentFault(
-        f"{address} {reason}; end that process, or choose another address with --set {path}={host}:0 (any free port)"
-    )
+            return "is in use by another process; end that one"
+        return f"can't be bound ({error.strerror}); use one that this machine has"
+    return ""
