@@ -53,6 +53,7 @@ END_SERVICES_SECONDS = 8.0
 FAILURE_SECONDS = 3.0
 """How long the other ranks may take to end by themselves after one died; they have lost a peer and raise as a rule."""
 
+_KILL_SECONDS = 1.0
 _TICK_SECONDS = 0.05
 _EXPECTED = (None, ExitCode.DONE, ExitCode.RESUMABLE)
 RESUME_ADVICE = "run the same command again to resume"
@@ -104,7 +105,8 @@ class Launch:
         self._requests = requests
         self._stopping = False
         self._mark = uuid.uuid4().hex
-        self._scratch = Path(tempfile.mkdtemp(prefix="kfdist-"))
+        # Not under TMPDIR: Ray's sockets will be in there, and a socket's path must be short.
+        self._scratch = Path(tempfile.mkdtemp(prefix="kfdist-", dir="/tmp"))
         self._spared = children_of(os.getpid())
         self._services: dict[str, SupervisedProcess] = {}
         self._ranks: list[Child] = []
@@ -141,34 +143,41 @@ class Launch:
         self._terminal.say(f"run {self._config.run.name}: files in {self._config.run.directory}")
         if self._config.cluster.link == "service":
             self._start_controller()
-            self._start_service("pool", "pool")
+            self._start_pool()
         rendezvous = self._rendezvous = host_rendezvous(self._config.cluster.workers)
         for rank in range(rendezvous.world_size):
-            environment = {
+            variables = {
                 "OMP_NUM_THREADS": str(self._config.cluster.threads),
                 "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
                 **rendezvous.variables(rank),
             }
-            self._ranks.append(Child(self._command(f"rank {rank}", "worker", environment, terminal=rank == 0)))
+            self._ranks.append(Child(self._command(f"rank {rank}", "worker", variables=variables)))
 
     def _start_controller(self) -> None:
-        controller = self._start_service("controller", "serve")
+        def command(restarts: int) -> Command:
+            del restarts
+            return self._command("controller", "serve", f"--ready-file={ready_file}")
+
+        ready_file = self._scratch / "controller.json"
+        controller = self._services["controller"] = SupervisedProcess(command, ready_file)
         ready = self._wait_until_ready(controller, CONTROLLER_READY_SECONDS)
         addresses = {"address": ready["address"], "metrics_address": ready["metrics_address"]}
-        # Ranks and owners keep the address, so a controller that is started again must have the same.
-        controller.pin(*(f"--set=control.{key}={value}" for key, value in addresses.items()))
+        # Ranks and owners keep the addresses, so a controller that is started again must have the same.
         control = self._config.control.model_copy(update=addresses)
         self._config = self._config.model_copy(update={"control": control})
         self._terminal.say(f"controller on {ready['address']}, metrics on http://{ready['metrics_address']}/metrics")
 
-    def _start_service(self, name: str, subcommand: str) -> SupervisedProcess:
-        ready_file = self._scratch / f"{name}.json"
-        command = self._command(name, subcommand, {}, f"--ready-file={ready_file}")
-        self._services[name] = SupervisedProcess(command, ready_file)
-        return self._services[name]
+    def _start_pool(self) -> None:
+        def command(restarts: int) -> Command:
+            # Removed with the rest, should the pool be killed before it has tidied up; a new one for each start.
+            directory = self._scratch / f"ray-{restarts}"
+            return self._command("pool", "pool", f"--ready-file={ready_file}", f"--directory={directory}")
+
+        ready_file = self._scratch / "pool.json"
+        self._services["pool"] = SupervisedProcess(command, ready_file)
 
     def _command(
-        self, name: str, subcommand: str, environment: Mapping[str, str], *arguments: str, terminal: bool = False
+        self, name: str, subcommand: str, *arguments: str, variables: Mapping[str, str] | None = None
     ) -> Command:
         config_file = self._scratch / f"{name.replace(' ', '-')}.toml"
         config_file.write_text(to_toml(self._config), encoding="utf-8")
@@ -177,10 +186,9 @@ class Launch:
             name=name,
             # -P: a file named like a standard module in the working directory must not be imported in its place.
             arguments=("-P", "-m", "kfdist", subcommand, str(config_file), *arguments),
-            environment={**inherited_environment(os.environ), **marks, **environment},
+            environment={**inherited_environment(os.environ), **marks, **(variables or {})},
             log=self._config.run.directory / "logs" / f"{name.replace(' ', '-')}.log",
-            terminal=terminal,
-            stdout=self._terminal.descriptor,
+            terminal=self._terminal.descriptor if name == "rank 0" else None,
         )
 
     def _wait_until_ready(self, service: SupervisedProcess, seconds: float) -> Mapping[str, Any]:
@@ -249,22 +257,22 @@ class Launch:
         self._terminal.say("stopping: the ranks write a checkpoint (once more Ctrl-C ends everything at once)")
         self._end_children(self._ranks, STOP_RANKS_SECONDS)
         codes = [rank.poll() for rank in self._ranks]
-        if codes and not any(codes):
+        if codes and all(code == ExitCode.DONE for code in codes):
             return ExitCode.DONE  # the last step was made before the request was heard
         for rank, code in zip(self._ranks, codes, strict=True):
-            if code != ExitCode.RESUMABLE:
-                how = "didn't end in time and was killed" if code is None else describe_exit(code)
-                self._terminal.warn(f"{rank.name} {how}; the newest checkpoint may be older than this stop")
+            if code is not None and code != ExitCode.RESUMABLE:
+                ended = f"{rank.name} {describe_exit(code)} instead of writing a checkpoint"
+                self._terminal.warn(f"{ended}; the newest checkpoint may be older than this stop")
         return ExitCode.RESUMABLE
 
     def _end_children(self, children: Iterable[Child], seconds: float) -> None:
-        """Sends SIGTERM, waits, sends SIGKILL."""
+        """Sends SIGTERM and waits; after that, SIGKILL, and waits for the kernel."""
         children = list(children)
-        for child in children:
-            child.signal(signal.SIGTERM)
-        self._wait_for(lambda: all(child.poll() is not None for child in children), seconds)
-        for child in children:
-            child.signal(signal.SIGKILL)
+        for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, _KILL_SECONDS)):
+            for child in children:
+                child.signal(number)
+            if self._wait_for(lambda: all(child.poll() is not None for child in children), patience):
+                return
 
     def _end(self) -> None:
         """Ends whatever is left: the services politely unless somebody is in a hurry, everything else at once."""

@@ -30,16 +30,14 @@ class Command:
         arguments: Arguments of the Python interpreter.
         environment: All of its environment.
         log: File that its output is appended to.
-        terminal: Whether standard output goes to `stdout` below instead of the log.
-        stdout: Descriptor for `terminal`; None inherits the launcher's standard output.
+        terminal: Descriptor that standard output goes to; None: to the log, too.
     """
 
     name: str
     arguments: Sequence[str]
     environment: Mapping[str, str]
     log: Path
-    terminal: bool = False
-    stdout: int | None = None
+    terminal: int | None = None
 
 
 class Child:
@@ -54,7 +52,7 @@ class Child:
                 [sys.executable, *command.arguments],
                 env=dict(command.environment),
                 stdin=subprocess.DEVNULL,
-                stdout=command.stdout if command.terminal else log,
+                stdout=log if command.terminal is None else command.terminal,
                 stderr=log,
                 start_new_session=True,
             )

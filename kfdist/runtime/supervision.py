@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,20 @@ class SupervisedProcess:
         gave_up: Whether it died once more than `RESTARTS_ALLOWED`.
     """
 
-    def __init__(self, command: Command, ready_file: Path) -> None:
+    def __init__(self, make_command: Callable[[int], Command], ready_file: Path) -> None:
         """Starts the process.
 
         Args:
-            command: How to start it.
+            make_command: How to start it, by how often it was started again before.
             ready_file: What it was told to write when it serves.
         """
         self.restarts = 0
         self.gave_up = False
-        self._command = command
+        self._make_command = make_command
         self._ready_file = ready_file
         self._start_at = 0.0
-        self._child: Child | None = Child(command)
+        self._command = make_command(0)
+        self._child: Child | None = Child(self._command)
 
     @property
     def name(self) -> str:
@@ -54,10 +54,6 @@ class SupervisedProcess:
         except FileNotFoundError:
             return None
 
-    def pin(self, *arguments: str) -> None:
-        """Adds arguments for later starts, such as the port that the first one was given."""
-        self._command = replace(self._command, arguments=(*self._command.arguments, *arguments))
-
     def supervise(self) -> str | None:
         """Starts the process again if it died, after a pause that doubles; to be called often.
 
@@ -67,6 +63,7 @@ class SupervisedProcess:
         if self._child is None:
             if self.gave_up or time.monotonic() < self._start_at:
                 return None
+            self._command = self._make_command(self.restarts)
             self._child = Child(self._command)
             return f"the {self.name} was started again ({self.restarts} of at most {RESTARTS_ALLOWED} times)"
         code = self._child.poll()

@@ -22,9 +22,13 @@ sys.exit(5)
 def _service(tmp_path: Path, fate: str) -> SupervisedProcess:
     (tmp_path / "fate").write_text(fate)
     ready = tmp_path / "ready.json"
-    arguments = ("-c", _SCRIPT, str(ready), str(tmp_path / "fate"))
-    log = tmp_path / "service.log"
-    return SupervisedProcess(Command(name="service", arguments=arguments, environment=dict(os.environ), log=log), ready)
+
+    def command(restarts: int) -> Command:
+        arguments = ("-c", _SCRIPT, str(ready), str(tmp_path / "fate"), f"--restarts={restarts}")
+        log = tmp_path / "service.log"
+        return Command(name="service", arguments=arguments, environment=dict(os.environ), log=log)
+
+    return SupervisedProcess(command, ready)
 
 
 def _events(service: SupervisedProcess, until, seconds: float = 15.0) -> list[str]:
@@ -38,17 +42,16 @@ def _events(service: SupervisedProcess, until, seconds: float = 15.0) -> list[st
     return events
 
 
-def test_a_dead_service_is_started_again_with_what_was_pinned(tmp_path: Path):
+def test_a_dead_service_is_started_again_with_a_command_of_its_own(tmp_path: Path):
     service = _service(tmp_path, "serve")
     assert _events(service, until=service.ready) == []
-    service.pin("--port=7")
     (tmp_path / "fate").write_text("stop")
     events = _events(service, until=lambda: service.child is None)
     assert "exited with 5" in events[0] and service.ready() is None
     (tmp_path / "fate").write_text("serve")
     events = _events(service, until=service.ready)
     assert "started again" in events[0]
-    assert service.ready() == {"arguments": ["--port=7"]}
+    assert service.ready() == {"arguments": ["--restarts=1"]}
     assert service.restarts == 1 and not service.gave_up
     (tmp_path / "fate").write_text("stop")
     _events(service, until=lambda: service.child is None)
