@@ -1,0 +1,181 @@
+"""`kfdist train` as a newcomer starts it: one real run, looked at from all sides while it lasts and afterwards."""
+
+import json
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.commands import Command, Process, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What was seen of the run.
+
+    Attributes:
+        directory: Its run directory.
+        code: Its exit code.
+        output: What it wrote to the terminal.
+        family: Its processes while it trained.
+        metrics: What /metrics said meanwhile.
+        status: What `kfdist status --json` said meanwhile.
+        left: Its processes that outlived it.
+        seconds: From its start to its end.
+    """
+
+    directory: Path
+    code: int
+    output: str
+    family: list[Process]
+    metrics: str
+    status: dict[str, Any]
+    left: list[Process]
+    seconds: float
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.directory / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+    directory = tmp_path_factory.mktemp("default") / "run"
+    started = time.monotonic()
+    with Command("train", "--set", f"run.dir={directory}") as command:
+        line = command.wait_for_line("controller on ")
+        address = line.split("controller on ")[1].split(",")[0]
+        url = line.split("metrics on ")[1].strip()
+        command.wait_for_line("step  50/")
+        family = command.family()
+        metrics = urllib.request.urlopen(url, timeout=5).read().decode()
+        status = json.loads(run("status", "digits", "--address", address, "--json")[1])
+        code = command.wait()
+        yield Observed(
+            directory=directory,
+            code=code,
+            output=command.text,
+            family=family,
+            metrics=metrics,
+            status=status,
+            left=command.left_behind(),
+            seconds=time.monotonic() - started,
+        )
+
+
+def test_it_ends_well_and_says_accuracy_staleness_and_where_the_files_are(observed: Observed):
+    assert observed.code == 0, observed.output
+    last, files = observed.output.splitlines()[-2:]
+    assert "120 steps" in last and "test accuracy" in last and "staleness" in last
+    assert str(observed.directory) in files
+
+
+def test_it_learns(observed: Observed):
+    assert observed.summary["metrics"]["test_accuracy"] >= 0.98
+
+
+def test_every_process_is_in_its_place_while_it_trains(observed: Observed):
+    titles = [process.title for process in observed.family]
+
+    def count(*words: str) -> int:
+        return sum(all(word in title for word in words) for title in titles)
+
+    assert count("-m kfdist serve") == 1, titles
+    assert count("-m kfdist pool") == 1, titles
+    assert count("-m kfdist worker") == 2, titles
+    assert count("-m kfdist.links.courier") == 2, titles
+    assert count("ray::Owner") == 2, titles
+    assert count("-m kfdist.pool.child") >= 2, titles
+
+
+def test_nothing_is_left_of_it(observed: Observed):
+    assert observed.left == []
+
+
+def test_ranks_import_neither_ray_nor_grpc(observed: Observed):
+    assert observed.summary["rank_modules_clean"] is True
+
+
+def test_the_summary_has_the_promised_figures(observed: Observed):
+    summary = observed.summary
+    assert summary["status"] == "finished" and summary["steps"] == 120 and summary["seconds"] > 0
+    assert set(summary["step_seconds"]) >= {"mean", "p50", "p99"}
+    assert 0 <= summary["staleness_steps"]["p50"] <= summary["staleness_steps"]["max"]
+    # Four blocks, due at step 0 and then every ten steps with their phases.
+    assert summary["inversions"]["completed"] >= 44 and summary["inversions"]["failed"] == 0
+    assert summary["inversions"]["by_method"] == {"rs-kfac": summary["inversions"]["completed"]}
+    assert summary["owner_restarts"] == 0 and summary["restarts"] == {"controller": 0, "pool": 0}
+    assert all(summary["bytes"][purpose] > 0 for purpose in ("gradients", "statistics", "jobs", "results", "snapshots"))
+    assert {"kfdist", "torch", "ray", "grpcio"} <= set(summary["versions"])
+
+
+def test_both_ranks_end_with_the_same_parameters(observed: Observed):
+    first, second = observed.summary["parameter_sha256"]
+    assert first == second and len(first) == 64
+
+
+def test_its_configuration_is_kept_and_says_where_the_controller_was(observed: Observed):
+    config = tomllib.loads((observed.directory / "config.toml").read_text())
+    assert config["preconditioner"]["method"] == "rs-kfac"
+    # An eighth of the largest factor, 1025 with the bias.
+    assert config["preconditioner"]["settings"]["rank"] <= 1024 // 8
+    assert config["cluster"]["workers"] == 2 and config["cluster"]["owners"] == 2
+    assert not config["control"]["address"].endswith(":0")
+
+
+def test_its_progress_is_kept(observed: Observed):
+    lines = [json.loads(line) for line in (observed.directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "staleness" in str(line) and "step" in line]
+    assert steps and max(steps) == 120
+    assert any((observed.directory / "checkpoints").iterdir())
+    logs = {path.name for path in (observed.directory / "logs").iterdir()}
+    assert logs >= {"controller.log", "pool.log", "rank-0.log", "rank-1.log"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kfdist_staleness_steps{",
+        "kfdist_staleness_seconds{",
+        'kfdist_inversion_seconds_count{method="rs-kfac"',
+        "kfdist_steps_total{",
+        "kfdist_step_seconds_count{",
+        "kfdist_bytes_total{",
+        "kfdist_adoptions_total{",
+        "kfdist_build_info{",
+    ],
+)
+def test_the_controller_exports_what_people_watch(observed: Observed, name: str):
+    lines = [line for line in observed.metrics.splitlines() if line.startswith(name)]
+    assert lines, observed.metrics
+    assert all('run="digits"' in line for line in lines)
+
+
+def test_status_shows_the_run_while_it_trains(observed: Observed):
+    assert observed.status["name"] == "digits"
+    assert observed.status["step"] > 0
+    assert observed.status["live_workers"] == 2 and observed.status["live_owners"] == 2
+
+
+def test_it_takes_less_than_a_minute(observed: Observed):
+    assert observed.seconds < 60
+
+
+def test_the_same_command_again_says_that_the_run_is_finished_and_changes_nothing(observed: Observed):
+    before = (observed.directory / "summary.json").read_bytes()
+    code, output = run("train", "--set", f"run.dir={observed.directory}")
+    assert code == 0 and "finished" in output and "run.steps" in output
+    assert (observed.directory / "summary.json").read_bytes() == before
+
+
+def test_another_configuration_does_not_resume_it(observed: Observed):
+    code, output = run(
+        "train", "--set", f"run.dir={observed.directory}", "--set", "optimizer.lr=0.1", "--set", "run.steps=200"
+    )
+    assert code == 2, output
+    assert "optimizer.lr" in output and "accept_changes" in output

@@ -1,0 +1,172 @@
+"""How a run ends when somebody or something ends it, and that the same command then resumes it."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import Command, run
+
+LOCAL = ("--set", "cluster.link=local")
+
+
+def _train(directory: Path, *arguments: str) -> Command:
+    return Command("train", "--set", f"run.dir={directory}", *arguments)
+
+
+def _summary(directory: Path) -> dict:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def _checkpoints(directory: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (directory / "checkpoints").glob("step-*"))
+
+
+def test_ctrl_c_ends_everything_in_time_and_the_same_command_resumes(tmp_path: Path):
+    directory = tmp_path / "run"
+    with _train(directory) as command:
+        command.wait_for_line("step  20/")
+        command.family()
+        started = time.monotonic()
+        command.signal(signal.SIGINT)
+        assert command.wait(15) == 75, command.text
+        assert time.monotonic() - started < 10
+        assert command.left_behind() == []
+        assert "run the same command again to resume" in command.text
+    assert _summary(directory)["status"] == "stopped"
+    stopped_at = _summary(directory)["steps"]
+    assert 20 <= stopped_at < 120 and _checkpoints(directory) == [stopped_at]
+    with _train(directory) as command:
+        command.wait_for_line(f"resumed at step {stopped_at}")
+        assert command.wait() == 0, command.text
+        assert command.left_behind() == []
+    assert _summary(directory)["status"] == "finished" and _summary(directory)["steps"] == 120
+    assert _summary(directory)["metrics"]["test_accuracy"] >= 0.97
+
+
+def test_sigterm_is_a_polite_stop_too(tmp_path: Path):
+    with _train(tmp_path / "run", *LOCAL, "--set", "run.steps=100000") as command:
+        command.wait_for_line("step ")
+        command.signal(signal.SIGTERM)
+        assert command.wait(12) == 75, command.text
+    assert _summary(tmp_path / "run")["status"] == "stopped"
+
+
+def test_kfdist_stop_ends_a_run_resumably(tmp_path: Path):
+    with _train(tmp_path / "run", "--set", "run.steps=100000") as command:
+        address = command.wait_for_line("controller on ").split("controller on ")[1].split(",")[0]
+        command.wait_for_line("step ")
+        code, output = run("stop", "digits", "--address", address)
+        assert code == 0, output
+        assert command.wait(30) == 75, command.text
+        assert command.left_behind() == []
+    assert _summary(tmp_path / "run")["status"] == "stopped"
+
+
+def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path):
+    with _train(tmp_path / "run", *LOCAL, "--set", "run.steps=100000") as command:
+        command.wait_for_line("step ")
+        for worker in (workers := command.members("-m kfdist worker")):
+            os.kill(worker.pid, signal.SIGSTOP)  # a rank that can't be polite
+        assert len(workers) == 2
+        command.signal(signal.SIGINT)
+        command.wait_for_line("stopping")
+        started = time.monotonic()
+        command.signal(signal.SIGINT)
+        assert command.wait(10) == 130, command.text
+        assert time.monotonic() - started < 3
+        assert command.left_behind() == []
+
+
+def test_a_rank_that_hangs_does_not_outlast_ctrl_c(tmp_path: Path):
+    with _train(tmp_path / "run", *LOCAL, "--set", "run.steps=100000") as command:
+        command.wait_for_line("step ")
+        os.kill(command.members("-m kfdist worker")[0].pid, signal.SIGSTOP)
+        started = time.monotonic()
+        command.signal(signal.SIGINT)
+        assert command.wait(15) == 75, command.text
+        assert time.monotonic() - started < 10
+        assert command.left_behind() == []
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path):
+    with _train(tmp_path / "runs" / "it") as command:
+        command.wait_for_line("controller on ")
+        command.wait_for_member("raylet")
+        command.signal(signal.SIGINT)
+        assert command.wait(15) == 75, command.text
+        assert command.left_behind() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_rank_ends_the_run_which_resumes_from_its_newest_checkpoint(tmp_path: Path):
+    directory = tmp_path / "run"
+    arguments = [*LOCAL, "--set", "checkpoint.period=10"]
+    with _train(directory, *arguments, "--set", "run.steps=100000") as command:
+        command.wait_for_line("step     30/")
+        os.kill(command.members("-m kfdist worker")[1].pid, signal.SIGKILL)
+        assert command.wait(30) == 1, command.text
+        assert command.left_behind() == []
+        assert "SIGKILL" in command.text and "again to resume" in command.text
+        assert "Traceback" not in command.text
+    newest = _checkpoints(directory)[-1]
+    assert newest >= 20
+    with _train(directory, *arguments, "--set", f"run.steps={newest + 20}") as command:
+        command.wait_for_line(f"resumed at step {newest}")
+        assert command.wait() == 0, command.text
+    assert _summary(directory)["steps"] == newest + 20
+
+
+def test_killed_controller_and_pool_are_started_again_and_the_run_goes_on(tmp_path: Path):
+    directory = tmp_path / "run"
+    with _train(directory, "--set", "run.steps=160") as command:
+        address = command.wait_for_line("controller on ").split("controller on ")[1].split(",")[0]
+        command.wait_for_line("pool with 2 owners")
+        command.wait_for_line("step  20/")
+        os.kill(command.members("-m kfdist serve")[0].pid, signal.SIGKILL)
+        command.wait_for_line("the controller was started again")
+        owners = {process.pid for process in command.members("ray::Owner")}
+        os.kill(command.members("-m kfdist pool")[0].pid, signal.SIGKILL)
+        command.wait_for_line("the pool was started again")
+        assert command.wait(120) == 0, command.text
+        assert command.left_behind() == []
+        assert re.search(r"the pool was killed by SIGKILL", command.text)
+    assert len(owners) == 2
+    summary = _summary(directory)
+    assert summary["restarts"] == {"controller": 1, "pool": 1}
+    assert summary["steps"] == 160 and summary["inversions"]["failed"] == 0
+    assert address in (directory / "config.toml").read_text()
+
+
+def test_a_killed_launcher_takes_everything_with_it(tmp_path: Path):
+    directory = tmp_path / "run"
+    with _train(directory, "--set", "run.steps=100000") as command:
+        command.wait_for_line("pool with 2 owners")
+        command.wait_for_line("step ")
+        assert len(command.family()) > 8
+        command.signal(signal.SIGKILL)
+        command.process.wait()
+        assert command.left_behind(15) == []
+    # The ranks saw it and stopped as they do at SIGTERM.
+    assert _summary(directory)["status"] == "stopped"
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["killed", "stopped"])
+def test_an_owner_that_is_killed_or_stopped_is_replaced(tmp_path: Path, stopped: bool):
+    directory = tmp_path / "run"
+    steps = 400 if stopped else 160
+    with _train(directory, "--set", f"run.steps={steps}") as command:
+        command.wait_for_line("pool with 2 owners")
+        command.wait_for_line("step  20/")
+        victim = command.members("ray::Owner")[0]
+        os.kill(victim.pid, signal.SIGSTOP if stopped else signal.SIGKILL)
+        assert command.wait(120) == 0, command.text
+        assert command.left_behind() == []
+    summary = _summary(directory)
+    assert summary["inversions"]["failed"] == 0 and summary["steps"] == steps
+    assert len(set(summary["parameter_sha256"])) == 1
+    assert summary["owner_restarts"] >= 1
