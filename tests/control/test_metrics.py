@@ -1,0 +1,298 @@
+"""What members measure reaches Prometheus: right kinds and sums, bounded, never back; promtool and Prometheus judge."""
+
+import json
+import math
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfdist.control import series
+from kfdist.control.series import RunSeries, Sender
+from kfdist.telemetry.metrics import METRICS, Across, Kind, fault_in
+from kfdist.types import Sample
+from tests.support.controller import ControllerThread, Member, eventually, sample, values
+
+RANKS = [Sender("worker", str(rank)) for rank in range(3)]
+BYTES = "kfdist_bytes_total"
+
+
+def exported(run: RunSeries) -> dict[tuple[str, tuple[str, ...]], float]:
+    return {(metric.name, labels): value for metric, labels, value in run.values()}
+
+
+class TestDeclarations:
+    def test_names_and_helps_keep_prometheus_rules(self):
+        for name, metric in METRICS.items():
+            assert name == metric.name
+            assert name.startswith("kfdist_")
+            assert (metric.kind is Kind.COUNTER) == name.endswith("_total")
+            assert metric.help.endswith(".")
+            assert "run" not in metric.labels
+
+    def test_histograms_alone_have_buckets_and_they_rise(self):
+        for metric in METRICS.values():
+            assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
+            assert list(metric.buckets) == sorted(set(metric.buckets))
+            assert all(map(math.isfinite, metric.buckets))
+
+    def test_blocks_label_gauges_by_maximum_only(self):
+        # Only these can share the series "other" beyond the cap.
+        for metric in METRICS.values():
+            if "block" in metric.labels:
+                assert (metric.kind, metric.across) == (Kind.GAUGE, Across.MAX)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "labels", "fault"),
+        [
+            ("kfdist_loss", 1.0, {}, ""),
+            ("kfdist_loss", math.nan, {}, ""),
+            ("kfdist_nonsense", 1.0, {}, "unknown_metric"),
+            ("kfdist_run_epoch", 1.0, {}, "unknown_metric"),
+            ("kfdist_loss", 1.0, {"rank": "1"}, "wrong_labels"),
+            (BYTES, 1.0, {}, "wrong_labels"),
+            (BYTES, 1.0, {"purpose": ""}, "bad_label_value"),
+            (BYTES, 1.0, {"purpose": "x" * 201}, "bad_label_value"),
+            (BYTES, -1.0, {"purpose": "jobs"}, "bad_value"),
+            (BYTES, math.inf, {"purpose": "jobs"}, "bad_value"),
+            ("kfdist_step_seconds", math.nan, {"phase": "total"}, "bad_value"),
+        ],
+    )
+    def test_faults_in_samples(self, name, value, labels, fault):
+        assert fault_in(Sample(name=name, value=value, labels=labels)) == fault
+
+
+class TestSeries:
+    @given(st.lists(st.tuples(st.sampled_from(RANKS), st.integers(0, 3), st.floats(0, 1e6)), max_size=60))
+    def test_a_counter_never_goes_back(self, reports):
+        run, last = RunSeries(), 0.0
+        for sender, life, value in reports:
+            run.ingest(sender, str(life), [Sample(name=BYTES, value=value, labels={"purpose": "jobs"})])
+            now = exported(run)[BYTES, ("jobs",)]
+            assert now >= last
+            last = now
+
+    def test_a_counter_adds_up_senders_and_their_lives(self):
+        run = RunSeries()
+
+        def report(sender: Sender, life: str, value: float) -> float:
+            run.ingest(sender, life, [Sample(name=BYTES, value=value, labels={"purpose": "jobs"})])
+            return exported(run)[BYTES, ("jobs",)]
+
+        assert report(RANKS[0], "1", 10) == 10
+        assert report(RANKS[1], "1", 5) == 15
+        assert report(RANKS[0], "1", 12) == 17
+        assert report(RANKS[0], "2", 30) == 47  # a new start that has already counted more than the old one
+        assert report(RANKS[1], "1", 2) == 49  # started anew without saying so
+        run.count(BYTES, {"purpose": "jobs"}, 1)
+        assert exported(run)[BYTES, ("jobs",)] == 50
+
+    def test_what_all_ranks_share_is_counted_once(self):
+        run = RunSeries()
+        for rank in RANKS:
+            run.ingest(rank, "1", [Sample(name="kfdist_steps_total", value=7), Sample(name="kfdist_loss", value=0.1)])
+        assert exported(run) == {("kfdist_steps_total", ()): 7, ("kfdist_loss", ()): 0.1}
+
+    def test_gauges_merge_as_declared_and_end_with_their_sender(self):
+        run = RunSeries()
+        for rank, value in zip(RANKS, (3.0, 9.0, 4.0), strict=True):
+            run.ingest(
+                rank,
+                "1",
+                [
+                    Sample(name="kfdist_queue_depth", value=value),
+                    Sample(name="kfdist_staleness_steps", value=value, labels={"block": "fc"}),
+                ],
+            )
+        assert exported(run) == {("kfdist_queue_depth", ()): 16, ("kfdist_staleness_steps", ("fc",)): 9}
+        run.forget_gauges(RANKS[1])
+        assert exported(run) == {("kfdist_queue_depth", ()): 7, ("kfdist_staleness_steps", ("fc",)): 4}
+        run.forget_gauges(RANKS[0])
+        run.forget_gauges(RANKS[2])
+        assert exported(run) == {}
+
+    @given(st.lists(st.floats(0, 200), min_size=1, max_size=50))
+    def test_histograms_count_every_observation_where_it_belongs(self, seconds):
+        run = RunSeries()
+        labels = {"method": "kfac"}
+        run.ingest(RANKS[1], "1", [Sample(name="kfdist_inversion_seconds", value=s, labels=labels) for s in seconds])
+        ((metric, _, histogram),) = run.histograms()
+        assert histogram.total == pytest.approx(sum(seconds))
+        for text, count in histogram.cumulative():
+            assert count == sum(s <= float(text) for s in seconds)
+        assert len(histogram.cumulative()) == len(metric.buckets) + 1
+
+    def test_blocks_beyond_the_cap_share_a_series(self, monkeypatch):
+        monkeypatch.setattr(series, "MAX_BLOCKS", 3)
+        run = RunSeries()
+        for offset in (0, 100):
+            samples = [
+                Sample(name="kfdist_staleness_steps", value=offset + i, labels={"block": f"layer{i}"})
+                for i in reversed(range(6))
+            ]
+            assert run.ingest(RANKS[0], "1", samples) == {}
+            found = {labels[0]: value for (_, labels), value in exported(run).items()}
+            assert found == {
+                "layer5": offset + 5,
+                "layer4": offset + 4,
+                "layer3": offset + 3,
+                "other": offset + 2,
+            }
+
+    def test_other_labels_are_bounded_too(self):
+        run = RunSeries()
+        samples = [Sample(name="kfdist_failures_total", value=1, labels={"reason": str(i)}) for i in range(70)]
+        assert run.ingest(RANKS[0], "1", samples) == {"too_many_label_values": 6}
+        assert len(exported(run)) == series.MAX_LABEL_VALUES
+
+
+def feed(member: Member) -> None:
+    """Sends one of everything, as a run of two ranks and one owner would."""
+    member.register_owner("owner-0")
+    member.register_owner("owner-0", restarts=2, pid=8)
+    for rank in (0, 1):
+        member.register_worker("digits", rank=rank, world_size=2)
+    for rank in (0, 1):
+        samples = [
+            sample(
+                metric.name,
+                0.25 if metric.kind is Kind.HISTOGRAM else 3,
+                **{label: 'a "quoted" layer\\1' if label == "block" else f"some-{label}" for label in metric.labels},
+            )
+            for metric in METRICS.values()
+            if metric.sent
+        ]
+        member.beat_worker("digits", rank=rank, step=11, samples=(*samples, sample("kfdist_unknown", 1)))
+    member.beat_owner("owner-0", (sample("kfdist_restarts_total", 4, process="inverter"),))
+
+
+def test_a_scrape_shows_everything_declared(controller, member):
+    feed(member)
+    eventually(lambda: values(controller.scrape()).get('kfdist_run_step{run="digits"}'), lambda step: step == 11)
+    text = controller.scrape()
+    for metric in METRICS.values():
+        assert f"# TYPE {metric.name} {metric.kind}" in text
+        assert f"# HELP {metric.name} {metric.help}" in text
+    found = values(text)
+    assert found['kfdist_bytes_total{purpose="some-purpose",run="digits"}'] == 6
+    assert found['kfdist_steps_total{run="digits"}'] == 3
+    assert found['kfdist_step_seconds_count{phase="some-phase",run="digits"}'] == 2
+    assert found['kfdist_step_seconds_bucket{le="0.25",phase="some-phase",run="digits"}'] == 2
+    assert found['kfdist_step_seconds_bucket{le="0.1",phase="some-phase",run="digits"}'] == 0
+    assert found['kfdist_step_seconds_sum{phase="some-phase",run="digits"}'] == 0.5
+    assert found['kfdist_staleness_steps{block="a \\"quoted\\" layer\\\\1",run="digits"}'] == 3
+    assert found['kfdist_restarts_total{process="inverter",run="digits"}'] == 4
+    assert found['kfdist_run_state{run="digits",state="running"}'] == 1
+    assert found['kfdist_run_state{run="digits",state="lost"}'] == 0
+    assert found['kfdist_live_workers{run="digits"}'] == 2
+    assert found['kfdist_live_owners{run="digits"}'] == 1
+    assert found['kfdist_up{run="digits"}'] == 1
+    assert abs(found['kfdist_last_beat_timestamp_seconds{run="digits"}'] - time.time()) < 30
+    assert found['kfdist_samples_dropped_total{reason="unknown_metric"}'] == 2
+    assert any(series.startswith("kfdist_build_info{") and value == 1 for series, value in found.items())
+
+
+def test_restarts_of_owners_are_counted_for_runs_that_last(controller, member):
+    member.register_worker("digits")
+    member.register_owner("owner-0")
+    member.register_owner("owner-0", restarts=3, pid=8)
+    assert values(controller.scrape())['kfdist_restarts_total{process="owner",run="digits"}'] == 3
+
+
+def test_a_lost_run_shows_no_gauges_of_the_past(controller, client, member):
+    member.register_worker("digits")
+    member.beat_worker("digits", samples=(sample("kfdist_loss", 1.5), sample("kfdist_steps_total", 9)))
+    assert values(controller.scrape())['kfdist_loss{run="digits"}'] == 1.5
+    eventually(lambda: values(controller.scrape()).get('kfdist_up{run="digits"}'), lambda up: up == 0)
+    found = values(controller.scrape())
+    assert 'kfdist_loss{run="digits"}' not in found
+    assert found['kfdist_steps_total{run="digits"}'] == 9
+    assert found['kfdist_run_state{run="digits",state="lost"}'] == 1
+
+
+def test_too_many_samples_are_cut_and_counted(controller, member, monkeypatch):
+    monkeypatch.setattr("kfdist.control.validation.MAX_SAMPLES", 5)
+    member.register_worker("digits")
+    member.beat_worker("digits", samples=tuple(sample("kfdist_step_seconds", 1, phase="total") for _ in range(8)))
+    found = values(controller.scrape())
+    assert found['kfdist_step_seconds_count{phase="total",run="digits"}'] == 5
+    assert found['kfdist_samples_dropped_total{reason="too_many_samples"}'] == 3
+
+
+def test_old_runs_give_way(controller, member, monkeypatch):
+    monkeypatch.setattr("kfdist.control.exporter.MAX_RUNS", 2)
+    for run in ("one", "two", "three"):
+        member.register_worker(run)
+        member.beat_worker(run)
+    found = values(controller.scrape())
+    assert [run for run in ("one", "two", "three") if f'kfdist_up{{run="{run}"}}' in found] == ["two", "three"]
+
+
+PROMTOOL, PROMETHEUS = shutil.which("promtool"), shutil.which("prometheus")
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool isn't installed (Debian: apt-get install prometheus)")
+def test_promtool_finds_nothing_to_say(controller, member):
+    feed(member)
+    assert PROMTOOL is not None
+    checked = subprocess.run(
+        [PROMTOOL, "check", "metrics"], input=controller.scrape(), capture_output=True, text=True, timeout=30
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason="prometheus isn't installed (Debian: apt-get install prometheus)")
+def test_prometheus_scrapes_it(tmp_path: Path):
+    assert PROMETHEUS is not None
+    with ControllerThread(tmp_path / "c.sqlite") as controller, Member(controller.address) as member:
+        feed(member)
+        config = {
+            "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
+            "scrape_configs": [
+                {"job_name": "kfdist", "static_configs": [{"targets": [controller.controller.metrics_address]}]}
+            ],
+        }
+        (tmp_path / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+        port = _free_port()
+        process = subprocess.Popen(
+            [
+                PROMETHEUS,
+                f"--config.file={tmp_path / 'prometheus.yml'}",
+                f"--storage.tsdb.path={tmp_path / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=(log := (tmp_path / "prometheus.log").open("w")),
+        )
+        try:
+            query = "sum by (run) (kfdist_bytes_total)"
+            result = eventually(lambda: _query(port, query), bool, seconds=20)
+            assert [(series["metric"], series["value"][1]) for series in result] == [({"run": "digits"}, "6")]
+            assert [series["value"][1] for series in _query(port, 'up{job="kfdist"}')] == ["1"]
+        finally:
+            process.kill()
+            process.wait()
+            log.close()
+
+
+def _free_port() -> int:
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _query(port: int, expression: str) -> list:
+    url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return json.load(response)["data"]["result"]
+    except OSError:
+        return []
