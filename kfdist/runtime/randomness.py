@@ -22,7 +22,7 @@ def seed_rank(seed: int, *, worker_rank: int, start: int = 0) -> None:
 class ForwardState:
     """What a forward pass in training mode changes besides gradients: generators and buffers (BatchNorm's averages).
 
-    Remembered before each forward, because a step that was interrupted after it is done again on resume.
+    Remembered after each step that is done, because a step that was interrupted after its forward is done again.
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:

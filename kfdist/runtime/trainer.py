@@ -93,7 +93,6 @@ class Trainer:
     def _step(self) -> StepReport:
         training, standing = self._training, self.standing
         started = time.perf_counter()
-        training.forward_state.remember()
         set_learning_rate(training.optimizer, training.learning_rate(standing.step))
         inputs, labels = self._batch()
         training.optimizer.zero_grad(set_to_none=True)
@@ -106,6 +105,8 @@ class Trainer:
         report = training.preconditioner.step()
         training.scaler.step(training.optimizer)
         training.scaler.update()
+        # Only now: if the step had been interrupted, its forward would have to be undone.
+        training.forward_state.remember()
         self._count(loss, logits, labels)
         self.step_seconds.append(time.perf_counter() - started)
         return report

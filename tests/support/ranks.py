@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "kfdist.runtime.preconditioner"])
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "kfdist.runtime.worker"])
 
 
 def _rank_main(
