@@ -1,0 +1,202 @@
+"""The commands that talk to a controller: for people, for programs, on a terminal, and when something is wrong."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kfdist.cli import control_commands
+from kfdist.control.records import RunState
+from kfdist.errors import ConfigError, EnvironmentFault
+from tests.support.controller import ControllerThread, Member, eventually, sample
+
+Kfdist = Callable[..., str]
+
+
+@pytest.fixture
+def kfdist(controller: ControllerThread) -> Kfdist:
+    app = typer.Typer()
+    control_commands.register(app)
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(app, arguments, env={"KFDIST_CONTROL_ADDRESS": controller.address})
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return run
+
+
+@pytest.fixture
+def digits(client, member: Member) -> Member:
+    """A run that has made some steps."""
+    client.create("digits", directory="/runs/digits", total_steps=120)
+    member.register_owner("owner-0")
+    member.register_worker("digits")
+    member.beat_worker("digits", step=30, samples=(sample("kfdist_loss", 0.125),))
+    eventually(lambda: client.get("digits"), lambda run: run.step == 30 and bool(run.gauges))
+    return member
+
+
+def test_status_and_list_for_people(kfdist, digits, client):
+    assert "digits" in kfdist("status")
+    lines = dict(line.split("  ", 1) for line in kfdist("status", "digits").splitlines())
+    facts = {name: value.strip() for name, value in lines.items()}
+    assert facts["state"] == "running"
+    assert facts["step"] == "30/120"
+    assert facts["workers alive"] == facts["owners alive"] == "1"
+    assert facts["directory"] == "/runs/digits"
+    assert facts["loss"] == "0.125"
+    client.create("other")
+    header, newest, oldest = kfdist("list").splitlines()
+    assert header.split() == ["RUN", "STATE", "STEP", "START", "WORKERS", "OWNERS", "LOSS", "CREATED"]
+    assert newest.split()[:3] == ["other", "created", "0"]
+    assert oldest.split()[:7] == ["digits", "running", "30/120", "1", "1", "1", "0.125"]
+    assert kfdist("status") == kfdist("list")
+
+
+def test_everything_as_json(kfdist, digits):
+    run = json.loads(kfdist("status", "digits", "--json"))
+    assert (run["name"], run["state"], run["step"], run["gauges"]) == ("digits", "running", 30, {"kfdist_loss": 0.125})
+    assert json.loads(kfdist("status", "--json"))["runs"][0]["name"] == "digits"
+    assert json.loads(kfdist("list", "--json"))["runs"][0]["state"] == "running"
+    assert json.loads(kfdist("pause", "digits", "--json"))["state"] == "running"
+    kinds = [event["kind"] for event in json.loads(kfdist("events", "digits", "--json"))["events"]]
+    assert kinds[0] == "created"
+    assert kinds[-1] == "pause_requested"
+
+
+def test_nothing_to_show(kfdist):
+    assert kfdist("status") == kfdist("list") == "no run yet\n"
+    assert json.loads(kfdist("status", "--json")) == {"runs": []}
+
+
+def test_steering(kfdist, digits):
+    assert kfdist("pause", "digits").startswith("digits: running at step 30/120, 1 workers, 1 owners, loss 0.125")
+    kfdist("set", "digits", "damping=0.5")
+    kfdist("checkpoint", "digits")
+    settings = digits.beat_worker("digits", step=31).settings
+    assert (settings.desired, settings.damping, settings.checkpoint_serial) == ("paused", 0.5, 1)
+    kfdist("resume", "digits")
+    assert digits.beat_worker("digits", step=32).settings.desired == "running"
+    lines = kfdist("events", "digits").splitlines()
+    assert lines[0].split() == ["ID", "TIME", "KIND", "WHAT"]
+    assert any("damping 0.5 asked for at step" in line for line in lines)
+    last = lines[-1].split()[0]
+    assert kfdist("events", "digits", "--after", last) == "no event\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["dampling=1"], ["'dampling=1'", "did you mean damping?"]),
+        (["damping"], ["'damping'", "damping=LAMBDA"]),
+        (["damping=fast"], ["'fast'", "finite number above 0"]),
+        (["damping=1", "damping=2"], ["given twice"]),
+        (["damping=0"], ["damping is 0.0", "above 0"]),
+        (["damping=nan"], ["damping is nan", "above 0"]),
+    ],
+)
+def test_bad_settings(kfdist, digits, settings, words):
+    with pytest.raises(ConfigError) as caught:
+        kfdist("set", "digits", *settings)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_stop_waits_until_the_run_has_ended(kfdist, digits, controller, client):
+    answered: list[str] = []
+    waiting = threading.Thread(target=lambda: answered.append(kfdist("stop", "digits", "--wait")))
+    waiting.start()
+    eventually(lambda: digits.beat_worker("digits", step=40).settings.desired, lambda wish: wish == "stopped")
+    assert not answered
+    digits.beat_worker("digits", step=41, phase="stopped")
+    waiting.join(20)
+    assert answered[0].startswith("digits: stopped at step 41/120")
+    assert client.get("digits").state is RunState.STOPPED
+
+
+def test_stop_says_when_waiting_was_in_vain(kfdist, digits):
+    with pytest.raises(EnvironmentFault, match="still (stopping|lost) at step 30 after 0 s|is lost at step 30"):
+        kfdist("stop", "digits", "--wait", "--timeout", "0")
+    with pytest.raises(EnvironmentFault, match="'digits' is lost at step 30; `kfdist events digits` says more"):
+        kfdist("stop", "digits", "--wait")
+
+
+def test_watch_shows_changes_until_the_end(kfdist, digits):
+    shown: list[str] = []
+    watching = threading.Thread(target=lambda: shown.append(kfdist("watch", "digits")))
+    watching.start()
+    for step in range(50, 53):
+        digits.beat_worker("digits", step=step)
+    digits.beat_worker("digits", step=120, phase="finished")
+    watching.join(20)
+    lines = shown[0].splitlines()
+    assert lines[-1].startswith("digits: finished at step 120/120")
+    assert len(lines) == len(set(lines))
+
+
+def test_watch_as_json_lines_can_be_resumed(kfdist, digits):
+    digits.beat_worker("digits", step=120, phase="finished")
+    revision = json.loads(kfdist("status", "digits", "--json"))["revision"]
+    lines = [json.loads(line) for line in kfdist("watch", "digits", "--json", "--from-revision", "1").splitlines()]
+    assert [line["revision"] for line in lines] == list(range(2, revision + 1))
+    assert lines[-1]["state"] == "finished"
+
+
+def test_addresses_are_checked(kfdist):
+    with pytest.raises(ConfigError, match="--address: 'nowhere' is no address.*host:port"):
+        kfdist("status", "--address", "nowhere")
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "kfdist", *arguments], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def test_exit_codes_and_sentences(controller, client):
+    client.create("digits")
+    address = f"--address={controller.address}"
+    fine = command("status", "digits", address)
+    assert (fine.returncode, fine.stderr) == (0, "")
+    unknown = command("pause", "digist", address)
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert unknown.stderr == "kfdist: there is no run 'digist' here; did you mean 'digits'?\n"
+
+
+def test_an_absent_controller_is_an_environment_fault():
+    # Port 1 is privileged and nobody serves gRPC there.
+    absent = command("status", "--json", "--address=127.0.0.1:1")
+    assert absent.returncode == 1
+    assert json.loads(absent.stdout)["error"]["kind"] == "environment"
+    assert "no controller answers at 127.0.0.1:1: start one with `kfdist serve`" in absent.stderr
+
+
+def test_a_terminal_gets_a_table(controller, digits):
+    reader, writer = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kfdist", "status", "digits", f"--address={controller.address}"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    )
+    os.close(writer)
+    shown = b""
+    try:
+        while chunk := os.read(reader, 4096):
+            shown += chunk
+    except OSError:  # how Linux says that the other end of a terminal was closed
+        pass
+    finally:
+        os.close(reader)
+    assert process.communicate(timeout=30)[1] == b""
+    assert b"30/120" in shown
+    assert b"\x1b[1m" in shown, "in bold"
