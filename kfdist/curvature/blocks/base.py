@@ -103,13 +103,12 @@ class Block(ABC):
         G = g.new_zeros(c, p, p, dtype=accumulation_dtype(g))
         sums = a.new_zeros(c, q, dtype=A.dtype)
         tile = max(1, TILE_BYTES // max(1, c * used * (p + q) * A.dtype.itemsize))
-        with torch.autocast(a.device.type, enabled=False):
-            for start in range(0, len(a), tile):
-                rows = self.input_rows(a[start : start + tile], chosen).to(A.dtype)
-                A.baddbmm_(rows.mT, rows)
-                sums += rows.sum(1)
-                rows = self.output_rows(g[start : start + tile], chosen).to(G.dtype)
-                G.baddbmm_(rows.mT, rows)
+        for start in range(0, len(a), tile):
+            rows = self.input_rows(a[start : start + tile], chosen).to(A.dtype)
+            A.baddbmm_(rows.mT, rows)  # in place: autocast leaves such products alone
+            sums += rows.sum(1)
+            rows = self.output_rows(g[start : start + tile], chosen).to(G.dtype)
+            G.baddbmm_(rows.mT, rows)
         if chosen is not None:
             for estimate in (A, G, sums):
                 estimate.mul_(positions / used)
