@@ -51,7 +51,7 @@ bench: $(INSTALLED)  ## Measures steps to accuracy against SGD, writes benchmark
 
 wheel: $(INSTALLED)  ## Builds dist/*.whl
 	rm -rf build dist
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --wheel --no-isolation
 
 # The tests against a real Prometheus skip themselves, saying so, where Debian's package can't be installed.
 prometheus:

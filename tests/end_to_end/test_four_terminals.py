@@ -1,0 +1,48 @@
+"""The same run by hand: controller, owners, ranks under torchrun, and a look at it, as the README shows it."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+from tests.support.commands import Command, run
+
+
+def _wait_for_json(path: Path, seconds: float = 60.0) -> dict:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} wasn't written in {seconds} s"
+        time.sleep(0.05)
+    return json.loads(path.read_text())
+
+
+def test_a_run_by_hand_in_four_terminals(tmp_path: Path):
+    config = tmp_path / "it.toml"
+    config.write_text(
+        f'[run]\nname = "by-hand"\ndir = "{tmp_path / "run"}"\nsteps = 60\n'
+        '[control]\naddress = "127.0.0.1:0"\nmetrics_address = "127.0.0.1:0"\n'
+    )
+    ready = tmp_path / "ready.json"
+    with Command("serve", str(config), "--ready-file", str(ready)) as controller:
+        address = _wait_for_json(ready)["address"]
+        with Command("pool", str(config), "--controller", address) as pool:
+            torchrun = ("--nproc-per-node", "2", "-m", "kfdist", "worker", str(config), "--controller", address)
+            with Command(*torchrun, module="torch.distributed.run") as ranks:
+                ranks.wait_for_line("step 30/60", seconds=90)
+                shown = json.loads(run("status", "by-hand", "--address", address, "--json")[1])
+                assert shown["live_workers"] == 2 and shown["live_owners"] == 2
+                assert shown["total_steps"] == 60 and shown["state"] == "running"
+                assert ranks.wait() == 0, ranks.text
+                assert ranks.left_behind(5) == []
+            shown = json.loads(run("status", "by-hand", "--address", address, "--json")[1])
+            assert shown["state"] == "finished" and shown["step"] == 60
+            pool.family()
+            pool.signal(signal.SIGTERM)
+            assert pool.wait(15) == 0, pool.text
+            assert pool.left_behind(5) == []
+        controller.signal(signal.SIGTERM)
+        assert controller.wait(10) == 0, controller.text
+        assert controller.left_behind() == []
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["metrics"]["test_accuracy"] >= 0.95
+    assert summary["rank_modules_clean"] is True
