@@ -137,10 +137,12 @@ class Courier:
 
 async def _serve(channel_descriptor: int, word_descriptor: int, setup_descriptor: int) -> None:
     setup = CourierSetup.read(setup_descriptor)
+    os.close(setup_descriptor)
     exit_with_process(setup.rank_pid, status=0)
     if os.getppid() != setup.rank_pid:
         return  # The rank had ended before we began to watch it.
     with HeartbeatWord(word_descriptor) as word:
+        os.close(word_descriptor)
         await Courier(setup, RankSocket(socket.socket(fileno=channel_descriptor)), word).run()
 
 

@@ -15,8 +15,10 @@ from kfdist.errors import EnvironmentFault
 from kfdist.links.messages import CourierSetup
 from kfdist.links.shared_memory import HeartbeatWord
 
+COURIER_MODULE = "kfdist.links.courier"
 
-def courier_environment(environment: Mapping[str, str]) -> dict[str, str]:
+
+def _courier_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a courier: its rank's, with kfdist importable however the rank found it."""
     package_root = str(Path(kfdist.__path__[0]).resolve().parent)
     search = [package_root, *filter(None, [environment.get("PYTHONPATH")])]
@@ -32,12 +34,13 @@ class CourierProcess:
             because data loaders forked from the rank hold copies of its descriptors).
     """
 
-    def __init__(self, setup: CourierSetup, environment: Mapping[str, str]) -> None:
+    def __init__(self, setup: CourierSetup, environment: Mapping[str, str], module: str = COURIER_MODULE) -> None:
         """Starts a courier; returns before it has imported anything.
 
         Args:
             setup: What it is told.
             environment: Its environment variables.
+            module: What to run.
 
         Raises:
             EnvironmentFault: No process can be started.
@@ -50,12 +53,12 @@ class CourierProcess:
         word, told = HeartbeatWord.create(), setup.write()
         try:
             # -P: a file named like a standard module in the working directory must not be imported in its place.
-            command = [sys.executable, "-P", "-m", "kfdist.links.courier"]
+            command = [sys.executable, "-P", "-m", module]
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno()), str(word), str(told)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=dict(environment),
+                env=_courier_environment(environment),
                 pass_fds=(theirs.fileno(), word, told),
                 start_new_session=True,
             )
@@ -71,6 +74,7 @@ class CourierProcess:
         ours.setblocking(False)
         self.channel = ours
         self.greeted = False
+        self._ended = False
 
     def _open_exit_descriptor(self) -> int:
         try:
@@ -91,11 +95,14 @@ class CourierProcess:
         return self._word.value
 
     def end(self, seconds: float = 0.0) -> int:
-        """Waits for its end, kills it after `seconds`, and lets go of everything that belongs to it.
+        """Waits for its end, kills it after `seconds`, and lets go of everything that belongs to it; once.
 
         Returns:
             Its exit status, in the manner of `subprocess`.
         """
+        if self._ended:
+            return self._process.returncode
+        self._ended = True
         ended = select.poll()
         ended.register(self.exit_descriptor, select.POLLIN)
         try:

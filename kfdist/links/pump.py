@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from kfdist.errors import EnvironmentFault
 from kfdist.links import messages
 from kfdist.links.base import LinkCounters
-from kfdist.links.courier_process import CourierProcess
+from kfdist.links.courier_process import COURIER_MODULE, CourierProcess
 from kfdist.links.ledger import Ledger
 from kfdist.links.messages import Bye, Cancel, Counts, CourierSetup, Done, Hello, Message, Refused, Settings
 from kfdist.links.shared_memory import read_private
@@ -36,6 +36,7 @@ class RemoteOptions:
         failed_starts: After this many couriers in a row that ended before they greeted, the link gives up.
         close_seconds: How long `close` waits for the courier to tell the controller that the rank has ended.
         queued_samples: Samples kept while the courier doesn't take them; newer ones are dropped and counted.
+        courier_module: What to run as the courier; another one wraps `kfdist.links.courier`.
     """
 
     window: int = 16
@@ -44,6 +45,7 @@ class RemoteOptions:
     failed_starts: int = 5
     close_seconds: float = 2.0
     queued_samples: int = 10_000
+    courier_module: str = COURIER_MODULE
 
 
 @dataclass(kw_only=True)
@@ -267,7 +269,7 @@ class Pump:
     # --- the courier's life
 
     def _start_courier(self) -> CourierProcess:
-        courier = CourierProcess(self._setup, self._environment)
+        courier = CourierProcess(self._setup, self._environment, self._options.courier_module)
         self._selector.register(courier.channel, selectors.EVENT_READ)
         self._selector.register(courier.exit_descriptor, selectors.EVENT_READ)
         self._last_beats, self._silent_ticks, self._next_tick = 0, 0, time.monotonic() + _TICK_SECONDS

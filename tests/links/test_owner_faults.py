@@ -1,0 +1,162 @@
+"""Owners that die, stop, crash, are too slow or not of the right kind: every job still gets its right result."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kfdist.links.remote import RemoteLink
+from tests.support.controller import ControllerThread, eventually
+from tests.support.jobs import collect, context, job, payload, result_of
+from tests.support.owners import OwnerProcess
+
+EPOCHS = iter(range(1, 1000))
+
+
+@pytest.fixture(scope="module")
+def controller(tmp_path_factory) -> Iterator[ControllerThread]:
+    with ControllerThread(tmp_path_factory.mktemp("controller") / "control.sqlite", lease_seconds=2.0) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pair(controller, tmp_path_factory) -> Iterator[list[OwnerProcess]]:
+    folder = tmp_path_factory.mktemp("owners")
+    with (
+        OwnerProcess("owner-0", folder=folder, controller=controller.address) as first,
+        OwnerProcess("owner-1", folder=folder, controller=controller.address) as second,
+    ):
+        yield [first, second]
+
+
+@pytest.fixture
+def owners(pair) -> Iterator[list[OwnerProcess]]:
+    eventually(lambda: [owner.status()["registered"] for owner in pair], all, seconds=60)
+    yield pair
+    for owner in pair:
+        owner.delay(0)
+
+
+@pytest.fixture
+def epoch() -> int:
+    """A start of the run of each test's own: owners keep the results of a start and refuse older ones."""
+    return next(EPOCHS)
+
+
+@pytest.fixture
+def link(controller, owners, start_link, epoch) -> RemoteLink:
+    """A link that knows both owners."""
+    link = start_link(controller.address, as_told=context(epoch=epoch))
+    for version in range(2):
+        link.submit(job("warm", version=version, epoch=epoch))
+    collect(link, 2)
+    return link
+
+
+def busy(owners: list[OwnerProcess]) -> OwnerProcess:
+    """Returns the owner that has the one job there is."""
+    depths = eventually(lambda: [owner.status()["queue_depth"] for owner in owners], any)
+    return owners[depths.index(1)]
+
+
+def test_an_owner_killed_in_the_middle_of_an_inversion(owners, link, epoch):
+    for owner in owners:
+        owner.delay(20)
+    data = payload(40, seed=1)
+    link.submit(job("victim", data=data, epoch=epoch))
+    victim = busy(owners)
+    for owner in owners:
+        owner.delay(0)
+    victim.kill()
+    (result,) = collect(link, 1).values()
+    assert result.payload == result_of(data)
+    assert result.attempts == 2
+    assert link.counters().resubmissions == {"owner_lost": 1}
+    victim.start()
+
+
+def test_an_owner_stopped_in_the_middle_of_an_inversion(owners, link, epoch):
+    for owner in owners:
+        owner.delay(60)
+    data = payload(40, seed=2)
+    link.submit(job("frozen", data=data, epoch=epoch, deadline_seconds=120))
+    victim = busy(owners)
+    for owner in owners:
+        owner.delay(0)
+    victim.signal(signal.SIGSTOP)
+    try:
+        # Nobody kills it here. The controller misses it, and so the courier takes the job elsewhere.
+        (result,) = collect(link, 1, seconds=20).values()
+    finally:
+        victim.signal(signal.SIGCONT)
+    assert result.payload == result_of(data)
+    assert link.counters().resubmissions == {"owner_lost": 1}
+    victim.kill()
+    victim.start()
+
+
+def test_a_crash_of_the_inversion_process(owners, link, epoch):
+    for owner in owners:
+        owner.delay(20)
+    data = payload(40, seed=3)
+    link.submit(job("crash", data=data, epoch=epoch))
+    child = busy(owners).status()["child_pid"]
+    for owner in owners:
+        owner.delay(0)
+    os.kill(child, signal.SIGKILL)
+    (result,) = collect(link, 1).values()
+    assert result.payload == result_of(data)
+    assert link.counters().resubmissions == {"crash": 1}
+
+
+def test_a_deadline_moves_the_job_and_changes_nothing_in_its_result(owners, link, epoch):
+    for owner in owners:
+        owner.delay(20)
+    data = payload(40, seed=4)
+    begun = time.monotonic()
+    link.submit(job("slow", data=data, epoch=epoch, deadline_seconds=1.0))
+    child = busy(owners).status()["child_pid"]
+    for owner in owners:
+        owner.delay(0)
+    (result,) = collect(link, 1).values()
+    assert result.payload == result_of(data)
+    assert time.monotonic() - begun >= 1.0
+    assert link.counters().resubmissions == {"deadline": 1}
+    assert not os.path.exists(f"/proc/{child}")
+
+
+def test_a_deadline_that_is_too_short_everywhere_grows(owners, link, epoch):
+    for owner in owners:
+        owner.delay(1.0)
+    data = payload(40, seed=5)
+    link.submit(job("short", data=data, epoch=epoch, deadline_seconds=0.4))
+    (result,) = collect(link, 1).values()
+    assert result.payload == result_of(data)
+    assert 2 <= link.counters().resubmissions["deadline"] <= 3  # 0.4 s, 0.8 s, then long enough
+
+
+def test_both_owners_are_away_for_a_while(owners, link, epoch):
+    for owner in owners:
+        owner.kill()
+    data = payload(40, seed=6)
+    link.submit(job("patient", data=data, epoch=epoch))
+    link.wait(1.0)
+    assert link.poll() == []
+    for owner in owners:
+        owner.start()
+    (result,) = collect(link, 1).values()
+    assert result.payload == result_of(data)
+
+
+def test_only_an_owner_of_the_fingerprint_gets_the_job(owners, link, epoch, capfd):
+    fingerprint = eventually(lambda: owners[0].status()["fingerprint"], bool, seconds=30)
+    link.submit(job("right", data=payload(24, seed=7), epoch=epoch, fingerprint=fingerprint))
+    collect(link, 1)
+    link.submit(job("wrong", data=payload(24, seed=8), epoch=epoch, fingerprint="cpu;another"))
+    eventually(lambda: link.counters().resubmissions, lambda seen: seen == {"fingerprint": 1})
+    link.wait(0.5)
+    assert link.poll() == []
+    link.cancel("wrong", 0)
+    eventually(lambda: "no owner has the run's fingerprint 'cpu;another'" in capfd.readouterr().err, bool, seconds=15)

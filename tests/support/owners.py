@@ -1,0 +1,88 @@
+"""Real owners for tests, without Ray: in a thread of this process, or as a process that can be killed and stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from kfdist.pool.server import OwnerOptions, OwnerServer
+from tests.support import slow_child
+
+
+class OwnerProcess:
+    """An owner in a process of its own, whose inversions a file may delay."""
+
+    def __init__(self, owner_id: str, *, folder: Path, controller: str) -> None:
+        self._folder = folder
+        self._options = {"owner_id": owner_id, "directory": str(folder), "controller": controller}
+        self.delay_file = folder / f"{owner_id}.delay"
+        self.delay(0)
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, again if need be, and waits until it listens."""
+        options = {**self._options, "child_module": slow_child.__name__}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, slow_child.VARIABLE: str(self.delay_file)},
+        )
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+        assert self.address, "the owner didn't start"
+
+    def delay(self, seconds: float) -> None:
+        """Has each inversion that begins from now on take longer."""
+        self.delay_file.write_text(str(seconds))
+
+    def status(self) -> dict[str, Any]:
+        """Asks how it stands."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def wait_until(self, *, queued: int, seconds: float = 20.0) -> None:
+        """Waits until so many inversions run or wait there."""
+        deadline = time.monotonic() + seconds
+        while (seen := self.status()["queue_depth"]) != queued:
+            assert time.monotonic() < deadline, f"{seen} inversions instead of {queued}"
+            time.sleep(0.02)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.kill()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def main() -> None:
+    server = OwnerServer(OwnerOptions(**json.loads(sys.argv[1])))
+    print(server.address, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(server.status()), flush=True)
+    server.close()
+
+
+if __name__ == "__main__":
+    main()
