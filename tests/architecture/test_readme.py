@@ -1,0 +1,55 @@
+"""What the README shows works as shown."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kfdist.config import load_config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_library_example_runs():
+    (example,) = _blocks("python")
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "rs-kfac" in done.stdout
+
+
+def test_the_library_example_is_short():
+    (example,) = _blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 16
+
+
+def test_the_configuration_is_valid(tmp_path: Path):
+    (example,) = _blocks("toml")
+    (tmp_path / "digits.toml").write_text(example)
+    assert load_config(tmp_path / "digits.toml", environment={}).run.steps == 120
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z-]+)", README))))
+def test_every_make_target_exists(target: str):
+    subprocess.run(["make", "--dry-run", target], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_every_command_exists():
+    commands = "\n".join([*_blocks(""), *re.findall(r"`kfdist [^`]*`", README)])
+    shown = set(re.findall(r"(?:^|`|-m )kfdist ([a-z|]+)\\b", commands, flags=re.MULTILINE))
+    names = {name for words in shown for name in words.split("|")}
+    assert {"train", "serve", "pool", "worker", "status"} <= names
+    help_text = subprocess.run([sys.executable, "-m", "kfdist", "--help"], capture_output=True, text=True).stdout
+    assert {name for name in names if not re.search(rf"^│ {name} ", help_text, flags=re.MULTILINE)} == set()
+
+
+def test_every_file_it_names_exists():
+    for name in re.findall(r"`((?:kfdist|tests|docs|benchmarks)/[\w./-]+)`", README):
+        if "my_method" not in name:
+            assert (ROOT / name).exists(), name
