@@ -1,0 +1,104 @@
+"""Which forward of the model a layer's call belongs to, also when the call happens in the middle of a backward.
+
+Reentrant activation checkpointing runs layers a second time, inside the backward, and starts a nested backward for
+them. Autograd numbers its nodes in the order they are made, so the node that asks for the second run tells which
+forward made it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+NO_BACKWARD = -1
+"""What `current_backward` says outside of any backward."""
+
+
+def current_backward() -> int:
+    """Returns autograd's number of the running backward, `NO_BACKWARD` outside; a nested one has its own."""
+    return torch._C._current_graph_task_id()
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One call of the model, or of a layer by itself.
+
+    Attributes:
+        examples: How many examples it was given; None where the model was not called as a whole.
+        captured: Whether its layers are measured; not so inside `Capture.paused`.
+        whole: Whether the model was called as a whole, so that its output tells when a backward begins.
+        outer_backward: The backward it was run again in, as a whole, by reentrant checkpointing.
+        first_node: Number of the first autograd node made after its start.
+        end_node: Number of the first autograd node made after its end.
+    """
+
+    examples: int | None
+    captured: bool
+    whole: bool
+    outer_backward: int
+    first_node: int
+    end_node: int
+
+
+class PassLog:
+    """The forwards since the last step, of one model in one thread."""
+
+    def __init__(self) -> None:
+        self._passes: list[ForwardPass] = []
+        self._open: ForwardPass | None = None
+        self._rerun: ForwardPass | None = None
+        self._start = _next_node()
+
+    def begin(self, *, examples: int | None, captured: bool) -> None:
+        """The model's forward starts, or is repeated by checkpointing."""
+        repeated = current_backward() != NO_BACKWARD
+        node = _next_node()
+        # Checkpointing the whole model makes its node just before it calls the model, without gradients.
+        first = node if torch.is_grad_enabled() else node - 1
+        captured = self._of_running_node().captured if repeated else captured
+        self._open = ForwardPass(examples, captured, True, current_backward(), first, node)
+
+    def end(self) -> ForwardPass | None:
+        """The model's forward ends; returns it."""
+        done, self._open = self._open, None
+        if done is not None:
+            done.end_node = _next_node()
+            self._passes.append(done)
+        return done
+
+    def forward_of_call(self, *, captured: bool, nested: bool) -> ForwardPass:
+        """Returns the forward that the layer's call going on right now belongs to.
+
+        Args:
+            captured: Whether a call outside of the model's forward is measured.
+            nested: Whether the running backward is one that checkpointing started inside another one.
+
+        Returns:
+            The model's forward; for a call outside of it, a forward of its own; for a call that checkpointing repeats,
+            the forward that made it first, not captured if that was before the last step.
+        """
+        if self._open is not None:
+            return self._open
+        if current_backward() == NO_BACKWARD:
+            self._rerun = None
+            return ForwardPass(None, captured, False, NO_BACKWARD, 0, 0)
+        if not nested or self._rerun is None:  # a nested backward's nodes are younger than the forward they belong to
+            self._rerun = self._of_running_node()
+        return self._rerun
+
+    def forget(self) -> None:
+        """A step was done: forwards before it no longer count."""
+        self._passes.clear()
+        self._open = self._rerun = None
+        self._start = _next_node()
+
+    def _of_running_node(self) -> ForwardPass:
+        node = torch._C._current_autograd_node()
+        number = self._start if node is None else node._sequence_nr()
+        for each in self._passes:
+            if each.first_node <= number < each.end_node:
+                return each
+        return ForwardPass(None, number >= self._start, False, current_backward(), number, number)
+
+
+def _next_node() -> int:
+    return torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,112 @@
+"""Kronecker factors by their definition: one example at a time, its own loss, every row written out."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfdist.capture.hooks import Capture, Sampling
+from kfdist.curvature.blocks import Block, make_block
+from kfdist.curvature.estimate import BatchStatistics
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""(Omega, Gamma) by layer, each [c, d, d]."""
+
+
+def blocks_of(model: nn.Module) -> dict[str, Block]:
+    """The blocks of all layers that can have one, by name."""
+    made = {name: make_block(name, module) for name, module in model.named_modules()}
+    return {name: block for name, block in made.items() if isinstance(block, Block)}
+
+
+def armed_capture(
+    model: nn.Module,
+    *,
+    names: Iterable[str] | None = None,
+    aliases: Mapping[str, Sequence[nn.Module]] | None = None,
+    sampling: Sampling | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    seed: int = 0,
+) -> Capture:
+    """A capture of all blocks, or of some, armed."""
+    blocks = blocks_of(model)
+    if names is not None:
+        blocks = {name: blocks[name] for name in names}
+    capture = Capture(model, blocks, aliases=aliases or {}, sampling=sampling or Sampling(), grad_scaler=grad_scaler)
+    capture.arm(blocks, lambda name: seed)
+    return capture
+
+
+def factors_of(drained: Mapping[str, BatchStatistics]) -> Factors:
+    """Omega and Gamma of what a capture drained."""
+    return {name: (each.A / each.examples, each.G / each.examples) for name, each in drained.items()}
+
+
+def factors_by_definition(
+    model: nn.Module, examples: Sequence[Any], loss: Callable[[nn.Module, Any], Tensor], names: Iterable[str]
+) -> Factors:
+    """Computes Omega and Gamma as kfdist/curvature/statistics.py defines them.
+
+    Args:
+        model: In training mode; must treat its examples independently.
+        examples: One by one.
+        loss: An example's own loss, not divided by anything.
+        names: The layers.
+    """
+    omegas, gammas = defaultdict(list), defaultdict(list)
+    modules = dict(model.named_modules())
+    for example in examples:
+        calls: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        handles = [modules[name].register_forward_hook(partial(_remember, calls[name])) for name in names]
+        loss(model, example).backward()
+        for handle in handles:
+            handle.remove()
+        for name, of_layer in calls.items():
+            used = [(a, output.grad) for a, output in of_layer if output.grad is not None]
+            if not used:
+                continue
+            rows = [rows_of(modules[name], a, g) for a, g in used]
+            a, g = torch.cat([a for a, _ in rows], dim=1), torch.cat([g for _, g in rows], dim=1)
+            omegas[name].append(a.mT @ a)
+            gammas[name].append(g.mT @ g / g.shape[1])
+    model.zero_grad()
+    return {name: (torch.stack(omegas[name]).mean(0), torch.stack(gammas[name]).mean(0)) for name in omegas}
+
+
+def _remember(calls: list[tuple[Tensor, Tensor]], _module: nn.Module, args: Any, output: Tensor) -> None:
+    output.retain_grad()
+    calls.append((args[0].detach().clone(), output))
+
+
+def rows_of(module: nn.Module, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of one call for one example, [c, T, q] with the homogeneous coordinate last, and [c, T, p]."""
+    if isinstance(module, nn.Conv2d):
+        c = module.groups
+        patches = nn.functional.unfold(
+            a, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
+        )  # [1, channels x kernel, T], channels of a group side by side
+        a = patches[0].view(c, -1, patches.shape[-1]).mT
+        g = g[0].flatten(1).view(c, -1, patches.shape[-1]).mT
+    else:
+        a, g = a.reshape(1, -1, a.shape[-1]), g.reshape(1, -1, g.shape[-1])
+    if module.bias is not None:
+        a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
+    return a, g
+
+
+def assert_factors_equal(actual: Factors, expected: Factors, tolerance: float) -> None:
+    """Fails where a layer is missing or too much, or a factor differs by more than `tolerance` of its largest entry."""
+    assert set(actual) == set(expected)
+    for name, factors in expected.items():
+        for label, mine, truth in zip(("Omega", "Gamma"), actual[name], factors, strict=True):
+            torch.testing.assert_close(
+                mine,
+                truth,
+                rtol=0,
+                atol=tolerance * float(truth.abs().max()),
+                msg=lambda message, where=f"{label} of {name!r}": f"{where}: {message}",
+            )
+            assert truth.abs().max() > 0, "a reference of zeros would prove nothing"

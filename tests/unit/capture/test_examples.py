@@ -1,0 +1,151 @@
+"""How many examples a backward's loss averages: dim 0 of the model's first tensor, unless stated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfdist.errors import ConfigError
+from tests.support.factors import armed_capture, assert_factors_equal, factors_by_definition, factors_of
+
+EXACT = 1e-12
+"""float64 sums over at most 60 rows."""
+
+N, T = 4, 5
+
+
+@dataclass
+class Batch:
+    name: str
+    tokens: Tensor
+
+
+class TokenModel(nn.Module):
+    """Flattens examples and positions before its only layer, so that the layer's own dim 0 counts tokens."""
+
+    def __init__(self, find: Callable[..., Tensor] = lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.find = find
+        self.layer = nn.Linear(3, 2).double()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        tokens = self.find(*args, **kwargs)
+        return self.layer(tokens.flatten(0, 1)).view(*tokens.shape[:2], 2)
+
+
+def tokens_and_target(n: int = N) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return (
+        torch.randn(n, T, 3, generator=generator, dtype=torch.float64),
+        torch.randn(n, T, 2, generator=generator, dtype=torch.float64),
+    )
+
+
+def squared(output: Tensor, target: Tensor) -> Tensor:
+    """One number per example."""
+    return ((output - target) ** 2).flatten(1).sum(1)
+
+
+def truth() -> dict[str, tuple[Tensor, Tensor]]:
+    x, target = tokens_and_target()
+
+    def loss(model: nn.Module, example: tuple[Tensor, Tensor]) -> Tensor:
+        return squared(model(example[0][None]), example[1][None]).sum()
+
+    return factors_by_definition(TokenModel(), list(zip(x, target, strict=True)), loss, ["layer"])
+
+
+CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "positional": (lambda x: x, lambda model, x: model(x)),
+    "by keyword": (lambda *, x: x, lambda model, x: model(x=x)),
+    "after other values": (lambda flag, x: x, lambda model, x: model("train", x)),
+    "after a scalar tensor": (lambda t, x: x, lambda model, x: model(torch.tensor(0.5), x)),
+    "in a dict": (lambda batch: batch["x"], lambda model, x: model({"id": 7, "x": x})),
+    "nested": (lambda batch: batch[1][0], lambda model, x: model([None, (x, torch.zeros(99))])),
+    "in a dataclass": (lambda batch: batch.tokens, lambda model, x: model(Batch("b", x))),
+}
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_dim_0_of_the_first_tensor(how: str):
+    find, call = CALLS[how]
+    model, (x, target) = TokenModel(find), tokens_and_target()
+    capture = armed_capture(model)
+    squared(call(model, x), target).mean().backward()
+    drained = capture.drain()
+    assert drained["layer"].examples == N
+    assert_factors_equal(factors_of(drained), truth(), EXACT)
+
+
+def test_masked_tokens_are_stated():
+    """The loss averages over m unmasked tokens, so that each of them is an example with N T/m positions."""
+    model, (x, target) = TokenModel(), tokens_and_target()
+    mask = torch.rand(N, T, generator=torch.Generator().manual_seed(0)) < 0.6
+    m = int(mask.sum())
+    assert 0 < m < N * T
+    capture = armed_capture(model)
+    capture.state_examples(m)
+    (((model(x) - target) ** 2).sum(-1) * mask).sum().div(m).backward()
+    a = torch.cat([x.flatten(0, 1), torch.ones(N * T, 1, dtype=torch.float64)], dim=1)
+    g = (2 * (TokenModel()(x) - target) * mask[..., None]).flatten(0, 1).detach()
+    expected = {"layer": ((a.mT @ a / m)[None], (g.mT @ g / (N * T))[None])}
+    assert_factors_equal(factors_of(capture.drain()), expected, EXACT)
+
+
+def test_stated_per_micro_batch():
+    """Micro-batches of different length, each a sum divided by its own stated number."""
+    model, (x, target) = TokenModel(), tokens_and_target()
+    capture = armed_capture(model)
+    for part in (slice(0, 1), slice(1, 4)):
+        n = part.stop - part.start
+        capture.state_examples(n)
+        (squared(model(x[part]), target[part]).sum() / n / 2).backward()
+    drained = capture.drain()
+    assert drained["layer"].examples == N
+    assert_factors_equal(factors_of(drained), truth(), EXACT)
+
+
+def test_a_statement_holds_for_one_backward():
+    model, (x, target) = TokenModel(), tokens_and_target()
+    capture = armed_capture(model)
+    capture.state_examples(3)
+    (squared(model(x), target).mean() / 2).backward()
+    (squared(model(x), target).mean() / 2).backward()
+    assert capture.drain()["layer"].examples == 3 + N
+
+
+def test_a_statement_without_a_backward_ends_with_the_step():
+    model, (x, target) = TokenModel(), tokens_and_target()
+    capture = armed_capture(model)
+    capture.state_examples(3)
+    capture.drain()
+    squared(model(x), target).mean().backward()
+    assert capture.drain()["layer"].examples == N
+
+
+def test_a_layer_called_by_itself_counts_its_own_input():
+    """No stale number of an earlier call of the whole model is used."""
+    model, (x, target) = TokenModel(), tokens_and_target()
+    capture = armed_capture(model)
+    with torch.no_grad():
+        model(tokens_and_target(9)[0])
+    squared(model.layer(x), target).mean().backward()
+    drained = capture.drain()
+    assert drained["layer"].examples == N
+    assert_factors_equal(factors_of(drained), truth(), EXACT)
+
+
+@pytest.mark.parametrize("good", [1, 12, np.int64(3), torch.tensor(4)])
+def test_whole_numbers_are_taken(good: Any):
+    armed_capture(TokenModel()).state_examples(good)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 2.0, "3", None, True, torch.tensor(2.5)])
+def test_other_values_are_refused(bad: Any):
+    with pytest.raises(ConfigError, match="at least 1"):
+        armed_capture(TokenModel()).state_examples(bad)

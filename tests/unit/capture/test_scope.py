@@ -1,0 +1,215 @@
+"""What is measured and what is not, and that what is not measured costs nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfdist.capture.hooks import Capture
+from kfdist.curvature.blocks import Block
+from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_of
+from tests.support.small_models import images, small_cnn
+
+
+def backward(model: nn.Module, n: int = 8, seed: int = 0) -> None:
+    x, y = images(n, seed=seed)
+    nn.functional.cross_entropy(model(x), y).backward()
+
+
+def alone(n: int = 8, seed: int = 0):
+    """The factors of one batch and nothing else."""
+    model = small_cnn()
+    capture = armed_capture(model)
+    backward(model, n, seed)
+    return factors_of(capture.drain())
+
+
+@pytest.fixture
+def factor_sums_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    real = Block.factor_sums
+
+    def counted(block: Block, *args: object, **kwargs: object):
+        calls.append(block.name)
+        return real(block, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Block, "factor_sums", counted)
+    return calls
+
+
+def hooks_on(tensor: Tensor) -> int:
+    return len(tensor._backward_hooks or {})
+
+
+def test_eval_mode_is_not_measured():
+    model = small_cnn().eval()
+    capture = armed_capture(model)
+    backward(model)
+    assert capture.drain() == {}
+
+
+def test_a_layer_in_eval_mode_is_not_measured():
+    model = small_cnn()
+    model[5].eval()
+    capture = armed_capture(model)
+    backward(model)
+    assert set(capture.drain()) == {"0", "2", "7"}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_forwards_without_gradients_are_not_measured(context: type):
+    model = small_cnn()
+    capture = armed_capture(model)
+    with context():
+        model(images(5)[0])
+    backward(model)
+    assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
+
+
+def test_paused_forwards_are_not_measured():
+    model = small_cnn()
+    capture = armed_capture(model)
+    with capture.paused(), capture.paused():
+        loss = nn.functional.cross_entropy(model(images(5, seed=3)[0]), images(5, seed=3)[1])
+    loss.backward()  # outside: it is the forward that counts
+    backward(model)
+    assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
+
+
+def test_paused_ends_with_an_exception():
+    model = small_cnn()
+    capture = armed_capture(model)
+    with pytest.raises(RuntimeError), capture.paused():
+        raise RuntimeError
+    backward(model)
+    assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
+
+
+def test_evaluation_with_a_backward_in_eval_mode_does_not_count():
+    """An adversarial example is made in eval mode; it must not look like a micro-batch."""
+    model = small_cnn()
+    capture = armed_capture(model)
+    model.eval()
+    x = images(8)[0].requires_grad_()
+    torch.autograd.grad(model(x).sum(), x)
+    model.train()
+    backward(model)
+    assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
+
+
+def test_a_forward_without_backward_is_dropped_at_the_step():
+    model = small_cnn()
+    capture = armed_capture(model)
+    x, y = images(5, seed=3)
+    late = nn.functional.cross_entropy(model(x), y)
+    assert capture.drain() == {}
+    late.backward()
+    backward(model)
+    assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
+
+
+def test_a_forward_whose_output_is_not_used_adds_nothing():
+    model = small_cnn()
+    capture = armed_capture(model)
+    model(images(5, seed=3)[0])
+    backward(model)
+    assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
+
+
+def test_each_step_starts_afresh():
+    model = small_cnn()
+    capture = armed_capture(model)
+    for seed in range(3):
+        backward(model, 4 + seed, seed)
+        assert_factors_equal(factors_of(capture.drain()), alone(4 + seed, seed), 0.0)
+
+
+def test_a_failed_forward_leaves_nothing_behind():
+    model = small_cnn()
+    capture = armed_capture(model)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 2, 9, 9).double())
+    backward(model)
+    assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
+
+
+def test_copies_of_the_model_are_not_measured():
+    model = small_cnn()
+    capture = armed_capture(model)
+    twin = copy.deepcopy(model)
+    backward(twin, 5, 3)
+    backward(model)
+    assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
+
+
+def test_blocks_that_are_not_due_cost_nothing(factor_sums_calls: list[str]):
+    model = small_cnn()
+    capture = armed_capture(model)
+    capture.arm(["2"], lambda name: 0)
+    outputs: dict[str, Tensor] = {}
+    for name in blocks_of(model):
+        model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: outputs.update({name: o}))
+    x, y = images(8)
+    output = model(x)
+    assert {name: hooks_on(each) for name, each in outputs.items() if each is not output} == {"0": 0, "2": 1, "5": 0}
+    nn.functional.cross_entropy(output, y).backward()
+    assert factor_sums_calls == ["2"]
+    assert set(capture.drain()) == {"2"}
+
+
+def test_a_step_without_due_blocks_registers_no_hook(factor_sums_calls: list[str]):
+    model = small_cnn()
+    capture = armed_capture(model)
+    capture.arm([], lambda name: 0)
+    outputs: list[Tensor] = []
+    for name in blocks_of(model):
+        model.get_submodule(name).register_forward_hook(lambda m, i, o: outputs.append(o))
+    x, y = images(8)
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert len(outputs) == 4
+    assert [hooks_on(each) for each in outputs] == [0] * 4
+    assert factor_sums_calls == []
+    assert capture.drain() == {}
+
+
+def test_a_due_layer_copies_nothing_in_its_forward():
+    """Between forward and backward only a reference to the input is kept."""
+    model = nn.Linear(4, 2)
+    capture = armed_capture(model)
+    x = torch.randn(3, 4)
+    seen: list[Tensor] = []
+    real = capture._on_output_gradient
+    capture._on_output_gradient = lambda name, call, g: (seen.append(call.activation), real(name, call, g))[1]
+    model(x).sum().backward()
+    assert [each.data_ptr() for each in seen] == [x.data_ptr()]
+
+
+def test_close_removes_every_hook(factor_sums_calls: list[str]):
+    model = small_cnn()
+    capture = armed_capture(model)
+    loss = nn.functional.cross_entropy(model(images(4)[0]), images(4)[1])
+    capture.close()
+    loss.backward()
+    backward(model)
+    assert factor_sums_calls == []
+    assert capture.drain() == {}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_two_captures_on_one_model_do_not_mix():
+    model = small_cnn()
+    first = armed_capture(model, names=["0"])
+    second = armed_capture(model, names=["2", "7"])
+    backward(model)
+    assert set(first.drain()) == {"0"}
+    assert set(second.drain()) == {"2", "7"}
+
+
+def test_it_says_whether_a_forward_was_seen():
+    model = small_cnn()
+    capture = armed_capture(model)
+    assert isinstance(capture, Capture)
+    assert not capture.saw_forward
+    model(images(2)[0])
+    assert capture.saw_forward
