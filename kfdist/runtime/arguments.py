@@ -1,7 +1,6 @@
 """Checks what a user passes to `kfdist.Preconditioner`, and makes its parts."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,6 +12,8 @@ from kfdist.curvature.fingerprint import fingerprint
 from kfdist.errors import ConfigError, EnvironmentFault, ModelChanged
 from kfdist.links.base import AbstractLink
 from kfdist.links.local import LocalLink
+from kfdist.runtime.groups import find_layer
+from kfdist.runtime.learning_rate import Scalar, is_number
 from kfdist.runtime.pipeline import FixedLag
 from kfdist.runtime.service import Service
 from kfdist.staleness import StalenessPolicy
@@ -20,39 +21,59 @@ from kfdist.staleness import StalenessPolicy
 SMALLEST_DELAY = 3
 """Fewest steps from an inversion's statistics to its adoption under asap: announce, broadcast, agree on receipt."""
 
-Scalar = float | Callable[[int], float]
+
+def check_block(model: nn.Module, block: Block, device: torch.device) -> None:
+    """Refuses a layer that was frozen, replaced, resized or moved since its block was made, by `ModelChanged`.
+
+    Args:
+        model: The model as it is now.
+        block: One of its blocks.
+        device: Where the model was when the blocks were made.
+    """
+    module, shape = find_layer(model, block.name), block.shape
+    parameters = block.parameters()
+    change = None
+    if module is not block.module:
+        change = "replaced or removed"
+    elif any(getattr(module, name) is not known for name, known in zip(("weight", "bias"), parameters, strict=False)):
+        change = "given other parameters (replaced or resized)"
+    elif not all(parameter.requires_grad for parameter in parameters):
+        change = "frozen"
+    elif parameters[0].shape[0] != shape.groups * shape.d_out or parameters[0].numel() != (
+        shape.groups * shape.d_out * (shape.d_in - block.has_bias)
+    ):
+        change = "resized"
+    elif any(parameter.device != device for parameter in parameters):
+        change = f"moved from {device} to {parameters[0].device}"
+    if change is not None:
+        raise ModelChanged(
+            f"layer {block.name!r} was {change} after the Preconditioner was made; make a new Preconditioner after "
+            "changing the model"
+        )
 
 
-def check_block(model: nn.Module, block: Block) -> None:
-    """Refuses a layer that was frozen, replaced or resized since its block was made, by `ModelChanged`."""
-    try:
-        module = model.get_submodule(block.name)
-    except AttributeError:
-        module = None
-    remedy = "make a new Preconditioner after changing the model"
-    if module is not block.module and (module is None or getattr(module, "_orig_mod", None) is not block.module):
-        raise ModelChanged(f"layer {block.name!r} was replaced or removed after the Preconditioner was made; {remedy}")
-    for parameter in block.parameters():
-        if not parameter.requires_grad:
-            raise ModelChanged(f"layer {block.name!r} was frozen after the Preconditioner was made; {remedy}")
-    shape = block.shape
-    numbers = sum(parameter.numel() for parameter in block.parameters())
-    if numbers != shape.groups * shape.d_out * shape.d_in:
-        raise ModelChanged(f"layer {block.name!r} was resized after the Preconditioner was made; {remedy}")
-
-
-def check_numbers(*, damping: Scalar, ema_decay: float, fisher: str, kl_clip: float | None, wait_limit: float) -> None:
+def check_numbers(
+    *,
+    damping: Scalar,
+    ema_decay: float,
+    fisher: str,
+    kl_clip: float | None,
+    wait_limit: float,
+    digest_period: int,
+) -> None:
     """Refuses values out of range by `ConfigError`."""
-    if not callable(damping) and not (isinstance(damping, (int, float)) and math.isfinite(damping) and damping > 0):
+    if not callable(damping) and not (is_number(damping) and math.isfinite(damping) and damping > 0):
         raise ConfigError(f"damping is {damping!r}; a positive, finite number or a callable of the step is needed")
-    if not 0.0 <= ema_decay < 1.0:
+    if not (is_number(ema_decay) and 0.0 <= ema_decay < 1.0):
         raise ConfigError(f"ema_decay is {ema_decay!r}; a number in [0, 1) is needed")
     if fisher != "empirical":
         raise ConfigError(f"fisher is {fisher!r}; this version measures the 'empirical' Fisher only")
-    if kl_clip is not None and not (math.isfinite(kl_clip) and kl_clip > 0):
+    if kl_clip is not None and not (is_number(kl_clip) and math.isfinite(kl_clip) and kl_clip > 0):
         raise ConfigError(f"kl_clip is {kl_clip!r}; a positive number, or None to turn the clip off, is needed")
-    if not wait_limit > 0:
+    if not (is_number(wait_limit) and wait_limit > 0):
         raise ConfigError(f"wait_limit_seconds is {wait_limit!r}; a positive number of seconds is needed")
+    if not isinstance(digest_period, int) or isinstance(digest_period, bool) or digest_period < 0:
+        raise ConfigError(f"digest_period is {digest_period!r}; a whole number of steps, or 0 for never, is needed")
 
 
 def lag_of(adoption: str | FixedLag) -> int | None:

@@ -1,6 +1,6 @@
 """From a model and a choice of methods to groups of blocks, and a report of what is covered and why the rest is not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,7 +14,8 @@ from kfdist.errors import ConfigError
 from kfdist.types import BlockName, GroupName, GroupSpec
 
 Method = str | AbstractInverter | Mapping[str, str | AbstractInverter]
-"""An inverter's name, an inverter, or either by glob on dotted module names (the first match wins)."""
+"""An inverter's name, an inverter, or either by glob on dotted module names (the first match wins). A glob that matches
+a module stands for everything inside it too; "*" also matches dots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +84,62 @@ class BlockPlan:
     coverage: Coverage
 
 
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Where torch.compile's and the activation checkpoint wrapper keep the module that they wrap."""
+
+_MOST_NAMES_SHOWN = 10
+
+_SHARDED = "kfdist needs whole-layer gradients: use DistributedDataParallel, or kfdist's own GradientReducer"
+
+
 def bare_model(model: nn.Module) -> nn.Module:
-    """Strips `torch.compile`'s and DistributedDataParallel's wrappers, in any order."""
+    """Strips the wrappers of torch.compile, DistributedDataParallel and activation checkpointing, in any order.
+
+    Raises:
+        ConfigError: The model is wrapped by something that splits its layers or copies them to other devices.
+    """
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        else:
+        if type(model).__name__ == "FullyShardedDataParallel":
+            raise ConfigError(f"the model is wrapped by FullyShardedDataParallel, which shards its layers; {_SHARDED}")
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ConfigError(
+                "the model is wrapped by DataParallel over several devices, whose copies of the layers "
+                "can't be measured; use DistributedDataParallel with one process a device"
+            )
+        # Looked up as submodules: a model that passes attributes on to a part of it is no wrapper.
+        inner = next((model._modules[key] for key in _WRAPPED if key in model._modules), None)
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if inner is None:
             return model
+        model = inner
 
 
-def clean_name(name: str) -> str:
-    """Drops the wrappers' parts from a dotted module name."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields every module once, in the model's order, bare and by its dotted name without the wrappers' parts."""
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = bare_model(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        for child_name, child in module.named_children():
+            yield from visit(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from visit(model, "")
+
+
+def find_layer(model: nn.Module, name: str) -> nn.Module | None:
+    """Returns what `named_layers` calls `name` now, or None."""
+    module = bare_model(model)
+    for part in name.split(".") if name else ():
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = bare_model(child)
+    return module
 
 
 def plan_blocks(model: nn.Module, method: Method, *, skip: Sequence[str] = (), world_size: int = 1) -> BlockPlan:
@@ -105,22 +148,20 @@ def plan_blocks(model: nn.Module, method: Method, *, skip: Sequence[str] = (), w
     Args:
         model: The bare model.
         method: What inverts which layer.
-        skip: Globs on module names that get no block.
+        skip: Globs on module names that get no block, with everything inside them.
         world_size: Ranks among which the groups' courier duty is dealt, balanced by bytes.
 
     Raises:
         ConfigError: A glob matches no module, a method is unknown, or no layer of the model has a block.
     """
     patterns = _patterns(method)
-    modules = [(clean_name(name), module) for name, module in model.named_modules(remove_duplicate=True)]
-    _check_globs([*patterns, *skip] if isinstance(method, Mapping) else list(skip), [name for name, _ in modules])
+    layers = [pair for pair in named_layers(model) if any(True for _ in pair[1].parameters(recurse=False))]
+    _check_globs([*patterns, *skip] if isinstance(method, Mapping) else list(skip), [name for name, _ in layers])
     reasons: dict[str, str] = {}
     chosen: list[tuple[Block, AbstractInverter]] = []
     owner_of_weight: dict[int, Block] = {}
     aliases: dict[BlockName, list[nn.Module]] = {}
-    for name, module in modules:
-        if not any(True for _ in module.parameters(recurse=False)):
-            continue
+    for name, module in layers:
         block, inverter, reason = _choose(name, module, patterns, skip)
         if block is None or inverter is None:
             reasons[name] = reason
@@ -164,22 +205,26 @@ def _patterns(method: Method) -> dict[str, AbstractInverter]:
 
 def _check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
     for glob in globs:
-        if glob != "*" and not any(fnmatchcase(name, glob) for name in names):
-            shown = ", ".join(repr(name) for name in names[1:11])
-            raise ConfigError(f"the pattern {glob!r} matches no module; the modules are {shown} ...")
+        if glob != "*" and not any(_covers(glob, name) for name in names):
+            shown = ", ".join(repr(name) for name in names[:_MOST_NAMES_SHOWN])
+            more = ", ..." if len(names) > _MOST_NAMES_SHOWN else ""
+            raise ConfigError(f"the pattern {glob!r} matches no layer; the layers with parameters are {shown}{more}")
+
+
+def _covers(glob: str, name: str) -> bool:
+    """Says whether a glob names a layer, or a module that contains it."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), glob) for end in range(1, len(parts) + 1))
 
 
 def _choose(
     name: str, module: nn.Module, patterns: Mapping[str, AbstractInverter], skip: Sequence[str]
 ) -> tuple[Block | None, AbstractInverter | None, str]:
-    if any(fnmatchcase(name, glob) for glob in skip):
+    if any(_covers(glob, name) for glob in skip):
         return None, None, "skipped by configuration"
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
-        raise ConfigError(
-            f"layer {name!r} has sharded (DTensor) parameters; kfdist needs whole-layer gradients: use DDP or "
-            f"replication"
-        )
-    inverter = next((value for glob, value in patterns.items() if fnmatchcase(name, glob)), None)
+        raise ConfigError(f"layer {name!r} has sharded (DTensor) parameters; {_SHARDED}")
+    inverter = next((value for glob, value in patterns.items() if _covers(glob, name)), None)
     if inverter is None:
         return None, None, "no pattern of the method table matches"
     block = make_block(name, module)
@@ -211,10 +256,13 @@ def _coverage(model: nn.Module, groups: Sequence[BlockGroup], reasons: Mapping[s
         for block in group.blocks
         for parameter in block.parameters()
     }
-    rows = []
-    for name, parameter in model.named_parameters():
-        name = clean_name(name)
-        block, method = by_parameter.get(id(parameter), (None, None))
-        reason = "" if block else reasons.get(name.rpartition(".")[0], "its layer's block leaves it out")
-        rows.append(CoverageRow(parameter=name, block=block, method=method, reason=reason))
+    rows, seen = [], set()
+    for layer, module in named_layers(model):
+        for own_name, parameter in module.named_parameters(layer, recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            block, method = by_parameter.get(id(parameter), (None, None))
+            reason = "" if block is not None else reasons.get(layer, "its layer's block leaves it out")
+            rows.append(CoverageRow(parameter=own_name, block=block, method=method, reason=reason))
     return Coverage(tuple(rows))

@@ -1,11 +1,22 @@
 """What a preconditioner reads of the optimizer and the scaler."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 
 from kfdist.errors import ConfigError, KfdistError
+
+Scalar = float | Callable[[int], float]
+"""A number, or a callable of the step."""
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Says whether `value` is a plain number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class LearningRates:
@@ -14,15 +25,34 @@ class LearningRates:
     Args:
         lr: A number, a callable of the step, or None to read the attached optimizer.
         needed: Whether there is a KL clip, which cannot do without.
+
+    Raises:
+        ConfigError: `lr` is no number, negative, or not finite.
     """
 
-    def __init__(self, lr: float | Callable[[int], float] | None, *, needed: bool) -> None:
+    def __init__(self, lr: Scalar | None, *, needed: bool) -> None:
+        if lr is not None and not callable(lr):
+            _check(lr, "lr is")
         self._lr = lr
         self._needed = needed
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on, without an `lr`, reads `optimizer`'s."""
+    def attach(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+        """From now on, without an `lr`, reads `optimizer`'s.
+
+        Args:
+            optimizer: It has to step at least one of the parameters.
+            parameters: Those of the blocks.
+
+        Raises:
+            ConfigError: The optimizer steps none of them.
+        """
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in known for parameter in parameters):
+            raise ConfigError(
+                f"the {type(optimizer).__name__} steps none of the preconditioned parameters; attach the optimizer of "
+                "this model, made from model.parameters()"
+            )
         self.optimizer = optimizer
 
     def at(self, step: int) -> Callable[[nn.Parameter], float]:
@@ -33,6 +63,7 @@ class LearningRates:
         """
         if self._lr is not None:
             value = float(self._lr(step) if callable(self._lr) else self._lr)
+            _check(value, f"lr at step {step} is")
             return lambda _parameter: value
         if self.optimizer is not None:
             return self._of_optimizer(self.optimizer)
@@ -50,15 +81,22 @@ class LearningRates:
         return lambda parameter: rates.get(id(parameter), 0.0)
 
 
-def unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer | None) -> None:
+def _check(lr: float, what: str) -> None:
+    if not (is_number(lr) and math.isfinite(lr) and lr >= 0.0):
+        raise ConfigError(f"{what} {lr!r}; a finite number, at least 0, or a callable of the step is needed")
+
+
+def check_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer | None) -> None:
     """Checks that `scaler.unscale_` has been called since the last update.
+
+    An overflow check alone is not enough: for a fused optimizer the scaler leaves the unscaling to its kernel.
 
     Raises:
         KfdistError: The gradients are still multiplied by the scale.
     """
     states = scaler._per_optimizer_states
-    relevant = [states[id(optimizer)]] if optimizer is not None else list(states.values())
-    if not any(state["found_inf_per_device"] for state in relevant):
+    relevant = [states.get(id(optimizer))] if optimizer is not None else list(states.values())
+    if not any(state is not None and state["stage"] is OptState.UNSCALED for state in relevant):
         raise KfdistError(
             "the gradients are still multiplied by the GradScaler's scale; call scaler.unscale_(optimizer) before "
             "preconditioner.step()"
@@ -72,3 +110,32 @@ def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor | None:
         return None
     total = torch.stack([gradient.float().sum() for gradient in gradients]).sum()
     return torch.isfinite(total)
+
+
+def step_before_optimizer(
+    step: Callable[[], object], _optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Runs `step` when an optimizer's step has gradients: now, or at the end of its closure, which makes them.
+
+    Args:
+        step: What to run.
+        _optimizer: As torch gives it to a step pre-hook.
+        args: The optimizer, and the closure if it was given by position.
+        kwargs: The closure if it was given by name.
+
+    Returns:
+        The arguments with another closure, None without one.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        step()
+        return None
+
+    def closure_and_step() -> Any:
+        loss = closure()
+        step()
+        return loss
+
+    if len(args) > 1:
+        return (args[0], closure_and_step, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure_and_step}

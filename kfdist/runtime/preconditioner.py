@@ -1,6 +1,7 @@
 """`kfdist.Preconditioner`: the public face of the pipeline."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -13,11 +14,10 @@ from kfdist.adoption import AdoptionLedger
 from kfdist.capture.hooks import Capture, Sampling
 from kfdist.comm.groups import communicator, make_communicators
 from kfdist.comm.table import TableExchange
-from kfdist.errors import ConfigError, KfdistError
+from kfdist.errors import ConfigError, KfdistError, KfdistWarning
 from kfdist.links.base import AbstractLink, LinkContext
 from kfdist.runtime.agreement import Agreement
 from kfdist.runtime.arguments import (
-    Scalar,
     check_block,
     check_numbers,
     checked_staleness,
@@ -30,7 +30,13 @@ from kfdist.runtime.arguments import (
 from kfdist.runtime.exchange import SnapshotExchange
 from kfdist.runtime.groups import Coverage, Method, bare_model, plan_blocks
 from kfdist.runtime.jobs import JobBook
-from kfdist.runtime.learning_rate import LearningRates, finite_gradients, unscaled
+from kfdist.runtime.learning_rate import (
+    LearningRates,
+    Scalar,
+    check_unscaled,
+    finite_gradients,
+    step_before_optimizer,
+)
 from kfdist.runtime.pipeline import FixedLag, Pipeline, PipelineParts, PipelineSettings, StepReport
 from kfdist.runtime.report import pipeline_samples, pipeline_totals
 from kfdist.runtime.service import Service, epoch_from_clock
@@ -47,9 +53,20 @@ class Preconditioner:
     Between `loss.backward()` and `optimizer.step()`, `step` replaces the gradients in `.grad` by (F + lambda I)^-1
     grad, block by block. All ranks must make it, with equal arguments, and call `step` equally often.
 
+    What is measured: every forward in training mode, with gradients on and outside of `paused`, that a backward
+    follows before the next `step`. Each backward counts as one micro-batch: with k of them, divide their losses by k.
+    The loss is taken for a mean over dim 0 of the model's first tensor input; say so with `batch` where it is not. A
+    second loss that goes through the model without being trained on (a GAN's generator loss through its discriminator,
+    a gradient penalty, an adversarial example) belongs inside `paused`.
+
+    Make it after the model is on its device, and before a compiled model's first call; torch.compile's fullgraph=True
+    is impossible, since hooks break the graph. Clipping gradients changes no statistics; clipping before `step` bounds
+    what is preconditioned, clipping after it what the optimizer sees.
+
     Args:
         model: The model, also wrapped by DDP or torch.compile.
-        method: An inverter's name, an inverter, or {glob on dotted module names: either}; the first match wins.
+        method: An inverter's name, an inverter, or {glob on dotted module names: either}; the first match wins. A glob
+            that names a module holds for everything inside it.
         damping: lambda of F + lambda I: a positive number, or a callable of the step.
         ema_decay: Largest weight rho of the past in the moving average of the statistics, in [0, 1).
         factor_period: Steps between two foldings of a block's statistics.
@@ -58,7 +75,7 @@ class Preconditioner:
         kl_clip: kappa of the KL clip; None turns it off.
         lr: Learning rate for the KL clip: a number, a callable of the step, or None to read an attached optimizer.
         adoption: "asap" or `kfdist.FixedLag(k)`; `FixedLag(0)` is synchronous.
-        skip: Globs on module names that are not preconditioned.
+        skip: Globs on the names of modules that, with everything inside them, are not preconditioned.
         grad_scaler: The AMP scaler whose scale the loss is multiplied by.
         process_group: The ranks that train together; None: the default group, else this single process.
         link: None inverts in the ranks themselves; `kfdist.connect(...)` uses a service.
@@ -99,7 +116,12 @@ class Preconditioner:
         digest_period: int = 100,
     ) -> None:
         check_numbers(
-            damping=damping, ema_decay=ema_decay, fisher=fisher, kl_clip=kl_clip, wait_limit=wait_limit_seconds
+            damping=damping,
+            ema_decay=ema_decay,
+            fisher=fisher,
+            kl_clip=kl_clip,
+            wait_limit=wait_limit_seconds,
+            digest_period=digest_period,
         )
         lag = lag_of(adoption)
         staleness = checked_staleness(staleness, lag, inverse_period)
@@ -108,7 +130,8 @@ class Preconditioner:
         self._grad_scaler = grad_scaler
         self._rates = LearningRates(lr, needed=kl_clip is not None)
         self._training = communicator(process_group)
-        self._plan = plan_blocks(self._model, method, skip=tuple(skip), world_size=self._training.world_size)
+        skip = (skip,) if isinstance(skip, str) else tuple(skip)
+        self._plan = plan_blocks(self._model, method, skip=skip, world_size=self._training.world_size)
         schedule = Schedule(factor_period=factor_period, inverse_period=inverse_period, groups=len(self._plan.groups))
         self._device = self._plan.groups[0].blocks[0].parameters()[0].device
         service = link if isinstance(link, Service) else None
@@ -134,6 +157,7 @@ class Preconditioner:
         self._folded = False
         self._closed = False
         self._hook: Any = None
+        self._hooks_checked = False
 
     # Construction ----------------------------------------------------------------------------------------------------
 
@@ -191,9 +215,10 @@ class Preconditioner:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
         self._check_model()
+        self._check_hooks()
         finite = None
         if self._grad_scaler is not None and self._grad_scaler.is_enabled():
-            unscaled(self._grad_scaler, self._rates.optimizer)
+            check_unscaled(self._grad_scaler, self._rates.optimizer)
             finite = finite_gradients(self._model.parameters())
         self._folded = False
         rates = self._rates.at(self._pipeline.next_step)
@@ -202,22 +227,25 @@ class Preconditioner:
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
         """Reads the optimizer's learning rates, per group, as they change, and runs `step` before each of its steps.
 
-        Under a GradScaler the optimizer's step, and with it this one, is skipped on overflow.
+        Under a GradScaler the optimizer's step, and with it this one, is skipped on overflow. Where the optimizer is
+        given a closure (as Lightning does), `step` runs at the closure's end, after its backward. Gradients are clipped
+        before the optimizer's step, hence before they are preconditioned; to clip what the optimizer sees, call `step`
+        yourself and clip after it.
 
         Raises:
-            ConfigError: An optimizer is attached already.
+            ConfigError: An optimizer is attached already, or this one steps none of the preconditioned parameters.
         """
         if self._hook is not None:
             raise ConfigError("an optimizer is attached already; make one Preconditioner per optimizer")
-        self._rates.attach(optimizer)
-        self._hook = optimizer.register_step_pre_hook(lambda *_: self._step_before_optimizer())
+        blocks = [block for group in self._plan.groups for block in group.blocks]
+        self._rates.attach(optimizer, [parameter for block in blocks for parameter in block.parameters()])
+        self._hook = optimizer.register_step_pre_hook(partial(step_before_optimizer, self.step))
         return self
-
-    def _step_before_optimizer(self) -> None:
-        self.step()
 
     def batch(self, *, examples: int) -> None:
         """States how many terms the next backward's loss averages (unmasked tokens, say); default: dim 0 of the input.
+
+        It holds for one backward: call it for each micro-batch. A device tensor would be read, which waits for it.
 
         Raises:
             ConfigError: `examples` is not a positive whole number.
@@ -334,7 +362,21 @@ class Preconditioner:
         else:
             self.abandon()
 
+    def _check_hooks(self) -> None:
+        """Warns once where gradients came about without any forward that the hooks saw."""
+        if self._hooks_checked:
+            return
+        self._hooks_checked = True
+        if not self._pipeline.parts.capture.saw_forward and any(p.grad is not None for p in self._model.parameters()):
+            warnings.warn(
+                "there are gradients, but no forward of the model was seen, so there are no statistics. Code that "
+                "torch.compile made before the Preconditioner doesn't know its hooks: make the Preconditioner before "
+                "the model's first call, or call torch.compiler.reset()",
+                KfdistWarning,
+                stacklevel=3,
+            )
+
     def _check_model(self) -> None:
         for group in self._plan.groups:
             for block in group.blocks:
-                check_block(self._model, block)
+                check_block(self._model, block, self._device)
