@@ -36,7 +36,7 @@ def precondition_gradients(
     r"""Replaces each V_l in `.grad` by nu U_l with U_l = (F_l + lambda I)^-1 V_l.
 
     nu = min(1, sqrt(kappa / sum_l lr_l^2 <U_l, V_l>)) bounds the step's predicted KL divergence by kappa (algorithms.md
-    1.4); where the sum is not positive nu is 1.
+    1.4); where the sum is not positive nu is 1. A layer's learning rate is its weight's.
 
     Args:
         applications: The blocks that have a gradient and a snapshot.
@@ -53,7 +53,7 @@ def precondition_gradients(
         U = P.fallback(V, each.damping) if each.fallback else P.apply(V, each.damping)
         directions.append(U)
         if kl_clip is not None:
-            term = learning_rate(each.block.parameters()[0]) ** 2 * torch.sum(U.float() * V.float())
+            term = learning_rate(each.block.parameters()[0]) ** 2 * torch.sum(U * V)
             total = term if total is None else total + term
     nu = None
     if kl_clip is not None and total is not None:
