@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kfdist.comm.groups import Communicator, Pending
+from kfdist.errors import KfdistError
 
 GRADIENT_BUCKET_BYTES = 25 * 1024 * 1024
 """Size of a gradient bucket; 25 MiB is what DDP and KAISA found to hide latency without delaying the first bucket."""
@@ -18,6 +19,17 @@ class GradientReducer:
     would then differ in its last bits. Here the buckets follow from the parameters alone: reverse order of
     registration (about the order in which backward finishes), one dtype a bucket, at most `bucket_bytes` each. Buckets
     are started in that fixed order on every rank, as soon as they and all before them are full.
+
+    With several ranks every parameter has a gradient afterwards: zero where no rank had one, so an optimizer applies
+    its weight decay and momentum to it.
+
+    Args:
+        parameters: Equal in number, shape and order on all ranks; frozen ones are left out.
+        communicator: The ranks.
+        bucket_bytes: Largest size of a bucket, unless one parameter is larger.
+
+    Attributes:
+        bytes_per_step: What one rank contributes to a reduction.
     """
 
     def __init__(
@@ -40,14 +52,25 @@ class GradientReducer:
         ]
 
     def no_overlap(self) -> None:
-        """Makes `reduce` do all the work: for several backwards a step, where a gradient is final only at the end."""
+        """Makes `reduce` do all the work: for several backwards a step, where a gradient is final only at the end.
+
+        Call it on all ranks alike.
+        """
         self._overlap = False
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        if not self._overlap or self._communicator.process_group is None or id(parameter) in self._seen:
+        if not self._overlap or self._communicator.process_group is None:
+            return
+        bucket = self._bucket_of[id(parameter)]
+        if id(parameter) in self._seen:
+            if bucket < len(self._started):
+                raise KfdistError(
+                    "a gradient changed after its reduction had started: more than one backward before reduce(), or a "
+                    "layer shared by several checkpointed segments; call no_overlap() once, before training"
+                )
             return
         self._seen.add(id(parameter))
-        self._missing[self._bucket_of[id(parameter)]] -= 1
+        self._missing[bucket] -= 1
         while len(self._started) < len(self._buckets) and self._missing[len(self._started)] == 0:
             self._start(len(self._started))
 
