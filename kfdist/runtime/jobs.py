@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 
+from kfdist.adoption import NO_VERSION
 from kfdist.links.base import AbstractLink
 from kfdist.types import Job, JobResult
 
@@ -33,6 +34,7 @@ class JobBook:
         self._running: dict[str, set[int]] = {}
         self._waiting: dict[str, Job] = {}
         self._results: dict[tuple[str, int], JobResult] = {}
+        self._released: dict[str, int] = {}
         self._news: list[JobResult] = []
         self.replaced = 0
         self.bytes_shipped = 0
@@ -70,7 +72,8 @@ class JobBook:
                 continue
             running.discard(result.version)
             del self._inputs[result.group, result.version]
-            self._results[result.group, result.version] = result
+            if result.version > self._released.get(result.group, NO_VERSION):
+                self._results[result.group, result.version] = result
             self._news.append(result)
             waiting = self._waiting.pop(result.group, None)
             if waiting is not None:
@@ -95,7 +98,8 @@ class JobBook:
         return self._results[group, max(versions)] if versions else None
 
     def release(self, group: str, version: int) -> None:
-        """All ranks hold this version or a newer one: frees its slot and the older ones."""
+        """All ranks hold this version or a newer one: frees its slot and the older ones, now and when they come."""
+        self._released[group] = max(version, self._released.get(group, NO_VERSION))
         for key in [key for key in self._results if key[0] == group and key[1] <= version]:
             del self._results[key]
 
