@@ -38,15 +38,17 @@ class TestFencing:
         member.beat_worker("r", epoch=1, step=5)
         with Member(controller.address) as newer:
             newer.register_worker("r", epoch=2)
+            newer.beat_worker("r", epoch=2, step=1)
             with pytest.raises(grpc.RpcError) as caught:
-                member.beat_worker("r", epoch=1, step=6)
+                member.beat_worker("r", epoch=1, step=6, samples=(sample("kfdist_loss", 666),))
             assert code(caught) is grpc.StatusCode.ABORTED
             assert "start 1 of run 'r' is over: 2 is the newest" in caught.value.details()
             with pytest.raises(grpc.RpcError) as caught:
                 member.register_worker("r", epoch=1)
             assert code(caught) is grpc.StatusCode.ABORTED
-            newer.beat_worker("r", epoch=2, step=1)
-        assert (client.get("r").epoch, client.get("r").state) == (2, RunState.RUNNING)
+        assert "666" not in controller.scrape()
+        run = client.get("r")
+        assert (run.epoch, run.state, run.step) == (2, RunState.RUNNING, 1)
 
     def test_a_start_that_nobody_registered_has_to_register(self, member):
         with pytest.raises(grpc.RpcError) as caught:

@@ -1,5 +1,6 @@
 """RunService over a real server: every call, its refusals, and requests that are repeated."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -176,6 +177,28 @@ def test_concurrent_mutations_each_get_a_revision_of_their_own(client):
     with ThreadPoolExecutor(8) as pool:
         runs = list(pool.map(lambda _: client.checkpoint("r"), range(40)))
     assert sorted(run.revision for run in runs) == list(range(2, 42))
+
+
+def test_a_caller_that_goes_away_leaves_nothing_half_done(controller, client, member, monkeypatch):
+    client.create("r")
+    slow_down(controller, monkeypatch, seconds=0.3)
+    with pytest.raises(grpc.RpcError) as caught:
+        member.runs.Pause(run_pb2.PauseRequest(request_id="one", name="r"), timeout=0.1)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert client.checkpoint("r").revision == 3
+    assert member.register_worker("r").settings.desired == "paused"
+
+
+def slow_down(controller, monkeypatch, *, seconds: float) -> None:
+    """Makes every commit take this long."""
+    store = controller.controller._ledger._store
+    commit = store.commit
+
+    def late(batch) -> None:
+        time.sleep(seconds)
+        commit(batch)
+
+    monkeypatch.setattr(store, "commit", late)
 
 
 def test_create_prepares_a_known_run_for_its_next_start(client, member):

@@ -48,6 +48,28 @@ def test_history_and_present_meet_without_gap_or_repetition(client):
         assert revisions == list(range(2, 42))
 
 
+def test_a_change_that_is_both_in_the_file_and_in_the_queue_comes_once(controller, client, monkeypatch):
+    client.create("r")
+    client.checkpoint("r")
+    store = controller.controller._ledger._store
+    commit, begun = store.commit, threading.Event()
+
+    def late(batch) -> None:
+        begun.set()
+        time.sleep(0.4)  # meanwhile a watch begins; it reads the file after this commit, and is told of it, too
+        commit(batch)
+
+    monkeypatch.setattr(store, "commit", late)
+    changing = threading.Thread(target=lambda: client.checkpoint("r"))
+    changing.start()
+    assert begun.wait(10)
+    watch = client.watch("r", from_revision=1)
+    assert [run.revision for run in take(watch, 2)] == [2, 3]
+    changing.join()
+    client.checkpoint("r")
+    assert next(watch).revision == 4
+
+
 def test_a_revision_of_the_future_is_refused(client):
     client.create("r")
     with pytest.raises(ConfigError, match="from_revision is 5; run 'r' is at 1"):
