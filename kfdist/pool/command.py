@@ -89,15 +89,19 @@ def _supervise(cluster: RayCluster, command: PoolCommand, ended: Callable[[], bo
     options = PoolOptions(owners=command.owners, threads=command.threads, controller=command.controller)
     supervisor = Supervisor(cluster, options)
     supervisor.wait_until_registered(ended)
-    if not ended():
-        _announce(supervisor.status(), cluster.directory, command)
+    if ended():
+        return
+    told = supervisor.restarts()
+    _announce(supervisor.status(), cluster.directory, command, told)
     while not ended():
         supervisor.watch()
+        if supervisor.restarts() != told:
+            told = supervisor.restarts()
+            _write_ready_file(supervisor.status(), cluster.directory, command, told)
 
 
-def _announce(owners: list[dict[str, Any]], directory: Path, command: PoolCommand) -> None:
-    if command.ready_file is not None:
-        _write_whole(command.ready_file, {"owners": len(owners), "pid": os.getpid(), "directory": str(directory)})
+def _announce(owners: list[dict[str, Any]], directory: Path, command: PoolCommand, restarts: int) -> None:
+    _write_ready_file(owners, directory, command, restarts)
     if command.as_json:
         shown = [{key: owner[key] for key in ("owner_id", "address", "pid", "fingerprint")} for owner in owners]
         print(json.dumps({"owners": shown}))
@@ -105,6 +109,13 @@ def _announce(owners: list[dict[str, Any]], directory: Path, command: PoolComman
         for owner in owners:
             print(f"pool: {owner['owner_id']} inverts at {owner['address']} (process {owner['pid']})")
     sys.stdout.flush()
+
+
+def _write_ready_file(owners: list[dict[str, Any]], directory: Path, command: PoolCommand, restarts: int) -> None:
+    """Tells a launcher, at the start and again at every restart of an owner, how the pool is."""
+    if command.ready_file is not None:
+        content = {"owners": len(owners), "owner_restarts": restarts, "pid": os.getpid(), "directory": str(directory)}
+        _write_whole(command.ready_file, content)
 
 
 def _write_whole(path: Path, content: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ class _Slot:
         ping: The ping under way.
         asked_at: When that was sent.
         pause_until: When the next one is due.
+        restarts: How often its process was started again, as far as it has said.
     """
 
     options: Mapping[str, Any]
@@ -67,6 +68,7 @@ class _Slot:
     ping: Any = None
     asked_at: float = 0.0
     pause_until: float = 0.0
+    restarts: int = 0
 
 
 class Supervisor:
@@ -127,6 +129,10 @@ class Supervisor:
     def status(self) -> list[dict[str, Any]]:
         """Returns what each owner last said of itself."""
         return [dict(slot.status) for slot in self._slots]
+
+    def restarts(self) -> int:
+        """Returns how often owners' processes were started again."""
+        return sum(slot.restarts for slot in self._slots)
 
     def _patience(self, slot: _Slot) -> float:
         """A new owner may take as long as all may take to start: Ray answers no ping before its constructor ends."""
@@ -194,7 +200,7 @@ class Supervisor:
         else:
             if status["restarts"] and status["pid"] != slot.status.get("pid"):
                 self._say(f"{name} is back at {status['address']} (restart {status['restarts']})")
-            slot.status = status
+            slot.status, slot.restarts = status, max(slot.restarts, status["restarts"])
 
     def _kill(self, slot: _Slot, reason: str) -> None:
         """Ends an owner's process with SIGKILL, which works on a stopped one, too; Ray then starts it again."""

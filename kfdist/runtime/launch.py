@@ -7,7 +7,6 @@ is killed itself, its children see that and end (`kfdist.lifetime`).
 """
 
 import os
-import shutil
 import signal
 import tempfile
 import time
@@ -105,8 +104,6 @@ class Launch:
         self._requests = requests
         self._stopping = False
         self._mark = uuid.uuid4().hex
-        # Not under TMPDIR: Ray's sockets will be in there, and a socket's path must be short.
-        self._scratch = Path(tempfile.mkdtemp(prefix="kfdist-", dir="/tmp"))
         self._spared = children_of(os.getpid())
         self._services: dict[str, SupervisedProcess] = {}
         self._ranks: list[Child] = []
@@ -120,12 +117,15 @@ class Launch:
         """
         become_subreaper()
         untrained = make_directory(self._config.run.directory / "logs")
-        try:
-            code = self._run_until_end()
-        finally:
-            self._end()
-            remove_untrained(untrained, unless_trained=self._config.run.directory)
-        return self._conclude(code)
+        # Not under TMPDIR: Ray's sockets will be in there, and a socket's path must be short.
+        with tempfile.TemporaryDirectory(prefix="kfdist-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+            self._scratch = Path(scratch)
+            try:
+                code = self._run_until_end()
+            finally:
+                self._end()
+                remove_untrained(untrained, unless_trained=self._config.run.directory)
+            return self._conclude(code)
 
     def _run_until_end(self) -> int:
         try:
@@ -286,11 +286,12 @@ class Launch:
         stubborn = sweep(self._mark, os.getpid(), spared=self._spared)
         if stubborn:
             self._terminal.warn(f"processes {sorted(stubborn)} could not be killed; look after them")
-        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _conclude(self, code: int) -> int:
         restarts = {name: service.restarts for name, service in self._services.items()}
-        summary = add_to_summary(self._config.run.directory, restarts=restarts)
+        pool = self._services.get("pool")
+        owner_restarts = sum(report.get("owner_restarts", 0) for report in pool.reports()) if pool is not None else 0
+        summary = add_to_summary(self._config.run.directory, restarts=restarts, owner_restarts=owner_restarts)
         if code == ExitCode.DONE:
             self._terminal.say(summary_line(summary))
             self._terminal.say(

@@ -34,6 +34,7 @@ class SupervisedProcess:
         self._make_command = make_command
         self._ready_file = ready_file
         self._start_at = 0.0
+        self._past: list[Mapping[str, Any]] = []
         self._command = make_command(0)
         self._child: Child | None = Child(self._command)
 
@@ -54,6 +55,11 @@ class SupervisedProcess:
         except FileNotFoundError:
             return None
 
+    def reports(self) -> list[Mapping[str, Any]]:
+        """Returns what each process of this launch last wrote to the ready file, the newest last."""
+        newest = self.ready()
+        return [*self._past, newest] if newest is not None else list(self._past)
+
     def supervise(self) -> str | None:
         """Starts the process again if it died, after a pause that doubles; to be called often.
 
@@ -70,6 +76,8 @@ class SupervisedProcess:
         if code is None:
             return None
         self._child = None
+        if (last := self.ready()) is not None:
+            self._past.append(last)
         self._ready_file.unlink(missing_ok=True)
         ended = f"the {self.name} {describe_exit(code)} (log: {self._command.log})"
         if self.restarts == RESTARTS_ALLOWED:

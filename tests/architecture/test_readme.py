@@ -43,7 +43,7 @@ def test_every_make_target_exists(target: str):
 
 def test_every_command_exists():
     commands = "\n".join([*_blocks(""), *re.findall(r"`kfdist [^`]*`", README)])
-    shown = set(re.findall(r"(?:^|`|-m )kfdist ([a-z|]+)\\b", commands, flags=re.MULTILINE))
+    shown = set(re.findall(r"(?:^|`|-m )kfdist ([a-z|]+)\b", commands, flags=re.MULTILINE))
     names = {name for words in shown for name in words.split("|")}
     assert {"train", "serve", "pool", "worker", "status"} <= names
     help_text = subprocess.run([sys.executable, "-m", "kfdist", "--help"], capture_output=True, text=True).stdout

@@ -11,6 +11,8 @@ import pytest
 from kfdist.cli.main import main
 from tests.support.commands import Command, run
 
+pytestmark = pytest.mark.timeout(300)
+
 # One mistake a row: the arguments, and words that the message must have (the value, what is allowed, what to do).
 MISTAKES = [
     (["--set", "run.stepz=3"], ["run.stepz", "did you mean `steps`"]),

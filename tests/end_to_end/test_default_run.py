@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.commands import Command, Process, run
 
+pytestmark = pytest.mark.timeout(300)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:

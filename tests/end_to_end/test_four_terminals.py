@@ -5,7 +5,11 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.commands import Command, run
+
+pytestmark = pytest.mark.timeout(300)
 
 
 def _wait_for_json(path: Path, seconds: float = 60.0) -> dict:

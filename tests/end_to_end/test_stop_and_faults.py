@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.commands import Command, run
 
+pytestmark = pytest.mark.timeout(300)
+
 LOCAL = ("--set", "cluster.link=local")
 
 
@@ -78,7 +80,7 @@ def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path):
         started = time.monotonic()
         command.signal(signal.SIGINT)
         assert command.wait(10) == 130, command.text
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 5
         assert command.left_behind() == []
 
 

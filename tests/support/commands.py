@@ -70,7 +70,7 @@ class Command:
         """Everything it has written and the test has read."""
         return "\n".join(self.output)
 
-    def wait_for_line(self, word: str, seconds: float = 60.0) -> str:
+    def wait_for_line(self, word: str, seconds: float = 120.0) -> str:
         """Reads its output up to a line with `word` in it; fails the test if it ends or takes too long."""
         deadline = time.monotonic() + seconds
         while True:
@@ -87,7 +87,7 @@ class Command:
         """Sends it a signal."""
         self.process.send_signal(number)
 
-    def wait(self, seconds: float = 90.0) -> int:
+    def wait(self, seconds: float = 120.0) -> int:
         """Waits for its end, reads the rest of its output and returns the exit code."""
         try:
             code = self.process.wait(seconds)
@@ -125,7 +125,7 @@ class Command:
         """Returns its living descendants with `word` in their title."""
         return [process for process in self.family() if word in process.title]
 
-    def wait_for_member(self, word: str, seconds: float = 60.0) -> Process:
+    def wait_for_member(self, word: str, seconds: float = 120.0) -> Process:
         """Waits until a descendant has `word` in its title."""
         deadline = time.monotonic() + seconds
         while not (found := self.members(word)):
@@ -173,7 +173,7 @@ class Command:
         self.close()
 
 
-def run(*arguments: str, seconds: float = 90.0, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+def run(*arguments: str, seconds: float = 120.0, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
     """Runs a command to its end; returns its exit code and its output."""
     with Command(*arguments, environment=environment) as command:
         return command.wait(seconds), command.text

@@ -53,6 +53,7 @@ def test_a_dead_service_is_started_again_with_a_command_of_its_own(tmp_path: Pat
     assert "started again" in events[0]
     assert service.ready() == {"arguments": ["--restarts=1"]}
     assert service.restarts == 1 and not service.gave_up
+    assert service.reports() == [{"arguments": ["--restarts=0"]}, {"arguments": ["--restarts=1"]}]
     (tmp_path / "fate").write_text("stop")
     _events(service, until=lambda: service.child is None)
 
