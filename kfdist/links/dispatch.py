@@ -28,6 +28,8 @@ _LARGEST_STRETCH = 8
 
 _LONGEST_LOOK_AWAY_SECONDS = 0.5
 _WARNING_PERIOD_SECONDS = 10.0
+_POOL_START_SECONDS = 20.0
+"""Ranks and pool start together, and the pool takes longer; only later is a want of owners worth a word."""
 
 
 class _Connection:
@@ -98,8 +100,8 @@ class Dispatcher:
         self._changed = asyncio.Event()
         self._traffic = Traffic()
         self._resubmissions: Counter[str] = Counter()
-        # Quiet at first: owners are learned of a moment after the start.
-        self._quiet_until = time.monotonic() + _WARNING_PERIOD_SECONDS
+        self._begun = time.monotonic()
+        self._quiet_until = 0.0
 
     def submit(self, group: asyncio.TaskGroup, submit: Submit, input_descriptor: int, output_descriptor: int) -> None:
         """Takes a job over, and its descriptors with it.
@@ -238,9 +240,9 @@ class Dispatcher:
     def _explain_waiting(self, parcel: _Parcel) -> None:
         owners = self._directory.owners
         fingerprint = parcel.submit.fingerprint
-        if not owners:
+        if not owners and time.monotonic() - self._begun > _POOL_START_SECONDS:
             self._warn("no owner is known yet; jobs wait for one (is the pool running?)")
-        elif not self._directory.matching(fingerprint):
+        elif owners and not self._directory.matching(fingerprint):
             others = sorted({owner.fingerprint for owner in owners})
             self._warn(
                 f"no owner has the run's fingerprint {fingerprint!r}; theirs: {others}. Under fixed-lag owners must "

@@ -44,7 +44,7 @@ class RemoteOptions:
     start_seconds: float = 60.0
     failed_starts: int = 5
     close_seconds: float = 2.0
-    queued_samples: int = 10_000
+    queued_samples: int = 20_000
     courier_module: str = COURIER_MODULE
 
 

@@ -10,6 +10,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,10 @@ class Execution:
 
 
 class Executor:
-    """Keeps one warm process and replaces it when it has to."""
+    """Keeps one warm process and replaces it when it has to.
+
+    `run` is called by one thread at a time, everything else by any.
+    """
 
     def __init__(self, *, threads: int, device: str = "cpu", module: str = CHILD_MODULE) -> None:
         """Starts the process, and doesn't wait for it.
@@ -84,6 +88,8 @@ class Executor:
         self._module = module
         self._fingerprint = ""
         self._closed = False
+        # Guards which process is in charge and who reads its greeting; not held while it works.
+        self._lock = threading.Lock()
         self._child: _Child | None = self._start()
 
     @property
@@ -135,24 +141,27 @@ class Executor:
     def close(self) -> None:
         """Ends the process; an inversion in progress fails. Safe to call twice and from any thread."""
         self._closed = True
-        if self._child is not None:
-            self._child.kill()
+        child = self._child  # Without the lock, whose holder may be waiting for this very process.
+        if child is not None:
+            child.kill()
 
     def _ready(self) -> "_Child":
         """Returns a process that has greeted."""
-        if self._child is None:
-            self._child = self._start()
-        child = self._child
-        if not child.greeted:
-            try:
-                _, _, greeting = child.receive(time.monotonic() + _GREETING_SECONDS)
-            except TimeoutError:
-                raise ChildCrashed(f"the inversion process {self._discard()}, after {_GREETING_SECONDS:g} s") from None
-            except EOFError:
-                raise ChildCrashed(f"the inversion process {self._discard()} before it was ready") from None
-            self._fingerprint = json.loads(greeting)["fingerprint"]
-            child.greeted = True
-        return child
+        with self._lock:
+            if self._child is None:
+                self._child = self._start()
+            child = self._child
+            if not child.greeted:
+                try:
+                    _, _, greeting = child.receive(time.monotonic() + _GREETING_SECONDS)
+                except TimeoutError:
+                    ended = self._discard()
+                    raise ChildCrashed(f"the inversion process {ended}, after {_GREETING_SECONDS:g} s") from None
+                except EOFError:
+                    raise ChildCrashed(f"the inversion process {self._discard()} before it was ready") from None
+                self._fingerprint = json.loads(greeting)["fingerprint"]
+                child.greeted = True
+            return child
 
     def _start(self) -> "_Child":
         if self._closed:
@@ -166,10 +175,11 @@ class Executor:
 
     def _replace(self) -> str:
         """Ends the process in charge, says how it ended, and lets the next one warm up."""
-        ended = self._discard()
-        if not self._closed:
-            self._child = self._start()
-        return ended
+        with self._lock:
+            ended = self._discard()
+            if not self._closed:
+                self._child = self._start()
+            return ended
 
 
 class _Child:

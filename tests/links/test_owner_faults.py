@@ -156,7 +156,7 @@ def test_only_an_owner_of_the_fingerprint_gets_the_job(owners, link, epoch, capf
     collect(link, 1)
     link.submit(job("wrong", data=payload(24, seed=8), epoch=epoch, fingerprint="cpu;another"))
     eventually(lambda: link.counters().resubmissions, lambda seen: seen == {"fingerprint": 1})
+    assert "no owner has the run's fingerprint 'cpu;another'; theirs: ['cpu;" in capfd.readouterr().err
     link.wait(0.5)
     assert link.poll() == []
     link.cancel("wrong", 0)
-    eventually(lambda: "no owner has the run's fingerprint 'cpu;another'" in capfd.readouterr().err, bool, seconds=15)
