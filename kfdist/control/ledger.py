@@ -77,6 +77,7 @@ class Ledger:
         self._notes: dict[str, dict[str, Any]] = {}
         for record in self._runs.values():
             on_change(record)
+            self.note(record.name, live_owners=len(self.live_owners()))
 
     # Reading.
 

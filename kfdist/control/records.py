@@ -183,7 +183,7 @@ def silent(record: RunRecord, *, lease_seconds: float) -> Change:
     """Draws the conclusion when no rank was heard of for longer than the lease."""
     if record.state in (RunState.RUNNING, RunState.PAUSED) or (record.state is RunState.STOPPING and record.begun):
         text = f"no rank heard of for {lease_seconds:g} s, last at step {record.step}; it was {record.state}"
-        return Change(replace(record, state=RunState.LOST), (Event(kind="lost", text=text),))
+        return Change(replace(record, state=RunState.LOST, live_workers=0), (Event(kind="lost", text=text),))
     if record.state is RunState.STOPPING:  # asked to stop before any rank had come, and none has
         text = f"stopped before it began: no rank came within {lease_seconds:g} s"
         return Change(replace(record, state=RunState.STOPPED), (Event(kind="stopped", text=text),))

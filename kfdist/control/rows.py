@@ -26,7 +26,8 @@ CREATE TABLE runs (
   name TEXT PRIMARY KEY, directory TEXT NOT NULL, total_steps INTEGER NOT NULL, created_ns INTEGER NOT NULL,
   epoch INTEGER NOT NULL, world_size INTEGER NOT NULL, begun INTEGER NOT NULL, state TEXT NOT NULL,
   step INTEGER NOT NULL, desired TEXT NOT NULL, settings_revision INTEGER NOT NULL,
-  checkpoint_serial INTEGER NOT NULL, damping REAL NOT NULL, gauges TEXT NOT NULL, revision INTEGER NOT NULL
+  checkpoint_serial INTEGER NOT NULL, damping REAL NOT NULL, live_workers INTEGER NOT NULL,
+  live_owners INTEGER NOT NULL, gauges TEXT NOT NULL, revision INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE configs (run TEXT PRIMARY KEY, config TEXT NOT NULL) STRICT;
 CREATE TABLE changes (
@@ -119,7 +120,7 @@ def write_run(cursor: sqlite3.Cursor, update: RunUpdate, time_ns: int) -> None:
     record = update.record
     row = {
         **{name: getattr(record, name) for name in ("name", "directory", "total_steps", "created_ns", "epoch")},
-        **{name: getattr(record, name) for name in ("world_size", "step", "revision")},
+        **{name: getattr(record, name) for name in ("world_size", "step", "live_workers", "live_owners", "revision")},
         "begun": int(record.begun),
         "state": record.state.value,
         "desired": record.settings.desired.value,

@@ -66,8 +66,8 @@ _DECLARED = (
         labels=("phase",),
         buckets=_STEP_BUCKETS,
     ),
-    Metric(name="kfdist_loss", kind=Kind.GAUGE, help="Training loss as last reported."),
-    Metric(name="kfdist_accuracy", kind=Kind.GAUGE, help="Accuracy on the test data as last evaluated, from 0 to 1."),
+    Metric(name="kfdist_loss", kind=Kind.GAUGE, help="Loss as last reported."),
+    Metric(name="kfdist_accuracy", kind=Kind.GAUGE, help="Accuracy as last reported, from 0 to 1."),
     # Staleness and adoption.
     Metric(
         name="kfdist_staleness_steps",

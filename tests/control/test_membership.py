@@ -277,9 +277,12 @@ class TestRestart:
             member.register_worker("r", epoch=4, world_size=2, groups=wire_groups())
             member.beat_worker("r", epoch=4, step=17)
             before = member.assignment("r")
+            with first.client() as client:
+                seen = eventually(lambda: client.get("r"), lambda run: run.live_workers == 1 and run.step == 17)
         with ControllerThread(state) as second, Member(second.address) as member, second.client() as client:
             assert member.assignment("r") == before
-            assert (client.get("r").state, client.get("r").step) == (RunState.RUNNING, 17)
+            assert client.get("r") == seen
+            assert (seen.state, seen.live_owners) == (RunState.RUNNING, 1)
             answer = member.beat_worker("r", epoch=4, step=18)
             assert answer.assignment_revision == before.revision
             member.beat_owner("owner-0")
