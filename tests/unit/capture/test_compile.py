@@ -1,0 +1,91 @@
+"""torch.compile changes neither the statistics nor the names."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from kfdist.capture.hooks import Capture, Sampling
+from kfdist.runtime.groups import BlockPlan, bare_model, plan_blocks
+from tests.support.factors import Factors, assert_factors_equal, factors_of
+from tests.support.small_models import images, small_cnn
+
+SAME = 1e-12
+"""float64; a compiled backward may add gradients in another order."""
+
+Compile = Callable[[nn.Module], nn.Module]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    compiled = torch.compile(model, backend="aot_eager")
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def only_a_part(model: nn.Module) -> nn.Module:
+    assert isinstance(model, nn.Sequential)
+    model[2] = torch.compile(model[2], backend="eager")
+    return model
+
+
+def plain(model: nn.Module) -> nn.Module:
+    return model
+
+
+def captured(model: nn.Module) -> tuple[Capture, BlockPlan]:
+    plan = plan_blocks(bare_model(model), "kfac")
+    blocks = {block.name: block for group in plan.groups for block in group.blocks}
+    capture = Capture(bare_model(model), blocks, aliases=plan.aliases, sampling=Sampling(), grad_scaler=None)
+    capture.arm(blocks, lambda name: 0)
+    return capture, plan
+
+
+def measure(compile_: Compile) -> Factors:
+    """Two steps, the second with a batch of another length, which recompiles."""
+    model = compile_(small_cnn())
+    capture, _ = captured(model)
+    factors = {}
+    for step, n in enumerate((8, 5)):
+        x, y = images(n, seed=step)
+        for xs, ys in zip(x.split(4), y.split(4), strict=True):
+            (nn.functional.cross_entropy(model(xs), ys) / 2).backward()
+        factors |= {f"{name}@{step}": each for name, each in factors_of(capture.drain()).items()}
+    capture.close()
+    return factors
+
+
+@pytest.mark.parametrize("compile_", [wrapped, in_place, only_a_part])
+def test_a_compiled_model_gives_the_same_statistics_under_the_same_names(compile_: Compile):
+    assert_factors_equal(measure(compile_), measure(plain), SAME)
+
+
+def test_coverage_of_a_compiled_model_has_clean_names():
+    _, expected = captured(small_cnn())
+    _, plan = captured(wrapped(only_a_part(small_cnn())))
+    assert plan.coverage == expected.coverage
+
+
+def test_code_compiled_before_the_hooks_were_there_runs_none_of_them():
+    """Torch's own rule (it doesn't guard on hooks); `Preconditioner.step` warns because of `saw_forward`."""
+    model = wrapped(small_cnn())
+    x, y = images(4)
+    nn.functional.cross_entropy(model(x), y).backward()
+    capture, _ = captured(model)
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert not capture.saw_forward
+    torch.compiler.reset()
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert capture.saw_forward
+    assert set(capture.drain()) == {"0", "2", "5", "7"}

@@ -1,0 +1,90 @@
+"""The digest of the parameters: any changed bit shows, equal bits always agree."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from kfdist.runtime.digest import parameter_digest
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
+
+
+def made(dtype: torch.dtype, numbers: int, seed: int = 0) -> Tensor:
+    raw = torch.randint(0, 256, (numbers * dtype.itemsize,), generator=torch.Generator().manual_seed(seed))
+    return raw.to(torch.uint8).view(dtype)
+
+
+def flip(tensor: Tensor, bit: int) -> Tensor:
+    """A copy with one bit flipped, counted from the tensor's first byte."""
+    raw = tensor.clone().view(torch.uint8)
+    raw[bit // 8] ^= 1 << bit % 8
+    return raw.view(tensor.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("numbers", [1, 3, 8])
+def test_every_single_bit_counts(dtype: torch.dtype, numbers: int):
+    tensors = [made(torch.float32, 5), made(dtype, numbers), made(torch.float32, 2)]
+    digest = parameter_digest(tensors)
+    changed = [
+        parameter_digest([tensors[0], flip(tensors[1], bit), tensors[2]]) for bit in range(numbers * dtype.itemsize * 8)
+    ]
+    assert all(each != digest for each in changed)
+    assert len({int(each) for each in changed}) == len(changed)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 300), st.data())
+def test_two_flipped_bits_count_too(numbers: int, data: st.DataObject):
+    tensor = made(torch.float32, numbers)
+    bits = data.draw(st.lists(st.integers(0, numbers * 32 - 1), min_size=2, max_size=2, unique=True))
+    assert parameter_digest([flip(flip(tensor, bits[0]), bits[1])]) != parameter_digest([tensor])
+
+
+def test_the_sign_of_zero_and_the_payload_of_nan_count():
+    assert parameter_digest([torch.tensor([0.0])]) != parameter_digest([torch.tensor([-0.0])])
+    nan = torch.tensor([torch.nan])
+    assert parameter_digest([nan]) == parameter_digest([nan.clone()])
+    assert parameter_digest([flip(nan, 3)]) != parameter_digest([nan])
+
+
+def test_places_count():
+    tensor = made(torch.float32, 40)
+    swapped = tensor.clone()
+    swapped[[3, 30]] = tensor[[30, 3]]
+    other = made(torch.float32, 40, seed=1)
+    assert parameter_digest([swapped]) != parameter_digest([tensor])
+    assert parameter_digest([tensor, other]) != parameter_digest([other, tensor])
+
+
+def test_equal_bits_agree_whatever_the_thread_count_and_memory_layout():
+    tensor = made(torch.float32, 300_000).view(3, 100, 1000)
+    digests = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            digests.append(int(parameter_digest([tensor])))
+    finally:
+        torch.set_num_threads(threads)
+    digests.append(int(parameter_digest([tensor.mT.contiguous().mT])))
+    assert len(set(digests)) == 1
+
+
+def test_views_into_a_flat_buffer_agree_with_copies():
+    """cuDNN's recurrent layers and flat optimizers keep parameters this way, at offsets of any number of bytes."""
+    buffer = made(torch.float32, 41)
+    views = [buffer[1:9], buffer[9:12], buffer[13:41], buffer[0:0]]
+    assert parameter_digest(views) == parameter_digest([view.clone() for view in views])
+
+
+def test_a_module_has_a_digest():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    digest = parameter_digest(model.parameters())
+    assert (digest.dtype, digest.shape) == (torch.int64, ())
+    with torch.no_grad():
+        model[2].bias.add_(1e-7)
+    assert parameter_digest(model.parameters()) != digest
+    assert parameter_digest([]) == 0

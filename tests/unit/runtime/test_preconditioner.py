@@ -1,0 +1,436 @@
+"""The public Preconditioner: its direction, its scope, its checks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kfdist
+from kfdist.curvature.references import dense_kronecker, solve_dense
+from kfdist.errors import ConfigError, KfdistError, KfdistWarning, ModelChanged
+from kfdist.runtime.arguments import check_block
+from tests.support.factors import assert_factors_equal, blocks_of
+from tests.support.preconditioning import backward, factors, gradients, preconditioner, rows, two_layers
+
+EXACT = 1e-10
+"""float64; at a damping of 0.1 the dense problem's condition number is below 1e4."""
+
+
+def direction(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: block.gradient() for name, block in blocks_of(model).items()}
+
+
+def test_a_step_is_the_dense_solve_of_what_was_measured():
+    model = two_layers()
+    with preconditioner(model, kl_clip=None) as pre:
+        backward(model)
+        V = direction(model)
+        pre.step()
+        for name, (A, G) in factors(pre).items():
+            expected = solve_dense(dense_kronecker(A, G), 0.1, V[name])
+            torch.testing.assert_close(direction(model)[name], expected, rtol=EXACT, atol=EXACT)
+
+
+def test_several_steps_fold_with_the_decay():
+    model = two_layers()
+    alone = []
+    for seed in range(4):
+        twin = two_layers()
+        with preconditioner(twin) as pre:
+            backward(twin, seed=seed)
+            pre.step()
+            alone.append(factors(pre))
+    with preconditioner(model, ema_decay=0.6) as pre:
+        for seed in range(4):
+            model.zero_grad()
+            backward(model, seed=seed)
+            pre.step()
+        measured = factors(pre)
+    for name in measured:
+        for index in (0, 1):
+            expected = alone[0][name][index]
+            for rho, new in zip((0.5, 0.6, 0.6), alone[1:], strict=True):
+                expected = rho * expected + (1 - rho) * new[name][index]
+            torch.testing.assert_close(measured[name][index], expected, rtol=EXACT, atol=EXACT)
+
+
+def test_only_due_blocks_are_folded():
+    """Two groups, factors every 2 and inverses every 4 steps: the second's phase is 2."""
+    model = two_layers()
+    weights = []
+    with preconditioner(model, factor_period=2, inverse_period=4, ema_decay=0.0) as pre:
+        for step in range(6):
+            model.zero_grad()
+            backward(model, n=step + 1, seed=step)
+            pre.step()
+            weights.append({name: float(each["weight"]) for name, each in pre.state_dict()["sums"].items()})
+    assert [each["0"] for each in weights] == [1, 1, 3, 3, 5, 5]
+    assert [each["2"] for each in weights] == [1, 1, 3, 3, 5, 5]
+
+
+def test_a_batch_that_is_not_finite_is_dropped_and_the_next_one_taken():
+    model = two_layers()
+    with preconditioner(model) as pre:
+        x, y = rows()
+        x[2, 1] = torch.nan
+        nn.functional.cross_entropy(model(x), y).backward()
+        pre.step()
+        assert factors(pre) == {}, "there are no statistics"
+        assert pre.versions() == {"0": -1, "2": -1}
+        model.zero_grad()
+        backward(model)
+        pre.step()
+        measured = factors(pre)
+        assert pre.versions() == {"0": 1, "2": 1}, "asked for again as soon as there are some"
+        assert all(float(each["dropped"]) == 1 for each in pre.state_dict()["sums"].values())
+    twin = two_layers()
+    with preconditioner(twin) as alone:
+        backward(twin)
+        alone.step()
+        assert_factors_equal(measured, factors(alone), EXACT)
+
+
+def test_two_preconditioners_on_two_models_do_not_mix():
+    first, second = two_layers(0), two_layers(1)
+    expected = []
+    for model, seed in ((two_layers(0), 3), (two_layers(1), 4)):
+        with preconditioner(model) as pre:
+            backward(model, seed=seed)
+            pre.step()
+            expected.append((factors(pre), gradients(model)))
+    with preconditioner(first) as a, preconditioner(second) as b:
+        backward(first, seed=3)
+        backward(second, seed=4)
+        b.step()
+        a.step()
+        for pre, model, (of_model, direction) in zip((a, b), (first, second), expected, strict=True):
+            assert_factors_equal(factors(pre), of_model, 0.0)
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients(model), direction, strict=True))
+
+
+def test_a_gan_loop():
+    """The discriminator's own statistics come from its own loss; the generator's loss goes through it paused."""
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    discriminator = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    twin_discriminator = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    criterion = nn.functional.binary_cross_entropy_with_logits
+    real, noise = rows()[0], torch.randn(8, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    with preconditioner(generator) as pre_g, preconditioner(discriminator) as pre_d:
+        for _ in range(2):
+            fake = generator(noise)
+            batch = torch.cat([real, fake.detach()])
+            labels = torch.cat([torch.ones(8, 1), torch.zeros(8, 1)]).double()
+            discriminator.zero_grad()
+            criterion(discriminator(batch), labels).backward()
+            pre_d.step()
+
+            generator.zero_grad()
+            with pre_d.paused():
+                loss = criterion(discriminator(fake), torch.ones(8, 1).double())
+            loss.backward()
+            pre_g.step()
+        measured = factors(pre_d), factors(pre_g)
+
+    with preconditioner(twin_discriminator) as pre:
+        batch = torch.cat([real, twin(noise).detach()])
+        criterion(twin_discriminator(batch), labels).backward()
+        pre.step()
+        assert_factors_equal(measured[0], factors(pre), EXACT)
+    with preconditioner(twin) as pre:
+        criterion(twin_discriminator(twin(noise)), torch.ones(8, 1).double()).backward()
+        pre.step()
+        assert_factors_equal(measured[1], factors(pre), EXACT)
+
+
+def test_the_stated_number_of_examples_reaches_the_statistics():
+    model = two_layers()
+    with preconditioner(model) as pre:
+        for n in (3, 5):
+            pre.batch(examples=n)
+            backward(model, scale=0.5)
+        pre.step()
+        assert {float(each["weight"]) for each in pre.state_dict()["sums"].values()} == {8.0}
+        with pytest.raises(ConfigError, match="at least 1"):
+            pre.batch(examples=0)
+
+
+# After construction the model stays as it is --------------------------------------------------------------------------
+
+
+def freeze(model: nn.Sequential) -> None:
+    model[2].requires_grad_(False)
+
+
+def freeze_the_bias(model: nn.Sequential) -> None:
+    model[2].bias.requires_grad_(False)
+
+
+def replace(model: nn.Sequential) -> None:
+    model[2] = nn.Linear(5, 3).double()
+
+
+def remove(model: nn.Sequential) -> None:
+    del model[2]
+
+
+def replace_the_weight(model: nn.Sequential) -> None:
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+
+
+def remove_the_bias(model: nn.Sequential) -> None:
+    model[2].bias = None
+
+
+def resize(model: nn.Sequential) -> None:
+    model[2].weight.data = torch.zeros(3, 7).double()
+
+
+def transpose(model: nn.Sequential) -> None:
+    model[2].weight.data = model[2].weight.data.T.contiguous()
+
+
+def parametrize(model: nn.Sequential) -> None:
+    nn.utils.parametrizations.weight_norm(model[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (freeze, "frozen"),
+        (freeze_the_bias, "frozen"),
+        (replace, "replaced"),
+        (remove, "removed"),
+        (replace_the_weight, "replaced"),
+        (remove_the_bias, "replaced"),
+        (resize, "resized"),
+        (transpose, "resized"),
+        (parametrize, "replaced"),
+    ],
+)
+def test_a_changed_layer_is_named(change: Callable[[nn.Sequential], None], said: str):
+    model = two_layers()
+    with preconditioner(model) as pre:
+        backward(model)
+        change(model)
+        with pytest.raises(ModelChanged, match=f"layer '2' was .*{said}.*make a new Preconditioner"):
+            pre.step()
+
+
+def test_a_moved_layer_is_named():
+    model = two_layers()
+    block = blocks_of(model)["2"]
+    check_block(model, block, torch.device("cpu"))
+    with pytest.raises(ModelChanged, match="layer '2' was moved from cuda:0 to cpu"):
+        check_block(model, block, torch.device("cuda:0"))
+
+
+def test_wrapping_a_layer_afterwards_is_no_change():
+    model = two_layers()
+    with preconditioner(model) as pre:
+        backward(model)
+        wrapped: Any = torch.compile(model[2], backend="eager")
+        model[2] = wrapped
+        assert pre.step().step == 0
+
+
+def test_gradients_without_a_forward_that_the_hooks_saw_are_warned_of_once():
+    model = two_layers()
+    with preconditioner(model) as pre:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with pytest.warns(KfdistWarning, match=r"before the model's first call, or call torch\.compiler\.reset"):
+            pre.step()
+        pre.step()
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("damping", 0.0, "positive, finite"),
+        ("damping", float("nan"), "positive, finite"),
+        ("damping", float("inf"), "positive, finite"),
+        ("damping", "1e-3", "positive, finite"),
+        ("damping", True, "positive, finite"),
+        ("ema_decay", 1.0, r"\[0, 1\)"),
+        ("ema_decay", -0.1, r"\[0, 1\)"),
+        ("ema_decay", None, r"\[0, 1\)"),
+        ("kl_clip", 0.0, "or None to turn the clip off"),
+        ("kl_clip", "x", "or None to turn the clip off"),
+        ("lr", -0.1, "at least 0"),
+        ("fisher", "true", "'empirical'"),
+        ("factor_period", 0, "at least 1"),
+        ("inverse_period", 2.5, "at least 1"),
+        ("adoption", "sync", r"kfdist\.FixedLag\(k\)"),
+        ("adoption", kfdist.FixedLag(-1), "at least 0"),
+        ("examples_fraction", 0.0, r"\(0, 1\]"),
+        ("positions_fraction", 2, r"\(0, 1\]"),
+        ("wait_limit_seconds", 0, "positive number of seconds"),
+        ("wait_limit_seconds", "1h", "positive number of seconds"),
+        ("digest_period", -1, "or 0 for never"),
+        ("digest_period", 1.5, "or 0 for never"),
+        ("skip", ("nothing",), "matches no layer"),
+        ("method", "kfak", "kfac"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name_and_leave_no_hook(name: str, value: Any, said: str):
+    model = two_layers()
+    with pytest.raises(ConfigError, match=said) as raised:
+        preconditioner(model, **{name: value})
+    assert repr(value) in str(raised.value) or name in ("adoption", "skip"), "the value received is named"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_single_glob_to_skip_may_be_given_as_a_string():
+    with preconditioner(two_layers(), skip="0") as pre:
+        assert list(pre.versions()) == ["2"]
+
+
+def test_inverse_period_between_multiples_names_the_legal_ones():
+    with pytest.raises(ConfigError, match="take 20 or 30"):
+        preconditioner(two_layers(), factor_period=10, inverse_period=25)
+
+
+def test_a_model_that_is_one_layer_works():
+    model = nn.Linear(4, 3).double()
+    with preconditioner(model, kl_clip=None) as pre:
+        backward(model)
+        V = direction(model)[""]
+        pre.step()
+        ((A, G),) = factors(pre).values()
+        torch.testing.assert_close(
+            direction(model)[""], solve_dense(dense_kronecker(A, G), 0.1, V), rtol=EXACT, atol=EXACT
+        )
+
+
+# AMP ------------------------------------------------------------------------------------------------------------------
+
+
+def overflowing(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+    """A backward that overflows: finite loss, infinite gradients."""
+    backward_scaled(model, scaler)
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.fill_(torch.inf)
+
+
+def backward_scaled(model: nn.Module, scaler: torch.amp.GradScaler, seed: int = 0) -> None:
+    x, y = rows(seed=seed)
+    scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+
+
+def amp_step(
+    pre: kfdist.Preconditioner, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, by_hand: bool
+) -> None:
+    if by_hand:
+        scaler.unscale_(optimizer)
+        pre.step()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("by_hand", [True, False], ids=["by hand", "attached"])
+def test_scaled_training_equals_unscaled(by_hand: bool):
+    parameters, measured = [], []
+    for enabled in (False, True):
+        model = two_layers()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        with preconditioner(model, grad_scaler=scaler) as pre:
+            if not by_hand:
+                pre.attach(optimizer)
+            for seed in range(3):
+                backward_scaled(model, scaler, seed)
+                amp_step(pre, optimizer, scaler, by_hand=by_hand)
+            measured.append(factors(pre))
+        parameters.append(list(model.parameters()))
+    assert_factors_equal(measured[1], measured[0], EXACT)
+    for mine, theirs in zip(*parameters, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=EXACT, atol=EXACT)
+
+
+def test_gradients_that_are_still_scaled_are_an_error_with_the_remedy():
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with preconditioner(model, grad_scaler=scaler) as pre:
+        for _ in range(2):  # also after an update
+            backward_scaled(model, scaler)
+            with pytest.raises(KfdistError, match=r"call scaler\.unscale_\(optimizer\) before"):
+                pre.step()
+            amp_step(pre, optimizer, scaler, by_hand=True)
+
+
+def test_a_fused_optimizer_that_unscales_in_its_kernel_is_an_error_with_the_remedy():
+    """The scaler checks for overflow but leaves the gradients scaled; `unscale_` before makes it right."""
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with preconditioner(model, lr=None, grad_scaler=scaler).attach(optimizer) as pre:
+        backward_scaled(model, scaler)
+        with pytest.raises(KfdistError, match=r"call scaler\.unscale_\(optimizer\) before"):
+            scaler.step(optimizer)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        assert pre.next_step == 1
+
+
+def test_an_overflowed_step_changes_no_statistics_and_time_goes_on():
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with preconditioner(model, grad_scaler=scaler) as pre:
+        backward_scaled(model, scaler)
+        amp_step(pre, optimizer, scaler, by_hand=True)
+        before = pre.state_dict()["sums"]
+        parameters = [parameter.detach().clone() for parameter in model.parameters()]
+        overflowing(model, scaler)
+        amp_step(pre, optimizer, scaler, by_hand=True)
+        after = pre.state_dict()["sums"]
+        assert scaler.get_scale() == 512.0, "it was to overflow"
+        for name, sums in before.items():
+            assert all(torch.equal(after[name][key], sums[key]) for key in ("A", "G", "weight"))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), parameters, strict=True))
+        assert pre.next_step == 2
+        assert set(pre.versions().values()) == {1}, "the schedule's inversion was made"
+
+
+def test_an_overflow_at_the_very_first_step():
+    """Usual with a scale of 65536: there is nothing to invert yet, and the next step asks again."""
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with preconditioner(model, grad_scaler=scaler, factor_period=10, inverse_period=100) as pre:
+        overflowing(model, scaler)
+        amp_step(pre, optimizer, scaler, by_hand=True)
+        assert set(pre.versions().values()) == {-1}
+        backward_scaled(model, scaler)
+        amp_step(pre, optimizer, scaler, by_hand=True)
+        assert set(pre.versions().values()) == {1}
+
+
+def test_a_step_that_the_scaler_skipped_leaves_its_batch_out_of_the_next_ones_statistics():
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with preconditioner(model, lr=None, grad_scaler=scaler).attach(optimizer) as pre:
+        overflowing(model, scaler)
+        amp_step(pre, optimizer, scaler, by_hand=False)
+        assert pre.next_step == 0, "the optimizer's step was skipped, and ours with it"
+        backward_scaled(model, scaler, seed=1)
+        amp_step(pre, optimizer, scaler, by_hand=False)
+        measured = factors(pre)
+    twin = two_layers()
+    with preconditioner(twin) as pre:
+        backward(twin, seed=1)
+        pre.step()
+        assert_factors_equal(measured, factors(pre), EXACT)
