@@ -1,5 +1,6 @@
 """Runs and events as the controller's clients see them: plain data, free of gRPC."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime

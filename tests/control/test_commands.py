@@ -74,6 +74,13 @@ def test_everything_as_json(kfdist, digits):
     assert kinds[-1] == "pause_requested"
 
 
+def test_a_loss_that_is_no_number_is_still_json(kfdist, digits, client):
+    digits.beat_worker("digits", step=31, samples=(sample("kfdist_loss", float("nan")),))
+    eventually(lambda: client.get("digits").step, lambda step: step == 31)
+    assert json.loads(kfdist("status", "digits", "--json"), parse_constant=pytest.fail)["gauges"]["kfdist_loss"] is None
+    assert "loss nan" in kfdist("pause", "digits")
+
+
 def test_nothing_to_show(kfdist):
     assert kfdist("status") == kfdist("list") == "no run yet\n"
     assert json.loads(kfdist("status", "--json")) == {"runs": []}
