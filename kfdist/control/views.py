@@ -28,13 +28,9 @@ class RunView:
     gauges: Mapping[str, float]
 
     def to_json(self) -> dict[str, object]:
-        """Returns what `--json` prints."""
-        return {
-            **vars(self),
-            "state": self.state.value,
-            "created": self.created.isoformat(),
-            "gauges": dict(self.gauges),
-        }
+        """Returns what `--json` prints; a gauge that is no finite number is null, as JSON has no word for it."""
+        gauges = {name: value if math.isfinite(value) else None for name, value in self.gauges.items()}
+        return {**vars(self), "state": self.state.value, "created": self.created.isoformat(), "gauges": gauges}
 
 
 @dataclass(frozen=True, kw_only=True)
