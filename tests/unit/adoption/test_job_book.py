@@ -10,7 +10,7 @@ from kfdist.links.base import AbstractLink, LinkContext, LinkCounters
 from kfdist.runtime.jobs import JobBook
 from kfdist.types import Job, JobResult, RunSettings, Sample
 
-GROUPS = ("a", "b")
+GROUPS: tuple[str, ...] = ("a", "b")
 
 
 class DrivenLink(AbstractLink):

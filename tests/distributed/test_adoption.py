@@ -1,0 +1,287 @@
+"""Adoption over real ranks: whatever is late, delivered twice or damaged, all ranks do the same at the same step."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from kfdist.comm.groups import Communicator
+from kfdist.curvature.jobs import NO_STATISTICS
+from kfdist.errors import EnvironmentFault, RanksDiverged
+from kfdist.runtime import preconditioner
+from kfdist.runtime.groups import plan_blocks
+from kfdist.runtime.pipeline import FixedLag
+from kfdist.staleness import AtHardBound, StalenessPolicy
+from tests.support.adoption_runs import Record, TrainingRank, check_invariants
+from tests.support.broadcasts import damage_broadcasts, slow_broadcasts
+from tests.support.delayed_link import DelayedLink
+from tests.support.moody_inverter import Moody, register_moody
+from tests.support.ranks import run_ranks
+
+PERIOD = 4
+BOUND = PERIOD + 3
+"""The smallest legal bound: a version is announced, broadcast and agreed on in three steps."""
+
+
+def late_link(rank: int, seed: int, longest_polls: int) -> DelayedLink:
+    """Results of this rank come late by random numbers of steps, those of every second rank twice."""
+    return DelayedLink(
+        seed=1000 * seed + rank, longest_polls=longest_polls, longest_pause_seconds=0.002, twice=rank % 2 == 0
+    )
+
+
+# As soon as possible ------------------------------------------------------------------------------------------------
+
+
+def asap(
+    communicator: Communicator, seed: int, steps: int, longest_polls: int, policy: StalenessPolicy | None = None
+) -> tuple[list[Record], dict[str, Any]]:
+    """Late results and slow broadcasts; also returns the counters."""
+    slow_broadcasts(seed=1000 * seed + communicator.rank, longest_polls=9)
+    link = late_link(communicator.rank, seed, longest_polls)
+    rank = TrainingRank(communicator, link, inverse_period=PERIOD, staleness=policy)
+    records, counters = rank.run(steps), rank.pre.counters()
+    rank.close()
+    return records, counters
+
+
+def check_asap(seed: int, *, world_size: int, steps: int) -> None:
+    results = run_ranks(world_size, asap, seed, steps, 12)
+    ranks = [records for records, _ in results]
+    check_invariants(ranks)
+    assert any(record.overlapping for rank in ranks for record in rank), "no version was announced while one travelled"
+    for group in ranks[0][0].versions:
+        assert sum(group in dict(record.adopted) for record in ranks[0]) >= 1 + steps // 20
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_asap_ranks_adopt_the_same_versions_at_the_same_steps(world_size: int) -> None:
+    check_asap(world_size, world_size=world_size, steps=40)
+
+
+def test_asap_replaces_the_waiting_job_and_counts_it() -> None:
+    for records, counters in run_ranks(2, asap, 7, 30, 25):
+        assert counters["replaced_jobs"] > 0
+        assert records[-1].adopted or max(records[-1].staleness.values()) < 30
+
+
+def check_policy(mode: AtHardBound, seed: int, *, world_size: int, steps: int) -> None:
+    policy = StalenessPolicy(soft_bound=BOUND, hard_bound=BOUND + 1, at_hard_bound=mode)
+    ranks = [records for records, _ in run_ranks(world_size, asap, seed, steps, 20, policy)]
+    check_invariants(ranks)
+    in_force = 0
+    for record in ranks[0]:
+        beyond_soft = sum(staleness > BOUND for staleness in record.staleness.values())
+        beyond_hard = sum(staleness > BOUND + 1 for staleness in record.staleness.values())
+        assert record.policy.get("damping_raised", 0) == beyond_soft
+        if mode is AtHardBound.WAIT:
+            assert beyond_hard == 0
+            in_force += record.policy.get("waited", 0)
+        else:
+            reason = "fallback" if mode is AtHardBound.FALLBACK else "kept"
+            assert record.policy.get(reason, 0) == beyond_hard
+            in_force += beyond_hard
+    assert in_force > 0, "the delays never reached the bound"
+
+
+@pytest.mark.parametrize("mode", AtHardBound)
+def test_staleness_keeps_its_bound_or_the_policy_is_counted(mode: AtHardBound) -> None:
+    check_policy(mode, 3, world_size=2, steps=40)
+
+
+# Fixed lag ------------------------------------------------------------------------------------------------------------
+
+LAG, LAG_PERIOD = 5, 3
+
+
+def fixed_lag(communicator: Communicator, seed: int | None, steps: int) -> list[Record]:
+    """An inverter whose results depend on random numbers and on the last version; no delays without a seed."""
+    register_moody()
+    link = DelayedLink() if seed is None else late_link(communicator.rank, seed, 15)
+    options = {"method": Moody(fails_one_in=5), "adoption": FixedLag(LAG), "inverse_period": LAG_PERIOD}
+    rank = TrainingRank(communicator, link, **options)
+    records = rank.run(steps)
+    rank.close()
+    return records
+
+
+def check_fixed_lag(seeds: tuple[int | None, ...], *, steps: int) -> None:
+    runs = [run_ranks(4, fixed_lag, seed, steps) for seed in seeds]
+    for ranks in runs:
+        check_invariants(ranks)
+        assert [record.parameters for record in ranks[0]] == [record.parameters for record in runs[0][0]]
+        assert [record.payloads for record in ranks[0]] == [record.payloads for record in runs[0][0]]
+    most = -(-LAG // LAG_PERIOD) + 1
+    for record in runs[0][0]:
+        assert max(record.pending.values()) <= most
+        assert all(version in (0, record.step - LAG) for _, version in record.adopted)
+    assert len({digest for record in runs[0][0] for digest in record.payloads.values()}) > 4 * steps // 10
+
+
+def test_fixed_lag_is_bitwise_whatever_the_delays() -> None:
+    check_fixed_lag((None, 1, 2), steps=30)
+
+
+def synchronous(communicator: Communicator, one_owner: bool) -> tuple[str, int]:
+    """FixedLag(0), with the inversions divided among the ranks or all done by rank 0's process."""
+    if one_owner:
+        preconditioner.plan_blocks = lambda model, method, *, skip, world_size: plan_blocks(model, method, skip=skip)
+    link = late_link(communicator.rank, 1, 3)
+    rank = TrainingRank(communicator, link, method="rs-kfac", adoption=FixedLag(0))
+    rank.run(12)
+    rank.close()
+    return rank.digest(), rank.pre.counters()["inversions"]["completed"]
+
+
+def test_synchronous_ranks_equal_one_owner_bit_for_bit() -> None:
+    divided, single = run_ranks(4, synchronous, False), run_ranks(4, synchronous, True)
+    assert len({digest for digest, _ in [*divided, *single]}) == 1
+    assert min(completed for _, completed in divided) > 0
+    assert [completed for _, completed in single[1:]] == [0, 0, 0]
+
+
+# Results of all kinds -------------------------------------------------------------------------------------------------
+
+
+def changing_shapes(communicator: Communicator, adoption: str | FixedLag) -> tuple[list[Record], list[tuple[int, ...]]]:
+    """Also returns the shapes of the first block's snapshots, one per step."""
+    register_moody()
+    rank = TrainingRank(communicator, late_link(communicator.rank, 1, 2), method=Moody(), adoption=adoption)
+    records, shapes = [], []
+    for _ in range(30):
+        records.append(rank.step())
+        applied = rank.pipeline.parts.snapshots[0].preconditioners["0"]
+        shapes.append(tuple(applied.U_A.shape))  # pyright: ignore[reportAttributeAccessIssue]
+    rank.close()
+    return records, shapes
+
+
+@pytest.mark.parametrize("adoption", ["asap", FixedLag(2)], ids=["asap", "fixed-lag"])
+def test_snapshots_of_changing_shape_arrive_whole(adoption: str | FixedLag) -> None:
+    results = run_ranks(2, changing_shapes, adoption)
+    check_invariants([records for records, _ in results])
+    assert results[0][1] == results[1][1]
+    assert {shape[-1] for shape in results[0][1]} == {1, 2, 3}
+
+
+def failing(communicator: Communicator, adoption: str | FixedLag) -> tuple[list[Record], dict[str, Any]]:
+    """Every other inversion fails."""
+    register_moody()
+    link = late_link(communicator.rank, 1, 2)
+    rank = TrainingRank(communicator, link, method=Moody(fails_one_in=2), adoption=adoption)
+    records, counters = rank.run(30), rank.pre.counters()
+    rank.close()
+    return records, counters
+
+
+@pytest.mark.parametrize("adoption", ["asap", FixedLag(2)], ids=["asap", "fixed-lag"])
+def test_a_failed_inversion_is_adopted_and_keeps_the_last_good_snapshot(adoption: str | FixedLag) -> None:
+    results = run_ranks(2, failing, adoption)
+    ranks = [records for records, _ in results]
+    check_invariants(ranks)
+    good = failed = 0
+    for record in ranks[0]:
+        for group, version in record.adopted:
+            good += record.versions[group] == version
+            failed += record.versions[group] < version
+    assert good > 5
+    assert failed > 5
+    for _, counters in results:
+        assert sum(counters["failures"].values()) == counters["inversions"]["failed"] == failed
+        assert all("out of mood" in reason for reason in counters["failures"])
+
+
+def poisoned(communicator: Communicator, adoption: str | FixedLag) -> tuple[list[Record], dict[str, Any]]:
+    """Nobody has finite statistics in the first three steps, and rank 1 has none in the fifth either."""
+    link = late_link(communicator.rank, 1, 2)
+    rank = TrainingRank(communicator, link, adoption=adoption)
+    records = []
+    for step in range(24):
+        rank.backward(poisoned=step < 3 or (step == 4 and communicator.rank == 1))
+        records.append(rank.second_half())
+    counters = rank.pre.counters()
+    rank.close()
+    return records, counters
+
+
+@pytest.mark.parametrize("adoption", ["asap", FixedLag(5), FixedLag(0)], ids=["asap", "fixed-lag", "synchronous"])
+def test_groups_without_statistics_are_due_again_until_they_have_some(adoption: str | FixedLag) -> None:
+    results = run_ranks(2, poisoned, adoption)
+    ranks = [records for records, _ in results]
+    check_invariants(ranks)
+    assert set(ranks[0][0].versions.values()) == {-1}
+    assert ranks[0][0].policy["no_snapshot"] == 4
+    assert all(version > 2 for version in ranks[0][-1].versions.values())
+    assert all("no_snapshot" not in record.policy for record in ranks[0][14:])
+    assert all(NO_STATISTICS in counters["failures"] for _, counters in results)
+    # Four blocks drop a batch in three steps on both ranks, and in one more on rank 1.
+    assert [counters["nonfinite_drops"] for _, counters in results] == [12, 16]
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def damaged(communicator: Communicator, adoption: str | FixedLag, numbers: range) -> tuple[list[Record], int, str]:
+    """Rank 1 receives some payloads with a flipped byte."""
+    if communicator.rank == 1:
+        damage_broadcasts(numbers=numbers)
+    rank = TrainingRank(communicator, adoption=adoption)
+    records, fault = [], ""
+    try:
+        records = rank.run(20)
+        rank.close()
+    except EnvironmentFault as error:
+        fault = f"step {rank.pre.next_step}: {error}"
+        rank.pre.abandon()
+    return records, rank.pipeline.parts.exchange.resent, fault
+
+
+@pytest.mark.parametrize("adoption", ["asap", FixedLag(2)], ids=["asap", "fixed-lag"])
+def test_a_payload_damaged_on_one_rank_is_used_by_none_and_sent_again(adoption: str | FixedLag) -> None:
+    results = run_ranks(2, damaged, adoption, range(6, 7))
+    check_invariants([records for records, _, _ in results])
+    assert [(resent, fault) for _, resent, fault in results] == [(1, "")] * 2
+    assert min(results[0][0][-1].versions.values()) > 8
+    if isinstance(adoption, FixedLag):
+        whole = run_ranks(2, damaged, adoption, range(0))
+        assert [record.parameters for record in whole[0][0]] == [record.parameters for record in results[0][0]]
+
+
+@pytest.mark.parametrize("adoption", ["asap", FixedLag(2)], ids=["asap", "fixed-lag"])
+def test_payloads_that_stay_damaged_stop_all_ranks_at_the_same_step(adoption: str | FixedLag) -> None:
+    faults = [fault for _, _, fault in run_ranks(2, damaged, adoption, range(6, 10**6))]
+    assert faults[0] == faults[1]
+    assert "wrong SHA-256 3 times in a row" in faults[0]
+
+
+def diverging(communicator: Communicator) -> tuple[int, str]:
+    """A bit of a parameter flips on rank 1 after step 5."""
+    rank = TrainingRank(communicator)
+    try:
+        while True:
+            if rank.step().step == 5 and communicator.rank == 1:
+                next(rank.model.parameters()).data.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+    except RanksDiverged as error:
+        rank.pre.abandon()
+        return rank.pre.next_step, str(error)
+
+
+def test_parameters_that_differ_in_one_bit_stop_all_ranks_at_the_same_step() -> None:
+    results = run_ranks(2, diverging)
+    assert results[0] == results[1]
+    # Digested in step 6, agreed on one step later.
+    assert results[0][0] == 7
+    assert "the parameters differ between ranks" in results[0][1]
+
+
+# Many more of the same ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_chaos() -> None:
+    for seed in range(10, 22):
+        check_asap(seed, world_size=2 + 2 * (seed % 2), steps=150)
+        for mode in AtHardBound:
+            check_policy(mode, seed, world_size=2 + 2 * (seed % 2), steps=120)
+        check_fixed_lag((None, seed), steps=100)

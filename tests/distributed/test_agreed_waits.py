@@ -1,0 +1,209 @@
+"""What people ask for and how long a wait lasts: every rank obeys, or is interrupted, at the same step."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from kfdist.comm.groups import Communicator
+from kfdist.errors import Interrupted
+from kfdist.runtime.pipeline import FixedLag
+from kfdist.staleness import StalenessPolicy
+from kfdist.types import Desired, JobResult, RunSettings
+from tests.support.adoption_runs import Record, TrainingRank, check_invariants
+from tests.support.ranks import run_ranks
+
+STUCK = 8
+"""The first version that no owner delivers while a test withholds it."""
+
+WAITS = {"fixed-lag": FixedLag(2), "hard bound": "asap"}
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """How a rank came out of a wait."""
+
+    reason: str
+    step: int
+    untouched: bool
+    seconds: float
+
+
+def stuck_rank(communicator: Communicator, adoption: str | FixedLag, **options: Any) -> TrainingRank:
+    """A rank whose owners deliver nothing from version STUCK on."""
+    policy = StalenessPolicy(hard_bound=7) if adoption == "asap" else None
+    rank = TrainingRank(communicator, adoption=adoption, staleness=policy, **options)
+    rank.link.withhold = lambda result: result.version >= STUCK
+    return rank
+
+
+def interrupted(rank: TrainingRank) -> tuple[list[Record], Interruption]:
+    """Trains until the wait that nothing ends."""
+    records: list[Record] = []
+    while True:
+        rank.backward()
+        before, begun = rank.digest(), time.monotonic()
+        try:
+            records.append(rank.second_half())
+        except Interrupted as interruption:
+            untouched = rank.digest() == before
+            return records, Interruption(interruption.reason, rank.pre.next_step, untouched, time.monotonic() - begun)
+
+
+def later(seconds: float, action: Callable[[], None]) -> None:
+    threading.Timer(seconds, action).start()
+
+
+# Stop -----------------------------------------------------------------------------------------------------------------
+
+
+def asked_to_stop(communicator: Communicator, how: str) -> list[Record]:
+    """Rank 1 hears of it after its step 3: by a signal, or because its courier learned of a newer start of the run."""
+    rank = TrainingRank(communicator)
+    records: list[Record] = []
+    while not records or not records[-1].stop:
+        records.append(rank.step())
+        if records[-1].step == 3 and communicator.rank == 1:
+            if how == "signal":
+                rank.pre.request_stop()
+            else:
+                rank.link.wanted = RunSettings(revision=1, desired=Desired.STOPPED)
+    rank.close()
+    return records
+
+
+@pytest.mark.parametrize("how", ["signal", "fenced"])
+def test_all_ranks_learn_at_the_same_step_that_one_was_asked_to_stop(how: str) -> None:
+    ranks = run_ranks(4, asked_to_stop, how)
+    check_invariants(ranks)
+    # Told in step 4's table, which every rank completes in step 5.
+    assert [records[-1].step for records in ranks] == [5] * 4
+
+
+def stopped_inside_a_wait(communicator: Communicator, wait: str) -> tuple[Interruption, bool]:
+    """Rank 1 is asked to stop two seconds after the wait became unavoidable; says also if "waiting" was told."""
+    rank = stuck_rank(communicator, WAITS[wait])
+    withhold, asked = rank.link.withhold, threading.Event()
+
+    def withhold_and_stop(result: JobResult) -> bool:
+        if withhold(result) and communicator.rank == 1 and not asked.is_set():
+            asked.set()
+            later(2.0, rank.pre.request_stop)
+        return withhold(result)
+
+    rank.link.withhold = withhold_and_stop
+    _, interruption = interrupted(rank)
+    rank.close()
+    return interruption, (interruption.step, "waiting") in rank.link.told
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_stop_asked_of_one_rank_ends_the_wait_of_all(wait: str) -> None:
+    results = run_ranks(4, stopped_inside_a_wait, wait)
+    assert {(each.reason, each.untouched) for each, _ in results} == {("stop", True)}
+    assert len({each.step for each, _ in results}) == 1
+    assert max(each.seconds for each, _ in results) < 20.0
+    assert all(told for _, told in results)
+
+
+# Wait limit -----------------------------------------------------------------------------------------------------------
+
+
+def goes_on_after_the_limit(communicator: Communicator, wait: str, withheld: bool) -> tuple[list[Record], object]:
+    """Once the owners are back, the interrupted step is done again in the same process."""
+    rank = stuck_rank(communicator, WAITS[wait], wait_limit_seconds=0.5)
+    if withheld:
+        records, interruption = interrupted(rank)
+        rank.link.withhold = lambda _: False
+        records.append(rank.second_half())
+    else:
+        rank.link.withhold = lambda _: False
+        records, interruption = [], None
+    records += rank.run(20)
+    told = list(rank.link.told)
+    rank.close()
+    return records, (interruption, told)
+
+
+def test_the_wait_limit_interrupts_all_ranks_and_the_step_can_be_done_again() -> None:
+    results = run_ranks(2, goes_on_after_the_limit, "fixed-lag", True)
+    check_invariants([records for records, _ in results])
+    whole = run_ranks(2, goes_on_after_the_limit, "fixed-lag", False)
+    assert [r.parameters for r in results[0][0]] == [r.parameters for r in whole[0][0]]
+    for _, (interruption, _) in results:
+        assert (interruption.reason, interruption.step, interruption.untouched) == ("wait_limit", STUCK + 2, True)
+        assert interruption.seconds >= 0.5
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def paused(communicator: Communicator, then: Desired) -> tuple[list[Record], list[tuple[int, str]], float, str]:
+    """Rank 0's controller says "paused" after step 3, and something else a second later."""
+    rank = TrainingRank(communicator)
+    records = [rank.step() for _ in range(4)]
+    if communicator.rank == 0:
+        rank.link.wanted = RunSettings(revision=3, desired=Desired.PAUSED)
+        later(1.0, lambda: setattr(rank.link, "wanted", RunSettings(revision=4, desired=then)))
+    begun, reason = time.monotonic(), ""
+    try:
+        while rank.pre.next_step < 10:
+            records.append(rank.step())
+    except Interrupted as interruption:
+        reason = interruption.reason
+    seconds = time.monotonic() - begun
+    told = list(rank.link.told)
+    rank.close()
+    return records, told, seconds, reason
+
+
+def test_a_paused_run_goes_on_when_told_to() -> None:
+    results = run_ranks(2, paused, Desired.RUNNING)
+    check_invariants([records for records, *_ in results])
+    for records, told, seconds, reason in results:
+        assert (records[-1].step, reason) == (9, "")
+        assert seconds >= 0.9
+        # Told in step 4's table; the pause is before step 5.
+        assert told == [(5, "paused"), (5, "running")]
+
+
+def test_a_paused_run_hears_that_it_is_to_stop() -> None:
+    for records, told, seconds, reason in run_ranks(2, paused, Desired.STOPPED):
+        assert (records[-1].step, reason) == (4, "stop")
+        assert told == [(5, "paused")]
+        assert 0.9 <= seconds < 20.0
+
+
+def damping_set(communicator: Communicator) -> list[Record]:
+    """Rank 0's controller says a new damping after step 3; rank 1's own link says another, which nobody asked."""
+    rank = TrainingRank(communicator)
+    records = [rank.step() for _ in range(4)]
+    damping = 0.5 if communicator.rank == 0 else 0.7
+    rank.link.wanted = RunSettings(revision=7, damping=damping)
+    records += rank.run(12)
+    rank.close()
+    return records
+
+
+def test_damping_set_at_run_time_acts_on_all_ranks_at_the_same_step() -> None:
+    ranks = run_ranks(4, damping_set)
+    check_invariants(ranks)
+    assert [record.damping for record in ranks[0]] == [0.1] * 5 + [0.5] * 7
+
+
+def bad_schedule(communicator: Communicator) -> tuple[int, str]:
+    rank = TrainingRank(communicator, damping=lambda step: 0.1 if step < 6 else -1.0)
+    try:
+        rank.run(12)
+    except ValueError as error:
+        rank.pre.abandon()
+        return rank.pre.next_step, str(error)
+    return -1, ""
+
+
+def test_a_damping_schedule_gone_wrong_stops_all_ranks_alike() -> None:
+    results = run_ranks(4, bad_schedule)
+    assert set(results) == {(6, "the damping schedule gave -1.0 at step 6; a positive, finite number is needed")}
