@@ -29,7 +29,7 @@ LOCAL = "local"
 _OBJECT_STORE_BYTES = 80 << 20
 """Little more than Ray's minimum: owners exchange nothing through Ray."""
 
-_LONGEST_DIRECTORY = 40
+_LONGEST_DIRECTORY = 36
 """Ray puts sockets under its directory, whose paths must fit into the 107 characters of an AF_UNIX address."""
 
 _REACH_SECONDS = 5.0
@@ -142,7 +142,8 @@ class RayCluster:
             "num_gpus": 0,
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
-            "_temp_dir": str(self.directory),
+            # Below ours, as Ray opens its directory to all users of the machine.
+            "_temp_dir": str(self.directory / "ray"),
         }
         try:
             self.ray.init(

@@ -150,7 +150,7 @@ def test_both_owners_are_away_for_a_while(owners, link, epoch):
     assert result.payload == result_of(data)
 
 
-def test_only_an_owner_of_the_fingerprint_gets_the_job(owners, link, epoch, capfd):
+def test_only_an_owner_of_the_fingerprint_gets_the_job(capfd, owners, link, epoch):
     fingerprint = eventually(lambda: owners[0].status()["fingerprint"], bool, seconds=30)
     link.submit(job("right", data=payload(24, seed=7), epoch=epoch, fingerprint=fingerprint))
     collect(link, 1)

@@ -1,0 +1,229 @@
+"""`kfdist pool` with a real Ray: owners that serve, die, fall silent and come back, and nothing that outlives it."""
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kfdist.links.remote import RemoteLink
+from kfdist.pool.sweep import ray_processes
+from tests.support.commands import Command
+from tests.support.controller import ControllerThread, eventually
+from tests.support.jobs import RUN, collect, context, job, payload, result_of
+
+START_SECONDS = 90.0
+
+
+@dataclass
+class Pool:
+    """A running pool: the command, its controller, and what its ready file said."""
+
+    command: Command
+    controller: ControllerThread
+    directory: Path
+    owners: int
+
+    def titled(self, title: str) -> dict[int, int]:
+        """Returns the pool's processes of a title, each with its parent."""
+        return {process.pid: process.parent for process in self.command.members(title)}
+
+    def owner_processes(self) -> dict[str, int]:
+        """Returns the process id of each owner, by name, as of its newest start."""
+        files = (self.directory / "owners").glob("*.json")
+        return {file.stem: json.loads(file.read_text())["pid"] for file in files}
+
+    def registered(self) -> dict[str, tuple[str, int]]:
+        """Returns each live owner's address and number of restarts, as the controller has them."""
+        ledger = self.controller.controller._ledger
+        return {owner.owner_id: (owner.address, owner.restarts) for owner in ledger.live_owners()}
+
+
+def start_pool(folder: Path, controller: ControllerThread, *arguments: str) -> Pool:
+    ready = folder / "ready.json"
+    command = Command(
+        *("pool", "--set", f"run.name={RUN}", "--controller", controller.address),
+        *("--ready-file", str(ready), "--json", *arguments),
+    )
+    try:
+        eventually(lambda: ready.exists() or command.process.poll() is not None, bool, seconds=START_SECONDS)
+        assert ready.exists(), (command.wait(1), command.text)
+    except BaseException:
+        command.close()
+        raise
+    said = json.loads(ready.read_text())
+    command.family()  # remembers its processes
+    return Pool(command=command, controller=controller, directory=Path(said["directory"]), owners=said["owners"])
+
+
+@pytest.fixture(scope="module")
+def controller(tmp_path_factory) -> Iterator[ControllerThread]:
+    with ControllerThread(tmp_path_factory.mktemp("controller") / "control.sqlite", lease_seconds=4.0) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pool(controller, tmp_path_factory) -> Iterator[Pool]:
+    started = start_pool(tmp_path_factory.mktemp("pool"), controller)
+    yield started
+    started.command.close()
+
+
+@pytest.fixture
+def link(controller) -> Iterator[RemoteLink]:
+    link = RemoteLink(controller.address)
+    link.start(context())
+    yield link
+    link.close()
+
+
+def submit(link: RemoteLink, name: str, count: int) -> dict[str, bytes]:
+    """Submits jobs and returns what must come back for each group."""
+    jobs = [job(f"{name}{i}", data=payload(96, seed=i, method="kfac-eigen"), deadline_seconds=30) for i in range(count)]
+    for each in jobs:
+        link.submit(each)
+    return {each.group: result_of(each.payload) for each in jobs}
+
+
+def check(results: dict[tuple[str, int], Any], wanted: dict[str, bytes]) -> None:
+    assert {group: result.payload for (group, _), result in results.items()} == wanted
+
+
+def test_owners_serve_and_look_as_they_should(pool, link):
+    assert pool.owners == 2
+    wanted = submit(link, "first", 12)
+    results = collect(link, 12)
+    check(results, wanted)
+    assert {result.owner for result in results.values()} == {"owner-0", "owner-1"}
+    owners = pool.titled("ray::Owner")
+    assert set(pool.owner_processes().values()) == set(owners)
+    children = pool.titled("kfdist.pool.child")
+    assert set(children.values()) == set(owners)  # each owner has one process that inverts
+    shown = json.loads(pool.command.wait_for_line("owners"))["owners"]
+    assert [(owner["owner_id"], owner["address"]) for owner in shown] == [
+        (name, pool.registered()[name][0]) for name in ("owner-0", "owner-1")
+    ]
+
+
+def test_torch_is_in_the_inversion_process_only(pool):
+    for owner in pool.titled("ray::Owner"):
+        assert "libtorch" not in Path(f"/proc/{owner}/maps").read_text()
+    for child in pool.titled("kfdist.pool.child"):
+        assert "libtorch" in Path(f"/proc/{child}/maps").read_text()
+
+
+def test_the_token_is_for_this_user_alone_and_ray_takes_no_caller_without_it(pool):
+    token = pool.directory / "token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(pool.directory.stat().st_mode) == 0o700
+    (raylet,) = pool.command.members("raylet --")
+    environment = Path(f"/proc/{raylet.pid}/environ").read_bytes().split(b"\0")
+    assert b"RAY_AUTH_MODE=token" in environment
+    assert f"RAY_AUTH_TOKEN_PATH={token}".encode() in environment
+    assert token.read_bytes() not in b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pool.titled(""))
+    (address,) = set(re.findall(r"--gcs-address=([\d.:]+)", raylet.title))
+    script = f"import ray; ray.init({address!r}, log_to_driver=False)"
+    stranger = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=stranger, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "InvalidAuthToken" in done.stderr
+
+
+def test_an_owner_that_is_killed_comes_back_where_it_was(pool, link):
+    before, killed = pool.registered(), pool.owner_processes()["owner-0"]
+    wanted = submit(link, "killed", 16)
+    link.wait(10)
+    os.kill(killed, signal.SIGKILL)
+    check(collect(link, 16, seconds=60), wanted)
+    after = eventually(pool.registered, lambda seen: seen.get("owner-0", ("", 0))[1] == 1, seconds=60)
+    assert after["owner-0"][0] == before["owner-0"][0]
+    assert after["owner-1"] == before["owner-1"]
+    assert pool.owner_processes()["owner-0"] != killed
+    eventually(lambda: len(pool.titled("kfdist.pool.child")), lambda count: count == 2)
+
+
+def test_an_owner_that_is_stopped_is_killed_and_comes_back(pool, link):
+    stopped = pool.owner_processes()["owner-1"]
+    os.kill(stopped, signal.SIGSTOP)
+    wanted = submit(link, "stopped", 16)
+    check(collect(link, 16, seconds=60), wanted)
+    eventually(pool.registered, lambda seen: seen.get("owner-1", ("", 0))[1] == 1, seconds=60)
+    assert not Path(f"/proc/{stopped}").exists()
+    assert "owner-1" in pool.command.wait_for_line("hasn't answered for")
+
+
+def test_an_inversion_process_that_is_killed(pool, link):
+    wanted = submit(link, "child", 16)
+    for child in pool.titled("kfdist.pool.child"):
+        os.kill(child, signal.SIGKILL)
+    check(collect(link, 16, seconds=60), wanted)
+    assert set(link.counters().resubmissions) <= {"crash"}
+
+
+def test_sigterm_ends_everything_in_five_seconds(pool):
+    assert len(ray_processes(pool.directory)) >= 8
+    begun = time.monotonic()
+    pool.command.signal(signal.SIGTERM)
+    assert pool.command.wait(10) == 0
+    assert time.monotonic() - begun < 5
+    assert pool.command.left_behind(1.0) == []
+    assert not pool.directory.exists()
+
+
+@pytest.mark.parametrize("how", ["killed", "parent"])
+def test_nothing_of_ray_is_left_when_the_pool_is_killed_or_its_parent_ends(controller, tmp_path, how):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as parent:
+        pool = start_pool(tmp_path, controller, "--set", "cluster.owners=1", "--parent-pid", str(parent.pid))
+        with pool.command:
+            assert pool.titled("ray::Owner")
+            if how == "killed":
+                pool.command.signal(signal.SIGKILL)
+                pool.command.wait(5)
+            parent.kill()
+            pool.command.wait(10)
+            # Ray's own agents would live for half a minute more.
+            assert pool.command.left_behind(5.0) == []
+            eventually(pool.directory.exists, lambda there: not there)
+
+
+def refused(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    with Command("pool", *arguments, environment=environment) as command:
+        code = command.wait(60)
+        assert command.left_behind(1.0) == []
+        return code, command.text
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence", "arguments"),
+    [
+        (2, "cluster.owners: is 0", ["--set", "cluster.owners=0"]),
+        (2, "names no port", ["--controller", "127.0.0.1:0"]),
+        (1, "nobody listens at cluster.ray", ["--set", f"cluster.ray=127.0.0.1:{free_port()}"]),
+        (1, "RAY_AUTH_MODE is 'disabled' here", ["--set", "cluster.ray=auto"]),
+        (2, "exists; choose a new one", ["--directory", "/tmp"]),
+        (2, "too long for the sockets", ["--directory", f"/tmp/{'long' * 10}"]),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(code, sentence, arguments, tmp_path):
+    # No Ray of anybody else is found, whatever runs on this machine.
+    environment = {"HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": "", "RAY_AUTH_MODE": ""}
+    found, text = refused(*arguments, environment=environment)
+    assert found == code, text
+    assert sentence in text
+    assert "Traceback" not in text
