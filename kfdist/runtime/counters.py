@@ -1,10 +1,14 @@
 """What a rank counts about its own pipeline, and the samples and summaries made of it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+
+import torch
+
+from kfdist.curvature.estimate import WeightedSums
 
 
 @dataclass
@@ -39,3 +43,27 @@ class PipelineCounters:
             yield
         finally:
             self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + perf_counter() - begun
+
+
+class LateDropCount:
+    """The number of batches dropped as non-finite, as of a little earlier: reading it now would wait for a device."""
+
+    def __init__(self) -> None:
+        self._known = 0.0
+        self._copy: torch.Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def latest(self, sums: Iterable[WeightedSums]) -> float:
+        """Returns the newest total that has reached the host, and sends for a newer one."""
+        if self._copy is not None and self._event is not None:
+            if not self._event.query():
+                return self._known
+            self._known = float(self._copy)
+        total = torch.stack([each.dropped for each in sums]).sum()
+        if total.device.type != "cuda":
+            return float(total)
+        self._copy = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
+        self._copy.copy_(total, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+        return self._known

@@ -21,7 +21,7 @@ from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
 from kfdist.errors import ConfigError, RanksDiverged
 from kfdist.links.base import AbstractLink
 from kfdist.runtime.agreement import Agreement
-from kfdist.runtime.counters import PipelineCounters
+from kfdist.runtime.counters import LateDropCount, PipelineCounters
 from kfdist.runtime.digest import parameter_digest
 from kfdist.runtime.exchange import SnapshotExchange
 from kfdist.runtime.groups import BlockGroup
@@ -137,6 +137,7 @@ class Pipeline:
         sums: This rank's (S, w) by block.
         pending: Versions shipped and not yet adopted, per group, oldest first; the same on all ranks.
         counters: What happened so far.
+        drops: How many batches were dropped as non-finite, for telemetry.
         started: Whether a step was begun or a state loaded; from then on no state can be loaded.
     """
 
@@ -148,6 +149,7 @@ class Pipeline:
         self.statistics_step = -1
         self.pending: list[list[int]] = [[] for _ in parts.groups]
         self.counters = PipelineCounters()
+        self.drops = LateDropCount()
         self.started = False
         self._unshipped: list[_Unshipped] = []
         self.arm()

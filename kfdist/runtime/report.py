@@ -32,6 +32,7 @@ def pipeline_samples(pipeline: Pipeline, worker_rank: int) -> list[Sample]:
         samples.append(
             Sample(name="kfdist_restarts_total", value=float(link.courier_restarts), labels={"process": "courier"})
         )
+    samples.append(Sample(name="kfdist_nonfinite_drops_total", value=pipeline.drops.latest(pipeline.sums.values())))
     if worker_rank == 0:
         samples += _common_samples(pipeline)
     return samples
@@ -43,7 +44,8 @@ def _common_samples(pipeline: Pipeline) -> list[Sample]:
     last = max(pipeline.next_step - 1, 0)
     steps = pipeline.staleness(last)
     samples = [
-        Sample(name="kfdist_steps_total", value=float(pipeline.next_step)),
+        # Counters run from the sender's start, so a resumed run counts the steps of this process.
+        Sample(name="kfdist_steps_total", value=float(len(counters.staleness))),
         Sample(name="kfdist_damping", value=pipeline.damping(last)),
         Sample(name="kfdist_adoptions_total", value=float(counters.adoptions)),
     ]
@@ -57,10 +59,10 @@ def _common_samples(pipeline: Pipeline) -> list[Sample]:
         Sample(name="kfdist_fallbacks_total", value=float(total), labels={"reason": reason})
         for reason, total in counters.fallbacks.items()
     ]
-    samples += [
-        Sample(name="kfdist_failures_total", value=float(total), labels={"reason": f"inversion: {reason}"[:60]})
-        for reason, total in parts.snapshots.failures.items()
-    ]
+    # The reasons are sentences with numbers in them: without bound as label values. The summary has them.
+    failed = sum(parts.snapshots.failures.values())
+    if failed:
+        samples.append(Sample(name="kfdist_failures_total", value=float(failed), labels={"reason": "inversion_failed"}))
     if parts.exchange.resent:
         samples.append(
             Sample(
