@@ -5,6 +5,7 @@ once by a second Ctrl-C. A command module imports torch, Ray or gRPC inside its 
 answers at once.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -49,24 +50,38 @@ for module in (train_command, worker_command, control_commands, pool_command):
 
 
 def main() -> None:
-    """Runs the command line and exits with its code; an expected error is one sentence, without a stack trace.
+    """Runs the command line and ends this process with its exit code.
 
     Set `KFDIST_DEBUG=1` to see the stack trace of expected errors too.
     """
+    code = run()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
+    # Commands have closed what they opened. Python would now take torch's modules apart, object by object, which on a
+    # busy machine takes longer than all the rest of what Ctrl-C asks for.
+    os._exit(code)
+
+
+def run() -> int:
+    """Runs the command line and returns its exit code; an expected error is one sentence, without a stack trace."""
     if (launcher := launcher_pid()) is not None:
         terminate_with_process(launcher)
     try:
         app()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else ExitCode.DONE
     except KfdistError as error:
         if os.environ.get("KFDIST_DEBUG") == "1":
             raise
-        sys.exit(_report(error, as_json="--json" in sys.argv))
+        return _report(error, as_json="--json" in sys.argv)
     except KeyboardInterrupt:
-        sys.exit(ExitCode.INTERRUPTED)
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone, as in `kfdist status | head -1`; end as other tools do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        return 128 + signal.SIGPIPE
+    return ExitCode.DONE
 
 
 def _report(error: KfdistError, *, as_json: bool) -> int:
