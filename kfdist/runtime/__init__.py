@@ -1,0 +1,1 @@
+"""Composes everything else: the pipeline, the trainer, checkpoints, and the launcher."""

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any, Self
 
@@ -345,7 +345,13 @@ class Preconditioner:
             self._communicators.close()
 
     def abandon(self) -> None:
-        """Removes the hooks and stops the courier without any collective: for a rank whose peers may be gone."""
+        """Removes the hooks and stops the courier without any collective: for a rank that fails or lost its peers.
+
+        The controller, if there is one, hears that the run has failed.
+        """
+        if not self._closed:
+            with suppress(RuntimeError):  # the link may never have started
+                self._link.beat(self._pipeline.next_step, "failed", ())
         self._closed = True
         if self._hook is not None:
             self._hook.remove()
