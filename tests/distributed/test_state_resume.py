@@ -1,0 +1,222 @@
+"""`Preconditioner.state_dict` in fresh processes: bit for bit on as many ranks, to rounding on others, nothing lost."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kfdist.comm.groups import Communicator
+from kfdist.errors import CheckpointError, Interrupted, KfdistError, KfdistWarning
+from kfdist.runtime.flatten import pack, unpack
+from kfdist.runtime.pipeline import FixedLag
+from kfdist.runtime.state import merge_states
+from kfdist.types import RunSettings
+from tests.support.adoption_runs import Record, TrainingRank, check_invariants
+from tests.support.broadcasts import slow_broadcasts
+from tests.support.delayed_link import DelayedLink
+from tests.support.moody_inverter import Moody, register_moody
+from tests.support.ranks import run_ranks
+
+LAG, HALF, STEPS = 5, 13, 24
+
+
+def make(communicator: Communicator, *, adoption: str = "fixed-lag", **options: Any) -> TrainingRank:
+    """An inverter that depends on random numbers and on its last version, on owners of random speed."""
+    register_moody()
+    link = DelayedLink(seed=communicator.rank, longest_polls=10)
+    options = {"method": Moody(fails_one_in=5), "inverse_period": 3, **options}
+    return TrainingRank(communicator, link, adoption=FixedLag(LAG) if adoption == "fixed-lag" else adoption, **options)
+
+
+def save(rank: TrainingRank, path: Path) -> dict[str, Any]:
+    state = {"preconditioner": rank.pre.state_dict(), **rank.optimizer_state()}
+    path.write_bytes(pack(state))
+    return state["preconditioner"]
+
+
+def load(rank: TrainingRank, path: Path) -> None:
+    state = unpack(path.read_bytes())
+    rank.pre.load_state_dict(state["preconditioner"])
+    rank.load_optimizer_state(state)
+
+
+def parameters(ranks: list[list[Record]]) -> list[str]:
+    check_invariants(ranks)
+    return [record.parameters for record in ranks[0]]
+
+
+def first_part(
+    communicator: Communicator, directory: Path, steps: int, adoption: str = "fixed-lag", fold: bool = False
+) -> tuple[list[Record], dict[str, Any]]:
+    """Trains, and saves each rank's own state. On the way, people set another damping."""
+    if adoption == "asap":
+        slow_broadcasts(seed=communicator.rank, longest_polls=9)
+    rank = make(communicator, adoption=adoption)
+    records = rank.run(5)
+    rank.link.wanted = RunSettings(revision=1, damping=0.3)
+    records += rank.run(steps)
+    if fold:
+        rank.pre.fold()
+    state = save(rank, directory / f"{communicator.rank}")
+    facts = {
+        "in_flight": {key: sorted(entry) for key, entry in state["in_flight"].items()},
+        "pending": state["pending"],
+        "travelling": [group for group in range(4) if rank.pipeline.parts.ledger.in_flight(group)],
+    }
+    rank.close()
+    return records, facts
+
+
+def second_part(
+    communicator: Communicator, directory: Path, steps: int = STEPS, adoption: str = "fixed-lag"
+) -> list[Record]:
+    rank = make(communicator, adoption=adoption)
+    load(rank, directory / f"{communicator.rank}")
+    records = rank.run(steps)
+    rank.close()
+    return records
+
+
+def test_fixed_lag_resumed_with_versions_in_flight_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
+    whole = parameters([records for records, _ in run_ranks(4, first_part, tmp_path, STEPS)])
+    results = run_ranks(4, first_part, tmp_path, HALF)
+    in_flight = {key: entry for _, facts in results for key, entry in facts["in_flight"].items()}
+    assert len(in_flight) >= 4
+    assert any("job" in entry for entry in in_flight.values()), "no inversion was under way"
+    assert any("result" in entry for entry in in_flight.values()), "no result waited for its step"
+    rest = run_ranks(4, second_part, tmp_path)
+    assert parameters([records for records, _ in results]) + parameters(rest) == whole
+
+
+def until_the_limit(communicator: Communicator, directory: Path) -> tuple[list[Record], int]:
+    """Version 6 never comes; what the wait at step 11 leaves behind is saved."""
+    rank = make(communicator, wait_limit_seconds=0.3)
+    rank.link.withhold = lambda result: result.version == 6
+    records = rank.run(5)
+    rank.link.wanted = RunSettings(revision=1, damping=0.3)
+    try:
+        while True:
+            records.append(rank.step())
+    except Interrupted:
+        save(rank, directory / f"{communicator.rank}")
+    rank.close()
+    return records, rank.pre.next_step
+
+
+def test_a_run_interrupted_inside_a_wait_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = parameters([records for records, _ in run_ranks(4, first_part, tmp_path, STEPS)])
+    results = run_ranks(4, until_the_limit, tmp_path)
+    assert [step for _, step in results] == [6 + LAG] * 4
+    rest = run_ranks(4, second_part, tmp_path)
+    assert parameters([records for records, _ in results]) + parameters(rest) == whole
+
+
+def test_asap_resumes_in_the_middle_of_broadcasts_and_waiting_jobs(tmp_path: Path) -> None:
+    results = run_ranks(4, first_part, tmp_path, HALF, "asap")
+    before = [records for records, _ in results]
+    check_invariants(before)
+    facts = results[0][1]
+    assert facts["travelling"], "no broadcast was running"
+    rest = run_ranks(4, second_part, tmp_path, 80, "asap")
+    check_invariants([first + second for first, second in zip(before, rest, strict=True)])
+    for group, versions in facts["pending"].items():
+        newest = max((version for record in rest[0] for name, version in record.adopted if name == group), default=-1)
+        assert newest >= max(versions, default=0), f"{group}: a version under way was lost"
+
+
+# Other numbers of ranks -----------------------------------------------------------------------------------------------
+
+
+def on_fewer_ranks(communicator: Communicator, directory: Path, writers: int) -> tuple[Mapping[str, Any], list[Record]]:
+    """Loads the merged states, returns the totals over the ranks that are here, and trains on."""
+    rank = make(communicator)
+    states = [unpack((directory / f"{number}").read_bytes()) for number in range(writers)]
+    rank.pre.load_state_dict(merge_states([state["preconditioner"] for state in states]))
+    rank.load_optimizer_state(states[0])
+    rank.pre.fold()
+    sums = rank.pre.state_dict()["sums"]
+    records = rank.run(STEPS)
+    rank.close()
+    return sums, records
+
+
+@pytest.mark.parametrize("fold", [False, True], ids=["per-rank", "folded"])
+def test_states_of_four_ranks_go_on_at_two_and_one(tmp_path: Path, fold: bool) -> None:
+    results = run_ranks(4, first_part, tmp_path, HALF, "fixed-lag", fold)
+    states = [unpack((tmp_path / f"{rank}").read_bytes())["preconditioner"] for rank in range(4)]
+    assert {state["statistics"] for state in states} == {"folded" if fold else "per-rank"}
+    for world_size in (2, 1):
+        fewer = run_ranks(world_size, on_fewer_ranks, tmp_path, 4)
+        check_invariants([records for _, records in fewer])
+        for sums, _ in fewer:
+            for block, total in sums.items():
+                for key in ("A", "G", "weight"):
+                    own = states[0]["sums"][block][key]
+                    expected = own if fold else torch.stack([state["sums"][block][key] for state in states]).sum(0)
+                    torch.testing.assert_close(total[key], expected)
+        adopted = [each for record in fewer[0][1] for each in record.adopted]
+        for group, versions in results[0][1]["pending"].items():
+            assert all((group, version) in adopted for version in versions), "a version under way was lost"
+
+
+# What cannot be right -------------------------------------------------------------------------------------------------
+
+
+def rank_zero_everywhere(communicator: Communicator, directory: Path) -> tuple[list[Record], list[str]]:
+    rank = make(communicator)
+    load(rank, directory / "0")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = rank.run(STEPS)
+    rank.close()
+    return records, [str(each.message) for each in caught if each.category is KfdistWarning]
+
+
+def test_the_state_of_rank_0_alone_loads_everywhere_and_says_what_it_lacks(tmp_path: Path) -> None:
+    run_ranks(4, first_part, tmp_path, HALF)
+    results = run_ranks(4, rank_zero_everywhere, tmp_path)
+    check_invariants([records for records, _ in results])
+    assert "no rank's state has the inversions under way" in results[0][1][0]
+    assert [said for _, said in results[1:]] == [[], [], []]
+    assert min(results[0][0][-1].versions.values()) >= HALF
+
+
+def only_some_load(communicator: Communicator, directory: Path, other: Path) -> str:
+    rank = make(communicator)
+    load(rank, (directory if communicator.rank else other) / f"{communicator.rank}")
+    try:
+        rank.step()
+    except CheckpointError as error:
+        rank.pre.abandon()
+        return str(error)
+    return ""
+
+
+def test_ranks_that_loaded_different_checkpoints_all_refuse_to_begin(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    run_ranks(2, first_part, tmp_path, HALF)
+    run_ranks(2, first_part, tmp_path / "other", HALF - 1)
+    said = run_ranks(2, only_some_load, tmp_path, tmp_path / "other")
+    assert said[0] == said[1]
+    assert "the ranks would begin at steps 12 to 13" in said[0]
+
+
+def loads_too_late(communicator: Communicator, directory: Path) -> list[str]:
+    rank, said = make(communicator), []
+    load(rank, directory / "0")
+    for _ in range(2):
+        with pytest.raises(KfdistError) as caught:
+            load(rank, directory / "0")
+        said.append(str(caught.value))
+        rank.step()
+    rank.close()
+    return said
+
+
+def test_a_state_loads_once_and_before_the_first_step(tmp_path: Path) -> None:
+    run_ranks(1, first_part, tmp_path, HALF)
+    for said in run_ranks(1, loads_too_late, tmp_path)[0]:
+        assert "load_state_dict() was called after a step or another load" in said
