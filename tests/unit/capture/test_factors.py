@@ -1,5 +1,7 @@
 """What is measured equals the factors' definition, however the batch is cut into forwards and backwards."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,7 @@ def test_a_layer_called_twice_in_one_forward_counts_its_examples_once():
 
 def test_a_tied_layer_adds_its_calls():
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     model[2].weight, model[2].bias = model[0].weight, model[0].bias
     twice = CalledTwice()
     twice.shared, twice.head = model[0], model[4]
@@ -103,7 +105,7 @@ def test_several_forwards_before_one_backward_add_up():
         nn.functional.cross_entropy(model(xs), ys, reduction="sum")
         for xs, ys in zip(x.split([4, 4]), y.split([4, 4]), strict=True)
     ]
-    (sum(losses) / 4).backward()  # autograd's gradients are g/4: each forward has four examples
+    (torch.stack(losses).sum() / 4).backward()  # autograd's gradients are g/4: each forward has four examples
     assert_factors_equal(factors_of(capture.drain()), cnn_truth(), EXACT)
 
 
@@ -145,7 +147,7 @@ def test_in_place_activations_change_nothing():
     x, y = images(8)
     measured = []
     for inplace in (False, True):
-        model = small_cnn()
+        model: Any = small_cnn()
         for index in (1, 3, 6):
             model[index] = nn.ReLU(inplace=inplace)
         capture = armed_capture(model)

@@ -1,5 +1,7 @@
 """The digest of the parameters: any changed bit shows, equal bits always agree."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,7 +83,7 @@ def test_views_into_a_flat_buffer_agree_with_copies():
 
 
 def test_a_module_has_a_digest():
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     digest = parameter_digest(model.parameters())
     assert (digest.dtype, digest.shape) == (torch.int64, ())
     with torch.no_grad():

@@ -40,7 +40,7 @@ def test_only_a_clip_needs_a_learning_rate():
 
 
 def test_an_attached_optimizers_rates_per_group_as_a_scheduler_moves_them():
-    model = two_layers()
+    model: Any = two_layers()
     groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters(), "lr": torch.tensor(0.25)}]
     optimizer = torch.optim.SGD(groups)
     rates = LearningRates(None, needed=True)
@@ -57,7 +57,7 @@ def test_an_attached_optimizers_rates_per_group_as_a_scheduler_moves_them():
 
 
 def test_a_given_rate_wins_over_the_optimizers():
-    model = two_layers()
+    model: Any = two_layers()
     rates = LearningRates(0.125, needed=True)
     rates.attach(torch.optim.SGD(model.parameters(), lr=9.0), list(model.parameters()))
     assert rates.at(0)(model[0].weight) == 0.125

@@ -121,11 +121,12 @@ def test_a_gan_loop():
     criterion = nn.functional.binary_cross_entropy_with_logits
     real, noise = rows()[0], torch.randn(8, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
+    labels = torch.cat([torch.ones(8, 1), torch.zeros(8, 1)]).double()
+
     with preconditioner(generator) as pre_g, preconditioner(discriminator) as pre_d:
         for _ in range(2):
             fake = generator(noise)
             batch = torch.cat([real, fake.detach()])
-            labels = torch.cat([torch.ones(8, 1), torch.zeros(8, 1)]).double()
             discriminator.zero_grad()
             criterion(discriminator(batch), labels).backward()
             pre_d.step()
@@ -163,11 +164,11 @@ def test_the_stated_number_of_examples_reaches_the_statistics():
 # After construction the model stays as it is --------------------------------------------------------------------------
 
 
-def freeze(model: nn.Sequential) -> None:
+def freeze(model: Any) -> None:
     model[2].requires_grad_(False)
 
 
-def freeze_the_bias(model: nn.Sequential) -> None:
+def freeze_the_bias(model: Any) -> None:
     model[2].bias.requires_grad_(False)
 
 
@@ -179,19 +180,19 @@ def remove(model: nn.Sequential) -> None:
     del model[2]
 
 
-def replace_the_weight(model: nn.Sequential) -> None:
+def replace_the_weight(model: Any) -> None:
     model[2].weight = nn.Parameter(model[2].weight.detach().clone())
 
 
-def remove_the_bias(model: nn.Sequential) -> None:
+def remove_the_bias(model: Any) -> None:
     model[2].bias = None
 
 
-def resize(model: nn.Sequential) -> None:
+def resize(model: Any) -> None:
     model[2].weight.data = torch.zeros(3, 7).double()
 
 
-def transpose(model: nn.Sequential) -> None:
+def transpose(model: Any) -> None:
     model[2].weight.data = model[2].weight.data.T.contiguous()
 
 
