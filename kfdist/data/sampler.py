@@ -44,9 +44,10 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if self.examples < self.step_examples:
+            ranks = f"{self.world_size} ranks" if self.world_size > 1 else "1 rank"
             raise ConfigError(
-                f"is {self.batch_size}; {self.world_size} ranks would take {self.step_examples} examples a step but "
-                f"there are {self.examples}; give at most {self.examples // self.world_size}",
+                f"is {self.batch_size}; {ranks} would take {self.step_examples} examples a step but there are "
+                f"{self.examples}; give at most {self.examples // self.world_size}",
                 path="data.batch_size",
             )
 
