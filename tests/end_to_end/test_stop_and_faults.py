@@ -2,9 +2,9 @@
 
 import json
 import os
-import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,13 @@ def _summary(directory: Path) -> dict:
 
 def _checkpoints(directory: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (directory / "checkpoints").glob("step-*"))
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not met in time"
+        time.sleep(0.1)
 
 
 def test_ctrl_c_ends_everything_in_time_and_the_same_command_resumes(tmp_path: Path):
@@ -123,24 +130,28 @@ def test_a_killed_rank_ends_the_run_which_resumes_from_its_newest_checkpoint(tmp
     assert _summary(directory)["steps"] == newest + 20
 
 
-def test_killed_controller_and_pool_are_started_again_and_the_run_goes_on(tmp_path: Path):
+def test_killed_controller_owner_and_pool_are_started_again_and_the_run_goes_on(tmp_path: Path):
     directory = tmp_path / "run"
-    with _train(directory, "--set", "run.steps=160") as command:
+    with _train(directory, "--set", "run.steps=200") as command:
         address = command.wait_for_line("controller on ").split("controller on ")[1].split(",")[0]
         command.wait_for_line("pool with 2 owners")
         command.wait_for_line("step  20/")
         os.kill(command.members("-m kfdist serve")[0].pid, signal.SIGKILL)
+        victim = command.members("ray::Owner")[0]
+        os.kill(victim.pid, signal.SIGKILL)
         command.wait_for_line("the controller was started again")
-        owners = {process.pid for process in command.members("ray::Owner")}
+        log = directory / "logs" / "pool.log"
+        _wait_until(lambda: "is back at" in log.read_text())
         os.kill(command.members("-m kfdist pool")[0].pid, signal.SIGKILL)
+        command.wait_for_line("the pool was killed by SIGKILL")
         command.wait_for_line("the pool was started again")
-        assert command.wait(120) == 0, command.text
+        assert command.wait() == 0, command.text
         assert command.left_behind() == []
-        assert re.search(r"the pool was killed by SIGKILL", command.text)
-    assert len(owners) == 2
     summary = _summary(directory)
     assert summary["restarts"] == {"controller": 1, "pool": 1}
-    assert summary["steps"] == 160 and summary["inversions"]["failed"] == 0
+    assert summary["owner_restarts"] == 1
+    assert summary["steps"] == 200 and summary["inversions"]["failed"] == 0
+    assert len(set(summary["parameter_sha256"])) == 1
     assert address in (directory / "config.toml").read_text()
 
 
@@ -157,18 +168,15 @@ def test_a_killed_launcher_takes_everything_with_it(tmp_path: Path):
     assert _summary(directory)["status"] == "stopped"
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["killed", "stopped"])
-def test_an_owner_that_is_killed_or_stopped_is_replaced(tmp_path: Path, stopped: bool):
+@pytest.mark.chaos
+def test_a_stopped_owner_is_replaced(tmp_path: Path):
     directory = tmp_path / "run"
-    steps = 400 if stopped else 160
-    with _train(directory, "--set", f"run.steps={steps}") as command:
+    with _train(directory, "--set", "run.steps=400") as command:
         command.wait_for_line("pool with 2 owners")
         command.wait_for_line("step  20/")
-        victim = command.members("ray::Owner")[0]
-        os.kill(victim.pid, signal.SIGSTOP if stopped else signal.SIGKILL)
-        assert command.wait(120) == 0, command.text
+        os.kill(command.members("ray::Owner")[0].pid, signal.SIGSTOP)
+        assert command.wait() == 0, command.text
         assert command.left_behind() == []
     summary = _summary(directory)
-    assert summary["inversions"]["failed"] == 0 and summary["steps"] == steps
-    assert len(set(summary["parameter_sha256"])) == 1
     assert summary["owner_restarts"] >= 1
+    assert summary["inversions"]["failed"] == 0 and len(set(summary["parameter_sha256"])) == 1
