@@ -1,0 +1,123 @@
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.runtime.launch_files import (
+    add_to_summary,
+    child_fault,
+    inherited_environment,
+    make_directory,
+    read_summary,
+    remove_untrained,
+)
+from kfdist.runtime.processes import Child, Command
+from kfdist.runtime.terminal import summary_line
+
+
+def _ended_child(tmp_path: Path, script: str) -> tuple[Child, int]:
+    child = Child(
+        Command(name="rank 1", arguments=("-c", script), environment=dict(os.environ), log=tmp_path / "rank-1.log")
+    )
+    deadline = time.monotonic() + 10
+    while (code := child.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return child, code
+
+
+def test_children_get_their_configuration_from_their_file_alone():
+    given = {"KFDIST_RUN__SEED": "7", "KFDIST_DEBUG": "1", "PATH": "/bin", "KFDIST_LAUNCH": "x"}
+    inherited = inherited_environment(given)
+    assert "KFDIST_RUN__SEED" not in inherited
+    assert {name: inherited[name] for name in given if name != "KFDIST_RUN__SEED"} == {
+        "KFDIST_DEBUG": "1",
+        "PATH": "/bin",
+        "KFDIST_LAUNCH": "x",
+    }
+
+
+def test_children_find_this_package_and_keep_what_was_on_the_path():
+    first, *rest = inherited_environment({"PYTHONPATH": "/elsewhere"})["PYTHONPATH"].split(os.pathsep)
+    assert (Path(first) / "kfdist" / "__init__.py").exists() and rest == ["/elsewhere"]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (2, ConfigError, "run.steps: is 0; it must be at least 1"),
+        (1, EnvironmentFault, "run.steps: is 0; it must be at least 1\n(said by the rank 1)"),
+    ],
+)
+def test_a_child_that_gave_a_reason_is_quoted(tmp_path: Path, code: int, kind: type[Exception], words: str):
+    said = "noise\\nkfdist: run.steps: is 0; it must be at least 1"
+    fault = child_fault(*_ended_child(tmp_path, f"print('{said}'); raise SystemExit({code})"), "while training")
+    assert type(fault) is kind and str(fault) == words
+
+
+def test_a_child_that_crashed_is_shown_by_the_end_of_its_log(tmp_path: Path):
+    fault = child_fault(*_ended_child(tmp_path, "print('deep trouble'); import os; os.abort()"), "while training")
+    assert isinstance(fault, EnvironmentFault)
+    assert "the rank 1 was killed by SIGABRT while training" in str(fault) and str(fault).endswith("deep trouble")
+
+
+def test_a_launch_that_never_trained_leaves_no_directory(tmp_path: Path):
+    run = tmp_path / "runs" / "it"
+    made = make_directory(run / "logs")
+    (run / "logs" / "rank-0.log").write_text("...")
+    (run / "control.sqlite").write_text("...")
+    remove_untrained(made, unless_trained=run)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("trace", ["checkpoints", "metrics.jsonl"])
+def test_a_launch_that_trained_keeps_everything(tmp_path: Path, trace: str):
+    run = tmp_path / "runs" / "it"
+    made = make_directory(run / "logs")
+    (run / trace).mkdir()
+    remove_untrained(made, unless_trained=run)
+    assert (run / trace).exists() and (run / "logs").exists()
+
+
+def test_only_what_the_launch_made_is_removed(tmp_path: Path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "other").write_text("precious")
+    run = tmp_path / "runs" / "it"
+    made = make_directory(run / "logs")
+    remove_untrained(made, unless_trained=run)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+    run.mkdir()
+    (run / "notes.txt").write_text("precious")
+    remove_untrained(make_directory(run / "logs"), unless_trained=run)
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+
+
+def test_a_directory_that_cannot_be_made_is_the_machines_fault():
+    with pytest.raises(EnvironmentFault, match="another run.dir"):
+        make_directory(Path("/proc/kfdist/logs"))
+
+
+def test_the_summary_is_completed_where_there_is_one(tmp_path: Path):
+    assert add_to_summary(tmp_path, restarts={}) == {} == read_summary(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "owner_restarts": 0}))
+    assert add_to_summary(tmp_path, owner_restarts=2) == {"status": "finished", "owner_restarts": 2}
+    assert read_summary(tmp_path)["owner_restarts"] == 2
+
+
+def test_the_summary_in_a_line():
+    summary = {
+        "status": "finished",
+        "steps": 120,
+        "seconds": 14.26,
+        "metrics": {"test_accuracy": 0.98607},
+        "staleness_steps": {"p50": 12, "max": 16},
+    }
+    assert summary_line(summary) == (
+        "finished: 120 steps in 14.3 s, test accuracy 98.61 %, staleness 12 steps (median), 16 (max)"
+    )
+    without = {"status": "stopped", "steps": 3, "seconds": 1.0, "staleness_steps": {"p50": None, "max": None}}
+    assert summary_line(without) == "stopped: 3 steps in 1.0 s"
