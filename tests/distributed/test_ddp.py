@@ -68,7 +68,7 @@ def refusals(communicator: Communicator) -> dict[str, str]:
     """What is said of a DTensor parameter, of FSDP, and of FSDP inside a model."""
     said = {}
     mesh = init_device_mesh("cpu", (communicator.world_size,))
-    sharded = two_layers()
+    sharded: Any = two_layers()
     sharded[0].weight = nn.Parameter(distribute_tensor(sharded[0].weight.detach(), mesh, [Replicate()]))
     wrapped = FullyShardedDataParallel(two_layers(), device_id=torch.device("cpu"), use_orig_params=True)
     models = {"dtensor": sharded, "fsdp": wrapped, "fsdp inside": nn.Sequential(wrapped, nn.Linear(3, 3).double())}

@@ -85,6 +85,7 @@ def rows_of(module: nn.Module, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of one call for one example, [c, T, q] with the homogeneous coordinate last, and [c, T, p]."""
     if isinstance(module, nn.Conv2d):
         c = module.groups
+        assert not isinstance(module.padding, str)
         patches = nn.functional.unfold(
             a, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
         )  # [1, channels x kernel, T], channels of a group side by side

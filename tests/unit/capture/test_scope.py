@@ -1,6 +1,7 @@
 """What is measured and what is not, and that what is not measured costs nothing."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,6 +38,18 @@ def factor_sums_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Block, "factor_sums", counted)
     return calls
+
+
+def outputs_of_layers(model: nn.Module) -> dict[str, Tensor]:
+    """Filled by the next forward."""
+    outputs: dict[str, Tensor] = {}
+
+    def remember(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        outputs[name] = output
+
+    for name in blocks_of(model):
+        model.get_submodule(name).register_forward_hook(partial(remember, name))
+    return outputs
 
 
 def hooks_on(tensor: Tensor) -> int:
@@ -148,11 +161,7 @@ def test_blocks_that_are_not_due_cost_nothing(factor_sums_calls: list[str]):
     model = small_cnn()
     capture = armed_capture(model)
     capture.arm(["2"], lambda name: 0)
-    outputs: dict[str, Tensor] = {}
-    for name in blocks_of(model):
-        model.get_submodule(name).register_forward_hook(
-            lambda m, args, output, name=name: outputs.update({name: output})
-        )
+    outputs = outputs_of_layers(model)
     x, y = images(8)
     output = model(x)
     assert {name: hooks_on(each) for name, each in outputs.items() if each is not output} == {"0": 0, "2": 1, "5": 0}
@@ -165,13 +174,11 @@ def test_a_step_without_due_blocks_registers_no_hook(factor_sums_calls: list[str
     model = small_cnn()
     capture = armed_capture(model)
     capture.arm([], lambda name: 0)
-    outputs: list[Tensor] = []
-    for name in blocks_of(model):
-        model.get_submodule(name).register_forward_hook(lambda module, args, output: outputs.append(output))
+    outputs = outputs_of_layers(model)
     x, y = images(8)
     nn.functional.cross_entropy(model(x), y).backward()
     assert len(outputs) == 4
-    assert [hooks_on(each) for each in outputs] == [0] * 4
+    assert [hooks_on(each) for each in outputs.values()] == [0] * 4
     assert factor_sums_calls == []
     assert capture.drain() == {}
 
