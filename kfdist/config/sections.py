@@ -73,7 +73,7 @@ class OptimizerSection(Section):
     """The optimizer that applies the preconditioned gradients, and its learning rate."""
 
     name: str = Field(default="sgd", min_length=1, description="an optimizer of torch.optim, in lower case")
-    lr: float = Field(default=0.05, gt=0, description="the peak learning rate")
+    lr: float = Field(default=0.1, gt=0, description="the peak learning rate")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum, for the optimizers that have one")
     weight_decay: float = Field(default=5e-4, ge=0, description="weight decay")
     settings: Settings = Field(default_factory=dict, description="further arguments of the optimizer")
@@ -123,7 +123,7 @@ class PreconditionerSection(Section):
         description='an inverter of kfdist.curvature.inverters; "none" leaves the optimizer alone, for comparisons',
     )
     settings: Settings = Field(default_factory=lambda: {"rank": 128}, description="the inverter's own settings")
-    damping: float = Field(default=0.01, gt=0, description="lambda of F + lambda I")
+    damping: float = Field(default=0.03, gt=0, description="lambda of F + lambda I")
     fisher: Literal["empirical"] = Field(
         default="empirical", description="which output gradients make the Fisher: those of the training loss"
     )
