@@ -164,7 +164,7 @@ class Capture:
             name: BatchStatistics(
                 pending.A,
                 # Gamma is the mean over a block's positions, Omega their sum (algorithms.md 2.1).
-                pending.G * (backwards**2 * pending.examples / pending.rows),
+                pending.G.mul_(backwards**2 * pending.examples / pending.rows),
                 pending.examples,
             )
             for name, pending in self._pending.items()
@@ -290,10 +290,13 @@ class Capture:
         sums = block.factor_sums(
             activation, output_gradient, positions_fraction=self._sampling.positions_fraction, seed=seed
         )
+        A = sums.A if boost == 1.0 else sums.A.mul_(boost)
+        G = sums.G.mul_(boost * float(examples) ** 2 * self._unscaling(sums.G))
         if pending is None:
-            pending = self._pending[name] = _Pending(torch.zeros_like(sums.A), torch.zeros_like(sums.G))
-        pending.A += sums.A * boost
-        pending.G += sums.G * (boost * float(examples) ** 2 * self._unscaling(sums.G))
+            pending = self._pending[name] = _Pending(A, G)
+        else:
+            pending.A += A
+            pending.G += G
         pending.rows += sums.rows * boost
         pending.calls += 1
         # Calls of one forward share its examples; a stated number holds for the whole backward.
