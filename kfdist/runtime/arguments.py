@@ -1,6 +1,7 @@
 """Checks what a user passes to `kfdist.Preconditioner`, and makes its parts."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -50,6 +51,15 @@ def check_block(model: nn.Module, block: Block, device: torch.device) -> None:
             f"layer {block.name!r} was {change} after the Preconditioner was made; make a new Preconditioner after "
             "changing the model"
         )
+
+
+def device_of(blocks: Iterable[Block]) -> torch.device:
+    """Returns where all blocks are. Raises `ConfigError` where they are on several devices."""
+    devices = {parameter.device: block.name for block in blocks for parameter in block.parameters()}
+    if len(devices) > 1:
+        listed = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ConfigError(f"the model's layers are on several devices ({listed}); one device per process is needed")
+    return next(iter(devices))
 
 
 def check_numbers(

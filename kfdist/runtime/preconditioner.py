@@ -22,6 +22,7 @@ from kfdist.runtime.arguments import (
     check_numbers,
     checked_staleness,
     constant,
+    device_of,
     empty_sums,
     lag_of,
     make_link,
@@ -133,7 +134,7 @@ class Preconditioner:
         skip = (skip,) if isinstance(skip, str) else tuple(skip)
         self._plan = plan_blocks(self._model, method, skip=skip, world_size=self._training.world_size)
         schedule = Schedule(factor_period=factor_period, inverse_period=inverse_period, groups=len(self._plan.groups))
-        self._device = self._plan.groups[0].blocks[0].parameters()[0].device
+        self._device = device_of(block for group in self._plan.groups for block in group.blocks)
         service = link if isinstance(link, Service) else None
         epoch = service.epoch if service is not None and service.epoch is not None else epoch_from_clock()
         settings = PipelineSettings(
