@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.support.ranks import run_ranks
-from tests.support.small_models import images, small_cnn
 from torch import nn
 
 import kfdist
 from kfdist.comm.groups import Communicator
 from kfdist.comm.reduce import GradientReducer
+from tests.support.ranks import run_ranks
+from tests.support.small_models import images, small_cnn
 
 STEPS = 4
 EXACT = 1e-10
