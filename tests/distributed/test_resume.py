@@ -106,6 +106,16 @@ def test_periodic_checkpoints_do_not_change_a_bit(tmp_path: Path):
     assert len(list((tmp_path / "often" / "checkpoints").iterdir())) == 3
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_lower_precision_learns_and_resumes_with_the_scale_of_its_loss(tmp_path: Path, precision: str):
+    common = (*FIXED_LAG, f"run.precision={precision}")
+    whole = train(tmp_path / "whole", *common, ranks=2)
+    train(tmp_path / "halves", *common, "run.steps=19", ranks=2)
+    rest = train(tmp_path / "halves", *common, ranks=2)
+    assert_equal_on_all_ranks(whole, rest)
+    assert rest["metrics"]["train_loss"] < 0.5 * events(tmp_path / "whole", "step")[0]["loss"]
+
+
 @pytest.mark.parametrize(
     ("statistics", "before", "after"), [("per-rank", 4, 2), ("folded", 4, 2), ("per-rank", 2, 3), ("folded", 3, 1)]
 )
