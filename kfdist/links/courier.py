@@ -16,7 +16,7 @@ from kfdist.lifetime import exit_with_process
 from kfdist.links import messages
 from kfdist.links.directory import OwnerDirectory
 from kfdist.links.dispatch import Dispatcher
-from kfdist.links.messages import Beat, Bye, Cancel, Counts, CourierSetup, Hello, Message, Submit
+from kfdist.links.messages import Beat, Bye, Cancel, Counts, CourierSetup, Fenced, Hello, Message, Submit
 from kfdist.links.session import ControllerSession
 from kfdist.links.shared_memory import HeartbeatWord
 from kfdist.types import RunSettings
@@ -83,8 +83,10 @@ class Courier:
             directory,
             owners_changed=self._owners_changed,
             settings_changed=self._settings_changed,
+            fenced=self._fence,
         )
-        self._dispatcher = Dispatcher(context.run, context.epoch, directory, rank.tell, self._session.fence)
+        self._dispatcher = Dispatcher(context.run, context.epoch, directory, rank.tell, self._fence)
+        self._fenced = False
 
     async def run(self) -> None:
         """Carries until the rank says goodbye or closes its end."""
@@ -130,6 +132,12 @@ class Courier:
 
     def _owners_changed(self) -> None:
         self._dispatcher.owners_changed()
+
+    def _fence(self, sentence: str) -> None:
+        if not self._fenced:
+            self._fenced = True
+            print(f"kfdist courier: this start of the run is superseded and stops: {sentence}", file=sys.stderr)
+            self._rank.tell(Fenced())
 
     def _settings_changed(self, settings: RunSettings) -> None:
         self._rank.tell(messages.settings_message(settings))

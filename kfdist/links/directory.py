@@ -15,7 +15,7 @@ _ABSENT_SECONDS = 3.0
 owners one by one, so a single list proves nothing."""
 
 _FIRST_SUSPENSION_SECONDS = 0.25
-_LONGEST_SUSPENSION_SECONDS = 5.0
+_LONGEST_SUSPENSION_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,11 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fenced:
+    """Courier to rank: a newer start of the run exists, so nobody takes anything from this one any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Counts:
     """Courier to rank: what it counted since it last said so."""
 
@@ -118,10 +123,10 @@ class Counts:
     samples_dropped: int = 0
 
 
-Message = Submit | Cancel | Beat | Bye | Hello | Done | Refused | Settings | Counts
+Message = Submit | Cancel | Beat | Bye | Hello | Done | Refused | Settings | Fenced | Counts
 
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Submit, Cancel, Beat, Bye, Hello, Done, Refused, Settings, Counts)
+    kind.__name__: kind for kind in (Submit, Cancel, Beat, Bye, Hello, Done, Refused, Settings, Fenced, Counts)
 }
 
 

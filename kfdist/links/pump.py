@@ -11,16 +11,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kfdist.errors import EnvironmentFault
 from kfdist.links import messages
 from kfdist.links.base import LinkCounters
 from kfdist.links.courier_process import COURIER_MODULE, CourierProcess
 from kfdist.links.ledger import Ledger
-from kfdist.links.messages import Bye, Cancel, Counts, CourierSetup, Done, Hello, Message, Refused, Settings
+from kfdist.links.messages import Bye, Cancel, Counts, CourierSetup, Done, Fenced, Hello, Message, Refused, Settings
 from kfdist.links.shared_memory import read_private
-from kfdist.types import Job, JobResult, RunSettings, Sample
+from kfdist.types import Desired, Job, JobResult, RunSettings, Sample
 
 _TICK_SECONDS = 0.25
 
@@ -40,7 +40,7 @@ class RemoteOptions:
     """
 
     window: int = 16
-    silent_seconds: float = 10.0
+    silent_seconds: float = 5.0
     start_seconds: float = 60.0
     failed_starts: int = 5
     close_seconds: float = 2.0
@@ -106,6 +106,7 @@ class Pump:
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
         self._ending = False
+        self._fenced = False
         self._courier = self._start_courier()
 
     @property
@@ -121,10 +122,11 @@ class Pump:
         try:
             while not self._ending:
                 self._turn()
+            self._say_goodbye()
         except Exception as error:
             self.fault = error
         finally:
-            self._courier.end(self._options.close_seconds if self._courier.greeted and self._ending else 0.0)
+            self._courier.end()
             self._ledger.close()
             self._selector.close()
             os.eventfd_write(self._shared.arrived, 1)
@@ -151,7 +153,6 @@ class Pump:
             match self._shared.inbox.popleft():
                 case None:
                     self._ending = True
-                    self._post(Bye())
                 case Job() as job:
                     self._ledger.add(job)
                 case (str() as group, int() as version):
@@ -174,6 +175,18 @@ class Pump:
     def _post(self, message: Message, *, samples: int = 0) -> None:
         self._outbox.append((messages.encode(message), samples))
         self._queued_samples += samples
+
+    def _say_goodbye(self) -> None:
+        """Gives the courier time to tell the controller the last beat."""
+        deadline = time.monotonic() + self._options.close_seconds
+        self._post(Bye())
+        self._courier.channel.settimeout(self._options.close_seconds)
+        try:
+            while self._outbox:
+                messages.send(self._courier.channel, self._outbox.popleft()[0])
+        except (TimeoutError, ConnectionError):
+            return  # It is stopped or gone.
+        self._courier.end(max(0.0, deadline - time.monotonic()))
 
     # --- the courier's socket
 
@@ -220,8 +233,10 @@ class Pump:
                 self._check_refused(message)
             case Settings():
                 settings = messages.run_settings(message)
-                if settings.revision > self.settings.revision:
+                if settings.revision > self.settings.revision and not self._fenced:
                     self.settings = settings
+            case Fenced():
+                self._stop_run()
             case Counts():
                 self._count(**vars(message))
             case _:
@@ -252,6 +267,12 @@ class Pump:
         self._ledger.finish(entry)
         self._shared.results.append(result)
         os.eventfd_write(self._shared.arrived, 1)
+
+    def _stop_run(self) -> None:
+        """Says that this start is to stop in the words in which people say it: these reach all ranks at one step."""
+        if not self._fenced:
+            self._fenced = True
+            self.settings = replace(self.settings, revision=self.settings.revision + 1, desired=Desired.STOPPED)
 
     def _check_refused(self, refused: Refused) -> None:
         entry = self._ledger.handed(refused.ticket)

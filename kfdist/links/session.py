@@ -6,8 +6,6 @@ comes back to it by itself, and asks owners for their peers meanwhile.
 
 import asyncio
 import contextlib
-import sys
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +57,7 @@ class ControllerSession:
         *,
         owners_changed: Callable[[], None],
         settings_changed: Callable[[RunSettings], None],
+        fenced: Callable[[str], None],
     ) -> None:
         """Begins without a connection.
 
@@ -69,6 +68,7 @@ class ControllerSession:
             directory: Kept up to date.
             owners_changed: Called after each update of the directory.
             settings_changed: Called with what the controller says people want.
+            fenced: Called with a sentence when the controller knows a newer start of the run.
         """
         self._address = address
         self._context = context
@@ -76,12 +76,14 @@ class ControllerSession:
         self._directory = directory
         self._owners_changed = owners_changed
         self._settings_changed = settings_changed
+        self._fenced = fenced
         self._revision = 0
         self._step, self._phase = 0, "running"
         self._samples: deque[Sample] = deque()
         self._due = asyncio.Event()
         self._ending = False
         self._connected = False
+        self._away = False
         self.samples_dropped = 0
 
     def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
@@ -94,39 +96,32 @@ class ControllerSession:
             self._samples.popleft()  # the oldest: a gauge's newer value, or a counter's total, replaces it anyway
             self.samples_dropped += 1
 
-    def fence(self, sentence: str) -> None:
-        """Has the run stopped: a newer start of it exists.
-
-        The ranks are told in the words in which people ask them to stop, as these reach all of them at the same step.
-        """
-        if self._revision >= 0:
-            print(f"kfdist courier: this start of the run is superseded, it is stopped: {sentence}", file=sys.stderr)
-            self._settings_changed(RunSettings(revision=self._revision + 1, desired=Desired.STOPPED))
-            self._revision = -1
-
     async def run(self) -> None:
         """Keeps the conversation up until `end`."""
         pause = _FIRST_PAUSE_SECONDS
-        while not self._ending:
+        while True:
             channel = open_aio_channel(self._address)
             try:
                 await self._converse(channel)
             except _Fenced as fenced:
-                self.fence(str(fenced))
+                self._fenced(str(fenced))
                 return
             except (grpc.aio.AioRpcError, TimeoutError):
                 # A deadline, a refusal or nobody there: all of them may be over at the next try.
                 pause = _FIRST_PAUSE_SECONDS if self._connected else min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                self._away = True
             finally:
                 self._connected = False
                 await channel.close()
-            await self._pause(pause)
+            if self._ending:
+                return
+            await asyncio.sleep(pause)
 
     async def end(self, conversation: asyncio.Task[None]) -> None:
         """Tells the controller the last beat if it is there, and ends `conversation`, the task of `run`."""
         self._ending = True
         self._due.set()
-        _, late = await asyncio.wait([conversation], timeout=_LAST_WORD_SECONDS if self._connected else 0.0)
+        _, late = await asyncio.wait([conversation], timeout=0.0 if self._away else _LAST_WORD_SECONDS)
         for task in late:
             task.cancel()
 
@@ -141,11 +136,6 @@ class ControllerSession:
                         response = await InversionServiceStub(channel).ListPeers(request, timeout=_PEERS_SECONDS)
                     self._learn_owners(response.owners)
                     break
-
-    async def _pause(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not self._ending and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
 
     async def _converse(self, channel: grpc.aio.Channel) -> None:
         stub = MembershipServiceStub(channel)
@@ -193,7 +183,7 @@ class ControllerSession:
                 last = self._ending
                 with self._taken_samples() as samples:
                     response = await self._exchange(stream, samples)
-                self._connected = True
+                self._connected, self._away = True, False
                 self._learn_settings(response.settings)
                 self._learn_owners(response.owners)
                 if response.assignment_revision != assignment_revision:
@@ -247,7 +237,7 @@ class ControllerSession:
             raise
 
     def _learn_settings(self, settings: membership_pb2.RunSettings) -> None:
-        if settings.revision <= self._revision or self._revision < 0:
+        if settings.revision <= self._revision:
             return
         self._revision = settings.revision
         self._settings_changed(

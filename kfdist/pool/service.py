@@ -91,7 +91,7 @@ class InversionServicer:
         return len(self._running)
 
     def set_fingerprint(self, fingerprint: str) -> None:
-        """Takes in what the executor's numbers depend on; until then, jobs that name a fingerprint are refused."""
+        """Takes in what the executor's numbers depend on; until then, jobs are sent to other owners."""
         self._fingerprint = fingerprint
 
     def set_peers(self, owners: Iterable[inversion_pb2.Owner]) -> None:
@@ -139,11 +139,13 @@ class InversionServicer:
             )
         if header.payload_bytes == 0:
             raise _invalid("payload_bytes is 0; a job is never empty")
+        if not self._fingerprint:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, f"the inversion process of {self._owner_id} is starting")
         if header.fingerprint and header.fingerprint != self._fingerprint:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"the job needs an owner of fingerprint {header.fingerprint!r}; {self._owner_id} has "
-                f"{self._fingerprint or 'none yet, its inversion process is starting'!r}",
+                f"the job needs an owner of fingerprint {header.fingerprint!r}; "
+                f"{self._owner_id} has {self._fingerprint!r}",
             )
         self._check_epoch(header.run, header.epoch)
 

@@ -98,7 +98,7 @@ def test_a_suspended_owner_is_left_alone_longer_each_time(directory, clock):
         waits.append(clock.now - begun)
     assert waits == sorted(waits)
     assert waits[0] == pytest.approx(0.25, abs=0.06)
-    assert waits[-1] == pytest.approx(5.0, abs=0.06)
+    assert waits[-1] == pytest.approx(2.0, abs=0.06)
     directory.trust(owner)
     directory.suspend(owner)
     clock.now += 0.26

@@ -8,7 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfdist.links import messages
-from kfdist.links.messages import Beat, Bye, Cancel, Counts, CourierSetup, Done, Hello, Refused, Settings, Submit
+from kfdist.links.messages import (
+    Beat,
+    Bye,
+    Cancel,
+    Counts,
+    CourierSetup,
+    Done,
+    Fenced,
+    Hello,
+    Refused,
+    Settings,
+    Submit,
+)
 from kfdist.types import Desired, RunSettings, Sample
 from tests.support.jobs import context
 
@@ -24,6 +36,7 @@ EXAMPLES = [
     Done(ticket=7, payload_bytes=4, digest="e" * 64, seconds=0.5, owner="owner-0", attempts=2),
     Refused(ticket=7),
     Settings(revision=4, desired=Desired.PAUSED, checkpoint_serial=2, damping=1e-3),
+    Fenced(),
     Counts(resubmissions={"crash": 2}, bytes_sent=5, bytes_received=6, samples_dropped=7),
 ]
 
