@@ -13,6 +13,9 @@ BlockName = str
 GroupName = str
 """Name of a group of blocks, the unit of phase, version and adoption; a single block's group has its name."""
 
+RUN_NAME_PATTERN = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+"""What a run may be called: it becomes part of paths, metrics and messages."""
+
 CHUNK_BYTES = 1 << 20
 """Largest chunk of a payload in one gRPC message (protos/kfdist/v1/inversion.proto)."""
 
@@ -133,7 +136,7 @@ class RunSettings:
         revision: Moves at every change, never back.
         desired: What the run is to do.
         checkpoint_serial: Moves at every request for a checkpoint.
-        damping: New damping lambda; 0 means as configured.
+        damping: New damping lambda; 0 says nothing: it stays as configured, or as a checkpoint restored it.
     """
 
     revision: int = 0

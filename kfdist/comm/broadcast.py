@@ -25,10 +25,14 @@ class PayloadBroadcast:
         else:
             self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self._work = communicator.broadcast(self._buffer, source)
+        if device.type == "cuda":
+            # The compute stream waits (the host doesn't), so that no gradient reduction of the next step overtakes this
+            # collective on some ranks only.
+            self._work.wait()
         if device.type == "cuda" and payload is None:
             side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._work.wait()
                 self._host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
                 self._host.copy_(self._buffer, non_blocking=True)
                 self._event = torch.cuda.Event()

@@ -41,8 +41,10 @@ class TableExchange:
         self.bytes_sent += self._table.numel() * 8
         self._work = self._communicator.all_reduce_max(self._table)
         if self._side is not None:
+            # The compute stream waits (not the host), so that no gradient reduction of the next step overtakes this.
+            self._work.wait()
+            self._side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._side):
-                self._work.wait()
                 self._pinned = torch.empty(self._table.shape, dtype=torch.int64, pin_memory=True)
                 self._pinned.copy_(self._table, non_blocking=True)
                 self._event = torch.cuda.Event()

@@ -10,8 +10,9 @@ from kfdist.assignment import POLICIES
 from kfdist.control.records import PHASES
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, run_pb2
 from kfdist.rpc.errors import Refusal
+from kfdist.types import RUN_NAME_PATTERN
 
-NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+NAME = re.compile(RUN_NAME_PATTERN)
 """Names of runs and owners: they become file names and label values."""
 
 NAME_RULE = "1 to 63 letters, digits, '.', '_' and '-', beginning and ending with a letter or digit"

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfdist.curvature.statistics import KroneckerFactors
-from kfdist.linalg.psd import pack_triangle, unpack_triangle
+from kfdist.curvature.records import PackedRecord
+from kfdist.linalg.psd import pack_triangle
 
 
 def decay_at(update: int, decay: float) -> float:
@@ -94,12 +94,15 @@ class WeightedSums:
         return [pack_triangle(self.A), pack_triangle(self.G), self.weight.reshape(1)]
 
 
-def factors_from_packed(A: Tensor, G: Tensor, weight: Tensor) -> KroneckerFactors:
-    """Turns reduced sums into Omega = sum S_A / sum w and Gamma = sum S_G / sum w.
+def packed_factors(A: Tensor, G: Tensor, weight: Tensor) -> PackedRecord:
+    """Turns reduced sums into Omega = sum S_A / sum w and Gamma = sum S_G / sum w, packed as they are.
 
     Args:
         A: Packed triangles of the summed S_A, [c, q(q+1)/2].
         G: Packed triangles of the summed S_G, [c, p(p+1)/2].
         weight: The summed w, [1], positive.
+
+    Returns:
+        A packed `KroneckerFactors`, ready for a job's payload: the rank never builds the square matrices.
     """
-    return KroneckerFactors(unpack_triangle(A / weight), unpack_triangle(G / weight))
+    return PackedRecord(kind="kronecker-factors", tensors={"A": A / weight, "G": G / weight}, static={})

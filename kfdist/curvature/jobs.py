@@ -65,7 +65,7 @@ class GroupResult:
 def encode_job(
     *,
     inverter: AbstractInverter,
-    factors: Mapping[BlockName, KroneckerFactors],
+    factors: Mapping[BlockName, KroneckerFactors | PackedRecord],
     damping: float,
     seeds: Mapping[BlockName, int],
     previous: Mapping[BlockName, Mapping[str, Tensor]],
@@ -75,7 +75,7 @@ def encode_job(
 
     Args:
         inverter: The method with its settings.
-        factors: Reduced statistics by block of the group.
+        factors: Reduced statistics by block of the group; those that were packed already travel as they are.
         damping: lambda, finite and positive.
         seeds: One per block.
         previous: State of the last version by block; blocks may be missing.
@@ -96,7 +96,8 @@ def encode_job(
     for index, name in enumerate(sorted(factors)):
         if name not in seeds:
             raise ValueError(f"block {name!r} has no seed; seeds are given for {', '.join(sorted(seeds)) or 'none'}")
-        record = pack(factors[name], STATISTICS)
+        given = factors[name]
+        record = given if isinstance(given, PackedRecord) else pack(given, STATISTICS)
         add_tensors(tensors, f"{index}/statistics", record.tensors)
         add_tensors(tensors, f"{index}/previous", previous.get(name, {}))
         blocks.append({"name": name, "seed": seeds[name], "statistics": _described(record)})

@@ -65,7 +65,9 @@ class Agreement:
             return
         heard = self._link.settings()
         shared = self._table.share(_encode(heard) if self._worker_rank == 0 else [0.0] * 4)
-        self.settings = _decode(shared)
+        agreed = _decode(shared)
+        # Damping 0 is no word on damping: what a checkpoint brought along stays in force, from step to step.
+        self.settings = agreed if agreed.damping else replace(agreed, damping=self.settings.damping)
         self.stop = self.stop or self.settings.desired is Desired.STOPPED
 
     def agree(self, columns: Sequence[int]) -> list[int]:

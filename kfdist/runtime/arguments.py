@@ -115,8 +115,15 @@ def constant(value: float, step: int) -> float:
     return value
 
 
-def shared_fingerprint(training: Communicator, device: torch.device) -> str:
-    """Returns the fingerprint that all ranks share; collective. Raises `EnvironmentFault` where they differ."""
+def inverting_fingerprint(training: Communicator, device: torch.device) -> str:
+    """Checks that the ranks agree on what their numbers depend on; returns the same of whoever inverts for them.
+
+    Statistics reach the inverters in host memory, and both the local link and the owners invert there, whatever the
+    ranks train on.
+
+    Raises:
+        EnvironmentFault: The ranks differ; on all of them.
+    """
     own = fingerprint(device.type, torch.get_num_threads())
     everyone = training.all_gather_json(own)
     if any(other != own for other in everyone):
@@ -125,7 +132,7 @@ def shared_fingerprint(training: Communicator, device: torch.device) -> str:
             f"the ranks differ in what their numbers depend on ({listed}); use the same hardware, thread count "
             "(torch.set_num_threads) and library versions on all ranks"
         )
-    return own
+    return fingerprint("cpu", torch.get_num_threads())
 
 
 def make_link(link: Service | AbstractLink | None) -> AbstractLink:

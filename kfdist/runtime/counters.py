@@ -1,6 +1,6 @@
 """What a rank counts about its own pipeline, and the samples and summaries made of it."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +10,8 @@ import torch
 
 from kfdist.curvature.estimate import WeightedSums
 
+_KEPT_OBSERVATIONS = 10_000
+
 
 @dataclass
 class PipelineCounters:
@@ -17,8 +19,8 @@ class PipelineCounters:
 
     Attributes:
         completed: Inversions whose results this rank received, by method (courier ranks only).
-        failed: Results adopted as failures, by reason; the same on all ranks.
-        inversion_seconds: (method, seconds) of results not yet reported.
+        inversion_seconds: (method, seconds) of results not yet reported; the newest, where nobody asks.
+        step_seconds: (phase, seconds) of steps not yet reported; likewise.
         adoptions: Versions swapped in.
         fallbacks: Block-steps in which no usable snapshot or the staleness policy changed the update, by reason.
         staleness: Per step, the largest staleness over the groups.
@@ -27,8 +29,8 @@ class PipelineCounters:
     """
 
     completed: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-    inversion_seconds: list[tuple[str, float]] = field(default_factory=list)
+    inversion_seconds: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_KEPT_OBSERVATIONS))
+    step_seconds: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_KEPT_OBSERVATIONS))
     adoptions: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     staleness: list[int] = field(default_factory=list)

@@ -308,6 +308,7 @@ class Pipeline:
         self.counters.bytes["table"] = parts.table.bytes_sent
         self.counters.bytes["snapshots"] = parts.exchange.bytes_sent
         self.counters.bytes["jobs"] = parts.book.bytes_shipped
+        self.counters.step_seconds.extend(self.counters.phase_seconds.items())
         self.counters.staleness.append(max(self.staleness(step).values()))
         self.next_step = step + 1
         self.arm()

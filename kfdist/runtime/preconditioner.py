@@ -1,6 +1,5 @@
 """`kfdist.Preconditioner`: the public face of the pipeline."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -14,7 +13,7 @@ from kfdist.adoption import AdoptionLedger
 from kfdist.capture.hooks import Capture, Sampling
 from kfdist.comm.groups import communicator, make_communicators
 from kfdist.comm.table import TableExchange
-from kfdist.errors import ConfigError, KfdistError, KfdistWarning
+from kfdist.errors import ConfigError, EnvironmentFault, KfdistError, KfdistWarning
 from kfdist.links.base import AbstractLink, LinkContext
 from kfdist.runtime.agreement import Agreement
 from kfdist.runtime.arguments import (
@@ -24,9 +23,9 @@ from kfdist.runtime.arguments import (
     constant,
     device_of,
     empty_sums,
+    inverting_fingerprint,
     lag_of,
     make_link,
-    shared_fingerprint,
 )
 from kfdist.runtime.exchange import SnapshotExchange
 from kfdist.runtime.groups import Coverage, Method, bare_model, plan_blocks
@@ -40,7 +39,7 @@ from kfdist.runtime.learning_rate import (
 )
 from kfdist.runtime.pipeline import FixedLag, Pipeline, PipelineParts, PipelineSettings, StepReport
 from kfdist.runtime.report import pipeline_samples, pipeline_totals
-from kfdist.runtime.service import Service, epoch_from_clock
+from kfdist.runtime.service import DEADLINE_SECONDS, Service, epoch_from_clock
 from kfdist.runtime.snapshots import SnapshotStore
 from kfdist.runtime.state import pipeline_state, restore_pipeline
 from kfdist.schedule import Schedule
@@ -147,18 +146,18 @@ class Preconditioner:
             seed=seed,
             run=service.run if service is not None else "local",
             epoch=int(self._training.broadcast_json(epoch)),
-            fingerprint=shared_fingerprint(self._training, self._device),
-            deadline_seconds=service.deadline_seconds if service is not None else math.inf,
+            fingerprint=inverting_fingerprint(self._training, self._device),
+            deadline_seconds=service.deadline_seconds if service is not None else DEADLINE_SECONDS,
             digest_period=digest_period,
         )
         self._communicators = make_communicators(self._training)
         self._link = make_link(link)
         self._pipeline = self._make_pipeline(settings, sampling, wait_limit_seconds)
-        self._start_link(settings, service.assignment if service is not None else "round_robin")
         self._folded = False
         self._closed = False
         self._hook: Any = None
         self._hooks_checked = False
+        self._start_link(settings, service.assignment if service is not None else "round_robin")
 
     # Construction ----------------------------------------------------------------------------------------------------
 
@@ -181,23 +180,35 @@ class Preconditioner:
             agreement=agreement,
             book=book,
             exchange=exchange,
-            snapshots=SnapshotStore(groups, self._device),
+            snapshots=SnapshotStore(groups, self._device, speaks=self._training.rank == 0),
             link=self._link,
         )
         return Pipeline(parts, settings, {name: empty_sums(block, self._device) for name, block in blocks.items()})
 
     def _start_link(self, settings: PipelineSettings, assignment: str) -> None:
-        self._link.start(
-            LinkContext(
-                run=settings.run,
-                epoch=settings.epoch,
-                worker_rank=self._training.rank,
-                world_size=self._training.world_size,
-                groups=[group.spec for group in self._plan.groups],
-                fingerprint=settings.fingerprint,
-                assignment=assignment,
-            )
+        """Starts every rank's link, or none: where one can't start, all ranks undo what they made and say so."""
+        context = LinkContext(
+            run=settings.run,
+            epoch=settings.epoch,
+            worker_rank=self._training.rank,
+            world_size=self._training.world_size,
+            groups=[group.spec for group in self._plan.groups],
+            fingerprint=settings.fingerprint,
+            assignment=assignment,
         )
+        fault: Exception | None = None
+        try:
+            self._link.start(context)
+        except Exception as error:  # told to all ranks below, which would otherwise wait for this one
+            fault = error
+        faults = self._training.all_gather_json(None if fault is None else str(fault))
+        failed = {rank: text for rank, text in enumerate(faults) if text is not None}
+        if failed:
+            self._pipeline.parts.capture.close()
+            self._link.close()
+            self._communicators.close()
+            listed = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+            raise EnvironmentFault(f"the link to the inverters could not start ({listed})") from fault
 
     # The step --------------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kfdist.comm.groups import Communicator
 from kfdist.comm.reduce import reduce_flat
-from kfdist.curvature.estimate import WeightedSums, factors_from_packed
-from kfdist.curvature.statistics import KroneckerFactors
+from kfdist.curvature.estimate import WeightedSums, packed_factors
+from kfdist.curvature.records import PackedRecord
 from kfdist.runtime.groups import BlockGroup
 from kfdist.types import BlockName
 
@@ -36,18 +36,18 @@ class ReducedStatistics:
         """Says, without blocking, whether the copy has landed."""
         return self._event is None or self._event.query()
 
-    def factors(self) -> dict[str, dict[BlockName, KroneckerFactors]]:
+    def factors(self) -> dict[str, dict[BlockName, PackedRecord]]:
         """Returns Omega and Gamma per group and block; a group without any statistics (sum w = 0) has no blocks."""
         if self._event is not None:
             self._event.synchronize()
         pieces = iter(self._sums)
-        factors: dict[str, dict[BlockName, KroneckerFactors]] = {}
+        factors: dict[str, dict[BlockName, PackedRecord]] = {}
         for group in self.groups:
-            of_group: dict[BlockName, KroneckerFactors] = {}
+            of_group: dict[BlockName, PackedRecord] = {}
             for block in group.blocks:
                 A, G, weight = next(pieces), next(pieces), next(pieces)
                 if float(weight) > 0.0:
-                    of_group[block.name] = factors_from_packed(A, G, weight)
+                    of_group[block.name] = packed_factors(A, G, weight)
             factors[group.name] = of_group if len(of_group) == len(group.blocks) else {}
         return factors
 

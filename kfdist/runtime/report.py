@@ -72,9 +72,14 @@ def _common_samples(pipeline: Pipeline) -> list[Sample]:
             )
         )
     samples += [
-        Sample(name="kfdist_step_seconds", value=seconds, labels={"phase": phase})
-        for phase, seconds in counters.phase_seconds.items()
+        Sample(name="kfdist_fallbacks_total", value=float(total), labels={"reason": outcome})
+        for outcome, total in parts.snapshots.degraded.items()
     ]
+    samples += [
+        Sample(name="kfdist_step_seconds", value=seconds, labels={"phase": phase})
+        for phase, seconds in counters.step_seconds
+    ]
+    counters.step_seconds.clear()
     return samples
 
 
@@ -93,6 +98,7 @@ def pipeline_totals(pipeline: Pipeline) -> dict[str, Any]:
         "staleness_steps": {"p50": _quantile(counters.staleness, 0.5), "max": max(counters.staleness, default=0)},
         "adoptions": counters.adoptions,
         "fallbacks": dict(counters.fallbacks),
+        "degraded": dict(parts.snapshots.degraded),
         "replaced_jobs": parts.book.replaced,
         "resent_broadcasts": parts.exchange.resent,
         "resubmissions": dict(link.resubmissions),

@@ -1,9 +1,16 @@
 """Where a preconditioner's inversions are done when not in its own process."""
 
+import math
+import re
 import time
 from dataclasses import dataclass
 
+from kfdist.assignment import POLICIES
 from kfdist.errors import ConfigError
+from kfdist.types import RUN_NAME_PATTERN
+
+DEADLINE_SECONDS = 120.0
+"""How long one inversion may run by default; the largest layer of ResNet-50 takes seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +29,7 @@ class Service:
     run: str = "default"
     epoch: int | None = None
     assignment: str = "round_robin"
-    deadline_seconds: float = 120.0
+    deadline_seconds: float = DEADLINE_SECONDS
 
     def __post_init__(self) -> None:
         host, _, port = self.address.rpartition(":")
@@ -30,10 +37,17 @@ class Service:
             raise ConfigError(
                 f"the service's address is {self.address!r}; 'host:port' with a port from 1 to 65535 is needed"
             )
-        if self.assignment not in ("round_robin", "model_order", "lpt"):
-            raise ConfigError(f"assignment is {self.assignment!r}; allowed are 'round_robin', 'model_order' and 'lpt'")
-        if not self.deadline_seconds > 0:
-            raise ConfigError(f"deadline_seconds is {self.deadline_seconds!r}; a positive number is needed")
+        if not re.fullmatch(RUN_NAME_PATTERN, self.run):
+            raise ConfigError(
+                f"the run's name is {self.run!r}; 1 to 63 letters, digits, '.', '_' and '-' are needed, with a letter "
+                "or digit at both ends"
+            )
+        if self.epoch is not None and (not isinstance(self.epoch, int) or self.epoch < 1):
+            raise ConfigError(f"epoch is {self.epoch!r}; a whole number, at least 1, is needed")
+        if self.assignment not in POLICIES:
+            raise ConfigError(f"assignment is {self.assignment!r}; allowed are {', '.join(map(repr, POLICIES))}")
+        if not (self.deadline_seconds > 0 and math.isfinite(self.deadline_seconds)):
+            raise ConfigError(f"deadline_seconds is {self.deadline_seconds!r}; a positive, finite number is needed")
 
 
 def connect(
@@ -42,7 +56,7 @@ def connect(
     run: str = "default",
     epoch: int | None = None,
     assignment: str = "round_robin",
-    deadline_seconds: float = 120.0,
+    deadline_seconds: float = DEADLINE_SECONDS,
 ) -> Service:
     """Says which service a preconditioner's inversions go to; nothing is contacted until the preconditioner is made.
 

@@ -1,14 +1,19 @@
 """The snapshots in use: per group, the version adopted by all ranks and its preconditioners."""
 
 import time
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from kfdist.adoption import NO_VERSION
+from kfdist.curvature.inverters.base import Outcome
+from kfdist.curvature.inverters.ladder import BlockOutcome
 from kfdist.curvature.jobs import NO_STATISTICS, decode_result
 from kfdist.curvature.preconditioners import AbstractPreconditioner
+from kfdist.errors import KfdistWarning
 from kfdist.runtime.groups import BlockGroup
 
 
@@ -30,14 +35,27 @@ class Snapshot:
 
 
 class SnapshotStore:
-    """The newest good snapshot of every group. All ranks make the same calls with the same bytes."""
+    """The newest good snapshot of every group. All ranks make the same calls with the same bytes.
 
-    def __init__(self, groups: Sequence[BlockGroup], device: torch.device) -> None:
+    Args:
+        groups: All groups.
+        device: Where the preconditioners are used.
+        speaks: Whether this rank warns of what all ranks see.
+
+    Attributes:
+        failures: Adopted results without a preconditioner, by reason.
+        degraded: Adopted blocks whose inversion didn't go as configured, by outcome.
+    """
+
+    def __init__(self, groups: Sequence[BlockGroup], device: torch.device, *, speaks: bool) -> None:
         self._device = device
+        self._speaks = speaks
+        self._spoken: set[tuple[str, Outcome]] = set()
         self._snapshots = [Snapshot() for _ in groups]
         self._without_statistics = [False] * len(groups)
         self._times: dict[int, float] = {}
         self.failures: dict[str, int] = {}
+        self.degraded: Counter[str] = Counter()
 
     def adopt(self, group: int, version: int, payload: bytes) -> bool:
         """Takes a version into use.
@@ -53,6 +71,8 @@ class SnapshotStore:
             self.failures[result.reason] = self.failures.get(result.reason, 0) + 1
             return False
         good = {name: each for name, each in result.outcomes.items() if each.preconditioner is not None}
+        for name, each in good.items():
+            self._note(name, version, each)
         self._snapshots[group] = Snapshot(
             version,
             payload,
@@ -60,6 +80,19 @@ class SnapshotStore:
             {name: each.state for name, each in good.items()},
         )
         return True
+
+    def _note(self, block: str, version: int, outcome: BlockOutcome) -> None:
+        """Counts an inversion that didn't go as configured, and says so once per block and outcome."""
+        if outcome.outcome is Outcome.DONE:
+            return
+        self.degraded[str(outcome.outcome)] += 1
+        if self._speaks and (block, outcome.outcome) not in self._spoken:
+            self._spoken.add((block, outcome.outcome))
+            warnings.warn(
+                f"block {block!r}, version {version}: {outcome.outcome.sentence} {outcome.reason}".rstrip(),
+                KfdistWarning,
+                stacklevel=2,
+            )
 
     def __getitem__(self, group: int) -> Snapshot:
         return self._snapshots[group]

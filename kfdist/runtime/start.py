@@ -9,7 +9,7 @@ import json
 import warnings
 from typing import TYPE_CHECKING
 
-from kfdist.errors import CheckpointError, KfdistWarning
+from kfdist.errors import CheckpointError, ConfigError, KfdistWarning
 
 if TYPE_CHECKING:
     from kfdist.runtime.pipeline import Pipeline
@@ -22,8 +22,10 @@ def agree_on_start(pipeline: "Pipeline") -> None:
     never shipped, with a warning on rank 0; with every rank's own state, or a merged one, there are none.
 
     Raises:
+        ConfigError: The ranks were given different arguments; on all ranks alike.
         CheckpointError: The ranks begin at different steps or with different snapshots; on all ranks alike.
     """
+    _compare_arguments(pipeline)
     table, step = pipeline.parts.table, pipeline.next_step
     place = _place(pipeline)
     last, first, high, low = table.agree([step, -step, place, -place])
@@ -33,6 +35,32 @@ def agree_on_start(pipeline: "Pipeline") -> None:
             f"the ranks would begin at {where}; load the state of one checkpoint on all ranks before the first step"
         )
     _forget_lost(pipeline)
+
+
+def _compare_arguments(pipeline: "Pipeline") -> None:
+    """Refuses ranks whose schedules would part or whose updates would differ."""
+    settings, step = pipeline.settings, pipeline.next_step
+    own = {
+        "damping (at this step)": settings.damping(step),
+        "ema_decay": settings.ema_decay,
+        "factor_period": settings.schedule.factor_period,
+        "inverse_period": settings.schedule.inverse_period,
+        "kl_clip": settings.kl_clip,
+        "adoption": "asap" if settings.lag is None else f"FixedLag({settings.lag})",
+        "staleness": repr(settings.staleness),
+        "seed": settings.seed,
+        "digest_period": settings.digest_period,
+        "method": [[group.name, repr(group.inverter)] for group in pipeline.parts.groups],
+    }
+    everyone = pipeline.parts.communicators.training.all_gather_json(own)
+    for name in own:
+        values = [of_rank.get(name) for of_rank in everyone]
+        if any(value != values[0] for value in values):
+            listed = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise ConfigError(
+                f"the ranks were given different {name}: {listed}. Make the Preconditioner with equal arguments on all "
+                "ranks"
+            )
 
 
 def _place(pipeline: "Pipeline") -> int:

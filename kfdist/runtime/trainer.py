@@ -50,10 +50,13 @@ class Trainer:
     """
 
     def __init__(self, training: Training, standing: Standing, outputs: Outputs) -> None:
-        self.standing = replace(standing, position=training.sampler.start(standing.position))
+        # The controller counts requests for checkpoints anew at each start of an ended run.
+        position = training.sampler.start(standing.position)
+        self.standing = replace(standing, position=position, checkpoint_serial=0)
         self.step_seconds = array("d")
         self.metrics: dict[str, float | None] = {"train_loss": None, "train_accuracy": None}
         self.checkpoint_faults = 0
+        self._told_steps = 0
         self._training = training
         self._outputs = outputs
         self._tally = torch.zeros(2, dtype=torch.float64, device=training.device)
@@ -209,8 +212,9 @@ class Trainer:
     def _beat(self, phase: str, *samples: Sample) -> None:
         """Tells the controller; what is the same on all ranks comes from rank 0 alone."""
         own = samples if self._training.communicator.rank == 0 else ()
-        step = Sample(name="kfdist_step_seconds", value=self.step_seconds[-1], labels={"phase": "total"})
-        self._training.preconditioner.beat(phase, [*own, step])
+        new, self._told_steps = self.step_seconds[self._told_steps :], len(self.step_seconds)
+        steps = [Sample(name="kfdist_step_seconds", value=seconds, labels={"phase": "total"}) for seconds in new]
+        self._training.preconditioner.beat(phase, [*own, *steps])
         self._last_beat = time.perf_counter()
 
     def _evaluate(self) -> None:

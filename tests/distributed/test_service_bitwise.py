@@ -136,4 +136,4 @@ def test_killed_owner_killed_couriers_and_delays_change_nothing(
     # The faults did happen: two couriers were replaced, and jobs went out again after the owner's death.
     assert sum(counters["courier_restarts"] for _, counters in disturbed) == 2
     reasons = {reason for _, counters in disturbed for reason in counters["resubmissions"]}
-    assert reasons, "no job had to go out again"
+    assert reasons - {"courier_lost"}, f"no job went out again because of its owner: {reasons}"

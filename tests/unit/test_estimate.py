@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfdist.curvature.estimate import BatchStatistics, WeightedSums, decay_at, factors_from_packed
+from kfdist.curvature.estimate import BatchStatistics, WeightedSums, decay_at, packed_factors
+from kfdist.curvature.records import unpack
+from kfdist.curvature.statistics import STATISTICS
 from kfdist.linalg.psd import pack_triangle
 
 EXACT = 1e-12
@@ -44,7 +46,7 @@ def factors(ranks: Sequence[WeightedSums]) -> tuple[Tensor, Tensor]:
     """What the reduction of several ranks' sums gives."""
     A, G, weight = (sum(parts) for parts in zip(*(each.packed() for each in ranks), strict=True))
     assert isinstance(A, Tensor) and isinstance(G, Tensor) and isinstance(weight, Tensor)
-    reduced = factors_from_packed(A, G, weight)
+    reduced = unpack(packed_factors(A, G, weight), STATISTICS)
     return reduced.A, reduced.G
 
 
