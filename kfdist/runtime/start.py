@@ -26,6 +26,7 @@ def agree_on_start(pipeline: "Pipeline") -> None:
         CheckpointError: The ranks begin at different steps or with different snapshots; on all ranks alike.
     """
     _compare_arguments(pipeline)
+    pipeline.ship_all()  # what still travels to the host is under way, not lost
     table, step = pipeline.parts.table, pipeline.next_step
     place = _place(pipeline)
     last, first, high, low = table.agree([step, -step, place, -place])
