@@ -284,6 +284,7 @@ class Launch:
         except (StopAsked, KillAsked):
             pass
         stubborn = sweep(self._mark, os.getpid(), spared=self._spared)
+        self._terminal.restore()
         if stubborn:
             self._terminal.warn(f"processes {sorted(stubborn)} could not be killed; look after them")
 

@@ -3,7 +3,10 @@
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
+
+_ERASE_LINE = "\r\x1b[2K"
+_SHOW_CURSOR = "\x1b[?25h"
 
 
 class Terminal:
@@ -17,22 +20,36 @@ class Terminal:
         self.as_json = as_json
 
     @property
+    def _stream(self) -> TextIO:
+        return sys.stderr if self.as_json else sys.stdout
+
+    @property
     def descriptor(self) -> int:
         """Where a child writes what is meant for people."""
-        return (sys.stderr if self.as_json else sys.stdout).fileno()
+        return self._stream.fileno()
 
     def say(self, text: str) -> None:
         """Tells how it goes."""
-        print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+        _print_line(text, self._stream)
 
     def warn(self, text: str) -> None:
         """Tells what went wrong."""
-        print(f"kfdist: {text}", file=sys.stderr, flush=True)
+        _print_line(f"kfdist: {text}", sys.stderr)
+
+    def restore(self) -> None:
+        """Removes the bar, and shows the cursor, that a rank which was killed could not put in order itself."""
+        if self._stream.isatty():
+            print(_ERASE_LINE + _SHOW_CURSOR, end="", file=self._stream, flush=True)
 
     def result(self, summary: Mapping[str, Any]) -> None:
         """Prints the summary for programs; nothing without `as_json`."""
         if self.as_json:
             print(json.dumps(summary), flush=True)
+
+
+def _print_line(text: str, stream: TextIO) -> None:
+    # Rank 0 may be redrawing a bar on this line; it draws a new one below.
+    print(_ERASE_LINE + text if stream.isatty() else text, file=stream, flush=True)
 
 
 def summary_line(summary: Mapping[str, Any]) -> str:
