@@ -11,13 +11,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from kfdist.errors import EnvironmentFault
 from kfdist.links import messages
 from kfdist.links.base import LinkCounters
 from kfdist.links.courier_process import COURIER_MODULE, CourierProcess
 from kfdist.links.ledger import Ledger
+from kfdist.links.mailbox import Mailbox
 from kfdist.links.messages import Bye, Cancel, Counts, CourierSetup, Done, Fenced, Hello, Message, Refused, Settings
 from kfdist.links.shared_memory import read_private
 from kfdist.types import Desired, Job, JobResult, RunSettings, Sample
@@ -48,35 +49,6 @@ class RemoteOptions:
     courier_module: str = COURIER_MODULE
 
 
-@dataclass(kw_only=True)
-class Shared:
-    """What the thread that trains and the pump share. Appending to a deque is atomic, so no lock is needed.
-
-    A lock would do harm: a signal handler that raises (Ctrl-C) may interrupt the thread that holds it.
-
-    Attributes:
-        inbox: Calls of the link, in order: a Job, a (group, version) to cancel, a (step, phase, samples), or None for
-            the end.
-        results: Verified results.
-        wake: An eventfd that wakes the pump.
-        arrived: An eventfd that is readable while results (or a fault) may be there.
-        closed: Whether the eventfds were given back.
-    """
-
-    wake: int
-    arrived: int
-    inbox: "deque[Job | tuple[str, int] | tuple[int, str, Sequence[Sample]] | None]" = field(default_factory=deque)
-    results: deque[JobResult] = field(default_factory=deque)
-    closed: bool = False
-
-    def close(self) -> None:
-        """Gives the eventfds back; called when the pump has ended; safe to call twice."""
-        if not self.closed:
-            self.closed = True
-            os.close(self.wake)
-            os.close(self.arrived)
-
-
 class Pump:
     """Everything the background thread holds; only `run` is called in it, and the attributes below are read elsewhere.
 
@@ -86,7 +58,7 @@ class Pump:
         fault: Why the pump ended before it was told to; None while it runs.
     """
 
-    def __init__(self, shared: Shared, setup: CourierSetup, options: RemoteOptions) -> None:
+    def __init__(self, mailbox: Mailbox, setup: CourierSetup, options: RemoteOptions) -> None:
         """Starts the first courier, so that a machine that can't start one says so at once.
 
         Raises:
@@ -95,7 +67,7 @@ class Pump:
         self.settings = RunSettings()
         self.counters = LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
         self.fault: Exception | None = None
-        self._shared = shared
+        self._mailbox = mailbox
         self._setup = setup
         self._options = options
         # A copy: the thread that trains may change its own environment while a courier is respawned.
@@ -118,7 +90,7 @@ class Pump:
         """The thread's body: carries until the inbox says None, then ends the courier."""
         # Signals belong to the thread that trains; taken here, they would not wake it from its waits.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self._selector.register(self._shared.wake, selectors.EVENT_READ)
+        self._selector.register(self._mailbox.wake, selectors.EVENT_READ)
         try:
             while not self._ending:
                 self._turn()
@@ -129,12 +101,12 @@ class Pump:
             self._courier.end()
             self._ledger.close()
             self._selector.close()
-            os.eventfd_write(self._shared.arrived, 1)
+            os.eventfd_write(self._mailbox.arrived, 1)
 
     def _turn(self) -> None:
         ready = {key.fd for key, _ in self._selector.select(_TICK_SECONDS)}
-        if self._shared.wake in ready:
-            os.eventfd_read(self._shared.wake)
+        if self._mailbox.wake in ready:
+            os.eventfd_read(self._mailbox.wake)
         self._take_calls()
         # What the courier said before it ended still counts, so the socket is emptied first.
         lost = "" if self._receive() else "closed its socket"
@@ -149,8 +121,8 @@ class Pump:
     # --- what the thread that trains asks for
 
     def _take_calls(self) -> None:
-        while self._shared.inbox:
-            match self._shared.inbox.popleft():
+        while self._mailbox.inbox:
+            match self._mailbox.inbox.popleft():
                 case None:
                     self._ending = True
                 case Job() as job:
@@ -265,8 +237,8 @@ class Pump:
             attempts=entry.attempts + done.attempts,
         )
         self._ledger.finish(entry)
-        self._shared.results.append(result)
-        os.eventfd_write(self._shared.arrived, 1)
+        self._mailbox.results.append(result)
+        os.eventfd_write(self._mailbox.arrived, 1)
 
     def _stop_run(self) -> None:
         """Says that this start is to stop in the words in which people say it: these reach all ranks at one step."""

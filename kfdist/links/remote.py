@@ -7,8 +7,9 @@ import threading
 from collections.abc import Sequence
 
 from kfdist.links.base import AbstractLink, LinkContext, LinkCounters
+from kfdist.links.mailbox import Call, Mailbox
 from kfdist.links.messages import CourierSetup
-from kfdist.links.pump import Pump, RemoteOptions, Shared
+from kfdist.links.pump import Pump, RemoteOptions
 from kfdist.types import Job, JobResult, RunSettings, Sample
 
 __all__ = ["RemoteLink", "RemoteOptions"]
@@ -31,7 +32,7 @@ class RemoteLink(AbstractLink):
         self._address = address
         self._options = options or RemoteOptions()
         self._pid = os.getpid()
-        self._shared: Shared | None = None
+        self._mailbox: Mailbox | None = None
         self._pump: Pump | None = None
         self._thread: threading.Thread | None = None
         self._open: set[tuple[str, int]] = set()
@@ -43,18 +44,18 @@ class RemoteLink(AbstractLink):
             EnvironmentFault: No process can be started.
             RuntimeError: The link was started before.
         """
-        if self._shared is not None:
+        if self._mailbox is not None:
             raise RuntimeError("the link was started before; make another one")
         self._pid = os.getpid()
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        shared = Shared(wake=os.eventfd(0, flags), arrived=os.eventfd(0, flags))
+        mailbox = Mailbox(wake=os.eventfd(0, flags), arrived=os.eventfd(0, flags))
         setup = CourierSetup(address=self._address, rank_pid=self._pid, context=context)
         try:
-            self._pump = Pump(shared, setup, self._options)
+            self._pump = Pump(mailbox, setup, self._options)
         except BaseException:
-            shared.close()
+            mailbox.close()
             raise
-        self._shared = shared
+        self._mailbox = mailbox
         # A daemon: a script that ends without close() must not hang; its courier sees by itself that it has ended.
         self._thread = threading.Thread(target=self._pump.run, name="kfdist-link", daemon=True)
         self._thread.start()
@@ -71,21 +72,21 @@ class RemoteLink(AbstractLink):
             ValueError: A job of this group and version has no result yet.
             RuntimeError: The link isn't started, or closed.
         """
-        shared, _ = self._running()
+        mailbox, _ = self._running()
         name = (job.group, job.version)
         if name in self._open:
             raise ValueError(
                 f"group {job.group!r} version {job.version} was submitted and has no result yet; cancel it"
             )
         self._open.add(name)
-        self._tell(shared, job)
+        self._tell(mailbox, job)
 
     def cancel(self, group: str, version: int) -> None:
         """Forgets a job; `poll` won't return it any more, even if its result had arrived."""
-        shared, _ = self._running()
+        mailbox, _ = self._running()
         if (group, version) in self._open:
             self._open.discard((group, version))
-            self._tell(shared, (group, version))
+            self._tell(mailbox, (group, version))
 
     def poll(self) -> list[JobResult]:
         """Returns the results that arrived and were verified since the last call.
@@ -94,12 +95,12 @@ class RemoteLink(AbstractLink):
             EnvironmentFault: No courier can be kept alive.
             ValueError: A submitted job named another digest than its payload has.
         """
-        shared, pump = self._running()
+        mailbox, pump = self._running()
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(shared.arrived)
+            os.eventfd_read(mailbox.arrived)
         results = []
-        while shared.results:
-            result = shared.results.popleft()
+        while mailbox.results:
+            result = mailbox.results.popleft()
             if (result.group, result.version) in self._open:
                 self._open.discard((result.group, result.version))
                 results.append(result)
@@ -109,17 +110,17 @@ class RemoteLink(AbstractLink):
 
     def wait(self, seconds: float) -> None:
         """Blocks until `poll` may have something to return, at most `seconds`; signal handlers run meanwhile."""
-        shared, pump = self._running()
-        if shared.results or pump.fault is not None:
+        mailbox, pump = self._running()
+        if mailbox.results or pump.fault is not None:
             return
         arrival = select.poll()
-        arrival.register(shared.arrived, select.POLLIN)
+        arrival.register(mailbox.arrived, select.POLLIN)
         arrival.poll(max(seconds, 0.0) * 1000)
 
     def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
         """Tells the controller where the rank stands."""
-        shared, _ = self._running()
-        self._tell(shared, (step, phase, tuple(samples)))
+        mailbox, _ = self._running()
+        self._tell(mailbox, (step, phase, tuple(samples)))
 
     def settings(self) -> RunSettings:
         """Returns what the controller last said people want."""
@@ -133,21 +134,21 @@ class RemoteLink(AbstractLink):
 
     def close(self) -> None:
         """Lets the courier tell the controller the last beat, and ends it; safe to call twice, and after a Ctrl-C."""
-        if self._shared is None or self._thread is None or os.getpid() != self._pid:
+        if self._mailbox is None or self._thread is None or os.getpid() != self._pid:
             return
         if self._thread.is_alive():
-            self._tell(self._shared, None)
+            self._tell(self._mailbox, None)
             self._thread.join()
-        self._shared.close()
+        self._mailbox.close()
 
-    def _running(self) -> tuple[Shared, Pump]:
-        if self._shared is None or self._pump is None:
+    def _running(self) -> tuple[Mailbox, Pump]:
+        if self._mailbox is None or self._pump is None:
             raise RuntimeError("the link isn't started; call start() first")
-        if self._shared.closed:
+        if self._mailbox.closed:
             raise RuntimeError("the link is closed; make another one")
-        return self._shared, self._pump
+        return self._mailbox, self._pump
 
-    def _tell(self, shared: Shared, call: Job | tuple[str, int] | tuple[int, str, Sequence[Sample]] | None) -> None:
+    def _tell(self, mailbox: Mailbox, call: Call) -> None:
         if os.getpid() == self._pid:  # A forked process shares the eventfds, but not the thread that answers them.
-            shared.inbox.append(call)
-            os.eventfd_write(shared.wake, 1)
+            mailbox.inbox.append(call)
+            os.eventfd_write(mailbox.wake, 1)
