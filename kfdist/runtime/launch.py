@@ -248,7 +248,7 @@ class Launch:
         first = min(failed, key=lambda rank: (rank.poll() != ExitCode.BAD_INPUT, rank.poll() or 0))
         self._stopping = True
         self._end_children(self._ranks, FAILURE_SECONDS)
-        return child_fault(first, first.poll() or 0, f"while training; {RESUME_ADVICE} from the newest checkpoint")
+        return child_fault(first, first.poll() or 0, "while training", f"{RESUME_ADVICE} from the newest checkpoint")
 
     # Ending
 

@@ -27,13 +27,14 @@ def inherited_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return inherited
 
 
-def child_fault(child: Child, code: int, when: str) -> KfdistError:
+def child_fault(child: Child, code: int, when: str, advice: str = "") -> KfdistError:
     """Makes an error of a child's end: its own sentence where it had one, else the end of its log.
 
     Args:
         child: A process that has ended.
         code: How, as `Child.poll` says it.
         when: What it was about, for people.
+        advice: What to do if it gave no reason.
     """
     tail = child.log_tail()
     _, marker, sentence = f"\n{tail}".rpartition("\nkfdist: ")
@@ -42,8 +43,10 @@ def child_fault(child: Child, code: int, when: str) -> KfdistError:
     if sentence and code == ExitCode.BAD_INPUT:
         return ConfigError(sentence)
     if sentence and code == ExitCode.ENVIRONMENT:
-        return EnvironmentFault(f"{sentence}\n(said by the {child.name})")
-    return EnvironmentFault(f"the {child.name} {describe_exit(code)} {when}; the end of its log:\n{tail}")
+        return EnvironmentFault(f"{sentence}\n(said by {child.name})")
+    name = child.name if child.name.startswith("rank") else f"the {child.name}"
+    last = f"the end of its log ({child.command.log}):\n{tail}" if tail else "its log is empty"
+    return EnvironmentFault("\n".join(filter(None, [f"{name} {describe_exit(code)} {when}; {last}", advice])))
 
 
 def make_directory(path: Path) -> list[Path]:

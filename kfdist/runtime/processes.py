@@ -77,14 +77,14 @@ class Child:
             self._process.send_signal(number)
 
     def log_tail(self, lines: int = 30) -> str:
-        """Returns the end of what it wrote to its log."""
+        """Returns the end of what it wrote to its log; empty if it wrote nothing."""
         try:
             with self.command.log.open("rb") as log:
                 log.seek(self._log_start)
                 text = log.read().decode(errors="replace")
         except OSError as error:
             return f"(its log {self.command.log} can't be read: {error.strerror})"
-        return "\n".join(text.rstrip().splitlines()[-lines:]) or "(its log is empty)"
+        return "\n".join(text.rstrip().splitlines()[-lines:])
 
 
 def describe_exit(code: int) -> str:

@@ -49,7 +49,7 @@ def test_children_find_this_package_and_keep_what_was_on_the_path():
     ("code", "kind", "words"),
     [
         (2, ConfigError, "run.steps: is 0; it must be at least 1"),
-        (1, EnvironmentFault, "run.steps: is 0; it must be at least 1\n(said by the rank 1)"),
+        (1, EnvironmentFault, "run.steps: is 0; it must be at least 1\n(said by rank 1)"),
     ],
 )
 def test_a_child_that_gave_a_reason_is_quoted(tmp_path: Path, code: int, kind: type[Exception], words: str):
@@ -59,9 +59,17 @@ def test_a_child_that_gave_a_reason_is_quoted(tmp_path: Path, code: int, kind: t
 
 
 def test_a_child_that_crashed_is_shown_by_the_end_of_its_log(tmp_path: Path):
-    fault = child_fault(*_ended_child(tmp_path, "print('deep trouble'); import os; os.abort()"), "while training")
+    ended = _ended_child(tmp_path, "print('deep trouble'); import sys, os; sys.stdout.flush(); os.abort()")
+    fault = child_fault(*ended, "while training", "run it again")
     assert isinstance(fault, EnvironmentFault)
-    assert "the rank 1 was killed by SIGABRT while training" in str(fault) and str(fault).endswith("deep trouble")
+    first, *log, advice = str(fault).splitlines()
+    assert first == f"rank 1 was killed by SIGABRT while training; the end of its log ({tmp_path / 'rank-1.log'}):"
+    assert log[0] == "deep trouble" and advice == "run it again"
+
+
+def test_a_child_that_died_in_silence_is_named_all_the_same(tmp_path: Path):
+    fault = child_fault(*_ended_child(tmp_path, "import os; os.kill(os.getpid(), 9)"), "before it was ready")
+    assert str(fault) == "rank 1 was killed by SIGKILL before it was ready; its log is empty"
 
 
 def test_a_launch_that_never_trained_leaves_no_directory(tmp_path: Path):
