@@ -153,8 +153,9 @@ class CheckpointStore:
         """Does `work` on this rank; returns every rank's result, and what went wrong on any of them in a sentence."""
         try:
             outcome = {"result": work(), "fault": ""}
-        except (OSError, CheckpointError, TypeError, MemoryError) as error:
-            outcome = {"result": None, "fault": str(error) or repr(error)}
+        except Exception as error:  # whatever it is: the other ranks must hear of it, or they wait here for ever
+            known = isinstance(error, (OSError, CheckpointError))
+            outcome = {"result": None, "fault": str(error) if known else f"{type(error).__name__}: {error}"}
         outcomes = self._communicator.all_gather_json(outcome)
         faults = [f"rank {rank}: {each['fault']}" for rank, each in enumerate(outcomes) if each["fault"]]
         return [each["result"] for each in outcomes], "; ".join(faults)

@@ -2,9 +2,11 @@
 
 import json
 import math
+import sys
 import time
+from io import FileIO
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 
 class MetricsLog:
@@ -13,23 +15,44 @@ class MetricsLog:
     Every line has `event` and `time` (seconds since 1970). The events: `start`, `step` (a log period's means), `epoch`
     (a pass over the data began), `evaluation`, `checkpoint`, `end`. A resumed run goes on in the same file: after a
     `start` at step s, earlier lines of steps beyond s are of a past that was lost.
+
+    A line that can't be written (a full disk) is lost, counted and told once; it never ends a run.
+
+    Attributes:
+        lost: Lines that could not be written.
     """
 
-    def __init__(self, file: TextIO | None) -> None:
+    def __init__(self, file: FileIO | None) -> None:
+        self.lost = 0
         self._file = file
+        self._torn = False
 
     @classmethod
     def open(cls, directory: Path | None) -> Self:
         """Opens the log in a run directory; None for a rank that writes none."""
-        return cls((directory / "metrics.jsonl").open("a", encoding="utf-8") if directory is not None else None)
+        return cls(FileIO(directory / "metrics.jsonl", "a") if directory is not None else None)
 
     def write(self, event: str, **values: Any) -> None:
         """Appends one line and hands it to the system at once. Numbers that JSON doesn't know become null."""
         if self._file is None:
             return
         line = {"event": event, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
-        self._file.flush()
+        data = json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
+        # A line that was cut off before gets its end first, so that readers lose no more than that one.
+        data = b"\n" + data if self._torn else data
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self._lose(error)
+        else:
+            self._torn = written != len(data)
+            if self._torn:
+                self._lose(OSError("only a part of the line was written"))
+
+    def _lose(self, error: OSError) -> None:
+        self.lost += 1
+        if self.lost == 1:
+            print(f"kfdist: metrics.jsonl can't be written ({error}); the run goes on without it", file=sys.stderr)
 
     def close(self) -> None:
         """Closes the file."""

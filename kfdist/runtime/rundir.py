@@ -26,13 +26,20 @@ from kfdist.runtime.durable import replace_file, write_file
 
 HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_period", "run.accept_changes") + (
     "run.device",
-    "cluster.",
+    "cluster.workers",
+    "cluster.owners",
+    "cluster.ray",
+    "cluster.assignment",
+    "cluster.link",
+    "cluster.job_deadline_seconds",
+    "cluster.group_timeout_seconds",
     "control.",
     "checkpoint.",
     "preconditioner.wait_limit_seconds",
 )
 """Keys, and sections ending in a dot, that may change between two starts of a run: they say how long, where, and on how
-many processes it runs, not what it computes. (The number of ranks does change the size of a step's batch.)"""
+many processes it runs, not what it computes. (The number of ranks does change the size of a step's batch; the thread count
+changes the last bits, so it isn't here.)"""
 
 
 @dataclass(frozen=True, kw_only=True)

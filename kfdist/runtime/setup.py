@@ -259,6 +259,8 @@ def settle(communicator: Communicator, work: Callable[[], Any]) -> Any:
             outcome = {"result": work()}
         except (ConfigError, EnvironmentFault) as error:
             outcome = {"error": str(error), "path": error.path if isinstance(error, ConfigError) else None}
+        except Exception as error:  # the other ranks wait for a word
+            outcome = {"error": f"{type(error).__name__}: {error}", "path": None}
     outcome = communicator.broadcast_json(outcome)
     assert outcome is not None
     if "error" not in outcome:

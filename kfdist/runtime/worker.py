@@ -3,7 +3,7 @@
 import hashlib
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -113,11 +113,13 @@ class _Start:
             return
         if not self._trained:
             self._directory.abandon()
-        elif isinstance(error, KfdistError):
-            write_summary(
-                self._directory.path,
-                {"status": "failed", "run": self._config.run.name, "error": str(error), "versions": versions()},
-            )
+        elif isinstance(error, Exception):
+            sentence = str(error) if isinstance(error, KfdistError) else f"{type(error).__name__}: {error}"
+            with suppress(OSError):  # the first error is the one to tell
+                write_summary(
+                    self._directory.path,
+                    {"status": "failed", "run": self._config.run.name, "error": sentence, "versions": versions()},
+                )
 
     def _train(self, epoch: int) -> int:
         config, communicator = self._config, self._communicator

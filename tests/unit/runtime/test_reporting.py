@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,12 @@ def test_versions_are_found_without_imports():
     before = set(sys.modules)
     assert versions()["torch"] == torch.__version__
     assert set(sys.modules) - before <= {"importlib.metadata"}
+
+
+def test_a_full_disk_loses_lines_but_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(FileIO("/dev/full", "a"))
+    log.write("step", step=1)
+    log.write("step", step=2)
+    log.close()
+    assert log.lost == 2
+    assert capsys.readouterr().err.count("metrics.jsonl can't be written") == 1
