@@ -38,8 +38,8 @@ HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_pe
     "preconditioner.wait_limit_seconds",
 )
 """Keys, and sections ending in a dot, that may change between two starts of a run: they say how long, where, and on how
-many processes it runs, not what it computes. (The number of ranks does change the size of a step's batch; the thread count
-changes the last bits, so it isn't here.)"""
+many processes it runs, not what it computes. (The number of ranks does change the size of a step's batch; the thread
+count changes the last bits, so it isn't here.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
