@@ -13,7 +13,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,17 @@ from types import ModuleType
 from typing import Any
 
 import kfdist
-from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.errors import EnvironmentFault
 from kfdist.pool import sweep
+from kfdist.pool.directory import make_directory, remove_stale
 
 LOCAL = "local"
 
 _OBJECT_STORE_BYTES = 80 << 20
 """Little more than Ray's minimum: owners exchange nothing through Ray."""
 
-_LONGEST_DIRECTORY = 36
-"""Ray puts sockets under its directory, whose paths must fit into the 107 characters of an AF_UNIX address."""
+_SLOW_TO_END = "autoscaler/_private/monitor.py"
+"""Ray's autoscaler, which has nothing to do here and makes Ray's shutdown wait a second until it is killed."""
 
 _REACH_SECONDS = 5.0
 _CONNECT_TRIES = "8"
@@ -82,7 +82,8 @@ class RayCluster:
         if not self._own:
             _check_reachable(options.address)
         self.ray: Any = None
-        self.directory = _make_directory(options.directory)
+        remove_stale()
+        self.directory, self._hold = make_directory(options.directory)
         self._guardian = _start_guardian(self.directory)
         try:
             if self._own:
@@ -97,11 +98,13 @@ class RayCluster:
 
     def close(self) -> None:
         """Disconnects; a Ray of our own ends, with all its processes and files. Safe to call twice."""
+        sweep.sweep(self.directory, word=_SLOW_TO_END)
         with contextlib.suppress(Exception):  # Whatever it can't end in order is swept next.
             self.ray.shutdown()
         if left := sweep.sweep(self.directory):
             print(f"kfdist: processes {sorted(left)} of Ray outlast SIGKILL", file=sys.stderr)
         sweep.remove(self.directory)
+        self._hold.close()
         if self._guardian.poll() is None:
             with contextlib.suppress(BrokenPipeError):
                 self._guardian.communicate(b".")
@@ -162,28 +165,6 @@ class RayCluster:
                 "RAY_AUTH_TOKEN, one without needs RAY_AUTH_MODE=disabled. Both sides need the same Ray "
                 f"({self.ray.__version__} here) and the same Python"
             ) from error
-
-
-def _make_directory(given: Path | None) -> Path:
-    """Makes Ray's directory, for this user alone."""
-    if given is None:
-        # Not $TMPDIR, which may be long.
-        return Path(tempfile.mkdtemp(prefix="kfdist-ray-", dir="/tmp"))
-    if len(str(given.resolve())) > _LONGEST_DIRECTORY:
-        raise ConfigError(
-            f"{given} has more than {_LONGEST_DIRECTORY} characters, too long for the sockets that Ray puts there; "
-            "choose a shorter one, such as /tmp/NAME",
-            path="--directory",
-        )
-    try:
-        given.mkdir(mode=0o700, parents=True)
-    except FileExistsError:
-        raise ConfigError(
-            f"{given} exists; choose a new one, as it is removed at the end", path="--directory"
-        ) from None
-    except OSError as error:
-        raise EnvironmentFault(f"{given} can't be made ({error.strerror}); choose another --directory") from error
-    return given.resolve()
 
 
 def _start_guardian(directory: Path) -> subprocess.Popen[bytes]:

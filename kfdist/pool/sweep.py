@@ -29,10 +29,16 @@ def ray_processes(directory: Path) -> set[int]:
     return {pid for pid in _pids() if pid != os.getpid() and _belongs(pid, prefix)}
 
 
-def sweep(directory: Path, *, seconds: float = _SWEEP_SECONDS) -> set[int]:
-    """Kills the processes of a Ray until none is left; returns those that outlasted `seconds`."""
+def sweep(directory: Path, *, seconds: float = _SWEEP_SECONDS, word: str = "") -> set[int]:
+    """Kills the processes of a Ray until none is left; returns those that outlasted `seconds`.
+
+    Args:
+        directory: As in `ray_processes`.
+        seconds: How long to try.
+        word: Spares those whose command line hasn't this word.
+    """
     deadline = time.monotonic() + seconds
-    while (found := ray_processes(directory)) and time.monotonic() < deadline:
+    while (found := _with(word, ray_processes(directory))) and time.monotonic() < deadline:
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -49,13 +55,24 @@ def remove(directory: Path) -> None:
         time.sleep(0.05)
 
 
+def _with(word: str, pids: set[int]) -> set[int]:
+    return {pid for pid in pids if not word or word.encode() in _command_line(pid)}
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def _pids() -> list[int]:
     return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
 
 
 def _belongs(pid: int, prefix: str) -> bool:
     try:
-        if prefix.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if prefix.encode() in _command_line(pid):
             return True
         for entry in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
