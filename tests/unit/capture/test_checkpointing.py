@@ -105,6 +105,25 @@ def test_checkpointing_changes_no_statistics(run: Callable[[nn.Module], None], r
 
 
 @KINDS
+def test_layers_that_are_only_called_by_themselves(reentrant: bool):
+    """A forward before the step, repeated after it, must not hide the next one, though no call of the model begins it."""
+    segment = checkpointed(reentrant)
+    model = Segmented(plain)
+    capture = armed_capture(model)
+    late = segment(model.body, torch.ones(2, 5, dtype=torch.float64, requires_grad=True)).sum()
+    capture.drain()
+    late.backward()
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    segment(model.body, x).square().sum().div(4).backward()
+    actual = factors_of(capture.drain())
+
+    twin = Segmented(plain)
+    alone = armed_capture(twin)
+    twin.body(x).square().sum().div(4).backward()
+    assert_factors_equal(actual, factors_of(alone.drain()), SAME)
+
+
+@KINDS
 def test_the_whole_model_checkpointed(reentrant: bool):
     """Reentrantly, the model itself is called again in the backward, once per micro-batch."""
 

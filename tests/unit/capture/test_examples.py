@@ -140,6 +140,18 @@ def test_a_layer_called_by_itself_counts_its_own_input():
     assert_factors_equal(factors_of(drained), truth(), EXACT)
 
 
+def test_a_layer_called_by_itself_after_a_failed_forward_counts_its_own_input():
+    def fails(_: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    model, (x, target) = TokenModel(fails), tokens_and_target()
+    capture = armed_capture(model)
+    with pytest.raises(RuntimeError):
+        model(tokens_and_target(9)[0])
+    squared(model.layer(x), target).mean().backward()
+    assert capture.drain()["layer"].examples == N
+
+
 @pytest.mark.parametrize("good", [1, 12, np.int64(3), torch.tensor(4)])
 def test_whole_numbers_are_taken(good: Any):
     armed_capture(TokenModel()).state_examples(good)

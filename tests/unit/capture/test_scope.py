@@ -91,6 +91,28 @@ def test_paused_forwards_are_not_measured():
     assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
 
 
+def test_a_part_of_a_forward_may_be_paused():
+    model: Any = small_cnn()
+    capture = armed_capture(model)
+    x, y = images(8)
+    hidden = model[:5](x)
+    with capture.paused():
+        hidden = model[5](hidden)
+    nn.functional.cross_entropy(model[6:](hidden), y).backward()
+    assert set(capture.drain()) == {"0", "2", "7"}
+
+    class PausesItself(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with capture.paused():
+                x = self[:5](x)
+            return self[5:](x)
+
+    model = PausesItself(*small_cnn().children())
+    capture = armed_capture(model)
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert set(capture.drain()) == {"5", "7"}
+
+
 def test_paused_ends_with_an_exception():
     model = small_cnn()
     capture = armed_capture(model)

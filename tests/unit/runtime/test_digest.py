@@ -37,6 +37,16 @@ def test_every_single_bit_counts(dtype: torch.dtype, numbers: int):
     assert len({int(each) for each in changed}) == len(changed)
 
 
+def test_any_change_of_one_word_counts():
+    tensor = made(torch.float64, 3)
+    digest = parameter_digest([tensor])
+    for first in range(64, 128):
+        for second in range(first):
+            assert second < 64 or parameter_digest([flip(flip(tensor, first), second)]) != digest
+    highest = flip(flip(flip(tensor, 64 + 63), 64 + 34), 64 + 5)  # after mixing, its highest bit alone
+    assert parameter_digest([highest]) != digest
+
+
 @settings(max_examples=200)
 @given(st.integers(1, 300), st.data())
 def test_two_flipped_bits_count_too(numbers: int, data: st.DataObject):
