@@ -106,7 +106,7 @@ def test_checkpointing_changes_no_statistics(run: Callable[[nn.Module], None], r
 
 @KINDS
 def test_layers_that_are_only_called_by_themselves(reentrant: bool):
-    """A forward before the step, repeated after it, must not hide the next one, though no call of the model begins it."""
+    """A forward before the step, repeated after it, must not hide the next one, which no call of the model begins."""
     segment = checkpointed(reentrant)
     model = Segmented(plain)
     capture = armed_capture(model)
