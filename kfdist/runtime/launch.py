@@ -148,7 +148,8 @@ class Launch:
         for rank in range(rendezvous.world_size):
             variables = {
                 "OMP_NUM_THREADS": str(self._config.cluster.threads),
-                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+                # All ranks are on this machine, and neither gloo nor NCCL asks anybody who it is.
+                **{name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
                 **rendezvous.variables(rank),
             }
             self._ranks.append(Child(self._command(f"rank {rank}", "worker", variables=variables)))
