@@ -6,7 +6,6 @@ The code above this package never asks whether it is distributed: a world of one
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -162,49 +161,3 @@ def join_training_group(*, timeout_seconds: float = 600.0, device: str = "cpu") 
             "Start all ranks with torchrun (or `kfdist train`) and check MASTER_ADDR and MASTER_PORT."
         ) from error
     return Communicator(dist.group.WORLD)
-
-
-@dataclass(frozen=True)
-class CommunicatorSet:
-    """kfdist's own groups beside the training group, so that our collectives never mix with the trainer's.
-
-    Attributes:
-        training: The group the ranks train in.
-        table: Carries the agreed table and the agreed rounds.
-        statistics: Carries the reduction of the statistics.
-        snapshots: Carries the payloads of snapshots.
-    """
-
-    training: Communicator
-    table: Communicator
-    statistics: Communicator
-    snapshots: Communicator
-
-    def close(self) -> None:
-        """Destroys the three groups of ours; the training group stays."""
-        for own in (self.table, self.statistics, self.snapshots):
-            if own.process_group is not None and own.process_group is not self.training.process_group:
-                if dist.is_initialized():
-                    dist.destroy_process_group(own.process_group)
-                own.process_group = None
-
-
-def make_communicators(training: Communicator) -> CommunicatorSet:
-    """Makes the table, statistics and snapshot groups, in this order, with the training group's ranks and timeout.
-
-    Only members of the training group call this (`use_local_synchronization`), so disjoint training groups in one job
-    do not wait for each other.
-    """
-    if training.process_group is None:
-        return CommunicatorSet(training, training, training, training)
-    ranks = dist.get_process_group_ranks(training.process_group)
-    backend = training.process_group._get_backend(training.device)
-    timeout = backend.options._timeout
-
-    def own(name: str) -> Communicator:
-        group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc=f"kfdist_{name}")
-        if not isinstance(group, dist.ProcessGroup):
-            raise EnvironmentFault(f"torch.distributed made no {name} group for ranks {ranks}")
-        return Communicator(group)
-
-    return CommunicatorSet(training, own("table"), own("statistics"), own("snapshots"))

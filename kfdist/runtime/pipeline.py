@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kfdist.adoption import NO_VERSION, AdoptionLedger, AgreedTable, decode_table, encode_table
 from kfdist.capture.hooks import Capture
-from kfdist.comm.groups import CommunicatorSet
+from kfdist.comm.own_groups import CommunicatorSet
 from kfdist.comm.table import TableExchange
 from kfdist.curvature.estimate import WeightedSums, decay_at
 from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result

@@ -11,7 +11,8 @@ from torch import nn
 
 from kfdist.adoption import AdoptionLedger
 from kfdist.capture.hooks import Capture, Sampling
-from kfdist.comm.groups import communicator, make_communicators
+from kfdist.comm.groups import communicator
+from kfdist.comm.own_groups import make_communicators
 from kfdist.comm.table import TableExchange
 from kfdist.errors import ConfigError, EnvironmentFault, KfdistError, KfdistWarning
 from kfdist.links.base import AbstractLink, LinkContext
@@ -352,9 +353,9 @@ class Preconditioner:
         try:
             parts.table.complete()
             parts.exchange.finish()
+            self._communicators.close()
         finally:
             self._link.close()
-            self._communicators.close()
 
     def abandon(self) -> None:
         """Removes the hooks and stops the courier without any collective: for a rank that fails or lost its peers.

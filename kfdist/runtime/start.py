@@ -42,7 +42,7 @@ def _compare_arguments(pipeline: "Pipeline") -> None:
     """Refuses ranks whose schedules would part or whose updates would differ."""
     settings, step = pipeline.settings, pipeline.next_step
     own = {
-        "damping (at this step)": settings.damping(step),
+        "damping (at this step)": pipeline.damping(step),
         "ema_decay": settings.ema_decay,
         "factor_period": settings.schedule.factor_period,
         "inverse_period": settings.schedule.inverse_period,

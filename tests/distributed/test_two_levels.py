@@ -1,0 +1,63 @@
+"""The table over nodes and their leaders says what the flat one says."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from kfdist.comm.groups import Communicator
+from kfdist.comm.own_groups import TwoLevelCommunicator, make_communicators
+from kfdist.comm.table import TableExchange
+from kfdist.runtime import preconditioner
+from kfdist.runtime.pipeline import FixedLag
+from tests.support.adoption_runs import Record, TrainingRank, check_invariants
+from tests.support.delayed_link import DelayedLink
+from tests.support.ranks import run_ranks
+
+TURNS, WIDTH = 20, 7
+
+
+def tables(communicator: Communicator, nodes: str) -> tuple[list[list[int]], bool]:
+    """Alternates tables and rounds of random columns, the same on each run of a rank."""
+    own = make_communicators(communicator, two_levels_above=3, node=nodes[communicator.rank])
+    exchange = TableExchange(own.table)
+    generator = torch.Generator().manual_seed(communicator.rank)
+    seen = []
+    for turn in range(TURNS):
+        columns = torch.randint(-(2**62), 2**62, (WIDTH,), generator=generator).tolist()
+        exchange.start(columns)
+        completed = exchange.complete()
+        assert completed is not None
+        seen += [completed, exchange.agree(columns[: turn % WIDTH + 1])]
+    two_levels = isinstance(own.table, TwoLevelCommunicator)
+    own.close()
+    return seen, two_levels
+
+
+@pytest.mark.parametrize(("nodes", "two_levels"), [("aabb", True), ("abca", True), ("aaaa", False), ("abcd", False)])
+def test_every_rank_sees_the_maximum_over_all(nodes: str, two_levels: bool) -> None:
+    generators = [torch.Generator().manual_seed(rank) for rank in range(4)]
+    expected = []
+    for turn in range(TURNS):
+        columns = torch.stack([torch.randint(-(2**62), 2**62, (WIDTH,), generator=each) for each in generators])
+        highest = columns.amax(0).tolist()
+        expected += [highest, highest[: turn % WIDTH + 1]]
+    assert run_ranks(4, tables, nodes) == [(expected, two_levels)] * 4
+
+
+def train(communicator: Communicator, nodes: str, adoption: str | FixedLag) -> list[Record]:
+    if nodes:
+        levels = partial(make_communicators, two_levels_above=3, node=nodes[communicator.rank])
+        preconditioner.make_communicators = levels
+    rank = TrainingRank(communicator, DelayedLink(seed=communicator.rank, longest_polls=5), adoption=adoption)
+    assert isinstance(rank.pipeline.parts.communicators.table, TwoLevelCommunicator) is bool(nodes)
+    records = rank.run(16)
+    rank.close()
+    return records
+
+
+def test_training_with_two_levels_is_the_same_training() -> None:
+    check_invariants(run_ranks(4, train, "abab", "asap"))
+    flat, levels = (run_ranks(4, train, nodes, FixedLag(2)) for nodes in ("", "abab"))
+    check_invariants(levels)
+    assert [record.parameters for record in levels[0]] == [record.parameters for record in flat[0]]
