@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,40 @@ def second_part(
     return records
 
 
-def test_fixed_lag_resumed_with_versions_in_flight_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
-    whole = parameters([records for records, _ in run_ranks(4, first_part, tmp_path, STEPS)])
-    results = run_ranks(4, first_part, tmp_path, HALF)
-    in_flight = {key: entry for _, facts in results for key, entry in facts["in_flight"].items()}
-    assert len(in_flight) >= 4
+@dataclass(frozen=True)
+class Stopped:
+    """Four ranks' run up to HALF: where their states are, what they recorded, and facts about the states."""
+
+    directory: Path
+    records: list[list[Record]]
+    facts: list[dict[str, Any]]
+
+
+def stop_at_half(directory: Path, *how: Any) -> Stopped:
+    results = run_ranks(4, first_part, directory, HALF, *how)
+    return Stopped(directory, [records for records, _ in results], [facts for _, facts in results])
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    return stop_at_half(tmp_path_factory.mktemp("half"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The parameters after each step of the uninterrupted run."""
+    results = run_ranks(4, first_part, tmp_path_factory.mktemp("whole"), STEPS)
+    return parameters([records for records, _ in results])
+
+
+def test_fixed_lag_resumed_with_versions_in_flight_is_bitwise_the_uninterrupted_run(
+    half: Stopped, whole: list[str]
+) -> None:
+    in_flight = {key: entry for facts in half.facts for key, entry in facts["in_flight"].items()}
     assert any("job" in entry for entry in in_flight.values()), "no inversion was under way"
     assert any("result" in entry for entry in in_flight.values()), "no result waited for its step"
-    rest = run_ranks(4, second_part, tmp_path)
-    assert parameters([records for records, _ in results]) + parameters(rest) == whole
+    rest = run_ranks(4, second_part, half.directory)
+    assert parameters(half.records) + parameters(rest) == whole
 
 
 def until_the_limit(communicator: Communicator, directory: Path) -> tuple[list[Record], int]:
@@ -106,8 +132,7 @@ def until_the_limit(communicator: Communicator, directory: Path) -> tuple[list[R
     return records, rank.pre.next_step
 
 
-def test_a_run_interrupted_inside_a_wait_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole = parameters([records for records, _ in run_ranks(4, first_part, tmp_path, STEPS)])
+def test_a_run_interrupted_inside_a_wait_resumes_bit_for_bit(tmp_path: Path, whole: list[str]) -> None:
     results = run_ranks(4, until_the_limit, tmp_path)
     assert [step for _, step in results] == [6 + LAG] * 4
     rest = run_ranks(4, second_part, tmp_path)
@@ -115,14 +140,12 @@ def test_a_run_interrupted_inside_a_wait_resumes_bit_for_bit(tmp_path: Path) -> 
 
 
 def test_asap_resumes_in_the_middle_of_broadcasts_and_waiting_jobs(tmp_path: Path) -> None:
-    results = run_ranks(4, first_part, tmp_path, HALF, "asap")
-    before = [records for records, _ in results]
-    check_invariants(before)
-    facts = results[0][1]
-    assert facts["travelling"], "no broadcast was running"
+    stopped = stop_at_half(tmp_path, "asap")
+    check_invariants(stopped.records)
+    assert stopped.facts[0]["travelling"], "no broadcast was running"
     rest = run_ranks(4, second_part, tmp_path, 80, "asap")
-    check_invariants([first + second for first, second in zip(before, rest, strict=True)])
-    for group, versions in facts["pending"].items():
+    check_invariants([first + second for first, second in zip(stopped.records, rest, strict=True)])
+    for group, versions in stopped.facts[0]["pending"].items():
         newest = max((version for record in rest[0] for name, version in record.adopted if name == group), default=-1)
         assert newest >= max(versions, default=0), f"{group}: a version under way was lost"
 
@@ -144,12 +167,12 @@ def on_fewer_ranks(communicator: Communicator, directory: Path, writers: int) ->
 
 
 @pytest.mark.parametrize("fold", [False, True], ids=["per-rank", "folded"])
-def test_states_of_four_ranks_go_on_at_two_and_one(tmp_path: Path, fold: bool) -> None:
-    results = run_ranks(4, first_part, tmp_path, HALF, "fixed-lag", fold)
-    states = [unpack((tmp_path / f"{rank}").read_bytes())["preconditioner"] for rank in range(4)]
+def test_states_of_four_ranks_go_on_at_two_and_one(tmp_path: Path, half: Stopped, fold: bool) -> None:
+    stopped = stop_at_half(tmp_path, "fixed-lag", True) if fold else half
+    states = [unpack((stopped.directory / f"{rank}").read_bytes())["preconditioner"] for rank in range(4)]
     assert {state["statistics"] for state in states} == {"folded" if fold else "per-rank"}
     for world_size in (2, 1):
-        fewer = run_ranks(world_size, on_fewer_ranks, tmp_path, 4)
+        fewer = run_ranks(world_size, on_fewer_ranks, stopped.directory, 4)
         check_invariants([records for _, records in fewer])
         for sums, _ in fewer:
             for block, total in sums.items():
@@ -158,7 +181,7 @@ def test_states_of_four_ranks_go_on_at_two_and_one(tmp_path: Path, fold: bool) -
                     expected = own if fold else torch.stack([state["sums"][block][key] for state in states]).sum(0)
                     torch.testing.assert_close(total[key], expected)
         adopted = [each for record in fewer[0][1] for each in record.adopted]
-        for group, versions in results[0][1]["pending"].items():
+        for group, versions in stopped.facts[0]["pending"].items():
             assert all((group, version) in adopted for version in versions), "a version under way was lost"
 
 
@@ -175,9 +198,8 @@ def rank_zero_everywhere(communicator: Communicator, directory: Path) -> tuple[l
     return records, [str(each.message) for each in caught if each.category is KfdistWarning]
 
 
-def test_the_state_of_rank_0_alone_loads_everywhere_and_says_what_it_lacks(tmp_path: Path) -> None:
-    run_ranks(4, first_part, tmp_path, HALF)
-    results = run_ranks(4, rank_zero_everywhere, tmp_path)
+def test_the_state_of_rank_0_alone_loads_everywhere_and_says_what_it_lacks(half: Stopped) -> None:
+    results = run_ranks(4, rank_zero_everywhere, half.directory)
     check_invariants([records for records, _ in results])
     assert "no rank's state has the inversions under way" in results[0][1][0]
     assert [said for _, said in results[1:]] == [[], [], []]
@@ -217,6 +239,6 @@ def loads_too_late(communicator: Communicator, directory: Path) -> list[str]:
 
 
 def test_a_state_loads_once_and_before_the_first_step(tmp_path: Path) -> None:
-    run_ranks(1, first_part, tmp_path, HALF)
+    run_ranks(1, first_part, tmp_path, 6)
     for said in run_ranks(1, loads_too_late, tmp_path)[0]:
         assert "load_state_dict() was called after a step or another load" in said
