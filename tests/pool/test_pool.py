@@ -131,12 +131,27 @@ def test_the_token_is_for_this_user_alone_and_ray_takes_no_caller_without_it(poo
     assert b"RAY_AUTH_MODE=token" in environment
     assert f"RAY_AUTH_TOKEN_PATH={token}".encode() in environment
     assert token.read_bytes() not in b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pool.titled(""))
-    (address,) = set(re.findall(r"--gcs-address=([\d.:]+)", raylet.title))
+    address = ray_address(pool)
     script = f"import ray; ray.init({address!r}, log_to_driver=False)"
     stranger = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_NUM_REDIS_GET_RETRIES": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=stranger, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "InvalidAuthToken" in done.stderr
+
+
+def ray_address(pool: Pool) -> str:
+    (raylet,) = pool.command.members("raylet --")
+    (address,) = set(re.findall(r"--gcs-address=([\d.:]+)", raylet.title))
+    return address
+
+
+def test_a_ray_with_other_authentication_is_told_from_one_that_is_not_there(pool, tmp_path):
+    # A HOME without a token: kfdist takes it that this Ray needs none.
+    environment = {"HOME": str(tmp_path), "RAY_NUM_REDIS_GET_RETRIES": "2"}
+    code, text = refused("--set", f"cluster.ray={ray_address(pool)}", environment=environment)
+    assert code == 1
+    assert f'Ray at cluster.ray = "{ray_address(pool)}" doesn\'t take us' in text
+    assert "RAY_AUTH_MODE is 'disabled' here: a cluster with a token needs RAY_AUTH_MODE=token" in text
 
 
 def test_an_owner_that_is_killed_comes_back_where_it_was(pool, link):
@@ -215,15 +230,12 @@ def free_port() -> int:
         (2, "cluster.owners: is 0", ["--set", "cluster.owners=0"]),
         (2, "names no port", ["--controller", "127.0.0.1:0"]),
         (1, "nobody listens at cluster.ray", ["--set", f"cluster.ray=127.0.0.1:{free_port()}"]),
-        (1, "RAY_AUTH_MODE is 'disabled' here", ["--set", "cluster.ray=auto"]),
         (2, "exists; choose a new one", ["--directory", "/tmp"]),
         (2, "too long for the sockets", ["--directory", f"/tmp/{'long' * 10}"]),
     ],
 )
-def test_what_cannot_be_is_said_in_a_sentence(code, sentence, arguments, tmp_path):
-    # No Ray of anybody else is found, whatever runs on this machine.
-    environment = {"HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path), "RAY_ADDRESS": "", "RAY_AUTH_MODE": ""}
-    found, text = refused(*arguments, environment=environment)
+def test_what_cannot_be_is_said_in_a_sentence(code, sentence, arguments):
+    found, text = refused(*arguments)
     assert found == code, text
     assert sentence in text
     assert "Traceback" not in text
