@@ -14,7 +14,7 @@ from kfdist.capture.hooks import Capture, Sampling
 from kfdist.comm.groups import communicator
 from kfdist.comm.own_groups import make_communicators
 from kfdist.comm.table import TableExchange
-from kfdist.errors import ConfigError, EnvironmentFault, KfdistError, KfdistWarning
+from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistError, KfdistWarning
 from kfdist.links.base import AbstractLink, LinkContext
 from kfdist.runtime.agreement import Agreement
 from kfdist.runtime.arguments import (
@@ -374,9 +374,9 @@ class Preconditioner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        # After an error the other ranks may never come to a collective of ours.
-        if kind is None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # An interruption comes to all ranks alike; after an error the others may never come to a collective of ours.
+        if kind is None or issubclass(kind, Interrupted):
             self.close()
         else:
             self.abandon()

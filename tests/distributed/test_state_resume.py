@@ -150,6 +150,32 @@ def test_asap_resumes_in_the_middle_of_broadcasts_and_waiting_jobs(tmp_path: Pat
         assert newest >= max(versions, default=0), f"{group}: a version under way was lost"
 
 
+def saves_after_each_step(communicator: Communicator, directory: Path, adoption: str) -> list[Record]:
+    if adoption == "asap":
+        slow_broadcasts(seed=communicator.rank, longest_polls=9)
+    rank = make(communicator, adoption=adoption)
+    records = []
+    for step in range(STEPS):
+        records.append(rank.step())
+        (directory / f"{step}").mkdir(exist_ok=True)
+        save(rank, directory / f"{step}" / f"{communicator.rank}")
+    rank.close()
+    return records
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_chaos_every_step_is_a_good_one_to_stop_after(tmp_path: Path) -> None:
+    for adoption in ("fixed-lag", "asap"):
+        (tmp_path / adoption).mkdir()
+        ranks = run_ranks(4, saves_after_each_step, tmp_path / adoption, adoption)
+        for step in range(STEPS - 1):
+            rest = run_ranks(4, second_part, tmp_path / adoption / f"{step}", STEPS, adoption)
+            check_invariants([first[: step + 1] + second for first, second in zip(ranks, rest, strict=True)])
+            if adoption == "fixed-lag":
+                assert parameters(rest) == parameters(ranks)[step + 1 :]
+
+
 # Other numbers of ranks -----------------------------------------------------------------------------------------------
 
 
