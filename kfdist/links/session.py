@@ -6,7 +6,7 @@ comes back to it by itself, and asks owners for their peers meanwhile.
 
 import asyncio
 import contextlib
-import uuid
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,10 +17,9 @@ import grpc.aio
 from kfdist.errors import KfdistError
 from kfdist.links.base import LinkContext
 from kfdist.links.directory import KnownOwner, OwnerDirectory
-from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, run_pb2
+from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
-from kfdist.rpc._generated.kfdist.v1.run_pb2_grpc import RunServiceStub
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
 from kfdist.rpc.errors import code_of, details_of
 from kfdist.types import Desired, RunSettings, Sample
@@ -35,6 +34,12 @@ _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 2.0
 _PEERS_SECONDS = 3.0
 _LAST_WORD_SECONDS = 1.5
+_REFUSALS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
 
 
 class _Fenced(KfdistError):
@@ -84,6 +89,7 @@ class ControllerSession:
         self._ending = False
         self._connected = False
         self._away = False
+        self._told = ""
         self.samples_dropped = 0
 
     def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
@@ -106,8 +112,9 @@ class ControllerSession:
             except _Fenced as fenced:
                 self._fenced(str(fenced))
                 return
-            except (grpc.aio.AioRpcError, TimeoutError):
+            except (grpc.aio.AioRpcError, TimeoutError) as error:
                 # A deadline, a refusal or nobody there: all of them may be over at the next try.
+                self._tell_refusal(error)
                 pause = _FIRST_PAUSE_SECONDS if self._connected else min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 self._away = True
             finally:
@@ -116,6 +123,14 @@ class ControllerSession:
             if self._ending:
                 return
             await asyncio.sleep(pause)
+
+    def _tell_refusal(self, error: Exception) -> None:
+        """Says once why a controller that is there refuses this rank; nobody there is no news."""
+        if isinstance(error, grpc.aio.AioRpcError) and code_of(error) in _REFUSALS:
+            sentence = f"the controller at {self._address} refuses this rank: {details_of(error)}"
+            if sentence != self._told:
+                self._told = sentence
+                print(f"kfdist courier: {sentence}", file=sys.stderr, flush=True)
 
     async def end(self, conversation: asyncio.Task[None]) -> None:
         """Tells the controller the last beat if it is there, and ends `conversation`, the task of `run`."""
@@ -140,14 +155,14 @@ class ControllerSession:
     async def _converse(self, channel: grpc.aio.Channel) -> None:
         stub = MembershipServiceStub(channel)
         try:
-            await self._register(channel, stub)
+            await self._register(stub)
             await self._heartbeat(stub)
         except grpc.aio.AioRpcError as error:
             if code_of(error) is grpc.StatusCode.ABORTED:
                 raise _Fenced(details_of(error)) from error
             raise
 
-    async def _register(self, channel: grpc.aio.Channel, stub: MembershipServiceStub) -> None:
+    async def _register(self, stub: MembershipServiceStub) -> None:
         context = self._context
         leads = context.worker_rank == 0
         request = membership_pb2.RegisterWorkerRequest(
@@ -163,15 +178,7 @@ class ControllerSession:
             assignment=context.assignment if leads else "",
             pid=self._pid,
         )
-        try:
-            response = await stub.RegisterWorker(request, timeout=CALL_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            if not (leads and code_of(error) is grpc.StatusCode.NOT_FOUND):
-                raise
-            # A library user's run, which no launcher has announced.
-            create = run_pb2.CreateRequest(request_id=str(uuid.uuid4()), name=context.run)
-            await RunServiceStub(channel).Create(create, timeout=CALL_SECONDS)
-            response = await stub.RegisterWorker(request, timeout=CALL_SECONDS)
+        response = await stub.RegisterWorker(request, timeout=CALL_SECONDS)
         self._learn_settings(response.settings)
 
     async def _heartbeat(self, stub: MembershipServiceStub) -> None:
