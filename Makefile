@@ -46,8 +46,9 @@ format: $(INSTALLED)  ## Formats the code and sorts imports
 protos: $(INSTALLED)  ## Regenerates the gRPC stubs from protos/
 	$(BIN)/python protos/generate.py
 
-bench: $(INSTALLED)  ## Measures steps to accuracy against SGD, writes benchmarks/results/
+bench: $(INSTALLED)  ## Measures steps to accuracy against SGD, and the default run; writes benchmarks/results/
 	$(BIN)/python benchmarks/steps_to_accuracy.py
+	$(BIN)/python benchmarks/default_run.py
 
 wheel: $(INSTALLED)  ## Builds dist/*.whl
 	rm -rf build dist
