@@ -174,7 +174,7 @@ def test_the_same_command_again_says_that_the_run_is_finished_and_changes_nothin
 
 def test_another_configuration_does_not_resume_it(observed: Observed):
     code, output = run(
-        "train", "--set", f"run.dir={observed.directory}", "--set", "optimizer.lr=0.1", "--set", "run.steps=200"
+        "train", "--set", f"run.dir={observed.directory}", "--set", "optimizer.lr=0.07", "--set", "run.steps=200"
     )
     assert code == 2, output
     assert "optimizer.lr" in output and "accept_changes" in output
