@@ -58,10 +58,8 @@ def main() -> None:
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     for run in runs:
-        print(
-            shown = f"{run['wall_seconds']:>7} s wall, {run['training_seconds']:>6} s training"
-            print(f"{shown}, accuracy {run['test_accuracy']:.2%}")
-        )
+        shown = f"{run['wall_seconds']:>7} s wall, {run['training_seconds']:>6} s training"
+        print(f"{shown}, accuracy {run['test_accuracy']:.2%}")
     print(f"median {result['median_wall_seconds']} s; written to {RESULT}")
 
 
