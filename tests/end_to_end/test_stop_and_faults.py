@@ -25,7 +25,8 @@ def _summary(directory: Path) -> dict:
 
 
 def _checkpoints(directory: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (directory / "checkpoints").glob("step-*"))
+    names = [path.name for path in (directory / "checkpoints").glob("step-*")]
+    return sorted(int(name.removeprefix("step-")) for name in names if not name.endswith(".incomplete"))
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
