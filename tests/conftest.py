@@ -1,6 +1,7 @@
 """What holds for the whole suite: one thread per process, no configuration from outside, no process left behind."""
 
 import os
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -20,6 +21,8 @@ settings.load_profile("kfdist")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts background jobs with SIGINT ignored, and children inherit that; the tests of Ctrl-C need it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Two cores are shared by several processes a test; and results are compared bit for bit.
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
