@@ -28,11 +28,13 @@ class BlockShape:
         d_out: Rows p of each matrix: output features (or channels) per group.
         d_in: Columns q of each matrix: input features per group, plus one where the layer has a bias.
         groups: Number c of independent matrices (grouped convolution), 1 for most layers.
+        convolution: Whether the weight is used at many positions of an image, so that an example has many rows.
     """
 
     d_out: int
     d_in: int
     groups: int = 1
+    convolution: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

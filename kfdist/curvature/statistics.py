@@ -11,20 +11,10 @@ leading dimension c, the groups of a convolution, 1 for other layers.
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from torch import Tensor
 
 from kfdist.curvature.records import symmetric_field
-
-
-class Statistic(StrEnum):
-    """What an inverter needs of a block."""
-
-    FACTORS = "factors"
-    """A and G, averaged over batches and ranks."""
-    SAMPLES = "samples"
-    """Rows a and g themselves."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,7 @@ class FactorSums:
     rows: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KroneckerFactors:
     """The two factors of a block, scaled as this module's docstring says.
 
@@ -58,5 +48,134 @@ class KroneckerFactors:
     G: Tensor = symmetric_field()
 
 
-STATISTICS: dict[str, type] = {"kronecker-factors": KroneckerFactors}
+@dataclass(frozen=True, kw_only=True)
+class ChainFactors(KroneckerFactors):
+    """Factors of a layer in a chain, and its cross factors with the layer after it (algorithms.md 1.3).
+
+    Attributes:
+        A_next: (1/N) sum over examples of a_i a_{i+1}^T, inputs of this layer and of the next, `[1, q_i, q_{i+1}]`;
+            `[1, q, 0]` for the last layer.
+        G_next: (1/N) sum over examples of g_i g_{i+1}^T, `[1, p_i, p_{i+1}]`; `[1, p, 0]` for the last layer.
+    """
+
+    A_next: Tensor
+    G_next: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoarseFactors(KroneckerFactors):
+    """Factors of a block, and its sums with every block of its group (algorithms.md 7.1).
+
+    Attributes:
+        a_cross: Row i of sum(A_ij), the sum of all entries of E[a_i a_j^T], `[L]` for L blocks in the group's order;
+            scaled like Omega (sum over positions).
+        g_cross: Row i of sum(G_ij), likewise, scaled like Gamma (mean over positions).
+    """
+
+    a_cross: Tensor
+    g_cross: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanVectors:
+    """Mean rows of a block, scaled so that a a^T and g g^T are the rank-one parts of Omega and Gamma.
+
+    Attributes:
+        a: sqrt(T) times the mean over examples and positions of the rows a, `[c, q]`.
+        g: The mean over examples and positions of the rows g, `[c, p]`.
+    """
+
+    a: Tensor
+    g: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Rows of single examples: example i's gradient of the block is sum_t g_it a_it^T.
+
+    The block of the empirical Fisher is sum_i weight_i vec(.) vec(.)^T / sum_i weight_i; Omega and Gamma are
+    sum_i weight_i sum_t a a^T / sum_i weight_i and sum_i weight_i sum_t g g^T / (T sum_i weight_i).
+
+    Attributes:
+        a: `[c, n, T', q]`, homogeneous coordinate last.
+        g: `[c, n, T', p]`, of the per-example loss.
+        weight: How many examples each one stands for, `[n]`; 0 for rows that only fill up.
+        source: Rank that measured each example, int64 `[n]`.
+        positions: T. Rows may be fewer (compressed columns) or filled up with zeros.
+    """
+
+    a: Tensor
+    g: Tensor
+    weight: Tensor
+    source: Tensor
+    positions: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Increment:
+    """One folding of a moving average by rows, and dense factors where they are due (algorithms.md 4).
+
+    The sums S <- decay S + rows^T rows and w <- decay w + examples are those of `kfdist.curvature.estimate`: the
+    folding's gain 1 - rho is in the rows and in `examples` already.
+
+    Attributes:
+        A_rows: `[c, s, q]` with rows^T rows = this folding's addition to S_A; `[c, 0, q]` where A has no rows.
+        G_rows: `[c, s, p]`, likewise.
+        examples: This folding's addition to w, a scalar.
+        decay: rho of this folding, a scalar.
+        A: Dense Omega of the moving average, `[c, q, q]`; `[c, 0, 0]` where it isn't due or never held.
+        G: Dense Gamma, `[c, p, p]`, likewise.
+    """
+
+    A_rows: Tensor
+    G_rows: Tensor
+    examples: Tensor
+    decay: Tensor
+    A: Tensor = symmetric_field()
+    G: Tensor = symmetric_field()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleBudget:
+    """How many examples' rows a method wants, for the whole job over all ranks.
+
+    Attributes:
+        examples: At most so many examples, shared evenly among the ranks and drawn by (seed, step).
+        rows: At most so many rows after expansion over positions; None: no further limit.
+        columns: Keep kappa columns an example where it has more positions, by a truncated SVD of its gradient's
+            factors: sum_t g a^T stays (nearly) the same; None keeps all positions.
+    """
+
+    examples: int
+    rows: int | None = None
+    columns: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What an inverter wants measured of one block.
+
+    Attributes:
+        sums: Fields of its statistic that are averaged over batches and ranks.
+        increments: Factors ("A", "G") that it wants as rows of each folding.
+        increment_rows: Most rows of one increment over all ranks; beyond it they are sketched.
+        samples: Examples' rows of the step at which the block is inverted.
+        calibration: Examples' rows for `AbstractPreconditioner.calibration_sums`.
+    """
+
+    sums: frozenset[str] = frozenset({"A", "G"})
+    increments: frozenset[str] = frozenset()
+    increment_rows: int = 0
+    samples: SampleBudget | None = None
+    calibration: SampleBudget | None = None
+
+
+STATISTICS: dict[str, type] = {
+    "kronecker-factors": KroneckerFactors,
+    "chain-factors": ChainFactors,
+    "coarse-factors": CoarseFactors,
+    "mean-vectors": MeanVectors,
+    "samples": Samples,
+    "increment": Increment,
+}
 """Records that may stand in a job, by name."""

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from kfdist.curvature.preconditioners import AbstractPreconditioner
-from kfdist.curvature.statistics import KroneckerFactors, Statistic
-from kfdist.types import BlockShape
+from kfdist.curvature.statistics import KroneckerFactors, Needs
+from kfdist.types import BlockName, BlockShape
 
 
 class Outcome(StrEnum):
@@ -65,31 +65,88 @@ class Inversion:
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class Placement(StrEnum):
+    """Who inverts."""
+
+    OWNER = "owner"
+    """Whoever the link reaches, off the training path; the result is adopted later."""
+    WORKER = "worker"
+    """Every rank for itself, at once: the work is as small as handling a result would be."""
+
+
+class Coupling(StrEnum):
+    """What a method measures between the blocks of a group."""
+
+    NONE = "none"
+    """Nothing: each block is a group of its own."""
+    CHAIN = "chain"
+    """Cross factors of each block with the next (`ChainFactors`)."""
+    COARSE = "coarse"
+    """Sums of the cross factors of all pairs (`CoarseFactors`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AbstractInverter(ABC):
-    """Turns the reduced statistics of one block into its preconditioner. The instance is its configuration.
+    """Turns the reduced statistics of a block, or a group of them, into preconditioners. The instance is its settings.
 
     Pure: no collectives, no clock, no global random state. The result depends on the arguments alone, so any owner
     computes the same answer after a restart.
 
     Attributes:
         name: The method's name in configurations and jobs.
-        statistics: What it needs of a block.
+        statistic: The record it is given of a block.
         produces: The kind of preconditioner it makes.
+        placement: Who inverts.
+        coupling: Whether its blocks form one group, and what is measured between them.
+        online: Whether each result is a step of one computation: every increment is applied once and in order, on the
+            state of the one before.
     """
 
     name: ClassVar[str]
-    statistics: ClassVar[frozenset[Statistic]]
+    statistic: ClassVar[type] = KroneckerFactors
     produces: ClassVar[type[AbstractPreconditioner]]
+    placement: ClassVar[Placement] = Placement.OWNER
+    coupling: ClassVar[Coupling] = Coupling.NONE
+    online: ClassVar[bool] = False
 
-    @abstractmethod
-    def invert(
-        self, factors: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
-    ) -> Inversion:
-        """Inverts one block in the precision of `factors`.
+    def needs(self, shape: BlockShape) -> Needs:
+        """Says what it wants measured of a block of this shape."""
+        del shape
+        return Needs()
+
+    def refusal(self, shapes: Mapping[BlockName, BlockShape]) -> str:
+        """Says why it can't invert these blocks, in one sentence; empty if it can.
 
         Args:
-            factors: A `[c, q, q]` and G `[c, p, p]`, finite and symmetric.
+            shapes: The blocks of one group, in the model's order.
+        """
+        del shapes
+        return ""
+
+    def note(self, shape: BlockShape) -> str:
+        """Says in a few words what it will do with a block of this shape, for `coverage()`; mostly nothing."""
+        del shape
+        return ""
+
+    def update_period(self, factor_period: int, inverse_period: int) -> int:
+        """Returns the steps between two jobs of a block.
+
+        Args:
+            factor_period: Steps between two foldings.
+            inverse_period: Steps between two inversions, its multiple.
+
+        Raises:
+            ConfigError: The method's own period doesn't fit between the two.
+        """
+        del factor_period
+        return inverse_period
+
+    @abstractmethod
+    def invert(self, statistics: Any, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:
+        """Inverts one block in the precision of its statistics.
+
+        Args:
+            statistics: A `statistic`; checked as `kfdist.curvature.inverters.ladder` says.
             damping: lambda of F + lambda I; without effect where the preconditioner is damped at apply.
             previous: The `state` of the last version; empty at first.
             seed: The only source of randomness.
@@ -100,6 +157,20 @@ class AbstractInverter(ABC):
         Raises:
             torch.linalg.LinAlgError: LAPACK's iteration didn't converge; the ladder takes it as a breakdown.
         """
+
+    def invert_group(
+        self,
+        statistics: Mapping[BlockName, Any],
+        *,
+        damping: float,
+        previous: Mapping[BlockName, Mapping[str, Tensor]],
+        seeds: Mapping[BlockName, int],
+    ) -> dict[BlockName, Inversion]:
+        """Inverts a group of blocks, in the model's order; methods that couple blocks override it."""
+        return {
+            name: self.invert(each, damping=damping, previous=previous.get(name, {}), seed=seeds[name])
+            for name, each in statistics.items()
+        }
 
     @abstractmethod
     def cost(self, shape: BlockShape) -> float:

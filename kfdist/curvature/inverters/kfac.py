@@ -10,7 +10,7 @@ from torch import Tensor
 from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Outcome
 from kfdist.curvature.inverters.checks import check_choice, probes_like
 from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerInverse
-from kfdist.curvature.statistics import KroneckerFactors, Statistic
+from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.kronecker import split_by_largest, split_by_trace
 from kfdist.linalg.psd import damped_cholesky_inverse, inverse_residual, largest_eigenvalue, trace
 from kfdist.types import BlockShape
@@ -30,7 +30,6 @@ class Kfac(AbstractInverter):
     """
 
     name: ClassVar[str] = "kfac"
-    statistics: ClassVar[frozenset[Statistic]] = frozenset({Statistic.FACTORS})
     produces: ClassVar[type[AbstractPreconditioner]] = KroneckerInverse
 
     damping_rule: Literal["pi", "relative"] = "pi"
@@ -39,22 +38,22 @@ class Kfac(AbstractInverter):
         check_choice("damping_rule", self.damping_rule, ("pi", "relative"))
 
     def invert(
-        self, factors: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
+        self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
         """Inverts both damped factors; see `AbstractInverter.invert`."""
         del previous
-        trace_A, trace_G = trace(factors.A), trace(factors.G)
-        q, p = factors.A.shape[-1], factors.G.shape[-1]
-        probes = {"A": probes_like(factors.A, None, seed=seed, label="A")}
-        probes["G"] = probes_like(factors.G, None, seed=seed, label="G")
+        trace_A, trace_G = trace(statistics.A), trace(statistics.G)
+        q, p = statistics.A.shape[-1], statistics.G.shape[-1]
+        probes = {"A": probes_like(statistics.A, None, seed=seed, label="A")}
+        probes["G"] = probes_like(statistics.G, None, seed=seed, label="G")
         if self.damping_rule == "pi":
             split = split_by_trace(trace_A, trace_G, d_in=q, d_out=p, damping=damping)
         else:
-            largest = (torch.linalg.eigvalsh(matrix)[..., -1] for matrix in (factors.A, factors.G))
+            largest = (torch.linalg.eigvalsh(matrix)[..., -1] for matrix in (statistics.A, statistics.G))
             split = split_by_largest(*largest, damping=damping)
         inverses: dict[str, Tensor] = {}
         diagnostics: dict[str, float] = {}
-        for name, matrix, factor_damping in (("A", factors.A, split[0]), ("G", factors.G, split[1])):
+        for name, matrix, factor_damping in (("A", statistics.A, split[0]), ("G", statistics.G, split[1])):
             inverse, definite = damped_cholesky_inverse(matrix, factor_damping)
             if not bool(definite.all()):
                 reason = f"factor {name} plus {factor_damping.min().item():.3g} I is not positive definite"

@@ -10,7 +10,7 @@ from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Outcome
 from kfdist.curvature.inverters.checks import check_choice
 from kfdist.curvature.inverters.spectra import assemble, full_spectrum
 from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum
-from kfdist.curvature.statistics import KroneckerFactors, Statistic
+from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.kronecker import DampingRule
 from kfdist.types import BlockShape
 
@@ -29,7 +29,6 @@ class KfacEigen(AbstractInverter):
     """
 
     name: ClassVar[str] = "kfac-eigen"
-    statistics: ClassVar[frozenset[Statistic]] = frozenset({Statistic.FACTORS})
     produces: ClassVar[type[AbstractPreconditioner]] = KroneckerSpectrum
 
     damping_rule: DampingRule = "common"
@@ -38,14 +37,14 @@ class KfacEigen(AbstractInverter):
         check_choice("damping_rule", self.damping_rule, ("common", "pi", "relative"))
 
     def invert(
-        self, factors: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
+        self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
         """Decomposes both factors; see `AbstractInverter.invert`."""
         del damping, previous
-        A = full_spectrum(factors.A, rank=factors.A.shape[-1], seed=seed, label="A")
-        G = full_spectrum(factors.G, rank=factors.G.shape[-1], seed=seed, label="G")
+        A = full_spectrum(statistics.A, rank=statistics.A.shape[-1], seed=seed, label="A")
+        G = full_spectrum(statistics.G, rank=statistics.G.shape[-1], seed=seed, label="G")
         return Inversion(
-            preconditioner=assemble(factors, A, G, damping_rule=self.damping_rule),
+            preconditioner=assemble(statistics, A, G, damping_rule=self.damping_rule),
             outcome=Outcome.worst(A.outcome, G.outcome),
             diagnostics={**A.diagnostics, **G.diagnostics},
         )

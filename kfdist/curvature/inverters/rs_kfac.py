@@ -11,7 +11,7 @@ from kfdist.curvature.inverters.checks import check_choice, check_count
 from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
 from kfdist.curvature.inverters.spectra import FactorSpectrum, assemble, randomized_spectrum
 from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum
-from kfdist.curvature.statistics import KroneckerFactors, Statistic
+from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.errors import ConfigError
 from kfdist.linalg.kronecker import DampingRule
 from kfdist.types import BlockShape
@@ -32,7 +32,6 @@ class RsKfac(AbstractInverter):
     """
 
     name: ClassVar[str] = "rs-kfac"
-    statistics: ClassVar[frozenset[Statistic]] = frozenset({Statistic.FACTORS})
     produces: ClassVar[type[AbstractPreconditioner]] = KroneckerSpectrum
 
     rank: int = 220
@@ -52,13 +51,13 @@ class RsKfac(AbstractInverter):
             raise ConfigError(f"{self.spectrum_continuation!r} must be true or false", path="spectrum_continuation")
 
     def invert(
-        self, factors: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
+        self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
         """Decomposes both factors; see `AbstractInverter.invert`."""
         del damping, previous
-        A, G = self._decompose(factors.A, "A", seed), self._decompose(factors.G, "G", seed)
+        A, G = self._decompose(statistics.A, "A", seed), self._decompose(statistics.G, "G", seed)
         return Inversion(
-            preconditioner=assemble(factors, A, G, damping_rule=self.damping_rule),
+            preconditioner=assemble(statistics, A, G, damping_rule=self.damping_rule),
             outcome=Outcome.worst(A.outcome, G.outcome),
             diagnostics={**A.diagnostics, **G.diagnostics},
         )

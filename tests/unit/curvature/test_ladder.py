@@ -11,7 +11,7 @@ from torch import Tensor
 from kfdist.curvature.inverters import AbstractInverter, Inversion, Outcome, make_inverter
 from kfdist.curvature.inverters.ladder import DAMPING_FACTORS, RESIDUAL_LIMIT, invert_with_ladder
 from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerInverse
-from kfdist.curvature.statistics import KroneckerFactors, Statistic
+from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.types import BlockShape
 from tests.support.matrices import gaussian, make_factors, relative_error, with_spectrum
 
@@ -23,7 +23,6 @@ class Scripted(AbstractInverter):
     """Inverts with K-FAC and lets a test spoil the attempts, by precision and damping."""
 
     name: ClassVar[str] = "scripted"
-    statistics: ClassVar[frozenset[Statistic]] = frozenset({Statistic.FACTORS})
     produces: ClassVar[type[AbstractPreconditioner]] = KroneckerInverse
 
     spoil: Callable[[Inversion, torch.dtype, float], Inversion] = lambda inversion, dtype, damping: inversion

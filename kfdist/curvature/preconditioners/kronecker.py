@@ -1,16 +1,12 @@
-"""Inverted blocks as plain data: frozen tensors with a fast `apply`.
+"""Inverses of Kronecker products: dense, or by eigenpairs of the factors."""
 
-A new kind is a frozen dataclass of tensors (and a few static values) and one line in `PRECONDITIONERS`.
-"""
-
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Self, get_args
+from typing import ClassVar, get_args
 
-import torch
 from torch import Tensor
 
-from kfdist.curvature.records import move, symmetric_field
+from kfdist.curvature.preconditioners.base import AbstractPreconditioner, Memory
+from kfdist.curvature.records import symmetric_field
 from kfdist.linalg.kronecker import (
     DampingRule,
     Spectrum,
@@ -19,74 +15,6 @@ from kfdist.linalg.kronecker import (
     split_by_largest,
     split_by_trace,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AbstractPreconditioner(ABC):
-    """The damped inverse of one block, ready to be multiplied onto gradients.
-
-    Attributes:
-        trace_A: Trace of the undamped factor A, `[c]`.
-        trace_G: Trace of the undamped factor G, `[c]`.
-        damping_at_apply: Whether `apply` obeys its `damping`; otherwise damping was fixed at the inversion.
-    """
-
-    damping_at_apply: ClassVar[bool]
-
-    trace_A: Tensor
-    trace_G: Tensor
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int, int]:
-        """Shape (c, p, q) of the gradients it takes."""
-
-    @abstractmethod
-    def _solve(self, gradient: Tensor, damping: float) -> Tensor:
-        """Applies the inverse to a gradient of the right shape and dtype."""
-
-    def apply(self, gradient: Tensor, damping: float) -> Tensor:
-        """Multiplies the damped inverse of the block onto a gradient, without a host sync.
-
-        Computes in the dtype of its own tensors, also under autocast.
-
-        Args:
-            gradient: V, `[c, p, q]`, on the same device.
-            damping: lambda of F + lambda I; without effect where `damping_at_apply` is False.
-
-        Returns:
-            `[c, p, q]` in the gradient's dtype.
-
-        Raises:
-            ValueError: The gradient has another shape.
-        """
-        if tuple(gradient.shape) != self.shape:
-            raise ValueError(f"the gradient has shape {tuple(gradient.shape)}, the preconditioner is for {self.shape}")
-        with torch.autocast(gradient.device.type, enabled=False):
-            return self._solve(gradient.to(self.trace_A.dtype), damping).to(gradient.dtype)
-
-    def fallback(self, gradient: Tensor, damping: float) -> Tensor:
-        """Scales a gradient as if every eigenvalue of the block were the mean one: V/(lambda + tau).
-
-        tau = tr(A) tr(G)/(p q) per group: the step keeps the size it has under `apply`; the bare gradient would be up
-        to 1/lambda times off.
-
-        Args:
-            gradient: V, `[c, p, q]`.
-            damping: lambda.
-        """
-        c, p, q = self.shape
-        mean = (self.trace_A / q) * (self.trace_G / p)
-        scale = self.joint_damping(damping) + mean
-        return (gradient.to(mean.dtype) / scale.view(c, 1, 1)).to(gradient.dtype)
-
-    def joint_damping(self, damping: float) -> Tensor:
-        """Returns the lambda, `[c]`, that `damping` amounts to on the product of the factors; itself, normally."""
-        return torch.full_like(self.trace_A, damping)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Returns it with all tensors on `device` and, if given, as `dtype`; itself if nothing changes."""
-        return move(self, device, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +45,8 @@ class KroneckerInverse(AbstractPreconditioner):
         del damping
         return self.damping_A * self.damping_G
 
-    def _solve(self, gradient: Tensor, damping: float) -> Tensor:
-        del damping
+    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+        del damping, memory
         return self.G_inverse @ gradient @ self.A_inverse
 
 
@@ -175,16 +103,10 @@ class KroneckerSpectrum(AbstractPreconditioner):
         damping_A, damping_G = self.factor_damping(damping)
         return damping_A * damping_G
 
-    def _solve(self, gradient: Tensor, damping: float) -> Tensor:
+    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+        del memory
         A = Spectrum(self.U_A, self.w_A, self.tail_A)
         G = Spectrum(self.U_G, self.w_G, self.tail_G)
         if self.damping_rule == "common":
             return solve_joint(A, G, damping, gradient)
         return solve_factored(A, G, *self.factor_damping(damping), gradient)
-
-
-PRECONDITIONERS: dict[str, type[AbstractPreconditioner]] = {
-    "kronecker-inverse": KroneckerInverse,
-    "kronecker-spectrum": KroneckerSpectrum,
-}
-"""Every kind by its name on the wire and in checkpoints."""

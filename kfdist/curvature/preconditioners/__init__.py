@@ -1,0 +1,15 @@
+"""Inverted blocks as plain data: frozen tensors with a fast `apply`.
+
+A new kind is a frozen dataclass of tensors (and a few static values) and one line in `PRECONDITIONERS`.
+"""
+
+from kfdist.curvature.preconditioners.base import AbstractPreconditioner as AbstractPreconditioner
+from kfdist.curvature.preconditioners.base import Memory as Memory
+from kfdist.curvature.preconditioners.kronecker import KroneckerInverse as KroneckerInverse
+from kfdist.curvature.preconditioners.kronecker import KroneckerSpectrum as KroneckerSpectrum
+
+PRECONDITIONERS: dict[str, type[AbstractPreconditioner]] = {
+    "kronecker-inverse": KroneckerInverse,
+    "kronecker-spectrum": KroneckerSpectrum,
+}
+"""Every kind by its name on the wire and in checkpoints."""
