@@ -162,9 +162,8 @@ class Capture:
         backwards = max(len(self._examples_of_backward), 1)
         drained = {
             name: BatchStatistics(
-                pending.A,
                 # Gamma is the mean over a block's positions, Omega their sum (algorithms.md 2.1).
-                pending.G.mul_(backwards**2 * pending.examples / pending.rows),
+                {"A": pending.A, "G": pending.G.mul_(backwards**2 * pending.examples / pending.rows)},
                 pending.examples,
             )
             for name, pending in self._pending.items()

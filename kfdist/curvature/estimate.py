@@ -11,13 +11,19 @@ rho_k = min(1 - 1/k, decay) for the k-th folding (Martens & Grosse 2015, section
 estimates are plain averages; w is its own normaliser, so no bias correction is needed elsewhere.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kfdist.curvature.records import PackedRecord
+from kfdist.curvature.statistics import Needs
 from kfdist.linalg.psd import pack_triangle
+from kfdist.types import BlockShape
+
+SYMMETRIC = frozenset({"A", "G"})
+"""Sums that are symmetric matrices and travel as packed triangles."""
 
 
 def decay_at(update: int, decay: float) -> float:
@@ -26,42 +32,90 @@ def decay_at(update: int, decay: float) -> float:
 
 
 @dataclass
-class BatchStatistics:
-    """What one step's batch says about a block, summed over examples: the x and n of the module docstring.
+class ExampleRows:
+    """Rows of some of one rank's examples.
 
     Attributes:
-        A: Sum over examples of Omega's terms, [c, q, q].
-        G: Sum over examples of Gamma's terms, [c, p, p].
-        examples: How many examples are in the sums.
+        a: `[c, n, T, q]`, homogeneous coordinate last.
+        g: `[c, n, T, p]`, of the per-example loss.
+        weight: How many of the rank's examples each one stands for, `[n]`.
     """
 
-    A: Tensor
-    G: Tensor
+    a: Tensor
+    g: Tensor
+    weight: Tensor
+
+
+@dataclass
+class BatchStatistics:
+    """What one step's batch says about a block: the x and n of the module docstring, and rows where they are asked for.
+
+    Attributes:
+        sums: Sums over examples by name; "A" of Omega's terms `[c, q, q]`, "G" of Gamma's `[c, p, p]`, and the further
+            ones that `sum_shapes` lists.
+        examples: How many examples are in the sums.
+        rows: By factor, all rows of the batch `[c, m, d]`, scaled so that rows^T rows is the factor's sum.
+        samples: Rows of single examples.
+    """
+
+    sums: dict[str, Tensor]
     examples: float
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    samples: ExampleRows | None = None
+
+
+def sum_shapes(
+    shape: BlockShape, needs: Needs, *, following: BlockShape | None = None, members: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the sums that a block's method needs, by name in a fixed order.
+
+    Args:
+        shape: Of the block.
+        needs: Of the method.
+        following: The next block of its chain, for cross factors; None for the last.
+        members: How many blocks its group has, for coarse sums.
+
+    Raises:
+        ValueError: The method needs a sum that nobody measures.
+    """
+    c, p, q = shape.groups, shape.d_out, shape.d_in
+    p_next, q_next = (0, 0) if following is None else (following.d_out, following.d_in)
+    known: dict[str, tuple[int, ...]] = {
+        "A": (c, q, q),
+        "G": (c, p, p),
+        "a": (c, q),
+        "g": (c, p),
+        "A_next": (c, q, q_next),
+        "G_next": (c, p, p_next),
+        "a_cross": (members,),
+        "g_cross": (members,),
+    }
+    unknown = needs.sums - known.keys()
+    if unknown:
+        raise ValueError(f"no such sums: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    return {name: size for name, size in known.items() if name in needs.sums}
 
 
 class WeightedSums:
     """The local (S, w) of one block; plain tensors on the model's device.
 
     Attributes:
-        A: Weighted sum of Omega's terms, [c, q, q].
-        G: Weighted sum of Gamma's terms, [c, p, p].
+        sums: Weighted sums by name, as in `BatchStatistics`.
         weight: w, a scalar tensor.
         dropped: How many batches were dropped as non-finite, a scalar tensor (read it late: reading syncs a device).
     """
 
-    def __init__(self, A: Tensor, G: Tensor, weight: Tensor, dropped: Tensor | None = None) -> None:
-        self.A, self.G, self.weight = A, G, weight
+    def __init__(self, sums: dict[str, Tensor], weight: Tensor, dropped: Tensor | None = None) -> None:
+        self.sums, self.weight = sums, weight
         self.dropped = torch.zeros((), device=weight.device) if dropped is None else dropped
 
     @classmethod
-    def zeros(cls, c: int, p: int, q: int, *, dtype: torch.dtype, device: torch.device) -> "WeightedSums":
-        """Makes the sums of no batches."""
-        return cls(
-            torch.zeros(c, q, q, dtype=dtype, device=device),
-            torch.zeros(c, p, p, dtype=dtype, device=device),
-            torch.zeros((), dtype=dtype, device=device),
-        )
+    def zeros(
+        cls, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
+    ) -> "WeightedSums":
+        """Makes the sums of no batches; see `sum_shapes`."""
+        sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        return cls(sums, torch.zeros((), dtype=dtype, device=device))
 
     def fold(self, batch: BatchStatistics | None, rho: float, step_is_finite: Tensor | None = None) -> None:
         """Folds one due batch in, without a host sync.
@@ -71,38 +125,51 @@ class WeightedSums:
             rho: The decay of this folding, the same on all ranks.
             step_is_finite: Boolean scalar; where it is false the whole step is skipped and nothing changes.
         """
-        kept = torch.full_like(self.weight, rho)
-        gain = torch.full_like(self.weight, 1.0 - rho)
-        if step_is_finite is not None:
-            kept = torch.where(step_is_finite, kept, torch.ones_like(kept))
-            gain = torch.where(step_is_finite, gain, torch.zeros_like(gain))
-        self.A.mul_(kept)
-        self.G.mul_(kept)
-        self.weight.mul_(kept)
-        if batch is None:
+        kept, gain = folding(rho, step_is_finite, like=self.weight)
+        for total in (*self.sums.values(), self.weight):
+            total.mul_(kept)
+        if batch is None or not self.sums:
             return
-        # A sum is non-finite if any entry is: one reduction per factor instead of a mask.
-        finite = torch.isfinite(batch.A.sum() + batch.G.sum())
-        zero = torch.zeros((), dtype=self.A.dtype, device=self.A.device)
-        self.A.add_(torch.where(finite, batch.A, zero) * gain)
-        self.G.add_(torch.where(finite, batch.G, zero) * gain)
+        finite = all_finite(batch.sums[name] for name in self.sums)
+        zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
+        for name, total in self.sums.items():
+            total.add_(torch.where(finite, batch.sums[name], zero) * gain)
         self.weight.add_(torch.where(finite, gain * batch.examples, zero))
         self.dropped.add_((~finite).to(self.dropped.dtype))
 
     def packed(self) -> list[Tensor]:
-        """Returns what travels in a reduction: the packed triangles of A and G, and w."""
-        return [pack_triangle(self.A), pack_triangle(self.G), self.weight.reshape(1)]
+        """Returns what travels in a reduction: the sums, symmetric ones as packed triangles, and w; none if empty."""
+        if not self.sums:
+            return []
+        pieces = [pack_triangle(total) if name in SYMMETRIC else total for name, total in self.sums.items()]
+        return [*pieces, self.weight.reshape(1)]
 
 
-def packed_factors(A: Tensor, G: Tensor, weight: Tensor) -> PackedRecord:
-    """Turns reduced sums into Omega = sum S_A / sum w and Gamma = sum S_G / sum w, packed as they are.
+def folding(rho: float, step_is_finite: Tensor | None, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns rho and 1 - rho as scalars like `like`; 1 and 0 where the step is skipped."""
+    kept, gain = torch.full_like(like, rho), torch.full_like(like, 1.0 - rho)
+    if step_is_finite is None:
+        return kept, gain
+    return (
+        torch.where(step_is_finite, kept, torch.ones_like(kept)),
+        torch.where(step_is_finite, gain, torch.zeros_like(gain)),
+    )
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Says, as a boolean scalar, whether all entries are finite: a sum is non-finite if any entry is."""
+    return torch.isfinite(torch.stack([tensor.sum() for tensor in tensors]).sum())
+
+
+def packed_statistic(kind: str, sums: Mapping[str, Tensor], weight: Tensor) -> PackedRecord:
+    """Turns reduced sums into sum S / sum w, packed as they are.
 
     Args:
-        A: Packed triangles of the summed S_A, [c, q(q+1)/2].
-        G: Packed triangles of the summed S_G, [c, p(p+1)/2].
+        kind: Name of the record in `STATISTICS` whose fields the sums are.
+        sums: By name; triangles stay triangles.
         weight: The summed w, [1], positive.
 
     Returns:
-        A packed `KroneckerFactors`, ready for a job's payload: the rank never builds the square matrices.
+        A packed record, ready for a job's payload: the rank never builds the square matrices.
     """
-    return PackedRecord(kind="kronecker-factors", tensors={"A": A / weight, "G": G / weight}, static={})
+    return PackedRecord(kind=kind, tensors={name: total / weight for name, total in sums.items()}, static={})

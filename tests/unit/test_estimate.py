@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfdist.curvature.estimate import BatchStatistics, WeightedSums, decay_at, packed_factors
+from kfdist.curvature.estimate import BatchStatistics, WeightedSums, decay_at, packed_statistic
 from kfdist.curvature.records import unpack
 from kfdist.curvature.statistics import STATISTICS
 from kfdist.linalg.psd import pack_triangle
@@ -18,6 +18,7 @@ EXACT = 1e-12
 
 DECAY = 0.95
 C, P, Q = 2, 3, 4
+SHAPES = {"A": (C, Q, Q), "G": (C, P, P)}
 
 
 def batch(seed: int, n: int = 5, dtype: torch.dtype = torch.float64) -> BatchStatistics:
@@ -25,28 +26,28 @@ def batch(seed: int, n: int = 5, dtype: torch.dtype = torch.float64) -> BatchSta
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(C, n, Q, generator=generator, dtype=torch.float64)
     g = torch.randn(C, n, P, generator=generator, dtype=torch.float64)
-    return BatchStatistics((a.mT @ a).to(dtype), (g.mT @ g).to(dtype), float(n))
+    return BatchStatistics({"A": (a.mT @ a).to(dtype), "G": (g.mT @ g).to(dtype)}, float(n))
 
 
 def empty() -> WeightedSums:
-    return WeightedSums.zeros(C, P, Q, dtype=torch.float64, device=torch.device("cpu"))
+    return WeightedSums.zeros(SHAPES, dtype=torch.float64, device=torch.device("cpu"))
 
 
 def spoiled(seed: int, value: float, factor: str = "G") -> BatchStatistics:
     made = batch(seed)
-    getattr(made, factor)[1, 2, 0] = value
+    made.sums[factor][1, 2, 0] = value
     return made
 
 
 def state(sums: WeightedSums) -> list[Tensor]:
-    return [tensor.clone() for tensor in (sums.A, sums.G, sums.weight, sums.dropped)]
+    return [tensor.clone() for tensor in (*sums.sums.values(), sums.weight, sums.dropped)]
 
 
 def factors(ranks: Sequence[WeightedSums]) -> tuple[Tensor, Tensor]:
     """What the reduction of several ranks' sums gives."""
     A, G, weight = (sum(parts) for parts in zip(*(each.packed() for each in ranks), strict=True))
     assert isinstance(A, Tensor) and isinstance(G, Tensor) and isinstance(weight, Tensor)
-    reduced = unpack(packed_factors(A, G, weight), STATISTICS)
+    reduced = unpack(packed_statistic("kronecker-factors", {"A": A, "G": G}, weight), STATISTICS)
     return reduced.A, reduced.G
 
 
@@ -63,7 +64,7 @@ def test_equal_batches_equal_the_moving_average(updates: int, decay: float):
     for k in range(1, updates + 1):
         rho = min(1 - 1 / k, decay)
         new = batch(k)
-        A, G = rho * A + (1 - rho) * new.A / 5, rho * G + (1 - rho) * new.G / 5
+        A, G = rho * A + (1 - rho) * new.sums["A"] / 5, rho * G + (1 - rho) * new.sums["G"] / 5
         sums.fold(new, decay_at(k, decay))
     actual = factors([sums])
     torch.testing.assert_close(actual[0], A, rtol=EXACT, atol=EXACT)
@@ -72,10 +73,10 @@ def test_equal_batches_equal_the_moving_average(updates: int, decay: float):
 
 def test_the_first_update_overwrites():
     sums = empty()
-    sums.A.fill_(7.0)
+    sums.sums["A"].fill_(7.0)
     sums.weight.fill_(3.0)
     sums.fold(batch(0), decay_at(1, DECAY))
-    torch.testing.assert_close(factors([sums])[0], batch(0).A / 5, rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(factors([sums])[0], batch(0).sums["A"] / 5, rtol=EXACT, atol=EXACT)
 
 
 @settings(max_examples=30)
@@ -91,7 +92,7 @@ def test_ranks_with_batches_of_any_length_give_the_weighted_mean_of_all_examples
             new = batch(10 * k + rank, n) if n else None
             ranks[rank].fold(new, rho)
             if new is not None:
-                numerator, denominator = numerator + (1 - rho) * new.G, denominator + (1 - rho) * n
+                numerator, denominator = numerator + (1 - rho) * new.sums["G"], denominator + (1 - rho) * n
     weight = float(sum(each.weight for each in ranks))
     assert weight == pytest.approx(denominator, rel=EXACT)
     if denominator:
@@ -114,7 +115,7 @@ def test_a_batch_that_is_not_finite_counts_as_none(value: float, factor: str):
 
 def test_infinities_of_both_signs_do_not_cancel():
     both = spoiled(1, torch.inf)
-    both.G[0, 0, 0] = -torch.inf
+    both.sums["G"][0, 0, 0] = -torch.inf
     sums = empty()
     sums.fold(both, 0.0)
     assert sums.weight == 0
@@ -125,7 +126,7 @@ def test_a_dropped_batch_leaves_nothing_in_empty_sums():
     sums = empty()
     sums.fold(spoiled(1, torch.nan), decay_at(1, DECAY))
     assert sums.weight == 0
-    assert not sums.A.any() and not sums.G.any()
+    assert not sums.sums["A"].any() and not sums.sums["G"].any()
 
 
 @pytest.mark.parametrize("new", [batch(2), spoiled(2, torch.nan), None], ids=["finite", "spoiled", "absent"])
@@ -148,8 +149,8 @@ def test_a_step_that_is_finite_folds_as_without_the_question():
 def test_float32_batches_go_into_float64_sums():
     sums = empty()
     sums.fold(batch(1, dtype=torch.float32), 0.0)
-    assert sums.A.dtype == torch.float64
-    torch.testing.assert_close(factors([sums])[0], batch(1).A / 5, rtol=1e-6, atol=1e-6)
+    assert sums.sums["A"].dtype == torch.float64
+    torch.testing.assert_close(factors([sums])[0], batch(1).sums["A"] / 5, rtol=1e-6, atol=1e-6)
 
 
 def test_only_the_lower_triangle_travels():
@@ -157,14 +158,14 @@ def test_only_the_lower_triangle_travels():
     sums.fold(batch(1), 0.0)
     A, G, weight = sums.packed()
     assert (A.shape, G.shape, weight.shape) == ((C, Q * (Q + 1) // 2), (C, P * (P + 1) // 2), (1,))
-    assert torch.equal(A, pack_triangle(sums.A))
+    assert torch.equal(A, pack_triangle(sums.sums["A"]))
 
 
 def test_folding_never_asks_for_a_value():
     """A meta tensor has none: whatever would wait for a device raises here."""
     device = torch.device("meta")
-    sums = WeightedSums.zeros(C, P, Q, dtype=torch.float32, device=device)
-    new = BatchStatistics(torch.empty(C, Q, Q, device=device), torch.empty(C, P, P, device=device), 5.0)
+    sums = WeightedSums.zeros(SHAPES, dtype=torch.float32, device=device)
+    new = BatchStatistics({name: torch.empty(shape, device=device) for name, shape in SHAPES.items()}, 5.0)
     sums.fold(new, 0.5, step_is_finite=torch.empty((), dtype=torch.bool, device=device))
     sums.fold(None, 0.5)
     assert [tuple(each.shape) for each in sums.packed()] == [(C, 10), (C, 6), (1,)]

@@ -88,13 +88,13 @@ def test_continuation_is_nearer_to_the_truth_on_a_slow_spectrum() -> None:
 def test_r4_old_batches_leave_little_behind() -> None:
     """R4: after j further batches of rank n, eigenvalue j n + 1 of the average is at most rho^j max ||M_i||."""
     d, n, rho = 40, 2, 0.5
-    sums = WeightedSums.zeros(1, 3, d, dtype=torch.float64, device=torch.device("cpu"))
+    sums = WeightedSums.zeros({"A": (1, d, d)}, dtype=torch.float64, device=torch.device("cpu"))
     norms = []
     for step in range(12):
         rows = gaussian(1, n, d, seed=step)
-        sums.fold(BatchStatistics(rows.mT @ rows, torch.zeros(1, 3, 3).double(), n), rho)
+        sums.fold(BatchStatistics({"A": rows.mT @ rows}, n), rho)
         norms.append(float(torch.linalg.matrix_norm(rows.mT @ rows / n, 2)))
-    eigenvalues = torch.linalg.eigvalsh(sums.A[0] / sums.weight).flip(0)
+    eigenvalues = torch.linalg.eigvalsh(sums.sums["A"][0] / sums.weight).flip(0)
     for j in range(1, 12):
         assert float(eigenvalues[j * n]) <= rho**j * max(norms)
 
