@@ -20,7 +20,7 @@ from kfdist.curvature.references import (
     solve_factored_dense,
 )
 from kfdist.curvature.statistics import KroneckerFactors
-from tests.support.matrices import GOOD
+from tests.support.matrices import BAD, GOOD
 
 Reference = Callable[[KroneckerFactors, float, Tensor], Tensor]
 
@@ -29,6 +29,11 @@ DAMPING = 1e-2
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3}
 """Relative error against the dense solve. At `DAMPING` the condition number of the problem is at most about 1e3 (joint
 damping, eigenvalues up to 4), so rounding makes 1e3 times 1e-16 or 6e-8, times a modest factor for the sizes."""
+
+
+def unchanged(factors: KroneckerFactors) -> KroneckerFactors:
+    """Returns the factors: the statistic of most methods."""
+    return factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ class InverterCase:
         indefinite: What it must say of a factor with a small but real negative eigenvalue; a truncated method doesn't
         see it.
         damping_is_lambda: False where `damping` isn't the lambda of F + lambda I (the published relative rule).
+        statistics: Makes the method's own statistic of two factors, such that it stands for the same block.
+        bad: Which spoiled factors its statistic can express; rows, for one, can't be asymmetric.
     """
 
     name: str
@@ -51,6 +58,8 @@ class InverterCase:
     spectra: tuple[str, ...] = tuple(GOOD)
     indefinite: Outcome = Outcome.CLAMPED
     damping_is_lambda: bool = True
+    statistics: Callable[[KroneckerFactors], Any] = unchanged
+    bad: tuple[str, ...] = tuple(BAD)
 
     @property
     def id(self) -> str:
