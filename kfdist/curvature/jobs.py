@@ -3,7 +3,7 @@
 The bytes of a result are a function of the job's bytes, the device and the thread count.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverters import AbstractInverter, Outcome, make_inverter
+from kfdist.curvature.inverters.base import Coupling
 from kfdist.curvature.inverters.ladder import BlockOutcome as BlockOutcome
-from kfdist.curvature.inverters.ladder import invert_with_ladder
+from kfdist.curvature.inverters.ladder import invert_group_with_ladder
 from kfdist.curvature.payload import (
     add_tensors,
     check_count,
     check_positive,
     check_seed,
+    content_of,
     read_metadata,
     read_payload,
     tensors_under,
@@ -25,7 +27,7 @@ from kfdist.curvature.payload import (
 )
 from kfdist.curvature.preconditioners import PRECONDITIONERS
 from kfdist.curvature.records import PackedRecord, move, pack, unpack
-from kfdist.curvature.statistics import STATISTICS, KroneckerFactors
+from kfdist.curvature.statistics import STATISTICS, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import triangle_size
 from kfdist.types import BlockName, BlockShape
@@ -65,7 +67,7 @@ class GroupResult:
 def encode_job(
     *,
     inverter: AbstractInverter,
-    factors: Mapping[BlockName, KroneckerFactors | PackedRecord],
+    statistics: Mapping[BlockName, Any],
     damping: float,
     seeds: Mapping[BlockName, int],
     previous: Mapping[BlockName, Mapping[str, Tensor]],
@@ -75,7 +77,8 @@ def encode_job(
 
     Args:
         inverter: The method with its settings.
-        factors: Reduced statistics by block of the group; those that were packed already travel as they are.
+        statistics: The inverter's `statistic`, reduced, by block of the group in the model's order; a `PackedRecord`
+            travels as it is.
         damping: lambda, finite and positive.
         seeds: One per block.
         previous: State of the last version by block; blocks may be missing.
@@ -89,14 +92,13 @@ def encode_job(
     """
     check_positive("damping", damping)
     check_count("threads", threads)
-    if not factors:
+    if not statistics:
         raise ValueError("a job needs at least one block, got none")
     tensors: dict[str, Tensor] = {}
     blocks: list[dict[str, Any]] = []
-    for index, name in enumerate(sorted(factors)):
+    for index, (name, given) in enumerate(statistics.items()):
         if name not in seeds:
             raise ValueError(f"block {name!r} has no seed; seeds are given for {', '.join(sorted(seeds)) or 'none'}")
-        given = factors[name]
         record = given if isinstance(given, PackedRecord) else pack(given, STATISTICS)
         add_tensors(tensors, f"{index}/statistics", record.tensors)
         add_tensors(tensors, f"{index}/previous", previous.get(name, {}))
@@ -110,13 +112,50 @@ def encode_job(
     return write_payload("job", tensors, metadata)
 
 
+def chain_jobs(jobs: Sequence[bytes]) -> bytes:
+    """Makes one job of several of one group: each is done on the state that the one before leaves behind.
+
+    Its result is that of the last one, bit for bit what doing them one by one would give.
+
+    Args:
+        jobs: What `encode_job` returned, oldest first; a chain among them is taken apart.
+    """
+    links = [link for each in jobs for link in _links(each)]
+    if len(links) == 1:
+        return links[0]
+    tensors = {f"{index}/job/bytes": _bytes_tensor(link) for index, link in enumerate(links)}
+    return write_payload("chain", tensors, {"blocks": [{"name": str(index)} for index in range(len(links))]})
+
+
+def job_after(job: bytes, result: bytes) -> bytes:
+    """Returns the job with the states that `result` left behind as its blocks' `previous`.
+
+    Args:
+        job: What `encode_job` or `chain_jobs` returned.
+        result: What `run_job` returned for the group's version before; good or failed.
+
+    Raises:
+        ValueError: A payload is malformed.
+    """
+    first, *rest = _links(job)
+    metadata, entries, tensors = read_payload(first, "job", roles=_JOB_ROLES)
+    _, done, found = read_payload(result, "result", roles=_RESULT_ROLES)
+    place = {entry["name"]: index for index, entry in enumerate(done)}
+    kept = {name: tensor for name, tensor in tensors.items() if name.split("/")[1] != "previous"}
+    for index, entry in enumerate(entries):
+        if entry["name"] in place:
+            add_tensors(kept, f"{index}/previous", tensors_under(found, f"{place[entry['name']]}/state"))
+    described = {key: value for key, value in metadata.items() if key not in ("format", "content")}
+    return chain_jobs([write_payload("job", kept, described), *rest])
+
+
 def run_job(payload: bytes, *, device: torch.device | str = "cpu") -> bytes:
     """Does a job. The local link and the owner's child both call this: same bytes in, same bytes out.
 
     The caller sets the thread count (`job_threads`); this function touches no global state.
 
     Args:
-        payload: What `encode_job` returned.
+        payload: What `encode_job` or `chain_jobs` returned.
         device: Where to compute.
 
     Returns:
@@ -125,18 +164,51 @@ def run_job(payload: bytes, *, device: torch.device | str = "cpu") -> bytes:
     Raises:
         ValueError: The payload is malformed; the message says what is wrong with it.
     """
+    first, *rest = _links(payload)
+    result = _run_link(first, device)
+    for link in rest:
+        result = _run_link(job_after(link, result), device)
+    return result
+
+
+def _links(payload: bytes) -> list[bytes]:
+    """Takes a chain apart; any other job is a chain of one."""
+    if content_of(payload) != "chain":
+        return [payload]
+    _, entries, tensors = read_payload(payload, "chain", roles=("job",))
+    try:
+        return [tensors[f"{index}/job/bytes"].numpy().tobytes() for index in range(len(entries))]
+    except KeyError as error:
+        raise ValueError(f"the chain of {len(entries)} jobs lacks {error}") from error
+
+
+def _run_link(payload: bytes, device: torch.device | str) -> bytes:
     metadata, entries, tensors = read_payload(payload, "job", roles=_JOB_ROLES)
     inverter = _inverter_of(metadata)
     damping = check_positive("damping", metadata.get("damping"))
     check_count("threads", metadata.get("threads"))
+    names = [entry["name"] for entry in entries]
+    seeds = {entry["name"]: check_seed(entry["name"], entry.get("seed")) for entry in entries}
+    statistics, previous = {}, {}
+    for index, name in enumerate(names):
+        record = _record(entries[index], "statistics", tensors, f"{index}/statistics", STATISTICS)
+        if type(record) is not inverter.statistic:
+            wanted, found = inverter.statistic.__name__, type(record).__name__
+            raise ValueError(f"block {name!r}: {inverter.name} inverts {wanted}, the job has {found}")
+        statistics[name] = move(record, device)
+        previous[name] = {n: t.clone().to(device) for n, t in tensors_under(tensors, f"{index}/previous").items()}
+    units = [names] if inverter.coupling is not Coupling.NONE else [[name] for name in names]
+    outcomes: dict[BlockName, BlockOutcome] = {}
+    for unit in units:
+        outcomes |= invert_group_with_ladder(
+            inverter,
+            {name: statistics[name] for name in unit},
+            damping=damping,
+            previous=previous,
+            seeds=seeds,
+        )
     results: dict[str, Tensor] = {}
-    blocks: list[dict[str, Any]] = []
-    for index, entry in enumerate(entries):
-        seed = check_seed(entry["name"], entry.get("seed"))
-        factors = _record(entry, "statistics", tensors, f"{index}/statistics", STATISTICS)
-        previous = {n: t.clone().to(device) for n, t in tensors_under(tensors, f"{index}/previous").items()}
-        outcome = invert_with_ladder(inverter, move(factors, device), damping=damping, previous=previous, seed=seed)
-        blocks.append(_put_outcome(results, index, entry["name"], outcome))
+    blocks = [_put_outcome(results, index, name, outcomes[name]) for index, name in enumerate(names)]
     return write_payload("result", results, {"blocks": blocks})
 
 
@@ -189,21 +261,30 @@ def job_threads(payload: bytes) -> int:
     Raises:
         ValueError: The payload is malformed.
     """
-    return check_count("threads", read_metadata(payload, "job").get("threads"))
+    return check_count("threads", read_metadata(_links(payload)[0], "job").get("threads"))
 
 
-def job_bytes(shapes: Iterable[BlockShape], *, bytes_per_number: int = 4) -> int:
-    """Estimates the size of a job on blocks of these shapes, for the balance of the courier ranks.
+def job_bytes(needs: Iterable[tuple[BlockShape, Needs]], *, bytes_per_number: int = 4) -> int:
+    """Estimates the size of a job on some blocks, for the balance of the courier ranks.
 
     Args:
-        shapes: Of the group's blocks.
+        needs: Shape and needs of each of the group's blocks.
         bytes_per_number: 4 for float32.
     """
     total = 0
-    for shape in shapes:
-        numbers = shape.groups * (triangle_size(shape.d_in) + triangle_size(shape.d_out))
-        total += numbers * bytes_per_number + 2 * _HEADER_BYTES_PER_TENSOR
+    for shape, wanted in needs:
+        sizes = {"A": triangle_size(shape.d_in), "G": triangle_size(shape.d_out), "a": shape.d_in, "g": shape.d_out}
+        numbers = sum(size for name, size in sizes.items() if name in wanted.sums)
+        numbers += wanted.increment_rows * sum(sizes[name.lower()] for name in wanted.increments)
+        if wanted.samples is not None:
+            columns = (wanted.samples.columns or 1) if shape.convolution else 1
+            numbers += wanted.samples.examples * columns * (shape.d_in + shape.d_out)
+        total += shape.groups * numbers * bytes_per_number + 2 * _HEADER_BYTES_PER_TENSOR
     return total
+
+
+def _bytes_tensor(payload: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
 
 
 def _put_outcome(tensors: dict[str, Tensor], index: int, name: BlockName, outcome: BlockOutcome) -> dict[str, Any]:

@@ -34,6 +34,14 @@ def write_payload(content: str, tensors: Mapping[str, Tensor], metadata: Mapping
     return save(data, metadata={_METADATA_KEY: text})
 
 
+def content_of(payload: bytes) -> str:
+    """Returns what a payload says it is; empty where it says nothing readable (whoever reads it then says why)."""
+    try:
+        return str(_metadata(payload).get("content", ""))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+
+
 def read_metadata(payload: bytes, content: str) -> dict[str, Any]:
     """Reads the metadata alone: eight bytes of length, then JSON (the safetensors format).
 
@@ -41,14 +49,18 @@ def read_metadata(payload: bytes, content: str) -> dict[str, Any]:
         ValueError: The payload is torn, garbage, of another format or of other content.
     """
     try:
-        length = int.from_bytes(payload[:8], "little")
-        metadata = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"][_METADATA_KEY])
+        metadata = _metadata(payload)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the payload of {len(payload)} bytes is no kfdist {content}: {error!r}") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or metadata.get("content") != content:
         found = {k: metadata.get(k) for k in ("format", "content")} if isinstance(metadata, dict) else metadata
         raise ValueError(f"the payload is {found}, must be a {content} of format {FORMAT}")
     return metadata
+
+
+def _metadata(payload: bytes) -> Any:
+    length = int.from_bytes(payload[:8], "little")
+    return json.loads(json.loads(payload[8 : 8 + length])["__metadata__"][_METADATA_KEY])
 
 
 def read_payload(

@@ -50,6 +50,11 @@ def static_fields(record: object) -> dict[str, Static]:
     return {f.name: getattr(record, f.name) for f in _fields(type(record)) if not _is_tensor(type(record), f)}
 
 
+def symmetric_fields(record: object) -> frozenset[str]:
+    """Returns the names of the fields that hold symmetric matrices."""
+    return frozenset(f.name for f in _fields(type(record)) if f.metadata.get("symmetric"))
+
+
 def move(record: RecordType, device: torch.device | str, dtype: torch.dtype | None = None) -> RecordType:
     """Returns the record with its tensors on `device`, floating-point ones as `dtype`; itself if nothing changes."""
     non_blocking = torch.device(device).type != "cpu"  # nothing would tell the host when it may read

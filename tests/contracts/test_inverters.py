@@ -45,7 +45,7 @@ def applied(outcome: BlockOutcome, gradient: Tensor, damping: float = DAMPING) -
 def job(case: InverterCase, spectrum: str, dtype: torch.dtype) -> bytes:
     return encode_job(
         inverter=case.make(),
-        factors={"block": case.statistics(make_factors(spectrum, dtype))},
+        statistics={"block": case.statistics(make_factors(spectrum, dtype))},
         damping=DAMPING,
         seeds={"block": SEED},
         previous={},

@@ -28,7 +28,7 @@ def payload(size: int = 32, *, seed: int = 0, method: str = "kfac", blocks: int 
     names = [f"block{index}" for index in range(blocks)]
     return encode_job(
         inverter=make_inverter(method),
-        factors={name: KroneckerFactors(A=covariance(), G=covariance()) for name in names},
+        statistics={name: KroneckerFactors(A=covariance(), G=covariance()) for name in names},
         damping=1e-3,
         seeds=dict.fromkeys(names, seed),
         previous={},

@@ -8,8 +8,9 @@ rung: they propagate, and whoever runs the job tries it again as it was.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from torch import Tensor
 from kfdist.curvature.inverters.base import AbstractInverter, Inversion
 from kfdist.curvature.inverters.base import Outcome as Outcome
 from kfdist.curvature.preconditioners import AbstractPreconditioner
-from kfdist.curvature.records import contiguous, move, tensor_fields
-from kfdist.curvature.statistics import KroneckerFactors
+from kfdist.curvature.records import contiguous, move, symmetric_fields, tensor_fields
+from kfdist.curvature.statistics import Increment
 from kfdist.linalg.psd import asymmetry
+from kfdist.types import BlockName
 
 RESIDUAL_LIMIT = 1e-2
 """Largest relative error of a result that is used: a preconditioner that is 1 % off makes steps that are 1 % off, far
@@ -54,49 +56,95 @@ class BlockOutcome:
 
 def invert_with_ladder(
     inverter: AbstractInverter,
-    factors: KroneckerFactors,
+    statistics: Any,
     *,
     damping: float,
     previous: Mapping[str, Tensor],
     seed: int,
 ) -> BlockOutcome:
-    """Inverts one block, climbing float32, float64, more damping until a result passes its checks.
+    """Inverts one block that is a group of its own; see `invert_group_with_ladder`."""
+    outcomes = invert_group_with_ladder(
+        inverter, {"": statistics}, damping=damping, previous={"": previous}, seeds={"": seed}
+    )
+    return outcomes[""]
+
+
+def invert_group_with_ladder(
+    inverter: AbstractInverter,
+    statistics: Mapping[BlockName, Any],
+    *,
+    damping: float,
+    previous: Mapping[BlockName, Mapping[str, Tensor]],
+    seeds: Mapping[BlockName, int],
+) -> dict[BlockName, BlockOutcome]:
+    """Inverts a group of blocks, climbing float32, float64, more damping until all results pass their checks.
 
     Args:
         inverter: The method.
-        factors: A `[c, q, q]`, G `[c, p, p]`; anything at all may be in them.
+        statistics: Its `statistic` per block, in the model's order; any numbers at all may be in them.
         damping: lambda, finite and positive.
-        previous: State of the last version.
-        seed: The only source of randomness.
+        previous: State of the last version per block.
+        seeds: The only source of randomness, per block.
 
     Returns:
-        The outcome; FAILED with a reason if no rung held. The preconditioner has the factors' dtype, float32 at least.
+        The outcomes; all FAILED, each with a reason, if no rung held for all of them. The preconditioners have the
+        statistics' dtype, float32 at least. A failed block keeps its previous state.
 
     Raises:
-        ValueError: `damping` isn't finite and positive, or the factors aren't square matrices of one group count.
+        ValueError: `damping` isn't finite and positive, or symmetric statistics aren't square matrices of one group
+            count.
     """
     if not (math.isfinite(damping) and damping > 0):
         raise ValueError(f"damping is {damping}, must be finite and positive")
-    _check_shapes(factors)
-    fault = _input_fault("A", factors.A) or _input_fault("G", factors.G)
-    if fault:
-        return BlockOutcome(preconditioner=None, outcome=Outcome.FAILED, reason=fault)
-    dtype = torch.promote_types(factors.A.dtype, torch.float32)
+    faults = {name: _input_fault(each) for name, each in statistics.items()}
+    if any(faults.values()):
+        return _failed(faults, previous)
+    tensor = _first_tensor(statistics)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
     troubles: list[str] = []
     for rung, (precision, factor) in enumerate(_rungs(dtype, inverter.produces.damping_at_apply)):
-        attempt = _attempt(inverter, move(factors, factors.A.device, precision), damping * factor, previous, seed)
-        trouble = _result_fault(attempt)
-        if not trouble and attempt.preconditioner is not None:
+        given = {name: move(each, tensor.device, precision) for name, each in statistics.items()}
+        attempts = _attempt(inverter, given, damping * factor, previous, seeds)
+        found = {name: _result_fault(attempt) for name, attempt in attempts.items()}
+        trouble = "; ".join(text if len(found) == 1 else f"{name}: {text}" for name, text in found.items() if text)
+        if not trouble:
             reached = Outcome.MORE_DAMPING if factor > 1 else Outcome.DONE if precision == dtype else Outcome.FLOAT64
-            return BlockOutcome(
-                preconditioner=contiguous(attempt.preconditioner.to(factors.A.device, dtype)),
-                outcome=Outcome.worst(reached, attempt.outcome),
-                reason="; ".join(troubles),
-                diagnostics={**_finite(attempt.diagnostics), "rung": float(rung), "damping": damping * factor},
-                state=dict(attempt.state),
-            )
+            return {
+                name: BlockOutcome(
+                    preconditioner=contiguous(attempt.preconditioner.to(tensor.device, dtype)),
+                    outcome=Outcome.worst(reached, attempt.outcome),
+                    reason="; ".join(troubles),
+                    diagnostics={**_finite(attempt.diagnostics), "rung": float(rung), "damping": damping * factor},
+                    state=dict(attempt.state),
+                )
+                for name, attempt in attempts.items()
+                if attempt.preconditioner is not None
+            }
         troubles.append(f"{str(precision).removeprefix('torch.')} at damping {damping * factor:.3g}: {trouble}")
-    return BlockOutcome(preconditioner=None, outcome=Outcome.FAILED, reason="no rung held: " + "; ".join(troubles))
+    return _failed(dict.fromkeys(statistics, "no rung held: " + "; ".join(troubles)), previous)
+
+
+def _failed(
+    reasons: Mapping[BlockName, str], previous: Mapping[BlockName, Mapping[str, Tensor]]
+) -> dict[BlockName, BlockOutcome]:
+    """Fails the whole group: its blocks are adopted together or not at all."""
+    first = next(f"block {name!r} of the group failed: {reason}" for name, reason in reasons.items() if reason)
+    return {
+        name: BlockOutcome(
+            preconditioner=None,
+            outcome=Outcome.FAILED,
+            reason=reason or first,
+            state={key: tensor.clone() for key, tensor in previous.get(name, {}).items()},
+        )
+        for name, reason in reasons.items()
+    }
+
+
+def _first_tensor(statistics: Mapping[BlockName, Any]) -> Tensor:
+    """Returns a tensor that tells the statistics' device and dtype."""
+    return next(
+        each for record in statistics.values() for each in tensor_fields(record).values() if each.is_floating_point()
+    )
 
 
 def _rungs(dtype: torch.dtype, damping_at_apply: bool) -> Iterator[tuple[torch.dtype, float]]:
@@ -109,37 +157,64 @@ def _rungs(dtype: torch.dtype, damping_at_apply: bool) -> Iterator[tuple[torch.d
 
 
 def _attempt(
-    inverter: AbstractInverter, factors: KroneckerFactors, damping: float, previous: Mapping[str, Tensor], seed: int
-) -> Inversion:
+    inverter: AbstractInverter,
+    statistics: Mapping[BlockName, Any],
+    damping: float,
+    previous: Mapping[BlockName, Mapping[str, Tensor]],
+    seeds: Mapping[BlockName, int],
+) -> Mapping[BlockName, Inversion]:
     try:
-        return inverter.invert(factors, damping=damping, previous=previous, seed=seed)
+        return inverter.invert_group(statistics, damping=damping, previous=previous, seeds=seeds)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # documented, not declared
-        return Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=f"LAPACK gave up: {error}")
+        failed = Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=f"LAPACK gave up: {error}")
+        return dict.fromkeys(statistics, failed)
 
 
-def _check_shapes(factors: KroneckerFactors) -> None:
-    for label, matrix in (("A", factors.A), ("G", factors.G)):
-        if matrix.dim() != 3 or matrix.shape[-1] != matrix.shape[-2] or matrix.numel() == 0:
+def _input_fault(statistics: Any) -> str:
+    """Returns what makes a block's statistics useless, or nothing.
+
+    Raises:
+        ValueError: A symmetric field isn't square matrices, or not of as many groups as the others.
+    """
+    symmetric = symmetric_fields(statistics)
+    _check_shapes(statistics, symmetric)
+    for label, tensor in tensor_fields(statistics).items():
+        what = f"factor {label}" if label in symmetric else label
+        fault = _matrix_fault(what, tensor) if label in symmetric else _number_fault(what, tensor)
+        if fault:
+            return fault
+    return ""
+
+
+def _check_shapes(statistics: Any, symmetric: Collection[str]) -> None:
+    matrices = {label: tensor for label, tensor in tensor_fields(statistics).items() if label in symmetric}
+    for label, matrix in matrices.items():
+        absent = isinstance(statistics, Increment) and matrix.shape[-2:] == (0, 0)
+        if matrix.dim() != 3 or matrix.shape[-1] != matrix.shape[-2] or (matrix.numel() == 0 and not absent):
             raise ValueError(f"factor {label} has shape {tuple(matrix.shape)}, must be [c, d, d]")
         if not matrix.is_floating_point():
             raise ValueError(f"factor {label} is {matrix.dtype}, must be floating-point")
-    if factors.A.shape[0] != factors.G.shape[0]:
-        raise ValueError(f"factor A has {factors.A.shape[0]} groups, G has {factors.G.shape[0]}; must be the same")
+    if len({matrix.shape[0] for matrix in matrices.values()}) > 1:
+        listed = ", ".join(f"{label} has {matrix.shape[0]} groups" for label, matrix in matrices.items())
+        raise ValueError(f"factor {listed}; must be the same")
 
 
-def _input_fault(label: str, matrix: Tensor) -> str:
+def _number_fault(what: str, tensor: Tensor) -> str:
+    bad = int((~tensor.isfinite()).sum())
+    return f"{what} holds {bad} non-finite of {tensor.numel()} numbers; find the batch that made them" if bad else ""
+
+
+def _matrix_fault(what: str, matrix: Tensor) -> str:
     """Returns what makes a factor no second moment at all, or nothing."""
-    bad = int((~matrix.isfinite()).sum())
-    if bad:
-        return f"factor {label} holds {bad} non-finite of {matrix.numel()} numbers; find the batch that made them"
+    fault = _number_fault(what, matrix)
+    if fault or not matrix.numel():
+        return fault
     relative = float(asymmetry(matrix).max())
     if relative > ASYMMETRY_LIMIT:
-        return (
-            f"factor {label} is not symmetric: relative difference {relative:.3g}, rounding makes {ASYMMETRY_LIMIT:g}"
-        )
+        return f"{what} is not symmetric: relative difference {relative:.3g}, rounding makes {ASYMMETRY_LIMIT:g}"
     lowest = float(matrix.diagonal(dim1=-2, dim2=-1).min())
     if lowest < 0:
-        return f"factor {label} has {lowest:.3g} on its diagonal; sums of squares can't be negative"
+        return f"{what} has {lowest:.3g} on its diagonal; sums of squares can't be negative"
     return ""
 
 
@@ -150,9 +225,9 @@ def _result_fault(attempt: Inversion) -> str:
     for name, tensor in tensor_fields(attempt.preconditioner).items():
         if not bool(tensor.isfinite().all()):
             return f"{name} of the result is not finite"
-    for label in ("A", "G"):
-        residual = attempt.diagnostics.get(f"residual_{label}", 0.0)
-        if not residual <= RESIDUAL_LIMIT:  # also catches NaN
+    for name, residual in attempt.diagnostics.items():
+        if name.startswith("residual_") and not residual <= RESIDUAL_LIMIT:  # also catches NaN
+            label = name.removeprefix("residual_")
             return f"factor {label}: residual {residual:.3g}, at most {RESIDUAL_LIMIT:g} is allowed"
     return ""
 
