@@ -5,11 +5,17 @@ A new kind is a frozen dataclass of tensors (and a few static values) and one li
 
 from kfdist.curvature.preconditioners.base import AbstractPreconditioner as AbstractPreconditioner
 from kfdist.curvature.preconditioners.base import Memory as Memory
+from kfdist.curvature.preconditioners.conjugate_gradient import ConjugateGradient as ConjugateGradient
+from kfdist.curvature.preconditioners.ekfac import EkfacBasis as EkfacBasis
+from kfdist.curvature.preconditioners.eva import EvaPreconditioner as EvaPreconditioner
 from kfdist.curvature.preconditioners.kronecker import KroneckerInverse as KroneckerInverse
 from kfdist.curvature.preconditioners.kronecker import KroneckerSpectrum as KroneckerSpectrum
 
 PRECONDITIONERS: dict[str, type[AbstractPreconditioner]] = {
     "kronecker-inverse": KroneckerInverse,
     "kronecker-spectrum": KroneckerSpectrum,
+    "conjugate-gradient": ConjugateGradient,
+    "ekfac-basis": EkfacBasis,
+    "eva": EvaPreconditioner,
 }
 """Every kind by its name on the wire and in checkpoints."""

@@ -1,0 +1,46 @@
+"""Eva: curvature from mean vectors (Zhang, Shi, Wang, Li, ICLR 2023; algorithms.md 7.7)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Placement
+from kfdist.curvature.preconditioners import AbstractPreconditioner, EvaPreconditioner
+from kfdist.curvature.statistics import MeanVectors, Needs
+from kfdist.types import BlockShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eva(AbstractInverter):
+    """Takes the block for (a a^T) (x) (g g^T), a and g being the mean input and the mean output gradient.
+
+    Statistics, memory and inversion are of size p + q. Equals `kfac-eigen` on the rank-one parts of its factors. Here
+    the means are over all examples, g is of the per-example loss, and `ema_decay` weighs the past; in the published
+    code they are over 16 examples, g lacks the factor N and the decay weighs the newest mean (algorithms.md 7.7).
+    """
+
+    name: ClassVar[str] = "eva"
+    statistic: ClassVar[type] = MeanVectors
+    produces: ClassVar[type[AbstractPreconditioner]] = EvaPreconditioner
+    placement: ClassVar[Placement] = Placement.WORKER
+
+    def needs(self, shape: BlockShape) -> Needs:
+        """Wants the sums of the rows alone."""
+        del shape
+        return Needs(sums=frozenset({"a", "g"}))
+
+    def invert(
+        self, statistics: MeanVectors, *, damping: float, previous: Mapping[str, Tensor], seed: int
+    ) -> Inversion:
+        """Keeps the vectors and their squared lengths; see `AbstractInverter.invert`."""
+        del damping, previous, seed
+        a, g = statistics.a, statistics.g
+        return Inversion(
+            preconditioner=EvaPreconditioner(trace_A=a.square().sum(-1), trace_G=g.square().sum(-1), a=a, g=g)
+        )
+
+    def cost(self, shape: BlockShape) -> float:
+        """Counts the operations of the squared lengths."""
+        return 2.0 * shape.groups * (shape.d_in + shape.d_out)
