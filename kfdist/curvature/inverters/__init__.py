@@ -11,12 +11,14 @@ from kfdist.curvature.inverters.base import Outcome as Outcome
 from kfdist.curvature.inverters.kfac import Kfac as Kfac
 from kfdist.curvature.inverters.kfac_eigen import KfacEigen as KfacEigen
 from kfdist.curvature.inverters.rs_kfac import RsKfac as RsKfac
+from kfdist.curvature.inverters.sre_kfac import SreKfac as SreKfac
 from kfdist.errors import ConfigError
 
 INVERTERS: Mapping[str, type[AbstractInverter]] = {
     "kfac": Kfac,
     "kfac-eigen": KfacEigen,
     "rs-kfac": RsKfac,
+    "sre-kfac": SreKfac,
 }
 
 

@@ -60,3 +60,13 @@ def check_count(field: str, value: object, *, least: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{value!r} is not allowed; must be a whole number of at least {least}", path=field)
+
+
+def check_switch(field: str, value: object) -> None:
+    """Refuses a setting that isn't true or false.
+
+    Raises:
+        ConfigError: It isn't.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{value!r} must be true or false", path=field)

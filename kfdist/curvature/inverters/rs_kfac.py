@@ -2,86 +2,182 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverters.checks import check_choice, check_count
+from kfdist.curvature.inverters.checks import check_choice, check_count, check_switch
 from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
-from kfdist.curvature.inverters.spectra import FactorSpectrum, assemble, randomized_spectrum
+from kfdist.curvature.inverters.spectra import (
+    AdaptiveRank,
+    Decomposition,
+    FactorSpectrum,
+    assemble,
+    randomized_spectrum,
+)
 from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.errors import ConfigError
 from kfdist.linalg.kronecker import DampingRule
 from kfdist.types import BlockShape
 
+RankSchedule = tuple[tuple[int, int], ...]
+"""Pairs (inversion, rank): from that inversion of the block on, counted from 0, so many eigenpairs are kept."""
+
+PUBLISHED_RULE = AdaptiveRank(grow_above=0.053, shrink_below=0.026, grow=10, shrink=10, least=10, most=700)
+"""The adaptive rank of the published runs (algorithms.md 4.4)."""
+
+_SVD_FLOPS = 22.0
+"""Operations of the singular value decomposition of a square matrix, over s^3."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class RsKfac(AbstractInverter):
+class AbstractSketchedKfac(AbstractInverter):
     """Keeps the leading eigenpairs of each factor, found with a Gaussian sketch; applies their inverse in O(r p q).
+
+    The sketch has s = r + l columns; where s reaches the size of a factor, the factor is decomposed in full.
 
     Attributes:
         rank: Eigenpairs r kept of each factor, clamped to its size.
-        oversampling: Further columns l of the sketch; where r + l reaches the size, the factor is decomposed in full.
-        power_iterations: Further multiplications of the sketch by the factor.
-        method: "rsvd" (more accurate) or "srevd" (cheaper).
+        oversampling: Further columns l of the sketch.
+        power_iterations: Further multiplications of the sketch by the factor, orthogonalised after each.
         spectrum_continuation: Take the eigenvalues that aren't kept as equal to the smallest kept one, instead of as 0.
         damping_rule: "pi" (factored Tikhonov), "relative" (the published rule lambda_A = phi w_max(A); damping is then
             phi) or "common" (exact on products of eigenvalues).
+        rank_schedule: Pairs (inversion, rank) in rising order: from that inversion of the block on, counted from 0, the
+            rank is that one; before the first pair it is `rank`.
+        adaptive_rank: Let each factor's rank follow its spectrum: 10 more where w_min/w_max of the kept eigenvalues is
+            above 0.053, 10 fewer where it is below 0.026, from 10 to 700 (algorithms.md 4.4). It begins at `rank`.
+        warm_start: Begin the sketch with the eigenvectors of the version before; they travel with each job.
     """
 
-    name: ClassVar[str] = "rs-kfac"
     produces: ClassVar[type[AbstractPreconditioner]] = KroneckerSpectrum
+    decomposition: ClassVar[Decomposition]
 
     rank: int = 220
     oversampling: int = 10
     power_iterations: int = 4
-    method: Literal["rsvd", "srevd"] = "rsvd"
     spectrum_continuation: bool = False
     damping_rule: DampingRule = "pi"
+    rank_schedule: RankSchedule = ()
+    adaptive_rank: bool = False
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         check_count("rank", self.rank, least=1)
         check_count("oversampling", self.oversampling, least=0)
         check_count("power_iterations", self.power_iterations, least=0)
-        check_choice("method", self.method, ("rsvd", "srevd"))
         check_choice("damping_rule", self.damping_rule, ("pi", "relative", "common"))
-        if not isinstance(self.spectrum_continuation, bool):
-            raise ConfigError(f"{self.spectrum_continuation!r} must be true or false", path="spectrum_continuation")
+        for switch in ("spectrum_continuation", "adaptive_rank", "warm_start"):
+            check_switch(switch, getattr(self, switch))
+        object.__setattr__(self, "rank_schedule", _checked_schedule(self.rank_schedule))
+        if self.adaptive_rank:
+            self._check_adaptive()
 
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
         """Decomposes both factors; see `AbstractInverter.invert`."""
-        del damping, previous
-        A, G = self._decompose(statistics.A, "A", seed), self._decompose(statistics.G, "G", seed)
+        del damping
+        inversion = int(previous["inversions"]) if "inversions" in previous else 0
+        found = {
+            label: self._decompose(matrix, label, inversion, previous, seed)
+            for label, matrix in (("A", statistics.A), ("G", statistics.G))
+        }
+        A, G = found["A"], found["G"]
         return Inversion(
             preconditioner=assemble(statistics, A, G, damping_rule=self.damping_rule),
             outcome=Outcome.worst(A.outcome, G.outcome),
             diagnostics={**A.diagnostics, **G.diagnostics},
+            state=self._state(found, inversion),
         )
 
-    def _decompose(self, matrix: Tensor, label: str, seed: int) -> FactorSpectrum:
+    def cost(self, shape: BlockShape) -> float:
+        """Estimates q + 2 products of d x d with d x s and as many orthogonalisations, or a full decomposition."""
+        return shape.groups * (self.factor_cost(shape.d_in) + self.factor_cost(shape.d_out))
+
+    def factor_cost(self, d: int) -> float:
+        """Estimates the operations for one d x d factor, at the largest rank of the schedule."""
+        s = min(max([self.rank, *(rank for _, rank in self.rank_schedule)]), d) + self.oversampling
+        if s >= d:
+            return EIGH_FLOPS * d**3
+        q = self.power_iterations
+        shared = (q + 2) * 2.0 * d * d * s + (q + 1) * 4.0 * d * s * s
+        if self.decomposition == "rsvd":
+            return shared + 6.0 * d * s * s + _SVD_FLOPS * s**3
+        return shared + 4.0 * d * s * s + EIGH_FLOPS * s**3
+
+    def _decompose(
+        self, matrix: Tensor, label: str, inversion: int, previous: Mapping[str, Tensor], seed: int
+    ) -> FactorSpectrum:
         found = randomized_spectrum(
             matrix,
-            rank=self.rank,
+            rank=self._rank_of(label, inversion, previous),
             oversampling=self.oversampling,
             power_iterations=self.power_iterations,
-            method=self.method,
+            method=self.decomposition,
             seed=seed,
             label=label,
+            start=previous.get(f"U_{label}") if self.warm_start else None,
         )
         if self.spectrum_continuation and not found.spectrum.complete:
             found = replace(found, spectrum=found.spectrum._replace(tail=found.spectrum.values[..., -1].clone()))
         return found
 
-    def cost(self, shape: BlockShape) -> float:
-        """Estimates (q + 2) products of d x d with d x s and as many orthogonalisations, or a full decomposition."""
-        return shape.groups * (self._factor_cost(shape.d_in) + self._factor_cost(shape.d_out))
+    def _rank_of(self, label: str, inversion: int, previous: Mapping[str, Tensor]) -> int:
+        """Returns r of one factor; the sketch's width follows it, since it is computed from it every time."""
+        if self.adaptive_rank and f"rank_{label}" in previous:
+            return int(previous[f"rank_{label}"])
+        return next((rank for start, rank in reversed(self.rank_schedule) if inversion >= start), self.rank)
 
-    def _factor_cost(self, d: int) -> float:
-        width = min(self.rank, d) + self.oversampling
-        if width >= d:
-            return EIGH_FLOPS * d**3
-        return (self.power_iterations + 2) * (2.0 * d * d * width + 4.0 * d * width * width)
+    def _state(self, found: Mapping[str, FactorSpectrum], inversion: int) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        if self.rank_schedule:
+            state["inversions"] = torch.tensor(inversion + 1)
+        for label, factor in found.items():
+            if self.adaptive_rank:
+                d = factor.spectrum.vectors.shape[-2]
+                state[f"rank_{label}"] = torch.tensor(PUBLISHED_RULE.following(factor.spectrum.values, d))
+            if self.warm_start:
+                state[f"U_{label}"] = factor.spectrum.vectors.clone()
+        return state
+
+    def _check_adaptive(self) -> None:
+        if self.rank_schedule:
+            raise ConfigError("true excludes a rank_schedule: give one of them", path="adaptive_rank")
+        if not PUBLISHED_RULE.least <= self.rank <= PUBLISHED_RULE.most:
+            allowed = f"from {PUBLISHED_RULE.least} to {PUBLISHED_RULE.most}"
+            raise ConfigError(f"{self.rank} is not allowed with adaptive_rank; must be {allowed}", path="rank")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RsKfac(AbstractSketchedKfac):
+    """The randomised singular value decomposition: M ~ V diag(w) V^T from the right singular vectors V of Q^T M.
+
+    V carries one more multiplication by M than the sketch does, so it is more accurate than `sre-kfac`.
+    """
+
+    name: ClassVar[str] = "rs-kfac"
+    decomposition: ClassVar[Decomposition] = "rsvd"
+
+
+def _checked_schedule(value: Any) -> RankSchedule:
+    """Returns a rank schedule as tuples; JSON and TOML bring lists."""
+    given = [list(pair) if isinstance(pair, list | tuple) else pair for pair in _listed(value)]
+    for pair in given:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ConfigError(f"{pair!r} is not allowed; write pairs [inversion, rank]", path="rank_schedule")
+        check_count("rank_schedule", pair[0], least=0)
+        check_count("rank_schedule", pair[1], least=1)
+    starts = [pair[0] for pair in given]
+    if starts != sorted(set(starts)):
+        raise ConfigError(f"the inversions {starts} are not allowed; they must rise", path="rank_schedule")
+    return tuple((start, rank) for start, rank in given)
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{value!r} is not allowed; write a list of pairs [inversion, rank]", path="rank_schedule")
+    return list(value)

@@ -1,6 +1,7 @@
 """Decompositions of one factor with their diagnostics, shared by the methods that damp at apply."""
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,45 @@ from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.kronecker import DampingRule, Spectrum
 from kfdist.linalg.lowrank import gaussian_sketch, randomized_eigh, randomized_svd, range_basis
 from kfdist.linalg.psd import eigen_residual, eigh_descending, orthogonality_residual, trace
+
+Decomposition = Literal["rsvd", "srevd"]
+"""The randomised decompositions: by singular values (more accurate) or by projected eigenvalues (cheaper)."""
+
+
+class AdaptiveRank(NamedTuple):
+    """A rank that follows the spectrum, by e = w_min/w_max of the kept eigenvalues (algorithms.md 4.4).
+
+    Attributes:
+        grow_above: e above which the next rank is larger: something that matters was cut off.
+        shrink_below: e below which it is smaller.
+        grow: By how much it grows.
+        shrink: By how much it shrinks.
+        least: Smallest rank, where the factor is that large.
+        most: Largest rank.
+    """
+
+    grow_above: float
+    shrink_below: float
+    grow: int
+    shrink: int
+    least: int
+    most: int
+
+    def following(self, values: Tensor, d: int) -> int:
+        """Returns the rank of the next decomposition; waits for the values.
+
+        Args:
+            values: Kept eigenvalues, descending, not negative, `[c, r]`; the group that falls off least decides.
+            d: Size of the factor, which clamps the rank.
+        """
+        rank, largest = values.shape[-1], values[..., 0]
+        falls = torch.where(largest > 0, values[..., -1] / largest, torch.zeros_like(largest))
+        e = float(falls.max())
+        if e > self.grow_above:
+            rank += self.grow
+        elif e < self.shrink_below:
+            rank -= self.shrink
+        return min(max(rank, self.least), self.most, d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +85,15 @@ def full_spectrum(matrix: Tensor, *, rank: int, seed: int, label: str) -> Factor
 
 
 def randomized_spectrum(
-    matrix: Tensor, *, rank: int, oversampling: int, power_iterations: int, method: str, seed: int, label: str
+    matrix: Tensor,
+    *,
+    rank: int,
+    oversampling: int,
+    power_iterations: int,
+    method: Decomposition,
+    seed: int,
+    label: str,
+    start: Tensor | None = None,
 ) -> FactorSpectrum:
     """Decomposes a factor by the randomised methods of algorithms.md 3.2.
 
@@ -59,12 +107,17 @@ def randomized_spectrum(
         method: "rsvd" or "srevd".
         seed: The inversion's seed.
         label: The factor's letter.
+        start: Directions `[c, d, k]` near the eigenvectors, in any precision; at most `rank` of them, the first ones,
+            take the place of random columns. The others stay random, so that what is new can be found.
     """
     d = matrix.shape[-1]
     rank = min(rank, d)
     if rank + oversampling >= d:
         return full_spectrum(matrix, rank=rank, seed=seed, label=label)
     sketch = gaussian_sketch(matrix, rank + oversampling, seed=split_seed(seed, f"sketch/{label}"))
+    if start is not None:
+        known = start[..., :rank].to(sketch)
+        sketch = torch.cat([known, sketch[..., known.shape[-1] :]], -1)
     basis = range_basis(matrix, sketch, power_iterations=power_iterations)
     decompose = randomized_svd if method == "rsvd" else randomized_eigh
     values, vectors = decompose(matrix, basis)

@@ -23,7 +23,19 @@ from kfdist.types import BlockShape
         ("rs-kfac", {"rank": True}, "rank: True"),
         ("rs-kfac", {"oversampling": -1}, "oversampling: -1"),
         ("rs-kfac", {"power_iterations": "4"}, "power_iterations: '4'"),
-        ("rs-kfac", {"method": "svd"}, "method: 'svd' is not allowed; choose one of 'rsvd', 'srevd'"),
+        ("rs-kfac", {"method": "svd"}, "rs-kfac has no setting 'method'"),
+        ("sre-kfac", {"warm_start": 1}, "warm_start: 1 must be true or false"),
+        ("sre-kfac", {"rank_schedule": 3}, "rank_schedule: 3 is not allowed; write a list of pairs"),
+        ("rs-kfac", {"rank_schedule": [5]}, "rank_schedule: 5 is not allowed; write pairs"),
+        ("rs-kfac", {"rank_schedule": [[5]]}, r"rank_schedule: \[5\] is not allowed; write pairs"),
+        ("rs-kfac", {"rank_schedule": [[5, 0]]}, "rank_schedule: 0 is not allowed; must be a whole number of at least"),
+        ("rs-kfac", {"rank_schedule": [[5, 9], [5, 8]]}, r"rank_schedule: the inversions \[5, 5\] .* must rise"),
+        ("rs-kfac", {"adaptive_rank": True, "rank_schedule": [[5, 9]]}, "adaptive_rank: true excludes a rank_schedule"),
+        (
+            "rs-kfac",
+            {"adaptive_rank": True, "rank": 9},
+            "rank: 9 is not allowed with adaptive_rank; must be from 10 to",
+        ),
         ("rs-kfac", {"damping_rule": "exact"}, "damping_rule: 'exact'"),
         ("rs-kfac", {"spectrum_continuation": 1}, "spectrum_continuation: 1"),
         ("kfac", {"damping_rule": "common"}, "damping_rule: 'common' is not allowed; choose one of 'pi', 'relative'"),
@@ -35,15 +47,18 @@ def test_bad_settings_are_refused(name: str, settings: dict[str, Any], message: 
         make_inverter(name, **settings)
 
 
-def test_defaults_are_the_published_ones() -> None:
-    made = make_inverter("rs-kfac")
+@pytest.mark.parametrize("name", ["rs-kfac", "sre-kfac"])
+def test_defaults_are_the_published_ones(name: str) -> None:
+    made = make_inverter(name)
     assert made.settings() == {
         "rank": 220,
         "oversampling": 10,
         "power_iterations": 4,
-        "method": "rsvd",
         "spectrum_continuation": False,
         "damping_rule": "pi",
+        "rank_schedule": (),
+        "adaptive_rank": False,
+        "warm_start": False,
     }
 
 
@@ -51,7 +66,7 @@ def test_a_low_rank_inversion_is_cheaper_than_a_full_one() -> None:
     wide = BlockShape(d_out=2048, d_in=4097)
     costs = {name: make_inverter(name).cost(wide) for name in INVERTERS}
     assert costs["kfac"] < costs["kfac-eigen"]
-    assert costs["rs-kfac"] < costs["kfac-eigen"]
+    assert costs["sre-kfac"] < costs["rs-kfac"] < costs["kfac-eigen"]
 
 
 def test_split_seeds_never_change() -> None:
