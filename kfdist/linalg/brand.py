@@ -1,0 +1,187 @@
+"""Low-rank eigendecompositions that follow a moving average by its rows (algorithms.md 4).
+
+Brand, "Fast low-rank modifications of the thin singular value decomposition", 2006; Puiu, arXiv 2210.08494. U
+`[c, d, r]` has orthonormal columns, w `[c, r]` is descending and not negative. No function forms a d x d matrix, and
+the cost of all but `light_correction` grows linearly with d.
+"""
+
+import torch
+from torch import Tensor
+
+from kfdist.linalg.kronecker import Spectrum, solve_left
+from kfdist.linalg.lowrank import gaussian_sketch
+from kfdist.linalg.psd import eigh_descending, symmetrise
+
+_OVERLAP_TOLERANCE = 50.0
+"""Largest entry of U^T Q, in units of rounding, that passes as orthogonal."""
+
+
+def brand_update(vectors: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the eigendecomposition of U diag(w) U^T + B B^T for B = rows^T, exactly: nothing is cut off.
+
+    Splits B = U P + E with E orthogonal to U, E = Q R, and decomposes the small matrix of algorithms.md 4.1,
+    [[diag(w) + P P^T, P R^T], [R P^T, R R^T]] = Z diag(w+) Z^T; then U+ = [U Q] Z. E is made orthogonal to U twice:
+    what the first pass leaves behind by rounding would otherwise grow from update to update.
+    O(d (r + n)^2 + (r + n)^3).
+
+    Args:
+        vectors: U, `[c, d, r]`; r may be 0.
+        values: w, `[c, r]`.
+        rows: `[c, n, d]`; zero and repeated rows and such within the span of U add eigenvalues of 0.
+
+    Returns:
+        U+ `[c, d, r + n]` and w+ `[c, r + n]`.
+
+    Raises:
+        ValueError: r + n > d: so many columns can't be orthogonal.
+        torch.linalg.LinAlgError: LAPACK's iteration didn't converge.
+    """
+    d, r, n = vectors.shape[-2], vectors.shape[-1], rows.shape[-2]
+    if r + n > d:
+        raise ValueError(f"rank {r} and {n} rows don't fit into {d} dimensions; sketch the rows or lower the rank")
+    B = rows.mT
+    P = vectors.mT @ B
+    E = B - vectors @ P
+    rest = vectors.mT @ E
+    P, E = P + rest, E - vectors @ rest
+    Q, R = _complement(vectors, E)
+    corner = torch.cat([P, R], -2)
+    small = corner @ corner.mT
+    small.diagonal(dim1=-2, dim2=-1)[..., :r].add_(values)
+    found, Z = eigh_descending(small)
+    return torch.cat([vectors, Q], -1) @ Z, found.clamp_min(0)
+
+
+def _complement(vectors: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns Q with orthonormal columns, orthogonal to U, and R with E = Q R, for E orthogonal to U."""
+    Q, R = torch.linalg.qr(columns)
+    overlap = (vectors.mT @ Q).abs()
+    if overlap.numel() and float(overlap.max()) > _OVERLAP_TOLERANCE * torch.finfo(Q.dtype).eps:
+        # E has (nearly) dependent columns. For these, Q is filled up with directions that know nothing of U, and may
+        # lie within its span. Householder reflections of [U E] leave them no other place than outside.
+        Q = torch.linalg.qr(torch.cat([vectors, columns], -1)).Q[..., vectors.shape[-1] :]
+        R = Q.mT @ columns
+    return Q, R
+
+
+def update_residual(
+    before: tuple[Tensor, Tensor], rows: Tensor, after: tuple[Tensor, Tensor], probes: Tensor
+) -> Tensor:
+    """Estimates ||(S - U+ w+ U+^T) Z|| / ||S Z|| for S = U w U^T + rows^T rows, Frobenius, in O(d (r + n)).
+
+    Args:
+        before: U and w.
+        rows: `[c, n, d]`.
+        after: U+ and w+.
+        probes: Gaussian columns Z, `[c, d, k]`.
+
+    Returns:
+        `[c]`; for S = 0 the size of the difference.
+    """
+    expected = _product(*before, probes) + rows.mT @ (rows @ probes)
+    difference = torch.linalg.matrix_norm(_product(*after, probes) - expected)
+    size = torch.linalg.matrix_norm(expected)
+    return torch.where(size > 0, difference / size, difference)
+
+
+def _product(vectors: Tensor, values: Tensor, columns: Tensor) -> Tensor:
+    return vectors @ (values.unsqueeze(-1) * (vectors.mT @ columns))
+
+
+def orthogonality_error(vectors: Tensor) -> Tensor:
+    """Returns ||U^T U - I||, Frobenius, of `[c, d, r]` as `[c]`; O(d r^2)."""
+    gram = vectors.mT @ vectors
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return torch.linalg.matrix_norm(gram)
+
+
+def reorthogonalise(vectors: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds the eigendecomposition of U diag(w) U^T where the columns of U are no longer orthonormal.
+
+    U = Q R by Householder reflections, R diag(w) R^T = Z diag(w+) Z^T, U+ = Q Z.
+
+    Args:
+        vectors: U, `[c, d, r]`.
+        values: w, `[c, r]`.
+
+    Returns:
+        U+ and w+ of the same shapes; U+ w+ U+^T = U w U^T up to rounding.
+
+    Raises:
+        torch.linalg.LinAlgError: LAPACK's iteration didn't converge.
+    """
+    Q, R = torch.linalg.qr(vectors)
+    found, Z = eigh_descending((R * values.unsqueeze(-2)) @ R.mT)
+    return Q @ Z, found.clamp_min(0)
+
+
+def light_correction(vectors: Tensor, values: Tensor, matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Refreshes some eigenpairs from the matrix that they stand for (B-KFAC-C, algorithms.md 4.2).
+
+    H = U_S^T M U_S = Z diag(theta) Z^T, U_S <- U_S Z, w_S <- theta, sorted again. The best choice within the span of
+    U_S: ||M - U w U^T|| never grows, Frobenius. The span of U stays as it is. O(d^2 m).
+
+    Args:
+        vectors: U, `[c, d, r]`.
+        values: w, `[c, r]`.
+        matrix: M, symmetric positive semi-definite, `[c, d, d]`.
+        columns: Positions S, distinct, int64 `[m]`.
+
+    Returns:
+        U and w of the same shapes.
+
+    Raises:
+        torch.linalg.LinAlgError: LAPACK's iteration didn't converge.
+    """
+    chosen = vectors[..., columns]
+    theta, Z = eigh_descending(symmetrise(chosen.mT @ (matrix @ chosen)))
+    vectors = vectors.index_copy(-1, columns, chosen @ Z)
+    values = values.index_copy(-1, columns, theta.clamp_min(0))
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors)), values
+
+
+def draw_columns(r: int, m: int, *, seed: int, device: torch.device) -> Tensor:
+    """Draws m of r positions uniformly at random without replacement, the same on every device; int64 `[m]`."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randperm(r, generator=generator)[:m].to(device)
+
+
+def sketch_rows(rows: Tensor, size: int, *, seed: int) -> Tensor:
+    """Compresses rows to `size` random combinations: O^T rows / sqrt(size) for a Gaussian O, `[n, size]`.
+
+    E[sketch^T sketch] = rows^T rows, since E[O O^T] = size I; an entry's standard deviation is at most
+    sqrt(2/size) times the geometric mean of its two diagonal entries. Linear in the rows: where ranks sketch their own
+    rows, each with a seed of its own, the sum of the sketches is a sketch of the union of the rows.
+
+    Args:
+        rows: `[c, n, d]`; n may be 0.
+        size: Rows of the sketch.
+        seed: The only source of randomness.
+
+    Returns:
+        `[c, size, d]`.
+    """
+    return gaussian_sketch(rows, size, seed=seed).mT @ rows / size**0.5
+
+
+def solve_rows(
+    A: Spectrum, G: Spectrum, dampings: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], examples: float
+) -> Tensor:
+    """Computes (G + lambda_G I)^{-1} V (A + lambda_A I)^{-1} for V = g^T a/N from the rows (algorithms.md 4.3).
+
+    (1/N) [(G + lambda_G I)^{-1} g^T] [(A + lambda_A I)^{-1} a^T]^T: O((p + q) n r) and the O(p q n) that forming V
+    costs, instead of the O(p q r) of solving for V. It pays where n is less than about twice r_A + r_G.
+
+    Args:
+        A: Spectrum of `[c, q, q]`.
+        G: Spectrum of `[c, p, p]`.
+        dampings: lambda_A and lambda_G, each `[c]`, positive.
+        rows: a `[c, n, q]` and g `[c, n, p]` of the per-example loss; n counts positions where there are several.
+        examples: N.
+
+    Returns:
+        `[c, p, q]`.
+    """
+    a, g = rows
+    return solve_left(G, dampings[1], g.mT) @ solve_left(A, dampings[0], a.mT).mT / examples
