@@ -21,7 +21,7 @@ def brand_update(vectors: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor,
 
     Splits B = U P + E with E orthogonal to U, E = Q R, and decomposes the small matrix of algorithms.md 4.1,
     [[diag(w) + P P^T, P R^T], [R P^T, R R^T]] = Z diag(w+) Z^T; then U+ = [U Q] Z. E is made orthogonal to U twice:
-    what the first pass leaves behind by rounding would otherwise grow from update to update.
+    where rows lie nearly within the span of U, rounding of the first pass is not small beside E.
     O(d (r + n)^2 + (r + n)^3).
 
     Args:

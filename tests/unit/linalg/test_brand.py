@@ -102,6 +102,18 @@ def test_degenerate_rows_leave_the_basis_orthonormal(kind: str, basis: str, dtyp
     assert float(found[1].min()) >= 0
 
 
+def test_the_second_pass_makes_rows_near_the_span_orthogonal_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass would leave E with 1e-16/1e-8 of U in it, and only the wide QR of [U E] could get rid of that."""
+    vectors, values = some_state(8)
+    rows = gaussian(C, 6, 8, seed=4) @ vectors.mT + 1e-8 * gaussian(C, 6, D, seed=2)
+    widths: list[int] = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda matrix: widths.append(matrix.shape[-1]) or qr(matrix))
+    found = brand_update(vectors, values, rows)
+    assert widths == [6]
+    assert float(orthogonality_error(found[0]).max()) <= 1e-13
+
+
 def test_more_columns_than_dimensions_are_refused() -> None:
     vectors, values = some_state(36)
     with pytest.raises(ValueError, match="rank 36 and 5 rows don't fit into 40 dimensions"):
