@@ -1,7 +1,9 @@
 """Frozen dataclasses of tensors as plain data: one walk over the fields serves wire, checkpoint, digest and devices.
 
-A record's fields are tensors, or static values that JSON can hold (numbers, strings, booleans). A tensor field whose
-metadata says `symmetric` holds symmetric matrices and travels as packed triangles.
+A record's fields are tensors, static values that JSON can hold (numbers, strings, booleans), or records themselves. A
+tensor field whose metadata says `symmetric` holds symmetric matrices and travels as packed triangles. The fields of an
+inner record have dotted names: `inner.w_A`. It travels with the name of its kind as the static value `inner`, looked up
+in the same table as the record around it.
 """
 
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 Static = float | int | str | bool
 RecordType = TypeVar("RecordType", bound="DataclassInstance")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class PackedRecord:
     Attributes:
         kind: Name of its class in the table that the reader uses.
         tensors: Tensor fields by name, symmetric ones packed.
-        static: Static fields by name.
+        static: Static fields by name, and the kinds of inner records.
     """
 
     kind: str
@@ -41,18 +44,50 @@ def symmetric_field() -> Any:
 
 
 def tensor_fields(record: object) -> dict[str, Tensor]:
-    """Returns the tensor fields of a record by name, in the order of their declaration."""
-    return {f.name: getattr(record, f.name) for f in _fields(type(record)) if _is_tensor(type(record), f)}
+    """Returns the tensor fields of a record by name, those of inner records too, in the order of their declaration."""
+    found: dict[str, Tensor] = {}
+    for f in _fields(type(record)):
+        value = getattr(record, f.name)
+        if _is_tensor(type(record), f):
+            found[f.name] = value
+        elif _is_record(type(record), f):
+            found |= _under(f.name, tensor_fields(value))
+    return found
 
 
 def static_fields(record: object) -> dict[str, Static]:
-    """Returns the other fields of a record by name, in the order of their declaration."""
-    return {f.name: getattr(record, f.name) for f in _fields(type(record)) if not _is_tensor(type(record), f)}
+    """Returns the static fields of a record by name, those of inner records too, in the order of their declaration."""
+    found: dict[str, Static] = {}
+    for f in _fields(type(record)):
+        value = getattr(record, f.name)
+        if _is_record(type(record), f):
+            found |= _under(f.name, static_fields(value))
+        elif not _is_tensor(type(record), f):
+            found[f.name] = value
+    return found
 
 
 def symmetric_fields(record: object) -> frozenset[str]:
-    """Returns the names of the fields that hold symmetric matrices."""
-    return frozenset(f.name for f in _fields(type(record)) if f.metadata.get("symmetric"))
+    """Returns the names of the fields that hold symmetric matrices, those of inner records too."""
+    own = {f.name for f in _fields(type(record)) if f.metadata.get("symmetric")}
+    inner = (f.name for f in _fields(type(record)) if _is_record(type(record), f))
+    return frozenset(own.union(*(_under(n, dict.fromkeys(symmetric_fields(getattr(record, n)))) for n in inner)))
+
+
+def with_tensors(record: RecordType, tensors: Mapping[str, Tensor]) -> RecordType:
+    """Returns the record with other tensors.
+
+    Args:
+        record: Any record.
+        tensors: All its tensor fields, by the names that `tensor_fields` gives them.
+    """
+    changed: dict[str, Any] = {}
+    for f in _fields(type(record)):
+        if _is_tensor(type(record), f):
+            changed[f.name] = tensors[f.name]
+        elif _is_record(type(record), f):
+            changed[f.name] = with_tensors(getattr(record, f.name), _inside(f.name, tensors))
+    return replace(record, **changed)
 
 
 def move(record: RecordType, device: torch.device | str, dtype: torch.dtype | None = None) -> RecordType:
@@ -67,7 +102,7 @@ def move(record: RecordType, device: torch.device | str, dtype: torch.dtype | No
     after = {name: moved(tensor) for name, tensor in before.items()}
     if all(after[name] is before[name] for name in before):
         return record
-    return replace(record, **after)
+    return with_tensors(record, after)
 
 
 def contiguous(record: RecordType) -> RecordType:
@@ -75,7 +110,7 @@ def contiguous(record: RecordType) -> RecordType:
 
     Matrix products take another path for another memory layout and differ in their last bits.
     """
-    return replace(record, **{name: tensor.contiguous() for name, tensor in tensor_fields(record).items()})
+    return with_tensors(record, {name: tensor.contiguous() for name, tensor in tensor_fields(record).items()})
 
 
 def pack(record: object, table: Mapping[str, type]) -> PackedRecord:
@@ -83,17 +118,16 @@ def pack(record: object, table: Mapping[str, type]) -> PackedRecord:
 
     Args:
         record: An instance of a class in `table`.
-        table: The classes that the reader knows, by name.
+        table: The classes that the reader knows, by name; those of inner records too.
 
     Raises:
         ValueError: The class isn't in `table`.
     """
-    kinds = [kind for kind, known in table.items() if known is type(record)]
-    if not kinds:
-        raise ValueError(f"{type(record).__name__} is not in the table; known: {', '.join(table)}")
-    packed = {f.name for f in _fields(type(record)) if f.metadata.get("symmetric")}
+    packed = symmetric_fields(record)
     tensors = {n: pack_triangle(t) if n in packed else t.contiguous() for n, t in tensor_fields(record).items()}
-    return PackedRecord(kind=kinds[0], tensors=tensors, static=static_fields(record))
+    return PackedRecord(
+        kind=_kind(record, table), tensors=tensors, static={**static_fields(record), **_kinds(record, table)}
+    )
 
 
 def unpack(packed: PackedRecord, table: Mapping[str, type]) -> Any:
@@ -110,18 +144,56 @@ def unpack(packed: PackedRecord, table: Mapping[str, type]) -> Any:
         raise ValueError(f"unknown record {packed.kind!r}; known: {', '.join(table)}")
     cls = table[packed.kind]
     values: dict[str, Any] = {}
+    read: set[str] = set()
     for f in _fields(cls):
+        if _is_record(cls, f) and f.name in packed.static:
+            inner = PackedRecord(
+                kind=str(packed.static[f.name]),
+                tensors=_inside(f.name, packed.tensors),
+                static=_inside(f.name, packed.static),
+            )
+            values[f.name] = unpack(inner, table)
+            if not isinstance(values[f.name], _hint(cls, f)):
+                raise ValueError(f"{packed.kind} can't hold a {inner.kind} as {f.name!r}")
+            read |= {f.name, *_under(f.name, inner.tensors), *_under(f.name, inner.static)}
+            continue
         if _is_tensor(cls, f) and f.name in packed.tensors:
             tensor = packed.tensors[f.name]
             values[f.name] = unpack_triangle(tensor) if f.metadata.get("symmetric") else tensor.clone()
-        elif not _is_tensor(cls, f) and f.name in packed.static:
+        elif not (_is_tensor(cls, f) or _is_record(cls, f)) and f.name in packed.static:
             values[f.name] = packed.static[f.name]
         else:
             raise ValueError(f"{packed.kind} lacks its field {f.name!r}")
-    left_over = (packed.tensors.keys() | packed.static.keys()) - values.keys()
+        read.add(f.name)
+    left_over = (packed.tensors.keys() | packed.static.keys()) - read
     if left_over:
         raise ValueError(f"{packed.kind} has no fields {', '.join(sorted(left_over))}")
     return cls(**values)
+
+
+def _kind(record: object, table: Mapping[str, type]) -> str:
+    for kind, known in table.items():
+        if known is type(record):
+            return kind
+    raise ValueError(f"{type(record).__name__} is not in the table; known: {', '.join(table)}")
+
+
+def _kinds(record: object, table: Mapping[str, type]) -> dict[str, Static]:
+    """Returns the kinds of a record's inner records, and of theirs."""
+    found: dict[str, Static] = {}
+    for f in _fields(type(record)):
+        if _is_record(type(record), f):
+            inner = getattr(record, f.name)
+            found |= {f.name: _kind(inner, table), **_under(f.name, _kinds(inner, table))}
+    return found
+
+
+def _under(name: str, inner: Mapping[str, V]) -> dict[str, V]:
+    return {f"{name}.{key}": value for key, value in inner.items()}
+
+
+def _inside(name: str, outer: Mapping[str, V]) -> dict[str, V]:
+    return {key.removeprefix(f"{name}."): value for key, value in outer.items() if key.startswith(f"{name}.")}
 
 
 def _fields(cls: type) -> tuple[Field[Any], ...]:
@@ -130,5 +202,13 @@ def _fields(cls: type) -> tuple[Field[Any], ...]:
     return fields(cls)
 
 
+def _hint(cls: type, f: Field[Any]) -> Any:
+    return f.type if not isinstance(f.type, str) else get_type_hints(cls)[f.name]
+
+
 def _is_tensor(cls: type, f: Field[Any]) -> bool:
-    return (f.type if not isinstance(f.type, str) else get_type_hints(cls)[f.name]) is Tensor
+    return _hint(cls, f) is Tensor
+
+
+def _is_record(cls: type, f: Field[Any]) -> bool:
+    return is_dataclass(_hint(cls, f))

@@ -3,8 +3,6 @@
 A fake tensor has shapes but no values: reading one raises. So passing on fake tensors proves that nothing is read.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from kfdist.curvature.blocks import Block, make_block
 from kfdist.curvature.inverters.ladder import invert_with_ladder
-from kfdist.curvature.records import tensor_fields
+from kfdist.curvature.records import tensor_fields, with_tensors
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from tests.support.cases import CASES, DAMPING, InverterCase
 from tests.support.matrices import C, P, Q, make_factors
@@ -47,7 +45,7 @@ def test_application(case: InverterCase) -> None:
     made = invert_with_ladder(case.make(), factors, damping=DAMPING, previous={}, seed=0).preconditioner
     assert made is not None
     mode = FakeTensorMode()
-    fake = replace(made, **{name: mode.from_tensor(tensor) for name, tensor in tensor_fields(made).items()})
+    fake = with_tensors(made, {name: mode.from_tensor(tensor) for name, tensor in tensor_fields(made).items()})
     with mode:
         gradient = torch.zeros(C, P, Q)
         assert fake.apply(gradient, DAMPING).shape == (C, P, Q)
