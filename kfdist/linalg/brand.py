@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kfdist.linalg.kronecker import Spectrum, solve_left
-from kfdist.linalg.lowrank import gaussian_sketch
 from kfdist.linalg.psd import eigh_descending, symmetrise
 
 _OVERLAP_TOLERANCE = 50.0
@@ -145,24 +144,6 @@ def draw_columns(r: int, m: int, *, seed: int, device: torch.device) -> Tensor:
     """Draws m of r positions uniformly at random without replacement, the same on every device; int64 `[m]`."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     return torch.randperm(r, generator=generator)[:m].to(device)
-
-
-def sketch_rows(rows: Tensor, size: int, *, seed: int) -> Tensor:
-    """Compresses rows to `size` random combinations: O^T rows / sqrt(size) for a Gaussian O, `[n, size]`.
-
-    E[sketch^T sketch] = rows^T rows, since E[O O^T] = size I; an entry's standard deviation is at most
-    sqrt(2/size) times the geometric mean of its two diagonal entries. Linear in the rows: where ranks sketch their own
-    rows, each with a seed of its own, the sum of the sketches is a sketch of the union of the rows.
-
-    Args:
-        rows: `[c, n, d]`; n may be 0.
-        size: Rows of the sketch.
-        seed: The only source of randomness.
-
-    Returns:
-        `[c, size, d]`.
-    """
-    return gaussian_sketch(rows, size, seed=seed).mT @ rows / size**0.5
 
 
 def solve_rows(

@@ -27,6 +27,24 @@ def gaussian_sketch(matrix: Tensor, width: int, *, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(matrix)
 
 
+def sketch_rows(rows: Tensor, size: int, *, seed: int) -> Tensor:
+    """Compresses rows to `size` random combinations: O^T rows / sqrt(size) for a Gaussian O, `[n, size]`.
+
+    E[sketch^T sketch] = rows^T rows, since E[O O^T] = size I; an entry's standard deviation is at most
+    sqrt(2/size) times the geometric mean of its two diagonal entries. Linear in the rows: where ranks sketch their own
+    rows, each with a seed of its own, the sum of the sketches is a sketch of the union of the rows.
+
+    Args:
+        rows: `[c, n, d]`; n may be 0.
+        size: Rows of the sketch.
+        seed: The only source of randomness.
+
+    Returns:
+        `[c, size, d]`.
+    """
+    return gaussian_sketch(rows, size, seed=seed).mT @ rows / size**0.5
+
+
 def range_basis(matrix: Tensor, sketch: Tensor, *, power_iterations: int) -> Tensor:
     """Finds an orthonormal basis that nearly spans the dominant eigenvectors of `matrix`.
 

@@ -11,11 +11,11 @@ from kfdist.linalg.brand import (
     light_correction,
     orthogonality_error,
     reorthogonalise,
-    sketch_rows,
     solve_rows,
     update_residual,
 )
 from kfdist.linalg.kronecker import Spectrum, solve_factored
+from kfdist.linalg.lowrank import sketch_rows
 from kfdist.linalg.psd import eigh_descending
 from tests.support.matrices import gaussian, relative_error, with_spectrum
 
