@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kfdist.errors import KfdistError as KfdistError
+    from kfdist.optim.adaptive import AdaptiveStep as AdaptiveStep
+    from kfdist.optim.settings import AdaptiveReport as AdaptiveReport
+    from kfdist.optim.settings import AdaptiveSettings as AdaptiveSettings
     from kfdist.runtime.pipeline import FixedLag as FixedLag
     from kfdist.runtime.pipeline import StepReport as StepReport
     from kfdist.runtime.preconditioner import Preconditioner as Preconditioner
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdaptiveReport": "kfdist.optim.settings",
+    "AdaptiveSettings": "kfdist.optim.settings",
+    "AdaptiveStep": "kfdist.optim.adaptive",
     "FixedLag": "kfdist.runtime.pipeline",
     "KfdistError": "kfdist.errors",
     "Preconditioner": "kfdist.runtime.preconditioner",

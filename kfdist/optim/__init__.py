@@ -1,0 +1,1 @@
+"""Optimizers built on a preconditioner: the adaptive step of the original K-FAC paper."""

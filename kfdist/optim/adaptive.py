@@ -1,0 +1,350 @@
+"""`kfdist.AdaptiveStep`: the step of the original K-FAC paper, which sizes itself (algorithms.md 1.2)."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfdist.comm.reduce import reduce_flat
+from kfdist.errors import CheckpointError, LossNotFinite
+from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputProduct, output_product
+from kfdist.optim.quadratic_model import InnerProducts, ModelStep, inner_product, minimise_model
+from kfdist.optim.replay import Closure, Replay
+from kfdist.optim.requirements import Source, check_arguments, source_of
+from kfdist.optim.settings import AdaptiveReport, AdaptiveSettings
+from kfdist.optim.trust import Trust
+from kfdist.runtime.preconditioner import Preconditioner
+
+_LOG = logging.getLogger(__name__)
+
+_ROUNDING = 8.0
+"""Inner products are trusted to this many units in the last place of the parameters' dtype."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The step's batch on this rank: its share of all terms, and the mean loss over all ranks at the parameters."""
+
+    share: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A direction by one gamma, and the best step in its span with the last step."""
+
+    gamma: float
+    direction: list[Tensor]
+    model: ModelStep
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a step."""
+
+    new_loss: float | None
+    rho: float | None
+    accepted: bool
+
+
+class AdaptiveStep:
+    r"""Replaces the optimizer: moves the parameters by d = alpha Delta + mu d_last, the best step of a quadratic model.
+
+    Delta = -(F + gamma^2 I)^-1 grad h comes from the preconditioner. alpha and mu minimise
+    M(d) = 1/2 d^T (F + (lambda + eta) I) d + grad h^T d + h with the exact Fisher F of the whole network on this batch.
+    lambda follows the reduction ratio rho by Levenberg and Marquardt's rule, gamma is searched for, and a step that
+    makes the objective h(theta) = loss + eta/2 |theta|^2 worse on this very batch is taken back and raises lambda.
+    Source: Martens and Grosse (1503.05671), algorithms.md 1.2. Made for full or large batches of smooth problems,
+    autoencoders above all; under strongly varying mini-batches fixed damping with a KL clip is the better choice.
+
+    rho is formed with lambda left out of M, so that it is 1 where h is quadratic. After a rejected step the parameters'
+    last change is zero: the next step starts without momentum. Parameters without a block take -grad h/(lambda + eta)
+    as their part of Delta.
+
+    All ranks must make it and call `step` equally often, and reach equal decisions, which follow from all-reduced
+    numbers alone. It reduces the gradients itself: don't wrap the model by DDP. A rank's loss counts by the number of
+    terms that it averages.
+
+    Args:
+        preconditioner: Made with kl_clip=None and adoption=FixedLag(0), by methods that are damped at apply, such as
+            `KfacEigen(damping_rule="pi")`, the paper's factored Tikhonov damping. Its `damping` has no effect.
+        loss: "mse", "cross_entropy" or "binary_cross_entropy" (on logits): which distribution the preconditioner's
+            "mc" and "exact" Fisher assume. The model's F is the Hessian of the closure's own loss.
+        weight_decay: eta, the l2 coefficient; part of the gradient and of the model.
+        damping: The first lambda.
+        settings: Periods, factors, bounds, and what is switched off.
+
+    Raises:
+        ConfigError: A value is out of range, or the preconditioner doesn't fit.
+    """
+
+    def __init__(
+        self,
+        preconditioner: Preconditioner,
+        loss: str = "mse",
+        weight_decay: float = 0.0,
+        damping: float = 150.0,
+        *,
+        settings: AdaptiveSettings | None = None,
+    ) -> None:
+        self._settings = settings or AdaptiveSettings()
+        check_arguments(loss, weight_decay, damping)
+        self._source: Source = source_of(preconditioner)
+        self._loss = loss
+        self._eta = float(weight_decay)
+        self._trust = Trust(self._settings, float(damping), self._eta)
+        self._parameters = [p for p in self._source.model.parameters() if p.requires_grad]
+        self._accuracy = _ROUNDING * max(torch.finfo(p.dtype).eps for p in self._parameters)
+        wanted = self._settings.differentiation
+        self._how = Differentiation.FORWARD if wanted == "auto" else Differentiation(wanted)
+        self._last: list[Tensor] | None = None
+        self._count = 0
+
+    def step(self, closure: Closure) -> AdaptiveReport:
+        """One step of training. Collective: all ranks must call it.
+
+        Args:
+            closure: Runs the model on this step's batch and returns (output, loss) without a backward, or (output,
+                loss, examples) where the loss doesn't average dim 0 of the output but `examples` terms (unmasked
+                tokens, say). `output` is the tensor that the loss was computed from, and all that it depends on of the
+                model. It is called up to seven times, always on the same data: BatchNorm's buffers and torch's
+                generators are put back in between, so that dropout draws the same masks.
+
+        Returns:
+            What was done. `.grad` holds the gradient of the objective afterwards.
+
+        Raises:
+            LossNotFinite: The loss is infinite or NaN before the step, on some rank; nothing was changed.
+            KfdistError: The closure returned something else than it has to.
+            Interrupted: By the preconditioner; the step was not done.
+        """
+        replay = Replay(closure, self._source.model, self._parameters[0].device)
+        batch = self._measure(replay)
+        done = self._source.update()
+        damping = self._trust.damping
+        chosen = self._choose(replay, batch)
+        outcome = self._move(replay, batch, chosen)
+        coefficients = (*chosen.model.coefficients, 0.0) if chosen is not None else (0.0, 0.0)
+        report = AdaptiveReport(
+            step=self._count,
+            loss=batch.loss,
+            new_loss=outcome.new_loss,
+            rho=outcome.rho,
+            alpha=coefficients[0],
+            momentum=coefficients[1],
+            damping=damping,
+            gamma=chosen.gamma if chosen is not None else self._trust.gamma,
+            model_change=chosen.model.change if chosen is not None else 0.0,
+            accepted=outcome.accepted,
+            preconditioner=done,
+        )
+        self._count += 1
+        return report
+
+    @property
+    def damping(self) -> float:
+        """The lambda that the next step starts with."""
+        return self._trust.damping
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns lambda, gamma, the number of steps and the last step by parameter name; equal on all ranks."""
+        names = {id(p): name for name, p in self._source.model.named_parameters()}
+        last = self._last
+        return {
+            "steps": self._count,
+            "damping": self._trust.damping,
+            "gamma": self._trust.gamma,
+            "last": None
+            if last is None
+            else {names[id(p)]: each.clone() for p, each in zip(self._parameters, last, strict=True)},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up where `state` says.
+
+        Raises:
+            CheckpointError: The state is of another model.
+        """
+        last = state["last"]
+        if last is not None:
+            names = {id(p): name for name, p in self._source.model.named_parameters()}
+            own = {names[id(p)]: p.shape for p in self._parameters}
+            if {name: each.shape for name, each in last.items()} != own:
+                raise CheckpointError(
+                    "the adaptive step's state is of a model with other parameters; load the state that was saved "
+                    "together with this model"
+                )
+            last = [last[names[id(p)]].to(p.device, p.dtype, copy=True) for p in self._parameters]
+        self._last = last
+        self._count = int(state["steps"])
+        self._trust.damping = float(state["damping"])
+        self._trust.gamma = float(state["gamma"])
+
+    # The verbs -------------------------------------------------------------------------------------------------------
+
+    def _measure(self, replay: Replay) -> _Batch:
+        """Forward and backward: afterwards `.grad` is the gradient of the objective over all ranks' batches."""
+        source = self._source
+        for parameter in self._parameters:
+            parameter.grad = None
+        evaluation = replay.first()
+        n = float(evaluation.examples)
+        loss = evaluation.loss.detach().double()
+        totals = self._sum_over_ranks(torch.stack([torch.full_like(loss, n), n * loss]))
+        total, mean = totals[0], totals[1] / totals[0]
+        if not math.isfinite(mean):
+            replay.undo()
+            raise LossNotFinite(
+                f"the loss is {mean} before step {self._count}, at parameters that the last step accepted: look "
+                "for bad values in the batch. Nothing was changed; give the next batch, or stop"
+            )
+        if evaluation.stated:
+            source.batch(evaluation.examples)
+        if source.observe is not None:
+            source.observe(evaluation.output, self._loss)
+        evaluation.loss.backward()
+        self._reduce_gradients(n / total)
+        return _Batch(share=n / total, loss=mean)
+
+    def _reduce_gradients(self, share: float) -> None:
+        """Averages the gradients, each rank's weighted by its share of the terms, and adds eta theta."""
+        own = [torch.zeros_like(p) if p.grad is None else p.grad * share for p in self._parameters]
+        for dtype in dict.fromkeys(p.dtype for p in self._parameters):
+            members = [index for index, p in enumerate(self._parameters) if p.dtype == dtype]
+            sums = reduce_flat([own[index] for index in members], self._source.world)
+            for index, gradient in zip(members, sums, strict=True):
+                parameter = self._parameters[index]
+                parameter.grad = gradient.add_(parameter.detach(), alpha=self._eta)
+
+    def _choose(self, replay: Replay, batch: _Batch) -> _Candidate | None:
+        """Makes a direction for each gamma to be tried and keeps the step with the smallest M; None without any."""
+        last, along_last = self._last if self._settings.momentum else None, None
+        if last is not None:
+            along_last = self._product(replay, last)
+        best: _Candidate | None = None
+        for gamma in self._trust.candidates(self._count + 1):
+            direction = self._direction(gamma)
+            products = [self._product(replay, direction)]
+            basis = [direction]
+            if last is not None and along_last is not None:
+                products.append(along_last)
+                basis.append(last)
+            model = minimise_model(
+                self._inner_products(basis, products, batch.share),
+                damping=self._trust.damping,
+                weight_decay=self._eta,
+                relative_accuracy=self._accuracy,
+            )
+            if model is not None and (best is None or model.change < best.model.change):
+                best = _Candidate(gamma, direction, model)
+        return best
+
+    def _move(self, replay: Replay, batch: _Batch, chosen: _Candidate | None) -> _Outcome:
+        """Takes the step, looks what became of the objective, and adapts lambda; or takes it back."""
+        if chosen is None:
+            return self._refuse(None, None)
+        c, last = chosen.model.coefficients, self._last
+        delta = [c[0] * each for each in chosen.direction]
+        if len(c) > 1 and last is not None:
+            delta = [each.add_(previous, alpha=c[1]) for each, previous in zip(delta, last, strict=True)]
+        judged = self._settings.rejection or self._trust.adapts(self._count + 1)
+        saved = [p.detach().clone() for p in self._parameters] if self._settings.rejection else []
+        before = self._penalty()
+        with torch.no_grad():
+            for parameter, each in zip(self._parameters, delta, strict=True):
+                parameter.add_(each)
+        new_loss = rho = None
+        if judged:
+            new_loss = self._loss_now(replay, batch)
+            change = (new_loss - batch.loss) + (self._penalty() - before)
+            predicted = chosen.model.undamped_change
+            rho = change / predicted if predicted else math.nan
+            if self._settings.rejection and not change <= 0.0:
+                with torch.no_grad():
+                    for parameter, values in zip(self._parameters, saved, strict=True):
+                        parameter.copy_(values)
+                return self._refuse(new_loss, rho)
+            if self._trust.adapts(self._count + 1):
+                self._trust.adapt(rho)
+        self._trust.gamma = chosen.gamma
+        self._last = delta
+        return _Outcome(new_loss, rho, accepted=True)
+
+    def _refuse(self, new_loss: float | None, rho: float | None) -> _Outcome:
+        """The parameters didn't change, so there is no last step either; lambda rises."""
+        self._trust.raise_damping()
+        self._last = None
+        return _Outcome(new_loss, rho, accepted=False)
+
+    # Numbers that all ranks agree on ---------------------------------------------------------------------------------
+
+    def _direction(self, gamma: float) -> list[Tensor]:
+        solved = self._source.directions(gamma**2)
+        scale = self._trust.damping + self._eta
+        return [-(solved[p] if p in solved else _gradient(p) / scale).to(p.dtype) for p in self._parameters]
+
+    def _product(self, replay: Replay, direction: list[Tensor]) -> OutputProduct:
+        """Computes J u and H J u on this rank's batch."""
+        u = dict(zip(self._parameters, direction, strict=True))
+
+        def run() -> tuple[Tensor, Tensor]:
+            evaluation = replay.again()
+            return evaluation.output, evaluation.loss
+
+        with self._source.paused():
+            try:
+                return output_product(run, self._source.model, u, self._how)
+            except NoForwardDerivative as error:
+                if self._settings.differentiation != "auto":
+                    raise
+                self._how = Differentiation.DOUBLE_BACKWARD
+                _LOG.info("AdaptiveStep: %s; Jacobian products use the double backward from now on", error)
+                return output_product(run, self._source.model, u, self._how)
+
+    def _inner_products(self, basis: list[list[Tensor]], products: list[OutputProduct], share: float) -> InnerProducts:
+        """Forms all inner products of the basis, summed over ranks in one all-reduce.
+
+        What follows from parameters and gradients alone is averaged over the ranks too: were it not bitwise equal, the
+        ranks would still decide alike.
+        """
+        m, w = len(basis), 1.0 / self._source.world.world_size
+        gradient = [_gradient(p) for p in self._parameters]
+        parts = [w * inner_product(gradient, u) for u in basis]
+        for i in range(m):
+            for j in range(i, m):
+                parts.append(share * inner_product([products[i].change], [products[j].curvature]))
+                parts.append(w * inner_product(basis[i], basis[j]))
+        sums = iter(self._sum_over_ranks(torch.stack([each.to(parts[0].device) for each in parts])))
+        slopes = torch.tensor([next(sums) for _ in range(m)], dtype=torch.float64)
+        fisher, gram = torch.zeros(m, m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.float64)
+        for i in range(m):
+            for j in range(i, m):
+                fisher[i, j] = fisher[j, i] = next(sums)
+                gram[i, j] = gram[j, i] = next(sums)
+        return InnerProducts(slopes=slopes, fisher=fisher, gram=gram)
+
+    def _loss_now(self, replay: Replay, batch: _Batch) -> float:
+        """Returns the mean loss over all ranks' batches at the present parameters."""
+        with torch.no_grad(), self._source.paused():
+            loss = replay.again().loss.detach().double()
+        return self._sum_over_ranks((batch.share * loss).reshape(1))[0]
+
+    def _penalty(self) -> float:
+        """Returns eta/2 |theta|^2."""
+        if not self._eta:
+            return 0.0
+        values = [p.detach() for p in self._parameters]
+        mean = inner_product(values, values).reshape(1) / self._source.world.world_size
+        return 0.5 * self._eta * self._sum_over_ranks(mean)[0]
+
+    def _sum_over_ranks(self, values: Tensor) -> list[float]:
+        return reduce_flat([values], self._source.world)[0].tolist()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None  # _measure gives every parameter one
+    return parameter.grad.detach()

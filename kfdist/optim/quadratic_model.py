@@ -1,0 +1,83 @@
+r"""The quadratic model of the objective in the span of a few directions, solved exactly (algorithms.md 1.2, step 4).
+
+M(d) = 1/2 d^T (F + (lambda + eta) I) d + grad^T d + h with the exact F. For d = sum_i c_i d_i only inner products are
+needed: with B_ij = d_i^T F d_j + (lambda + eta) d_i^T d_j and b_i = grad^T d_i, the best c solves B c = -b.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerProducts:
+    """What the model needs to know of m directions; float64 on the CPU.
+
+    Attributes:
+        slopes: grad^T d_i, `[m]`; the gradient includes that of the weight decay.
+        fisher: d_i^T F d_j, `[m, m]`.
+        gram: d_i^T d_j, `[m, m]`.
+    """
+
+    slopes: Tensor
+    fisher: Tensor
+    gram: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStep:
+    """The minimiser of the model in the span of the directions.
+
+    Attributes:
+        coefficients: c_i, one per direction.
+        change: M(d) - h with the damping in M; the candidates for gamma are compared by it.
+        undamped_change: The same with lambda left out and eta kept: what the objective would do if it were quadratic.
+            The reduction ratio is formed with it, so that it is 1 on a quadratic (check K6).
+    """
+
+    coefficients: tuple[float, ...]
+    change: float
+    undamped_change: float
+
+
+def minimise_model(
+    products: InnerProducts, *, damping: float, weight_decay: float, relative_accuracy: float
+) -> ModelStep | None:
+    """Minimises the model over the span of the directions.
+
+    Directions are brought to the same scale first. Where they are dependent (the last step is a multiple of the new
+    one, or zero), the pseudo-inverse takes the smallest of the equivalent solutions.
+
+    Args:
+        products: Inner products of the directions.
+        damping: lambda.
+        weight_decay: eta.
+        relative_accuracy: How well the inner products are known; eigenvalues of the scaled system below it count as 0.
+
+    Returns:
+        The step, or None where an inner product is not finite.
+    """
+    b, gram = products.slopes, products.gram
+    curvature = products.fisher + weight_decay * gram
+    B = curvature + damping * gram
+    if not bool(torch.isfinite(b).all() and torch.isfinite(B).all()):
+        return None
+    diagonal = B.diagonal()
+    scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(B.dtype).tiny).rsqrt(), 0.0)
+    values, vectors = torch.linalg.eigh(scale[:, None] * B * scale)
+    kept = values > relative_accuracy
+    inverse = torch.where(kept, 1.0 / torch.where(kept, values, 1.0), 0.0)
+    c = -scale * (vectors @ (inverse * (vectors.mT @ (scale * b))))
+    return ModelStep(
+        coefficients=tuple(c.tolist()),
+        change=float(0.5 * c @ B @ c + b @ c),
+        undamped_change=float(0.5 * c @ curvature @ c + b @ c),
+    )
+
+
+def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Returns sum_i <first_i, second_i> in float64, a scalar on the tensors' device."""
+    products = [torch.sum(a.double() * b.double()) for a, b in zip(first, second, strict=True)]
+    return torch.stack(products).sum()

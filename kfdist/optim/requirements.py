@@ -1,0 +1,100 @@
+"""What the adaptive step needs of its arguments and of its preconditioner, and why."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kfdist.comm.groups import Communicator
+from kfdist.errors import ConfigError
+from kfdist.runtime.learning_rate import is_number
+from kfdist.runtime.pipeline import StepReport
+from kfdist.runtime.preconditioner import Preconditioner
+
+LOSSES = ("mse", "cross_entropy", "binary_cross_entropy")
+"""Losses that are negative log-likelihoods of a known distribution; the last one takes logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the adaptive step uses of a preconditioner.
+
+    Attributes:
+        model: The bare model.
+        world: The ranks that train together.
+        update: Does all of a step but touching the gradients. Collective.
+        directions: Gives (F + damping I)^-1 grad for the parameters that have a block; writes nothing.
+        paused: Captures nothing of forwards made inside.
+        batch: States the number of terms that the next backward's loss averages.
+        observe: Measures the "mc" or "exact" Fisher before the backward; None where the empirical one is measured.
+    """
+
+    model: nn.Module
+    world: Communicator
+    update: Callable[[], StepReport]
+    directions: Callable[[float], Mapping[nn.Parameter, Tensor]]
+    paused: Callable[[], AbstractContextManager[None]]
+    batch: Callable[[int], None]
+    observe: Callable[[Tensor, str], None] | None
+
+
+def check_arguments(loss: str, weight_decay: float, damping: float) -> None:
+    """Refuses values out of range by `ConfigError`."""
+    if loss not in LOSSES:
+        raise ConfigError(f"is {loss!r}; one of {', '.join(LOSSES)} is needed", path="loss")
+    if not (is_number(weight_decay) and math.isfinite(weight_decay) and weight_decay >= 0.0):
+        raise ConfigError(f"is {weight_decay!r}; a finite number, at least 0, is needed", path="weight_decay")
+    if not (is_number(damping) and math.isfinite(damping) and damping > 0.0):
+        raise ConfigError(f"is {damping!r}; a positive, finite number is needed", path="damping")
+
+
+def source_of(preconditioner: Preconditioner) -> Source:
+    """Checks that a preconditioner fits the adaptive step.
+
+    Raises:
+        ConfigError: It clips or scales the gradients, adopts inverses late, has an optimizer attached, or uses a method
+            whose damping is fixed at the inversion.
+    """
+    settings = preconditioner._pipeline.settings
+    if settings.kl_clip is not None:
+        raise ConfigError(
+            f"the preconditioner has kl_clip={settings.kl_clip!r}; AdaptiveStep sizes its steps by the quadratic "
+            "model: make it with kl_clip=None"
+        )
+    if settings.lag != 0:
+        adoption = "'asap'" if settings.lag is None else f"FixedLag({settings.lag})"
+        raise ConfigError(
+            f"the preconditioner has adoption={adoption}; AdaptiveStep needs the newest inverse at every step: make it "
+            "with adoption=kfdist.FixedLag(0)"
+        )
+    if preconditioner._hook is not None:
+        raise ConfigError(
+            "an optimizer is attached to the preconditioner; AdaptiveStep replaces it: leave attach() out"
+        )
+    if preconditioner._grad_scaler is not None:
+        raise ConfigError(
+            "the preconditioner has a grad_scaler; AdaptiveStep does its own backward without scaling: leave it out, "
+            "and use bfloat16 where a smaller dtype is wanted"
+        )
+    fixed = {
+        group.inverter.name: group.name
+        for group in preconditioner._plan.groups
+        if not group.inverter.produces.damping_at_apply
+    }
+    if fixed:
+        listed = ", ".join(f"{method!r} (block {group!r})" for method, group in fixed.items())
+        raise ConfigError(
+            f"the damping of {listed} is fixed at the inversion; AdaptiveStep tries several dampings at one step: use "
+            'KfacEigen(damping_rule="pi"), which is the same factored damping applied later'
+        )
+    return Source(
+        model=preconditioner._model,
+        world=preconditioner.world,
+        update=preconditioner.update,
+        directions=preconditioner.directions,
+        paused=preconditioner.paused,
+        batch=lambda examples: preconditioner.batch(examples=examples),
+        observe=None,
+    )
