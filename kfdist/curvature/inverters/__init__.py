@@ -8,17 +8,27 @@ from typing import Any
 from kfdist.curvature.inverters.base import AbstractInverter as AbstractInverter
 from kfdist.curvature.inverters.base import Inversion as Inversion
 from kfdist.curvature.inverters.base import Outcome as Outcome
+from kfdist.curvature.inverters.cg_fac import CgFac as CgFac
+from kfdist.curvature.inverters.ekfac import Ekfac as Ekfac
+from kfdist.curvature.inverters.eva import Eva as Eva
 from kfdist.curvature.inverters.kfac import Kfac as Kfac
 from kfdist.curvature.inverters.kfac_eigen import KfacEigen as KfacEigen
+from kfdist.curvature.inverters.kfac_tridiagonal import KfacTridiagonal as KfacTridiagonal
 from kfdist.curvature.inverters.rs_kfac import RsKfac as RsKfac
+from kfdist.curvature.inverters.seng import Seng as Seng
 from kfdist.curvature.inverters.sre_kfac import SreKfac as SreKfac
 from kfdist.errors import ConfigError
 
 INVERTERS: Mapping[str, type[AbstractInverter]] = {
     "kfac": Kfac,
     "kfac-eigen": KfacEigen,
+    "kfac-tridiagonal": KfacTridiagonal,
+    "ekfac": Ekfac,
     "rs-kfac": RsKfac,
     "sre-kfac": SreKfac,
+    "cg-fac": CgFac,
+    "seng": Seng,
+    "eva": Eva,
 }
 
 

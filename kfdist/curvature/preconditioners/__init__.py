@@ -10,12 +10,18 @@ from kfdist.curvature.preconditioners.ekfac import EkfacBasis as EkfacBasis
 from kfdist.curvature.preconditioners.eva import EvaPreconditioner as EvaPreconditioner
 from kfdist.curvature.preconditioners.kronecker import KroneckerInverse as KroneckerInverse
 from kfdist.curvature.preconditioners.kronecker import KroneckerSpectrum as KroneckerSpectrum
+from kfdist.curvature.preconditioners.seng import SengExplicit as SengExplicit
+from kfdist.curvature.preconditioners.seng import SengImplicit as SengImplicit
+from kfdist.curvature.preconditioners.tridiagonal import ChainLink as ChainLink
 
 PRECONDITIONERS: dict[str, type[AbstractPreconditioner]] = {
     "kronecker-inverse": KroneckerInverse,
     "kronecker-spectrum": KroneckerSpectrum,
+    "chain-link": ChainLink,
     "conjugate-gradient": ConjugateGradient,
     "ekfac-basis": EkfacBasis,
     "eva": EvaPreconditioner,
+    "seng-explicit": SengExplicit,
+    "seng-implicit": SengImplicit,
 }
 """Every kind by its name on the wire and in checkpoints."""
