@@ -94,7 +94,8 @@ class CgFac(AbstractInverter):
             trace_A, trace_G = a.square().sum((1, 2, 3)), g.square().sum((1, 2, 3))
         else:
             g = g * root
-            trace_A, trace_G = fisher_trace(a, g), torch.ones_like(a[:, 0, 0, 0])
+            trace_A = fisher_trace(a, g)
+            trace_G = torch.ones_like(trace_A)
         return Inversion(
             preconditioner=ConjugateGradient(
                 trace_A=trace_A,
