@@ -42,14 +42,34 @@ def make_inverter(name: str, **settings: Any) -> AbstractInverter:
     Raises:
         ConfigError: Unknown name or setting, or a value that isn't allowed.
     """
+    if name == "auto":
+        raise ConfigError(
+            "auto isn't an inverter, it chooses one per block; give it as a Preconditioner's method, or use "
+            "kfdist.curvature.choice.make_choice",
+            path="method",
+        )
     if name not in INVERTERS:
-        raise ConfigError(f"unknown method {name!r}; {_suggest(name, list(INVERTERS))}", path="method")
+        raise ConfigError(f"unknown method {name!r}; {_suggest(name, [*INVERTERS, 'auto'])}", path="method")
     cls = INVERTERS[name]
+    check_settings(name, cls, settings)
+    return cls(**settings)
+
+
+def check_settings(name: str, cls: type, settings: Mapping[str, Any]) -> None:
+    """Refuses settings that aren't fields of the method's class.
+
+    Args:
+        name: The method's name.
+        cls: The dataclass of its settings.
+        settings: By name, as given.
+
+    Raises:
+        ConfigError: One is unknown.
+    """
     known = [f.name for f in fields(cls)]
     for setting in settings:
         if setting not in known:
             raise ConfigError(f"{name} has no setting {setting!r}; {_suggest(setting, known)}", path="settings")
-    return cls(**settings)
 
 
 def _suggest(word: str, known: list[str]) -> str:
