@@ -1,0 +1,229 @@
+"""K-FAC with a block-tridiagonal inverse, for chains of layers (arXiv 1503.05671, 4.3; algorithms.md 1.3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfdist.curvature.inverters.base import AbstractInverter, Coupling, Inversion, Outcome
+from kfdist.curvature.inverters.checks import NEGATIVE_TOLERANCE, check_switch, probes_like
+from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
+from kfdist.curvature.preconditioners import AbstractPreconditioner, ChainLink
+from kfdist.curvature.statistics import ChainFactors, Needs
+from kfdist.linalg.kronecker import split_by_trace
+from kfdist.linalg.psd import eigh_descending, symmetrise, trace
+from kfdist.types import BlockName, BlockShape
+
+TRIANGULAR_FLOPS = 4.0
+"""Operations over d^3 of a Cholesky factorisation and the triangular solves with a neighbour's factor."""
+
+
+class _Factor(NamedTuple):
+    """One damped factor: its damping `[c]` and Cholesky factor L, L L^T = M + damping I, `[c, d, d]`."""
+
+    damping: Tensor
+    cholesky: Tensor
+    definite: bool
+
+
+class _Coupled(NamedTuple):
+    """What one factor and its cross factor with the next one's give: see `ChainLink`."""
+
+    Psi: Tensor
+    K: Tensor
+    s: Tensor
+    outcome: Outcome
+    diagnostics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KfacTridiagonal(AbstractInverter):
+    """F^{-1} = Xi^T diag(Sigma_i^{-1}) Xi, the inverse of the Gaussian in which layer i depends only on layer i + 1.
+
+    The factors are damped first, as by `kfac` with the rule "pi", and cross factors are not; damping therefore acts
+    from the next version on. Layers must form a chain: each one's output, after activations, is the next one's input.
+
+    Sigma_i = A (x) G - C (x) D with C = A_next A'^{-1} A_next^T and D = G_next G'^{-1} G_next^T, where A' and G' are
+    the next layer's damped factors. With A = L L^T and A' = L' L'^T, the matrix M = L^{-1} A_next L'^{-T} holds the
+    correlations between both layers' whitened inputs, and L^{-1} C L^{-T} = M M^T = E diag(s) E^T gives K = L^{-T} E.
+    Any square root of A serves in the place of A^{1/2}.
+
+    Attributes:
+        assume_chain: The user vouches that a model with a forward of its own runs the layers one after another in the
+            order in which they are registered; `kfdist.curvature.chains` can't see it.
+    """
+
+    name: ClassVar[str] = "kfac-tridiagonal"
+    statistic: ClassVar[type] = ChainFactors
+    produces: ClassVar[type[AbstractPreconditioner]] = ChainLink
+    coupling: ClassVar[Coupling] = Coupling.CHAIN
+
+    assume_chain: bool = False
+
+    def __post_init__(self) -> None:
+        check_switch("assume_chain", self.assume_chain)
+
+    def needs(self, shape: BlockShape) -> Needs:
+        """Asks for both factors and the cross factors with the next layer."""
+        del shape
+        return Needs(sums=frozenset({"A", "G", "A_next", "G_next"}))
+
+    def refusal(self, shapes: Mapping[BlockName, BlockShape]) -> str:
+        """Refuses convolutions, groups, and layers whose sizes don't fit together; see `AbstractInverter.refusal`."""
+        if not shapes:
+            return "kfac-tridiagonal needs at least one layer, none matches; name the chain's Linear layers"
+        for name, shape in shapes.items():
+            if shape.convolution or shape.groups > 1:
+                return f"kfac-tridiagonal couples Linear layers only and {name!r} is a convolution; give it `kfac`"
+        for (name, shape), (following, after) in pairwise(shapes.items()):
+            if after.d_in - shape.d_out not in (0, 1):  # 1 for the bias
+                return (
+                    f"kfac-tridiagonal needs a chain, but {name!r} has {shape.d_out} outputs and {following!r} after "
+                    f"it takes {after.d_in} inputs (a bias counts as one); give the layers off the chain `kfac`"
+                )
+        return ""
+
+    def invert(
+        self, statistics: ChainFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
+    ) -> Inversion:
+        """Inverts a chain of one block; see `AbstractInverter.invert`."""
+        group = self.invert_group({"": statistics}, damping=damping, previous={"": previous}, seeds={"": seed})
+        return group[""]
+
+    def invert_group(
+        self,
+        statistics: Mapping[BlockName, ChainFactors],
+        *,
+        damping: float,
+        previous: Mapping[BlockName, Mapping[str, Tensor]],
+        seeds: Mapping[BlockName, int],
+    ) -> dict[BlockName, Inversion]:
+        """Inverts a chain, its blocks in the model's order.
+
+        Raises:
+            ValueError: A cross factor doesn't fit the next block, or the last block has one.
+        """
+        del previous
+        _check_chain(statistics)
+        damped = {name: _damped(each, damping) for name, each in statistics.items()}
+        failed = {name: reason for name, pair in damped.items() if (reason := _indefinite(pair))}
+        if failed:
+            first = next(iter(failed))
+            other = f"{first!r} of the same chain failed: {failed[first]}"
+            return {
+                name: Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=failed.get(name, other))
+                for name in statistics
+            }
+        followers = [*list(damped)[1:], None]
+        return {
+            name: _link(each, damped[name], damped[after] if after else None, place, len(statistics), seeds[name])
+            for place, ((name, each), after) in enumerate(zip(statistics.items(), followers, strict=True))
+        }
+
+    def cost(self, shape: BlockShape) -> float:
+        """Estimates a factorisation, triangular solves and an eigendecomposition of each factor."""
+        return (TRIANGULAR_FLOPS + EIGH_FLOPS) * shape.groups * (shape.d_in**3 + shape.d_out**3)
+
+
+def _check_chain(statistics: Mapping[BlockName, ChainFactors]) -> None:
+    following = [*list(statistics.values())[1:], None]
+    for (name, each), after in zip(statistics.items(), following, strict=True):
+        expected = (after.A.shape[-1], after.G.shape[-1]) if after is not None else (0, 0)
+        found = (each.A_next.shape[-1], each.G_next.shape[-1])
+        if found != expected:
+            raise ValueError(
+                f"block {name!r}: its cross factors are for a next layer of sizes {found}, the next in the chain has "
+                f"{expected}; give all blocks of the chain in the model's order"
+            )
+
+
+def _damped(factors: ChainFactors, damping: float) -> dict[str, _Factor]:
+    q, p = factors.A.shape[-1], factors.G.shape[-1]
+    split = split_by_trace(trace(factors.A), trace(factors.G), d_in=q, d_out=p, damping=damping)
+    found: dict[str, _Factor] = {}
+    for label, matrix, share in (("A", factors.A, split[0]), ("G", factors.G, split[1])):
+        damped = symmetrise(matrix)
+        damped.diagonal(dim1=-2, dim2=-1).add_(share.unsqueeze(-1))
+        cholesky, info = torch.linalg.cholesky_ex(damped)
+        found[label] = _Factor(share, cholesky, bool((info == 0).all()))
+    return found
+
+
+def _indefinite(pair: Mapping[str, _Factor]) -> str:
+    for label, factor in pair.items():
+        if not factor.definite:
+            return f"factor {label} plus {factor.damping.min().item():.3g} I is not positive definite"
+    return ""
+
+
+def _link(
+    factors: ChainFactors,
+    own: Mapping[str, _Factor],
+    after: Mapping[str, _Factor] | None,
+    place: int,
+    members: int,
+    seed: int,
+) -> Inversion:
+    """Makes one block's share from its damped factors and the next block's."""
+    A = _couple(factors.A, factors.A_next, own["A"], after["A"] if after else None, seed=seed, label="A")
+    G = _couple(factors.G, factors.G_next, own["G"], after["G"] if after else None, seed=seed, label="G")
+    link = ChainLink(
+        trace_A=trace(factors.A),
+        trace_G=trace(factors.G),
+        place=place,
+        members=members,
+        Psi_A=A.Psi,
+        Psi_G=G.Psi,
+        K_A=A.K,
+        s_A=A.s,
+        K_G=G.K,
+        s_G=G.s,
+        damping_A=own["A"].damping,
+        damping_G=own["G"].damping,
+    )
+    outcome = Outcome.worst(A.outcome, G.outcome)
+    return Inversion(preconditioner=link, outcome=outcome, diagnostics={**A.diagnostics, **G.diagnostics})
+
+
+def _couple(matrix: Tensor, cross: Tensor, own: _Factor, after: _Factor | None, *, seed: int, label: str) -> _Coupled:
+    """Finds Psi, K and s of one factor (see `KfacTridiagonal`); the last block of a chain has no Psi and s = 0."""
+    L = own.cholesky
+    if after is None:
+        Psi, s = cross, torch.zeros_like(L[..., 0])
+        K = torch.linalg.solve_triangular(L.mT, torch.eye(L.shape[-1]).to(L).expand_as(L), upper=True)
+        conditional = None
+    else:
+        Psi = torch.cholesky_solve(cross.mT, after.cholesky).mT
+        half = torch.linalg.solve_triangular(after.cholesky, cross.mT, upper=False)  # L'^{-1} A_next^T
+        M = torch.linalg.solve_triangular(L, half.mT, upper=False)
+        s, E = eigh_descending(M @ M.mT)
+        K = torch.linalg.solve_triangular(L.mT, E, upper=True)
+        conditional = half
+    probes = probes_like(matrix, None, seed=seed, label=label)
+    solution = K @ (K.mT @ probes)
+    residual = _relative(matrix @ solution + own.damping[:, None, None] * solution - probes, probes)
+    if conditional is not None:  # K^T C K = diag(s) too, where C = half^T half
+        turned = K.mT @ (conditional.mT @ (conditional @ (K @ probes)))
+        residual = max(residual, _relative(turned - s.unsqueeze(-1) * probes, probes))
+    # A second moment of both layers together has no correlation above 1; cross factors that weren't summed over the
+    # same examples can. And where s_A s_G nears 1, the quotient by 1 - s_A s_G would be made of rounding errors.
+    largest = s.max().item()
+    highest = 1 - torch.finfo(s.dtype).eps ** 0.5
+    return _Coupled(
+        Psi=Psi,
+        K=K,
+        s=s.clamp(0, highest),
+        outcome=Outcome.CLAMPED if largest > 1 + NEGATIVE_TOLERANCE else Outcome.DONE,
+        diagnostics={
+            f"residual_{label}": residual,
+            f"largest_correlation_{label}": max(largest, 0.0) ** 0.5,
+            f"rank_{label}": float(matrix.shape[-1]),
+        },
+    )
+
+
+def _relative(difference: Tensor, of: Tensor) -> float:
+    return (torch.linalg.matrix_norm(difference) / torch.linalg.matrix_norm(of)).max().item()

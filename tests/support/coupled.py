@@ -1,0 +1,87 @@
+"""A small chain of layers with the rows that it saw, and all second moments between its layers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kfdist.curvature.references import damping_shares
+from kfdist.curvature.references_coupled import cross_moments, joint_kronecker
+from kfdist.curvature.statistics import ChainFactors, CoarseFactors
+from tests.support.matrices import gaussian
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Moments A[i][j] and G[i][j] between all layers, by autograd, in float64."""
+
+    A: list[list[Tensor]]
+    G: list[list[Tensor]]
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        return [(1, len(self.G[i][i]), len(self.A[i][i])) for i in range(len(self.A))]
+
+    def gradients(self, *, seed: int = 7) -> list[Tensor]:
+        return [gaussian(*shape, seed=seed + place) for place, shape in enumerate(self.shapes)]
+
+    def chain_factors(self, dtype: torch.dtype = torch.float64) -> dict[str, ChainFactors]:
+        """The statistics of `kfac-tridiagonal`, one per layer."""
+        found = {}
+        for i in range(len(self.A)):
+            last = i + 1 == len(self.A)
+            found[f"layers.{i}"] = ChainFactors(
+                A=self.A[i][i][None].to(dtype),
+                G=self.G[i][i][None].to(dtype),
+                A_next=(self.A[i][i][:, :0] if last else self.A[i][i + 1])[None].to(dtype),
+                G_next=(self.G[i][i][:, :0] if last else self.G[i][i + 1])[None].to(dtype),
+            )
+        return found
+
+    def coarse_factors(self, dtype: torch.dtype = torch.float64) -> dict[str, CoarseFactors]:
+        """The statistics of `two-level`, one per layer."""
+        return {
+            f"layers.{i}": CoarseFactors(
+                A=self.A[i][i][None].to(dtype),
+                G=self.G[i][i][None].to(dtype),
+                a_cross=torch.stack([each.sum() for each in self.A[i]]).to(dtype),
+                g_cross=torch.stack([each.sum() for each in self.G[i]]).to(dtype),
+            )
+            for i in range(len(self.A))
+        }
+
+    def fisher(self) -> list[list[Tensor]]:
+        """Blocks of the undamped matrix over all layers."""
+        return joint_kronecker(self.A, self.G)
+
+    def damped_fisher(self, damping: float) -> list[list[Tensor]]:
+        """The same with the factors on the diagonal damped by the rule "pi"."""
+        A, G = [list(row) for row in self.A], [list(row) for row in self.G]
+        for i in range(len(A)):
+            shares = damping_shares(A[i][i][None], G[i][i][None], rule="pi", damping=damping)
+            A[i][i] = A[i][i] + shares[0] * torch.eye(len(A[i][i]), dtype=torch.float64)
+            G[i][i] = G[i][i] + shares[1] * torch.eye(len(G[i][i]), dtype=torch.float64)
+        return joint_kronecker(A, G)
+
+
+def small_chain(widths: tuple[int, ...] = (5, 4, 3, 2), *, examples: int = 40, without_bias: int = 1) -> Chain:
+    """Runs a multilayer perceptron on random data and takes the rows that each layer sees.
+
+    Args:
+        widths: Of the input and each layer's output.
+        examples: N.
+        without_bias: The layer that has no bias, so that chains mix both kinds.
+    """
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(d_in, d_out, bias=place != without_bias, dtype=torch.float64)
+        for place, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+    ]
+    x, inputs, outputs = gaussian(examples, widths[0], seed=1), [], []
+    for layer in layers:
+        ones = torch.ones(examples, 0 if layer.bias is None else 1, dtype=torch.float64)
+        inputs.append(torch.cat([x, ones], dim=1).detach())
+        outputs.append(layer(x))
+        x = torch.tanh(outputs[-1])
+    loss = (outputs[-1] - gaussian(examples, widths[-1], seed=2)).square().sum()  # a sum: rows of per-example losses
+    return Chain(cross_moments(inputs), cross_moments(torch.autograd.grad(loss, outputs)))
