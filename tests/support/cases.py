@@ -21,6 +21,7 @@ from kfdist.curvature.references import (
 )
 from kfdist.curvature.statistics import KroneckerFactors
 from tests.support.matrices import BAD, GOOD
+from tests.support.samples import pairs_of
 
 Reference = Callable[[KroneckerFactors, float, Tensor], Tensor]
 
@@ -148,4 +149,14 @@ CASES = [
         spectra=WITH_GAP,
         indefinite=Outcome.DONE,
     ),
+    InverterCase(name="seng", reference=joint(), statistics=pairs_of, bad=()),
+    InverterCase(name="seng", settings={"form": "implicit"}, reference=joint(), statistics=pairs_of, bad=()),
+    InverterCase(
+        name="seng",
+        settings={"form": "implicit", "column_sample_size": 12},
+        reference=joint(),
+        statistics=pairs_of,
+        bad=(),
+    ),
+    InverterCase(name="seng", settings={"aggregate": "local-average"}, reference=joint(), statistics=pairs_of, bad=()),
 ]

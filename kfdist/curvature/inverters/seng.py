@@ -124,14 +124,14 @@ class Seng(AbstractInverter):
         return Inversion(preconditioner=made, diagnostics=diagnostics)
 
     def cost(self, shape: BlockShape) -> float:
-        """Estimates the Gram matrix, its decomposition and, in the explicit form, the rotated gradients."""
+        """Estimates the Gram matrix, its decomposition, the trace and, in the explicit form, the rotated gradients."""
         n, p, q = self.examples, shape.d_out, shape.d_in
         columns = (self.columns or 1) if shape.convolution else 1
         if self._explicit(p * q):
             flops = 2.0 * n * p * q * columns + 2.0 * n * n * (self._sampled(p, q) + p * q)
         else:
             k = self.column_sample_size or p + q
-            flops = 2.0 * (n * columns) ** 2 * (min(k, p) + min(k, q))
+            flops = 2.0 * (n * columns) ** 2 * (min(k, p) + min(k, q)) + 2.0 * n * columns**2 * (p + q)
         return shape.groups * (flops + EIGH_FLOPS * n**3)
 
     def _explicit(self, entries: int) -> bool:

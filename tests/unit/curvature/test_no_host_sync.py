@@ -41,8 +41,8 @@ def test_statistics(layer: nn.Module, activation: tuple[int, ...], output: tuple
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_application(case: InverterCase) -> None:
-    factors = make_factors("decaying", torch.float32)
-    made = invert_with_ladder(case.make(), factors, damping=DAMPING, previous={}, seed=0).preconditioner
+    statistics = case.statistics(make_factors("decaying", torch.float32))
+    made = invert_with_ladder(case.make(), statistics, damping=DAMPING, previous={}, seed=0).preconditioner
     assert made is not None
     mode = FakeTensorMode()
     fake = with_tensors(made, {name: mode.from_tensor(tensor) for name, tensor in tensor_fields(made).items()})
