@@ -22,12 +22,9 @@ def per_example_gradients(block: Block, losses: Tensor) -> Tensor:
     Returns:
         `[N, c, p, q]` in float64, bias last.
     """
-    c, p, q = block.shape.groups, block.shape.d_out, block.shape.d_in
-    gradients = []
-    for loss in losses:
-        parts = torch.autograd.grad(loss, block.parameters(), retain_graph=True)
-        gradients.append(torch.cat([part.reshape(c, p, -1) for part in parts], dim=-1))
-    return torch.stack(gradients).double().reshape(-1, c, p, q)
+    shape = block.shape
+    gradients = [block.to_matrix(torch.autograd.grad(loss, block.parameters(), retain_graph=True)) for loss in losses]
+    return torch.stack(gradients).double().reshape(-1, shape.groups, shape.d_out, shape.d_in)
 
 
 def empirical_fisher(gradients: Tensor) -> Tensor:

@@ -19,19 +19,23 @@ from kfdist.curvature.records import symmetric_field
 
 @dataclass(frozen=True)
 class FactorSums:
-    """Plain sums over the rows of one call of a layer, in float32 at least.
+    """Plain sums over the rows of one call of a layer, in float32 at least; those not asked for have no elements.
 
     Where positions were sub-sampled, the sums are scaled to estimate those over all rows without bias, and `rows`
     counts all rows: nobody downstream has to know.
 
     Attributes:
-        A: Sum of a a^T, `[c, q, q]`.
-        G: Sum of g g^T for g exactly as autograd gave it, `[c, p, p]`.
+        A: Sum of a a^T, `[c, q, q]`; `[c, 0, 0]` if not asked for.
+        G: Sum of g g^T for g exactly as autograd gave it, `[c, p, p]`; `[c, 0, 0]` if not asked for.
+        a: Sum of the rows a, homogeneous coordinate last, `[c, q]`; `[c, 0]` if not asked for.
+        g: Sum of the rows g, `[c, p]`; `[c, 0]` if not asked for.
         rows: Examples times positions.
     """
 
     A: Tensor
     G: Tensor
+    a: Tensor
+    g: Tensor
     rows: int
 
 

@@ -1,25 +1,46 @@
 """What each kind of layer contributes to the curvature. `BLOCKS` is the only table of supported layers."""
 
+from collections.abc import Callable
+from typing import Any, get_args
+
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfdist.curvature.blocks.base import Block as Block
-from kfdist.curvature.blocks.conv2d import Conv2dBlock
+from kfdist.curvature.blocks.base import Sharing as Sharing
+from kfdist.curvature.blocks.conv import ConvBlock, ConvTransposeBlock
 from kfdist.curvature.blocks.linear import LinearBlock
+from kfdist.errors import ConfigError
+from kfdist.types import BlockName
 
-BLOCKS: dict[type[nn.Module], type[LinearBlock] | type[Conv2dBlock]] = {nn.Linear: LinearBlock, nn.Conv2d: Conv2dBlock}
+BLOCKS: dict[type[nn.Module], Callable[[BlockName, Any], Block]] = {
+    nn.Linear: LinearBlock,
+    nn.Conv1d: ConvBlock,
+    nn.Conv2d: ConvBlock,
+    nn.Conv3d: ConvBlock,
+    nn.ConvTranspose1d: ConvTransposeBlock,
+    nn.ConvTranspose2d: ConvTransposeBlock,
+    nn.ConvTranspose3d: ConvTransposeBlock,
+}
 
 
-def make_block(name: str, module: nn.Module) -> Block | str:
+def make_block(name: str, module: nn.Module, sharing: Sharing = "expand") -> Block | str:
     """Makes the block of a layer.
 
     Args:
         name: Dotted module name.
         module: The layer.
+        sharing: How the positions of a sequence enter the factors of a `Linear` (see `LinearBlock`). Convolutions
+            always expand: that is KFC.
 
     Returns:
         The block, or one sentence that says why the layer has none: its parameters then keep their plain gradients.
+
+    Raises:
+        ConfigError: `sharing` is neither "expand" nor "reduce".
     """
+    if sharing not in get_args(Sharing):
+        raise ConfigError(f"is {sharing!r}, must be one of {', '.join(map(repr, get_args(Sharing)))}", path="sharing")
     kind = type(module).__name__
     base = next((known for known in BLOCKS if isinstance(module, known)), None)
     if base is None:
@@ -27,7 +48,9 @@ def make_block(name: str, module: nn.Module) -> Block | str:
     reason = _reason_against(module, base)
     if reason:
         return f"{kind}: {reason}"
-    return BLOCKS[base](name, module)  # type: ignore[arg-type]  # `base` is its key
+    if isinstance(module, nn.Linear):
+        return LinearBlock(name, module, sharing)
+    return BLOCKS[base](name, module)
 
 
 def _reason_against(module: nn.Module, base: type[nn.Module]) -> str:

@@ -1,43 +1,65 @@
 """What a layer contributes to the curvature, whatever its kind."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from kfdist.curvature.blocks.rows import (
+    RowSums,
+    accumulation_dtype,
+    draw_positions,
+    lay_out,
+    tiles,
+    with_homogeneous,
+)
 from kfdist.curvature.statistics import FactorSums
 from kfdist.types import BlockName, BlockShape
 
-TILE_BYTES = 32 << 20
-"""Rows held at once, in bytes. The patches of a whole batch of images can be a hundred times the images; a tile of this
-size is large enough that the matrix product dominates its overhead, and small beside the activations of any model that
-needs tiling."""
+Sharing = Literal["expand", "reduce"]
+"""How the positions of a sequence enter the factors of a fully connected layer (arXiv 2311.00636)."""
+
+SUMS = frozenset({"A", "G", "a", "g"})
+"""Names of the sums of a call, as in `FactorSums`."""
 
 
 class Block(ABC):
     """One layer's diagonal block: turns what the layer saw into statistics, and reads and writes its gradients.
 
+    A block sees its layer as y_t = W a_t at every position t, with W `[c, p, q]`, a_t the row that the weight meets
+    there and a homogeneous coordinate for the bias; so example i's gradient is sum_t g_it a_it^T.
+
     Attributes:
         name: Dotted module name.
         module: The layer.
         shape: Of its gradient, as c matrices [p, q].
-        has_bias: Whether the bias is part of the block, as the homogeneous coordinate.
     """
 
     shape: BlockShape
 
-    def __init__(self, name: BlockName, module: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, name: BlockName, module: nn.Module) -> None:
         weight, bias = module.weight, module.bias
         assert isinstance(weight, nn.Parameter), "make_block lets no other weight through"
         self.name = name
-        self.module: nn.Module = module
+        self.module = module
         self._weight = weight
         self._bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
+        self._made_with = [parameter.shape for parameter in self.parameters()]
 
     @property
     def has_bias(self) -> bool:
-        """Whether the bias is part of the block; a frozen bias isn't."""
+        """Whether the bias is part of the block, as the homogeneous coordinate; a frozen bias isn't."""
         return self._bias is not None
+
+    @property
+    def resized(self) -> bool:
+        """Whether a parameter has another shape than when the block was made."""
+        return [parameter.shape for parameter in self.parameters()] != self._made_with
+
+    # What the layer saw ----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,76 +70,197 @@ class Block(ABC):
             output_gradient: Gradient with respect to its output.
 
         Returns:
-            Both, detached, as `input_rows` and `output_rows` take them; slices of them along dim 0 are taken too.
+            Both, detached; slices of them along dim 0 are taken by all other methods, and by this one again.
 
         Raises:
             ValueError: Shapes that don't belong to this layer or to each other.
         """
 
     @abstractmethod
-    def positions(self, activation: Tensor) -> int:
-        """Returns at how many positions T the weight is used in each example of a batched activation."""
-
-    @abstractmethod
-    def input_rows(self, activation: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Lays a batched activation out as rows a, without the homogeneous coordinate.
+    def positions(self, activation: Tensor, output_gradient: Tensor | None = None) -> int:
+        """Returns how many rows T each example of a batched activation has in the factors.
 
         Args:
             activation: From `batched`.
-            chosen: Positions to take, int64 on the same device; None for all.
+            output_gradient: From `batched`; needed only where the layer's settings leave the output's size open (a
+                transposed convolution called with `output_size`).
+        """
 
-        Returns:
-            `[c, N T, q]`, example by example, in the activation's dtype.
+    def pooled(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns batched tensors as the factors see them; only `reduce` changes them."""
+        return activation, output_gradient
+
+    @abstractmethod
+    def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
+        """Returns what `input_windows` are cut from: a batched activation with what the layer adds around its values.
+
+        Args:
+            activation: From `batched` or `pooled`.
+            output_gradient: Likewise; its shape tells the output's size.
         """
 
     @abstractmethod
-    def output_rows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Lays a batched output gradient out as rows g, `[c, N T, p]`, in the order of `input_rows`."""
+    def padded_elements(self, output_gradient: Tensor) -> int:
+        """Returns the elements that `padded` adds per example, for the bound on memory; 0 where it copies nothing."""
+
+    @abstractmethod
+    def input_windows(self, padded: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Shows the rows a, without the homogeneous coordinate.
+
+        Args:
+            padded: From `padded`.
+            chosen: Positions to take, int64 on the same device; None for all.
+
+        Returns:
+            `[c, N, *positions, *features]`, features in the order of a matrix's columns; a view where nothing is
+            chosen. The number of feature dimensions is `input_features`.
+        """
+
+    @abstractmethod
+    def output_windows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Shows the rows g, `[c, N, *positions, p]`, in the order of `input_windows`."""
+
+    @property
+    def input_features(self) -> int:
+        """How many trailing dimensions of `input_windows` are features."""
+        return 1
+
+    # Statistics ------------------------------------------------------------------------------------------------------
 
     def factor_sums(
-        self, activation: Tensor, output_gradient: Tensor, *, positions_fraction: float = 1.0, seed: int = 0
+        self,
+        activation: Tensor,
+        output_gradient: Tensor,
+        *,
+        positions_fraction: float = 1.0,
+        most_positions: int | None = None,
+        seed: int = 0,
+        wanted: frozenset[str] = SUMS,
     ) -> FactorSums:
-        """Sums a a^T and g g^T over the rows of one call of the layer, without a host sync.
+        """Sums a a^T, g g^T, a and g over the rows of one call of the layer, without a host sync.
 
-        Products are taken in float32, in float64 for float64 input, also under autocast. Memory is bounded by
-        `TILE_BYTES` (or one example, if that is larger).
+        Products are taken in float32, in float64 for float64 input, also under autocast. Rows are laid out in tiles of
+        at most `rows.TILE_BYTES` (one position's row, if that is larger), and only for the sums of products; a tile
+        also holds the padded inputs of its examples, of one example at least.
 
         Args:
             activation: The layer's input, examples first.
             output_gradient: Gradient of the loss with respect to the layer's output, examples first; not scaled here.
             positions_fraction: Share of the positions to use, in (0, 1]; drawn without replacement, the same ones for
                 every example, and at least one. The sums are scaled so that their expectation is that of all positions.
+            most_positions: Use no more positions than this, at least 1; the smaller of both numbers decides.
             seed: Seed of that draw; the same seed draws the same positions in any process and on any device.
+            wanted: Which of "A", "G", "a" and "g" to compute; the others have no elements.
 
         Raises:
-            ValueError: Shapes that don't belong to this layer or to each other, or a fraction outside (0, 1].
+            ValueError: Shapes that don't belong to this layer or to each other, a fraction outside (0, 1], or an
+                unknown name in `wanted`.
         """
-        a, g = self.batched(activation, output_gradient)
-        positions = self.positions(a)
-        chosen = draw_positions(positions, positions_fraction, seed)
+        if not wanted <= SUMS:
+            raise ValueError(f"wanted is {sorted(wanted)}, must be some of {sorted(SUMS)}")
+        a, g = self.pooled(*self.batched(activation, output_gradient))
+        positions = _count(self.output_windows(g[:0]))
+        chosen = draw_positions(positions, positions_fraction, seed, most_positions)
         used = positions if chosen is None else len(chosen)
         if chosen is not None:
             chosen = chosen.to(a.device, non_blocking=True)
         c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in - self.has_bias
-        A = a.new_zeros(c, q, q, dtype=accumulation_dtype(a))
-        G = g.new_zeros(c, p, p, dtype=accumulation_dtype(g))
-        sums = a.new_zeros(c, q, dtype=A.dtype)
-        tile = max(1, TILE_BYTES // max(1, c * used * (p + q) * A.dtype.itemsize))
-        for start in range(0, len(a), tile):
-            rows = self.input_rows(a[start : start + tile], chosen).to(A.dtype)
-            A.baddbmm_(rows.mT, rows)  # in place: autocast leaves such products alone
-            sums += rows.sum(1)
-            rows = self.output_rows(g[start : start + tile], chosen).to(G.dtype)
-            G.baddbmm_(rows.mT, rows)
+        inputs = RowSums(a, (c, q), second="A" in wanted, first="a" in wanted or ("A" in wanted and self.has_bias))
+        outputs = RowSums(g, (c, p), second="G" in wanted, first="g" in wanted)
+        itemsize = accumulation_dtype(a).itemsize
+        plan = tiles(
+            len(a),
+            positions,
+            chosen,
+            row_bytes=c * (q * inputs.lays_out(chosen) + p * outputs.lays_out(chosen)) * itemsize,
+            example_bytes=self.padded_elements(g) * a.dtype.itemsize * inputs.wanted,
+            device=a.device,
+        )
+        for examples, pieces in plan:
+            padded = self.padded(a[examples], g[examples]) if inputs.wanted else a
+            for piece in pieces:
+                if inputs.wanted:
+                    inputs.add(self.input_windows(padded, piece), self.input_features)
+                if outputs.wanted:
+                    outputs.add(self.output_windows(g[examples], piece), 1)
         if chosen is not None:
-            for estimate in (A, G, sums):
-                estimate.mul_(positions / used)
-        rows_in_all = len(a) * positions
-        return FactorSums(A=with_homogeneous(A, sums, rows_in_all) if self.has_bias else A, G=G, rows=rows_in_all)
+            inputs.scale(positions / used)
+            outputs.scale(positions / used)
+        return self._named(inputs, outputs, rows=len(a) * positions, wanted=wanted)
+
+    def example_rows(
+        self, activation: Tensor, output_gradient: Tensor, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Lays out single examples' rows: example i's gradient of the block is sum_t g_it a_it^T, whatever the sharing.
+
+        Not tiled: rows of all positions of the chosen examples are held, T q numbers an example.
+
+        Args:
+            activation: The layer's input, examples first.
+            output_gradient: Gradient of the loss with respect to its output; not scaled here.
+            chosen: Examples to take, int64 `[n]` on the same device; None for all.
+
+        Returns:
+            a `[c, n, T, q]`, homogeneous coordinate last, and g `[c, n, T, p]`, in float64 for float64 input, else in
+            float32.
+
+        Raises:
+            ValueError: Shapes that don't belong to this layer or to each other.
+        """
+        return self._laid_out(*self.batched(activation, output_gradient), chosen)
+
+    def factor_rows(
+        self, activation: Tensor, output_gradient: Tensor, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Lays out single examples' rows as the factors see them: A and G of `factor_sums` are sums over these rows.
+
+        The same as `example_rows` but for sharing by `reduce`, where T is 1; see there for arguments and results.
+        """
+        return self._laid_out(*self.pooled(*self.batched(activation, output_gradient)), chosen)
+
+    def _laid_out(self, a: Tensor, g: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
+        if chosen is not None:
+            a, g = a.index_select(0, chosen), g.index_select(0, chosen)
+        c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in
+        shape = (c, len(a), _count(self.output_windows(g[:0])))
+        windows = self.input_windows(self.padded(a, g))
+        rows = lay_out(windows, self.input_features, accumulation_dtype(a)).reshape(*shape, q - self.has_bias)
+        if self.has_bias:
+            rows = F.pad(rows, (0, 1), value=1.0)
+        return rows, lay_out(self.output_windows(g), 1, accumulation_dtype(g)).reshape(*shape, p)
+
+    def _named(self, inputs: RowSums, outputs: RowSums, *, rows: int, wanted: frozenset[str]) -> FactorSums:
+        """Gives sums their names, with the homogeneous coordinate and, for those not wanted, without elements."""
+        A, a = inputs.second, inputs.first
+        if self.has_bias and a is not None:
+            A = None if A is None else with_homogeneous(A, a, rows)
+            a = torch.cat([a, a.new_full((len(a), 1), rows)], dim=-1)
+        return FactorSums(
+            A=inputs.none(2) if A is None else A,
+            G=outputs.none(2) if outputs.second is None else outputs.second,
+            a=inputs.none(1) if a is None or "a" not in wanted else a,
+            g=outputs.none(1) if outputs.first is None else outputs.first,
+            rows=rows,
+        )
+
+    # Gradients -------------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters of the block: the weight and, if it is part of the block, the bias."""
         return [self._weight] if self._bias is None else [self._weight, self._bias]
+
+    def to_matrix(self, parts: Sequence[Tensor]) -> Tensor:
+        """Brings tensors shaped like `parameters()` (gradients, directions) to the block's `[c, p, q]`, bias last."""
+        c, p = self.shape.groups, self.shape.d_out
+        columns = [self._weight_matrix(parts[0])]
+        columns.extend(part.reshape(c, p, 1) for part in parts[1:])
+        return torch.cat(columns, dim=-1)
+
+    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
+        """Returns what `to_matrix` made `[c, p, q]` of: tensors shaped like `parameters()`, views where possible."""
+        if self._bias is None:
+            return [self._weight_of(matrix)]
+        return [self._weight_of(matrix[..., :-1]), matrix[..., -1].reshape(self._bias.shape)]
 
     def gradient(self) -> Tensor:
         """Returns the layer's gradient V as a fresh `[c, p, q]`, bias last, in float32 at least.
@@ -125,11 +268,7 @@ class Block(ABC):
         Raises:
             ValueError: A parameter of the block has no gradient.
         """
-        c, p = self.shape.groups, self.shape.d_out
-        parts = [_gradient_of(self.name, "weight", self._weight).reshape(c, p, -1)]
-        if self._bias is not None:
-            parts.append(_gradient_of(self.name, "bias", self._bias).reshape(c, p, 1))
-        joined = torch.cat(parts, dim=-1)
+        joined = self.to_matrix(self._gradients())
         return joined.to(torch.promote_types(joined.dtype, torch.float32))
 
     def write_gradient(self, direction: Tensor) -> None:
@@ -144,63 +283,28 @@ class Block(ABC):
         expected = (self.shape.groups, self.shape.d_out, self.shape.d_in)
         if tuple(direction.shape) != expected:
             raise ValueError(f"block {self.name}: direction has shape {tuple(direction.shape)}, must be {expected}")
-        weight_gradient = _gradient_of(self.name, "weight", self._weight)
-        if self._bias is not None:
-            bias_gradient = _gradient_of(self.name, "bias", self._bias)
-            bias_gradient.copy_(direction[..., -1].reshape(bias_gradient.shape))
-            direction = direction[..., :-1]
-        weight_gradient.copy_(direction.reshape(weight_gradient.shape))
+        for gradient, part in zip(self._gradients(), self.from_matrix(direction), strict=True):
+            gradient.copy_(part)
+
+    def _weight_matrix(self, weight: Tensor) -> Tensor:
+        """Returns a tensor shaped like the weight as `[c, p, q]` without the bias."""
+        return weight.reshape(self.shape.groups, self.shape.d_out, -1)
+
+    def _weight_of(self, matrix: Tensor) -> Tensor:
+        """Undoes `_weight_matrix`."""
+        return matrix.reshape(self._weight.shape)
+
+    def _gradients(self) -> list[Tensor]:
+        found = []
+        for label, parameter in zip(("weight", "bias"), self.parameters(), strict=False):
+            if parameter.grad is None:
+                raise ValueError(
+                    f"block {self.name}: its {label} has no gradient; call backward() before the preconditioner's step"
+                )
+            found.append(parameter.grad.detach())
+        return found
 
 
-def _gradient_of(block: BlockName, name: str, parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        raise ValueError(f"block {block}: its {name} has no gradient; call backward() before the preconditioner's step")
-    return parameter.grad.detach()
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Returns the dtype for products of `tensor`: float64 stays, everything else becomes float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def draw_positions(positions: int, fraction: float, seed: int) -> Tensor | None:
-    """Draws a share of the positions 0..T-1 uniformly without replacement.
-
-    Args:
-        positions: Number of positions T.
-        fraction: Share in (0, 1]; at least one position is drawn.
-        seed: Seeds a generator of its own on the CPU.
-
-    Returns:
-        Sorted positions as int64 `[T']` on the CPU, or None for all of them.
-
-    Raises:
-        ValueError: `fraction` is outside (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"positions_fraction is {fraction}, must be in (0, 1]")
-    count = max(1, round(fraction * positions))
-    if count >= positions:
-        return None
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randperm(positions, generator=generator)[:count].sort().values
-
-
-def with_homogeneous(second_moment: Tensor, sums: Tensor, rows: int) -> Tensor:
-    """Borders a sum of a a^T with the homogeneous coordinate, as if every row a ended in a 1.
-
-    Args:
-        second_moment: `[c, d, d]`.
-        sums: Sum of the rows, `[c, d]`.
-        rows: Number of rows.
-
-    Returns:
-        `[c, d + 1, d + 1]`.
-    """
-    c, d, _ = second_moment.shape
-    bordered = second_moment.new_empty(c, d + 1, d + 1)
-    bordered[:, :d, :d] = second_moment
-    bordered[:, :d, d] = sums
-    bordered[:, d, :d] = sums
-    bordered[:, d, d].fill_(rows)
-    return bordered
+def _count(output_windows: Tensor) -> int:
+    """Returns T of output windows `[c, n, *positions, p]`."""
+    return output_windows.shape[2:-1].numel()

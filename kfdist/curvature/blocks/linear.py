@@ -1,8 +1,9 @@
-"""Fully connected layers (K-FAC, Martens & Grosse, arXiv 1503.05671; sequences by expand, arXiv 2311.00636)."""
+"""Fully connected layers (K-FAC, Martens & Grosse, arXiv 1503.05671), also over sequences (arXiv 2311.00636)."""
 
 from torch import Tensor, nn
 
-from kfdist.curvature.blocks.base import Block
+from kfdist.curvature.blocks.base import Block, Sharing
+from kfdist.curvature.blocks.rows import accumulation_dtype
 from kfdist.types import BlockName, BlockShape
 
 
@@ -10,11 +11,17 @@ class LinearBlock(Block):
     """Block of an `nn.Linear` on inputs `[N, ..., d]`; the dimensions between are positions that share the weight.
 
     A single example without its dimension, `[d]`, is taken as N = 1.
+
+    `sharing` says how T positions enter the factors (algorithms.md 7.9). `expand`: each one is a row of its own, right
+    where every position has a loss of its own. `reduce`: an example has one row, the mean of its a and the sum of its
+    g, right where positions are pooled before the loss, and cheaper; all positions are used then, since a sample of
+    them would be no unbiased estimate. Gradients and the rows of single examples are the same either way.
     """
 
-    def __init__(self, name: BlockName, module: nn.Linear) -> None:
+    def __init__(self, name: BlockName, module: nn.Linear, sharing: Sharing = "expand") -> None:
         super().__init__(name, module)
         self.shape = BlockShape(d_out=module.out_features, d_in=module.in_features + self.has_bias)
+        self._reduces = sharing == "reduce"
 
     def batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Returns both as `[N, T, features]`; see `Block.batched`."""
@@ -27,17 +34,35 @@ class LinearBlock(Block):
             )
         return a, g
 
-    def positions(self, activation: Tensor) -> int:
-        """Returns T of `[N, T, features]`."""
-        return activation.shape[1]
+    def positions(self, activation: Tensor, output_gradient: Tensor | None = None) -> int:
+        """Returns T of `[N, T, features]`; 1 under `reduce`."""
+        del output_gradient
+        return 1 if self._reduces else activation.shape[1]
 
-    def input_rows(self, activation: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Returns `[1, N T, features]`; see `Block.input_rows`."""
-        return _rows(activation, chosen)
+    def pooled(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Under `reduce`, returns the mean of a and the sum of g over the positions, `[N, 1, features]`."""
+        if not self._reduces:
+            return activation, output_gradient
+        a = activation.sum(1, keepdim=True, dtype=accumulation_dtype(activation)) / max(1, activation.shape[1])
+        return a, output_gradient.sum(1, keepdim=True, dtype=accumulation_dtype(output_gradient))
 
-    def output_rows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Returns `[1, N T, features]`; see `Block.output_rows`."""
-        return _rows(output_gradient, chosen)
+    def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
+        """Returns the activation: nothing is added to it."""
+        del output_gradient
+        return activation
+
+    def padded_elements(self, output_gradient: Tensor) -> int:
+        """Returns 0."""
+        del output_gradient
+        return 0
+
+    def input_windows(self, padded: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Returns `[1, N, T, features]`; see `Block.input_windows`."""
+        return _windows(padded, chosen)
+
+    def output_windows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Returns `[1, N, T, features]`; see `Block.output_windows`."""
+        return _windows(output_gradient, chosen)
 
     def _with_positions(self, tensor: Tensor, features: int, what: str) -> Tensor:
         if tensor.dim() == 0 or tensor.shape[-1] != features:
@@ -53,7 +78,7 @@ class LinearBlock(Block):
         return tensor.flatten(1, -2)
 
 
-def _rows(tensor: Tensor, chosen: Tensor | None) -> Tensor:
+def _windows(tensor: Tensor, chosen: Tensor | None) -> Tensor:
     if chosen is not None:
         tensor = tensor.index_select(1, chosen)
-    return tensor.flatten(0, 1).unsqueeze(0)
+    return tensor.unsqueeze(0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kfdist.curvature.blocks import Block, make_block
-from kfdist.curvature.blocks.base import draw_positions
+from kfdist.curvature.blocks.rows import draw_positions
 from tests.support.matrices import gaussian, relative_error
 
 TOLERANCE = 1e-12
@@ -76,6 +76,30 @@ def test_convolutions_sample_the_same_way() -> None:
     assert set(by_draw) == {0, 1, 2, 3}
     assert relative_error(sum(s.A for s in by_draw.values()) / 4, whole.A) < TOLERANCE  # type: ignore[arg-type]
     assert relative_error(sum(s.G for s in by_draw.values()) / 4, whole.G) < TOLERANCE  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("fraction", "most", "used"), [(1.0, 3, 3), (0.5, 3, 2), (0.75, 2, 2), (1.0, 9, 4)])
+def test_the_smaller_budget_of_positions_decides(fraction: float, most: int, used: int) -> None:
+    """With every row of a the same, T/T' times their sum over T' positions is the sum over all T."""
+    drawn = draw_positions(4, fraction, 0, most)
+    assert (4 if drawn is None else len(drawn)) == used
+    _, block = linear()
+    a, g = torch.ones(6, 4, 5).double(), gaussian(6, 4, 3, seed=2)
+    sums = block.factor_sums(a, g, positions_fraction=fraction, most_positions=most, seed=0)
+    assert sums.rows == 24
+    kept = g if drawn is None else g[:, drawn]
+    torch.testing.assert_close(sums.A, torch.full((1, 6, 6), 24.0).double(), rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(sums.a, torch.full((1, 6), 24.0).double(), rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(sums.g[0], kept.sum((0, 1)) * 4 / used, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(
+        sums.G[0], torch.einsum("ntp,ntr->pr", kept, kept) * 4 / used, rtol=TOLERANCE, atol=TOLERANCE
+    )
+
+
+def test_an_empty_budget_of_positions_is_refused() -> None:
+    _, block = linear()
+    with pytest.raises(ValueError, match="most_positions is 0, must be at least 1"):
+        block.factor_sums(torch.zeros(2, 5), torch.zeros(2, 3), most_positions=0)
 
 
 def test_draws_depend_on_the_seed_alone() -> None:

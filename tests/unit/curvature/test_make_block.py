@@ -6,12 +6,18 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from kfdist.curvature.blocks import Block, make_block
+from kfdist.errors import ConfigError
 from kfdist.types import BlockShape
 
 
 class Doubled(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(input)
+
+
+class UpsideDown(nn.ConvTranspose2d):
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        return super().forward(input, output_size).flip(-2)
 
 
 class Renamed(nn.Linear):
@@ -27,12 +33,13 @@ def frozen(layer: nn.Module, *names: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (nn.BatchNorm2d(3), "BatchNorm2d has no block; supported are Linear, Conv2d"),
+        (nn.BatchNorm2d(3), "BatchNorm2d has no block; supported are Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d"),
         (nn.Embedding(3, 4), "Embedding has no block"),
-        (nn.Conv1d(3, 4, 2), "Conv1d has no block"),
         (nn.ReLU(), "ReLU has no block"),
         (nn.LazyLinear(4), "run one forward pass first"),
         (nn.LazyConv2d(4, 3), "run one forward pass first"),
+        (nn.LazyConvTranspose1d(4, 3), "run one forward pass first"),
+        (UpsideDown(3, 4, 2), "UpsideDown: it replaces ConvTranspose2d.forward"),
         (Doubled(3, 4), "Doubled: it replaces Linear.forward"),
         (nn.MultiheadAttention(4, 2).out_proj, "attention uses its weight without calling it"),
         (parametrizations.weight_norm(nn.Linear(3, 4)), "its weight is computed"),
@@ -63,6 +70,22 @@ def test_a_frozen_bias_is_left_out_of_the_block() -> None:
     block = make_block("conv", layer)
     assert isinstance(block, Block)
     assert not block.has_bias
-    assert block.shape == BlockShape(d_out=3, d_in=18, groups=2)
+    assert block.shape == BlockShape(d_out=3, d_in=18, groups=2, convolution=True)
     assert len(block.parameters()) == 1
     assert block.factor_sums(torch.ones(1, 4, 3, 3), torch.ones(1, 6, 1, 1)).A.shape == (2, 18, 18)
+
+
+def test_an_unknown_sharing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sharing: is 'pool', must be one of 'expand', 'reduce'"):
+        make_block("fc", nn.Linear(3, 4), "pool")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(2, 4, 3), nn.ConvTranspose2d(4, 2, 3, stride=2, groups=2)])
+def test_a_resized_layer_is_noticed(layer: nn.Module) -> None:
+    block = make_block("conv", layer)
+    assert isinstance(block, Block)
+    assert not block.resized
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    weight.data = weight.data[:1]
+    assert block.resized

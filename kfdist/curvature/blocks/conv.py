@@ -1,0 +1,211 @@
+"""Convolutions over one to three dimensions (KFC, Grosse & Martens, arXiv 1602.01407; algorithms.md 2).
+
+A convolution is a fully connected layer on patches: q = channels x kernel size, in the order of the flattened weight,
+plus the homogeneous coordinate. Stride, padding and dilation enter only through the patches; padded values count as
+inputs. Each group is a matrix of its own.
+"""
+
+import math
+from abc import abstractmethod
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from kfdist.curvature.blocks.base import Block
+from kfdist.types import BlockName, BlockShape
+
+Sizes = tuple[int, ...]
+"""One number per spatial dimension."""
+
+
+class AbstractConvBlock(Block):
+    """What blocks of all convolutions have in common: inputs `[N, C, *spatial]`, `[C, *spatial]` taken as N = 1.
+
+    A subclass says how the layer's input becomes the padded input of a plain convolution with `_stride`.
+    """
+
+    def __init__(self, name: BlockName, module: _ConvNd, stride: Sizes) -> None:
+        super().__init__(name, module)
+        self._conv = module
+        self._dims = len(module.kernel_size)
+        self._stride = stride
+        patch = module.in_channels // module.groups * math.prod(module.kernel_size)
+        self.shape = BlockShape(
+            d_out=module.out_channels // module.groups,
+            d_in=patch + self.has_bias,
+            groups=module.groups,
+            convolution=True,
+        )
+        # How far a patch reaches: the kernel with the gaps of its dilation.
+        sizes = zip(module.dilation, module.kernel_size, strict=True)
+        self._reach = tuple(dilation * (size - 1) + 1 for dilation, size in sizes)
+
+    @abstractmethod
+    def _output_size(self, spatial: Sizes, found: Sizes) -> Sizes:
+        """Returns the outputs' size for inputs of size `spatial`; `found` itself where the layer leaves it room."""
+
+    def batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns both as `[N, C, *spatial]`; see `Block.batched`."""
+        images, g = activation.detach(), output_gradient.detach()
+        if images.dim() == g.dim() == self._dims + 1:
+            images, g = images.unsqueeze(0), g.unsqueeze(0)
+        if images.dim() != self._dims + 2 or images.shape[1] != self._conv.in_channels:
+            letters = ", ".join("DHW"[3 - self._dims :])
+            raise ValueError(
+                f"block {self.name}: activation has shape {tuple(activation.shape)}, must be "
+                f"[N, {self._conv.in_channels}, {letters}]; was the layer replaced or resized?"
+            )
+        spatial = self._output_size(tuple(images.shape[2:]), tuple(g.shape[2:]))
+        expected = (len(images), self._conv.out_channels, *spatial)
+        if tuple(g.shape) != expected:
+            raise ValueError(
+                f"block {self.name}: output gradient has shape {tuple(output_gradient.shape)}, must be {expected} "
+                f"for an activation of shape {tuple(activation.shape)}"
+            )
+        return images, g
+
+    def positions(self, activation: Tensor, output_gradient: Tensor | None = None) -> int:
+        """Returns the number of output positions."""
+        found = () if output_gradient is None else tuple(output_gradient.shape[2:])
+        return math.prod(self._output_size(tuple(activation.shape[2:]), found))
+
+    def padded_elements(self, output_gradient: Tensor) -> int:
+        """Returns the size of what the output's windows cover; see `Block.padded_elements`."""
+        sizes = zip(output_gradient.shape[2:], self._stride, self._reach, strict=True)
+        covered = math.prod((size - 1) * stride + reach for size, stride, reach in sizes)
+        return self._conv.in_channels * covered
+
+    @property
+    def input_features(self) -> int:
+        """Channels and the kernel's dimensions."""
+        return 1 + self._dims
+
+    def input_windows(self, padded: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Shows the patches, `[c, N, *positions, channels, *kernel]`; see `Block.input_windows`."""
+        # Windows are views, so nothing is copied before rows are laid out, and only the chosen ones are.
+        windows, dims = padded, self._dims
+        for i in range(dims):
+            windows = windows.unfold(2 + i, self._reach[i], self._stride[i])
+        windows = windows[(..., *(slice(None, None, step) for step in self._conv.dilation))]
+        windows = windows.unflatten(1, (self._conv.groups, -1))  # [N, c, channels, *positions, *kernel]
+        windows = windows.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+        if chosen is None:
+            return windows
+        indices = []
+        for size in reversed(windows.shape[2 : 2 + dims]):
+            indices.insert(0, chosen % size)
+            chosen = chosen // size
+        return windows[(slice(None), slice(None), *indices)]
+
+    def output_windows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Moves the channels of each group last; see `Block.output_windows`."""
+        grouped = output_gradient.flatten(2).unflatten(1, (self.shape.groups, -1))  # [N, c, p, T]
+        if chosen is not None:
+            grouped = grouped.index_select(-1, chosen)
+        return grouped.permute(1, 0, 3, 2)
+
+
+class ConvBlock(AbstractConvBlock):
+    """Block of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
+
+    Any stride, padding (numbers, "same", "valid"), padding mode, dilation and groups.
+    """
+
+    def __init__(self, name: BlockName, module: _ConvNd) -> None:
+        super().__init__(name, module, stride=tuple(module.stride))
+        self._padding = _padding_of(module, self._reach)
+
+    def _output_size(self, spatial: Sizes, found: Sizes) -> Sizes:
+        del found
+        sizes = zip(spatial, self._padding, self._reach, self._stride, strict=True)
+        return tuple((size + sum(sides) - reach) // stride + 1 for size, sides, reach, stride in sizes)
+
+    def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
+        """Pads as the layer does."""
+        del output_gradient
+        if not any(map(any, self._padding)):
+            return activation
+        mode = "constant" if self._conv.padding_mode == "zeros" else self._conv.padding_mode
+        return F.pad(activation, _for_pad(self._padding), mode=mode)
+
+    def padded_elements(self, output_gradient: Tensor) -> int:
+        """Returns 0 without padding; see `Block.padded_elements`."""
+        return super().padded_elements(output_gradient) if any(map(any, self._padding)) else 0
+
+
+class ConvTransposeBlock(AbstractConvBlock):
+    """Block of an `nn.ConvTranspose1d`, `nn.ConvTranspose2d` or `nn.ConvTranspose3d`.
+
+    Such a layer is the plain convolution, with stride 1 and the kernel turned round, of its input with stride - 1 zeros
+    set between the pixels: rows a are patches of that, rows g the output gradients at the output's positions. So
+
+    - the bias is a homogeneous coordinate as in every convolution, and the gradient is exactly sum_t g_t a_t^T;
+    - where output gradients are uncorrelated between positions and alike at all of them, KFC's own assumptions,
+      Omega (x) Gamma is the Fisher block itself, as for a plain convolution; for example, that of a last layer under
+      a squared error.
+
+    Swapping the roles instead (algorithms.md 2.1: rows are the input's pixels and patches of the output gradient) has
+    the first property for the weight alone, since each output position is reached by a number of its own of rows, and
+    lacks the second wherever patches overlap. It has the smaller A: q = C_in against C_in times the kernel size here.
+
+    Columns are in the order (channel, kernel turned round), bias last.
+    """
+
+    def __init__(self, name: BlockName, module: _ConvNd) -> None:
+        super().__init__(name, module, stride=(1,) * len(module.kernel_size))
+        assert not isinstance(module.padding, str), "transposed convolutions allow no words"
+        self._spread: Sizes = tuple(module.stride)
+        sizes = zip(self._reach, module.padding, strict=True)
+        self._before = tuple(reach - 1 - int(padding) for reach, padding in sizes)
+        self._kernel_dims = tuple(range(-self._dims, 0))
+
+    def _output_size(self, spatial: Sizes, found: Sizes) -> Sizes:
+        conv = self._conv
+        least = tuple(
+            (size - 1) * spread + 2 * before + 2 - reach
+            for size, spread, before, reach in zip(spatial, self._spread, self._before, self._reach, strict=True)
+        )
+        if len(found) == len(least):  # `output_size` may ask for more than the layer's own output_padding
+            room = [max(spread, step) for spread, step in zip(self._spread, conv.dilation, strict=True)]
+            if all(0 <= size - low < more for size, low, more in zip(found, least, room, strict=True)):
+                return found
+        return tuple(low + int(extra) for low, extra in zip(least, conv.output_padding, strict=True))
+
+    def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
+        """Sets zeros between the pixels and around them (or cuts at the borders, where padding asks for it)."""
+        spread = activation
+        if any(step > 1 for step in self._spread):
+            sizes = [(s - 1) * step + 1 for s, step in zip(activation.shape[2:], self._spread, strict=True)]
+            spread = activation.new_zeros(*activation.shape[:2], *sizes)
+            spread[(..., *(slice(None, None, step) for step in self._spread))] = activation
+        sides = []
+        for i, before in enumerate(self._before):
+            needed = output_gradient.shape[2 + i] + self._reach[i] - 1
+            sides.append((before, needed - before - spread.shape[2 + i]))
+        return F.pad(spread, _for_pad(tuple(sides)))
+
+    def _weight_matrix(self, weight: Tensor) -> Tensor:
+        """Brings `[C_in, C_out / c, *kernel]` to `[c, C_out / c, C_in / c x kernel turned round]`."""
+        turned = weight.flip(self._kernel_dims).unflatten(0, (self.shape.groups, -1))
+        return turned.transpose(1, 2).reshape(self.shape.groups, self.shape.d_out, -1)
+
+    def _weight_of(self, matrix: Tensor) -> Tensor:
+        channels = self._conv.in_channels // self.shape.groups
+        turned = matrix.reshape(self.shape.groups, self.shape.d_out, channels, *self._conv.kernel_size)
+        return turned.transpose(1, 2).flatten(0, 1).flip(self._kernel_dims)
+
+
+def _padding_of(conv: _ConvNd, reach: Sizes) -> tuple[tuple[int, int], ...]:
+    """Returns what torch adds before and after in each dimension; "same" puts an odd remainder at the end."""
+    if conv.padding == "valid":
+        return ((0, 0),) * len(reach)
+    if conv.padding == "same":
+        return tuple(((extent - 1) // 2, extent - 1 - (extent - 1) // 2) for extent in reach)
+    assert not isinstance(conv.padding, str), "convolutions allow no other words"
+    return tuple((int(padding), int(padding)) for padding in conv.padding)
+
+
+def _for_pad(sides: tuple[tuple[int, int], ...]) -> list[int]:
+    """Returns paddings in the order of `F.pad`, the last dimension first."""
+    return [value for pair in reversed(sides) for value in pair]
