@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kfdist.curvature.statistics import KroneckerFactors, Samples
+from kfdist.curvature.statistics import KroneckerFactors, MeanVectors, Samples
 from tests.support.matrices import gaussian
 
 
@@ -44,6 +44,11 @@ def pairs_of(factors: KroneckerFactors) -> Samples:
     n_a, n_g = a.shape[-2], g.shape[-2]
     root = (n_a * n_g) ** 0.5
     return _samples(a.repeat(1, n_g, 1) * root, g.repeat_interleave(n_a, dim=1))
+
+
+def leading_rows(factors: KroneckerFactors) -> MeanVectors:
+    """Vectors whose outer products are the factors' rank-one parts."""
+    return MeanVectors(a=_root(factors.A)[:, -1].contiguous(), g=_root(factors.G)[:, -1].contiguous())
 
 
 def _samples(a: Tensor, g: Tensor) -> Samples:
