@@ -20,8 +20,9 @@ from kfdist.curvature.references import (
     solve_factored_dense,
 )
 from kfdist.curvature.statistics import KroneckerFactors
+from tests.support.increments import dense_alone, rows_alone, rows_and_dense
 from tests.support.matrices import BAD, GOOD
-from tests.support.samples import pairs_of
+from tests.support.samples import leading_rows, pairs_of, rows_of
 
 Reference = Callable[[KroneckerFactors, float, Tensor], Tensor]
 
@@ -50,6 +51,7 @@ class InverterCase:
         see it.
         damping_is_lambda: False where `damping` isn't the lambda of F + lambda I (the published relative rule).
         statistics: Makes the method's own statistic of two factors, such that it stands for the same block.
+        stands_for: The factors that its statistic stands for, where it can't express all of them.
         bad: Which spoiled factors its statistic can express; rows, for one, can't be asymmetric.
     """
 
@@ -60,6 +62,7 @@ class InverterCase:
     indefinite: Outcome = Outcome.CLAMPED
     damping_is_lambda: bool = True
     statistics: Callable[[KroneckerFactors], Any] = unchanged
+    stands_for: Callable[[KroneckerFactors], KroneckerFactors] = unchanged
     bad: tuple[str, ...] = tuple(BAD)
 
     @property
@@ -93,11 +96,30 @@ def joint(*, rank: int = 10**6, continued: bool = False) -> Reference:
     return reference
 
 
+def scaled(factors: KroneckerFactors, damping: float, gradient: Tensor) -> Tensor:
+    """The gradient over lambda plus the mean eigenvalue of the product."""
+    mean_A, mean_G = (m.double().diagonal(dim1=1, dim2=2).mean(1) for m in (factors.A, factors.G))
+    return gradient.double() / (damping + mean_A * mean_G)[:, None, None]
+
+
+def outer(factors: KroneckerFactors) -> KroneckerFactors:
+    """The rank-one parts of the factors."""
+    return KroneckerFactors(
+        A=leading_part(factors.A, 1, continued=False), G=leading_part(factors.G, 1, continued=False)
+    )
+
+
 SHORT = {"rank": 3, "oversampling": 2, "power_iterations": 14}
 """A real truncation of both generated factors; the error of the basis is about (w_6 / w_3)^15, below the tolerance."""
 
 WITH_GAP = ("decaying", "huge-condition", "one-sample", "zero")
 """Spectra that fall fast enough after the third eigenvalue for a sketch of five columns to find the first three."""
+
+CONVERGED = {"tolerance": 1e-13, "max_iterations": 200}
+"""Only then is the solution of conjugate gradients linear in the gradient."""
+
+NOT_FINITE = ("nan", "inf")
+"""What rows can be; their second moment is always one."""
 
 CASES = [
     InverterCase(name="kfac", reference=factored("pi"), indefinite=Outcome.MORE_DAMPING),
@@ -149,6 +171,35 @@ CASES = [
         spectra=WITH_GAP,
         indefinite=Outcome.DONE,
     ),
+    InverterCase(name="b-kfac", reference=factored("pi"), statistics=rows_alone, bad=NOT_FINITE),
+    InverterCase(
+        name="b-kfac",
+        settings={"rank": 3, "truncate": "after", "damping_rule": "relative"},
+        reference=factored("relative", rank=3),
+        statistics=rows_alone,
+        bad=NOT_FINITE,
+        damping_is_lambda=False,
+    ),
+    InverterCase(
+        name="b-kfac",
+        settings={"rank": 3, "truncate": "after", "damping_rule": "common", "spectrum_continuation": True},
+        reference=joint(rank=3, continued=True),
+        statistics=rows_alone,
+        bad=NOT_FINITE,
+    ),
+    # A block of which no factor is large enough for Brand's update.
+    InverterCase(name="b-kfac", settings={"damping_rule": "common"}, reference=joint(), statistics=dense_alone),
+    InverterCase(name="b-r-kfac", reference=factored("pi"), statistics=rows_and_dense),
+    InverterCase(name="b-kfac-c", reference=factored("pi"), statistics=rows_and_dense, indefinite=Outcome.DONE),
+    InverterCase(
+        name="b-kfac-c",
+        settings={"rank": 3, "truncate": "after", "correction_fraction": 1.0},
+        reference=factored("pi", rank=3),
+        # Eigenvalues of 1e24 beside a damping of 1e-2 are beyond the dense solver.
+        spectra=tuple(spectrum for spectrum in GOOD if spectrum != "large"),
+        statistics=rows_and_dense,
+        indefinite=Outcome.DONE,
+    ),
     InverterCase(name="seng", reference=joint(), statistics=pairs_of, bad=()),
     InverterCase(name="seng", settings={"form": "implicit"}, reference=joint(), statistics=pairs_of, bad=()),
     InverterCase(
@@ -159,4 +210,23 @@ CASES = [
         bad=(),
     ),
     InverterCase(name="seng", settings={"aggregate": "local-average"}, reference=joint(), statistics=pairs_of, bad=()),
+    # What the ranks measure is tested in tests/unit/curvature/test_ekfac.py; before that, it scales.
+    InverterCase(name="ekfac", reference=scaled),
+    InverterCase(name="cg-fac", settings=CONVERGED, reference=joint(), statistics=rows_of, bad=()),
+    InverterCase(
+        name="cg-fac",
+        settings={**CONVERGED, "operator": "block", "jacobi": True},
+        reference=joint(),
+        statistics=pairs_of,
+        bad=(),
+    ),
+    InverterCase(
+        name="eva",
+        reference=joint(rank=1),
+        # One eigenvalue of 1e24 beside lambda is beyond what the dense solve resolves.
+        spectra=tuple(spectrum for spectrum in GOOD if spectrum != "large"),
+        statistics=leading_rows,
+        stands_for=outer,
+        bad=(),
+    ),
 ]

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from kfdist.curvature.inverters.b_kfac import BKfac as BKfac
+from kfdist.curvature.inverters.b_kfac import BKfacC as BKfacC
+from kfdist.curvature.inverters.b_kfac import BRKfac as BRKfac
 from kfdist.curvature.inverters.base import AbstractInverter as AbstractInverter
 from kfdist.curvature.inverters.base import Inversion as Inversion
 from kfdist.curvature.inverters.base import Outcome as Outcome
@@ -26,6 +29,9 @@ INVERTERS: Mapping[str, type[AbstractInverter]] = {
     "ekfac": Ekfac,
     "rs-kfac": RsKfac,
     "sre-kfac": SreKfac,
+    "b-kfac": BKfac,
+    "b-r-kfac": BRKfac,
+    "b-kfac-c": BKfacC,
     "cg-fac": CgFac,
     "seng": Seng,
     "eva": Eva,

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
+import torch
 from torch import Tensor
 
 from kfdist.curvature.preconditioners.base import AbstractPreconditioner, Memory
 from kfdist.curvature.records import symmetric_field
+from kfdist.linalg.brand import solve_rows
 from kfdist.linalg.kronecker import (
     DampingRule,
     Spectrum,
@@ -102,6 +104,47 @@ class KroneckerSpectrum(AbstractPreconditioner):
             return super().joint_damping(damping)
         damping_A, damping_G = self.factor_damping(damping)
         return damping_A * damping_G
+
+    @property
+    def applies_to_rows(self) -> bool:
+        """Whether `apply_to_rows` exists for its damping rule: "common" doesn't split into two factors."""
+        return self.damping_rule != "common"
+
+    def apply_to_rows(self, a: Tensor, g: Tensor, examples: float, damping: float) -> Tensor:
+        """Multiplies the damped inverse onto the gradient V = g^T a/N without V, without a host sync.
+
+        Linear in p + q but for the one product of size p q that forming V takes too (algorithms.md 4.3). It equals
+        `apply(V)` only where the gradient is nothing but that sum: one process, one micro-batch per step, the rows of
+        the training loss's own backward pass, all of them (no positions sub-sampled, no label sampled), mean reduction,
+        every use of the weight seen by the block, and V not yet clipped, unscaled, decayed or mixed with momentum. Over
+        ranks or micro-batches `apply` on the averaged V is the one to call. It pays where the n rows are fewer than
+        about twice r_A + r_G.
+
+        Args:
+            a: Layer inputs, homogeneous coordinate last, `[c, n, q]`.
+            g: Output gradients of the per-example loss, `[c, n, p]`; n counts positions where there are several.
+            examples: N.
+            damping: lambda of F + lambda I.
+
+        Returns:
+            `[c, p, q]` in the dtype of `g`.
+
+        Raises:
+            ValueError: The damping rule is "common", or the rows have another shape.
+        """
+        c, p, q = self.shape
+        n = a.shape[-2]
+        if not self.applies_to_rows:
+            raise ValueError(f"damping_rule {self.damping_rule!r} doesn't split into factors; call `apply`")
+        if tuple(a.shape) != (c, n, q) or tuple(g.shape) != (c, n, p):
+            raise ValueError(
+                f"the rows have shapes {tuple(a.shape)} and {tuple(g.shape)}, must be {(c, n, q)} and {(c, n, p)}"
+            )
+        with torch.autocast(g.device.type, enabled=False):
+            A = Spectrum(self.U_A, self.w_A, self.tail_A)
+            G = Spectrum(self.U_G, self.w_G, self.tail_G)
+            rows = a.to(self.U_A.dtype), g.to(self.U_G.dtype)
+            return solve_rows(A, G, self.factor_damping(damping), rows, examples).to(g.dtype)
 
     def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
         del memory

@@ -1,0 +1,260 @@
+"""B-KFAC, B-R-KFAC and B-KFAC-C: low-rank factors kept up by Brand's update (arXiv 2210.08494; algorithms.md 4)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverters.brand_factor import HeldFactor
+from kfdist.curvature.inverters.checks import check_choice, check_count, check_switch
+from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
+from kfdist.curvature.inverters.rs_kfac import RsKfac
+from kfdist.curvature.inverters.spectra import AdaptiveRank, randomized_spectrum
+from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum
+from kfdist.curvature.statistics import Increment, Needs
+from kfdist.errors import ConfigError
+from kfdist.linalg.kronecker import DampingRule
+from kfdist.types import BlockShape
+
+PUBLISHED_RULE = AdaptiveRank(grow_above=0.048, shrink_below=0.013, grow=10, shrink=5, least=70, most=500)
+"""The adaptive rank of Brand's updates (algorithms.md 4.4): what was cut off never comes back, so it shrinks slowly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractBrandKfac(AbstractInverter):
+    """Follows each factor's moving average by the rows of every folding, in time and memory linear in its size.
+
+    Brand's update takes the factors of Linear layers with rank + increment_rows < d. The others are decomposed by a
+    randomised singular value decomposition every inverse period, as in `rs-kfac`, and held in between.
+
+    Attributes:
+        overwrites: Whether a decomposition of the dense average, where it comes, replaces what Brand's updates made.
+        rank: Eigenpairs r of a factor that outlive an update.
+        truncate: "before": the next update cuts off what is beyond the rank, so that the inverse is applied with r + n
+            eigenpairs; "after": each update does so itself.
+        brand_period: Steps between two updates, a multiple of the factor period that divides the inverse period; None
+            for the factor period.
+        increment_rows: Most rows n of one update over all ranks; more are sketched.
+        adaptive_rank: Let the rank of each factor that Brand updates follow its spectrum: 10 more where w_min/w_max of
+            the kept eigenvalues is above 0.048, 5 fewer where it is below 0.013, from 70 to 500. It begins at `rank`.
+        oversampling: Of the randomised decomposition, as in `rs-kfac`.
+        power_iterations: Of the randomised decomposition, as in `rs-kfac`.
+        spectrum_continuation: Take the eigenvalues that aren't kept as equal to the smallest kept one, instead of as 0.
+        damping_rule: "pi" (factored Tikhonov), "relative" (the published rule lambda_A = phi w_max(A); damping is then
+            phi) or "common" (exact on products of eigenvalues).
+    """
+
+    statistic: ClassVar[type] = Increment
+    produces: ClassVar[type[AbstractPreconditioner]] = KroneckerSpectrum
+    online: ClassVar[bool] = True
+    overwrites: ClassVar[bool] = False
+
+    rank: int = 220
+    truncate: Literal["before", "after"] = "before"
+    brand_period: int | None = None
+    increment_rows: int = 256
+    adaptive_rank: bool = False
+    oversampling: int = 10
+    power_iterations: int = 4
+    spectrum_continuation: bool = False
+    damping_rule: DampingRule = "pi"
+
+    def __post_init__(self) -> None:
+        for count, least in (("rank", 1), ("increment_rows", 1), ("oversampling", 0), ("power_iterations", 0)):
+            check_count(count, getattr(self, count), least=least)
+        if self.brand_period is not None:
+            check_count("brand_period", self.brand_period, least=1)
+        check_choice("truncate", self.truncate, ("before", "after"))
+        check_choice("damping_rule", self.damping_rule, ("pi", "relative", "common"))
+        for switch in ("adaptive_rank", "spectrum_continuation"):
+            check_switch(switch, getattr(self, switch))
+        if self.adaptive_rank and not PUBLISHED_RULE.least <= self.rank <= PUBLISHED_RULE.most:
+            allowed = f"from {PUBLISHED_RULE.least} to {PUBLISHED_RULE.most}"
+            raise ConfigError(f"{self.rank} is not allowed with adaptive_rank; must be {allowed}", path="rank")
+
+    def needs(self, shape: BlockShape) -> Needs:
+        """Asks for rows of the factors that Brand updates, and for dense sums of the others, or of all."""
+        updated = self._updated(shape)
+        sums = frozenset({"A", "G"}) if self._uses_dense else frozenset({"A", "G"}) - updated
+        return Needs(sums=sums, increments=updated, increment_rows=self.increment_rows if updated else 0)
+
+    def note(self, shape: BlockShape) -> str:
+        """Says which factors Brand updates."""
+        updated = self._updated(shape)
+        if len(updated) == 1:
+            (brand,) = updated
+            return f"Brand on {brand}, randomised SVD on {'G' if brand == 'A' else 'A'}"
+        return "Brand on A and G" if updated else "randomised SVD on A and G"
+
+    def update_period(self, factor_period: int, inverse_period: int) -> int:
+        """Returns the steps between two of Brand's updates; see `AbstractInverter.update_period`."""
+        period = factor_period if self.brand_period is None else self.brand_period
+        if period % factor_period or inverse_period % period:
+            raise ConfigError(
+                f"{period} is not allowed; must be a multiple of the factor period ({factor_period}) that divides the "
+                f"inverse period ({inverse_period})",
+                path="brand_period",
+            )
+        return period
+
+    def invert(self, statistics: Increment, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:
+        """Brings both factors up to this folding; see `AbstractInverter.invert`."""
+        del damping
+        factors: dict[str, HeldFactor] = {}
+        outcomes, diagnostics = [Outcome.DONE], {}
+        for label, rows, dense in (
+            ("A", statistics.A_rows, statistics.A),
+            ("G", statistics.G_rows, statistics.G),
+        ):
+            held = HeldFactor.from_state(previous, label, rows, rank=None if self.adaptive_rank else self.rank)
+            if rows.shape[-2]:
+                if held is None or held.weight is None:
+                    held = HeldFactor.empty(rows, self.rank)
+                factor, outcome, found = self._followed(held, rows, dense, statistics, label, seed)
+            elif dense.numel():
+                factor, outcome, found = self._decomposed(dense, None, self.rank, label, seed)
+            elif held is not None:
+                factor, outcome, found = held, Outcome.DONE, {}
+            else:
+                return _failed(f"factor {label} was not measured yet; it comes with the next inverse period")
+            if not factor.measured:
+                return _failed(f"factor {label} holds no examples: every batch so far was dropped or absent")
+            factors[label] = factor
+            outcomes.append(outcome)
+            diagnostics |= factor.diagnostics(label) | found
+        return Inversion(
+            preconditioner=self._assemble(factors["A"], factors["G"]),
+            outcome=Outcome.worst(*outcomes),
+            diagnostics=diagnostics,
+            state={**factors["A"].to_state("A"), **factors["G"].to_state("G")},
+        )
+
+    def cost(self, shape: BlockShape) -> float:
+        """Estimates the costliest job: Brand's update with what the dense factor adds, or the decomposition."""
+        updated = self._updated(shape)
+        sizes = {"A": shape.d_in, "G": shape.d_out}
+        return shape.groups * sum(
+            self._brand_cost(d) if label in updated else self._decomposition_cost(d) for label, d in sizes.items()
+        )
+
+    @property
+    def correction(self) -> float:
+        """Share of a factor's eigenpairs that are refreshed from its dense average, where it comes; 0 for none."""
+        return 0.0
+
+    @property
+    def _uses_dense(self) -> bool:
+        """Whether factors that Brand updates are averaged densely too."""
+        return self.overwrites or self.correction > 0
+
+    def _updated(self, shape: BlockShape) -> frozenset[str]:
+        """Returns the factors that Brand updates."""
+        if shape.convolution:
+            return frozenset()
+        room = (PUBLISHED_RULE.most if self.adaptive_rank else self.rank) + self.increment_rows
+        return frozenset(label for label, d in (("A", shape.d_in), ("G", shape.d_out)) if room < d)
+
+    def _followed(
+        self, held: HeldFactor, rows: Tensor, dense: Tensor, statistics: Increment, label: str, seed: int
+    ) -> tuple[HeldFactor, Outcome, dict[str, float]]:
+        """Brings a factor that Brand updates up to this folding."""
+        factor, outcome, found = held.decayed(statistics.decay, statistics.examples), Outcome.DONE, {}
+        dense_is_due = dense.numel() > 0 and factor.measured
+        if dense_is_due and self.overwrites:
+            factor, outcome, found = self._decomposed(dense, factor.weight, factor.rank, label, seed)
+        elif float(statistics.examples) > 0.0:
+            factor, found = factor.updated(rows, seed=seed, label=label)
+        if self.truncate == "after":
+            factor = factor.truncated()
+        if dense_is_due and self.correction > 0:
+            factor = factor.corrected(dense, fraction=self.correction, seed=seed, label=label)
+            found |= factor.approximation_error(dense, seed=seed, label=label)
+        if self.adaptive_rank:
+            factor = factor.adapted(PUBLISHED_RULE, most=rows.shape[-1] - rows.shape[-2])
+        return factor, outcome, found
+
+    def _decomposed(
+        self, dense: Tensor, weight: Tensor | None, rank: int, label: str, seed: int
+    ) -> tuple[HeldFactor, Outcome, dict[str, float]]:
+        found = randomized_spectrum(
+            dense,
+            rank=rank,
+            oversampling=self.oversampling,
+            power_iterations=self.power_iterations,
+            method="rsvd",
+            seed=seed,
+            label=label,
+        )
+        factor = HeldFactor.decomposed(found, dense, weight=weight, rank=rank)
+        return factor, found.outcome, found.diagnostics
+
+    def _assemble(self, A: HeldFactor, G: HeldFactor) -> KroneckerSpectrum:
+        spectrum_A = A.spectrum(continued=self.spectrum_continuation)
+        spectrum_G = G.spectrum(continued=self.spectrum_continuation)
+        return KroneckerSpectrum(
+            trace_A=A.mean_trace(),
+            trace_G=G.mean_trace(),
+            U_A=spectrum_A.vectors,
+            w_A=spectrum_A.values,
+            tail_A=spectrum_A.tail,
+            U_G=spectrum_G.vectors,
+            w_G=spectrum_G.values,
+            tail_G=spectrum_G.tail,
+            damping_rule=self.damping_rule,
+        )
+
+    def _brand_cost(self, d: int) -> float:
+        k = self.rank + self.increment_rows
+        # Projections and their repetition, QR and the new basis: about 6 d k^2; the small matrix is decomposed in full.
+        update = 6.0 * d * k * k + EIGH_FLOPS * k**3
+        update += 2.0 * d * d * self.correction * k
+        return max(update, self._decomposition_cost(d)) if self.overwrites else update
+
+    def _decomposition_cost(self, d: int) -> float:
+        sketched = RsKfac(rank=self.rank, oversampling=self.oversampling, power_iterations=self.power_iterations)
+        return sketched.factor_cost(d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BKfac(AbstractBrandKfac):
+    """Brand's updates alone: no dense average exists of the factors that they take."""
+
+    name: ClassVar[str] = "b-kfac"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BRKfac(AbstractBrandKfac):
+    """Brand's updates, overwritten every inverse period by a randomised decomposition of the dense average."""
+
+    name: ClassVar[str] = "b-r-kfac"
+    overwrites: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class BKfacC(AbstractBrandKfac):
+    """Brand's updates, corrected every inverse period from the dense average, at random eigenpairs.
+
+    Attributes:
+        correction_fraction: phi: of k eigenpairs, round(phi k + 1) are refreshed; 0 for none: that is `b-kfac`.
+    """
+
+    name: ClassVar[str] = "b-kfac-c"
+
+    correction_fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        value = self.correction_fraction
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ConfigError(f"{value!r} is not allowed; must be from 0 to 1", path="correction_fraction")
+
+    @property
+    def correction(self) -> float:
+        """Share of a factor's eigenpairs that are refreshed; see `AbstractBrandKfac.correction`."""
+        return self.correction_fraction
+
+
+def _failed(reason: str) -> Inversion:
+    return Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=reason)
