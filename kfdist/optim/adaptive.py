@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kfdist.comm.reduce import reduce_flat
 from kfdist.errors import CheckpointError, LossNotFinite
-from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputProduct, output_product
+from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputFisher, OutputProduct
 from kfdist.optim.quadratic_model import InnerProducts, ModelStep, inner_product, minimise_model
 from kfdist.optim.replay import Closure, Replay
 from kfdist.optim.requirements import Source, check_arguments, source_of
@@ -222,13 +222,14 @@ class AdaptiveStep:
 
     def _choose(self, replay: Replay, batch: _Batch) -> _Candidate | None:
         """Makes a direction for each gamma to be tried and keeps the step with the smallest M; None without any."""
+        fisher = self._fisher(replay)
         last, along_last = self._last if self._settings.momentum else None, None
         if last is not None:
-            along_last = self._product(replay, last)
+            along_last = self._product(fisher, last)
         best: _Candidate | None = None
         for gamma in self._trust.candidates(self._count + 1):
             direction = self._direction(gamma)
-            products = [self._product(replay, direction)]
+            products = [self._product(fisher, direction)]
             basis = [direction]
             if last is not None and along_last is not None:
                 products.append(along_last)
@@ -287,23 +288,27 @@ class AdaptiveStep:
         scale = self._trust.damping + self._eta
         return [-(solved[p] if p in solved else _gradient(p) / scale).to(p.dtype) for p in self._parameters]
 
-    def _product(self, replay: Replay, direction: list[Tensor]) -> OutputProduct:
-        """Computes J u and H J u on this rank's batch."""
-        u = dict(zip(self._parameters, direction, strict=True))
+    def _fisher(self, replay: Replay) -> OutputFisher:
+        """Linearises the model at this rank's batch and the present parameters."""
 
         def run() -> tuple[Tensor, Tensor]:
-            evaluation = replay.again()
+            with self._source.paused():
+                evaluation = replay.again()
             return evaluation.output, evaluation.loss
 
-        with self._source.paused():
-            try:
-                return output_product(run, self._source.model, u, self._how)
-            except NoForwardDerivative as error:
-                if self._settings.differentiation != "auto":
-                    raise
-                self._how = Differentiation.DOUBLE_BACKWARD
-                _LOG.info("AdaptiveStep: %s; Jacobian products use the double backward from now on", error)
-                return output_product(run, self._source.model, u, self._how)
+        return OutputFisher(run, self._source.model)
+
+    def _product(self, fisher: OutputFisher, direction: list[Tensor]) -> OutputProduct:
+        """Computes J u and H J u on this rank's batch."""
+        u = dict(zip(self._parameters, direction, strict=True))
+        try:
+            return fisher.along(u, self._how)
+        except NoForwardDerivative as error:
+            if self._settings.differentiation != "auto":
+                raise
+            self._how = Differentiation.DOUBLE_BACKWARD
+            _LOG.info("AdaptiveStep: %s; Jacobian products use the double backward from now on", error)
+            return fisher.along(u, self._how)
 
     def _inner_products(self, basis: list[list[Tensor]], products: list[OutputProduct], share: float) -> InnerProducts:
         """Forms all inner products of the basis, summed over ranks in one all-reduce.

@@ -4,13 +4,15 @@ With the network's output z, its Jacobian J with respect to the parameters and t
 torch computes it, u^T F v = (J u)^T H (J v), H = d^2 L / dz^2. For the losses that are negative log-likelihoods, H is
 the Fisher of the predicted distribution: diag(p) - p p^T for cross-entropy (whatever the labels and their smoothing;
 0 for ignored ones), 2/C for the mean squared error over C outputs, p (1 - p) for binary cross-entropy on logits, each
-over the number of terms that the mean counts. H is never written down: J u comes from one pass in forward mode, H J u
-from differentiating the loss twice with respect to its argument.
+over the number of terms that the mean counts. H is never written down: H v comes from
+differentiating the loss twice with respect to the output, J u from one pass in forward mode, or else from the backward
+pass.
 
 Source: Schraudolph (2002) for the product; Pearlmutter's and the "double backward" trick for J u without forward mode.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -23,7 +25,7 @@ from torch.nn.utils import stateless
 from kfdist.errors import KfdistError
 
 Differentiable = Callable[[], tuple[Tensor, Tensor]]
-"""Runs the model and returns (output, loss), with their graph."""
+"""Runs the model and returns (output, loss), in the gradient mode of the caller."""
 
 
 class Differentiation(StrEnum):
@@ -32,7 +34,7 @@ class Differentiation(StrEnum):
     FORWARD = "forward"
     """Forward-mode automatic differentiation: about the cost of two forwards."""
     DOUBLE_BACKWARD = "double_backward"
-    """The derivative of the backward pass, which is linear in its argument: about the cost of three backwards."""
+    """The derivative of the backward pass, which is linear in its argument: one backward more, and its graph."""
 
 
 class NoForwardDerivative(KfdistError):
@@ -52,79 +54,99 @@ class OutputProduct:
     curvature: Tensor
 
 
-def output_product(
-    run: Differentiable, model: nn.Module, direction: Mapping[nn.Parameter, Tensor], how: Differentiation
-) -> OutputProduct:
-    """Computes J u and H J u of a direction u in the space of the parameters.
+class OutputFisher:
+    """The Fisher at the present parameters and batch, as products with directions.
+
+    Holds the graph of one forward as long as it lives.
 
     Args:
-        run: Runs the model; called once.
+        run: Runs the model, always on the same data; called once here, and once for each direction in forward mode.
         model: The module whose parameters are moved.
-        direction: u, per parameter; parameters that are left out don't move.
-        how: How J u is computed.
 
     Raises:
-        NoForwardDerivative: Forward mode was asked for and an operator doesn't have it.
         KfdistError: The loss does not depend on the output.
     """
-    # The fused attention kernels have neither forward mode nor a double backward; the plain formula has both.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        if how is Differentiation.FORWARD:
-            output, loss, change = _forward_mode(run, model, direction)
-        else:
-            output, loss, change = _double_backward(run, direction)
-        return OutputProduct(change, _hessian_product(output, loss, change))
+
+    def __init__(self, run: Differentiable, model: nn.Module) -> None:
+        self._run = run
+        self._model = model
+        self._rows: tuple[Tensor, dict[nn.Parameter, Tensor]] | None = None
+        with torch.enable_grad(), _plain_attention():
+            self._output, loss = run()
+            (slope,) = torch.autograd.grad(loss, self._output, create_graph=True, allow_unused=True)
+        if slope is None:
+            raise KfdistError(
+                "the closure's loss does not depend on the output it returned; return the very tensor that the loss "
+                "was computed from"
+            )
+        self._slope = slope
+
+    def along(self, direction: Mapping[nn.Parameter, Tensor], how: Differentiation) -> OutputProduct:
+        """Computes J u and H J u of a direction u in the space of the parameters.
+
+        Args:
+            direction: u, per parameter; parameters that are left out don't move.
+            how: How J u is computed.
+
+        Raises:
+            NoForwardDerivative: Forward mode was asked for and an operator doesn't have it.
+        """
+        with _plain_attention():
+            forward = how is Differentiation.FORWARD
+            change = self._forward_mode(direction) if forward else self._double_backward(direction)
+        return OutputProduct(change, self._hessian_product(change))
+
+    def _forward_mode(self, direction: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        # Without a graph: that of the tangents would cost twice the memory of the training forward's.
+        with torch.no_grad(), forward_ad.dual_level():
+            moving = {id(p): forward_ad.make_dual(p.detach(), u) for p, u in direction.items()}
+            # Every name of a tied parameter has to be replaced, or part of its derivative is lost.
+            named = self._model.named_parameters(remove_duplicate=False)
+            swapped = {name: moving[id(parameter)] for name, parameter in named if id(parameter) in moving}
+            try:
+                with stateless._reparametrize_module(self._model, swapped):
+                    output, _ = self._run()
+            except (NotImplementedError, RuntimeError) as error:
+                if _lacks_forward_mode(error):
+                    raise NoForwardDerivative(str(error)) from error
+                raise
+            tangent = forward_ad.unpack_dual(output).tangent
+            return torch.zeros_like(self._output) if tangent is None else tangent.clone()
+
+    def _double_backward(self, direction: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """J u = d/dw (J^T w)^T u, for any w: the backward pass is linear in its argument."""
+        if self._rows is None:
+            self._rows = self._backward_of_a_variable(list(direction))
+        w, rows = self._rows
+        moving = {p: u for p, u in direction.items() if p in rows}
+        if not moving:
+            return torch.zeros_like(self._output)
+        (change,) = torch.autograd.grad([rows[p] for p in moving], w, list(moving.values()), retain_graph=True)
+        return change.detach()
+
+    def _backward_of_a_variable(self, parameters: list[nn.Parameter]) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        """Returns w and J^T w with its graph, per parameter that the output depends on."""
+        with torch.enable_grad():
+            w = torch.zeros_like(self._output, requires_grad=True)
+            rows = torch.autograd.grad(
+                self._output, parameters, w, create_graph=True, retain_graph=True, allow_unused=True
+            )
+        return w, {p: row for p, row in zip(parameters, rows, strict=True) if row is not None and row.requires_grad}
+
+    def _hessian_product(self, change: Tensor) -> Tensor:
+        """Differentiates the loss twice with respect to the output, along `change`."""
+        if not self._slope.requires_grad:  # the loss is linear in the output
+            return torch.zeros_like(change)
+        (product,) = torch.autograd.grad(self._slope, self._output, change, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(change) if product is None else product.detach()
 
 
-def _forward_mode(
-    run: Differentiable, model: nn.Module, direction: Mapping[nn.Parameter, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    with forward_ad.dual_level():
-        moving = {id(parameter): forward_ad.make_dual(parameter, u) for parameter, u in direction.items()}
-        # Every name of a tied parameter has to be replaced, or part of its derivative is lost.
-        named = dict(model.named_parameters(remove_duplicate=False))
-        swapped = {name: moving[id(parameter)] for name, parameter in named.items() if id(parameter) in moving}
-        try:
-            with stateless._reparametrize_module(model, swapped):
-                output, loss = run()
-        except (NotImplementedError, RuntimeError) as error:
-            if _lacks_forward_mode(error):
-                raise NoForwardDerivative(str(error)) from error
-            raise
-        primal, tangent = forward_ad.unpack_dual(output)
-        change = torch.zeros_like(primal) if tangent is None else tangent
-        return output, loss, change.detach().clone()
+def _plain_attention() -> AbstractContextManager[object]:
+    """The fused attention kernels have neither forward mode nor a double backward; the plain formula has both."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _lacks_forward_mode(error: Exception) -> bool:
     """Recognises torch's messages for an operator, or an autograd.Function, without a forward derivative."""
     text = str(error).lower()
     return any(mark in text for mark in ("forward ad", "forward-ad", "forward mode", "forward-mode", "jvp"))
-
-
-def _double_backward(run: Differentiable, direction: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """J u = d/dw (J^T w)^T u, for any w: the backward pass is linear in its argument."""
-    output, loss = run()
-    parameters = list(direction)
-    w = torch.zeros_like(output, requires_grad=True)
-    rows = torch.autograd.grad(output, parameters, w, create_graph=True, allow_unused=True)
-    used = [(row, direction[p]) for row, p in zip(rows, parameters, strict=True) if row is not None]
-    if not any(row.requires_grad for row, _ in used):
-        return output, loss, torch.zeros_like(output).detach()
-    moving = [(row, u) for row, u in used if row.requires_grad]
-    (change,) = torch.autograd.grad([row for row, _ in moving], w, [u for _, u in moving])
-    return output, loss, change.detach()
-
-
-def _hessian_product(output: Tensor, loss: Tensor, change: Tensor) -> Tensor:
-    """Differentiates the loss twice with respect to the output, along `change`."""
-    (slope,) = torch.autograd.grad(loss, output, create_graph=True, allow_unused=True)
-    if slope is None:
-        raise KfdistError(
-            "the closure's loss does not depend on the output it returned; return the very tensor that the loss was "
-            "computed from"
-        )
-    if not slope.requires_grad:  # linear in the output
-        return torch.zeros_like(change)
-    (product,) = torch.autograd.grad(slope, output, change, allow_unused=True)
-    return torch.zeros_like(change) if product is None else product.detach()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kfdist.comm.groups import Communicator
 from kfdist.errors import ConfigError
 from kfdist.runtime.learning_rate import is_number
-from kfdist.runtime.pipeline import StepReport
+from kfdist.runtime.pipeline_parts import StepReport
 from kfdist.runtime.preconditioner import Preconditioner
 
 LOSSES = ("mse", "cross_entropy", "binary_cross_entropy")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kfdist.errors import ConfigError
 from kfdist.runtime.learning_rate import is_number
-from kfdist.runtime.pipeline import StepReport
+from kfdist.runtime.pipeline_parts import StepReport
 
 _BASE = 19 / 20
 """The paper's factor per step, from which both omegas are made (algorithms.md 1.2)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kfdist.errors import KfdistError
-from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, output_product
+from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputFisher
 
 EXACT = 1e-10
 """float64 sums of at most a few hundred terms."""
@@ -108,7 +108,7 @@ def test_the_product_equals_the_dense_fishers(name: str, how: Differentiation):
         return output, case.loss(output)
 
     u = some_direction(model)
-    product = output_product(run, model, u, how)
+    product = OutputFisher(run, model).along(u, how)
     J = dense_jacobian(model, run)
     H = torch.block_diag(*case.blocks(model(x).detach()))
     Ju = J @ flat(model, u)
@@ -198,10 +198,10 @@ def test_forward_mode_and_double_backward_agree(name: str):
         output = model(x)
         return output, output.square().mean()
 
-    backward = output_product(run, model, u, Differentiation.DOUBLE_BACKWARD)
+    backward = OutputFisher(run, model).along(u, Differentiation.DOUBLE_BACKWARD)
     names = {key: id(value) for key, value in model.named_parameters(remove_duplicate=False)}
     try:
-        forward = output_product(run, model, u, Differentiation.FORWARD)
+        forward = OutputFisher(run, model).along(u, Differentiation.FORWARD)
     except NoForwardDerivative:
         assert name == "recurrent"  # whether its kernel has one depends on the machine
         return
@@ -235,8 +235,8 @@ def test_an_operator_without_a_forward_derivative_is_recognised():
 
     u = some_direction(model)
     with pytest.raises(NoForwardDerivative):
-        output_product(run, model, u, Differentiation.FORWARD)
-    product = output_product(run, model, u, Differentiation.DOUBLE_BACKWARD)
+        OutputFisher(run, model).along(u, Differentiation.FORWARD)
+    product = OutputFisher(run, model).along(u, Differentiation.DOUBLE_BACKWARD)
     expected = dense_jacobian(model, run) @ flat(model, u)
     torch.testing.assert_close(product.change.reshape(-1), expected, rtol=EXACT, atol=EXACT)
 
@@ -249,7 +249,7 @@ def test_other_errors_of_the_closure_pass_through():
         return output, output.sum()
 
     with pytest.raises(RuntimeError, match="shapes"):
-        output_product(run, model, some_direction(model), Differentiation.FORWARD)
+        OutputFisher(run, model).along(some_direction(model), Differentiation.FORWARD)
 
 
 @BOTH
@@ -260,7 +260,7 @@ def test_a_loss_that_is_linear_in_the_output_has_no_curvature(how: Differentiati
         output = model(x)
         return output, output.sum()
 
-    assert output_product(run, model, some_direction(model), how).curvature.abs().max() == 0
+    assert OutputFisher(run, model).along(some_direction(model), how).curvature.abs().max() == 0
 
 
 @BOTH
@@ -272,4 +272,4 @@ def test_a_loss_of_another_tensor_than_the_output_is_refused(how: Differentiatio
         return output * 1.0, output.square().mean()
 
     with pytest.raises(KfdistError, match="does not depend on the output"):
-        output_product(run, model, some_direction(model), how)
+        OutputFisher(run, model).along(some_direction(model), how)
