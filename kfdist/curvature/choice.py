@@ -1,0 +1,282 @@
+"""The method "auto": picks an inverter per block from its dimensions, a budget and measured cost, and says why.
+
+Costs are measured once and broadcast, so that all ranks choose alike; the choice itself is a pure function.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+
+from kfdist.curvature.inverters import INVERTERS, AbstractInverter, check_settings, make_inverter
+from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
+from kfdist.curvature.inverters.rs_kfac import AbstractSketchedKfac, RsKfac
+from kfdist.errors import ConfigError
+from kfdist.linalg.brand import brand_update
+from kfdist.linalg.lowrank import gaussian_sketch, randomized_svd, range_basis
+from kfdist.linalg.psd import damped_cholesky_inverse, eigh_descending
+from kfdist.types import BlockShape
+
+AUTO = "auto"
+"""The name that stands for `Auto` where a method is named."""
+
+ORDER = ("kfac-eigen", "kfac", "rs-kfac", "sre-kfac", "b-kfac", "eva")
+"""Methods that can be chosen, from the most faithful to the cheapest."""
+
+RANKS = (512, 256, 128, 64, 32)
+"""Ranks that low-rank methods are tried with; the first that fits the budget is taken."""
+
+_NUMBER_BYTES = 4
+_SIZES = (64, 512)
+_REPEATS = 3
+
+
+class Rate(NamedTuple):
+    """Seconds of an operation as a straight line in its floating-point operations.
+
+    Attributes:
+        fixed: Seconds of a call on (almost) nothing.
+        per_flop: Seconds per floating-point operation.
+    """
+
+    fixed: float
+    per_flop: float
+
+    def seconds(self, flops: float) -> float:
+        """Returns the estimate for one call."""
+        return self.fixed + self.per_flop * flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCosts:
+    """What the operations of inversions cost on one machine.
+
+    Attributes:
+        cholesky: A damped inverse by Cholesky; d^3 operations.
+        eigh: A symmetric eigendecomposition; 9 d^3.
+        sketch: A randomised decomposition; as `AbstractSketchedKfac.factor_cost`.
+        brand: Brand's update; 8 d k^2 + 9 k^3 for k columns.
+    """
+
+    cholesky: Rate
+    eigh: Rate
+    sketch: Rate
+    brand: Rate
+
+    def to_json(self) -> dict[str, list[float]]:
+        """Returns it as JSON values, to be broadcast."""
+        return {f.name: list(getattr(self, f.name)) for f in fields(self)}
+
+    @staticmethod
+    def from_json(value: Mapping[str, list[float]]) -> "MeasuredCosts":
+        """Returns what `to_json` wrote, to the last bit."""
+        return MeasuredCosts(**{name: Rate(*numbers) for name, numbers in value.items()})
+
+
+def measure_costs() -> MeasuredCosts:
+    """Measures this machine's CPU, where inversions are done, with the thread count that is set; takes about 0.3 s."""
+
+    def rate(operation: Callable[[torch.Tensor], Any], flops: Callable[[int], float]) -> Rate:
+        small, large = (_fastest(operation, d) for d in _SIZES)
+        few, many = (flops(d) for d in _SIZES)
+        per_flop = max(large - small, 0.1 * large) / (many - few)
+        return Rate(fixed=max(small - per_flop * few, 0.0), per_flop=per_flop)
+
+    one, sketched = torch.ones(()), RsKfac(rank=24, oversampling=8)
+
+    def sketch(matrix: torch.Tensor) -> None:
+        columns = gaussian_sketch(matrix, 32, seed=0)
+        randomized_svd(matrix, range_basis(matrix, columns, power_iterations=sketched.power_iterations))
+
+    def brand(matrix: torch.Tensor) -> None:
+        half = matrix.shape[-1] // 8
+        vectors = torch.eye(matrix.shape[-1])[None, :, :half].contiguous()
+        brand_update(vectors, torch.ones(1, half), matrix[None, :half])
+
+    return MeasuredCosts(
+        cholesky=rate(lambda matrix: damped_cholesky_inverse(matrix, one), lambda d: float(d**3)),
+        eigh=rate(eigh_descending, lambda d: EIGH_FLOPS * d**3),
+        sketch=rate(sketch, sketched.factor_cost),
+        brand=rate(brand, lambda d: _brand_flops(d, d // 4)),
+    )
+
+
+def _fastest(operation: Callable[[torch.Tensor], Any], d: int) -> float:
+    rows = gaussian_sketch(torch.zeros(d, d), d, seed=d)
+    matrix = rows @ rows.mT / d
+    seconds = []
+    for _ in range(_REPEATS + 1):  # the first one warms up
+        start = time.perf_counter()
+        operation(matrix)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def _brand_flops(d: int, columns: int) -> float:
+    return 8.0 * d * columns**2 + EIGH_FLOPS * columns**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """Chooses a method per block: the most faithful of those allowed whose inversion fits the budget.
+
+    Small blocks get `kfac-eigen`, whose damping is exact; large ones `rs-kfac` with the largest rank that fits; wide
+    linear layers whose dense factors alone would not fit `b-kfac`, which holds none; what is larger still `eva`.
+
+    Attributes:
+        seconds_per_inversion: Most seconds that one inversion of a block may take on the machine that was measured.
+        bytes_per_block: Most bytes that a block's statistics and inverse may take on each rank.
+        allow: The methods to choose from, of `ORDER`.
+    """
+
+    seconds_per_inversion: float = 2.0
+    bytes_per_block: int = 2**30
+    allow: tuple[str, ...] = ("kfac-eigen", "rs-kfac", "b-kfac", "eva")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "allow", tuple(self.allow) if isinstance(self.allow, list) else self.allow)
+        if not isinstance(self.allow, tuple) or not self.allow or not set(self.allow) <= set(ORDER):
+            raise ConfigError(f"{self.allow!r} is not allowed; name some of {', '.join(ORDER)}", path="allow")
+        for name in ("seconds_per_inversion", "bytes_per_block"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ConfigError(f"{value!r} is not allowed; must be a positive, finite number", path=name)
+
+    def choose(self, shape: BlockShape, costs: MeasuredCosts) -> tuple[AbstractInverter, str]:
+        """Picks the method for one block; equal arguments give an equal choice.
+
+        Args:
+            shape: Of the block.
+            costs: What inversions cost, the same on all ranks.
+
+        Returns:
+            The inverter, and what was chosen over what and why, with numbers. Where nothing fits, what exceeds the
+            budget by the smallest factor.
+        """
+        tried: list[_Candidate] = []
+        for inverter in self._candidates(shape):
+            candidate = _Candidate.of(inverter, shape, costs)
+            if self._excess(candidate) <= 1:
+                return inverter, self._sentence(candidate, tried)
+            tried.append(candidate)
+        if not tried:
+            reason = f"none of {', '.join(self.allow)} can invert a block of {shape.d_out} x {shape.d_in}"
+            raise ConfigError(f"{reason}; allow others of {', '.join(ORDER)}", path="allow")
+        best = min(tried, key=self._excess)
+        others = [each for each in tried if each is not best]
+        return best.inverter, f"{self._sentence(best, others)}; nothing fits, this exceeds the budget least"
+
+    def _candidates(self, shape: BlockShape) -> Iterator[AbstractInverter]:
+        for name in ORDER:
+            if name not in self.allow:
+                continue
+            if "rank" not in {f.name for f in fields(INVERTERS[name])}:
+                inverters = [make_inverter(name)]
+            else:
+                # A quarter of the larger factor: above it a full decomposition would be cheaper.
+                ranks = [rank for rank in RANKS if 4 * rank <= max(shape.d_in, shape.d_out)] or [RANKS[-1]]
+                inverters = [make_inverter(name, rank=rank) for rank in ranks]
+            yield from (each for each in inverters if not each.refusal({"block": shape}))
+
+    def _excess(self, candidate: "_Candidate") -> float:
+        return max(candidate.seconds / self.seconds_per_inversion, candidate.bytes / self.bytes_per_block)
+
+    def _sentence(self, chosen: "_Candidate", others: list["_Candidate"]) -> str:
+        words = f"{chosen.label}: {_seconds(chosen.seconds)} and {_bytes(chosen.bytes)} of a budget of "
+        words += f"{_seconds(self.seconds_per_inversion)} and {_bytes(self.bytes_per_block)}"
+        # Of a method that was tried with several ranks, the smallest says most.
+        last = {each.inverter.name: each for each in others if each.inverter.name != chosen.inverter.name}
+        rejected = [f"{each.label} would take {self._too_much(each)}" for each in last.values()]
+        return "; ".join([words, *rejected])
+
+    def _too_much(self, candidate: "_Candidate") -> str:
+        parts = []
+        if candidate.seconds > self.seconds_per_inversion:
+            parts.append(_seconds(candidate.seconds))
+        if candidate.bytes > self.bytes_per_block:
+            parts.append(_bytes(candidate.bytes))
+        return " and ".join(parts)
+
+
+class _Candidate(NamedTuple):
+    """A method for a block with what it would cost there."""
+
+    inverter: AbstractInverter
+    seconds: float
+    bytes: int
+
+    @staticmethod
+    def of(inverter: AbstractInverter, shape: BlockShape, costs: MeasuredCosts) -> "_Candidate":
+        return _Candidate(inverter, _inversion_seconds(inverter, shape, costs), _block_bytes(inverter, shape))
+
+    @property
+    def label(self) -> str:
+        rank = getattr(self.inverter, "rank", None)
+        return self.inverter.name if rank is None else f"{self.inverter.name} with rank {rank}"
+
+
+def _inversion_seconds(inverter: AbstractInverter, shape: BlockShape, costs: MeasuredCosts) -> float:
+    if inverter.name == "eva":
+        return 0.0  # a few products of vectors, on every rank
+    by_rows = inverter.needs(shape).increments
+    factors = (("A", shape.d_in), ("G", shape.d_out))
+    if inverter.name == "kfac":
+        each = [costs.cholesky.seconds(float(d**3)) for _, d in factors]
+    else:
+        each = [_spectrum_seconds(inverter, d, costs, by_rows=label in by_rows) for label, d in factors]
+    return shape.groups * sum(each)
+
+
+def _spectrum_seconds(inverter: AbstractInverter, d: int, costs: MeasuredCosts, *, by_rows: bool) -> float:
+    """Estimates how long the eigenpairs of one factor take, all or the leading ones."""
+    if by_rows:
+        return costs.brand.seconds(_brand_flops(d, _columns(inverter)))
+    rank, oversampling = getattr(inverter, "rank", d), getattr(inverter, "oversampling", 0)
+    if rank + oversampling >= d:
+        return costs.eigh.seconds(EIGH_FLOPS * d**3)
+    sketched = inverter if isinstance(inverter, AbstractSketchedKfac) else RsKfac(rank=rank, oversampling=oversampling)
+    return costs.sketch.seconds(sketched.factor_cost(d))
+
+
+def _columns(inverter: AbstractInverter) -> int:
+    """Returns the eigenpairs that an inverter holds of a factor, where it is large enough."""
+    return getattr(inverter, "rank", 2**62) + getattr(inverter, "increment_rows", 0)
+
+
+def _block_bytes(inverter: AbstractInverter, shape: BlockShape) -> int:
+    """Estimates what a block takes on each rank: its sums, the inverse in use, and the state of an online method."""
+    q, p = shape.d_in, shape.d_out
+    sizes = {"A": q * q, "G": p * p, "a": q, "g": p}
+    sums = sum(sizes.get(name, 0) for name in inverter.needs(shape).sums)
+    held = q + p if inverter.name == "eva" else sum(d * min(_columns(inverter), d) for d in (q, p))
+    return _NUMBER_BYTES * shape.groups * (sums + (2 if inverter.online else 1) * held)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} GiB"
+
+
+def make_choice(name: str, **settings: Any) -> AbstractInverter | Auto:
+    """Makes what a method's name stands for: an inverter, or the chooser of them for "auto".
+
+    Args:
+        name: A key of `INVERTERS`, or "auto".
+        **settings: Fields of the inverter or of `Auto`; what is left out keeps its default.
+
+    Raises:
+        ConfigError: Unknown name or setting, or a value that isn't allowed.
+    """
+    if name != AUTO:
+        return make_inverter(name, **settings)
+    check_settings(name, Auto, settings)
+    return Auto(**settings)
