@@ -5,9 +5,12 @@ them. Autograd numbers its nodes in the order they are made, so the node that as
 forward made it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 NO_BACKWARD = -1
 """What `current_backward` says outside of any backward."""
@@ -102,3 +105,18 @@ class PassLog:
 
 def _next_node() -> int:
     return torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Walks the tensors of a model's inputs or outputs, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            yield from tensors_in(getattr(value, each.name))

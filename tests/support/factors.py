@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfdist.capture.hooks import Capture, Sampling
+from kfdist.capture.hooks import Capture
+from kfdist.capture.requests import Request, Sampling
 from kfdist.curvature.blocks import Block, make_block
 from kfdist.curvature.estimate import BatchStatistics
 
@@ -30,19 +31,32 @@ def armed_capture(
     sampling: Sampling | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     seed: int = 0,
+    fisher: str = "empirical",
+    chains: Sequence[Sequence[str]] = (),
+    coarse: Sequence[Sequence[str]] = (),
+    **request: Any,
 ) -> Capture:
-    """A capture of all blocks, or of some, armed."""
+    """A capture of all blocks, or of some, armed; further arguments say what is asked of each."""
     blocks = blocks_of(model)
     if names is not None:
         blocks = {name: blocks[name] for name in names}
-    capture = Capture(model, blocks, aliases=aliases or {}, sampling=sampling or Sampling(), grad_scaler=grad_scaler)
-    capture.arm(blocks, lambda name: seed)
+    capture = Capture(
+        model,
+        blocks,
+        aliases=aliases or {},
+        sampling=sampling or Sampling(),
+        grad_scaler=grad_scaler,
+        fisher=fisher,
+        chains=chains,
+        coarse=coarse,
+    )
+    capture.arm(dict.fromkeys(blocks, Request(seed=seed, **request)))
     return capture
 
 
 def factors_of(drained: Mapping[str, BatchStatistics]) -> Factors:
     """Omega and Gamma of what a capture drained."""
-    return {name: (each.A / each.examples, each.G / each.examples) for name, each in drained.items()}
+    return {name: (each.sums["A"] / each.examples, each.sums["G"] / each.examples) for name, each in drained.items()}
 
 
 def factors_by_definition(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kfdist.capture.hooks import Capture, Sampling
+from kfdist.capture.hooks import Capture
+from kfdist.capture.requests import Request, Sampling
 from kfdist.runtime.groups import BlockPlan, bare_model, plan_blocks
 from tests.support.factors import Factors, assert_factors_equal, factors_of
 from tests.support.small_models import images, small_cnn
@@ -48,7 +49,7 @@ def captured(model: nn.Module) -> tuple[Capture, BlockPlan]:
     plan = plan_blocks(bare_model(model), "kfac")
     blocks = {block.name: block for group in plan.groups for block in group.blocks}
     capture = Capture(bare_model(model), blocks, aliases=plan.aliases, sampling=Sampling(), grad_scaler=None)
-    capture.arm(blocks, lambda name: 0)
+    capture.arm(dict.fromkeys(blocks, Request()))
     return capture, plan
 
 

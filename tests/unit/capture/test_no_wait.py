@@ -9,9 +9,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kfdist.capture.hooks import Sampling
-from kfdist.curvature.estimate import WeightedSums
+from kfdist.capture.requests import Sampling
+from kfdist.comm.groups import Communicator
+from kfdist.curvature.estimate import WeightedSums, sum_shapes
 from kfdist.curvature.preconditioners import KroneckerInverse
+from kfdist.curvature.statistics import Needs
 from kfdist.runtime.learning_rate import finite_gradients
 from kfdist.runtime.precondition import Application, precondition_gradients
 from tests.support.factors import armed_capture, blocks_of
@@ -74,9 +76,7 @@ def test_capturing_and_folding(sampling: Sampling, reentrant: bool | None, scale
         assert set(drained) == {"0", "3"}
         for name, batch in drained.items():
             shape = blocks_of(net)[name].shape
-            sums = WeightedSums.zeros(
-                shape.groups, shape.d_out, shape.d_in, dtype=torch.float32, device=torch.device("cpu")
-            )
+            sums = WeightedSums.zeros(sum_shapes(shape, Needs()), dtype=torch.float32, device=torch.device("cpu"))
             sums.fold(batch, 0.5, finite)
             assert [tuple(each.shape[1:]) for each in sums.packed()[:2]] == [
                 (d * (d + 1) // 2,) for d in (shape.d_in, shape.d_out)
@@ -100,5 +100,7 @@ def test_applying(kl_clip: float | None, fallback: bool):
                 damping_A=torch.ones(c),
                 damping_G=torch.ones(c),
             )
-            applications.append(Application(block=block, preconditioner=inverse, damping=0.1, fallback=fallback))
-        precondition_gradients(applications, kl_clip=kl_clip, learning_rate=lambda parameter: 0.1)
+            applications.append(Application(blocks=[block], preconditioners=[inverse], damping=0.1, fallback=fallback))
+        precondition_gradients(
+            applications, kl_clip=kl_clip, learning_rate=lambda parameter: 0.1, communicator=Communicator(None)
+        )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfdist.capture.hooks import Sampling
+from kfdist.capture.requests import Sampling
 from kfdist.errors import ConfigError
 from tests.support.factors import armed_capture, assert_factors_equal, factors_of
 

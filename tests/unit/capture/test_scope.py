@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfdist.capture.hooks import Capture
+from kfdist.capture.requests import Request
 from kfdist.curvature.blocks import Block
 from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_of
 from tests.support.small_models import images, small_cnn
@@ -186,7 +187,7 @@ def test_copies_of_the_model_are_not_measured():
 def test_blocks_that_are_not_due_cost_nothing(factor_sums_calls: list[str]):
     model = small_cnn()
     capture = armed_capture(model)
-    capture.arm(["2"], lambda name: 0)
+    capture.arm({"2": Request()})
     outputs = outputs_of_layers(model)
     x, y = images(8)
     output = model(x)
@@ -199,7 +200,7 @@ def test_blocks_that_are_not_due_cost_nothing(factor_sums_calls: list[str]):
 def test_a_step_without_due_blocks_registers_no_hook(factor_sums_calls: list[str]):
     model = small_cnn()
     capture = armed_capture(model)
-    capture.arm([], lambda name: 0)
+    capture.arm({})
     outputs = outputs_of_layers(model)
     x, y = images(8)
     nn.functional.cross_entropy(model(x), y).backward()

@@ -1,0 +1,262 @@
+"""Adds up what the hooks saw of every armed block, and scales it when the step is over.
+
+Scaling (algorithms.md 0.2): N is undone at each backward (`kfdist.capture.visits.Scaling`), k micro-batches of loss/k
+once their final number is known, at the step. Sums are kept per block; rows only where they are asked for, as copies.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kfdist.capture.coupled import ChainSums, CoarseSums
+from kfdist.capture.passes import ForwardPass
+from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
+from kfdist.capture.reservoir import Reservoir
+from kfdist.capture.visits import Scaling, Unit, Visit, spread
+from kfdist.curvature.blocks import Block
+from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
+from kfdist.curvature.estimate import BatchStatistics
+
+_EXAMPLES_SEED = 0x5851F42D4C957F2D
+"""Keeps the draw of examples independent of the draw of positions, which has the block's own seed."""
+
+_RESERVOIR_SEED = 0x14057B7EF767814F
+
+
+@dataclass
+class _Pending:
+    """One block's statistics since the last step."""
+
+    like: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    reservoir: Reservoir | None = None
+    n_rows: float = 0.0
+    examples: float = 0.0
+    calls: int = 0
+    counted: set[tuple[int, ForwardPass | None]] = field(default_factory=set)
+
+
+class Collector:
+    """The statistics of one step.
+
+    Args:
+        blocks: By name.
+        sampling: How much of a batch is measured; rows and samples have all their positions.
+        chains: Blocks whose neighbours' cross factors may be asked, in order.
+        coarse: Blocks whose sums with each other may be asked, in order.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Block],
+        sampling: Sampling,
+        *,
+        chains: Sequence[Sequence[str]],
+        coarse: Sequence[Sequence[str]],
+    ) -> None:
+        self._blocks = blocks
+        self._sampling = sampling
+        self._chains, self._coarse = ChainSums(chains, blocks), CoarseSums(coarse)
+        # Blocks whose rows meet must be sampled alike.
+        self._leader = {name: group[0] for group in (*chains, *coarse) for name in group}
+        self._requests: Mapping[str, Request] = {}
+        self._pending: dict[str, _Pending] = {}
+        self._units: dict[Unit, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pending
+
+    def arm(self, requests: Mapping[str, Request]) -> None:
+        """Says what is asked until the next call."""
+        self._requests = requests
+        self._chains.arm(requests)
+        self._coarse.arm(requests)
+
+    def add(self, visit: Visit, output_gradient: Tensor, scaling: Scaling, draw: int = 0) -> None:
+        """Adds one call of a layer with the gradient of its output.
+
+        Args:
+            visit: The call; the first time it comes its input is measured, later times the gradient alone.
+            output_gradient: As autograd gave it.
+            scaling: Of it.
+            draw: Tells apart gradients of the same call, which add up as sums of products.
+        """
+        block, request = self._blocks[visit.name], self._requests[visit.name]
+        activation, output_gradient = block.batched(visit.activation, output_gradient)
+        if not len(activation):
+            return
+        pending = self._pending.get(visit.name)
+        if pending is None:
+            like = output_gradient.new_zeros((), dtype=accumulation_dtype(output_gradient))
+            pending = self._pending[visit.name] = _Pending(like)
+        first = visit.number < 0
+        if first:
+            # Seeds count the calls of this step alone, so that a resumed run draws what the uninterrupted one does.
+            visit.number = pending.calls
+            pending.calls += 1
+        if request.samples is not None:
+            if pending.reservoir is None:
+                pending.reservoir = Reservoir(request.samples, request.seed ^ _RESERVOIR_SEED)
+            pending.reservoir.add(visit, block, activation, output_gradient, scaling)
+        examples = visit.examples(len(activation))
+        entries = len(activation) // visit.grouped(len(activation))
+        activation, output_gradient, boost = self._sampled(visit, activation, output_gradient)
+        seen = _Seen(visit, block, request, activation, output_gradient, entries, boost, examples, scaling, first, draw)
+        n_rows = self._add_sums(pending, seen)
+        if request.rows:
+            _add_rows(pending, seen)
+        self._add_coupled(seen)
+        if first:
+            pending.n_rows += n_rows * boost
+            # Calls of one forward share its examples; a stated number holds for the whole backward.
+            if visit.counted not in pending.counted:
+                pending.counted.add(visit.counted)
+                pending.examples += examples
+
+    def drain(self, repeats: int) -> dict[str, BatchStatistics]:
+        """Returns the scaled statistics of the blocks that have any, and starts afresh.
+
+        Args:
+            repeats: k, where the loss of every micro-batch was divided by k.
+        """
+        drained = {name: self._drained(name, each, repeats) for name, each in self._pending.items() if each.n_rows}
+        self.forget()
+        return drained
+
+    def forget(self) -> None:
+        """Starts afresh."""
+        self._pending.clear()
+        self._units.clear()
+        self._chains.forget()
+        self._coarse.forget()
+
+    def _drained(self, name: str, pending: _Pending, repeats: int) -> BatchStatistics:
+        request, sums, examples = self._requests[name], pending.sums, pending.examples
+        # Gamma is the mean over a block's positions, Omega their sum (algorithms.md 2.1); so are the parts of both
+        # that the mean vectors stand for.
+        mean = examples / pending.n_rows
+        for part, factor in (("G", repeats**2 * mean), ("a", math.sqrt(mean)), ("g", repeats * mean)):
+            if part in sums:
+                sums[part].mul_(factor)
+        if request.sums & CHAIN_SUMS:
+            sums |= self._chains.sums(name, pending.like)
+            if "G_next" in sums:
+                sums["G_next"].mul_(repeats**2 * mean)
+        if request.sums & COARSE_SUMS:
+            sums |= self._coarse.sums(name, pending.like, mean=mean, gain=repeats**2)
+        rows = {part: torch.cat(pieces, dim=1) for part, pieces in pending.rows.items()}
+        if "G" in rows:
+            rows["G"].mul_(repeats * math.sqrt(mean))
+        samples = None if pending.reservoir is None else pending.reservoir.rows(examples, repeats)
+        return BatchStatistics(sums, examples, rows, samples)
+
+    def _sampled(self, visit: Visit, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Picks the measured share of the examples; the last value makes sums over them unbiased."""
+        number = self._units.setdefault(visit.unit, len(self._units))
+        n = visit.grouped(len(activation))
+        kept = max(1, round(n * self._sampling.examples_fraction))
+        if kept >= n:
+            return activation, output_gradient, 1.0
+        seed = (self._requests[self._leader.get(visit.name, visit.name)].seed + number) & SEED_MASK
+        generator = torch.Generator().manual_seed(seed ^ _EXAMPLES_SEED)
+        chosen = spread(torch.randperm(n, generator=generator)[:kept], len(activation), n)
+        chosen = chosen.to(activation.device, non_blocking=True)
+        return activation[chosen], output_gradient[chosen], n / kept
+
+    def _add_sums(self, pending: _Pending, seen: "_Seen") -> int:
+        """Adds the plain sums that are asked for; returns the number of rows."""
+        wanted = seen.request.sums & (PLAIN_SUMS if seen.first else frozenset({"G", "g"}))
+        found = seen.block.factor_sums(
+            seen.activation,
+            seen.output_gradient,
+            positions_fraction=self._sampling.positions_fraction,
+            most_positions=self._sampling.most_positions,
+            seed=(seen.request.seed + seen.visit.number) & SEED_MASK,
+            wanted=wanted,
+        )
+        for part in sorted(wanted):
+            total: Tensor = getattr(found, part)
+            if part == "G":
+                total.mul_(seen.scaling.of_products(seen.examples, total) * seen.boost)
+            elif part == "g":
+                total.mul_(seen.scaling.of_rows(seen.examples, total) * seen.boost)
+            elif seen.boost != 1.0:
+                total.mul_(seen.boost)
+            if part in pending.sums:
+                pending.sums[part] += total
+            else:
+                pending.sums[part] = total
+        return found.rows
+
+    def _add_coupled(self, seen: "_Seen") -> None:
+        """Adds what products with other blocks need."""
+        name, unit = seen.visit.name, seen.visit.unit.whole
+        if self._chains.wants(name):
+            a, g = seen.rows()
+            if seen.first:
+                self._chains.add(name, "A_next", unit, a)
+            self._chains.add(name, "G_next", (unit, seen.draw), g)
+        if self._coarse.wants(name):
+            a, g = seen.sums_of_rows()
+            if seen.first:
+                self._coarse.add(name, "a_cross", unit, a)
+            self._coarse.add(name, "g_cross", (unit, seen.draw), g)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is measured of one call with one backward; see `Collector.add`.
+
+    Attributes:
+        entries: How many entries of dim 0 an example has, one after another.
+        boost: What makes sums over the measured share of the examples unbiased.
+        examples: N.
+        first: Whether the input is to be measured, and not the gradient alone.
+    """
+
+    visit: Visit
+    block: Block
+    request: Request
+    activation: Tensor
+    output_gradient: Tensor
+    entries: int
+    boost: float
+    examples: int
+    scaling: Scaling
+    first: bool
+    draw: int
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Returns rows a `[c, n, T, q]` and g `[c, n, T, p]` of the examples, scaled like the sums, as copies."""
+        return self._scaled(*self.block.factor_rows(self.activation, self.output_gradient))
+
+    def sums_of_rows(self) -> tuple[Tensor, Tensor]:
+        """Returns the sums of the entries of these rows, `[c, n, T]` both, without holding all rows at once."""
+        a, g, shape = self.activation, self.output_gradient, self.block.shape
+        positions = self.block.positions(a[:1], g[:1])
+        row_bytes = shape.groups * (shape.d_in + shape.d_out) * accumulation_dtype(a).itemsize
+        tile = max(1, TILE_BYTES // max(1, positions * row_bytes))
+        found = [
+            [rows.sum(-1) for rows in self.block.factor_rows(a[start : start + tile], g[start : start + tile])]
+            for start in range(0, len(a), tile)
+        ]
+        return self._scaled(*(torch.cat(side, dim=1) for side in zip(*found, strict=True)))
+
+    def _scaled(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        root = math.sqrt(self.boost)
+        return self._by_example(a * root), self._by_example(g * (self.scaling.of_rows(self.examples, g) * root))
+
+    def _by_example(self, rows: Tensor) -> Tensor:
+        """Puts positions of all entries of an example side by side: `[c, entries n, T, ...]` to `[c, n, T, ...]`."""
+        return rows.reshape(len(rows), len(self.activation) // self.entries, -1, *rows.shape[3:])
+
+
+def _add_rows(pending: _Pending, seen: _Seen) -> None:
+    """Adds the rows that are asked for."""
+    for part, rows in zip(("A", "G"), seen.rows(), strict=True):
+        if part in seen.request.rows and (seen.first or part == "G"):
+            pending.rows.setdefault(part, []).append(rows.flatten(1, 2))

@@ -1,0 +1,198 @@
+"""Calls that wait for `Capture.observe`: the Fisher matrix of the model's own predictions is measured before backward.
+
+The hooks remember where each armed layer's output is in the graph. `Observer.run` differentiates from the model's
+output to those places and no further: no parameter's gradient is touched, and no hook of DistributedDataParallel fires.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kfdist.capture.collect import Collector
+from kfdist.capture.losses import OutputLoss, divisor, enumerated_roots, sampled_root
+from kfdist.capture.passes import ForwardPass
+from kfdist.capture.requests import SEED_MASK
+from kfdist.capture.visits import Scaling, Unit, Visit
+from kfdist.errors import KfdistError
+
+_TARGETS_SEED = 0x2545F4914F6CDD1D
+"""Keeps the draw of targets independent of other draws from the same seed."""
+
+
+@dataclass
+class _Call:
+    """A call of an armed layer whose backward hasn't come yet."""
+
+    name: str
+    activation: Tensor
+    version: int | None
+    forward: ForwardPass
+    output: GradientEdge
+    visit: Visit | None = None
+
+
+class Observer:
+    """The open calls of one step, and what was observed of them.
+
+    Args:
+        fisher: "mc" or "exact".
+        collector: Takes the statistics.
+    """
+
+    def __init__(self, fisher: str, collector: Collector) -> None:
+        self._fisher = fisher
+        self._collector = collector
+        self._open: dict[int, _Call] = {}
+        self._made = 0
+        self._seen: set[str] = set()
+        self._missed: set[str] = set()
+        self._draws = 0
+        self.running = False
+
+    def remember(self, name: str, activation: Tensor, version: int | None, forward: ForwardPass, output: Tensor) -> int:
+        """Notes a call of a layer.
+
+        Returns:
+            Its number, for `let_go`; a hook may hold that, but not the call, which holds the graph.
+        """
+        self._made += 1
+        self._open[self._made] = _Call(name, activation, version, forward, get_gradient_edge(output))
+        self._seen.add(name)
+        return self._made
+
+    def repeated(self, name: str) -> None:
+        """Notes that checkpointing ran a layer again.
+
+        Raises:
+            KfdistError: The first time it ran without gradients, so there was nothing to differentiate to.
+        """
+        if name not in self._seen:
+            raise KfdistError(
+                f"layer {name!r} is inside a reentrant activation checkpoint, and fisher={self._fisher!r} can't "
+                "differentiate through that; use checkpoint(..., use_reentrant=False), or fisher='empirical'"
+            )
+
+    def let_go(self, call: int) -> None:
+        """The backward of a call has come; whether it was observed must be clear by now."""
+        gone = self._open.pop(call, None)
+        if gone is not None and gone.visit is None:
+            self._missed.add(gone.name)
+
+    def run(self, output: Tensor, loss: OutputLoss, *, stated: int | None, backwards: int, seed: int) -> None:
+        """Measures the open calls that the output depends on.
+
+        Args:
+            output: Of the model, or of one of its heads.
+            loss: What is made of it.
+            stated: How many terms the loss averages, where that was stated.
+            backwards: How many backwards this step has had.
+            seed: Of the draw of targets.
+
+        Raises:
+            KfdistError: Backward came first, a layer's input was changed in place, or the graph can't be used twice.
+        """
+        calls = list(self._open.values())
+        if not calls:
+            if self._missed:
+                raise KfdistError(
+                    f"observe() came after backward() (of layer {min(self._missed)!r}); call it between the forward "
+                    "and its backward"
+                )
+            return
+        for call in calls:
+            check_version(call.name, call.activation, call.version)
+        if self._fisher == "mc":
+            generator = torch.Generator().manual_seed(((seed ^ _TARGETS_SEED) + self._draws) & SEED_MASK)
+            roots: Iterable[Tensor] = [sampled_root(output, loss, generator)]
+        else:
+            roots = enumerated_roots(output, loss, _independent_examples(output, calls))
+        scaling = Scaling(1.0 / divisor(output, loss), 1)
+        for root in roots:
+            self._draws += 1
+            gradients = self._gradients(output, root, calls)
+            for call, gradient in zip(calls, gradients, strict=True):
+                if gradient is None:
+                    continue
+                if call.visit is None:
+                    call.visit = Visit(call.name, call.activation, Unit(backwards, call.forward), stated)
+                self._collector.add(call.visit, gradient.detach(), scaling, self._draws)
+
+    def check_complete(self) -> None:
+        """Checks that every block whose gradient came was observed.
+
+        Raises:
+            KfdistError: One wasn't.
+        """
+        missed = sorted(name for name in self._missed if name not in self._collector)
+        if missed:
+            raise KfdistError(
+                f"layer {missed[0]!r} was due, but nothing was observed before its backward; with "
+                f"fisher={self._fisher!r} call preconditioner.observe(output, loss) between forward and backward, once "
+                "for each head, or use fisher='empirical'"
+            )
+
+    def forget(self) -> None:
+        """Starts afresh."""
+        self._open.clear()
+        self._seen.clear()
+        self._missed.clear()
+        self._draws = 0
+
+    def _gradients(self, output: Tensor, root: Tensor, calls: list[_Call]) -> tuple[Tensor | None, ...]:
+        self.running = True
+        try:
+            return torch.autograd.grad(
+                output, [call.output for call in calls], grad_outputs=root, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "donated buffer" in str(error):
+                raise KfdistError(
+                    f"the compiled backward can run once only, but fisher={self._fisher!r} runs it before the loss "
+                    "does; set torch._functorch.config.donated_buffer = False before the model is compiled"
+                ) from error
+            if "use_reentrant" in str(error):
+                raise KfdistError(
+                    f"fisher={self._fisher!r} can't differentiate through reentrant activation checkpoints; use "
+                    "checkpoint(..., use_reentrant=False), or fisher='empirical'"
+                ) from error
+            raise
+        finally:
+            self.running = False
+
+
+def check_version(name: str, activation: Tensor, version: int | None) -> None:
+    """Checks that a layer's input is still what the layer saw.
+
+    Raises:
+        KfdistError: It was changed in place.
+    """
+    if version != version_of(activation):
+        raise KfdistError(
+            f"the input of layer {name!r} was changed in place between its forward and its backward, so its "
+            "statistics are lost (autocast had copied it, or torch itself would have refused); make that "
+            "operation out of place"
+        )
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Returns how often a tensor was changed in place; it shares that count with its detached views."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _independent_examples(output: Tensor, calls: list[_Call]) -> int:
+    """Returns how many examples share the output's dim 0: those of its forward, where they divide it."""
+    length = output.shape[0] if output.dim() else 1
+    known = {call.forward.examples for call in calls} - {None, 0}
+    if length in known or not known:
+        return length
+    fitting = [n for n in known if n is not None and length % n == 0]
+    if not fitting:
+        raise KfdistError(
+            f"the output has {length} entries along dim 0 for {sorted(n for n in known if n)} examples, so "
+            "fisher='exact' can't tell which of them belong together; observe an output with the examples first, "
+            "or use fisher='mc'"
+        )
+    return max(fitting)

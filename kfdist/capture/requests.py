@@ -1,0 +1,100 @@
+"""What a step asks to be measured of each block, and how much of a batch is looked at."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kfdist.curvature.blocks import Block
+from kfdist.errors import ConfigError
+
+FISHERS = ("empirical", "mc", "exact")
+"""Whose gradients are measured: the loss's own; those of targets the model draws; all of them, each by its weight."""
+
+PLAIN_SUMS = frozenset({"A", "G", "a", "g"})
+CHAIN_SUMS = frozenset({"A_next", "G_next"})
+COARSE_SUMS = frozenset({"a_cross", "g_cross"})
+ROWS = frozenset({"A", "G"})
+
+SEED_MASK = (1 << 63) - 1
+"""Seeds have 63 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How much of a batch is measured; all estimates stay unbiased.
+
+    Attributes:
+        examples_fraction: Share of the examples, in (0, 1].
+        positions_fraction: Share of the positions of a convolution or a sequence, in (0, 1].
+        most_positions: No more positions than this, at least 1; None sets no such limit.
+    """
+
+    examples_fraction: float = 1.0
+    positions_fraction: float = 1.0
+    most_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("examples_fraction", "positions_fraction"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+                raise ConfigError(f"{name} is {value!r}; a number in (0, 1] is needed")
+        most = self.most_positions
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise ConfigError(f"most_positions is {most!r}; a whole number of at least 1, or None, is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be measured of one block in one step; the scales are those of `kfdist.curvature.estimate`.
+
+    Attributes:
+        sums: Of "A", "G" (sums of Omega's and Gamma's terms), "a", "g" (mean vectors), "A_next", "G_next" (cross
+            factors with the next block of its chain), "a_cross", "g_cross" (sums with all blocks of its coarse group).
+        rows: Of "A", "G": all rows of the batch, with rows^T rows the factor's sum.
+        samples: How many examples' rows to keep at most, drawn over all micro-batches of the step; None keeps none.
+        seed: For what is drawn, at most 63 bits. Give ranks seeds of their own where their draws should differ.
+    """
+
+    sums: frozenset[str] = frozenset({"A", "G"})
+    rows: frozenset[str] = frozenset()
+    samples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("sums", PLAIN_SUMS | CHAIN_SUMS | COARSE_SUMS), ("rows", ROWS)):
+            unknown = getattr(self, field) - allowed
+            if unknown:
+                raise ConfigError(f"{field} has {sorted(unknown)}; allowed are {sorted(allowed)}")
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"samples is {self.samples}; at least 1 example, or None, is needed")
+
+
+def check_requests(
+    requests: Mapping[str, Request],
+    *,
+    blocks: Mapping[str, Block],
+    chains: Sequence[Sequence[str]],
+    coarse: Sequence[Sequence[str]],
+    fisher: str,
+) -> None:
+    """Checks that what is asked can be measured.
+
+    Raises:
+        ConfigError: An unknown block, a cross sum without its group, or rows of every class of the exact Fisher.
+    """
+    for name, request in requests.items():
+        if name not in blocks:
+            raise ConfigError(f"block {name!r} is not measured here; known are {sorted(blocks)}")
+        for sums, groups, what in ((CHAIN_SUMS, chains, "chain"), (COARSE_SUMS, coarse, "coarse group")):
+            if not request.sums & sums:
+                continue
+            group = next((group for group in groups if name in group), None)
+            if group is None:
+                raise ConfigError(f"block {name!r} is in no {what}, so it has no {sorted(request.sums & sums)}")
+            missing = [each for each in group if each not in requests]
+            if missing:
+                raise ConfigError(f"block {name!r} is armed without {missing} of its {what}; arm all of it together")
+        if fisher == "exact" and (request.rows or request.samples):
+            raise ConfigError(
+                f"block {name!r} wants rows of single examples, which fisher='exact' doesn't have (it sums over all "
+                "targets); use fisher='mc' or 'empirical'"
+            )

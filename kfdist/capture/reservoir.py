@@ -1,0 +1,118 @@
+"""A random subset of a step's examples, drawn while its micro-batches come by: nobody knows beforehand how many."""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kfdist.capture.visits import Scaling, Unit, Visit, spread
+from kfdist.curvature.blocks import Block
+from kfdist.curvature.estimate import ExampleRows
+from kfdist.errors import KfdistError
+
+
+@dataclass
+class _Calls:
+    """The kept examples of one unit, and their rows of every call of the layer."""
+
+    examples: int
+    keys: list[float]
+    chosen: list[int]
+    a: dict[Visit, Tensor] = field(default_factory=dict)
+    g: dict[Visit, Tensor] = field(default_factory=dict)
+
+    def keep(self, largest: float) -> None:
+        """Drops the examples with larger keys."""
+        which = [index for index, key in enumerate(self.keys) if key <= largest]
+        if len(which) == len(self.keys):
+            return
+        self.keys, self.chosen = [self.keys[index] for index in which], [self.chosen[index] for index in which]
+        for rows in (self.a, self.g):
+            for visit, each in rows.items():
+                rows[visit] = each.index_select(1, torch.tensor(which, dtype=torch.int64).to(each.device))
+
+
+class Reservoir:
+    """Keeps the rows of at most `size` examples of one block, uniform without replacement over all that come by.
+
+    Every example draws a key; the smallest ones stay. Keys are drawn on the CPU, so nothing waits for a device, and
+    only the rows of examples that stay so far are copied.
+
+    Args:
+        size: Most examples.
+        seed: Of the keys.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size = size
+        self._random = random.Random(seed)
+        self._units: dict[Unit, _Calls] = {}
+
+    def add(self, visit: Visit, block: Block, activation: Tensor, output_gradient: Tensor, scaling: Scaling) -> None:
+        """Takes the rows of one call; a call that came before adds to its gradients (another head's loss).
+
+        Args:
+            visit: The call.
+            block: Of the layer.
+            activation: From `Block.batched`.
+            output_gradient: Likewise.
+            scaling: Of the output gradients.
+
+        Raises:
+            KfdistError: Calls of one forward with different numbers of examples.
+        """
+        length = len(activation)
+        examples = visit.grouped(length)
+        calls = self._units.get(visit.unit)
+        if calls is None:
+            calls = self._draw(visit.unit, examples)
+        elif calls.examples != examples:
+            raise KfdistError(
+                f"layer {visit.name!r} was called with {calls.examples} and with {examples} examples in one forward, "
+                "so no example has rows of its own; use a method that works on factors for it"
+            )
+        if not len(calls.chosen):
+            return
+        chosen = torch.tensor(calls.chosen, dtype=torch.int64)
+        places = spread(chosen, length, examples).to(activation.device, non_blocking=True)
+        a, g = block.example_rows(activation, output_gradient, places)
+        # The Fisher block is 1/N sum of v v^T over the n examples of dim 0; they differ where N was stated.
+        n = visit.examples(length)
+        g = g * (scaling.of_rows(n, g) * (examples / n) ** 0.5)
+        kept = len(calls.chosen)
+        a, g = (rows.reshape(len(rows), kept, -1, rows.shape[-1]) for rows in (a, g))
+        if visit in calls.g:
+            calls.g[visit] += g
+        else:
+            calls.a[visit], calls.g[visit] = a, g
+
+    def rows(self, examples: float, repeats: int) -> ExampleRows | None:
+        """Returns what was kept; None if nothing came by.
+
+        Args:
+            examples: How many examples of this rank the kept ones stand for.
+            repeats: k, where the loss of every micro-batch was divided by k.
+        """
+        units = [calls for calls in self._units.values() if calls.a]
+        if not units:
+            return None
+        parts = [[torch.cat(list(rows.values()), dim=2) for rows in (calls.a, calls.g)] for calls in units]
+        positions = max(a.shape[2] for a, _ in parts)
+        a, g = (
+            torch.cat([F.pad(part[side], (0, 0, 0, positions - part[side].shape[2])) for part in parts], dim=1)
+            for side in (0, 1)
+        )
+        kept = a.shape[1]
+        weight = torch.full((kept,), examples / kept, dtype=torch.float32, device=a.device)
+        return ExampleRows(a, g.mul_(repeats), weight)
+
+    def _draw(self, unit: Unit, examples: int) -> _Calls:
+        drawn = [self._random.random() for _ in range(examples)]
+        new = self._units[unit] = _Calls(examples, drawn, list(range(examples)))
+        keys = sorted(key for calls in self._units.values() for key in calls.keys)
+        if len(keys) > self._size:
+            for calls in self._units.values():
+                calls.keep(keys[self._size - 1])
+        return new

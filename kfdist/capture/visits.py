@@ -1,0 +1,100 @@
+"""One call of a layer as it is measured: which examples it saw, and what undoes the scale of its output gradient.
+
+A loss that is a mean over N examples gives output gradients g/N, where g is the gradient of the per-example loss; under
+a GradScaler they are also multiplied by its scale. `Scaling` undoes both.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfdist.capture.passes import ForwardPass
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The calls that saw the same examples: those of one forward, before one backward.
+
+    Attributes:
+        backward: The backward; of statistics measured before it, how many came earlier in this step.
+        forward: The forward.
+    """
+
+    backward: int
+    forward: ForwardPass
+
+    @property
+    def whole(self) -> tuple[int, ForwardPass | None]:
+        """What layers of one forward share also where they are called one by one."""
+        return self.backward, self.forward if self.forward.whole else None
+
+
+@dataclass(eq=False)
+class Visit:
+    """One call of a layer, with one backward through it, or several that count its input once.
+
+    Attributes:
+        name: The block.
+        activation: What the layer was given.
+        unit: Whose examples it saw.
+        stated: How many terms the loss averages, where that was stated.
+        number: Which call of the block it is in this step; negative until it is first measured.
+    """
+
+    name: str
+    activation: Tensor
+    unit: Unit
+    stated: int | None
+    number: int = -1
+
+    @property
+    def counted(self) -> tuple[int, ForwardPass | None]:
+        """Calls that are equal in this share their examples; a stated number holds for the whole backward."""
+        return self.unit.backward, self.unit.forward if self.stated is None else None
+
+    def examples(self, length: int) -> int:
+        """Returns N of an input whose dim 0 is `length`."""
+        if self.stated is not None:
+            return self.stated
+        return length if self.unit.forward.examples is None else self.unit.forward.examples
+
+    def grouped(self, length: int) -> int:
+        """Returns how many examples share dim 0, one after another; the dimension itself where they don't fill it."""
+        n = self.unit.forward.examples
+        return n if n and length % n == 0 else length
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What output gradients are multiplied by, given as what their products are multiplied by.
+
+    Attributes:
+        square: Of products, besides the number of examples: 1 over the squared scale of the loss.
+        power: Of the number of examples in products: 2 for gradients of the mean loss, 1 for roots u of its Hessian,
+            whose products are linear in it (`kfdist.capture.losses`).
+    """
+
+    square: Tensor | float
+    power: int
+
+    def of_products(self, examples: int, like: Tensor) -> Tensor | float:
+        """Returns the factor of g g^T."""
+        factor = float(examples) ** self.power
+        if isinstance(self.square, Tensor):
+            return self.square.to(like.device, like.dtype, non_blocking=True) * factor
+        return self.square * factor
+
+    def of_rows(self, examples: int, like: Tensor) -> Tensor | float:
+        """Returns the factor of g."""
+        factor = self.of_products(examples, like)
+        return factor.sqrt() if isinstance(factor, Tensor) else math.sqrt(factor)
+
+
+def spread(chosen: Tensor, length: int, examples: int) -> Tensor:
+    """Returns where the chosen examples lie along a dim 0 of `length` that `examples` examples share evenly."""
+    each = length // examples
+    if each == 1:
+        return chosen
+    return (chosen.unsqueeze(1) * each + torch.arange(each)).flatten()
