@@ -1,13 +1,12 @@
 """What each kind of layer contributes to the curvature. `BLOCKS` is the only table of supported layers."""
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfdist.curvature.blocks.base import Block as Block
-from kfdist.curvature.blocks.base import Sharing as Sharing
 from kfdist.curvature.blocks.conv import ConvBlock, ConvTransposeBlock
 from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.errors import ConfigError
@@ -24,7 +23,7 @@ BLOCKS: dict[type[nn.Module], Callable[[BlockName, Any], Block]] = {
 }
 
 
-def make_block(name: str, module: nn.Module, sharing: Sharing = "expand") -> Block | str:
+def make_block(name: str, module: nn.Module, sharing: str = "expand") -> Block | str:
     """Makes the block of a layer.
 
     Args:
@@ -39,8 +38,8 @@ def make_block(name: str, module: nn.Module, sharing: Sharing = "expand") -> Blo
     Raises:
         ConfigError: `sharing` is neither "expand" nor "reduce".
     """
-    if sharing not in get_args(Sharing):
-        raise ConfigError(f"is {sharing!r}, must be one of {', '.join(map(repr, get_args(Sharing)))}", path="sharing")
+    if sharing not in ("expand", "reduce"):
+        raise ConfigError(f"is {sharing!r}; 'expand' or 'reduce' is needed", path="weight_sharing")
     kind = type(module).__name__
     base = next((known for known in BLOCKS if isinstance(module, known)), None)
     if base is None:

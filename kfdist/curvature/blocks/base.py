@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from kfdist.curvature.blocks.rows import (
 )
 from kfdist.curvature.statistics import FactorSums
 from kfdist.types import BlockName, BlockShape
-
-Sharing = Literal["expand", "reduce"]
-"""How the positions of a sequence enter the factors of a fully connected layer (arXiv 2311.00636)."""
 
 SUMS = frozenset({"A", "G", "a", "g"})
 """Names of the sums of a call, as in `FactorSums`."""

@@ -18,6 +18,7 @@ from kfdist.curvature.references import (
     solve_factored_dense,
 )
 from kfdist.curvature.statistics import KroneckerFactors
+from tests.support.block_cases import block_of
 from tests.support.matrices import gaussian, make_factors, relative_error
 
 TOLERANCE = 1e-10
@@ -124,14 +125,102 @@ def test_c5_updates_ignore_an_affine_change_of_the_inputs() -> None:
     _, block = linear()
     a, g = gaussian(40, 4, seed=1), gaussian(40, 3, seed=2)
     change, shift = gaussian(4, 4, seed=3), gaussian(4, seed=4)
-    moves = []
-    for inputs in (a, a @ change + shift):
-        sums = block.factor_sums(inputs, g)
-        factors = KroneckerFactors(A=sums.A / 40, G=sums.G / 40)
-        rows = torch.cat([inputs, torch.ones(40, 1)], dim=1)
-        made = preconditioner(factors, "kfac-eigen")
-        moves.append(rows @ made.apply((g.T @ rows / 40)[None], 1e-16)[0].T)
+    moves = [undamped_move(block, inputs, g) for inputs in (a, a @ change + shift)]
     assert relative_error(moves[1], moves[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_c5_updates_of_convolutions_ignore_an_affine_change_of_the_channels(kind: type[nn.Module], groups: int) -> None:
+    """C5: with a bias and without padding (padded zeros don't change with the channels) the same holds for patches.
+
+    Channels are mixed inside their group only: a mixture of groups is no grouped convolution.
+    """
+    block = block_of(kind(4, 6, 2, groups=groups, dtype=torch.float64))
+    dims = block.input_features - 1
+    images, g = gaussian(12, 4, *(4,) * dims, seed=1), gaussian(12, 6, *(3,) * dims, seed=2)
+    change, shift = gaussian(groups, 4 // groups, 4 // groups, seed=3), gaussian(4, *(1,) * dims, seed=4)
+    mixed = torch.einsum("gij,ngj...->ngi...", change, images.unflatten(1, (groups, -1))).flatten(1, 2)
+    moves = [undamped_move(block, inputs, g) for inputs in (images, mixed + shift)]
+    assert relative_error(moves[1], moves[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_updates_of_transposed_convolutions_ignore_a_linear_change_of_the_channels(groups: int) -> None:
+    """Linear only: the zeros between the pixels stay zeros, so a shift is no affine change of the rows."""
+    block = block_of(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups, dtype=torch.float64))
+    images, g = gaussian(12, 4, 4, 4, seed=1), gaussian(12, 6, 9, 9, seed=2)
+    change = gaussian(groups, 4 // groups, 4 // groups, seed=3)
+    mixed = torch.einsum("gij,ngj...->ngi...", change, images.unflatten(1, (groups, -1))).flatten(1, 2)
+    moves = [undamped_move(block, inputs, g) for inputs in (images, mixed)]
+    assert relative_error(moves[1], moves[0]) < TOLERANCE
+
+
+def undamped_move(block: Block, inputs: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Returns how the layer's output moves at every position under its direction, with next to no damping."""
+    sums = block.factor_sums(inputs, g)
+    factors = KroneckerFactors(A=sums.A / len(inputs), G=sums.G / sums.rows)
+    rows, out = (each.flatten(1, 2) for each in block.example_rows(inputs, g))
+    direction = preconditioner(factors, "kfac-eigen").apply(out.mT @ rows / len(inputs), 1e-16)
+    return rows @ direction.mT
+
+
+LAST_LAYERS = {
+    "conv2d": nn.Conv2d(2, 4, 3, stride=2, padding=1, dtype=torch.float64),
+    "conv2d-groups": nn.Conv2d(2, 4, 2, groups=2, dtype=torch.float64),
+    "conv-transpose1d": nn.ConvTranspose1d(2, 4, 4, stride=2, padding=1, dtype=torch.float64),
+    "conv-transpose2d": nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1, dtype=torch.float64),
+    "conv-transpose2d-groups": nn.ConvTranspose2d(2, 4, 3, groups=2, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", LAST_LAYERS)
+def test_a_last_layer_under_a_squared_error_is_exact(name: str) -> None:
+    """KFC's assumptions hold there: every output has the derivative 1 of its own, uncorrelated and alike everywhere.
+
+    The Fisher block of half the squared error is (1/N) sum_n over all outputs y of vec(dy/dW) vec(dy/dW)^T.
+    """
+    layer = LAST_LAYERS[name]
+    block, images = block_of(layer), gaussian(2, 2, *(3, 4)[: block_of(layer).input_features - 1], seed=1)
+    A, G, fisher = last_layer_factors(layer, block, images)
+    assert relative_error(dense_kronecker(A, G), fisher) < TOLERANCE
+
+
+def test_a_transposed_convolution_with_swapped_roles_would_not_be() -> None:
+    """Rows of pixels and of patches of the output gradient (algorithms.md 2.1) drop what overlapping patches share."""
+    layer = nn.ConvTranspose2d(2, 3, 4, stride=2, padding=1, bias=False, dtype=torch.float64)
+    block, images = block_of(layer), gaussian(2, 2, 3, 4, seed=1).relu()
+    A, G, fisher = last_layer_factors(layer, block, images)
+    assert relative_error(dense_kronecker(A, G), fisher) < TOLERANCE
+    output = layer(images)
+    per_output = []
+    G = torch.zeros(48, 48).double()
+    for each in torch.eye(output[0].numel()).double().reshape(-1, *output.shape[1:]):
+        parts = [torch.autograd.grad((y * each).sum(), layer.weight, retain_graph=True)[0] for y in output]
+        per_output.append(torch.stack(parts)[:, None].flatten(3))  # [N, 1, C_in, C_out kernel]
+        patches = torch.nn.functional.unfold(each[None], 4, padding=1, stride=2)[0]
+        G += patches @ patches.T / 12  # the mean over the 3 x 4 pixels
+    pixels = images.movedim(1, -1).flatten(0, 2)
+    A = pixels.T @ pixels / 2
+    truth = sum(empirical_fisher(each) for each in per_output)
+    assert isinstance(truth, torch.Tensor)
+    assert relative_error(truth.diagonal(dim1=1, dim2=2).sum(), fisher.diagonal(dim1=1, dim2=2).sum()) < TOLERANCE
+    assert relative_error(dense_kronecker(G[None], A[None]), truth) > 0.3
+
+
+def last_layer_factors(
+    layer: nn.Module, block: Block, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns Omega, Gamma and the dense Fisher block where every output is a unit-variance target of its own."""
+    output = layer(images)
+    shape, T = block.shape, block.positions(*block.batched(images, output))
+    A, G = torch.zeros(()), torch.zeros(shape.groups, shape.d_out, shape.d_out).double()
+    fisher = torch.zeros(())
+    for each in torch.eye(output[0].numel()).double().reshape(-1, *output.shape[1:]):
+        sums = block.factor_sums(images, each.expand_as(output))
+        A, G = sums.A / len(images), G + sums.G / (len(images) * T)
+        fisher = fisher + empirical_fisher(per_example_gradients(block, (output * each).flatten(1).sum(1)))
+    return A, G, fisher
 
 
 def test_c4_products_agree_under_other_conventions() -> None:

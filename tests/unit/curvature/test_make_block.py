@@ -76,8 +76,8 @@ def test_a_frozen_bias_is_left_out_of_the_block() -> None:
 
 
 def test_an_unknown_sharing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="sharing: is 'pool', must be one of 'expand', 'reduce'"):
-        make_block("fc", nn.Linear(3, 4), "pool")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="weight_sharing: is 'pool'; 'expand' or 'reduce' is needed"):
+        make_block("fc", nn.Linear(3, 4), "pool")
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(2, 4, 3), nn.ConvTranspose2d(4, 2, 3, stride=2, groups=2)])
