@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from kfdist.optim.adaptive import AdaptiveStep as AdaptiveStep
     from kfdist.optim.settings import AdaptiveReport as AdaptiveReport
     from kfdist.optim.settings import AdaptiveSettings as AdaptiveSettings
-    from kfdist.runtime.pipeline import FixedLag as FixedLag
-    from kfdist.runtime.pipeline import StepReport as StepReport
+    from kfdist.runtime.pipeline_parts import FixedLag as FixedLag
+    from kfdist.runtime.pipeline_parts import StepReport as StepReport
     from kfdist.runtime.preconditioner import Preconditioner as Preconditioner
     from kfdist.runtime.service import Service as Service
     from kfdist.runtime.service import connect as connect
@@ -23,12 +23,12 @@ _HOMES = {
     "AdaptiveReport": "kfdist.optim.settings",
     "AdaptiveSettings": "kfdist.optim.settings",
     "AdaptiveStep": "kfdist.optim.adaptive",
-    "FixedLag": "kfdist.runtime.pipeline",
+    "FixedLag": "kfdist.runtime.pipeline_parts",
     "KfdistError": "kfdist.errors",
     "Preconditioner": "kfdist.runtime.preconditioner",
     "Service": "kfdist.runtime.service",
     "StalenessPolicy": "kfdist.staleness",
-    "StepReport": "kfdist.runtime.pipeline",
+    "StepReport": "kfdist.runtime.pipeline_parts",
     "connect": "kfdist.runtime.service",
 }
 

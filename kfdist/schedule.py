@@ -44,14 +44,18 @@ class Schedule:
 
     def folds(self, group: int, step: int) -> bool:
         """Says whether the group's statistics are folded at `step`; all are at step 0."""
-        return step == 0 or (step - self.phase(group)) % self.factor_period == 0
+        return self.due(group, step, self.factor_period)
 
     def inverts(self, group: int, step: int) -> bool:
         """Says whether the group is inverted at `step`; all are at step 0."""
-        return step == 0 or (step - self.phase(group)) % self.inverse_period == 0
+        return self.due(group, step, self.inverse_period)
 
-    def foldings_until(self, group: int, step: int) -> int:
-        """Returns how many foldings of the group were due in steps 0 to `step`, both included."""
-        phase = self.phase(group) % self.factor_period
-        after_first = (step - phase) // self.factor_period + 1 if step >= phase else 0
+    def due(self, group: int, step: int, period: int) -> bool:
+        """Says whether something the group does every `period` steps, which divides `inverse_period`, is due."""
+        return step == 0 or (step - self.phase(group)) % period == 0
+
+    def count_until(self, group: int, step: int, period: int) -> int:
+        """Returns how often something done every `period` steps was due in steps 0 to `step`, both included."""
+        phase = self.phase(group) % period
+        after_first = (step - phase) // period + 1 if step >= phase else 0
         return after_first if phase == 0 else after_first + 1

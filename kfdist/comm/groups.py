@@ -82,6 +82,22 @@ class Communicator:
             return _Done()
         return _started(dist.broadcast(tensor, self.global_rank(source), group=self.process_group, async_op=True))
 
+    def gather(self, tensor: torch.Tensor, destination: int) -> list[torch.Tensor]:
+        """Returns every rank's `tensor`, of equal shape, in rank order on rank `destination`; nothing on the others."""
+        if self.process_group is None:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.rank == destination else []
+        dist.gather(tensor, parts or None, self.global_rank(destination), group=self.process_group)
+        return parts
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Returns every rank's `tensor`, of equal shape, in rank order on all ranks."""
+        if self.process_group is None:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor, group=self.process_group)
+        return parts
+
     def all_reduce_sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` over the ranks in place and waits."""
         self.all_reduce_sum(tensor).wait()

@@ -25,7 +25,7 @@ from kfdist.curvature.payload import (
     tensors_under,
     write_payload,
 )
-from kfdist.curvature.preconditioners import PRECONDITIONERS
+from kfdist.curvature.preconditioners import PRECONDITIONERS, AbstractPreconditioner
 from kfdist.curvature.records import PackedRecord, move, pack, unpack
 from kfdist.curvature.statistics import STATISTICS, Needs
 from kfdist.errors import ConfigError
@@ -251,6 +251,20 @@ def failure_result(reasons: Mapping[BlockName, str]) -> bytes:
     blocks = [
         _put_outcome(results, i, n, BlockOutcome(preconditioner=None, outcome=Outcome.FAILED, reason=reasons[n]))
         for i, n in enumerate(sorted(reasons))
+    ]
+    return write_payload("result", results, {"blocks": blocks})
+
+
+def encode_result(preconditioners: Mapping[BlockName, AbstractPreconditioner]) -> bytes:
+    """Writes preconditioners down that ranks made themselves, as a result like any other.
+
+    Args:
+        preconditioners: One per block of the group.
+    """
+    results: dict[str, Tensor] = {}
+    blocks = [
+        _put_outcome(results, index, name, BlockOutcome(preconditioner=each, outcome=Outcome.DONE))
+        for index, (name, each) in enumerate(preconditioners.items())
     ]
     return write_payload("result", results, {"blocks": blocks})
 

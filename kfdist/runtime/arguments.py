@@ -6,21 +6,22 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from kfdist.capture.requests import FISHERS
 from kfdist.comm.groups import Communicator
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.estimate import WeightedSums
+from kfdist.curvature.choice import MeasuredCosts, measure_costs
+from kfdist.curvature.estimate import WeightedSums, sum_shapes
 from kfdist.curvature.fingerprint import fingerprint
+from kfdist.curvature.inverters.base import Coupling
 from kfdist.errors import ConfigError, EnvironmentFault, ModelChanged
 from kfdist.links.base import AbstractLink
 from kfdist.links.local import LocalLink
-from kfdist.runtime.groups import find_layer
+from kfdist.runtime.groups import BlockGroup, find_layer
 from kfdist.runtime.learning_rate import Scalar, is_number
-from kfdist.runtime.pipeline import FixedLag
+from kfdist.runtime.pipeline_parts import FixedLag
 from kfdist.runtime.service import Service
 from kfdist.staleness import StalenessPolicy
-
-SMALLEST_DELAY = 3
-"""Fewest steps from an inversion's statistics to its adoption under asap: announce, broadcast, agree on receipt."""
+from kfdist.types import BlockName
 
 
 def check_block(model: nn.Module, block: Block, device: torch.device) -> None:
@@ -31,8 +32,7 @@ def check_block(model: nn.Module, block: Block, device: torch.device) -> None:
         block: One of its blocks.
         device: Where the model was when the blocks were made.
     """
-    module, shape = find_layer(model, block.name), block.shape
-    parameters = block.parameters()
+    module, parameters = find_layer(model, block.name), block.parameters()
     change = None
     if module is not block.module:
         change = "replaced or removed"
@@ -40,9 +40,7 @@ def check_block(model: nn.Module, block: Block, device: torch.device) -> None:
         change = "given other parameters (replaced or resized)"
     elif not all(parameter.requires_grad for parameter in parameters):
         change = "frozen"
-    elif parameters[0].shape[0] != shape.groups * shape.d_out or parameters[0].numel() != (
-        shape.groups * shape.d_out * (shape.d_in - block.has_bias)
-    ):
+    elif block.resized:
         change = "resized"
     elif any(parameter.device != device for parameter in parameters):
         change = f"moved from {device} to {parameters[0].device}"
@@ -76,8 +74,8 @@ def check_numbers(
         raise ConfigError(f"damping is {damping!r}; a positive, finite number or a callable of the step is needed")
     if not (is_number(ema_decay) and 0.0 <= ema_decay < 1.0):
         raise ConfigError(f"ema_decay is {ema_decay!r}; a number in [0, 1) is needed")
-    if fisher != "empirical":
-        raise ConfigError(f"fisher is {fisher!r}; this version measures the 'empirical' Fisher only")
+    if fisher not in FISHERS:
+        raise ConfigError(f"fisher is {fisher!r}; {', '.join(map(repr, FISHERS))} are allowed", path="fisher")
     if kl_clip is not None and not (is_number(kl_clip) and math.isfinite(kl_clip) and kl_clip > 0):
         raise ConfigError(f"kl_clip is {kl_clip!r}; a positive number, or None to turn the clip off, is needed")
     if not (is_number(wait_limit) and wait_limit > 0):
@@ -100,12 +98,7 @@ def lag_of(adoption: str | FixedLag) -> int | None:
 def checked_staleness(policy: StalenessPolicy | None, lag: int | None, inverse_period: int) -> StalenessPolicy:
     """Returns the policy, an idle one by default, if it fits the adoption and the period."""
     policy = policy or StalenessPolicy()
-    if policy.active and lag is not None:
-        raise ConfigError(
-            "a staleness policy was given together with FixedLag: under a fixed lag nothing that depends on time may "
-            "change a number. Leave the bounds out, or use adoption='asap'"
-        )
-    policy.check(inverse_period=inverse_period, delay=SMALLEST_DELAY)
+    policy.check(inverse_period=inverse_period, lag=lag)
     return policy
 
 
@@ -135,6 +128,12 @@ def inverting_fingerprint(training: Communicator, device: torch.device) -> str:
     return fingerprint("cpu", torch.get_num_threads())
 
 
+def agreed_costs(training: Communicator) -> MeasuredCosts:
+    """Returns what inversions cost on rank 0's machine, on all ranks: they have to choose alike."""
+    measured = measure_costs().to_json() if training.rank == 0 else None
+    return MeasuredCosts.from_json(training.broadcast_json(measured))
+
+
 def make_link(link: Service | AbstractLink | None) -> AbstractLink:
     """Makes the link a user asked for: the local one by default."""
     if link is None:
@@ -146,8 +145,28 @@ def make_link(link: Service | AbstractLink | None) -> AbstractLink:
     return RemoteLink(link.address)
 
 
-def empty_sums(block: Block, device: torch.device) -> WeightedSums:
-    """Makes a block's sums: float64 for float64 parameters, else float32."""
-    dtype = torch.float64 if block.parameters()[0].dtype == torch.float64 else torch.float32
-    shape = block.shape
-    return WeightedSums.zeros(shape.groups, shape.d_out, shape.d_in, dtype=dtype, device=device)
+def empty_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[BlockName, WeightedSums]:
+    """Makes all blocks' sums: float64 for float64 parameters, else float32."""
+    sums = {}
+    for group in groups:
+        chained = group.inverter.coupling is Coupling.CHAIN
+        for position, block in enumerate(group.blocks):
+            following = group.blocks[position + 1].shape if chained and position + 1 < len(group.blocks) else None
+            shapes = sum_shapes(block.shape, group.needs[block.name], following=following, members=len(group.blocks))
+            dtype = torch.float64 if block.parameters()[0].dtype == torch.float64 else torch.float32
+            sums[block.name] = WeightedSums.zeros(shapes, dtype=dtype, device=device)
+    return sums
+
+
+def check_fisher(fisher: str, groups: Iterable[BlockGroup]) -> None:
+    """Refuses methods that take single examples' rows together with the exact Fisher, which sums over all targets."""
+    if fisher != "exact":
+        return
+    for group in groups:
+        for needs in group.needs.values():
+            if needs.increments or needs.samples is not None or needs.calibration is not None:
+                raise ConfigError(
+                    f"{group.inverter.name} takes rows of single examples, which fisher='exact' doesn't have; use "
+                    "fisher='mc' or 'empirical'",
+                    path="fisher",
+                )

@@ -6,117 +6,28 @@ function of the step and of agreed tables, so all ranks always enter the same co
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from kfdist.adoption import NO_VERSION, AdoptionLedger, AgreedTable, decode_table, encode_table
-from kfdist.capture.hooks import Capture
-from kfdist.comm.own_groups import CommunicatorSet
-from kfdist.comm.table import TableExchange
-from kfdist.curvature.estimate import WeightedSums, decay_at
+from kfdist.adoption import NO_VERSION, AgreedTable, decode_table, encode_table
+from kfdist.curvature.estimate import BatchStatistics, WeightedSums, decay_at
+from kfdist.curvature.inverters.base import Placement
 from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
 from kfdist.errors import ConfigError, RanksDiverged
-from kfdist.links.base import AbstractLink
-from kfdist.runtime.agreement import Agreement
+from kfdist.runtime.calibration import calibrate
 from kfdist.runtime.counters import LateDropCount, PipelineCounters
 from kfdist.runtime.digest import parameter_digest
-from kfdist.runtime.exchange import SnapshotExchange
-from kfdist.runtime.groups import BlockGroup
-from kfdist.runtime.jobs import JobBook, seed_of
-from kfdist.runtime.precondition import Application, precondition_gradients
-from kfdist.runtime.reduction import ReducedStatistics, reduce_statistics
-from kfdist.runtime.snapshots import SnapshotStore
+from kfdist.runtime.jobs import seed_of
+from kfdist.runtime.pipeline_parts import PipelineParts, PipelineSettings, StepReport
+from kfdist.runtime.precondition import MEASURED, Application, precondition_gradients, solve
+from kfdist.runtime.reduction import ReducedStatistics
 from kfdist.runtime.start import agree_on_start
-from kfdist.schedule import Schedule
-from kfdist.staleness import Decision, StalenessPolicy
-from kfdist.types import BlockName, Job, JobResult, RunSettings
-
-
-@dataclass(frozen=True)
-class FixedLag:
-    """Adoption of version v by all ranks at step v + lag, waited for; `FixedLag(0)` is synchronous K-FAC.
-
-    Nothing that depends on time changes a number: two runs with equal inputs are bitwise equal.
-
-    Attributes:
-        lag: Steps between an inversion's statistics and its adoption.
-    """
-
-    lag: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineSettings:
-    """The numbers of a pipeline; `kfdist.Preconditioner` documents and checks them.
-
-    Attributes:
-        damping: lambda of F + lambda I by step.
-        ema_decay: Largest rho of the moving average.
-        schedule: When groups are folded and inverted.
-        kl_clip: kappa, or None.
-        lag: Steps to adoption; None for asap.
-        staleness: Bounds for asap.
-        seed: The run's seed.
-        run: The run's name.
-        epoch: The start of the run.
-        fingerprint: What this rank's numbers depend on.
-        deadline_seconds: How long one inversion may run.
-        digest_period: Steps between two comparisons of the ranks' parameters; 0 turns them off.
-    """
-
-    damping: Callable[[int], float]
-    ema_decay: float
-    schedule: Schedule
-    kl_clip: float | None
-    lag: int | None
-    staleness: StalenessPolicy
-    seed: int
-    run: str
-    epoch: int
-    fingerprint: str
-    deadline_seconds: float
-    digest_period: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What one step did; equal on all ranks but for the seconds.
-
-    Attributes:
-        step: The step, from 0.
-        settings: What people want, as agreed.
-        stop: Whether all ranks know that somebody asked to stop.
-        adopted: (group, version) swapped in.
-        waited_seconds: Spent in agreed waits.
-        phase_seconds: Host seconds by phase.
-    """
-
-    step: int
-    settings: RunSettings
-    stop: bool
-    adopted: tuple[tuple[str, int], ...]
-    waited_seconds: float
-    phase_seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineParts:
-    """The collaborators of a pipeline, made by `kfdist.Preconditioner`."""
-
-    groups: Sequence[BlockGroup]
-    parameters: Sequence[nn.Parameter]
-    capture: Capture
-    communicators: CommunicatorSet
-    table: TableExchange
-    ledger: AdoptionLedger
-    agreement: Agreement
-    book: JobBook
-    exchange: SnapshotExchange
-    snapshots: SnapshotStore
-    link: AbstractLink
+from kfdist.runtime.statistics import OwnInversion
+from kfdist.staleness import Decision
+from kfdist.types import BlockName, Job, JobResult
 
 
 @dataclass(frozen=True)
@@ -139,39 +50,51 @@ class Pipeline:
         counters: What happened so far.
         drops: How many batches were dropped as non-finite, for telemetry.
         started: Whether a step was begun or a state loaded; from then on no state can be loaded.
+        calibrating: Groups that the capture takes samples of for the snapshot in use, in the step that comes.
+        own_inversions: What this rank has inverted for itself in this step, by group.
     """
 
-    def __init__(self, parts: PipelineParts, settings: PipelineSettings, sums: dict[BlockName, WeightedSums]) -> None:
+    def __init__(
+        self,
+        parts: PipelineParts,
+        settings: PipelineSettings,
+        sums: dict[BlockName, WeightedSums],
+        pending: list[list[int]],
+    ) -> None:
         self.parts = parts
         self.settings = settings
         self.sums = sums
         self.next_step = 0
         self.statistics_step = -1
-        self.pending: list[list[int]] = [[] for _ in parts.groups]
+        self.pending = pending
         self.counters = PipelineCounters()
         self.drops = LateDropCount()
         self.started = False
+        self.calibrating: frozenset[int] = frozenset()
+        self.own_inversions: Mapping[int, OwnInversion] = {}
         self._unshipped: list[_Unshipped] = []
         self.arm()
 
-    def step(self, *, step_is_finite: Tensor | None, learning_rate: Callable[[nn.Parameter], float]) -> StepReport:
+    def step(
+        self, *, step_is_finite: Tensor | None, learning_rate: Callable[[nn.Parameter], float] | None
+    ) -> StepReport:
         """One step of the method; the order of the lines is the algorithm.
 
         Args:
             step_is_finite: Boolean scalar on the device, equal on all ranks; where false no statistics change. None:
                 true.
-            learning_rate: The learning rate of a parameter, for the KL clip.
+            learning_rate: The learning rate of a parameter, for the KL clip; None leaves the gradients as they are.
 
         Raises:
             Interrupted: On all ranks, inside an agreed wait; the step is then not done.
             RanksDiverged: The ranks' parameters differ.
         """
         step, table = self.next_step, self._agreed_table()
-        self._capture(step, step_is_finite)
-        reduced = self._reduce(step)
+        batches = self._capture(step, step_is_finite)
+        reduced = self._reduce(step, batches, step_is_finite)
         self._invert(reduced)
         arrived = self._broadcast(step, table)
-        adopted = self._adopt(arrived)
+        adopted = self._adopt(step, arrived, batches, step_is_finite)
         self._precondition(step, learning_rate)
         return self._finish(step, adopted)
 
@@ -198,34 +121,41 @@ class Pipeline:
         self.parts.agreement.wait_while_paused(self.next_step)
         return table
 
-    def _capture(self, step: int, step_is_finite: Tensor | None) -> None:
-        """Folds the batch into the local sums of the groups that are due."""
+    def _capture(self, step: int, step_is_finite: Tensor | None) -> Mapping[BlockName, BatchStatistics]:
+        """Takes what this step's batch says, and folds it into the local sums of the groups that are due."""
         with self.counters.phase("capture"):
             batches = self.parts.capture.drain()
             if self.statistics_step >= step:  # the step was interrupted after its folding, and is done again
-                return
+                return batches
             for group in self.parts.groups:
-                if not self._folds(group, step):
+                if not self.parts.timetable.folds(group, step):
                     continue
-                update = self.settings.schedule.foldings_until(group.index, step)
-                rho = decay_at(update, self.settings.ema_decay)
+                rho = decay_at(self.parts.timetable.foldings_until(group, step), self.settings.ema_decay)
                 for block in group.blocks:
                     self.sums[block.name].fold(batches.get(block.name), rho, step_is_finite)
+        return batches
 
-    def _reduce(self, step: int) -> ReducedStatistics | None:
-        """Sums the statistics of the groups due for inversion over the ranks; this rank keeps what it ships."""
+    def _reduce(
+        self, step: int, batches: Mapping[BlockName, BatchStatistics], step_is_finite: Tensor | None
+    ) -> ReducedStatistics | None:
+        """Sums the statistics of the groups that are due over the ranks.
+
+        This rank keeps what it ships; what every rank inverts for itself is inverted at once.
+        """
         if self.statistics_step >= step:
             return None
-        due = [group for group in self.parts.groups if self._inverts(group, step)]
-        for group in due:
+        due = [group for group in self.parts.groups if self.parts.timetable.updates(group, step)]
+        shipped = [group for group in due if group.inverter.placement is Placement.OWNER]
+        for group in shipped:
             self.pending[group.index].append(step)
         with self.counters.phase("reduce"):
-            share, size = reduce_statistics(step, due, self.sums, self.parts.communicators.statistics)
-        self.counters.bytes["statistics"] += size
+            reduction = self.parts.reducer.reduce(step, due, self.sums, batches, step_is_finite)
+        self.counters.bytes["statistics"] += reduction.bytes
         if due:
             self.parts.snapshots.note_time(step)
+        self.own_inversions = reduction.own
         self.statistics_step = step
-        return share
+        return reduction.shipped
 
     def _invert(self, reduced: ReducedStatistics | None) -> None:
         """Ships what has reached the host to the inverters, and takes in what they have finished."""
@@ -256,7 +186,13 @@ class Pipeline:
             exchange.poll()
             return {**arrived, **self._await_stale(step, arrived)}
 
-    def _adopt(self, arrived: Mapping[int, tuple[int, bytes]]) -> tuple[tuple[str, int], ...]:
+    def _adopt(
+        self,
+        step: int,
+        arrived: Mapping[int, tuple[int, bytes]],
+        batches: Mapping[BlockName, BatchStatistics],
+        step_is_finite: Tensor | None,
+    ) -> tuple[tuple[str, int], ...]:
         """Takes into use, on all ranks alike, what every rank holds."""
         adopted = []
         with self.counters.phase("adopt"):
@@ -264,33 +200,91 @@ class Pipeline:
                 self.parts.snapshots.adopt(group, version, payload)
                 self.parts.exchange.adopt(group, version)
                 self.pending[group] = [each for each in self.pending[group] if each > version]
-                self.counters.adoptions += 1
                 adopted.append((self.parts.groups[group].name, version))
+            adopted += self._adopt_own(step)
+            self.counters.adoptions += len(adopted)
+            self._calibrate(step, batches, step_is_finite)
         return tuple(adopted)
 
-    def _precondition(self, step: int, learning_rate: Callable[[nn.Parameter], float]) -> None:
+    def _adopt_own(self, step: int) -> list[tuple[str, int]]:
+        """Takes into use what every rank has made for itself in this step."""
+        adopted = []
+        for group in self.parts.groups:
+            made = self.own_inversions.get(group.index)
+            if made is None:
+                continue
+            self.parts.snapshots.adopt_own(group.index, step, made.preconditioners)
+            for name, measured in made.measured.items():
+                self.parts.snapshots.memories[name][MEASURED] = measured
+            self.counters.completed[group.inverter.name] += 1
+            adopted.append((group.name, step))
+        self.own_inversions = {}
+        return adopted
+
+    def _calibrate(
+        self, step: int, batches: Mapping[BlockName, BatchStatistics], step_is_finite: Tensor | None
+    ) -> None:
+        """Measures what the snapshots in use leave to the ranks: at their first step, then at each folding."""
+        fresh = {index for index, count in self.parts.snapshots.calibrations.items() if count == 0}
+        due = {
+            group.index
+            for group in self.parts.groups
+            if group.index in self.calibrating and (group.index in fresh or self.parts.timetable.folds(group, step))
+        }
+        if due:
+            samples = self.parts.reducer.local_samples(step, due, batches, step_is_finite)
+            self.counters.bytes["statistics"] += calibrate(
+                self.parts.groups,
+                due,
+                self.parts.snapshots,
+                samples,
+                self.parts.communicators.statistics,
+                ema_decay=self.settings.ema_decay,
+            )
+
+    def _precondition(self, step: int, learning_rate: Callable[[nn.Parameter], float] | None) -> None:
         """Multiplies the adopted inverses onto the gradients."""
+        if learning_rate is None:
+            return
         with self.counters.phase("precondition"):
-            damping = self.damping(step)
-            applications = []
-            for group in self.parts.groups:
-                snapshot = self.parts.snapshots[group.index]
-                decision = self._decision(group.index, step)
-                self.counters.fallbacks.update(decision.reasons)
-                for block in group.blocks:
-                    preconditioner = snapshot.preconditioners.get(block.name)
-                    if preconditioner is None:
-                        self.counters.fallbacks["no_snapshot"] += 1
-                    elif all(parameter.grad is not None for parameter in block.parameters()):
-                        applications.append(
-                            Application(
-                                block=block,
-                                preconditioner=preconditioner,
-                                damping=damping * decision.damping_factor,
-                                fallback=decision.fallback,
-                            )
-                        )
-            precondition_gradients(applications, kl_clip=self.settings.kl_clip, learning_rate=learning_rate)
+            precondition_gradients(
+                self._applications(step, self.damping(step)),
+                kl_clip=self.settings.kl_clip,
+                learning_rate=learning_rate,
+                communicator=self.parts.communicators.statistics,
+            )
+
+    def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:
+        """Returns (F + damping I)^-1 grad by parameter, from the snapshots in use; nothing is written."""
+        applications = self._applications(max(self.next_step - 1, 0), damping)
+        found: dict[nn.Parameter, Tensor] = {}
+        for block, _, U in solve(applications, self.parts.communicators.statistics):
+            found.update(zip(block.parameters(), block.from_matrix(U), strict=True))
+        return found
+
+    def _applications(self, step: int, damping: float) -> list[Application]:
+        applications = []
+        for group in self.parts.groups:
+            snapshot = self.parts.snapshots[group.index]
+            decision = self._decision(group.index, step)
+            self.counters.fallbacks.update(decision.reasons)
+            blocks = [block for block in group.blocks if block.name in snapshot.preconditioners]
+            if len(blocks) < len(group.blocks):
+                self.counters.fallbacks["no_snapshot"] += len(group.blocks) - len(blocks)
+                continue
+            if not any(all(p.grad is not None for p in block.parameters()) for block in blocks):
+                continue
+            applications.append(
+                Application(
+                    blocks=blocks,
+                    preconditioners=[snapshot.preconditioners[block.name] for block in blocks],
+                    memories=[self.parts.snapshots.memories[block.name] for block in blocks],
+                    damping=damping * decision.damping_factor,
+                    fallback=decision.fallback,
+                    solver=group.courier_rank,
+                )
+            )
+        return applications
 
     def _finish(self, step: int, adopted: tuple[tuple[str, int], ...]) -> StepReport:
         """Starts the next table and arms the capture for the next step."""
@@ -340,20 +334,10 @@ class Pipeline:
         """Returns the age in steps of each group's snapshot at `step`; step + 1 where there is none."""
         return {group.name: step - self.parts.snapshots[group.index].version for group in self.parts.groups}
 
-    def _folds(self, group: BlockGroup, step: int) -> bool:
-        return self.settings.schedule.folds(group.index, step) or self._starves(group)
-
-    def _inverts(self, group: BlockGroup, step: int) -> bool:
-        return self.settings.schedule.inverts(group.index, step) or self._starves(group)
-
-    def _starves(self, group: BlockGroup) -> bool:
-        """A group whose newest result had no statistics is due again, one version at a time, until it has some."""
-        return self.parts.snapshots.starving(group.index) and not self.pending[group.index]
-
     def _due_for_adoption(self, step: int) -> dict[int, int]:
         """Versions that must be on all ranks before this step goes on: at the lag, and version 0 at step 0 always."""
         if self.settings.lag is None:
-            return {index: 0 for index in range(len(self.pending))} if step == 0 else {}
+            return {index: 0 for index, versions in enumerate(self.pending) if versions} if step == 0 else {}
         latest = step - self.settings.lag if step else 0
         return {index: versions[0] for index, versions in enumerate(self.pending) if versions and versions[0] <= latest}
 
@@ -395,10 +379,27 @@ class Pipeline:
     # This rank's share -----------------------------------------------------------------------------------------------
 
     def arm(self) -> None:
-        """Tells the capture which blocks to measure in the next step."""
+        """Tells the capture what to measure in the next step."""
         step, seed = self.next_step, self.settings.seed
-        due = [block.name for group in self.parts.groups if self._folds(group, step) for block in group.blocks]
-        self.parts.capture.arm(due, lambda name: seed_of(seed, name, step))
+        self.calibrating = self._may_calibrate(step)
+        requests = self.parts.timetable.requests(
+            step, lambda name: seed_of(seed, name, step), calibrating=self.calibrating
+        )
+        self.parts.capture.arm(requests)
+
+    def _may_calibrate(self, step: int) -> frozenset[int]:
+        """Groups whose snapshot wants samples of `step`: it is new then, or one of its foldings is due."""
+        return frozenset(
+            group.index
+            for group in self.parts.groups
+            if any(needs.calibration is not None for needs in group.needs.values())
+            and (
+                self.parts.timetable.folds(group, step)
+                or self.parts.snapshots.calibrations.get(group.index) == 0
+                or self.parts.ledger.in_flight(group.index)
+                or (self.settings.lag is not None and step - self.settings.lag in self.pending[group.index])
+            )
+        )
 
     def ship_all(self) -> None:
         """Ships also what has not reached the host yet: somebody is about to wait for it, or writes it down."""
@@ -407,9 +408,9 @@ class Pipeline:
 
     def _ship(self, unshipped: _Unshipped) -> None:
         version = unshipped.reduced.version
-        factors = unshipped.reduced.factors()
+        records = unshipped.reduced.records()
         for group in unshipped.reduced.groups:
-            of_group = factors[group.name]
+            of_group = records[group.name]
             if not of_group:
                 payload = failure_result({block.name: NO_STATISTICS for block in group.blocks})
                 self.parts.book.put(_immediate(group.name, version, payload))
@@ -417,10 +418,10 @@ class Pipeline:
                 continue
             payload = encode_job(
                 inverter=group.inverter,
-                factors=of_group,
+                statistics=of_group,
                 damping=unshipped.damping,
                 seeds={name: seed_of(self.settings.seed, name, version) for name in of_group},
-                previous=unshipped.previous[group.name],
+                previous={} if group.inverter.online else unshipped.previous[group.name],
                 threads=torch.get_num_threads(),
             )
             self.parts.book.ship(self._job(group.name, version, payload))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kfdist.comm.groups import Communicator, Pending
-from kfdist.runtime.pipeline import StepReport
+from kfdist.runtime.pipeline_parts import StepReport
 from kfdist.types import RunSettings, Sample
 
 

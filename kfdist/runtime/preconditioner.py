@@ -1,36 +1,33 @@
 """`kfdist.Preconditioner`: the public face of the pipeline."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kfdist.adoption import AdoptionLedger
-from kfdist.capture.hooks import Capture, Sampling
-from kfdist.comm.groups import communicator
+from kfdist.capture.requests import Sampling
+from kfdist.comm.groups import Communicator, communicator
 from kfdist.comm.own_groups import make_communicators
-from kfdist.comm.table import TableExchange
 from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistError, KfdistWarning
 from kfdist.links.base import AbstractLink, LinkContext
-from kfdist.runtime.agreement import Agreement
 from kfdist.runtime.arguments import (
+    agreed_costs,
     check_block,
+    check_fisher,
     check_numbers,
     checked_staleness,
     constant,
     device_of,
-    empty_sums,
     inverting_fingerprint,
     lag_of,
     make_link,
 )
-from kfdist.runtime.exchange import SnapshotExchange
-from kfdist.runtime.groups import Coverage, Method, bare_model, plan_blocks
-from kfdist.runtime.jobs import JobBook
+from kfdist.runtime.assembly import CaptureSettings, assemble
+from kfdist.runtime.groups import BlockGroup, Coverage, Method, bare_model, needs_costs, plan_blocks
 from kfdist.runtime.learning_rate import (
     LearningRates,
     Scalar,
@@ -38,10 +35,9 @@ from kfdist.runtime.learning_rate import (
     finite_gradients,
     step_before_optimizer,
 )
-from kfdist.runtime.pipeline import FixedLag, Pipeline, PipelineParts, PipelineSettings, StepReport
+from kfdist.runtime.pipeline_parts import FixedLag, PipelineSettings, StepReport
 from kfdist.runtime.report import pipeline_samples, pipeline_totals
 from kfdist.runtime.service import DEADLINE_SECONDS, Service, epoch_from_clock
-from kfdist.runtime.snapshots import SnapshotStore
 from kfdist.runtime.state import pipeline_state, restore_pipeline
 from kfdist.schedule import Schedule
 from kfdist.staleness import StalenessPolicy
@@ -72,7 +68,8 @@ class Preconditioner:
         ema_decay: Largest weight rho of the past in the moving average of the statistics, in [0, 1).
         factor_period: Steps between two foldings of a block's statistics.
         inverse_period: Steps between two inversions of a block, a multiple of `factor_period`.
-        fisher: Which output gradients make the Fisher; "empirical" uses those of the training loss.
+        fisher: Which output gradients make the Fisher: "empirical" uses those of the training loss; "mc" those of
+            targets drawn from the model's predictions and "exact" those of all targets, both told by `observe`.
         kl_clip: kappa of the KL clip; None turns it off.
         lr: Learning rate for the KL clip: a number, a callable of the step, or None to read an attached optimizer.
         adoption: "asap" or `kfdist.FixedLag(k)`; `FixedLag(0)` is synchronous.
@@ -83,6 +80,9 @@ class Preconditioner:
         staleness: Bounds on staleness, for "asap" only.
         examples_fraction: Share of the examples that is measured, in (0, 1].
         positions_fraction: Share of the positions of a convolution or a sequence that is measured, in (0, 1].
+        positions_budget: Most positions that are measured of an example; None: no limit.
+        weight_sharing: How `nn.Linear` treats the positions of a sequence: "expand" for a loss per position, "reduce"
+            where they are pooled before the loss (Eschenhagen et al., arXiv 2311.00636).
         seed: Seeds every random choice, together with the block's name and the version.
         wait_limit_seconds: Longest agreed wait for an inversion.
         digest_period: Steps between two comparisons of the ranks' parameters; 0 turns them off.
@@ -112,6 +112,8 @@ class Preconditioner:
         staleness: StalenessPolicy | None = None,
         examples_fraction: float = 1.0,
         positions_fraction: float = 1.0,
+        positions_budget: int | None = None,
+        weight_sharing: str = "expand",
         seed: int = 0,
         wait_limit_seconds: float = 600.0,
         digest_period: int = 100,
@@ -126,13 +128,26 @@ class Preconditioner:
         )
         lag = lag_of(adoption)
         staleness = checked_staleness(staleness, lag, inverse_period)
-        sampling = Sampling(examples_fraction=examples_fraction, positions_fraction=positions_fraction)
+        sampling = Sampling(
+            examples_fraction=examples_fraction,
+            positions_fraction=positions_fraction,
+            most_positions=positions_budget,
+        )
         self._model = bare_model(model)
         self._grad_scaler = grad_scaler
         self._rates = LearningRates(lr, needed=kl_clip is not None)
         self._training = communicator(process_group)
         skip = (skip,) if isinstance(skip, str) else tuple(skip)
-        self._plan = plan_blocks(self._model, method, skip=skip, world_size=self._training.world_size)
+        self._fisher = fisher
+        self._plan = plan_blocks(
+            self._model,
+            method,
+            skip=skip,
+            world_size=self._training.world_size,
+            weight_sharing=weight_sharing,
+            costs=agreed_costs(self._training) if needs_costs(method) else None,
+        )
+        check_fisher(fisher, self._plan.groups)
         schedule = Schedule(factor_period=factor_period, inverse_period=inverse_period, groups=len(self._plan.groups))
         self._device = device_of(block for group in self._plan.groups for block in group.blocks)
         service = link if isinstance(link, Service) else None
@@ -153,7 +168,15 @@ class Preconditioner:
         )
         self._communicators = make_communicators(self._training)
         self._link = make_link(link)
-        self._pipeline = self._make_pipeline(settings, sampling, wait_limit_seconds)
+        self._pipeline = assemble(
+            self._model,
+            self._plan,
+            settings,
+            CaptureSettings(sampling=sampling, fisher=fisher, grad_scaler=grad_scaler),
+            self._communicators,
+            self._link,
+            wait_limit_seconds=wait_limit_seconds,
+        )
         self._folded = False
         self._closed = False
         self._hook: Any = None
@@ -161,30 +184,6 @@ class Preconditioner:
         self._start_link(settings, service.assignment if service is not None else "round_robin")
 
     # Construction ----------------------------------------------------------------------------------------------------
-
-    def _make_pipeline(self, settings: PipelineSettings, sampling: Sampling, wait_limit_seconds: float) -> Pipeline:
-        plan, groups = self._plan, self._plan.groups
-        blocks = {block.name: block for group in groups for block in group.blocks}
-        capture = Capture(self._model, blocks, aliases=plan.aliases, sampling=sampling, grad_scaler=self._grad_scaler)
-        table = TableExchange(self._communicators.table)
-        ledger = AdoptionLedger(len(groups))
-        book = JobBook(self._link, queued=settings.lag is not None)
-        agreement = Agreement(table, self._link, self._training.rank)
-        exchange = SnapshotExchange(groups, self._communicators.snapshots, ledger, book, agreement, wait_limit_seconds)
-        parts = PipelineParts(
-            groups=groups,
-            parameters=list(self._model.parameters()),
-            capture=capture,
-            communicators=self._communicators,
-            table=table,
-            ledger=ledger,
-            agreement=agreement,
-            book=book,
-            exchange=exchange,
-            snapshots=SnapshotStore(groups, self._device, speaks=self._training.rank == 0),
-            link=self._link,
-        )
-        return Pipeline(parts, settings, {name: empty_sums(block, self._device) for name, block in blocks.items()})
 
     def _start_link(self, settings: PipelineSettings, assignment: str) -> None:
         """Starts every rank's link, or none: where one can't start, all ranks undo what they made and say so."""
@@ -225,6 +224,45 @@ class Preconditioner:
             ConfigError: There is a KL clip but no learning rate.
             KfdistError: The gradients are still scaled, or `close` was called.
         """
+        return self._step(self._rates.at(self._pipeline.next_step))
+
+    def update(self) -> StepReport:
+        """Does all that `step` does except changing gradients, for callers that ask for `directions` themselves.
+
+        Collective: all ranks must call it.
+
+        Raises:
+            The errors of `step`.
+        """
+        return self._step(None)
+
+    def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:
+        """Returns (F + damping I)^-1 grad of every preconditioned parameter, from the snapshots in use.
+
+        `.grad` is read and stays as it is; there is no KL clip. After `update`, which takes the newest snapshots in.
+
+        Args:
+            damping: lambda; without effect on methods that damp when they invert.
+        """
+        return self._pipeline.directions(damping)
+
+    def observe(self, output: Tensor, loss: str = "cross_entropy", **details: Any) -> None:
+        """Says what the loss makes of a head's output, before its backward; for fisher="mc" and "exact".
+
+        Free on steps that measure nothing. With several heads, call it once for each.
+
+        Args:
+            output: The model's output that the loss takes: logits, or predictions for "mse".
+            loss: "cross_entropy", "mse" or "binary_cross_entropy" (with logits).
+            **details: What else the loss was given: `target` (where `ignore_index` leaves terms out), `reduction`,
+                `label_smoothing`, `ignore_index`, `pos_weight`; see `kfdist.capture.hooks.Capture.observe`.
+
+        Raises:
+            ConfigError: An unknown loss or detail, or an output that doesn't belong to the last forward.
+        """
+        self._pipeline.parts.capture.observe(output, loss, **details)
+
+    def _step(self, rates: Callable[[nn.Parameter], float] | None) -> StepReport:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
         self._check_model()
@@ -234,7 +272,6 @@ class Preconditioner:
             check_unscaled(self._grad_scaler, self._rates.optimizer)
             finite = finite_gradients(self._model.parameters())
         self._folded = False
-        rates = self._rates.at(self._pipeline.next_step)
         return self._pipeline.step(step_is_finite=finite, learning_rate=rates)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
@@ -290,6 +327,26 @@ class Preconditioner:
         return {group.name: self._pipeline.parts.snapshots[group.index].version for group in self._plan.groups}
 
     @property
+    def world(self) -> Communicator:
+        """The ranks that train together."""
+        return self._training
+
+    @property
+    def fisher(self) -> str:
+        """Which output gradients make the Fisher."""
+        return self._fisher
+
+    @property
+    def settings(self) -> PipelineSettings:
+        """The numbers it was made with."""
+        return self._pipeline.settings
+
+    @property
+    def groups(self) -> tuple[BlockGroup, ...]:
+        """The groups of blocks with their methods."""
+        return self._plan.groups
+
+    @property
     def next_step(self) -> int:
         """The step that the next call of `step` does."""
         return self._pipeline.next_step
@@ -335,7 +392,7 @@ class Preconditioner:
         """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""
         statistics = self._communicators.statistics
         for sums in self._pipeline.sums.values():
-            for tensor in (sums.A, sums.G, sums.weight, sums.dropped):
+            for tensor in (*sums.sums.values(), sums.weight, sums.dropped):
                 travelling = tensor.to(statistics.device)
                 statistics.all_reduce_sum_(travelling)
                 tensor.copy_(travelling / self._training.world_size)

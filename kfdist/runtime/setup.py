@@ -21,7 +21,7 @@ from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.models import build_model
 from kfdist.runtime.groups import plan_blocks
 from kfdist.runtime.optimizers import LearningRate, make_optimizer
-from kfdist.runtime.pipeline import FixedLag
+from kfdist.runtime.pipeline_parts import FixedLag
 from kfdist.runtime.plain import NoPreconditioner
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.randomness import ForwardState, seed_rank

@@ -11,8 +11,8 @@ import torch
 from kfdist.adoption import NO_VERSION
 from kfdist.curvature.inverters.base import Outcome
 from kfdist.curvature.inverters.ladder import BlockOutcome
-from kfdist.curvature.jobs import NO_STATISTICS, decode_result
-from kfdist.curvature.preconditioners import AbstractPreconditioner
+from kfdist.curvature.jobs import NO_STATISTICS, decode_result, encode_result
+from kfdist.curvature.preconditioners import AbstractPreconditioner, Memory
 from kfdist.errors import KfdistWarning
 from kfdist.runtime.groups import BlockGroup
 
@@ -23,7 +23,7 @@ class Snapshot:
 
     Attributes:
         version: Step whose statistics are in it; `NO_VERSION` before the first good result.
-        payload: The bytes it was decoded from, the same on all ranks; what a checkpoint stores.
+        payload: The bytes it was decoded from, the same on all ranks; empty where the ranks made it themselves.
         preconditioners: By block name.
         states: What each block's inverter wants to see again, by block name.
     """
@@ -45,6 +45,8 @@ class SnapshotStore:
     Attributes:
         failures: Adopted results without a preconditioner, by reason.
         degraded: Adopted blocks whose inversion didn't go as configured, by outcome.
+        memories: What each block keeps from step to step beside its snapshot, by block name.
+        calibrations: By group, how often the memory of the snapshot in use was folded; 0 where it waits for the first.
     """
 
     def __init__(self, groups: Sequence[BlockGroup], device: torch.device, *, speaks: bool) -> None:
@@ -56,6 +58,8 @@ class SnapshotStore:
         self._times: dict[int, float] = {}
         self.failures: dict[str, int] = {}
         self.degraded: Counter[str] = Counter()
+        self.memories: dict[str, Memory] = {block.name: {} for group in groups for block in group.blocks}
+        self.calibrations: dict[int, int] = {}
 
     def adopt(self, group: int, version: int, payload: bytes) -> bool:
         """Takes a version into use.
@@ -73,13 +77,36 @@ class SnapshotStore:
         good = {name: each for name, each in result.outcomes.items() if each.preconditioner is not None}
         for name, each in good.items():
             self._note(name, version, each)
-        self._snapshots[group] = Snapshot(
-            version,
-            payload,
-            {name: each.preconditioner for name, each in good.items() if each.preconditioner is not None},
-            {name: each.state for name, each in good.items()},
+        self._take(
+            group,
+            Snapshot(
+                version,
+                payload,
+                {name: each.preconditioner for name, each in good.items() if each.preconditioner is not None},
+                {name: each.state for name, each in good.items()},
+            ),
         )
         return True
+
+    def adopt_own(self, group: int, version: int, preconditioners: Mapping[str, AbstractPreconditioner]) -> None:
+        """Takes into use what every rank made for itself, of equal statistics."""
+        self._take(group, Snapshot(version, b"", dict(preconditioners), {}))
+
+    def _take(self, group: int, snapshot: Snapshot) -> None:
+        self._snapshots[group] = snapshot
+        for name, preconditioner in snapshot.preconditioners.items():
+            if not preconditioner.keeps_memory:
+                self.memories[name] = {}
+        self.calibrations.pop(group, None)
+        if any(preconditioner.calibrated for preconditioner in snapshot.preconditioners.values()):
+            self.calibrations[group] = 0
+
+    def payload(self, group: int) -> bytes:
+        """Returns a snapshot's bytes, the same on all ranks; empty before the first one."""
+        snapshot = self._snapshots[group]
+        if snapshot.payload or not snapshot.preconditioners:
+            return snapshot.payload
+        return encode_result(snapshot.preconditioners)
 
     def _note(self, block: str, version: int, outcome: BlockOutcome) -> None:
         """Counts an inversion that didn't go as configured, and says so once per block and outcome."""

@@ -74,7 +74,7 @@ def _place(pipeline: "Pipeline") -> int:
         ledger.adopted,
         pipeline.parts.agreement.settings.damping,
         [
-            [group.name, snapshots.starving(group.index), hashlib.sha256(snapshots[group.index].payload).hexdigest()]
+            [group.name, snapshots.starving(group.index), hashlib.sha256(snapshots.payload(group.index)).hexdigest()]
             for group in pipeline.parts.groups
         ],
     ]

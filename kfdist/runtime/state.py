@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfdist.curvature.estimate import WeightedSums
+from kfdist.curvature.estimate import SYMMETRIC, WeightedSums
 from kfdist.errors import CheckpointError, KfdistError
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.types import JobResult
 
-FORMAT = 1
+FORMAT = 2
 PER_RANK, FOLDED = "per-rank", "folded"
 
 
@@ -37,15 +37,26 @@ def pipeline_state(pipeline: Pipeline, *, folded: bool, world_size: int) -> dict
         "snapshots": {
             group.name: {
                 "version": snapshots[group.index].version,
-                "payload": _to_tensor(snapshots[group.index].payload),
+                "payload": _to_tensor(snapshots.payload(group.index)),
             }
             for group in groups
-            if snapshots[group.index].payload
+            if snapshots[group.index].preconditioners
         },
         "adopted": {group.name: pipeline.parts.ledger.adopted[group.index] for group in groups},
         "starving": [group.name for group in groups if snapshots.starving(group.index)],
         "pending": {group.name: list(pipeline.pending[group.index]) for group in groups},
         "in_flight": _in_flight(pipeline),
+        "online": {
+            group: {"version": version, "payload": _to_tensor(payload)}
+            for group, (version, payload) in pipeline.parts.book.states.items()
+        },
+        "memories": {
+            name: {key: tensor.clone() for key, tensor in memory.items()}
+            for name, memory in snapshots.memories.items()
+            if memory
+        },
+        "calibrations": {groups[index].name: count for index, count in snapshots.calibrations.items()},
+        "frames": dict(pipeline.parts.reducer.samples.frames),
         "damping": pipeline.parts.agreement.settings.damping,
     }
 
@@ -80,6 +91,9 @@ def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any], *, world_size
         pipeline.pending[group.index] = [int(version) for version in state["pending"][group.name]]
         if group.name in state["starving"]:
             pipeline.parts.snapshots.mark_starving(group.index)
+    _restore_memories(pipeline, state)
+    for name, head in state["online"].items():
+        pipeline.parts.book.remember(name, int(head["version"]), _to_bytes(head["payload"]))
     _ship_again(pipeline, state["in_flight"])
     pipeline.arm()
 
@@ -105,6 +119,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     merged = dict(first)
     merged["in_flight"] = {key: value for state in states for key, value in state["in_flight"].items()}
+    merged["online"] = {key: value for state in states for key, value in state["online"].items()}
+    merged["memories"] = {key: value for state in reversed(states) for key, value in state["memories"].items()}
     merged["snapshots"] = next((state["snapshots"] for state in states if state.get("snapshots")), {})
     if first["statistics"] == PER_RANK:
         merged["statistics"] = FOLDED
@@ -116,19 +132,30 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _sums_state(sums: WeightedSums, scale: int) -> dict[str, Tensor]:
-    return {
-        "A": pack_triangle(sums.A) * scale,
-        "G": pack_triangle(sums.G) * scale,
-        "weight": sums.weight * scale,
-        "dropped": sums.dropped * scale,
-    }
+    stored = {name: _stored(name, total) * scale for name, total in sums.sums.items()}
+    return {**stored, "weight": sums.weight * scale, "dropped": sums.dropped * scale}
+
+
+def _stored(name: str, total: Tensor) -> Tensor:
+    return pack_triangle(total) if name in SYMMETRIC else total.clone()
 
 
 def _load_sums(sums: WeightedSums, state: Mapping[str, Tensor], scale: float) -> None:
-    sums.A.copy_(unpack_triangle(state["A"]) * scale)
-    sums.G.copy_(unpack_triangle(state["G"]) * scale)
+    for name, total in sums.sums.items():
+        total.copy_((unpack_triangle(state[name]) if name in SYMMETRIC else state[name]) * scale)
     sums.weight.copy_(state["weight"] * scale)
     sums.dropped.copy_(state["dropped"] * scale)
+
+
+def _restore_memories(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
+    snapshots = pipeline.parts.snapshots
+    device = next(iter(pipeline.sums.values())).weight.device
+    for name, memory in state["memories"].items():
+        snapshots.memories[name] = {key: tensor.to(device, copy=True) for key, tensor in memory.items()}
+    for group in pipeline.parts.groups:
+        if group.name in state["calibrations"]:
+            snapshots.calibrations[group.index] = int(state["calibrations"][group.name])
+    pipeline.parts.reducer.samples.frames.update({name: int(size) for name, size in state["frames"].items()})
 
 
 def _in_flight(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
@@ -187,15 +214,21 @@ def _check(pipeline: Pipeline, state: Mapping[str, Any], *, world_size: int) -> 
             f"the state is one of {state['world_size']} ranks' own and there are {world_size} now; "
             "merge all ranks' states with kfdist.runtime.state.merge_states first"
         )
-    stored, own = set(state["sums"]), set(pipeline.sums)
-    if stored != own:
+    blocks, own = set(state["sums"]), set(pipeline.sums)
+    if blocks != own:
         raise CheckpointError(
-            f"the checkpoint has blocks {sorted(stored - own)} that the model lacks, and lacks {sorted(own - stored)}; "
+            f"the checkpoint has blocks {sorted(blocks - own)} that the model lacks, and lacks {sorted(own - blocks)}; "
             "load it into the model and method it was written with"
         )
     for name, sums in pipeline.sums.items():
-        for key, tensor in (("A", sums.A), ("G", sums.G)):
-            found, expected = tuple(state["sums"][name][key].shape), tuple(pack_triangle(tensor).shape)
+        stored = {key: value for key, value in state["sums"][name].items() if key not in ("weight", "dropped")}
+        if stored.keys() != sums.sums.keys():
+            raise CheckpointError(
+                f"block {name!r} has the sums {sorted(stored)} in the checkpoint and its method needs "
+                f"{sorted(sums.sums)}; load it into the model and method it was written with"
+            )
+        for key, tensor in sums.sums.items():
+            found, expected = tuple(stored[key].shape), tuple(_stored(key, tensor).shape)
             if found != expected:
                 raise CheckpointError(
                     f"block {name!r} has a factor {key} of shape {found} (packed) in the checkpoint and {expected} in "

@@ -15,7 +15,7 @@ from kfdist.runtime.checkpoint import CheckpointStore, Saved
 from kfdist.runtime.evaluation import Evaluation, evaluate
 from kfdist.runtime.metrics_log import MetricsLog
 from kfdist.runtime.optimizers import set_learning_rate
-from kfdist.runtime.pipeline import StepReport
+from kfdist.runtime.pipeline_parts import StepReport
 from kfdist.runtime.progress import Progress, Snapshot
 from kfdist.runtime.training_state import Standing, Training, collect_state
 from kfdist.types import Sample

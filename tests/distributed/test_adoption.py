@@ -10,7 +10,7 @@ from kfdist.curvature.jobs import NO_STATISTICS
 from kfdist.errors import EnvironmentFault, RanksDiverged
 from kfdist.runtime import preconditioner
 from kfdist.runtime.groups import plan_blocks
-from kfdist.runtime.pipeline import FixedLag
+from kfdist.runtime.pipeline_parts import FixedLag
 from kfdist.staleness import AtHardBound, StalenessPolicy
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.broadcasts import damage_broadcasts, slow_broadcasts

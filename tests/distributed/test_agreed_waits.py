@@ -11,7 +11,7 @@ import pytest
 
 from kfdist.comm.groups import Communicator
 from kfdist.errors import Interrupted
-from kfdist.runtime.pipeline import FixedLag
+from kfdist.runtime.pipeline_parts import FixedLag
 from kfdist.staleness import StalenessPolicy
 from kfdist.types import Desired, JobResult, RunSettings
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from kfdist.comm.groups import Communicator
 from kfdist.comm.own_groups import CommunicatorSet, make_communicators
-from kfdist.runtime.pipeline import FixedLag
+from kfdist.runtime.pipeline_parts import FixedLag
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.ranks import run_ranks
 

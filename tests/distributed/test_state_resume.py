@@ -12,7 +12,7 @@ import torch
 from kfdist.comm.groups import Communicator
 from kfdist.errors import CheckpointError, Interrupted, KfdistError, KfdistWarning
 from kfdist.runtime.flatten import pack, unpack
-from kfdist.runtime.pipeline import FixedLag
+from kfdist.runtime.pipeline_parts import FixedLag
 from kfdist.runtime.state import merge_states
 from kfdist.types import RunSettings
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants

@@ -29,7 +29,7 @@ def test_foldings_until_counts_the_foldings(schedule: Schedule, data: st.DataObj
     count = 0
     for step in range(3 * schedule.inverse_period + 2):
         count += schedule.folds(group, step)
-        assert schedule.foldings_until(group, step) == count
+        assert schedule.count_until(group, step, schedule.factor_period) == count
 
 
 @given(schedules(), st.data())

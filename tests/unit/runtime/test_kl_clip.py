@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kfdist.comm.groups import Communicator
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.preconditioners import KroneckerInverse
 from kfdist.curvature.references import dense_kronecker
@@ -17,6 +18,9 @@ from tests.support.preconditioning import two_layers
 
 EXACT = 1e-12
 """float64: a dozen operations on matrices of at most 30 numbers."""
+
+
+ALONE = Communicator(None)
 
 
 def spd(size: int, seed: int) -> Tensor:
@@ -50,10 +54,10 @@ def apply(
 ) -> list[Tensor]:
     """The directions as written into `.grad`."""
     applications = [
-        Application(block=block, preconditioner=inverse(block, sign), damping=0.1, fallback=fallback)
+        Application(blocks=[block], preconditioners=[inverse(block, sign)], damping=0.1, fallback=fallback)
         for block in blocks
     ]
-    precondition_gradients(applications, kl_clip=kl_clip, learning_rate=lambda p: rates[id(p)])
+    precondition_gradients(applications, kl_clip=kl_clip, learning_rate=lambda p: rates[id(p)], communicator=ALONE)
     return [block.gradient() for block in blocks]
 
 
@@ -143,4 +147,4 @@ def test_the_fallback_scales_every_gradient_by_its_blocks_mean_curvature():
 
 
 def test_nothing_to_apply_is_fine():
-    precondition_gradients([], kl_clip=1e-3, learning_rate=lambda p: 1.0)
+    precondition_gradients([], kl_clip=1e-3, learning_rate=lambda p: 1.0, communicator=ALONE)

@@ -1,0 +1,120 @@
+"""Puts a pipeline together from a plan of blocks, the ranks' communicators and a link."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kfdist.adoption import AdoptionLedger
+from kfdist.capture.hooks import Capture
+from kfdist.capture.requests import Sampling
+from kfdist.comm.own_groups import CommunicatorSet
+from kfdist.comm.table import TableExchange
+from kfdist.curvature.inverters.base import Coupling
+from kfdist.links.base import AbstractLink
+from kfdist.runtime.agreement import Agreement
+from kfdist.runtime.arguments import device_of, empty_sums
+from kfdist.runtime.exchange import SnapshotExchange
+from kfdist.runtime.groups import BlockPlan
+from kfdist.runtime.jobs import JobBook
+from kfdist.runtime.pipeline import Pipeline
+from kfdist.runtime.pipeline_parts import PipelineParts, PipelineSettings
+from kfdist.runtime.samples import SampleExchange
+from kfdist.runtime.snapshots import SnapshotStore
+from kfdist.runtime.statistics import StatisticsReducer
+from kfdist.runtime.timetable import Timetable
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSettings:
+    """How the statistics are measured.
+
+    Attributes:
+        sampling: How much of a batch.
+        fisher: Whose output gradients.
+        grad_scaler: The scaler whose scale is in the output gradients, or None.
+    """
+
+    sampling: Sampling
+    fisher: str
+    grad_scaler: torch.amp.GradScaler | None
+
+
+def assemble(
+    model: nn.Module,
+    plan: BlockPlan,
+    settings: PipelineSettings,
+    capturing: CaptureSettings,
+    communicators: CommunicatorSet,
+    link: AbstractLink,
+    *,
+    wait_limit_seconds: float,
+) -> Pipeline:
+    """Makes one rank's pipeline; nothing communicates yet.
+
+    Args:
+        model: The bare model.
+        plan: Its blocks and their methods.
+        settings: The pipeline's numbers.
+        capturing: How the statistics are measured.
+        communicators: The ranks.
+        link: Carries the jobs.
+        wait_limit_seconds: Longest agreed wait.
+    """
+    groups, rank = plan.groups, communicators.training.rank
+    device = device_of(block for group in groups for block in group.blocks)
+    table = TableExchange(communicators.table)
+    ledger = AdoptionLedger(len(groups))
+    online = [group.name for group in groups if group.inverter.online]
+    book = JobBook(link, queued=settings.lag is not None, online=online)
+    agreement = Agreement(table, link, rank)
+    snapshots = SnapshotStore(groups, device, speaks=rank == 0)
+    pending: list[list[int]] = [[] for _ in groups]
+    timetable = Timetable(
+        settings.schedule,
+        groups,
+        world_size=communicators.training.world_size,
+        # One version at a time: the next one when this one has come back.
+        starves=lambda group: snapshots.starving(group.index) and not pending[group.index],
+    )
+    reducer = StatisticsReducer(
+        communicators.statistics,
+        timetable,
+        SampleExchange(communicators.statistics, device),
+        ema_decay=settings.ema_decay,
+        seed=settings.seed,
+        device=device,
+    )
+    parts = PipelineParts(
+        groups=groups,
+        parameters=list(model.parameters()),
+        capture=_capture(model, plan, capturing),
+        communicators=communicators,
+        table=table,
+        ledger=ledger,
+        agreement=agreement,
+        book=book,
+        exchange=SnapshotExchange(groups, communicators.snapshots, ledger, book, agreement, wait_limit_seconds),
+        snapshots=snapshots,
+        link=link,
+        timetable=timetable,
+        reducer=reducer,
+    )
+    return Pipeline(parts, settings, empty_sums(groups, device), pending)
+
+
+def _capture(model: nn.Module, plan: BlockPlan, capturing: CaptureSettings) -> Capture:
+    def coupled(coupling: Coupling) -> list[list[str]]:
+        alike = [group for group in plan.groups if group.inverter.coupling is coupling]
+        return [[block.name for block in group.blocks] for group in alike]
+
+    return Capture(
+        model,
+        {block.name: block for group in plan.groups for block in group.blocks},
+        aliases=plan.aliases,
+        sampling=capturing.sampling,
+        grad_scaler=capturing.grad_scaler,
+        fisher=capturing.fisher,
+        chains=coupled(Coupling.CHAIN),
+        coarse=coupled(Coupling.COARSE),
+    )

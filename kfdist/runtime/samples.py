@@ -1,0 +1,185 @@
+"""Brings the rows of single examples from all ranks to whoever inverts with them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfdist.comm.groups import Communicator
+from kfdist.curvature.estimate import ExampleRows, all_finite
+from kfdist.curvature.statistics import SampleBudget, Samples
+from kfdist.linalg.compression import compress_columns
+from kfdist.types import BlockName, BlockShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What one rank brings of one block.
+
+    Attributes:
+        block: The block's name.
+        shape: Its shape.
+        budget: How many examples are wanted of all ranks together.
+        rows: This rank's; None if it had no batch.
+        step_is_finite: Boolean scalar; where false the rows count for nothing. None: true.
+        destination: The rank that needs them; None: all ranks do.
+        seed: Of this rank's draws.
+        dtype: Of the rows.
+    """
+
+    block: BlockName
+    shape: BlockShape
+    budget: SampleBudget
+    rows: ExampleRows | None
+    step_is_finite: Tensor | None
+    destination: int | None
+    seed: int
+    dtype: torch.dtype
+
+
+class SampleExchange:
+    """Gathers samples in frames of one size for all ranks.
+
+    A frame has room for so many examples of so many positions. The examples follow from the budget; the positions are
+    the most that any rank had when the block was first due, agreed then. A shorter batch is filled up with zeros, a
+    longer one has its positions sub-sampled, scaled so that sum_t g_t a_t^T keeps its expectation.
+
+    Args:
+        communicator: Carries the rows.
+        device: Where the rows live.
+
+    Attributes:
+        frames: Positions by block.
+        bytes_sent: What this rank contributed so far.
+    """
+
+    def __init__(self, communicator: Communicator, device: torch.device) -> None:
+        self._communicator = communicator
+        self._device = device
+        self.frames: dict[BlockName, int] = {}
+        self.bytes_sent = 0
+
+    def gather(self, requests: Sequence[SampleRequest]) -> dict[BlockName, Samples]:
+        """Returns the samples of all ranks that this rank needs; all ranks must bring the same requests.
+
+        A block whose rows no rank ever had has none either.
+        """
+        self._agree_on_frames(requests)
+        framed = [request for request in requests if self.frames[request.block]]
+        gathered: dict[BlockName, Samples] = {}
+        destinations = {request.destination for request in framed}
+        for destination in sorted(destinations, key=lambda rank: -1 if rank is None else rank):
+            alike = [request for request in framed if request.destination == destination]
+            gathered |= self._gather_alike(alike, destination)
+        return gathered
+
+    def local(self, request: SampleRequest) -> Samples:
+        """Returns this rank's own rows, as they are."""
+        rows = request.rows
+        if rows is None:
+            positions = max(self.frames.get(request.block, 1), 1)
+            empty = [self._zeros(request, 0, positions, d) for d in (request.shape.d_in, request.shape.d_out)]
+            rows = ExampleRows(a=empty[0], g=empty[1], weight=empty[0].new_zeros(0))
+        a, g, weight = _clean(rows, request.step_is_finite)
+        source = torch.full((len(weight),), self._communicator.rank, device=self._device)
+        return Samples(a=a, g=g, weight=weight, source=source, positions=float(a.shape[2]))
+
+    def _agree_on_frames(self, requests: Sequence[SampleRequest]) -> None:
+        new = [request for request in requests if not self.frames.get(request.block)]
+        if not new:
+            return
+        own = [0 if request.rows is None else request.rows.a.shape[2] for request in new]
+        everyone = self._communicator.all_gather_json(own)
+        for request, positions in zip(new, zip(*everyone, strict=True), strict=True):
+            self.frames[request.block] = max(positions)
+
+    def _gather_alike(self, requests: Sequence[SampleRequest], destination: int | None) -> dict[BlockName, Samples]:
+        """Gathers what goes to one destination in one flat buffer."""
+        pieces = [piece for request in requests for piece in self._framed(request)]
+        flat = torch.cat([piece.reshape(-1) for piece in pieces]).to(self._communicator.device)
+        self.bytes_sent += flat.numel() * flat.element_size()
+        if destination is None:
+            parts = self._communicator.all_gather(flat)
+        else:
+            parts = self._communicator.gather(flat, destination)
+        if not parts:
+            return {}
+        sizes = [piece.numel() for piece in pieces]
+        of_ranks = [
+            [part.view(piece.shape) for part, piece in zip(each.to(self._device).split(sizes), pieces, strict=True)]
+            for each in parts
+        ]
+        gathered = {}
+        for index, request in enumerate(requests):
+            a, g, weight = (
+                torch.cat([rank[3 * index + field] for rank in of_ranks], dim=0 if field == 2 else 1)
+                for field in range(3)
+            )
+            per_rank = len(weight) // len(of_ranks)
+            source = torch.arange(len(of_ranks), device=self._device).repeat_interleave(per_rank)
+            positions = float(self.frames[request.block])
+            gathered[request.block] = Samples(a=a, g=g, weight=weight, source=source, positions=positions)
+        return gathered
+
+    def _framed(self, request: SampleRequest) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns this rank's rows as `[c, n, T, q]`, `[c, n, T, p]` and weights `[n]` in the frame's size."""
+        positions = self.frames[request.block]
+        examples = examples_per_rank(request.budget, positions, self._communicator.world_size)
+        kept = min(positions, request.budget.columns or positions)
+        a = self._zeros(request, examples, kept, request.shape.d_in)
+        g = self._zeros(request, examples, kept, request.shape.d_out)
+        weight = a.new_zeros(examples)
+        if request.rows is None or not len(request.rows.weight):
+            return a, g, weight
+        rows = _fewer(request.rows, examples, positions, request.seed)
+        own_a, own_g, own_weight = _clean(rows, request.step_is_finite)
+        if own_a.shape[2] > kept:
+            own_a, own_g = compress_columns(own_a, own_g, kept)
+        n, t = own_a.shape[1], own_a.shape[2]
+        a[:, :n, :t], g[:, :n, :t], weight[:n] = own_a, own_g, own_weight
+        return a, g, weight
+
+    def _zeros(self, request: SampleRequest, examples: int, positions: int, width: int) -> Tensor:
+        size = (request.shape.groups, examples, positions, width)
+        return torch.zeros(size, dtype=request.dtype, device=self._device)
+
+    def state(self) -> Mapping[BlockName, int]:
+        """Returns the frames: a resumed run must keep them, whatever its first batch is."""
+        return dict(self.frames)
+
+
+def examples_per_rank(budget: SampleBudget, positions: int, world_size: int) -> int:
+    """Returns a rank's share of a budget: at least one example, at most its share of the rows."""
+    examples = -(-budget.examples // world_size)
+    if budget.rows is not None:
+        rows = min(positions, budget.columns or positions)
+        examples = min(examples, max(1, -(-budget.rows // world_size) // rows))
+    return examples
+
+
+def _fewer(rows: ExampleRows, examples: int, positions: int, seed: int) -> ExampleRows:
+    """Draws examples and positions where there are more than fit; expectations of sums stay what they are."""
+    a, g, weight = rows.a, rows.g, rows.weight
+    generator = torch.Generator().manual_seed(seed)
+    if a.shape[1] > examples:
+        chosen = torch.randperm(a.shape[1], generator=generator)[:examples].to(a.device, non_blocking=True)
+        a, g, weight = a[:, chosen], g[:, chosen], weight[chosen] * (rows.a.shape[1] / examples)
+    if a.shape[2] > positions:
+        chosen = torch.randperm(a.shape[2], generator=generator)[:positions].sort().values
+        chosen = chosen.to(a.device, non_blocking=True)
+        a, g = a[:, :, chosen], g[:, :, chosen] * (rows.a.shape[2] / positions)
+    return ExampleRows(a=a, g=g, weight=weight)
+
+
+def _clean(rows: ExampleRows, step_is_finite: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the rows, all zero where any is non-finite or the step is skipped, without a host sync."""
+    usable = all_finite((rows.a, rows.g))
+    if step_is_finite is not None:
+        usable = usable & step_is_finite
+    zero = torch.zeros((), dtype=rows.a.dtype, device=rows.a.device)
+    return (
+        torch.where(usable, rows.a, zero),
+        torch.where(usable, rows.g, zero),
+        torch.where(usable, rows.weight.to(rows.a.dtype), zero),
+    )

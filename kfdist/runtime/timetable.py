@@ -1,0 +1,90 @@
+"""What is due at which step, and what has to be measured for it: the same answers on all ranks."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from kfdist.capture.requests import Request
+from kfdist.curvature.statistics import Needs
+from kfdist.runtime.groups import BlockGroup
+from kfdist.schedule import Schedule
+from kfdist.types import BlockName
+
+
+class Timetable:
+    """The due dates of all groups.
+
+    Args:
+        schedule: The run's periods and the groups' phases.
+        groups: All groups.
+        world_size: Among how many ranks a budget of examples is shared.
+        starves: Whether a group's newest result had no statistics; it is then due at every step until it has some.
+
+    Raises:
+        ConfigError: A method's own period doesn't fit the run's.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        groups: Sequence[BlockGroup],
+        *,
+        world_size: int,
+        starves: Callable[[BlockGroup], bool],
+    ) -> None:
+        self._schedule = schedule
+        self.groups = groups
+        self._world_size = world_size
+        self._starves = starves
+        self._periods = [
+            group.inverter.update_period(schedule.factor_period, schedule.inverse_period) for group in groups
+        ]
+
+    def folds(self, group: BlockGroup, step: int) -> bool:
+        """Says whether the group's sums are folded."""
+        return self._schedule.folds(group.index, step) or self._starves(group)
+
+    def inverts(self, group: BlockGroup, step: int) -> bool:
+        """Says whether the group's sums are reduced, for an inversion."""
+        return self._schedule.inverts(group.index, step) or self._starves(group)
+
+    def updates(self, group: BlockGroup, step: int) -> bool:
+        """Says whether the group has a job; online methods have them more often than inversions."""
+        return self._schedule.due(group.index, step, self._periods[group.index]) or self._starves(group)
+
+    def foldings_until(self, group: BlockGroup, step: int) -> int:
+        """Returns how many foldings of the group were due in steps 0 to `step`, both included."""
+        return self._schedule.count_until(group.index, step, self._schedule.factor_period)
+
+    def updates_until(self, group: BlockGroup, step: int) -> int:
+        """Returns how many jobs of the group were due in steps 0 to `step`, both included."""
+        return self._schedule.count_until(group.index, step, self._periods[group.index])
+
+    def requests(
+        self, step: int, seed_of: Callable[[str], int], *, calibrating: Collection[int]
+    ) -> Mapping[BlockName, Request]:
+        """Returns what is to be measured of each block at `step`; blocks of which nothing is are left out.
+
+        Args:
+            step: The step.
+            seed_of: Gives a block's seed for sub-sampling at this step.
+            calibrating: Groups whose snapshot in use, or about to be, wants samples of this step.
+        """
+        requests = {}
+        for group in self.groups:
+            folds, updates = self.folds(group, step), self.updates(group, step)
+            for block in group.blocks:
+                needs = group.needs[block.name]
+                request = Request(
+                    sums=needs.sums if folds else frozenset(),
+                    rows=needs.increments if updates else frozenset(),
+                    samples=self._examples(needs, updates=updates, calibrates=group.index in calibrating),
+                    seed=seed_of(block.name),
+                )
+                if request.sums or request.rows or request.samples is not None:
+                    requests[block.name] = request
+        return requests
+
+    def _examples(self, needs: Needs, *, updates: bool, calibrates: bool) -> int | None:
+        """Returns this rank's share of the larger budget, at least one; None where no samples are due."""
+        budgets = [needs.samples if updates else None, needs.calibration if calibrates else None]
+        examples = [budget.examples for budget in budgets if budget is not None]
+        return -(-max(examples) // self._world_size) if examples else None
