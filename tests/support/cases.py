@@ -20,6 +20,7 @@ from kfdist.curvature.references import (
     solve_factored_dense,
 )
 from kfdist.curvature.statistics import KroneckerFactors
+from tests.support.coupled import chain_of_one, group_of_one
 from tests.support.increments import dense_alone, rows_alone, rows_and_dense
 from tests.support.matrices import BAD, GOOD
 from tests.support.samples import leading_rows, pairs_of, rows_of
@@ -137,6 +138,21 @@ CASES = [
         settings={"damping_rule": "relative"},
         reference=factored("relative"),
         damping_is_lambda=False,
+    ),
+    InverterCase(
+        name="kfac-tridiagonal",
+        reference=factored("pi"),
+        statistics=chain_of_one,
+        indefinite=Outcome.MORE_DAMPING,
+    ),
+    InverterCase(name="two-level", reference=joint(), statistics=group_of_one),
+    InverterCase(
+        name="two-level",
+        settings={"inner": "rs-kfac", "inner_settings": SHORT},
+        reference=factored("pi", rank=3),
+        spectra=WITH_GAP,
+        statistics=group_of_one,
+        indefinite=Outcome.DONE,
     ),
     InverterCase(name="rs-kfac", reference=factored("pi")),
     InverterCase(name="rs-kfac", settings={"damping_rule": "common"}, reference=joint()),

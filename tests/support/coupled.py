@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kfdist.curvature.references import damping_shares
 from kfdist.curvature.references_coupled import cross_moments, joint_kronecker
-from kfdist.curvature.statistics import ChainFactors, CoarseFactors
+from kfdist.curvature.statistics import ChainFactors, CoarseFactors, KroneckerFactors
 from tests.support.matrices import gaussian
 
 
@@ -85,3 +85,13 @@ def small_chain(widths: tuple[int, ...] = (5, 4, 3, 2), *, examples: int = 40, w
         x = torch.tanh(outputs[-1])
     loss = (outputs[-1] - gaussian(examples, widths[-1], seed=2)).square().sum()  # a sum: rows of per-example losses
     return Chain(cross_moments(inputs), cross_moments(torch.autograd.grad(loss, outputs)))
+
+
+def chain_of_one(factors: KroneckerFactors) -> ChainFactors:
+    """Returns the statistics of a layer without neighbours."""
+    return ChainFactors(A=factors.A, G=factors.G, A_next=factors.A[..., :0], G_next=factors.G[..., :0])
+
+
+def group_of_one(factors: KroneckerFactors) -> CoarseFactors:
+    """Returns the statistics of a block that is alone in its group."""
+    return CoarseFactors(A=factors.A, G=factors.G, a_cross=factors.A.sum((1, 2))[:1], g_cross=factors.G.sum((1, 2))[:1])

@@ -20,6 +20,7 @@ from kfdist.curvature.inverters.kfac_tridiagonal import KfacTridiagonal as KfacT
 from kfdist.curvature.inverters.rs_kfac import RsKfac as RsKfac
 from kfdist.curvature.inverters.seng import Seng as Seng
 from kfdist.curvature.inverters.sre_kfac import SreKfac as SreKfac
+from kfdist.curvature.inverters.two_level import TwoLevel as TwoLevel
 from kfdist.errors import ConfigError
 
 INVERTERS: Mapping[str, type[AbstractInverter]] = {
@@ -35,10 +36,11 @@ INVERTERS: Mapping[str, type[AbstractInverter]] = {
     "cg-fac": CgFac,
     "seng": Seng,
     "eva": Eva,
+    "two-level": TwoLevel,
 }
 
 
-def make_inverter(name: str, **settings: Any) -> AbstractInverter:
+def make_inverter(name: str, /, **settings: Any) -> AbstractInverter:
     """Makes an inverter from its name and settings.
 
     Args:

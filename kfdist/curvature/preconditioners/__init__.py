@@ -13,11 +13,13 @@ from kfdist.curvature.preconditioners.kronecker import KroneckerSpectrum as Kron
 from kfdist.curvature.preconditioners.seng import SengExplicit as SengExplicit
 from kfdist.curvature.preconditioners.seng import SengImplicit as SengImplicit
 from kfdist.curvature.preconditioners.tridiagonal import ChainLink as ChainLink
+from kfdist.curvature.preconditioners.two_level import TwoLevelBlock as TwoLevelBlock
 
 PRECONDITIONERS: dict[str, type[AbstractPreconditioner]] = {
     "kronecker-inverse": KroneckerInverse,
     "kronecker-spectrum": KroneckerSpectrum,
     "chain-link": ChainLink,
+    "two-level-block": TwoLevelBlock,
     "conjugate-gradient": ConjugateGradient,
     "ekfac-basis": EkfacBasis,
     "eva": EvaPreconditioner,

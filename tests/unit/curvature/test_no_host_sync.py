@@ -9,10 +9,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from kfdist.curvature.blocks import Block, make_block
-from kfdist.curvature.inverters.ladder import invert_with_ladder
+from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.inverters.ladder import invert_group_with_ladder, invert_with_ladder
 from kfdist.curvature.records import tensor_fields, with_tensors
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from tests.support.cases import CASES, DAMPING, InverterCase
+from tests.support.coupled import small_chain
 from tests.support.matrices import C, P, Q, make_factors
 
 
@@ -50,3 +52,25 @@ def test_application(case: InverterCase) -> None:
         gradient = torch.zeros(C, P, Q)
         assert fake.apply(gradient, DAMPING).shape == (C, P, Q)
         assert fake.fallback(gradient, DAMPING).shape == (C, P, Q)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("kfac-tridiagonal", {}), ("two-level", {}), ("two-level", {"combination": "additive"})],
+)
+def test_application_to_a_group(method: str, settings: dict[str, str]) -> None:
+    chain = small_chain()
+    inverter = make_inverter(method, **settings)
+    statistics = chain.chain_factors() if method == "kfac-tridiagonal" else chain.coarse_factors()
+    seeds = dict.fromkeys(statistics, 0)
+    outcomes = invert_group_with_ladder(inverter, statistics, damping=DAMPING, previous={}, seeds=seeds)
+    mode = FakeTensorMode()
+    fakes = []
+    for outcome in outcomes.values():
+        made = outcome.preconditioner
+        assert made is not None
+        fakes.append(with_tensors(made, {n: mode.from_tensor(each) for n, each in tensor_fields(made).items()}))
+    with mode:
+        gradients = [torch.zeros(shape) for shape in chain.shapes]
+        found = inverter.produces.apply_group(fakes, gradients, DAMPING, [{} for _ in fakes])
+        assert [tuple(each.shape) for each in found] == chain.shapes

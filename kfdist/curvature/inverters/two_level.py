@@ -1,0 +1,224 @@
+"""Two-level K-FAC: a coarse correction over all blocks beside another method (arXiv 2011.00573; algorithms.md 7.1).
+
+R sums all entries of a block's gradient, so that F_c = R F R^T, one row per block, holds what the blocks' sums have to
+do with each other: F_c[i, j] = sum(A_ij) sum(G_ij). The paper adds omega_2 R^T (F_c + lambda I)^{-1} R to the inverse
+of the block-diagonal matrix B. Then a large lambda leaves (I + R^T R) V / lambda, where every other method leaves
+V / lambda: the coarse part does again what B^{-1} has done already. The default here adds only what the coupling
+changes,
+
+    R^T [(D + off-diagonal part of F_c)^{-1} - D^{-1}] R    with D = R B R^T, which is diagonal.
+
+B^{-1} - R^T D^{-1} R is positive semi-definite for every positive definite B (it is B^{-1/2} (I - P) B^{-1/2} with the
+orthogonal projector P onto the columns of B^{1/2} R^T), so the whole operator is positive definite. The difference goes
+down as 1/lambda^2, and it vanishes for a single block or without correlation between blocks. See
+docs/decisions/0009-two-level-adds-the-difference.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kfdist.curvature.inverters.base import AbstractInverter, Coupling, Inversion, Outcome, Placement
+from kfdist.curvature.inverters.checks import check_choice
+from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum, TwoLevelBlock
+from kfdist.curvature.preconditioners.two_level import Combination
+from kfdist.curvature.statistics import CoarseFactors, KroneckerFactors, Needs
+from kfdist.errors import ConfigError
+from kfdist.linalg.psd import symmetrise
+from kfdist.types import BlockName, BlockShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoLevel(AbstractInverter):
+    """Another method's inverse of each block, corrected by one number per block that depends on all of them.
+
+    F_c is positive semi-definite where both of its factors are second moments, by Schur's product theorem. Where maps
+    of different sizes are compared at some of their positions they aren't; then negative eigenvalues of the
+    correlations F_c[i, j]/sqrt(F_c[i, i] F_c[j, j]) are set to zero and the diagonal restored to 1.
+    `smallest_eigenvalue_coarse` says what they were.
+
+    Attributes:
+        inner: The method of the blocks, one that keeps eigenpairs; `kfac` is "kfac-eigen" with damping_rule "pi".
+        inner_settings: Its settings; the rest keep their defaults.
+        omega_fine: Weight of the inner method's direction. Other values than 1 scale the whole step.
+        omega_coarse: Weight of the coarse correction, from 0; at most `omega_fine` for "difference".
+        combination: "difference" (the coupling's effect alone) or "additive" (as published: lambda times the direction
+            doesn't tend to the gradient as lambda grows).
+    """
+
+    name: ClassVar[str] = "two-level"
+    statistic: ClassVar[type] = CoarseFactors
+    produces: ClassVar[type[AbstractPreconditioner]] = TwoLevelBlock
+    coupling: ClassVar[Coupling] = Coupling.COARSE
+
+    inner: str = "kfac-eigen"
+    inner_settings: Mapping[str, Any] = field(default_factory=dict)
+    omega_fine: float = 1.0
+    omega_coarse: float = 1.0
+    combination: Combination = "difference"
+
+    def __post_init__(self) -> None:
+        check_choice("combination", self.combination, ("difference", "additive"))
+        _check_weight("omega_fine", self.omega_fine)
+        _check_weight("omega_coarse", self.omega_coarse)
+        if self.omega_fine == 0:
+            raise ConfigError("0 is not allowed; most of the direction is the inner method's", path="omega_fine")
+        if self.combination == "difference" and self.omega_coarse > self.omega_fine:
+            raise ConfigError(
+                f"{self.omega_coarse} is more than omega_fine = {self.omega_fine}: the operator might not be positive "
+                'definite; lower it, or set combination = "additive"',
+                path="omega_coarse",
+            )
+        self._check_inner(self._inner())
+
+    def needs(self, shape: BlockShape) -> Needs:
+        """Asks for what the inner method wants, and the sums of the cross factors."""
+        inner = self._inner().needs(shape)
+        return replace(inner, sums=inner.sums | {"a_cross", "g_cross"})
+
+    def refusal(self, shapes: Mapping[BlockName, BlockShape]) -> str:
+        """Refuses grouped convolutions; see `AbstractInverter.refusal`."""
+        for name, shape in shapes.items():
+            if shape.groups > 1:
+                # The sum over all of F's entries is then a sum of products, one per group, not a product of sums.
+                return f"two-level has no cross factors for the grouped convolution {name!r}; give it {self.inner!r}"
+        return self._inner().refusal(shapes)
+
+    def note(self, shape: BlockShape) -> str:
+        """Names the inner method, for `coverage()`."""
+        return "; ".join(part for part in (f"around {self.inner}", self._inner().note(shape)) if part)
+
+    def update_period(self, factor_period: int, inverse_period: int) -> int:
+        """Returns the inner method's; see `AbstractInverter.update_period`."""
+        return self._inner().update_period(factor_period, inverse_period)
+
+    def invert(
+        self, statistics: CoarseFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
+    ) -> Inversion:
+        """Inverts a group of one block; see `AbstractInverter.invert`."""
+        group = self.invert_group({"": statistics}, damping=damping, previous={"": previous}, seeds={"": seed})
+        return group[""]
+
+    def invert_group(
+        self,
+        statistics: Mapping[BlockName, CoarseFactors],
+        *,
+        damping: float,
+        previous: Mapping[BlockName, Mapping[str, Tensor]],
+        seeds: Mapping[BlockName, int],
+    ) -> dict[BlockName, Inversion]:
+        """Inverts each block by the inner method and adds the coarse matrix.
+
+        Raises:
+            ValueError: A block's cross sums are not one per block of the group.
+        """
+        fine = self._inner().invert_group(statistics, damping=damping, previous=previous, seeds=seeds)
+        spectra = {n: f.preconditioner for n, f in fine.items() if isinstance(f.preconditioner, KroneckerSpectrum)}
+        if len(spectra) < len(fine):
+            failed = Inversion(preconditioner=None, outcome=Outcome.FAILED, reason="another block of the group failed")
+            return {name: failed if name in spectra else found for name, found in fine.items()}
+        sums = {name: inner_sums(spectrum) for name, spectrum in spectra.items()}
+        correlations, sizes, smallest = _correlations(list(statistics.values()))
+        if self.combination == "difference":
+            sizes = torch.stack([(a * g).sum() for a, g in sums.values()]).double().sqrt()
+        coarse = correlations * sizes * sizes.unsqueeze(-1)
+        inversions: dict[BlockName, Inversion] = {}
+        for place, (name, spectrum) in enumerate(spectra.items()):
+            block = TwoLevelBlock(
+                trace_A=spectrum.trace_A,
+                trace_G=spectrum.trace_G,
+                place=place,
+                members=len(spectra),
+                inner=spectrum,
+                coarse_row=coarse[place].to(spectrum.trace_A.dtype),
+                sum_A=sums[name][0],
+                sum_G=sums[name][1],
+                omega_fine=self.omega_fine,
+                omega_coarse=self.omega_coarse,
+                combination=self.combination,
+            )
+            diagnostics = {**fine[name].diagnostics, "smallest_eigenvalue_coarse": smallest}
+            inversions[name] = replace(fine[name], preconditioner=block, diagnostics=diagnostics)
+        return inversions
+
+    def cost(self, shape: BlockShape) -> float:
+        """Returns the inner method's: the coarse matrix is as small as there are blocks."""
+        return self._inner().cost(shape)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the configuration as JSON values by name, without the method's name."""
+        return {**super().settings(), "inner_settings": dict(self.inner_settings)}
+
+    def _inner(self) -> AbstractInverter:
+        from kfdist.curvature.inverters import make_inverter  # the table there lists this class too
+
+        if not isinstance(self.inner_settings, Mapping):
+            raise ConfigError(f"{self.inner_settings!r} must be a table of settings", path="inner_settings")
+        try:
+            return make_inverter(self.inner, **self.inner_settings)
+        except ConfigError as error:
+            where = {"method": "inner", "settings": "inner_settings"}.get(error.path, f"inner_settings.{error.path}")
+            raise ConfigError(str(error).removeprefix(f"{error.path}: "), path=where) from error
+
+    def _check_inner(self, inner: AbstractInverter) -> None:
+        plain = inner.statistic is KroneckerFactors and inner.produces is KroneckerSpectrum
+        if not plain or inner.online or inner.placement is not Placement.OWNER or inner.coupling is not Coupling.NONE:
+            raise ConfigError(
+                f"{self.inner!r} is not allowed; must be a method that keeps eigenpairs of both factors, such as "
+                "'kfac-eigen' (with damping_rule 'pi' it is kfac) or 'rs-kfac'",
+                path="inner",
+            )
+        if getattr(inner, "damping_rule", None) == "relative":
+            raise ConfigError(
+                "'relative' is not allowed here: its damping is a fraction, the coarse matrix needs lambda; choose "
+                "'common' or 'pi'",
+                path="inner_settings.damping_rule",
+            )
+
+
+def inner_sums(spectrum: KroneckerSpectrum) -> tuple[Tensor, Tensor]:
+    """Returns the sums of all entries of both factors as the spectrum holds them, each `[c]`: 1^T A 1 and 1^T G 1."""
+    A = _sum_of(spectrum.U_A, spectrum.w_A, spectrum.tail_A)
+    return A, _sum_of(spectrum.U_G, spectrum.w_G, spectrum.tail_G)
+
+
+def _sum_of(vectors: Tensor, values: Tensor, tail: Tensor) -> Tensor:
+    along = vectors.sum(-2).square()
+    return (values * along).sum(-1) + tail * (vectors.shape[-2] - along.sum(-1)).clamp_min(0)
+
+
+def _correlations(statistics: Sequence[CoarseFactors]) -> tuple[Tensor, Tensor, float]:
+    """Splits F_c into sizes and correlations, F_c[i, j] = size_i size_j correlation_ij, in float64.
+
+    Returns:
+        Correlations `[L, L]`, positive semi-definite with unit diagonal; sizes `[L]`; the smallest eigenvalue that the
+        correlations had. A block whose sum is zero has no correlation with the others.
+    """
+    count = len(statistics)
+    for each in statistics:
+        if each.a_cross.shape != (count,) or each.g_cross.shape != (count,):
+            raise ValueError(
+                f"cross sums have shapes {tuple(each.a_cross.shape)} and {tuple(each.g_cross.shape)}, must be "
+                f"({count},), one per block of the group"
+            )
+    sums_A = torch.stack([each.a_cross for each in statistics]).double()
+    F_c = symmetrise(sums_A * torch.stack([each.g_cross for each in statistics]).double())
+    sizes = F_c.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(sizes > 0, 1 / sizes, torch.zeros_like(sizes))
+    found = (F_c * inverse * inverse.unsqueeze(-1)).clamp(-1, 1)
+    found.diagonal().fill_(1.0)
+    values, vectors = torch.linalg.eigh(found)
+    smallest = values.min().item()
+    if smallest < 0:
+        found = symmetrise((vectors * values.clamp_min(0)) @ vectors.mT)
+        scale = found.diagonal().rsqrt()
+        found = found * scale * scale.unsqueeze(-1)
+    return found, sizes, smallest
+
+
+def _check_weight(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ConfigError(f"{value!r} is not allowed; must be a number of at least 0", path=name)
