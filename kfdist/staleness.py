@@ -5,6 +5,9 @@ from enum import StrEnum
 
 from kfdist.errors import ConfigError
 
+SMALLEST_DELAY = 3
+"""Fewest steps from an inversion's statistics to its adoption under asap: announce, broadcast, agree on receipt."""
+
 
 class AtHardBound(StrEnum):
     """What happens when a snapshot is older than the hard bound."""
@@ -79,28 +82,38 @@ class StalenessPolicy:
         """Whether any bound is set."""
         return self.soft_bound is not None or self.hard_bound is not None
 
-    def check(self, *, inverse_period: int, delay: int = 1) -> None:
-        """Refuses bounds that normal operation would break.
+    def check(self, *, inverse_period: int, lag: int | None = None, delay: int = SMALLEST_DELAY) -> None:
+        """Refuses bounds that normal operation would break, or that a fixed lag leaves nothing to do.
 
         Args:
             inverse_period: Steps between two inversions of a group.
-            delay: Fewest steps between an inversion's statistics and its adoption by all ranks (announce, broadcast,
-                swap).
+            lag: Steps from statistics to adoption under a fixed lag; None under "asap".
+            delay: Fewest steps between an inversion's statistics and its adoption by all ranks under "asap".
 
         Raises:
-            ConfigError: With the smallest legal value.
+            ConfigError: With the bound's name as path, and the smallest legal value.
         """
         smallest = inverse_period + delay
         for name in ("soft_bound", "hard_bound"):
             bound = getattr(self, name)
-            if bound is not None and bound < smallest:
+            if bound is None:
+                continue
+            if lag is not None:
                 raise ConfigError(
-                    f"{name} is {bound}, but staleness reaches inverse_period + delay = {inverse_period} + {delay} by "
-                    f"construction; the smallest legal value is {smallest}"
+                    f"is {bound}; bounds go with adoption = 'asap' only: under a fixed lag staleness is at most "
+                    f"{inverse_period + lag} steps by construction; remove the bound",
+                    path=name,
+                )
+            if bound < smallest:
+                raise ConfigError(
+                    f"is {bound}; staleness reaches inverse_period + delay = {inverse_period} + {delay} steps by "
+                    f"construction; the smallest legal value is {smallest}",
+                    path=name,
                 )
         if self.soft_bound is not None and self.hard_bound is not None and self.soft_bound > self.hard_bound:
             raise ConfigError(
-                f"soft_bound is {self.soft_bound}, above hard_bound = {self.hard_bound}; make it the smaller one"
+                f"is {self.soft_bound}, above hard_bound = {self.hard_bound}; make it the smaller one",
+                path="soft_bound",
             )
 
     def decide(self, staleness: int) -> Decision:

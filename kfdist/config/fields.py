@@ -5,10 +5,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from kfdist.config.toml import format_key
+
 Scalar = bool | int | float | str
 """What a free-form `settings` table may hold."""
 
-Setting = Scalar | list[Scalar]
+Setting = Scalar | list[Scalar | list[Scalar]]
 
 
 class Section(BaseModel):
@@ -79,8 +81,33 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _methods(value: Any) -> Any:
+    """Writes every entry of a table of methods as a table; a name alone is a method without settings."""
+    if not isinstance(value, dict):
+        return value
+    if not value:
+        raise ValueError("give at least one pattern")
+    entries = {}
+    for pattern, entry in value.items():
+        key = format_key(pattern)
+        entry = {"method": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict):
+            raise FieldError(key, f"is {entry!r}; write a method's name, or a table of `method` and its settings")
+        if "method" not in entry:
+            raise FieldError(f"{key}.method", "is missing; a method's name is needed, beside its settings")
+        if not isinstance(entry["method"], str):
+            raise FieldError(f"{key}.method", f"is {entry['method']!r}; it must be a method's name")
+        if entry["method"] == "none":
+            reason = "to leave layers to the optimizer alone, put their pattern into preconditioner.skip"
+            raise FieldError(f"{key}.method", f'is "none"; {reason}')
+        entries[pattern] = entry
+    return entries
+
+
 LoopbackAddress = Annotated[str, AfterValidator(_loopback_address)]
 RayAddress = Annotated[str, AfterValidator(_ray_address)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_tuple)]
 Settings = dict[str, Setting]
+Methods = Annotated[dict[str, Settings], BeforeValidator(_methods)]
+"""Methods by glob on dotted module names, in order; each entry is the settings with the name under `method`."""

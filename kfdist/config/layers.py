@@ -1,6 +1,7 @@
 """Reads the layers of a configuration (defaults < file < environment < command line) and makes one of them."""
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,17 @@ Table = dict[str, Any]
 
 _PREFIX = "KFDIST_"
 
-_REPLACES = {"run": (("steps", "epochs"), ("epochs", "steps"))}
+_REPLACES = {
+    "run": (("steps", "epochs"), ("epochs", "steps")),
+    "preconditioner": (("method", "methods"), ("methods", "method")),
+}
 """By section: a key set by a higher layer, and the key of the lower layers that it replaces."""
 
-_NAMING = {"model": "name", "data": "name", "optimizer": "name", "preconditioner": "method"}
-"""By section: the key to which `settings` belong. A layer that sets it starts with no settings but its own."""
+_NAMING = {"model": ("name",), "data": ("name",), "optimizer": ("name",), "preconditioner": ("method", "methods")}
+"""By section: the keys that `settings` go with. A layer that sets one starts with no settings but its own."""
+
+_ORDERED = {"preconditioner": ("methods",)}
+"""By section: tables whose first match counts, so that a layer's table replaces the one below as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,7 @@ def config_from_table(table: Mapping[str, Any], layers: Sequence[_Layer] = ()) -
     """
 
     def origin(path: str) -> str:
-        keys = path.split("[")[0].split(".")
+        keys = re.split(r'\[|\."', path)[0].split(".")
         for layer in reversed(layers):
             if path and _contains(layer.table, keys):
                 return f" [from {layer.origin}]"
@@ -141,7 +148,10 @@ def _merge(lower: Table, higher: Table) -> Table:
         for key, replaced in _REPLACES.get(section, ()):
             if key in table and replaced not in table:
                 below.pop(replaced, None)
-        if _NAMING.get(section) in table:
+        for key in _ORDERED.get(section, ()):
+            if key in table:
+                below[key] = table[key]
+        if any(key in table for key in _NAMING.get(section, ())):
             below["settings"] = table.get("settings", {})
         if section == "preconditioner" and table.get("adoption") == "asap" and "lag" not in table:
             below.pop("lag", None)

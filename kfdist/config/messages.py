@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from kfdist.config.fields import FieldError
+from kfdist.config.toml import format_key
 from kfdist.errors import ConfigError
 
 _WANTED: Mapping[str, str] = {
@@ -31,6 +32,9 @@ _BOUNDS: Mapping[str, tuple[str, str]] = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
+
+_FREE_KEYS: Mapping[str, int] = {"settings": 1, "methods": 2}
+"""Tables whose keys are the user's own, and how deep."""
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -69,16 +73,18 @@ def _dotted(detail: ErrorDetails, root: type[BaseModel]) -> str:
     """Returns the path of a finding as written in TOML, without the names of union branches."""
     parts: list[str] = []
     model: Any = root
+    free: int | None = None
     for part in detail["loc"]:
         if isinstance(model, type) and issubclass(model, BaseModel):
             parts.append(str(part))
             field = model.model_fields.get(str(part))
             model = field.annotation if field else None
-        elif isinstance(part, int) and "settings" not in parts:
+            free = _FREE_KEYS.get(str(part))
+        elif free:
+            parts.append(format_key(str(part)))
+            free -= 1
+        elif isinstance(part, int) and free is None:
             parts[-1] += f"[{part}]"
-        elif parts and parts[-1] == "settings":
-            parts.append(str(part))
-            model = None
     error = detail.get("ctx", {}).get("error")
     if isinstance(error, FieldError):
         parts.append(error.field)
@@ -100,14 +106,15 @@ def _field(path: str, root: type[BaseModel]) -> tuple[type[BaseModel], FieldInfo
 def _sentence(detail: ErrorDetails, path: str, root: type[BaseModel], prefix: str) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     model, field = _field(path, root)
-    if ".settings." in path:
+    if kind == "value_error" and isinstance(context["error"], FieldError):
+        return str(context["error"])
+    if ".settings." in path or ".methods." in path:
         return f"is {value!r}, {_kind(value)}; a setting is true or false, a number, a string, or a list of these"
     if kind == "extra_forbidden":
         return _unknown_key(path, model, root, prefix)
     purpose = f" ({field.description})" if field and field.description else ""
     if kind == "value_error":
-        reason = str(context["error"])
-        return reason if isinstance(context["error"], FieldError) else f"is {value!r}; {reason}{purpose}"
+        return f"is {value!r}; {context['error']}{purpose}"
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
         return f"is {value!r}; it must be {words} {context[key]}{purpose}"

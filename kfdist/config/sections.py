@@ -4,14 +4,13 @@ Every `*_period` counts training steps; other units are in the names. A field's 
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import Counts, FieldError, LoopbackAddress, Names, RayAddress, Section, Settings
-
-ASAP_MINIMUM_DELAY_STEPS = 3
-"""Fewest steps from a version's statistics to its swap under `asap`: announced and agreed, then received and agreed."""
+from kfdist.config.fields import Counts, FieldError, LoopbackAddress, Methods, Names, RayAddress, Section, Settings
+from kfdist.errors import ConfigError
+from kfdist.staleness import AtHardBound, StalenessPolicy
 
 
 class RunSection(Section):
@@ -113,19 +112,37 @@ class StalenessSection(Section):
         default="wait", description="wait for a newer version, keep the old one, or use the scaled gradient"
     )
 
+    @property
+    def policy(self) -> StalenessPolicy:
+        """The same as a policy."""
+        return StalenessPolicy(
+            soft_bound=self.soft_bound, hard_bound=self.hard_bound, at_hard_bound=AtHardBound(self.at_hard_bound)
+        )
+
 
 class PreconditionerSection(Section):
     """The second-order method; the names are those of `kfdist.Preconditioner`."""
 
-    method: str = Field(
+    method: str | None = Field(
         default="rs-kfac",
         min_length=1,
-        description='an inverter of kfdist.curvature.inverters; "none" leaves the optimizer alone, for comparisons',
+        description='an inverter of kfdist.curvature.inverters; "auto" picks one per block; "none" leaves the '
+        "optimizer alone, for comparisons",
+    )
+    methods: Methods | None = Field(
+        default=None,
+        description="methods by glob on module names, the first match wins; excludes preconditioner.method",
     )
     settings: Settings = Field(default_factory=lambda: {"rank": 128}, description="the inverter's own settings")
     damping: float = Field(default=0.03, gt=0, description="lambda of F + lambda I")
-    fisher: Literal["empirical"] = Field(
-        default="empirical", description="which output gradients make the Fisher: those of the training loss"
+    fisher: Literal["empirical", "mc", "exact"] = Field(
+        default="empirical",
+        description="which output gradients make the Fisher: those of the training loss, of labels sampled from the "
+        "model, or of all labels",
+    )
+    weight_sharing: Literal["expand", "reduce"] = Field(
+        default="expand",
+        description="how linear layers treat positions: each as an example, or summed before products are taken",
     )
     ema_decay: float = Field(
         default=0.95, ge=0, lt=1, description="what an update of the statistics keeps of the old ones"
@@ -153,13 +170,38 @@ class PreconditionerSection(Section):
     positions_fraction: float = Field(
         default=1.0, gt=0, le=1, description="share of the positions of a convolution that is measured"
     )
+    positions_budget: int | None = Field(
+        default=None,
+        ge=1,
+        description="most positions of a convolution that are measured per example; all if not given",
+    )
     digest_period: int = Field(
         default=100, ge=0, description="steps between two comparisons of the ranks' parameters; 0: never"
     )
     staleness: StalenessSection = Field(default_factory=StalenessSection, description="bounds on staleness under asap")
 
+    @property
+    def described(self) -> str:
+        """The method for people, such as "rs-kfac" or "conv*: rs-kfac, head: kfac"."""
+        if self.methods is None:
+            return str(self.method)
+        return ", ".join(f"{pattern}: {entry['method']}" for pattern, entry in self.methods.items())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_default_settings_are_the_default_methods(cls, table: Any) -> Any:
+        if isinstance(table, dict) and "methods" in table:
+            return {"method": None, "settings": {}, **table}
+        return {"settings": {}, **table} if isinstance(table, dict) and "method" in table else table
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if (self.method is None) == (self.methods is None):
+            received = "neither method nor methods is given" if self.method is None else "both are given"
+            raise FieldError("methods", f"{received}; give preconditioner.method or a table of methods")
+        if self.methods is not None and self.settings:
+            reason = "they go with preconditioner.method; in a table of methods, write settings beside each `method`"
+            raise FieldError("settings", f"is {self.settings!r}; {reason}")
         if self.inverse_period % self.factor_period:
             above = self.factor_period * (self.inverse_period // self.factor_period + 1)
             reason = f"it must be a multiple of preconditioner.factor_period = {self.factor_period}, such as {above}"
@@ -168,23 +210,11 @@ class PreconditionerSection(Section):
             raise FieldError("lag", f'is {self.lag}; it goes with adoption = "fixed-lag" only: set that, or remove lag')
         if self.adoption == "fixed-lag" and self.lag is None:
             raise FieldError("lag", 'is missing; adoption = "fixed-lag" needs it, such as lag = 5')
-        self._check_bounds()
+        try:
+            self.staleness.policy.check(inverse_period=self.inverse_period, lag=self.lag)
+        except ConfigError as error:
+            raise FieldError(f"staleness.{error.path}", str(error).removeprefix(f"{error.path}: ")) from None
         return self
-
-    def _check_bounds(self) -> None:
-        soft, hard = self.staleness.soft_bound, self.staleness.hard_bound
-        smallest = self.inverse_period + ASAP_MINIMUM_DELAY_STEPS
-        for name, bound in (("staleness.soft_bound", soft), ("staleness.hard_bound", hard)):
-            if bound is None:
-                continue
-            if self.lag is not None:
-                fixed = f"under fixed-lag staleness is at most {self.inverse_period + self.lag} steps by construction"
-                raise FieldError(name, f'is {bound}; bounds go with adoption = "asap" only: {fixed}; remove the bound')
-            if bound < smallest:
-                reason = "staleness reaches inverse_period + delay by construction"
-                raise FieldError(name, f"is {bound}; {reason}, so {smallest} is the smallest legal value here")
-        if soft is not None and hard is not None and soft > hard:
-            raise FieldError("staleness.soft_bound", f"is {soft}; it must not exceed hard_bound = {hard}")
 
 
 class ClusterSection(Section):

@@ -29,9 +29,11 @@ def format_table(table: Mapping[str, Any]) -> str:
 
 
 def _tables(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
-    lines = [f"{_key(key)} = {format_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
+    lines = [
+        f"{format_key(key)} = {format_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)
+    ]
     if path and (lines or not table):
-        lines.insert(0, f"[{'.'.join(_key(part) for part in path)}]")
+        lines.insert(0, f"[{'.'.join(format_key(part) for part in path)}]")
     texts = ["\n".join(lines)] if lines else []
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -39,7 +41,8 @@ def _tables(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
     return texts
 
 
-def _key(key: str) -> str:
+def format_key(key: str) -> str:
+    """Writes one key as TOML: bare where that is allowed, else quoted."""
     bare = key.isascii() and key.replace("-", "").replace("_", "").isalnum()
     return key if bare else format_value(key)
 

@@ -266,7 +266,7 @@ def _bytes(value: float) -> str:
     return f"{value:.3g} GiB"
 
 
-def make_choice(name: str, **settings: Any) -> AbstractInverter | Auto:
+def make_choice(name: str, /, **settings: Any) -> AbstractInverter | Auto:
     """Makes what a method's name stands for: an inverter, or the chooser of them for "auto".
 
     Args:

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,15 @@ from kfdist.comm.groups import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.config import Config, PreconditionerSection
 from kfdist.config.fields import split_address
-from kfdist.curvature.inverters import AbstractInverter, make_inverter
+from kfdist.config.toml import format_key
+from kfdist.curvature.choice import Auto, make_choice, measure_costs
+from kfdist.curvature.inverters import AbstractInverter
 from kfdist.data import load_data
 from kfdist.data.sampler import Sampler
 from kfdist.data.sets import DataSet, Examples
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.models import build_model
-from kfdist.runtime.groups import plan_blocks
+from kfdist.runtime.groups import Method, needs_costs, plan_blocks
 from kfdist.runtime.optimizers import LearningRate, make_optimizer
 from kfdist.runtime.pipeline_parts import FixedLag
 from kfdist.runtime.plain import NoPreconditioner
@@ -27,7 +29,6 @@ from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.randomness import ForwardState, seed_rank
 from kfdist.runtime.service import Service, connect
 from kfdist.runtime.training_state import Standing, Training
-from kfdist.staleness import AtHardBound, StalenessPolicy
 
 _CONNECT_SECONDS = 5.0
 
@@ -121,26 +122,49 @@ def gather_materials(config: Config, world_size: int, device: torch.device) -> M
         classes=data.classes,
         seed=config.run.seed,
     ).to(device)
-    if (method := make_method(config.preconditioner)) is not None:
-        plan_blocks(model, method, skip=config.preconditioner.skip, world_size=world_size)
+    section = config.preconditioner
+    if (method := make_method(section)) is not None:
+        plan_blocks(
+            model,
+            method,
+            skip=section.skip,
+            world_size=world_size,
+            weight_sharing=section.weight_sharing,
+            # This plan is only checked; the one that is used is made with costs that all ranks agree on.
+            costs=measure_costs() if needs_costs(method) else None,
+        )
     optimizer = make_optimizer(config.optimizer, model.parameters())
     return Materials(device=device, data=data, sampler=sampler, model=model, optimizer=optimizer)
 
 
-def make_method(section: PreconditionerSection) -> AbstractInverter | None:
-    """Makes the configured inverter; None for the method "none".
+def make_method(section: PreconditionerSection) -> Method | None:
+    """Makes what `kfdist.Preconditioner` takes as its method; None for the method "none".
 
     Raises:
         ConfigError: There is no such method or setting, or a value isn't allowed.
     """
-    if section.method == "none":
+    if section.methods is not None:
+        return {pattern: _entry_of(pattern, entry) for pattern, entry in section.methods.items()}
+    if section.method is None or section.method == "none":
         return None
     try:
-        return make_inverter(section.method, **section.settings)
+        return make_choice(section.method, **section.settings)
     except ConfigError as error:
-        reason = str(error).removeprefix(f"{error.path}: ")
         place = error.path if error.path in ("method", "settings", "") else f"settings.{error.path}"
-        raise ConfigError(reason, path=f"preconditioner.{place}".rstrip(".")) from None
+        raise _placed(error, f"preconditioner.{place}") from None
+
+
+def _entry_of(pattern: str, entry: Mapping[str, Any]) -> AbstractInverter | Auto:
+    """Makes the method of one pattern; the entry holds its name beside its settings."""
+    try:
+        return make_choice(entry["method"], **{name: value for name, value in entry.items() if name != "method"})
+    except ConfigError as error:
+        place = "" if error.path == "settings" else error.path
+        raise _placed(error, f"preconditioner.methods.{format_key(pattern)}.{place}") from None
+
+
+def _placed(error: ConfigError, path: str) -> ConfigError:
+    return ConfigError(str(error).removeprefix(f"{error.path}: "), path=path.rstrip("."))
 
 
 def make_training(
@@ -198,7 +222,6 @@ def _make_preconditioner(
     section = config.preconditioner
     method = make_method(section)
     assert method is not None
-    bounds = section.staleness
     return Preconditioner(
         model,
         method,
@@ -214,13 +237,11 @@ def _make_preconditioner(
         grad_scaler=scaler if scaler.is_enabled() else None,
         process_group=communicator.process_group,
         link=_service(config, epoch),
-        staleness=StalenessPolicy(
-            soft_bound=bounds.soft_bound,
-            hard_bound=bounds.hard_bound,
-            at_hard_bound=AtHardBound(bounds.at_hard_bound),
-        ),
+        staleness=section.staleness.policy,
         examples_fraction=section.examples_fraction,
         positions_fraction=section.positions_fraction,
+        positions_budget=section.positions_budget,
+        weight_sharing=section.weight_sharing,
         seed=config.run.seed,
         wait_limit_seconds=section.wait_limit_seconds,
         digest_period=section.digest_period,

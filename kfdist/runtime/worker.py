@@ -187,7 +187,7 @@ def _announce(training: Training, standing: Standing, progress: Progress, skippe
     where = f"resumed at step {standing.step}" if standing.step else "training"
     progress.say(
         f"{where} on {ranks} rank{'s' if ranks > 1 else ''} ({training.device.type}): {config.model.name} on "
-        f"{config.data.name}, {config.optimizer.name} with {config.preconditioner.method}, "
+        f"{config.data.name}, {config.optimizer.name} with {config.preconditioner.described}, "
         f"{training.learning_rate.total_steps} steps of {ranks} x {config.data.batch_size} examples"
     )
 

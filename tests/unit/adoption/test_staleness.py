@@ -47,8 +47,14 @@ def test_a_bound_that_normal_operation_breaks_is_refused_with_the_smallest_legal
     policy(smallest).check(inverse_period=period, delay=delay)
 
 
+def test_a_fixed_lag_takes_no_bounds() -> None:
+    StalenessPolicy().check(inverse_period=10, lag=4)
+    with pytest.raises(ConfigError, match="^hard_bound: is 50; .* at most 14 steps .* remove the bound"):
+        StalenessPolicy(hard_bound=50).check(inverse_period=10, lag=4)
+
+
 def test_bounds_in_the_wrong_order_and_unknown_modes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="soft_bound is 30, above hard_bound = 20"):
+    with pytest.raises(ConfigError, match="soft_bound: is 30, above hard_bound = 20"):
         StalenessPolicy(soft_bound=30, hard_bound=20).check(inverse_period=10)
     with pytest.raises(ConfigError, match="at_hard_bound is 'panic'; allowed are 'wait', 'keep', 'fallback'"):
         StalenessPolicy(hard_bound=20, at_hard_bound="panic")  # pyright: ignore[reportArgumentType]

@@ -32,6 +32,7 @@ BAD = [
     ("preconditioner.damping=nan", "preconditioner.damping", ["is nan", "finite"]),
     ("preconditioner.damping=inf", "preconditioner.damping", ["is inf", "finite"]),
     ("preconditioner.ema_decay=1.0", "preconditioner.ema_decay", ["is 1.0", "less than 1"]),
+    ("preconditioner.positions_budget=0", "preconditioner.positions_budget", ["is 0", "at least 1", "positions"]),
     ("cluster.workers=0", "cluster.workers", ["is 0", "at least 1"]),
     ("cluster.owners=-1", "cluster.owners", ["is -1", "at least 0"]),
     ("cluster.threads=0", "cluster.threads", ["is 0", "at least 1"]),
@@ -41,6 +42,8 @@ BAD = [
     ("preconditioner.adoption=fixedlag", "preconditioner.adoption", ["'fixedlag'", "did you mean `fixed-lag`"]),
     ("cluster.assignment=lptt", "cluster.assignment", ["did you mean `lpt`", "round_robin"]),
     ("cluster.link=socket", "cluster.link", ["'service' or 'local'"]),
+    ("preconditioner.fisher=monte-carlo", "preconditioner.fisher", ["'empirical', 'mc' or 'exact'"]),
+    ("preconditioner.weight_sharing=expnd", "preconditioner.weight_sharing", ["did you mean `expand`"]),
     ("checkpoint.statistics=fold", "checkpoint.statistics", ["'per-rank' or 'folded'"]),
     # combinations
     ("cluster.owners=0", "cluster.owners", ['link = "service" needs at least 1', '"local" needs none']),
@@ -50,6 +53,18 @@ BAD = [
     ("optimizer.schedule=step", "optimizer.milestones", ["give both or neither"]),
     ("optimizer.milestones=[3]", "optimizer.milestones", ["is [3]", "give both or neither"]),
     ("preconditioner.method=none", "cluster.link", ['set "local"']),
+    # a table of methods
+    ("preconditioner.methods=kfac", "preconditioner.methods", ["is 'kfac', a string", "a table"]),
+    ("preconditioner.methods={}", "preconditioner.methods", ["is {}", "at least one pattern"]),
+    ("preconditioner.methods.head=3", "preconditioner.methods.head", ["is 3", "a method's name, or a table"]),
+    ("preconditioner.methods.head={rank = 3}", "preconditioner.methods.head.method", ["is missing"]),
+    ("preconditioner.methods.head={method = 3}", "preconditioner.methods.head.method", ["is 3"]),
+    ("preconditioner.methods.head=none", "preconditioner.methods.head.method", ['is "none"', "preconditioner.skip"]),
+    (
+        'preconditioner.methods={"a.*" = {method = "kfac", rank = {b = 1}}}',
+        'preconditioner.methods."a.*".rank',
+        ["a table", "a number, a string", "[from --set]"],
+    ),
     # names and addresses
     ("run.name=../x", "run.name", ["is '../x'", "1 to 63 of a-z 0-9"]),
     ("run.name=A", "run.name", ["is 'A'"]),
@@ -82,8 +97,26 @@ def test_one_bad_value(override: str, path: str, words: list[str]):
     ("overrides", "path", "words"),
     [
         (["run.steps=3", "run.epochs=2"], "run.steps", ["both are given"]),
-        (["preconditioner.staleness.soft_bound=12"], "preconditioner.staleness.soft_bound", ["is 12", "13 is"]),
-        (["preconditioner.staleness.hard_bound=2"], "preconditioner.staleness.hard_bound", ["is 2", "13 is"]),
+        (
+            ["preconditioner.method=kfac", "preconditioner.methods.head=kfac"],
+            "preconditioner.methods",
+            ["both are given", "give preconditioner.method or"],
+        ),
+        (
+            ["preconditioner.methods.head=kfac", "preconditioner.settings.rank=3"],
+            "preconditioner.settings",
+            ["{'rank': 3}", "beside each `method`"],
+        ),
+        (
+            ["preconditioner.staleness.soft_bound=12"],
+            "preconditioner.staleness.soft_bound",
+            ["is 12", "smallest legal value is 13"],
+        ),
+        (
+            ["preconditioner.staleness.hard_bound=2"],
+            "preconditioner.staleness.hard_bound",
+            ["is 2", "smallest legal value is 13"],
+        ),
         (
             ["preconditioner.staleness.soft_bound=30", "preconditioner.staleness.hard_bound=20"],
             "preconditioner.staleness.soft_bound",

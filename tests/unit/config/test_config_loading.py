@@ -59,6 +59,52 @@ def test_naming_another_method_drops_the_settings_of_the_old_one(tmp_path: Path)
     assert kept.preconditioner.settings == {"rank": 7}
 
 
+METHODS = """
+[preconditioner.methods]
+head = { method = "kfac", damping_rule = "relative" }
+"conv*" = "rs-kfac"
+"a.*" = { method = "sre-kfac", rank_schedule = [[0, 5], [9, 7]] }
+"*" = "auto"
+"""
+
+
+def test_a_table_of_methods_replaces_the_method_of_a_lower_layer(tmp_path: Path):
+    section = load_config(write(tmp_path / "run.toml", METHODS), environment={}).preconditioner
+    assert (section.method, section.settings) == (None, {})
+    assert list((section.methods or {}).items()) == [
+        ("head", {"method": "kfac", "damping_rule": "relative"}),
+        ("conv*", {"method": "rs-kfac"}),
+        ("a.*", {"method": "sre-kfac", "rank_schedule": [[0, 5], [9, 7]]}),
+        ("*", {"method": "auto"}),
+    ]
+    assert section.described == "head: kfac, conv*: rs-kfac, a.*: sre-kfac, *: auto"
+
+
+def test_the_order_of_methods_survives_being_written(tmp_path: Path):
+    config = load_config(write(tmp_path / "run.toml", METHODS), environment={})
+    again = load_config(write(tmp_path / "config.toml", to_toml(config)), environment={})
+    assert again == config
+    assert list(again.preconditioner.methods or {}) == ["head", "conv*", "a.*", "*"]
+
+
+def test_a_higher_layers_methods_replace_the_lower_ones_as_a_whole(tmp_path: Path):
+    """Merged one by one, a pattern from above would come after the "*" from below, and never match."""
+    file = write(tmp_path / "run.toml", METHODS)
+    overrides = ["preconditioner.methods.head=rs-kfac", "preconditioner.methods.conv*=kfac"]
+    section = load_config(file, environment={}, overrides=overrides).preconditioner
+    assert section.methods == {"head": {"method": "rs-kfac"}, "conv*": {"method": "kfac"}}
+    variable = {"KFDIST_PRECONDITIONER__METHODS": '{"*" = "kfac"}'}
+    assert load_config(file, environment=variable).preconditioner.methods == {"*": {"method": "kfac"}}
+
+
+@pytest.mark.parametrize("method", ["auto", "kfac", "none"])
+def test_a_method_from_above_replaces_the_methods_from_below(tmp_path: Path, method: str):
+    overrides = [f"preconditioner.method={method}", "cluster.link=local"]
+    section = load_config(write(tmp_path / "run.toml", METHODS), environment={}, overrides=overrides).preconditioner
+    assert (section.method, section.methods, section.settings) == (method, None, {})
+    assert section.described == method
+
+
 def test_asap_from_above_drops_the_lag_from_below(tmp_path: Path):
     file = write(tmp_path / "run.toml", '[preconditioner]\nadoption = "fixed-lag"\nlag = 5\n')
     assert load_config(file, environment={}).preconditioner.lag == 5
@@ -116,22 +162,32 @@ def test_any_table_survives_toml(values: dict[str, object]):
     lr=st.floats(1e-9, 1e3),
     lag=st.none() | st.integers(0, 9),
     skip=st.lists(st.text(max_size=9), max_size=3),
+    methods=st.none()
+    | st.dictionaries(
+        st.text(max_size=5),
+        st.sampled_from(["kfac", {"method": "rs-kfac", "rank": 3}, {"method": "x", "y": [[1, 2], True]}]),
+        min_size=1,
+        max_size=3,
+    ),
 )
 def test_a_written_configuration_reads_back_equal(
-    name: str, steps: int | None, lr: float, lag: int | None, skip: list[str]
+    name: str, steps: int | None, lr: float, lag: int | None, skip: list[str], methods: dict[str, object] | None
 ):
+    preconditioner = {
+        "skip": skip,
+        **({} if methods is None else {"methods": methods}),
+        **({} if lag is None else {"adoption": "fixed-lag", "lag": lag}),
+    }
     config = config_from_table(
         {
             "run": {"name": name, "steps": steps} if steps else {"name": name, "epochs": 2},
             "optimizer": {"lr": lr, "schedule": "step", "milestones": [3, 9]},
-            "preconditioner": {
-                "skip": skip,
-                "settings": {},
-                **({} if lag is None else {"adoption": "fixed-lag", "lag": lag}),
-            },
+            "preconditioner": preconditioner,
         }
     )
-    assert config_from_table(tomllib.loads(to_toml(config))) == config
+    again = config_from_table(tomllib.loads(to_toml(config)))
+    assert again == config
+    assert list(again.preconditioner.methods or {}) == list(methods or {})
 
 
 def test_a_resolved_file_is_a_configuration_file(tmp_path: Path):
