@@ -113,9 +113,9 @@ class HeldFactor:
         return replace(self, values=decay * self.values, trace=decay * self.trace, weight=weight)
 
     def updated(self, rows: Tensor, *, seed: int, label: str) -> tuple["HeldFactor", dict[str, float]]:
-        """Adds rows^T rows to S by Brand's update, and repairs U where it is no longer orthonormal.
+        """Adds rows^T rows to S by Brand's update.
 
-        What is beyond the rank is cut off first.
+        U is made orthonormal first where it no longer is, and what is beyond the rank is cut off.
 
         Args:
             rows: `[c, n, d]`.
@@ -125,14 +125,12 @@ class HeldFactor:
         Returns:
             The factor with up to n columns more than its rank, and diagnostics.
         """
-        cut = self.truncated()
-        before = cut.vectors, cut.values
+        repair = self.vectors.shape[-1] > 0 and float(orthogonality_error(self.vectors).max()) > ORTHOGONALITY_LIMIT
+        before = reorthogonalise(self.vectors, self.values) if repair else (self.vectors, self.values)
+        before = before[0][..., : self.rank], before[1][..., : self.rank]
         vectors, values = brand_update(*before, rows)
         probes = probes_like(vectors, None, seed=seed, label=label)
         residual = float(update_residual(before, rows, (vectors, values), probes).max())
-        repair = float(orthogonality_error(vectors).max()) > ORTHOGONALITY_LIMIT
-        if repair:
-            vectors, values = reorthogonalise(vectors, values)
         after = replace(self, vectors=vectors, values=values, trace=self.trace + rows.square().sum((-2, -1)))
         return after, {f"residual_{label}": residual, f"repairs_{label}": float(repair)}
 
