@@ -87,6 +87,7 @@ def conjugate_gradient(
         step = _wide(torch.where(stepping, step, torch.zeros_like(step)))
         x.addcmul_(p, step)
         r.addcmul_(u, step, value=-1)
+        del u  # else it would still be there while the next one is computed
         iterations += stepping
         z = r if inverse_diagonal is None else r * inverse_diagonal
         rr, rz_before, rz = _inner(r, r), rz, _inner(r, z)
