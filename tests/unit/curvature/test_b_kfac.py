@@ -208,6 +208,19 @@ def test_float32_stays_orthonormal_and_accurate_over_two_hundred_jobs() -> None:
     assert relative_error(found.U_A @ torch.diag_embed(found.w_A) @ found.U_A.mT, averages[-1].A) < 1e-3
 
 
+def test_a_state_in_another_precision_is_taken_over() -> None:
+    """The ladder repeats a float32 job in float64 on the float32 state, and leaves a float64 state to the next job."""
+    make: dict[str, Any] = {"q": Q, "p": P, "room": ROOM, "dense_at": lambda k: False}
+    exact, single = (folding_sequence(RAGGED, dtype=dtype, **make)[0] for dtype in (torch.float64, torch.float32))
+    inverter = make_inverter("b-kfac", **ALL_KEPT)
+    expected = run_chain("b-kfac", exact[:2], **ALL_KEPT)[-1]
+    state = run_chain("b-kfac", single[:1], **ALL_KEPT)[-1].state
+    repeated = inverter.invert(exact[1], damping=1e-2, previous=state, seed=5)
+    following = inverter.invert(single[1], damping=1e-2, previous=repeated.state, seed=5)
+    assert relative_error(represented(repeated)[0], represented(expected)[0]) <= 1e-6
+    assert {tensor.dtype for tensor in tensor_fields(following.preconditioner).values()} == {torch.float32}
+
+
 def test_a_smaller_rank_in_the_settings_acts_at_once() -> None:
     increments, _ = folding_sequence(RAGGED, q=Q, p=P, room=ROOM, dense_at=lambda k: False)
     state = run_chain("b-kfac", increments[:5], **ALL_KEPT)[-1].state
