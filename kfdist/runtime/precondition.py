@@ -68,6 +68,7 @@ def solve(applications: Sequence[Application], communicator: Communicator) -> li
     """
     found = []
     travelling: dict[int, list[Tensor]] = {}
+    received: list[tuple[AbstractPreconditioner, Tensor, Memory]] = []
     for each in applications:
         gradients = each.gradients()
         if not each.exchanged or each.solver == communicator.rank:
@@ -76,11 +77,14 @@ def solve(applications: Sequence[Application], communicator: Communicator) -> li
             directions = [torch.empty_like(V) for V in gradients]
         if each.exchanged:
             travelling.setdefault(each.solver, []).extend(directions)
+            received += zip(each.preconditioners, directions, each.memories, strict=False)
         found += [
             (block, V, U) for block, V, U in zip(each.blocks, gradients, directions, strict=True) if _takes_part(block)
         ]
     for solver, directions in sorted(travelling.items()):
         _broadcast(directions, solver, communicator)
+    for preconditioner, direction, memory in received:
+        preconditioner.receive(direction, memory)
     return found
 
 

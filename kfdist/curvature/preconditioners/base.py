@@ -52,6 +52,15 @@ class AbstractPreconditioner(ABC):
     def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
         """Applies the inverse to a gradient of the right shape and dtype; may read and replace entries of `memory`."""
 
+    def receive(self, direction: Tensor, memory: Memory) -> None:
+        """Keeps of an exchanged direction what must be equal on all ranks; called on each, the solver included.
+
+        Args:
+            direction: As all ranks have it now, `[c, p, q]`; overwritten later.
+            memory: What the block keeps from step to step.
+        """
+        del direction, memory
+
     def apply(self, gradient: Tensor, damping: float, memory: Memory | None = None) -> Tensor:
         """Multiplies the damped inverse of the block onto a gradient, without a host sync.
 

@@ -66,6 +66,11 @@ class ConjugateGradient(AbstractPreconditioner):
         """Whether one rank solves and sends the direction to the others."""
         return self.solve == "owner"
 
+    def receive(self, direction: Tensor, memory: Memory) -> None:
+        """Keeps the direction as the next guess, so that any rank can go on from it, also after a resume."""
+        if self.warm_start:
+            memory["solution"] = direction.to(self.trace_A.dtype, copy=True)
+
     def product(self, V: Tensor, damping: float) -> Tensor:
         """Computes Op(V), `[c, p, q]`.
 
@@ -113,5 +118,5 @@ class ConjugateGradient(AbstractPreconditioner):
         useless = (found.broken & (found.iterations == 0))[:, None, None]
         direction = torch.where(useless, self.fallback(gradient, damping), found.solution)
         if self.warm_start:
-            memory["solution"] = direction
+            memory["solution"] = direction.clone()  # the caller may overwrite the direction
         return direction

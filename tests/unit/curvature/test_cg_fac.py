@@ -277,6 +277,20 @@ def test_inverting_and_applying_read_no_value_back(operator: str) -> None:
             assert made.apply(torch.zeros(2, P, Q), DAMPING, memory).shape == V.shape
 
 
+def test_what_is_kept_is_nobody_elses() -> None:
+    """The runtime scales and overwrites directions in place; a rank that was sent one keeps the same."""
+    made, solver, other = make(uneven(1), warm_start=True, solve="owner"), Memory(), Memory()
+    direction = made.apply(V, DAMPING, solver)
+    expected = direction.clone()
+    for memory in (solver, other):
+        made.receive(direction, memory)
+    direction.zero_()
+    assert torch.equal(solver["solution"], expected) and torch.equal(other["solution"], expected)
+    cold = Memory()
+    make(uneven(1), solve="owner").receive(direction, cold)
+    assert not cold
+
+
 def test_tolerance_and_limit_end_it() -> None:
     samples = uneven(2)
     loose = make(samples, tolerance=0.5).solution(V, DAMPING)
