@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfdist.curvature.blocks import rows
@@ -190,6 +191,37 @@ def test_memory_is_bounded_by_the_tile(
     with tile_bytes(monkeypatch, tile), Largest(inputs, gradient, output) as largest:
         block.factor_sums(inputs, gradient, positions_fraction=fraction)
     assert tile / 3 < largest.bytes <= tile
+
+
+@pytest.mark.parametrize(
+    ("positions", "wanted"), [(None, SUMS), (4, SUMS), (600, frozenset({"a", "g"}))], ids=["all", "few", "sums-of-rows"]
+)
+def test_padded_inputs_and_copied_rows_count_too(
+    positions: int | None, wanted: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch isn't padded as a whole for the sake of few positions, nor are its drawn rows copied at once."""
+    layer = nn.Conv2d(4, 4, 3, padding=1, stride=2)
+    block, inputs, gradient = block_of(layer), torch.randn(12, 4, 60, 60), torch.randn(12, 4, 30, 30)
+    tile = 200_000
+    with tile_bytes(monkeypatch, tile), Largest(inputs, gradient) as largest:
+        block.factor_sums(inputs, gradient, most_positions=positions, wanted=wanted)
+    assert 12 * block.padded_elements(gradient) * 4 > 3 * tile
+    assert tile / 4 < largest.bytes <= tile
+
+
+@over_kinds
+@pytest.mark.parametrize("tile", [4000, rows.TILE_BYTES])
+def test_nothing_waits_for_a_value(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake tensor has no values to read (see test_no_host_sync): in tiles, by budget, and for single examples."""
+    layer, inputs = make_case(name)
+    block, (output, _, _) = block_of(layer), call(layer, inputs)
+    with tile_bytes(monkeypatch, tile), FakeTensorMode():
+        fakes = torch.zeros(inputs.shape), torch.zeros(output.shape)
+        for wanted in (SUMS, frozenset({"a", "g"})):
+            assert block.factor_sums(*fakes, wanted=wanted).a.shape == (block.shape.groups, block.shape.d_in)
+            assert block.factor_sums(*fakes, most_positions=3, wanted=wanted).rows > 0
+        a, g = block.example_rows(*fakes, torch.zeros(2, dtype=torch.int64))
+        assert a.shape[1] == g.shape[1] == 2
 
 
 def test_the_largest_allocation_is_seen() -> None:
