@@ -330,7 +330,8 @@ def _choose(
 
 def _alias(first: Block, second: Block, aliases: dict[BlockName, list[nn.Module]]) -> str:
     """Lets a tied layer's calls add to the first one's block where both are the same function of their input."""
-    alike = type(first) is type(second) and first.shape == second.shape
+    # The representation tells stride, padding and all else that makes convolutions of one weight differ.
+    alike = type(first) is type(second) and first.module.extra_repr() == second.module.extra_repr()
     same_parameters = {id(p) for p in first.parameters()} == {id(p) for p in second.parameters()}
     if alike and same_parameters:
         aliases.setdefault(first.name, []).append(second.module)

@@ -125,7 +125,9 @@ def test_fixed_lag_is_bitwise_whatever_the_delays() -> None:
 def synchronous(communicator: Communicator, one_owner: bool) -> tuple[str, int]:
     """FixedLag(0), with the inversions divided among the ranks or all done by rank 0's process."""
     if one_owner:
-        preconditioner.plan_blocks = lambda model, method, *, skip, world_size: plan_blocks(model, method, skip=skip)
+        preconditioner.plan_blocks = lambda model, method, **others: plan_blocks(
+            model, method, **{**others, "world_size": 1}
+        )
     link = late_link(communicator.rank, 1, 3)
     rank = TrainingRank(communicator, link, method="rs-kfac", adoption=FixedLag(0))
     rank.run(12)
