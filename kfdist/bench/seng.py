@@ -40,8 +40,8 @@ def measure_seng() -> dict[str, Any]:
     the Fisher matrix of all examples. Times and sizes are of 128 x 577 with 128 examples of 16 columns in float32.
 
     Returns:
-        JSON values: `forms` (per form: errors by data, seconds, bytes), `aggregates` (per data and number of ranks), and
-        `gradient_to_dense`, the error of v/lambda: a form with more than this is worse than none.
+        JSON values: `forms` (per form: errors by data, seconds, bytes), `aggregates` (per data and number of ranks),
+        and `gradient_to_dense`, the error of v/lambda: a form with more than this is worse than none.
     """
     small = {kind: _draw(n=64, t=9, p=32, q=73, common=common, seed=1) for kind, common in COMMON.items()}
     large = _draw(n=128, t=16, p=128, q=577, common=1.0, seed=2)[0]
