@@ -71,23 +71,32 @@ def factors_by_definition(
         names: The layers.
     """
     omegas, gammas = defaultdict(list), defaultdict(list)
-    modules = dict(model.named_modules())
+    for of_example in rows_by_definition(model, examples, loss, names):
+        for name, (a, g) in of_example.items():
+            omegas[name].append(a.mT @ a)
+            gammas[name].append(g.mT @ g / g.shape[1])
+    return {name: (torch.stack(omegas[name]).mean(0), torch.stack(gammas[name]).mean(0)) for name in omegas}
+
+
+def rows_by_definition(
+    model: nn.Module, examples: Sequence[Any], loss: Callable[[nn.Module, Any], Tensor], names: Iterable[str]
+) -> list[Factors]:
+    """Computes each example's rows a `[c, T, q]` and g `[c, T, p]`; arguments as in `factors_by_definition`."""
+    names, modules, found = list(names), dict(model.named_modules()), []
     for example in examples:
         calls: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         handles = [modules[name].register_forward_hook(partial(_remember, calls[name])) for name in names]
         loss(model, example).backward()
         for handle in handles:
             handle.remove()
+        of_example = {}
         for name, of_layer in calls.items():
-            used = [(a, output.grad) for a, output in of_layer if output.grad is not None]
-            if not used:
-                continue
-            rows = [rows_of(modules[name], a, g) for a, g in used]
-            a, g = torch.cat([a for a, _ in rows], dim=1), torch.cat([g for _, g in rows], dim=1)
-            omegas[name].append(a.mT @ a)
-            gammas[name].append(g.mT @ g / g.shape[1])
+            rows = [rows_of(modules[name], a, output.grad) for a, output in of_layer if output.grad is not None]
+            if rows:
+                of_example[name] = (torch.cat([a for a, _ in rows], dim=1), torch.cat([g for _, g in rows], dim=1))
+        found.append(of_example)
     model.zero_grad()
-    return {name: (torch.stack(omegas[name]).mean(0), torch.stack(gammas[name]).mean(0)) for name in omegas}
+    return found
 
 
 def _remember(calls: list[tuple[Tensor, Tensor]], _module: nn.Module, args: Any, output: Tensor) -> None:

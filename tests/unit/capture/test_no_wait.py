@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kfdist.capture.requests import Sampling
+from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, Sampling
 from kfdist.comm.groups import Communicator
 from kfdist.curvature.estimate import WeightedSums, sum_shapes
 from kfdist.curvature.preconditioners import KroneckerInverse
@@ -81,6 +81,40 @@ def test_capturing_and_folding(sampling: Sampling, reentrant: bool | None, scale
             assert [tuple(each.shape[1:]) for each in sums.packed()[:2]] == [
                 (d * (d + 1) // 2,) for d in (shape.d_in, shape.d_out)
             ]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "binary_cross_entropy"])
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_observing(fisher: str, loss: str):
+    net = model()
+    capture = armed_capture(net, fisher=fisher, sampling=Sampling(examples_fraction=0.5))
+    with NoReads():
+        target = torch.tensor([0, 1, 2, -100, 0, 1]) if loss == "cross_entropy" else torch.zeros(6, 3)
+        output = net(torch.randn(6, 2, 6, 6))
+        capture.observe(output, loss, target=target)
+        output.sum().backward()
+        assert set(capture.drain()) == {"0", "3"}
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_rows_samples_and_cross_sums(fisher: str):
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    capture = armed_capture(
+        net,
+        fisher=fisher,
+        chains=[["0", "2"]],
+        coarse=[["0", "2"]],
+        sums=PLAIN_SUMS | CHAIN_SUMS | COARSE_SUMS,
+        rows=frozenset({"A", "G"}),
+        samples=5,
+    )
+    with NoReads():
+        for _ in range(3):  # the reservoir drops examples it kept
+            output = net(torch.randn(4, 4))
+            capture.observe(output, "cross_entropy")
+            (output.sum() / 3).backward()
+        drained = capture.drain()
+    assert all(each.samples is not None and len(each.samples.weight) == 5 for each in drained.values())
 
 
 @pytest.mark.parametrize("fallback", [False, True])
