@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfdist.comm.reduce import reduce_flat
-from kfdist.errors import CheckpointError, LossNotFinite
+from kfdist.errors import CheckpointError, Interrupted, LossNotFinite
 from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputFisher, OutputProduct
 from kfdist.optim.quadratic_model import InnerProducts, ModelStep, inner_product, minimise_model
 from kfdist.optim.replay import Closure, Replay
@@ -73,7 +73,8 @@ class AdaptiveStep:
         preconditioner: Made with kl_clip=None and adoption=FixedLag(0), by methods that are damped at apply, such as
             `KfacEigen(damping_rule="pi")`, the paper's factored Tikhonov damping. Its `damping` has no effect.
         loss: "mse", "cross_entropy" or "binary_cross_entropy" (on logits): which distribution the preconditioner's
-            "mc" and "exact" Fisher assume. The model's F is the Hessian of the closure's own loss.
+            "mc" and "exact" Fisher assume, with mean reduction; None where the closure calls `preconditioner.observe`
+            itself (with a target, say). The model's F always follows from the closure's own loss.
         weight_decay: eta, the l2 coefficient; part of the gradient and of the model.
         damping: The first lambda.
         settings: Periods, factors, bounds, and what is switched off.
@@ -85,7 +86,7 @@ class AdaptiveStep:
     def __init__(
         self,
         preconditioner: Preconditioner,
-        loss: str = "mse",
+        loss: str | None = "mse",
         weight_decay: float = 0.0,
         damping: float = 150.0,
         *,
@@ -93,8 +94,7 @@ class AdaptiveStep:
     ) -> None:
         self._settings = settings or AdaptiveSettings()
         check_arguments(loss, weight_decay, damping)
-        self._source: Source = source_of(preconditioner)
-        self._loss = loss
+        self._source: Source = source_of(preconditioner, loss)
         self._eta = float(weight_decay)
         self._trust = Trust(self._settings, float(damping), self._eta)
         self._parameters = [p for p in self._source.model.parameters() if p.requires_grad]
@@ -120,11 +120,15 @@ class AdaptiveStep:
         Raises:
             LossNotFinite: The loss is infinite or NaN before the step, on some rank; nothing was changed.
             KfdistError: The closure returned something else than it has to.
-            Interrupted: By the preconditioner; the step was not done.
+            Interrupted: By the preconditioner; the step was not done, and buffers and generators are as before it.
         """
         replay = Replay(closure, self._source.model, self._parameters[0].device)
         batch = self._measure(replay)
-        done = self._source.update()
+        try:
+            done = self._source.update()
+        except Interrupted:  # the step will be done again, perhaps from a checkpoint that is written now
+            replay.undo()
+            raise
         damping = self._trust.damping
         chosen = self._choose(replay, batch)
         outcome = self._move(replay, batch, chosen)
@@ -205,7 +209,7 @@ class AdaptiveStep:
         if evaluation.stated:
             source.batch(evaluation.examples)
         if source.observe is not None:
-            source.observe(evaluation.output, self._loss)
+            source.observe(evaluation.output)
         evaluation.loss.backward()
         self._reduce_gradients(n / total)
         return _Batch(share=n / total, loss=mean)

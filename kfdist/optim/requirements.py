@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ class Source:
         directions: Gives (F + damping I)^-1 grad for the parameters that have a block; writes nothing.
         paused: Captures nothing of forwards made inside.
         batch: States the number of terms that the next backward's loss averages.
-        observe: Measures the "mc" or "exact" Fisher before the backward; None where the empirical one is measured.
+        observe: Measures the "mc" or "exact" Fisher before the backward; None where there is nothing to do.
     """
 
     model: nn.Module
@@ -37,27 +38,34 @@ class Source:
     directions: Callable[[float], Mapping[nn.Parameter, Tensor]]
     paused: Callable[[], AbstractContextManager[None]]
     batch: Callable[[int], None]
-    observe: Callable[[Tensor, str], None] | None
+    observe: Callable[[Tensor], None] | None
 
 
-def check_arguments(loss: str, weight_decay: float, damping: float) -> None:
+def check_arguments(loss: str | None, weight_decay: float, damping: float) -> None:
     """Refuses values out of range by `ConfigError`."""
-    if loss not in LOSSES:
-        raise ConfigError(f"is {loss!r}; one of {', '.join(LOSSES)} is needed", path="loss")
+    if loss is not None and loss not in LOSSES:
+        raise ConfigError(
+            f"is {loss!r}; one of {', '.join(LOSSES)}, or None where the closure calls observe itself, is needed",
+            path="loss",
+        )
     if not (is_number(weight_decay) and math.isfinite(weight_decay) and weight_decay >= 0.0):
         raise ConfigError(f"is {weight_decay!r}; a finite number, at least 0, is needed", path="weight_decay")
     if not (is_number(damping) and math.isfinite(damping) and damping > 0.0):
         raise ConfigError(f"is {damping!r}; a positive, finite number is needed", path="damping")
 
 
-def source_of(preconditioner: Preconditioner) -> Source:
+def source_of(preconditioner: Preconditioner, loss: str | None) -> Source:
     """Checks that a preconditioner fits the adaptive step.
+
+    Args:
+        preconditioner: Where directions come from.
+        loss: The loss to observe where its Fisher isn't the empirical one; None leaves that to the closure.
 
     Raises:
         ConfigError: It clips or scales the gradients, adopts inverses late, has an optimizer attached, or uses a method
             whose damping is fixed at the inversion.
     """
-    settings = preconditioner._pipeline.settings
+    settings = preconditioner.settings
     if settings.kl_clip is not None:
         raise ConfigError(
             f"the preconditioner has kl_clip={settings.kl_clip!r}; AdaptiveStep sizes its steps by the quadratic "
@@ -80,7 +88,7 @@ def source_of(preconditioner: Preconditioner) -> Source:
         )
     fixed = {
         group.inverter.name: group.name
-        for group in preconditioner._plan.groups
+        for group in preconditioner.groups
         if not group.inverter.produces.damping_at_apply
     }
     if fixed:
@@ -89,6 +97,9 @@ def source_of(preconditioner: Preconditioner) -> Source:
             f"the damping of {listed} is fixed at the inversion; AdaptiveStep tries several dampings at one step: use "
             'KfacEigen(damping_rule="pi"), which is the same factored damping applied later'
         )
+    observe = None
+    if loss is not None and preconditioner.fisher != "empirical":
+        observe = partial(preconditioner.observe, loss=loss)
     return Source(
         model=preconditioner._model,
         world=preconditioner.world,
@@ -96,5 +107,5 @@ def source_of(preconditioner: Preconditioner) -> Source:
         directions=preconditioner.directions,
         paused=preconditioner.paused,
         batch=lambda examples: preconditioner.batch(examples=examples),
-        observe=None,
+        observe=observe,
     )

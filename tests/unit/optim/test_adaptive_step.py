@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kfdist.comm.groups import Communicator
-from kfdist.errors import CheckpointError, ConfigError, LossNotFinite
+from kfdist.errors import CheckpointError, ConfigError, Interrupted, LossNotFinite
 from kfdist.optim import adaptive
 from kfdist.optim.adaptive import AdaptiveStep
 from kfdist.optim.output_fisher import NoForwardDerivative
@@ -32,9 +32,12 @@ class Formula:
         self.covered = [p for name, p in model.named_parameters() if name not in without]
         self.examples: list[int] = []
         self.updates = 0
+        self.interrupted = False
 
     def update(self) -> Any:
         self.updates += 1
+        if self.interrupted:
+            raise Interrupted("somebody asked to stop", reason="stop")
 
     def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:
         return {p: p.grad / (self.scale + damping) for p in self.covered if p.grad is not None}
@@ -53,7 +56,7 @@ class Formula:
 
 @pytest.fixture(autouse=True)
 def _formula_as_preconditioner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptive, "source_of", lambda formula: formula.source())
+    monkeypatch.setattr(adaptive, "source_of", lambda formula, _loss: formula.source())
 
 
 def stepper(of: nn.Module | Formula, *, weight_decay: float = 0.0, damping: float = 1.0, **settings) -> AdaptiveStep:
@@ -327,6 +330,24 @@ def test_buffers_and_generators_are_as_after_one_forward():
         # torch draws the same mask each time, so what the steps compare is the same function.
         dropped = [set(torch.nonzero(~mask[:, 0]).flatten().tolist()) for mask in masks]
         assert all(each == dropped[0] for each in dropped)
+
+
+def test_an_interrupted_step_can_be_done_again():
+    def after_two_steps(interrupted: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+        formula = Formula(model)
+        step = stepper(formula)
+        step.step(regression(model))
+        if interrupted:
+            formula.interrupted = True
+            with pytest.raises(Interrupted):
+                step.step(regression(model))
+            formula.interrupted = False
+        assert step.step(regression(model)).step == 1
+        return [*values(model), *(buffer.clone() for buffer in model.buffers()), torch.get_rng_state()]
+
+    assert same(after_two_steps(interrupted=True), after_two_steps(interrupted=False))
 
 
 def test_the_number_of_terms_reaches_the_preconditioner():
