@@ -18,11 +18,14 @@ from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
 from kfdist.capture.observe import Observer, check_version, version_of
 from kfdist.capture.passes import NO_BACKWARD, ForwardPass, PassLog, current_backward, tensors_in
-from kfdist.capture.requests import FISHERS, Request, Sampling, check_requests
+from kfdist.capture.requests import FISHERS, SEED_MASK, Request, Sampling, check_requests
 from kfdist.capture.visits import Scaling, Unit, Visit
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.estimate import BatchStatistics
 from kfdist.errors import ConfigError, KfdistError
+
+_RANK_STRIDE = 0x5851F42D4C957F2D
+"""Odd, so that no two ranks have the same seed."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Capture:
         fisher: "empirical", "mc" or "exact".
         chains: Names of blocks in the order of their chains, for cross factors.
         coarse: Names of blocks in the order of their coarse groups.
+        rank: Keeps the targets that ranks draw apart: equal draws would be as noisy as those of one rank alone.
 
     Raises:
         ConfigError: Another Fisher type.
@@ -79,6 +83,7 @@ class Capture:
         fisher: str = "empirical",
         chains: Sequence[Sequence[str]] = (),
         coarse: Sequence[Sequence[str]] = (),
+        rank: int = 0,
     ) -> None:
         if fisher not in FISHERS:
             raise ConfigError(f"fisher is {fisher!r}; allowed are {', '.join(FISHERS)}", path="fisher")
@@ -89,6 +94,7 @@ class Capture:
         self._observer = None if fisher == "empirical" else Observer(fisher, self._collector)
         self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._requests: Mapping[str, Request] = {}
+        self._rank = rank
         self._paused = 0
         self._generation = 0
         self._passes = PassLog()
@@ -195,7 +201,7 @@ class Capture:
                 described,
                 stated=self._stated_examples,
                 backwards=len(self._examples_of_backward),
-                seed=self._requests[min(self._requests)].seed,
+                seed=(self._requests[min(self._requests)].seed + _RANK_STRIDE * self._rank) & SEED_MASK,
             )
 
     def drain(self) -> dict[str, BatchStatistics]:

@@ -88,7 +88,7 @@ def assemble(
     parts = PipelineParts(
         groups=groups,
         parameters=list(model.parameters()),
-        capture=_capture(model, plan, capturing),
+        capture=_capture(model, plan, capturing, rank),
         communicators=communicators,
         table=table,
         ledger=ledger,
@@ -103,7 +103,7 @@ def assemble(
     return Pipeline(parts, settings, empty_sums(groups, device), pending)
 
 
-def _capture(model: nn.Module, plan: BlockPlan, capturing: CaptureSettings) -> Capture:
+def _capture(model: nn.Module, plan: BlockPlan, capturing: CaptureSettings, rank: int) -> Capture:
     def coupled(coupling: Coupling) -> list[list[str]]:
         alike = [group for group in plan.groups if group.inverter.coupling is coupling]
         return [[block.name for block in group.blocks] for group in alike]
@@ -117,4 +117,5 @@ def _capture(model: nn.Module, plan: BlockPlan, capturing: CaptureSettings) -> C
         fisher=capturing.fisher,
         chains=coupled(Coupling.CHAIN),
         coarse=coupled(Coupling.COARSE),
+        rank=rank,
     )

@@ -380,11 +380,10 @@ class Pipeline:
 
     def arm(self) -> None:
         """Tells the capture what to measure in the next step."""
-        step, seed, rank = self.next_step, self.settings.seed, self.parts.communicators.training.rank
+        step, seed = self.next_step, self.settings.seed
         self.calibrating = self._may_calibrate(step)
-        # Ranks draw on their own: equal draws of targets would be as noisy as those of one rank alone.
         requests = self.parts.timetable.requests(
-            step, lambda name: seed_of(seed, f"{name}/{rank}", step), calibrating=self.calibrating
+            step, lambda name: seed_of(seed, name, step), calibrating=self.calibrating
         )
         self.parts.capture.arm(requests)
 
