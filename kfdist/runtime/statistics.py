@@ -1,14 +1,14 @@
 """The reduce verb: from each rank's sums and rows to jobs, or to inversions that every rank makes itself."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfdist.comm.groups import Communicator
-from kfdist.curvature.estimate import BatchStatistics, WeightedSums, decay_at
+from kfdist.curvature.estimate import BatchStatistics, WeightedSums, all_finite, decay_at
 from kfdist.curvature.inverters.base import Inversion, Placement
 from kfdist.curvature.preconditioners import AbstractPreconditioner
 from kfdist.curvature.statistics import Samples
@@ -167,6 +167,8 @@ class StatisticsReducer:
         dense = Contribution(block=name, statistic=statistic, summed={})
         if self._timetable.inverts(group, step):
             dense = contribution_of_sums(name, statistic, sums)
+        if batch is not None and batch.rows:
+            _count_dropped(sums, batch.rows.values())
         shape = next(block.shape for block in group.blocks if block.name == name)
         return with_increment(
             dense,
@@ -196,6 +198,8 @@ class StatisticsReducer:
                 budget, batch = group.needs[block.name].samples, batches.get(block.name)
                 if budget is None:
                     continue
+                if batch is not None and batch.samples is not None:
+                    _count_dropped(sums[block.name], (batch.samples.a, batch.samples.g))
                 requests.append(
                     SampleRequest(
                         block=block.name,
@@ -262,6 +266,12 @@ class StatisticsReducer:
         """A seed that differs from rank to rank."""
         label = f"{seed_of(self._seed, name, step)}/{self._communicator.rank}"
         return int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1
+
+
+def _count_dropped(sums: WeightedSums, rows: Iterable[Tensor]) -> None:
+    """Counts a batch whose rows are non-finite, where no folding of sums does."""
+    if not sums.sums:
+        sums.dropped.add_((~all_finite(rows)).to(sums.dropped.dtype))
 
 
 def _preconditioner(name: BlockName, inversion: Inversion) -> AbstractPreconditioner:

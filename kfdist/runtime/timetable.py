@@ -34,9 +34,7 @@ class Timetable:
         self.groups = groups
         self._world_size = world_size
         self._starves = starves
-        self._periods = [
-            group.inverter.update_period(schedule.factor_period, schedule.inverse_period) for group in groups
-        ]
+        self._periods = [_update_period(group, schedule) for group in groups]
 
     def folds(self, group: BlockGroup, step: int) -> bool:
         """Says whether the group's sums are folded."""
@@ -88,3 +86,10 @@ class Timetable:
         budgets = [needs.samples if updates else None, needs.calibration if calibrates else None]
         examples = [budget.examples for budget in budgets if budget is not None]
         return -(-max(examples) // self._world_size) if examples else None
+
+
+def _update_period(group: BlockGroup, schedule: Schedule) -> int:
+    """Returns the steps between two jobs; an online method that gets no rows of a block has nothing to do in between."""
+    own = group.inverter.update_period(schedule.factor_period, schedule.inverse_period)
+    idle = group.inverter.online and not any(needs.increments for needs in group.needs.values())
+    return schedule.inverse_period if idle else own
