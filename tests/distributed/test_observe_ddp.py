@@ -20,13 +20,17 @@ EXACT = 1e-12
 STEPS = 3
 
 
-def train(communicator: Communicator, fisher: str, observing: bool, options: dict[str, bool]) -> dict[str, Any]:
+def train(communicator: Communicator, fisher: str, observing: bool, options: dict[str, Any]) -> dict[str, Any]:
     """Three steps; says how many buckets were reduced by observing and by training, the statistics and gradients."""
     net = two_layers()
     reduced: list[int] = []
 
-    def counted(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def counted(
+        state: object,
+        bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> torch.futures.Future[torch.Tensor]:
         reduced.append(bucket.index())
+        assert communicator.process_group is not None
         return allreduce_hook(communicator.process_group, bucket)
 
     model: nn.Module = net
@@ -63,7 +67,7 @@ def train(communicator: Communicator, fisher: str, observing: bool, options: dic
     }
 
 
-OPTIONS: list[dict[str, bool]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"find_unused_parameters": True},
     {"gradient_as_bucket_view": True},
@@ -94,6 +98,8 @@ def test_observing_is_invisible_to_ddp(of_ranks: list[Any], index: int):
 def test_the_mean_over_ranks_is_the_whole_batch_s(of_ranks: list[Any]):
     whole = train(Communicator(None), "exact", True, {})["statistics"]
     for step, expected in enumerate(whole):
-        parts = [exact["statistics"][step] for _, exact in of_ranks]
-        mean = {name: tuple(sum(part[name][side] for part in parts) / 2 for side in (0, 1)) for name in expected}
+        first, second = (exact["statistics"][step] for _, exact in of_ranks)
+        mean = {
+            name: ((first[name][0] + second[name][0]) / 2, (first[name][1] + second[name][1]) / 2) for name in first
+        }
         assert_factors_equal(mean, expected, 1e-9 if step else EXACT)  # later steps train on rounded parameters

@@ -94,7 +94,7 @@ def test_cross_factors_of_the_model_s_own_predictions(fisher: str):
         return
     outputs = []
     hidden = x
-    for layer in model:
+    for layer in model.children():
         hidden = layer(hidden)
         outputs.append(hidden)
     gradients = [[torch.autograd.grad(z, outputs[i], retain_graph=True)[0] for z in hidden.flatten()] for i in (0, 2)]

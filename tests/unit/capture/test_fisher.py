@@ -5,6 +5,7 @@ any number of examples, since no layer's G differs between examples; otherwise G
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -101,21 +102,25 @@ def test_a_deep_linear_net_is_exact_for_any_number_of_examples(which: str):
         torch.testing.assert_close(dense_kronecker(A, G)[0], dense, rtol=0, atol=EXACT)
 
 
+def remembered_outputs(model: nn.Module) -> dict[str, Tensor]:
+    """Filled with each layer's output by the next forward."""
+    outputs: dict[str, Tensor] = {}
+
+    def remember(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        outputs[name] = output
+
+    for name in blocks_of(model):
+        model.get_submodule(name).register_forward_hook(partial(remember, name))
+    return outputs
+
+
 def gammas_by_definition(model: nn.Module, x: Tensor, h: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """G = (1/T) sum over examples and positions of J^T H J, with J of the output in the layer's output and H of h.
 
     H of the mean loss has a 1/N, which the sum over examples turns into their mean.
     """
-    outputs: dict[str, Tensor] = {}
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: outputs.__setitem__(name, output)
-        )
-        for name in blocks_of(model)
-    ]
+    outputs = remembered_outputs(model)
     z = model(x)
-    for handle in handles:
-        handle.remove()
     H = torch.autograd.functional.hessian(lambda flat: h(flat.view(z.shape)), z.detach().flatten())
     assert isinstance(H, Tensor)
     found = {}
@@ -162,11 +167,7 @@ def test_terms_of_one_example_that_mix_are_kept_apart(flat: bool):
     model, x = Tokens(flat=flat), normal(3, 2, 3)
     y = torch.tensor([[0, 1], [2, -100], [1, 1]])
     target = y.flatten() if flat else y
-    outputs: dict[str, Tensor] = {}
-    for name in ("first", "second"):
-        model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: outputs.__setitem__(name, output)
-        )
+    outputs = remembered_outputs(model)
     capture = armed_capture(model, fisher="exact")
     z = model(x)
     capture.observe(z, "cross_entropy", target=target)
