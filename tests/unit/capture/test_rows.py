@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import Request, Sampling
+from kfdist.curvature.blocks import Block, make_block
 from kfdist.curvature.estimate import BatchStatistics, ExampleRows
 from kfdist.curvature.references import empirical_fisher, per_example_gradients
 from kfdist.errors import ConfigError, KfdistError
@@ -287,3 +289,21 @@ def test_other_requests_are_refused(asked: dict[str, Any], said: str):
 def test_other_limits_of_positions_are_refused(bad: Any):
     with pytest.raises(ConfigError, match="most_positions is"):
         Sampling(most_positions=bad)
+
+
+def test_sharing_by_reduce_has_the_rows_of_its_factors_and_whole_samples():
+    """Its factors see one row per example, but an example's gradient needs all positions."""
+    model = Sequences()
+    block = make_block("second", model.second, sharing="reduce")
+    assert isinstance(block, Block)
+    capture = Capture(model, {"second": block}, aliases={}, sampling=Sampling(), grad_scaler=None)
+    capture.arm({"second": Request(rows=ALL_ROWS, samples=6)})
+    x, y = batch("sequences")
+    twin = Sequences()
+    expected = per_example_gradients(blocks_of(twin)["second"], F.cross_entropy(twin(x), y, reduction="none"))
+    F.cross_entropy(model(x), y).backward()
+    each = capture.drain()["second"]
+    for part, rows in each.rows.items():
+        assert rows.shape[1] == 6
+        torch.testing.assert_close(rows.mT @ rows, each.sums[part], rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(gradients(samples_of(each)), expected, rtol=EXACT, atol=EXACT)
