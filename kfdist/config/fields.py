@@ -10,7 +10,10 @@ from kfdist.config.toml import format_key
 Scalar = bool | int | float | str
 """What a free-form `settings` table may hold."""
 
-Setting = Scalar | list[Scalar | list[Scalar]]
+_Plain = Scalar | list[Scalar | list[Scalar]]
+
+Setting = _Plain | dict[str, _Plain]
+"""A table is for settings of something inside, such as the inner method of `two-level`."""
 
 
 class Section(BaseModel):

@@ -109,7 +109,9 @@ def _sentence(detail: ErrorDetails, path: str, root: type[BaseModel], prefix: st
     if kind == "value_error" and isinstance(context["error"], FieldError):
         return str(context["error"])
     if ".settings." in path or ".methods." in path:
-        return f"is {value!r}, {_kind(value)}; a setting is true or false, a number, a string, or a list of these"
+        return (
+            f"is {value!r}, {_kind(value)}; a setting is true or false, a number, a string, a list or a table of these"
+        )
     if kind == "extra_forbidden":
         return _unknown_key(path, model, root, prefix)
     purpose = f" ({field.description})" if field and field.description else ""

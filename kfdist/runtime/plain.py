@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kfdist.comm.groups import Communicator, Pending
 from kfdist.runtime.pipeline_parts import StepReport
@@ -24,6 +25,9 @@ class NoPreconditioner:
         self._step = 0
         self._flag = torch.zeros(1, dtype=torch.int64, device=communicator.device)
         self._pending: Pending | None = None
+
+    def observe(self, output: Tensor, loss: str = "cross_entropy") -> None:
+        """Does nothing: there is no Fisher matrix."""
 
     def step(self) -> StepReport:
         """Agrees on stops; all ranks must call it."""

@@ -21,6 +21,7 @@ from kfdist.data.sampler import Sampler
 from kfdist.data.sets import DataSet, Examples
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.models import build_model
+from kfdist.runtime.arguments import check_fisher
 from kfdist.runtime.groups import Method, needs_costs, plan_blocks
 from kfdist.runtime.optimizers import LearningRate, make_optimizer
 from kfdist.runtime.pipeline_parts import FixedLag
@@ -122,17 +123,8 @@ def gather_materials(config: Config, world_size: int, device: torch.device) -> M
         classes=data.classes,
         seed=config.run.seed,
     ).to(device)
-    section = config.preconditioner
-    if (method := make_method(section)) is not None:
-        plan_blocks(
-            model,
-            method,
-            skip=section.skip,
-            world_size=world_size,
-            weight_sharing=section.weight_sharing,
-            # This plan is only checked; the one that is used is made with costs that all ranks agree on.
-            costs=measure_costs() if needs_costs(method) else None,
-        )
+    if (method := make_method(config.preconditioner)) is not None:
+        _check_plan(config.preconditioner, method, model, world_size)
     optimizer = make_optimizer(config.optimizer, model.parameters())
     return Materials(device=device, data=data, sampler=sampler, model=model, optimizer=optimizer)
 
@@ -161,6 +153,36 @@ def _entry_of(pattern: str, entry: Mapping[str, Any]) -> AbstractInverter | Auto
     except ConfigError as error:
         place = "" if error.path == "settings" else error.path
         raise _placed(error, f"preconditioner.methods.{format_key(pattern)}.{place}") from None
+
+
+def _check_plan(section: PreconditionerSection, method: Method, model: nn.Module, world_size: int) -> None:
+    """Checks that the method can invert the model's blocks, from this Fisher and in these periods.
+
+    Raises:
+        ConfigError: It can't.
+    """
+    try:
+        plan = plan_blocks(
+            model,
+            method,
+            skip=section.skip,
+            world_size=world_size,
+            weight_sharing=section.weight_sharing,
+            # This plan is only checked; the one that is used is made with costs that all ranks agree on.
+            costs=measure_costs() if needs_costs(method) else None,
+        )
+        check_fisher(section.fisher, plan.groups)
+    except ConfigError as error:
+        place = "methods" if error.path == "method" and section.methods is not None else error.path
+        place = f"settings.{place}" if place == "allow" else place
+        raise _placed(error, f"preconditioner.{place}") from None
+    for group in plan.groups:
+        try:
+            group.inverter.update_period(section.factor_period, section.inverse_period)
+        except ConfigError as error:
+            patterns = method.items() if isinstance(method, Mapping) else ()
+            entries = [f"methods.{format_key(pattern)}" for pattern, each in patterns if each is group.inverter]
+            raise _placed(error, f"preconditioner.{(entries or ['settings'])[0]}.{error.path}") from None
 
 
 def _placed(error: ConfigError, path: str) -> ConfigError:

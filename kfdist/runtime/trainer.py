@@ -102,6 +102,7 @@ class Trainer:
         with self._autocast():
             logits = training.model(inputs)
             loss = nn.functional.cross_entropy(logits, labels)
+        training.preconditioner.observe(logits, loss="cross_entropy")
         training.scaler.scale(loss).backward()
         training.reducer.reduce()
         training.scaler.unscale_(training.optimizer)

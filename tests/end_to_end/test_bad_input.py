@@ -13,6 +13,12 @@ from tests.support.commands import Command, run
 
 pytestmark = pytest.mark.timeout(300)
 
+
+def method(name: str, *more: str) -> list[str]:
+    """The arguments that choose a method, and more values of that section."""
+    return [part for value in (f"method={name}", *more) for part in ("--set", f"preconditioner.{value}")]
+
+
 # One mistake a row: the arguments, and words that the message must have (the value, what is allowed, what to do).
 MISTAKES = [
     (["--set", "run.stepz=3"], ["run.stepz", "did you mean `steps`"]),
@@ -25,6 +31,21 @@ MISTAKES = [
     (["--set", "preconditioner.staleness.hard_bound=2"], ["hard_bound", "is 2", "smallest legal value"]),
     (["--set", "preconditioner.method=rs-kfak"], ["preconditioner", "'rs-kfak'", "did you mean 'rs-kfac'"]),
     (["--set", "preconditioner.settings.rnk=3"], ["preconditioner", "'rnk'", "did you mean 'rank'"]),
+    (method("eva", "settings.rank=3"), ["preconditioner.settings: eva has no setting 'rank'", "it has none"]),
+    (method("ekfac", "settings.examples=0"), ["preconditioner.settings.examples: 0", "at least 1"]),
+    (method("cg-fac", "settings.tolerance=many"), ["settings.tolerance: 'many'", "between 0 and 1"]),
+    (method("b-kfac-c", "settings.correction_fraction=2"), ["settings.correction_fraction: 2", "from 0 to 1"]),
+    (method("b-kfac", "settings.brand_period=3"), ["settings.brand_period: 3", "multiple of the factor period (2)"]),
+    (method("seng", "settings.form=dense"), ["settings.form: 'dense'", "explicit"]),
+    (method("seng", "fisher=exact"), ["preconditioner.fisher: seng", "fisher='mc' or 'empirical'"]),
+    (method("two-level", "settings.inner=eva"), ["settings.inner: 'eva'", "kfac-eigen"]),
+    (method("two-level", "settings.inner_settings.rank=3"), ["settings.inner_settings", "kfac-eigen has no", "'rank'"]),
+    (method("kfac-tridiagonal"), ["preconditioner.method: kfac-tridiagonal", "Linear layers only", "give it `kfac`"]),
+    (method("auto", "settings.allow=[]"), ["preconditioner.settings.allow: ", "name some of"]),
+    (
+        ["--set", 'preconditioner.methods={"0" = "kfac", "*" = {method = "b-kfac", brand_period = 3}}'],
+        ['preconditioner.methods."*".brand_period: 3', "multiple of the factor period (2)"],
+    ),
     (["--set", 'preconditioner.skip=["*"]'], ["no layer that can be preconditioned", "skip"]),
     (["--set", 'preconditioner.skip=["nosuch*"]'], ["'nosuch*'", "matches no layer"]),
     (["--set", "cluster.owners=0"], ["cluster.owners", "at least 1", "local"]),

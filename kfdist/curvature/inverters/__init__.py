@@ -82,5 +82,5 @@ def check_settings(name: str, cls: type, settings: Mapping[str, Any]) -> None:
 
 def _suggest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
-    listing = f"allowed are {', '.join(known)}"
+    listing = f"allowed are {', '.join(known)}" if known else "it has none"
     return f"did you mean {close[0]!r}? {listing}" if close else listing

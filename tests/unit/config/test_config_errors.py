@@ -24,7 +24,7 @@ BAD = [
     ('data.batch_size="4"', "data.batch_size", ["is '4', a string", "an integer"]),
     ("preconditioner.skip=3", "preconditioner.skip", ["is 3", "a list"]),
     ("preconditioner.skip=[3]", "preconditioner.skip[0]", ["is 3", "a string"]),
-    ("preconditioner.settings.rank={a=1}", "preconditioner.settings.rank", ["a table", "a number, a string"]),
+    ("preconditioner.settings.rank={a={b=1}}", "preconditioner.settings.rank", ["a table", "a number, a string"]),
     ("preconditioner.staleness=3", "preconditioner.staleness", ["is 3", "a table"]),
     # ranges
     ("preconditioner.damping=0", "preconditioner.damping", ["is 0", "greater than 0", "lambda"]),
@@ -61,7 +61,7 @@ BAD = [
     ("preconditioner.methods.head={method = 3}", "preconditioner.methods.head.method", ["is 3"]),
     ("preconditioner.methods.head=none", "preconditioner.methods.head.method", ['is "none"', "preconditioner.skip"]),
     (
-        'preconditioner.methods={"a.*" = {method = "kfac", rank = {b = 1}}}',
+        'preconditioner.methods={"a.*" = {method = "kfac", rank = {b = {c = 1}}}}',
         'preconditioner.methods."a.*".rank',
         ["a table", "a number, a string", "[from --set]"],
     ),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from kfdist.config import load_config
+from kfdist.config import load_config, to_toml
 from kfdist.curvature.choice import Auto
 from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.errors import ConfigError
@@ -42,6 +42,21 @@ def test_settings_of_every_kind_reach_the_method() -> None:
     assert made == make_inverter("sre-kfac", rank_schedule=((0, 9), (5, 7)))
 
 
+def test_the_settings_of_an_inner_method_are_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[preconditioner.methods]\nhead = "kfac"\n'
+        '"*" = { method = "two-level", inner = "rs-kfac", inner_settings = { rank = 5 } }\n'
+    )
+    wanted = make_inverter("two-level", inner="rs-kfac", inner_settings={"rank": 5})
+    assert method_of(file=file) == {"head": make_inverter("kfac"), "*": wanted}
+    lines = ["preconditioner.method=two-level", "preconditioner.settings.inner=rs-kfac"]
+    lines.append("preconditioner.settings.inner_settings.rank=5")
+    assert method_of(*lines) == wanted
+    (tmp_path / "written.toml").write_text(to_toml(load_config(file, environment={})))
+    assert load_config(tmp_path / "written.toml", environment={}) == load_config(file, environment={})
+
+
 def test_a_table_of_methods_keeps_its_order(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
@@ -64,6 +79,11 @@ def test_a_table_of_methods_keeps_its_order(tmp_path: Path) -> None:
         ("preconditioner.method=autp", "preconditioner.method", "did you mean 'auto'"),
         ("preconditioner.settings.ranks=3", "preconditioner.settings", "did you mean 'rank'"),
         ("preconditioner.settings.name=3", "preconditioner.settings", "rs-kfac has no setting 'name'"),
+        (
+            "preconditioner.settings.rank={least = 3}",
+            "preconditioner.settings.rank",
+            "{'least': 3} is not allowed; must be a whole number",
+        ),
         ("preconditioner.settings.rank=0", "preconditioner.settings.rank", "0 is not allowed"),
         ("preconditioner.methods.head=kfak", "preconditioner.methods.head.method", "did you mean 'kfac'"),
         ('preconditioner.methods={"a.*" = "kfak"}', 'preconditioner.methods."a.*".method', "did you mean 'kfac'"),
