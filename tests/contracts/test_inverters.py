@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kfdist.curvature import inverters
 from kfdist.curvature.inverters import INVERTERS, AbstractInverter, Outcome, make_inverter
-from kfdist.curvature.inverters.ladder import BlockOutcome, invert_with_ladder
+from kfdist.curvature.inverters.base import Placement
+from kfdist.curvature.inverters.ladder import RESIDUAL_LIMIT, BlockOutcome, invert_with_ladder
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.records import tensor_fields
 from kfdist.types import BlockShape
@@ -21,6 +22,10 @@ from tests.support.cases import CASES, DAMPING, TOLERANCE, InverterCase
 from tests.support.matrices import GOOD, C, P, Q, gaussian, make_factors, relative_error
 
 SEED = 5
+
+ORTHOGONALITY = {torch.float64: 1e-13, torch.float32: 2e-5}
+"""||U^T U - I||, Frobenius: a few units of rounding for each of at most 84 columns."""
+
 DTYPES = [torch.float32, torch.float64]
 V = gaussian(C, P, Q, seed=3)
 
@@ -131,11 +136,59 @@ def test_says_what_became_of_bad_input(case: InverterCase, dtype: torch.dtype, s
     assert outcome.outcome is expected, outcome.reason
     if expected is Outcome.FAILED:
         assert outcome.preconditioner is None
-        assert any(words in outcome.reason for words in ("factor A", "A_rows holds"))
+        assert any(words in outcome.reason for words in ("factor A", "A_rows holds", "a holds"))
     else:
         direction = applied(outcome, V.to(dtype))
         assert bool(direction.isfinite().all())
         assert (direction * V).sum() > 0
+
+
+@over_cases
+@over_good
+@over_dtypes
+def test_says_how_good_it_is(case: InverterCase, spectrum: str, dtype: torch.dtype) -> None:
+    found = invert(case, spectrum, dtype).diagnostics
+    assert case.diagnostics | {"rung", "damping"} <= found.keys()
+    assert (case.make().placement is Placement.WORKER) == (not case.diagnostics)
+    assert found["damping"] == DAMPING
+    for name in case.diagnostics:
+        kind, _, label = name.rpartition("_")
+        if kind == "residual":
+            assert 0 <= found[name] <= RESIDUAL_LIMIT
+        elif kind == "orthogonality":
+            assert 0 <= found[name] <= ORTHOGONALITY[dtype]
+        elif kind == "rank":
+            assert 0 <= found[name] <= {"A": Q, "G": P, "gram": P * Q}[label]
+
+
+@over_cases
+@over_dtypes
+def test_its_smallest_eigenvalue_is_that_of_what_it_keeps(case: InverterCase, dtype: torch.dtype) -> None:
+    """Both generated factors have eigenvalues from 1/2 to 2, so their product has them from 1/4."""
+    found = invert(case, "well-conditioned", dtype).diagnostics
+    for label, whole, least in (("A", Q, 0.5), ("G", P, 0.5), ("gram", P * Q, 0.25)):
+        name = f"smallest_eigenvalue_{label}"
+        if name not in case.diagnostics:
+            continue
+        assert found[name] >= 0.99 * least
+        if found[f"rank_{label}"] == whole:  # by power iteration, in some methods
+            assert found[name] <= 1.05 * least
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.make().placement is Placement.WORKER], ids=lambda case: case.id)
+@over_good
+@over_dtypes
+def test_what_the_ranks_invert_themselves_needs_no_ladder(
+    case: InverterCase, spectrum: str, dtype: torch.dtype
+) -> None:
+    """They call `invert` directly, so what it returns at once must be what the ladder would have passed."""
+    statistics = case.statistics(make_factors(spectrum, dtype))
+    direct = case.make().invert(statistics, damping=DAMPING, previous={}, seed=SEED)
+    passed = invert(case, spectrum, dtype)
+    assert direct.outcome is passed.outcome is Outcome.DONE and passed.diagnostics["rung"] == 0
+    assert direct.preconditioner is not None and passed.preconditioner is not None
+    expected = tensor_fields(passed.preconditioner)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensor_fields(direct.preconditioner).items())
 
 
 @over_cases

@@ -25,6 +25,18 @@ from tests.support.increments import dense_alone, rows_alone, rows_and_dense
 from tests.support.matrices import BAD, GOOD
 from tests.support.samples import leading_rows, pairs_of, rows_of
 
+KINDS = ("residual", "smallest_eigenvalue", "rank")
+
+BY_INVERSE = frozenset(f"{kind}_{label}" for kind in KINDS for label in "AG")
+"""Diagnostics of a method that keeps no eigenvectors."""
+
+BY_EIGENPAIRS = BY_INVERSE | {"orthogonality_A", "orthogonality_G"}
+
+BY_GRAM = frozenset(f"{kind}_gram" for kind in (*KINDS, "orthogonality"))
+
+NO_DIAGNOSTICS = frozenset[str]()
+"""Of methods that the ranks run themselves: reading a number would make the host wait at every inversion."""
+
 Reference = Callable[[KroneckerFactors, float, Tensor], Tensor]
 
 DAMPING = 1e-2
@@ -54,6 +66,7 @@ class InverterCase:
         statistics: Makes the method's own statistic of two factors, such that it stands for the same block.
         stands_for: The factors that its statistic stands for, where it can't express all of them.
         bad: Which spoiled factors its statistic can express; rows, for one, can't be asymmetric.
+        diagnostics: Which numbers its inversions carry, whatever the spectrum, beside the ladder's own.
     """
 
     name: str
@@ -65,6 +78,7 @@ class InverterCase:
     statistics: Callable[[KroneckerFactors], Any] = unchanged
     stands_for: Callable[[KroneckerFactors], KroneckerFactors] = unchanged
     bad: tuple[str, ...] = tuple(BAD)
+    diagnostics: frozenset[str] = BY_EIGENPAIRS
 
     @property
     def id(self) -> str:
@@ -123,13 +137,14 @@ NOT_FINITE = ("nan", "inf")
 """What rows can be; their second moment is always one."""
 
 CASES = [
-    InverterCase(name="kfac", reference=factored("pi"), indefinite=Outcome.MORE_DAMPING),
+    InverterCase(name="kfac", reference=factored("pi"), indefinite=Outcome.MORE_DAMPING, diagnostics=BY_INVERSE),
     InverterCase(
         name="kfac",
         settings={"damping_rule": "relative"},
         reference=factored("relative"),
         indefinite=Outcome.MORE_DAMPING,
         damping_is_lambda=False,
+        diagnostics=BY_INVERSE,
     ),
     InverterCase(name="kfac-eigen", reference=joint()),
     InverterCase(name="kfac-eigen", settings={"damping_rule": "pi"}, reference=factored("pi")),
@@ -144,8 +159,14 @@ CASES = [
         reference=factored("pi"),
         statistics=chain_of_one,
         indefinite=Outcome.MORE_DAMPING,
+        diagnostics=BY_EIGENPAIRS | {"largest_correlation_A", "largest_correlation_G"},
     ),
-    InverterCase(name="two-level", reference=joint(), statistics=group_of_one),
+    InverterCase(
+        name="two-level",
+        reference=joint(),
+        statistics=group_of_one,
+        diagnostics=BY_EIGENPAIRS | {"smallest_eigenvalue_coarse"},
+    ),
     InverterCase(
         name="two-level",
         settings={"inner": "rs-kfac", "inner_settings": SHORT},
@@ -153,6 +174,7 @@ CASES = [
         spectra=WITH_GAP,
         statistics=group_of_one,
         indefinite=Outcome.DONE,
+        diagnostics=BY_EIGENPAIRS | {"smallest_eigenvalue_coarse"},
     ),
     InverterCase(name="rs-kfac", reference=factored("pi")),
     InverterCase(name="rs-kfac", settings={"damping_rule": "common"}, reference=joint()),
@@ -216,25 +238,39 @@ CASES = [
         statistics=rows_and_dense,
         indefinite=Outcome.DONE,
     ),
-    InverterCase(name="seng", reference=joint(), statistics=pairs_of, bad=()),
-    InverterCase(name="seng", settings={"form": "implicit"}, reference=joint(), statistics=pairs_of, bad=()),
-    InverterCase(
-        name="seng",
-        settings={"form": "implicit", "column_sample_size": 12},
-        reference=joint(),
-        statistics=pairs_of,
-        bad=(),
+    *(
+        InverterCase(
+            name="seng",
+            settings=settings,
+            reference=joint(),
+            statistics=pairs_of,
+            bad=NOT_FINITE,
+            diagnostics=BY_GRAM,
+        )
+        for settings in (
+            {},
+            {"form": "implicit"},
+            {"form": "implicit", "column_sample_size": 12},
+            {"aggregate": "local-average"},
+        )
     ),
-    InverterCase(name="seng", settings={"aggregate": "local-average"}, reference=joint(), statistics=pairs_of, bad=()),
     # What the ranks measure is tested in tests/unit/curvature/test_ekfac.py; before that, it scales.
     InverterCase(name="ekfac", reference=scaled),
-    InverterCase(name="cg-fac", settings=CONVERGED, reference=joint(), statistics=rows_of, bad=()),
+    InverterCase(
+        name="cg-fac",
+        settings=CONVERGED,
+        reference=joint(),
+        statistics=rows_of,
+        bad=NOT_FINITE,
+        diagnostics=NO_DIAGNOSTICS,
+    ),
     InverterCase(
         name="cg-fac",
         settings={**CONVERGED, "operator": "block", "jacobi": True},
         reference=joint(),
         statistics=pairs_of,
-        bad=(),
+        bad=NOT_FINITE,
+        diagnostics=NO_DIAGNOSTICS,
     ),
     InverterCase(
         name="eva",
@@ -243,6 +279,7 @@ CASES = [
         spectra=tuple(spectrum for spectrum in GOOD if spectrum != "large"),
         statistics=leading_rows,
         stands_for=outer,
-        bad=(),
+        bad=NOT_FINITE,
+        diagnostics=NO_DIAGNOSTICS,
     ),
 ]

@@ -13,13 +13,13 @@ from tests.support.matrices import gaussian
 
 
 def root_rows(matrix: Tensor) -> Tensor:
-    """Returns rows `[c, d, d]` with rows^T rows = M, where M is a second moment; spoiled where M is not finite."""
+    """Returns rows `[c, d, d]` with rows^T rows = M, the longest last; the last is spoiled where M is not finite."""
     finite = torch.where(matrix.isfinite(), matrix, torch.zeros_like(matrix)).double()
     values, vectors = torch.linalg.eigh(finite)
     rows = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).mT.contiguous().to(matrix.dtype)
     spoiled = matrix[~matrix.isfinite()]
     if spoiled.numel():
-        rows[0, 0, 0] = spoiled[0]
+        rows[0, -1, 0] = spoiled[0]
     return rows
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.statistics import KroneckerFactors, MeanVectors, Samples
+from tests.support.increments import root_rows
 from tests.support.matrices import gaussian
 
 
@@ -33,14 +34,14 @@ def make_samples(
 
 def rows_of(factors: KroneckerFactors) -> Samples:
     """Examples whose Omega and Gamma are the two factors; which a stands beside which g means nothing."""
-    a, g = _root(factors.A), _root(factors.G)
+    a, g = root_rows(factors.A), root_rows(factors.G)
     n = max(a.shape[-2], g.shape[-2])
     return _samples(_filled(a, n) * n**0.5, _filled(g, n) * n**0.5)
 
 
 def pairs_of(factors: KroneckerFactors) -> Samples:
     """Examples, one per pair of rows, whose Fisher block is the product of the two factors."""
-    a, g = _root(factors.A), _root(factors.G)
+    a, g = root_rows(factors.A), root_rows(factors.G)
     n_a, n_g = a.shape[-2], g.shape[-2]
     root = (n_a * n_g) ** 0.5
     return _samples(a.repeat(1, n_g, 1) * root, g.repeat_interleave(n_a, dim=1))
@@ -48,7 +49,7 @@ def pairs_of(factors: KroneckerFactors) -> Samples:
 
 def leading_rows(factors: KroneckerFactors) -> MeanVectors:
     """Vectors whose outer products are the factors' rank-one parts."""
-    return MeanVectors(a=_root(factors.A)[:, -1].contiguous(), g=_root(factors.G)[:, -1].contiguous())
+    return MeanVectors(a=root_rows(factors.A)[:, -1].contiguous(), g=root_rows(factors.G)[:, -1].contiguous())
 
 
 def _samples(a: Tensor, g: Tensor) -> Samples:
@@ -60,12 +61,6 @@ def _samples(a: Tensor, g: Tensor) -> Samples:
         source=torch.zeros(n, dtype=torch.int64),
         positions=1.0,
     )
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """Returns R with R^T R = M."""
-    values, vectors = torch.linalg.eigh(matrix.double())
-    return (values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT).to(matrix.dtype)
 
 
 def _filled(rows: Tensor, n: int) -> Tensor:

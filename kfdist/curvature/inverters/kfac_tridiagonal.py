@@ -14,7 +14,7 @@ from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
 from kfdist.curvature.preconditioners import AbstractPreconditioner, ChainLink
 from kfdist.curvature.statistics import ChainFactors, Needs
 from kfdist.linalg.kronecker import split_by_trace
-from kfdist.linalg.psd import eigh_descending, symmetrise, trace
+from kfdist.linalg.psd import eigh_descending, largest_eigenvalue, symmetrise, trace
 from kfdist.types import BlockName, BlockShape
 
 TRIANGULAR_FLOPS = 4.0
@@ -204,7 +204,11 @@ def _couple(matrix: Tensor, cross: Tensor, own: _Factor, after: _Factor | None, 
         conditional = half
     probes = probes_like(matrix, None, seed=seed, label=label)
     solution = K @ (K.mT @ probes)
-    residual = _relative(matrix @ solution + own.damping[:, None, None] * solution - probes, probes)
+    damping = own.damping[:, None, None]
+    residual = _relative(matrix @ solution + damping * solution - probes, probes)
+    image = K @ probes
+    orthogonality = _relative(K.mT @ (matrix @ image + damping * image) - probes, probes)
+    smallest = 1 / largest_eigenvalue(K @ K.mT, probes[..., :1]) - own.damping
     if conditional is not None:  # K^T C K = diag(s) too, where C = half^T half
         turned = K.mT @ (conditional.mT @ (conditional @ (K @ probes)))
         residual = max(residual, _relative(turned - s.unsqueeze(-1) * probes, probes))
@@ -219,6 +223,9 @@ def _couple(matrix: Tensor, cross: Tensor, own: _Factor, after: _Factor | None, 
         outcome=Outcome.CLAMPED if largest > 1 + NEGATIVE_TOLERANCE else Outcome.DONE,
         diagnostics={
             f"residual_{label}": residual,
+            # The columns of K are orthonormal in the inner product of the damped factor, else they are no eigenvectors.
+            f"orthogonality_{label}": orthogonality * K.shape[-1] ** 0.5,
+            f"smallest_eigenvalue_{label}": smallest.min().item(),
             f"largest_correlation_{label}": max(largest, 0.0) ** 0.5,
             f"rank_{label}": float(matrix.shape[-1]),
         },

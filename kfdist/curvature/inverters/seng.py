@@ -31,12 +31,12 @@ class _Spectrum(NamedTuple):
     Attributes:
         values: w, `[c, r]`.
         whitening: Z, `[c, n, r]`, block-diagonal.
-        residual: Of the decomposition, the worst.
+        errors: Of the decomposition, the worst, for the diagnostics; see `_errors`.
     """
 
     values: Tensor
     whitening: Tensor
-    residual: float
+    errors: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +113,11 @@ class Seng(AbstractInverter):
         trace = square_norms(samples.a, samples.g).sum(-1) / len(sources)
         explicit = self._explicit(samples.a.shape[-1] * samples.g.shape[-1])
         make = self._explicit_form if explicit else self._implicit_form
-        made, residual = make(samples, sources, trace.to(samples.a.dtype), seed)
+        made, errors = make(samples, sources, trace.to(samples.a.dtype), seed)
         kept = made.values > 0
         smallest = torch.where(kept, made.values, float("inf")).min() if bool(kept.any()) else made.values.new_zeros(())
         diagnostics = {
-            "residual_gram": residual,
+            **errors,
             "smallest_eigenvalue_gram": float(smallest),
             "rank_gram": float(kept.sum(-1).max()),
         }
@@ -164,7 +164,7 @@ class Seng(AbstractInverter):
 
     def _explicit_form(
         self, samples: Samples, sources: list[Tensor], trace: Tensor, seed: int
-    ) -> tuple[SengPreconditioner, float]:
+    ) -> tuple[SengPreconditioner, dict[str, float]]:
         p, q = samples.g.shape[-1], samples.a.shape[-1]
         U = (samples.g.mT @ samples.a).flatten(2)
         sampled, order = self._sampled(p, q), torch.zeros(0, dtype=torch.int64, device=U.device)
@@ -172,14 +172,14 @@ class Seng(AbstractInverter):
         complete = all(len(members) >= p * q for members in sources)
         if complete:
             sampled = p * q
-            values, rows, residual = _decompose_fisher(U, sources, seed)
+            values, rows, errors = _decompose_fisher(U, sources, seed)
         else:
             if sampled < p * q:
                 order = sampled_first(p * q, sampled, seed=split_seed(seed, "entries"), device=U.device)
                 U = U[..., order]
             scale = p * q / sampled
             grams = [scale * gram(U[:, members, :sampled]) for members in sources]
-            values, whitening, residual = _whiten(grams, sources, seed)
+            values, whitening, errors = _whiten(grams, sources, seed)
             rows = _rotate(whitening, U)
         made = SengExplicit(
             trace_A=trace,
@@ -194,11 +194,11 @@ class Seng(AbstractInverter):
             d_out=p,
             d_in=q,
         )
-        return made, residual
+        return made, errors
 
     def _implicit_form(
         self, samples: Samples, sources: list[Tensor], trace: Tensor, seed: int
-    ) -> tuple[SengPreconditioner, float]:
+    ) -> tuple[SengPreconditioner, dict[str, float]]:
         a, g = samples.a, samples.g
         p, q, k = g.shape[-1], a.shape[-1], self.column_sample_size
         sampled_A, sampled_G = min(k or q, q), min(k or p, p)
@@ -209,7 +209,7 @@ class Seng(AbstractInverter):
             a, g = a[..., order_A], g[..., order_G]
         scale = (q / sampled_A) * (p / sampled_G)
         parts = [(a[:, each, :, :sampled_A], g[:, each, :, :sampled_G]) for each in sources]
-        values, whitening, residual = _whiten([scale * gram_of_sums(*part) for part in parts], sources, seed)
+        values, whitening, errors = _whiten([scale * gram_of_sums(*part) for part in parts], sources, seed)
         members = torch.zeros(len(sources), a.shape[1], dtype=a.dtype, device=a.device)
         for row, each in enumerate(sources):
             members[row, each] = 1
@@ -228,7 +228,7 @@ class Seng(AbstractInverter):
             sampled_G=sampled_G,
             back_projection=self.back_projection,
         )
-        return made, residual
+        return made, errors
 
 
 def _fault(samples: Samples) -> str:
@@ -245,32 +245,44 @@ def _whiten(grams: list[Tensor], sources: list[Tensor], seed: int) -> _Spectrum:
     n, c = sum(len(members) for members in sources), grams[0].shape[0]
     values: list[Tensor] = []
     columns: list[Tensor] = []
-    residuals: list[float] = []
+    errors: list[dict[str, float]] = []
     for matrix, members in zip(grams, sources, strict=True):
         w, Z = whiten_gram(matrix)
-        probes = probes_like(matrix, None, seed=seed, label="gram")
-        residuals.append(float(eigen_residual(matrix, w, Z * w.sqrt().unsqueeze(-2), probes).max()))
+        errors.append(_errors(matrix, w, Z * w.sqrt().unsqueeze(-2), seed))
         placed = Z.new_zeros(c, n, w.shape[-1])
         placed[:, members] = Z
         values.append(w)
         columns.append(placed)
-    return _Spectrum(torch.cat(values, -1), torch.cat(columns, -1), max(residuals))
+    return _Spectrum(torch.cat(values, -1), torch.cat(columns, -1), _worst(errors))
 
 
-def _decompose_fisher(U: Tensor, sources: list[Tensor], seed: int) -> tuple[Tensor, Tensor, float]:
-    """Decomposes U^T U `[c, D, D]` of each source; returns all eigenpairs, vectors in rows, and the worst residual."""
+def _decompose_fisher(U: Tensor, sources: list[Tensor], seed: int) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Decomposes U^T U `[c, D, D]` of each source; returns all eigenpairs, vectors in rows, and the worst errors."""
     values: list[Tensor] = []
     rows: list[Tensor] = []
-    residuals: list[float] = []
+    errors: list[dict[str, float]] = []
     for members in sources:
         F = gram(U[:, members].mT)
         w, Q = torch.linalg.eigh(F)
-        w = w.flip(-1).clamp_min(0)
-        Q = Q.flip(-1)
-        residuals.append(float(eigen_residual(F, w, Q, probes_like(F, None, seed=seed, label="gram")).max()))
+        w, Q = w.flip(-1).clamp_min(0), Q.flip(-1)
+        errors.append(_errors(F, w, Q, seed))
         values.append(w)
         rows.append(Q.mT)
-    return torch.cat(values, -1), torch.cat(rows, 1).to(U.dtype), max(residuals)
+    return torch.cat(values, -1), torch.cat(rows, 1).to(U.dtype), _worst(errors)
+
+
+def _errors(matrix: Tensor, values: Tensor, vectors: Tensor, seed: int) -> dict[str, float]:
+    """Returns the residual of an eigendecomposition and ||Q^T Q - I||, Frobenius; columns of zeros are no vectors."""
+    probes = probes_like(matrix, None, seed=seed, label="gram")
+    unit = torch.diag_embed((vectors.square().sum(-2) > 0).to(vectors.dtype))
+    return {
+        "residual_gram": float(eigen_residual(matrix, values, vectors, probes).max()),
+        "orthogonality_gram": float(torch.linalg.matrix_norm(vectors.mT @ vectors - unit).max()),
+    }
+
+
+def _worst(errors: list[dict[str, float]]) -> dict[str, float]:
+    return {name: max(each[name] for each in errors) for name in errors[0]}
 
 
 def _rotate(whitening: Tensor, U: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ def full_spectrum(matrix: Tensor, *, rank: int, seed: int, label: str) -> Factor
     """
     values, vectors = eigh_descending(matrix)
     probes = probes_like(matrix, None, seed=seed, label=label)
-    residual = torch.maximum(eigen_residual(matrix, values, vectors, probes), orthogonality_residual(vectors, probes))
-    return _factor_spectrum(values, vectors, rank, residual, label)
+    residual, orthogonality = eigen_residual(matrix, values, vectors, probes), orthogonality_residual(vectors, probes)
+    return _factor_spectrum(values, vectors, rank, residual, orthogonality, label)
 
 
 def randomized_spectrum(
@@ -121,9 +121,9 @@ def randomized_spectrum(
     basis = range_basis(matrix, sketch, power_iterations=power_iterations)
     decompose = randomized_svd if method == "rsvd" else randomized_eigh
     values, vectors = decompose(matrix, basis)
-    residual = orthogonality_residual(vectors, probes_like(matrix, vectors, seed=seed, label=label))
+    orthogonality = orthogonality_residual(vectors, probes_like(matrix, vectors, seed=seed, label=label))
     # The whole sketch is looked at before it is cut: a large negative eigenvalue may hide behind `rank` positive ones.
-    found = _factor_spectrum(values, vectors, rank, residual, label)
+    found = _factor_spectrum(values, vectors, rank, torch.zeros_like(orthogonality), orthogonality, label)
     probes = probes_like(matrix, None, seed=seed, label=label)
     neglected = eigen_residual(matrix, found.spectrum.values, found.spectrum.vectors, probes)
     found.diagnostics[f"approximation_error_{label}"] = neglected.max().item()
@@ -147,9 +147,17 @@ def assemble(
     )
 
 
-def _factor_spectrum(values: Tensor, vectors: Tensor, rank: int, residual: Tensor, label: str) -> FactorSpectrum:
+def _factor_spectrum(
+    values: Tensor, vectors: Tensor, rank: int, residual: Tensor, orthogonality: Tensor, label: str
+) -> FactorSpectrum:
+    """Clamps and cuts what was found.
+
+    A basis that isn't orthogonal is as wrong as one that isn't of eigenvectors, so `residual_*`, by which the ladder
+    judges, is the larger of both errors. `orthogonality_*` is ||U^T U - I||, Frobenius, which the probes estimate.
+    """
     diagnostics = {
-        f"residual_{label}": residual.max().item(),
+        f"residual_{label}": torch.maximum(residual, orthogonality).max().item(),
+        f"orthogonality_{label}": orthogonality.max().item() * vectors.shape[-1] ** 0.5,
         f"smallest_eigenvalue_{label}": values.min().item(),
         f"rank_{label}": float(rank),
     }
