@@ -163,6 +163,7 @@ class Needs:
         sums: Fields of its statistic that are averaged over batches and ranks.
         increments: Factors ("A", "G") that it wants as rows of each folding.
         increment_rows: Most rows of one increment over all ranks; beyond it they are sketched.
+        applied_rows: Whether its inverse is multiplied onto the rows of every step instead of onto the gradient.
         samples: Examples' rows of the step at which the block is inverted.
         calibration: Examples' rows for `AbstractPreconditioner.calibration_sums`.
     """
@@ -170,6 +171,7 @@ class Needs:
     sums: frozenset[str] = frozenset({"A", "G"})
     increments: frozenset[str] = frozenset()
     increment_rows: int = 0
+    applied_rows: bool = False
     samples: SampleBudget | None = None
     calibration: SampleBudget | None = None
 

@@ -170,3 +170,25 @@ def check_fisher(fisher: str, groups: Iterable[BlockGroup]) -> None:
                     "fisher='mc' or 'empirical'",
                     path="fisher",
                 )
+
+
+def check_applied_rows(
+    groups: Iterable[BlockGroup], *, world_size: int, fisher: str, grad_scaler: torch.amp.GradScaler | None
+) -> None:
+    """Refuses to multiply inverses onto rows where the gradient isn't the batch's own, by `ConfigError`."""
+    group = next((group for group in groups if any(needs.applied_rows for needs in group.needs.values())), None)
+    if group is None:
+        return
+    against = None
+    if world_size > 1:
+        against = f"the gradients of {world_size} ranks are averaged"
+    elif fisher != "empirical":
+        against = f"fisher = {fisher!r} measures other gradients than the loss's own"
+    elif grad_scaler is not None and grad_scaler.is_enabled():
+        against = "a GradScaler scales the gradients"
+    if against is not None:
+        raise ConfigError(
+            f'apply_to = "rows" of {group.inverter.name} (block {group.name!r}) needs the raw gradient of one batch, '
+            f'but {against}; use apply_to = "gradient"',
+            path="method",
+        )

@@ -8,8 +8,6 @@ from time import perf_counter
 
 import torch
 
-from kfdist.curvature.estimate import WeightedSums
-
 _KEPT_OBSERVATIONS = 10_000
 
 
@@ -47,21 +45,24 @@ class PipelineCounters:
             self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + perf_counter() - begun
 
 
-class LateDropCount:
-    """The number of batches dropped as non-finite, as of a little earlier: reading it now would wait for a device."""
+class LateTotal:
+    """A sum of counts that live on the device, as of a little earlier: reading them now would wait for it."""
 
     def __init__(self) -> None:
         self._known = 0.0
         self._copy: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
 
-    def latest(self, sums: Iterable[WeightedSums]) -> float:
-        """Returns the newest total that has reached the host, and sends for a newer one."""
+    def latest(self, counts: Iterable[torch.Tensor]) -> float:
+        """Returns the newest total that has reached the host, and sends for a newer one; 0 where there are none."""
         if self._copy is not None and self._event is not None:
             if not self._event.query():
                 return self._known
             self._known = float(self._copy)
-        total = torch.stack([each.dropped for each in sums]).sum()
+        scalars = [count.double() for count in counts]
+        if not scalars:
+            return self._known
+        total = torch.stack(scalars).sum()
         if total.device.type != "cuda":
             return float(total)
         self._copy = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)

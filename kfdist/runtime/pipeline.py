@@ -18,11 +18,12 @@ from kfdist.curvature.inverters.base import Placement
 from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
 from kfdist.errors import ConfigError, RanksDiverged
 from kfdist.runtime.calibration import calibrate
-from kfdist.runtime.counters import LateDropCount, PipelineCounters
+from kfdist.runtime.counters import LateTotal, PipelineCounters
 from kfdist.runtime.digest import parameter_digest
+from kfdist.runtime.groups import BlockGroup
 from kfdist.runtime.jobs import seed_of
 from kfdist.runtime.pipeline_parts import PipelineParts, PipelineSettings, StepReport
-from kfdist.runtime.precondition import MEASURED, Application, precondition_gradients, solve
+from kfdist.runtime.precondition import Application, RawRows, precondition_gradients, solve
 from kfdist.runtime.reduction import ReducedStatistics
 from kfdist.runtime.start import agree_on_start
 from kfdist.runtime.statistics import OwnInversion
@@ -49,6 +50,7 @@ class Pipeline:
         pending: Versions shipped and not yet adopted, per group, oldest first; the same on all ranks.
         counters: What happened so far.
         drops: How many batches were dropped as non-finite, for telemetry.
+        uphill: How many directions were no descent directions and replaced, for telemetry.
         started: Whether a step was begun or a state loaded; from then on no state can be loaded.
         calibrating: Groups that the capture takes samples of for the snapshot in use, in the step that comes.
         own_inversions: What this rank has inverted for itself in this step, by group.
@@ -68,7 +70,7 @@ class Pipeline:
         self.statistics_step = -1
         self.pending = pending
         self.counters = PipelineCounters()
-        self.drops = LateDropCount()
+        self.drops, self.uphill = LateTotal(), LateTotal()
         self.started = False
         self.calibrating: frozenset[int] = frozenset()
         self.own_inversions: Mapping[int, OwnInversion] = {}
@@ -95,7 +97,7 @@ class Pipeline:
         self._invert(reduced)
         arrived = self._broadcast(step, table)
         adopted = self._adopt(step, arrived, batches, step_is_finite)
-        self._precondition(step, learning_rate)
+        self._precondition(step, batches, learning_rate)
         return self._finish(step, adopted)
 
     # The verbs -----------------------------------------------------------------------------------------------------
@@ -140,14 +142,18 @@ class Pipeline:
     ) -> ReducedStatistics | None:
         """Sums the statistics of the groups that are due over the ranks.
 
-        This rank keeps what it ships; what every rank inverts for itself is inverted at once.
+        This rank keeps what it ships; what every rank inverts for itself is inverted at once. If the step was
+        interrupted and is done again, the former are under way, and only the latter are made anew.
         """
-        if self.statistics_step >= step:
-            return None
-        due = [group for group in self.parts.groups if self.parts.timetable.updates(group, step)]
-        shipped = [group for group in due if group.inverter.placement is Placement.OWNER]
-        for group in shipped:
-            self.pending[group.index].append(step)
+        again = self.statistics_step >= step
+        due = [
+            group
+            for group in self.parts.groups
+            if self.parts.timetable.updates(group, step) and not (again and group.inverter.placement is Placement.OWNER)
+        ]
+        for group in due:
+            if group.inverter.placement is Placement.OWNER:
+                self.pending[group.index].append(step)
         with self.counters.phase("reduce"):
             reduction = self.parts.reducer.reduce(step, due, self.sums, batches, step_is_finite)
         self.counters.bytes["statistics"] += reduction.bytes
@@ -213,9 +219,7 @@ class Pipeline:
             made = self.own_inversions.get(group.index)
             if made is None:
                 continue
-            self.parts.snapshots.adopt_own(group.index, step, made.preconditioners)
-            for name, measured in made.measured.items():
-                self.parts.snapshots.memories[name][MEASURED] = measured
+            self.parts.snapshots.adopt_own(group.index, step, made.preconditioners, made.measured)
             self.counters.completed[group.inverter.name] += 1
             adopted.append((group.name, step))
         self.own_inversions = {}
@@ -242,13 +246,18 @@ class Pipeline:
                 ema_decay=self.settings.ema_decay,
             )
 
-    def _precondition(self, step: int, learning_rate: Callable[[nn.Parameter], float] | None) -> None:
+    def _precondition(
+        self,
+        step: int,
+        batches: Mapping[BlockName, BatchStatistics],
+        learning_rate: Callable[[nn.Parameter], float] | None,
+    ) -> None:
         """Multiplies the adopted inverses onto the gradients."""
         if learning_rate is None:
             return
         with self.counters.phase("precondition"):
             precondition_gradients(
-                self._applications(step, self.damping(step)),
+                self._applications(step, self.damping(step), batches),
                 kl_clip=self.settings.kl_clip,
                 learning_rate=learning_rate,
                 communicator=self.parts.communicators.statistics,
@@ -256,13 +265,15 @@ class Pipeline:
 
     def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:
         """Returns (F + damping I)^-1 grad by parameter, from the snapshots in use; nothing is written."""
-        applications = self._applications(max(self.next_step - 1, 0), damping)
+        applications = self._applications(max(self.next_step - 1, 0), damping, {})
         found: dict[nn.Parameter, Tensor] = {}
         for block, _, U in solve(applications, self.parts.communicators.statistics):
             found.update(zip(block.parameters(), block.from_matrix(U), strict=True))
         return found
 
-    def _applications(self, step: int, damping: float) -> list[Application]:
+    def _applications(
+        self, step: int, damping: float, batches: Mapping[BlockName, BatchStatistics]
+    ) -> list[Application]:
         applications = []
         for group in self.parts.groups:
             snapshot = self.parts.snapshots[group.index]
@@ -282,9 +293,17 @@ class Pipeline:
                     damping=damping * decision.damping_factor,
                     fallback=decision.fallback,
                     solver=group.courier_rank,
+                    rows=self._rows_of(group, batches),
                 )
             )
         return applications
+
+    def _rows_of(self, group: BlockGroup, batches: Mapping[BlockName, BatchStatistics]) -> RawRows | None:
+        """Returns the step's rows of a block whose inverse is multiplied onto them."""
+        name = group.blocks[0].name
+        if not group.needs[name].applied_rows or name not in batches:
+            return None
+        return RawRows.of(batches[name])
 
     def _finish(self, step: int, adopted: tuple[tuple[str, int], ...]) -> StepReport:
         """Starts the next table and arms the capture for the next step."""
@@ -397,6 +416,7 @@ class Pipeline:
                 self.parts.timetable.folds(group, step)
                 or self.parts.snapshots.calibrations.get(group.index) == 0
                 or self.parts.ledger.in_flight(group.index)
+                or self._decision(group.index, step).wait
                 or (self.settings.lag is not None and step - self.settings.lag in self.pending[group.index])
             )
         )

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from kfdist.comm.groups import Communicator
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.preconditioners import AbstractPreconditioner, Memory
+from kfdist.curvature.estimate import BatchStatistics
+from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum, Memory
+from kfdist.errors import KfdistError
 
 MEASURED = "measured"
 """Name in a block's memory of a boolean scalar: whether anything was measured at all."""
@@ -25,6 +27,7 @@ class Application:
         damping: lambda, already raised where the staleness policy says so.
         fallback: Use V / (lambda + tau) instead.
         solver: The rank that computes the direction where it is exchanged.
+        rows: This step's rows of a single block whose inverse is multiplied onto them; None: onto the gradient.
     """
 
     blocks: Sequence[Block]
@@ -33,6 +36,7 @@ class Application:
     damping: float
     fallback: bool
     solver: int = 0
+    rows: "RawRows | None" = None
 
     @property
     def exchanged(self) -> bool:
@@ -50,11 +54,40 @@ class Application:
         if self.fallback:
             pairs = zip(members, gradients, strict=True)
             return [each.fallback(V, self.damping) for each, V in pairs]
+        if self.rows is not None:
+            return [self.rows.direction(members[0], self.damping).to(gradients[0].dtype)]
         found = type(members[0]).apply_group(members, gradients, self.damping, memories)
         return [
             torch.where(memory[MEASURED], U, V) if MEASURED in memory else U
             for memory, U, V in zip(memories, found, gradients, strict=True)
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawRows:
+    """The rows of a batch whose gradient is V = g^T a / N.
+
+    Attributes:
+        a: `[c, n, q]`.
+        g: `[c, n, p]`, of the per-example loss.
+        examples: N.
+    """
+
+    a: Tensor
+    g: Tensor
+    examples: float
+
+    @classmethod
+    def of(cls, batch: BatchStatistics) -> "RawRows":
+        """Takes them from a step's batch, whose g carry the 1/sqrt(T) of Gamma."""
+        a, g = batch.rows["A"], batch.rows["G"]
+        return cls(a=a, g=g * (a.shape[1] / batch.examples) ** 0.5, examples=batch.examples)
+
+    def direction(self, preconditioner: AbstractPreconditioner, damping: float) -> Tensor:
+        """Returns (F + lambda I)^-1 V without V (algorithms.md 4.3)."""
+        if not isinstance(preconditioner, KroneckerSpectrum):
+            raise KfdistError(f"{type(preconditioner).__name__} can't be multiplied onto rows; apply it to gradients")
+        return preconditioner.apply_to_rows(self.a, self.g, self.examples, damping)
 
 
 def solve(applications: Sequence[Application], communicator: Communicator) -> list[tuple[Block, Tensor, Tensor]]:

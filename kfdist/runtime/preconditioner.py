@@ -16,6 +16,7 @@ from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistErro
 from kfdist.links.base import AbstractLink, LinkContext
 from kfdist.runtime.arguments import (
     agreed_costs,
+    check_applied_rows,
     check_block,
     check_fisher,
     check_numbers,
@@ -148,6 +149,9 @@ class Preconditioner:
             costs=agreed_costs(self._training) if needs_costs(method) else None,
         )
         check_fisher(fisher, self._plan.groups)
+        check_applied_rows(
+            self._plan.groups, world_size=self._training.world_size, fisher=fisher, grad_scaler=grad_scaler
+        )
         schedule = Schedule(factor_period=factor_period, inverse_period=inverse_period, groups=len(self._plan.groups))
         self._device = device_of(block for group in self._plan.groups for block in group.blocks)
         service = link if isinstance(link, Service) else None

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+from kfdist.curvature.preconditioners.seng import NON_DESCENT
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.types import Sample
 
@@ -32,7 +35,12 @@ def pipeline_samples(pipeline: Pipeline, worker_rank: int) -> list[Sample]:
         samples.append(
             Sample(name="kfdist_restarts_total", value=float(link.courier_restarts), labels={"process": "courier"})
         )
-    samples.append(Sample(name="kfdist_nonfinite_drops_total", value=pipeline.drops.latest(pipeline.sums.values())))
+    samples.append(
+        Sample(
+            name="kfdist_nonfinite_drops_total",
+            value=pipeline.drops.latest(each.dropped for each in pipeline.sums.values()),
+        )
+    )
     if worker_rank == 0:
         samples += _common_samples(pipeline)
     return samples
@@ -59,6 +67,9 @@ def _common_samples(pipeline: Pipeline) -> list[Sample]:
         Sample(name="kfdist_fallbacks_total", value=float(total), labels={"reason": reason})
         for reason, total in counters.fallbacks.items()
     ]
+    uphill = pipeline.uphill.latest(_uphill(pipeline))
+    if uphill:
+        samples.append(Sample(name="kfdist_fallbacks_total", value=uphill, labels={"reason": NON_DESCENT}))
     # The reasons are sentences with numbers in them: without bound as label values. The summary has them.
     failed = sum(parts.snapshots.failures.values())
     if failed:
@@ -100,11 +111,19 @@ def pipeline_totals(pipeline: Pipeline) -> dict[str, Any]:
         "fallbacks": dict(counters.fallbacks),
         "degraded": dict(parts.snapshots.degraded),
         "replaced_jobs": parts.book.replaced,
+        "merged_jobs": parts.book.merged,
+        "non_descent": round(sum(float(count) for count in _uphill(pipeline))),
         "resent_broadcasts": parts.exchange.resent,
         "resubmissions": dict(link.resubmissions),
         "courier_restarts": link.courier_restarts,
         "nonfinite_drops": round(sum(float(sums.dropped) for sums in pipeline.sums.values())),
     }
+
+
+def _uphill(pipeline: Pipeline) -> list[Tensor]:
+    """Counts of directions that were no descent directions, on the device, of the blocks whose method keeps one."""
+    memories = pipeline.parts.snapshots.memories.values()
+    return [memory[NON_DESCENT] for memory in memories if NON_DESCENT in memory]
 
 
 def _quantile(values: Sequence[int], q: float) -> int:

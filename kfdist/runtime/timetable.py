@@ -8,6 +8,8 @@ from kfdist.runtime.groups import BlockGroup
 from kfdist.schedule import Schedule
 from kfdist.types import BlockName
 
+_BOTH = frozenset({"A", "G"})
+
 
 class Timetable:
     """The due dates of all groups.
@@ -73,7 +75,7 @@ class Timetable:
                 needs = group.needs[block.name]
                 request = Request(
                     sums=needs.sums if folds else frozenset(),
-                    rows=needs.increments if updates else frozenset(),
+                    rows=_BOTH if needs.applied_rows else needs.increments if updates else frozenset(),
                     samples=self._examples(needs, updates=updates, calibrates=group.index in calibrating),
                     seed=seed_of(block.name),
                 )
@@ -89,7 +91,7 @@ class Timetable:
 
 
 def _update_period(group: BlockGroup, schedule: Schedule) -> int:
-    """Returns the steps between two jobs; an online method that gets no rows of a block has nothing to do in between."""
+    """Returns the steps between two jobs; an online method without rows of a block has nothing to do in between."""
     own = group.inverter.update_period(schedule.factor_period, schedule.inverse_period)
     idle = group.inverter.online and not any(needs.increments for needs in group.needs.values())
     return schedule.inverse_period if idle else own

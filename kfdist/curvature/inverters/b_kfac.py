@@ -44,6 +44,10 @@ class AbstractBrandKfac(AbstractInverter):
         spectrum_continuation: Take the eigenvalues that aren't kept as equal to the smallest kept one, instead of as 0.
         damping_rule: "pi" (factored Tikhonov), "relative" (the published rule lambda_A = phi w_max(A); damping is then
             phi) or "common" (exact on products of eigenvalues).
+        apply_to: "gradient", or "rows": the inverse is multiplied onto the rows of the step's batch, in O((p + q) n r)
+            besides the product that forms a gradient (algorithms.md 4.3). That is the same direction only where the
+            gradient is the batch's own: one process, a mean over the examples of one batch (or of micro-batches of one
+            size), neither clipped nor otherwise changed before the preconditioner's step. What can be checked is.
     """
 
     statistic: ClassVar[type] = Increment
@@ -60,6 +64,7 @@ class AbstractBrandKfac(AbstractInverter):
     power_iterations: int = 4
     spectrum_continuation: bool = False
     damping_rule: DampingRule = "pi"
+    apply_to: Literal["gradient", "rows"] = "gradient"
 
     def __post_init__(self) -> None:
         for count, least in (("rank", 1), ("increment_rows", 1), ("oversampling", 0), ("power_iterations", 0)):
@@ -68,6 +73,13 @@ class AbstractBrandKfac(AbstractInverter):
             check_count("brand_period", self.brand_period, least=1)
         check_choice("truncate", self.truncate, ("before", "after"))
         check_choice("damping_rule", self.damping_rule, ("pi", "relative", "common"))
+        check_choice("apply_to", self.apply_to, ("gradient", "rows"))
+        if self.apply_to == "rows" and self.damping_rule == "common":
+            raise ConfigError(
+                '"rows" is not allowed with damping_rule = "common", which doesn\'t split into two factors; choose '
+                '"pi" or "relative"',
+                path="apply_to",
+            )
         for switch in ("adaptive_rank", "spectrum_continuation"):
             check_switch(switch, getattr(self, switch))
         if self.adaptive_rank and not PUBLISHED_RULE.least <= self.rank <= PUBLISHED_RULE.most:
@@ -78,7 +90,12 @@ class AbstractBrandKfac(AbstractInverter):
         """Asks for rows of the factors that Brand updates, and for dense sums of the others, or of all."""
         updated = self._updated(shape)
         sums = frozenset({"A", "G"}) if self._uses_dense else frozenset({"A", "G"}) - updated
-        return Needs(sums=sums, increments=updated, increment_rows=self.increment_rows if updated else 0)
+        return Needs(
+            sums=sums,
+            increments=updated,
+            increment_rows=self.increment_rows if updated else 0,
+            applied_rows=self.apply_to == "rows" and not shape.convolution,
+        )
 
     def note(self, shape: BlockShape) -> str:
         """Says which factors Brand updates."""
