@@ -24,8 +24,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 run: $(INSTALLED)  ## Trains the bundled example with every process in its place
 	$(BIN)/kfdist train --set run.dir=$(RUN_DIR)
 
+# Tests that start no process share the cores; the others have them for themselves, since some of them watch the clock.
+ALONE := tests/unit tests/contracts tests/architecture
+TOGETHER := tests/acceptance tests/control tests/distributed tests/end_to_end tests/links tests/pool
+
 test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
-	$(PYTEST) -m "not slow and not chaos"
+	@status=0; \
+	$(PYTEST) -m "not slow and not chaos" --numprocesses auto --maxprocesses 8 $(ALONE) || status=1; \
+	$(PYTEST) -m "not slow and not chaos" $(TOGETHER) || status=1; \
+	exit $$status
 
 test-chaos: $(INSTALLED)  ## Runs the long fault loops
 	@if $(PYTEST) -m chaos --collect-only -q >/dev/null 2>&1; then $(PYTEST) -m chaos; else echo "no chaos tests yet"; fi
