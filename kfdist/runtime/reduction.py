@@ -176,6 +176,8 @@ def _packed(statistic: type, tensors: Mapping[str, Tensor], statics: Mapping[str
             return None
         return PackedRecord(kind=kind, tensors=dict(tensors), static=dict(statics))
     if statistic is Increment:
+        if _WEIGHT in tensors and not float(tensors[_WEIGHT]) > 0.0:
+            return None  # no batch since the start was usable, so no increment held anything either
         return PackedRecord(kind=kind, tensors=_increment(tensors), static={})
     if not float(tensors[_WEIGHT]) > 0.0:
         return None

@@ -75,12 +75,15 @@ class SampleExchange:
         return gathered
 
     def local(self, request: SampleRequest) -> Samples:
-        """Returns this rank's own rows, as they are."""
+        """Returns this rank's own rows with all their positions, of no more examples than its share of the budget."""
         rows = request.rows
         if rows is None:
-            positions = max(self.frames.get(request.block, 1), 1)
-            empty = [self._zeros(request, 0, positions, d) for d in (request.shape.d_in, request.shape.d_out)]
+            empty = [self._zeros(request, 0, 1, d) for d in (request.shape.d_in, request.shape.d_out)]
             rows = ExampleRows(a=empty[0], g=empty[1], weight=empty[0].new_zeros(0))
+        else:
+            positions = rows.a.shape[2]
+            share = examples_per_rank(request.budget, positions, self._communicator.world_size)
+            rows = _fewer(rows, share, positions, request.seed)
         a, g, weight = _clean(rows, request.step_is_finite)
         source = torch.full((len(weight),), self._communicator.rank, device=self._device)
         return Samples(a=a, g=g, weight=weight, source=source, positions=float(a.shape[2]))

@@ -13,8 +13,10 @@ from kfdist.curvature.inverters.base import Outcome
 from kfdist.curvature.inverters.ladder import BlockOutcome
 from kfdist.curvature.jobs import NO_STATISTICS, decode_result, encode_result
 from kfdist.curvature.preconditioners import AbstractPreconditioner, Memory
+from kfdist.curvature.records import contiguous, tensor_fields, with_tensors
 from kfdist.errors import KfdistWarning
 from kfdist.runtime.groups import BlockGroup
+from kfdist.runtime.precondition import MEASURED
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,35 @@ class SnapshotStore:
         )
         return True
 
-    def adopt_own(self, group: int, version: int, preconditioners: Mapping[str, AbstractPreconditioner]) -> None:
-        """Takes into use what every rank made for itself, of equal statistics."""
-        self._take(group, Snapshot(version, b"", dict(preconditioners), {}))
+    def adopt_own(
+        self,
+        group: int,
+        version: int,
+        preconditioners: Mapping[str, AbstractPreconditioner],
+        measured: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Takes into use what every rank made for itself, of equal statistics.
+
+        Where nothing was measured the numbers in use stay, without a host sync; the version goes on.
+
+        Args:
+            group: The group.
+            version: The step.
+            preconditioners: By block.
+            measured: By block, a boolean scalar.
+        """
+        before, kept, known = self._snapshots[group].preconditioners, {}, {}
+        for name, new in preconditioners.items():
+            # Row-major, as after a resume: the memory layout decides on the last bits of products.
+            kept[name], known[name] = contiguous(new), measured[name]
+            if name in before and _shapes(before[name]) == _shapes(new):
+                old, now = tensor_fields(before[name]), measured[name]
+                chosen = {key: torch.where(now, each, old[key]) for key, each in tensor_fields(kept[name]).items()}
+                kept[name] = contiguous(with_tensors(new, chosen))
+                known[name] = now | self.memories[name].get(MEASURED, now)
+        self._take(group, Snapshot(version, b"", kept, {}))
+        for name in kept:
+            self.memories[name][MEASURED] = known[name]
 
     def _take(self, group: int, snapshot: Snapshot) -> None:
         self._snapshots[group] = snapshot
@@ -143,3 +171,8 @@ class SnapshotStore:
         """Seconds since the statistics in use were taken; None before the first snapshot or after a resume."""
         taken = self._times.get(self._snapshots[group].version)
         return None if taken is None else time.monotonic() - taken
+
+
+def _shapes(preconditioner: AbstractPreconditioner) -> dict[str, torch.Size]:
+    """Returns the shapes of its tensors; another number of ranks gathers another number of rows."""
+    return {name: tensor.shape for name, tensor in tensor_fields(preconditioner).items()}

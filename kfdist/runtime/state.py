@@ -92,8 +92,7 @@ def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any], *, world_size
         if group.name in state["starving"]:
             pipeline.parts.snapshots.mark_starving(group.index)
     _restore_memories(pipeline, state)
-    for name, head in state["online"].items():
-        pipeline.parts.book.remember(name, int(head["version"]), _to_bytes(head["payload"]))
+    _restore_online(pipeline, state)
     _ship_again(pipeline, state["in_flight"])
     pipeline.arm()
 
@@ -119,7 +118,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     merged = dict(first)
     merged["in_flight"] = {key: value for state in states for key, value in state["in_flight"].items()}
-    merged["online"] = {key: value for state in states for key, value in state["online"].items()}
+    heads = [head for state in states for head in state["online"].items()]
+    merged["online"] = dict(sorted(heads, key=lambda head: int(head[1]["version"])))  # the newest of each group
     merged["memories"] = {key: value for state in reversed(states) for key, value in state["memories"].items()}
     merged["snapshots"] = next((state["snapshots"] for state in states if state.get("snapshots")), {})
     if first["statistics"] == PER_RANK:
@@ -156,6 +156,21 @@ def _restore_memories(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
         if group.name in state["calibrations"]:
             snapshots.calibrations[group.index] = int(state["calibrations"][group.name])
     pipeline.parts.reducer.samples.frames.update({name: int(size) for name, size in state["frames"].items()})
+
+
+def _restore_online(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
+    """Tells the job book what its online groups go on from.
+
+    Only those of which this rank is now the courier rank: elsewhere the note would grow old and be saved again. Where
+    the state has none (another rank's was lost), they go on from the snapshot in use.
+    """
+    rank = pipeline.parts.communicators.training.rank
+    for group in pipeline.parts.groups:
+        if group.courier_rank != rank:
+            continue
+        for head in (state["snapshots"].get(group.name), state["online"].get(group.name)):
+            if head is not None:
+                pipeline.parts.book.remember(group.name, int(head["version"]), _to_bytes(head["payload"]))
 
 
 def _in_flight(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
