@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kfdist.capture.requests import Sampling
 from kfdist.comm.groups import Communicator, communicator
 from kfdist.comm.own_groups import make_communicators
+from kfdist.curvature.choice import MeasuredCosts
 from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistError, KfdistWarning
 from kfdist.links.base import AbstractLink, LinkContext
 from kfdist.runtime.arguments import (
@@ -87,6 +88,11 @@ class Preconditioner:
         seed: Seeds every random choice, together with the block's name and the version.
         wait_limit_seconds: Longest agreed wait for an inversion.
         digest_period: Steps between two comparisons of the ranks' parameters; 0 turns them off.
+        costs: What inversions cost, for "auto"; None lets rank 0 measure it. Measured anew, it may choose otherwise:
+            to load a state into a new Preconditioner, give it `costs` of the one that saved it.
+
+    Attributes:
+        costs: What inversions cost, if a method was chosen by it.
 
     Raises:
         ConfigError: A value is out of range, a glob matches nothing, or no layer can be preconditioned.
@@ -118,6 +124,7 @@ class Preconditioner:
         seed: int = 0,
         wait_limit_seconds: float = 600.0,
         digest_period: int = 100,
+        costs: MeasuredCosts | None = None,
     ) -> None:
         check_numbers(
             damping=damping,
@@ -140,13 +147,14 @@ class Preconditioner:
         self._training = communicator(process_group)
         skip = (skip,) if isinstance(skip, str) else tuple(skip)
         self._fisher = fisher
+        self.costs = agreed_costs(self._training) if costs is None and needs_costs(method) else costs
         self._plan = plan_blocks(
             self._model,
             method,
             skip=skip,
             world_size=self._training.world_size,
             weight_sharing=weight_sharing,
-            costs=agreed_costs(self._training) if needs_costs(method) else None,
+            costs=self.costs,
         )
         check_fisher(fisher, self._plan.groups)
         check_applied_rows(

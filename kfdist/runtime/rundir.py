@@ -3,6 +3,7 @@
 RUN/config.toml        the resolved configuration of the last start
 RUN/lock               held with flock by the trainer; its text says who that is
 RUN/epochs/00001.toml  one file per start, made with O_EXCL: the epoch's number and its configuration
+RUN/costs.json         what inversions cost at the first start, where a method is chosen by it
 RUN/metrics.jsonl  RUN/summary.json  RUN/checkpoints/
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from kfdist.config import Config, to_toml
+from kfdist.curvature.choice import measure_costs
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.runtime.durable import replace_file, write_file
 
@@ -40,6 +42,10 @@ HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_pe
 """Keys, and sections ending in a dot, that may change between two starts of a run: they say how long, where, and on how
 many processes it runs, not what it computes. (The number of ranks does change the size of a step's batch; the thread
 count changes the last bits, so it isn't here.)"""
+
+
+_COSTS = "costs.json"
+"""What inversions cost, in a run's directory; only where `auto` chooses by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +135,27 @@ class RunDirectory:
         """Where the run's checkpoints are."""
         return self.path / "checkpoints"
 
+    def costs(self) -> dict[str, Any]:
+        """Returns what inversions cost where the run began, measured once: a resumed run must choose as it did then.
+
+        Raises:
+            EnvironmentFault: It can't be read or written.
+        """
+        file = self.path / _COSTS
+        try:
+            if not file.exists():
+                replace_file(file, json.dumps(measure_costs().to_json()).encode())
+            return _read_json(file)
+        except OSError as error:
+            raise EnvironmentFault(f"can't keep {file}: {error}; make room, or check owner and mode") from error
+
     def abandon(self) -> None:
         """Lets go of the directory, and removes it if this start made it and nobody else put anything in.
 
         For starts that fail before the first step: no half-made run stays behind.
         """
         if self._fresh:
-            for name in ("config.toml", "metrics.jsonl", "summary.json", "lock"):
+            for name in ("config.toml", "metrics.jsonl", "summary.json", "lock", _COSTS):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "epochs", ignore_errors=True)
             for directory in (self.checkpoints, self.path):

@@ -14,7 +14,7 @@ from kfdist.comm.reduce import GradientReducer
 from kfdist.config import Config, PreconditionerSection
 from kfdist.config.fields import split_address
 from kfdist.config.toml import format_key
-from kfdist.curvature.choice import Auto, make_choice, measure_costs
+from kfdist.curvature.choice import Auto, MeasuredCosts, make_choice, measure_costs
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.data import load_data
 from kfdist.data.sampler import Sampler
@@ -190,7 +190,13 @@ def _placed(error: ConfigError, path: str) -> ConfigError:
 
 
 def make_training(
-    config: Config, communicator: Communicator, materials: Materials, *, epoch: int, standing: Standing
+    config: Config,
+    communicator: Communicator,
+    materials: Materials,
+    *,
+    epoch: int,
+    standing: Standing,
+    costs: MeasuredCosts | None = None,
 ) -> Training:
     """Completes what a rank trains with. All ranks must call it.
 
@@ -200,6 +206,7 @@ def make_training(
         materials: What was checked before.
         epoch: This start's number.
         standing: How far the run has come; decides the learning rates of runs that are measured in epochs.
+        costs: What inversions cost where the run began, for "auto"; None measures now.
     """
     model, device = materials.model, materials.device
     total_steps = config.run.steps
@@ -216,7 +223,7 @@ def make_training(
     if config.preconditioner.method == "none":
         preconditioner = NoPreconditioner(communicator)
     else:
-        preconditioner = _make_preconditioner(config, communicator, model, learning_rate, scaler, epoch)
+        preconditioner = _make_preconditioner(config, communicator, model, learning_rate, scaler, epoch, costs)
     return Training(
         config=config,
         communicator=communicator,
@@ -240,6 +247,7 @@ def _make_preconditioner(
     learning_rate: Callable[[int], float],
     scaler: torch.amp.GradScaler,
     epoch: int,
+    costs: MeasuredCosts | None,
 ) -> Preconditioner:
     section = config.preconditioner
     method = make_method(section)
@@ -267,6 +275,7 @@ def _make_preconditioner(
         seed=config.run.seed,
         wait_limit_seconds=section.wait_limit_seconds,
         digest_period=section.digest_period,
+        costs=costs,
     )
 
 

@@ -11,9 +11,11 @@ import torch
 
 from kfdist.comm.groups import Communicator, join_training_group
 from kfdist.config import Config, to_toml
+from kfdist.curvature.choice import MeasuredCosts
 from kfdist.errors import ConfigError, KfdistError
 from kfdist.exit_codes import ExitCode
 from kfdist.runtime.checkpoint import CheckpointStore
+from kfdist.runtime.groups import needs_costs
 from kfdist.runtime.metrics_log import MetricsLog
 from kfdist.runtime.progress import Progress, make_progress
 from kfdist.runtime.rundir import RunDirectory, inspect_run
@@ -22,6 +24,7 @@ from kfdist.runtime.setup import (
     check_controller,
     choose_device,
     gather_materials,
+    make_method,
     make_training,
     settle,
 )
@@ -94,9 +97,10 @@ class _Start:
         self._trained = False
 
     def run(self) -> int:
-        epoch = settle(self._communicator, self._open_directory)
+        opened = settle(self._communicator, self._open_directory)
+        costs = None if opened["costs"] is None else MeasuredCosts.from_json(opened["costs"])
         try:
-            return self._train(epoch)
+            return self._train(opened["epoch"], costs)
         except BaseException as error:
             self._clean_up_after(error)
             raise
@@ -104,9 +108,11 @@ class _Start:
             if self._directory is not None:
                 self._directory.close()
 
-    def _open_directory(self) -> int:
-        self._directory = RunDirectory.open(self._config)
-        return self._directory.epoch
+    def _open_directory(self) -> dict[str, Any]:
+        self._directory = directory = RunDirectory.open(self._config)
+        method = make_method(self._config.preconditioner)
+        costs = directory.costs() if method is not None and needs_costs(method) else None
+        return {"epoch": directory.epoch, "costs": costs}
 
     def _clean_up_after(self, error: BaseException) -> None:
         if self._directory is None:
@@ -121,13 +127,13 @@ class _Start:
                     {"status": "failed", "run": self._config.run.name, "error": sentence, "versions": versions()},
                 )
 
-    def _train(self, epoch: int) -> int:
+    def _train(self, epoch: int, costs: MeasuredCosts | None) -> int:
         config, communicator = self._config, self._communicator
         store = CheckpointStore(config.run.directory / "checkpoints", communicator, keep=config.checkpoint.keep)
         newest = store.newest()
         loaded = store.load(newest) if newest is not None else None
         standing = standing_of(loaded) if loaded is not None else Standing()
-        training = make_training(config, communicator, self._materials, epoch=epoch, standing=standing)
+        training = make_training(config, communicator, self._materials, epoch=epoch, standing=standing, costs=costs)
         progress = make_progress(worker_rank=communicator.rank, total_steps=training.learning_rate.total_steps)
         log = MetricsLog.open(self._directory.path if self._directory is not None else None)
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kfdist.config import Config, load_config
+from kfdist.curvature.choice import MeasuredCosts
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.runtime.rundir import RunDirectory, inspect_run
 from kfdist.runtime.summary import write_summary
@@ -118,6 +119,26 @@ def test_a_finished_run_says_so_and_how_to_go_on(tmp_path: Path):
     assert inspect_run(config_in(tmp_path, "run.epochs=3")).finished == ""
     write_summary(tmp_path, {"status": "stopped", "steps": 20, "data_epochs": 2})
     assert inspect_run(config).finished == ""
+
+
+def test_costs_are_measured_at_the_first_start_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A resumed run with "auto" must choose as it did, however busy its machine is now."""
+    config = config_in(tmp_path / "run")
+    first = RunDirectory.open(config)
+    costs = first.costs()
+    first.close()
+    monkeypatch.setattr("kfdist.runtime.rundir.measure_costs", lambda: pytest.fail("measured again"))
+    second = RunDirectory.open(config)
+    assert second.costs() == costs
+    assert MeasuredCosts.from_json(costs).to_json() == costs
+    second.close()
+
+
+def test_a_start_that_fails_leaves_no_costs(tmp_path: Path):
+    opened = RunDirectory.open(config_in(tmp_path / "run"))
+    opened.costs()
+    opened.abandon()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_fails_leaves_nothing_of_a_new_directory(tmp_path: Path):
