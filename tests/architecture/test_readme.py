@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kfdist.config import load_config
 
@@ -19,19 +20,26 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_the_library_example_runs():
-    (example,) = _blocks("python")
+    example = _blocks("python")[0]
     done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "rs-kfac" in done.stdout
 
 
 def test_the_library_example_is_short():
-    (example,) = _blocks("python")
+    example = _blocks("python")[0]
     assert len([line for line in example.splitlines() if line.strip()]) <= 16
 
 
-def test_the_configuration_is_valid(tmp_path: Path):
-    (example,) = _blocks("toml")
+@pytest.mark.parametrize("example", _blocks("python")[1:])
+def test_the_other_examples_run(example: str):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(compile(example, "<README.md>", "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("example", _blocks("toml"))
+def test_configurations_are_valid(example: str, tmp_path: Path):
     (tmp_path / "digits.toml").write_text(example)
     assert load_config(tmp_path / "digits.toml", environment={}).run.steps == 120
 
