@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from kfdist.comm.groups import Communicator
+from kfdist.curvature.inverters import AbstractInverter
 from kfdist.errors import ConfigError
 from kfdist.runtime.learning_rate import is_number
 from kfdist.runtime.pipeline_parts import StepReport
@@ -63,7 +64,7 @@ def source_of(preconditioner: Preconditioner, loss: str | None) -> Source:
 
     Raises:
         ConfigError: It clips or scales the gradients, adopts inverses late, has an optimizer attached, or uses a method
-            whose damping is fixed at the inversion.
+            whose damping is fixed at the inversion or isn't the lambda of F + lambda I.
     """
     settings = preconditioner.settings
     if settings.kl_clip is not None:
@@ -77,11 +78,11 @@ def source_of(preconditioner: Preconditioner, loss: str | None) -> Source:
             f"the preconditioner has adoption={adoption}; AdaptiveStep needs the newest inverse at every step: make it "
             "with adoption=kfdist.FixedLag(0)"
         )
-    if preconditioner._hook is not None:
+    if preconditioner.attached:
         raise ConfigError(
             "an optimizer is attached to the preconditioner; AdaptiveStep replaces it: leave attach() out"
         )
-    if preconditioner._grad_scaler is not None:
+    if preconditioner.grad_scaler is not None:
         raise ConfigError(
             "the preconditioner has a grad_scaler; AdaptiveStep does its own backward without scaling: leave it out, "
             "and use bfloat16 where a smaller dtype is wanted"
@@ -97,11 +98,17 @@ def source_of(preconditioner: Preconditioner, loss: str | None) -> Source:
             f"the damping of {listed} is fixed at the inversion; AdaptiveStep tries several dampings at one step: use "
             'KfacEigen(damping_rule="pi"), which is the same factored damping applied later'
         )
+    relative = [group.name for group in preconditioner.groups if _is_relative(group.inverter)]
+    if relative:
+        raise ConfigError(
+            f'blocks {", ".join(map(repr, relative))} have damping_rule="relative", for which damping is a fraction of '
+            'the largest eigenvalue; AdaptiveStep tunes the lambda of F + lambda I: use damping_rule="pi"'
+        )
     observe = None
     if loss is not None and preconditioner.fisher != "empirical":
         observe = partial(preconditioner.observe, loss=loss)
     return Source(
-        model=preconditioner._model,
+        model=preconditioner.model,
         world=preconditioner.world,
         update=preconditioner.update,
         directions=preconditioner.directions,
@@ -109,3 +116,7 @@ def source_of(preconditioner: Preconditioner, loss: str | None) -> Source:
         batch=lambda examples: preconditioner.batch(examples=examples),
         observe=observe,
     )
+
+
+def _is_relative(inverter: AbstractInverter) -> bool:
+    return inverter.settings().get("damping_rule") == "relative"

@@ -7,7 +7,7 @@ function of the step and of agreed tables, so all ranks always enter the same co
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -264,8 +264,11 @@ class Pipeline:
             )
 
     def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:
-        """Returns (F + damping I)^-1 grad by parameter, from the snapshots in use; nothing is written."""
-        applications = self._applications(max(self.next_step - 1, 0), damping, {})
+        """Returns (F + damping I)^-1 grad by parameter, from the snapshots in use; nothing is written or kept."""
+        applications = [
+            replace(each, memories=[dict(memory) for memory in each.memories])
+            for each in self._applications(max(self.next_step - 1, 0), damping, {})
+        ]
         found: dict[nn.Parameter, Tensor] = {}
         for block, _, U in solve(applications, self.parts.communicators.statistics):
             found.update(zip(block.parameters(), block.from_matrix(U), strict=True))

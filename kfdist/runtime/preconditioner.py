@@ -344,6 +344,21 @@ class Preconditioner:
         return self._training
 
     @property
+    def model(self) -> nn.Module:
+        """The bare model, without the wrappers of DDP and torch.compile."""
+        return self._model
+
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer is attached."""
+        return self._hook is not None
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The AMP scaler it was made with."""
+        return self._grad_scaler
+
+    @property
     def fisher(self) -> str:
         """Which output gradients make the Fisher."""
         return self._fisher

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import kfdist
+from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.kfac_eigen import KfacEigen
 from kfdist.errors import ConfigError
 
@@ -119,6 +120,7 @@ def test_the_first_direction_is_the_preconditioners():
         (PI, {"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler"),
         ("kfac", {}, 'fixed at the inversion.*KfacEigen\\(damping_rule="pi"\\)'),
         ({"0": "kfac", "*": PI}, {}, "'kfac' \\(block '0'\\)"),
+        (make_inverter("kfac-eigen", damping_rule="relative"), {}, "a fraction of the largest eigenvalue"),
     ],
 )
 def test_preconditioners_that_do_not_fit_are_refused(method: Any, changed: dict[str, Any], message: str):
