@@ -1,0 +1,164 @@
+"""Every method through the service, by one line of the configuration: two ranks, two owners on Ray, the digits.
+
+Owners must give bit for bit what the ranks themselves compute, the adopted inverses must be those of the method that
+was named, and it must train.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kfdist.curvature.inverters import INVERTERS
+from tests.support.commands import run
+from tests.support.service_methods import Trained, inversions, service, train
+
+pytestmark = pytest.mark.timeout(300)
+
+STEPS_IN_LOCKSTEP, STEPS_ASAP = 12, 200
+LEAST_ACCURACY = 0.97
+
+# Convolutions of 10 x 8 and 73 x 16, linear layers of 257 x 32 and 33 x 10: a step costs little, and the widest factor
+# is wider than the ranks and rows below.
+SMALL_CNN = ("model.settings.channels=8", "model.settings.hidden=32")
+CHAIN = ("model.name=mlp", "model.settings.hidden=[64, 32]")
+LOCKSTEP = ("adoption=fixed-lag", "lag=0", "inverse_period=4")
+
+BRAND = ("settings.rank=32", "settings.increment_rows=128")
+# Methods that take the curvature of one batch, and none of its past, are damped more.
+ONE_BATCH = ("damping=0.1",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """How a method is run.
+
+    Attributes:
+        own: Values of the section `preconditioner` besides the method.
+        model: Values that choose the model.
+        covered: What `coverage()` must say of at least one parameter.
+    """
+
+    own: tuple[str, ...] = ()
+    model: tuple[str, ...] = SMALL_CNN
+    covered: str = ""
+
+
+CASES: Mapping[str, Case] = {
+    "kfac": Case(),
+    "kfac-eigen": Case(),
+    "kfac-tridiagonal": Case(model=CHAIN),
+    "ekfac": Case(own=("settings.examples=64", *ONE_BATCH)),
+    "rs-kfac": Case(own=("settings.rank=32",)),
+    "sre-kfac": Case(own=("settings.rank=32",)),
+    "b-kfac": Case(own=BRAND, covered="Brand on A"),
+    "b-r-kfac": Case(own=BRAND, covered="Brand on A"),
+    "b-kfac-c": Case(own=BRAND, covered="Brand on A"),
+    "cg-fac": Case(own=("settings.examples=64", "settings.rows=1024", "settings.max_iterations=5", *ONE_BATCH)),
+    "seng": Case(own=("settings.column_sample_size=16", *ONE_BATCH), covered="sketched 256 of 8224 entries"),
+    "eva": Case(own=ONE_BATCH),
+    "two-level": Case(covered="around kfac-eigen"),
+    "auto": Case(covered="of a budget of"),
+}
+EVERY_TIME = ("b-kfac", "seng", "auto")
+"""Methods whose whole training is part of `make test`; the others' is slow."""
+
+
+@pytest.fixture(scope="module")
+def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with service(tmp_path_factory.mktemp("service")) as address:
+        yield address
+
+
+def overrides(method: str, case: Case, *more: str) -> list[str]:
+    """The lines of the configuration in which a run differs from the default one."""
+    own = (f"method={method}", *case.own, *more)
+    return [*case.model, *(f"preconditioner.{line}" for line in own)]
+
+
+def assert_the_named_method_did_it(method: str, ranks: Sequence[Trained]) -> None:
+    """Checks that every block is preconditioned by what the method, and no fallback, has made."""
+    methods = set(ranks[0].methods.values())
+    assert methods <= set(INVERTERS) if method == "auto" else methods == {method}
+    assert set(inversions(ranks)) == methods
+    for seen in ranks:
+        assert set(seen.adopted) == set(seen.methods)
+        for block, kind in seen.adopted.items():
+            assert issubclass(kind, INVERTERS[seen.methods[block]].produces), block
+        assert seen.counters["inversions"]["failed"] == 0
+        for what in ("failures", "fallbacks", "degraded", "resubmissions"):
+            assert seen.counters[what] == {}, what
+
+
+def test_the_table_has_every_method() -> None:
+    assert set(CASES) == {*INVERTERS, "auto"}
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_owners_give_bitwise_what_the_ranks_compute(method: str, controller: str, tmp_path: Path) -> None:
+    case = CASES[method]
+    lines = [*overrides(method, case, *LOCKSTEP), f"run.steps={STEPS_IN_LOCKSTEP}"]
+    own, served = f"{method}-own", f"{method}-served"
+    seen = train(tmp_path, {own: [*lines, "cluster.link=local"], served: [*lines, f"control.address={controller}"]})
+    assert len({rank.parameters for ranks in seen.values() for rank in ranks}) == 1
+    for ranks in seen.values():
+        assert_the_named_method_did_it(method, ranks)
+    assert any(case.covered in row.reason for row in seen[served][0].coverage), seen[served][0].coverage
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.slow) for name in CASES]
+)
+def test_it_trains_with_owners_that_answer_when_they_can(method: str, controller: str, tmp_path: Path) -> None:
+    lines = [*overrides(method, CASES[method]), f"run.steps={STEPS_ASAP}", f"control.address={controller}"]
+    ranks = train(tmp_path, {f"{method}-asap": lines})[f"{method}-asap"]
+    print(f"{method}: {ranks[0].accuracy:.2%}, {inversions(ranks)}")
+    assert len({rank.parameters for rank in ranks}) == 1
+    assert_the_named_method_did_it(method, ranks)
+    assert ranks[0].accuracy >= LEAST_ACCURACY
+
+
+def test_the_fisher_of_the_models_own_predictions(controller: str, tmp_path: Path) -> None:
+    """The trainer shows its output to the preconditioner; drawn targets and all targets are another Fisher each."""
+    lines = [*overrides("kfac", Case(), *LOCKSTEP), f"run.steps={STEPS_IN_LOCKSTEP}"]
+    runs = {}
+    for fisher in ("empirical", "mc", "exact"):
+        runs[f"{fisher}-own"] = [*lines, f"preconditioner.fisher={fisher}", "cluster.link=local"]
+        runs[f"{fisher}-served"] = [*runs[f"{fisher}-own"][:-1], f"control.address={controller}"]
+    seen = train(tmp_path, runs)
+    parameters = {name: {rank.parameters for rank in ranks} for name, ranks in seen.items()}
+    for fisher in ("empirical", "mc", "exact"):
+        assert len(parameters[f"{fisher}-own"]) == 1
+        assert parameters[f"{fisher}-own"] == parameters[f"{fisher}-served"]
+        assert_the_named_method_did_it("kfac", seen[f"{fisher}-served"])
+    assert len({each for digests in parameters.values() for each in digests}) == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "described", "methods"),
+    [
+        (overrides("b-kfac", CASES["b-kfac"]), "sgd with b-kfac,", {"b-kfac"}),
+        (
+            [
+                *SMALL_CNN,
+                'preconditioner.methods={"8" = "kfac", "6" = {method = "b-kfac", rank = 32, increment_rows = 128}, '
+                '"2" = {method = "seng", examples = 64, column_sample_size = 8}, "*" = "eva"}',
+            ],
+            "sgd with 8: kfac, 6: b-kfac, 2: seng, *: eva,",
+            {"kfac", "b-kfac", "seng", "eva"},
+        ),
+    ],
+    ids=["one-line", "table"],
+)
+def test_a_launch_with_the_method_in_its_configuration(
+    tmp_path: Path, lines: Sequence[str], described: str, methods: set[str]
+) -> None:
+    arguments = [part for line in (*lines, "run.steps=30", f"run.dir={tmp_path / 'run'}") for part in ("--set", line)]
+    code, output = run("train", *arguments)
+    assert code == 0, output
+    assert described in output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished" and set(summary["inversions"]["by_method"]) == methods
+    assert summary["failures"] == {} and summary["fallbacks"] == {}

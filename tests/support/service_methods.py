@@ -1,0 +1,130 @@
+"""Runs of every method by the trainer itself on two ranks, and the service that inverts for them, owners on a Ray."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kfdist.comm.groups import Communicator
+from kfdist.config import load_config
+from kfdist.curvature.preconditioners import AbstractPreconditioner
+from kfdist.runtime.checkpoint import CheckpointStore
+from kfdist.runtime.groups import CoverageRow
+from kfdist.runtime.metrics_log import MetricsLog
+from kfdist.runtime.preconditioner import Preconditioner
+from kfdist.runtime.progress import NoProgress
+from kfdist.runtime.setup import gather_materials, make_training
+from kfdist.runtime.summary import parameter_sha256
+from kfdist.runtime.trainer import Outputs, Trainer
+from kfdist.runtime.training_state import Standing, Training
+from tests.support.commands import Command
+from tests.support.controller import ControllerThread, eventually
+from tests.support.ranks import run_ranks
+
+RANKS, OWNERS = 2, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a rank saw of a run.
+
+    Attributes:
+        parameters: Digest of the parameters at the end.
+        accuracy: On the test data, at the end.
+        counters: The preconditioner's totals.
+        methods: Each block's method.
+        adopted: Each block's preconditioner in use at the end, its class.
+        coverage: The preconditioner's report.
+    """
+
+    parameters: str
+    accuracy: float
+    counters: Mapping[str, Any]
+    methods: Mapping[str, str]
+    adopted: Mapping[str, type[AbstractPreconditioner]]
+    coverage: Sequence[CoverageRow]
+
+
+@contextmanager
+def service(folder: Path) -> Iterator[str]:
+    """Starts a controller and a pool of owners on a Ray of its own; gives the controller's address."""
+    ready = folder / "ready.json"
+    with (
+        ControllerThread(folder / "control.sqlite") as controller,
+        Command(
+            *("pool", "--controller", controller.address, "--ready-file", str(ready)),
+            *("--set", f"cluster.owners={OWNERS}"),
+        ) as pool,
+    ):
+        eventually(lambda: ready.exists() or pool.process.poll() is not None, bool, seconds=90)
+        assert ready.exists(), (pool.wait(1), pool.text)
+        pool.family()
+        yield controller.address
+
+
+def train(folder: Path, runs: Mapping[str, Sequence[str]]) -> dict[str, list[Trained]]:
+    """Trains some runs, one after another, on the same two ranks.
+
+    Args:
+        folder: For what the runs write.
+        runs: The overrides of the default configuration by the run's name.
+
+    Returns:
+        What each rank saw, by the run's name.
+    """
+    by_rank = run_ranks(RANKS, _train_all, str(folder), {name: list(overrides) for name, overrides in runs.items()})
+    return {name: [seen[name] for seen in by_rank] for name in runs}
+
+
+def inversions(ranks: Sequence[Trained]) -> dict[str, int]:
+    """Adds up the inversions that the ranks received, by method."""
+    total: Counter[str] = Counter()
+    for rank in ranks:
+        total.update(rank.counters["inversions"]["by_method"])
+    return dict(total)
+
+
+def _train_all(communicator: Communicator, folder: str, runs: Mapping[str, Sequence[str]]) -> dict[str, Trained]:
+    return {name: _train_one(communicator, Path(folder) / name, name, overrides) for name, overrides in runs.items()}
+
+
+def _train_one(communicator: Communicator, folder: Path, name: str, overrides: Sequence[str]) -> Trained:
+    config = load_config(
+        None, overrides=[*overrides, f"run.name={name}", f"run.dir={folder}", "checkpoint.period=0"], environment={}
+    )
+    device = torch.device("cpu")
+    materials = gather_materials(config, communicator.world_size, device)
+    training = make_training(config, communicator, materials, epoch=1, standing=Standing())
+    store = CheckpointStore(folder / "checkpoints", communicator, keep=1)
+    trainer = Trainer(training, Standing(), Outputs(store=store, log=MetricsLog.open(None), progress=NoProgress()))
+    try:
+        assert trainer.run() == ""
+        seen = _look(training, trainer)
+        training.preconditioner.close()
+    except BaseException:
+        training.preconditioner.abandon()
+        raise
+    finally:
+        training.reducer.close()
+    return seen
+
+
+def _look(training: Training, trainer: Trainer) -> Trained:
+    preconditioner, accuracy = training.preconditioner, trainer.metrics["test_accuracy"]
+    assert isinstance(preconditioner, Preconditioner) and accuracy is not None
+    snapshots = preconditioner._pipeline.parts.snapshots
+    adopted = {
+        name: each for group in preconditioner.groups for name, each in snapshots[group.index].preconditioners.items()
+    }
+    return Trained(
+        parameters=parameter_sha256(training.model.named_parameters()),
+        accuracy=accuracy,
+        counters=preconditioner.counters(),
+        methods={block.name: group.inverter.name for group in preconditioner.groups for block in group.blocks},
+        adopted={name: type(each) for name, each in adopted.items()},
+        coverage=preconditioner.coverage().rows,
+    )
