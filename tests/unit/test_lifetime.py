@@ -81,6 +81,7 @@ def test_a_process_without_manners_ends_at_once():
 @pytest.mark.parametrize(
     ("value", "pid"),
     [("123", 123), ("", None), ("0", None), ("-5", None), ("x", None), (str(os.getpid()), os.getpid())],
+    ids=["number", "empty", "zero", "negative", "word", "own"],
 )
 def test_the_launcher_is_read_from_the_environment(value: str, pid: int | None):
     assert launcher_pid({"KFDIST_PARENT_PID": value}) == pid
