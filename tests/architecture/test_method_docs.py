@@ -16,6 +16,7 @@ from kfdist.config import load_config
 from kfdist.curvature.choice import Auto
 from kfdist.curvature.inverters import INVERTERS
 from kfdist.optim.settings import AdaptiveSettings
+from kfdist.types import BlockShape
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
@@ -27,6 +28,9 @@ DOCUMENTED: dict[str, type] = {**METHODS, "AdaptiveSettings": AdaptiveSettings}
 """Every class of settings that a page has a table of."""
 
 TABLE_COLUMNS = ["method", "when", "an inversion costs", "memory a block", "statistics", "defaults", "source"]
+
+WIDE = BlockShape(d_out=4000, d_in=4001)
+"""A layer on which every method does what it is there for."""
 
 MEASURED = {"A", "G", "a", "g", "A_next", "G_next", "a_cross", "g_cross"}
 """Sums that a row of the README's table may name."""
@@ -121,9 +125,25 @@ def test_a_row_says_what_the_method_measures_and_defaults_to(name: str) -> None:
 
 
 def _needs(name: str) -> Any:
-    from kfdist.types import BlockShape
+    return INVERTERS[name]().needs(WIDE)
 
-    return INVERTERS[name]().needs(BlockShape(d_out=4000, d_in=4001))
+
+def _number(formula: str, **symbols: float) -> float:
+    """Evaluates a formula as people write it, with ^ for powers and products without a sign."""
+    return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula.replace("^", "**")), {"__builtins__": {}}, dict(symbols))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_s_cost_is_about_the_method_s_own_estimate(name: str) -> None:
+    formula = re.match(r"(?:none; up to )?([\d^ ()+pqrnN]+)(?:$|,| a step)", method_table()[name][2])
+    if formula is None:
+        assert name in ("b-r-kfac", "b-kfac-c", "two-level", "auto"), "only these refer to another method's"
+        return
+    inverter: Any = INVERTERS[name](**({"form": "explicit"} if name == "seng" else {}))  # pyright: ignore[reportCallIssue]
+    known = defaults_of(INVERTERS[name])
+    r, n, N = known.get("rank", 0), known.get("increment_rows", 0), known.get("examples", 0)
+    written = _number(formula[1].strip(), p=WIDE.d_out, q=WIDE.d_in, r=r, n=n, N=N)
+    assert written == pytest.approx(inverter.cost(WIDE), rel=0.3)
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
