@@ -4,12 +4,11 @@ All sides of a row give the same directions (in row 11: the same trained paramet
 error of 1e-10, Frobenius; no row needs more.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
-import torch
 
 from kfdist.curvature.inverters import INVERTERS
 from tests.acceptance.scenes import cnn, convolution, one_batch, one_example, one_layer, sequence, wide
@@ -29,7 +28,6 @@ from tests.acceptance.sides import (
 )
 from tests.acceptance.worlds import STRATEGIES, single_process, world_of
 from tests.support.matrices import relative_error
-from tests.support.ranks import stop_fork_server
 
 EXACT = 1e-10
 
@@ -107,6 +105,19 @@ TABLE = [
         says="cg-fac(block, converged) = seng(explicit, no sketch) = dense",
         on=one_batch,
         sides=[dense_fisher, by("seng", form="explicit"), by("cg-fac", operator="block", **CG)],
+    ),
+    Row(
+        number="6a",
+        says="on one example, where F = A (x) G, they equal cg-fac(kronecker) and kfac(joint damping) too",
+        on=one_example,
+        sides=[
+            dense_fisher,
+            by("seng", form="explicit"),
+            by("seng", form="implicit"),
+            by("cg-fac", operator="block", **CG),
+            by("cg-fac", **CG),
+            by("kfac-eigen"),
+        ],
     ),
     Row(
         number="7",
@@ -213,13 +224,6 @@ TABLE = [
         sides=[by("kfac-eigen"), by("two-level"), dense_joint],
     ),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
-    stop_fork_server()
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.id)

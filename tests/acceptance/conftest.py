@@ -1,0 +1,17 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support.ranks import stop_fork_server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> Iterator[None]:
+    yield
+    stop_fork_server()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
