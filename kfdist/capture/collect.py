@@ -100,7 +100,12 @@ class Collector:
             pending.calls += 1
         if request.samples is not None:
             if pending.reservoir is None:
-                pending.reservoir = Reservoir(request.samples, request.seed ^ _RESERVOIR_SEED)
+                pending.reservoir = Reservoir(
+                    request.samples,
+                    request.seed ^ _RESERVOIR_SEED,
+                    rows=request.sample_rows,
+                    columns=request.sample_columns,
+                )
             pending.reservoir.add(visit, block, activation, output_gradient, scaling)
         examples = visit.examples(len(activation))
         entries = len(activation) // visit.grouped(len(activation))

@@ -51,12 +51,17 @@ class Request:
             factors with the next block of its chain), "a_cross", "g_cross" (sums with all blocks of its coarse group).
         rows: Of "A", "G": all rows of the batch, with rows^T rows the factor's sum.
         samples: How many examples' rows to keep at most, drawn over all micro-batches of the step; None keeps none.
+        sample_rows: At most so many rows of them, by the positions of the first call; None sets no such limit.
+        sample_columns: Keep so many columns of an example's gradient in the place of more positions
+            (`kfdist.linalg.compression`); None keeps all positions.
         seed: For what is drawn, at most 63 bits. Give ranks seeds of their own where their draws should differ.
     """
 
     sums: frozenset[str] = frozenset({"A", "G"})
     rows: frozenset[str] = frozenset()
     samples: int | None = None
+    sample_rows: int | None = None
+    sample_columns: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,8 +69,10 @@ class Request:
             unknown = getattr(self, field) - allowed
             if unknown:
                 raise ConfigError(f"{field} has {sorted(unknown)}; allowed are {sorted(allowed)}")
-        if self.samples is not None and self.samples < 1:
-            raise ConfigError(f"samples is {self.samples}; at least 1 example, or None, is needed")
+        for field in ("samples", "sample_rows", "sample_columns"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ConfigError(f"{field} is {value}; at least 1, or None, is needed")
 
 
 def check_requests(

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
 from kfdist.curvature.blocks import Block
+from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
 from kfdist.curvature.estimate import ExampleRows
 from kfdist.errors import KfdistError
+from kfdist.linalg.compression import compress_columns
 
 
 @dataclass
@@ -22,6 +24,7 @@ class _Calls:
     chosen: list[int]
     a: dict[Visit, Tensor] = field(default_factory=dict)
     g: dict[Visit, Tensor] = field(default_factory=dict)
+    positions: dict[Visit, int] = field(default_factory=dict)
 
     def keep(self, largest: float) -> None:
         """Drops the examples with larger keys."""
@@ -31,22 +34,28 @@ class _Calls:
         self.keys, self.chosen = [self.keys[index] for index in which], [self.chosen[index] for index in which]
         for rows in (self.a, self.g):
             for visit, each in rows.items():
-                rows[visit] = each.index_select(1, torch.tensor(which, dtype=torch.int64).to(each.device))
+                kept = torch.tensor(which, dtype=torch.int64).to(each.device, non_blocking=True)
+                rows[visit] = each.index_select(1, kept)
 
 
 class Reservoir:
     """Keeps the rows of at most `size` examples of one block, uniform without replacement over all that come by.
 
     Every example draws a key; the smallest ones stay. Keys are drawn on the CPU, so nothing waits for a device, and
-    only the rows of examples that stay so far are copied.
+    only the rows of examples that stay so far are copied. Without `rows` and `columns` that is all positions of them,
+    which for an early layer of an image network is a hundred times its input.
 
     Args:
         size: Most examples.
         seed: Of the keys.
+        rows: Keep fewer examples where so many of them have more rows than this in one call, but at least one.
+        columns: Keep so many columns of an example's gradient in the place of more positions, of each call.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, *, rows: int | None = None, columns: int | None = None) -> None:
         self._size = size
+        self._rows = rows
+        self._columns = columns
         self._random = random.Random(seed)
         self._units: dict[Unit, _Calls] = {}
 
@@ -66,6 +75,9 @@ class Reservoir:
         length = len(activation)
         examples = visit.grouped(length)
         calls = self._units.get(visit.unit)
+        positions = length // examples * block.output_windows(output_gradient[:0]).shape[2:-1].numel()
+        if self._rows is not None and not self._units:
+            self._size = min(self._size, max(1, self._rows // max(1, positions)))
         if calls is None:
             calls = self._draw(visit.unit, examples)
         elif calls.examples != examples:
@@ -75,18 +87,38 @@ class Reservoir:
             )
         if not len(calls.chosen):
             return
-        chosen = torch.tensor(calls.chosen, dtype=torch.int64)
-        places = spread(chosen, length, examples).to(activation.device, non_blocking=True)
-        a, g = block.example_rows(activation, output_gradient, places)
         # The Fisher block is 1/N sum of v v^T over the n examples of dim 0; they differ where N was stated.
         n = visit.examples(length)
+        a, g = self._laid_out(calls, block, activation, output_gradient)
         g = g * (scaling.of_rows(n, g) * (examples / n) ** 0.5)
-        kept = len(calls.chosen)
-        a, g = (rows.reshape(len(rows), kept, -1, rows.shape[-1]) for rows in (a, g))
-        if visit in calls.g:
-            calls.g[visit] += g
-        else:
+        calls.positions[visit] = positions
+        if visit not in calls.g:
             calls.a[visit], calls.g[visit] = a, g
+        elif self._columns is None or positions <= self._columns:
+            calls.g[visit] += g
+        else:  # compressed, each with columns of its own
+            a, g = torch.cat([calls.a[visit], a], dim=2), torch.cat([calls.g[visit], g], dim=2)
+            calls.a[visit], calls.g[visit] = compress_columns(a, g, self._columns)
+
+    def _laid_out(
+        self, calls: _Calls, block: Block, activation: Tensor, output_gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns a `[c, n, T', q]` and g `[c, n, T', p]` of the kept examples, compressed a few examples at a time."""
+        length, kept = len(activation), len(calls.chosen)
+        places = spread(torch.tensor(calls.chosen, dtype=torch.int64), length, calls.examples)
+        places = places.to(activation.device, non_blocking=True).view(kept, -1)
+        tile = kept
+        if self._columns is not None:
+            shape, positions = block.shape, block.output_windows(output_gradient[:0]).shape[2:-1].numel()
+            numbers = places.shape[1] * positions * shape.groups * (shape.d_in + shape.d_out)
+            tile = max(1, TILE_BYTES // max(1, numbers * accumulation_dtype(activation).itemsize))
+        pieces: list[tuple[Tensor, Tensor]] = []
+        for some in places.split(tile):
+            found = block.example_rows(activation, output_gradient, some.flatten())
+            a, g = (rows.reshape(len(rows), len(some), -1, rows.shape[-1]) for rows in found)
+            pieces.append((a, g) if self._columns is None else compress_columns(a, g, self._columns))
+        a, g = pieces[0] if len(pieces) == 1 else (torch.cat(side, dim=1) for side in zip(*pieces, strict=True))
+        return a, g
 
     def rows(self, examples: float, repeats: int) -> ExampleRows | None:
         """Returns what was kept; None if nothing came by.
@@ -106,7 +138,7 @@ class Reservoir:
         )
         kept = a.shape[1]
         weight = torch.full((kept,), examples / kept, dtype=torch.float32, device=a.device)
-        return ExampleRows(a, g.mul_(repeats), weight)
+        return ExampleRows(a, g.mul_(repeats), weight, max(sum(calls.positions.values()) for calls in units))
 
     def _draw(self, unit: Unit, examples: int) -> _Calls:
         drawn = [self._random.random() for _ in range(examples)]

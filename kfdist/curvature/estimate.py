@@ -36,14 +36,16 @@ class ExampleRows:
     """Rows of some of one rank's examples.
 
     Attributes:
-        a: `[c, n, T, q]`, homogeneous coordinate last.
-        g: `[c, n, T, p]`, of the per-example loss.
+        a: `[c, n, T', q]`, homogeneous coordinate last.
+        g: `[c, n, T', p]`, of the per-example loss.
         weight: How many of the rank's examples each one stands for, `[n]`.
+        positions: T; T' is smaller where columns were compressed.
     """
 
     a: Tensor
     g: Tensor
     weight: Tensor
+    positions: int
 
 
 @dataclass

@@ -79,7 +79,7 @@ class SampleExchange:
         rows = request.rows
         if rows is None:
             empty = [self._zeros(request, 0, 1, d) for d in (request.shape.d_in, request.shape.d_out)]
-            rows = ExampleRows(a=empty[0], g=empty[1], weight=empty[0].new_zeros(0))
+            rows = ExampleRows(a=empty[0], g=empty[1], weight=empty[0].new_zeros(0), positions=1)
         else:
             positions = rows.a.shape[2]
             share = examples_per_rank(request.budget, positions, self._communicator.world_size)
@@ -92,7 +92,7 @@ class SampleExchange:
         new = [request for request in requests if not self.frames.get(request.block)]
         if not new:
             return
-        own = [0 if request.rows is None else request.rows.a.shape[2] for request in new]
+        own = [0 if request.rows is None else request.rows.positions for request in new]
         everyone = self._communicator.all_gather_json(own)
         for request, positions in zip(new, zip(*everyone, strict=True), strict=True):
             self.frames[request.block] = max(positions)
@@ -135,7 +135,8 @@ class SampleExchange:
         weight = a.new_zeros(examples)
         if request.rows is None or not len(request.rows.weight):
             return a, g, weight
-        rows = _fewer(request.rows, examples, positions, request.seed)
+        most = positions if request.budget.columns is None else request.rows.a.shape[2]  # compressed below instead
+        rows = _fewer(request.rows, examples, most, request.seed)
         own_a, own_g, own_weight = _clean(rows, request.step_is_finite)
         if own_a.shape[2] > kept:
             own_a, own_g = compress_columns(own_a, own_g, kept)
@@ -172,7 +173,7 @@ def _fewer(rows: ExampleRows, examples: int, positions: int, seed: int) -> Examp
         chosen = torch.randperm(a.shape[2], generator=generator)[:positions].sort().values
         chosen = chosen.to(a.device, non_blocking=True)
         a, g = a[:, :, chosen], g[:, :, chosen] * (rows.a.shape[2] / positions)
-    return ExampleRows(a=a, g=g, weight=weight)
+    return ExampleRows(a=a, g=g, weight=weight, positions=rows.positions)
 
 
 def _clean(rows: ExampleRows, step_is_finite: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,18 +76,26 @@ class Timetable:
                 request = Request(
                     sums=needs.sums if folds else frozenset(),
                     rows=_BOTH if needs.applied_rows else needs.increments if updates else frozenset(),
-                    samples=self._examples(needs, updates=updates, calibrates=group.index in calibrating),
                     seed=seed_of(block.name),
+                    **self._samples(needs, updates=updates, calibrates=group.index in calibrating),
                 )
                 if request.sums or request.rows or request.samples is not None:
                     requests[block.name] = request
         return requests
 
-    def _examples(self, needs: Needs, *, updates: bool, calibrates: bool) -> int | None:
-        """Returns this rank's share of the larger budget, at least one; None where no samples are due."""
-        budgets = [needs.samples if updates else None, needs.calibration if calibrates else None]
-        examples = [budget.examples for budget in budgets if budget is not None]
-        return -(-max(examples) // self._world_size) if examples else None
+    def _samples(self, needs: Needs, *, updates: bool, calibrates: bool) -> dict[str, int | None]:
+        """Returns this rank's share of the larger budget, at least one of each; nothing where no samples are due."""
+        due = [needs.samples if updates else None, needs.calibration if calibrates else None]
+        budgets = [budget for budget in due if budget is not None]
+        if not budgets:
+            return {}
+        rows = [budget.rows for budget in budgets if budget.rows is not None]
+        columns = [budget.columns for budget in budgets if budget.columns is not None]
+        return {
+            "samples": -(-max(budget.examples for budget in budgets) // self._world_size),
+            "sample_rows": -(-max(rows) // self._world_size) if len(rows) == len(budgets) else None,
+            "sample_columns": max(columns) if len(columns) == len(budgets) else None,
+        }
 
 
 def _update_period(group: BlockGroup, schedule: Schedule) -> int:

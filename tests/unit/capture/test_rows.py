@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kfdist.capture import reservoir
 from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import Request, Sampling
 from kfdist.curvature.blocks import Block, make_block
@@ -277,7 +278,9 @@ def test_sampled_labels_have_rows_and_samples(name: str):
     [
         ({"sums": frozenset({"B"})}, "allowed are"),
         ({"rows": frozenset({"a"})}, "allowed are"),
-        ({"samples": 0}, "at least 1 example"),
+        ({"samples": 0}, "samples is 0; at least 1"),
+        ({"samples": 1, "sample_rows": 0}, "sample_rows is 0; at least 1"),
+        ({"samples": 1, "sample_columns": 0}, "sample_columns is 0; at least 1"),
     ],
 )
 def test_other_requests_are_refused(asked: dict[str, Any], said: str):
@@ -289,6 +292,58 @@ def test_other_requests_are_refused(asked: dict[str, Any], said: str):
 def test_other_limits_of_positions_are_refused(bad: Any):
     with pytest.raises(ConfigError, match="most_positions is"):
         Sampling(most_positions=bad)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_rows_are_bounded_while_they_are_drawn(k: int):
+    """The budget of rows holds in the capture, where rows of all positions would be a hundred times the input."""
+    for layer, each in measure("cnn", k=k, samples=6, sample_rows=60).items():
+        found = samples_of(each)
+        positions = found.a.shape[2]
+        assert found.a.shape[1] == min(6, max(1, 60 // positions))
+        assert found.positions == positions
+        assert float(found.weight.sum()) == 6.0
+        assert set(drawn_examples("cnn", layer, found)) <= set(range(6))
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 1 << 25])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_columns_are_compressed_while_they_are_drawn(
+    monkeypatch: pytest.MonkeyPatch, name: str, k: int, tile_bytes: int
+):
+    """5 columns hold every gradient here: none has a larger rank."""
+    monkeypatch.setattr(reservoir, "TILE_BYTES", tile_bytes)
+    model = MODELS[name]()
+    x, y = batch(name)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    whole = measure(name, k=k, samples=6)
+    for layer, each in measure(name, k=k, samples=6, sample_columns=5).items():
+        found, block = samples_of(each), blocks_of(model)[layer]
+        calls = 2 if layer == "shared" else 1
+        positions = samples_of(whole[layer]).a.shape[2]
+        assert min(block.shape.d_in, block.shape.d_out, positions) <= 5
+        assert found.a.shape[2] <= 5 * calls
+        assert found.positions == positions
+        torch.testing.assert_close(gradients(found), per_example_gradients(block, losses), rtol=1e-10, atol=1e-10)
+
+
+def test_compressed_columns_of_two_heads_add_up():
+    """Each head's gradient has columns of its own, which can't be added entry by entry."""
+    model = Sequences()
+    x, _ = batch("sequences")
+    found = {}
+    for columns in (None, 3):
+        capture = armed_capture(model, fisher="mc", samples=6, sample_columns=columns)
+        output = model(x)
+        capture.observe(output[:, :2], "mse")
+        capture.observe(output[:, 2:], "mse")
+        output.square().mean().backward()
+        found[columns] = capture.drain()
+    for layer in ("first", "second"):
+        whole, compressed = (gradients(samples_of(found[columns][layer])) for columns in (None, 3))
+        assert samples_of(found[3][layer]).a.shape[2] == 3 < samples_of(found[3][layer]).positions
+        torch.testing.assert_close(compressed, whole, rtol=1e-10, atol=1e-10)
 
 
 def test_sharing_by_reduce_has_the_rows_of_its_factors_and_whole_samples():
