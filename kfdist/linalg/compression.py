@@ -34,7 +34,8 @@ def compress_columns(a: Tensor, g: Tensor, columns: int, *, iterations: int = 4)
         unit = torch.eye(p, dtype=g.dtype, device=g.device).expand(*g.shape[:-2], p, p)
         return g.mT @ a, unit
     generator = torch.Generator(device="cpu").manual_seed(0)
-    basis = torch.randn((p, columns), generator=generator, dtype=torch.float64).to(g)
+    basis = torch.randn((p, columns), generator=generator, dtype=torch.float64)
+    basis = basis.to(g.device, g.dtype, non_blocking=True)
     for _ in range(1 + iterations):
         # Orthogonalised each time: without that, small directions drown in float32.
         basis = torch.linalg.qr(g.mT @ (a @ (a.mT @ (g @ basis)))).Q

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from kfdist.linalg.psd import eigh_descending, symmetrise
 
+SKETCH_NUMBERS = 1 << 22
+"""Random numbers that a sketch of rows holds at a time (32 MiB in float64)."""
+
 
 def gaussian_sketch(matrix: Tensor, width: int, *, seed: int) -> Tensor:
     """Draws the Gaussian test matrix for `matrix`, the same on every device and in every precision.
@@ -37,12 +40,24 @@ def sketch_rows(rows: Tensor, size: int, *, seed: int) -> Tensor:
     Args:
         rows: `[c, n, d]`; n may be 0.
         size: Rows of the sketch.
-        seed: The only source of randomness.
+        seed: The only source of randomness. Devices of one kind draw alike; in float32 and float64 the CPU does.
 
     Returns:
         `[c, size, d]`.
     """
-    return gaussian_sketch(rows, size, seed=seed).mT @ rows / size**0.5
+    c, n, d = rows.shape
+    total = rows.new_zeros(c, size, d)
+    on_host = rows.device.type == "cpu"
+    generator = torch.Generator(device=rows.device).manual_seed(seed)
+    for some in rows.split(max(1, SKETCH_NUMBERS // max(1, c * size)), dim=1):
+        shape = (c, some.shape[1], size)
+        # The rows of a batch of sequences are many: drawn on the CPU the host would fall behind an accelerator, and it
+        # would wait for the copy. Whoever has the rows is the only one who draws for them, so nobody has to draw alike.
+        drawn = torch.randn(
+            shape, generator=generator, dtype=torch.float64 if on_host else rows.dtype, device=rows.device
+        )
+        total.baddbmm_(drawn.to(rows.dtype).mT, some)  # in place: autocast leaves such products alone
+    return total.div_(size**0.5)
 
 
 def range_basis(matrix: Tensor, sketch: Tensor, *, power_iterations: int) -> Tensor:

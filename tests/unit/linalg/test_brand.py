@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.references import leading_part
+from kfdist.linalg import lowrank
 from kfdist.linalg.brand import (
     brand_update,
     draw_columns,
@@ -217,7 +218,9 @@ def test_a_sketch_has_the_rows_second_moment_as_its_expectation() -> None:
     assert relative_error(moments.std(0), deviation) < 0.1
 
 
-def test_a_sketch_is_linear_so_ranks_sums_sketch_the_union() -> None:
+@pytest.mark.parametrize("numbers", [1, 1 << 22])
+def test_a_sketch_is_linear_so_ranks_sums_sketch_the_union(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    monkeypatch.setattr(lowrank, "SKETCH_NUMBERS", numbers)
     first, second = gaussian(C, 7, D, seed=1), gaussian(C, 7, D, seed=2)
     together = sketch_rows(3.0 * first + second, 5, seed=4)
     apart = 3.0 * sketch_rows(first, 5, seed=4) + sketch_rows(second, 5, seed=4)
