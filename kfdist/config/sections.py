@@ -142,7 +142,7 @@ class PreconditionerSection(Section):
     )
     weight_sharing: Literal["expand", "reduce"] = Field(
         default="expand",
-        description="how linear layers treat positions: each as an example, or summed before products are taken",
+        description="how linear layers treat positions: each on its own, or inputs averaged and gradients summed over them",
     )
     ema_decay: float = Field(
         default=0.95, ge=0, lt=1, description="what an update of the statistics keeps of the old ones"
@@ -168,12 +168,12 @@ class PreconditionerSection(Section):
     )
     examples_fraction: float = Field(default=1.0, gt=0, le=1, description="share of the examples that is measured")
     positions_fraction: float = Field(
-        default=1.0, gt=0, le=1, description="share of the positions of a convolution that is measured"
+        default=1.0, gt=0, le=1, description="share of the positions of a convolution or a sequence that is measured"
     )
     positions_budget: int | None = Field(
         default=None,
         ge=1,
-        description="most positions of a convolution that are measured per example; all if not given",
+        description="most positions of a convolution or a sequence that are measured per example; all if not given",
     )
     digest_period: int = Field(
         default=100, ge=0, description="steps between two comparisons of the ranks' parameters; 0: never"

@@ -3,8 +3,7 @@
 LAPACK often passes bad input silently: the inverse of a matrix that holds Inf is finite, eigendecompositions of NaN
 don't raise. So factors are checked before and results after. A result that fails its check is tried again in float64,
 then with more damping where damping is part of the inversion. Faults of the machine (out of memory, a crash) are
-never a
-rung: they propagate, and whoever runs the job tries it again as it was.
+never a rung: they propagate, and whoever runs the job tries it again as it was.
 """
 
 import math
