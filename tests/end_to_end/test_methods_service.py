@@ -27,7 +27,7 @@ CHAIN = ("model.name=mlp", "model.settings.hidden=[64, 32]")
 LOCKSTEP = ("adoption=fixed-lag", "lag=0", "inverse_period=4")
 
 BRAND = ("settings.rank=32", "settings.increment_rows=128")
-# Methods that take the curvature of one batch, and none of its past, are damped more.
+# Methods that take the curvature of one batch, and none of its past, are damped more; most where it is of few examples.
 ONE_BATCH = ("damping=0.1",)
 
 
@@ -56,7 +56,7 @@ CASES: Mapping[str, Case] = {
     "b-kfac": Case(own=BRAND, covered="Brand on A"),
     "b-r-kfac": Case(own=BRAND, covered="Brand on A"),
     "b-kfac-c": Case(own=BRAND, covered="Brand on A"),
-    "cg-fac": Case(own=("settings.examples=64", "settings.rows=1024", "settings.max_iterations=5", *ONE_BATCH)),
+    "cg-fac": Case(own=("settings.examples=64", "settings.rows=1024", "settings.max_iterations=5", "damping=0.3")),
     "seng": Case(own=("settings.column_sample_size=16", *ONE_BATCH), covered="sketched 256 of 8224 entries"),
     "eva": Case(own=ONE_BATCH),
     "two-level": Case(covered="around kfac-eigen"),
