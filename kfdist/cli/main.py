@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from kfdist.cli import control_commands, pool_command, train_command, worker_command
+from kfdist.cli import bench_command, control_commands, pool_command, train_command, worker_command
 from kfdist.errors import ConfigError, KfdistError
 from kfdist.exit_codes import ExitCode
 from kfdist.lifetime import launcher_pid, terminate_with_process
@@ -45,7 +45,7 @@ def _common(
     del version
 
 
-for module in (train_command, worker_command, control_commands, pool_command):
+for module in (train_command, worker_command, control_commands, pool_command, bench_command):
     module.register(app)
 
 
