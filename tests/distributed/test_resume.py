@@ -116,6 +116,16 @@ def test_lower_precision_learns_and_resumes_with_the_scale_of_its_loss(tmp_path:
     assert rest["metrics"]["train_loss"] < 0.5 * events(tmp_path / "whole", "step")[0]["loss"]
 
 
+def test_targets_drawn_from_the_model_are_drawn_alike_after_a_resume(tmp_path: Path):
+    common = (*FIXED_LAG, "preconditioner.fisher=mc", "run.precision=float16")
+    whole = train(tmp_path / "whole", *common, ranks=2)
+    train(tmp_path / "halves", *common, "run.steps=19", ranks=2)
+    rest = train(tmp_path / "halves", *common, ranks=2)
+    assert_equal_on_all_ranks(whole, rest)
+    empirical = train(tmp_path / "empirical", *FIXED_LAG, "run.precision=float16", ranks=2)
+    assert empirical["parameter_sha256"] != whole["parameter_sha256"]
+
+
 @pytest.mark.parametrize(
     ("statistics", "before", "after"), [("per-rank", 4, 2), ("folded", 4, 2), ("per-rank", 2, 3), ("folded", 3, 1)]
 )
