@@ -142,7 +142,7 @@ class PreconditionerSection(Section):
     )
     weight_sharing: Literal["expand", "reduce"] = Field(
         default="expand",
-        description="how linear layers treat positions: each on its own, or inputs averaged and gradients summed over them",
+        description="how linear layers treat positions: each alone, or inputs averaged and gradients summed over them",
     )
     ema_decay: float = Field(
         default=0.95, ge=0, lt=1, description="what an update of the statistics keeps of the old ones"
