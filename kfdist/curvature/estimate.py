@@ -5,7 +5,8 @@ A rank keeps (S, w) per block and folds each due batch by
     S <- rho S + (1 - rho) sum_n x_n,    w <- rho w + (1 - rho) n,
 
 where x_n are example n's contributions. Summing S and w over the ranks and dividing gives the weighted mean of all
-finite examples: ranks may have batches of different length, or none, and nothing has to be reduced until an inversion is due.
+finite examples: ranks may have batches of different length, or none, and nothing has to be reduced until an inversion
+is due.
 rho_k = min(1 - 1/k, decay) for the k-th folding (Martens & Grosse 2015, section 5), so the first overwrites and early
 estimates are plain averages; w is its own normaliser, so no bias correction is needed elsewhere.
 """
