@@ -31,8 +31,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sre-kfac": ("sre-kfac", {"rank": 6, "oversampling": 3}),
     "b-kfac": ("b-kfac", ROOM),
     "b-r-kfac": ("b-r-kfac", ROOM),
-    # Cut first, since it draws from the eigenpairs that there are, and two ranks' rows make more of them than one's.
-    "b-kfac-c": ("b-kfac-c", {**ROOM, "truncate": "after"}),
+    "b-kfac-c": ("b-kfac-c", ROOM),
     "cg-fac solved everywhere": ("cg-fac", CONVERGED),
     "cg-fac solved by the owner": ("cg-fac", {**CONVERGED, "operator": "block", "solve": "owner"}),
     "seng global": ("seng", {}),

@@ -139,9 +139,14 @@ class HeldFactor:
         return replace(self, vectors=self.vectors[..., : self.rank], values=self.values[..., : self.rank])
 
     def corrected(self, matrix: Tensor, *, fraction: float, seed: int, label: str) -> "HeldFactor":
-        """Refreshes m = round(fraction k + 1) random ones of its k eigenpairs from the dense factor M = S / weight."""
+        """Refreshes m = round(fraction k + 1) random ones of its k eigenpairs from the dense factor M = S / weight.
+
+        Those of eigenvalue zero don't count: rows that only fill up, or repeat each other, leave vectors there that are
+        made of rounding, and so would the result be.
+        """
         assert self.weight is not None
-        k = self.values.shape[-1]
+        floor = self.values[..., :1] * self.vectors.shape[-2] * torch.finfo(self.values.dtype).eps
+        k = max(1, int((self.values > floor).sum(-1).max()))
         m = min(round(fraction * k + 1), k)
         columns = draw_columns(k, m, seed=split_seed(seed, f"correction/{label}"), device=matrix.device)
         vectors, values = light_correction(self.vectors, self.values / self.weight, matrix, columns)
