@@ -151,11 +151,11 @@ class Pipeline:
             for group in self.parts.groups
             if self.parts.timetable.updates(group, step) and not (again and group.inverter.placement is Placement.OWNER)
         ]
-        for group in due:
-            if group.inverter.placement is Placement.OWNER:
-                self.pending[group.index].append(step)
         with self.counters.phase("reduce"):
             reduction = self.parts.reducer.reduce(step, due, self.sums, batches, step_is_finite)
+        for group in due:  # only now: a group that waits for a version doesn't starve, and the reduction asks that too
+            if group.inverter.placement is Placement.OWNER:
+                self.pending[group.index].append(step)
         self.counters.bytes["statistics"] += reduction.bytes
         if due:
             self.parts.snapshots.note_time(step)
@@ -326,6 +326,8 @@ class Pipeline:
         self.counters.bytes["jobs"] = parts.book.bytes_shipped
         self.counters.step_seconds.extend(self.counters.phase_seconds.items())
         self.counters.staleness.append(max(self.staleness(step).values()))
+        for group, steps in parts.snapshots.settle(step).items():
+            self.counters.fallbacks["no_snapshot"] += steps * len(parts.groups[group].blocks)
         self.next_step = step + 1
         self.arm()
         return StepReport(

@@ -36,6 +36,23 @@ class Snapshot:
     states: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
+class _LateFlag:
+    """A boolean scalar of the device, to be read when the work before it is long done."""
+
+    def __init__(self, version: int, flag: torch.Tensor) -> None:
+        self.version = version
+        self._flag, self._event = flag, None
+        if flag.is_cuda:
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._flag)
+
+
 class SnapshotStore:
     """The newest good snapshot of every group. All ranks make the same calls with the same bytes.
 
@@ -57,6 +74,7 @@ class SnapshotStore:
         self._spoken: set[tuple[str, Outcome]] = set()
         self._snapshots = [Snapshot() for _ in groups]
         self._without_statistics = [False] * len(groups)
+        self._unsettled: dict[int, _LateFlag] = {}
         self._times: dict[int, float] = {}
         self.failures: dict[str, int] = {}
         self.degraded: Counter[str] = Counter()
@@ -119,6 +137,31 @@ class SnapshotStore:
         self._take(group, Snapshot(version, b"", kept, {}))
         for name in kept:
             self.memories[name][MEASURED] = known[name]
+        self.ask_whether_measured(group)
+
+    def ask_whether_measured(self, group: int) -> None:
+        """Sends for what `settle` reads, where the ranks made the snapshot in use themselves."""
+        snapshot = self._snapshots[group]
+        flags = [self.memories[name][MEASURED] for name in snapshot.preconditioners if MEASURED in self.memories[name]]
+        if flags:
+            self._without_statistics[group] = False
+            self._unsettled[group] = _LateFlag(snapshot.version, torch.stack(flags).all())
+
+    def settle(self, step: int) -> dict[int, int]:
+        """Looks, at the end of a step, whether what the ranks made themselves before it had any statistics.
+
+        One step late, so that the host doesn't wait for the device; the same on all ranks, and at the same step.
+
+        Returns:
+            How many steps, this one included, the groups that had none left their gradients as they were.
+        """
+        plain = {}
+        for group in [group for group, flag in self._unsettled.items() if flag.version < step]:
+            flag = self._unsettled.pop(group)
+            self._without_statistics[group] = not flag.read()
+            if self._without_statistics[group]:
+                plain[group] = step - flag.version + 1
+        return plain
 
     def _take(self, group: int, snapshot: Snapshot) -> None:
         self._snapshots[group] = snapshot
@@ -153,7 +196,10 @@ class SnapshotStore:
         return self._snapshots[group]
 
     def starving(self, group: int) -> bool:
-        """Says whether the group's newest result failed because no rank had any statistics (it is due again then)."""
+        """Says whether no rank had any statistics for the group's newest result, as far as it is known.
+
+        The group is due again then.
+        """
         return self._without_statistics[group]
 
     def mark_starving(self, group: int) -> None:

@@ -155,6 +155,8 @@ def _restore_memories(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     for group in pipeline.parts.groups:
         if group.name in state["calibrations"]:
             snapshots.calibrations[group.index] = int(state["calibrations"][group.name])
+        snapshots.ask_whether_measured(group.index)
+    snapshots.settle(pipeline.next_step - 1)
     pipeline.parts.reducer.samples.frames.update({name: int(size) for name, size in state["frames"].items()})
 
 
