@@ -7,16 +7,13 @@ take longer than 20 s isn't run and says so.
 """
 
 import json
-import os
-import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kfdist.bench.cg import CG_SETTINGS, SIZES, measure_cg
+from kfdist.bench.environment import hardware, load_average, versions
 
 RESULT = Path(__file__).parent / "results" / "cg_memory.json"
 
@@ -35,15 +32,15 @@ def describe(measured: dict[str, Any] | None) -> str:
 def main() -> None:
     """Runs, prints and writes."""
     sizes = [int(argument) for argument in sys.argv[1:]] or SIZES
-    load = os.getloadavg()[0]
+    load = load_average()
     result = measure_cg(sizes)
     for row in result["sizes"]:
         for name in ("kfac", *CG_SETTINGS):
             print(f"d = {row['d']:5}  {name:30}  {describe(row[name])}")
     written = {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "load_before": load},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "hardware": {**hardware(), "load_before": load},
+        "versions": versions(),
         **result,
     }
     RESULT.parent.mkdir(exist_ok=True)

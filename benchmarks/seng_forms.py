@@ -7,13 +7,12 @@ of all examples at 1, 2 and 4 ranks; writes them to benchmarks/results/seng_form
 """
 
 import json
-import os
-import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from kfdist.bench.environment import hardware, load_average, versions
 from kfdist.bench.seng import measure_seng
 
 RESULT = Path(__file__).parent / "results" / "seng_forms.json"
@@ -22,12 +21,12 @@ RESULT = Path(__file__).parent / "results" / "seng_forms.json"
 def main() -> None:
     """Measures, prints and writes."""
     torch.set_num_threads(1)
-    load = os.getloadavg()[0]
+    load = load_average()
     found = measure_seng()
     result = {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": 1, "load_before": load},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "hardware": {**hardware(), "load_before": load},
+        "versions": versions(),
         **found,
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")

@@ -27,7 +27,7 @@ def _papers(
     ] = Path("bench-results"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Measure what the papers claim: shown, not shown, or can't be run here. All of it takes about ten minutes.
+    """Measure what the papers claim: shown, not shown, or can't be run here. All of it takes some minutes.
 
     One thread. A claim that isn't shown is a result like any other: the exit code is 0.
     """
