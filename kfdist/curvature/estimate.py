@@ -132,7 +132,7 @@ class WeightedSums:
             total.mul_(kept)
         if batch is None or not self.sums:
             return
-        finite = all_finite(batch.sums[name] for name in self.sums)
+        finite = all_finite([*(batch.sums[name] for name in self.sums), *batch.rows.values()])  # all of it, or nothing
         zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
         for name, total in self.sums.items():
             total.add_(torch.where(finite, batch.sums[name], zero) * gain)

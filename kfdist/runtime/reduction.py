@@ -75,7 +75,9 @@ def with_increment(
     """
     kept, gain = folding(rho, step_is_finite, like=like.new_zeros(()))
     rows = {} if batch is None else batch.rows
-    finite = all_finite(rows.values()) if rows else torch.zeros((), dtype=torch.bool, device=like.device)
+    finite = torch.zeros((), dtype=torch.bool, device=like.device)
+    if batch is not None and rows:
+        finite = all_finite([*batch.sums.values(), *rows.values()])
     usable = torch.where(finite, gain, torch.zeros_like(gain))
     summed = dict(contribution.summed)
     for name, (c, d) in widths.items():
