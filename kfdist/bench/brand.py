@@ -120,7 +120,7 @@ def measure_brand(quick: bool = False) -> ClaimResult:
     return ClaimResult(
         claim="a",
         title=TITLE,
-        parts=(*(_error_part(kind, means[kind]) for kind in means), _cost_part(added, run, seconds["rs-kfac"])),
+        parts=(*(judge_error(kind, means[kind]) for kind in means), judge_cost(added, run, seconds["rs-kfac"])),
         figures={
             "mean_error": means,
             "median_error": {
@@ -151,7 +151,8 @@ def measure_brand(quick: bool = False) -> ClaimResult:
     )
 
 
-def _error_part(kind: str, mean: dict[str, float]) -> Part:
+def judge_error(kind: str, mean: dict[str, float]) -> Part:
+    """Applies the first rule of `measure_brand` to the mean errors by method, of kind "action" or "inverse"."""
     names = {"action": "the inverse's action on the gradient", "inverse": "the factors' inverses"}
     ratio = mean["b-r-kfac"] / mean["rs-kfac"]
     return Part(
@@ -161,7 +162,8 @@ def _error_part(kind: str, mean: dict[str, float]) -> Part:
     )
 
 
-def _cost_part(added: float, run: float, decompositions: float) -> Part:
+def judge_cost(added: float, run: float, decompositions: float) -> Part:
+    """Applies its second rule to the CPU seconds: added, of the run, and of the RSVDs in it."""
     return Part(
         statement=f"Brand's updates add at most {COST_LIMIT:.0%} to the run's CPU seconds",
         holds=added <= COST_LIMIT * run,

@@ -138,7 +138,7 @@ def measure_reparametrisation(quick: bool = False) -> ClaimResult:
     return ClaimResult(
         claim="d",
         title=TITLE,
-        parts=_parts(
+        parts=judge_trajectories(
             unequal, worst_kfc=max(differences[last].values()), least_sgd=min(differences["sgd"].values()), last=last
         ),
         figures={
@@ -229,7 +229,8 @@ def _difference(one: Path, other: Path) -> float:
     return max(float((f - g).norm() / (f - start).norm()) for f, g in pairs)
 
 
-def _parts(unequal: float, *, worst_kfc: float, least_sgd: float, last: str) -> tuple[Part, ...]:
+def judge_trajectories(unequal: float, *, worst_kfc: float, least_sgd: float, last: str) -> tuple[Part, ...]:
+    """Applies the rule of `measure_reparametrisation` to the differences at the start, and of the trajectories."""
     return (
         Part(
             statement="all coordinates begin with the same function, to 1e-12",

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "kfac-eigen": {"damping_rule": "pi"},
     "rs-kfac": {},
 }
-"""Cholesky; eigendecompositions, as in the published comparison; sketches of the published rank."""
+"""Cholesky; eigendecompositions; sketches of the published rank."""
 
 DAMPING = 1e-4
 REFLECTIONS = 4

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from kfdist.bench.brand import COST_LIMIT, ERROR_LIMIT, _cost_part, _error_part
+from kfdist.bench.brand import COST_LIMIT, ERROR_LIMIT, judge_cost, judge_error
 from kfdist.bench.cg import judge_cg
 from kfdist.bench.claims import ClaimResult, Part, Verdict, all_of, verdict_of
 from kfdist.bench.papers import CLAIMS, checked_claims, describe, run_claims
-from kfdist.bench.reparametrisation import Convnet, Coordinates, _parts
+from kfdist.bench.reparametrisation import Convnet, Coordinates, judge_trajectories
 from kfdist.bench.seng import judge_seng
 from kfdist.bench.widths import exponent, judge
 from kfdist.cli.main import run
@@ -52,10 +52,10 @@ def test_a_claim_without_parts_has_no_verdict() -> None:
 
 
 def test_rule_a_needs_both_less_error_and_little_cost() -> None:
-    assert _error_part("action", {"rs-kfac": 1.0, "b-r-kfac": ERROR_LIMIT}).holds
-    assert not _error_part("inverse", {"rs-kfac": 1.0, "b-r-kfac": ERROR_LIMIT + 0.01}).holds
-    assert _cost_part(COST_LIMIT, 1.0, 0.5).holds
-    assert not _cost_part(COST_LIMIT + 0.01, 1.0, 0.5).holds
+    assert judge_error("action", {"rs-kfac": 1.0, "b-r-kfac": ERROR_LIMIT}).holds
+    assert not judge_error("inverse", {"rs-kfac": 1.0, "b-r-kfac": ERROR_LIMIT + 0.01}).holds
+    assert judge_cost(COST_LIMIT, 1.0, 0.5).holds
+    assert not judge_cost(COST_LIMIT + 0.01, 1.0, 0.5).holds
 
 
 def test_rule_b_asks_every_width_where_both_were_measured() -> None:
@@ -114,7 +114,7 @@ def test_rule_c_looks_at_each_statement(changes: dict[str, float], failing: list
 
 def test_rule_d_wants_kfc_alike_and_sgd_different() -> None:
     def held(unequal: float, kfc: float, sgd: float) -> list[bool | None]:
-        return [each.holds for each in _parts(unequal, worst_kfc=kfc, least_sgd=sgd, last="kfc")]
+        return [each.holds for each in judge_trajectories(unequal, worst_kfc=kfc, least_sgd=sgd, last="kfc")]
 
     assert held(1e-15, 1e-4, 0.06) == [True, True, True]
     assert held(1e-9, 1e-4, 0.04) == [False, True, False]
