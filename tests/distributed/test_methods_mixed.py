@@ -10,6 +10,7 @@ from kfdist.comm.groups import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.preconditioners import ConjugateGradient
+from kfdist.linalg.cg import CgSolution
 from kfdist.runtime.pipeline_parts import FixedLag
 from tests.support.delayed_link import DelayedLink
 from tests.support.ranks import run_ranks
@@ -39,10 +40,10 @@ def train(communicator: Communicator, adoption: Any, steps: int) -> dict[str, An
     """Trains on this rank's share of the batches and counts how often it solved for the head."""
     solved, solution = 0, ConjugateGradient.solution
 
-    def counted(self: ConjugateGradient, *args: Any) -> Any:
+    def counted(self: ConjugateGradient, gradient: Tensor, damping: float, start: Tensor | None = None) -> CgSolution:
         nonlocal solved
         solved += 1
-        return solution(self, *args)
+        return solution(self, gradient, damping, start)
 
     ConjugateGradient.solution = counted
     model = Mixed()

@@ -88,7 +88,8 @@ def test_frames_are_agreed_when_some_rank_has_rows_and_then_kept() -> None:
 
     def run(communicator: Any) -> tuple[list[int], Samples]:
         exchange = SampleExchange(communicator, torch.device("cpu"))
-        sizes = []
+        sizes: list[int] = []
+        found: dict[str, Samples] = {}
         for batch in batches:
             found = exchange.gather([request(batch[communicator.rank])])
             sizes.append(exchange.frames["layer"])
