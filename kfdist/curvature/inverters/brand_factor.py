@@ -118,7 +118,7 @@ class HeldFactor:
         U is made orthonormal first where it no longer is, and what is beyond the rank is cut off.
 
         Args:
-            rows: `[c, n, d]`.
+            rows: `[c, n, d]`; those that only fill the buffer, all zero, are left out: they would add null columns.
             seed: The inversion's seed, for the probes of the residual.
             label: The factor's letter.
 
@@ -128,6 +128,9 @@ class HeldFactor:
         repair = self.vectors.shape[-1] > 0 and float(orthogonality_error(self.vectors).max()) > ORTHOGONALITY_LIMIT
         before = reorthogonalise(self.vectors, self.values) if repair else (self.vectors, self.values)
         before = before[0][..., : self.rank], before[1][..., : self.rank]
+        filled = rows.abs().amax((0, 2)) > 0
+        filled[0] = True  # an update of nothing is one too
+        rows = rows[:, filled]
         vectors, values = brand_update(*before, rows)
         probes = probes_like(vectors, None, seed=seed, label=label)
         residual = float(update_residual(before, rows, (vectors, values), probes).max())
