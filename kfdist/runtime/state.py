@@ -33,6 +33,7 @@ def pipeline_state(pipeline: Pipeline, *, folded: bool, world_size: int) -> dict
         "statistics_step": pipeline.statistics_step,
         "statistics": FOLDED if folded else PER_RANK,
         "world_size": world_size,
+        "methods": {group.name: group.inverter.name for group in groups},
         "sums": {name: _sums_state(sums, scale) for name, sums in pipeline.sums.items()},
         "snapshots": {
             group.name: {
@@ -237,6 +238,13 @@ def _check(pipeline: Pipeline, state: Mapping[str, Any], *, world_size: int) -> 
             f"the checkpoint has blocks {sorted(blocks - own)} that the model lacks, and lacks {sorted(own - blocks)}; "
             "load it into the model and method it was written with"
         )
+    methods = {group.name: group.inverter.name for group in pipeline.parts.groups}
+    for name, stored in state.get("methods", methods).items():
+        if methods.get(name) != stored:
+            raise CheckpointError(
+                f"group {name!r} was inverted by {stored!r} in the checkpoint and has {methods.get(name)!r} now, which "
+                "can't go on from it; load it into the model and method it was written with"
+            )
     for name, sums in pipeline.sums.items():
         stored = {key: value for key, value in state["sums"][name].items() if key not in ("weight", "dropped")}
         if stored.keys() != sums.sums.keys():
