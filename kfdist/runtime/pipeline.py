@@ -220,7 +220,8 @@ class Pipeline:
             if made is None:
                 continue
             self.parts.snapshots.adopt_own(group.index, step, made.preconditioners, made.measured)
-            self.counters.completed[group.inverter.name] += 1
+            if group.courier_rank == self.parts.communicators.training.rank:  # each is counted once a run
+                self.counters.completed[group.inverter.name] += 1
             adopted.append((group.name, step))
         self.own_inversions = {}
         return adopted
