@@ -5,7 +5,7 @@ once their final number is known, at the step. Sums are kept per block; rows onl
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from kfdist.capture.coupled import ChainSums, CoarseSums
 from kfdist.capture.passes import ForwardPass
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
 from kfdist.capture.reservoir import Reservoir
+from kfdist.capture.row_store import RowStore
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
@@ -25,6 +26,12 @@ _EXAMPLES_SEED = 0x5851F42D4C957F2D
 
 _RESERVOIR_SEED = 0x14057B7EF767814F
 
+_SKETCH_SEEDS = {"A": 0x2545F4914F6CDD1D, "G": 0x369DEA0F31A53F85}
+"""Keep the sketches of a block's factors independent."""
+
+_DRAW_MASK = (1 << 62) - 1
+"""Leaves room to count the draws of a step."""
+
 
 @dataclass
 class _Pending:
@@ -32,7 +39,7 @@ class _Pending:
 
     like: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    rows: dict[str, RowStore] = field(default_factory=dict)
     reservoir: Reservoir | None = None
     n_rows: float = 0.0
     examples: float = 0.0
@@ -153,11 +160,12 @@ class Collector:
                 sums["G_next"].mul_(repeats**2 * mean)
         if request.sums & COARSE_SUMS:
             sums |= self._coarse.sums(name, pending.like, mean=mean, gain=repeats**2)
-        rows = {part: torch.cat(pieces, dim=1) for part, pieces in pending.rows.items()}
+        rows = {part: store.rows() for part, store in pending.rows.items()}
+        sketched = frozenset(part for part, store in pending.rows.items() if store.sketched)
         if "G" in rows:
             rows["G"].mul_(repeats * math.sqrt(mean))
         samples = None if pending.reservoir is None else pending.reservoir.rows(examples, repeats)
-        return BatchStatistics(sums, examples, rows, samples)
+        return BatchStatistics(sums, examples, rows, sketched, samples)
 
     def _sampled(self, visit: Visit, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor, float]:
         """Picks the measured share of the examples; the last value makes sums over them unbiased."""
@@ -239,17 +247,24 @@ class _Seen:
         """Returns rows a `[c, n, T, q]` and g `[c, n, T, p]` of the examples, scaled like the sums, as copies."""
         return self._scaled(*self.block.factor_rows(self.activation, self.output_gradient))
 
-    def sums_of_rows(self) -> tuple[Tensor, Tensor]:
-        """Returns the sums of the entries of these rows, `[c, n, T]` both, without holding all rows at once."""
+    def tiles_of_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields rows a and g, `[c, n, T, d]`, of a few entries at a time, not scaled: all at once may be too many."""
         a, g, shape = self.activation, self.output_gradient, self.block.shape
         positions = self.block.positions(a[:1], g[:1])
         row_bytes = shape.groups * (shape.d_in + shape.d_out) * accumulation_dtype(a).itemsize
         tile = max(1, TILE_BYTES // max(1, positions * row_bytes))
-        found = [
-            [rows.sum(-1) for rows in self.block.factor_rows(a[start : start + tile], g[start : start + tile])]
-            for start in range(0, len(a), tile)
-        ]
+        for start in range(0, len(a), tile):
+            yield self.block.factor_rows(a[start : start + tile], g[start : start + tile])
+
+    def sums_of_rows(self) -> tuple[Tensor, Tensor]:
+        """Returns the sums of the entries of these rows, `[c, n, T]` both, without holding all rows at once."""
+        found = [[rows.sum(-1) for rows in tile] for tile in self.tiles_of_rows()]
         return self._scaled(*(torch.cat(side, dim=1) for side in zip(*found, strict=True)))
+
+    def scale_of(self, part: str, rows: Tensor) -> Tensor | float:
+        """Returns what scales the rows of a factor like its sum."""
+        root = math.sqrt(self.boost)
+        return root if part == "A" else self.scaling.of_rows(self.examples, rows) * root
 
     def _scaled(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         root = math.sqrt(self.boost)
@@ -262,6 +277,14 @@ class _Seen:
 
 def _add_rows(pending: _Pending, seen: _Seen) -> None:
     """Adds the rows that are asked for."""
-    for part, rows in zip(("A", "G"), seen.rows(), strict=True):
-        if part in seen.request.rows and (seen.first or part == "G"):
-            pending.rows.setdefault(part, []).append(rows.flatten(1, 2))
+    request = seen.request
+    parts = [part for part in sorted(request.rows) if seen.first or part == "G"]
+    for part in parts:
+        if part not in pending.rows:
+            seed = request.sketch_seed ^ _SKETCH_SEEDS[part]
+            pending.rows[part] = RowStore(request.most_rows, request.sketch_size, seed & _DRAW_MASK)
+    for tile in seen.tiles_of_rows():
+        of_part: dict[str, Tensor] = dict(zip(("A", "G"), tile, strict=True))
+        for part in parts:
+            rows = of_part[part].flatten(1, 2)
+            pending.rows[part].add(rows * seen.scale_of(part, rows))

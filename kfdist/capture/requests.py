@@ -50,6 +50,9 @@ class Request:
         sums: Of "A", "G" (sums of Omega's and Gamma's terms), "a", "g" (mean vectors), "A_next", "G_next" (cross
             factors with the next block of its chain), "a_cross", "g_cross" (sums with all blocks of its coarse group).
         rows: Of "A", "G": all rows of the batch, with rows^T rows the factor's sum.
+        most_rows: Rows of a factor beyond which a sketch takes their place; None keeps all.
+        sketch_size: Rows of that sketch.
+        sketch_seed: Of that sketch; ranks need seeds of their own.
         samples: How many examples' rows to keep at most, drawn over all micro-batches of the step; None keeps none.
         sample_rows: At most so many rows of them, by the positions of the first call; None sets no such limit.
         sample_columns: Keep so many columns of an example's gradient in the place of more positions
@@ -59,6 +62,9 @@ class Request:
 
     sums: frozenset[str] = frozenset({"A", "G"})
     rows: frozenset[str] = frozenset()
+    most_rows: int | None = None
+    sketch_size: int = 0
+    sketch_seed: int = 0
     samples: int | None = None
     sample_rows: int | None = None
     sample_columns: int | None = None

@@ -56,13 +56,16 @@ class BatchStatistics:
         sums: Sums over examples by name; "A" of Omega's terms `[c, q, q]`, "G" of Gamma's `[c, p, p]`, and the further
             ones that `sum_shapes` lists.
         examples: How many examples are in the sums.
-        rows: By factor, all rows of the batch `[c, m, d]`, scaled so that rows^T rows is the factor's sum.
+        rows: By factor, all rows of the batch `[c, m, d]`, scaled so that rows^T rows is the factor's sum; or a sketch
+            of them, for which that holds in expectation.
+        sketched: The factors whose rows are a sketch.
         samples: Rows of single examples.
     """
 
     sums: dict[str, Tensor]
     examples: float
     rows: dict[str, Tensor] = field(default_factory=dict)
+    sketched: frozenset[str] = frozenset()
     samples: ExampleRows | None = None
 
 

@@ -16,6 +16,12 @@ def seed_of(run_seed: int, block: str, version: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def own_seed_of(run_seed: int, block: str, version: int, rank: int) -> int:
+    """Returns a seed like `seed_of` that differs from rank to rank."""
+    label = f"{seed_of(run_seed, block, version)}/{rank}"
+    return int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1
+
+
 class JobBook:
     """Jobs of the groups this rank is the courier rank of, from shipping to adoption.
 

@@ -21,7 +21,7 @@ from kfdist.runtime.calibration import calibrate
 from kfdist.runtime.counters import LateTotal, PipelineCounters
 from kfdist.runtime.digest import parameter_digest
 from kfdist.runtime.groups import BlockGroup
-from kfdist.runtime.jobs import seed_of
+from kfdist.runtime.jobs import own_seed_of, seed_of
 from kfdist.runtime.pipeline_parts import PipelineParts, PipelineSettings, StepReport
 from kfdist.runtime.precondition import Application, RawRows, precondition_gradients, solve
 from kfdist.runtime.reduction import ReducedStatistics
@@ -287,7 +287,9 @@ class Pipeline:
             if len(blocks) < len(group.blocks):
                 self.counters.fallbacks["no_snapshot"] += len(group.blocks) - len(blocks)
                 continue
-            if not any(all(p.grad is not None for p in block.parameters()) for block in blocks):
+            exchanged = any(each.exchanged for each in snapshot.preconditioners.values())
+            takes_part = any(all(p.grad is not None for p in block.parameters()) for block in blocks)
+            if not (takes_part or exchanged):  # all ranks enter an exchange, whatever gradients they have
                 continue
             applications.append(
                 Application(
@@ -408,7 +410,10 @@ class Pipeline:
         step, seed = self.next_step, self.settings.seed
         self.calibrating = self._may_calibrate(step)
         requests = self.parts.timetable.requests(
-            step, lambda name: seed_of(seed, name, step), calibrating=self.calibrating
+            step,
+            lambda name: seed_of(seed, name, step),
+            own_seed_of=lambda name: own_seed_of(seed, name, step, self.parts.communicators.training.rank),
+            calibrating=self.calibrating,
         )
         self.parts.capture.arm(requests)
 

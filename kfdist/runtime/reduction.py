@@ -83,10 +83,12 @@ def with_increment(
     for name, (c, d) in widths.items():
         size = needs.increment_rows if name in needs.increments else 0
         buffer = like.new_zeros(c, size, d)
-        if name in rows:
+        if size and batch is not None and name in rows:
             own = torch.where(finite, rows[name], torch.zeros_like(gain)).to(like.dtype)
             share = size // world_size
-            if own.shape[1] > share:
+            if name in batch.sketched:
+                buffer += own
+            elif own.shape[1] > share:
                 buffer += sketch_rows(own, size, seed=seed)
             else:
                 buffer[:, rank * share : rank * share + own.shape[1]] = own

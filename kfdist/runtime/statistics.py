@@ -1,6 +1,5 @@
 """The reduce verb: from each rank's sums and rows to jobs, or to inversions that every rank makes itself."""
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from kfdist.curvature.preconditioners import AbstractPreconditioner
 from kfdist.curvature.statistics import Samples
 from kfdist.errors import KfdistError
 from kfdist.runtime.groups import BlockGroup
-from kfdist.runtime.jobs import seed_of
+from kfdist.runtime.jobs import own_seed_of, seed_of
 from kfdist.runtime.reduction import (
     Contribution,
     ReducedStatistics,
@@ -263,9 +262,7 @@ class StatisticsReducer:
         )
 
     def _own_seed(self, name: BlockName, step: int) -> int:
-        """A seed that differs from rank to rank."""
-        label = f"{seed_of(self._seed, name, step)}/{self._communicator.rank}"
-        return int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1
+        return own_seed_of(self._seed, name, step, self._communicator.rank)
 
 
 def _count_dropped(sums: WeightedSums, rows: Iterable[Tensor]) -> None:

@@ -59,13 +59,19 @@ class Timetable:
         return self._schedule.count_until(group.index, step, self._periods[group.index])
 
     def requests(
-        self, step: int, seed_of: Callable[[str], int], *, calibrating: Collection[int]
+        self,
+        step: int,
+        seed_of: Callable[[str], int],
+        *,
+        own_seed_of: Callable[[str], int],
+        calibrating: Collection[int],
     ) -> Mapping[BlockName, Request]:
         """Returns what is to be measured of each block at `step`; blocks of which nothing is are left out.
 
         Args:
             step: The step.
             seed_of: Gives a block's seed for sub-sampling at this step.
+            own_seed_of: The same for what must differ from rank to rank.
             calibrating: Groups whose snapshot in use, or about to be, wants samples of this step.
         """
         requests = {}
@@ -76,6 +82,10 @@ class Timetable:
                 request = Request(
                     sums=needs.sums if folds else frozenset(),
                     rows=_BOTH if needs.applied_rows else needs.increments if updates else frozenset(),
+                    # An increment has room for so many rows of this rank; what an inverse is multiplied onto is whole.
+                    most_rows=None if needs.applied_rows else needs.increment_rows // self._world_size,
+                    sketch_size=needs.increment_rows,
+                    sketch_seed=own_seed_of(block.name),
                     seed=seed_of(block.name),
                     **self._samples(needs, updates=updates, calibrates=group.index in calibrating),
                 )

@@ -32,7 +32,7 @@ def due(ask: Any, group: BlockGroup, steps: int = 25) -> list[int]:
 
 
 def requests(table: Timetable, step: int, calibrating: tuple[int, ...] = ()) -> Mapping[str, Any]:
-    return table.requests(step, lambda name: 7, calibrating=calibrating)
+    return table.requests(step, lambda name: 7, own_seed_of=lambda name: 8, calibrating=calibrating)
 
 
 def test_methods_with_factors_fold_and_invert_by_the_schedule() -> None:

@@ -33,8 +33,8 @@ def small(directory: Path, *overrides: str):
         ("preconditioner.method=rskfac", "preconditioner.method", "did you mean 'rs-kfac'"),
         ("preconditioner.settings.rnk=3", "preconditioner.settings", "did you mean 'rank'"),
         ("preconditioner.settings.rank=0", "preconditioner.settings.rank", "at least 1"),
-        ('preconditioner.skip=["*"]', "", "no layer that can be preconditioned"),
-        ('preconditioner.skip=["nothing"]', "", "nothing"),
+        ('preconditioner.skip=["*"]', "preconditioner", "no layer that can be preconditioned"),
+        ('preconditioner.skip=["nothing"]', "preconditioner", "nothing"),
     ],
 )
 def test_bad_input_leaves_no_run_directory(tmp_path: Path, override: str, path: str, words: str):
