@@ -118,7 +118,11 @@ def _problem(d: int) -> tuple[Samples, Tensor]:
     a = torch.randn(1, EXAMPLES, 1, d, generator=generator) * fall
     g = torch.randn(1, EXAMPLES, 1, d, generator=generator) * fall
     samples = Samples(
-        a=a, g=g, weight=torch.ones(EXAMPLES), source=torch.zeros(EXAMPLES, dtype=torch.int64), positions=1.0
+        a=a,
+        g=g,
+        weight=torch.ones(EXAMPLES),
+        source=torch.zeros(EXAMPLES, dtype=torch.int64),
+        positions=torch.tensor(1.0),
     )
     return samples, (g.flatten(1, 2).mT @ a.flatten(1, 2)) / EXAMPLES
 

@@ -178,7 +178,7 @@ def _draw(*, n: int, t: int, p: int, q: int, common: float, seed: int) -> tuple[
         g=g[:, :n].contiguous(),
         weight=torch.ones(n, dtype=torch.float64),
         source=torch.zeros(n, dtype=torch.int64),
-        positions=float(t),
+        positions=torch.tensor(float(t)),
     )
     return samples, others
 

@@ -105,14 +105,15 @@ class Samples:
         g: `[c, n, T', p]`, of the per-example loss.
         weight: How many examples each one stands for, `[n]`; 0 for rows that only fill up.
         source: Rank that measured each example, int64 `[n]`.
-        positions: T. Rows may be fewer (compressed columns) or filled up with zeros.
+        positions: T, on average over the examples, a scalar. Rows may be fewer (compressed columns) or filled up with
+            zeros.
     """
 
     a: Tensor
     g: Tensor
     weight: Tensor
     source: Tensor
-    positions: float
+    positions: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

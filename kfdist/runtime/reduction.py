@@ -9,7 +9,7 @@ from torch import Tensor
 from kfdist.comm.groups import Communicator
 from kfdist.comm.reduce import reduce_flat
 from kfdist.curvature.estimate import SYMMETRIC, BatchStatistics, WeightedSums, all_finite, folding, packed_statistic
-from kfdist.curvature.records import PackedRecord, tensor_fields
+from kfdist.curvature.records import PackedRecord
 from kfdist.curvature.statistics import STATISTICS, Increment, MeanVectors, Needs, Samples
 from kfdist.linalg.lowrank import sketch_rows
 from kfdist.runtime.groups import BlockGroup
@@ -109,11 +109,9 @@ class ReducedStatistics:
         version: int,
         groups: Sequence[BlockGroup],
         tensors: Mapping[BlockName, Mapping[str, Tensor]],
-        statics: Mapping[BlockName, Mapping[str, float]],
     ) -> None:
         self.version = version
         self.groups = groups
-        self._statics = statics
         self._event: torch.cuda.Event | None = None
         self._tensors: dict[BlockName, dict[str, Tensor]] = {}
         for block, of_block in tensors.items():
@@ -140,7 +138,7 @@ class ReducedStatistics:
         records: dict[str, dict[BlockName, PackedRecord]] = {}
         for group in self.groups:
             found = {
-                block.name: _packed(group.inverter.statistic, self._tensors[block.name], self._statics[block.name])
+                block.name: _packed(group.inverter.statistic, self._tensors[block.name])
                 for block in group.blocks
                 if block.name in self._tensors
             }
@@ -167,18 +165,13 @@ def reduce_contributions(
     return tensors, sum(piece.numel() * piece.element_size() for piece in pieces)
 
 
-def samples_as_tensors(samples: Samples) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Takes samples apart into what `ReducedStatistics` carries."""
-    return tensor_fields(samples), {"positions": samples.positions}
-
-
-def _packed(statistic: type, tensors: Mapping[str, Tensor], statics: Mapping[str, float]) -> PackedRecord | None:
+def _packed(statistic: type, tensors: Mapping[str, Tensor]) -> PackedRecord | None:
     """Makes a job's record of what has reached the host; None where nothing was measured."""
     kind = next(name for name, known in STATISTICS.items() if known is statistic)
     if statistic is Samples:
         if not float(tensors[_WEIGHT].sum()) > 0.0:
             return None
-        return PackedRecord(kind=kind, tensors=dict(tensors), static=dict(statics))
+        return PackedRecord(kind=kind, tensors=dict(tensors), static={})
     if statistic is Increment:
         if _WEIGHT in tensors and not float(tensors[_WEIGHT]) > 0.0:
             return None  # no batch since the start was usable, so no increment held anything either

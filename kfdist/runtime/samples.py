@@ -43,7 +43,8 @@ class SampleExchange:
 
     A frame has room for so many examples of so many positions. The examples follow from the budget; the positions are
     the most that any rank had when the block was first due, agreed then. A shorter batch is filled up with zeros, a
-    longer one has its positions sub-sampled, scaled so that sum_t g_t a_t^T keeps its expectation.
+    longer one has its positions sub-sampled, scaled so that sums over them keep their expectation. How many positions
+    an example had travels with it.
 
     Args:
         communicator: Carries the rows.
@@ -86,7 +87,8 @@ class SampleExchange:
             rows = _fewer(rows, share, positions, request.seed)
         a, g, weight = _clean(rows, request.step_is_finite)
         source = torch.full((len(weight),), self._communicator.rank, device=self._device)
-        return Samples(a=a, g=g, weight=weight, source=source, positions=float(a.shape[2]))
+        positions = torch.full((), float(rows.positions), dtype=a.dtype, device=self._device)
+        return Samples(a=a, g=g, weight=weight, source=source, positions=positions)
 
     def _agree_on_frames(self, requests: Sequence[SampleRequest]) -> None:
         new = [request for request in requests if not self.frames.get(request.block)]
@@ -115,26 +117,28 @@ class SampleExchange:
         ]
         gathered = {}
         for index, request in enumerate(requests):
-            a, g, weight = (
-                torch.cat([rank[3 * index + field] for rank in of_ranks], dim=0 if field == 2 else 1)
-                for field in range(3)
+            a, g, weight, positions = (
+                torch.cat([rank[4 * index + field] for rank in of_ranks], dim=1 if field < 2 else 0)
+                for field in range(4)
             )
             per_rank = len(weight) // len(of_ranks)
             source = torch.arange(len(of_ranks), device=self._device).repeat_interleave(per_rank)
-            positions = float(self.frames[request.block])
-            gathered[request.block] = Samples(a=a, g=g, weight=weight, source=source, positions=positions)
+            gathered[request.block] = Samples(
+                a=a, g=g, weight=weight, source=source, positions=_weighted_mean(positions, weight)
+            )
         return gathered
 
-    def _framed(self, request: SampleRequest) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns this rank's rows as `[c, n, T, q]`, `[c, n, T, p]` and weights `[n]` in the frame's size."""
+    def _framed(self, request: SampleRequest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns rows `[c, n, T, q]` and `[c, n, T, p]` in the frame's size, weights `[n]`, and T of each example."""
         positions = self.frames[request.block]
         examples = examples_per_rank(request.budget, positions, self._communicator.world_size)
         kept = min(positions, request.budget.columns or positions)
         a = self._zeros(request, examples, kept, request.shape.d_in)
         g = self._zeros(request, examples, kept, request.shape.d_out)
         weight = a.new_zeros(examples)
+        own_positions = a.new_full((examples,), 0.0 if request.rows is None else float(request.rows.positions))
         if request.rows is None or not len(request.rows.weight):
-            return a, g, weight
+            return a, g, weight, own_positions
         most = positions if request.budget.columns is None else request.rows.a.shape[2]  # compressed below instead
         rows = _fewer(request.rows, examples, most, request.seed)
         own_a, own_g, own_weight = _clean(rows, request.step_is_finite)
@@ -142,7 +146,7 @@ class SampleExchange:
             own_a, own_g = compress_columns(own_a, own_g, kept)
         n, t = own_a.shape[1], own_a.shape[2]
         a[:, :n, :t], g[:, :n, :t], weight[:n] = own_a, own_g, own_weight
-        return a, g, weight
+        return a, g, weight, own_positions
 
     def _zeros(self, request: SampleRequest, examples: int, positions: int, width: int) -> Tensor:
         size = (request.shape.groups, examples, positions, width)
@@ -172,8 +176,18 @@ def _fewer(rows: ExampleRows, examples: int, positions: int, seed: int) -> Examp
     if a.shape[2] > positions:
         chosen = torch.randperm(a.shape[2], generator=generator)[:positions].sort().values
         chosen = chosen.to(a.device, non_blocking=True)
-        a, g = a[:, :, chosen], g[:, :, chosen] * (rows.a.shape[2] / positions)
+        # Half of the scale each: sums of g a^T, a a^T and g g^T all keep their expectation.
+        root = (rows.a.shape[2] / positions) ** 0.5
+        a, g = a[:, :, chosen] * root, g[:, :, chosen] * root
     return ExampleRows(a=a, g=g, weight=weight, positions=rows.positions)
+
+
+def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Returns the mean of `[n]` values by weight, 1 where all weights are zero."""
+    total = weight.sum()
+    some = total > 0
+    mean = (values * weight).sum() / torch.where(some, total, torch.ones_like(total))
+    return torch.where(some, mean, torch.ones_like(mean))
 
 
 def _clean(rows: ExampleRows, step_is_finite: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from kfdist.comm.groups import Communicator
 from kfdist.curvature.estimate import BatchStatistics, WeightedSums, all_finite, decay_at
 from kfdist.curvature.inverters.base import Inversion, Placement
 from kfdist.curvature.preconditioners import AbstractPreconditioner
+from kfdist.curvature.records import tensor_fields
 from kfdist.curvature.statistics import Samples
 from kfdist.errors import KfdistError
 from kfdist.runtime.groups import BlockGroup
@@ -20,7 +21,6 @@ from kfdist.runtime.reduction import (
     contribution_of_sums,
     on_device,
     reduce_contributions,
-    samples_as_tensors,
     with_increment,
 )
 from kfdist.runtime.samples import SampleExchange, SampleRequest
@@ -228,15 +228,13 @@ class StatisticsReducer:
         if not mine:
             return None
         carried: dict[BlockName, Mapping[str, Tensor]] = {}
-        statics: dict[BlockName, Mapping[str, float]] = {}
         for group in mine:
             for block in group.blocks:
-                statics[block.name] = {}
                 if block.name in gathered:
-                    carried[block.name], statics[block.name] = samples_as_tensors(gathered[block.name])
+                    carried[block.name] = tensor_fields(gathered[block.name])
                 elif tensors.get(block.name):
                     carried[block.name] = tensors[block.name]
-        return ReducedStatistics(step, mine, carried, statics)
+        return ReducedStatistics(step, mine, carried)
 
     def _invert_here(
         self,

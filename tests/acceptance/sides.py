@@ -122,7 +122,7 @@ def _fold(
         assert each.samples is not None
         a, g, weight = each.samples.a, each.samples.g, each.samples.weight.double()
         source = torch.zeros(len(weight), dtype=torch.int64)
-        samples[name] = Samples(a=a, g=g, weight=weight, source=source, positions=float(a.shape[2]))
+        samples[name] = Samples(a=a, g=g, weight=weight, source=source, positions=torch.tensor(float(a.shape[2])))
     return increments, samples
 
 

@@ -28,7 +28,7 @@ def make_samples(
         g=g.to(dtype),
         weight=torch.tensor(weight if weight is not None else [1.0] * n, dtype=dtype),
         source=torch.zeros(n, dtype=torch.int64),
-        positions=float(t) if positions is None else positions,
+        positions=torch.tensor(float(t) if positions is None else positions, dtype=dtype),
     )
 
 
@@ -59,7 +59,7 @@ def _samples(a: Tensor, g: Tensor) -> Samples:
         g=g.unsqueeze(2),
         weight=torch.ones(n, dtype=a.dtype),
         source=torch.zeros(n, dtype=torch.int64),
-        positions=1.0,
+        positions=torch.ones((), dtype=a.dtype),
     )
 
 

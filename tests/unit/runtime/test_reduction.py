@@ -118,7 +118,7 @@ def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
             world_size=1,
             seed=0,
         )
-        return ReducedStatistics(0, [group], {name: found.summed | found.common}, {name: {}}).records()[group.name]
+        return ReducedStatistics(0, [group], {name: found.summed | found.common}).records()[group.name]
 
     assert records(dense=False)[name].tensors["A"].shape == (1, 0)
     assert records(dense=True) == {}, "where nothing was ever measured there is nothing to invert"

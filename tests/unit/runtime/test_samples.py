@@ -58,12 +58,17 @@ def fisher_sum(samples: Samples | ExampleRows) -> Tensor:
     return (flat.mT * samples.weight) @ flat
 
 
+def second_moments(samples: Samples | ExampleRows) -> Tensor:
+    """Sums of a a^T and of g g^T over all rows, as one vector."""
+    return torch.cat([(side.mT @ side).sum((0, 1)).flatten() for side in (samples.a, samples.g)])
+
+
 def test_frames_are_agreed_and_filled_up() -> None:
     own = [rows(4, 2, seed=1), rows(3, 5, seed=2)]
     for samples in gathered(own):
         assert samples is not None
         assert samples.a.shape == (1, 8, 5, Q)
-        assert samples.positions == 5.0
+        assert float(samples.positions) == pytest.approx((4 * 2 + 3 * 5) / 7)  # of an example, on average
         assert samples.weight.tolist() == [1.0] * 7 + [0.0]
         assert samples.source.tolist() == [0] * 4 + [1] * 4
         torch.testing.assert_close(gradients(samples)[:4], gradients(own[0]))
@@ -162,20 +167,21 @@ def test_draws_of_examples_and_positions_are_unbiased() -> None:
     """Over 1000 seeds the mean of the Fisher sums is that of all examples; that of the gradients all positions'."""
     own, draws = rows(5, 4), 1000
 
-    def run(communicator: Any) -> tuple[Tensor, Tensor]:
+    def run(communicator: Any) -> tuple[Tensor, Tensor, Tensor]:
         exchange = SampleExchange(communicator, torch.device("cpu"))
         fisher, exchange.frames["all"], exchange.frames["two"] = [], 4, 2
-        sums = []
+        sums, moments = [], []
         for seed in range(draws):
             some = request(own, block="all", budget=SampleBudget(examples=2), seed=seed)
             fewer = request(own, block="two", budget=SampleBudget(examples=5), seed=seed)
             found = exchange.gather([some, fewer])
             fisher.append(fisher_sum(found["all"]))
             sums.append(gradients(found["two"]))
-        return torch.stack(fisher), torch.stack(sums)
+            moments.append(second_moments(found["two"]))
+        return torch.stack(fisher), torch.stack(sums), torch.stack(moments)
 
-    ((fisher, sums),) = in_lockstep(1, run)
-    for drawn, truth in ((fisher, fisher_sum(own)), (sums, gradients(own))):
+    ((fisher, sums, moments),) = in_lockstep(1, run)
+    for drawn, truth in ((fisher, fisher_sum(own)), (sums, gradients(own)), (moments, second_moments(own))):
         # Five standard errors of a mean of so many draws.
         error = drawn.std(0) / draws**0.5
         assert ((drawn.mean(0) - truth).abs() <= 5 * error + 1e-12).all()
