@@ -98,10 +98,9 @@ def test_two_ranks_equal_one_process_and_only_the_owner_solves() -> None:
     solver = ranks[0]["couriers"]["head"]
     assert [of_rank["solved"] for of_rank in ranks] == [6 * (rank == solver) for rank in range(2)]
     assert serial["coverage"]["fc"] == ("b-kfac", "Brand on A and G")
-    done = {name: sum(of_rank["by_method"].get(name, 0) for of_rank in ranks) for name in ("rs-kfac", "b-kfac")}
-    # Each inversion once, on one rank; the head's on both.
-    assert done == {name: serial["by_method"][name] for name in done}
-    assert [of_rank["by_method"]["cg-fac"] for of_rank in ranks] == [serial["by_method"]["cg-fac"]] * 2
+    # Each inversion counts once, also the head's, which every rank makes for itself.
+    done = {name: sum(of_rank["by_method"].get(name, 0) for of_rank in ranks) for name in serial["by_method"]}
+    assert done == serial["by_method"] and set(done) == {"rs-kfac", "b-kfac", "cg-fac"}
 
 
 def test_as_soon_as_possible_ranks_stay_equal() -> None:
