@@ -1,6 +1,6 @@
 """Brings the rows of single examples from all ranks to whoever inverts with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class SampleExchange:
         device: Where the rows live.
 
     Attributes:
-        frames: Positions by block.
+        frames: Positions by block; a checkpoint keeps them, whatever the first batch of a resumed run is.
         bytes_sent: What this rank contributed so far.
     """
 
@@ -151,10 +151,6 @@ class SampleExchange:
     def _zeros(self, request: SampleRequest, examples: int, positions: int, width: int) -> Tensor:
         size = (request.shape.groups, examples, positions, width)
         return torch.zeros(size, dtype=request.dtype, device=self._device)
-
-    def state(self) -> Mapping[BlockName, int]:
-        """Returns the frames: a resumed run must keep them, whatever its first batch is."""
-        return dict(self.frames)
 
 
 def examples_per_rank(budget: SampleBudget, positions: int, world_size: int) -> int:

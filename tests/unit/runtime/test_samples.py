@@ -99,7 +99,7 @@ def test_frames_are_agreed_when_some_rank_has_rows_and_then_kept() -> None:
             found = exchange.gather([request(batch[communicator.rank])])
             sizes.append(exchange.frames["layer"])
         resumed = SampleExchange(communicator, torch.device("cpu"))
-        resumed.frames.update(exchange.state())
+        resumed.frames.update(exchange.frames)
         resumed.gather([request(rows(1, 9))])
         assert resumed.frames["layer"] == 3
         return sizes, found["layer"]
