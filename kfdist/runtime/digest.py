@@ -22,7 +22,7 @@ def parameter_digest(tensors: Iterable[Tensor]) -> Tensor:
         places = torch.arange(index + 1, index + 1 + words.numel(), dtype=torch.int64, device=words.device)
         weights = places * _ODD[0] + (index * 2 + 1)
         mixed = words ^ ((words >> 29) & _WITHOUT_SIGN)  # a logical shift: then it is one-to-one
-        own = (mixed * (weights | 1)).sum() + _signed(_ODD[1]) * (index + 1)
+        own = (mixed * (weights | 1)).sum() + _wrapped(_ODD[1] * (index + 1))
         total = own if total is None else total * 31 + own
     return torch.zeros((), dtype=torch.int64) if total is None else total
 
@@ -38,5 +38,7 @@ def _words(tensor: Tensor) -> Tensor:
     return raw.view(torch.int64)
 
 
-def _signed(value: int) -> int:
+def _wrapped(value: int) -> int:
+    """Returns what is left of a Python integer modulo 2^64, as the int64 that tensors can be computed with."""
+    value %= 1 << 64
     return value - (1 << 64) if value >= 1 << 63 else value
