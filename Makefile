@@ -26,7 +26,7 @@ run: $(INSTALLED)  ## Trains the bundled example with every process in its place
 
 # Tests that start no process share the cores; the others have them for themselves, since some of them watch the clock.
 ALONE := tests/unit tests/contracts tests/architecture
-TOGETHER := tests/acceptance tests/control tests/distributed tests/end_to_end tests/links tests/pool
+TOGETHER := tests/acceptance tests/control tests/distributed tests/end_to_end tests/links tests/owner tests/pool
 
 test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
 	@status=0; \

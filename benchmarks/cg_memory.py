@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kfdist.bench.cg import CG_SETTINGS, SIZES, measure_cg
+from kfdist.bench.claim_b_cg import CG_SETTINGS, SIZES, measure_cg
 from kfdist.bench.environment import hardware, load_average, versions
 
 RESULT = Path(__file__).parent / "results" / "cg_memory.json"

@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kfdist.errors import KfdistError as KfdistError
     from kfdist.optim.adaptive import AdaptiveStep as AdaptiveStep
-    from kfdist.optim.settings import AdaptiveReport as AdaptiveReport
-    from kfdist.optim.settings import AdaptiveSettings as AdaptiveSettings
-    from kfdist.runtime.pipeline_parts import FixedLag as FixedLag
-    from kfdist.runtime.pipeline_parts import StepReport as StepReport
+    from kfdist.optim.adaptive_settings import AdaptiveReport as AdaptiveReport
+    from kfdist.optim.adaptive_settings import AdaptiveSettings as AdaptiveSettings
+    from kfdist.policies.staleness import StalenessPolicy as StalenessPolicy
+    from kfdist.runtime.invert.service import Service as Service
+    from kfdist.runtime.invert.service import connect as connect
     from kfdist.runtime.preconditioner import Preconditioner as Preconditioner
-    from kfdist.runtime.service import Service as Service
-    from kfdist.runtime.service import connect as connect
-    from kfdist.staleness import StalenessPolicy as StalenessPolicy
+    from kfdist.runtime.settings import FixedLag as FixedLag
+    from kfdist.runtime.settings import StepReport as StepReport
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdaptiveReport": "kfdist.optim.settings",
-    "AdaptiveSettings": "kfdist.optim.settings",
+    "AdaptiveReport": "kfdist.optim.adaptive_settings",
+    "AdaptiveSettings": "kfdist.optim.adaptive_settings",
     "AdaptiveStep": "kfdist.optim.adaptive",
-    "FixedLag": "kfdist.runtime.pipeline_parts",
+    "FixedLag": "kfdist.runtime.settings",
     "KfdistError": "kfdist.errors",
     "Preconditioner": "kfdist.runtime.preconditioner",
-    "Service": "kfdist.runtime.service",
-    "StalenessPolicy": "kfdist.staleness",
-    "StepReport": "kfdist.runtime.pipeline_parts",
-    "connect": "kfdist.runtime.service",
+    "Service": "kfdist.runtime.invert.service",
+    "StalenessPolicy": "kfdist.policies.staleness",
+    "StepReport": "kfdist.runtime.settings",
+    "connect": "kfdist.runtime.invert.service",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kfdist.runtime.summary import versions as versions
+from kfdist.training.summary import versions as versions
 
 
 def hardware() -> dict[str, Any]:

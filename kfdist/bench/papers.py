@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from kfdist.bench.brand import measure_brand
-from kfdist.bench.cg import measure_cg_claim
+from kfdist.bench.claim_a_brand import measure_brand
+from kfdist.bench.claim_b_cg import measure_cg_claim
+from kfdist.bench.claim_c_seng import measure_seng_claim
+from kfdist.bench.claim_d_reparametrisation import measure_reparametrisation
+from kfdist.bench.claim_e_widths import measure_widths
 from kfdist.bench.claims import ClaimResult
 from kfdist.bench.environment import hardware, load_average, versions
-from kfdist.bench.reparametrisation import measure_reparametrisation
-from kfdist.bench.seng import measure_seng_claim
-from kfdist.bench.widths import measure_widths
 from kfdist.errors import ConfigError
 
 CLAIMS: Mapping[str, Callable[[bool], ClaimResult]] = {

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kfdist.capture.coupled import ChainSums, CoarseSums
+from kfdist.capture.cross_sums import ChainSums, CoarseSums
 from kfdist.capture.passes import ForwardPass
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
 from kfdist.capture.reservoir import Reservoir
 from kfdist.capture.row_store import RowStore
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
+from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
-from kfdist.curvature.estimate import BatchStatistics
 
 _EXAMPLES_SEED = 0x5851F42D4C957F2D
 """Keeps the draw of examples independent of the draw of positions, which has the block's own seed."""

@@ -20,8 +20,8 @@ from kfdist.capture.observe import Observer, check_version, version_of
 from kfdist.capture.passes import NO_BACKWARD, ForwardPass, PassLog, current_backward, tensors_in
 from kfdist.capture.requests import FISHERS, SEED_MASK, Request, Sampling, check_requests
 from kfdist.capture.visits import Scaling, Unit, Visit
+from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.estimate import BatchStatistics
 from kfdist.errors import ConfigError, KfdistError
 
 _RANK_STRIDE = 0x5851F42D4C957F2D

@@ -44,7 +44,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be measured of one block in one step; the scales are those of `kfdist.curvature.estimate`.
+    """What is to be measured of one block in one step; the scales are those of `kfdist.curvature.averages`.
 
     Attributes:
         sums: Of "A", "G" (sums of Omega's and Gamma's terms), "a", "g" (mean vectors), "A_next", "G_next" (cross

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
+from kfdist.curvature.averages import ExampleRows
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
-from kfdist.curvature.estimate import ExampleRows
 from kfdist.errors import KfdistError
 from kfdist.linalg.compression import compress_columns
 

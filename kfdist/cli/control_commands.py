@@ -128,7 +128,7 @@ def _stop(
 ) -> None:
     """Ask all ranks of a run to write a checkpoint and end at the same step; the run can be resumed."""
     from kfdist.control.client import has_ended
-    from kfdist.control.records import RunState
+    from kfdist.control.run_rules import RunState
 
     def stop(client: "ControlClient") -> "RunView":
         view = client.stop(run)
@@ -163,8 +163,8 @@ def _steer(address: str, as_json: bool, action: "Callable[[ControlClient], RunVi
 
 @contextmanager
 def _client(address: str) -> "Iterator[ControlClient]":
-    from kfdist.config.fields import split_address
     from kfdist.control.client import ControlClient
+    from kfdist.system.addresses import split_address
 
     try:
         split_address(address)

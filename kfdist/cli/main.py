@@ -18,7 +18,7 @@ import typer
 from kfdist.cli import bench_command, control_commands, pool_command, train_command, worker_command
 from kfdist.errors import ConfigError, KfdistError
 from kfdist.exit_codes import ExitCode
-from kfdist.lifetime import launcher_pid, terminate_with_process
+from kfdist.system.lifetime import launcher_pid, terminate_with_process
 
 app = typer.Typer(
     name="kfdist",

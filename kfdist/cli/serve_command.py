@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from kfdist.control.server import Controller
+    from kfdist.control.controller import Controller
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +37,7 @@ def _serve(
     Training goes on without a controller; one that is started again on the same file knows all that it acknowledged.
     """
     from kfdist.config import load_config, to_toml
-    from kfdist.control.server import AnnouncedRun, ControllerOptions, serve
+    from kfdist.control.controller import AnnouncedRun, ControllerOptions, serve
     from kfdist.telemetry.logging import setup_logging
 
     checked = load_config(config, overrides=overrides or [])

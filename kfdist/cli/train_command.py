@@ -29,13 +29,13 @@ def _train(
     everything at once.
     """
     from kfdist.config import load_config
-    from kfdist.runtime.signals import stop_requests
-    from kfdist.runtime.terminal import Terminal
+    from kfdist.launch.signals import stop_requests
+    from kfdist.launch.terminal import Terminal
 
     checked = load_config(config, overrides=overrides or [], defaults=_FREE_PORTS)
     with stop_requests() as requests:
         # torch takes seconds to import; a bad configuration is told before that, and Ctrl-C is heard during it.
-        from kfdist.runtime.launch import train
+        from kfdist.launch.launcher import train
 
         code = train(checked, Terminal(as_json=as_json), requests)
     raise typer.Exit(code)

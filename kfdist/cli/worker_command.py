@@ -31,6 +31,6 @@ def register(app: typer.Typer) -> None:
             # Quoted, so that it is a string whatever it looks like.
             given.append(f'control.address="{controller}"')
         settings = load_config(config, overrides=given)
-        from kfdist.runtime.worker import run_worker
+        from kfdist.training.worker import run_worker
 
         raise typer.Exit(run_worker(settings))

@@ -2,7 +2,7 @@
 
 import torch
 
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 
 
 class PayloadBroadcast:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kfdist.comm.groups import Communicator, Pending
+from kfdist.comm.communicator import Communicator, Pending
 from kfdist.errors import KfdistError
 
 GRADIENT_BUCKET_BYTES = 25 * 1024 * 1024

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfdist.comm.groups import Communicator, Pending
+from kfdist.comm.communicator import Communicator, Pending
 
 
 class TableExchange:

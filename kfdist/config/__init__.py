@@ -1,6 +1,6 @@
 """The configuration: typed sections, read from defaults < file < environment < command line."""
 
-from kfdist.config.layers import config_from_table, load_config
+from kfdist.config.loading import config_from_table, load_config
 from kfdist.config.sections import (
     CheckpointSection,
     ClusterSection,

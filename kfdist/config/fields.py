@@ -1,11 +1,11 @@
 """The types of configuration values that several sections share."""
 
-import ipaddress
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from kfdist.config.toml import format_key
+from kfdist.system.addresses import is_loopback, split_address
 
 Scalar = bool | int | float | str
 """What a free-form `settings` table may hold."""
@@ -32,32 +32,6 @@ class FieldError(ValueError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Splits `host:port`; an IPv6 host stands in brackets.
-
-    Raises:
-        ValueError: It isn't of that form, or the port isn't in 0..65535.
-    """
-    host, separator, port = address.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ValueError("an IPv6 host goes in brackets, such as [::1]:7070")
-    if not separator or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ValueError("write host:port with a port from 0 to 65535, such as 127.0.0.1:7070 (port 0: any free one)")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Tells whether a host name or address is reachable from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _loopback_address(address: str) -> str:

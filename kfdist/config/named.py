@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kfdist.config.fields import Section
-from kfdist.config.messages import config_error, suggestion
+from kfdist.config.findings import config_error, suggestion
 from kfdist.errors import ConfigError
 
 S = TypeVar("S", bound=Section)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from kfdist.config.fields import Counts, FieldError, LoopbackAddress, Methods, Names, RayAddress, Section, Settings
 from kfdist.errors import ConfigError
-from kfdist.staleness import AtHardBound, StalenessPolicy
+from kfdist.policies.staleness import AtHardBound, StalenessPolicy
 
 
 class RunSection(Section):

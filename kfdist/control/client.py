@@ -7,12 +7,12 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from kfdist.control.records import RunState
+from kfdist.control.run_rules import RunState
 from kfdist.control.views import EventView, RunView, event_view, run_view
 from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
 from kfdist.rpc.channels import CALL_SECONDS, open_channel
-from kfdist.rpc.errors import code_of, fault_of
+from kfdist.rpc.status import code_of, fault_of
 
 WATCH_SECONDS = 60.0
 """Deadline of one call of a watch; the watch goes on with the next call, from the last revision."""

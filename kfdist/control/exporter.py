@@ -15,9 +15,10 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from kfdist.control.records import RunRecord, RunState
+from kfdist.control.run_rules import RunRecord, RunState
 from kfdist.control.series import Histogram, RunSeries, Sender
-from kfdist.rpc.servers import check_loopback, join_address, unbindable
+from kfdist.rpc.servers import check_loopback, unbindable
+from kfdist.system.addresses import join_address
 from kfdist.telemetry.metrics import METRICS, Kind, Metric
 from kfdist.types import Sample
 

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 import grpc
 
-from kfdist.assignment import assign
-from kfdist.control.messages import run_message
-from kfdist.control.records import AssignmentRecord, Change, Event, OwnerRecord, RunRecord
+from kfdist.control.protos import run_message
 from kfdist.control.rows import Answer, Batch, EventRecord, RunUpdate
+from kfdist.control.run_rules import AssignmentRecord, Change, Event, OwnerRecord, RunRecord
 from kfdist.control.store import Store
 from kfdist.control.watchers import QUEUED_CHANGES, Watchers
+from kfdist.policies.assignment import assign
 from kfdist.rpc._generated.kfdist.v1 import run_pb2
-from kfdist.rpc.errors import Refusal
+from kfdist.rpc.status import Refusal
 from kfdist.types import GroupSpec
 
 MAX_RUNS = 1000

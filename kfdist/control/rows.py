@@ -4,7 +4,7 @@ import json
 import sqlite3
 from dataclasses import asdict, dataclass
 
-from kfdist.control.records import AssignmentRecord, Event, OwnerRecord, RunRecord, RunState
+from kfdist.control.run_rules import AssignmentRecord, Event, OwnerRecord, RunRecord, RunState
 from kfdist.types import Desired, GroupSpec, RunSettings
 
 SCHEMA_VERSION = 1

@@ -6,10 +6,10 @@ from collections.abc import Collection
 
 import grpc
 
-from kfdist.assignment import POLICIES
-from kfdist.control.records import PHASES
+from kfdist.control.run_rules import PHASES
+from kfdist.policies.assignment import POLICIES
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, run_pb2
-from kfdist.rpc.errors import Refusal
+from kfdist.rpc.status import Refusal
 from kfdist.types import RUN_NAME_PATTERN
 
 NAME = re.compile(RUN_NAME_PATTERN)

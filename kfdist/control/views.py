@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from kfdist.control.records import RunState
+from kfdist.control.run_rules import RunState
 from kfdist.rpc._generated.kfdist.v1 import run_pb2
 
 _STATES: Mapping[int, RunState] = {run_pb2.RunState.Value(f"RUN_STATE_{state.name}"): state for state in RunState}

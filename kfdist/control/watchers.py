@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import grpc
 
 from kfdist.rpc._generated.kfdist.v1 import run_pb2
-from kfdist.rpc.errors import Refusal
+from kfdist.rpc.status import Refusal
 
 QUEUED_CHANGES = 256
 """Changes that may wait for a reader."""

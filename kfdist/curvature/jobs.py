@@ -1,4 +1,4 @@
-"""Jobs and results as bytes: the one wire format between ranks and whoever inverts (`kfdist.curvature.payload`).
+"""Jobs and results as bytes: the one wire format between ranks and whoever inverts (`kfdist.wire.payload`).
 
 The bytes of a result are a function of the job's bytes, the device and the thread count.
 """
@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter, Outcome, make_inverter
-from kfdist.curvature.inverters.base import Coupling
-from kfdist.curvature.inverters.ladder import BlockOutcome as BlockOutcome
-from kfdist.curvature.inverters.ladder import invert_group_with_ladder
-from kfdist.curvature.payload import (
+from kfdist.curvature.ladder import BlockOutcome as BlockOutcome
+from kfdist.curvature.ladder import invert_group_with_ladder
+from kfdist.curvature.preconditioners import PRECONDITIONERS, AbstractPreconditioner
+from kfdist.curvature.statistics import STATISTICS, Needs
+from kfdist.errors import ConfigError
+from kfdist.linalg.psd import triangle_size
+from kfdist.types import BlockName, BlockShape
+from kfdist.wire.payload import (
     add_tensors,
     check_count,
     check_positive,
@@ -25,12 +30,7 @@ from kfdist.curvature.payload import (
     tensors_under,
     write_payload,
 )
-from kfdist.curvature.preconditioners import PRECONDITIONERS, AbstractPreconditioner
-from kfdist.curvature.records import PackedRecord, move, pack, unpack
-from kfdist.curvature.statistics import STATISTICS, Needs
-from kfdist.errors import ConfigError
-from kfdist.linalg.psd import triangle_size
-from kfdist.types import BlockName, BlockShape
+from kfdist.wire.records import PackedRecord, move, pack, unpack
 
 NO_STATISTICS = "no statistics: every batch since the start was dropped or absent"
 """Reason of a failure that needed no inversion; see `failure_result`."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kfdist.curvature.records import symmetric_field
+from kfdist.wire.records import symmetric_field
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Samples:
 class Increment:
     """One folding of a moving average by rows, and dense factors where they are due (algorithms.md 4).
 
-    The sums S <- decay S + rows^T rows and w <- decay w + examples are those of `kfdist.curvature.estimate`: the
+    The sums S <- decay S + rows^T rows and w <- decay w + examples are those of `kfdist.curvature.averages`: the
     folding's gain 1 - rho is in the rows and in `examples` already.
 
     Attributes:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from kfdist.curvature.jobs import run_job
 from kfdist.errors import KfdistError
-from kfdist.links.base import AbstractLink, LinkContext, LinkCounters
+from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
 from kfdist.types import Job, JobResult, RunSettings, Sample
 
 

@@ -8,12 +8,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.errors import ConfigError
-from kfdist.runtime.learning_rate import is_number
-from kfdist.runtime.pipeline_parts import StepReport
+from kfdist.runtime.apply.rates import is_number
 from kfdist.runtime.preconditioner import Preconditioner
+from kfdist.runtime.settings import StepReport
 
 LOSSES = ("mse", "cross_entropy", "binary_cross_entropy")
 """Losses that are negative log-likelihoods of a known distribution; the last one takes logits."""

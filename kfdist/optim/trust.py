@@ -2,7 +2,7 @@
 
 import math
 
-from kfdist.optim.settings import AdaptiveSettings
+from kfdist.optim.adaptive_settings import AdaptiveSettings
 
 GOOD_RATIO = 3 / 4
 BAD_RATIO = 1 / 4

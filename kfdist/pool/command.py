@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.lifetime import watch_process
 from kfdist.pool.ray_cluster import ClusterOptions, RayCluster
 from kfdist.pool.supervisor import PoolOptions, Supervisor
+from kfdist.system.lifetime import watch_process
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

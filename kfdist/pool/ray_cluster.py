@@ -19,10 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import kfdist
 from kfdist.errors import EnvironmentFault
-from kfdist.pool import sweep
-from kfdist.pool.directory import make_directory, remove_stale
+from kfdist.pool import guardian
+from kfdist.pool.ray_directory import make_directory, remove_stale
+from kfdist.system.spawn import module_command, with_package
 
 LOCAL = "local"
 
@@ -75,8 +75,7 @@ class RayCluster:
         """
         self._options = options
         self._own = options.address == LOCAL
-        root = str(Path(kfdist.__path__[0]).resolve().parent)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+        environment.update(with_package(environment))
         environment["RAY_USAGE_STATS_ENABLED"] = "0"
         environment.setdefault("RAY_NUM_REDIS_GET_RETRIES", _CONNECT_TRIES)
         if not self._own:
@@ -98,12 +97,12 @@ class RayCluster:
 
     def close(self) -> None:
         """Disconnects; a Ray of our own ends, with all its processes and files. Safe to call twice."""
-        sweep.sweep(self.directory, word=_SLOW_TO_END)
+        guardian.sweep(self.directory, word=_SLOW_TO_END)
         with contextlib.suppress(Exception):  # Whatever it can't end in order is swept next.
             self.ray.shutdown()
-        if left := sweep.sweep(self.directory):
+        if left := guardian.sweep(self.directory):
             print(f"kfdist: processes {sorted(left)} of Ray outlast SIGKILL", file=sys.stderr)
-        sweep.remove(self.directory)
+        guardian.remove(self.directory)
         self._hold.close()
         if self._guardian.poll() is None:
             with contextlib.suppress(BrokenPipeError):
@@ -171,7 +170,7 @@ def _start_guardian(directory: Path) -> subprocess.Popen[bytes]:
     """Starts the process that cleans up should this one be killed."""
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", sweep.__name__, str(os.getpid()), str(directory)],
+            module_command(guardian.__name__, str(os.getpid()), str(directory)),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from kfdist.errors import EnvironmentFault
-from kfdist.pool.owner import Owner
+from kfdist.owner.owner_server import remembered_pid
+from kfdist.pool.actor import Owner
 from kfdist.pool.ray_cluster import RayCluster
-from kfdist.pool.server import remembered_pid
 
 _PING_PERIOD_SECONDS = 1.0
 _TICK_SECONDS = 0.2

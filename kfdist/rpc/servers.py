@@ -4,9 +4,9 @@ import errno
 import socket
 from typing import Protocol
 
-from kfdist.config.fields import is_loopback, split_address
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.rpc.channels import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, Options, message_limits
+from kfdist.system.addresses import is_loopback, join_address, split_address
 
 MAX_STREAMS_PER_CONNECTION = 1024
 
@@ -79,11 +79,6 @@ def bind(server: Bindable, address: str, *, path: str = "control.address") -> st
     if bound == 0:
         raise unbindable(host, port, path=path)
     return join_address(host, bound)
-
-
-def join_address(host: str, port: int) -> str:
-    """Returns "host:port", an IPv6 host in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def unbindable(host: str, port: int, *, path: str) -> EnvironmentFault:

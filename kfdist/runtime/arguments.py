@@ -7,20 +7,20 @@ import torch
 from torch import nn
 
 from kfdist.capture.requests import FISHERS
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
+from kfdist.curvature.auto import MeasuredCosts, measure_costs
+from kfdist.curvature.averages import WeightedSums, sum_shapes
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.choice import MeasuredCosts, measure_costs
-from kfdist.curvature.estimate import WeightedSums, sum_shapes
 from kfdist.curvature.fingerprint import fingerprint
-from kfdist.curvature.inverters.base import Coupling
+from kfdist.curvature.inverter import Coupling
 from kfdist.errors import ConfigError, EnvironmentFault, ModelChanged
-from kfdist.links.base import AbstractLink
+from kfdist.links.link import AbstractLink
 from kfdist.links.local import LocalLink
-from kfdist.runtime.groups import BlockGroup, find_layer
-from kfdist.runtime.learning_rate import Scalar, is_number
-from kfdist.runtime.pipeline_parts import FixedLag
-from kfdist.runtime.service import Service
-from kfdist.staleness import StalenessPolicy
+from kfdist.policies.staleness import StalenessPolicy
+from kfdist.runtime.apply.rates import Scalar, is_number
+from kfdist.runtime.invert.service import Service
+from kfdist.runtime.plan.groups import BlockGroup, find_layer
+from kfdist.runtime.settings import FixedLag
 from kfdist.types import BlockName
 
 
@@ -140,7 +140,7 @@ def make_link(link: Service | AbstractLink | None) -> AbstractLink:
         return LocalLink()
     if isinstance(link, AbstractLink):
         return link
-    from kfdist.links.remote import RemoteLink  # only runs with a service need it
+    from kfdist.links.rank.remote import RemoteLink  # only runs with a service need it
 
     return RemoteLink(link.address)
 

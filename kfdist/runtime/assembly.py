@@ -5,24 +5,24 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kfdist.adoption import AdoptionLedger
 from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import Sampling
-from kfdist.comm.own_groups import CommunicatorSet
+from kfdist.comm.communicator_set import CommunicatorSet
 from kfdist.comm.table import TableExchange
-from kfdist.curvature.inverters.base import Coupling
-from kfdist.links.base import AbstractLink
-from kfdist.runtime.agreement import Agreement
+from kfdist.curvature.inverter import Coupling
+from kfdist.links.link import AbstractLink
+from kfdist.policies.adoption import AdoptionLedger
+from kfdist.runtime.adopt.agreement import Agreement
+from kfdist.runtime.adopt.exchange import SnapshotExchange
+from kfdist.runtime.adopt.snapshots import SnapshotStore
 from kfdist.runtime.arguments import device_of, empty_sums
-from kfdist.runtime.exchange import SnapshotExchange
-from kfdist.runtime.groups import BlockPlan
-from kfdist.runtime.jobs import JobBook
+from kfdist.runtime.invert.job_book import JobBook
 from kfdist.runtime.pipeline import Pipeline
-from kfdist.runtime.pipeline_parts import PipelineParts, PipelineSettings
-from kfdist.runtime.samples import SampleExchange
-from kfdist.runtime.snapshots import SnapshotStore
-from kfdist.runtime.statistics import StatisticsReducer
-from kfdist.runtime.timetable import Timetable
+from kfdist.runtime.plan.groups import BlockPlan
+from kfdist.runtime.plan.timetable import Timetable
+from kfdist.runtime.reduce.example_rows import SampleExchange
+from kfdist.runtime.reduce.reducer import StatisticsReducer
+from kfdist.runtime.settings import PipelineParts, PipelineSettings
 
 
 @dataclass(frozen=True, kw_only=True)

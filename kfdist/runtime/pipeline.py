@@ -12,22 +12,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kfdist.adoption import NO_VERSION, AgreedTable, decode_table, encode_table
-from kfdist.curvature.estimate import BatchStatistics, WeightedSums, decay_at
-from kfdist.curvature.inverters.base import Placement
+from kfdist.curvature.averages import BatchStatistics, WeightedSums, decay_at
+from kfdist.curvature.inverter import Placement
 from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
 from kfdist.errors import ConfigError, RanksDiverged
-from kfdist.runtime.calibration import calibrate
+from kfdist.linalg.digest import parameter_digest
+from kfdist.policies.adoption import NO_VERSION, AgreedTable, decode_table, encode_table
+from kfdist.policies.staleness import Decision
+from kfdist.runtime.adopt.calibration import calibrate
+from kfdist.runtime.adopt.start import agree_on_start
+from kfdist.runtime.apply.directions import Application, RawRows, precondition_gradients, solve
 from kfdist.runtime.counters import LateTotal, PipelineCounters
-from kfdist.runtime.digest import parameter_digest
-from kfdist.runtime.groups import BlockGroup
-from kfdist.runtime.jobs import own_seed_of, seed_of
-from kfdist.runtime.pipeline_parts import PipelineParts, PipelineSettings, StepReport
-from kfdist.runtime.precondition import Application, RawRows, precondition_gradients, solve
-from kfdist.runtime.reduction import ReducedStatistics
-from kfdist.runtime.start import agree_on_start
-from kfdist.runtime.statistics import OwnInversion
-from kfdist.staleness import Decision
+from kfdist.runtime.invert.job_book import own_seed_of, seed_of
+from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.runtime.reduce.contributions import ReducedStatistics
+from kfdist.runtime.reduce.reducer import OwnInversion
+from kfdist.runtime.settings import PipelineParts, PipelineSettings, StepReport
 from kfdist.types import BlockName, Job, JobResult
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfdist.comm.groups import Communicator, Pending
-from kfdist.runtime.pipeline_parts import StepReport
+from kfdist.comm.communicator import Communicator, Pending
+from kfdist.runtime.settings import StepReport
 from kfdist.types import RunSettings, Sample
 
 

@@ -10,11 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from kfdist.capture.requests import Sampling
-from kfdist.comm.groups import Communicator, communicator
-from kfdist.comm.own_groups import make_communicators
-from kfdist.curvature.choice import MeasuredCosts
+from kfdist.comm.communicator import Communicator, communicator
+from kfdist.comm.communicator_set import make_communicators
+from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistError, KfdistWarning
-from kfdist.links.base import AbstractLink, LinkContext
+from kfdist.links.link import AbstractLink, LinkContext
+from kfdist.policies.schedule import Schedule
+from kfdist.policies.staleness import StalenessPolicy
+from kfdist.runtime.apply.rates import (
+    LearningRates,
+    Scalar,
+    check_unscaled,
+    finite_gradients,
+    step_before_optimizer,
+)
 from kfdist.runtime.arguments import (
     agreed_costs,
     check_applied_rows,
@@ -29,20 +38,11 @@ from kfdist.runtime.arguments import (
     make_link,
 )
 from kfdist.runtime.assembly import CaptureSettings, assemble
-from kfdist.runtime.groups import BlockGroup, Coverage, Method, bare_model, needs_costs, plan_blocks
-from kfdist.runtime.learning_rate import (
-    LearningRates,
-    Scalar,
-    check_unscaled,
-    finite_gradients,
-    step_before_optimizer,
-)
-from kfdist.runtime.pipeline_parts import FixedLag, PipelineSettings, StepReport
-from kfdist.runtime.report import pipeline_samples, pipeline_totals
-from kfdist.runtime.service import DEADLINE_SECONDS, Service, epoch_from_clock
+from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, epoch_from_clock
+from kfdist.runtime.plan.groups import BlockGroup, Coverage, Method, bare_model, needs_costs, plan_blocks
+from kfdist.runtime.settings import FixedLag, PipelineSettings, StepReport
 from kfdist.runtime.state import pipeline_state, restore_pipeline
-from kfdist.schedule import Schedule
-from kfdist.staleness import StalenessPolicy
+from kfdist.runtime.telemetry_samples import pipeline_samples, pipeline_totals
 from kfdist.types import Sample
 
 

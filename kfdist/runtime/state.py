@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfdist.curvature.estimate import SYMMETRIC, WeightedSums
+from kfdist.curvature.averages import SYMMETRIC, WeightedSums
 from kfdist.errors import CheckpointError, KfdistError
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from kfdist.runtime.pipeline import Pipeline

@@ -60,10 +60,10 @@ assert before == after, {key: (before[key], after[key]) for key in before if bef
     ("role", "statement", "forbidden"),
     [
         ("training script", "import kfdist; kfdist.Preconditioner, kfdist.connect, kfdist.FixedLag", {"ray", "grpc"}),
-        ("rank", "import kfdist.runtime.trainer, kfdist.links.remote", {"ray", "grpc"}),
-        ("launcher", "import kfdist.runtime.launch", {"ray", "grpc"}),
-        ("courier", "import kfdist.links.courier", {"ray", "torch"}),
-        ("controller", "import kfdist.control.server", {"ray", "torch"}),
+        ("rank", "import kfdist.training.trainer, kfdist.links.rank.remote", {"ray", "grpc"}),
+        ("launcher", "import kfdist.launch.launcher", {"ray", "grpc"}),
+        ("courier", "import kfdist.links.courier.__main__", {"ray", "torch"}),
+        ("controller", "import kfdist.control.controller", {"ray", "torch"}),
         ("command line", "import kfdist.cli.main", {"ray", "torch", "grpc", "sklearn", "numpy"}),
     ],
 )

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature import inverters
+from kfdist.curvature.inverter import Placement
 from kfdist.curvature.inverters import INVERTERS, AbstractInverter, Outcome, make_inverter
-from kfdist.curvature.inverters.base import Placement
-from kfdist.curvature.inverters.ladder import RESIDUAL_LIMIT, BlockOutcome, invert_with_ladder
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
-from kfdist.curvature.records import tensor_fields
+from kfdist.curvature.ladder import RESIDUAL_LIMIT, BlockOutcome, invert_with_ladder
 from kfdist.types import BlockShape
+from kfdist.wire.records import tensor_fields
 from tests.support.cases import CASES, DAMPING, TOLERANCE, InverterCase
 from tests.support.matrices import GOOD, C, P, Q, gaussian, make_factors, relative_error
 

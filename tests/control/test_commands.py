@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from kfdist.cli import control_commands
-from kfdist.control.records import RunState
+from kfdist.control.run_rules import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from tests.support.controller import ControllerThread, Member, eventually, sample
 

@@ -7,8 +7,8 @@ import time
 import grpc
 import pytest
 
-from kfdist.assignment import assign
-from kfdist.control.records import RunState
+from kfdist.control.run_rules import RunState
+from kfdist.policies.assignment import assign
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2
 from kfdist.types import GroupSpec
 from tests.support.controller import ControllerThread, Member, eventually, sample

@@ -17,7 +17,7 @@ USE_IT = """
 import json, os, signal, sys, threading, urllib.request
 from pathlib import Path
 from kfdist.cli.main import app
-from kfdist.control import server
+from kfdist.control import controller
 
 def use(controller):
     from kfdist.control.client import ControlClient
@@ -28,8 +28,8 @@ def use(controller):
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=work).start()
 
-server.serve(server.ControllerOptions(state=Path(sys.argv[1]), address="127.0.0.1:0", metrics_address="127.0.0.1:0"),
-             on_ready=use)
+options = controller.ControllerOptions(state=Path(sys.argv[1]), address="127.0.0.1:0", metrics_address="127.0.0.1:0")
+controller.serve(options, on_ready=use)
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 

@@ -13,7 +13,7 @@ from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import InvertRequest
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_channel
 from kfdist.rpc.chunking import PayloadError, PayloadTooLarge
-from kfdist.rpc.errors import MAX_SENTENCE_BYTES, Refusal, status_of
+from kfdist.rpc.status import MAX_SENTENCE_BYTES, Refusal, status_of
 from tests.support.controller import Member
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from kfdist.control.records import RunState
+from kfdist.control.run_rules import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.rpc._generated.kfdist.v1 import run_pb2
 from tests.support.controller import CALL_SECONDS
@@ -213,7 +213,7 @@ def test_create_prepares_a_known_run_for_its_next_start(client, member):
 
 
 def test_events_come_in_pages_and_the_client_asks_for_all(client, member, monkeypatch):
-    monkeypatch.setattr("kfdist.control.service.EVENTS_PER_CALL", 10)
+    monkeypatch.setattr("kfdist.control.run_service.EVENTS_PER_CALL", 10)
     client.create("r")
     for _ in range(24):
         client.checkpoint("r")

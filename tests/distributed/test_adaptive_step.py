@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import kfdist
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.curvature.inverters.kfac_eigen import KfacEigen
 from kfdist.errors import LossNotFinite
 from tests.support.ranks import run_ranks

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.curvature.jobs import NO_STATISTICS
 from kfdist.errors import EnvironmentFault, RanksDiverged
+from kfdist.policies.staleness import AtHardBound, StalenessPolicy
 from kfdist.runtime import preconditioner
-from kfdist.runtime.groups import plan_blocks
-from kfdist.runtime.pipeline_parts import FixedLag
-from kfdist.staleness import AtHardBound, StalenessPolicy
+from kfdist.runtime.plan.groups import plan_blocks
+from kfdist.runtime.settings import FixedLag
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.broadcasts import damage_broadcasts, slow_broadcasts
 from tests.support.delayed_link import DelayedLink

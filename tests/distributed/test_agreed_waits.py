@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.errors import Interrupted
-from kfdist.runtime.pipeline_parts import FixedLag
-from kfdist.staleness import StalenessPolicy
+from kfdist.policies.staleness import StalenessPolicy
+from kfdist.runtime.settings import FixedLag
 from kfdist.types import Desired, JobResult, RunSettings
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.ranks import run_ranks

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import kfdist
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import kfdist
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
+from kfdist.curvature.averages import decay_at
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.estimate import decay_at
 from kfdist.curvature.preconditioners import EkfacBasis
-from kfdist.runtime.pipeline_parts import FixedLag
+from kfdist.runtime.settings import FixedLag
 from tests.support.delayed_link import DelayedLink
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kfdist
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.curvature.inverters import make_inverter
 from tests.support.ranks import run_ranks

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 import kfdist
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.preconditioners import ConjugateGradient
 from kfdist.linalg.cg import CgSolution
-from kfdist.runtime.pipeline_parts import FixedLag
+from kfdist.runtime.settings import FixedLag
 from tests.support.delayed_link import DelayedLink
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images

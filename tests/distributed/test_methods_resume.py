@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.curvature.inverters import make_inverter
 from kfdist.errors import Interrupted
-from kfdist.runtime.flatten import pack, unpack
-from kfdist.runtime.pipeline_parts import FixedLag
+from kfdist.runtime.settings import FixedLag
 from kfdist.runtime.state import merge_states
+from kfdist.wire.tree import pack, unpack
 from tests.support.adoption_runs import TrainingRank
 from tests.support.ranks import run_ranks
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from tests.support.factors import armed_capture, assert_factors_equal, factors_of
 from tests.support.preconditioning import rows, two_layers
 from tests.support.ranks import run_ranks

@@ -3,9 +3,9 @@
 import torch
 import torch.distributed as dist
 
-from kfdist.comm.groups import Communicator
-from kfdist.comm.own_groups import CommunicatorSet, make_communicators
-from kfdist.runtime.pipeline_parts import FixedLag
+from kfdist.comm.communicator import Communicator
+from kfdist.comm.communicator_set import CommunicatorSet, make_communicators
+from kfdist.runtime.settings import FixedLag
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.ranks import run_ranks
 

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kfdist
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from tests.support.preconditioning import backward, two_layers
 from tests.support.ranks import run_ranks

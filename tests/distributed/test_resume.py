@@ -10,7 +10,7 @@ import torch
 
 from kfdist.errors import LossNotFinite
 from kfdist.links.local import LocalLink
-from kfdist.runtime import checkpoint, setup
+from kfdist.training import checkpoint, setup
 from kfdist.types import JobResult
 from tests.support.training import FIXED_LAG, Stop, checkpoint_states, events, parameters, train
 

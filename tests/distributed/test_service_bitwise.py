@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import kfdist
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
-from kfdist.links.remote import RemoteLink
+from kfdist.links.rank.remote import RemoteLink
 from tests.support.controller import ControllerThread
 from tests.support.owners import OwnerProcess
 from tests.support.ranks import run_ranks

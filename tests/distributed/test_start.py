@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 import kfdist
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.links.base import LinkContext
+from kfdist.links.link import LinkContext
 from kfdist.links.local import LocalLink
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.errors import CheckpointError, Interrupted, KfdistError, KfdistWarning
-from kfdist.runtime.flatten import pack, unpack
-from kfdist.runtime.pipeline_parts import FixedLag
+from kfdist.runtime.settings import FixedLag
 from kfdist.runtime.state import merge_states
 from kfdist.types import RunSettings
+from kfdist.wire.tree import pack, unpack
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.broadcasts import slow_broadcasts
 from tests.support.delayed_link import DelayedLink

@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from kfdist.comm.groups import Communicator
-from kfdist.comm.own_groups import TwoLevelCommunicator, make_communicators
+from kfdist.comm.communicator import Communicator
+from kfdist.comm.communicator_set import TwoLevelCommunicator, make_communicators
 from kfdist.comm.table import TableExchange
 from kfdist.runtime import preconditioner
-from kfdist.runtime.pipeline_parts import FixedLag
+from kfdist.runtime.settings import FixedLag
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.delayed_link import DelayedLink
 from tests.support.ranks import run_ranks

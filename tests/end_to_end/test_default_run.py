@@ -92,7 +92,7 @@ def test_every_process_is_in_its_place_while_it_trains(observed: Observed):
     assert count("-m kfdist worker") == 2, titles
     assert count("-m kfdist.links.courier") == 2, titles
     assert count("ray::Owner") == 2, titles
-    assert count("-m kfdist.pool.child") >= 2, titles
+    assert count("-m kfdist.owner.child") >= 2, titles
 
 
 def test_nothing_is_left_of_it(observed: Observed):

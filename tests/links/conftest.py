@@ -2,9 +2,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kfdist.links.base import LinkContext
-from kfdist.links.remote import RemoteLink, RemoteOptions
-from kfdist.pool.server import OwnerOptions, OwnerServer
+from kfdist.links.link import LinkContext
+from kfdist.links.rank.remote import RemoteLink, RemoteOptions
+from kfdist.owner.owner_server import OwnerOptions, OwnerServer
 from tests.support.controller import ControllerThread, eventually
 from tests.support.jobs import context
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kfdist.links.remote import RemoteLink
+from kfdist.links.rank.remote import RemoteLink
 from tests.support.controller import eventually
 from tests.support.jobs import collect, context, job, payload, result_of
 
@@ -98,7 +98,7 @@ def test_the_courier_ends_when_its_rank_is_killed(controller, owners):
     script = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from kfdist.links.remote import RemoteLink
+from kfdist.links.rank.remote import RemoteLink
 from tests.support.jobs import collect, context, job
 link = RemoteLink({controller.address!r})
 link.start(context(epoch=5))

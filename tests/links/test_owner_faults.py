@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kfdist.links.remote import RemoteLink
+from kfdist.links.rank.remote import RemoteLink
 from tests.support.controller import ControllerThread, eventually
 from tests.support.jobs import collect, context, job, payload, result_of
 from tests.support.owners import OwnerProcess

@@ -3,18 +3,14 @@
 import os
 import re
 import time
-from pathlib import Path
 
 import pytest
 
 from kfdist.errors import EnvironmentFault
-from kfdist.links.courier_process import _courier_environment
-from kfdist.links.remote import RemoteLink
+from kfdist.links.rank.remote import RemoteLink
 from kfdist.types import Desired, Sample
 from tests.support.controller import eventually, values
 from tests.support.jobs import RUN, collect, context, job, payload, result_of
-
-ROOT = str(Path(__file__).parents[2])
 
 
 def test_results_are_those_of_this_process(controller, owners, start_link):
@@ -197,8 +193,3 @@ def test_couriers_that_all_end_at_their_start_are_given_up(start_link, capfd):
     with pytest.raises(EnvironmentFault, match="3 couriers in a row ended before they had started"):
         eventually(lambda: (link.wait(0.1), link.poll())[1], bool)
     assert "No module named kfdist.no_such_module" in capfd.readouterr().err
-
-
-def test_the_courier_finds_kfdist_where_its_rank_found_it():
-    assert _courier_environment({"PYTHONPATH": "/a", "HOME": "/b"}) == {"PYTHONPATH": f"{ROOT}:/a", "HOME": "/b"}
-    assert _courier_environment({})["PYTHONPATH"] == ROOT

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import hashlib, os, sys
 sys.path.insert(0, {root!r})
-from kfdist.links.base import LinkContext
-from kfdist.links.remote import RemoteLink
+from kfdist.links.link import LinkContext
+from kfdist.links.rank.remote import RemoteLink
 from kfdist.types import GroupSpec, Job
 
 print("script runs in", os.getpid(), flush=True)  # once, or somebody has run it again

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from kfdist.links.remote import RemoteLink
-from kfdist.pool.sweep import ray_processes
+from kfdist.links.rank.remote import RemoteLink
+from kfdist.pool.guardian import ray_processes
 from tests.support.commands import Command
 from tests.support.controller import ControllerThread, eventually
 from tests.support.jobs import RUN, collect, context, job, payload, result_of
@@ -107,7 +107,7 @@ def test_owners_serve_and_look_as_they_should(pool, link):
     assert {result.owner for result in results.values()} == {"owner-0", "owner-1"}
     owners = pool.titled("ray::Owner")
     assert set(pool.owner_processes().values()) == set(owners)
-    children = pool.titled("kfdist.pool.child")
+    children = pool.titled("kfdist.owner.child")
     assert set(children.values()) == set(owners)  # each owner has one process that inverts
     shown = json.loads(pool.command.wait_for_line("owners"))["owners"]
     assert [(owner["owner_id"], owner["address"]) for owner in shown] == [
@@ -118,7 +118,7 @@ def test_owners_serve_and_look_as_they_should(pool, link):
 def test_torch_is_in_the_inversion_process_only(pool):
     for owner in pool.titled("ray::Owner"):
         assert "libtorch" not in Path(f"/proc/{owner}/maps").read_text()
-    for child in pool.titled("kfdist.pool.child"):
+    for child in pool.titled("kfdist.owner.child"):
         assert "libtorch" in Path(f"/proc/{child}/maps").read_text()
 
 
@@ -164,7 +164,7 @@ def test_an_owner_that_is_killed_comes_back_where_it_was(pool, link):
     assert after["owner-0"][0] == before["owner-0"][0]
     assert after["owner-1"] == before["owner-1"]
     assert pool.owner_processes()["owner-0"] != killed
-    eventually(lambda: len(pool.titled("kfdist.pool.child")), lambda count: count == 2)
+    eventually(lambda: len(pool.titled("kfdist.owner.child")), lambda count: count == 2)
 
 
 def test_an_owner_that_is_stopped_is_killed_and_comes_back(pool, link):
@@ -179,7 +179,7 @@ def test_an_owner_that_is_stopped_is_killed_and_comes_back(pool, link):
 
 def test_an_inversion_process_that_is_killed(pool, link):
     wanted = submit(link, "child", 16)
-    for child in pool.titled("kfdist.pool.child"):
+    for child in pool.titled("kfdist.owner.child"):
         os.kill(child, signal.SIGKILL)
     check(collect(link, 16, seconds=60), wanted)
     assert set(link.counters().resubmissions) <= {"crash"}

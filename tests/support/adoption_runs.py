@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kfdist
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.runtime.pipeline import Pipeline
 from tests.support.delayed_link import DelayedLink

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from kfdist.control.client import ControlClient
-from kfdist.control.server import Controller, ControllerOptions
+from kfdist.control.controller import Controller, ControllerOptions
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membership_pb2_grpc, run_pb2_grpc
 from kfdist.rpc.channels import open_channel
 

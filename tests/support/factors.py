@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import Request, Sampling
+from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block, make_block
-from kfdist.curvature.estimate import BatchStatistics
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """(Omega, Gamma) by layer, each [c, d, d]."""

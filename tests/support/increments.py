@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kfdist.curvature.estimate import decay_at
+from kfdist.curvature.averages import decay_at
+from kfdist.curvature.inverter import Inversion
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.inverters.base import Inversion
 from kfdist.curvature.statistics import Increment, KroneckerFactors
 from tests.support.matrices import gaussian
 

@@ -8,7 +8,7 @@ import torch
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import encode_job, run_job
 from kfdist.curvature.statistics import KroneckerFactors
-from kfdist.links.base import AbstractLink, LinkContext
+from kfdist.links.link import AbstractLink, LinkContext
 from kfdist.rpc.chunking import digest_of
 from kfdist.types import GroupSpec, Job, JobResult
 from tests.support.controller import eventually

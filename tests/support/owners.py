@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from kfdist.pool.server import OwnerOptions, OwnerServer
+from kfdist.owner.owner_server import OwnerOptions, OwnerServer
 from tests.support import slow_child
 
 

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "kfdist.runtime.worker"])
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "kfdist.training.worker"])
 
 
 def _rank_main(
@@ -25,7 +25,7 @@ def _rank_main(
     import torch
     import torch.distributed as dist  # noqa: TID251  # ranks of a test join by themselves
 
-    from kfdist.comm.groups import Communicator
+    from kfdist.comm.communicator import Communicator
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kfdist.curvature.inverters import Seng
 from kfdist.curvature.preconditioners import Memory
-from kfdist.curvature.preconditioners.seng import SengPreconditioner
+from kfdist.curvature.preconditioners.seng_directions import SengPreconditioner
 from kfdist.curvature.references_samples import example_gradients
 from kfdist.curvature.statistics import Samples
 

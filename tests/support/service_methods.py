@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.config import load_config
 from kfdist.curvature.preconditioners import AbstractPreconditioner
-from kfdist.runtime.checkpoint import CheckpointStore
-from kfdist.runtime.groups import CoverageRow
-from kfdist.runtime.metrics_log import MetricsLog
+from kfdist.runtime.plan.groups import CoverageRow
 from kfdist.runtime.preconditioner import Preconditioner
-from kfdist.runtime.progress import NoProgress
-from kfdist.runtime.setup import gather_materials, make_training
-from kfdist.runtime.summary import parameter_sha256
-from kfdist.runtime.trainer import Outputs, Trainer
-from kfdist.runtime.training_state import Standing, Training
+from kfdist.training.checkpoint import CheckpointStore
+from kfdist.training.metrics_log import MetricsLog
+from kfdist.training.progress import NoProgress
+from kfdist.training.run_state import Standing, Training
+from kfdist.training.setup import gather_materials, make_training
+from kfdist.training.summary import parameter_sha256
+from kfdist.training.trainer import Outputs, Trainer
 from tests.support.commands import Command
 from tests.support.controller import ControllerThread, eventually
 from tests.support.ranks import run_ranks

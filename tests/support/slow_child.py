@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from kfdist.curvature import jobs
-from kfdist.pool import child
+from kfdist.owner import child
 
 VARIABLE = "SLOW_CHILD"
 

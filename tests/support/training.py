@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.config import load_config
-from kfdist.runtime.flatten import unpack
-from kfdist.runtime.worker import train_together
+from kfdist.training.worker import train_together
+from kfdist.wire.tree import unpack
 from tests.support.ranks import run_ranks
 
 SMALL = """

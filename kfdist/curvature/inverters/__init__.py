@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from kfdist.curvature.inverter import AbstractInverter as AbstractInverter
+from kfdist.curvature.inverter import Inversion as Inversion
+from kfdist.curvature.inverter import Outcome as Outcome
 from kfdist.curvature.inverters.b_kfac import BKfac as BKfac
 from kfdist.curvature.inverters.b_kfac import BKfacC as BKfacC
 from kfdist.curvature.inverters.b_kfac import BRKfac as BRKfac
-from kfdist.curvature.inverters.base import AbstractInverter as AbstractInverter
-from kfdist.curvature.inverters.base import Inversion as Inversion
-from kfdist.curvature.inverters.base import Outcome as Outcome
 from kfdist.curvature.inverters.cg_fac import CgFac as CgFac
 from kfdist.curvature.inverters.ekfac import Ekfac as Ekfac
 from kfdist.curvature.inverters.eva import Eva as Eva
@@ -53,7 +53,7 @@ def make_inverter(name: str, /, **settings: Any) -> AbstractInverter:
     if name == "auto":
         raise ConfigError(
             "auto isn't an inverter, it chooses one per block; give it as a Preconditioner's method, or use "
-            "kfdist.curvature.choice.make_choice",
+            "kfdist.curvature.auto.make_choice",
             path="method",
         )
     if name not in INVERTERS:

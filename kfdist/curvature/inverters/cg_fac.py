@@ -7,8 +7,8 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Placement
-from kfdist.curvature.inverters.checks import check_choice, check_count, check_switch
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Placement
+from kfdist.curvature.inverter_checks import check_choice, check_count, check_switch
 from kfdist.curvature.preconditioners import AbstractPreconditioner, ConjugateGradient
 from kfdist.curvature.preconditioners.conjugate_gradient import CgOperator, CgPlace
 from kfdist.curvature.statistics import Needs, SampleBudget, Samples

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverters.checks import check_count
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverter_checks import check_count
 from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
-from kfdist.curvature.inverters.spectra import full_spectrum
 from kfdist.curvature.preconditioners import AbstractPreconditioner, EkfacBasis
+from kfdist.curvature.spectra import full_spectrum
 from kfdist.curvature.statistics import KroneckerFactors, Needs, SampleBudget
 from kfdist.linalg.psd import trace
 from kfdist.types import BlockShape

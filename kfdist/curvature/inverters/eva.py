@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Placement
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Placement
 from kfdist.curvature.preconditioners import AbstractPreconditioner, EvaPreconditioner
 from kfdist.curvature.statistics import MeanVectors, Needs
 from kfdist.types import BlockShape

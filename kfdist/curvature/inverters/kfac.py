@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverters.checks import check_choice, probes_like
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverter_checks import check_choice, probes_like
 from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerInverse
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.kronecker import split_by_largest, split_by_trace

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverters.checks import check_choice
-from kfdist.curvature.inverters.spectra import assemble, full_spectrum
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverter_checks import check_choice
 from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum
+from kfdist.curvature.spectra import assemble, full_spectrum
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.kronecker import DampingRule
 from kfdist.types import BlockShape

@@ -8,8 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverters.base import AbstractInverter, Coupling, Inversion, Outcome
-from kfdist.curvature.inverters.checks import NEGATIVE_TOLERANCE, check_switch, probes_like
+from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion, Outcome
+from kfdist.curvature.inverter_checks import NEGATIVE_TOLERANCE, check_switch, probes_like
 from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
 from kfdist.curvature.preconditioners import AbstractPreconditioner, ChainLink
 from kfdist.curvature.statistics import ChainFactors, Needs

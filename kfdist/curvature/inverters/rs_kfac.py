@@ -7,17 +7,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverters.checks import check_choice, check_count, check_switch
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverter_checks import check_choice, check_count, check_switch
 from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
-from kfdist.curvature.inverters.spectra import (
+from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum
+from kfdist.curvature.spectra import (
     AdaptiveRank,
     Decomposition,
     FactorSpectrum,
     assemble,
     randomized_spectrum,
 )
-from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.errors import ConfigError
 from kfdist.linalg.kronecker import DampingRule

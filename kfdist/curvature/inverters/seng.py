@@ -7,11 +7,11 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverters.base import AbstractInverter, Inversion, Outcome, split_seed
-from kfdist.curvature.inverters.checks import check_choice, check_count, probes_like
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome, split_seed
+from kfdist.curvature.inverter_checks import check_choice, check_count, probes_like
 from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
 from kfdist.curvature.preconditioners import AbstractPreconditioner
-from kfdist.curvature.preconditioners.seng import (
+from kfdist.curvature.preconditioners.seng_directions import (
     BackProjection,
     Scaling,
     SengExplicit,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kfdist.curvature.inverters.rs_kfac import AbstractSketchedKfac
-from kfdist.curvature.inverters.spectra import Decomposition
+from kfdist.curvature.spectra import Decomposition
 
 
 @dataclass(frozen=True, kw_only=True)

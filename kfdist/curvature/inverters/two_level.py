@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverters.base import AbstractInverter, Coupling, Inversion, Outcome, Placement
-from kfdist.curvature.inverters.checks import check_choice
+from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion, Outcome, Placement
+from kfdist.curvature.inverter_checks import check_choice
 from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum, TwoLevelBlock
-from kfdist.curvature.preconditioners.two_level import Combination
+from kfdist.curvature.preconditioners.two_level_inverse import Combination
 from kfdist.curvature.statistics import CoarseFactors, KroneckerFactors, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import symmetrise

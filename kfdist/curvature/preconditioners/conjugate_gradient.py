@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from kfdist.curvature.preconditioners.base import AbstractPreconditioner, Memory
+from kfdist.curvature.inverse import AbstractPreconditioner, Memory
 from kfdist.linalg.cg import CgSolution, conjugate_gradient
 from kfdist.linalg.row_products import fisher_diagonal, fisher_product, kronecker_product
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kfdist.bench.cg import CG_SETTINGS, measure_cg
+from kfdist.bench.claim_b_cg import CG_SETTINGS, measure_cg
 from kfdist.bench.memory import AllocationCounter
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from kfdist.bench.brand import COST_LIMIT, ERROR_LIMIT, judge_cost, judge_error
-from kfdist.bench.cg import judge_cg
+from kfdist.bench.claim_a_brand import COST_LIMIT, ERROR_LIMIT, judge_cost, judge_error
+from kfdist.bench.claim_b_cg import judge_cg
+from kfdist.bench.claim_c_seng import judge_seng
+from kfdist.bench.claim_d_reparametrisation import Convnet, Coordinates, judge_trajectories
+from kfdist.bench.claim_e_widths import exponent, judge
 from kfdist.bench.claims import ClaimResult, Part, Verdict, all_of, verdict_of
 from kfdist.bench.papers import CLAIMS, checked_claims, describe, run_claims
-from kfdist.bench.reparametrisation import Convnet, Coordinates, judge_trajectories
-from kfdist.bench.seng import judge_seng
-from kfdist.bench.widths import exponent, judge
 from kfdist.cli.main import run
 from kfdist.errors import ConfigError
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, Request, Sampling
-from kfdist.curvature.estimate import BatchStatistics
+from kfdist.curvature.averages import BatchStatistics
 from kfdist.errors import ConfigError, KfdistError
 from tests.support.factors import Factors, armed_capture, blocks_of, rows_by_definition
 from tests.support.small_models import images, small_cnn

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, Sampling
-from kfdist.comm.groups import Communicator
-from kfdist.curvature.estimate import WeightedSums, sum_shapes
+from kfdist.comm.communicator import Communicator
+from kfdist.curvature.averages import WeightedSums, sum_shapes
 from kfdist.curvature.preconditioners import KroneckerInverse
 from kfdist.curvature.statistics import Needs
-from kfdist.runtime.learning_rate import finite_gradients
-from kfdist.runtime.precondition import Application, precondition_gradients
+from kfdist.runtime.apply.directions import Application, precondition_gradients
+from kfdist.runtime.apply.rates import finite_gradients
 from tests.support.factors import armed_capture, blocks_of
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2"}

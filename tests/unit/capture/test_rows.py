@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from kfdist.capture import reservoir
 from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import Request, Sampling
+from kfdist.curvature.averages import BatchStatistics, ExampleRows
 from kfdist.curvature.blocks import Block, make_block
-from kfdist.curvature.estimate import BatchStatistics, ExampleRows
 from kfdist.curvature.references import empirical_fisher, per_example_gradients
 from kfdist.errors import ConfigError, KfdistError
 from tests.support.factors import Factors, armed_capture, blocks_of, rows_by_definition

@@ -6,11 +6,11 @@ import pytest
 from torch import nn
 
 from kfdist.config import load_config, to_toml
-from kfdist.curvature.choice import Auto
+from kfdist.curvature.auto import Auto
 from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.errors import ConfigError
-from kfdist.runtime.groups import Method
-from kfdist.runtime.setup import make_method
+from kfdist.runtime.plan.groups import Method
+from kfdist.training.setup import make_method
 
 
 def method_of(*overrides: str, file: Path | None = None) -> Method | None:

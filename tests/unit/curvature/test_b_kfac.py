@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfdist.curvature.inverter import Inversion
 from kfdist.curvature.inverters import Outcome, make_inverter
-from kfdist.curvature.inverters.base import Inversion
-from kfdist.curvature.inverters.ladder import invert_with_ladder
+from kfdist.curvature.ladder import invert_with_ladder
 from kfdist.curvature.preconditioners import KroneckerSpectrum
-from kfdist.curvature.records import tensor_fields
 from kfdist.curvature.references import leading_part
 from kfdist.curvature.statistics import Increment, KroneckerFactors
 from kfdist.linalg.brand import orthogonality_error
+from kfdist.wire.records import tensor_fields
 from tests.support.increments import folding_sequence, run_chain
 from tests.support.matrices import gaussian, relative_error
 

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfdist.bench.memory import AllocationCounter
+from kfdist.curvature.inverter import Placement
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.inverters.base import Placement
 from kfdist.curvature.preconditioners import ConjugateGradient, Memory
-from kfdist.curvature.records import tensor_fields
 from kfdist.curvature.references import dense_kronecker, solve_dense
 from kfdist.curvature.references_samples import factors_of_rows, weighted_fisher
 from kfdist.curvature.statistics import Samples
@@ -20,6 +19,7 @@ from kfdist.errors import ConfigError
 from kfdist.linalg import row_products
 from kfdist.linalg.row_products import fisher_diagonal, fisher_product, kronecker_product
 from kfdist.types import BlockShape
+from kfdist.wire.records import tensor_fields
 from tests.support.matrices import gaussian, relative_error
 from tests.support.samples import make_samples
 

@@ -9,15 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfdist.bench.memory import AllocationCounter
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.inverters.ladder import invert_with_ladder
+from kfdist.curvature.ladder import invert_with_ladder
 from kfdist.curvature.preconditioners import EkfacBasis, KroneckerSpectrum, Memory
-from kfdist.curvature.records import tensor_fields
 from kfdist.curvature.references import dense_kronecker, solve_dense
 from kfdist.curvature.references_samples import example_gradients, factors_of_rows, weighted_fisher
 from kfdist.curvature.statistics import KroneckerFactors, Samples
 from kfdist.errors import ConfigError
 from kfdist.linalg import row_products
 from kfdist.types import BlockShape
+from kfdist.wire.records import tensor_fields
 from tests.support.matrices import gaussian, relative_error
 from tests.support.samples import make_samples
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from kfdist.curvature.fingerprint import fingerprint
+from kfdist.curvature.inverter import split_seed
 from kfdist.curvature.inverters import INVERTERS, make_inverter
-from kfdist.curvature.inverters.base import split_seed
 from kfdist.errors import ConfigError
 from kfdist.types import BlockShape
 

@@ -20,9 +20,9 @@ from kfdist.curvature.jobs import (
     job_threads,
     run_job,
 )
-from kfdist.curvature.records import tensor_fields
 from kfdist.curvature.statistics import Increment, KroneckerFactors, Needs
 from kfdist.types import BlockShape
+from kfdist.wire.records import tensor_fields
 from tests.support.matrices import C, P, Q, gaussian, make_factors
 
 

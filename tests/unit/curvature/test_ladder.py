@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverters import AbstractInverter, Inversion, Outcome, make_inverter
-from kfdist.curvature.inverters.ladder import DAMPING_FACTORS, RESIDUAL_LIMIT, invert_with_ladder
+from kfdist.curvature.ladder import DAMPING_FACTORS, RESIDUAL_LIMIT, invert_with_ladder
 from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerInverse
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.types import BlockShape

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature.estimate import BatchStatistics, WeightedSums
+from kfdist.curvature.averages import BatchStatistics, WeightedSums
 from kfdist.curvature.inverters import AbstractInverter, Outcome, make_inverter
-from kfdist.curvature.inverters.ladder import BlockOutcome, invert_with_ladder
-from kfdist.curvature.inverters.spectra import AdaptiveRank
+from kfdist.curvature.ladder import BlockOutcome, invert_with_ladder
 from kfdist.curvature.preconditioners import KroneckerSpectrum
 from kfdist.curvature.references import damping_shares, leading_part, solve_factored_dense
+from kfdist.curvature.spectra import AdaptiveRank
 from kfdist.curvature.statistics import KroneckerFactors
 from tests.support.matrices import gaussian, relative_error, with_spectrum
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverters import CgFac, Seng
-from kfdist.curvature.preconditioners.seng import SengExplicit, SengImplicit
+from kfdist.curvature.preconditioners.seng_directions import SengExplicit, SengImplicit
 from kfdist.curvature.references import solve_dense
 from kfdist.curvature.references_samples import example_gradients, weighted_fisher
 from kfdist.curvature.statistics import Samples

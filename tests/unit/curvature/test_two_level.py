@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverters import Outcome, TwoLevel, make_inverter
-from kfdist.curvature.inverters.ladder import BlockOutcome, invert_group_with_ladder, invert_with_ladder
 from kfdist.curvature.inverters.two_level import inner_sums
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
+from kfdist.curvature.ladder import BlockOutcome, invert_group_with_ladder, invert_with_ladder
 from kfdist.curvature.preconditioners import KroneckerSpectrum, TwoLevelBlock
-from kfdist.curvature.records import tensor_fields
 from kfdist.curvature.references import damping_shares, dense_kronecker
 from kfdist.curvature.references_coupled import dense, flat, restriction
 from kfdist.curvature.statistics import CoarseFactors
 from kfdist.errors import ConfigError
 from kfdist.types import BlockShape
+from kfdist.wire.records import tensor_fields
 from tests.support.coupled import Chain, small_chain
 from tests.support.matrices import gaussian, relative_error
 

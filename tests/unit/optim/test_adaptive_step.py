@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kfdist.comm.groups import Communicator
+from kfdist.comm.communicator import Communicator
 from kfdist.errors import CheckpointError, ConfigError, Interrupted, LossNotFinite
 from kfdist.optim import adaptive
 from kfdist.optim.adaptive import AdaptiveStep
+from kfdist.optim.adaptive_settings import AdaptiveSettings
 from kfdist.optim.output_fisher import NoForwardDerivative
 from kfdist.optim.requirements import Source
-from kfdist.optim.settings import AdaptiveSettings
 
 EXACT = 1e-10
 """float64 sums of at most a few hundred terms."""

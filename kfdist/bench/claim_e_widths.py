@@ -1,0 +1,180 @@
+"""One update of RS-KFAC against K-FAC's, by the width of a square layer (arXiv 2206.15397; docs/papers.md, claim e).
+
+An update is the inversion of both d x d factors and one application, as when a block is inverted; sums of outer
+products, alike for all, aren't in it. CPU seconds of one thread, float32. The factors' eigenvalues fall as 1/k^2, which
+is milder than what training shows (algorithms.md 3.1), and are dense: rotated by random reflections.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfdist.bench.claims import ClaimResult, Part, all_of
+from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.statistics import KroneckerFactors
+
+TITLE = "RS-KFAC's update is cheaper than K-FAC's in wide layers, and grows as d^2, not d^3 (2206.15397)"
+WIDE = 1024
+EXPONENT_LIMIT = 2.5
+
+METHODS: dict[str, dict[str, Any]] = {
+    "kfac": {},
+    "kfac-eigen": {"damping_rule": "pi"},
+    "rs-kfac": {},
+}
+"""Cholesky; eigendecompositions; sketches of the published rank."""
+
+DAMPING = 1e-4
+REFLECTIONS = 4
+TARGET_SECONDS, MOST_REPETITIONS = 3.0, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sizes of the experiment.
+
+    Attributes:
+        sizes: d, rising.
+        limit_seconds: A method isn't run at a size if from its size before, growing as d^3, it would take longer.
+        rank: Of rs-kfac.
+        wide: d from which on RS-KFAC is to be cheaper.
+    """
+
+    sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    limit_seconds: float = 30.0
+    rank: int = 220
+    wide: int = WIDE
+
+
+QUICK = Settings(sizes=(32, 64), rank=8, wide=64)
+
+
+def measure_widths(quick: bool = False) -> ClaimResult:
+    """Measures claim e.
+
+    The rule, fixed before the measurement: shown if at every d >= 1024 where both were measured, an update of RS-KFAC
+    takes fewer seconds than one of K-FAC, by eigendecomposition and by Cholesky too, and the exponent of its seconds
+    from d = 1024 up is at most 2.5, where that of the eigendecompositions is more.
+
+    Args:
+        quick: Tiny sizes, which take no time and say nothing.
+    """
+    settings = QUICK if quick else Settings()
+    rows = _measure_sizes(settings)
+    return ClaimResult(
+        claim="e",
+        title=TITLE,
+        parts=judge(rows, wide=settings.wide),
+        figures={"sizes": rows},
+        conditions={
+            "layer": "d x d, square factors with eigenvalues 1/k^2, dense",
+            "methods": {**METHODS, "rs-kfac": _settings_of("rs-kfac", settings)},
+            "rs-kfac_defaults": "oversampling 10, 4 power iterations, damping rule pi",
+            "damping": DAMPING,
+            "dtype": "float32",
+            "seconds": "least of up to five repetitions, CPU time of one thread",
+            "limit_seconds": settings.limit_seconds,
+        },
+    )
+
+
+def judge(rows: Sequence[dict[str, Any]], *, wide: int) -> tuple[Part, ...]:
+    """Applies the rule of `measure_widths` to its rows."""
+    large = [row for row in rows if row["d"] >= wide]
+    parts = []
+    for other, label in (("kfac-eigen", "by eigendecomposition"), ("kfac", "by Cholesky")):
+        pairs = [(row["d"], row["rs-kfac"], row[other]) for row in large if row["rs-kfac"] and row[other]]
+        seen = ", ".join(
+            f"d = {d}: {rs['seconds']:.3g} s, not {its['seconds']:.3g} s ({its['seconds'] / rs['seconds']:.1f} times)"
+            for d, rs, its in pairs
+        )
+        parts.append(
+            Part(
+                statement=f"cheaper than K-FAC {label} at every d >= {wide}",
+                holds=all_of([rs["seconds"] < its["seconds"] for _, rs, its in pairs]),
+                seen=seen or "not measured",
+            )
+        )
+    exponents = {name: exponent(large, name) for name in METHODS}
+    own, eigen = exponents["rs-kfac"], exponents["kfac-eigen"]
+    parts.append(
+        Part(
+            statement=f"seconds grow with an exponent of at most {EXPONENT_LIMIT:g}; eigendecompositions' with more",
+            holds=None if own is None or eigen is None else own <= EXPONENT_LIMIT < eigen,
+            seen=", ".join(f"{name} {'?' if value is None else f'{value:.2f}'}" for name, value in exponents.items()),
+        )
+    )
+    return tuple(parts)
+
+
+def exponent(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    """Returns the slope of log seconds over log d by least squares; None with fewer than two sizes."""
+    points = [(math.log(row["d"]), math.log(row[name]["seconds"])) for row in rows if row[name]]
+    if len(points) < 2:
+        return None
+    mean_x, mean_y = (sum(each) / len(points) for each in zip(*points, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def _settings_of(name: str, settings: Settings) -> dict[str, Any]:
+    return {**METHODS[name], "rank": settings.rank} if name == "rs-kfac" else METHODS[name]
+
+
+def _measure_sizes(settings: Settings) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for d in settings.sizes:
+        generator = torch.Generator().manual_seed(d)
+        factors = KroneckerFactors(A=_factor(d, generator), G=_factor(d, generator))
+        V = torch.randn(1, d, d, generator=generator)
+        row: dict[str, Any] = {"d": d}
+        truth: Tensor | None = None
+        for name in METHODS:
+            row[name] = None
+            if not _affordable(name, d, rows, settings.limit_seconds):
+                continue
+            row[name], direction = _measure(name, factors, V, settings)
+            truth = direction if truth is None else truth
+            row[name]["error"] = float((direction - truth).norm() / truth.norm())
+        rows.append(row)
+    return rows
+
+
+def _factor(d: int, generator: torch.Generator) -> Tensor:
+    """Makes a dense `[1, d, d]` factor whose k-th eigenvalue is 1/k^2."""
+    matrix = torch.diag(torch.arange(1, d + 1).double().pow(-2))
+    for _ in range(REFLECTIONS):
+        v = torch.randn(d, 1, generator=generator, dtype=torch.float64)
+        v /= v.norm()
+        matrix = matrix - 2 * v @ (v.mT @ matrix)
+        matrix = matrix - 2 * (matrix @ v) @ v.mT
+    return ((matrix + matrix.mT) / 2).float()[None]
+
+
+def _affordable(name: str, d: int, rows: Sequence[dict[str, Any]], limit: float) -> bool:
+    if not rows:
+        return True
+    last = rows[-1]
+    return last[name] is not None and last[name]["seconds"] * (d / last["d"]) ** 3 <= limit
+
+
+def _measure(name: str, factors: KroneckerFactors, V: Tensor, settings: Settings) -> tuple[dict[str, Any], Tensor]:
+    """Times inversion and application, repeated while that takes less than three seconds, and takes the shortest."""
+    inverter = make_inverter(name, **_settings_of(name, settings))
+    found: list[tuple[float, float, float]] = []
+    direction = V
+    while not found or (len(found) < MOST_REPETITIONS and sum(each[0] for each in found) < TARGET_SECONDS):
+        begun = time.thread_time()
+        made = inverter.invert(factors, damping=DAMPING, previous={}, seed=0).preconditioner
+        inverted = time.thread_time()
+        if made is None:
+            raise RuntimeError(f"{name} could not invert the benchmark's factors; see kfdist.bench.claim_e_widths")
+        direction = made.apply(V, DAMPING)
+        ended = time.thread_time()
+        found.append((ended - begun, inverted - begun, ended - inverted))
+    seconds, invert, apply = min(found)
+    return {"seconds": seconds, "invert": invert, "apply": apply, "repetitions": len(found)}, direction

@@ -1,0 +1,205 @@
+"""The controller put together: store, ledger, leases, services, health, reflection, /metrics; its start and its end."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kfdist.control.exporter import Exporter, MetricsServer
+from kfdist.control.leases import LEASE_SECONDS, Members
+from kfdist.control.ledger import Ledger
+from kfdist.control.membership_service import MembershipService
+from kfdist.control.run_rules import Change, RunRecord, announced
+from kfdist.control.run_service import RunService
+from kfdist.control.store import Store
+from kfdist.control.watchers import QUEUED_CHANGES
+from kfdist.errors import EnvironmentFault
+from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
+from kfdist.rpc.servers import bind, server_options
+
+_LOG = logging.getLogger(__name__)
+
+GRACE_SECONDS = 0.5
+"""How long calls may go on after the controller was told to end. Streams never end by themselves: keep it short."""
+
+MAX_CALLS = 4096
+"""Calls at a time; a rank and an owner hold one each. Further ones are refused with RESOURCE_EXHAUSTED."""
+
+SERVICES = tuple(
+    service.full_name
+    for file in (run_pb2.DESCRIPTOR, membership_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnouncedRun:
+    """A run as its configuration describes it.
+
+    Attributes:
+        name: Its name.
+        directory: Its directory, for people.
+        total_steps: How many steps it is to make; 0: not known.
+        config: Its resolved configuration, for people.
+    """
+
+    name: str
+    directory: str = ""
+    total_steps: int = 0
+    config: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerOptions:
+    """What a controller needs to know.
+
+    Attributes:
+        state: Its SQLite file.
+        address: Where to serve gRPC, "host:port" on loopback; port 0 takes any free one.
+        metrics_address: Where to serve /metrics, in the same way.
+        lease_seconds: How long ranks and owners may be silent.
+        queued_changes: How many changes may wait for one who watches.
+        announced: The run that it is started for, made known at its start; None where there is none.
+    """
+
+    state: Path
+    address: str = "127.0.0.1:7070"
+    metrics_address: str = "127.0.0.1:9464"
+    lease_seconds: float = LEASE_SECONDS
+    queued_changes: int = QUEUED_CHANGES
+    announced: AnnouncedRun | None = None
+
+
+class Controller:
+    """A controller in this process's running event loop.
+
+    Attributes:
+        address: Where it serves gRPC, once started.
+        metrics_address: Where it serves /metrics, once started.
+    """
+
+    def __init__(self, options: ControllerOptions) -> None:
+        """Prepares it; nothing is opened yet."""
+        self._options = options
+        self.address = ""
+        self.metrics_address = ""
+
+    async def start(self) -> None:
+        """Opens the file, binds both addresses and serves. When it raises, nothing stays open.
+
+        Raises:
+            ConfigError: An address isn't "host:port" on loopback.
+            EnvironmentFault: An address or the file is in use, or the file is damaged.
+        """
+        exporter = Exporter()
+        self._server = grpc.aio.server(options=server_options(), maximum_concurrent_rpcs=MAX_CALLS)
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._server.stop, None)
+            # The addresses first: where they can't be had, no file is made.
+            self.address = bind(self._server, self._options.address)
+            self._metrics = MetricsServer(exporter, self._options.metrics_address)
+            undo.callback(self._metrics.close)
+            store = Store(self._options.state)
+            undo.callback(store.close)
+            self._ledger = Ledger(store, on_change=exporter.show, queued_changes=self._options.queued_changes)
+            undo.push_async_callback(self._ledger.close)
+            members = Members(self._ledger, exporter, lease_seconds=self._options.lease_seconds)
+            await self._announce()
+            self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - set under an if
+            self._add_services(members, exporter)
+            undo.pop_all()
+        self.metrics_address = self._metrics.address
+        await self._server.start()
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._leases = asyncio.create_task(members.watch_leases(), name="kfdist-leases")
+
+    async def stop(self) -> None:
+        """Refuses new calls, ends the others after GRACE_SECONDS, and closes everything."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(GRACE_SECONDS)
+        self._leases.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._leases
+        await self._ledger.close()
+        await asyncio.to_thread(self._metrics.close)
+
+    async def _announce(self) -> None:
+        run = self._options.announced
+        if run is None:
+            return
+
+        def rule(record: RunRecord | None) -> Change:
+            return announced(
+                record, name=run.name, directory=run.directory, total_steps=run.total_steps, now_ns=time.time_ns()
+            )
+
+        await self._ledger.change(run.name, rule, config=run.config)
+
+    def _add_services(self, members: Members, exporter: Exporter) -> None:
+        run_pb2_grpc.add_RunServiceServicer_to_server(RunService(self._ledger), self._server)
+        membership = MembershipService(self._ledger, members, exporter)
+        membership_pb2_grpc.add_MembershipServiceServicer_to_server(membership, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+
+
+def serve(
+    options: ControllerOptions, *, ready_file: Path | None = None, on_ready: Callable[[Controller], None] | None = None
+) -> None:
+    """Runs a controller until SIGTERM or SIGINT.
+
+    Args:
+        options: What it needs to know.
+        ready_file: Written, whole or not at all, once it serves: JSON with `address` and `metrics_address`.
+        on_ready: Called once it serves.
+
+    Raises:
+        ConfigError: An address isn't "host:port" on loopback.
+        EnvironmentFault: An address or the file is in use, or the file is damaged.
+    """
+    asyncio.run(_serve(options, ready_file, on_ready))
+
+
+async def _serve(
+    options: ControllerOptions, ready_file: Path | None, on_ready: Callable[[Controller], None] | None
+) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    # Before anything is opened: a signal in the middle of the start ends an orderly controller, too.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    controller = Controller(options)
+    await controller.start()
+    try:
+        if ready_file is not None:
+            _write_ready(ready_file, controller)
+        if on_ready is not None:
+            on_ready(controller)
+        _LOG.info("serving on %s, metrics on %s", controller.address, controller.metrics_address)
+        await ended.wait()
+        _LOG.info("ending")
+    finally:
+        await controller.stop()
+
+
+def _write_ready(path: Path, controller: Controller) -> None:
+    # Renamed into place: whoever waits for the file never reads half of it.
+    content = {"address": controller.address, "metrics_address": controller.metrics_address}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(content) + "\n")
+        unfinished.replace(path)
+    except OSError as error:
+        raise EnvironmentFault(f"the ready file {path} can't be written: {error.strerror}; choose another") from None

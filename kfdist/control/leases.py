@@ -1,0 +1,151 @@
+"""Who is alive: leases by the monotonic clock, and what follows when one runs out.
+
+A member is alive while it was heard of within the lease. When a rank was last heard of isn't stored: a controller that
+starts again gives everyone one lease to be heard of, and members come back through the stream that they open anyway.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from kfdist.control.exporter import Exporter
+from kfdist.control.ledger import Ledger
+from kfdist.control.run_rules import Change, OwnerRecord, RunRecord, silent
+from kfdist.control.series import Sender
+from kfdist.errors import EnvironmentFault
+
+_LOG = logging.getLogger(__name__)
+
+LEASE_SECONDS = 10.0
+"""How long a member may be silent. Members send a message every second or two."""
+
+FLUSH_SECONDS = 0.5
+"""How long steps and counts wait to be committed and shown to watchers, at most."""
+
+
+@dataclass
+class _Crew:
+    """The ranks of one start of a run: when each was last heard of."""
+
+    epoch: int
+    heard: dict[int, float] = field(default_factory=dict)
+
+
+class Members:
+    """The leases of all ranks and owners. One event loop owns it."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        exporter: Exporter,
+        *,
+        lease_seconds: float = LEASE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Gives every live owner and every run one lease from now.
+
+        Args:
+            ledger: Where conclusions go.
+            exporter: Told of ranks that were heard of, and of those that went silent.
+            lease_seconds: How long a member may be silent.
+            clock: Seconds that never go back.
+        """
+        self._ledger = ledger
+        self._exporter = exporter
+        self.lease_seconds = lease_seconds
+        self._clock = clock
+        self._swept = clock()
+        self._crews: dict[str, _Crew] = {}
+        self._runs = {record.name: self._swept for record in ledger.runs()}
+        self._owners = {owner.owner_id: self._swept for owner in ledger.live_owners()}
+
+    async def hear_owner(self, owner: OwnerRecord) -> None:
+        """Notes that an owner was heard of; one that is new, changed or back gets its share of the groups at once."""
+        self._owners[owner.owner_id] = self._clock()
+        if self._ledger.owners.get(owner.owner_id) != replace(owner, live=True):
+            await self._ledger.put_owners([replace(owner, live=True)])
+
+    def hear_worker(self, run: str, epoch: int, worker_rank: int) -> None:
+        """Notes that a rank was heard of; ranks of an older start are forgotten."""
+        crew = self._crews.get(run)
+        if crew is None or crew.epoch < epoch:
+            for old_rank in crew.heard if crew else ():
+                self._exporter.forget_gauges(run, Sender("worker", str(old_rank)))
+            crew = self._crews[run] = _Crew(epoch)
+        crew.heard[worker_rank] = self._runs[run] = self._clock()
+        self._exporter.heard(run)
+        self._ledger.note(run, live_workers=len(crew.heard))
+
+    def release_worker(self, run: str, worker_rank: int) -> None:
+        """Notes that a rank has ended by its own word and will not be heard of again."""
+        self._runs[run] = self._clock()
+        crew = self._crews.get(run)
+        if crew is not None:
+            crew.heard.pop(worker_rank, None)
+            self._ledger.note(run, live_workers=len(crew.heard))
+
+    async def sweep(self) -> None:
+        """Draws the conclusions from leases that have run out, and commits what was noted.
+
+        Raises:
+            EnvironmentFault: The ledger can't be written; the next sweep tries again.
+        """
+        now = self._clock()
+        if now - self._swept > self.lease_seconds / 2:
+            # The controller itself was stopped or starved; what members sent meanwhile hasn't been read yet.
+            self._renew(now - self._swept)
+        self._swept = now
+        self._drop_silent_workers(now)
+        await self._drop_silent_owners(now)
+        for record in self._ledger.runs():
+            self._runs.setdefault(record.name, now)
+            if self._judge(record, now).events:
+                await self._ledger.change(record.name, self._judge_now)
+        await self._ledger.flush()
+
+    async def watch_leases(self) -> None:
+        """Sweeps until cancelled."""
+        period = min(FLUSH_SECONDS, self.lease_seconds / 4)
+        while True:
+            await asyncio.sleep(period)
+            try:
+                await self.sweep()
+            except EnvironmentFault as fault:  # the disk may have room again later; members stay in memory meanwhile
+                _LOG.error("%s", fault)
+
+    def _expired(self, heard: float, now: float) -> bool:
+        return now - heard > self.lease_seconds
+
+    def _renew(self, seconds: float) -> None:
+        self._runs = {run: heard + seconds for run, heard in self._runs.items()}
+        self._owners = {owner_id: heard + seconds for owner_id, heard in self._owners.items()}
+        for crew in self._crews.values():
+            crew.heard = {worker_rank: heard + seconds for worker_rank, heard in crew.heard.items()}
+
+    def _drop_silent_workers(self, now: float) -> None:
+        for run, crew in self._crews.items():
+            silent_ranks = [rank for rank, heard in crew.heard.items() if self._expired(heard, now)]
+            for worker_rank in silent_ranks:
+                del crew.heard[worker_rank]
+                self._exporter.forget_gauges(run, Sender("worker", str(worker_rank)))
+            if silent_ranks:
+                self._ledger.note(run, live_workers=len(crew.heard))
+
+    async def _drop_silent_owners(self, now: float) -> None:
+        silent_owners = [owner_id for owner_id, heard in self._owners.items() if self._expired(heard, now)]
+        await self._ledger.put_owners([replace(self._ledger.owners[each], live=False) for each in silent_owners])
+        for owner_id in silent_owners:
+            if self._expired(self._owners[owner_id], now):  # else it came back while the commit was under way
+                del self._owners[owner_id]
+
+    def _judge(self, record: RunRecord, now: float) -> Change:
+        crew = self._crews.get(record.name)
+        if (crew and crew.heard) or not self._expired(self._runs.get(record.name, now), now):
+            return Change(record)
+        return silent(record, lease_seconds=self.lease_seconds)
+
+    def _judge_now(self, record: RunRecord | None) -> Change:
+        assert record is not None  # runs are never removed
+        return self._judge(record, self._clock())

@@ -1,0 +1,192 @@
+"""MembershipService: ranks (through their couriers) and owners register, send signs of life and telemetry."""
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import grpc
+
+from kfdist.control import run_rules, validation
+from kfdist.control.exporter import Exporter
+from kfdist.control.leases import Members
+from kfdist.control.ledger import Groups, Ledger
+from kfdist.control.protos import groups_of, owner_messages, samples_of, settings_message
+from kfdist.control.run_rules import Change, Event, OwnerRecord, RunRecord
+from kfdist.control.series import Sender
+from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc
+from kfdist.rpc.status import Refusal, answers, streams
+from kfdist.types import Sample
+
+
+class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
+    """The service of protos/kfdist/v1/membership.proto."""
+
+    def __init__(self, ledger: Ledger, members: Members, exporter: Exporter) -> None:
+        """Serves these; keeps nothing itself."""
+        self._ledger = ledger
+        self._members = members
+        self._exporter = exporter
+
+    @answers
+    async def RegisterWorker(
+        self, request: membership_pb2.RegisterWorkerRequest, context: Any
+    ) -> membership_pb2.RegisterWorkerResponse:
+        """Registers a rank; the first one of a new start opens it."""
+        del context
+        validation.check_worker(request)
+        groups = None
+        if request.worker_rank == 0 and request.groups:
+            groups = Groups(policy=request.assignment or "round_robin", specs=groups_of(request.groups))
+        await self._ledger.change(request.run, lambda record: _registered(record, request), groups=groups)
+        self._members.hear_worker(request.run, request.epoch, request.worker_rank)
+        settings = self._ledger.run(request.run).settings
+        return membership_pb2.RegisterWorkerResponse(settings=settings_message(settings))
+
+    @answers
+    async def RegisterOwner(
+        self, request: membership_pb2.RegisterOwnerRequest, context: Any
+    ) -> membership_pb2.RegisterOwnerResponse:
+        """Registers an owner; the newest address under a name wins."""
+        del context
+        validation.check_owner(request)
+        before = self._ledger.owners.get(request.owner.owner_id)
+        if before is None and len(self._ledger.owners) >= validation.MAX_OWNERS:
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{validation.MAX_OWNERS} owners are known; use their names again or give the controller another file",
+            )
+        owner = OwnerRecord(
+            owner_id=request.owner.owner_id,
+            address=request.owner.address,
+            fingerprint=request.owner.fingerprint,
+            restarts=request.restarts,
+            pid=request.pid,
+        )
+        await self._members.hear_owner(owner)
+        if before is not None and before.restarts < owner.restarts:
+            for run in self._ledger.runs():
+                if not run.state.ended:
+                    restarts = owner.restarts - before.restarts
+                    self._exporter.count(run.name, "kfdist_restarts_total", {"process": "owner"}, restarts)
+        return membership_pb2.RegisterOwnerResponse(owners=owner_messages(self._ledger.live_owners()))
+
+    @streams
+    async def Heartbeat(
+        self, request_iterator: AsyncIterator[membership_pb2.HeartbeatRequest], context: Any
+    ) -> AsyncGenerator[membership_pb2.HeartbeatResponse]:
+        """Answers each sign of life with what its member has to know."""
+        del context
+        async for request in request_iterator:
+            match request.WhichOneof("member"):
+                case "worker":
+                    yield await self._hear_worker(request)
+                case "owner":
+                    yield await self._hear_owner(request)
+                case _:
+                    raise Refusal(
+                        grpc.StatusCode.INVALID_ARGUMENT, "member is not set; it must be a worker or an owner"
+                    )
+
+    @answers
+    async def GetAssignment(
+        self, request: membership_pb2.GetAssignmentRequest, context: Any
+    ) -> membership_pb2.GetAssignmentResponse:
+        """Says who inverts what, and where the live owners are."""
+        del context
+        assignment = self._ledger.assignment(self._ledger.run(request.run).name)
+        return membership_pb2.GetAssignmentResponse(
+            revision=assignment.revision,
+            owner_by_group=dict(assignment.owner_by_group),
+            owners=owner_messages(self._ledger.live_owners()),
+        )
+
+    async def _hear_worker(self, request: membership_pb2.HeartbeatRequest) -> membership_pb2.HeartbeatResponse:
+        beat = request.worker
+        record = self._ledger.run(beat.run)
+        validation.check_beat(beat)
+        _check_epoch(record, beat.epoch)
+        if beat.epoch > record.epoch or not 0 <= beat.worker_rank < record.world_size:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"rank {beat.worker_rank} of run {beat.run!r}, start {beat.epoch}, isn't registered; do that first",
+            )
+        sender = Sender("worker", str(beat.worker_rank))
+        samples = self._bounded(request)
+        self._exporter.ingest(beat.run, sender, str(beat.epoch), samples)
+        if run_rules.PHASES[beat.phase].ended:
+            self._members.release_worker(beat.run, beat.worker_rank)
+        else:
+            self._members.hear_worker(beat.run, beat.epoch, beat.worker_rank)
+        if beat.worker_rank == 0 and not record.state.ended:
+            if samples:
+                self._ledger.note(beat.run, gauges=self._exporter.gauges_of(beat.run, sender))
+            await self._report(record, beat)
+        return membership_pb2.HeartbeatResponse(
+            settings=settings_message(self._ledger.run(beat.run).settings),
+            owners=owner_messages(self._ledger.live_owners()),
+            assignment_revision=self._ledger.assignment(beat.run).revision,
+        )
+
+    async def _report(self, record: RunRecord, beat: membership_pb2.WorkerBeat) -> None:
+        moved = run_rules.reported(record, phase=beat.phase, step=beat.step).record
+        if (moved.state, moved.begun) == (record.state, record.begun):
+            self._ledger.note(beat.run, step=beat.step)
+            return
+
+        def rule(now: RunRecord | None) -> Change:
+            assert now is not None  # runs are never removed
+            _check_epoch(now, beat.epoch)
+            return run_rules.reported(now, phase=beat.phase, step=beat.step)
+
+        # What a rank was answered on is durable: a run that has said that it finished can't be found running again.
+        await self._ledger.change(beat.run, rule)
+
+    async def _hear_owner(self, request: membership_pb2.HeartbeatRequest) -> membership_pb2.HeartbeatResponse:
+        owner = self._ledger.owners.get(request.owner.owner_id)
+        if owner is None:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND, f"owner {request.owner.owner_id[:100]!r} isn't registered; register it first"
+            )
+        await self._members.hear_owner(owner)
+        samples = self._bounded(request)
+        for run in self._ledger.runs() if samples else ():
+            if not run.state.ended:  # owners work for all runs, and one controller rarely has more than one
+                sender = Sender("owner", owner.owner_id)
+                self._exporter.ingest(run.name, sender, f"{owner.restarts}/{owner.pid}", samples)
+        return membership_pb2.HeartbeatResponse(owners=owner_messages(self._ledger.live_owners()))
+
+    def _bounded(self, request: membership_pb2.HeartbeatRequest) -> list[Sample]:
+        surplus = len(request.samples) - validation.MAX_SAMPLES
+        if surplus > 0:
+            self._exporter.drop("too_many_samples", surplus)
+        return samples_of(request.samples[: validation.MAX_SAMPLES])
+
+
+def _registered(record: RunRecord | None, request: membership_pb2.RegisterWorkerRequest) -> Change:
+    """Applies a registration: makes the run known if nobody did, and opens its start if it is the start's first."""
+    events: list[Event] = []
+    if record is None:
+        made = run_rules.created(None, name=request.run, directory="", total_steps=0, now_ns=time.time_ns())
+        record = made.record
+        events += made.events
+    _check_epoch(record, request.epoch)
+    if request.epoch > record.epoch or record.world_size == 0:
+        opened = run_rules.started(record, epoch=request.epoch, world_size=request.world_size)
+        record = opened.record
+        events += opened.events
+    if request.world_size != record.world_size:
+        raise Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"world_size is {request.world_size}; start {record.epoch} of run {record.name!r} has {record.world_size}",
+        )
+    text = f"rank {request.worker_rank} of {request.world_size} at start {request.epoch}, process {request.pid}"
+    return Change(record, (*events, Event(kind="worker_registered", text=text)))
+
+
+def _check_epoch(record: RunRecord, epoch: int) -> None:
+    if epoch < record.epoch:
+        raise Refusal(
+            grpc.StatusCode.ABORTED,
+            f"start {epoch} of run {record.name!r} is over: {record.epoch} is the newest. If its run directory was "
+            "deleted, so that counting began anew, give the run another name or the controller another file",
+        )

@@ -1,0 +1,67 @@
+"""Records as the messages that go over the wire, and back."""
+
+from collections.abc import Iterable
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from kfdist.control.rows import EventRecord
+from kfdist.control.run_rules import OwnerRecord, RunRecord
+from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, run_pb2
+from kfdist.types import GroupSpec, RunSettings, Sample
+
+
+def run_message(record: RunRecord) -> run_pb2.Run:
+    """Returns a run as watchers and callers see it."""
+    return run_pb2.Run(
+        name=record.name,
+        state=f"RUN_STATE_{record.state.name}",
+        revision=record.revision,
+        epoch=record.epoch,
+        step=record.step,
+        total_steps=record.total_steps,
+        live_workers=record.live_workers,
+        live_owners=record.live_owners,
+        created=timestamp(record.created_ns),
+        directory=record.directory,
+        gauges=dict(record.gauges),
+    )
+
+
+def event_message(event: EventRecord) -> run_pb2.Event:
+    """Returns an event as callers see it."""
+    return run_pb2.Event(event_id=event.event_id, time=timestamp(event.time_ns), kind=event.kind, text=event.text)
+
+
+def settings_message(settings: RunSettings) -> membership_pb2.RunSettings:
+    """Returns what ranks are told of people's wishes."""
+    return membership_pb2.RunSettings(
+        revision=settings.revision,
+        desired=settings.desired.value,
+        checkpoint_serial=settings.checkpoint_serial,
+        damping=settings.damping,
+    )
+
+
+def owner_messages(owners: Iterable[OwnerRecord]) -> list[inversion_pb2.Owner]:
+    """Returns owners as couriers see them."""
+    return [
+        inversion_pb2.Owner(owner_id=owner.owner_id, address=owner.address, fingerprint=owner.fingerprint)
+        for owner in owners
+    ]
+
+
+def groups_of(groups: Iterable[membership_pb2.GroupSpec]) -> tuple[GroupSpec, ...]:
+    """Returns groups as the assignment wants them; their bytes concern couriers only and don't travel."""
+    return tuple(GroupSpec(name=group.name, cost=group.cost, position=group.position, bytes=0) for group in groups)
+
+
+def samples_of(samples: Iterable[membership_pb2.Sample]) -> list[Sample]:
+    """Returns samples as the exporter wants them."""
+    return [Sample(name=sample.name, value=sample.value, labels=dict(sample.labels)) for sample in samples]
+
+
+def timestamp(time_ns: int) -> Timestamp:
+    """Returns a time, nanoseconds since 1970, as protobuf's own message."""
+    made = Timestamp()
+    made.FromNanoseconds(time_ns)
+    return made

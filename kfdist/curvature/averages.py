@@ -1,0 +1,180 @@
+r"""The moving average of a block's statistics, as weighted sums that add up over ranks.
+
+A rank keeps (S, w) per block and folds each due batch by
+
+    S <- rho S + (1 - rho) sum_n x_n,    w <- rho w + (1 - rho) n,
+
+where x_n are example n's contributions. Summing S and w over the ranks and dividing gives the weighted mean of all
+finite examples: ranks may have batches of different length, or none, and nothing has to be reduced until an inversion
+is due.
+rho_k = min(1 - 1/k, decay) for the k-th folding (Martens & Grosse 2015, section 5), so the first overwrites and early
+estimates are plain averages; w is its own normaliser, so no bias correction is needed elsewhere.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kfdist.curvature.statistics import Needs
+from kfdist.linalg.psd import pack_triangle
+from kfdist.types import BlockShape
+from kfdist.wire.records import PackedRecord
+
+SYMMETRIC = frozenset({"A", "G"})
+"""Sums that are symmetric matrices and travel as packed triangles."""
+
+
+def decay_at(update: int, decay: float) -> float:
+    """Returns rho_k = min(1 - 1/k, decay) for the `update`-th folding, k = 1, 2, ..."""
+    return min(1.0 - 1.0 / update, decay)
+
+
+@dataclass
+class ExampleRows:
+    """Rows of some of one rank's examples.
+
+    Attributes:
+        a: `[c, n, T', q]`, homogeneous coordinate last.
+        g: `[c, n, T', p]`, of the per-example loss.
+        weight: How many of the rank's examples each one stands for, `[n]`.
+        positions: T; T' is smaller where columns were compressed.
+    """
+
+    a: Tensor
+    g: Tensor
+    weight: Tensor
+    positions: int
+
+
+@dataclass
+class BatchStatistics:
+    """What one step's batch says about a block: the x and n of the module docstring, and rows where they are asked for.
+
+    Attributes:
+        sums: Sums over examples by name; "A" of Omega's terms `[c, q, q]`, "G" of Gamma's `[c, p, p]`, and the further
+            ones that `sum_shapes` lists.
+        examples: How many examples are in the sums.
+        rows: By factor, all rows of the batch `[c, m, d]`, scaled so that rows^T rows is the factor's sum; or a sketch
+            of them, for which that holds in expectation.
+        sketched: The factors whose rows are a sketch.
+        samples: Rows of single examples.
+    """
+
+    sums: dict[str, Tensor]
+    examples: float
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    sketched: frozenset[str] = frozenset()
+    samples: ExampleRows | None = None
+
+
+def sum_shapes(
+    shape: BlockShape, needs: Needs, *, following: BlockShape | None = None, members: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the sums that a block's method needs, by name in a fixed order.
+
+    Args:
+        shape: Of the block.
+        needs: Of the method.
+        following: The next block of its chain, for cross factors; None for the last.
+        members: How many blocks its group has, for coarse sums.
+
+    Raises:
+        ValueError: The method needs a sum that nobody measures.
+    """
+    c, p, q = shape.groups, shape.d_out, shape.d_in
+    p_next, q_next = (0, 0) if following is None else (following.d_out, following.d_in)
+    known: dict[str, tuple[int, ...]] = {
+        "A": (c, q, q),
+        "G": (c, p, p),
+        "a": (c, q),
+        "g": (c, p),
+        "A_next": (c, q, q_next),
+        "G_next": (c, p, p_next),
+        "a_cross": (members,),
+        "g_cross": (members,),
+    }
+    unknown = needs.sums - known.keys()
+    if unknown:
+        raise ValueError(f"no such sums: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    return {name: size for name, size in known.items() if name in needs.sums}
+
+
+class WeightedSums:
+    """The local (S, w) of one block; plain tensors on the model's device.
+
+    Attributes:
+        sums: Weighted sums by name, as in `BatchStatistics`.
+        weight: w, a scalar tensor.
+        dropped: How many batches were dropped as non-finite, a scalar tensor (read it late: reading syncs a device).
+    """
+
+    def __init__(self, sums: dict[str, Tensor], weight: Tensor, dropped: Tensor | None = None) -> None:
+        self.sums, self.weight = sums, weight
+        self.dropped = torch.zeros((), device=weight.device) if dropped is None else dropped
+
+    @classmethod
+    def zeros(
+        cls, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
+    ) -> "WeightedSums":
+        """Makes the sums of no batches; see `sum_shapes`."""
+        sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        return cls(sums, torch.zeros((), dtype=dtype, device=device))
+
+    def fold(self, batch: BatchStatistics | None, rho: float, step_is_finite: Tensor | None = None) -> None:
+        """Folds one due batch in, without a host sync.
+
+        Args:
+            batch: This rank's batch; None if it had none. A non-finite one adds zero, like none, and is counted.
+            rho: The decay of this folding, the same on all ranks.
+            step_is_finite: Boolean scalar; where it is false the whole step is skipped and nothing changes.
+        """
+        kept, gain = folding(rho, step_is_finite, like=self.weight)
+        for total in (*self.sums.values(), self.weight):
+            total.mul_(kept)
+        if batch is None or not self.sums:
+            return
+        finite = all_finite([*(batch.sums[name] for name in self.sums), *batch.rows.values()])  # all of it, or nothing
+        zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
+        for name, total in self.sums.items():
+            total.add_(torch.where(finite, batch.sums[name], zero) * gain)
+        self.weight.add_(torch.where(finite, gain * batch.examples, zero))
+        self.dropped.add_((~finite).to(self.dropped.dtype))
+
+    def packed(self) -> list[Tensor]:
+        """Returns what travels in a reduction: the sums, symmetric ones as packed triangles, and w; none if empty."""
+        if not self.sums:
+            return []
+        pieces = [pack_triangle(total) if name in SYMMETRIC else total for name, total in self.sums.items()]
+        return [*pieces, self.weight.reshape(1)]
+
+
+def folding(rho: float, step_is_finite: Tensor | None, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns rho and 1 - rho as scalars like `like`; 1 and 0 where the step is skipped."""
+    kept, gain = torch.full_like(like, rho), torch.full_like(like, 1.0 - rho)
+    if step_is_finite is None:
+        return kept, gain
+    return (
+        torch.where(step_is_finite, kept, torch.ones_like(kept)),
+        torch.where(step_is_finite, gain, torch.zeros_like(gain)),
+    )
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Says, as a boolean scalar, whether all entries are finite: a sum is non-finite if any entry is."""
+    return torch.isfinite(torch.stack([tensor.sum() for tensor in tensors]).sum())
+
+
+def packed_statistic(kind: str, sums: Mapping[str, Tensor], weight: Tensor) -> PackedRecord:
+    """Turns reduced sums into sum S / sum w, packed as they are.
+
+    Args:
+        kind: Name of the record in `STATISTICS` whose fields the sums are.
+        sums: By name; triangles stay triangles.
+        weight: The summed w, [1], positive.
+
+    Returns:
+        A packed record, ready for a job's payload: the rank never builds the square matrices.
+    """
+    return PackedRecord(kind=kind, tensors={name: total / weight for name, total in sums.items()}, static={})

@@ -1,0 +1,197 @@
+"""One factor as the methods of the Brand family hold it between two jobs (algorithms.md 4)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kfdist.curvature.inverter import split_seed
+from kfdist.curvature.inverter_checks import probes_like
+from kfdist.curvature.spectra import AdaptiveRank, FactorSpectrum
+from kfdist.linalg.brand import (
+    brand_update,
+    draw_columns,
+    light_correction,
+    orthogonality_error,
+    reorthogonalise,
+    update_residual,
+)
+from kfdist.linalg.kronecker import Spectrum
+from kfdist.linalg.psd import eigen_residual, trace
+
+ORTHOGONALITY_LIMIT = 1e-3
+"""||U^T U - I|| beyond which U is made orthonormal again (algorithms.md 4.7)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldFactor:
+    """The sum S = U diag(w) U^T of a moving average, and its weight: the factor is S / weight.
+
+    A factor that is never updated by rows holds the last dense decomposition, has no weight of its own and doesn't
+    decay.
+
+    Attributes:
+        vectors: U, `[c, d, k]`, orthonormal.
+        values: w, `[c, k]`, descending.
+        trace: Of S, also of what was cut off, `[c]`.
+        weight: Decayed count of the examples in S, a scalar; None for a factor without rows.
+        rank: Eigenpairs r that outlive the next update.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    trace: Tensor
+    weight: Tensor | None
+    rank: int
+
+    @classmethod
+    def empty(cls, like: Tensor, rank: int) -> "HeldFactor":
+        """Makes the factor of no examples.
+
+        Args:
+            like: Rows `[c, n, d]`.
+            rank: r to begin with.
+        """
+        c, _, d = like.shape
+        zero = like.new_zeros(c)
+        return cls(
+            vectors=like.new_zeros(c, d, 0), values=like.new_zeros(c, 0), trace=zero, weight=zero.sum(), rank=rank
+        )
+
+    @classmethod
+    def decomposed(cls, found: FactorSpectrum, matrix: Tensor, *, weight: Tensor | None, rank: int) -> "HeldFactor":
+        """Takes over the decomposition of a dense factor M, as S = weight M."""
+        scale = torch.ones((), dtype=matrix.dtype, device=matrix.device) if weight is None else weight
+        values = found.spectrum.values * scale
+        return cls(vectors=found.spectrum.vectors, values=values, trace=trace(matrix) * scale, weight=weight, rank=rank)
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Tensor], label: str, like: Tensor, *, rank: int | None
+    ) -> "HeldFactor | None":
+        """Reads what `to_state` wrote; None if there is nothing.
+
+        Args:
+            state: Of the last version.
+            label: The factor's letter.
+            like: A tensor of the dtype and device to compute in.
+            rank: r from now on; None for what it was.
+        """
+        if f"U_{label}" not in state:
+            return None
+        weight = state.get(f"weight_{label}")
+        return cls(
+            vectors=state[f"U_{label}"].to(like),
+            values=state[f"w_{label}"].to(like),
+            trace=state[f"trace_{label}"].to(like),
+            weight=None if weight is None else weight.to(like),
+            rank=int(state[f"rank_{label}"]) if rank is None else rank,
+        )
+
+    def to_state(self, label: str) -> dict[str, Tensor]:
+        """Writes it down as tensors; a factor without rows has no weight there either."""
+        state = {
+            f"U_{label}": self.vectors.clone(),
+            f"w_{label}": self.values.clone(),
+            f"trace_{label}": self.trace.clone(),
+            f"rank_{label}": torch.tensor(self.rank),
+        }
+        if self.weight is not None:
+            state[f"weight_{label}"] = self.weight.clone()
+        return state
+
+    @property
+    def measured(self) -> bool:
+        """Whether any example is in it; waits for the tensor."""
+        return self.weight is None or float(self.weight) > 0.0
+
+    def decayed(self, decay: Tensor, examples: Tensor) -> "HeldFactor":
+        """Returns it with S <- decay S, and the weight as if the new examples were in S already."""
+        assert self.weight is not None
+        weight = decay * self.weight + examples
+        return replace(self, values=decay * self.values, trace=decay * self.trace, weight=weight)
+
+    def updated(self, rows: Tensor, *, seed: int, label: str) -> tuple["HeldFactor", dict[str, float]]:
+        """Adds rows^T rows to S by Brand's update.
+
+        U is made orthonormal first where it no longer is, and what is beyond the rank is cut off.
+
+        Args:
+            rows: `[c, n, d]`; those that only fill the buffer, all zero, are left out: they would add null columns.
+            seed: The inversion's seed, for the probes of the residual.
+            label: The factor's letter.
+
+        Returns:
+            The factor with up to n columns more than its rank, and diagnostics.
+        """
+        repair = self.vectors.shape[-1] > 0 and float(orthogonality_error(self.vectors).max()) > ORTHOGONALITY_LIMIT
+        before = reorthogonalise(self.vectors, self.values) if repair else (self.vectors, self.values)
+        before = before[0][..., : self.rank], before[1][..., : self.rank]
+        filled = rows.abs().amax((0, 2)) > 0
+        filled[0] = True  # an update of nothing is one too
+        rows = rows[:, filled]
+        vectors, values = brand_update(*before, rows)
+        probes = probes_like(vectors, None, seed=seed, label=label)
+        residual = float(update_residual(before, rows, (vectors, values), probes).max())
+        after = replace(self, vectors=vectors, values=values, trace=self.trace + rows.square().sum((-2, -1)))
+        return after, {f"residual_{label}": residual, f"repairs_{label}": float(repair)}
+
+    def truncated(self) -> "HeldFactor":
+        """Returns it with its leading r eigenpairs."""
+        return replace(self, vectors=self.vectors[..., : self.rank], values=self.values[..., : self.rank])
+
+    def corrected(self, matrix: Tensor, *, fraction: float, seed: int, label: str) -> "HeldFactor":
+        """Refreshes m = round(fraction k + 1) random ones of its k eigenpairs from the dense factor M = S / weight.
+
+        Those of eigenvalue zero don't count: rows that only fill up, or repeat each other, leave vectors there that are
+        made of rounding, and so would the result be.
+        """
+        assert self.weight is not None
+        floor = self.values[..., :1] * self.vectors.shape[-2] * torch.finfo(self.values.dtype).eps
+        k = max(1, int((self.values > floor).sum(-1).max()))
+        m = min(round(fraction * k + 1), k)
+        columns = draw_columns(k, m, seed=split_seed(seed, f"correction/{label}"), device=matrix.device)
+        vectors, values = light_correction(self.vectors, self.values / self.weight, matrix, columns)
+        return replace(self, vectors=vectors, values=values * self.weight)
+
+    def adapted(self, rule: AdaptiveRank, *, most: int) -> "HeldFactor":
+        """Returns it with the rank for the next update; unchanged while it has fewer eigenpairs than its rank.
+
+        Args:
+            rule: How e = w_min/w_max of the kept eigenvalues moves the rank.
+            most: Largest rank that leaves room for the rows.
+        """
+        if self.values.shape[-1] < self.rank:
+            return self
+        return replace(self, rank=rule.following(self.values[..., : self.rank], most))
+
+    def spectrum(self, *, continued: bool) -> Spectrum:
+        """Returns the eigenpairs of the factor, S / weight.
+
+        Args:
+            continued: Take the eigenvalues that aren't kept as equal to the smallest kept one, instead of as 0.
+        """
+        values = self.values if self.weight is None else self.values / self.weight
+        found = Spectrum(self.vectors, values, torch.zeros_like(values[..., 0]))
+        return found._replace(tail=values[..., -1].clone()) if continued and not found.complete else found
+
+    def mean_trace(self) -> Tensor:
+        """Returns the trace of the factor, `[c]`, also of what was cut off."""
+        return self.trace if self.weight is None else self.trace / self.weight
+
+    def diagnostics(self, label: str) -> dict[str, float]:
+        """Returns its numbers for people; waits for the tensors."""
+        spectrum = self.spectrum(continued=False)
+        return {
+            f"rank_{label}": float(spectrum.values.shape[-1]),
+            f"smallest_eigenvalue_{label}": float(spectrum.values.min()),
+            f"orthogonality_{label}": float(orthogonality_error(self.vectors).max()),
+        }
+
+    def approximation_error(self, matrix: Tensor, *, seed: int, label: str) -> dict[str, float]:
+        """Estimates how far it is from the dense factor, relative to that."""
+        spectrum = self.spectrum(continued=False)
+        probes = probes_like(matrix, None, seed=seed, label=label)
+        error = eigen_residual(matrix, spectrum.values, spectrum.vectors, probes)
+        return {f"approximation_error_{label}": float(error.max())}

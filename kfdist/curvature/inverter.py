@@ -1,0 +1,195 @@
+"""What every inversion method is: a configuration with one pure function."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kfdist.curvature.preconditioners import AbstractPreconditioner
+from kfdist.curvature.statistics import KroneckerFactors, Needs
+from kfdist.types import BlockName, BlockShape
+
+
+class Outcome(StrEnum):
+    """How an inversion ended, from best to worst; each has a sentence for people."""
+
+    DONE = "done"
+    FLOAT64 = "float64"
+    CLAMPED = "clamped"
+    MORE_DAMPING = "more_damping"
+    FAILED = "failed"
+
+    @property
+    def sentence(self) -> str:
+        """What it means and, where something can be done, what."""
+        return _SENTENCES[self]
+
+    @staticmethod
+    def worst(*outcomes: "Outcome") -> "Outcome":
+        """Returns the worst of some outcomes."""
+        return max(outcomes, key=list(Outcome).index)
+
+
+_SENTENCES = {
+    Outcome.DONE: "The inversion succeeded as configured.",
+    Outcome.FLOAT64: "The inversion wasn't accurate enough in float32 and was repeated in float64.",
+    Outcome.CLAMPED: "A factor had negative eigenvalues beyond rounding; they were set to zero. A second moment has "
+    "none: look for statistics that were altered after they were summed.",
+    Outcome.MORE_DAMPING: "The damped factors weren't positive definite or too ill-conditioned even in float64; the "
+    "damping was raised until they could be inverted. If it happens often, configure more damping.",
+    Outcome.FAILED: "There is no preconditioner; the reason says why.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """One attempt to invert a block.
+
+    Attributes:
+        preconditioner: The result; None if the attempt failed.
+        outcome: DONE, CLAMPED or FAILED; the ladder knows the rest.
+        reason: One sentence where it failed, else empty.
+        diagnostics: Numbers about the attempt. `residual_A` and `residual_G`, relative errors of what the result
+            claims to be, are read by the ladder.
+        state: Tensors to get back as `previous` with the next version; empty where the method keeps none.
+    """
+
+    preconditioner: AbstractPreconditioner | None
+    outcome: Outcome = Outcome.DONE
+    reason: str = ""
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Placement(StrEnum):
+    """Who inverts."""
+
+    OWNER = "owner"
+    """Whoever the link reaches, off the training path; the result is adopted later."""
+    WORKER = "worker"
+    """Every rank for itself, at once: the work is as small as handling a result would be."""
+
+
+class Coupling(StrEnum):
+    """What a method measures between the blocks of a group."""
+
+    NONE = "none"
+    """Nothing: each block is a group of its own."""
+    CHAIN = "chain"
+    """Cross factors of each block with the next (`ChainFactors`)."""
+    COARSE = "coarse"
+    """Sums of the cross factors of all pairs (`CoarseFactors`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractInverter(ABC):
+    """Turns the reduced statistics of a block, or a group of them, into preconditioners. The instance is its settings.
+
+    Pure: no collectives, no clock, no global random state. The result depends on the arguments alone, so any owner
+    computes the same answer after a restart.
+
+    Attributes:
+        name: The method's name in configurations and jobs.
+        statistic: The record it is given of a block.
+        produces: The kind of preconditioner it makes.
+        placement: Who inverts.
+        coupling: Whether its blocks form one group, and what is measured between them.
+        online: Whether each result is a step of one computation: every increment is applied once and in order, on the
+            state of the one before.
+    """
+
+    name: ClassVar[str]
+    statistic: ClassVar[type] = KroneckerFactors
+    produces: ClassVar[type[AbstractPreconditioner]]
+    placement: ClassVar[Placement] = Placement.OWNER
+    coupling: ClassVar[Coupling] = Coupling.NONE
+    online: ClassVar[bool] = False
+
+    def needs(self, shape: BlockShape) -> Needs:
+        """Says what it wants measured of a block of this shape."""
+        del shape
+        return Needs()
+
+    def refusal(self, shapes: Mapping[BlockName, BlockShape]) -> str:
+        """Says why it can't invert these blocks, in one sentence; empty if it can.
+
+        Args:
+            shapes: The blocks of one group, in the model's order.
+        """
+        del shapes
+        return ""
+
+    def note(self, shape: BlockShape) -> str:
+        """Says in a few words what it will do with a block of this shape, for `coverage()`; mostly nothing."""
+        del shape
+        return ""
+
+    def update_period(self, factor_period: int, inverse_period: int) -> int:
+        """Returns the steps between two jobs of a block.
+
+        Args:
+            factor_period: Steps between two foldings.
+            inverse_period: Steps between two inversions, its multiple.
+
+        Raises:
+            ConfigError: The method's own period doesn't fit between the two.
+        """
+        del factor_period
+        return inverse_period
+
+    @abstractmethod
+    def invert(self, statistics: Any, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:
+        """Inverts one block in the precision of its statistics.
+
+        Args:
+            statistics: A `statistic`; checked as `kfdist.curvature.ladder` says.
+            damping: lambda of F + lambda I; without effect where the preconditioner is damped at apply.
+            previous: The `state` of the last version; empty at first.
+            seed: The only source of randomness.
+
+        Returns:
+            The attempt; a numerical breakdown is a value, not an exception.
+
+        Raises:
+            torch.linalg.LinAlgError: LAPACK's iteration didn't converge; the ladder takes it as a breakdown.
+        """
+
+    def invert_group(
+        self,
+        statistics: Mapping[BlockName, Any],
+        *,
+        damping: float,
+        previous: Mapping[BlockName, Mapping[str, Tensor]],
+        seeds: Mapping[BlockName, int],
+    ) -> dict[BlockName, Inversion]:
+        """Inverts a group of blocks, in the model's order; methods that couple blocks override it."""
+        return {
+            name: self.invert(each, damping=damping, previous=previous.get(name, {}), seed=seeds[name])
+            for name, each in statistics.items()
+        }
+
+    @abstractmethod
+    def cost(self, shape: BlockShape) -> float:
+        """Estimates the floating-point operations of one inversion; drives the assignment."""
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the configuration as JSON values by name, without the method's name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def split_seed(seed: int, label: str) -> int:
+    """Derives an independent seed for one use, by a hash that never changes.
+
+    Args:
+        seed: The inversion's seed.
+        label: The use, such as "A".
+
+    Returns:
+        A number in [0, 2^63).
+    """
+    digest = hashlib.sha256(f"kfdist/{seed}/{label}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

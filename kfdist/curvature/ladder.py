@@ -1,0 +1,236 @@
+"""Inversion with checks before and after, and retries that are a function of the data alone.
+
+LAPACK often passes bad input silently: the inverse of a matrix that holds Inf is finite, eigendecompositions of NaN
+don't raise. So factors are checked before and results after. A result that fails its check is tried again in float64,
+then with more damping where damping is part of the inversion. Faults of the machine (out of memory, a crash) are
+never a rung: they propagate, and whoever runs the job tries it again as it was.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfdist.curvature.inverter import AbstractInverter, Inversion
+from kfdist.curvature.inverter import Outcome as Outcome
+from kfdist.curvature.preconditioners import AbstractPreconditioner
+from kfdist.curvature.statistics import Increment
+from kfdist.linalg.psd import asymmetry
+from kfdist.types import BlockName
+from kfdist.wire.records import contiguous, move, symmetric_fields, tensor_fields
+
+RESIDUAL_LIMIT = 1e-2
+"""Largest relative error of a result that is used: a preconditioner that is 1 % off makes steps that are 1 % off, far
+below the noise of its statistics."""
+
+ASYMMETRY_LIMIT = 1e-3
+"""Largest relative asymmetry of a factor; rounding leaves about d 1e-7, more means that it isn't a second moment."""
+
+DAMPING_FACTORS = (10.0, 100.0, 1000.0)
+"""How much more damping the last rungs try."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOutcome:
+    """How the inversion of one block ended.
+
+    Attributes:
+        preconditioner: The result; None if it failed.
+        outcome: Which rung held, with a sentence.
+        reason: What went wrong on the way, for people; empty if nothing did.
+        diagnostics: Finite numbers: `residual_*`, `orthogonality_*` (||U^T U - I|| of eigenvectors, Frobenius),
+            `smallest_eigenvalue_*`, `rank_*`, the `rung` (from 0) and the
+            `damping` it used.
+        state: Tensors that the next version gets back as `previous`.
+    """
+
+    preconditioner: AbstractPreconditioner | None
+    outcome: Outcome
+    reason: str = ""
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def invert_with_ladder(
+    inverter: AbstractInverter,
+    statistics: Any,
+    *,
+    damping: float,
+    previous: Mapping[str, Tensor],
+    seed: int,
+) -> BlockOutcome:
+    """Inverts one block that is a group of its own; see `invert_group_with_ladder`."""
+    outcomes = invert_group_with_ladder(
+        inverter, {"": statistics}, damping=damping, previous={"": previous}, seeds={"": seed}
+    )
+    return outcomes[""]
+
+
+def invert_group_with_ladder(
+    inverter: AbstractInverter,
+    statistics: Mapping[BlockName, Any],
+    *,
+    damping: float,
+    previous: Mapping[BlockName, Mapping[str, Tensor]],
+    seeds: Mapping[BlockName, int],
+) -> dict[BlockName, BlockOutcome]:
+    """Inverts a group of blocks, climbing float32, float64, more damping until all results pass their checks.
+
+    Args:
+        inverter: The method.
+        statistics: Its `statistic` per block, in the model's order; any numbers at all may be in them.
+        damping: lambda, finite and positive.
+        previous: State of the last version per block.
+        seeds: The only source of randomness, per block.
+
+    Returns:
+        The outcomes; all FAILED, each with a reason, if no rung held for all of them. The preconditioners have the
+        statistics' dtype, float32 at least. A failed block keeps its previous state.
+
+    Raises:
+        ValueError: `damping` isn't finite and positive, or symmetric statistics aren't square matrices of one group
+            count.
+    """
+    if not (math.isfinite(damping) and damping > 0):
+        raise ValueError(f"damping is {damping}, must be finite and positive")
+    faults = {name: _input_fault(each) for name, each in statistics.items()}
+    if any(faults.values()):
+        return _failed(faults, previous)
+    tensor = _first_tensor(statistics)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    troubles: list[str] = []
+    for rung, (precision, factor) in enumerate(_rungs(dtype, inverter.produces.damping_at_apply)):
+        given = {name: move(each, tensor.device, precision) for name, each in statistics.items()}
+        attempts = _attempt(inverter, given, damping * factor, previous, seeds)
+        found = {name: _result_fault(attempt) for name, attempt in attempts.items()}
+        trouble = "; ".join(text if len(found) == 1 else f"{name}: {text}" for name, text in found.items() if text)
+        if not trouble:
+            reached = Outcome.MORE_DAMPING if factor > 1 else Outcome.DONE if precision == dtype else Outcome.FLOAT64
+            return {
+                name: BlockOutcome(
+                    preconditioner=contiguous(attempt.preconditioner.to(tensor.device, dtype)),
+                    outcome=Outcome.worst(reached, attempt.outcome),
+                    reason="; ".join(troubles),
+                    diagnostics={**_finite(attempt.diagnostics), "rung": float(rung), "damping": damping * factor},
+                    state=dict(attempt.state),
+                )
+                for name, attempt in attempts.items()
+                if attempt.preconditioner is not None
+            }
+        troubles.append(f"{str(precision).removeprefix('torch.')} at damping {damping * factor:.3g}: {trouble}")
+    return _failed(dict.fromkeys(statistics, "no rung held: " + "; ".join(troubles)), previous)
+
+
+def _failed(
+    reasons: Mapping[BlockName, str], previous: Mapping[BlockName, Mapping[str, Tensor]]
+) -> dict[BlockName, BlockOutcome]:
+    """Fails the whole group: its blocks are adopted together or not at all."""
+    first = next(f"block {name!r} of the group failed: {reason}" for name, reason in reasons.items() if reason)
+    return {
+        name: BlockOutcome(
+            preconditioner=None,
+            outcome=Outcome.FAILED,
+            reason=reason or first,
+            state={key: tensor.clone() for key, tensor in previous.get(name, {}).items()},
+        )
+        for name, reason in reasons.items()
+    }
+
+
+def _first_tensor(statistics: Mapping[BlockName, Any]) -> Tensor:
+    """Returns a tensor that tells the statistics' device and dtype."""
+    return next(
+        each for record in statistics.values() for each in tensor_fields(record).values() if each.is_floating_point()
+    )
+
+
+def _rungs(dtype: torch.dtype, damping_at_apply: bool) -> Iterator[tuple[torch.dtype, float]]:
+    """Yields precision and factor of the damping; more damping only where it is part of the inversion."""
+    yield dtype, 1.0
+    if dtype != torch.float64:
+        yield torch.float64, 1.0
+    if not damping_at_apply:
+        yield from ((torch.float64, factor) for factor in DAMPING_FACTORS)
+
+
+def _attempt(
+    inverter: AbstractInverter,
+    statistics: Mapping[BlockName, Any],
+    damping: float,
+    previous: Mapping[BlockName, Mapping[str, Tensor]],
+    seeds: Mapping[BlockName, int],
+) -> Mapping[BlockName, Inversion]:
+    try:
+        return inverter.invert_group(statistics, damping=damping, previous=previous, seeds=seeds)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # documented, not declared
+        failed = Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=f"LAPACK gave up: {error}")
+        return dict.fromkeys(statistics, failed)
+
+
+def _input_fault(statistics: Any) -> str:
+    """Returns what makes a block's statistics useless, or nothing.
+
+    Raises:
+        ValueError: A symmetric field isn't square matrices, or not of as many groups as the others.
+    """
+    symmetric = symmetric_fields(statistics)
+    _check_shapes(statistics, symmetric)
+    for label, tensor in tensor_fields(statistics).items():
+        what = f"factor {label}" if label in symmetric else label
+        fault = _matrix_fault(what, tensor) if label in symmetric else _number_fault(what, tensor)
+        if fault:
+            return fault
+    return ""
+
+
+def _check_shapes(statistics: Any, symmetric: Collection[str]) -> None:
+    matrices = {label: tensor for label, tensor in tensor_fields(statistics).items() if label in symmetric}
+    for label, matrix in matrices.items():
+        absent = isinstance(statistics, Increment) and matrix.shape[-2:] == (0, 0)
+        if matrix.dim() != 3 or matrix.shape[-1] != matrix.shape[-2] or (matrix.numel() == 0 and not absent):
+            raise ValueError(f"factor {label} has shape {tuple(matrix.shape)}, must be [c, d, d]")
+        if not matrix.is_floating_point():
+            raise ValueError(f"factor {label} is {matrix.dtype}, must be floating-point")
+    if len({matrix.shape[0] for matrix in matrices.values()}) > 1:
+        listed = ", ".join(f"{label} has {matrix.shape[0]} groups" for label, matrix in matrices.items())
+        raise ValueError(f"factor {listed}; must be the same")
+
+
+def _number_fault(what: str, tensor: Tensor) -> str:
+    bad = int((~tensor.isfinite()).sum())
+    return f"{what} holds {bad} non-finite of {tensor.numel()} numbers; find the batch that made them" if bad else ""
+
+
+def _matrix_fault(what: str, matrix: Tensor) -> str:
+    """Returns what makes a factor no second moment at all, or nothing."""
+    fault = _number_fault(what, matrix)
+    if fault or not matrix.numel():
+        return fault
+    relative = float(asymmetry(matrix).max())
+    if relative > ASYMMETRY_LIMIT:
+        return f"{what} is not symmetric: relative difference {relative:.3g}, rounding makes {ASYMMETRY_LIMIT:g}"
+    lowest = float(matrix.diagonal(dim1=-2, dim2=-1).min())
+    if lowest < 0:
+        return f"{what} has {lowest:.3g} on its diagonal; sums of squares can't be negative"
+    return ""
+
+
+def _result_fault(attempt: Inversion) -> str:
+    """Returns why a result can't be used, or nothing."""
+    if attempt.preconditioner is None:
+        return attempt.reason or "no result"
+    for name, tensor in tensor_fields(attempt.preconditioner).items():
+        if not bool(tensor.isfinite().all()):
+            return f"{name} of the result is not finite"
+    for name, residual in attempt.diagnostics.items():
+        if name.startswith("residual_") and not residual <= RESIDUAL_LIMIT:  # also catches NaN
+            label = name.removeprefix("residual_")
+            return f"factor {label}: residual {residual:.3g}, at most {RESIDUAL_LIMIT:g} is allowed"
+    return ""
+
+
+def _finite(diagnostics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in diagnostics.items() if math.isfinite(value)}

@@ -1,0 +1,169 @@
+"""Decompositions of one factor with their diagnostics, shared by the methods that damp at apply."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfdist.curvature.inverter import Outcome, split_seed
+from kfdist.curvature.inverter_checks import clamp_spectrum, probes_like
+from kfdist.curvature.preconditioners import KroneckerSpectrum
+from kfdist.curvature.statistics import KroneckerFactors
+from kfdist.linalg.kronecker import DampingRule, Spectrum
+from kfdist.linalg.lowrank import gaussian_sketch, randomized_eigh, randomized_svd, range_basis
+from kfdist.linalg.psd import eigen_residual, eigh_descending, orthogonality_residual, trace
+
+Decomposition = Literal["rsvd", "srevd"]
+"""The randomised decompositions: by singular values (more accurate) or by projected eigenvalues (cheaper)."""
+
+
+class AdaptiveRank(NamedTuple):
+    """A rank that follows the spectrum, by e = w_min/w_max of the kept eigenvalues (algorithms.md 4.4).
+
+    Attributes:
+        grow_above: e above which the next rank is larger: something that matters was cut off.
+        shrink_below: e below which it is smaller.
+        grow: By how much it grows.
+        shrink: By how much it shrinks.
+        least: Smallest rank, where the factor is that large.
+        most: Largest rank.
+    """
+
+    grow_above: float
+    shrink_below: float
+    grow: int
+    shrink: int
+    least: int
+    most: int
+
+    def following(self, values: Tensor, d: int) -> int:
+        """Returns the rank of the next decomposition; waits for the values.
+
+        Args:
+            values: Kept eigenvalues, descending, not negative, `[c, r]`; the group that falls off least decides.
+            d: Size of the factor, which clamps the rank.
+        """
+        rank, largest = values.shape[-1], values[..., 0]
+        falls = torch.where(largest > 0, values[..., -1] / largest, torch.zeros_like(largest))
+        e = float(falls.max())
+        if e > self.grow_above:
+            rank += self.grow
+        elif e < self.shrink_below:
+            rank -= self.shrink
+        return min(max(rank, self.least), self.most, d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorSpectrum:
+    """The decomposition of one factor.
+
+    Attributes:
+        spectrum: Clamped eigenvalues, eigenvectors, and a tail of zero.
+        outcome: DONE or CLAMPED.
+        diagnostics: By name with the factor's letter.
+    """
+
+    spectrum: Spectrum
+    outcome: Outcome
+    diagnostics: dict[str, float]
+
+
+def full_spectrum(matrix: Tensor, *, rank: int, seed: int, label: str) -> FactorSpectrum:
+    """Decomposes a factor by a full eigendecomposition and keeps the leading `rank` pairs.
+
+    Args:
+        matrix: Symmetric `[c, d, d]`.
+        rank: Pairs to keep, at most d.
+        seed: The inversion's seed, for the probes of the diagnostics.
+        label: The factor's letter.
+    """
+    values, vectors = eigh_descending(matrix)
+    probes = probes_like(matrix, None, seed=seed, label=label)
+    residual, orthogonality = eigen_residual(matrix, values, vectors, probes), orthogonality_residual(vectors, probes)
+    return _factor_spectrum(values, vectors, rank, residual, orthogonality, label)
+
+
+def randomized_spectrum(
+    matrix: Tensor,
+    *,
+    rank: int,
+    oversampling: int,
+    power_iterations: int,
+    method: Decomposition,
+    seed: int,
+    label: str,
+    start: Tensor | None = None,
+) -> FactorSpectrum:
+    """Decomposes a factor by the randomised methods of algorithms.md 3.2.
+
+    Where rank + oversampling reaches d, a full eigendecomposition costs no more and is exact.
+
+    Args:
+        matrix: Symmetric `[c, d, d]`.
+        rank: Pairs to keep; clamped to d.
+        oversampling: Further columns of the sketch.
+        power_iterations: Further multiplications by the matrix.
+        method: "rsvd" or "srevd".
+        seed: The inversion's seed.
+        label: The factor's letter.
+        start: Directions `[c, d, k]` near the eigenvectors, in any precision; at most `rank` of them, the first ones,
+            take the place of random columns. The others stay random, so that what is new can be found.
+    """
+    d = matrix.shape[-1]
+    rank = min(rank, d)
+    if rank + oversampling >= d:
+        return full_spectrum(matrix, rank=rank, seed=seed, label=label)
+    sketch = gaussian_sketch(matrix, rank + oversampling, seed=split_seed(seed, f"sketch/{label}"))
+    if start is not None:
+        known = start[..., :rank].to(sketch)
+        sketch = torch.cat([known, sketch[..., known.shape[-1] :]], -1)
+    basis = range_basis(matrix, sketch, power_iterations=power_iterations)
+    decompose = randomized_svd if method == "rsvd" else randomized_eigh
+    values, vectors = decompose(matrix, basis)
+    orthogonality = orthogonality_residual(vectors, probes_like(matrix, vectors, seed=seed, label=label))
+    # The whole sketch is looked at before it is cut: a large negative eigenvalue may hide behind `rank` positive ones.
+    found = _factor_spectrum(values, vectors, rank, torch.zeros_like(orthogonality), orthogonality, label)
+    probes = probes_like(matrix, None, seed=seed, label=label)
+    neglected = eigen_residual(matrix, found.spectrum.values, found.spectrum.vectors, probes)
+    found.diagnostics[f"approximation_error_{label}"] = neglected.max().item()
+    return found
+
+
+def assemble(
+    factors: KroneckerFactors, A: FactorSpectrum, G: FactorSpectrum, *, damping_rule: DampingRule
+) -> KroneckerSpectrum:
+    """Makes the preconditioner from both decompositions."""
+    return KroneckerSpectrum(
+        trace_A=trace(factors.A),
+        trace_G=trace(factors.G),
+        U_A=A.spectrum.vectors,
+        w_A=A.spectrum.values,
+        tail_A=A.spectrum.tail,
+        U_G=G.spectrum.vectors,
+        w_G=G.spectrum.values,
+        tail_G=G.spectrum.tail,
+        damping_rule=damping_rule,
+    )
+
+
+def _factor_spectrum(
+    values: Tensor, vectors: Tensor, rank: int, residual: Tensor, orthogonality: Tensor, label: str
+) -> FactorSpectrum:
+    """Clamps and cuts what was found.
+
+    A basis that isn't orthogonal is as wrong as one that isn't of eigenvectors, so `residual_*`, by which the ladder
+    judges, is the larger of both errors. `orthogonality_*` is ||U^T U - I||, Frobenius, which the probes estimate.
+    """
+    diagnostics = {
+        f"residual_{label}": torch.maximum(residual, orthogonality).max().item(),
+        f"orthogonality_{label}": orthogonality.max().item() * vectors.shape[-1] ** 0.5,
+        f"smallest_eigenvalue_{label}": values.min().item(),
+        f"rank_{label}": float(rank),
+    }
+    clamped, outcome = clamp_spectrum(values)
+    order = clamped.argsort(dim=-1, descending=True, stable=True)[..., :rank]
+    kept = clamped.gather(-1, order)
+    columns = vectors.gather(-1, order.unsqueeze(-2).expand(*vectors.shape[:-1], rank))
+    spectrum = Spectrum(columns, kept, torch.zeros_like(kept[..., 0]))
+    return FactorSpectrum(spectrum=spectrum, outcome=outcome, diagnostics=diagnostics)

@@ -1,0 +1,322 @@
+"""The launcher of `kfdist train`: starts controller, pool and ranks on this machine, and ends every one of them.
+
+The ranks decide how a launch ends. The controller and the pool are started again when they die, since nothing in them
+is needed to go on; a rank that dies ends the launch, because its share of the step dies with it. What the launcher
+starts carries a mark and descends from it (`kfdist.system.processes`); when it leaves, nothing of that is left. If it
+is killed itself, its children see that and end (`kfdist.system.lifetime`).
+"""
+
+import os
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kfdist.comm.rendezvous import host_rendezvous
+from kfdist.config import Config, to_toml
+from kfdist.errors import EnvironmentFault, KfdistError
+from kfdist.exit_codes import ExitCode
+from kfdist.launch.outcome import (
+    add_to_summary,
+    child_fault,
+    make_directory,
+    read_summary,
+    remove_untrained,
+)
+from kfdist.launch.preflight import preflight
+from kfdist.launch.signals import StopRequests
+from kfdist.launch.supervision import SupervisedProcess
+from kfdist.launch.terminal import Terminal, summary_line
+from kfdist.system.lifetime import LAUNCH_VARIABLE, PARENT_VARIABLE
+from kfdist.system.processes import (
+    Child,
+    Command,
+    become_subreaper,
+    children_of,
+    describe_exit,
+    reap_orphans,
+    sweep,
+)
+from kfdist.system.spawn import inherited_environment
+
+CONTROLLER_READY_SECONDS = 30.0
+POOL_READY_SECONDS = 120.0
+STOP_RANKS_SECONDS = 6.5
+"""How long ranks may take to write their checkpoint after the first Ctrl-C; with the services, all ends within 10 s."""
+STOP_SERVICES_SECONDS = 2.0
+END_SERVICES_SECONDS = 8.0
+"""How long the services may take to end after the run ended by itself; nobody waits at the terminal then."""
+FAILURE_SECONDS = 3.0
+"""How long the other ranks may take to end by themselves after one died; they have lost a peer and raise as a rule."""
+
+_KILL_SECONDS = 1.0
+_TICK_SECONDS = 0.05
+_EXPECTED = (None, ExitCode.DONE, ExitCode.RESUMABLE)
+RESUME_ADVICE = "run the same command again to resume"
+
+
+def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
+    """Trains on this machine: checks everything that can be checked, then launches.
+
+    Args:
+        config: The configuration.
+        terminal: Where to tell people how it goes.
+        requests: Counts the signals that ask to stop.
+
+    Returns:
+        The exit code: 0 done, 75 stopped and resumable, 130 ended at once.
+
+    Raises:
+        ConfigError: A value is wrong; nothing was started.
+        EnvironmentFault: Something the run needs could not be had, or a process failed.
+    """
+    if not (status := preflight(config)).finished:
+        return Launch(config, terminal, requests).run()
+    terminal.say(status.finished)
+    terminal.result(read_summary(config.run.directory))
+    return ExitCode.DONE
+
+
+class StopAsked(Exception):
+    """The first request to stop."""
+
+
+class KillAsked(Exception):
+    """The second request to stop: no more waiting."""
+
+
+class Launch:
+    """One launch of a run on this machine, from the first process to the last."""
+
+    def __init__(self, config: Config, terminal: Terminal, requests: StopRequests) -> None:
+        """Prepares a launch; starts nothing yet.
+
+        Args:
+            config: The checked configuration.
+            terminal: Where to tell people how it goes.
+            requests: Counts the signals that ask to stop.
+        """
+        self._config = config
+        self._terminal = terminal
+        self._requests = requests
+        self._stopping = False
+        self._mark = uuid.uuid4().hex
+        self._spared = children_of(os.getpid())
+        self._services: dict[str, SupervisedProcess] = {}
+        self._ranks: list[Child] = []
+
+    def run(self) -> int:
+        """Runs the launch to its end and returns the exit code.
+
+        Raises:
+            ConfigError: A process refused the configuration.
+            EnvironmentFault: A process failed, or could not be started.
+        """
+        become_subreaper()
+        untrained = make_directory(self._config.run.directory / "logs")
+        # Not under TMPDIR: Ray's sockets will be in there, and a socket's path must be short.
+        with tempfile.TemporaryDirectory(prefix="kfdist-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+            self._scratch = Path(scratch)
+            try:
+                code = self._run_until_end()
+            finally:
+                self._end()
+                remove_untrained(untrained, unless_trained=self._config.run.directory)
+            return self._conclude(code)
+
+    def _run_until_end(self) -> int:
+        try:
+            try:
+                self._start()
+                return self._watch_ranks()
+            except StopAsked:
+                return self._stop_ranks()
+        except KillAsked:
+            return ExitCode.INTERRUPTED
+
+    # Starting
+
+    def _start(self) -> None:
+        self._terminal.say(f"run {self._config.run.name}: files in {self._config.run.directory}")
+        if self._config.cluster.link == "service":
+            self._start_controller()
+            self._start_pool()
+        rendezvous = self._rendezvous = host_rendezvous(self._config.cluster.workers)
+        for rank in range(rendezvous.world_size):
+            variables = {
+                "OMP_NUM_THREADS": str(self._config.cluster.threads),
+                # All ranks are on this machine, and neither gloo nor NCCL asks anybody who it is.
+                **{name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
+                **rendezvous.variables(rank),
+            }
+            self._ranks.append(Child(self._command(f"rank {rank}", "worker", variables=variables)))
+
+    def _start_controller(self) -> None:
+        def command(restarts: int) -> Command:
+            del restarts
+            return self._command("controller", "serve", f"--ready-file={ready_file}")
+
+        ready_file = self._scratch / "controller.json"
+        controller = self._services["controller"] = SupervisedProcess(command, ready_file)
+        ready = self._wait_until_ready(controller, CONTROLLER_READY_SECONDS)
+        addresses = {"address": ready["address"], "metrics_address": ready["metrics_address"]}
+        # Ranks and owners keep the addresses, so a controller that is started again must have the same.
+        control = self._config.control.model_copy(update=addresses)
+        self._config = self._config.model_copy(update={"control": control})
+        self._terminal.say(f"controller on {ready['address']}, metrics on http://{ready['metrics_address']}/metrics")
+
+    def _start_pool(self) -> None:
+        def command(restarts: int) -> Command:
+            # Removed with the rest, should the pool be killed before it has tidied up; a new one for each start.
+            directory = self._scratch / f"ray-{restarts}"
+            return self._command("pool", "pool", f"--ready-file={ready_file}", f"--directory={directory}")
+
+        ready_file = self._scratch / "pool.json"
+        self._services["pool"] = SupervisedProcess(command, ready_file)
+
+    def _command(
+        self, name: str, subcommand: str, *arguments: str, variables: Mapping[str, str] | None = None
+    ) -> Command:
+        config_file = self._scratch / f"{name.replace(' ', '-')}.toml"
+        config_file.write_text(to_toml(self._config), encoding="utf-8")
+        marks = {LAUNCH_VARIABLE: self._mark, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        return Command(
+            name=name,
+            # -P: a file named like a standard module in the working directory must not be imported in its place.
+            arguments=("-P", "-m", "kfdist", subcommand, str(config_file), *arguments),
+            environment={**inherited_environment(os.environ), **marks, **(variables or {})},
+            log=self._config.run.directory / "logs" / f"{name.replace(' ', '-')}.log",
+            terminal=self._terminal.descriptor if name == "rank 0" else None,
+        )
+
+    def _wait_until_ready(self, service: SupervisedProcess, seconds: float) -> Mapping[str, Any]:
+        deadline = time.monotonic() + seconds
+        while (ready := service.ready()) is None:
+            self._check_start(service, deadline, seconds)
+            self._tick()
+        return ready
+
+    def _check_start(self, service: SupervisedProcess, deadline: float, seconds: float) -> None:
+        """Raises if a service that has never been ready has died or takes too long."""
+        child = service.child
+        if child is not None and (code := child.poll()) is not None:
+            raise child_fault(child, code, "before it was ready")
+        if child is not None and time.monotonic() > deadline:
+            raise EnvironmentFault(
+                f"the {service.name} wasn't ready within {seconds:g} s; the end of its log:\n{child.log_tail()}"
+            )
+
+    # Watching
+
+    def _watch_ranks(self) -> int:
+        pool = self._services.get("pool")
+        deadline = time.monotonic() + POOL_READY_SECONDS
+        waiting = pool is not None
+        while True:
+            codes = [rank.poll() for rank in self._ranks]
+            failed = [rank for rank, code in zip(self._ranks, codes, strict=True) if code not in _EXPECTED]
+            if failed:
+                raise self._rank_failure(failed)
+            if None not in codes:
+                return ExitCode.RESUMABLE if ExitCode.RESUMABLE in codes else ExitCode.DONE
+            if pool is not None and waiting:
+                if (ready := pool.ready()) is not None:
+                    waiting = False
+                    self._terminal.say(f"pool with {ready['owners']} owners")
+                else:
+                    self._check_start(pool, deadline, POOL_READY_SECONDS)
+            self._supervise(but="pool" if waiting else None)
+            self._tick()
+
+    def _supervise(self, but: str | None) -> None:
+        for name, service in self._services.items():
+            if name == but:
+                continue
+            if (event := service.supervise()) is not None:
+                self._terminal.warn(event)
+                if service.gave_up and name == "controller":
+                    self._terminal.warn("training goes on without a controller: no metrics, no commands")
+                elif service.gave_up:
+                    self._stop_ranks()
+                    raise EnvironmentFault(f"no owners can be had any more; {RESUME_ADVICE} from the newest checkpoint")
+
+    def _rank_failure(self, failed: list[Child]) -> KfdistError:
+        """Ends the other ranks and says what the first failure was."""
+        # Ranks that lost a peer fail too; a signal, or a refusal, is more likely the cause than their exit code 1.
+        first = min(failed, key=lambda rank: (rank.poll() != ExitCode.BAD_INPUT, rank.poll() or 0))
+        self._stopping = True
+        self._end_children(self._ranks, FAILURE_SECONDS)
+        return child_fault(first, first.poll() or 0, "while training", f"{RESUME_ADVICE} from the newest checkpoint")
+
+    # Ending
+
+    def _stop_ranks(self) -> int:
+        self._stopping = True
+        self._terminal.say("stopping: the ranks write a checkpoint (once more Ctrl-C ends everything at once)")
+        self._end_children(self._ranks, STOP_RANKS_SECONDS)
+        codes = [rank.poll() for rank in self._ranks]
+        if codes and all(code == ExitCode.DONE for code in codes):
+            return ExitCode.DONE  # the last step was made before the request was heard
+        for rank, code in zip(self._ranks, codes, strict=True):
+            if code is not None and code != ExitCode.RESUMABLE:
+                ended = f"{rank.name} {describe_exit(code)} instead of writing a checkpoint"
+                self._terminal.warn(f"{ended}; the newest checkpoint may be older than this stop")
+        return ExitCode.RESUMABLE
+
+    def _end_children(self, children: Iterable[Child], seconds: float) -> None:
+        """Sends SIGTERM and waits; after that, SIGKILL, and waits for the kernel."""
+        children = list(children)
+        for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, _KILL_SECONDS)):
+            for child in children:
+                child.signal(number)
+            if self._wait_for(lambda: all(child.poll() is not None for child in children), patience):
+                return
+
+    def _end(self) -> None:
+        """Ends whatever is left: the services politely unless somebody is in a hurry, everything else at once."""
+        services = [service.child for service in self._services.values() if service.child is not None]
+        seconds = STOP_SERVICES_SECONDS if self._stopping else END_SERVICES_SECONDS
+        try:
+            self._stopping = True
+            self._end_children(services, seconds)
+        except (StopAsked, KillAsked):
+            pass
+        stubborn = sweep(self._mark, os.getpid(), spared=self._spared)
+        self._terminal.restore()
+        if stubborn:
+            self._terminal.warn(f"processes {sorted(stubborn)} could not be killed; look after them")
+
+    def _conclude(self, code: int) -> int:
+        restarts = {name: service.restarts for name, service in self._services.items()}
+        pool = self._services.get("pool")
+        owner_restarts = sum(report.get("owner_restarts", 0) for report in pool.reports()) if pool is not None else 0
+        summary = add_to_summary(self._config.run.directory, restarts=restarts, owner_restarts=owner_restarts)
+        if code == ExitCode.DONE:
+            self._terminal.say(summary_line(summary))
+            self._terminal.say(
+                f"files: {self._config.run.directory} (summary.json, metrics.jsonl, checkpoints/, logs/)"
+            )
+        else:
+            self._terminal.say(f"stopped before the last step; {RESUME_ADVICE}")
+        self._terminal.result(summary)
+        return code
+
+    # Waiting
+
+    def _wait_for(self, condition: Callable[[], bool], seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not (met := condition()) and time.monotonic() < deadline:
+            self._tick()
+        return met
+
+    def _tick(self) -> None:
+        """Sleeps a moment; raises when a request to stop has come."""
+        if self._requests.count >= 2:
+            raise KillAsked
+        if self._requests.count == 1 and not self._stopping:
+            raise StopAsked
+        reap_orphans([*self._ranks, *(service.child for service in self._services.values() if service.child)])
+        time.sleep(_TICK_SECONDS)

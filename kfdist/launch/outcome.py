@@ -1,0 +1,79 @@
+"""What a launch leaves behind and what it must not: directories, logs, the summary, and the words of a dead child."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kfdist.errors import ConfigError, EnvironmentFault, KfdistError
+from kfdist.exit_codes import ExitCode
+from kfdist.system.files import replace_file
+from kfdist.system.processes import Child, describe_exit
+
+
+def child_fault(child: Child, code: int, when: str, advice: str = "") -> KfdistError:
+    """Makes an error of a child's end: its own sentence where it had one, else the end of its log.
+
+    Args:
+        child: A process that has ended.
+        code: How, as `Child.poll` says it.
+        when: What it was about, for people.
+        advice: What to do if it gave no reason.
+    """
+    tail = child.log_tail()
+    _, marker, sentence = f"\n{tail}".rpartition("\nkfdist: ")
+    if not marker:
+        sentence = ""
+    if sentence and code == ExitCode.BAD_INPUT:
+        return ConfigError(sentence)
+    if sentence and code == ExitCode.ENVIRONMENT:
+        return EnvironmentFault(f"{sentence}\n(said by {child.name})")
+    name = child.name if child.name.startswith("rank") else f"the {child.name}"
+    last = f"the end of its log ({child.command.log}):\n{tail}" if tail else "its log is empty"
+    return EnvironmentFault("\n".join(filter(None, [f"{name} {describe_exit(code)} {when}; {last}", advice])))
+
+
+def make_directory(path: Path) -> list[Path]:
+    """Makes a directory and returns what had to be made, the innermost first."""
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"can't make {path} ({error.strerror}); choose another run.dir") from error
+    return made
+
+
+def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
+    """Removes the directories of a launch that never trained: their files are of processes that served for nothing.
+
+    Args:
+        made: What `make_directory` made.
+        unless_trained: The run directory; with a checkpoint or a line of metrics in it, everything stays.
+    """
+    if (unless_trained / "checkpoints").exists() or (unless_trained / "metrics.jsonl").exists():
+        return
+    for directory in made:
+        if directory in unless_trained.parents:
+            with contextlib.suppress(OSError):
+                directory.rmdir()  # unless others have put something into it
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def read_summary(run_directory: Path) -> dict[str, Any]:
+    """Reads `summary.json` of a run directory; empty if there is none."""
+    try:
+        return json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def add_to_summary(run_directory: Path, **entries: Any) -> dict[str, Any]:
+    """Adds what only the launcher knows to `summary.json`, and returns the whole; empty if there is none."""
+    summary = read_summary(run_directory)
+    if summary:
+        summary |= entries
+        replace_file(run_directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary

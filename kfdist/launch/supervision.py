@@ -1,0 +1,88 @@
+"""Supervision: a process that others wait for and that is started again when it dies: the controller and the pool."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kfdist.system.processes import Child, Command, describe_exit
+
+RESTARTS_ALLOWED = 5
+"""How often a process is started again within one launch before the launcher gives up on it."""
+
+_FIRST_PAUSE_SECONDS = 0.25
+
+
+class SupervisedProcess:
+    """A supervised process with a ready file, which it writes, as JSON, once it serves.
+
+    Attributes:
+        restarts: How often it was started again.
+        gave_up: Whether it died once more than `RESTARTS_ALLOWED`.
+    """
+
+    def __init__(self, make_command: Callable[[int], Command], ready_file: Path) -> None:
+        """Starts the process.
+
+        Args:
+            make_command: How to start it, by how often it was started again before.
+            ready_file: What it was told to write when it serves.
+        """
+        self.restarts = 0
+        self.gave_up = False
+        self._make_command = make_command
+        self._ready_file = ready_file
+        self._start_at = 0.0
+        self._past: list[Mapping[str, Any]] = []
+        self._command = make_command(0)
+        self._child: Child | None = Child(self._command)
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self._command.name
+
+    @property
+    def child(self) -> Child | None:
+        """The process, or None while it waits to be started again."""
+        return self._child
+
+    def ready(self) -> Mapping[str, Any] | None:
+        """Returns what the newest process wrote to its ready file, or None if it doesn't serve yet."""
+        try:
+            return json.loads(self._ready_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def reports(self) -> list[Mapping[str, Any]]:
+        """Returns what each process of this launch last wrote to the ready file, the newest last."""
+        newest = self.ready()
+        return [*self._past, newest] if newest is not None else list(self._past)
+
+    def supervise(self) -> str | None:
+        """Starts the process again if it died, after a pause that doubles; to be called often.
+
+        Returns:
+            A sentence when something happened, else None.
+        """
+        if self._child is None:
+            if self.gave_up or time.monotonic() < self._start_at:
+                return None
+            self._command = self._make_command(self.restarts)
+            self._child = Child(self._command)
+            return f"the {self.name} was started again ({self.restarts} of at most {RESTARTS_ALLOWED} times)"
+        code = self._child.poll()
+        if code is None:
+            return None
+        self._child = None
+        if (last := self.ready()) is not None:
+            self._past.append(last)
+        self._ready_file.unlink(missing_ok=True)
+        ended = f"the {self.name} {describe_exit(code)} (log: {self._command.log})"
+        if self.restarts == RESTARTS_ALLOWED:
+            self.gave_up = True
+            return f"{ended}; it isn't started again, because that was tried {RESTARTS_ALLOWED} times"
+        self._start_at = time.monotonic() + _FIRST_PAUSE_SECONDS * 2**self.restarts
+        self.restarts += 1
+        return ended

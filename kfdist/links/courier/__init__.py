@@ -1,0 +1,1 @@
+"""The courier: moves bytes between its rank and the owners; never imports torch."""

@@ -1,0 +1,169 @@
+"""The courier: `python -m kfdist.links.courier`, started by its rank and by nobody else.
+
+It moves bytes between its rank and the owners, and heartbeats and commands between its rank and the controller, so that
+the rank, whose data loaders fork, never loads gRPC. It holds caches only: the rank replaces it whenever it ends, and
+hands it the unfinished jobs again.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections import deque
+
+from kfdist.links import socket_messages
+from kfdist.links.courier.dispatch import Dispatcher
+from kfdist.links.courier.known_owners import OwnerDirectory
+from kfdist.links.courier.session import ControllerSession
+from kfdist.links.shared_memory import HeartbeatWord
+from kfdist.links.socket_messages import Beat, Bye, Cancel, Counts, CourierSetup, Fenced, Hello, Message, Submit
+from kfdist.system.lifetime import exit_with_process
+from kfdist.types import RunSettings
+
+_WORD_SECONDS = 0.2
+_REPORT_SECONDS = 1.0
+
+
+class RankSocket:
+    """The courier's end of the socket pair, in an event loop."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        """Takes over a connected socket."""
+        channel.setblocking(False)
+        self._channel = channel
+        self._outbox: deque[bytes] = deque()
+        self._readable = asyncio.Event()
+        asyncio.get_running_loop().add_reader(channel, self._readable.set)
+
+    def tell(self, message: Message) -> None:
+        """Sends a message, later if the rank doesn't read at present."""
+        self._outbox.append(socket_messages.encode(message))
+        self._flush()
+
+    async def hear(self) -> tuple[Message, list[int]] | None:
+        """Returns the next message and its descriptors; None when the rank has closed its end."""
+        while True:
+            self._readable.clear()
+            try:
+                return socket_messages.receive(self._channel)
+            except BlockingIOError:
+                await self._readable.wait()
+            except ConnectionError:
+                return None
+
+    def _flush(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._outbox:
+                socket_messages.send(self._channel, self._outbox[0])
+                self._outbox.popleft()
+        except BlockingIOError:
+            loop.add_writer(self._channel, self._flush)
+        except ConnectionError:
+            self._outbox.clear()  # The rank has gone; `hear` says so, too.
+            loop.remove_writer(self._channel)
+        else:
+            loop.remove_writer(self._channel)
+
+
+class Courier:
+    """One courier's parts, and what passes between them."""
+
+    def __init__(self, setup: CourierSetup, rank: RankSocket, word: HeartbeatWord) -> None:
+        """Connects the parts; nothing runs yet."""
+        context = setup.context
+        directory = OwnerDirectory()
+        self._rank = rank
+        self._word = word
+        self._session = ControllerSession(
+            setup.address,
+            context,
+            setup.rank_pid,
+            directory,
+            owners_changed=self._owners_changed,
+            settings_changed=self._settings_changed,
+            fenced=self._fence,
+        )
+        self._dispatcher = Dispatcher(context.run, context.epoch, directory, rank.tell, self._fence)
+        self._fenced = False
+
+    async def run(self) -> None:
+        """Carries until the rank says goodbye or closes its end."""
+        async with asyncio.TaskGroup() as group:
+            conversation = group.create_task(self._session.run())
+            helpers = [
+                conversation,
+                group.create_task(self._session.keep_finding_owners()),
+                group.create_task(self._move_word()),
+                group.create_task(self._report()),
+            ]
+            self._rank.tell(Hello())
+            while (heard := await self._rank.hear()) is not None:
+                message, descriptors = heard
+                match message:
+                    case Submit():
+                        self._dispatcher.submit(group, message, *descriptors)
+                    case Cancel():
+                        self._dispatcher.cancel(message.ticket)
+                    case Beat():
+                        self._session.beat(message.step, message.phase, message.samples)
+                    case Bye():
+                        await self._session.end(conversation)
+                        break
+                    case _:
+                        raise AssertionError(f"only couriers say {message!r}")
+            for helper in helpers:
+                helper.cancel()
+            self._dispatcher.cancel_all()
+
+    async def _move_word(self) -> None:
+        while True:
+            self._word.beat()
+            await asyncio.sleep(_WORD_SECONDS)
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_SECONDS)
+            self._dispatcher.report()
+            if self._session.samples_dropped:
+                self._rank.tell(Counts(samples_dropped=self._session.samples_dropped))
+                self._session.samples_dropped = 0
+
+    def _owners_changed(self) -> None:
+        self._dispatcher.owners_changed()
+
+    def _fence(self, sentence: str) -> None:
+        if not self._fenced:
+            self._fenced = True
+            print(f"kfdist courier: this start of the run is superseded and stops: {sentence}", file=sys.stderr)
+            self._rank.tell(Fenced())
+
+    def _settings_changed(self, settings: RunSettings) -> None:
+        self._rank.tell(socket_messages.settings_message(settings))
+
+
+async def _serve(channel_descriptor: int, word_descriptor: int, setup_descriptor: int) -> None:
+    setup = CourierSetup.read(setup_descriptor)
+    os.close(setup_descriptor)
+    exit_with_process(setup.rank_pid, status=0)
+    if os.getppid() != setup.rank_pid:
+        return  # The rank had ended before we began to watch it.
+    with HeartbeatWord(word_descriptor) as word:
+        os.close(word_descriptor)
+        await Courier(setup, RankSocket(socket.socket(fileno=channel_descriptor)), word).run()
+
+
+def main() -> None:
+    """Runs the courier; its arguments are descriptors that the rank passed."""
+    # torchrun and the terminal signal the whole group while ranks still write checkpoints: the rank alone ends us. Its
+    # background thread, which may have started us, blocks all signals, and a child inherits that.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    channel, word, setup = (int(argument) for argument in sys.argv[1:])
+    asyncio.run(_serve(channel, word, setup))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The courier's jobs: each goes to one owner after the other until one has done it."""
+
+import asyncio
+import contextlib
+import mmap
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
+from kfdist.links.courier.transfer import AttemptFailed, Inverted, Reason, Request, Traffic, attempt
+from kfdist.links.shared_memory import write_at
+from kfdist.links.socket_messages import Counts, Done, Message, Refused, Submit
+from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
+from kfdist.rpc.channels import open_aio_channel
+from kfdist.rpc.chunking import digest_of
+
+_CALLS_PER_OWNER = 2
+"""One inversion runs while the next one's payload travels; more would only fill the owner's memory."""
+
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 5.0
+_LARGEST_STRETCH = 8
+"""A deadline that was too short is doubled, up to this factor, so that a slow machine gets on, too."""
+
+_LONGEST_LOOK_AWAY_SECONDS = 0.5
+_WARNING_PERIOD_SECONDS = 10.0
+_POOL_START_SECONDS = 20.0
+"""Ranks and pool start together, and the pool takes longer; only later is a want of owners worth a word."""
+
+
+class _Connection:
+    """A channel to one owner at one address, and the slots of calls on it."""
+
+    def __init__(self, owner: KnownOwner) -> None:
+        self.owner = owner
+        self.channel = open_aio_channel(owner.address)
+        self.stub = InversionServiceStub(self.channel)
+        self.slots = asyncio.Semaphore(_CALLS_PER_OWNER)
+        self._closing: asyncio.Task[None] | None = None
+
+    def abandon(self) -> None:
+        """Ends all calls on it."""
+        self._closing = asyncio.create_task(self.channel.close())
+
+
+@dataclass(kw_only=True, eq=False)
+class _Parcel:
+    """A job on its way.
+
+    Attributes:
+        submit: What the rank said.
+        payload: Its input, mapped.
+        attempts: Submissions so far.
+        tried: Owners that failed it since all were tried last.
+        rounds: How often all owners were tried.
+        stretch: Factor on its deadline.
+        stranded: Whether it was counted as having no owner of its fingerprint.
+    """
+
+    submit: Submit
+    payload: memoryview
+    attempts: int = 0
+    tried: set[str] = field(default_factory=set)
+    rounds: int = 0
+    stretch: int = 1
+    stranded: bool = False
+
+
+class Dispatcher:
+    """Carries jobs to owners, each in a task of its own, and tells the rank how they ended."""
+
+    def __init__(
+        self,
+        run: str,
+        epoch: int,
+        directory: OwnerDirectory,
+        tell: Callable[[Message], None],
+        fenced: Callable[[str], None],
+    ) -> None:
+        """Begins without jobs.
+
+        Args:
+            run: Name of the run.
+            epoch: The run's start.
+            directory: The owners; kept up to date by others, who call `owners_changed`.
+            tell: Sends a message to the rank.
+            fenced: Called with a sentence when an owner has seen a newer start of the run.
+        """
+        self._run = run
+        self._epoch = epoch
+        self._directory = directory
+        self._tell = tell
+        self._fenced = fenced
+        self._connections: dict[str, _Connection] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._traffic = Traffic()
+        self._resubmissions: Counter[str] = Counter()
+        self._begun = time.monotonic()
+        self._quiet_until = 0.0
+
+    def submit(self, group: asyncio.TaskGroup, submit: Submit, input_descriptor: int, output_descriptor: int) -> None:
+        """Takes a job over, and its descriptors with it.
+
+        Args:
+            group: Where its task belongs; a fault of our own in it must end the courier, which its rank then replaces.
+            submit: The job.
+            input_descriptor: Memfd of its payload.
+            output_descriptor: Memfd for its result.
+        """
+        task = group.create_task(self._carry(submit, input_descriptor, output_descriptor))
+        self._tasks[submit.ticket] = task
+        task.add_done_callback(lambda _: self._tasks.pop(submit.ticket))
+
+    def cancel(self, ticket: int) -> None:
+        """Forgets a job; its owner may finish it all the same."""
+        if ticket in self._tasks:
+            self._tasks[ticket].cancel()
+
+    def cancel_all(self) -> None:
+        """Forgets all jobs."""
+        for task in list(self._tasks.values()):
+            task.cancel()
+
+    def owners_changed(self) -> None:
+        """Ends the calls to owners that are gone, so that their jobs go elsewhere, and wakes the jobs that wait."""
+        for connection in list(self._connections.values()):
+            if not self._directory.is_current(connection.owner):
+                del self._connections[connection.owner.owner_id]
+                connection.abandon()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def report(self) -> None:
+        """Tells the rank what was counted since the last report, if anything was."""
+        counts = Counts(
+            resubmissions=dict(self._resubmissions),
+            bytes_sent=self._traffic.sent,
+            bytes_received=self._traffic.received,
+        )
+        if counts != Counts():
+            self._tell(counts)
+        self._resubmissions.clear()
+        self._traffic.sent = self._traffic.received = 0
+
+    async def _carry(self, submit: Submit, input_descriptor: int, output_descriptor: int) -> None:
+        try:
+            payload = _map(input_descriptor, submit.payload_bytes)
+            if await asyncio.to_thread(digest_of, payload) != submit.digest:
+                self._tell(Refused(ticket=submit.ticket))
+                return
+            parcel = _Parcel(submit=submit, payload=payload)
+            inverted = await self._invert(parcel)
+            # In the event loop, as a thread might still write when this task is cancelled and its descriptor reused.
+            write_at(output_descriptor, 0, inverted.payload)
+            self.report()
+            self._tell(
+                Done(
+                    ticket=submit.ticket,
+                    payload_bytes=len(inverted.payload),
+                    digest=inverted.digest,
+                    seconds=inverted.seconds,
+                    owner=inverted.owner,
+                    attempts=parcel.attempts,
+                )
+            )
+        finally:
+            os.close(input_descriptor)
+            os.close(output_descriptor)
+
+    async def _invert(self, parcel: _Parcel) -> Inverted:
+        """Tries owners until one has done the job."""
+        while True:
+            owner = await self._choose(parcel)
+            connection = self._connect(owner)
+            async with connection.slots:
+                if not self._directory.is_current(owner) or self._directory.is_suspended(owner):
+                    continue  # It fell ill while this job waited for it.
+                parcel.attempts += 1
+                request = Request(
+                    run=self._run,
+                    epoch=self._epoch,
+                    submit=parcel.submit,
+                    payload=parcel.payload,
+                    deadline_seconds=parcel.submit.deadline_seconds * parcel.stretch,
+                )
+                try:
+                    inverted = await attempt(connection.stub, request, self._traffic)
+                except AttemptFailed as failure:
+                    self._learn(owner, parcel, failure)
+                else:
+                    self._directory.trust(owner)
+                    return inverted
+
+    async def _choose(self, parcel: _Parcel) -> KnownOwner:
+        """Waits for the best owner that hasn't failed the job in this round."""
+        submit = parcel.submit
+        while True:
+            changed = self._changed
+            candidates = self._directory.order(submit.group, submit.fingerprint)
+            fresh = [owner for owner in candidates if owner.owner_id not in parcel.tried]
+            if fresh:
+                return fresh[0]
+            if candidates:
+                pause = min(_FIRST_PAUSE_SECONDS * 2**parcel.rounds, _LONGEST_PAUSE_SECONDS)
+                parcel.rounds = min(parcel.rounds + 1, 16)
+                parcel.tried.clear()
+                await asyncio.sleep(pause)
+            else:
+                self._explain_waiting(parcel)
+                # A suspension may end without any change, so this doesn't wait for one for long.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LONGEST_LOOK_AWAY_SECONDS):
+                        await changed.wait()
+
+    def _connect(self, owner: KnownOwner) -> _Connection:
+        connection = self._connections.get(owner.owner_id)
+        if connection is None or connection.owner.address != owner.address:
+            connection = self._connections[owner.owner_id] = _Connection(owner)
+        return connection
+
+    def _learn(self, owner: KnownOwner, parcel: _Parcel, failure: AttemptFailed) -> None:
+        parcel.tried.add(owner.owner_id)
+        self._resubmissions[failure.reason] += 1
+        if failure.owner_at_fault:
+            self._directory.suspend(owner)
+        if failure.reason is Reason.DEADLINE:
+            parcel.stretch = min(2 * parcel.stretch, _LARGEST_STRETCH)
+        if failure.reason is Reason.STALE_EPOCH:
+            self._fenced(str(failure))
+        self._warn(
+            f"{owner.owner_id} at {owner.address} didn't do group {parcel.submit.group!r} version "
+            f"{parcel.submit.version} (attempt {parcel.attempts}): {failure}; it goes out again"
+        )
+
+    def _explain_waiting(self, parcel: _Parcel) -> None:
+        owners = self._directory.owners
+        fingerprint = parcel.submit.fingerprint
+        if not owners and time.monotonic() - self._begun > _POOL_START_SECONDS:
+            self._warn("no owner is known yet; jobs wait for one (is the pool running?)")
+        elif owners and not self._directory.matching(fingerprint):
+            others = sorted({owner.fingerprint for owner in owners})
+            self._warn(
+                f"no owner has the run's fingerprint {fingerprint!r}; theirs: {others}. Under fixed-lag owners must "
+                "compute as the ranks do: give both the same device, threads and library versions, or use asap"
+            )
+            if not parcel.stranded:
+                parcel.stranded = True
+                self._resubmissions[Reason.FINGERPRINT] += 1
+
+    def _warn(self, sentence: str) -> None:
+        if time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + _WARNING_PERIOD_SECONDS
+            print(f"kfdist courier: {sentence}", file=sys.stderr, flush=True)
+
+
+def _map(descriptor: int, size: int) -> memoryview:
+    return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) if size else b"")

@@ -1,0 +1,271 @@
+"""The courier's conversation with the controller: registration, heartbeats, settings, and who the owners are.
+
+The controller may be away at any time, from before the start to long after the end. Jobs don't wait for it; this module
+comes back to it by itself, and asks owners for their peers meanwhile.
+"""
+
+import asyncio
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from kfdist.errors import KfdistError
+from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
+from kfdist.links.link import LinkContext
+from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
+from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
+from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
+from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
+from kfdist.rpc.status import code_of, details_of
+from kfdist.types import Desired, RunSettings, Sample
+
+_BEAT_SECONDS = 1.0
+_ANSWER_SECONDS = 10.0
+"""A stream whose beat isn't answered within this time is given up and opened anew."""
+
+_SAMPLES_PER_BEAT = 2000
+_QUEUED_SAMPLES = 20_000
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 2.0
+_PEERS_SECONDS = 3.0
+_LAST_WORD_SECONDS = 1.5
+_REFUSALS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+
+class _Fenced(KfdistError):
+    """The controller knows a newer start of the run."""
+
+
+class ControllerSession:
+    """Talks to the controller for one rank until told to end.
+
+    Attributes:
+        samples_dropped: Samples that found no place while the controller was away, since last taken.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        context: LinkContext,
+        pid: int,
+        directory: OwnerDirectory,
+        *,
+        owners_changed: Callable[[], None],
+        settings_changed: Callable[[RunSettings], None],
+        fenced: Callable[[str], None],
+    ) -> None:
+        """Begins without a connection.
+
+        Args:
+            address: Where the controller listens.
+            context: What the rank knows of its run.
+            pid: The rank's process id, for people.
+            directory: Kept up to date.
+            owners_changed: Called after each update of the directory.
+            settings_changed: Called with what the controller says people want.
+            fenced: Called with a sentence when the controller knows a newer start of the run.
+        """
+        self._address = address
+        self._context = context
+        self._pid = pid
+        self._directory = directory
+        self._owners_changed = owners_changed
+        self._settings_changed = settings_changed
+        self._fenced = fenced
+        self._revision = 0
+        self._step, self._phase = 0, "running"
+        self._samples: deque[Sample] = deque()
+        self._due = asyncio.Event()
+        self._ending = False
+        self._connected = False
+        self._away = False
+        self._told = ""
+        self.samples_dropped = 0
+
+    def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+        """Takes in where the rank stands; it is told at the next beat, a new phase at once."""
+        if phase != self._phase:
+            self._due.set()
+        self._step, self._phase = step, phase
+        self._samples.extend(samples)
+        while len(self._samples) > _QUEUED_SAMPLES:
+            self._samples.popleft()  # the oldest: a gauge's newer value, or a counter's total, replaces it anyway
+            self.samples_dropped += 1
+
+    async def run(self) -> None:
+        """Keeps the conversation up until `end`."""
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            channel = open_aio_channel(self._address)
+            try:
+                await self._converse(channel)
+            except _Fenced as fenced:
+                self._fenced(str(fenced))
+                return
+            except (grpc.aio.AioRpcError, TimeoutError) as error:
+                # A deadline, a refusal or nobody there: all of them may be over at the next try.
+                self._tell_refusal(error)
+                pause = _FIRST_PAUSE_SECONDS if self._connected else min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                self._away = True
+            finally:
+                self._connected = False
+                await channel.close()
+            if self._ending:
+                return
+            await asyncio.sleep(pause)
+
+    def _tell_refusal(self, error: Exception) -> None:
+        """Says once why a controller that is there refuses this rank; nobody there is no news."""
+        if isinstance(error, grpc.aio.AioRpcError) and code_of(error) in _REFUSALS:
+            sentence = f"the controller at {self._address} refuses this rank: {details_of(error)}"
+            if sentence != self._told:
+                self._told = sentence
+                print(f"kfdist courier: {sentence}", file=sys.stderr, flush=True)
+
+    async def end(self, conversation: asyncio.Task[None]) -> None:
+        """Tells the controller the last beat if it is there, and ends `conversation`, the task of `run`."""
+        self._ending = True
+        self._due.set()
+        _, late = await asyncio.wait([conversation], timeout=0.0 if self._away else _LAST_WORD_SECONDS)
+        for task in late:
+            task.cancel()
+
+    async def keep_finding_owners(self) -> None:
+        """Asks owners for their peers for as long as the controller is away; never returns."""
+        while True:
+            await asyncio.sleep(_PEERS_SECONDS)
+            for owner in [] if self._connected else self._directory.owners:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    async with open_aio_channel(owner.address) as channel:
+                        request = inversion_pb2.ListPeersRequest()
+                        response = await InversionServiceStub(channel).ListPeers(request, timeout=_PEERS_SECONDS)
+                    self._learn_owners(response.owners)
+                    break
+
+    async def _converse(self, channel: grpc.aio.Channel) -> None:
+        stub = MembershipServiceStub(channel)
+        try:
+            await self._register(stub)
+            await self._heartbeat(stub)
+        except grpc.aio.AioRpcError as error:
+            if code_of(error) is grpc.StatusCode.ABORTED:
+                raise _Fenced(details_of(error)) from error
+            raise
+
+    async def _register(self, stub: MembershipServiceStub) -> None:
+        context = self._context
+        leads = context.worker_rank == 0
+        request = membership_pb2.RegisterWorkerRequest(
+            run=context.run,
+            epoch=context.epoch,
+            worker_rank=context.worker_rank,
+            world_size=context.world_size,
+            groups=[
+                membership_pb2.GroupSpec(name=group.name, cost=group.cost, position=group.position)
+                for group in (context.groups if leads else ())
+            ],
+            fingerprint=context.fingerprint,
+            assignment=context.assignment if leads else "",
+            pid=self._pid,
+        )
+        response = await stub.RegisterWorker(request, timeout=CALL_SECONDS)
+        self._learn_settings(response.settings)
+
+    async def _heartbeat(self, stub: MembershipServiceStub) -> None:
+        """Beats until told to end; then once more, with all that is left to tell."""
+        stream = stub.Heartbeat()
+        assignment_revision = -1
+        try:
+            while True:
+                last = self._ending
+                with self._taken_samples() as samples:
+                    response = await self._exchange(stream, samples)
+                self._connected, self._away = True, False
+                self._learn_settings(response.settings)
+                self._learn_owners(response.owners)
+                if response.assignment_revision != assignment_revision:
+                    assignment_revision = await self._learn_assignment(stub)
+                if last and not self._samples:
+                    return
+                if not last and len(self._samples) < _SAMPLES_PER_BEAT:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_BEAT_SECONDS):
+                            await self._due.wait()
+                    self._due.clear()
+        finally:
+            stream.cancel()
+
+    async def _exchange(self, stream: Any, samples: Sequence[Sample]) -> membership_pb2.HeartbeatResponse:
+        """Sends one beat and returns its answer."""
+        beat = membership_pb2.WorkerBeat(
+            run=self._context.run,
+            epoch=self._context.epoch,
+            worker_rank=self._context.worker_rank,
+            step=self._step,
+            phase=self._phase,
+        )
+        request = membership_pb2.HeartbeatRequest(
+            worker=beat,
+            samples=[
+                membership_pb2.Sample(name=sample.name, labels=dict(sample.labels), value=sample.value)
+                for sample in samples
+            ],
+        )
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            try:
+                await stream.write(request)
+                response = await stream.read()
+            except asyncio.InvalidStateError:  # how gRPC says that the stream had ended before
+                response = None
+            if isinstance(response, membership_pb2.HeartbeatResponse):
+                return response
+            if await stream.code() is grpc.StatusCode.ABORTED:
+                raise _Fenced(await stream.details())
+            raise TimeoutError("the controller ended the stream")
+
+    @contextlib.contextmanager
+    def _taken_samples(self) -> Iterator[list[Sample]]:
+        """Takes samples from the queue, and puts them back if they could not be told."""
+        samples = [self._samples.popleft() for _ in range(min(len(self._samples), _SAMPLES_PER_BEAT))]
+        try:
+            yield samples
+        except BaseException:
+            self._samples.extendleft(reversed(samples))
+            raise
+
+    def _learn_settings(self, settings: membership_pb2.RunSettings) -> None:
+        if settings.revision <= self._revision:
+            return
+        self._revision = settings.revision
+        self._settings_changed(
+            RunSettings(
+                revision=settings.revision,
+                desired=Desired(settings.desired) if settings.desired in set(Desired) else Desired.RUNNING,
+                checkpoint_serial=settings.checkpoint_serial,
+                damping=settings.damping,
+            )
+        )
+
+    def _learn_owners(self, owners: Iterable[inversion_pb2.Owner]) -> None:
+        self._directory.update(
+            KnownOwner(owner_id=owner.owner_id, address=owner.address, fingerprint=owner.fingerprint)
+            for owner in owners
+        )
+        self._owners_changed()
+
+    async def _learn_assignment(self, stub: MembershipServiceStub) -> int:
+        request = membership_pb2.GetAssignmentRequest(run=self._context.run)
+        response = await stub.GetAssignment(request, timeout=CALL_SECONDS)
+        self._directory.assign(response.owner_by_group)
+        self._learn_owners(response.owners)
+        return response.revision

@@ -1,0 +1,1 @@
+"""The rank's side of the link to the service; never imports gRPC."""

@@ -1,0 +1,130 @@
+"""The jobs of one rank that have no verified result yet, and the shared memory that belongs to them."""
+
+import os
+from collections import deque
+from dataclasses import dataclass
+
+from kfdist.links.shared_memory import create_input, create_output
+from kfdist.links.socket_messages import Submit
+from kfdist.types import Job
+
+
+@dataclass(kw_only=True, eq=False)
+class Pending:
+    """One job.
+
+    Attributes:
+        job: What is to be done.
+        ticket: Names the hand-over to the courier in charge; None while it waits for one.
+        input: Descriptor of the sealed memfd with its payload; made once, passed to every courier.
+        output: Descriptor of the memfd for the result; a new one for every hand-over, so that nothing that an earlier
+            courier wrote is ever taken for a result.
+        attempts: Submissions to owners by earlier couriers.
+    """
+
+    job: Job
+    ticket: int | None = None
+    input: int | None = None
+    output: int | None = None
+    attempts: int = 0
+
+    def drop_output(self) -> None:
+        """Lets go of the result's memory."""
+        if self.output is not None:
+            os.close(self.output)
+        self.output = self.ticket = None
+
+    def close(self) -> None:
+        """Lets go of all its memory."""
+        self.drop_output()
+        if self.input is not None:
+            os.close(self.input)
+        self.input = None
+
+
+class Ledger:
+    """Knows for each job whether it waits or is with the courier."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Pending] = deque()
+        self._handed: dict[int, Pending] = {}
+        self._last_ticket = 0
+
+    @property
+    def handed_over(self) -> int:
+        """How many jobs the courier has."""
+        return len(self._handed)
+
+    def add(self, job: Job) -> None:
+        """Takes a job over, behind those that wait."""
+        self._waiting.append(Pending(job=job))
+
+    def next_waiting(self) -> Pending | None:
+        """Returns the job that is to be handed over next, if one waits."""
+        return self._waiting[0] if self._waiting else None
+
+    def prepare(self, entry: Pending) -> tuple[Submit, tuple[int, int]]:
+        """Puts a job into shared memory; returns its message and descriptors, which stay the ledger's."""
+        if entry.input is None:
+            entry.input = create_input(entry.job.payload)
+        if entry.output is None:
+            entry.output = create_output()
+        if entry.ticket is None:
+            self._last_ticket += 1
+            entry.ticket = self._last_ticket
+        submit = Submit(
+            ticket=entry.ticket,
+            group=entry.job.group,
+            version=entry.job.version,
+            digest=entry.job.digest,
+            deadline_seconds=entry.job.deadline_seconds,
+            fingerprint=entry.job.fingerprint,
+            payload_bytes=len(entry.job.payload),
+        )
+        return submit, (entry.input, entry.output)
+
+    def hand_over(self, entry: Pending) -> None:
+        """Notes that a prepared job, the next that waited, is with the courier."""
+        assert entry.ticket is not None and self._waiting[0] is entry
+        self._handed[entry.ticket] = self._waiting.popleft()
+
+    def handed(self, ticket: int) -> Pending | None:
+        """Returns the job of a ticket; None for a job that was cancelled, finished or handed over again since."""
+        return self._handed.get(ticket)
+
+    def finish(self, entry: Pending) -> None:
+        """Forgets a job that has a verified result."""
+        del self._handed[entry.ticket or 0]
+        entry.close()
+
+    def cancel(self, group: str, version: int) -> int | None:
+        """Forgets a job; returns its ticket if the courier has it."""
+        for entry in [*self._waiting, *self._handed.values()]:
+            if (entry.job.group, entry.job.version) == (group, version):
+                ticket = entry.ticket if self._handed.pop(entry.ticket or 0, None) else None
+                if ticket is None:
+                    self._waiting.remove(entry)
+                entry.close()
+                return ticket
+        return None
+
+    def requeue(self, entry: Pending, *, attempts: int) -> None:
+        """Puts a job that is with the courier in front of those that wait."""
+        del self._handed[entry.ticket or 0]
+        entry.attempts += attempts
+        entry.drop_output()
+        self._waiting.appendleft(entry)
+
+    def requeue_all(self) -> int:
+        """Does so for all jobs that a lost courier had, in their old order; returns how many there were."""
+        lost = list(self._handed.values())
+        for entry in reversed(lost):
+            self.requeue(entry, attempts=1)
+        return len(lost)
+
+    def close(self) -> None:
+        """Forgets everything."""
+        for entry in [*self._waiting, *self._handed.values()]:
+            entry.close()
+        self._waiting.clear()
+        self._handed.clear()

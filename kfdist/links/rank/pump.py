@@ -1,0 +1,336 @@
+"""The rank's background thread: it moves jobs to the courier and verified results back, and keeps a courier alive.
+
+The thread that trains only appends to queues; hashing, copying and waiting happen here.
+"""
+
+import hashlib
+import os
+import selectors
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kfdist.errors import EnvironmentFault
+from kfdist.links import socket_messages
+from kfdist.links.link import LinkCounters
+from kfdist.links.rank.courier_process import COURIER_MODULE, CourierProcess
+from kfdist.links.rank.handover import Ledger
+from kfdist.links.rank.mailbox import Mailbox
+from kfdist.links.shared_memory import read_private
+from kfdist.links.socket_messages import (
+    Bye,
+    Cancel,
+    Counts,
+    CourierSetup,
+    Done,
+    Fenced,
+    Hello,
+    Message,
+    Refused,
+    Settings,
+)
+from kfdist.types import Desired, Job, JobResult, RunSettings, Sample
+
+_TICK_SECONDS = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteOptions:
+    """How a link treats its courier.
+
+    Attributes:
+        window: Jobs handed to the courier at a time; bounds shared memory and open files.
+        silent_seconds: A courier whose event loop has stood still for this long is replaced.
+        start_seconds: The same before it has greeted: it imports gRPC first.
+        failed_starts: After this many couriers in a row that ended before they greeted, the link gives up.
+        close_seconds: How long `close` waits for the courier to tell the controller that the rank has ended.
+        queued_samples: Samples kept while the courier doesn't take them; newer ones are dropped and counted.
+        courier_module: What to run as the courier; another one wraps `kfdist.links.courier`.
+    """
+
+    window: int = 16
+    silent_seconds: float = 5.0
+    start_seconds: float = 60.0
+    failed_starts: int = 5
+    close_seconds: float = 2.0
+    queued_samples: int = 20_000
+    courier_module: str = COURIER_MODULE
+
+
+class Pump:
+    """Everything the background thread holds; only `run` is called in it, and the attributes below are read elsewhere.
+
+    Attributes:
+        settings: What the controller last said.
+        counters: What was counted.
+        fault: Why the pump ended before it was told to; None while it runs.
+    """
+
+    def __init__(self, mailbox: Mailbox, setup: CourierSetup, options: RemoteOptions) -> None:
+        """Starts the first courier, so that a machine that can't start one says so at once.
+
+        Raises:
+            EnvironmentFault: No courier can be started.
+        """
+        self.settings = RunSettings()
+        self.counters = LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
+        self.fault: Exception | None = None
+        self._mailbox = mailbox
+        self._setup = setup
+        self._options = options
+        # A copy: the thread that trains may change its own environment while a courier is respawned.
+        self._environment = dict(os.environ)
+        self._ledger = Ledger()
+        self._outbox: deque[tuple[bytes, int]] = deque()
+        self._queued_samples = 0
+        self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
+        self._ending = False
+        self._fenced = False
+        self._courier = self._start_courier()
+
+    @property
+    def courier_pid(self) -> int:
+        """Process id of the courier in charge."""
+        return self._courier.pid
+
+    def run(self) -> None:
+        """The thread's body: carries until the inbox says None, then ends the courier."""
+        # Signals belong to the thread that trains; taken here, they would not wake it from its waits.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._selector.register(self._mailbox.wake, selectors.EVENT_READ)
+        try:
+            while not self._ending:
+                self._turn()
+            self._say_goodbye()
+        except Exception as error:
+            self.fault = error
+        finally:
+            self._courier.end()
+            self._ledger.close()
+            self._selector.close()
+            os.eventfd_write(self._mailbox.arrived, 1)
+
+    def _turn(self) -> None:
+        ready = {key.fd for key, _ in self._selector.select(_TICK_SECONDS)}
+        if self._mailbox.wake in ready:
+            os.eventfd_read(self._mailbox.wake)
+        self._take_calls()
+        # What the courier said before it ended still counts, so the socket is emptied first.
+        lost = "" if self._receive() else "closed its socket"
+        if self._courier.exit_descriptor in ready:
+            lost = "ended"
+        elif not lost and time.monotonic() >= self._next_tick:
+            lost = self._check_heartbeat()
+        if lost:
+            self._replace_courier(lost)
+        self._send()
+
+    # --- what the thread that trains asks for
+
+    def _take_calls(self) -> None:
+        while self._mailbox.inbox:
+            match self._mailbox.inbox.popleft():
+                case None:
+                    self._ending = True
+                case Job() as job:
+                    self._ledger.add(job)
+                case (str() as group, int() as version):
+                    ticket = self._ledger.cancel(group, version)
+                    if ticket is not None:
+                        self._post(Cancel(ticket=ticket))
+                case (step, phase, samples):
+                    self._post_beats(step, phase, samples)
+
+    def _post_beats(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+        for beat in socket_messages.beats(step, phase, samples):
+            if self._queued_samples + len(beat.samples) > self._options.queued_samples:
+                self._count(samples_dropped=len(beat.samples))
+                continue
+            try:
+                self._post(beat, samples=len(beat.samples))
+            except ValueError:  # labels of many kilobytes
+                self._count(samples_dropped=len(beat.samples))
+
+    def _post(self, message: Message, *, samples: int = 0) -> None:
+        self._outbox.append((socket_messages.encode(message), samples))
+        self._queued_samples += samples
+
+    def _say_goodbye(self) -> None:
+        """Gives the courier time to tell the controller the last beat."""
+        deadline = time.monotonic() + self._options.close_seconds
+        self._post(Bye())
+        self._courier.channel.settimeout(self._options.close_seconds)
+        try:
+            while self._outbox:
+                socket_messages.send(self._courier.channel, self._outbox.popleft()[0])
+        except (TimeoutError, ConnectionError):
+            return  # It is stopped or gone.
+        self._courier.end(max(0.0, deadline - time.monotonic()))
+
+    # --- the courier's socket
+
+    def _send(self) -> None:
+        """Sends what fits into the socket: beats and cancellations first, as they are small, then jobs."""
+        events = selectors.EVENT_READ
+        try:
+            while self._outbox:
+                data, samples = self._outbox[0]
+                socket_messages.send(self._courier.channel, data)
+                self._outbox.popleft()
+                self._queued_samples -= samples
+            while self._ledger.handed_over < self._options.window and (entry := self._ledger.next_waiting()):
+                submit, descriptors = self._ledger.prepare(entry)
+                socket_messages.send(self._courier.channel, socket_messages.encode(submit), descriptors)
+                self._ledger.hand_over(entry)
+        except BlockingIOError:
+            events |= selectors.EVENT_WRITE
+        except ConnectionError:
+            pass  # It is gone, and the next turn replaces it.
+        self._selector.modify(self._courier.channel, events)
+
+    def _receive(self) -> bool:
+        """Handles what the courier said; returns False when it has closed its end."""
+        while True:
+            try:
+                received = socket_messages.receive(self._courier.channel)
+            except BlockingIOError:
+                return True
+            except ConnectionError:
+                return False
+            if received is None:
+                return False
+            self._handle(received[0])
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Hello():
+                self._courier.greeted = True
+                self._failed_starts = 0
+            case Done():
+                self._finish(message)
+            case Refused():
+                self._check_refused(message)
+            case Settings():
+                settings = socket_messages.run_settings(message)
+                if settings.revision > self.settings.revision and not self._fenced:
+                    self.settings = settings
+            case Fenced():
+                self._stop_run()
+            case Counts():
+                self._count(**vars(message))
+            case _:
+                raise AssertionError(f"only ranks say {message!r}")
+
+    def _finish(self, done: Done) -> None:
+        """Announces a result once it lies in private memory and has its digest; else the job goes out again."""
+        entry = self._ledger.handed(done.ticket)
+        if entry is None or entry.output is None:
+            return
+        try:
+            payload = read_private(entry.output, done.payload_bytes)
+        except ValueError:
+            payload = None
+        if payload is None or hashlib.sha256(payload).hexdigest() != done.digest:
+            self._ledger.requeue(entry, attempts=done.attempts)
+            self._count(resubmissions={"corrupt": 1})
+            return
+        result = JobResult(
+            group=entry.job.group,
+            version=entry.job.version,
+            payload=payload,
+            digest=done.digest,
+            seconds=done.seconds,
+            owner=done.owner,
+            attempts=entry.attempts + done.attempts,
+        )
+        self._ledger.finish(entry)
+        self._mailbox.results.append(result)
+        os.eventfd_write(self._mailbox.arrived, 1)
+
+    def _stop_run(self) -> None:
+        """Says that this start is to stop in the words in which people say it: these reach all ranks at one step."""
+        if not self._fenced:
+            self._fenced = True
+            self.settings = replace(self.settings, revision=self.settings.revision + 1, desired=Desired.STOPPED)
+
+    def _check_refused(self, refused: Refused) -> None:
+        entry = self._ledger.handed(refused.ticket)
+        if entry is None:
+            return
+        actual = hashlib.sha256(entry.job.payload).hexdigest()
+        if actual != entry.job.digest:
+            raise ValueError(
+                f"job {entry.job.group!r} version {entry.job.version} names the digest {entry.job.digest!r}, but its "
+                f"payload has {actual!r}; a job's digest is the SHA-256 of its payload, hexadecimal"
+            )
+        self._ledger.requeue(entry, attempts=0)
+        self._count(resubmissions={"corrupt": 1})
+
+    # --- the courier's life
+
+    def _start_courier(self) -> CourierProcess:
+        courier = CourierProcess(self._setup, self._environment, self._options.courier_module)
+        self._selector.register(courier.channel, selectors.EVENT_READ)
+        self._selector.register(courier.exit_descriptor, selectors.EVENT_READ)
+        self._last_beats, self._silent_ticks, self._next_tick = 0, 0, time.monotonic() + _TICK_SECONDS
+        return courier
+
+    def _check_heartbeat(self) -> str:
+        """Says what is wrong with the courier, if anything.
+
+        Silence is counted in our own ticks, not in time: after a pause of this process (SIGSTOP, a suspended machine)
+        the courier has had as little chance to beat as we had to look.
+        """
+        self._next_tick = time.monotonic() + _TICK_SECONDS
+        beats = self._courier.beats
+        self._silent_ticks = 0 if beats != self._last_beats else self._silent_ticks + 1
+        self._last_beats = beats
+        limit = self._options.silent_seconds if self._courier.greeted else self._options.start_seconds
+        silent_seconds = self._silent_ticks * _TICK_SECONDS
+        return f"was silent for {silent_seconds:.0f} s" if silent_seconds >= limit else ""
+
+    def _replace_courier(self, reason: str) -> None:
+        lost, self._failed_starts = self._courier, self._failed_starts + 1
+        self._selector.unregister(lost.channel)
+        self._selector.unregister(lost.exit_descriptor)
+        status = lost.end()
+        requeued = self._ledger.requeue_all()
+        self._count(courier_restarts=1, resubmissions={"courier_lost": requeued} if requeued else {})
+        print(
+            f"kfdist: courier {lost.pid} of rank {self._setup.context.worker_rank} {reason} (exit status {status}); "
+            f"starting another, {requeued} jobs go out again",
+            file=sys.stderr,
+        )
+        if self._failed_starts >= self._options.failed_starts:
+            raise EnvironmentFault(
+                f"{self._failed_starts} couriers in a row ended before they had started (the last with exit status "
+                f"{status}); what they said is on standard error above"
+            )
+        if not lost.greeted:
+            time.sleep(0.05 * 2**self._failed_starts)
+        self._courier = self._start_courier()
+
+    def _count(
+        self,
+        *,
+        resubmissions: Mapping[str, int] | None = None,
+        courier_restarts: int = 0,
+        bytes_sent: int = 0,
+        bytes_received: int = 0,
+        samples_dropped: int = 0,
+    ) -> None:
+        old = self.counters
+        totals = dict(old.resubmissions)
+        for reason, count in (resubmissions or {}).items():
+            totals[reason] = totals.get(reason, 0) + count
+        self.counters = LinkCounters(
+            resubmissions=totals,
+            courier_restarts=old.courier_restarts + courier_restarts,
+            bytes_sent=old.bytes_sent + bytes_sent,
+            bytes_received=old.bytes_received + bytes_received,
+            samples_dropped=old.samples_dropped + samples_dropped,
+        )

@@ -1,0 +1,154 @@
+"""The link to owners elsewhere: what a rank sees of its courier. Imports neither gRPC, nor Ray, nor torch."""
+
+import contextlib
+import os
+import select
+import threading
+from collections.abc import Sequence
+
+from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
+from kfdist.links.rank.mailbox import Call, Mailbox
+from kfdist.links.rank.pump import Pump, RemoteOptions
+from kfdist.links.socket_messages import CourierSetup
+from kfdist.types import Job, JobResult, RunSettings, Sample
+
+__all__ = ["RemoteLink", "RemoteOptions"]
+
+
+class RemoteLink(AbstractLink):
+    """Carries jobs through a courier: a process of its own, started here and respawned when it dies or falls silent.
+
+    A controller that is away (never there, or restarted) surfaces nowhere but in `counters().samples_dropped`.
+    A process forked from the rank (a data loader's) may hold a copy of the link; there, every call does nothing.
+    """
+
+    def __init__(self, address: str, *, options: RemoteOptions | None = None) -> None:
+        """Makes a link that isn't started yet.
+
+        Args:
+            address: Where the controller listens, "host:port".
+            options: How the courier is treated.
+        """
+        self._address = address
+        self._options = options or RemoteOptions()
+        self._pid = os.getpid()
+        self._mailbox: Mailbox | None = None
+        self._pump: Pump | None = None
+        self._thread: threading.Thread | None = None
+        self._open: set[tuple[str, int]] = set()
+
+    def start(self, context: LinkContext) -> None:
+        """Starts the courier.
+
+        Raises:
+            EnvironmentFault: No process can be started.
+            RuntimeError: The link was started before.
+        """
+        if self._mailbox is not None:
+            raise RuntimeError("the link was started before; make another one")
+        self._pid = os.getpid()
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        mailbox = Mailbox(wake=os.eventfd(0, flags), arrived=os.eventfd(0, flags))
+        setup = CourierSetup(address=self._address, rank_pid=self._pid, context=context)
+        try:
+            self._pump = Pump(mailbox, setup, self._options)
+        except BaseException:
+            mailbox.close()
+            raise
+        self._mailbox = mailbox
+        # A daemon: a script that ends without close() must not hang; its courier sees by itself that it has ended.
+        self._thread = threading.Thread(target=self._pump.run, name="kfdist-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def courier_pid(self) -> int:
+        """Process id of the courier in charge, for people and for tests of its faults."""
+        return self._running()[1].courier_pid
+
+    def submit(self, job: Job) -> None:
+        """Takes a job over.
+
+        Raises:
+            ValueError: A job of this group and version has no result yet.
+            RuntimeError: The link isn't started, or closed.
+        """
+        mailbox, _ = self._running()
+        name = (job.group, job.version)
+        if name in self._open:
+            raise ValueError(
+                f"group {job.group!r} version {job.version} was submitted and has no result yet; cancel it"
+            )
+        self._open.add(name)
+        self._tell(mailbox, job)
+
+    def cancel(self, group: str, version: int) -> None:
+        """Forgets a job; `poll` won't return it any more, even if its result had arrived."""
+        mailbox, _ = self._running()
+        if (group, version) in self._open:
+            self._open.discard((group, version))
+            self._tell(mailbox, (group, version))
+
+    def poll(self) -> list[JobResult]:
+        """Returns the results that arrived and were verified since the last call.
+
+        Raises:
+            EnvironmentFault: No courier can be kept alive.
+            ValueError: A submitted job named another digest than its payload has.
+        """
+        mailbox, pump = self._running()
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(mailbox.arrived)
+        results = []
+        while mailbox.results:
+            result = mailbox.results.popleft()
+            if (result.group, result.version) in self._open:
+                self._open.discard((result.group, result.version))
+                results.append(result)
+        if pump.fault is not None and not results:
+            raise pump.fault
+        return results
+
+    def wait(self, seconds: float) -> None:
+        """Blocks until `poll` may have something to return, at most `seconds`; signal handlers run meanwhile."""
+        mailbox, pump = self._running()
+        if mailbox.results or pump.fault is not None:
+            return
+        arrival = select.poll()
+        arrival.register(mailbox.arrived, select.POLLIN)
+        arrival.poll(max(seconds, 0.0) * 1000)
+
+    def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+        """Tells the controller where the rank stands."""
+        mailbox, _ = self._running()
+        self._tell(mailbox, (step, phase, tuple(samples)))
+
+    def settings(self) -> RunSettings:
+        """Returns what the controller last said people want."""
+        return self._pump.settings if self._pump is not None else RunSettings()
+
+    def counters(self) -> LinkCounters:
+        """Returns what was counted since the start; after `close`, the last values."""
+        if self._pump is None:
+            return LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
+        return self._pump.counters
+
+    def close(self) -> None:
+        """Lets the courier tell the controller the last beat, and ends it; safe to call twice, and after a Ctrl-C."""
+        if self._mailbox is None or self._thread is None or os.getpid() != self._pid:
+            return
+        if self._thread.is_alive():
+            self._tell(self._mailbox, None)
+            self._thread.join()
+        self._mailbox.close()
+
+    def _running(self) -> tuple[Mailbox, Pump]:
+        if self._mailbox is None or self._pump is None:
+            raise RuntimeError("the link isn't started; call start() first")
+        if self._mailbox.closed:
+            raise RuntimeError("the link is closed; make another one")
+        return self._mailbox, self._pump
+
+    def _tell(self, mailbox: Mailbox, call: Call) -> None:
+        if os.getpid() == self._pid:  # A forked process shares the eventfds, but not the thread that answers them.
+            mailbox.inbox.append(call)
+            os.eventfd_write(mailbox.wake, 1)

@@ -1,0 +1,247 @@
+"""What a rank and its courier say to each other: small JSON messages over a SOCK_SEQPACKET pair.
+
+The socket keeps the borders of messages, so there is no framing. Payloads never pass through it: a job's message
+carries two descriptors, one memfd with the input and one for the result. What may be too large for a message (the run's
+groups) goes into the memfd of the setup that the courier reads at its start.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+from kfdist.links.link import LinkContext
+from kfdist.links.shared_memory import create_input, read_private
+from kfdist.types import Desired, GroupSpec, RunSettings, Sample
+
+MAX_MESSAGE_BYTES = 1 << 16
+"""Largest message; a default socket buffer holds several of them."""
+
+SAMPLES_PER_MESSAGE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submit:
+    """Rank to courier: carry this job. Comes with two descriptors: the input's and the result's memfd.
+
+    Attributes:
+        ticket: Names this hand-over; a job that is handed over again gets another.
+        group: As in `kfdist.types.Job`; so are the fields below.
+        version: See there.
+        digest: See there.
+        deadline_seconds: See there.
+        fingerprint: See there.
+        payload_bytes: Size of the input.
+    """
+
+    ticket: int
+    group: str
+    version: int
+    digest: str
+    deadline_seconds: float
+    fingerprint: str
+    payload_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancel:
+    """Rank to courier: forget the job with this ticket."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """Rank to courier: where the rank stands, and what it measured."""
+
+    step: int
+    phase: str
+    samples: Sequence[Sample] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bye:
+    """Rank to courier: tell the controller what is left to tell, and end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """Courier to rank: it has started and takes jobs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """Courier to rank: the result of a ticket lies in its memfd.
+
+    Attributes:
+        ticket: The hand-over it belongs to.
+        payload_bytes: Size of the result.
+        digest: SHA-256 of the result, hexadecimal.
+        seconds: Wall-clock seconds of the inversion.
+        owner: Who did it.
+        attempts: How many times this courier submitted the job.
+    """
+
+    ticket: int
+    payload_bytes: int
+    digest: str
+    seconds: float
+    owner: str
+    attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """Courier to rank: the input doesn't have the digest that the job names, so no owner would take it."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Courier to rank: what people want of the run, in the words of `kfdist.types.RunSettings`."""
+
+    revision: int
+    desired: Desired
+    checkpoint_serial: int
+    damping: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fenced:
+    """Courier to rank: a newer start of the run exists, so nobody takes anything from this one any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Courier to rank: what it counted since it last said so."""
+
+    resubmissions: dict[str, int] = field(default_factory=dict)
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    samples_dropped: int = 0
+
+
+Message = Submit | Cancel | Beat | Bye | Hello | Done | Refused | Settings | Fenced | Counts
+
+_KINDS: dict[str, type[Message]] = {
+    kind.__name__: kind for kind in (Submit, Cancel, Beat, Bye, Hello, Done, Refused, Settings, Fenced, Counts)
+}
+
+
+def encode(message: Message) -> bytes:
+    """Returns a message as bytes.
+
+    Raises:
+        ValueError: It is larger than MAX_MESSAGE_BYTES.
+    """
+    data = json.dumps({"kind": type(message).__name__, **asdict(message)}, separators=(",", ":")).encode()
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a {type(message).__name__} message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} fit")
+    return data
+
+
+def decode(data: bytes) -> Message:
+    """Returns the message that `encode` turned into `data`.
+
+    Raises:
+        ValueError: It is no message of this version of kfdist.
+    """
+    try:
+        fields = json.loads(data)
+        kind = _KINDS[fields.pop("kind")]
+        if kind is Beat:
+            fields["samples"] = tuple(Sample(**sample) for sample in fields["samples"])
+        if kind is Settings:
+            fields["desired"] = Desired(fields["desired"])
+        return kind(**fields)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"no message of this version of kfdist: {data[:200]!r}") from error
+
+
+def beats(step: int, phase: str, samples: Sequence[Sample]) -> Iterator[Beat]:
+    """Splits a beat so that each part fits into a message; there is one at least."""
+    for start in range(0, max(len(samples), 1), SAMPLES_PER_MESSAGE):
+        yield Beat(step=step, phase=phase, samples=tuple(samples[start : start + SAMPLES_PER_MESSAGE]))
+
+
+def send(channel: socket.socket, data: bytes, descriptors: Sequence[int] = ()) -> None:
+    """Sends one encoded message with descriptors.
+
+    Raises:
+        BlockingIOError: The channel doesn't block and is full.
+        OSError: The other side is gone.
+    """
+    socket.send_fds(channel, [data], list(descriptors))
+
+
+def receive(channel: socket.socket) -> tuple[Message, list[int]] | None:
+    """Receives one message and its descriptors, which become the caller's; None when the other side is gone.
+
+    Raises:
+        BlockingIOError: The channel doesn't block and nothing is there.
+        ValueError: What came is no message.
+    """
+    data, descriptors, flags, _ = socket.recv_fds(channel, MAX_MESSAGE_BYTES, 2)
+    if not data:
+        return None
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        # Out of descriptors (CTRUNC) or a message over the limit; neither can be mended here.
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise ValueError("a message lost its end or its descriptors: too many open files, or over the size limit")
+    return decode(data), descriptors
+
+
+def settings_message(settings: RunSettings) -> Settings:
+    """Wraps run settings for the socket."""
+    return Settings(
+        revision=settings.revision,
+        desired=settings.desired,
+        checkpoint_serial=settings.checkpoint_serial,
+        damping=settings.damping,
+    )
+
+
+def run_settings(message: Settings) -> RunSettings:
+    """Unwraps run settings."""
+    return RunSettings(
+        revision=message.revision,
+        desired=message.desired,
+        checkpoint_serial=message.checkpoint_serial,
+        damping=message.damping,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourierSetup:
+    """What a courier is told at its start, through a memfd.
+
+    Attributes:
+        address: Where the controller listens.
+        rank_pid: The process whose end ends the courier.
+        context: What the rank knows of the run.
+    """
+
+    address: str
+    rank_pid: int
+    context: LinkContext
+
+    def write(self) -> int:
+        """Returns the descriptor of a new memfd that holds the setup."""
+        return create_input(json.dumps(asdict(self)).encode())
+
+    @staticmethod
+    def read(descriptor: int) -> "CourierSetup":
+        """Reads what `write` wrote; the descriptor stays the caller's."""
+        fields = json.loads(read_private(descriptor, os.fstat(descriptor).st_size))
+        context = fields["context"]
+        groups = tuple(GroupSpec(**group) for group in context.pop("groups"))
+        return CourierSetup(
+            address=fields["address"],
+            rank_pid=fields["rank_pid"],
+            context=LinkContext(groups=groups, **context),
+        )

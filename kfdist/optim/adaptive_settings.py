@@ -1,0 +1,101 @@
+"""Settings and report of the adaptive step."""
+
+import math
+from dataclasses import dataclass
+
+from kfdist.errors import ConfigError
+from kfdist.runtime.apply.rates import is_number
+from kfdist.runtime.settings import StepReport
+
+_BASE = 19 / 20
+"""The paper's factor per step, from which both omegas are made (algorithms.md 1.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveSettings:
+    """How damping, momentum and rejection work; the defaults are the paper's (algorithms.md 1.2).
+
+    The paper's T3, the steps between two inversions, is the preconditioner's `inverse_period`; its tau_1, the share of
+    the examples that is measured, is `examples_fraction`. The exact F of the quadratic model is that of the whole batch
+    (tau_2 = 1): the closure runs the model on all of it in any case.
+
+    Attributes:
+        damping_period: T1, the steps between two adaptations of lambda.
+        damping_factor: omega_1 in (0, 1), by which lambda falls, or by whose inverse it rises.
+        smallest_damping: Floor of lambda (and of gamma^2 - eta).
+        largest_damping: Ceiling of lambda.
+        gamma_search: Whether gamma is chosen among {omega_2 gamma, gamma, gamma/omega_2} every T2 steps; otherwise it
+            is sqrt(lambda + eta).
+        gamma_period: T2, the steps between two searches.
+        gamma_factor: omega_2 in (0, 1).
+        momentum: Whether the last step is a second direction of the model.
+        rejection: Whether a step that raises the objective, or makes it infinite or NaN, is taken back.
+        differentiation: "forward", "double_backward", or "auto": forward mode until an operator has no derivative
+            in it.
+    """
+
+    damping_period: int = 5
+    damping_factor: float = _BASE**5
+    smallest_damping: float = 1e-8
+    largest_damping: float = math.inf
+    gamma_search: bool = True
+    gamma_period: int = 20
+    gamma_factor: float = math.sqrt(_BASE) ** 20
+    momentum: bool = True
+    rejection: bool = True
+    differentiation: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("damping_period", "gamma_period"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"is {value!r}; a whole number of steps, at least 1, is needed", path=name)
+        for name in ("damping_factor", "gamma_factor"):
+            value = getattr(self, name)
+            if not (is_number(value) and 0.0 < value < 1.0):
+                raise ConfigError(f"is {value!r}; a number in (0, 1) is needed", path=name)
+        smallest, largest = self.smallest_damping, self.largest_damping
+        if not (is_number(smallest) and math.isfinite(smallest) and smallest > 0.0):
+            raise ConfigError(f"is {smallest!r}; a positive, finite number is needed", path="smallest_damping")
+        if not (is_number(largest) and largest >= smallest):
+            raise ConfigError(
+                f"is {largest!r}; a number, at least smallest_damping = {smallest!r}, is needed", path="largest_damping"
+            )
+        for name in ("gamma_search", "momentum", "rejection"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"is {getattr(self, name)!r}; True or False is needed", path=name)
+        if self.differentiation not in ("auto", "forward", "double_backward"):
+            raise ConfigError(
+                f"is {self.differentiation!r}; 'auto', 'forward' or 'double_backward' is needed", path="differentiation"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveReport:
+    """What one adaptive step did; equal on all ranks but for what `preconditioner` says of seconds.
+
+    Attributes:
+        step: The step, from 0.
+        loss: The mean loss over the ranks' batches before the step, without weight decay.
+        new_loss: The same after the step that was tried, also where it was taken back; None where nothing needed it.
+        rho: Change of the objective over the change that the model without lambda predicted; None where `new_loss` is.
+        alpha: Coefficient of the new direction; 0 where the model could not be formed.
+        momentum: mu, coefficient of the last step; 0 where there is none.
+        damping: lambda that the step was made with.
+        gamma: gamma that it was made with: the directions are (F + gamma^2 I)^-1 grad.
+        model_change: M(delta) - M(0), with lambda.
+        accepted: Whether the parameters were changed.
+        preconditioner: What the preconditioner did.
+    """
+
+    step: int
+    loss: float
+    new_loss: float | None
+    rho: float | None
+    alpha: float
+    momentum: float
+    damping: float
+    gamma: float
+    model_change: float
+    accepted: bool
+    preconditioner: StepReport

@@ -1,0 +1,1 @@
+"""What inverts and serves; needs no Ray."""

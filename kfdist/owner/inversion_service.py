@@ -1,0 +1,288 @@
+"""InversionService as an owner serves it: payloads in, one inversion at a time, results out. Needs no Ray."""
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from kfdist.owner.executor import DeadlineExceeded, Execution, ExecutionFailed, Executor, PayloadRefused
+from kfdist.rpc._generated.kfdist.v1 import inversion_pb2
+from kfdist.rpc.chunking import Assembler, digest_of, split
+from kfdist.rpc.status import Refusal, answers, streams
+
+_LONGEST_NAME = 1024
+_LONGEST_DEADLINE_MILLISECONDS = 24 * 3600 * 1000
+_EPOCHS_KEPT = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceLimits:
+    """What an owner takes upon itself.
+
+    Attributes:
+        payload_bytes: Largest payload of one job.
+        buffered_bytes: Payloads held at a time; more wait on the wire. One payload is always taken.
+        kept_bytes: Results kept for a courier that asks again.
+        idle_seconds: How long a sender may pause between two messages.
+    """
+
+    payload_bytes: int = 4 << 30
+    buffered_bytes: int = 4 << 30
+    kept_bytes: int = 256 << 20
+    idle_seconds: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    """A finished inversion as it is sent."""
+
+    payload: bytes
+    digest: str
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """An inversion that runs or waits for its turn, and how many calls wait for it."""
+
+    task: asyncio.Task[_Result]
+    waiters: int = 0
+    begun: bool = False
+
+
+class InversionServicer:
+    """Serves inversions to couriers. Lives in one event loop.
+
+    Attributes:
+        peers: The owners it knows of, by name, itself among them; set by others.
+        completed: Inversions that gave a result.
+        failed: Inversions that didn't, by reason.
+        processes_lost: Inversion processes that were killed or crashed, by the run whose job they had.
+    """
+
+    def __init__(self, owner_id: str, executor: Executor, limits: ServiceLimits | None = None) -> None:
+        """Begins without jobs.
+
+        Args:
+            owner_id: The owner's name.
+            executor: What inverts; used by one thread at a time.
+            limits: What it takes upon itself.
+        """
+        self.peers: dict[str, inversion_pb2.Owner] = {}
+        self.completed = 0
+        self.failed: Counter[str] = Counter()
+        self.processes_lost: Counter[str] = Counter()
+        self._owner_id = owner_id
+        self._executor = executor
+        self._limits = limits or ServiceLimits()
+        self._turn = asyncio.Lock()
+        self._room = _Room(self._limits.buffered_bytes)
+        self._running: dict[str, _Running] = {}
+        self._kept: OrderedDict[str, _Result] = OrderedDict()
+        self._epochs: OrderedDict[str, int] = OrderedDict()
+        self._fingerprint = ""
+
+    @property
+    def queue_depth(self) -> int:
+        """Inversions that run or wait for their turn."""
+        return len(self._running)
+
+    def set_fingerprint(self, fingerprint: str) -> None:
+        """Takes in what the executor's numbers depend on; until then, jobs are sent to other owners."""
+        self._fingerprint = fingerprint
+
+    def set_peers(self, owners: Iterable[inversion_pb2.Owner]) -> None:
+        """Takes in a list of the live owners; an empty one is ignored."""
+        self.peers = {owner.owner_id: owner for owner in owners} or self.peers
+
+    @answers
+    async def ListPeers(self, request: Any, context: Any) -> inversion_pb2.ListPeersResponse:
+        """Lists the owners this owner knows of."""
+        del request, context
+        return inversion_pb2.ListPeersResponse(owners=self.peers.values())
+
+    @streams
+    async def Invert(self, request_iterator: Any, context: Any) -> AsyncGenerator[inversion_pb2.InvertResponse]:
+        """Inverts one group; see inversion.proto."""
+        del context
+        requests = _Requests(request_iterator, self._limits.idle_seconds)
+        header = await requests.header()
+        self._check(header)
+        result = await self._result(header, requests)
+        yield inversion_pb2.InvertResponse(
+            header=inversion_pb2.InvertResultHeader(
+                payload_bytes=len(result.payload),
+                digest=result.digest,
+                seconds=result.seconds,
+                owner_id=self._owner_id,
+            )
+        )
+        for chunk in split(result.payload):
+            yield inversion_pb2.InvertResponse(chunk=chunk)
+
+    def _check(self, header: inversion_pb2.InvertHeader) -> None:
+        """Refuses what must not be taken, before any memory is."""
+        for field in ("run", "group"):
+            if not 0 < len(getattr(header, field)) <= _LONGEST_NAME:
+                raise _invalid(
+                    f"{field} has {len(getattr(header, field))} characters; it must have 1 to {_LONGEST_NAME}"
+                )
+        if header.epoch < 0 or header.version < 0:
+            raise _invalid(f"epoch is {header.epoch}, version {header.version}; they must be 0 or more")
+        if not 0 < header.deadline_milliseconds <= _LONGEST_DEADLINE_MILLISECONDS:
+            raise _invalid(
+                f"deadline_milliseconds is {header.deadline_milliseconds}; "
+                f"it must be from 1 to {_LONGEST_DEADLINE_MILLISECONDS}"
+            )
+        if header.payload_bytes == 0:
+            raise _invalid("payload_bytes is 0; a job is never empty")
+        if not self._fingerprint:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, f"the inversion process of {self._owner_id} is starting")
+        if header.fingerprint and header.fingerprint != self._fingerprint:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the job needs an owner of fingerprint {header.fingerprint!r}; "
+                f"{self._owner_id} has {self._fingerprint!r}",
+            )
+        self._check_epoch(header.run, header.epoch)
+
+    def _check_epoch(self, run: str, epoch: int) -> None:
+        newest = max(epoch, self._epochs.pop(run, 0))
+        self._epochs[run] = newest
+        while len(self._epochs) > _EPOCHS_KEPT:
+            self._epochs.popitem(last=False)
+        if epoch < newest:
+            raise Refusal(
+                grpc.StatusCode.ABORTED,
+                f"run {run!r} was started again: this call is of epoch {epoch}, {self._owner_id} has seen {newest}",
+            )
+
+    async def _result(self, header: inversion_pb2.InvertHeader, requests: "_Requests") -> _Result:
+        """Returns the result of a job: kept from before, of the running call, or of an inversion of its own."""
+        key = f"{header.run}/{header.epoch}/{header.group}/{header.version}/{header.digest}"
+        if key not in self._kept and key not in self._running:
+            assembler = Assembler(header.payload_bytes, header.digest, limit_bytes=self._limits.payload_bytes)
+            await self._room.enter(header.payload_bytes)
+            taken = False
+            try:
+                payload = await requests.payload(assembler)
+                if key not in self._kept and key not in self._running:  # a duplicate may have been faster
+                    self._begin(key, header.run, payload, header.deadline_milliseconds / 1000)
+                    taken = True
+            finally:
+                if not taken:
+                    self._room.leave(header.payload_bytes)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        return await self._join(key)
+
+    def _begin(self, key: str, run: str, payload: bytearray, deadline_seconds: float) -> None:
+        async def invert() -> _Result:
+            try:
+                async with self._turn:
+                    running.begun = True
+                    execution = await asyncio.to_thread(self._executor.run, payload, deadline_seconds)
+                    return await self._keep(key, execution)
+            except ExecutionFailed as failure:
+                raise self._refusal(run, failure) from failure
+
+        def end(task: asyncio.Task[_Result]) -> None:
+            # A callback, as a task that is cancelled before its first step never enters its own `finally`.
+            self._room.leave(len(payload))
+            if self._running.get(key) is running:
+                del self._running[key]
+            if not task.cancelled():
+                task.exception()  # Nobody may be waiting for it any more, which asyncio would complain about.
+
+        running = self._running[key] = _Running(task=asyncio.create_task(invert()))
+        running.task.add_done_callback(end)
+
+    async def _join(self, key: str) -> _Result:
+        """Waits for a running inversion; when the last one who waits goes before it has begun, it is dropped."""
+        running = self._running[key]
+        running.waiters += 1
+        try:
+            return await asyncio.shield(running.task)
+        finally:
+            running.waiters -= 1
+            if running.waiters == 0 and not running.begun:
+                self._running.pop(key, None)
+                running.task.cancel()
+
+    async def _keep(self, key: str, execution: Execution) -> _Result:
+        digest = await asyncio.to_thread(digest_of, execution.result)
+        result = self._kept[key] = _Result(payload=execution.result, digest=digest, seconds=execution.seconds)
+        self.completed += 1
+        while len(self._kept) > 1 and sum(len(kept.payload) for kept in self._kept.values()) > self._limits.kept_bytes:
+            self._kept.popitem(last=False)
+        return result
+
+    def _refusal(self, run: str, failure: ExecutionFailed) -> Refusal:
+        match failure:
+            case DeadlineExceeded():
+                reason, code = "deadline", grpc.StatusCode.DEADLINE_EXCEEDED
+            case PayloadRefused():
+                reason, code = "refused", grpc.StatusCode.INVALID_ARGUMENT
+            case _:
+                reason, code = "crash", grpc.StatusCode.INTERNAL
+        self.failed[reason] += 1
+        if failure.process_lost:
+            self.processes_lost[run] += 1
+        return Refusal(code, f"{self._owner_id}: {failure}")
+
+
+class _Requests:
+    """The request stream of one call, message by message."""
+
+    def __init__(self, request_iterator: Any, idle_seconds: float) -> None:
+        self._iterator = aiter(request_iterator)
+        self._idle_seconds = idle_seconds
+
+    async def _next(self) -> inversion_pb2.InvertRequest | None:
+        try:
+            async with asyncio.timeout(self._idle_seconds):
+                return await anext(self._iterator, None)
+        except TimeoutError:
+            raise _invalid(f"nothing was sent for {self._idle_seconds:g} s in the middle of a payload") from None
+
+    async def header(self) -> inversion_pb2.InvertHeader:
+        first = await self._next()
+        part = first.WhichOneof("part") if first is not None else None
+        if first is None or part != "header":
+            raise _invalid(f"the first message is {part or 'empty'}; it must be the header")
+        return first.header
+
+    async def payload(self, assembler: Assembler) -> bytearray:
+        while (request := await self._next()) is not None:
+            part = request.WhichOneof("part")
+            if part != "chunk":
+                raise _invalid(f"a message after the first is {part or 'empty'}; it must be a chunk")
+            assembler.add(request.chunk)
+        return assembler.finish()
+
+
+class _Room:
+    """Bounds the bytes held at a time; a single payload is taken whatever its size."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._held = 0
+        self._left = asyncio.Event()
+
+    async def enter(self, size: int) -> None:
+        while self._held and self._held + size > self._limit:
+            self._left.clear()
+            await self._left.wait()
+        self._held += size
+
+    def leave(self, size: int) -> None:
+        self._held -= size
+        self._left.set()
+
+
+def _invalid(sentence: str) -> Refusal:
+    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, sentence)

@@ -1,0 +1,215 @@
+"""An owner's working parts in a thread of their own: gRPC server, inversion process, membership. Needs no Ray."""
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc.aio
+
+from kfdist.errors import EnvironmentFault
+from kfdist.owner.executor import CHILD_MODULE, ExecutionFailed, Executor
+from kfdist.owner.inversion_service import InversionServicer, ServiceLimits
+from kfdist.owner.membership import Membership
+from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
+from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import add_InversionServiceServicer_to_server
+from kfdist.rpc.servers import bind, server_options
+from kfdist.types import Sample
+
+_START_SECONDS = 30.0
+_RETRY_SECONDS = 1.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnerOptions:
+    """How an owner works.
+
+    Attributes:
+        owner_id: Its name, kept over restarts.
+        threads: CPU threads of each inversion.
+        device: Where to invert.
+        controller: Where the controller listens; empty for none.
+        directory: Where it remembers its port and its starts; empty for nowhere.
+        host: The loopback address to listen on.
+        child_module: What to run as the inversion process.
+        limits: What it takes upon itself.
+    """
+
+    owner_id: str
+    threads: int = 1
+    device: str = "cpu"
+    controller: str = ""
+    directory: str = ""
+    host: str = "127.0.0.1"
+    child_module: str = CHILD_MODULE
+    limits: ServiceLimits = ServiceLimits()
+
+
+class OwnerServer:
+    """Serves inversions from a background thread until closed.
+
+    Attributes:
+        address: Where it listens.
+        starts: How many times an owner of this name was started in this directory, itself included.
+    """
+
+    def __init__(self, options: OwnerOptions) -> None:
+        """Starts everything; returns when it listens, while its inversion process is still warming up.
+
+        Raises:
+            EnvironmentFault: It can't listen.
+        """
+        self._options = options
+        self._memory = _Memory(options)
+        self.starts = self._memory.starts
+        # First of all, as it takes longest.
+        self._executor = Executor(threads=options.threads, device=options.device, module=options.child_module)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="kfdist-owner", daemon=True)
+        self._thread.start()
+        self._server: grpc.aio.Server | None = None
+        self._background: asyncio.Task[None] | None = None
+        self._membership: Membership | None = None
+        self._fingerprint = ""
+        try:
+            self.address = self._do(self._start(), _START_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+        self._memory.note(self.address)
+
+    def status(self, seconds: float = 5.0) -> dict[str, Any]:
+        """Returns how it stands; asked in its event loop, so an answer means that it serves.
+
+        Raises:
+            TimeoutError: It doesn't answer.
+            Exception: Something of it has failed; it had better be started anew.
+        """
+        return self._do(self._status(), seconds)
+
+    def set_peers(self, owners: Iterable[Mapping[str, str]]) -> None:
+        """Takes in the live owners (owner_id, address, fingerprint), to tell couriers."""
+        peers = [inversion_pb2.Owner(**owner) for owner in owners]
+        self._loop.call_soon_threadsafe(self._servicer.set_peers, peers)
+
+    def close(self) -> None:
+        """Ends everything; calls in progress are cut off. Safe to call twice."""
+        self._executor.close()
+        if self._loop.is_running():
+            try:
+                self._do(self._stop(), _START_SECONDS)
+            finally:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
+
+    def _do(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
+
+    async def _start(self) -> str:
+        options = self._options
+        self._servicer = InversionServicer(options.owner_id, self._executor, options.limits)
+        self._server = server = grpc.aio.server(options=server_options())
+        add_InversionServiceServicer_to_server(self._servicer, server)
+        address = self._bind(server)
+        await server.start()
+        self._background = asyncio.create_task(self._introduce(address))
+        return address
+
+    def _bind(self, server: grpc.aio.Server) -> str:
+        """Binds to the port of an earlier start, so that couriers find the owner again while no controller is there."""
+        host = self._options.host
+        if self._memory.port:
+            try:
+                return bind(server, f"{host}:{self._memory.port}", path="the owner's port")
+            except EnvironmentFault:
+                pass  # Somebody else has it now.
+        return bind(server, f"{host}:0", path="the owner's port")
+
+    async def _introduce(self, address: str) -> None:
+        """Waits for the inversion process, whose fingerprint is part of the registration, and keeps registered."""
+        while not self._fingerprint:
+            try:
+                self._fingerprint = await asyncio.to_thread(self._executor.fingerprint)
+            except ExecutionFailed as failure:
+                print(f"kfdist {self._options.owner_id}: {failure}; trying again", flush=True)
+                await asyncio.sleep(_RETRY_SECONDS)
+        self._servicer.set_fingerprint(self._fingerprint)
+        owner = inversion_pb2.Owner(owner_id=self._options.owner_id, address=address, fingerprint=self._fingerprint)
+        self._servicer.set_peers([owner])
+        if not self._options.controller:
+            return
+        request = membership_pb2.RegisterOwnerRequest(owner=owner, restarts=self.starts - 1, pid=os.getpid())
+        self._membership = Membership(
+            self._options.controller, request, measure=self._measure, learn_peers=self._servicer.set_peers
+        )
+        await self._membership.run()
+
+    def _measure(self) -> list[Sample]:
+        return [
+            Sample(name="kfdist_restarts_total", value=lost, labels={"process": "inverter", "run": run})
+            for run, lost in self._servicer.processes_lost.items()
+        ]
+
+    async def _status(self) -> dict[str, Any]:
+        if self._background is not None and self._background.done():
+            await self._background  # It never returns by itself: raises what went wrong.
+        return {
+            "owner_id": self._options.owner_id,
+            "address": self.address,
+            "fingerprint": self._fingerprint,
+            "registered": self._membership is not None and self._membership.registered,
+            "restarts": self.starts - 1,
+            "pid": os.getpid(),
+            "child_pid": self._executor.pid,
+            "queue_depth": self._servicer.queue_depth,
+            "completed": self._servicer.completed,
+            "failed": dict(self._servicer.failed),
+        }
+
+    async def _stop(self) -> None:
+        if self._background is not None:
+            self._background.cancel()
+        if self._server is not None:
+            await self._server.stop(grace=None)
+
+
+def remembered_pid(directory: Path, owner_id: str) -> int:
+    """Returns the process id of an owner as of its newest start in a directory, 0 if it had none."""
+    return _Memory.read(directory / f"{owner_id}.json").get("pid", 0)
+
+
+class _Memory:
+    """What an owner remembers of its earlier starts: a file with its port, its process and how many there were."""
+
+    def __init__(self, options: OwnerOptions) -> None:
+        self._path = Path(options.directory) / f"{options.owner_id}.json" if options.directory else None
+        remembered = self.read(self._path) if self._path is not None else {}
+        self.port = remembered.get("port", 0)
+        self.starts = remembered.get("starts", 0) + 1
+        self._write(self.port)
+
+    @staticmethod
+    def read(path: Path) -> dict[str, int]:
+        """Returns what was remembered; nothing at the first start, or if the disk lost it."""
+        try:
+            return {key: int(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
+    def note(self, address: str) -> None:
+        """Remembers where the owner listens."""
+        self._write(int(address.rpartition(":")[2]))
+
+    def _write(self, port: int) -> None:
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            new = self._path.with_suffix(".new")
+            new.write_text(json.dumps({"port": port, "starts": self.starts, "pid": os.getpid()}), encoding="utf-8")
+            new.replace(self._path)

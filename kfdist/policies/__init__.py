@@ -1,0 +1,1 @@
+"""Pure decisions: a status in, a decision out."""

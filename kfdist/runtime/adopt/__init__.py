@@ -1,0 +1,1 @@
+"""How all ranks take a version into use at the same step."""

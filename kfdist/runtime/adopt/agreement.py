@@ -1,0 +1,146 @@
+"""What people ask of a run, obeyed by all ranks at the same step."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kfdist.comm.table import TableExchange
+from kfdist.errors import Interrupted
+from kfdist.links.link import AbstractLink
+from kfdist.policies.adoption import ABSENT
+from kfdist.types import Desired, RunSettings
+
+WAITING_ROUND_SECONDS = 1.0
+"""Longest a rank blocks on its own between two agreed rounds, so that a waiting run still hears stop and resume."""
+
+_PAUSED_ROUND_SECONDS = 0.25
+
+_DESIRED = tuple(Desired)
+
+
+class Agreement:
+    """The settings in force on this rank; they change only on an agreed table or round.
+
+    Args:
+        table: The exchange of tables and rounds.
+        link: Rank 0's is where new settings arrive.
+        worker_rank: This rank.
+
+    Attributes:
+        settings: In force on all ranks.
+        stop: Whether all ranks know that somebody asked to stop.
+    """
+
+    def __init__(self, table: TableExchange, link: AbstractLink, worker_rank: int) -> None:
+        self._table = table
+        self._link = link
+        self._worker_rank = worker_rank
+        self._stop_requested = False
+        self.settings = RunSettings()
+        self.stop = False
+
+    def request_stop(self) -> None:
+        """This rank was asked to stop; all ranks will know at the same step. Safe to call from a signal handler."""
+        self._stop_requested = True
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this rank itself was asked to stop, by a signal or by its link.
+
+        Any rank's link may say so: each courier hears from the controller, and one that learns that a newer start of
+        the run exists has to end this one, whatever rank it serves.
+        """
+        return self._stop_requested or self._link.settings().desired is Desired.STOPPED
+
+    @property
+    def newest_revision(self) -> int | None:
+        """The newest settings heard of; None on every rank but 0, which alone contributes them."""
+        return self._link.settings().revision if self._worker_rank == 0 else None
+
+    def obey(self, *, revision: int, stop: bool) -> None:
+        """Takes in what a table or round said; where the revision moved, all ranks share rank 0's settings."""
+        self.stop = self.stop or stop
+        if revision <= self.settings.revision:
+            return
+        heard = self._link.settings()
+        shared = self._table.share(_encode(heard) if self._worker_rank == 0 else [0.0] * 4)
+        agreed = _decode(shared)
+        # Damping 0 is no word on damping: what a checkpoint brought along stays in force, from step to step.
+        self.settings = agreed if agreed.damping else replace(agreed, damping=self.settings.damping)
+        self.stop = self.stop or self.settings.desired is Desired.STOPPED
+
+    def agree(self, columns: Sequence[int]) -> list[int]:
+        """One round without command columns, for exchanges that must not be broken off; returns the maximum."""
+        return self._table.agree(columns)
+
+    def round(self, columns: Sequence[int], *, expired: bool = False) -> list[int]:
+        """One agreed round with `columns` beside the command columns; returns the reduced `columns`.
+
+        Args:
+            columns: This rank's contribution to a maximum.
+            expired: Rank 0's judgement that the wait has lasted too long; ignored from others.
+
+        Raises:
+            Interrupted: On all ranks, when a stop was asked for or rank 0 judged the wait expired.
+        """
+        revision = self.newest_revision
+        head = [
+            ABSENT if revision is None else revision,
+            int(self.stop_requested or self.stop),
+            int(expired and self._worker_rank == 0),
+        ]
+        agreed = self._table.agree([*head, *columns])
+        self.obey(revision=agreed[0], stop=bool(agreed[1]))
+        if self.stop:
+            raise Interrupted("the run was asked to stop while it waited", reason="stop")
+        if agreed[2]:
+            raise Interrupted(
+                "the wait for an inversion outlasted wait_limit_seconds: no owner delivered it. Look at `kfdist "
+                "status` and the pool's log, then start the run again: it resumes at this step",
+                reason="wait_limit",
+            )
+        return agreed[3:]
+
+    def wait_while_paused(self, step: int) -> None:
+        """Blocks before `step`, with all ranks, while the settings in force say "paused".
+
+        There is no limit: whoever paused the run decides when it goes on.
+
+        Raises:
+            Interrupted: On all ranks, when a stop was asked for.
+        """
+        if self.settings.desired is not Desired.PAUSED:
+            return
+        self.tell(step, "paused")
+        while self.settings.desired is Desired.PAUSED:
+            # Not the link's wait: it returns at once when a result lies there, which nobody takes during a pause.
+            time.sleep(_PAUSED_ROUND_SECONDS)
+            self.round([])
+        self.tell(step, "running")
+
+    def tell(self, step: int, phase: str) -> None:
+        """Tells the controller what the run is doing at a step that takes longer than usual."""
+        self._link.beat(step, phase, ())
+
+    def restore(self, damping: float) -> None:
+        """A checkpoint says that people had set this damping (0: none); newer settings replace it."""
+        self.settings = replace(self.settings, damping=damping)
+
+
+def _encode(settings: RunSettings) -> list[float]:
+    return [
+        float(settings.revision),
+        float(_DESIRED.index(settings.desired)),
+        float(settings.checkpoint_serial),
+        settings.damping if math.isfinite(settings.damping) and settings.damping > 0.0 else 0.0,
+    ]
+
+
+def _decode(values: Sequence[float]) -> RunSettings:
+    return RunSettings(
+        revision=int(values[0]),
+        desired=_DESIRED[int(values[1])],
+        checkpoint_serial=int(values[2]),
+        damping=values[3],
+    )

@@ -1,0 +1,1 @@
+"""The adopted inverses multiplied onto the gradients."""

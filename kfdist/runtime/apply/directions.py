@@ -1,0 +1,177 @@
+"""Applies adopted snapshots to the gradients in `.grad`, with the KL clip; no host sync."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kfdist.comm.communicator import Communicator
+from kfdist.curvature.averages import BatchStatistics
+from kfdist.curvature.blocks import Block
+from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum, Memory
+from kfdist.errors import KfdistError
+
+MEASURED = "measured"
+"""Name in a block's memory of a boolean scalar: whether anything was measured at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Application:
+    """How the gradients of a group's blocks are treated this step.
+
+    Attributes:
+        blocks: The blocks, of which at least one has a gradient.
+        preconditioners: Their adopted preconditioners.
+        memories: What each keeps from step to step.
+        damping: lambda, already raised where the staleness policy says so.
+        fallback: Use V / (lambda + tau) instead.
+        solver: The rank that computes the direction where it is exchanged.
+        rows: This step's rows of a single block whose inverse is multiplied onto them; None: onto the gradient.
+    """
+
+    blocks: Sequence[Block]
+    preconditioners: Sequence[AbstractPreconditioner]
+    memories: Sequence[Memory] = field(default_factory=list)
+    damping: float
+    fallback: bool
+    solver: int = 0
+    rows: "RawRows | None" = None
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether one rank computes the direction for all."""
+        return not self.fallback and any(each.exchanged for each in self.preconditioners)
+
+    def gradients(self) -> list[Tensor]:
+        """Returns each block's V; zero where a coupled block took no part in the loss."""
+        return [block.gradient() if _takes_part(block) else _no_gradient(block) for block in self.blocks]
+
+    def directions(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Returns each block's U = (F + lambda I)^-1 V."""
+        members = self.preconditioners
+        memories = self.memories or [{} for _ in members]
+        if self.fallback:
+            pairs = zip(members, gradients, strict=True)
+            return [each.fallback(V, self.damping) for each, V in pairs]
+        if self.rows is not None:
+            return [self.rows.direction(members[0], self.damping).to(gradients[0].dtype)]
+        found = type(members[0]).apply_group(members, gradients, self.damping, memories)
+        return [
+            torch.where(memory[MEASURED], U, V) if MEASURED in memory else U
+            for memory, U, V in zip(memories, found, gradients, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawRows:
+    """The rows of a batch whose gradient is V = g^T a / N.
+
+    Attributes:
+        a: `[c, n, q]`.
+        g: `[c, n, p]`, of the per-example loss.
+        examples: N.
+    """
+
+    a: Tensor
+    g: Tensor
+    examples: float
+
+    @classmethod
+    def of(cls, batch: BatchStatistics) -> "RawRows":
+        """Takes them from a step's batch, whose g carry the 1/sqrt(T) of Gamma."""
+        a, g = batch.rows["A"], batch.rows["G"]
+        return cls(a=a, g=g * (a.shape[1] / batch.examples) ** 0.5, examples=batch.examples)
+
+    def direction(self, preconditioner: AbstractPreconditioner, damping: float) -> Tensor:
+        """Returns (F + lambda I)^-1 V without V (algorithms.md 4.3)."""
+        if not isinstance(preconditioner, KroneckerSpectrum):
+            raise KfdistError(f"{type(preconditioner).__name__} can't be multiplied onto rows; apply it to gradients")
+        return preconditioner.apply_to_rows(self.a, self.g, self.examples, damping)
+
+
+def solve(applications: Sequence[Application], communicator: Communicator) -> list[tuple[Block, Tensor, Tensor]]:
+    """Returns (block, V, U) of every block that has a gradient; `.grad` stays as it is.
+
+    Directions that are exchanged are computed by one rank each and broadcast.
+
+    Args:
+        applications: The groups that have a gradient and a snapshot, in the same order on all ranks.
+        communicator: Carries the exchanged directions.
+    """
+    found = []
+    travelling: dict[int, list[Tensor]] = {}
+    received: list[tuple[AbstractPreconditioner, Tensor, Memory]] = []
+    for each in applications:
+        gradients = each.gradients()
+        if not each.exchanged or each.solver == communicator.rank:
+            directions = each.directions(gradients)
+        else:
+            directions = [torch.empty_like(V) for V in gradients]
+        if each.exchanged:
+            travelling.setdefault(each.solver, []).extend(directions)
+            received += zip(each.preconditioners, directions, each.memories, strict=False)
+        found += [
+            (block, V, U) for block, V, U in zip(each.blocks, gradients, directions, strict=True) if _takes_part(block)
+        ]
+    for solver, directions in sorted(travelling.items()):
+        _broadcast(directions, solver, communicator)
+    for preconditioner, direction, memory in received:
+        preconditioner.receive(direction, memory)
+    return found
+
+
+def precondition_gradients(
+    applications: Sequence[Application],
+    *,
+    kl_clip: float | None,
+    learning_rate: Callable[[nn.Parameter], float],
+    communicator: Communicator,
+) -> None:
+    r"""Replaces each V_l in `.grad` by nu U_l with U_l = (F_l + lambda I)^-1 V_l.
+
+    nu = min(1, sqrt(kappa / sum_l lr_l^2 <U_l, V_l>)) bounds the step's predicted KL divergence by kappa (algorithms.md
+    1.4); where the sum is not positive nu is 1. A layer's learning rate is its weight's.
+
+    Args:
+        applications: The groups that have a gradient and a snapshot.
+        kl_clip: kappa; None turns the clip off.
+        learning_rate: The learning rate of a parameter; asked only with a `kl_clip`.
+        communicator: Carries directions that one rank computes for all.
+    """
+    if not applications:
+        return
+    found = solve(applications, communicator)
+    nu = None
+    if kl_clip is not None:
+        total: Tensor | None = None
+        for block, V, U in found:
+            term = learning_rate(block.parameters()[0]) ** 2 * torch.sum(U * V)
+            total = term if total is None else total + term
+        if total is not None:
+            # clamp keeps sqrt and division defined where the sum is not positive; there the minimum picks 1.
+            nu = torch.sqrt(kl_clip / total.clamp_min(torch.finfo(total.dtype).tiny)).clamp_max(1.0)
+    for block, _, U in found:
+        block.write_gradient(U if nu is None else U * nu.to(U.dtype))
+
+
+def _takes_part(block: Block) -> bool:
+    return all(parameter.grad is not None for parameter in block.parameters())
+
+
+def _no_gradient(block: Block) -> Tensor:
+    weight, shape = block.parameters()[0], block.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros(shape.groups, shape.d_out, shape.d_in, dtype=dtype, device=weight.device)
+
+
+def _broadcast(directions: Sequence[Tensor], solver: int, communicator: Communicator) -> None:
+    """Overwrites the directions by those of one rank, in one flat buffer."""
+    if communicator.process_group is None:
+        return
+    flat = torch.cat([direction.reshape(-1) for direction in directions])
+    travelling = flat.to(communicator.device)
+    communicator.broadcast(travelling, solver).wait()
+    pieces = travelling.to(flat.device).split([direction.numel() for direction in directions])
+    for direction, piece in zip(directions, pieces, strict=True):
+        direction.copy_(piece.view(direction.shape))

@@ -1,0 +1,1 @@
+"""From reduced statistics to jobs and back."""

@@ -1,0 +1,79 @@
+"""Where a preconditioner's inversions are done when not in its own process."""
+
+import math
+import re
+import time
+from dataclasses import dataclass
+
+from kfdist.errors import ConfigError
+from kfdist.policies.assignment import POLICIES
+from kfdist.types import RUN_NAME_PATTERN
+
+DEADLINE_SECONDS = 120.0
+"""How long one inversion may run by default; the largest layer of ResNet-50 takes seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """An inversion service and how this run uses it; made by `kfdist.connect`.
+
+    Attributes:
+        address: The controller, "host:port".
+        run: Name of the run.
+        epoch: Start of the run, growing from start to start; None: drawn from the clock by rank 0.
+        assignment: How groups are dealt to owners: "round_robin" (over cost-sorted groups), "model_order" or "lpt".
+        deadline_seconds: How long one inversion may run before its process is killed and the job sent again.
+    """
+
+    address: str
+    run: str = "default"
+    epoch: int | None = None
+    assignment: str = "round_robin"
+    deadline_seconds: float = DEADLINE_SECONDS
+
+    def __post_init__(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ConfigError(
+                f"the service's address is {self.address!r}; 'host:port' with a port from 1 to 65535 is needed"
+            )
+        if not re.fullmatch(RUN_NAME_PATTERN, self.run):
+            raise ConfigError(
+                f"the run's name is {self.run!r}; 1 to 63 letters, digits, '.', '_' and '-' are needed, with a letter "
+                "or digit at both ends"
+            )
+        if self.epoch is not None and (not isinstance(self.epoch, int) or self.epoch < 1):
+            raise ConfigError(f"epoch is {self.epoch!r}; a whole number, at least 1, is needed")
+        if self.assignment not in POLICIES:
+            raise ConfigError(f"assignment is {self.assignment!r}; allowed are {', '.join(map(repr, POLICIES))}")
+        if not (self.deadline_seconds > 0 and math.isfinite(self.deadline_seconds)):
+            raise ConfigError(f"deadline_seconds is {self.deadline_seconds!r}; a positive, finite number is needed")
+
+
+def connect(
+    address: str,
+    *,
+    run: str = "default",
+    epoch: int | None = None,
+    assignment: str = "round_robin",
+    deadline_seconds: float = DEADLINE_SECONDS,
+) -> Service:
+    """Says which service a preconditioner's inversions go to; nothing is contacted until the preconditioner is made.
+
+    Args:
+        address: The controller's address, "host:port".
+        run: Name of the run at the controller.
+        epoch: Start of the run; a later start must have a larger one, since older messages are refused. None draws one
+            from rank 0's clock.
+        assignment: How groups are dealt to owners.
+        deadline_seconds: How long one inversion may run.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+    return Service(address=address, run=run, epoch=epoch, assignment=assignment, deadline_seconds=deadline_seconds)
+
+
+def epoch_from_clock() -> int:
+    """Draws an epoch for library use without a run directory: milliseconds since 1970."""
+    return int(time.time() * 1000)

@@ -1,0 +1,1 @@
+"""What is preconditioned how, and when."""

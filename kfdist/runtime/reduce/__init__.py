@@ -1,0 +1,1 @@
+"""From each rank's sums and rows to reduced statistics."""

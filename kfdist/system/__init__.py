@@ -1,0 +1,1 @@
+"""Linux and the standard library: files, processes, addresses."""

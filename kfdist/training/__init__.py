@@ -1,0 +1,1 @@
+"""The application of a rank: from a configuration to a trained model."""

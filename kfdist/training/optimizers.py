@@ -1,0 +1,93 @@
+"""Optimizers of torch.optim by name, and learning rates as pure functions of the step."""
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kfdist.config import OptimizerSection
+from kfdist.config.findings import suggestion
+from kfdist.errors import ConfigError
+
+_UNFIT = frozenset({"Optimizer", "LBFGS", "SparseAdam"})
+"""The base class, one that needs a closure, one for sparse gradients only."""
+
+
+def optimizers() -> Mapping[str, type[torch.optim.Optimizer]]:
+    """Returns the optimizers of torch.optim by their names in lower case."""
+    found = {}
+    for name, kind in vars(torch.optim).items():
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in _UNFIT:
+            found[name.lower()] = kind
+    return found
+
+
+def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Makes the configured optimizer; `momentum` is left out for those that have none.
+
+    Raises:
+        ConfigError: The name or a setting is unknown, or the optimizer refuses the values.
+    """
+    known = optimizers()
+    if section.name not in known:
+        allowed = ", ".join(sorted(known))
+        raise ConfigError(
+            f"is {section.name!r}{suggestion(section.name, known) or ';'} torch.optim has: {allowed}",
+            path="optimizer.name",
+        )
+    kind = known[section.name]
+    accepted = set(inspect.signature(kind).parameters) - {"params"}
+    for key in section.settings:
+        if key not in accepted:
+            raise ConfigError(
+                f"unknown key{suggestion(key, accepted) or ';'} {section.name} takes: {', '.join(sorted(accepted))}",
+                path=f"optimizer.settings.{key}",
+            )
+    arguments = {"lr": section.lr, "momentum": section.momentum, "weight_decay": section.weight_decay}
+    # TOML has arrays only, torch wants tuples (betas).
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in section.settings.items()}
+    try:
+        return kind(parameters, **{k: v for k, v in arguments.items() if k in accepted} | settings)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{section.name} refuses {dict(section.settings)!r}: {error}", path="optimizer.settings"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRate:
+    """The learning rate as a function of the step; nothing of it needs saving.
+
+    Rises linearly to `lr` over the first `warmup_steps`, then falls to `lr * final_lr_fraction` at `total_steps`.
+
+    Attributes:
+        section: What is configured.
+        total_steps: Steps of the whole run.
+    """
+
+    section: OptimizerSection
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        """Returns the learning rate of step number `step`, counted from 0."""
+        section = self.section
+        if step < section.warmup_steps:
+            return section.lr * (step + 1) / section.warmup_steps
+        if section.schedule == "constant":
+            return section.lr
+        if section.schedule == "step":
+            return section.lr * section.milestone_factor ** sum(step >= milestone for milestone in section.milestones)
+        progress = (step - section.warmup_steps) / max(1, self.total_steps - section.warmup_steps)
+        left = 1.0 - min(1.0, progress)
+        if section.schedule == "cosine":
+            left = 0.5 * (1.0 - math.cos(math.pi * left))
+        return section.lr * (section.final_lr_fraction + (1.0 - section.final_lr_fraction) * left)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,287 @@
+"""The run directory: made when everything else is known to be right, held by one trainer at a time.
+
+RUN/config.toml        the resolved configuration of the last start
+RUN/lock               held with flock by the trainer; its text says who that is
+RUN/epochs/00001.toml  one file per start, made with O_EXCL: the epoch's number and its configuration
+RUN/costs.json         what inversions cost at the first start, where a method is chosen by it
+RUN/metrics.jsonl  RUN/summary.json  RUN/checkpoints/
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from kfdist.config import Config, to_toml
+from kfdist.curvature.auto import measure_costs
+from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.system.files import replace_file, write_file
+
+HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_period", "run.accept_changes") + (
+    "run.device",
+    "cluster.workers",
+    "cluster.owners",
+    "cluster.ray",
+    "cluster.assignment",
+    "cluster.link",
+    "cluster.job_deadline_seconds",
+    "cluster.group_timeout_seconds",
+    "control.",
+    "checkpoint.",
+    "preconditioner.wait_limit_seconds",
+)
+"""Keys, and sections ending in a dot, that may change between two starts of a run: they say how long, where, and on how
+many processes it runs, not what it computes. (The number of ranks does change the size of a step's batch; the thread
+count changes the last bits, so it isn't here.)"""
+
+
+_COSTS = "costs.json"
+"""What inversions cost, in a run's directory; only where `auto` chooses by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """What is in a run directory, seen without touching it.
+
+    Attributes:
+        exists: Whether the run was started before.
+        finished: A sentence if there is nothing left to do under this configuration, else empty.
+    """
+
+    exists: bool
+    finished: str = ""
+
+
+def inspect_run(config: Config) -> RunStatus:
+    """Checks that a run can be started here, changing nothing; a launcher calls this before it starts any process.
+
+    Raises:
+        ConfigError: The directory isn't a run's, or its run was started with another configuration.
+        EnvironmentFault: Another trainer holds it, or it can't be read.
+    """
+    directory = config.run.directory
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"is {str(directory)!r}, which is a file; give a directory", path="run.dir")
+    # What others put into the directory (a database, logs) doesn't make it a run's.
+    if not (directory / "config.toml").exists():
+        return RunStatus(exists=False)
+    try:
+        _refuse_drift(config)
+        holder = _holder(directory / "lock")
+        summary = _read_json(directory / "summary.json")
+    except OSError as error:
+        raise EnvironmentFault(f"can't read the run directory {directory}: {error}; check owner and mode") from error
+    if holder is not None:
+        raise _locked(directory, holder)
+    return RunStatus(exists=True, finished=_finished(config, summary))
+
+
+class RunDirectory:
+    """A run directory that this process holds until `close` or its end.
+
+    Attributes:
+        path: Where it is.
+        epoch: This start's number, from 1; every start of the run has a higher one.
+    """
+
+    def __init__(self, path: Path, lock: BinaryIO, *, fresh: bool) -> None:
+        self.path = path
+        self.epoch = 0
+        self._lock = lock
+        self._fresh = fresh
+
+    @classmethod
+    def open(cls, config: Config) -> Self:
+        """Makes the directory if need be, locks it, draws the epoch and writes `config.toml`.
+
+        Only one process of a run calls this (rank 0), when nothing else can go wrong with the configuration any more.
+
+        Raises:
+            ConfigError: As for `inspect_run`.
+            EnvironmentFault: Another trainer holds it, or it can't be written. A new directory is removed again.
+        """
+        inspect_run(config)
+        path = config.run.directory
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path)
+        except OSError as error:
+            raise EnvironmentFault(f"can't make the run directory {path}: {error}; choose another run.dir") from error
+        opened = cls(path, lock, fresh=not (path / "config.toml").exists())
+        try:
+            # Between the first look and the lock somebody else may have been here.
+            _refuse_drift(config)
+            opened.epoch = _draw_epoch(path / "epochs", config)
+            replace_file(path / "config.toml", _as_saved(config).encode())
+        except OSError as error:
+            opened.abandon()
+            raise EnvironmentFault(f"can't write to {path}: {error}; make room, or choose another run.dir") from error
+        except BaseException:
+            opened.abandon()
+            raise
+        return opened
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints are."""
+        return self.path / "checkpoints"
+
+    def costs(self) -> dict[str, Any]:
+        """Returns what inversions cost where the run began, measured once: a resumed run must choose as it did then.
+
+        Raises:
+            EnvironmentFault: It can't be read or written.
+        """
+        file = self.path / _COSTS
+        try:
+            if not file.exists():
+                replace_file(file, json.dumps(measure_costs().to_json()).encode())
+            return _read_json(file)
+        except OSError as error:
+            raise EnvironmentFault(f"can't keep {file}: {error}; make room, or check owner and mode") from error
+
+    def abandon(self) -> None:
+        """Lets go of the directory, and removes it if this start made it and nobody else put anything in.
+
+        For starts that fail before the first step: no half-made run stays behind.
+        """
+        if self._fresh:
+            for name in ("config.toml", "metrics.jsonl", "summary.json", "lock", _COSTS):
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "epochs", ignore_errors=True)
+            for directory in (self.checkpoints, self.path):
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+        self._lock.close()
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens nested tables to dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            result.update(flat(value, f"{prefix}{key}."))
+        else:
+            result[prefix + key] = value
+    return result
+
+
+def drift(config: Config, saved: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of a diff between a saved configuration and this one, without the harmless keys."""
+    old = flat(saved)
+    new = flat(tomllib.loads(_as_saved(config)))
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        if any(key == harmless or (harmless[-1] == "." and key.startswith(harmless)) for harmless in HARMLESS):
+            continue
+        if old.get(key) != new.get(key):
+            lines.extend(f"  {sign} {key} = {side[key]!r}" for sign, side in (("-", old), ("+", new)) if key in side)
+    return lines
+
+
+def _refuse_drift(config: Config) -> None:
+    saved = config.run.directory / "config.toml"
+    if not saved.exists():
+        return
+    try:
+        lines = drift(config, tomllib.loads(saved.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(
+            f"{saved} can't be read ({error}); restore it, or choose another run.dir", path="run.dir"
+        ) from None
+    if lines and not config.run.accept_changes:
+        difference = "\n".join(lines)
+        raise ConfigError(
+            f"{config.run.directory} holds a run with another configuration:\n{difference}\n"
+            "undo the change, choose another run.dir for a new run, or take this one over with "
+            "--set run.accept_changes=true",
+            path="run.dir",
+        )
+
+
+def _finished(config: Config, summary: Mapping[str, Any]) -> str:
+    if summary.get("status") != "finished":
+        return ""
+    for key, done in (("steps", summary.get("steps")), ("epochs", summary.get("data_epochs"))):
+        wanted = getattr(config.run, key)
+        if wanted is not None and isinstance(done, int) and done >= wanted:
+            return (
+                f"the run in {config.run.directory} is finished: {done} {key} are done and run.{key} is {wanted}; "
+                f"raise run.{key} to train on, or choose another run.dir for a new run"
+            )
+    return ""
+
+
+def _as_saved(config: Config) -> str:
+    # The permission to change is given for one start; a saved file must not give it for ever.
+    return to_toml(config.model_copy(update={"run": config.run.model_copy(update={"accept_changes": False})}))
+
+
+def _lock(path: Path) -> BinaryIO:
+    file = (path / "lock").open("a+b")
+    # Somebody who only looks (`inspect_run`) holds the lock too, but for an instant.
+    for attempt in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.02 * attempt)
+    else:
+        holder = (path / "lock").read_text(encoding="utf-8", errors="replace").strip()
+        file.close()
+        raise _locked(path, holder)
+    file.truncate(0)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n".encode())
+    file.flush()
+    return file
+
+
+def _holder(lock: Path) -> str | None:
+    """Returns the words of whoever holds the lock, None if nobody does."""
+    if not lock.exists():
+        return None
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().decode(errors="replace").strip()
+    return None
+
+
+def _locked(path: Path, holder: str) -> EnvironmentFault:
+    who = holder or "another process"
+    return EnvironmentFault(f"the run directory {path} is in use by {who}; stop that one, or choose another run.dir")
+
+
+def _draw_epoch(directory: Path, config: Config) -> int:
+    directory.mkdir(exist_ok=True)
+    numbers = [int(entry.stem) for entry in directory.glob("*.toml") if entry.stem.isdigit()]
+    epoch = max(numbers, default=0) + 1
+    # The second guard, for network file systems that flock doesn't reach: only one process can make this file.
+    try:
+        write_file(directory / f"{epoch:05d}.toml", _as_saved(config).encode())
+    except FileExistsError:
+        raise _locked(directory.parent, "a trainer that started at the same moment") from None
+    return epoch
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

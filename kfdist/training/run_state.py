@@ -1,0 +1,148 @@
+"""What a rank trains with, and all of its state that a resumed run needs."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfdist.comm.communicator import Communicator
+from kfdist.comm.reduce import GradientReducer
+from kfdist.config import Config
+from kfdist.data.sampler import Position, Sampler
+from kfdist.data.sets import DataSet
+from kfdist.errors import CheckpointError
+from kfdist.runtime.forward_state import ForwardState, seed_rank
+from kfdist.runtime.plain import NoPreconditioner
+from kfdist.runtime.preconditioner import Preconditioner
+from kfdist.runtime.state import merge_states
+from kfdist.training.checkpoint import Loaded
+from kfdist.training.optimizers import LearningRate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Everything a rank trains with.
+
+    Attributes:
+        config: The run's configuration.
+        communicator: The training group.
+        device: Where this rank computes.
+        data: The whole data set, on that device.
+        sampler: Deals the data to the ranks.
+        model: The model, equal on all ranks.
+        optimizer: Applies the gradients.
+        learning_rate: By step.
+        scaler: Scales the loss with float16, else disabled.
+        reducer: Averages the gradients over the ranks.
+        preconditioner: Turns them into second-order directions.
+        forward_state: What a forward changes besides gradients.
+    """
+
+    config: Config
+    communicator: Communicator
+    device: torch.device
+    data: DataSet
+    sampler: Sampler
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    learning_rate: LearningRate
+    scaler: torch.amp.GradScaler
+    reducer: GradientReducer
+    preconditioner: Preconditioner | NoPreconditioner
+    forward_state: ForwardState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How far a run has come.
+
+    Attributes:
+        step: Steps that are done, the next step to do.
+        position: Where in the data the next step is.
+        seconds: Seconds trained so far, over all starts.
+        checkpoint_serial: The newest request for a checkpoint that was obeyed.
+    """
+
+    step: int = 0
+    position: Position = Position()
+    seconds: float = 0.0
+    checkpoint_serial: int = 0
+
+
+def collect_state(training: Training, standing: Standing) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the state that all ranks share and this rank's own. All ranks must call it."""
+    folded = training.config.checkpoint.statistics == "folded"
+    if folded:
+        training.preconditioner.fold()
+    preconditioner = training.preconditioner.state_dict()
+    # The snapshots are the same on all ranks, and after folding the sums are too; both are large.
+    common = {"snapshots", "sums"} if folded else {"snapshots"}
+    shared = {
+        "standing": asdict(standing),
+        "parameters": dict(training.model.named_parameters()),
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "preconditioner": {key: value for key, value in preconditioner.items() if key in common},
+    }
+    own = {
+        "forward": training.forward_state.state_dict(),
+        "preconditioner": {key: value for key, value in preconditioner.items() if key not in common},
+    }
+    return shared, own
+
+
+def standing_of(loaded: Loaded) -> Standing:
+    """Returns how far a checkpoint had come."""
+    saved = loaded.shared["standing"]
+    return Standing(**{**saved, "position": Position(**saved["position"])})
+
+
+def restore_state(training: Training, loaded: Loaded) -> None:
+    """Puts all that `collect_state` returned back, also at another number of ranks.
+
+    At the same number of ranks the run goes on bit for bit. At another, sums of statistics are merged, BatchNorm's
+    averages take the mean over the old ranks, and generators are seeded anew from (seed, rank, step).
+
+    Raises:
+        CheckpointError: It doesn't fit the model, the optimizer or the preconditioner.
+    """
+    shared, rank = loaded.shared, training.communicator.rank
+    same_world = loaded.manifest.world_size == training.communicator.world_size
+    _load_parameters(training.model, shared["parameters"])
+    try:
+        training.optimizer.load_state_dict(shared["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the optimizer's state doesn't fit {training.config.optimizer.name}: {error}") from error
+    training.scaler.load_state_dict(shared["scaler"])
+    owns = [own for own in loaded.ranks if own is not None]
+    states = [{**own["preconditioner"], **shared["preconditioner"]} for own in owns]
+    training.preconditioner.load_state_dict(states[0] if same_world else _merged(training, states))
+    training.forward_state.load_buffers([own["forward"] for own in owns])
+    if same_world:
+        training.forward_state.load_random(owns[0]["forward"])
+    else:
+        seed_rank(training.config.run.seed, worker_rank=rank, start=loaded.manifest.step)
+    training.forward_state.remember()
+
+
+def _merged(training: Training, states: list[dict[str, Any]]) -> Mapping[str, Any]:
+    return states[0] if isinstance(training.preconditioner, NoPreconditioner) else merge_states(states)
+
+
+def _load_parameters(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    own = dict(model.named_parameters())
+    if own.keys() != saved.keys():
+        raise CheckpointError(
+            f"the checkpoint has parameters {sorted(saved.keys() - own.keys())} that the model lacks, and lacks "
+            f"{sorted(own.keys() - saved.keys())}; it is of another model"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != saved[name].shape:
+                raise CheckpointError(
+                    f"parameter {name} has shape {tuple(saved[name].shape)} in the checkpoint and "
+                    f"{tuple(parameter.shape)} in the model; it is of another model"
+                )
+            parameter.copy_(saved[name])

@@ -1,0 +1,256 @@
+"""The training loop of a rank: one step in one method, and what happens around the steps."""
+
+import hashlib
+import math
+import time
+from array import array
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from kfdist.config import to_toml
+from kfdist.errors import Interrupted, LossNotFinite
+from kfdist.runtime.settings import StepReport
+from kfdist.training.checkpoint import CheckpointStore, Saved
+from kfdist.training.evaluation import Evaluation, evaluate
+from kfdist.training.metrics_log import MetricsLog
+from kfdist.training.optimizers import set_learning_rate
+from kfdist.training.progress import Progress, Snapshot
+from kfdist.training.run_state import Standing, Training, collect_state
+from kfdist.types import Sample
+
+_BEAT_SECONDS = 0.25
+"""How often the controller hears of a rank; steps may be much shorter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where a trainer writes.
+
+    Attributes:
+        store: The checkpoints.
+        log: `metrics.jsonl`.
+        progress: What people see.
+    """
+
+    store: CheckpointStore
+    log: MetricsLog
+    progress: Progress
+
+
+class Trainer:
+    """Trains until the last step or until all ranks agree to stop. All ranks run one, in step.
+
+    Attributes:
+        standing: How far the run has come.
+        step_seconds: Host seconds of each step of this start.
+        metrics: The newest loss and accuracies.
+        checkpoint_faults: Checkpoints that could not be written.
+    """
+
+    def __init__(self, training: Training, standing: Standing, outputs: Outputs) -> None:
+        # The controller counts requests for checkpoints anew at each start of an ended run.
+        position = training.sampler.start(standing.position)
+        self.standing = replace(standing, position=position, checkpoint_serial=0)
+        self.step_seconds = array("d")
+        self.metrics: dict[str, float | None] = {"train_loss": None, "train_accuracy": None}
+        self.checkpoint_faults = 0
+        self._told_steps = 0
+        self._training = training
+        self._outputs = outputs
+        self._tally = torch.zeros(2, dtype=torch.float64, device=training.device)
+        self._tallied = 0
+        self._order: tuple[int, Tensor] | None = None
+        self._clock = self._window_start = self._last_beat = time.perf_counter()
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is done."""
+        run, standing = self._training.config.run, self.standing
+        return standing.step >= run.steps if run.steps is not None else standing.position.epoch >= (run.epochs or 0)
+
+    def run(self) -> str:
+        """Trains to the end, writes the last checkpoint, and evaluates if the run is finished.
+
+        Returns:
+            Why the run stopped before its last step, in a sentence; empty if it is finished.
+
+        Raises:
+            LossNotFinite: The loss became infinite or NaN; found out at a log period or before a checkpoint.
+        """
+        stopped = ""
+        while not self.done and not stopped:
+            try:
+                report = self._step()
+            except Interrupted as interruption:
+                # The step wasn't applied: it is the next one to do after a resume.
+                stopped = str(interruption)
+            else:
+                stopped = self._after_step(report)
+        self._checkpoint()
+        if not stopped:
+            self._evaluate()
+        return stopped
+
+    def _step(self) -> StepReport:
+        training, standing = self._training, self.standing
+        started = time.perf_counter()
+        set_learning_rate(training.optimizer, training.learning_rate(standing.step))
+        inputs, labels = self._batch()
+        training.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            logits = training.model(inputs)
+            loss = nn.functional.cross_entropy(logits, labels)
+        training.preconditioner.observe(logits, loss="cross_entropy")
+        training.scaler.scale(loss).backward()
+        training.reducer.reduce()
+        training.scaler.unscale_(training.optimizer)
+        report = training.preconditioner.step()
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
+        # Only now: if the step had been interrupted, its forward would have to be undone.
+        training.forward_state.remember()
+        self._count(loss, logits, labels)
+        self.step_seconds.append(time.perf_counter() - started)
+        return report
+
+    def _autocast(self) -> torch.autocast:
+        precision = self._training.config.run.precision
+        return torch.autocast(
+            self._training.device.type,
+            dtype=torch.bfloat16 if precision == "bfloat16" else torch.float16,
+            enabled=precision != "float32",
+        )
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        training, position = self._training, self.standing.position
+        if self._order is None or self._order[0] != position.epoch:
+            self._order = (position.epoch, training.sampler.permutation(position.epoch).to(training.device))
+        indices = self._order[1][training.sampler.share(position, training.communicator.rank)]
+        return training.data.train.inputs[indices], training.data.train.labels[indices]
+
+    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Adds the step to the running means, on the device: nothing is read before the log period."""
+        correct = (logits.argmax(1) == labels).sum()
+        self._tally += torch.stack([loss.detach().double(), correct.double()])
+        self._tallied += 1
+
+    def _after_step(self, report: StepReport) -> str:
+        """Does what is due after a step; returns why to stop, or nothing."""
+        before = self.standing
+        position = self._training.sampler.advance(before.position)
+        self.standing = replace(before, step=before.step + 1, position=position)
+        config, step = self._training.config, self.standing.step
+        if position.epoch != before.position.epoch:
+            self._outputs.log.write("epoch", step=step, epoch=position.epoch)
+        if step % config.run.log_period == 0 or self.done:
+            self._report(report)
+        elif time.perf_counter() - self._last_beat > _BEAT_SECONDS:
+            self._beat("running")
+        if config.run.eval_period and step % config.run.eval_period == 0 and not self.done:
+            self._evaluate()
+        if report.stop and not self.done:
+            return "the run was asked to stop"
+        self._checkpoint_if_due(report)
+        return ""
+
+    def _checkpoint_if_due(self, report: StepReport) -> None:
+        period, settings = self._training.config.checkpoint.period, report.settings
+        # Before any settings were heard of (revision 0) the serial says nothing.
+        asked = settings.revision > 0 and settings.checkpoint_serial != self.standing.checkpoint_serial
+        if asked:
+            self.standing = replace(self.standing, checkpoint_serial=settings.checkpoint_serial)
+        if (asked or (period and self.standing.step % period == 0)) and not self.done:
+            self._checkpoint()
+
+    def _report(self, report: StepReport | None = None) -> None:
+        """Reads the running means, the same on all ranks, checks them and tells everybody."""
+        if not self._tallied:
+            return
+        step, training = self.standing.step, self._training
+        total_loss, correct = training.communicator.all_reduce_sum_(self._tally).tolist()
+        loss = total_loss / (self._tallied * training.communicator.world_size)
+        accuracy = correct / (self._tallied * training.sampler.step_examples)
+        lr = training.learning_rate(step - 1)
+        if not math.isfinite(loss):
+            damping = training.config.preconditioner.damping
+            raise LossNotFinite(
+                f"the training loss is {loss} in the {self._tallied} steps up to step {step} (learning rate {lr:g}, "
+                f"damping {damping:g}); lower optimizer.lr or raise preconditioner.damping, and start again: the run "
+                "goes on from its newest checkpoint"
+            )
+        now = time.perf_counter()
+        staleness = sorted(training.preconditioner.staleness().values())
+        rate = self._tallied / max(now - self._window_start, 1e-9)
+        self.metrics.update(train_loss=loss, train_accuracy=accuracy)
+        self._outputs.log.write(
+            "step",
+            step=step,
+            epoch=self.standing.position.epoch,
+            loss=loss,
+            accuracy=accuracy,
+            lr=lr,
+            staleness={"p50": staleness[len(staleness) // 2], "max": staleness[-1]} if staleness else None,
+            step_seconds=sum(self.step_seconds[-self._tallied :]) / self._tallied,
+            phase_seconds=dict(report.phase_seconds) if report else {},
+        )
+        self._outputs.progress.show(
+            Snapshot(
+                step=step,
+                total_steps=training.learning_rate.total_steps,
+                loss=loss,
+                accuracy=accuracy,
+                staleness=staleness[-1] if staleness else None,
+                steps_per_second=rate,
+            )
+        )
+        self._beat("running", Sample(name="kfdist_loss", value=loss), Sample(name="kfdist_accuracy", value=accuracy))
+        self._tally.zero_()
+        self._tallied = 0
+        self._window_start = now
+
+    def _beat(self, phase: str, *samples: Sample) -> None:
+        """Tells the controller; what is the same on all ranks comes from rank 0 alone."""
+        own = samples if self._training.communicator.rank == 0 else ()
+        new, self._told_steps = self.step_seconds[self._told_steps :], len(self.step_seconds)
+        steps = [Sample(name="kfdist_step_seconds", value=seconds, labels={"phase": "total"}) for seconds in new]
+        self._training.preconditioner.beat(phase, [*own, *steps])
+        self._last_beat = time.perf_counter()
+
+    def _evaluate(self) -> None:
+        training, step = self._training, self.standing.step
+        result: Evaluation = evaluate(training.model, training.data.test, training.communicator, training.device)
+        self.metrics.update(test_loss=result.loss, test_accuracy=result.accuracy)
+        self._outputs.log.write("evaluation", step=step, test_loss=result.loss, test_accuracy=result.accuracy)
+        self._outputs.progress.say(f"step {step}: test loss {result.loss:.4f}, test accuracy {result.accuracy:.2%}")
+
+    def _checkpoint(self) -> None:
+        """Writes a checkpoint of the present standing; a failure is told and the run goes on."""
+        # Never keep parameters that are NaN already: the loss up to here is looked at first.
+        self._report()
+        now = time.perf_counter()
+        self.standing = replace(self.standing, seconds=self.standing.seconds + now - self._clock)
+        self._clock = now
+        training, config = self._training, self._training.config
+        shared, own = collect_state(training, self.standing)
+        saved = self._outputs.store.save(
+            shared,
+            own,
+            step=self.standing.step,
+            statistics=config.checkpoint.statistics,
+            config_sha256=hashlib.sha256(to_toml(config).encode()).hexdigest(),
+            facts={"run": config.run.name, "torch": torch.__version__, "unix_time": round(time.time(), 3)},
+        )
+        self._tell(saved)
+
+    def _tell(self, saved: Saved) -> None:
+        self._outputs.log.write(
+            "checkpoint", step=saved.step, fault=saved.fault, bytes=saved.bytes, seconds=round(saved.seconds, 6)
+        )
+        if saved.fault:
+            self.checkpoint_faults += 1
+            self._outputs.progress.say(
+                f"the checkpoint at step {saved.step} could not be written ({saved.fault}); the run goes on and older "
+                "checkpoints are kept; make room before the next one"
+            )

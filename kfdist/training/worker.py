@@ -1,0 +1,218 @@
+"""A training rank from its start to its end: what `kfdist worker` does."""
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import torch
+
+from kfdist.comm.communicator import Communicator, join_training_group
+from kfdist.config import Config, to_toml
+from kfdist.curvature.auto import MeasuredCosts
+from kfdist.errors import ConfigError, KfdistError
+from kfdist.exit_codes import ExitCode
+from kfdist.runtime.plan.groups import needs_costs
+from kfdist.training.checkpoint import CheckpointStore
+from kfdist.training.metrics_log import MetricsLog
+from kfdist.training.progress import Progress, make_progress
+from kfdist.training.run_directory import RunDirectory, inspect_run
+from kfdist.training.run_state import Standing, Training, restore_state, standing_of
+from kfdist.training.setup import (
+    Materials,
+    check_controller,
+    choose_device,
+    gather_materials,
+    make_method,
+    make_training,
+    settle,
+)
+from kfdist.training.summary import gather_totals, summarise, versions, write_summary
+from kfdist.training.trainer import Outputs, Trainer
+
+
+def run_worker(config: Config) -> int:
+    """Runs this rank of a run; torchrun's variables say which one it is.
+
+    Returns:
+        The exit code: 0 finished, 75 stopped and resumable.
+
+    Raises:
+        ConfigError: A value is wrong. Nothing has been made.
+        EnvironmentFault: The machine isn't fit: no controller, a directory in use, ...
+        LossNotFinite: Training diverged.
+    """
+    # Counts of threads are part of a run's numbers; without this they would be whatever the launcher set.
+    torch.set_num_threads(config.cluster.threads)
+    device = choose_device(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    check_controller(config)
+    communicator = join_training_group(timeout_seconds=config.cluster.group_timeout_seconds, device=device.type)
+    try:
+        return train_together(config, communicator, device)
+    finally:
+        communicator.close()
+
+
+def train_together(config: Config, communicator: Communicator, device: torch.device) -> int:
+    """Runs a run on ranks that have met; all of them must call it.
+
+    Returns:
+        The exit code, as for `run_worker`.
+
+    Raises:
+        ConfigError, EnvironmentFault, LossNotFinite: As for `run_worker`.
+    """
+    _check_same_configuration(config, communicator)
+    materials = gather_materials(config, communicator.world_size, device)
+    finished = settle(communicator, lambda: inspect_run(config).finished)
+    if finished:
+        if communicator.rank == 0:
+            print(finished, flush=True)
+        return ExitCode.DONE
+    return _Start(config, communicator, materials).run()
+
+
+def _check_same_configuration(config: Config, communicator: Communicator) -> None:
+    digests = communicator.all_gather_json(hashlib.sha256(to_toml(config).encode()).hexdigest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise ConfigError(
+            f"ranks {different} were started with another configuration than rank 0; give all ranks the same file, "
+            "--set and KFDIST_* variables"
+        )
+
+
+class _Start:
+    """One start of a run on one rank, once nothing is wrong with its configuration."""
+
+    def __init__(self, config: Config, communicator: Communicator, materials: Materials) -> None:
+        self._config = config
+        self._communicator = communicator
+        self._materials = materials
+        self._directory: RunDirectory | None = None
+        self._trained = False
+
+    def run(self) -> int:
+        opened = settle(self._communicator, self._open_directory)
+        costs = None if opened["costs"] is None else MeasuredCosts.from_json(opened["costs"])
+        try:
+            return self._train(opened["epoch"], costs)
+        except BaseException as error:
+            self._clean_up_after(error)
+            raise
+        finally:
+            if self._directory is not None:
+                self._directory.close()
+
+    def _open_directory(self) -> dict[str, Any]:
+        self._directory = directory = RunDirectory.open(self._config)
+        method = make_method(self._config.preconditioner)
+        costs = directory.costs() if method is not None and needs_costs(method) else None
+        return {"epoch": directory.epoch, "costs": costs}
+
+    def _clean_up_after(self, error: BaseException) -> None:
+        if self._directory is None:
+            return
+        if not self._trained:
+            self._directory.abandon()
+        elif isinstance(error, Exception):
+            sentence = str(error) if isinstance(error, KfdistError) else f"{type(error).__name__}: {error}"
+            with suppress(OSError):  # the first error is the one to tell
+                write_summary(
+                    self._directory.path,
+                    {"status": "failed", "run": self._config.run.name, "error": sentence, "versions": versions()},
+                )
+
+    def _train(self, epoch: int, costs: MeasuredCosts | None) -> int:
+        config, communicator = self._config, self._communicator
+        store = CheckpointStore(config.run.directory / "checkpoints", communicator, keep=config.checkpoint.keep)
+        newest = store.newest()
+        loaded = store.load(newest) if newest is not None else None
+        standing = standing_of(loaded) if loaded is not None else Standing()
+        training = make_training(config, communicator, self._materials, epoch=epoch, standing=standing, costs=costs)
+        progress = make_progress(worker_rank=communicator.rank, total_steps=training.learning_rate.total_steps)
+        log = MetricsLog.open(self._directory.path if self._directory is not None else None)
+        try:
+            if loaded is not None:
+                restore_state(training, loaded)
+            _announce(training, standing, progress, store.skipped)
+            log.write("start", start=epoch, step=standing.step, world_size=communicator.world_size, versions=versions())
+            if self._directory is not None:
+                write_summary(self._directory.path, {"status": "running", "run": config.run.name, "start": epoch})
+            trainer = Trainer(training, standing, Outputs(store=store, log=log, progress=progress))
+            try:
+                with _stopping_on_signals(training):
+                    stopped = trainer.run()
+            finally:
+                self._trained = trainer.standing.step > 0 or newest is not None
+            summary = self._summary(training, trainer, epoch, stopped)
+            log.write("end", step=trainer.standing.step, status=summary["status"])
+            training.preconditioner.beat(summary["status"])
+            training.preconditioner.close()
+        except BaseException:
+            training.preconditioner.abandon()
+            raise
+        finally:
+            training.reducer.close()
+            progress.close()
+            log.close()
+        if self._directory is not None:
+            write_summary(self._directory.path, summary)
+        if stopped and communicator.rank == 0:
+            print(f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume", flush=True)
+        return ExitCode.RESUMABLE if stopped else ExitCode.DONE
+
+    def _summary(self, training: Training, trainer: Trainer, epoch: int, stopped: str) -> dict[str, Any]:
+        totals = gather_totals(training, len(trainer.step_seconds))
+        progress = {
+            "steps": trainer.standing.step,
+            "data_epochs": trainer.standing.position.epoch,
+            "seconds": trainer.standing.seconds,
+            "start": epoch,
+            "stop_reason": stopped,
+            "checkpoint_faults": trainer.checkpoint_faults,
+        }
+        return summarise(
+            training,
+            totals,
+            status="stopped" if stopped else "finished",
+            progress=progress,
+            metrics=trainer.metrics,
+            step_seconds=trainer.step_seconds,
+        )
+
+
+def _announce(training: Training, standing: Standing, progress: Progress, skipped: list[str]) -> None:
+    for sentence in skipped:
+        progress.say(sentence)
+    config, ranks = training.config, training.communicator.world_size
+    where = f"resumed at step {standing.step}" if standing.step else "training"
+    progress.say(
+        f"{where} on {ranks} rank{'s' if ranks > 1 else ''} ({training.device.type}): {config.model.name} on "
+        f"{config.data.name}, {config.optimizer.name} with {config.preconditioner.described}, "
+        f"{training.learning_rate.total_steps} steps of {ranks} x {config.data.batch_size} examples"
+    )
+
+
+@contextmanager
+def _stopping_on_signals(training: Training) -> Iterator[None]:
+    """Turns SIGINT and SIGTERM into a request to stop, which all ranks obey at the same step.
+
+    However often they come: a terminal's Ctrl-C, torchrun and the launcher all send them, and the checkpoint must be
+    written all the same. Who can't wait sends SIGKILL.
+    """
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        training.preconditioner.request_stop()
+
+    former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Tensors and JSON as bytes."""

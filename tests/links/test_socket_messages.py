@@ -1,0 +1,121 @@
+"""What rank and courier say to each other comes as it was said, and what doesn't fit is refused."""
+
+import os
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfdist.links import socket_messages
+from kfdist.links.socket_messages import (
+    Beat,
+    Bye,
+    Cancel,
+    Counts,
+    CourierSetup,
+    Done,
+    Fenced,
+    Hello,
+    Refused,
+    Settings,
+    Submit,
+)
+from kfdist.types import Desired, RunSettings, Sample
+from tests.support.jobs import context
+
+SUBMIT = Submit(
+    ticket=7, group="a.b", version=3, digest="d" * 64, deadline_seconds=0.1, fingerprint="f", payload_bytes=9
+)
+EXAMPLES = [
+    SUBMIT,
+    Cancel(ticket=7),
+    Beat(step=5, phase="running", samples=(Sample(name="x", value=0.25, labels={"block": 'q"ü'}),)),
+    Bye(),
+    Hello(),
+    Done(ticket=7, payload_bytes=4, digest="e" * 64, seconds=0.5, owner="owner-0", attempts=2),
+    Refused(ticket=7),
+    Settings(revision=4, desired=Desired.PAUSED, checkpoint_serial=2, damping=1e-3),
+    Fenced(),
+    Counts(resubmissions={"crash": 2}, bytes_sent=5, bytes_received=6, samples_dropped=7),
+]
+
+
+@pytest.fixture
+def pair():
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    yield ends
+    for end in ends:
+        end.close()
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_every_message_comes_as_it_was_said(pair, message):
+    socket_messages.send(pair[0], socket_messages.encode(message))
+    assert socket_messages.receive(pair[1]) == (message, [])
+
+
+def test_every_kind_has_an_example():
+    assert {type(message).__name__ for message in EXAMPLES} == set(socket_messages._KINDS)
+
+
+def test_descriptors_come_with_their_message(pair):
+    read, write = os.pipe()
+    socket_messages.send(pair[0], socket_messages.encode(SUBMIT), [read, write])
+    os.close(read)
+    os.close(write)
+    received = socket_messages.receive(pair[1])
+    assert received is not None
+    _, (read, write) = received
+    assert not os.get_inheritable(read)
+    os.write(write, b"through")
+    assert os.read(read, 10) == b"through"
+    os.close(read)
+    os.close(write)
+
+
+def test_the_other_side_is_gone(pair):
+    pair[0].close()
+    assert socket_messages.receive(pair[1]) is None
+
+
+@given(st.binary(max_size=60))
+def test_bytes_that_are_no_message(data):
+    with pytest.raises(ValueError):
+        socket_messages.decode(data)
+
+
+@pytest.mark.parametrize("text", ['{"kind":"Done"}', '{"kind":"Other"}', "[]", '{"kind":"Bye","more":1}', "3", "null"])
+def test_json_that_is_no_message(text):
+    with pytest.raises(ValueError, match="no message of this version"):
+        socket_messages.decode(text.encode())
+
+
+def test_a_message_over_the_limit_is_refused():
+    beat = Beat(step=0, phase="running", samples=[Sample(name="x" * socket_messages.MAX_MESSAGE_BYTES, value=0.0)])
+    with pytest.raises(ValueError, match="at most 65536 fit"):
+        socket_messages.encode(beat)
+
+
+@given(st.integers(0, 300))
+def test_beats_are_split_and_complete(count):
+    samples = [Sample(name="kfdist_staleness_steps", value=i, labels={"block": "layer." * 60}) for i in range(count)]
+    parts = list(socket_messages.beats(3, "running", samples))
+    assert len(parts) == max(1, -(-count // socket_messages.SAMPLES_PER_MESSAGE))
+    assert [sample for part in parts for sample in part.samples] == samples
+    assert all(len(socket_messages.encode(part)) <= socket_messages.MAX_MESSAGE_BYTES for part in parts)
+
+
+def test_settings_go_and_come():
+    settings = RunSettings(revision=9, desired=Desired.STOPPED, checkpoint_serial=1, damping=0.5)
+    assert socket_messages.run_settings(socket_messages.settings_message(settings)) == settings
+
+
+def test_the_setup_of_a_large_run_goes_through_a_memfd():
+    groups = {f"encoder.layers.{i}.attention": float(i) for i in range(3000)}
+    setup = CourierSetup(address="127.0.0.1:1", rank_pid=4, context=context(rank=3, world_size=4, groups=groups))
+    descriptor = setup.write()
+    read = CourierSetup.read(descriptor)
+    os.close(descriptor)
+    assert list(read.context.groups) == list(setup.context.groups)
+    assert (read.address, read.rank_pid, read.context.worker_rank) == ("127.0.0.1:1", 4, 3)

@@ -1,0 +1,88 @@
+"""Directories of pools: what is removed, and what is left alone."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.pool import ray_directory as module
+from kfdist.pool.guardian import ray_processes, sweep
+from kfdist.pool.ray_directory import make_directory, remove_stale
+
+
+@pytest.fixture
+def parent(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(module, "_PARENT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def old(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_YOUNG_SECONDS", -1.0)
+
+
+def test_a_directory_is_for_its_user_alone(parent):
+    directory, hold = make_directory(None)
+    assert directory.parent == parent
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    hold.close()
+
+
+def test_that_of_a_living_pool_stays_and_that_of_a_dead_one_goes(parent, old):
+    living, hold = make_directory(None)
+    dead, lock = make_directory(None)
+    lock.close()
+    other = parent / "kfdist-another"
+    other.mkdir()
+    remove_stale()
+    assert (living.exists(), dead.exists(), other.exists()) == (True, False, True)
+    hold.close()
+    remove_stale()
+    assert not living.exists()
+
+
+def test_one_that_was_just_made_stays(parent):
+    directory, hold = make_directory(None)
+    hold.close()
+    remove_stale()
+    assert directory.exists()
+
+
+def test_names_that_cannot_be(parent, tmp_path):
+    with pytest.raises(ConfigError, match="exists; choose a new one"):
+        make_directory(Path("/tmp"))
+    with pytest.raises(ConfigError, match="more than 36 characters"):
+        make_directory(tmp_path / "a-name-that-is-far-too-long-for-a-socket")
+    with pytest.raises(EnvironmentFault, match="can't be made: Not a directory"):
+        make_directory(Path("/dev/null/x"))
+
+
+@pytest.fixture
+def holder(tmp_path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with a file of the directory open, whose command line doesn't say so."""
+    script = "import sys; open(input(), 'w').close(); kept = open(sys.stdin.readline().strip(), 'a'); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        for name in ("started", "log"):
+            process.stdin.write(f"{tmp_path / name}\n".encode())
+        process.stdin.flush()
+        while not (tmp_path / "log").exists():
+            time.sleep(0.01)
+        yield process
+        process.kill()
+
+
+def test_processes_are_found_by_the_files_they_hold(tmp_path, holder):
+    assert ray_processes(tmp_path) == {holder.pid}
+    assert ray_processes(tmp_path / "log") == set()
+    assert os.getpid() not in ray_processes(Path("/"))
+    assert sweep(tmp_path, word="no such word") == set()
+    assert holder.poll() is None
+    assert sweep(tmp_path) == set()
+    assert holder.wait() == -9

@@ -1,0 +1,139 @@
+"""Preconditioners and records as data: moving, casting, shapes, the walk over fields."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_origin
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfdist.curvature import preconditioners
+from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.ladder import invert_with_ladder
+from kfdist.curvature.preconditioners import PRECONDITIONERS, AbstractPreconditioner, KroneckerSpectrum
+from kfdist.wire import records
+from tests.support.matrices import gaussian, make_factors, relative_error
+
+DAMPING = 1e-2
+V = gaussian(2, 7, 12, seed=3)
+
+
+def make(method: str, dtype: torch.dtype = torch.float64, **settings: object) -> AbstractPreconditioner:
+    inverter, factors = make_inverter(method, **settings), make_factors("decaying", dtype)
+    made = invert_with_ladder(inverter, factors, damping=DAMPING, previous={}, seed=0).preconditioner
+    assert made is not None
+    return made
+
+
+both_kinds = pytest.mark.parametrize("method", ["kfac", "kfac-eigen"])
+
+
+def test_every_kind_is_in_the_table() -> None:
+    kinds = [cls for cls in vars(preconditioners).values() if isinstance(cls, type)]
+    concrete = {c for c in kinds if issubclass(c, AbstractPreconditioner) and c is not AbstractPreconditioner}
+    assert concrete == set(PRECONDITIONERS.values())
+
+
+@both_kinds
+def test_a_gradient_of_another_shape_is_refused(method: str) -> None:
+    with pytest.raises(ValueError, match=r"has shape \(7, 12\), the preconditioner is for \(2, 7, 12\)"):
+        make(method).apply(V[0], DAMPING)
+
+
+@both_kinds
+def test_the_gradients_dtype_is_kept_and_autocast_is_ignored(method: str) -> None:
+    made = make(method, torch.float32)
+    expected = made.apply(V.float(), DAMPING)
+    assert made.apply(V.bfloat16(), DAMPING).dtype == torch.bfloat16
+    assert made.apply(V, DAMPING).dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(made.apply(V.float(), DAMPING), expected)
+
+
+@both_kinds
+def test_moving_is_casting_every_tensor_or_nothing(method: str) -> None:
+    made = make(method)
+    assert made.to("cpu") is made
+    moved = made.to("cpu", torch.float32)
+    assert {t.dtype for t in records.tensor_fields(moved).values()} == {torch.float32}
+    assert records.static_fields(moved) == records.static_fields(made)
+    assert relative_error(moved.apply(V.float(), DAMPING), made.apply(V, DAMPING)) < 1e-4  # float32
+
+
+@both_kinds
+def test_they_are_frozen(method: str) -> None:
+    with pytest.raises(AttributeError):
+        make(method).trace_A = torch.zeros(2)  # type: ignore[misc]
+
+
+def test_damping_fixed_at_the_inversion_stays() -> None:
+    fixed, free = make("kfac"), make("kfac-eigen")
+    assert not fixed.damping_at_apply and free.damping_at_apply
+    assert torch.equal(fixed.apply(V, 1.0), fixed.apply(V, DAMPING))
+    torch.testing.assert_close(fixed.fallback(V, 1.0), fixed.fallback(V, DAMPING))
+    assert relative_error(free.apply(V, 1.0), free.apply(V, DAMPING)) > 0.1
+
+
+def test_fallback_keeps_the_size_of_the_step() -> None:
+    """On a flat spectrum the fallback is the exact direction; the bare gradient is 1/(lambda + tau) off."""
+    flat = make("kfac-eigen")
+    assert isinstance(flat, KroneckerSpectrum)
+    flat = replace(
+        flat,
+        w_A=torch.full_like(flat.w_A, 3.0),
+        w_G=torch.full_like(flat.w_G, 2.0),
+        trace_A=torch.full_like(flat.trace_A, 36.0),
+        trace_G=torch.full_like(flat.trace_G, 14.0),
+    )
+    assert relative_error(flat.fallback(V, DAMPING), flat.apply(V, DAMPING)) < 1e-12
+    assert relative_error(flat.fallback(V, DAMPING), V / (6 + DAMPING)) < 1e-12
+
+
+@dataclass(frozen=True)
+class Example:
+    matrix: Tensor = records.symmetric_field()
+    rows: Tensor = torch.zeros(0)
+    label: str = ""
+    number: float = 0.0
+
+
+TABLE = {"example": Example}
+
+
+def test_a_record_comes_back_whole_and_symmetric_fields_travel_as_triangles() -> None:
+    matrix = gaussian(2, 5, 5, seed=1)
+    record = Example(matrix + matrix.mT, gaussian(2, 3, seed=2).mT, "a label", 0.1)
+    packed = records.pack(record, TABLE)
+    assert packed.kind == "example"
+    assert packed.tensors["matrix"].shape == (2, 15)
+    assert packed.static == {"label": "a label", "number": 0.1}
+    back = records.unpack(packed, TABLE)
+    assert torch.equal(back.matrix, record.matrix) and torch.equal(back.rows, record.rows)
+    assert (back.label, back.number) == (record.label, record.number)
+    assert back.rows.data_ptr() != packed.tensors["rows"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "other"}, "unknown record 'other'; known: example"),
+        ({"tensors": {}}, "example lacks its field 'matrix'"),
+        ({"static": {"label": "x"}}, "example lacks its field 'number'"),
+        ({"static": {"label": "x", "number": 1.0, "more": 2}}, "example has no fields more"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+    packed = records.pack(Example(torch.eye(3), torch.zeros(1)), TABLE)
+    with pytest.raises(ValueError, match=message):
+        records.unpack(replace(packed, **change), TABLE)  # type: ignore[arg-type]
+
+
+def test_an_unknown_class_does_not_travel() -> None:
+    with pytest.raises(ValueError, match="Example is not in the table; known: kronecker-inverse"):
+        records.pack(Example(torch.eye(3)), PRECONDITIONERS)
+
+
+@pytest.mark.parametrize("cls", PRECONDITIONERS.values())
+def test_preconditioners_hold_nothing_but_tensors_and_json(cls: type[AbstractPreconditioner]) -> None:
+    types = {f.type for f in fields(cls)} - {Tensor, float, int, str, bool, *PRECONDITIONERS.values()}
+    assert all(get_origin(each) is Literal for each in types)

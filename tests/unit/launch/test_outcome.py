@@ -1,0 +1,114 @@
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.launch.outcome import (
+    add_to_summary,
+    child_fault,
+    make_directory,
+    read_summary,
+    remove_untrained,
+)
+from kfdist.launch.terminal import summary_line
+from kfdist.system.processes import Child, Command
+
+
+def _ended_child(tmp_path: Path, script: str) -> tuple[Child, int]:
+    child = Child(
+        Command(name="rank 1", arguments=("-c", script), environment=dict(os.environ), log=tmp_path / "rank-1.log")
+    )
+    deadline = time.monotonic() + 10
+    while (code := child.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return child, code
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (2, ConfigError, "run.steps: is 0; it must be at least 1"),
+        (1, EnvironmentFault, "run.steps: is 0; it must be at least 1\n(said by rank 1)"),
+    ],
+)
+def test_a_child_that_gave_a_reason_is_quoted(tmp_path: Path, code: int, kind: type[Exception], words: str):
+    said = "noise\\nkfdist: run.steps: is 0; it must be at least 1"
+    fault = child_fault(*_ended_child(tmp_path, f"print('{said}'); raise SystemExit({code})"), "while training")
+    assert type(fault) is kind and str(fault) == words
+
+
+def test_a_child_that_crashed_is_shown_by_the_end_of_its_log(tmp_path: Path):
+    ended = _ended_child(tmp_path, "print('deep trouble'); import sys, os; sys.stdout.flush(); os.abort()")
+    fault = child_fault(*ended, "while training", "run it again")
+    assert isinstance(fault, EnvironmentFault)
+    first, *log, advice = str(fault).splitlines()
+    assert first == f"rank 1 was killed by SIGABRT while training; the end of its log ({tmp_path / 'rank-1.log'}):"
+    assert log[0] == "deep trouble" and advice == "run it again"
+
+
+def test_a_child_that_died_in_silence_is_named_all_the_same(tmp_path: Path):
+    fault = child_fault(*_ended_child(tmp_path, "import os; os.kill(os.getpid(), 9)"), "before it was ready")
+    assert str(fault) == "rank 1 was killed by SIGKILL before it was ready; its log is empty"
+
+
+def test_a_launch_that_never_trained_leaves_no_directory(tmp_path: Path):
+    run = tmp_path / "runs" / "it"
+    made = make_directory(run / "logs")
+    (run / "logs" / "rank-0.log").write_text("...")
+    (run / "control.sqlite").write_text("...")
+    remove_untrained(made, unless_trained=run)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("trace", ["checkpoints", "metrics.jsonl"])
+def test_a_launch_that_trained_keeps_everything(tmp_path: Path, trace: str):
+    run = tmp_path / "runs" / "it"
+    made = make_directory(run / "logs")
+    (run / trace).mkdir()
+    remove_untrained(made, unless_trained=run)
+    assert (run / trace).exists() and (run / "logs").exists()
+
+
+def test_only_what_the_launch_made_is_removed(tmp_path: Path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "other").write_text("precious")
+    run = tmp_path / "runs" / "it"
+    made = make_directory(run / "logs")
+    remove_untrained(made, unless_trained=run)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+    run.mkdir()
+    (run / "notes.txt").write_text("precious")
+    remove_untrained(make_directory(run / "logs"), unless_trained=run)
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+
+
+def test_a_directory_that_cannot_be_made_is_the_machines_fault():
+    with pytest.raises(EnvironmentFault, match="another run.dir"):
+        make_directory(Path("/proc/kfdist/logs"))
+
+
+def test_the_summary_is_completed_where_there_is_one(tmp_path: Path):
+    assert add_to_summary(tmp_path, restarts={}) == {} == read_summary(tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "owner_restarts": 0}))
+    assert add_to_summary(tmp_path, owner_restarts=2) == {"status": "finished", "owner_restarts": 2}
+    assert read_summary(tmp_path)["owner_restarts"] == 2
+
+
+def test_the_summary_in_a_line():
+    summary = {
+        "status": "finished",
+        "steps": 120,
+        "seconds": 14.26,
+        "metrics": {"test_accuracy": 0.98607},
+        "staleness_steps": {"p50": 12, "max": 16},
+    }
+    assert summary_line(summary) == (
+        "finished: 120 steps in 14.3 s, test accuracy 98.61 %, staleness 12 steps (median), 16 (max)"
+    )
+    without = {"status": "stopped", "steps": 3, "seconds": 1.0, "staleness_steps": {"p50": None, "max": None}}
+    assert summary_line(without) == "stopped: 3 steps in 1.0 s"

@@ -1,0 +1,68 @@
+import os
+import time
+from pathlib import Path
+
+from kfdist.launch import supervision
+from kfdist.launch.supervision import SupervisedProcess
+from kfdist.system.processes import Command
+
+# Serves until told to die, or dies at once, depending on a file.
+_SCRIPT = """
+import json, pathlib, sys, time
+ready, fate = map(pathlib.Path, sys.argv[1:3])
+if fate.read_text() == "die":
+    sys.exit(5)
+ready.write_text(json.dumps({"arguments": sys.argv[3:]}))
+while fate.read_text() == "serve":
+    time.sleep(0.02)
+sys.exit(5)
+"""
+
+
+def _service(tmp_path: Path, fate: str) -> SupervisedProcess:
+    (tmp_path / "fate").write_text(fate)
+    ready = tmp_path / "ready.json"
+
+    def command(restarts: int) -> Command:
+        arguments = ("-c", _SCRIPT, str(ready), str(tmp_path / "fate"), f"--restarts={restarts}")
+        log = tmp_path / "service.log"
+        return Command(name="service", arguments=arguments, environment=dict(os.environ), log=log)
+
+    return SupervisedProcess(command, ready)
+
+
+def _events(service: SupervisedProcess, until, seconds: float = 15.0) -> list[str]:
+    events = []
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, events
+        if (event := service.supervise()) is not None:
+            events.append(event)
+        time.sleep(0.02)
+    return events
+
+
+def test_a_dead_service_is_started_again_with_a_command_of_its_own(tmp_path: Path):
+    service = _service(tmp_path, "serve")
+    assert _events(service, until=service.ready) == []
+    (tmp_path / "fate").write_text("stop")
+    events = _events(service, until=lambda: service.child is None)
+    assert "exited with 5" in events[0] and service.ready() is None
+    (tmp_path / "fate").write_text("serve")
+    events = _events(service, until=service.ready)
+    assert "started again" in events[0]
+    assert service.ready() == {"arguments": ["--restarts=1"]}
+    assert service.restarts == 1 and not service.gave_up
+    assert service.reports() == [{"arguments": ["--restarts=0"]}, {"arguments": ["--restarts=1"]}]
+    (tmp_path / "fate").write_text("stop")
+    _events(service, until=lambda: service.child is None)
+
+
+def test_a_service_that_keeps_dying_is_given_up(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(supervision, "_FIRST_PAUSE_SECONDS", 0.01)
+    service = _service(tmp_path, "die")
+    events = _events(service, until=lambda: service.gave_up)
+    assert service.restarts == supervision.RESTARTS_ALLOWED
+    assert sum("was started again" in event for event in events) == supervision.RESTARTS_ALLOWED
+    assert "isn't started again" in events[-1]
+    assert service.supervise() is None and service.child is None

@@ -1,0 +1,131 @@
+"""Memories that the ranks measure: overwritten when a snapshot comes into use, averaged after, summed over ranks."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfdist.curvature.jobs import encode_result
+from kfdist.curvature.preconditioners import EkfacBasis
+from kfdist.curvature.statistics import Samples
+from kfdist.runtime.adopt.calibration import calibrate
+from kfdist.runtime.adopt.snapshots import SnapshotStore
+from kfdist.runtime.plan.groups import plan_blocks
+from tests.support.lockstep import in_lockstep
+from tests.support.preconditioning import backward, preconditioner, two_layers
+from tests.support.samples import make_samples
+
+DECAY = 0.6
+NAME = ""
+
+
+def basis(seed: int) -> EkfacBasis:
+    generator = torch.Generator().manual_seed(seed)
+    Q_A, Q_G = (torch.linalg.qr(torch.randn(1, d, d, generator=generator, dtype=torch.float64)).Q for d in (5, 3))
+    ones = torch.ones(1, dtype=torch.float64)
+    return EkfacBasis(trace_A=ones, trace_G=ones, Q_A=Q_A, Q_G=Q_G)
+
+
+def samples(seed: int, weight: list[float] | None = None) -> Samples:
+    return make_samples(n=4, p=3, q=5, c=1, seed=seed, weight=weight)
+
+
+def measured(in_use: EkfacBasis, of_ranks: list[Samples]) -> torch.Tensor:
+    """Sums weight_i (Q_G^T S_i Q_A)^2 densely."""
+    total = torch.zeros(1, 3, 5, dtype=torch.float64)
+    for each in of_ranks:
+        S = (each.g.mT @ each.a).transpose(0, 1)
+        total += ((in_use.Q_G.mT @ S @ in_use.Q_A).square() * each.weight[:, None, None, None]).sum(0)
+    return total
+
+
+def test_the_first_folding_overwrites_the_others_average_and_a_new_basis_starts_afresh() -> None:
+    batches = [[samples(3 * step), samples(3 * step + 1)] for step in range(5)]
+
+    def run(communicator: Any) -> list[dict[str, torch.Tensor]]:
+        groups = plan_blocks(nn.Linear(4, 3).double(), "ekfac").groups
+        store = SnapshotStore(groups, torch.device("cpu"), speaks=False)
+        memories = []
+        for step in range(5):
+            if step in (0, 3):
+                store.adopt(0, step, encode_result({NAME: basis(step)}))
+                assert store.memories[NAME] == {}
+                assert store.calibrations == {0: 0}
+            mine = {NAME: batches[step][communicator.rank]}
+            sent = calibrate(groups, {0}, store, mine, communicator, ema_decay=DECAY)
+            assert sent == 8 * (15 + 1)
+            memories.append({key: tensor.clone() for key, tensor in store.memories[NAME].items()})
+        assert calibrate(groups, set(), store, {}, communicator, ema_decay=DECAY) == 0
+        return memories
+
+    def truth(basis_of: int, weights: dict[int, float]) -> torch.Tensor:
+        return sum(
+            (weight * measured(basis(basis_of), batches[step]) for step, weight in weights.items()),
+            torch.zeros(1, 3, 5, dtype=torch.float64),
+        )
+
+    for memories in in_lockstep(2, run):
+        expected = [
+            truth(0, {0: 1.0}),
+            truth(0, {0: 0.5, 1: 0.5}),
+            truth(0, {0: 0.3, 1: 0.3, 2: 0.4}),  # rho_3 = min(2/3, 0.6)
+            truth(3, {3: 1.0}),
+            truth(3, {3: 0.5, 4: 0.5}),
+        ]
+        for found, scales in zip(memories, expected, strict=True):
+            torch.testing.assert_close(found["scales"], scales, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(found["examples"], torch.tensor(8.0, dtype=torch.float64))
+
+
+def test_batches_that_count_for_nothing_leave_the_scales_what_they_are() -> None:
+    def run(communicator: Any) -> None:
+        groups = plan_blocks(nn.Linear(4, 3).double(), "ekfac").groups
+        store = SnapshotStore(groups, torch.device("cpu"), speaks=False)
+        store.adopt(0, 0, encode_result({NAME: basis(0)}))
+        quotients = []
+        for weight in (None, [0.0] * 4, None):
+            calibrate(groups, {0}, store, {NAME: samples(1, weight)}, communicator, ema_decay=DECAY)
+            quotients.append(store.memories[NAME]["scales"] / store.memories[NAME]["examples"])
+        torch.testing.assert_close(quotients[1], quotients[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(quotients[2], quotients[0], rtol=1e-12, atol=1e-12)
+
+    in_lockstep(1, run)
+
+
+def test_groups_without_a_snapshot_are_left_alone() -> None:
+    groups = plan_blocks(nn.Linear(4, 3).double(), "ekfac").groups
+    store = SnapshotStore(groups, torch.device("cpu"), speaks=False)
+    (sent,) = in_lockstep(1, lambda each: calibrate(groups, {0}, store, {}, each, ema_decay=DECAY))
+    assert (sent, store.memories) == (0, {NAME: {}})
+
+
+def test_where_nothing_was_measured_the_ranks_own_snapshots_stay_in_use() -> None:
+    """CG-FAC at a step whose batch is not finite: the rows in use stay, from the step before."""
+    model = two_layers()
+    pre = preconditioner(model, "cg-fac", kl_clip=None)
+    store = pre._pipeline.parts.snapshots
+
+    def step(*, spoiled: bool, seed: int = 0) -> list[torch.Tensor]:
+        model.zero_grad()
+        if spoiled:
+            model(torch.full((8, 4), torch.nan, dtype=torch.float64)).sum().backward()
+        else:
+            backward(model, seed=seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        pre.step()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    bare = step(spoiled=True)
+    assert all(bool((direction == 1).all()) for direction in bare), "nothing was ever measured"
+    good = step(spoiled=False)
+    rows = [store[index].preconditioners for index in range(2)]
+    kept = step(spoiled=True)
+    assert all(map(torch.equal, good, kept))
+    assert set(pre.versions().values()) == {2}
+    for before, index in zip(rows, range(2), strict=True):
+        for name, preconditioner_before in before.items():
+            assert torch.equal(preconditioner_before.trace_A, store[index].preconditioners[name].trace_A)
+    changed = step(spoiled=False, seed=5)
+    assert not any(map(torch.equal, good, changed))
+    pre.close()

@@ -1,0 +1,231 @@
+"""Which layer gets which method, under which name, and what is said of the rest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from kfdist.curvature.inverters import make_inverter
+from kfdist.errors import ConfigError
+from kfdist.runtime.plan.groups import bare_model, find_layer, named_layers, plan_blocks
+
+
+class Attention(nn.Module):
+    """A layer inside a container inside the model, next to what has no block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4)
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(4, 10)
+
+
+def methods(model: nn.Module, method: Any, **kwargs: Any) -> dict[str, str]:
+    plan = plan_blocks(model, method, **kwargs)
+    return {group.name: group.inverter.name for group in plan.groups}
+
+
+def reasons(model: nn.Module, method: Any = "kfac", **kwargs: Any) -> dict[str, str]:
+    return {
+        row.parameter: row.reason for row in plan_blocks(model, method, **kwargs).coverage.rows if row.block is None
+    }
+
+
+LAYERS = ["encoder.0", "encoder.2.0", "encoder.2.1", "head"]
+
+
+def test_a_name_or_an_inverter_is_for_all_layers():
+    assert methods(Attention(), "kfac") == dict.fromkeys(LAYERS, "kfac")
+    assert methods(Attention(), make_inverter("rs-kfac", rank=3)) == dict.fromkeys(LAYERS, "rs-kfac")
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"head": "kfac-eigen", "*": "kfac"}, {"head": "kfac-eigen"}),
+        ({"*": "kfac", "head": "kfac-eigen"}, {}),  # the first match wins
+        ({"encoder.*": "kfac-eigen", "*": "kfac"}, dict.fromkeys(LAYERS[:3], "kfac-eigen")),
+        ({"encoder": "kfac-eigen", "*": "kfac"}, dict.fromkeys(LAYERS[:3], "kfac-eigen")),  # a container
+        ({"*.2": "kfac-eigen", "*": "kfac"}, dict.fromkeys(LAYERS[1:3], "kfac-eigen")),
+        ({"encoder.[!2]": "kfac-eigen", "*": "kfac"}, {"encoder.0": "kfac-eigen"}),
+        ({"encoder.2.0": make_inverter("rs-kfac", rank=2), "*": "kfac"}, {"encoder.2.0": "rs-kfac"}),
+    ],
+    ids=str,
+)
+def test_the_first_glob_that_matches_wins(table: Mapping[str, Any], expected: dict[str, str]):
+    assert methods(Attention(), table) == dict.fromkeys(LAYERS, "kfac") | expected
+
+
+def test_layers_that_no_glob_matches_keep_their_gradient_and_say_so():
+    assert methods(Attention(), {"head": "kfac"}) == {"head": "kfac"}
+    assert reasons(Attention(), {"head": "kfac"})["encoder.0.weight"] == "no pattern of the method table matches"
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        (("head",), LAYERS[:3]),
+        (("encoder",), ["head"]),
+        (("encoder.2.*", "head"), ["encoder.0"]),
+        (("*.0",), LAYERS[2:]),
+    ],
+)
+def test_skip_leaves_out_modules_with_all_they_contain(skip: tuple[str, ...], left: list[str]):
+    assert list(methods(Attention(), "kfac", skip=skip)) == left
+    assert reasons(Attention(), skip=("head",))["head.weight"] == "skipped by configuration"
+
+
+@pytest.mark.parametrize("glob", ["heat", "encoder.9", "ENCODER", "encoder.*.*.*"])
+def test_a_glob_that_matches_no_layer_is_refused_with_the_layers(glob: str):
+    for arguments in ({"method": {glob: "kfac", "*": "kfac"}}, {"method": "kfac", "skip": (glob,)}):
+        with pytest.raises(ConfigError, match=r"matches no layer.*'encoder\.0'"):
+            plan_blocks(Attention(), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_glob_that_matches_only_modules_without_parameters_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="'1' matches no layer"):
+        plan_blocks(model, "kfac", skip=("1",))
+
+
+@pytest.mark.parametrize("method", [{}, {"*": 3}, {"*": None}, 7, "kfak"])
+def test_a_method_that_is_none_is_refused(method: Any):
+    with pytest.raises(ConfigError):
+        plan_blocks(Attention(), method)
+
+
+def test_coverage_lists_every_parameter_with_its_block_or_the_reason():
+    model = Attention()
+    model.encoder[0].bias.requires_grad_(False)
+    coverage = plan_blocks(model, "kfac", skip=("encoder.2.1",)).coverage
+    assert [row.parameter for row in coverage.rows] == [name for name, _ in model.named_parameters()]
+    said = {row.parameter: row.block or row.reason for row in coverage.rows}
+    assert said["encoder.0.weight"] == "encoder.0"
+    assert said["encoder.0.bias"] == "its layer's block leaves it out"
+    assert said["encoder.2.0.bias"] == "encoder.2.0"
+    assert said["encoder.2.1.weight"] == "skipped by configuration"
+    assert "Embedding has no block" in said["embedding.weight"]
+    assert "LayerNorm has no block" in said["encoder.1.weight"]
+    assert "MultiheadAttention has no block" in said["attention.in_proj_weight"]
+    assert "attention uses its weight" in said["attention.out_proj.weight"]
+    assert "Attention has no block" in said["scale"]
+    assert all((row.block is None) == (row.method is None) == (row.reason != "") for row in coverage.rows)
+    assert str(coverage).count("\n") + 1 == len(coverage.rows)
+
+
+def test_frozen_lazy_and_parametrized_layers_say_why_they_have_no_block():
+    frozen = nn.Linear(2, 2)
+    frozen.weight.requires_grad_(False)
+    model = nn.Sequential(frozen, nn.Linear(2, 2), parametrizations.weight_norm(nn.Linear(2, 2)), nn.LazyLinear(2))
+    said = reasons(model)
+    assert "frozen" in said["0.weight"]
+    assert "parametrization" in said["2.bias"]
+    assert "lazy" in said["3.weight"]
+
+
+def test_a_model_without_any_layer_with_a_block_is_refused_with_the_reasons():
+    frozen = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"Sequential has no layer.*0: Linear: its weight is frozen.*1: LayerNorm"):
+        plan_blocks(frozen, "kfac")
+    with pytest.raises(ConfigError, match="it has no parameters"):
+        plan_blocks(nn.ReLU(), "kfac")
+    with pytest.raises(ConfigError, match="skipped by configuration"):
+        plan_blocks(nn.Sequential(nn.Linear(2, 2)), "kfac", skip=("0",))
+
+
+def test_a_weight_shared_by_two_linear_layers_has_one_block_that_measures_both():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    plan = plan_blocks(model, "kfac")
+    assert [group.name for group in plan.groups] == ["0", "2"]
+    assert plan.aliases == {"0": [model[1]]}
+    assert [row.parameter for row in plan.coverage.rows] == ["0.weight", "0.bias", "2.weight"]
+
+
+def test_a_weight_shared_with_an_embedding_is_the_linear_layers():
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "decoder": nn.Linear(3, 5)})
+    model["decoder"].weight = model["embedding"].weight
+    plan = plan_blocks(model, "kfac")
+    assert [group.name for group in plan.groups] == ["decoder"]
+    assert {row.parameter: row.block for row in plan.coverage.rows} == {
+        "embedding.weight": "decoder",
+        "decoder.bias": "decoder",
+    }
+
+
+def test_a_shared_weight_with_another_bias_is_measured_where_its_block_is():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    plan = plan_blocks(model, "kfac")
+    assert plan.aliases == {}
+    assert {row.parameter: row.reason for row in plan.coverage.rows if row.reason} == {
+        "1.bias": "its weight is tied to 0, which has the block"
+    }
+
+
+class Module(nn.Module):
+    """A model that calls its own layers as wrappers call what they wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+        self.part = nn.ModuleDict({"module": nn.Linear(2, 2)})
+
+
+class PassesOn(nn.Module):
+    """Passes unknown attributes on to what it contains, as adapters do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.own = nn.Linear(2, 2)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    wrapped = torch.compile(module, backend="eager")
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
+def test_names_have_no_wrappers_parts_and_lead_back_to_the_layers():
+    layers = [nn.Linear(2, 2) for _ in range(3)]
+    model = nn.Sequential(nn.DataParallel(layers[0]), compiled(nn.Sequential(layers[1])), compiled(layers[2]))
+    names = {name: module for name, module in named_layers(compiled(nn.DataParallel(model)))}
+    assert list(names) == ["", "0", "1", "1.0", "2"]
+    for name, layer in zip(["0", "1.0", "2"], layers, strict=True):
+        assert names[name] is layer
+        assert find_layer(compiled(model), name) is layer
+    assert find_layer(model, "1.1") is None
+    assert find_layer(model, "") is model
+
+
+def test_a_users_own_module_called_module_keeps_its_name():
+    assert list(methods(Module(), "kfac")) == ["module", "part.module"]
+
+
+def test_a_model_that_passes_attributes_on_is_no_wrapper():
+    model = PassesOn(compiled(nn.Linear(2, 2)))
+    assert bare_model(model) is model
+    assert list(methods(model, "kfac")) == ["inner", "own"]
+
+
+def test_a_single_layer_is_a_model():
+    assert list(methods(nn.Linear(3, 2), "kfac")) == [""]
+
+
+def test_data_parallel_over_several_devices_is_refused():
+    model = nn.DataParallel(nn.Linear(2, 2))
+    model.device_ids = [0, 1]
+    with pytest.raises(ConfigError, match="use DistributedDataParallel"):
+        bare_model(model)

@@ -1,0 +1,104 @@
+"""What is due at which step, and what is asked to be measured for it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kfdist.curvature.inverters import make_inverter
+from kfdist.errors import ConfigError
+from kfdist.policies.schedule import Schedule
+from kfdist.runtime.plan.groups import BlockGroup, plan_blocks
+from kfdist.runtime.plan.timetable import Timetable
+from tests.support.preconditioning import backward, preconditioner, two_layers
+
+FACTOR, INVERSE = 3, 12
+
+
+def timetable(
+    method: Any, *, starving: frozenset[int] = frozenset(), world_size: int = 1
+) -> tuple[Timetable, tuple[BlockGroup, ...]]:
+    """Two linear layers."""
+    groups = plan_blocks(nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 4)), method).groups
+    schedule = Schedule(factor_period=FACTOR, inverse_period=INVERSE, groups=len(groups))
+    table = Timetable(schedule, groups, world_size=world_size, starves=lambda group: group.index in starving)
+    return table, groups
+
+
+def due(ask: Any, group: BlockGroup, steps: int = 25) -> list[int]:
+    return [step for step in range(steps) if ask(group, step)]
+
+
+def requests(table: Timetable, step: int, calibrating: tuple[int, ...] = ()) -> Mapping[str, Any]:
+    return table.requests(step, lambda name: 7, own_seed_of=lambda name: 8, calibrating=calibrating)
+
+
+def test_methods_with_factors_fold_and_invert_by_the_schedule() -> None:
+    table, (first, second) = timetable("kfac")
+    assert due(table.folds, first) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
+    assert due(table.updates, first) == due(table.inverts, first) == [0, 12, 24]
+    assert due(table.updates, second) == [0, 6, 18]
+    assert [table.updates_until(second, step) for step in (0, 5, 6, 18)] == [1, 1, 2, 3]
+
+
+def test_online_methods_update_between_inversions_where_they_get_rows() -> None:
+    table, (first, second) = timetable(make_inverter("b-r-kfac", rank=4, increment_rows=8))
+    assert due(table.updates, first) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
+    assert due(table.inverts, first) == [0, 12, 24]
+    assert table.updates_until(first, 6) == 3
+    assert requests(table, 3)[first.name].rows == {"A", "G"}
+    assert requests(table, 4) == {}
+    table, (first, second) = timetable(make_inverter("b-kfac", rank=4, increment_rows=8, brand_period=6))
+    assert due(table.updates, first) == [0, 6, 12, 18, 24]
+    # Brand takes all but the second layer's G, which is folded more often than rows are taken.
+    assert [sorted(requests(table, 3)[name].sums) for name in requests(table, 3)] == [["G"]]
+    # Both layers' factors are too small: no rows, so no jobs between inversions.
+    table, (first, second) = timetable(make_inverter("b-kfac", rank=40))
+    assert due(table.updates, first) == due(table.inverts, first) == [0, 12, 24]
+
+
+def test_a_period_of_its_own_must_fit() -> None:
+    with pytest.raises(ConfigError, match="brand_period"):
+        timetable(make_inverter("b-kfac", rank=4, increment_rows=8, brand_period=5))
+
+
+def test_starving_groups_are_due_at_every_step() -> None:
+    table, (first, second) = timetable("seng", starving=frozenset({1}))
+    assert due(table.updates, first) == [0, 12, 24]
+    assert due(table.updates, second) == due(table.folds, second) == list(range(25))
+    assert list(requests(table, 1)) == [second.name]
+
+
+def test_samples_are_asked_at_inversions_and_for_calibration() -> None:
+    table, (first, second) = timetable(make_inverter("seng", examples=10, columns=None), world_size=4)
+    asked = requests(table, 12)
+    assert list(asked) == [first.name]
+    assert (asked[first.name].samples, asked[first.name].sums) == (3, frozenset())
+    table, (first, second) = timetable(make_inverter("ekfac", examples=8, rows=20), world_size=4)
+    assert requests(table, 3)[first.name].samples is None
+    asked = requests(table, 4, calibrating=(0,))
+    assert list(asked) == [first.name]
+    assert (asked[first.name].samples, asked[first.name].sample_rows, asked[first.name].sums) == (2, 5, frozenset())
+
+
+@pytest.mark.parametrize("method", ["b-kfac", "b-r-kfac", "seng", "kfac"])
+def test_groups_whose_first_batches_were_unusable_get_on_at_the_first_good_one(method: str) -> None:
+    """Also where Brand takes one factor and a dense average is due only at inversions."""
+    settings = {"rank": 2, "increment_rows": 1} if method.startswith("b-") else {}
+    model = two_layers()
+    pre = preconditioner(model, make_inverter(method, **settings), factor_period=2, inverse_period=20)
+    brand = {"b-kfac": "Brand on A, randomised SVD on G", "b-r-kfac": "Brand on A"}.get(method, "")
+    assert brand in str(pre.coverage())
+    for step in range(5):
+        model.zero_grad()
+        if step < 2:
+            model(torch.full((3, 4), torch.nan, dtype=torch.float64)).sum().backward()
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        else:
+            backward(model, 1, seed=step)
+        pre.step()
+    assert min(pre.versions().values()) >= 2
+    pre.close()

@@ -1,0 +1,39 @@
+"""The ranks' shares of the test data add up to the whole, and looking changes nothing."""
+
+import torch
+from torch import nn
+
+from kfdist.comm.communicator import Communicator
+from kfdist.data.sets import Examples
+from kfdist.training import evaluation
+from kfdist.training.evaluation import evaluate
+
+
+class Share(Communicator):
+    """One of several ranks, alone: what it would contribute to the sums."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__(None)
+        self.rank, self.world_size = rank, world_size
+
+
+def test_shares_add_up_and_the_model_stays_as_it_was(monkeypatch):
+    monkeypatch.setattr(evaluation, "_BATCH", 3)
+    torch.manual_seed(0)
+    examples = Examples(inputs=torch.randn(23, 5), labels=torch.randint(0, 4, (23,)))
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    cpu = torch.device("cpu")
+    whole = evaluate(model, examples, Communicator(None), cpu)
+    shares = [evaluate(model, examples, Share(rank, 3), cpu) for rank in range(3)]
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(generator, torch.get_rng_state())
+    assert abs(sum(share.loss for share in shares) - whole.loss) < 1e-6
+    assert round(sum(share.accuracy for share in shares) * 23) == round(whole.accuracy * 23)
+    with torch.no_grad():
+        logits = model.eval()(examples.inputs)
+    assert abs(whole.loss - nn.functional.cross_entropy(logits, examples.labels).item()) < 1e-5
+    assert whole.accuracy == (logits.argmax(1) == examples.labels).double().mean().item()

@@ -1,0 +1,77 @@
+"""Optimizers by name and learning rates by step."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfdist.config import OptimizerSection
+from kfdist.errors import ConfigError
+from kfdist.training.optimizers import LearningRate, make_optimizer, optimizers
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(2, 2))]
+
+
+@pytest.mark.parametrize("name", sorted(optimizers()))
+def test_every_optimizer_that_is_offered_can_be_made_and_steps(name: str):
+    weights = parameters()
+    optimizer = make_optimizer(OptimizerSection(name=name, lr=0.1), weights)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    weights[0].grad = torch.ones(2, 2)
+    optimizer.step()
+    assert not torch.equal(weights[0].detach(), torch.ones(2, 2))
+
+
+def test_the_usual_ones_are_offered_and_those_that_do_not_fit_are_not():
+    assert {"sgd", "adam", "adamw"} <= set(optimizers())
+    assert {"lbfgs", "sparseadam", "optimizer"}.isdisjoint(optimizers())
+
+
+def test_arguments_arrive():
+    sgd = make_optimizer(OptimizerSection(momentum=0.5, weight_decay=0.25, settings={"nesterov": True}), parameters())
+    assert {key: sgd.defaults[key] for key in ("momentum", "weight_decay", "nesterov")} == {
+        "momentum": 0.5,
+        "weight_decay": 0.25,
+        "nesterov": True,
+    }
+    adam = make_optimizer(OptimizerSection(name="adam", settings={"betas": [0.5, 0.75]}), parameters())
+    assert adam.defaults["betas"] == (0.5, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("section", "path", "words"),
+    [
+        (OptimizerSection(name="sdg"), "optimizer.name", "did you mean `sgd`"),
+        (OptimizerSection(settings={"nestrov": True}), "optimizer.settings.nestrov", "did you mean `nesterov`"),
+        (OptimizerSection(momentum=0.0, settings={"nesterov": True}), "optimizer.settings", "sgd refuses .*Nesterov"),
+        (OptimizerSection(name="adam", settings={"betas": [2.0, 0.5]}), "optimizer.settings", "adam refuses .*beta"),
+    ],
+)
+def test_mistakes_are_told(section: OptimizerSection, path: str, words: str):
+    with pytest.raises(ConfigError, match=f"^{path}: .*{words}"):
+        make_optimizer(section, parameters())
+
+
+def test_the_shapes_of_the_schedules():
+    def rates(total: int = 100, **values) -> list[float]:
+        rate = LearningRate(section=OptimizerSection(lr=1.0, **values), total_steps=total)
+        return [rate(step) for step in (0, 25, 50, 75, 100, 200)]
+
+    assert rates(schedule="constant") == [1.0] * 6
+    assert rates(schedule="linear") == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert rates(schedule="linear", final_lr_fraction=0.5) == [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]
+    assert rates(schedule="cosine") == pytest.approx([1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0], abs=1e-6)
+    assert rates(schedule="step", milestones=(50, 75)) == pytest.approx([1.0, 1.0, 0.1, 0.01, 0.01, 0.01])
+    assert rates(schedule="linear", warmup_steps=50) == [1 / 50, 26 / 50, 1.0, 0.5, 0.0, 0.0]
+
+
+@given(st.sampled_from(["constant", "linear", "cosine"]), st.integers(0, 20), st.integers(1, 60), st.floats(0, 1))
+def test_a_schedule_rises_to_its_peak_and_never_again(schedule: str, warmup: int, total: int, final: float):
+    section = OptimizerSection(lr=0.5, schedule=schedule, warmup_steps=warmup, final_lr_fraction=final)  # type: ignore[arg-type]
+    rates = [LearningRate(section=section, total_steps=total)(step) for step in range(warmup + total)]
+    assert max(rates) == 0.5
+    assert all(0 <= rate <= 0.5 for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)

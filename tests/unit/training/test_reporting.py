@@ -1,0 +1,102 @@
+"""What a run writes about itself: lines on the terminal, metrics.jsonl, summary.json."""
+
+import io
+import json
+import math
+import sys
+from io import FileIO
+from pathlib import Path
+
+import pytest
+import torch
+
+from kfdist.training.metrics_log import MetricsLog
+from kfdist.training.progress import LiveProgress, NoProgress, PlainProgress, Snapshot, make_progress
+from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics, versions
+
+SNAPSHOT = Snapshot(step=20, total_steps=120, loss=0.25, accuracy=0.875, staleness=14, steps_per_second=31.5)
+
+
+def test_a_line_says_loss_accuracy_and_staleness():
+    stream = io.StringIO()
+    progress = make_progress(worker_rank=0, total_steps=120, stream=stream)
+    assert isinstance(progress, PlainProgress)
+    progress.show(SNAPSHOT)
+    assert stream.getvalue() == "step  20/120  loss   0.2500  accuracy  87.50%  staleness  14    31.5 steps/s\n"
+
+
+def test_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    progress = make_progress(worker_rank=0, total_steps=120, stream=stream)
+    assert isinstance(progress, LiveProgress)
+    progress.say("an [event] happened")
+    progress.show(SNAPSHOT)
+    progress.close()
+    assert "an [event] happened" in stream.getvalue()
+    assert "loss   0.2500  accuracy  87.50%  staleness  14" in stream.getvalue()
+
+
+def test_other_ranks_are_silent():
+    assert isinstance(make_progress(worker_rank=1, total_steps=1), NoProgress)
+
+
+def test_the_log_is_one_object_a_line_and_grows_from_start_to_start(tmp_path: Path):
+    for step in (1, 2):
+        log = MetricsLog.open(tmp_path)
+        log.write("step", step=step, loss=math.nan, staleness={"max": math.inf, "p50": 3})
+        # Readable at once, not only after closing.
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        log.close()
+    assert [(line["event"], line["step"], line["loss"]) for line in lines] == [("step", 1, None), ("step", 2, None)]
+    assert lines[0]["staleness"] == {"max": None, "p50": 3}
+    MetricsLog.open(None).write("step", step=3)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_step_statistics_are_nearest_ranks():
+    seconds = [float(value) for value in range(1, 101)]
+    assert step_statistics(seconds[::-1]) == {"mean": 50.5, "p50": 50.0, "p99": 99.0}
+    assert step_statistics([2.0]) == {"mean": 2.0, "p50": 2.0, "p99": 2.0}
+    assert step_statistics([]) == {"mean": None, "p50": None, "p99": None}
+
+
+def test_the_digest_of_parameters_sees_every_bit_name_and_shape():
+    weight = torch.arange(4.0)
+    base = parameter_sha256([("a", weight), ("b", torch.zeros(1))])
+    assert base == parameter_sha256([("b", torch.zeros(1)), ("a", weight.clone())])
+    changed = weight.clone()
+    changed.view(torch.int32)[3] ^= 1
+    others = [
+        [("a", changed), ("b", torch.zeros(1))],
+        [("a", weight.view(2, 2)), ("b", torch.zeros(1))],
+        [("c", weight), ("b", torch.zeros(1))],
+        [("a", weight.to(torch.bfloat16)), ("b", torch.zeros(1))],
+        [("a", weight), ("b", -torch.zeros(1))],
+    ]
+    assert len({base, *(parameter_sha256(other) for other in others)}) == 6
+
+
+def test_clean_modules_means_neither_ray_nor_grpc(monkeypatch: pytest.MonkeyPatch):
+    for name in ("ray", "grpc"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert modules_clean()
+    monkeypatch.setitem(sys.modules, "grpc", sys)
+    assert not modules_clean()
+
+
+def test_versions_are_found_without_imports():
+    before = set(sys.modules)
+    assert versions()["torch"] == torch.__version__
+    assert set(sys.modules) - before <= {"importlib.metadata"}
+
+
+def test_a_full_disk_loses_lines_but_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(FileIO("/dev/full", "a"))
+    log.write("step", step=1)
+    log.write("step", step=2)
+    log.close()
+    assert log.lost == 2
+    assert capsys.readouterr().err.count("metrics.jsonl can't be written") == 1

@@ -1,0 +1,176 @@
+"""One trainer at a time, no drift, and nothing half made."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kfdist.config import Config, load_config
+from kfdist.curvature.auto import MeasuredCosts
+from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.training.run_directory import RunDirectory, inspect_run
+from kfdist.training.summary import write_summary
+
+
+def config_in(directory: Path, *overrides: str) -> Config:
+    return load_config(None, overrides=[f"run.dir={directory}", *overrides], environment={})
+
+
+def test_a_new_directory_has_its_configuration_and_each_start_a_higher_epoch(tmp_path: Path):
+    run = tmp_path / "deep" / "run"
+    config = config_in(run, "run.steps=7")
+    assert not inspect_run(config).exists
+    assert not run.exists()
+    for epoch in (1, 2, 3):
+        opened = RunDirectory.open(config)
+        assert opened.epoch == epoch
+        opened.close()
+        assert inspect_run(config).exists
+    assert load_config(run / "config.toml", environment={}) == config
+    assert sorted(path.name for path in (run / "epochs").iterdir()) == ["00001.toml", "00002.toml", "00003.toml"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from kfdist.config import load_config
+from kfdist.training.run_directory import RunDirectory
+opened = RunDirectory.open(load_config(None, overrides=["run.dir=" + sys.argv[1]], environment={}))
+print(opened.epoch, flush=True)
+sys.stdin.read()
+"""
+
+
+def hold(directory: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "1\n"
+    return process
+
+
+def test_a_second_trainer_is_told_who_has_the_directory_until_that_one_is_gone(tmp_path: Path):
+    config = config_in(tmp_path / "run")
+    holder = hold(tmp_path / "run")
+    try:
+        for attempt in (inspect_run, RunDirectory.open):
+            with pytest.raises(
+                EnvironmentFault, match=rf"in use by process {holder.pid} on .*; stop that one, or choose"
+            ):
+                attempt(config)
+    finally:
+        holder.kill()  # no chance to clean up: the lock ends with the process all the same
+        holder.communicate()
+    opened = RunDirectory.open(config)
+    assert opened.epoch == 2
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "run.steps=9",
+        "run.epochs=9",
+        "run.log_period=1",
+        "run.eval_period=3",
+        "cluster.workers=4",
+        "cluster.owners=3",
+        "control.address=127.0.0.1:0",
+        "checkpoint.keep=9",
+        "preconditioner.wait_limit_seconds=5",
+    ],
+)
+def test_what_does_not_change_the_mathematics_may_change(tmp_path: Path, change: str):
+    RunDirectory.open(config_in(tmp_path)).close()
+    assert inspect_run(config_in(tmp_path, change)).exists
+
+
+def test_what_changes_the_mathematics_is_refused_with_a_diff_unless_it_is_accepted(tmp_path: Path):
+    RunDirectory.open(config_in(tmp_path, "preconditioner.settings.rank=30")).close()
+    changed = ["optimizer.lr=0.125", "preconditioner.method=kfac", "run.steps=999"]
+    for attempt in (inspect_run, RunDirectory.open):
+        with pytest.raises(ConfigError) as caught:
+            attempt(config_in(tmp_path, *changed))
+    message = str(caught.value)
+    assert caught.value.path == "run.dir"
+    old_lr = Config().optimizer.lr
+    for line in (f"- optimizer.lr = {old_lr}", "+ optimizer.lr = 0.125", "- preconditioner.method = 'rs-kfac'"):
+        assert f"  {line}\n" in message
+    assert "  - preconditioner.settings.rank = 30\n" in message
+    assert "run.steps" not in message
+    assert "--set run.accept_changes=true" in message
+    accepted = config_in(tmp_path, *changed, "run.accept_changes=true")
+    RunDirectory.open(accepted).close()
+    # Accepted once; from now on the new configuration is the run's, and the permission is used up.
+    assert inspect_run(config_in(tmp_path, *changed)).exists
+    assert not load_config(tmp_path / "config.toml", environment={}).run.accept_changes
+
+
+def test_a_finished_run_says_so_and_how_to_go_on(tmp_path: Path):
+    config = config_in(tmp_path, "run.steps=20")
+    RunDirectory.open(config).close()
+    assert inspect_run(config).finished == ""
+    write_summary(tmp_path, {"status": "finished", "steps": 20, "data_epochs": 2})
+    assert "20 steps are done and run.steps is 20; raise run.steps" in inspect_run(config).finished
+    assert inspect_run(config_in(tmp_path, "run.steps=21")).finished == ""
+    assert "raise run.epochs" in inspect_run(config_in(tmp_path, "run.epochs=2")).finished
+    assert inspect_run(config_in(tmp_path, "run.epochs=3")).finished == ""
+    write_summary(tmp_path, {"status": "stopped", "steps": 20, "data_epochs": 2})
+    assert inspect_run(config).finished == ""
+
+
+def test_costs_are_measured_at_the_first_start_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A resumed run with "auto" must choose as it did, however busy its machine is now."""
+    config = config_in(tmp_path / "run")
+    first = RunDirectory.open(config)
+    costs = first.costs()
+    first.close()
+    monkeypatch.setattr("kfdist.training.run_directory.measure_costs", lambda: pytest.fail("measured again"))
+    second = RunDirectory.open(config)
+    assert second.costs() == costs
+    assert MeasuredCosts.from_json(costs).to_json() == costs
+    second.close()
+
+
+def test_a_start_that_fails_leaves_no_costs(tmp_path: Path):
+    opened = RunDirectory.open(config_in(tmp_path / "run"))
+    opened.costs()
+    opened.abandon()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_fails_leaves_nothing_of_a_new_directory(tmp_path: Path):
+    run = tmp_path / "run"
+    RunDirectory.open(config_in(run)).abandon()
+    assert not run.exists()
+
+
+def test_a_start_that_fails_keeps_what_was_there_before(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    RunDirectory.open(config_in(tmp_path)).abandon()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    RunDirectory.open(config_in(tmp_path)).close()
+    RunDirectory.open(config_in(tmp_path)).abandon()
+    assert (tmp_path / "config.toml").exists()
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.dir: is '.*', which is a file"):
+        inspect_run(config_in(tmp_path / "run"))
+
+
+def test_a_damaged_configuration_is_refused_and_not_overwritten(tmp_path: Path):
+    RunDirectory.open(config_in(tmp_path)).close()
+    (tmp_path / "config.toml").write_text("[run\n")
+    with pytest.raises(ConfigError, match="can't be read"):
+        RunDirectory.open(config_in(tmp_path))
+    assert (tmp_path / "config.toml").read_text() == "[run\n"
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFault, match="can't make the run directory .*; choose another run.dir"):
+        RunDirectory.open(config_in(tmp_path / "file" / "run"))

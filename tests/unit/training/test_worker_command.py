@@ -1,0 +1,102 @@
+"""`kfdist worker`: what it refuses before it starts anything, and a run of one rank from the command line."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kfdist.comm.communicator import Communicator
+from kfdist.config import load_config
+from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.training.setup import check_controller, choose_device, gather_materials, settle
+from kfdist.training.worker import run_worker
+from tests.support.training import SMALL
+
+
+def small(directory: Path, *overrides: str):
+    file = directory / "small.toml"
+    file.write_text(SMALL)
+    return load_config(file, overrides=[f"run.dir={directory / 'run'}", *overrides], environment={})
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "words"),
+    [
+        ("model.name=cnn", "model.name", "is 'cnn'"),
+        ("data.name=digit", "data.name", "did you mean `digits`"),
+        ("data.batch_size=201", "data.batch_size", "1 rank would take 201 .* at most 200"),
+        ("optimizer.name=sdg", "optimizer.name", "did you mean `sgd`"),
+        ("preconditioner.method=rskfac", "preconditioner.method", "did you mean 'rs-kfac'"),
+        ("preconditioner.settings.rnk=3", "preconditioner.settings", "did you mean 'rank'"),
+        ("preconditioner.settings.rank=0", "preconditioner.settings.rank", "at least 1"),
+        ('preconditioner.skip=["*"]', "preconditioner", "no layer that can be preconditioned"),
+        ('preconditioner.skip=["nothing"]', "preconditioner", "nothing"),
+    ],
+)
+def test_bad_input_leaves_no_run_directory(tmp_path: Path, override: str, path: str, words: str):
+    with pytest.raises(ConfigError, match=words) as caught:
+        run_worker(small(tmp_path, override))
+    assert caught.value.path == path
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreachable_controller_is_found_before_anything_starts(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        config = small(tmp_path, "cluster.link=service", f"control.address=127.0.0.1:{port}")
+        check_controller(config)
+    with pytest.raises(EnvironmentFault, match=rf"no controller at 127\.0\.0\.1:{port} .*start `kfdist serve` first"):
+        run_worker(config)
+    with pytest.raises(ConfigError, match=r"control\.address: .*port 0"):
+        run_worker(small(tmp_path, "cluster.link=service", "control.address=127.0.0.1:0"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(EnvironmentFault, match="rank 99 of its machine, which has .* CUDA devices"):
+        choose_device(small(tmp_path, "run.device=cuda"))
+    assert choose_device(small(tmp_path, "run.device=cpu")).type == "cpu"
+
+
+@pytest.mark.parametrize("error", [ConfigError("is 3; give 4", path="a.b"), EnvironmentFault("no room")])
+def test_what_rank_0_finds_wrong_is_raised_with_its_kind(error: Exception):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        settle(Communicator(None), fail)
+    assert str(caught.value) == str(error)
+    assert getattr(caught.value, "path", None) == getattr(error, "path", None)
+
+
+def test_materials_are_the_same_on_every_rank(tmp_path: Path):
+    import torch
+
+    config = small(tmp_path)
+    one, two = (gather_materials(config, 2, torch.device("cpu")) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+    assert torch.equal(one.data.train.inputs, two.data.train.inputs)
+
+
+def test_one_rank_from_the_command_line(tmp_path: Path):
+    file = tmp_path / "small.toml"
+    file.write_text(SMALL)
+    command = [sys.executable, "-m", "kfdist", "worker", str(file), "--set", f"run.dir={tmp_path / 'run'}"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    first = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "training on 1 rank (cpu): mlp on synthetic, sgd with rs-kfac, 40 steps of 1 x 8 examples" in first.stdout
+    assert "step 40/40" in first.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["world_size"], summary["rank_modules_clean"]) == ("finished", 1, True)
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "is finished: 40 steps are done and run.steps is 40; raise run.steps" in again.stdout
+    changed = subprocess.run([*command, "--set", "optimizer.lr=0.5"], capture_output=True, text=True, env=environment)
+    assert changed.returncode == 2
+    assert "+ optimizer.lr = 0.5" in changed.stderr
