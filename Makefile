@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Every `make run` trains anew; pass RUN_DIR=runs/NAME twice to see a run resumed.
 RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
+# What `make compare` compares the working tree with.
+BASE ?= HEAD
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-chaos test-slow lint format protos bench wheel clean distclean prometheus
+.PHONY: help run test test-chaos test-slow lint format protos bench compare wheel clean distclean prometheus
 
 help:  ## Shows this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +58,9 @@ protos: $(INSTALLED)  ## Regenerates the gRPC stubs from protos/
 bench: $(INSTALLED)  ## Measures steps to accuracy against SGD, and the default run; writes benchmarks/results/
 	$(BIN)/python benchmarks/steps_to_accuracy.py
 	$(BIN)/python benchmarks/default_run.py
+
+compare: $(INSTALLED)  ## Shows that the numbers are those of the commit BASE, bit for bit
+	$(BIN)/python benchmarks/compare_commits.py $(BASE)
 
 wheel: $(INSTALLED)  ## Builds dist/*.whl
 	rm -rf build dist
