@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from kfdist.bench.claims import ClaimResult, Part
 from kfdist.curvature.averages import decay_at
+from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.preconditioners import KroneckerSpectrum
 from kfdist.curvature.statistics import Increment, KroneckerFactors
 from kfdist.data.digits import Digits
 from kfdist.linalg.kronecker import Spectrum, solve_left

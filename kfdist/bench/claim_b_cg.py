@@ -14,8 +14,10 @@ from torch import Tensor
 
 from kfdist.bench.claims import ClaimResult, Part, all_of
 from kfdist.bench.memory import AllocationCounter
-from kfdist.curvature.inverters import AbstractInverter, make_inverter
-from kfdist.curvature.preconditioners import AbstractPreconditioner, ConjugateGradient
+from kfdist.curvature.inverse import AbstractPreconditioner
+from kfdist.curvature.inverter import AbstractInverter
+from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.inverters.cg_fac import ConjugateGradient
 from kfdist.curvature.statistics import KroneckerFactors, Samples
 from kfdist.wire.records import tensor_fields
 

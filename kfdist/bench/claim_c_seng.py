@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from kfdist.bench.claims import ClaimResult, Part
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.preconditioners import AbstractPreconditioner
-from kfdist.curvature.references import solve_dense
-from kfdist.curvature.references_samples import example_gradients, weighted_fisher
+from kfdist.curvature.references import example_gradients, solve_dense, weighted_fisher
 from kfdist.curvature.statistics import Samples
 from kfdist.wire.records import tensor_fields
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kfdist.curvature.inverters import INVERTERS, AbstractInverter, check_settings, make_inverter
-from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
+from kfdist.curvature.inverter import AbstractInverter
+from kfdist.curvature.inverters import INVERTERS, check_settings, make_inverter
 from kfdist.curvature.inverters.rs_kfac import AbstractSketchedKfac, RsKfac
+from kfdist.curvature.spectra import EIGH_FLOPS
 from kfdist.errors import ConfigError
 from kfdist.linalg.brand import brand_update
 from kfdist.linalg.lowrank import gaussian_sketch, randomized_svd, range_basis

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverter import split_seed
-from kfdist.curvature.inverter_checks import probes_like
-from kfdist.curvature.spectra import AdaptiveRank, FactorSpectrum
+from kfdist.curvature.spectra import AdaptiveRank, FactorSpectrum, probes_like
 from kfdist.linalg.brand import (
     brand_update,
     draw_columns,

@@ -3,13 +3,22 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Self, get_args
 
 import torch
 from torch import Tensor
 
 from kfdist.curvature.statistics import Samples
-from kfdist.wire.records import move
+from kfdist.linalg.brand import solve_rows
+from kfdist.linalg.kronecker import (
+    DampingRule,
+    Spectrum,
+    solve_factored,
+    solve_joint,
+    split_by_largest,
+    split_by_trace,
+)
+from kfdist.wire.records import move, symmetric_field
 
 Memory = dict[str, Tensor]
 """What a rank keeps for one block from step to step beside the frozen snapshot, by name: scales, the last solution. It
@@ -131,3 +140,201 @@ class AbstractPreconditioner(ABC):
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Returns it with all tensors on `device` and, if given, as `dtype`; itself if nothing changes."""
         return move(self, device, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerInverse(AbstractPreconditioner):
+    """Two dense inverses, damped when they were made: G_inv V A_inv.
+
+    Attributes:
+        A_inverse: (A + lambda_A I)^{-1}, `[c, q, q]`.
+        G_inverse: (G + lambda_G I)^{-1}, `[c, p, p]`.
+        damping_A: lambda_A, `[c]`.
+        damping_G: lambda_G, `[c]`.
+    """
+
+    damping_at_apply: ClassVar[bool] = False
+
+    A_inverse: Tensor = symmetric_field()
+    G_inverse: Tensor = symmetric_field()
+    damping_A: Tensor
+    damping_G: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (c, p, q) of the gradients it takes."""
+        return self.G_inverse.shape[0], self.G_inverse.shape[-1], self.A_inverse.shape[-1]
+
+    def joint_damping(self, damping: float) -> Tensor:
+        """Returns the lambda, `[c]`, that was fixed at the inversion, whatever `damping` is now."""
+        del damping
+        return self.damping_A * self.damping_G
+
+    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+        del damping, memory
+        return self.G_inverse @ gradient @ self.A_inverse
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerSpectrum(AbstractPreconditioner):
+    """Eigenpairs of both factors, all or the leading ones; damped at apply.
+
+    Attributes:
+        U_A: Eigenvectors of A in columns, `[c, q, r_A]`.
+        w_A: Eigenvalues of A, descending, `[c, r_A]`.
+        tail_A: Eigenvalue of A orthogonal to U_A, `[c]`; 0 without spectrum continuation.
+        U_G: Eigenvectors of G in columns, `[c, p, r_G]`.
+        w_G: Eigenvalues of G, descending, `[c, r_G]`.
+        tail_G: Eigenvalue of G orthogonal to U_G, `[c]`.
+        damping_rule: How lambda acts: "common" on products of eigenvalues, "pi" and "relative" on each factor.
+    """
+
+    damping_at_apply: ClassVar[bool] = True
+
+    U_A: Tensor
+    w_A: Tensor
+    tail_A: Tensor
+    U_G: Tensor
+    w_G: Tensor
+    tail_G: Tensor
+    damping_rule: DampingRule
+
+    def __post_init__(self) -> None:
+        if self.damping_rule not in get_args(DampingRule):  # it may come from a wire or a file
+            raise ValueError(
+                f"damping_rule is {self.damping_rule!r}, must be one of {', '.join(get_args(DampingRule))}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (c, p, q) of the gradients it takes."""
+        return self.U_G.shape[0], self.U_G.shape[-2], self.U_A.shape[-2]
+
+    def factor_damping(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Returns lambda_A and lambda_G, each `[c]`, of the rules that damp each factor.
+
+        Args:
+            damping: lambda; for "relative" it is phi, the fraction of the largest eigenvalue.
+        """
+        if self.damping_rule == "relative":
+            return split_by_largest(self.w_A[:, 0], self.w_G[:, 0], damping=damping)
+        _, p, q = self.shape
+        return split_by_trace(self.trace_A, self.trace_G, d_in=q, d_out=p, damping=damping)
+
+    def joint_damping(self, damping: float) -> Tensor:
+        """Returns the lambda, `[c]`, that `damping` amounts to on the product of the factors."""
+        if self.damping_rule != "relative":
+            return super().joint_damping(damping)
+        damping_A, damping_G = self.factor_damping(damping)
+        return damping_A * damping_G
+
+    @property
+    def applies_to_rows(self) -> bool:
+        """Whether `apply_to_rows` exists for its damping rule: "common" doesn't split into two factors."""
+        return self.damping_rule != "common"
+
+    def apply_to_rows(self, a: Tensor, g: Tensor, examples: float, damping: float) -> Tensor:
+        """Multiplies the damped inverse onto the gradient V = g^T a/N without V, without a host sync.
+
+        Linear in p + q but for the one product of size p q that forming V takes too (algorithms.md 4.3). It equals
+        `apply(V)` only where the gradient is nothing but that sum: one process, one micro-batch per step, the rows of
+        the training loss's own backward pass, all of them (no positions sub-sampled, no label sampled), mean reduction,
+        every use of the weight seen by the block, and V not yet clipped, unscaled, decayed or mixed with momentum. Over
+        ranks or micro-batches `apply` on the averaged V is the one to call. It pays where the n rows are fewer than
+        about twice r_A + r_G.
+
+        Args:
+            a: Layer inputs, homogeneous coordinate last, `[c, n, q]`.
+            g: Output gradients of the per-example loss, `[c, n, p]`; n counts positions where there are several.
+            examples: N.
+            damping: lambda of F + lambda I.
+
+        Returns:
+            `[c, p, q]` in the dtype of `g`.
+
+        Raises:
+            ValueError: The damping rule is "common", or the rows have another shape.
+        """
+        c, p, q = self.shape
+        n = a.shape[-2]
+        if not self.applies_to_rows:
+            raise ValueError(f"damping_rule {self.damping_rule!r} doesn't split into factors; call `apply`")
+        if tuple(a.shape) != (c, n, q) or tuple(g.shape) != (c, n, p):
+            raise ValueError(
+                f"the rows have shapes {tuple(a.shape)} and {tuple(g.shape)}, must be {(c, n, q)} and {(c, n, p)}"
+            )
+        with torch.autocast(g.device.type, enabled=False):
+            A = Spectrum(self.U_A, self.w_A, self.tail_A)
+            G = Spectrum(self.U_G, self.w_G, self.tail_G)
+            rows = a.to(self.U_A.dtype), g.to(self.U_G.dtype)
+            return solve_rows(A, G, self.factor_damping(damping), rows, examples).to(g.dtype)
+
+    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+        del memory
+        A = Spectrum(self.U_A, self.w_A, self.tail_A)
+        G = Spectrum(self.U_G, self.w_G, self.tail_G)
+        if self.damping_rule == "common":
+            return solve_joint(A, G, damping, gradient)
+        return solve_factored(A, G, *self.factor_damping(damping), gradient)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoupledPreconditioner(AbstractPreconditioner):
+    """One block's share of an inverse that couples all blocks of its group; only the whole group has a direction.
+
+    Attributes:
+        place: The block's place in its group, from 0.
+        members: How many blocks the group has.
+    """
+
+    place: int
+    members: int
+
+    @classmethod
+    @abstractmethod
+    def _solve_group(
+        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[Memory]
+    ) -> list[Tensor]:
+        """Applies the inverse of the group to gradients of the right shapes and dtype."""
+
+    # A class couples blocks of its own kind, which is what Self says; pyright reads the base's Self as the base.
+    @classmethod
+    def apply_group(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[Memory]
+    ) -> list[Tensor]:
+        """Multiplies the damped inverse of the group onto its gradients, without a host sync.
+
+        Computes in the dtype of the members' own tensors, also under autocast.
+
+        Args:
+            members: Every block of the group, in the group's order.
+            gradients: One per block.
+            damping: lambda of F + lambda I; without effect where `damping_at_apply` is False.
+            memories: One per block.
+
+        Returns:
+            One direction per block, in its gradient's dtype.
+
+        Raises:
+            ValueError: Members are missing or in another order, or a gradient has another shape.
+        """
+        places = [member.place for member in members]
+        whole = members[0].members if members else 0
+        if not members or places != list(range(whole)) or any(member.members != whole for member in members):
+            raise ValueError(
+                f"{cls.__name__} couples the {whole} blocks of its group; got those at places {places}: "
+                "use apply_group with all of them in order"
+            )
+        for member, gradient in zip(members, gradients, strict=True):
+            if tuple(gradient.shape) != member.shape:
+                raise ValueError(
+                    f"the gradient at place {member.place} has shape {tuple(gradient.shape)}, "
+                    f"the preconditioner is for {member.shape}"
+                )
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            given = [gradient.to(member.trace_A.dtype) for member, gradient in zip(members, gradients, strict=True)]
+            solved = cls._solve_group(members, given, damping, memories)
+        return [direction.to(gradient.dtype) for direction, gradient in zip(solved, gradients, strict=True)]
+
+    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+        return self.apply_group([self], [gradient], damping, [memory])[0]

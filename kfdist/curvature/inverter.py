@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kfdist.curvature.preconditioners import AbstractPreconditioner
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.statistics import KroneckerFactors, Needs
 from kfdist.types import BlockName, BlockShape
 

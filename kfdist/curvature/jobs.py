@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverter import Coupling
-from kfdist.curvature.inverters import AbstractInverter, Outcome, make_inverter
+from kfdist.curvature.inverse import AbstractPreconditioner
+from kfdist.curvature.inverter import AbstractInverter, Coupling, Outcome
+from kfdist.curvature.inverters import PRECONDITIONERS, make_inverter
 from kfdist.curvature.ladder import BlockOutcome as BlockOutcome
 from kfdist.curvature.ladder import invert_group_with_ladder
-from kfdist.curvature.preconditioners import PRECONDITIONERS, AbstractPreconditioner
 from kfdist.curvature.statistics import STATISTICS, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import triangle_size

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverter import AbstractInverter, Inversion
-from kfdist.curvature.inverter import Outcome as Outcome
-from kfdist.curvature.preconditioners import AbstractPreconditioner
+from kfdist.curvature.inverse import AbstractPreconditioner
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
 from kfdist.curvature.statistics import Increment
 from kfdist.linalg.psd import asymmetry
 from kfdist.types import BlockName

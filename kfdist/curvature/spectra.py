@@ -6,9 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverter import Outcome, split_seed
-from kfdist.curvature.inverter_checks import clamp_spectrum, probes_like
-from kfdist.curvature.preconditioners import KroneckerSpectrum
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.kronecker import DampingRule, Spectrum
 from kfdist.linalg.lowrank import gaussian_sketch, randomized_eigh, randomized_svd, range_basis
@@ -16,6 +15,17 @@ from kfdist.linalg.psd import eigen_residual, eigh_descending, orthogonality_res
 
 Decomposition = Literal["rsvd", "srevd"]
 """The randomised decompositions: by singular values (more accurate) or by projected eigenvalues (cheaper)."""
+
+EIGH_FLOPS = 9.0
+"""Operations of a symmetric eigendecomposition over d^3: 4/3 to tridiagonalise, the rest for the eigenvectors."""
+
+PROBES = 4
+"""Random columns by which residuals are estimated: enough to miss a gross error with probability below 1e-6, at a
+cost of O(d^2)."""
+
+NEGATIVE_TOLERANCE = 1e-3
+"""Negative eigenvalues up to this fraction of the largest are rounding: sums of d float32 products reach about d
+1e-7."""
 
 
 class AdaptiveRank(NamedTuple):
@@ -145,6 +155,33 @@ def assemble(
         tail_G=G.spectrum.tail,
         damping_rule=damping_rule,
     )
+
+
+def probes_like(matrix: Tensor, columns_of: Tensor | None, *, seed: int, label: str) -> Tensor:
+    """Draws Gaussian probe columns.
+
+    Args:
+        matrix: `[c, d, d]`; gives dtype, device and, without `columns_of`, the size.
+        columns_of: A matrix `[c, d, r]` for probes with r rows instead.
+        seed: The inversion's seed.
+        label: Which factor.
+    """
+    like = matrix if columns_of is None else columns_of.mT
+    return gaussian_sketch(like, PROBES, seed=split_seed(seed, f"probes/{label}"))
+
+
+def clamp_spectrum(values: Tensor) -> tuple[Tensor, Outcome]:
+    """Sets negative eigenvalues to zero.
+
+    Args:
+        values: `[c, r]`.
+
+    Returns:
+        The clamped values, and CLAMPED if any was negative beyond rounding.
+    """
+    largest = values.abs().amax(-1, keepdim=True)
+    beyond_rounding = bool((values < -NEGATIVE_TOLERANCE * largest).any())
+    return values.clamp_min(0), Outcome.CLAMPED if beyond_rounding else Outcome.DONE
 
 
 def _factor_spectrum(

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator
-from kfdist.curvature.inverters import AbstractInverter
+from kfdist.curvature.inverter import AbstractInverter
 from kfdist.errors import ConfigError
 from kfdist.runtime.apply.rates import is_number
 from kfdist.runtime.preconditioner import Preconditioner

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfdist.curvature.preconditioners.seng_directions import NON_DESCENT
+from kfdist.curvature.inverters.seng_directions import NON_DESCENT
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.types import Sample
 

@@ -14,7 +14,7 @@ from kfdist.comm.reduce import GradientReducer
 from kfdist.config import Config, PreconditionerSection
 from kfdist.config.toml import format_key
 from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice, measure_costs
-from kfdist.curvature.inverters import AbstractInverter
+from kfdist.curvature.inverter import AbstractInverter
 from kfdist.data import load_data
 from kfdist.data.sampler import Sampler
 from kfdist.data.sets import DataSet, Examples

@@ -14,12 +14,19 @@ from torch import Tensor, nn
 from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS
 from kfdist.curvature.averages import WeightedSums, decay_at
-from kfdist.curvature.inverter import Coupling
-from kfdist.curvature.inverters import AbstractInverter, make_inverter
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
+from kfdist.curvature.inverter import AbstractInverter, Coupling
+from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.inverters.ekfac import EkfacBasis
 from kfdist.curvature.ladder import BlockOutcome, invert_group_with_ladder
-from kfdist.curvature.preconditioners import AbstractPreconditioner, EkfacBasis, KroneckerSpectrum
-from kfdist.curvature.references import damping_shares, dense_kronecker, solve_dense, solve_factored_dense
-from kfdist.curvature.references_samples import factors_of_rows, weighted_fisher
+from kfdist.curvature.references import (
+    damping_shares,
+    dense_kronecker,
+    factors_of_rows,
+    solve_dense,
+    solve_factored_dense,
+    weighted_fisher,
+)
 from kfdist.curvature.statistics import (
     ChainFactors,
     CoarseFactors,

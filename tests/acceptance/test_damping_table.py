@@ -19,9 +19,8 @@ import pytest
 import torch
 
 from kfdist.curvature.inverters import INVERTERS, make_inverter
-from kfdist.curvature.preconditioners import EkfacBasis
-from kfdist.curvature.references import damping_shares
-from kfdist.curvature.references_samples import weighted_fisher
+from kfdist.curvature.inverters.ekfac import EkfacBasis
+from kfdist.curvature.references import damping_shares, weighted_fisher
 from kfdist.curvature.statistics import MeanVectors
 from tests.acceptance.scenes import wide
 from tests.acceptance.sides import Directions, Scene, applied, calibrated, inverted

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import kfdist
 from kfdist.comm.communicator import Communicator
-from kfdist.curvature.inverters.kfac_eigen import KfacEigen
+from kfdist.curvature.inverters.kfac import KfacEigen
 from kfdist.errors import LossNotFinite
 from tests.support.ranks import run_ranks
 

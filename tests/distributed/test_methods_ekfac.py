@@ -11,7 +11,7 @@ from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.curvature.averages import decay_at
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.preconditioners import EkfacBasis
+from kfdist.curvature.inverters.ekfac import EkfacBasis
 from kfdist.runtime.settings import FixedLag
 from tests.support.delayed_link import DelayedLink
 from tests.support.ranks import run_ranks

@@ -9,7 +9,7 @@ import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.preconditioners import ConjugateGradient
+from kfdist.curvature.inverters.cg_fac import ConjugateGradient
 from kfdist.linalg.cg import CgSolution
 from kfdist.runtime.settings import FixedLag
 from tests.support.delayed_link import DelayedLink

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverters import AbstractInverter, Outcome, make_inverter
+from kfdist.curvature.inverter import AbstractInverter, Outcome
+from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.references import (
     damping_shares,
     dense_kronecker,
@@ -254,7 +255,7 @@ CASES = [
             {"aggregate": "local-average"},
         )
     ),
-    # What the ranks measure is tested in tests/unit/curvature/test_ekfac.py; before that, it scales.
+    # What the ranks measure is tested in tests/unit/curvature/inverters/test_ekfac.py; before that, it scales.
     InverterCase(name="ekfac", reference=scaled),
     InverterCase(
         name="cg-fac",

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kfdist.curvature.references import damping_shares
-from kfdist.curvature.references_coupled import cross_moments, joint_kronecker
+from kfdist.curvature.references import cross_moments, damping_shares, joint_kronecker
 from kfdist.curvature.statistics import ChainFactors, CoarseFactors, KroneckerFactors
 from tests.support.matrices import gaussian
 

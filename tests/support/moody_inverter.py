@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverters import INVERTERS, Inversion, Outcome, RsKfac
+from kfdist.curvature.inverter import Inversion, Outcome
+from kfdist.curvature.inverters import INVERTERS, RsKfac
 from kfdist.curvature.statistics import KroneckerFactors
 
 

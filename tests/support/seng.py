@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kfdist.curvature.inverse import Memory
 from kfdist.curvature.inverters import Seng
-from kfdist.curvature.preconditioners import Memory
-from kfdist.curvature.preconditioners.seng_directions import SengPreconditioner
-from kfdist.curvature.references_samples import example_gradients
+from kfdist.curvature.inverters.seng_directions import SengPreconditioner
+from kfdist.curvature.references import example_gradients
 from kfdist.curvature.statistics import Samples
 
 

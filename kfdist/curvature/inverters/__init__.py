@@ -1,26 +1,26 @@
-"""How a block is inverted: one file per method, and the only table of them."""
+"""The methods, one file each with both halves: how a block is inverted, and what comes of it.
+
+A new method is a file, a line in `INVERTERS` and, where its result is of a kind of its own, a line in
+`PRECONDITIONERS`.
+"""
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from kfdist.curvature.inverter import AbstractInverter as AbstractInverter
-from kfdist.curvature.inverter import Inversion as Inversion
-from kfdist.curvature.inverter import Outcome as Outcome
-from kfdist.curvature.inverters.b_kfac import BKfac as BKfac
-from kfdist.curvature.inverters.b_kfac import BKfacC as BKfacC
-from kfdist.curvature.inverters.b_kfac import BRKfac as BRKfac
-from kfdist.curvature.inverters.cg_fac import CgFac as CgFac
-from kfdist.curvature.inverters.ekfac import Ekfac as Ekfac
-from kfdist.curvature.inverters.eva import Eva as Eva
-from kfdist.curvature.inverters.kfac import Kfac as Kfac
-from kfdist.curvature.inverters.kfac_eigen import KfacEigen as KfacEigen
-from kfdist.curvature.inverters.kfac_tridiagonal import KfacTridiagonal as KfacTridiagonal
-from kfdist.curvature.inverters.rs_kfac import RsKfac as RsKfac
-from kfdist.curvature.inverters.seng import Seng as Seng
-from kfdist.curvature.inverters.sre_kfac import SreKfac as SreKfac
-from kfdist.curvature.inverters.two_level import TwoLevel as TwoLevel
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse, KroneckerSpectrum
+from kfdist.curvature.inverter import AbstractInverter
+from kfdist.curvature.inverters.b_kfac import BKfac, BKfacC, BRKfac
+from kfdist.curvature.inverters.cg_fac import CgFac, ConjugateGradient
+from kfdist.curvature.inverters.ekfac import Ekfac, EkfacBasis
+from kfdist.curvature.inverters.eva import Eva, EvaPreconditioner
+from kfdist.curvature.inverters.kfac import Kfac, KfacEigen
+from kfdist.curvature.inverters.kfac_tridiagonal import ChainLink, KfacTridiagonal
+from kfdist.curvature.inverters.rs_kfac import RsKfac, SreKfac
+from kfdist.curvature.inverters.seng import Seng
+from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
+from kfdist.curvature.inverters.two_level import TwoLevel, TwoLevelBlock
 from kfdist.errors import ConfigError
 
 INVERTERS: Mapping[str, type[AbstractInverter]] = {
@@ -38,6 +38,20 @@ INVERTERS: Mapping[str, type[AbstractInverter]] = {
     "eva": Eva,
     "two-level": TwoLevel,
 }
+"""Every method by its name in configurations and jobs."""
+
+PRECONDITIONERS: Mapping[str, type[AbstractPreconditioner]] = {
+    "kronecker-inverse": KroneckerInverse,
+    "kronecker-spectrum": KroneckerSpectrum,
+    "chain-link": ChainLink,
+    "two-level-block": TwoLevelBlock,
+    "conjugate-gradient": ConjugateGradient,
+    "ekfac-basis": EkfacBasis,
+    "eva": EvaPreconditioner,
+    "seng-explicit": SengExplicit,
+    "seng-implicit": SengImplicit,
+}
+"""Every kind of result by its name on the wire and in checkpoints."""
 
 
 def make_inverter(name: str, /, **settings: Any) -> AbstractInverter:

@@ -7,12 +7,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kfdist.curvature.held_factor import HeldFactor
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
 from kfdist.curvature.inverter_checks import check_choice, check_count, check_switch
-from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
 from kfdist.curvature.inverters.rs_kfac import RsKfac
-from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum
-from kfdist.curvature.spectra import AdaptiveRank, randomized_spectrum
+from kfdist.curvature.spectra import EIGH_FLOPS, AdaptiveRank, randomized_spectrum
 from kfdist.curvature.statistics import Increment, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.kronecker import DampingRule

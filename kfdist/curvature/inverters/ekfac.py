@@ -4,16 +4,75 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from kfdist.curvature.inverse import AbstractPreconditioner, Memory
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
 from kfdist.curvature.inverter_checks import check_count
-from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
-from kfdist.curvature.preconditioners import AbstractPreconditioner, EkfacBasis
-from kfdist.curvature.spectra import full_spectrum
-from kfdist.curvature.statistics import KroneckerFactors, Needs, SampleBudget
+from kfdist.curvature.spectra import EIGH_FLOPS, full_spectrum
+from kfdist.curvature.statistics import KroneckerFactors, Needs, SampleBudget, Samples
 from kfdist.linalg.psd import trace
+from kfdist.linalg.row_products import fisher_diagonal, keep_rows
 from kfdist.types import BlockShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class EkfacBasis(AbstractPreconditioner):
+    """The eigenvectors of both factors; the ranks measure the second moments s along them, `[c, p, q]`.
+
+    Q_G [(Q_G^T V Q_A) / (s + lambda)] Q_A^T with s = E_i[(Q_G^T S_i Q_A)^2], entry by entry, S_i = sum_t g_it a_it^T
+    being example i's gradient. In this basis s is the diagonal that is nearest to the empirical Fisher matrix, so the
+    Frobenius error is never above that of K-FAC's d_G d_A^T. The eigenvectors are columns, so the projection is Q^T on
+    the left and Q on the right; one published code has them the other way round (algorithms.md 11e).
+
+    Until something was measured the direction is `fallback`'s, never one scaled by d_G d_A^T.
+
+    Attributes:
+        Q_A: Eigenvectors of A in columns, `[c, q, q]`.
+        Q_G: Eigenvectors of G in columns, `[c, p, p]`.
+    """
+
+    damping_at_apply: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
+
+    Q_A: Tensor
+    Q_G: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (c, p, q) of the gradients it takes."""
+        return self.Q_A.shape[0], self.Q_G.shape[-1], self.Q_A.shape[-1]
+
+    def calibration_sums(self, samples: Samples) -> Memory:
+        """Sums weight_i (Q_G^T S_i Q_A)^2 over some examples.
+
+        Args:
+            samples: Rows of this step; where the weight is 0, their values don't matter.
+
+        Returns:
+            "scales" `[c, p, q]` and "examples", the sum of the weights, a scalar. Their quotient is s.
+        """
+        weight = samples.weight.to(self.Q_A.dtype)
+        used = weight > 0
+        a = _rotated(keep_rows(samples.a.to(self.Q_A.dtype), used), self.Q_A)
+        g = _rotated(keep_rows(samples.g.to(self.Q_G.dtype), used), self.Q_G)
+        return {"scales": fisher_diagonal(a, g * weight.sqrt()[:, None, None]), "examples": weight.sum()}
+
+    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+        if "scales" not in memory:
+            return self.fallback(gradient, damping)
+        # The memory stays as it was folded, perhaps on another device or in another precision than a moved snapshot.
+        scales, examples = memory["scales"].to(self.Q_A), memory["examples"].to(self.Q_A)
+        measured = examples > 0
+        scales = scales / torch.where(measured, examples, torch.ones_like(examples))
+        direction = self.Q_G @ ((self.Q_G.mT @ gradient @ self.Q_A) / (scales + damping)) @ self.Q_A.mT
+        return torch.where(measured, direction, self.fallback(gradient, damping))
+
+
+def _rotated(rows: Tensor, basis: Tensor) -> Tensor:
+    """Multiplies rows `[c, n, t, d]` by `[c, d, d]`; flattened, since broadcasting would copy the basis n times."""
+    return (rows.flatten(1, 2) @ basis).view_as(rows)
 
 
 @dataclass(frozen=True, kw_only=True)

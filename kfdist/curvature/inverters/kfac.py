@@ -1,4 +1,4 @@
-"""K-FAC with factored Tikhonov damping (Martens & Grosse, arXiv 1503.05671; convolutions: arXiv 1602.01407)."""
+"""K-FAC (Martens & Grosse, arXiv 1503.05671; convolutions: arXiv 1602.01407), damped by factor or exactly."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverter_checks import check_choice, probes_like
-from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerInverse
+from kfdist.curvature.inverter_checks import check_choice
+from kfdist.curvature.spectra import EIGH_FLOPS, assemble, full_spectrum, probes_like
 from kfdist.curvature.statistics import KroneckerFactors
-from kfdist.linalg.kronecker import split_by_largest, split_by_trace
+from kfdist.linalg.kronecker import DampingRule, split_by_largest, split_by_trace
 from kfdist.linalg.psd import damped_cholesky_inverse, inverse_residual, largest_eigenvalue, trace
 from kfdist.types import BlockShape
 
@@ -78,3 +79,40 @@ class Kfac(AbstractInverter):
         """Estimates d^3 operations a factor (d^3/3 to factorise, 2 d^3/3 to invert) and, if needed, its eigenvalues."""
         per_factor = 1.0 if self.damping_rule == "pi" else 1.0 + EIGENVALUE_FLOPS
         return per_factor * shape.groups * (shape.d_in**3 + shape.d_out**3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KfacEigen(AbstractInverter):
+    """K-FAC in the eigenbases A = Q_A D_A Q_A^T, G = Q_G D_G Q_G^T, damped at apply (algorithms.md 1.1).
+
+    The direction Q_G [(Q_G^T V Q_A) / (d_G d_A^T + lambda)] Q_A^T is that of (A (x) G + lambda I)^{-1} exactly, and
+    lambda can change without a new inversion.
+
+    Attributes:
+        damping_rule: "common" (exact, above), "pi" or "relative" (each factor damped on its own).
+    """
+
+    name: ClassVar[str] = "kfac-eigen"
+    produces: ClassVar[type[AbstractPreconditioner]] = KroneckerSpectrum
+
+    damping_rule: DampingRule = "common"
+
+    def __post_init__(self) -> None:
+        check_choice("damping_rule", self.damping_rule, ("common", "pi", "relative"))
+
+    def invert(
+        self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
+    ) -> Inversion:
+        """Decomposes both factors; see `AbstractInverter.invert`."""
+        del damping, previous
+        A = full_spectrum(statistics.A, rank=statistics.A.shape[-1], seed=seed, label="A")
+        G = full_spectrum(statistics.G, rank=statistics.G.shape[-1], seed=seed, label="G")
+        return Inversion(
+            preconditioner=assemble(statistics, A, G, damping_rule=self.damping_rule),
+            outcome=Outcome.worst(A.outcome, G.outcome),
+            diagnostics={**A.diagnostics, **G.diagnostics},
+        )
+
+    def cost(self, shape: BlockShape) -> float:
+        """Estimates 9 d^3 operations a factor."""
+        return EIGH_FLOPS * shape.groups * (shape.d_in**3 + shape.d_out**3)

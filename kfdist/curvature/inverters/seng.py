@@ -7,17 +7,17 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome, split_seed
-from kfdist.curvature.inverter_checks import check_choice, check_count, probes_like
-from kfdist.curvature.inverters.kfac_eigen import EIGH_FLOPS
-from kfdist.curvature.preconditioners import AbstractPreconditioner
-from kfdist.curvature.preconditioners.seng_directions import (
+from kfdist.curvature.inverter_checks import check_choice, check_count
+from kfdist.curvature.inverters.seng_directions import (
     BackProjection,
     Scaling,
     SengExplicit,
     SengImplicit,
     SengPreconditioner,
 )
+from kfdist.curvature.spectra import EIGH_FLOPS, probes_like
 from kfdist.curvature.statistics import Needs, SampleBudget, Samples
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import eigen_residual

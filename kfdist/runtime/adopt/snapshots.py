@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kfdist.curvature.inverse import AbstractPreconditioner, Memory
 from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.jobs import NO_STATISTICS, decode_result, encode_result
 from kfdist.curvature.ladder import BlockOutcome
-from kfdist.curvature.preconditioners import AbstractPreconditioner, Memory
 from kfdist.errors import KfdistWarning
 from kfdist.policies.adoption import NO_VERSION
 from kfdist.runtime.apply.directions import MEASURED

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerSpectrum, Memory
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum, Memory
 from kfdist.errors import KfdistError
 
 MEASURED = "measured"

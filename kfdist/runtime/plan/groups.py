@@ -9,8 +9,7 @@ from torch import nn
 from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice
 from kfdist.curvature.blocks import BLOCKS, Block, make_block
 from kfdist.curvature.chains import chain_refusal
-from kfdist.curvature.inverter import Coupling
-from kfdist.curvature.inverters import AbstractInverter
+from kfdist.curvature.inverter import AbstractInverter, Coupling
 from kfdist.curvature.jobs import job_bytes
 from kfdist.curvature.statistics import Needs
 from kfdist.errors import ConfigError

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics, WeightedSums, all_finite, decay_at
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import Inversion, Placement
-from kfdist.curvature.preconditioners import AbstractPreconditioner
 from kfdist.curvature.statistics import Samples
 from kfdist.errors import KfdistError
 from kfdist.runtime.invert.job_book import own_seed_of, seed_of

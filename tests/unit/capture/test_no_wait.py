@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, Sampling
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import WeightedSums, sum_shapes
-from kfdist.curvature.preconditioners import KroneckerInverse
+from kfdist.curvature.inverse import KroneckerInverse
 from kfdist.curvature.statistics import Needs
 from kfdist.runtime.apply.directions import Application, precondition_gradients
 from kfdist.runtime.apply.rates import finite_gradients

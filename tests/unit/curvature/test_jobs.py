@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from kfdist.curvature.inverters import Outcome, make_inverter
+from kfdist.curvature.inverter import Outcome
+from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import (
     NO_STATISTICS,
     chain_jobs,

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverters import AbstractInverter, Inversion, Outcome, make_inverter
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.ladder import DAMPING_FACTORS, RESIDUAL_LIMIT, invert_with_ladder
-from kfdist.curvature.preconditioners import AbstractPreconditioner, KroneckerInverse
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.types import BlockShape
 from tests.support.matrices import gaussian, make_factors, relative_error, with_spectrum

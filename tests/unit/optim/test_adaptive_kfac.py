@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import kfdist
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.inverters.kfac_eigen import KfacEigen
+from kfdist.curvature.inverters.kfac import KfacEigen
 from kfdist.errors import ConfigError
 
 PI = KfacEigen(damping_rule="pi")

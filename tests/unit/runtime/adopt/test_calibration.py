@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kfdist.curvature.inverters.ekfac import EkfacBasis
 from kfdist.curvature.jobs import encode_result
-from kfdist.curvature.preconditioners import EkfacBasis
 from kfdist.curvature.statistics import Samples
 from kfdist.runtime.adopt.calibration import calibrate
 from kfdist.runtime.adopt.snapshots import SnapshotStore

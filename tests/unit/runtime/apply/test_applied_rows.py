@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import kfdist
+from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.preconditioners import KroneckerSpectrum
 from kfdist.errors import ConfigError
 
 EXACT = 1e-10

@@ -8,11 +8,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfdist.bench.memory import AllocationCounter
+from kfdist.curvature.inverse import KroneckerSpectrum, Memory
 from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.inverters.ekfac import EkfacBasis
 from kfdist.curvature.ladder import invert_with_ladder
-from kfdist.curvature.preconditioners import EkfacBasis, KroneckerSpectrum, Memory
-from kfdist.curvature.references import dense_kronecker, solve_dense
-from kfdist.curvature.references_samples import example_gradients, factors_of_rows, weighted_fisher
+from kfdist.curvature.references import (
+    dense_kronecker,
+    example_gradients,
+    factors_of_rows,
+    solve_dense,
+    weighted_fisher,
+)
 from kfdist.curvature.statistics import KroneckerFactors, Samples
 from kfdist.errors import ConfigError
 from kfdist.linalg import row_products

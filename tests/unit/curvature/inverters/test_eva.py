@@ -5,8 +5,8 @@ import torch
 
 from kfdist.curvature.inverter import Placement
 from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.inverters.eva import EvaPreconditioner
 from kfdist.curvature.ladder import invert_with_ladder
-from kfdist.curvature.preconditioners import EvaPreconditioner
 from kfdist.curvature.references import dense_kronecker, solve_dense
 from kfdist.curvature.statistics import KroneckerFactors, MeanVectors
 from kfdist.types import BlockShape

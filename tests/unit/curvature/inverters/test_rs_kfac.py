@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.averages import BatchStatistics, WeightedSums
-from kfdist.curvature.inverters import AbstractInverter, Outcome, make_inverter
+from kfdist.curvature.inverse import KroneckerSpectrum
+from kfdist.curvature.inverter import AbstractInverter, Outcome
+from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.ladder import BlockOutcome, invert_with_ladder
-from kfdist.curvature.preconditioners import KroneckerSpectrum
 from kfdist.curvature.references import damping_shares, leading_part, solve_factored_dense
 from kfdist.curvature.spectra import AdaptiveRank
 from kfdist.curvature.statistics import KroneckerFactors

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from kfdist.curvature.blocks import Block, make_block
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.ladder import invert_with_ladder
-from kfdist.curvature.preconditioners import AbstractPreconditioner
 from kfdist.curvature.references import (
     damping_shares,
     dense_kronecker,

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverters import CgFac, Seng
-from kfdist.curvature.preconditioners.seng_directions import SengExplicit, SengImplicit
-from kfdist.curvature.references import solve_dense
-from kfdist.curvature.references_samples import example_gradients, weighted_fisher
+from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
+from kfdist.curvature.references import example_gradients, solve_dense, weighted_fisher
 from kfdist.curvature.statistics import Samples
 from kfdist.linalg.sketch import gram, gram_of_sums, sampled_first
 from tests.support.matrices import gaussian, relative_error

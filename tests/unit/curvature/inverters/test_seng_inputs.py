@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from kfdist.curvature.inverters import Outcome, Seng, make_inverter
+from kfdist.curvature.inverter import Outcome
+from kfdist.curvature.inverters import Seng, make_inverter
+from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
 from kfdist.curvature.ladder import BlockOutcome, invert_with_ladder
-from kfdist.curvature.preconditioners.seng_directions import SengExplicit, SengImplicit
 from kfdist.curvature.statistics import Samples
 from kfdist.errors import ConfigError
 from kfdist.types import BlockShape

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverter import Inversion
-from kfdist.curvature.inverters import Outcome, make_inverter
+from kfdist.curvature.inverse import KroneckerSpectrum
+from kfdist.curvature.inverter import Inversion, Outcome
+from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.ladder import invert_with_ladder
-from kfdist.curvature.preconditioners import KroneckerSpectrum
 from kfdist.curvature.references import leading_part
 from kfdist.curvature.statistics import Increment, KroneckerFactors
 from kfdist.linalg.brand import orthogonality_error

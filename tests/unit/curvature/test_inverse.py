@@ -1,5 +1,6 @@
 """Preconditioners and records as data: moving, casting, shapes, the walk over fields."""
 
+import inspect
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_origin
 
@@ -7,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature import preconditioners
-from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
+from kfdist.curvature.inverters import PRECONDITIONERS, make_inverter
 from kfdist.curvature.ladder import invert_with_ladder
-from kfdist.curvature.preconditioners import PRECONDITIONERS, AbstractPreconditioner, KroneckerSpectrum
 from kfdist.wire import records
 from tests.support.matrices import gaussian, make_factors, relative_error
 
@@ -29,9 +29,11 @@ both_kinds = pytest.mark.parametrize("method", ["kfac", "kfac-eigen"])
 
 
 def test_every_kind_is_in_the_table() -> None:
-    kinds = [cls for cls in vars(preconditioners).values() if isinstance(cls, type)]
-    concrete = {c for c in kinds if issubclass(c, AbstractPreconditioner) and c is not AbstractPreconditioner}
-    assert concrete == set(PRECONDITIONERS.values())
+    def below(cls: type) -> set[type]:
+        return {cls}.union(*(below(each) for each in cls.__subclasses__()))
+
+    kinds = {cls for cls in below(AbstractPreconditioner) if cls.__module__.startswith("kfdist.")}
+    assert {cls for cls in kinds if not inspect.isabstract(cls)} == set(PRECONDITIONERS.values())
 
 
 @both_kinds

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverters import Seng, make_inverter
-from kfdist.curvature.references import solve_dense
-from kfdist.curvature.references_samples import weighted_fisher
+from kfdist.curvature.references import solve_dense, weighted_fisher
 from kfdist.curvature.statistics import Samples
 from tests.support.matrices import gaussian, relative_error
 from tests.support.samples import make_samples

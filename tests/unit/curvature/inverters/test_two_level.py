@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverters import Outcome, TwoLevel, make_inverter
-from kfdist.curvature.inverters.two_level import inner_sums
+from kfdist.curvature.inverse import KroneckerSpectrum
+from kfdist.curvature.inverter import Outcome
+from kfdist.curvature.inverters import TwoLevel, make_inverter
+from kfdist.curvature.inverters.two_level import TwoLevelBlock, inner_sums
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.ladder import BlockOutcome, invert_group_with_ladder, invert_with_ladder
-from kfdist.curvature.preconditioners import KroneckerSpectrum, TwoLevelBlock
-from kfdist.curvature.references import damping_shares, dense_kronecker
-from kfdist.curvature.references_coupled import dense, flat, restriction
+from kfdist.curvature.references import damping_shares, dense, dense_kronecker, flat, restriction
 from kfdist.curvature.statistics import CoarseFactors
 from kfdist.errors import ConfigError
 from kfdist.types import BlockShape

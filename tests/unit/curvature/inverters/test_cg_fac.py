@@ -9,11 +9,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfdist.bench.memory import AllocationCounter
+from kfdist.curvature.inverse import Memory
 from kfdist.curvature.inverter import Placement
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.preconditioners import ConjugateGradient, Memory
-from kfdist.curvature.references import dense_kronecker, solve_dense
-from kfdist.curvature.references_samples import factors_of_rows, weighted_fisher
+from kfdist.curvature.inverters.cg_fac import ConjugateGradient
+from kfdist.curvature.references import dense_kronecker, factors_of_rows, solve_dense, weighted_fisher
 from kfdist.curvature.statistics import Samples
 from kfdist.errors import ConfigError
 from kfdist.linalg import row_products
