@@ -1,12 +1,9 @@
 """Puts a pipeline together from a plan of blocks, the ranks' communicators and a link."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from kfdist.capture.hooks import Capture
-from kfdist.capture.requests import Sampling
 from kfdist.comm.communicator_set import CommunicatorSet
 from kfdist.comm.table import TableExchange
 from kfdist.curvature.inverter import Coupling
@@ -25,29 +22,14 @@ from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.settings import PipelineParts, PipelineSettings
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaptureSettings:
-    """How the statistics are measured.
-
-    Attributes:
-        sampling: How much of a batch.
-        fisher: Whose output gradients.
-        grad_scaler: The scaler whose scale is in the output gradients, or None.
-    """
-
-    sampling: Sampling
-    fisher: str
-    grad_scaler: torch.amp.GradScaler | None
-
-
 def assemble(
     model: nn.Module,
     plan: BlockPlan,
     settings: PipelineSettings,
-    capturing: CaptureSettings,
     communicators: CommunicatorSet,
     link: AbstractLink,
     *,
+    grad_scaler: torch.amp.GradScaler | None,
     wait_limit_seconds: float,
 ) -> Pipeline:
     """Makes one rank's pipeline; nothing communicates yet.
@@ -56,9 +38,9 @@ def assemble(
         model: The bare model.
         plan: Its blocks and their methods.
         settings: The pipeline's numbers.
-        capturing: How the statistics are measured.
         communicators: The ranks.
         link: Carries the jobs.
+        grad_scaler: The scaler whose scale is in the output gradients, or None.
         wait_limit_seconds: Longest agreed wait.
     """
     groups, rank = plan.groups, communicators.training.rank
@@ -88,7 +70,7 @@ def assemble(
     parts = PipelineParts(
         groups=groups,
         parameters=list(model.parameters()),
-        capture=_capture(model, plan, capturing, rank),
+        capture=_capture(model, plan, settings, grad_scaler, rank),
         communicators=communicators,
         table=table,
         ledger=ledger,
@@ -103,7 +85,9 @@ def assemble(
     return Pipeline(parts, settings, empty_sums(groups, device), pending)
 
 
-def _capture(model: nn.Module, plan: BlockPlan, capturing: CaptureSettings, rank: int) -> Capture:
+def _capture(
+    model: nn.Module, plan: BlockPlan, settings: PipelineSettings, grad_scaler: torch.amp.GradScaler | None, rank: int
+) -> Capture:
     def coupled(coupling: Coupling) -> list[list[str]]:
         alike = [group for group in plan.groups if group.inverter.coupling is coupling]
         return [[block.name for block in group.blocks] for group in alike]
@@ -112,9 +96,9 @@ def _capture(model: nn.Module, plan: BlockPlan, capturing: CaptureSettings, rank
         model,
         {block.name: block for group in plan.groups for block in group.blocks},
         aliases=plan.aliases,
-        sampling=capturing.sampling,
-        grad_scaler=capturing.grad_scaler,
-        fisher=capturing.fisher,
+        sampling=settings.sampling,
+        grad_scaler=grad_scaler,
+        fisher=settings.fisher,
         chains=coupled(Coupling.CHAIN),
         coarse=coupled(Coupling.COARSE),
         rank=rank,

@@ -37,7 +37,7 @@ from kfdist.runtime.arguments import (
     lag_of,
     make_link,
 )
-from kfdist.runtime.assembly import CaptureSettings, assemble
+from kfdist.runtime.assembly import assemble
 from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, epoch_from_clock
 from kfdist.runtime.plan.groups import BlockGroup, Coverage, Method, bare_model, needs_costs, plan_blocks
 from kfdist.runtime.settings import FixedLag, PipelineSettings, StepReport
@@ -177,6 +177,9 @@ class Preconditioner:
             fingerprint=inverting_fingerprint(self._training, self._device),
             deadline_seconds=service.deadline_seconds if service is not None else DEADLINE_SECONDS,
             digest_period=digest_period,
+            fisher=fisher,
+            weight_sharing=weight_sharing,
+            sampling=sampling,
         )
         self._communicators = make_communicators(self._training)
         self._link = make_link(link)
@@ -184,9 +187,9 @@ class Preconditioner:
             self._model,
             self._plan,
             settings,
-            CaptureSettings(sampling=sampling, fisher=fisher, grad_scaler=grad_scaler),
             self._communicators,
             self._link,
+            grad_scaler=grad_scaler,
             wait_limit_seconds=wait_limit_seconds,
         )
         self._folded = False

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kfdist.capture.hooks import Capture
+from kfdist.capture.requests import Sampling
 from kfdist.comm.communicator_set import CommunicatorSet
 from kfdist.comm.table import TableExchange
 from kfdist.links.link import AbstractLink
@@ -52,6 +53,9 @@ class PipelineSettings:
         fingerprint: What this rank's numbers depend on.
         deadline_seconds: How long one inversion may run.
         digest_period: Steps between two comparisons of the ranks' parameters; 0 turns them off.
+        fisher: Whose output gradients are measured.
+        weight_sharing: How linear layers treat positions.
+        sampling: How much of a batch is measured.
     """
 
     damping: Callable[[int], float]
@@ -66,6 +70,9 @@ class PipelineSettings:
     fingerprint: str
     deadline_seconds: float
     digest_period: int
+    fisher: str
+    weight_sharing: str
+    sampling: Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,11 @@ def _compare_arguments(pipeline: "Pipeline") -> None:
         "staleness": repr(settings.staleness),
         "seed": settings.seed,
         "digest_period": settings.digest_period,
+        "fisher": settings.fisher,
+        "weight_sharing": settings.weight_sharing,
+        "examples_fraction": settings.sampling.examples_fraction,
+        "positions_fraction": settings.sampling.positions_fraction,
+        "positions_budget": settings.sampling.most_positions,
         "method": [[group.name, repr(group.inverter)] for group in pipeline.parts.groups],
     }
     everyone = pipeline.parts.communicators.training.all_gather_json(own)
