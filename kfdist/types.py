@@ -3,9 +3,11 @@
 Nothing here has behaviour beyond its own fields, and nothing imports torch: the courier and the controller use it too.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 BlockName = str
 """Dotted module name of a layer, without `module.` and `_orig_mod.`."""
@@ -64,7 +66,6 @@ class Job:
         group: The group of blocks.
         version: Step whose statistics are in the payload.
         payload: Everything the inversion depends on, in the format of `kfdist.curvature.jobs`.
-        digest: SHA-256 of the payload, hexadecimal.
         deadline_seconds: How long one attempt may run before it is killed.
         fingerprint: What an owner's own fingerprint must equal; empty where any owner will do (asap).
     """
@@ -74,37 +75,37 @@ class Job:
     group: GroupName
     version: int
     payload: bytes
-    digest: str
     deadline_seconds: float
     fingerprint: str = ""
 
-    @property
-    def key(self) -> str:
-        """The job's identity: two jobs of one key have the same result."""
-        return f"{self.run}/{self.epoch}/{self.group}/{self.version}/{self.digest}"
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the payload, hexadecimal."""
+        return hashlib.sha256(self.payload).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """A finished inversion, verified against its digest.
+    """A finished inversion.
 
     Attributes:
         group: The group of blocks.
         version: Step whose statistics are in it.
         payload: The result in the format of `kfdist.curvature.jobs`; it says itself whether the inversion failed.
-        digest: SHA-256 of the payload, hexadecimal.
         seconds: Wall-clock seconds of the inversion.
         owner: Who did it; "local" without a service.
-        attempts: How many times the job was submitted until it succeeded.
     """
 
     group: GroupName
     version: int
     payload: bytes
-    digest: str
     seconds: float
     owner: str
-    attempts: int = 1
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the payload, hexadecimal."""
+        return hashlib.sha256(self.payload).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,10 +66,6 @@ class AbstractLink(ABC):
         """Takes a job over. The link keeps it until its result has been verified."""
 
     @abstractmethod
-    def cancel(self, group: str, version: int) -> None:
-        """Forgets a job if it has no result yet; unknown ones are ignored."""
-
-    @abstractmethod
     def poll(self) -> list[JobResult]:
         """Returns the results that arrived and were verified since the last call."""
 

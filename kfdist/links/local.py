@@ -1,6 +1,5 @@
 """The local link: this process inverts, in a thread, by the very function that owners run."""
 
-import hashlib
 import queue
 import threading
 import time
@@ -24,7 +23,6 @@ class LocalLink(AbstractLink):
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[JobResult | BaseException] = queue.SimpleQueue()
         self._arrived: list[JobResult | BaseException] = []
-        self._cancelled: set[tuple[str, int]] = set()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -38,33 +36,25 @@ class LocalLink(AbstractLink):
         while (job := self._jobs.get()) is not None:
             if self._closing.is_set():
                 return
-            if (job.group, job.version) in self._cancelled:
-                self._cancelled.discard((job.group, job.version))
-                continue
             begun = time.perf_counter()
             try:
                 payload = run_job(job.payload, device=self._device)
             except Exception as error:  # surfaces in the rank's main thread, at poll
                 self._done.put(error)
                 continue
-            self._done.put(
-                JobResult(
-                    group=job.group,
-                    version=job.version,
-                    payload=payload,
-                    digest=hashlib.sha256(payload).hexdigest(),
-                    seconds=time.perf_counter() - begun,
-                    owner="local",
-                )
+            result = JobResult(
+                group=job.group,
+                version=job.version,
+                payload=payload,
+                seconds=time.perf_counter() - begun,
+                owner="local",
             )
+            _ = result.digest  # computed here, so that the thread that trains finds it ready
+            self._done.put(result)
 
     def submit(self, job: Job) -> None:
         """Queues a job; one runs at a time."""
         self._jobs.put(job)
-
-    def cancel(self, group: str, version: int) -> None:
-        """Forgets a job that has not begun."""
-        self._cancelled.add((group, version))
 
     def poll(self) -> list[JobResult]:
         """Returns the finished inversions.

@@ -45,13 +45,6 @@ class Submit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cancel:
-    """Rank to courier: forget the job with this ticket."""
-
-    ticket: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Beat:
     """Rank to courier: where the rank stands, and what it measured."""
 
@@ -80,7 +73,6 @@ class Done:
         digest: SHA-256 of the result, hexadecimal.
         seconds: Wall-clock seconds of the inversion.
         owner: Who did it.
-        attempts: How many times this courier submitted the job.
     """
 
     ticket: int
@@ -88,14 +80,6 @@ class Done:
     digest: str
     seconds: float
     owner: str
-    attempts: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refused:
-    """Courier to rank: the input doesn't have the digest that the job names, so no owner would take it."""
-
-    ticket: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +107,10 @@ class Counts:
     samples_dropped: int = 0
 
 
-Message = Submit | Cancel | Beat | Bye | Hello | Done | Refused | Settings | Fenced | Counts
+Message = Submit | Beat | Bye | Hello | Done | Settings | Fenced | Counts
 
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Submit, Cancel, Beat, Bye, Hello, Done, Refused, Settings, Fenced, Counts)
+    kind.__name__: kind for kind in (Submit, Beat, Bye, Hello, Done, Settings, Fenced, Counts)
 }
 
 

@@ -4,7 +4,6 @@
 function of the step and of agreed tables, so all ranks always enter the same collectives in the same order.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -464,7 +463,6 @@ class Pipeline:
             group=group,
             version=version,
             payload=payload,
-            digest=hashlib.sha256(payload).hexdigest(),
             deadline_seconds=self.settings.deadline_seconds,
             fingerprint=self.settings.fingerprint if self.settings.lag is not None else "",
         )
@@ -485,5 +483,4 @@ class Pipeline:
 
 
 def _immediate(group: str, version: int, payload: bytes) -> JobResult:
-    digest = hashlib.sha256(payload).hexdigest()
-    return JobResult(group=group, version=version, payload=payload, digest=digest, seconds=0.0, owner="none")
+    return JobResult(group=group, version=version, payload=payload, seconds=0.0, owner="none")

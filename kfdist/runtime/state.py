@@ -188,7 +188,6 @@ def _in_flight(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
             "group": group,
             "version": version,
             "result": _to_tensor(result.payload),
-            "digest": result.digest,
             "seconds": result.seconds,
             "owner": result.owner,
         }
@@ -214,7 +213,6 @@ def _ship_again(pipeline: Pipeline, in_flight: Mapping[str, Mapping[str, Any]]) 
                 group=group.name,
                 version=version,
                 payload=_to_bytes(entry["result"]),
-                digest=str(entry["digest"]),
                 seconds=float(entry["seconds"]),
                 owner=str(entry["owner"]),
             )

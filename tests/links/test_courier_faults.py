@@ -49,7 +49,6 @@ def test_a_courier_in_the_middle_of_jobs(controller, owners, start_link, number,
     counters = link.counters()
     assert counters.courier_restarts == 1
     assert counters.resubmissions["courier_lost"] >= 1
-    assert max(result.attempts for result in results.values()) == 2
     how = "ended" if number == signal.SIGKILL else "was silent"
     assert f"courier {first} of rank 0 {how}" in capfd.readouterr().err.replace("closed its socket", "ended")
 

@@ -23,7 +23,7 @@ def test_results_are_those_of_this_process(controller, owners, start_link):
     for each in jobs:
         result = results[each.group, 0]
         assert result.payload == result_of(each.payload)
-        assert (result.attempts, result.owner in {"owner-0", "owner-1"}) == (1, True)
+        assert result.owner in {"owner-0", "owner-1"}
         assert 0 < result.seconds < 30
     assert {result.owner for result in results.values()} == {"owner-0", "owner-1"}
     counters = eventually(link.counters, lambda seen: seen.bytes_received > 0)
@@ -82,19 +82,6 @@ def test_many_samples_are_told_in_parts(controller, owners, start_link):
     assert link.counters().samples_dropped == 0
 
 
-def test_a_cancelled_job_gives_no_result(controller, owners, start_link):
-    del owners
-    link = start_link(controller.address, as_told=context(epoch=3), window=2)
-    for i in range(6):
-        link.submit(job(f"group{i}", epoch=3))
-    for i in (0, 3, 5):
-        link.cancel(f"group{i}", 0)
-    link.cancel("unknown", 7)
-    assert set(collect(link, 3)) == {("group1", 0), ("group2", 0), ("group4", 0)}
-    link.submit(job("group3", epoch=3))  # its name is free again
-    assert set(collect(link, 1)) == {("group3", 0)}
-
-
 def test_shared_memory_and_descriptors_come_back(controller, owners, start_link):
     del owners
     link = start_link(controller.address, as_told=context(epoch=3))
@@ -125,15 +112,6 @@ def test_a_job_submitted_twice_is_refused(controller, owners, start_link):
     collect(link, 1)
 
 
-def test_a_job_with_the_digest_of_another_is_a_mistake_of_its_caller(controller, owners, start_link):
-    del owners
-    link = start_link(controller.address, as_told=context(epoch=3))
-    link.submit(job("good", epoch=3))
-    link.submit(job("bad", epoch=3, digest="0" * 64))
-    with pytest.raises(ValueError, match="'bad' version 0 names the digest '000"):
-        eventually(lambda: (link.wait(0.1), link.poll())[1], lambda results: len(results) > 1, seconds=20)
-
-
 def test_a_corrupted_result_is_never_announced(controller, owners, start_link):
     del owners
     link = start_link(controller.address, as_told=context(epoch=3), courier_module="tests.support.corrupting_courier")
@@ -141,7 +119,6 @@ def test_a_corrupted_result_is_never_announced(controller, owners, start_link):
     link.submit(job("precious", data=data, epoch=3))
     (result,) = collect(link, 1).values()
     assert result.payload == result_of(data)
-    assert result.attempts == 2
     assert link.counters().resubmissions == {"corrupt": 1}
 
 

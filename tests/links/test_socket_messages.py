@@ -11,13 +11,11 @@ from kfdist.links import socket_messages
 from kfdist.links.socket_messages import (
     Beat,
     Bye,
-    Cancel,
     Counts,
     CourierSetup,
     Done,
     Fenced,
     Hello,
-    Refused,
     Settings,
     Submit,
 )
@@ -29,12 +27,10 @@ SUBMIT = Submit(
 )
 EXAMPLES = [
     SUBMIT,
-    Cancel(ticket=7),
     Beat(step=5, phase="running", samples=(Sample(name="x", value=0.25, labels={"block": 'q"ü'}),)),
     Bye(),
     Hello(),
-    Done(ticket=7, payload_bytes=4, digest="e" * 64, seconds=0.5, owner="owner-0", attempts=2),
-    Refused(ticket=7),
+    Done(ticket=7, payload_bytes=4, digest="e" * 64, seconds=0.5, owner="owner-0"),
     Settings(revision=4, desired=Desired.PAUSED, checkpoint_serial=2, damping=1e-3),
     Fenced(),
     Counts(resubmissions={"crash": 2}, bytes_sent=5, bytes_received=6, samples_dropped=7),

@@ -9,7 +9,6 @@ from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import encode_job, run_job
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.links.link import AbstractLink, LinkContext
-from kfdist.rpc.chunking import digest_of
 from kfdist.types import GroupSpec, Job, JobResult
 from tests.support.controller import eventually
 
@@ -51,7 +50,6 @@ def job(
     epoch: int = 1,
     deadline_seconds: float = 60.0,
     fingerprint: str = "",
-    digest: str = "",
 ) -> Job:
     data = payload() if data is None else data
     return Job(
@@ -60,7 +58,6 @@ def job(
         group=group,
         version=version,
         payload=data,
-        digest=digest or digest_of(data),
         deadline_seconds=deadline_seconds,
         fingerprint=fingerprint,
     )

@@ -17,7 +17,7 @@ from kfdist.links.courier.dispatch import Dispatcher
 from kfdist.links.courier.known_owners import OwnerDirectory
 from kfdist.links.courier.session import ControllerSession
 from kfdist.links.shared_memory import HeartbeatWord
-from kfdist.links.socket_messages import Beat, Bye, Cancel, Counts, CourierSetup, Fenced, Hello, Message, Submit
+from kfdist.links.socket_messages import Beat, Bye, Counts, CourierSetup, Fenced, Hello, Message, Submit
 from kfdist.system.lifetime import exit_with_process
 from kfdist.types import RunSettings
 
@@ -104,8 +104,6 @@ class Courier:
                 match message:
                     case Submit():
                         self._dispatcher.submit(group, message, *descriptors)
-                    case Cancel():
-                        self._dispatcher.cancel(message.ticket)
                     case Beat():
                         self._session.beat(message.step, message.phase, message.samples)
                     case Bye():

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
 from kfdist.links.courier.transfer import AttemptFailed, Inverted, Reason, Request, Traffic, attempt
 from kfdist.links.shared_memory import write_at
-from kfdist.links.socket_messages import Counts, Done, Message, Refused, Submit
+from kfdist.links.socket_messages import Counts, Done, Message, Submit
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_aio_channel
-from kfdist.rpc.chunking import digest_of
 
 _CALLS_PER_OWNER = 2
 """One inversion runs while the next one's payload travels; more would only fill the owner's memory."""
@@ -96,7 +95,7 @@ class Dispatcher:
         self._tell = tell
         self._fenced = fenced
         self._connections: dict[str, _Connection] = {}
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._traffic = Traffic()
         self._resubmissions: Counter[str] = Counter()
@@ -113,17 +112,12 @@ class Dispatcher:
             output_descriptor: Memfd for its result.
         """
         task = group.create_task(self._carry(submit, input_descriptor, output_descriptor))
-        self._tasks[submit.ticket] = task
-        task.add_done_callback(lambda _: self._tasks.pop(submit.ticket))
-
-    def cancel(self, ticket: int) -> None:
-        """Forgets a job; its owner may finish it all the same."""
-        if ticket in self._tasks:
-            self._tasks[ticket].cancel()
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def cancel_all(self) -> None:
         """Forgets all jobs."""
-        for task in list(self._tasks.values()):
+        for task in list(self._tasks):
             task.cancel()
 
     def owners_changed(self) -> None:
@@ -150,11 +144,7 @@ class Dispatcher:
     async def _carry(self, submit: Submit, input_descriptor: int, output_descriptor: int) -> None:
         try:
             payload = _map(input_descriptor, submit.payload_bytes)
-            if await asyncio.to_thread(digest_of, payload) != submit.digest:
-                self._tell(Refused(ticket=submit.ticket))
-                return
-            parcel = _Parcel(submit=submit, payload=payload)
-            inverted = await self._invert(parcel)
+            inverted = await self._invert(_Parcel(submit=submit, payload=payload))
             # In the event loop, as a thread might still write when this task is cancelled and its descriptor reused.
             write_at(output_descriptor, 0, inverted.payload)
             self.report()
@@ -165,7 +155,6 @@ class Dispatcher:
                     digest=inverted.digest,
                     seconds=inverted.seconds,
                     owner=inverted.owner,
-                    attempts=parcel.attempts,
                 )
             )
         finally:

@@ -19,14 +19,12 @@ class Pending:
         input: Descriptor of the sealed memfd with its payload; made once, passed to every courier.
         output: Descriptor of the memfd for the result; a new one for every hand-over, so that nothing that an earlier
             courier wrote is ever taken for a result.
-        attempts: Submissions to owners by earlier couriers.
     """
 
     job: Job
     ticket: int | None = None
     input: int | None = None
     output: int | None = None
-    attempts: int = 0
 
     def drop_output(self) -> None:
         """Lets go of the result's memory."""
@@ -89,7 +87,7 @@ class Ledger:
         self._handed[entry.ticket] = self._waiting.popleft()
 
     def handed(self, ticket: int) -> Pending | None:
-        """Returns the job of a ticket; None for a job that was cancelled, finished or handed over again since."""
+        """Returns the job of a ticket; None for one that was handed over again since."""
         return self._handed.get(ticket)
 
     def finish(self, entry: Pending) -> None:
@@ -97,21 +95,9 @@ class Ledger:
         del self._handed[entry.ticket or 0]
         entry.close()
 
-    def cancel(self, group: str, version: int) -> int | None:
-        """Forgets a job; returns its ticket if the courier has it."""
-        for entry in [*self._waiting, *self._handed.values()]:
-            if (entry.job.group, entry.job.version) == (group, version):
-                ticket = entry.ticket if self._handed.pop(entry.ticket or 0, None) else None
-                if ticket is None:
-                    self._waiting.remove(entry)
-                entry.close()
-                return ticket
-        return None
-
-    def requeue(self, entry: Pending, *, attempts: int) -> None:
+    def requeue(self, entry: Pending) -> None:
         """Puts a job that is with the courier in front of those that wait."""
         del self._handed[entry.ticket or 0]
-        entry.attempts += attempts
         entry.drop_output()
         self._waiting.appendleft(entry)
 
@@ -119,7 +105,7 @@ class Ledger:
         """Does so for all jobs that a lost courier had, in their old order; returns how many there were."""
         lost = list(self._handed.values())
         for entry in reversed(lost):
-            self.requeue(entry, attempts=1)
+            self.requeue(entry)
         return len(lost)
 
     def close(self) -> None:

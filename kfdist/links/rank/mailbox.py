@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from kfdist.types import Job, JobResult, Sample
 
-Call = Job | tuple[str, int] | tuple[int, str, Sequence[Sample]] | None
-"""A job, a (group, version) to cancel, a (step, phase, samples) to tell, or None for the end."""
+Call = Job | tuple[int, str, Sequence[Sample]] | None
+"""A job, a (step, phase, samples) to tell, or None for the end."""
 
 
 @dataclass(kw_only=True)

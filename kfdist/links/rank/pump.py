@@ -3,7 +3,6 @@
 The thread that trains only appends to queues; hashing, copying and waiting happen here.
 """
 
-import hashlib
 import os
 import selectors
 import signal
@@ -22,14 +21,12 @@ from kfdist.links.rank.mailbox import Mailbox
 from kfdist.links.shared_memory import read_private
 from kfdist.links.socket_messages import (
     Bye,
-    Cancel,
     Counts,
     CourierSetup,
     Done,
     Fenced,
     Hello,
     Message,
-    Refused,
     Settings,
 )
 from kfdist.types import Desired, Job, JobResult, RunSettings, Sample
@@ -138,10 +135,6 @@ class Pump:
                     self._ending = True
                 case Job() as job:
                     self._ledger.add(job)
-                case (str() as group, int() as version):
-                    ticket = self._ledger.cancel(group, version)
-                    if ticket is not None:
-                        self._post(Cancel(ticket=ticket))
                 case (step, phase, samples):
                     self._post_beats(step, phase, samples)
 
@@ -174,7 +167,7 @@ class Pump:
     # --- the courier's socket
 
     def _send(self) -> None:
-        """Sends what fits into the socket: beats and cancellations first, as they are small, then jobs."""
+        """Sends what fits into the socket: beats first, as they are small, then jobs."""
         events = selectors.EVENT_READ
         try:
             while self._outbox:
@@ -212,8 +205,6 @@ class Pump:
                 self._failed_starts = 0
             case Done():
                 self._finish(message)
-            case Refused():
-                self._check_refused(message)
             case Settings():
                 settings = socket_messages.run_settings(message)
                 if settings.revision > self.settings.revision and not self._fenced:
@@ -233,20 +224,14 @@ class Pump:
         try:
             payload = read_private(entry.output, done.payload_bytes)
         except ValueError:
-            payload = None
-        if payload is None or hashlib.sha256(payload).hexdigest() != done.digest:
-            self._ledger.requeue(entry, attempts=done.attempts)
+            payload = b""  # which has another digest than any result
+        result = JobResult(
+            group=entry.job.group, version=entry.job.version, payload=payload, seconds=done.seconds, owner=done.owner
+        )
+        if result.digest != done.digest:
+            self._ledger.requeue(entry)
             self._count(resubmissions={"corrupt": 1})
             return
-        result = JobResult(
-            group=entry.job.group,
-            version=entry.job.version,
-            payload=payload,
-            digest=done.digest,
-            seconds=done.seconds,
-            owner=done.owner,
-            attempts=entry.attempts + done.attempts,
-        )
         self._ledger.finish(entry)
         self._mailbox.results.append(result)
         os.eventfd_write(self._mailbox.arrived, 1)
@@ -256,19 +241,6 @@ class Pump:
         if not self._fenced:
             self._fenced = True
             self.settings = replace(self.settings, revision=self.settings.revision + 1, desired=Desired.STOPPED)
-
-    def _check_refused(self, refused: Refused) -> None:
-        entry = self._ledger.handed(refused.ticket)
-        if entry is None:
-            return
-        actual = hashlib.sha256(entry.job.payload).hexdigest()
-        if actual != entry.job.digest:
-            raise ValueError(
-                f"job {entry.job.group!r} version {entry.job.version} names the digest {entry.job.digest!r}, but its "
-                f"payload has {actual!r}; a job's digest is the SHA-256 of its payload, hexadecimal"
-            )
-        self._ledger.requeue(entry, attempts=0)
-        self._count(resubmissions={"corrupt": 1})
 
     # --- the courier's life
 

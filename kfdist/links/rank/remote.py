@@ -75,25 +75,15 @@ class RemoteLink(AbstractLink):
         mailbox, _ = self._running()
         name = (job.group, job.version)
         if name in self._open:
-            raise ValueError(
-                f"group {job.group!r} version {job.version} was submitted and has no result yet; cancel it"
-            )
+            raise ValueError(f"group {job.group!r} version {job.version} was submitted and has no result yet")
         self._open.add(name)
         self._tell(mailbox, job)
-
-    def cancel(self, group: str, version: int) -> None:
-        """Forgets a job; `poll` won't return it any more, even if its result had arrived."""
-        mailbox, _ = self._running()
-        if (group, version) in self._open:
-            self._open.discard((group, version))
-            self._tell(mailbox, (group, version))
 
     def poll(self) -> list[JobResult]:
         """Returns the results that arrived and were verified since the last call.
 
         Raises:
             EnvironmentFault: No courier can be kept alive.
-            ValueError: A submitted job named another digest than its payload has.
         """
         mailbox, pump = self._running()
         with contextlib.suppress(BlockingIOError):
@@ -101,9 +91,8 @@ class RemoteLink(AbstractLink):
         results = []
         while mailbox.results:
             result = mailbox.results.popleft()
-            if (result.group, result.version) in self._open:
-                self._open.discard((result.group, result.version))
-                results.append(result)
+            self._open.discard((result.group, result.version))
+            results.append(result)
         if pump.fault is not None and not results:
             raise pump.fault
         return results

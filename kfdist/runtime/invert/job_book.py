@@ -70,7 +70,7 @@ class JobBook:
             del self._inputs[older.group, older.version]
             if job.group in self._online:
                 self.merged += 1
-                job = _with_payload(job, chain_jobs([older.payload, job.payload]))
+                job = replace(job, payload=chain_jobs([older.payload, job.payload]))
                 self._inputs[job.group, job.version] = job
             else:
                 self.replaced += 1
@@ -78,7 +78,7 @@ class JobBook:
 
     def _submit(self, job: Job) -> None:
         if job.group in self._online and job.group in self._states:
-            job = _with_payload(job, job_after(job.payload, self._states[job.group][1]))
+            job = replace(job, payload=job_after(job.payload, self._states[job.group][1]))
             self._inputs[job.group, job.version] = job
         self._running.setdefault(job.group, set()).add(job.version)
         self.bytes_shipped += len(job.payload)
@@ -156,7 +156,3 @@ class JobBook:
     def results(self) -> Mapping[tuple[str, int], JobResult]:
         """Frozen results not yet released, by group and version."""
         return self._results
-
-
-def _with_payload(job: Job, payload: bytes) -> Job:
-    return replace(job, payload=payload, digest=hashlib.sha256(payload).hexdigest())

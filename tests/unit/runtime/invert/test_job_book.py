@@ -32,7 +32,7 @@ class DrivenLink(AbstractLink):
 
     def deliver(self, job: Job) -> None:
         self.delivered.append(
-            JobResult(group=job.group, version=job.version, payload=job.payload, digest="", seconds=0.0, owner="x")
+            JobResult(group=job.group, version=job.version, payload=job.payload, seconds=0.0, owner="x")
         )
 
     def poll(self) -> list[JobResult]:
@@ -40,7 +40,6 @@ class DrivenLink(AbstractLink):
         return delivered
 
     def start(self, context: LinkContext) -> None: ...
-    def cancel(self, group: str, version: int) -> None: ...
     def wait(self, seconds: float) -> None: ...
     def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None: ...
     def close(self) -> None: ...
@@ -68,9 +67,7 @@ class Jobs(RuleBasedStateMachine):
     @rule(group=strategies.sampled_from(GROUPS), size=strategies.integers(1, 5))
     def a_version_is_shipped(self, group: str, size: int) -> None:
         self.version += 1
-        job = Job(
-            run="r", epoch=1, group=group, version=self.version, payload=bytes(size), digest="", deadline_seconds=1.0
-        )
+        job = Job(run="r", epoch=1, group=group, version=self.version, payload=bytes(size), deadline_seconds=1.0)
         self.shipped.append(job)
         self.book.ship(job)
 
@@ -222,7 +219,6 @@ class OnlineJobs(RuleBasedStateMachine):
                 group=group,
                 version=version,
                 payload=increment_job(version),
-                digest="",
                 deadline_seconds=1.0,
             )
         )
@@ -310,7 +306,7 @@ class OnlineJobs(RuleBasedStateMachine):
         payload = run_job(job.payload)
         for _ in range(times):
             self.link.delivered.append(
-                JobResult(group=job.group, version=job.version, payload=payload, digest="", seconds=0.0, owner="x")
+                JobResult(group=job.group, version=job.version, payload=payload, seconds=0.0, owner="x")
             )
 
 
