@@ -1,0 +1,40 @@
+"""A name leads to one place: files, classes, folders of tests. Today's exceptions are listed; the lists only shrink."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "kfdist"
+GENERATED = PACKAGE / "rpc" / "_generated"
+FILES = [path for path in PACKAGE.rglob("*.py") if GENERATED not in path.parents]
+
+OF_EVERY_PACKAGE = {"__init__.py", "__main__.py"}
+SHARED_FILE_NAMES = {"rows.py"}
+TWIN_CLASSES = {("LearningRate", "LearningRates"), ("Sample", "Sampler"), ("Sample", "Samples")}
+
+
+def test_no_two_files_share_a_name() -> None:
+    folders = defaultdict(list)
+    for path in FILES:
+        folders[path.name].append(str(path.parent.relative_to(ROOT)))
+    shared = {name: of for name, of in folders.items() if len(of) > 1 and name not in OF_EVERY_PACKAGE}
+    assert set(shared) == SHARED_FILE_NAMES, shared
+
+
+def _public_classes() -> set[str]:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
+    classes = {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    return {name for name in classes if not name.startswith("_")}
+
+
+def test_no_two_public_classes_differ_by_a_letter_at_the_end() -> None:
+    classes = _public_classes()
+    # A method's variant may end in a capital, as B-KFAC-C does.
+    assert {(name[:-1], name) for name in classes if name[-1].islower() and name[:-1] in classes} == TWIN_CLASSES
+
+
+def test_unit_tests_lie_where_their_subject_does() -> None:
+    unit = ROOT / "tests" / "unit"
+    folders = {path.parent.relative_to(unit) for path in unit.rglob("test_*.py")}
+    assert [str(folder) for folder in sorted(folders) if not (PACKAGE / folder).is_dir()] == []
