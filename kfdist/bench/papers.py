@@ -1,6 +1,5 @@
 """`kfdist bench papers`: the papers' claims, measured (docs/papers.md)."""
 
-import difflib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from kfdist.bench.claim_d_reparametrisation import measure_reparametrisation
 from kfdist.bench.claim_e_widths import measure_widths
 from kfdist.bench.claims import ClaimResult
 from kfdist.bench.environment import hardware, load_average, versions
+from kfdist.checks import suggestion
 from kfdist.errors import ConfigError
 
 CLAIMS: Mapping[str, Callable[[bool], ClaimResult]] = {
@@ -39,9 +39,8 @@ def checked_claims(names: Sequence[str]) -> list[str]:
     """
     for name in names:
         if name not in CLAIMS:
-            close = difflib.get_close_matches(name.lower(), CLAIMS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ConfigError(f"{name!r} is no claim; {hint}allowed are {', '.join(CLAIMS)}", path="--claim")
+            near = suggestion(name, CLAIMS) or ";"
+            raise ConfigError(f"{name!r} is no claim{near} allowed are {', '.join(CLAIMS)}", path="--claim")
     return [name for name in CLAIMS if not names or name in names]
 
 

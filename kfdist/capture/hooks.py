@@ -6,7 +6,7 @@ by `Capture.observe`, from gradients of the model's own predictions, and the los
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfdist import checks
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
 from kfdist.capture.observe import Observer, check_version, version_of
@@ -85,8 +86,7 @@ class Capture:
         coarse: Sequence[Sequence[str]] = (),
         rank: int = 0,
     ) -> None:
-        if fisher not in FISHERS:
-            raise ConfigError(f"fisher is {fisher!r}; allowed are {', '.join(FISHERS)}", path="fisher")
+        checks.choice("fisher", fisher, FISHERS)
         self._model = model
         self._blocks = dict(blocks)
         self._fisher, self._groups = fisher, (chains, coarse)
@@ -131,13 +131,11 @@ class Capture:
         Raises:
             ConfigError: `examples` is not a positive whole number.
         """
-        try:
-            count = 0 if isinstance(examples, bool) else operator.index(examples)
-        except TypeError:
-            count = 0
-        if count < 1:
-            raise ConfigError(f"examples is {examples!r}; the number of terms the loss averages, at least 1, is needed")
-        self._stated_examples = count
+        stated: object = examples
+        if not isinstance(examples, bool):  # NumPy's integers count, True doesn't
+            with suppress(TypeError):
+                stated = operator.index(examples)
+        self._stated_examples = checks.count("examples", stated, least=1, hint="the terms that the loss averages")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfdist import checks
 from kfdist.errors import ConfigError
 
 LOSSES = ("cross_entropy", "mse", "binary_cross_entropy")
@@ -47,12 +48,9 @@ class OutputLoss:
     pos_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in LOSSES:
-            raise ConfigError(f"loss is {self.name!r}; allowed are {', '.join(LOSSES)}")
-        if self.reduction not in ("mean", "sum"):
-            raise ConfigError(f"reduction is {self.reduction!r}; allowed are 'mean' and 'sum'")
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise ConfigError(f"label_smoothing is {self.label_smoothing!r}; a number in [0, 1] is needed")
+        checks.choice("loss", self.name, LOSSES)
+        checks.choice("reduction", self.reduction, ("mean", "sum"))
+        checks.number("label_smoothing", self.label_smoothing, least=0, most=1)
         if self.label_smoothing and self.name != "cross_entropy":
             raise ConfigError(f"label_smoothing belongs to cross_entropy, not to {self.name}; leave it out")
         if self.weight is not None and self.name == "mse":

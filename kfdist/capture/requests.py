@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kfdist import checks
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError
 
@@ -34,12 +35,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("examples_fraction", "positions_fraction"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
-                raise ConfigError(f"{name} is {value!r}; a number in (0, 1] is needed")
-        most = self.most_positions
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-            raise ConfigError(f"most_positions is {most!r}; a whole number of at least 1, or None, is needed")
+            checks.number(name, getattr(self, name), above=0, most=1)
+        if self.most_positions is not None:
+            checks.count("most_positions", self.most_positions, least=1, hint="or None for no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +74,8 @@ class Request:
             if unknown:
                 raise ConfigError(f"{field} has {sorted(unknown)}; allowed are {sorted(allowed)}")
         for field in ("samples", "sample_rows", "sample_columns"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ConfigError(f"{field} is {value}; at least 1, or None, is needed")
+            if getattr(self, field) is not None:
+                checks.count(field, getattr(self, field), least=1, hint="or None")
 
 
 def check_requests(

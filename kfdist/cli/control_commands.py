@@ -1,6 +1,5 @@
 """What people say to a controller: to look at runs, to steer them, to end them."""
 
-import difflib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kfdist.checks import suggestion
 from kfdist.cli import serve_command
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.exit_codes import ExitCode
@@ -179,7 +179,7 @@ def _parse_settings(settings: list[str]) -> float:
     for text in settings:
         key, separator, value = text.partition("=")
         if key != "damping" or not separator:
-            hint = "; did you mean damping?" if difflib.get_close_matches(key, ["damping"]) and key != "damping" else ""
+            hint = suggestion(key, ["damping"]) if key != "damping" else ""
             raise ConfigError(f"{text!r} is no setting; write damping=LAMBDA, such as damping=0.01{hint}")
         if key in values:
             raise ConfigError(f"{key} is given twice, {values[key]:g} and {value}; give it once", path=key)

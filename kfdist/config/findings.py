@@ -1,13 +1,13 @@
 """Turns pydantic's findings into sentences: the value received, what is allowed, what to do."""
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from kfdist.checks import suggestion
 from kfdist.config.fields import FieldError
 from kfdist.config.toml import format_key
 from kfdist.errors import ConfigError
@@ -35,12 +35,6 @@ _BOUNDS: Mapping[str, tuple[str, str]] = {
 
 _FREE_KEYS: Mapping[str, int] = {"settings": 1, "methods": 2}
 """Tables whose keys are the user's own, and how deep."""
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean `x`?" for the nearest known word, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def config_error(
@@ -143,7 +137,7 @@ def _elsewhere(key: str, root: type[BaseModel]) -> str:
     for name, field in root.model_fields.items():
         other = field.annotation
         if isinstance(other, type) and issubclass(other, BaseModel) and key in other.model_fields:
-            return f"; did you mean `{name}.{key}`?"
+            return f"; did you mean '{name}.{key}'?"
     return ""
 
 

@@ -5,8 +5,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from kfdist.checks import suggestion
 from kfdist.config.fields import Section
-from kfdist.config.findings import config_error, suggestion
+from kfdist.config.findings import config_error
 from kfdist.errors import ConfigError
 
 S = TypeVar("S", bound=Section)

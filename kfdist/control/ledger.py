@@ -7,7 +7,6 @@ survives the controller's end, and the revisions of a run are consecutive.
 """
 
 import asyncio
-import difflib
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from kfdist.checks import suggestion
 from kfdist.control.protos import run_message
 from kfdist.control.rows import Answer, Batch, EventRecord, RunUpdate
 from kfdist.control.run_rules import AssignmentRecord, Change, Event, OwnerRecord, RunRecord
@@ -101,8 +101,7 @@ class Ledger:
             Refusal: NOT_FOUND.
         """
         if name not in self._runs:
-            close = difflib.get_close_matches(name[:100], self._runs, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {len(self._runs)} runs"
+            hint = suggestion(name[:100], self._runs) or f"; there are {len(self._runs)} runs"
             raise Refusal(grpc.StatusCode.NOT_FOUND, f"there is no run {name[:100]!r} here{hint}")
         return self._runs[name]
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kfdist import checks
 from kfdist.curvature.inverter import AbstractInverter
 from kfdist.curvature.inverters import INVERTERS, check_settings, make_inverter
 from kfdist.curvature.inverters.rs_kfac import AbstractSketchedKfac, RsKfac
@@ -141,9 +142,7 @@ class Auto:
         if not isinstance(self.allow, tuple) or not self.allow or not set(self.allow) <= set(ORDER):
             raise ConfigError(f"{self.allow!r} is not allowed; name some of {', '.join(ORDER)}", path="allow")
         for name in ("seconds_per_inversion", "bytes_per_block"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ConfigError(f"{value!r} is not allowed; must be a positive, finite number", path=name)
+            checks.number(name, getattr(self, name), above=0)
 
     def choose(self, shape: BlockShape, costs: MeasuredCosts) -> tuple[AbstractInverter, str]:
         """Picks the method for one block; equal arguments give an equal choice.

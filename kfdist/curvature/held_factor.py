@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverter import split_seed
 from kfdist.curvature.spectra import AdaptiveRank, FactorSpectrum, probes_like
 from kfdist.linalg.brand import (
     brand_update,
@@ -18,6 +17,7 @@ from kfdist.linalg.brand import (
 )
 from kfdist.linalg.kronecker import Spectrum
 from kfdist.linalg.psd import eigen_residual, trace
+from kfdist.seeds import split_seed
 
 ORTHOGONALITY_LIMIT = 1e-3
 """||U^T U - I|| beyond which U is made orthonormal again (algorithms.md 4.7)."""

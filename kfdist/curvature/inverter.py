@@ -1,6 +1,5 @@
 """What every inversion method is: a configuration with one pure function."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -179,17 +178,3 @@ class AbstractInverter(ABC):
     def settings(self) -> dict[str, Any]:
         """Returns the configuration as JSON values by name, without the method's name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-def split_seed(seed: int, label: str) -> int:
-    """Derives an independent seed for one use, by a hash that never changes.
-
-    Args:
-        seed: The inversion's seed.
-        label: The use, such as "A".
-
-    Returns:
-        A number in [0, 2^63).
-    """
-    digest = hashlib.sha256(f"kfdist/{seed}/{label}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Outcome
 from kfdist.curvature.inverters import PRECONDITIONERS, make_inverter
@@ -21,9 +22,6 @@ from kfdist.linalg.psd import triangle_size
 from kfdist.types import BlockName, BlockShape
 from kfdist.wire.payload import (
     add_tensors,
-    check_count,
-    check_positive,
-    check_seed,
     content_of,
     read_metadata,
     read_payload,
@@ -90,8 +88,8 @@ def encode_job(
     Raises:
         ValueError: A damping or thread count that isn't positive, no block, or a block without a seed.
     """
-    check_positive("damping", damping)
-    check_count("threads", threads)
+    checks.number("damping", damping, above=0)
+    checks.count("threads", threads, least=1)
     if not statistics:
         raise ValueError("a job needs at least one block, got none")
     tensors: dict[str, Tensor] = {}
@@ -185,10 +183,12 @@ def _links(payload: bytes) -> list[bytes]:
 def _run_link(payload: bytes, device: torch.device | str) -> bytes:
     metadata, entries, tensors = read_payload(payload, "job", roles=_JOB_ROLES)
     inverter = _inverter_of(metadata)
-    damping = check_positive("damping", metadata.get("damping"))
-    check_count("threads", metadata.get("threads"))
+    damping = checks.number("damping", metadata.get("damping"), above=0)
+    checks.count("threads", metadata.get("threads"), least=1)
     names = [entry["name"] for entry in entries]
-    seeds = {entry["name"]: check_seed(entry["name"], entry.get("seed")) for entry in entries}
+    seeds = {
+        entry["name"]: checks.count(f"seed of block {entry['name']!r}", entry.get("seed"), least=0) for entry in entries
+    }
     statistics, previous = {}, {}
     for index, name in enumerate(names):
         record = _record(entries[index], "statistics", tensors, f"{index}/statistics", STATISTICS)
@@ -275,7 +275,7 @@ def job_threads(payload: bytes) -> int:
     Raises:
         ValueError: The payload is malformed.
     """
-    return check_count("threads", read_metadata(_links(payload)[0], "job").get("threads"))
+    return checks.count("threads", read_metadata(_links(payload)[0], "job").get("threads"), least=1)
 
 
 def job_bytes(needs: Iterable[tuple[BlockShape, Needs]], *, bytes_per_number: int = 4) -> int:

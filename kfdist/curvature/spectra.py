@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverse import KroneckerSpectrum
-from kfdist.curvature.inverter import Outcome, split_seed
+from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.kronecker import DampingRule, Spectrum
 from kfdist.linalg.lowrank import gaussian_sketch, randomized_eigh, randomized_svd, range_basis
 from kfdist.linalg.psd import eigen_residual, eigh_descending, orthogonality_residual, trace
+from kfdist.seeds import split_seed
 
 Decomposition = Literal["rsvd", "srevd"]
 """The randomised decompositions: by singular values (more accurate) or by projected eigenvalues (cheaper)."""

@@ -1,12 +1,12 @@
 """Which examples a rank trains on at a step: a pure function of (seed, epoch, offset)."""
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfdist.errors import ConfigError
+from kfdist.seeds import seed_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,7 @@ class Sampler:
 
     def permutation(self, epoch: int) -> Tensor:
         """Returns the order of all examples in an epoch: int64 [examples]."""
-        key = hashlib.sha256(f"kfdist sampler {self.seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(seed_from(f"kfdist sampler {self.seed} {epoch}"))
         return torch.randperm(self.examples, generator=generator)
 
     def start(self, position: Position) -> Position:

@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from kfdist.errors import ConfigError
-from kfdist.runtime.apply.rates import is_number
+from kfdist import checks
 from kfdist.runtime.settings import StepReport
 
 _BASE = 19 / 20
@@ -47,27 +46,14 @@ class AdaptiveSettings:
 
     def __post_init__(self) -> None:
         for name in ("damping_period", "gamma_period"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"is {value!r}; a whole number of steps, at least 1, is needed", path=name)
+            checks.count(name, getattr(self, name), least=1, hint="steps")
         for name in ("damping_factor", "gamma_factor"):
-            value = getattr(self, name)
-            if not (is_number(value) and 0.0 < value < 1.0):
-                raise ConfigError(f"is {value!r}; a number in (0, 1) is needed", path=name)
-        smallest, largest = self.smallest_damping, self.largest_damping
-        if not (is_number(smallest) and math.isfinite(smallest) and smallest > 0.0):
-            raise ConfigError(f"is {smallest!r}; a positive, finite number is needed", path="smallest_damping")
-        if not (is_number(largest) and largest >= smallest):
-            raise ConfigError(
-                f"is {largest!r}; a number, at least smallest_damping = {smallest!r}, is needed", path="largest_damping"
-            )
+            checks.number(name, getattr(self, name), above=0, below=1)
+        smallest = checks.number("smallest_damping", self.smallest_damping, above=0)
+        checks.number("largest_damping", self.largest_damping, least=smallest, finite=False, hint="smallest_damping")
         for name in ("gamma_search", "momentum", "rejection"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"is {getattr(self, name)!r}; True or False is needed", path=name)
-        if self.differentiation not in ("auto", "forward", "double_backward"):
-            raise ConfigError(
-                f"is {self.differentiation!r}; 'auto', 'forward' or 'double_backward' is needed", path="differentiation"
-            )
+            checks.switch(name, getattr(self, name))
+        checks.choice("differentiation", self.differentiation, ("auto", "forward", "double_backward"))
 
 
 @dataclass(frozen=True, kw_only=True)

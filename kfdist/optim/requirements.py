@@ -1,6 +1,5 @@
 """What the adaptive step needs of its arguments and of its preconditioner, and why."""
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -8,10 +7,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from kfdist import checks
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.inverter import AbstractInverter
 from kfdist.errors import ConfigError
-from kfdist.runtime.apply.rates import is_number
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.settings import StepReport
 
@@ -44,15 +43,10 @@ class Source:
 
 def check_arguments(loss: str | None, weight_decay: float, damping: float) -> None:
     """Refuses values out of range by `ConfigError`."""
-    if loss is not None and loss not in LOSSES:
-        raise ConfigError(
-            f"is {loss!r}; one of {', '.join(LOSSES)}, or None where the closure calls observe itself, is needed",
-            path="loss",
-        )
-    if not (is_number(weight_decay) and math.isfinite(weight_decay) and weight_decay >= 0.0):
-        raise ConfigError(f"is {weight_decay!r}; a finite number, at least 0, is needed", path="weight_decay")
-    if not (is_number(damping) and math.isfinite(damping) and damping > 0.0):
-        raise ConfigError(f"is {damping!r}; a positive, finite number is needed", path="damping")
+    if loss is not None:
+        checks.choice("loss", loss, LOSSES, hint="or None where the closure calls observe itself")
+    checks.number("weight_decay", weight_decay, least=0)
+    checks.number("damping", damping, above=0)
 
 
 def source_of(preconditioner: Preconditioner, loss: str | None) -> Source:

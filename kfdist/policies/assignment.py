@@ -1,12 +1,12 @@
 """Who does what: groups dealt to owners and to courier ranks. Pure functions, the same answer in every process."""
 
-import difflib
 import hashlib
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 
+from kfdist import checks
 from kfdist.errors import ConfigError
 from kfdist.types import GroupName, GroupSpec
 
@@ -29,12 +29,7 @@ def assign(groups: Sequence[GroupSpec], owners: Sequence[str], policy: str = "ro
     Raises:
         ConfigError: The policy is unknown, a name comes twice, or a cost is no number of operations.
     """
-    if policy not in POLICIES:
-        close = difflib.get_close_matches(policy, POLICIES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(
-            f"{policy!r} is no assignment; there are {', '.join(POLICIES)}{hint}", path="cluster.assignment"
-        )
+    checks.choice("cluster.assignment", policy, POLICIES)
     _check(groups)
     if len(set(owners)) != len(owners):
         raise ConfigError(f"owners have {len(owners) - len(set(owners))} repeated names; each must come once")
@@ -54,8 +49,7 @@ def courier_ranks(groups: Sequence[GroupSpec], world_size: int) -> dict[GroupNam
     Raises:
         ConfigError: A name comes twice, a size is negative, or there is no rank.
     """
-    if world_size < 1:
-        raise ConfigError(f"world_size is {world_size}; it must be at least 1")
+    checks.count("world_size", world_size, least=1)
     _check(groups)
     bins = _longest_first(groups, world_size, attrgetter("bytes"))
     return {group.name: index for group, index in bins}

@@ -5,6 +5,7 @@ Every rank asks the same questions and gets the same answers, so every rank ente
 
 from dataclasses import dataclass
 
+from kfdist import checks
 from kfdist.errors import ConfigError
 
 
@@ -27,9 +28,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("factor_period", "inverse_period"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; a whole number of steps, at least 1, is needed")
+            checks.count(name, getattr(self, name), least=1, hint="steps")
         if self.inverse_period % self.factor_period:
             below = max(self.factor_period, self.inverse_period - self.inverse_period % self.factor_period)
             raise ConfigError(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kfdist import checks
 from kfdist.errors import ConfigError
 
 SMALLEST_DELAY = 3
@@ -71,11 +72,8 @@ class StalenessPolicy:
     at_hard_bound: AtHardBound = AtHardBound.WAIT
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "at_hard_bound", AtHardBound(self.at_hard_bound))
-        except ValueError:
-            allowed = ", ".join(repr(str(each)) for each in AtHardBound)
-            raise ConfigError(f"at_hard_bound is {self.at_hard_bound!r}; allowed are {allowed}") from None
+        chosen = checks.choice("at_hard_bound", self.at_hard_bound, [str(each) for each in AtHardBound])
+        object.__setattr__(self, "at_hard_bound", AtHardBound(chosen))
 
     @property
     def active(self) -> bool:

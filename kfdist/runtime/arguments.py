@@ -1,11 +1,11 @@
 """Checks what a user passes to `kfdist.Preconditioner`, and makes its parts."""
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from kfdist import checks
 from kfdist.capture.requests import FISHERS
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.auto import MeasuredCosts, measure_costs
@@ -17,7 +17,7 @@ from kfdist.errors import ConfigError, EnvironmentFault, ModelChanged
 from kfdist.links.link import AbstractLink
 from kfdist.links.local import LocalLink
 from kfdist.policies.staleness import StalenessPolicy
-from kfdist.runtime.apply.rates import Scalar, is_number
+from kfdist.runtime.apply.rates import Scalar
 from kfdist.runtime.invert.service import Service
 from kfdist.runtime.plan.groups import BlockGroup, find_layer
 from kfdist.runtime.settings import FixedLag
@@ -70,26 +70,20 @@ def check_numbers(
     digest_period: int,
 ) -> None:
     """Refuses values out of range by `ConfigError`."""
-    if not callable(damping) and not (is_number(damping) and math.isfinite(damping) and damping > 0):
-        raise ConfigError(f"damping is {damping!r}; a positive, finite number or a callable of the step is needed")
-    if not (is_number(ema_decay) and 0.0 <= ema_decay < 1.0):
-        raise ConfigError(f"ema_decay is {ema_decay!r}; a number in [0, 1) is needed")
-    if fisher not in FISHERS:
-        raise ConfigError(f"fisher is {fisher!r}; {', '.join(map(repr, FISHERS))} are allowed", path="fisher")
-    if kl_clip is not None and not (is_number(kl_clip) and math.isfinite(kl_clip) and kl_clip > 0):
-        raise ConfigError(f"kl_clip is {kl_clip!r}; a positive number, or None to turn the clip off, is needed")
-    if not (is_number(wait_limit) and wait_limit > 0):
-        raise ConfigError(f"wait_limit_seconds is {wait_limit!r}; a positive number of seconds is needed")
-    if not isinstance(digest_period, int) or isinstance(digest_period, bool) or digest_period < 0:
-        raise ConfigError(f"digest_period is {digest_period!r}; a whole number of steps, or 0 for never, is needed")
+    if not callable(damping):
+        checks.number("damping", damping, above=0, hint="or a callable of the step")
+    checks.number("ema_decay", ema_decay, least=0, below=1)
+    checks.choice("fisher", fisher, FISHERS)
+    if kl_clip is not None:
+        checks.number("kl_clip", kl_clip, above=0, hint="or None, which turns the clip off")
+    checks.number("wait_limit_seconds", wait_limit, above=0, finite=False)
+    checks.count("digest_period", digest_period, least=0, hint="steps between two digests; 0 for none")
 
 
 def lag_of(adoption: str | FixedLag) -> int | None:
     """Returns the steps to adoption; None for "asap"."""
     if isinstance(adoption, FixedLag):
-        if not isinstance(adoption.lag, int) or isinstance(adoption.lag, bool) or adoption.lag < 0:
-            raise ConfigError(f"FixedLag's lag is {adoption.lag!r}; a whole number of steps, at least 0, is needed")
-        return adoption.lag
+        return checks.count("FixedLag.lag", adoption.lag, least=0, hint="steps from statistics to adoption")
     if adoption == "asap":
         return None
     raise ConfigError(f"adoption is {adoption!r}; 'asap' or kfdist.FixedLag(k) is needed")

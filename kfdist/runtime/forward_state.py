@@ -1,10 +1,11 @@
 """The random state of a rank: seeded from the run's seed, saved before each forward, put back on resume."""
 
-import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kfdist.seeds import seed_from
 
 
 def seed_rank(seed: int, *, worker_rank: int, start: int = 0) -> None:
@@ -15,8 +16,7 @@ def seed_rank(seed: int, *, worker_rank: int, start: int = 0) -> None:
         worker_rank: This rank.
         start: The step at which training starts: a run resumed on another number of ranks draws anew from there.
     """
-    key = hashlib.sha256(f"kfdist rank {seed} {worker_rank} {start}".encode()).digest()
-    torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    torch.manual_seed(seed_from(f"kfdist rank {seed} {worker_rank} {start}"))
 
 
 class ForwardState:

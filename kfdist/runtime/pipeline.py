@@ -22,11 +22,11 @@ from kfdist.runtime.adopt.calibration import calibrate
 from kfdist.runtime.adopt.start import agree_on_start
 from kfdist.runtime.apply.directions import Application, RawRows, precondition_gradients, solve
 from kfdist.runtime.counters import LateTotal, PipelineCounters
-from kfdist.runtime.invert.job_book import own_seed_of, seed_of
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.reduce.contributions import ReducedStatistics
 from kfdist.runtime.reduce.reducer import OwnInversion
 from kfdist.runtime.settings import PipelineParts, PipelineSettings, StepReport
+from kfdist.seeds import block_seed, rank_seed
 from kfdist.types import BlockName, Job, JobResult
 
 
@@ -406,12 +406,12 @@ class Pipeline:
 
     def arm(self) -> None:
         """Tells the capture what to measure in the next step."""
-        step, seed = self.next_step, self.settings.seed
+        step, seed, rank = self.next_step, self.settings.seed, self.parts.communicators.training.rank
         self.calibrating = self._may_calibrate(step)
         requests = self.parts.timetable.requests(
             step,
-            lambda name: seed_of(seed, name, step),
-            own_seed_of=lambda name: own_seed_of(seed, name, step, self.parts.communicators.training.rank),
+            lambda name: block_seed(seed, name, step),
+            own_seed_of=lambda name: rank_seed(block_seed(seed, name, step), rank),
             calibrating=self.calibrating,
         )
         self.parts.capture.arm(requests)
@@ -450,7 +450,7 @@ class Pipeline:
                 inverter=group.inverter,
                 statistics=of_group,
                 damping=unshipped.damping,
-                seeds={name: seed_of(self.settings.seed, name, version) for name in of_group},
+                seeds={name: block_seed(self.settings.seed, name, version) for name in of_group},
                 previous={} if group.inverter.online else unshipped.previous[group.name],
                 threads=torch.get_num_threads(),
             )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from kfdist.checks import suggestion
 from kfdist.config import OptimizerSection
-from kfdist.config.findings import suggestion
 from kfdist.errors import ConfigError
 
 _UNFIT = frozenset({"Optimizer", "LBFGS", "SparseAdam"})

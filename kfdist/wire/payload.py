@@ -6,7 +6,6 @@ Equal content gives equal bytes. Nothing is ever unpickled.
 """
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -109,36 +108,3 @@ def add_tensors(tensors: dict[str, Tensor], prefix: str, fields: Mapping[str, Te
 def tensors_under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Returns the tensors under `INDEX/ROLE` by their last name."""
     return {n.removeprefix(f"{prefix}/"): t for n, t in sorted(tensors.items()) if n.startswith(f"{prefix}/")}
-
-
-def check_positive(what: str, value: object) -> float:
-    """Returns `value` as a number.
-
-    Raises:
-        ValueError: It isn't a finite positive number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{what} is {value!r}, must be a finite positive number")
-    return float(value)
-
-
-def check_count(what: str, value: object) -> int:
-    """Returns `value` as a whole number.
-
-    Raises:
-        ValueError: It isn't a whole number of at least 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} is {value!r}, must be a whole number of at least 1")
-    return value
-
-
-def check_seed(block: str, value: object) -> int:
-    """Returns `value` as a seed that every generator takes.
-
-    Raises:
-        ValueError: It isn't a whole number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"block {block!r}: seed is {value!r}, must be a whole number")
-    return value

@@ -21,7 +21,7 @@ def method(name: str, *more: str) -> list[str]:
 
 # One mistake a row: the arguments, and words that the message must have (the value, what is allowed, what to do).
 MISTAKES = [
-    (["--set", "run.stepz=3"], ["run.stepz", "did you mean `steps`"]),
+    (["--set", "run.stepz=3"], ["run.stepz", "did you mean 'steps'"]),
     (["--set", "run.steps=many"], ["run.steps", "'many'", "integer"]),
     (["--set", "run.steps=10", "--set", "run.epochs=1"], ["run.steps", "both"]),
     (["--set", "preconditioner.damping=0"], ["preconditioner.damping", "is 0", "greater than 0"]),
@@ -55,7 +55,7 @@ MISTAKES = [
     (["--set", "model.name=resnet-9000"], ["model.name", "'resnet-9000'", "digits-cnn"]),
     (["--set", "data.name=imagenot"], ["data.name", "'imagenot'", "digits"]),
     (["--set", "data.batch_size=100000"], ["data.batch_size", "100000", "at most 719"]),
-    (["--set", "optimizer.name=sdg"], ["optimizer.name", "'sdg'", "did you mean `sgd`"]),
+    (["--set", "optimizer.name=sdg"], ["optimizer.name", "'sdg'", "did you mean 'sgd'"]),
     (["--set", "nonsense"], ["--set", "section.key=value"]),
     (["nosuch.toml"], ["nosuch.toml", "no such file"]),
     (["--nosuch-option"], ["No such option"]),

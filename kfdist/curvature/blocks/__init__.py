@@ -1,15 +1,15 @@
 """What each kind of layer contributes to the curvature. `BLOCKS` is the only table of supported layers."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from kfdist import checks
 from kfdist.curvature.blocks.base import Block as Block
 from kfdist.curvature.blocks.conv import ConvBlock, ConvTransposeBlock
-from kfdist.curvature.blocks.linear import LinearBlock
-from kfdist.errors import ConfigError
+from kfdist.curvature.blocks.linear import LinearBlock, Sharing
 from kfdist.types import BlockName
 
 BLOCKS: dict[type[nn.Module], Callable[[BlockName, Any], Block]] = {
@@ -38,8 +38,7 @@ def make_block(name: str, module: nn.Module, sharing: str = "expand") -> Block |
     Raises:
         ConfigError: `sharing` is neither "expand" nor "reduce".
     """
-    if sharing not in ("expand", "reduce"):
-        raise ConfigError(f"is {sharing!r}; 'expand' or 'reduce' is needed", path="weight_sharing")
+    how = checks.choice("weight_sharing", sharing, get_args(Sharing))
     kind = type(module).__name__
     base = next((known for known in BLOCKS if isinstance(module, known)), None)
     if base is None:
@@ -48,7 +47,7 @@ def make_block(name: str, module: nn.Module, sharing: str = "expand") -> Block |
     if reason:
         return f"{kind}: {reason}"
     if isinstance(module, nn.Linear):
-        return LinearBlock(name, module, sharing)
+        return LinearBlock(name, module, how)
     return BLOCKS[base](name, module)
 
 

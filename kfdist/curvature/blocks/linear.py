@@ -8,6 +8,9 @@ from kfdist.curvature.blocks.base import Block
 from kfdist.curvature.blocks.rows import accumulation_dtype
 from kfdist.types import BlockName, BlockShape
 
+Sharing = Literal["expand", "reduce"]
+"""How the positions of a sequence enter the factors; see `LinearBlock`."""
+
 
 class LinearBlock(Block):
     """Block of an `nn.Linear` on inputs `[N, ..., d]`; the dimensions between are positions that share the weight.
@@ -20,7 +23,7 @@ class LinearBlock(Block):
     them would be no unbiased estimate. Gradients and the rows of single examples are the same either way.
     """
 
-    def __init__(self, name: BlockName, module: nn.Linear, sharing: Literal["expand", "reduce"] = "expand") -> None:
+    def __init__(self, name: BlockName, module: nn.Linear, sharing: Sharing = "expand") -> None:
         super().__init__(name, module)
         self.shape = BlockShape(d_out=module.out_features, d_in=module.in_features + self.has_bias)
         self._reduces = sharing == "reduce"

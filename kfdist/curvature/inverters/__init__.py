@@ -4,11 +4,11 @@ A new method is a file, a line in `INVERTERS` and, where its result is of a kind
 `PRECONDITIONERS`.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from kfdist.checks import suggestion
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter
 from kfdist.curvature.inverters.b_kfac import BKfac, BKfacC, BRKfac
@@ -71,7 +71,7 @@ def make_inverter(name: str, /, **settings: Any) -> AbstractInverter:
             path="method",
         )
     if name not in INVERTERS:
-        raise ConfigError(f"unknown method {name!r}; {_suggest(name, [*INVERTERS, 'auto'])}", path="method")
+        raise ConfigError(f"unknown method {name!r}{_allowed(name, [*INVERTERS, 'auto'])}", path="method")
     cls = INVERTERS[name]
     check_settings(name, cls, settings)
     return cls(**settings)
@@ -91,10 +91,8 @@ def check_settings(name: str, cls: type, settings: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(cls)]
     for setting in settings:
         if setting not in known:
-            raise ConfigError(f"{name} has no setting {setting!r}; {_suggest(setting, known)}", path="settings")
+            raise ConfigError(f"{name} has no setting {setting!r}{_allowed(setting, known)}", path="settings")
 
 
-def _suggest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    listing = f"allowed are {', '.join(known)}" if known else "it has none"
-    return f"did you mean {close[0]!r}? {listing}" if close else listing
+def _allowed(word: str, known: list[str]) -> str:
+    return f"{suggestion(word, known) or ';'} {'allowed are ' + ', '.join(known) if known else 'it has none'}"

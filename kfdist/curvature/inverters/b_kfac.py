@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from kfdist import checks
 from kfdist.curvature.held_factor import HeldFactor
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverter_checks import check_choice, check_count, check_switch
 from kfdist.curvature.inverters.rs_kfac import RsKfac
 from kfdist.curvature.spectra import EIGH_FLOPS, AdaptiveRank, randomized_spectrum
 from kfdist.curvature.statistics import Increment, Needs
@@ -67,12 +67,12 @@ class AbstractBrandKfac(AbstractInverter):
 
     def __post_init__(self) -> None:
         for count, least in (("rank", 1), ("increment_rows", 1), ("oversampling", 0), ("power_iterations", 0)):
-            check_count(count, getattr(self, count), least=least)
+            checks.count(count, getattr(self, count), least=least)
         if self.brand_period is not None:
-            check_count("brand_period", self.brand_period, least=1)
-        check_choice("truncate", self.truncate, ("before", "after"))
-        check_choice("damping_rule", self.damping_rule, ("pi", "relative", "common"))
-        check_choice("apply_to", self.apply_to, ("gradient", "rows"))
+            checks.count("brand_period", self.brand_period, least=1)
+        checks.choice("truncate", self.truncate, ("before", "after"))
+        checks.choice("damping_rule", self.damping_rule, ("pi", "relative", "common"))
+        checks.choice("apply_to", self.apply_to, ("gradient", "rows"))
         if self.apply_to == "rows" and self.damping_rule == "common":
             raise ConfigError(
                 '"rows" is not allowed with damping_rule = "common", which doesn\'t split into two factors; choose '
@@ -80,7 +80,7 @@ class AbstractBrandKfac(AbstractInverter):
                 path="apply_to",
             )
         for switch in ("adaptive_rank", "spectrum_continuation"):
-            check_switch(switch, getattr(self, switch))
+            checks.switch(switch, getattr(self, switch))
         if self.adaptive_rank and not PUBLISHED_RULE.least <= self.rank <= PUBLISHED_RULE.most:
             allowed = f"from {PUBLISHED_RULE.least} to {PUBLISHED_RULE.most}"
             raise ConfigError(f"{self.rank} is not allowed with adaptive_rank; must be {allowed}", path="rank")
@@ -262,9 +262,7 @@ class BKfacC(AbstractBrandKfac):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        value = self.correction_fraction
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ConfigError(f"{value!r} is not allowed; must be from 0 to 1", path="correction_fraction")
+        checks.number("correction_fraction", self.correction_fraction, least=0, most=1)
 
     @property
     def correction(self) -> float:

@@ -7,11 +7,10 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, Memory
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Placement
-from kfdist.curvature.inverter_checks import check_choice, check_count, check_switch
 from kfdist.curvature.statistics import Needs, SampleBudget, Samples
-from kfdist.errors import ConfigError
 from kfdist.linalg.cg import CgSolution, conjugate_gradient
 from kfdist.linalg.row_products import fisher_diagonal, fisher_product, fisher_trace, keep_rows, kronecker_product
 from kfdist.types import BlockShape
@@ -164,23 +163,15 @@ class CgFac(AbstractInverter):
     rows: int | None = 16384
 
     def __post_init__(self) -> None:
-        check_choice("operator", self.operator, get_args(CgOperator))
-        if (
-            isinstance(self.tolerance, bool)
-            or not isinstance(self.tolerance, int | float)
-            or not 0 < self.tolerance < 1
-        ):
-            raise ConfigError(
-                f"{self.tolerance!r} is not allowed; must be a number between 0 and 1, the ends excluded",
-                path="tolerance",
-            )
-        check_count("max_iterations", self.max_iterations, least=1)
-        check_switch("jacobi", self.jacobi)
-        check_switch("warm_start", self.warm_start)
-        check_choice("solve", self.solve, get_args(CgPlace))
-        check_count("examples", self.examples, least=1)
+        checks.choice("operator", self.operator, get_args(CgOperator))
+        checks.number("tolerance", self.tolerance, above=0, below=1)
+        checks.count("max_iterations", self.max_iterations, least=1)
+        checks.switch("jacobi", self.jacobi)
+        checks.switch("warm_start", self.warm_start)
+        checks.choice("solve", self.solve, get_args(CgPlace))
+        checks.count("examples", self.examples, least=1)
         if self.rows is not None:
-            check_count("rows", self.rows, least=1)
+            checks.count("rows", self.rows, least=1)
 
     def needs(self, shape: BlockShape) -> Needs:
         """Wants rows and no sums."""

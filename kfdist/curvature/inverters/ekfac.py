@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, Memory
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverter_checks import check_count
 from kfdist.curvature.spectra import EIGH_FLOPS, full_spectrum
 from kfdist.curvature.statistics import KroneckerFactors, Needs, SampleBudget, Samples
 from kfdist.linalg.psd import trace
@@ -91,9 +91,9 @@ class Ekfac(AbstractInverter):
     rows: int | None = 16384
 
     def __post_init__(self) -> None:
-        check_count("examples", self.examples, least=1)
+        checks.count("examples", self.examples, least=1)
         if self.rows is not None:
-            check_count("rows", self.rows, least=1)
+            checks.count("rows", self.rows, least=1)
 
     def needs(self, shape: BlockShape) -> Needs:
         """Wants the factors, and rows for the scales."""

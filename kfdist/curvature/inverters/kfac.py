@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverter_checks import check_choice
 from kfdist.curvature.spectra import EIGH_FLOPS, assemble, full_spectrum, probes_like
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.kronecker import DampingRule, split_by_largest, split_by_trace
@@ -36,7 +36,7 @@ class Kfac(AbstractInverter):
     damping_rule: Literal["pi", "relative"] = "pi"
 
     def __post_init__(self) -> None:
-        check_choice("damping_rule", self.damping_rule, ("pi", "relative"))
+        checks.choice("damping_rule", self.damping_rule, ("pi", "relative"))
 
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
@@ -98,7 +98,7 @@ class KfacEigen(AbstractInverter):
     damping_rule: DampingRule = "common"
 
     def __post_init__(self) -> None:
-        check_choice("damping_rule", self.damping_rule, ("common", "pi", "relative"))
+        checks.choice("damping_rule", self.damping_rule, ("common", "pi", "relative"))
 
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int

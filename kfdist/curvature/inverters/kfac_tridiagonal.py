@@ -8,9 +8,9 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, CoupledPreconditioner, Memory
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion, Outcome
-from kfdist.curvature.inverter_checks import check_switch
 from kfdist.curvature.spectra import EIGH_FLOPS, NEGATIVE_TOLERANCE, probes_like
 from kfdist.curvature.statistics import ChainFactors, Needs
 from kfdist.linalg.kronecker import split_by_trace
@@ -130,7 +130,7 @@ class KfacTridiagonal(AbstractInverter):
     assume_chain: bool = False
 
     def __post_init__(self) -> None:
-        check_switch("assume_chain", self.assume_chain)
+        checks.switch("assume_chain", self.assume_chain)
 
     def needs(self, shape: BlockShape) -> Needs:
         """Asks for both factors and the cross factors with the next layer."""

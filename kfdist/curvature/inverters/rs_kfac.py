@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverter_checks import check_choice, check_count, check_switch
 from kfdist.curvature.spectra import (
     EIGH_FLOPS,
     AdaptiveRank,
@@ -66,12 +66,12 @@ class AbstractSketchedKfac(AbstractInverter):
     warm_start: bool = False
 
     def __post_init__(self) -> None:
-        check_count("rank", self.rank, least=1)
-        check_count("oversampling", self.oversampling, least=0)
-        check_count("power_iterations", self.power_iterations, least=0)
-        check_choice("damping_rule", self.damping_rule, ("pi", "relative", "common"))
+        checks.count("rank", self.rank, least=1)
+        checks.count("oversampling", self.oversampling, least=0)
+        checks.count("power_iterations", self.power_iterations, least=0)
+        checks.choice("damping_rule", self.damping_rule, ("pi", "relative", "common"))
         for switch in ("spectrum_continuation", "adaptive_rank", "warm_start"):
-            check_switch(switch, getattr(self, switch))
+            checks.switch(switch, getattr(self, switch))
         object.__setattr__(self, "rank_schedule", _checked_schedule(self.rank_schedule))
         if self.adaptive_rank:
             self._check_adaptive()
@@ -180,8 +180,8 @@ def _checked_schedule(value: Any) -> RankSchedule:
     for pair in given:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ConfigError(f"{pair!r} is not allowed; write pairs [inversion, rank]", path="rank_schedule")
-        check_count("rank_schedule", pair[0], least=0)
-        check_count("rank_schedule", pair[1], least=1)
+        checks.count("rank_schedule", pair[0], least=0)
+        checks.count("rank_schedule", pair[1], least=1)
     starts = [pair[0] for pair in given]
     if starts != sorted(set(starts)):
         raise ConfigError(f"the inversions {starts} are not allowed; they must rise", path="rank_schedule")

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner
-from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome, split_seed
-from kfdist.curvature.inverter_checks import check_choice, check_count
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
 from kfdist.curvature.inverters.seng_directions import (
     BackProjection,
     Scaling,
@@ -22,6 +22,7 @@ from kfdist.curvature.statistics import Needs, SampleBudget, Samples
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import eigen_residual
 from kfdist.linalg.sketch import gram, gram_of_sums, sampled_first, square_norms, whiten_gram
+from kfdist.seeds import split_seed
 from kfdist.types import BlockShape
 
 
@@ -72,15 +73,15 @@ class Seng(AbstractInverter):
     aggregate: Literal["global", "local-average"] = "global"
 
     def __post_init__(self) -> None:
-        check_count("examples", self.examples, least=1)
-        check_count("threshold", self.threshold, least=0)
+        checks.count("examples", self.examples, least=1)
+        checks.count("threshold", self.threshold, least=0)
         for field in ("columns", "column_sample_size"):
             if getattr(self, field) is not None:
-                check_count(field, getattr(self, field), least=1)
-        check_choice("form", self.form, ("auto", "explicit", "implicit"))
-        check_choice("scaling", self.scaling, ("unbiased", "published"))
-        check_choice("back_projection", self.back_projection, ("exact", "mean-field"))
-        check_choice("aggregate", self.aggregate, ("global", "local-average"))
+                checks.count(field, getattr(self, field), least=1)
+        checks.choice("form", self.form, ("auto", "explicit", "implicit"))
+        checks.choice("scaling", self.scaling, ("unbiased", "published"))
+        checks.choice("back_projection", self.back_projection, ("exact", "mean-field"))
+        checks.choice("aggregate", self.aggregate, ("global", "local-average"))
         if self.form == "explicit" and self.back_projection == "mean-field":
             raise ConfigError(
                 "'mean-field' has no effect on the explicit form; use form 'auto' or 'implicit'", path="back_projection"

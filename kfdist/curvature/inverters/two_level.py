@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, CoupledPreconditioner, KroneckerSpectrum, Memory
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion, Outcome, Placement
-from kfdist.curvature.inverter_checks import check_choice
 from kfdist.curvature.statistics import CoarseFactors, KroneckerFactors, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import symmetrise
@@ -156,9 +156,9 @@ class TwoLevel(AbstractInverter):
     combination: Combination = "difference"
 
     def __post_init__(self) -> None:
-        check_choice("combination", self.combination, get_args(Combination))
-        _check_weight("omega_fine", self.omega_fine)
-        _check_weight("omega_coarse", self.omega_coarse)
+        checks.choice("combination", self.combination, get_args(Combination))
+        checks.number("omega_fine", self.omega_fine, least=0)
+        checks.number("omega_coarse", self.omega_coarse, least=0)
         if self.omega_fine == 0:
             raise ConfigError("0 is not allowed; most of the direction is the inner method's", path="omega_fine")
         if self.combination == "difference" and self.omega_coarse > self.omega_fine:
@@ -312,8 +312,3 @@ def _correlations(statistics: Sequence[CoarseFactors]) -> tuple[Tensor, Tensor, 
         scale = found.diagonal().rsqrt()
         found = found * scale * scale.unsqueeze(-1)
     return found, sizes, smallest
-
-
-def _check_weight(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ConfigError(f"{value!r} is not allowed; must be a number of at least 0", path=name)

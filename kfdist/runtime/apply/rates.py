@@ -1,22 +1,17 @@
 """What a preconditioner reads of the optimizer and the scaler."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
+from kfdist import checks
 from kfdist.errors import ConfigError, KfdistError
 
 Scalar = float | Callable[[int], float]
 """A number, or a callable of the step."""
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Says whether `value` is a plain number; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class LearningRates:
@@ -32,7 +27,7 @@ class LearningRates:
 
     def __init__(self, lr: Scalar | None, *, needed: bool) -> None:
         if lr is not None and not callable(lr):
-            _check(lr, "lr is")
+            _check(lr, "lr")
         self._lr = lr
         self._needed = needed
         self.optimizer: torch.optim.Optimizer | None = None
@@ -63,7 +58,7 @@ class LearningRates:
         """
         if self._lr is not None:
             value = float(self._lr(step) if callable(self._lr) else self._lr)
-            _check(value, f"lr at step {step} is")
+            _check(value, f"lr at step {step}")
             return lambda _parameter: value
         if self.optimizer is not None:
             return self._of_optimizer(self.optimizer)
@@ -81,9 +76,8 @@ class LearningRates:
         return lambda parameter: rates.get(id(parameter), 0.0)
 
 
-def _check(lr: float, what: str) -> None:
-    if not (is_number(lr) and math.isfinite(lr) and lr >= 0.0):
-        raise ConfigError(f"{what} {lr!r}; a finite number, at least 0, or a callable of the step is needed")
+def _check(lr: float, field: str) -> None:
+    checks.number(field, lr, least=0, hint="or a callable of the step")
 
 
 def check_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer | None) -> None:

@@ -1,6 +1,5 @@
 """The courier rank's jobs: shipped inputs, frozen results, and back-pressure."""
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -8,18 +7,6 @@ from kfdist.curvature.jobs import chain_jobs, job_after
 from kfdist.links.link import AbstractLink
 from kfdist.policies.adoption import NO_VERSION
 from kfdist.types import Job, JobResult
-
-
-def seed_of(run_seed: int, block: str, version: int) -> int:
-    """Returns a job's seed: a fixed hash of the run's seed, the block's name and the version, and of nothing else."""
-    digest = hashlib.sha256(f"{run_seed}/{block}/{version}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def own_seed_of(run_seed: int, block: str, version: int, rank: int) -> int:
-    """Returns a seed like `seed_of` that differs from rank to rank."""
-    label = f"{seed_of(run_seed, block, version)}/{rank}"
-    return int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1
 
 
 class JobBook:

@@ -1,10 +1,10 @@
 """Where a preconditioner's inversions are done when not in its own process."""
 
-import math
 import re
 import time
 from dataclasses import dataclass
 
+from kfdist import checks
 from kfdist.errors import ConfigError
 from kfdist.policies.assignment import POLICIES
 from kfdist.types import RUN_NAME_PATTERN
@@ -42,12 +42,10 @@ class Service:
                 f"the run's name is {self.run!r}; 1 to 63 letters, digits, '.', '_' and '-' are needed, with a letter "
                 "or digit at both ends"
             )
-        if self.epoch is not None and (not isinstance(self.epoch, int) or self.epoch < 1):
-            raise ConfigError(f"epoch is {self.epoch!r}; a whole number, at least 1, is needed")
-        if self.assignment not in POLICIES:
-            raise ConfigError(f"assignment is {self.assignment!r}; allowed are {', '.join(map(repr, POLICIES))}")
-        if not (self.deadline_seconds > 0 and math.isfinite(self.deadline_seconds)):
-            raise ConfigError(f"deadline_seconds is {self.deadline_seconds!r}; a positive, finite number is needed")
+        if self.epoch is not None:
+            checks.count("epoch", self.epoch, least=1, hint="or None, which draws one from rank 0's clock")
+        checks.choice("assignment", self.assignment, POLICIES)
+        checks.number("deadline_seconds", self.deadline_seconds, above=0)
 
 
 def connect(

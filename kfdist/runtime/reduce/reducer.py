@@ -12,7 +12,6 @@ from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import Inversion, Placement
 from kfdist.curvature.statistics import Samples
 from kfdist.errors import KfdistError
-from kfdist.runtime.invert.job_book import own_seed_of, seed_of
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.contributions import (
@@ -24,6 +23,7 @@ from kfdist.runtime.reduce.contributions import (
     with_increment,
 )
 from kfdist.runtime.reduce.example_rows import SampleExchange, SampleRequest
+from kfdist.seeds import block_seed, rank_seed
 from kfdist.types import BlockName
 from kfdist.wire.records import tensor_fields
 
@@ -145,7 +145,7 @@ class StatisticsReducer:
                     rows=None if batch is None else batch.samples,
                     step_is_finite=step_is_finite,
                     destination=None,
-                    seed=seed_of(self._seed, block.name, step),
+                    seed=block_seed(self._seed, block.name, step),
                     dtype=_dtype_of(block.parameters()[0]),
                 )
                 local[block.name] = self.samples.local(request)
@@ -252,7 +252,7 @@ class StatisticsReducer:
                 statistics[name], measured[name] = gathered[name], gathered[name].weight.sum() > 0
             else:
                 return None
-        seeds = {name: seed_of(self._seed, name, step) for name in statistics}
+        seeds = {name: block_seed(self._seed, name, step) for name in statistics}
         inversions = group.inverter.invert_group(statistics, damping=1.0, previous={}, seeds=seeds)
         return OwnInversion(
             preconditioners={name: _preconditioner(name, each) for name, each in inversions.items()},
@@ -260,7 +260,7 @@ class StatisticsReducer:
         )
 
     def _own_seed(self, name: BlockName, step: int) -> int:
-        return own_seed_of(self._seed, name, step, self._communicator.rank)
+        return rank_seed(block_seed(self._seed, name, step), self._communicator.rank)
 
 
 def _count_dropped(sums: WeightedSums, rows: Iterable[Tensor]) -> None:

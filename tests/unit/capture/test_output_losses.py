@@ -149,9 +149,9 @@ def test_half_precision_outputs_are_worked_on_in_float32(name: str):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"name": "nll"}, "allowed are cross_entropy, mse"),
-        ({"name": "mse", "reduction": "none"}, "'mean' and 'sum'"),
-        ({"name": "cross_entropy", "label_smoothing": 1.5}, r"in \[0, 1\]"),
+        ({"name": "nll"}, "choose one of 'cross_entropy', 'mse'"),
+        ({"name": "mse", "reduction": "none"}, "'mean', 'sum'"),
+        ({"name": "cross_entropy", "label_smoothing": 1.5}, r"at least 0 and at most 1"),
         ({"name": "mse", "label_smoothing": 0.1}, "belongs to cross_entropy"),
         ({"name": "mse", "weight": SHARES}, "leave them out"),
         ({"name": "cross_entropy", "pos_weight": SHARES}, "belongs to binary_cross_entropy"),

@@ -11,11 +11,11 @@ from kfdist.errors import ConfigError
 # What is set, the path the error names, and words its message must have.
 BAD = [
     # unknown keys
-    ("run.stepz=3", "run.stepz", ["unknown key", "did you mean `steps`", "[run] has: name"]),
-    ("rum.steps=3", "rum", ["unknown key", "did you mean `run`"]),
-    ("run.damping=3", "run.damping", ["did you mean `preconditioner.damping`"]),
+    ("run.stepz=3", "run.stepz", ["unknown key", "did you mean 'steps'", "[run] has: name"]),
+    ("rum.steps=3", "rum", ["unknown key", "did you mean 'run'"]),
+    ("run.damping=3", "run.damping", ["did you mean 'preconditioner.damping'"]),
     ("run.zzz=3", "run.zzz", ["unknown key; [run] has: name, dir"]),
-    ("preconditioner.staleness.soft_bund=30", "preconditioner.staleness.soft_bund", ["`soft_bound`"]),
+    ("preconditioner.staleness.soft_bund=30", "preconditioner.staleness.soft_bund", ["did you mean 'soft_bound'"]),
     # types
     ("run.steps=abc", "run.steps", ["is 'abc', a string", "an integer"]),
     ("run.steps=1.5", "run.steps", ["is 1.5, a float", "an integer"]),
@@ -39,11 +39,11 @@ BAD = [
     ("run.steps=0", "run.steps", ["is 0", "at least 1"]),
     ("checkpoint.keep=0", "checkpoint.keep", ["is 0", "at least 1"]),
     # choices
-    ("preconditioner.adoption=fixedlag", "preconditioner.adoption", ["'fixedlag'", "did you mean `fixed-lag`"]),
-    ("cluster.assignment=lptt", "cluster.assignment", ["did you mean `lpt`", "round_robin"]),
+    ("preconditioner.adoption=fixedlag", "preconditioner.adoption", ["'fixedlag'", "did you mean 'fixed-lag'"]),
+    ("cluster.assignment=lptt", "cluster.assignment", ["did you mean 'lpt'", "round_robin"]),
     ("cluster.link=socket", "cluster.link", ["'service' or 'local'"]),
     ("preconditioner.fisher=monte-carlo", "preconditioner.fisher", ["'empirical', 'mc' or 'exact'"]),
-    ("preconditioner.weight_sharing=expnd", "preconditioner.weight_sharing", ["did you mean `expand`"]),
+    ("preconditioner.weight_sharing=expnd", "preconditioner.weight_sharing", ["did you mean 'expand'"]),
     ("checkpoint.statistics=fold", "checkpoint.statistics", ["'per-rank' or 'folded'"]),
     # combinations
     ("cluster.owners=0", "cluster.owners", ['link = "service" needs at least 1', '"local" needs none']),

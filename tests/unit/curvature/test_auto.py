@@ -118,7 +118,11 @@ def test_names_make_inverters_or_the_chooser() -> None:
     ("name", "settings", "message"),
     [
         ("auto", {"budget": 3}, "settings: auto has no setting 'budget'; allowed are seconds_per_inversion, bytes_"),
-        ("auto", {"seconds_per_inversion": 0}, "seconds_per_inversion: 0 is not allowed; must be a positive"),
+        (
+            "auto",
+            {"seconds_per_inversion": 0},
+            "seconds_per_inversion: 0 is not allowed; must be a finite number",
+        ),
         ("auto", {"seconds_per_inversion": "2"}, "seconds_per_inversion: '2'"),
         ("auto", {"bytes_per_block": float("inf")}, "bytes_per_block: inf"),
         ("auto", {"allow": []}, r"allow: \(\) is not allowed; name some of kfac-eigen"),

@@ -57,14 +57,18 @@ def test_the_digits_model_has_a_curvature_factor_worth_inverting_elsewhere():
 @pytest.mark.parametrize(
     ("call", "path", "words"),
     [
-        (lambda: load_data("digit", {}), "data.name", "did you mean `digits`"),
-        (lambda: load_data("digits", {"test_fracton": 0.1}), "data.settings.test_fracton", "`test_fraction`"),
+        (lambda: load_data("digit", {}), "data.name", "did you mean 'digits'"),
+        (
+            lambda: load_data("digits", {"test_fracton": 0.1}),
+            "data.settings.test_fracton",
+            "did you mean 'test_fraction'",
+        ),
         (lambda: load_data("digits", {"test_fraction": 1.5}), "data.settings.test_fraction", "less than 1"),
         (lambda: load_data("synthetic", {"shape": "x"}), "data.settings.shape", "a list"),
         (
             lambda: build_model("digits-cn", {}, example_shape=(1, 8, 8), classes=2, seed=0),
             "model.name",
-            "did you mean `digits-cnn`",
+            "did you mean 'digits-cnn'",
         ),
         (
             lambda: build_model("digits-cnn", {}, example_shape=(5,), classes=2, seed=0),

@@ -150,5 +150,5 @@ def test_bad_input_is_named(groups, owners, policy, words):
 
 
 def test_no_rank_is_refused():
-    with pytest.raises(ConfigError, match="world_size is 0"):
+    with pytest.raises(ConfigError, match="world_size: 0 is not allowed"):
         courier_ranks([], 0)

@@ -65,7 +65,7 @@ def test_inversions_are_spread_evenly_over_the_period(schedule: Schedule):
 @pytest.mark.parametrize("name", ["factor_period", "inverse_period"])
 @pytest.mark.parametrize("bad", [0, -10, 2.5, "10", None, True])
 def test_periods_are_whole_and_positive(name: str, bad: object):
-    with pytest.raises(ConfigError, match=rf"{name} is .*at least 1"):
+    with pytest.raises(ConfigError, match=rf"{name}: .*at least 1"):
         Schedule(**{"factor_period": 1, "inverse_period": 1, "groups": 1, name: bad})  # type: ignore[arg-type]
 
 

@@ -43,8 +43,8 @@ def test_arguments_arrive():
 @pytest.mark.parametrize(
     ("section", "path", "words"),
     [
-        (OptimizerSection(name="sdg"), "optimizer.name", "did you mean `sgd`"),
-        (OptimizerSection(settings={"nestrov": True}), "optimizer.settings.nestrov", "did you mean `nesterov`"),
+        (OptimizerSection(name="sdg"), "optimizer.name", "did you mean 'sgd'"),
+        (OptimizerSection(settings={"nestrov": True}), "optimizer.settings.nestrov", "did you mean 'nesterov'"),
         (OptimizerSection(momentum=0.0, settings={"nesterov": True}), "optimizer.settings", "sgd refuses .*Nesterov"),
         (OptimizerSection(name="adam", settings={"betas": [2.0, 0.5]}), "optimizer.settings", "adam refuses .*beta"),
     ],

@@ -27,9 +27,9 @@ def small(directory: Path, *overrides: str):
     ("override", "path", "words"),
     [
         ("model.name=cnn", "model.name", "is 'cnn'"),
-        ("data.name=digit", "data.name", "did you mean `digits`"),
+        ("data.name=digit", "data.name", "did you mean 'digits'"),
         ("data.batch_size=201", "data.batch_size", "1 rank would take 201 .* at most 200"),
-        ("optimizer.name=sdg", "optimizer.name", "did you mean `sgd`"),
+        ("optimizer.name=sdg", "optimizer.name", "did you mean 'sgd'"),
         ("preconditioner.method=rskfac", "preconditioner.method", "did you mean 'rs-kfac'"),
         ("preconditioner.settings.rnk=3", "preconditioner.settings", "did you mean 'rank'"),
         ("preconditioner.settings.rank=0", "preconditioner.settings.rank", "at least 1"),

@@ -76,7 +76,7 @@ def test_a_frozen_bias_is_left_out_of_the_block() -> None:
 
 
 def test_an_unknown_sharing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="weight_sharing: is 'pool'; 'expand' or 'reduce' is needed"):
+    with pytest.raises(ConfigError, match="weight_sharing: 'pool' is not allowed; choose one of 'expand', 'reduce'"):
         make_block("fc", nn.Linear(3, 4), "pool")
 
 
