@@ -61,7 +61,7 @@ def test_the_digits_model_has_a_curvature_factor_worth_inverting_elsewhere():
         (
             lambda: load_data("digits", {"test_fracton": 0.1}),
             "data.settings.test_fracton",
-            "did you mean 'test_fraction'",
+            "mean 'test_fraction'",
         ),
         (lambda: load_data("digits", {"test_fraction": 1.5}), "data.settings.test_fraction", "less than 1"),
         (lambda: load_data("synthetic", {"shape": "x"}), "data.settings.shape", "a list"),
