@@ -1,7 +1,8 @@
 """The process that inverts: `python -m kfdist.owner.child`, started by an owner, which kills it at a job's deadline.
 
 A deadline doesn't stop LAPACK and no exception survives a crash, so the work is done where both only cost a process.
-Frames over its standard streams, see `kfdist.owner.frames`: a greeting first, then one answer per payload.
+It greets with a JSON object that has its fingerprint, and answers each payload with a JSON object: the kind of answer,
+and the seconds of the inversion, with the bytes of the result to follow, or the reason why there is none.
 """
 
 import argparse
@@ -9,54 +10,65 @@ import json
 import os
 import signal
 import time
-from typing import BinaryIO
+from enum import StrEnum
+from multiprocessing.connection import Connection
 
-from kfdist.owner.frames import Answer, read_frame, write_frame
 from kfdist.system.lifetime import exit_with_process
 
 
+class Answer(StrEnum):
+    """Kinds of answers to a payload."""
+
+    RESULT = "result"
+    """What `kfdist.curvature.jobs.run_job` returned is the next message."""
+    REFUSAL = "refusal"
+    """The payload is malformed."""
+    FAULT = "fault"
+    """The inversion raised."""
+
+
 def main() -> None:
-    """Serves jobs until its standard input ends or its owner does."""
+    """Serves jobs until its owner closes the connection or ends."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--connection", type=int, required=True, metavar="DESCRIPTOR")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--owner-pid", type=int, required=True)
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for the pool, which ends its owners in order
     exit_with_process(arguments.owner_pid)
-    jobs, answers = _take_streams()
-    _serve(jobs, answers, arguments.threads, arguments.device)
+    os.set_inheritable(arguments.connection, False)
+    with Connection(arguments.connection) as owner:
+        _serve(owner, arguments.threads, arguments.device)
 
 
-def _take_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Takes the standard streams for frames, so that nothing a library prints can get between them."""
-    jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    os.dup2(2, 1)
-    return jobs, answers
-
-
-def _serve(jobs: BinaryIO, answers: BinaryIO, threads: int, device: str) -> None:
+def _serve(owner: Connection, threads: int, device: str) -> None:
     import torch
 
     from kfdist.curvature.fingerprint import fingerprint
     from kfdist.curvature.jobs import job_threads, run_job
 
+    def say(**content: object) -> None:
+        owner.send_bytes(json.dumps(content).encode())
+
     torch.set_num_threads(threads)
-    write_frame(answers, Answer.GREETING, json.dumps({"fingerprint": fingerprint(device, threads)}).encode())
-    while (frame := read_frame(jobs)) is not None:
-        payload = frame[2]
+    say(fingerprint=fingerprint(device, threads))
+    while True:
+        try:
+            payload = owner.recv_bytes()
+        except (EOFError, OSError):  # the owner has gone, between two messages or within one
+            return
         begun = time.perf_counter()
         try:
             torch.set_num_threads(job_threads(payload))
-            result, kind = run_job(payload, device=device), Answer.RESULT
+            result = run_job(payload, device=device)
         except ValueError as error:  # the payload is malformed; anything wrong with its numbers would be a result
-            result, kind = str(error).encode(), Answer.REFUSAL
+            say(kind=Answer.REFUSAL, reason=str(error))
         except Exception as error:  # out of memory, above all: may go better next time, or elsewhere
-            result, kind = f"{type(error).__name__}: {error}".encode(), Answer.FAULT
-        write_frame(answers, kind, result, seconds=time.perf_counter() - begun)
+            say(kind=Answer.FAULT, reason=f"{type(error).__name__}: {error}")
+        else:
+            say(kind=Answer.RESULT, seconds=time.perf_counter() - begun)
+            owner.send_bytes(result)
 
 
 if __name__ == "__main__":

@@ -4,24 +4,24 @@ Plain blocking code without Ray and gRPC; an owner calls it from one thread at a
 """
 
 import contextlib
-import fcntl
 import json
 import os
-import select
+import socket
 import subprocess
 import threading
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
 
-from kfdist.owner.frames import HEAD, Answer
+from kfdist.owner.child import Answer
+from kfdist.system.processes import describe_exit
 from kfdist.system.spawn import module_command, with_package
 
 CHILD_MODULE = "kfdist.owner.child"
 
 _GREETING_SECONDS = 120.0
 """How long a new process may take to import torch; a cold file cache on a loaded machine takes its time."""
-
-_PIPE_BYTES = 1 << 20
 
 
 class ExecutionFailed(Exception):
@@ -118,10 +118,12 @@ class Executor:
             PayloadRefused: The payload is malformed.
         """
         child = self._ready()
-        deadline = time.monotonic() + deadline_seconds
         try:
-            child.send(payload, deadline)
-            kind, seconds, data = child.receive(deadline)
+            with child.deadline(deadline_seconds):
+                child.connection.send_bytes(payload)
+                answer = child.receive()
+                if answer["kind"] == Answer.RESULT:
+                    return Execution(result=child.connection.recv_bytes(), seconds=answer["seconds"])
         except TimeoutError:
             self._replace()
             raise DeadlineExceeded(
@@ -129,12 +131,9 @@ class Executor:
             ) from None
         except EOFError:
             raise ChildCrashed(f"the inversion process {self._replace()} in the middle of an inversion") from None
-        if kind is Answer.RESULT:
-            return Execution(result=data, seconds=seconds)
-        sentence = data.decode(errors="replace")
-        if kind is Answer.REFUSAL:
-            raise PayloadRefused(sentence)
-        raise InversionRaised(f"the inversion raised {sentence}")
+        if answer["kind"] == Answer.REFUSAL:
+            raise PayloadRefused(answer["reason"])
+        raise InversionRaised(f"the inversion raised {answer['reason']}")
 
     def close(self) -> None:
         """Ends the process; an inversion in progress fails. Safe to call twice and from any thread."""
@@ -151,13 +150,15 @@ class Executor:
             child = self._child
             if not child.greeted:
                 try:
-                    _, _, greeting = child.receive(time.monotonic() + _GREETING_SECONDS)
+                    with child.deadline(_GREETING_SECONDS):
+                        self._fingerprint = child.receive()["fingerprint"]
                 except TimeoutError:
-                    ended = self._discard()
-                    raise ChildCrashed(f"the inversion process {ended}, after {_GREETING_SECONDS:g} s") from None
+                    self._discard()
+                    raise ChildCrashed(
+                        f"the inversion process wasn't ready after {_GREETING_SECONDS:g} s and was killed"
+                    ) from None
                 except EOFError:
                     raise ChildCrashed(f"the inversion process {self._discard()} before it was ready") from None
-                self._fingerprint = json.loads(greeting)["fingerprint"]
                 child.greeted = True
             return child
 
@@ -181,7 +182,12 @@ class Executor:
 
 
 class _Child:
-    """One process and its pipes. Every wait has a deadline: TimeoutError then, EOFError when the process has gone."""
+    """One process and the connection to it, over which bytes are sent, never pickles.
+
+    Attributes:
+        connection: Our end; to be used within `deadline`.
+        greeted: Whether it has said that it is ready.
+    """
 
     def __init__(self, module: str, threads: int, device: str) -> None:
         environment = {
@@ -190,78 +196,64 @@ class _Child:
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
         }
-        self._process = subprocess.Popen(
-            module_command(module, "--threads", str(threads), "--device", device, "--owner-pid", str(os.getpid())),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._input, self._output = self._process.stdin.fileno(), self._process.stdout.fileno()
-        for descriptor in (self._input, self._output):
-            os.set_blocking(descriptor, False)
-            with contextlib.suppress(OSError):  # only faster
-                fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        ours, theirs = socket.socketpair()
+        arguments = {"connection": theirs.fileno(), "threads": threads, "device": device, "owner-pid": os.getpid()}
+        with theirs:
+            self._process = subprocess.Popen(
+                module_command(module, *(f"--{name}={value}" for name, value in arguments.items())),
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what libraries print goes where the owner's log goes
+                env=environment,
+                pass_fds=[theirs.fileno()],
+            )
+        self.connection = Connection(ours.detach())
         self.greeted = False
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def send(self, payload: bytes | bytearray, deadline: float) -> None:
-        """Writes a payload's frame."""
-        for data in (HEAD.pack(Answer.PAYLOAD, len(payload), 0.0), payload):
-            view = memoryview(data)
-            while view:
-                _wait_for(self._input, select.POLLOUT, deadline)
-                try:
-                    view = view[os.write(self._input, view) :]
-                except BlockingIOError:
-                    continue
-                except BrokenPipeError:
-                    raise EOFError from None
+    def receive(self) -> dict[str, Any]:
+        """Reads one JSON object."""
+        return json.loads(self.connection.recv_bytes())
 
-    def receive(self, deadline: float) -> tuple[Answer, float, bytes]:
-        """Reads one frame."""
-        kind, size, seconds = HEAD.unpack(self._read(HEAD.size, deadline))
-        return Answer(kind), seconds, bytes(self._read(size, deadline))
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Kills the process if what is done in the context takes longer, which ends every wait for it.
 
-    def _read(self, size: int, deadline: float) -> bytearray:
-        received = bytearray()
-        while len(received) < size:
-            _wait_for(self._output, select.POLLIN, deadline)
-            try:
-                part = os.read(self._output, min(size - len(received), _PIPE_BYTES))
-            except BlockingIOError:
-                continue
-            if not part:
-                raise EOFError
-            received += part
-        return received
+        Raises:
+            TimeoutError: It took longer.
+            EOFError: The process has gone.
+        """
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self.kill()
+
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (EOFError, OSError):  # OSError: it went in the middle of a message
+            if not expired.is_set():
+                raise EOFError from None
+        finally:
+            timer.cancel()
+            timer.join()  # else it might kill the process later, in another job's time
+        if expired.is_set():
+            raise TimeoutError
 
     def kill(self) -> None:
         self._process.kill()
 
     def end(self) -> str:
         """Kills it, reaps it, and says how it ended."""
-        ended = self._process.poll()
-        if ended is None:
-            # Its pipe may close an instant before it can be reaped.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                ended = self._process.wait(0.2)
+        # Its connection may close an instant before it can be reaped.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.2)
         self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
-        if ended is None:
-            return "was killed by its owner"
-        return f"was killed by signal {-ended}" if ended < 0 else f"ended with exit status {ended}"
-
-
-def _wait_for(descriptor: int, event: int, deadline: float) -> None:
-    poller = select.poll()
-    poller.register(descriptor, event)
-    if not poller.poll(max(deadline - time.monotonic(), 0.0) * 1000):
-        raise TimeoutError
+        ended = self._process.wait()
+        self.connection.close()
+        return describe_exit(ended)

@@ -206,7 +206,7 @@ def test_a_crash(stub, owner, folder):
     threading.Timer(0.5, os.kill, (owner.status()["child_pid"], signal.SIGKILL)).start()
     code, sentence = refusal(stub, [header(data), *chunks(data)])
     assert code is Code.INTERNAL
-    assert "killed by signal 9" in sentence
+    assert "killed by SIGKILL" in sentence
 
 
 def test_bytes_that_are_no_job(stub):
