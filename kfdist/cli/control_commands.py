@@ -13,8 +13,7 @@ from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from kfdist.control.client import ControlClient
-    from kfdist.control.views import RunView
+    from kfdist.control.client import ControlClient, RunView
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 

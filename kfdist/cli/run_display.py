@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from kfdist.control.views import EventView, RunView
+from kfdist.control.client import EventView, RunView
 
 
 def print_run(run: RunView, *, as_json: bool) -> None:

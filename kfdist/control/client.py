@@ -1,14 +1,16 @@
-"""A small synchronous client of the controller, for commands and the launcher."""
+"""A small synchronous client of the controller for commands and the launcher; it answers with plain data."""
 
+import math
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
 import grpc
 
 from kfdist.control.run_rules import RunState
-from kfdist.control.views import EventView, RunView, event_view, run_view
 from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
 from kfdist.rpc.channels import CALL_SECONDS, open_channel
@@ -19,7 +21,45 @@ WATCH_SECONDS = 60.0
 
 RECONNECT_SECONDS = 0.5
 
+_STATES: Mapping[int, RunState] = {run_pb2.RunState.Value(f"RUN_STATE_{state.name}"): state for state in RunState}
+
 Response = TypeVar("Response")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """One run; the fields are those of the Run message in protos/kfdist/v1/run.proto."""
+
+    name: str
+    state: RunState
+    revision: int
+    epoch: int
+    step: int
+    total_steps: int
+    live_workers: int
+    live_owners: int
+    created: datetime
+    directory: str
+    gauges: Mapping[str, float]
+
+    def to_json(self) -> dict[str, object]:
+        """Returns what `--json` prints; a gauge that is no finite number is null, as JSON has no word for it."""
+        gauges = {name: value if math.isfinite(value) else None for name, value in self.gauges.items()}
+        return {**vars(self), "state": self.state.value, "created": self.created.isoformat(), "gauges": gauges}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventView:
+    """One thing that happened in a run."""
+
+    event_id: int
+    time: datetime
+    kind: str
+    text: str
+
+    def to_json(self) -> dict[str, object]:
+        """Returns what `--json` prints."""
+        return {**vars(self), "time": self.time.isoformat()}
 
 
 class ControlClient:
@@ -66,37 +106,37 @@ class ControlClient:
         request = run_pb2.CreateRequest(
             request_id=_request_id(), name=name, directory=directory, total_steps=total_steps, config=config
         )
-        return run_view(self._call(self._runs.Create, request).run)
+        return _run_view(self._call(self._runs.Create, request).run)
 
     def get(self, name: str) -> RunView:
         """Returns a run."""
-        return run_view(self._call(self._runs.Get, run_pb2.GetRequest(name=name)).run)
+        return _run_view(self._call(self._runs.Get, run_pb2.GetRequest(name=name)).run)
 
     def runs(self) -> list[RunView]:
         """Returns all runs, the newest first."""
-        return [run_view(run) for run in self._call(self._runs.List, run_pb2.ListRequest()).runs]
+        return [_run_view(run) for run in self._call(self._runs.List, run_pb2.ListRequest()).runs]
 
     def pause(self, name: str) -> RunView:
         """Asks all ranks of a run to wait at the same step."""
-        return run_view(self._call(self._runs.Pause, run_pb2.PauseRequest(request_id=_request_id(), name=name)).run)
+        return _run_view(self._call(self._runs.Pause, run_pb2.PauseRequest(request_id=_request_id(), name=name)).run)
 
     def resume(self, name: str) -> RunView:
         """Lets a paused run go on."""
-        return run_view(self._call(self._runs.Resume, run_pb2.ResumeRequest(request_id=_request_id(), name=name)).run)
+        return _run_view(self._call(self._runs.Resume, run_pb2.ResumeRequest(request_id=_request_id(), name=name)).run)
 
     def update_settings(self, name: str, *, damping: float) -> RunView:
         """Changes the damping of a run."""
         request = run_pb2.UpdateSettingsRequest(request_id=_request_id(), name=name, damping=damping)
-        return run_view(self._call(self._runs.UpdateSettings, request).run)
+        return _run_view(self._call(self._runs.UpdateSettings, request).run)
 
     def checkpoint(self, name: str) -> RunView:
         """Asks a run for a checkpoint."""
         request = run_pb2.CheckpointRequest(request_id=_request_id(), name=name)
-        return run_view(self._call(self._runs.Checkpoint, request).run)
+        return _run_view(self._call(self._runs.Checkpoint, request).run)
 
     def stop(self, name: str) -> RunView:
         """Asks all ranks of a run to write a checkpoint and end at the same step."""
-        return run_view(self._call(self._runs.Stop, run_pb2.StopRequest(request_id=_request_id(), name=name)).run)
+        return _run_view(self._call(self._runs.Stop, run_pb2.StopRequest(request_id=_request_id(), name=name)).run)
 
     def events(self, name: str, *, after: int = 0) -> Iterator[EventView]:
         """Yields what happened in a run after an event, oldest first."""
@@ -105,7 +145,7 @@ class ControlClient:
             events = self._call(self._runs.ListEvents, request).events
             if not events:
                 return
-            yield from (event_view(event) for event in events)
+            yield from (_event_view(event) for event in events)
             after = events[-1].event_id
 
     def owners(self, name: str) -> list[str]:
@@ -130,7 +170,7 @@ class ControlClient:
             try:
                 for response in self._runs.Watch(request, timeout=WATCH_SECONDS):
                     seen, away_since = response.run.revision, None
-                    yield run_view(response.run)
+                    yield _run_view(response.run)
             except grpc.RpcError as error:
                 code = code_of(error)
                 if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # of this call, not of the watch
@@ -175,6 +215,28 @@ class ControlClient:
     def _fault(self, error: grpc.RpcError) -> KfdistError:
         remedy = "start one with `kfdist serve`, or give its address with --address or KFDIST_CONTROL_ADDRESS"
         return fault_of(error, address=self.address, what="controller", remedy=remedy)
+
+
+def _run_view(run: run_pb2.Run) -> RunView:
+    """Returns a run from its message; a state that this version doesn't know counts as created."""
+    return RunView(
+        name=run.name,
+        state=_STATES.get(run.state, RunState.CREATED),
+        revision=run.revision,
+        epoch=run.epoch,
+        step=run.step,
+        total_steps=run.total_steps,
+        live_workers=run.live_workers,
+        live_owners=run.live_owners,
+        created=run.created.ToDatetime(UTC),
+        directory=run.directory,
+        gauges=dict(run.gauges),
+    )
+
+
+def _event_view(event: run_pb2.Event) -> EventView:
+    """Returns an event from its message."""
+    return EventView(event_id=event.event_id, time=event.time.ToDatetime(UTC), kind=event.kind, text=event.text)
 
 
 def has_ended(run: RunView) -> bool:

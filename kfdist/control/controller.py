@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from kfdist.control.watchers import QUEUED_CHANGES
 from kfdist.errors import EnvironmentFault
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
 from kfdist.rpc.servers import bind, server_options
+from kfdist.system.files import replace_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class Controller:
     Attributes:
         address: Where it serves gRPC, once started.
         metrics_address: Where it serves /metrics, once started.
+        ledger: Its memory of runs and owners, once started; for the event loop that it runs in.
     """
 
     def __init__(self, options: ControllerOptions) -> None:
@@ -112,9 +113,9 @@ class Controller:
             undo.callback(self._metrics.close)
             store = Store(self._options.state)
             undo.callback(store.close)
-            self._ledger = Ledger(store, on_change=exporter.show, queued_changes=self._options.queued_changes)
-            undo.push_async_callback(self._ledger.close)
-            members = Members(self._ledger, exporter, lease_seconds=self._options.lease_seconds)
+            self.ledger = Ledger(store, on_change=exporter.show, queued_changes=self._options.queued_changes)
+            undo.push_async_callback(self.ledger.close)
+            members = Members(self.ledger, exporter, lease_seconds=self._options.lease_seconds)
             await self._announce()
             self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - set under an if
             self._add_services(members, exporter)
@@ -132,7 +133,7 @@ class Controller:
         self._leases.cancel()
         with suppress(asyncio.CancelledError):
             await self._leases
-        await self._ledger.close()
+        await self.ledger.close()
         await asyncio.to_thread(self._metrics.close)
 
     async def _announce(self) -> None:
@@ -145,11 +146,11 @@ class Controller:
                 record, name=run.name, directory=run.directory, total_steps=run.total_steps, now_ns=time.time_ns()
             )
 
-        await self._ledger.change(run.name, rule, config=run.config)
+        await self.ledger.change(run.name, rule, config=run.config)
 
     def _add_services(self, members: Members, exporter: Exporter) -> None:
-        run_pb2_grpc.add_RunServiceServicer_to_server(RunService(self._ledger), self._server)
-        membership = MembershipService(self._ledger, members, exporter)
+        run_pb2_grpc.add_RunServiceServicer_to_server(RunService(self.ledger), self._server)
+        membership = MembershipService(self.ledger, members, exporter)
         membership_pb2_grpc.add_MembershipServiceServicer_to_server(membership, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
@@ -184,7 +185,7 @@ async def _serve(
     await controller.start()
     try:
         if ready_file is not None:
-            _write_ready(ready_file, controller)
+            _say_ready(ready_file, controller)
         if on_ready is not None:
             on_ready(controller)
         _LOG.info("serving on %s, metrics on %s", controller.address, controller.metrics_address)
@@ -194,12 +195,9 @@ async def _serve(
         await controller.stop()
 
 
-def _write_ready(path: Path, controller: Controller) -> None:
-    # Renamed into place: whoever waits for the file never reads half of it.
+def _say_ready(path: Path, controller: Controller) -> None:
     content = {"address": controller.address, "metrics_address": controller.metrics_address}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(json.dumps(content) + "\n")
-        unfinished.replace(path)
+        replace_file(path, (json.dumps(content) + "\n").encode())
     except OSError as error:
         raise EnvironmentFault(f"the ready file {path} can't be written: {error.strerror}; choose another") from None

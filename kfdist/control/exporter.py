@@ -1,17 +1,14 @@
 """The controller's /metrics: one scrape target for everything that a run's processes measured."""
 
 import platform
-import socket
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
-from socketserver import ThreadingMixIn
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import grpc
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -24,11 +21,6 @@ from kfdist.types import Sample
 
 MAX_RUNS = 64
 """Runs that are exported; the one not heard of for longest gives way."""
-
-_POLL_SECONDS = 0.1
-"""How soon the HTTP server notices that it is to end."""
-
-_REQUEST_SECONDS = 10.0
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
@@ -130,7 +122,11 @@ class Exporter(Collector):
 
 
 class MetricsServer:
-    """Serves an exporter's metrics over HTTP from threads of its own."""
+    """Serves an exporter's metrics over HTTP from threads of prometheus_client.
+
+    Attributes:
+        address: Where it serves, "host:port" with the real port.
+    """
 
     def __init__(self, exporter: Exporter, address: str) -> None:
         """Binds and serves at once.
@@ -146,37 +142,17 @@ class MetricsServer:
         host, port = check_loopback(address, path="control.metrics_address")
         registry = CollectorRegistry()
         registry.register(exporter)
-        server_class = _Ipv6Server if ":" in host else _Server
         try:
-            self._server = make_server(host, port, make_wsgi_app(registry), server_class, _SilentHandler)
+            self._server, self._thread = start_http_server(port, host, registry)
         except OSError:
             raise unbindable(host, port, path="control.metrics_address") from None
         self.address = join_address(host, self._server.server_port)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(_POLL_SECONDS,), name="kfdist-metrics", daemon=True
-        )
-        self._thread.start()
 
     def close(self) -> None:
-        """Stops serving."""
+        """Stops serving; takes up to half a second."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True  # a scraper that reads slowly doesn't hold up the end
-
-
-class _Ipv6Server(_Server):
-    address_family = socket.AF_INET6
-
-
-class _SilentHandler(WSGIRequestHandler):
-    timeout = _REQUEST_SECONDS  # a connection that asks for nothing doesn't keep its thread
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Says nothing: a scrape every few seconds is no news."""
 
 
 def _family(families: dict[str, Family], metric: Metric) -> Family:

@@ -17,9 +17,8 @@ import grpc
 
 from kfdist.checks import suggestion
 from kfdist.control.protos import run_message
-from kfdist.control.rows import Answer, Batch, EventRecord, RunUpdate
 from kfdist.control.run_rules import AssignmentRecord, Change, Event, OwnerRecord, RunRecord
-from kfdist.control.store import Store
+from kfdist.control.store import Answer, Batch, EventRecord, RunUpdate, Store
 from kfdist.control.watchers import QUEUED_CHANGES, Watchers
 from kfdist.policies.assignment import assign
 from kfdist.rpc._generated.kfdist.v1 import run_pb2
@@ -104,10 +103,6 @@ class Ledger:
             hint = suggestion(name[:100], self._runs) or f"; there are {len(self._runs)} runs"
             raise Refusal(grpc.StatusCode.NOT_FOUND, f"there is no run {name[:100]!r} here{hint}")
         return self._runs[name]
-
-    def knows(self, name: str) -> bool:
-        """Tells whether there is such a run."""
-        return name in self._runs
 
     def assignment(self, run: str) -> AssignmentRecord:
         """Returns who inverts what in a run; an empty record before rank 0 has registered."""

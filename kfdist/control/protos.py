@@ -1,11 +1,12 @@
 """Records as the messages that go over the wire, and back."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from kfdist.control.rows import EventRecord
 from kfdist.control.run_rules import OwnerRecord, RunRecord
+from kfdist.control.store import EventRecord
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, run_pb2
 from kfdist.types import GroupSpec, RunSettings, Sample
 
@@ -33,13 +34,8 @@ def event_message(event: EventRecord) -> run_pb2.Event:
 
 
 def settings_message(settings: RunSettings) -> membership_pb2.RunSettings:
-    """Returns what ranks are told of people's wishes."""
-    return membership_pb2.RunSettings(
-        revision=settings.revision,
-        desired=settings.desired.value,
-        checkpoint_serial=settings.checkpoint_serial,
-        damping=settings.damping,
-    )
+    """Returns the settings that ranks are told; the message has the fields of the dataclass."""
+    return membership_pb2.RunSettings(**asdict(settings))
 
 
 def owner_messages(owners: Iterable[OwnerRecord]) -> list[inversion_pb2.Owner]:

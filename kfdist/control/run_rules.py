@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import grpc
+from pydantic import ConfigDict
 
 from kfdist.rpc.status import Refusal
 from kfdist.types import Desired, GroupName, GroupSpec, RunSettings
@@ -62,6 +63,9 @@ class RunRecord:
         gauges: Rank 0's gauges by metric name.
         revision: Moves by one at every change of this record.
     """
+
+    # Stored as JSON, which has no word for a loss that is NaN.
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings")
 
     name: str
     directory: str = ""

@@ -1,7 +1,8 @@
 """The controller's SQLite file: what belongs together in one transaction, durable before it is acknowledged.
 
-The file is in WAL mode with `synchronous=FULL`: what was committed survives the process being killed, and the machine
-losing power. People may read it with `sqlite3` while the controller runs; a second controller is kept out by a lock.
+The file is in WAL mode with `synchronous=FULL`: what was committed survives the death of the process and a power
+failure. Runs, assignments and owners are whole JSON documents, one a row, so that `sqlite3` reads them while the
+controller runs: `SELECT name, record ->> 'state' FROM runs`. A lock keeps a second controller out.
 """
 
 import fcntl
@@ -9,38 +10,130 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from kfdist.control.rows import (
-    APPLICATION_ID,
-    KEPT_ANSWERS,
-    SCHEMA,
-    SCHEMA_VERSION,
-    Answer,
-    Batch,
-    Contents,
-    EventRecord,
-    assignment_of,
-    owner_of,
-    run_of,
-    write_assignment,
-    write_owner,
-    write_run,
-)
+from pydantic import TypeAdapter, ValidationError
+
+from kfdist.control.run_rules import AssignmentRecord, Event, OwnerRecord, RunRecord
 from kfdist.errors import EnvironmentFault
+
+SCHEMA_VERSION = 2
+APPLICATION_ID = 0x6B664453  # "kfDS": tells kfdist's files from other databases
+
+KEPT_CHANGES = 1000
+"""Changes kept for each run; a watch can resume from any of them."""
+
+KEPT_EVENTS = 10_000
+"""Events kept for each run."""
+
+KEPT_ANSWERS = 10_000
+"""Answers to mutations kept over all runs; a request repeated later than that is carried out again."""
+
+BUSY_SECONDS = 5.0
+"""How long a transaction waits for another process that writes to the file."""
+
+SCHEMA = f"""
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+CREATE TABLE runs (name TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;
+CREATE TABLE assignments (name TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;
+CREATE TABLE owners (name TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;
+CREATE TABLE configs (run TEXT PRIMARY KEY, config TEXT NOT NULL) STRICT;
+CREATE TABLE changes (
+  run TEXT NOT NULL, revision INTEGER NOT NULL, message BLOB NOT NULL, PRIMARY KEY (run, revision)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE events (
+  event_id INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT NOT NULL, time_ns INTEGER NOT NULL, kind TEXT NOT NULL,
+  text TEXT NOT NULL
+) STRICT;
+CREATE INDEX events_by_run ON events (run, event_id);
+CREATE TABLE answers (
+  serial INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL UNIQUE, request_digest TEXT NOT NULL,
+  message BLOB NOT NULL
+) STRICT;
+"""
+
+_RUN, _ASSIGNMENT, _OWNER = TypeAdapter(RunRecord), TypeAdapter(AssignmentRecord), TypeAdapter(OwnerRecord)
+
+Record = TypeVar("Record", RunRecord, AssignmentRecord, OwnerRecord)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How a mutation was answered.
+
+    Attributes:
+        request_id: The caller's name for the call.
+        request_digest: SHA-256 of the method and the request, hexadecimal.
+        message: The response, serialized.
+    """
+
+    request_id: str
+    request_digest: str
+    message: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRecord:
+    """An event as stored."""
+
+    event_id: int
+    time_ns: int
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunUpdate:
+    """A run's new record with all that becomes durable beside it.
+
+    Attributes:
+        record: The record; its revision is one above the last.
+        message: The Run message that watchers get for it, serialized.
+        events: What happened.
+        config: The run's configuration if it is new, else None.
+    """
+
+    record: RunRecord
+    message: bytes
+    events: tuple[Event, ...] = ()
+    config: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One transaction."""
+
+    time_ns: int
+    runs: tuple[RunUpdate, ...] = ()
+    assignments: tuple[AssignmentRecord, ...] = ()
+    owners: tuple[OwnerRecord, ...] = ()
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """All records by name, runs in the order in which they were made known."""
+
+    runs: dict[str, RunRecord]
+    assignments: dict[str, AssignmentRecord]
+    owners: dict[str, OwnerRecord]
 
 
 class Store:
     """The open file. Calls come from one thread at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Locks the file, then opens or makes it.
+        """Locks the file, then opens it or makes a new one.
 
         Args:
             path: The SQLite file; its folder is made if it is missing.
 
         Raises:
-            EnvironmentFault: Another controller has it, it is no file of ours, or it can't be written.
+            EnvironmentFault: Another controller has it open, it is not a file of kfdist's controller, its format is
+                another kfdist's, or it can't be written.
         """
         self.path = path
         try:
@@ -65,16 +158,17 @@ class Store:
             self._lock = -1
 
     def load(self) -> Contents:
-        """Returns what was last committed."""
+        """Returns what was last committed.
+
+        Raises:
+            EnvironmentFault: The file can't be read, or a record in it is malformed.
+        """
         with self._faults():
-            runs = [run_of(row) for row in self._connection.execute("SELECT * FROM runs ORDER BY created_ns, rowid")]
-            assignments = [assignment_of(row) for row in self._connection.execute("SELECT * FROM assignments")]
-            owners = [owner_of(row) for row in self._connection.execute("SELECT * FROM owners")]
-        return Contents(
-            runs={run.name: run for run in runs},
-            assignments={assignment.run: assignment for assignment in assignments},
-            owners={owner.owner_id: owner for owner in owners},
-        )
+            return Contents(
+                runs=self._records("runs", _RUN),
+                assignments=self._records("assignments", _ASSIGNMENT),
+                owners=self._records("owners", _OWNER),
+            )
 
     def commit(self, batch: Batch) -> None:
         """Makes a batch durable, all of it or nothing.
@@ -84,20 +178,16 @@ class Store:
         """
         with self._faults(), self._transaction() as cursor:
             for update in batch.runs:
-                write_run(cursor, update, batch.time_ns)
+                _write_run(cursor, update, batch.time_ns)
             for assignment in batch.assignments:
-                write_assignment(cursor, assignment)
+                _write_record(cursor, "assignments", assignment.run, _ASSIGNMENT.dump_json(assignment))
             for owner in batch.owners:
-                write_owner(cursor, owner)
+                _write_record(cursor, "owners", owner.owner_id, _OWNER.dump_json(owner))
             if batch.answer is not None:
-                cursor.execute(
-                    "INSERT INTO answers (request_id, request_digest, message) VALUES (?, ?, ?)",
-                    (batch.answer.request_id, batch.answer.request_digest, batch.answer.message),
-                )
-                cursor.execute("DELETE FROM answers WHERE serial <= ?", ((cursor.lastrowid or 0) - KEPT_ANSWERS,))
+                _write_answer(cursor, batch.answer)
 
     def answer(self, request_id: str) -> Answer | None:
-        """Returns what a mutation of this request id was answered, if there was one."""
+        """Returns how a mutation with this request id was answered, None if it is unknown."""
         with self._faults():
             row = self._connection.execute(
                 "SELECT request_id, request_digest, message FROM answers WHERE request_id = ?", (request_id,)
@@ -113,7 +203,7 @@ class Store:
             return [(row["revision"], row["message"]) for row in rows]
 
     def events(self, run: str, after: int, limit: int) -> list[EventRecord]:
-        """Returns at most `limit` events of a run after one, oldest first."""
+        """Returns at most `limit` events of a run after the event `after`, oldest first."""
         with self._faults():
             rows = self._connection.execute(
                 "SELECT event_id, time_ns, kind, text FROM events WHERE run = ? AND event_id > ? "
@@ -121,6 +211,10 @@ class Store:
                 (run, after, limit),
             )
             return [EventRecord(**dict(row)) for row in rows]
+
+    def _records(self, table: str, adapter: TypeAdapter[Record]) -> dict[str, Record]:
+        rows = self._connection.execute(f"SELECT name, record FROM {table} ORDER BY rowid")
+        return {row["name"]: adapter.validate_json(row["record"]) for row in rows}
 
     def _take_lock(self) -> None:
         try:
@@ -136,8 +230,8 @@ class Store:
 
     def _open(self) -> sqlite3.Connection:
         with self._faults():
-            # Used by the thread that the ledger keeps for it, opened and closed by another.
-            connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            # The ledger's own thread uses it; the thread of the event loop opens and closes it.
+            connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare(connection)
             except BaseException:
@@ -147,15 +241,17 @@ class Store:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA busy_timeout = 5000")
         if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
             connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if (application, version) != (APPLICATION_ID, SCHEMA_VERSION):
-            whose = f"kfdist's format {version}" if application == APPLICATION_ID else "no file of kfdist's controller"
+        if application != APPLICATION_ID:
+            raise EnvironmentFault(f"{self.path} is no file of kfdist's controller; choose another with --state")
+        if version != SCHEMA_VERSION:
             raise EnvironmentFault(
-                f"{self.path} is {whose}, this kfdist writes format {SCHEMA_VERSION}; choose another with --state"
+                f"{self.path} has format {version}, and this kfdist reads and writes format {SCHEMA_VERSION}: move it "
+                "away, or choose another file with --state. Only the controller's history is in it; runs resume from "
+                "their checkpoints without it"
             )
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
@@ -164,9 +260,10 @@ class Store:
     def _faults(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValidationError) as error:
+            reason = " ".join(str(error).split())
             raise EnvironmentFault(
-                f"the controller's file {self.path} can't be used: {error}; nothing was changed. "
+                f"the controller's file {self.path} can't be used: {reason}; nothing was changed. "
                 "Is the disk full or the file damaged? Another one can be chosen with --state"
             ) from error
 
@@ -181,3 +278,40 @@ class Store:
             if self._connection.in_transaction:
                 cursor.execute("ROLLBACK")
             raise
+
+
+def _write_record(cursor: sqlite3.Cursor, table: str, name: str, document: bytes) -> None:
+    # An update and no replacement: the row keeps its place, which is the order in which runs were made known.
+    cursor.execute(
+        f"INSERT INTO {table} VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET record = excluded.record",
+        (name, document.decode()),
+    )
+
+
+def _write_run(cursor: sqlite3.Cursor, update: RunUpdate, time_ns: int) -> None:
+    """Writes a run's record, its change and its events, and drops changes and events beyond those kept."""
+    record = update.record
+    _write_record(cursor, "runs", record.name, _RUN.dump_json(record))
+    cursor.execute("INSERT INTO changes VALUES (?, ?, ?)", (record.name, record.revision, update.message))
+    cursor.execute("DELETE FROM changes WHERE run = ? AND revision <= ?", (record.name, record.revision - KEPT_CHANGES))
+    if update.config is not None:
+        cursor.execute("INSERT OR REPLACE INTO configs VALUES (?, ?)", (record.name, update.config))
+    for event in update.events:
+        cursor.execute(
+            "INSERT INTO events (run, time_ns, kind, text) VALUES (?, ?, ?, ?)",
+            (record.name, time_ns, event.kind, event.text),
+        )
+    if update.events:
+        cursor.execute(
+            "DELETE FROM events WHERE run = ?1 AND event_id <= "
+            "(SELECT event_id FROM events WHERE run = ?1 ORDER BY event_id DESC LIMIT 1 OFFSET ?2)",
+            (record.name, KEPT_EVENTS),
+        )
+
+
+def _write_answer(cursor: sqlite3.Cursor, answer: Answer) -> None:
+    cursor.execute(
+        "INSERT INTO answers (request_id, request_digest, message) VALUES (?, ?, ?)",
+        (answer.request_id, answer.request_digest, answer.message),
+    )
+    cursor.execute("DELETE FROM answers WHERE serial <= ?", ((cursor.lastrowid or 0) - KEPT_ANSWERS,))

@@ -149,34 +149,59 @@ def test_files_that_are_not_ours_are_left_alone(tmp_path):
     connection.close()
     with pytest.raises(EnvironmentFault, match="no file of kfdist's controller"):
         ControllerThread(foreign)
-    newer = tmp_path / "newer"
-    with ControllerThread(newer):
+
+
+@pytest.mark.parametrize("version", [1, 9])
+def test_a_file_of_another_format_is_refused_with_what_to_do(tmp_path, version):
+    other = tmp_path / "other"
+    with ControllerThread(other):
         pass
-    with sqlite3.connect(newer) as connection:
-        connection.execute("PRAGMA user_version = 9")
+    with sqlite3.connect(other) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
     connection.close()
-    with pytest.raises(EnvironmentFault, match="kfdist's format 9, this kfdist writes format 1"):
-        ControllerThread(newer)
+    with pytest.raises(EnvironmentFault, match=f"has format {version}, and .* format 2: move it away, or .*--state"):
+        ControllerThread(other)
 
 
-def test_a_file_that_cannot_be_written_refuses_and_nothing_changes(tmp_path, controller, client):
-    client.create("r")
-    before = client.get("r")
-    # Another process holds the file for writing: what SQLite says is what a full disk would bring about, too.
-    controller.call(_shorten_patience(controller))
-    blocker = sqlite3.connect(tmp_path / "control.sqlite", isolation_level=None)
-    blocker.execute("BEGIN IMMEDIATE")
-    with pytest.raises(EnvironmentFault, match="database is locked; nothing was changed"):
-        client.pause("r")
-    assert client.get("r") == before
-    blocker.execute("ROLLBACK")
-    blocker.close()
-    assert client.pause("r").revision == before.revision + 1
+def test_a_damaged_record_is_refused_by_its_field(tmp_path):
+    with ControllerThread(tmp_path / "c") as controller, controller.client() as client:
+        client.create("r")
+    with sqlite3.connect(tmp_path / "c") as connection:
+        connection.execute("UPDATE runs SET record = json_set(record, '$.step', 'many')")
+    connection.close()
+    with pytest.raises(EnvironmentFault, match=r"c can't be used: .* step .*many.*--state"):
+        ControllerThread(tmp_path / "c")
 
 
-async def _shorten_patience(controller: ControllerThread) -> None:
-    ledger = controller.controller._ledger
-    await ledger._in_thread(ledger._store._connection.execute, "PRAGMA busy_timeout = 50")
+def test_sqlite3_reads_the_records_while_the_controller_runs(tmp_path, controller, client, member):
+    client.create("r", total_steps=9)
+    client.create("second")
+    member.register_worker("r")
+    client.pause("r")
+    client.update_settings("r", damping=0.1)
+    with sqlite3.connect(f"file:{tmp_path / 'control.sqlite'}?mode=ro", uri=True) as connection:
+        rows = connection.execute(
+            "SELECT name, record ->> 'total_steps', record ->> '$.settings.desired', record ->> '$.settings.damping' "
+            "FROM runs ORDER BY rowid"
+        ).fetchall()
+    connection.close()
+    assert rows == [("r", 9, "paused", 0.1), ("second", 0, "running", 0.0)]
+
+
+def test_a_file_that_cannot_be_written_refuses_and_nothing_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("kfdist.control.store.BUSY_SECONDS", 0.05)
+    with ControllerThread(tmp_path / "c.sqlite") as controller, controller.client() as client:
+        client.create("r")
+        before = client.get("r")
+        # Another process holds the file for writing; SQLite reports a full disk in the same way.
+        blocker = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)
+        blocker.execute("BEGIN IMMEDIATE")
+        with pytest.raises(EnvironmentFault, match="database is locked; nothing was changed"):
+            client.pause("r")
+        assert client.get("r") == before
+        blocker.execute("ROLLBACK")
+        blocker.close()
+        assert client.pause("r").revision == before.revision + 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

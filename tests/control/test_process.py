@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 
 import grpc
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.support.controller import eventually
+from kfdist.control.client import RunView
+from kfdist.errors import EnvironmentFault
+from tests.support.controller import ControllerThread, eventually
 
 SERVICES = {"kfdist.v1.RunService", "kfdist.v1.MembershipService"}
 
@@ -59,7 +63,8 @@ def test_importing_rpc_control_and_telemetry_has_no_effect():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_health_says_serving_and_then_not(controller):
+def test_health_says_serving_and_then_not(tmp_path):
+    controller = ControllerThread(tmp_path / "c.sqlite")
     with grpc.insecure_channel(controller.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for service in ("", *SERVICES):
@@ -67,8 +72,10 @@ def test_health_says_serving_and_then_not(controller):
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="kfdist.v1.RunService"), timeout=30)
         seen = [next(watch).status]
-        controller.call(controller.controller._health.enter_graceful_shutdown())
+        ending = threading.Thread(target=controller.close)
+        ending.start()
         seen.append(next(watch).status)
+        ending.join()
         assert seen == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
@@ -89,11 +96,21 @@ def test_reflection_describes_every_method(controller):
         assert {"Create", "Get", "List", "Watch", "Pause", "Resume", "UpdateSettings", "Checkpoint", "Stop"} <= methods
 
 
-def test_watches_that_were_dropped_are_forgotten(controller, client):
+def test_watches_that_were_dropped_make_room_for_others(client, monkeypatch):
+    monkeypatch.setattr("kfdist.control.watchers.MAX_WATCHERS", 1)
     client.create("r")
-    ledger = controller.controller._ledger
-    for _ in range(5):
+
+    def begin() -> Iterator[RunView] | None:
         watch = client.watch("r")
-        next(watch)
+        try:
+            next(watch)
+        except EnvironmentFault as refusal:
+            assert "watched by 1 already" in str(refusal)
+            return None
+        return watch
+
+    for _ in range(5):
+        watch = eventually(begin, lambda watch: watch is not None)
+        assert watch is not None
+        assert begin() is None
         watch.close()
-    eventually(lambda: ledger._watchers._by_run, lambda by_run: by_run == {})

@@ -43,8 +43,9 @@ def test_a_fault_of_our_own_is_logged_and_answered(controller, monkeypatch, capl
     def broken(*_: object) -> None:
         raise ZeroDivisionError("by nobody")
 
-    monkeypatch.setattr(controller.controller._ledger, "runs", broken)
+    monkeypatch.setattr("kfdist.control.run_service.run_message", broken)
     with controller.client() as client, pytest.raises(EnvironmentFault, match="INTERNAL.*ZeroDivisionError: by nobody"):
+        client.create("r")
         client.runs()
     assert "ZeroDivisionError" in caplog.text
 

@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from kfdist.control.run_rules import RunState
+from kfdist.control.store import Batch, Store
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.rpc._generated.kfdist.v1 import run_pb2
 from tests.support.controller import CALL_SECONDS
@@ -179,9 +180,9 @@ def test_concurrent_mutations_each_get_a_revision_of_their_own(client):
     assert sorted(run.revision for run in runs) == list(range(2, 42))
 
 
-def test_a_caller_that_goes_away_leaves_nothing_half_done(controller, client, member, monkeypatch):
+def test_a_caller_that_goes_away_leaves_nothing_half_done(client, member, monkeypatch):
     client.create("r")
-    slow_down(controller, monkeypatch, seconds=0.3)
+    slow_down(monkeypatch, seconds=0.3)
     with pytest.raises(grpc.RpcError) as caught:
         member.runs.Pause(run_pb2.PauseRequest(request_id="one", name="r"), timeout=0.1)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -189,16 +190,15 @@ def test_a_caller_that_goes_away_leaves_nothing_half_done(controller, client, me
     assert member.register_worker("r").settings.desired == "paused"
 
 
-def slow_down(controller, monkeypatch, *, seconds: float) -> None:
+def slow_down(monkeypatch, *, seconds: float) -> None:
     """Makes every commit take this long."""
-    store = controller.controller._ledger._store
-    commit = store.commit
+    commit = Store.commit
 
-    def late(batch) -> None:
+    def late(store: Store, batch: Batch) -> None:
         time.sleep(seconds)
-        commit(batch)
+        commit(store, batch)
 
-    monkeypatch.setattr(store, "commit", late)
+    monkeypatch.setattr(Store, "commit", late)
 
 
 def test_create_prepares_a_known_run_for_its_next_start(client, member):

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from kfdist.control.store import Batch, Store
 from kfdist.errors import ConfigError
 from kfdist.rpc._generated.kfdist.v1 import run_pb2, run_pb2_grpc
 from kfdist.rpc.channels import channel_options
@@ -48,18 +49,17 @@ def test_history_and_present_meet_without_gap_or_repetition(client):
         assert revisions == list(range(2, 42))
 
 
-def test_a_change_that_is_both_in_the_file_and_in_the_queue_comes_once(controller, client, monkeypatch):
+def test_a_change_that_is_both_in_the_file_and_in_the_queue_comes_once(client, monkeypatch):
     client.create("r")
     client.checkpoint("r")
-    store = controller.controller._ledger._store
-    commit, begun = store.commit, threading.Event()
+    commit, begun = Store.commit, threading.Event()
 
-    def late(batch) -> None:
+    def late(store: Store, batch: Batch) -> None:
         begun.set()
         time.sleep(0.4)  # meanwhile a watch begins; it reads the file after this commit, and is told of it, too
-        commit(batch)
+        commit(store, batch)
 
-    monkeypatch.setattr(store, "commit", late)
+    monkeypatch.setattr(Store, "commit", late)
     changing = threading.Thread(target=lambda: client.checkpoint("r"))
     changing.start()
     assert begun.wait(10)
@@ -79,7 +79,7 @@ def test_a_revision_of_the_future_is_refused(client):
 
 
 def test_a_revision_too_old_is_refused_with_what_to_do(client, monkeypatch):
-    monkeypatch.setattr("kfdist.control.rows.KEPT_CHANGES", 5)
+    monkeypatch.setattr("kfdist.control.store.KEPT_CHANGES", 5)
     client.create("r")
     for _ in range(11):
         client.checkpoint("r")
@@ -179,5 +179,7 @@ def test_a_deadline_of_one_call_does_not_end_the_watch(client, monkeypatch):
     client.create("r")
     watch = client.watch("r")
     next(watch)
-    threading.Timer(0.8, lambda: client.checkpoint("r")).start()
+    changing = threading.Timer(0.8, lambda: client.checkpoint("r"))
+    changing.start()
     assert next(watch).revision == 2
+    changing.join()

@@ -45,8 +45,7 @@ class Pool:
 
     def registered(self) -> dict[str, tuple[str, int]]:
         """Returns each live owner's address and number of restarts, as the controller has them."""
-        ledger = self.controller.controller._ledger
-        return {owner.owner_id: (owner.address, owner.restarts) for owner in ledger.live_owners()}
+        return {owner.owner_id: (owner.address, owner.restarts) for owner in self.controller.live_owners()}
 
 
 def start_pool(folder: Path, controller: ControllerThread, *arguments: str) -> Pool:

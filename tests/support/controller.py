@@ -18,6 +18,7 @@ import grpc
 
 from kfdist.control.client import ControlClient
 from kfdist.control.controller import Controller, ControllerOptions
+from kfdist.control.run_rules import OwnerRecord
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membership_pb2_grpc, run_pb2_grpc
 from kfdist.rpc.channels import open_channel
 
@@ -57,6 +58,12 @@ class ControllerThread:
 
     def client(self) -> ControlClient:
         return ControlClient(self.address)
+
+    def live_owners(self) -> list[OwnerRecord]:
+        async def look() -> list[OwnerRecord]:
+            return self.controller.ledger.live_owners()
+
+        return self.call(look())
 
     def scrape(self) -> str:
         return scrape(self.controller.metrics_address)
