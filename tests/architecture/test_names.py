@@ -10,7 +10,6 @@ GENERATED = PACKAGE / "rpc" / "_generated"
 FILES = [path for path in PACKAGE.rglob("*.py") if GENERATED not in path.parents]
 
 OF_EVERY_PACKAGE = {"__init__.py", "__main__.py"}
-SHARED_FILE_NAMES = {"rows.py"}
 TWIN_CLASSES = {("LearningRate", "LearningRates"), ("Sample", "Sampler"), ("Sample", "Samples")}
 
 
@@ -19,7 +18,7 @@ def test_no_two_files_share_a_name() -> None:
     for path in FILES:
         folders[path.name].append(str(path.parent.relative_to(ROOT)))
     shared = {name: of for name, of in folders.items() if len(of) > 1 and name not in OF_EVERY_PACKAGE}
-    assert set(shared) == SHARED_FILE_NAMES, shared
+    assert shared == {}
 
 
 def _public_classes() -> set[str]:
