@@ -12,13 +12,13 @@ from kfdist.policies.adoption import AdoptionLedger
 from kfdist.runtime.adopt.agreement import Agreement
 from kfdist.runtime.adopt.exchange import SnapshotExchange
 from kfdist.runtime.adopt.snapshots import SnapshotStore
-from kfdist.runtime.arguments import device_of, empty_sums
 from kfdist.runtime.invert.job_book import JobBook
 from kfdist.runtime.pipeline import Pipeline
-from kfdist.runtime.plan.groups import BlockPlan
+from kfdist.runtime.plan.layers import device_of
+from kfdist.runtime.plan.planner import BlockPlan
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.example_rows import SampleExchange
-from kfdist.runtime.reduce.reducer import StatisticsReducer
+from kfdist.runtime.reduce.reducer import StatisticsReducer, empty_sums
 from kfdist.runtime.settings import PipelineParts, PipelineSettings
 
 

@@ -24,22 +24,13 @@ from kfdist.runtime.apply.rates import (
     finite_gradients,
     step_before_optimizer,
 )
-from kfdist.runtime.arguments import (
-    agreed_costs,
-    check_applied_rows,
-    check_block,
-    check_fisher,
-    check_numbers,
-    checked_staleness,
-    constant,
-    device_of,
-    inverting_fingerprint,
-    lag_of,
-    make_link,
-)
+from kfdist.runtime.arguments import check_numbers, checked_staleness, constant, inverting_fingerprint, lag_of
 from kfdist.runtime.assembly import assemble
-from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, epoch_from_clock
-from kfdist.runtime.plan.groups import BlockGroup, Coverage, Method, bare_model, needs_costs, plan_blocks
+from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, epoch_from_clock, make_link
+from kfdist.runtime.plan.coverage import Coverage
+from kfdist.runtime.plan.groups import BlockGroup, check_applied_rows, check_fisher
+from kfdist.runtime.plan.layers import bare_model, check_block, device_of
+from kfdist.runtime.plan.planner import Method, agreed_costs, needs_costs, plan_blocks
 from kfdist.runtime.settings import FixedLag, PipelineSettings, StepReport
 from kfdist.runtime.state import pipeline_state, restore_pipeline
 from kfdist.runtime.telemetry_samples import pipeline_samples, pipeline_totals

@@ -20,11 +20,11 @@ from kfdist.data.sampler import Sampler
 from kfdist.data.sets import DataSet, Examples
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.models import build_model
-from kfdist.runtime.arguments import check_fisher
 from kfdist.runtime.forward_state import ForwardState, seed_rank
 from kfdist.runtime.invert.service import Service, connect
 from kfdist.runtime.plain import NoPreconditioner
-from kfdist.runtime.plan.groups import Method, needs_costs, plan_blocks
+from kfdist.runtime.plan.groups import check_fisher
+from kfdist.runtime.plan.planner import Method, needs_costs, plan_blocks
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.settings import FixedLag
 from kfdist.system.addresses import split_address

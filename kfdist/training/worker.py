@@ -14,7 +14,7 @@ from kfdist.config import Config, to_toml
 from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import ConfigError, KfdistError
 from kfdist.exit_codes import ExitCode
-from kfdist.runtime.plan.groups import needs_costs
+from kfdist.runtime.plan.planner import needs_costs
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.metrics_log import MetricsLog
 from kfdist.training.progress import Progress, make_progress

@@ -10,7 +10,7 @@ from kfdist.curvature.jobs import NO_STATISTICS
 from kfdist.errors import EnvironmentFault, RanksDiverged
 from kfdist.policies.staleness import AtHardBound, StalenessPolicy
 from kfdist.runtime import preconditioner
-from kfdist.runtime.plan.groups import plan_blocks
+from kfdist.runtime.plan.planner import plan_blocks
 from kfdist.runtime.settings import FixedLag
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.broadcasts import damage_broadcasts, slow_broadcasts

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import ConfigError
-from kfdist.runtime.plan.groups import plan_blocks
+from kfdist.runtime.plan.planner import plan_blocks
 from tests.support.factors import assert_factors_equal
 from tests.support.preconditioning import factors, preconditioner, rows, two_layers
 from tests.support.ranks import run_ranks

@@ -12,7 +12,7 @@ import torch
 from kfdist.comm.communicator import Communicator
 from kfdist.config import load_config
 from kfdist.curvature.inverse import AbstractPreconditioner
-from kfdist.runtime.plan.groups import CoverageRow
+from kfdist.runtime.plan.coverage import CoverageRow
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.metrics_log import MetricsLog

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from kfdist import checks
 from kfdist.errors import ConfigError
+from kfdist.links.link import AbstractLink
+from kfdist.links.local import LocalLink
 from kfdist.policies.assignment import POLICIES
 from kfdist.types import RUN_NAME_PATTERN
 
@@ -75,3 +77,14 @@ def connect(
 def epoch_from_clock() -> int:
     """Draws an epoch for library use without a run directory: milliseconds since 1970."""
     return int(time.time() * 1000)
+
+
+def make_link(link: Service | AbstractLink | None) -> AbstractLink:
+    """Makes the link a user asked for: the local one by default."""
+    if link is None:
+        return LocalLink()
+    if isinstance(link, AbstractLink):
+        return link
+    from kfdist.links.rank.remote import RemoteLink  # only runs with a service need it
+
+    return RemoteLink(link.address)

@@ -1,59 +1,16 @@
-"""From a model and a choice of methods to groups of blocks, and a report of what is covered and why the rest is not."""
+"""Groups of blocks, the unit of phase, version and adoption, and what they ask of a run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
 
-from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice
-from kfdist.curvature.blocks import BLOCKS, Block, make_block
-from kfdist.curvature.chains import chain_refusal
-from kfdist.curvature.inverter import AbstractInverter, Coupling
-from kfdist.curvature.jobs import job_bytes
+from kfdist.curvature.blocks import Block
+from kfdist.curvature.inverter import Coupling
+from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.statistics import Needs
 from kfdist.errors import ConfigError
-from kfdist.policies.assignment import courier_ranks
 from kfdist.types import BlockName, GroupName, GroupSpec
-
-Choice = str | AbstractInverter | Auto
-"""An inverter's name or "auto", an inverter, or a chooser of them."""
-
-Method = Choice | Mapping[str, Choice]
-"""A choice, or choices by glob on dotted module names (the first match wins). A glob that matches a module stands for
-everything inside it too; "*" also matches dots."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoverageRow:
-    """What happens to one parameter.
-
-    Attributes:
-        parameter: Its dotted name.
-        block: The block that preconditions it, or None.
-        method: The block's inverter, or None.
-        reason: Why it has no block; else what the method does with it and why it was chosen, where that says more
-            than its name.
-    """
-
-    parameter: str
-    block: str | None
-    method: str | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Every parameter of a model and what preconditions it; `str()` gives a table."""
-
-    rows: tuple[CoverageRow, ...]
-
-    def __str__(self) -> str:
-        width = max((len(row.parameter) for row in self.rows), default=0)
-        return "\n".join(
-            f"{row.parameter:<{width}}  {row.method or '-':<16}  {': '.join(filter(None, (row.block, row.reason)))}"
-            for row in self.rows
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,287 +41,37 @@ class BlockGroup:
         return self.inverter.coupling is not Coupling.NONE
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockPlan:
-    """All groups of a model.
-
-    Attributes:
-        groups: In model order.
-        aliases: Further modules that share a block's parameters, by block name; their calls add up.
-        coverage: The report for people.
-    """
-
-    groups: tuple[BlockGroup, ...]
-    aliases: Mapping[BlockName, Sequence[nn.Module]]
-    coverage: Coverage
-
-
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
-"""Where torch.compile's and the activation checkpoint wrapper keep the module that they wrap."""
-
-_MOST_NAMES_SHOWN = 10
-
-_SHARDED = "kfdist needs whole-layer gradients: use DistributedDataParallel, or kfdist's own GradientReducer"
+def check_fisher(fisher: str, groups: Iterable[BlockGroup]) -> None:
+    """Refuses methods that take single examples' rows together with the exact Fisher, which sums over all targets."""
+    if fisher != "exact":
+        return
+    for group in groups:
+        for needs in group.needs.values():
+            if needs.increments or needs.samples is not None or needs.calibration is not None:
+                raise ConfigError(
+                    f"{group.inverter.name} takes rows of single examples, which fisher='exact' doesn't have; use "
+                    "fisher='mc' or 'empirical'",
+                    path="fisher",
+                )
 
 
-def bare_model(model: nn.Module) -> nn.Module:
-    """Strips the wrappers of torch.compile, DistributedDataParallel and activation checkpointing, in any order.
-
-    Raises:
-        ConfigError: The model is wrapped by something that splits its layers or copies them to other devices.
-    """
-    while True:
-        if type(model).__name__ == "FullyShardedDataParallel":
-            raise ConfigError(f"the model is wrapped by FullyShardedDataParallel, which shards its layers; {_SHARDED}")
-        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-            raise ConfigError(
-                "the model is wrapped by DataParallel over several devices, whose copies of the layers "
-                "can't be measured; use DistributedDataParallel with one process a device"
-            )
-        # Looked up as submodules: a model that passes attributes on to a part of it is no wrapper.
-        inner = next((model._modules[key] for key in _WRAPPED if key in model._modules), None)
-        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-
-
-def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields every module once, in the model's order, bare and by its dotted name without the wrappers' parts."""
-    seen: set[int] = set()
-
-    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        module = bare_model(module)
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        yield name, module
-        for child_name, child in module.named_children():
-            yield from visit(child, f"{name}.{child_name}" if name else child_name)
-
-    yield from visit(model, "")
-
-
-def find_layer(model: nn.Module, name: str) -> nn.Module | None:
-    """Returns what `named_layers` calls `name` now, or None."""
-    module = bare_model(model)
-    for part in name.split(".") if name else ():
-        child = module._modules.get(part)
-        if child is None:
-            return None
-        module = bare_model(child)
-    return module
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """A block with its method.
-
-    Attributes:
-        block: The block.
-        inverter: What inverts it.
-        pattern: The glob that chose it; blocks of one pattern whose method couples them form a group.
-        reason: Why "auto" chose the method; empty where the user did.
-    """
-
-    block: Block
-    inverter: AbstractInverter
-    pattern: str
-    reason: str
-
-
-def plan_blocks(
-    model: nn.Module,
-    method: Method,
-    *,
-    skip: Sequence[str] = (),
-    world_size: int = 1,
-    weight_sharing: str = "expand",
-    costs: MeasuredCosts | None = None,
-) -> BlockPlan:
-    """Chooses a block and an inverter for every layer that can have one.
-
-    Args:
-        model: The bare model.
-        method: What inverts which layer.
-        skip: Globs on module names that get no block, with everything inside them.
-        world_size: Ranks among which the groups' courier duty is dealt, balanced by bytes.
-        weight_sharing: How linear layers treat positions, "expand" or "reduce".
-        costs: What inversions cost here, the same on all ranks; for "auto".
-
-    Raises:
-        ConfigError: A glob matches no module, a method is unknown or refuses its layers, or no layer of the model has a
-            block.
-    """
-    patterns = _patterns(method)
-    layers = [pair for pair in named_layers(model) if any(True for _ in pair[1].parameters(recurse=False))]
-    _check_globs([*patterns, *skip] if isinstance(method, Mapping) else list(skip), [name for name, _ in layers])
-    reasons: dict[str, str] = {}
-    chosen: list[_Chosen] = []
-    owner_of_weight: dict[int, Block] = {}
-    aliases: dict[BlockName, list[nn.Module]] = {}
-    for name, module in layers:
-        found = _choose(name, module, patterns, skip, weight_sharing, costs)
-        if isinstance(found, str):
-            reasons[name] = found
-            continue
-        first = owner_of_weight.get(id(module.weight))
-        if first is not None:
-            reasons[name] = _alias(first, found.block, aliases)
-            continue
-        owner_of_weight[id(module.weight)] = found.block
-        chosen.append(found)
-    if not chosen:
-        listed = "; ".join(f"{name or 'model'}: {reason}" for name, reason in reasons.items()) or "it has no parameters"
+def check_applied_rows(
+    groups: Iterable[BlockGroup], *, world_size: int, fisher: str, grad_scaler: torch.amp.GradScaler | None
+) -> None:
+    """Refuses to multiply inverses onto rows where the gradient isn't the batch's own, by `ConfigError`."""
+    group = next((group for group in groups if any(needs.applied_rows for needs in group.needs.values())), None)
+    if group is None:
+        return
+    against = None
+    if world_size > 1:
+        against = f"the gradients of {world_size} ranks are averaged"
+    elif fisher != "empirical":
+        against = f"fisher = {fisher!r} measures other gradients than the loss's own"
+    elif grad_scaler is not None and grad_scaler.is_enabled():
+        against = "a GradScaler scales the gradients"
+    if against is not None:
         raise ConfigError(
-            f"{type(model).__name__} has no layer that can be preconditioned ({listed}). "
-            f"{', '.join(kind.__name__ for kind in BLOCKS)} have a block; check `skip`, the method's globs and "
-            "requires_grad"
+            f'apply_to = "rows" of {group.inverter.name} (block {group.name!r}) needs the raw gradient of one batch, '
+            f'but {against}; use apply_to = "gradient"',
+            path="method",
         )
-    groups = _make_groups(model, chosen, world_size)
-    notes = {
-        each.block.name: "; ".join(filter(None, (each.inverter.note(each.block.shape), each.reason))) for each in chosen
-    }
-    return BlockPlan(groups=groups, aliases=aliases, coverage=_coverage(model, groups, {**reasons, **notes}))
-
-
-def _make_groups(model: nn.Module, chosen: Sequence[_Chosen], world_size: int) -> tuple[BlockGroup, ...]:
-    members: list[list[_Chosen]] = []
-    of_pattern: dict[str, list[_Chosen]] = {}
-    for each in chosen:
-        if each.inverter.coupling is Coupling.NONE:
-            members.append([each])
-        elif each.pattern in of_pattern:
-            of_pattern[each.pattern].append(each)
-        else:
-            members.append(of_pattern.setdefault(each.pattern, [each]))
-    specs = [_spec(position, group) for position, group in enumerate(members)]
-    ranks = courier_ranks(specs, world_size)
-    for group in members:
-        _check_accepted(model, group)
-    return tuple(
-        BlockGroup(
-            index=index,
-            name=spec.name,
-            blocks=tuple(each.block for each in group),
-            inverter=group[0].inverter,
-            needs={each.block.name: each.inverter.needs(each.block.shape) for each in group},
-            courier_rank=ranks[spec.name],
-            spec=spec,
-        )
-        for index, (spec, group) in enumerate(zip(specs, members, strict=True))
-    )
-
-
-def _check_accepted(model: nn.Module, group: Sequence[_Chosen]) -> None:
-    inverter, blocks = group[0].inverter, {each.block.name: each.block.shape for each in group}
-    reason = inverter.refusal(blocks)
-    if not reason and inverter.coupling is Coupling.CHAIN:
-        reason = chain_refusal(model, list(blocks), assume_chain=getattr(inverter, "assume_chain", False))
-    if reason:
-        raise ConfigError(f"{inverter.name} can't invert {', '.join(map(repr, blocks))}: {reason}", path="method")
-
-
-def _patterns(method: Method) -> dict[str, AbstractInverter | Auto]:
-    table = method if isinstance(method, Mapping) else {"*": method}
-    if not table:
-        raise ConfigError("the method table is empty; give a name, an inverter, or {glob: name or inverter}")
-    patterns = {}
-    for glob, value in table.items():
-        if isinstance(value, str):
-            value = make_choice(value)
-        if not isinstance(value, AbstractInverter | Auto):
-            raise ConfigError(f"method {value!r} is of type {type(value).__name__}; a name or an inverter is needed")
-        patterns[glob] = value
-    return patterns
-
-
-def needs_costs(method: Method) -> bool:
-    """Says whether a method table chooses by measured cost."""
-    return any(isinstance(each, Auto) for each in _patterns(method).values())
-
-
-def _check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
-    for glob in globs:
-        if glob != "*" and not any(_covers(glob, name) for name in names):
-            shown = ", ".join(repr(name) for name in names[:_MOST_NAMES_SHOWN])
-            more = ", ..." if len(names) > _MOST_NAMES_SHOWN else ""
-            raise ConfigError(f"the pattern {glob!r} matches no layer; the layers with parameters are {shown}{more}")
-
-
-def _covers(glob: str, name: str) -> bool:
-    """Says whether a glob names a layer, or a module that contains it."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), glob) for end in range(1, len(parts) + 1))
-
-
-def _choose(
-    name: str,
-    module: nn.Module,
-    patterns: Mapping[str, AbstractInverter | Auto],
-    skip: Sequence[str],
-    weight_sharing: str,
-    costs: MeasuredCosts | None,
-) -> _Chosen | str:
-    """Returns a layer's block and method, or why it has none."""
-    if any(_covers(glob, name) for glob in skip):
-        return "skipped by configuration"
-    if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
-        raise ConfigError(f"layer {name!r} has sharded (DTensor) parameters; {_SHARDED}")
-    pattern = next((glob for glob in patterns if _covers(glob, name)), None)
-    if pattern is None:
-        return "no pattern of the method table matches"
-    block = make_block(name, module, sharing=weight_sharing)
-    if isinstance(block, str):
-        return block
-    inverter = patterns[pattern]
-    if isinstance(inverter, AbstractInverter):
-        return _Chosen(block, inverter, pattern, "")
-    if costs is None:
-        raise ConfigError('"auto" needs to know what inversions cost; give `costs` (kfdist.curvature.auto)')
-    picked, reason = inverter.choose(block.shape, costs)
-    return _Chosen(block, picked, pattern, reason)
-
-
-def _alias(first: Block, second: Block, aliases: dict[BlockName, list[nn.Module]]) -> str:
-    """Lets a tied layer's calls add to the first one's block where both are the same function of their input."""
-    # The representation tells stride, padding and all else that makes convolutions of one weight differ.
-    alike = type(first) is type(second) and first.module.extra_repr() == second.module.extra_repr()
-    same_parameters = {id(p) for p in first.parameters()} == {id(p) for p in second.parameters()}
-    if alike and same_parameters:
-        aliases.setdefault(first.name, []).append(second.module)
-        return f"tied to {first.name}, whose block measures both"
-    return f"its weight is tied to {first.name}, which has the block"
-
-
-def _spec(position: int, members: Sequence[_Chosen]) -> GroupSpec:
-    names = [each.block.name for each in members]
-    return GroupSpec(
-        name=names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}",
-        cost=sum(each.inverter.cost(each.block.shape) for each in members),
-        position=position,
-        bytes=job_bytes([(each.block.shape, each.inverter.needs(each.block.shape)) for each in members]),
-    )
-
-
-def _coverage(model: nn.Module, groups: Sequence[BlockGroup], reasons: Mapping[str, str]) -> Coverage:
-    """Lists every parameter; `reasons` say why a layer has no block, or what there is to say of its block."""
-    by_parameter = {
-        id(parameter): (block.name, group.inverter.name)
-        for group in groups
-        for block in group.blocks
-        for parameter in block.parameters()
-    }
-    rows, seen = [], set()
-    for layer, module in named_layers(model):
-        for own_name, parameter in module.named_parameters(layer, recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            block, method = by_parameter.get(id(parameter), (None, None))
-            has_block = any(name == layer for name, _ in by_parameter.values())
-            left_out = "its layer's block leaves it out"
-            reason = reasons.get(block, "") if block else left_out if has_block else reasons.get(layer, left_out)
-            rows.append(CoverageRow(parameter=own_name, block=block, method=method, reason=reason))
-    return Coverage(tuple(rows))

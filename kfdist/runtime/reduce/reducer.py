@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kfdist.comm.communicator import Communicator
-from kfdist.curvature.averages import BatchStatistics, WeightedSums, all_finite, decay_at
+from kfdist.curvature.averages import BatchStatistics, WeightedSums, all_finite, decay_at, sum_shapes
 from kfdist.curvature.inverse import AbstractPreconditioner
-from kfdist.curvature.inverter import Inversion, Placement
+from kfdist.curvature.inverter import Coupling, Inversion, Placement
 from kfdist.curvature.statistics import Samples
 from kfdist.errors import KfdistError
 from kfdist.runtime.plan.groups import BlockGroup
@@ -261,6 +261,19 @@ class StatisticsReducer:
 
     def _own_seed(self, name: BlockName, step: int) -> int:
         return rank_seed(block_seed(self._seed, name, step), self._communicator.rank)
+
+
+def empty_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[BlockName, WeightedSums]:
+    """Makes all blocks' sums: float64 for float64 parameters, else float32."""
+    sums = {}
+    for group in groups:
+        chained = group.inverter.coupling is Coupling.CHAIN
+        for position, block in enumerate(group.blocks):
+            following = group.blocks[position + 1].shape if chained and position + 1 < len(group.blocks) else None
+            shapes = sum_shapes(block.shape, group.needs[block.name], following=following, members=len(group.blocks))
+            dtype = torch.float64 if block.parameters()[0].dtype == torch.float64 else torch.float32
+            sums[block.name] = WeightedSums.zeros(shapes, dtype=dtype, device=device)
+    return sums
 
 
 def _count_dropped(sums: WeightedSums, rows: Iterable[Tensor]) -> None:

@@ -8,7 +8,8 @@ from torch import nn
 
 from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import Request, Sampling
-from kfdist.runtime.plan.groups import BlockPlan, bare_model, plan_blocks
+from kfdist.runtime.plan.layers import bare_model
+from kfdist.runtime.plan.planner import BlockPlan, plan_blocks
 from tests.support.factors import Factors, assert_factors_equal, factors_of
 from tests.support.small_models import images, small_cnn
 

@@ -9,7 +9,7 @@ from kfdist.config import load_config, to_toml
 from kfdist.curvature.auto import Auto
 from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.errors import ConfigError
-from kfdist.runtime.plan.groups import Method
+from kfdist.runtime.plan.planner import Method
 from kfdist.training.setup import make_method
 
 

@@ -10,7 +10,6 @@ from torch import nn
 import kfdist
 from kfdist.curvature.references import dense_kronecker, solve_dense
 from kfdist.errors import ConfigError, KfdistError, KfdistWarning, ModelChanged
-from kfdist.runtime.arguments import check_block, device_of
 from tests.support.factors import assert_factors_equal, blocks_of
 from tests.support.preconditioning import backward, factors, gradients, preconditioner, rows, two_layers
 
@@ -221,23 +220,6 @@ def test_a_changed_layer_is_named(change: Callable[[nn.Sequential], None], said:
         change(model)
         with pytest.raises(ModelChanged, match=f"layer '2' was .*{said}.*make a new Preconditioner"):
             pre.step()
-
-
-def test_a_moved_layer_is_named():
-    model = two_layers()
-    block = blocks_of(model)["2"]
-    check_block(model, block, torch.device("cpu"))
-    with pytest.raises(ModelChanged, match="layer '2' was moved from cuda:0 to cpu"):
-        check_block(model, block, torch.device("cuda:0"))
-
-
-def test_layers_on_several_devices_are_refused():
-    here, there = nn.Linear(2, 2), nn.Linear(2, 2)
-    blocks = [*blocks_of(nn.ModuleDict({"here": here, "there": there})).values()]
-    assert device_of(blocks) == torch.device("cpu")
-    blocks[1]._weight, blocks[1]._bias = nn.Parameter(torch.empty(2, 2, device="meta")), None
-    with pytest.raises(ConfigError, match="'here' on cpu, 'there' on "):
-        device_of(blocks)
 
 
 def test_wrapping_a_layer_afterwards_is_no_change():

@@ -10,7 +10,7 @@ from kfdist.curvature.jobs import encode_result
 from kfdist.curvature.statistics import Samples
 from kfdist.runtime.adopt.calibration import calibrate
 from kfdist.runtime.adopt.snapshots import SnapshotStore
-from kfdist.runtime.plan.groups import plan_blocks
+from kfdist.runtime.plan.planner import plan_blocks
 from tests.support.lockstep import in_lockstep
 from tests.support.preconditioning import backward, preconditioner, two_layers
 from tests.support.samples import make_samples

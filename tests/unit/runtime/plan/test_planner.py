@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 from kfdist.curvature.inverters import make_inverter
 from kfdist.errors import ConfigError
-from kfdist.runtime.plan.groups import bare_model, find_layer, named_layers, plan_blocks
+from kfdist.runtime.plan.planner import plan_blocks
 
 
 class Attention(nn.Module):
@@ -166,66 +166,3 @@ def test_a_shared_weight_with_another_bias_is_measured_where_its_block_is():
     assert {row.parameter: row.reason for row in plan.coverage.rows if row.reason} == {
         "1.bias": "its weight is tied to 0, which has the block"
     }
-
-
-class Module(nn.Module):
-    """A model that calls its own layers as wrappers call what they wrap."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.module = nn.Linear(2, 2)
-        self.part = nn.ModuleDict({"module": nn.Linear(2, 2)})
-
-
-class PassesOn(nn.Module):
-    """Passes unknown attributes on to what it contains, as adapters do."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.own = nn.Linear(2, 2)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.inner, name)
-
-
-def compiled(module: nn.Module) -> nn.Module:
-    wrapped = torch.compile(module, backend="eager")
-    assert isinstance(wrapped, nn.Module)
-    return wrapped
-
-
-def test_names_have_no_wrappers_parts_and_lead_back_to_the_layers():
-    layers = [nn.Linear(2, 2) for _ in range(3)]
-    model = nn.Sequential(nn.DataParallel(layers[0]), compiled(nn.Sequential(layers[1])), compiled(layers[2]))
-    names = {name: module for name, module in named_layers(compiled(nn.DataParallel(model)))}
-    assert list(names) == ["", "0", "1", "1.0", "2"]
-    for name, layer in zip(["0", "1.0", "2"], layers, strict=True):
-        assert names[name] is layer
-        assert find_layer(compiled(model), name) is layer
-    assert find_layer(model, "1.1") is None
-    assert find_layer(model, "") is model
-
-
-def test_a_users_own_module_called_module_keeps_its_name():
-    assert list(methods(Module(), "kfac")) == ["module", "part.module"]
-
-
-def test_a_model_that_passes_attributes_on_is_no_wrapper():
-    model = PassesOn(compiled(nn.Linear(2, 2)))
-    assert bare_model(model) is model
-    assert list(methods(model, "kfac")) == ["inner", "own"]
-
-
-def test_a_single_layer_is_a_model():
-    assert list(methods(nn.Linear(3, 2), "kfac")) == [""]
-
-
-def test_data_parallel_over_several_devices_is_refused():
-    model = nn.DataParallel(nn.Linear(2, 2))
-    model.device_ids = [0, 1]
-    with pytest.raises(ConfigError, match="use DistributedDataParallel"):
-        bare_model(model)

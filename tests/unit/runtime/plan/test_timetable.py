@@ -10,7 +10,8 @@ from torch import nn
 from kfdist.curvature.inverters import make_inverter
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
-from kfdist.runtime.plan.groups import BlockGroup, plan_blocks
+from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.runtime.plan.planner import plan_blocks
 from kfdist.runtime.plan.timetable import Timetable
 from tests.support.preconditioning import backward, preconditioner, two_layers
 

@@ -10,7 +10,7 @@ from kfdist.curvature.averages import BatchStatistics, WeightedSums
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import Increment, Needs
 from kfdist.linalg.psd import unpack_triangle
-from kfdist.runtime.plan.groups import plan_blocks
+from kfdist.runtime.plan.planner import plan_blocks
 from kfdist.runtime.reduce.contributions import Contribution, ReducedStatistics, contribution_of_sums, with_increment
 from kfdist.wire.records import PackedRecord
 from tests.support.matrices import gaussian

@@ -1,0 +1,101 @@
+"""The layers of a model by name, without the parts that wrappers add, and whether they still are what they were."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from kfdist.curvature.blocks import Block
+from kfdist.errors import ConfigError, ModelChanged
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Where torch.compile's and the activation checkpoint wrapper keep the module that they wrap."""
+
+SHARDED = "kfdist needs whole-layer gradients: use DistributedDataParallel, or kfdist's own GradientReducer"
+"""What to do instead of sharding a model's layers."""
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """Strips the wrappers of torch.compile, DistributedDataParallel and activation checkpointing, in any order.
+
+    Raises:
+        ConfigError: The model is wrapped by something that splits its layers or copies them to other devices.
+    """
+    while True:
+        if type(model).__name__ == "FullyShardedDataParallel":
+            raise ConfigError(f"the model is wrapped by FullyShardedDataParallel, which shards its layers; {SHARDED}")
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ConfigError(
+                "the model is wrapped by DataParallel over several devices, whose copies of the layers "
+                "can't be measured; use DistributedDataParallel with one process a device"
+            )
+        # Looked up as submodules: a model that passes attributes on to a part of it is no wrapper.
+        inner = next((model._modules[key] for key in _WRAPPED if key in model._modules), None)
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields every module once, in the model's order, bare and by its dotted name without the wrappers' parts."""
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = bare_model(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        for child_name, child in module.named_children():
+            yield from visit(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from visit(model, "")
+
+
+def find_layer(model: nn.Module, name: str) -> nn.Module | None:
+    """Returns what `named_layers` calls `name` now, or None."""
+    module = bare_model(model)
+    for part in name.split(".") if name else ():
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = bare_model(child)
+    return module
+
+
+def check_block(model: nn.Module, block: Block, device: torch.device) -> None:
+    """Refuses a layer that was frozen, replaced, resized or moved since its block was made, by `ModelChanged`.
+
+    Args:
+        model: The model as it is now.
+        block: One of its blocks.
+        device: Where the model was when the blocks were made.
+    """
+    module, parameters = find_layer(model, block.name), block.parameters()
+    change = None
+    if module is not block.module:
+        change = "replaced or removed"
+    elif any(getattr(module, name) is not known for name, known in zip(("weight", "bias"), parameters, strict=False)):
+        change = "given other parameters (replaced or resized)"
+    elif not all(parameter.requires_grad for parameter in parameters):
+        change = "frozen"
+    elif block.resized:
+        change = "resized"
+    elif any(parameter.device != device for parameter in parameters):
+        change = f"moved from {device} to {parameters[0].device}"
+    if change is not None:
+        raise ModelChanged(
+            f"layer {block.name!r} was {change} after the Preconditioner was made; make a new Preconditioner after "
+            "changing the model"
+        )
+
+
+def device_of(blocks: Iterable[Block]) -> torch.device:
+    """Returns where all blocks are. Raises `ConfigError` where they are on several devices."""
+    devices = {parameter.device: block.name for block in blocks for parameter in block.parameters()}
+    if len(devices) > 1:
+        listed = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ConfigError(f"the model's layers are on several devices ({listed}); one device per process is needed")
+    return next(iter(devices))

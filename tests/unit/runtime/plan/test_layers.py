@@ -1,0 +1,97 @@
+"""The names of layers lead back to them, whatever wraps the model and its parts."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kfdist.errors import ConfigError, ModelChanged
+from kfdist.runtime.plan.layers import bare_model, check_block, device_of, find_layer, named_layers
+from kfdist.runtime.plan.planner import plan_blocks
+from tests.support.factors import blocks_of
+from tests.support.preconditioning import two_layers
+
+
+class Module(nn.Module):
+    """A model that calls its own layers as wrappers call what they wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+        self.part = nn.ModuleDict({"module": nn.Linear(2, 2)})
+
+
+class PassesOn(nn.Module):
+    """Passes unknown attributes on to what it contains, as adapters do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.own = nn.Linear(2, 2)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+def planned(model: nn.Module) -> list[str]:
+    return [group.name for group in plan_blocks(model, "kfac").groups]
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    wrapped = torch.compile(module, backend="eager")
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
+def test_names_have_no_wrappers_parts_and_lead_back_to_the_layers():
+    layers = [nn.Linear(2, 2) for _ in range(3)]
+    model = nn.Sequential(nn.DataParallel(layers[0]), compiled(nn.Sequential(layers[1])), compiled(layers[2]))
+    names = {name: module for name, module in named_layers(compiled(nn.DataParallel(model)))}
+    assert list(names) == ["", "0", "1", "1.0", "2"]
+    for name, layer in zip(["0", "1.0", "2"], layers, strict=True):
+        assert names[name] is layer
+        assert find_layer(compiled(model), name) is layer
+    assert find_layer(model, "1.1") is None
+    assert find_layer(model, "") is model
+
+
+def test_a_users_own_module_called_module_keeps_its_name():
+    assert planned(Module()) == ["module", "part.module"]
+
+
+def test_a_model_that_passes_attributes_on_is_no_wrapper():
+    model = PassesOn(compiled(nn.Linear(2, 2)))
+    assert bare_model(model) is model
+    assert planned(model) == ["inner", "own"]
+
+
+def test_a_single_layer_is_a_model():
+    assert planned(nn.Linear(3, 2)) == [""]
+
+
+def test_data_parallel_over_several_devices_is_refused():
+    model = nn.DataParallel(nn.Linear(2, 2))
+    model.device_ids = [0, 1]
+    with pytest.raises(ConfigError, match="use DistributedDataParallel"):
+        bare_model(model)
+
+
+def test_a_moved_layer_is_named():
+    model = two_layers()
+    block = blocks_of(model)["2"]
+    check_block(model, block, torch.device("cpu"))
+    with pytest.raises(ModelChanged, match="layer '2' was moved from cuda:0 to cpu"):
+        check_block(model, block, torch.device("cuda:0"))
+
+
+def test_layers_on_several_devices_are_refused():
+    here, there = nn.Linear(2, 2), nn.Linear(2, 2)
+    blocks = [*blocks_of(nn.ModuleDict({"here": here, "there": there})).values()]
+    assert device_of(blocks) == torch.device("cpu")
+    blocks[1]._weight, blocks[1]._bias = nn.Parameter(torch.empty(2, 2, device="meta")), None
+    with pytest.raises(ConfigError, match="'here' on cpu, 'there' on "):
+        device_of(blocks)
