@@ -4,16 +4,17 @@ Costs are measured once and broadcast, so that all ranks choose alike; the choic
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from kfdist import checks
-from kfdist.curvature.inverter import AbstractInverter
+from kfdist.curvature.inverter import AbstractInverter, Operation, Work
 from kfdist.curvature.inverters import INVERTERS, check_settings, make_inverter
-from kfdist.curvature.inverters.rs_kfac import AbstractSketchedKfac, RsKfac
+from kfdist.curvature.inverters.b_kfac import brand_flops
+from kfdist.curvature.inverters.rs_kfac import RsKfac
 from kfdist.curvature.spectra import EIGH_FLOPS
 from kfdist.errors import ConfigError
 from kfdist.linalg.brand import brand_update
@@ -26,9 +27,6 @@ AUTO = "auto"
 
 ORDER = ("kfac-eigen", "kfac", "rs-kfac", "sre-kfac", "b-kfac", "eva")
 """Methods that can be chosen, from the most faithful to the cheapest."""
-
-RANKS = (512, 256, 128, 64, 32)
-"""Ranks that low-rank methods are tried with; the first that fits the budget is taken."""
 
 _NUMBER_BYTES = 4
 _SIZES = (64, 512)
@@ -56,25 +54,23 @@ class MeasuredCosts:
     """What the operations of inversions cost on one machine.
 
     Attributes:
-        cholesky: A damped inverse by Cholesky; d^3 operations.
-        eigh: A symmetric eigendecomposition; 9 d^3.
-        sketch: A randomised decomposition; as `AbstractSketchedKfac.factor_cost`.
-        brand: Brand's update; 8 d k^2 + 9 k^3 for k columns.
+        rates: By operation; an operation without a rate counts as free.
     """
 
-    cholesky: Rate
-    eigh: Rate
-    sketch: Rate
-    brand: Rate
+    rates: Mapping[Operation, Rate]
+
+    def seconds(self, work: Iterable[Work]) -> float:
+        """Estimates how long some operations take, one after the other."""
+        return sum(self.rates[each.operation].seconds(each.flops) for each in work if each.operation in self.rates)
 
     def to_json(self) -> dict[str, list[float]]:
         """Returns it as JSON values, to be broadcast."""
-        return {f.name: list(getattr(self, f.name)) for f in fields(self)}
+        return {operation.value: list(rate) for operation, rate in self.rates.items()}
 
     @staticmethod
     def from_json(value: Mapping[str, list[float]]) -> "MeasuredCosts":
         """Returns what `to_json` wrote, to the last bit."""
-        return MeasuredCosts(**{name: Rate(*numbers) for name, numbers in value.items()})
+        return MeasuredCosts(rates={Operation(name): Rate(*numbers) for name, numbers in value.items()})
 
 
 def measure_costs() -> MeasuredCosts:
@@ -98,10 +94,12 @@ def measure_costs() -> MeasuredCosts:
         brand_update(vectors, torch.ones(1, half), matrix[None, :half])
 
     return MeasuredCosts(
-        cholesky=rate(lambda matrix: damped_cholesky_inverse(matrix, one), lambda d: float(d**3)),
-        eigh=rate(eigh_descending, lambda d: EIGH_FLOPS * d**3),
-        sketch=rate(sketch, sketched.factor_cost),
-        brand=rate(brand, lambda d: _brand_flops(d, d // 4)),
+        rates={
+            Operation.CHOLESKY: rate(lambda matrix: damped_cholesky_inverse(matrix, one), lambda d: float(d**3)),
+            Operation.EIGH: rate(eigh_descending, lambda d: EIGH_FLOPS * d**3),
+            Operation.SKETCH: rate(sketch, lambda d: sketched.factor_work(d).flops),
+            Operation.BRAND: rate(brand, lambda d: brand_flops(d, d // 4)),
+        }
     )
 
 
@@ -114,10 +112,6 @@ def _fastest(operation: Callable[[torch.Tensor], Any], d: int) -> float:
         operation(matrix)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
-
-
-def _brand_flops(d: int, columns: int) -> float:
-    return 8.0 * d * columns**2 + EIGH_FLOPS * columns**3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,16 +163,10 @@ class Auto:
         return best.inverter, f"{self._sentence(best, others)}; nothing fits, this exceeds the budget least"
 
     def _candidates(self, shape: BlockShape) -> Iterator[AbstractInverter]:
-        for name in ORDER:
-            if name not in self.allow:
-                continue
-            if "rank" not in {f.name for f in fields(INVERTERS[name])}:
-                inverters = [make_inverter(name)]
-            else:
-                # A quarter of the larger factor: above it a full decomposition would be cheaper.
-                ranks = [rank for rank in RANKS if 4 * rank <= max(shape.d_in, shape.d_out)] or [RANKS[-1]]
-                inverters = [make_inverter(name, rank=rank) for rank in ranks]
-            yield from (each for each in inverters if not each.refusal({"block": shape}))
+        for name in (each for each in ORDER if each in self.allow):
+            for inverter in INVERTERS[name].candidates(shape):
+                if not inverter.refusal({"block": shape}):
+                    yield inverter
 
     def _excess(self, candidate: "_Candidate") -> float:
         return max(candidate.seconds / self.seconds_per_inversion, candidate.bytes / self.bytes_per_block)
@@ -209,49 +197,17 @@ class _Candidate(NamedTuple):
 
     @staticmethod
     def of(inverter: AbstractInverter, shape: BlockShape, costs: MeasuredCosts) -> "_Candidate":
-        return _Candidate(inverter, _inversion_seconds(inverter, shape, costs), _block_bytes(inverter, shape))
+        sizes = {"A": shape.d_in**2, "G": shape.d_out**2, "a": shape.d_in, "g": shape.d_out}
+        sums = sum(sizes.get(name, 0) for name in inverter.needs(shape).sums)
+        work, numbers = inverter.estimate(shape)
+        return _Candidate(inverter, shape.groups * costs.seconds(work), _NUMBER_BYTES * shape.groups * (sums + numbers))
 
     @property
     def label(self) -> str:
-        rank = getattr(self.inverter, "rank", None)
-        return self.inverter.name if rank is None else f"{self.inverter.name} with rank {rank}"
-
-
-def _inversion_seconds(inverter: AbstractInverter, shape: BlockShape, costs: MeasuredCosts) -> float:
-    if inverter.name == "eva":
-        return 0.0  # a few products of vectors, on every rank
-    by_rows = inverter.needs(shape).increments
-    factors = (("A", shape.d_in), ("G", shape.d_out))
-    if inverter.name == "kfac":
-        each = [costs.cholesky.seconds(float(d**3)) for _, d in factors]
-    else:
-        each = [_spectrum_seconds(inverter, d, costs, by_rows=label in by_rows) for label, d in factors]
-    return shape.groups * sum(each)
-
-
-def _spectrum_seconds(inverter: AbstractInverter, d: int, costs: MeasuredCosts, *, by_rows: bool) -> float:
-    """Estimates how long the eigenpairs of one factor take, all or the leading ones."""
-    if by_rows:
-        return costs.brand.seconds(_brand_flops(d, _columns(inverter)))
-    rank, oversampling = getattr(inverter, "rank", d), getattr(inverter, "oversampling", 0)
-    if rank + oversampling >= d:
-        return costs.eigh.seconds(EIGH_FLOPS * d**3)
-    sketched = inverter if isinstance(inverter, AbstractSketchedKfac) else RsKfac(rank=rank, oversampling=oversampling)
-    return costs.sketch.seconds(sketched.factor_cost(d))
-
-
-def _columns(inverter: AbstractInverter) -> int:
-    """Returns the eigenpairs that an inverter holds of a factor, where it is large enough."""
-    return getattr(inverter, "rank", 2**62) + getattr(inverter, "increment_rows", 0)
-
-
-def _block_bytes(inverter: AbstractInverter, shape: BlockShape) -> int:
-    """Estimates what a block takes on each rank: its sums, the inverse in use, and the state of an online method."""
-    q, p = shape.d_in, shape.d_out
-    sizes = {"A": q * q, "G": p * p, "a": q, "g": p}
-    sums = sum(sizes.get(name, 0) for name in inverter.needs(shape).sums)
-    held = q + p if inverter.name == "eva" else sum(d * min(_columns(inverter), d) for d in (q, p))
-    return _NUMBER_BYTES * shape.groups * (sums + (2 if inverter.online else 1) * held)
+        """The method's name, with the settings that differ from their defaults."""
+        default, own = type(self.inverter)().settings(), self.inverter.settings()
+        changed = ", ".join(f"{name} {value}" for name, value in own.items() if value != default[name])
+        return f"{self.inverter.name} with {changed}" if changed else self.inverter.name
 
 
 def _seconds(value: float) -> str:

@@ -1,12 +1,12 @@
 """What every inversion method is: a configuration with one pure function."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.statistics import KroneckerFactors, Needs
@@ -84,6 +84,40 @@ class Coupling(StrEnum):
     """Sums of the cross factors of all pairs (`CoarseFactors`)."""
 
 
+class Operation(StrEnum):
+    """A kind of work in an inversion; each runs at a speed of its own, which `kfdist.curvature.auto` measures."""
+
+    CHOLESKY = "cholesky"
+    """Cholesky factorisation of a damped factor, and inversion by it: d^3 operations."""
+    EIGH = "eigh"
+    """Eigendecomposition of a symmetric matrix: `EIGH_FLOPS` d^3."""
+    SKETCH = "sketch"
+    """Randomised decomposition; see `AbstractSketchedKfac.factor_work`."""
+    BRAND = "brand"
+    """Brand's update; see `brand_flops`."""
+    PRODUCTS = "products"
+    """Matrix products and what costs less; never what decides whether an inversion is affordable."""
+
+
+class Work(NamedTuple):
+    """One operation of an inversion and how many floating-point operations it takes."""
+
+    operation: Operation
+    flops: float
+
+
+class Estimate(NamedTuple):
+    """What one group of a block takes.
+
+    Attributes:
+        work: The operations of one inversion.
+        numbers: Most numbers in the result and its state.
+    """
+
+    work: Sequence[Work]
+    numbers: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class AbstractInverter(ABC):
     """Turns the reduced statistics of a block, or a group of them, into preconditioners. The instance is its settings.
@@ -108,6 +142,15 @@ class AbstractInverter(ABC):
     coupling: ClassVar[Coupling] = Coupling.NONE
     online: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        produces = getattr(cls, "produces", None)  # an abstract family may leave it open
+        if cls.placement is Placement.WORKER and produces is not None and not produces.damping_at_apply:
+            raise TypeError(
+                f"{cls.__name__} is placed on the workers, where no damping reaches an inversion, but "
+                f"{produces.__name__} isn't damped at apply; use Placement.OWNER, or damp at apply"
+            )
+
     def needs(self, shape: BlockShape) -> Needs:
         """Says what it wants measured of a block of this shape."""
         del shape
@@ -120,6 +163,16 @@ class AbstractInverter(ABC):
             shapes: The blocks of one group, in the model's order.
         """
         del shapes
+        return ""
+
+    def model_refusal(self, model: nn.Module, names: Sequence[BlockName]) -> str:
+        """Says why it can't invert these blocks of this model, as `refusal` does from their shapes.
+
+        Args:
+            model: The model, without wrappers such as DistributedDataParallel.
+            names: The blocks of one group, in the model's order.
+        """
+        del model, names
         return ""
 
     def note(self, shape: BlockShape) -> str:
@@ -172,8 +225,18 @@ class AbstractInverter(ABC):
         }
 
     @abstractmethod
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Estimates what one group of a block of this shape takes."""
+
     def cost(self, shape: BlockShape) -> float:
         """Estimates the floating-point operations of one inversion; drives the assignment."""
+        return shape.groups * sum(work.flops for work in self.estimate(shape).work)
+
+    @classmethod
+    def candidates(cls, shape: BlockShape) -> Sequence[Self]:
+        """Lists what "auto" may try on a block of this shape, from the most faithful to the cheapest."""
+        del shape
+        return [cls()]
 
     def settings(self) -> dict[str, Any]:
         """Returns the configuration as JSON values by name, without the method's name."""

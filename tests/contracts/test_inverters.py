@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature import inverters
+from kfdist.curvature.inverse import KroneckerInverse
 from kfdist.curvature.inverter import AbstractInverter, Outcome, Placement
 from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
@@ -262,6 +263,26 @@ def test_cost_grows_with_the_block(case: InverterCase) -> None:
     small, large = BlockShape(d_out=64, d_in=65), BlockShape(d_out=512, d_in=513)
     assert 0 < inverter.cost(small) < inverter.cost(large)
     assert inverter.cost(BlockShape(d_out=64, d_in=65, groups=3)) == pytest.approx(3 * inverter.cost(small))
+
+
+@over_cases
+def test_a_result_is_no_larger_than_estimated(case: InverterCase) -> None:
+    outcome = invert(case, "decaying", torch.float64)
+    made = outcome.preconditioner
+    assert made is not None
+    numbers = sum(each.numel() for each in (*tensor_fields(made).values(), *outcome.state.values()))
+    few = 8 * (C + P + Q)  # traces, dampings, eigenvalues
+    estimated = case.make().estimate(BlockShape(d_out=P, d_in=Q, groups=C)).numbers
+    assert numbers <= C * estimated + few
+
+
+def test_a_method_of_the_workers_that_needs_the_damping_is_refused() -> None:
+    with pytest.raises(TypeError, match="Undamped is placed on the workers, .* KroneckerInverse isn't damped at apply"):
+
+        class Undamped(AbstractInverter):  # pyright: ignore[reportUnusedClass]
+            name = "undamped"
+            produces = KroneckerInverse
+            placement = Placement.WORKER
 
 
 def test_every_method_is_in_the_table_and_every_entry_has_a_case() -> None:

@@ -1,16 +1,16 @@
 """B-KFAC, B-R-KFAC and B-KFAC-C: low-rank factors kept up by Brand's update (arXiv 2210.08494; algorithms.md 4)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
 from kfdist import checks
 from kfdist.curvature.held_factor import HeldFactor
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
-from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.inverters.rs_kfac import RsKfac
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
+from kfdist.curvature.inverters.rs_kfac import RsKfac, candidate_ranks
 from kfdist.curvature.spectra import EIGH_FLOPS, AdaptiveRank, randomized_spectrum
 from kfdist.curvature.statistics import Increment, Needs
 from kfdist.errors import ConfigError
@@ -147,13 +147,19 @@ class AbstractBrandKfac(AbstractInverter):
             state={**factors["A"].to_state("A"), **factors["G"].to_state("G")},
         )
 
-    def cost(self, shape: BlockShape) -> float:
-        """Estimates the costliest job: Brand's update with what the dense factor adds, or the decomposition."""
-        updated = self._updated(shape)
-        sizes = {"A": shape.d_in, "G": shape.d_out}
-        return shape.groups * sum(
-            self._brand_cost(d) if label in updated else self._decomposition_cost(d) for label, d in sizes.items()
-        )
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Counts the costliest job, and each factor's eigenpairs twice: for use, and for the next job to go on from."""
+        updated, work, numbers = self._updated(shape), [], 0
+        for label, d in (("A", shape.d_in), ("G", shape.d_out)):
+            work += self._update_work(d) if label in updated else [self._decomposition_work(d)]
+            columns = self.rank + self.increment_rows if label in updated else min(self.rank, d)
+            numbers += 2 * d * columns
+        return Estimate(work, numbers)
+
+    @classmethod
+    def candidates(cls, shape: BlockShape) -> Sequence[Self]:
+        """Lists ranks that are worth trying."""
+        return [cls(rank=rank) for rank in candidate_ranks(shape)]
 
     @property
     def correction(self) -> float:
@@ -221,16 +227,17 @@ class AbstractBrandKfac(AbstractInverter):
             damping_rule=self.damping_rule,
         )
 
-    def _brand_cost(self, d: int) -> float:
+    def _update_work(self, d: int) -> list[Work]:
+        """Counts Brand's update with what the dense factor adds, or the decomposition that takes its place."""
         k = self.rank + self.increment_rows
-        # Projections and their repetition, QR and the new basis: about 6 d k^2; the small matrix is decomposed in full.
-        update = 6.0 * d * k * k + EIGH_FLOPS * k**3
-        update += 2.0 * d * d * self.correction * k
-        return max(update, self._decomposition_cost(d)) if self.overwrites else update
+        update, decomposition = Work(Operation.BRAND, brand_flops(d, k)), self._decomposition_work(d)
+        if self.overwrites and decomposition.flops > update.flops:
+            return [decomposition]
+        return [update, Work(Operation.PRODUCTS, 2.0 * d * d * self.correction * k)]
 
-    def _decomposition_cost(self, d: int) -> float:
+    def _decomposition_work(self, d: int) -> Work:
         sketched = RsKfac(rank=self.rank, oversampling=self.oversampling, power_iterations=self.power_iterations)
-        return sketched.factor_cost(d)
+        return sketched.factor_work(d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +275,15 @@ class BKfacC(AbstractBrandKfac):
     def correction(self) -> float:
         """Share of a factor's eigenpairs that are refreshed; see `AbstractBrandKfac.correction`."""
         return self.correction_fraction
+
+
+def brand_flops(d: int, columns: int) -> float:
+    """Counts the operations of Brand's update of a d x d factor.
+
+    Projections and their repetition, QR and the new basis take about 6 d k^2 for k columns, old and new; the small
+    matrix is decomposed in full.
+    """
+    return 6.0 * d * columns**2 + EIGH_FLOPS * columns**3
 
 
 def _failed(reason: str) -> Inversion:

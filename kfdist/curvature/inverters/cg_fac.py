@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, Memory
-from kfdist.curvature.inverter import AbstractInverter, Inversion, Placement
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Placement, Work
 from kfdist.curvature.statistics import Needs, SampleBudget, Samples
 from kfdist.linalg.cg import CgSolution, conjugate_gradient
 from kfdist.linalg.row_products import fisher_diagonal, fisher_product, fisher_trace, keep_rows, kronecker_product
@@ -213,6 +213,9 @@ class CgFac(AbstractInverter):
             )
         )
 
-    def cost(self, shape: BlockShape) -> float:
-        """Estimates 4 N p q multiplications and additions an iteration."""
-        return 8.0 * self.max_iterations * self.examples * shape.groups * shape.d_out * shape.d_in
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Counts 4 N p q multiplications and additions an iteration; the rows, and with a warm start the direction."""
+        p, q = shape.d_out, shape.d_in
+        rows = self.rows if shape.convolution and self.rows is not None else self.examples
+        numbers = rows * (p + q) + (p * q if self.warm_start else 0)
+        return Estimate([Work(Operation.PRODUCTS, 8.0 * self.max_iterations * self.examples * p * q)], numbers)

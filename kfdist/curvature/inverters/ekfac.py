@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, Memory
-from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import EIGH_FLOPS, full_spectrum
 from kfdist.curvature.statistics import KroneckerFactors, Needs, SampleBudget, Samples
 from kfdist.linalg.psd import trace
@@ -118,6 +118,8 @@ class Ekfac(AbstractInverter):
             diagnostics={**A.diagnostics, **G.diagnostics},
         )
 
-    def cost(self, shape: BlockShape) -> float:
-        """Estimates 9 d^3 operations a factor."""
-        return EIGH_FLOPS * shape.groups * (shape.d_in**3 + shape.d_out**3)
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Counts two full eigendecompositions, both bases and the scales."""
+        sizes = shape.d_in, shape.d_out
+        work = [Work(Operation.EIGH, EIGH_FLOPS * d**3) for d in sizes]
+        return Estimate(work, sum(d * d for d in sizes) + shape.d_in * shape.d_out)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kfdist.curvature.inverse import AbstractPreconditioner, Memory
-from kfdist.curvature.inverter import AbstractInverter, Inversion, Placement
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Placement, Work
 from kfdist.curvature.statistics import MeanVectors, Needs
 from kfdist.types import BlockShape
 
@@ -70,6 +70,7 @@ class Eva(AbstractInverter):
             preconditioner=EvaPreconditioner(trace_A=a.square().sum(-1), trace_G=g.square().sum(-1), a=a, g=g)
         )
 
-    def cost(self, shape: BlockShape) -> float:
-        """Counts the operations of the squared lengths."""
-        return 2.0 * shape.groups * (shape.d_in + shape.d_out)
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Counts the squared lengths, and both vectors."""
+        size = shape.d_in + shape.d_out
+        return Estimate([Work(Operation.PRODUCTS, 2.0 * size)], size)

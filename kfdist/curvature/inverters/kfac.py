@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse, KroneckerSpectrum
-from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import EIGH_FLOPS, assemble, full_spectrum, probes_like
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.kronecker import DampingRule, split_by_largest, split_by_trace
@@ -75,10 +75,13 @@ class Kfac(AbstractInverter):
         )
         return Inversion(preconditioner=preconditioner, diagnostics=diagnostics)
 
-    def cost(self, shape: BlockShape) -> float:
-        """Estimates d^3 operations a factor (d^3/3 to factorise, 2 d^3/3 to invert) and, if needed, its eigenvalues."""
-        per_factor = 1.0 if self.damping_rule == "pi" else 1.0 + EIGENVALUE_FLOPS
-        return per_factor * shape.groups * (shape.d_in**3 + shape.d_out**3)
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Counts d^3 operations a factor (d^3/3 to factorise, 2 d^3/3 to invert) and, if needed, its eigenvalues."""
+        sizes = shape.d_in, shape.d_out
+        work = [Work(Operation.CHOLESKY, float(d**3)) for d in sizes]
+        if self.damping_rule == "relative":
+            work += [Work(Operation.EIGH, EIGENVALUE_FLOPS * d**3) for d in sizes]
+        return Estimate(work, sum(d * d for d in sizes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,8 @@ class KfacEigen(AbstractInverter):
             diagnostics={**A.diagnostics, **G.diagnostics},
         )
 
-    def cost(self, shape: BlockShape) -> float:
-        """Estimates 9 d^3 operations a factor."""
-        return EIGH_FLOPS * shape.groups * (shape.d_in**3 + shape.d_out**3)
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Counts two full eigendecompositions."""
+        sizes = shape.d_in, shape.d_out
+        work = [Work(Operation.EIGH, EIGH_FLOPS * d**3) for d in sizes]
+        return Estimate(work, sum(d * d for d in sizes))

@@ -6,11 +6,12 @@ from itertools import pairwise
 from typing import ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfdist import checks
+from kfdist.curvature.chains import chain_refusal
 from kfdist.curvature.inverse import AbstractPreconditioner, CoupledPreconditioner, Memory
-from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion, Outcome
+from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import EIGH_FLOPS, NEGATIVE_TOLERANCE, probes_like
 from kfdist.curvature.statistics import ChainFactors, Needs
 from kfdist.linalg.kronecker import split_by_trace
@@ -189,9 +190,19 @@ class KfacTridiagonal(AbstractInverter):
             for place, ((name, each), after) in enumerate(zip(statistics.items(), followers, strict=True))
         }
 
-    def cost(self, shape: BlockShape) -> float:
-        """Estimates a factorisation, triangular solves and an eigendecomposition of each factor."""
-        return (TRIANGULAR_FLOPS + EIGH_FLOPS) * shape.groups * (shape.d_in**3 + shape.d_out**3)
+    def model_refusal(self, model: nn.Module, names: Sequence[BlockName]) -> str:
+        """Refuses layers that don't run one after another; see `AbstractInverter.model_refusal`."""
+        return chain_refusal(model, names, assume_chain=self.assume_chain)
+
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Counts a factorisation, triangular solves and an eigendecomposition of each factor.
+
+        The next layer is taken to be as large as this one.
+        """
+        sizes = shape.d_in, shape.d_out
+        work = [Work(Operation.CHOLESKY, TRIANGULAR_FLOPS * d**3) for d in sizes]
+        work += [Work(Operation.EIGH, EIGH_FLOPS * d**3) for d in sizes]
+        return Estimate(work, sum(2 * d * d + d for d in sizes))
 
 
 def _check_chain(statistics: Mapping[BlockName, ChainFactors]) -> None:

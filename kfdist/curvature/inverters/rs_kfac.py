@@ -1,15 +1,15 @@
 """RS-KFAC and SRE-KFAC: K-FAC with randomised low-rank factors (Puiu, arXiv 2206.15397; algorithms.md 3)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
-from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import (
     EIGH_FLOPS,
     AdaptiveRank,
@@ -28,6 +28,9 @@ RankSchedule = tuple[tuple[int, int], ...]
 
 PUBLISHED_RULE = AdaptiveRank(grow_above=0.053, shrink_below=0.026, grow=10, shrink=10, least=10, most=700)
 """The adaptive rank of the published runs (algorithms.md 4.4)."""
+
+RANKS = (512, 256, 128, 64, 32)
+"""Ranks that "auto" tries low-rank methods with."""
 
 _SVD_FLOPS = 22.0
 """Operations of the singular value decomposition of a square matrix, over s^3."""
@@ -94,20 +97,37 @@ class AbstractSketchedKfac(AbstractInverter):
             state=self._state(found, inversion),
         )
 
-    def cost(self, shape: BlockShape) -> float:
-        """Estimates q + 2 products of d x d with d x s and as many orthogonalisations, or a full decomposition."""
-        return shape.groups * (self.factor_cost(shape.d_in) + self.factor_cost(shape.d_out))
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Counts both decompositions, and the eigenvectors once more where they travel as the next job's start."""
+        sizes = shape.d_in, shape.d_out
+        copies = 2 if self.warm_start else 1
+        numbers = sum(d * min(self._largest_rank, d) for d in sizes)
+        return Estimate([self.factor_work(d) for d in sizes], copies * numbers)
 
-    def factor_cost(self, d: int) -> float:
-        """Estimates the operations for one d x d factor, at the largest rank of the schedule."""
-        s = min(max([self.rank, *(rank for _, rank in self.rank_schedule)]), d) + self.oversampling
+    def factor_work(self, d: int) -> Work:
+        """Counts the operations for one d x d factor, at the largest rank of the schedule.
+
+        q + 2 products of d x d with d x s and as many orthogonalisations, or a full decomposition.
+        """
+        s = min(self._largest_rank, d) + self.oversampling
         if s >= d:
-            return EIGH_FLOPS * d**3
+            return Work(Operation.EIGH, EIGH_FLOPS * d**3)
         q = self.power_iterations
-        shared = (q + 2) * 2.0 * d * d * s + (q + 1) * 4.0 * d * s * s
+        flops = (q + 2) * 2.0 * d * d * s + (q + 1) * 4.0 * d * s * s
         if self.decomposition == "rsvd":
-            return shared + 6.0 * d * s * s + _SVD_FLOPS * s**3
-        return shared + 4.0 * d * s * s + EIGH_FLOPS * s**3
+            flops += 6.0 * d * s * s + _SVD_FLOPS * s**3
+        else:
+            flops += 4.0 * d * s * s + EIGH_FLOPS * s**3
+        return Work(Operation.SKETCH, flops)
+
+    @classmethod
+    def candidates(cls, shape: BlockShape) -> Sequence[Self]:
+        """Lists ranks that are worth trying."""
+        return [cls(rank=rank) for rank in candidate_ranks(shape)]
+
+    @property
+    def _largest_rank(self) -> int:
+        return max([self.rank, *(rank for _, rank in self.rank_schedule)])
 
     def _decompose(
         self, matrix: Tensor, label: str, inversion: int, previous: Mapping[str, Tensor], seed: int
@@ -172,6 +192,11 @@ class SreKfac(AbstractSketchedKfac):
 
     name: ClassVar[str] = "sre-kfac"
     decomposition: ClassVar[Decomposition] = "srevd"
+
+
+def candidate_ranks(shape: BlockShape) -> Sequence[int]:
+    """Returns those of `RANKS` up to a quarter of the larger factor: above, a full decomposition would be cheaper."""
+    return [rank for rank in RANKS if 4 * rank <= max(shape.d_in, shape.d_out)] or [RANKS[-1]]
 
 
 def _checked_schedule(value: Any) -> RankSchedule:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner
-from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.inverters.seng_directions import (
     BackProjection,
     Scaling,
@@ -124,16 +124,18 @@ class Seng(AbstractInverter):
         }
         return Inversion(preconditioner=made, diagnostics=diagnostics)
 
-    def cost(self, shape: BlockShape) -> float:
-        """Estimates the Gram matrix, its decomposition, the trace and, in the explicit form, the rotated gradients."""
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Counts the Gram matrix, its decomposition, the trace and, in the explicit form, the rotated gradients."""
         n, p, q = self.examples, shape.d_out, shape.d_in
         columns = (self.columns or 1) if shape.convolution else 1
         if self._explicit(p * q):
             flops = 2.0 * n * p * q * columns + 2.0 * n * n * (self._sampled(p, q) + p * q)
+            numbers = min(n, p * q) * (p * q + 1)
         else:
             k = self.column_sample_size or p + q
             flops = 2.0 * (n * columns) ** 2 * (min(k, p) + min(k, q)) + 2.0 * n * columns**2 * (p + q)
-        return shape.groups * (flops + EIGH_FLOPS * n**3)
+            numbers = n * columns * (p + q) + n * n
+        return Estimate([Work(Operation.PRODUCTS, flops), Work(Operation.EIGH, EIGH_FLOPS * n**3)], numbers)
 
     def _explicit(self, entries: int) -> bool:
         return self.form == "explicit" or (self.form == "auto" and entries <= self.threshold)

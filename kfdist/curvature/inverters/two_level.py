@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, CoupledPreconditioner, KroneckerSpectrum, Memory
-from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion, Outcome, Placement
+from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Outcome, Placement
 from kfdist.curvature.statistics import CoarseFactors, KroneckerFactors, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import symmetrise
@@ -239,9 +239,9 @@ class TwoLevel(AbstractInverter):
             inversions[name] = replace(fine[name], preconditioner=block, diagnostics=diagnostics)
         return inversions
 
-    def cost(self, shape: BlockShape) -> float:
+    def estimate(self, shape: BlockShape) -> Estimate:
         """Returns the inner method's: the coarse matrix is as small as there are blocks."""
-        return self._inner().cost(shape)
+        return self._inner().estimate(shape)
 
     def settings(self) -> dict[str, Any]:
         """Returns the configuration as JSON values by name, without the method's name."""

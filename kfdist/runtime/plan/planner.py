@@ -9,7 +9,6 @@ from torch import nn
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice, measure_costs
 from kfdist.curvature.blocks import BLOCKS, Block, make_block
-from kfdist.curvature.chains import chain_refusal
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.jobs import job_bytes
@@ -147,9 +146,7 @@ def _make_groups(model: nn.Module, chosen: Sequence[_Chosen], world_size: int) -
 
 def _check_accepted(model: nn.Module, group: Sequence[_Chosen]) -> None:
     inverter, blocks = group[0].inverter, {each.block.name: each.block.shape for each in group}
-    reason = inverter.refusal(blocks)
-    if not reason and inverter.coupling is Coupling.CHAIN:
-        reason = chain_refusal(model, list(blocks), assume_chain=getattr(inverter, "assume_chain", False))
+    reason = inverter.refusal(blocks) or inverter.model_refusal(model, list(blocks))
     if reason:
         raise ConfigError(f"{inverter.name} can't invert {', '.join(map(repr, blocks))}: {reason}", path="method")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse
-from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.ladder import DAMPING_FACTORS, RESIDUAL_LIMIT, invert_with_ladder
 from kfdist.curvature.statistics import KroneckerFactors
@@ -36,8 +36,8 @@ class Scripted(AbstractInverter):
         inversion = make_inverter("kfac").invert(factors, damping=damping, previous=previous, seed=seed)
         return self.spoil(inversion, factors.A.dtype, damping)
 
-    def cost(self, shape: BlockShape) -> float:
-        return 1.0
+    def estimate(self, shape: BlockShape) -> Estimate:
+        return Estimate([Work(Operation.CHOLESKY, 1.0)], 1)
 
 
 def run(inverter: AbstractInverter, factors: KroneckerFactors, damping: float = 1e-2):
