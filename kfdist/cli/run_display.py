@@ -51,7 +51,8 @@ def print_events(events: Sequence[EventView], *, as_json: bool) -> None:
 
 def run_line(run: RunView) -> str:
     """Returns a run in one line."""
-    measured = " ".join(f"{_short(name)} {value:.4g}" for name, value in sorted(run.gauges.items()))
+    brief = {name: value for name, value in run.gauges.items() if not name.startswith("kfdist_inversion_")}
+    measured = " ".join(f"{_short(name)} {value:.4g}" for name, value in sorted(brief.items()))
     members = f"{run.live_workers} workers, {run.live_owners} owners"
     return f"{run.name}: {run.state} at step {_step(run)}, {members}" + (f", {measured}" if measured else "")
 

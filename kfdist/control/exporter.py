@@ -78,7 +78,7 @@ class Exporter(Collector):
                 self._runs[run].forget_gauges(sender)
 
     def gauges_of(self, run: str, sender: Sender) -> dict[str, float]:
-        """Returns a member's gauges by metric name; labelled ones by their maximum."""
+        """Returns a member's gauges by metric name; labelled ones by their worst."""
         with self._lock:
             return self._runs[run].gauges_of(sender) if run in self._runs else {}
 

@@ -12,7 +12,7 @@ from kfdist.telemetry.metrics import METRICS, Across, Kind, Metric, fault_in
 from kfdist.types import Sample
 
 MAX_BLOCKS = 512
-"""Blocks that get a series of their own in each metric; the others share one named "other", by their maximum."""
+"""Blocks that get a series of their own in each metric; the others share one named "other", by their worst value."""
 
 MAX_LABEL_VALUES = 64
 """Values of any other label of a metric; samples with further ones are dropped and counted."""
@@ -127,17 +127,19 @@ class RunSeries:
                 del self._gauges[key]
 
     def gauges_of(self, sender: Sender) -> dict[str, float]:
-        """Returns a sender's gauges by metric name; of several series of one metric, the largest value."""
+        """Returns a sender's gauges by metric name; of several series of one metric, the worst value."""
         found: dict[str, float] = {}
         for (name, _), values in self._gauges.items():
             if sender in values:
-                found[name] = max(found[name], values[sender]) if name in found else values[sender]
+                value = values[sender]
+                found[name] = METRICS[name].across.worst([found.get(name, value), value])
         return found
 
     def values(self) -> Iterator[tuple[Metric, tuple[str, ...], float]]:
         """Yields every gauge and counter: metric, label values, value."""
         for (name, labels), by_sender in self._gauges.items():
-            merge = sum if METRICS[name].across is Across.SUM else max
+            across = METRICS[name].across
+            merge = sum if across is Across.SUM else across.worst
             yield METRICS[name], labels, merge(by_sender.values())
         for (name, labels), totals in self._counters.items():
             yield METRICS[name], labels, sum(total.earlier + total.reported for total in totals.values())
@@ -161,7 +163,7 @@ class RunSeries:
             self._counters.setdefault(key, {}).setdefault(sender, Total()).report(life, sample.value)
         else:
             shared = OTHER in labels and key in gauges
-            gauges[key] = max(gauges[key], sample.value) if shared else sample.value
+            gauges[key] = metric.across.worst([gauges[key], sample.value]) if shared else sample.value
         return ""
 
     def _bounded(self, metric: Metric, sample: Sample) -> tuple[str, ...] | None:

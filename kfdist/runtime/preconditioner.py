@@ -26,6 +26,7 @@ from kfdist.runtime.apply.rates import (
 )
 from kfdist.runtime.arguments import check_numbers, checked_staleness, constant, inverting_fingerprint, lag_of
 from kfdist.runtime.assembly import assemble
+from kfdist.runtime.diagnostics import diagnostic_note
 from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, epoch_from_clock, make_link
 from kfdist.runtime.plan.coverage import Coverage
 from kfdist.runtime.plan.groups import BlockGroup, check_applied_rows, check_fisher
@@ -319,8 +320,15 @@ class Preconditioner:
     # Questions ---------------------------------------------------------------------------------------------------
 
     def coverage(self) -> Coverage:
-        """Returns every parameter with its block and method, or why it has none."""
-        return self._plan.coverage
+        """Returns every parameter with its block, its method and how the inversion in use went, or why it has none."""
+        snapshots = [self._pipeline.parts.snapshots[group.index] for group in self._plan.groups]
+        return self._plan.coverage.with_inversions(
+            {
+                name: diagnostic_note(snapshot.version, outcome)
+                for snapshot in snapshots
+                for name, outcome in snapshot.outcomes.items()
+            }
+        )
 
     def staleness(self) -> dict[str, int]:
         """Returns each block's staleness in steps: the last step done minus the version in use."""

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from kfdist.curvature.inverters.seng_directions import NON_DESCENT
+from kfdist.runtime.diagnostics import diagnostic_samples
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.types import Sample
 
@@ -23,9 +24,10 @@ def pipeline_samples(pipeline: Pipeline, worker_rank: int) -> list[Sample]:
     counters.inversion_seconds.clear()
     samples += [
         Sample(name="kfdist_bytes_total", value=float(total), labels={"purpose": purpose})
-        for purpose, total in counters.bytes.items()
+        for purpose, total in _bytes(pipeline).items()
     ]
     link = parts.link.counters()
+    samples.append(Sample(name="kfdist_samples_lost_total", value=float(link.samples_dropped)))
     samples += [
         Sample(name="kfdist_failures_total", value=float(total), labels={"reason": reason})
         for reason, total in link.resubmissions.items()
@@ -63,6 +65,8 @@ def _common_samples(pipeline: Pipeline) -> list[Sample]:
         age = parts.snapshots.age_seconds(group.index)
         if age is not None:
             samples.append(Sample(name="kfdist_staleness_seconds", value=age, labels=labels))
+        for block, outcome in parts.snapshots[group.index].outcomes.items():
+            samples += diagnostic_samples(block, outcome.diagnostics)
     samples += [
         Sample(name="kfdist_fallbacks_total", value=float(total), labels={"reason": reason})
         for reason, total in counters.fallbacks.items()
@@ -99,7 +103,7 @@ def pipeline_totals(pipeline: Pipeline) -> dict[str, Any]:
     counters, parts = pipeline.counters, pipeline.parts
     link = parts.link.counters()
     return {
-        "bytes": dict(counters.bytes),
+        "bytes": _bytes(pipeline),
         "inversions": {
             "completed": sum(counters.completed.values()),
             "failed": sum(parts.snapshots.failures.values()),
@@ -116,8 +120,19 @@ def pipeline_totals(pipeline: Pipeline) -> dict[str, Any]:
         "resent_broadcasts": parts.exchange.resent,
         "resubmissions": dict(link.resubmissions),
         "courier_restarts": link.courier_restarts,
+        "samples_lost": link.samples_dropped,
         "nonfinite_drops": round(sum(float(sums.dropped) for sums in pipeline.sums.values())),
     }
+
+
+def _bytes(pipeline: Pipeline) -> dict[str, int]:
+    """Returns this rank's bytes by purpose.
+
+    "jobs" and "results" are what it asked for and got; "to_owners" and "from_owners" what went through its link for
+    them, each retry again.
+    """
+    link = pipeline.parts.link.counters()
+    return {**pipeline.counters.bytes, "to_owners": link.bytes_sent, "from_owners": link.bytes_received}
 
 
 def _uphill(pipeline: Pipeline) -> list[Tensor]:

@@ -5,7 +5,7 @@ declaration lists it. A label `block` stands only on gauges: one series a layer 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,6 +26,12 @@ class Across(StrEnum):
     RANK_ZERO = "rank_zero"  # all ranks have the same, or only rank 0 has it
     SUM = "sum"
     MAX = "max"
+    MIN = "min"
+
+    @property
+    def worst(self) -> Callable[[Iterable[float]], float]:
+        """Picks the value that speaks for several blocks: the smallest under MIN, else the largest."""
+        return min if self is Across.MIN else max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +118,49 @@ _DECLARED = (
         labels=("purpose",),
         across=Across.SUM,
     ),
+    # What an inversion says of its own result, for the inverse in use; factors are "A", "G" or what the method has.
+    Metric(
+        name="kfdist_inversion_residual",
+        kind=Kind.GAUGE,
+        help="Relative error of a block's inverse: how far it is from what it claims to be.",
+        labels=("block", "factor"),
+        across=Across.MAX,
+    ),
+    Metric(
+        name="kfdist_inversion_orthogonality_error",
+        kind=Kind.GAUGE,
+        help="Frobenius norm of U^T U - I for the eigenvectors U in a block's inverse.",
+        labels=("block", "factor"),
+        across=Across.MAX,
+    ),
+    Metric(
+        name="kfdist_inversion_approximation_error",
+        kind=Kind.GAUGE,
+        help="Relative distance of the kept part of a factor from the factor.",
+        labels=("block", "factor"),
+        across=Across.MAX,
+    ),
+    Metric(
+        name="kfdist_inversion_smallest_eigenvalue",
+        kind=Kind.GAUGE,
+        help="Smallest eigenvalue found in a factor, before negative ones were clamped.",
+        labels=("block", "factor"),
+        across=Across.MIN,
+    ),
+    Metric(
+        name="kfdist_inversion_rank",
+        kind=Kind.GAUGE,
+        help="Rank that is kept of a factor.",
+        labels=("block", "factor"),
+        across=Across.MAX,
+    ),
+    Metric(
+        name="kfdist_inversion_rung",
+        kind=Kind.GAUGE,
+        help="Retries that a block's inverse took: 0 as configured, then float64, then more and more damping.",
+        labels=("block",),
+        across=Across.MAX,
+    ),
     # What went wrong.
     Metric(
         name="kfdist_failures_total",
@@ -131,6 +180,12 @@ _DECLARED = (
         kind=Kind.COUNTER,
         help="Processes started again, by process.",
         labels=("process",),
+        across=Across.SUM,
+    ),
+    Metric(
+        name="kfdist_samples_lost_total",
+        kind=Kind.COUNTER,
+        help="Samples that ranks dropped because the controller or the courier took none for too long, over all ranks.",
         across=Across.SUM,
     ),
     # What the controller sees by itself.

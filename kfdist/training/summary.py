@@ -85,6 +85,7 @@ def gather_totals(training: Training, steps_done: int) -> dict[str, Any]:
         "failures": counters.get("failures", {}),
         "resubmissions": _sum(rank["counters"].get("resubmissions", {}) for rank in ranks),
         "courier_restarts": sum(rank["counters"].get("courier_restarts", 0) for rank in ranks),
+        "samples_lost": sum(rank["counters"].get("samples_lost", 0) for rank in ranks),
         "nonfinite_drops": sum(rank["counters"].get("nonfinite_drops", 0) for rank in ranks),
         "rank_modules_clean": all(rank["modules_clean"] for rank in ranks),
         "bytes": _sum(rank["bytes"] for rank in ranks),

@@ -43,11 +43,11 @@ class TestDeclarations:
             assert list(metric.buckets) == sorted(set(metric.buckets))
             assert all(map(math.isfinite, metric.buckets))
 
-    def test_blocks_label_gauges_by_maximum_only(self):
+    def test_blocks_label_gauges_by_their_worst_value_only(self):
         # Only these can share the series "other" beyond the cap.
         for metric in METRICS.values():
             if "block" in metric.labels:
-                assert (metric.kind, metric.across) == (Kind.GAUGE, Across.MAX)
+                assert metric.kind is Kind.GAUGE and metric.across in (Across.MAX, Across.MIN)
 
     @pytest.mark.parametrize(
         ("name", "value", "labels", "fault"),
@@ -145,6 +145,22 @@ class TestSeries:
                 "layer3": offset + 3,
                 "other": offset + 2,
             }
+
+    @pytest.mark.parametrize(
+        ("name", "worst"), [("kfdist_inversion_rung", 3.0), ("kfdist_inversion_smallest_eigenvalue", -2.0)]
+    )
+    def test_the_worst_block_speaks_for_those_that_share_a_series_and_for_the_metric(self, monkeypatch, name, worst):
+        monkeypatch.setattr(series, "MAX_BLOCKS", 1)
+        run, factor = RunSeries(), {"factor": "A"} if "factor" in METRICS[name].labels else {}
+        values = [1.0, -2.0, 3.0]
+        run.ingest(
+            RANKS[0],
+            "1",
+            [Sample(name=name, value=v, labels={"block": f"layer{i}", **factor}) for i, v in enumerate(values)],
+        )
+        found = {labels[0]: value for (_, labels), value in exported(run).items()}
+        assert found == {"layer0": 1.0, "other": worst}
+        assert run.gauges_of(RANKS[0]) == {name: worst}
 
     def test_other_labels_are_bounded_too(self):
         run = RunSeries()

@@ -112,7 +112,9 @@ def test_the_summary_has_the_promised_figures(observed: Observed):
     assert summary["inversions"]["completed"] >= 44 and summary["inversions"]["failed"] == 0
     assert summary["inversions"]["by_method"] == {"rs-kfac": summary["inversions"]["completed"]}
     assert summary["owner_restarts"] == 0 and summary["restarts"] == {"controller": 0, "pool": 0}
-    assert all(summary["bytes"][purpose] > 0 for purpose in ("gradients", "statistics", "jobs", "results", "snapshots"))
+    local = ("gradients", "statistics", "jobs", "results", "snapshots")
+    assert all(summary["bytes"][purpose] > 0 for purpose in (*local, "to_owners", "from_owners"))
+    assert summary["samples_lost"] == 0
     assert {"kfdist", "torch", "ray", "grpcio"} <= set(summary["versions"])
 
 
@@ -147,7 +149,15 @@ def test_its_progress_is_kept(observed: Observed):
         'kfdist_inversion_seconds_count{method="rs-kfac"',
         "kfdist_steps_total{",
         "kfdist_step_seconds_count{",
-        "kfdist_bytes_total{",
+        'kfdist_bytes_total{purpose="jobs"',
+        'kfdist_bytes_total{purpose="to_owners"',
+        'kfdist_bytes_total{purpose="from_owners"',
+        "kfdist_samples_lost_total{",
+        'kfdist_inversion_residual{block="',
+        'kfdist_inversion_rank{block="',
+        'kfdist_inversion_smallest_eigenvalue{block="',
+        'kfdist_inversion_orthogonality_error{block="',
+        'kfdist_inversion_rung{block="',
         "kfdist_adoptions_total{",
         "kfdist_build_info{",
     ],
@@ -163,6 +173,8 @@ def test_status_shows_the_run_while_it_trains(observed: Observed):
     assert observed.status["name"] == "digits"
     assert observed.status["step"] > 0
     assert observed.status["live_workers"] == 2 and observed.status["live_owners"] == 2
+    assert 0 <= observed.status["gauges"]["kfdist_inversion_residual"] < 1e-2
+    assert observed.status["gauges"]["kfdist_inversion_rank"] > 0
 
 
 def test_the_same_command_again_says_that_the_run_is_finished_and_changes_nothing(observed: Observed):

@@ -18,7 +18,8 @@ __all__ = ["RemoteLink", "RemoteOptions"]
 class RemoteLink(AbstractLink):
     """Carries jobs through a courier: a process of its own, started here and respawned when it dies or falls silent.
 
-    A controller that is away (never there, or restarted) surfaces nowhere but in `counters().samples_dropped`.
+    A controller that is away (never there, or restarted) surfaces nowhere but in `counters().samples_dropped`, which
+    the summary and, once it is back, the metrics show as samples lost.
     A process forked from the rank (a data loader's) may hold a copy of the link; there, every call does nothing.
     """
 

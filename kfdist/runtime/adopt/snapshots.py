@@ -27,13 +27,18 @@ class Snapshot:
         version: Step whose statistics are in it; `NO_VERSION` before the first good result.
         payload: The bytes it was decoded from, the same on all ranks; empty where the ranks made it themselves.
         preconditioners: By block name.
-        states: What each block's inverter wants to see again, by block name.
+        outcomes: How each block's inversion went, by block name; empty where the ranks made it themselves.
     """
 
     version: int = NO_VERSION
     payload: bytes = b""
     preconditioners: Mapping[str, AbstractPreconditioner] = field(default_factory=dict)
-    states: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    outcomes: Mapping[str, BlockOutcome] = field(default_factory=dict)
+
+    @property
+    def states(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """What each block's inverter wants to see again, by block name."""
+        return {name: outcome.state for name, outcome in self.outcomes.items()}
 
 
 class _LateFlag:
@@ -103,7 +108,7 @@ class SnapshotStore:
                 version,
                 payload,
                 {name: each.preconditioner for name, each in good.items() if each.preconditioner is not None},
-                {name: each.state for name, each in good.items()},
+                good,
             ),
         )
         return True

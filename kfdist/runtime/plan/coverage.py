@@ -1,12 +1,13 @@
 """What preconditions each parameter of a model, or why nothing does."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.layers import named_layers
+from kfdist.types import BlockName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +20,15 @@ class CoverageRow:
         method: The block's inverter, or None.
         reason: Why it has no block; else what the method does with it and why it was chosen, where that says more
             than its name.
+        inversion: How the inversion in use went; empty before the first one, and where ranks invert for themselves.
+            Not compared: it tells of one moment.
     """
 
     parameter: str
     block: str | None
     method: str | None
     reason: str
+    inversion: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,15 @@ class Coverage:
 
     rows: tuple[CoverageRow, ...]
 
+    def with_inversions(self, notes: Mapping[BlockName, str]) -> "Coverage":
+        """Returns the same with a note on the inversion of each block that has one."""
+        return Coverage(tuple(replace(row, inversion=notes.get(row.block or "", "")) for row in self.rows))
+
     def __str__(self) -> str:
         width = max((len(row.parameter) for row in self.rows), default=0)
         return "\n".join(
-            f"{row.parameter:<{width}}  {row.method or '-':<16}  {': '.join(filter(None, (row.block, row.reason)))}"
+            f"{row.parameter:<{width}}  {row.method or '-':<16}  "
+            + ": ".join(filter(None, (row.block, row.reason, row.inversion)))
             for row in self.rows
         )
 
