@@ -5,15 +5,17 @@ carries two descriptors, one memfd with the input and one for the result. What m
 groups) goes into the memfd of the setup that the courier reads at its start.
 """
 
-import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from kfdist.links.link import LinkContext
 from kfdist.links.shared_memory import create_input, read_private
-from kfdist.types import Desired, GroupSpec, RunSettings, Sample
+from kfdist.types import RunSettings, Sample
 
 MAX_MESSAGE_BYTES = 1 << 16
 """Largest message; a default socket buffer holds several of them."""
@@ -35,6 +37,7 @@ class Submit:
         payload_bytes: Size of the input.
     """
 
+    kind: Literal["submit"] = "submit"
     ticket: int
     group: str
     version: int
@@ -48,19 +51,24 @@ class Submit:
 class Beat:
     """Rank to courier: where the rank stands, and what it measured."""
 
+    kind: Literal["beat"] = "beat"
     step: int
     phase: str
-    samples: Sequence[Sample] = ()
+    samples: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bye:
     """Rank to courier: tell the controller what is left to tell, and end."""
 
+    kind: Literal["bye"] = "bye"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
     """Courier to rank: it has started and takes jobs."""
+
+    kind: Literal["hello"] = "hello"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,7 @@ class Done:
         owner: Who did it.
     """
 
+    kind: Literal["done"] = "done"
     ticket: int
     payload_bytes: int
     digest: str
@@ -83,35 +92,37 @@ class Done:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Courier to rank: what people want of the run, in the words of `kfdist.types.RunSettings`."""
+class NewSettings:
+    """Courier to rank: what the controller says users want of the run."""
 
-    revision: int
-    desired: Desired
-    checkpoint_serial: int
-    damping: float
+    kind: Literal["new_settings"] = "new_settings"
+    settings: RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fenced:
     """Courier to rank: a newer start of the run exists, so nobody takes anything from this one any more."""
 
+    kind: Literal["fenced"] = "fenced"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Courier to rank: what it counted since it last said so."""
+    """Courier to rank: what it counted since it last said so, in the words of `kfdist.links.link.LinkCounters`."""
 
-    resubmissions: dict[str, int] = field(default_factory=dict)
+    kind: Literal["counts"] = "counts"
+    resubmissions: Mapping[str, int] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
     samples_dropped: int = 0
 
 
-Message = Submit | Beat | Bye | Hello | Done | Settings | Fenced | Counts
+Message = Submit | Beat | Bye | Hello | Done | NewSettings | Fenced | Counts
 
-_KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Submit, Beat, Bye, Hello, Done, Settings, Fenced, Counts)
-}
+_EXACT = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
+"""Both sides are of one version: a field too many or of another type is a fault. A gauge may be NaN."""
+
+_MESSAGE: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")], config=_EXACT)
 
 
 def encode(message: Message) -> bytes:
@@ -120,7 +131,7 @@ def encode(message: Message) -> bytes:
     Raises:
         ValueError: It is larger than MAX_MESSAGE_BYTES.
     """
-    data = json.dumps({"kind": type(message).__name__, **asdict(message)}, separators=(",", ":")).encode()
+    data = _MESSAGE.dump_json(message)
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a {type(message).__name__} message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} fit")
     return data
@@ -133,15 +144,13 @@ def decode(data: bytes) -> Message:
         ValueError: It is no message of this version of kfdist.
     """
     try:
-        fields = json.loads(data)
-        kind = _KINDS[fields.pop("kind")]
-        if kind is Beat:
-            fields["samples"] = tuple(Sample(**sample) for sample in fields["samples"])
-        if kind is Settings:
-            fields["desired"] = Desired(fields["desired"])
-        return kind(**fields)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"no message of this version of kfdist: {data[:200]!r}") from error
+        return _MESSAGE.validate_json(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise ValueError(
+            f"no message of this version of kfdist: {data[:200]!r} ({': '.join(filter(None, (where, fault['msg'])))})"
+        ) from None
 
 
 def beats(step: int, phase: str, samples: Sequence[Sample]) -> Iterator[Beat]:
@@ -180,26 +189,6 @@ def receive(channel: socket.socket) -> tuple[Message, list[int]] | None:
     return decode(data), descriptors
 
 
-def settings_message(settings: RunSettings) -> Settings:
-    """Wraps run settings for the socket."""
-    return Settings(
-        revision=settings.revision,
-        desired=settings.desired,
-        checkpoint_serial=settings.checkpoint_serial,
-        damping=settings.damping,
-    )
-
-
-def run_settings(message: Settings) -> RunSettings:
-    """Unwraps run settings."""
-    return RunSettings(
-        revision=message.revision,
-        desired=message.desired,
-        checkpoint_serial=message.checkpoint_serial,
-        damping=message.damping,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class CourierSetup:
     """What a courier is told at its start, through a memfd.
@@ -216,16 +205,12 @@ class CourierSetup:
 
     def write(self) -> int:
         """Returns the descriptor of a new memfd that holds the setup."""
-        return create_input(json.dumps(asdict(self)).encode())
+        return create_input(_SETUP.dump_json(self))
 
     @staticmethod
     def read(descriptor: int) -> "CourierSetup":
         """Reads what `write` wrote; the descriptor stays the caller's."""
-        fields = json.loads(read_private(descriptor, os.fstat(descriptor).st_size))
-        context = fields["context"]
-        groups = tuple(GroupSpec(**group) for group in context.pop("groups"))
-        return CourierSetup(
-            address=fields["address"],
-            rank_pid=fields["rank_pid"],
-            context=LinkContext(groups=groups, **context),
-        )
+        return _SETUP.validate_json(read_private(descriptor, os.fstat(descriptor).st_size))
+
+
+_SETUP = TypeAdapter(CourierSetup)

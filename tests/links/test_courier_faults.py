@@ -32,7 +32,7 @@ def wait_for_courier(link: RemoteLink, *, epoch: int = 1) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_courier_in_the_middle_of_jobs(controller, owners, start_link, number, capfd):
+def test_a_courier_in_the_middle_of_jobs(controller, owners, start_link, number, caplog):
     del owners
     link = start_link(controller.address, silent_seconds=1.5, window=8)
     first = wait_for_courier(link)
@@ -50,7 +50,7 @@ def test_a_courier_in_the_middle_of_jobs(controller, owners, start_link, number,
     assert counters.courier_restarts == 1
     assert counters.resubmissions["courier_lost"] >= 1
     how = "ended" if number == signal.SIGKILL else "was silent"
-    assert f"courier {first} of rank 0 {how}" in capfd.readouterr().err.replace("closed its socket", "ended")
+    assert f"courier {first} of rank 0 {how}" in caplog.text.replace("closed its socket", "ended")
 
 
 def test_couriers_killed_over_and_over(controller, owners, start_link):

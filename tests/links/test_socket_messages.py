@@ -1,7 +1,9 @@
 """What rank and courier say to each other comes as it was said, and what doesn't fit is refused."""
 
+import math
 import os
 import socket
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -16,7 +18,8 @@ from kfdist.links.socket_messages import (
     Done,
     Fenced,
     Hello,
-    Settings,
+    Message,
+    NewSettings,
     Submit,
 )
 from kfdist.types import Desired, RunSettings, Sample
@@ -31,7 +34,7 @@ EXAMPLES = [
     Bye(),
     Hello(),
     Done(ticket=7, payload_bytes=4, digest="e" * 64, seconds=0.5, owner="owner-0"),
-    Settings(revision=4, desired=Desired.PAUSED, checkpoint_serial=2, damping=1e-3),
+    NewSettings(settings=RunSettings(revision=4, desired=Desired.PAUSED, checkpoint_serial=2, damping=1e-3)),
     Fenced(),
     Counts(resubmissions={"crash": 2}, bytes_sent=5, bytes_received=6, samples_dropped=7),
 ]
@@ -52,7 +55,7 @@ def test_every_message_comes_as_it_was_said(pair, message):
 
 
 def test_every_kind_has_an_example():
-    assert {type(message).__name__ for message in EXAMPLES} == set(socket_messages._KINDS)
+    assert {type(message).__name__ for message in EXAMPLES} == {kind.__name__ for kind in get_args(Message)}
 
 
 def test_descriptors_come_with_their_message(pair):
@@ -81,14 +84,34 @@ def test_bytes_that_are_no_message(data):
         socket_messages.decode(data)
 
 
-@pytest.mark.parametrize("text", ['{"kind":"Done"}', '{"kind":"Other"}', "[]", '{"kind":"Bye","more":1}', "3", "null"])
-def test_json_that_is_no_message(text):
-    with pytest.raises(ValueError, match="no message of this version"):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"kind":"done"}', "done.ticket: Field required"),
+        ('{"kind":"other"}', "tag 'other'"),
+        ('{"kind":"bye","more":1}', "bye.more: Unexpected"),
+        ('{"kind":"beat","step":1.5,"phase":"running"}', "beat.step: Input should be a valid integer"),
+        ('{"kind":"beat","step":1,"phase":"running","samples":[{"name":"x"}]}', "beat.samples.0.value: Field required"),
+        ('{"kind":"new_settings","settings":{"desired":"asleep"}}', "new_settings.settings.desired"),
+        ("[]", "should be an object"),
+        ("3", "should be an object"),
+        ("null", "should be an object"),
+    ],
+)
+def test_json_that_is_no_message(text, reason):
+    with pytest.raises(ValueError, match=f"no message of this version.*{reason}"):
         socket_messages.decode(text.encode())
 
 
+def test_a_loss_that_is_no_number_comes_as_it_is():
+    samples = tuple(Sample(name="kfdist_loss", value=value) for value in (math.nan, math.inf, -math.inf))
+    beat = socket_messages.decode(socket_messages.encode(Beat(step=0, phase="running", samples=samples)))
+    assert isinstance(beat, Beat)
+    assert repr(beat.samples) == repr(samples)
+
+
 def test_a_message_over_the_limit_is_refused():
-    beat = Beat(step=0, phase="running", samples=[Sample(name="x" * socket_messages.MAX_MESSAGE_BYTES, value=0.0)])
+    beat = Beat(step=0, phase="running", samples=(Sample(name="x" * socket_messages.MAX_MESSAGE_BYTES, value=0.0),))
     with pytest.raises(ValueError, match="at most 65536 fit"):
         socket_messages.encode(beat)
 
@@ -100,11 +123,6 @@ def test_beats_are_split_and_complete(count):
     assert len(parts) == max(1, -(-count // socket_messages.SAMPLES_PER_MESSAGE))
     assert [sample for part in parts for sample in part.samples] == samples
     assert all(len(socket_messages.encode(part)) <= socket_messages.MAX_MESSAGE_BYTES for part in parts)
-
-
-def test_settings_go_and_come():
-    settings = RunSettings(revision=9, desired=Desired.STOPPED, checkpoint_serial=1, damping=0.5)
-    assert socket_messages.run_settings(socket_messages.settings_message(settings)) == settings
 
 
 def test_the_setup_of_a_large_run_goes_through_a_memfd():

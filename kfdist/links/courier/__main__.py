@@ -6,6 +6,7 @@ hands it the unfinished jobs again.
 """
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -17,9 +18,22 @@ from kfdist.links.courier.dispatch import Dispatcher
 from kfdist.links.courier.known_owners import OwnerDirectory
 from kfdist.links.courier.session import ControllerSession
 from kfdist.links.shared_memory import HeartbeatWord
-from kfdist.links.socket_messages import Beat, Bye, Counts, CourierSetup, Fenced, Hello, Message, Submit
+from kfdist.links.socket_messages import (
+    Beat,
+    Bye,
+    Counts,
+    CourierSetup,
+    Fenced,
+    Hello,
+    Message,
+    NewSettings,
+    Submit,
+)
 from kfdist.system.lifetime import exit_with_process
+from kfdist.telemetry.logging import setup_logging
 from kfdist.types import RunSettings
+
+_LOG = logging.getLogger(__name__)
 
 _WORD_SECONDS = 0.2
 _REPORT_SECONDS = 1.0
@@ -131,19 +145,20 @@ class Courier:
     def _owners_changed(self) -> None:
         self._dispatcher.owners_changed()
 
-    def _fence(self, sentence: str) -> None:
+    def _fence(self, reason: str) -> None:
         if not self._fenced:
             self._fenced = True
-            print(f"kfdist courier: this start of the run is superseded and stops: {sentence}", file=sys.stderr)
+            _LOG.error("this start of the run is superseded and stops: %s", reason)
             self._rank.tell(Fenced())
 
     def _settings_changed(self, settings: RunSettings) -> None:
-        self._rank.tell(socket_messages.settings_message(settings))
+        self._rank.tell(NewSettings(settings=settings))
 
 
 async def _serve(channel_descriptor: int, word_descriptor: int, setup_descriptor: int) -> None:
     setup = CourierSetup.read(setup_descriptor)
     os.close(setup_descriptor)
+    setup_logging(fields={"rank": setup.context.worker_rank})
     exit_with_process(setup.rank_pid, status=0)
     if os.getppid() != setup.rank_pid:
         return  # The rank had ended before we began to watch it.

@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
+import logging
 import mmap
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +16,8 @@ from kfdist.links.shared_memory import write_at
 from kfdist.links.socket_messages import Counts, Done, Message, Submit
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_aio_channel
+
+_LOG = logging.getLogger(__name__)
 
 _CALLS_PER_OWNER = 2
 """One inversion runs while the next one's payload travels; more would only fill the owner's memory."""
@@ -241,10 +243,10 @@ class Dispatcher:
                 parcel.stranded = True
                 self._resubmissions[Reason.FINGERPRINT] += 1
 
-    def _warn(self, sentence: str) -> None:
+    def _warn(self, message: str) -> None:
         if time.monotonic() >= self._quiet_until:
             self._quiet_until = time.monotonic() + _WARNING_PERIOD_SECONDS
-            print(f"kfdist courier: {sentence}", file=sys.stderr, flush=True)
+            _LOG.warning("%s", message)
 
 
 def _map(descriptor: int, size: int) -> memoryview:

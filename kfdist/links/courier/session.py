@@ -6,7 +6,7 @@ comes back to it by itself, and asks owners for their peers meanwhile.
 
 import asyncio
 import contextlib
-import sys
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,6 +23,8 @@ from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServic
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
 from kfdist.rpc.status import code_of, details_of
 from kfdist.types import Desired, RunSettings, Sample
+
+_LOG = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0
@@ -127,10 +129,10 @@ class ControllerSession:
     def _tell_refusal(self, error: Exception) -> None:
         """Says once why a controller that is there refuses this rank; nobody there is no news."""
         if isinstance(error, grpc.aio.AioRpcError) and code_of(error) in _REFUSALS:
-            sentence = f"the controller at {self._address} refuses this rank: {details_of(error)}"
-            if sentence != self._told:
-                self._told = sentence
-                print(f"kfdist courier: {sentence}", file=sys.stderr, flush=True)
+            reason = details_of(error)
+            if reason != self._told:
+                self._told = reason
+                _LOG.warning("the controller at %s refuses this rank: %s", self._address, reason)
 
     async def end(self, conversation: asyncio.Task[None]) -> None:
         """Tells the controller the last beat if it is there, and ends `conversation`, the task of `run`."""

@@ -10,7 +10,7 @@ from kfdist.types import Job
 
 
 @dataclass(kw_only=True, eq=False)
-class Pending:
+class HeldJob:
     """One job.
 
     Attributes:
@@ -40,12 +40,12 @@ class Pending:
         self.input = None
 
 
-class Ledger:
+class Handover:
     """Knows for each job whether it waits or is with the courier."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Pending] = deque()
-        self._handed: dict[int, Pending] = {}
+        self._waiting: deque[HeldJob] = deque()
+        self._handed: dict[int, HeldJob] = {}
         self._last_ticket = 0
 
     @property
@@ -55,14 +55,14 @@ class Ledger:
 
     def add(self, job: Job) -> None:
         """Takes a job over, behind those that wait."""
-        self._waiting.append(Pending(job=job))
+        self._waiting.append(HeldJob(job=job))
 
-    def next_waiting(self) -> Pending | None:
+    def next_waiting(self) -> HeldJob | None:
         """Returns the job that is to be handed over next, if one waits."""
         return self._waiting[0] if self._waiting else None
 
-    def prepare(self, entry: Pending) -> tuple[Submit, tuple[int, int]]:
-        """Puts a job into shared memory; returns its message and descriptors, which stay the ledger's."""
+    def prepare(self, entry: HeldJob) -> tuple[Submit, tuple[int, int]]:
+        """Puts a job into shared memory; returns its message and descriptors, which stay open here."""
         if entry.input is None:
             entry.input = create_input(entry.job.payload)
         if entry.output is None:
@@ -81,21 +81,21 @@ class Ledger:
         )
         return submit, (entry.input, entry.output)
 
-    def hand_over(self, entry: Pending) -> None:
+    def hand_over(self, entry: HeldJob) -> None:
         """Notes that a prepared job, the next that waited, is with the courier."""
         assert entry.ticket is not None and self._waiting[0] is entry
         self._handed[entry.ticket] = self._waiting.popleft()
 
-    def handed(self, ticket: int) -> Pending | None:
+    def handed(self, ticket: int) -> HeldJob | None:
         """Returns the job of a ticket; None for one that was handed over again since."""
         return self._handed.get(ticket)
 
-    def finish(self, entry: Pending) -> None:
+    def finish(self, entry: HeldJob) -> None:
         """Forgets a job that has a verified result."""
         del self._handed[entry.ticket or 0]
         entry.close()
 
-    def requeue(self, entry: Pending) -> None:
+    def requeue(self, entry: HeldJob) -> None:
         """Puts a job that is with the courier in front of those that wait."""
         del self._handed[entry.ticket or 0]
         entry.drop_output()

@@ -3,35 +3,66 @@
 The thread that trains only appends to queues; hashing, copying and waiting happen here.
 """
 
+import logging
 import os
 import selectors
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from kfdist.errors import EnvironmentFault
 from kfdist.links import socket_messages
 from kfdist.links.link import LinkCounters
 from kfdist.links.rank.courier_process import COURIER_MODULE, CourierProcess
-from kfdist.links.rank.handover import Ledger
-from kfdist.links.rank.mailbox import Mailbox
+from kfdist.links.rank.handover import Handover
 from kfdist.links.shared_memory import read_private
-from kfdist.links.socket_messages import (
-    Bye,
-    Counts,
-    CourierSetup,
-    Done,
-    Fenced,
-    Hello,
-    Message,
-    Settings,
-)
+from kfdist.links.socket_messages import Bye, Counts, CourierSetup, Done, Fenced, Hello, Message, NewSettings
 from kfdist.types import Desired, Job, JobResult, RunSettings, Sample
 
+_LOG = logging.getLogger(__name__)
+
 _TICK_SECONDS = 0.25
+
+Call = Job | tuple[int, str, Sequence[Sample]] | None
+"""What the thread that trains asks for: a job, a (step, phase, samples) to tell, or None for the end."""
+
+
+@dataclass(kw_only=True)
+class Mailbox:
+    """What the thread that trains and the background thread share: calls one way, results the other.
+
+    Appending to a deque is atomic, so no lock is needed. A lock would do harm: a signal handler that raises (Ctrl-C)
+    may interrupt the thread that holds it.
+
+    Attributes:
+        inbox: Calls, in order.
+        results: Verified results.
+        wake: An eventfd that wakes the background thread.
+        arrived: An eventfd that is readable while results (or a fault) may be there.
+        closed: Whether the eventfds were given back.
+    """
+
+    wake: int
+    arrived: int
+    inbox: deque[Call] = field(default_factory=deque)
+    results: deque[JobResult] = field(default_factory=deque)
+    closed: bool = False
+
+    @classmethod
+    def open(cls) -> Self:
+        """Makes an empty one with its eventfds."""
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        return cls(wake=os.eventfd(0, flags), arrived=os.eventfd(0, flags))
+
+    def close(self) -> None:
+        """Gives the eventfds back; called when the background thread has ended; safe to call twice."""
+        if not self.closed:
+            self.closed = True
+            os.close(self.wake)
+            os.close(self.arrived)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +111,7 @@ class Pump:
         self._options = options
         # A copy: the thread that trains may change its own environment while a courier is respawned.
         self._environment = dict(os.environ)
-        self._ledger = Ledger()
+        self._handover = Handover()
         self._outbox: deque[tuple[bytes, int]] = deque()
         self._queued_samples = 0
         self._selector = selectors.DefaultSelector()
@@ -107,7 +138,7 @@ class Pump:
             self.fault = error
         finally:
             self._courier.end()
-            self._ledger.close()
+            self._handover.close()
             self._selector.close()
             os.eventfd_write(self._mailbox.arrived, 1)
 
@@ -134,7 +165,7 @@ class Pump:
                 case None:
                     self._ending = True
                 case Job() as job:
-                    self._ledger.add(job)
+                    self._handover.add(job)
                 case (step, phase, samples):
                     self._post_beats(step, phase, samples)
 
@@ -175,10 +206,10 @@ class Pump:
                 socket_messages.send(self._courier.channel, data)
                 self._outbox.popleft()
                 self._queued_samples -= samples
-            while self._ledger.handed_over < self._options.window and (entry := self._ledger.next_waiting()):
-                submit, descriptors = self._ledger.prepare(entry)
+            while self._handover.handed_over < self._options.window and (entry := self._handover.next_waiting()):
+                submit, descriptors = self._handover.prepare(entry)
                 socket_messages.send(self._courier.channel, socket_messages.encode(submit), descriptors)
-                self._ledger.hand_over(entry)
+                self._handover.hand_over(entry)
         except BlockingIOError:
             events |= selectors.EVENT_WRITE
         except ConnectionError:
@@ -205,20 +236,24 @@ class Pump:
                 self._failed_starts = 0
             case Done():
                 self._finish(message)
-            case Settings():
-                settings = socket_messages.run_settings(message)
+            case NewSettings(settings=settings):
                 if settings.revision > self.settings.revision and not self._fenced:
                     self.settings = settings
             case Fenced():
                 self._stop_run()
             case Counts():
-                self._count(**vars(message))
+                self._count(
+                    resubmissions=message.resubmissions,
+                    bytes_sent=message.bytes_sent,
+                    bytes_received=message.bytes_received,
+                    samples_dropped=message.samples_dropped,
+                )
             case _:
                 raise AssertionError(f"only ranks say {message!r}")
 
     def _finish(self, done: Done) -> None:
         """Announces a result once it lies in private memory and has its digest; else the job goes out again."""
-        entry = self._ledger.handed(done.ticket)
+        entry = self._handover.handed(done.ticket)
         if entry is None or entry.output is None:
             return
         try:
@@ -229,15 +264,15 @@ class Pump:
             group=entry.job.group, version=entry.job.version, payload=payload, seconds=done.seconds, owner=done.owner
         )
         if result.digest != done.digest:
-            self._ledger.requeue(entry)
+            self._handover.requeue(entry)
             self._count(resubmissions={"corrupt": 1})
             return
-        self._ledger.finish(entry)
+        self._handover.finish(entry)
         self._mailbox.results.append(result)
         os.eventfd_write(self._mailbox.arrived, 1)
 
     def _stop_run(self) -> None:
-        """Says that this start is to stop in the words in which people say it: these reach all ranks at one step."""
+        """Turns fencing into a request to stop, the one channel that reaches all ranks at the same step."""
         if not self._fenced:
             self._fenced = True
             self.settings = replace(self.settings, revision=self.settings.revision + 1, desired=Desired.STOPPED)
@@ -270,12 +305,15 @@ class Pump:
         self._selector.unregister(lost.channel)
         self._selector.unregister(lost.exit_descriptor)
         status = lost.end()
-        requeued = self._ledger.requeue_all()
+        requeued = self._handover.requeue_all()
         self._count(courier_restarts=1, resubmissions={"courier_lost": requeued} if requeued else {})
-        print(
-            f"kfdist: courier {lost.pid} of rank {self._setup.context.worker_rank} {reason} (exit status {status}); "
-            f"starting another, {requeued} jobs go out again",
-            file=sys.stderr,
+        _LOG.warning(
+            "courier %d of rank %d %s (exit status %d); starting another, %d jobs go out again",
+            lost.pid,
+            self._setup.context.worker_rank,
+            reason,
+            status,
+            requeued,
         )
         if self._failed_starts >= self._options.failed_starts:
             raise EnvironmentFault(

@@ -7,8 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
-from kfdist.links.rank.mailbox import Call, Mailbox
-from kfdist.links.rank.pump import Pump, RemoteOptions
+from kfdist.links.rank.pump import Call, Mailbox, Pump, RemoteOptions
 from kfdist.links.socket_messages import CourierSetup
 from kfdist.types import Job, JobResult, RunSettings, Sample
 
@@ -48,8 +47,7 @@ class RemoteLink(AbstractLink):
         if self._mailbox is not None:
             raise RuntimeError("the link was started before; make another one")
         self._pid = os.getpid()
-        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        mailbox = Mailbox(wake=os.eventfd(0, flags), arrived=os.eventfd(0, flags))
+        mailbox = Mailbox.open()
         setup = CourierSetup(address=self._address, rank_pid=self._pid, context=context)
         try:
             self._pump = Pump(mailbox, setup, self._options)
