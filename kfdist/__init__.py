@@ -6,6 +6,20 @@ Importing this package does nothing and imports neither torch, ray nor grpc; a n
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kfdist.curvature.auto import Auto as Auto
+    from kfdist.curvature.inverters import BKfac as BKfac
+    from kfdist.curvature.inverters import BKfacC as BKfacC
+    from kfdist.curvature.inverters import BRKfac as BRKfac
+    from kfdist.curvature.inverters import CgFac as CgFac
+    from kfdist.curvature.inverters import Ekfac as Ekfac
+    from kfdist.curvature.inverters import Eva as Eva
+    from kfdist.curvature.inverters import Kfac as Kfac
+    from kfdist.curvature.inverters import KfacEigen as KfacEigen
+    from kfdist.curvature.inverters import KfacTridiagonal as KfacTridiagonal
+    from kfdist.curvature.inverters import RsKfac as RsKfac
+    from kfdist.curvature.inverters import Seng as Seng
+    from kfdist.curvature.inverters import SreKfac as SreKfac
+    from kfdist.curvature.inverters import TwoLevel as TwoLevel
     from kfdist.errors import KfdistError as KfdistError
     from kfdist.optim.adaptive import AdaptiveStep as AdaptiveStep
     from kfdist.optim.adaptive_settings import AdaptiveReport as AdaptiveReport
@@ -23,12 +37,26 @@ _HOMES = {
     "AdaptiveReport": "kfdist.optim.adaptive_settings",
     "AdaptiveSettings": "kfdist.optim.adaptive_settings",
     "AdaptiveStep": "kfdist.optim.adaptive",
+    "Auto": "kfdist.curvature.auto",
+    "BKfac": "kfdist.curvature.inverters",
+    "BKfacC": "kfdist.curvature.inverters",
+    "BRKfac": "kfdist.curvature.inverters",
+    "CgFac": "kfdist.curvature.inverters",
+    "Ekfac": "kfdist.curvature.inverters",
+    "Eva": "kfdist.curvature.inverters",
     "FixedLag": "kfdist.runtime.settings",
+    "Kfac": "kfdist.curvature.inverters",
+    "KfacEigen": "kfdist.curvature.inverters",
+    "KfacTridiagonal": "kfdist.curvature.inverters",
     "KfdistError": "kfdist.errors",
     "Preconditioner": "kfdist.runtime.preconditioner",
+    "RsKfac": "kfdist.curvature.inverters",
+    "Seng": "kfdist.curvature.inverters",
     "Service": "kfdist.runtime.invert.service",
+    "SreKfac": "kfdist.curvature.inverters",
     "StalenessPolicy": "kfdist.policies.staleness",
     "StepReport": "kfdist.runtime.settings",
+    "TwoLevel": "kfdist.curvature.inverters",
     "connect": "kfdist.runtime.invert.service",
 }
 

@@ -35,6 +35,8 @@ class AbstractPreconditioner(ABC):
         damping_at_apply: Whether `apply` obeys its `damping`; otherwise damping was fixed at the inversion.
         calibrated: Whether the ranks measure part of it themselves while it is in use (see `calibration_sums`).
         keeps_memory: Whether a block's memory outlives the snapshot; otherwise a newer snapshot starts with none.
+        counts: Names in the memory under which `apply` counts directions that it replaced: integers, summed over the
+            blocks and reported under these names as reasons.
 
     The traces give `fallback` its scale. A method that knows only the trace of the whole block puts that into `trace_A`
     and 1 into `trace_G`.
@@ -43,6 +45,7 @@ class AbstractPreconditioner(ABC):
     damping_at_apply: ClassVar[bool]
     calibrated: ClassVar[bool] = False
     keeps_memory: ClassVar[bool] = False
+    counts: ClassVar[tuple[str, ...]] = ()
 
     trace_A: Tensor
     trace_G: Tensor
@@ -109,6 +112,20 @@ class AbstractPreconditioner(ABC):
         """
         each = zip(members, gradients, memories, strict=True)
         return [member.apply(gradient, damping, memory) for member, gradient, memory in each]
+
+    def apply_to_rows(self, a: Tensor, g: Tensor, examples: float, damping: float) -> Tensor:
+        """Multiplies the damped inverse onto the gradient V = g^T a/N without V; only where its rows are the smaller.
+
+        Args:
+            a: Layer inputs, homogeneous coordinate last, `[c, n, q]`.
+            g: Output gradients of the per-example loss, `[c, n, p]`; n counts positions where there are several.
+            examples: N.
+            damping: lambda of F + lambda I.
+
+        Returns:
+            `[c, p, q]` in the dtype of `g`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} can't be multiplied onto rows; apply it to gradients")
 
     def calibration_sums(self, samples: Samples) -> Memory:
         """Sums over this rank's examples what the block's memory is to hold; only where `calibrated`.
@@ -228,11 +245,6 @@ class KroneckerSpectrum(AbstractPreconditioner):
         damping_A, damping_G = self.factor_damping(damping)
         return damping_A * damping_G
 
-    @property
-    def applies_to_rows(self) -> bool:
-        """Whether `apply_to_rows` exists for its damping rule: "common" doesn't split into two factors."""
-        return self.damping_rule != "common"
-
     def apply_to_rows(self, a: Tensor, g: Tensor, examples: float, damping: float) -> Tensor:
         """Multiplies the damped inverse onto the gradient V = g^T a/N without V, without a host sync.
 
@@ -257,7 +269,7 @@ class KroneckerSpectrum(AbstractPreconditioner):
         """
         c, p, q = self.shape
         n = a.shape[-2]
-        if not self.applies_to_rows:
+        if self.damping_rule == "common":
             raise ValueError(f"damping_rule {self.damping_rule!r} doesn't split into factors; call `apply`")
         if tuple(a.shape) != (c, n, q) or tuple(g.shape) != (c, n, p):
             raise ValueError(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kfdist
 from kfdist.curvature import inverters
 from kfdist.curvature.inverse import KroneckerInverse
 from kfdist.curvature.inverter import AbstractInverter, Outcome, Placement
@@ -292,3 +293,4 @@ def test_every_method_is_in_the_table_and_every_entry_has_a_case() -> None:
     assert {case.name for case in CASES} == set(INVERTERS)
     assert all(name == cls.name for name, cls in INVERTERS.items())
     assert all(issubclass(cls, AbstractInverter) for cls in INVERTERS.values())
+    assert all(getattr(kfdist, cls.__name__) is cls for cls in INVERTERS.values())

@@ -38,6 +38,7 @@ class SengPreconditioner(AbstractPreconditioner):
 
     damping_at_apply: ClassVar[bool] = True
     keeps_memory: ClassVar[bool] = True
+    counts: ClassVar[tuple[str, ...]] = (NON_DESCENT,)
 
     values: Tensor
     scaling: Scaling

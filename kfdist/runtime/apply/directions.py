@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum, Memory
-from kfdist.errors import KfdistError
+from kfdist.curvature.inverse import AbstractPreconditioner, Memory
 
 MEASURED = "measured"
 """Name in a block's memory of a boolean scalar: whether anything was measured at all."""
@@ -85,8 +84,6 @@ class RawRows:
 
     def direction(self, preconditioner: AbstractPreconditioner, damping: float) -> Tensor:
         """Returns (F + lambda I)^-1 V without V (algorithms.md 4.3)."""
-        if not isinstance(preconditioner, KroneckerSpectrum):
-            raise KfdistError(f"{type(preconditioner).__name__} can't be multiplied onto rows; apply it to gradients")
         return preconditioner.apply_to_rows(self.a, self.g, self.examples, damping)
 
 
