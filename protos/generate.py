@@ -1,10 +1,10 @@
 """Makes kfdist/rpc/_generated from the protos: messages, their types, the gRPC stubs, and a copy of the protos.
 
 Run `python protos/generate.py` after changing a proto and commit the result; `--check` changes nothing and exits with 1
-where the committed files differ. The copies of the protos make them part of the wheel.
+if the committed files differ. The copies of the protos make them part of the wheel.
 
-protoc writes imports after the proto package (`from kfdist.v1 import run_pb2`), a package that doesn't exist: the stubs
-live inside ours. The imports are rewritten; the protos' own names, which other languages see, stay as they are.
+protoc writes imports by the proto package (`from kfdist.v1 import run_pb2`), which is no Python package: the stubs live
+in kfdist/rpc/_generated. So the imports are rewritten; the names of the protos, which other languages see, stay.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 PINNED_VERSION = "1.85.1"
-"""The grpcio-tools that makes the committed files; another one makes other files."""
+"""The version of grpcio-tools that makes the committed files; others make different ones."""
 
 PROTOS = Path(__file__).resolve().parent
 GENERATED = PROTOS.parent / "kfdist" / "rpc" / "_generated"

@@ -15,6 +15,7 @@ from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
 from kfdist.rpc.channels import CALL_SECONDS, open_channel
 from kfdist.rpc.status import code_of, fault_of
+from kfdist.types import Sample
 
 WATCH_SECONDS = 60.0
 """Deadline of one call of a watch; the watch goes on with the next call, from the last revision."""
@@ -28,7 +29,7 @@ Response = TypeVar("Response")
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """One run; the fields are those of the Run message in protos/kfdist/v1/run.proto."""
+    """One run; protos/kfdist/v1/run.proto documents the fields."""
 
     name: str
     state: RunState
@@ -43,7 +44,7 @@ class RunView:
     gauges: Mapping[str, float]
 
     def to_json(self) -> dict[str, object]:
-        """Returns what `--json` prints; a gauge that is no finite number is null, as JSON has no word for it."""
+        """Returns what `--json` prints; JSON has no NaN or infinity, so such gauges become null."""
         gauges = {name: value if math.isfinite(value) else None for name, value in self.gauges.items()}
         return {**vars(self), "state": self.state.value, "created": self.created.isoformat(), "gauges": gauges}
 
@@ -65,8 +66,8 @@ class EventView:
 class ControlClient:
     """Calls one controller. Every call has a deadline; a context manager.
 
-    Every method raises EnvironmentFault where the controller can't be reached or refuses, and ConfigError where it was
-    asked for something that isn't there or isn't allowed.
+    Every method raises EnvironmentFault if the controller can't be reached or refuses, and ConfigError if it was asked
+    for something that doesn't exist or isn't allowed.
     """
 
     def __init__(self, address: str, *, timeout_seconds: float = CALL_SECONDS) -> None:
@@ -99,9 +100,9 @@ class ControlClient:
 
         Args:
             name: The run's name.
-            directory: Its directory, for people.
-            total_steps: How many steps it is to make; 0: not known.
-            config: Its resolved configuration, for people.
+            directory: Its directory, shown to users.
+            total_steps: Its planned number of steps, 0 if unknown.
+            config: Its resolved configuration as TOML, kept for users.
         """
         request = run_pb2.CreateRequest(
             request_id=_request_id(), name=name, directory=directory, total_steps=total_steps, config=config
@@ -121,7 +122,7 @@ class ControlClient:
         return _run_view(self._call(self._runs.Pause, run_pb2.PauseRequest(request_id=_request_id(), name=name)).run)
 
     def resume(self, name: str) -> RunView:
-        """Lets a paused run go on."""
+        """Lets a paused run continue."""
         return _run_view(self._call(self._runs.Resume, run_pb2.ResumeRequest(request_id=_request_id(), name=name)).run)
 
     def update_settings(self, name: str, *, damping: float) -> RunView:
@@ -139,7 +140,7 @@ class ControlClient:
         return _run_view(self._call(self._runs.Stop, run_pb2.StopRequest(request_id=_request_id(), name=name)).run)
 
     def events(self, name: str, *, after: int = 0) -> Iterator[EventView]:
-        """Yields what happened in a run after an event, oldest first."""
+        """Yields a run's events after the event `after`, oldest first."""
         while True:
             request = run_pb2.ListEventsRequest(name=name, after_event_id=after)
             events = self._call(self._runs.ListEvents, request).events
@@ -148,20 +149,25 @@ class ControlClient:
             yield from (_event_view(event) for event in events)
             after = events[-1].event_id
 
+    def samples(self, name: str) -> list[Sample]:
+        """Returns what a run's processes measured: gauges, counters, and of each histogram its sum and count."""
+        samples = self._call(self._runs.ListSamples, run_pb2.ListSamplesRequest(name=name)).samples
+        return [Sample(name=each.name, value=each.value, labels=dict(each.labels)) for each in samples]
+
     def owners(self, name: str) -> list[str]:
-        """Returns the names of the owners that live, as a run's couriers are told them."""
+        """Returns the names of the live owners, as a run's couriers get them."""
         response = self._call(self._membership.GetAssignment, membership_pb2.GetAssignmentRequest(run=name))
         return [owner.owner_id for owner in response.owners]
 
     def watch(self, name: str, *, from_revision: int = 0, away_seconds: float = 30.0) -> Iterator[RunView]:
-        """Yields a run now and at every change, in order, none twice and none left out.
+        """Yields a run now and at every change: in order, each once, none missing.
 
-        It goes on where it stopped when the controller is started again.
+        A restarted controller is found again, and the watch continues where it stopped.
 
         Args:
             name: The run.
-            from_revision: The last revision already seen; 0: begin with the run as it is.
-            away_seconds: How long the controller may be away.
+            from_revision: The last revision already seen; 0 begins with the run as it is.
+            away_seconds: How long the controller may be unreachable.
         """
         seen = from_revision
         away_since: float | None = None
@@ -185,16 +191,16 @@ class ControlClient:
     def wait_until(
         self, name: str, reached: Callable[[RunView], bool], *, timeout_seconds: float, poll_seconds: float = 0.2
     ) -> RunView:
-        """Waits until a run is as wanted and returns it.
+        """Waits until a run has reached a state and returns it.
 
         Args:
             name: The run.
-            reached: Tells whether the run is as wanted.
-            timeout_seconds: How long to wait at most.
+            reached: Tells whether it has.
+            timeout_seconds: Longest wait.
             poll_seconds: Time between two looks.
 
         Raises:
-            EnvironmentFault: The time is over; also as everywhere in this class.
+            EnvironmentFault: The time is over; also as for every method.
         """
         ends = time.monotonic() + timeout_seconds
         while not reached(run := self.get(name)):
@@ -218,7 +224,7 @@ class ControlClient:
 
 
 def _run_view(run: run_pb2.Run) -> RunView:
-    """Returns a run from its message; a state that this version doesn't know counts as created."""
+    """Returns a run from its message; a state unknown to this version counts as created."""
     return RunView(
         name=run.name,
         state=_STATES.get(run.state, RunState.CREATED),
@@ -240,7 +246,7 @@ def _event_view(event: run_pb2.Event) -> EventView:
 
 
 def has_ended(run: RunView) -> bool:
-    """Tells whether nothing more can be expected of a run: it ended, or its ranks are gone."""
+    """Tells whether a run has ended, or its ranks are gone."""
     return run.state.ended or run.state is RunState.LOST
 
 

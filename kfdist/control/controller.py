@@ -1,4 +1,4 @@
-"""The controller put together: store, ledger, leases, services, health, reflection, /metrics; its start and its end."""
+"""The controller as a whole: store, ledger, leases, services, health, reflection and /metrics, from start to end."""
 
 import asyncio
 import json
@@ -31,10 +31,10 @@ from kfdist.system.files import replace_file
 _LOG = logging.getLogger(__name__)
 
 GRACE_SECONDS = 0.5
-"""How long calls may go on after the controller was told to end. Streams never end by themselves: keep it short."""
+"""How long calls may go on once the controller was told to end. Short, because streams never end by themselves."""
 
 MAX_CALLS = 4096
-"""Calls at a time; a rank and an owner hold one each. Further ones are refused with RESOURCE_EXHAUSTED."""
+"""Concurrent calls; each rank and each owner holds one. Further ones are refused with RESOURCE_EXHAUSTED."""
 
 SERVICES = tuple(
     service.full_name
@@ -49,9 +49,9 @@ class AnnouncedRun:
 
     Attributes:
         name: Its name.
-        directory: Its directory, for people.
-        total_steps: How many steps it is to make; 0: not known.
-        config: Its resolved configuration, for people.
+        directory: Its directory, shown to users.
+        total_steps: Its planned number of steps, 0 if unknown.
+        config: Its resolved configuration as TOML, kept for users.
     """
 
     name: str
@@ -62,15 +62,15 @@ class AnnouncedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerOptions:
-    """What a controller needs to know.
+    """Where a controller serves, what it remembers, and for whom.
 
     Attributes:
         state: Its SQLite file.
         address: Where to serve gRPC, "host:port" on loopback; port 0 takes any free one.
-        metrics_address: Where to serve /metrics, in the same way.
+        metrics_address: Where to serve /metrics, in the same form.
         lease_seconds: How long ranks and owners may be silent.
-        queued_changes: How many changes may wait for one who watches.
-        announced: The run that it is started for, made known at its start; None where there is none.
+        queued_changes: How many changes a watch may leave unread.
+        announced: The run that it is started for, known from the start; None if there is none.
     """
 
     state: Path
@@ -91,23 +91,23 @@ class Controller:
     """
 
     def __init__(self, options: ControllerOptions) -> None:
-        """Prepares it; nothing is opened yet."""
+        """Keeps the options; `start` opens everything."""
         self._options = options
         self.address = ""
         self.metrics_address = ""
 
     async def start(self) -> None:
-        """Opens the file, binds both addresses and serves. When it raises, nothing stays open.
+        """Opens the file, binds both addresses and serves. If it raises, nothing stays open.
 
         Raises:
             ConfigError: An address isn't "host:port" on loopback.
-            EnvironmentFault: An address or the file is in use, or the file is damaged.
+            EnvironmentFault: An address or the file is in use, or the file is damaged or of another format.
         """
         exporter = Exporter()
         self._server = grpc.aio.server(options=server_options(), maximum_concurrent_rpcs=MAX_CALLS)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._server.stop, None)
-            # The addresses first: where they can't be had, no file is made.
+            # The addresses first: if they are taken, no file is made.
             self.address = bind(self._server, self._options.address)
             self._metrics = MetricsServer(exporter, self._options.metrics_address)
             undo.callback(self._metrics.close)
@@ -127,7 +127,7 @@ class Controller:
         self._leases = asyncio.create_task(members.watch_leases(), name="kfdist-leases")
 
     async def stop(self) -> None:
-        """Refuses new calls, ends the others after GRACE_SECONDS, and closes everything."""
+        """Refuses new calls, ends running ones after GRACE_SECONDS, and closes everything."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(GRACE_SECONDS)
         self._leases.cancel()
@@ -149,7 +149,7 @@ class Controller:
         await self.ledger.change(run.name, rule, config=run.config)
 
     def _add_services(self, members: Members, exporter: Exporter) -> None:
-        run_pb2_grpc.add_RunServiceServicer_to_server(RunService(self.ledger), self._server)
+        run_pb2_grpc.add_RunServiceServicer_to_server(RunService(self.ledger, exporter), self._server)
         membership = MembershipService(self.ledger, members, exporter)
         membership_pb2_grpc.add_MembershipServiceServicer_to_server(membership, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -162,13 +162,13 @@ def serve(
     """Runs a controller until SIGTERM or SIGINT.
 
     Args:
-        options: What it needs to know.
-        ready_file: Written, whole or not at all, once it serves: JSON with `address` and `metrics_address`.
+        options: Where it serves, what it remembers, and for whom.
+        ready_file: Written once it serves, whole or not at all: JSON with `address` and `metrics_address`.
         on_ready: Called once it serves.
 
     Raises:
         ConfigError: An address isn't "host:port" on loopback.
-        EnvironmentFault: An address or the file is in use, or the file is damaged.
+        EnvironmentFault: An address or the file is in use, or the file is damaged or of another format.
     """
     asyncio.run(_serve(options, ready_file, on_ready))
 
@@ -178,7 +178,7 @@ async def _serve(
 ) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
-    # Before anything is opened: a signal in the middle of the start ends an orderly controller, too.
+    # Before anything is opened, so that a signal during the start also ends it in order.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     controller = Controller(options)

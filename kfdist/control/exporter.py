@@ -1,4 +1,4 @@
-"""The controller's /metrics: one scrape target for everything that a run's processes measured."""
+"""The controller's /metrics: one scrape target for all that a run's processes measure."""
 
 import platform
 import threading
@@ -11,6 +11,7 @@ import grpc
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from typing_extensions import override
 
 from kfdist.control.run_rules import RunRecord, RunState
 from kfdist.control.series import Histogram, RunSeries, Sender
@@ -20,7 +21,7 @@ from kfdist.telemetry.metrics import METRICS, Kind, Metric
 from kfdist.types import Sample
 
 MAX_RUNS = 64
-"""Runs that are exported; the one not heard of for longest gives way."""
+"""Runs that are exported; beyond that, the longest silent one is dropped."""
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
@@ -28,7 +29,7 @@ _FAMILIES = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, K
 
 
 class Exporter(Collector):
-    """Keeps what members measured and what the controller knows of runs; Prometheus reads it from another thread."""
+    """Holds what members measured and what the controller knows of runs; scrapes read it from other threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -43,7 +44,7 @@ class Exporter(Collector):
         Args:
             run: The run they belong to.
             sender: The member.
-            life: Names the member's present life, since which its counters count.
+            life: Names the member's present life; its counters began at zero with it.
             samples: What it measured.
         """
         with self._lock:
@@ -51,17 +52,17 @@ class Exporter(Collector):
                 self._dropped[reason] = self._dropped.get(reason, 0) + count
 
     def drop(self, reason: str, count: int) -> None:
-        """Counts samples that were refused before they got here."""
+        """Counts samples that were refused before `ingest`."""
         with self._lock:
             self._dropped[reason] = self._dropped.get(reason, 0) + count
 
     def count(self, run: str, name: str, labels: Mapping[str, str], amount: float = 1.0) -> None:
-        """Adds to a counter of a run that the controller itself keeps."""
+        """Adds to a counter that the controller itself keeps for a run."""
         with self._lock:
             self._series(run).count(name, labels, amount)
 
     def heard(self, run: str) -> None:
-        """Notes that a rank of the run was heard of just now."""
+        """Notes that a rank of the run sent a message just now."""
         with self._lock:
             self._heard[run] = time.time()
 
@@ -78,12 +79,17 @@ class Exporter(Collector):
                 self._runs[run].forget_gauges(sender)
 
     def gauges_of(self, run: str, sender: Sender) -> dict[str, float]:
-        """Returns a member's gauges by metric name; labelled ones by their worst."""
+        """Returns a member's gauges by metric name; of labelled ones, the worst value."""
         with self._lock:
             return self._runs[run].gauges_of(sender) if run in self._runs else {}
 
+    def samples(self, run: str) -> list[Sample]:
+        """Returns what a run's members measured, as `RunSeries.samples` has it; empty for an unknown run."""
+        with self._lock:
+            return list(self._runs[run].samples()) if run in self._runs else []
+
+    @override
     def collect(self) -> Iterator[Family]:
-        """Yields all families, for prometheus_client."""
         with self._lock:
             families: dict[str, Family] = {}
             for run, series in self._runs.items():

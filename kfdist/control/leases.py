@@ -1,7 +1,7 @@
 """Who is alive: leases by the monotonic clock, and what follows when one runs out.
 
-A member is alive while it was heard of within the lease. When a rank was last heard of isn't stored: a controller that
-starts again gives everyone one lease to be heard of, and members come back through the stream that they open anyway.
+A member is alive while its last message is younger than the lease. Times of messages aren't stored: a restarted
+controller gives every member one full lease, and members return through the stream that they open anyway.
 """
 
 import asyncio
@@ -19,22 +19,22 @@ from kfdist.errors import EnvironmentFault
 _LOG = logging.getLogger(__name__)
 
 LEASE_SECONDS = 10.0
-"""How long a member may be silent. Members send a message every second or two."""
+"""How long a member may be silent. Members send a message every one or two seconds."""
 
 FLUSH_SECONDS = 0.5
-"""How long steps and counts wait to be committed and shown to watchers, at most."""
+"""Longest time until steps and counts are committed and shown to watchers."""
 
 
 @dataclass
 class _Crew:
-    """The ranks of one start of a run: when each was last heard of."""
+    """The ranks of one start of a run, with the time of each one's last message."""
 
     epoch: int
     heard: dict[int, float] = field(default_factory=dict)
 
 
 class Members:
-    """The leases of all ranks and owners. One event loop owns it."""
+    """The leases of all ranks and owners. Used from one event loop."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Members:
         """Gives every live owner and every run one lease from now.
 
         Args:
-            ledger: Where conclusions go.
-            exporter: Told of ranks that were heard of, and of those that went silent.
+            ledger: Records who is alive and which runs are lost.
+            exporter: Learns which ranks send messages and which went silent.
             lease_seconds: How long a member may be silent.
             clock: Seconds that never go back.
         """
@@ -62,13 +62,13 @@ class Members:
         self._owners = {owner.owner_id: self._swept for owner in ledger.live_owners()}
 
     async def hear_owner(self, owner: OwnerRecord) -> None:
-        """Notes that an owner was heard of; one that is new, changed or back gets its share of the groups at once."""
+        """Renews an owner's lease; a new, changed or returning owner is dealt groups at once."""
         self._owners[owner.owner_id] = self._clock()
         if self._ledger.owners.get(owner.owner_id) != replace(owner, live=True):
             await self._ledger.put_owners([replace(owner, live=True)])
 
     def hear_worker(self, run: str, epoch: int, worker_rank: int) -> None:
-        """Notes that a rank was heard of; ranks of an older start are forgotten."""
+        """Renews a rank's lease; ranks of an older start are forgotten."""
         crew = self._crews.get(run)
         if crew is None or crew.epoch < epoch:
             for old_rank in crew.heard if crew else ():
@@ -79,7 +79,7 @@ class Members:
         self._ledger.note(run, live_workers=len(crew.heard))
 
     def release_worker(self, run: str, worker_rank: int) -> None:
-        """Notes that a rank has ended by its own word and will not be heard of again."""
+        """Ends the lease of a rank that said that it has ended."""
         self._runs[run] = self._clock()
         crew = self._crews.get(run)
         if crew is not None:
@@ -87,14 +87,14 @@ class Members:
             self._ledger.note(run, live_workers=len(crew.heard))
 
     async def sweep(self) -> None:
-        """Draws the conclusions from leases that have run out, and commits what was noted.
+        """Acts on leases that have run out, and commits what was noted.
 
         Raises:
             EnvironmentFault: The ledger can't be written; the next sweep tries again.
         """
         now = self._clock()
         if now - self._swept > self.lease_seconds / 2:
-            # The controller itself was stopped or starved; what members sent meanwhile hasn't been read yet.
+            # The controller itself was stopped or starved, and members' messages from that time are still unread.
             self._renew(now - self._swept)
         self._swept = now
         self._drop_silent_workers(now)
@@ -112,7 +112,7 @@ class Members:
             await asyncio.sleep(period)
             try:
                 await self.sweep()
-            except EnvironmentFault as fault:  # the disk may have room again later; members stay in memory meanwhile
+            except EnvironmentFault as fault:  # the disk may have room again later; until then, memory holds the state
                 _LOG.error("%s", fault)
 
     def _expired(self, heard: float, now: float) -> bool:
@@ -137,7 +137,7 @@ class Members:
         silent_owners = [owner_id for owner_id, heard in self._owners.items() if self._expired(heard, now)]
         await self._ledger.put_owners([replace(self._ledger.owners[each], live=False) for each in silent_owners])
         for owner_id in silent_owners:
-            if self._expired(self._owners[owner_id], now):  # else it came back while the commit was under way
+            if self._expired(self._owners[owner_id], now):  # else it returned during the commit
                 del self._owners[owner_id]
 
     def _judge(self, record: RunRecord, now: float) -> Change:

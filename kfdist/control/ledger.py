@@ -1,9 +1,9 @@
-"""The controller's memory of runs: changed one transaction at a time, durable before anyone hears of it, watched.
+"""The controller's memory of runs: changed one transaction at a time, durable before anyone learns of it, watched.
 
-One event loop owns the ledger. A transaction computes new records, has them committed by the store's own thread, and
-only then puts them in place and tells watchers. What isn't worth a transaction of its own (a rank's step, counts of
-members) is noted and committed with the next transaction or the next `flush`; so every revision that anyone has seen
-survives the controller's end, and the revisions of a run are consecutive.
+One event loop owns the ledger. A transaction computes new records, commits them in the store's thread, and only then
+puts them in place and tells watchers. Small changes (a rank's step, counts of members) are noted and committed with the
+next transaction or `flush`. So every revision that anyone has seen survives the controller's end, and the revisions of
+a run are consecutive.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ MAX_RUNS = 1000
 """Runs in one file; a list of them fits in one message."""
 
 Rule = Callable[[RunRecord | None], Change]
-"""What happens to a run: from its record, None if there is none, to the change."""
+"""Maps a run's record, None if there is none, to what becomes of it."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A mutation as its caller names it: its id, and the SHA-256 of its method and content."""
+    """The identity of a mutation: the caller's id for it, and the SHA-256 of its method and content."""
 
     request_id: str
     digest: str
@@ -44,14 +44,14 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """A run's groups and how they are dealt, as rank 0 registers them."""
+    """A run's groups and the policy that deals them, as rank 0 registers them."""
 
     policy: str
     specs: tuple[GroupSpec, ...]
 
 
 class Ledger:
-    """Runs, owners and assignments; see the module's text."""
+    """Runs, owners and assignments; the module's docstring says how they change."""
 
     def __init__(
         self, store: Store, *, on_change: Callable[[RunRecord], None], queued_changes: int = QUEUED_CHANGES
@@ -60,8 +60,8 @@ class Ledger:
 
         Args:
             store: The open file; the ledger is its only user from now on, and closes it.
-            on_change: Told of every record that was put in place, and first of those that are there already.
-            queued_changes: How many changes may wait for one who watches.
+            on_change: Called with every stored record at once, then with every new one.
+            queued_changes: How many changes a watch may leave unread.
         """
         self._store = store
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kfdist-store")
@@ -86,7 +86,7 @@ class Ledger:
         return self._owners
 
     def live_owners(self) -> list[OwnerRecord]:
-        """Returns the owners heard of within the lease, by name."""
+        """Returns the owners alive within the lease, by name."""
         return sorted((owner for owner in self._owners.values() if owner.live), key=lambda owner: owner.owner_id)
 
     def runs(self) -> list[RunRecord]:
@@ -109,15 +109,15 @@ class Ledger:
         return self._assignments.get(run) or AssignmentRecord(run=run)
 
     async def events(self, run: str, after: int, limit: int) -> list[EventRecord]:
-        """Returns at most `limit` events of a run after one, oldest first."""
+        """Returns at most `limit` events of a run after the event `after`, oldest first."""
         return await self._in_thread(self._store.events, run, after, limit)
 
     async def watch(self, name: str, from_revision: int) -> AsyncGenerator[run_pb2.Run]:
-        """Yields a run at every change after a revision, in order, none left out and none twice.
+        """Yields a run at every change after a revision: in order, each once, none missing.
 
         Args:
             name: The run.
-            from_revision: The last revision the caller has seen; 0: begin with the run as it is.
+            from_revision: The last revision that the caller has seen; 0 begins with the run as it is.
 
         Raises:
             Refusal: NOT_FOUND; OUT_OF_RANGE: the revision lies in the future, or changes after it are no longer kept;
@@ -145,7 +145,7 @@ class Ledger:
                     yield run_pb2.Run.FromString(message)
             while True:
                 change = await watch.next()
-                if change.revision > seen:  # else it was committed after the subscription and read from the file
+                if change.revision > seen:  # else it was committed after the subscription and also read from the file
                     seen = change.revision
                     yield change
 
@@ -160,24 +160,24 @@ class Ledger:
         config: str | None = None,
         groups: Groups | None = None,
     ) -> run_pb2.Run:
-        """Applies a rule to a run, durably. Once begun it ends, whatever becomes of the call that wanted it.
+        """Applies a rule to a run, durably. Once begun it completes, even if its caller goes away.
 
         Args:
             name: The run.
-            rule: What happens to it; may refuse.
-            request: The mutation behind it; one that was answered before is answered the same, and nothing changes.
+            rule: What happens to it; it may refuse.
+            request: The mutation's identity; one answered before gets the same answer, and nothing changes.
             config: The run's new configuration.
-            groups: The run's new groups, which are dealt at once.
+            groups: The run's new groups, dealt at once.
 
         Returns:
             The run's message after the change.
 
         Raises:
-            Refusal: By the rule; or INVALID_ARGUMENT: the request id was used for something else;
+            Refusal: By the rule; INVALID_ARGUMENT: the request id was used for another request;
                 RESOURCE_EXHAUSTED: too many runs.
             EnvironmentFault: The file can't be written; nothing was changed.
         """
-        return await self._to_its_end(self._change(name, rule, request=request, config=config, groups=groups))
+        return await self._completed(self._change(name, rule, request=request, config=config, groups=groups))
 
     def note(self, name: str, **fields: Any) -> None:
         """Notes new values of a record's fields, to be committed with its next change or flush."""
@@ -187,15 +187,15 @@ class Ledger:
     async def flush(self) -> None:
         """Commits what was noted, all runs in one transaction."""
         if self._notes:
-            await self._to_its_end(self._flush())
+            await self._completed(self._flush())
 
     async def put_owners(self, changed: Sequence[OwnerRecord]) -> None:
-        """Puts owners in place and deals the groups of every run that lasts among those that live."""
+        """Records owners and deals the groups of every unfinished run among the live ones."""
         if changed:
-            await self._to_its_end(self._put_owners(changed))
+            await self._completed(self._put_owners(changed))
 
     async def close(self) -> None:
-        """Ends what is under way, commits what was noted and closes the store."""
+        """Completes running transactions, commits what was noted and closes the store."""
         while self._tasks:
             await asyncio.wait(self._tasks)
         try:
@@ -298,8 +298,8 @@ class Ledger:
     async def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    async def _to_its_end(self, work: Coroutine[Any, Any, Result]) -> Result:
-        # A caller that goes away cancels its handler; a commit that was begun must still reach the memory.
+    async def _completed(self, work: Coroutine[Any, Any, Result]) -> Result:
+        # A caller that goes away cancels its handler, yet a commit once begun must reach the memory.
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -308,7 +308,7 @@ class Ledger:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # seen: without a caller nobody else looks at it
+            task.exception()  # marks it as retrieved: with its caller gone, nobody else does
 
 
 def _update(before: RunRecord | None, change: Change, config: str | None) -> RunUpdate:
@@ -340,7 +340,7 @@ def _dealt(assignment: AssignmentRecord, live: Sequence[str]) -> AssignmentRecor
 
 def _owner_event(before: OwnerRecord | None, after: OwnerRecord) -> Event | None:
     if not after.live:
-        return Event(kind="owner_lost", text=f"owner {after.owner_id} wasn't heard of for longer than the lease")
+        return Event(kind="owner_lost", text=f"owner {after.owner_id} was silent for longer than the lease")
     if before is None or not before.live or (before.pid, before.restarts) != (after.pid, after.restarts):
         restarts = f", restarted {after.restarts} times" if after.restarts else ""
         return Event(kind="owner_joined", text=f"owner {after.owner_id} at {after.address}{restarts}")

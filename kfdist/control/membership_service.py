@@ -1,10 +1,11 @@
-"""MembershipService: ranks (through their couriers) and owners register, send signs of life and telemetry."""
+"""MembershipService: ranks (through their couriers) and owners register, and send heartbeats with telemetry."""
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
+from typing_extensions import override
 
 from kfdist.control import run_rules, validation
 from kfdist.control.exporter import Exporter
@@ -19,19 +20,19 @@ from kfdist.types import Sample
 
 
 class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
-    """The service of protos/kfdist/v1/membership.proto."""
+    """The service of protos/kfdist/v1/membership.proto, which documents the calls."""
 
     def __init__(self, ledger: Ledger, members: Members, exporter: Exporter) -> None:
-        """Serves these; keeps nothing itself."""
+        """Serves ledger, members and exporter; holds no state."""
         self._ledger = ledger
         self._members = members
         self._exporter = exporter
 
+    @override
     @answers
     async def RegisterWorker(
         self, request: membership_pb2.RegisterWorkerRequest, context: Any
     ) -> membership_pb2.RegisterWorkerResponse:
-        """Registers a rank; the first one of a new start opens it."""
         del context
         validation.check_worker(request)
         groups = None
@@ -42,18 +43,18 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         settings = self._ledger.run(request.run).settings
         return membership_pb2.RegisterWorkerResponse(settings=settings_message(settings))
 
+    @override
     @answers
     async def RegisterOwner(
         self, request: membership_pb2.RegisterOwnerRequest, context: Any
     ) -> membership_pb2.RegisterOwnerResponse:
-        """Registers an owner; the newest address under a name wins."""
         del context
         validation.check_owner(request)
         before = self._ledger.owners.get(request.owner.owner_id)
         if before is None and len(self._ledger.owners) >= validation.MAX_OWNERS:
             raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{validation.MAX_OWNERS} owners are known; use their names again or give the controller another file",
+                f"{validation.MAX_OWNERS} owners are known; reuse their names, or give the controller another file",
             )
         owner = OwnerRecord(
             owner_id=request.owner.owner_id,
@@ -70,11 +71,11 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
                     self._exporter.count(run.name, "kfdist_restarts_total", {"process": "owner"}, restarts)
         return membership_pb2.RegisterOwnerResponse(owners=owner_messages(self._ledger.live_owners()))
 
+    @override
     @streams
     async def Heartbeat(
         self, request_iterator: AsyncIterator[membership_pb2.HeartbeatRequest], context: Any
     ) -> AsyncGenerator[membership_pb2.HeartbeatResponse]:
-        """Answers each sign of life with what its member has to know."""
         del context
         async for request in request_iterator:
             match request.WhichOneof("member"):
@@ -87,11 +88,11 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
                         grpc.StatusCode.INVALID_ARGUMENT, "member is not set; it must be a worker or an owner"
                     )
 
+    @override
     @answers
     async def GetAssignment(
         self, request: membership_pb2.GetAssignmentRequest, context: Any
     ) -> membership_pb2.GetAssignmentResponse:
-        """Says who inverts what, and where the live owners are."""
         del context
         assignment = self._ledger.assignment(self._ledger.run(request.run).name)
         return membership_pb2.GetAssignmentResponse(
@@ -138,7 +139,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             _check_epoch(now, beat.epoch)
             return run_rules.reported(now, phase=beat.phase, step=beat.step)
 
-        # What a rank was answered on is durable: a run that has said that it finished can't be found running again.
+        # Durable before the answer: a run that reported its end is never found running again.
         await self._ledger.change(beat.run, rule)
 
     async def _hear_owner(self, request: membership_pb2.HeartbeatRequest) -> membership_pb2.HeartbeatResponse:
@@ -150,7 +151,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         await self._members.hear_owner(owner)
         samples = self._bounded(request)
         for run in self._ledger.runs() if samples else ():
-            if not run.state.ended:  # owners work for all runs, and one controller rarely has more than one
+            if not run.state.ended:  # owners work for all runs; a controller rarely has more than one
                 sender = Sender("owner", owner.owner_id)
                 self._exporter.ingest(run.name, sender, f"{owner.restarts}/{owner.pid}", samples)
         return membership_pb2.HeartbeatResponse(owners=owner_messages(self._ledger.live_owners()))
@@ -163,7 +164,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
 
 
 def _registered(record: RunRecord | None, request: membership_pb2.RegisterWorkerRequest) -> Change:
-    """Applies a registration: makes the run known if nobody did, and opens its start if it is the start's first."""
+    """Applies a registration: makes an unknown run known, and opens its start for the first rank of it."""
     events: list[Event] = []
     if record is None:
         made = run_rules.created(None, name=request.run, directory="", total_steps=0, now_ns=time.time_ns())

@@ -1,4 +1,4 @@
-"""Records as the messages that go over the wire, and back."""
+"""Converts records to protobuf messages and back."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from kfdist.types import GroupSpec, RunSettings, Sample
 
 
 def run_message(record: RunRecord) -> run_pb2.Run:
-    """Returns a run as watchers and callers see it."""
+    """Returns the message of a run."""
     return run_pb2.Run(
         name=record.name,
         state=f"RUN_STATE_{record.state.name}",
@@ -29,17 +29,17 @@ def run_message(record: RunRecord) -> run_pb2.Run:
 
 
 def event_message(event: EventRecord) -> run_pb2.Event:
-    """Returns an event as callers see it."""
+    """Returns the message of an event."""
     return run_pb2.Event(event_id=event.event_id, time=timestamp(event.time_ns), kind=event.kind, text=event.text)
 
 
 def settings_message(settings: RunSettings) -> membership_pb2.RunSettings:
-    """Returns the settings that ranks are told; the message has the fields of the dataclass."""
+    """Returns the message of a run's settings; its fields are those of the dataclass."""
     return membership_pb2.RunSettings(**asdict(settings))
 
 
 def owner_messages(owners: Iterable[OwnerRecord]) -> list[inversion_pb2.Owner]:
-    """Returns owners as couriers see them."""
+    """Returns the messages of owners, as couriers get them."""
     return [
         inversion_pb2.Owner(owner_id=owner.owner_id, address=owner.address, fingerprint=owner.fingerprint)
         for owner in owners
@@ -47,17 +47,22 @@ def owner_messages(owners: Iterable[OwnerRecord]) -> list[inversion_pb2.Owner]:
 
 
 def groups_of(groups: Iterable[membership_pb2.GroupSpec]) -> tuple[GroupSpec, ...]:
-    """Returns groups as the assignment wants them; their bytes concern couriers only and don't travel."""
+    """Returns groups for the assignment. `bytes` is 0: only the ranks use it, so it isn't sent."""
     return tuple(GroupSpec(name=group.name, cost=group.cost, position=group.position, bytes=0) for group in groups)
 
 
 def samples_of(samples: Iterable[membership_pb2.Sample]) -> list[Sample]:
-    """Returns samples as the exporter wants them."""
+    """Returns samples from their messages."""
     return [Sample(name=sample.name, value=sample.value, labels=dict(sample.labels)) for sample in samples]
 
 
+def sample_messages(samples: Iterable[Sample]) -> list[membership_pb2.Sample]:
+    """Returns the messages of samples."""
+    return [membership_pb2.Sample(**asdict(sample)) for sample in samples]
+
+
 def timestamp(time_ns: int) -> Timestamp:
-    """Returns a time, nanoseconds since 1970, as protobuf's own message."""
+    """Returns the message of a time in nanoseconds since 1970."""
     made = Timestamp()
     made.FromNanoseconds(time_ns)
     return made

@@ -1,6 +1,6 @@
-"""What the controller remembers of runs and owners, and the rules by which a run's record moves.
+"""The controller's records of runs and owners, and the rules by which a run's record changes.
 
-The rules are pure functions from a record to a `Change`; nothing here stores, sends or reads a clock.
+The rules are pure functions from a record to a `Change`: nothing here stores, sends or reads a clock.
 """
 
 from collections.abc import Mapping
@@ -34,13 +34,13 @@ class RunState(StrEnum):
 
 PHASES: Mapping[str, RunState] = {
     "running": RunState.RUNNING,
-    "waiting": RunState.RUNNING,  # an agreed wait is part of running: nobody has to act
+    "waiting": RunState.RUNNING,  # a wait that all ranks agreed on needs no action
     "paused": RunState.PAUSED,
     "finished": RunState.FINISHED,
     "stopped": RunState.STOPPED,
     "failed": RunState.FAILED,
 }
-"""What a rank may say of itself, and what rank 0's word makes of the run."""
+"""The phases that ranks report, and the state that rank 0's phase gives the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +49,19 @@ class RunRecord:
 
     Attributes:
         name: Its name.
-        directory: Where its files are, for people.
-        total_steps: How many steps it is to make; 0: not known.
+        directory: Where its files are, shown to users.
+        total_steps: Its planned number of steps, 0 if unknown.
         created_ns: When it was made known, nanoseconds since 1970.
         epoch: Its newest start.
-        world_size: How many ranks its newest start has; 0 before the first has registered.
+        world_size: Ranks of its newest start; 0 before the first one has registered.
         begun: Whether a rank of its newest start has reported.
         state: Where it stands.
         step: The step that rank 0 last reported.
-        settings: What people want of it.
-        live_workers: Ranks heard of within the lease.
-        live_owners: Owners heard of within the lease.
+        settings: What users asked of it.
+        live_workers: Ranks alive within the lease.
+        live_owners: Owners alive within the lease.
         gauges: Rank 0's gauges by metric name.
-        revision: Moves by one at every change of this record.
+        revision: Rises by one at every change of this record.
     """
 
     # Stored as JSON, which has no word for a loss that is NaN.
@@ -91,9 +91,9 @@ class OwnerRecord:
         owner_id: Its name, kept over restarts.
         address: Where its InversionService listens.
         fingerprint: What its numbers depend on.
-        restarts: How often it was started before.
+        restarts: Earlier starts under this name.
         pid: Its process.
-        live: Whether it was heard of within the lease when this was written.
+        live: Whether it was alive within the lease when this was written.
     """
 
     owner_id: str
@@ -106,14 +106,14 @@ class OwnerRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class AssignmentRecord:
-    """Who inverts what in a run.
+    """Which owner inverts which group of a run.
 
     Attributes:
         run: The run.
-        policy: How groups are dealt (kfdist.policies.assignment).
+        policy: The rule that deals groups (kfdist.policies.assignment).
         groups: The run's groups, as rank 0 registered them.
         owner_by_group: The owner of each group; empty without owners.
-        revision: Moves whenever `owner_by_group` does.
+        revision: Rises whenever `owner_by_group` changes.
     """
 
     run: str
@@ -125,7 +125,7 @@ class AssignmentRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One thing that happened in a run: a word for programs and a sentence for people."""
+    """Something that happened in a run: a word for programs and a text for users."""
 
     kind: str
     text: str
@@ -133,7 +133,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Change:
-    """A run's record after something happened, and what is to be told of it."""
+    """A run's record after something happened, and the events that tell of it."""
 
     record: RunRecord
     events: tuple[Event, ...] = ()
@@ -151,7 +151,7 @@ def created(record: RunRecord | None, *, name: str, directory: str, total_steps:
 
 
 def announced(record: RunRecord | None, *, name: str, directory: str, total_steps: int, now_ns: int) -> Change:
-    """Makes a run known that a controller was started for; one that is known keeps its state and its settings."""
+    """Makes known the run that a controller was started for; a known one keeps its state and settings."""
     if record is None:
         return created(None, name=name, directory=directory, total_steps=total_steps, now_ns=now_ns)
     return Change(replace(record, directory=directory, total_steps=total_steps))
@@ -160,8 +160,8 @@ def announced(record: RunRecord | None, *, name: str, directory: str, total_step
 def started(record: RunRecord, *, epoch: int, world_size: int) -> Change:
     """Opens the start `epoch` of a run, when its first rank registers.
 
-    What people asked of a run that hadn't ended still holds for its new start (ranks that crashed and were started
-    again stay paused); what they asked of one that had ended doesn't.
+    A run that hadn't ended keeps its settings, so that ranks that crashed and restarted stay paused. One that had ended
+    gets them reset.
     """
     if record.state.ended:
         record = _reset(record)
@@ -170,7 +170,7 @@ def started(record: RunRecord, *, epoch: int, world_size: int) -> Change:
 
 
 def reported(record: RunRecord, *, phase: str, step: int) -> Change:
-    """Takes rank 0's word for where the run stands. A start that has ended stays ended."""
+    """Takes over where rank 0 says that the run stands. A start that has ended stays ended."""
     if record.state.ended:
         return Change(record)
     state = PHASES[phase]
@@ -184,9 +184,9 @@ def reported(record: RunRecord, *, phase: str, step: int) -> Change:
 
 
 def silent(record: RunRecord, *, lease_seconds: float) -> Change:
-    """Draws the conclusion when no rank was heard of for longer than the lease."""
+    """Decides what becomes of a run whose ranks have all been silent for longer than the lease."""
     if record.state in (RunState.RUNNING, RunState.PAUSED) or (record.state is RunState.STOPPING and record.begun):
-        text = f"no rank heard of for {lease_seconds:g} s, last at step {record.step}; it was {record.state}"
+        text = f"no rank was heard of for {lease_seconds:g} s, last at step {record.step}; it was {record.state}"
         return Change(replace(record, state=RunState.LOST, live_workers=0), (Event(kind="lost", text=text),))
     if record.state is RunState.STOPPING:  # asked to stop before any rank had come, and none has
         text = f"stopped before it began: no rank came within {lease_seconds:g} s"
@@ -195,7 +195,7 @@ def silent(record: RunRecord, *, lease_seconds: float) -> Change:
 
 
 def desired(record: RunRecord, wish: Desired) -> Change:
-    """Notes that people want a run to go on, to wait or to end; asked for twice, it changes nothing.
+    """Notes that a run is to continue, to pause or to stop; asked for twice, it changes nothing.
 
     Raises:
         Refusal: FAILED_PRECONDITION: the run has ended, or is to end.
@@ -234,7 +234,7 @@ def damped(record: RunRecord, damping: float) -> Change:
 
 
 def checkpointed(record: RunRecord) -> Change:
-    """Notes that a checkpoint is wanted.
+    """Notes a request for a checkpoint.
 
     Raises:
         Refusal: FAILED_PRECONDITION: the run has ended.
@@ -257,7 +257,7 @@ def _check_steerable(record: RunRecord) -> None:
 
 
 def _reset(record: RunRecord) -> RunRecord:
-    # A new start's ranks count requests for checkpoints from 0, and must not take an old request for theirs.
+    # A new start's ranks count requests for checkpoints from 0 and must not take an old request for a new one.
     settings = _next(record.settings, desired=Desired.RUNNING, damping=0.0, checkpoint_serial=0)
     return replace(record, settings=settings)
 

@@ -1,7 +1,7 @@
-"""What the members of one run measured, as the series that are exported for it.
+"""What the members of one run measured, as the series exported for it.
 
-A sender reports a counter as its total since its own start. Senders come and go, and a series must never go back while
-the controller lives: each sender's earlier lives are added to what its present one reports.
+A sender reports a counter as its total since its start. Senders restart, yet a series must never go back while the
+controller lives: what a sender counted in earlier lives is added to what it reports now.
 """
 
 from bisect import bisect_left
@@ -12,15 +12,15 @@ from kfdist.telemetry.metrics import METRICS, Across, Kind, Metric, fault_in
 from kfdist.types import Sample
 
 MAX_BLOCKS = 512
-"""Blocks that get a series of their own in each metric; the others share one named "other", by their worst value."""
+"""Blocks with a separate series in each metric; all others share the series "other", which has their worst value."""
 
 MAX_LABEL_VALUES = 64
-"""Values of any other label of a metric; samples with further ones are dropped and counted."""
+"""Values of any other label of a metric; samples with more are dropped and counted."""
 
 OTHER = "other"
 
 Key = tuple[str, tuple[str, ...]]
-"""A series: the metric's name and the values of its labels in declared order."""
+"""A series: the metric's name and its label values in declared order."""
 
 
 @dataclass(frozen=True, order=True)
@@ -50,7 +50,7 @@ class Total:
     reported: float = 0.0
 
     def report(self, life: str, value: float) -> None:
-        """Takes what the sender counted since its start; a new life, or a smaller total, means that it started anew."""
+        """Takes the sender's count since its start; a new life or a smaller total means that it restarted."""
         if life != self.life or value < self.reported:
             self.earlier += self.reported
         self.life, self.reported = life, value
@@ -69,12 +69,12 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float) -> None:
-        """Counts one observation in the first bucket whose bound isn't below it."""
+        """Counts one observation in the first bucket whose bound is at least as large."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Returns (upper bound, observations up to it) for each bucket, as Prometheus wants them."""
+        """Returns (upper bound, observations up to it) for each bucket, as Prometheus's text format has them."""
         running, buckets = 0, []
         for bound, count in zip([*self.bounds, float("inf")], self.counts, strict=True):
             running += count
@@ -83,7 +83,7 @@ class Histogram:
 
 
 class RunSeries:
-    """The series of one run. Not thread-safe; its owner locks."""
+    """The series of one run. Not thread-safe: the exporter locks."""
 
     def __init__(self) -> None:
         self._gauges: dict[Key, dict[Sender, float]] = {}
@@ -97,10 +97,10 @@ class RunSeries:
         Args:
             sender: Who measured.
             life: Names the sender's present life; its counters began at zero with it.
-            samples: In any order.
+            samples: What it measured, in any order.
 
         Returns:
-            How many samples were dropped, by reason.
+            The number of dropped samples by reason.
         """
         dropped: dict[str, int] = {}
         gauges: dict[Key, float] = {}
@@ -113,21 +113,21 @@ class RunSeries:
         return dropped
 
     def count(self, name: str, labels: Mapping[str, str], amount: float) -> None:
-        """Adds to a counter that the controller keeps itself beside what members send."""
+        """Adds to a counter that the controller itself keeps, beside what members send."""
         metric = METRICS[name]
         key = (name, tuple(labels[label] for label in metric.labels))
         total = self._counters.setdefault(key, {}).setdefault(Sender("controller", ""), Total())
         total.report("", total.reported + amount)
 
     def forget_gauges(self, sender: Sender) -> None:
-        """Ends a silent sender's gauges, so that nobody takes the past for the present; its counters stay counted."""
+        """Ends a silent sender's gauges, which describe the past; its counters stay counted."""
         for key in list(self._gauges):
             self._gauges[key].pop(sender, None)
             if not self._gauges[key]:
                 del self._gauges[key]
 
     def gauges_of(self, sender: Sender) -> dict[str, float]:
-        """Returns a sender's gauges by metric name; of several series of one metric, the worst value."""
+        """Returns a sender's gauges by metric name; of labelled ones, the worst value."""
         found: dict[str, float] = {}
         for (name, _), values in self._gauges.items():
             if sender in values:
@@ -149,6 +149,14 @@ class RunSeries:
         for (name, labels), histogram in self._histograms.items():
             yield METRICS[name], labels, histogram
 
+    def samples(self) -> Iterator[Sample]:
+        """Yields every gauge and counter, and of every histogram its sum and count."""
+        for metric, labels, value in self.values():
+            yield _sample(metric, "", labels, value)
+        for metric, labels, histogram in self.histograms():
+            yield _sample(metric, "_sum", labels, histogram.total)
+            yield _sample(metric, "_count", labels, sum(histogram.counts))
+
     def _take(self, sender: Sender, life: str, sample: Sample, gauges: dict[Key, float]) -> str:
         metric = METRICS[sample.name]
         labels = self._bounded(metric, sample)
@@ -158,7 +166,7 @@ class RunSeries:
         if metric.kind is Kind.HISTOGRAM:
             self._histograms.setdefault(key, Histogram(metric.buckets)).observe(sample.value)
         elif metric.across is Across.RANK_ZERO and not sender.is_rank_zero:
-            pass  # all ranks have the same value: one of them is enough
+            pass  # all ranks have the same value, and rank 0's counts
         elif metric.kind is Kind.COUNTER:
             self._counters.setdefault(key, {}).setdefault(sender, Total()).report(life, sample.value)
         else:
@@ -180,3 +188,7 @@ class RunSeries:
                     known.add(value)
             labels.append(value)
         return tuple(labels)
+
+
+def _sample(metric: Metric, suffix: str, labels: tuple[str, ...], value: float) -> Sample:
+    return Sample(name=metric.name + suffix, value=value, labels=dict(zip(metric.labels, labels, strict=True)))

@@ -1,4 +1,4 @@
-"""What callers may send. Whatever is refused is named, with what is allowed."""
+"""Checks of what callers send. A refusal names the field, the value and what is allowed."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from kfdist.rpc.status import Refusal
 from kfdist.types import RUN_NAME_PATTERN
 
 NAME = re.compile(RUN_NAME_PATTERN)
-"""Names of runs and owners: they become file names and label values."""
+"""Names of runs and owners, which become file names and label values."""
 
 NAME_RULE = "1 to 63 letters, digits, '.', '_' and '-', beginning and ending with a letter or digit"
 
@@ -45,21 +45,21 @@ def check_create(request: run_pb2.CreateRequest) -> None:
 def check_request_id(request_id: str) -> None:
     """Checks the id that every mutation carries."""
     if not request_id:
-        raise _refusal("request_id", request_id, "a name of the caller's own for this call, such as a random UUID")
+        raise _refusal("request_id", request_id, "a name unique to this call, such as a random UUID")
     _check_text("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
 
 
 def check_damping(request: run_pb2.UpdateSettingsRequest) -> float:
     """Checks and returns the new damping."""
     if not request.HasField("damping"):
-        raise _refusal("damping", "not set", "a positive number; it is the only setting there is")
+        raise _refusal("damping", "not set", "a positive number, and is the only setting")
     if not (math.isfinite(request.damping) and request.damping > 0):
         raise _refusal("damping", request.damping, "a finite number above 0")
     return request.damping
 
 
 def check_revision(revision: int) -> None:
-    """Checks where a watch is to begin."""
+    """Checks the revision after which a watch begins."""
     _check_range("from_revision", revision, 0, None)
 
 
@@ -79,7 +79,7 @@ def check_worker(request: membership_pb2.RegisterWorkerRequest) -> None:
     names: set[str] = set()
     for group in request.groups:
         if not group.name or group.name in names:
-            raise _refusal("groups", repr(group.name), "names that aren't empty and come once each")
+            raise _refusal("groups", repr(group.name), "a name, not empty and different from all others")
         names.add(group.name)
         _check_text("groups.name", group.name, MAX_TEXT_CHARACTERS)
         _check_range("groups.position", group.position, 0, None)
@@ -97,14 +97,14 @@ def check_owner(request: membership_pb2.RegisterOwnerRequest) -> None:
 
 
 def check_address(owner: inversion_pb2.Owner) -> None:
-    """Checks where an owner says that it listens."""
+    """Checks the address at which an owner listens."""
     match = _ADDRESS.fullmatch(owner.address)
     if len(owner.address) > 300 or match is None or not 0 < int(match.group(2)) <= 65535:
         raise _refusal("owner.address", repr(owner.address[:300]), "host:port with a port from 1 to 65535")
 
 
 def check_beat(beat: membership_pb2.WorkerBeat) -> None:
-    """Checks a rank's sign of life."""
+    """Checks a rank's heartbeat."""
     _check_range("worker.step", beat.step, 0, None)
     _check_choice("worker.phase", beat.phase, PHASES)
 

@@ -1,4 +1,4 @@
-"""Those who watch a run: each has a bounded queue, so that a slow reader costs itself its watch and nobody memory."""
+"""Watches of runs. Each has a bounded queue: a slow reader loses its watch instead of growing a queue."""
 
 import asyncio
 from collections import deque
@@ -11,24 +11,24 @@ from kfdist.rpc._generated.kfdist.v1 import run_pb2
 from kfdist.rpc.status import Refusal
 
 QUEUED_CHANGES = 256
-"""Changes that may wait for a reader."""
+"""Changes that a watch may leave unread."""
 
 MAX_WATCHERS = 256
-"""Watches of one run at a time."""
+"""Concurrent watches of one run."""
 
 
 class Watch:
     """One reader's queue."""
 
     def __init__(self, limit: int) -> None:
-        """Begins empty, to hold at most `limit` changes."""
+        """Begins empty and holds at most `limit` changes."""
         self._limit = limit
         self._queue: deque[run_pb2.Run] = deque()
         self._filled = asyncio.Event()
         self._overflowed = False
 
     def push(self, run: run_pb2.Run) -> None:
-        """Adds a change; when there is no room, the watch ends after what it holds."""
+        """Adds a change; if there is no room, the watch ends once its queue is read."""
         if self._overflowed or len(self._queue) >= self._limit:
             self._overflowed = True
         else:
@@ -39,13 +39,13 @@ class Watch:
         """Waits for the next change and returns it.
 
         Raises:
-            Refusal: RESOURCE_EXHAUSTED: changes came faster than they were read.
+            Refusal: RESOURCE_EXHAUSTED: changes came faster than the caller read them.
         """
         while not self._queue:
             if self._overflowed:
                 raise Refusal(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"more than {self._limit} changes waited to be read; watch again from the last revision you saw",
+                    f"more than {self._limit} changes were unread; watch again from the last revision you saw",
                 )
             self._filled.clear()
             await self._filled.wait()
@@ -62,14 +62,16 @@ class Watchers:
 
     @contextmanager
     def watch(self, run: str) -> Iterator[Watch]:
-        """Queues every change of a run that is published while the context lasts.
+        """Queues every change of a run published while the context lasts.
 
         Raises:
             Refusal: RESOURCE_EXHAUSTED: the run has too many watches.
         """
         watches = self._by_run.setdefault(run, set())
         if len(watches) >= MAX_WATCHERS:
-            raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, f"run {run!r} is watched by {MAX_WATCHERS} already")
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"run {run!r} has {MAX_WATCHERS} watches already; end one of them"
+            )
         made = Watch(self._queued_changes)
         watches.add(made)
         try:
@@ -80,6 +82,6 @@ class Watchers:
                 self._by_run.pop(run, None)
 
     def publish(self, run: run_pb2.Run) -> None:
-        """Tells everyone who watches a run of its new record."""
+        """Queues a run's new record for each of its watches."""
         for watch in self._by_run.get(run.name, ()):
             watch.push(run)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from kfdist.control import series
 from kfdist.control.series import RunSeries, Sender
+from kfdist.errors import ConfigError
 from kfdist.telemetry.metrics import METRICS, Across, Kind, fault_in
 from kfdist.types import Sample
 from tests.support.controller import ControllerThread, Member, eventually, sample, values
@@ -213,6 +214,19 @@ def test_a_scrape_shows_everything_declared(controller, member):
     assert abs(found['kfdist_last_beat_timestamp_seconds{run="digits"}'] - time.time()) < 30
     assert found['kfdist_samples_dropped_total{reason="unknown_metric"}'] == 2
     assert any(series.startswith("kfdist_build_info{") and value == 1 for series, value in found.items())
+
+
+def test_what_was_measured_can_be_listed(client, member):
+    client.create("digits")
+    assert client.samples("digits") == []
+    feed(member)
+    listed = {(each.name, *each.labels.values()): each.value for each in client.samples("digits")}
+    assert listed["kfdist_bytes_total", "some-purpose"] == 6
+    assert listed["kfdist_staleness_steps", 'a "quoted" layer\\1'] == 3
+    assert listed["kfdist_step_seconds_sum", "some-phase"] == 0.5
+    assert listed["kfdist_step_seconds_count", "some-phase"] == 2
+    with pytest.raises(ConfigError, match="no run 'digist' here; did you mean 'digits'"):
+        client.samples("digist")
 
 
 def test_restarts_of_owners_are_counted_for_runs_that_last(controller, member):

@@ -105,7 +105,7 @@ def test_watches_that_were_dropped_make_room_for_others(client, monkeypatch):
         try:
             next(watch)
         except EnvironmentFault as refusal:
-            assert "watched by 1 already" in str(refusal)
+            assert "has 1 watches already" in str(refusal)
             return None
         return watch
 

@@ -64,7 +64,7 @@ class InversionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListPeers(self, request, context):
-        """Lists the owners this owner knows of, so that couriers find a way while the controller is away.
+        """Lists the owners that this owner knows, so that couriers can do without the controller for a while.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,7 +62,7 @@ class MembershipServiceServicer:
     """
 
     def RegisterWorker(self, request, context):
-        """Registers a training rank at its start, and again whenever its stream ended. An unknown run is made known; the
+        """Registers a training rank at its start, and again whenever its stream has ended. Makes an unknown run known; the
         first rank of a newer epoch opens that start. Errors: ABORTED (older epoch than the run's), INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -77,16 +77,16 @@ class MembershipServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Heartbeat(self, request_iterator, context):
-        """Keeps a member alive: the member sends a message at least every few seconds, with its telemetry; the controller
-        answers each with what the member has to know. Ends with ABORTED when the member's epoch is old, with NOT_FOUND or
-        FAILED_PRECONDITION when the member has to register first.
+        """Keeps a member alive: it sends a message with its telemetry every few seconds, and the controller answers each with
+        what the member must know. Ends with ABORTED if the member's epoch is old, with NOT_FOUND or FAILED_PRECONDITION if
+        the member must register first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAssignment(self, request, context):
-        """Says which owner inverts which group of a run.
+        """Returns which owner inverts which group of a run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from kfdist.rpc._generated.kfdist.v1 import membership_pb2 as kfdist_dot_v1_dot_membership__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13kfdist/v1/run.proto\x12\tkfdist.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc1\x02\n\x03Run\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.kfdist.v1.RunState\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x06 \x01(\x03\x12\x14\n\x0clive_workers\x18\x07 \x01(\x05\x12\x13\n\x0blive_owners\x18\x08 \x01(\x05\x12+\n\x07\x63reated\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tdirectory\x18\n \x01(\t\x12*\n\x06gauges\x18\x0b \x03(\x0b\x32\x1a.kfdist.v1.Run.GaugesEntry\x1a-\n\x0bGaugesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"i\n\rCreateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tdirectory\x18\x03 \x01(\t\x12\x13\n\x0btotal_steps\x18\x04 \x01(\x03\x12\x0e\n\x06\x63onfig\x18\x05 \x01(\t\"-\n\x0e\x43reateResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"\x1a\n\nGetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"*\n\x0bGetResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"\r\n\x0bListRequest\",\n\x0cListResponse\x12\x1c\n\x04runs\x18\x01 \x03(\x0b\x32\x0e.kfdist.v1.Run\"3\n\x0cWatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rfrom_revision\x18\x02 \x01(\x03\",\n\rWatchResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"0\n\x0cPauseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\",\n\rPauseResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"1\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"-\n\x0eResumeResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"[\n\x15UpdateSettingsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x07\x64\x61mping\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_damping\"5\n\x16UpdateSettingsResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"5\n\x11\x43heckpointRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"1\n\x12\x43heckpointResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"/\n\x0bStopRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"+\n\x0cStopResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"9\n\x11ListEventsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_event_id\x18\x02 \x01(\x03\"6\n\x12ListEventsResponse\x12 \n\x06\x65vents\x18\x01 \x03(\x0b\x32\x10.kfdist.v1.Event\"_\n\x05\x45vent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t*\xda\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_CREATED\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x16\n\x12RUN_STATE_STOPPING\x10\x04\x12\x15\n\x11RUN_STATE_STOPPED\x10\x05\x12\x16\n\x12RUN_STATE_FINISHED\x10\x06\x12\x14\n\x10RUN_STATE_FAILED\x10\x07\x12\x12\n\x0eRUN_STATE_LOST\x10\x08\x32\x99\x05\n\nRunService\x12=\n\x06\x43reate\x12\x18.kfdist.v1.CreateRequest\x1a\x19.kfdist.v1.CreateResponse\x12\x34\n\x03Get\x12\x15.kfdist.v1.GetRequest\x1a\x16.kfdist.v1.GetResponse\x12\x37\n\x04List\x12\x16.kfdist.v1.ListRequest\x1a\x17.kfdist.v1.ListResponse\x12<\n\x05Watch\x12\x17.kfdist.v1.WatchRequest\x1a\x18.kfdist.v1.WatchResponse0\x01\x12:\n\x05Pause\x12\x17.kfdist.v1.PauseRequest\x1a\x18.kfdist.v1.PauseResponse\x12=\n\x06Resume\x12\x18.kfdist.v1.ResumeRequest\x1a\x19.kfdist.v1.ResumeResponse\x12U\n\x0eUpdateSettings\x12 .kfdist.v1.UpdateSettingsRequest\x1a!.kfdist.v1.UpdateSettingsResponse\x12I\n\nCheckpoint\x12\x1c.kfdist.v1.CheckpointRequest\x1a\x1d.kfdist.v1.CheckpointResponse\x12\x37\n\x04Stop\x12\x16.kfdist.v1.StopRequest\x1a\x17.kfdist.v1.StopResponse\x12I\n\nListEvents\x12\x1c.kfdist.v1.ListEventsRequest\x1a\x1d.kfdist.v1.ListEventsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13kfdist/v1/run.proto\x12\tkfdist.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1akfdist/v1/membership.proto\"\xc1\x02\n\x03Run\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.kfdist.v1.RunState\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12\x0c\n\x04step\x18\x05 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x06 \x01(\x03\x12\x14\n\x0clive_workers\x18\x07 \x01(\x05\x12\x13\n\x0blive_owners\x18\x08 \x01(\x05\x12+\n\x07\x63reated\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tdirectory\x18\n \x01(\t\x12*\n\x06gauges\x18\x0b \x03(\x0b\x32\x1a.kfdist.v1.Run.GaugesEntry\x1a-\n\x0bGaugesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"i\n\rCreateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tdirectory\x18\x03 \x01(\t\x12\x13\n\x0btotal_steps\x18\x04 \x01(\x03\x12\x0e\n\x06\x63onfig\x18\x05 \x01(\t\"-\n\x0e\x43reateResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"\x1a\n\nGetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"*\n\x0bGetResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"\r\n\x0bListRequest\",\n\x0cListResponse\x12\x1c\n\x04runs\x18\x01 \x03(\x0b\x32\x0e.kfdist.v1.Run\"3\n\x0cWatchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rfrom_revision\x18\x02 \x01(\x03\",\n\rWatchResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"0\n\x0cPauseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\",\n\rPauseResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"1\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"-\n\x0eResumeResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"[\n\x15UpdateSettingsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x07\x64\x61mping\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_damping\"5\n\x16UpdateSettingsResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"5\n\x11\x43heckpointRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"1\n\x12\x43heckpointResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"/\n\x0bStopRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"+\n\x0cStopResponse\x12\x1b\n\x03run\x18\x01 \x01(\x0b\x32\x0e.kfdist.v1.Run\"9\n\x11ListEventsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_event_id\x18\x02 \x01(\x03\"6\n\x12ListEventsResponse\x12 \n\x06\x65vents\x18\x01 \x03(\x0b\x32\x10.kfdist.v1.Event\"_\n\x05\x45vent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"\"\n\x12ListSamplesRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x13ListSamplesResponse\x12\"\n\x07samples\x18\x01 \x03(\x0b\x32\x11.kfdist.v1.Sample*\xda\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_CREATED\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x16\n\x12RUN_STATE_STOPPING\x10\x04\x12\x15\n\x11RUN_STATE_STOPPED\x10\x05\x12\x16\n\x12RUN_STATE_FINISHED\x10\x06\x12\x14\n\x10RUN_STATE_FAILED\x10\x07\x12\x12\n\x0eRUN_STATE_LOST\x10\x08\x32\xe7\x05\n\nRunService\x12=\n\x06\x43reate\x12\x18.kfdist.v1.CreateRequest\x1a\x19.kfdist.v1.CreateResponse\x12\x34\n\x03Get\x12\x15.kfdist.v1.GetRequest\x1a\x16.kfdist.v1.GetResponse\x12\x37\n\x04List\x12\x16.kfdist.v1.ListRequest\x1a\x17.kfdist.v1.ListResponse\x12<\n\x05Watch\x12\x17.kfdist.v1.WatchRequest\x1a\x18.kfdist.v1.WatchResponse0\x01\x12:\n\x05Pause\x12\x17.kfdist.v1.PauseRequest\x1a\x18.kfdist.v1.PauseResponse\x12=\n\x06Resume\x12\x18.kfdist.v1.ResumeRequest\x1a\x19.kfdist.v1.ResumeResponse\x12U\n\x0eUpdateSettings\x12 .kfdist.v1.UpdateSettingsRequest\x1a!.kfdist.v1.UpdateSettingsResponse\x12I\n\nCheckpoint\x12\x1c.kfdist.v1.CheckpointRequest\x1a\x1d.kfdist.v1.CheckpointResponse\x12\x37\n\x04Stop\x12\x16.kfdist.v1.StopRequest\x1a\x17.kfdist.v1.StopResponse\x12I\n\nListEvents\x12\x1c.kfdist.v1.ListEventsRequest\x1a\x1d.kfdist.v1.ListEventsResponse\x12L\n\x0bListSamples\x12\x1d.kfdist.v1.ListSamplesRequest\x1a\x1e.kfdist.v1.ListSamplesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,54 +35,58 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RUN_GAUGESENTRY']._loaded_options = None
   _globals['_RUN_GAUGESENTRY']._serialized_options = b'8\001'
-  _globals['_RUNSTATE']._serialized_start=1532
-  _globals['_RUNSTATE']._serialized_end=1750
-  _globals['_RUN']._serialized_start=68
-  _globals['_RUN']._serialized_end=389
-  _globals['_RUN_GAUGESENTRY']._serialized_start=344
-  _globals['_RUN_GAUGESENTRY']._serialized_end=389
-  _globals['_CREATEREQUEST']._serialized_start=391
-  _globals['_CREATEREQUEST']._serialized_end=496
-  _globals['_CREATERESPONSE']._serialized_start=498
-  _globals['_CREATERESPONSE']._serialized_end=543
-  _globals['_GETREQUEST']._serialized_start=545
-  _globals['_GETREQUEST']._serialized_end=571
-  _globals['_GETRESPONSE']._serialized_start=573
-  _globals['_GETRESPONSE']._serialized_end=615
-  _globals['_LISTREQUEST']._serialized_start=617
-  _globals['_LISTREQUEST']._serialized_end=630
-  _globals['_LISTRESPONSE']._serialized_start=632
-  _globals['_LISTRESPONSE']._serialized_end=676
-  _globals['_WATCHREQUEST']._serialized_start=678
-  _globals['_WATCHREQUEST']._serialized_end=729
-  _globals['_WATCHRESPONSE']._serialized_start=731
-  _globals['_WATCHRESPONSE']._serialized_end=775
-  _globals['_PAUSEREQUEST']._serialized_start=777
-  _globals['_PAUSEREQUEST']._serialized_end=825
-  _globals['_PAUSERESPONSE']._serialized_start=827
-  _globals['_PAUSERESPONSE']._serialized_end=871
-  _globals['_RESUMEREQUEST']._serialized_start=873
-  _globals['_RESUMEREQUEST']._serialized_end=922
-  _globals['_RESUMERESPONSE']._serialized_start=924
-  _globals['_RESUMERESPONSE']._serialized_end=969
-  _globals['_UPDATESETTINGSREQUEST']._serialized_start=971
-  _globals['_UPDATESETTINGSREQUEST']._serialized_end=1062
-  _globals['_UPDATESETTINGSRESPONSE']._serialized_start=1064
-  _globals['_UPDATESETTINGSRESPONSE']._serialized_end=1117
-  _globals['_CHECKPOINTREQUEST']._serialized_start=1119
-  _globals['_CHECKPOINTREQUEST']._serialized_end=1172
-  _globals['_CHECKPOINTRESPONSE']._serialized_start=1174
-  _globals['_CHECKPOINTRESPONSE']._serialized_end=1223
-  _globals['_STOPREQUEST']._serialized_start=1225
-  _globals['_STOPREQUEST']._serialized_end=1272
-  _globals['_STOPRESPONSE']._serialized_start=1274
-  _globals['_STOPRESPONSE']._serialized_end=1317
-  _globals['_LISTEVENTSREQUEST']._serialized_start=1319
-  _globals['_LISTEVENTSREQUEST']._serialized_end=1376
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=1378
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=1432
-  _globals['_EVENT']._serialized_start=1434
-  _globals['_EVENT']._serialized_end=1529
-  _globals['_RUNSERVICE']._serialized_start=1753
-  _globals['_RUNSERVICE']._serialized_end=2418
+  _globals['_RUNSTATE']._serialized_start=1655
+  _globals['_RUNSTATE']._serialized_end=1873
+  _globals['_RUN']._serialized_start=96
+  _globals['_RUN']._serialized_end=417
+  _globals['_RUN_GAUGESENTRY']._serialized_start=372
+  _globals['_RUN_GAUGESENTRY']._serialized_end=417
+  _globals['_CREATEREQUEST']._serialized_start=419
+  _globals['_CREATEREQUEST']._serialized_end=524
+  _globals['_CREATERESPONSE']._serialized_start=526
+  _globals['_CREATERESPONSE']._serialized_end=571
+  _globals['_GETREQUEST']._serialized_start=573
+  _globals['_GETREQUEST']._serialized_end=599
+  _globals['_GETRESPONSE']._serialized_start=601
+  _globals['_GETRESPONSE']._serialized_end=643
+  _globals['_LISTREQUEST']._serialized_start=645
+  _globals['_LISTREQUEST']._serialized_end=658
+  _globals['_LISTRESPONSE']._serialized_start=660
+  _globals['_LISTRESPONSE']._serialized_end=704
+  _globals['_WATCHREQUEST']._serialized_start=706
+  _globals['_WATCHREQUEST']._serialized_end=757
+  _globals['_WATCHRESPONSE']._serialized_start=759
+  _globals['_WATCHRESPONSE']._serialized_end=803
+  _globals['_PAUSEREQUEST']._serialized_start=805
+  _globals['_PAUSEREQUEST']._serialized_end=853
+  _globals['_PAUSERESPONSE']._serialized_start=855
+  _globals['_PAUSERESPONSE']._serialized_end=899
+  _globals['_RESUMEREQUEST']._serialized_start=901
+  _globals['_RESUMEREQUEST']._serialized_end=950
+  _globals['_RESUMERESPONSE']._serialized_start=952
+  _globals['_RESUMERESPONSE']._serialized_end=997
+  _globals['_UPDATESETTINGSREQUEST']._serialized_start=999
+  _globals['_UPDATESETTINGSREQUEST']._serialized_end=1090
+  _globals['_UPDATESETTINGSRESPONSE']._serialized_start=1092
+  _globals['_UPDATESETTINGSRESPONSE']._serialized_end=1145
+  _globals['_CHECKPOINTREQUEST']._serialized_start=1147
+  _globals['_CHECKPOINTREQUEST']._serialized_end=1200
+  _globals['_CHECKPOINTRESPONSE']._serialized_start=1202
+  _globals['_CHECKPOINTRESPONSE']._serialized_end=1251
+  _globals['_STOPREQUEST']._serialized_start=1253
+  _globals['_STOPREQUEST']._serialized_end=1300
+  _globals['_STOPRESPONSE']._serialized_start=1302
+  _globals['_STOPRESPONSE']._serialized_end=1345
+  _globals['_LISTEVENTSREQUEST']._serialized_start=1347
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1404
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1406
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1460
+  _globals['_EVENT']._serialized_start=1462
+  _globals['_EVENT']._serialized_end=1557
+  _globals['_LISTSAMPLESREQUEST']._serialized_start=1559
+  _globals['_LISTSAMPLESREQUEST']._serialized_end=1593
+  _globals['_LISTSAMPLESRESPONSE']._serialized_start=1595
+  _globals['_LISTSAMPLESRESPONSE']._serialized_end=1652
+  _globals['_RUNSERVICE']._serialized_start=1876
+  _globals['_RUNSERVICE']._serialized_end=2619
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RunServiceStub:
-    """RunService runs on the controller. Every mutation carries a request id: a repeated one is answered as the first was.
+    """RunService runs on the controller. Every mutation carries a request id: a repeated request gets the first one's answer.
     """
 
     def __init__(self, channel):
@@ -85,14 +85,19 @@ class RunServiceStub:
                 request_serializer=kfdist_dot_v1_dot_run__pb2.ListEventsRequest.SerializeToString,
                 response_deserializer=kfdist_dot_v1_dot_run__pb2.ListEventsResponse.FromString,
                 _registered_method=True)
+        self.ListSamples = channel.unary_unary(
+                '/kfdist.v1.RunService/ListSamples',
+                request_serializer=kfdist_dot_v1_dot_run__pb2.ListSamplesRequest.SerializeToString,
+                response_deserializer=kfdist_dot_v1_dot_run__pb2.ListSamplesResponse.FromString,
+                _registered_method=True)
 
 
 class RunServiceServicer:
-    """RunService runs on the controller. Every mutation carries a request id: a repeated one is answered as the first was.
+    """RunService runs on the controller. Every mutation carries a request id: a repeated request gets the first one's answer.
     """
 
     def Create(self, request, context):
-        """Makes a run known, or prepares a known one for its next start, with its settings again as configured.
+        """Makes a run known, or prepares a known one for its next start and resets its settings.
         Errors: INVALID_ARGUMENT (bad name), RESOURCE_EXHAUSTED (too many runs).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -130,7 +135,7 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Lets a paused run go on. Errors: as Pause.
+        """Lets a paused run continue. Errors: as Pause.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,7 +163,14 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListEvents(self, request, context):
-        """Lists what happened in a run, oldest first, at most 1,000 events; ask again after the last one for more.
+        """Lists a run's events, oldest first, at most 1,000 of them; ask again after the last one for more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSamples(self, request, context):
+        """Lists what a run's processes measured, as the controller's /metrics shows it now. Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,6 +229,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     request_deserializer=kfdist_dot_v1_dot_run__pb2.ListEventsRequest.FromString,
                     response_serializer=kfdist_dot_v1_dot_run__pb2.ListEventsResponse.SerializeToString,
             ),
+            'ListSamples': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSamples,
+                    request_deserializer=kfdist_dot_v1_dot_run__pb2.ListSamplesRequest.FromString,
+                    response_serializer=kfdist_dot_v1_dot_run__pb2.ListSamplesResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'kfdist.v1.RunService', rpc_method_handlers)
@@ -226,7 +243,7 @@ def add_RunServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RunService:
-    """RunService runs on the controller. Every mutation carries a request id: a repeated one is answered as the first was.
+    """RunService runs on the controller. Every mutation carries a request id: a repeated request gets the first one's answer.
     """
 
     @staticmethod
@@ -489,6 +506,33 @@ class RunService:
             '/kfdist.v1.RunService/ListEvents',
             kfdist_dot_v1_dot_run__pb2.ListEventsRequest.SerializeToString,
             kfdist_dot_v1_dot_run__pb2.ListEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSamples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kfdist.v1.RunService/ListSamples',
+            kfdist_dot_v1_dot_run__pb2.ListSamplesRequest.SerializeToString,
+            kfdist_dot_v1_dot_run__pb2.ListSamplesResponse.FromString,
             options,
             channel_credentials,
             insecure,
