@@ -1,4 +1,4 @@
-"""Runs a closure several times in one step as if it had run once: the same dropout masks, buffers moved once."""
+"""Runs a closure several times in one step as if it ran once: the same dropout masks, buffers updated once."""
 
 import operator
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfdist.errors import KfdistError
+from kfdist.runtime.forward_state import ForwardState
 
 Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, int]]
 """Runs the model on the step's batch and returns (output, loss), or (output, loss, examples); no backward."""
@@ -19,10 +20,10 @@ class Evaluation:
     """What a closure returned.
 
     Attributes:
-        output: What the loss was computed from.
+        output: The tensor that the loss was computed from.
         loss: A scalar.
-        examples: How many terms the loss averages.
-        stated: Whether the closure said how many.
+        examples: Number of terms that the loss averages.
+        stated: Whether the closure stated that number.
     """
 
     output: Tensor
@@ -31,40 +32,14 @@ class Evaluation:
     stated: bool
 
 
-class _ForwardState:
-    """Buffers and generators at one moment: all that a forward changes besides gradients."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        # The tensor itself is kept beside its values: a module may have put another one in its place.
-        self._buffers = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-        with torch.no_grad():
-            for home, name, buffer, values in self._buffers:
-                buffer.copy_(values)
-                home[name] = buffer
-
-
 class Replay:
-    """One step's closure. `first` is the training forward; every later run starts from the state that it started from.
+    """One step's closure. `first` is the training forward; every later run starts from the same state as that one.
 
-    After each later run, BatchNorm's averages and torch's generators (the CPU's and the model's device's) are as the
-    training forward left them. Python's and NumPy's generators are not ours to touch: a closure that draws from them
-    would see another batch at every run.
+    After each later run, the model's buffers and torch's generators are as the training forward left them. Python's and
+    NumPy's generators aren't reset: a closure that draws from them sees another batch at every run.
 
     Args:
-        closure: The user's.
+        closure: The user's closure.
         model: The module that it runs.
         device: Where the model is.
     """
@@ -73,18 +48,18 @@ class Replay:
         self._closure = closure
         self._model = model
         self._device = device
-        self._before = _ForwardState(model, device)
+        self._before = ForwardState(model, device)
         self._after = self._before
 
     def first(self) -> Evaluation:
         """Runs the training forward, with gradients.
 
         Raises:
-            KfdistError: The closure returned something else than it has to.
+            KfdistError: The closure returned something else than it must.
         """
         with torch.enable_grad():
             evaluation = _checked(self._closure())
-        self._after = _ForwardState(self._model, self._device)
+        self._after = ForwardState(self._model, self._device)
         if not evaluation.loss.requires_grad:
             raise KfdistError(
                 "the closure's loss has no graph; compute it with gradients on, and return it without .item(), "

@@ -124,7 +124,7 @@ def restore_state(training: Training, loaded: Loaded) -> None:
         training.forward_state.load_random(owns[0]["forward"])
     else:
         seed_rank(training.config.run.seed, worker_rank=rank, start=loaded.manifest.step)
-    training.forward_state.remember()
+        training.forward_state.remember()
 
 
 def _merged(training: Training, states: list[dict[str, Any]]) -> Mapping[str, Any]:
