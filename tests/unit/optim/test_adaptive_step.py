@@ -178,10 +178,10 @@ def test_without_momentum_there_is_one_direction():
 def test_the_best_gamma_is_taken():
     """Of three, each tried alone from the same start."""
 
-    def after_one_step(damping: float) -> tuple[float, float]:
+    def after_one_step(gamma: float) -> tuple[float, float]:
         model = tanh_network()
-        step = stepper(Formula(model, without=("0.weight", "2.bias")), damping=1.0, gamma_period=1, gamma_search=False)
-        step._trust.candidates = lambda _count: [damping]  # pyright: ignore[reportAttributeAccessIssue]
+        step = stepper(Formula(model, without=("0.weight", "2.bias")), damping=1.0, gamma_period=2)
+        step.load_state_dict({**step.state_dict(), "gamma": gamma})  # not searched for at the first step
         report = step.step(regression(model))
         return report.model_change, report.gamma
 
@@ -238,10 +238,13 @@ def test_after_a_rejection_momentum_begins_anew():
     closure = regression(model)
     step.step(closure)
     assert step.state_dict()["last"] is not None
-    good, bad = step._loss_now, lambda *_: math.nan
-    step._loss_now = bad  # pyright: ignore[reportAttributeAccessIssue]
-    assert not step.step(closure).accepted
-    step._loss_now = good
+    start = values(model)
+
+    def worse_anywhere_else() -> tuple[Tensor, Tensor]:
+        output, loss = closure()
+        return output, loss if same(values(model), start) else loss * math.nan
+
+    assert not step.step(worse_anywhere_else).accepted
     assert step.state_dict()["last"] is None
     assert step.step(closure).momentum == 0.0
     assert step.step(closure).momentum != 0.0
