@@ -1,4 +1,4 @@
-"""`kfdist.AdaptiveStep`: the step of the original K-FAC paper, which sizes itself (algorithms.md 1.2)."""
+"""`kfdist.AdaptiveStep`: the self-tuning step of the original K-FAC paper (algorithms.md 1.2)."""
 
 import logging
 import math
@@ -22,12 +22,12 @@ from kfdist.runtime.preconditioner import Preconditioner
 _LOG = logging.getLogger(__name__)
 
 _ROUNDING = 8.0
-"""Inner products are trusted to this many units in the last place of the parameters' dtype."""
+"""Accuracy of inner products, in units in the last place of the parameters' dtype."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """The step's batch on this rank: its share of all terms, and the mean loss over all ranks at the parameters."""
+    """The step's batch: this rank's share of all terms, and the mean loss over all ranks before the step."""
 
     share: float
     loss: float
@@ -35,7 +35,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A direction by one gamma, and the best step in its span with the last step."""
+    """The direction for one gamma, and the best step in the span of it and the last step."""
 
     gamma: float
     direction: list[Tensor]
@@ -52,32 +52,32 @@ class _Outcome:
 
 
 class AdaptiveStep:
-    r"""Replaces the optimizer: moves the parameters by d = alpha Delta + mu d_last, the best step of a quadratic model.
+    r"""Replaces the optimizer: moves the parameters by d = alpha Delta + mu d_last, the minimiser of a quadratic model.
 
     Delta = -(F + gamma^2 I)^-1 grad h comes from the preconditioner. alpha and mu minimise
     M(d) = 1/2 d^T (F + (lambda + eta) I) d + grad h^T d + h with the exact Fisher F of the whole network on this batch.
     lambda follows the reduction ratio rho by Levenberg and Marquardt's rule, gamma is searched for, and a step that
-    makes the objective h(theta) = loss + eta/2 |theta|^2 worse on this very batch is taken back and raises lambda.
-    Source: Martens and Grosse (1503.05671), algorithms.md 1.2. Made for full or large batches of smooth problems,
-    autoencoders above all; under strongly varying mini-batches fixed damping with a KL clip is the better choice.
+    raises the objective h(theta) = loss + eta/2 |theta|^2 on the same batch is undone and raises lambda.
+    Source: Martens and Grosse (1503.05671), algorithms.md 1.2. It suits full or large batches of smooth problems,
+    autoencoders above all; for strongly varying mini-batches, fixed damping with a KL clip is the better choice.
 
-    rho is formed with lambda left out of M, so that it is 1 where h is quadratic. After a rejected step the parameters'
+    rho is formed with lambda left out of M, so that it is 1 if h is quadratic. After a rejected step the parameters'
     last change is zero: the next step starts without momentum. Parameters without a block take -grad h/(lambda + eta)
     as their part of Delta.
 
-    All ranks must make it and call `step` equally often, and reach equal decisions, which follow from all-reduced
-    numbers alone. It reduces the gradients itself: don't wrap the model by DDP. A rank's loss counts by the number of
-    terms that it averages.
+    All ranks must construct it and call `step` equally often; they decide alike, because decisions depend on
+    all-reduced numbers alone. It reduces the gradients itself: don't wrap the model in DDP. A rank's loss counts by the
+    number of terms that it averages.
 
     Args:
         preconditioner: Made with kl_clip=None and adoption=FixedLag(0), by methods that are damped at apply, such as
             `KfacEigen(damping_rule="pi")`, the paper's factored Tikhonov damping. Its `damping` has no effect.
-        loss: "mse", "cross_entropy" or "binary_cross_entropy" (on logits): which distribution the preconditioner's
-            "mc" and "exact" Fisher assume, with mean reduction; None where the closure calls `preconditioner.observe`
-            itself (with a target, say). The model's F always follows from the closure's own loss.
+        loss: "mse", "cross_entropy" or "binary_cross_entropy" (on logits): the distribution that the preconditioner's
+            "mc" and "exact" Fisher assume, with mean reduction; None if the closure calls `preconditioner.observe`
+            itself (with a target, say). The F of the quadratic model always follows from the closure's loss.
         weight_decay: eta, the l2 coefficient; part of the gradient and of the model.
         damping: The first lambda.
-        settings: Periods, factors, bounds, and what is switched off.
+        settings: Periods, factors, bounds and switches; the paper's if None.
 
     Raises:
         ConfigError: A value is out of range, or the preconditioner doesn't fit.
@@ -105,28 +105,28 @@ class AdaptiveStep:
         self._count = 0
 
     def step(self, closure: Closure) -> AdaptiveReport:
-        """One step of training. Collective: all ranks must call it.
+        """Makes one step of training. Collective: all ranks must call it.
 
         Args:
             closure: Runs the model on this step's batch and returns (output, loss) without a backward, or (output,
-                loss, examples) where the loss doesn't average dim 0 of the output but `examples` terms (unmasked
-                tokens, say). `output` is the tensor that the loss was computed from, and all that it depends on of the
-                model. It is called up to seven times, always on the same data: BatchNorm's buffers and torch's
-                generators are put back in between, so that dropout draws the same masks.
+                loss, examples) if the loss averages `examples` terms (unmasked tokens, say) rather than dim 0 of the
+                output. `output` is the tensor that the loss was computed from; the loss must depend on the model
+                through it alone. It is called up to seven times and must use the same data each time; BatchNorm's
+                buffers and torch's generators are put back in between, so that dropout draws the same masks.
 
         Returns:
-            What was done. `.grad` holds the gradient of the objective afterwards.
+            What was done. Afterwards `.grad` holds the gradient of the objective.
 
         Raises:
             LossNotFinite: The loss is infinite or NaN before the step, on some rank; nothing was changed.
-            KfdistError: The closure returned something else than it has to.
-            Interrupted: By the preconditioner; the step was not done, and buffers and generators are as before it.
+            KfdistError: The closure returned something else than it must.
+            Interrupted: By the preconditioner; the step was not made, and buffers and generators are as before it.
         """
         replay = Replay(closure, self._source.model, self._parameters[0].device)
         batch = self._measure(replay)
         try:
             done = self._source.update()
-        except Interrupted:  # the step will be done again, perhaps from a checkpoint that is written now
+        except Interrupted:  # the step will be made again, perhaps from a checkpoint written now
             replay.undo()
             raise
         damping = self._trust.damping
@@ -151,11 +151,11 @@ class AdaptiveStep:
 
     @property
     def damping(self) -> float:
-        """The lambda that the next step starts with."""
+        """The lambda at which the next step starts."""
         return self._trust.damping
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns lambda, gamma, the number of steps and the last step by parameter name; equal on all ranks."""
+        """Returns lambda, gamma, the number of steps, and the last step by parameter name; equal on all ranks."""
         names = {id(p): name for name, p in self._source.model.named_parameters()}
         last = self._last
         return {
@@ -168,7 +168,7 @@ class AdaptiveStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up where `state` says.
+        """Continues from a saved state.
 
         Raises:
             CheckpointError: The state is of another model.
@@ -191,7 +191,7 @@ class AdaptiveStep:
     # The verbs -------------------------------------------------------------------------------------------------------
 
     def _measure(self, replay: Replay) -> _Batch:
-        """Forward and backward: afterwards `.grad` is the gradient of the objective over all ranks' batches."""
+        """Runs forward and backward; `.grad` becomes the gradient of the objective over all ranks' batches."""
         source = self._source
         for parameter in self._parameters:
             parameter.grad = None
@@ -204,7 +204,7 @@ class AdaptiveStep:
             replay.undo()
             raise LossNotFinite(
                 f"the loss is {mean} before step {self._count}, at parameters that the last step accepted: look "
-                "for bad values in the batch. Nothing was changed; give the next batch, or stop"
+                "for bad values in the batch. Nothing was changed; continue with the next batch, or stop"
             )
         if evaluation.stated:
             source.batch(evaluation.examples)
@@ -215,7 +215,7 @@ class AdaptiveStep:
         return _Batch(share=n / total, loss=mean)
 
     def _reduce_gradients(self, share: float) -> None:
-        """Averages the gradients, each rank's weighted by its share of the terms, and adds eta theta."""
+        """Averages the gradients over ranks, weighted by their shares of the terms, and adds eta theta."""
         own = [torch.zeros_like(p) if p.grad is None else p.grad * share for p in self._parameters]
         for dtype in dict.fromkeys(p.dtype for p in self._parameters):
             members = [index for index, p in enumerate(self._parameters) if p.dtype == dtype]
@@ -225,7 +225,7 @@ class AdaptiveStep:
                 parameter.grad = gradient.add_(parameter.detach(), alpha=self._eta)
 
     def _choose(self, replay: Replay, batch: _Batch) -> _Candidate | None:
-        """Makes a direction for each gamma to be tried and keeps the step with the smallest M; None without any."""
+        """Tries each candidate for gamma and returns the step with the smallest M; None if none has a finite M."""
         fisher = self._fisher(replay)
         last, along_last = self._last if self._settings.momentum else None, None
         if last is not None:
@@ -249,7 +249,7 @@ class AdaptiveStep:
         return best
 
     def _move(self, replay: Replay, batch: _Batch, chosen: _Candidate | None) -> _Outcome:
-        """Takes the step, looks what became of the objective, and adapts lambda; or takes it back."""
+        """Moves the parameters, measures the objective and adapts lambda; or undoes a step that made it worse."""
         if chosen is None:
             return self._refuse(None, None)
         c, last = chosen.model.coefficients, self._last
@@ -280,7 +280,7 @@ class AdaptiveStep:
         return _Outcome(new_loss, rho, accepted=True)
 
     def _refuse(self, new_loss: float | None, rho: float | None) -> _Outcome:
-        """The parameters didn't change, so there is no last step either; lambda rises."""
+        """Raises lambda and forgets the last step: the parameters didn't change."""
         self._trust.raise_damping()
         self._last = None
         return _Outcome(new_loss, rho, accepted=False)
@@ -293,7 +293,7 @@ class AdaptiveStep:
         return [-(solved[p] if p in solved else _gradient(p) / scale).to(p.dtype) for p in self._parameters]
 
     def _fisher(self, replay: Replay) -> OutputFisher:
-        """Linearises the model at this rank's batch and the present parameters."""
+        """Linearises the model at the present parameters, on this rank's batch."""
 
         def run() -> tuple[Tensor, Tensor]:
             with self._source.paused():
@@ -317,8 +317,8 @@ class AdaptiveStep:
     def _inner_products(self, basis: list[list[Tensor]], products: list[OutputProduct], share: float) -> InnerProducts:
         """Forms all inner products of the basis, summed over ranks in one all-reduce.
 
-        What follows from parameters and gradients alone is averaged over the ranks too: were it not bitwise equal, the
-        ranks would still decide alike.
+        Those of parameters and gradients alone are averaged over the ranks, too, so that ranks decide alike even if
+        these numbers differ in the last bit.
         """
         m, w = len(basis), 1.0 / self._source.world.world_size
         gradient = [_gradient(p) for p in self._parameters]
@@ -337,7 +337,7 @@ class AdaptiveStep:
         return InnerProducts(slopes=slopes, fisher=fisher, gram=gram)
 
     def _loss_now(self, replay: Replay, batch: _Batch) -> float:
-        """Returns the mean loss over all ranks' batches at the present parameters."""
+        """Returns the mean loss at the present parameters over all ranks' batches."""
         with torch.no_grad(), self._source.paused():
             loss = replay.again().loss.detach().double()
         return self._sum_over_ranks((batch.share * loss).reshape(1))[0]

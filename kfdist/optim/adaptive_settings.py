@@ -14,13 +14,13 @@ _BASE = 19 / 20
 class AdaptiveSettings:
     """How damping, momentum and rejection work; the defaults are the paper's (algorithms.md 1.2).
 
-    The paper's T3, the steps between two inversions, is the preconditioner's `inverse_period`; its tau_1, the share of
-    the examples that is measured, is `examples_fraction`. The exact F of the quadratic model is that of the whole batch
-    (tau_2 = 1): the closure runs the model on all of it in any case.
+    The paper's T3, the steps between two inversions, is the preconditioner's `inverse_period`; its tau_1, the fraction
+    of the examples that is measured, is `examples_fraction`. The exact F of the quadratic model uses the whole batch
+    (tau_2 = 1), which the closure runs the model on in any case.
 
     Attributes:
         damping_period: T1, the steps between two adaptations of lambda.
-        damping_factor: omega_1 in (0, 1), by which lambda falls, or by whose inverse it rises.
+        damping_factor: omega_1 in (0, 1): lambda falls by this factor, or rises by its inverse.
         smallest_damping: Floor of lambda (and of gamma^2 - eta).
         largest_damping: Ceiling of lambda.
         gamma_search: Whether gamma is chosen among {omega_2 gamma, gamma, gamma/omega_2} every T2 steps; otherwise it
@@ -28,9 +28,9 @@ class AdaptiveSettings:
         gamma_period: T2, the steps between two searches.
         gamma_factor: omega_2 in (0, 1).
         momentum: Whether the last step is a second direction of the model.
-        rejection: Whether a step that raises the objective, or makes it infinite or NaN, is taken back.
-        differentiation: "forward", "double_backward", or "auto": forward mode until an operator has no derivative
-            in it.
+        rejection: Whether a step that raises the objective, or makes it infinite or NaN, is undone.
+        differentiation: "forward", "double_backward", or "auto": forward mode until an operator turns out to have no
+            forward derivative.
     """
 
     damping_period: int = 5
@@ -58,17 +58,17 @@ class AdaptiveSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveReport:
-    """What one adaptive step did; equal on all ranks but for what `preconditioner` says of seconds.
+    """What one adaptive step did; equal on all ranks, except for the seconds in `preconditioner`.
 
     Attributes:
         step: The step, from 0.
         loss: The mean loss over the ranks' batches before the step, without weight decay.
-        new_loss: The same after the step that was tried, also where it was taken back; None where nothing needed it.
-        rho: Change of the objective over the change that the model without lambda predicted; None where `new_loss` is.
-        alpha: Coefficient of the new direction; 0 where the model could not be formed.
-        momentum: mu, coefficient of the last step; 0 where there is none.
-        damping: lambda that the step was made with.
-        gamma: gamma that it was made with: the directions are (F + gamma^2 I)^-1 grad.
+        new_loss: The same after the step, even if that was undone; None if it wasn't measured.
+        rho: Change of the objective over the change that the model without lambda predicted; None if `new_loss` is.
+        alpha: Coefficient of the new direction; 0 if the model could not be formed.
+        momentum: mu, coefficient of the last step; 0 if there was none.
+        damping: lambda of this step.
+        gamma: gamma of this step: the direction is (F + gamma^2 I)^-1 grad.
         model_change: M(delta) - M(0), with lambda.
         accepted: Whether the parameters were changed.
         preconditioner: What the preconditioner did.

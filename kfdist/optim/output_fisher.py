@@ -4,9 +4,8 @@ With the network's output z, its Jacobian J with respect to the parameters and t
 torch computes it, u^T F v = (J u)^T H (J v), H = d^2 L / dz^2. For the losses that are negative log-likelihoods, H is
 the Fisher of the predicted distribution: diag(p) - p p^T for cross-entropy (whatever the labels and their smoothing;
 0 for ignored ones), 2/C for the mean squared error over C outputs, p (1 - p) for binary cross-entropy on logits, each
-over the number of terms that the mean counts. H is never written down: H v comes from
-differentiating the loss twice with respect to the output, J u from one pass in forward mode, or else from the backward
-pass.
+over the number of terms that the mean counts. H is never formed: H v comes from differentiating the loss twice with
+respect to the output, and J u from one pass in forward mode, or else from differentiating the backward pass.
 
 Source: Schraudolph (2002) for the product; Pearlmutter's and the "double backward" trick for J u without forward mode.
 """
@@ -34,7 +33,7 @@ class Differentiation(StrEnum):
     FORWARD = "forward"
     """Forward-mode automatic differentiation: about the cost of two forwards."""
     DOUBLE_BACKWARD = "double_backward"
-    """The derivative of the backward pass, which is linear in its argument: one backward more, and its graph."""
+    """The derivative of the backward pass, which is linear in its argument: one more backward, and its graph."""
 
 
 class NoForwardDerivative(KfdistError):
@@ -57,11 +56,11 @@ class OutputProduct:
 class OutputFisher:
     """The Fisher at the present parameters and batch, as products with directions.
 
-    Holds the graph of one forward as long as it lives.
+    It keeps the graph of one forward alive.
 
     Args:
         run: Runs the model, always on the same data; called once here, and once for each direction in forward mode.
-        model: The module whose parameters are moved.
+        model: The module whose parameters move.
 
     Raises:
         KfdistError: The loss does not depend on the output.
@@ -76,8 +75,8 @@ class OutputFisher:
             (slope,) = torch.autograd.grad(loss, self._output, create_graph=True, allow_unused=True)
         if slope is None:
             raise KfdistError(
-                "the closure's loss does not depend on the output it returned; return the very tensor that the loss "
-                "was computed from"
+                "the closure's loss does not depend on the output it returned; return the tensor that the loss was "
+                "computed from"
             )
         self._slope = slope
 
@@ -85,11 +84,11 @@ class OutputFisher:
         """Computes J u and H J u of a direction u in the space of the parameters.
 
         Args:
-            direction: u, per parameter; parameters that are left out don't move.
+            direction: u, per parameter; parameters left out don't move.
             how: How J u is computed.
 
         Raises:
-            NoForwardDerivative: Forward mode was asked for and an operator doesn't have it.
+            NoForwardDerivative: `how` is forward mode, and an operator has no derivative in it.
         """
         with _plain_attention():
             forward = how is Differentiation.FORWARD
@@ -100,7 +99,7 @@ class OutputFisher:
         # Without a graph: that of the tangents would cost twice the memory of the training forward's.
         with torch.no_grad(), forward_ad.dual_level():
             moving = {id(p): forward_ad.make_dual(p.detach(), u) for p, u in direction.items()}
-            # Every name of a tied parameter has to be replaced, or part of its derivative is lost.
+            # Every name of a tied parameter must be replaced, or part of its derivative is lost.
             named = self._model.named_parameters(remove_duplicate=False)
             swapped = {name: moving[id(parameter)] for name, parameter in named if id(parameter) in moving}
             try:
@@ -114,7 +113,7 @@ class OutputFisher:
             return torch.zeros_like(self._output) if tangent is None else tangent.clone()
 
     def _double_backward(self, direction: Mapping[nn.Parameter, Tensor]) -> Tensor:
-        """J u = d/dw (J^T w)^T u, for any w: the backward pass is linear in its argument."""
+        """Computes J u = d/dw (J^T w)^T u, for any w: the backward pass is linear in its argument."""
         if self._rows is None:
             self._rows = self._backward_of_a_variable(list(direction))
         w, rows = self._rows
@@ -125,7 +124,7 @@ class OutputFisher:
         return change.detach()
 
     def _backward_of_a_variable(self, parameters: list[nn.Parameter]) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
-        """Returns w and J^T w with its graph, per parameter that the output depends on."""
+        """Returns w, and J^T w with its graph for each parameter that the output depends on."""
         with torch.enable_grad():
             w = torch.zeros_like(self._output, requires_grad=True)
             rows = torch.autograd.grad(
@@ -142,7 +141,7 @@ class OutputFisher:
 
 
 def _plain_attention() -> AbstractContextManager[object]:
-    """The fused attention kernels have neither forward mode nor a double backward; the plain formula has both."""
+    """Avoids the fused attention kernels, which have neither forward mode nor a double backward."""
     return sdpa_kernel(SDPBackend.MATH)
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class InnerProducts:
-    """What the model needs to know of m directions; float64 on the CPU.
+    """Inner products of m directions; float64 on the CPU.
 
     Attributes:
-        slopes: grad^T d_i, `[m]`; the gradient includes that of the weight decay.
+        slopes: grad^T d_i, `[m]`; the gradient includes the weight decay.
         fisher: d_i^T F d_j, `[m, m]`.
         gram: d_i^T d_j, `[m, m]`.
     """
@@ -32,9 +32,9 @@ class ModelStep:
 
     Attributes:
         coefficients: c_i, one per direction.
-        change: M(d) - h with the damping in M; the candidates for gamma are compared by it.
-        undamped_change: The same with lambda left out and eta kept: what the objective would do if it were quadratic.
-            The reduction ratio is formed with it, so that it is 1 on a quadratic (check K6).
+        change: M(d) - h with the damping in M; candidates for gamma are compared by it.
+        undamped_change: The same without lambda but with eta: the change of the objective if it were quadratic. The
+            reduction ratio is formed with it, so that it is 1 on a quadratic (check K6).
     """
 
     coefficients: tuple[float, ...]
@@ -47,17 +47,17 @@ def minimise_model(
 ) -> ModelStep | None:
     """Minimises the model over the span of the directions.
 
-    Directions are brought to the same scale first. Where they are dependent (the last step is a multiple of the new
-    one, or zero), the pseudo-inverse takes the smallest of the equivalent solutions.
+    Directions are brought to the same scale first. If they are dependent (the last step is a multiple of the new one,
+    or zero), the pseudo-inverse gives the smallest of the equivalent solutions.
 
     Args:
         products: Inner products of the directions.
         damping: lambda.
         weight_decay: eta.
-        relative_accuracy: How well the inner products are known; eigenvalues of the scaled system below it count as 0.
+        relative_accuracy: Accuracy of the inner products; eigenvalues of the scaled system below it count as 0.
 
     Returns:
-        The step, or None where an inner product is not finite.
+        The step, or None if an inner product is not finite.
     """
     b, gram = products.slopes, products.gram
     curvature = products.fisher + weight_decay * gram

@@ -1,4 +1,4 @@
-"""What the adaptive step needs of its arguments and of its preconditioner, and why."""
+"""What the adaptive step requires of its arguments and its preconditioner, and why."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -25,11 +25,11 @@ class Source:
     Attributes:
         model: The bare model.
         world: The ranks that train together.
-        update: Does all of a step but touching the gradients. Collective.
-        directions: Gives (F + damping I)^-1 grad for the parameters that have a block; writes nothing.
+        update: Does all of a step except preconditioning the gradients. Collective.
+        directions: Returns (F + damping I)^-1 grad for the parameters that have a block; changes nothing.
         paused: Captures nothing of forwards made inside.
         batch: States the number of terms that the next backward's loss averages.
-        observe: Measures the "mc" or "exact" Fisher before the backward; None where there is nothing to do.
+        observe: Measures the "mc" or "exact" Fisher before the backward; None for the empirical one.
     """
 
     model: nn.Module
@@ -53,8 +53,8 @@ def source_of(preconditioner: Preconditioner, loss: str | None) -> Source:
     """Checks that a preconditioner fits the adaptive step.
 
     Args:
-        preconditioner: Where directions come from.
-        loss: The loss to observe where its Fisher isn't the empirical one; None leaves that to the closure.
+        preconditioner: Gives the directions.
+        loss: The loss to observe unless its Fisher is the empirical one; None leaves that to the closure.
 
     Raises:
         ConfigError: It clips or scales the gradients, adopts inverses late, has an optimizer attached, or uses a method
@@ -79,7 +79,7 @@ def source_of(preconditioner: Preconditioner, loss: str | None) -> Source:
     if preconditioner.grad_scaler is not None:
         raise ConfigError(
             "the preconditioner has a grad_scaler; AdaptiveStep does its own backward without scaling: leave it out, "
-            "and use bfloat16 where a smaller dtype is wanted"
+            "and use bfloat16 if a smaller dtype is wanted"
         )
     fixed = {
         group.inverter.name: group.name

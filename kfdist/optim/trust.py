@@ -1,4 +1,4 @@
-"""How far the quadratic model is trusted: Levenberg and Marquardt's rule for lambda, and the candidates for gamma."""
+"""How far the quadratic model is trusted: Levenberg and Marquardt's rule for lambda, and candidates for gamma."""
 
 import math
 
@@ -11,7 +11,7 @@ BAD_RATIO = 1 / 4
 class Trust:
     """lambda and gamma from step to step (algorithms.md 1.2, steps 2 and 6).
 
-    Steps count from 1 here, as in the paper, so that neither rule fires before its first period is over.
+    Steps count from 1 here, as in the paper, so that neither rule acts before its first period is over.
 
     Args:
         settings: The rules.
@@ -30,7 +30,7 @@ class Trust:
         self.gamma = math.sqrt(damping + weight_decay)
 
     def candidates(self, count: int) -> list[float]:
-        """Returns the gammas to try at step number `count`; the present one is always among them, and first."""
+        """Returns the gammas to try at step number `count`, the present one first."""
         settings = self._settings
         if not settings.gamma_search:
             self.gamma = math.sqrt(self.damping + self._weight_decay)
@@ -42,11 +42,11 @@ class Trust:
         return list(dict.fromkeys([self.gamma, lower, self.gamma / settings.gamma_factor]))
 
     def adapts(self, count: int) -> bool:
-        """Says whether lambda is adapted at step number `count`."""
+        """Tells whether lambda is adapted at step number `count`."""
         return count % self._settings.damping_period == 0
 
     def adapt(self, rho: float) -> None:
-        """Moves lambda by the reduction ratio; one that is NaN (0/0, or a loss that is) raises it."""
+        """Moves lambda by the reduction ratio; NaN (0/0, or a loss that is NaN) raises it."""
         if rho > GOOD_RATIO:
             self._set(self.damping * self._settings.damping_factor)
         elif not rho >= BAD_RATIO:
