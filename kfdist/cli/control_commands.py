@@ -1,4 +1,4 @@
-"""What people say to a controller: to look at runs, to steer them, to end them."""
+"""Commands to a controller: look at runs, steer them, end them."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -49,18 +49,15 @@ def _status(
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
-    """Show where a run stands: its step, who is alive, loss and staleness."""
+    """Show where a run stands: its step, who is alive, what was measured, and how its inversions fare."""
     from kfdist.cli.run_display import print_run, print_runs
 
     with _client(address) as client:
-        if run is not None:
-            print_run(client.get(run), as_json=as_json)
-            return
-        runs = client.runs()
-    if len(runs) == 1 and not as_json:
-        print_run(runs[0], as_json=False)
-    else:
-        print_runs(runs, as_json=as_json)
+        runs = client.runs() if run is None else [client.get(run)]
+        if run is not None or (len(runs) == 1 and not as_json):
+            print_run(runs[0], client.samples(runs[0].name), as_json=as_json)
+        else:
+            print_runs(runs, as_json=as_json)
 
 
 def _list(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:

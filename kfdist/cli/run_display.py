@@ -1,8 +1,10 @@
-"""Runs and events for people (tables on a terminal, plain columns otherwise) and for programs (JSON)."""
+"""Shows runs and events: as tables on a terminal, as plain columns elsewhere, as JSON to programs."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Self
 
 from rich.console import Console
@@ -10,18 +12,43 @@ from rich.live import Live
 from rich.table import Table
 
 from kfdist.control.client import EventView, RunView
+from kfdist.telemetry.metrics import METRICS, Kind
+from kfdist.types import Sample
+
+_BLOCK_COLUMNS = {
+    "kfdist_staleness_steps": "STALE",
+    "kfdist_inversion_rung": "RETRIES",
+    "kfdist_inversion_rank": "RANK",
+    "kfdist_inversion_residual": "RESIDUAL",
+    "kfdist_inversion_approximation_error": "APPROX",
+    "kfdist_inversion_orthogonality_error": "ORTHOG",
+    "kfdist_inversion_smallest_eigenvalue": "MIN EIG",
+}
+"""What the table of blocks shows: short heads, so that seven of them leave room for a name within 80 columns."""
 
 
-def print_run(run: RunView, *, as_json: bool) -> None:
-    """Prints one run, a line for each thing known of it."""
+def print_run(run: RunView, samples: Sequence[Sample], *, as_json: bool) -> None:
+    """Prints one run: a line for each fact and each counter, then a line for each block.
+
+    Args:
+        run: The run.
+        samples: What its processes measured.
+        as_json: All of it as one JSON object instead.
+    """
     if as_json:
-        print(json.dumps(run.to_json()))
+        listed = [{**asdict(sample), "value": _finite_or_none(sample.value)} for sample in samples]
+        print(json.dumps({**run.to_json(), "samples": listed}))
         return
+    facts = _facts(run) + _counters(samples)
     if sys.stdout.isatty():
-        Console().print(_run_table(run))
-        return
-    for name, value in _facts(run):
-        print(f"{name:<28}{value}")
+        Console().print(_facts_table(facts))
+    else:
+        for name, value in facts:
+            print(f"{name:<28}{value}")
+    columns, rows = _blocks(samples)
+    if rows:
+        print()
+        _print_table(columns, rows)
 
 
 def print_runs(runs: Sequence[RunView], *, as_json: bool) -> None:
@@ -51,8 +78,7 @@ def print_events(events: Sequence[EventView], *, as_json: bool) -> None:
 
 def run_line(run: RunView) -> str:
     """Returns a run in one line."""
-    brief = {name: value for name, value in run.gauges.items() if not name.startswith("kfdist_inversion_")}
-    measured = " ".join(f"{_short(name)} {value:.4g}" for name, value in sorted(brief.items()))
+    measured = " ".join(f"{name} {value:.4g}" for name, value in _gauges(run))
     members = f"{run.live_workers} workers, {run.live_owners} owners"
     return f"{run.name}: {run.state} at step {_step(run)}, {members}" + (f", {measured}" if measured else "")
 
@@ -80,7 +106,7 @@ class RunLines:
     def show(self, run: RunView) -> None:
         """Shows the run's new state."""
         if self._live is not None:
-            self._live.update(_run_table(run), refresh=True)
+            self._live.update(_facts_table(_facts(run)), refresh=True)
             return
         line = json.dumps(run.to_json()) if self._as_json else run_line(run)
         if line != self._last:
@@ -100,14 +126,51 @@ def _facts(run: RunView) -> list[tuple[str, str]]:
     ]
     if run.directory:
         facts.append(("directory", run.directory))
-    return facts + [(_short(name), f"{value:.6g}") for name, value in sorted(run.gauges.items())]
+    return facts + [(name, f"{value:.6g}") for name, value in _gauges(run)]
 
 
-def _run_table(run: RunView) -> Table:
+def _gauges(run: RunView) -> list[tuple[str, float]]:
+    # Diagnostics of inversions are for the table of blocks.
+    return [(_short(name), value) for name, value in sorted(run.gauges.items()) if "inversion" not in name]
+
+
+def _counters(samples: Sequence[Sample]) -> list[tuple[str, str]]:
+    """Names every counter by its metric and labels, such as "bytes jobs"; those at zero are left out."""
+    counters = [s for s in samples if s.name in METRICS and METRICS[s.name].kind is Kind.COUNTER and s.value]
+    return [
+        (" ".join([_short(s.name.removesuffix("_total")), *s.labels.values()]), _amount(s.name, s.value))
+        for s in counters
+    ]
+
+
+def _blocks(samples: Sequence[Sample]) -> tuple[list[str], list[list[str]]]:
+    """Returns the heads and rows of the table of blocks; columns without any value are left out."""
+    values: dict[str, dict[str, float]] = {}
+    for sample in samples:
+        if sample.name in _BLOCK_COLUMNS and "block" in sample.labels:
+            of_block = values.setdefault(sample.labels["block"], {})
+            known = of_block.get(sample.name, sample.value)
+            of_block[sample.name] = METRICS[sample.name].across.worst([known, sample.value])  # of the factors
+    shown = [name for name in _BLOCK_COLUMNS if any(name in of_block for of_block in values.values())]
+    rows = [
+        [block, *(f"{of_block[name]:.3g}" if name in of_block else "-" for name in shown)]
+        for block, of_block in values.items()
+    ]
+    return ["BLOCK", *(_BLOCK_COLUMNS[name] for name in shown)], rows
+
+
+def _amount(metric: str, value: float) -> str:
+    if metric != "kfdist_bytes_total":
+        return f"{value:.6g}"
+    exponent = min(int(math.log10(value)) // 3, 5) if value >= 1 else 0
+    return f"{value / 1000**exponent:.4g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[exponent]}"
+
+
+def _facts_table(facts: Sequence[tuple[str, str]]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
-    for name, value in _facts(run):
+    for name, value in facts:
         table.add_row(name, value)
     return table
 
@@ -130,7 +193,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if sys.stdout.isatty():
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         for column in columns:
-            table.add_column(column)
+            table.add_column(column, overflow="fold")  # a long name takes two lines rather than losing its end
         for row in rows:
             table.add_row(*row)
         Console().print(table)
@@ -142,6 +205,10 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def _step(run: RunView) -> str:
     return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has neither NaN nor infinity
 
 
 def _short(metric: str) -> str:

@@ -152,7 +152,7 @@ class ControlClient:
     def samples(self, name: str) -> list[Sample]:
         """Returns what a run's processes measured: gauges, counters, and of each histogram its sum and count."""
         samples = self._call(self._runs.ListSamples, run_pb2.ListSamplesRequest(name=name)).samples
-        return [Sample(name=each.name, value=each.value, labels=dict(each.labels)) for each in samples]
+        return [Sample(name=each.name, value=each.value, labels=dict(sorted(each.labels.items()))) for each in samples]
 
     def owners(self, name: str) -> list[str]:
         """Returns the names of the live owners, as a run's couriers get them."""

@@ -6,10 +6,14 @@ import pytest
 from kfdist.control.client import ControlClient
 from tests.support.controller import ControllerThread, Member
 
+LEASE_SECONDS = 0.6
+
 
 @pytest.fixture
-def controller(tmp_path: Path) -> Iterator[ControllerThread]:
-    with ControllerThread(tmp_path / "control.sqlite", lease_seconds=0.6) as running:
+def controller(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ControllerThread]:
+    """A controller with a short lease, or with the one given by indirect parametrisation."""
+    lease_seconds = getattr(request, "param", LEASE_SECONDS)
+    with ControllerThread(tmp_path / "control.sqlite", lease_seconds=lease_seconds) as running:
         yield running
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
@@ -79,6 +80,65 @@ def test_a_loss_that_is_no_number_is_still_json(kfdist, digits, client):
     eventually(lambda: client.get("digits").step, lambda step: step == 31)
     assert json.loads(kfdist("status", "digits", "--json"), parse_constant=pytest.fail)["gauges"]["kfdist_loss"] is None
     assert "loss nan" in kfdist("pause", "digits")
+
+
+@pytest.fixture
+def measured(digits: Member, client) -> Member:
+    """The run of `digits` after inversions of a chain and of two blocks, one of a long name."""
+    long = "transformer.encoder.layers.11.attention.output_projection"
+    digits.beat_worker(
+        "digits",
+        step=40,
+        samples=(
+            sample("kfdist_bytes_total", 1_234_567, purpose="to_owners"),
+            sample("kfdist_bytes_total", 0, purpose="from_owners"),
+            sample("kfdist_samples_lost_total", 3),
+            sample("kfdist_staleness_steps", 2, block="conv1"),
+            sample("kfdist_staleness_steps", 4, block="chain"),
+            sample("kfdist_inversion_rung", 1, block=long),
+            *(
+                sample(f"kfdist_inversion_{quantity}", value, block=block, factor=factor)
+                for block in ("conv1", long)
+                for factor, scale in (("A", 1.0), ("G", 2.0))
+                for quantity, value in (
+                    ("rank", 8 * scale),
+                    ("residual", 1.25e-7 * scale),
+                    ("approximation_error", 0.03125 * scale),
+                    ("orthogonality_error", 3.5e-6 * scale),
+                    ("smallest_eigenvalue", -1.5e-9 * scale),
+                )
+            ),
+        ),
+    )
+    eventually(lambda: client.get("digits").step, lambda step: step == 40)
+    return digits
+
+
+@pytest.mark.parametrize("controller", [60.0], indirect=True)
+def test_status_shows_what_couriers_moved_and_lost_and_how_inversions_fare(kfdist, measured):
+    facts, _, blocks = kfdist("status").partition("\n\n")
+    found = dict(line.split("  ", 1) for line in facts.splitlines())
+    assert found["bytes to_owners"].strip() == "1.235 MB"
+    assert found["samples lost"].strip() == "3"
+    assert "bytes from_owners" not in found, "what never happened takes no line"
+    assert not any("inversion" in name for name in found)
+    header, conv1, chain, other = blocks.splitlines()
+    assert header.split("  ")[0] == "BLOCK" and header.endswith("MIN EIG")
+    assert conv1.split() == ["conv1", "2", "-", "16", "2.5e-07", "0.0625", "7e-06", "-3e-09"]
+    assert chain.split() == ["chain", "4", *["-"] * 6]
+    assert other.split()[1:4] == ["-", "1", "16"]
+    assert other.startswith("transformer.encoder.layers.11.attention.output_projection"), "whole where programs read"
+
+
+@pytest.mark.parametrize("controller", [60.0], indirect=True)
+def test_status_as_json_has_every_sample(kfdist, measured):
+    measured.beat_worker("digits", step=41, samples=(sample("kfdist_loss", float("nan")),))
+    samples = json.loads(kfdist("status", "digits", "--json"), parse_constant=pytest.fail)["samples"]
+    found = {(each["name"], *each["labels"].values()): each["value"] for each in samples}
+    assert found["kfdist_inversion_residual", "conv1", "G"] == 2.5e-7
+    assert found["kfdist_bytes_total", "from_owners"] == 0
+    assert found["kfdist_loss",] is None
+    assert len(found) == len(samples) == 27
 
 
 def test_nothing_to_show(kfdist):
@@ -188,12 +248,30 @@ def test_an_absent_controller_is_an_environment_fault():
 
 
 def test_a_terminal_gets_a_table(controller, digits):
+    shown = on_a_terminal("status", "digits", f"--address={controller.address}")
+    assert "30/120" in shown
+    assert "\x1b[1m" in shown, "in bold"
+
+
+@pytest.mark.parametrize("controller", [60.0], indirect=True)
+def test_on_a_terminal_of_80_columns_every_block_fits(controller, measured):
+    shown = on_a_terminal("status", "digits", f"--address={controller.address}")
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in shown.splitlines()]
+    assert max(map(len, lines)) <= 80
+    header = next(line for line in lines if line.startswith("BLOCK"))
+    assert header.split()[1:] == ["STALE", "RETRIES", "RANK", "RESIDUAL", "APPROX", "ORTHOG", "MIN", "EIG"]
+    first_columns = "".join(line[: header.index("STALE")].strip() for line in lines[lines.index(header) + 1 :])
+    assert first_columns == "conv1chaintransformer.encoder.layers.11.attention.output_projection"
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """Runs a command on a terminal of 80 columns and returns what it showed."""
     reader, writer = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "kfdist", "status", "digits", f"--address={controller.address}"],
+        [sys.executable, "-m", "kfdist", *arguments],
         stdout=writer,
         stderr=subprocess.PIPE,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
     )
     os.close(writer)
     shown = b""
@@ -205,5 +283,4 @@ def test_a_terminal_gets_a_table(controller, digits):
     finally:
         os.close(reader)
     assert process.communicate(timeout=30)[1] == b""
-    assert b"30/120" in shown
-    assert b"\x1b[1m" in shown, "in bold"
+    return shown.decode()
