@@ -290,7 +290,7 @@ def test_needs_notes_and_refusals() -> None:
         ({"combination": "sum"}, "combination: 'sum' is not allowed; choose one of 'difference', 'additive'"),
         ({"omega_fine": 0}, "omega_fine: 0 is not allowed"),
         ({"omega_fine": float("inf")}, "omega_fine: inf is not allowed"),
-        ({"omega_coarse": -1.0}, "omega_coarse: -1.0 is not allowed; must be a number of at least 0"),
+        ({"omega_coarse": -1.0}, "omega_coarse: -1.0 is not allowed; must be a finite number of at least 0"),
         ({"omega_coarse": 2.0}, 'omega_coarse: 2.0 is more than omega_fine = 1.0: .* combination = "additive"'),
     ],
 )
