@@ -1,7 +1,28 @@
-"""What goes wrong in kfdist, by who has to act: the person who typed, the machine, or the run itself.
+"""What goes wrong in kfdist, by who has to act: the user, the machine, or the run itself; and what a shell sees of it.
 
 Every message names the value received, what is allowed, and what to do.
 """
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `kfdist` and of every process it starts."""
+
+    DONE = 0
+    """All that was asked for is done."""
+
+    ENVIRONMENT = 1
+    """The input is fine but the machine isn't, or a process of the run failed."""
+
+    BAD_INPUT = 2
+    """A value is wrong; no other machine would make it right."""
+
+    RESUMABLE = 75
+    """Stopped before the last step; the same command resumes (EX_TEMPFAIL of sysexits.h)."""
+
+    INTERRUPTED = 130
+    """Ended at once by a second Ctrl-C, without a checkpoint."""
 
 
 class KfdistError(Exception):
@@ -12,16 +33,30 @@ class ConfigError(KfdistError, ValueError):
     """Bad input: a value that no environment could make right. Commands exit with 2.
 
     Attributes:
+        message: What is wrong, without the path.
         path: The dotted path of the offending field, or an empty string.
     """
 
     def __init__(self, message: str, *, path: str = "") -> None:
         super().__init__(f"{path}: {message}" if path else message)
+        self.message = message
         self.path = path
+
+    def at(self, path: str) -> "ConfigError":
+        """Returns the same complaint about a field that goes by another path where the user wrote it."""
+        return ConfigError(self.message, path=path)
+
+    def under(self, prefix: str) -> "ConfigError":
+        """Returns the same complaint with its path below `prefix`."""
+        return self.at(f"{prefix}.{self.path}" if self.path else prefix)
 
 
 class EnvironmentFault(KfdistError, RuntimeError):
     """The input is fine but the machine isn't: a port in use, an unreachable controller. Commands exit with 1."""
+
+
+class RankFailed(EnvironmentFault):
+    """Some ranks could not do their part of what all do together; raised on all ranks alike, with every reason."""
 
 
 class Interrupted(KfdistError):

@@ -9,8 +9,7 @@ import typer
 
 from kfdist.checks import suggestion
 from kfdist.cli import serve_command
-from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.exit_codes import ExitCode
+from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
 
 if TYPE_CHECKING:
     from kfdist.control.client import ControlClient, RunView

@@ -16,8 +16,7 @@ from typing import Annotated
 import typer
 
 from kfdist.cli import bench_command, control_commands, pool_command, train_command, worker_command
-from kfdist.errors import ConfigError, KfdistError
-from kfdist.exit_codes import ExitCode
+from kfdist.errors import ConfigError, ExitCode, KfdistError
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
 
 app = typer.Typer(

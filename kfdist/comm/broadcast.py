@@ -3,6 +3,7 @@
 import torch
 
 from kfdist.comm.communicator import Communicator
+from kfdist.comm.host_copy import HostCopy
 
 
 class PayloadBroadcast:
@@ -17,8 +18,7 @@ class PayloadBroadcast:
 
     def __init__(self, communicator: Communicator, payload: bytes | None, *, size: int, source: int) -> None:
         self._payload = payload
-        self._host: torch.Tensor | None = None
-        self._event: torch.cuda.Event | None = None
+        self._copy: HostCopy | None = None
         device = communicator.device
         if payload is not None:
             self._buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
@@ -29,24 +29,16 @@ class PayloadBroadcast:
             # The compute stream waits (the host doesn't), so that no gradient reduction of the next step overtakes this
             # collective on some ranks only.
             self._work.wait()
-        if device.type == "cuda" and payload is None:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-                self._host.copy_(self._buffer, non_blocking=True)
-                self._event = torch.cuda.Event()
-                self._event.record()
-            self._buffer.record_stream(side)
+            if payload is None:
+                self._copy = HostCopy([self._buffer], aside=True)
 
     def is_completed(self) -> bool:
         """Says, without blocking, whether `wait` would return at once."""
-        return self._event.query() if self._event is not None else self._work.is_completed()
+        return self._copy.ready() if self._copy is not None else self._work.is_completed()
 
     def wait(self) -> bytes:
         """Returns the payload; on the source the very bytes it was given."""
-        if self._event is not None and self._host is not None:
-            self._event.synchronize()
-            return self._host.numpy().tobytes()
+        if self._copy is not None:
+            return self._copy.wait()[0].numpy().tobytes()
         self._work.wait()
         return self._payload if self._payload is not None else self._buffer.cpu().numpy().tobytes()

@@ -6,24 +6,22 @@ import torch
 from torch import Tensor
 
 from kfdist.comm.communicator import Communicator, Pending
+from kfdist.comm.host_copy import HostCopy
 
 
 class TableExchange:
     """Reduces one table a step without waiting for it in that step.
 
     `start` is called by every rank at the end of step t and `complete` at the end of step t+1; the result is never
-    polled,
-    so no rank can see it earlier than another. Over NCCL the table is a device tensor, copied to pinned memory on a
-    side stream and read one step later by its event.
+    polled, so no rank can see it earlier than another. Over NCCL the table is a device tensor whose copy on the host is
+    read one step later.
     """
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self._work: Pending | None = None
         self._table: Tensor | None = None
-        self._pinned: Tensor | None = None
-        self._event: torch.cuda.Event | None = None
-        self._side = torch.cuda.Stream() if communicator.device.type == "cuda" else None
+        self._copy: HostCopy | None = None
         self.bytes_sent = 0
 
     def start(self, columns: Sequence[int], digest: Tensor | None = None) -> None:
@@ -40,27 +38,21 @@ class TableExchange:
             self._table[-2:] = torch.stack([digest, ~digest])
         self.bytes_sent += self._table.numel() * 8
         self._work = self._communicator.all_reduce_max(self._table)
-        if self._side is not None:
+        if self._table.is_cuda:
             # The compute stream waits (not the host), so that no gradient reduction of the next step overtakes this.
             self._work.wait()
-            self._side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._side):
-                self._pinned = torch.empty(self._table.shape, dtype=torch.int64, pin_memory=True)
-                self._pinned.copy_(self._table, non_blocking=True)
-                self._event = torch.cuda.Event()
-                self._event.record()
+            self._copy = HostCopy([self._table], aside=True)
 
     def complete(self) -> list[int] | None:
         """Waits for the running table and returns it; None if none was started."""
         if self._table is None or self._work is None:
             return None
-        if self._event is not None and self._pinned is not None:
-            self._event.synchronize()
-            result = self._pinned.tolist()
+        if self._copy is not None:
+            result = self._copy.wait()[0].tolist()
         else:
             self._work.wait()
             result = self._table.tolist()
-        self._table = self._work = self._pinned = self._event = None
+        self._table = self._work = self._copy = None
         return result
 
     def agree(self, columns: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from kfdist.config.toml import format_key
+from kfdist.errors import ConfigError
 from kfdist.system.addresses import is_loopback, split_address
 
 Scalar = bool | int | float | str
@@ -20,18 +21,6 @@ class Section(BaseModel):
     """Base of all sections: frozen, strict about types, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class FieldError(ValueError):
-    """What a check across fields found wrong with one of them.
-
-    Attributes:
-        field: The field's path below the section that checks.
-    """
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
 
 
 def _loopback_address(address: str) -> str:
@@ -69,14 +58,14 @@ def _methods(value: Any) -> Any:
         key = format_key(pattern)
         entry = {"method": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
-            raise FieldError(key, f"is {entry!r}; write a method's name, or a table of `method` and its settings")
+            raise ConfigError(f"is {entry!r}; write a method's name, or a table of `method` and its settings", path=key)
         if "method" not in entry:
-            raise FieldError(f"{key}.method", "is missing; a method's name is needed, beside its settings")
+            raise ConfigError("is missing; a method's name is needed, beside its settings", path=f"{key}.method")
         if not isinstance(entry["method"], str):
-            raise FieldError(f"{key}.method", f"is {entry['method']!r}; it must be a method's name")
+            raise ConfigError(f"is {entry['method']!r}; it must be a method's name", path=f"{key}.method")
         if entry["method"] == "none":
             reason = "to leave layers to the optimizer alone, put their pattern into preconditioner.skip"
-            raise FieldError(f"{key}.method", f'is "none"; {reason}')
+            raise ConfigError(f'is "none"; {reason}', path=f"{key}.method")
         entries[pattern] = entry
     return entries
 

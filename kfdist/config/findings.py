@@ -8,7 +8,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from kfdist.checks import suggestion
-from kfdist.config.fields import FieldError
 from kfdist.config.toml import format_key
 from kfdist.errors import ConfigError
 
@@ -80,8 +79,8 @@ def _dotted(detail: ErrorDetails, root: type[BaseModel]) -> str:
         elif isinstance(part, int) and free is None:
             parts[-1] += f"[{part}]"
     error = detail.get("ctx", {}).get("error")
-    if isinstance(error, FieldError):
-        parts.append(error.field)
+    if isinstance(error, ConfigError) and error.path:  # a check across fields names the wrong one itself
+        parts.append(error.path)
     return ".".join(parts)
 
 
@@ -100,8 +99,8 @@ def _field(path: str, root: type[BaseModel]) -> tuple[type[BaseModel], FieldInfo
 def _sentence(detail: ErrorDetails, path: str, root: type[BaseModel], prefix: str) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     model, field = _field(path, root)
-    if kind == "value_error" and isinstance(context["error"], FieldError):
-        return str(context["error"])
+    if kind == "value_error" and isinstance(context["error"], ConfigError):
+        return context["error"].message
     if ".settings." in path or ".methods." in path:
         return (
             f"is {value!r}, {_kind(value)}; a setting is true or false, a number, a string, a list or a table of these"

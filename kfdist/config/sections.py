@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import Counts, FieldError, LoopbackAddress, Methods, Names, RayAddress, Section, Settings
+from kfdist.config.fields import Counts, LoopbackAddress, Methods, Names, RayAddress, Section, Settings
 from kfdist.errors import ConfigError
 from kfdist.policies.staleness import AtHardBound, StalenessPolicy
 
@@ -49,7 +49,7 @@ class RunSection(Section):
     def _steps_xor_epochs(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             received = "both are given" if self.steps is not None else "neither run.steps nor run.epochs is given"
-            raise FieldError("steps", f"{received}; give one of them")
+            raise ConfigError(f"{received}; give one of them", path="steps")
         return self
 
 
@@ -93,9 +93,9 @@ class OptimizerSection(Section):
         received = f"is {list(self.milestones)}"
         if bool(self.milestones) != (self.schedule == "step"):
             reason = f'schedule is "{self.schedule}"; milestones go with schedule = "step": give both or neither'
-            raise FieldError("milestones", f"{received} and {reason}")
+            raise ConfigError(f"{received} and {reason}", path="milestones")
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise FieldError("milestones", f"{received}; the steps must rise")
+            raise ConfigError(f"{received}; the steps must rise", path="milestones")
         return self
 
 
@@ -198,22 +198,24 @@ class PreconditionerSection(Section):
     def _fits_together(self) -> Self:
         if (self.method is None) == (self.methods is None):
             received = "neither method nor methods is given" if self.method is None else "both are given"
-            raise FieldError("methods", f"{received}; give preconditioner.method or a table of methods")
+            raise ConfigError(f"{received}; give preconditioner.method or a table of methods", path="methods")
         if self.methods is not None and self.settings:
             reason = "they go with preconditioner.method; in a table of methods, write settings beside each `method`"
-            raise FieldError("settings", f"is {self.settings!r}; {reason}")
+            raise ConfigError(f"is {self.settings!r}; {reason}", path="settings")
         if self.inverse_period % self.factor_period:
             above = self.factor_period * (self.inverse_period // self.factor_period + 1)
             reason = f"it must be a multiple of preconditioner.factor_period = {self.factor_period}, such as {above}"
-            raise FieldError("inverse_period", f"is {self.inverse_period}; {reason}")
+            raise ConfigError(f"is {self.inverse_period}; {reason}", path="inverse_period")
         if self.adoption == "asap" and self.lag is not None:
-            raise FieldError("lag", f'is {self.lag}; it goes with adoption = "fixed-lag" only: set that, or remove lag')
+            raise ConfigError(
+                f'is {self.lag}; it goes with adoption = "fixed-lag" only: set that, or remove lag', path="lag"
+            )
         if self.adoption == "fixed-lag" and self.lag is None:
-            raise FieldError("lag", 'is missing; adoption = "fixed-lag" needs it, such as lag = 5')
+            raise ConfigError('is missing; adoption = "fixed-lag" needs it, such as lag = 5', path="lag")
         try:
             self.staleness.policy.check(inverse_period=self.inverse_period, lag=self.lag)
         except ConfigError as error:
-            raise FieldError(f"staleness.{error.path}", str(error).removeprefix(f"{error.path}: ")) from None
+            raise error.under("staleness") from None
         return self
 
 
@@ -242,7 +244,7 @@ class ClusterSection(Section):
     @model_validator(mode="after")
     def _service_needs_owners(self) -> Self:
         if self.link == "service" and self.owners < 1:
-            raise FieldError("owners", 'is 0; link = "service" needs at least 1; link = "local" needs none')
+            raise ConfigError('is 0; link = "service" needs at least 1; link = "local" needs none', path="owners")
         return self
 
 
@@ -285,7 +287,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _no_method_no_service(self) -> Self:
         if self.preconditioner.method == "none" and self.cluster.link == "service":
-            raise FieldError(
-                "cluster.link", 'is "service"; preconditioner.method = "none" inverts nothing: set "local"'
+            raise ConfigError(
+                'is "service"; preconditioner.method = "none" inverts nothing: set "local"', path="cluster.link"
             )
         return self

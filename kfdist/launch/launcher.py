@@ -17,8 +17,7 @@ from typing import Any
 
 from kfdist.comm.rendezvous import host_rendezvous
 from kfdist.config import Config, to_toml
-from kfdist.errors import EnvironmentFault, KfdistError
-from kfdist.exit_codes import ExitCode
+from kfdist.errors import EnvironmentFault, ExitCode, KfdistError
 from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kfdist.errors import ConfigError, EnvironmentFault, KfdistError
-from kfdist.exit_codes import ExitCode
+from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.files import replace_file
 from kfdist.system.processes import Child, describe_exit
 

@@ -5,6 +5,7 @@ import torch
 from kfdist import checks
 from kfdist.capture.requests import FISHERS
 from kfdist.comm.communicator import Communicator
+from kfdist.comm.together import require_equal
 from kfdist.curvature.fingerprint import fingerprint
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.policies.staleness import StalenessPolicy
@@ -63,12 +64,12 @@ def inverting_fingerprint(training: Communicator, device: torch.device) -> str:
     Raises:
         EnvironmentFault: The ranks differ; on all of them.
     """
-    own = fingerprint(device.type, torch.get_num_threads())
-    everyone = training.all_gather_json(own)
-    if any(other != own for other in everyone):
-        listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(everyone))
-        raise EnvironmentFault(
+    require_equal(
+        training,
+        {"fingerprint": fingerprint(device.type, torch.get_num_threads())},
+        lambda _, listed: EnvironmentFault(
             f"the ranks differ in what their numbers depend on ({listed}); use the same hardware, thread count "
             "(torch.set_num_threads) and library versions on all ranks"
-        )
+        ),
+    )
     return fingerprint("cpu", torch.get_num_threads())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from kfdist.comm.host_copy import LateTotal
 from kfdist.curvature.averages import BatchStatistics, WeightedSums, decay_at
 from kfdist.curvature.inverter import Placement
 from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
@@ -21,7 +22,7 @@ from kfdist.policies.staleness import Decision
 from kfdist.runtime.adopt.calibration import calibrate
 from kfdist.runtime.adopt.start import agree_on_start
 from kfdist.runtime.apply.directions import Application, RawRows, precondition_gradients, solve
-from kfdist.runtime.counters import LateTotal, PipelineCounters
+from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.reduce.contributions import ReducedStatistics
 from kfdist.runtime.reduce.reducer import OwnInversion

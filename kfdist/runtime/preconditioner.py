@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from kfdist.capture.requests import Sampling
 from kfdist.comm.communicator import Communicator, communicator
 from kfdist.comm.communicator_set import make_communicators
+from kfdist.comm.together import on_every_rank
 from kfdist.curvature.auto import MeasuredCosts
-from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistError, KfdistWarning
+from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistError, KfdistWarning, RankFailed
 from kfdist.links.link import AbstractLink, LinkContext
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import StalenessPolicy
@@ -203,19 +204,13 @@ class Preconditioner:
             fingerprint=settings.fingerprint,
             assignment=assignment,
         )
-        fault: Exception | None = None
         try:
-            self._link.start(context)
-        except Exception as error:  # told to all ranks below, which would otherwise wait for this one
-            fault = error
-        faults = self._training.all_gather_json(None if fault is None else str(fault))
-        failed = {rank: text for rank, text in enumerate(faults) if text is not None}
-        if failed:
+            on_every_rank(self._training, lambda: self._link.start(context))
+        except RankFailed as fault:
             self._pipeline.parts.capture.close()
             self._link.close()
             self._communicators.close()
-            listed = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-            raise EnvironmentFault(f"the link to the inverters could not start ({listed})") from fault
+            raise EnvironmentFault(f"the link to the inverters could not start ({fault})") from fault
 
     # The step --------------------------------------------------------------------------------------------------------
 

@@ -13,12 +13,14 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kfdist.comm.communicator import Communicator
-from kfdist.errors import CheckpointError
+from kfdist.comm.together import on_every_rank, on_rank_zero
+from kfdist.errors import CheckpointError, RankFailed
 from kfdist.system.files import sync_directory, write_file
 from kfdist.training.manifest import NAME, FileEntry, Manifest
 from kfdist.wire.tree import pack, unpack
@@ -98,12 +100,11 @@ class CheckpointStore:
             return Saved(step=step, fault="", bytes=0, seconds=0.0)
         final = self._directory / f"step-{step:08d}"
         partial = final.with_suffix(".incomplete")
-        entries, fault = self._agree(lambda: self._prepare(partial))
-        if not fault:
-            entries, fault = self._agree(lambda: self._write_files(partial, shared, own))
         size = 0
-        if not fault:
-            files = {name: FileEntry(**entry) for found in entries for name, entry in found.items()}
+        try:
+            self._on_every_rank(lambda: self._prepare(partial))
+            entries = self._on_every_rank(lambda: self._write_files(partial, shared, own))
+            files = {name: FileEntry(**entry) for of_rank in entries for name, entry in of_rank.items()}
             size = sum(entry.bytes for entry in files.values())
             manifest = Manifest(
                 step=step,
@@ -113,27 +114,30 @@ class CheckpointStore:
                 files=files,
                 facts=facts,
             )
-            _, fault = self._agree(lambda: self._commit(partial, final, manifest))
-        if fault:
-            self._agree(lambda: self._discard(partial))
-        else:
-            self._known_step = step
-            self._agree(self._prune)
-        return Saved(step=step, fault=fault, bytes=size, seconds=time.perf_counter() - started)
+            self._on_every_rank(lambda: self._commit(partial, final, manifest))
+        except RankFailed as failure:
+            self._tidy(lambda: shutil.rmtree(partial, ignore_errors=True))
+            return Saved(step=step, fault=str(failure), bytes=size, seconds=time.perf_counter() - started)
+        self._known_step = step
+        self._tidy(self._prune)
+        return Saved(step=step, fault="", bytes=size, seconds=time.perf_counter() - started)
 
     def newest(self) -> Path | None:
         """Finds the newest checkpoint whose every file is whole; the others get a sentence in `skipped`.
 
         The work of checking is divided among the ranks.
         """
-        names, fault = self._agree(lambda: self._candidates() if self._communicator.rank == 0 else None)
-        if fault:
-            raise CheckpointError(f"can't look for checkpoints in {self._directory}: {fault}")
-        for name in names[0]:
-            _, fault = self._agree(lambda name=name: self._check_share(self._directory / name))
-            if not fault:
+        try:
+            names = on_rank_zero(self._communicator, self._candidates)
+        except RankFailed as failure:
+            raise CheckpointError(f"can't look for checkpoints in {self._directory}: {failure}") from failure
+        for name in names:
+            try:
+                self._on_every_rank(lambda name=name: self._check_share(self._directory / name))
+            except RankFailed as failure:
+                self.skipped.append(f"checkpoint {name} is damaged and skipped: {failure}")
+            else:
                 return self._directory / name
-            self.skipped.append(f"checkpoint {name} is damaged and skipped: {fault}")
         return None
 
     def load(self, path: Path) -> Loaded:
@@ -143,22 +147,25 @@ class CheckpointStore:
             CheckpointError: It is damaged after all, on any rank.
         """
         result: list[Loaded] = []
-        _, fault = self._agree(lambda: result.append(self._read(path)))
-        if fault:
-            raise CheckpointError(f"checkpoint {path.name} can't be read: {fault}")
+        try:
+            self._on_every_rank(lambda: result.append(self._read(path)))
+        except RankFailed as failure:
+            raise CheckpointError(f"checkpoint {path.name} can't be read: {failure}") from failure
         self._known_step = result[0].manifest.step
         return result[0]
 
-    def _agree(self, work: Callable[[], Any]) -> tuple[list[Any], str]:
-        """Does `work` on this rank; returns every rank's result, and what went wrong on any of them in a sentence."""
-        try:
-            outcome = {"result": work(), "fault": ""}
-        except Exception as error:  # whatever it is: the other ranks must hear of it, or they wait here for ever
-            known = isinstance(error, (OSError, CheckpointError))
-            outcome = {"result": None, "fault": str(error) if known else f"{type(error).__name__}: {error}"}
-        outcomes = self._communicator.all_gather_json(outcome)
-        faults = [f"rank {rank}: {each['fault']}" for rank, each in enumerate(outcomes) if each["fault"]]
-        return [each["result"] for each in outcomes], "; ".join(faults)
+    def _on_every_rank(self, work: Callable[[], Any]) -> list[Any]:
+        return on_every_rank(self._communicator, work)
+
+    def _tidy(self, work: Callable[[], object]) -> None:
+        """Removes on rank 0 what is of no more use; what can't be removed stays, and the others wait for it."""
+
+        def tidy() -> None:
+            if self._communicator.rank == 0:
+                work()
+
+        with suppress(RankFailed):
+            self._on_every_rank(tidy)
 
     def _prepare(self, partial: Path) -> None:
         if self._communicator.rank == 0:
@@ -186,13 +193,7 @@ class CheckpointStore:
         partial.rename(final)
         sync_directory(self._directory)
 
-    def _discard(self, partial: Path) -> None:
-        if self._communicator.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-
     def _prune(self) -> None:
-        if self._communicator.rank != 0:
-            return
         for name in self._candidates()[self._keep :]:
             # Without its manifest a checkpoint counts as damaged, so one that is half removed is never taken for whole.
             (self._directory / name / NAME).unlink(missing_ok=True)

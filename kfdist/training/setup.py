@@ -142,8 +142,8 @@ def make_method(section: PreconditionerSection) -> Method | None:
     try:
         return make_choice(section.method, **section.settings)
     except ConfigError as error:
-        place = error.path if error.path in ("method", "settings", "") else f"settings.{error.path}"
-        raise _placed(error, f"preconditioner.{place}") from None
+        of_settings = error.path not in ("method", "settings", "")
+        raise error.under("preconditioner.settings" if of_settings else "preconditioner") from None
 
 
 def _entry_of(pattern: str, entry: Mapping[str, Any]) -> AbstractInverter | Auto:
@@ -151,8 +151,8 @@ def _entry_of(pattern: str, entry: Mapping[str, Any]) -> AbstractInverter | Auto
     try:
         return make_choice(entry["method"], **{name: value for name, value in entry.items() if name != "method"})
     except ConfigError as error:
-        place = "" if error.path == "settings" else error.path
-        raise _placed(error, f"preconditioner.methods.{format_key(pattern)}.{place}") from None
+        entry_path = f"preconditioner.methods.{format_key(pattern)}"
+        raise (error.at(entry_path) if error.path == "settings" else error.under(entry_path)) from None
 
 
 def _check_plan(section: PreconditionerSection, method: Method, model: nn.Module, world_size: int) -> None:
@@ -173,20 +173,15 @@ def _check_plan(section: PreconditionerSection, method: Method, model: nn.Module
         )
         check_fisher(section.fisher, plan.groups)
     except ConfigError as error:
-        place = "methods" if error.path == "method" and section.methods is not None else error.path
-        place = f"settings.{place}" if place == "allow" else place
-        raise _placed(error, f"preconditioner.{place}") from None
+        renamed = {"method": "methods" if section.methods is not None else "method", "allow": "settings.allow"}
+        raise error.at(renamed.get(error.path, error.path)).under("preconditioner") from None
     for group in plan.groups:
         try:
             group.inverter.update_period(section.factor_period, section.inverse_period)
         except ConfigError as error:
             patterns = method.items() if isinstance(method, Mapping) else ()
             entries = [f"methods.{format_key(pattern)}" for pattern, each in patterns if each is group.inverter]
-            raise _placed(error, f"preconditioner.{(entries or ['settings'])[0]}.{error.path}") from None
-
-
-def _placed(error: ConfigError, path: str) -> ConfigError:
-    return ConfigError(str(error).removeprefix(f"{error.path}: "), path=path.rstrip("."))
+            raise error.under(f"preconditioner.{(entries or ['settings'])[0]}") from None
 
 
 def make_training(
@@ -296,27 +291,3 @@ def _on_device(data: DataSet, device: torch.device) -> DataSet:
         return Examples(inputs=examples.inputs.to(device), labels=examples.labels.to(device))
 
     return DataSet(train=moved(data.train), test=moved(data.test), classes=data.classes)
-
-
-def settle(communicator: Communicator, work: Callable[[], Any]) -> Any:
-    """Does `work` on rank 0 and returns its result, something JSON can say, on all ranks; or raises its error on all.
-
-    Raises:
-        ConfigError: Rank 0 found the input wrong.
-        EnvironmentFault: Rank 0 found the machine wrong.
-    """
-    outcome: dict[str, Any] | None = None
-    if communicator.rank == 0:
-        try:
-            outcome = {"result": work()}
-        except (ConfigError, EnvironmentFault) as error:
-            outcome = {"error": str(error), "path": error.path if isinstance(error, ConfigError) else None}
-        except Exception as error:  # the other ranks wait for a word
-            outcome = {"error": f"{type(error).__name__}: {error}", "path": None}
-    outcome = communicator.broadcast_json(outcome)
-    assert outcome is not None
-    if "error" not in outcome:
-        return outcome["result"]
-    if outcome["path"] is None:
-        raise EnvironmentFault(outcome["error"])
-    raise ConfigError(outcome["error"].removeprefix(f"{outcome['path']}: "), path=outcome["path"])

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from kfdist.comm.communicator import Communicator, join_training_group
+from kfdist.comm.together import on_rank_zero, require_equal
 from kfdist.config import Config, to_toml
 from kfdist.curvature.auto import MeasuredCosts
-from kfdist.errors import ConfigError, KfdistError
-from kfdist.exit_codes import ExitCode
+from kfdist.errors import ConfigError, ExitCode, KfdistError
 from kfdist.runtime.plan.planner import needs_costs
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.metrics_log import MetricsLog
@@ -27,7 +27,6 @@ from kfdist.training.setup import (
     gather_materials,
     make_method,
     make_training,
-    settle,
 )
 from kfdist.training.summary import gather_totals, summarise, versions, write_summary
 from kfdist.training.trainer import Outputs, Trainer
@@ -68,7 +67,7 @@ def train_together(config: Config, communicator: Communicator, device: torch.dev
     """
     _check_same_configuration(config, communicator)
     materials = gather_materials(config, communicator.world_size, device)
-    finished = settle(communicator, lambda: inspect_run(config).finished)
+    finished = on_rank_zero(communicator, lambda: inspect_run(config).finished)
     if finished:
         if communicator.rank == 0:
             print(finished, flush=True)
@@ -77,13 +76,14 @@ def train_together(config: Config, communicator: Communicator, device: torch.dev
 
 
 def _check_same_configuration(config: Config, communicator: Communicator) -> None:
-    digests = communicator.all_gather_json(hashlib.sha256(to_toml(config).encode()).hexdigest())
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise ConfigError(
-            f"ranks {different} were started with another configuration than rank 0; give all ranks the same file, "
-            "--set and KFDIST_* variables"
-        )
+    require_equal(
+        communicator,
+        {"configuration": hashlib.sha256(to_toml(config).encode()).hexdigest()[:16]},
+        lambda _, listed: ConfigError(
+            f"the ranks were started with different configurations (by SHA-256, {listed}); give all ranks the same "
+            "file, --set and KFDIST_* variables"
+        ),
+    )
 
 
 class _Start:
@@ -97,7 +97,7 @@ class _Start:
         self._trained = False
 
     def run(self) -> int:
-        opened = settle(self._communicator, self._open_directory)
+        opened = on_rank_zero(self._communicator, self._open_directory)
         costs = None if opened["costs"] is None else MeasuredCosts.from_json(opened["costs"])
         try:
             return self._train(opened["epoch"], costs)

@@ -256,7 +256,7 @@ class TwoLevel(AbstractInverter):
             return make_inverter(self.inner, **self.inner_settings)
         except ConfigError as error:
             where = {"method": "inner", "settings": "inner_settings"}.get(error.path, f"inner_settings.{error.path}")
-            raise ConfigError(str(error).removeprefix(f"{error.path}: "), path=where) from error
+            raise error.at(where) from error
 
     def _check_inner(self, inner: AbstractInverter) -> None:
         plain = inner.statistic is KroneckerFactors and inner.produces is KroneckerSpectrum

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kfdist.comm.host_copy import HostCopy
 from kfdist.curvature.inverse import AbstractPreconditioner, Memory
 from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.jobs import NO_STATISTICS, decode_result, encode_result
@@ -41,23 +42,6 @@ class Snapshot:
         return {name: outcome.state for name, outcome in self.outcomes.items()}
 
 
-class _LateFlag:
-    """A boolean scalar of the device, to be read when the work before it is long done."""
-
-    def __init__(self, version: int, flag: torch.Tensor) -> None:
-        self.version = version
-        self._flag, self._event = flag, None
-        if flag.is_cuda:
-            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def read(self) -> bool:
-        if self._event is not None:
-            self._event.synchronize()
-        return bool(self._flag)
-
-
 class SnapshotStore:
     """The newest good snapshot of every group. All ranks make the same calls with the same bytes.
 
@@ -79,7 +63,7 @@ class SnapshotStore:
         self._spoken: set[tuple[str, Outcome]] = set()
         self._snapshots = [Snapshot() for _ in groups]
         self._without_statistics = [False] * len(groups)
-        self._unsettled: dict[int, _LateFlag] = {}
+        self._unsettled: dict[int, tuple[int, HostCopy]] = {}
         self._times: dict[int, float] = {}
         self.failures: dict[str, int] = {}
         self.degraded: Counter[str] = Counter()
@@ -150,7 +134,7 @@ class SnapshotStore:
         flags = [self.memories[name][MEASURED] for name in snapshot.preconditioners if MEASURED in self.memories[name]]
         if flags:
             self._without_statistics[group] = False
-            self._unsettled[group] = _LateFlag(snapshot.version, torch.stack(flags).all())
+            self._unsettled[group] = (snapshot.version, HostCopy([torch.stack(flags).all()]))
 
     def settle(self, step: int) -> dict[int, int]:
         """Looks, at the end of a step, whether what the ranks made themselves before it had any statistics.
@@ -161,11 +145,11 @@ class SnapshotStore:
             How many steps, this one included, the groups that had none left their gradients as they were.
         """
         plain = {}
-        for group in [group for group, flag in self._unsettled.items() if flag.version < step]:
-            flag = self._unsettled.pop(group)
-            self._without_statistics[group] = not flag.read()
+        for group in [group for group, (version, _) in self._unsettled.items() if version < step]:
+            version, measured = self._unsettled.pop(group)
+            self._without_statistics[group] = not measured.wait()[0]
             if self._without_statistics[group]:
-                plain[group] = step - flag.version + 1
+                plain[group] = step - version + 1
         return plain
 
     def _take(self, group: int, snapshot: Snapshot) -> None:

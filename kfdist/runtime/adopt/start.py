@@ -9,6 +9,7 @@ import json
 import warnings
 from typing import TYPE_CHECKING
 
+from kfdist.comm.together import require_equal
 from kfdist.errors import CheckpointError, ConfigError, KfdistWarning
 
 if TYPE_CHECKING:
@@ -58,15 +59,14 @@ def _compare_arguments(pipeline: "Pipeline") -> None:
         "positions_budget": settings.sampling.most_positions,
         "method": [[group.name, repr(group.inverter)] for group in pipeline.parts.groups],
     }
-    everyone = pipeline.parts.communicators.training.all_gather_json(own)
-    for name in own:
-        values = [of_rank.get(name) for of_rank in everyone]
-        if any(value != values[0] for value in values):
-            listed = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise ConfigError(
-                f"the ranks were given different {name}: {listed}. Make the Preconditioner with equal arguments on all "
-                "ranks"
-            )
+    require_equal(
+        pipeline.parts.communicators.training,
+        own,
+        lambda name, listed: ConfigError(
+            f"the ranks were given different {name}: {listed}. Make the Preconditioner with equal arguments on "
+            "all ranks"
+        ),
+    )
 
 
 def _place(pipeline: "Pipeline") -> int:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from kfdist.comm.communicator import Communicator
+from kfdist.comm.together import on_rank_zero
 from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice, measure_costs
 from kfdist.curvature.blocks import BLOCKS, Block, make_block
 from kfdist.curvature.inverter import Coupling
@@ -172,8 +173,7 @@ def needs_costs(method: Method) -> bool:
 
 def agreed_costs(training: Communicator) -> MeasuredCosts:
     """Returns what inversions cost on rank 0's machine, on all ranks: they have to choose alike."""
-    measured = measure_costs().to_json() if training.rank == 0 else None
-    return MeasuredCosts.from_json(training.broadcast_json(measured))
+    return MeasuredCosts.from_json(on_rank_zero(training, lambda: measure_costs().to_json()))
 
 
 def _check_globs(globs: Sequence[str], names: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kfdist.comm.communicator import Communicator
+from kfdist.comm.host_copy import HostCopy
 from kfdist.comm.reduce import reduce_flat
 from kfdist.curvature.averages import SYMMETRIC, BatchStatistics, WeightedSums, all_finite, folding, packed_statistic
 from kfdist.curvature.statistics import STATISTICS, Increment, MeanVectors, Needs, Samples
@@ -112,35 +113,23 @@ class ReducedStatistics:
     ) -> None:
         self.version = version
         self.groups = groups
-        self._event: torch.cuda.Event | None = None
-        self._tensors: dict[BlockName, dict[str, Tensor]] = {}
-        for block, of_block in tensors.items():
-            self._tensors[block] = {name: self._to_host(tensor) for name, tensor in of_block.items()}
-        if any(tensor.is_cuda for of_block in tensors.values() for tensor in of_block.values()):
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    @staticmethod
-    def _to_host(tensor: Tensor) -> Tensor:
-        if not tensor.is_cuda:
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+        self._names = {block: list(of_block) for block, of_block in tensors.items()}
+        self._copy = HostCopy([tensor for of_block in tensors.values() for tensor in of_block.values()])
 
     def ready(self) -> bool:
         """Says, without blocking, whether the copy has landed."""
-        return self._event is None or self._event.query()
+        return self._copy.ready()
 
     def records(self) -> dict[str, dict[BlockName, PackedRecord]]:
         """Returns the statistics per group and block; a group without any (no weight at all) has no blocks."""
-        if self._event is not None:
-            self._event.synchronize()
+        arrived = iter(self._copy.wait())
+        tensors = {block: {name: next(arrived) for name in names} for block, names in self._names.items()}
         records: dict[str, dict[BlockName, PackedRecord]] = {}
         for group in self.groups:
             found = {
-                block.name: _packed(group.inverter.statistic, self._tensors[block.name])
+                block.name: _packed(group.inverter.statistic, tensors[block.name])
                 for block in group.blocks
-                if block.name in self._tensors
+                if block.name in tensors
             }
             of_group = {name: record for name, record in found.items() if record is not None}
             records[group.name] = of_group if len(of_group) == len(group.blocks) else {}

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kfdist.comm.communicator import Communicator
 from kfdist.config import load_config
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.training.setup import check_controller, choose_device, gather_materials, settle
+from kfdist.training.setup import check_controller, choose_device, gather_materials
 from kfdist.training.worker import run_worker
 from tests.support.training import SMALL
 
@@ -61,17 +60,6 @@ def test_a_device_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(EnvironmentFault, match="rank 99 of its machine, which has .* CUDA devices"):
         choose_device(small(tmp_path, "run.device=cuda"))
     assert choose_device(small(tmp_path, "run.device=cpu")).type == "cpu"
-
-
-@pytest.mark.parametrize("error", [ConfigError("is 3; give 4", path="a.b"), EnvironmentFault("no room")])
-def test_what_rank_0_finds_wrong_is_raised_with_its_kind(error: Exception):
-    def fail() -> None:
-        raise error
-
-    with pytest.raises(type(error)) as caught:
-        settle(Communicator(None), fail)
-    assert str(caught.value) == str(error)
-    assert getattr(caught.value, "path", None) == getattr(error, "path", None)
 
 
 def test_materials_are_the_same_on_every_rank(tmp_path: Path):
