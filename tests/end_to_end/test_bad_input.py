@@ -34,7 +34,10 @@ MISTAKES = [
     (method("eva", "settings.rank=3"), ["preconditioner.settings: eva has no setting 'rank'", "it has none"]),
     (method("ekfac", "settings.examples=0"), ["preconditioner.settings.examples: 0", "at least 1"]),
     (method("cg-fac", "settings.tolerance=many"), ["settings.tolerance: 'many'", "above 0 and below 1"]),
-    (method("b-kfac-c", "settings.correction_fraction=2"), ["settings.correction_fraction: 2", "at least 0 and at most 1"]),
+    (
+        method("b-kfac-c", "settings.correction_fraction=2"),
+        ["settings.correction_fraction: 2", "at least 0 and at most 1"],
+    ),
     (method("b-kfac", "settings.brand_period=3"), ["settings.brand_period: 3", "multiple of the factor period (2)"]),
     (method("seng", "settings.form=dense"), ["settings.form: 'dense'", "explicit"]),
     (method("seng", "fisher=exact"), ["preconditioner.fisher: seng", "fisher='mc' or 'empirical'"]),
