@@ -2,8 +2,8 @@
 
     python benchmarks/cg_memory.py [D ...]
 
-Prints a table and writes it, with hardware and versions, to benchmarks/results/cg_memory.json. One thread; what would
-take longer than 20 s isn't run and says so.
+Prints a table and writes it, with hardware and versions, to benchmarks/results/cg_memory.json. One thread; whatever
+would take longer than 20 s is skipped, and the table says so.
 """
 
 import json

@@ -2,12 +2,12 @@
 
     python benchmarks/compare_commits.py OLD [NEW]
 
-NEW is the working tree unless given. Each commit is checked out into a temporary git worktree, and
-compare_commits_probe.py, as it is beside this file, trains small models with the kfdist that lies there; so changes to
-files, names and the containers of jobs don't count, as long as the probe can read both. Prints one line an item. Ends
-with 1 where anything differs or only one commit has it, with 2 where a commit couldn't be measured.
+NEW is the working tree unless given. Each commit is checked out into a temporary git worktree, and the
+compare_commits_probe.py beside this file trains small models with the kfdist found there; so changes of files, names
+and job containers don't count, as long as the probe can read both. Prints one line per item. Exits with 1 if anything
+differs or exists in one commit only, and with 2 if a commit couldn't be measured.
 
-The commits run side by side, with this Python and what is installed for it; 70 to 77 s on two busy cores.
+The commits run side by side, with this Python and its packages; 70 to 77 s on two busy cores.
 """
 
 import os
@@ -29,7 +29,7 @@ TIMEOUT_SECONDS = 600
 
 
 def git(*arguments: str) -> str:
-    """Runs git in this checkout and returns what it printed, or ends the script with what it complained about."""
+    """Runs git in this checkout and returns its output, or ends the script with its complaint."""
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     if done.returncode:
         print(f"git {' '.join(arguments)}: {done.stderr.strip()}", file=sys.stderr)
@@ -39,7 +39,7 @@ def git(*arguments: str) -> str:
 
 @contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """Has a commit in a folder of its own, inside the `with`."""
+    """Checks a commit out into a temporary folder for the duration of the `with`."""
     with tempfile.TemporaryDirectory(prefix="kfdist-compare-") as scratch:
         tree = Path(scratch) / "tree"
         git("worktree", "add", "--quiet", "--detach", str(tree), commit)
@@ -50,7 +50,7 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def start_probe(tree: Path, out: Path) -> subprocess.Popen[bytes]:
-    """Starts to measure a tree; what it says goes to a file beside `out`."""
+    """Starts to measure a tree; its output goes to a file beside `out`."""
     path = os.pathsep.join(part for part in (str(tree), os.environ.get("PYTHONPATH", "")) if part)
     command = [sys.executable, str(PROBE), str(tree), str(out)]
     with out.with_suffix(".log").open("wb") as log:
@@ -60,7 +60,7 @@ def start_probe(tree: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def measure(trees: dict[str, Path]) -> list[dict[str, dict[str, Any]]]:
-    """Returns the items of each tree, by name, or ends the script with the last words of a probe that failed."""
+    """Returns the items of each tree, by name, or ends the script with the last output of a probe that failed."""
     with tempfile.TemporaryDirectory() as scratch:
         outs = [Path(scratch) / f"{index}.pt" for index in range(len(trees))]
         probes = [start_probe(tree, out) for tree, out in zip(trees.values(), outs, strict=True)]
@@ -81,7 +81,7 @@ def measure(trees: dict[str, Path]) -> list[dict[str, dict[str, Any]]]:
 
 
 def difference(old: Any, new: Any) -> str:
-    """Says how two numbers differ; empty if not one bit does."""
+    """Says how two numbers differ; empty if they are equal bit for bit."""
     if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
         same = type(old) is type(new) and repr(old) == repr(new)  # repr tells 0.0 from -0.0, and NaN equals itself
         return "" if same else f"{describe(old)} became {describe(new)}"
@@ -100,7 +100,7 @@ def describe(value: Any) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns one line for each key whose number is not the same, or that only one side has."""
+    """Returns one line for each key whose numbers differ, or that only one side has."""
     lines = [f"{key}: only before" for key in old if key not in new]
     lines += [f"{key}: only after" for key in new if key not in old]
     found = {key: difference(old[key], new[key]) for key in old if key in new}

@@ -1,13 +1,13 @@
-"""Trains small models with the kfdist that is first on PYTHONPATH and writes down every number, for compare_commits.py.
+"""Trains small models with the kfdist that is first on PYTHONPATH and records every number, for compare_commits.py.
 
     PYTHONPATH=TREE python benchmarks/compare_commits_probe.py TREE OUT
 
-OUT is what torch.save writes of {item: {key: value}}. One item per method of the inverters' table, trained by one
-process: each tensor and each scalar of all its jobs and results, decoded, and the parameters after the last step. One
-item per method and lag, trained by four ranks: what the ranks hold at the end.
+OUT gets {item: {key: value}} by torch.save. One item per method of the inverters' table, trained by one process: each
+tensor and each scalar of all its jobs and results, decoded, and the parameters after the last step. One item per method
+and lag, trained by four ranks: what the ranks hold at the end.
 
-This file runs in trees of different ages. It uses names that are to stay, and asks `first_of` for what moves. What a
-payload's bytes look like is known to the functions under "Containers" alone, which give the same keys for all layouts.
+This file runs in trees of different ages. It uses names that stay, and asks `first_of` for those that move. Only the
+functions under "Containers" know what a payload's bytes look like; they give the same keys for all layouts.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "b-kfac-c": _BRAND,
     "seng": _SAMPLES,
 }
-"""Sizes at which a small model shows what the method does: with the defaults nothing would be cut off."""
+"""Sizes at which a small model shows what a method does: with the defaults nothing would be truncated."""
 
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "kfac relative": ("kfac", {"damping_rule": "relative"}),
@@ -62,11 +62,11 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "seng implicit": ("seng", {**_SAMPLES, "form": "implicit"}),
     "two-level rs-kfac": ("two-level", {"inner": "rs-kfac", "inner_settings": {"rank": 6}}),
 }
-"""Further items: a name, and the method with settings that take another path through it."""
+"""Further items: a name, and a method with settings that take another path through it."""
 
 
 def first_of(*modules: str) -> Any:
-    """Imports the first module of several that this tree has.
+    """Imports the first of several modules that this tree has.
 
     Raises:
         ModuleNotFoundError: It has none.
@@ -131,9 +131,9 @@ def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def recorded_link() -> Iterator[Numbers]:
-    """Writes down, inside the `with`, what the local link is given and what it returns, in no order.
+    """Records what the local link is given and returns during the `with`, in any order.
 
-    Keys begin with "job" or "result", the blocks' names, and how many of them went before.
+    Keys begin with "job" or "result", the number of those before it, and the blocks' names.
     """
     link = importlib.import_module("kfdist.links.local").LocalLink
     submit, poll = link.submit, link.poll

@@ -1,9 +1,9 @@
-"""Shows how long `kfdist train` without arguments takes, from the command to its exit, with every process in its place.
+"""Shows how long `kfdist train` without arguments takes, from start to exit, with all its processes.
 
     python benchmarks/default_run.py [RUNS]
 
 Prints wall-clock seconds of each run and their median, and writes them with step seconds, staleness, accuracy, hardware
-and versions to benchmarks/results/default_run.json. The run is to take less than 60 s on two cores.
+and versions to benchmarks/results/default_run.json. The run should take less than 60 s on two cores.
 """
 
 import json
@@ -21,7 +21,7 @@ RESULT = Path(__file__).parent / "results" / "default_run.json"
 
 
 def timed_run(directory: Path) -> dict[str, object]:
-    """Runs the default configuration once and returns what matters of it."""
+    """Runs the default configuration once and returns the figures to report."""
     begun = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "kfdist", "train", "--set", f"run.dir={directory}"],

@@ -1,11 +1,11 @@
-"""How the time of one inversion grows with the size d of a factor: kfac, kfac-eigen, rs-kfac, b-kfac.
+"""Shows how the time of one inversion grows with the size d of a factor: kfac, kfac-eigen, rs-kfac, b-kfac.
 
 Claim: the exponents, by least squares of log time over log d, are about 3, 3, 2 and 1, and at most 1.2 for b-kfac from
-d = 1024 to 16384. The block has one factor of size d and one of size 16, so the time is the large one's. Rank and rows
-are the same for all d. What is timed is `invert` alone, in float32 with one thread: for rs-kfac of a dense factor that
-exists, for b-kfac one Brand update of a state whose rank is reached. What precedes it, the sums of outer products (d^2
-for the others, nothing for b-kfac), isn't in it. Seconds are those of the thread's own CPU time, which other processes
-lengthen less than time on the wall; the load is written down beside them.
+d = 1024 to 16384. The block has one factor of size d and one of size 16, so the large one takes nearly all the time.
+Rank and rows are the same for all d. Only `invert` is timed, in float32 on one thread: for rs-kfac of a given dense
+factor, for b-kfac one Brand update of a state that has reached its rank. The sums of outer products before it (d^2 for
+the others, none for b-kfac) aren't included. Seconds are CPU seconds of the thread, which other processes lengthen less
+than wall-clock time; the load is recorded with them.
 """
 
 import argparse
@@ -40,9 +40,9 @@ class Method:
 
     Attributes:
         name: Key of the inverters' table.
-        settings: Of the inverter.
-        sizes: d to measure, rising; the rest is left out once one takes too long.
-        expected: The exponent that its operations have.
+        settings: The inverter's settings.
+        sizes: d to measure, rising; once one would take too long, the rest is skipped.
+        expected: The exponent of its operation count.
     """
 
     name: str
@@ -71,10 +71,10 @@ class Timing:
     """One point of a line.
 
     Attributes:
-        method: Of which inverter.
+        method: Name of the inverter.
         d: Size of the large factor.
-        seconds: CPU seconds of the shortest repetition: whatever else the machine does only makes them longer.
-        repetitions: How many there were.
+        seconds: CPU seconds of the shortest repetition: other load only lengthens them.
+        repetitions: Number of repetitions.
     """
 
     method: str
@@ -89,7 +89,7 @@ def draw_rows(n: int, d: int, seed: int) -> Tensor:
 
 
 def inversion_of(method: Method, d: int) -> Callable[[], object]:
-    """Returns what is to be timed, with its arguments made before."""
+    """Returns the call to be timed, with its arguments prepared."""
     inverter = make_inverter(method.name, **method.settings)
     rows = draw_rows(SMALL, SMALL, 1)
     G = rows.mT @ rows
@@ -156,7 +156,7 @@ def write_results(timings: Sequence[Timing], slopes: dict[str, float], load: dic
 def main() -> None:
     """Times all methods and sizes, prints the slopes and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=float, default=SECONDS_LIMIT, help="most seconds of one inversion")
+    parser.add_argument("--limit", type=float, default=SECONDS_LIMIT, help="longest inversion, in seconds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     load = {"start": os.getloadavg()[0]}
@@ -168,7 +168,7 @@ def main() -> None:
         for d in method.sizes:
             line = [timing for timing in timings if timing.method == method.name]
             if line and line[-1].seconds * (d / line[-1].d) ** method.expected > arguments.limit:
-                print(f"{method.name:12} {d:6}  left out: over {arguments.limit:g} s", flush=True)
+                print(f"{method.name:12} {d:6}  skipped: over {arguments.limit:g} s", flush=True)
                 break
             timings.append(measure(method, d))
             print(f"{method.name:12} {d:6} {timings[-1].seconds:10.4f} s", flush=True)

@@ -2,8 +2,8 @@
 
     python benchmarks/seng_forms.py
 
-Prints error, seconds and bytes of each form, and how far the average of the ranks' own operators is from the operator
-of all examples at 1, 2 and 4 ranks; writes them to benchmarks/results/seng_forms.json. Takes about half a minute.
+Prints error, seconds and bytes of each form, and how far the average of the ranks' separate operators is from the
+operator of all examples at 1, 2 and 4 ranks; writes them to benchmarks/results/seng_forms.json in about half a minute.
 """
 
 import json

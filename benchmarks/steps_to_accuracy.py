@@ -1,13 +1,13 @@
-"""Steps until 98 % test accuracy on the digits run: rs-kfac against SGD with a tuned learning rate.
+"""Shows the steps to 98 % test accuracy on the digits run: rs-kfac against SGD with a tuned learning rate.
 
-Claim: with the configuration that `kfdist train` has by default, rs-kfac reaches the target in fewer steps than SGD
-with momentum does at the best learning rate of a grid. The grid favours SGD: its rate is chosen by the very seeds it is
-then reported on, and stays at its peak, where the run's own schedule would let it fall to nothing before SGD is there.
-rs-kfac isn't tuned here at all.
+Claim: in the default configuration of `kfdist train`, rs-kfac reaches the target in fewer steps than SGD with momentum
+at the best learning rate of a grid. The comparison favours SGD: its rate is chosen on the same seeds that are reported,
+and it stays at its peak, whereas the run's schedule would decay it to nothing before SGD gets there. rs-kfac is not
+tuned.
 
-Both train the same model on the same batches in the same order (128 examples, the two ranks' share of a step in one
-process); the test accuracy is looked at after every step. rs-kfac adopts its inverses three steps late, as a run with
-owners does, by `FixedLag(3)`, so that the figures can be reproduced bit for bit.
+Both train the same model on the same batches in the same order (128 examples, the two ranks' batches in one process);
+the test accuracy is measured after every step. rs-kfac adopts its inverses three steps late, about as a run with owners
+does, by `FixedLag(3)`, so that the figures can be reproduced bit for bit.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Trial:
     Attributes:
         method: "rs-kfac" or "sgd".
         lr: Peak learning rate.
-        schedule: How it falls.
+        schedule: How it decays.
         seed: Seeds model, batches and inversions.
         steps: Steps until the target accuracy; None if it wasn't reached in `MAX_STEPS`.
         seconds: Wall-clock seconds of these steps, without the evaluations.
@@ -74,10 +74,10 @@ def train_until_target(config: Config, *, second_order: bool, total_steps: int) 
     Args:
         config: What to train with.
         second_order: Whether the gradients are preconditioned.
-        total_steps: Steps over which the learning rate falls.
+        total_steps: Steps over which the learning rate decays.
 
     Returns:
-        The steps it took, None if it took more than `MAX_STEPS`, and their seconds.
+        The number of steps, None if more than `MAX_STEPS`, and their seconds.
     """
     device, alone = torch.device("cpu"), Communicator(None)
     materials = gather_materials(config, 1, device)
@@ -127,7 +127,7 @@ def make_preconditioner(
 
 
 def run_second_order(seed: int) -> Trial:
-    """Runs rs-kfac as `kfdist train` is configured by default."""
+    """Runs rs-kfac in the default configuration of `kfdist train`."""
     config = default_config(seed)
     steps, seconds = train_until_target(config, second_order=True, total_steps=config.run.steps or MAX_STEPS)
     optimizer = config.optimizer
@@ -151,7 +151,7 @@ def run_sgd(seed: int, lr: float) -> Trial:
 
 
 def median_steps(trials: Sequence[Trial]) -> float:
-    """Returns the median over seeds; a trial that never got there counts as infinitely long."""
+    """Returns the median over seeds; a trial that missed the target counts as infinite."""
     return statistics.median(float("inf") if trial.steps is None else trial.steps for trial in trials)
 
 
@@ -190,7 +190,7 @@ def write_results(trials: Sequence[Trial], medians: dict[str, float]) -> Path:
 def main() -> None:
     """Runs all trials, prints the table and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 1")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, counted from 1")
     arguments = parser.parse_args()
     torch.set_num_threads(default_config(1).cluster.threads)
     seeds = range(1, arguments.seeds + 1)

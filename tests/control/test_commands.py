@@ -20,6 +20,9 @@ from tests.support.controller import ControllerThread, Member, eventually, sampl
 
 Kfdist = Callable[..., str]
 
+LONG_LEASE = pytest.mark.parametrize("controller", [60.0], indirect=True, ids=["long-lease"])
+"""For tests that need members alive while a command runs."""
+
 
 @pytest.fixture
 def kfdist(controller: ControllerThread) -> Kfdist:
@@ -47,6 +50,7 @@ def digits(client, member: Member) -> Member:
     return member
 
 
+@LONG_LEASE
 def test_status_and_list_for_people(kfdist, digits, client):
     assert "digits" in kfdist("status")
     lines = dict(line.split("  ", 1) for line in kfdist("status", "digits").splitlines())
@@ -114,7 +118,7 @@ def measured(digits: Member, client) -> Member:
     return digits
 
 
-@pytest.mark.parametrize("controller", [60.0], indirect=True)
+@LONG_LEASE
 def test_status_shows_what_couriers_moved_and_lost_and_how_inversions_fare(kfdist, measured):
     facts, _, blocks = kfdist("status").partition("\n\n")
     found = dict(line.split("  ", 1) for line in facts.splitlines())
@@ -130,7 +134,7 @@ def test_status_shows_what_couriers_moved_and_lost_and_how_inversions_fare(kfdis
     assert other.startswith("transformer.encoder.layers.11.attention.output_projection"), "whole where programs read"
 
 
-@pytest.mark.parametrize("controller", [60.0], indirect=True)
+@LONG_LEASE
 def test_status_as_json_has_every_sample(kfdist, measured):
     measured.beat_worker("digits", step=41, samples=(sample("kfdist_loss", float("nan")),))
     samples = json.loads(kfdist("status", "digits", "--json"), parse_constant=pytest.fail)["samples"]
@@ -164,7 +168,7 @@ def test_steering(kfdist, digits):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["dampling=1"], ["'dampling=1'", "did you mean damping?"]),
+        (["dampling=1"], ["'dampling=1'", "did you mean 'damping'?"]),
         (["damping"], ["'damping'", "damping=LAMBDA"]),
         (["damping=fast"], ["'fast'", "finite number above 0"]),
         (["damping=1", "damping=2"], ["given twice"]),
@@ -253,7 +257,7 @@ def test_a_terminal_gets_a_table(controller, digits):
     assert "\x1b[1m" in shown, "in bold"
 
 
-@pytest.mark.parametrize("controller", [60.0], indirect=True)
+@LONG_LEASE
 def test_on_a_terminal_of_80_columns_every_block_fits(controller, measured):
     shown = on_a_terminal("status", "digits", f"--address={controller.address}")
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in shown.splitlines()]

@@ -240,7 +240,7 @@ class TestAssignment:
         ("fields", "words"),
         [
             ({"assignment": "robin"}, ["assignment is 'robin'", "round_robin, model_order, lpt"]),
-            ({"groups": [membership_pb2.GroupSpec(name="a")] * 2}, ["groups is 'a'", "once"]),
+            ({"groups": [membership_pb2.GroupSpec(name="a")] * 2}, ["groups is 'a'", "different from all others"]),
             ({"groups": [membership_pb2.GroupSpec(name="")]}, ["groups is ''"]),
             ({"groups": [membership_pb2.GroupSpec(name="a", cost=math.nan)]}, ["groups[a].cost is nan"]),
             ({"groups": [membership_pb2.GroupSpec(name="a", position=-1)]}, ["position is -1"]),
