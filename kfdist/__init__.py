@@ -6,6 +6,7 @@ Importing this package does nothing and imports neither torch, ray nor grpc; a n
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kfdist.capture.requests import Sampling as Sampling
     from kfdist.curvature.auto import Auto as Auto
     from kfdist.curvature.inverters import BKfac as BKfac
     from kfdist.curvature.inverters import BKfacC as BKfacC
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from kfdist.optim.adaptive import AdaptiveStep as AdaptiveStep
     from kfdist.optim.adaptive_settings import AdaptiveReport as AdaptiveReport
     from kfdist.optim.adaptive_settings import AdaptiveSettings as AdaptiveSettings
-    from kfdist.policies.staleness import StalenessPolicy as StalenessPolicy
+    from kfdist.policies.staleness import Asap as Asap
+    from kfdist.policies.staleness import FixedLag as FixedLag
     from kfdist.runtime.invert.service import Service as Service
     from kfdist.runtime.invert.service import connect as connect
     from kfdist.runtime.preconditioner import Preconditioner as Preconditioner
-    from kfdist.runtime.settings import FixedLag as FixedLag
     from kfdist.runtime.settings import StepReport as StepReport
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _HOMES = {
     "AdaptiveReport": "kfdist.optim.adaptive_settings",
     "AdaptiveSettings": "kfdist.optim.adaptive_settings",
     "AdaptiveStep": "kfdist.optim.adaptive",
+    "Asap": "kfdist.policies.staleness",
     "Auto": "kfdist.curvature.auto",
     "BKfac": "kfdist.curvature.inverters",
     "BKfacC": "kfdist.curvature.inverters",
@@ -44,17 +46,17 @@ _HOMES = {
     "CgFac": "kfdist.curvature.inverters",
     "Ekfac": "kfdist.curvature.inverters",
     "Eva": "kfdist.curvature.inverters",
-    "FixedLag": "kfdist.runtime.settings",
+    "FixedLag": "kfdist.policies.staleness",
     "Kfac": "kfdist.curvature.inverters",
     "KfacEigen": "kfdist.curvature.inverters",
     "KfacTridiagonal": "kfdist.curvature.inverters",
     "KfdistError": "kfdist.errors",
     "Preconditioner": "kfdist.runtime.preconditioner",
     "RsKfac": "kfdist.curvature.inverters",
+    "Sampling": "kfdist.capture.requests",
     "Seng": "kfdist.curvature.inverters",
     "Service": "kfdist.runtime.invert.service",
     "SreKfac": "kfdist.curvature.inverters",
-    "StalenessPolicy": "kfdist.policies.staleness",
     "StepReport": "kfdist.runtime.settings",
     "TwoLevel": "kfdist.curvature.inverters",
     "connect": "kfdist.runtime.invert.service",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import Literal
 
 BlockName = str
 """Dotted module name of a layer, without `module.` and `_orig_mod.`."""
@@ -17,6 +18,13 @@ GroupName = str
 
 RUN_NAME_PATTERN = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 """What a run may be called: it becomes part of paths, metrics and messages."""
+
+Fisher = Literal["empirical", "mc", "exact"]
+"""Which output gradients make the Fisher matrix: the training loss's own; those of targets drawn from the model; those
+of all targets, each by its probability."""
+
+WeightSharing = Literal["expand", "reduce"]
+"""How a linear layer treats the positions of a sequence: each one a row, or pooled before the loss."""
 
 CHUNK_BYTES = 1 << 20
 """Largest chunk of a payload in one gRPC message (protos/kfdist/v1/inversion.proto)."""

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from kfdist.bench.claims import ClaimResult, Part
 from kfdist.curvature.inverters import make_inverter
 from kfdist.data.digits import Digits
+from kfdist.policies.staleness import FixedLag
 from kfdist.runtime.preconditioner import Preconditioner
-from kfdist.runtime.settings import FixedLag
 
 TITLE = "KFC's training doesn't depend on the parametrisation, such as centred or raw inputs; SGD's does (1602.01407)"
 SAME_LIMIT = 1e-3

@@ -187,7 +187,7 @@ class Collector:
             seen.activation,
             seen.output_gradient,
             positions_fraction=self._sampling.positions_fraction,
-            most_positions=self._sampling.most_positions,
+            most_positions=self._sampling.positions_budget,
             seed=(seen.request.seed + seen.visit.number) & SEED_MASK,
             wanted=wanted,
         )

@@ -19,11 +19,12 @@ from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
 from kfdist.capture.observe import Observer, check_version, version_of
 from kfdist.capture.passes import NO_BACKWARD, ForwardPass, PassLog, current_backward, tensors_in
-from kfdist.capture.requests import FISHERS, SEED_MASK, Request, Sampling, check_requests
+from kfdist.capture.requests import SEED_MASK, Request, Sampling, check_requests
 from kfdist.capture.visits import Scaling, Unit, Visit
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError, KfdistError
+from kfdist.types import Fisher
 
 _RANK_STRIDE = 0x5851F42D4C957F2D
 """Odd, so that no two ranks have the same seed."""
@@ -66,9 +67,6 @@ class Capture:
         coarse: Names of blocks in the order of their coarse groups.
         rank: Keeps the targets that ranks draw apart: equal draws would be as noisy as those of one rank alone.
 
-    Raises:
-        ConfigError: Another Fisher type.
-
     Attributes:
         saw_forward: Whether any hook ever ran. Code that torch.compile made before the hooks were there runs none.
     """
@@ -81,15 +79,15 @@ class Capture:
         aliases: Mapping[str, Sequence[nn.Module]],
         sampling: Sampling,
         grad_scaler: torch.amp.GradScaler | None,
-        fisher: str = "empirical",
+        fisher: Fisher = "empirical",
         chains: Sequence[Sequence[str]] = (),
         coarse: Sequence[Sequence[str]] = (),
         rank: int = 0,
     ) -> None:
-        checks.choice("fisher", fisher, FISHERS)
         self._model = model
         self._blocks = dict(blocks)
-        self._fisher, self._groups = fisher, (chains, coarse)
+        self._fisher: Fisher = fisher
+        self._groups = (chains, coarse)
         self._collector = Collector(self._blocks, sampling, chains=chains, coarse=coarse)
         self._observer = None if fisher == "empirical" else Observer(fisher, self._collector)
         self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
@@ -124,6 +122,11 @@ class Capture:
         check_requests(requests, blocks=self._blocks, chains=chains, coarse=coarse, fisher=self._fisher)
         self._requests = dict(requests)
         self._collector.arm(self._requests)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a GradScaler's scale is divided out of the output gradients."""
+        return self._grad_scaler is not None
 
     def state_examples(self, examples: int) -> None:
         """States how many terms the next captured backward's loss averages, instead of the batch dimension.

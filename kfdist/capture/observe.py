@@ -19,6 +19,7 @@ from kfdist.capture.passes import ForwardPass
 from kfdist.capture.requests import SEED_MASK
 from kfdist.capture.visits import Scaling, Unit, Visit
 from kfdist.errors import KfdistError
+from kfdist.types import Fisher
 
 _TARGETS_SEED = 0x2545F4914F6CDD1D
 """Keeps the draw of targets independent of other draws from the same seed."""
@@ -48,7 +49,7 @@ class Observer:
         collector: Takes the statistics.
     """
 
-    def __init__(self, fisher: str, collector: Collector) -> None:
+    def __init__(self, fisher: Fisher, collector: Collector) -> None:
         self._fisher = fisher
         self._collector = collector
         self._open: dict[int, _Call] = {}

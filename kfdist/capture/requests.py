@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from kfdist import checks
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError
-
-FISHERS = ("empirical", "mc", "exact")
-"""Whose gradients are measured: the loss's own; those of targets the model draws; all of them, each by its weight."""
+from kfdist.types import Fisher
 
 PLAIN_SUMS = frozenset({"A", "G", "a", "g"})
 CHAIN_SUMS = frozenset({"A_next", "G_next"})
@@ -26,18 +24,21 @@ class Sampling:
     Attributes:
         examples_fraction: Share of the examples, in (0, 1].
         positions_fraction: Share of the positions of a convolution or a sequence, in (0, 1].
-        most_positions: No more positions than this, at least 1; None sets no such limit.
+        positions_budget: Most positions of an example, at least 1; None sets no such limit.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     examples_fraction: float = 1.0
     positions_fraction: float = 1.0
-    most_positions: int | None = None
+    positions_budget: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("examples_fraction", "positions_fraction"):
             checks.number(name, getattr(self, name), above=0, most=1)
-        if self.most_positions is not None:
-            checks.count("most_positions", self.most_positions, least=1, hint="or None for no limit")
+        if self.positions_budget is not None:
+            checks.count("positions_budget", self.positions_budget, least=1, hint="or None for no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def check_requests(
     blocks: Mapping[str, Block],
     chains: Sequence[Sequence[str]],
     coarse: Sequence[Sequence[str]],
-    fisher: str,
+    fisher: Fisher,
 ) -> None:
     """Checks that what is asked can be measured.
 

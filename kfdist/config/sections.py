@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 
 from kfdist.config.fields import Counts, LoopbackAddress, Methods, Names, RayAddress, Section, Settings
 from kfdist.errors import ConfigError
-from kfdist.policies.staleness import AtHardBound, StalenessPolicy
+from kfdist.policies.schedule import Schedule
+from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag
+from kfdist.types import Fisher, WeightSharing
 
 
 class RunSection(Section):
@@ -100,7 +102,7 @@ class OptimizerSection(Section):
 
 
 class StalenessSection(Section):
-    """What happens under `asap` when the inverse in use gets old; the names are those of `kfdist.StalenessPolicy`."""
+    """What happens under `asap` when the inverse in use gets old; the names are those of `kfdist.Asap`."""
 
     soft_bound: int | None = Field(
         default=None, ge=1, description="steps of staleness above which damping is raised; none if not given"
@@ -108,16 +110,9 @@ class StalenessSection(Section):
     hard_bound: int | None = Field(
         default=None, ge=1, description="steps of staleness above which at_hard_bound acts; none if not given"
     )
-    at_hard_bound: Literal["wait", "keep", "fallback"] = Field(
+    at_hard_bound: AtHardBound = Field(
         default="wait", description="wait for a newer version, keep the old one, or use the scaled gradient"
     )
-
-    @property
-    def policy(self) -> StalenessPolicy:
-        """The same as a policy."""
-        return StalenessPolicy(
-            soft_bound=self.soft_bound, hard_bound=self.hard_bound, at_hard_bound=AtHardBound(self.at_hard_bound)
-        )
 
 
 class PreconditionerSection(Section):
@@ -135,12 +130,12 @@ class PreconditionerSection(Section):
     )
     settings: Settings = Field(default_factory=lambda: {"rank": 128}, description="the inverter's own settings")
     damping: float = Field(default=0.03, gt=0, description="lambda of F + lambda I")
-    fisher: Literal["empirical", "mc", "exact"] = Field(
+    fisher: Fisher = Field(
         default="empirical",
         description="which output gradients make the Fisher: those of the training loss, of labels sampled from the "
         "model, or of all labels",
     )
-    weight_sharing: Literal["expand", "reduce"] = Field(
+    weight_sharing: WeightSharing = Field(
         default="expand",
         description="how linear layers treat positions: each alone, or inputs averaged and gradients summed over them",
     )
@@ -182,10 +177,17 @@ class PreconditionerSection(Section):
 
     @property
     def described(self) -> str:
-        """The method for people, such as "rs-kfac" or "conv*: rs-kfac, head: kfac"."""
+        """The method, to be shown, such as "rs-kfac" or "conv*: rs-kfac, head: kfac"."""
         if self.methods is None:
             return str(self.method)
         return ", ".join(f"{pattern}: {entry['method']}" for pattern, entry in self.methods.items())
+
+    @property
+    def mode(self) -> Adoption:
+        """When a finished inverse is taken up, with what goes with it."""
+        if self.lag is not None:
+            return FixedLag(self.lag, wait_limit_seconds=self.wait_limit_seconds)
+        return Asap(**self.staleness.model_dump(), wait_limit_seconds=self.wait_limit_seconds)
 
     @model_validator(mode="before")
     @classmethod
@@ -202,21 +204,30 @@ class PreconditionerSection(Section):
         if self.methods is not None and self.settings:
             reason = "they go with preconditioner.method; in a table of methods, write settings beside each `method`"
             raise ConfigError(f"is {self.settings!r}; {reason}", path="settings")
-        if self.inverse_period % self.factor_period:
-            above = self.factor_period * (self.inverse_period // self.factor_period + 1)
-            reason = f"it must be a multiple of preconditioner.factor_period = {self.factor_period}, such as {above}"
-            raise ConfigError(f"is {self.inverse_period}; {reason}", path="inverse_period")
         if self.adoption == "asap" and self.lag is not None:
             raise ConfigError(
                 f'is {self.lag}; it goes with adoption = "fixed-lag" only: set that, or remove lag', path="lag"
             )
         if self.adoption == "fixed-lag" and self.lag is None:
             raise ConfigError('is missing; adoption = "fixed-lag" needs it, such as lag = 5', path="lag")
+        if self.lag is not None:
+            self._refuse_bounds(self.lag)
         try:
-            self.staleness.policy.check(inverse_period=self.inverse_period, lag=self.lag)
+            Schedule(factor_period=self.factor_period, inverse_period=self.inverse_period, groups=0)
+            if isinstance(self.mode, Asap):
+                self.mode.check(inverse_period=self.inverse_period)
         except ConfigError as error:
-            raise error.under("staleness") from None
+            raise error if error.path == "inverse_period" else error.under("staleness") from None
         return self
+
+    def _refuse_bounds(self, lag: int) -> None:
+        for name in ("soft_bound", "hard_bound"):
+            if (bound := getattr(self.staleness, name)) is not None:
+                raise ConfigError(
+                    f'is {bound}; bounds go with adoption = "asap" only: under a fixed lag staleness is at most '
+                    f"{self.inverse_period + lag} steps by construction; remove the bound",
+                    path=f"staleness.{name}",
+                )
 
 
 class ClusterSection(Section):

@@ -67,10 +67,9 @@ def source_of(preconditioner: Preconditioner, loss: str | None) -> Source:
             "model: make it with kl_clip=None"
         )
     if settings.lag != 0:
-        adoption = "'asap'" if settings.lag is None else f"FixedLag({settings.lag})"
         raise ConfigError(
-            f"the preconditioner has adoption={adoption}; AdaptiveStep needs the newest inverse at every step: make it "
-            "with adoption=kfdist.FixedLag(0)"
+            f"the preconditioner has adoption={settings.adoption!r}; AdaptiveStep needs the newest inverse at "
+            "every step: make it with adoption=kfdist.FixedLag(0)"
         )
     if preconditioner.attached:
         raise ConfigError(
@@ -99,7 +98,7 @@ def source_of(preconditioner: Preconditioner, loss: str | None) -> Source:
             'the largest eigenvalue; AdaptiveStep tunes the lambda of F + lambda I: use damping_rule="pi"'
         )
     observe = None
-    if loss is not None and preconditioner.fisher != "empirical":
+    if loss is not None and settings.fisher != "empirical":
         observe = partial(preconditioner.observe, loss=loss)
     return Source(
         model=preconditioner.model,

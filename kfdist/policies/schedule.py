@@ -32,9 +32,9 @@ class Schedule:
         if self.inverse_period % self.factor_period:
             below = max(self.factor_period, self.inverse_period - self.inverse_period % self.factor_period)
             raise ConfigError(
-                f"inverse_period is {self.inverse_period}, which is no multiple of factor_period = "
-                f"{self.factor_period}; "
-                f"take {below} or {below + self.factor_period}, so that each inversion sees a fresh folding"
+                f"is {self.inverse_period}, which is no multiple of factor_period = {self.factor_period}; take {below} "
+                f"or {below + self.factor_period}, so that each inversion sees a fresh folding",
+                path="inverse_period",
             )
 
     def phase(self, group: int) -> int:

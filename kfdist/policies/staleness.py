@@ -1,7 +1,7 @@
-"""What to do with an inverse that has grown old: a pure policy from a status to a decision."""
+"""When all ranks take a finished inverse into use, and what they do with one that has grown old: pure decisions."""
 
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from kfdist import checks
 from kfdist.errors import ConfigError
@@ -9,13 +9,8 @@ from kfdist.errors import ConfigError
 SMALLEST_DELAY = 3
 """Fewest steps from an inversion's statistics to its adoption under asap: announce, broadcast, agree on receipt."""
 
-
-class AtHardBound(StrEnum):
-    """What happens when a snapshot is older than the hard bound."""
-
-    WAIT = "wait"
-    KEEP = "keep"
-    FALLBACK = "fallback"
+AtHardBound = Literal["wait", "keep", "fallback"]
+"""What happens when a snapshot is older than the hard bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +28,12 @@ class Decision:
     @property
     def wait(self) -> bool:
         """Whether to wait, with all ranks, for a newer version first."""
-        return self.beyond is AtHardBound.WAIT
+        return self.beyond == "wait"
 
     @property
     def fallback(self) -> bool:
         """Whether to use V / (lambda + tau) instead of the snapshot."""
-        return self.beyond is AtHardBound.FALLBACK
+        return self.beyond == "fallback"
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -52,67 +47,88 @@ class Decision:
         return (*raised, "fallback" if self.fallback else "kept")
 
 
+@dataclass(frozen=True)
+class FixedLag:
+    """Adoption of version v by all ranks at step v + lag, waited for; `FixedLag(0)` is synchronous K-FAC.
+
+    Nothing that depends on time changes a number: two runs with equal inputs are bitwise equal.
+
+    Attributes:
+        lag: Steps from an inversion's statistics to its adoption.
+        wait_limit_seconds: Longest agreed wait for an inversion; then the step raises `Interrupted` on all ranks.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    lag: int
+    wait_limit_seconds: float = field(default=600.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        checks.count("lag", self.lag, least=0, hint="steps from statistics to adoption")
+        _check_wait_limit(self.wait_limit_seconds)
+
+    def decide(self, staleness: int) -> Decision:
+        """Asks for nothing: staleness is at most inverse_period + lag by construction."""
+        del staleness
+        return Decision()
+
+
 @dataclass(frozen=True, kw_only=True)
-class StalenessPolicy:
-    """Bounds on staleness, in steps, for `adoption="asap"`.
+class Asap:
+    """Adoption of a version by all ranks as soon as all have it, with bounds on the staleness that this allows.
 
     Staleness reaches inverse_period + delay by construction (the snapshot in use ages until its successor is
     adopted), so a bound below that is refused by `check`.
 
     Attributes:
-        soft_bound: Above it, damping grows in proportion to the excess: lambda * staleness / soft_bound. Stale
-            curvature is compensated by damping. None: never.
-        hard_bound: Above it, `at_hard_bound` applies. None: never.
+        soft_bound: Steps of staleness above which damping grows in proportion to the excess: lambda * staleness /
+            soft_bound. Stale curvature is compensated by damping. None: never.
+        hard_bound: Steps of staleness above which `at_hard_bound` applies. None: never.
         at_hard_bound: "wait" for a newer version, "keep" the old snapshot (visibly), or "fallback" to V / (lambda +
             tau) with tau = tr(A) tr(G) / (p q) of the last adopted version, which keeps the step's size.
+        wait_limit_seconds: Longest agreed wait for an inversion (of the first step, or at the hard bound); then the
+            step raises `Interrupted` on all ranks.
+
+    Raises:
+        ConfigError: A value is out of range, or the soft bound is above the hard one.
     """
 
     soft_bound: int | None = None
     hard_bound: int | None = None
-    at_hard_bound: AtHardBound = AtHardBound.WAIT
+    at_hard_bound: AtHardBound = "wait"
+    wait_limit_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        chosen = checks.choice("at_hard_bound", self.at_hard_bound, [str(each) for each in AtHardBound])
-        object.__setattr__(self, "at_hard_bound", AtHardBound(chosen))
-
-    @property
-    def active(self) -> bool:
-        """Whether any bound is set."""
-        return self.soft_bound is not None or self.hard_bound is not None
-
-    def check(self, *, inverse_period: int, lag: int | None = None, delay: int = SMALLEST_DELAY) -> None:
-        """Refuses bounds that normal operation would break, or that a fixed lag leaves nothing to do.
-
-        Args:
-            inverse_period: Steps between two inversions of a group.
-            lag: Steps from statistics to adoption under a fixed lag; None under "asap".
-            delay: Fewest steps between an inversion's statistics and its adoption by all ranks under "asap".
-
-        Raises:
-            ConfigError: With the bound's name as path, and the smallest legal value.
-        """
-        smallest = inverse_period + delay
         for name in ("soft_bound", "hard_bound"):
-            bound = getattr(self, name)
-            if bound is None:
-                continue
-            if lag is not None:
-                raise ConfigError(
-                    f"is {bound}; bounds go with adoption = 'asap' only: under a fixed lag staleness is at most "
-                    f"{inverse_period + lag} steps by construction; remove the bound",
-                    path=name,
-                )
-            if bound < smallest:
-                raise ConfigError(
-                    f"is {bound}; staleness reaches inverse_period + delay = {inverse_period} + {delay} steps by "
-                    f"construction; the smallest legal value is {smallest}",
-                    path=name,
-                )
+            if getattr(self, name) is not None:
+                checks.count(name, getattr(self, name), least=1, hint="steps, or None for no bound")
+        checks.choice("at_hard_bound", self.at_hard_bound, get_args(AtHardBound))
+        _check_wait_limit(self.wait_limit_seconds)
         if self.soft_bound is not None and self.hard_bound is not None and self.soft_bound > self.hard_bound:
             raise ConfigError(
                 f"is {self.soft_bound}, above hard_bound = {self.hard_bound}; make it the smaller one",
                 path="soft_bound",
             )
+
+    def check(self, *, inverse_period: int) -> None:
+        """Refuses bounds that normal operation would break.
+
+        Args:
+            inverse_period: Steps between two inversions of a group.
+
+        Raises:
+            ConfigError: With the bound's name as path, and the smallest legal value.
+        """
+        smallest = inverse_period + SMALLEST_DELAY
+        for name in ("soft_bound", "hard_bound"):
+            bound = getattr(self, name)
+            if bound is not None and bound < smallest:
+                raise ConfigError(
+                    f"is {bound}; staleness reaches inverse_period + delay = {inverse_period} + {SMALLEST_DELAY} steps "
+                    f"by construction; the smallest legal value is {smallest}",
+                    path=name,
+                )
 
     def decide(self, staleness: int) -> Decision:
         """Decides for a group whose snapshot is `staleness` steps old; the same on all ranks."""
@@ -121,3 +137,11 @@ class StalenessPolicy:
             factor = staleness / self.soft_bound
         exceeded = self.hard_bound is not None and staleness > self.hard_bound
         return Decision(damping_factor=factor, beyond=self.at_hard_bound if exceeded else None)
+
+
+Adoption = FixedLag | Asap
+"""When a finished inverse is taken into use."""
+
+
+def _check_wait_limit(seconds: float) -> None:
+    checks.number("wait_limit_seconds", seconds, above=0, finite=False)

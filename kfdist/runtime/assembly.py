@@ -19,29 +19,29 @@ from kfdist.runtime.plan.planner import BlockPlan
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.example_rows import SampleExchange
 from kfdist.runtime.reduce.reducer import StatisticsReducer, empty_sums
-from kfdist.runtime.settings import PipelineParts, PipelineSettings
+from kfdist.runtime.settings import JobTerms, PipelineParts, Settings
 
 
 def assemble(
     model: nn.Module,
     plan: BlockPlan,
-    settings: PipelineSettings,
+    settings: Settings,
+    terms: JobTerms,
     communicators: CommunicatorSet,
     link: AbstractLink,
     *,
     grad_scaler: torch.amp.GradScaler | None,
-    wait_limit_seconds: float,
 ) -> Pipeline:
     """Makes one rank's pipeline; nothing communicates yet.
 
     Args:
         model: The bare model.
         plan: Its blocks and their methods.
-        settings: The pipeline's numbers.
+        settings: What it is told.
+        terms: What its jobs say beside their content.
         communicators: The ranks.
         link: Carries the jobs.
         grad_scaler: The scaler whose scale is in the output gradients, or None.
-        wait_limit_seconds: Longest agreed wait.
     """
     groups, rank = plan.groups, communicators.training.rank
     device = device_of(block for group in groups for block in group.blocks)
@@ -53,7 +53,7 @@ def assemble(
     snapshots = SnapshotStore(groups, device, speaks=rank == 0)
     pending: list[list[int]] = [[] for _ in groups]
     timetable = Timetable(
-        settings.schedule,
+        settings.schedule(len(groups)),
         groups,
         world_size=communicators.training.world_size,
         # One version at a time: the next one when this one has come back.
@@ -67,6 +67,7 @@ def assemble(
         seed=settings.seed,
         device=device,
     )
+    wait_limit = settings.adoption.wait_limit_seconds
     parts = PipelineParts(
         groups=groups,
         parameters=list(model.parameters()),
@@ -76,9 +77,10 @@ def assemble(
         ledger=ledger,
         agreement=agreement,
         book=book,
-        exchange=SnapshotExchange(groups, communicators.snapshots, ledger, book, agreement, wait_limit_seconds),
+        exchange=SnapshotExchange(groups, communicators.snapshots, ledger, book, agreement, wait_limit),
         snapshots=snapshots,
         link=link,
+        terms=terms,
         timetable=timetable,
         reducer=reducer,
     )
@@ -86,7 +88,7 @@ def assemble(
 
 
 def _capture(
-    model: nn.Module, plan: BlockPlan, settings: PipelineSettings, grad_scaler: torch.amp.GradScaler | None, rank: int
+    model: nn.Module, plan: BlockPlan, settings: Settings, grad_scaler: torch.amp.GradScaler | None, rank: int
 ) -> Capture:
     def coupled(coupling: Coupling) -> list[list[str]]:
         alike = [group for group in plan.groups if group.inverter.coupling is coupling]

@@ -26,7 +26,7 @@ from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.reduce.contributions import ReducedStatistics
 from kfdist.runtime.reduce.reducer import OwnInversion
-from kfdist.runtime.settings import PipelineParts, PipelineSettings, StepReport
+from kfdist.runtime.settings import PipelineParts, Settings, StepReport
 from kfdist.seeds import block_seed, rank_seed
 from kfdist.types import BlockName, Job, JobResult
 
@@ -59,7 +59,7 @@ class Pipeline:
     def __init__(
         self,
         parts: PipelineParts,
-        settings: PipelineSettings,
+        settings: Settings,
         sums: dict[BlockName, WeightedSums],
         pending: list[list[int]],
     ) -> None:
@@ -350,7 +350,7 @@ class Pipeline:
         Raises:
             ConfigError: A schedule gave something else than a positive, finite number.
         """
-        damping = self.parts.agreement.settings.damping or float(self.settings.damping(step))
+        damping = self.parts.agreement.settings.damping or self.settings.damping_at(step)
         if not (math.isfinite(damping) and damping > 0.0):
             raise ConfigError(
                 f"the damping schedule gave {damping!r} at step {step}; a positive, finite number is needed"
@@ -371,9 +371,7 @@ class Pipeline:
     def _decision(self, group: int, step: int) -> Decision:
         """What the staleness policy says of the snapshot in use; nothing where there is none yet."""
         snapshot = self.parts.snapshots[group]
-        if not snapshot.preconditioners or self.settings.lag is not None:
-            return Decision()
-        return self.settings.staleness.decide(step - snapshot.version)
+        return self.settings.adoption.decide(step - snapshot.version) if snapshot.preconditioners else Decision()
 
     def _await_stale(self, step: int, arrived: Mapping[int, tuple[int, bytes]]) -> dict[int, tuple[int, bytes]]:
         """At the hard bound with "wait": blocks, with all ranks, for a version that is young enough.
@@ -387,9 +385,9 @@ class Pipeline:
             under_way = [version for version in versions if version > newest]
             if not (under_way and self._decision(index, step).wait):
                 continue
-            if newest != NO_VERSION and not self.settings.staleness.decide(step - newest).wait:
+            if newest != NO_VERSION and not self.settings.adoption.decide(step - newest).wait:
                 continue
-            young = [version for version in under_way if not self.settings.staleness.decide(step - version).wait]
+            young = [version for version in under_way if not self.settings.adoption.decide(step - version).wait]
             stale[index] = young[0] if young else under_way[-1]
         for index in stale:
             self.counters.fallbacks["waited"] += 1
@@ -459,13 +457,13 @@ class Pipeline:
 
     def _job(self, group: str, version: int, payload: bytes) -> Job:
         return Job(
-            run=self.settings.run,
-            epoch=self.settings.epoch,
+            run=self.parts.terms.run,
+            epoch=self.parts.terms.epoch,
             group=group,
             version=version,
             payload=payload,
-            deadline_seconds=self.settings.deadline_seconds,
-            fingerprint=self.settings.fingerprint if self.settings.lag is not None else "",
+            deadline_seconds=self.parts.terms.deadline_seconds,
+            fingerprint=self.parts.terms.fingerprint,
         )
 
     def resubmit(self, group: str, version: int, payload: bytes) -> None:

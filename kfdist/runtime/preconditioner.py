@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from kfdist.comm.together import on_every_rank
 from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistError, KfdistWarning, RankFailed
 from kfdist.links.link import AbstractLink, LinkContext
-from kfdist.policies.schedule import Schedule
-from kfdist.policies.staleness import StalenessPolicy
+from kfdist.policies.staleness import Adoption, Asap
 from kfdist.runtime.apply.rates import (
     LearningRates,
     Scalar,
@@ -25,7 +24,7 @@ from kfdist.runtime.apply.rates import (
     finite_gradients,
     step_before_optimizer,
 )
-from kfdist.runtime.arguments import check_numbers, checked_staleness, constant, inverting_fingerprint, lag_of
+from kfdist.runtime.arguments import inverting_fingerprint
 from kfdist.runtime.assembly import assemble
 from kfdist.runtime.diagnostics import diagnostic_note
 from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, epoch_from_clock, make_link
@@ -33,10 +32,10 @@ from kfdist.runtime.plan.coverage import Coverage
 from kfdist.runtime.plan.groups import BlockGroup, check_applied_rows, check_fisher
 from kfdist.runtime.plan.layers import bare_model, check_block, device_of
 from kfdist.runtime.plan.planner import Method, agreed_costs, needs_costs, plan_blocks
-from kfdist.runtime.settings import FixedLag, PipelineSettings, StepReport
+from kfdist.runtime.settings import JobTerms, Settings, StepReport
 from kfdist.runtime.state import pipeline_state, restore_pipeline
 from kfdist.runtime.telemetry_samples import pipeline_samples, pipeline_totals
-from kfdist.types import Sample
+from kfdist.types import Fisher, Sample, WeightSharing
 
 
 class Preconditioner:
@@ -65,22 +64,19 @@ class Preconditioner:
         inverse_period: Steps between two inversions of a block, a multiple of `factor_period`.
         fisher: Which output gradients make the Fisher: "empirical" uses those of the training loss; "mc" those of
             targets drawn from the model's predictions and "exact" those of all targets, both told by `observe`.
+        weight_sharing: How `nn.Linear` treats the positions of a sequence: "expand" for a loss per position, "reduce"
+            where they are pooled before the loss (Eschenhagen et al., arXiv 2311.00636).
+        sampling: How much of a batch is measured; all of it by default.
+        skip: Globs on the names of modules that, with everything inside them, are not preconditioned.
         kl_clip: kappa of the KL clip; None turns it off.
         lr: Learning rate for the KL clip: a number, a callable of the step, or None to read an attached optimizer.
-        adoption: "asap" or `kfdist.FixedLag(k)`; `FixedLag(0)` is synchronous.
-        skip: Globs on the names of modules that, with everything inside them, are not preconditioned.
+        adoption: When a finished inverse is taken into use: `kfdist.FixedLag(k)`, where `FixedLag(0)` is synchronous,
+            or `kfdist.Asap(...)`; "asap" is `Asap()`.
+        seed: Seeds every random choice, together with the block's name and the version.
+        digest_period: Steps between two comparisons of the ranks' parameters; 0 turns them off.
         grad_scaler: The AMP scaler whose scale the loss is multiplied by.
         process_group: The ranks that train together; None: the default group, else this single process.
         link: None inverts in the ranks themselves; `kfdist.connect(...)` uses a service.
-        staleness: Bounds on staleness, for "asap" only.
-        examples_fraction: Share of the examples that is measured, in (0, 1].
-        positions_fraction: Share of the positions of a convolution or a sequence that is measured, in (0, 1].
-        positions_budget: Most positions that are measured of an example; None: no limit.
-        weight_sharing: How `nn.Linear` treats the positions of a sequence: "expand" for a loss per position, "reduce"
-            where they are pooled before the loss (Eschenhagen et al., arXiv 2311.00636).
-        seed: Seeds every random choice, together with the block's name and the version.
-        wait_limit_seconds: Longest agreed wait for an inversion.
-        digest_period: Steps between two comparisons of the ranks' parameters; 0 turns them off.
         costs: What inversions cost, for "auto"; None lets rank 0 measure it. Measured anew, it may choose otherwise:
             to load a state into a new Preconditioner, give it `costs` of the one that saved it.
 
@@ -101,50 +97,44 @@ class Preconditioner:
         ema_decay: float = 0.95,
         factor_period: int = 10,
         inverse_period: int = 100,
-        fisher: str = "empirical",
+        fisher: Fisher = "empirical",
+        weight_sharing: WeightSharing = "expand",
+        sampling: Sampling = Sampling(),
+        skip: Sequence[str] = (),
         kl_clip: float | None = 1e-3,
         lr: Scalar | None = None,
-        adoption: str | FixedLag = "asap",
-        skip: Sequence[str] = (),
+        adoption: Literal["asap"] | Adoption = "asap",
+        seed: int = 0,
+        digest_period: int = 100,
         grad_scaler: torch.amp.GradScaler | None = None,
         process_group: Any = None,
         link: Service | AbstractLink | None = None,
-        staleness: StalenessPolicy | None = None,
-        examples_fraction: float = 1.0,
-        positions_fraction: float = 1.0,
-        positions_budget: int | None = None,
-        weight_sharing: str = "expand",
-        seed: int = 0,
-        wait_limit_seconds: float = 600.0,
-        digest_period: int = 100,
         costs: MeasuredCosts | None = None,
     ) -> None:
-        check_numbers(
+        settings = Settings(
             damping=damping,
             ema_decay=ema_decay,
+            factor_period=factor_period,
+            inverse_period=inverse_period,
             fisher=fisher,
+            weight_sharing=weight_sharing,
+            sampling=sampling,
+            skip=(skip,) if isinstance(skip, str) else tuple(skip),
             kl_clip=kl_clip,
-            wait_limit=wait_limit_seconds,
+            lr=lr,
+            adoption=Asap() if adoption == "asap" else adoption,
+            seed=seed,
             digest_period=digest_period,
-        )
-        lag = lag_of(adoption)
-        staleness = checked_staleness(staleness, lag, inverse_period)
-        sampling = Sampling(
-            examples_fraction=examples_fraction,
-            positions_fraction=positions_fraction,
-            most_positions=positions_budget,
         )
         self._model = bare_model(model)
         self._grad_scaler = grad_scaler
         self._rates = LearningRates(lr, needed=kl_clip is not None)
         self._training = communicator(process_group)
-        skip = (skip,) if isinstance(skip, str) else tuple(skip)
-        self._fisher = fisher
         self.costs = agreed_costs(self._training) if costs is None and needs_costs(method) else costs
         self._plan = plan_blocks(
             self._model,
             method,
-            skip=skip,
+            skip=settings.skip,
             world_size=self._training.world_size,
             weight_sharing=weight_sharing,
             costs=self.costs,
@@ -153,57 +143,41 @@ class Preconditioner:
         check_applied_rows(
             self._plan.groups, world_size=self._training.world_size, fisher=fisher, grad_scaler=grad_scaler
         )
-        schedule = Schedule(factor_period=factor_period, inverse_period=inverse_period, groups=len(self._plan.groups))
         self._device = device_of(block for group in self._plan.groups for block in group.blocks)
         service = link if isinstance(link, Service) else None
         epoch = service.epoch if service is not None and service.epoch is not None else epoch_from_clock()
-        settings = PipelineSettings(
-            damping=damping if callable(damping) else partial(constant, float(damping)),
-            ema_decay=ema_decay,
-            schedule=schedule,
-            kl_clip=kl_clip,
-            lag=lag,
-            staleness=staleness,
-            seed=seed,
+        fingerprint = inverting_fingerprint(self._training, self._device)
+        terms = JobTerms(
             run=service.run if service is not None else "local",
             epoch=int(self._training.broadcast_json(epoch)),
-            fingerprint=inverting_fingerprint(self._training, self._device),
+            fingerprint=fingerprint if settings.lag is not None else "",
             deadline_seconds=service.deadline_seconds if service is not None else DEADLINE_SECONDS,
-            digest_period=digest_period,
-            fisher=fisher,
-            weight_sharing=weight_sharing,
-            sampling=sampling,
         )
         self._communicators = make_communicators(self._training)
         self._link = make_link(link)
         self._pipeline = assemble(
-            self._model,
-            self._plan,
-            settings,
-            self._communicators,
-            self._link,
-            grad_scaler=grad_scaler,
-            wait_limit_seconds=wait_limit_seconds,
+            self._model, self._plan, settings, terms, self._communicators, self._link, grad_scaler=grad_scaler
         )
         self._folded = False
         self._closed = False
         self._hook: Any = None
         self._hooks_checked = False
-        self._start_link(settings, service.assignment if service is not None else "round_robin")
+        self._start_link(
+            LinkContext(
+                run=terms.run,
+                epoch=terms.epoch,
+                worker_rank=self._training.rank,
+                world_size=self._training.world_size,
+                groups=[group.spec for group in self._plan.groups],
+                fingerprint=fingerprint,
+                assignment=service.assignment if service is not None else "round_robin",
+            )
+        )
 
     # Construction ----------------------------------------------------------------------------------------------------
 
-    def _start_link(self, settings: PipelineSettings, assignment: str) -> None:
+    def _start_link(self, context: LinkContext) -> None:
         """Starts every rank's link, or none: where one can't start, all ranks undo what they made and say so."""
-        context = LinkContext(
-            run=settings.run,
-            epoch=settings.epoch,
-            worker_rank=self._training.rank,
-            world_size=self._training.world_size,
-            groups=[group.spec for group in self._plan.groups],
-            fingerprint=settings.fingerprint,
-            assignment=assignment,
-        )
         try:
             on_every_rank(self._training, lambda: self._link.start(context))
         except RankFailed as fault:
@@ -356,13 +330,8 @@ class Preconditioner:
         return self._grad_scaler
 
     @property
-    def fisher(self) -> str:
-        """Which output gradients make the Fisher."""
-        return self._fisher
-
-    @property
-    def settings(self) -> PipelineSettings:
-        """The numbers it was made with."""
+    def settings(self) -> Settings:
+        """What it was told."""
         return self._pipeline.settings
 
     @property
@@ -378,7 +347,7 @@ class Preconditioner:
     @property
     def epoch(self) -> int:
         """The start of the run that all ranks agreed on."""
-        return self._pipeline.settings.epoch
+        return self._pipeline.parts.terms.epoch
 
     def samples(self) -> list[Sample]:
         """Returns this rank's measurements for the controller; observations are returned once."""

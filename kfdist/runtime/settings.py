@@ -1,78 +1,110 @@
-"""What a pipeline is made of, and what its steps report."""
+"""What a preconditioner is told, what its pipeline is made of, and what its steps report."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import get_args
 
 from torch import nn
 
+from kfdist import checks
 from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import Sampling
 from kfdist.comm.communicator_set import CommunicatorSet
 from kfdist.comm.table import TableExchange
+from kfdist.errors import ConfigError
 from kfdist.links.link import AbstractLink
 from kfdist.policies.adoption import AdoptionLedger
 from kfdist.policies.schedule import Schedule
-from kfdist.policies.staleness import StalenessPolicy
+from kfdist.policies.staleness import Adoption, Asap, FixedLag
 from kfdist.runtime.adopt.agreement import Agreement
 from kfdist.runtime.adopt.exchange import SnapshotExchange
 from kfdist.runtime.adopt.snapshots import SnapshotStore
+from kfdist.runtime.apply.rates import Scalar
 from kfdist.runtime.invert.job_book import JobBook
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.reducer import StatisticsReducer
-from kfdist.types import RunSettings
-
-
-@dataclass(frozen=True)
-class FixedLag:
-    """Adoption of version v by all ranks at step v + lag, waited for; `FixedLag(0)` is synchronous K-FAC.
-
-    Nothing that depends on time changes a number: two runs with equal inputs are bitwise equal.
-
-    Attributes:
-        lag: Steps between an inversion's statistics and its adoption.
-    """
-
-    lag: int
+from kfdist.types import Fisher, RunSettings, WeightSharing
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineSettings:
-    """The numbers of a pipeline; `kfdist.Preconditioner` documents and checks them.
+class Settings:
+    """What a preconditioner is told, equal on all ranks; `kfdist.Preconditioner` documents each field.
 
-    Attributes:
-        damping: lambda of F + lambda I by step.
-        ema_decay: Largest rho of the moving average.
-        schedule: When groups are folded and inverted.
-        kl_clip: kappa, or None.
-        lag: Steps to adoption; None for asap.
-        staleness: Bounds for asap.
-        seed: The run's seed.
-        run: The run's name.
-        epoch: The start of the run.
-        fingerprint: What this rank's numbers depend on.
-        deadline_seconds: How long one inversion may run.
-        digest_period: Steps between two comparisons of the ranks' parameters; 0 turns them off.
-        fisher: Whose output gradients are measured.
-        weight_sharing: How linear layers treat positions.
-        sampling: How much of a batch is measured.
+    Raises:
+        ConfigError: A value is out of range, or two don't fit together.
     """
 
-    damping: Callable[[int], float]
+    damping: Scalar
     ema_decay: float
-    schedule: Schedule
+    factor_period: int
+    inverse_period: int
+    fisher: Fisher
+    weight_sharing: WeightSharing
+    sampling: Sampling
+    skip: tuple[str, ...]
     kl_clip: float | None
-    lag: int | None
-    staleness: StalenessPolicy
+    lr: Scalar | None
+    adoption: Adoption
     seed: int
+    digest_period: int
+
+    def __post_init__(self) -> None:
+        if not callable(self.damping):
+            checks.number("damping", self.damping, above=0, hint="or a callable of the step")
+        checks.number("ema_decay", self.ema_decay, least=0, below=1)
+        self.schedule(groups=0)
+        checks.choice("fisher", self.fisher, get_args(Fisher))
+        checks.choice("weight_sharing", self.weight_sharing, get_args(WeightSharing))
+        if not isinstance(self.sampling, Sampling):
+            raise ConfigError(f"is {self.sampling!r}; kfdist.Sampling(...) is needed", path="sampling")
+        if self.kl_clip is not None:
+            checks.number("kl_clip", self.kl_clip, above=0, hint="or None, which turns the clip off")
+        if self.lr is not None and not callable(self.lr):
+            checks.number("lr", self.lr, least=0, hint="or a callable of the step")
+        if not isinstance(self.adoption, Adoption):
+            raise ConfigError(
+                f"is {self.adoption!r}; 'asap', kfdist.Asap(...) or kfdist.FixedLag(k) is needed", path="adoption"
+            )
+        if isinstance(self.adoption, Asap):
+            self.adoption.check(inverse_period=self.inverse_period)
+        checks.count("seed", self.seed, least=0)
+        checks.count("digest_period", self.digest_period, least=0, hint="steps between two digests; 0 for none")
+
+    @property
+    def lag(self) -> int | None:
+        """Steps from an inversion's statistics to its adoption; None under asap."""
+        return self.adoption.lag if isinstance(self.adoption, FixedLag) else None
+
+    def schedule(self, groups: int) -> Schedule:
+        """Returns when each of so many groups is folded and inverted."""
+        return Schedule(factor_period=self.factor_period, inverse_period=self.inverse_period, groups=groups)
+
+    def damping_at(self, step: int) -> float:
+        """Returns lambda at `step`, as its schedule gives it."""
+        return float(self.damping(step) if callable(self.damping) else self.damping)
+
+    def canonical(self, step: int) -> dict[str, str]:
+        """Returns every field as text, for ranks to compare: schedules by their value at `step`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: repr(value(step) if callable(value) else value) for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobTerms:
+    """What all jobs of one start say beside their content.
+
+    Attributes:
+        run: The run's name.
+        epoch: The start of the run.
+        fingerprint: What the result's numbers may depend on; empty where any owner will do, as under asap.
+        deadline_seconds: How long one inversion may run.
+    """
+
     run: str
     epoch: int
     fingerprint: str
     deadline_seconds: float
-    digest_period: int
-    fisher: str
-    weight_sharing: str
-    sampling: Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +113,7 @@ class StepReport:
 
     Attributes:
         step: The step, from 0.
-        settings: What people want, as agreed.
+        settings: What users ask for, as agreed.
         stop: Whether all ranks know that somebody asked to stop.
         adopted: (group, version) swapped in.
         waited_seconds: Spent in agreed waits.
@@ -111,5 +143,6 @@ class PipelineParts:
     exchange: SnapshotExchange
     snapshots: SnapshotStore
     link: AbstractLink
+    terms: JobTerms
     timetable: Timetable
     reducer: StatisticsReducer

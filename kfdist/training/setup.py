@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kfdist.capture.requests import Sampling
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.config import Config, PreconditionerSection
@@ -26,7 +27,6 @@ from kfdist.runtime.plain import NoPreconditioner
 from kfdist.runtime.plan.groups import check_fisher
 from kfdist.runtime.plan.planner import Method, needs_costs, plan_blocks
 from kfdist.runtime.preconditioner import Preconditioner
-from kfdist.runtime.settings import FixedLag
 from kfdist.system.addresses import split_address
 from kfdist.training.optimizers import LearningRate, make_optimizer
 from kfdist.training.run_state import Standing, Training
@@ -255,20 +255,20 @@ def _make_preconditioner(
         factor_period=section.factor_period,
         inverse_period=section.inverse_period,
         fisher=section.fisher,
+        weight_sharing=section.weight_sharing,
+        sampling=Sampling(
+            examples_fraction=section.examples_fraction,
+            positions_fraction=section.positions_fraction,
+            positions_budget=section.positions_budget,
+        ),
+        skip=section.skip,
         kl_clip=section.kl_clip or None,
         lr=learning_rate,
-        adoption="asap" if section.lag is None else FixedLag(section.lag),
-        skip=section.skip,
+        adoption=section.mode,
         grad_scaler=scaler if scaler.is_enabled() else None,
         process_group=communicator.process_group,
         link=_service(config, epoch),
-        staleness=section.staleness.policy,
-        examples_fraction=section.examples_fraction,
-        positions_fraction=section.positions_fraction,
-        positions_budget=section.positions_budget,
-        weight_sharing=section.weight_sharing,
         seed=config.run.seed,
-        wait_limit_seconds=section.wait_limit_seconds,
         digest_period=section.digest_period,
         costs=costs,
     )

@@ -5,14 +5,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import Interrupted
-from kfdist.policies.staleness import StalenessPolicy
-from kfdist.runtime.settings import FixedLag
+from kfdist.policies.staleness import Adoption, Asap, FixedLag
 from kfdist.types import Desired, JobResult, RunSettings
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.ranks import run_ranks
@@ -20,7 +18,7 @@ from tests.support.ranks import run_ranks
 STUCK = 8
 """The first version that no owner delivers while a test withholds it."""
 
-WAITS = {"fixed-lag": FixedLag(2), "hard bound": "asap"}
+WAITS = {"fixed-lag": FixedLag(2), "hard bound": Asap(hard_bound=7)}
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,9 @@ class Interruption:
     seconds: float
 
 
-def stuck_rank(communicator: Communicator, adoption: str | FixedLag, **options: Any) -> TrainingRank:
+def stuck_rank(communicator: Communicator, adoption: Adoption) -> TrainingRank:
     """A rank whose owners deliver nothing from version STUCK on."""
-    policy = StalenessPolicy(hard_bound=7) if adoption == "asap" else None
-    rank = TrainingRank(communicator, adoption=adoption, staleness=policy, **options)
+    rank = TrainingRank(communicator, adoption=adoption)
     rank.link.withhold = lambda result: result.version >= STUCK
     return rank
 
@@ -117,8 +114,10 @@ def test_a_stop_asked_of_one_rank_ends_the_wait_of_all(wait: str) -> None:
 
 def goes_on_after_the_limit(communicator: Communicator, withheld: bool) -> tuple[list[Record], Interruption | None]:
     """Once the owners are back, the interrupted step is done again in the same process."""
-    # Rank 0 judges the time for all: the other's clock is fast.
-    rank = stuck_rank(communicator, FixedLag(2), wait_limit_seconds=0.01 if communicator.rank else 0.5)
+    if communicator.rank:  # rank 0 judges the time for all: the other's clock is fast
+        monotonic = time.monotonic
+        time.monotonic = lambda: 100.0 * monotonic()
+    rank = stuck_rank(communicator, FixedLag(2, wait_limit_seconds=0.5))
     if withheld:
         records, interruption = interrupted(rank)
         rank.link.withhold = lambda _: False

@@ -95,7 +95,7 @@ def tensors_equal(first: list[Tensor], second: list[Tensor]) -> bool:
 def draws(communicator: Communicator, seed: int) -> list[Tensor]:
     """Sub-sampled statistics of the same batch on every rank: the same draw everywhere."""
     model = two_layers()
-    with preconditioner(model, examples_fraction=0.25, seed=seed) as pre:
+    with preconditioner(model, sampling=kfdist.Sampling(examples_fraction=0.25), seed=seed) as pre:
         x, y = rows(16)
         nn.functional.cross_entropy(model(x), y).backward()
         pre.step()

@@ -12,7 +12,7 @@ from kfdist.comm.reduce import GradientReducer
 from kfdist.curvature.averages import decay_at
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverters.ekfac import EkfacBasis
-from kfdist.runtime.settings import FixedLag
+from kfdist.policies.staleness import FixedLag
 from tests.support.delayed_link import DelayedLink
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images

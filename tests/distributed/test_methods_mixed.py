@@ -11,7 +11,7 @@ from kfdist.comm.reduce import GradientReducer
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.cg_fac import ConjugateGradient
 from kfdist.linalg.cg import CgSolution
-from kfdist.runtime.settings import FixedLag
+from kfdist.policies.staleness import FixedLag
 from tests.support.delayed_link import DelayedLink
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images

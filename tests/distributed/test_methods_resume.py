@@ -9,7 +9,7 @@ import torch
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.inverters import make_inverter
 from kfdist.errors import Interrupted
-from kfdist.runtime.settings import FixedLag
+from kfdist.policies.staleness import FixedLag
 from kfdist.runtime.state import merge_states
 from kfdist.wire.tree import pack, unpack
 from tests.support.adoption_runs import TrainingRank
@@ -32,7 +32,7 @@ SHIPS_NOTHING = {"cg-fac", "cg-fac, exchanged", "eva"}
 
 
 def make(communicator: Communicator, kind: str, **options: Any) -> TrainingRank:
-    return TrainingRank(communicator, method=KINDS[kind], adoption=FixedLag(3), **options)
+    return TrainingRank(communicator, **{"method": KINDS[kind], "adoption": FixedLag(3), **options})
 
 
 def save(rank: TrainingRank, path: Path) -> None:
@@ -147,7 +147,7 @@ def test_folded_states_of_four_ranks_go_on_at_one(kind: str, alone: dict[str, di
 
 def until_the_limit(communicator: Communicator, folder: Path) -> int:
     """Version 4 of the first group never comes; the fourth one, inverted by the ranks themselves, is due meanwhile."""
-    rank = make(communicator, "mixed", wait_limit_seconds=0.2)
+    rank = make(communicator, "mixed", adoption=FixedLag(3, wait_limit_seconds=0.2))
     rank.link.withhold = lambda result: result.version == 4
     try:
         while True:

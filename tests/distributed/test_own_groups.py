@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.communicator_set import CommunicatorSet, make_communicators
-from kfdist.runtime.settings import FixedLag
+from kfdist.policies.staleness import FixedLag
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.ranks import run_ranks
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -11,7 +10,7 @@ from kfdist.comm.communicator import Communicator
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.links.link import LinkContext
 from kfdist.links.local import LocalLink
-from kfdist.policies.staleness import StalenessPolicy
+from tests.support.delayed_link import DelayedLink
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn
 
@@ -20,51 +19,64 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
     "ema_decay": (0.9, 0.95),
     "factor_period": (1, 2),
     "inverse_period": (4, 8),
-    "kl_clip": (1e-3, None),
-    "adoption": (kfdist.FixedLag(1), kfdist.FixedLag(2)),
-    "staleness": (StalenessPolicy(soft_bound=20), StalenessPolicy(hard_bound=20)),
-    "seed": (1, 2),
-    "digest_period": (0, 100),
     "fisher": ("empirical", "mc"),
     "weight_sharing": ("expand", "reduce"),
-    "examples_fraction": (1.0, 0.5),
-    "positions_fraction": (1.0, 0.5),
-    "positions_budget": (None, 7),
+    "sampling": (kfdist.Sampling(), kfdist.Sampling(examples_fraction=0.5, positions_fraction=0.5, positions_budget=7)),
+    "skip": ((), ("2",)),
+    "kl_clip": (1e-3, None),
+    "lr": (0.1, None),
+    "adoption": (kfdist.FixedLag(1), kfdist.Asap(hard_bound=20)),
+    "seed": (1, 2),
+    "digest_period": (0, 100),
     "method": ("kfac", "kfac-eigen"),
+    "link": (None, DelayedLink()),
+    "grad_scaler": (None, torch.amp.GradScaler("cpu")),
 }
+SHOWN = {
+    "method": ("[('0', Kfac(", "[('0', KfacEigen("),
+    "link": ("LocalLink", "DelayedLink"),
+    "grad_scaler": ("None", "enabled"),
+}
+"""What stands in the message where it isn't the value."""
+
+
+def first_step(communicator: Communicator, name: str, value: Any) -> str:
+    """Makes a first step with this rank's value of one argument; returns what it raised."""
+    model = small_cnn()
+    arguments = {"method": "kfac", "factor_period": 1, "inverse_period": 4, "damping": 0.1, "lr": 0.1, name: value}
+    pre = kfdist.Preconditioner(model, **arguments)
+    x, y = images(4)
+    output = model(x)
+    pre.observe(output)
+    loss = nn.functional.cross_entropy(output, y)
+    if pre.grad_scaler is None:
+        loss.backward()
+    else:
+        pre.grad_scaler.scale(loss).backward()
+        pre.grad_scaler.unscale_(torch.optim.SGD(model.parameters()))
+    try:
+        pre.step()
+    except ConfigError as error:
+        return str(error)
+    finally:
+        pre.abandon()
+    return ""
 
 
 def first_steps(communicator: Communicator) -> dict[str, str]:
-    """Gives the ranks different values of one argument at a time; returns what the first step said of each."""
-    messages = {}
-    for name, values in DIFFERENT.items():
-        model = small_cnn()
-        arguments = {"method": "kfac", "factor_period": 1, "inverse_period": 4, "damping": 0.1, "lr": 0.1}
-        pre = kfdist.Preconditioner(model, **{**arguments, name: values[communicator.rank]})
-        x, y = images(4)
-        output = model(x)
-        pre.observe(output)
-        nn.functional.cross_entropy(output, y).backward()
-        with pytest.raises(ConfigError) as raised:
-            pre.step()
-        messages[name] = str(raised.value)
-        pre.abandon()
-    return messages
+    """Gives the ranks different values of one argument at a time."""
+    messages = {name: first_step(communicator, name, values[communicator.rank]) for name, values in DIFFERENT.items()}
+    schedules = (lambda step: 0.1 + step, lambda step: 0.1 - step)
+    return {**messages, "alike": first_step(communicator, "damping", schedules[communicator.rank])}
 
 
 def test_ranks_with_different_arguments_are_told_which() -> None:
     for messages in run_ranks(2, first_steps):
-        for name, (first, second) in DIFFERENT.items():
-            assert f"the ranks were given different {name}" in messages[name]
-            assert f"rank 0: {_shown(first)}" in messages[name]
-            assert f"; rank 1: {_shown(second)}" in messages[name]
-
-
-def _shown(value: object) -> str:
-    """How an argument stands in a message; of methods it is the inverter of each block."""
-    if value in DIFFERENT["method"]:
-        return ""
-    return f"FixedLag({value.lag})" if isinstance(value, kfdist.FixedLag) else str(value)
+        for name, values in DIFFERENT.items():
+            first, second = SHOWN.get(name, map(repr, values))
+            assert f"the ranks were given different {name}: rank 0: {first}" in messages[name]
+            assert f"; rank 1: {second}" in messages[name]
+        assert messages["alike"] == "", "schedules are compared by what they say at this step"
 
 
 class UnstartableLink(LocalLink):

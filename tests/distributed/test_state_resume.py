@@ -11,7 +11,7 @@ import torch
 
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import CheckpointError, Interrupted, KfdistError, KfdistWarning
-from kfdist.runtime.settings import FixedLag
+from kfdist.policies.staleness import Adoption, FixedLag
 from kfdist.runtime.state import merge_states
 from kfdist.types import RunSettings
 from kfdist.wire.tree import pack, unpack
@@ -24,12 +24,12 @@ from tests.support.ranks import run_ranks
 LAG, HALF, STEPS = 5, 13, 24
 
 
-def make(communicator: Communicator, *, adoption: str = "fixed-lag", **options: Any) -> TrainingRank:
+def make(communicator: Communicator, *, adoption: str | Adoption = FixedLag(LAG), **options: Any) -> TrainingRank:
     """An inverter that depends on random numbers and on its last version, on owners of random speed."""
     register_moody()
     link = DelayedLink(seed=communicator.rank, longest_polls=10)
     options = {"method": Moody(fails_one_in=5), "inverse_period": 3, **options}
-    return TrainingRank(communicator, link, adoption=FixedLag(LAG) if adoption == "fixed-lag" else adoption, **options)
+    return TrainingRank(communicator, link, adoption=adoption, **options)
 
 
 def save(rank: TrainingRank, path: Path) -> dict[str, Any]:
@@ -50,7 +50,11 @@ def parameters(ranks: list[list[Record]]) -> list[str]:
 
 
 def first_part(
-    communicator: Communicator, directory: Path, steps: int, adoption: str = "fixed-lag", fold: bool = False
+    communicator: Communicator,
+    directory: Path,
+    steps: int,
+    adoption: str | Adoption = FixedLag(LAG),
+    fold: bool = False,
 ) -> tuple[list[Record], dict[str, Any]]:
     """Trains, and saves each rank's own state. On the way, people set another damping."""
     if adoption == "asap":
@@ -72,7 +76,7 @@ def first_part(
 
 
 def second_part(
-    communicator: Communicator, directory: Path, steps: int = STEPS, adoption: str = "fixed-lag"
+    communicator: Communicator, directory: Path, steps: int = STEPS, adoption: str | Adoption = FixedLag(LAG)
 ) -> list[Record]:
     rank = make(communicator, adoption=adoption)
     load(rank, directory / f"{communicator.rank}")
@@ -119,7 +123,7 @@ def test_fixed_lag_resumed_with_versions_in_flight_is_bitwise_the_uninterrupted_
 
 def until_the_limit(communicator: Communicator, directory: Path) -> tuple[list[Record], int]:
     """Version 6 never comes; what the wait at step 11 leaves behind is saved."""
-    rank = make(communicator, wait_limit_seconds=0.3)
+    rank = make(communicator, adoption=FixedLag(LAG, wait_limit_seconds=0.3))
     rank.link.withhold = lambda result: result.version == 6
     records = rank.run(5)
     rank.link.wanted = RunSettings(revision=1, damping=0.3)
@@ -150,7 +154,7 @@ def test_asap_resumes_in_the_middle_of_broadcasts_and_waiting_jobs(tmp_path: Pat
         assert newest >= max(versions, default=0), f"{group}: a version under way was lost"
 
 
-def saves_after_each_step(communicator: Communicator, directory: Path, adoption: str) -> list[Record]:
+def saves_after_each_step(communicator: Communicator, directory: Path, adoption: str | Adoption) -> list[Record]:
     if adoption == "asap":
         slow_broadcasts(seed=communicator.rank, longest_polls=9)
     rank = make(communicator, adoption=adoption)
@@ -166,13 +170,13 @@ def saves_after_each_step(communicator: Communicator, directory: Path, adoption:
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_chaos_every_step_is_a_good_one_to_stop_after(tmp_path: Path) -> None:
-    for adoption in ("fixed-lag", "asap"):
-        (tmp_path / adoption).mkdir()
-        ranks = run_ranks(4, saves_after_each_step, tmp_path / adoption, adoption)
+    for name, adoption in (("fixed-lag", FixedLag(LAG)), ("asap", "asap")):
+        (tmp_path / name).mkdir()
+        ranks = run_ranks(4, saves_after_each_step, tmp_path / name, adoption)
         for step in range(STEPS - 1):
-            rest = run_ranks(4, second_part, tmp_path / adoption / f"{step}", STEPS, adoption)
+            rest = run_ranks(4, second_part, tmp_path / name / f"{step}", STEPS, adoption)
             check_invariants([first[: step + 1] + second for first, second in zip(ranks, rest, strict=True)])
-            if adoption == "fixed-lag":
+            if name == "fixed-lag":
                 assert parameters(rest) == parameters(ranks)[step + 1 :]
 
 
@@ -194,7 +198,7 @@ def on_fewer_ranks(communicator: Communicator, directory: Path, writers: int) ->
 
 @pytest.mark.parametrize("fold", [False, True], ids=["per-rank", "folded"])
 def test_states_of_four_ranks_go_on_at_two_and_one(tmp_path: Path, half: Stopped, fold: bool) -> None:
-    stopped = stop_at_half(tmp_path, "fixed-lag", True) if fold else half
+    stopped = stop_at_half(tmp_path, FixedLag(LAG), True) if fold else half
     states = [unpack((stopped.directory / f"{rank}").read_bytes())["preconditioner"] for rank in range(4)]
     assert {state["statistics"] for state in states} == {"folded" if fold else "per-rank"}
     for world_size in (2, 1):

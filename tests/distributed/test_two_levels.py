@@ -8,8 +8,8 @@ import torch
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.communicator_set import TwoLevelCommunicator, make_communicators
 from kfdist.comm.table import TableExchange
+from kfdist.policies.staleness import FixedLag
 from kfdist.runtime import preconditioner
-from kfdist.runtime.settings import FixedLag
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.delayed_link import DelayedLink
 from tests.support.ranks import run_ranks

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kfdist.curvature.blocks import Block, make_block
+from kfdist.types import WeightSharing
 from tests.support.matrices import gaussian
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -35,7 +36,7 @@ def make_case(name: str) -> tuple[nn.Module, Tensor]:
     return kind(*args, dtype=torch.float64, **kwargs), gaussian(3, *shape, seed=1)
 
 
-def block_of(layer: nn.Module, sharing: str = "expand") -> Block:
+def block_of(layer: nn.Module, sharing: WeightSharing = "expand") -> Block:
     block = make_block("layer", layer, sharing)
     assert isinstance(block, Block), block
     return block

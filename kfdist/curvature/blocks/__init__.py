@@ -1,16 +1,15 @@
 """What each kind of layer contributes to the curvature. `BLOCKS` is the only table of supported layers."""
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from kfdist import checks
 from kfdist.curvature.blocks.base import Block as Block
 from kfdist.curvature.blocks.conv import ConvBlock, ConvTransposeBlock
-from kfdist.curvature.blocks.linear import LinearBlock, Sharing
-from kfdist.types import BlockName
+from kfdist.curvature.blocks.linear import LinearBlock
+from kfdist.types import BlockName, WeightSharing
 
 BLOCKS: dict[type[nn.Module], Callable[[BlockName, Any], Block]] = {
     nn.Linear: LinearBlock,
@@ -23,7 +22,7 @@ BLOCKS: dict[type[nn.Module], Callable[[BlockName, Any], Block]] = {
 }
 
 
-def make_block(name: str, module: nn.Module, sharing: str = "expand") -> Block | str:
+def make_block(name: str, module: nn.Module, sharing: WeightSharing = "expand") -> Block | str:
     """Makes the block of a layer.
 
     Args:
@@ -34,11 +33,7 @@ def make_block(name: str, module: nn.Module, sharing: str = "expand") -> Block |
 
     Returns:
         The block, or one sentence that says why the layer has none: its parameters then keep their plain gradients.
-
-    Raises:
-        ConfigError: `sharing` is neither "expand" nor "reduce".
     """
-    how = checks.choice("weight_sharing", sharing, get_args(Sharing))
     kind = type(module).__name__
     base = next((known for known in BLOCKS if isinstance(module, known)), None)
     if base is None:
@@ -47,7 +42,7 @@ def make_block(name: str, module: nn.Module, sharing: str = "expand") -> Block |
     if reason:
         return f"{kind}: {reason}"
     if isinstance(module, nn.Linear):
-        return LinearBlock(name, module, how)
+        return LinearBlock(name, module, sharing)
     return BLOCKS[base](name, module)
 
 

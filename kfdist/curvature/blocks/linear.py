@@ -1,15 +1,10 @@
 """Fully connected layers (K-FAC, Martens & Grosse, arXiv 1503.05671), also over sequences (arXiv 2311.00636)."""
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from kfdist.curvature.blocks.base import Block
 from kfdist.curvature.blocks.rows import accumulation_dtype
-from kfdist.types import BlockName, BlockShape
-
-Sharing = Literal["expand", "reduce"]
-"""How the positions of a sequence enter the factors; see `LinearBlock`."""
+from kfdist.types import BlockName, BlockShape, WeightSharing
 
 
 class LinearBlock(Block):
@@ -23,7 +18,7 @@ class LinearBlock(Block):
     them would be no unbiased estimate. Gradients and the rows of single examples are the same either way.
     """
 
-    def __init__(self, name: BlockName, module: nn.Linear, sharing: Sharing = "expand") -> None:
+    def __init__(self, name: BlockName, module: nn.Linear, sharing: WeightSharing = "expand") -> None:
         super().__init__(name, module)
         self.shape = BlockShape(d_out=module.out_features, d_in=module.in_features + self.has_bias)
         self._reduces = sharing == "reduce"

@@ -41,26 +41,16 @@ def agree_on_start(pipeline: "Pipeline") -> None:
 
 def _compare_arguments(pipeline: "Pipeline") -> None:
     """Refuses ranks whose schedules would part or whose updates would differ."""
-    settings, step = pipeline.settings, pipeline.next_step
+    parts = pipeline.parts
     own = {
-        "damping (at this step)": pipeline.damping(step),
-        "ema_decay": settings.ema_decay,
-        "factor_period": settings.schedule.factor_period,
-        "inverse_period": settings.schedule.inverse_period,
-        "kl_clip": settings.kl_clip,
-        "adoption": "asap" if settings.lag is None else f"FixedLag({settings.lag})",
-        "staleness": repr(settings.staleness),
-        "seed": settings.seed,
-        "digest_period": settings.digest_period,
-        "fisher": settings.fisher,
-        "weight_sharing": settings.weight_sharing,
-        "examples_fraction": settings.sampling.examples_fraction,
-        "positions_fraction": settings.sampling.positions_fraction,
-        "positions_budget": settings.sampling.most_positions,
-        "method": [[group.name, repr(group.inverter)] for group in pipeline.parts.groups],
+        **pipeline.settings.canonical(pipeline.next_step),
+        "method": repr([(group.name, group.inverter) for group in parts.groups]),
+        # Objects of a rank's own, which can be alike but not equal.
+        "link": type(parts.link).__name__,
+        "grad_scaler": "enabled" if parts.capture.scaled else "None",
     }
     require_equal(
-        pipeline.parts.communicators.training,
+        parts.communicators.training,
         own,
         lambda name, listed: ConfigError(
             f"the ranks were given different {name}: {listed}. Make the Preconditioner with equal arguments on "

@@ -20,14 +20,9 @@ class LearningRates:
     Args:
         lr: A number, a callable of the step, or None to read the attached optimizer.
         needed: Whether there is a KL clip, which cannot do without.
-
-    Raises:
-        ConfigError: `lr` is no number, negative, or not finite.
     """
 
     def __init__(self, lr: Scalar | None, *, needed: bool) -> None:
-        if lr is not None and not callable(lr):
-            _check(lr, "lr")
         self._lr = lr
         self._needed = needed
         self.optimizer: torch.optim.Optimizer | None = None
@@ -58,7 +53,7 @@ class LearningRates:
         """
         if self._lr is not None:
             value = float(self._lr(step) if callable(self._lr) else self._lr)
-            _check(value, f"lr at step {step}")
+            checks.number(f"lr at step {step}", value, least=0, hint="or a callable of the step")
             return lambda _parameter: value
         if self.optimizer is not None:
             return self._of_optimizer(self.optimizer)
@@ -74,10 +69,6 @@ class LearningRates:
         rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
         # A parameter that the optimizer does not know does not move: it adds nothing to the clip's sum.
         return lambda parameter: rates.get(id(parameter), 0.0)
-
-
-def _check(lr: float, field: str) -> None:
-    checks.number(field, lr, least=0, hint="or a callable of the step")
 
 
 def check_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer | None) -> None:

@@ -10,7 +10,7 @@ from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.statistics import Needs
 from kfdist.errors import ConfigError
-from kfdist.types import BlockName, GroupName, GroupSpec
+from kfdist.types import BlockName, Fisher, GroupName, GroupSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class BlockGroup:
         return self.inverter.coupling is not Coupling.NONE
 
 
-def check_fisher(fisher: str, groups: Iterable[BlockGroup]) -> None:
+def check_fisher(fisher: Fisher, groups: Iterable[BlockGroup]) -> None:
     """Refuses methods that take single examples' rows together with the exact Fisher, which sums over all targets."""
     if fisher != "exact":
         return
@@ -56,7 +56,7 @@ def check_fisher(fisher: str, groups: Iterable[BlockGroup]) -> None:
 
 
 def check_applied_rows(
-    groups: Iterable[BlockGroup], *, world_size: int, fisher: str, grad_scaler: torch.amp.GradScaler | None
+    groups: Iterable[BlockGroup], *, world_size: int, fisher: Fisher, grad_scaler: torch.amp.GradScaler | None
 ) -> None:
     """Refuses to multiply inverses onto rows where the gradient isn't the batch's own, by `ConfigError`."""
     group = next((group for group in groups if any(needs.applied_rows for needs in group.needs.values())), None)

@@ -18,7 +18,7 @@ from kfdist.policies.assignment import courier_ranks
 from kfdist.runtime.plan.coverage import Coverage, coverage_of
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.layers import SHARDED, named_layers
-from kfdist.types import BlockName, GroupSpec
+from kfdist.types import BlockName, GroupSpec, WeightSharing
 
 Choice = str | AbstractInverter | Auto
 """An inverter's name or "auto", an inverter, or a chooser of them."""
@@ -68,7 +68,7 @@ def plan_blocks(
     *,
     skip: Sequence[str] = (),
     world_size: int = 1,
-    weight_sharing: str = "expand",
+    weight_sharing: WeightSharing = "expand",
     costs: MeasuredCosts | None = None,
 ) -> BlockPlan:
     """Chooses a block and an inverter for every layer that can have one.
@@ -195,7 +195,7 @@ def _choose(
     module: nn.Module,
     patterns: Mapping[str, AbstractInverter | Auto],
     skip: Sequence[str],
-    weight_sharing: str,
+    weight_sharing: WeightSharing,
     costs: MeasuredCosts | None,
 ) -> _Chosen | str:
     """Returns a layer's block and method, or why it has none."""

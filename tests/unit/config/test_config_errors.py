@@ -47,7 +47,11 @@ BAD = [
     ("checkpoint.statistics=fold", "checkpoint.statistics", ["'per-rank' or 'folded'"]),
     # combinations
     ("cluster.owners=0", "cluster.owners", ['link = "service" needs at least 1', '"local" needs none']),
-    ("preconditioner.inverse_period=7", "preconditioner.inverse_period", ["multiple", "such as 8"]),
+    (
+        "preconditioner.inverse_period=7",
+        "preconditioner.inverse_period",
+        ["is 7", "no multiple", "take 6 or 8"],
+    ),
     ("preconditioner.lag=3", "preconditioner.lag", ["is 3", "fixed-lag"]),
     ("preconditioner.adoption=fixed-lag", "preconditioner.lag", ["is missing", "lag = 5"]),
     ("optimizer.schedule=step", "optimizer.milestones", ["give both or neither"]),

@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from kfdist.curvature.blocks import Block, make_block
-from kfdist.errors import ConfigError
 from kfdist.types import BlockShape
 
 
@@ -73,11 +72,6 @@ def test_a_frozen_bias_is_left_out_of_the_block() -> None:
     assert block.shape == BlockShape(d_out=3, d_in=18, groups=2, convolution=True)
     assert len(block.parameters()) == 1
     assert block.factor_sums(torch.ones(1, 4, 3, 3), torch.ones(1, 6, 1, 1)).A.shape == (2, 18, 18)
-
-
-def test_an_unknown_sharing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="weight_sharing: 'pool' is not allowed; choose one of 'expand', 'reduce'"):
-        make_block("fc", nn.Linear(3, 4), "pool")
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(2, 4, 3), nn.ConvTranspose2d(4, 2, 3, stride=2, groups=2)])

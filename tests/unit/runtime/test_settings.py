@@ -1,0 +1,57 @@
+"""Settings as ranks compare them."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import kfdist
+from kfdist.errors import ConfigError
+from kfdist.runtime.settings import Settings
+
+SETTINGS = Settings(
+    damping=0.1,
+    ema_decay=0.95,
+    factor_period=1,
+    inverse_period=4,
+    fisher="empirical",
+    weight_sharing="expand",
+    sampling=kfdist.Sampling(),
+    skip=(),
+    kl_clip=None,
+    lr=None,
+    adoption=kfdist.Asap(),
+    seed=0,
+    digest_period=0,
+)
+
+
+def test_schedules_are_compared_by_their_value_at_the_step():
+    scheduled = replace(SETTINGS, damping=lambda step: 0.1 * (step + 1))
+    assert scheduled.canonical(0) == SETTINGS.canonical(0)
+    assert scheduled.canonical(1)["damping"] == "0.2"
+    assert scheduled.damping_at(1) == 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fisher", "mc"),
+        ("weight_sharing", "reduce"),
+        ("sampling", kfdist.Sampling(positions_budget=1)),
+        ("adoption", kfdist.Asap(hard_bound=7, at_hard_bound="keep")),
+        ("adoption", kfdist.FixedLag(0)),
+        ("skip", ("a", "b")),
+        ("lr", lambda step: 0.5),
+    ],
+    ids=str,
+)
+def test_a_field_that_differs_is_the_only_one_that_does(name: str, value: Any):
+    changed = replace(SETTINGS, **{name: value}).canonical(0)
+    assert {key for key, text in SETTINGS.canonical(0).items() if changed[key] != text} == {name}
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), "0.1", True, [0.1]])
+def test_other_learning_rates_are_refused(bad: Any):
+    with pytest.raises(ConfigError, match="^lr: .* at least 0"):
+        replace(SETTINGS, lr=bad)
