@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from kfdist.cli.options import AsJson
+
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
@@ -25,7 +27,7 @@ def _papers(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Directory for the figures, papers_a.json and so on.")
     ] = Path("bench-results"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what the papers claim: shown, not shown, or can't be run here. All of it takes some minutes.
 

@@ -9,6 +9,7 @@ import typer
 
 from kfdist.checks import suggestion
 from kfdist.cli import serve_command
+from kfdist.cli.options import AsJson
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ Address = Annotated[
         "--address", metavar="HOST:PORT", envvar="KFDIST_CONTROL_ADDRESS", help="Where the controller serves gRPC."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def register(app: typer.Typer) -> None:

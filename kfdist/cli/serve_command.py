@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kfdist.cli.options import AsJson, ConfigFile, Overrides, load
+
 if TYPE_CHECKING:
     from kfdist.control.controller import Controller
 
@@ -17,12 +19,8 @@ def register(app: typer.Typer) -> None:
 
 
 def _serve(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; the digits run without one.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides one value; repeatable.")
-    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
     state: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The controller's SQLite file; control.database, else in the run directory."),
@@ -30,17 +28,17 @@ def _serve(
     ready_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the addresses there, as JSON, once it serves.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the addresses, and log, as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Serve runs: their members, their assignment, commands to them and /metrics. SIGTERM or Ctrl-C ends it.
 
     Training goes on without a controller; one that is started again on the same file knows all that it acknowledged.
     """
-    from kfdist.config import load_config, to_toml
+    from kfdist.config import to_toml
     from kfdist.control.controller import AnnouncedRun, ControllerOptions, serve
     from kfdist.telemetry.logging import setup_logging
 
-    checked = load_config(config, overrides=overrides or [])
+    checked = load(config, overrides)
     setup_logging(as_json=as_json, fields={"run": checked.run.name})
     database = Path(checked.control.database) if checked.control.database else None
     announced = None

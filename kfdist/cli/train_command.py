@@ -1,9 +1,8 @@
 """`kfdist train`: a whole run on this machine."""
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
+
+from kfdist.cli.options import AsJson, ConfigFile, Overrides, load
 
 _FREE_PORTS = {"control": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0"}}
 """Unless told otherwise, a launch takes free ports, so that two of them can share a machine."""
@@ -15,24 +14,19 @@ def register(app: typer.Typer) -> None:
 
 
 def _train(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; the bundled digits run if not given.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides one value; repeatable.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary, or the error, as JSON.")] = False,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train on this machine: controller, Ray owners and ranks are started, watched and ended.
 
     The same command resumes a run that was stopped. Ctrl-C writes a checkpoint and ends everything; a second one ends
     everything at once.
     """
-    from kfdist.config import load_config
     from kfdist.launch.signals import stop_requests
     from kfdist.launch.terminal import Terminal
 
-    checked = load_config(config, overrides=overrides or [], defaults=_FREE_PORTS)
+    checked = load(config, overrides, defaults=_FREE_PORTS)
     with stop_requests() as requests:
         # torch takes seconds to import; a bad configuration is told before that, and Ctrl-C is heard during it.
         from kfdist.launch.launcher import train

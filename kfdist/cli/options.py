@@ -1,0 +1,51 @@
+"""Arguments and options that several commands share, and the configuration that they add up to."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kfdist.config import Config
+
+ConfigFile = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; the bundled digits run if not given.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; repeatable.")
+]
+Controller = Annotated[
+    str | None,
+    typer.Option(
+        "--controller", metavar="HOST:PORT", help="Where `kfdist serve` listens; control.address if not given."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; errors too.")]
+
+
+def load(
+    config: Path | None,
+    overrides: list[str] | None,
+    *,
+    controller: str | None = None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> "Config":
+    """Loads the configuration that a command was given.
+
+    Args:
+        config: The file; None for the bundled run.
+        overrides: What `--set` was given.
+        controller: What `--controller` was given; it wins over `--set`.
+        defaults: The command's own defaults.
+
+    Raises:
+        ConfigError: A value is wrong.
+    """
+    from kfdist.config import load_config
+
+    given = list(overrides or ())
+    if controller is not None:
+        given.append(f'control.address="{controller}"')  # quoted, so that it is a string whatever it looks like
+    return load_config(config, overrides=given, defaults=defaults)
