@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from kfdist.control.run_rules import RunRecord, RunState
 from kfdist.control.series import Histogram, RunSeries, Sender
-from kfdist.rpc.servers import check_loopback, unbindable
-from kfdist.system.addresses import join_address
+from kfdist.rpc.servers import check_loopback
+from kfdist.system.addresses import join_address, unbindable
 from kfdist.telemetry.metrics import METRICS, Kind, Metric
 from kfdist.types import Sample
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kfdist.comm.rendezvous import host_rendezvous
 from kfdist.config import Config, to_toml
 from kfdist.errors import EnvironmentFault, ExitCode, KfdistError
@@ -25,10 +27,10 @@ from kfdist.launch.outcome import (
     read_summary,
     remove_untrained,
 )
-from kfdist.launch.preflight import preflight
 from kfdist.launch.signals import StopRequests
 from kfdist.launch.supervision import SupervisedProcess
 from kfdist.launch.terminal import Terminal, summary_line
+from kfdist.system.addresses import check_bindable, split_address
 from kfdist.system.lifetime import LAUNCH_VARIABLE, PARENT_VARIABLE
 from kfdist.system.processes import (
     Child,
@@ -39,7 +41,9 @@ from kfdist.system.processes import (
     reap_orphans,
     sweep,
 )
-from kfdist.system.spawn import inherited_environment
+from kfdist.system.spawn import inherited_environment, module_command
+from kfdist.training.run_directory import inspect_run
+from kfdist.training.setup import gather_materials
 
 CONTROLLER_READY_SECONDS = 30.0
 POOL_READY_SECONDS = 120.0
@@ -72,9 +76,15 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
         ConfigError: A value is wrong; nothing was started.
         EnvironmentFault: Something the run needs could not be had, or a process failed.
     """
-    if not (status := preflight(config)).finished:
+    finished = inspect_run(config).finished
+    # The device a rank will use is its own to find; everything else is the same on the CPU.
+    gather_materials(config, config.cluster.workers, torch.device("cpu"))
+    if config.cluster.link == "service":
+        check_bindable(*split_address(config.control.address), path="control.address")
+        check_bindable(*split_address(config.control.metrics_address), path="control.metrics_address")
+    if not finished:
         return Launch(config, terminal, requests).run()
-    terminal.say(status.finished)
+    terminal.say(finished)
     terminal.result(read_summary(config.run.directory))
     return ExitCode.DONE
 
@@ -184,8 +194,7 @@ class Launch:
         marks = {LAUNCH_VARIABLE: self._mark, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         return Command(
             name=name,
-            # -P: a file named like a standard module in the working directory must not be imported in its place.
-            arguments=("-P", "-m", "kfdist", subcommand, str(config_file), *arguments),
+            line=module_command("kfdist", subcommand, str(config_file), *arguments),
             environment={**inherited_environment(os.environ), **marks, **(variables or {})},
             log=self._config.run.directory / "logs" / f"{name.replace(' ', '-')}.log",
             terminal=self._terminal.descriptor if name == "rank 0" else None,

@@ -1,12 +1,10 @@
 """Server options, and binding to an address with a sentence when that fails."""
 
-import errno
-import socket
 from typing import Protocol
 
-from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.errors import ConfigError
 from kfdist.rpc.channels import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, Options, message_limits
-from kfdist.system.addresses import is_loopback, join_address, split_address
+from kfdist.system.addresses import check_bindable, is_loopback, join_address, split_address, unbindable
 
 MAX_STREAMS_PER_CONNECTION = 1024
 
@@ -70,8 +68,7 @@ def bind(server: Bindable, address: str, *, path: str = "control.address") -> st
         EnvironmentFault: The address is in use, or this machine doesn't have it.
     """
     host, port = check_loopback(address, path=path)
-    if reason := _obstacle(host, port):  # asked first, since gRPC writes lines of its own to standard error
-        raise _unbindable(host, port, reason, path=path)
+    check_bindable(host, port, path=path)  # asked first, since gRPC writes lines of its own to standard error
     try:
         bound = server.add_insecure_port(address)
     except RuntimeError:
@@ -79,28 +76,3 @@ def bind(server: Bindable, address: str, *, path: str = "control.address") -> st
     if bound == 0:
         raise unbindable(host, port, path=path)
     return join_address(host, bound)
-
-
-def unbindable(host: str, port: int, *, path: str) -> EnvironmentFault:
-    """Returns the fault that says why an address could not be bound, and what to do."""
-    return _unbindable(host, port, _obstacle(host, port) or "could not be bound; try again", path=path)
-
-
-def _unbindable(host: str, port: int, reason: str, *, path: str) -> EnvironmentFault:
-    return EnvironmentFault(
-        f"{join_address(host, port)} {reason}, "
-        f"or choose another address with --set {path}={join_address(host, 0)} (any free port)"
-    )
-
-
-def _obstacle(host: str, port: int) -> str:
-    """Returns why an address can't be bound just now, or an empty string."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: connections of old don't count
-            probe.bind((host, port))
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return "is in use by another process; end that one"
-        return f"can't be bound ({error.strerror}); use one that this machine has"
-    return ""

@@ -1,6 +1,10 @@
-"""Addresses of servers as people write them: host:port."""
+"""Addresses of servers as users write them, host:port, and whether this machine can bind them."""
 
+import errno
 import ipaddress
+import socket
+
+from kfdist.errors import EnvironmentFault
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -32,3 +36,43 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_bindable(host: str, port: int, *, path: str) -> None:
+    """Checks that a server could bind an address just now; port 0, any free one, always can.
+
+    Args:
+        host: Name or address of an interface of this machine.
+        port: The port.
+        path: The configuration field to change when the address can't be had.
+
+    Raises:
+        EnvironmentFault: It is in use, or this machine doesn't have it.
+    """
+    if reason := _obstacle(host, port):
+        raise _unbindable(host, port, reason, path)
+
+
+def unbindable(host: str, port: int, *, path: str) -> EnvironmentFault:
+    """Returns the fault that says why an address could not be bound, and what to do; arguments as `check_bindable`."""
+    return _unbindable(host, port, _obstacle(host, port) or "could not be bound; try again", path)
+
+
+def _unbindable(host: str, port: int, reason: str, path: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"{join_address(host, port)} {reason}, "
+        f"or choose another address with --set {path}={join_address(host, 0)} (any free port)"
+    )
+
+
+def _obstacle(host: str, port: int) -> str:
+    """Returns why an address can't be bound just now, or an empty string."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the past don't count
+            probe.bind((host, port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return "is in use by another process; end that one"
+        return f"can't be bound ({error.strerror}); use one that this machine has"
+    return ""

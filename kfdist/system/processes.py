@@ -10,7 +10,6 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +26,14 @@ class Command:
 
     Attributes:
         name: What people call it, such as "rank 0"; also names its log file.
-        arguments: Arguments of the Python interpreter.
+        line: The program and its arguments.
         environment: All of its environment.
         log: File that its output is appended to.
         terminal: Descriptor that standard output goes to; None: to the log, too.
     """
 
     name: str
-    arguments: Sequence[str]
+    line: Sequence[str]
     environment: Mapping[str, str]
     log: Path
     terminal: int | None = None
@@ -49,7 +48,7 @@ class Child:
         with command.log.open("ab") as log:
             self._log_start = log.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
-                [sys.executable, *command.arguments],
+                command.line,
                 env=dict(command.environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log if command.terminal is None else command.terminal,

@@ -106,7 +106,7 @@ def test_a_second_controller_on_the_same_port_is_refused(tmp_path, controller):
 
 def test_grpc_itself_refuses_a_port_in_use(tmp_path, controller, monkeypatch):
     # Between our own look and gRPC's binding somebody may have come; without so_reuseport=0 both would serve.
-    monkeypatch.setattr("kfdist.rpc.servers._obstacle", lambda host, port: "")
+    monkeypatch.setattr("kfdist.system.addresses._obstacle", lambda host, port: "")
     with pytest.raises(EnvironmentFault, match=f"{controller.address} could not be bound"):
         ControllerThread(tmp_path / "c.sqlite", address=controller.address)
 

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +20,12 @@ from kfdist.system.processes import Child, Command
 
 def _ended_child(tmp_path: Path, script: str) -> tuple[Child, int]:
     child = Child(
-        Command(name="rank 1", arguments=("-c", script), environment=dict(os.environ), log=tmp_path / "rank-1.log")
+        Command(
+            name="rank 1",
+            line=(sys.executable, "-c", script),
+            environment=dict(os.environ),
+            log=tmp_path / "rank-1.log",
+        )
     )
     deadline = time.monotonic() + 10
     while (code := child.poll()) is None:

@@ -1,4 +1,5 @@
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -24,9 +25,9 @@ def _service(tmp_path: Path, fate: str) -> SupervisedProcess:
     ready = tmp_path / "ready.json"
 
     def command(restarts: int) -> Command:
-        arguments = ("-c", _SCRIPT, str(ready), str(tmp_path / "fate"), f"--restarts={restarts}")
+        line = (sys.executable, "-c", _SCRIPT, str(ready), str(tmp_path / "fate"), f"--restarts={restarts}")
         log = tmp_path / "service.log"
-        return Command(name="service", arguments=arguments, environment=dict(os.environ), log=log)
+        return Command(name="service", line=line, environment=dict(os.environ), log=log)
 
     return SupervisedProcess(command, ready)
 

@@ -15,7 +15,7 @@ from kfdist.system.processes import Child, Command, children_of, describe_exit, 
 def _command(tmp_path: Path, script: str, **environment: str) -> Command:
     return Command(
         name="child",
-        arguments=("-c", script),
+        line=(sys.executable, "-c", script),
         environment={**os.environ, **environment},
         log=tmp_path / "child.log",
     )
