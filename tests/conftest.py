@@ -1,9 +1,11 @@
 """What holds for the whole suite: one thread per process, no configuration from outside, no process left behind."""
 
+import logging
 import os
 import signal
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,17 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in [name for name in os.environ if name.startswith("KFDIST_")]:
         del os.environ[name]
     os.environ[_MARK] = uuid.uuid4().hex
+
+
+@pytest.fixture(autouse=True)
+def logger_restored() -> Iterator[None]:
+    """Undoes what a command that runs in this process does to kfdist's logger."""
+    logger = logging.getLogger("kfdist")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate
 
 
 @pytest.hookimpl(trylast=True)

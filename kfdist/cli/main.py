@@ -18,6 +18,7 @@ import typer
 from kfdist.cli import bench_command, control_commands, pool_command, train_command, worker_command
 from kfdist.errors import ConfigError, ExitCode, KfdistError
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
+from kfdist.telemetry.logging import setup_logging
 
 app = typer.Typer(
     name="kfdist",
@@ -66,6 +67,8 @@ def run() -> int:
     """Runs the command line and returns its exit code; an expected error is one sentence, without a stack trace."""
     if (launcher := launcher_pid()) is not None:
         terminate_with_process(launcher)
+    rank = os.environ.get("RANK")  # torchrun's and the launcher's; ranks may share a terminal
+    setup_logging(as_json="--json" in sys.argv, fields={} if rank is None else {"rank": rank})
     try:
         app()
     except SystemExit as ended:

@@ -1,7 +1,8 @@
 """`kfdist pool`: owners on a Ray."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +36,14 @@ def _pool(
     """
     from kfdist.pool.command import PoolCommand, run_pool
 
+    def say(owners: list[dict[str, Any]]) -> None:
+        if as_json:
+            shown = [{key: owner[key] for key in ("owner_id", "address", "pid", "fingerprint")} for owner in owners]
+            print(json.dumps({"owners": shown}), flush=True)
+            return
+        for owner in owners:
+            print(f"pool: {owner['owner_id']} inverts at {owner['address']} (process {owner['pid']})", flush=True)
+
     checked = load(config, overrides, controller=controller)
     run_pool(
         PoolCommand(
@@ -46,6 +55,6 @@ def _pool(
             directory=directory,
             ready_file=ready_file,
             parent_pid=parent_pid,
-            as_json=as_json,
-        )
+        ),
+        on_ready=say,
     )

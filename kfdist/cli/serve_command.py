@@ -36,10 +36,8 @@ def _serve(
     """
     from kfdist.config import to_toml
     from kfdist.control.controller import AnnouncedRun, ControllerOptions, serve
-    from kfdist.telemetry.logging import setup_logging
 
     checked = load(config, overrides)
-    setup_logging(as_json=as_json, fields={"run": checked.run.name})
     database = Path(checked.control.database) if checked.control.database else None
     announced = None
     if config is not None:

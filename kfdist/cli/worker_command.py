@@ -19,4 +19,7 @@ def _worker(config: ConfigFile = None, overrides: Overrides = None, controller: 
     checked = load(config, overrides, controller=controller)
     from kfdist.training.worker import run_worker
 
-    raise typer.Exit(run_worker(checked))
+    ending = run_worker(checked)
+    if ending.message:
+        print(ending.message, flush=True)
+    raise typer.Exit(ending.code)

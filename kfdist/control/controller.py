@@ -1,7 +1,6 @@
 """The controller as a whole: store, ledger, leases, services, health, reflection and /metrics, from start to end."""
 
 import asyncio
-import json
 import logging
 import signal
 import time
@@ -23,10 +22,9 @@ from kfdist.control.run_rules import Change, RunRecord, announced
 from kfdist.control.run_service import RunService
 from kfdist.control.store import Store
 from kfdist.control.watchers import QUEUED_CHANGES
-from kfdist.errors import EnvironmentFault
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
 from kfdist.rpc.servers import bind, server_options
-from kfdist.system.files import replace_file
+from kfdist.system.files import write_ready_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -185,7 +183,8 @@ async def _serve(
     await controller.start()
     try:
         if ready_file is not None:
-            _say_ready(ready_file, controller)
+            content = {"address": controller.address, "metrics_address": controller.metrics_address}
+            write_ready_file(ready_file, content)
         if on_ready is not None:
             on_ready(controller)
         _LOG.info("serving on %s, metrics on %s", controller.address, controller.metrics_address)
@@ -193,11 +192,3 @@ async def _serve(
         _LOG.info("ending")
     finally:
         await controller.stop()
-
-
-def _say_ready(path: Path, controller: Controller) -> None:
-    content = {"address": controller.address, "metrics_address": controller.metrics_address}
-    try:
-        replace_file(path, (json.dumps(content) + "\n").encode())
-    except OSError as error:
-        raise EnvironmentFault(f"the ready file {path} can't be written: {error.strerror}; choose another") from None

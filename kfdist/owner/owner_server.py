@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import threading
 from collections.abc import Coroutine, Iterable, Mapping
@@ -18,7 +19,10 @@ from kfdist.owner.membership import Membership
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import add_InversionServiceServicer_to_server
 from kfdist.rpc.servers import bind, server_options
+from kfdist.system.files import replace_file
 from kfdist.types import Sample
+
+_LOG = logging.getLogger(__name__)
 
 _START_SECONDS = 30.0
 _RETRY_SECONDS = 1.0
@@ -138,7 +142,7 @@ class OwnerServer:
             try:
                 self._fingerprint = await asyncio.to_thread(self._executor.fingerprint)
             except ExecutionFailed as failure:
-                print(f"kfdist {self._options.owner_id}: {failure}; trying again", flush=True)
+                _LOG.warning("%s: %s; trying again", self._options.owner_id, failure)
                 await asyncio.sleep(_RETRY_SECONDS)
         self._servicer.set_fingerprint(self._fingerprint)
         owner = inversion_pb2.Owner(owner_id=self._options.owner_id, address=address, fingerprint=self._fingerprint)
@@ -210,6 +214,5 @@ class _Memory:
     def _write(self, port: int) -> None:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            new = self._path.with_suffix(".new")
-            new.write_text(json.dumps({"port": port, "starts": self.starts, "pid": os.getpid()}), encoding="utf-8")
-            new.replace(self._path)
+            content = {"port": port, "starts": self.starts, "pid": os.getpid()}
+            replace_file(self._path, json.dumps(content).encode())

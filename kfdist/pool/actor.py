@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kfdist.owner.owner_server import OwnerOptions, OwnerServer
+from kfdist.telemetry.logging import setup_logging
 
 
 class Owner:
@@ -18,6 +19,7 @@ class Owner:
         Args:
             options: The fields of `OwnerOptions`.
         """
+        setup_logging()
         self._server = OwnerServer(OwnerOptions(**options))
 
     def ping(self) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """A pool from its start to its end, as `kfdist pool` runs it."""
 
-import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.errors import ConfigError
 from kfdist.pool.ray_cluster import ClusterOptions, RayCluster
 from kfdist.pool.supervisor import PoolOptions, Supervisor
+from kfdist.system.files import write_ready_file
 from kfdist.system.lifetime import watch_process
+
+OnReady = Callable[[list[dict[str, Any]]], None]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -32,7 +33,6 @@ class PoolCommand:
         directory: What to name the pool's directory; a new one under /tmp if None.
         ready_file: Written, as JSON, once all owners are registered.
         parent_pid: The pool ends when this process does.
-        as_json: Whether to print JSON.
     """
 
     run: str
@@ -43,15 +43,18 @@ class PoolCommand:
     directory: Path | None = None
     ready_file: Path | None = None
     parent_pid: int | None = None
-    as_json: bool = False
 
 
 class _Ended(BaseException):
     """Somebody asked the pool to end in the middle of its start."""
 
 
-def run_pool(command: PoolCommand) -> None:
+def run_pool(command: PoolCommand, on_ready: OnReady) -> None:
     """Keeps a pool up until SIGTERM, SIGINT or the end of its parent. To be called in the main thread.
+
+    Args:
+        command: What to keep up.
+        on_ready: Called once all owners are registered, with what each says of itself.
 
     Raises:
         ConfigError: No owners are asked for, or no controller's address is known.
@@ -78,54 +81,34 @@ def run_pool(command: PoolCommand) -> None:
             )
             try:
                 expect_no_more()
-                _supervise(cluster, command, ended.is_set)
+                _supervise(cluster, command, on_ready, ended.is_set)
             finally:
                 cluster.close()
     except _Ended:
         pass
 
 
-def _supervise(cluster: RayCluster, command: PoolCommand, ended: Callable[[], bool]) -> None:
+def _supervise(cluster: RayCluster, command: PoolCommand, on_ready: OnReady, ended: Callable[[], bool]) -> None:
     options = PoolOptions(owners=command.owners, threads=command.threads, controller=command.controller)
     supervisor = Supervisor(cluster, options)
     supervisor.wait_until_registered(ended)
     if ended():
         return
     told = supervisor.restarts()
-    _announce(supervisor.status(), cluster.directory, command, told)
+    _write_ready_file(command, cluster.directory, told)
+    on_ready(supervisor.status())
     while not ended():
         supervisor.watch()
         if supervisor.restarts() != told:
             told = supervisor.restarts()
-            _write_ready_file(supervisor.status(), cluster.directory, command, told)
+            _write_ready_file(command, cluster.directory, told)
 
 
-def _announce(owners: list[dict[str, Any]], directory: Path, command: PoolCommand, restarts: int) -> None:
-    _write_ready_file(owners, directory, command, restarts)
-    if command.as_json:
-        shown = [{key: owner[key] for key in ("owner_id", "address", "pid", "fingerprint")} for owner in owners]
-        print(json.dumps({"owners": shown}))
-    else:
-        for owner in owners:
-            print(f"pool: {owner['owner_id']} inverts at {owner['address']} (process {owner['pid']})")
-    sys.stdout.flush()
-
-
-def _write_ready_file(owners: list[dict[str, Any]], directory: Path, command: PoolCommand, restarts: int) -> None:
+def _write_ready_file(command: PoolCommand, directory: Path, restarts: int) -> None:
     """Tells a launcher, at the start and again at every restart of an owner, how the pool is."""
     if command.ready_file is not None:
-        content = {"owners": len(owners), "owner_restarts": restarts, "pid": os.getpid(), "directory": str(directory)}
-        _write_whole(command.ready_file, content)
-
-
-def _write_whole(path: Path, content: dict[str, Any]) -> None:
-    # Renamed into place: whoever waits for the file never reads half of it.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise EnvironmentFault(f"the ready file {path} can't be written: {error.strerror}; choose another") from None
+        content = {"owners": command.owners, "owner_restarts": restarts, "pid": os.getpid()}
+        write_ready_file(command.ready_file, {**content, "directory": str(directory)})
 
 
 @contextmanager

@@ -7,12 +7,12 @@ no HOME. Ray listens on all interfaces, whatever it is told: the token keeps oth
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from kfdist.errors import EnvironmentFault
 from kfdist.pool import guardian
 from kfdist.pool.ray_directory import make_directory, remove_stale
 from kfdist.system.spawn import module_command, with_package
+
+_LOG = logging.getLogger(__name__)
 
 LOCAL = "local"
 
@@ -101,7 +103,7 @@ class RayCluster:
         with contextlib.suppress(Exception):  # Whatever it can't end in order is swept next.
             self.ray.shutdown()
         if left := guardian.sweep(self.directory):
-            print(f"kfdist: processes {sorted(left)} of Ray outlast SIGKILL", file=sys.stderr)
+            _LOG.warning("processes %s of Ray outlast SIGKILL", sorted(left))
         guardian.remove(self.directory)
         self._hold.close()
         if self._guardian.poll() is None:

@@ -6,9 +6,9 @@ pinged, and one that doesn't answer is killed, which makes it Ray's business aga
 
 import contextlib
 import importlib
+import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +19,8 @@ from kfdist.errors import EnvironmentFault
 from kfdist.owner.owner_server import remembered_pid
 from kfdist.pool.actor import Owner
 from kfdist.pool.ray_cluster import RayCluster
+
+_LOG = logging.getLogger(__name__)
 
 _PING_PERIOD_SECONDS = 1.0
 _TICK_SECONDS = 0.2
@@ -107,7 +109,7 @@ class Supervisor:
                 raise EnvironmentFault(f"after {self._options.start_seconds:g} s, {self._why(waiting)}")
             if now - reported > _REPORT_SECONDS:
                 reported = now
-                print(f"kfdist pool: {self._why(waiting)}; still trying", file=sys.stderr, flush=True)
+                _LOG.warning("%s; still trying", self._why(waiting))
 
     def watch(self) -> None:
         """Looks after all owners once; takes a fraction of a second."""
@@ -192,14 +194,14 @@ class Supervisor:
             # Its process has ended and Ray is starting another one; the next ping waits for that.
             slot.status, slot.pause_until = {}, time.monotonic() + _TICK_SECONDS
         except errors.ActorDiedError as error:
-            self._say(f"{name} can't be started again by Ray, so another one takes its place: {_first_line(error)}")
+            _LOG.warning("%s can't be started again by Ray; another one takes its place: %s", name, _first_line(error))
             slot.status, slot.pause_until = {}, time.monotonic() + _PING_PERIOD_SECONDS
             slot.actor = self._make_actor(slot.options)
         except errors.RayTaskError as error:
             self._kill(slot, f"says that it is broken: {_first_line(error.cause)}")
         else:
             if status["restarts"] and status["pid"] != slot.status.get("pid"):
-                self._say(f"{name} is back at {status['address']} (restart {status['restarts']})")
+                _LOG.info("%s is back at %s (restart %s)", name, status["address"], status["restarts"])
             slot.status, slot.restarts = status, max(slot.restarts, status["restarts"])
 
     def _kill(self, slot: _Slot, reason: str) -> None:
@@ -207,7 +209,7 @@ class Supervisor:
         name, slot.ping, slot.status = slot.options["owner_id"], None, {}
         slot.pause_until = time.monotonic() + _PING_PERIOD_SECONDS
         pid = remembered_pid(self._directory, name)
-        self._say(f"{name} (process {pid or 'not known'}) {reason}; it is killed and started again")
+        _LOG.warning("%s (process %s) %s; it is killed and started again", name, pid or "not known", reason)
         # Its number may be somebody else's by now.
         with contextlib.suppress(OSError):
             if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(_TITLE):
@@ -234,9 +236,6 @@ class Supervisor:
                 reason = f"can't register, as no controller answers at {self._options.controller}"
             reasons.append(f"{slot.options['owner_id']} {reason}")
         return "; ".join(reasons)
-
-    def _say(self, sentence: str) -> None:
-        print(f"kfdist pool: {sentence}", file=sys.stderr, flush=True)
 
 
 def _first_line(error: object) -> str:

@@ -1,7 +1,12 @@
 """Files that are either wholly on the disk or not there at all, also when the power fails."""
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from kfdist.errors import EnvironmentFault
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -40,3 +45,19 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_ready_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Tells whoever waits for a file to appear that this process serves.
+
+    Args:
+        path: The file; a later call replaces it.
+        content: What it says, as JSON.
+
+    Raises:
+        EnvironmentFault: It can't be written.
+    """
+    try:
+        replace_file(path, (json.dumps(content) + "\n").encode())
+    except OSError as error:
+        raise EnvironmentFault(f"the ready file {path} can't be written: {error.strerror}; choose another") from None

@@ -1,12 +1,14 @@
 """`metrics.jsonl`: what happened in a run, one JSON object a line, readable while it grows."""
 
 import json
+import logging
 import math
-import sys
 import time
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
+
+_LOG = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -52,7 +54,7 @@ class MetricsLog:
     def _lose(self, error: OSError) -> None:
         self.lost += 1
         if self.lost == 1:
-            print(f"kfdist: metrics.jsonl can't be written ({error}); the run goes on without it", file=sys.stderr)
+            _LOG.warning("metrics.jsonl can't be written (%s); the run goes on without it", error)
 
     def close(self) -> None:
         """Closes the file."""

@@ -63,7 +63,8 @@ class PlainProgress:
 
     def say(self, text: str) -> None:
         """Prints a line."""
-        print(text, file=self._stream, flush=True)
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
 
     def close(self) -> None:
         """Does nothing: there is nothing to give back."""

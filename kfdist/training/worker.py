@@ -4,6 +4,7 @@ import hashlib
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -32,11 +33,21 @@ from kfdist.training.summary import gather_totals, summarise, versions, write_su
 from kfdist.training.trainer import Outputs, Trainer
 
 
-def run_worker(config: Config) -> int:
-    """Runs this rank of a run; torchrun's variables say which one it is.
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a rank ended.
 
-    Returns:
-        The exit code: 0 finished, 75 stopped and resumable.
+    Attributes:
+        code: The exit code: 0 finished, 75 stopped and resumable.
+        message: What to tell the user; empty on ranks other than 0, and where the summary says it all.
+    """
+
+    code: ExitCode
+    message: str = ""
+
+
+def run_worker(config: Config) -> Ending:
+    """Runs this rank of a run; torchrun's variables say which one it is.
 
     Raises:
         ConfigError: A value is wrong. Nothing has been made.
@@ -56,11 +67,8 @@ def run_worker(config: Config) -> int:
         communicator.close()
 
 
-def train_together(config: Config, communicator: Communicator, device: torch.device) -> int:
+def train_together(config: Config, communicator: Communicator, device: torch.device) -> Ending:
     """Runs a run on ranks that have met; all of them must call it.
-
-    Returns:
-        The exit code, as for `run_worker`.
 
     Raises:
         ConfigError, EnvironmentFault, LossNotFinite: As for `run_worker`.
@@ -69,9 +77,7 @@ def train_together(config: Config, communicator: Communicator, device: torch.dev
     materials = gather_materials(config, communicator.world_size, device)
     finished = on_rank_zero(communicator, lambda: inspect_run(config).finished)
     if finished:
-        if communicator.rank == 0:
-            print(finished, flush=True)
-        return ExitCode.DONE
+        return Ending(code=ExitCode.DONE, message=finished if communicator.rank == 0 else "")
     return _Start(config, communicator, materials).run()
 
 
@@ -96,7 +102,7 @@ class _Start:
         self._directory: RunDirectory | None = None
         self._trained = False
 
-    def run(self) -> int:
+    def run(self) -> Ending:
         opened = on_rank_zero(self._communicator, self._open_directory)
         costs = None if opened["costs"] is None else MeasuredCosts.from_json(opened["costs"])
         try:
@@ -127,7 +133,7 @@ class _Start:
                     {"status": "failed", "run": self._config.run.name, "error": sentence, "versions": versions()},
                 )
 
-    def _train(self, epoch: int, costs: MeasuredCosts | None) -> int:
+    def _train(self, epoch: int, costs: MeasuredCosts | None) -> Ending:
         config, communicator = self._config, self._communicator
         store = CheckpointStore(config.run.directory / "checkpoints", communicator, keep=config.checkpoint.keep)
         newest = store.newest()
@@ -162,9 +168,10 @@ class _Start:
             log.close()
         if self._directory is not None:
             write_summary(self._directory.path, summary)
-        if stopped and communicator.rank == 0:
-            print(f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume", flush=True)
-        return ExitCode.RESUMABLE if stopped else ExitCode.DONE
+        if not stopped:
+            return Ending(code=ExitCode.DONE)
+        message = f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume"
+        return Ending(code=ExitCode.RESUMABLE, message=message if communicator.rank == 0 else "")
 
     def _summary(self, training: Training, trainer: Trainer, epoch: int, stopped: str) -> dict[str, Any]:
         totals = gather_totals(training, len(trainer.step_seconds))

@@ -107,7 +107,7 @@ def _train_rank(
         prepare(communicator.rank)
     if stop is not None and stop.worker_rank == communicator.rank:
         threading.Thread(target=_send, args=(Path(directory), stop), daemon=True).start()
-    return int(train_together(config, communicator, torch.device("cpu")))
+    return train_together(config, communicator, torch.device("cpu")).code
 
 
 def _send(directory: Path, stop: Stop) -> None:
