@@ -127,7 +127,7 @@ def test_a_port_in_use_exits_with_1(tmp_path: Path, field: str):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         code, output = run("train", "--set", f"{field}={address}", "--set", f"run.dir={directory}")
     assert code == 1, output
-    assert field in output and address in output and "another port" in output
+    assert field in output and address in output and "another address" in output
     assert not directory.exists()
 
 
