@@ -1,8 +1,8 @@
-"""Channels to kfdist's own servers: limits, keepalive, and which calls gRPC may repeat by itself.
+"""Channels to kfdist's servers: limits, keepalive, and which calls gRPC may repeat by itself.
 
-A call is repeated only on UNAVAILABLE and only where doing it twice is the same as doing it once: reads, registrations
-(the newest wins), and mutations, which carry a request id that the controller answers once. `Invert` isn't among them:
-gRPC would have to keep the payload for it, and the courier re-submits by itself, to another owner if need be.
+A call is repeated only on UNAVAILABLE, and only if doing it twice has the same effect as once: reads, registrations
+(the newest wins), and mutations, which carry a request id that the controller answers once. `Invert` is never repeated:
+gRPC would have to keep the payload for it, and the courier re-submits it, to another owner if need be.
 """
 
 import json
@@ -14,10 +14,10 @@ import grpc.aio
 from kfdist.types import CHUNK_BYTES
 
 MAX_MESSAGE_BYTES = 4 * CHUNK_BYTES
-"""Largest message either side takes: a chunk, a thousand groups or a batch of samples, but never a tensor."""
+"""Largest message that either side accepts: a chunk, a thousand groups or a batch of samples, but never a tensor."""
 
 CALL_SECONDS = 10.0
-"""Deadline of a unary call where its caller has no better one."""
+"""Deadline of a unary call whose caller has no better one."""
 
 KEEPALIVE_SECONDS = 20
 KEEPALIVE_TIMEOUT_SECONDS = 10
@@ -48,7 +48,7 @@ def service_config() -> str:
 
 
 def message_limits() -> Options:
-    """Returns the options that bound messages, for channels and servers alike."""
+    """Returns the options that limit messages, for channels and servers alike."""
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -61,15 +61,15 @@ def channel_options() -> Options:
         *message_limits(),
         ("grpc.service_config", service_config()),
         ("grpc.service_config_disable_resolution", 1),
-        ("grpc.enable_http_proxy", 0),  # an http_proxy of the environment is not for loopback
+        ("grpc.enable_http_proxy", 0),  # an http_proxy from the environment isn't meant for loopback
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         ("grpc.http2.max_pings_without_data", 0),  # a quiet stream may be pinged for as long as it lives
-        # A server that was restarted is found again within a second or two.
+        # A restarted server is found again within a second or two.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 1000),
         ("grpc.max_reconnect_backoff_ms", 2000),
-        # Channels to one address don't share a connection, and so not its backoff or its flow control either.
+        # Channels to one address don't share a connection, nor its backoff and flow control.
         ("grpc.use_local_subchannel_pool", 1),
     ]
 

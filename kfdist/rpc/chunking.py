@@ -1,4 +1,4 @@
-"""Payloads as chunks: cut on one side, put together and verified on the other."""
+"""Payloads as chunks: split on one side, joined and verified on the other."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from kfdist.types import CHUNK_BYTES
 
 
 class PayloadError(KfdistError):
-    """A payload didn't arrive as its header said."""
+    """A payload differs from what its header said."""
 
 
 class PayloadTooLarge(KfdistError):
-    """A payload is larger than its receiver takes; nothing was allocated for it."""
+    """A payload is larger than its receiver accepts; nothing was allocated for it."""
 
 
 def digest_of(payload: bytes | bytearray | memoryview) -> str:
@@ -25,7 +25,7 @@ def split(payload: bytes | bytearray | memoryview, *, chunk_bytes: int = CHUNK_B
 
     Args:
         payload: The bytes; copied chunk by chunk, so that a large one isn't held twice.
-        chunk_bytes: Size of all chunks but the last.
+        chunk_bytes: Size of all chunks except the last.
     """
     view = memoryview(payload).cast("B")
     for start in range(0, len(view), chunk_bytes):
@@ -33,7 +33,7 @@ def split(payload: bytes | bytearray | memoryview, *, chunk_bytes: int = CHUNK_B
 
 
 class Assembler:
-    """Puts chunks together again; nothing is trusted until `finish` has compared the digest."""
+    """Joins chunks; nothing is trusted until `finish` has compared the digest."""
 
     def __init__(self, size: int, digest: str, *, limit_bytes: int) -> None:
         """Begins a payload.
@@ -41,10 +41,10 @@ class Assembler:
         Args:
             size: Bytes of the whole payload, as its header says.
             digest: Its SHA-256, hexadecimal, as its header says.
-            limit_bytes: The largest payload the receiver takes.
+            limit_bytes: The largest payload that the receiver accepts.
 
         Raises:
-            PayloadError: The size is negative or the digest no SHA-256.
+            PayloadError: The size is negative, or the digest isn't a SHA-256.
             PayloadTooLarge: The size is over the limit.
         """
         if size < 0:
@@ -56,7 +56,7 @@ class Assembler:
         self._size = size
         self._digest = digest
         self._hash = hashlib.sha256()
-        # Grows with what really arrives: a header alone can't make us allocate.
+        # Grows with what arrives: a header alone can't cause an allocation.
         self._received = bytearray()
 
     @property

@@ -1,4 +1,4 @@
-"""Server options, and binding to an address with a sentence when that fails."""
+"""Options of gRPC servers, and binding them to an address or saying why that fails."""
 
 from typing import Protocol
 
@@ -21,12 +21,12 @@ def server_options() -> Options:
     """Returns the options of every kfdist server."""
     return [
         *message_limits(),
-        # By default a second server binds the same port without an error and takes half of the calls.
+        # By default a second server binds the same port without an error and gets half of the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
-        # Clients ping every KEEPALIVE_SECONDS; without this the server takes that for abuse and drops them.
+        # Clients ping every KEEPALIVE_SECONDS; by default the server would treat that as abuse and drop them.
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
         ("grpc.http2.max_ping_strikes", 0),
     ]
@@ -61,14 +61,14 @@ def bind(server: Bindable, address: str, *, path: str = "control.address") -> st
     Args:
         server: The server, not yet started.
         address: "host:port"; port 0 takes any free one.
-        path: The configuration field to change when the address can't be had.
+        path: The configuration field to change if the address can't be had.
 
     Raises:
         ConfigError: The address is malformed or not on loopback.
         EnvironmentFault: The address is in use, or this machine doesn't have it.
     """
     host, port = check_loopback(address, path=path)
-    check_bindable(host, port, path=path)  # asked first, since gRPC writes lines of its own to standard error
+    check_bindable(host, port, path=path)  # first, since gRPC itself would write to standard error
     try:
         bound = server.add_insecure_port(address)
     except RuntimeError:

@@ -1,7 +1,7 @@
-"""gRPC statuses and kfdist's errors, in both directions, always with a sentence.
+"""gRPC statuses and kfdist's errors, in both directions, always with a message.
 
 Servers raise; `answers` and `streams` turn what was raised into a status. Clients turn a status into the error that
-says who has to act (`kfdist.errors`).
+says who must act (`kfdist.errors`).
 """
 
 import functools
@@ -18,8 +18,8 @@ from kfdist.rpc.chunking import PayloadError, PayloadTooLarge
 
 _LOG = logging.getLogger(__name__)
 
-MAX_SENTENCE_BYTES = 2048
-"""Statuses travel in HTTP/2 trailers, which peers bound at 8 KiB or so."""
+MAX_DETAILS_BYTES = 2048
+"""Longest message of a status: it travels in HTTP/2 trailers, which peers limit to about 8 KiB."""
 
 Unary = TypeVar("Unary", bound=Callable[..., Awaitable[Any]])
 Streaming = TypeVar("Streaming", bound=Callable[..., AsyncGenerator[Any]])
@@ -38,7 +38,7 @@ class Refusal(KfdistError):
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """Returns the status and the sentence with which a server answers an exception."""
+    """Returns the status and the message with which a server answers an exception."""
     match error:
         case Refusal():
             return error.code, _shortened(str(error))
@@ -92,9 +92,9 @@ def fault_of(
 
     Args:
         error: What gRPC raised.
-        address: Whom the client had called.
-        what: Who listens there, such as "controller".
-        remedy: What to do when nobody does.
+        address: The address that was called.
+        what: What listens there, such as "controller".
+        remedy: What to do if nothing does.
     """
     code, details = code_of(error), details_of(error)
     match code:
@@ -111,27 +111,27 @@ def fault_of(
 
 
 def code_of(error: grpc.RpcError) -> grpc.StatusCode:
-    """Returns the status code of an error of a call; UNKNOWN if it carries none."""
+    """Returns the status code of a failed call; UNKNOWN if it carries none."""
     code = error.code() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else None
     return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
 
 
 def details_of(error: grpc.RpcError) -> str:
-    """Returns the sentence of an error of a call, possibly empty."""
+    """Returns the message of a failed call, possibly empty."""
     details = error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else None
     return details or ""
 
 
 async def _abort(context: Any, error: Exception) -> NoReturn:
-    code, sentence = status_of(error)
-    if code is grpc.StatusCode.INTERNAL:  # the caller gets the sentence, the log the whole story
-        _LOG.error("a call failed by a fault of our own", exc_info=error)
-    await context.abort(code, sentence)
+    code, message = status_of(error)
+    if code is grpc.StatusCode.INTERNAL:  # the caller gets the message, the log the whole story
+        _LOG.error("a call failed by a fault in kfdist itself", exc_info=error)
+    await context.abort(code, message)
     raise AssertionError("abort returned")
 
 
-def _shortened(sentence: str) -> str:
-    encoded = sentence.encode()
-    if len(encoded) <= MAX_SENTENCE_BYTES:
-        return sentence
-    return encoded[: MAX_SENTENCE_BYTES - 3].decode(errors="ignore") + "..."
+def _shortened(message: str) -> str:
+    encoded = message.encode()
+    if len(encoded) <= MAX_DETAILS_BYTES:
+        return message
+    return encoded[: MAX_DETAILS_BYTES - 3].decode(errors="ignore") + "..."

@@ -1,4 +1,4 @@
-"""The commands that talk to a controller: for people, for programs, on a terminal, and when something is wrong."""
+"""The commands that talk to a controller: for users, for programs, on a terminal, and when something is wrong."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def digits(client, member: Member) -> Member:
 
 
 @LONG_LEASE
-def test_status_and_list_for_people(kfdist, digits, client):
+def test_status_and_list_for_users(kfdist, digits, client):
     assert "digits" in kfdist("status")
     lines = dict(line.split("  ", 1) for line in kfdist("status", "digits").splitlines())
     facts = {name: value.strip() for name, value in lines.items()}
@@ -233,7 +233,7 @@ def command(*arguments: str, **options) -> subprocess.CompletedProcess:
     )
 
 
-def test_exit_codes_and_sentences(controller, client):
+def test_exit_codes_and_messages(controller, client):
     client.create("digits")
     address = f"--address={controller.address}"
     fine = command("status", "digits", address)

@@ -235,7 +235,7 @@ def test_the_ready_file_says_where_it_serves(tmp_path):
             assert member.runs.List(run_pb2.ListRequest(), timeout=CALL_SECONDS).runs == []
 
 
-def test_a_port_in_use_ends_the_command_with_1_and_a_sentence(tmp_path, controller):
+def test_a_port_in_use_ends_the_command_with_1_and_one_line(tmp_path, controller):
     with ControllerProcess(tmp_path, address=controller.address) as process:
         output = process.output()
         assert process.process.returncode == 1

@@ -13,7 +13,7 @@ from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import InvertRequest
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_channel
 from kfdist.rpc.chunking import PayloadError, PayloadTooLarge
-from kfdist.rpc.status import MAX_SENTENCE_BYTES, Refusal, status_of
+from kfdist.rpc.status import MAX_DETAILS_BYTES, Refusal, status_of
 from tests.support.controller import Member
 
 
@@ -33,10 +33,10 @@ def test_what_servers_raise(error, code):
     assert str(error) in status_of(error)[1]
 
 
-def test_long_sentences_are_cut_to_what_trailers_take():
-    sentence = status_of(ConfigError("ä" * 5000))[1]
-    assert len(sentence.encode()) <= MAX_SENTENCE_BYTES
-    assert sentence.endswith("ä...")
+def test_long_messages_are_cut_to_what_trailers_take():
+    message = status_of(ConfigError("ä" * 5000))[1]
+    assert len(message.encode()) <= MAX_DETAILS_BYTES
+    assert message.endswith("ä...")
 
 
 def test_a_fault_of_our_own_is_logged_and_answered(controller, monkeypatch, caplog):

@@ -115,9 +115,9 @@ def test_bad_runs_are_refused_with_the_value_and_the_rule(member, client, fields
     request = run_pb2.CreateRequest(**{"request_id": "id", **fields})
     with pytest.raises(grpc.RpcError) as caught:
         member.runs.Create(request, timeout=CALL_SECONDS)
-    code, sentence = status(caught)
+    code, message = status(caught)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert all(word in sentence for word in words)
+    assert all(word in message for word in words)
     assert client.runs() == []
 
 

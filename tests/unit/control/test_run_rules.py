@@ -26,7 +26,7 @@ class RunRules(RuleBasedStateMachine):
         if before.settings != self.record.settings:
             assert self.record.settings.revision > before.settings.revision
         if before.state != self.record.state:
-            assert change.events, "people hear of every change of state"
+            assert change.events, "users learn of every change of state"
 
     @rule()
     def create_again(self) -> None:
