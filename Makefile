@@ -32,8 +32,8 @@ TOGETHER := tests/acceptance tests/control tests/distributed tests/end_to_end te
 
 test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
 	@status=0; \
-	$(PYTEST) -m "not slow and not chaos" --numprocesses auto --maxprocesses 8 $(ALONE) || status=1; \
-	$(PYTEST) -m "not slow and not chaos" $(TOGETHER) || status=1; \
+	$(PYTEST) --numprocesses auto --maxprocesses 8 $(ALONE) || status=1; \
+	$(PYTEST) $(TOGETHER) || status=1; \
 	exit $$status
 
 test-chaos: $(INSTALLED)  ## Runs the long fault loops
