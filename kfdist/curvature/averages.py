@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.statistics import Needs
-from kfdist.linalg.psd import pack_triangle
+from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from kfdist.types import BlockShape
 from kfdist.wire.records import PackedRecord
 
 SYMMETRIC = frozenset({"A", "G"})
 """Sums that are symmetric matrices and travel as packed triangles."""
+
+WEIGHT = "weight"
+"""Name of w among the tensors that travel."""
 
 
 def decay_at(update: int, decay: float) -> float:
@@ -142,12 +145,24 @@ class WeightedSums:
         self.weight.add_(torch.where(finite, gain * batch.examples, zero))
         self.dropped.add_((~finite).to(self.dropped.dtype))
 
-    def packed(self) -> list[Tensor]:
+    def packed(self) -> dict[str, Tensor]:
         """Returns what travels in a reduction: the sums, symmetric ones as packed triangles, and w; none if empty."""
         if not self.sums:
-            return []
-        pieces = [pack_triangle(total) if name in SYMMETRIC else total for name, total in self.sums.items()]
-        return [*pieces, self.weight.reshape(1)]
+            return {}
+        packed = {name: pack_triangle(total) if name in SYMMETRIC else total for name, total in self.sums.items()}
+        return {**packed, WEIGHT: self.weight.reshape(1)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns copies of what `packed` returns, of w, and of the count as "dropped"."""
+        state = {**self.packed(), WEIGHT: self.weight, "dropped": self.dropped}
+        return {name: tensor.clone() for name, tensor in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what `state_dict` returned."""
+        for name, total in self.sums.items():
+            total.copy_(unpack_triangle(state[name]) if name in SYMMETRIC else state[name])
+        self.weight.copy_(state[WEIGHT])
+        self.dropped.copy_(state["dropped"])
 
 
 def folding(rho: float, step_is_finite: Tensor | None, *, like: Tensor) -> tuple[Tensor, Tensor]:

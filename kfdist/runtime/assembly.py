@@ -8,18 +8,22 @@ from kfdist.comm.communicator_set import CommunicatorSet
 from kfdist.comm.table import TableExchange
 from kfdist.curvature.inverter import Coupling
 from kfdist.links.link import AbstractLink
-from kfdist.policies.adoption import AdoptionLedger
+from kfdist.runtime.adopt.adopting import Adopting
 from kfdist.runtime.adopt.agreement import Agreement
+from kfdist.runtime.adopt.calibration import Calibration
 from kfdist.runtime.adopt.exchange import SnapshotExchange
-from kfdist.runtime.adopt.snapshots import SnapshotStore
+from kfdist.runtime.adopt.snapshots import SnapshotInstaller
+from kfdist.runtime.apply.applications import Applying
+from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.job_book import JobBook
+from kfdist.runtime.invert.shipping import Inverting
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.runtime.plan.layers import device_of
 from kfdist.runtime.plan.planner import BlockPlan
 from kfdist.runtime.plan.timetable import Timetable
-from kfdist.runtime.reduce.example_rows import SampleExchange
-from kfdist.runtime.reduce.reducer import StatisticsReducer, empty_sums
-from kfdist.runtime.settings import JobTerms, PipelineParts, Settings
+from kfdist.runtime.reduce.reducer import StatisticsReducer
+from kfdist.runtime.settings import JobTerms, Settings
+from kfdist.runtime.track import Track
 
 
 def assemble(
@@ -37,7 +41,7 @@ def assemble(
     Args:
         model: The bare model.
         plan: Its blocks and their methods.
-        settings: What it is told.
+        settings: What the pipeline is told.
         terms: What its jobs say beside their content.
         communicators: The ranks.
         link: Carries the jobs.
@@ -45,46 +49,36 @@ def assemble(
     """
     groups, rank = plan.groups, communicators.training.rank
     device = device_of(block for group in groups for block in group.blocks)
-    table = TableExchange(communicators.table)
-    ledger = AdoptionLedger(len(groups))
-    online = [group.name for group in groups if group.inverter.online]
-    book = JobBook(link, queued=settings.lag is not None, online=online)
-    agreement = Agreement(table, link, rank)
-    snapshots = SnapshotStore(groups, device, speaks=rank == 0)
-    pending: list[list[int]] = [[] for _ in groups]
-    timetable = Timetable(
-        settings.schedule(len(groups)),
-        groups,
-        world_size=communicators.training.world_size,
-        # One version at a time: the next one when this one has come back.
-        starves=lambda group: snapshots.starving(group.index) and not pending[group.index],
-    )
-    reducer = StatisticsReducer(
-        communicators.statistics,
-        timetable,
-        SampleExchange(communicators.statistics, device),
-        ema_decay=settings.ema_decay,
-        seed=settings.seed,
-        device=device,
-    )
+    counters = PipelineCounters()
+    tracks = [Track.of(group, queued=settings.lag is not None) for group in groups]
+    world_size = communicators.training.world_size
+    timetable = Timetable(settings.schedule(len(groups)), tracks, seed=settings.seed, rank=rank, world_size=world_size)
+    book = JobBook(link, {track.group.name: track.jobs for track in tracks})
+    agreement = Agreement(TableExchange(communicators.table), link, rank, settings.damping_at)
     wait_limit = settings.adoption.wait_limit_seconds
-    parts = PipelineParts(
-        groups=groups,
-        parameters=list(model.parameters()),
-        capture=_capture(model, plan, settings, grad_scaler, rank),
-        communicators=communicators,
-        table=table,
-        ledger=ledger,
-        agreement=agreement,
-        book=book,
-        exchange=SnapshotExchange(groups, communicators.snapshots, ledger, book, agreement, wait_limit),
-        snapshots=snapshots,
-        link=link,
-        terms=terms,
-        timetable=timetable,
-        reducer=reducer,
+    exchange = SnapshotExchange(
+        tracks, communicators.snapshots, book, agreement, counters, wait_limit_seconds=wait_limit
     )
-    return Pipeline(parts, settings, empty_sums(groups, device), pending)
+    capture = _capture(model, plan, settings, grad_scaler, rank)
+    inverting = Inverting(tracks, settings, terms, book, rank, counters)
+    return Pipeline(
+        settings=settings,
+        kinds={"link": type(link).__name__, "grad_scaler": "enabled" if capture.scaled else "None"},
+        training=communicators.training,
+        parameters=list(model.parameters()),
+        tracks=tracks,
+        timetable=timetable,
+        capture=capture,
+        agreement=agreement,
+        reducer=StatisticsReducer(groups, settings, timetable, communicators.statistics, device),
+        inverting=inverting,
+        adopting=Adopting(
+            tracks, settings, exchange, SnapshotInstaller(device, counters, warns=rank == 0), inverting, counters
+        ),
+        calibration=Calibration(tracks, settings, timetable, communicators.statistics),
+        applying=Applying(tracks, settings, agreement, communicators.statistics, counters),
+        counters=counters,
+    )
 
 
 def _capture(

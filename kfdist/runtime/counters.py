@@ -1,4 +1,4 @@
-"""What a rank counts about its own pipeline, and the samples and summaries made of it."""
+"""What a rank counts about its own pipeline."""
 
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -6,7 +6,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from kfdist.comm.host_copy import LateTotal
+
 _KEPT_OBSERVATIONS = 10_000
+_EXACT_BITS = 10
+
+
+class Histogram:
+    """Counts whole numbers in bounded memory: exact below 1024, to 0.2 % above.
+
+    Attributes:
+        count: How many there were.
+        largest: The largest, exactly; 0 before the first.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.largest = 0
+        self._counts: Counter[int] = Counter()
+
+    def add(self, value: int) -> None:
+        """Counts a number, at least 0."""
+        dropped_bits = max(value.bit_length() - _EXACT_BITS, 0)
+        self._counts[value >> dropped_bits << dropped_bits] += 1
+        self.count += 1
+        self.largest = max(self.largest, value)
+
+    def quantile(self, q: float) -> int:
+        """Returns the number that a share `q` of all is at most; 0 before the first."""
+        left = min(int(q * self.count), self.count - 1)
+        for value, count in sorted(self._counts.items()):
+            left -= count
+            if left < 0:
+                return value
+        return 0
 
 
 @dataclass
@@ -14,24 +47,51 @@ class PipelineCounters:
     """Totals since the start of the process.
 
     Attributes:
+        steps: Steps made.
         completed: Inversions whose results this rank received, by method (courier ranks only).
         inversion_seconds: (method, seconds) of results not yet reported; the newest, where nobody asks.
         step_seconds: (phase, seconds) of steps not yet reported; likewise.
         adoptions: Versions swapped in.
+        failures: Adopted results without a preconditioner, by reason.
+        degraded: Adopted blocks whose inversion didn't go as configured, by outcome.
+        resent: Broadcasts that reached some rank with a wrong digest and were made again; the same on all ranks.
         fallbacks: Block-steps in which no usable snapshot or the staleness policy changed the update, by reason.
-        staleness: Per step, the largest staleness over the groups.
-        bytes: Payload bytes by purpose, this rank's share.
+        staleness: The largest staleness over the groups, one number a step.
         phase_seconds: Host seconds of the last step by phase.
+        waited_seconds: Seconds of the last step spent in agreed waits.
+        drops: Batches dropped as non-finite; lives on the device.
+        uphill: Directions that pointed uphill and were replaced; lives on the device.
     """
 
+    steps: int = 0
     completed: Counter[str] = field(default_factory=Counter)
     inversion_seconds: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_KEPT_OBSERVATIONS))
     step_seconds: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_KEPT_OBSERVATIONS))
     adoptions: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    degraded: Counter[str] = field(default_factory=Counter)
+    resent: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
-    staleness: list[int] = field(default_factory=list)
-    bytes: Counter[str] = field(default_factory=Counter)
+    staleness: Histogram = field(default_factory=Histogram)
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    waited_seconds: float = 0.0
+    drops: LateTotal = field(default_factory=LateTotal)
+    uphill: LateTotal = field(default_factory=LateTotal)
+
+    def begin_step(self) -> None:
+        """Forgets what was measured of the last step."""
+        self.phase_seconds = {}
+        self.waited_seconds = 0.0
+
+    def end_step(self, staleness: int) -> None:
+        """Counts a step.
+
+        Args:
+            staleness: The largest over the groups.
+        """
+        self.steps += 1
+        self.staleness.add(staleness)
+        self.step_seconds.extend(self.phase_seconds.items())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ from kfdist.comm.communicator import Communicator, communicator
 from kfdist.comm.communicator_set import make_communicators
 from kfdist.comm.together import on_every_rank
 from kfdist.curvature.auto import MeasuredCosts
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistError, KfdistWarning, RankFailed
 from kfdist.links.link import AbstractLink, LinkContext
 from kfdist.policies.staleness import Adoption, Asap
@@ -35,7 +36,7 @@ from kfdist.runtime.plan.planner import Method, agreed_costs, needs_costs, plan_
 from kfdist.runtime.settings import JobTerms, Settings, StepReport
 from kfdist.runtime.state import pipeline_state, restore_pipeline
 from kfdist.runtime.telemetry_samples import pipeline_samples, pipeline_totals
-from kfdist.types import Fisher, Sample, WeightSharing
+from kfdist.types import BlockName, Fisher, Sample, WeightSharing
 
 
 class Preconditioner:
@@ -147,7 +148,7 @@ class Preconditioner:
         service = link if isinstance(link, Service) else None
         epoch = service.epoch if service is not None and service.epoch is not None else epoch_from_clock()
         fingerprint = inverting_fingerprint(self._training, self._device)
-        terms = JobTerms(
+        self._terms = JobTerms(
             run=service.run if service is not None else "local",
             epoch=int(self._training.broadcast_json(epoch)),
             fingerprint=fingerprint if settings.lag is not None else "",
@@ -156,7 +157,7 @@ class Preconditioner:
         self._communicators = make_communicators(self._training)
         self._link = make_link(link)
         self._pipeline = assemble(
-            self._model, self._plan, settings, terms, self._communicators, self._link, grad_scaler=grad_scaler
+            self._model, self._plan, settings, self._terms, self._communicators, self._link, grad_scaler=grad_scaler
         )
         self._folded = False
         self._closed = False
@@ -164,8 +165,8 @@ class Preconditioner:
         self._hooks_checked = False
         self._start_link(
             LinkContext(
-                run=terms.run,
-                epoch=terms.epoch,
+                run=self._terms.run,
+                epoch=self._terms.epoch,
                 worker_rank=self._training.rank,
                 world_size=self._training.world_size,
                 groups=[group.spec for group in self._plan.groups],
@@ -181,7 +182,7 @@ class Preconditioner:
         try:
             on_every_rank(self._training, lambda: self._link.start(context))
         except RankFailed as fault:
-            self._pipeline.parts.capture.close()
+            self._pipeline.capture.close()
             self._link.close()
             self._communicators.close()
             raise EnvironmentFault(f"the link to the inverters could not start ({fault})") from fault
@@ -236,7 +237,7 @@ class Preconditioner:
         Raises:
             ConfigError: An unknown loss or detail, or an output that doesn't belong to the last forward.
         """
-        self._pipeline.parts.capture.observe(output, loss, **details)
+        self._pipeline.capture.observe(output, loss, **details)
 
     def _step(self, rates: Callable[[nn.Parameter], float] | None) -> StepReport:
         if self._closed:
@@ -276,21 +277,21 @@ class Preconditioner:
         Raises:
             ConfigError: `examples` is not a positive whole number.
         """
-        self._pipeline.parts.capture.state_examples(examples)
+        self._pipeline.capture.state_examples(examples)
 
     def paused(self) -> AbstractContextManager[None]:
         """Captures nothing of forwards made inside the `with` block."""
-        return self._pipeline.parts.capture.paused()
+        return self._pipeline.capture.paused()
 
     def request_stop(self) -> None:
         """Asks all ranks to stop at the same later step (`StepReport.stop`). Safe to call from a signal handler."""
-        self._pipeline.parts.agreement.request_stop()
+        self._pipeline.agreement.request_stop()
 
     # Questions ---------------------------------------------------------------------------------------------------
 
     def coverage(self) -> Coverage:
         """Returns every parameter with its block, its method and how the inversion in use went, or why it has none."""
-        snapshots = [self._pipeline.parts.snapshots[group.index] for group in self._plan.groups]
+        snapshots = [track.snapshot for track in self._pipeline.tracks]
         return self._plan.coverage.with_inversions(
             {
                 name: diagnostic_note(snapshot.version, outcome)
@@ -301,13 +302,18 @@ class Preconditioner:
 
     def staleness(self) -> dict[str, int]:
         """Returns each block's staleness in steps: the last step done minus the version in use."""
-        last = max(self._pipeline.next_step - 1, 0)
-        by_group = self._pipeline.staleness(last)
+        by_group = self._pipeline.staleness()
         return {block.name: by_group[group.name] for group in self._plan.groups for block in group.blocks}
 
     def versions(self) -> dict[str, int]:
         """Returns the version in use of each group; -1 where there is none."""
-        return {group.name: self._pipeline.parts.snapshots[group.index].version for group in self._plan.groups}
+        return {track.group.name: track.snapshot.version for track in self._pipeline.tracks}
+
+    def inverses(self) -> dict[BlockName, AbstractPreconditioner]:
+        """Returns the inverse in use of each block that has one."""
+        return {
+            name: inverse for track in self._pipeline.tracks for name, inverse in track.snapshot.preconditioners.items()
+        }
 
     @property
     def world(self) -> Communicator:
@@ -347,15 +353,15 @@ class Preconditioner:
     @property
     def epoch(self) -> int:
         """The start of the run that all ranks agreed on."""
-        return self._pipeline.parts.terms.epoch
+        return self._terms.epoch
 
     def samples(self) -> list[Sample]:
         """Returns this rank's measurements for the controller; observations are returned once."""
-        return pipeline_samples(self._pipeline, self._training.rank)
+        return pipeline_samples(self._pipeline, self._link.counters())
 
     def counters(self) -> dict[str, Any]:
         """Returns totals for a summary: bytes by purpose, inversions, staleness quantiles, failures."""
-        return pipeline_totals(self._pipeline)
+        return pipeline_totals(self._pipeline, self._link.counters())
 
     def beat(self, phase: str, samples: Sequence[Sample] = ()) -> None:
         """Tells the controller, if there is one, where this rank stands; never blocks."""
@@ -368,7 +374,7 @@ class Preconditioner:
 
         After `fold` and before the next `step` the sums are the totals of all ranks, good for any world size.
         """
-        return pipeline_state(self._pipeline, folded=self._folded, world_size=self._training.world_size)
+        return pipeline_state(self._pipeline, folded=self._folded)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts this rank where `state` says; jobs under way are shipped again. Local, no collective.
@@ -379,16 +385,11 @@ class Preconditioner:
             KfdistError: A step was made or a state loaded before.
             CheckpointError: The state is of another format, model, or number of ranks.
         """
-        restore_pipeline(self._pipeline, state, world_size=self._training.world_size)
+        restore_pipeline(self._pipeline, state)
 
     def fold(self) -> None:
         """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""
-        statistics = self._communicators.statistics
-        for sums in self._pipeline.sums.values():
-            for tensor in (*sums.sums.values(), sums.weight, sums.dropped):
-                travelling = tensor.to(statistics.device)
-                statistics.all_reduce_sum_(travelling)
-                tensor.copy_(travelling / self._training.world_size)
+        self._pipeline.reducer.average()
         self._folded = True
 
     def close(self) -> None:
@@ -398,11 +399,8 @@ class Preconditioner:
         self._closed = True
         if self._hook is not None:
             self._hook.remove()
-        parts = self._pipeline.parts
-        parts.capture.close()
         try:
-            parts.table.complete()
-            parts.exchange.finish()
+            self._pipeline.close()
             self._communicators.close()
         finally:
             self._link.close()
@@ -418,7 +416,7 @@ class Preconditioner:
         self._closed = True
         if self._hook is not None:
             self._hook.remove()
-        self._pipeline.parts.capture.close()
+        self._pipeline.capture.close()
         self._link.close()
 
     def __enter__(self) -> Self:
@@ -436,7 +434,7 @@ class Preconditioner:
         if self._hooks_checked:
             return
         self._hooks_checked = True
-        if not self._pipeline.parts.capture.saw_forward and any(p.grad is not None for p in self._model.parameters()):
+        if not self._pipeline.capture.saw_forward and any(p.grad is not None for p in self._model.parameters()):
             warnings.warn(
                 "there are gradients, but no forward of the model was seen, so there are no statistics. Code that "
                 "torch.compile made before the Preconditioner doesn't know its hooks: make the Preconditioner before "

@@ -1,29 +1,15 @@
-"""What a preconditioner is told, what its pipeline is made of, and what its steps report."""
+"""What a preconditioner is told, and what its steps report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import get_args
 
-from torch import nn
-
 from kfdist import checks
-from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import Sampling
-from kfdist.comm.communicator_set import CommunicatorSet
-from kfdist.comm.table import TableExchange
 from kfdist.errors import ConfigError
-from kfdist.links.link import AbstractLink
-from kfdist.policies.adoption import AdoptionLedger
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Adoption, Asap, FixedLag
-from kfdist.runtime.adopt.agreement import Agreement
-from kfdist.runtime.adopt.exchange import SnapshotExchange
-from kfdist.runtime.adopt.snapshots import SnapshotStore
 from kfdist.runtime.apply.rates import Scalar
-from kfdist.runtime.invert.job_book import JobBook
-from kfdist.runtime.plan.groups import BlockGroup
-from kfdist.runtime.plan.timetable import Timetable
-from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.types import Fisher, RunSettings, WeightSharing
 
 
@@ -126,23 +112,3 @@ class StepReport:
     adopted: tuple[tuple[str, int], ...]
     waited_seconds: float
     phase_seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineParts:
-    """The collaborators of a pipeline, made by `kfdist.Preconditioner`."""
-
-    groups: Sequence[BlockGroup]
-    parameters: Sequence[nn.Parameter]
-    capture: Capture
-    communicators: CommunicatorSet
-    table: TableExchange
-    ledger: AdoptionLedger
-    agreement: Agreement
-    book: JobBook
-    exchange: SnapshotExchange
-    snapshots: SnapshotStore
-    link: AbstractLink
-    terms: JobTerms
-    timetable: Timetable
-    reducer: StatisticsReducer

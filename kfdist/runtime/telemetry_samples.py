@@ -1,95 +1,71 @@
 """A pipeline's measurements as samples for the controller and as totals for the summary."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from kfdist.curvature.inverters.seng_directions import NON_DESCENT
+from kfdist.links.link import LinkCounters
 from kfdist.runtime.diagnostics import diagnostic_samples
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.types import Sample
 
 
-def pipeline_samples(pipeline: Pipeline, worker_rank: int) -> list[Sample]:
+def pipeline_samples(pipeline: Pipeline, link: LinkCounters) -> list[Sample]:
     """Returns what this rank has to report; per-block gauges come from rank 0 alone, once a run.
 
     Observations of histograms are returned once and forgotten.
+
+    Args:
+        pipeline: This rank's.
+        link: What its link has counted.
     """
-    counters, parts = pipeline.counters, pipeline.parts
+    counters = pipeline.counters
     samples = [
         Sample(name="kfdist_inversion_seconds", value=seconds, labels={"method": method})
         for method, seconds in counters.inversion_seconds
     ]
     counters.inversion_seconds.clear()
-    samples += [
-        Sample(name="kfdist_bytes_total", value=float(total), labels={"purpose": purpose})
-        for purpose, total in _bytes(pipeline).items()
-    ]
-    link = parts.link.counters()
+    samples += _by_label("kfdist_bytes_total", "purpose", _bytes(pipeline, link))
     samples.append(Sample(name="kfdist_samples_lost_total", value=float(link.samples_dropped)))
-    samples += [
-        Sample(name="kfdist_failures_total", value=float(total), labels={"reason": reason})
-        for reason, total in link.resubmissions.items()
-    ]
-    samples.append(Sample(name="kfdist_queue_depth", value=float(len(parts.book.inputs))))
+    samples += _by_label("kfdist_failures_total", "reason", link.resubmissions)
+    unanswered = sum(len(track.jobs.unanswered) for track in pipeline.tracks)
+    samples.append(Sample(name="kfdist_queue_depth", value=float(unanswered)))
     if link.courier_restarts:
-        samples.append(
-            Sample(name="kfdist_restarts_total", value=float(link.courier_restarts), labels={"process": "courier"})
-        )
-    samples.append(
-        Sample(
-            name="kfdist_nonfinite_drops_total",
-            value=pipeline.drops.latest(each.dropped for each in pipeline.sums.values()),
-        )
-    )
-    if worker_rank == 0:
+        samples += _by_label("kfdist_restarts_total", "process", {"courier": link.courier_restarts})
+    drops = counters.drops.latest(each.dropped for each in pipeline.reducer.sums.values())
+    samples.append(Sample(name="kfdist_nonfinite_drops_total", value=drops))
+    if pipeline.training.rank == 0:
         samples += _common_samples(pipeline)
     return samples
 
 
 def _common_samples(pipeline: Pipeline) -> list[Sample]:
     """What is equal on all ranks and reported once."""
-    counters, parts = pipeline.counters, pipeline.parts
-    last = max(pipeline.next_step - 1, 0)
-    steps = pipeline.staleness(last)
+    counters = pipeline.counters
     samples = [
         # Counters run from the sender's start, so a resumed run counts the steps of this process.
-        Sample(name="kfdist_steps_total", value=float(len(counters.staleness))),
-        Sample(name="kfdist_damping", value=pipeline.damping(last)),
+        Sample(name="kfdist_steps_total", value=float(counters.steps)),
+        Sample(name="kfdist_damping", value=pipeline.agreement.damping(pipeline.last_step)),
         Sample(name="kfdist_adoptions_total", value=float(counters.adoptions)),
     ]
-    for group in parts.groups:
-        labels = {"block": group.name}
-        samples.append(Sample(name="kfdist_staleness_steps", value=float(steps[group.name]), labels=labels))
-        age = parts.snapshots.age_seconds(group.index)
-        if age is not None:
-            samples.append(Sample(name="kfdist_staleness_seconds", value=age, labels=labels))
-        for block, outcome in parts.snapshots[group.index].outcomes.items():
+    for track in pipeline.tracks:
+        labels, steps, seconds = {"block": track.group.name}, track.staleness(pipeline.last_step), track.age_seconds()
+        samples.append(Sample(name="kfdist_staleness_steps", value=float(steps), labels=labels))
+        if seconds is not None:
+            samples.append(Sample(name="kfdist_staleness_seconds", value=seconds, labels=labels))
+        for block, outcome in track.snapshot.outcomes.items():
             samples += diagnostic_samples(block, outcome.diagnostics)
-    samples += [
-        Sample(name="kfdist_fallbacks_total", value=float(total), labels={"reason": reason})
-        for reason, total in counters.fallbacks.items()
-    ]
-    uphill = pipeline.uphill.latest(_uphill(pipeline))
+    samples += _by_label("kfdist_fallbacks_total", "reason", counters.fallbacks)
+    uphill = counters.uphill.latest(_uphill(pipeline))
     if uphill:
-        samples.append(Sample(name="kfdist_fallbacks_total", value=uphill, labels={"reason": NON_DESCENT}))
-    # The reasons are sentences with numbers in them: without bound as label values. The summary has them.
-    failed = sum(parts.snapshots.failures.values())
-    if failed:
-        samples.append(Sample(name="kfdist_failures_total", value=float(failed), labels={"reason": "inversion_failed"}))
-    if parts.exchange.resent:
-        samples.append(
-            Sample(
-                name="kfdist_failures_total",
-                value=float(parts.exchange.resent),
-                labels={"reason": "damaged_broadcast"},
-            )
-        )
-    samples += [
-        Sample(name="kfdist_fallbacks_total", value=float(total), labels={"reason": outcome})
-        for outcome, total in parts.snapshots.degraded.items()
-    ]
+        samples += _by_label("kfdist_fallbacks_total", "reason", {NON_DESCENT: uphill})
+    samples += _by_label("kfdist_fallbacks_total", "reason", counters.degraded)
+    # Reasons of failures have numbers in them: without bound as label values. The summary has them.
+    failed, resent = sum(counters.failures.values()), counters.resent
+    failures = {"inversion_failed": failed, "damaged_broadcast": resent}
+    samples += _by_label("kfdist_failures_total", "reason", {reason: n for reason, n in failures.items() if n})
     samples += [
         Sample(name="kfdist_step_seconds", value=seconds, labels={"phase": phase})
         for phase, seconds in counters.step_seconds
@@ -98,49 +74,59 @@ def _common_samples(pipeline: Pipeline) -> list[Sample]:
     return samples
 
 
-def pipeline_totals(pipeline: Pipeline) -> dict[str, Any]:
-    """Returns this rank's totals as plain values; reading the drop counts waits for the device."""
-    counters, parts = pipeline.counters, pipeline.parts
-    link = parts.link.counters()
+def pipeline_totals(pipeline: Pipeline, link: LinkCounters) -> dict[str, Any]:
+    """Returns this rank's totals as plain values; reading the drop counts waits for the device.
+
+    Args:
+        pipeline: This rank's.
+        link: What its link has counted.
+    """
+    counters, tracks = pipeline.counters, pipeline.tracks
     return {
-        "bytes": _bytes(pipeline),
+        "bytes": _bytes(pipeline, link),
         "inversions": {
             "completed": sum(counters.completed.values()),
-            "failed": sum(parts.snapshots.failures.values()),
+            "failed": sum(counters.failures.values()),
             "by_method": dict(counters.completed),
         },
-        "failures": dict(parts.snapshots.failures),
-        "staleness_steps": {"p50": _quantile(counters.staleness, 0.5), "max": max(counters.staleness, default=0)},
+        "failures": dict(counters.failures),
+        "staleness_steps": {"p50": counters.staleness.quantile(0.5), "max": counters.staleness.largest},
         "adoptions": counters.adoptions,
         "fallbacks": dict(counters.fallbacks),
-        "degraded": dict(parts.snapshots.degraded),
-        "replaced_jobs": parts.book.replaced,
-        "merged_jobs": parts.book.merged,
+        "degraded": dict(counters.degraded),
+        "replaced_jobs": sum(track.jobs.replaced for track in tracks),
+        "merged_jobs": sum(track.jobs.merged for track in tracks),
         "non_descent": round(sum(float(count) for count in _uphill(pipeline))),
-        "resent_broadcasts": parts.exchange.resent,
+        "resent_broadcasts": counters.resent,
         "resubmissions": dict(link.resubmissions),
         "courier_restarts": link.courier_restarts,
         "samples_lost": link.samples_dropped,
-        "nonfinite_drops": round(sum(float(sums.dropped) for sums in pipeline.sums.values())),
+        "nonfinite_drops": round(sum(float(sums.dropped) for sums in pipeline.reducer.sums.values())),
     }
 
 
-def _bytes(pipeline: Pipeline) -> dict[str, int]:
+def _by_label(name: str, label: str, totals: Mapping[str, float]) -> list[Sample]:
+    return [Sample(name=name, value=float(total), labels={label: value}) for value, total in totals.items()]
+
+
+def _bytes(pipeline: Pipeline, link: LinkCounters) -> dict[str, int]:
     """Returns this rank's bytes by purpose.
 
     "jobs" and "results" are what it asked for and got; "to_owners" and "from_owners" what went through its link for
     them, each retry again.
     """
-    link = pipeline.parts.link.counters()
-    return {**pipeline.counters.bytes, "to_owners": link.bytes_sent, "from_owners": link.bytes_received}
+    return {
+        "table": pipeline.agreement.bytes_sent,
+        "statistics": pipeline.reducer.bytes_sent + pipeline.calibration.bytes_sent,
+        "jobs": pipeline.inverting.bytes_sent,
+        "results": pipeline.inverting.bytes_received,
+        "snapshots": pipeline.adopting.bytes_sent,
+        "to_owners": link.bytes_sent,
+        "from_owners": link.bytes_received,
+    }
 
 
 def _uphill(pipeline: Pipeline) -> list[Tensor]:
-    """Counts of directions that were no descent directions, on the device, of the blocks whose method keeps one."""
-    memories = pipeline.parts.snapshots.memories.values()
+    """Counts of directions that pointed uphill, on the device, of the blocks whose method keeps one."""
+    memories = [memory for track in pipeline.tracks for memory in track.memories.values()]
     return [memory[NON_DESCENT] for memory in memories if NON_DESCENT in memory]
-
-
-def _quantile(values: Sequence[int], q: float) -> int:
-    ordered = sorted(values)
-    return ordered[min(int(q * len(ordered)), len(ordered) - 1)] if ordered else 0

@@ -151,7 +151,7 @@ def changing_shapes(communicator: Communicator, adoption: str | FixedLag) -> tup
     records, shapes = [], []
     for _ in range(30):
         records.append(rank.step())
-        applied = rank.pipeline.parts.snapshots[0].preconditioners["0"]
+        applied = rank.pre.inverses()["0"]
         shapes.append(tuple(applied.U_A.shape))  # pyright: ignore[reportAttributeAccessIssue]
     rank.close()
     return records, shapes
@@ -235,7 +235,7 @@ def damaged(communicator: Communicator, adoption: str | FixedLag, numbers: range
     except EnvironmentFault as error:
         fault = f"step {rank.pre.next_step}: {error}"
         rank.pre.abandon()
-    return records, rank.pipeline.parts.exchange.resent, fault
+    return records, rank.pre.counters()["resent_broadcasts"], fault
 
 
 @pytest.mark.parametrize("adoption", ["asap", FixedLag(2)], ids=["asap", "fixed-lag"])

@@ -60,10 +60,10 @@ def train(communicator: Communicator, address: str | None, folder: Path | None) 
             (folder / "shipped").touch()
             wait_for(folder / "killed")
     assert set(pre.versions().values()) == {STEPS - 1 - LAG}
-    snapshots = pre._pipeline.parts.snapshots
+    snapshots = pre.state_dict()["snapshots"]
     digest = hashlib.sha256(b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters()))
     for group in pre.groups:
-        digest.update(snapshots[group.index].payload)
+        digest.update(snapshots[group.name]["payload"])
     reasons = list(pre.counters()["resubmissions"])
     assert not pre.counters()["failures"]
     pre.close()
@@ -132,18 +132,18 @@ def behind_a_slow_link(communicator: Communicator) -> dict[str, Any]:
         pre.step()
         optimizer.step()
     link.withhold = lambda _: False
-    book = pre._pipeline.parts.book
     deadline = time.monotonic() + 30
-    while book.inputs:
+    while any("job" in entry for entry in pre.state_dict()["in_flight"].values()):
         assert time.monotonic() < deadline
-        book.collect()
+        pre._pipeline.inverting.collect()
         time.sleep(0.002)
     dense.fold()
     sums = dense.state_dict()["sums"]["1"]
     found = {"truth": {name: unpack_triangle(sums[name] / sums["weight"]) for name in "AG"}}
-    if book.states:
-        version, payload = book.states["1"]
-        found |= {"version": version, "held": averages(payload), "merged": book.merged}
+    head = pre.state_dict()["online"].get("1")
+    if head is not None:
+        merged = pre.counters()["merged_jobs"]
+        found |= {"version": head["version"], "held": averages(head["payload"]), "merged": merged}
     pre.close()
     dense.close()
     reducer.close()

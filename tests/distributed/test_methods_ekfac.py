@@ -12,6 +12,7 @@ from kfdist.comm.reduce import GradientReducer
 from kfdist.curvature.averages import decay_at
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverters.ekfac import EkfacBasis
+from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import FixedLag
 from tests.support.delayed_link import DelayedLink
 from tests.support.ranks import run_ranks
@@ -59,7 +60,7 @@ def train(communicator: Communicator, adoption: Any, factor_period: int) -> dict
         adoption=adoption,
         link=DelayedLink(seed=communicator.rank, longest_polls=3) if adoption == "asap" else None,
     )
-    parts = pre._pipeline.parts
+    schedule = Schedule(factor_period=factor_period, inverse_period=4, groups=len(pre.groups))
     expected: dict[str, dict[str, Tensor]] = {}
     foldings: dict[str, int] = {}
     adoptions: dict[str, list[tuple[int, int]]] = {group.name: [] for group in pre.groups}
@@ -77,21 +78,21 @@ def train(communicator: Communicator, adoption: Any, factor_period: int) -> dict
         report = pre.step()
         for group in pre.groups:
             name = group.name
-            basis = parts.snapshots[group.index].preconditioners[name]
+            basis = pre.inverses()[name]
             assert isinstance(basis, EkfacBasis)
             measured = (basis.Q_G.mT @ gradients[name] @ basis.Q_A).square().sum(0)
             versions = [version for adopted, version in report.adopted if adopted == name]
             if versions:
                 adoptions[name].append((versions[0], step))
                 foldings[name] = 0
-            if versions or parts.timetable.folds(group, step):
+            if versions or schedule.folds(group.index, step):
                 foldings[name] += 1
                 rho = decay_at(foldings[name], DECAY)
                 weight = torch.tensor((1 - rho) * usable, dtype=torch.float64)
                 new = {"scales": measured * (1 - rho), "examples": weight}
                 old = expected.get(name, {})
                 expected[name] = {key: each + rho * old[key] if rho else each for key, each in new.items()}
-            memory = parts.snapshots.memories[name]
+            memory = pre.state_dict()["memories"][name]
             for key, truth in expected[name].items():
                 atol = 1e-10 * float(truth.abs().max())
                 torch.testing.assert_close(

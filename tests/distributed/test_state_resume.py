@@ -69,7 +69,7 @@ def first_part(
     facts = {
         "in_flight": {key: sorted(entry) for key, entry in state["in_flight"].items()},
         "pending": state["pending"],
-        "travelling": [group for group in range(4) if rank.pipeline.parts.ledger.in_flight(group)],
+        "travelling": [track.group.index for track in rank.pipeline.tracks if track.ledger.in_flight],
     }
     rank.close()
     return records, facts

@@ -1,7 +1,5 @@
 """The table over nodes and their leaders says what the flat one says."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -47,10 +45,10 @@ def test_every_rank_sees_the_maximum_over_all(nodes: str, two_levels: bool) -> N
 
 def train(communicator: Communicator, nodes: str, adoption: str | FixedLag) -> list[Record]:
     if nodes:
-        levels = partial(make_communicators, two_levels_above=3, node=nodes[communicator.rank])
-        preconditioner.make_communicators = levels
+        levels = make_communicators(communicator, two_levels_above=3, node=nodes[communicator.rank])
+        assert isinstance(levels.table, TwoLevelCommunicator)
+        preconditioner.make_communicators = lambda training: levels
     rank = TrainingRank(communicator, DelayedLink(seed=communicator.rank, longest_polls=5), adoption=adoption)
-    assert isinstance(rank.pipeline.parts.communicators.table, TwoLevelCommunicator) is bool(nodes)
     records = rank.run(16)
     rank.close()
     return records

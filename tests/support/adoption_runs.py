@@ -95,25 +95,24 @@ class TrainingRank:
         """Preconditions, steps and takes the record."""
         report = self.pre.step()
         self._optimizer.step()
-        parts, counted = self.pipeline.parts, self.pipeline.counters.fallbacks
+        pipeline, counted = self.pipeline, self.pipeline.counters.fallbacks
         policy = counted - self._fallbacks
         self._fallbacks = counted.copy()
-        ledger = parts.ledger
         return Record(
             step=report.step,
             stop=report.stop,
             parameters=self.digest(),
             adopted=report.adopted,
             versions=self.pre.versions(),
-            payloads={group.name: _sha256(parts.snapshots[group.index].payload) for group in parts.groups},
+            payloads={track.group.name: _sha256(track.snapshot.payload) for track in pipeline.tracks},
             staleness=self.pre.staleness(),
-            damping=self.pipeline.damping(report.step),
+            damping=pipeline.agreement.damping(report.step),
             policy=dict(policy),
-            pending={group.name: len(self.pipeline.pending[group.index]) for group in parts.groups},
+            pending={track.group.name: len(track.pending) for track in pipeline.tracks},
             overlapping=tuple(
-                group.name
-                for group in parts.groups
-                if ledger.in_flight(group.index) and ledger.announced[group.index] > ledger.entered[group.index]
+                track.group.name
+                for track in pipeline.tracks
+                if track.ledger.in_flight and track.ledger.announced > track.ledger.entered
             ),
         )
 

@@ -116,15 +116,11 @@ def _train_one(communicator: Communicator, folder: Path, name: str, overrides: S
 def _look(training: Training, trainer: Trainer) -> Trained:
     preconditioner, accuracy = training.preconditioner, trainer.metrics["test_accuracy"]
     assert isinstance(preconditioner, Preconditioner) and accuracy is not None
-    snapshots = preconditioner._pipeline.parts.snapshots
-    adopted = {
-        name: each for group in preconditioner.groups for name, each in snapshots[group.index].preconditioners.items()
-    }
     return Trained(
         parameters=parameter_sha256(training.model.named_parameters()),
         accuracy=accuracy,
         counters=preconditioner.counters(),
         methods={block.name: group.inverter.name for group in preconditioner.groups for block in group.blocks},
-        adopted={name: type(each) for name, each in adopted.items()},
+        adopted={name: type(each) for name, each in preconditioner.inverses().items()},
         coverage=preconditioner.coverage().rows,
     )

@@ -1,14 +1,17 @@
-"""What people ask of a run, obeyed by all ranks at the same step."""
+"""What all ranks agree on before a step: the table of the last one, and what users ask of the run."""
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
 
 from kfdist.comm.table import TableExchange
-from kfdist.errors import Interrupted
+from kfdist.errors import ConfigError, Interrupted, RanksDiverged
 from kfdist.links.link import AbstractLink
-from kfdist.policies.adoption import ABSENT
+from kfdist.policies.adoption import ABSENT, AdoptionLedger, AgreedTable, decode_table, encode_table
 from kfdist.types import Desired, RunSettings
 
 WAITING_ROUND_SECONDS = 1.0
@@ -26,19 +29,83 @@ class Agreement:
         table: The exchange of tables and rounds.
         link: Rank 0's is where new settings arrive.
         worker_rank: This rank.
+        damping: lambda by step, as configured.
 
     Attributes:
         settings: In force on all ranks.
         stop: Whether all ranks know that somebody asked to stop.
     """
 
-    def __init__(self, table: TableExchange, link: AbstractLink, worker_rank: int) -> None:
+    def __init__(
+        self, table: TableExchange, link: AbstractLink, worker_rank: int, damping: Callable[[int], float]
+    ) -> None:
         self._table = table
         self._link = link
         self._worker_rank = worker_rank
+        self._damping = damping
         self._stop_requested = False
         self.settings = RunSettings()
         self.stop = False
+
+    # One table a step ------------------------------------------------------------------------------------------------
+
+    def table(self, step: int) -> AgreedTable | None:
+        """Completes the table started one step ago, obeys it, and waits, with all ranks, while the run is paused.
+
+        Returns:
+            The table; None at a process's first step and where a step is done again, for which none was started.
+
+        Raises:
+            RanksDiverged: The ranks' parameters differ.
+            Interrupted: On all ranks, when a stop was asked for during a pause.
+        """
+        columns = self._table.complete()
+        if columns is None:
+            return None
+        table = decode_table(columns)
+        if table.digests_differ:
+            raise RanksDiverged(
+                f"the parameters differ between ranks before step {step}; the run stops. Likely causes: ranks that see "
+                "different learning rates or clip gradients before reducing them, or faulty memory. Resume from the "
+                "last checkpoint"
+            )
+        self.obey(revision=table.revision, stop=table.stop)
+        self._wait_while_paused(step)
+        return table
+
+    def announce(self, ledgers: Sequence[AdoptionLedger], digest: Tensor | None) -> None:
+        """Starts the table that `table` completes in the next step.
+
+        Args:
+            ledgers: This rank's, one per group.
+            digest: An int64 scalar of this rank's parameters; None on steps that don't compare them.
+        """
+        columns = encode_table(ledgers, revision=self._newest_revision, stop=self.stop_requested)
+        self._table.start(columns, digest)
+
+    def finish(self) -> None:
+        """Completes the table under way; `close` needs quiet ranks."""
+        self._table.complete()
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of this rank's tables and rounds."""
+        return self._table.bytes_sent
+
+    # What users ask for ----------------------------------------------------------------------------------------------
+
+    def damping(self, step: int) -> float:
+        """Returns lambda at `step`: what users set last, else as configured.
+
+        Raises:
+            ConfigError: A schedule gave something else than a positive, finite number.
+        """
+        damping = self.settings.damping or self._damping(step)
+        if not (math.isfinite(damping) and damping > 0.0):
+            raise ConfigError(
+                f"the damping schedule gave {damping!r} at step {step}; a positive, finite number is needed"
+            )
+        return damping
 
     def request_stop(self) -> None:
         """This rank was asked to stop; all ranks will know at the same step. Safe to call from a signal handler."""
@@ -54,7 +121,7 @@ class Agreement:
         return self._stop_requested or self._link.settings().desired is Desired.STOPPED
 
     @property
-    def newest_revision(self) -> int | None:
+    def _newest_revision(self) -> int | None:
         """The newest settings heard of; None on every rank but 0, which alone contributes them."""
         return self._link.settings().revision if self._worker_rank == 0 else None
 
@@ -70,6 +137,8 @@ class Agreement:
         self.settings = agreed if agreed.damping else replace(agreed, damping=self.settings.damping)
         self.stop = self.stop or self.settings.desired is Desired.STOPPED
 
+    # Rounds ----------------------------------------------------------------------------------------------------------
+
     def agree(self, columns: Sequence[int]) -> list[int]:
         """One round without command columns, for exchanges that must not be broken off; returns the maximum."""
         return self._table.agree(columns)
@@ -84,7 +153,7 @@ class Agreement:
         Raises:
             Interrupted: On all ranks, when a stop was asked for or rank 0 judged the wait expired.
         """
-        revision = self.newest_revision
+        revision = self._newest_revision
         head = [
             ABSENT if revision is None else revision,
             int(self.stop_requested or self.stop),
@@ -102,7 +171,7 @@ class Agreement:
             )
         return agreed[3:]
 
-    def wait_while_paused(self, step: int) -> None:
+    def _wait_while_paused(self, step: int) -> None:
         """Blocks before `step`, with all ranks, while the settings in force say "paused".
 
         There is no limit: whoever paused the run decides when it goes on.
@@ -123,9 +192,15 @@ class Agreement:
         """Tells the controller what the run is doing at a step that takes longer than usual."""
         self._link.beat(step, phase, ())
 
-    def restore(self, damping: float) -> None:
-        """A checkpoint says that people had set this damping (0: none); newer settings replace it."""
-        self.settings = replace(self.settings, damping=damping)
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the damping that users had set; 0 where they had set none."""
+        return {"damping": self.settings.damping}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned; newer settings replace it."""
+        self.settings = replace(self.settings, damping=float(state["damping"]))
 
 
 def _encode(settings: RunSettings) -> list[float]:

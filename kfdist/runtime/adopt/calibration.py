@@ -1,22 +1,107 @@
 """What ranks measure of a snapshot while it is in use: EKFAC's scales (George et al., arXiv 1806.03884)."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import reduce_flat
-from kfdist.curvature.averages import decay_at
-from kfdist.curvature.statistics import Samples
-from kfdist.runtime.adopt.snapshots import SnapshotStore
-from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.curvature.averages import BatchStatistics, decay_at
+from kfdist.curvature.blocks import Block
+from kfdist.curvature.statistics import Needs, Samples
+from kfdist.runtime.plan.timetable import Timetable
+from kfdist.runtime.reduce.example_rows import SampleRequest, local_samples
+from kfdist.runtime.settings import Settings
+from kfdist.runtime.track import Track
+from kfdist.seeds import block_seed
 from kfdist.types import BlockName
 
 
+class Calibration:
+    """Measures what the snapshots in use leave to the ranks. All ranks make the same calls.
+
+    Args:
+        tracks: All groups.
+        settings: What the pipeline is told.
+        timetable: Says which are folded.
+        communicator: Carries the sums.
+
+    Attributes:
+        bytes_sent: What this rank contributed.
+    """
+
+    def __init__(
+        self,
+        tracks: Sequence[Track],
+        settings: Settings,
+        timetable: Timetable,
+        communicator: Communicator,
+    ) -> None:
+        self._tracks = [track for track in tracks if _calibrates(track)]
+        self._settings = settings
+        self._timetable = timetable
+        self._communicator = communicator
+        self._asked: frozenset[int] = frozenset()
+        self.bytes_sent = 0
+
+    def ask(self, step: int) -> frozenset[int]:
+        """Returns the groups that `step` is to take samples of: the snapshot is new then, or a folding is due."""
+        self._asked = frozenset(track.group.index for track in self._tracks if self._may_measure(track, step))
+        return self._asked
+
+    def _may_measure(self, track: Track, step: int) -> bool:
+        lag = self._settings.lag
+        return (
+            self._timetable.folds(track, step)
+            or track.calibrations == 0
+            or track.ledger.in_flight
+            or track.decision(step, self._settings.adoption).wait
+            or (lag is not None and step - lag in track.pending)
+        )
+
+    def measure(self, step: int, batches: Mapping[BlockName, BatchStatistics], step_is_finite: Tensor | None) -> None:
+        """Measures the snapshots in use at their first step and then at each folding, where `ask` had asked for it.
+
+        Args:
+            step: The step.
+            batches: This rank's batch.
+            step_is_finite: Boolean scalar; where false the samples count for nothing. None: true.
+        """
+        due = [
+            track
+            for track in self._tracks
+            if track.group.index in self._asked
+            and track.calibrations is not None
+            and (track.calibrations == 0 or self._timetable.folds(track, step))
+        ]
+        samples = {
+            block.name: self._samples(step, block, needs, batches.get(block.name), step_is_finite)
+            for track in due
+            for block, needs in ((block, track.group.needs[block.name]) for block in track.group.blocks)
+        }
+        self.bytes_sent += calibrate(due, samples, self._communicator, ema_decay=self._settings.ema_decay)
+
+    def _samples(
+        self, step: int, block: Block, needs: Needs, batch: BatchStatistics | None, step_is_finite: Tensor | None
+    ) -> Samples:
+        assert needs.calibration is not None, "every block of a calibrated group has a budget"
+        weight = block.parameters()[0]
+        request = SampleRequest(
+            block=block.name,
+            shape=block.shape,
+            budget=needs.calibration,
+            rows=None if batch is None else batch.samples,
+            step_is_finite=step_is_finite,
+            destination=None,
+            seed=block_seed(self._settings.seed, block.name, step),
+            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+        )
+        return local_samples(request, self._communicator, weight.device)
+
+
 def calibrate(
-    groups: Sequence[BlockGroup],
-    due: Collection[int],
-    snapshots: SnapshotStore,
+    tracks: Sequence[Track],
     samples: Mapping[BlockName, Samples],
     communicator: Communicator,
     *,
@@ -28,10 +113,8 @@ def calibrate(
     ranks must call it with the same groups.
 
     Args:
-        groups: All groups.
-        due: Those to calibrate; others, and those without a snapshot, are left alone.
-        snapshots: Holds the preconditioners and the memories.
-        samples: This rank's samples of this step by block of the groups that are due.
+        tracks: The groups to calibrate; those whose snapshot isn't calibrated are left alone.
+        samples: This rank's samples of this step by block.
         communicator: Carries the sums.
         ema_decay: Largest rho.
 
@@ -39,21 +122,24 @@ def calibrate(
         Bytes that this rank contributed.
     """
     found = []
-    for group in groups:
-        if group.index not in due or group.index not in snapshots.calibrations:
+    for track in tracks:
+        if track.calibrations is None:
             continue
-        snapshots.calibrations[group.index] += 1
-        rho = decay_at(snapshots.calibrations[group.index], ema_decay)
-        for block in group.blocks:
-            preconditioner = snapshots[group.index].preconditioners[block.name]
-            found.append((block.name, rho, preconditioner.calibration_sums(samples[block.name])))
+        track.calibrations += 1
+        rho = decay_at(track.calibrations, ema_decay)
+        for block in track.group.blocks:
+            preconditioner = track.snapshot.preconditioners[block.name]
+            found.append((track.memories[block.name], rho, preconditioner.calibration_sums(samples[block.name])))
     if not found:
         return 0
     pieces = [piece for _, _, sums in found for piece in sums.values()]
     reduced = iter(reduce_flat(pieces, communicator))
-    for name, rho, sums in found:
-        memory = snapshots.memories[name]
+    for memory, rho, sums in found:
         for key in sums:
             new = next(reduced) * (1.0 - rho)
             memory[key] = new if key not in memory else torch.add(new, memory[key], alpha=rho)
     return sum(piece.numel() * piece.element_size() for piece in pieces)
+
+
+def _calibrates(track: Track) -> bool:
+    return any(needs.calibration is not None for needs in track.group.needs.values())

@@ -10,9 +10,7 @@ from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverse import AbstractPreconditioner, Memory
-
-MEASURED = "measured"
-"""Name in a block's memory of a boolean scalar: whether anything was measured at all."""
+from kfdist.runtime.track import MEASURED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,92 +1,115 @@
 """What is due at which step, and what has to be measured for it: the same answers on all ranks."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from kfdist.capture.requests import Request
+from kfdist.curvature.inverter import Placement
 from kfdist.curvature.statistics import Needs
 from kfdist.policies.schedule import Schedule
 from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.runtime.track import Track
+from kfdist.seeds import block_seed, rank_seed
 from kfdist.types import BlockName
 
 _BOTH = frozenset({"A", "G"})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """What is due at one step, settled before anything of the step is done.
+
+    Attributes:
+        step: The step.
+        folding: The groups whose sums are folded.
+        reducing: The groups whose statistics are reduced: for a job, or for an inversion by every rank.
+    """
+
+    step: int
+    folding: tuple[Track, ...]
+    reducing: tuple[Track, ...]
+
+    def again(self) -> "Due":
+        """Returns what is still due when the step was interrupted after its reduction and is done again.
+
+        The sums are folded and the jobs under way; only what every rank inverts for itself is kept nowhere.
+        """
+        own = tuple(track for track in self.reducing if track.group.inverter.placement is Placement.WORKER)
+        return replace(self, folding=(), reducing=own)
+
+
 class Timetable:
-    """The due dates of all groups.
+    """The due dates of all groups, as they stand: one that starves (see `Track`) is due at once.
 
     Args:
         schedule: The run's periods and the groups' phases.
-        groups: All groups.
+        tracks: All groups.
+        seed: The run's; with a block's name and the step it seeds what is sampled.
+        rank: This rank.
         world_size: Among how many ranks a budget of examples is shared.
-        starves: Whether a group's newest result had no statistics; it is then due at every step until it has some.
 
     Raises:
         ConfigError: A method's own period doesn't fit the run's.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        groups: Sequence[BlockGroup],
-        *,
-        world_size: int,
-        starves: Callable[[BlockGroup], bool],
-    ) -> None:
+    def __init__(self, schedule: Schedule, tracks: Sequence[Track], *, seed: int, rank: int, world_size: int) -> None:
         self._schedule = schedule
-        self.groups = groups
+        self._tracks = tracks
+        self._seed = seed
+        self._rank = rank
         self._world_size = world_size
-        self._starves = starves
-        self._periods = [_update_period(group, schedule) for group in groups]
+        self._periods = [_update_period(track.group, schedule) for track in tracks]
 
-    def folds(self, group: BlockGroup, step: int) -> bool:
+    def folds(self, track: Track, step: int) -> bool:
         """Says whether the group's sums are folded."""
-        return self._schedule.folds(group.index, step) or self._starves(group)
+        return self._schedule.folds(track.group.index, step) or track.starves
 
-    def inverts(self, group: BlockGroup, step: int) -> bool:
+    def inverts(self, track: Track, step: int) -> bool:
         """Says whether the group's sums are reduced, for an inversion."""
-        return self._schedule.inverts(group.index, step) or self._starves(group)
+        return self._schedule.inverts(track.group.index, step) or track.starves
 
-    def updates(self, group: BlockGroup, step: int) -> bool:
+    def updates(self, track: Track, step: int) -> bool:
         """Says whether the group has a job; online methods have them more often than inversions."""
-        return self._schedule.due(group.index, step, self._periods[group.index]) or self._starves(group)
+        index = track.group.index
+        return self._schedule.due(index, step, self._periods[index]) or track.starves
 
-    def foldings_until(self, group: BlockGroup, step: int) -> int:
+    def due(self, step: int) -> Due:
+        """Returns what is due at `step`."""
+        return Due(
+            step=step,
+            folding=tuple(track for track in self._tracks if self.folds(track, step)),
+            reducing=tuple(track for track in self._tracks if self.updates(track, step)),
+        )
+
+    def foldings_until(self, track: Track, step: int) -> int:
         """Returns how many foldings of the group were due in steps 0 to `step`, both included."""
-        return self._schedule.count_until(group.index, step, self._schedule.factor_period)
+        return self._schedule.count_until(track.group.index, step, self._schedule.factor_period)
 
-    def updates_until(self, group: BlockGroup, step: int) -> int:
+    def updates_until(self, track: Track, step: int) -> int:
         """Returns how many jobs of the group were due in steps 0 to `step`, both included."""
-        return self._schedule.count_until(group.index, step, self._periods[group.index])
+        index = track.group.index
+        return self._schedule.count_until(index, step, self._periods[index])
 
-    def requests(
-        self,
-        step: int,
-        seed_of: Callable[[str], int],
-        *,
-        own_seed_of: Callable[[str], int],
-        calibrating: Collection[int],
-    ) -> Mapping[BlockName, Request]:
-        """Returns what is to be measured of each block at `step`; blocks of which nothing is are left out.
+    def requests(self, step: int, *, calibrating: Collection[int]) -> Mapping[BlockName, Request]:
+        """Returns what is to be measured of each block at `step`; blocks with nothing to measure are left out.
 
         Args:
             step: The step.
-            seed_of: Gives a block's seed for sub-sampling at this step.
-            own_seed_of: The same for what must differ from rank to rank.
             calibrating: Groups whose snapshot in use, or about to be, wants samples of this step.
         """
         requests = {}
-        for group in self.groups:
-            folds, updates = self.folds(group, step), self.updates(group, step)
+        for track in self._tracks:
+            group, folds, updates = track.group, self.folds(track, step), self.updates(track, step)
             for block in group.blocks:
-                needs = group.needs[block.name]
+                needs, seed = group.needs[block.name], block_seed(self._seed, block.name, step)
                 request = Request(
                     sums=needs.sums if folds else frozenset(),
                     rows=_BOTH if needs.applied_rows else needs.increments if updates else frozenset(),
                     # An increment has room for so many rows of this rank; what an inverse is multiplied onto is whole.
                     most_rows=None if needs.applied_rows else needs.increment_rows // self._world_size,
                     sketch_size=needs.increment_rows,
-                    sketch_seed=own_seed_of(block.name),
-                    seed=seed_of(block.name),
+                    sketch_seed=rank_seed(seed, self._rank),
+                    seed=seed,
                     **self._samples(needs, updates=updates, calibrates=group.index in calibrating),
                 )
                 if request.sums or request.rows or request.samples is not None:

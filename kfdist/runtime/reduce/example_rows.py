@@ -75,21 +75,6 @@ class SampleExchange:
             gathered |= self._gather_alike(alike, destination)
         return gathered
 
-    def local(self, request: SampleRequest) -> Samples:
-        """Returns this rank's own rows with all their positions, of no more examples than its share of the budget."""
-        rows = request.rows
-        if rows is None:
-            empty = [self._zeros(request, 0, 1, d) for d in (request.shape.d_in, request.shape.d_out)]
-            rows = ExampleRows(a=empty[0], g=empty[1], weight=empty[0].new_zeros(0), positions=1)
-        else:
-            positions = rows.a.shape[2]
-            share = examples_per_rank(request.budget, positions, self._communicator.world_size)
-            rows = _fewer(rows, share, positions, request.seed)
-        a, g, weight = _clean(rows, request.step_is_finite)
-        source = torch.full((len(weight),), self._communicator.rank, device=self._device)
-        positions = torch.full((), float(rows.positions), dtype=a.dtype, device=self._device)
-        return Samples(a=a, g=g, weight=weight, source=source, positions=positions)
-
     def _agree_on_frames(self, requests: Sequence[SampleRequest]) -> None:
         new = [request for request in requests if not self.frames.get(request.block)]
         if not new:
@@ -133,8 +118,8 @@ class SampleExchange:
         positions = self.frames[request.block]
         examples = examples_per_rank(request.budget, positions, self._communicator.world_size)
         kept = min(positions, request.budget.columns or positions)
-        a = self._zeros(request, examples, kept, request.shape.d_in)
-        g = self._zeros(request, examples, kept, request.shape.d_out)
+        a = _zeros(request, examples, kept, request.shape.d_in, self._device)
+        g = _zeros(request, examples, kept, request.shape.d_out, self._device)
         weight = a.new_zeros(examples)
         own_positions = a.new_full((examples,), 0.0 if request.rows is None else float(request.rows.positions))
         if request.rows is None or not len(request.rows.weight):
@@ -148,9 +133,21 @@ class SampleExchange:
         a[:, :n, :t], g[:, :n, :t], weight[:n] = own_a, own_g, own_weight
         return a, g, weight, own_positions
 
-    def _zeros(self, request: SampleRequest, examples: int, positions: int, width: int) -> Tensor:
-        size = (request.shape.groups, examples, positions, width)
-        return torch.zeros(size, dtype=request.dtype, device=self._device)
+
+def local_samples(request: SampleRequest, communicator: Communicator, device: torch.device) -> Samples:
+    """Returns this rank's own rows with all their positions, of no more examples than its share of the budget."""
+    rows = request.rows
+    if rows is None:
+        a, g = (_zeros(request, 0, 1, d, device) for d in (request.shape.d_in, request.shape.d_out))
+        rows = ExampleRows(a=a, g=g, weight=a.new_zeros(0), positions=1)
+    else:
+        positions = rows.a.shape[2]
+        share = examples_per_rank(request.budget, positions, communicator.world_size)
+        rows = _fewer(rows, share, positions, request.seed)
+    a, g, weight = _clean(rows, request.step_is_finite)
+    source = torch.full((len(weight),), communicator.rank, device=device)
+    positions = torch.full((), float(rows.positions), dtype=a.dtype, device=device)
+    return Samples(a=a, g=g, weight=weight, source=source, positions=positions)
 
 
 def examples_per_rank(budget: SampleBudget, positions: int, world_size: int) -> int:
@@ -176,6 +173,10 @@ def _fewer(rows: ExampleRows, examples: int, positions: int, seed: int) -> Examp
         root = (rows.a.shape[2] / positions) ** 0.5
         a, g = a[:, :, chosen] * root, g[:, :, chosen] * root
     return ExampleRows(a=a, g=g, weight=weight, positions=rows.positions)
+
+
+def _zeros(request: SampleRequest, examples: int, positions: int, width: int, device: torch.device) -> Tensor:
+    return torch.zeros((request.shape.groups, examples, positions, width), dtype=request.dtype, device=device)
 
 
 def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:

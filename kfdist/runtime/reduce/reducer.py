@@ -1,170 +1,152 @@
-"""The reduce verb: from each rank's sums and rows to jobs, or to inversions that every rank makes itself."""
+"""The reduce verb: from each rank's sums and rows to those of all ranks together."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfdist.comm.communicator import Communicator
+from kfdist.comm.reduce import reduce_flat
 from kfdist.curvature.averages import BatchStatistics, WeightedSums, all_finite, decay_at, sum_shapes
-from kfdist.curvature.inverse import AbstractPreconditioner
-from kfdist.curvature.inverter import Coupling, Inversion, Placement
+from kfdist.curvature.inverter import Coupling, Placement
 from kfdist.curvature.statistics import Samples
-from kfdist.errors import KfdistError
 from kfdist.runtime.plan.groups import BlockGroup
-from kfdist.runtime.plan.timetable import Timetable
+from kfdist.runtime.plan.timetable import Due, Timetable
 from kfdist.runtime.reduce.contributions import (
     Contribution,
-    ReducedStatistics,
     contribution_of_sums,
-    on_device,
     reduce_contributions,
     with_increment,
 )
 from kfdist.runtime.reduce.example_rows import SampleExchange, SampleRequest
+from kfdist.runtime.settings import Settings
+from kfdist.runtime.track import Track
 from kfdist.seeds import block_seed, rank_seed
 from kfdist.types import BlockName
-from kfdist.wire.records import tensor_fields
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnInversion:
-    """A group that every rank inverted for itself.
-
-    Attributes:
-        preconditioners: By block.
-        measured: By block, a boolean scalar: whether any rank had statistics.
-    """
-
-    preconditioners: Mapping[BlockName, AbstractPreconditioner]
-    measured: Mapping[BlockName, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """What came of one step's reduction.
+    """The statistics of the groups that were due, reduced over the ranks.
 
     Attributes:
-        shipped: Statistics on their way to the host of the rank that ships them; None if this rank ships nothing.
-        own: What every rank inverted for itself, by group.
-        bytes: What this rank contributed.
+        step: The step.
+        tracks: The groups.
+        sums: By block, the summed tensors by name.
+        samples: By block, the rows of all ranks, where this rank needs them.
     """
 
-    shipped: ReducedStatistics | None
-    own: Mapping[int, OwnInversion]
-    bytes: int
+    step: int
+    tracks: Sequence[Track]
+    sums: Mapping[BlockName, Mapping[str, Tensor]]
+    samples: Mapping[BlockName, Samples]
 
 
 class StatisticsReducer:
-    """Reduces the statistics of the groups that are due. All ranks make the same calls.
+    """This rank's sums, and their reduction when they are due. All ranks make the same calls.
 
     Args:
+        groups: All groups.
+        settings: What the pipeline is told.
+        timetable: Counts the foldings.
         communicator: Carries sums and rows.
-        timetable: Says what is due.
-        samples: Gathers rows of examples.
-        ema_decay: Largest rho of the moving average.
-        seed: The run's seed.
         device: Where the statistics live.
+
+    Attributes:
+        sums: This rank's (S, w) by block.
     """
 
     def __init__(
         self,
-        communicator: Communicator,
+        groups: Sequence[BlockGroup],
+        settings: Settings,
         timetable: Timetable,
-        samples: SampleExchange,
-        *,
-        ema_decay: float,
-        seed: int,
+        communicator: Communicator,
         device: torch.device,
     ) -> None:
-        self._communicator = communicator
+        self.sums = _empty_sums(groups, device)
+        self._settings = settings
         self._timetable = timetable
-        self.samples = samples
-        self._ema_decay = ema_decay
-        self._seed = seed
-        self._device = device
+        self._communicator = communicator
+        self._samples = SampleExchange(communicator, device)
+        self._sums_sent = 0
 
-    def reduce(
-        self,
-        step: int,
-        due: Sequence[BlockGroup],
-        sums: Mapping[BlockName, WeightedSums],
-        batches: Mapping[BlockName, BatchStatistics],
-        step_is_finite: Tensor | None,
-    ) -> Reduction:
-        """Reduces what is due at `step`.
+    def fold(self, due: Due, batches: Mapping[BlockName, BatchStatistics], step_is_finite: Tensor | None) -> None:
+        """Folds this rank's batch into the sums that are due.
 
         Args:
-            step: The step.
-            due: The groups with a job, or an inversion of the ranks' own.
-            sums: This rank's folded sums.
-            batches: This rank's batch.
+            due: What is due.
+            batches: This rank's batch, by block.
+            step_is_finite: Boolean scalar; where false nothing changes. None: true.
+        """
+        for track in due.folding:
+            rho = decay_at(self._timetable.foldings_until(track, due.step), self._settings.ema_decay)
+            for block in track.group.blocks:
+                self.sums[block.name].fold(batches.get(block.name), rho, step_is_finite)
+
+    def reduce(
+        self, due: Due, batches: Mapping[BlockName, BatchStatistics], step_is_finite: Tensor | None
+    ) -> Reduction:
+        """Sums over the ranks what is due: the folded sums, and this batch's rows.
+
+        Args:
+            due: What is due.
+            batches: This rank's batch, by block.
             step_is_finite: Boolean scalar; where false rows count for nothing. None: true.
         """
+        step, groups = due.step, [track.group for track in due.reducing]
         contributions = [
-            self._contribution(step, group, name, sums[name], batches.get(name), step_is_finite)
-            for group in due
-            for name in group.needs
+            self._contribution(step, track, name, batches.get(name), step_is_finite)
+            for track in due.reducing
+            for name in track.group.needs
         ]
-        tensors, sent = reduce_contributions(contributions, self._communicator)
-        before = self.samples.bytes_sent
-        requests = self._sample_requests(step, due, sums, batches, step_is_finite)
-        gathered = self.samples.gather(requests) if requests else {}
-        own = {
-            group.index: self._invert_here(step, group, tensors, gathered)
-            for group in due
-            if group.inverter.placement is Placement.WORKER
-        }
-        return Reduction(
-            shipped=self._shipped(step, due, tensors, gathered),
-            own={index: made for index, made in own.items() if made is not None},
-            bytes=sent + self.samples.bytes_sent - before,
-        )
+        reduced, sent = reduce_contributions(contributions, self._communicator)
+        self._sums_sent += sent
+        requests = self._sample_requests(step, groups, batches, step_is_finite)
+        samples = self._samples.gather(requests) if requests else {}
+        return Reduction(step=step, tracks=due.reducing, sums=reduced, samples=samples)
 
-    def local_samples(
-        self,
-        step: int,
-        due: Collection[int],
-        batches: Mapping[BlockName, BatchStatistics],
-        step_is_finite: Tensor | None,
-    ) -> dict[BlockName, Samples]:
-        """Returns this rank's own samples of the groups whose snapshots are to be calibrated."""
-        local = {}
-        for group in self._timetable.groups:
-            if group.index not in due:
-                continue
-            for block in group.blocks:
-                budget = group.needs[block.name].calibration
-                assert budget is not None, "calibrating groups have a budget"
-                batch = batches.get(block.name)
-                request = SampleRequest(
-                    block=block.name,
-                    shape=block.shape,
-                    budget=budget,
-                    rows=None if batch is None else batch.samples,
-                    step_is_finite=step_is_finite,
-                    destination=None,
-                    seed=block_seed(self._seed, block.name, step),
-                    dtype=_dtype_of(block.parameters()[0]),
-                )
-                local[block.name] = self.samples.local(request)
-        return local
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of the sums and rows that this rank contributed."""
+        return self._sums_sent + self._samples.bytes_sent
+
+    def average(self) -> None:
+        """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""
+        states = [sums.state_dict() for sums in self.sums.values()]
+        reduced = iter(reduce_flat([piece for state in states for piece in state.values()], self._communicator))
+        for sums, state in zip(self.sums.values(), states, strict=True):
+            sums.load_state_dict({name: next(reduced) / self._communicator.world_size for name in state})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns this rank's sums, and how many positions its rows have room for."""
+        return {
+            "sums": {name: sums.state_dict() for name, sums in self.sums.items()},
+            "frames": dict(self._samples.frames),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned."""
+        for name, sums in self.sums.items():
+            sums.load_state_dict(state["sums"][name])
+        self._samples.frames.update({name: int(size) for name, size in state["frames"].items()})
 
     def _contribution(
         self,
         step: int,
-        group: BlockGroup,
+        track: Track,
         name: BlockName,
-        sums: WeightedSums,
         batch: BatchStatistics | None,
         step_is_finite: Tensor | None,
     ) -> Contribution:
+        group, sums = track.group, self.sums[name]
         statistic, needs = group.inverter.statistic, group.needs[name]
         if not group.inverter.online:
             return contribution_of_sums(name, statistic, sums)
         dense = Contribution(block=name, statistic=statistic, summed={})
-        if self._timetable.inverts(group, step):
+        if self._timetable.inverts(track, step):
             dense = contribution_of_sums(name, statistic, sums)
         if batch is not None and batch.rows:
             _count_dropped(sums, batch.rows.values())
@@ -174,7 +156,7 @@ class StatisticsReducer:
             needs,
             {"A": (shape.groups, shape.d_in), "G": (shape.groups, shape.d_out)},
             batch,
-            rho=decay_at(self._timetable.updates_until(group, step), self._ema_decay),
+            rho=decay_at(self._timetable.updates_until(track, step), self._settings.ema_decay),
             step_is_finite=step_is_finite,
             like=sums.weight,
             rank=self._communicator.rank,
@@ -185,20 +167,19 @@ class StatisticsReducer:
     def _sample_requests(
         self,
         step: int,
-        due: Sequence[BlockGroup],
-        sums: Mapping[BlockName, WeightedSums],
+        groups: Sequence[BlockGroup],
         batches: Mapping[BlockName, BatchStatistics],
         step_is_finite: Tensor | None,
     ) -> list[SampleRequest]:
         requests = []
-        for group in due:
+        for group in groups:
             everyone = group.inverter.placement is Placement.WORKER
             for block in group.blocks:
                 budget, batch = group.needs[block.name].samples, batches.get(block.name)
                 if budget is None:
                     continue
                 if batch is not None and batch.samples is not None:
-                    _count_dropped(sums[block.name], (batch.samples.a, batch.samples.g))
+                    _count_dropped(self.sums[block.name], (batch.samples.a, batch.samples.g))
                 requests.append(
                     SampleRequest(
                         block=block.name,
@@ -208,62 +189,22 @@ class StatisticsReducer:
                         step_is_finite=step_is_finite,
                         destination=None if everyone else group.courier_rank,
                         seed=self._own_seed(block.name, step),
-                        dtype=sums[block.name].weight.dtype,
+                        dtype=self.sums[block.name].weight.dtype,
                     )
                 )
         return requests
 
-    def _shipped(
-        self,
-        step: int,
-        due: Sequence[BlockGroup],
-        tensors: Mapping[BlockName, Mapping[str, Tensor]],
-        gathered: Mapping[BlockName, Samples],
-    ) -> ReducedStatistics | None:
-        mine = [
-            group
-            for group in due
-            if group.inverter.placement is Placement.OWNER and group.courier_rank == self._communicator.rank
-        ]
-        if not mine:
-            return None
-        carried: dict[BlockName, Mapping[str, Tensor]] = {}
-        for group in mine:
-            for block in group.blocks:
-                if block.name in gathered:
-                    carried[block.name] = tensor_fields(gathered[block.name])
-                elif tensors.get(block.name):
-                    carried[block.name] = tensors[block.name]
-        return ReducedStatistics(step, mine, carried)
-
-    def _invert_here(
-        self,
-        step: int,
-        group: BlockGroup,
-        tensors: Mapping[BlockName, Mapping[str, Tensor]],
-        gathered: Mapping[BlockName, Samples],
-    ) -> OwnInversion | None:
-        """Inverts a group on this rank; None where no rank ever had rows of it."""
-        statistics, measured = {}, {}
-        for name in group.needs:
-            if group.inverter.statistic is not Samples:
-                statistics[name], measured[name] = on_device(group.inverter.statistic, tensors[name])
-            elif name in gathered:
-                statistics[name], measured[name] = gathered[name], gathered[name].weight.sum() > 0
-            else:
-                return None
-        seeds = {name: block_seed(self._seed, name, step) for name in statistics}
-        inversions = group.inverter.invert_group(statistics, damping=1.0, previous={}, seeds=seeds)
-        return OwnInversion(
-            preconditioners={name: _preconditioner(name, each) for name, each in inversions.items()},
-            measured=measured,
-        )
-
     def _own_seed(self, name: BlockName, step: int) -> int:
-        return rank_seed(block_seed(self._seed, name, step), self._communicator.rank)
+        return rank_seed(block_seed(self._settings.seed, name, step), self._communicator.rank)
 
 
-def empty_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[BlockName, WeightedSums]:
+def _count_dropped(sums: WeightedSums, rows: Iterable[Tensor]) -> None:
+    """Counts a batch whose rows are non-finite, where no folding of sums does."""
+    if not sums.sums:
+        sums.dropped.add_((~all_finite(rows)).to(sums.dropped.dtype))
+
+
+def _empty_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[BlockName, WeightedSums]:
     """Makes all blocks' sums: float64 for float64 parameters, else float32."""
     sums = {}
     for group in groups:
@@ -274,19 +215,3 @@ def empty_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[Block
             dtype = torch.float64 if block.parameters()[0].dtype == torch.float64 else torch.float32
             sums[block.name] = WeightedSums.zeros(shapes, dtype=dtype, device=device)
     return sums
-
-
-def _count_dropped(sums: WeightedSums, rows: Iterable[Tensor]) -> None:
-    """Counts a batch whose rows are non-finite, where no folding of sums does."""
-    if not sums.sums:
-        sums.dropped.add_((~all_finite(rows)).to(sums.dropped.dtype))
-
-
-def _preconditioner(name: BlockName, inversion: Inversion) -> AbstractPreconditioner:
-    if inversion.preconditioner is None:
-        raise KfdistError(f"block {name!r}: {inversion.reason}")
-    return inversion.preconditioner
-
-
-def _dtype_of(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -45,7 +45,7 @@ def state(sums: WeightedSums) -> list[Tensor]:
 
 def factors(ranks: Sequence[WeightedSums]) -> tuple[Tensor, Tensor]:
     """What the reduction of several ranks' sums gives."""
-    A, G, weight = (sum(parts) for parts in zip(*(each.packed() for each in ranks), strict=True))
+    A, G, weight = (sum(parts) for parts in zip(*(each.packed().values() for each in ranks), strict=True))
     assert isinstance(A, Tensor) and isinstance(G, Tensor) and isinstance(weight, Tensor)
     reduced = unpack(packed_statistic("kronecker-factors", {"A": A, "G": G}, weight), STATISTICS)
     return reduced.A, reduced.G
@@ -156,7 +156,7 @@ def test_float32_batches_go_into_float64_sums():
 def test_only_the_lower_triangle_travels():
     sums = empty()
     sums.fold(batch(1), 0.0)
-    A, G, weight = sums.packed()
+    A, G, weight = sums.packed().values()
     assert (A.shape, G.shape, weight.shape) == ((C, Q * (Q + 1) // 2), (C, P * (P + 1) // 2), (1,))
     assert torch.equal(A, pack_triangle(sums.sums["A"]))
 
@@ -168,4 +168,4 @@ def test_folding_never_asks_for_a_value():
     new = BatchStatistics({name: torch.empty(shape, device=device) for name, shape in SHAPES.items()}, 5.0)
     sums.fold(new, 0.5, step_is_finite=torch.empty((), dtype=torch.bool, device=device))
     sums.fold(None, 0.5)
-    assert [tuple(each.shape) for each in sums.packed()] == [(C, 10), (C, 6), (1,)]
+    assert [tuple(each.shape) for each in sums.packed().values()] == [(C, 10), (C, 6), (1,)]

@@ -1,4 +1,4 @@
-"""Ranks that run the adoption protocol without processes: real ledgers and tables, messages in a test's hands.
+"""Ranks that run the adoption protocol without processes: real tracks and tables, messages in a test's hands.
 
 A rank goes through a step in three moves, each at its own pace: it completes the last table and offers headers, it
 enters broadcasts, it adopts and starts the next table. As in the real thing, a table or a round is complete once every
@@ -8,7 +8,13 @@ rank has given its columns, and not before; everything else (results, payloads) 
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from kfdist.policies.adoption import AdoptionLedger, AgreedTable, decode_table, encode_table
+from kfdist.comm.broadcast import PayloadBroadcast
+from kfdist.curvature.inverters import make_inverter
+from kfdist.policies.adoption import AgreedTable, decode_table, encode_table
+from kfdist.runtime.adopt.flight import Flight, Header
+from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.runtime.track import Track
+from kfdist.types import GroupSpec, JobResult
 
 NOTHING = -1
 
@@ -21,15 +27,25 @@ class SimulatedRank:
     """One rank's own knowledge; `World` holds what passes between ranks."""
 
     number: int
-    ledger: AdoptionLedger
+    tracks: list[Track]
     step: int = 0
     move: int = 0
     table: AgreedTable | None = None
     to_adopt: dict[int, int] = field(default_factory=dict)
     entering: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
-    open: dict[Broadcast, int] = field(default_factory=dict)
-    held: set[Broadcast] = field(default_factory=set)
+
+    def open(self) -> dict[Broadcast, Flight]:
+        """The broadcasts under way."""
+        flights = [(track.group.index, track.ledger.serial, track.flight) for track in self.tracks]
+        return {(group, serial): flight for group, serial, flight in flights if flight is not None}
+
+
+class Nowhere(PayloadBroadcast):
+    """A broadcast whose payload a test delivers."""
+
+    def __init__(self) -> None:
+        pass
 
 
 class World:
@@ -37,18 +53,18 @@ class World:
 
     def __init__(self, ranks: int, groups: int) -> None:
         self.groups = groups
-        self.ranks = [SimulatedRank(number, AdoptionLedger(groups)) for number in range(ranks)]
+        self.ranks = [SimulatedRank(number, make_tracks(groups, ranks)) for number in range(ranks)]
         self.tables: dict[int, list[list[int] | None]] = defaultdict(lambda: [None] * ranks)
         self.rounds: dict[tuple[int, int], list[list[int] | None]] = defaultdict(lambda: [None] * ranks)
-        self.slots: list[set[int]] = [set() for _ in range(groups)]
         self.produced: list[set[int]] = [set() for _ in range(groups)]
         self.waits: dict[int, set[int]] = defaultdict(set)
         self.decisions: dict[tuple[int, str], object] = {}
         self.adoptions: dict[tuple[int, int], int] = {}
         self.good: dict[Broadcast, set[int]] = defaultdict(set)
 
-    def courier(self, group: int) -> int:
-        return group % len(self.ranks)
+    def courier(self, group: int) -> Track:
+        """The group's track on its courier rank."""
+        return self.ranks[group % len(self.ranks)].tracks[group]
 
     # What the outside does -------------------------------------------------------------------------------------------
 
@@ -56,23 +72,30 @@ class World:
         """An owner finishes a newer version; the courier rank freezes and announces it."""
         version = max(self.produced[group], default=NOTHING) + 1
         self.produced[group].add(version)
-        self.slots[group].add(version)
-        self.ranks[self.courier(group)].ledger.announce(group, version)
+        track = self.courier(group)
+        track.jobs.put(JobResult(group=track.group.name, version=version, payload=b"", seconds=0.0, owner="x"))
+        track.ledger.announce(version)
 
     def travelling(self) -> list[tuple[int, Broadcast]]:
         """What has been sent and not been received: (rank, broadcast)."""
-        return [(rank.number, key) for rank in self.ranks for key in sorted(rank.open) if key not in rank.held]
+        return [
+            (rank.number, key)
+            for rank in self.ranks
+            for key, flight in sorted(rank.open().items(), key=lambda item: item[0])
+            if flight.payload is None
+        ]
 
     def deliver(self, number: int, key: Broadcast, *, damaged: bool) -> None:
         """A payload arrives at a rank, whole or not; the rank checks its digest."""
-        rank, (group, serial) = self.ranks[number], key
-        rank.held.add(key)
-        assert rank.ledger.serial[group] == serial, "a broadcast was forgotten while its payload travelled"
+        track = self.ranks[number].tracks[key[0]]
+        assert track.flight is not None, "a broadcast was forgotten while its payload travelled"
+        assert track.ledger.serial == key[1], "a broadcast was forgotten while its payload travelled"
+        track.flight.payload = b""
         if damaged:
-            rank.ledger.reject(group)
+            track.ledger.reject()
         else:
             self.good[key].add(number)
-            rank.ledger.receive(group)
+            track.ledger.receive()
 
     # What a rank does ----------------------------------------------------------------------------------------------
 
@@ -89,12 +112,16 @@ class World:
             columns = self.tables[rank.step - 1]
             if any(each is None for each in columns):
                 return False
-            rank.table = decode_table(_maximum(columns), self.groups)
+            rank.table = decode_table(_maximum(columns))
             self._agrees(rank.step, "table", rank.table)
-            rank.to_adopt = {group: rank.ledger.entered[group] for group in rank.ledger.swaps(rank.table)}
-            for group in rank.ledger.give_ups(rank.table):
-                self._abandon(rank, group)
-            rank.entering = rank.ledger.entries(rank.table)
+            both = list(enumerate(zip(rank.tracks, rank.table.groups, strict=True)))
+            rank.to_adopt = {
+                group: track.ledger.entered for group, (track, agreed) in both if track.ledger.swaps(agreed)
+            }
+            for track, agreed in (pair for _, pair in both):
+                if track.ledger.gives_up(agreed):
+                    track.abandon()
+            rank.entering = [group for group, (track, agreed) in both if track.ledger.enters(agreed)]
         self._agrees(rank.step, "adopts", dict(rank.to_adopt))
         self._agrees(rank.step, "enters", list(rank.entering))
         self.rounds[rank.step, 0][rank.number] = self._headers(rank, rank.entering)
@@ -106,14 +133,14 @@ class World:
             return False
         for group, version in zip(rank.entering, _maximum(columns), strict=True):
             assert version != NOTHING, "a version was announced and is not in its slot"
-            rank.ledger.enter(group, version)
-            rank.open[group, rank.ledger.serial[group]] = version
-            if rank.number == self.courier(group):
-                assert version in self.slots[group], "a slot was freed before everyone had it"
+            track = rank.tracks[group]
+            track.ledger.enter(version)
+            track.flight = Flight(Header(version, 0, ""), Nowhere())
+            if track is self.courier(group):
+                assert version in track.jobs.results, "a slot was freed before everyone had it"
         rank.waiting = sorted(self.waits[rank.step] - rank.to_adopt.keys())
         for group in rank.waiting:
-            if rank.ledger.in_flight(group):
-                self._abandon(rank, group)
+            rank.tracks[group].abandon()
         self.rounds[rank.step, 1][rank.number] = self._headers(rank, rank.waiting)
         return True
 
@@ -124,32 +151,20 @@ class World:
         awaited = {
             group: version
             for group, version in zip(rank.waiting, _maximum(columns), strict=True)
-            if version > rank.ledger.adopted[group]
+            if version > rank.tracks[group].ledger.adopted
         }
         for group, version in sorted({**rank.to_adopt, **awaited}.items()):
             self._check_adoption(rank, group, version, awaited=group in awaited)
-            rank.ledger.adopt(group, version)
-            for key in [key for key in rank.open if key[0] == group]:
-                del rank.open[key]
-            if rank.number == self.courier(group):
-                self.slots[group] = {slot for slot in self.slots[group] if slot > version}
+            rank.tracks[group].adopt(version)
         rank.to_adopt, rank.entering, rank.waiting = {}, [], []
         self.tables[rank.step][rank.number] = encode_table(
-            rank.ledger, revision=rank.step if rank.number == 0 else None, stop=False
+            [track.ledger for track in rank.tracks], revision=rank.step if rank.number == 0 else None, stop=False
         )
         rank.step += 1
         return True
 
     def _headers(self, rank: SimulatedRank, groups: list[int]) -> list[int]:
-        return [
-            max(self.slots[group], default=NOTHING) if self.courier(group) == rank.number else NOTHING
-            for group in groups
-        ]
-
-    def _abandon(self, rank: SimulatedRank, group: int) -> None:
-        """Waits for the payload, as the real thing does, and forgets it."""
-        del rank.open[group, rank.ledger.serial[group]]
-        rank.ledger.give_up(group)
+        return [max(rank.tracks[group].jobs.results, default=NOTHING) for group in groups]
 
     # What must hold --------------------------------------------------------------------------------------------------
 
@@ -158,13 +173,34 @@ class World:
         assert self.decisions.setdefault((step, what), decision) == decision, f"step {step}: {what}"
 
     def _check_adoption(self, rank: SimulatedRank, group: int, version: int, *, awaited: bool) -> None:
-        assert version > rank.ledger.adopted[group], "a version went back"
+        track = rank.tracks[group]
+        assert version > track.ledger.adopted, "a version went back"
         assert version in self.produced[group], "a version was adopted that no owner produced"
         assert self.adoptions.setdefault((rank.step, group), version) == version, "ranks adopted different versions"
         if not awaited:
-            key = (group, rank.ledger.serial[group])
-            assert rank.open[key] == version
+            key = (group, track.ledger.serial)
+            assert track.flight is not None and track.flight.header.version == version
             assert self.good[key] == set(range(len(self.ranks))), "a version was adopted that some rank lacks"
+
+
+def make_tracks(groups: int, ranks: int) -> list[Track]:
+    """Makes a rank's tracks of groups without blocks; their courier ranks take turns."""
+    inverter = make_inverter("kfac")
+    return [
+        Track.of(
+            BlockGroup(
+                index=index,
+                name=str(index),
+                blocks=(),
+                inverter=inverter,
+                needs={},
+                courier_rank=index % ranks,
+                spec=GroupSpec(name=str(index), cost=1.0, position=index, bytes=1),
+            ),
+            queued=False,
+        )
+        for index in range(groups)
+    ]
 
 
 def _maximum(columns: list[list[int] | None]) -> list[int]:

@@ -25,7 +25,7 @@ class Adoption(RuleBasedStateMachine):
     def an_old_version_is_announced_again(self, data: DataObject) -> None:
         group = data.draw(strategies.sampled_from([g for g, found in enumerate(self.world.produced) if found]))
         version = data.draw(strategies.sampled_from(sorted(self.world.produced[group])))
-        self.world.ranks[self.world.courier(group)].ledger.announce(group, version)
+        self.world.courier(group).ledger.announce(version)
 
     @rule(number=numbers)
     def a_rank_moves(self, number: int) -> None:
@@ -72,7 +72,8 @@ class Adoption(RuleBasedStateMachine):
             self.run_to(max(rank.step for rank in self.world.ranks) + 1, [0, 1, 2, 3])
         for group, produced in enumerate(self.world.produced):
             newest = max(produced, default=-1)
-            assert [rank.ledger.adopted[group] for rank in self.world.ranks] == [newest] * len(self.world.ranks)
+            adopted = [rank.tracks[group].ledger.adopted for rank in self.world.ranks]
+            assert adopted == [newest] * len(self.world.ranks)
 
 
 Adoption.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, strategies
 
 from kfdist.policies.adoption import ABSENT, NO_VERSION, AdoptionLedger, decode_table, encode_table
-from kfdist.runtime.adopt.exchange import Header
+from kfdist.runtime.adopt.flight import Header
 
 int64 = strategies.integers(-(2**63), 2**63 - 1)
 serials = strategies.lists(strategies.tuples(*[strategies.integers(0, 2**40)] * 3), min_size=2, max_size=2)
@@ -20,16 +20,14 @@ def test_a_table_says_the_newest_announced_what_all_received_and_what_any_reject
 ) -> None:
     columns = []
     for number, groups in enumerate(ranks):
-        ledger = AdoptionLedger(len(groups))
-        ledger.announced = [each[0] for each in groups]
-        ledger.received = [each[1] for each in groups]
-        ledger.rejected = [each[2] for each in groups]
-        columns.append(encode_table(ledger, revision=revision if number == 0 else None, stop=number == stopping))
-    table = decode_table(maximum(*columns), 2)
-    for group in range(2):
-        assert table.announced[group] == max(rank[group][0] for rank in ranks)
-        assert table.received[group] == min(rank[group][1] for rank in ranks)
-        assert table.rejected[group] == max(rank[group][2] for rank in ranks)
+        ledgers = [AdoptionLedger(announced=each[0], received=each[1], rejected=each[2]) for each in groups]
+        columns.append(encode_table(ledgers, revision=revision if number == 0 else None, stop=number == stopping))
+    table = decode_table(maximum(*columns))
+    assert len(table.groups) == 2
+    for group, agreed in enumerate(table.groups):
+        assert agreed.announced == max(rank[group][0] for rank in ranks)
+        assert agreed.received == min(rank[group][1] for rank in ranks)
+        assert agreed.rejected == max(rank[group][2] for rank in ranks)
     assert table.revision == revision
     assert table.stop is (stopping < len(ranks))
     assert table.digests_differ is None
@@ -37,12 +35,12 @@ def test_a_table_says_the_newest_announced_what_all_received_and_what_any_reject
 
 @given(strategies.lists(int64, min_size=1, max_size=4))
 def test_digests_differ_exactly_where_two_ranks_have_different_ones(digests: list[int]) -> None:
-    columns = [[*encode_table(AdoptionLedger(1), revision=0, stop=False)[:-2], digest, ~digest] for digest in digests]
-    assert decode_table(maximum(*columns), 1).digests_differ is (len(set(digests)) > 1)
+    columns = [[*encode_table([AdoptionLedger()], revision=0, stop=False)[:-2], digest, ~digest] for digest in digests]
+    assert decode_table(maximum(*columns)).digests_differ is (len(set(digests)) > 1)
 
 
 def test_an_empty_table_holds_every_column_in_the_range_of_int64() -> None:
-    columns = encode_table(AdoptionLedger(2), revision=None, stop=False)
+    columns = encode_table([AdoptionLedger()] * 2, revision=None, stop=False)
     assert len(columns) == 3 * 2 + 4
     assert all(-(2**63) <= column < 2**63 for column in columns)
     assert columns[:2] == [NO_VERSION] * 2
@@ -58,13 +56,13 @@ def test_a_header_survives_the_maximum_with_ranks_that_have_none(version: int, s
 
 
 def test_a_version_never_goes_back() -> None:
-    ledger = AdoptionLedger(1)
-    ledger.enter(0, 5)
-    with pytest.raises(AssertionError, match="while one runs"):
-        ledger.enter(0, 6)
-    ledger.adopt(0, 5)
+    ledger = AdoptionLedger()
+    ledger.enter(5)
+    with pytest.raises(AssertionError, match="while one of 5 runs"):
+        ledger.enter(6)
+    ledger.adopt(5)
     for version in (4, 5):
         with pytest.raises(AssertionError, match="go back"):
-            ledger.adopt(0, version)
+            ledger.adopt(version)
         with pytest.raises(AssertionError, match="go back"):
-            ledger.enter(0, version)
+            ledger.enter(version)

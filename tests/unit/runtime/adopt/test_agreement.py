@@ -18,8 +18,8 @@ class ToldLink(LocalLink):
 
 def test_a_restored_damping_stays_until_somebody_sets_another() -> None:
     link = ToldLink()
-    agreement = Agreement(TableExchange(Communicator(None)), link, 0)
-    agreement.restore(0.3)
+    agreement = Agreement(TableExchange(Communicator(None)), link, 0, lambda step: 0.1)
+    agreement.load_state_dict({"damping": 0.3})
     # A controller that opens a new start of an ended run says nothing on damping.
     link.told = RunSettings(revision=4, desired=Desired.RUNNING, damping=0.0, checkpoint_serial=0)
     agreement.obey(revision=4, stop=False)

@@ -9,14 +9,22 @@ from kfdist.curvature.inverters.ekfac import EkfacBasis
 from kfdist.curvature.jobs import encode_result
 from kfdist.curvature.statistics import Samples
 from kfdist.runtime.adopt.calibration import calibrate
-from kfdist.runtime.adopt.snapshots import SnapshotStore
+from kfdist.runtime.adopt.snapshots import SnapshotInstaller
+from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.plan.planner import plan_blocks
+from kfdist.runtime.track import Track
 from tests.support.lockstep import in_lockstep
 from tests.support.preconditioning import backward, preconditioner, two_layers
 from tests.support.samples import make_samples
 
 DECAY = 0.6
 NAME = ""
+
+
+def ekfac_track() -> tuple[Track, SnapshotInstaller]:
+    """The only group of a linear layer, and what takes its snapshots into use."""
+    (group,) = plan_blocks(nn.Linear(4, 3).double(), "ekfac").groups
+    return Track.of(group, queued=False), SnapshotInstaller(torch.device("cpu"), PipelineCounters(), warns=False)
 
 
 def basis(seed: int) -> EkfacBasis:
@@ -43,19 +51,18 @@ def test_the_first_folding_overwrites_the_others_average_and_a_new_basis_starts_
     batches = [[samples(3 * step), samples(3 * step + 1)] for step in range(5)]
 
     def run(communicator: Any) -> list[dict[str, torch.Tensor]]:
-        groups = plan_blocks(nn.Linear(4, 3).double(), "ekfac").groups
-        store = SnapshotStore(groups, torch.device("cpu"), speaks=False)
+        track, installer = ekfac_track()
         memories = []
         for step in range(5):
             if step in (0, 3):
-                store.adopt(0, step, encode_result({NAME: basis(step)}))
-                assert store.memories[NAME] == {}
-                assert store.calibrations == {0: 0}
+                installer.install(track, step, encode_result({NAME: basis(step)}))
+                assert track.memories[NAME] == {}
+                assert track.calibrations == 0
             mine = {NAME: batches[step][communicator.rank]}
-            sent = calibrate(groups, {0}, store, mine, communicator, ema_decay=DECAY)
+            sent = calibrate([track], mine, communicator, ema_decay=DECAY)
             assert sent == 8 * (15 + 1)
-            memories.append({key: tensor.clone() for key, tensor in store.memories[NAME].items()})
-        assert calibrate(groups, set(), store, {}, communicator, ema_decay=DECAY) == 0
+            memories.append({key: tensor.clone() for key, tensor in track.memories[NAME].items()})
+        assert calibrate([], {}, communicator, ema_decay=DECAY) == 0
         return memories
 
     def truth(basis_of: int, weights: dict[int, float]) -> torch.Tensor:
@@ -79,13 +86,12 @@ def test_the_first_folding_overwrites_the_others_average_and_a_new_basis_starts_
 
 def test_batches_that_count_for_nothing_leave_the_scales_what_they_are() -> None:
     def run(communicator: Any) -> None:
-        groups = plan_blocks(nn.Linear(4, 3).double(), "ekfac").groups
-        store = SnapshotStore(groups, torch.device("cpu"), speaks=False)
-        store.adopt(0, 0, encode_result({NAME: basis(0)}))
+        track, installer = ekfac_track()
+        installer.install(track, 0, encode_result({NAME: basis(0)}))
         quotients = []
         for weight in (None, [0.0] * 4, None):
-            calibrate(groups, {0}, store, {NAME: samples(1, weight)}, communicator, ema_decay=DECAY)
-            quotients.append(store.memories[NAME]["scales"] / store.memories[NAME]["examples"])
+            calibrate([track], {NAME: samples(1, weight)}, communicator, ema_decay=DECAY)
+            quotients.append(track.memories[NAME]["scales"] / track.memories[NAME]["examples"])
         torch.testing.assert_close(quotients[1], quotients[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(quotients[2], quotients[0], rtol=1e-12, atol=1e-12)
 
@@ -93,17 +99,15 @@ def test_batches_that_count_for_nothing_leave_the_scales_what_they_are() -> None
 
 
 def test_groups_without_a_snapshot_are_left_alone() -> None:
-    groups = plan_blocks(nn.Linear(4, 3).double(), "ekfac").groups
-    store = SnapshotStore(groups, torch.device("cpu"), speaks=False)
-    (sent,) = in_lockstep(1, lambda each: calibrate(groups, {0}, store, {}, each, ema_decay=DECAY))
-    assert (sent, store.memories) == (0, {NAME: {}})
+    track, _ = ekfac_track()
+    (sent,) = in_lockstep(1, lambda each: calibrate([track], {}, each, ema_decay=DECAY))
+    assert (sent, track.memories) == (0, {NAME: {}})
 
 
 def test_where_nothing_was_measured_the_ranks_own_snapshots_stay_in_use() -> None:
     """CG-FAC at a step whose batch is not finite: the rows in use stay, from the step before."""
     model = two_layers()
     pre = preconditioner(model, "cg-fac", kl_clip=None)
-    store = pre._pipeline.parts.snapshots
 
     def step(*, spoiled: bool, seed: int = 0) -> list[torch.Tensor]:
         model.zero_grad()
@@ -119,13 +123,12 @@ def test_where_nothing_was_measured_the_ranks_own_snapshots_stay_in_use() -> Non
     bare = step(spoiled=True)
     assert all(bool((direction == 1).all()) for direction in bare), "nothing was ever measured"
     good = step(spoiled=False)
-    rows = [store[index].preconditioners for index in range(2)]
+    rows = pre.inverses()
     kept = step(spoiled=True)
     assert all(map(torch.equal, good, kept))
     assert set(pre.versions().values()) == {2}
-    for before, index in zip(rows, range(2), strict=True):
-        for name, preconditioner_before in before.items():
-            assert torch.equal(preconditioner_before.trace_A, store[index].preconditioners[name].trace_A)
+    for name, after in pre.inverses().items():
+        assert torch.equal(rows[name].trace_A, after.trace_A)
     changed = step(spoiled=False, seed=5)
     assert not any(map(torch.equal, good, changed))
     pre.close()

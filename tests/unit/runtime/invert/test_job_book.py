@@ -1,6 +1,6 @@
 """The courier rank's jobs under every order of shipping, finishing, delivering twice and adopting."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from hypothesis import settings, strategies
@@ -11,7 +11,7 @@ from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.statistics import Increment
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
-from kfdist.runtime.invert.job_book import JobBook
+from kfdist.runtime.invert.job_book import JobBook, JobLine
 from kfdist.types import Job, JobResult, RunSettings, Sample
 
 GROUPS: tuple[str, ...] = ("a", "b")
@@ -51,6 +51,11 @@ class DrivenLink(AbstractLink):
         return LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
 
 
+def frozen(lines: Mapping[str, JobLine]) -> dict[tuple[str, int], JobResult]:
+    """Returns the frozen results of all groups."""
+    return {(group, version): result for group, line in lines.items() for version, result in line.results.items()}
+
+
 class Jobs(RuleBasedStateMachine):
     """Steps, owners and adoptions take turns in any order."""
 
@@ -58,7 +63,8 @@ class Jobs(RuleBasedStateMachine):
     def begin(self, queued: bool) -> None:
         self.queued = queued
         self.link = DrivenLink()
-        self.book = JobBook(self.link, queued=queued)
+        self.lines = {group: JobLine(queued=queued, online=False) for group in GROUPS}
+        self.book = JobBook(self.link, self.lines)
         self.shipped: list[Job] = []
         self.adopted = dict.fromkeys(GROUPS, -1)
         self.told: list[JobResult] = []
@@ -91,19 +97,20 @@ class Jobs(RuleBasedStateMachine):
         self.book.collect()
         self.told += self.book.take_news()
 
-    @precondition(lambda self: self.book.results)
+    @precondition(lambda self: frozen(self.lines))
     @rule(data=strategies.data())
     def a_version_is_adopted(self, data: DataObject) -> None:
-        group, version = data.draw(strategies.sampled_from(sorted(self.book.results)))
+        group, version = data.draw(strategies.sampled_from(sorted(frozen(self.lines))))
         self.adopted[group] = max(self.adopted[group], version)
-        self.book.release(group, version)
+        self.lines[group].release(version)
 
     @invariant()
     def no_more_runs_than_back_pressure_allows(self) -> None:
         for group in GROUPS:
             collected = {result.version for result in self.told if result.group == group}
             running = [j for j in self.link.submitted if j.group == group and j.version not in collected]
-            waiting = [j for j in self.book.inputs.values() if j.group == group and j not in running]
+            assert running == list(self.lines[group].running.values())
+            waiting = self.lines[group].waiting
             if self.queued:
                 assert not waiting
             else:
@@ -115,26 +122,26 @@ class Jobs(RuleBasedStateMachine):
     def every_job_is_accounted_for_once(self) -> None:
         replaced = 0
         for job in self.shipped:
-            submitted, kept = job in self.link.submitted, (job.group, job.version) in self.book.inputs
+            submitted, kept = job in self.link.submitted, job.version in self.lines[job.group].unanswered
             replaced += not submitted and not kept
-        assert self.book.replaced == replaced
+        assert sum(line.replaced for line in self.lines.values()) == replaced
         assert not (self.queued and replaced)
-        assert self.book.bytes_shipped == sum(len(job.payload) for job in self.link.submitted)
-        assert not self.book.inputs.keys() & self.book.results.keys()
+        assert self.book.bytes_sent == sum(len(job.payload) for job in self.link.submitted)
+        assert not any(line.unanswered.keys() & line.results.keys() for line in self.lines.values())
 
     @invariant()
     def the_newest_version_is_held_until_it_is_adopted(self) -> None:
         for group in GROUPS:
             newest = max((job.version for job in self.shipped if job.group == group), default=-1)
-            assert newest <= self.adopted[group] or self.book.holds(group, newest)
+            assert newest <= self.adopted[group] or self.lines[group].holds(newest)
 
     @invariant()
     def slots_are_held_until_adoption_and_then_free(self) -> None:
         expected = {(r.group, r.version) for r in self.told if r.version > self.adopted[r.group]}
-        assert set(self.book.results) == expected
+        assert set(frozen(self.lines)) == expected
         for group in GROUPS:
             versions = [version for name, version in expected if name == group]
-            newest = self.book.newest(group)
+            newest = self.lines[group].newest
             assert (newest.version if newest else None) == max(versions, default=None)
 
     @invariant()
@@ -155,7 +162,7 @@ class Jobs(RuleBasedStateMachine):
                 self.link.deliver(job)
             self.link.open.clear()
             self.the_rank_collects()
-        assert not self.book.inputs
+        assert not any(line.unanswered for line in self.lines.values())
         self.the_newest_version_is_held_until_it_is_adopted()
         self.slots_are_held_until_adoption_and_then_free()
 
@@ -202,7 +209,8 @@ class OnlineJobs(RuleBasedStateMachine):
     @initialize(queued=strategies.booleans())
     def begin(self, queued: bool) -> None:
         self.link = DrivenLink()
-        self.book = JobBook(self.link, queued=queued, online=GROUPS)
+        self.lines = {group: JobLine(queued=queued, online=True) for group in GROUPS}
+        self.book = JobBook(self.link, self.lines)
         self.shipped: dict[str, list[int]] = {group: [] for group in GROUPS}
         self.told: dict[str, list[int]] = {group: [] for group in GROUPS}
         self.done: list[Job] = []
@@ -242,31 +250,37 @@ class OnlineJobs(RuleBasedStateMachine):
         for result in self.book.take_news():
             self.told[result.group].append(result.version)
 
-    @precondition(lambda self: self.book.results)
+    @precondition(lambda self: frozen(self.lines))
     @rule(data=strategies.data())
     def a_version_is_adopted(self, data: DataObject) -> None:
-        self.book.release(*data.draw(strategies.sampled_from(sorted(self.book.results))))
+        group, version = data.draw(strategies.sampled_from(sorted(frozen(self.lines))))
+        self.lines[group].release(version)
 
     @precondition(lambda self: not self.link.delivered)
     @rule()
     def the_rank_resumes(self) -> None:
         """What a checkpoint has is enough for a fresh book; what ran is lost and runs again."""
-        jobs, results, states = self.book.inputs, self.book.results, self.book.states
-        merged = self.book.merged
+        before, self.lines = self.lines, {}
         self.link, self.done = DrivenLink(), []
-        self.book = JobBook(self.link, queued=self.queued, online=GROUPS)
-        self.book.merged = merged
-        for group, (version, payload) in states.items():
-            self.book.remember(group, version, payload)
-        for key in sorted([*jobs, *results]):
-            if key in jobs:
-                self.book.ship(jobs[key])
-            else:
-                self.book.put(results[key])
+        for group, line in before.items():
+            fresh = JobLine(queued=self.queued, online=True, merged=line.merged)
+            if line.head is not None:
+                fresh.remember(*line.head)
+            self.lines[group] = fresh
+        self.book = JobBook(self.link, self.lines)
+        for group, line in before.items():
+            for version in sorted([*line.unanswered, *line.results]):
+                if version in line.results:
+                    self.lines[group].put(line.results[version])
+                else:
+                    self.book.ship(line.unanswered[version])
 
     @invariant()
     def every_increment_told_of_is_in_the_state_once_and_in_order(self) -> None:
-        for group, (version, payload) in self.book.states.items():
+        for group, line in self.lines.items():
+            if line.head is None:
+                continue
+            version, payload = line.head
             expected = torch.zeros(SIZE, dtype=torch.float64)
             for each in range(version + 1):
                 if each not in FAILS_AT:  # not even its decay
@@ -285,8 +299,9 @@ class OnlineJobs(RuleBasedStateMachine):
     @invariant()
     def every_version_is_told_of_merged_or_to_come(self) -> None:
         shipped, told = (sum(map(len, each.values())) for each in (self.shipped, self.told))
-        assert shipped == told + self.book.merged + len(self.book.inputs)
-        assert not (self.queued and self.book.merged)
+        merged = sum(line.merged for line in self.lines.values())
+        assert shipped == told + merged + sum(len(line.unanswered) for line in self.lines.values())
+        assert not (self.queued and merged)
 
     def teardown(self) -> None:
         """Whatever happened, all increments end up in the states."""
@@ -297,10 +312,11 @@ class OnlineJobs(RuleBasedStateMachine):
                 self._deliver(job, 1)
             self.link.open.clear()
             self.the_rank_collects()
-        assert not self.book.inputs
+        assert not any(line.unanswered for line in self.lines.values())
         self.every_increment_told_of_is_in_the_state_once_and_in_order()
         for group, versions in self.shipped.items():
-            assert not versions or self.book.states[group][0] == versions[-1]
+            head = self.lines[group].head
+            assert not versions or (head is not None and head[0] == versions[-1])
 
     def _deliver(self, job: Job, times: int) -> None:
         payload = run_job(job.payload)

@@ -10,9 +10,9 @@ from torch import nn
 from kfdist.curvature.inverters import make_inverter
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
-from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.planner import plan_blocks
 from kfdist.runtime.plan.timetable import Timetable
+from kfdist.runtime.track import Track
 from tests.support.preconditioning import backward, preconditioner, two_layers
 
 FACTOR, INVERSE = 3, 12
@@ -20,20 +20,22 @@ FACTOR, INVERSE = 3, 12
 
 def timetable(
     method: Any, *, starving: frozenset[int] = frozenset(), world_size: int = 1
-) -> tuple[Timetable, tuple[BlockGroup, ...]]:
+) -> tuple[Timetable, tuple[Track, ...]]:
     """Two linear layers."""
     groups = plan_blocks(nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 4)), method).groups
     schedule = Schedule(factor_period=FACTOR, inverse_period=INVERSE, groups=len(groups))
-    table = Timetable(schedule, groups, world_size=world_size, starves=lambda group: group.index in starving)
-    return table, groups
+    tracks = tuple(Track.of(group, queued=False) for group in groups)
+    for track in tracks:
+        track.without_statistics = track.group.index in starving
+    return Timetable(schedule, tracks, seed=0, rank=0, world_size=world_size), tracks
 
 
-def due(ask: Any, group: BlockGroup, steps: int = 25) -> list[int]:
-    return [step for step in range(steps) if ask(group, step)]
+def due(ask: Any, track: Track, steps: int = 25) -> list[int]:
+    return [step for step in range(steps) if ask(track, step)]
 
 
 def requests(table: Timetable, step: int, calibrating: tuple[int, ...] = ()) -> Mapping[str, Any]:
-    return table.requests(step, lambda name: 7, own_seed_of=lambda name: 8, calibrating=calibrating)
+    return table.requests(step, calibrating=calibrating)
 
 
 def test_methods_with_factors_fold_and_invert_by_the_schedule() -> None:
@@ -49,7 +51,7 @@ def test_online_methods_update_between_inversions_where_they_get_rows() -> None:
     assert due(table.updates, first) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
     assert due(table.inverts, first) == [0, 12, 24]
     assert table.updates_until(first, 6) == 3
-    assert requests(table, 3)[first.name].rows == {"A", "G"}
+    assert requests(table, 3)[first.group.name].rows == {"A", "G"}
     assert requests(table, 4) == {}
     table, (first, second) = timetable(make_inverter("b-kfac", rank=4, increment_rows=8, brand_period=6))
     assert due(table.updates, first) == [0, 6, 12, 18, 24]
@@ -69,19 +71,23 @@ def test_starving_groups_are_due_at_every_step() -> None:
     table, (first, second) = timetable("seng", starving=frozenset({1}))
     assert due(table.updates, first) == [0, 12, 24]
     assert due(table.updates, second) == due(table.folds, second) == list(range(25))
-    assert list(requests(table, 1)) == [second.name]
+    assert list(requests(table, 1)) == [second.group.name]
 
 
 def test_samples_are_asked_at_inversions_and_for_calibration() -> None:
     table, (first, second) = timetable(make_inverter("seng", examples=10, columns=None), world_size=4)
     asked = requests(table, 12)
-    assert list(asked) == [first.name]
-    assert (asked[first.name].samples, asked[first.name].sums) == (3, frozenset())
+    assert list(asked) == [first.group.name]
+    assert (asked[first.group.name].samples, asked[first.group.name].sums) == (3, frozenset())
     table, (first, second) = timetable(make_inverter("ekfac", examples=8, rows=20), world_size=4)
-    assert requests(table, 3)[first.name].samples is None
+    assert requests(table, 3)[first.group.name].samples is None
     asked = requests(table, 4, calibrating=(0,))
-    assert list(asked) == [first.name]
-    assert (asked[first.name].samples, asked[first.name].sample_rows, asked[first.name].sums) == (2, 5, frozenset())
+    assert list(asked) == [first.group.name]
+    assert (asked[first.group.name].samples, asked[first.group.name].sample_rows, asked[first.group.name].sums) == (
+        2,
+        5,
+        frozenset(),
+    )
 
 
 @pytest.mark.parametrize("method", ["b-kfac", "b-r-kfac", "seng", "kfac"])

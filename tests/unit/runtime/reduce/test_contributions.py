@@ -10,8 +10,9 @@ from kfdist.curvature.averages import BatchStatistics, WeightedSums
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import Increment, Needs
 from kfdist.linalg.psd import unpack_triangle
+from kfdist.runtime.invert.departures import DepartingStatistics
 from kfdist.runtime.plan.planner import plan_blocks
-from kfdist.runtime.reduce.contributions import Contribution, ReducedStatistics, contribution_of_sums, with_increment
+from kfdist.runtime.reduce.contributions import Contribution, contribution_of_sums, with_increment
 from kfdist.wire.records import PackedRecord
 from tests.support.matrices import gaussian
 
@@ -118,7 +119,7 @@ def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
             world_size=1,
             seed=0,
         )
-        return ReducedStatistics(0, [group], {name: found.summed | found.common}).records()[group.name]
+        return DepartingStatistics(0, [group], {name: found.summed | found.common}).records()[group.name]
 
     assert records(dense=False)[name].tensors["A"].shape == (1, 0)
     assert records(dense=True) == {}, "where nothing was ever measured there is nothing to invert"

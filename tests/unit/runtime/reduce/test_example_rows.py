@@ -9,7 +9,12 @@ from torch import Tensor
 
 from kfdist.curvature.averages import ExampleRows
 from kfdist.curvature.statistics import SampleBudget, Samples
-from kfdist.runtime.reduce.example_rows import SampleExchange, SampleRequest, examples_per_rank
+from kfdist.runtime.reduce.example_rows import (
+    SampleExchange,
+    SampleRequest,
+    examples_per_rank,
+    local_samples,
+)
 from kfdist.types import BlockShape
 from tests.support.lockstep import in_lockstep
 from tests.support.matrices import gaussian
@@ -149,8 +154,8 @@ def test_a_budget_of_rows_is_shared_and_weights_make_up_for_what_is_left_out() -
 
 def test_a_ranks_own_rows_keep_to_its_share_of_the_rows() -> None:
     def run(communicator: Any) -> Samples:
-        exchange = SampleExchange(communicator, torch.device("cpu"))
-        return exchange.local(request(rows(6, 3, weight=2.0), budget=SampleBudget(examples=12, rows=12)))
+        own = request(rows(6, 3, weight=2.0), budget=SampleBudget(examples=12, rows=12))
+        return local_samples(own, communicator, torch.device("cpu"))
 
     for rank, samples in enumerate(in_lockstep(2, run)):
         assert samples.a.shape == (1, 2, 3, Q)
@@ -159,7 +164,7 @@ def test_a_ranks_own_rows_keep_to_its_share_of_the_rows() -> None:
 
 
 def test_a_rank_without_a_batch_has_no_rows_of_its_own() -> None:
-    (samples,) = in_lockstep(1, lambda each: SampleExchange(each, torch.device("cpu")).local(request(None)))
+    (samples,) = in_lockstep(1, lambda each: local_samples(request(None), each, torch.device("cpu")))
     assert samples.weight.numel() == 0
 
 

@@ -1,0 +1,160 @@
+"""The adopt verbs: brings results to all ranks, and takes them into use at the same step everywhere."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kfdist.policies.adoption import AgreedTable
+from kfdist.runtime.adopt.exchange import Arrival, SnapshotExchange
+from kfdist.runtime.adopt.snapshots import SnapshotInstaller
+from kfdist.runtime.adopt.waits import due_for_adoption, too_old
+from kfdist.runtime.counters import PipelineCounters
+from kfdist.runtime.invert.own import OwnInversion
+from kfdist.runtime.invert.shipping import Inverting
+from kfdist.runtime.settings import Settings
+from kfdist.runtime.track import Track
+from kfdist.types import GroupName
+
+
+class Adopting:
+    """Brings results to all ranks and takes them into use. All ranks make the same calls.
+
+    Args:
+        tracks: All groups.
+        settings: What the pipeline is told.
+        exchange: Broadcasts results.
+        installer: Takes them into use.
+        inverting: Ships what a wait is for.
+        counters: Counts adoptions, and what is less than one.
+    """
+
+    def __init__(
+        self,
+        tracks: Sequence[Track],
+        settings: Settings,
+        exchange: SnapshotExchange,
+        installer: SnapshotInstaller,
+        inverting: Inverting,
+        counters: PipelineCounters,
+    ) -> None:
+        self._tracks = tracks
+        self._settings = settings
+        self._inverting = inverting
+        self._counters = counters
+        self._exchange = exchange
+        self._installer = installer
+
+    def bring(self, step: int, table: AgreedTable | None) -> dict[int, Arrival]:
+        """Waits for the results due now, and lets the others travel in the background.
+
+        Args:
+            step: The step.
+            table: What the ranks agreed on; None where no table was started a step ago.
+
+        Returns:
+            By group index, what every rank is known to hold now; equal on all ranks.
+
+        Raises:
+            Interrupted: On all ranks, inside a wait.
+        """
+        lag = self._settings.lag
+        due = due_for_adoption(step, self._tracks, lag)
+        if due or lag is not None:
+            return self._await(step, due, exact=True)
+        arrived = self._exchange.received_by_all(table) if table is not None else {}
+        if table is not None:
+            self._exchange.enter(table)
+        self._exchange.poll()
+        arriving = {index: each.version for index, each in arrived.items()}
+        stale = too_old(step, self._tracks, arriving, self._settings.adoption)
+        for index in stale:
+            # Where the inversion turns out to have failed, the old snapshot stays in use, counted as "kept".
+            self._counters.fallbacks["waited"] += 1
+            self._exchange.abandon(self._tracks[index])
+        return {**arrived, **self._await(step, stale, exact=False)}
+
+    def take(
+        self, step: int, arrived: Mapping[int, Arrival], inverted: Mapping[int, OwnInversion]
+    ) -> tuple[tuple[GroupName, int], ...]:
+        """Takes into use what every rank holds, or has inverted for itself.
+
+        Args:
+            step: The step.
+            arrived: By group index, what `bring` returned.
+            inverted: By group index, what the ranks have inverted at this step.
+
+        Returns:
+            Group and version of each adoption.
+        """
+        adopted = []
+        for index, arrival in sorted(arrived.items()):
+            track = self._tracks[index]
+            self._installer.install(track, arrival.version, arrival.payload)
+            track.adopt(arrival.version)
+            adopted.append((track.group.name, arrival.version))
+        for index, made in sorted(inverted.items()):
+            track = self._tracks[index]
+            self._installer.install_own(track, step, made)
+            adopted.append((track.group.name, step))
+        self._counters.adoptions += len(adopted)
+        return tuple(adopted)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that this rank broadcast."""
+        return self._exchange.bytes_sent
+
+    def settle(self, step: int) -> None:
+        """Looks, at the end of a step, whether what the ranks inverted themselves had any statistics."""
+        plain = self._installer.settle(step)
+        if plain:
+            self._counters.fallbacks["no_snapshot"] += plain
+
+    def finish(self) -> None:
+        """Completes what travels to this rank; `close` needs quiet groups."""
+        self._exchange.finish()
+
+    def _await(self, step: int, wanted: Mapping[int, int], *, exact: bool) -> dict[int, Arrival]:
+        if not wanted:
+            return {}
+        self._inverting.ship_all()
+        return self._exchange.await_results(step, wanted, exact=exact)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns, by group, the snapshot in use and what is under way; the same on all ranks."""
+        named = {track.group.name: track for track in self._tracks}
+        return {
+            "snapshots": {
+                name: {"version": track.snapshot.version, "payload": track.snapshot.encoded()}
+                for name, track in named.items()
+                if track.snapshot.preconditioners
+            },
+            "adopted": {name: track.ledger.adopted for name, track in named.items()},
+            "starving": [name for name, track in named.items() if track.without_statistics],
+            "pending": {name: list(track.pending) for name, track in named.items()},
+            "memories": {
+                block: {key: tensor.clone() for key, tensor in memory.items()}
+                for track in self._tracks
+                for block, memory in track.memories.items()
+                if memory
+            },
+            "calibrations": {
+                name: track.calibrations for name, track in named.items() if track.calibrations is not None
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned, before the state's "step"."""
+        for track in self._tracks:
+            name = track.group.name
+            if name in state["snapshots"]:
+                snapshot = state["snapshots"][name]
+                self._installer.install(track, int(snapshot["version"]), snapshot["payload"])
+            track.ledger.restore(int(state["adopted"][name]))
+            track.pending = [int(version) for version in state["pending"][name]]
+            track.without_statistics = name in state["starving"]
+            if name in state["calibrations"]:
+                track.calibrations = int(state["calibrations"][name])
+            for block in track.memories.keys() & state["memories"].keys():
+                self._installer.restore_memory(track, block, state["memories"][block])
+            self._installer.ask_whether_measured(track)
+        self._installer.settle(int(state["step"]) - 1)

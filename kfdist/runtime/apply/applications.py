@@ -1,0 +1,112 @@
+"""The apply verb: which inverse is multiplied onto which gradient at a step, and what is in force instead."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from kfdist.comm.communicator import Communicator
+from kfdist.curvature.averages import BatchStatistics
+from kfdist.runtime.adopt.agreement import Agreement
+from kfdist.runtime.apply.directions import Application, RawRows, precondition_gradients, solve
+from kfdist.runtime.counters import PipelineCounters
+from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.runtime.settings import Settings
+from kfdist.runtime.track import Track
+from kfdist.types import BlockName
+
+
+class Applying:
+    """Multiplies the snapshots in use onto the gradients. All ranks make the same calls.
+
+    Args:
+        tracks: All groups.
+        settings: What the pipeline is told.
+        agreement: Has the damping in force.
+        communicator: Carries directions that one rank computes for all.
+        counters: Counts what is less than a fresh inverse.
+    """
+
+    def __init__(
+        self,
+        tracks: Sequence[Track],
+        settings: Settings,
+        agreement: Agreement,
+        communicator: Communicator,
+        counters: PipelineCounters,
+    ) -> None:
+        self._tracks = tracks
+        self._settings = settings
+        self._agreement = agreement
+        self._communicator = communicator
+        self._counters = counters
+
+    def apply(
+        self,
+        step: int,
+        batches: Mapping[BlockName, BatchStatistics],
+        learning_rate: Callable[[nn.Parameter], float],
+    ) -> None:
+        """Replaces the gradients in `.grad` by clipped directions.
+
+        Args:
+            step: The step.
+            batches: This rank's batch, for inverses that are multiplied onto rows.
+            learning_rate: The learning rate of a parameter, for the KL clip.
+        """
+        precondition_gradients(
+            self._applications(step, self._agreement.damping(step), batches),
+            kl_clip=self._settings.kl_clip,
+            learning_rate=learning_rate,
+            communicator=self._communicator,
+        )
+
+    def directions(self, step: int, damping: float) -> dict[nn.Parameter, Tensor]:
+        """Returns (F + damping I)^-1 grad by parameter, from the snapshots in use; nothing is written or kept."""
+        applications = [
+            replace(each, memories=[dict(memory) for memory in each.memories])
+            for each in self._applications(step, damping, {})
+        ]
+        found: dict[nn.Parameter, Tensor] = {}
+        for block, _, U in solve(applications, self._communicator):
+            found.update(zip(block.parameters(), block.from_matrix(U), strict=True))
+        return found
+
+    def _applications(
+        self, step: int, damping: float, batches: Mapping[BlockName, BatchStatistics]
+    ) -> list[Application]:
+        found = [self._application(track, step, damping, batches) for track in self._tracks]
+        return [each for each in found if each is not None]
+
+    def _application(
+        self, track: Track, step: int, damping: float, batches: Mapping[BlockName, BatchStatistics]
+    ) -> Application | None:
+        """Returns how a group is treated at `step`; None where its gradients stay as they are."""
+        group, inverses = track.group, track.snapshot.preconditioners
+        decision = track.decision(step, self._settings.adoption)
+        self._counters.fallbacks.update(decision.reasons)
+        lacking = [block for block in group.blocks if block.name not in inverses]
+        if lacking:
+            self._counters.fallbacks["no_snapshot"] += len(lacking)
+            return None
+        exchanged = any(each.exchanged for each in inverses.values())
+        takes_part = any(all(p.grad is not None for p in block.parameters()) for block in group.blocks)
+        if not (takes_part or exchanged):  # all ranks enter an exchange, whatever gradients they have
+            return None
+        return Application(
+            blocks=group.blocks,
+            preconditioners=[inverses[block.name] for block in group.blocks],
+            memories=[track.memories[block.name] for block in group.blocks],
+            damping=damping * decision.damping_factor,
+            fallback=decision.fallback,
+            solver=group.courier_rank,
+            rows=_rows_of(group, batches),
+        )
+
+
+def _rows_of(group: BlockGroup, batches: Mapping[BlockName, BatchStatistics]) -> RawRows | None:
+    """Returns the step's rows of a block whose inverse is multiplied onto them."""
+    name = group.blocks[0].name
+    if not group.needs[name].applied_rows or name not in batches:
+        return None
+    return RawRows.of(batches[name])

@@ -1,0 +1,134 @@
+"""One record per group of blocks: what a rank knows of it, from the statistics it ships to the snapshot in use."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kfdist.curvature.inverse import AbstractPreconditioner, Memory
+from kfdist.curvature.jobs import encode_result
+from kfdist.curvature.ladder import BlockOutcome
+from kfdist.policies.adoption import NO_VERSION, AdoptionLedger
+from kfdist.policies.staleness import Adoption, Decision
+from kfdist.runtime.adopt.flight import Flight
+from kfdist.runtime.invert.job_book import JobLine
+from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.types import BlockName
+
+MEASURED = "measured"
+"""Name in a block's memory of a boolean scalar: whether anything was measured at all."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An immutable result in use.
+
+    Attributes:
+        version: Step whose statistics are in it; `NO_VERSION` before the first good result.
+        payload: The bytes it was decoded from, the same on all ranks; empty where the ranks made it themselves.
+        preconditioners: By block name.
+        outcomes: How each block's inversion went, by block name; empty where the ranks made it themselves.
+    """
+
+    version: int = NO_VERSION
+    payload: bytes = b""
+    preconditioners: Mapping[BlockName, AbstractPreconditioner] = field(default_factory=dict)
+    outcomes: Mapping[BlockName, BlockOutcome] = field(default_factory=dict)
+
+    @property
+    def states(self) -> dict[BlockName, Mapping[str, Tensor]]:
+        """What each block's inverter wants to see again, by block name."""
+        return {name: outcome.state for name, outcome in self.outcomes.items()}
+
+    def encoded(self) -> bytes:
+        """Returns its bytes, the same on all ranks; empty before the first one."""
+        if self.payload or not self.preconditioners:
+            return self.payload
+        return encode_result(self.preconditioners)
+
+
+@dataclass(eq=False)
+class Track:
+    """What one rank knows of one group.
+
+    A rank has a list of them, one per group in the model's order: `group.index` is a track's place in it. What is the
+    same on all ranks decides which collectives they enter; the rest belongs to this rank alone.
+
+    Attributes:
+        group: The group.
+        jobs: Jobs and frozen results; empty unless this rank is the group's courier rank.
+        ledger: This rank's view of the adoption protocol.
+        flight: The broadcast under way, entered by all ranks.
+        rejections: How often broadcasts were given up since the last adoption; the same on all ranks.
+        pending: Versions shipped and not yet adopted, oldest first; the same on all ranks.
+        snapshot: In use; the same on all ranks.
+        memories: What each block keeps from step to step beside its snapshot; the same on all ranks.
+        calibrations: How often the memories of the snapshot in use were folded: 0 where it waits for the first, None
+            where it is not calibrated. The same on all ranks.
+        without_statistics: Whether no rank had any statistics for the newest result, as far as it is known; the same on
+            all ranks.
+    """
+
+    group: BlockGroup
+    jobs: JobLine
+    ledger: AdoptionLedger = field(default_factory=AdoptionLedger)
+    flight: Flight | None = None
+    rejections: int = 0
+    pending: list[int] = field(default_factory=list)
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    memories: dict[BlockName, Memory] = field(default_factory=dict)
+    calibrations: int | None = None
+    without_statistics: bool = False
+    _taken: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, group: BlockGroup, *, queued: bool) -> "Track":
+        """Makes the track of a group of which nothing has been shipped yet.
+
+        Args:
+            group: The group.
+            queued: Whether every job runs, in order (see `JobLine`).
+        """
+        jobs = JobLine(queued=queued, online=group.inverter.online)
+        return cls(group, jobs, memories={block.name: {} for block in group.blocks})
+
+    @property
+    def starves(self) -> bool:
+        """Whether the group is due at once, because its newest result had no statistics and none is under way."""
+        return self.without_statistics and not self.pending
+
+    def staleness(self, step: int) -> int:
+        """Returns the age in steps of the snapshot at `step`; step + 1 where there is none."""
+        return step - self.snapshot.version
+
+    def decision(self, step: int, adoption: Adoption) -> Decision:
+        """Returns what the bounds on staleness say of the snapshot in use; nothing where there is none yet."""
+        return adoption.decide(self.staleness(step)) if self.snapshot.preconditioners else Decision()
+
+    def age_seconds(self) -> float | None:
+        """Returns how old the statistics in use are; None before the first snapshot or after a resume."""
+        taken = self._taken.get(self.snapshot.version)
+        return None if taken is None else time.monotonic() - taken
+
+    def measured(self, version: int) -> None:
+        """Remembers when a version's statistics were taken, and forgets those of versions that are over."""
+        self._taken = {each: at for each, at in self._taken.items() if each in (self.snapshot.version, *self.pending)}
+        self._taken[version] = time.monotonic()
+
+    def ship(self, version: int) -> None:
+        """All ranks know that this version's statistics are on their way to the inverters."""
+        self.measured(version)
+        self.pending.append(version)
+
+    def adopt(self, version: int) -> None:
+        """All ranks take this version into use: its broadcast is over, its slot and the older ones are free."""
+        self.ledger.adopt(version)
+        self.flight, self.rejections = None, 0
+        self.jobs.release(version)
+        self.pending = [each for each in self.pending if each > version]
+
+    def abandon(self) -> None:
+        """All ranks forget the broadcast under way; its result stays with the courier rank."""
+        self.flight = None
+        self.ledger.give_up()
