@@ -1,9 +1,9 @@
 """What every inverted block is: a frozen dataclass of tensors with a fast `apply`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Self, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +20,48 @@ from kfdist.linalg.kronecker import (
 )
 from kfdist.wire.records import move, symmetric_field
 
-Memory = dict[str, Tensor]
-"""What a rank keeps for one block from step to step beside the frozen snapshot, by name: scales, the last solution. It
-is equal on all ranks and checkpointed."""
+
+@dataclass
+class BlockMemory:
+    """What a rank keeps of one block from step to step beside the frozen snapshot; equal on all ranks, checkpointed.
+
+    Attributes:
+        kept: What the method keeps, by name: scales, the last solution.
+        measured: Whether any rank ever had statistics of it, a boolean scalar; None unless ranks invert it themselves.
+        counts: Directions that `apply` replaced, by reason: integer scalars, which telemetry sums over the blocks.
+    """
+
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    measured: Tensor | None = None
+    counts: dict[str, Tensor] = field(default_factory=dict)
+
+    def count(self, reason: str, happened: Tensor) -> None:
+        """Adds a boolean scalar to a count, without a host sync."""
+        before = self.counts.get(reason, torch.zeros((), dtype=torch.int64, device=happened.device))
+        self.counts[reason] = before + happened
+
+    def copy(self) -> "BlockMemory":
+        """Returns a memory that holds the same tensors, and changes by itself."""
+        return BlockMemory(dict(self.kept), self.measured, dict(self.counts))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns copies of all tensors; empty where nothing is kept."""
+        state = {
+            "kept": {name: tensor.clone() for name, tensor in self.kept.items()},
+            "measured": None if self.measured is None else self.measured.clone(),
+            "counts": {reason: tensor.clone() for reason, tensor in self.counts.items()},
+        }
+        return state if any(value or isinstance(value, Tensor) for value in state.values()) else {}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> "BlockMemory":
+        """Goes on, on `device`, from what `state_dict` returned."""
+        measured = state["measured"]
+        return cls(
+            kept={name: tensor.to(device, copy=True) for name, tensor in state["kept"].items()},
+            measured=None if measured is None else measured.to(device, copy=True),
+            counts={reason: tensor.to(device, copy=True) for reason, tensor in state["counts"].items()},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +73,7 @@ class AbstractPreconditioner(ABC):
         trace_G: Trace of the undamped factor G, `[c]`.
         damping_at_apply: Whether `apply` obeys its `damping`; otherwise damping was fixed at the inversion.
         calibrated: Whether the ranks measure part of it themselves while it is in use (see `calibration_sums`).
-        keeps_memory: Whether a block's memory outlives the snapshot; otherwise a newer snapshot starts with none.
-        counts: Names in the memory under which `apply` counts directions that it replaced: integers, summed over the
-            blocks and reported under these names as reasons.
+        keeps_memory: Whether what a block's memory keeps outlives the snapshot; otherwise a newer one starts afresh.
 
     The traces give `fallback` its scale. A method that knows only the trace of the whole block puts that into `trace_A`
     and 1 into `trace_G`.
@@ -45,7 +82,6 @@ class AbstractPreconditioner(ABC):
     damping_at_apply: ClassVar[bool]
     calibrated: ClassVar[bool] = False
     keeps_memory: ClassVar[bool] = False
-    counts: ClassVar[tuple[str, ...]] = ()
 
     trace_A: Tensor
     trace_G: Tensor
@@ -61,10 +97,10 @@ class AbstractPreconditioner(ABC):
         return False
 
     @abstractmethod
-    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
-        """Applies the inverse to a gradient of the right shape and dtype; may read and replace entries of `memory`."""
+    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
+        """Applies the inverse to a gradient of the right shape and dtype; may read and change `memory`."""
 
-    def receive(self, direction: Tensor, memory: Memory) -> None:
+    def receive(self, direction: Tensor, memory: BlockMemory) -> None:
         """Keeps of an exchanged direction what must be equal on all ranks; called on each, the solver included.
 
         Args:
@@ -73,7 +109,7 @@ class AbstractPreconditioner(ABC):
         """
         del direction, memory
 
-    def apply(self, gradient: Tensor, damping: float, memory: Memory | None = None) -> Tensor:
+    def apply(self, gradient: Tensor, damping: float, memory: BlockMemory | None = None) -> Tensor:
         """Multiplies the damped inverse of the block onto a gradient, without a host sync.
 
         Computes in the dtype of its own tensors, also under autocast.
@@ -92,12 +128,12 @@ class AbstractPreconditioner(ABC):
         if tuple(gradient.shape) != self.shape:
             raise ValueError(f"the gradient has shape {tuple(gradient.shape)}, the preconditioner is for {self.shape}")
         with torch.autocast(gradient.device.type, enabled=False):
-            memory = {} if memory is None else memory
+            memory = BlockMemory() if memory is None else memory
             return self._solve(gradient.to(self.trace_A.dtype), damping, memory).to(gradient.dtype)
 
     @classmethod
     def apply_group(
-        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[Memory]
+        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
     ) -> list[Tensor]:
         """Applies the inverses of a group of blocks; methods that couple blocks override it.
 
@@ -127,7 +163,7 @@ class AbstractPreconditioner(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} can't be multiplied onto rows; apply it to gradients")
 
-    def calibration_sums(self, samples: Samples) -> Memory:
+    def calibration_sums(self, samples: Samples) -> dict[str, Tensor]:
         """Sums over this rank's examples what the block's memory is to hold; only where `calibrated`.
 
         The sums are added up over the ranks and folded into the memory like statistics: M <- rho M + (1 - rho) sum,
@@ -187,7 +223,7 @@ class KroneckerInverse(AbstractPreconditioner):
         del damping
         return self.damping_A * self.damping_G
 
-    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         del damping, memory
         return self.G_inverse @ gradient @ self.A_inverse
 
@@ -281,7 +317,7 @@ class KroneckerSpectrum(AbstractPreconditioner):
             rows = a.to(self.U_A.dtype), g.to(self.U_G.dtype)
             return solve_rows(A, G, self.factor_damping(damping), rows, examples).to(g.dtype)
 
-    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         del memory
         A = Spectrum(self.U_A, self.w_A, self.tail_A)
         G = Spectrum(self.U_G, self.w_G, self.tail_G)
@@ -305,14 +341,14 @@ class CoupledPreconditioner(AbstractPreconditioner):
     @classmethod
     @abstractmethod
     def _solve_group(
-        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[Memory]
+        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
     ) -> list[Tensor]:
         """Applies the inverse of the group to gradients of the right shapes and dtype."""
 
     # A class couples blocks of its own kind, which is what Self says; pyright reads the base's Self as the base.
     @classmethod
     def apply_group(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[Memory]
+        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
     ) -> list[Tensor]:
         """Multiplies the damped inverse of the group onto its gradients, without a host sync.
 
@@ -348,5 +384,5 @@ class CoupledPreconditioner(AbstractPreconditioner):
             solved = cls._solve_group(members, given, damping, memories)
         return [direction.to(gradient.dtype) for direction, gradient in zip(solved, gradients, strict=True)]
 
-    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         return self.apply_group([self], [gradient], damping, [memory])[0]

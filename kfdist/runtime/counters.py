@@ -1,6 +1,6 @@
 """What a rank counts about its own pipeline."""
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ class PipelineCounters:
         phase_seconds: Host seconds of the last step by phase.
         waited_seconds: Seconds of the last step spent in agreed waits.
         drops: Batches dropped as non-finite; lives on the device.
-        uphill: Directions that pointed uphill and were replaced; lives on the device.
+        replaced: Directions that methods replaced, by reason; live on the device.
     """
 
     steps: int = 0
@@ -76,7 +76,7 @@ class PipelineCounters:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     waited_seconds: float = 0.0
     drops: LateTotal = field(default_factory=LateTotal)
-    uphill: LateTotal = field(default_factory=LateTotal)
+    replaced: defaultdict[str, LateTotal] = field(default_factory=lambda: defaultdict(LateTotal))
 
     def begin_step(self) -> None:
         """Forgets what was measured of the last step."""

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from kfdist.curvature.inverters.seng_directions import NON_DESCENT
 from kfdist.links.link import LinkCounters
 from kfdist.runtime.diagnostics import diagnostic_samples
 from kfdist.runtime.pipeline import Pipeline
@@ -58,9 +57,8 @@ def _common_samples(pipeline: Pipeline) -> list[Sample]:
         for block, outcome in track.snapshot.outcomes.items():
             samples += diagnostic_samples(block, outcome.diagnostics)
     samples += _by_label("kfdist_fallbacks_total", "reason", counters.fallbacks)
-    uphill = counters.uphill.latest(_uphill(pipeline))
-    if uphill:
-        samples += _by_label("kfdist_fallbacks_total", "reason", {NON_DESCENT: uphill})
+    replaced = {reason: counters.replaced[reason].latest(counts) for reason, counts in _replaced(pipeline).items()}
+    samples += _by_label("kfdist_fallbacks_total", "reason", {reason: n for reason, n in replaced.items() if n})
     samples += _by_label("kfdist_fallbacks_total", "reason", counters.degraded)
     # Reasons of failures have numbers in them: without bound as label values. The summary has them.
     failed, resent = sum(counters.failures.values()), counters.resent
@@ -96,7 +94,9 @@ def pipeline_totals(pipeline: Pipeline, link: LinkCounters) -> dict[str, Any]:
         "degraded": dict(counters.degraded),
         "replaced_jobs": sum(track.jobs.replaced for track in tracks),
         "merged_jobs": sum(track.jobs.merged for track in tracks),
-        "non_descent": round(sum(float(count) for count in _uphill(pipeline))),
+        "replaced_directions": {
+            reason: sum(int(count) for count in counts) for reason, counts in _replaced(pipeline).items()
+        },
         "resent_broadcasts": counters.resent,
         "resubmissions": dict(link.resubmissions),
         "courier_restarts": link.courier_restarts,
@@ -126,7 +126,11 @@ def _bytes(pipeline: Pipeline, link: LinkCounters) -> dict[str, int]:
     }
 
 
-def _uphill(pipeline: Pipeline) -> list[Tensor]:
-    """Counts of directions that pointed uphill, on the device, of the blocks whose method keeps one."""
-    memories = [memory for track in pipeline.tracks for memory in track.memories.values()]
-    return [memory[NON_DESCENT] for memory in memories if NON_DESCENT in memory]
+def _replaced(pipeline: Pipeline) -> dict[str, list[Tensor]]:
+    """Returns the counts of directions that methods replaced, on the device, by reason."""
+    counts: dict[str, list[Tensor]] = {}
+    for track in pipeline.tracks:
+        for memory in track.memories.values():
+            for reason, count in memory.counts.items():
+                counts.setdefault(reason, []).append(count)
+    return counts

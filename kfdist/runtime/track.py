@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kfdist.curvature.inverse import AbstractPreconditioner, Memory
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 from kfdist.curvature.jobs import encode_result
 from kfdist.curvature.ladder import BlockOutcome
 from kfdist.policies.adoption import NO_VERSION, AdoptionLedger
@@ -15,9 +15,6 @@ from kfdist.runtime.adopt.flight import Flight
 from kfdist.runtime.invert.job_book import JobLine
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.types import BlockName
-
-MEASURED = "measured"
-"""Name in a block's memory of a boolean scalar: whether anything was measured at all."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Track:
     rejections: int = 0
     pending: list[int] = field(default_factory=list)
     snapshot: Snapshot = field(default_factory=Snapshot)
-    memories: dict[BlockName, Memory] = field(default_factory=dict)
+    memories: dict[BlockName, BlockMemory] = field(default_factory=dict)
     calibrations: int | None = None
     without_statistics: bool = False
     _taken: dict[int, float] = field(default_factory=dict)
@@ -91,7 +88,7 @@ class Track:
             queued: Whether every job runs, in order (see `JobLine`).
         """
         jobs = JobLine(queued=queued, online=group.inverter.online)
-        return cls(group, jobs, memories={block.name: {} for block in group.blocks})
+        return cls(group, jobs, memories={block.name: BlockMemory() for block in group.blocks})
 
     @property
     def starves(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS
 from kfdist.curvature.averages import WeightedSums, decay_at
-from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Coupling
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.ekfac import EkfacBasis
@@ -199,7 +199,7 @@ def applied(
     directions: Directions = {}
     for group in groups_of(inverter, found):
         members = [found[name] for name in group]
-        kept = [dict(memories[name]) if memories else {} for name in group]
+        kept = [BlockMemory(dict(memories[name]) if memories else {}) for name in group]
         solved = type(members[0]).apply_group(members, [gradients[name] for name in group], damping, kept)
         directions |= dict(zip(group, solved, strict=True))
     return directions

@@ -92,7 +92,7 @@ def train(communicator: Communicator, adoption: Any, factor_period: int) -> dict
                 new = {"scales": measured * (1 - rho), "examples": weight}
                 old = expected.get(name, {})
                 expected[name] = {key: each + rho * old[key] if rho else each for key, each in new.items()}
-            memory = pre.state_dict()["memories"][name]
+            memory = pre.state_dict()["memories"][name]["kept"]
             for key, truth in expected[name].items():
                 atol = 1e-10 * float(truth.abs().max())
                 torch.testing.assert_close(

@@ -135,8 +135,11 @@ def test_folded_states_of_four_ranks_go_on_at_one(kind: str, alone: dict[str, di
         assert all((group, version) in found["adopted"] for version in versions), f"{group} lost a version under way"
     assert before["memories"].keys() == after["memories"].keys()
     for block, memory in before["memories"].items():
-        for name, tensor in memory.items():
-            assert torch.equal(after["memories"][block][name], tensor)
+        for part in ("kept", "counts"):
+            for name, tensor in memory[part].items():
+                assert torch.equal(after["memories"][block][part][name], tensor)
+        measured = after["memories"][block]["measured"]
+        assert measured is memory["measured"] is None or torch.equal(measured, memory["measured"])
     assert {name: head["version"] for name, head in before["online"].items()} == {
         name: head["version"] for name, head in after["online"].items()
     }

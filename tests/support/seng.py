@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverse import Memory
+from kfdist.curvature.inverse import BlockMemory
 from kfdist.curvature.inverters import Seng
 from kfdist.curvature.inverters.seng_directions import SengPreconditioner
 from kfdist.curvature.references import example_gradients
@@ -20,9 +20,9 @@ def invert(inverter: Seng, samples: Samples, *, seed: int = 0) -> SengPreconditi
 
 def direction(made: SengPreconditioner, gradient: Tensor, damping: float) -> Tensor:
     """Applies, and makes sure that the direction isn't the replacement for one that points uphill."""
-    memory: Memory = {}
+    memory = BlockMemory()
     found = made.apply(gradient, damping, memory)
-    assert int(memory["non_descent"]) == 0
+    assert int(memory.counts["non_descent"]) == 0
     return found
 
 

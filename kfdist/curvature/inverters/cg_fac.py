@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kfdist import checks
-from kfdist.curvature.inverse import AbstractPreconditioner, Memory
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Placement, Work
 from kfdist.curvature.statistics import Needs, SampleBudget, Samples
 from kfdist.linalg.cg import CgSolution, conjugate_gradient
@@ -37,7 +37,7 @@ class ConjugateGradient(AbstractPreconditioner):
         tolerance: Relative residual at which it stops.
         max_iterations: Steps after which it stops.
         jacobi: Whether to precondition by the operator's diagonal.
-        warm_start: Whether to start from the last solution, kept as `memory["solution"]`.
+        warm_start: Whether to start from the last solution, kept in the memory as "solution".
         solve: "everywhere", or by the "owner", who sends the direction to the other ranks.
     """
 
@@ -71,10 +71,10 @@ class ConjugateGradient(AbstractPreconditioner):
         """Whether one rank solves and sends the direction to the others."""
         return self.solve == "owner"
 
-    def receive(self, direction: Tensor, memory: Memory) -> None:
+    def receive(self, direction: Tensor, memory: BlockMemory) -> None:
         """Keeps the direction as the next guess, so that any rank can go on from it, also after a resume."""
         if self.warm_start:
-            memory["solution"] = direction.to(self.trace_A.dtype, copy=True)
+            memory.kept["solution"] = direction.to(self.trace_A.dtype, copy=True)
 
     def product(self, V: Tensor, damping: float) -> Tensor:
         """Computes Op(V), `[c, p, q]`.
@@ -118,12 +118,12 @@ class ConjugateGradient(AbstractPreconditioner):
             inverse_diagonal=self.diagonal(damping).reciprocal_() if self.jacobi else None,
         )
 
-    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
-        found = self.solution(gradient, damping, memory.get("solution") if self.warm_start else None)
+    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
+        found = self.solution(gradient, damping, memory.kept.get("solution") if self.warm_start else None)
         useless = (found.broken & (found.iterations == 0))[:, None, None]
         direction = torch.where(useless, self.fallback(gradient, damping), found.solution)
         if self.warm_start:
-            memory["solution"] = direction.clone()  # the caller may overwrite the direction
+            memory.kept["solution"] = direction.clone()  # the caller may overwrite the direction
         return direction
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kfdist import checks
-from kfdist.curvature.inverse import AbstractPreconditioner, Memory
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import EIGH_FLOPS, full_spectrum
 from kfdist.curvature.statistics import KroneckerFactors, Needs, SampleBudget, Samples
@@ -44,7 +44,7 @@ class EkfacBasis(AbstractPreconditioner):
         """Shape (c, p, q) of the gradients it takes."""
         return self.Q_A.shape[0], self.Q_G.shape[-1], self.Q_A.shape[-1]
 
-    def calibration_sums(self, samples: Samples) -> Memory:
+    def calibration_sums(self, samples: Samples) -> dict[str, Tensor]:
         """Sums weight_i (Q_G^T S_i Q_A)^2 over some examples.
 
         Args:
@@ -59,11 +59,11 @@ class EkfacBasis(AbstractPreconditioner):
         g = _rotated(keep_rows(samples.g.to(self.Q_G.dtype), used), self.Q_G)
         return {"scales": fisher_diagonal(a, g * weight.sqrt()[:, None, None]), "examples": weight.sum()}
 
-    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
-        if "scales" not in memory:
+    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
+        if "scales" not in memory.kept:
             return self.fallback(gradient, damping)
         # The memory stays as it was folded, perhaps on another device or in another precision than a moved snapshot.
-        scales, examples = memory["scales"].to(self.Q_A), memory["examples"].to(self.Q_A)
+        scales, examples = memory.kept["scales"].to(self.Q_A), memory.kept["examples"].to(self.Q_A)
         measured = examples > 0
         scales = scales / torch.where(measured, examples, torch.ones_like(examples))
         direction = self.Q_G @ ((self.Q_G.mT @ gradient @ self.Q_A) / (scales + damping)) @ self.Q_A.mT

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kfdist.curvature.inverse import AbstractPreconditioner, Memory
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Placement, Work
 from kfdist.curvature.statistics import MeanVectors, Needs
 from kfdist.types import BlockShape
@@ -33,7 +33,7 @@ class EvaPreconditioner(AbstractPreconditioner):
         """Shape (c, p, q) of the gradients it takes."""
         return self.a.shape[0], self.g.shape[-1], self.a.shape[-1]
 
-    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         del memory
         a, g = self.a.unsqueeze(-2), self.g.unsqueeze(-1)
         along = g.mT @ gradient @ a.mT  # [c, 1, 1]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfdist import checks
 from kfdist.curvature.chains import chain_refusal
-from kfdist.curvature.inverse import AbstractPreconditioner, CoupledPreconditioner, Memory
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, CoupledPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import EIGH_FLOPS, NEGATIVE_TOLERANCE, probes_like
 from kfdist.curvature.statistics import ChainFactors, Needs
@@ -73,7 +73,7 @@ class ChainLink(CoupledPreconditioner):
 
     @classmethod
     def _solve_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # see CoupledPreconditioner.apply_group
-        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[Memory]
+        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
     ) -> list[Tensor]:
         del damping, memories
         links = list(zip(members, gradients, strict=True))

@@ -7,13 +7,13 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverse import AbstractPreconditioner, Memory
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 
 BackProjection = Literal["exact", "mean-field"]
 Scaling = Literal["unbiased", "published"]
 
 NON_DESCENT = "non_descent"
-"""Name in the block's memory of the number of applications whose direction wasn't one of descent."""
+"""Reason in the block's memory under which applications whose direction pointed uphill are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class SengPreconditioner(AbstractPreconditioner):
     make large. A sketch takes U^T U and R v from the same sample of the entries, scaled by s = entries/sampled.
 
     Sketched, or with the mean-field back-projection, the operator isn't symmetric and may point uphill. So a direction
-    with <d, v> <= 0 is replaced by `fallback`, per group, and counted in the memory's "non_descent".
+    with <d, v> <= 0 is replaced by `fallback`, per group, and counted in the memory as "non_descent".
 
     Attributes:
         values: w, `[c, r]`.
@@ -37,8 +37,6 @@ class SengPreconditioner(AbstractPreconditioner):
     """
 
     damping_at_apply: ClassVar[bool] = True
-    keeps_memory: ClassVar[bool] = True
-    counts: ClassVar[tuple[str, ...]] = (NON_DESCENT,)
 
     values: Tensor
     scaling: Scaling
@@ -56,13 +54,12 @@ class SengPreconditioner(AbstractPreconditioner):
     def _direction(self, gradient: Tensor, damping: float) -> Tensor:
         """Computes the direction `[c, p, q]`, whichever way it points."""
 
-    def _solve(self, gradient: Tensor, damping: float, memory: Memory) -> Tensor:
+    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         direction = self._direction(gradient, damping)
         # Scaled first: squares of float32 numbers below 1e-23 are zero.
         along = (_unit_size(direction) * _unit_size(gradient)).sum((1, 2))
         uphill = ~(along > 0) & (gradient != 0).any(2).any(1)
-        counted = memory.get(NON_DESCENT, torch.zeros((), dtype=torch.int64, device=gradient.device))
-        memory[NON_DESCENT] = counted + uphill.any()
+        memory.count(NON_DESCENT, uphill.any())
         return torch.where(uphill[:, None, None], self.fallback(gradient, damping), direction)
 
     def _outside(self, damping: float) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kfdist import checks
-from kfdist.curvature.inverse import AbstractPreconditioner, CoupledPreconditioner, KroneckerSpectrum, Memory
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, CoupledPreconditioner, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Outcome, Placement
 from kfdist.curvature.statistics import CoarseFactors, KroneckerFactors, Needs
 from kfdist.errors import ConfigError
@@ -89,7 +89,7 @@ class TwoLevelBlock(CoupledPreconditioner):
 
     @classmethod
     def _solve_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # see CoupledPreconditioner.apply_group
-        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[Memory]
+        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
     ) -> list[Tensor]:
         each = list(zip(members, gradients, memories, strict=True))
         fine = [member.omega_fine * member.inner.apply(V, damping, memory) for member, V, memory in each]

@@ -132,10 +132,10 @@ class Adopting:
             "starving": [name for name, track in named.items() if track.without_statistics],
             "pending": {name: list(track.pending) for name, track in named.items()},
             "memories": {
-                block: {key: tensor.clone() for key, tensor in memory.items()}
+                block: state
                 for track in self._tracks
                 for block, memory in track.memories.items()
-                if memory
+                if (state := memory.state_dict())
             },
             "calibrations": {
                 name: track.calibrations for name, track in named.items() if track.calibrations is not None

@@ -129,15 +129,15 @@ def calibrate(
         rho = decay_at(track.calibrations, ema_decay)
         for block in track.group.blocks:
             preconditioner = track.snapshot.preconditioners[block.name]
-            found.append((track.memories[block.name], rho, preconditioner.calibration_sums(samples[block.name])))
+            found.append((track.memories[block.name].kept, rho, preconditioner.calibration_sums(samples[block.name])))
     if not found:
         return 0
     pieces = [piece for _, _, sums in found for piece in sums.values()]
     reduced = iter(reduce_flat(pieces, communicator))
-    for memory, rho, sums in found:
+    for kept, rho, sums in found:
         for key in sums:
             new = next(reduced) * (1.0 - rho)
-            memory[key] = new if key not in memory else torch.add(new, memory[key], alpha=rho)
+            kept[key] = new if key not in kept else torch.add(new, kept[key], alpha=rho)
     return sum(piece.numel() * piece.element_size() for piece in pieces)
 
 

@@ -2,18 +2,19 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from kfdist.comm.host_copy import HostCopy
-from kfdist.curvature.inverse import AbstractPreconditioner
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.jobs import NO_STATISTICS, decode_result
 from kfdist.curvature.ladder import BlockOutcome
 from kfdist.errors import KfdistWarning
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.own import OwnInversion
-from kfdist.runtime.track import MEASURED, Snapshot, Track
+from kfdist.runtime.track import Snapshot, Track
 from kfdist.types import BlockName
 from kfdist.wire.records import contiguous, tensor_fields, with_tensors
 
@@ -69,20 +70,21 @@ class SnapshotInstaller:
                 old, now = tensor_fields(before[name]), made.measured[name]
                 chosen = {key: torch.where(now, each, old[key]) for key, each in tensor_fields(kept[name]).items()}
                 kept[name] = contiguous(with_tensors(new, chosen))
-                known[name] = now | track.memories[name].get(MEASURED, now)
+                ever = track.memories[name].measured
+                known[name] = now if ever is None else now | ever
         _use(track, Snapshot(version, b"", kept))
         for name in kept:
-            track.memories[name][MEASURED] = known[name]
+            track.memories[name].measured = known[name]
         self.ask_whether_measured(track)
 
-    def restore_memory(self, track: Track, block: BlockName, memory: Mapping[str, torch.Tensor]) -> None:
+    def restore_memory(self, track: Track, block: BlockName, state: Mapping[str, Any]) -> None:
         """Goes on from what a checkpoint has of a block's memory."""
-        track.memories[block] = {key: tensor.to(self._device, copy=True) for key, tensor in memory.items()}
+        track.memories[block] = BlockMemory.of_state(state, self._device)
 
     def ask_whether_measured(self, track: Track) -> None:
         """Sends for what `settle` reads, where the ranks made the snapshot in use themselves."""
         memories = [track.memories[name] for name in track.snapshot.preconditioners]
-        flags = [memory[MEASURED] for memory in memories if MEASURED in memory]
+        flags = [memory.measured for memory in memories if memory.measured is not None]
         if flags:
             track.without_statistics = False
             self._unsettled[track] = (track.snapshot.version, HostCopy([torch.stack(flags).all()]))
@@ -122,7 +124,7 @@ def _use(track: Track, snapshot: Snapshot) -> None:
     track.snapshot = snapshot
     for name, preconditioner in snapshot.preconditioners.items():
         if not preconditioner.keeps_memory:
-            track.memories[name] = {}
+            track.memories[name].kept = {}
     calibrated = any(preconditioner.calibrated for preconditioner in snapshot.preconditioners.values())
     track.calibrations = 0 if calibrated else None
 

@@ -64,7 +64,7 @@ class Applying:
     def directions(self, step: int, damping: float) -> dict[nn.Parameter, Tensor]:
         """Returns (F + damping I)^-1 grad by parameter, from the snapshots in use; nothing is written or kept."""
         applications = [
-            replace(each, memories=[dict(memory) for memory in each.memories])
+            replace(each, memories=[memory.copy() for memory in each.memories])
             for each in self._applications(step, damping, {})
         ]
         found: dict[nn.Parameter, Tensor] = {}

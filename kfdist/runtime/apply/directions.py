@@ -1,7 +1,7 @@
 """Applies adopted snapshots to the gradients in `.grad`, with the KL clip; no host sync."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.inverse import AbstractPreconditioner, Memory
-from kfdist.runtime.track import MEASURED
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Application:
 
     blocks: Sequence[Block]
     preconditioners: Sequence[AbstractPreconditioner]
-    memories: Sequence[Memory] = field(default_factory=list)
+    memories: Sequence[BlockMemory]
     damping: float
     fallback: bool
     solver: int = 0
@@ -47,16 +46,15 @@ class Application:
     def directions(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Returns each block's U = (F + lambda I)^-1 V."""
         members = self.preconditioners
-        memories = self.memories or [{} for _ in members]
         if self.fallback:
             pairs = zip(members, gradients, strict=True)
             return [each.fallback(V, self.damping) for each, V in pairs]
         if self.rows is not None:
             return [self.rows.direction(members[0], self.damping).to(gradients[0].dtype)]
-        found = type(members[0]).apply_group(members, gradients, self.damping, memories)
+        found = type(members[0]).apply_group(members, gradients, self.damping, self.memories)
         return [
-            torch.where(memory[MEASURED], U, V) if MEASURED in memory else U
-            for memory, U, V in zip(memories, found, gradients, strict=True)
+            U if memory.measured is None else torch.where(memory.measured, U, V)
+            for memory, U, V in zip(self.memories, found, gradients, strict=True)
         ]
 
 
@@ -96,7 +94,7 @@ def solve(applications: Sequence[Application], communicator: Communicator) -> li
     """
     found = []
     travelling: dict[int, list[Tensor]] = {}
-    received: list[tuple[AbstractPreconditioner, Tensor, Memory]] = []
+    received: list[tuple[AbstractPreconditioner, Tensor, BlockMemory]] = []
     for each in applications:
         gradients = each.gradients()
         if not each.exchanged or each.solver == communicator.rank:
@@ -105,7 +103,7 @@ def solve(applications: Sequence[Application], communicator: Communicator) -> li
             directions = [torch.empty_like(V) for V in gradients]
         if each.exchanged:
             travelling.setdefault(each.solver, []).extend(directions)
-            received += zip(each.preconditioners, directions, each.memories, strict=False)
+            received += zip(each.preconditioners, directions, each.memories, strict=True)
         found += [
             (block, V, U) for block, V, U in zip(each.blocks, gradients, directions, strict=True) if _takes_part(block)
         ]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, Sampling
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import WeightedSums, sum_shapes
-from kfdist.curvature.inverse import KroneckerInverse
+from kfdist.curvature.inverse import BlockMemory, KroneckerInverse
 from kfdist.curvature.statistics import Needs
 from kfdist.runtime.apply.directions import Application, precondition_gradients
 from kfdist.runtime.apply.rates import finite_gradients
@@ -134,7 +134,15 @@ def test_applying(kl_clip: float | None, fallback: bool):
                 damping_A=torch.ones(c),
                 damping_G=torch.ones(c),
             )
-            applications.append(Application(blocks=[block], preconditioners=[inverse], damping=0.1, fallback=fallback))
+            applications.append(
+                Application(
+                    blocks=[block],
+                    preconditioners=[inverse],
+                    memories=[BlockMemory()],
+                    damping=0.1,
+                    fallback=fallback,
+                )
+            )
         precondition_gradients(
             applications, kl_clip=kl_clip, learning_rate=lambda parameter: 0.1, communicator=Communicator(None)
         )

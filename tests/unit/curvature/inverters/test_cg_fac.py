@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfdist.bench.memory import AllocationCounter
-from kfdist.curvature.inverse import Memory
+from kfdist.curvature.inverse import BlockMemory
 from kfdist.curvature.inverter import Placement
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.cg_fac import ConjugateGradient
@@ -151,7 +151,7 @@ def test_no_matrix_is_ever_formed(
     """From the rows to the direction: nothing is q x q or p x p, and no more is held than rows and a few gradients."""
     monkeypatch.setattr(row_products, "CHUNK_NUMBERS", 0)
     samples = make_samples(c=1, n=n, t=t, p=p, q=q)
-    gradient, memory = gaussian(1, p, q, seed=3), Memory()
+    gradient, memory = gaussian(1, p, q, seed=3), BlockMemory()
     with AllocationCounter() as counter:
         made = make(samples, operator=operator, **settings)
         made.apply(gradient, DAMPING, memory)
@@ -248,15 +248,15 @@ def test_warm_start_goes_on_from_the_last_direction() -> None:
     """Truncated after two steps, it comes nearer in energy from one to the next, which a cold start doesn't."""
     samples = uneven(2)
     exact = solve_dense(dense(samples, "kronecker"), DAMPING, V)
-    memory = Memory()
+    memory = BlockMemory()
     warm = make(samples, warm_start=True, tolerance=1e-10, max_iterations=2)
     cold = make(samples, warm_start=False, tolerance=1e-10, max_iterations=2)
     first = warm.apply(V, DAMPING, memory)
     assert torch.equal(first, cold.apply(V, DAMPING, memory))
-    assert torch.equal(memory["solution"], first)
+    assert torch.equal(memory.kept["solution"], first)
     energies = []
     for _ in range(10):
-        error = memory["solution"] - exact
+        error = memory.kept["solution"] - exact
         energies.append((error * warm.product(error, DAMPING)).sum((1, 2)))
         warm.apply(V, DAMPING, memory)
     assert bool((torch.stack(energies).diff(dim=0) < 0).all())
@@ -272,23 +272,23 @@ def test_inverting_and_applying_read_no_value_back(operator: str) -> None:
     rows = replace(samples, **{name: mode.from_tensor(tensor) for name, tensor in tensor_fields(samples).items()})
     with mode:
         made = make(rows, operator=operator, jacobi=True, warm_start=True)
-        memory = Memory()
+        memory = BlockMemory()
         for _ in range(2):
             assert made.apply(torch.zeros(2, P, Q), DAMPING, memory).shape == V.shape
 
 
 def test_what_is_kept_is_nobody_elses() -> None:
     """The runtime scales and overwrites directions in place; a rank that was sent one keeps the same."""
-    made, solver, other = make(uneven(1), warm_start=True, solve="owner"), Memory(), Memory()
+    made, solver, other = make(uneven(1), warm_start=True, solve="owner"), BlockMemory(), BlockMemory()
     direction = made.apply(V, DAMPING, solver)
     expected = direction.clone()
     for memory in (solver, other):
         made.receive(direction, memory)
     direction.zero_()
-    assert torch.equal(solver["solution"], expected) and torch.equal(other["solution"], expected)
-    cold = Memory()
+    assert torch.equal(solver.kept["solution"], expected) and torch.equal(other.kept["solution"], expected)
+    cold = BlockMemory()
     make(uneven(1), solve="owner").receive(direction, cold)
-    assert not cold
+    assert not cold.kept
 
 
 def test_tolerance_and_limit_end_it() -> None:

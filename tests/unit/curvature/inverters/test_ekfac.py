@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfdist.bench.memory import AllocationCounter
-from kfdist.curvature.inverse import KroneckerSpectrum, Memory
+from kfdist.curvature.inverse import BlockMemory, KroneckerSpectrum
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.ekfac import EkfacBasis
 from kfdist.curvature.ladder import invert_with_ladder
@@ -85,9 +85,9 @@ def test_trap_e_orientation_eigenvectors_are_columns(t: int) -> None:
 def test_direction_equals_the_dense_solution(t: int) -> None:
     samples = uneven(t)
     basis = basis_of(factors_of_rows(samples))
-    memory = basis.calibration_sums(samples)
-    matrix = in_basis(basis, memory["scales"] / memory["examples"])
-    assert relative_error(basis.apply(V, DAMPING, memory), solve_dense(matrix, DAMPING, V)) < 1e-10
+    sums = basis.calibration_sums(samples)
+    matrix = in_basis(basis, sums["scales"] / sums["examples"])
+    assert relative_error(basis.apply(V, DAMPING, BlockMemory(sums)), solve_dense(matrix, DAMPING, V)) < 1e-10
 
 
 @over_positions
@@ -110,26 +110,28 @@ def test_equivalence_9_with_the_eigenvalues_products_it_is_kfac() -> None:
         make_inverter("kfac-eigen"), factors, damping=DAMPING, previous={}, seed=0
     ).preconditioner
     assert isinstance(eigen, KroneckerSpectrum)
-    memory = {"scales": 7 * eigen.w_G.unsqueeze(-1) * eigen.w_A.unsqueeze(-2), "examples": torch.tensor(7.0)}
-    assert relative_error(basis.apply(V, DAMPING, memory), eigen.apply(V, DAMPING)) < 1e-10
+    kept = {"scales": 7 * eigen.w_G.unsqueeze(-1) * eigen.w_A.unsqueeze(-2), "examples": torch.tensor(7.0)}
+    assert relative_error(basis.apply(V, DAMPING, BlockMemory(kept)), eigen.apply(V, DAMPING)) < 1e-10
 
 
 @pytest.mark.parametrize(
-    "memory",
+    "kept",
     [{}, {"scales": torch.zeros(C, P, Q, dtype=torch.float64), "examples": torch.tensor(0.0, dtype=torch.float64)}],
     ids=["empty", "no-examples"],
 )
-def test_without_measurements_the_gradient_is_scaled(memory: Memory) -> None:
+def test_without_measurements_the_gradient_is_scaled(kept: dict[str, Tensor]) -> None:
     factors = factors_of_rows(uneven(3))
     tau = factors.A.diagonal(dim1=1, dim2=2).sum(1) * factors.G.diagonal(dim1=1, dim2=2).sum(1) / (P * Q)
     expected = V / (DAMPING + tau)[:, None, None]
-    assert relative_error(basis_of(factors).apply(V, DAMPING, memory), expected) < 1e-12
+    assert relative_error(basis_of(factors).apply(V, DAMPING, BlockMemory(kept)), expected) < 1e-12
 
 
 def test_scales_of_zero_leave_the_damping() -> None:
     """Measured to be zero is not the same as not measured."""
-    memory = {"scales": torch.zeros(C, P, Q, dtype=torch.float64), "examples": torch.tensor(3.0)}
-    assert relative_error(basis_of(factors_of_rows(uneven(1))).apply(V, DAMPING, memory), V / DAMPING) < 1e-12
+    kept = {"scales": torch.zeros(C, P, Q, dtype=torch.float64), "examples": torch.tensor(3.0)}
+    assert (
+        relative_error(basis_of(factors_of_rows(uneven(1))).apply(V, DAMPING, BlockMemory(kept)), V / DAMPING) < 1e-12
+    )
 
 
 @over_positions
@@ -175,17 +177,17 @@ def test_applying_reads_no_value_back() -> None:
     fake = replace(basis, **{name: mode.from_tensor(tensor) for name, tensor in tensor_fields(basis).items()})
     rows = replace(samples, **{name: mode.from_tensor(tensor) for name, tensor in tensor_fields(samples).items()})
     with mode:
-        assert fake.apply(torch.zeros(C, P, Q), DAMPING, fake.calibration_sums(rows)).shape == V.shape
+        assert fake.apply(torch.zeros(C, P, Q), DAMPING, BlockMemory(fake.calibration_sums(rows))).shape == V.shape
 
 
 def test_float32_is_near() -> None:
     samples = uneven(3)
     basis = basis_of(factors_of_rows(samples))
-    expected = basis.apply(V, DAMPING, basis.calibration_sums(samples))
+    expected = basis.apply(V, DAMPING, BlockMemory(basis.calibration_sums(samples)))
     single = basis.to("cpu", torch.float32)
-    memory = single.calibration_sums(samples)
-    assert memory["scales"].dtype == torch.float32
-    assert relative_error(single.apply(V.float(), DAMPING, memory), expected) < 1e-4
+    sums = single.calibration_sums(samples)
+    assert sums["scales"].dtype == torch.float32
+    assert relative_error(single.apply(V.float(), DAMPING, BlockMemory(sums)), expected) < 1e-4
 
 
 def test_what_it_asks_of_the_runtime() -> None:

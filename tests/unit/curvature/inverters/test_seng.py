@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfdist.curvature.inverse import BlockMemory
 from kfdist.curvature.inverters import CgFac, Seng
 from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
 from kfdist.curvature.references import example_gradients, solve_dense, weighted_fisher
@@ -194,7 +195,7 @@ def test_mean_field_is_exact_where_output_gradients_agree() -> None:
 
 @both_forms
 def test_a_direction_that_points_uphill_is_replaced_and_counted(form: Any) -> None:
-    inverter, memory = Seng(form=form, column_sample_size=1), {}
+    inverter, memory = Seng(form=form, column_sample_size=1), BlockMemory()
     replaced = 0
     for seed in range(30):
         made = invert(inverter, samples(), seed=seed)
@@ -205,7 +206,7 @@ def test_a_direction_that_points_uphill_is_replaced_and_counted(form: Any) -> No
         assert torch.equal(found, expected)
         assert bool(((found * V).sum((1, 2)) > 0).all())
         replaced += bool(uphill.any())
-        assert int(memory["non_descent"]) == replaced
+        assert int(memory.counts["non_descent"]) == replaced
     assert 0 < replaced < 30
 
 

@@ -56,12 +56,12 @@ def test_the_first_folding_overwrites_the_others_average_and_a_new_basis_starts_
         for step in range(5):
             if step in (0, 3):
                 installer.install(track, step, encode_result({NAME: basis(step)}))
-                assert track.memories[NAME] == {}
+                assert track.memories[NAME].kept == {}
                 assert track.calibrations == 0
             mine = {NAME: batches[step][communicator.rank]}
             sent = calibrate([track], mine, communicator, ema_decay=DECAY)
             assert sent == 8 * (15 + 1)
-            memories.append({key: tensor.clone() for key, tensor in track.memories[NAME].items()})
+            memories.append({key: tensor.clone() for key, tensor in track.memories[NAME].kept.items()})
         assert calibrate([], {}, communicator, ema_decay=DECAY) == 0
         return memories
 
@@ -91,7 +91,7 @@ def test_batches_that_count_for_nothing_leave_the_scales_what_they_are() -> None
         quotients = []
         for weight in (None, [0.0] * 4, None):
             calibrate([track], {NAME: samples(1, weight)}, communicator, ema_decay=DECAY)
-            quotients.append(track.memories[NAME]["scales"] / track.memories[NAME]["examples"])
+            quotients.append(track.memories[NAME].kept["scales"] / track.memories[NAME].kept["examples"])
         torch.testing.assert_close(quotients[1], quotients[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(quotients[2], quotients[0], rtol=1e-12, atol=1e-12)
 
@@ -101,7 +101,7 @@ def test_batches_that_count_for_nothing_leave_the_scales_what_they_are() -> None
 def test_groups_without_a_snapshot_are_left_alone() -> None:
     track, _ = ekfac_track()
     (sent,) = in_lockstep(1, lambda each: calibrate([track], {}, each, ema_decay=DECAY))
-    assert (sent, track.memories) == (0, {NAME: {}})
+    assert (sent, track.memories[NAME].kept) == (0, {})
 
 
 def test_where_nothing_was_measured_the_ranks_own_snapshots_stay_in_use() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.inverse import KroneckerInverse
+from kfdist.curvature.inverse import BlockMemory, KroneckerInverse
 from kfdist.curvature.references import dense_kronecker
 from kfdist.runtime.apply.directions import Application, precondition_gradients
 from tests.support.factors import blocks_of
@@ -54,7 +54,13 @@ def apply(
 ) -> list[Tensor]:
     """The directions as written into `.grad`."""
     applications = [
-        Application(blocks=[block], preconditioners=[inverse(block, sign)], damping=0.1, fallback=fallback)
+        Application(
+            blocks=[block],
+            preconditioners=[inverse(block, sign)],
+            memories=[BlockMemory()],
+            damping=0.1,
+            fallback=fallback,
+        )
         for block in blocks
     ]
     precondition_gradients(applications, kl_clip=kl_clip, learning_rate=lambda p: rates[id(p)], communicator=ALONE)
