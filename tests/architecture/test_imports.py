@@ -12,7 +12,6 @@ ROOT = Path(__file__).parents[2]
 
 BACKWARDS = {
     ("kfdist.curvature.inverters.two_level", "kfdist.curvature.inverters"),
-    ("kfdist.runtime.adopt.start", "kfdist.runtime.pipeline"),
 }
 """Imports that close a circle, the importing module first. The list only shrinks."""
 
