@@ -2,17 +2,15 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import grpc.aio
 
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
+from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, StreamEnded
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
 from kfdist.types import Sample
 
-_BEAT_SECONDS = 1.0
-_ANSWER_SECONDS = 10.0
 _PAUSE_SECONDS = 0.5
 
 
@@ -55,30 +53,20 @@ class Membership:
                 self.registered = True
                 self._learn_peers(response.owners)
                 await self._beat(stub)
-            except (grpc.aio.AioRpcError, TimeoutError):
-                pass  # It is away, or was restarted and doesn't know us: both begin with a registration.
+            except (grpc.aio.AioRpcError, StreamEnded, TimeoutError):
+                pass  # It is away, or was restarted and doesn't know this owner: both begin with a registration.
             finally:
                 await channel.close()
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    async def _beat(self, stub: Any) -> None:
-        stream = stub.Heartbeat()
-        beat = membership_pb2.OwnerBeat(owner_id=self._request.owner.owner_id)
+    async def _beat(self, stub: MembershipServiceStub) -> None:
+        """Beats until the stream ends or the controller falls silent."""
+        stream = BeatStream(stub)
+        standing = membership_pb2.OwnerBeat(owner_id=self._request.owner.owner_id)
         try:
             while True:
-                samples = [
-                    membership_pb2.Sample(name=sample.name, labels=dict(sample.labels), value=sample.value)
-                    for sample in self._measure()
-                ]
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    try:
-                        await stream.write(membership_pb2.HeartbeatRequest(owner=beat, samples=samples))
-                        response = await stream.read()
-                    except asyncio.InvalidStateError:  # how gRPC says that the stream had ended before
-                        return
-                if not isinstance(response, membership_pb2.HeartbeatResponse):
-                    return
+                response = await stream.beat(standing, self._measure())
                 self._learn_peers(response.owners)
-                await asyncio.sleep(_BEAT_SECONDS)
+                await asyncio.sleep(BEAT_SECONDS)
         finally:
-            stream.cancel()
+            stream.close()

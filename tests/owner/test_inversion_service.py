@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.support import slow_child
 from tests.support.controller import eventually
 from tests.support.jobs import payload, result_of
 
+ROOT = Path(__file__).parents[2]
 LIMITS = ServiceLimits(payload_bytes=8 << 20, buffered_bytes=3 << 20, kept_bytes=2 << 20, idle_seconds=1.0)
 VERSIONS = iter(range(1_000_000))
 Code = grpc.StatusCode
@@ -281,3 +284,41 @@ def test_the_same_port_again_where_it_is_free_and_another_where_not(folder, owne
     assert (first.starts, second.starts, third.starts) == (1, 2, 3)
     third.close()
     third.close()
+
+
+def test_an_owner_needs_neither_ray_nor_the_pool():
+    script = """
+import sys
+sys.modules["ray"] = None  # an import of it fails
+from kfdist.owner.owner_server import OwnerOptions, OwnerServer
+server = OwnerServer(OwnerOptions(owner_id="alone"))
+print(server.address, server.status(60)["child_pid"], flush=True)
+sys.stdin.read()
+server.close()
+print(*(name for name in sys.modules if name.startswith(("ray.", "kfdist.pool", "torch"))))
+"""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    with owner:
+        assert owner.stdin is not None and owner.stdout is not None
+        address, child = owner.stdout.readline().split()
+        data = payload(48, seed=5)
+        with open_channel(address) as channel:
+            stub = InversionServiceStub(channel)
+            requests = [header(data), *chunks(data)]
+            _, result = eventually(lambda: answer_of(stub, requests), bool, seconds=60)
+        assert result == result_of(data)
+        assert "_raylet" not in Path(f"/proc/{child}/maps").read_text()
+        owner.stdin.close()
+        assert owner.stdout.read().split() == []
+    assert owner.returncode == 0
+
+
+def answer_of(stub, requests) -> tuple[inversion_pb2.InvertResultHeader, bytes] | None:
+    """Returns the answer to a call, None while the owner's inversion process is starting."""
+    try:
+        return call(stub, requests)
+    except grpc.RpcError as error:
+        assert error.code() is Code.UNAVAILABLE, error
+        return None

@@ -9,7 +9,6 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -20,15 +19,12 @@ from kfdist.links.link import LinkContext
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
+from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, StreamEnded
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
 from kfdist.rpc.status import code_of, details_of
 from kfdist.types import Desired, RunSettings, Sample
 
 _LOG = logging.getLogger(__name__)
-
-_BEAT_SECONDS = 1.0
-_ANSWER_SECONDS = 10.0
-"""A stream whose beat isn't answered within this time is given up and opened anew."""
 
 _SAMPLES_PER_BEAT = 2000
 _QUEUED_SAMPLES = 20_000
@@ -114,7 +110,7 @@ class ControllerSession:
             except _Fenced as fenced:
                 self._fenced(str(fenced))
                 return
-            except (grpc.aio.AioRpcError, TimeoutError) as error:
+            except (grpc.aio.AioRpcError, StreamEnded, TimeoutError) as error:
                 # A deadline, a refusal or nobody there: all of them may be over at the next try.
                 self._tell_refusal(error)
                 pause = _FIRST_PAUSE_SECONDS if self._connected else min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -163,6 +159,10 @@ class ControllerSession:
             if code_of(error) is grpc.StatusCode.ABORTED:
                 raise _Fenced(details_of(error)) from error
             raise
+        except StreamEnded as ended:
+            if ended.code is grpc.StatusCode.ABORTED:
+                raise _Fenced(str(ended)) from ended
+            raise
 
     async def _register(self, stub: MembershipServiceStub) -> None:
         context = self._context
@@ -185,13 +185,13 @@ class ControllerSession:
 
     async def _heartbeat(self, stub: MembershipServiceStub) -> None:
         """Beats until told to end; then once more, with all that is left to tell."""
-        stream = stub.Heartbeat()
+        stream = BeatStream(stub)
         assignment_revision = -1
         try:
             while True:
                 last = self._ending
                 with self._taken_samples() as samples:
-                    response = await self._exchange(stream, samples)
+                    response = await stream.beat(self._standing(), samples)
                 self._connected, self._away = True, False
                 self._learn_settings(response.settings)
                 self._learn_owners(response.owners)
@@ -201,39 +201,20 @@ class ControllerSession:
                     return
                 if not last and len(self._samples) < _SAMPLES_PER_BEAT:
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(_BEAT_SECONDS):
+                        async with asyncio.timeout(BEAT_SECONDS):
                             await self._due.wait()
                     self._due.clear()
         finally:
-            stream.cancel()
+            stream.close()
 
-    async def _exchange(self, stream: Any, samples: Sequence[Sample]) -> membership_pb2.HeartbeatResponse:
-        """Sends one beat and returns its answer."""
-        beat = membership_pb2.WorkerBeat(
+    def _standing(self) -> membership_pb2.WorkerBeat:
+        return membership_pb2.WorkerBeat(
             run=self._context.run,
             epoch=self._context.epoch,
             worker_rank=self._context.worker_rank,
             step=self._step,
             phase=self._phase,
         )
-        request = membership_pb2.HeartbeatRequest(
-            worker=beat,
-            samples=[
-                membership_pb2.Sample(name=sample.name, labels=dict(sample.labels), value=sample.value)
-                for sample in samples
-            ],
-        )
-        async with asyncio.timeout(_ANSWER_SECONDS):
-            try:
-                await stream.write(request)
-                response = await stream.read()
-            except asyncio.InvalidStateError:  # how gRPC says that the stream had ended before
-                response = None
-            if isinstance(response, membership_pb2.HeartbeatResponse):
-                return response
-            if await stream.code() is grpc.StatusCode.ABORTED:
-                raise _Fenced(await stream.details())
-            raise TimeoutError("the controller ended the stream")
 
     @contextlib.contextmanager
     def _taken_samples(self) -> Iterator[list[Sample]]:
