@@ -103,21 +103,19 @@ def test_a_refusal_is_a_sentence_on_standard_error_without_a_stack_trace(tmp_pat
 
 def test_a_file_that_is_not_toml_is_refused(tmp_path: Path):
     (tmp_path / "it.toml").write_text("[run\nsteps = 3")
-    code, output = run("train", str(tmp_path / "it.toml"))
-    assert code == 2
+    output = run("train", str(tmp_path / "it.toml"), code=2)
     assert "isn't valid TOML" in output and "line 1" in output
 
 
 def test_a_mistake_is_told_as_json_where_json_is_asked_for(tmp_path: Path):
-    code, output = run("train", "--json", "--set", "run.steps=0", "--set", f"run.dir={tmp_path / 'run'}")
-    assert code == 2
+    output = run("train", "--json", "--set", "run.steps=0", "--set", f"run.dir={tmp_path / 'run'}", code=2)
     error = json.loads(output.splitlines()[0])["error"]
     assert error["kind"] == "bad_input" and error["path"] == "run.steps" and "at least 1" in error["message"]
 
 
 def test_a_stack_trace_is_shown_only_where_it_is_asked_for():
-    code, output = run("train", "--set", "run.steps=0", environment={"KFDIST_DEBUG": "1"})
-    assert code == 1 and "Traceback" in output and "run.steps" in output
+    output = run("train", "--set", "run.steps=0", environment={"KFDIST_DEBUG": "1"}, code=1)
+    assert "Traceback" in output and "run.steps" in output
 
 
 @pytest.mark.parametrize("field", ["control.address", "control.metrics_address"])
@@ -125,30 +123,27 @@ def test_a_port_in_use_exits_with_1(tmp_path: Path, field: str):
     directory = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        code, output = run("train", "--set", f"{field}={address}", "--set", f"run.dir={directory}")
-    assert code == 1, output
+        output = run("train", "--set", f"{field}={address}", "--set", f"run.dir={directory}", code=1)
     assert field in output and address in output and "another address" in output
     assert not directory.exists()
 
 
 def test_a_run_directory_that_is_a_file_exits_with_2(tmp_path: Path):
     (tmp_path / "run").write_text("precious")
-    code, output = run("train", "--set", f"run.dir={tmp_path / 'run'}")
-    assert code == 2 and "run.dir" in output and "file" in output
+    output = run("train", "--set", f"run.dir={tmp_path / 'run'}", code=2)
+    assert "run.dir" in output and "file" in output
     assert (tmp_path / "run").read_text() == "precious"
 
 
 def test_a_run_directory_that_cannot_be_made_exits_with_1():
-    code, output = run("train", "--set", "run.dir=/proc/kfdist-run", "--set", "cluster.link=local")
-    assert code == 1, output
+    output = run("train", "--set", "run.dir=/proc/kfdist-run", "--set", "cluster.link=local", code=1)
     assert "/proc/kfdist-run" in output and "run.dir" in output
 
 
 def test_a_worker_without_a_controller_exits_with_1(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    code, output = run("worker", "--set", f"control.address={address}", "--set", f"run.dir={tmp_path / 'run'}")
-    assert code == 1, output
+    output = run("worker", "--set", f"control.address={address}", "--set", f"run.dir={tmp_path / 'run'}", code=1)
     assert address in output and "kfdist serve" in output
     assert not (tmp_path / "run").exists()
 
@@ -158,7 +153,7 @@ def test_a_ray_that_cannot_be_reached_exits_with_1_and_leaves_nothing(tmp_path: 
         address = f"127.0.0.1:{free.getsockname()[1]}"
     directory = tmp_path / "runs" / "it"
     with Command("train", "--set", f"cluster.ray={address}", "--set", f"run.dir={directory}") as command:
-        assert command.wait(120) == 1, command.text
+        command.expect(1, seconds=120)
         assert address in command.text
         assert command.left_behind(5) == []
     assert list(tmp_path.iterdir()) == []
@@ -168,7 +163,6 @@ def test_a_run_that_trains_already_is_not_started_twice(tmp_path: Path):
     arguments = ["train", "--set", "cluster.link=local", "--set", f"run.dir={tmp_path / 'run'}"]
     with Command(*arguments, "--set", "run.steps=100000") as first:
         first.wait_for_line("step ")
-        code, output = run(*arguments)
-        assert code == 1, output
+        output = run(*arguments, code=1)
         assert "in use" in output and "another run.dir" in output
         assert first.process.poll() is None

@@ -22,7 +22,6 @@ class Observed:
 
     Attributes:
         directory: Its run directory.
-        code: Its exit code.
         output: What it wrote to the terminal.
         family: Its processes while it trained.
         metrics: What /metrics said meanwhile.
@@ -32,7 +31,6 @@ class Observed:
     """
 
     directory: Path
-    code: int
     output: str
     family: list[Process]
     metrics: str
@@ -56,12 +54,11 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
         command.wait_for_line("step  50/")
         family = command.family()
         metrics = urllib.request.urlopen(url, timeout=5).read().decode()
-        status = json.loads(run("status", "digits", "--address", address, "--json")[1])
-        code = command.wait()
+        status = json.loads(run("status", "digits", "--address", address, "--json"))
+        output = command.expect(0)
         yield Observed(
             directory=directory,
-            code=code,
-            output=command.text,
+            output=output,
             family=family,
             metrics=metrics,
             status=status,
@@ -71,7 +68,6 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
 
 
 def test_it_ends_well_and_says_accuracy_staleness_and_where_the_files_are(observed: Observed):
-    assert observed.code == 0, observed.output
     last, files = observed.output.splitlines()[-2:]
     assert "120 steps" in last and "test accuracy" in last and "staleness" in last
     assert str(observed.directory) in files
@@ -179,14 +175,12 @@ def test_status_shows_the_run_while_it_trains(observed: Observed):
 
 def test_the_same_command_again_says_that_the_run_is_finished_and_changes_nothing(observed: Observed):
     before = (observed.directory / "summary.json").read_bytes()
-    code, output = run("train", "--set", f"run.dir={observed.directory}")
-    assert code == 0 and "finished" in output and "run.steps" in output
+    output = run("train", "--set", f"run.dir={observed.directory}")
+    assert "finished" in output and "run.steps" in output
     assert (observed.directory / "summary.json").read_bytes() == before
 
 
 def test_another_configuration_does_not_resume_it(observed: Observed):
-    code, output = run(
-        "train", "--set", f"run.dir={observed.directory}", "--set", "optimizer.lr=0.07", "--set", "run.steps=200"
-    )
-    assert code == 2, output
+    changes = ("--set", "optimizer.lr=0.07", "--set", "run.steps=200")
+    output = run("train", "--set", f"run.dir={observed.directory}", *changes, code=2)
     assert "optimizer.lr" in output and "accept_changes" in output

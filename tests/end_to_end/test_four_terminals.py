@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,6 @@ import pytest
 from tests.support.commands import Command, run
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def _wait_for_json(path: Path, seconds: float = 60.0) -> dict:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} wasn't written in {seconds} s"
-        time.sleep(0.05)
-    return json.loads(path.read_text())
 
 
 def test_a_run_by_hand_in_four_terminals(tmp_path: Path):
@@ -28,24 +19,24 @@ def test_a_run_by_hand_in_four_terminals(tmp_path: Path):
     )
     ready = tmp_path / "ready.json"
     with Command("serve", str(config), "--ready-file", str(ready)) as controller:
-        address = _wait_for_json(ready)["address"]
+        address = controller.wait_for_file(ready)["address"]
         with Command("pool", str(config), "--controller", address) as pool:
             torchrun = ("--nproc-per-node", "2", "-m", "kfdist", "worker", str(config), "--controller", address)
             with Command(*torchrun, module="torch.distributed.run") as ranks:
                 ranks.wait_for_line("step 30/60", seconds=90)
-                shown = json.loads(run("status", "by-hand", "--address", address, "--json")[1])
+                shown = json.loads(run("status", "by-hand", "--address", address, "--json"))
                 assert shown["live_workers"] == 2 and shown["live_owners"] == 2
                 assert shown["total_steps"] == 60 and shown["state"] == "running"
-                assert ranks.wait() == 0, ranks.text
+                ranks.expect(0)
                 assert ranks.left_behind(5) == []
-            shown = json.loads(run("status", "by-hand", "--address", address, "--json")[1])
+            shown = json.loads(run("status", "by-hand", "--address", address, "--json"))
             assert shown["state"] == "finished" and shown["step"] == 60
             pool.family()
             pool.signal(signal.SIGTERM)
-            assert pool.wait(15) == 0, pool.text
+            pool.expect(0, seconds=15)
             assert pool.left_behind(5) == []
         controller.signal(signal.SIGTERM)
-        assert controller.wait(10) == 0, controller.text
+        controller.expect(0, seconds=10)
         assert controller.left_behind() == []
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["metrics"]["test_accuracy"] >= 0.95

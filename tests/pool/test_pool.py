@@ -55,12 +55,10 @@ def start_pool(folder: Path, controller: ControllerThread, *arguments: str) -> P
         *("--ready-file", str(ready), "--json", *arguments),
     )
     try:
-        eventually(lambda: ready.exists() or command.process.poll() is not None, bool, seconds=START_SECONDS)
-        assert ready.exists(), (command.wait(1), command.text)
+        said = command.wait_for_file(ready, START_SECONDS)
     except BaseException:
         command.close()
         raise
-    said = json.loads(ready.read_text())
     command.family()  # remembers its processes
     return Pool(command=command, controller=controller, directory=Path(said["directory"]), owners=said["owners"])
 
@@ -147,8 +145,7 @@ def ray_address(pool: Pool) -> str:
 def test_a_ray_with_other_authentication_is_told_from_one_that_is_not_there(pool, tmp_path):
     # A HOME without a token: kfdist takes it that this Ray needs none.
     environment = {"HOME": str(tmp_path), "RAY_NUM_REDIS_GET_RETRIES": "2"}
-    code, text = refused("--set", f"cluster.ray={ray_address(pool)}", environment=environment)
-    assert code == 1
+    text = refused("--set", f"cluster.ray={ray_address(pool)}", code=1, environment=environment)
     assert f'Ray at cluster.ray = "{ray_address(pool)}" doesn\'t take us' in text
     assert "RAY_AUTH_MODE is 'disabled' here: a cluster with a token needs RAY_AUTH_MODE=token" in text
 
@@ -188,7 +185,7 @@ def test_sigterm_ends_everything_in_five_seconds(pool):
     assert len(ray_processes(pool.directory)) >= 8
     begun = time.monotonic()
     pool.command.signal(signal.SIGTERM)
-    assert pool.command.wait(10) == 0
+    pool.command.expect(0, seconds=10)
     assert time.monotonic() - begun < 5
     assert pool.command.left_behind(1.0) == []
     assert not pool.directory.exists()
@@ -210,11 +207,11 @@ def test_nothing_of_ray_is_left_when_the_pool_is_killed_or_its_parent_ends(contr
             eventually(pool.directory.exists, lambda there: not there)
 
 
-def refused(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+def refused(*arguments: str, code: int, environment: dict[str, str] | None = None) -> str:
     with Command("pool", *arguments, environment=environment) as command:
-        code = command.wait(60)
+        text = command.expect(code, seconds=60)
         assert command.left_behind(1.0) == []
-        return code, command.text
+        return text
 
 
 def free_port() -> int:
@@ -234,7 +231,6 @@ def free_port() -> int:
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(code, sentence, arguments):
-    found, text = refused(*arguments)
-    assert found == code, text
+    text = refused(*arguments, code=code)
     assert sentence in text
     assert "Traceback" not in text

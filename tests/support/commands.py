@@ -1,5 +1,10 @@
-"""`kfdist` commands as processes of a test: started, read line by line, looked through, and never left behind."""
+"""`kfdist` commands as processes of a test: started, read line by line, looked through, and never left behind.
 
+What a failed expectation says begins with one line: which command, what it did instead, and its last words. The ends of
+its output and of its run's logs follow.
+"""
+
+import json
 import os
 import queue
 import signal
@@ -11,9 +16,14 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+from kfdist.system.processes import describe_exit
 
 MARK = "KFDIST_TEST_COMMAND"
+
+_OUTPUT_LINES = 40
+_LOG_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,10 @@ class Command:
     """A running `kfdist` command."""
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None, module: str = "kfdist") -> None:
+        self.name = " ".join([module, *arguments])
         self.mark = uuid.uuid4().hex
         self.output: list[str] = []
+        self._directories = [Path(text.removeprefix("run.dir=")) for text in arguments if text.startswith("run.dir=")]
         self._seen: dict[int, Process] = {}
         self._lines: queue.Queue[str | None] = queue.Queue()
         self.process = subprocess.Popen(
@@ -77,11 +89,24 @@ class Command:
             try:
                 line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise AssertionError(f"no line with {word!r} within {seconds} s in:\n{self.text}") from None
-            assert line is not None, f"ended without a line with {word!r}:\n{self.text}"
+                raise self.failure(f"wrote no line with {word!r} within {seconds:g} s") from None
+            if line is None:
+                code = self.process.wait(10)
+                raise self.failure(f"{describe_exit(code)} without a line with {word!r}")
             self.output.append(line)
             if word in line:
                 return line
+
+    def wait_for_file(self, path: Path, seconds: float = 120.0) -> dict[str, Any]:
+        """Waits until it has written a JSON file, such as its ready file, and returns the content."""
+        deadline = time.monotonic() + seconds
+        while not path.exists():
+            if (code := self.process.poll()) is not None or time.monotonic() > deadline:
+                self._drain(1.0)
+                how = f"still ran after {seconds:g} s" if code is None else describe_exit(code)
+                raise self.failure(f"{how} without a file {path.name}")
+            time.sleep(0.02)
+        return json.loads(path.read_text())
 
     def signal(self, number: int = signal.SIGINT) -> None:
         """Sends it a signal."""
@@ -93,9 +118,25 @@ class Command:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._drain(1.0)
-            raise AssertionError(f"still running after {seconds} s:\n{self.text}") from None
+            raise self.failure(f"still ran after {seconds:g} s") from None
         self._drain(5.0)
         return code
+
+    def expect(self, code: int, seconds: float = 120.0) -> str:
+        """Waits for its end, checks its exit code and returns everything it wrote."""
+        ended = self.wait(seconds)
+        if ended != code:
+            raise self.failure(f"{describe_exit(ended)}, not with {code}")
+        return self.text
+
+    def failure(self, what: str) -> AssertionError:
+        """Returns what a test fails with: what happened, in one line, and the ends of the output and the logs."""
+        written = [line for line in self.output if line.strip()]
+        reasons = [line for line in written if line.startswith("kfdist: ")] or written or ["(it wrote nothing)"]
+        parts = [f"`{self.name}` {what}; it said: {reasons[-1]}", "its output ends:", *self.output[-_OUTPUT_LINES:]]
+        for log in sorted(log for directory in self._directories for log in directory.glob("logs/*.log")):
+            parts += [f"{log} ends:", *log.read_text(errors="replace").splitlines()[-_LOG_LINES:]]
+        return AssertionError("\n".join(parts))
 
     def _drain(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -129,7 +170,8 @@ class Command:
         """Waits until a descendant has `word` in its title."""
         deadline = time.monotonic() + seconds
         while not (found := self.members(word)):
-            assert time.monotonic() < deadline, f"no process {word!r} in {[p.title for p in self.family()]}"
+            if time.monotonic() > deadline:
+                raise self.failure(f"had no process {word!r} but {[member.title for member in self.family()]}")
             time.sleep(0.1)
         return found[0]
 
@@ -173,7 +215,7 @@ class Command:
         self.close()
 
 
-def run(*arguments: str, seconds: float = 120.0, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Runs a command to its end; returns its exit code and its output."""
+def run(*arguments: str, code: int = 0, seconds: float = 120.0, environment: Mapping[str, str] | None = None) -> str:
+    """Runs a command to its end, checks its exit code and returns its output."""
     with Command(*arguments, environment=environment) as command:
-        return command.wait(seconds), command.text
+        return command.expect(code, seconds)
