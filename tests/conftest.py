@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.shapes import check_shapes
+
 _MARK = "KFDIST_TEST_SESSION"
 _GRACE_SECONDS = 5.0
 _END_WITH_US = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 """Helpers of Python's own that end when the session's process does, by reading the end of a pipe."""
 
+
+check_shapes()
 
 # A slow machine is no failed property: time limits live in pytest's own timeout.
 settings.register_profile("kfdist", deadline=None)

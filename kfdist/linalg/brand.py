@@ -1,11 +1,12 @@
 """Low-rank eigendecompositions that follow a moving average by its rows (algorithms.md 4).
 
-Brand, "Fast low-rank modifications of the thin singular value decomposition", 2006; Puiu, arXiv 2210.08494. U
-`[c, d, r]` has orthonormal columns, w `[c, r]` is descending and not negative. No function forms a d x d matrix, and
-the cost of all but `light_correction` grows linearly with d.
+Brand, "Fast low-rank modifications of the thin singular value decomposition", 2006; Puiu, arXiv 2210.08494. U has
+orthonormal columns, w is descending and not negative. No function forms a d x d matrix, and the cost of all but
+`light_correction` grows linearly with d.
 """
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from kfdist.linalg.kronecker import Spectrum, solve_left
@@ -15,7 +16,9 @@ _OVERLAP_TOLERANCE = 50.0
 """Largest entry of U^T Q, in units of rounding, that passes as orthogonal."""
 
 
-def brand_update(vectors: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def brand_update(
+    vectors: Float[Tensor, "c d r"], values: Float[Tensor, "c r"], rows: Float[Tensor, "c n d"]
+) -> tuple[Float[Tensor, "c d r+n"], Float[Tensor, "c r+n"]]:
     """Computes the eigendecomposition of U diag(w) U^T + B B^T for B = rows^T, exactly: nothing is cut off.
 
     Splits B = U P + E with E orthogonal to U, E = Q R, and decomposes the small matrix of algorithms.md 4.1,
@@ -24,12 +27,12 @@ def brand_update(vectors: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor,
     O(d (r + n)^2 + (r + n)^3).
 
     Args:
-        vectors: U, `[c, d, r]`; r may be 0.
-        values: w, `[c, r]`.
-        rows: `[c, n, d]`; zero and repeated rows and such within the span of U add eigenvalues of 0.
+        vectors: U; r may be 0.
+        values: w.
+        rows: Zero and repeated rows and such within the span of U add eigenvalues of 0.
 
     Returns:
-        U+ `[c, d, r + n]` and w+ `[c, r + n]`.
+        U+ and w+.
 
     Raises:
         ValueError: r + n > d: so many columns can't be orthogonal.
@@ -51,7 +54,9 @@ def brand_update(vectors: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor,
     return torch.cat([vectors, Q], -1) @ Z, found.clamp_min(0)
 
 
-def _complement(vectors: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def _complement(
+    vectors: Float[Tensor, "c d r"], columns: Float[Tensor, "c d n"]
+) -> tuple[Float[Tensor, "c d n"], Float[Tensor, "c n n"]]:
     """Returns Q with orthonormal columns, orthogonal to U, and R with E = Q R, for E orthogonal to U."""
     Q, R = torch.linalg.qr(columns)
     overlap = (vectors.mT @ Q).abs()
@@ -64,18 +69,21 @@ def _complement(vectors: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def update_residual(
-    before: tuple[Tensor, Tensor], rows: Tensor, after: tuple[Tensor, Tensor], probes: Tensor
-) -> Tensor:
+    before: tuple[Float[Tensor, "c d r"], Float[Tensor, "c r"]],
+    rows: Float[Tensor, "c n d"],
+    after: tuple[Float[Tensor, "c d s"], Float[Tensor, "c s"]],
+    probes: Float[Tensor, "c d k"],
+) -> Float[Tensor, " c"]:
     """Estimates ||(S - U+ w+ U+^T) Z|| / ||S Z|| for S = U w U^T + rows^T rows, Frobenius, in O(d (r + n)).
 
     Args:
         before: U and w.
-        rows: `[c, n, d]`.
+        rows: What was added to S.
         after: U+ and w+.
-        probes: Gaussian columns Z, `[c, d, k]`.
+        probes: Gaussian columns Z.
 
     Returns:
-        `[c]`; for S = 0 the size of the difference.
+        The error; for S = 0 the size of the difference.
     """
     expected = _product(*before, probes) + rows.mT @ (rows @ probes)
     difference = torch.linalg.matrix_norm(_product(*after, probes) - expected)
@@ -83,28 +91,32 @@ def update_residual(
     return torch.where(size > 0, difference / size, difference)
 
 
-def _product(vectors: Tensor, values: Tensor, columns: Tensor) -> Tensor:
+def _product(
+    vectors: Float[Tensor, "c d r"], values: Float[Tensor, "c r"], columns: Float[Tensor, "c d k"]
+) -> Float[Tensor, "c d k"]:
     return vectors @ (values.unsqueeze(-1) * (vectors.mT @ columns))
 
 
-def orthogonality_error(vectors: Tensor) -> Tensor:
-    """Returns ||U^T U - I||, Frobenius, of `[c, d, r]` as `[c]`; O(d r^2)."""
+def orthogonality_error(vectors: Float[Tensor, "c d r"]) -> Float[Tensor, " c"]:
+    """Returns ||U^T U - I||, Frobenius; O(d r^2)."""
     gram = vectors.mT @ vectors
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     return torch.linalg.matrix_norm(gram)
 
 
-def reorthogonalise(vectors: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def reorthogonalise(
+    vectors: Float[Tensor, "c d r"], values: Float[Tensor, "c r"]
+) -> tuple[Float[Tensor, "c d r"], Float[Tensor, "c r"]]:
     """Finds the eigendecomposition of U diag(w) U^T where the columns of U are no longer orthonormal.
 
     U = Q R by Householder reflections, R diag(w) R^T = Z diag(w+) Z^T, U+ = Q Z.
 
     Args:
-        vectors: U, `[c, d, r]`.
-        values: w, `[c, r]`.
+        vectors: U.
+        values: w.
 
     Returns:
-        U+ and w+ of the same shapes; U+ w+ U+^T = U w U^T up to rounding.
+        U+ and w+; U+ w+ U+^T = U w U^T up to rounding.
 
     Raises:
         torch.linalg.LinAlgError: LAPACK's iteration didn't converge.
@@ -114,20 +126,25 @@ def reorthogonalise(vectors: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return Q @ Z, found.clamp_min(0)
 
 
-def light_correction(vectors: Tensor, values: Tensor, matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def light_correction(
+    vectors: Float[Tensor, "c d r"],
+    values: Float[Tensor, "c r"],
+    matrix: Float[Tensor, "c d d"],
+    columns: Int64[Tensor, " m"],
+) -> tuple[Float[Tensor, "c d r"], Float[Tensor, "c r"]]:
     """Refreshes some eigenpairs from the matrix that they stand for (B-KFAC-C, algorithms.md 4.2).
 
     H = U_S^T M U_S = Z diag(theta) Z^T, U_S <- U_S Z, w_S <- theta, sorted again. The best choice within the span of
     U_S: ||M - U w U^T|| never grows, Frobenius. The span of U stays as it is. O(d^2 m).
 
     Args:
-        vectors: U, `[c, d, r]`.
-        values: w, `[c, r]`.
-        matrix: M, symmetric positive semi-definite, `[c, d, d]`.
-        columns: Positions S, distinct, int64 `[m]`.
+        vectors: U.
+        values: w.
+        matrix: M, symmetric positive semi-definite.
+        columns: Positions S, distinct.
 
     Returns:
-        U and w of the same shapes.
+        U and w.
 
     Raises:
         torch.linalg.LinAlgError: LAPACK's iteration didn't converge.
@@ -140,29 +157,30 @@ def light_correction(vectors: Tensor, values: Tensor, matrix: Tensor, columns: T
     return vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors)), values
 
 
-def draw_columns(r: int, m: int, *, seed: int, device: torch.device) -> Tensor:
-    """Draws m of r positions uniformly at random without replacement, the same on every device; int64 `[m]`."""
+def draw_columns(r: int, m: int, *, seed: int, device: torch.device) -> Int64[Tensor, " {m}"]:
+    """Draws m of r positions uniformly at random without replacement, the same on every device."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     return torch.randperm(r, generator=generator)[:m].to(device)
 
 
 def solve_rows(
-    A: Spectrum, G: Spectrum, dampings: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], examples: float
-) -> Tensor:
+    A: Spectrum,
+    G: Spectrum,
+    dampings: tuple[Float[Tensor, " c"], Float[Tensor, " c"]],
+    rows: tuple[Float[Tensor, "c n q"], Float[Tensor, "c n p"]],
+    examples: float,
+) -> Float[Tensor, "c p q"]:
     """Computes (G + lambda_G I)^{-1} V (A + lambda_A I)^{-1} for V = g^T a/N from the rows (algorithms.md 4.3).
 
     (1/N) [(G + lambda_G I)^{-1} g^T] [(A + lambda_A I)^{-1} a^T]^T: O((p + q) n r) and the O(p q n) that forming V
     costs, instead of the O(p q r) of solving for V. It pays where n is less than about twice r_A + r_G.
 
     Args:
-        A: Spectrum of `[c, q, q]`.
-        G: Spectrum of `[c, p, p]`.
-        dampings: lambda_A and lambda_G, each `[c]`, positive.
-        rows: a `[c, n, q]` and g `[c, n, p]` of the per-example loss; n counts positions where there are several.
+        A: Spectrum of the factor of the inputs.
+        G: Spectrum of the factor of the output gradients.
+        dampings: lambda_A and lambda_G, positive.
+        rows: a, and g of the per-example loss; n counts positions where there are several.
         examples: N.
-
-    Returns:
-        `[c, p, q]`.
     """
     a, g = rows
     return solve_left(G, dampings[1], g.mT) @ solve_left(A, dampings[0], a.mT).mT / examples

@@ -1,6 +1,6 @@
 """Conjugate gradients on matrices, several systems side by side (Hestenes & Stiefel 1952; algorithms.md 5.2).
 
-A system's unknown is a matrix `[p, q]`, its inner product the Frobenius one; the leading dimension c holds independent
+A system's unknown is a p x q matrix, its inner product the Frobenius one; the leading dimension c holds independent
 systems, each of which stops for itself.
 """
 
@@ -8,37 +8,38 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-Operator = Callable[[Tensor], Tensor]
-"""A symmetric positive definite map of `[c, p, q]` that keeps the systems apart."""
+Operator = Callable[[Float[Tensor, "c p q"]], Float[Tensor, "c p q"]]
+"""A symmetric positive definite map that keeps the systems apart."""
 
 
 class CgSolution(NamedTuple):
     """Where conjugate gradients ended.
 
     Attributes:
-        solution: The last iterate, `[c, p, q]`. In the energy norm it is the best of all, whatever the residual says.
-        residual: ||V - Op x|| / ||V|| by the recurrence, `[c]`; 0 where V is zero.
-        iterations: Steps taken, int64 `[c]`.
-        broken: Whether rounding or overflow ended it before tolerance or limit, `[c]` of bool: a curvature <p, Op p>
-            that isn't positive, or a number that isn't finite. With 0 iterations the solution means nothing.
+        solution: The last iterate. In the energy norm it is the best of all, whatever the residual says.
+        residual: ||V - Op x|| / ||V|| by the recurrence; 0 where V is zero.
+        iterations: Steps taken.
+        broken: Whether rounding or overflow ended it before tolerance or limit: a curvature <p, Op p> that isn't
+            positive, or a number that isn't finite. With 0 iterations the solution means nothing.
     """
 
-    solution: Tensor
-    residual: Tensor
-    iterations: Tensor
-    broken: Tensor
+    solution: Float[Tensor, "c p q"]
+    residual: Float[Tensor, " c"]
+    iterations: Int64[Tensor, " c"]
+    broken: Bool[Tensor, " c"]
 
 
 def conjugate_gradient(
     operator: Operator,
-    right_side: Tensor,
+    right_side: Float[Tensor, "c p q"],
     *,
     tolerance: float,
     max_iterations: int,
-    start: Tensor | None = None,
-    inverse_diagonal: Tensor | None = None,
+    start: Float[Tensor, "c p q"] | None = None,
+    inverse_diagonal: Float[Tensor, "c p q"] | None = None,
 ) -> CgSolution:
     """Solves Op x = V approximately, without a host sync on an accelerator.
 
@@ -51,12 +52,12 @@ def conjugate_gradient(
 
     Args:
         operator: Op.
-        right_side: V, `[c, p, q]`.
+        right_side: V.
         tolerance: Stop where ||V - Op x|| <= tolerance ||V||; against V also with `start`.
         max_iterations: Most steps.
-        start: Guess x_prev, `[c, p, q]`, of any length: x_0 = <x_prev, V>/<x_prev, Op x_prev> x_prev, which in the
-            energy norm is never worse than 0. Costs one more product.
-        inverse_diagonal: 1/diag(Op), `[c, p, q]`, as Jacobi preconditioner.
+        start: Guess x_prev, of any length: x_0 = <x_prev, V>/<x_prev, Op x_prev> x_prev, which in the energy norm is
+            never worse than 0. Costs one more product.
+        inverse_diagonal: 1/diag(Op), as Jacobi preconditioner.
 
     Returns:
         The solution with how it was reached.
@@ -99,7 +100,9 @@ def conjugate_gradient(
     return CgSolution(x.mul_(scale), residual, iterations, broken)
 
 
-def _scaled_start(operator: Operator, start: Tensor, right_side: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled_start(
+    operator: Operator, start: Float[Tensor, "c p q"], right_side: Float[Tensor, "c p q"]
+) -> tuple[Float[Tensor, "c p q"], Float[Tensor, "c p q"]]:
     """Returns the scaled guess and its residual; 0 and V where the guess is of no use."""
     x = start / _largest(start)
     u = operator(x)
@@ -111,8 +114,8 @@ def _scaled_start(operator: Operator, start: Tensor, right_side: Tensor) -> tupl
     return x, right_side - u
 
 
-def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """Returns <x, y> of each system, `[c]`.
+def _inner(x: Float[Tensor, "c p q"], y: Float[Tensor, "c p q"]) -> Float[Tensor, " c"]:
+    """Returns <x, y> of each system.
 
     One dot product a row, then their sum: it needs no product of V's size, and short sums lose less in float32.
     """
@@ -120,8 +123,8 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
     return rows.view(x.shape[:2]).sum(1)
 
 
-def _largest(x: Tensor) -> Tensor:
-    """Returns the largest magnitude of each system, `[c, 1, 1]`; 1 where it is zero."""
+def _largest(x: Float[Tensor, "c p q"]) -> Float[Tensor, "c 1 1"]:
+    """Returns the largest magnitude of each system; 1 where it is zero."""
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=(-2, -1), keepdim=True)
     return torch.where(largest > 0, largest, torch.ones_like(largest))
 

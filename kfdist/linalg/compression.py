@@ -1,11 +1,14 @@
 """Sums of outer products rewritten with fewer terms (algorithms.md 6.3)."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def compress_columns(a: Tensor, g: Tensor, columns: int, *, iterations: int = 4) -> tuple[Tensor, Tensor]:
-    """Rewrites each sum_t g_t a_t^T, `[p, q]`, with at most `columns` columns, without a host sync.
+def compress_columns(
+    a: Float[Tensor, "*n t q"], g: Float[Tensor, "*n t p"], columns: int, *, iterations: int = 4
+) -> tuple[Float[Tensor, "*n r q"], Float[Tensor, "*n r p"]]:
+    """Rewrites each sum_t g_t a_t^T, a p x q matrix, with at most `columns` columns, without a host sync.
 
     Exact where t, p or q is no more than `columns`. Else M = sum_t g_t a_t^T is projected on a basis B of its leading
     singular vectors, on its shorter side: M ~ B (B^T M). The basis is found by block power iteration with the columns
@@ -16,13 +19,13 @@ def compress_columns(a: Tensor, g: Tensor, columns: int, *, iterations: int = 4)
     The new columns stand for the sum alone: sums of a a^T and g g^T can't be computed of them any more.
 
     Args:
-        a: `[..., t, q]`.
-        g: `[..., t, p]`.
+        a: Columns on the side of the inputs.
+        g: Columns on the side of the outputs.
         columns: kappa, at least 1.
         iterations: Further multiplications of the basis by M M^T.
 
     Returns:
-        The new a `[..., r, q]` and g `[..., r, p]`: r = t, unchanged, where t <= kappa; else min(kappa, p, q).
+        The new a and g: r = t, unchanged, where t <= kappa; else min(kappa, p, q).
     """
     t, q, p = a.shape[-2], a.shape[-1], g.shape[-1]
     if t <= columns:

@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 _ODD = (0x5851F42D4C957F2D, 0x14057B7EF767814F)
 _WITHOUT_SIGN = (1 << 35) - 1
 
 
-def parameter_digest(tensors: Iterable[Tensor]) -> Tensor:
-    """Returns an int64 scalar on the tensors' device that differs when any bit of any tensor does, almost surely.
+def parameter_digest(tensors: Iterable[Tensor]) -> Int64[Tensor, ""]:
+    """Returns a number on the tensors' device that differs when any bit of any tensor does, almost surely.
 
     Integer arithmetic modulo 2^64 is exact and does not depend on the order of summation, so equal bits give equal
     digests on any device and thread count. Each 8-byte (or the last, shorter) word is multiplied by an odd weight that
@@ -27,7 +28,7 @@ def parameter_digest(tensors: Iterable[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.int64) if total is None else total
 
 
-def _words(tensor: Tensor) -> Tensor:
+def _words(tensor: Tensor) -> Int64[Tensor, " words"]:
     flat = tensor.contiguous().view(-1)
     raw = flat.view(torch.uint8)
     rest = -raw.numel() % 8

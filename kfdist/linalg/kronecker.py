@@ -1,7 +1,8 @@
 r"""Damped inverses of Kronecker products, applied to matrices.
 
-Conventions (algorithms.md 0): V is `[..., p, q]`, A is `[..., q, q]` (layer inputs), G is `[..., p, p]` (output
-gradients). With row-major flattening, the way tensors lie in memory, `(G (x) A) V.ravel() = (G V A).ravel()`.
+Conventions (algorithms.md 0): A is of the layer's inputs, q x q, G of the output gradients, p x p, V is p x q; leading
+batch dimensions are `*c`. With row-major flattening, the way tensors lie in memory, `(G (x) A) V.ravel() = (G V
+A).ravel()`.
 
 A `Spectrum` stands for the symmetric matrix U diag(w) U^T + tail (I - U U^T).
 """
@@ -9,6 +10,7 @@ A `Spectrum` stands for the symmetric matrix U diag(w) U^T + tail (I - U U^T).
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 DampingRule = Literal["pi", "relative", "common"]
@@ -19,17 +21,17 @@ gradients late in training have second moments of 1e-12 and less, so the floor l
 
 
 class Spectrum(NamedTuple):
-    """A symmetric matrix by its leading eigenpairs.
+    """A symmetric d x d matrix by its leading r eigenpairs.
 
     Attributes:
-        vectors: U, `[..., d, r]`, orthonormal columns.
-        values: w, `[..., r]`, descending, not negative.
-        tail: The eigenvalue of everything orthogonal to U, `[...]`.
+        vectors: U, orthonormal columns.
+        values: w, descending, not negative.
+        tail: The eigenvalue of everything orthogonal to U.
     """
 
-    vectors: Tensor
-    values: Tensor
-    tail: Tensor
+    vectors: Float[Tensor, "*c d r"]
+    values: Float[Tensor, "*c r"]
+    tail: Float[Tensor, "*c"]
 
     @property
     def complete(self) -> bool:
@@ -37,7 +39,9 @@ class Spectrum(NamedTuple):
         return self.vectors.shape[-2] == self.vectors.shape[-1]
 
 
-def split_by_trace(trace_A: Tensor, trace_G: Tensor, *, d_in: int, d_out: int, damping: float) -> tuple[Tensor, Tensor]:
+def split_by_trace(
+    trace_A: Float[Tensor, "*c"], trace_G: Float[Tensor, "*c"], *, d_in: int, d_out: int, damping: float
+) -> tuple[Float[Tensor, "*c"], Float[Tensor, "*c"]]:
     """Splits lambda into factored Tikhonov damping (Martens & Grosse 2015, 6.3; algorithms.md 1.1).
 
     lambda_A = pi gamma, lambda_G = gamma / pi, gamma = sqrt(lambda), pi = sqrt((tr A / q)/(tr G / p)): of all splits
@@ -45,14 +49,14 @@ def split_by_trace(trace_A: Tensor, trace_G: Tensor, *, d_in: int, d_out: int, d
     positive.
 
     Args:
-        trace_A: `[...]`, of the undamped factor.
-        trace_G: `[...]`, of the undamped factor.
+        trace_A: Of the undamped factor.
+        trace_G: Of the undamped factor.
         d_in: Size q of A.
         d_out: Size p of G.
         damping: lambda.
 
     Returns:
-        lambda_A and lambda_G, each `[...]`.
+        lambda_A and lambda_G.
     """
     usable = (trace_A > 0) & (trace_G > 0)
     one = torch.ones_like(trace_A)
@@ -63,18 +67,20 @@ def split_by_trace(trace_A: Tensor, trace_G: Tensor, *, d_in: int, d_out: int, d
     return pi * gamma, gamma / pi
 
 
-def split_by_largest(largest_A: Tensor, largest_G: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:
+def split_by_largest(
+    largest_A: Float[Tensor, "*c"], largest_G: Float[Tensor, "*c"], *, damping: float
+) -> tuple[Float[Tensor, "*c"], Float[Tensor, "*c"]]:
     """Returns the relative damping of the published RS-KFAC runs: lambda_A = phi w_max(A), lambda_G = phi w_max(G).
 
     Here `damping` is phi, a fraction, not the lambda of F + lambda I. A factor that is zero takes phi as it is.
 
     Args:
-        largest_A: Largest eigenvalue of A, `[...]`.
-        largest_G: Largest eigenvalue of G, `[...]`.
+        largest_A: Largest eigenvalue of A.
+        largest_G: Largest eigenvalue of G.
         damping: phi.
 
     Returns:
-        lambda_A and lambda_G, each `[...]`.
+        lambda_A and lambda_G.
     """
 
     def scale(largest: Tensor) -> Tensor:
@@ -83,18 +89,17 @@ def split_by_largest(largest_A: Tensor, largest_G: Tensor, *, damping: float) ->
     return damping * scale(largest_A), damping * scale(largest_G)
 
 
-def solve_left(spectrum: Spectrum, damping: Tensor, right_side: Tensor) -> Tensor:
+def solve_left(
+    spectrum: Spectrum, damping: Float[Tensor, "*c"], right_side: Float[Tensor, "*c d k"]
+) -> Float[Tensor, "*c d k"]:
     """Computes (U diag(w) U^T + tail (I - U U^T) + damping I)^{-1} X.
 
     By U[((w + damping)^{-1} - (tail + damping)^{-1}) * U^T X] + (tail + damping)^{-1} X (algorithms.md 3.3).
 
     Args:
-        spectrum: Of a `[..., d, d]` matrix.
-        damping: `[...]`, positive.
-        right_side: X, `[..., d, k]`.
-
-    Returns:
-        `[..., d, k]`.
+        spectrum: Of the d x d matrix.
+        damping: Positive.
+        right_side: X.
     """
     kept = 1 / (spectrum.values + damping.unsqueeze(-1)).unsqueeze(-1)
     projected = spectrum.vectors.mT @ right_side
@@ -104,36 +109,36 @@ def solve_left(spectrum: Spectrum, damping: Tensor, right_side: Tensor) -> Tenso
     return spectrum.vectors @ ((kept - rest) * projected) + rest * right_side
 
 
-def solve_factored(A: Spectrum, G: Spectrum, damping_A: Tensor, damping_G: Tensor, gradient: Tensor) -> Tensor:
+def solve_factored(
+    A: Spectrum,
+    G: Spectrum,
+    damping_A: Float[Tensor, "*c"],
+    damping_G: Float[Tensor, "*c"],
+    gradient: Float[Tensor, "*c p q"],
+) -> Float[Tensor, "*c p q"]:
     """Computes (G + lambda_G I)^{-1} V (A + lambda_A I)^{-1}.
 
     Args:
-        A: Spectrum of the `[..., q, q]` factor.
-        G: Spectrum of the `[..., p, p]` factor.
-        damping_A: `[...]`, positive.
-        damping_G: `[...]`, positive.
-        gradient: V, `[..., p, q]`.
-
-    Returns:
-        `[..., p, q]`.
+        A: Spectrum of the q x q factor.
+        G: Spectrum of the p x p factor.
+        damping_A: lambda_A, positive.
+        damping_G: lambda_G, positive.
+        gradient: V.
     """
     return solve_left(A, damping_A, solve_left(G, damping_G, gradient).mT).mT
 
 
-def solve_joint(A: Spectrum, G: Spectrum, damping: float, gradient: Tensor) -> Tensor:
+def solve_joint(A: Spectrum, G: Spectrum, damping: float, gradient: Float[Tensor, "*c p q"]) -> Float[Tensor, "*c p q"]:
     """Computes the V' with G V' A + lambda V' = V: exact damping of the product's eigenvalues (algorithms.md 1.1).
 
     The eigenvalues of the product are w_G w_A on the kept pairs, w_G tail_A and tail_G w_A where one side is outside
     its basis, and tail_G tail_A where both are. A complete basis has no outside.
 
     Args:
-        A: Spectrum of the `[..., q, q]` factor.
-        G: Spectrum of the `[..., p, p]` factor.
+        A: Spectrum of the q x q factor.
+        G: Spectrum of the p x p factor.
         damping: lambda, positive.
-        gradient: V, `[..., p, q]`.
-
-    Returns:
-        `[..., p, q]`.
+        gradient: V.
     """
     w_A, w_G = A.values.unsqueeze(-2), G.values.unsqueeze(-1)
     tail_A, tail_G = A.tail[..., None, None], G.tail[..., None, None]

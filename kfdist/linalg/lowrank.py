@@ -5,6 +5,7 @@ descending order.
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from kfdist.linalg.psd import eigh_descending, symmetrise
@@ -13,16 +14,13 @@ SKETCH_NUMBERS = 1 << 22
 """Random numbers that a sketch of rows holds at a time (32 MiB in float64)."""
 
 
-def gaussian_sketch(matrix: Tensor, width: int, *, seed: int) -> Tensor:
+def gaussian_sketch(matrix: Float[Tensor, "*c d k"], width: int, *, seed: int) -> Float[Tensor, "*c d {width}"]:
     """Draws the Gaussian test matrix for `matrix`, the same on every device and in every precision.
 
     Args:
-        matrix: `[..., d, d]`; gives shape, dtype and device.
+        matrix: Gives shape, dtype and device.
         width: Number of columns s.
         seed: The only source of randomness.
-
-    Returns:
-        `[..., d, s]`.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     shape = (*matrix.shape[:-1], width)
@@ -30,7 +28,7 @@ def gaussian_sketch(matrix: Tensor, width: int, *, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(matrix)
 
 
-def sketch_rows(rows: Tensor, size: int, *, seed: int) -> Tensor:
+def sketch_rows(rows: Float[Tensor, "c n d"], size: int, *, seed: int) -> Float[Tensor, "c {size} d"]:
     """Compresses rows to `size` random combinations: O^T rows / sqrt(size) for a Gaussian O, `[n, size]`.
 
     E[sketch^T sketch] = rows^T rows, since E[O O^T] = size I; an entry's standard deviation is at most
@@ -38,12 +36,9 @@ def sketch_rows(rows: Tensor, size: int, *, seed: int) -> Tensor:
     rows, each with a seed of its own, the sum of the sketches is a sketch of the union of the rows.
 
     Args:
-        rows: `[c, n, d]`; n may be 0.
+        rows: n may be 0.
         size: Rows of the sketch.
         seed: The only source of randomness. Devices of one kind draw alike; in float32 and float64 the CPU does.
-
-    Returns:
-        `[c, size, d]`.
     """
     c, n, d = rows.shape
     total = rows.new_zeros(c, size, d)
@@ -60,18 +55,20 @@ def sketch_rows(rows: Tensor, size: int, *, seed: int) -> Tensor:
     return total.div_(size**0.5)
 
 
-def range_basis(matrix: Tensor, sketch: Tensor, *, power_iterations: int) -> Tensor:
+def range_basis(
+    matrix: Float[Tensor, "*c d d"], sketch: Float[Tensor, "*c d s"], *, power_iterations: int
+) -> Float[Tensor, "*c d s"]:
     """Finds an orthonormal basis that nearly spans the dominant eigenvectors of `matrix`.
 
     The basis is orthogonalised after every multiplication: without that, small modes drown in float32.
 
     Args:
-        matrix: Symmetric `[..., d, d]`.
-        sketch: `[..., d, s]`, s <= d.
+        matrix: Symmetric.
+        sketch: s <= d columns.
         power_iterations: Further multiplications by the matrix; each sharpens the decay of the spectrum.
 
     Returns:
-        `[..., d, s]` with orthonormal columns.
+        Orthonormal columns.
     """
     basis = torch.linalg.qr(matrix @ sketch).Q
     for _ in range(power_iterations):
@@ -79,18 +76,20 @@ def range_basis(matrix: Tensor, sketch: Tensor, *, power_iterations: int) -> Ten
     return basis
 
 
-def randomized_svd(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def randomized_svd(
+    matrix: Float[Tensor, "*c d d"], basis: Float[Tensor, "*c d s"]
+) -> tuple[Float[Tensor, "*c s"], Float[Tensor, "*c d s"]]:
     """Computes M ~ V diag(w) V^T from B = Q^T M and its right singular vectors V.
 
     V carries one more multiplication by M than Q does, so it is more accurate than `randomized_eigh` on the same basis.
     B^T = Z R reduces the d x s problem to an s x s one before the singular value decomposition.
 
     Args:
-        matrix: Symmetric `[..., d, d]`.
-        basis: Orthonormal `[..., d, s]`.
+        matrix: M, symmetric.
+        basis: Q, orthonormal.
 
     Returns:
-        Eigenvalues w `[..., s]`, negative where the matrix is indefinite, descending in magnitude, and V `[..., d, s]`.
+        Eigenvalues w, negative where the matrix is indefinite, descending in magnitude, and V.
     """
     outer, reduced = torch.linalg.qr(matrix @ basis)
     left, values, right = torch.linalg.svd(reduced)
@@ -102,17 +101,19 @@ def randomized_svd(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return values * signs, vectors
 
 
-def randomized_eigh(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def randomized_eigh(
+    matrix: Float[Tensor, "*c d d"], basis: Float[Tensor, "*c d s"]
+) -> tuple[Float[Tensor, "*c s"], Float[Tensor, "*c d s"]]:
     """Computes M ~ U diag(w) U^T from the projection Q^T M Q.
 
     Cheaper than `randomized_svd` but projected on both sides, so less accurate.
 
     Args:
-        matrix: Symmetric `[..., d, d]`.
-        basis: Orthonormal `[..., d, s]`.
+        matrix: M, symmetric.
+        basis: Q, orthonormal.
 
     Returns:
-        Eigenvalues w `[..., s]`, descending, and U `[..., d, s]`.
+        Eigenvalues w, descending, and U.
     """
     values, rotation = eigh_descending(symmetrise(basis.mT @ (matrix @ basis)))
     return values, basis @ rotation

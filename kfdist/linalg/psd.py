@@ -1,27 +1,24 @@
 """Symmetric positive semi-definite matrices: packing, checking, factorising.
 
-All matrices carry leading batch dimensions: `[..., d, d]`. Functions are pure and keep dtype and device.
+Matrices may have leading batch dimensions, `*c`. Functions are pure and keep dtype and device.
 """
 
 import torch
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 
-def symmetrise(matrix: Tensor) -> Tensor:
-    """Returns (M + M^T)/2, exactly symmetric.
-
-    Args:
-        matrix: `[..., d, d]`.
-    """
+def symmetrise(matrix: Float[Tensor, "*c d d"]) -> Float[Tensor, "*c d d"]:
+    """Returns (M + M^T)/2, exactly symmetric."""
     return (matrix + matrix.mT) / 2
 
 
-def trace(matrix: Tensor) -> Tensor:
-    """Returns the traces of `[..., d, d]` as `[...]`."""
+def trace(matrix: Float[Tensor, "*c d d"]) -> Float[Tensor, "*c"]:
+    """Returns the traces."""
     return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def pack_triangle(matrix: Tensor) -> Tensor:
+def pack_triangle(matrix: Num[Tensor, "*c d d"]) -> Num[Tensor, "*c t"]:
     """Packs the lower triangles of symmetric matrices, diagonal included, into half the space.
 
     The layout is LAPACK's rectangular full packed idea: the triangle of the last columns is folded into the corner that
@@ -29,10 +26,10 @@ def pack_triangle(matrix: Tensor) -> Tensor:
     which an index of d (d + 1)/2 positions would.
 
     Args:
-        matrix: `[..., d, d]`; only the lower triangle is read.
+        matrix: Only its lower triangle is read.
 
     Returns:
-        `[..., d (d + 1)/2]`, a fresh contiguous tensor.
+        t = d (d + 1)/2 numbers of each, in a fresh contiguous tensor.
     """
     d = matrix.shape[-1]
     half = (d + 1) // 2
@@ -44,17 +41,11 @@ def pack_triangle(matrix: Tensor) -> Tensor:
     return rectangle.flatten(-2)
 
 
-def unpack_triangle(packed: Tensor) -> Tensor:
-    """Returns the symmetric matrices that `pack_triangle` packed.
-
-    Args:
-        packed: `[..., d (d + 1)/2]`.
-
-    Returns:
-        `[..., d, d]`, a fresh contiguous tensor, exactly symmetric.
+def unpack_triangle(packed: Num[Tensor, "*c t"]) -> Num[Tensor, "*c d d"]:
+    """Returns the matrices that `pack_triangle` packed, exactly symmetric, in a fresh contiguous tensor.
 
     Raises:
-        ValueError: The last dimension isn't d (d + 1)/2 for any d.
+        ValueError: t isn't d (d + 1)/2 for any d.
     """
     d = triangle_dimension(packed.shape[-1])
     half = (d + 1) // 2
@@ -90,16 +81,18 @@ def _rectangle(d: int) -> tuple[int, int]:
     return (d + 1, 0) if d % 2 == 0 else (d, 1)
 
 
-def damped_cholesky_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+def damped_cholesky_inverse(
+    matrix: Float[Tensor, "*c d d"], damping: Float[Tensor, "*c"]
+) -> tuple[Float[Tensor, "*c d d"], Bool[Tensor, "*c"]]:
     """Computes (M + damping I)^{-1} by Cholesky factorisation.
 
     Args:
-        matrix: Symmetric `[..., d, d]`.
-        damping: `[...]`, one value per matrix.
+        matrix: M, symmetric.
+        damping: One value per matrix.
 
     Returns:
-        The inverse `[..., d, d]`, exactly symmetric, and whether each matrix was positive definite in this precision,
-        `[...]` of bool. Where it wasn't, the inverse means nothing.
+        The inverse, exactly symmetric, and whether M + damping I was positive definite in this precision; where it
+        wasn't, the inverse means nothing.
     """
     damped = symmetrise(matrix)
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
@@ -107,14 +100,14 @@ def damped_cholesky_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Te
     return symmetrise(torch.cholesky_inverse(factor)), info == 0
 
 
-def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigh_descending(matrix: Float[Tensor, "*c d d"]) -> tuple[Float[Tensor, "*c d"], Float[Tensor, "*c d d"]]:
     """Computes the eigendecomposition M = Q diag(d) Q^T with the largest eigenvalue first.
 
     Args:
-        matrix: Symmetric `[..., d, d]`.
+        matrix: M, symmetric.
 
     Returns:
-        Eigenvalues `[..., d]`, not clamped, and eigenvectors `[..., d, d]` in columns.
+        Eigenvalues, not clamped, and eigenvectors in columns.
 
     Raises:
         torch.linalg.LinAlgError: LAPACK's iteration didn't converge.
@@ -123,43 +116,50 @@ def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1), vectors.flip(-1).contiguous()
 
 
-def asymmetry(matrix: Tensor) -> Tensor:
-    """Returns max |M - M^T| / max |M| of each matrix, 0 for the zero matrix, as `[...]`."""
+def asymmetry(matrix: Float[Tensor, "*c d d"]) -> Float[Tensor, "*c"]:
+    """Returns max |M - M^T| / max |M| of each matrix, 0 for the zero matrix."""
     largest = matrix.abs().amax((-2, -1))
     difference = (matrix - matrix.mT).abs().amax((-2, -1))
     return torch.where(largest > 0, difference / largest, torch.zeros_like(largest))
 
 
-def inverse_residual(matrix: Tensor, damping: Tensor, inverse: Tensor, probes: Tensor) -> Tensor:
+def inverse_residual(
+    matrix: Float[Tensor, "*c d d"],
+    damping: Float[Tensor, "*c"],
+    inverse: Float[Tensor, "*c d d"],
+    probes: Float[Tensor, "*c d k"],
+) -> Float[Tensor, "*c"]:
     """Estimates how far `inverse` is from (M + damping I)^{-1}: ||(M + damping I) X Z - Z|| / ||Z||, Frobenius.
 
     Costs a few matrix-vector products, where forming (M + damping I) X would cost as much as the inverse.
 
     Args:
-        matrix: Symmetric `[..., d, d]`.
-        damping: `[...]`.
-        inverse: X, `[..., d, d]`.
-        probes: Gaussian columns Z, `[..., d, k]`.
-
-    Returns:
-        `[...]`.
+        matrix: M, symmetric.
+        damping: One value per matrix.
+        inverse: X.
+        probes: Gaussian columns Z.
     """
     solution = inverse @ probes
     difference = matrix @ solution + damping[..., None, None] * solution - probes
     return _norm(difference) / _norm(probes)
 
 
-def eigen_residual(matrix: Tensor, values: Tensor, vectors: Tensor, probes: Tensor) -> Tensor:
+def eigen_residual(
+    matrix: Float[Tensor, "*c d d"],
+    values: Float[Tensor, "*c r"],
+    vectors: Float[Tensor, "*c d r"],
+    probes: Float[Tensor, "*c d k"],
+) -> Float[Tensor, "*c"]:
     """Estimates ||(M - U diag(w) U^T) Z|| / ||M Z||, Frobenius: the error of a decomposition, full or low-rank.
 
     Args:
-        matrix: Symmetric `[..., d, d]`.
-        values: w, `[..., r]`.
-        vectors: U, `[..., d, r]`.
-        probes: Gaussian columns Z, `[..., d, k]`.
+        matrix: M, symmetric.
+        values: w.
+        vectors: U.
+        probes: Gaussian columns Z.
 
     Returns:
-        `[...]`; 0 for the zero matrix.
+        The error of each matrix; for the zero matrix, the size of the difference.
     """
     product = matrix @ probes
     difference = product - vectors @ (values.unsqueeze(-1) * (vectors.mT @ probes))
@@ -167,29 +167,25 @@ def eigen_residual(matrix: Tensor, values: Tensor, vectors: Tensor, probes: Tens
     return torch.where(size > 0, _norm(difference) / size, _norm(difference))
 
 
-def orthogonality_residual(vectors: Tensor, probes: Tensor) -> Tensor:
+def orthogonality_residual(vectors: Float[Tensor, "*c d r"], probes: Float[Tensor, "*c r k"]) -> Float[Tensor, "*c"]:
     """Estimates how far U^T U is from I: ||U^T U Z - Z|| / ||Z||, Frobenius.
 
     Args:
-        vectors: U, `[..., d, r]`.
-        probes: Gaussian columns Z, `[..., r, k]`.
-
-    Returns:
-        `[...]`.
+        vectors: U.
+        probes: Gaussian columns Z.
     """
     return _norm(vectors.mT @ (vectors @ probes) - probes) / _norm(probes)
 
 
-def largest_eigenvalue(matrix: Tensor, start: Tensor, *, iterations: int = 8) -> Tensor:
+def largest_eigenvalue(
+    matrix: Float[Tensor, "*c d d"], start: Float[Tensor, "*c d 1"], *, iterations: int = 8
+) -> Float[Tensor, "*c"]:
     """Estimates the largest eigenvalue from below, by power iteration.
 
     Args:
-        matrix: Symmetric positive semi-definite `[..., d, d]`.
-        start: `[..., d, 1]`, not zero.
+        matrix: Symmetric positive semi-definite.
+        start: Not zero.
         iterations: Multiplications by the matrix.
-
-    Returns:
-        `[...]`.
     """
     vector, size = start / _norm(start)[..., None, None], _norm(start)
     for _ in range(iterations):
@@ -199,5 +195,5 @@ def largest_eigenvalue(matrix: Tensor, start: Tensor, *, iterations: int = 8) ->
     return size
 
 
-def _norm(matrix: Tensor) -> Tensor:
+def _norm(matrix: Float[Tensor, "*c d k"]) -> Float[Tensor, "*c"]:
     return torch.linalg.matrix_norm(matrix)

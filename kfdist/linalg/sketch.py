@@ -1,11 +1,12 @@
 """Gram matrices of sums of outer products, whole or from a uniform sample of their entries (algorithms.md 6.2, 6.3).
 
-A row stands for the matrix sum_t g_t a_t^T, `[p, q]`, given by its columns a `[..., t, q]` and g `[..., t, p]`. Gram
-matrices are accumulated in float64 whatever the rows are: a Gram matrix squares the condition of its rows, so that half
-of their digits would be lost otherwise.
+A row stands for the p x q matrix sum_t g_t a_t^T, given by its columns a and g. Gram matrices are added up in float64
+whatever the rows are: a Gram matrix squares the condition of its rows, so that half of their digits would be lost
+otherwise.
 """
 
 import torch
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from kfdist.linalg.psd import symmetrise
@@ -14,7 +15,7 @@ CHUNK = 1 << 22
 """Numbers that a product holds at a time in float64 (32 MiB)."""
 
 
-def sampled_first(size: int, kept: int, *, seed: int, device: torch.device) -> Tensor:
+def sampled_first(size: int, kept: int, *, seed: int, device: torch.device) -> Int64[Tensor, " {size}"]:
     """Draws `kept` of `size` indices uniformly without replacement, and lists them before all the others.
 
     Rows stored in this order have their sample in front: taking it costs no copy.
@@ -26,22 +27,15 @@ def sampled_first(size: int, kept: int, *, seed: int, device: torch.device) -> T
         device: Where the result is to be.
 
     Returns:
-        A permutation of 0..size-1, int64 `[size]`, ascending in both parts.
+        A permutation of 0..size-1, ascending in both parts.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     drawn = torch.randperm(size, generator=generator)
     return torch.cat([drawn[:kept].sort().values, drawn[kept:].sort().values]).to(device)
 
 
-def gram(rows: Tensor) -> Tensor:
-    """Returns U U^T for rows U, in float64.
-
-    Args:
-        rows: `[c, n, D]`.
-
-    Returns:
-        `[c, n, n]`, exactly symmetric.
-    """
+def gram(rows: Float[Tensor, "c n d"]) -> Float64[Tensor, "c n n"]:
+    """Returns U U^T for rows U, exactly symmetric."""
     c, n, _ = rows.shape
     total = rows.new_zeros(c, n, n, dtype=torch.float64)
     for part in rows.split(max(1, CHUNK // max(1, c * n)), -1):
@@ -50,17 +44,11 @@ def gram(rows: Tensor) -> Tensor:
     return symmetrise(total)
 
 
-def gram_of_sums(a: Tensor, g: Tensor) -> Tensor:
-    """Returns K_ij = sum_{s,t} (a_is . a_jt)(g_is . g_jt): the Gram matrix of sums that are never formed, in float64.
+def gram_of_sums(a: Float[Tensor, "c n t q"], g: Float[Tensor, "c n t p"]) -> Float64[Tensor, "c n n"]:
+    """Returns K_ij = sum_{s,t} (a_is . a_jt)(g_is . g_jt): the Gram matrix of sums that are never formed.
 
-    The inner product of sum_s g_is a_is^T and sum_t g_jt a_jt^T is the sum of a block of a Hadamard product.
-
-    Args:
-        a: `[c, n, t, q]`.
-        g: `[c, n, t, p]`.
-
-    Returns:
-        `[c, n, n]`, exactly symmetric.
+    The inner product of sum_s g_is a_is^T and sum_t g_jt a_jt^T is the sum of a block of a Hadamard product. The result
+    is exactly symmetric.
     """
     c, n, t, _ = a.shape
     every_a, every_g = a.flatten(1, 2).double(), g.flatten(1, 2).double()
@@ -73,16 +61,8 @@ def gram_of_sums(a: Tensor, g: Tensor) -> Tensor:
     return symmetrise(torch.cat(strips, 1))
 
 
-def square_norms(a: Tensor, g: Tensor) -> Tensor:
-    """Returns ||sum_t g_t a_t^T||^2 of each example, in float64.
-
-    Args:
-        a: `[c, n, t, q]`.
-        g: `[c, n, t, p]`.
-
-    Returns:
-        `[c, n]`.
-    """
+def square_norms(a: Float[Tensor, "c n t q"], g: Float[Tensor, "c n t p"]) -> Float64[Tensor, "c n"]:
+    """Returns ||sum_t g_t a_t^T||^2 of each example."""
     each: list[Tensor] = []
     for some_a, some_g in zip(a.unbind(1), g.unbind(1), strict=True):
         wide_a, wide_g = some_a.double(), some_g.double()
@@ -90,18 +70,18 @@ def square_norms(a: Tensor, g: Tensor) -> Tensor:
     return torch.stack(each, 1)
 
 
-def whiten_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def whiten_gram(matrix: Float64[Tensor, "c d d"]) -> tuple[Float64[Tensor, "c r"], Float64[Tensor, "c d r"]]:
     """Decomposes a Gram matrix U U^T = Q diag(w) Q^T; the rows of Z^T U with Z = Q diag(w)^{-1/2} are orthonormal.
 
     Pairs below the rounding of the decomposition, d eps w_max, are dropped: U has nothing but noise there. Waits for
     the values.
 
     Args:
-        matrix: Symmetric positive semi-definite `[c, d, d]`, float64.
+        matrix: Symmetric positive semi-definite.
 
     Returns:
-        Eigenvalues w `[c, r]`, descending, and Z `[c, d, r]`; r is the largest rank among the c, and what a matrix
-        lacks of it is filled with zeros.
+        Eigenvalues w, descending, and Z; r is the largest rank among the c, and what a matrix lacks of it is filled
+        with zeros.
 
     Raises:
         torch.linalg.LinAlgError: LAPACK's iteration didn't converge.

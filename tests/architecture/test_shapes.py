@@ -1,0 +1,52 @@
+"""Public functions of the mathematics say the shapes of their tensors, and the suite checks them at every call."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from torch import Tensor
+
+from kfdist.linalg.psd import eigen_residual, symmetrise
+from tests.support.shapes import PACKAGES
+
+ANY_SHAPE = {"parameter_digest"}
+"""Functions of tensors whose shapes don't matter."""
+
+
+def public_functions() -> Iterator[tuple[str, Any]]:
+    for package in PACKAGES:
+        for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+            module = importlib.import_module(found.name)
+            for name, member in inspect.getmembers(module, inspect.isfunction):
+                if member.__module__ == found.name and not name.startswith("_") and name not in ANY_SHAPE:
+                    yield f"{found.name}.{name}", member
+
+
+def bare_tensors(hint: Any) -> bool:
+    inner = hint if isinstance(hint, list) else get_args(hint)  # a list: the arguments of a callable
+    return hint is Tensor or any(bare_tensors(each) for each in inner)
+
+
+def test_no_tensor_is_without_a_shape() -> None:
+    found = {name: inspect.signature(function) for name, function in public_functions()}
+    assert found
+    bare = [
+        name
+        for name, signature in found.items()
+        if any(map(bare_tensors, [signature.return_annotation, *(p.annotation for p in signature.parameters.values())]))
+    ]
+    assert not bare
+
+
+def test_a_wrong_shape_is_refused_at_the_call() -> None:
+    with pytest.raises(TypeCheckError, match="symmetrise"):
+        symmetrise(torch.zeros(2, 3))
+    square, one = torch.eye(3)[None], torch.ones(1, 3)
+    eigen_residual(square, one, square, square)
+    with pytest.raises(TypeCheckError, match="vectors"):
+        eigen_residual(square, one, square[..., :2], square)
