@@ -166,7 +166,7 @@ class Pipeline:
 
     def _finish(self, step: int, adopted: tuple[tuple[GroupName, int], ...]) -> StepReport:
         """Counts the step and arms the capture for the next one."""
-        self.counters.end_step(max(track.staleness(step) for track in self.tracks))
+        self.counters.end_step(max((track.staleness(step) for track in self.tracks), default=0))
         self.adopting.settle(step)
         self.next_step = step + 1
         self.arm()

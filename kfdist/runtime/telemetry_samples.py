@@ -80,6 +80,7 @@ def pipeline_totals(pipeline: Pipeline, link: LinkCounters) -> dict[str, Any]:
         link: What its link has counted.
     """
     counters, tracks = pipeline.counters, pipeline.tracks
+    staleness = {"p50": counters.staleness.quantile(0.5), "max": counters.staleness.largest}
     return {
         "bytes": _bytes(pipeline, link),
         "inversions": {
@@ -88,7 +89,7 @@ def pipeline_totals(pipeline: Pipeline, link: LinkCounters) -> dict[str, Any]:
             "by_method": dict(counters.completed),
         },
         "failures": dict(counters.failures),
-        "staleness_steps": {"p50": counters.staleness.quantile(0.5), "max": counters.staleness.largest},
+        "staleness_steps": staleness if tracks else {},
         "adoptions": counters.adoptions,
         "fallbacks": dict(counters.fallbacks),
         "degraded": dict(counters.degraded),

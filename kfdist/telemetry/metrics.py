@@ -59,6 +59,21 @@ class Metric:
     sent: bool = True
 
 
+STEP_PHASES: Mapping[str, str] = {
+    "agree": "the last table is completed and obeyed; pauses",
+    "capture": "this batch's statistics are taken over from the hooks",
+    "fold": "they are folded into this rank's sums",
+    "reduce": "the statistics that are due are summed over the ranks",
+    "invert": "they are shipped, results taken in; what ranks invert themselves is inverted",
+    "exchange": "results travel to all ranks, waited for where they are due",
+    "adopt": "results that all ranks hold are taken into use",
+    "calibrate": "what the snapshots in use leave to the ranks is measured",
+    "precondition": "inverses are multiplied onto the gradients",
+    "announce": "the next table is started",
+    "total": "the whole training step, forward and backward included",
+}
+"""Label `phase` of `kfdist_step_seconds`, in the order of a step: what happens in each, on the host."""
+
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _INVERSION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 

@@ -41,8 +41,8 @@ class SampleRequest:
 class SampleExchange:
     """Gathers samples in frames of one size for all ranks.
 
-    A frame has room for so many examples of so many positions. The examples follow from the budget; the positions are
-    the most that any rank had when the block was first due, agreed then. A shorter batch is filled up with zeros, a
+    A frame has room for a fixed number of examples and positions. The examples follow from the budget; the positions
+    are the most that any rank had when the block was first due, agreed then. A shorter batch is filled up with zeros, a
     longer one has its positions sub-sampled, scaled so that sums over them keep their expectation. How many positions
     an example had travels with it.
 

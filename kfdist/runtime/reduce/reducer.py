@@ -116,6 +116,8 @@ class StatisticsReducer:
     def average(self) -> None:
         """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""
         states = [sums.state_dict() for sums in self.sums.values()]
+        if not states:
+            return
         reduced = iter(reduce_flat([piece for state in states for piece in state.values()], self._communicator))
         for sums, state in zip(self.sums.values(), states, strict=True):
             sums.load_state_dict({name: next(reduced) / self._communicator.world_size for name in state})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, KroneckerSpectrum
 from kfdist.curvature.inverters import PRECONDITIONERS, make_inverter
 from kfdist.curvature.ladder import invert_with_ladder
 from kfdist.wire import records
@@ -139,3 +139,25 @@ def test_an_unknown_class_does_not_travel() -> None:
 def test_preconditioners_hold_nothing_but_tensors_and_json(cls: type[AbstractPreconditioner]) -> None:
     types = {f.type for f in fields(cls)} - {Tensor, float, int, str, bool, *PRECONDITIONERS.values()}
     assert all(get_origin(each) is Literal for each in types)
+
+
+def test_a_memory_counts_without_looking_and_is_its_own_copy() -> None:
+    memory = BlockMemory({"scales": torch.ones(2)})
+    for happened in (True, False, True):
+        memory.count("uphill", torch.tensor(happened))
+    copy = memory.copy()
+    copy.count("uphill", torch.tensor(True))
+    copy.kept["more"] = torch.zeros(1)
+    assert (int(memory.counts["uphill"]), int(copy.counts["uphill"])) == (2, 3)
+    assert set(memory.kept) == {"scales"}
+
+
+def test_a_memory_goes_on_from_its_state() -> None:
+    memory = BlockMemory({"scales": torch.ones(2)}, measured=torch.tensor(True))
+    memory.count("uphill", torch.tensor(True))
+    state = memory.state_dict()
+    memory.kept["scales"].zero_()
+    back = BlockMemory.of_state(state, torch.device("cpu"))
+    assert back.measured is not None and bool(back.measured)
+    assert (back.kept["scales"].tolist(), int(back.counts["uphill"])) == ([1.0, 1.0], 1)
+    assert BlockMemory().state_dict() == {}

@@ -74,6 +74,15 @@ def test_starving_groups_are_due_at_every_step() -> None:
     assert list(requests(table, 1)) == [second.group.name]
 
 
+def test_a_step_done_again_makes_only_what_ranks_invert_themselves() -> None:
+    """Its sums are folded and its jobs under way."""
+    table, (first, second) = timetable({"0": "kfac", "1": "eva"})
+    due = table.due(0)
+    assert (due.folding, due.reducing) == ((first, second), (first, second))
+    again = due.again()
+    assert (again.step, again.folding, again.reducing) == (0, (), (second,))
+
+
 def test_samples_are_asked_at_inversions_and_for_calibration() -> None:
     table, (first, second) = timetable(make_inverter("seng", examples=10, columns=None), world_size=4)
     asked = requests(table, 12)

@@ -1,19 +1,14 @@
 """Increments of rows over ranks: exact where every slice is large enough, right in expectation where it isn't."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kfdist.curvature.averages import BatchStatistics, WeightedSums
-from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.statistics import Increment, Needs
-from kfdist.linalg.psd import unpack_triangle
-from kfdist.runtime.invert.departures import DepartingStatistics
-from kfdist.runtime.plan.planner import plan_blocks
-from kfdist.runtime.reduce.contributions import Contribution, contribution_of_sums, with_increment
-from kfdist.wire.records import PackedRecord
+from kfdist.runtime.reduce.contributions import Contribution, with_increment
 from tests.support.matrices import gaussian
 
 D_A, D_G, ROWS = 5, 4, 8
@@ -96,32 +91,3 @@ def test_sketched_rows_have_the_second_moment_of_the_union_in_expectation() -> N
         error = found.std(0) / draws**0.5
         assert float(found.std(0).max()) > 0
         assert ((found.mean(0) - truth(batches, name, 0.25)).abs() <= 5 * error).all()
-
-
-def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
-    method = make_inverter("b-r-kfac", rank=1, increment_rows=1)
-    (group,) = plan_blocks(nn.Linear(D_A - 1, D_G).double(), method).groups
-    ((name, needs),) = group.needs.items()
-    sums = WeightedSums.zeros({"A": (1, D_A, D_A), "G": (1, D_G, D_G)}, dtype=torch.float64, device=LIKE.device)
-
-    def records(*, dense: bool) -> Mapping[str, PackedRecord]:
-        empty = Contribution(block=name, statistic=Increment, summed={})
-        given = contribution_of_sums(name, Increment, sums) if dense else empty
-        found = with_increment(
-            given,
-            needs,
-            {"A": (1, D_A), "G": (1, D_G)},
-            batch(1, seed=0),
-            rho=0.0,
-            step_is_finite=None,
-            like=LIKE,
-            rank=0,
-            world_size=1,
-            seed=0,
-        )
-        return DepartingStatistics(0, [group], {name: found.summed | found.common}).records()[group.name]
-
-    assert records(dense=False)[name].tensors["A"].shape == (1, 0)
-    assert records(dense=True) == {}, "where nothing was ever measured there is nothing to invert"
-    sums.fold(BatchStatistics(sums={"A": 3.0 * torch.eye(D_A)[None], "G": torch.eye(D_G)[None]}, examples=3.0), 0.0)
-    assert torch.equal(unpack_triangle(records(dense=True)[name].tensors["A"])[0], torch.eye(D_A).double())
