@@ -153,10 +153,14 @@ def _blocks(samples: Sequence[Sample]) -> tuple[list[str], list[list[str]]]:
             of_block[sample.name] = METRICS[sample.name].across.worst([known, sample.value])  # of the factors
     shown = [name for name in _BLOCK_COLUMNS if any(name in of_block for of_block in values.values())]
     rows = [
-        [block, *(f"{of_block[name]:.3g}" if name in of_block else "-" for name in shown)]
+        [block, *(_brief(of_block[name]) if name in of_block else "-" for name in shown)]
         for block, of_block in values.items()
     ]
     return ["BLOCK", *(_BLOCK_COLUMNS[name] for name in shown)], rows
+
+
+def _brief(value: float) -> str:
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _amount(metric: str, value: float) -> str:

@@ -98,7 +98,7 @@ def measured(digits: Member, client) -> Member:
             sample("kfdist_bytes_total", 0, purpose="from_owners"),
             sample("kfdist_samples_lost_total", 3),
             sample("kfdist_staleness_steps", 2, block="conv1"),
-            sample("kfdist_staleness_steps", 4, block="chain"),
+            sample("kfdist_staleness_steps", 4608, block="chain"),
             sample("kfdist_inversion_rung", 1, block=long),
             *(
                 sample(f"kfdist_inversion_{quantity}", value, block=block, factor=factor)
@@ -129,7 +129,7 @@ def test_status_shows_what_couriers_moved_and_lost_and_how_inversions_fare(kfdis
     header, conv1, chain, other = blocks.splitlines()
     assert header.split("  ")[0] == "BLOCK" and header.endswith("MIN EIG")
     assert conv1.split() == ["conv1", "2", "-", "16", "2.5e-07", "0.0625", "7e-06", "-3e-09"]
-    assert chain.split() == ["chain", "4", *["-"] * 6]
+    assert chain.split() == ["chain", "4608", *["-"] * 6]
     assert other.split()[1:4] == ["-", "1", "16"]
     assert other.startswith("transformer.encoder.layers.11.attention.output_projection"), "whole where programs read"
 
