@@ -28,10 +28,10 @@ import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.config import Config, load_config
 from kfdist.data.sampler import Position
+from kfdist.system.versions import versions
 from kfdist.training.evaluation import evaluate
 from kfdist.training.optimizers import LearningRate, set_learning_rate
 from kfdist.training.setup import gather_materials, make_method
-from kfdist.training.summary import versions
 
 TARGET_ACCURACY = 0.98
 MAX_STEPS = 400

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from kfdist.torch_internals import TorchDispatchMode, storage_id, tree_leaves
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -41,7 +41,7 @@ class AllocationCounter(TorchDispatchMode):
 
     def _watch(self, storage: torch.UntypedStorage) -> bool:
         """Remembers a storage for as long as it lives; returns whether it is new."""
-        key = storage._cdata
+        key = storage_id(storage)
         if key in self._known:
             return False
         self._known.add(key)

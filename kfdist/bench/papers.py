@@ -15,9 +15,10 @@ from kfdist.bench.claim_c_seng import measure_seng_claim
 from kfdist.bench.claim_d_reparametrisation import measure_reparametrisation
 from kfdist.bench.claim_e_widths import measure_widths
 from kfdist.bench.claims import ClaimResult
-from kfdist.bench.environment import hardware, load_average, versions
+from kfdist.bench.environment import hardware, load_average
 from kfdist.checks import suggestion
 from kfdist.errors import ConfigError
+from kfdist.system.versions import versions
 
 CLAIMS: Mapping[str, Callable[[bool], ClaimResult]] = {
     "a": measure_brand,

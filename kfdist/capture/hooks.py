@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from kfdist import checks
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
-from kfdist.capture.observe import Observer, check_version, version_of
-from kfdist.capture.passes import NO_BACKWARD, ForwardPass, PassLog, current_backward, tensors_in
+from kfdist.capture.observe import Observer, check_version
+from kfdist.capture.passes import ForwardPass, PassLog, tensors_in
 from kfdist.capture.requests import SEED_MASK, Request, Sampling, check_requests
 from kfdist.capture.visits import Scaling, Unit, Visit
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError, KfdistError
+from kfdist.torch_internals import NO_BACKWARD, changes_in_place, device_scale, running_backward, scaler_cycle
 from kfdist.types import Fisher
 
 _RANK_STRIDE = 0x5851F42D4C957F2D
@@ -269,7 +270,7 @@ class Capture:
         self.saw_forward = True
         if name not in self._requests or not module.training:
             return
-        rerun_in = current_backward()
+        rerun_in = running_backward()
         outside = rerun_in == NO_BACKWARD
         nested = not outside and rerun_in not in self._examples_of_backward
         forward = self._passes.forward_of_call(captured=not self._paused, nested=nested)
@@ -280,7 +281,7 @@ class Capture:
         activation = args[0] if args else kwargs.get("input")
         if not isinstance(activation, Tensor):
             raise KfdistError(f"layer {name!r} was called with {type(activation).__name__} as input, not a tensor")
-        call = _Call(activation.detach(), version_of(activation), forward, self._generation, rerun_in)
+        call = _Call(activation.detach(), changes_in_place(activation), forward, self._generation, rerun_in)
         if self._observer is None:
             output.register_hook(partial(self._on_output_gradient, name, call))
         elif outside:
@@ -294,7 +295,7 @@ class Capture:
     def _on_model_gradient(self, forward: ForwardPass, generation: int, _gradient: Tensor) -> None:
         if generation == self._generation and not self._observing:
             whole_rerun = forward.outer_backward != NO_BACKWARD
-            self._begin_backward(forward.outer_backward if whole_rerun else current_backward())
+            self._begin_backward(forward.outer_backward if whole_rerun else running_backward())
 
     def _on_output_gradient(self, name: str, call: _Call, output_gradient: Tensor) -> None:
         if call.generation != self._generation or name not in self._requests:
@@ -308,7 +309,7 @@ class Capture:
 
     def _on_observed_backward(self, number: int, generation: int, _gradient: Tensor) -> None:
         if generation == self._generation and self._observer is not None and not self._observing:
-            self._begin_backward(current_backward())
+            self._begin_backward(running_backward())
             self._observer.let_go(number)
 
     @property
@@ -317,7 +318,7 @@ class Capture:
 
     def _backward_of(self, call: _Call) -> int:
         """Returns the outermost running backward; those that checkpointing nests in it don't count."""
-        running = current_backward()
+        running = running_backward()
         if call.rerun_in == NO_BACKWARD or running in self._examples_of_backward:
             return running
         if call.forward.whole and self._examples_of_backward:
@@ -335,7 +336,7 @@ class Capture:
     def _begin_cycle(self) -> None:
         if self._grad_scaler is not None:
             # GradScaler.update() replaces this table: a new one here means that a whole iteration has passed.
-            cycle = self._grad_scaler._per_optimizer_states
+            cycle = scaler_cycle(self._grad_scaler)
             if cycle is not self._scaler_cycle:
                 self._forget_backwards()
             self._scaler_cycle = cycle
@@ -344,7 +345,7 @@ class Capture:
         """Returns what divides the scaler's scale out of a product of two gradients, on its device."""
         if self._grad_scaler is None:
             return 1.0
-        scale = self._grad_scaler._get_scale_async()
+        scale = device_scale(self._grad_scaler)
         if scale is None:
             raise KfdistError("the loss was not scaled by the GradScaler; call scaler.scale(loss).backward()")
         return scale**-2

@@ -4,10 +4,8 @@ The hooks remember where each armed layer's output is in the graph. `Observer.ru
 output to those places and no further: no parameter's gradient is touched, and no hook of DistributedDataParallel fires.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +17,11 @@ from kfdist.capture.passes import ForwardPass
 from kfdist.capture.requests import SEED_MASK
 from kfdist.capture.visits import Scaling, Unit, Visit
 from kfdist.errors import KfdistError
+from kfdist.torch_internals import changes_in_place, without_first_reduction
 from kfdist.types import Fisher
 
 _TARGETS_SEED = 0x2545F4914F6CDD1D
 """Keeps the draw of targets independent of other draws from the same seed."""
-
-
-_LAST_NODES = 100
-"""How far from the output DistributedDataParallel's node is looked for."""
 
 
 @dataclass
@@ -151,7 +146,7 @@ class Observer:
     def _gradients(self, output: Tensor, root: Tensor, calls: list[_Call]) -> tuple[Tensor | None, ...]:
         self.running = True
         try:
-            with _without_first_reduction(output):
+            with without_first_reduction(output):
                 return torch.autograd.grad(
                     output, [call.output for call in calls], grad_outputs=root, retain_graph=True, allow_unused=True
                 )
@@ -171,57 +166,18 @@ class Observer:
             self.running = False
 
 
-@contextmanager
-def _without_first_reduction(output: Tensor) -> Iterator[None]:
-    """Keeps DistributedDataParallel(static_graph=True) from reducing gradients that aren't there yet.
-
-    It reduces all of them at the end of the first backward that passes its output, whoever starts it.
-    """
-    wrapper = _static_wrapper(output)
-    if wrapper is None:
-        yield
-        return
-    enqueued = wrapper._static_graph_delay_allreduce_enqueued
-    wrapper._static_graph_delay_allreduce_enqueued = True
-    try:
-        yield
-    finally:
-        wrapper._static_graph_delay_allreduce_enqueued = enqueued
-
-
-def _static_wrapper(output: Tensor) -> Any:
-    """Returns the DistributedDataParallel with a static graph that gave the output, or None.
-
-    Its node is looked for among the last few: what is between it and the output is the caller's slicing of the output.
-    """
-    nodes = [output.grad_fn]
-    for node in nodes:
-        if node is None or len(nodes) > _LAST_NODES:
-            continue
-        wrapper = getattr(node, "ddp_weakref", lambda: None)()
-        if wrapper is not None:
-            return wrapper if wrapper.static_graph else None
-        nodes.extend(each for each, _ in node.next_functions)
-    return None
-
-
 def check_version(name: str, activation: Tensor, version: int | None) -> None:
     """Checks that a layer's input is still what the layer saw.
 
     Raises:
         KfdistError: It was changed in place.
     """
-    if version != version_of(activation):
+    if version != changes_in_place(activation):
         raise KfdistError(
             f"the input of layer {name!r} was changed in place between its forward and its backward, so its "
             "statistics are lost (autocast had copied it, or torch itself would have refused); make that "
             "operation out of place"
         )
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """Returns how often a tensor was changed in place; it shares that count with its detached views."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _independent_examples(output: Tensor, calls: list[_Call]) -> int:

@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NO_BACKWARD = -1
-"""What `current_backward` says outside of any backward."""
-
-
-def current_backward() -> int:
-    """Returns autograd's number of the running backward, `NO_BACKWARD` outside; a nested one has its own."""
-    return torch._C._current_graph_task_id()
+from kfdist.torch_internals import NO_BACKWARD, next_node, running_backward, running_node
 
 
 @dataclass(eq=False)
@@ -49,22 +43,22 @@ class PassLog:
         self._passes: list[ForwardPass] = []
         self._open: ForwardPass | None = None
         self._rerun: ForwardPass | None = None
-        self._start = _next_node()
+        self._start = next_node()
 
     def begin(self, *, examples: int | None, captured: bool) -> None:
         """The model's forward starts, or is repeated by checkpointing."""
-        repeated = current_backward() != NO_BACKWARD
-        node = _next_node()
+        repeated = running_backward() != NO_BACKWARD
+        node = next_node()
         # Checkpointing the whole model makes its node just before it calls the model, without gradients.
         first = node if torch.is_grad_enabled() else node - 1
         captured = self._of_running_node().captured if repeated else captured
-        self._open = ForwardPass(examples, captured, True, current_backward(), first, node)
+        self._open = ForwardPass(examples, captured, True, running_backward(), first, node)
 
     def end(self) -> ForwardPass | None:
         """The model's forward ends; returns it."""
         done, self._open = self._open, None
         if done is not None:
-            done.end_node = _next_node()
+            done.end_node = next_node()
             self._passes.append(done)
         return done
 
@@ -81,7 +75,7 @@ class PassLog:
         """
         if self._open is not None:
             return self._open
-        if current_backward() == NO_BACKWARD:
+        if running_backward() == NO_BACKWARD:
             self._rerun = None
             return ForwardPass(None, captured, False, NO_BACKWARD, 0, 0)
         if not nested or self._rerun is None:  # a nested backward's nodes are younger than the forward they belong to
@@ -92,19 +86,15 @@ class PassLog:
         """A step was done: forwards before it no longer count."""
         self._passes.clear()
         self._open = self._rerun = None
-        self._start = _next_node()
+        self._start = next_node()
 
     def _of_running_node(self) -> ForwardPass:
-        node = torch._C._current_autograd_node()
-        number = self._start if node is None else node._sequence_nr()
+        node = running_node()
+        number = self._start if node is None else node
         for each in self._passes:
             if each.first_node <= number < each.end_node:
                 return each
-        return ForwardPass(None, number >= self._start, False, current_backward(), number, number)
-
-
-def _next_node() -> int:
-    return torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+        return ForwardPass(None, number >= self._start, False, running_backward(), number, number)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -159,12 +159,9 @@ def _steer(address: str, as_json: bool, action: "Callable[[ControlClient], RunVi
 @contextmanager
 def _client(address: str) -> "Iterator[ControlClient]":
     from kfdist.control.client import ControlClient
-    from kfdist.system.addresses import split_address
+    from kfdist.system.addresses import server_address
 
-    try:
-        split_address(address)
-    except ValueError as error:
-        raise ConfigError(f"{address!r} is no address: {error}", path="--address") from None
+    server_address(address, field="--address")
     with ControlClient(address) as client:
         yield client
 

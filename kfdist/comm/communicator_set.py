@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from kfdist.comm.communicator import Communicator, Pending
 from kfdist.errors import EnvironmentFault
+from kfdist.torch_internals import group_count, group_timeout
 
 TWO_LEVELS_ABOVE = 64
 """Ranks above which gloo reduces the table by node first."""
@@ -122,7 +123,7 @@ def make_communicators(
         if 1 < len(nodes) < len(ranks):
             table = TwoLevelCommunicator(whole, *_levels(training, nodes))
     statistics, snapshots = (Communicator(_group(training, name, ranks)) for name in ("statistics", "snapshots"))
-    made.groups = _group_count()
+    made.groups = group_count()
     for group in padding:
         dist.destroy_process_group(group)
     return CommunicatorSet(training, table, statistics, snapshots)
@@ -139,7 +140,7 @@ def _levels(training: Communicator, nodes: Sequence[Sequence[int]]) -> tuple[Com
 
 def _group(training: Communicator, name: str, ranks: Sequence[int]) -> dist.ProcessGroup:
     assert training.process_group is not None
-    timeout = training.process_group._get_backend(training.device).options._timeout
+    timeout = group_timeout(training.process_group, training.device)
     group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=f"kfdist_{name}")
     if not isinstance(group, dist.ProcessGroup):
         raise EnvironmentFault(f"torch.distributed made no {name} group for ranks {ranks}")
@@ -152,12 +153,8 @@ def _make_equally_many(training: Communicator, made: _Made) -> list[dist.Process
     torch names a locally synchronized group by its ranks and the number of groups that the process has: ranks of which
     some are members of further groups (a tensor-parallel one, say) would wait for each other under different names.
     """
-    target = max(training.all_gather_json(max(_group_count(), made.groups)))
+    target = max(training.all_gather_json(max(group_count(), made.groups)))
     padding = []
-    while _group_count() < target:
+    while group_count() < target:
         padding.append(_group(training, "padding", [dist.get_rank()]))
     return padding
-
-
-def _group_count() -> int:
-    return len(dist.distributed_c10d._world.pg_names)

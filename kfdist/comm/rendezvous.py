@@ -4,8 +4,7 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
-# torch.distributed.TCPStore is this class; only here is it typed.
-from torch._C._distributed_c10d import TCPStore
+from kfdist.torch_internals import TCPStore
 
 
 @dataclass(frozen=True)

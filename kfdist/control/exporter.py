@@ -1,13 +1,10 @@
 """The controller's /metrics: one scrape target for all that a run's processes measure."""
 
-import platform
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 
-import grpc
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -17,6 +14,7 @@ from kfdist.control.run_rules import RunRecord, RunState
 from kfdist.control.series import Histogram, RunSeries, Sender
 from kfdist.rpc.servers import check_loopback
 from kfdist.system.addresses import join_address, unbindable
+from kfdist.system.versions import versions
 from kfdist.telemetry.metrics import METRICS, Kind, Metric
 from kfdist.types import Sample
 
@@ -99,7 +97,9 @@ class Exporter(Collector):
                     _add_histogram(_family(families, metric), [run, *labels], histogram)
             for reason, count in self._dropped.items():
                 _add(_family(families, METRICS["kfdist_samples_dropped_total"]), [reason], count)
-            _add(_family(families, METRICS["kfdist_build_info"]), _versions(), 1)
+            here = versions()
+            build = [here[name] for name in ("kfdist", "python", "grpcio")]
+            _add(_family(families, METRICS["kfdist_build_info"]), build, 1)
         yield from families.values()
 
     def _series(self, run: str) -> RunSeries:
@@ -176,7 +176,3 @@ def _add(family: Family, labels: list[str], value: float) -> None:
 def _add_histogram(family: Family, labels: list[str], histogram: Histogram) -> None:
     assert isinstance(family, HistogramMetricFamily)
     family.add_metric(labels, buckets=histogram.cumulative(), sum_value=histogram.total)
-
-
-def _versions() -> list[str]:
-    return [metadata.version("kfdist"), platform.python_version(), grpc.__version__]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from kfdist.torch_internals import children_by_name
 from kfdist.types import BlockName
 
 _KEEP_SHAPE = (
@@ -100,7 +101,7 @@ def _leaves(
             "layers run one after another; use nn.Sequential, or vouch for it with assume_chain = true"
         )
     found: list[tuple[str, nn.Module]] = []
-    for child_name, child in module._modules.items():  # named_children leaves out modules that are there twice
+    for child_name, child in children_by_name(module).items():
         full = f"{name}.{child_name}" if name else child_name
         if child is None:
             continue

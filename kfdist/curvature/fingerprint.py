@@ -4,6 +4,8 @@ import hashlib
 
 import torch
 
+from kfdist.system.processor import processor_field
+
 
 def fingerprint(device: torch.device | str, threads: int) -> str:
     """Describes device, CPU capability, thread count and library versions in one line.
@@ -24,7 +26,7 @@ def fingerprint(device: torch.device | str, threads: int) -> str:
     fields = [
         device.type,
         torch.backends.cpu.get_cpu_capability(),
-        f"vendor={_cpu_vendor()}",
+        f"vendor={processor_field('vendor_id', 'CPU implementer') or 'unknown'}",
         f"threads={threads}",
         f"torch={torch.__version__}",
         # The same version comes with different BLAS and LAPACK; the build's own description tells them apart.
@@ -35,14 +37,3 @@ def fingerprint(device: torch.device | str, threads: int) -> str:
         major, minor = torch.cuda.get_device_capability(device)
         fields += [torch.cuda.get_device_name(device), f"sm={major}{minor}", f"cuda={torch.version.cuda}"]
     return ";".join(fields)
-
-
-def _cpu_vendor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.startswith(("vendor_id", "CPU implementer")):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return "unknown"

@@ -1,11 +1,11 @@
 """Supervision: a process that others wait for and that is started again when it dies: the controller and the pool."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kfdist.system.files import read_ready_file
 from kfdist.system.processes import Child, Command, describe_exit
 
 RESTARTS_ALLOWED = 5
@@ -50,10 +50,7 @@ class SupervisedProcess:
 
     def ready(self) -> Mapping[str, Any] | None:
         """Returns what the newest process wrote to its ready file, or None if it doesn't serve yet."""
-        try:
-            return json.loads(self._ready_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        return read_ready_file(self._ready_file)
 
     def reports(self) -> list[Mapping[str, Any]]:
         """Returns what each process of this launch last wrote to the ready file, the newest last."""

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import stateless
 
 from kfdist.errors import KfdistError
+from kfdist.torch_internals import with_tensors_for_parameters
 
 Differentiable = Callable[[], tuple[Tensor, Tensor]]
 """Runs the model and returns (output, loss), in the gradient mode of the caller."""
@@ -103,7 +103,7 @@ class OutputFisher:
             named = self._model.named_parameters(remove_duplicate=False)
             swapped = {name: moving[id(parameter)] for name, parameter in named if id(parameter) in moving}
             try:
-                with stateless._reparametrize_module(self._model, swapped):
+                with with_tensors_for_parameters(self._model, swapped):
                     output, _ = self._run()
             except (NotImplementedError, RuntimeError) as error:
                 if _lacks_forward_mode(error):

@@ -19,6 +19,7 @@ from kfdist.owner.membership import Membership
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import add_InversionServiceServicer_to_server
 from kfdist.rpc.servers import bind, server_options
+from kfdist.system.addresses import split_address
 from kfdist.system.files import replace_file
 from kfdist.types import Sample
 
@@ -209,7 +210,7 @@ class _Memory:
 
     def note(self, address: str) -> None:
         """Remembers where the owner listens."""
-        self._write(int(address.rpartition(":")[2]))
+        self._write(split_address(address)[1])
 
     def _write(self, port: int) -> None:
         if self._path is not None:

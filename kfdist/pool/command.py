@@ -12,6 +12,7 @@ from typing import Any
 from kfdist.errors import ConfigError
 from kfdist.pool.ray_cluster import ClusterOptions, RayCluster
 from kfdist.pool.supervisor import PoolOptions, Supervisor
+from kfdist.system.addresses import server_address
 from kfdist.system.files import write_ready_file
 from kfdist.system.lifetime import watch_process
 
@@ -62,12 +63,7 @@ def run_pool(command: PoolCommand, on_ready: OnReady) -> None:
     """
     if command.owners < 1:
         raise ConfigError(f"is {command.owners}; a pool needs at least 1", path="cluster.owners")
-    if command.controller.endswith(":0"):
-        raise ConfigError(
-            f"is {command.controller!r}, which names no port; give the address that `kfdist serve` printed, "
-            "with --controller HOST:PORT",
-            path="control.address",
-        )
+    server_address(command.controller, field="control.address")
     ended = threading.Event()
     try:
         with _interrupting(ended, command.parent_pid) as expect_no_more:

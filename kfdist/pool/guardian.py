@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from kfdist.system.lifetime import watch_process
+from kfdist.system.processes import command_line, kill_all, living_processes
 
 _SWEEP_SECONDS = 5.0
 
@@ -26,7 +27,7 @@ def ray_processes(directory: Path) -> set[int]:
         directory: Ray's temporary directory, one that no other Ray shares.
     """
     prefix = f"{directory.resolve()}/"
-    return {pid for pid in _pids() if pid != os.getpid() and _belongs(pid, prefix)}
+    return {pid for pid in living_processes() if pid != os.getpid() and _belongs(pid, prefix)}
 
 
 def sweep(directory: Path, *, seconds: float = _SWEEP_SECONDS, word: str = "") -> set[int]:
@@ -37,13 +38,11 @@ def sweep(directory: Path, *, seconds: float = _SWEEP_SECONDS, word: str = "") -
         seconds: How long to try.
         word: Spares those whose command line hasn't this word.
     """
-    deadline = time.monotonic() + seconds
-    while (found := _with(word, ray_processes(directory))) and time.monotonic() < deadline:
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    return found
+    sought = word.encode()
+    return kill_all(
+        lambda: {pid for pid in ray_processes(directory) if sought in command_line(pid)},
+        seconds=seconds,
+    )
 
 
 def remove(directory: Path) -> None:
@@ -55,24 +54,9 @@ def remove(directory: Path) -> None:
         time.sleep(0.05)
 
 
-def _with(word: str, pids: set[int]) -> set[int]:
-    return {pid for pid in pids if not word or word.encode() in _command_line(pid)}
-
-
-def _command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def _pids() -> list[int]:
-    return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
-
-
 def _belongs(pid: int, prefix: str) -> bool:
     try:
-        if prefix.encode() in _command_line(pid):
+        if prefix.encode() in command_line(pid):
             return True
         for entry in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from typing import Any
 from kfdist.errors import EnvironmentFault
 from kfdist.pool import guardian
 from kfdist.pool.ray_directory import make_directory, remove_stale
+from kfdist.system.addresses import split_address
 from kfdist.system.spawn import module_command, with_package
 
 _LOG = logging.getLogger(__name__)
@@ -187,9 +188,8 @@ def _check_reachable(address: str) -> None:
     """Fails at once where Ray would try for two minutes and then end this process."""
     if address == "auto":
         return
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
+        socket.create_connection(split_address(address), timeout=_REACH_SECONDS).close()
     except OSError as error:
         raise EnvironmentFault(
             f'nobody listens at cluster.ray = "{address}" ({error}); give the address that `ray start --head` printed, '

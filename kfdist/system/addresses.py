@@ -4,7 +4,7 @@ import errno
 import ipaddress
 import socket
 
-from kfdist.errors import EnvironmentFault
+from kfdist.errors import ConfigError, EnvironmentFault
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -21,6 +21,29 @@ def split_address(address: str) -> tuple[str, int]:
     if not separator or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ValueError("write host:port with a port from 0 to 65535, such as 127.0.0.1:7070 (port 0: any free one)")
     return host, int(port)
+
+
+def server_address(address: str, *, field: str) -> tuple[str, int]:
+    """Splits the address of a server that is to be reached.
+
+    Args:
+        address: As given.
+        field: Where, for the error.
+
+    Raises:
+        ConfigError: It isn't `host:port`, or its port is 0, by which a server lets the system choose one.
+    """
+    try:
+        host, port = split_address(address)
+    except ValueError as error:
+        raise ConfigError(f"{address!r} is no address: {error}", path=field) from None
+    if port == 0:
+        raise ConfigError(
+            f"{address!r} has port 0, by which a server takes any free one; give the address that it printed at its "
+            "start",
+            path=field,
+        )
+    return host, port
 
 
 def join_address(host: str, port: int) -> str:

@@ -61,3 +61,11 @@ def write_ready_file(path: Path, content: Mapping[str, Any]) -> None:
         replace_file(path, (json.dumps(content) + "\n").encode())
     except OSError as error:
         raise EnvironmentFault(f"the ready file {path} can't be written: {error.strerror}; choose another") from None
+
+
+def read_ready_file(path: Path) -> dict[str, Any] | None:
+    """Returns what a process wrote to its ready file last; None while there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None

@@ -1,7 +1,7 @@
 """The processes of one launch: started in sessions of their own, and found again by mark and by descent.
 
-A process of ours may start others (Ray's daemons, couriers, data loaders), may die before them, and may overwrite its
-own environment (Ray's workers set their title there). Two ways to find them all cover for each other: every child
+Such a process may start others (Ray's daemons, couriers, data loaders), may die before them, and may overwrite its
+environment (Ray's workers set their title there). Two ways to find them all cover for each other: every child
 inherits the mark `KFDIST_LAUNCH`, and the launcher is the subreaper of its descendants, so that an orphan becomes its
 child.
 """
@@ -11,7 +11,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Command:
     """How to start one process.
 
     Attributes:
-        name: What people call it, such as "rank 0"; also names its log file.
+        name: What messages call it, such as "rank 0"; also names its log file.
         line: The program and its arguments.
         environment: All of its environment.
         log: File that its output is appended to.
@@ -58,7 +59,7 @@ class Child:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """What messages call it."""
         return self.command.name
 
     @property
@@ -87,7 +88,7 @@ class Child:
 
 
 def describe_exit(code: int) -> str:
-    """Says how a process ended, for people."""
+    """Says how a process ended, in words."""
     if code >= 0:
         return f"exited with {code}"
     try:
@@ -126,41 +127,48 @@ def launch_processes(launch: str, root: int, spared: frozenset[int] = frozenset(
         spared: Descendants that are no part of the launch, such as children the launcher had before it.
     """
     mark = f"{LAUNCH_VARIABLE}={launch}".encode()
-    parents = _parents()
+    parents = living_processes()
     found = {pid for pid in parents if _descends(pid, root, parents) or mark in _environment(pid)}
     return {pid for pid in found - {root} - spared if not any(_descends(pid, spare, parents) for spare in spared)}
 
 
 def children_of(pid: int) -> frozenset[int]:
     """Returns the process ids of a process's living children."""
-    return frozenset(child for child, parent in _parents().items() if parent == pid)
+    return frozenset(child for child, parent in living_processes().items() if parent == pid)
 
 
 def sweep(launch: str, root: int, *, spared: frozenset[int] = frozenset(), seconds: float = 5.0) -> set[int]:
-    """Kills every process of a launch, over and over until none is left.
+    """Kills every process of a launch until none is left.
 
     Args:
         launch: As in `launch_processes`.
         root: As in `launch_processes`.
         spared: As in `launch_processes`.
-        seconds: How long to try; a process in an uninterruptible wait outlasts its SIGKILL.
+        seconds: How long to try.
 
     Returns:
         What is still alive after `seconds`.
     """
+    return kill_all(lambda: launch_processes(launch, root, spared), seconds=seconds)
+
+
+def kill_all(find: Callable[[], set[int]], *, seconds: float) -> set[int]:
+    """Kills what `find` finds, over and over until it finds nothing.
+
+    Returns:
+        What is still alive after `seconds`; a process in an uninterruptible wait outlasts its SIGKILL.
+    """
     deadline = time.monotonic() + seconds
-    while (alive := launch_processes(launch, root, spared)) and time.monotonic() < deadline:
+    while (alive := find()) and time.monotonic() < deadline:
         for pid in alive:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.02)
     return alive
 
 
-def _parents() -> dict[int, int]:
-    """Maps every living process to its parent."""
+def living_processes() -> dict[int, int]:
+    """Maps the id of every living process to its parent's."""
     parents: dict[int, int] = {}
     for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdecimal()):
         try:
@@ -171,6 +179,14 @@ def _parents() -> dict[int, int]:
         if state not in (b"Z", b"X"):
             parents[pid] = int(parent)
     return parents
+
+
+def command_line(pid: int) -> bytes:
+    """Returns a process's arguments, each ended by a zero byte; empty where it has none or has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _environment(pid: int) -> list[bytes]:

@@ -27,7 +27,7 @@ from kfdist.runtime.plain import NoPreconditioner
 from kfdist.runtime.plan.groups import check_fisher
 from kfdist.runtime.plan.planner import Method, needs_costs, plan_blocks
 from kfdist.runtime.preconditioner import Preconditioner
-from kfdist.system.addresses import split_address
+from kfdist.system.addresses import server_address
 from kfdist.training.optimizers import LearningRate, make_optimizer
 from kfdist.training.run_state import Standing, Training
 
@@ -83,14 +83,9 @@ def check_controller(config: Config) -> None:
     if config.cluster.link != "service":
         return
     address = config.control.address
-    host, port = split_address(address)
-    if port == 0:
-        raise ConfigError(
-            f"is {address!r}; port 0 lets the controller choose, so give the port it chose (it says so at its start)",
-            path="control.address",
-        )
+    reached = server_address(address, field="control.address")
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+        socket.create_connection(reached, timeout=_CONNECT_SECONDS).close()
     except OSError as error:
         raise EnvironmentFault(
             f"no controller at {address} ({error}); start `kfdist serve` first, or give its address with "

@@ -3,12 +3,10 @@
 import hashlib
 import json
 import math
-import platform
 import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,10 @@ import torch
 from torch import Tensor
 
 from kfdist.system.files import replace_file
+from kfdist.system.versions import versions
 from kfdist.training.run_state import Training
 
-_PACKAGES = ("kfdist", "torch", "ray", "grpcio", "protobuf", "prometheus-client", "safetensors", "numpy", "pydantic")
 _FORBIDDEN = ("ray", "grpc")
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages a run depends on, without importing any of them."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def modules_clean() -> bool:

@@ -16,6 +16,7 @@ from kfdist.config import Config, to_toml
 from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import ConfigError, ExitCode, KfdistError
 from kfdist.runtime.plan.planner import needs_costs
+from kfdist.system.versions import versions
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.metrics_log import MetricsLog
 from kfdist.training.progress import Progress, make_progress
@@ -29,7 +30,7 @@ from kfdist.training.setup import (
     make_method,
     make_training,
 )
-from kfdist.training.summary import gather_totals, summarise, versions, write_summary
+from kfdist.training.summary import gather_totals, summarise, write_summary
 from kfdist.training.trainer import Outputs, Trainer
 
 

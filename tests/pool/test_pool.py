@@ -224,7 +224,7 @@ def free_port() -> int:
     ("code", "sentence", "arguments"),
     [
         (2, "cluster.owners: is 0", ["--set", "cluster.owners=0"]),
-        (2, "names no port", ["--controller", "127.0.0.1:0"]),
+        (2, "has port 0", ["--controller", "127.0.0.1:0"]),
         (1, "nobody listens at cluster.ray", ["--set", f"cluster.ray=127.0.0.1:{free_port()}"]),
         (2, "exists; choose a new one", ["--directory", "/tmp"]),
         (2, "too long for the sockets", ["--directory", f"/tmp/{'long' * 10}"]),

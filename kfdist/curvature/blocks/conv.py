@@ -10,9 +10,9 @@ from abc import abstractmethod
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 
 from kfdist.curvature.blocks.base import Block
+from kfdist.torch_internals import Convolution
 from kfdist.types import BlockName, BlockShape
 
 Sizes = tuple[int, ...]
@@ -25,7 +25,7 @@ class AbstractConvBlock(Block):
     A subclass says how the layer's input becomes the padded input of a plain convolution with `_stride`.
     """
 
-    def __init__(self, name: BlockName, module: _ConvNd, stride: Sizes) -> None:
+    def __init__(self, name: BlockName, module: Convolution, stride: Sizes) -> None:
         super().__init__(name, module)
         self._conv = module
         self._dims = len(module.kernel_size)
@@ -112,7 +112,7 @@ class ConvBlock(AbstractConvBlock):
     Any stride, padding (numbers, "same", "valid"), padding mode, dilation and groups.
     """
 
-    def __init__(self, name: BlockName, module: _ConvNd) -> None:
+    def __init__(self, name: BlockName, module: Convolution) -> None:
         super().__init__(name, module, stride=tuple(module.stride))
         self._padding = _padding_of(module, self._reach)
 
@@ -152,7 +152,7 @@ class ConvTransposeBlock(AbstractConvBlock):
     Columns are in the order (channel, kernel turned round), bias last.
     """
 
-    def __init__(self, name: BlockName, module: _ConvNd) -> None:
+    def __init__(self, name: BlockName, module: Convolution) -> None:
         super().__init__(name, module, stride=(1,) * len(module.kernel_size))
         assert not isinstance(module.padding, str), "transposed convolutions allow no words"
         self._spread: Sizes = tuple(module.stride)
@@ -196,7 +196,7 @@ class ConvTransposeBlock(AbstractConvBlock):
         return turned.transpose(1, 2).flatten(0, 1).flip(self._kernel_dims)
 
 
-def _padding_of(conv: _ConvNd, reach: Sizes) -> tuple[tuple[int, int], ...]:
+def _padding_of(conv: Convolution, reach: Sizes) -> tuple[tuple[int, int], ...]:
     """Returns what torch adds before and after in each dimension; "same" puts an odd remainder at the end."""
     if conv.padding == "valid":
         return ((0, 0),) * len(reach)

@@ -12,7 +12,7 @@ import torch
 
 from kfdist.training.metrics_log import MetricsLog
 from kfdist.training.progress import LiveProgress, NoProgress, PlainProgress, Snapshot, make_progress
-from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics, versions
+from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics
 
 SNAPSHOT = Snapshot(step=20, total_steps=120, loss=0.25, accuracy=0.875, staleness=14, steps_per_second=31.5)
 
@@ -85,12 +85,6 @@ def test_clean_modules_means_neither_ray_nor_grpc(monkeypatch: pytest.MonkeyPatc
     assert modules_clean()
     monkeypatch.setitem(sys.modules, "grpc", sys)
     assert not modules_clean()
-
-
-def test_versions_are_found_without_imports():
-    before = set(sys.modules)
-    assert versions()["torch"] == torch.__version__
-    assert set(sys.modules) - before <= {"importlib.metadata"}
 
 
 def test_a_full_disk_loses_lines_but_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:

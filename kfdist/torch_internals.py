@@ -1,0 +1,153 @@
+"""Everything of torch that isn't public and is used all the same: what the next torch may break, in one place.
+
+Each function says why the public interface won't do. tests/unit/test_torch_internals.py and
+tests/distributed/test_group_internals.py check that each still exists and does what is assumed here.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import TCPStore as TCPStore  # torch.distributed.TCPStore; only here is it typed
+from torch.amp.grad_scaler import OptState
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import stateless
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the only way to see all operations
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+Convolution = _ConvNd
+"""Base class of all convolutions, transposed ones included; torch exports none."""
+
+NO_BACKWARD = -1
+"""What `running_backward` says outside of any backward."""
+
+_LAST_NODES = 100
+"""How far from the output DistributedDataParallel's node is looked for."""
+
+
+# Autograd ---------------------------------------------------------------------------------------------------------
+
+
+def running_backward() -> int:
+    """Returns the number of this thread's running backward, `NO_BACKWARD` outside; a nested one has its own.
+
+    A hook isn't told which backward runs it.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def running_node() -> int | None:
+    """Returns the number of the node whose backward is running in this thread; None outside of any backward."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+def next_node() -> int:
+    """Returns the number that the next node made in this thread will have; they rise by one from node to node."""
+    return torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def changes_in_place(tensor: Tensor) -> int | None:
+    """Returns how often a tensor was changed in place, a count that it shares with its detached views.
+
+    None for inference tensors, which don't count.
+    """
+    return None if tensor.is_inference() else tensor._version
+
+
+# Modules ----------------------------------------------------------------------------------------------------------
+
+
+def children_by_name(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """Returns a module's children by name.
+
+    `named_children` leaves out those that are there twice, and getattr finds what a wrapper passes on to its inside.
+    """
+    return module._modules
+
+
+def with_tensors_for_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+    """Puts tensors in the place of parameters, by name, inside the `with`.
+
+    `torch.func.functional_call` does the same but calls the module itself; here the caller does, as often as it likes.
+    """
+    return stateless._reparametrize_module(module, dict(tensors))
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """Returns a number that no other living storage has; empty ones share their address, `data_ptr`."""
+    return storage._cdata
+
+
+# GradScaler -------------------------------------------------------------------------------------------------------
+
+
+def scaler_cycle(scaler: torch.amp.GradScaler) -> Mapping[int, Mapping[str, Any]]:
+    """Returns the scaler's table of optimizers, an object that each `update` replaces by another."""
+    return scaler._per_optimizer_states
+
+
+def was_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer | None) -> bool:
+    """Says whether `unscale_` was called since the last update, for an optimizer or, given None, for any."""
+    cycle = scaler_cycle(scaler)
+    states = cycle.values() if optimizer is None else filter(None, [cycle.get(id(optimizer))])
+    return any(state["stage"] is OptState.UNSCALED for state in states)
+
+
+def device_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """Returns the scale without a host sync, which `get_scale` makes; None before the first `scale`."""
+    return scaler._get_scale_async()
+
+
+# torch.distributed ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_first_reduction(output: Tensor) -> Iterator[None]:
+    """Keeps DistributedDataParallel(static_graph=True) from reducing gradients that aren't there yet.
+
+    It reduces all of them at the end of the first backward that passes its output, whoever starts it.
+
+    Args:
+        output: What the wrapper returned, or something cut out of it.
+    """
+    wrapper = _static_wrapper(output)
+    if wrapper is None:
+        yield
+        return
+    enqueued = wrapper._static_graph_delay_allreduce_enqueued
+    wrapper._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        wrapper._static_graph_delay_allreduce_enqueued = enqueued
+
+
+def _static_wrapper(output: Tensor) -> Any:
+    """Returns the DistributedDataParallel with a static graph that gave the output, or None.
+
+    Its node is looked for among the last few: what is between it and the output is the caller's slicing of the output.
+    """
+    nodes = [output.grad_fn]
+    for node in nodes:
+        if node is None or len(nodes) > _LAST_NODES:
+            continue
+        wrapper = getattr(node, "ddp_weakref", lambda: None)()
+        if wrapper is not None:
+            return wrapper if wrapper.static_graph else None
+        nodes.extend(each for each, _ in node.next_functions)
+    return None
+
+
+def group_timeout(process_group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """Returns how long a group's collectives on a device may take, which a further group has to be told."""
+    return process_group._get_backend(device).options._timeout
+
+
+def group_count() -> int:
+    """Returns how many process groups this process is in; torch names locally synchronised groups by it."""
+    return len(dist.distributed_c10d._world.pg_names)

@@ -1,0 +1,41 @@
+"""Files are whole or not there."""
+
+from pathlib import Path
+
+import pytest
+
+from kfdist.errors import EnvironmentFault
+from kfdist.system.files import read_ready_file, replace_file, write_file, write_ready_file
+
+
+def test_a_new_file_is_never_an_old_one(tmp_path: Path):
+    write_file(tmp_path / "new", b"content")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "new", b"other")
+    assert (tmp_path / "new").read_bytes() == b"content"
+
+
+def test_replacing_leaves_nothing_else_behind(tmp_path: Path):
+    for content in (b"one", b"two"):
+        replace_file(tmp_path / "file", content)
+        assert (tmp_path / "file").read_bytes() == content
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_cant_be_replaced_stays(tmp_path: Path):
+    (tmp_path / "file" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError):
+        replace_file(tmp_path / "file", b"content")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_ready_files(tmp_path: Path):
+    path = tmp_path / "ready.json"
+    assert read_ready_file(path) is None
+    for restarts in range(2):
+        write_ready_file(path, {"restarts": restarts})
+        assert read_ready_file(path) == {"restarts": restarts}
+    with pytest.raises(
+        EnvironmentFault, match=r"ready file .*no/such.* can't be written: No such file.*choose another"
+    ):
+        write_ready_file(tmp_path / "no" / "such", {})

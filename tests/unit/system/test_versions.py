@@ -1,0 +1,17 @@
+import sys
+
+import torch
+
+from kfdist.system.processor import processor_field
+from kfdist.system.versions import versions
+
+
+def test_versions_are_found_without_imports():
+    before = set(sys.modules)
+    assert versions()["torch"] == torch.__version__
+    assert set(sys.modules) - before <= {"importlib.metadata"}
+
+
+def test_the_processor_says_who_made_it():
+    assert processor_field("vendor_id", "CPU implementer")
+    assert processor_field("no such field") == ""

@@ -1,0 +1,155 @@
+"""Every private name of torch that the package uses still exists and does what is assumed of it."""
+
+import gc
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfdist.comm.rendezvous import host_rendezvous
+from kfdist.torch_internals import (
+    NO_BACKWARD,
+    Convolution,
+    TorchDispatchMode,
+    changes_in_place,
+    children_by_name,
+    device_scale,
+    next_node,
+    running_backward,
+    running_node,
+    scaler_cycle,
+    storage_id,
+    tree_leaves,
+    was_unscaled,
+    with_tensors_for_parameters,
+)
+
+PACKAGE = Path(__file__).parents[2] / "kfdist"
+
+
+def test_private_modules_of_torch_are_imported_in_one_file_only():
+    """What is private by attribute, ruff's SLF001 finds."""
+    private = re.compile(r"^\s*(from torch[\w.]*\._|from torch[\w.]* import .*\b_|import torch[\w.]*\._)", re.MULTILINE)
+    found = {file.name for file in PACKAGE.rglob("*.py") if private.search(file.read_text(encoding="utf-8"))}
+    assert found == {"torch_internals.py"}
+
+
+def test_backwards_have_numbers_and_nested_ones_their_own():
+    seen: list[int] = []
+    inner = torch.ones((), requires_grad=True)
+
+    def nested(gradient: Tensor) -> None:
+        del gradient
+        seen.append(running_backward())
+        with torch.enable_grad():
+            twice = inner * 2
+        twice.register_hook(lambda _: seen.append(running_backward()))
+        twice.backward()
+        seen.append(running_backward())
+
+    assert running_backward() == NO_BACKWARD
+    for _ in range(2):
+        outer = torch.ones((), requires_grad=True) * 3
+        outer.register_hook(nested)
+        outer.backward()
+    assert running_backward() == NO_BACKWARD
+    first, inside, after, second, *_ = seen
+    assert first == after and len({first, inside, second, NO_BACKWARD}) == 4
+
+
+def test_nodes_are_numbered_in_the_order_in_which_they_are_made():
+    weight = torch.ones((), requires_grad=True)
+    before = next_node()
+    products = [weight * 2, weight * 3]
+    assert next_node() == before + 2
+    ran: list[int | None] = []
+    for product in products:
+        product.grad_fn.register_prehook(lambda _: ran.append(running_node()))  # type: ignore[union-attr]
+    sum(products, torch.zeros(())).backward()
+    assert running_node() is None
+    assert sorted(number for number in ran if number is not None) == [before, before + 1]
+
+
+def test_changes_in_place_are_counted_also_through_views():
+    tensor = torch.ones(3)
+    view, start = tensor.detach(), changes_in_place(tensor)
+    assert start is not None
+    tensor.add_(1)
+    assert changes_in_place(tensor) == changes_in_place(view) == start + 1
+    with torch.inference_mode():
+        assert changes_in_place(torch.ones(3)) is None
+
+
+def test_children_that_are_there_twice_are_found():
+    layer = nn.Linear(2, 2)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    assert list(children_by_name(model)) == ["0", "1", "2"] and children_by_name(model)["2"] is layer
+    model.register_module("nothing", None)
+    assert children_by_name(model)["nothing"] is None
+
+
+def test_all_convolutions_have_one_base():
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    assert all(issubclass(kind, Convolution) for kind in kinds) and not issubclass(nn.Linear, Convolution)
+
+
+def test_parameters_are_replaced_for_a_while():
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    weight = model[0].weight
+    with with_tensors_for_parameters(model, {"0.weight": torch.full((1, 2), 5.0)}):
+        assert float(model(torch.ones(1, 2))) == 10.0
+    assert model[0].weight is weight
+
+
+def test_a_living_storage_has_an_id_of_its_own():
+    empty = [torch.empty(0) for _ in range(2)]
+    assert empty[0].data_ptr() == empty[1].data_ptr()
+    assert len({storage_id(each.untyped_storage()) for each in empty}) == 2
+    view = (many := torch.ones(4))[1:]
+    assert storage_id(view.untyped_storage()) == storage_id(many.untyped_storage())
+
+
+def test_dispatch_modes_see_every_operation():
+    class Recorder(TorchDispatchMode):
+        names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            del types
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        torch.ones(2) @ torch.ones(2)
+    assert "aten::dot" in Recorder.names
+    assert tree_leaves(({"a": [1, 2]}, 3)) == [1, 2, 3]
+
+
+def test_the_scaler_tells_what_was_unscaled_and_when_a_cycle_ends():
+    weight = nn.Parameter(torch.ones(2))
+    used, other = torch.optim.SGD([weight], lr=0.1), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert device_scale(scaler) is None
+    for _ in range(2):
+        cycle = scaler_cycle(scaler)
+        scaler.scale(weight.sum()).backward()
+        assert not was_unscaled(scaler, used) and not was_unscaled(scaler, None)
+        scaler.unscale_(used)
+        assert was_unscaled(scaler, used) and was_unscaled(scaler, None) and not was_unscaled(scaler, other)
+        scale = device_scale(scaler)
+        assert isinstance(scale, Tensor) and float(scale) == 8.0
+        assert scaler_cycle(scaler) is cycle
+        scaler.step(used)
+        scaler.update()
+        assert scaler_cycle(scaler) is not cycle and not was_unscaled(scaler, None)
+        used.zero_grad()
+
+
+def test_a_store_serves_on_the_socket_it_was_given():
+    rendezvous = host_rendezvous(1)
+    assert int(rendezvous.variables(0)["MASTER_PORT"]) == rendezvous.store.port > 0
+    rendezvous.store.set("key", "value")
+    assert rendezvous.store.get("key") == b"value"
+    del rendezvous
+    gc.collect()
