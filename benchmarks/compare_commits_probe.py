@@ -92,8 +92,7 @@ def numbers_of(payload: bytes) -> tuple[str, Numbers]:
         Its blocks' names, joined; and its numbers by BLOCK/ROLE/FIELD, those of all blocks by their name alone.
     """
     skeleton = json.loads(json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])["__metadata__"]["kfdist"])
-    tensors = safetensors.torch.load(payload)
-    nested = _of_nested(payload) if any(name.startswith("/") for name in tensors) else _of_named(skeleton, tensors)
+    nested = _of_named(skeleton, safetensors.torch.load(payload)) if skeleton["format"] == 1 else _of_nested(payload)
     if nested["content"] not in ("job", "result"):
         raise ValueError(f"the payload is a {nested['content']!r}; a run of FixedLag(0) has jobs and results only")
     blocks = nested["blocks"]
@@ -113,8 +112,30 @@ def _of_named(skeleton: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def _of_nested(payload: bytes) -> dict[str, Any]:
-    """The generic container of nested state, which names its tensors by their path."""
-    return first_of("kfdist.wire.tree", "kfdist.runtime.flatten").unpack(payload)
+    """The layout from format 2 on: the container of all nested state, with records as {"kind", "fields"}."""
+    tree = importlib.import_module("kfdist.wire.tree").unpack(payload)
+    blocks = [
+        {part: _of_record(value) if _is_record(value) else value for part, value in block.items() if value is not None}
+        for block in tree["blocks"]
+    ]
+    return {**tree, "blocks": blocks}
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.keys() == {"kind", "fields"}
+
+
+def _of_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives the fields of inner records dotted names, and their kinds the name of the field, as format 1 had them."""
+    fields: dict[str, Any] = {}
+    for name, value in record["fields"].items():
+        if _is_record(value):
+            inner = _of_record(value)
+            fields[name] = inner["kind"]
+            fields.update({f"{name}.{key}": each for key, each in inner["tensors"].items()})
+        else:
+            fields[name] = value
+    return {"kind": record["kind"], "tensors": fields}
 
 
 def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

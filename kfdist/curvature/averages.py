@@ -20,7 +20,7 @@ from torch import Tensor
 from kfdist.curvature.statistics import Needs
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from kfdist.types import BlockShape
-from kfdist.wire.records import PackedRecord
+from kfdist.wire.records import RecordTree, make_tree
 
 SYMMETRIC = frozenset({"A", "G"})
 """Sums that are symmetric matrices and travel as packed triangles."""
@@ -181,7 +181,7 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     return torch.isfinite(torch.stack([tensor.sum() for tensor in tensors]).sum())
 
 
-def packed_statistic(kind: str, sums: Mapping[str, Tensor], weight: Tensor) -> PackedRecord:
+def packed_statistic(kind: str, sums: Mapping[str, Tensor], weight: Tensor) -> RecordTree:
     """Turns reduced sums into sum S / sum w, packed as they are.
 
     Args:
@@ -190,6 +190,6 @@ def packed_statistic(kind: str, sums: Mapping[str, Tensor], weight: Tensor) -> P
         weight: The summed w, [1], positive.
 
     Returns:
-        A packed record, ready for a job's payload: the rank never builds the square matrices.
+        The record's tree, ready for a job's payload: the rank never builds the square matrices.
     """
-    return PackedRecord(kind=kind, tensors={name: total / weight for name, total in sums.items()}, static={})
+    return make_tree(kind, {name: total / weight for name, total in sums.items()})

@@ -1,4 +1,4 @@
-"""Jobs and results as bytes: the one wire format between ranks and whoever inverts (`kfdist.wire.payload`).
+"""Jobs and results as bytes: the one wire format between ranks and whoever inverts (`kfdist.curvature.payloads`).
 
 The bytes of a result are a function of the job's bytes, the device and the thread count.
 """
@@ -11,30 +11,23 @@ import torch
 from torch import Tensor
 
 from kfdist import checks
+from kfdist.curvature import payloads
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Outcome
 from kfdist.curvature.inverters import PRECONDITIONERS, make_inverter
 from kfdist.curvature.ladder import BlockOutcome as BlockOutcome
 from kfdist.curvature.ladder import invert_group_with_ladder
+from kfdist.curvature.payloads import Tree
 from kfdist.curvature.statistics import STATISTICS, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import triangle_size
 from kfdist.types import BlockName, BlockShape
-from kfdist.wire.payload import (
-    add_tensors,
-    content_of,
-    read_metadata,
-    read_payload,
-    tensors_under,
-    write_payload,
-)
-from kfdist.wire.records import PackedRecord, move, pack, unpack
+from kfdist.wire.records import move, to_tree
+from kfdist.wire.tree import pack
 
 NO_STATISTICS = "no statistics: every batch since the start was dropped or absent"
 """Reason of a failure that needed no inversion; see `failure_result`."""
 
-_JOB_ROLES = ("statistics", "previous")
-_RESULT_ROLES = ("preconditioner", "state")
 _HEADER_BYTES_PER_TENSOR = 256
 
 
@@ -62,6 +55,9 @@ class GroupResult:
         return "; ".join(f"{name}: {reason}" for name, reason in failed.items())
 
 
+# What ranks and inverters call ----------------------------------------------------------------------------------------
+
+
 def encode_job(
     *,
     inverter: AbstractInverter,
@@ -75,8 +71,8 @@ def encode_job(
 
     Args:
         inverter: The method with its settings.
-        statistics: The inverter's `statistic`, reduced, by block of the group in the model's order; a `PackedRecord`
-            travels as it is.
+        statistics: The inverter's `statistic`, reduced, by block of the group in the model's order; the tree of a
+            record travels as it is.
         damping: lambda, finite and positive.
         seeds: One per block.
         previous: State of the last version by block; blocks may be missing.
@@ -92,22 +88,20 @@ def encode_job(
     checks.count("threads", threads, least=1)
     if not statistics:
         raise ValueError("a job needs at least one block, got none")
-    tensors: dict[str, Tensor] = {}
-    blocks: list[dict[str, Any]] = []
-    for index, (name, given) in enumerate(statistics.items()):
+    blocks = []
+    for name, given in statistics.items():
         if name not in seeds:
             raise ValueError(f"block {name!r} has no seed; seeds are given for {', '.join(sorted(seeds)) or 'none'}")
-        record = given if isinstance(given, PackedRecord) else pack(given, STATISTICS)
-        add_tensors(tensors, f"{index}/statistics", record.tensors)
-        add_tensors(tensors, f"{index}/previous", previous.get(name, {}))
-        blocks.append({"name": name, "seed": seeds[name], "statistics": _described(record)})
-    metadata = {
-        "inverter": {"name": inverter.name, "settings": inverter.settings()},
-        "damping": damping,
-        "threads": threads,
-        "blocks": blocks,
-    }
-    return write_payload("job", tensors, metadata)
+        blocks.append(
+            {
+                "name": name,
+                "seed": seeds[name],
+                "statistics": given if isinstance(given, dict) else to_tree(given, STATISTICS),
+                "previous": payloads.plain(previous.get(name, {})),
+            }
+        )
+    method = {"name": inverter.name, "settings": inverter.settings()}
+    return pack(payloads.make("job", inverter=method, damping=damping, threads=threads, blocks=blocks))
 
 
 def chain_jobs(jobs: Sequence[bytes]) -> bytes:
@@ -118,11 +112,8 @@ def chain_jobs(jobs: Sequence[bytes]) -> bytes:
     Args:
         jobs: What `encode_job` returned, oldest first; a chain among them is taken apart.
     """
-    links = [link for each in jobs for link in _links(each)]
-    if len(links) == 1:
-        return links[0]
-    tensors = {f"{index}/job/bytes": _bytes_tensor(link) for index, link in enumerate(links)}
-    return write_payload("chain", tensors, {"blocks": [{"name": str(index)} for index in range(len(links))]})
+    links = [link for each in jobs for link in payloads.links(each)]
+    return links[0] if len(links) == 1 else pack(payloads.make("chain", jobs=links))
 
 
 def job_after(job: bytes, result: bytes) -> bytes:
@@ -135,16 +126,8 @@ def job_after(job: bytes, result: bytes) -> bytes:
     Raises:
         ValueError: A payload is malformed.
     """
-    first, *rest = _links(job)
-    metadata, entries, tensors = read_payload(first, "job", roles=_JOB_ROLES)
-    _, done, found = read_payload(result, "result", roles=_RESULT_ROLES)
-    place = {entry["name"]: index for index, entry in enumerate(done)}
-    kept = {name: tensor for name, tensor in tensors.items() if name.split("/")[1] != "previous"}
-    for index, entry in enumerate(entries):
-        if entry["name"] in place:
-            add_tensors(kept, f"{index}/previous", tensors_under(found, f"{place[entry['name']]}/state"))
-    described = {key: value for key, value in metadata.items() if key not in ("format", "content")}
-    return chain_jobs([write_payload("job", kept, described), *rest])
+    first, *rest = payloads.links(job)
+    return chain_jobs([pack(_after(payloads.read(first, "job"), payloads.read(result, "result"))), *rest])
 
 
 def run_job(payload: bytes, *, device: torch.device | str = "cpu") -> bytes:
@@ -162,54 +145,11 @@ def run_job(payload: bytes, *, device: torch.device | str = "cpu") -> bytes:
     Raises:
         ValueError: The payload is malformed; the message says what is wrong with it.
     """
-    first, *rest = _links(payload)
-    result = _run_link(first, device)
+    first, *rest = payloads.links(payload)
+    result = _run(payloads.read(first, "job"), device)
     for link in rest:
-        result = _run_link(job_after(link, result), device)
-    return result
-
-
-def _links(payload: bytes) -> list[bytes]:
-    """Takes a chain apart; any other job is a chain of one."""
-    if content_of(payload) != "chain":
-        return [payload]
-    _, entries, tensors = read_payload(payload, "chain", roles=("job",))
-    try:
-        return [tensors[f"{index}/job/bytes"].numpy().tobytes() for index in range(len(entries))]
-    except KeyError as error:
-        raise ValueError(f"the chain of {len(entries)} jobs lacks {error}") from error
-
-
-def _run_link(payload: bytes, device: torch.device | str) -> bytes:
-    metadata, entries, tensors = read_payload(payload, "job", roles=_JOB_ROLES)
-    inverter = _inverter_of(metadata)
-    damping = checks.number("damping", metadata.get("damping"), above=0)
-    checks.count("threads", metadata.get("threads"), least=1)
-    names = [entry["name"] for entry in entries]
-    seeds = {
-        entry["name"]: checks.count(f"seed of block {entry['name']!r}", entry.get("seed"), least=0) for entry in entries
-    }
-    statistics, previous = {}, {}
-    for index, name in enumerate(names):
-        record = _record(entries[index], "statistics", tensors, f"{index}/statistics", STATISTICS)
-        if type(record) is not inverter.statistic:
-            wanted, found = inverter.statistic.__name__, type(record).__name__
-            raise ValueError(f"block {name!r}: {inverter.name} inverts {wanted}, the job has {found}")
-        statistics[name] = move(record, device)
-        previous[name] = {n: t.clone().to(device) for n, t in tensors_under(tensors, f"{index}/previous").items()}
-    units = [names] if inverter.coupling is not Coupling.NONE else [[name] for name in names]
-    outcomes: dict[BlockName, BlockOutcome] = {}
-    for unit in units:
-        outcomes |= invert_group_with_ladder(
-            inverter,
-            {name: statistics[name] for name in unit},
-            damping=damping,
-            previous=previous,
-            seeds=seeds,
-        )
-    results: dict[str, Tensor] = {}
-    blocks = [_put_outcome(results, index, name, outcomes[name]) for index, name in enumerate(names)]
-    return write_payload("result", results, {"blocks": blocks})
+        result = _run(_after(payloads.read(link, "job"), result), device)
+    return pack(result)
 
 
 def decode_result(payload: bytes, *, device: torch.device | str = "cpu") -> GroupResult:
@@ -222,23 +162,8 @@ def decode_result(payload: bytes, *, device: torch.device | str = "cpu") -> Grou
     Raises:
         ValueError: The payload is malformed.
     """
-    _, entries, tensors = read_payload(payload, "result", roles=_RESULT_ROLES)
-    outcomes: dict[BlockName, BlockOutcome] = {}
-    for index, entry in enumerate(entries):
-        if entry.get("outcome") not in list(Outcome):
-            raise ValueError(f"block {entry['name']!r}: unknown outcome {entry.get('outcome')!r}")
-        outcome, preconditioner = Outcome(entry["outcome"]), None
-        if outcome is not Outcome.FAILED:
-            record = _record(entry, "preconditioner", tensors, f"{index}/preconditioner", PRECONDITIONERS)
-            preconditioner = move(record, device)
-        outcomes[entry["name"]] = BlockOutcome(
-            preconditioner=preconditioner,
-            outcome=outcome,
-            reason=str(entry.get("reason", "")),
-            diagnostics=dict(entry.get("diagnostics", {})),
-            state={n: t.clone().to(device) for n, t in tensors_under(tensors, f"{index}/state").items()},
-        )
-    return GroupResult(outcomes=outcomes)
+    blocks = payloads.read(payload, "result")["blocks"]
+    return GroupResult(outcomes={block["name"]: _read_outcome(block, device) for block in blocks})
 
 
 def failure_result(reasons: Mapping[BlockName, str]) -> bytes:
@@ -247,12 +172,11 @@ def failure_result(reasons: Mapping[BlockName, str]) -> bytes:
     Args:
         reasons: One sentence per block of the group.
     """
-    results: dict[str, Tensor] = {}
-    blocks = [
-        _put_outcome(results, i, n, BlockOutcome(preconditioner=None, outcome=Outcome.FAILED, reason=reasons[n]))
-        for i, n in enumerate(sorted(reasons))
-    ]
-    return write_payload("result", results, {"blocks": blocks})
+    failed = {
+        name: BlockOutcome(preconditioner=None, outcome=Outcome.FAILED, reason=reasons[name])
+        for name in sorted(reasons)
+    }
+    return pack(_result(failed))
 
 
 def encode_result(preconditioners: Mapping[BlockName, AbstractPreconditioner]) -> bytes:
@@ -261,21 +185,17 @@ def encode_result(preconditioners: Mapping[BlockName, AbstractPreconditioner]) -
     Args:
         preconditioners: One per block of the group.
     """
-    results: dict[str, Tensor] = {}
-    blocks = [
-        _put_outcome(results, index, name, BlockOutcome(preconditioner=each, outcome=Outcome.DONE))
-        for index, (name, each) in enumerate(preconditioners.items())
-    ]
-    return write_payload("result", results, {"blocks": blocks})
+    done = {name: BlockOutcome(preconditioner=made, outcome=Outcome.DONE) for name, made in preconditioners.items()}
+    return pack(_result(done))
 
 
 def job_threads(payload: bytes) -> int:
-    """Returns the number of CPU threads that a job must be run with.
+    """Returns the number of CPU threads that a job must be run with, without reading its tensors.
 
     Raises:
         ValueError: The payload is malformed.
     """
-    return checks.count("threads", read_metadata(_links(payload)[0], "job").get("threads"), least=1)
+    return checks.count("threads", payloads.read_head(payloads.links(payload)[0], "job").get("threads"), least=1)
 
 
 def job_bytes(needs: Iterable[tuple[BlockShape, Needs]], *, bytes_per_number: int = 4) -> int:
@@ -297,48 +217,78 @@ def job_bytes(needs: Iterable[tuple[BlockShape, Needs]], *, bytes_per_number: in
     return total
 
 
-def _bytes_tensor(payload: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+# Trees ----------------------------------------------------------------------------------------------------------------
 
 
-def _put_outcome(tensors: dict[str, Tensor], index: int, name: BlockName, outcome: BlockOutcome) -> dict[str, Any]:
-    """Adds the tensors of one block's outcome and returns its entry in the metadata."""
-    entry: dict[str, Any] = {
-        "name": name,
-        "outcome": outcome.outcome.value,
-        "reason": outcome.reason,
-        "diagnostics": dict(outcome.diagnostics),
-    }
-    if outcome.preconditioner is not None:
-        record = pack(outcome.preconditioner, PRECONDITIONERS)
-        add_tensors(tensors, f"{index}/preconditioner", record.tensors)
-        entry["preconditioner"] = _described(record)
-    add_tensors(tensors, f"{index}/state", outcome.state)
-    return entry
+def _run(job: Tree, device: torch.device | str) -> Tree:
+    inverter = _inverter_of(job)
+    damping = checks.number("damping", job.get("damping"), above=0)
+    checks.count("threads", job.get("threads"), least=1)
+    statistics, previous, seeds = {}, {}, {}
+    for block in job["blocks"]:
+        name = block["name"]
+        seeds[name] = checks.count(f"seed of block {name!r}", block.get("seed"), least=0)
+        record = payloads.record(block, "statistics", STATISTICS)
+        if type(record) is not inverter.statistic:
+            wanted, found = inverter.statistic.__name__, type(record).__name__
+            raise ValueError(f"block {name!r}: {inverter.name} inverts {wanted}, the job has {found}")
+        statistics[name] = move(record, device)
+        previous[name] = payloads.tensors(block, "previous", device)
+    units = [list(statistics)] if inverter.coupling is not Coupling.NONE else [[name] for name in statistics]
+    outcomes: dict[BlockName, BlockOutcome] = {}
+    for unit in units:
+        outcomes |= invert_group_with_ladder(
+            inverter,
+            {name: statistics[name] for name in unit},
+            damping=damping,
+            previous=previous,
+            seeds=seeds,
+        )
+    return _result({name: outcomes[name] for name in statistics})
 
 
-def _described(record: PackedRecord) -> dict[str, Any]:
-    return {"kind": record.kind, "static": record.static}
+def _after(job: Tree, result: Tree) -> Tree:
+    """Returns the job on the states that a result left behind."""
+    states = {block["name"]: block.get("state") for block in result["blocks"]}
+    return {**job, "blocks": [{**block, "previous": states.get(block["name"], {})} for block in job["blocks"]]}
 
 
-def _record(
-    entry: Mapping[str, Any], role: str, tensors: Mapping[str, Tensor], prefix: str, table: Mapping[str, type]
-) -> Any:
-    described = entry.get(role)
-    if not isinstance(described, dict) or not isinstance(described.get("static"), dict):
-        raise ValueError(f"block {entry['name']!r}: its {role} are not described")
-    kind, static = described.get("kind"), described["static"]
-    try:
-        return unpack(PackedRecord(kind=str(kind), tensors=tensors_under(tensors, prefix), static=static), table)
-    except ValueError as error:
-        raise ValueError(f"block {entry['name']!r}: {error}") from error
+def _result(outcomes: Mapping[BlockName, BlockOutcome]) -> Tree:
+    blocks = [
+        {
+            "name": name,
+            "outcome": outcome.outcome.value,
+            "reason": outcome.reason,
+            "diagnostics": dict(outcome.diagnostics),
+            "preconditioner": outcome.preconditioner and to_tree(outcome.preconditioner, PRECONDITIONERS),
+            "state": payloads.plain(outcome.state),
+        }
+        for name, outcome in outcomes.items()
+    ]
+    return payloads.make("result", blocks=blocks)
 
 
-def _inverter_of(metadata: Mapping[str, Any]) -> AbstractInverter:
-    described = metadata.get("inverter")
+def _inverter_of(job: Tree) -> AbstractInverter:
+    described = job.get("inverter")
     if not isinstance(described, dict) or not isinstance(described.get("settings"), dict):
-        raise ValueError(f"the job's inverter is {described!r}, must have a name and settings")
+        raise ValueError(f"the job's inverter is {payloads.shortened(described)}, must have a name and settings")
     try:
         return make_inverter(str(described.get("name")), **described["settings"])
     except ConfigError as error:
         raise ValueError(f"the job's inverter: {error}") from error
+
+
+def _read_outcome(block: Tree, device: torch.device | str) -> BlockOutcome:
+    said = block.get("outcome")
+    if said not in list(Outcome):
+        raise ValueError(f"block {block['name']!r}: unknown outcome {payloads.shortened(said)}")
+    outcome, preconditioner = Outcome(said), None
+    if outcome is not Outcome.FAILED:
+        preconditioner = move(payloads.record(block, "preconditioner", PRECONDITIONERS), device)
+    return BlockOutcome(
+        preconditioner=preconditioner,
+        outcome=outcome,
+        reason=str(block.get("reason", "")),
+        diagnostics=payloads.numbers(block, "diagnostics"),
+        state=payloads.tensors(block, "state", device),
+    )

@@ -22,7 +22,7 @@ from kfdist.comm.communicator import Communicator
 from kfdist.comm.together import on_every_rank, on_rank_zero
 from kfdist.errors import CheckpointError, RankFailed
 from kfdist.system.files import sync_directory, write_file
-from kfdist.training.manifest import NAME, FileEntry, Manifest
+from kfdist.training.manifest import NAME, FileEntry, Manifest, OtherFormat
 from kfdist.wire.tree import pack, unpack
 
 SHARED = "shared.safetensors"
@@ -126,11 +126,15 @@ class CheckpointStore:
         """Finds the newest checkpoint whose every file is whole; the others get a sentence in `skipped`.
 
         The work of checking is divided among the ranks.
+
+        Raises:
+            CheckpointError: The directory can't be read, or another version of kfdist wrote the newest checkpoint:
+                going on from an older one, or from none, would throw it away.
         """
         try:
-            names = on_rank_zero(self._communicator, self._candidates)
+            names = on_rank_zero(self._communicator, self._resumable)
         except RankFailed as failure:
-            raise CheckpointError(f"can't look for checkpoints in {self._directory}: {failure}") from failure
+            raise CheckpointError(f"can't resume from the checkpoints in {self._directory}: {failure}") from failure
         for name in names:
             try:
                 self._on_every_rank(lambda name=name: self._check_share(self._directory / name))
@@ -201,6 +205,19 @@ class CheckpointStore:
         for leftover in self._directory.glob("step-*.incomplete"):
             shutil.rmtree(leftover, ignore_errors=True)
 
+    def _resumable(self) -> list[str]:
+        """Returns the candidates, if the newest with a manifest that can be read is of this version's format."""
+        names = self._candidates()
+        for name in names:
+            try:
+                Manifest.read(self._directory / name)
+            except OtherFormat as error:
+                raise CheckpointError(f"{name}: {error}") from error
+            except CheckpointError:
+                continue
+            break
+        return names
+
     def _candidates(self) -> list[str]:
         """Returns the names of what looks like checkpoints, newest first."""
         entries = self._directory.glob("step-*") if self._directory.exists() else ()
@@ -218,12 +235,17 @@ class CheckpointStore:
         manifest = Manifest.read(path)
         same_world = manifest.world_size == self._communicator.world_size
         ranks = [
-            unpack(manifest.check_file(path, _rank_file(rank)))
-            if not same_world or rank == self._communicator.rank
-            else None
+            _unpack(manifest, path, _rank_file(rank)) if not same_world or rank == self._communicator.rank else None
             for rank in range(manifest.world_size)
         ]
-        return Loaded(manifest=manifest, shared=unpack(manifest.check_file(path, SHARED)), ranks=ranks)
+        return Loaded(manifest=manifest, shared=_unpack(manifest, path, SHARED), ranks=ranks)
+
+
+def _unpack(manifest: Manifest, path: Path, name: str) -> Any:
+    try:
+        return unpack(manifest.check_file(path, name))
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 def _rank_file(rank: int) -> str:

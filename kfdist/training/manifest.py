@@ -9,10 +9,14 @@ from typing import Any
 
 from kfdist.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of a checkpoint's directory and files."""
 
 NAME = "manifest.json"
+
+
+class OtherFormat(CheckpointError):
+    """A checkpoint is whole, as far as it can be read, but of another version's format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +64,19 @@ class Manifest:
         """Reads and checks a checkpoint's manifest, not its other files.
 
         Raises:
-            CheckpointError: It is missing, torn, damaged or of a format this version doesn't know.
+            OtherFormat: Another version of kfdist wrote it.
+            CheckpointError: It is missing, torn or damaged.
         """
         try:
             content = json.loads((directory / NAME).read_bytes())
             digest = content.pop("sha256")
-            if content["format"] != FORMAT:
-                raise CheckpointError(f"format {content['format']!r}; this version of kfdist reads {FORMAT}")
             if digest != _digest(content):
                 raise CheckpointError(f"{NAME} doesn't match its own hash")
+            if content["format"] != FORMAT:
+                raise OtherFormat(
+                    f"{NAME} has format {content['format']!r} and this version of kfdist reads {FORMAT}; resume with "
+                    "the version that wrote it, or train anew in another directory (run.dir)"
+                )
             files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
             return cls(files=files, **content)
         except FileNotFoundError:

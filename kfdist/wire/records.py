@@ -1,13 +1,14 @@
 """Frozen dataclasses of tensors as plain data: one walk over the fields serves wire, checkpoint, digest and devices.
 
 A record's fields are tensors, static values that JSON can hold (numbers, strings, booleans), or records themselves. A
-tensor field whose metadata says `symmetric` holds symmetric matrices and travels as packed triangles. The fields of an
-inner record have dotted names: `inner.w_A`. It travels with the name of its kind as the static value `inner`, looked up
-in the same table as the record around it.
+tensor field whose metadata says `symmetric` holds symmetric matrices and travels as packed triangles.
+
+A record travels as a tree, `{"kind": KIND, "fields": {FIELD: VALUE}}`, where KIND is its class's name in a table that
+both sides know, and the value of a field that is a record is a tree again.
 """
 
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import Field, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
@@ -18,24 +19,10 @@ from kfdist.linalg.psd import pack_triangle, unpack_triangle
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Static = float | int | str | bool
 RecordType = TypeVar("RecordType", bound="DataclassInstance")
-V = TypeVar("V")
 
-
-@dataclass(frozen=True, kw_only=True)
-class PackedRecord:
-    """A record ready to travel.
-
-    Attributes:
-        kind: Name of its class in the table that the reader uses.
-        tensors: Tensor fields by name, symmetric ones packed.
-        static: Static fields by name, and the kinds of inner records.
-    """
-
-    kind: str
-    tensors: dict[str, Tensor]
-    static: dict[str, Static]
+RecordTree = dict[str, Any]
+"""A record ready to travel: `kind` and `fields`."""
 
 
 def symmetric_field() -> Any:
@@ -44,49 +31,43 @@ def symmetric_field() -> Any:
 
 
 def tensor_fields(record: object) -> dict[str, Tensor]:
-    """Returns the tensor fields of a record by name, those of inner records too, in the order of their declaration."""
+    """Returns the tensors of a record by name, in the order of their declaration; those of inner records as `a.b`."""
     found: dict[str, Tensor] = {}
     for f in _fields(type(record)):
         value = getattr(record, f.name)
         if _is_tensor(type(record), f):
             found[f.name] = value
         elif _is_record(type(record), f):
-            found |= _under(f.name, tensor_fields(value))
-    return found
-
-
-def static_fields(record: object) -> dict[str, Static]:
-    """Returns the static fields of a record by name, those of inner records too, in the order of their declaration."""
-    found: dict[str, Static] = {}
-    for f in _fields(type(record)):
-        value = getattr(record, f.name)
-        if _is_record(type(record), f):
-            found |= _under(f.name, static_fields(value))
-        elif not _is_tensor(type(record), f):
-            found[f.name] = value
+            found |= {f"{f.name}.{name}": tensor for name, tensor in tensor_fields(value).items()}
     return found
 
 
 def symmetric_fields(record: object) -> frozenset[str]:
-    """Returns the names of the fields that hold symmetric matrices, those of inner records too."""
-    own = {f.name for f in _fields(type(record)) if f.metadata.get("symmetric")}
-    inner = (f.name for f in _fields(type(record)) if _is_record(type(record), f))
-    return frozenset(own.union(*(_under(n, dict.fromkeys(symmetric_fields(getattr(record, n)))) for n in inner)))
+    """Returns the names of the tensors that are symmetric matrices, as `tensor_fields` has them."""
+    found: set[str] = set()
+    for f in _fields(type(record)):
+        if f.metadata.get("symmetric"):
+            found.add(f.name)
+        elif _is_record(type(record), f):
+            found |= {f"{f.name}.{name}" for name in symmetric_fields(getattr(record, f.name))}
+    return frozenset(found)
 
 
-def with_tensors(record: RecordType, tensors: Mapping[str, Tensor]) -> RecordType:
-    """Returns the record with other tensors.
+def map_tensors(function: Callable[..., Tensor], record: RecordType, *others: Any) -> RecordType:
+    """Returns the record with each tensor replaced by `function` of it, those of inner records too.
 
     Args:
+        function: Takes a tensor of `record` and those at the same place in `others`.
         record: Any record.
-        tensors: All its tensor fields, by the names that `tensor_fields` gives them.
+        others: Records of the same classes.
     """
     changed: dict[str, Any] = {}
     for f in _fields(type(record)):
+        values = [getattr(each, f.name) for each in (record, *others)]
         if _is_tensor(type(record), f):
-            changed[f.name] = tensors[f.name]
+            changed[f.name] = function(*values)
         elif _is_record(type(record), f):
-            changed[f.name] = with_tensors(getattr(record, f.name), _inside(f.name, tensors))
+            changed[f.name] = map_tensors(function, *values)
     return replace(record, **changed)
 
 
@@ -98,11 +79,9 @@ def move(record: RecordType, device: torch.device | str, dtype: torch.dtype | No
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=device, dtype=wanted, non_blocking=non_blocking)
 
-    before = tensor_fields(record)
-    after = {name: moved(tensor) for name, tensor in before.items()}
-    if all(after[name] is before[name] for name in before):
-        return record
-    return with_tensors(record, after)
+    after = map_tensors(moved, record)
+    pairs = zip(tensor_fields(record).values(), tensor_fields(after).values(), strict=True)
+    return record if all(old is new for old, new in pairs) else after
 
 
 def contiguous(record: RecordType) -> RecordType:
@@ -110,10 +89,20 @@ def contiguous(record: RecordType) -> RecordType:
 
     Matrix products take another path for another memory layout and differ in their last bits.
     """
-    return with_tensors(record, {name: tensor.contiguous() for name, tensor in tensor_fields(record).items()})
+    return map_tensors(Tensor.contiguous, record)
 
 
-def pack(record: object, table: Mapping[str, type]) -> PackedRecord:
+def make_tree(kind: str, values: Mapping[str, Any]) -> RecordTree:
+    """Makes a tree of fields that are packed already.
+
+    Args:
+        kind: Name of the record's class in the table of those who will read it.
+        values: All its fields; symmetric ones as triangles, records as trees.
+    """
+    return {"kind": kind, "fields": dict(values)}
+
+
+def to_tree(record: object, table: Mapping[str, type]) -> RecordTree:
     """Takes a record apart.
 
     Args:
@@ -123,77 +112,63 @@ def pack(record: object, table: Mapping[str, type]) -> PackedRecord:
     Raises:
         ValueError: The class isn't in `table`.
     """
-    packed = symmetric_fields(record)
-    tensors = {n: pack_triangle(t) if n in packed else t.contiguous() for n, t in tensor_fields(record).items()}
-    return PackedRecord(
-        kind=_kind(record, table), tensors=tensors, static={**static_fields(record), **_kinds(record, table)}
-    )
+    cls = type(record)
+    kind = next((kind for kind, known in table.items() if known is cls), None)
+    if kind is None:
+        raise ValueError(f"{cls.__name__} is not in the table; known: {', '.join(table)}")
+    values: dict[str, Any] = {}
+    for f in _fields(cls):
+        value = getattr(record, f.name)
+        if _is_record(cls, f):
+            value = to_tree(value, table)
+        elif f.metadata.get("symmetric"):
+            value = pack_triangle(value)
+        values[f.name] = value
+    return make_tree(kind, values)
 
 
-def unpack(packed: PackedRecord, table: Mapping[str, type]) -> Any:
+def from_tree(tree: Any, table: Mapping[str, type]) -> Any:
     """Puts a record together again; its tensors are fresh allocations, so their alignment is always the same.
 
     Args:
-        packed: What `pack` returned, perhaps after a journey.
+        tree: What `to_tree` returned, perhaps after a journey.
         table: The classes by name.
 
     Raises:
-        ValueError: Unknown kind, or fields that are missing, left over or of the wrong type.
+        ValueError: No tree of a record, an unknown kind, or fields that are missing, left over or of the wrong type.
     """
-    if packed.kind not in table:
-        raise ValueError(f"unknown record {packed.kind!r}; known: {', '.join(table)}")
-    cls = table[packed.kind]
-    values: dict[str, Any] = {}
-    read: set[str] = set()
-    for f in _fields(cls):
-        if _is_record(cls, f) and f.name in packed.static:
-            inner = PackedRecord(
-                kind=str(packed.static[f.name]),
-                tensors=_inside(f.name, packed.tensors),
-                static=_inside(f.name, packed.static),
-            )
-            values[f.name] = unpack(inner, table)
-            if not isinstance(values[f.name], _hint(cls, f)):
-                raise ValueError(f"{packed.kind} can't hold a {inner.kind} as {f.name!r}")
-            read |= {f.name, *_under(f.name, inner.tensors), *_under(f.name, inner.static)}
-            continue
-        if _is_tensor(cls, f) and f.name in packed.tensors:
-            tensor = packed.tensors[f.name]
-            values[f.name] = unpack_triangle(tensor) if f.metadata.get("symmetric") else tensor.clone()
-        elif not (_is_tensor(cls, f) or _is_record(cls, f)) and f.name in packed.static:
-            values[f.name] = packed.static[f.name]
-        else:
-            raise ValueError(f"{packed.kind} lacks its field {f.name!r}")
-        read.add(f.name)
-    left_over = (packed.tensors.keys() | packed.static.keys()) - read
+    if not (isinstance(tree, dict) and tree.keys() == {"kind", "fields"} and isinstance(tree["fields"], dict)):
+        raise ValueError(f"{_described(tree)} is no record; it must have a kind and fields")
+    kind, values = str(tree["kind"]), tree["fields"]
+    if kind not in table:
+        raise ValueError(f"unknown record {kind!r}; known: {', '.join(table)}")
+    cls = table[kind]
+    missing = [f.name for f in _fields(cls) if f.name not in values]
+    if missing:
+        raise ValueError(f"{kind} lacks its field {missing[0]!r}")
+    left_over = sorted(map(str, values.keys() - {f.name for f in _fields(cls)}))
     if left_over:
-        raise ValueError(f"{packed.kind} has no fields {', '.join(sorted(left_over))}")
-    return cls(**values)
+        raise ValueError(f"{kind} has no fields {', '.join(left_over)}")
+    return cls(**{f.name: _field_of(kind, f, values[f.name], table) for f in _fields(cls)})
 
 
-def _kind(record: object, table: Mapping[str, type]) -> str:
-    for kind, known in table.items():
-        if known is type(record):
-            return kind
-    raise ValueError(f"{type(record).__name__} is not in the table; known: {', '.join(table)}")
+def _field_of(kind: str, f: Field[Any], value: Any, table: Mapping[str, type]) -> Any:
+    cls = table[kind]
+    if _is_record(cls, f):
+        inner = from_tree(value, table)
+        if not isinstance(inner, _hint(cls, f)):
+            raise ValueError(f"{kind} can't hold a {value['kind']} as {f.name!r}")
+        return inner
+    if _is_tensor(cls, f) != isinstance(value, Tensor) or isinstance(value, dict | list | tuple | bytes | None):
+        wanted = "a tensor" if _is_tensor(cls, f) else "a number, a string, true or false"
+        raise ValueError(f"field {f.name!r} of {kind} is {_described(value)}; it must be {wanted}")
+    if f.metadata.get("symmetric"):
+        return unpack_triangle(value)
+    return value.clone() if isinstance(value, Tensor) else value
 
 
-def _kinds(record: object, table: Mapping[str, type]) -> dict[str, Static]:
-    """Returns the kinds of a record's inner records, and of theirs."""
-    found: dict[str, Static] = {}
-    for f in _fields(type(record)):
-        if _is_record(type(record), f):
-            inner = getattr(record, f.name)
-            found |= {f.name: _kind(inner, table), **_under(f.name, _kinds(inner, table))}
-    return found
-
-
-def _under(name: str, inner: Mapping[str, V]) -> dict[str, V]:
-    return {f"{name}.{key}": value for key, value in inner.items()}
-
-
-def _inside(name: str, outer: Mapping[str, V]) -> dict[str, V]:
-    return {key.removeprefix(f"{name}."): value for key, value in outer.items() if key.startswith(f"{name}.")}
+def _described(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:200]
 
 
 def _fields(cls: type) -> tuple[Field[Any], ...]:

@@ -1,11 +1,13 @@
 """Nested state as one safetensors file: tensors beside a JSON skeleton that says where they belong.
 
-Whatever `state_dict()` of a model, an optimizer or a preconditioner returns goes in: dicts, lists, tuples, tensors,
-bytes, numbers, strings, None. No pickle is involved, so reading a file from anywhere runs no code.
+The one container of kfdist: jobs, results and checkpoints are nested dicts, lists and tuples of tensors, bytes,
+numbers, strings and None. No pickle is involved, so reading a file from anywhere runs no code. Equal state, the order
+of a dict's keys included, gives equal bytes.
 """
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import safetensors.torch
@@ -13,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from kfdist.errors import CheckpointError
-
 _METADATA_KEY = "kfdist"
 _TAGS = frozenset({"$tensor", "$bytes", "$tuple", "$items", "$float"})
+_FAULTS = (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
+"""What reading a file that isn't one of ours, or was damaged, raises."""
 
 
 def pack(state: Any) -> bytes:
@@ -35,15 +37,41 @@ def unpack(content: bytes) -> Any:
     """Rebuilds what `pack` was given, with all tensors on the CPU.
 
     Raises:
-        CheckpointError: The bytes weren't made by `pack`, or are damaged.
+        ValueError: The bytes weren't made by `pack`, or are damaged.
+    """
+    placed: set[str] = set()
+    try:
+        skeleton, tensors = _read_skeleton(content), safetensors.torch.load(content)
+
+        def leaf(tag: str, name: str) -> Tensor | bytes:
+            placed.add(name)
+            return tensors[name] if tag == "$tensor" else tensors[name].numpy().tobytes()
+
+        state = _put_together(skeleton, leaf)
+    except _FAULTS as error:
+        raise ValueError(f"not a state file of kfdist, or damaged: {error!r}") from error
+    if placed != tensors.keys():
+        stray = ", ".join(sorted(tensors.keys() - placed))
+        raise ValueError(f"not a state file of kfdist, or damaged: nothing says where the tensors {stray} belong")
+    return state
+
+
+def outline(content: bytes) -> Any:
+    """Reads the header alone: what `unpack` returns, with None in the place of each tensor and each bytes.
+
+    Raises:
+        ValueError: The bytes weren't made by `pack`, or are damaged.
     """
     try:
-        header_size = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + header_size])
-        skeleton = json.loads(header["__metadata__"][_METADATA_KEY])
-        return _put_together(skeleton, safetensors.torch.load(content))
-    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"not a state file of kfdist, or damaged: {error!r}") from error
+        return _put_together(_read_skeleton(content), lambda tag, name: None)
+    except _FAULTS as error:
+        raise ValueError(f"not a state file of kfdist, or damaged: {error!r}") from error
+
+
+def _read_skeleton(content: bytes) -> Any:
+    """Reads eight bytes of length, then JSON (the safetensors format), and in its metadata our own."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return json.loads(header["__metadata__"][_METADATA_KEY])
 
 
 def _take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -81,23 +109,22 @@ def _escape(key: str) -> str:
     return key.replace("~", "~0").replace("/", "~1").replace("#", "~2")
 
 
-def _put_together(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
+def _put_together(skeleton: Any, leaf: Callable[[str, str], Any]) -> Any:
+    """Rebuilds state; `leaf` returns what a tag ("$tensor" or "$bytes") and the name of its tensor stand for."""
     if isinstance(skeleton, list):
-        return [_put_together(item, tensors) for item in skeleton]
+        return [_put_together(item, leaf) for item in skeleton]
     if not isinstance(skeleton, dict):
         return skeleton
     tag = next(iter(skeleton), "")
     if len(skeleton) != 1 or tag not in _TAGS:
-        return {key: _put_together(item, tensors) for key, item in skeleton.items()}
+        return {key: _put_together(item, leaf) for key, item in skeleton.items()}
     content: Any = skeleton[tag]
-    if tag == "$tensor":
-        return tensors[content]
-    if tag == "$bytes":
-        return tensors[content].numpy().tobytes()
+    if tag in ("$tensor", "$bytes"):
+        return leaf(tag, content)
     if tag == "$tuple":
-        return tuple(_put_together(item, tensors) for item in content)
+        return tuple(_put_together(item, leaf) for item in content)
     if tag == "$items":
-        return {key: _put_together(item, tensors) for key, item in content}
+        return {key: _put_together(item, leaf) for key, item in content}
     return float(content)
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.own import OwnInversion
 from kfdist.runtime.track import Snapshot, Track
 from kfdist.types import BlockName
-from kfdist.wire.records import contiguous, tensor_fields, with_tensors
+from kfdist.wire.records import contiguous, map_tensors, tensor_fields
 
 
 class SnapshotInstaller:
@@ -67,9 +68,8 @@ class SnapshotInstaller:
             # Row-major, as after a resume: the memory layout decides on the last bits of products.
             kept[name], known[name] = contiguous(new), made.measured[name]
             if name in before and _shapes(before[name]) == _shapes(new):
-                old, now = tensor_fields(before[name]), made.measured[name]
-                chosen = {key: torch.where(now, each, old[key]) for key, each in tensor_fields(kept[name]).items()}
-                kept[name] = contiguous(with_tensors(new, chosen))
+                now = made.measured[name]
+                kept[name] = contiguous(map_tensors(partial(torch.where, now), kept[name], before[name]))
                 ever = track.memories[name].measured
                 known[name] = now if ever is None else now | ever
         _use(track, Snapshot(version, b"", kept))

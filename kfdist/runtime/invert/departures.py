@@ -10,7 +10,7 @@ from kfdist.curvature.averages import SYMMETRIC, WEIGHT, packed_statistic
 from kfdist.curvature.statistics import STATISTICS, Increment, Samples
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.types import BlockName
-from kfdist.wire.records import PackedRecord
+from kfdist.wire.records import RecordTree, make_tree
 
 
 class DepartingStatistics:
@@ -39,11 +39,11 @@ class DepartingStatistics:
         """Says, without blocking, whether the copy has landed."""
         return self._copy.ready()
 
-    def records(self) -> dict[str, dict[BlockName, PackedRecord]]:
+    def records(self) -> dict[str, dict[BlockName, RecordTree]]:
         """Returns the statistics per group and block; a group without any (no weight at all) has no blocks."""
         arrived = iter(self._copy.wait())
         tensors = {block: {name: next(arrived) for name in names} for block, names in self._names.items()}
-        records: dict[str, dict[BlockName, PackedRecord]] = {}
+        records: dict[str, dict[BlockName, RecordTree]] = {}
         for group in self.groups:
             found = {
                 block.name: _packed(group.inverter.statistic, tensors[block.name])
@@ -55,17 +55,17 @@ class DepartingStatistics:
         return records
 
 
-def _packed(statistic: type, tensors: Mapping[str, Tensor]) -> PackedRecord | None:
+def _packed(statistic: type, tensors: Mapping[str, Tensor]) -> RecordTree | None:
     """Makes a job's record of what has reached the host; None where nothing was measured."""
     kind = next(name for name, known in STATISTICS.items() if known is statistic)
     if statistic is Samples:
         if not float(tensors[WEIGHT].sum()) > 0.0:
             return None
-        return PackedRecord(kind=kind, tensors=dict(tensors), static={})
+        return make_tree(kind, tensors)
     if statistic is Increment:
         if WEIGHT in tensors and not float(tensors[WEIGHT]) > 0.0:
             return None  # no batch since the start was usable, so no increment held anything either
-        return PackedRecord(kind=kind, tensors=_increment(tensors), static={})
+        return make_tree(kind, _increment(tensors))
     if not float(tensors[WEIGHT]) > 0.0:
         return None
     sums = {name: tensor for name, tensor in tensors.items() if name != WEIGHT}

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfdist.curvature.averages import BatchStatistics, WeightedSums, decay_at, packed_statistic
 from kfdist.curvature.statistics import STATISTICS
 from kfdist.linalg.psd import pack_triangle
-from kfdist.wire.records import unpack
+from kfdist.wire.records import from_tree
 
 EXACT = 1e-12
 """float64: at most twenty updates, each rounding by 1e-16."""
@@ -47,7 +47,7 @@ def factors(ranks: Sequence[WeightedSums]) -> tuple[Tensor, Tensor]:
     """What the reduction of several ranks' sums gives."""
     A, G, weight = (sum(parts) for parts in zip(*(each.packed().values() for each in ranks), strict=True))
     assert isinstance(A, Tensor) and isinstance(G, Tensor) and isinstance(weight, Tensor)
-    reduced = unpack(packed_statistic("kronecker-factors", {"A": A, "G": G}, weight), STATISTICS)
+    reduced = from_tree(packed_statistic("kronecker-factors", {"A": A, "G": G}, weight), STATISTICS)
     return reduced.A, reduced.G
 
 

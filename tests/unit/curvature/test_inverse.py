@@ -58,7 +58,8 @@ def test_moving_is_casting_every_tensor_or_nothing(method: str) -> None:
     assert made.to("cpu") is made
     moved = made.to("cpu", torch.float32)
     assert {t.dtype for t in records.tensor_fields(moved).values()} == {torch.float32}
-    assert records.static_fields(moved) == records.static_fields(made)
+    statics = [f.name for f in fields(made) if f.type is not Tensor]
+    assert [getattr(moved, name) for name in statics] == [getattr(made, name) for name in statics]
     assert relative_error(moved.apply(V.float(), DAMPING), made.apply(V, DAMPING)) < 1e-4  # float32
 
 
@@ -100,39 +101,50 @@ class Example:
 
 
 TABLE = {"example": Example}
+FIELDS = records.to_tree(Example(torch.eye(3), torch.zeros(1)), TABLE)["fields"]
 
 
 def test_a_record_comes_back_whole_and_symmetric_fields_travel_as_triangles() -> None:
     matrix = gaussian(2, 5, 5, seed=1)
     record = Example(matrix + matrix.mT, gaussian(2, 3, seed=2).mT, "a label", 0.1)
-    packed = records.pack(record, TABLE)
-    assert packed.kind == "example"
-    assert packed.tensors["matrix"].shape == (2, 15)
-    assert packed.static == {"label": "a label", "number": 0.1}
-    back = records.unpack(packed, TABLE)
+    tree = records.to_tree(record, TABLE)
+    assert tree.keys() == {"kind", "fields"} and tree["kind"] == "example"
+    assert tree["fields"]["matrix"].shape == (2, 15)
+    assert (tree["fields"]["label"], tree["fields"]["number"]) == ("a label", 0.1)
+    back = records.from_tree(tree, TABLE)
     assert torch.equal(back.matrix, record.matrix) and torch.equal(back.rows, record.rows)
     assert (back.label, back.number) == (record.label, record.number)
-    assert back.rows.data_ptr() != packed.tensors["rows"].data_ptr()
+    assert back.rows.data_ptr() != tree["fields"]["rows"].data_ptr()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("tree", "message"),
     [
-        ({"kind": "other"}, "unknown record 'other'; known: example"),
-        ({"tensors": {}}, "example lacks its field 'matrix'"),
-        ({"static": {"label": "x"}}, "example lacks its field 'number'"),
-        ({"static": {"label": "x", "number": 1.0, "more": 2}}, "example has no fields more"),
+        (None, "None is no record; it must have a kind and fields"),
+        ({"kind": "example"}, "is no record"),
+        ({"kind": "example", "fields": [1]}, "is no record"),
+        ({"kind": "example", "fields": {}, "more": 1}, "is no record"),
+        ({"kind": "other", "fields": FIELDS}, "unknown record 'other'; known: example"),
+        ({"kind": "example", "fields": {}}, "example lacks its field 'matrix'"),
+        ({"kind": "example", "fields": {k: v for k, v in FIELDS.items() if k != "number"}}, "lacks its field 'number'"),
+        ({"kind": "example", "fields": {**FIELDS, "more": 2}}, "example has no fields more"),
+        ({"kind": "example", "fields": {**FIELDS, "rows": 2}}, "field 'rows' of example is 2; it must be a tensor"),
+        (
+            {"kind": "example", "fields": {**FIELDS, "label": torch.ones(3)}},
+            "is a tensor of shape .3,.; it must be a n",
+        ),
+        ({"kind": "example", "fields": {**FIELDS, "label": None}}, "field 'label' of example is None; it must be a nu"),
+        ({"kind": "example", "fields": {**FIELDS, "label": [1]}}, "field 'label' of example is .1.; it must be a num"),
     ],
 )
-def test_a_record_that_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
-    packed = records.pack(Example(torch.eye(3), torch.zeros(1)), TABLE)
+def test_a_record_that_does_not_fit_is_refused(tree: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        records.unpack(replace(packed, **change), TABLE)  # type: ignore[arg-type]
+        records.from_tree(tree, TABLE)
 
 
 def test_an_unknown_class_does_not_travel() -> None:
     with pytest.raises(ValueError, match="Example is not in the table; known: kronecker-inverse"):
-        records.pack(Example(torch.eye(3)), PRECONDITIONERS)
+        records.to_tree(Example(torch.eye(3)), PRECONDITIONERS)
 
 
 @pytest.mark.parametrize("cls", PRECONDITIONERS.values())

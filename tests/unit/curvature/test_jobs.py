@@ -1,12 +1,11 @@
 """Jobs and results as bytes: what goes in comes out, and a malformed payload is refused with a sentence."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.inverters import make_inverter
@@ -24,6 +23,7 @@ from kfdist.curvature.jobs import (
 from kfdist.curvature.statistics import Increment, KroneckerFactors, Needs
 from kfdist.types import BlockShape
 from kfdist.wire.records import tensor_fields
+from kfdist.wire.tree import pack, unpack
 from tests.support.matrices import C, P, Q, gaussian, make_factors
 
 
@@ -39,13 +39,14 @@ def job(**changes: Any) -> bytes:
     return encode_job(**{**arguments, **changes})
 
 
-def edited(payload: bytes, edit: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> bytes:
-    """Returns the payload with its metadata or tensors changed, still a safetensors file."""
-    length = int.from_bytes(payload[:8], "little")
-    metadata = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["kfdist"])
-    tensors = load(payload)
-    edit(metadata, tensors)
-    return save(tensors, metadata={"kfdist": json.dumps(metadata)})
+Edit = Callable[[dict[str, Any]], object]
+
+
+def edited(payload: bytes, edit: Edit) -> bytes:
+    """Returns the payload with its content changed, still a file of this container."""
+    tree = unpack(payload)
+    edit(tree)
+    return pack(tree)
 
 
 def test_a_group_of_blocks_comes_back_by_name() -> None:
@@ -121,10 +122,12 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> Non
         job(**changes)
 
 
-def _set(path: str, value: Any) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
-    def edit(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def put(path: str, value: Any) -> Edit:
+    """Puts a value in a place of the payload, such as "blocks.0.seed"."""
+
+    def edit(tree: dict[str, Any]) -> None:
         *parents, last = path.split(".")
-        target: Any = metadata
+        target: Any = tree
         for key in parents:
             target = target[int(key)] if isinstance(target, list) else target[key]
         target[last] = value
@@ -132,32 +135,44 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any], dict[str, torch.Ten
     return edit
 
 
-MALFORMED: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], None], str]] = {
-    "format": (_set("format", 99), "must be a job of format 1"),
-    "content": (_set("content", "result"), "must be a job of format 1"),
-    "damping": (_set("damping", "much"), "damping: 'much' is not allowed"),
-    "damping-bool": (_set("damping", True), "damping: True is not allowed"),
-    "threads": (_set("threads", 1.5), "threads: 1.5 is not allowed"),
-    "method": (_set("inverter.name", "rs-kfak"), "did you mean 'rs-kfac'"),
-    "setting": (_set("inverter.settings", {"rang": 3}), "did you mean 'rank'"),
-    "setting-value": (_set("inverter.settings", {"rank": -3}), "rank: -3 is not allowed"),
-    "inverter": (_set("inverter", None), "inverter is None, must have a name and settings"),
-    "no-blocks": (_set("blocks", []), "must be a list with at least one entry"),
-    "nameless": (_set("blocks", [{}]), "must have a name"),
-    "twice": (lambda m, t: m["blocks"].append(m["blocks"][0]), "is in the payload twice"),
-    "seed": (_set("blocks.0.seed", "x"), "'x' is not allowed; must be a whole number"),
-    "statistics": (_set("blocks.0.statistics", None), "its statistics are not described"),
-    "statistics-kind": (_set("blocks.0.statistics.kind", "rows"), "unknown record 'rows'; known: kronecker-factors"),
-    "missing": (lambda m, t: t.update({"0/statistics/X": t.pop("0/statistics/G")}), "lacks its field 'G'"),
-    "left-over": (lambda m, t: t.update({"0/statistics/H": torch.ones(3)}), "has no fields H"),
-    "unclaimed": (lambda m, t: t.update({"7/statistics/A": torch.ones(3)}), "that belong to no block: 7/statistics/A"),
-    "triangle": (lambda m, t: t.update({"0/statistics/A": torch.ones(2, 5)}), "5 numbers are no triangle"),
-    "dimensions": (lambda m, t: t.update({"0/statistics/A": torch.ones(6)}), "must be"),
-    "groups": (lambda m, t: t.update({"0/statistics/A": torch.ones(3, 6)}), "factor A has 3 groups, G has 2"),
+def rename_a_field(tree: dict[str, Any]) -> None:
+    values = tree["blocks"][0]["statistics"]["fields"]
+    values["X"] = values.pop("G")
+
+
+FIRST = "blocks.0.statistics"
+MALFORMED: dict[str, tuple[Edit, str]] = {
+    "format": (put("format", 99), "must be a job of format 2"),
+    "content": (put("content", "result"), "must be a job of format 2"),
+    "damping": (put("damping", "much"), "damping: 'much' is not allowed"),
+    "damping-bool": (put("damping", True), "damping: True is not allowed"),
+    "damping-tensor": (put("damping", torch.ones(1)), "damping: tensor.* is not allowed"),
+    "threads": (put("threads", 1.5), "threads: 1.5 is not allowed"),
+    "method": (put("inverter.name", "rs-kfak"), "did you mean 'rs-kfac'"),
+    "setting": (put("inverter.settings", {"rang": 3}), "did you mean 'rank'"),
+    "setting-value": (put("inverter.settings", {"rank": -3}), "rank: -3 is not allowed"),
+    "inverter": (put("inverter", None), "inverter is None, must have a name and settings"),
+    "part": (put("more", 1), "the job has parts that nobody reads: more; known: blocks, damping"),
+    "no-blocks": (put("blocks", []), "must be a list with at least one entry"),
+    "blocks": (put("blocks", {}), "must be a list with at least one entry"),
+    "nameless": (put("blocks", [{}]), "must have a name"),
+    "twice": (lambda tree: tree["blocks"].append(tree["blocks"][0]), "is in the payload twice"),
+    "seed": (put("blocks.0.seed", "x"), "'x' is not allowed; must be a whole number"),
+    "statistics": (put(FIRST, None), "block 'conv.1': statistics: None is no record; it must have a kind and fields"),
+    "statistics-kind": (put(f"{FIRST}.kind", "rows"), "unknown record 'rows'; known: kronecker-factors"),
+    "missing": (rename_a_field, "lacks its field 'G'"),
+    "left-over": (put(f"{FIRST}.fields.H", torch.ones(3)), "has no fields H"),
+    "unclaimed": (put("blocks.0.rows", torch.ones(3)), "block 'conv.1' has parts that nobody reads: rows"),
+    "no-tensor": (put(f"{FIRST}.fields.A", 1.0), "field 'A' of kronecker-factors is 1.0; it must be a tensor"),
+    "triangle": (put(f"{FIRST}.fields.A", torch.ones(2, 5)), "5 numbers are no triangle"),
+    "dimensions": (put(f"{FIRST}.fields.A", torch.ones(6)), "must be"),
+    "groups": (put(f"{FIRST}.fields.A", torch.ones(3, 6)), "factor A has 3 groups, G has 2"),
     "integers": (
-        lambda m, t: t.update({"0/statistics/A": torch.ones(2, 6, dtype=torch.int64)}),
+        put(f"{FIRST}.fields.A", torch.ones(2, 6, dtype=torch.int64)),
         "factor A is torch.int64, must be floating-point",
     ),
+    "previous": (put("blocks.0.previous", [torch.ones(1)]), "previous is .tensor.*, must be tensors by name"),
+    "previous-number": (put("blocks.0.previous.warm", 3), "must be tensors by name"),
 }
 
 
@@ -183,11 +198,15 @@ def test_garbage_is_refused(payload: bytes) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_set("blocks.0.outcome", "great"), "unknown outcome 'great'"),
-        (_set("blocks.0.preconditioner", None), "are not described"),
-        (_set("blocks.0.preconditioner.kind", "os.system"), "unknown record 'os.system'"),
-        (_set("blocks.0.preconditioner.static.damping_rule", "none"), "damping_rule is 'none', must be one of pi"),
-        (_set("content", "job"), "must be a result of format 1"),
+        (put("blocks.0.outcome", "great"), "unknown outcome 'great'"),
+        (put("blocks.0.outcome", ["done"]), "unknown outcome"),
+        (put("blocks.0.preconditioner", None), "block 'conv.1': preconditioner: None is no record"),
+        (put("blocks.0.preconditioner.kind", "os.system"), "unknown record 'os.system'"),
+        (put("blocks.0.preconditioner.fields.damping_rule", "none"), "damping_rule is 'none', must be one of pi"),
+        (put("blocks.0.diagnostics.rung", "high"), "diagnostics is .*, must be finite numbers by name"),
+        (put("blocks.0.diagnostics", None), "diagnostics is None, must be finite numbers by name"),
+        (put("blocks.0.state", None), "state is None, must be tensors by name"),
+        (put("content", "job"), "must be a result of format 2"),
     ],
 )
 def test_a_malformed_result_is_refused_with_a_sentence(edit: Any, message: str) -> None:
@@ -237,7 +256,16 @@ def test_a_failed_link_passes_on_the_state_before_it() -> None:
     assert run_job(job_after(jobs[2], failed)) == run_job(job_after(jobs[2], run_job(jobs[0])))
 
 
-def test_a_torn_chain_is_refused() -> None:
+@pytest.mark.parametrize("jobs", [None, [], [3], "text"])
+def test_a_torn_chain_is_refused(jobs: object) -> None:
     chain = chain_jobs(increments(3))
-    with pytest.raises(ValueError, match="lacks '1/job/bytes'"):
-        run_job(edited(chain, lambda metadata, tensors: tensors.pop("1/job/bytes")))
+    with pytest.raises(ValueError, match="must be a list of the bytes of at least one job"):
+        run_job(edited(chain, put("jobs", jobs)))
+    with pytest.raises(ValueError, match="the chain has parts that nobody reads: blocks"):
+        run_job(edited(chain, put("blocks", jobs)))
+
+
+def test_a_payload_of_the_first_format_is_refused_by_its_number() -> None:
+    old = save({"0/statistics/A": torch.ones(1, 3)}, metadata={"kfdist": '{"content": "job", "format": 1}'})
+    with pytest.raises(ValueError, match="the payload is {'format': 1, 'content': 'job'}, must be a job of format 2"):
+        run_job(old)

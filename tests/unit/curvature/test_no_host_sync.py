@@ -12,7 +12,7 @@ from kfdist.curvature.blocks import Block, make_block
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.ladder import invert_group_with_ladder, invert_with_ladder
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
-from kfdist.wire.records import tensor_fields, with_tensors
+from kfdist.wire.records import map_tensors
 from tests.support.cases import CASES, DAMPING, InverterCase
 from tests.support.coupled import small_chain
 from tests.support.matrices import C, P, Q, make_factors
@@ -47,7 +47,7 @@ def test_application(case: InverterCase) -> None:
     made = invert_with_ladder(case.make(), statistics, damping=DAMPING, previous={}, seed=0).preconditioner
     assert made is not None
     mode = FakeTensorMode()
-    fake = with_tensors(made, {name: mode.from_tensor(tensor) for name, tensor in tensor_fields(made).items()})
+    fake = map_tensors(mode.from_tensor, made)
     with mode:
         gradient = torch.zeros(C, P, Q)
         assert fake.apply(gradient, DAMPING).shape == (C, P, Q)
@@ -69,7 +69,7 @@ def test_application_to_a_group(method: str, settings: dict[str, str]) -> None:
     for outcome in outcomes.values():
         made = outcome.preconditioner
         assert made is not None
-        fakes.append(with_tensors(made, {n: mode.from_tensor(each) for n, each in tensor_fields(made).items()}))
+        fakes.append(map_tensors(mode.from_tensor, made))
     with mode:
         gradients = [torch.zeros(shape) for shape in chain.shapes]
         found = inverter.produces.apply_group(fakes, gradients, DAMPING, [{} for _ in fakes])

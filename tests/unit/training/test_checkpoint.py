@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import CheckpointError
 from kfdist.training.checkpoint import CheckpointStore, Saved
-from kfdist.training.manifest import Manifest
+from kfdist.training.manifest import FORMAT, Manifest
 
 SINGLE = Communicator(None)
 
@@ -56,7 +57,7 @@ def test_round_trip_and_what_is_on_the_disk(tmp_path: Path):
     assert saved.bytes == files["shared.safetensors"] + files["rank-00000.safetensors"]
     manifest = json.loads((directory / "manifest.json").read_text())
     assert (manifest["format"], manifest["step"], manifest["world_size"], manifest["statistics"]) == (
-        1,
+        FORMAT,
         123,
         1,
         "per-rank",
@@ -104,11 +105,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "manifest.json").write_text((d / "manifest.json").read_text().replace('"step": 9', '"step": 8')),
         "doesn't match its own hash",
     ),
-    "other format": (
+    "format changed": (
         lambda d: (d / "manifest.json").write_text(
-            (d / "manifest.json").read_text().replace('"format": 1', '"format": 7')
+            (d / "manifest.json").read_text().replace(f'"format": {FORMAT}', '"format": 7')
         ),
-        "format 7; this version of kfdist reads 1",
+        "doesn't match its own hash",
     ),
     "shared missing": (lambda d: (d / "shared.safetensors").unlink(), "shared.safetensors can't be read"),
     "shared cut": (lambda d: os.truncate(d / "shared.safetensors", 100), "shared.safetensors has 100 bytes instead of"),
@@ -136,6 +137,22 @@ def test_a_damaged_one_is_skipped_with_the_reason_and_written_anew(tmp_path: Pat
     # The run comes to step 9 again.
     assert save(later, 9).fault == ""
     assert_holds(fresh(tmp_path), 9)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_one_of_another_version_is_refused_and_stays(tmp_path: Path, damaged: bool):
+    store = fresh(tmp_path)
+    for step in (3, 5, 9):
+        save(store, step)
+    directory = tmp_path / "checkpoints" / "step-00000005"
+    (directory / "manifest.json").write_bytes(replace(Manifest.read(directory), format=1).encode())
+    if not damaged:  # the newest that is whole is of this version
+        assert_holds(fresh(tmp_path), 9)
+        return
+    (tmp_path / "checkpoints" / "step-00000009" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="step-00000005: .*has format 1 .* resume with the version that wrote it"):
+        fresh(tmp_path).newest()
+    assert directory.exists()
 
 
 def test_a_checkpoint_that_gets_damaged_after_it_was_found_is_refused(tmp_path: Path):

@@ -1,6 +1,8 @@
-"""Records within records: moved, packed and put together like flat ones, under dotted names."""
+"""Records within records: walked, moved, taken apart and put together like flat ones."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -46,71 +48,71 @@ def make() -> Outer:
 def test_the_walk_goes_inside_under_dotted_names() -> None:
     made = make()
     assert list(records.tensor_fields(made)) == ["weight", "inner.rows", "inner.inner.rows", "inner.inner.matrix"]
-    assert records.static_fields(made) == {
-        "inner.inner.label": "leaf",
-        "inner.kind": "a field of this name is no trouble",
-        "number": 3,
-    }
     assert records.symmetric_fields(made) == {"inner.inner.matrix"}
 
 
 def test_a_nested_record_comes_back_whole() -> None:
     made = make()
-    packed = records.pack(made, TABLE)
-    assert packed.kind == "outer"
-    assert packed.tensors["inner.inner.matrix"].shape == (2, 10)
-    assert (packed.static["inner"], packed.static["inner.inner"]) == ("middle", "leaf")
-    back = records.unpack(packed, TABLE)
+    tree = records.to_tree(made, TABLE)
+    middle = tree["fields"]["inner"]
+    leaf = middle["fields"]["inner"]
+    assert (tree["kind"], middle["kind"], leaf["kind"]) == ("outer", "middle", "leaf")
+    assert (tree["fields"]["number"], leaf["fields"]["label"]) == (3, "leaf")
+    assert middle["fields"]["kind"] == "a field of this name is no trouble"
+    assert leaf["fields"]["matrix"].shape == (2, 10)
+    back = records.from_tree(tree, TABLE)
     assert type(back.inner) is Middle and type(back.inner.inner) is Leaf
-    assert records.static_fields(back) == records.static_fields(made)
+    assert (back.number, back.inner.kind, back.inner.inner.label) == (3, made.inner.kind, "leaf")
     expected, found = records.tensor_fields(made), records.tensor_fields(back)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_moving_and_packing_tight_reach_the_inner_tensors() -> None:
+def test_mapping_and_moving_reach_the_inner_tensors() -> None:
     made = make()
     assert records.move(made, "cpu") is made
     moved = records.move(made, "cpu", torch.float32)
     assert {tensor.dtype for tensor in records.tensor_fields(moved).values()} == {torch.float32}
     assert not made.inner.rows.is_contiguous() and records.contiguous(made).inner.rows.is_contiguous()
-    doubled = records.with_tensors(made, {name: 2 * each for name, each in records.tensor_fields(made).items()})
-    assert torch.equal(records.tensor_fields(doubled)["inner.inner.rows"], 2 * made.inner.inner.rows)
-    assert records.static_fields(doubled) == records.static_fields(made)
+    tripled = records.map_tensors(lambda one, other: one + other, made, records.map_tensors(lambda t: 2 * t, made))
+    assert torch.equal(records.tensor_fields(tripled)["inner.inner.rows"], 3 * made.inner.inner.rows)
+    assert (tripled.number, tripled.inner.kind) == (made.number, made.inner.kind)
 
 
-def _static(**changes: object) -> dict[str, object]:
-    packed = records.pack(make(), TABLE)
-    return {**packed.static, **{name.replace("_", "."): value for name, value in changes.items()}}
+def without(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda middle: middle["fields"].pop(name)
+
+
+def with_inner(value: object) -> Callable[[dict[str, Any]], object]:
+    return lambda middle: middle["fields"].update(inner=value)
 
 
 @pytest.mark.parametrize(
-    ("static", "message"),
+    ("edit", "message"),
     [
-        (_static(inner="other"), "unknown record 'other'; known: leaf, middle, outer"),
-        (_static(inner_inner="base"), "base has no fields label, matrix"),
-        ({k: v for k, v in _static().items() if k != "inner.inner"}, "middle lacks its field 'inner'"),
-        (_static(inner_more=1), "middle has no fields more"),
-        (_static(innermore=1), "outer has no fields innermore"),
+        (lambda middle: middle.update(kind="other"), "unknown record 'other'; known: leaf, middle, outer"),
+        (lambda middle: middle.update(kind="base"), "base has no fields inner, kind"),
+        (without("inner"), "middle lacks its field 'inner'"),
+        (without("rows"), "middle lacks its field 'rows'"),
+        (with_inner(None), "None is no record"),
+        (with_inner(torch.ones(2)), "a tensor of shape .2,. is no record"),
+        (lambda middle: middle["fields"].update(more=1), "middle has no fields more"),
     ],
 )
-def test_a_nested_record_that_does_not_fit_is_refused(static: dict[str, object], message: str) -> None:
-    packed = records.pack(make(), TABLE)
+def test_a_nested_record_that_does_not_fit_is_refused(edit: Callable[[dict[str, Any]], object], message: str) -> None:
+    tree = records.to_tree(make(), TABLE)
+    edit(tree["fields"]["inner"])
     with pytest.raises(ValueError, match=message):
-        records.unpack(replace(packed, static=static), TABLE)  # type: ignore[arg-type]
+        records.from_tree(tree, TABLE)
 
 
 def test_a_record_of_the_wrong_class_inside_is_refused() -> None:
-    leaf = records.pack(make().inner.inner, TABLE)
-    packed = records.PackedRecord(
-        kind="outer",
-        tensors={"weight": torch.ones(1), **{f"inner.{name}": each for name, each in leaf.tensors.items()}},
-        static={"number": 1, "inner": "leaf", **{f"inner.{name}": each for name, each in leaf.static.items()}},
-    )
+    leaf = records.to_tree(make().inner.inner, TABLE)
+    tree = records.make_tree("outer", {"weight": torch.ones(1), "number": 1, "inner": leaf})
     with pytest.raises(ValueError, match="outer can't hold a leaf as 'inner'"):
-        records.unpack(packed, TABLE)
+        records.from_tree(tree, TABLE)
 
 
 def test_an_unknown_class_inside_does_not_travel() -> None:
     with pytest.raises(ValueError, match="Leaf is not in the table; known: outer, middle"):
-        records.pack(make(), {"outer": Outer, "middle": Middle})
+        records.to_tree(make(), {"outer": Outer, "middle": Middle})

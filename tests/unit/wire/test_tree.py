@@ -1,5 +1,6 @@
 """Any nested state becomes one file without pickle, and comes back as it was."""
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
-from kfdist.errors import CheckpointError
-from kfdist.wire.tree import pack, unpack
+from kfdist.wire.tree import outline, pack, unpack
 
 
 def same(one: object, two: object) -> bool:
@@ -86,22 +87,31 @@ def test_what_would_need_pickle_is_refused_by_its_place(state: object, place: st
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 8, bytes(8) + b"{}", (10**12).to_bytes(8, "little") + b"{}"])
 def test_other_files_are_refused(content: bytes):
-    with pytest.raises(CheckpointError):
-        unpack(content)
+    for read in (unpack, outline):
+        with pytest.raises(ValueError, match="not a state file of kfdist, or damaged"):
+            read(content)
 
 
 def test_files_of_others_are_refused():
-    from safetensors.torch import save
-
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ValueError, match="not a state file of kfdist"):
         unpack(save({"a": torch.zeros(1)}))
+    with pytest.raises(ValueError, match="nothing says where the tensors a, b belong"):
+        unpack(save({"a": torch.zeros(1), "b": torch.zeros(1)}, metadata={"kfdist": "[]"}))
+
+
+def test_the_outline_is_the_state_without_tensors_and_bytes():
+    state = {"a": torch.arange(3), "b": [1, (b"x", 2.5), {"c": None}], 3: {"$odd": math.inf}}
+    content = pack(state)
+    assert outline(content) == {"a": None, "b": [1, (None, 2.5), {"c": None}], 3: {"$odd": math.inf}}
+    length = int.from_bytes(content[:8], "little")
+    assert outline(content[: 8 + length]) == outline(content), "it reads the header alone"
 
 
 @given(st.binary(max_size=60), st.integers(0, 200))
-def test_damage_never_gives_anything_but_a_checkpoint_error(junk: bytes, place: int):
+def test_damage_never_gives_anything_but_a_value_error(junk: bytes, place: int):
     content = bytearray(pack({"a": torch.arange(5), "b": [1, "x", {"c": 2.5}]}))
     content[place : place + len(junk)] = junk
-    try:
+    with contextlib.suppress(ValueError):
         unpack(bytes(content))
-    except CheckpointError:
-        pass
+    with contextlib.suppress(ValueError):
+        outline(bytes(content))

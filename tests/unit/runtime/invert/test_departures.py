@@ -12,7 +12,7 @@ from kfdist.linalg.psd import unpack_triangle
 from kfdist.runtime.invert.departures import DepartingStatistics
 from kfdist.runtime.plan.planner import plan_blocks
 from kfdist.runtime.reduce.contributions import Contribution, contribution_of_sums, with_increment
-from kfdist.wire.records import PackedRecord
+from kfdist.wire.records import RecordTree
 from tests.support.matrices import gaussian
 
 D_A, D_G = 5, 4
@@ -25,7 +25,7 @@ def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
     rows = {"A": gaussian(1, 1, D_A, seed=0), "G": gaussian(1, 1, D_G, seed=1)}
     sums = WeightedSums.zeros({"A": (1, D_A, D_A), "G": (1, D_G, D_G)}, dtype=torch.float64, device=torch.device("cpu"))
 
-    def records(*, dense: bool) -> Mapping[str, PackedRecord]:
+    def records(*, dense: bool) -> Mapping[str, RecordTree]:
         empty = Contribution(block=name, statistic=Increment, summed={})
         given = contribution_of_sums(name, Increment, sums) if dense else empty
         found = with_increment(
@@ -42,7 +42,7 @@ def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
         )
         return DepartingStatistics(0, [group], {name: found.summed | found.common}).records()[group.name]
 
-    assert records(dense=False)[name].tensors["A"].shape == (1, 0)
+    assert records(dense=False)[name]["fields"]["A"].shape == (1, 0)
     assert records(dense=True) == {}, "where nothing was ever measured there is nothing to invert"
     sums.fold(BatchStatistics(sums={"A": 3.0 * torch.eye(D_A)[None], "G": torch.eye(D_G)[None]}, examples=3.0), 0.0)
-    assert torch.equal(unpack_triangle(records(dense=True)[name].tensors["A"])[0], torch.eye(D_A).double())
+    assert torch.equal(unpack_triangle(records(dense=True)[name]["fields"]["A"])[0], torch.eye(D_A).double())
