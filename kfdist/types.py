@@ -1,13 +1,15 @@
 """Words used everywhere: names, steps, versions, and the records that cross process borders.
 
-Nothing here has behaviour beyond its own fields, and nothing imports torch: the courier and the controller use it too.
+Nothing here does more than hold its fields, and nothing imports torch: the courier and the controller use it too.
 """
 
 import hashlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import Self
 from typing import Literal
 
 BlockName = str
@@ -64,6 +66,32 @@ class GroupSpec:
     bytes: int
 
 
+class LateBytes:
+    """Bytes that are made when somebody first asks for them: once, in whichever thread that is.
+
+    Args:
+        make: Makes them of what never changes. It is let go, with all that it holds, when it has been called.
+    """
+
+    def __init__(self, make: Callable[[], bytes]) -> None:
+        self._make: Callable[[], bytes] | None = make
+        self._made = b""
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, value: bytes) -> Self:
+        """Wraps bytes that are there already."""
+        return cls(lambda: value)
+
+    @property
+    def value(self) -> bytes:
+        """The bytes."""
+        with self._lock:
+            if self._make is not None:
+                self._made, self._make = self._make(), None
+            return self._made
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One inversion to be done. Its result is a function of `payload` alone.
@@ -73,7 +101,7 @@ class Job:
         epoch: Start of the run that it belongs to (design: fencing).
         group: The group of blocks.
         version: Step whose statistics are in the payload.
-        payload: Everything the inversion depends on, in the format of `kfdist.curvature.jobs`.
+        content: The payload as it is made: whoever carries the job writes it down, not the thread that trains.
         deadline_seconds: How long one attempt may run before it is killed.
         fingerprint: What an owner's own fingerprint must equal; empty where any owner will do (asap).
     """
@@ -82,9 +110,14 @@ class Job:
     epoch: int
     group: GroupName
     version: int
-    payload: bytes
+    content: LateBytes
     deadline_seconds: float
     fingerprint: str = ""
+
+    @property
+    def payload(self) -> bytes:
+        """Everything the inversion depends on, in the format of `kfdist.curvature.jobs`."""
+        return self.content.value
 
     @cached_property
     def digest(self) -> str:

@@ -49,7 +49,7 @@ class LocalLink(AbstractLink):
                 seconds=time.perf_counter() - begun,
                 owner="local",
             )
-            _ = result.digest  # computed here, so that the thread that trains finds it ready
+            _ = result.digest  # computed here: the thread that trains is to find it ready
             self._done.put(result)
 
     def submit(self, job: Job) -> None:

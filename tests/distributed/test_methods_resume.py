@@ -176,7 +176,7 @@ def test_a_step_done_again_inverts_its_own_groups_again(folder: Path, whole: lis
 
 def test_the_newest_head_of_an_online_group_survives_a_merge() -> None:
     common = {"step": 9, "statistics": "folded", "world_size": 2, "in_flight": {}, "memories": {}, "snapshots": {}}
-    newer, older = ({"version": version, "payload": torch.zeros(0, dtype=torch.uint8)} for version in (7, 3))
+    newer, older = ({"version": version, "payload": b""} for version in (7, 3))
     for heads in ([newer, older], [older, newer]):
         states = [{**common, "online": {"a": head}} for head in heads]
         assert merge_states(states)["online"]["a"] is newer

@@ -16,7 +16,7 @@ import hashlib, os, sys
 sys.path.insert(0, {root!r})
 from kfdist.links.link import LinkContext
 from kfdist.links.rank.remote import RemoteLink
-from kfdist.types import GroupSpec, Job
+from kfdist.types import GroupSpec, Job, LateBytes
 
 print("script runs in", os.getpid(), flush=True)  # once, or somebody has run it again
 data = open({file!r}, "rb").read()
@@ -25,7 +25,7 @@ link.start(LinkContext(run="scripts", epoch=1, worker_rank=0, world_size=1,
     groups=[GroupSpec(name="g", cost=1.0, position=0, bytes=1)], fingerprint=""))
 
 def submit(version):
-    link.submit(Job(run="scripts", epoch=1, group="g", version=version, payload=data,
+    link.submit(Job(run="scripts", epoch=1, group="g", version=version, content=LateBytes.of(data),
         deadline_seconds=60.0))
 
 def result():

@@ -9,7 +9,7 @@ from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import encode_job, run_job
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.links.link import AbstractLink, LinkContext
-from kfdist.types import GroupSpec, Job, JobResult
+from kfdist.types import GroupSpec, Job, JobResult, LateBytes
 from tests.support.controller import eventually
 
 RUN = "jobs"
@@ -57,7 +57,7 @@ def job(
         epoch=epoch,
         group=group,
         version=version,
-        payload=data,
+        content=LateBytes.of(data),
         deadline_seconds=deadline_seconds,
         fingerprint=fingerprint,
     )

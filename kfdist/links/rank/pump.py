@@ -1,6 +1,6 @@
 """The rank's background thread: it moves jobs to the courier and verified results back, and keeps a courier alive.
 
-The thread that trains only appends to queues; hashing, copying and waiting happen here.
+The thread that trains only appends to queues; writing jobs down, hashing, copying and waiting happen here.
 """
 
 import logging

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from kfdist.curvature.jobs import chain_jobs, job_after
 from kfdist.links.link import AbstractLink
 from kfdist.policies.adoption import NO_VERSION
-from kfdist.types import GroupName, Job, JobResult
+from kfdist.types import GroupName, Job, JobResult, LateBytes
 
 
 @dataclass
@@ -47,19 +47,20 @@ class JobLine:
         """Returns the job whose turn it is after `finish`."""
         return self._start(self.waiting.pop(0)) if self.waiting else None
 
-    def finish(self, result: JobResult) -> bool:
+    def finish(self, result: JobResult) -> Job | None:
         """Takes in the result of a running job.
 
         Returns:
-            False for a result of a job that doesn't run (delivered twice, say), which is dropped: its slot may be free
-            again already, and nothing is adopted that was not asked for.
+            The job; None where no such job runs (its result came twice, say), and the result is dropped: its slot may
+            be free again already, and nothing is adopted that was not asked for.
         """
-        if self.running.pop(result.version, None) is None:
-            return False
+        job = self.running.pop(result.version, None)
+        if job is None:
+            return None
         if result.version > self._released:
             self.results[result.version] = result
         self.remember(result.version, result.payload)
-        return True
+        return job
 
     def put(self, result: JobResult) -> None:
         """Takes in a result that needed no inversion, or one from a checkpoint."""
@@ -96,14 +97,14 @@ class JobLine:
             older = self.waiting.pop()
             if self.online:
                 self.merged += 1
-                job = replace(job, payload=chain_jobs([older.payload, job.payload]))
+                job = _chained(older, job)
             else:
                 self.replaced += 1
         self.waiting.append(job)
 
     def _start(self, job: Job) -> Job:
         if self.head is not None:
-            job = replace(job, payload=job_after(job.payload, self.head[1]))
+            job = _following(job, self.head[1])
         self.running[job.version] = job
         return job
 
@@ -116,7 +117,7 @@ class JobBook:
         lines: One per group, by the group's name.
 
     Attributes:
-        bytes_sent: Payload bytes submitted.
+        bytes_sent: Payload bytes of the jobs that came back.
     """
 
     def __init__(self, link: AbstractLink, lines: Mapping[GroupName, JobLine]) -> None:
@@ -133,7 +134,9 @@ class JobBook:
         """Takes in what the link brought, and starts the jobs that waited for it."""
         for result in self._link.poll():
             line = self._lines[result.group]
-            if line.finish(result):
+            job = line.finish(result)
+            if job is not None:
+                self.bytes_sent += len(job.payload)
                 self._news.append(result)
                 self._submit(line.next())
 
@@ -148,5 +151,14 @@ class JobBook:
 
     def _submit(self, job: Job | None) -> None:
         if job is not None:
-            self.bytes_sent += len(job.payload)
             self._link.submit(job)
+
+
+def _chained(older: Job, newer: Job) -> Job:
+    """Joins two jobs of an online group to one that does both."""
+    return replace(newer, content=LateBytes(lambda: chain_jobs([older.payload, newer.payload])))
+
+
+def _following(job: Job, result: bytes) -> Job:
+    """Has a job go on from what the result before it left behind."""
+    return replace(job, content=LateBytes(lambda: job_after(job.payload, result)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from kfdist.runtime.reduce.reducer import Reduction
 from kfdist.runtime.settings import JobTerms, Settings
 from kfdist.runtime.track import Track
 from kfdist.seeds import block_seed
-from kfdist.types import BlockName, GroupName, Job, JobResult
+from kfdist.types import BlockName, GroupName, Job, JobResult, LateBytes
 from kfdist.wire.records import tensor_fields
 
 
@@ -113,7 +114,8 @@ class Inverting:
                 payload = failure_result({block.name: NO_STATISTICS for block in group.blocks})
                 self._announce(JobResult(group=group.name, version=version, payload=payload, seconds=0.0, owner="none"))
                 continue
-            payload = encode_job(
+            encode = partial(
+                encode_job,
                 inverter=group.inverter,
                 statistics=of_group,
                 damping=departure.damping,
@@ -121,15 +123,15 @@ class Inverting:
                 previous={} if group.inverter.online else departure.previous[group.name],
                 threads=torch.get_num_threads(),
             )
-            self._book.ship(self._job(group.name, version, payload))
+            self._book.ship(self._job(group.name, version, LateBytes(encode)))
 
-    def _job(self, group: GroupName, version: int, payload: bytes) -> Job:
+    def _job(self, group: GroupName, version: int, content: LateBytes) -> Job:
         return Job(
             run=self._terms.run,
             epoch=self._terms.epoch,
             group=group,
             version=version,
-            payload=payload,
+            content=content,
             deadline_seconds=self._terms.deadline_seconds,
             fingerprint=self._terms.fingerprint,
         )
@@ -192,7 +194,7 @@ class Inverting:
         for entry in sorted(entries, key=lambda entry: (entry["group"], entry["version"])):
             group, version = str(entry["group"]), int(entry["version"])
             if "job" in entry:
-                self._book.ship(self._job(group, version, entry["job"]))
+                self._book.ship(self._job(group, version, LateBytes.of(entry["job"])))
             else:
                 seconds, owner = float(entry["seconds"]), str(entry["owner"])
                 payload = entry["result"]
