@@ -101,7 +101,7 @@ class Job:
         epoch: Start of the run that it belongs to (design: fencing).
         group: The group of blocks.
         version: Step whose statistics are in the payload.
-        content: The payload as it is made: whoever carries the job writes it down, not the thread that trains.
+        content: Makes the payload; the link calls it, in a thread of its own, not the thread that trains.
         deadline_seconds: How long one attempt may run before it is killed.
         fingerprint: What an owner's own fingerprint must equal; empty where any owner will do (asap).
     """
@@ -165,7 +165,7 @@ class Sample:
 
 
 class Desired(StrEnum):
-    """What people want a run to do."""
+    """What users want a run to do."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -174,7 +174,7 @@ class Desired(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What people asked of a run; all ranks obey at the same step.
+    """What users asked of a run; all ranks obey at the same step.
 
     Attributes:
         revision: Moves at every change, never back.

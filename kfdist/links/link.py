@@ -1,23 +1,24 @@
-"""How a job reaches an inverter: the interface that the local link and the courier's link share."""
+"""How a job reaches an inverter: what the local link and the remote link have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kfdist.types import GroupSpec, Job, JobResult, RunSettings, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkContext:
-    """What a link has to know of its rank before it starts.
+    """What a link needs to know of its rank before it starts.
 
     Attributes:
         run: Name of the run.
         epoch: Start of the run, the same on all ranks.
         worker_rank: This rank, from 0.
-        world_size: How many ranks train.
+        world_size: Number of ranks.
         groups: Every group of the run, in model order.
-        fingerprint: What this rank's numbers depend on.
+        fingerprint: What the numbers of this rank depend on.
         assignment: How groups are dealt to owners: "round_robin", "model_order" or "lpt".
     """
 
@@ -32,34 +33,44 @@ class LinkContext:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkCounters:
-    """What a link counted since its start, all growing.
+    """What a link counted since its start; it only grows.
 
     Attributes:
         resubmissions: Jobs sent again after a fault, by reason ("owner_lost", "deadline", "crash", "courier_lost",
             "corrupt", "fingerprint", "refused", "stale_epoch", "too_large").
-        courier_restarts: Couriers respawned.
-        bytes_sent: Payload bytes handed to owners.
-        bytes_received: Payload bytes that came back.
-        samples_dropped: Samples that never reached the controller, because it was away for too long.
+        courier_restarts: Couriers started again.
+        bytes_sent: Payload bytes sent to owners, retries included.
+        bytes_received: Payload bytes of results, retries included.
+        samples_dropped: Samples lost because the controller or the courier took none for too long.
     """
 
-    resubmissions: dict[str, int]
-    courier_restarts: int
-    bytes_sent: int
-    bytes_received: int
+    resubmissions: Mapping[str, int] = field(default_factory=dict)
+    courier_restarts: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
     samples_dropped: int = 0
+
+    def __add__(self, more: "LinkCounters") -> "LinkCounters":
+        return LinkCounters(
+            resubmissions=dict(Counter(self.resubmissions) + Counter(more.resubmissions)),
+            courier_restarts=self.courier_restarts + more.courier_restarts,
+            bytes_sent=self.bytes_sent + more.bytes_sent,
+            bytes_received=self.bytes_received + more.bytes_received,
+            samples_dropped=self.samples_dropped + more.samples_dropped,
+        )
 
 
 class AbstractLink(ABC):
-    """Carries jobs to whoever inverts, and their results back. One per rank; all calls come from one thread.
+    """Carries jobs to an inverter and their results back. One per rank; all calls come from one thread.
 
-    No call but `wait` and `close` blocks. A submitted job is retried by the link until it has a result: faults of
-    owners and of the courier never surface as results; a result is a function of the job's payload.
+    Only `wait` and `close` block. The link retries a job until it has a result: faults of owners and couriers never
+    surface as results, and a result is a function of the job's payload. The payload is encoded and hashed in a thread
+    of the link.
     """
 
     @abstractmethod
     def start(self, context: LinkContext) -> None:
-        """Begins to carry; called once, by every rank, before any job."""
+        """Starts the link; called once, by every rank, before any job."""
 
     @abstractmethod
     def submit(self, job: Job) -> None:
@@ -75,15 +86,15 @@ class AbstractLink(ABC):
 
     @abstractmethod
     def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
-        """Tells the controller where the rank stands; samples may be dropped, and the drop counted, when it is away."""
+        """Tells the controller where the rank is; while it is away, samples may be dropped and are counted."""
 
     @abstractmethod
     def settings(self) -> RunSettings:
-        """Returns what the controller last said people want; the initial settings without a controller."""
+        """Returns the newest settings that the controller sent; the initial ones without a controller."""
 
     @abstractmethod
     def counters(self) -> LinkCounters:
-        """Returns what was counted so far."""
+        """Returns what was counted since the start."""
 
     @abstractmethod
     def close(self) -> None:

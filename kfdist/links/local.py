@@ -5,6 +5,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from kfdist.curvature.jobs import run_job
 from kfdist.errors import KfdistError
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
@@ -26,8 +28,8 @@ class LocalLink(AbstractLink):
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @override
     def start(self, context: LinkContext) -> None:
-        """Starts the thread."""
         del context
         self._thread = threading.Thread(target=self._invert_forever, name="kfdist-inverter", daemon=True)
         self._thread.start()
@@ -36,26 +38,25 @@ class LocalLink(AbstractLink):
         while (job := self._jobs.get()) is not None:
             if self._closing.is_set():
                 return
-            begun = time.perf_counter()
             try:
-                payload = run_job(job.payload, device=self._device)
+                self._done.put(self._invert(job))
             except Exception as error:  # surfaces in the rank's main thread, at poll
                 self._done.put(error)
-                continue
-            result = JobResult(
-                group=job.group,
-                version=job.version,
-                payload=payload,
-                seconds=time.perf_counter() - begun,
-                owner="local",
-            )
-            _ = result.digest  # computed here: the thread that trains is to find it ready
-            self._done.put(result)
 
+    def _invert(self, job: Job) -> JobResult:
+        encoded = job.payload
+        begun = time.perf_counter()
+        payload = run_job(encoded, device=self._device)
+        seconds = time.perf_counter() - begun
+        result = JobResult(group=job.group, version=job.version, payload=payload, seconds=seconds, owner="local")
+        _ = result.digest  # computed here, so that the thread that trains finds it ready
+        return result
+
+    @override
     def submit(self, job: Job) -> None:
-        """Queues a job; one runs at a time."""
         self._jobs.put(job)
 
+    @override
     def poll(self) -> list[JobResult]:
         """Returns the finished inversions.
 
@@ -73,8 +74,8 @@ class LocalLink(AbstractLink):
                 raise KfdistError(f"the inversion thread failed: {each}") from each
         return [each for each in finished if isinstance(each, JobResult)]
 
+    @override
     def wait(self, seconds: float) -> None:
-        """Blocks until an inversion is finished, at most `seconds`."""
         if self._arrived:
             return
         try:
@@ -82,19 +83,21 @@ class LocalLink(AbstractLink):
         except queue.Empty:
             return
 
+    @override
     def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
-        """Does nothing: nobody listens."""
+        """Does nothing: there is no controller."""
 
+    @override
     def settings(self) -> RunSettings:
-        """Returns the initial settings: nobody can change them."""
         return RunSettings()
 
+    @override
     def counters(self) -> LinkCounters:
-        """Returns zeros: nothing travels and nothing is submitted twice."""
-        return LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
+        return LinkCounters()
 
+    @override
     def close(self) -> None:
-        """Ends the thread after the job it is at; those behind it are dropped."""
+        """Ends the thread after the job it is working on; those behind it are dropped."""
         if self._thread is not None:
             self._closing.set()
             self._jobs.put(None)

@@ -7,13 +7,13 @@ groups) goes into the memfd of the setup that the courier reads at its start.
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from kfdist.links.link import LinkContext
+from kfdist.links.link import LinkContext, LinkCounters
 from kfdist.links.shared_memory import create_input, read_private
 from kfdist.types import RunSettings, Sample
 
@@ -107,17 +107,14 @@ class Fenced:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Courier to rank: what it counted since it last said so, in the words of `kfdist.links.link.LinkCounters`."""
+class Counted:
+    """Courier to rank: what it counted since it last said so."""
 
-    kind: Literal["counts"] = "counts"
-    resubmissions: Mapping[str, int] = field(default_factory=dict)
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    samples_dropped: int = 0
+    kind: Literal["counted"] = "counted"
+    counters: LinkCounters
 
 
-Message = Submit | Beat | Bye | Hello | Done | NewSettings | Fenced | Counts
+Message = Submit | Beat | Bye | Hello | Done | NewSettings | Fenced | Counted
 
 _EXACT = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 """Both sides are of one version: a field too many or of another type is a fault. A gauge may be NaN."""

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfdist.links import socket_messages
+from kfdist.links.link import LinkCounters
 from kfdist.links.socket_messages import (
     Beat,
     Bye,
-    Counts,
+    Counted,
     CourierSetup,
     Done,
     Fenced,
@@ -36,7 +37,7 @@ EXAMPLES = [
     Done(ticket=7, payload_bytes=4, digest="e" * 64, seconds=0.5, owner="owner-0"),
     NewSettings(settings=RunSettings(revision=4, desired=Desired.PAUSED, checkpoint_serial=2, damping=1e-3)),
     Fenced(),
-    Counts(resubmissions={"crash": 2}, bytes_sent=5, bytes_received=6, samples_dropped=7),
+    Counted(counters=LinkCounters(resubmissions={"crash": 2}, bytes_sent=5, bytes_received=6, samples_dropped=7)),
 ]
 
 

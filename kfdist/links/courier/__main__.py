@@ -17,11 +17,12 @@ from kfdist.links import socket_messages
 from kfdist.links.courier.dispatch import Dispatcher
 from kfdist.links.courier.known_owners import OwnerDirectory
 from kfdist.links.courier.session import ControllerSession
+from kfdist.links.link import LinkCounters
 from kfdist.links.shared_memory import HeartbeatWord
 from kfdist.links.socket_messages import (
     Beat,
     Bye,
-    Counts,
+    Counted,
     CourierSetup,
     Fenced,
     Hello,
@@ -139,7 +140,7 @@ class Courier:
             await asyncio.sleep(_REPORT_SECONDS)
             self._dispatcher.report()
             if self._session.samples_dropped:
-                self._rank.tell(Counts(samples_dropped=self._session.samples_dropped))
+                self._rank.tell(Counted(counters=LinkCounters(samples_dropped=self._session.samples_dropped)))
                 self._session.samples_dropped = 0
 
     def _owners_changed(self) -> None:

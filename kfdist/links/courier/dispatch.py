@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
 from kfdist.links.courier.transfer import AttemptFailed, Inverted, Reason, Request, Traffic, attempt
+from kfdist.links.link import LinkCounters
 from kfdist.links.shared_memory import write_at
-from kfdist.links.socket_messages import Counts, Done, Message, Submit
+from kfdist.links.socket_messages import Counted, Done, Message, Submit
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_aio_channel
 
@@ -133,13 +134,13 @@ class Dispatcher:
 
     def report(self) -> None:
         """Tells the rank what was counted since the last report, if anything was."""
-        counts = Counts(
+        counted = LinkCounters(
             resubmissions=dict(self._resubmissions),
             bytes_sent=self._traffic.sent,
             bytes_received=self._traffic.received,
         )
-        if counts != Counts():
-            self._tell(counts)
+        if counted != LinkCounters():
+            self._tell(Counted(counters=counted))
         self._resubmissions.clear()
         self._traffic.sent = self._traffic.received = 0
 

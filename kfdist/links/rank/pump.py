@@ -9,7 +9,7 @@ import selectors
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -19,7 +19,7 @@ from kfdist.links.link import LinkCounters
 from kfdist.links.rank.courier_process import COURIER_MODULE, CourierProcess
 from kfdist.links.rank.handover import Handover
 from kfdist.links.shared_memory import read_private
-from kfdist.links.socket_messages import Bye, Counts, CourierSetup, Done, Fenced, Hello, Message, NewSettings
+from kfdist.links.socket_messages import Bye, Counted, CourierSetup, Done, Fenced, Hello, Message, NewSettings
 from kfdist.types import Desired, Job, JobResult, RunSettings, Sample
 
 _LOG = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Pump:
             EnvironmentFault: No courier can be started.
         """
         self.settings = RunSettings()
-        self.counters = LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
+        self.counters = LinkCounters()
         self.fault: Exception | None = None
         self._mailbox = mailbox
         self._setup = setup
@@ -172,12 +172,12 @@ class Pump:
     def _post_beats(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
         for beat in socket_messages.beats(step, phase, samples):
             if self._queued_samples + len(beat.samples) > self._options.queued_samples:
-                self._count(samples_dropped=len(beat.samples))
+                self.counters += LinkCounters(samples_dropped=len(beat.samples))
                 continue
             try:
                 self._post(beat, samples=len(beat.samples))
             except ValueError:  # labels of many kilobytes
-                self._count(samples_dropped=len(beat.samples))
+                self.counters += LinkCounters(samples_dropped=len(beat.samples))
 
     def _post(self, message: Message, *, samples: int = 0) -> None:
         self._outbox.append((socket_messages.encode(message), samples))
@@ -241,13 +241,8 @@ class Pump:
                     self.settings = settings
             case Fenced():
                 self._stop_run()
-            case Counts():
-                self._count(
-                    resubmissions=message.resubmissions,
-                    bytes_sent=message.bytes_sent,
-                    bytes_received=message.bytes_received,
-                    samples_dropped=message.samples_dropped,
-                )
+            case Counted(counters=counters):
+                self.counters += counters
             case _:
                 raise AssertionError(f"only ranks say {message!r}")
 
@@ -265,7 +260,7 @@ class Pump:
         )
         if result.digest != done.digest:
             self._handover.requeue(entry)
-            self._count(resubmissions={"corrupt": 1})
+            self.counters += LinkCounters(resubmissions={"corrupt": 1})
             return
         self._handover.finish(entry)
         self._mailbox.results.append(result)
@@ -306,7 +301,7 @@ class Pump:
         self._selector.unregister(lost.exit_descriptor)
         status = lost.end()
         requeued = self._handover.requeue_all()
-        self._count(courier_restarts=1, resubmissions={"courier_lost": requeued} if requeued else {})
+        self.counters += LinkCounters(courier_restarts=1, resubmissions={"courier_lost": requeued})
         _LOG.warning(
             "courier %d of rank %d %s (exit status %d); starting another, %d jobs go out again",
             lost.pid,
@@ -323,24 +318,3 @@ class Pump:
         if not lost.greeted:
             time.sleep(0.05 * 2**self._failed_starts)
         self._courier = self._start_courier()
-
-    def _count(
-        self,
-        *,
-        resubmissions: Mapping[str, int] | None = None,
-        courier_restarts: int = 0,
-        bytes_sent: int = 0,
-        bytes_received: int = 0,
-        samples_dropped: int = 0,
-    ) -> None:
-        old = self.counters
-        totals = dict(old.resubmissions)
-        for reason, count in (resubmissions or {}).items():
-            totals[reason] = totals.get(reason, 0) + count
-        self.counters = LinkCounters(
-            resubmissions=totals,
-            courier_restarts=old.courier_restarts + courier_restarts,
-            bytes_sent=old.bytes_sent + bytes_sent,
-            bytes_received=old.bytes_received + bytes_received,
-            samples_dropped=old.samples_dropped + samples_dropped,
-        )

@@ -6,6 +6,8 @@ import select
 import threading
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
 from kfdist.links.rank.pump import Call, Mailbox, Pump, RemoteOptions
 from kfdist.links.socket_messages import CourierSetup
@@ -15,7 +17,7 @@ __all__ = ["RemoteLink", "RemoteOptions"]
 
 
 class RemoteLink(AbstractLink):
-    """Carries jobs through a courier: a process of its own, started here and respawned when it dies or falls silent.
+    """Carries jobs through a courier, a process started here, and started again when it dies or falls silent.
 
     A controller that is away (never there, or restarted) surfaces nowhere but in `counters().samples_dropped`, which
     the summary and, once it is back, the metrics show as samples lost.
@@ -37,6 +39,7 @@ class RemoteLink(AbstractLink):
         self._thread: threading.Thread | None = None
         self._open: set[tuple[str, int]] = set()
 
+    @override
     def start(self, context: LinkContext) -> None:
         """Starts the courier.
 
@@ -61,9 +64,10 @@ class RemoteLink(AbstractLink):
 
     @property
     def courier_pid(self) -> int:
-        """Process id of the courier in charge, for people and for tests of its faults."""
+        """Process id of the courier in charge, for operators and for tests of its faults."""
         return self._running()[1].courier_pid
 
+    @override
     def submit(self, job: Job) -> None:
         """Takes a job over.
 
@@ -78,6 +82,7 @@ class RemoteLink(AbstractLink):
         self._open.add(name)
         self._tell(mailbox, job)
 
+    @override
     def poll(self) -> list[JobResult]:
         """Returns the results that arrived and were verified since the last call.
 
@@ -96,6 +101,7 @@ class RemoteLink(AbstractLink):
             raise pump.fault
         return results
 
+    @override
     def wait(self, seconds: float) -> None:
         """Blocks until `poll` may have something to return, at most `seconds`; signal handlers run meanwhile."""
         mailbox, pump = self._running()
@@ -105,21 +111,21 @@ class RemoteLink(AbstractLink):
         arrival.register(mailbox.arrived, select.POLLIN)
         arrival.poll(max(seconds, 0.0) * 1000)
 
+    @override
     def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
-        """Tells the controller where the rank stands."""
         mailbox, _ = self._running()
         self._tell(mailbox, (step, phase, tuple(samples)))
 
+    @override
     def settings(self) -> RunSettings:
-        """Returns what the controller last said people want."""
         return self._pump.settings if self._pump is not None else RunSettings()
 
+    @override
     def counters(self) -> LinkCounters:
         """Returns what was counted since the start; after `close`, the last values."""
-        if self._pump is None:
-            return LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
-        return self._pump.counters
+        return self._pump.counters if self._pump is not None else LinkCounters()
 
+    @override
     def close(self) -> None:
         """Lets the courier tell the controller the last beat, and ends it; safe to call twice, and after a Ctrl-C."""
         if self._mailbox is None or self._thread is None or os.getpid() != self._pid:

@@ -49,7 +49,7 @@ class DrivenLink(AbstractLink):
         return RunSettings()
 
     def counters(self) -> LinkCounters:
-        return LinkCounters(resubmissions={}, courier_restarts=0, bytes_sent=0, bytes_received=0)
+        return LinkCounters()
 
 
 def frozen(lines: Mapping[str, JobLine]) -> dict[tuple[str, int], JobResult]:
