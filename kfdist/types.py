@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Self
-from typing import Literal
+from typing import Literal, Self
 
 BlockName = str
 """Dotted module name of a layer, without `module.` and `_orig_mod.`."""

@@ -40,6 +40,6 @@ def test_a_state_of_an_older_format_is_refused_with_what_to_do():
     with preconditioner(two_layers()) as pre:
         state = {**pre.state_dict(), "format": 2}
         with pytest.raises(
-            CheckpointError, match="has format 2 and .* reads 3; load it with the version that wrote it"
+            CheckpointError, match="has format 2 and .* reads 3 alone; resume it with the version"
         ):
             pre.load_state_dict(state)
