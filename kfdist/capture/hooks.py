@@ -117,7 +117,7 @@ class Capture:
             requests: What is asked of each due block, by name; others cost nothing.
 
         Raises:
-            ConfigError: Something that can't be measured; see `check_requests`.
+            ConfigError: It can't be measured.
         """
         chains, coarse = self._groups
         check_requests(requests, blocks=self._blocks, chains=chains, coarse=coarse, fisher=self._fisher)
@@ -326,7 +326,7 @@ class Capture:
         return call.rerun_in
 
     def _begin_backward(self, backward: int) -> None:
-        """Counts a backward once, and forgets those of an iteration that the scaler skipped without a step of ours."""
+        """Counts a backward once, and forgets those of an iteration that the scaler skipped, for which no step came."""
         if backward in self._examples_of_backward:
             return
         self._begin_cycle()

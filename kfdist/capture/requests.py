@@ -53,8 +53,8 @@ class Request:
         sketch_size: Rows of that sketch.
         sketch_seed: Of that sketch; ranks need seeds of their own.
         samples: How many examples' rows to keep at most, drawn over all micro-batches of the step; None keeps none.
-        sample_rows: At most so many rows of them, by the positions of the first call; None sets no such limit.
-        sample_columns: Keep so many columns of an example's gradient in the place of more positions
+        sample_rows: The most rows of them to keep, by the positions of the first call; None sets no such limit.
+        sample_columns: Columns of an example's gradient to keep in the place of more positions
             (`kfdist.linalg.compression`); None keeps all positions.
         seed: For what is drawn, at most 63 bits. Give ranks seeds of their own where their draws should differ.
     """

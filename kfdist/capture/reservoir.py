@@ -48,8 +48,8 @@ class Reservoir:
     Args:
         size: Most examples.
         seed: Of the keys.
-        rows: Keep fewer examples where so many of them have more rows than this in one call, but at least one.
-        columns: Keep so many columns of an example's gradient in the place of more positions, of each call.
+        rows: The most rows of a call to keep: fewer examples where they have more, but at least one.
+        columns: Columns of an example's gradient to keep in the place of more positions, of each call.
     """
 
     def __init__(self, size: int, seed: int, *, rows: int | None = None, columns: int | None = None) -> None:

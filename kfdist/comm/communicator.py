@@ -55,7 +55,7 @@ class Communicator:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors of ours have to live to travel: CUDA if the group can only do that, else the CPU."""
+        """Where a tensor has to lie to travel: on CUDA where the group takes nothing else, else on the CPU."""
         if self.process_group is not None and dist.get_backend(self.process_group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from kfdist.comm.communicator import Communicator, Pending
 from kfdist.errors import EnvironmentFault
@@ -18,7 +19,7 @@ TWO_LEVELS_ABOVE = 64
 
 @dataclass(frozen=True)
 class CommunicatorSet:
-    """kfdist's own groups beside the training group, so that our collectives never mix with the trainer's.
+    """kfdist's groups beside the training group, so that its collectives never mix with the trainer's.
 
     Attributes:
         training: The group the ranks train in.
@@ -47,7 +48,7 @@ class _Made:
 
     Attributes:
         free: Sets that were given back.
-        groups: How many groups this process had, at most, when it made one of ours; the next one's name comes of it.
+        groups: The most groups this process had when it made one of kfdist's; the next one's name follows from it.
     """
 
     free: list[CommunicatorSet] = field(default_factory=list)
@@ -76,8 +77,8 @@ class TwoLevelCommunicator(Communicator):
         super().__init__(process_group)
         self.levels = (node, leaders)
 
+    @override
     def all_reduce_max(self, tensor: torch.Tensor) -> Pending:
-        """Starts taking the elementwise maximum of `tensor` over the ranks, in place."""
         return _TwoLevelMaximum(tensor, *self.levels)
 
 
@@ -148,7 +149,7 @@ def _group(training: Communicator, name: str, ranks: Sequence[int]) -> dist.Proc
 
 
 def _make_equally_many(training: Communicator, made: _Made) -> list[dist.ProcessGroup]:
-    """Makes groups of one until all ranks have equally many, and more than at any group of ours before.
+    """Makes groups of one until all ranks have equally many, and more than when any group of kfdist's was made.
 
     torch names a locally synchronized group by its ranks and the number of groups that the process has: ranks of which
     some are members of further groups (a tensor-parallel one, say) would wait for each other under different names.

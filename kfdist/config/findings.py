@@ -1,4 +1,4 @@
-"""Turns pydantic's findings into sentences: the value received, what is allowed, what to do."""
+"""Turns pydantic's findings into messages: the value received, what is allowed, what to do."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -56,7 +56,7 @@ def config_error(
         inner = _dotted(detail, root)
         path = ".".join(part for part in (prefix, inner) if part)
         # Only the first finding of a path: the branches of a union each bring their own.
-        findings.setdefault(path, _sentence(detail, inner, root, prefix) + origin(path))
+        findings.setdefault(path, _message(detail, inner, root, prefix) + origin(path))
     (first, message), *rest = findings.items()
     lines = [message, *(f"{path}: {text}" for path, text in rest)]
     return ConfigError("\n".join(lines), path=first)
@@ -96,7 +96,7 @@ def _field(path: str, root: type[BaseModel]) -> tuple[type[BaseModel], FieldInfo
     return model, field
 
 
-def _sentence(detail: ErrorDetails, path: str, root: type[BaseModel], prefix: str) -> str:
+def _message(detail: ErrorDetails, path: str, root: type[BaseModel], prefix: str) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     model, field = _field(path, root)
     if kind == "value_error" and isinstance(context["error"], ConfigError):

@@ -44,7 +44,7 @@ class Child:
     """A started process of the launch."""
 
     def __init__(self, command: Command) -> None:
-        """Starts the process in a session of its own, so that Ctrl-C at the terminal reaches the launcher alone."""
+        """Starts the process in a new session, so that Ctrl-C at the terminal reaches the launcher alone."""
         self.command = command
         with command.log.open("ab") as log:
             self._log_start = log.seek(0, os.SEEK_END)

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import OptState
 
 from kfdist import checks
 from kfdist.errors import ConfigError, KfdistError
+from kfdist.torch_internals import was_unscaled
 
 Scalar = float | Callable[[int], float]
 """A number, or a callable of the step."""
@@ -79,9 +79,7 @@ def check_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimize
     Raises:
         KfdistError: The gradients are still multiplied by the scale.
     """
-    states = scaler._per_optimizer_states
-    relevant = [states.get(id(optimizer))] if optimizer is not None else list(states.values())
-    if not any(state is not None and state["stage"] is OptState.UNSCALED for state in relevant):
+    if not was_unscaled(scaler, optimizer):
         raise KfdistError(
             "the gradients are still multiplied by the GradScaler's scale; call scaler.unscale_(optimizer) before "
             "preconditioner.step()"

@@ -9,6 +9,7 @@ from kfdist.errors import ConfigError
 from kfdist.links.link import AbstractLink
 from kfdist.links.local import LocalLink
 from kfdist.policies.assignment import POLICIES
+from kfdist.system.addresses import server_address
 from kfdist.types import RUN_NAME_PATTERN
 
 DEADLINE_SECONDS = 120.0
@@ -34,11 +35,7 @@ class Service:
     deadline_seconds: float = DEADLINE_SECONDS
 
     def __post_init__(self) -> None:
-        host, _, port = self.address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ConfigError(
-                f"the service's address is {self.address!r}; 'host:port' with a port from 1 to 65535 is needed"
-            )
+        server_address(self.address, field="address")
         if not re.fullmatch(RUN_NAME_PATTERN, self.run):
             raise ConfigError(
                 f"the run's name is {self.run!r}; 1 to 63 letters, digits, '.', '_' and '-' are needed, with a letter "

@@ -7,6 +7,7 @@ from torch import nn
 
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError, ModelChanged
+from kfdist.torch_internals import children_by_name
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """Where torch.compile's and the activation checkpoint wrapper keep the module that they wrap."""
@@ -29,8 +30,9 @@ def bare_model(model: nn.Module) -> nn.Module:
                 "the model is wrapped by DataParallel over several devices, whose copies of the layers "
                 "can't be measured; use DistributedDataParallel with one process a device"
             )
-        # Looked up as submodules: a model that passes attributes on to a part of it is no wrapper.
-        inner = next((model._modules[key] for key in _WRAPPED if key in model._modules), None)
+        # Looked up as children: a model that passes attributes on to a part of it is no wrapper.
+        children = children_by_name(model)
+        inner = next((children[key] for key in _WRAPPED if key in children), None)
         if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = model.module
         if inner is None:
@@ -58,7 +60,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module | None:
     """Returns what `named_layers` calls `name` now, or None."""
     module = bare_model(model)
     for part in name.split(".") if name else ():
-        child = module._modules.get(part)
+        child = children_by_name(module).get(part)
         if child is None:
             return None
         module = bare_model(child)
