@@ -27,7 +27,7 @@ run: $(INSTALLED)  ## Trains the bundled example with every process in its place
 	$(BIN)/kfdist train --set run.dir=$(RUN_DIR)
 
 # Tests that start no process share the cores; the others have them for themselves, since some of them watch the clock.
-ALONE := tests/unit tests/contracts tests/architecture
+ALONE := tests/unit tests/contracts tests/architecture tests/support
 TOGETHER := tests/acceptance tests/control tests/distributed tests/end_to_end tests/links tests/owner tests/pool
 
 test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus

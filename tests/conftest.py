@@ -1,8 +1,13 @@
-"""What holds for the whole suite: one thread per process, no configuration from outside, no process left behind."""
+"""What holds for the whole suite: one thread per process, no configuration from outside, no process left behind.
+
+And the script of faults that each test may write.
+"""
 
 import logging
 import os
+import shutil
 import signal
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -11,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.faults import FOLDER, Faults, written_script
 from tests.support.shapes import check_shapes
 
 _MARK = "KFDIST_TEST_SESSION"
@@ -35,6 +41,19 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in [name for name in os.environ if name.startswith("KFDIST_")]:
         del os.environ[name]
     os.environ[_MARK] = uuid.uuid4().hex
+    # Set here, for the processes of fixtures of any scope to inherit.
+    os.environ[FOLDER] = tempfile.mkdtemp(prefix="kfdist-faults-")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
+
+
+@pytest.fixture
+def faults() -> Iterator[Faults]:
+    """The script of faults of one test; those that never happened fail it."""
+    with written_script() as script:
+        yield script
 
 
 @pytest.fixture(autouse=True)

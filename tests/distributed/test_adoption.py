@@ -1,5 +1,7 @@
 """Adoption over real ranks: whatever is late, delivered twice or damaged, all ranks do the same at the same step."""
 
+import sys
+from functools import partial
 from typing import Any, get_args
 
 import pytest
@@ -12,9 +14,9 @@ from kfdist.policies.staleness import Asap, AtHardBound, FixedLag
 from kfdist.runtime import preconditioner
 from kfdist.runtime.plan.planner import plan_blocks
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
-from tests.support.broadcasts import damage_broadcasts, slow_broadcasts
-from tests.support.delayed_link import DelayedLink
-from tests.support.moody_inverter import Moody, register_moody
+from tests.support.faults import EACH, Fault, Faults
+from tests.support.faulty import broadcasts, inverter
+from tests.support.faulty.inverter import Moody
 from tests.support.ranks import run_ranks
 
 PERIOD = 4
@@ -22,30 +24,40 @@ BOUND = PERIOD + 3
 """The smallest legal bound: a version is announced, broadcast and agreed on in three steps."""
 
 
-def late_link(rank: int, seed: int, longest_polls: int) -> DelayedLink:
-    """Results of this rank come late by random numbers of steps, those of every second rank twice."""
-    return DelayedLink(
-        seed=1000 * seed + rank, longest_polls=longest_polls, longest_pause_seconds=0.002, twice=rank % 2 == 0
-    )
+EVERY_FIFTH, EVERY_OTHER = range(0, 2**63, 5), range(0, 2**63, 2)
+"""Seeds of inversions."""
+
+
+def late_results(faults: Faults, *, polls: int, seed: int = 1) -> list[Fault]:
+    """Results come late by random numbers of steps, those of every second rank twice."""
+    return [
+        faults.at(result=EACH).late(polls, seed=seed),
+        faults.at(rank=(0, 2), result=EACH).twice(),
+        faults.at(poll=EACH).delay(0.0, 0.002),
+    ]
 
 
 # As soon as possible ------------------------------------------------------------------------------------------------
 
 
-def asap(
-    communicator: Communicator, seed: int, steps: int, longest_polls: int, adoption: Asap = Asap()
-) -> tuple[list[Record], dict[str, Any]]:
-    """Late results and slow broadcasts; also returns the counters."""
-    slow_broadcasts(seed=1000 * seed + communicator.rank, longest_polls=9)
-    link = late_link(communicator.rank, seed, longest_polls)
-    rank = TrainingRank(communicator, link, inverse_period=PERIOD, adoption=adoption)
+def asap(communicator: Communicator, steps: int, adoption: Asap = Asap()) -> tuple[list[Record], dict[str, Any]]:
+    """Also returns the counters."""
+    broadcasts.install()
+    rank = TrainingRank(communicator, inverse_period=PERIOD, adoption=adoption)
     records, counters = rank.run(steps), rank.pre.counters()
     rank.close()
     return records, counters
 
 
-def check_asap(seed: int, *, world_size: int, steps: int) -> None:
-    results = run_ranks(world_size, asap, seed, steps, 12)
+def late_everything(faults: Faults, *, polls: int, seed: int) -> None:
+    """Late results, and broadcasts that take several steps."""
+    late_results(faults, polls=polls, seed=seed)
+    faults.at(payload=EACH).late(9, seed=seed)
+
+
+def check_asap(faults: Faults, seed: int, *, world_size: int, steps: int) -> None:
+    late_everything(faults, polls=12, seed=seed)
+    results = run_ranks(world_size, asap, steps)
     ranks = [records for records, _ in results]
     check_invariants(ranks)
     assert any(record.overlapping for rank in ranks for record in rank), "no version was announced while one travelled"
@@ -54,19 +66,21 @@ def check_asap(seed: int, *, world_size: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_asap_ranks_adopt_the_same_versions_at_the_same_steps(world_size: int) -> None:
-    check_asap(world_size, world_size=world_size, steps=40)
+def test_asap_ranks_adopt_the_same_versions_at_the_same_steps(faults: Faults, world_size: int) -> None:
+    check_asap(faults, world_size, world_size=world_size, steps=40)
 
 
-def test_asap_replaces_the_waiting_job_and_counts_it() -> None:
-    for records, counters in run_ranks(2, asap, 7, 30, 25):
+def test_asap_replaces_the_waiting_job_and_counts_it(faults: Faults) -> None:
+    late_everything(faults, polls=25, seed=7)
+    for records, counters in run_ranks(2, asap, 30):
         assert counters["replaced_jobs"] > 0
         assert max(records[-1].versions.values()) > 0
 
 
-def check_policy(mode: AtHardBound, seed: int, *, world_size: int, steps: int) -> None:
+def check_policy(faults: Faults, mode: AtHardBound, seed: int, *, world_size: int, steps: int) -> None:
     adoption = Asap(soft_bound=BOUND, hard_bound=BOUND + 1, at_hard_bound=mode)
-    ranks = [records for records, _ in run_ranks(world_size, asap, seed, steps, 20, adoption)]
+    late_everything(faults, polls=20, seed=seed)
+    ranks = [records for records, _ in run_ranks(world_size, asap, steps, adoption)]
     check_invariants(ranks)
     in_force = 0
     for record in ranks[0]:
@@ -84,8 +98,8 @@ def check_policy(mode: AtHardBound, seed: int, *, world_size: int, steps: int) -
 
 
 @pytest.mark.parametrize("mode", get_args(AtHardBound))
-def test_staleness_keeps_its_bound_or_the_policy_is_counted(mode: AtHardBound) -> None:
-    check_policy(mode, 3, world_size=2, steps=40)
+def test_staleness_keeps_its_bound_or_the_policy_is_counted(faults: Faults, mode: AtHardBound) -> None:
+    check_policy(faults, mode, 3, world_size=2, steps=40)
 
 
 # Fixed lag ------------------------------------------------------------------------------------------------------------
@@ -93,19 +107,24 @@ def test_staleness_keeps_its_bound_or_the_policy_is_counted(mode: AtHardBound) -
 LAG, LAG_PERIOD = 5, 3
 
 
-def fixed_lag(communicator: Communicator, seed: int | None, steps: int) -> list[Record]:
-    """An inverter whose results depend on random numbers and on the last version; no delays without a seed."""
-    register_moody()
-    link = DelayedLink() if seed is None else late_link(communicator.rank, seed, 15)
-    options = {"method": Moody(fails_one_in=5), "adoption": FixedLag(LAG), "inverse_period": LAG_PERIOD}
-    rank = TrainingRank(communicator, link, **options)
+def fixed_lag(communicator: Communicator, steps: int) -> list[Record]:
+    """An inverter whose results depend on random numbers and on the last version."""
+    inverter.install()
+    rank = TrainingRank(communicator, method=Moody(), adoption=FixedLag(LAG), inverse_period=LAG_PERIOD)
     records = rank.run(steps)
     rank.close()
     return records
 
 
-def check_fixed_lag(seeds: tuple[int | None, ...], *, steps: int) -> None:
-    runs = [run_ranks(4, fixed_lag, seed, steps) for seed in seeds]
+def check_fixed_lag(faults: Faults, seeds: tuple[int, ...], *, steps: int) -> None:
+    """One run without delays and one for each seed of delays."""
+    faults.at(seed=EVERY_FIFTH).fail("out of mood")
+    runs = [run_ranks(4, fixed_lag, steps)]
+    for seed in seeds:
+        late = late_results(faults, polls=15, seed=seed)
+        runs.append(run_ranks(4, fixed_lag, steps))
+        for fault in late:
+            fault.lift()
     for ranks in runs:
         check_invariants(ranks)
         assert [record.parameters for record in ranks[0]] == [record.parameters for record in runs[0][0]]
@@ -117,8 +136,8 @@ def check_fixed_lag(seeds: tuple[int | None, ...], *, steps: int) -> None:
     assert len({digest for record in runs[0][0] for digest in record.payloads.values()}) > 4 * steps // 10
 
 
-def test_fixed_lag_is_bitwise_whatever_the_delays() -> None:
-    check_fixed_lag((None, 1, 2), steps=30)
+def test_fixed_lag_is_bitwise_whatever_the_delays(faults: Faults) -> None:
+    check_fixed_lag(faults, (1, 2), steps=30)
 
 
 def synchronous(communicator: Communicator, one_owner: bool) -> tuple[str, int]:
@@ -127,14 +146,14 @@ def synchronous(communicator: Communicator, one_owner: bool) -> tuple[str, int]:
         preconditioner.plan_blocks = lambda model, method, **others: plan_blocks(
             model, method, **{**others, "world_size": 1}
         )
-    link = late_link(communicator.rank, 1, 3)
-    rank = TrainingRank(communicator, link, method="rs-kfac", adoption=FixedLag(0))
+    rank = TrainingRank(communicator, method="rs-kfac", adoption=FixedLag(0))
     rank.run(12)
     rank.close()
     return rank.digest(), rank.pre.counters()["inversions"]["completed"]
 
 
-def test_synchronous_ranks_equal_one_owner_bit_for_bit() -> None:
+def test_synchronous_ranks_equal_one_owner_bit_for_bit(faults: Faults) -> None:
+    late_results(faults, polls=3)
     divided, single = run_ranks(4, synchronous, False), run_ranks(4, synchronous, True)
     assert len({digest for digest, _ in [*divided, *single]}) == 1
     assert min(completed for _, completed in divided) > 0
@@ -146,8 +165,8 @@ def test_synchronous_ranks_equal_one_owner_bit_for_bit() -> None:
 
 def changing_shapes(communicator: Communicator, adoption: str | FixedLag) -> tuple[list[Record], list[tuple[int, ...]]]:
     """Also returns the shapes of the first block's snapshots, one per step."""
-    register_moody()
-    rank = TrainingRank(communicator, late_link(communicator.rank, 1, 2), method=Moody(), adoption=adoption)
+    inverter.install()
+    rank = TrainingRank(communicator, method=Moody(), adoption=adoption)
     records, shapes = [], []
     for _ in range(30):
         records.append(rank.step())
@@ -158,7 +177,8 @@ def changing_shapes(communicator: Communicator, adoption: str | FixedLag) -> tup
 
 
 @pytest.mark.parametrize("adoption", ["asap", FixedLag(2)], ids=["asap", "fixed-lag"])
-def test_snapshots_of_changing_shape_arrive_whole(adoption: str | FixedLag) -> None:
+def test_snapshots_of_changing_shape_arrive_whole(faults: Faults, adoption: str | FixedLag) -> None:
+    late_results(faults, polls=2)
     results = run_ranks(2, changing_shapes, adoption)
     check_invariants([records for records, _ in results])
     assert results[0][1] == results[1][1]
@@ -166,17 +186,19 @@ def test_snapshots_of_changing_shape_arrive_whole(adoption: str | FixedLag) -> N
 
 
 def failing(communicator: Communicator, adoption: str | FixedLag) -> tuple[list[Record], dict[str, Any]]:
-    """Every other inversion fails."""
-    register_moody()
-    link = late_link(communicator.rank, 1, 2)
-    rank = TrainingRank(communicator, link, method=Moody(fails_one_in=2), adoption=adoption)
+    inverter.install()
+    rank = TrainingRank(communicator, method=Moody(), adoption=adoption)
     records, counters = rank.run(30), rank.pre.counters()
     rank.close()
     return records, counters
 
 
 @pytest.mark.parametrize("adoption", ["asap", FixedLag(2)], ids=["asap", "fixed-lag"])
-def test_a_failed_inversion_is_adopted_and_keeps_the_last_good_snapshot(adoption: str | FixedLag) -> None:
+def test_a_failed_inversion_is_adopted_and_keeps_the_last_good_snapshot(
+    faults: Faults, adoption: str | FixedLag
+) -> None:
+    late_results(faults, polls=2)
+    faults.at(seed=EVERY_OTHER).fail("out of mood")
     results = run_ranks(2, failing, adoption)
     ranks = [records for records, _ in results]
     check_invariants(ranks)
@@ -194,8 +216,7 @@ def test_a_failed_inversion_is_adopted_and_keeps_the_last_good_snapshot(adoption
 
 def poisoned(communicator: Communicator, adoption: str | FixedLag) -> tuple[list[Record], dict[str, Any]]:
     """Nobody has finite statistics in the first three steps, which alone are due in the first twenty."""
-    link = late_link(communicator.rank, 1, 2)
-    rank = TrainingRank(communicator, link, adoption=adoption, factor_period=20, inverse_period=40)
+    rank = TrainingRank(communicator, adoption=adoption, factor_period=20, inverse_period=40)
     records = []
     for step in range(24):
         rank.backward(poisoned=step < 3)
@@ -206,7 +227,8 @@ def poisoned(communicator: Communicator, adoption: str | FixedLag) -> tuple[list
 
 
 @pytest.mark.parametrize("adoption", ["asap", FixedLag(5), FixedLag(0)], ids=["asap", "fixed-lag", "synchronous"])
-def test_groups_without_statistics_are_due_again_until_they_have_some(adoption: str | FixedLag) -> None:
+def test_groups_without_statistics_are_due_again_until_they_have_some(faults: Faults, adoption: str | FixedLag) -> None:
+    late_results(faults, polls=2)
     results = run_ranks(2, poisoned, adoption)
     ranks = [records for records, _ in results]
     check_invariants(ranks)
@@ -223,10 +245,9 @@ def test_groups_without_statistics_are_due_again_until_they_have_some(adoption: 
 # Damage ---------------------------------------------------------------------------------------------------------------
 
 
-def damaged(communicator: Communicator, adoption: str | FixedLag, numbers: range) -> tuple[list[Record], int, str]:
-    """Rank 1 receives some payloads with a flipped byte."""
-    if communicator.rank == 1:
-        damage_broadcasts(numbers=numbers)
+def damaged(communicator: Communicator, adoption: str | FixedLag) -> tuple[list[Record], int, str]:
+    """Also returns how many payloads were sent again, and the fault that ended it."""
+    broadcasts.install()
     rank = TrainingRank(communicator, adoption=adoption)
     records, fault = [], ""
     try:
@@ -239,21 +260,24 @@ def damaged(communicator: Communicator, adoption: str | FixedLag, numbers: range
 
 
 @pytest.mark.parametrize("adoption", ["asap", FixedLag(2)], ids=["asap", "fixed-lag"])
-def test_a_payload_damaged_on_one_rank_is_used_by_none_and_sent_again(adoption: str | FixedLag) -> None:
-    results = run_ranks(2, damaged, adoption, range(6, 7))
+def test_a_payload_damaged_on_one_rank_is_used_by_none_and_sent_again(faults: Faults, adoption: str | FixedLag) -> None:
+    damage = faults.at(rank=1, payload=6).corrupt()
+    results = run_ranks(2, damaged, adoption)
+    damage.lift()
     check_invariants([records for records, _, _ in results])
     assert [(resent, fault) for _, resent, fault in results] == [(1, "")] * 2
     assert min(results[0][0][-1].versions.values()) > 8
     if isinstance(adoption, FixedLag):
-        whole = run_ranks(2, damaged, adoption, range(0))
+        whole = run_ranks(2, damaged, adoption)
         assert [record.parameters for record in whole[0][0]] == [record.parameters for record in results[0][0]]
 
 
 @pytest.mark.parametrize("adoption", ["asap", FixedLag(2)], ids=["asap", "fixed-lag"])
-def test_payloads_that_stay_damaged_stop_all_ranks_at_the_same_step(adoption: str | FixedLag) -> None:
-    faults = [fault for _, _, fault in run_ranks(2, damaged, adoption, range(6, 10**6))]
-    assert faults[0] == faults[1]
-    assert "wrong SHA-256 3 times in a row" in faults[0]
+def test_payloads_that_stay_damaged_stop_all_ranks_at_the_same_step(faults: Faults, adoption: str | FixedLag) -> None:
+    faults.at(rank=1, payload=range(6, sys.maxsize)).corrupt()
+    said = [fault for _, _, fault in run_ranks(2, damaged, adoption)]
+    assert said[0] == said[1]
+    assert "wrong SHA-256 3 times in a row" in said[0]
 
 
 def diverging(communicator: Communicator) -> tuple[int, str]:
@@ -281,9 +305,14 @@ def test_parameters_that_differ_in_one_bit_stop_all_ranks_at_the_same_step() -> 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
-def test_chaos() -> None:
+def test_chaos(faults: Faults) -> None:
     for seed in range(10, 22):
-        check_asap(seed, world_size=2 + 2 * (seed % 2), steps=150)
+        world_size = 2 + 2 * (seed % 2)
+        checks = [partial(check_asap, faults, seed, world_size=world_size, steps=150)]
         for mode in get_args(AtHardBound):
-            check_policy(mode, seed, world_size=2 + 2 * (seed % 2), steps=120)
-        check_fixed_lag((None, seed), steps=100)
+            checks.append(partial(check_policy, faults, mode, seed, world_size=world_size, steps=120))
+        checks.append(partial(check_fixed_lag, faults, (seed,), steps=100))
+        for check in checks:
+            check()
+            faults.check()
+            faults.clear()

@@ -1,5 +1,6 @@
 """What people ask for and how long a wait lasts: every rank obeys, or is interrupted, at the same step."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,13 +11,15 @@ import pytest
 
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import Interrupted
-from kfdist.policies.staleness import Adoption, Asap, FixedLag
-from kfdist.types import Desired, JobResult, RunSettings
+from kfdist.policies.staleness import Asap, FixedLag
+from kfdist.types import Desired, RunSettings
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
+from tests.support.controller import eventually
+from tests.support.faults import Faults
 from tests.support.ranks import run_ranks
 
 STUCK = 8
-"""The first version that no owner delivers while a test withholds it."""
+"""The first version that no owner delivers in the tests of waits."""
 
 WAITS = {"fixed-lag": FixedLag(2), "hard bound": Asap(hard_bound=7)}
 
@@ -29,13 +32,6 @@ class Interruption:
     step: int
     untouched: bool
     seconds: float
-
-
-def stuck_rank(communicator: Communicator, adoption: Adoption) -> TrainingRank:
-    """A rank whose owners deliver nothing from version STUCK on."""
-    rank = TrainingRank(communicator, adoption=adoption)
-    rank.link.withhold = lambda result: result.version >= STUCK
-    return rank
 
 
 def interrupted(rank: TrainingRank) -> tuple[list[Record], Interruption]:
@@ -82,17 +78,15 @@ def test_all_ranks_learn_at_the_same_step_that_one_was_asked_to_stop(how: str) -
 
 
 def stopped_inside_a_wait(communicator: Communicator, wait: str) -> tuple[Interruption, bool]:
-    """Rank 1 is asked to stop two seconds after the wait became unavoidable; says also if "waiting" was told."""
-    rank = stuck_rank(communicator, WAITS[wait])
-    withhold, asked = rank.link.withhold, threading.Event()
+    """Rank 1 is asked to stop soon after it told that it waits; says also whether this rank told so."""
+    rank = TrainingRank(communicator, adoption=WAITS[wait])
 
-    def withhold_and_stop(result: JobResult) -> bool:
-        if withhold(result) and communicator.rank == 1 and not asked.is_set():
-            asked.set()
-            later(2.0, rank.pre.request_stop)
-        return withhold(result)
+    def ask_to_stop() -> None:
+        eventually(lambda: rank.link.told, bool, seconds=60)
+        later(0.5, rank.pre.request_stop)  # the others tell it in the same round or the next
 
-    rank.link.withhold = withhold_and_stop
+    if communicator.rank == 1:
+        threading.Thread(target=ask_to_stop, daemon=True).start()
     _, interruption = interrupted(rank)
     with suppress(Interrupted), rank.pre:
         raise Interrupted("as a training script lets it out of its loop", reason=interruption.reason)
@@ -101,7 +95,8 @@ def stopped_inside_a_wait(communicator: Communicator, wait: str) -> tuple[Interr
 
 
 @pytest.mark.parametrize("wait", WAITS)
-def test_a_stop_asked_of_one_rank_ends_the_wait_of_all(wait: str) -> None:
+def test_a_stop_asked_of_one_rank_ends_the_wait_of_all(faults: Faults, wait: str) -> None:
+    faults.at(version=range(STUCK, sys.maxsize)).withhold()
     results = run_ranks(4, stopped_inside_a_wait, wait)
     assert {(each.reason, each.untouched) for each, _ in results} == {("stop", True)}
     assert len({each.step for each, _ in results}) == 1
@@ -117,20 +112,20 @@ def goes_on_after_the_limit(communicator: Communicator, withheld: bool) -> tuple
     if communicator.rank:  # rank 0 judges the time for all: the other's clock is fast
         monotonic = time.monotonic
         time.monotonic = lambda: 100.0 * monotonic()
-    rank = stuck_rank(communicator, FixedLag(2, wait_limit_seconds=0.5))
+    rank = TrainingRank(communicator, adoption=FixedLag(2, wait_limit_seconds=0.5))
+    records, interruption = [], None
     if withheld:
+        stuck = Faults().at(rank=communicator.rank, version=range(STUCK, sys.maxsize)).withhold()
         records, interruption = interrupted(rank)
-        rank.link.withhold = lambda _: False
+        stuck.lift()
         records.append(rank.second_half())
-    else:
-        rank.link.withhold = lambda _: False
-        records, interruption = [], None
     records += rank.run(20)
     rank.close()
     return records, interruption
 
 
-def test_the_wait_limit_interrupts_all_ranks_and_the_step_can_be_done_again() -> None:
+def test_the_wait_limit_interrupts_all_ranks_and_the_step_can_be_done_again(faults: Faults) -> None:
+    del faults  # the ranks schedule and lift their own
     results = run_ranks(2, goes_on_after_the_limit, True)
     check_invariants([records for records, _ in results])
     whole = run_ranks(2, goes_on_after_the_limit, False)

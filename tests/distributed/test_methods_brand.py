@@ -16,7 +16,8 @@ from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import decode_result
 from kfdist.linalg.psd import unpack_triangle
 from tests.support.controller import ControllerThread
-from tests.support.delayed_link import DelayedLink
+from tests.support.faults import EACH, Faults
+from tests.support.faulty.link import FaultyLink
 from tests.support.owners import OwnerProcess
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images
@@ -78,8 +79,9 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-def test_an_owner_killed_between_two_updates_changes_no_bit(tmp_path: Path) -> None:
+def test_an_owner_killed_between_two_updates_changes_no_bit(tmp_path: Path, faults: Faults) -> None:
     undisturbed = run_ranks(RANKS, train, None, None)
+    faults.at(inversion=EACH).delay(0.2)
 
     def kill(owner: OwnerProcess) -> None:
         wait_for(tmp_path / "shipped")
@@ -91,7 +93,6 @@ def test_an_owner_killed_between_two_updates_changes_no_bit(tmp_path: Path) -> N
         ControllerThread(tmp_path / "state.sqlite") as controller,
         OwnerProcess("owner-0", folder=tmp_path, controller=controller.address) as owner,
     ):
-        owner.delay(0.2)
         killer = threading.Thread(target=kill, args=(owner,), daemon=True)
         killer.start()
         disturbed = run_ranks(RANKS, train, controller.address, tmp_path)
@@ -106,7 +107,7 @@ UPDATES = 11
 
 
 def behind_a_slow_link(communicator: Communicator) -> dict[str, Any]:
-    """Results come at steps 0, 4 and 8 alone, each twice; at the end all that is under way is waited for.
+    """At the end all that is under way is waited for.
 
     Returns:
         What the courier rank's last state stands for, the dense averages, and counts.
@@ -115,14 +116,14 @@ def behind_a_slow_link(communicator: Communicator) -> dict[str, Any]:
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 60, bias=False), nn.Tanh(), nn.Linear(60, 3)).double()
     reducer = GradientReducer(list(model.parameters()), communicator)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    link = DelayedLink(twice=True)
+    link = FaultyLink()
     options: dict[str, Any] = {"damping": 0.1, "factor_period": 1, "kl_clip": None, "ema_decay": 0.7, "skip": "3"}
     brand = make_inverter("b-kfac", rank=4 * UPDATES, increment_rows=4)
     pre = kfdist.Preconditioner(model, brand, inverse_period=UPDATES, link=link, **options)
     dense = kfdist.Preconditioner(model, "kfac", inverse_period=1, adoption=kfdist.FixedLag(0), **options)
     assert "Brand on A and G" in str(pre.coverage())
     for step in range(UPDATES):
-        link.withhold = lambda _, arrives=step in (0, 4, 8): not arrives
+        link.step = step
         x, y = images(4, seed=step)
         mine = slice(2 * communicator.rank, 2 * communicator.rank + 2)
         optimizer.zero_grad()
@@ -131,7 +132,7 @@ def behind_a_slow_link(communicator: Communicator) -> dict[str, Any]:
         dense.update()
         pre.step()
         optimizer.step()
-    link.withhold = lambda _: False
+    link.step = UPDATES
     deadline = time.monotonic() + 30
     while any("job" in entry for entry in pre.state_dict()["in_flight"].values()):
         assert time.monotonic() < deadline
@@ -159,7 +160,10 @@ def averages(payload: bytes) -> dict[str, Tensor]:
     }
 
 
-def test_increments_merged_behind_a_slow_link_are_the_dense_average() -> None:
+def test_increments_merged_behind_a_slow_link_are_the_dense_average(faults: Faults) -> None:
+    # Results come at steps 0, 4 and 8 alone, each twice.
+    faults.at(step=(1, 2, 3, 5, 6, 7, 9, 10), result=EACH).withhold()
+    faults.at(result=EACH).twice()
     results = run_ranks(2, behind_a_slow_link)
     (courier,) = [found for found in results if "held" in found]
     assert courier["version"] == UPDATES - 1

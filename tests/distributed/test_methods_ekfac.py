@@ -14,7 +14,8 @@ from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverters.ekfac import EkfacBasis
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import FixedLag
-from tests.support.delayed_link import DelayedLink
+from tests.support.faults import EACH, Faults
+from tests.support.faulty.link import FaultyLink
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images
 
@@ -58,7 +59,7 @@ def train(communicator: Communicator, adoption: Any, factor_period: int) -> dict
         inverse_period=4,
         kl_clip=None,
         adoption=adoption,
-        link=DelayedLink(seed=communicator.rank, longest_polls=3) if adoption == "asap" else None,
+        link=FaultyLink() if adoption == "asap" else None,
     )
     schedule = Schedule(factor_period=factor_period, inverse_period=4, groups=len(pre.groups))
     expected: dict[str, dict[str, Tensor]] = {}
@@ -109,7 +110,11 @@ def train(communicator: Communicator, adoption: Any, factor_period: int) -> dict
     [(FixedLag(0), 1), (FixedLag(2), 4), ("asap", 2)],
     ids=["synchronous", "fixed-lag", "asap"],
 )
-def test_scales_are_those_of_the_step_of_adoption_and_then_averaged(adoption: Any, factor_period: int) -> None:
+def test_scales_are_those_of_the_step_of_adoption_and_then_averaged(
+    faults: Faults, adoption: Any, factor_period: int
+) -> None:
+    if adoption == "asap":
+        faults.at(result=EACH).late(3)
     first, second = run_ranks(2, train, adoption, factor_period)
     assert first == second
     for adopted in first.values():

@@ -12,7 +12,8 @@ from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.cg_fac import ConjugateGradient
 from kfdist.linalg.cg import CgSolution
 from kfdist.policies.staleness import FixedLag
-from tests.support.delayed_link import DelayedLink
+from tests.support.faults import EACH, Faults
+from tests.support.faulty.link import FaultyLink
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images
 
@@ -58,7 +59,7 @@ def train(communicator: Communicator, adoption: Any, steps: int) -> dict[str, An
         kl_clip=1e-2,
         lr=0.1,
         adoption=adoption,
-        link=DelayedLink(seed=communicator.rank, longest_polls=3),
+        link=FaultyLink(),
         digest_period=1,
     )
     share = 2 * BATCH // communicator.world_size
@@ -86,8 +87,9 @@ def train(communicator: Communicator, adoption: Any, steps: int) -> dict[str, An
     return found
 
 
-def test_two_ranks_equal_one_process_and_only_the_owner_solves() -> None:
+def test_two_ranks_equal_one_process_and_only_the_owner_solves(faults: Faults) -> None:
     torch.set_num_threads(1)
+    faults.at(result=EACH).late(3)
     serial = train(Communicator(None), FixedLag(0), 6)
     ranks = run_ranks(2, train, FixedLag(0), 6)
     for of_rank in ranks:
@@ -103,7 +105,8 @@ def test_two_ranks_equal_one_process_and_only_the_owner_solves() -> None:
     assert done == serial["by_method"] and set(done) == {"rs-kfac", "b-kfac", "cg-fac"}
 
 
-def test_as_soon_as_possible_ranks_stay_equal() -> None:
+def test_as_soon_as_possible_ranks_stay_equal(faults: Faults) -> None:
+    faults.at(result=EACH).late(3)
     first, second = run_ranks(2, train, "asap", 16)
     assert all(map(torch.equal, first["parameters"], second["parameters"]))
     assert first["versions"] == second["versions"]

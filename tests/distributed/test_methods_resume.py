@@ -13,6 +13,7 @@ from kfdist.policies.staleness import FixedLag
 from kfdist.runtime.state import merge_states
 from kfdist.wire.tree import pack, unpack
 from tests.support.adoption_runs import TrainingRank
+from tests.support.faults import Faults
 from tests.support.ranks import run_ranks
 
 RANKS, HALF, STEPS = 4, 6, 12
@@ -149,9 +150,7 @@ def test_folded_states_of_four_ranks_go_on_at_one(kind: str, alone: dict[str, di
 
 
 def until_the_limit(communicator: Communicator, folder: Path) -> int:
-    """Version 4 of the first group never comes; the fourth one, inverted by the ranks themselves, is due meanwhile."""
     rank = make(communicator, "mixed", adoption=FixedLag(3, wait_limit_seconds=0.2))
-    rank.link.withhold = lambda result: result.version == 4
     try:
         while True:
             rank.step()
@@ -169,8 +168,12 @@ def after_the_limit(communicator: Communicator, folder: Path) -> str:
     return rank.digest()
 
 
-def test_a_step_done_again_inverts_its_own_groups_again(folder: Path, whole: list[dict[str, str]]) -> None:
-    assert run_ranks(RANKS, until_the_limit, folder) == [7] * RANKS
+def test_a_step_done_again_inverts_its_own_groups_again(
+    faults: Faults, folder: Path, whole: list[dict[str, str]]
+) -> None:
+    # Version 4 of the first group never comes; the fourth one, inverted by the ranks themselves, is due meanwhile.
+    with faults.at(version=4).withhold():
+        assert run_ranks(RANKS, until_the_limit, folder) == [7] * RANKS
     assert set(run_ranks(RANKS, after_the_limit, folder)) == {whole[0]["mixed"]}
 
 

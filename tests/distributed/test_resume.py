@@ -1,6 +1,7 @@
 """Stopped and resumed runs: bit for bit at the same number of ranks, to rounding at another one."""
 
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from kfdist.errors import LossNotFinite
-from kfdist.links.local import LocalLink
 from kfdist.training import checkpoint, setup
-from kfdist.types import JobResult
+from tests.support.faults import Faults
+from tests.support.faulty.link import FaultyLink
 from tests.support.training import FIXED_LAG, Stop, checkpoint_states, events, parameters, train
 
 
@@ -68,16 +69,9 @@ def test_fixed_lag_stopped_by_sigterm_to_one_rank_and_resumed_is_bitwise_the_uni
     assert_equal_on_all_ranks(whole.summary, rest)
 
 
-class StuckLink(LocalLink):
-    """Never delivers version 8 or a later one."""
-
-    def poll(self) -> list[JobResult]:
-        return [result for result in super().poll() if result.version < 8]
-
-
-def use_stuck_links(worker_rank: int) -> None:
+def use_faulty_links(worker_rank: int) -> None:
     del worker_rank
-    setup._service = lambda config, epoch: StuckLink()  # type: ignore[assignment]
+    setup._service = lambda config, epoch: FaultyLink()  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -89,10 +83,11 @@ def use_stuck_links(worker_rank: int) -> None:
     ids=["signal", "wait limit"],
 )
 def test_a_run_stopped_inside_an_agreed_wait_does_that_step_again(
-    tmp_path: Path, whole: Whole, stop: Stop | None, overrides: tuple[str, ...], reason: str
+    tmp_path: Path, whole: Whole, faults: Faults, stop: Stop | None, overrides: tuple[str, ...], reason: str
 ):
+    faults.at(version=range(8, sys.maxsize)).withhold()
     # Version 8 is awaited at step 13: 13 steps are done, the next one has measured its batch but not moved.
-    stuck = train(tmp_path, *FIXED_LAG, *NOISY, *overrides, ranks=4, stop=stop, prepare=use_stuck_links)
+    stuck = train(tmp_path, *FIXED_LAG, *NOISY, *overrides, ranks=4, stop=stop, prepare=use_faulty_links)
     assert (stuck["codes"], stuck["status"], stuck["steps"]) == ([75] * 4, "stopped", 13)
     assert reason in stuck["stop_reason"]
     rest = train(tmp_path, *FIXED_LAG, *NOISY, ranks=4)

@@ -6,9 +6,7 @@ The owners are real processes without Ray around them; tests/end_to_end has them
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,8 @@ import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.links.rank.remote import RemoteLink
-from tests.support.controller import ControllerThread
+from tests.support.controller import ControllerThread, eventually
+from tests.support.faults import EACH, Faults, reach
 from tests.support.owners import OwnerProcess
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn
@@ -26,7 +25,7 @@ from tests.support.small_models import images, small_cnn
 RANKS, STEPS = 4, 12
 
 
-def train(communicator: Communicator, address: str | None, run: str, lag: int, kill_courier: bool) -> tuple[str, dict]:
+def train(communicator: Communicator, address: str | None, run: str, lag: int) -> tuple[str, dict]:
     """Trains and returns the parameters' bytes, and what the link had to repeat."""
     model = small_cnn(dtype=torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -45,7 +44,7 @@ def train(communicator: Communicator, address: str | None, run: str, lag: int, k
         digest_period=1,
     )
     for step in range(STEPS):
-        if kill_courier and step == 7 and communicator.rank in (0, 2):
+        if reach("kill_courier", step=step):
             assert isinstance(pre._link, RemoteLink)
             os.kill(pre._link.courier_pid, signal.SIGKILL)
         x, y = images(8, seed=100 * step + communicator.rank, dtype=torch.float32)
@@ -88,8 +87,8 @@ def parameters_of(results: list[tuple[str, dict]]) -> str:
 def test_owners_give_bitwise_what_the_ranks_themselves_compute(
     lag: int, controller: ControllerThread, owners: list[OwnerProcess]
 ) -> None:
-    own = run_ranks(RANKS, train, None, "", lag, False)
-    served = run_ranks(RANKS, train, controller.address, f"undisturbed-{lag}", lag, False)
+    own = run_ranks(RANKS, train, None, "", lag)
+    served = run_ranks(RANKS, train, controller.address, f"undisturbed-{lag}", lag)
     assert parameters_of(own) == parameters_of(served)
 
 
@@ -116,24 +115,24 @@ def in_background(act: Callable[[], None]) -> Callable[[], None]:
 
 
 def test_killed_owner_killed_couriers_and_delays_change_nothing(
-    controller: ControllerThread, owners: list[OwnerProcess], tmp_path: Path
+    controller: ControllerThread, owners: list[OwnerProcess], faults: Faults
 ) -> None:
-    own = run_ranks(RANKS, train, None, "", 5, False)
-    victim, other = owners
-    victim.delay(0.4)
-    other.delay(0.15)
+    own = run_ranks(RANKS, train, None, "", 5)
+    victim, _ = owners
+    slow = faults.at(owner="owner-0", inversion=EACH).delay(0.4)
+    faults.at(owner="owner-1", inversion=EACH).delay(0.15)
+    faults.at(rank=(0, 2), step=7).kill_courier()
 
     def kill_in_mid_inversion() -> None:
-        while victim.status()["queue_depth"] == 0:
-            time.sleep(0.01)
+        eventually(lambda: slow.fired, bool, seconds=60)
         victim.kill()
         victim.start()
 
     join = in_background(kill_in_mid_inversion)
-    disturbed = run_ranks(RANKS, train, controller.address, "disturbed", 5, True)
+    disturbed = run_ranks(RANKS, train, controller.address, "disturbed", 5)
     join()
     assert parameters_of(own) == parameters_of(disturbed)
-    # The faults did happen: two couriers were replaced, and jobs went out again after the owner's death.
+    # Two couriers were replaced, and jobs went out again after the owner's death.
     assert sum(counters["courier_restarts"] for _, counters in disturbed) == 2
     reasons = {reason for _, counters in disturbed for reason in counters["resubmissions"]}
     assert reasons - {"courier_lost"}, f"no job went out again because of its owner: {reasons}"

@@ -8,9 +8,8 @@ from torch import nn
 import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.links.link import LinkContext
-from kfdist.links.local import LocalLink
-from tests.support.delayed_link import DelayedLink
+from tests.support.faults import Faults
+from tests.support.faulty.link import FaultyLink
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn
 
@@ -29,12 +28,12 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
     "seed": (1, 2),
     "digest_period": (0, 100),
     "method": ("kfac", "kfac-eigen"),
-    "link": (None, DelayedLink()),
+    "link": (None, FaultyLink()),
     "grad_scaler": (None, torch.amp.GradScaler("cpu")),
 }
 SHOWN = {
     "method": ("[('0', Kfac(", "[('0', KfacEigen("),
-    "link": ("LocalLink", "DelayedLink"),
+    "link": ("LocalLink", "FaultyLink"),
     "grad_scaler": ("None", "enabled"),
 }
 """What stands in the message where it isn't the value."""
@@ -79,25 +78,11 @@ def test_ranks_with_different_arguments_are_told_which() -> None:
         assert messages["alike"] == "", "schedules are compared by what they say at this step"
 
 
-class UnstartableLink(LocalLink):
-    """Can't start on one rank."""
-
-    def __init__(self, broken: bool) -> None:
-        super().__init__()
-        self._broken = broken
-
-    def start(self, context: LinkContext) -> None:
-        if self._broken:
-            raise OSError("no process to be had")
-        super().start(context)
-
-
 def construct(communicator: Communicator) -> tuple[str, int]:
     """Returns what construction raised, and how many hooks it left on the model."""
     model = small_cnn()
-    link = UnstartableLink(broken=communicator.rank == 1)
     try:
-        kfdist.Preconditioner(model, "kfac", lr=0.1, link=link)
+        kfdist.Preconditioner(model, "kfac", lr=0.1, link=FaultyLink())
     except EnvironmentFault as error:
         left = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
         with kfdist.Preconditioner(model, "kfac", lr=0.1) as pre:  # the ranks can still talk to each other
@@ -107,7 +92,8 @@ def construct(communicator: Communicator) -> tuple[str, int]:
     raise AssertionError("a preconditioner was made without its link")
 
 
-def test_a_link_that_starts_on_one_rank_alone_is_undone_on_all() -> None:
+def test_a_link_that_starts_on_one_rank_alone_is_undone_on_all(faults: Faults) -> None:
+    faults.at(start=1).fail("no process to be had")
     for message, hooks_left in run_ranks(2, construct):
         assert "rank 1: no process to be had" in message and "rank 0" not in message
         assert hooks_left == 0

@@ -1,7 +1,7 @@
 """`Preconditioner.state_dict` in fresh processes: bit for bit on as many ranks, to rounding on others, nothing lost."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,28 @@ from kfdist.runtime.state import merge_states
 from kfdist.types import RunSettings
 from kfdist.wire.tree import pack, unpack
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
-from tests.support.broadcasts import slow_broadcasts
-from tests.support.delayed_link import DelayedLink
-from tests.support.moody_inverter import Moody, register_moody
+from tests.support.faults import EACH, Faults, written_script
+from tests.support.faulty import broadcasts, inverter
+from tests.support.faulty.inverter import Moody
 from tests.support.ranks import run_ranks
 
 LAG, HALF, STEPS = 5, 13, 24
 
 
+@pytest.fixture(scope="module")
+def faults() -> Iterator[Faults]:
+    """In all runs here owners have random speed, and every fifth inversion fails."""
+    with written_script() as script:
+        script.at(result=EACH).late(10)
+        script.at(seed=range(0, 2**63, 5)).fail("out of mood")
+        yield script
+
+
 def make(communicator: Communicator, *, adoption: str | Adoption = FixedLag(LAG), **options: Any) -> TrainingRank:
-    """An inverter that depends on random numbers and on its last version, on owners of random speed."""
-    register_moody()
-    link = DelayedLink(seed=communicator.rank, longest_polls=10)
-    options = {"method": Moody(fails_one_in=5), "inverse_period": 3, **options}
-    return TrainingRank(communicator, link, adoption=adoption, **options)
+    """An inverter that depends on random numbers and on its last version."""
+    broadcasts.install()
+    inverter.install()
+    return TrainingRank(communicator, adoption=adoption, **{"method": Moody(), "inverse_period": 3, **options})
 
 
 def save(rank: TrainingRank, path: Path) -> dict[str, Any]:
@@ -57,8 +65,6 @@ def first_part(
     fold: bool = False,
 ) -> tuple[list[Record], dict[str, Any]]:
     """Trains, and saves each rank's own state. On the way, people set another damping."""
-    if adoption == "asap":
-        slow_broadcasts(seed=communicator.rank, longest_polls=9)
     rank = make(communicator, adoption=adoption)
     records = rank.run(5)
     rank.link.wanted = RunSettings(revision=1, damping=0.3)
@@ -100,13 +106,15 @@ def stop_at_half(directory: Path, *how: Any) -> Stopped:
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+def half(faults: Faults, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    del faults
     return stop_at_half(tmp_path_factory.mktemp("half"))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def whole(faults: Faults, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The parameters after each step of the uninterrupted run."""
+    del faults
     results = run_ranks(4, first_part, tmp_path_factory.mktemp("whole"), STEPS)
     return parameters([records for records, _ in results])
 
@@ -122,9 +130,8 @@ def test_fixed_lag_resumed_with_versions_in_flight_is_bitwise_the_uninterrupted_
 
 
 def until_the_limit(communicator: Communicator, directory: Path) -> tuple[list[Record], int]:
-    """Version 6 never comes; what the wait at step 11 leaves behind is saved."""
+    """What the wait at step 11 leaves behind is saved."""
     rank = make(communicator, adoption=FixedLag(LAG, wait_limit_seconds=0.3))
-    rank.link.withhold = lambda result: result.version == 6
     records = rank.run(5)
     rank.link.wanted = RunSettings(revision=1, damping=0.3)
     try:
@@ -136,15 +143,17 @@ def until_the_limit(communicator: Communicator, directory: Path) -> tuple[list[R
     return records, rank.pre.next_step
 
 
-def test_a_run_interrupted_inside_a_wait_resumes_bit_for_bit(tmp_path: Path, whole: list[str]) -> None:
-    results = run_ranks(4, until_the_limit, tmp_path)
+def test_a_run_interrupted_inside_a_wait_resumes_bit_for_bit(faults: Faults, tmp_path: Path, whole: list[str]) -> None:
+    with faults.at(version=6).withhold():
+        results = run_ranks(4, until_the_limit, tmp_path)
     assert [step for _, step in results] == [6 + LAG] * 4
     rest = run_ranks(4, second_part, tmp_path)
     assert parameters([records for records, _ in results]) + parameters(rest) == whole
 
 
-def test_asap_resumes_in_the_middle_of_broadcasts_and_waiting_jobs(tmp_path: Path) -> None:
-    stopped = stop_at_half(tmp_path, "asap")
+def test_asap_resumes_in_the_middle_of_broadcasts_and_waiting_jobs(faults: Faults, tmp_path: Path) -> None:
+    with faults.at(payload=EACH).late(9):
+        stopped = stop_at_half(tmp_path, "asap")
     check_invariants(stopped.records)
     assert stopped.facts[0]["travelling"], "no broadcast was running"
     rest = run_ranks(4, second_part, tmp_path, 80, "asap")
@@ -155,8 +164,6 @@ def test_asap_resumes_in_the_middle_of_broadcasts_and_waiting_jobs(tmp_path: Pat
 
 
 def saves_after_each_step(communicator: Communicator, directory: Path, adoption: str | Adoption) -> list[Record]:
-    if adoption == "asap":
-        slow_broadcasts(seed=communicator.rank, longest_polls=9)
     rank = make(communicator, adoption=adoption)
     records = []
     for step in range(STEPS):
@@ -169,10 +176,11 @@ def saves_after_each_step(communicator: Communicator, directory: Path, adoption:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
-def test_chaos_every_step_is_a_good_one_to_stop_after(tmp_path: Path) -> None:
+def test_chaos_every_step_is_a_good_one_to_stop_after(faults: Faults, tmp_path: Path) -> None:
     for name, adoption in (("fixed-lag", FixedLag(LAG)), ("asap", "asap")):
         (tmp_path / name).mkdir()
-        ranks = run_ranks(4, saves_after_each_step, tmp_path / name, adoption)
+        with faults.at(payload=EACH).late(9):
+            ranks = run_ranks(4, saves_after_each_step, tmp_path / name, adoption)
         for step in range(STEPS - 1):
             rest = run_ranks(4, second_part, tmp_path / name / f"{step}", STEPS, adoption)
             check_invariants([first[: step + 1] + second for first, second in zip(ranks, rest, strict=True)])
@@ -247,7 +255,8 @@ def only_some_load(communicator: Communicator, directory: Path, other: Path) -> 
     return ""
 
 
-def test_ranks_that_loaded_different_checkpoints_all_refuse_to_begin(tmp_path: Path) -> None:
+def test_ranks_that_loaded_different_checkpoints_all_refuse_to_begin(faults: Faults, tmp_path: Path) -> None:
+    del faults
     (tmp_path / "other").mkdir()
     run_ranks(2, first_part, tmp_path, HALF)
     run_ranks(2, first_part, tmp_path / "other", HALF - 1)
@@ -268,7 +277,8 @@ def loads_too_late(communicator: Communicator, directory: Path) -> list[str]:
     return said
 
 
-def test_a_state_loads_once_and_before_the_first_step(tmp_path: Path) -> None:
+def test_a_state_loads_once_and_before_the_first_step(faults: Faults, tmp_path: Path) -> None:
+    del faults
     run_ranks(1, first_part, tmp_path, 6)
     for said in run_ranks(1, loads_too_late, tmp_path)[0]:
         assert "load_state_dict() was called after a step or another load" in said

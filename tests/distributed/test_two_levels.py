@@ -9,7 +9,7 @@ from kfdist.comm.table import TableExchange
 from kfdist.policies.staleness import FixedLag
 from kfdist.runtime import preconditioner
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
-from tests.support.delayed_link import DelayedLink
+from tests.support.faults import EACH, Faults
 from tests.support.ranks import run_ranks
 
 TURNS, WIDTH = 20, 7
@@ -48,13 +48,14 @@ def train(communicator: Communicator, nodes: str, adoption: str | FixedLag) -> l
         levels = make_communicators(communicator, two_levels_above=3, node=nodes[communicator.rank])
         assert isinstance(levels.table, TwoLevelCommunicator)
         preconditioner.make_communicators = lambda training: levels
-    rank = TrainingRank(communicator, DelayedLink(seed=communicator.rank, longest_polls=5), adoption=adoption)
+    rank = TrainingRank(communicator, adoption=adoption)
     records = rank.run(16)
     rank.close()
     return records
 
 
-def test_training_with_two_levels_is_the_same_training() -> None:
+def test_training_with_two_levels_is_the_same_training(faults: Faults) -> None:
+    faults.at(result=EACH).late(5)
     check_invariants(run_ranks(4, train, "abab", "asap"))
     flat, levels = (run_ranks(4, train, nodes, FixedLag(2)) for nodes in ("", "abab"))
     check_invariants(levels)

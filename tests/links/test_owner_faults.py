@@ -9,6 +9,7 @@ import pytest
 
 from kfdist.links.rank.remote import RemoteLink
 from tests.support.controller import ControllerThread, eventually
+from tests.support.faults import EACH, Fault, Faults
 from tests.support.jobs import collect, context, job, payload, result_of
 from tests.support.owners import OwnerProcess
 
@@ -32,11 +33,8 @@ def pair(controller, tmp_path_factory) -> Iterator[list[OwnerProcess]]:
 
 
 @pytest.fixture
-def owners(pair) -> Iterator[list[OwnerProcess]]:
-    eventually(lambda: [owner.status()["registered"] for owner in pair], all, seconds=60)
-    yield pair
-    for owner in pair:
-        owner.delay(0)
+def owners(pair) -> list[OwnerProcess]:
+    return eventually(lambda: pair, lambda pair: all(owner.status()["registered"] for owner in pair), seconds=60)
 
 
 @pytest.fixture
@@ -54,20 +52,23 @@ def link(controller, owners, start_link, epoch) -> RemoteLink:
     return link
 
 
-def busy(owners: list[OwnerProcess]) -> OwnerProcess:
-    """Returns the owner that has the one job there is."""
-    depths = eventually(lambda: [owner.status()["queue_depth"] for owner in owners], any)
+@pytest.fixture
+def slow(link, faults: Faults) -> Fault:
+    """The next inversion, at whichever owner, takes longer than the test."""
+    return faults.at(inversion=EACH, times=1).delay(100)
+
+
+def busy(owners: list[OwnerProcess], slow: Fault) -> OwnerProcess:
+    """Returns the owner that is in the middle of the slow inversion, the one job there is."""
+    eventually(lambda: slow.fired, bool)
+    depths = [owner.status()["queue_depth"] for owner in owners]
     return owners[depths.index(1)]
 
 
-def test_an_owner_killed_in_the_middle_of_an_inversion(owners, link, epoch):
-    for owner in owners:
-        owner.delay(20)
+def test_an_owner_killed_in_the_middle_of_an_inversion(owners, link, slow, epoch):
     data = payload(40, seed=1)
     link.submit(job("victim", data=data, epoch=epoch))
-    victim = busy(owners)
-    for owner in owners:
-        owner.delay(0)
+    victim = busy(owners, slow)
     victim.kill()
     (result,) = collect(link, 1).values()
     assert result.payload == result_of(data)
@@ -75,14 +76,10 @@ def test_an_owner_killed_in_the_middle_of_an_inversion(owners, link, epoch):
     victim.start()
 
 
-def test_an_owner_stopped_in_the_middle_of_an_inversion(owners, link, epoch):
-    for owner in owners:
-        owner.delay(60)
+def test_an_owner_stopped_in_the_middle_of_an_inversion(owners, link, slow, epoch):
     data = payload(40, seed=2)
     link.submit(job("frozen", data=data, epoch=epoch, deadline_seconds=120))
-    victim = busy(owners)
-    for owner in owners:
-        owner.delay(0)
+    victim = busy(owners, slow)
     victim.signal(signal.SIGSTOP)
     try:
         # Nobody kills it here. The controller misses it, and so the courier takes the job elsewhere.
@@ -95,29 +92,20 @@ def test_an_owner_stopped_in_the_middle_of_an_inversion(owners, link, epoch):
     victim.start()
 
 
-def test_a_crash_of_the_inversion_process(owners, link, epoch):
-    for owner in owners:
-        owner.delay(20)
+def test_a_crash_of_the_inversion_process(link, epoch, faults):
+    faults.at(inversion=EACH, times=1).kill()
     data = payload(40, seed=3)
     link.submit(job("crash", data=data, epoch=epoch))
-    child = busy(owners).status()["child_pid"]
-    for owner in owners:
-        owner.delay(0)
-    os.kill(child, signal.SIGKILL)
     (result,) = collect(link, 1).values()
     assert result.payload == result_of(data)
     assert link.counters().resubmissions == {"crash": 1}
 
 
-def test_a_deadline_moves_the_job_and_changes_nothing_in_its_result(owners, link, epoch):
-    for owner in owners:
-        owner.delay(20)
+def test_a_deadline_moves_the_job_and_changes_nothing_in_its_result(owners, link, slow, epoch):
     data = payload(40, seed=4)
     begun = time.monotonic()
     link.submit(job("slow", data=data, epoch=epoch, deadline_seconds=1.0))
-    child = busy(owners).status()["child_pid"]
-    for owner in owners:
-        owner.delay(0)
+    child = busy(owners, slow).status()["child_pid"]
     (result,) = collect(link, 1).values()
     assert result.payload == result_of(data)
     assert time.monotonic() - begun >= 1.0
@@ -125,9 +113,8 @@ def test_a_deadline_moves_the_job_and_changes_nothing_in_its_result(owners, link
     assert not os.path.exists(f"/proc/{child}")
 
 
-def test_a_deadline_that_is_too_short_everywhere_grows(owners, link, epoch):
-    for owner in owners:
-        owner.delay(1.0)
+def test_a_deadline_that_is_too_short_everywhere_grows(owners, link, epoch, faults):
+    faults.at(inversion=EACH).delay(1.0)
     data = payload(40, seed=5)
     link.submit(job("short", data=data, epoch=epoch, deadline_seconds=0.4))
     (result,) = collect(link, 1).values()

@@ -112,9 +112,10 @@ def test_a_job_submitted_twice_is_refused(controller, owners, start_link):
     collect(link, 1)
 
 
-def test_a_corrupted_result_is_never_announced(controller, owners, start_link):
+def test_a_corrupted_result_is_never_announced(controller, owners, start_link, faults):
     del owners
-    link = start_link(controller.address, as_told=context(epoch=3), courier_module="tests.support.corrupting_courier")
+    faults.at(written=1).corrupt()
+    link = start_link(controller.address, as_told=context(epoch=3), courier_module="tests.support.faulty.courier")
     data = payload(24, seed=5)
     link.submit(job("precious", data=data, epoch=3))
     (result,) = collect(link, 1).values()

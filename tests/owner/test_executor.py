@@ -13,8 +13,9 @@ import pytest
 
 from kfdist.curvature.fingerprint import fingerprint
 from kfdist.owner.executor import ChildCrashed, DeadlineExceeded, Executor, PayloadRefused
-from tests.support import slow_child
 from tests.support.controller import eventually
+from tests.support.faults import EACH, Faults
+from tests.support.faulty import child
 from tests.support.jobs import payload, result_of
 
 ROOT = Path(__file__).parents[2]
@@ -28,26 +29,18 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def delay(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("executor") / "delay"
-
-
-@pytest.fixture(scope="module")
-def slow(delay: Path) -> Iterator[Executor]:
-    """An executor whose process sleeps as long as a file says; one for all tests, as torch takes long to load."""
-    delay.write_text("0")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(slow_child.VARIABLE, str(delay))
-        executor = Executor(threads=1, module=slow_child.__name__)
-        yield executor
-        executor.close()
+def faulty() -> Iterator[Executor]:
+    """An executor under the scripts of faults; one for all tests, as torch takes long to load."""
+    executor = Executor(threads=1, module=child.__name__)
+    yield executor
+    executor.close()
 
 
 @pytest.fixture
-def executor(slow: Executor, delay: Path) -> Iterator[Executor]:
-    delay.write_text("0")
-    slow.fingerprint()
-    yield slow
+def executor(faulty: Executor, faults: Faults) -> Executor:
+    del faults  # cleared after each test
+    faulty.fingerprint()
+    return faulty
 
 
 @pytest.mark.parametrize("method", ["kfac", "kfac-eigen", "rs-kfac"])
@@ -68,25 +61,22 @@ def test_its_fingerprint_is_that_of_a_process_like_it(executor):
     assert executor.fingerprint() == fingerprint("cpu", 1)
 
 
-def test_a_deadline_kills_the_process_and_the_next_one_is_as_good(executor, delay):
-    delay.write_text("60")
+def test_a_deadline_kills_the_process_and_the_next_one_is_as_good(executor, faults):
+    faults.at(inversion=EACH, times=1).delay(60)
     pid, begun = executor.pid, time.monotonic()
     with pytest.raises(DeadlineExceeded, match="longer than its deadline of 0.5 s and was killed"):
         executor.run(payload(), 0.5)
     assert time.monotonic() - begun < 5
     assert not is_alive(pid)
-    delay.write_text("0")
     assert executor.run(payload(), 60.0).result == result_of(payload())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_crash_in_the_middle(executor, delay, number):
-    delay.write_text("60")
+def test_a_crash_in_the_middle(executor, faults, number):
+    faults.at(inversion=EACH, times=1).kill(number)
     pid = executor.pid
-    threading.Timer(0.3, os.kill, (pid, number)).start()
     with pytest.raises(ChildCrashed, match=f"was killed by {number.name} in the middle"):
         executor.run(payload(), 60.0)
-    delay.write_text("0")
     assert executor.run(payload(), 60.0).result == result_of(payload())
     assert executor.pid != pid
 
@@ -128,23 +118,22 @@ def test_a_process_that_cannot_start_says_how_it_ended():
         executor.run(payload(), 1.0)
 
 
-def test_the_process_ends_with_its_owner_even_in_the_middle_of_an_inversion(delay):
-    delay.write_text("60")
+def test_the_process_ends_with_its_owner_even_in_the_middle_of_an_inversion(faults):
+    inversion = faults.at(inversion=EACH, times=1).delay(60)
     script = f"""
 import sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 from kfdist.owner.executor import Executor
 from tests.support.jobs import payload
-executor = Executor(threads=1, module={slow_child.__name__!r})
+executor = Executor(threads=1, module={child.__name__!r})
 executor.fingerprint()
 print(executor.pid, flush=True)
 executor.run(payload(), 60.0)
 """
-    environment = {**os.environ, slow_child.VARIABLE: str(delay)}
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as owner:
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
-        child = int(owner.stdout.readline())
-        time.sleep(0.3)
-        assert is_alive(child)
+        pid = int(owner.stdout.readline())
+        eventually(lambda: inversion.fired, bool)
+        assert is_alive(pid)
         owner.kill()
-    eventually(lambda: is_alive(child), lambda alive: not alive, seconds=2.0)
+    eventually(lambda: is_alive(pid), lambda alive: not alive, seconds=2.0)

@@ -1,7 +1,5 @@
 """InversionService over real gRPC with a real inversion process: every promise and every refusal of inversion.proto."""
 
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,8 +16,9 @@ from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceS
 from kfdist.rpc.channels import open_channel
 from kfdist.rpc.chunking import digest_of, split
 from kfdist.types import CHUNK_BYTES
-from tests.support import slow_child
 from tests.support.controller import eventually
+from tests.support.faults import EACH, Faults
+from tests.support.faulty import child
 from tests.support.jobs import payload, result_of
 
 ROOT = Path(__file__).parents[2]
@@ -35,21 +34,18 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[OwnerServer]:
-    (folder / "delay").write_text("0")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(slow_child.VARIABLE, str(folder / "delay"))
-        made = OwnerServer(
-            OwnerOptions(owner_id="owner-7", directory=str(folder), child_module=slow_child.__name__, limits=LIMITS)
-        )
-        eventually(lambda: made.status()["fingerprint"], bool, seconds=60)
-        yield made
-        made.close()
+    made = OwnerServer(
+        OwnerOptions(owner_id="owner-7", directory=str(folder), child_module=child.__name__, limits=LIMITS)
+    )
+    eventually(lambda: made.status()["fingerprint"], bool, seconds=60)
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def owner(running: OwnerServer, folder: Path) -> Iterator[OwnerServer]:
+def owner(running: OwnerServer, faults: Faults) -> Iterator[OwnerServer]:
+    del faults  # cleared after each test
     yield running
-    (folder / "delay").write_text("0")
     eventually(lambda: running.status()["queue_depth"], lambda depth: depth == 0, seconds=60)
 
 
@@ -99,9 +95,9 @@ def test_a_job_and_its_result(stub):
     assert 0 < answer.seconds < 60
 
 
-def test_duplicates_join_the_running_call(stub, owner, folder):
+def test_duplicates_join_the_running_call(stub, owner, faults):
     before = owner.status()["completed"]
-    (folder / "delay").write_text("1.5")
+    faults.at(inversion=EACH).delay(0.5)
     data = payload(20, seed=2)
     first = header(data)
     results: list[bytes] = []
@@ -132,8 +128,8 @@ def test_a_kept_result_is_given_again_until_others_take_its_place(stub, owner):
     assert (code, "bytes short" in sentence) == (Code.INVALID_ARGUMENT, True)
 
 
-def test_a_job_whose_caller_has_gone_before_its_turn_is_dropped(stub, owner, folder):
-    (folder / "delay").write_text("1.0")
+def test_a_job_whose_caller_has_gone_before_its_turn_is_dropped(stub, owner, faults):
+    faults.at(inversion=EACH).delay(1.0)
     before = owner.status()["completed"]
     data = payload(20, seed=4)
     running = stub.Invert(iter([header(data), *chunks(data)]), timeout=60)
@@ -146,8 +142,8 @@ def test_a_job_whose_caller_has_gone_before_its_turn_is_dropped(stub, owner, fol
     assert owner.status()["completed"] == before + 1
 
 
-def test_more_than_there_is_room_for_waits_its_turn(stub, owner, folder):
-    (folder / "delay").write_text("0.5")
+def test_more_than_there_is_room_for_waits_its_turn(stub, owner, faults):
+    faults.at(inversion=EACH).delay(0.3)
     data = payload(560, seed=5)
     assert 2 * len(data) < LIMITS.buffered_bytes < 3 * len(data)
     results: list[bytes] = []
@@ -195,18 +191,17 @@ def test_an_owner_of_another_fingerprint_refuses(stub, owner):
     assert "'cuda'" in sentence and fingerprint in sentence
 
 
-def test_a_deadline(stub, owner, folder):
-    (folder / "delay").write_text("60")
+def test_a_deadline(stub, owner, faults):
+    faults.at(inversion=EACH).delay(60)
     data = payload(16)
     code, sentence = refusal(stub, [header(data, deadline_milliseconds=300), *chunks(data)])
     assert code is Code.DEADLINE_EXCEEDED
     assert "owner-7: the inversion took longer than its deadline of 0.3 s" in sentence
 
 
-def test_a_crash(stub, owner, folder):
-    (folder / "delay").write_text("60")
+def test_a_crash(stub, owner, faults):
+    faults.at(inversion=EACH).kill()
     data = payload(16)
-    threading.Timer(0.5, os.kill, (owner.status()["child_pid"], signal.SIGKILL)).start()
     code, sentence = refusal(stub, [header(data), *chunks(data)])
     assert code is Code.INTERNAL
     assert "killed by SIGKILL" in sentence

@@ -13,7 +13,8 @@ import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.runtime.pipeline import Pipeline
-from tests.support.delayed_link import DelayedLink
+from tests.support.faults import reach
+from tests.support.faulty.link import FaultyLink
 from tests.support.small_models import images, small_cnn
 
 
@@ -39,12 +40,11 @@ class TrainingRank:
 
     Args:
         communicator: The training group.
-        link: Carries this rank's jobs.
         **options: For the preconditioner, over what is usual here.
     """
 
-    def __init__(self, communicator: Communicator, link: DelayedLink | None = None, **options: Any) -> None:
-        self.link = link or DelayedLink()
+    def __init__(self, communicator: Communicator, **options: Any) -> None:
+        self.link = FaultyLink()
         self.model = small_cnn(dtype=torch.float32)
         self.pre = kfdist.Preconditioner(
             self.model,
@@ -75,6 +75,7 @@ class TrainingRank:
 
     def step(self) -> Record:
         """Makes one training step."""
+        reach(step=self.pre.next_step)
         self.backward()
         return self.second_half()
 

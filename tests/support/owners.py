@@ -10,36 +10,34 @@ from pathlib import Path
 from typing import Any, Self
 
 from kfdist.owner.owner_server import OwnerOptions, OwnerServer
-from tests.support import slow_child
+from tests.support.faults import act_as
+from tests.support.faulty import child
 
 
 class OwnerProcess:
-    """An owner in a process of its own, whose inversions a file may delay."""
+    """An owner in a process of its own, its inversion process under the test's script of faults."""
 
     def __init__(self, owner_id: str, *, folder: Path, controller: str) -> None:
-        self._folder = folder
-        self._options = {"owner_id": owner_id, "directory": str(folder), "controller": controller}
-        self.delay_file = folder / f"{owner_id}.delay"
-        self.delay(0)
+        self._options = {
+            "owner_id": owner_id,
+            "directory": str(folder),
+            "controller": controller,
+            "child_module": child.__name__,
+        }
         self.start()
 
     def start(self) -> None:
         """Starts it, again if need be, and waits until it listens."""
-        options = {**self._options, "child_module": slow_child.__name__}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(options)],
+            [sys.executable, "-m", __name__, json.dumps(self._options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, slow_child.VARIABLE: str(self.delay_file)},
+            env={**os.environ, **act_as(owner=self._options["owner_id"])},
         )
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
         assert self.address, "the owner didn't start"
-
-    def delay(self, seconds: float) -> None:
-        """Has each inversion that begins from now on take longer."""
-        self.delay_file.write_text(str(seconds))
 
     def status(self) -> dict[str, Any]:
         """Asks how it stands."""

@@ -14,6 +14,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tests.support.faults import act_as
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "kfdist.training.worker"])
 
@@ -22,6 +24,7 @@ def _rank_main(
     rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...], pipe: Connection
 ) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ |= act_as(rank=rank)
     import torch
     import torch.distributed as dist  # noqa: TID251  # ranks of a test join by themselves
 
