@@ -100,7 +100,7 @@ class Job:
         epoch: Start of the run that it belongs to (design: fencing).
         group: The group of blocks.
         version: Step whose statistics are in the payload.
-        content: Makes the payload; the link calls it, in a thread of its own, not the thread that trains.
+        content: Makes the payload. A thread of the link asks for it, not the thread that trains.
         deadline_seconds: How long one attempt may run before it is killed.
         fingerprint: What an owner's own fingerprint must equal; empty where any owner will do (asap).
     """

@@ -170,7 +170,7 @@ def failure_result(reasons: Mapping[BlockName, str]) -> bytes:
     """Writes a result in which every block failed without an inversion, such as for want of statistics.
 
     Args:
-        reasons: One sentence per block of the group.
+        reasons: Why, by block of the group.
     """
     failed = {
         name: BlockOutcome(preconditioner=None, outcome=Outcome.FAILED, reason=reasons[name])

@@ -38,8 +38,8 @@ class BlockOutcome:
 
     Attributes:
         preconditioner: The result; None if it failed.
-        outcome: Which rung held, with a sentence.
-        reason: What went wrong on the way, for people; empty if nothing did.
+        outcome: Which rung held.
+        reason: What went wrong on the way; empty if nothing did.
         diagnostics: Finite numbers: `residual_*`, `orthogonality_*` (||U^T U - I|| of eigenvectors, Frobenius),
             `smallest_eigenvalue_*`, `rank_*`, the `rung` (from 0) and the
             `damping` it used.

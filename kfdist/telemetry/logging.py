@@ -1,4 +1,4 @@
-"""Logging set up once by each command: plain lines for people, or one JSON object a line for machines.
+"""Logging set up once by each command: plain lines to read, or one JSON object a line for programs.
 
 Only the logger "kfdist" is touched; the root logger and other libraries' loggers stay as the user set them.
 """
@@ -51,7 +51,7 @@ def setup_logging(
 
 
 class PlainFormatter(logging.Formatter):
-    """Time, level, fields, sentence."""
+    """Time, level, fields, message."""
 
     def __init__(self, fields: Mapping[str, str | int]) -> None:
         """Fixes the fields that every line carries."""

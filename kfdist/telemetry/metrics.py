@@ -41,7 +41,7 @@ class Metric:
     Attributes:
         name: Its Prometheus name.
         kind: What its values mean.
-        help: One sentence, with the unit where the name has none.
+        help: What it measures, with the unit where the name has none.
         labels: Label names, besides `run`.
         across: How several senders' values become one.
         buckets: Upper bounds of a histogram's buckets, rising, without infinity.
@@ -133,7 +133,7 @@ _DECLARED = (
         labels=("purpose",),
         across=Across.SUM,
     ),
-    # What an inversion says of its own result, for the inverse in use; factors are "A", "G" or what the method has.
+    # Diagnostics of the inverse in use; a factor is "A", "G" or another matrix that the method decomposes.
     Metric(
         name="kfdist_inversion_residual",
         kind=Kind.GAUGE,

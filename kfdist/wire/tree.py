@@ -18,7 +18,7 @@ from torch import Tensor
 _METADATA_KEY = "kfdist"
 _TAGS = frozenset({"$tensor", "$bytes", "$tuple", "$items", "$float"})
 _FAULTS = (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
-"""What reading a file that isn't one of ours, or was damaged, raises."""
+"""What reading a damaged file, or one that kfdist didn't write, raises."""
 
 
 def pack(state: Any) -> bytes:

@@ -73,7 +73,7 @@ class _Parcel:
 
 
 class Dispatcher:
-    """Carries jobs to owners, each in a task of its own, and tells the rank how they ended."""
+    """Carries jobs to owners, one task a job, and tells the rank how they ended."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Dispatcher:
             epoch: The run's start.
             directory: The owners; kept up to date by others, who call `owners_changed`.
             tell: Sends a message to the rank.
-            fenced: Called with a sentence when an owner has seen a newer start of the run.
+            fenced: Called with the reason when an owner has seen a newer start of the run.
         """
         self._run = run
         self._epoch = epoch

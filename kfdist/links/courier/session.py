@@ -67,11 +67,11 @@ class ControllerSession:
         Args:
             address: Where the controller listens.
             context: What the rank knows of its run.
-            pid: The rank's process id, for people.
+            pid: The rank's process id, for operators.
             directory: Kept up to date.
             owners_changed: Called after each update of the directory.
-            settings_changed: Called with what the controller says people want.
-            fenced: Called with a sentence when the controller knows a newer start of the run.
+            settings_changed: Called with newer settings of the run.
+            fenced: Called with the reason when the controller knows a newer start of the run.
         """
         self._address = address
         self._context = context
