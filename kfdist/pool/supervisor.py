@@ -12,13 +12,13 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kfdist.errors import EnvironmentFault
 from kfdist.owner.owner_server import remembered_pid
 from kfdist.pool.actor import Owner
 from kfdist.pool.ray_cluster import RayCluster
+from kfdist.system.processes import command_line
 
 _LOG = logging.getLogger(__name__)
 
@@ -210,9 +210,8 @@ class Supervisor:
         slot.pause_until = time.monotonic() + _PING_PERIOD_SECONDS
         pid = remembered_pid(self._directory, name)
         _LOG.warning("%s (process %s) %s; it is killed and started again", name, pid or "not known", reason)
-        # Its number may be somebody else's by now.
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(_TITLE):
+        if command_line(pid).startswith(_TITLE):  # its number may be somebody else's by now
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
     def _introduce(self) -> None:
