@@ -26,7 +26,7 @@ MISTAKES = [
     (["--set", "run.steps=10", "--set", "run.epochs=1"], ["run.steps", "both"]),
     (["--set", "preconditioner.damping=0"], ["preconditioner.damping", "is 0", "greater than 0"]),
     (["--set", "preconditioner.damping=nan"], ["preconditioner.damping", "nan", "finite"]),
-    (["--set", "preconditioner.inverse_period=3"], ["inverse_period", "is 3", "multiple", "such as 4"]),
+    (["--set", "preconditioner.inverse_period=3"], ["inverse_period", "is 3", "multiple", "take 2 or 4"]),
     (["--set", "preconditioner.adoption=fixed-lag"], ["preconditioner.lag", "missing"]),
     (["--set", "preconditioner.staleness.hard_bound=2"], ["hard_bound", "is 2", "smallest legal value"]),
     (["--set", "preconditioner.method=rs-kfak"], ["preconditioner", "'rs-kfak'", "did you mean 'rs-kfac'"]),
