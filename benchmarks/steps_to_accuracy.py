@@ -30,8 +30,9 @@ from kfdist.config import Config, load_config
 from kfdist.data.sampler import Position
 from kfdist.system.versions import versions
 from kfdist.training.evaluation import evaluate
+from kfdist.training.method import make_method
 from kfdist.training.optimizers import LearningRate, set_learning_rate
-from kfdist.training.setup import gather_materials, make_method
+from kfdist.training.setup import gather_materials
 
 TARGET_ACCURACY = 0.98
 MAX_STEPS = 400
@@ -110,11 +111,9 @@ def make_preconditioner(
 ) -> kfdist.Preconditioner:
     """Makes the configured preconditioner for one process."""
     section = config.preconditioner
-    method = make_method(section)
-    assert method is not None
     return kfdist.Preconditioner(
         model,
-        method,
+        make_method(section),
         damping=section.damping,
         ema_decay=section.ema_decay,
         factor_period=section.factor_period,

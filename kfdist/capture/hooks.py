@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kfdist import checks
 from kfdist.capture.collect import Collector
@@ -101,10 +102,12 @@ class Capture:
         self._examples_of_backward: dict[int, int | None] = {}
         self._scaler_cycle: object = None
         self.saw_forward = False
-        self._handles = [
-            model.register_forward_pre_hook(_uncompiled(self._before_forward), with_kwargs=True),
-            model.register_forward_hook(_uncompiled(self._after_forward), always_call=True),
-        ]
+        self._handles: list[RemovableHandle] = []
+        if self._blocks:
+            self._handles += [
+                model.register_forward_pre_hook(_uncompiled(self._before_forward), with_kwargs=True),
+                model.register_forward_hook(_uncompiled(self._after_forward), always_call=True),
+            ]
         for name, block in self._blocks.items():
             for module in (block.module, *aliases.get(name, ())):
                 hook = _uncompiled(partial(self._after_layer, name, module))

@@ -176,6 +176,11 @@ class PreconditionerSection(Section):
     staleness: StalenessSection = Field(default_factory=StalenessSection, description="bounds on staleness under asap")
 
     @property
+    def inverts(self) -> bool:
+        """Whether there is a method, so that somebody has to invert."""
+        return self.method != "none"
+
+    @property
     def described(self) -> str:
         """The method, to be shown, such as "rs-kfac" or "conv*: rs-kfac, head: kfac"."""
         if self.methods is None:
@@ -294,11 +299,3 @@ class Config(Section):
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     control: ControlSection = Field(default_factory=ControlSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-
-    @model_validator(mode="after")
-    def _no_method_no_service(self) -> Self:
-        if self.preconditioner.method == "none" and self.cluster.link == "service":
-            raise ConfigError(
-                'is "service"; preconditioner.method = "none" inverts nothing: set "local"', path="cluster.link"
-            )
-        return self

@@ -19,6 +19,7 @@ import torch
 
 from kfdist.comm.rendezvous import host_rendezvous
 from kfdist.config import Config, to_toml
+from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import EnvironmentFault, ExitCode, KfdistError
 from kfdist.launch.outcome import (
     add_to_summary,
@@ -42,7 +43,7 @@ from kfdist.system.processes import (
     sweep,
 )
 from kfdist.system.spawn import inherited_environment, module_command
-from kfdist.training.run_directory import inspect_run
+from kfdist.training.run_directory import inspect_run, read_costs
 from kfdist.training.setup import gather_materials
 
 CONTROLLER_READY_SECONDS = 30.0
@@ -78,7 +79,9 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
     """
     finished = inspect_run(config).finished
     # The device a rank will use is its own to find; everything else is the same on the CPU.
-    gather_materials(config, config.cluster.workers, torch.device("cpu"))
+    # What inversions cost is for the ranks to measure: until then nothing is too expensive.
+    costs = read_costs(config.run.directory) or MeasuredCosts(rates={})
+    gather_materials(config, config.cluster.workers, torch.device("cpu"), costs)
     if config.cluster.link == "service":
         check_bindable(*split_address(config.control.address), path="control.address")
         check_bindable(*split_address(config.control.metrics_address), path="control.metrics_address")
@@ -152,7 +155,8 @@ class Launch:
         self._terminal.say(f"run {self._config.run.name}: files in {self._config.run.directory}")
         if self._config.cluster.link == "service":
             self._start_controller()
-            self._start_pool()
+            if self._config.preconditioner.inverts:
+                self._start_pool()
         rendezvous = self._rendezvous = host_rendezvous(self._config.cluster.workers)
         for rank in range(rendezvous.world_size):
             variables = {

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from kfdist.capture.requests import Sampling
 from kfdist.comm.communicator import Communicator, communicator
 from kfdist.comm.communicator_set import make_communicators
-from kfdist.comm.together import on_every_rank
-from kfdist.curvature.auto import MeasuredCosts
+from kfdist.comm.together import on_every_rank, on_rank_zero
+from kfdist.curvature.auto import MeasuredCosts, measure_costs
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistError, KfdistWarning, RankFailed
 from kfdist.links.link import AbstractLink, LinkContext
@@ -25,15 +25,14 @@ from kfdist.runtime.apply.rates import (
     finite_gradients,
     step_before_optimizer,
 )
-from kfdist.runtime.arguments import inverting_fingerprint
-from kfdist.runtime.assembly import assemble
+from kfdist.runtime.assembly import agree_on_terms, assemble
 from kfdist.runtime.diagnostics import diagnostic_note
-from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, epoch_from_clock, make_link
+from kfdist.runtime.invert.service import Service, make_link
 from kfdist.runtime.plan.coverage import Coverage
-from kfdist.runtime.plan.groups import BlockGroup, check_applied_rows, check_fisher
-from kfdist.runtime.plan.layers import bare_model, check_block, device_of
-from kfdist.runtime.plan.planner import Method, agreed_costs, needs_costs, plan_blocks
-from kfdist.runtime.settings import JobTerms, Settings, StepReport
+from kfdist.runtime.plan.groups import BlockGroup, refuse_applied_rows
+from kfdist.runtime.plan.layers import check_block
+from kfdist.runtime.plan.planner import Method, Plan, make_plan, needs_costs
+from kfdist.runtime.settings import Settings, StepReport
 from kfdist.runtime.state import pipeline_state, restore_pipeline
 from kfdist.runtime.telemetry_samples import pipeline_samples, pipeline_totals
 from kfdist.types import BlockName, Fisher, Sample, WeightSharing
@@ -58,7 +57,7 @@ class Preconditioner:
     Args:
         model: The model, also wrapped by DDP or torch.compile.
         method: An inverter's name, an inverter, or {glob on dotted module names: either}; the first match wins. A glob
-            that names a module holds for everything inside it.
+            that names a module holds for everything inside it. "none" leaves all gradients as they are.
         damping: lambda of F + lambda I: a positive number, or a callable of the step.
         ema_decay: Largest weight rho of the past in the moving average of the statistics, in [0, 1).
         factor_period: Steps between two foldings of a block's statistics.
@@ -80,9 +79,6 @@ class Preconditioner:
         link: None inverts in the ranks themselves; `kfdist.connect(...)` uses a service.
         costs: What inversions cost, for "auto"; None lets rank 0 measure it. Measured anew, it may choose otherwise:
             to load a state into a new Preconditioner, give it `costs` of the one that saved it.
-
-    Attributes:
-        costs: What inversions cost, if a method was chosen by it.
 
     Raises:
         ConfigError: A value is out of range, a glob matches nothing, or no layer can be preconditioned.
@@ -127,60 +123,80 @@ class Preconditioner:
             seed=seed,
             digest_period=digest_period,
         )
-        self._model = bare_model(model)
-        self._grad_scaler = grad_scaler
-        self._rates = LearningRates(lr, needed=kl_clip is not None)
-        self._training = communicator(process_group)
-        self.costs = agreed_costs(self._training) if costs is None and needs_costs(method) else costs
-        self._plan = plan_blocks(
-            self._model,
-            method,
-            skip=settings.skip,
-            world_size=self._training.world_size,
-            weight_sharing=weight_sharing,
-            costs=self.costs,
-        )
-        check_fisher(fisher, self._plan.groups)
-        check_applied_rows(
-            self._plan.groups, world_size=self._training.world_size, fisher=fisher, grad_scaler=grad_scaler
-        )
-        self._device = device_of(block for group in self._plan.groups for block in group.blocks)
-        service = link if isinstance(link, Service) else None
-        epoch = service.epoch if service is not None and service.epoch is not None else epoch_from_clock()
-        fingerprint = inverting_fingerprint(self._training, self._device)
-        self._terms = JobTerms(
-            run=service.run if service is not None else "local",
-            epoch=int(self._training.broadcast_json(epoch)),
-            fingerprint=fingerprint if settings.lag is not None else "",
-            deadline_seconds=service.deadline_seconds if service is not None else DEADLINE_SECONDS,
-        )
-        self._communicators = make_communicators(self._training)
-        self._link = make_link(link)
-        self._pipeline = assemble(
-            self._model, self._plan, settings, self._terms, self._communicators, self._link, grad_scaler=grad_scaler
-        )
-        self._folded = False
-        self._closed = False
-        self._hook: Any = None
-        self._hooks_checked = False
-        self._start_link(
-            LinkContext(
-                run=self._terms.run,
-                epoch=self._terms.epoch,
-                worker_rank=self._training.rank,
-                world_size=self._training.world_size,
-                groups=[group.spec for group in self._plan.groups],
-                fingerprint=fingerprint,
-                assignment=service.assignment if service is not None else "round_robin",
-            )
+        world = communicator(process_group)
+        if costs is None and needs_costs(method):  # from one rank: all have to choose alike
+            costs = MeasuredCosts.from_json(on_rank_zero(world, lambda: measure_costs().to_json()))
+        self._set_up(
+            make_plan(model, method, settings, world_size=world.world_size, costs=costs), world, grad_scaler, link
         )
 
     # Construction ----------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def from_plan(
+        cls,
+        plan: Plan,
+        *,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        process_group: Any = None,
+        link: Service | AbstractLink | None = None,
+    ) -> Self:
+        """Makes a Preconditioner that carries out a plan. All ranks must make it, with equal plans.
+
+        Args:
+            plan: What `kfdist.runtime.plan.planner.make_plan` returned, for as many ranks as the group has.
+            grad_scaler: As for the constructor.
+            process_group: As for the constructor.
+            link: As for the constructor.
+
+        Raises:
+            ConfigError: The plan is for another number of ranks, or doesn't go with a GradScaler.
+            EnvironmentFault: As for the constructor.
+        """
+        self = cls.__new__(cls)
+        self._set_up(plan, communicator(process_group), grad_scaler, link)
+        return self
+
+    def _set_up(
+        self,
+        plan: Plan,
+        world: Communicator,
+        grad_scaler: torch.amp.GradScaler | None,
+        link: Service | AbstractLink | None,
+    ) -> None:
+        if plan.world_size != world.world_size:
+            raise ConfigError(f"the plan is for {plan.world_size} ranks, and there are {world.world_size}")
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            refuse_applied_rows(plan.groups, "a GradScaler scales the gradients")
+        self._plan = plan
+        self._world = world
+        self._grad_scaler = grad_scaler
+        self._rates = LearningRates(plan.settings.lr, needed=plan.settings.kl_clip is not None)
+        self._folded = False
+        self._closed = False
+        self._hook: Any = None
+        self._hooks_checked = not plan.groups  # then there are none
+        service = link if isinstance(link, Service) else None
+        self._terms = terms = agree_on_terms(plan, world, service)
+        self._communicators = make_communicators(world)
+        self._link = make_link(link)
+        self._pipeline = assemble(plan, terms, self._communicators, self._link, grad_scaler)
+        self._start_link(
+            LinkContext(
+                run=terms.run,
+                epoch=terms.epoch,
+                worker_rank=world.rank,
+                world_size=world.world_size,
+                groups=[group.spec for group in plan.groups],
+                fingerprint=terms.fingerprint,
+                assignment="round_robin" if service is None else service.assignment,
+            )
+        )
+
     def _start_link(self, context: LinkContext) -> None:
         """Starts every rank's link, or none: where one can't start, all ranks undo what they made and say so."""
         try:
-            on_every_rank(self._training, lambda: self._link.start(context))
+            on_every_rank(self._world, lambda: self._link.start(context))
         except RankFailed as fault:
             self._pipeline.capture.close()
             self._link.close()
@@ -247,7 +263,7 @@ class Preconditioner:
         finite = None
         if self._grad_scaler is not None and self._grad_scaler.is_enabled():
             check_unscaled(self._grad_scaler, self._rates.optimizer)
-            finite = finite_gradients(self._model.parameters())
+            finite = finite_gradients(self._plan.model.parameters())
         self._folded = False
         return self._pipeline.step(step_is_finite=finite, learning_rate=rates)
 
@@ -264,8 +280,7 @@ class Preconditioner:
         """
         if self._hook is not None:
             raise ConfigError("an optimizer is attached already; make one Preconditioner per optimizer")
-        blocks = [block for group in self._plan.groups for block in group.blocks]
-        self._rates.attach(optimizer, [parameter for block in blocks for parameter in block.parameters()])
+        self._rates.attach(optimizer, [parameter for block in self._plan.blocks for parameter in block.parameters()])
         self._hook = optimizer.register_step_pre_hook(partial(step_before_optimizer, self.step))
         return self
 
@@ -316,14 +331,19 @@ class Preconditioner:
         }
 
     @property
+    def costs(self) -> MeasuredCosts | None:
+        """What inversions cost, if "auto" chose by it."""
+        return self._plan.costs
+
+    @property
     def world(self) -> Communicator:
         """The ranks that train together."""
-        return self._training
+        return self._world
 
     @property
     def model(self) -> nn.Module:
         """The bare model, without the wrappers of DDP and torch.compile."""
-        return self._model
+        return self._plan.model
 
     @property
     def attached(self) -> bool:
@@ -338,7 +358,7 @@ class Preconditioner:
     @property
     def settings(self) -> Settings:
         """What it was told."""
-        return self._pipeline.settings
+        return self._plan.settings
 
     @property
     def groups(self) -> tuple[BlockGroup, ...]:
@@ -434,7 +454,7 @@ class Preconditioner:
         if self._hooks_checked:
             return
         self._hooks_checked = True
-        if not self._pipeline.capture.saw_forward and any(p.grad is not None for p in self._model.parameters()):
+        if not self._pipeline.capture.saw_forward and any(p.grad is not None for p in self.model.parameters()):
             warnings.warn(
                 "there are gradients, but no forward of the model was seen, so there are no statistics. Code that "
                 "torch.compile made before the Preconditioner doesn't know its hooks: make the Preconditioner before "
@@ -444,6 +464,5 @@ class Preconditioner:
             )
 
     def _check_model(self) -> None:
-        for group in self._plan.groups:
-            for block in group.blocks:
-                check_block(self._model, block, self._device)
+        for block in self._plan.blocks:
+            check_block(self._plan.model, block, self._plan.device)

@@ -83,7 +83,7 @@ class JobTerms:
     Attributes:
         run: The run's name.
         epoch: The start of the run.
-        fingerprint: What the result's numbers may depend on; empty where any owner will do, as under asap.
+        fingerprint: What the numbers of whoever inverts depend on.
         deadline_seconds: How long one inversion may run.
     """
 

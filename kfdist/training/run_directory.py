@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from kfdist.config import Config, to_toml
-from kfdist.curvature.auto import measure_costs
+from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.files import replace_file, write_file
 
@@ -85,6 +85,24 @@ def inspect_run(config: Config) -> RunStatus:
     return RunStatus(exists=True, finished=_finished(config, summary))
 
 
+def read_costs(directory: Path) -> MeasuredCosts | None:
+    """Returns what inversions cost where the run in `directory` began, by which "auto" chose; None where none is kept.
+
+    Raises:
+        EnvironmentFault: It can't be read.
+    """
+    file = directory / _COSTS
+    try:
+        return MeasuredCosts.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise EnvironmentFault(
+            f"can't read {file}: {error}; check owner and mode, or remove it to measure anew, which may choose other "
+            "methods than those of the run's checkpoints"
+        ) from error
+
+
 class RunDirectory:
     """A run directory that this process holds until `close` or its end.
 
@@ -100,10 +118,14 @@ class RunDirectory:
         self._fresh = fresh
 
     @classmethod
-    def open(cls, config: Config) -> Self:
+    def open(cls, config: Config, costs: MeasuredCosts | None = None) -> Self:
         """Makes the directory if need be, locks it, draws the epoch and writes `config.toml`.
 
         Only one process of a run calls this (rank 0), when nothing else can go wrong with the configuration any more.
+
+        Args:
+            config: The configuration.
+            costs: What inversions cost, to be kept: a resumed run must choose by it, too.
 
         Raises:
             ConfigError: As for `inspect_run`.
@@ -122,6 +144,8 @@ class RunDirectory:
             _refuse_drift(config)
             opened.epoch = _draw_epoch(path / "epochs", config)
             replace_file(path / "config.toml", _as_saved(config).encode())
+            if costs is not None and not (path / _COSTS).exists():
+                replace_file(path / _COSTS, json.dumps(costs.to_json()).encode())
         except OSError as error:
             opened.abandon()
             raise EnvironmentFault(f"can't write to {path}: {error}; make room, or choose another run.dir") from error
@@ -134,20 +158,6 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Where the run's checkpoints are."""
         return self.path / "checkpoints"
-
-    def costs(self) -> dict[str, Any]:
-        """Returns what inversions cost where the run began, measured once: a resumed run must choose as it did then.
-
-        Raises:
-            EnvironmentFault: It can't be read or written.
-        """
-        file = self.path / _COSTS
-        try:
-            if not file.exists():
-                replace_file(file, json.dumps(measure_costs().to_json()).encode())
-            return _read_json(file)
-        except OSError as error:
-            raise EnvironmentFault(f"can't keep {file}: {error}; make room, or check owner and mode") from error
 
     def abandon(self) -> None:
         """Lets go of the directory, and removes it if this start made it and nobody else put anything in.

@@ -14,7 +14,6 @@ from kfdist.data.sampler import Position, Sampler
 from kfdist.data.sets import DataSet
 from kfdist.errors import CheckpointError
 from kfdist.runtime.forward_state import ForwardState, seed_rank
-from kfdist.runtime.plain import NoPreconditioner
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.state import merge_states
 from kfdist.training.checkpoint import Loaded
@@ -50,7 +49,7 @@ class Training:
     learning_rate: LearningRate
     scaler: torch.amp.GradScaler
     reducer: GradientReducer
-    preconditioner: Preconditioner | NoPreconditioner
+    preconditioner: Preconditioner
     forward_state: ForwardState
 
 
@@ -118,17 +117,13 @@ def restore_state(training: Training, loaded: Loaded) -> None:
     training.scaler.load_state_dict(shared["scaler"])
     owns = [own for own in loaded.ranks if own is not None]
     states = [{**own["preconditioner"], **shared["preconditioner"]} for own in owns]
-    training.preconditioner.load_state_dict(states[0] if same_world else _merged(training, states))
+    training.preconditioner.load_state_dict(states[0] if same_world else merge_states(states))
     training.forward_state.load_buffers([own["forward"] for own in owns])
     if same_world:
         training.forward_state.load_random(owns[0]["forward"])
     else:
         seed_rank(training.config.run.seed, worker_rank=rank, start=loaded.manifest.step)
         training.forward_state.remember()
-
-
-def _merged(training: Training, states: list[dict[str, Any]]) -> Mapping[str, Any]:
-    return states[0] if isinstance(training.preconditioner, NoPreconditioner) else merge_states(states)
 
 
 def _load_parameters(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:

@@ -1,37 +1,25 @@
 """From a configuration to everything a rank trains with; whatever can be wrong is found before anything is made."""
 
-import os
-import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from kfdist.capture.requests import Sampling
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
-from kfdist.config import Config, PreconditionerSection
-from kfdist.config.toml import format_key
-from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice, measure_costs
-from kfdist.curvature.inverter import AbstractInverter
+from kfdist.config import Config
+from kfdist.curvature.auto import MeasuredCosts
 from kfdist.data import load_data
 from kfdist.data.sampler import Sampler
 from kfdist.data.sets import DataSet, Examples
-from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.models import build_model
 from kfdist.runtime.forward_state import ForwardState, seed_rank
 from kfdist.runtime.invert.service import Service, connect
-from kfdist.runtime.plain import NoPreconditioner
-from kfdist.runtime.plan.groups import check_fisher
-from kfdist.runtime.plan.planner import Method, needs_costs, plan_blocks
+from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.preconditioner import Preconditioner
-from kfdist.system.addresses import server_address
+from kfdist.training.method import plan_of
 from kfdist.training.optimizers import LearningRate, make_optimizer
 from kfdist.training.run_state import Standing, Training
-
-_CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +32,7 @@ class Materials:
         sampler: Deals it to the ranks.
         model: The model, on the device.
         optimizer: Its optimizer.
+        plan: What a preconditioner does to the model.
     """
 
     device: torch.device
@@ -51,55 +40,19 @@ class Materials:
     sampler: Sampler
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    plan: Plan
 
 
-def choose_device(config: Config) -> torch.device:
-    """Returns the device of this rank: one GPU per rank of a machine, or the CPU.
-
-    Raises:
-        EnvironmentFault: CUDA is asked for and isn't there.
-    """
-    wanted = config.run.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise EnvironmentFault(
-            f'run.device is "{wanted}" and this is rank {local_rank} of its machine, which has '
-            f'{torch.cuda.device_count()} CUDA devices; start fewer ranks, or set run.device = "cpu"'
-        )
-    return torch.device("cuda", local_rank)
-
-
-def check_controller(config: Config) -> None:
-    """Checks that somebody listens at the controller's address, before anything is started.
-
-    A plain connection: ranks don't speak gRPC, their couriers do.
-
-    Raises:
-        ConfigError: The address has port 0, which only a server can take.
-        EnvironmentFault: Nobody is there.
-    """
-    if config.cluster.link != "service":
-        return
-    address = config.control.address
-    reached = server_address(address, field="control.address")
-    try:
-        socket.create_connection(reached, timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise EnvironmentFault(
-            f"no controller at {address} ({error}); start `kfdist serve` first, or give its address with "
-            "--controller HOST:PORT"
-        ) from None
-
-
-def gather_materials(config: Config, world_size: int, device: torch.device) -> Materials:
+def gather_materials(
+    config: Config, world_size: int, device: torch.device, costs: MeasuredCosts | None = None
+) -> Materials:
     """Makes and checks all that doesn't need the run directory. The same on all ranks, none communicates.
 
     Args:
         config: The configuration.
         world_size: How many ranks share a step.
         device: Where this rank computes.
+        costs: What inversions cost, the same on all ranks; needed for "auto".
 
     Raises:
         ConfigError: A value is wrong.
@@ -118,65 +71,9 @@ def gather_materials(config: Config, world_size: int, device: torch.device) -> M
         classes=data.classes,
         seed=config.run.seed,
     ).to(device)
-    if (method := make_method(config.preconditioner)) is not None:
-        _check_plan(config.preconditioner, method, model, world_size)
+    plan = plan_of(config, model, world_size=world_size, costs=costs)
     optimizer = make_optimizer(config.optimizer, model.parameters())
-    return Materials(device=device, data=data, sampler=sampler, model=model, optimizer=optimizer)
-
-
-def make_method(section: PreconditionerSection) -> Method | None:
-    """Makes what `kfdist.Preconditioner` takes as its method; None for the method "none".
-
-    Raises:
-        ConfigError: There is no such method or setting, or a value isn't allowed.
-    """
-    if section.methods is not None:
-        return {pattern: _entry_of(pattern, entry) for pattern, entry in section.methods.items()}
-    if section.method is None or section.method == "none":
-        return None
-    try:
-        return make_choice(section.method, **section.settings)
-    except ConfigError as error:
-        of_settings = error.path not in ("method", "settings", "")
-        raise error.under("preconditioner.settings" if of_settings else "preconditioner") from None
-
-
-def _entry_of(pattern: str, entry: Mapping[str, Any]) -> AbstractInverter | Auto:
-    """Makes the method of one pattern; the entry holds its name beside its settings."""
-    try:
-        return make_choice(entry["method"], **{name: value for name, value in entry.items() if name != "method"})
-    except ConfigError as error:
-        entry_path = f"preconditioner.methods.{format_key(pattern)}"
-        raise (error.at(entry_path) if error.path == "settings" else error.under(entry_path)) from None
-
-
-def _check_plan(section: PreconditionerSection, method: Method, model: nn.Module, world_size: int) -> None:
-    """Checks that the method can invert the model's blocks, from this Fisher and in these periods.
-
-    Raises:
-        ConfigError: It can't.
-    """
-    try:
-        plan = plan_blocks(
-            model,
-            method,
-            skip=section.skip,
-            world_size=world_size,
-            weight_sharing=section.weight_sharing,
-            # This plan is only checked; the one that is used is made with costs that all ranks agree on.
-            costs=measure_costs() if needs_costs(method) else None,
-        )
-        check_fisher(section.fisher, plan.groups)
-    except ConfigError as error:
-        renamed = {"method": "methods" if section.methods is not None else "method", "allow": "settings.allow"}
-        raise error.at(renamed.get(error.path, error.path)).under("preconditioner") from None
-    for group in plan.groups:
-        try:
-            group.inverter.update_period(section.factor_period, section.inverse_period)
-        except ConfigError as error:
-            patterns = method.items() if isinstance(method, Mapping) else ()
-            entries = [f"methods.{format_key(pattern)}" for pattern, each in patterns if each is group.inverter]
-            raise error.under(f"preconditioner.{(entries or ['settings'])[0]}") from None
+    return Materials(device=device, data=data, sampler=sampler, model=model, optimizer=optimizer, plan=plan)
 
 
 def make_training(
@@ -186,7 +83,6 @@ def make_training(
     *,
     epoch: int,
     standing: Standing,
-    costs: MeasuredCosts | None = None,
 ) -> Training:
     """Completes what a rank trains with. All ranks must call it.
 
@@ -196,7 +92,6 @@ def make_training(
         materials: What was checked before.
         epoch: This start's number.
         standing: How far the run has come; decides the learning rates of runs that are measured in epochs.
-        costs: What inversions cost where the run began, for "auto"; None measures now.
     """
     model, device = materials.model, materials.device
     total_steps = config.run.steps
@@ -210,10 +105,13 @@ def make_training(
     # After the broadcast: buffers are remembered as they are now.
     forward_state = ForwardState(model, device)
     reducer = GradientReducer(list(model.parameters()), communicator)
-    if config.preconditioner.method == "none":
-        preconditioner = NoPreconditioner(communicator)
-    else:
-        preconditioner = _make_preconditioner(config, communicator, model, learning_rate, scaler, epoch, costs)
+    plan = materials.plan
+    preconditioner = Preconditioner.from_plan(
+        replace(plan, settings=replace(plan.settings, lr=learning_rate)),
+        grad_scaler=scaler if scaler.is_enabled() else None,
+        process_group=communicator.process_group,
+        link=_service(config, epoch),
+    )
     return Training(
         config=config,
         communicator=communicator,
@@ -227,45 +125,6 @@ def make_training(
         reducer=reducer,
         preconditioner=preconditioner,
         forward_state=forward_state,
-    )
-
-
-def _make_preconditioner(
-    config: Config,
-    communicator: Communicator,
-    model: nn.Module,
-    learning_rate: Callable[[int], float],
-    scaler: torch.amp.GradScaler,
-    epoch: int,
-    costs: MeasuredCosts | None,
-) -> Preconditioner:
-    section = config.preconditioner
-    method = make_method(section)
-    assert method is not None
-    return Preconditioner(
-        model,
-        method,
-        damping=section.damping,
-        ema_decay=section.ema_decay,
-        factor_period=section.factor_period,
-        inverse_period=section.inverse_period,
-        fisher=section.fisher,
-        weight_sharing=section.weight_sharing,
-        sampling=Sampling(
-            examples_fraction=section.examples_fraction,
-            positions_fraction=section.positions_fraction,
-            positions_budget=section.positions_budget,
-        ),
-        skip=section.skip,
-        kl_clip=section.kl_clip or None,
-        lr=learning_rate,
-        adoption=section.mode,
-        grad_scaler=scaler if scaler.is_enabled() else None,
-        process_group=communicator.process_group,
-        link=_service(config, epoch),
-        seed=config.run.seed,
-        digest_period=section.digest_period,
-        costs=costs,
     )
 
 

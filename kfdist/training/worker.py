@@ -13,23 +13,16 @@ import torch
 from kfdist.comm.communicator import Communicator, join_training_group
 from kfdist.comm.together import on_rank_zero, require_equal
 from kfdist.config import Config, to_toml
-from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import ConfigError, ExitCode, KfdistError
-from kfdist.runtime.plan.planner import needs_costs
 from kfdist.system.versions import versions
 from kfdist.training.checkpoint import CheckpointStore
+from kfdist.training.machine import check_controller, choose_device
+from kfdist.training.method import agree_on_costs
 from kfdist.training.metrics_log import MetricsLog
 from kfdist.training.progress import Progress, make_progress
 from kfdist.training.run_directory import RunDirectory, inspect_run
 from kfdist.training.run_state import Standing, Training, restore_state, standing_of
-from kfdist.training.setup import (
-    Materials,
-    check_controller,
-    choose_device,
-    gather_materials,
-    make_method,
-    make_training,
-)
+from kfdist.training.setup import Materials, gather_materials, make_training
 from kfdist.training.summary import gather_totals, summarise, write_summary
 from kfdist.training.trainer import Outputs, Trainer
 
@@ -75,8 +68,8 @@ def train_together(config: Config, communicator: Communicator, device: torch.dev
         ConfigError, EnvironmentFault, LossNotFinite: As for `run_worker`.
     """
     _check_same_configuration(config, communicator)
-    materials = gather_materials(config, communicator.world_size, device)
     finished = on_rank_zero(communicator, lambda: inspect_run(config).finished)
+    materials = gather_materials(config, communicator.world_size, device, agree_on_costs(config, communicator))
     if finished:
         return Ending(code=ExitCode.DONE, message=finished if communicator.rank == 0 else "")
     return _Start(config, communicator, materials).run()
@@ -104,10 +97,9 @@ class _Start:
         self._trained = False
 
     def run(self) -> Ending:
-        opened = on_rank_zero(self._communicator, self._open_directory)
-        costs = None if opened["costs"] is None else MeasuredCosts.from_json(opened["costs"])
+        epoch = on_rank_zero(self._communicator, self._open_directory)
         try:
-            return self._train(opened["epoch"], costs)
+            return self._train(epoch)
         except BaseException as error:
             self._clean_up_after(error)
             raise
@@ -115,11 +107,9 @@ class _Start:
             if self._directory is not None:
                 self._directory.close()
 
-    def _open_directory(self) -> dict[str, Any]:
-        self._directory = directory = RunDirectory.open(self._config)
-        method = make_method(self._config.preconditioner)
-        costs = directory.costs() if method is not None and needs_costs(method) else None
-        return {"epoch": directory.epoch, "costs": costs}
+    def _open_directory(self) -> int:
+        self._directory = RunDirectory.open(self._config, self._materials.plan.costs)
+        return self._directory.epoch
 
     def _clean_up_after(self, error: BaseException) -> None:
         if self._directory is None:
@@ -134,13 +124,13 @@ class _Start:
                     {"status": "failed", "run": self._config.run.name, "error": sentence, "versions": versions()},
                 )
 
-    def _train(self, epoch: int, costs: MeasuredCosts | None) -> Ending:
+    def _train(self, epoch: int) -> Ending:
         config, communicator = self._config, self._communicator
         store = CheckpointStore(config.run.directory / "checkpoints", communicator, keep=config.checkpoint.keep)
         newest = store.newest()
         loaded = store.load(newest) if newest is not None else None
         standing = standing_of(loaded) if loaded is not None else Standing()
-        training = make_training(config, communicator, self._materials, epoch=epoch, standing=standing, costs=costs)
+        training = make_training(config, communicator, self._materials, epoch=epoch, standing=standing)
         progress = make_progress(worker_rank=communicator.rank, total_steps=training.learning_rate.total_steps)
         log = MetricsLog.open(self._directory.path if self._directory is not None else None)
         try:

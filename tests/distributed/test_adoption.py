@@ -11,8 +11,7 @@ from kfdist.comm.communicator import Communicator
 from kfdist.curvature.jobs import NO_STATISTICS
 from kfdist.errors import EnvironmentFault, RanksDiverged
 from kfdist.policies.staleness import Asap, AtHardBound, FixedLag
-from kfdist.runtime import preconditioner
-from kfdist.runtime.plan.planner import plan_blocks
+from kfdist.runtime.plan import planner
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.faults import EACH, Fault, Faults
 from tests.support.faulty import broadcasts, inverter
@@ -143,9 +142,7 @@ def test_fixed_lag_is_bitwise_whatever_the_delays(faults: Faults) -> None:
 def synchronous(communicator: Communicator, one_owner: bool) -> tuple[str, int]:
     """FixedLag(0), with the inversions divided among the ranks or all done by rank 0's process."""
     if one_owner:
-        preconditioner.plan_blocks = lambda model, method, **others: plan_blocks(
-            model, method, **{**others, "world_size": 1}
-        )
+        planner.courier_ranks = lambda groups, world_size: dict.fromkeys((group.name for group in groups), 0)
     rank = TrainingRank(communicator, method="rs-kfac", adoption=FixedLag(0))
     rank.run(12)
     rank.close()

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import ConfigError
-from kfdist.runtime.plan.planner import plan_blocks
 from tests.support.factors import assert_factors_equal
+from tests.support.plans import planned
 from tests.support.preconditioning import factors, preconditioner, rows, two_layers
 from tests.support.ranks import run_ranks
 
@@ -74,7 +74,7 @@ def refusals(communicator: Communicator) -> dict[str, str]:
     models = {"dtensor": sharded, "fsdp": wrapped, "fsdp inside": nn.Sequential(wrapped, nn.Linear(3, 3).double())}
     for name, model in models.items():
         try:
-            plan_blocks(model, "kfac")
+            planned(model, "kfac")
         except ConfigError as error:
             said[name] = str(error)
     return said

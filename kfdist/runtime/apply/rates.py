@@ -31,14 +31,14 @@ class LearningRates:
         """From now on, without an `lr`, reads `optimizer`'s.
 
         Args:
-            optimizer: It has to step at least one of the parameters.
+            optimizer: It has to step at least one of the parameters, if there are any.
             parameters: Those of the blocks.
 
         Raises:
             ConfigError: The optimizer steps none of them.
         """
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in known for parameter in parameters):
+        if parameters and not any(id(parameter) in known for parameter in parameters):
             raise ConfigError(
                 f"the {type(optimizer).__name__} steps none of the preconditioned parameters; attach the optimizer of "
                 "this model, made from model.parameters()"

@@ -133,7 +133,8 @@ class Inverting:
             version=version,
             content=content,
             deadline_seconds=self._terms.deadline_seconds,
-            fingerprint=self._terms.fingerprint,
+            # Under asap any owner will do.
+            fingerprint=self._terms.fingerprint if self._settings.lag is not None else "",
         )
 
     def _announce(self, result: JobResult) -> None:

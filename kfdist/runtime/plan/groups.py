@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
@@ -55,23 +53,20 @@ def check_fisher(fisher: Fisher, groups: Iterable[BlockGroup]) -> None:
                 )
 
 
-def check_applied_rows(
-    groups: Iterable[BlockGroup], *, world_size: int, fisher: Fisher, grad_scaler: torch.amp.GradScaler | None
-) -> None:
-    """Refuses to multiply inverses onto rows where the gradient isn't the batch's own, by `ConfigError`."""
-    group = next((group for group in groups if any(needs.applied_rows for needs in group.needs.values())), None)
-    if group is None:
-        return
-    against = None
-    if world_size > 1:
-        against = f"the gradients of {world_size} ranks are averaged"
-    elif fisher != "empirical":
-        against = f"fisher = {fisher!r} measures other gradients than the loss's own"
-    elif grad_scaler is not None and grad_scaler.is_enabled():
-        against = "a GradScaler scales the gradients"
-    if against is not None:
-        raise ConfigError(
-            f'apply_to = "rows" of {group.inverter.name} (block {group.name!r}) needs the raw gradient of one batch, '
-            f'but {against}; use apply_to = "gradient"',
-            path="method",
-        )
+def refuse_applied_rows(groups: Iterable[BlockGroup], reason: str) -> None:
+    """Refuses methods that multiply their inverse onto the batch's rows, since they aren't those of the gradient.
+
+    Args:
+        groups: All groups.
+        reason: Why they aren't.
+
+    Raises:
+        ConfigError: There is such a method.
+    """
+    for group in groups:
+        if any(needs.applied_rows for needs in group.needs.values()):
+            raise ConfigError(
+                f'apply_to = "rows" of {group.inverter.name} (block {group.name!r}) needs the raw gradient of one '
+                f'batch, but {reason}; use apply_to = "gradient"',
+                path="method",
+            )

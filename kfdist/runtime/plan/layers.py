@@ -94,10 +94,15 @@ def check_block(model: nn.Module, block: Block, device: torch.device) -> None:
         )
 
 
-def device_of(blocks: Iterable[Block]) -> torch.device:
-    """Returns where all blocks are. Raises `ConfigError` where they are on several devices."""
+def device_of(model: nn.Module, blocks: Iterable[Block]) -> torch.device:
+    """Returns where all blocks are; without any, where the model begins.
+
+    Raises:
+        ConfigError: The blocks are on several devices.
+    """
     devices = {parameter.device: block.name for block in blocks for parameter in block.parameters()}
     if len(devices) > 1:
         listed = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ConfigError(f"the model's layers are on several devices ({listed}); one device per process is needed")
-    return next(iter(devices))
+    first = next(model.parameters(), torch.empty(0))
+    return next(iter(devices), first.device)

@@ -1,14 +1,13 @@
-"""From a model and a choice of methods to groups of blocks, and a report of what is covered and why the rest is not."""
+"""The plan: from a model, a choice of methods and settings to groups of blocks, and why the rest has none."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
-from kfdist.comm.communicator import Communicator
-from kfdist.comm.together import on_rank_zero
-from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice, measure_costs
+from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice
 from kfdist.curvature.blocks import BLOCKS, Block, make_block
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
@@ -16,33 +15,52 @@ from kfdist.curvature.jobs import job_bytes
 from kfdist.errors import ConfigError
 from kfdist.policies.assignment import courier_ranks
 from kfdist.runtime.plan.coverage import Coverage, coverage_of
-from kfdist.runtime.plan.groups import BlockGroup
-from kfdist.runtime.plan.layers import SHARDED, named_layers
-from kfdist.types import BlockName, GroupSpec, WeightSharing
+from kfdist.runtime.plan.groups import BlockGroup, check_fisher, refuse_applied_rows
+from kfdist.runtime.plan.layers import SHARDED, bare_model, device_of, named_layers
+from kfdist.runtime.settings import Settings
+from kfdist.types import BlockName, GroupSpec
 
 Choice = str | AbstractInverter | Auto
 """An inverter's name or "auto", an inverter, or a chooser of them."""
 
+NONE = "none"
+"""The method that leaves everything to the optimizer, for comparisons."""
+
 Method = Choice | Mapping[str, Choice]
-"""A choice, or choices by glob on dotted module names (the first match wins). A glob that matches a module stands for
-everything inside it too; "*" also matches dots."""
+"""A choice, or choices by glob on dotted module names (the first match wins), or "none". A glob that matches a module
+stands for everything inside it too; "*" also matches dots."""
 
 _MOST_NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockPlan:
-    """All groups of a model.
+class Plan:
+    """What is done to which layer of a model, and when: what a Preconditioner carries out.
 
     Attributes:
-        groups: In model order.
+        model: The bare model.
+        settings: What was asked for.
+        world_size: Ranks among which the groups' courier duty is dealt.
+        groups: In model order; empty for the method "none".
         aliases: Further modules that share a block's parameters, by block name; their calls add up.
-        coverage: The report for people.
+        coverage: What happens to each parameter, and why.
+        device: Where the blocks are, and their statistics.
+        costs: What inversions cost, if "auto" chose by it.
     """
 
+    model: nn.Module
+    settings: Settings
+    world_size: int
     groups: tuple[BlockGroup, ...]
     aliases: Mapping[BlockName, Sequence[nn.Module]]
     coverage: Coverage
+    device: torch.device
+    costs: MeasuredCosts | None
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of all groups."""
+        return tuple(block for group in self.groups for block in group.blocks)
 
 
 @dataclass(frozen=True)
@@ -62,29 +80,23 @@ class _Chosen:
     reason: str
 
 
-def plan_blocks(
-    model: nn.Module,
-    method: Method,
-    *,
-    skip: Sequence[str] = (),
-    world_size: int = 1,
-    weight_sharing: WeightSharing = "expand",
-    costs: MeasuredCosts | None = None,
-) -> BlockPlan:
-    """Chooses a block and an inverter for every layer that can have one.
+def make_plan(
+    model: nn.Module, method: Method, settings: Settings, *, world_size: int, costs: MeasuredCosts | None = None
+) -> Plan:
+    """Chooses a block and an inverter for every layer that can have one. A pure function, so that ranks plan alike.
 
     Args:
-        model: The bare model.
+        model: The model, also wrapped.
         method: What inverts which layer.
-        skip: Globs on module names that get no block, with everything inside them.
+        settings: What is asked for.
         world_size: Ranks among which the groups' courier duty is dealt, balanced by bytes.
-        weight_sharing: How linear layers treat positions, "expand" or "reduce".
-        costs: What inversions cost here, the same on all ranks; for "auto".
+        costs: What inversions cost, the same on all ranks; needed where `needs_costs(method)`.
 
     Raises:
-        ConfigError: A glob matches no module, a method is unknown or refuses its layers, or no layer of the model has a
-            block.
+        ConfigError: A glob matches no module, a method is unknown, refuses its layers or doesn't go with the Fisher, or
+            no layer of the model has a block.
     """
+    model, skip = bare_model(model), settings.skip
     patterns = _patterns(method)
     layers = [pair for pair in named_layers(model) if any(True for _ in pair[1].parameters(recurse=False))]
     _check_globs([*patterns, *skip] if isinstance(method, Mapping) else list(skip), [name for name, _ in layers])
@@ -93,7 +105,7 @@ def plan_blocks(
     owner_of_weight: dict[int, Block] = {}
     aliases: dict[BlockName, list[nn.Module]] = {}
     for name, module in layers:
-        found = _choose(name, module, patterns, skip, weight_sharing, costs)
+        found = _choose(name, module, patterns, settings, costs)
         if isinstance(found, str):
             reasons[name] = found
             continue
@@ -103,7 +115,7 @@ def plan_blocks(
             continue
         owner_of_weight[id(module.weight)] = found.block
         chosen.append(found)
-    if not chosen:
+    if patterns and not chosen:
         listed = "; ".join(f"{name or 'model'}: {reason}" for name, reason in reasons.items()) or "it has no parameters"
         raise ConfigError(
             f"{type(model).__name__} has no layer that can be preconditioned ({listed}). "
@@ -114,7 +126,26 @@ def plan_blocks(
     notes = {
         each.block.name: "; ".join(filter(None, (each.inverter.note(each.block.shape), each.reason))) for each in chosen
     }
-    return BlockPlan(groups=groups, aliases=aliases, coverage=coverage_of(model, groups, {**reasons, **notes}))
+    _check_rows(groups, settings, world_size)
+    return Plan(
+        model=model,
+        settings=settings,
+        world_size=world_size,
+        groups=groups,
+        aliases=aliases,
+        coverage=coverage_of(model, groups, {**reasons, **notes}),
+        device=device_of(model, (each.block for each in chosen)),
+        costs=costs if any(isinstance(each, Auto) for each in patterns.values()) else None,
+    )
+
+
+def _check_rows(groups: Sequence[BlockGroup], settings: Settings, world_size: int) -> None:
+    """Refuses methods that take rows of examples where there are none, or multiply onto rows of a part of the batch."""
+    check_fisher(settings.fisher, groups)
+    if world_size > 1:
+        refuse_applied_rows(groups, f"the gradients of {world_size} ranks are averaged")
+    if settings.fisher != "empirical":
+        refuse_applied_rows(groups, f"fisher = {settings.fisher!r} measures other gradients than the loss's own")
 
 
 def _make_groups(model: nn.Module, chosen: Sequence[_Chosen], world_size: int) -> tuple[BlockGroup, ...]:
@@ -153,6 +184,8 @@ def _check_accepted(model: nn.Module, group: Sequence[_Chosen]) -> None:
 
 
 def _patterns(method: Method) -> dict[str, AbstractInverter | Auto]:
+    if method == NONE:
+        return {}
     table = method if isinstance(method, Mapping) else {"*": method}
     if not table:
         raise ConfigError("the method table is empty; give a name, an inverter, or {glob: name or inverter}")
@@ -169,11 +202,6 @@ def _patterns(method: Method) -> dict[str, AbstractInverter | Auto]:
 def needs_costs(method: Method) -> bool:
     """Says whether a method table chooses by measured cost."""
     return any(isinstance(each, Auto) for each in _patterns(method).values())
-
-
-def agreed_costs(training: Communicator) -> MeasuredCosts:
-    """Returns what inversions cost on rank 0's machine, on all ranks: they have to choose alike."""
-    return MeasuredCosts.from_json(on_rank_zero(training, lambda: measure_costs().to_json()))
 
 
 def _check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
@@ -194,19 +222,20 @@ def _choose(
     name: str,
     module: nn.Module,
     patterns: Mapping[str, AbstractInverter | Auto],
-    skip: Sequence[str],
-    weight_sharing: WeightSharing,
+    settings: Settings,
     costs: MeasuredCosts | None,
 ) -> _Chosen | str:
     """Returns a layer's block and method, or why it has none."""
-    if any(_covers(glob, name) for glob in skip):
+    if not patterns:
+        return f'method "{NONE}" leaves it to the optimizer'
+    if any(_covers(glob, name) for glob in settings.skip):
         return "skipped by configuration"
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
         raise ConfigError(f"layer {name!r} has sharded (DTensor) parameters; {SHARDED}")
     pattern = next((glob for glob in patterns if _covers(glob, name)), None)
     if pattern is None:
         return "no pattern of the method table matches"
-    block = make_block(name, module, sharing=weight_sharing)
+    block = make_block(name, module, sharing=settings.weight_sharing)
     if isinstance(block, str):
         return block
     inverter = patterns[pattern]

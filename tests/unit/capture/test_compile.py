@@ -9,8 +9,9 @@ from torch import nn
 from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import Request, Sampling
 from kfdist.runtime.plan.layers import bare_model
-from kfdist.runtime.plan.planner import BlockPlan, plan_blocks
+from kfdist.runtime.plan.planner import Plan
 from tests.support.factors import Factors, assert_factors_equal, factors_of
+from tests.support.plans import planned
 from tests.support.small_models import images, small_cnn
 
 SAME = 1e-12
@@ -46,8 +47,8 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def captured(model: nn.Module) -> tuple[Capture, BlockPlan]:
-    plan = plan_blocks(bare_model(model), "kfac")
+def captured(model: nn.Module) -> tuple[Capture, Plan]:
+    plan = planned(bare_model(model), "kfac")
     blocks = {block.name: block for group in plan.groups for block in group.blocks}
     capture = Capture(bare_model(model), blocks, aliases=plan.aliases, sampling=Sampling(), grad_scaler=None)
     capture.arm(dict.fromkeys(blocks, Request()))

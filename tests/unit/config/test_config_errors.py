@@ -56,7 +56,6 @@ BAD = [
     ("preconditioner.adoption=fixed-lag", "preconditioner.lag", ["is missing", "lag = 5"]),
     ("optimizer.schedule=step", "optimizer.milestones", ["give both or neither"]),
     ("optimizer.milestones=[3]", "optimizer.milestones", ["is [3]", "give both or neither"]),
-    ("preconditioner.method=none", "cluster.link", ['set "local"']),
     # a table of methods
     ("preconditioner.methods=kfac", "preconditioner.methods", ["is 'kfac', a string", "a table"]),
     ("preconditioner.methods={}", "preconditioner.methods", ["is {}", "at least one pattern"]),

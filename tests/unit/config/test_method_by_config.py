@@ -10,10 +10,10 @@ from kfdist.curvature.auto import Auto
 from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.errors import ConfigError
 from kfdist.runtime.plan.planner import Method
-from kfdist.training.setup import make_method
+from kfdist.training.method import make_method
 
 
-def method_of(*overrides: str, file: Path | None = None) -> Method | None:
+def method_of(*overrides: str, file: Path | None = None) -> Method:
     return make_method(load_config(file, environment={}, overrides=overrides).preconditioner)
 
 
@@ -34,7 +34,9 @@ def test_auto_is_one_line_of_the_configuration() -> None:
 
 
 def test_no_method_is_none() -> None:
-    assert method_of("preconditioner.method=none", "cluster.link=local") is None
+    """With the service as without: a baseline has a controller, too."""
+    for link in ("local", "service"):
+        assert method_of("preconditioner.method=none", f"cluster.link={link}") == "none"
 
 
 def test_settings_of_every_kind_reach_the_method() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from kfdist.config import Config, load_config
-from kfdist.curvature.auto import MeasuredCosts
+from kfdist.curvature.auto import MeasuredCosts, Rate
+from kfdist.curvature.inverter import Operation
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.training.run_directory import RunDirectory, inspect_run
+from kfdist.training.run_directory import RunDirectory, inspect_run, read_costs
 from kfdist.training.summary import write_summary
 
 
@@ -121,23 +122,24 @@ def test_a_finished_run_says_so_and_how_to_go_on(tmp_path: Path):
     assert inspect_run(config).finished == ""
 
 
-def test_costs_are_measured_at_the_first_start_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_costs_of_the_first_start_are_kept(tmp_path: Path):
     """A resumed run with "auto" must choose as it did, however busy its machine is now."""
     config = config_in(tmp_path / "run")
-    first = RunDirectory.open(config)
-    costs = first.costs()
-    first.close()
-    monkeypatch.setattr("kfdist.training.run_directory.measure_costs", lambda: pytest.fail("measured again"))
-    second = RunDirectory.open(config)
-    assert second.costs() == costs
-    assert MeasuredCosts.from_json(costs).to_json() == costs
-    second.close()
+    assert read_costs(tmp_path / "run") is None
+    for rate in (Rate(1e-5, 1e-10), Rate(2e-5, 2e-10)):
+        RunDirectory.open(config, MeasuredCosts(rates={Operation.EIGH: rate})).close()
+        assert read_costs(tmp_path / "run") == MeasuredCosts(rates={Operation.EIGH: Rate(1e-5, 1e-10)})
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"eigh": 3}', '{"unknown": [1, 2]}', '{"eigh": [1, 2, 3]}'])
+def test_costs_that_cannot_be_read_are_told_with_the_remedy(tmp_path: Path, content: str):
+    (tmp_path / "costs.json").write_text(content)
+    with pytest.raises(EnvironmentFault, match=r"can't read .*costs\.json.*remove it to measure anew"):
+        read_costs(tmp_path)
 
 
 def test_a_start_that_fails_leaves_no_costs(tmp_path: Path):
-    opened = RunDirectory.open(config_in(tmp_path / "run"))
-    opened.costs()
-    opened.abandon()
+    RunDirectory.open(config_in(tmp_path / "run"), MeasuredCosts(rates={})).abandon()
     assert not (tmp_path / "run").exists()
 
 

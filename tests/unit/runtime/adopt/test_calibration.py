@@ -11,9 +11,9 @@ from kfdist.curvature.statistics import Samples
 from kfdist.runtime.adopt.calibration import calibrate
 from kfdist.runtime.adopt.snapshots import SnapshotInstaller
 from kfdist.runtime.counters import PipelineCounters
-from kfdist.runtime.plan.planner import plan_blocks
 from kfdist.runtime.track import Track
 from tests.support.lockstep import in_lockstep
+from tests.support.plans import planned
 from tests.support.preconditioning import backward, preconditioner, two_layers
 from tests.support.samples import make_samples
 
@@ -23,7 +23,7 @@ NAME = ""
 
 def ekfac_track() -> tuple[Track, SnapshotInstaller]:
     """The only group of a linear layer, and what takes its snapshots into use."""
-    (group,) = plan_blocks(nn.Linear(4, 3).double(), "ekfac").groups
+    (group,) = planned(nn.Linear(4, 3).double(), "ekfac").groups
     return Track.of(group, queued=False), SnapshotInstaller(torch.device("cpu"), PipelineCounters(), warns=False)
 
 

@@ -10,17 +10,17 @@ from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import Increment
 from kfdist.linalg.psd import unpack_triangle
 from kfdist.runtime.invert.departures import DepartingStatistics
-from kfdist.runtime.plan.planner import plan_blocks
 from kfdist.runtime.reduce.contributions import Contribution, contribution_of_sums, with_increment
 from kfdist.wire.records import RecordTree
 from tests.support.matrices import gaussian
+from tests.support.plans import planned
 
 D_A, D_G = 5, 4
 
 
 def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
     method = make_inverter("b-r-kfac", rank=1, increment_rows=1)
-    (group,) = plan_blocks(nn.Linear(D_A - 1, D_G).double(), method).groups
+    (group,) = planned(nn.Linear(D_A - 1, D_G).double(), method).groups
     ((name, needs),) = group.needs.items()
     rows = {"A": gaussian(1, 1, D_A, seed=0), "G": gaussian(1, 1, D_G, seed=1)}
     sums = WeightedSums.zeros({"A": (1, D_A, D_A), "G": (1, D_G, D_G)}, dtype=torch.float64, device=torch.device("cpu"))

@@ -8,8 +8,8 @@ from torch import nn
 
 from kfdist.errors import ConfigError, ModelChanged
 from kfdist.runtime.plan.layers import bare_model, check_block, device_of, find_layer, named_layers
-from kfdist.runtime.plan.planner import plan_blocks
 from tests.support.factors import blocks_of
+from tests.support.plans import planned
 from tests.support.preconditioning import two_layers
 
 
@@ -37,8 +37,8 @@ class PassesOn(nn.Module):
             return getattr(self.inner, name)
 
 
-def planned(model: nn.Module) -> list[str]:
-    return [group.name for group in plan_blocks(model, "kfac").groups]
+def group_names(model: nn.Module) -> list[str]:
+    return [group.name for group in planned(model, "kfac").groups]
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -60,17 +60,17 @@ def test_names_have_no_wrappers_parts_and_lead_back_to_the_layers():
 
 
 def test_a_users_own_module_called_module_keeps_its_name():
-    assert planned(Module()) == ["module", "part.module"]
+    assert group_names(Module()) == ["module", "part.module"]
 
 
 def test_a_model_that_passes_attributes_on_is_no_wrapper():
     model = PassesOn(compiled(nn.Linear(2, 2)))
     assert bare_model(model) is model
-    assert planned(model) == ["inner", "own"]
+    assert group_names(model) == ["inner", "own"]
 
 
 def test_a_single_layer_is_a_model():
-    assert planned(nn.Linear(3, 2)) == [""]
+    assert group_names(nn.Linear(3, 2)) == [""]
 
 
 def test_data_parallel_over_several_devices_is_refused():
@@ -90,8 +90,9 @@ def test_a_moved_layer_is_named():
 
 def test_layers_on_several_devices_are_refused():
     here, there = nn.Linear(2, 2), nn.Linear(2, 2)
-    blocks = [*blocks_of(nn.ModuleDict({"here": here, "there": there})).values()]
-    assert device_of(blocks) == torch.device("cpu")
+    model = nn.ModuleDict({"here": here, "there": there})
+    blocks = [*blocks_of(model).values()]
+    assert device_of(model, blocks) == torch.device("cpu")
     blocks[1]._weight, blocks[1]._bias = nn.Parameter(torch.empty(2, 2, device="meta")), None
     with pytest.raises(ConfigError, match="'here' on cpu, 'there' on "):
-        device_of(blocks)
+        device_of(model, blocks)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 from kfdist.curvature.inverters import make_inverter
 from kfdist.errors import ConfigError
-from kfdist.runtime.plan.planner import plan_blocks
+from tests.support.plans import planned
 
 
 class Attention(nn.Module):
@@ -26,14 +26,12 @@ class Attention(nn.Module):
 
 
 def methods(model: nn.Module, method: Any, **kwargs: Any) -> dict[str, str]:
-    plan = plan_blocks(model, method, **kwargs)
+    plan = planned(model, method, **kwargs)
     return {group.name: group.inverter.name for group in plan.groups}
 
 
 def reasons(model: nn.Module, method: Any = "kfac", **kwargs: Any) -> dict[str, str]:
-    return {
-        row.parameter: row.reason for row in plan_blocks(model, method, **kwargs).coverage.rows if row.block is None
-    }
+    return {row.parameter: row.reason for row in planned(model, method, **kwargs).coverage.rows if row.block is None}
 
 
 LAYERS = ["encoder.0", "encoder.2.0", "encoder.2.1", "head"]
@@ -84,25 +82,25 @@ def test_skip_leaves_out_modules_with_all_they_contain(skip: tuple[str, ...], le
 def test_a_glob_that_matches_no_layer_is_refused_with_the_layers(glob: str):
     for arguments in ({"method": {glob: "kfac", "*": "kfac"}}, {"method": "kfac", "skip": (glob,)}):
         with pytest.raises(ConfigError, match=r"matches no layer.*'encoder\.0'"):
-            plan_blocks(Attention(), **arguments)  # type: ignore[arg-type]
+            planned(Attention(), **arguments)  # type: ignore[arg-type]
 
 
 def test_a_glob_that_matches_only_modules_without_parameters_is_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="'1' matches no layer"):
-        plan_blocks(model, "kfac", skip=("1",))
+        planned(model, "kfac", skip=("1",))
 
 
 @pytest.mark.parametrize("method", [{}, {"*": 3}, {"*": None}, 7, "kfak"])
 def test_a_method_that_is_none_is_refused(method: Any):
     with pytest.raises(ConfigError):
-        plan_blocks(Attention(), method)
+        planned(Attention(), method)
 
 
 def test_coverage_lists_every_parameter_with_its_block_or_the_reason():
     model = Attention()
     model.encoder[0].bias.requires_grad_(False)
-    coverage = plan_blocks(model, "kfac", skip=("encoder.2.1",)).coverage
+    coverage = planned(model, "kfac", skip=("encoder.2.1",)).coverage
     assert [row.parameter for row in coverage.rows] == [name for name, _ in model.named_parameters()]
     said = {row.parameter: row.block or row.reason for row in coverage.rows}
     assert said["encoder.0.weight"] == "encoder.0"
@@ -131,17 +129,17 @@ def test_frozen_lazy_and_parametrized_layers_say_why_they_have_no_block():
 def test_a_model_without_any_layer_with_a_block_is_refused_with_the_reasons():
     frozen = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).requires_grad_(False)
     with pytest.raises(ConfigError, match=r"Sequential has no layer.*0: Linear: its weight is frozen.*1: LayerNorm"):
-        plan_blocks(frozen, "kfac")
+        planned(frozen, "kfac")
     with pytest.raises(ConfigError, match="it has no parameters"):
-        plan_blocks(nn.ReLU(), "kfac")
+        planned(nn.ReLU(), "kfac")
     with pytest.raises(ConfigError, match="skipped by configuration"):
-        plan_blocks(nn.Sequential(nn.Linear(2, 2)), "kfac", skip=("0",))
+        planned(nn.Sequential(nn.Linear(2, 2)), "kfac", skip=("0",))
 
 
 def test_a_weight_shared_by_two_linear_layers_has_one_block_that_measures_both():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
     model[1].weight, model[1].bias = model[0].weight, model[0].bias
-    plan = plan_blocks(model, "kfac")
+    plan = planned(model, "kfac")
     assert [group.name for group in plan.groups] == ["0", "2"]
     assert plan.aliases == {"0": [model[1]]}
     assert [row.parameter for row in plan.coverage.rows] == ["0.weight", "0.bias", "2.weight"]
@@ -150,7 +148,7 @@ def test_a_weight_shared_by_two_linear_layers_has_one_block_that_measures_both()
 def test_a_weight_shared_with_an_embedding_is_the_linear_layers():
     model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "decoder": nn.Linear(3, 5)})
     model["decoder"].weight = model["embedding"].weight
-    plan = plan_blocks(model, "kfac")
+    plan = planned(model, "kfac")
     assert [group.name for group in plan.groups] == ["decoder"]
     assert {row.parameter: row.block for row in plan.coverage.rows} == {
         "embedding.weight": "decoder",
@@ -161,7 +159,7 @@ def test_a_weight_shared_with_an_embedding_is_the_linear_layers():
 def test_a_shared_weight_with_another_bias_is_measured_where_its_block_is():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    plan = plan_blocks(model, "kfac")
+    plan = planned(model, "kfac")
     assert plan.aliases == {}
     assert {row.parameter: row.reason for row in plan.coverage.rows if row.reason} == {
         "1.bias": "its weight is tied to 0, which has the block"

@@ -10,9 +10,9 @@ from torch import nn
 from kfdist.curvature.inverters import make_inverter
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
-from kfdist.runtime.plan.planner import plan_blocks
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.track import Track
+from tests.support.plans import planned
 from tests.support.preconditioning import backward, preconditioner, two_layers
 
 FACTOR, INVERSE = 3, 12
@@ -22,7 +22,7 @@ def timetable(
     method: Any, *, starving: frozenset[int] = frozenset(), world_size: int = 1
 ) -> tuple[Timetable, tuple[Track, ...]]:
     """Two linear layers."""
-    groups = plan_blocks(nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 4)), method).groups
+    groups = planned(nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 4)), method).groups
     schedule = Schedule(factor_period=FACTOR, inverse_period=INVERSE, groups=len(groups))
     tracks = tuple(Track.of(group, queued=False) for group in groups)
     for track in tracks:
