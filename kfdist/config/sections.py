@@ -177,7 +177,7 @@ class PreconditionerSection(Section):
 
     @property
     def inverts(self) -> bool:
-        """Whether there is a method, so that somebody has to invert."""
+        """Whether there is anything to invert."""
         return self.method != "none"
 
     @property

@@ -443,7 +443,7 @@ class Preconditioner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # An interruption comes to all ranks alike; after an error the others may never come to a collective of ours.
+        # An interruption comes to all ranks alike; after an error the others may never enter a collective.
         if kind is None or issubclass(kind, Interrupted):
             self.close()
         else:

@@ -63,7 +63,7 @@ class Settings:
         return self.adoption.lag if isinstance(self.adoption, FixedLag) else None
 
     def schedule(self, groups: int) -> Schedule:
-        """Returns when each of so many groups is folded and inverted."""
+        """Returns when each of `groups` groups is folded and inverted."""
         return Schedule(factor_period=self.factor_period, inverse_period=self.inverse_period, groups=groups)
 
     def damping_at(self, step: int) -> float:
@@ -100,7 +100,7 @@ class StepReport:
     Attributes:
         step: The step, from 0.
         settings: What users ask for, as agreed.
-        stop: Whether all ranks know that somebody asked to stop.
+        stop: Whether all ranks know that a stop was requested.
         adopted: (group, version) swapped in.
         waited_seconds: Spent in agreed waits.
         phase_seconds: Host seconds by phase.

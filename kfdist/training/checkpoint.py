@@ -123,7 +123,7 @@ class CheckpointStore:
         return Saved(step=step, fault="", bytes=size, seconds=time.perf_counter() - started)
 
     def newest(self) -> Path | None:
-        """Finds the newest checkpoint whose every file is whole; the others get a sentence in `skipped`.
+        """Finds the newest checkpoint whose every file is whole; `skipped` says why the others are passed over.
 
         The work of checking is divided among the ranks.
 

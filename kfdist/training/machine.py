@@ -31,7 +31,7 @@ def choose_device(config: Config) -> torch.device:
 
 
 def check_controller(config: Config) -> None:
-    """Checks that somebody listens at the controller's address, before anything is started.
+    """Checks that a server listens at the controller's address, before anything is started.
 
     A plain connection: ranks don't speak gRPC, their couriers do.
 

@@ -1,12 +1,14 @@
-"""What people see of a run while it trains: a live line on a terminal, plain lines otherwise."""
+"""What users see of a run while it trains: a live line on a terminal, plain lines otherwise."""
 
 import sys
 from dataclasses import dataclass
 from typing import Protocol, TextIO
 
+from typing_extensions import override
+
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
+class ProgressLine:
     """Where a run stands.
 
     Attributes:
@@ -36,9 +38,9 @@ class Snapshot:
 
 
 class Progress(Protocol):
-    """Shows a run to people."""
+    """Shows a run to its user."""
 
-    def show(self, snapshot: Snapshot) -> None:
+    def show(self, line: ProgressLine) -> None:
         """Shows where the run stands."""
         ...
 
@@ -51,26 +53,27 @@ class Progress(Protocol):
         ...
 
 
-class PlainProgress:
+class PlainProgress(Progress):
     """One line per log period."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def show(self, snapshot: Snapshot) -> None:
-        """Prints a line."""
-        self.say(snapshot.text())
+    @override
+    def show(self, line: ProgressLine) -> None:
+        self.say(line.text())
 
+    @override
     def say(self, text: str) -> None:
-        """Prints a line."""
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
+    @override
     def close(self) -> None:
-        """Does nothing: there is nothing to give back."""
+        pass
 
 
-class LiveProgress:
+class LiveProgress(Progress):
     """A bar that is redrawn in place, with what is said above it; for terminals."""
 
     def __init__(self, stream: TextIO, total_steps: int) -> None:
@@ -84,33 +87,36 @@ class LiveProgress:
             progress.TimeRemainingColumn(),
         )
         self._bar = progress.Progress(*columns, console=Console(file=stream), transient=False)
-        self._task = self._bar.add_task("waiting for the first inverse", total=total_steps)
+        self._task = self._bar.add_task("starting", total=total_steps)
         self._bar.start()
 
-    def show(self, snapshot: Snapshot) -> None:
-        """Moves the bar and rewrites the line beside it."""
-        self._bar.update(self._task, completed=snapshot.step, description=snapshot.text())
+    @override
+    def show(self, line: ProgressLine) -> None:
+        self._bar.update(self._task, completed=line.step, description=line.text())
 
+    @override
     def say(self, text: str) -> None:
-        """Prints a line above the bar."""
         self._bar.console.print(text, markup=False, highlight=False)
 
+    @override
     def close(self) -> None:
-        """Leaves the bar as it is and gives the terminal back."""
         self._bar.stop()
 
 
-class NoProgress:
+class NoProgress(Progress):
     """Shows nothing: for ranks other than 0."""
 
-    def show(self, snapshot: Snapshot) -> None:
-        """Does nothing."""
+    @override
+    def show(self, line: ProgressLine) -> None:
+        pass
 
+    @override
     def say(self, text: str) -> None:
-        """Does nothing."""
+        pass
 
+    @override
     def close(self) -> None:
-        """Does nothing."""
+        pass
 
 
 def make_progress(*, worker_rank: int, total_steps: int, stream: TextIO | None = None) -> Progress:

@@ -54,7 +54,7 @@ class RunStatus:
 
     Attributes:
         exists: Whether the run was started before.
-        finished: A sentence if there is nothing left to do under this configuration, else empty.
+        finished: Why there is nothing left to do under this configuration; empty if there is.
     """
 
     exists: bool
@@ -140,7 +140,7 @@ class RunDirectory:
             raise EnvironmentFault(f"can't make the run directory {path}: {error}; choose another run.dir") from error
         opened = cls(path, lock, fresh=not (path / "config.toml").exists())
         try:
-            # Between the first look and the lock somebody else may have been here.
+            # Between the first look and the lock another trainer may have been here.
             _refuse_drift(config)
             opened.epoch = _draw_epoch(path / "epochs", config)
             replace_file(path / "config.toml", _as_saved(config).encode())
@@ -242,7 +242,7 @@ def _as_saved(config: Config) -> str:
 
 def _lock(path: Path) -> BinaryIO:
     file = (path / "lock").open("a+b")
-    # Somebody who only looks (`inspect_run`) holds the lock too, but for an instant.
+    # `inspect_run`, which only looks, holds the lock too, but for an instant.
     for attempt in range(10):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

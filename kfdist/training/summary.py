@@ -1,4 +1,4 @@
-"""`summary.json`: what a run did, in numbers, for people and programs that come afterwards."""
+"""`summary.json`: what a run did, in numbers, for users and programs that come afterwards."""
 
 import hashlib
 import json

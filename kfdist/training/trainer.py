@@ -16,7 +16,7 @@ from kfdist.training.checkpoint import CheckpointStore, Saved
 from kfdist.training.evaluation import Evaluation, evaluate
 from kfdist.training.metrics_log import MetricsLog
 from kfdist.training.optimizers import set_learning_rate
-from kfdist.training.progress import Progress, Snapshot
+from kfdist.training.progress import Progress, ProgressLine
 from kfdist.training.run_state import Standing, Training, collect_state
 from kfdist.types import Sample
 
@@ -31,7 +31,7 @@ class Outputs:
     Attributes:
         store: The checkpoints.
         log: `metrics.jsonl`.
-        progress: What people see.
+        progress: What users see.
     """
 
     store: CheckpointStore
@@ -74,7 +74,7 @@ class Trainer:
         """Trains to the end, writes the last checkpoint, and evaluates if the run is finished.
 
         Returns:
-            Why the run stopped before its last step, in a sentence; empty if it is finished.
+            Why the run stopped before its last step; empty if it is finished.
 
         Raises:
             LossNotFinite: The loss became infinite or NaN; found out at a log period or before a checkpoint.
@@ -196,7 +196,7 @@ class Trainer:
             phase_seconds=dict(report.phase_seconds) if report else {},
         )
         self._outputs.progress.show(
-            Snapshot(
+            ProgressLine(
                 step=step,
                 total_steps=training.learning_rate.total_steps,
                 loss=loss,

@@ -117,11 +117,11 @@ class _Start:
         if not self._trained:
             self._directory.abandon()
         elif isinstance(error, Exception):
-            sentence = str(error) if isinstance(error, KfdistError) else f"{type(error).__name__}: {error}"
+            message = str(error) if isinstance(error, KfdistError) else f"{type(error).__name__}: {error}"
             with suppress(OSError):  # the first error is the one to tell
                 write_summary(
                     self._directory.path,
-                    {"status": "failed", "run": self._config.run.name, "error": sentence, "versions": versions()},
+                    {"status": "failed", "run": self._config.run.name, "error": message, "versions": versions()},
                 )
 
     def _train(self, epoch: int) -> Ending:
@@ -185,8 +185,8 @@ class _Start:
 
 
 def _announce(training: Training, standing: Standing, progress: Progress, skipped: list[str]) -> None:
-    for sentence in skipped:
-        progress.say(sentence)
+    for message in skipped:
+        progress.say(message)
     config, ranks = training.config, training.communicator.world_size
     where = f"resumed at step {standing.step}" if standing.step else "training"
     progress.say(

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from kfdist.training.metrics_log import MetricsLog
-from kfdist.training.progress import LiveProgress, NoProgress, PlainProgress, Snapshot, make_progress
+from kfdist.training.progress import LiveProgress, NoProgress, PlainProgress, ProgressLine, make_progress
 from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics
 
-SNAPSHOT = Snapshot(step=20, total_steps=120, loss=0.25, accuracy=0.875, staleness=14, steps_per_second=31.5)
+LINE = ProgressLine(step=20, total_steps=120, loss=0.25, accuracy=0.875, staleness=14, steps_per_second=31.5)
 
 
 def test_a_line_says_loss_accuracy_and_staleness():
     stream = io.StringIO()
     progress = make_progress(worker_rank=0, total_steps=120, stream=stream)
     assert isinstance(progress, PlainProgress)
-    progress.show(SNAPSHOT)
+    progress.show(LINE)
     assert stream.getvalue() == "step  20/120  loss   0.2500  accuracy  87.50%  staleness  14    31.5 steps/s\n"
 
 
@@ -33,7 +33,7 @@ def test_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch):
     progress = make_progress(worker_rank=0, total_steps=120, stream=stream)
     assert isinstance(progress, LiveProgress)
     progress.say("an [event] happened")
-    progress.show(SNAPSHOT)
+    progress.show(LINE)
     progress.close()
     assert "an [event] happened" in stream.getvalue()
     assert "loss   0.2500  accuracy  87.50%  staleness  14" in stream.getvalue()
