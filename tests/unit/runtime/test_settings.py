@@ -30,7 +30,6 @@ def test_schedules_are_compared_by_their_value_at_the_step():
         ("skip", ("a", "b")),
         ("lr", lambda step: 0.5),
     ],
-    ids=str,
 )
 def test_a_field_that_differs_is_the_only_one_that_does(name: str, value: Any):
     changed = replace(SETTINGS, **{name: value}).canonical(0)
