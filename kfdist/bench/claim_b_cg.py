@@ -28,7 +28,7 @@ EXAMPLES = 256
 DAMPING = 1e-2
 LIMIT_SECONDS = 20.0
 FACTOR_PERIOD, INVERSE_PERIOD = 10, 100
-"""kfdist's defaults: over so many steps the costs of a folding and of an inversion are spread."""
+"""kfdist's defaults: the steps over which the costs of a folding and of an inversion are spread."""
 
 CG_SETTINGS: dict[str, dict[str, Any]] = {
     "cg-fac": {},

@@ -227,7 +227,7 @@ def _cost(settings: dict[str, Any], samples: Samples) -> dict[str, float]:
 
 
 def _aggregates(samples: Samples, V: Tensor, truth: Tensor, ranks: int) -> dict[str, float]:
-    """Compares both aggregates where the examples fall evenly to so many ranks."""
+    """Compares both aggregates where the examples fall evenly to the ranks."""
     source = torch.arange(samples.a.shape[1]) * ranks // samples.a.shape[1]
     spread = replace(samples, source=source)
     everyone = _apply({"aggregate": "global"}, spread, V)

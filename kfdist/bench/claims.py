@@ -35,7 +35,7 @@ class ClaimResult:
 
     Attributes:
         claim: Its letter.
-        title: The claim in one sentence, with its source.
+        title: The claim, with its source.
         parts: Its statements, at least one.
         figures: What was measured, as JSON values.
         conditions: On what it was measured: sizes, settings, data.

@@ -17,7 +17,7 @@ class AllocationCounter(TorchDispatchMode):
     Attributes:
         live_bytes: Allocated inside the block and still in use.
         peak_bytes: The most of it at any time.
-        shapes: Shape of everything that an operation returned in memory of its own.
+        shapes: Shape of everything that an operation returned in newly allocated memory.
     """
 
     def __init__(self) -> None:

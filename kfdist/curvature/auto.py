@@ -153,14 +153,14 @@ class Auto:
         for inverter in self._candidates(shape):
             candidate = _Candidate.of(inverter, shape, costs)
             if self._excess(candidate) <= 1:
-                return inverter, self._sentence(candidate, tried)
+                return inverter, self._explanation(candidate, tried)
             tried.append(candidate)
         if not tried:
             reason = f"none of {', '.join(self.allow)} can invert a block of {shape.d_out} x {shape.d_in}"
             raise ConfigError(f"{reason}; allow others of {', '.join(ORDER)}", path="allow")
         best = min(tried, key=self._excess)
         others = [each for each in tried if each is not best]
-        return best.inverter, f"{self._sentence(best, others)}; nothing fits, this exceeds the budget least"
+        return best.inverter, f"{self._explanation(best, others)}; nothing fits, this exceeds the budget least"
 
     def _candidates(self, shape: BlockShape) -> Iterator[AbstractInverter]:
         for name in (each for each in ORDER if each in self.allow):
@@ -171,7 +171,7 @@ class Auto:
     def _excess(self, candidate: "_Candidate") -> float:
         return max(candidate.seconds / self.seconds_per_inversion, candidate.bytes / self.bytes_per_block)
 
-    def _sentence(self, chosen: "_Candidate", others: list["_Candidate"]) -> str:
+    def _explanation(self, chosen: "_Candidate", others: list["_Candidate"]) -> str:
         words = f"{chosen.label}: {_seconds(chosen.seconds)} and {_bytes(chosen.bytes)} of a budget of "
         words += f"{_seconds(self.seconds_per_inversion)} and {_bytes(self.bytes_per_block)}"
         # Of a method that was tried with several ranks, the smallest says most.

@@ -84,7 +84,7 @@ def sum_shapes(
         members: How many blocks its group has, for coarse sums.
 
     Raises:
-        ValueError: The method needs a sum that nobody measures.
+        ValueError: The method needs a sum that doesn't exist.
     """
     c, p, q = shape.groups, shape.d_out, shape.d_in
     p_next, q_next = (0, 0) if following is None else (following.d_out, following.d_in)

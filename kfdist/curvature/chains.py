@@ -43,7 +43,7 @@ nothing to learn."""
 
 
 def chain_refusal(model: nn.Module, names: Sequence[BlockName], *, assume_chain: bool = False) -> str:
-    """Says why the layers aren't a chain, in one sentence with a remedy; empty if they are.
+    """Says why the layers aren't a chain, and what to do; empty if they are.
 
     The smallest module that holds all of them must be a tree of `nn.Sequential`, with nothing between the layers but
     elementwise modules without parameters. What comes before the first and after the last doesn't matter.

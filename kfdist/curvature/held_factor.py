@@ -27,7 +27,7 @@ ORTHOGONALITY_LIMIT = 1e-3
 class HeldFactor:
     """The sum S = U diag(w) U^T of a moving average, and its weight: the factor is S / weight.
 
-    A factor that is never updated by rows holds the last dense decomposition, has no weight of its own and doesn't
+    A factor that is never updated by rows holds the last dense decomposition, has no weight and doesn't
     decay.
 
     Attributes:
@@ -180,7 +180,7 @@ class HeldFactor:
         return self.trace if self.weight is None else self.trace / self.weight
 
     def diagnostics(self, label: str) -> dict[str, float]:
-        """Returns its numbers for people; waits for the tensors."""
+        """Returns its diagnostics; waits for the tensors."""
         spectrum = self.spectrum(continued=False)
         return {
             f"rank_{label}": float(spectrum.values.shape[-1]),

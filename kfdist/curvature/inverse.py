@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kfdist.curvature.statistics import Samples
 from kfdist.linalg.brand import solve_rows
@@ -112,7 +113,7 @@ class AbstractPreconditioner(ABC):
     def apply(self, gradient: Tensor, damping: float, memory: BlockMemory | None = None) -> Tensor:
         """Multiplies the damped inverse of the block onto a gradient, without a host sync.
 
-        Computes in the dtype of its own tensors, also under autocast.
+        Computes in the dtype of the preconditioner's tensors, also under autocast.
 
         Args:
             gradient: V, `[c, p, q]`, on the same device.
@@ -214,15 +215,17 @@ class KroneckerInverse(AbstractPreconditioner):
     damping_G: Tensor
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """Shape (c, p, q) of the gradients it takes."""
         return self.G_inverse.shape[0], self.G_inverse.shape[-1], self.A_inverse.shape[-1]
 
+    @override
     def joint_damping(self, damping: float) -> Tensor:
         """Returns the lambda, `[c]`, that was fixed at the inversion, whatever `damping` is now."""
         del damping
         return self.damping_A * self.damping_G
 
+    @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         del damping, memory
         return self.G_inverse @ gradient @ self.A_inverse
@@ -259,8 +262,8 @@ class KroneckerSpectrum(AbstractPreconditioner):
             )
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """Shape (c, p, q) of the gradients it takes."""
         return self.U_G.shape[0], self.U_G.shape[-2], self.U_A.shape[-2]
 
     def factor_damping(self, damping: float) -> tuple[Tensor, Tensor]:
@@ -274,6 +277,7 @@ class KroneckerSpectrum(AbstractPreconditioner):
         _, p, q = self.shape
         return split_by_trace(self.trace_A, self.trace_G, d_in=q, d_out=p, damping=damping)
 
+    @override
     def joint_damping(self, damping: float) -> Tensor:
         """Returns the lambda, `[c]`, that `damping` amounts to on the product of the factors."""
         if self.damping_rule != "relative":
@@ -281,6 +285,7 @@ class KroneckerSpectrum(AbstractPreconditioner):
         damping_A, damping_G = self.factor_damping(damping)
         return damping_A * damping_G
 
+    @override
     def apply_to_rows(self, a: Tensor, g: Tensor, examples: float, damping: float) -> Tensor:
         """Multiplies the damped inverse onto the gradient V = g^T a/N without V, without a host sync.
 
@@ -317,6 +322,7 @@ class KroneckerSpectrum(AbstractPreconditioner):
             rows = a.to(self.U_A.dtype), g.to(self.U_G.dtype)
             return solve_rows(A, G, self.factor_damping(damping), rows, examples).to(g.dtype)
 
+    @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         del memory
         A = Spectrum(self.U_A, self.w_A, self.tail_A)
@@ -345,8 +351,9 @@ class CoupledPreconditioner(AbstractPreconditioner):
     ) -> list[Tensor]:
         """Applies the inverse of the group to gradients of the right shapes and dtype."""
 
-    # A class couples blocks of its own kind, which is what Self says; pyright reads the base's Self as the base.
+    # Members are all of the class itself, which is what Self says; pyright reads the base's Self as the base.
     @classmethod
+    @override
     def apply_group(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
     ) -> list[Tensor]:
@@ -384,5 +391,6 @@ class CoupledPreconditioner(AbstractPreconditioner):
             solved = cls._solve_group(members, given, damping, memories)
         return [direction.to(gradient.dtype) for direction, gradient in zip(solved, gradients, strict=True)]
 
+    @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         return self.apply_group([self], [gradient], damping, [memory])[0]

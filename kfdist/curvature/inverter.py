@@ -14,7 +14,7 @@ from kfdist.types import BlockName, BlockShape
 
 
 class Outcome(StrEnum):
-    """How an inversion ended, from best to worst; each has a sentence for people."""
+    """How an inversion ended, from best to worst; each has a message for users."""
 
     DONE = "done"
     FLOAT64 = "float64"
@@ -51,7 +51,7 @@ class Inversion:
     Attributes:
         preconditioner: The result; None if the attempt failed.
         outcome: DONE, CLAMPED or FAILED; the ladder knows the rest.
-        reason: One sentence where it failed, else empty.
+        reason: Why it failed; else empty.
         diagnostics: Numbers about the attempt. `residual_A` and `residual_G`, relative errors of what the result
             claims to be, are read by the ladder.
         state: Tensors to get back as `previous` with the next version; empty where the method keeps none.
@@ -77,7 +77,7 @@ class Coupling(StrEnum):
     """What a method measures between the blocks of a group."""
 
     NONE = "none"
-    """Nothing: each block is a group of its own."""
+    """Nothing: each block is its own group."""
     CHAIN = "chain"
     """Cross factors of each block with the next (`ChainFactors`)."""
     COARSE = "coarse"
@@ -85,7 +85,7 @@ class Coupling(StrEnum):
 
 
 class Operation(StrEnum):
-    """A kind of work in an inversion; each runs at a speed of its own, which `kfdist.curvature.auto` measures."""
+    """A kind of work in an inversion; each runs at its own speed, which `kfdist.curvature.auto` measures."""
 
     CHOLESKY = "cholesky"
     """Cholesky factorisation of a damped factor, and inversion by it: d^3 operations."""
@@ -157,7 +157,7 @@ class AbstractInverter(ABC):
         return Needs()
 
     def refusal(self, shapes: Mapping[BlockName, BlockShape]) -> str:
-        """Says why it can't invert these blocks, in one sentence; empty if it can.
+        """Says why it can't invert these blocks; empty if it can.
 
         Args:
             shapes: The blocks of one group, in the model's order.

@@ -3,7 +3,7 @@
 LAPACK often passes bad input silently: the inverse of a matrix that holds Inf is finite, eigendecompositions of NaN
 don't raise. So factors are checked before and results after. A result that fails its check is tried again in float64,
 then with more damping where damping is part of the inversion. Faults of the machine (out of memory, a crash) are
-never a rung: they propagate, and whoever runs the job tries it again as it was.
+never a rung: they propagate, and the job is retried unchanged.
 """
 
 import math
@@ -61,7 +61,7 @@ def invert_with_ladder(
     previous: Mapping[str, Tensor],
     seed: int,
 ) -> BlockOutcome:
-    """Inverts one block that is a group of its own; see `invert_group_with_ladder`."""
+    """Inverts one block that is its own group; see `invert_group_with_ladder`."""
     outcomes = invert_group_with_ladder(
         inverter, {"": statistics}, damping=damping, previous={"": previous}, seeds={"": seed}
     )

@@ -22,7 +22,7 @@ class FactorSums:
     """Plain sums over the rows of one call of a layer, in float32 at least; those not asked for have no elements.
 
     Where positions were sub-sampled, the sums are scaled to estimate those over all rows without bias, and `rows`
-    counts all rows: nobody downstream has to know.
+    counts all rows, so that later steps need not know.
 
     Attributes:
         A: Sum of a a^T, `[c, q, q]`; `[c, 0, 0]` if not asked for.
@@ -145,8 +145,8 @@ class SampleBudget:
     """How many examples' rows a method wants, for the whole job over all ranks.
 
     Attributes:
-        examples: At most so many examples, shared evenly among the ranks and drawn by (seed, step).
-        rows: At most so many rows after expansion over positions; None: no further limit.
+        examples: Most examples, shared evenly among the ranks and drawn by (seed, step).
+        rows: Most rows after expansion over positions; None: no further limit.
         columns: Keep kappa columns an example where it has more positions, by a truncated SVD of its gradient's
             factors: sum_t g a^T stays (nearly) the same; None keeps all positions.
     """

@@ -35,7 +35,7 @@ def brand_update(
         U+ and w+.
 
     Raises:
-        ValueError: r + n > d: so many columns can't be orthogonal.
+        ValueError: r + n > d: more columns than dimensions can't be orthogonal.
         torch.linalg.LinAlgError: LAPACK's iteration didn't converge.
     """
     d, r, n = vectors.shape[-2], vectors.shape[-1], rows.shape[-2]

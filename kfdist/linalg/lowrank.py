@@ -33,7 +33,7 @@ def sketch_rows(rows: Float[Tensor, "c n d"], size: int, *, seed: int) -> Float[
 
     E[sketch^T sketch] = rows^T rows, since E[O O^T] = size I; an entry's standard deviation is at most
     sqrt(2/size) times the geometric mean of its two diagonal entries. Linear in the rows: where ranks sketch their own
-    rows, each with a seed of its own, the sum of the sketches is a sketch of the union of the rows.
+    rows, each with a different seed, the sum of the sketches is a sketch of the union of the rows.
 
     Args:
         rows: n may be 0.
@@ -47,7 +47,7 @@ def sketch_rows(rows: Float[Tensor, "c n d"], size: int, *, seed: int) -> Float[
     for some in rows.split(max(1, SKETCH_NUMBERS // max(1, c * size)), dim=1):
         shape = (c, some.shape[1], size)
         # The rows of a batch of sequences are many: drawn on the CPU the host would fall behind an accelerator, and it
-        # would wait for the copy. Whoever has the rows is the only one who draws for them, so nobody has to draw alike.
+        # would wait for the copy. Only the rank that has the rows draws for them, so ranks need not draw alike.
         drawn = torch.randn(
             shape, generator=generator, dtype=torch.float64 if on_host else rows.dtype, device=rows.device
         )

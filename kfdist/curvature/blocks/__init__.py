@@ -32,7 +32,7 @@ def make_block(name: str, module: nn.Module, sharing: WeightSharing = "expand") 
             always expand: that is KFC.
 
     Returns:
-        The block, or one sentence that says why the layer has none: its parameters then keep their plain gradients.
+        The block, or the reason why the layer has none: its parameters then keep their plain gradients.
     """
     kind = type(module).__name__
     base = next((known for known in BLOCKS if isinstance(module, known)), None)

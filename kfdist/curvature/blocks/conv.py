@@ -2,7 +2,7 @@
 
 A convolution is a fully connected layer on patches: q = channels x kernel size, in the order of the flattened weight,
 plus the homogeneous coordinate. Stride, padding and dilation enter only through the patches; padded values count as
-inputs. Each group is a matrix of its own.
+inputs. Each group is a separate matrix.
 """
 
 import math
@@ -10,6 +10,7 @@ from abc import abstractmethod
 
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from kfdist.curvature.blocks.base import Block
 from kfdist.torch_internals import Convolution
@@ -45,8 +46,9 @@ class AbstractConvBlock(Block):
     def _output_size(self, spatial: Sizes, found: Sizes) -> Sizes:
         """Returns the outputs' size for inputs of size `spatial`; `found` itself where the layer leaves it room."""
 
+    @override
     def batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns both as `[N, C, *spatial]`; see `Block.batched`."""
+        """Returns both as `[N, C, *spatial]`."""
         images, g = activation.detach(), output_gradient.detach()
         if images.dim() == g.dim() == self._dims + 1:
             images, g = images.unsqueeze(0), g.unsqueeze(0)
@@ -65,24 +67,28 @@ class AbstractConvBlock(Block):
             )
         return images, g
 
+    @override
     def positions(self, activation: Tensor, output_gradient: Tensor | None = None) -> int:
         """Returns the number of output positions."""
         found = () if output_gradient is None else tuple(output_gradient.shape[2:])
         return math.prod(self._output_size(tuple(activation.shape[2:]), found))
 
+    @override
     def padded_elements(self, output_gradient: Tensor) -> int:
-        """Returns the size of what the output's windows cover; see `Block.padded_elements`."""
+        """Returns the size of what the output's windows cover."""
         sizes = zip(output_gradient.shape[2:], self._stride, self._reach, strict=True)
         covered = math.prod((size - 1) * stride + reach for size, stride, reach in sizes)
         return self._conv.in_channels * covered
 
     @property
+    @override
     def input_features(self) -> int:
         """Channels and the kernel's dimensions."""
         return 1 + self._dims
 
+    @override
     def input_windows(self, padded: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Shows the patches, `[c, N, *positions, channels, *kernel]`; see `Block.input_windows`."""
+        """Shows the patches, `[c, N, *positions, channels, *kernel]`."""
         # Windows are views, so nothing is copied before rows are laid out, and only the chosen ones are.
         windows, dims = padded, self._dims
         for i in range(dims):
@@ -98,8 +104,9 @@ class AbstractConvBlock(Block):
             chosen = chosen // size
         return windows[(slice(None), slice(None), *indices)]
 
+    @override
     def output_windows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Moves the channels of each group last; see `Block.output_windows`."""
+        """Moves the channels of each group last."""
         grouped = output_gradient.flatten(2).unflatten(1, (self.shape.groups, -1))  # [N, c, p, T]
         if chosen is not None:
             grouped = grouped.index_select(-1, chosen)
@@ -116,11 +123,13 @@ class ConvBlock(AbstractConvBlock):
         super().__init__(name, module, stride=tuple(module.stride))
         self._padding = _padding_of(module, self._reach)
 
+    @override
     def _output_size(self, spatial: Sizes, found: Sizes) -> Sizes:
         del found
         sizes = zip(spatial, self._padding, self._reach, self._stride, strict=True)
         return tuple((size + sum(sides) - reach) // stride + 1 for size, sides, reach, stride in sizes)
 
+    @override
     def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
         """Pads as the layer does."""
         del output_gradient
@@ -129,8 +138,9 @@ class ConvBlock(AbstractConvBlock):
         mode = "constant" if self._conv.padding_mode == "zeros" else self._conv.padding_mode
         return F.pad(activation, _for_pad(self._padding), mode=mode)
 
+    @override
     def padded_elements(self, output_gradient: Tensor) -> int:
-        """Returns 0 without padding; see `Block.padded_elements`."""
+        """Returns 0 without padding."""
         return super().padded_elements(output_gradient) if any(map(any, self._padding)) else 0
 
 
@@ -146,8 +156,8 @@ class ConvTransposeBlock(AbstractConvBlock):
       a squared error.
 
     Swapping the roles instead (algorithms.md 2.1: rows are the input's pixels and patches of the output gradient) has
-    the first property for the weight alone, since each output position is reached by a number of its own of rows, and
-    lacks the second wherever patches overlap. It has the smaller A: q = C_in against C_in times the kernel size here.
+    the first property for the weight alone, since some output positions are reached by more rows than others, and lacks
+    the second wherever patches overlap. It has the smaller A: q = C_in against C_in times the kernel size here.
 
     Columns are in the order (channel, kernel turned round), bias last.
     """
@@ -160,6 +170,7 @@ class ConvTransposeBlock(AbstractConvBlock):
         self._before = tuple(reach - 1 - int(padding) for reach, padding in sizes)
         self._kernel_dims = tuple(range(-self._dims, 0))
 
+    @override
     def _output_size(self, spatial: Sizes, found: Sizes) -> Sizes:
         conv = self._conv
         least = tuple(
@@ -172,6 +183,7 @@ class ConvTransposeBlock(AbstractConvBlock):
                 return found
         return tuple(low + int(extra) for low, extra in zip(least, conv.output_padding, strict=True))
 
+    @override
     def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
         """Sets zeros between the pixels and around them (or cuts at the borders, where padding asks for it)."""
         spread = activation
@@ -185,11 +197,13 @@ class ConvTransposeBlock(AbstractConvBlock):
             sides.append((before, needed - before - spread.shape[2 + i]))
         return F.pad(spread, _for_pad(tuple(sides)))
 
+    @override
     def _weight_matrix(self, weight: Tensor) -> Tensor:
         """Brings `[C_in, C_out / c, *kernel]` to `[c, C_out / c, C_in / c x kernel turned round]`."""
         turned = weight.flip(self._kernel_dims).unflatten(0, (self.shape.groups, -1))
         return turned.transpose(1, 2).reshape(self.shape.groups, self.shape.d_out, -1)
 
+    @override
     def _weight_of(self, matrix: Tensor) -> Tensor:
         channels = self._conv.in_channels // self.shape.groups
         turned = matrix.reshape(self.shape.groups, self.shape.d_out, channels, *self._conv.kernel_size)

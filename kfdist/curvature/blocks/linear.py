@@ -1,6 +1,7 @@
 """Fully connected layers (K-FAC, Martens & Grosse, arXiv 1503.05671), also over sequences (arXiv 2311.00636)."""
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from kfdist.curvature.blocks.base import Block
 from kfdist.curvature.blocks.rows import accumulation_dtype
@@ -12,8 +13,8 @@ class LinearBlock(Block):
 
     A single example without its dimension, `[d]`, is taken as N = 1.
 
-    `sharing` says how T positions enter the factors (algorithms.md 7.9). `expand`: each one is a row of its own, right
-    where every position has a loss of its own. `reduce`: an example has one row, the mean of its a and the sum of its
+    `sharing` says how T positions enter the factors (algorithms.md 7.9). `expand`: each one is a separate row, right
+    where every position has its own loss. `reduce`: an example has one row, the mean of its a and the sum of its
     g, right where positions are pooled before the loss, and cheaper; all positions are used then, since a sample of
     them would be no unbiased estimate. Gradients and the rows of single examples are the same either way.
     """
@@ -23,8 +24,9 @@ class LinearBlock(Block):
         self.shape = BlockShape(d_out=module.out_features, d_in=module.in_features + self.has_bias)
         self._reduces = sharing == "reduce"
 
+    @override
     def batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns both as `[N, T, features]`; see `Block.batched`."""
+        """Returns both as `[N, T, features]`."""
         a = self._with_positions(activation, self.shape.d_in - self.has_bias, "activation")
         g = self._with_positions(output_gradient, self.shape.d_out, "output gradient")
         if a.shape[:2] != g.shape[:2]:
@@ -34,11 +36,13 @@ class LinearBlock(Block):
             )
         return a, g
 
+    @override
     def positions(self, activation: Tensor, output_gradient: Tensor | None = None) -> int:
         """Returns T of `[N, T, features]`; 1 under `reduce`."""
         del output_gradient
         return 1 if self._reduces else activation.shape[1]
 
+    @override
     def pooled(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Under `reduce`, returns the mean of a and the sum of g over the positions, `[N, 1, features]`."""
         if not self._reduces:
@@ -46,22 +50,26 @@ class LinearBlock(Block):
         a = activation.sum(1, keepdim=True, dtype=accumulation_dtype(activation)) / max(1, activation.shape[1])
         return a, output_gradient.sum(1, keepdim=True, dtype=accumulation_dtype(output_gradient))
 
+    @override
     def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
         """Returns the activation: nothing is added to it."""
         del output_gradient
         return activation
 
+    @override
     def padded_elements(self, output_gradient: Tensor) -> int:
         """Returns 0."""
         del output_gradient
         return 0
 
+    @override
     def input_windows(self, padded: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Returns `[1, N, T, features]`; see `Block.input_windows`."""
+        """Returns `[1, N, T, features]`."""
         return _windows(padded, chosen)
 
+    @override
     def output_windows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Returns `[1, N, T, features]`; see `Block.output_windows`."""
+        """Returns `[1, N, T, features]`."""
         return _windows(output_gradient, chosen)
 
     def _with_positions(self, tensor: Tensor, features: int, what: str) -> Tensor:

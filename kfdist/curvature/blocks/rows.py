@@ -27,8 +27,8 @@ def draw_positions(positions: int, fraction: float, seed: int, most: int | None 
     Args:
         positions: Number of positions T.
         fraction: Share in (0, 1]; at least one position is drawn.
-        seed: Seeds a generator of its own on the CPU.
-        most: Draw no more than so many, at least 1; None sets no such limit.
+        seed: Seeds the draw, which is made on the CPU.
+        most: Upper limit of the draw, at least 1; None: no limit.
 
     Returns:
         Sorted positions as int64 `[T']` on the CPU, or None for all of them.

@@ -1,6 +1,6 @@
 """The methods, one file each with both halves: how a block is inverted, and what comes of it.
 
-A new method is a file, a line in `INVERTERS` and, where its result is of a kind of its own, a line in
+A new method is a file, a line in `INVERTERS` and, where its result is of a new kind, a line in
 `PRECONDITIONERS`.
 """
 

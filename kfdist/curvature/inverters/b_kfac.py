@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 from torch import Tensor
+from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.held_factor import HeldFactor
@@ -85,6 +86,7 @@ class AbstractBrandKfac(AbstractInverter):
             allowed = f"from {PUBLISHED_RULE.least} to {PUBLISHED_RULE.most}"
             raise ConfigError(f"{self.rank} is not allowed with adaptive_rank; must be {allowed}", path="rank")
 
+    @override
     def needs(self, shape: BlockShape) -> Needs:
         """Asks for rows of the factors that Brand updates, and for dense sums of the others, or of all."""
         updated = self._updated(shape)
@@ -96,6 +98,7 @@ class AbstractBrandKfac(AbstractInverter):
             applied_rows=self.apply_to == "rows" and not shape.convolution,
         )
 
+    @override
     def note(self, shape: BlockShape) -> str:
         """Says which factors Brand updates."""
         updated = self._updated(shape)
@@ -104,8 +107,9 @@ class AbstractBrandKfac(AbstractInverter):
             return f"Brand on {brand}, randomised SVD on {'G' if brand == 'A' else 'A'}"
         return "Brand on A and G" if updated else "randomised SVD on A and G"
 
+    @override
     def update_period(self, factor_period: int, inverse_period: int) -> int:
-        """Returns the steps between two of Brand's updates; see `AbstractInverter.update_period`."""
+        """Returns the steps between two of Brand's updates."""
         period = factor_period if self.brand_period is None else self.brand_period
         if period % factor_period or inverse_period % period:
             raise ConfigError(
@@ -115,8 +119,9 @@ class AbstractBrandKfac(AbstractInverter):
             )
         return period
 
+    @override
     def invert(self, statistics: Increment, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:
-        """Brings both factors up to this folding; see `AbstractInverter.invert`."""
+        """Brings both factors up to this folding."""
         del damping
         factors: dict[str, HeldFactor] = {}
         outcomes, diagnostics = [Outcome.DONE], {}
@@ -147,6 +152,7 @@ class AbstractBrandKfac(AbstractInverter):
             state={**factors["A"].to_state("A"), **factors["G"].to_state("G")},
         )
 
+    @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts the costliest job, and each factor's eigenpairs twice: for use, and for the next job to go on from."""
         updated, work, numbers = self._updated(shape), [], 0
@@ -157,6 +163,7 @@ class AbstractBrandKfac(AbstractInverter):
         return Estimate(work, numbers)
 
     @classmethod
+    @override
     def candidates(cls, shape: BlockShape) -> Sequence[Self]:
         """Lists ranks that are worth trying."""
         return [cls(rank=rank) for rank in candidate_ranks(shape)]
@@ -272,8 +279,9 @@ class BKfacC(AbstractBrandKfac):
         checks.number("correction_fraction", self.correction_fraction, least=0, most=1)
 
     @property
+    @override
     def correction(self) -> float:
-        """Share of a factor's eigenpairs that are refreshed; see `AbstractBrandKfac.correction`."""
+        """Share of a factor's eigenpairs that are refreshed."""
         return self.correction_fraction
 
 

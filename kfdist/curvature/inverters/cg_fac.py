@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
@@ -62,15 +63,17 @@ class ConjugateGradient(AbstractPreconditioner):
                 raise ValueError(f"{name} is {value!r}, must be one of {', '.join(allowed)}")
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """Shape (c, p, q) of the gradients it takes."""
         return self.a.shape[0], self.g.shape[-1], self.a.shape[-1]
 
     @property
+    @override
     def exchanged(self) -> bool:
         """Whether one rank solves and sends the direction to the others."""
         return self.solve == "owner"
 
+    @override
     def receive(self, direction: Tensor, memory: BlockMemory) -> None:
         """Keeps the direction as the next guess, so that any rank can go on from it, also after a resume."""
         if self.warm_start:
@@ -118,6 +121,7 @@ class ConjugateGradient(AbstractPreconditioner):
             inverse_diagonal=self.diagonal(damping).reciprocal_() if self.jacobi else None,
         )
 
+    @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         found = self.solution(gradient, damping, memory.kept.get("solution") if self.warm_start else None)
         useless = (found.broken & (found.iterations == 0))[:, None, None]
@@ -139,7 +143,7 @@ class CgFac(AbstractInverter):
         operator: "kronecker" (K-FAC's A (x) G of these rows) or "block" (the exact empirical Fisher block).
         tolerance: Stop where the residual is this fraction of the gradient, Frobenius. The published code's 0.1
             (0.01 of the square).
-        max_iterations: Stop after so many products; the published code's 10. Where they don't suffice, the solution is
+        max_iterations: Most products; the published code's 10. Where they don't suffice, the solution is
             a truncated one, damped implicitly, and depends on this number.
         jacobi: Precondition by the operator's diagonal; one more tensor of the gradient's size.
         warm_start: Start from the direction of the step before, scaled to be never worse than 0; one more product.
@@ -173,11 +177,13 @@ class CgFac(AbstractInverter):
         if self.rows is not None:
             checks.count("rows", self.rows, least=1)
 
+    @override
     def needs(self, shape: BlockShape) -> Needs:
         """Wants rows and no sums."""
         del shape
         return Needs(sums=frozenset(), samples=SampleBudget(examples=self.examples, rows=self.rows))
 
+    @override
     def invert(self, statistics: Samples, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:
         """Scales the rows by their weights; the solving is done at apply. See `AbstractInverter.invert`.
 
@@ -213,6 +219,7 @@ class CgFac(AbstractInverter):
             )
         )
 
+    @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts 4 N p q multiplications and additions an iteration; the rows, and with a warm start the direction."""
         p, q = shape.d_out, shape.d_in

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
@@ -40,10 +41,11 @@ class EkfacBasis(AbstractPreconditioner):
     Q_G: Tensor
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """Shape (c, p, q) of the gradients it takes."""
         return self.Q_A.shape[0], self.Q_G.shape[-1], self.Q_A.shape[-1]
 
+    @override
     def calibration_sums(self, samples: Samples) -> dict[str, Tensor]:
         """Sums weight_i (Q_G^T S_i Q_A)^2 over some examples.
 
@@ -59,6 +61,7 @@ class EkfacBasis(AbstractPreconditioner):
         g = _rotated(keep_rows(samples.g.to(self.Q_G.dtype), used), self.Q_G)
         return {"scales": fisher_diagonal(a, g * weight.sqrt()[:, None, None]), "examples": weight.sum()}
 
+    @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         if "scales" not in memory.kept:
             return self.fallback(gradient, damping)
@@ -95,15 +98,17 @@ class Ekfac(AbstractInverter):
         if self.rows is not None:
             checks.count("rows", self.rows, least=1)
 
+    @override
     def needs(self, shape: BlockShape) -> Needs:
         """Wants the factors, and rows for the scales."""
         del shape
         return Needs(calibration=SampleBudget(examples=self.examples, rows=self.rows))
 
+    @override
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Decomposes both factors; see `AbstractInverter.invert`."""
+        """Decomposes both factors."""
         del damping, previous
         A = full_spectrum(statistics.A, rank=statistics.A.shape[-1], seed=seed, label="A")
         G = full_spectrum(statistics.G, rank=statistics.G.shape[-1], seed=seed, label="G")
@@ -118,6 +123,7 @@ class Ekfac(AbstractInverter):
             diagnostics={**A.diagnostics, **G.diagnostics},
         )
 
+    @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts two full eigendecompositions, both bases and the scales."""
         sizes = shape.d_in, shape.d_out

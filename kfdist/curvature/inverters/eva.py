@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Placement, Work
@@ -29,10 +30,11 @@ class EvaPreconditioner(AbstractPreconditioner):
     g: Tensor
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """Shape (c, p, q) of the gradients it takes."""
         return self.a.shape[0], self.g.shape[-1], self.a.shape[-1]
 
+    @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         del memory
         a, g = self.a.unsqueeze(-2), self.g.unsqueeze(-1)
@@ -55,21 +57,24 @@ class Eva(AbstractInverter):
     produces: ClassVar[type[AbstractPreconditioner]] = EvaPreconditioner
     placement: ClassVar[Placement] = Placement.WORKER
 
+    @override
     def needs(self, shape: BlockShape) -> Needs:
         """Wants the sums of the rows alone."""
         del shape
         return Needs(sums=frozenset({"a", "g"}))
 
+    @override
     def invert(
         self, statistics: MeanVectors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Keeps the vectors and their squared lengths; see `AbstractInverter.invert`."""
+        """Keeps the vectors and their squared lengths."""
         del damping, previous, seed
         a, g = statistics.a, statistics.g
         return Inversion(
             preconditioner=EvaPreconditioner(trace_A=a.square().sum(-1), trace_G=g.square().sum(-1), a=a, g=g)
         )
 
+    @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts the squared lengths, and both vectors."""
         size = shape.d_in + shape.d_out

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse, KroneckerSpectrum
@@ -38,10 +39,11 @@ class Kfac(AbstractInverter):
     def __post_init__(self) -> None:
         checks.choice("damping_rule", self.damping_rule, ("pi", "relative"))
 
+    @override
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Inverts both damped factors; see `AbstractInverter.invert`."""
+        """Inverts both damped factors."""
         del previous
         trace_A, trace_G = trace(statistics.A), trace(statistics.G)
         q, p = statistics.A.shape[-1], statistics.G.shape[-1]
@@ -75,6 +77,7 @@ class Kfac(AbstractInverter):
         )
         return Inversion(preconditioner=preconditioner, diagnostics=diagnostics)
 
+    @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts d^3 operations a factor (d^3/3 to factorise, 2 d^3/3 to invert) and, if needed, its eigenvalues."""
         sizes = shape.d_in, shape.d_out
@@ -103,10 +106,11 @@ class KfacEigen(AbstractInverter):
     def __post_init__(self) -> None:
         checks.choice("damping_rule", self.damping_rule, ("common", "pi", "relative"))
 
+    @override
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Decomposes both factors; see `AbstractInverter.invert`."""
+        """Decomposes both factors."""
         del damping, previous
         A = full_spectrum(statistics.A, rank=statistics.A.shape[-1], seed=seed, label="A")
         G = full_spectrum(statistics.G, rank=statistics.G.shape[-1], seed=seed, label="G")
@@ -116,6 +120,7 @@ class KfacEigen(AbstractInverter):
             diagnostics={**A.diagnostics, **G.diagnostics},
         )
 
+    @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts two full eigendecompositions."""
         sizes = shape.d_in, shape.d_out

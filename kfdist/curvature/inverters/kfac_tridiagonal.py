@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.chains import chain_refusal
@@ -53,10 +54,11 @@ class ChainLink(CoupledPreconditioner):
     damping_G: Tensor
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """Shape (c, p, q) of the gradients it takes."""
         return self.K_G.shape[0], self.K_G.shape[-1], self.K_A.shape[-1]
 
+    @override
     def joint_damping(self, damping: float) -> Tensor:
         """Returns the lambda, `[c]`, that was fixed at the inversion, whatever `damping` is now."""
         del damping
@@ -72,6 +74,7 @@ class ChainLink(CoupledPreconditioner):
         return self.K_G @ ((self.K_G.mT @ gradient @ self.K_A) / remainder) @ self.K_A.mT
 
     @classmethod
+    @override
     def _solve_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # see CoupledPreconditioner.apply_group
         cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
     ) -> list[Tensor]:
@@ -119,7 +122,7 @@ class KfacTridiagonal(AbstractInverter):
     Any square root of A serves in the place of A^{1/2}.
 
     Attributes:
-        assume_chain: The user vouches that a model with a forward of its own runs the layers one after another in the
+        assume_chain: The user vouches that a model with its own forward runs the layers one after another in the
             order in which they are registered; `kfdist.curvature.chains` can't see it.
     """
 
@@ -133,13 +136,15 @@ class KfacTridiagonal(AbstractInverter):
     def __post_init__(self) -> None:
         checks.switch("assume_chain", self.assume_chain)
 
+    @override
     def needs(self, shape: BlockShape) -> Needs:
         """Asks for both factors and the cross factors with the next layer."""
         del shape
         return Needs(sums=frozenset({"A", "G", "A_next", "G_next"}))
 
+    @override
     def refusal(self, shapes: Mapping[BlockName, BlockShape]) -> str:
-        """Refuses convolutions, groups, and layers whose sizes don't fit together; see `AbstractInverter.refusal`."""
+        """Refuses convolutions, groups, and layers whose sizes don't fit together."""
         if not shapes:
             return "kfac-tridiagonal needs at least one layer, none matches; name the chain's Linear layers"
         for name, shape in shapes.items():
@@ -153,13 +158,15 @@ class KfacTridiagonal(AbstractInverter):
                 )
         return ""
 
+    @override
     def invert(
         self, statistics: ChainFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Inverts a chain of one block; see `AbstractInverter.invert`."""
+        """Inverts a chain of one block."""
         group = self.invert_group({"": statistics}, damping=damping, previous={"": previous}, seeds={"": seed})
         return group[""]
 
+    @override
     def invert_group(
         self,
         statistics: Mapping[BlockName, ChainFactors],
@@ -190,10 +197,12 @@ class KfacTridiagonal(AbstractInverter):
             for place, ((name, each), after) in enumerate(zip(statistics.items(), followers, strict=True))
         }
 
+    @override
     def model_refusal(self, model: nn.Module, names: Sequence[BlockName]) -> str:
-        """Refuses layers that don't run one after another; see `AbstractInverter.model_refusal`."""
+        """Refuses layers that don't run one after another."""
         return chain_refusal(model, names, assume_chain=self.assume_chain)
 
+    @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts a factorisation, triangular solves and an eigendecomposition of each factor.
 

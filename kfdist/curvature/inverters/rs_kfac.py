@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
@@ -24,7 +25,7 @@ from kfdist.linalg.kronecker import DampingRule
 from kfdist.types import BlockShape
 
 RankSchedule = tuple[tuple[int, int], ...]
-"""Pairs (inversion, rank): from that inversion of the block on, counted from 0, so many eigenpairs are kept."""
+"""Pairs (inversion, rank): from that inversion of the block on, counted from 0, the rank applies."""
 
 PUBLISHED_RULE = AdaptiveRank(grow_above=0.053, shrink_below=0.026, grow=10, shrink=10, least=10, most=700)
 """The adaptive rank of the published runs (algorithms.md 4.4)."""
@@ -79,10 +80,11 @@ class AbstractSketchedKfac(AbstractInverter):
         if self.adaptive_rank:
             self._check_adaptive()
 
+    @override
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Decomposes both factors; see `AbstractInverter.invert`."""
+        """Decomposes both factors."""
         del damping
         inversion = int(previous["inversions"]) if "inversions" in previous else 0
         found = {
@@ -97,6 +99,7 @@ class AbstractSketchedKfac(AbstractInverter):
             state=self._state(found, inversion),
         )
 
+    @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts both decompositions, and the eigenvectors once more where they travel as the next job's start."""
         sizes = shape.d_in, shape.d_out
@@ -121,6 +124,7 @@ class AbstractSketchedKfac(AbstractInverter):
         return Work(Operation.SKETCH, flops)
 
     @classmethod
+    @override
     def candidates(cls, shape: BlockShape) -> Sequence[Self]:
         """Lists ranks that are worth trying."""
         return [cls(rank=rank) for rank in candidate_ranks(shape)]

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner
@@ -47,7 +48,7 @@ class Seng(AbstractInverter):
     Without a sketch and with all columns kept this is exact for the empirical Fisher matrix of the examples.
 
     Attributes:
-        examples: At most so many examples a job, over all ranks.
+        examples: Most examples a job, over all ranks.
         columns: kappa, columns kept of an example's gradient where it has more positions; None keeps all.
         form: "explicit" stores each example's gradient, "implicit" only its columns; "auto" decides by `threshold`.
         threshold: Entries p q of the gradient above which "auto" takes the implicit form.
@@ -87,11 +88,13 @@ class Seng(AbstractInverter):
                 "'mean-field' has no effect on the explicit form; use form 'auto' or 'implicit'", path="back_projection"
             )
 
+    @override
     def needs(self, shape: BlockShape) -> Needs:
         """Wants rows of single examples and no sums."""
         del shape
         return Needs(sums=frozenset(), samples=SampleBudget(examples=self.examples, columns=self.columns))
 
+    @override
     def note(self, shape: BlockShape) -> str:
         """Names the form, the sketch and the approximations, such as "explicit, sketched 4096 of 73800 entries"."""
         entries, sampled = shape.d_out * shape.d_in, self._sampled(shape.d_out, shape.d_in)
@@ -104,8 +107,9 @@ class Seng(AbstractInverter):
             words.append("average of the ranks' own operators")
         return ", ".join(words)
 
+    @override
     def invert(self, statistics: Samples, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:
-        """Decomposes the Gram matrix of the examples; see `AbstractInverter.invert`."""
+        """Decomposes the Gram matrix of the examples."""
         del damping, previous
         fault = _fault(statistics)
         if fault:
@@ -124,6 +128,7 @@ class Seng(AbstractInverter):
         }
         return Inversion(preconditioner=made, diagnostics=diagnostics)
 
+    @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts the Gram matrix, its decomposition, the trace and, in the explicit form, the rotated gradients."""
         n, p, q = self.examples, shape.d_out, shape.d_in

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 
@@ -54,6 +55,7 @@ class SengPreconditioner(AbstractPreconditioner):
     def _direction(self, gradient: Tensor, damping: float) -> Tensor:
         """Computes the direction `[c, p, q]`, whichever way it points."""
 
+    @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         direction = self._direction(gradient, damping)
         # Scaled first: squares of float32 numbers below 1e-23 are zero.
@@ -91,15 +93,16 @@ class SengExplicit(SengPreconditioner):
     d_in: int
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """Shape (c, p, q) of the gradients it takes."""
         return self.rows.shape[0], self.d_out, self.d_in
 
     @property
+    @override
     def scale(self) -> float:
-        """Entries of the gradient over entries sampled, s; 1 without a sketch."""
         return self.d_out * self.d_in / self.sampled
 
+    @override
     def _direction(self, gradient: Tensor, damping: float) -> Tensor:
         v = gradient.flatten(1).unsqueeze(-1)
         if self.order.numel():
@@ -149,16 +152,17 @@ class SengImplicit(SengPreconditioner):
             raise ValueError(f"back_projection is {self.back_projection!r}, must be one of {allowed}")
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """Shape (c, p, q) of the gradients it takes."""
         return self.a.shape[0], self.g.shape[-1], self.a.shape[-1]
 
     @property
+    @override
     def scale(self) -> float:
-        """Entries of the gradient over entries sampled, s; 1 without a sketch."""
         _, p, q = self.shape
         return (q / self.sampled_A) * (p / self.sampled_G)
 
+    @override
     def _direction(self, gradient: Tensor, damping: float) -> Tensor:
         V = gradient
         if self.order_A.numel():

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, CoupledPreconditioner, KroneckerSpectrum
@@ -67,10 +68,11 @@ class TwoLevelBlock(CoupledPreconditioner):
             raise ValueError(f"combination is {self.combination!r}, must be one of {', '.join(get_args(Combination))}")
 
     @property
+    @override
     def shape(self) -> tuple[int, int, int]:
-        """Shape (c, p, q) of the gradients it takes."""
         return self.inner.shape
 
+    @override
     def joint_damping(self, damping: float) -> Tensor:
         """Returns the lambda, `[c]`, that `damping` amounts to in the inner method."""
         return self.inner.joint_damping(damping)
@@ -88,6 +90,7 @@ class TwoLevelBlock(CoupledPreconditioner):
         return ((self.sum_A + damping_A * q) * (self.sum_G + damping_G * p)).sum()
 
     @classmethod
+    @override
     def _solve_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # see CoupledPreconditioner.apply_group
         cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
     ) -> list[Tensor]:
@@ -169,34 +172,40 @@ class TwoLevel(AbstractInverter):
             )
         self._check_inner(self._inner())
 
+    @override
     def needs(self, shape: BlockShape) -> Needs:
         """Asks for what the inner method wants, and the sums of the cross factors."""
         inner = self._inner().needs(shape)
         return replace(inner, sums=inner.sums | {"a_cross", "g_cross"})
 
+    @override
     def refusal(self, shapes: Mapping[BlockName, BlockShape]) -> str:
-        """Refuses grouped convolutions; see `AbstractInverter.refusal`."""
+        """Refuses grouped convolutions."""
         for name, shape in shapes.items():
             if shape.groups > 1:
                 # The sum over all of F's entries is then a sum of products, one per group, not a product of sums.
                 return f"two-level has no cross factors for the grouped convolution {name!r}; give it {self.inner!r}"
         return self._inner().refusal(shapes)
 
+    @override
     def note(self, shape: BlockShape) -> str:
         """Names the inner method, for `coverage()`."""
         return "; ".join(part for part in (f"around {self.inner}", self._inner().note(shape)) if part)
 
+    @override
     def update_period(self, factor_period: int, inverse_period: int) -> int:
-        """Returns the inner method's; see `AbstractInverter.update_period`."""
+        """Returns the inner method's."""
         return self._inner().update_period(factor_period, inverse_period)
 
+    @override
     def invert(
         self, statistics: CoarseFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Inverts a group of one block; see `AbstractInverter.invert`."""
+        """Inverts a group of one block."""
         group = self.invert_group({"": statistics}, damping=damping, previous={"": previous}, seeds={"": seed})
         return group[""]
 
+    @override
     def invert_group(
         self,
         statistics: Mapping[BlockName, CoarseFactors],
@@ -239,12 +248,13 @@ class TwoLevel(AbstractInverter):
             inversions[name] = replace(fine[name], preconditioner=block, diagnostics=diagnostics)
         return inversions
 
+    @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Returns the inner method's: the coarse matrix is as small as there are blocks."""
         return self._inner().estimate(shape)
 
+    @override
     def settings(self) -> dict[str, Any]:
-        """Returns the configuration as JSON values by name, without the method's name."""
         return {**super().settings(), "inner_settings": dict(self.inner_settings)}
 
     def _inner(self) -> AbstractInverter:
