@@ -72,19 +72,25 @@ class Pipeline:
         self.arm()
 
     def step(
-        self, *, step_is_finite: Tensor | None, learning_rate: Callable[[nn.Parameter], float] | None
+        self,
+        *,
+        step_is_finite: Tensor | None,
+        learning_rates: Callable[[int], Callable[[nn.Parameter], float]] | None,
     ) -> StepReport:
         """One step of the method; the order of the lines is the algorithm.
 
         Args:
             step_is_finite: Boolean scalar on the device, equal on all ranks; where false no statistics change. None:
                 true.
-            learning_rate: The learning rate of a parameter, for the KL clip; None leaves the gradients as they are.
+            learning_rates: By step, the learning rate of a parameter, for the KL clip; None leaves the gradients as
+                they are. Asked once the ranks have compared their arguments, so that none waits for one that gave up
+                alone, and before anything is folded.
 
         Raises:
             Interrupted: On all ranks, inside an agreed wait; the step is then not done.
             RanksDiverged: The ranks' parameters differ.
-            ConfigError: A schedule gave a damping out of range or, at the first step, the ranks were made differently.
+            ConfigError: A schedule gave a damping or a learning rate out of range, there is no learning rate to clip by
+                or, at the first step, the ranks were made differently.
             CheckpointError: At the first step, ranks would begin in different places.
         """
         step, phase = self.next_step, self.counters.phase
@@ -95,6 +101,7 @@ class Pipeline:
             if table is None:
                 self._agree_on_start()
             damping = self.agreement.damping(step)
+            learning_rate = None if learning_rates is None else learning_rates(step)
         due = self._due(step)
         with phase("capture"):
             batches = self.capture.drain()

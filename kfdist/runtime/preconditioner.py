@@ -171,7 +171,7 @@ class Preconditioner:
         self._plan = plan
         self._world = world
         self._grad_scaler = grad_scaler
-        self._rates = LearningRates(plan.settings.lr, needed=plan.settings.kl_clip is not None)
+        self._rates = LearningRates(plan.settings.lr, needed=plan.settings.kl_clip is not None and bool(plan.blocks))
         self._folded = False
         self._closed = False
         self._hook: Any = None
@@ -217,7 +217,7 @@ class Preconditioner:
             ConfigError: There is a KL clip but no learning rate.
             KfdistError: The gradients are still scaled, or `close` was called.
         """
-        return self._step(self._rates.at(self._pipeline.next_step))
+        return self._step(self._rates.at)
 
     def update(self) -> StepReport:
         """Does all that `step` does except changing gradients, for callers that ask for `directions` themselves.
@@ -255,7 +255,7 @@ class Preconditioner:
         """
         self._pipeline.capture.observe(output, loss, **details)
 
-    def _step(self, rates: Callable[[nn.Parameter], float] | None) -> StepReport:
+    def _step(self, rates: Callable[[int], Callable[[nn.Parameter], float]] | None) -> StepReport:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
         self._check_model()
@@ -265,7 +265,7 @@ class Preconditioner:
             check_unscaled(self._grad_scaler, self._rates.optimizer)
             finite = finite_gradients(self._plan.model.parameters())
         self._folded = False
-        return self._pipeline.step(step_is_finite=finite, learning_rate=rates)
+        return self._pipeline.step(step_is_finite=finite, learning_rates=rates)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
         """Reads the optimizer's learning rates, per group, as they change, and runs `step` before each of its steps.

@@ -48,8 +48,8 @@ class LearningRates:
     def at(self, step: int) -> Callable[[nn.Parameter], float]:
         """Returns the learning rate at `step` as a function of the parameter.
 
-        Where one is needed and there is no source, that function raises a ConfigError: when it is asked, the ranks have
-        compared their arguments, and none waits for one that gave up alone.
+        Raises:
+            ConfigError: One is needed and there is no source, or a schedule gave a value out of range.
         """
         if self._lr is not None:
             value = float(self._lr(step) if callable(self._lr) else self._lr)
@@ -57,14 +57,12 @@ class LearningRates:
             return lambda _parameter: value
         if self.optimizer is not None:
             return self._of_optimizer(self.optimizer)
-        return self._no_source if self._needed else lambda _parameter: 1.0
-
-    @staticmethod
-    def _no_source(_parameter: nn.Parameter) -> float:
-        raise ConfigError(
-            "kl_clip is set but there is no learning rate to clip by; pass lr=..., call attach(optimizer), or set "
-            "kl_clip=None"
-        )
+        if self._needed:
+            raise ConfigError(
+                "kl_clip is set but there is no learning rate to clip by; pass lr=..., call attach(optimizer), or set "
+                "kl_clip=None"
+            )
+        return lambda _parameter: 1.0
 
     @staticmethod
     def _of_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[nn.Parameter], float]:

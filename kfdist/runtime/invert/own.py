@@ -60,6 +60,7 @@ def _invert(group: BlockGroup, reduction: Reduction, seed: int) -> OwnInversion 
         else:
             return None
     seeds = {name: block_seed(seed, name, reduction.step) for name in statistics}
+    # What ranks invert damps when it is applied (`AbstractInverter` refuses any other): this number has no effect.
     inversions = group.inverter.invert_group(statistics, damping=1.0, previous={}, seeds=seeds)
     return OwnInversion(
         preconditioners={name: _preconditioner(name, each) for name, each in inversions.items()}, measured=measured

@@ -28,9 +28,9 @@ def test_a_schedules_bad_value_is_refused_with_its_step(bad: float):
 
 
 def test_only_a_clip_needs_a_learning_rate():
-    LearningRates(None, needed=False).at(0)(nn.Parameter(torch.ones(1)))
+    LearningRates(None, needed=False).at(0)
     with pytest.raises(ConfigError, match=r"pass lr=\.\.\., call attach\(optimizer\), or set kl_clip=None"):
-        LearningRates(None, needed=True).at(0)(nn.Parameter(torch.ones(1)))
+        LearningRates(None, needed=True).at(0)
 
 
 def test_an_attached_optimizers_rates_per_group_as_a_scheduler_moves_them():
