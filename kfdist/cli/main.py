@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def run() -> int:
-    """Runs the command line and returns its exit code; an expected error is one sentence, without a stack trace."""
+    """Runs the command line and returns its exit code; an expected error is one message, without a stack trace."""
     if (launcher := launcher_pid()) is not None:
         terminate_with_process(launcher)
     rank = os.environ.get("RANK")  # torchrun's and the launcher's; ranks may share a terminal
@@ -80,7 +80,7 @@ def run() -> int:
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone, as in `kfdist status | head -1`; end as other tools do.
+        # The reader of the output has gone, as in `kfdist status | head -1`; end as other tools do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return ExitCode.DONE

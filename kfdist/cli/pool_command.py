@@ -30,9 +30,9 @@ def _pool(
     parent_pid: Annotated[int | None, typer.Option(min=1, metavar="PID", help="End when this process does.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Keep owners alive on a Ray: one of this pool's own, or the one that cluster.ray names. SIGTERM or Ctrl-C ends it.
+    """Keep owners alive on a Ray: a private one, or the one that cluster.ray names. SIGTERM or Ctrl-C ends it.
 
-    A Ray of its own ends with the pool, with every process, even if the pool is killed.
+    A private Ray ends with the pool, with every process, even if the pool is killed.
     """
     from kfdist.pool.command import PoolCommand, run_pool
 

@@ -52,7 +52,7 @@ STOP_RANKS_SECONDS = 6.5
 """How long ranks may take to write their checkpoint after the first Ctrl-C; with the services, all ends within 10 s."""
 STOP_SERVICES_SECONDS = 2.0
 END_SERVICES_SECONDS = 8.0
-"""How long the services may take to end after the run ended by itself; nobody waits at the terminal then."""
+"""How long the services may take to end after the run ended by itself; no user is waiting then."""
 FAILURE_SECONDS = 3.0
 """How long the other ranks may take to end by themselves after one died; they have lost a peer and raise as a rule."""
 
@@ -67,7 +67,7 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
 
     Args:
         config: The configuration.
-        terminal: Where to tell people how it goes.
+        terminal: Where to report progress.
         requests: Counts the signals that ask to stop.
 
     Returns:
@@ -108,7 +108,7 @@ class Launch:
 
         Args:
             config: The checked configuration.
-            terminal: Where to tell people how it goes.
+            terminal: Where to report progress.
             requests: Counts the signals that ask to stop.
         """
         self._config = config
@@ -161,7 +161,7 @@ class Launch:
         for rank in range(rendezvous.world_size):
             variables = {
                 "OMP_NUM_THREADS": str(self._config.cluster.threads),
-                # All ranks are on this machine, and neither gloo nor NCCL asks anybody who it is.
+                # All ranks are on this machine, and neither gloo nor NCCL authenticates its peers.
                 **{name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
                 **rendezvous.variables(rank),
             }
@@ -256,7 +256,7 @@ class Launch:
                     raise EnvironmentFault(f"no owners can be had any more; {RESUME_ADVICE} from the newest checkpoint")
 
     def _rank_failure(self, failed: list[Child]) -> KfdistError:
-        """Ends the other ranks and says what the first failure was."""
+        """Ends the other ranks and returns the first failure."""
         # Ranks that lost a peer fail too; a signal, or a refusal, is more likely the cause than their exit code 1.
         first = min(failed, key=lambda rank: (rank.poll() != ExitCode.BAD_INPUT, rank.poll() or 0))
         self._stopping = True
@@ -279,7 +279,7 @@ class Launch:
         return ExitCode.RESUMABLE
 
     def _end_children(self, children: Iterable[Child], seconds: float) -> None:
-        """Sends SIGTERM and waits; after that, SIGKILL, and waits for the kernel."""
+        """Sends SIGTERM and waits; then sends SIGKILL and waits for the kernel."""
         children = list(children)
         for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, _KILL_SECONDS)):
             for child in children:
@@ -288,7 +288,7 @@ class Launch:
                 return
 
     def _end(self) -> None:
-        """Ends whatever is left: the services politely unless somebody is in a hurry, everything else at once."""
+        """Ends whatever is left: the services politely unless a second request to stop comes, the rest at once."""
         services = [service.child for service in self._services.values() if service.child is not None]
         seconds = STOP_SERVICES_SECONDS if self._stopping else END_SERVICES_SECONDS
         try:

@@ -1,4 +1,4 @@
-"""What a launch leaves behind and what it must not: directories, logs, the summary, and the words of a dead child."""
+"""What a launch leaves behind: directories, logs, the summary, and the error that a dead child explains."""
 
 import contextlib
 import json
@@ -13,22 +13,22 @@ from kfdist.system.processes import Child, describe_exit
 
 
 def child_fault(child: Child, code: int, when: str, advice: str = "") -> KfdistError:
-    """Makes an error of a child's end: its own sentence where it had one, else the end of its log.
+    """Returns the error for a child's end: the child's last message if it wrote one, else the end of its log.
 
     Args:
         child: A process that has ended.
-        code: How, as `Child.poll` says it.
-        when: What it was about, for people.
+        code: How it ended, as `Child.poll` returns it.
+        when: When it ended, such as "while training".
         advice: What to do if it gave no reason.
     """
     tail = child.log_tail()
-    _, marker, sentence = f"\n{tail}".rpartition("\nkfdist: ")
+    _, marker, message = f"\n{tail}".rpartition("\nkfdist: ")
     if not marker:
-        sentence = ""
-    if sentence and code == ExitCode.BAD_INPUT:
-        return ConfigError(sentence)
-    if sentence and code == ExitCode.ENVIRONMENT:
-        return EnvironmentFault(f"{sentence}\n(said by {child.name})")
+        message = ""
+    if message and code == ExitCode.BAD_INPUT:
+        return ConfigError(message)
+    if message and code == ExitCode.ENVIRONMENT:
+        return EnvironmentFault(f"{message}\n(said by {child.name})")
     name = child.name if child.name.startswith("rank") else f"the {child.name}"
     last = f"the end of its log ({child.command.log}):\n{tail}" if tail else "its log is empty"
     return EnvironmentFault("\n".join(filter(None, [f"{name} {describe_exit(code)} {when}; {last}", advice])))
@@ -45,7 +45,7 @@ def make_directory(path: Path) -> list[Path]:
 
 
 def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
-    """Removes the directories of a launch that never trained: their files are of processes that served for nothing.
+    """Removes the directories of a launch that never trained, with the files of its services.
 
     Args:
         made: What `make_directory` made.

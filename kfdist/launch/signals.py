@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopRequests:
-    """How often somebody asked this process to stop: Ctrl-C, SIGTERM, or the end of the terminal.
+    """How often this process was asked to stop: by Ctrl-C, SIGTERM, or the end of the terminal.
 
     Attributes:
         count: Requests so far.

@@ -1,4 +1,4 @@
-"""Supervision: a process that others wait for and that is started again when it dies: the controller and the pool."""
+"""Supervision of the controller and the pool: others wait until they serve, and they are restarted when they die."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -26,8 +26,8 @@ class SupervisedProcess:
         """Starts the process.
 
         Args:
-            make_command: How to start it, by how often it was started again before.
-            ready_file: What it was told to write when it serves.
+            make_command: Returns how to start it, given the number of earlier restarts.
+            ready_file: The file it was told to write once it serves.
         """
         self.restarts = 0
         self.gave_up = False
@@ -40,7 +40,7 @@ class SupervisedProcess:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name in messages."""
         return self._command.name
 
     @property
@@ -61,7 +61,7 @@ class SupervisedProcess:
         """Starts the process again if it died, after a pause that doubles; to be called often.
 
         Returns:
-            A sentence when something happened, else None.
+            What happened, as a message, or None.
         """
         if self._child is None:
             if self.gave_up or time.monotonic() < self._start_at:

@@ -1,4 +1,4 @@
-"""What the launcher tells people: sentences on the terminal, or one JSON object at the end."""
+"""What the launcher tells users: lines on the terminal, or one JSON object at the end."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Terminal:
-    """Writes for people on standard output; with `as_json`, for people on standard error and for programs on output.
+    """Writes for users on standard output; with `as_json`, for users on standard error and for programs on output.
 
     Attributes:
         as_json: Whether standard output is kept for one JSON object.
@@ -25,7 +25,7 @@ class Terminal:
 
     @property
     def descriptor(self) -> int:
-        """Where a child writes what is meant for people."""
+        """Where a child writes what is meant for users."""
         return self._stream.fileno()
 
     def say(self, text: str) -> None:
@@ -37,7 +37,7 @@ class Terminal:
         _print_line(f"kfdist: {text}", sys.stderr)
 
     def restore(self) -> None:
-        """Removes the bar, and shows the cursor, that a rank which was killed could not put in order itself."""
+        """Removes the bar and shows the cursor again, in case rank 0 was killed before it could."""
         if self._stream.isatty():
             print(_ERASE_LINE + _SHOW_CURSOR, end="", file=self._stream, flush=True)
 

@@ -20,12 +20,12 @@ _EPOCHS_KEPT = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceLimits:
-    """What an owner takes upon itself.
+    """How much an owner accepts.
 
     Attributes:
         payload_bytes: Largest payload of one job.
-        buffered_bytes: Payloads held at a time; more wait on the wire. One payload is always taken.
-        kept_bytes: Results kept for a courier that asks again.
+        buffered_bytes: Payloads held at a time; further ones wait on the wire. A single payload is always accepted.
+        kept_bytes: Results kept for couriers that ask again.
         idle_seconds: How long a sender may pause between two messages.
     """
 
@@ -69,7 +69,7 @@ class InversionServicer:
         Args:
             owner_id: The owner's name.
             executor: What inverts; used by one thread at a time.
-            limits: What it takes upon itself.
+            limits: How much it accepts.
         """
         self.peers: dict[str, inversion_pb2.Owner] = {}
         self.completed = 0
@@ -91,11 +91,11 @@ class InversionServicer:
         return len(self._running)
 
     def set_fingerprint(self, fingerprint: str) -> None:
-        """Takes in what the executor's numbers depend on; until then, jobs are sent to other owners."""
+        """Records what the executor's numbers depend on; until then this owner refuses jobs, which go to others."""
         self._fingerprint = fingerprint
 
     def set_peers(self, owners: Iterable[inversion_pb2.Owner]) -> None:
-        """Takes in a list of the live owners; an empty one is ignored."""
+        """Records the live owners; an empty list is ignored."""
         self.peers = {owner.owner_id: owner for owner in owners} or self.peers
 
     @answers
@@ -124,7 +124,7 @@ class InversionServicer:
             yield inversion_pb2.InvertResponse(chunk=chunk)
 
     def _check(self, header: inversion_pb2.InvertHeader) -> None:
-        """Refuses what must not be taken, before any memory is."""
+        """Refuses what must not be accepted, before memory is allocated for it."""
         for field in ("run", "group"):
             if not 0 < len(getattr(header, field)) <= _LONGEST_NAME:
                 raise _invalid(
@@ -161,7 +161,7 @@ class InversionServicer:
             )
 
     async def _result(self, header: inversion_pb2.InvertHeader, requests: "_Requests") -> _Result:
-        """Returns the result of a job: kept from before, of the running call, or of an inversion of its own."""
+        """Returns the result of a job: a kept one, that of a running call, or that of a new inversion."""
         key = f"{header.run}/{header.epoch}/{header.group}/{header.version}/{header.digest}"
         if key not in self._kept and key not in self._running:
             assembler = Assembler(header.payload_bytes, header.digest, limit_bytes=self._limits.payload_bytes)
@@ -196,13 +196,13 @@ class InversionServicer:
             if self._running.get(key) is running:
                 del self._running[key]
             if not task.cancelled():
-                task.exception()  # Nobody may be waiting for it any more, which asyncio would complain about.
+                task.exception()  # Retrieved, since asyncio would complain where no caller is left to do so.
 
         running = self._running[key] = _Running(task=asyncio.create_task(invert()))
         running.task.add_done_callback(end)
 
     async def _join(self, key: str) -> _Result:
-        """Waits for a running inversion; when the last one who waits goes before it has begun, it is dropped."""
+        """Waits for a running inversion, which is dropped if its last caller leaves before it has begun."""
         running = self._running[key]
         running.waiters += 1
         try:
@@ -266,7 +266,7 @@ class _Requests:
 
 
 class _Room:
-    """Bounds the bytes held at a time; a single payload is taken whatever its size."""
+    """Bounds the bytes held at a time; a single payload is accepted whatever its size."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
@@ -284,5 +284,5 @@ class _Room:
         self._left.set()
 
 
-def _invalid(sentence: str) -> Refusal:
-    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, sentence)
+def _invalid(reason: str) -> Refusal:
+    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, reason)

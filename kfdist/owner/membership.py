@@ -1,4 +1,4 @@
-"""An owner's conversation with the controller: registration and heartbeats, resumed by itself after every fault."""
+"""Keeps an owner known to the controller: registration and heartbeats, resumed after every fault."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +35,7 @@ class Membership:
             address: Where the controller listens.
             request: The registration.
             measure: Returns the samples for the next beat.
-            learn_peers: Takes in the live owners.
+            learn_peers: Called with the live owners.
         """
         self.registered = False
         self._address = address
@@ -44,7 +44,7 @@ class Membership:
         self._learn_peers = learn_peers
 
     async def run(self) -> None:
-        """Registers and beats for ever; a controller that is away or was restarted is tried again."""
+        """Registers and beats for ever; retries while the controller is away or restarting."""
         while True:
             channel = open_aio_channel(self._address)
             try:

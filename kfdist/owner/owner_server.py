@@ -1,4 +1,4 @@
-"""An owner's working parts in a thread of their own: gRPC server, inversion process, membership. Needs no Ray."""
+"""An owner's parts in a background thread: gRPC server, inversion process, membership. Needs no Ray."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ class OwnerOptions:
         directory: Where it remembers its port and its starts; empty for nowhere.
         host: The loopback address to listen on.
         child_module: What to run as the inversion process.
-        limits: What it takes upon itself.
+        limits: How much it accepts.
     """
 
     owner_id: str
@@ -73,7 +73,7 @@ class OwnerServer:
         self._options = options
         self._memory = _Memory(options)
         self.starts = self._memory.starts
-        # First of all, as it takes longest.
+        # First, since it takes longest to start.
         self._executor = Executor(threads=options.threads, device=options.device, module=options.child_module)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kfdist-owner", daemon=True)
@@ -94,12 +94,12 @@ class OwnerServer:
 
         Raises:
             TimeoutError: It doesn't answer.
-            Exception: Something of it has failed; it had better be started anew.
+            Exception: A part of it has failed; it should be restarted.
         """
         return self._do(self._status(), seconds)
 
     def set_peers(self, owners: Iterable[Mapping[str, str]]) -> None:
-        """Takes in the live owners (owner_id, address, fingerprint), to tell couriers."""
+        """Records the live owners (owner_id, address, fingerprint), to tell couriers."""
         peers = [inversion_pb2.Owner(**owner) for owner in owners]
         self._loop.call_soon_threadsafe(self._servicer.set_peers, peers)
 
@@ -134,7 +134,7 @@ class OwnerServer:
             try:
                 return bind(server, f"{host}:{self._memory.port}", path="the owner's port")
             except EnvironmentFault:
-                pass  # Somebody else has it now.
+                pass  # Another process has it now.
         return bind(server, f"{host}:0", path="the owner's port")
 
     async def _introduce(self, address: str) -> None:
@@ -164,7 +164,7 @@ class OwnerServer:
 
     async def _status(self) -> dict[str, Any]:
         if self._background is not None and self._background.done():
-            await self._background  # It never returns by itself: raises what went wrong.
+            await self._background  # It ends only by an error, which this raises.
         return {
             "owner_id": self._options.owner_id,
             "address": self.address,

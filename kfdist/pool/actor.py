@@ -14,7 +14,7 @@ class Owner:
     """Inverts the groups assigned to it. The supervisor makes an actor of it; methods take and return plain data."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        """Starts to serve.
+        """Starts serving.
 
         Args:
             options: The fields of `OwnerOptions`.
@@ -27,5 +27,5 @@ class Owner:
         return self._server.status()
 
     def set_peers(self, owners: Sequence[Mapping[str, str]]) -> None:
-        """Takes in the live owners, to tell couriers while the controller is away."""
+        """Records the live owners, to tell couriers while the controller is away."""
         self._server.set_peers(owners)

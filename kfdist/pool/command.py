@@ -47,14 +47,14 @@ class PoolCommand:
 
 
 class _Ended(BaseException):
-    """Somebody asked the pool to end in the middle of its start."""
+    """The pool was asked to end while it was starting."""
 
 
 def run_pool(command: PoolCommand, on_ready: OnReady) -> None:
-    """Keeps a pool up until SIGTERM, SIGINT or the end of its parent. To be called in the main thread.
+    """Keeps a pool running until SIGTERM, SIGINT or the end of its parent. Must be called in the main thread.
 
     Args:
-        command: What to keep up.
+        command: What to run.
         on_ready: Called once all owners are registered, with what each says of itself.
 
     Raises:
@@ -101,7 +101,7 @@ def _supervise(cluster: RayCluster, command: PoolCommand, on_ready: OnReady, end
 
 
 def _write_ready_file(command: PoolCommand, directory: Path, restarts: int) -> None:
-    """Tells a launcher, at the start and again at every restart of an owner, how the pool is."""
+    """Tells a launcher the state of the pool, at the start and at every restart of an owner."""
     if command.ready_file is not None:
         content = {"owners": command.owners, "owner_restarts": restarts, "pid": os.getpid()}
         write_ready_file(command.ready_file, {**content, "directory": str(directory)})
@@ -111,7 +111,7 @@ def _write_ready_file(command: PoolCommand, directory: Path, restarts: int) -> N
 def _interrupting(ended: threading.Event, parent_pid: int | None) -> Iterator[Callable[[], None]]:
     """Sets `ended` on a signal, and raises _Ended, too, until the function that it yields is called.
 
-    Starting Ray takes seconds, in which nothing asks whether it is still wanted.
+    Starting Ray takes seconds, in which nothing checks `ended`.
     """
     starting = True
 

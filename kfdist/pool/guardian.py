@@ -1,8 +1,8 @@
-"""Finds and ends what a Ray of ours leaves behind: `python -m kfdist.pool.guardian PID DIRECTORY`.
+"""Finds and ends what a private Ray leaves behind: `python -m kfdist.pool.guardian PID DIRECTORY`.
 
 When a pool is killed with SIGKILL, its raylet dies with it, but Ray's agents live on for half a minute and more. Every
 process of a Ray has its logs open in that Ray's directory; command lines and environments are no help, because Ray's
-workers overwrite both with their title. A pool starts this module as a process of its own, which waits for its end.
+workers overwrite both with their title. A pool starts this module as a separate process, which waits for its end.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def sweep(directory: Path, *, seconds: float = _SWEEP_SECONDS, word: str = "") -
     Args:
         directory: As in `ray_processes`.
         seconds: How long to try.
-        word: Spares those whose command line hasn't this word.
+        word: Spares processes without this word in their command line.
     """
     sought = word.encode()
     return kill_all(
@@ -63,12 +63,12 @@ def _belongs(pid: int, prefix: str) -> bool:
                 if os.readlink(entry.path).startswith(prefix):
                     return True
     except OSError:
-        pass  # It ended meanwhile, or belongs to somebody else.
+        pass  # It ended meanwhile, or belongs to another user.
     return False
 
 
 def main() -> None:
-    """Waits for a process to end, and cleans up after it unless it says on standard input that it has done so."""
+    """Waits for a process to end, then cleans up after it, unless it says on standard input that it did so itself."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pid", type=int)
     parser.add_argument("directory", type=Path)
@@ -82,9 +82,9 @@ def main() -> None:
         os._exit(0)
 
     watch_process(arguments.pid, clean_up)
-    if sys.stdin.buffer.read(1):  # The pool says that it has cleaned up by itself.
+    if sys.stdin.buffer.read(1):  # The pool has cleaned up itself.
         os._exit(0)
-    time.sleep(3600)  # Its end closed the pipe; the watcher is at it.
+    time.sleep(3600)  # The pool's end closed the pipe; the watcher thread is cleaning up.
 
 
 if __name__ == "__main__":

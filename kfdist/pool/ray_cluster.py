@@ -1,9 +1,9 @@
-"""The pool's Ray: started here and ended with the pool, or somebody else's that the pool connects to.
+"""The pool's Ray: a private one that starts and ends with the pool, or an existing one that it connects to.
 
 `RAY_AUTH_MODE` is set explicitly, before Ray is imported, and inherited by every process that Ray starts: Ray 2.60
-turns tokens on by itself in some cases and not in others, and processes that disagree can't talk. A Ray of our own uses
-token mode with a token of its own, in a file for this user alone whose path travels in the environment: it needs
-no HOME. Ray listens on all interfaces, whatever it is told: the token keeps others from running code in owners.
+turns tokens on by itself in some cases and not in others, and processes that disagree can't talk. A private Ray uses
+token mode with a new token, in a file for this user alone whose path travels in the environment, so it needs no HOME.
+Ray listens on all interfaces, whatever it is told: the token keeps others from running code in owners.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _OBJECT_STORE_BYTES = 80 << 20
 """Little more than Ray's minimum: owners exchange nothing through Ray."""
 
 _SLOW_TO_END = "autoscaler/_private/monitor.py"
-"""Ray's autoscaler, which has nothing to do here and makes Ray's shutdown wait a second until it is killed."""
+"""Ray's autoscaler: useless here, and Ray's shutdown waits a second for it before killing it."""
 
 _REACH_SECONDS = 5.0
 _CONNECT_TRIES = "8"
@@ -47,7 +47,7 @@ class ClusterOptions:
     Attributes:
         address: "local" to start one, "auto" for the one on this machine, or "host:port".
         namespace: Where the owners' names live.
-        cpus: For a Ray of our own: how many it shall believe to have, one per owner.
+        cpus: CPUs that a private Ray declares: one per owner.
         directory: What to name the pool's directory, which is removed at its end; a new one under /tmp if None.
     """
 
@@ -62,11 +62,11 @@ class RayCluster:
 
     Attributes:
         ray: The module, imported once the environment is right.
-        directory: A new directory of the pool's own; a Ray of our own has its files there, too.
+        directory: The pool's new directory; a private Ray has its files there, too.
     """
 
     def __init__(self, options: ClusterOptions, environment: MutableMapping[str, str] = os.environ) -> None:
-        """Connects, and starts Ray first if it is to be our own.
+        """Connects; starts a private Ray first if the options ask for one.
 
         Args:
             options: Which Ray.
@@ -74,7 +74,7 @@ class RayCluster:
 
         Raises:
             ConfigError: The directory's path is too long.
-            EnvironmentFault: Ray can't be started, reached, or doesn't accept us.
+            EnvironmentFault: Ray can't be started or reached, or refuses the connection.
         """
         self._options = options
         self._own = options.address == LOCAL
@@ -99,9 +99,9 @@ class RayCluster:
             raise
 
     def close(self) -> None:
-        """Disconnects; a Ray of our own ends, with all its processes and files. Safe to call twice."""
+        """Disconnects; a private Ray ends, with all its processes and files. Safe to call twice."""
         guardian.sweep(self.directory, word=_SLOW_TO_END)
-        with contextlib.suppress(Exception):  # Whatever it can't end in order is swept next.
+        with contextlib.suppress(Exception):  # Whatever it fails to end is swept next.
             self.ray.shutdown()
         if left := guardian.sweep(self.directory):
             _LOG.warning("processes %s of Ray outlast SIGKILL", sorted(left))
@@ -120,7 +120,7 @@ class RayCluster:
         environment.update(
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN_PATH=str(token),
-            # A container's /dev/shm may have 64 MB; nothing of ours lies there.
+            # A container's /dev/shm may have 64 MB; owners keep nothing in the object store.
             RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE="1",
         )
 
@@ -137,7 +137,7 @@ class RayCluster:
         except ImportError as error:
             raise EnvironmentFault(f"Ray can't be imported ({error}); install it with: pip install kfdist") from error
         if ray.is_initialized():
-            raise EnvironmentFault("this process is connected to a Ray already; run the pool in a process of its own")
+            raise EnvironmentFault("this process is connected to a Ray already; run the pool in a separate process")
         return ray
 
     def _connect(self, mode: str) -> None:
@@ -147,7 +147,7 @@ class RayCluster:
             "num_gpus": 0,
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
-            # Below ours, as Ray opens its directory to all users of the machine.
+            # Inside the pool's private directory, as Ray opens its own to all users of the machine.
             "_temp_dir": str(self.directory / "ray"),
         }
         try:
@@ -162,7 +162,7 @@ class RayCluster:
             if self._own:
                 raise EnvironmentFault(f"Ray can't be started: {error}") from error
             raise EnvironmentFault(
-                f'Ray at cluster.ray = "{options.address}" doesn\'t take us: {error}. RAY_AUTH_MODE is {mode!r} here: '
+                f'Ray at cluster.ray = "{options.address}" refuses this pool: {error}. RAY_AUTH_MODE is {mode!r} here: '
                 "a cluster with a token needs RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN_PATH or "
                 "RAY_AUTH_TOKEN, one without needs RAY_AUTH_MODE=disabled. Both sides need the same Ray "
                 f"({self.ray.__version__} here) and the same Python"
@@ -170,7 +170,7 @@ class RayCluster:
 
 
 def _start_guardian(directory: Path) -> subprocess.Popen[bytes]:
-    """Starts the process that cleans up should this one be killed."""
+    """Starts the process that cleans up if this one is killed."""
     try:
         return subprocess.Popen(
             module_command(guardian.__name__, str(os.getpid()), str(directory)),

@@ -1,4 +1,4 @@
-"""A pool's directory: private, short, locked while its pool lives, and removed at last, if need be by another pool."""
+"""A pool's directory: private, short, locked while its pool lives, removed at its end or by a later pool."""
 
 import contextlib
 import fcntl
@@ -47,9 +47,9 @@ def make_directory(given: Path | None) -> tuple[Path, BinaryIO]:
 
 
 def remove_stale() -> None:
-    """Removes the directories of pools that were killed together with what should have cleaned up after them."""
+    """Removes the directories of pools that were killed together with their guardians."""
     for directory in _PARENT.glob(f"{_PREFIX}*"):
-        # Somebody else's (PermissionError), just gone, or locked (BlockingIOError): its pool lives.
+        # Another user's (PermissionError), just removed, or locked by a living pool (BlockingIOError).
         with contextlib.suppress(OSError), (directory / _LOCK).open("rb") as hold:
             fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # One that was just made isn't locked yet.

@@ -52,15 +52,15 @@ class PoolOptions:
 
 @dataclass(kw_only=True, eq=False)
 class _Slot:
-    """One owner's place: its actor, what it last said, and the ping that is under way.
+    """One owner's place: its actor, what it last said, and the pending ping.
 
     Attributes:
         options: What its actor is made from: fields of `OwnerOptions`, as plain data.
         actor: The actor's handle.
         status: What it last answered; empty until then.
-        ping: The ping under way.
-        asked_at: When that was sent.
-        pause_until: When the next one is due.
+        ping: The pending ping.
+        asked_at: When the pending ping was sent.
+        pause_until: When the next ping is due.
         restarts: How often its process was started again, as far as it has said.
     """
 
@@ -80,7 +80,7 @@ class Supervisor:
         """Places the owners; returns before they serve.
 
         Raises:
-            EnvironmentFault: The cluster hasn't room for them.
+            EnvironmentFault: The cluster has no room for them.
         """
         self._ray = cluster.ray
         self._options = options
@@ -93,7 +93,7 @@ class Supervisor:
         """Watches until every owner is known to the controller.
 
         Args:
-            ended: Whether somebody asked to end; returns at once then.
+            ended: Whether the pool was asked to end; this returns at once then.
 
         Raises:
             EnvironmentFault: It took too long; says what is missing.
@@ -112,7 +112,7 @@ class Supervisor:
                 _LOG.warning("%s; still trying", self._why(waiting))
 
     def watch(self) -> None:
-        """Looks after all owners once; takes a fraction of a second."""
+        """Checks on all owners once; takes a fraction of a second."""
         now = time.monotonic()
         for slot in self._slots:
             if slot.ping is None and now >= slot.pause_until:
@@ -137,11 +137,11 @@ class Supervisor:
         return sum(slot.restarts for slot in self._slots)
 
     def _patience(self, slot: _Slot) -> float:
-        """A new owner may take as long as all may take to start: Ray answers no ping before its constructor ends."""
+        """A new owner may take as long as the whole start: Ray answers no ping before the constructor returns."""
         return self._options.silent_seconds if slot.status else self._options.start_seconds
 
     def _find_room(self) -> str:
-        """Returns this machine's Ray node; refuses what Ray would wait for in silence and for ever."""
+        """Returns this machine's Ray node; refuses too few CPUs, for which Ray would wait silently for ever."""
         here = self._ray.get_runtime_context().get_node_id()
         node = next(node for node in self._ray.nodes() if node["NodeID"] == here)
         cpus = int(node["Resources"].get("CPU", 0))
@@ -183,7 +183,7 @@ class Supervisor:
                 time.sleep(_TICK_SECONDS)
 
     def _hear(self, slot: _Slot) -> None:
-        """Takes in the answer to a ping, or what became of the owner."""
+        """Handles the answer to a ping, or the owner's death."""
         errors = self._ray.exceptions
         ping, slot.ping = slot.ping, None
         slot.pause_until = time.monotonic() + _PING_PERIOD_SECONDS
@@ -194,7 +194,7 @@ class Supervisor:
             # Its process has ended and Ray is starting another one; the next ping waits for that.
             slot.status, slot.pause_until = {}, time.monotonic() + _TICK_SECONDS
         except errors.ActorDiedError as error:
-            _LOG.warning("%s can't be started again by Ray; another one takes its place: %s", name, _first_line(error))
+            _LOG.warning("%s can't be started again by Ray; a new one takes its place: %s", name, _first_line(error))
             slot.status, slot.pause_until = {}, time.monotonic() + _PING_PERIOD_SECONDS
             slot.actor = self._make_actor(slot.options)
         except errors.RayTaskError as error:
@@ -205,17 +205,17 @@ class Supervisor:
             slot.status, slot.restarts = status, max(slot.restarts, status["restarts"])
 
     def _kill(self, slot: _Slot, reason: str) -> None:
-        """Ends an owner's process with SIGKILL, which works on a stopped one, too; Ray then starts it again."""
+        """Ends an owner's process with SIGKILL, which also ends a stopped one; Ray then starts it again."""
         name, slot.ping, slot.status = slot.options["owner_id"], None, {}
         slot.pause_until = time.monotonic() + _PING_PERIOD_SECONDS
         pid = remembered_pid(self._directory, name)
         _LOG.warning("%s (process %s) %s; it is killed and started again", name, pid or "not known", reason)
-        if command_line(pid).startswith(_TITLE):  # its number may be somebody else's by now
+        if command_line(pid).startswith(_TITLE):  # the number may belong to another process by now
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
     def _introduce(self) -> None:
-        """Tells every owner of all others whenever one of them has come or moved."""
+        """Tells every owner about all others whenever one of them is new or has moved."""
         living = [slot.status for slot in self._slots if slot.status.get("fingerprint")]
         key = [(status["owner_id"], status["address"], status["pid"]) for status in living]
         if key and key != self._introduced:

@@ -1,6 +1,6 @@
-"""Logging set up once by each command: plain lines to read, or one JSON object a line for programs.
+"""Logging, set up once by each command: plain lines to read, or one JSON object a line for programs.
 
-Only the logger "kfdist" is touched; the root logger and other libraries' loggers stay as the user set them.
+Only the logger "kfdist" is touched; the root logger and other libraries' loggers stay as they were.
 """
 
 import json

@@ -146,7 +146,7 @@ def test_a_ray_with_other_authentication_is_told_from_one_that_is_not_there(pool
     # A HOME without a token: kfdist takes it that this Ray needs none.
     environment = {"HOME": str(tmp_path), "RAY_NUM_REDIS_GET_RETRIES": "2"}
     text = refused("--set", f"cluster.ray={ray_address(pool)}", code=1, environment=environment)
-    assert f'Ray at cluster.ray = "{ray_address(pool)}" doesn\'t take us' in text
+    assert f'Ray at cluster.ray = "{ray_address(pool)}" refuses this pool' in text
     assert "RAY_AUTH_MODE is 'disabled' here: a cluster with a token needs RAY_AUTH_MODE=token" in text
 
 
