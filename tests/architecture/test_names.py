@@ -37,3 +37,11 @@ def test_unit_tests_lie_where_their_subject_does() -> None:
     unit = ROOT / "tests" / "unit"
     folders = {path.parent.relative_to(unit) for path in unit.rglob("test_*.py")}
     assert [str(folder) for folder in sorted(folders) if not (PACKAGE / folder).is_dir()] == []
+
+
+def test_contributing_sends_readers_to_places_that_are_there() -> None:
+    lines = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("|")[2] for line in lines if line.startswith("| ") and line != "| what | where |"]
+    places = [place for row in rows for place in row.split("`")[1::2]]
+    assert len(rows) == 10
+    assert [place for place in places if not (PACKAGE / place).exists()] == []
