@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TextIO
 
+from typing_extensions import override
+
 LOGGER = "kfdist"
 """The logger above all of kfdist's own."""
 
@@ -67,8 +69,8 @@ class JsonFormatter(logging.Formatter):
         super().__init__()
         self._fields = dict(fields)
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the record as JSON."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
