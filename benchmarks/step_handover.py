@@ -29,7 +29,7 @@ from typing_extensions import override
 import kfdist
 from kfdist.curvature.jobs import failure_result
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
-from kfdist.types import Job, JobResult, RunSettings, Sample
+from kfdist.types import Job, JobResult, MetricSample, RunSettings
 
 RESULT = Path(__file__).parent / "results" / "step_handover.json"
 STEPS, WARM = 24, 4
@@ -78,7 +78,7 @@ class FailingLink(AbstractLink):
         time.sleep(min(seconds, 0.001))
 
     @override
-    def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+    def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         del step, phase, samples
 
     @override

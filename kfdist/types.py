@@ -149,7 +149,7 @@ class JobResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class MetricSample:
     """One measured value on its way to the controller.
 
     Attributes:

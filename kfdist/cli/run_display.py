@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kfdist.control.client import EventView, RunView
 from kfdist.telemetry.metrics import METRICS, Kind
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 _BLOCK_COLUMNS = {
     "kfdist_staleness_steps": "STALE",
@@ -27,7 +27,7 @@ _BLOCK_COLUMNS = {
 """What the table of blocks shows: short heads, so that seven of them leave room for a name within 80 columns."""
 
 
-def print_run(run: RunView, samples: Sequence[Sample], *, as_json: bool) -> None:
+def print_run(run: RunView, samples: Sequence[MetricSample], *, as_json: bool) -> None:
     """Prints one run: a line for each fact and each counter, then a line for each block.
 
     Args:
@@ -134,7 +134,7 @@ def _gauges(run: RunView) -> list[tuple[str, float]]:
     return [(_short(name), value) for name, value in sorted(run.gauges.items()) if "inversion" not in name]
 
 
-def _counters(samples: Sequence[Sample]) -> list[tuple[str, str]]:
+def _counters(samples: Sequence[MetricSample]) -> list[tuple[str, str]]:
     """Names every counter by its metric and labels, such as "bytes jobs"; those at zero are left out."""
     counters = [s for s in samples if s.name in METRICS and METRICS[s.name].kind is Kind.COUNTER and s.value]
     return [
@@ -143,7 +143,7 @@ def _counters(samples: Sequence[Sample]) -> list[tuple[str, str]]:
     ]
 
 
-def _blocks(samples: Sequence[Sample]) -> tuple[list[str], list[list[str]]]:
+def _blocks(samples: Sequence[MetricSample]) -> tuple[list[str], list[list[str]]]:
     """Returns the heads and rows of the table of blocks; columns without any value are left out."""
     values: dict[str, dict[str, float]] = {}
     for sample in samples:

@@ -15,7 +15,7 @@ from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
 from kfdist.rpc.channels import CALL_SECONDS, open_channel
 from kfdist.rpc.status import code_of, fault_of
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 WATCH_SECONDS = 60.0
 """Deadline of one call of a watch; the watch goes on with the next call, from the last revision."""
@@ -149,10 +149,12 @@ class ControlClient:
             yield from (_event_view(event) for event in events)
             after = events[-1].event_id
 
-    def samples(self, name: str) -> list[Sample]:
+    def samples(self, name: str) -> list[MetricSample]:
         """Returns what a run's processes measured: gauges, counters, and of each histogram its sum and count."""
         samples = self._call(self._runs.ListSamples, run_pb2.ListSamplesRequest(name=name)).samples
-        return [Sample(name=each.name, value=each.value, labels=dict(sorted(each.labels.items()))) for each in samples]
+        return [
+            MetricSample(name=each.name, value=each.value, labels=dict(sorted(each.labels.items()))) for each in samples
+        ]
 
     def owners(self, name: str) -> list[str]:
         """Returns the names of the live owners, as a run's couriers get them."""

@@ -16,7 +16,7 @@ from kfdist.rpc.servers import check_loopback
 from kfdist.system.addresses import join_address, unbindable
 from kfdist.system.versions import versions
 from kfdist.telemetry.metrics import METRICS, Kind, Metric
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 MAX_RUNS = 64
 """Runs that are exported; beyond that, the longest silent one is dropped."""
@@ -36,7 +36,7 @@ class Exporter(Collector):
         self._heard: dict[str, float] = {}
         self._dropped: dict[str, int] = {}
 
-    def ingest(self, run: str, sender: Sender, life: str, samples: Sequence[Sample]) -> None:
+    def ingest(self, run: str, sender: Sender, life: str, samples: Sequence[MetricSample]) -> None:
         """Takes a member's samples.
 
         Args:
@@ -81,7 +81,7 @@ class Exporter(Collector):
         with self._lock:
             return self._runs[run].gauges_of(sender) if run in self._runs else {}
 
-    def samples(self, run: str) -> list[Sample]:
+    def samples(self, run: str) -> list[MetricSample]:
         """Returns what a run's members measured, as `RunSeries.samples` has it; empty for an unknown run."""
         with self._lock:
             return list(self._runs[run].samples()) if run in self._runs else []

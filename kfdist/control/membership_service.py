@@ -16,7 +16,7 @@ from kfdist.control.run_rules import Change, Event, OwnerRecord, RunRecord
 from kfdist.control.series import Sender
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc
 from kfdist.rpc.status import Refusal, answers, streams
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 
 class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
@@ -156,7 +156,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
                 self._exporter.ingest(run.name, sender, f"{owner.restarts}/{owner.pid}", samples)
         return membership_pb2.HeartbeatResponse(owners=owner_messages(self._ledger.live_owners()))
 
-    def _bounded(self, request: membership_pb2.HeartbeatRequest) -> list[Sample]:
+    def _bounded(self, request: membership_pb2.HeartbeatRequest) -> list[MetricSample]:
         surplus = len(request.samples) - validation.MAX_SAMPLES
         if surplus > 0:
             self._exporter.drop("too_many_samples", surplus)

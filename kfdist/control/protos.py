@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from kfdist.control.run_rules import OwnerRecord, RunRecord
 from kfdist.control.store import EventRecord
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, run_pb2
-from kfdist.types import GroupSpec, RunSettings, Sample
+from kfdist.types import GroupSpec, MetricSample, RunSettings
 
 
 def run_message(record: RunRecord) -> run_pb2.Run:
@@ -51,12 +51,12 @@ def groups_of(groups: Iterable[membership_pb2.GroupSpec]) -> tuple[GroupSpec, ..
     return tuple(GroupSpec(name=group.name, cost=group.cost, position=group.position, bytes=0) for group in groups)
 
 
-def samples_of(samples: Iterable[membership_pb2.Sample]) -> list[Sample]:
+def samples_of(samples: Iterable[membership_pb2.Sample]) -> list[MetricSample]:
     """Returns samples from their messages."""
-    return [Sample(name=sample.name, value=sample.value, labels=dict(sample.labels)) for sample in samples]
+    return [MetricSample(name=sample.name, value=sample.value, labels=dict(sample.labels)) for sample in samples]
 
 
-def sample_messages(samples: Iterable[Sample]) -> list[membership_pb2.Sample]:
+def sample_messages(samples: Iterable[MetricSample]) -> list[membership_pb2.Sample]:
     """Returns the messages of samples."""
     return [membership_pb2.Sample(**asdict(sample)) for sample in samples]
 

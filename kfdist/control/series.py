@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kfdist.telemetry.metrics import METRICS, Across, Kind, Metric, fault_in
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 MAX_BLOCKS = 512
 """Blocks with a separate series in each metric; all others share the series "other", which has their worst value."""
@@ -91,7 +91,7 @@ class RunSeries:
         self._histograms: dict[Key, Histogram] = {}
         self._values: dict[tuple[str, str], set[str]] = {}
 
-    def ingest(self, sender: Sender, life: str, samples: Iterable[Sample]) -> dict[str, int]:
+    def ingest(self, sender: Sender, life: str, samples: Iterable[MetricSample]) -> dict[str, int]:
         """Takes what a sender measured since its last message.
 
         Args:
@@ -149,7 +149,7 @@ class RunSeries:
         for (name, labels), histogram in self._histograms.items():
             yield METRICS[name], labels, histogram
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Iterator[MetricSample]:
         """Yields every gauge and counter, and of every histogram its sum and count."""
         for metric, labels, value in self.values():
             yield _sample(metric, "", labels, value)
@@ -157,7 +157,7 @@ class RunSeries:
             yield _sample(metric, "_sum", labels, histogram.total)
             yield _sample(metric, "_count", labels, sum(histogram.counts))
 
-    def _take(self, sender: Sender, life: str, sample: Sample, gauges: dict[Key, float]) -> str:
+    def _take(self, sender: Sender, life: str, sample: MetricSample, gauges: dict[Key, float]) -> str:
         metric = METRICS[sample.name]
         labels = self._bounded(metric, sample)
         if labels is None:
@@ -174,7 +174,7 @@ class RunSeries:
             gauges[key] = metric.across.worst([gauges[key], sample.value]) if shared else sample.value
         return ""
 
-    def _bounded(self, metric: Metric, sample: Sample) -> tuple[str, ...] | None:
+    def _bounded(self, metric: Metric, sample: MetricSample) -> tuple[str, ...] | None:
         labels = []
         for label in metric.labels:
             value = sample.labels[label]
@@ -190,5 +190,5 @@ class RunSeries:
         return tuple(labels)
 
 
-def _sample(metric: Metric, suffix: str, labels: tuple[str, ...], value: float) -> Sample:
-    return Sample(name=metric.name + suffix, value=value, labels=dict(zip(metric.labels, labels, strict=True)))
+def _sample(metric: Metric, suffix: str, labels: tuple[str, ...], value: float) -> MetricSample:
+    return MetricSample(name=metric.name + suffix, value=value, labels=dict(zip(metric.labels, labels, strict=True)))

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kfdist.types import GroupSpec, Job, JobResult, RunSettings, Sample
+from kfdist.types import GroupSpec, Job, JobResult, MetricSample, RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class AbstractLink(ABC):
         """Blocks until `poll` may have something to return, at most `seconds`."""
 
     @abstractmethod
-    def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+    def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         """Tells the controller where the rank is; while it is away, samples may be dropped and are counted."""
 
     @abstractmethod

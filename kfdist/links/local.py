@@ -10,7 +10,7 @@ from typing_extensions import override
 from kfdist.curvature.jobs import run_job
 from kfdist.errors import KfdistError
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
-from kfdist.types import Job, JobResult, RunSettings, Sample
+from kfdist.types import Job, JobResult, MetricSample, RunSettings
 
 
 class LocalLink(AbstractLink):
@@ -84,7 +84,7 @@ class LocalLink(AbstractLink):
             return
 
     @override
-    def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+    def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         """Does nothing: there is no controller."""
 
     @override

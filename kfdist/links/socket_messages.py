@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from kfdist.links.link import LinkContext, LinkCounters
 from kfdist.links.shared_memory import create_input, read_private
-from kfdist.types import RunSettings, Sample
+from kfdist.types import MetricSample, RunSettings
 
 MAX_MESSAGE_BYTES = 1 << 16
 """Largest message; a default socket buffer holds several of them."""
@@ -54,7 +54,7 @@ class Beat:
     kind: Literal["beat"] = "beat"
     step: int
     phase: str
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[MetricSample, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def decode(data: bytes) -> Message:
         ) from None
 
 
-def beats(step: int, phase: str, samples: Sequence[Sample]) -> Iterator[Beat]:
+def beats(step: int, phase: str, samples: Sequence[MetricSample]) -> Iterator[Beat]:
     """Splits a beat so that each part fits into a message; there is one at least."""
     for start in range(0, max(len(samples), 1), SAMPLES_PER_MESSAGE):
         yield Beat(step=step, phase=phase, samples=tuple(samples[start : start + SAMPLES_PER_MESSAGE]))

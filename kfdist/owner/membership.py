@@ -9,7 +9,7 @@ from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
 from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, StreamEnded
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 _PAUSE_SECONDS = 0.5
 
@@ -26,7 +26,7 @@ class Membership:
         address: str,
         request: membership_pb2.RegisterOwnerRequest,
         *,
-        measure: Callable[[], Sequence[Sample]],
+        measure: Callable[[], Sequence[MetricSample]],
         learn_peers: Callable[[Iterable[inversion_pb2.Owner]], None],
     ) -> None:
         """Begins without a connection.

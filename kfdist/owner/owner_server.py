@@ -21,7 +21,7 @@ from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import add_InversionServ
 from kfdist.rpc.servers import bind, server_options
 from kfdist.system.addresses import split_address
 from kfdist.system.files import replace_file
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 _LOG = logging.getLogger(__name__)
 
@@ -156,9 +156,9 @@ class OwnerServer:
         )
         await self._membership.run()
 
-    def _measure(self) -> list[Sample]:
+    def _measure(self) -> list[MetricSample]:
         return [
-            Sample(name="kfdist_restarts_total", value=lost, labels={"process": "inverter", "run": run})
+            MetricSample(name="kfdist_restarts_total", value=lost, labels={"process": "inverter", "run": run})
             for run, lost in self._servicer.processes_lost.items()
         ]
 

@@ -8,7 +8,7 @@ import grpc
 
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 BEAT_SECONDS = 1.0
 """How often members beat."""
@@ -36,7 +36,7 @@ class BeatStream:
         self._stream: Any = stub.Heartbeat()
 
     async def beat(
-        self, member: membership_pb2.WorkerBeat | membership_pb2.OwnerBeat, samples: Sequence[Sample]
+        self, member: membership_pb2.WorkerBeat | membership_pb2.OwnerBeat, samples: Sequence[MetricSample]
     ) -> membership_pb2.HeartbeatResponse:
         """Sends one beat and returns its answer.
 

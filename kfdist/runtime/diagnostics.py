@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from kfdist.curvature.ladder import BlockOutcome
 from kfdist.telemetry.metrics import METRICS
-from kfdist.types import BlockName, Sample
+from kfdist.types import BlockName, MetricSample
 
 _GAUGES = {
     "rank": "kfdist_inversion_rank",
@@ -18,7 +18,7 @@ _GAUGES = {
 _RUNG = "rung"
 
 
-def diagnostic_samples(block: BlockName, diagnostics: Mapping[str, float]) -> list[Sample]:
+def diagnostic_samples(block: BlockName, diagnostics: Mapping[str, float]) -> list[MetricSample]:
     """Returns a block's diagnostics as gauges; those that have none are left out.
 
     Args:
@@ -26,12 +26,12 @@ def diagnostic_samples(block: BlockName, diagnostics: Mapping[str, float]) -> li
         diagnostics: Of the inversion in use, as in `BlockOutcome`.
     """
     samples = [
-        Sample(name=_GAUGES[quantity], value=value, labels={"block": block, "factor": factor})
+        MetricSample(name=_GAUGES[quantity], value=value, labels={"block": block, "factor": factor})
         for quantity in _GAUGES
         for factor, value in _by_factor(quantity, diagnostics).items()
     ]
     if _RUNG in diagnostics:
-        samples.append(Sample(name="kfdist_inversion_rung", value=diagnostics[_RUNG], labels={"block": block}))
+        samples.append(MetricSample(name="kfdist_inversion_rung", value=diagnostics[_RUNG], labels={"block": block}))
     return samples
 
 

@@ -35,7 +35,7 @@ from kfdist.runtime.plan.planner import Method, Plan, make_plan, needs_costs
 from kfdist.runtime.settings import Settings, StepReport
 from kfdist.runtime.state import pipeline_state, restore_pipeline
 from kfdist.runtime.telemetry_samples import pipeline_samples, pipeline_totals
-from kfdist.types import BlockName, Fisher, Sample, WeightSharing
+from kfdist.types import BlockName, Fisher, MetricSample, WeightSharing
 
 
 class Preconditioner:
@@ -375,7 +375,7 @@ class Preconditioner:
         """The start of the run that all ranks agreed on."""
         return self._terms.epoch
 
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[MetricSample]:
         """Returns this rank's measurements for the controller; observations are returned once."""
         return pipeline_samples(self._pipeline, self._link.counters())
 
@@ -383,7 +383,7 @@ class Preconditioner:
         """Returns totals for a summary: bytes by purpose, inversions, staleness quantiles, failures."""
         return pipeline_totals(self._pipeline, self._link.counters())
 
-    def beat(self, phase: str, samples: Sequence[Sample] = ()) -> None:
+    def beat(self, phase: str, samples: Sequence[MetricSample] = ()) -> None:
         """Tells the controller, if there is one, where this rank stands; never blocks."""
         self._link.beat(self._pipeline.next_step, phase, [*self.samples(), *samples])
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from kfdist.links.link import LinkCounters
 from kfdist.runtime.diagnostics import diagnostic_samples
 from kfdist.runtime.pipeline import Pipeline
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 
-def pipeline_samples(pipeline: Pipeline, link: LinkCounters) -> list[Sample]:
+def pipeline_samples(pipeline: Pipeline, link: LinkCounters) -> list[MetricSample]:
     """Returns what this rank has to report; per-block gauges come from rank 0 alone, once a run.
 
     Observations of histograms are returned once and forgotten.
@@ -22,38 +22,38 @@ def pipeline_samples(pipeline: Pipeline, link: LinkCounters) -> list[Sample]:
     """
     counters = pipeline.counters
     samples = [
-        Sample(name="kfdist_inversion_seconds", value=seconds, labels={"method": method})
+        MetricSample(name="kfdist_inversion_seconds", value=seconds, labels={"method": method})
         for method, seconds in counters.inversion_seconds
     ]
     counters.inversion_seconds.clear()
     samples += _by_label("kfdist_bytes_total", "purpose", _bytes(pipeline, link))
-    samples.append(Sample(name="kfdist_samples_lost_total", value=float(link.samples_dropped)))
+    samples.append(MetricSample(name="kfdist_samples_lost_total", value=float(link.samples_dropped)))
     samples += _by_label("kfdist_failures_total", "reason", link.resubmissions)
     unanswered = sum(len(track.jobs.unanswered) for track in pipeline.tracks)
-    samples.append(Sample(name="kfdist_queue_depth", value=float(unanswered)))
+    samples.append(MetricSample(name="kfdist_queue_depth", value=float(unanswered)))
     if link.courier_restarts:
         samples += _by_label("kfdist_restarts_total", "process", {"courier": link.courier_restarts})
     drops = counters.drops.latest(each.dropped for each in pipeline.reducer.sums.values())
-    samples.append(Sample(name="kfdist_nonfinite_drops_total", value=drops))
+    samples.append(MetricSample(name="kfdist_nonfinite_drops_total", value=drops))
     if pipeline.training.rank == 0:
         samples += _common_samples(pipeline)
     return samples
 
 
-def _common_samples(pipeline: Pipeline) -> list[Sample]:
+def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
     """What is equal on all ranks and reported once."""
     counters = pipeline.counters
     samples = [
         # Counters run from the sender's start, so a resumed run counts the steps of this process.
-        Sample(name="kfdist_steps_total", value=float(counters.steps)),
-        Sample(name="kfdist_damping", value=pipeline.agreement.damping(pipeline.last_step)),
-        Sample(name="kfdist_adoptions_total", value=float(counters.adoptions)),
+        MetricSample(name="kfdist_steps_total", value=float(counters.steps)),
+        MetricSample(name="kfdist_damping", value=pipeline.agreement.damping(pipeline.last_step)),
+        MetricSample(name="kfdist_adoptions_total", value=float(counters.adoptions)),
     ]
     for track in pipeline.tracks:
         labels, steps, seconds = {"block": track.group.name}, track.staleness(pipeline.last_step), track.age_seconds()
-        samples.append(Sample(name="kfdist_staleness_steps", value=float(steps), labels=labels))
+        samples.append(MetricSample(name="kfdist_staleness_steps", value=float(steps), labels=labels))
         if seconds is not None:
-            samples.append(Sample(name="kfdist_staleness_seconds", value=seconds, labels=labels))
+            samples.append(MetricSample(name="kfdist_staleness_seconds", value=seconds, labels=labels))
         for block, outcome in track.snapshot.outcomes.items():
             samples += diagnostic_samples(block, outcome.diagnostics)
     samples += _by_label("kfdist_fallbacks_total", "reason", counters.fallbacks)
@@ -65,7 +65,7 @@ def _common_samples(pipeline: Pipeline) -> list[Sample]:
     failures = {"inversion_failed": failed, "damaged_broadcast": resent}
     samples += _by_label("kfdist_failures_total", "reason", {reason: n for reason, n in failures.items() if n})
     samples += [
-        Sample(name="kfdist_step_seconds", value=seconds, labels={"phase": phase})
+        MetricSample(name="kfdist_step_seconds", value=seconds, labels={"phase": phase})
         for phase, seconds in counters.step_seconds
     ]
     counters.step_seconds.clear()
@@ -106,8 +106,8 @@ def pipeline_totals(pipeline: Pipeline, link: LinkCounters) -> dict[str, Any]:
     }
 
 
-def _by_label(name: str, label: str, totals: Mapping[str, float]) -> list[Sample]:
-    return [Sample(name=name, value=float(total), labels={label: value}) for value, total in totals.items()]
+def _by_label(name: str, label: str, totals: Mapping[str, float]) -> list[MetricSample]:
+    return [MetricSample(name=name, value=float(total), labels={label: value}) for value, total in totals.items()]
 
 
 def _bytes(pipeline: Pipeline, link: LinkCounters) -> dict[str, int]:

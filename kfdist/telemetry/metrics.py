@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 
 class Kind(StrEnum):
@@ -263,7 +263,7 @@ MAX_LABEL_CHARACTERS = 200
 """Longest value of a label."""
 
 
-def fault_in(sample: Sample) -> str:
+def fault_in(sample: MetricSample) -> str:
     """Returns why a sample can't be exported, in one word for a label, or an empty string if it can.
 
     A gauge may be NaN or infinite: a loss that is no number is news. A counter's total and an observation may not, as

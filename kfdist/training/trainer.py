@@ -18,7 +18,7 @@ from kfdist.training.metrics_log import MetricsLog
 from kfdist.training.optimizers import set_learning_rate
 from kfdist.training.progress import Progress, ProgressLine
 from kfdist.training.run_state import Standing, Training, collect_state
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 
 _BEAT_SECONDS = 0.25
 """How often the controller hears of a rank; steps may be much shorter."""
@@ -205,16 +205,20 @@ class Trainer:
                 steps_per_second=rate,
             )
         )
-        self._beat("running", Sample(name="kfdist_loss", value=loss), Sample(name="kfdist_accuracy", value=accuracy))
+        self._beat(
+            "running",
+            MetricSample(name="kfdist_loss", value=loss),
+            MetricSample(name="kfdist_accuracy", value=accuracy),
+        )
         self._tally.zero_()
         self._tallied = 0
         self._window_start = now
 
-    def _beat(self, phase: str, *samples: Sample) -> None:
+    def _beat(self, phase: str, *samples: MetricSample) -> None:
         """Tells the controller; what is the same on all ranks comes from rank 0 alone."""
         own = samples if self._training.communicator.rank == 0 else ()
         new, self._told_steps = self.step_seconds[self._told_steps :], len(self.step_seconds)
-        steps = [Sample(name="kfdist_step_seconds", value=seconds, labels={"phase": "total"}) for seconds in new]
+        steps = [MetricSample(name="kfdist_step_seconds", value=seconds, labels={"phase": "total"}) for seconds in new]
         self._training.preconditioner.beat(phase, [*own, *steps])
         self._last_beat = time.perf_counter()
 

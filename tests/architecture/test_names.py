@@ -10,7 +10,7 @@ GENERATED = PACKAGE / "rpc" / "_generated"
 FILES = [path for path in PACKAGE.rglob("*.py") if GENERATED not in path.parents]
 
 OF_EVERY_PACKAGE = {"__init__.py", "__main__.py"}
-TWIN_CLASSES = {("LearningRate", "LearningRates"), ("Sample", "Sampler"), ("Sample", "Samples")}
+TWIN_CLASSES = {("LearningRate", "LearningRates")}
 
 
 def test_no_two_files_share_a_name() -> None:

@@ -18,7 +18,7 @@ from kfdist.control import series
 from kfdist.control.series import RunSeries, Sender
 from kfdist.errors import ConfigError
 from kfdist.telemetry.metrics import METRICS, Across, Kind, fault_in
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 from tests.support.controller import ControllerThread, Member, eventually, sample, values
 
 RANKS = [Sender("worker", str(rank)) for rank in range(3)]
@@ -67,7 +67,7 @@ class TestDeclarations:
         ],
     )
     def test_faults_in_samples(self, name, value, labels, fault):
-        assert fault_in(Sample(name=name, value=value, labels=labels)) == fault
+        assert fault_in(MetricSample(name=name, value=value, labels=labels)) == fault
 
 
 class TestSeries:
@@ -75,7 +75,7 @@ class TestSeries:
     def test_a_counter_never_goes_back(self, reports):
         run, last = RunSeries(), 0.0
         for sender, life, value in reports:
-            run.ingest(sender, str(life), [Sample(name=BYTES, value=value, labels={"purpose": "jobs"})])
+            run.ingest(sender, str(life), [MetricSample(name=BYTES, value=value, labels={"purpose": "jobs"})])
             now = exported(run)[BYTES, ("jobs",)]
             assert now >= last
             last = now
@@ -84,7 +84,7 @@ class TestSeries:
         run = RunSeries()
 
         def report(sender: Sender, life: str, value: float) -> float:
-            run.ingest(sender, life, [Sample(name=BYTES, value=value, labels={"purpose": "jobs"})])
+            run.ingest(sender, life, [MetricSample(name=BYTES, value=value, labels={"purpose": "jobs"})])
             return exported(run)[BYTES, ("jobs",)]
 
         assert report(RANKS[0], "1", 10) == 10
@@ -98,7 +98,11 @@ class TestSeries:
     def test_what_all_ranks_share_is_counted_once(self):
         run = RunSeries()
         for rank in RANKS:
-            run.ingest(rank, "1", [Sample(name="kfdist_steps_total", value=7), Sample(name="kfdist_loss", value=0.1)])
+            run.ingest(
+                rank,
+                "1",
+                [MetricSample(name="kfdist_steps_total", value=7), MetricSample(name="kfdist_loss", value=0.1)],
+            )
         assert exported(run) == {("kfdist_steps_total", ()): 7, ("kfdist_loss", ()): 0.1}
 
     def test_gauges_merge_as_declared_and_end_with_their_sender(self):
@@ -108,8 +112,8 @@ class TestSeries:
                 rank,
                 "1",
                 [
-                    Sample(name="kfdist_queue_depth", value=value),
-                    Sample(name="kfdist_staleness_steps", value=value, labels={"block": "fc"}),
+                    MetricSample(name="kfdist_queue_depth", value=value),
+                    MetricSample(name="kfdist_staleness_steps", value=value, labels={"block": "fc"}),
                 ],
             )
         assert exported(run) == {("kfdist_queue_depth", ()): 16, ("kfdist_staleness_steps", ("fc",)): 9}
@@ -123,7 +127,9 @@ class TestSeries:
     def test_histograms_count_every_observation_where_it_belongs(self, seconds):
         run = RunSeries()
         labels = {"method": "kfac"}
-        run.ingest(RANKS[1], "1", [Sample(name="kfdist_inversion_seconds", value=s, labels=labels) for s in seconds])
+        run.ingest(
+            RANKS[1], "1", [MetricSample(name="kfdist_inversion_seconds", value=s, labels=labels) for s in seconds]
+        )
         ((metric, _, histogram),) = run.histograms()
         assert histogram.total == pytest.approx(sum(seconds))
         for text, count in histogram.cumulative():
@@ -135,7 +141,7 @@ class TestSeries:
         run = RunSeries()
         for offset in (0, 100):
             samples = [
-                Sample(name="kfdist_staleness_steps", value=offset + i, labels={"block": f"layer{i}"})
+                MetricSample(name="kfdist_staleness_steps", value=offset + i, labels={"block": f"layer{i}"})
                 for i in reversed(range(6))
             ]
             assert run.ingest(RANKS[0], "1", samples) == {}
@@ -157,7 +163,7 @@ class TestSeries:
         run.ingest(
             RANKS[0],
             "1",
-            [Sample(name=name, value=v, labels={"block": f"layer{i}", **factor}) for i, v in enumerate(values)],
+            [MetricSample(name=name, value=v, labels={"block": f"layer{i}", **factor}) for i, v in enumerate(values)],
         )
         found = {labels[0]: value for (_, labels), value in exported(run).items()}
         assert found == {"layer0": 1.0, "other": worst}
@@ -165,7 +171,7 @@ class TestSeries:
 
     def test_other_labels_are_bounded_too(self):
         run = RunSeries()
-        samples = [Sample(name="kfdist_failures_total", value=1, labels={"reason": str(i)}) for i in range(70)]
+        samples = [MetricSample(name="kfdist_failures_total", value=1, labels={"reason": str(i)}) for i in range(70)]
         assert run.ingest(RANKS[0], "1", samples) == {"too_many_label_values": 6}
         assert len(exported(run)) == series.MAX_LABEL_VALUES
 

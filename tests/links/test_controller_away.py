@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from kfdist.types import Desired, Sample
+from kfdist.types import Desired, MetricSample
 from tests.support.controller import ControllerThread, eventually
 from tests.support.jobs import RUN, collect, context, job, payload, result_of
 from tests.support.owners import OwnerProcess
@@ -59,7 +59,7 @@ def test_a_controller_that_goes_and_comes_back(state, tmp_path, start_link):
         results |= collect(link, 10)
         assert {results["group", version].owner for version in range(20, 30)} == {"owner-0"}
 
-        samples = [Sample(name="kfdist_steps_total", value=float(i)) for i in range(8000)]
+        samples = [MetricSample(name="kfdist_steps_total", value=float(i)) for i in range(8000)]
         for step in range(3):
             link.beat(step, "running", samples)
             time.sleep(0.5)

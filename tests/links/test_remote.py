@@ -8,7 +8,7 @@ import pytest
 
 from kfdist.errors import EnvironmentFault
 from kfdist.links.rank.remote import RemoteLink
-from kfdist.types import Desired, Sample
+from kfdist.types import Desired, MetricSample
 from tests.support.controller import eventually, values
 from tests.support.jobs import RUN, collect, context, job, payload, result_of
 
@@ -53,7 +53,7 @@ def test_commands_come_and_beats_go(controller, owners, start_link):
     del owners
     link = start_link(controller.address, as_told=context(epoch=2))
     assert link.settings().desired is Desired.RUNNING
-    link.beat(41, "running", [Sample(name="kfdist_loss", value=0.5)])
+    link.beat(41, "running", [MetricSample(name="kfdist_loss", value=0.5)])
     with controller.client() as client:
         eventually(lambda: client.get(RUN).step, lambda step: step == 41)
         eventually(lambda: values(controller.scrape()).get(f'kfdist_loss{{run="{RUN}"}}'), lambda loss: loss == 0.5)
@@ -74,7 +74,7 @@ def test_commands_come_and_beats_go(controller, owners, start_link):
 def test_many_samples_are_told_in_parts(controller, owners, start_link):
     del owners
     link = start_link(controller.address, as_told=context(epoch=3))
-    samples = [Sample(name="kfdist_staleness_steps", value=i, labels={"block": f"block{i}"}) for i in range(5000)]
+    samples = [MetricSample(name="kfdist_staleness_steps", value=i, labels={"block": f"block{i}"}) for i in range(5000)]
     link.beat(1, "running", samples)
     # The controller shows so many blocks by name and the maximum of all others as one.
     others = f'kfdist_staleness_steps{{block="other",run="{RUN}"}}'

@@ -23,7 +23,7 @@ from kfdist.links.socket_messages import (
     NewSettings,
     Submit,
 )
-from kfdist.types import Desired, RunSettings, Sample
+from kfdist.types import Desired, MetricSample, RunSettings
 from tests.support.jobs import context
 
 SUBMIT = Submit(
@@ -31,7 +31,7 @@ SUBMIT = Submit(
 )
 EXAMPLES = [
     SUBMIT,
-    Beat(step=5, phase="running", samples=(Sample(name="x", value=0.25, labels={"block": 'q"ü'}),)),
+    Beat(step=5, phase="running", samples=(MetricSample(name="x", value=0.25, labels={"block": 'q"ü'}),)),
     Bye(),
     Hello(),
     Done(ticket=7, payload_bytes=4, digest="e" * 64, seconds=0.5, owner="owner-0"),
@@ -105,21 +105,25 @@ def test_json_that_is_no_message(text, reason):
 
 
 def test_a_loss_that_is_no_number_comes_as_it_is():
-    samples = tuple(Sample(name="kfdist_loss", value=value) for value in (math.nan, math.inf, -math.inf))
+    samples = tuple(MetricSample(name="kfdist_loss", value=value) for value in (math.nan, math.inf, -math.inf))
     beat = socket_messages.decode(socket_messages.encode(Beat(step=0, phase="running", samples=samples)))
     assert isinstance(beat, Beat)
     assert repr(beat.samples) == repr(samples)
 
 
 def test_a_message_over_the_limit_is_refused():
-    beat = Beat(step=0, phase="running", samples=(Sample(name="x" * socket_messages.MAX_MESSAGE_BYTES, value=0.0),))
+    beat = Beat(
+        step=0, phase="running", samples=(MetricSample(name="x" * socket_messages.MAX_MESSAGE_BYTES, value=0.0),)
+    )
     with pytest.raises(ValueError, match="at most 65536 fit"):
         socket_messages.encode(beat)
 
 
 @given(st.integers(0, 300))
 def test_beats_are_split_and_complete(count):
-    samples = [Sample(name="kfdist_staleness_steps", value=i, labels={"block": "layer." * 60}) for i in range(count)]
+    samples = [
+        MetricSample(name="kfdist_staleness_steps", value=i, labels={"block": "layer." * 60}) for i in range(count)
+    ]
     parts = list(socket_messages.beats(3, "running", samples))
     assert len(parts) == max(1, -(-count // socket_messages.SAMPLES_PER_MESSAGE))
     assert [sample for part in parts for sample in part.samples] == samples

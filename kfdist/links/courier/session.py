@@ -22,7 +22,7 @@ from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServic
 from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, StreamEnded
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
 from kfdist.rpc.status import code_of, details_of
-from kfdist.types import Desired, RunSettings, Sample
+from kfdist.types import Desired, MetricSample, RunSettings
 
 _LOG = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class ControllerSession:
         self._fenced = fenced
         self._revision = 0
         self._step, self._phase = 0, "running"
-        self._samples: deque[Sample] = deque()
+        self._samples: deque[MetricSample] = deque()
         self._due = asyncio.Event()
         self._ending = False
         self._connected = False
@@ -90,7 +90,7 @@ class ControllerSession:
         self._told = ""
         self.samples_dropped = 0
 
-    def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+    def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         """Takes in where the rank stands; it is told at the next beat, a new phase at once."""
         if phase != self._phase:
             self._due.set()
@@ -217,7 +217,7 @@ class ControllerSession:
         )
 
     @contextlib.contextmanager
-    def _taken_samples(self) -> Iterator[list[Sample]]:
+    def _taken_samples(self) -> Iterator[list[MetricSample]]:
         """Takes samples from the queue, and puts them back if they could not be told."""
         samples = [self._samples.popleft() for _ in range(min(len(self._samples), _SAMPLES_PER_BEAT))]
         try:

@@ -20,13 +20,13 @@ from kfdist.links.rank.courier_process import COURIER_MODULE, CourierProcess
 from kfdist.links.rank.handover import Handover
 from kfdist.links.shared_memory import read_private
 from kfdist.links.socket_messages import Bye, Counted, CourierSetup, Done, Fenced, Hello, Message, NewSettings
-from kfdist.types import Desired, Job, JobResult, RunSettings, Sample
+from kfdist.types import Desired, Job, JobResult, MetricSample, RunSettings
 
 _LOG = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
 
-Call = Job | tuple[int, str, Sequence[Sample]] | None
+Call = Job | tuple[int, str, Sequence[MetricSample]] | None
 """What the thread that trains asks for: a job, a (step, phase, samples) to tell, or None for the end."""
 
 
@@ -169,7 +169,7 @@ class Pump:
                 case (step, phase, samples):
                     self._post_beats(step, phase, samples)
 
-    def _post_beats(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+    def _post_beats(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         for beat in socket_messages.beats(step, phase, samples):
             if self._queued_samples + len(beat.samples) > self._options.queued_samples:
                 self.counters += LinkCounters(samples_dropped=len(beat.samples))

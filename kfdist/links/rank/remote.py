@@ -11,7 +11,7 @@ from typing_extensions import override
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
 from kfdist.links.rank.pump import Call, Mailbox, Pump, RemoteOptions
 from kfdist.links.socket_messages import CourierSetup
-from kfdist.types import Job, JobResult, RunSettings, Sample
+from kfdist.types import Job, JobResult, MetricSample, RunSettings
 
 __all__ = ["RemoteLink", "RemoteOptions"]
 
@@ -112,7 +112,7 @@ class RemoteLink(AbstractLink):
         arrival.poll(max(seconds, 0.0) * 1000)
 
     @override
-    def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+    def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         mailbox, _ = self._running()
         self._tell(mailbox, (step, phase, tuple(samples)))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kfdist.links.link import LinkContext
 from kfdist.links.local import LocalLink
-from kfdist.types import JobResult, RunSettings, Sample
+from kfdist.types import JobResult, MetricSample, RunSettings
 from tests.support.faults import reach
 
 
@@ -49,7 +49,7 @@ class FaultyLink(LocalLink):
     def settings(self) -> RunSettings:
         return self.wanted
 
-    def beat(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
+    def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         del samples
         self.told.append((step, phase))
 

@@ -7,7 +7,7 @@ from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.ladder import BlockOutcome
 from kfdist.runtime.diagnostics import diagnostic_note, diagnostic_samples
 from kfdist.telemetry.metrics import fault_in
-from kfdist.types import Sample
+from kfdist.types import MetricSample
 from tests.support.cases import CASES, InverterCase
 from tests.support.preconditioning import backward, preconditioner, two_layers
 
@@ -26,8 +26,8 @@ WITHOUT_GAUGE = {"largest_correlation"}
 
 
 def test_every_factor_has_its_gauge_and_the_block_its_rung():
-    def gauge(name: str, value: float, **labels: str) -> Sample:
-        return Sample(name=f"kfdist_inversion_{name}", value=value, labels={"block": "fc", **labels})
+    def gauge(name: str, value: float, **labels: str) -> MetricSample:
+        return MetricSample(name=f"kfdist_inversion_{name}", value=value, labels={"block": "fc", **labels})
 
     assert diagnostic_samples("fc", FOUND) == [
         gauge("rank", 17.0, factor="A"),
