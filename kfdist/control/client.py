@@ -13,6 +13,7 @@ import grpc
 from kfdist.control.run_rules import RunState
 from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
+from kfdist.rpc.beats import samples_of
 from kfdist.rpc.channels import CALL_SECONDS, open_channel
 from kfdist.rpc.status import code_of, fault_of
 from kfdist.types import MetricSample
@@ -151,10 +152,7 @@ class ControlClient:
 
     def samples(self, name: str) -> list[MetricSample]:
         """Returns what a run's processes measured: gauges, counters, and of each histogram its sum and count."""
-        samples = self._call(self._runs.ListSamples, run_pb2.ListSamplesRequest(name=name)).samples
-        return [
-            MetricSample(name=each.name, value=each.value, labels=dict(sorted(each.labels.items()))) for each in samples
-        ]
+        return samples_of(self._call(self._runs.ListSamples, run_pb2.ListSamplesRequest(name=name)).samples)
 
     def owners(self, name: str) -> list[str]:
         """Returns the names of the live owners, as a run's couriers get them."""

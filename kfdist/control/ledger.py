@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import grpc
 
 from kfdist.checks import suggestion
-from kfdist.control.protos import run_message
 from kfdist.control.run_rules import AssignmentRecord, Change, Event, OwnerRecord, RunRecord
 from kfdist.control.store import Answer, Batch, EventRecord, RunUpdate, Store
 from kfdist.control.watchers import QUEUED_CHANGES, Watchers
@@ -132,7 +131,7 @@ class Ledger:
             seen = from_revision
             if from_revision == 0:
                 seen = now.revision
-                yield run_message(now)
+                yield now.message()
             elif from_revision < now.revision:
                 for revision, message in await self._in_thread(self._store.changes, name, from_revision):
                     if revision != seen + 1:
@@ -224,7 +223,7 @@ class Ledger:
                 if before is None:
                     change = replace(change, record=replace(change.record, live_owners=len(self.live_owners())))
                 updates = () if change.record == before and not change.events else (_update(before, change, config),)
-                run = run_pb2.Run.FromString(updates[0].message) if updates else run_message(change.record)
+                run = run_pb2.Run.FromString(updates[0].message) if updates else change.record.message()
                 assignment = self._with_groups(name, groups) if groups else None
                 await self._commit(
                     updates,
@@ -313,9 +312,7 @@ class Ledger:
 
 def _update(before: RunRecord | None, change: Change, config: str | None) -> RunUpdate:
     record = replace(change.record, revision=before.revision + 1 if before else 1)
-    return RunUpdate(
-        record=record, message=run_message(record).SerializeToString(), events=change.events, config=config
-    )
+    return RunUpdate(record=record, message=record.message().SerializeToString(), events=change.events, config=config)
 
 
 def _answer(request: Request, run: run_pb2.Run) -> Answer:

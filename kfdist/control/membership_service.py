@@ -11,10 +11,10 @@ from kfdist.control import run_rules, validation
 from kfdist.control.exporter import Exporter
 from kfdist.control.leases import Members
 from kfdist.control.ledger import Groups, Ledger
-from kfdist.control.protos import groups_of, owner_messages, samples_of, settings_message
 from kfdist.control.run_rules import Change, Event, OwnerRecord, RunRecord
 from kfdist.control.series import Sender
-from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc
+from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membership_pb2_grpc
+from kfdist.rpc.beats import groups_of, samples_of, settings_message
 from kfdist.rpc.status import Refusal, answers, streams
 from kfdist.types import MetricSample
 
@@ -69,7 +69,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
                 if not run.state.ended:
                     restarts = owner.restarts - before.restarts
                     self._exporter.count(run.name, "kfdist_restarts_total", {"process": "owner"}, restarts)
-        return membership_pb2.RegisterOwnerResponse(owners=owner_messages(self._ledger.live_owners()))
+        return membership_pb2.RegisterOwnerResponse(owners=self._owners())
 
     @override
     @streams
@@ -98,7 +98,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         return membership_pb2.GetAssignmentResponse(
             revision=assignment.revision,
             owner_by_group=dict(assignment.owner_by_group),
-            owners=owner_messages(self._ledger.live_owners()),
+            owners=self._owners(),
         )
 
     async def _hear_worker(self, request: membership_pb2.HeartbeatRequest) -> membership_pb2.HeartbeatResponse:
@@ -124,7 +124,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             await self._report(record, beat)
         return membership_pb2.HeartbeatResponse(
             settings=settings_message(self._ledger.run(beat.run).settings),
-            owners=owner_messages(self._ledger.live_owners()),
+            owners=self._owners(),
             assignment_revision=self._ledger.assignment(beat.run).revision,
         )
 
@@ -154,7 +154,14 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             if not run.state.ended:  # owners work for all runs; a controller rarely has more than one
                 sender = Sender("owner", owner.owner_id)
                 self._exporter.ingest(run.name, sender, f"{owner.restarts}/{owner.pid}", samples)
-        return membership_pb2.HeartbeatResponse(owners=owner_messages(self._ledger.live_owners()))
+        return membership_pb2.HeartbeatResponse(owners=self._owners())
+
+    def _owners(self) -> list[inversion_pb2.Owner]:
+        """Returns the messages of the live owners, as couriers get them."""
+        return [
+            inversion_pb2.Owner(owner_id=owner.owner_id, address=owner.address, fingerprint=owner.fingerprint)
+            for owner in self._ledger.live_owners()
+        ]
 
     def _bounded(self, request: membership_pb2.HeartbeatRequest) -> list[MetricSample]:
         surplus = len(request.samples) - validation.MAX_SAMPLES

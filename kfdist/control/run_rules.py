@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ConfigDict
 
+from kfdist.rpc._generated.kfdist.v1 import run_pb2
 from kfdist.rpc.status import Refusal
 from kfdist.types import Desired, GroupName, GroupSpec, RunSettings
 
@@ -81,6 +83,22 @@ class RunRecord:
     live_owners: int = 0
     gauges: Mapping[str, float] = field(default_factory=dict)
     revision: int = 0
+
+    def message(self) -> run_pb2.Run:
+        """Returns the message that users get of it."""
+        return run_pb2.Run(
+            name=self.name,
+            state=f"RUN_STATE_{self.state.name}",
+            revision=self.revision,
+            epoch=self.epoch,
+            step=self.step,
+            total_steps=self.total_steps,
+            live_workers=self.live_workers,
+            live_owners=self.live_owners,
+            created=timestamp(self.created_ns),
+            directory=self.directory,
+            gauges=self.gauges,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +264,11 @@ def checkpointed(record: RunRecord) -> Change:
         replace(record, settings=_next(record.settings, checkpoint_serial=serial)),
         (Event(kind="checkpoint_requested", text=text),),
     )
+
+
+def timestamp(time_ns: int) -> Timestamp:
+    """Returns the message of a time in nanoseconds since 1970."""
+    return Timestamp(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
 
 
 def _check_steerable(record: RunRecord) -> None:

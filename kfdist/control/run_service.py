@@ -9,12 +9,13 @@ from typing import Any
 from google.protobuf.message import Message
 from typing_extensions import override
 
+from kfdist.checks import count
 from kfdist.control import run_rules, validation
 from kfdist.control.exporter import Exporter
 from kfdist.control.ledger import Ledger, Request
-from kfdist.control.protos import event_message, run_message, sample_messages
-from kfdist.control.run_rules import Change, RunRecord
+from kfdist.control.run_rules import Change, RunRecord, timestamp
 from kfdist.rpc._generated.kfdist.v1 import run_pb2, run_pb2_grpc
+from kfdist.rpc.beats import sample_messages
 from kfdist.rpc.status import answers, streams
 from kfdist.types import Desired
 
@@ -54,19 +55,19 @@ class RunService(run_pb2_grpc.RunServiceServicer):
     @answers
     async def Get(self, request: run_pb2.GetRequest, context: Any) -> run_pb2.GetResponse:
         del context
-        return run_pb2.GetResponse(run=run_message(self._ledger.run(request.name)))
+        return run_pb2.GetResponse(run=self._ledger.run(request.name).message())
 
     @override
     @answers
     async def List(self, request: run_pb2.ListRequest, context: Any) -> run_pb2.ListResponse:
         del request, context
-        return run_pb2.ListResponse(runs=[run_message(record) for record in self._ledger.runs()])
+        return run_pb2.ListResponse(runs=[record.message() for record in self._ledger.runs()])
 
     @override
     @streams
     async def Watch(self, request: run_pb2.WatchRequest, context: Any) -> AsyncGenerator[run_pb2.WatchResponse]:
         del context
-        validation.check_revision(request.from_revision)
+        count("from_revision", request.from_revision, least=0)
         async with aclosing(self._ledger.watch(request.name, request.from_revision)) as changes:
             async for run in changes:
                 yield run_pb2.WatchResponse(run=run)
@@ -111,7 +112,12 @@ class RunService(run_pb2_grpc.RunServiceServicer):
         del context
         name = self._ledger.run(request.name).name
         events = await self._ledger.events(name, request.after_event_id, EVENTS_PER_CALL)
-        return run_pb2.ListEventsResponse(events=[event_message(event) for event in events])
+        return run_pb2.ListEventsResponse(
+            events=[
+                run_pb2.Event(event_id=each.event_id, time=timestamp(each.time_ns), kind=each.kind, text=each.text)
+                for each in events
+            ]
+        )
 
     @override
     @answers

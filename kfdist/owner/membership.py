@@ -7,7 +7,7 @@ import grpc.aio
 
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
-from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, StreamEnded
+from kfdist.rpc.beats import BEAT_SECONDS, BeatStream
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
 from kfdist.types import MetricSample
 
@@ -53,7 +53,7 @@ class Membership:
                 self.registered = True
                 self._learn_peers(response.owners)
                 await self._beat(stub)
-            except (grpc.aio.AioRpcError, StreamEnded, TimeoutError):
+            except (grpc.aio.AioRpcError, TimeoutError):
                 pass  # It is away, or was restarted and doesn't know this owner: both begin with a registration.
             finally:
                 await channel.close()

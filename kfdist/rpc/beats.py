@@ -1,14 +1,17 @@
-"""The heartbeat stream to the controller, as ranks' couriers and owners hold it: a beat out, an answer back."""
+"""What members and the controller say to each other: the heartbeat stream, and the words of `kfdist.types` in it."""
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import grpc
+import grpc.aio
 
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
-from kfdist.types import MetricSample
+from kfdist.types import Desired, GroupSpec, MetricSample, RunSettings
 
 BEAT_SECONDS = 1.0
 """How often members beat."""
@@ -16,27 +19,15 @@ BEAT_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0
 
 
-class StreamEnded(Exception):
-    """The controller ended the stream; a new one begins with a registration.
-
-    Attributes:
-        code: The status it ended with.
-    """
-
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(details)
-        self.code = code
-
-
 class BeatStream:
-    """One stream of heartbeats."""
+    """One stream of heartbeats, as ranks' couriers and owners hold it: a beat out, an answer back."""
 
     def __init__(self, stub: MembershipServiceStub) -> None:
         """Opens the stream."""
         self._stream: Any = stub.Heartbeat()
 
     async def beat(
-        self, member: membership_pb2.WorkerBeat | membership_pb2.OwnerBeat, samples: Sequence[MetricSample]
+        self, member: membership_pb2.WorkerBeat | membership_pb2.OwnerBeat, samples: Iterable[MetricSample]
     ) -> membership_pb2.HeartbeatResponse:
         """Sends one beat and returns its answer.
 
@@ -45,28 +36,60 @@ class BeatStream:
             samples: What it has measured since the last beat.
 
         Raises:
-            StreamEnded: The controller ended the stream.
-            TimeoutError: It doesn't answer.
-            grpc.aio.AioRpcError: The call failed.
+            TimeoutError: The controller doesn't answer.
+            grpc.aio.AioRpcError: It ended the stream, if only with OK; a new one begins with a registration.
         """
         request = membership_pb2.HeartbeatRequest(
             worker=member if isinstance(member, membership_pb2.WorkerBeat) else None,
             owner=member if isinstance(member, membership_pb2.OwnerBeat) else None,
-            samples=[
-                membership_pb2.Sample(name=sample.name, labels=dict(sample.labels), value=sample.value)
-                for sample in samples
-            ],
+            samples=sample_messages(samples),
         )
         async with asyncio.timeout(_ANSWER_SECONDS):
-            try:
+            with contextlib.suppress(asyncio.InvalidStateError):  # the stream had ended before; `read` says how
                 await self._stream.write(request)
-                response = await self._stream.read()
-            except asyncio.InvalidStateError:  # how gRPC says that the stream had ended before
-                response = None
-            if isinstance(response, membership_pb2.HeartbeatResponse):
-                return response
-            raise StreamEnded(await self._stream.code(), await self._stream.details())
+            response = await self._stream.read()
+        if not isinstance(response, membership_pb2.HeartbeatResponse):  # gRPC's word for the end
+            nothing = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(grpc.StatusCode.OK, nothing, nothing, details="the controller ended the stream")
+        return response
 
     def close(self) -> None:
         """Ends the stream."""
         self._stream.cancel()
+
+
+def sample_messages(samples: Iterable[MetricSample]) -> list[membership_pb2.Sample]:
+    """Returns the messages of samples."""
+    return [membership_pb2.Sample(**asdict(sample)) for sample in samples]
+
+
+def samples_of(messages: Iterable[membership_pb2.Sample]) -> list[MetricSample]:
+    """Returns samples from their messages, labels in the order of their names."""
+    return [
+        MetricSample(name=each.name, value=each.value, labels=dict(sorted(each.labels.items()))) for each in messages
+    ]
+
+
+def settings_message(settings: RunSettings) -> membership_pb2.RunSettings:
+    """Returns the message of a run's settings; its fields are those of the dataclass."""
+    return membership_pb2.RunSettings(**asdict(settings))
+
+
+def settings_of(message: membership_pb2.RunSettings) -> RunSettings:
+    """Returns settings from their message; a wish that this version doesn't know counts as running."""
+    return RunSettings(
+        revision=message.revision,
+        desired=Desired(message.desired) if message.desired in set(Desired) else Desired.RUNNING,
+        checkpoint_serial=message.checkpoint_serial,
+        damping=message.damping,
+    )
+
+
+def group_messages(groups: Iterable[GroupSpec]) -> list[membership_pb2.GroupSpec]:
+    """Returns the messages of groups. `bytes` isn't sent: only the ranks use it."""
+    return [membership_pb2.GroupSpec(name=group.name, cost=group.cost, position=group.position) for group in groups]
+
+
+def groups_of(messages: Iterable[membership_pb2.GroupSpec]) -> tuple[GroupSpec, ...]:
+    """Returns groups for the assignment, with `bytes` 0."""
+    return tuple(GroupSpec(name=each.name, cost=each.cost, position=each.position, bytes=0) for each in messages)

@@ -172,8 +172,8 @@ def test_steering(kfdist, digits):
         (["damping"], ["'damping'", "damping=LAMBDA"]),
         (["damping=fast"], ["'fast'", "finite number above 0"]),
         (["damping=1", "damping=2"], ["given twice"]),
-        (["damping=0"], ["damping is 0.0", "above 0"]),
-        (["damping=nan"], ["damping is nan", "above 0"]),
+        (["damping=0"], ["damping: 0.0", "above 0"]),
+        (["damping=nan"], ["damping: nan", "above 0"]),
     ],
 )
 def test_bad_settings(kfdist, digits, settings, words):

@@ -239,14 +239,17 @@ class TestAssignment:
     @pytest.mark.parametrize(
         ("fields", "words"),
         [
-            ({"assignment": "robin"}, ["assignment is 'robin'", "round_robin, model_order, lpt"]),
-            ({"groups": [membership_pb2.GroupSpec(name="a")] * 2}, ["groups is 'a'", "different from all others"]),
-            ({"groups": [membership_pb2.GroupSpec(name="")]}, ["groups is ''"]),
-            ({"groups": [membership_pb2.GroupSpec(name="a", cost=math.nan)]}, ["groups[a].cost is nan"]),
-            ({"groups": [membership_pb2.GroupSpec(name="a", position=-1)]}, ["position is -1"]),
-            ({"rank": 2, "world_size": 2}, ["worker_rank is 2", "from 0 to 1"]),
-            ({"world_size": 0}, ["world_size is 0"]),
-            ({"epoch": -1}, ["epoch is -1"]),
+            (
+                {"assignment": "robin"},
+                ["assignment: 'robin'", "'round_robin', 'model_order', 'lpt'; did you mean 'round_robin'?"],
+            ),
+            ({"groups": [membership_pb2.GroupSpec(name="a")] * 2}, ["groups: 'a'", "different from all others"]),
+            ({"groups": [membership_pb2.GroupSpec(name="")]}, ["groups: ''"]),
+            ({"groups": [membership_pb2.GroupSpec(name="a", cost=math.nan)]}, ["groups[a].cost: nan"]),
+            ({"groups": [membership_pb2.GroupSpec(name="a", position=-1)]}, ["position: -1"]),
+            ({"rank": 2, "world_size": 2}, ["worker_rank: 2", "at least 0 and at most 1"]),
+            ({"world_size": 0}, ["world_size: 0"]),
+            ({"epoch": -1}, ["epoch: -1"]),
         ],
     )
     def test_bad_registrations(self, client, member, fields, words):
@@ -266,7 +269,7 @@ class TestAssignment:
         groups = [membership_pb2.GroupSpec(name=str(i)) for i in range(20_001)]
         with pytest.raises(grpc.RpcError) as caught:
             member.register_worker("r", groups=groups)
-        assert "20001 groups" in caught.value.details()
+        assert "groups: 20001" in caught.value.details()
 
 
 class TestRestart:

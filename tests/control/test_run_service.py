@@ -97,18 +97,18 @@ def test_unknown_runs_are_named_with_a_suggestion(client):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"name": ""}, ["name is ''", "letters, digits"]),
-        ({"name": "../up"}, ["name is '../up'"]),
-        ({"name": "a" * 64}, ["name is 'aaa", "1 to 63"]),
+        ({"name": ""}, ["name: '' is not", "letters, digits"]),
+        ({"name": "../up"}, ["name: '../up'"]),
+        ({"name": "a" * 64}, ["name: 'aaa", "1 to 63"]),
         ({"name": ".hidden"}, ["'.hidden'"]),
         ({"name": "a/b"}, ["'a/b'"]),
-        ({"name": "a\n"}, ["name is 'a"]),
-        ({"name": "ok", "total_steps": -1}, ["total_steps is -1", "0 or more"]),
-        ({"name": "ok", "directory": "x" * 5000}, ["directory is 5000 characters", "4096"]),
+        ({"name": "a\n"}, ["name: 'a"]),
+        ({"name": "ok", "total_steps": -1}, ["total_steps: -1", "at least 0"]),
+        ({"name": "ok", "directory": "x" * 5000}, ["directory: 'xxx", "5000 characters", "4096"]),
         ({"name": "ok", "directory": "x\x1b[2J"}, ["directory", "printable"]),
         ({"name": "ok", "config": "x" * (1 << 20) + "x"}, ["config", str(1 << 20)]),
         ({"name": "ok", "request_id": ""}, ["request_id", "random UUID"]),
-        ({"name": "ok", "request_id": "i" * 129}, ["request_id is 129 characters", "128"]),
+        ({"name": "ok", "request_id": "i" * 129}, ["request_id: 'iii", "129 characters", "128"]),
     ],
 )
 def test_bad_runs_are_refused_with_the_value_and_the_rule(member, client, fields, words):
@@ -125,7 +125,7 @@ def test_bad_runs_are_refused_with_the_value_and_the_rule(member, client, fields
 def test_bad_damping(client, damping):
     client.create("r")
     before = client.get("r")
-    with pytest.raises(ConfigError, match=f"damping is {damping}; it must be a finite number above 0"):
+    with pytest.raises(ConfigError, match=f"damping: {damping} is not allowed; must be a finite number above 0"):
         client.update_settings("r", damping=damping)
     assert client.get("r") == before
 

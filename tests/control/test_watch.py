@@ -74,7 +74,7 @@ def test_a_revision_of_the_future_is_refused(client):
     client.create("r")
     with pytest.raises(ConfigError, match="from_revision is 5; run 'r' is at 1"):
         next(client.watch("r", from_revision=5))
-    with pytest.raises(ConfigError, match="from_revision is -1; it must be 0 or more"):
+    with pytest.raises(ConfigError, match="from_revision: -1 is not allowed; must be a whole number of at least 0"):
         next(client.watch("r", from_revision=-1))
 
 

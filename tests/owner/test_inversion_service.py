@@ -124,8 +124,8 @@ def test_a_kept_result_is_given_again_until_others_take_its_place(stub, owner):
     assert 4 * len(result_of(other)) > LIMITS.kept_bytes
     for _ in range(4):
         call(stub, [header(other), *chunks(other)])
-    code, sentence = refusal(stub, [first])
-    assert (code, "bytes short" in sentence) == (Code.INVALID_ARGUMENT, True)
+    code, message = refusal(stub, [first])
+    assert (code, "bytes short" in message) == (Code.INVALID_ARGUMENT, True)
 
 
 def test_a_job_whose_caller_has_gone_before_its_turn_is_dropped(stub, owner, faults):
@@ -163,9 +163,9 @@ def test_an_older_start_of_a_run_is_refused_from_the_first_newer_call_on(stub):
     data = payload(16)
     call(stub, [header(data, run="fenced", epoch=1), *chunks(data)])
     call(stub, [header(data, run="fenced", epoch=2), *chunks(data)])
-    code, sentence = refusal(stub, [header(data, run="fenced", epoch=1), *chunks(data)])
+    code, message = refusal(stub, [header(data, run="fenced", epoch=1), *chunks(data)])
     assert code is Code.ABORTED
-    assert "epoch 1, owner-7 has seen 2" in sentence
+    assert "epoch 1, owner-7 has seen 2" in message
     call(stub, [header(data, run="another", epoch=1), *chunks(data)])
 
 
@@ -177,41 +177,41 @@ def test_a_payload_over_the_limit_is_refused_by_its_header(stub):
         sent.append("more")
         yield from ()
 
-    code, sentence = refusal(stub, requests())
+    code, message = refusal(stub, requests())
     assert code is Code.RESOURCE_EXHAUSTED
-    assert f"at most {LIMITS.payload_bytes} are taken" in sentence
+    assert f"at most {LIMITS.payload_bytes} are taken" in message
 
 
 def test_an_owner_of_another_fingerprint_refuses(stub, owner):
     data = payload(16)
     fingerprint = owner.status()["fingerprint"]
     call(stub, [header(data, fingerprint=fingerprint), *chunks(data)])
-    code, sentence = refusal(stub, [header(data, fingerprint="cuda"), *chunks(data)])
+    code, message = refusal(stub, [header(data, fingerprint="cuda"), *chunks(data)])
     assert code is Code.FAILED_PRECONDITION
-    assert "'cuda'" in sentence and fingerprint in sentence
+    assert "'cuda'" in message and fingerprint in message
 
 
 def test_a_deadline(stub, owner, faults):
     faults.at(inversion=EACH).delay(60)
     data = payload(16)
-    code, sentence = refusal(stub, [header(data, deadline_milliseconds=300), *chunks(data)])
+    code, message = refusal(stub, [header(data, deadline_milliseconds=300), *chunks(data)])
     assert code is Code.DEADLINE_EXCEEDED
-    assert "owner-7: the inversion took longer than its deadline of 0.3 s" in sentence
+    assert "owner-7: the inversion took longer than its deadline of 0.3 s" in message
 
 
 def test_a_crash(stub, owner, faults):
     faults.at(inversion=EACH).kill()
     data = payload(16)
-    code, sentence = refusal(stub, [header(data), *chunks(data)])
+    code, message = refusal(stub, [header(data), *chunks(data)])
     assert code is Code.INTERNAL
-    assert "killed by SIGKILL" in sentence
+    assert "killed by SIGKILL" in message
 
 
 def test_bytes_that_are_no_job(stub):
     data = b"no job at all"
-    code, sentence = refusal(stub, [header(data), *chunks(data)])
+    code, message = refusal(stub, [header(data), *chunks(data)])
     assert code is Code.INVALID_ARGUMENT
-    assert "no kfdist job" in sentence
+    assert "no kfdist job" in message
 
 
 DATA = payload(16, seed=6)
@@ -236,11 +236,11 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_malformed_streams_are_refused_with_a_sentence(stub, kind):
+def test_malformed_streams_are_refused_with_a_message(stub, kind):
     requests, expected = MALFORMED[kind]
-    code, sentence = refusal(stub, requests)
+    code, message = refusal(stub, requests)
     assert code is Code.INVALID_ARGUMENT
-    assert expected in sentence
+    assert expected in message
 
 
 def test_a_sender_that_falls_silent_is_refused(stub, owner):
@@ -250,10 +250,10 @@ def test_a_sender_that_falls_silent_is_refused(stub, owner):
         yield header(DATA)
         hold.wait(30)
 
-    code, sentence = refusal(stub, requests())
+    code, message = refusal(stub, requests())
     hold.set()
     assert code is Code.INVALID_ARGUMENT
-    assert "nothing was sent for 1 s" in sentence
+    assert "nothing was sent for 1 s" in message
 
 
 def test_peers_are_what_it_was_told(stub, owner):

@@ -221,7 +221,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("code", "sentence", "arguments"),
+    ("code", "message", "arguments"),
     [
         (2, "cluster.owners: is 0", ["--set", "cluster.owners=0"]),
         (2, "has port 0", ["--controller", "127.0.0.1:0"]),
@@ -230,7 +230,7 @@ def free_port() -> int:
         (2, "too long for the sockets", ["--directory", f"/tmp/{'long' * 10}"]),
     ],
 )
-def test_what_cannot_be_is_said_in_a_sentence(code, sentence, arguments):
+def test_what_cannot_be_is_told(code, message, arguments):
     text = refused(*arguments, code=code)
-    assert sentence in text
+    assert message in text
     assert "Traceback" not in text

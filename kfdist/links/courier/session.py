@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import grpc
 import grpc.aio
 
-from kfdist.errors import KfdistError
 from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
 from kfdist.links.link import LinkContext
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
-from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, StreamEnded
+from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, group_messages, settings_of
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
 from kfdist.rpc.status import code_of, details_of
-from kfdist.types import Desired, MetricSample, RunSettings
+from kfdist.types import MetricSample, RunSettings
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,10 +37,6 @@ _REFUSALS = (
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNIMPLEMENTED,
 )
-
-
-class _Fenced(KfdistError):
-    """The controller knows a newer start of the run."""
 
 
 class ControllerSession:
@@ -105,30 +100,33 @@ class ControllerSession:
         pause = _FIRST_PAUSE_SECONDS
         while True:
             channel = open_aio_channel(self._address)
+            stub = MembershipServiceStub(channel)
             try:
-                await self._converse(channel)
-            except _Fenced as fenced:
-                self._fenced(str(fenced))
+                await self._register(stub)
+                await self._heartbeat(stub)
                 return
-            except (grpc.aio.AioRpcError, StreamEnded, TimeoutError) as error:
-                # A deadline, a refusal or nobody there: all of them may be over at the next try.
+            except grpc.aio.AioRpcError as error:
+                if code_of(error) is grpc.StatusCode.ABORTED:
+                    self._fenced(details_of(error))
+                    return
                 self._tell_refusal(error)
-                pause = _FIRST_PAUSE_SECONDS if self._connected else min(2 * pause, _LONGEST_PAUSE_SECONDS)
-                self._away = True
+            except TimeoutError:
+                pass  # like nobody there and most refusals, it may be over at the next try
             finally:
-                self._connected = False
+                reached, self._connected = self._connected, False
                 await channel.close()
+            self._away = True
             if self._ending:
                 return
+            pause = _FIRST_PAUSE_SECONDS if reached else min(2 * pause, _LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
-    def _tell_refusal(self, error: Exception) -> None:
+    def _tell_refusal(self, error: grpc.RpcError) -> None:
         """Says once why a controller that is there refuses this rank; nobody there is no news."""
-        if isinstance(error, grpc.aio.AioRpcError) and code_of(error) in _REFUSALS:
-            reason = details_of(error)
-            if reason != self._told:
-                self._told = reason
-                _LOG.warning("the controller at %s refuses this rank: %s", self._address, reason)
+        reason = details_of(error)
+        if code_of(error) in _REFUSALS and reason != self._told:
+            self._told = reason
+            _LOG.warning("the controller at %s refuses this rank: %s", self._address, reason)
 
     async def end(self, conversation: asyncio.Task[None]) -> None:
         """Tells the controller the last beat if it is there, and ends `conversation`, the task of `run`."""
@@ -150,20 +148,6 @@ class ControllerSession:
                     self._learn_owners(response.owners)
                     break
 
-    async def _converse(self, channel: grpc.aio.Channel) -> None:
-        stub = MembershipServiceStub(channel)
-        try:
-            await self._register(stub)
-            await self._heartbeat(stub)
-        except grpc.aio.AioRpcError as error:
-            if code_of(error) is grpc.StatusCode.ABORTED:
-                raise _Fenced(details_of(error)) from error
-            raise
-        except StreamEnded as ended:
-            if ended.code is grpc.StatusCode.ABORTED:
-                raise _Fenced(str(ended)) from ended
-            raise
-
     async def _register(self, stub: MembershipServiceStub) -> None:
         context = self._context
         leads = context.worker_rank == 0
@@ -172,10 +156,7 @@ class ControllerSession:
             epoch=context.epoch,
             worker_rank=context.worker_rank,
             world_size=context.world_size,
-            groups=[
-                membership_pb2.GroupSpec(name=group.name, cost=group.cost, position=group.position)
-                for group in (context.groups if leads else ())
-            ],
+            groups=group_messages(context.groups) if leads else (),
             fingerprint=context.fingerprint,
             assignment=context.assignment if leads else "",
             pid=self._pid,
@@ -227,17 +208,9 @@ class ControllerSession:
             raise
 
     def _learn_settings(self, settings: membership_pb2.RunSettings) -> None:
-        if settings.revision <= self._revision:
-            return
-        self._revision = settings.revision
-        self._settings_changed(
-            RunSettings(
-                revision=settings.revision,
-                desired=Desired(settings.desired) if settings.desired in set(Desired) else Desired.RUNNING,
-                checkpoint_serial=settings.checkpoint_serial,
-                damping=settings.damping,
-            )
-        )
+        if settings.revision > self._revision:
+            self._revision = settings.revision
+            self._settings_changed(settings_of(settings))
 
     def _learn_owners(self, owners: Iterable[inversion_pb2.Owner]) -> None:
         self._directory.update(

@@ -46,7 +46,7 @@ def test_a_module_runs_whatever_lies_in_the_working_directory(tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
-def test_without_an_executable_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
+def test_without_an_executable_there_is_a_message(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "executable", "")
     with pytest.raises(EnvironmentFault, match="sys.executable is empty"):
         module_command("kfdist")
