@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import Increment, KroneckerFactors
-from kfdist.system.versions import versions
+from kfdist.system.provenance import versions
 
 SMALL = 16
 RANK, ROWS = 64, 64

@@ -14,7 +14,7 @@ import torch
 
 from kfdist.bench.claim_c_seng import measure_seng
 from kfdist.bench.environment import hardware, load_average
-from kfdist.system.versions import versions
+from kfdist.system.provenance import versions
 
 RESULT = Path(__file__).parent / "results" / "seng_forms.json"
 

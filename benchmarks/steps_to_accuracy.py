@@ -28,7 +28,7 @@ import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.config import Config, load_config
 from kfdist.data.sampler import Position
-from kfdist.system.versions import versions
+from kfdist.system.provenance import versions
 from kfdist.training.evaluation import evaluate
 from kfdist.training.method import make_method
 from kfdist.training.optimizers import LearningRate, set_learning_rate

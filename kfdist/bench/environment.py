@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kfdist.system.processor import processor_field
+from kfdist.system.provenance import processor_field
 
 
 def hardware() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from kfdist.bench.claims import ClaimResult
 from kfdist.bench.environment import hardware, load_average
 from kfdist.checks import suggestion
 from kfdist.errors import ConfigError
-from kfdist.system.versions import versions
+from kfdist.system.provenance import versions
 
 CLAIMS: Mapping[str, Callable[[bool], ClaimResult]] = {
     "a": measure_brand,

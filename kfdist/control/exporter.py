@@ -14,7 +14,7 @@ from kfdist.control.run_rules import RunRecord, RunState
 from kfdist.control.series import Histogram, RunSeries, Sender
 from kfdist.rpc.servers import check_loopback
 from kfdist.system.addresses import join_address, unbindable
-from kfdist.system.versions import versions
+from kfdist.system.provenance import versions
 from kfdist.telemetry.metrics import METRICS, Kind, Metric
 from kfdist.types import MetricSample
 

@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from kfdist.system.processor import processor_field
+from kfdist.system.provenance import processor_field
 
 
 def fingerprint(device: torch.device | str, threads: int) -> str:

@@ -6,8 +6,9 @@ declaration lists it. A label `block` stands only on gauges: one series a layer 
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
+from functools import partial
 
 from kfdist.types import MetricSample
 
@@ -34,14 +35,14 @@ class Across(StrEnum):
         return min if self is Across.MIN else max
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """One metric.
 
     Attributes:
         name: Its Prometheus name.
-        kind: What its values mean.
         help: What it measures, with the unit where the name has none.
+        kind: What its values mean.
         labels: Label names, besides `run`.
         across: How several senders' values become one.
         buckets: Upper bounds of a histogram's buckets, rising, without infinity.
@@ -50,8 +51,9 @@ class Metric:
     """
 
     name: str
-    kind: Kind
     help: str
+    _: KW_ONLY
+    kind: Kind
     labels: tuple[str, ...] = ()
     across: Across = Across.RANK_ZERO
     buckets: tuple[float, ...] = ()
@@ -77,179 +79,105 @@ STEP_PHASES: Mapping[str, str] = {
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _INVERSION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 
+_gauge = partial(Metric, kind=Kind.GAUGE)
+_counter = partial(Metric, kind=Kind.COUNTER)
+_histogram = partial(Metric, kind=Kind.HISTOGRAM)
+_of_block = partial(_gauge, labels=("block",), across=Across.MAX)
+_of_factor = partial(_gauge, labels=("block", "factor"), across=Across.MAX)
+_fact = partial(_gauge, sent=False)
+
 _DECLARED = (
     # The run's progress.
-    Metric(name="kfdist_steps_total", kind=Kind.COUNTER, help="Training steps made."),
-    Metric(
-        name="kfdist_step_seconds",
-        kind=Kind.HISTOGRAM,
-        help="Wall-clock seconds of a training step by phase, over all ranks.",
+    _counter("kfdist_steps_total", "Training steps made."),
+    _histogram(
+        "kfdist_step_seconds",
+        "Wall-clock seconds of a training step by phase, over all ranks.",
         labels=("phase",),
         buckets=_STEP_BUCKETS,
     ),
-    Metric(name="kfdist_loss", kind=Kind.GAUGE, help="Loss as last reported."),
-    Metric(name="kfdist_accuracy", kind=Kind.GAUGE, help="Accuracy as last reported, from 0 to 1."),
+    _gauge("kfdist_loss", "Loss as last reported."),
+    _gauge("kfdist_accuracy", "Accuracy as last reported, from 0 to 1."),
     # Staleness and adoption.
-    Metric(
-        name="kfdist_staleness_steps",
-        kind=Kind.GAUGE,
-        help="Training steps between the statistics in a block's inverse and now.",
-        labels=("block",),
-        across=Across.MAX,
-    ),
-    Metric(
-        name="kfdist_staleness_seconds",
-        kind=Kind.GAUGE,
-        help="Seconds between the statistics in a block's inverse and now.",
-        labels=("block",),
-        across=Across.MAX,
-    ),
-    Metric(name="kfdist_adoptions_total", kind=Kind.COUNTER, help="Versions that all ranks swapped in."),
-    Metric(
-        name="kfdist_fallbacks_total",
-        kind=Kind.COUNTER,
-        help="Uses of something lesser than a fresh inverse, by reason.",
-        labels=("reason",),
-    ),
-    Metric(name="kfdist_damping", kind=Kind.GAUGE, help="Damping lambda in force."),
+    _of_block("kfdist_staleness_steps", "Training steps between the statistics in a block's inverse and now."),
+    _of_block("kfdist_staleness_seconds", "Seconds between the statistics in a block's inverse and now."),
+    _counter("kfdist_adoptions_total", "Versions that all ranks swapped in."),
+    _counter("kfdist_fallbacks_total", "Uses of something lesser than a fresh inverse, by reason.", labels=("reason",)),
+    _gauge("kfdist_damping", "Damping lambda in force."),
     # Inversions and what they cost.
-    Metric(
-        name="kfdist_inversion_seconds",
-        kind=Kind.HISTOGRAM,
-        help="Wall-clock seconds of an inversion by method.",
+    _histogram(
+        "kfdist_inversion_seconds",
+        "Wall-clock seconds of an inversion by method.",
         labels=("method",),
         buckets=_INVERSION_BUCKETS,
     ),
-    Metric(
-        name="kfdist_queue_depth",
-        kind=Kind.GAUGE,
-        help="Inversions submitted and not yet answered.",
-        across=Across.SUM,
-    ),
-    Metric(
-        name="kfdist_bytes_total",
-        kind=Kind.COUNTER,
-        help="Bytes that kfdist moved, by purpose, over all ranks.",
+    _gauge("kfdist_queue_depth", "Inversions submitted and not yet answered.", across=Across.SUM),
+    _counter(
+        "kfdist_bytes_total",
+        "Bytes that kfdist moved, by purpose, over all ranks.",
         labels=("purpose",),
         across=Across.SUM,
     ),
     # Diagnostics of the inverse in use; a factor is "A", "G" or another matrix that the method decomposes.
-    Metric(
-        name="kfdist_inversion_residual",
-        kind=Kind.GAUGE,
-        help="Relative error of a block's inverse: how far it is from what it claims to be.",
-        labels=("block", "factor"),
-        across=Across.MAX,
+    _of_factor(
+        "kfdist_inversion_residual", "Relative error of a block's inverse: how far it is from what it claims to be."
     ),
-    Metric(
-        name="kfdist_inversion_orthogonality_error",
-        kind=Kind.GAUGE,
-        help="Frobenius norm of U^T U - I for the eigenvectors U in a block's inverse.",
-        labels=("block", "factor"),
-        across=Across.MAX,
+    _of_factor(
+        "kfdist_inversion_orthogonality_error",
+        "Frobenius norm of U^T U - I for the eigenvectors U in a block's inverse.",
     ),
-    Metric(
-        name="kfdist_inversion_approximation_error",
-        kind=Kind.GAUGE,
-        help="Relative distance of the kept part of a factor from the factor.",
-        labels=("block", "factor"),
-        across=Across.MAX,
+    _of_factor(
+        "kfdist_inversion_approximation_error", "Relative distance of the kept part of a factor from the factor."
     ),
-    Metric(
-        name="kfdist_inversion_smallest_eigenvalue",
-        kind=Kind.GAUGE,
-        help="Smallest eigenvalue found in a factor, before negative ones were clamped.",
-        labels=("block", "factor"),
+    _of_factor(
+        "kfdist_inversion_smallest_eigenvalue",
+        "Smallest eigenvalue found in a factor, before negative ones were clamped.",
         across=Across.MIN,
     ),
-    Metric(
-        name="kfdist_inversion_rank",
-        kind=Kind.GAUGE,
-        help="Rank that is kept of a factor.",
-        labels=("block", "factor"),
-        across=Across.MAX,
-    ),
-    Metric(
-        name="kfdist_inversion_rung",
-        kind=Kind.GAUGE,
-        help="Retries that a block's inverse took: 0 as configured, then float64, then more and more damping.",
-        labels=("block",),
-        across=Across.MAX,
+    _of_factor("kfdist_inversion_rank", "Rank that is kept of a factor."),
+    _of_block(
+        "kfdist_inversion_rung",
+        "Retries that a block's inverse took: 0 as configured, then float64, then more and more damping.",
     ),
     # What went wrong.
-    Metric(
-        name="kfdist_failures_total",
-        kind=Kind.COUNTER,
-        help="Failed inversions and re-submitted jobs, by reason.",
+    _counter(
+        "kfdist_failures_total",
+        "Failed inversions and re-submitted jobs, by reason.",
         labels=("reason",),
         across=Across.SUM,
     ),
-    Metric(
-        name="kfdist_nonfinite_drops_total",
-        kind=Kind.COUNTER,
-        help="Batches whose statistics were dropped because they weren't finite, over all ranks.",
+    _counter(
+        "kfdist_nonfinite_drops_total",
+        "Batches whose statistics were dropped because they weren't finite, over all ranks.",
         across=Across.SUM,
     ),
-    Metric(
-        name="kfdist_restarts_total",
-        kind=Kind.COUNTER,
-        help="Processes started again, by process.",
-        labels=("process",),
-        across=Across.SUM,
-    ),
-    Metric(
-        name="kfdist_samples_lost_total",
-        kind=Kind.COUNTER,
-        help="Samples that ranks dropped because the controller or the courier took none for too long, over all ranks.",
+    _counter("kfdist_restarts_total", "Processes started again, by process.", labels=("process",), across=Across.SUM),
+    _counter(
+        "kfdist_samples_lost_total",
+        "Samples that ranks dropped because the controller or the courier took none for too long, over all ranks.",
         across=Across.SUM,
     ),
     # What the controller sees by itself.
-    Metric(
-        name="kfdist_up",
-        kind=Kind.GAUGE,
-        help="1 while ranks of the run are heard of within the lease, else 0.",
-        sent=False,
+    _fact("kfdist_up", "1 while ranks of the run are heard of within the lease, else 0."),
+    _fact("kfdist_run_state", "1 for the state that the run is in, 0 for the others.", labels=("state",)),
+    _fact("kfdist_run_epoch", "The newest start of the run."),
+    _fact("kfdist_run_step", "The training step that rank 0 last reported."),
+    _fact("kfdist_run_planned_steps", "How many training steps the run is to make, 0 if not known."),
+    _fact("kfdist_live_workers", "Ranks heard of within the lease."),
+    _fact("kfdist_live_owners", "Owners heard of within the lease."),
+    _fact(
+        "kfdist_last_beat_timestamp_seconds",
+        "When a rank of the run was last heard of, in seconds since 1970; time() minus it rises while all hang.",
     ),
-    Metric(
-        name="kfdist_run_state",
-        kind=Kind.GAUGE,
-        help="1 for the state that the run is in, 0 for the others.",
-        labels=("state",),
-        sent=False,
-    ),
-    Metric(name="kfdist_run_epoch", kind=Kind.GAUGE, help="The newest start of the run.", sent=False),
-    Metric(
-        name="kfdist_run_step",
-        kind=Kind.GAUGE,
-        help="The training step that rank 0 last reported.",
-        sent=False,
-    ),
-    Metric(
-        name="kfdist_run_planned_steps",
-        kind=Kind.GAUGE,
-        help="How many training steps the run is to make, 0 if not known.",
-        sent=False,
-    ),
-    Metric(name="kfdist_live_workers", kind=Kind.GAUGE, help="Ranks heard of within the lease.", sent=False),
-    Metric(name="kfdist_live_owners", kind=Kind.GAUGE, help="Owners heard of within the lease.", sent=False),
-    Metric(
-        name="kfdist_last_beat_timestamp_seconds",
-        kind=Kind.GAUGE,
-        help="When a rank of the run was last heard of, in seconds since 1970; time() minus it rises while all hang.",
-        sent=False,
-    ),
-    Metric(
-        name="kfdist_samples_dropped_total",
-        kind=Kind.COUNTER,
-        help="Samples that the controller refused, by reason.",
+    _counter(
+        "kfdist_samples_dropped_total",
+        "Samples that the controller refused, by reason.",
         labels=("reason",),
         by_run=False,
         sent=False,
     ),
-    Metric(
-        name="kfdist_build_info",
-        kind=Kind.GAUGE,
-        help="Always 1; the labels name the controller's versions.",
+    _gauge(
+        "kfdist_build_info",
+        "Always 1; the labels name the controller's versions.",
         labels=("version", "python", "grpc"),
         by_run=False,
         sent=False,

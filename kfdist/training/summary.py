@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kfdist.system.files import replace_file
-from kfdist.system.versions import versions
+from kfdist.system.provenance import versions
 from kfdist.training.run_state import Training
 
 _FORBIDDEN = ("ray", "grpc")

@@ -14,7 +14,7 @@ from kfdist.comm.communicator import Communicator, join_training_group
 from kfdist.comm.together import on_rank_zero, require_equal
 from kfdist.config import Config, to_toml
 from kfdist.errors import ConfigError, ExitCode, KfdistError
-from kfdist.system.versions import versions
+from kfdist.system.provenance import versions
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.machine import check_controller, choose_device
 from kfdist.training.method import agree_on_costs

@@ -2,8 +2,7 @@ import sys
 
 import torch
 
-from kfdist.system.processor import processor_field
-from kfdist.system.versions import versions
+from kfdist.system.provenance import processor_field, versions
 
 
 def test_versions_are_found_without_imports():

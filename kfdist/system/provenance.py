@@ -1,0 +1,28 @@
+"""What numbers and speeds of this machine depend on: its processor, and the versions of Python and of packages."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = ("kfdist", "torch", "ray", "grpcio", "protobuf", "prometheus-client", "safetensors", "numpy", "pydantic")
+
+
+def versions() -> dict[str, str]:
+    """Returns the version of "python" and of each installed package by its name; imports none of them."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def processor_field(*names: str) -> str:
+    """Returns the first field of /proc/cpuinfo that has one of `names`, such as "model name"; empty without any."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in fields if name.strip() in names), "")
