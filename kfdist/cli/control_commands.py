@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kfdist.checks import suggestion
-from kfdist.cli import serve_command
 from kfdist.cli.options import AsJson
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
 
@@ -27,8 +26,7 @@ Address = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands to the command line, and `serve` with them."""
-    serve_command.register(app)
+    """Adds the commands to the command line."""
     for name, function in (
         ("status", _status),
         ("list", _list),

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from kfdist.cli import bench_command, control_commands, pool_command, train_command, worker_command
+from kfdist.cli import bench_command, control_commands, run_commands
 from kfdist.errors import ConfigError, ExitCode, KfdistError
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
 from kfdist.telemetry.logging import setup_logging
@@ -45,7 +45,7 @@ def _common(
     del version
 
 
-for module in (train_command, worker_command, control_commands, pool_command, bench_command):
+for module in (run_commands, control_commands, bench_command):
     module.register(app)
 
 

@@ -24,14 +24,13 @@ from kfdist.errors import EnvironmentFault, ExitCode, KfdistError
 from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
-    make_directory,
     read_summary,
     remove_untrained,
 )
-from kfdist.launch.signals import StopRequests
 from kfdist.launch.supervision import SupervisedProcess
-from kfdist.launch.terminal import Terminal, summary_line
+from kfdist.launch.terminal import StopRequests, Terminal, summary_line
 from kfdist.system.addresses import check_bindable, split_address
+from kfdist.system.files import make_directory
 from kfdist.system.lifetime import LAUNCH_VARIABLE, PARENT_VARIABLE
 from kfdist.system.processes import (
     Child,

@@ -34,16 +34,6 @@ def child_fault(child: Child, code: int, when: str, advice: str = "") -> KfdistE
     return EnvironmentFault("\n".join(filter(None, [f"{name} {describe_exit(code)} {when}; {last}", advice])))
 
 
-def make_directory(path: Path) -> list[Path]:
-    """Makes a directory and returns what had to be made, the innermost first."""
-    made = [directory for directory in (path, *path.parents) if not directory.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentFault(f"can't make {path} ({error.strerror}); choose another run.dir") from error
-    return made
-
-
 def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
     """Removes the directories of a launch that never trained, with the files of its services.
 

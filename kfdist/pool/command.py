@@ -4,14 +4,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from kfdist.config import Config
 from kfdist.errors import ConfigError
-from kfdist.pool.ray_cluster import ClusterOptions, RayCluster
-from kfdist.pool.supervisor import PoolOptions, Supervisor
+from kfdist.pool.ray_cluster import RayCluster
+from kfdist.pool.supervisor import Supervisor
 from kfdist.system.addresses import server_address
 from kfdist.system.files import write_ready_file
 from kfdist.system.lifetime import watch_process
@@ -21,90 +21,53 @@ OnReady = Callable[[list[dict[str, Any]]], None]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PoolCommand:
-    """What a pool is told.
-
-    Attributes:
-        run: Name of the run; names Ray's namespace.
-        ray: Which Ray: "local", "auto" or "host:port".
-        owners: How many owners.
-        threads: CPU threads of each inversion.
-        controller: Where the controller listens.
-        directory: What to name the pool's directory; a new one under /tmp if None.
-        ready_file: Written, as JSON, once all owners are registered.
-        parent_pid: The pool ends when this process does.
-    """
-
-    run: str
-    ray: str
-    owners: int
-    threads: int
-    controller: str
-    directory: Path | None = None
-    ready_file: Path | None = None
-    parent_pid: int | None = None
-
-
 class _Ended(BaseException):
     """The pool was asked to end while it was starting."""
 
 
-def run_pool(command: PoolCommand, on_ready: OnReady) -> None:
+def run_pool(
+    config: Config, *, directory: Path | None, ready_file: Path | None, parent_pid: int | None, on_ready: OnReady
+) -> None:
     """Keeps a pool running until SIGTERM, SIGINT or the end of its parent. Must be called in the main thread.
 
     Args:
-        command: What to run.
+        config: The run that the pool is for.
+        directory: What to name the pool's directory; a new one under /tmp if None.
+        ready_file: Written, as JSON, once all owners are registered, and again at every restart of an owner.
+        parent_pid: The pool ends when this process does.
         on_ready: Called once all owners are registered, with what each says of itself.
 
     Raises:
         ConfigError: No owners are asked for, or no controller's address is known.
         EnvironmentFault: Ray can't be had, or the owners can't be started or registered.
     """
-    if command.owners < 1:
-        raise ConfigError(f"is {command.owners}; a pool needs at least 1", path="cluster.owners")
-    server_address(command.controller, field="control.address")
+    if config.cluster.owners < 1:
+        raise ConfigError(f"is {config.cluster.owners}; a pool needs at least 1", path="cluster.owners")
+    server_address(config.control.address, field="control.address")
     ended = threading.Event()
-    try:
-        with _interrupting(ended, command.parent_pid) as expect_no_more:
-            cluster = RayCluster(
-                ClusterOptions(
-                    address=command.ray,
-                    namespace=f"kfdist-{command.run}",
-                    cpus=command.owners,
-                    directory=command.directory,
-                )
-            )
-            try:
-                expect_no_more()
-                _supervise(cluster, command, on_ready, ended.is_set)
-            finally:
-                cluster.close()
-    except _Ended:
-        pass
+    with suppress(_Ended), _interrupting(ended, parent_pid) as expect_no_more:
+        cluster = RayCluster(config, directory)
+        try:
+            expect_no_more()
+            _supervise(Supervisor(cluster, config), cluster.directory, ready_file, on_ready, ended.is_set)
+        finally:
+            cluster.close()
 
 
-def _supervise(cluster: RayCluster, command: PoolCommand, on_ready: OnReady, ended: Callable[[], bool]) -> None:
-    options = PoolOptions(owners=command.owners, threads=command.threads, controller=command.controller)
-    supervisor = Supervisor(cluster, options)
+def _supervise(
+    supervisor: Supervisor, directory: Path, ready_file: Path | None, on_ready: OnReady, ended: Callable[[], bool]
+) -> None:
     supervisor.wait_until_registered(ended)
-    if ended():
-        return
-    told = supervisor.restarts()
-    _write_ready_file(command, cluster.directory, told)
-    on_ready(supervisor.status())
+    if not ended():
+        on_ready(supervisor.status())
+    told = None
     while not ended():
+        restarts = supervisor.restarts()
+        if ready_file is not None and restarts != told:
+            told = restarts
+            content = {"owners": len(supervisor.status()), "owner_restarts": restarts, "pid": os.getpid()}
+            write_ready_file(ready_file, {**content, "directory": str(directory)})
         supervisor.watch()
-        if supervisor.restarts() != told:
-            told = supervisor.restarts()
-            _write_ready_file(command, cluster.directory, told)
-
-
-def _write_ready_file(command: PoolCommand, directory: Path, restarts: int) -> None:
-    """Tells a launcher the state of the pool, at the start and at every restart of an owner."""
-    if command.ready_file is not None:
-        content = {"owners": command.owners, "owner_restarts": restarts, "pid": os.getpid()}
-        write_ready_file(command.ready_file, {**content, "directory": str(directory)})
 
 
 @contextmanager

@@ -10,20 +10,17 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import socket
-import subprocess
 from collections.abc import MutableMapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from kfdist.config import Config
 from kfdist.errors import EnvironmentFault
-from kfdist.pool import guardian
-from kfdist.pool.ray_directory import make_directory, remove_stale
+from kfdist.pool.ray_directory import make_directory, remove, remove_stale, start_guardian, sweep
 from kfdist.system.addresses import split_address
-from kfdist.system.spawn import module_command, with_package
+from kfdist.system.spawn import with_package
 
 _LOG = logging.getLogger(__name__)
 
@@ -40,23 +37,6 @@ _CONNECT_TRIES = "8"
 """Ray tries once a second; by default for 20 s, although a refused token is never accepted later."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClusterOptions:
-    """Which Ray.
-
-    Attributes:
-        address: "local" to start one, "auto" for the one on this machine, or "host:port".
-        namespace: Where the owners' names live.
-        cpus: CPUs that a private Ray declares: one per owner.
-        directory: What to name the pool's directory, which is removed at its end; a new one under /tmp if None.
-    """
-
-    address: str
-    namespace: str
-    cpus: int
-    directory: Path | None = None
-
-
 class RayCluster:
     """A connection to Ray. At most one per process, as Ray has it; to be made in the main thread.
 
@@ -65,54 +45,57 @@ class RayCluster:
         directory: The pool's new directory; a private Ray has its files there, too.
     """
 
-    def __init__(self, options: ClusterOptions, environment: MutableMapping[str, str] = os.environ) -> None:
-        """Connects; starts a private Ray first if the options ask for one.
+    def __init__(
+        self, config: Config, directory: Path | None = None, environment: MutableMapping[str, str] = os.environ
+    ) -> None:
+        """Connects; starts a private Ray first if `cluster.ray` asks for one.
 
         Args:
-            options: Which Ray.
+            config: Which Ray, the run whose name the owners' namespace has, and how many owners.
+            directory: What to name the pool's directory, which is removed at its end; a new one under /tmp if None.
             environment: The process's variables; Ray's are added.
 
         Raises:
             ConfigError: The directory's path is too long.
             EnvironmentFault: Ray can't be started or reached, or refuses the connection.
         """
-        self._options = options
-        self._own = options.address == LOCAL
+        self._address = config.cluster.ray
+        self._own = self._address == LOCAL
         environment.update(with_package(environment))
         environment["RAY_USAGE_STATS_ENABLED"] = "0"
         environment.setdefault("RAY_NUM_REDIS_GET_RETRIES", _CONNECT_TRIES)
         if not self._own:
-            _check_reachable(options.address)
+            _check_reachable(self._address)
         self.ray: Any = None
         remove_stale()
-        self.directory, self._hold = make_directory(options.directory)
-        self._guardian = _start_guardian(self.directory)
+        self.directory, self._hold = make_directory(directory)
+        self._guardian = start_guardian(self.directory)
         try:
             if self._own:
-                self._set_own_token(environment, self.directory)
+                self._set_own_token(environment)
             else:
                 self._set_mode_of_others(environment)
             self.ray = self._import_ray()
-            self._connect(environment["RAY_AUTH_MODE"])
+            self._connect(config, environment["RAY_AUTH_MODE"])
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Disconnects; a private Ray ends, with all its processes and files. Safe to call twice."""
-        guardian.sweep(self.directory, word=_SLOW_TO_END)
+        sweep(self.directory, word=_SLOW_TO_END)
         with contextlib.suppress(Exception):  # Whatever it fails to end is swept next.
             self.ray.shutdown()
-        if left := guardian.sweep(self.directory):
+        if left := sweep(self.directory):
             _LOG.warning("processes %s of Ray outlast SIGKILL", sorted(left))
-        guardian.remove(self.directory)
+        remove(self.directory)
         self._hold.close()
         if self._guardian.poll() is None:
             with contextlib.suppress(BrokenPipeError):
                 self._guardian.communicate(b".")
 
-    def _set_own_token(self, environment: MutableMapping[str, str], directory: Path) -> None:
-        token = directory / "token"
+    def _set_own_token(self, environment: MutableMapping[str, str]) -> None:
+        token = self.directory / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32), encoding="ascii")
         environment.pop("RAY_AUTH_TOKEN", None)  # would win over the path
@@ -140,10 +123,9 @@ class RayCluster:
             raise EnvironmentFault("this process is connected to a Ray already; run the pool in a separate process")
         return ray
 
-    def _connect(self, mode: str) -> None:
-        options = self._options
+    def _connect(self, config: Config, mode: str) -> None:
         own = {
-            "num_cpus": options.cpus,
+            "num_cpus": config.cluster.owners,
             "num_gpus": 0,
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
@@ -152,8 +134,8 @@ class RayCluster:
         }
         try:
             self.ray.init(
-                address=options.address,
-                namespace=options.namespace,
+                address=self._address,
+                namespace=f"kfdist-{config.run.name}",
                 log_to_driver=False,
                 configure_logging=False,
                 **(own if self._own else {}),
@@ -162,26 +144,11 @@ class RayCluster:
             if self._own:
                 raise EnvironmentFault(f"Ray can't be started: {error}") from error
             raise EnvironmentFault(
-                f'Ray at cluster.ray = "{options.address}" refuses this pool: {error}. RAY_AUTH_MODE is {mode!r} here: '
+                f'Ray at cluster.ray = "{self._address}" refuses this pool: {error}. RAY_AUTH_MODE is {mode!r} here: '
                 "a cluster with a token needs RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN_PATH or "
                 "RAY_AUTH_TOKEN, one without needs RAY_AUTH_MODE=disabled. Both sides need the same Ray "
                 f"({self.ray.__version__} here) and the same Python"
             ) from error
-
-
-def _start_guardian(directory: Path) -> subprocess.Popen[bytes]:
-    """Starts the process that cleans up if this one is killed."""
-    try:
-        return subprocess.Popen(
-            module_command(guardian.__name__, str(os.getpid()), str(directory)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError as error:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise EnvironmentFault(f"can't start a process ({error})") from error
 
 
 def _check_reachable(address: str) -> None:

@@ -1,14 +1,28 @@
-"""A pool's directory: private, short, locked while its pool lives, removed at its end or by a later pool."""
+"""A pool's directory: private, short, locked while its pool lives; removed with what the pool's Ray leaves behind.
 
+When a pool is killed with SIGKILL, its raylet dies with it, but Ray's agents live on for half a minute and more. Every
+process of a Ray has its logs open in that Ray's directory; command lines and environments are no help, because Ray's
+workers overwrite both with their title. A pool starts this module as a separate process, its guardian, which waits for
+its end: `python -m kfdist.pool.ray_directory PID DIRECTORY`.
+"""
+
+import argparse
 import contextlib
 import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import BinaryIO
 
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.pool import guardian
+from kfdist.system.lifetime import watch_process
+from kfdist.system.processes import command_line, kill_all, living_processes
+from kfdist.system.spawn import module_command
 
 _PARENT = Path("/tmp")
 """Not $TMPDIR, which may be long."""
@@ -20,6 +34,7 @@ _LONGEST = 36
 """Ray puts sockets under its directory, whose paths must fit into the 107 characters of an AF_UNIX address."""
 
 _YOUNG_SECONDS = 60.0
+_SWEEP_SECONDS = 5.0
 
 
 def make_directory(given: Path | None) -> tuple[Path, BinaryIO]:
@@ -54,8 +69,50 @@ def remove_stale() -> None:
             fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # One that was just made isn't locked yet.
             if time.time() - directory.stat().st_ctime > _YOUNG_SECONDS:
-                guardian.sweep(directory, seconds=1.0)
-                guardian.remove(directory)
+                sweep(directory, seconds=1.0)
+                remove(directory)
+
+
+def ray_processes(directory: Path) -> set[int]:
+    """Finds the living processes of the Ray whose directory this is and of no other Ray, the caller left out."""
+    prefix = f"{directory.resolve()}/"
+    return {pid for pid in living_processes() if pid != os.getpid() and _belongs(pid, prefix)}
+
+
+def sweep(directory: Path, *, seconds: float = _SWEEP_SECONDS, word: str = "") -> set[int]:
+    """Kills the processes of a Ray until none is left; returns those that outlasted `seconds`.
+
+    Args:
+        directory: As in `ray_processes`.
+        seconds: How long to try.
+        word: Spares processes without this word in their command line.
+    """
+    sought = word.encode()
+    return kill_all(lambda: {pid for pid in ray_processes(directory) if sought in command_line(pid)}, seconds=seconds)
+
+
+def remove(directory: Path) -> None:
+    """Removes a Ray's directory; what a dying process still writes into it may need another try."""
+    for _ in range(10):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.05)
+
+
+def start_guardian(directory: Path) -> subprocess.Popen[bytes]:
+    """Starts the process that cleans up if this one is killed; a byte on its input says that it need not."""
+    try:
+        return subprocess.Popen(
+            module_command(__name__, str(os.getpid()), str(directory)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise EnvironmentFault(f"can't start a process ({error})") from error
 
 
 def _make(given: Path) -> Path:
@@ -72,3 +129,40 @@ def _make(given: Path) -> Path:
             f"{given} exists; choose a new one, as it is removed at the end", path="--directory"
         ) from None
     return given.resolve()
+
+
+def _belongs(pid: int, prefix: str) -> bool:
+    try:
+        if prefix.encode() in command_line(pid):
+            return True
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(entry.path).startswith(prefix):
+                    return True
+    except OSError:
+        pass  # It ended meanwhile, or belongs to another user.
+    return False
+
+
+def main() -> None:
+    """Waits for a process to end, then cleans up after it, unless it says on standard input that it did so itself."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pid", type=int)
+    parser.add_argument("directory", type=Path)
+    arguments = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+    def clean_up() -> None:
+        sweep(arguments.directory)
+        remove(arguments.directory)
+        os._exit(0)
+
+    watch_process(arguments.pid, clean_up)
+    if sys.stdin.buffer.read(1):  # The pool has cleaned up itself.
+        os._exit(0)
+    time.sleep(3600)  # The pool's end closed the pipe; the watcher thread is cleaning up.
+
+
+if __name__ == "__main__":
+    main()

@@ -10,14 +10,15 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kfdist.config import Config
 from kfdist.errors import EnvironmentFault
-from kfdist.owner.owner_server import remembered_pid
-from kfdist.pool.actor import Owner
+from kfdist.owner.owner import Owner, OwnerOptions, remembered_pid
 from kfdist.pool.ray_cluster import RayCluster
+from kfdist.system.files import make_directory
 from kfdist.system.processes import command_line
 
 _LOG = logging.getLogger(__name__)
@@ -26,28 +27,13 @@ _PING_PERIOD_SECONDS = 1.0
 _TICK_SECONDS = 0.2
 _REPORT_SECONDS = 10.0
 _NAME_SECONDS = 30.0
+_START_SECONDS = 90.0
+"""How long all owners together may take to be registered at the start."""
+_SILENT_SECONDS = 8.0
+"""An owner that doesn't answer for this long is killed and started again."""
 
 _TITLE = b"ray::Owner"
 """What Ray calls an owner's process."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolOptions:
-    """What the pool keeps up.
-
-    Attributes:
-        owners: How many owners.
-        threads: CPU threads of each inversion.
-        controller: Where the controller listens.
-        start_seconds: How long all owners together may take to be registered at the start.
-        silent_seconds: An owner that doesn't answer for this long is killed and started again.
-    """
-
-    owners: int
-    threads: int
-    controller: str
-    start_seconds: float = 90.0
-    silent_seconds: float = 8.0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -55,7 +41,7 @@ class _Slot:
     """One owner's place: its actor, what it last said, and the pending ping.
 
     Attributes:
-        options: What its actor is made from: fields of `OwnerOptions`, as plain data.
+        options: What its actor is made from.
         actor: The actor's handle.
         status: What it last answered; empty until then.
         ping: The pending ping.
@@ -64,7 +50,7 @@ class _Slot:
         restarts: How often its process was started again, as far as it has said.
     """
 
-    options: Mapping[str, Any]
+    options: OwnerOptions
     actor: Any
     status: dict[str, Any] = field(default_factory=dict)
     ping: Any = None
@@ -72,22 +58,40 @@ class _Slot:
     pause_until: float = 0.0
     restarts: int = 0
 
+    @property
+    def patience(self) -> float:
+        """A new owner may take as long as the whole start: Ray answers no ping before the constructor returns."""
+        return _SILENT_SECONDS if self.status else _START_SECONDS
+
 
 class Supervisor:
     """Keeps a number of owners alive on a Ray until told to end."""
 
-    def __init__(self, cluster: RayCluster, options: PoolOptions) -> None:
-        """Places the owners; returns before they serve.
+    def __init__(self, cluster: RayCluster, config: Config) -> None:
+        """Places the owners of a run; returns before they serve.
 
         Raises:
-            EnvironmentFault: The cluster has no room for them.
+            EnvironmentFault: The cluster has no room for them, or their logs none on the disk.
         """
         self._ray = cluster.ray
-        self._options = options
+        self._controller = config.control.address
         self._directory = cluster.directory / "owners"
         self._introduced: list[tuple[str, str, int]] = []
-        self._node = self._find_room()
-        self._slots = [self._place(index) for index in range(options.owners)]
+        self._node = self._find_room(config.cluster.owners)
+        logs = config.run.directory.absolute() / "logs"
+        make_directory(logs)
+        self._slots = [
+            self._place(
+                OwnerOptions(
+                    owner_id=f"owner-{index}",
+                    threads=config.cluster.threads,
+                    controller=self._controller,
+                    directory=str(self._directory),
+                    log=str(logs / f"owner-{index}.log"),
+                )
+            )
+            for index in range(config.cluster.owners)
+        ]
 
     def wait_until_registered(self, ended: Callable[[], bool]) -> None:
         """Watches until every owner is known to the controller.
@@ -105,8 +109,8 @@ class Supervisor:
             if not waiting:
                 return
             now = time.monotonic()
-            if now - begun > self._options.start_seconds:
-                raise EnvironmentFault(f"after {self._options.start_seconds:g} s, {self._why(waiting)}")
+            if now - begun > _START_SECONDS:
+                raise EnvironmentFault(f"after {_START_SECONDS:g} s, {self._why(waiting)}")
             if now - reported > _REPORT_SECONDS:
                 reported = now
                 _LOG.warning("%s; still trying", self._why(waiting))
@@ -116,7 +120,7 @@ class Supervisor:
         now = time.monotonic()
         for slot in self._slots:
             if slot.ping is None and now >= slot.pause_until:
-                slot.ping, slot.asked_at = slot.actor.ping.remote(), now
+                slot.ping, slot.asked_at = slot.actor.status.remote(), now
         pings = [slot.ping for slot in self._slots if slot.ping is not None]
         answered = set(self._ray.wait(pings, num_returns=len(pings), timeout=_TICK_SECONDS)[0]) if pings else set()
         if not pings:
@@ -124,8 +128,8 @@ class Supervisor:
         for slot in self._slots:
             if slot.ping in answered:
                 self._hear(slot)
-            elif slot.ping is not None and time.monotonic() - slot.asked_at > self._patience(slot):
-                self._kill(slot, f"hasn't answered for {self._patience(slot):g} s")
+            elif slot.ping is not None and time.monotonic() - slot.asked_at > slot.patience:
+                self._kill(slot, f"hasn't answered for {slot.patience:g} s")
         self._introduce()
 
     def status(self) -> list[dict[str, Any]]:
@@ -136,35 +140,25 @@ class Supervisor:
         """Returns how often owners' processes were started again."""
         return sum(slot.restarts for slot in self._slots)
 
-    def _patience(self, slot: _Slot) -> float:
-        """A new owner may take as long as the whole start: Ray answers no ping before the constructor returns."""
-        return self._options.silent_seconds if slot.status else self._options.start_seconds
-
-    def _find_room(self) -> str:
+    def _find_room(self, owners: int) -> str:
         """Returns this machine's Ray node; refuses too few CPUs, for which Ray would wait silently for ever."""
         here = self._ray.get_runtime_context().get_node_id()
         node = next(node for node in self._ray.nodes() if node["NodeID"] == here)
         cpus = int(node["Resources"].get("CPU", 0))
-        if cpus < self._options.owners:
+        if cpus < owners:
             raise EnvironmentFault(
-                f"cluster.owners = {self._options.owners} needs as many CPUs of this machine's Ray node, which has "
-                f"{cpus}; start Ray with --num-cpus {self._options.owners}, or ask for fewer owners"
+                f"cluster.owners = {owners} needs as many CPUs of this machine's Ray node, which has {cpus}; "
+                f"start Ray with --num-cpus {owners}, or ask for fewer owners"
             )
         return here
 
-    def _place(self, index: int) -> _Slot:
-        options = {
-            "owner_id": f"owner-{index}",
-            "threads": self._options.threads,
-            "controller": self._options.controller,
-            "directory": str(self._directory),
-        }
+    def _place(self, options: OwnerOptions) -> _Slot:
         return _Slot(options=options, actor=self._make_actor(options))
 
-    def _make_actor(self, options: Mapping[str, Any]) -> Any:
+    def _make_actor(self, options: OwnerOptions) -> Any:
         strategies = importlib.import_module("ray.util.scheduling_strategies")
         actor_class = self._ray.remote(Owner).options(
-            name=options["owner_id"],
+            name=options.owner_id,
             num_cpus=1,
             max_restarts=-1,
             max_task_retries=0,
@@ -178,7 +172,7 @@ class Supervisor:
             except ValueError as error:  # The name is taken; Ray needs a moment to miss a pool that was killed.
                 if time.monotonic() > deadline:
                     raise EnvironmentFault(
-                        f"{options['owner_id']} of this run is on this Ray already, so another pool is running: {error}"
+                        f"{options.owner_id} of this run is on this Ray already, so another pool is running: {error}"
                     ) from error
                 time.sleep(_TICK_SECONDS)
 
@@ -187,7 +181,7 @@ class Supervisor:
         errors = self._ray.exceptions
         ping, slot.ping = slot.ping, None
         slot.pause_until = time.monotonic() + _PING_PERIOD_SECONDS
-        name = slot.options["owner_id"]
+        name = slot.options.owner_id
         try:
             status = self._ray.get(ping)
         except errors.ActorUnavailableError:
@@ -206,7 +200,7 @@ class Supervisor:
 
     def _kill(self, slot: _Slot, reason: str) -> None:
         """Ends an owner's process with SIGKILL, which also ends a stopped one; Ray then starts it again."""
-        name, slot.ping, slot.status = slot.options["owner_id"], None, {}
+        name, slot.ping, slot.status = slot.options.owner_id, None, {}
         slot.pause_until = time.monotonic() + _PING_PERIOD_SECONDS
         pid = remembered_pid(self._directory, name)
         _LOG.warning("%s (process %s) %s; it is killed and started again", name, pid or "not known", reason)
@@ -232,8 +226,8 @@ class Supervisor:
             elif not slot.status["fingerprint"]:
                 reason = "has no inversion process yet"
             else:
-                reason = f"can't register, as no controller answers at {self._options.controller}"
-            reasons.append(f"{slot.options['owner_id']} {reason}")
+                reason = f"can't register, as no controller answers at {self._controller}"
+            reasons.append(f"{slot.options.owner_id} {reason}")
         return "; ".join(reasons)
 
 

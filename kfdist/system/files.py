@@ -47,6 +47,20 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(path: Path) -> list[Path]:
+    """Makes a directory of a run and returns what had to be made, the innermost first.
+
+    Raises:
+        EnvironmentFault: It can't be made.
+    """
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(f"can't make {path} ({error.strerror}); choose another run.dir") from error
+    return made
+
+
 def write_ready_file(path: Path, content: Mapping[str, Any]) -> None:
     """Tells whoever waits for a file to appear that this process serves.
 

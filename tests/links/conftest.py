@@ -4,7 +4,7 @@ import pytest
 
 from kfdist.links.link import LinkContext
 from kfdist.links.rank.remote import RemoteLink, RemoteOptions
-from kfdist.owner.owner_server import OwnerOptions, OwnerServer
+from kfdist.owner.owner import Owner, OwnerOptions
 from tests.support.controller import ControllerThread, eventually
 from tests.support.jobs import context
 
@@ -18,9 +18,9 @@ def controller(tmp_path_factory) -> Iterator[ControllerThread]:
 
 
 @pytest.fixture(scope="module")
-def owners(controller: ControllerThread) -> Iterator[list[OwnerServer]]:
+def owners(controller: ControllerThread) -> Iterator[list[Owner]]:
     """Two owners in threads of this process; module-wide, because each loads torch in a process of its own."""
-    made = [OwnerServer(OwnerOptions(owner_id=f"owner-{i}", controller=controller.address)) for i in range(2)]
+    made = [Owner(OwnerOptions(owner_id=f"owner-{i}", controller=controller.address)) for i in range(2)]
     eventually(lambda: [owner.status()["registered"] for owner in made], all, seconds=60)
     yield made
     for owner in made:

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from kfdist.owner.inversion_service import ServiceLimits
-from kfdist.owner.owner_server import OwnerOptions, OwnerServer
+from kfdist.owner.owner import Owner, OwnerOptions
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_channel
@@ -33,24 +33,22 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[OwnerServer]:
-    made = OwnerServer(
-        OwnerOptions(owner_id="owner-7", directory=str(folder), child_module=child.__name__, limits=LIMITS)
-    )
+def running(folder: Path) -> Iterator[Owner]:
+    made = Owner(OwnerOptions(owner_id="owner-7", directory=str(folder), child_module=child.__name__, limits=LIMITS))
     eventually(lambda: made.status()["fingerprint"], bool, seconds=60)
     yield made
     made.close()
 
 
 @pytest.fixture
-def owner(running: OwnerServer, faults: Faults) -> Iterator[OwnerServer]:
+def owner(running: Owner, faults: Faults) -> Iterator[Owner]:
     del faults  # cleared after each test
     yield running
     eventually(lambda: running.status()["queue_depth"], lambda depth: depth == 0, seconds=60)
 
 
 @pytest.fixture
-def stub(owner: OwnerServer) -> Iterator[InversionServiceStub]:
+def stub(owner: Owner) -> Iterator[InversionServiceStub]:
     with open_channel(owner.address) as channel:
         yield InversionServiceStub(channel)
 
@@ -269,12 +267,12 @@ def test_peers_are_what_it_was_told(stub, owner):
 
 def test_the_same_port_again_where_it_is_free_and_another_where_not(folder, owner):
     options = OwnerOptions(owner_id="owner-8", directory=str(folder))
-    first = OwnerServer(options)
-    second = OwnerServer(options)
+    first = Owner(options)
+    second = Owner(options)
     assert second.address != first.address
     second.close()
     first.close()
-    third = OwnerServer(options)
+    third = Owner(options)
     assert third.address == second.address
     assert (first.starts, second.starts, third.starts) == (1, 2, 3)
     third.close()
@@ -285,8 +283,8 @@ def test_an_owner_needs_neither_ray_nor_the_pool():
     script = """
 import sys
 sys.modules["ray"] = None  # an import of it fails
-from kfdist.owner.owner_server import OwnerOptions, OwnerServer
-server = OwnerServer(OwnerOptions(owner_id="alone"))
+from kfdist.owner.owner import OwnerOptions, Owner
+server = Owner(OwnerOptions(owner_id="alone"))
 print(server.address, server.status(60)["child_pid"], flush=True)
 sys.stdin.read()
 server.close()

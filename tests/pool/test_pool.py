@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from kfdist.links.rank.remote import RemoteLink
-from kfdist.pool.guardian import ray_processes
+from kfdist.pool.ray_directory import ray_processes
 from tests.support.commands import Command
 from tests.support.controller import ControllerThread, eventually
 from tests.support.jobs import RUN, collect, context, job, payload, result_of
@@ -32,6 +32,7 @@ class Pool:
     command: Command
     controller: ControllerThread
     directory: Path
+    logs: Path
     owners: int
 
     def titled(self, title: str) -> dict[int, int]:
@@ -51,7 +52,8 @@ class Pool:
 def start_pool(folder: Path, controller: ControllerThread, *arguments: str) -> Pool:
     ready = folder / "ready.json"
     command = Command(
-        *("pool", "--set", f"run.name={RUN}", "--controller", controller.address),
+        *("pool", "--set", f"run.name={RUN}", "--set", f"run.dir={folder / 'run'}"),
+        *("--controller", controller.address),
         *("--ready-file", str(ready), "--json", *arguments),
     )
     try:
@@ -60,7 +62,13 @@ def start_pool(folder: Path, controller: ControllerThread, *arguments: str) -> P
         command.close()
         raise
     command.family()  # remembers its processes
-    return Pool(command=command, controller=controller, directory=Path(said["directory"]), owners=said["owners"])
+    return Pool(
+        command=command,
+        controller=controller,
+        directory=Path(said["directory"]),
+        logs=folder / "run" / "logs",
+        owners=said["owners"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +118,12 @@ def test_owners_serve_and_look_as_they_should(pool, link):
     assert [(owner["owner_id"], owner["address"]) for owner in shown] == [
         (name, pool.registered()[name][0]) for name in ("owner-0", "owner-1")
     ]
+
+
+def test_what_owners_log_outlives_the_pool_s_directory(pool):
+    for name, (address, _) in pool.registered().items():
+        log = (pool.logs / f"{name}.log").read_text()
+        assert f"INFO kfdist.owner.owner: {name}, start 1, serves at {address}" in log
 
 
 def test_torch_is_in_the_inversion_process_only(pool):

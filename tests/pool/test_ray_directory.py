@@ -12,8 +12,7 @@ import pytest
 
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.pool import ray_directory as module
-from kfdist.pool.guardian import ray_processes, sweep
-from kfdist.pool.ray_directory import make_directory, remove_stale
+from kfdist.pool.ray_directory import make_directory, ray_processes, remove_stale, sweep
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from kfdist.owner.owner_server import OwnerOptions, OwnerServer
+from kfdist.owner.owner import Owner, OwnerOptions
 from tests.support.faults import act_as
 from tests.support.faulty import child
 
@@ -75,7 +75,7 @@ class OwnerProcess:
 
 
 def main() -> None:
-    server = OwnerServer(OwnerOptions(**json.loads(sys.argv[1])))
+    server = Owner(OwnerOptions(**json.loads(sys.argv[1])))
     print(server.address, flush=True)
     for _ in sys.stdin:
         print(json.dumps(server.status()), flush=True)

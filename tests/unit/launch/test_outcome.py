@@ -10,11 +10,11 @@ from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
-    make_directory,
     read_summary,
     remove_untrained,
 )
 from kfdist.launch.terminal import summary_line
+from kfdist.system.files import make_directory
 from kfdist.system.processes import Child, Command
 
 

@@ -1,4 +1,8 @@
-"""An owner's parts in a background thread: gRPC server, inversion process, membership. Needs no Ray."""
+"""An owner's parts in a background thread: gRPC server, inversion process, membership.
+
+The supervisor makes a Ray actor of it, which shows as `ray::Owner` in `ps`; nothing here needs Ray. An owner holds
+caches only: when its process ends, Ray starts it again under the same name, with nothing to restore.
+"""
 
 import asyncio
 import json
@@ -21,6 +25,7 @@ from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import add_InversionServ
 from kfdist.rpc.servers import bind, server_options
 from kfdist.system.addresses import split_address
 from kfdist.system.files import replace_file
+from kfdist.telemetry.logging import setup_logging
 from kfdist.types import MetricSample
 
 _LOG = logging.getLogger(__name__)
@@ -44,6 +49,7 @@ class OwnerOptions:
         host: The loopback address to listen on.
         child_module: What to run as the inversion process.
         limits: How much it accepts.
+        log: File that this process's log is appended to; empty where the process has seen to it.
     """
 
     owner_id: str
@@ -54,9 +60,10 @@ class OwnerOptions:
     host: str = "127.0.0.1"
     child_module: str = CHILD_MODULE
     limits: ServiceLimits = ServiceLimits()
+    log: str = ""
 
 
-class OwnerServer:
+class Owner:
     """Serves inversions from a background thread until closed.
 
     Attributes:
@@ -70,6 +77,8 @@ class OwnerServer:
         Raises:
             EnvironmentFault: It can't listen.
         """
+        if options.log:
+            setup_logging(stream=Path(options.log).open("a", encoding="utf-8"))
         self._options = options
         self._memory = _Memory(options)
         self.starts = self._memory.starts
@@ -88,6 +97,7 @@ class OwnerServer:
             self.close()
             raise
         self._memory.note(self.address)
+        _LOG.info("%s, start %d, serves at %s", options.owner_id, self.starts, self.address)
 
     def status(self, seconds: float = 5.0) -> dict[str, Any]:
         """Returns how it stands; asked in its event loop, so an answer means that it serves.

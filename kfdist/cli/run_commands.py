@@ -1,0 +1,136 @@
+"""The commands that run a run: `kfdist train` all of it, and `worker`, `serve` and `pool` one part each."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kfdist.cli.options import AsJson, ConfigFile, Controller, Overrides, load
+
+if TYPE_CHECKING:
+    from kfdist.control.controller import Controller as RunningController
+
+_FREE_PORTS = {"control": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0"}}
+"""Unless told otherwise, a launch takes free ports, so that two of them can share a machine."""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    for name, function in (("train", _train), ("worker", _worker), ("serve", _serve), ("pool", _pool)):
+        app.command(name)(function)
+
+
+def _train(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train on this machine: controller, Ray owners and ranks are started, watched and ended.
+
+    The same command resumes a run that was stopped. Ctrl-C writes a checkpoint and ends everything; a second one ends
+    everything at once.
+    """
+    from kfdist.launch.terminal import Terminal, stop_requests
+
+    checked = load(config, overrides, defaults=_FREE_PORTS)
+    with stop_requests() as requests:
+        # torch takes seconds to import; a bad configuration is told before that, and Ctrl-C is heard during it.
+        from kfdist.launch.launcher import train
+
+        code = train(checked, Terminal(as_json=as_json), requests)
+    raise typer.Exit(code)
+
+
+def _worker(config: ConfigFile = None, overrides: Overrides = None, controller: Controller = None) -> None:
+    """Train as one rank: torchrun --nproc-per-node 2 -m kfdist worker CONFIG.
+
+    The controller and the pool must be there already, unless cluster.link is "local". Stopped by SIGTERM or Ctrl-C,
+    all ranks write a checkpoint and exit with 75; the same command resumes.
+    """
+    checked = load(config, overrides, controller=controller)
+    from kfdist.training.worker import run_worker
+
+    ending = run_worker(checked)
+    if ending.message:
+        print(ending.message, flush=True)
+    raise typer.Exit(ending.code)
+
+
+def _serve(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The controller's SQLite file; control.database, else in the run directory."),
+    ] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the addresses there, as JSON, once it serves.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve runs: their members, their assignment, commands to them and /metrics. SIGTERM or Ctrl-C ends it.
+
+    Training goes on without a controller; one that is started again on the same file knows all that it acknowledged.
+    """
+    from kfdist.config import to_toml
+    from kfdist.control.controller import AnnouncedRun, ControllerOptions, serve
+
+    checked = load(config, overrides)
+    database = Path(checked.control.database) if checked.control.database else None
+    announced = None
+    if config is not None:
+        announced = AnnouncedRun(
+            name=checked.run.name,
+            directory=str(checked.run.directory.absolute()),
+            total_steps=checked.run.steps or 0,
+            config=to_toml(checked),
+        )
+    options = ControllerOptions(
+        state=state or database or checked.run.directory / "control.sqlite",
+        address=checked.control.address,
+        metrics_address=checked.control.metrics_address,
+        announced=announced,
+    )
+
+    def say(controller: "RunningController") -> None:
+        addresses = {"address": controller.address, "metrics_address": controller.metrics_address}
+        if as_json:
+            print(json.dumps({**addresses, "state": str(options.state)}))
+        else:
+            print(f"controller: gRPC on {controller.address}, metrics on http://{controller.metrics_address}/metrics")
+            print(f"controller: state in {options.state}; Ctrl-C ends it")
+        sys.stdout.flush()
+
+    serve(options, ready_file=ready_file, on_ready=say)
+
+
+def _pool(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    controller: Controller = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write how many owners there are, as JSON, once they serve.")
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="New directory for Ray's files, removed at the end; one under /tmp if not given."
+        ),
+    ] = None,
+    parent_pid: Annotated[int | None, typer.Option(min=1, metavar="PID", help="End when this process does.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep owners alive on a Ray: a private one, or the one that cluster.ray names. SIGTERM or Ctrl-C ends it.
+
+    A private Ray ends with the pool, with every process, even if the pool is killed.
+    """
+    from kfdist.pool.command import run_pool
+
+    def say(owners: list[dict[str, Any]]) -> None:
+        if as_json:
+            shown = [{key: owner[key] for key in ("owner_id", "address", "pid", "fingerprint")} for owner in owners]
+            print(json.dumps({"owners": shown}), flush=True)
+            return
+        for owner in owners:
+            print(f"pool: {owner['owner_id']} inverts at {owner['address']} (process {owner['pid']})", flush=True)
+
+    checked = load(config, overrides, controller=controller)
+    run_pool(checked, directory=directory, ready_file=ready_file, parent_pid=parent_pid, on_ready=say)
