@@ -23,9 +23,9 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
     @property
-    def sentence(self) -> str:
+    def message(self) -> str:
         """What it means and, where something can be done, what."""
-        return _SENTENCES[self]
+        return _MESSAGES[self]
 
     @staticmethod
     def worst(*outcomes: "Outcome") -> "Outcome":
@@ -33,7 +33,7 @@ class Outcome(StrEnum):
         return max(outcomes, key=list(Outcome).index)
 
 
-_SENTENCES = {
+_MESSAGES = {
     Outcome.DONE: "The inversion succeeded as configured.",
     Outcome.FLOAT64: "The inversion wasn't accurate enough in float32 and was repeated in float64.",
     Outcome.CLAMPED: "A factor had negative eigenvalues beyond rounding; they were set to zero. A second moment has "

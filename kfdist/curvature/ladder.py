@@ -53,21 +53,6 @@ class BlockOutcome:
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def invert_with_ladder(
-    inverter: AbstractInverter,
-    statistics: Any,
-    *,
-    damping: float,
-    previous: Mapping[str, Tensor],
-    seed: int,
-) -> BlockOutcome:
-    """Inverts one block that is its own group; see `invert_group_with_ladder`."""
-    outcomes = invert_group_with_ladder(
-        inverter, {"": statistics}, damping=damping, previous={"": previous}, seeds={"": seed}
-    )
-    return outcomes[""]
-
-
 def invert_group_with_ladder(
     inverter: AbstractInverter,
     statistics: Mapping[BlockName, Any],

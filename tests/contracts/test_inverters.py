@@ -17,10 +17,11 @@ from kfdist.curvature.inverse import KroneckerInverse
 from kfdist.curvature.inverter import AbstractInverter, Outcome, Placement
 from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
-from kfdist.curvature.ladder import RESIDUAL_LIMIT, BlockOutcome, invert_with_ladder
+from kfdist.curvature.ladder import RESIDUAL_LIMIT, BlockOutcome
 from kfdist.types import BlockShape
 from kfdist.wire.records import tensor_fields
 from tests.support.cases import CASES, DAMPING, TOLERANCE, InverterCase
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import GOOD, C, P, Q, gaussian, make_factors, relative_error
 
 SEED = 5

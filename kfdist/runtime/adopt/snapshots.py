@@ -113,7 +113,7 @@ class SnapshotInstaller:
         if self._warns and (block, outcome.outcome) not in self._warned:
             self._warned.add((block, outcome.outcome))
             warnings.warn(
-                f"block {block!r}, version {version}: {outcome.outcome.sentence} {outcome.reason}".rstrip(),
+                f"block {block!r}, version {version}: {outcome.outcome.message} {outcome.reason}".rstrip(),
                 KfdistWarning,
                 stacklevel=2,
             )

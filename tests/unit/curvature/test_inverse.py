@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, KroneckerSpectrum
 from kfdist.curvature.inverters import PRECONDITIONERS, make_inverter
-from kfdist.curvature.ladder import invert_with_ladder
 from kfdist.wire import records
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, make_factors, relative_error
 
 DAMPING = 1e-2

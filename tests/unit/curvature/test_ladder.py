@@ -11,9 +11,10 @@ from torch import Tensor
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.ladder import DAMPING_FACTORS, RESIDUAL_LIMIT, invert_with_ladder
+from kfdist.curvature.ladder import DAMPING_FACTORS, RESIDUAL_LIMIT
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.types import BlockShape
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, make_factors, relative_error, with_spectrum
 
 V = gaussian(2, 7, 12, seed=3)
@@ -179,7 +180,7 @@ def test_reasons_name_the_fault() -> None:
         assert run(make_inverter("kfac"), make_factors(spectrum, torch.float32)).reason.startswith(reason)
 
 
-def test_every_outcome_has_a_sentence() -> None:
-    assert all(outcome.sentence.endswith(".") for outcome in Outcome)
+def test_every_outcome_has_a_message() -> None:
+    assert all(outcome.message.endswith(".") for outcome in Outcome)
     assert Outcome("float64") is Outcome.FLOAT64
     assert Outcome.worst(Outcome.DONE, Outcome.CLAMPED, Outcome.FLOAT64) is Outcome.CLAMPED

@@ -10,11 +10,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from kfdist.curvature.blocks import Block, make_block
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.ladder import invert_group_with_ladder, invert_with_ladder
+from kfdist.curvature.ladder import invert_group_with_ladder
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from kfdist.wire.records import map_tensors
 from tests.support.cases import CASES, DAMPING, InverterCase
 from tests.support.coupled import small_chain
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import C, P, Q, make_factors
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverter import Inversion, Outcome
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.ladder import invert_with_ladder
 from kfdist.curvature.references import leading_part
 from kfdist.curvature.statistics import Increment, KroneckerFactors
 from kfdist.linalg.brand import orthogonality_error
 from kfdist.wire.records import tensor_fields
 from tests.support.increments import folding_sequence, run_chain
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, relative_error
 
 Q, P, ROOM = 60, 50, 6

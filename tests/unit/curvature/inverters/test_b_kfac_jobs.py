@@ -9,12 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import chain_jobs, decode_result, encode_job, job_after, run_job
-from kfdist.curvature.ladder import invert_with_ladder
 from kfdist.curvature.statistics import Increment
 from kfdist.errors import ConfigError
 from kfdist.types import BlockShape
 from kfdist.wire.records import tensor_fields
 from tests.support.increments import folding_sequence, run_chain
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian
 
 BOTH = frozenset({"A", "G"})

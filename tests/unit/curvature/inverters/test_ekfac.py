@@ -11,7 +11,6 @@ from kfdist.bench.memory import AllocationCounter
 from kfdist.curvature.inverse import BlockMemory, KroneckerSpectrum
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.ekfac import EkfacBasis
-from kfdist.curvature.ladder import invert_with_ladder
 from kfdist.curvature.references import (
     dense_kronecker,
     example_gradients,
@@ -24,6 +23,7 @@ from kfdist.errors import ConfigError
 from kfdist.linalg import row_products
 from kfdist.types import BlockShape
 from kfdist.wire.records import tensor_fields
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, relative_error
 from tests.support.samples import make_samples
 

@@ -6,10 +6,10 @@ import torch
 from kfdist.curvature.inverter import Placement
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.eva import EvaPreconditioner
-from kfdist.curvature.ladder import invert_with_ladder
 from kfdist.curvature.references import dense_kronecker, solve_dense
 from kfdist.curvature.statistics import KroneckerFactors, MeanVectors
 from kfdist.types import BlockShape
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, relative_error
 
 C, P, Q = 2, 4, 6

@@ -7,7 +7,6 @@ from torch import nn
 from kfdist.curvature.blocks import Block, make_block
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.ladder import invert_with_ladder
 from kfdist.curvature.references import (
     damping_shares,
     dense_kronecker,
@@ -19,6 +18,7 @@ from kfdist.curvature.references import (
 )
 from kfdist.curvature.statistics import KroneckerFactors
 from tests.support.block_cases import block_of
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, make_factors, relative_error
 
 TOLERANCE = 1e-10

@@ -11,11 +11,12 @@ from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.inverters import KfacTridiagonal, make_inverter
 from kfdist.curvature.inverters.kfac_tridiagonal import ChainLink
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
-from kfdist.curvature.ladder import BlockOutcome, invert_group_with_ladder, invert_with_ladder
+from kfdist.curvature.ladder import BlockOutcome, invert_group_with_ladder
 from kfdist.curvature.references import chain_inverse, dense, flat
 from kfdist.curvature.statistics import ChainFactors
 from kfdist.types import BlockShape
 from tests.support.coupled import Chain, small_chain
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, relative_error
 
 DAMPING = 1e-2

@@ -16,10 +16,11 @@ from kfdist.curvature.averages import BatchStatistics, WeightedSums
 from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Outcome
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.ladder import BlockOutcome, invert_with_ladder
+from kfdist.curvature.ladder import BlockOutcome
 from kfdist.curvature.references import damping_shares, leading_part, solve_factored_dense
 from kfdist.curvature.spectra import AdaptiveRank
 from kfdist.curvature.statistics import KroneckerFactors
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, relative_error, with_spectrum
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -9,10 +9,11 @@ import torch
 from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.inverters import Seng, make_inverter
 from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
-from kfdist.curvature.ladder import BlockOutcome, invert_with_ladder
+from kfdist.curvature.ladder import BlockOutcome
 from kfdist.curvature.statistics import Samples
 from kfdist.errors import ConfigError
 from kfdist.types import BlockShape
+from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, relative_error
 from tests.support.samples import make_samples
 
