@@ -257,12 +257,6 @@ class ClusterSection(Section):
         default=300.0, gt=0, description="how long a rank waits in a collective for the others"
     )
 
-    @model_validator(mode="after")
-    def _service_needs_owners(self) -> Self:
-        if self.link == "service" and self.owners < 1:
-            raise ConfigError('is 0; link = "service" needs at least 1; link = "local" needs none', path="owners")
-        return self
-
 
 class ControlSection(Section):
     """The controller."""
@@ -299,3 +293,12 @@ class Config(Section):
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     control: ControlSection = Field(default_factory=ControlSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+
+    @model_validator(mode="after")
+    def _service_needs_owners(self) -> Self:
+        if self.cluster.link == "service" and self.cluster.owners < 1 and self.preconditioner.inverts:
+            raise ConfigError(
+                'is 0; link = "service" needs at least 1; link = "local" or method = "none" needs none',
+                path="cluster.owners",
+            )
+        return self

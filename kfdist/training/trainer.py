@@ -174,11 +174,12 @@ class Trainer:
         accuracy = correct / (self._tallied * training.sampler.step_examples)
         lr = training.learning_rate(step - 1)
         if not math.isfinite(loss):
-            damping = training.config.preconditioner.damping
+            section = training.config.preconditioner
+            damping = f", damping {section.damping:g}" if section.inverts else ""
+            remedy = " or raise preconditioner.damping" if section.inverts else ""
             raise LossNotFinite(
-                f"the training loss is {loss} in the {self._tallied} steps up to step {step} (learning rate {lr:g}, "
-                f"damping {damping:g}); lower optimizer.lr or raise preconditioner.damping, and start again: the run "
-                "goes on from its newest checkpoint"
+                f"the training loss is {loss} in the {self._tallied} steps up to step {step} (learning rate {lr:g}"
+                f"{damping}); lower optimizer.lr{remedy}, and start again: the run goes on from its newest checkpoint"
             )
         now = time.perf_counter()
         staleness = sorted(training.preconditioner.staleness().values())

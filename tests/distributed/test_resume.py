@@ -189,12 +189,20 @@ def test_a_fault_on_one_ranks_disk_is_told_and_training_goes_on(tmp_path: Path):
     assert faults == {10: "", 20: "rank 1: [Errno 28] No space left on device", 30: "", 40: ""}
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_it_reaches_a_checkpoint(tmp_path: Path):
-    overrides = ("preconditioner.kl_clip=0", "optimizer.lr=1e30", "run.log_period=7", "checkpoint.period=5")
-    with pytest.raises(
-        AssertionError, match=rf"{LossNotFinite.__name__}: the training loss is nan in the 5 steps up to"
-    ):
-        train(tmp_path, *overrides, ranks=2)
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("kfac", r"damping 0\.\d+\); lower optimizer\.lr or raise preconditioner\.damping, and"),
+        ("none", r"learning rate 1e\+30\); lower optimizer\.lr, and"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_it_reaches_a_checkpoint(
+    tmp_path: Path, method: str, told: str
+):
+    overrides = (f"preconditioner.method={method}", "preconditioner.kl_clip=0", "optimizer.lr=1e30")
+    found = rf"{LossNotFinite.__name__}: the training loss is (nan|inf) in the 5 steps up to .*{told}"
+    with pytest.raises(AssertionError, match=found):
+        train(tmp_path, *overrides, "run.log_period=7", "checkpoint.period=5", ranks=2)
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
 
 

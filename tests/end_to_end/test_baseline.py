@@ -16,7 +16,8 @@ pytestmark = pytest.mark.timeout(300)
 
 def test_a_baseline_is_paused_resumed_stopped_and_taken_up_again_like_any_other_run(tmp_path: Path):
     directory = tmp_path / "run"
-    options = ("--set", f"run.dir={directory}", "--set", "preconditioner.method=none", "--set")
+    options = ("--set", f"run.dir={directory}", "--set", "preconditioner.method=none")
+    options = (*options, "--set", "cluster.owners=0", "--set")
     with Command("train", *options, "run.steps=100000") as command:
         line = command.wait_for_line("controller on ")
         address = line.split("controller on ")[1].split(",")[0]

@@ -46,7 +46,7 @@ BAD = [
     ("preconditioner.weight_sharing=expnd", "preconditioner.weight_sharing", ["did you mean 'expand'"]),
     ("checkpoint.statistics=fold", "checkpoint.statistics", ["'per-rank' or 'folded'"]),
     # combinations
-    ("cluster.owners=0", "cluster.owners", ['link = "service" needs at least 1', '"local" needs none']),
+    ("cluster.owners=0", "cluster.owners", ['link = "service" needs at least 1', 'method = "none" needs none']),
     (
         "preconditioner.inverse_period=7",
         "preconditioner.inverse_period",

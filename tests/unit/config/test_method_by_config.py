@@ -34,9 +34,9 @@ def test_auto_is_one_line_of_the_configuration() -> None:
 
 
 def test_no_method_is_none() -> None:
-    """With the service as without: a baseline has a controller, too."""
+    """With the service as without, a baseline has a controller but no need of owners."""
     for link in ("local", "service"):
-        assert method_of("preconditioner.method=none", f"cluster.link={link}") == "none"
+        assert method_of("preconditioner.method=none", f"cluster.link={link}", "cluster.owners=0") == "none"
 
 
 def test_settings_of_every_kind_reach_the_method() -> None:
