@@ -74,14 +74,11 @@ def _watch(
     as_json: AsJson = False,
 ) -> None:
     """Show a run now and at every change until it ends; Ctrl-C ends the watch, not the run."""
-    from kfdist.cli.run_display import RunLines
+    from kfdist.cli.run_display import print_changes
 
     try:
-        with _client(address) as client, RunLines(as_json=as_json) as lines:
-            for view in client.watch(run, from_revision=from_revision):
-                lines.show(view)
-                if view.state.ended:
-                    return
+        with _client(address) as client:
+            print_changes(client.watch(run, from_revision=from_revision), as_json=as_json)
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
 
@@ -120,12 +117,11 @@ def _stop(
     as_json: AsJson = False,
 ) -> None:
     """Ask all ranks of a run to write a checkpoint and end at the same step; the run can be resumed."""
-    from kfdist.control.client import has_ended
     from kfdist.control.run_rules import RunState
 
     def stop(client: "ControlClient") -> "RunView":
         view = client.stop(run)
-        return client.wait_until(run, has_ended, timeout_seconds=timeout) if wait else view
+        return client.wait_for_end(run, timeout_seconds=timeout) if wait else view
 
     view = _steer(address, as_json, stop)
     if wait and view.state in (RunState.FAILED, RunState.LOST):

@@ -3,15 +3,15 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from kfdist.control.client import EventView, RunView
+from kfdist.control.client import EventView, RunView, finite_or_none
 from kfdist.telemetry.metrics import METRICS, Kind
 from kfdist.types import MetricSample
 
@@ -36,7 +36,7 @@ def print_run(run: RunView, samples: Sequence[MetricSample], *, as_json: bool) -
         as_json: All of it as one JSON object instead.
     """
     if as_json:
-        listed = [{**asdict(sample), "value": _finite_or_none(sample.value)} for sample in samples]
+        listed = [{**asdict(sample), "value": finite_or_none(sample.value)} for sample in samples]
         print(json.dumps({**run.to_json(), "samples": listed}))
         return
     facts = _facts(run) + _counters(samples)
@@ -83,35 +83,18 @@ def run_line(run: RunView) -> str:
     return f"{run.name}: {run.state} at step {_step(run)}, {members}" + (f", {measured}" if measured else "")
 
 
-class RunLines:
-    """Shows a run as it changes: one table on a terminal, a line for each change otherwise, or JSON lines."""
-
-    def __init__(self, *, as_json: bool) -> None:
-        """Chooses by `as_json` and by what standard output is."""
-        self._as_json = as_json
-        self._live = Live(console=Console(), auto_refresh=False) if sys.stdout.isatty() and not as_json else None
-        self._last = ""
-
-    def __enter__(self) -> Self:
-        """Begins to show."""
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Leaves the last state on the screen."""
-        if self._live is not None:
-            self._live.stop()
-
-    def show(self, run: RunView) -> None:
-        """Shows the run's new state."""
-        if self._live is not None:
-            self._live.update(_facts_table(_facts(run)), refresh=True)
-            return
-        line = json.dumps(run.to_json()) if self._as_json else run_line(run)
-        if line != self._last:
-            print(line, flush=True)
-        self._last = line
+def print_changes(runs: Iterable[RunView], *, as_json: bool) -> None:
+    """Prints a run as it changes until it ends: one table on a terminal, a line for each change otherwise."""
+    last = ""
+    with Live(console=Console(), auto_refresh=False) if sys.stdout.isatty() and not as_json else nullcontext() as live:
+        for run in runs:
+            if live is not None:
+                live.update(_facts_table(_facts(run)), refresh=True)
+            elif (line := json.dumps(run.to_json()) if as_json else run_line(run)) != last:
+                print(line, flush=True)
+                last = line
+            if run.state.ended:
+                return
 
 
 def _facts(run: RunView) -> list[tuple[str, str]]:
@@ -209,10 +192,6 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def _step(run: RunView) -> str:
     return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has neither NaN nor infinity
 
 
 def _short(metric: str) -> str:

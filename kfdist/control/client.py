@@ -22,6 +22,7 @@ WATCH_SECONDS = 60.0
 """Deadline of one call of a watch; the watch goes on with the next call, from the last revision."""
 
 RECONNECT_SECONDS = 0.5
+_POLL_SECONDS = 0.2
 
 _STATES: Mapping[int, RunState] = {run_pb2.RunState.Value(f"RUN_STATE_{state.name}"): state for state in RunState}
 
@@ -45,8 +46,8 @@ class RunView:
     gauges: Mapping[str, float]
 
     def to_json(self) -> dict[str, object]:
-        """Returns what `--json` prints; JSON has no NaN or infinity, so such gauges become null."""
-        gauges = {name: value if math.isfinite(value) else None for name, value in self.gauges.items()}
+        """Returns what `--json` prints."""
+        gauges = {name: finite_or_none(value) for name, value in self.gauges.items()}
         return {**vars(self), "state": self.state.value, "created": self.created.isoformat(), "gauges": gauges}
 
 
@@ -85,11 +86,9 @@ class ControlClient:
         self._membership: Any = membership_pb2_grpc.MembershipServiceStub(self._channel)
 
     def __enter__(self) -> Self:
-        """Returns the client."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Closes the client."""
         self.close()
 
     def close(self) -> None:
@@ -105,10 +104,8 @@ class ControlClient:
             total_steps: Its planned number of steps, 0 if unknown.
             config: Its resolved configuration as TOML, kept for users.
         """
-        request = run_pb2.CreateRequest(
-            request_id=_request_id(), name=name, directory=directory, total_steps=total_steps, config=config
-        )
-        return _run_view(self._call(self._runs.Create, request).run)
+        request = run_pb2.CreateRequest(name=name, directory=directory, total_steps=total_steps, config=config)
+        return self._change(self._runs.Create, request)
 
     def get(self, name: str) -> RunView:
         """Returns a run."""
@@ -120,25 +117,23 @@ class ControlClient:
 
     def pause(self, name: str) -> RunView:
         """Asks all ranks of a run to wait at the same step."""
-        return _run_view(self._call(self._runs.Pause, run_pb2.PauseRequest(request_id=_request_id(), name=name)).run)
+        return self._change(self._runs.Pause, run_pb2.PauseRequest(name=name))
 
     def resume(self, name: str) -> RunView:
         """Lets a paused run continue."""
-        return _run_view(self._call(self._runs.Resume, run_pb2.ResumeRequest(request_id=_request_id(), name=name)).run)
+        return self._change(self._runs.Resume, run_pb2.ResumeRequest(name=name))
 
     def update_settings(self, name: str, *, damping: float) -> RunView:
         """Changes the damping of a run."""
-        request = run_pb2.UpdateSettingsRequest(request_id=_request_id(), name=name, damping=damping)
-        return _run_view(self._call(self._runs.UpdateSettings, request).run)
+        return self._change(self._runs.UpdateSettings, run_pb2.UpdateSettingsRequest(name=name, damping=damping))
 
     def checkpoint(self, name: str) -> RunView:
         """Asks a run for a checkpoint."""
-        request = run_pb2.CheckpointRequest(request_id=_request_id(), name=name)
-        return _run_view(self._call(self._runs.Checkpoint, request).run)
+        return self._change(self._runs.Checkpoint, run_pb2.CheckpointRequest(name=name))
 
     def stop(self, name: str) -> RunView:
         """Asks all ranks of a run to write a checkpoint and end at the same step."""
-        return _run_view(self._call(self._runs.Stop, run_pb2.StopRequest(request_id=_request_id(), name=name)).run)
+        return self._change(self._runs.Stop, run_pb2.StopRequest(name=name))
 
     def events(self, name: str, *, after: int = 0) -> Iterator[EventView]:
         """Yields a run's events after the event `after`, oldest first."""
@@ -147,7 +142,8 @@ class ControlClient:
             events = self._call(self._runs.ListEvents, request).events
             if not events:
                 return
-            yield from (_event_view(event) for event in events)
+            for each in events:
+                yield EventView(event_id=each.event_id, time=each.time.ToDatetime(UTC), kind=each.kind, text=each.text)
             after = events[-1].event_id
 
     def samples(self, name: str) -> list[MetricSample]:
@@ -188,29 +184,25 @@ class ControlClient:
                     raise self._fault(error) from None
             time.sleep(RECONNECT_SECONDS)
 
-    def wait_until(
-        self, name: str, reached: Callable[[RunView], bool], *, timeout_seconds: float, poll_seconds: float = 0.2
-    ) -> RunView:
-        """Waits until a run has reached a state and returns it.
-
-        Args:
-            name: The run.
-            reached: Tells whether it has.
-            timeout_seconds: Longest wait.
-            poll_seconds: Time between two looks.
+    def wait_for_end(self, name: str, *, timeout_seconds: float) -> RunView:
+        """Waits until a run has ended, or its ranks are gone, and returns it.
 
         Raises:
-            EnvironmentFault: The time is over; also as for every method.
+            EnvironmentFault: It takes longer than `timeout_seconds`; also as for every method.
         """
         ends = time.monotonic() + timeout_seconds
-        while not reached(run := self.get(name)):
+        while not ((run := self.get(name)).state.ended or run.state is RunState.LOST):
             if time.monotonic() > ends:
                 raise EnvironmentFault(
                     f"run {name!r} is still {run.state} at step {run.step} after {timeout_seconds:g} s; "
                     "`kfdist events` says what happened"
                 )
-            time.sleep(poll_seconds)
+            time.sleep(_POLL_SECONDS)
         return run
+
+    def _change(self, method: Callable[..., Any], request: Any) -> RunView:
+        request.request_id = uuid.uuid4().hex
+        return _run_view(self._call(method, request).run)
 
     def _call(self, method: Callable[..., Response], request: object) -> Response:
         try:
@@ -240,15 +232,6 @@ def _run_view(run: run_pb2.Run) -> RunView:
     )
 
 
-def _event_view(event: run_pb2.Event) -> EventView:
-    """Returns an event from its message."""
-    return EventView(event_id=event.event_id, time=event.time.ToDatetime(UTC), kind=event.kind, text=event.text)
-
-
-def has_ended(run: RunView) -> bool:
-    """Tells whether a run has ended, or its ranks are gone."""
-    return run.state.ended or run.state is RunState.LOST
-
-
-def _request_id() -> str:
-    return uuid.uuid4().hex
+def finite_or_none(value: float) -> float | None:
+    """Returns a value for JSON, which has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None

@@ -7,9 +7,9 @@ a run are consecutive.
 """
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -212,44 +212,36 @@ class Ledger:
                 if known is not None:
                     return _repeated(known, request)
             before = self._runs.get(name)
-            notes = self._notes.pop(name, {})
-            try:
-                change = rule(replace(before, **notes) if before else None)
-                if before is None and len(self._runs) >= MAX_RUNS:
-                    raise Refusal(
-                        grpc.StatusCode.RESOURCE_EXHAUSTED,
-                        f"there are {MAX_RUNS} runs; start a controller with another file (--state)",
-                    )
+            with self._taken_notes([name]) as notes:
+                change = rule(replace(before, **notes.get(name, {})) if before else None)
                 if before is None:
+                    if len(self._runs) >= MAX_RUNS:
+                        raise Refusal(
+                            grpc.StatusCode.RESOURCE_EXHAUSTED,
+                            f"there are {MAX_RUNS} runs; start a controller with another file (--state)",
+                        )
                     change = replace(change, record=replace(change.record, live_owners=len(self.live_owners())))
                 updates = () if change.record == before and not change.events else (_update(before, change, config),)
                 run = run_pb2.Run.FromString(updates[0].message) if updates else change.record.message()
-                assignment = self._with_groups(name, groups) if groups else None
                 await self._commit(
-                    updates,
-                    assignments=[assignment] if assignment else [],
-                    answer=_answer(request, run) if request else None,
+                    Batch(
+                        runs=updates,
+                        assignments=(self._with_groups(name, groups),) if groups else (),
+                        answer=_answer(request, run) if request else None,
+                    )
                 )
-            except BaseException:
-                self._notes[name] = notes | self._notes.get(name, {})
-                raise
             return run
 
     async def _flush(self) -> None:
         async with self._lock:
-            notes, self._notes = self._notes, {}
-            try:
+            with self._taken_notes(list(self._notes)) as notes:
                 updates = []
                 for name, fields in notes.items():
                     record = replace(self._runs[name], **fields)
                     if record != self._runs[name]:
-                        updates.append(_update(self._runs[name], Change(record), None))
+                        updates.append(_update(self._runs[name], Change(record)))
                 if updates:
-                    await self._commit(updates)
-            except BaseException:
-                for name, fields in notes.items():
-                    self._notes[name] = fields | self._notes.get(name, {})
-                raise
+                    await self._commit(Batch(runs=tuple(updates)))
 
     async def _put_owners(self, changed: Sequence[OwnerRecord]) -> None:
         async with self._lock:
@@ -261,34 +253,32 @@ class Ledger:
                 told = () if record.state.ended else tuple(event for event in events if event is not None)
                 moved = replace(record, live_owners=len(live))
                 if moved != record or told:
-                    updates.append(_update(record, Change(moved, told), None))
+                    updates.append(_update(record, Change(moved, told)))
                 if not record.state.ended and record.name in self._assignments:
                     assignments.append(_dealt(self._assignments[record.name], live))
-            await self._commit(updates, assignments=assignments, owners=changed)
+            await self._commit(Batch(runs=tuple(updates), assignments=tuple(assignments), owners=tuple(changed)))
 
-    async def _commit(
-        self,
-        updates: Sequence[RunUpdate],
-        *,
-        assignments: Sequence[AssignmentRecord] = (),
-        owners: Sequence[OwnerRecord] = (),
-        answer: Answer | None = None,
-    ) -> None:
-        moved = [assignment for assignment in assignments if assignment != self._assignments.get(assignment.run)]
-        batch = Batch(
-            time_ns=time.time_ns(),
-            runs=tuple(updates),
-            assignments=tuple(moved),
-            owners=tuple(owners),
-            answer=answer,
-        )
-        await self._in_thread(self._store.commit, batch)
-        self._owners |= {owner.owner_id: owner for owner in owners}
+    async def _commit(self, batch: Batch) -> None:
+        """Makes a batch durable, without assignments that are as they were, and then known to everybody."""
+        moved = tuple(each for each in batch.assignments if each != self._assignments.get(each.run))
+        await self._in_thread(self._store.commit, replace(batch, assignments=moved))
+        self._owners |= {owner.owner_id: owner for owner in batch.owners}
         self._assignments |= {assignment.run: assignment for assignment in moved}
-        for update in updates:
+        for update in batch.runs:
             self._runs[update.record.name] = update.record
             self._on_change(update.record)
             self._watchers.publish(run_pb2.Run.FromString(update.message))
+
+    @contextmanager
+    def _taken_notes(self, names: Iterable[str]) -> Iterator[Mapping[str, Mapping[str, Any]]]:
+        """Takes the notes of some runs, by run; where they could not be committed, they are noted again."""
+        taken = {name: self._notes.pop(name) for name in names if name in self._notes}
+        try:
+            yield taken
+        except BaseException:
+            for name, fields in taken.items():
+                self._notes[name] = fields | self._notes.get(name, {})
+            raise
 
     def _with_groups(self, name: str, groups: Groups) -> AssignmentRecord:
         assignment = replace(self.assignment(name), policy=groups.policy, groups=groups.specs)
@@ -310,7 +300,7 @@ class Ledger:
             task.exception()  # marks it as retrieved: with its caller gone, nobody else does
 
 
-def _update(before: RunRecord | None, change: Change, config: str | None) -> RunUpdate:
+def _update(before: RunRecord | None, change: Change, config: str | None = None) -> RunUpdate:
     record = replace(change.record, revision=before.revision + 1 if before else 1)
     return RunUpdate(record=record, message=record.message().SerializeToString(), events=change.events, config=config)
 

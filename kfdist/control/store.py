@@ -8,9 +8,10 @@ controller runs: `SELECT name, record ->> 'state' FROM runs`. A lock keeps a sec
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -106,7 +107,7 @@ class RunUpdate:
 class Batch:
     """One transaction."""
 
-    time_ns: int
+    time_ns: int = field(default_factory=time.time_ns)
     runs: tuple[RunUpdate, ...] = ()
     assignments: tuple[AssignmentRecord, ...] = ()
     owners: tuple[OwnerRecord, ...] = ()

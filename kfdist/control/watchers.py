@@ -1,7 +1,6 @@
 """Watches of runs. Each has a bounded queue: a slow reader loses its watch instead of growing a queue."""
 
 import asyncio
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,18 +21,15 @@ class Watch:
 
     def __init__(self, limit: int) -> None:
         """Begins empty and holds at most `limit` changes."""
-        self._limit = limit
-        self._queue: deque[run_pb2.Run] = deque()
-        self._filled = asyncio.Event()
+        self._queue: asyncio.Queue[run_pb2.Run] = asyncio.Queue(limit)
         self._overflowed = False
 
     def push(self, run: run_pb2.Run) -> None:
         """Adds a change; if there is no room, the watch ends once its queue is read."""
-        if self._overflowed or len(self._queue) >= self._limit:
+        if self._overflowed or self._queue.full():
             self._overflowed = True
         else:
-            self._queue.append(run)
-        self._filled.set()
+            self._queue.put_nowait(run)
 
     async def next(self) -> run_pb2.Run:
         """Waits for the next change and returns it.
@@ -41,15 +37,12 @@ class Watch:
         Raises:
             Refusal: RESOURCE_EXHAUSTED: changes came faster than the caller read them.
         """
-        while not self._queue:
-            if self._overflowed:
-                raise Refusal(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    f"more than {self._limit} changes were unread; watch again from the last revision you saw",
-                )
-            self._filled.clear()
-            await self._filled.wait()
-        return self._queue.popleft()
+        if self._overflowed and self._queue.empty():
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"more than {self._queue.maxsize} changes were unread; watch again from the last revision you saw",
+            )
+        return await self._queue.get()
 
 
 class Watchers:

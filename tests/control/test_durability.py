@@ -204,6 +204,20 @@ def test_a_file_that_cannot_be_written_refuses_and_nothing_changes(tmp_path, mon
         assert client.pause("r").revision == before.revision + 1
 
 
+def test_a_run_that_cannot_be_made_known_leaves_the_leases_running(tmp_path, monkeypatch):
+    monkeypatch.setattr("kfdist.control.ledger.MAX_RUNS", 1)
+    with (
+        ControllerThread(tmp_path / "c.sqlite", lease_seconds=0.5) as controller,
+        controller.client() as client,
+        Member(controller.address) as member,
+    ):
+        member.register_worker("r")
+        member.beat_worker("r")
+        with pytest.raises(EnvironmentFault, match="there are 1 runs; start a controller with another file"):
+            client.create("second")
+        eventually(lambda: client.get("r").state, lambda state: state is RunState.LOST)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_in_order_when_told(tmp_path, number):
     with ControllerProcess(tmp_path) as process:

@@ -43,10 +43,10 @@ def test_a_fault_of_our_own_is_logged_and_answered(controller, monkeypatch, capl
     def broken(*_: object) -> None:
         raise ZeroDivisionError("by nobody")
 
-    monkeypatch.setattr("kfdist.control.run_service.run_message", broken)
+    monkeypatch.setattr("kfdist.control.exporter.Exporter.samples", broken)
     with controller.client() as client, pytest.raises(EnvironmentFault, match="INTERNAL.*ZeroDivisionError: by nobody"):
         client.create("r")
-        client.runs()
+        client.samples("r")
     assert "ZeroDivisionError" in caplog.text
 
 
