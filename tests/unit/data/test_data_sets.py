@@ -1,7 +1,11 @@
 """The bundled data sets and models: what they are, and that they are always the same."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from kfdist.data import DATA_SETS, load_data
 from kfdist.data.sets import stratified_split
@@ -17,6 +21,19 @@ def test_digits_are_all_there_and_divided_once():
     assert (data.train.inputs.min(), data.train.inputs.max()) == (0, 1)
     shares = data.test.labels.bincount() / (data.test.labels.bincount() + data.train.labels.bincount())
     assert ((shares > 0.19) & (shares < 0.21)).all()
+
+
+def test_digits_are_those_of_scikit_learn_which_is_not_imported():
+    pixels, labels = load_digits(return_X_y=True)
+    data = load_data("digits", {})
+    train, test = stratified_split(torch.from_numpy(labels), 0.2, 0)
+    for part, rows in ((data.train, train), (data.test, test)):
+        assert torch.equal(part.inputs.flatten(1), torch.from_numpy(pixels)[rows].float() / 16)
+        assert torch.equal(part.labels, torch.from_numpy(labels)[rows])
+    script = (
+        "import sys; from kfdist.data import load_data; load_data('digits', {}); assert 'sklearn' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("name", sorted(DATA_SETS))
