@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kfdist.bench.claim_b_cg import CG_SETTINGS, SIZES, measure_cg
-from kfdist.bench.environment import hardware, load_average
+from kfdist.bench.measuring import hardware, load_average
 from kfdist.system.provenance import versions
 
 RESULT = Path(__file__).parent / "results" / "cg_memory.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from kfdist.bench.claim_c_seng import measure_seng
-from kfdist.bench.environment import hardware, load_average
+from kfdist.bench.measuring import hardware, load_average
 from kfdist.system.provenance import versions
 
 RESULT = Path(__file__).parent / "results" / "seng_forms.json"

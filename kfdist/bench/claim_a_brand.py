@@ -21,9 +21,9 @@ from kfdist.curvature.averages import decay_at
 from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import Increment, KroneckerFactors
-from kfdist.data.digits import Digits
+from kfdist.data.sets import Digits
 from kfdist.linalg.kronecker import Spectrum, solve_left
-from kfdist.models.mlp import Mlp
+from kfdist.models import Mlp
 
 TITLE = "Brand updates between RSVDs lower RS-KFAC's inversion error over 500 steps at little cost (2210.08494)"
 ERROR_LIMIT = 0.9

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfdist.bench.claims import ClaimResult, Part, all_of
-from kfdist.bench.memory import AllocationCounter
+from kfdist.bench.measuring import AllocationCounter
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter
 from kfdist.curvature.inverters import make_inverter

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from kfdist.bench.claims import ClaimResult, Part
 from kfdist.curvature.inverters import make_inverter
-from kfdist.data.digits import Digits
+from kfdist.data.sets import Digits
 from kfdist.policies.staleness import FixedLag
 from kfdist.runtime.preconditioner import Preconditioner
 

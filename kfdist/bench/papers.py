@@ -15,7 +15,7 @@ from kfdist.bench.claim_c_seng import measure_seng_claim
 from kfdist.bench.claim_d_reparametrisation import measure_reparametrisation
 from kfdist.bench.claim_e_widths import measure_widths
 from kfdist.bench.claims import ClaimResult
-from kfdist.bench.environment import hardware, load_average
+from kfdist.bench.measuring import hardware, load_average
 from kfdist.checks import suggestion
 from kfdist.errors import ConfigError
 from kfdist.system.provenance import versions

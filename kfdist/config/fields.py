@@ -1,9 +1,12 @@
-"""The types of configuration values that several sections share."""
+"""What sections are made of: their base, the types of values that several share, and things chosen by name."""
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from kfdist.checks import suggestion
+from kfdist.config.findings import config_error
 from kfdist.config.toml import format_key
 from kfdist.errors import ConfigError
 from kfdist.system.addresses import is_loopback, split_address
@@ -21,6 +24,9 @@ class Section(BaseModel):
     """Base of all sections: frozen, strict about types, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
 
 
 def _loopback_address(address: str) -> str:
@@ -77,3 +83,25 @@ Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_tup
 Settings = dict[str, Setting]
 Methods = Annotated[dict[str, Settings], BeforeValidator(_methods)]
 """Methods by glob on dotted module names, in order; each entry is the settings with the name under `method`."""
+
+
+def by_name(table: Mapping[str, type[S]], name: str, settings: Mapping[str, Any], *, section: str) -> S:
+    """Looks a name up in a table of models or data sets, and gives the settings to what is found there.
+
+    Args:
+        table: What there is; the settings are the fields of the class.
+        name: The name as configured.
+        settings: The `settings` as configured.
+        section: The configuration section both stand in, for messages.
+
+    Raises:
+        ConfigError: The name is unknown, or a setting is unknown or not allowed.
+    """
+    if name not in table:
+        known = ", ".join(sorted(table))
+        raise ConfigError(f"is {name!r}{suggestion(name, table) or ';'} there is: {known}", path=f"{section}.name")
+    kind = table[name]
+    try:
+        return kind.model_validate(dict(settings))
+    except ValidationError as error:
+        raise config_error(error, kind, prefix=f"{section}.settings") from None

@@ -1,9 +1,17 @@
-"""What a data set is: tensors in memory, divided into training and test examples."""
+"""Data sets by name: tensors in memory, divided into training and test examples."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from kfdist.config.fields import Counts, Section, by_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +69,73 @@ def stratified_split(labels: Tensor, test_fraction: float, generator_seed: int) 
         count = max(1, round(test_fraction * len(members)))
         test[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return (~test).nonzero().flatten(), test.nonzero().flatten()
+
+
+class Digits(Section):
+    """scikit-learn's copy of the UCI handwritten digits: 1,797 images of 8 x 8 pixels, no download."""
+
+    test_fraction: float = Field(default=0.2, gt=0, lt=1, description="share of the images kept for the test")
+    split_seed: int = Field(default=0, ge=0, description="decides which images those are")
+
+    def load(self) -> DataSet:
+        """Reads the images, [N, 1, 8, 8] with pixels from 0 to 1."""
+        table = torch.from_numpy(np.loadtxt(_digits_table(), delimiter=","))  # 64 pixels and the label a row
+        inputs = table[:, :-1].to(torch.float32).div_(16.0).reshape(-1, 1, 8, 8)
+        targets = table[:, -1].to(torch.int64)
+        train, test = stratified_split(targets, self.test_fraction, self.split_seed)
+        return DataSet(
+            train=Examples(inputs=inputs[train], labels=targets[train]),
+            test=Examples(inputs=inputs[test], labels=targets[test]),
+            classes=10,
+        )
+
+
+def _digits_table() -> Path:
+    """Finds the file that sklearn.datasets.load_digits reads; importing it takes a second of every process."""
+    package = find_spec("sklearn")
+    assert package is not None and package.origin is not None, "scikit-learn is a dependency of kfdist"
+    return Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+
+
+class Synthetic(Section):
+    """Settings of a synthetic data set: one Gaussian cloud per class, with an ill-conditioned common covariance."""
+
+    train_examples: int = Field(default=1024, ge=1, description="training examples")
+    test_examples: int = Field(default=256, ge=1, description="test examples")
+    shape: Counts = Field(default=(1, 8, 8), min_length=1, description="shape of one input")
+    classes: int = Field(default=10, ge=2, description="classes")
+    noise: float = Field(default=0.5, ge=0, description="standard deviation of the clouds; their centres have 1")
+    condition: float = Field(default=100.0, ge=1, description="largest over smallest variance of the inputs")
+    seed: int = Field(default=0, ge=0, description="seeds the examples")
+
+    def load(self) -> DataSet:
+        """Draws the examples; the same settings give the same ones."""
+        generator = torch.Generator().manual_seed(self.seed)
+        features = int(torch.tensor(self.shape).prod())
+        centres = torch.randn(self.classes, features, generator=generator)
+        # Standard deviations fall evenly in the logarithm, so that plain gradient descent is slow on them.
+        scales = torch.logspace(0, -0.5, features, base=self.condition)
+        return DataSet(
+            train=self._draw(self.train_examples, centres, scales, generator),
+            test=self._draw(self.test_examples, centres, scales, generator),
+            classes=self.classes,
+        )
+
+    def _draw(self, count: int, centres: Tensor, scales: Tensor, generator: torch.Generator) -> Examples:
+        labels = torch.arange(count) % self.classes
+        noise = self.noise * torch.randn(count, centres.shape[1], generator=generator)
+        inputs = (centres[labels] + noise) * scales
+        return Examples(inputs=inputs.reshape(count, *self.shape), labels=labels)
+
+
+DATA_SETS: Mapping[str, type[Digits | Synthetic]] = {"digits": Digits, "synthetic": Synthetic}
+"""Every data set by the name that `data.name` gives it; its fields are the `data.settings`."""
+
+
+def load_data(name: str, settings: Mapping[str, Any]) -> DataSet:
+    """Loads a data set by name.
+
+    Raises:
+        ConfigError: The name or a setting is unknown or not allowed.
+    """
+    return by_name(DATA_SETS, name, settings, section="data").load()

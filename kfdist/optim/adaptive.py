@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from kfdist.comm.reduce import reduce_flat
 from kfdist.errors import CheckpointError, Interrupted, LossNotFinite
-from kfdist.optim.adaptive_settings import AdaptiveReport, AdaptiveSettings
+from kfdist.optim.adaptive_settings import AdaptiveReport, AdaptiveSettings, Trust
 from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputFisher, OutputProduct
 from kfdist.optim.quadratic_model import InnerProducts, ModelStep, inner_product, minimise_model
 from kfdist.optim.replay import Closure, Replay
 from kfdist.optim.requirements import Source, check_arguments, source_of
-from kfdist.optim.trust import Trust
 from kfdist.runtime.preconditioner import Preconditioner
 
 _LOG = logging.getLogger(__name__)

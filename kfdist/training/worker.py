@@ -16,13 +16,12 @@ from kfdist.config import Config, to_toml
 from kfdist.errors import ConfigError, ExitCode, KfdistError
 from kfdist.system.provenance import versions
 from kfdist.training.checkpoint import CheckpointStore
-from kfdist.training.machine import check_controller, choose_device
 from kfdist.training.method import agree_on_costs
 from kfdist.training.metrics_log import MetricsLog
 from kfdist.training.progress import Progress, make_progress
 from kfdist.training.run_directory import RunDirectory, inspect_run
 from kfdist.training.run_state import Standing, Training, restore_state, standing_of
-from kfdist.training.setup import Materials, gather_materials, make_training
+from kfdist.training.setup import Materials, check_controller, choose_device, gather_materials, make_training
 from kfdist.training.summary import gather_totals, summarise, write_summary
 from kfdist.training.trainer import Outputs, Trainer
 

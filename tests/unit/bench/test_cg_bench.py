@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kfdist.bench.claim_b_cg import CG_SETTINGS, measure_cg
-from kfdist.bench.memory import AllocationCounter
+from kfdist.bench.measuring import AllocationCounter
 
 
 def test_every_size_is_measured_or_said_not_to_be() -> None:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from kfdist.data import DATA_SETS, load_data
-from kfdist.data.sets import stratified_split
+from kfdist.data.sets import DATA_SETS, load_data, stratified_split
 from kfdist.errors import ConfigError
 from kfdist.models import MODELS, build_model
 
@@ -30,10 +29,13 @@ def test_digits_are_those_of_scikit_learn_which_is_not_imported():
     for part, rows in ((data.train, train), (data.test, test)):
         assert torch.equal(part.inputs.flatten(1), torch.from_numpy(pixels)[rows].float() / 16)
         assert torch.equal(part.labels, torch.from_numpy(labels)[rows])
-    script = (
-        "import sys; from kfdist.data import load_data; load_data('digits', {}); assert 'sklearn' not in sys.modules"
+    lines = (
+        "import sys",
+        "from kfdist.data.sets import load_data",
+        "load_data('digits', {})",
+        "assert 'sklearn' not in sys.modules",
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
 @pytest.mark.parametrize("name", sorted(DATA_SETS))

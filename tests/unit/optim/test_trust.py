@@ -5,8 +5,7 @@ import math
 import pytest
 
 from kfdist.errors import ConfigError
-from kfdist.optim.adaptive_settings import AdaptiveSettings
-from kfdist.optim.trust import Trust
+from kfdist.optim.adaptive_settings import AdaptiveSettings, Trust
 
 ETA = 0.25
 

@@ -11,8 +11,7 @@ import pytest
 
 from kfdist.config import load_config
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.training.machine import check_controller, choose_device
-from kfdist.training.setup import gather_materials
+from kfdist.training.setup import check_controller, choose_device, gather_materials
 from kfdist.training.worker import run_worker
 from tests.support.training import SMALL
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kfdist.bench.memory import AllocationCounter
+from kfdist.bench.measuring import AllocationCounter
 from kfdist.curvature.inverse import BlockMemory, KroneckerSpectrum
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.ekfac import EkfacBasis

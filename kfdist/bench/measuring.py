@@ -1,12 +1,31 @@
-"""Memory of a computation, by what its operations allocate: the same number on every machine."""
+"""What all measurements share: memory by what operations allocate, and the machine that the figures belong to."""
 
+import os
+import platform
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kfdist.system.provenance import processor_field
 from kfdist.torch_internals import TorchDispatchMode, storage_id, tree_leaves
+
+
+def hardware() -> dict[str, Any]:
+    """Returns what the times depend on: the processor, its cores and the threads that torch may use."""
+    return {
+        "machine": platform.machine(),
+        "cpu": processor_field("model name") or platform.processor(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def load_average() -> float:
+    """Returns how many processes wanted a core during the last minute, this one among them."""
+    return round(os.getloadavg()[0], 2)
 
 
 class AllocationCounter(TorchDispatchMode):
