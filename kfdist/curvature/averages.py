@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kfdist.curvature.statistics import Needs
@@ -125,13 +126,13 @@ class WeightedSums:
         sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         return cls(sums, torch.zeros((), dtype=dtype, device=device))
 
-    def fold(self, batch: BatchStatistics | None, rho: float, step_is_finite: Tensor | None = None) -> None:
+    def fold(self, batch: BatchStatistics | None, rho: float, step_is_finite: Bool[Tensor, ""] | None = None) -> None:
         """Folds one due batch in, without a host sync.
 
         Args:
             batch: This rank's batch; None if it had none. A non-finite one adds zero, like none, and is counted.
             rho: The decay of this folding, the same on all ranks.
-            step_is_finite: Boolean scalar; where it is false the whole step is skipped and nothing changes.
+            step_is_finite: Where it is false, the whole step is skipped and nothing changes.
         """
         kept, gain = folding(rho, step_is_finite, like=self.weight)
         for total in (*self.sums.values(), self.weight):
@@ -165,7 +166,9 @@ class WeightedSums:
         self.dropped.copy_(state["dropped"])
 
 
-def folding(rho: float, step_is_finite: Tensor | None, *, like: Tensor) -> tuple[Tensor, Tensor]:
+def folding(
+    rho: float, step_is_finite: Bool[Tensor, ""] | None, *, like: Float[Tensor, ""]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Returns rho and 1 - rho as scalars like `like`; 1 and 0 where the step is skipped."""
     kept, gain = torch.full_like(like, rho), torch.full_like(like, 1.0 - rho)
     if step_is_finite is None:
@@ -176,18 +179,18 @@ def folding(rho: float, step_is_finite: Tensor | None, *, like: Tensor) -> tuple
     )
 
 
-def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Says, as a boolean scalar, whether all entries are finite: a sum is non-finite if any entry is."""
+def all_finite(tensors: Iterable[Float[Tensor, "..."]]) -> Bool[Tensor, ""]:
+    """Says whether all entries are finite: a sum is non-finite if any entry is."""
     return torch.isfinite(torch.stack([tensor.sum() for tensor in tensors]).sum())
 
 
-def packed_statistic(kind: str, sums: Mapping[str, Tensor], weight: Tensor) -> RecordTree:
+def packed_statistic(kind: str, sums: Mapping[str, Tensor], weight: Float[Tensor, " 1"]) -> RecordTree:
     """Turns reduced sums into sum S / sum w, packed as they are.
 
     Args:
         kind: Name of the record in `STATISTICS` whose fields the sums are.
         sums: By name; triangles stay triangles.
-        weight: The summed w, [1], positive.
+        weight: The summed w, positive.
 
     Returns:
         The record's tree, ready for a job's payload: the rank never builds the square matrices.

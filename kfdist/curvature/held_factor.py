@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from kfdist.curvature.spectra import AdaptiveRank, FactorSpectrum, probes_like
@@ -45,11 +46,11 @@ class HeldFactor:
     rank: int
 
     @classmethod
-    def empty(cls, like: Tensor, rank: int) -> "HeldFactor":
+    def empty(cls, like: Float[Tensor, "c n d"], rank: int) -> "HeldFactor":
         """Makes the factor of no examples.
 
         Args:
-            like: Rows `[c, n, d]`.
+            like: Rows.
             rank: r to begin with.
         """
         c, _, d = like.shape
@@ -59,7 +60,9 @@ class HeldFactor:
         )
 
     @classmethod
-    def decomposed(cls, found: FactorSpectrum, matrix: Tensor, *, weight: Tensor | None, rank: int) -> "HeldFactor":
+    def decomposed(
+        cls, found: FactorSpectrum, matrix: Float[Tensor, "c d d"], *, weight: Float[Tensor, ""] | None, rank: int
+    ) -> "HeldFactor":
         """Takes over the decomposition of a dense factor M, as S = weight M."""
         scale = torch.ones((), dtype=matrix.dtype, device=matrix.device) if weight is None else weight
         values = found.spectrum.values * scale
@@ -67,7 +70,7 @@ class HeldFactor:
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, Tensor], label: str, like: Tensor, *, rank: int | None
+        cls, state: Mapping[str, Tensor], label: str, like: Float[Tensor, "..."], *, rank: int | None
     ) -> "HeldFactor | None":
         """Reads what `to_state` wrote; None if there is nothing.
 
@@ -105,19 +108,19 @@ class HeldFactor:
         """Whether any example is in it; waits for the tensor."""
         return self.weight is None or float(self.weight) > 0.0
 
-    def decayed(self, decay: Tensor, examples: Tensor) -> "HeldFactor":
+    def decayed(self, decay: Float[Tensor, ""], examples: Float[Tensor, ""]) -> "HeldFactor":
         """Returns it with S <- decay S, and the weight as if the new examples were in S already."""
         assert self.weight is not None
         weight = decay * self.weight + examples
         return replace(self, values=decay * self.values, trace=decay * self.trace, weight=weight)
 
-    def updated(self, rows: Tensor, *, seed: int, label: str) -> tuple["HeldFactor", dict[str, float]]:
+    def updated(self, rows: Float[Tensor, "c n d"], *, seed: int, label: str) -> tuple["HeldFactor", dict[str, float]]:
         """Adds rows^T rows to S by Brand's update.
 
         U is made orthonormal first where it no longer is, and what is beyond the rank is cut off.
 
         Args:
-            rows: `[c, n, d]`; those that only fill the buffer, all zero, are left out: they would add null columns.
+            rows: Those that only fill the buffer, all zero, are left out: they would add null columns.
             seed: The inversion's seed, for the probes of the residual.
             label: The factor's letter.
 
@@ -140,7 +143,7 @@ class HeldFactor:
         """Returns it with its leading r eigenpairs."""
         return replace(self, vectors=self.vectors[..., : self.rank], values=self.values[..., : self.rank])
 
-    def corrected(self, matrix: Tensor, *, fraction: float, seed: int, label: str) -> "HeldFactor":
+    def corrected(self, matrix: Float[Tensor, "c d d"], *, fraction: float, seed: int, label: str) -> "HeldFactor":
         """Refreshes m = round(fraction k + 1) random ones of its k eigenpairs from the dense factor M = S / weight.
 
         Those of eigenvalue zero don't count: rows that only fill up, or repeat each other, leave vectors there that are
@@ -175,8 +178,8 @@ class HeldFactor:
         found = Spectrum(self.vectors, values, torch.zeros_like(values[..., 0]))
         return found._replace(tail=values[..., -1].clone()) if continued and not found.complete else found
 
-    def mean_trace(self) -> Tensor:
-        """Returns the trace of the factor, `[c]`, also of what was cut off."""
+    def mean_trace(self) -> Float[Tensor, " c"]:
+        """Returns the trace of the factor, also of what was cut off."""
         return self.trace if self.weight is None else self.trace / self.weight
 
     def diagnostics(self, label: str) -> dict[str, float]:
@@ -188,7 +191,7 @@ class HeldFactor:
             f"orthogonality_{label}": float(orthogonality_error(self.vectors).max()),
         }
 
-    def approximation_error(self, matrix: Tensor, *, seed: int, label: str) -> dict[str, float]:
+    def approximation_error(self, matrix: Float[Tensor, "c d d"], *, seed: int, label: str) -> dict[str, float]:
         """Estimates how far it is from the dense factor, relative to that."""
         spectrum = self.spectrum(continued=False)
         probes = probes_like(matrix, None, seed=seed, label=label)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, get_args
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -36,8 +37,8 @@ class BlockMemory:
     measured: Tensor | None = None
     counts: dict[str, Tensor] = field(default_factory=dict)
 
-    def count(self, reason: str, happened: Tensor) -> None:
-        """Adds a boolean scalar to a count, without a host sync."""
+    def count(self, reason: str, happened: Bool[Tensor, ""]) -> None:
+        """Adds 0 or 1 to a count, without a host sync."""
         before = self.counts.get(reason, torch.zeros((), dtype=torch.int64, device=happened.device))
         self.counts[reason] = before + happened
 
@@ -101,27 +102,29 @@ class AbstractPreconditioner(ABC):
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         """Applies the inverse to a gradient of the right shape and dtype; may read and change `memory`."""
 
-    def receive(self, direction: Tensor, memory: BlockMemory) -> None:
+    def receive(self, direction: Float[Tensor, "c p q"], memory: BlockMemory) -> None:
         """Keeps of an exchanged direction what must be equal on all ranks; called on each, the solver included.
 
         Args:
-            direction: As all ranks have it now, `[c, p, q]`; overwritten later.
+            direction: As all ranks have it now; overwritten later.
             memory: What the block keeps from step to step.
         """
         del direction, memory
 
-    def apply(self, gradient: Tensor, damping: float, memory: BlockMemory | None = None) -> Tensor:
+    def apply(
+        self, gradient: Float[Tensor, "c p q"], damping: float, memory: BlockMemory | None = None
+    ) -> Float[Tensor, "c p q"]:
         """Multiplies the damped inverse of the block onto a gradient, without a host sync.
 
         Computes in the dtype of the preconditioner's tensors, also under autocast.
 
         Args:
-            gradient: V, `[c, p, q]`, on the same device.
+            gradient: V, on the same device.
             damping: lambda of F + lambda I; without effect where `damping_at_apply` is False.
             memory: What the block keeps from step to step; None for nothing.
 
         Returns:
-            `[c, p, q]` in the gradient's dtype.
+            The direction, in the gradient's dtype.
 
         Raises:
             ValueError: The gradient has another shape.
@@ -134,8 +137,12 @@ class AbstractPreconditioner(ABC):
 
     @classmethod
     def apply_group(
-        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
-    ) -> list[Tensor]:
+        cls,
+        members: Sequence[Self],
+        gradients: Sequence[Float[Tensor, "_ _ _"]],
+        damping: float,
+        memories: Sequence[BlockMemory],
+    ) -> list[Float[Tensor, "_ _ _"]]:
         """Applies the inverses of a group of blocks; methods that couple blocks override it.
 
         Args:
@@ -150,17 +157,19 @@ class AbstractPreconditioner(ABC):
         each = zip(members, gradients, memories, strict=True)
         return [member.apply(gradient, damping, memory) for member, gradient, memory in each]
 
-    def apply_to_rows(self, a: Tensor, g: Tensor, examples: float, damping: float) -> Tensor:
+    def apply_to_rows(
+        self, a: Float[Tensor, "c n q"], g: Float[Tensor, "c n p"], examples: float, damping: float
+    ) -> Float[Tensor, "c p q"]:
         """Multiplies the damped inverse onto the gradient V = g^T a/N without V; only where its rows are the smaller.
 
         Args:
-            a: Layer inputs, homogeneous coordinate last, `[c, n, q]`.
-            g: Output gradients of the per-example loss, `[c, n, p]`; n counts positions where there are several.
+            a: Layer inputs, homogeneous coordinate last.
+            g: Output gradients of the per-example loss; n counts positions where there are several.
             examples: N.
             damping: lambda of F + lambda I.
 
         Returns:
-            `[c, p, q]` in the dtype of `g`.
+            The direction, in the dtype of `g`.
         """
         raise NotImplementedError(f"{type(self).__name__} can't be multiplied onto rows; apply it to gradients")
 
@@ -172,14 +181,14 @@ class AbstractPreconditioner(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} is not calibrated by the ranks; `samples` has no use here")
 
-    def fallback(self, gradient: Tensor, damping: float) -> Tensor:
+    def fallback(self, gradient: Float[Tensor, "c p q"], damping: float) -> Float[Tensor, "c p q"]:
         """Scales a gradient as if every eigenvalue of the block were the mean one: V/(lambda + tau).
 
         tau = tr(A) tr(G)/(p q) per group: the step keeps the size it has under `apply`; the bare gradient would be up
         to 1/lambda times off.
 
         Args:
-            gradient: V, `[c, p, q]`.
+            gradient: V.
             damping: lambda.
         """
         c, p, q = self.shape
@@ -187,8 +196,8 @@ class AbstractPreconditioner(ABC):
         scale = self.joint_damping(damping) + mean
         return (gradient.to(mean.dtype) / scale.view(c, 1, 1)).to(gradient.dtype)
 
-    def joint_damping(self, damping: float) -> Tensor:
-        """Returns the lambda, `[c]`, that `damping` amounts to on the product of the factors; itself, normally."""
+    def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
+        """Returns the lambda that `damping` amounts to on the product of the factors; itself, normally."""
         return torch.full_like(self.trace_A, damping)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
@@ -220,8 +229,8 @@ class KroneckerInverse(AbstractPreconditioner):
         return self.G_inverse.shape[0], self.G_inverse.shape[-1], self.A_inverse.shape[-1]
 
     @override
-    def joint_damping(self, damping: float) -> Tensor:
-        """Returns the lambda, `[c]`, that was fixed at the inversion, whatever `damping` is now."""
+    def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
+        """Returns the lambda that was fixed at the inversion, whatever `damping` is now."""
         del damping
         return self.damping_A * self.damping_G
 
@@ -266,8 +275,8 @@ class KroneckerSpectrum(AbstractPreconditioner):
     def shape(self) -> tuple[int, int, int]:
         return self.U_G.shape[0], self.U_G.shape[-2], self.U_A.shape[-2]
 
-    def factor_damping(self, damping: float) -> tuple[Tensor, Tensor]:
-        """Returns lambda_A and lambda_G, each `[c]`, of the rules that damp each factor.
+    def factor_damping(self, damping: float) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+        """Returns lambda_A and lambda_G of the rules that damp each factor.
 
         Args:
             damping: lambda; for "relative" it is phi, the fraction of the largest eigenvalue.
@@ -278,15 +287,17 @@ class KroneckerSpectrum(AbstractPreconditioner):
         return split_by_trace(self.trace_A, self.trace_G, d_in=q, d_out=p, damping=damping)
 
     @override
-    def joint_damping(self, damping: float) -> Tensor:
-        """Returns the lambda, `[c]`, that `damping` amounts to on the product of the factors."""
+    def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
+        """Returns the lambda that `damping` amounts to on the product of the factors."""
         if self.damping_rule != "relative":
             return super().joint_damping(damping)
         damping_A, damping_G = self.factor_damping(damping)
         return damping_A * damping_G
 
     @override
-    def apply_to_rows(self, a: Tensor, g: Tensor, examples: float, damping: float) -> Tensor:
+    def apply_to_rows(
+        self, a: Float[Tensor, "c n q"], g: Float[Tensor, "c n p"], examples: float, damping: float
+    ) -> Float[Tensor, "c p q"]:
         """Multiplies the damped inverse onto the gradient V = g^T a/N without V, without a host sync.
 
         Linear in p + q but for the one product of size p q that forming V takes too (algorithms.md 4.3). It equals
@@ -297,13 +308,13 @@ class KroneckerSpectrum(AbstractPreconditioner):
         about twice r_A + r_G.
 
         Args:
-            a: Layer inputs, homogeneous coordinate last, `[c, n, q]`.
-            g: Output gradients of the per-example loss, `[c, n, p]`; n counts positions where there are several.
+            a: Layer inputs, homogeneous coordinate last.
+            g: Output gradients of the per-example loss; n counts positions where there are several.
             examples: N.
             damping: lambda of F + lambda I.
 
         Returns:
-            `[c, p, q]` in the dtype of `g`.
+            The direction, in the dtype of `g`.
 
         Raises:
             ValueError: The damping rule is "common", or the rows have another shape.
@@ -355,8 +366,12 @@ class CoupledPreconditioner(AbstractPreconditioner):
     @classmethod
     @override
     def apply_group(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
-    ) -> list[Tensor]:
+        cls,
+        members: Sequence[Self],
+        gradients: Sequence[Float[Tensor, "_ _ _"]],
+        damping: float,
+        memories: Sequence[BlockMemory],
+    ) -> list[Float[Tensor, "_ _ _"]]:
         """Multiplies the damped inverse of the group onto its gradients, without a host sync.
 
         Computes in the dtype of the members' own tensors, also under autocast.

@@ -8,48 +8,39 @@ convolution, since different groups are different blocks of a block-diagonal mat
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.statistics import KroneckerFactors, Samples
 from kfdist.linalg.kronecker import RELATIVE_FLOOR
 
-Blocks = Sequence[Sequence[Tensor]]
+Blocks = Sequence[Sequence[Float[Tensor, "_ _"]]]
 """Block (i, j) of a matrix over all layers, or of one of its factors, at [i][j]."""
 
 
-def per_example_gradients(block: Block, losses: Tensor) -> Tensor:
+def per_example_gradients(block: Block, losses: Float[Tensor, " N"]) -> Float64[Tensor, "N c p q"]:
     """Differentiates each example's own loss with autograd, one at a time.
 
     Args:
         block: The layer whose parameters are meant.
-        losses: One loss per example, `[N]`, with their graph.
-
-    Returns:
-        `[N, c, p, q]` in float64, bias last.
+        losses: One loss per example, with their graph.
     """
     shape = block.shape
     gradients = [block.to_matrix(torch.autograd.grad(loss, block.parameters(), retain_graph=True)) for loss in losses]
     return torch.stack(gradients).double().reshape(-1, shape.groups, shape.d_out, shape.d_in)
 
 
-def empirical_fisher(gradients: Tensor) -> Tensor:
-    """Returns (1/N) sum_n vec(g_n) vec(g_n)^T of `[N, c, p, q]` per-example gradients, `[c, p q, p q]`."""
+def empirical_fisher(gradients: Float[Tensor, "N c p q"]) -> Float64[Tensor, "c p*q p*q"]:
+    """Returns (1/N) sum_n vec(g_n) vec(g_n)^T of per-example gradients."""
     rows = gradients.double().flatten(2).transpose(0, 1)
     return rows.mT @ rows / rows.shape[1]
 
 
-def softmax_fisher(block: Block, logits: Tensor) -> Tensor:
+def softmax_fisher(block: Block, logits: Float[Tensor, "N classes"]) -> Float64[Tensor, "c pq pq"]:
     """Computes the exact Fisher block of a softmax classifier by enumerating the classes.
 
     (1/N) sum_n sum_c p_nc vec(d log p_nc) vec(d log p_nc)^T, p_nc held constant as the weight.
-
-    Args:
-        block: The layer.
-        logits: `[N, classes]` with their graph.
-
-    Returns:
-        `[c, p q, p q]`.
     """
     log_probabilities = torch.log_softmax(logits, dim=-1)
     n, classes = logits.shape
@@ -61,47 +52,24 @@ def softmax_fisher(block: Block, logits: Tensor) -> Tensor:
     return fisher
 
 
-def dense_kronecker(A: Tensor, G: Tensor) -> Tensor:
-    """Returns the matrix of V -> G V A on row-major vectors, G (x) A, for every group.
-
-    Args:
-        A: `[c, q, q]`.
-        G: `[c, p, p]`.
-
-    Returns:
-        `[c, p q, p q]` in float64.
-    """
+def dense_kronecker(A: Float[Tensor, "c q q"], G: Float[Tensor, "c p p"]) -> Float64[Tensor, "c p*q p*q"]:
+    """Returns the matrix of V -> G V A on row-major vectors, G (x) A, for every group."""
     return torch.stack([torch.kron(g.double(), a.double()) for a, g in zip(A, G, strict=True)])
 
 
-def solve_dense(matrix: Tensor, damping: float, gradient: Tensor) -> Tensor:
-    """Computes (F + lambda I)^{-1} vec(V) with a dense solver.
-
-    Args:
-        matrix: F, `[c, p q, p q]`.
-        damping: lambda.
-        gradient: V, `[c, p, q]`.
-
-    Returns:
-        `[c, p, q]` in float64.
-    """
+def solve_dense(
+    matrix: Float[Tensor, "c n n"], damping: float, gradient: Float[Tensor, "c p q"]
+) -> Float64[Tensor, "c p q"]:
+    """Computes (F + lambda I)^{-1} vec(V) with a dense solver."""
     identity = torch.eye(matrix.shape[-1], dtype=torch.float64)
     solution = torch.linalg.solve(matrix.double() + damping * identity, gradient.double().flatten(1).unsqueeze(-1))
     return solution.reshape(gradient.shape)
 
 
-def damping_shares(A: Tensor, G: Tensor, *, rule: str, damping: float) -> tuple[Tensor, Tensor]:
-    """Returns each factor's share of the damping, written out from algorithms.md 1.1 ("pi") and 3.3 ("relative").
-
-    Args:
-        A: `[c, q, q]`.
-        G: `[c, p, p]`.
-        rule: "pi" or "relative".
-        damping: lambda; the fraction phi for "relative".
-
-    Returns:
-        lambda_A and lambda_G, each `[c]` in float64.
-    """
+def damping_shares(
+    A: Float[Tensor, "c q q"], G: Float[Tensor, "c p p"], *, rule: str, damping: float
+) -> tuple[Float64[Tensor, " c"], Float64[Tensor, " c"]]:
+    """Returns each factor's share of the damping, written out from algorithms.md 1.1 and 3.3 ("relative": of phi)."""
     shares: list[tuple[float, float]] = []
     floor = RELATIVE_FLOOR  # below it a factor counts as zero, and phi is taken as it is
     for a, g in zip(A.double(), G.double(), strict=True):
@@ -116,31 +84,26 @@ def damping_shares(A: Tensor, G: Tensor, *, rule: str, damping: float) -> tuple[
     return torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
 
 
-def solve_factored_dense(A: Tensor, G: Tensor, shares: tuple[Tensor, Tensor], gradient: Tensor) -> Tensor:
-    """Computes ((G + lambda_G I) (x) (A + lambda_A I))^{-1} vec(V) with a dense solver on the whole product.
-
-    Args:
-        A: `[c, q, q]`.
-        G: `[c, p, p]`.
-        shares: lambda_A and lambda_G, each `[c]`.
-        gradient: V, `[c, p, q]`.
-
-    Returns:
-        `[c, p, q]` in float64.
-    """
+def solve_factored_dense(
+    A: Float[Tensor, "c q q"],
+    G: Float[Tensor, "c p p"],
+    shares: tuple[Float[Tensor, " c"], Float[Tensor, " c"]],
+    gradient: Float[Tensor, "c p q"],
+) -> Float64[Tensor, "c p q"]:
+    """Computes ((G + lambda_G I) (x) (A + lambda_A I))^{-1} vec(V) with a dense solver on the whole product."""
     damped_A = A.double() + shares[0][:, None, None] * torch.eye(A.shape[-1], dtype=torch.float64)
     damped_G = G.double() + shares[1][:, None, None] * torch.eye(G.shape[-1], dtype=torch.float64)
     return solve_dense(dense_kronecker(damped_A, damped_G), 0.0, gradient)
 
 
-def project_to_psd(matrix: Tensor) -> Tensor:
+def project_to_psd(matrix: Float[Tensor, "c d d"]) -> Float64[Tensor, "c d d"]:
     """Returns the nearest positive semi-definite matrices: negative eigenvalues set to zero, in float64."""
     values, vectors = torch.linalg.eigh(matrix.double())
     return vectors @ torch.diag_embed(values.clamp_min(0)) @ vectors.mT
 
 
-def leading_part(matrix: Tensor, rank: int, *, continued: bool) -> Tensor:
-    """Returns the best rank-r approximation of `[c, d, d]`, from a full eigendecomposition.
+def leading_part(matrix: Float[Tensor, "c d d"], rank: int, *, continued: bool) -> Float64[Tensor, "c d d"]:
+    """Returns the best rank-r approximation, from a full eigendecomposition.
 
     Args:
         matrix: Symmetric positive semi-definite.
@@ -154,20 +117,20 @@ def leading_part(matrix: Tensor, rank: int, *, continued: bool) -> Tensor:
     return vectors @ torch.diag_embed(values) @ vectors.mT
 
 
-def example_gradients(samples: Samples) -> Tensor:
-    """Returns S_i = sum_t g_it a_it^T of every example, `[n, c, p, q]` in float64."""
+def example_gradients(samples: Samples) -> Float64[Tensor, "n c p q"]:
+    """Returns S_i = sum_t g_it a_it^T of every example."""
     a, g = samples.a.double(), samples.g.double()
     return torch.einsum("cntp,cntq->ncpq", g, a)
 
 
-def weighted_fisher(samples: Samples) -> Tensor:
-    """Returns sum_i weight_i vec(S_i) vec(S_i)^T / sum_i weight_i on row-major vectors, `[c, p q, p q]`."""
+def weighted_fisher(samples: Samples) -> Float64[Tensor, "c pq pq"]:
+    """Returns sum_i weight_i vec(S_i) vec(S_i)^T / sum_i weight_i on row-major vectors."""
     vectors, weight = example_gradients(samples).flatten(2), samples.weight.double()
     return torch.einsum("n,nci,ncj->cij", weight, vectors, vectors) / weight.sum()
 
 
 def factors_of_rows(samples: Samples) -> KroneckerFactors:
-    """Returns Omega and Gamma of the rows in float64, as `Samples` defines them."""
+    """Returns Omega and Gamma of the rows, as `Samples` defines them."""
     a, g, weight = samples.a.double(), samples.g.double(), samples.weight.double()
     return KroneckerFactors(
         A=torch.einsum("n,cnti,cntj->cij", weight, a, a) / weight.sum(),
@@ -175,23 +138,23 @@ def factors_of_rows(samples: Samples) -> KroneckerFactors:
     )
 
 
-def cross_moments(rows: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Returns (1/N) x_i^T x_j for all pairs of layers, from rows x_i `[N, d_i]`, in float64."""
+def cross_moments(rows: Sequence[Float[Tensor, "N _"]]) -> list[list[Float64[Tensor, "_ _"]]]:
+    """Returns (1/N) x_i^T x_j for all pairs of layers, from their rows x_i."""
     doubles = [each.double() for each in rows]
     return [[here.mT @ there / len(here) for there in doubles] for here in doubles]
 
 
-def joint_kronecker(A: Blocks, G: Blocks) -> list[list[Tensor]]:
+def joint_kronecker(A: Blocks, G: Blocks) -> list[list[Float64[Tensor, "_ _"]]]:
     """Returns the blocks G_ij (x) A_ij of the approximated Fisher matrix over all layers (algorithms.md 1.1)."""
     return [[torch.kron(g, a) for a, g in zip(*pair, strict=True)] for pair in zip(A, G, strict=True)]
 
 
-def dense(blocks: Blocks) -> Tensor:
+def dense(blocks: Blocks) -> Float[Tensor, "n m"]:
     """Returns the matrix of its blocks."""
     return torch.cat([torch.cat(list(row), dim=1) for row in blocks])
 
 
-def chain_inverse(F: Blocks) -> Tensor:
+def chain_inverse(F: Blocks) -> Float64[Tensor, "n n"]:
     """Computes Xi^T diag(Sigma_i^{-1}) Xi from the blocks with |i - j| <= 1, without any Kronecker algebra.
 
     Psi_i = F_{i,i+1} F_{i+1,i+1}^{-1}, Sigma_i = F_ii - Psi_i F_{i+1,i+1} Psi_i^T (algorithms.md 1.3).
@@ -212,11 +175,11 @@ def chain_inverse(F: Blocks) -> Tensor:
     return whole.mT @ dense(inverses) @ whole
 
 
-def restriction(sizes: Sequence[int]) -> Tensor:
-    """Returns R, `[L, n]`: row l is 1 on the parameters of block l and 0 elsewhere (algorithms.md 7.1)."""
+def restriction(sizes: Sequence[int]) -> Float64[Tensor, "L n"]:
+    """Returns R: row l is 1 on the parameters of block l and 0 elsewhere (algorithms.md 7.1)."""
     return torch.block_diag(*(torch.ones(1, size, dtype=torch.float64) for size in sizes))
 
 
-def flat(parts: Sequence[Tensor]) -> Tensor:
-    """Returns the vector of some gradients, row-major, one after another, in float64."""
+def flat(parts: Sequence[Float[Tensor, "..."]]) -> Float64[Tensor, " n"]:
+    """Returns the vector of some gradients, row-major, one after another."""
     return torch.cat([part.double().flatten() for part in parts])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from kfdist.curvature.inverse import KroneckerSpectrum
@@ -48,11 +49,11 @@ class AdaptiveRank(NamedTuple):
     least: int
     most: int
 
-    def following(self, values: Tensor, d: int) -> int:
+    def following(self, values: Float[Tensor, "c r"], d: int) -> int:
         """Returns the rank of the next decomposition; waits for the values.
 
         Args:
-            values: Kept eigenvalues, descending, not negative, `[c, r]`; the group that falls off least decides.
+            values: Kept eigenvalues, descending, not negative; the group that falls off least decides.
             d: Size of the factor, which clamps the rank.
         """
         rank, largest = values.shape[-1], values[..., 0]
@@ -80,11 +81,11 @@ class FactorSpectrum:
     diagnostics: dict[str, float]
 
 
-def full_spectrum(matrix: Tensor, *, rank: int, seed: int, label: str) -> FactorSpectrum:
+def full_spectrum(matrix: Float[Tensor, "c d d"], *, rank: int, seed: int, label: str) -> FactorSpectrum:
     """Decomposes a factor by a full eigendecomposition and keeps the leading `rank` pairs.
 
     Args:
-        matrix: Symmetric `[c, d, d]`.
+        matrix: Symmetric.
         rank: Pairs to keep, at most d.
         seed: The inversion's seed, for the probes of the diagnostics.
         label: The factor's letter.
@@ -96,7 +97,7 @@ def full_spectrum(matrix: Tensor, *, rank: int, seed: int, label: str) -> Factor
 
 
 def randomized_spectrum(
-    matrix: Tensor,
+    matrix: Float[Tensor, "c d d"],
     *,
     rank: int,
     oversampling: int,
@@ -104,21 +105,21 @@ def randomized_spectrum(
     method: Decomposition,
     seed: int,
     label: str,
-    start: Tensor | None = None,
+    start: Float[Tensor, "c d k"] | None = None,
 ) -> FactorSpectrum:
     """Decomposes a factor by the randomised methods of algorithms.md 3.2.
 
     Where rank + oversampling reaches d, a full eigendecomposition costs no more and is exact.
 
     Args:
-        matrix: Symmetric `[c, d, d]`.
+        matrix: Symmetric.
         rank: Pairs to keep; clamped to d.
         oversampling: Further columns of the sketch.
         power_iterations: Further multiplications by the matrix.
         method: "rsvd" or "srevd".
         seed: The inversion's seed.
         label: The factor's letter.
-        start: Directions `[c, d, k]` near the eigenvectors, in any precision; at most `rank` of them, the first ones,
+        start: Directions near the eigenvectors, in any precision; at most `rank` of them, the first ones,
             take the place of random columns. The others stay random, so that what is new can be found.
     """
     d = matrix.shape[-1]
@@ -158,12 +159,14 @@ def assemble(
     )
 
 
-def probes_like(matrix: Tensor, columns_of: Tensor | None, *, seed: int, label: str) -> Tensor:
+def probes_like(
+    matrix: Float[Tensor, "c d k"], columns_of: Float[Tensor, "c d r"] | None, *, seed: int, label: str
+) -> Float[Tensor, "c s 4"]:
     """Draws Gaussian probe columns.
 
     Args:
-        matrix: `[c, d, d]`; gives dtype, device and, without `columns_of`, the size.
-        columns_of: A matrix `[c, d, r]` for probes with r rows instead.
+        matrix: Gives dtype, device and, without `columns_of`, the size.
+        columns_of: A matrix for probes with r rows instead.
         seed: The inversion's seed.
         label: Which factor.
     """
@@ -171,15 +174,8 @@ def probes_like(matrix: Tensor, columns_of: Tensor | None, *, seed: int, label: 
     return gaussian_sketch(like, PROBES, seed=split_seed(seed, f"probes/{label}"))
 
 
-def clamp_spectrum(values: Tensor) -> tuple[Tensor, Outcome]:
-    """Sets negative eigenvalues to zero.
-
-    Args:
-        values: `[c, r]`.
-
-    Returns:
-        The clamped values, and CLAMPED if any was negative beyond rounding.
-    """
+def clamp_spectrum(values: Float[Tensor, "c r"]) -> tuple[Float[Tensor, "c r"], Outcome]:
+    """Sets negative eigenvalues to zero; CLAMPED if any was negative beyond rounding."""
     largest = values.abs().amax(-1, keepdim=True)
     beyond_rounding = bool((values < -NEGATIVE_TOLERANCE * largest).any())
     return values.clamp_min(0), Outcome.CLAMPED if beyond_rounding else Outcome.DONE

@@ -3,8 +3,8 @@
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_origin
 
 import pytest
 import torch
@@ -22,12 +22,18 @@ def public_functions() -> Iterator[tuple[str, Any]]:
     for package in PACKAGES:
         for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
             module = importlib.import_module(found.name)
-            for name, member in inspect.getmembers(module, inspect.isfunction):
-                if member.__module__ == found.name and not name.startswith("_") and name not in ANY_SHAPE:
-                    yield f"{found.name}.{name}", member
+            classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == found.name]
+            for holder in (module, *classes):
+                for name, member in vars(holder).items():
+                    function = getattr(member, "fget", getattr(member, "__func__", member))
+                    own = inspect.isfunction(function) and function.__module__ == found.name
+                    if own and not name.startswith("_") and name not in ANY_SHAPE:
+                        yield f"{holder.__name__}.{name}", function
 
 
 def bare_tensors(hint: Any) -> bool:
+    if get_origin(hint) in (dict, Mapping):
+        return False  # tensors by name, of as many shapes
     inner = hint if isinstance(hint, list) else get_args(hint)  # a list: the arguments of a callable
     return hint is Tensor or any(bare_tensors(each) for each in inner)
 

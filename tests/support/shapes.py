@@ -11,7 +11,7 @@ from typing import Any, get_args
 from beartype import beartype
 from jaxtyping import AbstractArray, jaxtyped
 
-PACKAGES = ("kfdist.linalg",)
+PACKAGES = ("kfdist.linalg", "kfdist.curvature")
 
 
 def check_shapes() -> None:

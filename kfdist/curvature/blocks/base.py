@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,7 +59,9 @@ class Block(ABC):
     # What the layer saw ----------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def batched(
+        self, activation: Float[Tensor, "..."], output_gradient: Float[Tensor, "..."]
+    ) -> tuple[Float[Tensor, "N ..."], Float[Tensor, "N ..."]]:
         """Checks what the layer saw in one call and brings it to one form, examples first.
 
         Args:
@@ -73,7 +76,9 @@ class Block(ABC):
         """
 
     @abstractmethod
-    def positions(self, activation: Tensor, output_gradient: Tensor | None = None) -> int:
+    def positions(
+        self, activation: Float[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."] | None = None
+    ) -> int:
         """Returns how many rows T each example of a batched activation has in the factors.
 
         Args:
@@ -82,12 +87,16 @@ class Block(ABC):
                 transposed convolution called with `output_size`).
         """
 
-    def pooled(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def pooled(
+        self, activation: Float[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."]
+    ) -> tuple[Float[Tensor, "N ..."], Float[Tensor, "N ..."]]:
         """Returns batched tensors as the factors see them; only `reduce` changes them."""
         return activation, output_gradient
 
     @abstractmethod
-    def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
+    def padded(
+        self, activation: Float[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."]
+    ) -> Float[Tensor, "N ..."]:
         """Returns what `input_windows` are cut from: a batched activation with what the layer adds around its values.
 
         Args:
@@ -96,16 +105,18 @@ class Block(ABC):
         """
 
     @abstractmethod
-    def padded_elements(self, output_gradient: Tensor) -> int:
+    def padded_elements(self, output_gradient: Float[Tensor, "N ..."]) -> int:
         """Returns the elements that `padded` adds per example, for the bound on memory; 0 where it copies nothing."""
 
     @abstractmethod
-    def input_windows(self, padded: Tensor, chosen: Tensor | None = None) -> Tensor:
+    def input_windows(
+        self, padded: Float[Tensor, "N ..."], chosen: Int64[Tensor, " T"] | None = None
+    ) -> Float[Tensor, "c N ..."]:
         """Shows the rows a, without the homogeneous coordinate.
 
         Args:
             padded: From `padded`.
-            chosen: Positions to take, int64 on the same device; None for all.
+            chosen: Positions to take, on the same device; None for all.
 
         Returns:
             `[c, N, *positions, *features]`, features in the order of a matrix's columns; a view where nothing is
@@ -113,7 +124,9 @@ class Block(ABC):
         """
 
     @abstractmethod
-    def output_windows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
+    def output_windows(
+        self, output_gradient: Float[Tensor, "N ..."], chosen: Int64[Tensor, " T"] | None = None
+    ) -> Float[Tensor, "c N ... p"]:
         """Shows the rows g, `[c, N, *positions, p]`, in the order of `input_windows`."""
 
     @property
@@ -125,8 +138,8 @@ class Block(ABC):
 
     def factor_sums(
         self,
-        activation: Tensor,
-        output_gradient: Tensor,
+        activation: Float[Tensor, "..."],
+        output_gradient: Float[Tensor, "..."],
         *,
         positions_fraction: float = 1.0,
         most_positions: int | None = None,
@@ -185,8 +198,11 @@ class Block(ABC):
         return self._named(inputs, outputs, rows=len(a) * positions, wanted=wanted)
 
     def example_rows(
-        self, activation: Tensor, output_gradient: Tensor, chosen: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        activation: Float[Tensor, "..."],
+        output_gradient: Float[Tensor, "..."],
+        chosen: Int64[Tensor, " n"] | None = None,
+    ) -> tuple[Float[Tensor, "c m T q"], Float[Tensor, "c m T p"]]:
         """Lays out single examples' rows: example i's gradient of the block is sum_t g_it a_it^T, whatever the sharing.
 
         Not tiled: rows of all positions of the chosen examples are held, T q numbers an example.
@@ -194,11 +210,10 @@ class Block(ABC):
         Args:
             activation: The layer's input, examples first.
             output_gradient: Gradient of the loss with respect to its output; not scaled here.
-            chosen: Examples to take, int64 `[n]` on the same device; None for all.
+            chosen: Examples to take, on the same device; None for all.
 
         Returns:
-            a `[c, n, T, q]`, homogeneous coordinate last, and g `[c, n, T, p]`, in float64 for float64 input, else in
-            float32.
+            a, homogeneous coordinate last, and g, in float64 for float64 input, else in float32.
 
         Raises:
             ValueError: Shapes that don't belong to this layer or to each other.
@@ -206,8 +221,11 @@ class Block(ABC):
         return self._laid_out(*self.batched(activation, output_gradient), chosen)
 
     def factor_rows(
-        self, activation: Tensor, output_gradient: Tensor, chosen: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        activation: Float[Tensor, "..."],
+        output_gradient: Float[Tensor, "..."],
+        chosen: Int64[Tensor, " n"] | None = None,
+    ) -> tuple[Float[Tensor, "c m T q"], Float[Tensor, "c m T p"]]:
         """Lays out single examples' rows as the factors see them: A and G of `factor_sums` are sums over these rows.
 
         The same as `example_rows` but for sharing by `reduce`, where T is 1; see there for arguments and results.
@@ -245,21 +263,21 @@ class Block(ABC):
         """Returns the parameters of the block: the weight and, if it is part of the block, the bias."""
         return [self._weight] if self._bias is None else [self._weight, self._bias]
 
-    def to_matrix(self, parts: Sequence[Tensor]) -> Tensor:
-        """Brings tensors shaped like `parameters()` (gradients, directions) to the block's `[c, p, q]`, bias last."""
+    def to_matrix(self, parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "c p q"]:
+        """Brings tensors shaped like `parameters()` (gradients, directions) to the block's matrix, bias last."""
         c, p = self.shape.groups, self.shape.d_out
         columns = [self._weight_matrix(parts[0])]
         columns.extend(part.reshape(c, p, 1) for part in parts[1:])
         return torch.cat(columns, dim=-1)
 
-    def from_matrix(self, matrix: Tensor) -> list[Tensor]:
-        """Returns what `to_matrix` made `[c, p, q]` of: tensors shaped like `parameters()`, views where possible."""
+    def from_matrix(self, matrix: Float[Tensor, "c p q"]) -> list[Float[Tensor, "..."]]:
+        """Returns what `to_matrix` made the matrix of: tensors shaped like `parameters()`, views where possible."""
         if self._bias is None:
             return [self._weight_of(matrix)]
         return [self._weight_of(matrix[..., :-1]), matrix[..., -1].reshape(self._bias.shape)]
 
-    def gradient(self) -> Tensor:
-        """Returns the layer's gradient V as a fresh `[c, p, q]`, bias last, in float32 at least.
+    def gradient(self) -> Float[Tensor, "c p q"]:
+        """Returns the layer's gradient V as a fresh matrix, bias last, in float32 at least.
 
         Raises:
             ValueError: A parameter of the block has no gradient.
@@ -267,11 +285,11 @@ class Block(ABC):
         joined = self.to_matrix(self._gradients())
         return joined.to(torch.promote_types(joined.dtype, torch.float32))
 
-    def write_gradient(self, direction: Tensor) -> None:
+    def write_gradient(self, direction: Float[Tensor, "c p q"]) -> None:
         """Overwrites the layer's gradients in place with `direction`.
 
         Args:
-            direction: `[c, p, q]`, bias last.
+            direction: Bias last.
 
         Raises:
             ValueError: Another shape, or a parameter without a gradient.

@@ -8,6 +8,7 @@ inputs. Each group is a separate matrix.
 import math
 from abc import abstractmethod
 
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
@@ -47,8 +48,9 @@ class AbstractConvBlock(Block):
         """Returns the outputs' size for inputs of size `spatial`; `found` itself where the layer leaves it room."""
 
     @override
-    def batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns both as `[N, C, *spatial]`."""
+    def batched(
+        self, activation: Float[Tensor, "..."], output_gradient: Float[Tensor, "..."]
+    ) -> tuple[Float[Tensor, "N C ..."], Float[Tensor, "N D ..."]]:
         images, g = activation.detach(), output_gradient.detach()
         if images.dim() == g.dim() == self._dims + 1:
             images, g = images.unsqueeze(0), g.unsqueeze(0)
@@ -68,13 +70,14 @@ class AbstractConvBlock(Block):
         return images, g
 
     @override
-    def positions(self, activation: Tensor, output_gradient: Tensor | None = None) -> int:
-        """Returns the number of output positions."""
+    def positions(
+        self, activation: Float[Tensor, "N C ..."], output_gradient: Float[Tensor, "N D ..."] | None = None
+    ) -> int:
         found = () if output_gradient is None else tuple(output_gradient.shape[2:])
         return math.prod(self._output_size(tuple(activation.shape[2:]), found))
 
     @override
-    def padded_elements(self, output_gradient: Tensor) -> int:
+    def padded_elements(self, output_gradient: Float[Tensor, "N D ..."]) -> int:
         """Returns the size of what the output's windows cover."""
         sizes = zip(output_gradient.shape[2:], self._stride, self._reach, strict=True)
         covered = math.prod((size - 1) * stride + reach for size, stride, reach in sizes)
@@ -87,7 +90,9 @@ class AbstractConvBlock(Block):
         return 1 + self._dims
 
     @override
-    def input_windows(self, padded: Tensor, chosen: Tensor | None = None) -> Tensor:
+    def input_windows(
+        self, padded: Float[Tensor, "N C ..."], chosen: Int64[Tensor, " used"] | None = None
+    ) -> Float[Tensor, "c N ..."]:
         """Shows the patches, `[c, N, *positions, channels, *kernel]`."""
         # Windows are views, so nothing is copied before rows are laid out, and only the chosen ones are.
         windows, dims = padded, self._dims
@@ -105,7 +110,9 @@ class AbstractConvBlock(Block):
         return windows[(slice(None), slice(None), *indices)]
 
     @override
-    def output_windows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
+    def output_windows(
+        self, output_gradient: Float[Tensor, "N D ..."], chosen: Int64[Tensor, " used"] | None = None
+    ) -> Float[Tensor, "c N _ p"]:
         """Moves the channels of each group last."""
         grouped = output_gradient.flatten(2).unflatten(1, (self.shape.groups, -1))  # [N, c, p, T]
         if chosen is not None:
@@ -130,7 +137,9 @@ class ConvBlock(AbstractConvBlock):
         return tuple((size + sum(sides) - reach) // stride + 1 for size, sides, reach, stride in sizes)
 
     @override
-    def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
+    def padded(
+        self, activation: Float[Tensor, "N C ..."], output_gradient: Float[Tensor, "N D ..."]
+    ) -> Float[Tensor, "N C ..."]:
         """Pads as the layer does."""
         del output_gradient
         if not any(map(any, self._padding)):
@@ -139,7 +148,7 @@ class ConvBlock(AbstractConvBlock):
         return F.pad(activation, _for_pad(self._padding), mode=mode)
 
     @override
-    def padded_elements(self, output_gradient: Tensor) -> int:
+    def padded_elements(self, output_gradient: Float[Tensor, "N D ..."]) -> int:
         """Returns 0 without padding."""
         return super().padded_elements(output_gradient) if any(map(any, self._padding)) else 0
 
@@ -184,7 +193,9 @@ class ConvTransposeBlock(AbstractConvBlock):
         return tuple(low + int(extra) for low, extra in zip(least, conv.output_padding, strict=True))
 
     @override
-    def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
+    def padded(
+        self, activation: Float[Tensor, "N C ..."], output_gradient: Float[Tensor, "N D ..."]
+    ) -> Float[Tensor, "N C ..."]:
         """Sets zeros between the pixels and around them (or cuts at the borders, where padding asks for it)."""
         spread = activation
         if any(step > 1 for step in self._spread):

@@ -1,5 +1,6 @@
 """Fully connected layers (K-FAC, Martens & Grosse, arXiv 1503.05671), also over sequences (arXiv 2311.00636)."""
 
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -25,8 +26,9 @@ class LinearBlock(Block):
         self._reduces = sharing == "reduce"
 
     @override
-    def batched(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns both as `[N, T, features]`."""
+    def batched(
+        self, activation: Float[Tensor, "..."], output_gradient: Float[Tensor, "..."]
+    ) -> tuple[Float[Tensor, "N T q"], Float[Tensor, "N T p"]]:
         a = self._with_positions(activation, self.shape.d_in - self.has_bias, "activation")
         g = self._with_positions(output_gradient, self.shape.d_out, "output gradient")
         if a.shape[:2] != g.shape[:2]:
@@ -37,39 +39,44 @@ class LinearBlock(Block):
         return a, g
 
     @override
-    def positions(self, activation: Tensor, output_gradient: Tensor | None = None) -> int:
-        """Returns T of `[N, T, features]`; 1 under `reduce`."""
+    def positions(
+        self, activation: Float[Tensor, "N T q"], output_gradient: Float[Tensor, "N T p"] | None = None
+    ) -> int:
         del output_gradient
         return 1 if self._reduces else activation.shape[1]
 
     @override
-    def pooled(self, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Under `reduce`, returns the mean of a and the sum of g over the positions, `[N, 1, features]`."""
+    def pooled(
+        self, activation: Float[Tensor, "N T q"], output_gradient: Float[Tensor, "N T p"]
+    ) -> tuple[Float[Tensor, "N R q"], Float[Tensor, "N R p"]]:
+        """Under `reduce`, returns the mean of a and the sum of g over the positions."""
         if not self._reduces:
             return activation, output_gradient
         a = activation.sum(1, keepdim=True, dtype=accumulation_dtype(activation)) / max(1, activation.shape[1])
         return a, output_gradient.sum(1, keepdim=True, dtype=accumulation_dtype(output_gradient))
 
     @override
-    def padded(self, activation: Tensor, output_gradient: Tensor) -> Tensor:
-        """Returns the activation: nothing is added to it."""
+    def padded(
+        self, activation: Float[Tensor, "N T q"], output_gradient: Float[Tensor, "N T p"]
+    ) -> Float[Tensor, "N T q"]:
         del output_gradient
         return activation
 
     @override
-    def padded_elements(self, output_gradient: Tensor) -> int:
-        """Returns 0."""
+    def padded_elements(self, output_gradient: Float[Tensor, "N T p"]) -> int:
         del output_gradient
         return 0
 
     @override
-    def input_windows(self, padded: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Returns `[1, N, T, features]`."""
+    def input_windows(
+        self, padded: Float[Tensor, "N T q"], chosen: Int64[Tensor, " used"] | None = None
+    ) -> Float[Tensor, "1 N _ q"]:
         return _windows(padded, chosen)
 
     @override
-    def output_windows(self, output_gradient: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Returns `[1, N, T, features]`."""
+    def output_windows(
+        self, output_gradient: Float[Tensor, "N T p"], chosen: Int64[Tensor, " used"] | None = None
+    ) -> Float[Tensor, "1 N _ p"]:
         return _windows(output_gradient, chosen)
 
     def _with_positions(self, tensor: Tensor, features: int, what: str) -> Tensor:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 TILE_BYTES = 32 << 20
@@ -16,12 +17,14 @@ size is large enough that the matrix product dominates its overhead, and small b
 needs tiling."""
 
 
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+def accumulation_dtype(tensor: Float[Tensor, "..."]) -> torch.dtype:
     """Returns the dtype for products of `tensor`: float64 stays, everything else becomes float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def draw_positions(positions: int, fraction: float, seed: int, most: int | None = None) -> Tensor | None:
+def draw_positions(
+    positions: int, fraction: float, seed: int, most: int | None = None
+) -> Int64[Tensor, " used"] | None:
     """Draws some of the positions 0..T-1 uniformly without replacement.
 
     Args:
@@ -31,7 +34,7 @@ def draw_positions(positions: int, fraction: float, seed: int, most: int | None 
         most: Upper limit of the draw, at least 1; None: no limit.
 
     Returns:
-        Sorted positions as int64 `[T']` on the CPU, or None for all of them.
+        Sorted positions on the CPU, or None for all of them.
 
     Raises:
         ValueError: `fraction` is outside (0, 1], or `most` is below 1.
@@ -50,14 +53,20 @@ def draw_positions(positions: int, fraction: float, seed: int, most: int | None 
 
 
 def tiles(
-    examples: int, positions: int, chosen: Tensor | None, *, row_bytes: int, example_bytes: int, device: torch.device
-) -> Iterator[tuple[slice, list[Tensor | None]]]:
+    examples: int,
+    positions: int,
+    chosen: Int64[Tensor, " used"] | None,
+    *,
+    row_bytes: int,
+    example_bytes: int,
+    device: torch.device,
+) -> Iterator[tuple[slice, list[Int64[Tensor, " _"] | None]]]:
     """Splits examples and positions so that no tile of rows is larger than `TILE_BYTES`.
 
     Args:
         examples: N.
         positions: T.
-        chosen: Positions to use, int64 `[T']` on `device`; None for all.
+        chosen: Positions to use, on `device`; None for all.
         row_bytes: Bytes of one position's rows of one example, all groups together.
         example_bytes: Bytes held for an example besides its rows.
         device: Where indices of positions are made.
@@ -83,8 +92,8 @@ def tiles(
         yield slice(start, start + 1), pieces
 
 
-def lay_out(windows: Tensor, features: int, dtype: torch.dtype) -> Tensor:
-    """Lays windows out as rows `[c, n T, d]`, example by example, with one copy at most.
+def lay_out(windows: Float[Tensor, "c ..."], features: int, dtype: torch.dtype) -> Float[Tensor, "c rows d"]:
+    """Lays windows out as rows, n T of them, example by example, with one copy at most.
 
     Args:
         windows: `[c, n, *positions, *features]`.
@@ -104,7 +113,7 @@ class RowSums:
         first: Sum of r, `[c, d]`, or None.
     """
 
-    def __init__(self, like: Tensor, shape: tuple[int, int], *, second: bool, first: bool) -> None:
+    def __init__(self, like: Float[Tensor, "..."], shape: tuple[int, int], *, second: bool, first: bool) -> None:
         c, d = shape
         dtype = accumulation_dtype(like)
         self._like, self._groups = like, c
@@ -116,15 +125,15 @@ class RowSums:
         """Whether anything is to be added up."""
         return self.second is not None or self.first is not None
 
-    def lays_out(self, chosen: Tensor | None) -> bool:
+    def lays_out(self, chosen: Int64[Tensor, " used"] | None) -> bool:
         """Whether `add` or its caller copies windows of these positions; sums of rows are taken from views."""
         return self.second is not None or (self.first is not None and chosen is not None)
 
-    def none(self, dims: int) -> Tensor:
+    def none(self, dims: int) -> Float[Tensor, "c ..."]:
         """Returns what stands for a sum that wasn't asked for: `[c, 0]`, or `[c, 0, 0]` for two dims."""
         return self._like.new_zeros(self._groups, *(0,) * dims, dtype=accumulation_dtype(self._like))
 
-    def add(self, windows: Tensor, features: int) -> None:
+    def add(self, windows: Float[Tensor, "c n ..."], features: int) -> None:
         """Adds windows `[c, n, *positions, *features]`; laid out as rows only where products of them are wanted."""
         if self.second is not None:
             rows = lay_out(windows, features, self.second.dtype)
@@ -142,16 +151,15 @@ class RowSums:
                 estimate.mul_(factor)
 
 
-def with_homogeneous(second_moment: Tensor, sums: Tensor, rows: int) -> Tensor:
+def with_homogeneous(
+    second_moment: Float[Tensor, "c d d"], sums: Float[Tensor, "c d"], rows: int
+) -> Float[Tensor, "c d+1 d+1"]:
     """Borders a sum of a a^T with the homogeneous coordinate, as if every row a ended in a 1.
 
     Args:
-        second_moment: `[c, d, d]`.
-        sums: Sum of the rows, `[c, d]`.
+        second_moment: Sum of a a^T.
+        sums: Sum of the rows.
         rows: Number of rows.
-
-    Returns:
-        `[c, d + 1, d + 1]`.
     """
     c, d, _ = second_moment.shape
     bordered = second_moment.new_empty(c, d + 1, d + 1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -74,41 +75,34 @@ class ConjugateGradient(AbstractPreconditioner):
         return self.solve == "owner"
 
     @override
-    def receive(self, direction: Tensor, memory: BlockMemory) -> None:
+    def receive(self, direction: Float[Tensor, "c p q"], memory: BlockMemory) -> None:
         """Keeps the direction as the next guess, so that any rank can go on from it, also after a resume."""
         if self.warm_start:
             memory.kept["solution"] = direction.to(self.trace_A.dtype, copy=True)
 
-    def product(self, V: Tensor, damping: float) -> Tensor:
-        """Computes Op(V), `[c, p, q]`.
-
-        Args:
-            V: `[c, p, q]`.
-            damping: lambda.
-        """
+    def product(self, V: Float[Tensor, "c p q"], damping: float) -> Float[Tensor, "c p q"]:
+        """Computes Op(V), damped by lambda."""
         if self.operator == "kronecker":
             undamped = kronecker_product(self.a.flatten(1, 2), self.g.flatten(1, 2), V)
         else:
             undamped = fisher_product(self.a, self.g, V)
         return undamped.add_(V, alpha=damping)
 
-    def diagonal(self, damping: float) -> Tensor:
-        """Computes the diagonal of Op as `[c, p, q]`.
-
-        Args:
-            damping: lambda.
-        """
+    def diagonal(self, damping: float) -> Float[Tensor, "c p q"]:
+        """Computes the diagonal of Op, damped by lambda, in the shape of V."""
         if self.operator == "kronecker":
             undamped = self.g.square().sum((1, 2)).unsqueeze(-1) * self.a.square().sum((1, 2)).unsqueeze(-2)
         else:
             undamped = fisher_diagonal(self.a, self.g)
         return undamped.add_(damping)
 
-    def solution(self, gradient: Tensor, damping: float, start: Tensor | None = None) -> CgSolution:
+    def solution(
+        self, gradient: Float[Tensor, "c p q"], damping: float, start: Float[Tensor, "c p q"] | None = None
+    ) -> CgSolution:
         """Solves Op(x) = V and says how far it came; `apply` is this with the remedies.
 
         Args:
-            gradient: V, `[c, p, q]`, in the rows' dtype.
+            gradient: V, in the rows' dtype.
             damping: lambda.
             start: A guess; see `kfdist.linalg.cg.conjugate_gradient`.
         """

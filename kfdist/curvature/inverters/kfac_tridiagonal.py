@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import ClassVar, NamedTuple, Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -59,17 +60,13 @@ class ChainLink(CoupledPreconditioner):
         return self.K_G.shape[0], self.K_G.shape[-1], self.K_A.shape[-1]
 
     @override
-    def joint_damping(self, damping: float) -> Tensor:
-        """Returns the lambda, `[c]`, that was fixed at the inversion, whatever `damping` is now."""
+    def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
+        """Returns the lambda that was fixed at the inversion, whatever `damping` is now."""
         del damping
         return self.damping_A * self.damping_G
 
-    def conditional_solve(self, gradient: Tensor) -> Tensor:
-        """Computes Sigma_i^{-1} V: the block's inverse given all layers after it; not a direction by itself.
-
-        Args:
-            gradient: V, `[c, p, q]`.
-        """
+    def conditional_solve(self, gradient: Float[Tensor, "c p q"]) -> Float[Tensor, "c p q"]:
+        """Computes Sigma_i^{-1} V: the block's inverse given all layers after it; not a direction by itself."""
         remainder = 1 - self.s_G.unsqueeze(-1) * self.s_A.unsqueeze(-2)
         return self.K_G @ ((self.K_G.mT @ gradient @ self.K_A) / remainder) @ self.K_A.mT
 

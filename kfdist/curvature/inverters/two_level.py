@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -73,16 +74,12 @@ class TwoLevelBlock(CoupledPreconditioner):
         return self.inner.shape
 
     @override
-    def joint_damping(self, damping: float) -> Tensor:
-        """Returns the lambda, `[c]`, that `damping` amounts to in the inner method."""
+    def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
+        """Returns the lambda that `damping` amounts to in the inner method."""
         return self.inner.joint_damping(damping)
 
-    def coarse_block(self, damping: float) -> Tensor:
-        """Returns 1^T B 1, the sum of all entries of this block of the inner method's damped matrix; a scalar.
-
-        Args:
-            damping: lambda.
-        """
+    def coarse_block(self, damping: float) -> Float[Tensor, ""]:
+        """Returns 1^T B 1, the sum of all entries of this block of the inner method's damped matrix."""
         _, p, q = self.shape
         if self.inner.damping_rule == "common":
             return (self.sum_A * self.sum_G + damping * p * q).sum()
@@ -284,8 +281,8 @@ class TwoLevel(AbstractInverter):
             )
 
 
-def inner_sums(spectrum: KroneckerSpectrum) -> tuple[Tensor, Tensor]:
-    """Returns the sums of all entries of both factors as the spectrum holds them, each `[c]`: 1^T A 1 and 1^T G 1."""
+def inner_sums(spectrum: KroneckerSpectrum) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """Returns the sums of all entries of both factors as the spectrum holds them: 1^T A 1 and 1^T G 1."""
     A = _sum_of(spectrum.U_A, spectrum.w_A, spectrum.tail_A)
     return A, _sum_of(spectrum.U_G, spectrum.w_G, spectrum.tail_G)
 

@@ -135,8 +135,8 @@ def test_only_the_whole_chain_in_order_has_a_direction() -> None:
         links[2].apply(gradients[2], DAMPING)
     with pytest.raises(ValueError, match=r"got those at places \[1, 0, 2\]"):
         direction([links[1], links[0], links[2]], [gradients[1], gradients[0], gradients[2]])
-    with pytest.raises(ValueError, match=r"the gradient at place 1 has shape \(3, 4\), the preconditioner is for"):
-        direction(links, [gradients[0], gradients[1][0], gradients[2]])
+    with pytest.raises(ValueError, match=r"the gradient at place 1 has shape \(1, 3, 3\), the preconditioner is for"):
+        direction(links, [gradients[0], gradients[1][..., 1:], gradients[2]])
 
 
 def test_a_chain_out_of_order_is_refused() -> None:
