@@ -3,9 +3,9 @@
 import torch
 
 from kfdist.capture.hooks import Capture
+from kfdist.comm.background import TableExchange
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.communicator_set import CommunicatorSet
-from kfdist.comm.table import TableExchange
 from kfdist.comm.together import require_equal
 from kfdist.curvature.fingerprint import fingerprint
 from kfdist.curvature.inverter import Coupling

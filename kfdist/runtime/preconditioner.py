@@ -26,7 +26,6 @@ from kfdist.runtime.apply.rates import (
     step_before_optimizer,
 )
 from kfdist.runtime.assembly import agree_on_terms, assemble
-from kfdist.runtime.diagnostics import diagnostic_note
 from kfdist.runtime.invert.service import Service, make_link
 from kfdist.runtime.plan.coverage import Coverage
 from kfdist.runtime.plan.groups import BlockGroup, refuse_applied_rows
@@ -34,7 +33,7 @@ from kfdist.runtime.plan.layers import check_block
 from kfdist.runtime.plan.planner import Method, Plan, make_plan, needs_costs
 from kfdist.runtime.settings import Settings, StepReport
 from kfdist.runtime.state import pipeline_state, restore_pipeline
-from kfdist.runtime.telemetry_samples import pipeline_samples, pipeline_totals
+from kfdist.runtime.telemetry_samples import diagnostic_note, pipeline_samples, pipeline_totals
 from kfdist.types import BlockName, Fisher, MetricSample, WeightSharing
 
 

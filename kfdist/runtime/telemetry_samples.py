@@ -1,18 +1,29 @@
-"""A pipeline's measurements as samples for the controller and as totals for the summary."""
+"""What a pipeline measured: as samples for the controller, totals for the summary, and notes for `coverage()`."""
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from kfdist.curvature.ladder import BlockOutcome
 from kfdist.links.link import LinkCounters
-from kfdist.runtime.diagnostics import diagnostic_samples
 from kfdist.runtime.pipeline import Pipeline
-from kfdist.types import MetricSample
+from kfdist.telemetry.metrics import METRICS
+from kfdist.types import BlockName, MetricSample
+
+_GAUGES = {
+    "rank": "kfdist_inversion_rank",
+    "residual": "kfdist_inversion_residual",
+    "orthogonality": "kfdist_inversion_orthogonality_error",
+    "approximation_error": "kfdist_inversion_approximation_error",
+    "smallest_eigenvalue": "kfdist_inversion_smallest_eigenvalue",
+}
+"""Gauge of each diagnostic that a method gives for its factors, such as `residual_A`; in the order of the note."""
 
 
 def pipeline_samples(pipeline: Pipeline, link: LinkCounters) -> list[MetricSample]:
-    """Returns what this rank has to report; per-block gauges come from rank 0 alone, once a run.
+    """Returns what this rank has to report; what is equal on all ranks comes from rank 0 alone.
 
     Observations of histograms are returned once and forgotten.
 
@@ -22,53 +33,43 @@ def pipeline_samples(pipeline: Pipeline, link: LinkCounters) -> list[MetricSampl
     """
     counters = pipeline.counters
     samples = [
-        MetricSample(name="kfdist_inversion_seconds", value=seconds, labels={"method": method})
-        for method, seconds in counters.inversion_seconds
+        *_taken("kfdist_inversion_seconds", "method", counters.inversion_seconds),
+        *_by_label("kfdist_bytes_total", "purpose", _bytes(pipeline, link)),
+        *_by_label("kfdist_failures_total", "reason", link.resubmissions),
+        *_by_label("kfdist_restarts_total", "process", _some({"courier": link.courier_restarts})),
+        _sample("kfdist_samples_lost_total", link.samples_dropped),
+        _sample("kfdist_queue_depth", sum(len(track.jobs.unanswered) for track in pipeline.tracks)),
+        _sample(
+            "kfdist_nonfinite_drops_total",
+            counters.drops.latest(sums.dropped for sums in pipeline.reducer.sums.values()),
+        ),
     ]
-    counters.inversion_seconds.clear()
-    samples += _by_label("kfdist_bytes_total", "purpose", _bytes(pipeline, link))
-    samples.append(MetricSample(name="kfdist_samples_lost_total", value=float(link.samples_dropped)))
-    samples += _by_label("kfdist_failures_total", "reason", link.resubmissions)
-    unanswered = sum(len(track.jobs.unanswered) for track in pipeline.tracks)
-    samples.append(MetricSample(name="kfdist_queue_depth", value=float(unanswered)))
-    if link.courier_restarts:
-        samples += _by_label("kfdist_restarts_total", "process", {"courier": link.courier_restarts})
-    drops = counters.drops.latest(each.dropped for each in pipeline.reducer.sums.values())
-    samples.append(MetricSample(name="kfdist_nonfinite_drops_total", value=drops))
-    if pipeline.training.rank == 0:
-        samples += _common_samples(pipeline)
-    return samples
+    return samples if pipeline.training.rank else [*samples, *_common_samples(pipeline)]
 
 
 def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
-    """What is equal on all ranks and reported once."""
-    counters = pipeline.counters
+    counters, step = pipeline.counters, pipeline.last_step
+    replaced = {reason: counters.replaced[reason].latest(counts) for reason, counts in _replaced(pipeline).items()}
+    # Reasons of failures have numbers in them: without bound as label values. The summary has them.
+    failures = {"inversion_failed": sum(counters.failures.values()), "damaged_broadcast": counters.resent}
     samples = [
         # Counters run from the sender's start, so a resumed run counts the steps of this process.
-        MetricSample(name="kfdist_steps_total", value=float(counters.steps)),
-        MetricSample(name="kfdist_damping", value=pipeline.agreement.damping(pipeline.last_step)),
-        MetricSample(name="kfdist_adoptions_total", value=float(counters.adoptions)),
+        _sample("kfdist_steps_total", counters.steps),
+        _sample("kfdist_damping", pipeline.agreement.damping(step)),
+        _sample("kfdist_adoptions_total", counters.adoptions),
+        *_by_label("kfdist_fallbacks_total", "reason", counters.fallbacks),
+        *_by_label("kfdist_fallbacks_total", "reason", _some(replaced)),
+        *_by_label("kfdist_fallbacks_total", "reason", counters.degraded),
+        *_by_label("kfdist_failures_total", "reason", _some(failures)),
+        *_taken("kfdist_step_seconds", "phase", counters.step_seconds),
     ]
     for track in pipeline.tracks:
-        labels, steps, seconds = {"block": track.group.name}, track.staleness(pipeline.last_step), track.age_seconds()
-        samples.append(MetricSample(name="kfdist_staleness_steps", value=float(steps), labels=labels))
+        samples.append(_sample("kfdist_staleness_steps", track.staleness(step), block=track.group.name))
+        seconds = track.age_seconds()
         if seconds is not None:
-            samples.append(MetricSample(name="kfdist_staleness_seconds", value=seconds, labels=labels))
+            samples.append(_sample("kfdist_staleness_seconds", seconds, block=track.group.name))
         for block, outcome in track.snapshot.outcomes.items():
             samples += diagnostic_samples(block, outcome.diagnostics)
-    samples += _by_label("kfdist_fallbacks_total", "reason", counters.fallbacks)
-    replaced = {reason: counters.replaced[reason].latest(counts) for reason, counts in _replaced(pipeline).items()}
-    samples += _by_label("kfdist_fallbacks_total", "reason", {reason: n for reason, n in replaced.items() if n})
-    samples += _by_label("kfdist_fallbacks_total", "reason", counters.degraded)
-    # Reasons of failures have numbers in them: without bound as label values. The summary has them.
-    failed, resent = sum(counters.failures.values()), counters.resent
-    failures = {"inversion_failed": failed, "damaged_broadcast": resent}
-    samples += _by_label("kfdist_failures_total", "reason", {reason: n for reason, n in failures.items() if n})
-    samples += [
-        MetricSample(name="kfdist_step_seconds", value=seconds, labels={"phase": phase})
-        for phase, seconds in counters.step_seconds
-    ]
-    counters.step_seconds.clear()
     return samples
 
 
@@ -106,8 +107,62 @@ def pipeline_totals(pipeline: Pipeline, link: LinkCounters) -> dict[str, Any]:
     }
 
 
+def diagnostic_samples(block: BlockName, diagnostics: Mapping[str, float]) -> list[MetricSample]:
+    """Returns a block's diagnostics as gauges; those that have none are left out.
+
+    Args:
+        block: The block's name.
+        diagnostics: Of the inversion in use, as in `BlockOutcome`.
+    """
+    samples = [
+        _sample(gauge, value, block=block, factor=factor)
+        for quantity, gauge in _GAUGES.items()
+        for factor, value in _by_factor(quantity, diagnostics).items()
+    ]
+    if "rung" in diagnostics:
+        samples.append(_sample("kfdist_inversion_rung", diagnostics["rung"], block=block))
+    return samples
+
+
+def diagnostic_note(version: int, outcome: BlockOutcome) -> str:
+    """Says in one line how a block's inversion went: all ranks, and the worst of each other diagnostic.
+
+    Args:
+        version: Step whose statistics were inverted.
+        outcome: How it went.
+    """
+    facts = []
+    for quantity, metric in _GAUGES.items():
+        values = list(_by_factor(quantity, outcome.diagnostics).values())
+        if values:
+            shown = values if quantity == "rank" else [METRICS[metric].across.worst(values)]
+            words = metric.removeprefix("kfdist_inversion_").replace("_", " ")
+            facts.append(f"{words} {'/'.join(f'{value:.3g}' for value in shown)}")
+    return ": ".join(filter(None, (f"version {version} ({outcome.outcome})", ", ".join(facts))))
+
+
+def _by_factor(quantity: str, diagnostics: Mapping[str, float]) -> dict[str, float]:
+    """Returns the diagnostics `QUANTITY_FACTOR` of one quantity by factor."""
+    parts = {name: name.rpartition("_") for name in diagnostics}
+    return {factor: diagnostics[name] for name, (found, _, factor) in parts.items() if found == quantity}
+
+
+def _sample(name: str, value: float, **labels: str) -> MetricSample:
+    return MetricSample(name=name, value=float(value), labels=labels)
+
+
 def _by_label(name: str, label: str, totals: Mapping[str, float]) -> list[MetricSample]:
-    return [MetricSample(name=name, value=float(total), labels={label: value}) for value, total in totals.items()]
+    return [_sample(name, total, **{label: value}) for value, total in totals.items()]
+
+
+def _taken(name: str, label: str, observations: deque[tuple[str, float]]) -> list[MetricSample]:
+    samples = [_sample(name, value, **{label: of}) for of, value in observations]
+    observations.clear()
+    return samples
+
+
+def _some(totals: Mapping[str, float]) -> dict[str, float]:
+    return {value: total for value, total in totals.items() if total}
 
 
 def _bytes(pipeline: Pipeline, link: LinkCounters) -> dict[str, int]:

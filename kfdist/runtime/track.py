@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kfdist.comm.background import PayloadBroadcast
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 from kfdist.curvature.jobs import encode_result
 from kfdist.curvature.ladder import BlockOutcome
 from kfdist.policies.adoption import NO_VERSION, AdoptionLedger
 from kfdist.policies.staleness import Adoption, Decision
-from kfdist.runtime.adopt.flight import Flight
 from kfdist.runtime.invert.job_book import JobLine
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.types import BlockName
@@ -70,7 +70,7 @@ class Track:
     group: BlockGroup
     jobs: JobLine
     ledger: AdoptionLedger = field(default_factory=AdoptionLedger)
-    flight: Flight | None = None
+    flight: PayloadBroadcast | None = None
     rejections: int = 0
     pending: list[int] = field(default_factory=list)
     snapshot: Snapshot = field(default_factory=Snapshot)

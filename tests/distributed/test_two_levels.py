@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from kfdist.comm.background import TableExchange
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.communicator_set import TwoLevelCommunicator, make_communicators
-from kfdist.comm.table import TableExchange
 from kfdist.policies.staleness import FixedLag
 from kfdist.runtime import preconditioner
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants

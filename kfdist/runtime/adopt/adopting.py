@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kfdist.policies.adoption import AgreedTable
+from kfdist.policies.adoption import NO_VERSION, AgreedTable
 from kfdist.runtime.adopt.exchange import Arrival, SnapshotExchange
 from kfdist.runtime.adopt.snapshots import SnapshotInstaller
-from kfdist.runtime.adopt.waits import due_for_adoption, too_old
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.own import OwnInversion
 from kfdist.runtime.invert.shipping import Inverting
@@ -56,16 +55,14 @@ class Adopting:
         Raises:
             Interrupted: On all ranks, inside a wait.
         """
-        lag = self._settings.lag
-        due = due_for_adoption(step, self._tracks, lag)
-        if due or lag is not None:
+        due = self._due(step)
+        if due or self._settings.lag is not None:
             return self._await(step, due, exact=True)
         arrived = self._exchange.received_by_all(table) if table is not None else {}
         if table is not None:
             self._exchange.enter(table)
         self._exchange.poll()
-        arriving = {index: each.version for index, each in arrived.items()}
-        stale = too_old(step, self._tracks, arriving, self._settings.adoption)
+        stale = self._too_old(step, arrived)
         for index in stale:
             # Where the inversion turns out to have failed, the old snapshot stays in use, counted as "kept".
             self._counters.fallbacks["waited"] += 1
@@ -112,6 +109,34 @@ class Adopting:
     def finish(self) -> None:
         """Completes what travels to this rank; `close` needs quiet groups."""
         self._exchange.finish()
+
+    def _due(self, step: int) -> dict[int, int]:
+        """Returns, by group index, the versions to be adopted at `step`: at the lag, and version 0 at step 0 always."""
+        under_way = {track.group.index: track.pending[0] for track in self._tracks if track.pending}
+        if step == 0:
+            return dict.fromkeys(under_way, 0)
+        lag = self._settings.lag
+        return {index: oldest for index, oldest in under_way.items() if lag is not None and oldest <= step - lag}
+
+    def _too_old(self, step: int, arrived: Mapping[int, Arrival]) -> dict[int, int]:
+        """Returns the versions to wait for where the hard bound is passed and its policy is to wait.
+
+        A group about to adopt a version that is young enough does not wait, nor does one with nothing under way. The
+        others wait for the oldest version that is young enough, else for the newest under way.
+        """
+        adoption = self._settings.adoption
+        stale = {}
+        for track in self._tracks:
+            arrival = arrived.get(track.group.index)
+            newest = NO_VERSION if arrival is None else arrival.version
+            under_way = [version for version in track.pending if version > newest]
+            if not (under_way and track.decision(step, adoption).wait):
+                continue
+            if arrival is not None and not adoption.decide(step - newest).wait:
+                continue
+            young = [version for version in under_way if not adoption.decide(step - version).wait]
+            stale[track.group.index] = young[0] if young else under_way[-1]
+        return stale
 
     def _await(self, step: int, wanted: Mapping[int, int], *, exact: bool) -> dict[int, Arrival]:
         if not wanted:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfdist.comm.table import TableExchange
+from kfdist.comm.background import TableExchange
 from kfdist.errors import ConfigError, Interrupted, RanksDiverged
 from kfdist.links.link import AbstractLink
 from kfdist.policies.adoption import ABSENT, AdoptionLedger, AgreedTable, decode_table, encode_table

@@ -4,12 +4,11 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from kfdist.comm.broadcast import PayloadBroadcast
+from kfdist.comm.background import HEADER_COLUMNS, NO_HEADER, Header, PayloadBroadcast
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.policies.adoption import AgreedTable
 from kfdist.runtime.adopt.agreement import WAITING_ROUND_SECONDS, Agreement
-from kfdist.runtime.adopt.flight import HEADER_COLUMNS, NO_HEADER, Flight, Header
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.job_book import JobBook
 from kfdist.runtime.track import Track
@@ -65,7 +64,8 @@ class SnapshotExchange:
         arrived = {}
         for track, agreed in zip(self._tracks, table.groups, strict=True):
             if track.ledger.swaps(agreed):
-                arrived[track.group.index] = _landed(track)
+                assert track.flight is not None and track.flight.payload is not None, "all ranks have it, so this one"
+                arrived[track.group.index] = Arrival(track.flight.header.version, track.flight.payload)
         return arrived
 
     def enter(self, table: AgreedTable) -> None:
@@ -88,12 +88,12 @@ class SnapshotExchange:
                     "longer holds a result"
                 )
             track.ledger.enter(header.version)
-            track.flight = Flight(header, self._broadcast(track, header))
+            track.flight = self._broadcast(track, header)
 
     def poll(self) -> None:
         """Notes, without blocking, which payloads have arrived at this rank whole."""
         for track in self._tracks:
-            if track.flight is not None and track.flight.payload is None and track.flight.broadcast.is_completed():
+            if track.flight is not None and track.flight.payload is None and track.flight.is_completed():
                 _receive(track, track.flight)
 
     def finish(self) -> None:
@@ -105,7 +105,7 @@ class SnapshotExchange:
     def abandon(self, track: Track) -> None:
         """All ranks forget the group's broadcast under way; its result stays with the courier rank."""
         if track.flight is not None:
-            track.flight.broadcast.wait()
+            track.flight.wait()
         track.abandon()
 
     def _give_up(self, tracks: Sequence[Track]) -> None:
@@ -145,9 +145,8 @@ class SnapshotExchange:
             )
             headers = dict(zip(missing, _read_headers(columns), strict=True))
             ready = {group: header for group, header in headers.items() if header is not None}
-            for group, payload in self._transfer(ready).items():
-                arrived[group] = Arrival(ready[group].version, payload)
-                del missing[group]
+            arrived |= self._transfer(ready)
+            missing = {group: version for group, version in missing.items() if group not in arrived}
             if missing and waited > WAITING_ROUND_SECONDS and not told:
                 self._agreement.tell(step, "waiting")
                 told = True
@@ -158,21 +157,21 @@ class SnapshotExchange:
         self._counters.waited_seconds += time.monotonic() - begun
         return arrived
 
-    def _transfer(self, headers: Mapping[int, Header]) -> dict[int, bytes]:
+    def _transfer(self, headers: Mapping[int, Header]) -> dict[int, Arrival]:
         """Broadcasts payloads and waits; repeated while some rank's digest differs, which no rank may then use."""
         remaining = dict(headers)
-        arrived: dict[int, bytes] = {}
+        arrived: dict[int, Arrival] = {}
         for _ in range(_MOST_ATTEMPTS):
             if not remaining:
                 return arrived
             broadcasts = {group: self._broadcast(self._tracks[group], header) for group, header in remaining.items()}
-            payloads = {group: broadcast.wait() for group, broadcast in broadcasts.items()}
-            wrong = [int(not header.fits(payloads[group])) for group, header in remaining.items()]
-            for group, is_wrong in zip(list(remaining), self._agreement.agree(wrong), strict=True):
+            wrong = [int(not broadcast.receive()) for broadcast in broadcasts.values()]
+            for (group, broadcast), is_wrong in zip(broadcasts.items(), self._agreement.agree(wrong), strict=True):
                 if is_wrong:
                     self._counters.resent += 1
                 else:
-                    arrived[group] = payloads[group]
+                    assert broadcast.payload is not None
+                    arrived[group] = Arrival(broadcast.header.version, broadcast.payload)
                     del remaining[group]
         self._check_attempts([self._tracks[group] for group in remaining])
         return arrived
@@ -193,7 +192,7 @@ class SnapshotExchange:
                 raise KfdistError(f"version {header.version} of {track.group.name!r} left its slot too early")
             payload = result.payload
             self.bytes_sent += len(payload)
-        return PayloadBroadcast(self._communicator, payload, size=header.size, source=track.group.courier_rank)
+        return PayloadBroadcast(self._communicator, header, source=track.group.courier_rank, payload=payload)
 
     def _check_attempts(self, damaged: Collection[Track]) -> None:
         if damaged:
@@ -204,16 +203,9 @@ class SnapshotExchange:
             )
 
 
-def _landed(track: Track) -> Arrival:
-    """Returns what the group's broadcast has brought to this rank."""
-    assert track.flight is not None and track.flight.payload is not None, "an agreed receipt includes this rank's"
-    return Arrival(track.flight.header.version, track.flight.payload)
-
-
-def _receive(track: Track, flight: Flight) -> None:
+def _receive(track: Track, flight: PayloadBroadcast) -> None:
     """Takes in a payload and notes whether it is whole."""
-    flight.payload = flight.broadcast.wait()
-    if flight.header.fits(flight.payload):
+    if flight.receive():
         track.ledger.receive()
     else:
         track.ledger.reject()

@@ -2,7 +2,7 @@
 
 import itertools
 
-from kfdist.comm.broadcast import PayloadBroadcast
+from kfdist.comm.background import Header, PayloadBroadcast
 from kfdist.comm.communicator import Communicator
 from kfdist.runtime.adopt import exchange
 from tests.support.faults import corrupted, reach
@@ -13,8 +13,8 @@ _NUMBERS = itertools.count()
 class FaultyBroadcast(PayloadBroadcast):
     """Looks unfinished for longer than it is, or arrives with a wrong bit."""
 
-    def __init__(self, communicator: Communicator, payload: bytes | None, *, size: int, source: int) -> None:
-        super().__init__(communicator, payload, size=size, source=source)
+    def __init__(self, communicator: Communicator, header: Header, *, source: int, payload: bytes | None) -> None:
+        super().__init__(communicator, header, source=source, payload=payload)
         self._faults = reach("late", "corrupt", payload=next(_NUMBERS))
         self._looks = sum(fault.random().randint(0, fault.value[0]) for fault in self._faults if fault.kind == "late")
 

@@ -8,10 +8,9 @@ rank has given its columns, and not before; everything else (results, payloads) 
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from kfdist.comm.broadcast import PayloadBroadcast
+from kfdist.comm.background import Header, PayloadBroadcast
 from kfdist.curvature.inverters import make_inverter
 from kfdist.policies.adoption import AgreedTable, decode_table, encode_table
-from kfdist.runtime.adopt.flight import Flight, Header
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.track import Track
 from kfdist.types import GroupSpec, JobResult
@@ -35,7 +34,7 @@ class SimulatedRank:
     entering: list[int] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)
 
-    def open(self) -> dict[Broadcast, Flight]:
+    def open(self) -> dict[Broadcast, PayloadBroadcast]:
         """The broadcasts under way."""
         flights = [(track.group.index, track.ledger.serial, track.flight) for track in self.tracks]
         return {(group, serial): flight for group, serial, flight in flights if flight is not None}
@@ -44,8 +43,9 @@ class SimulatedRank:
 class Nowhere(PayloadBroadcast):
     """A broadcast whose payload a test delivers."""
 
-    def __init__(self) -> None:
-        pass
+    def __init__(self, version: int) -> None:
+        self.header = Header(version, 0, "")
+        self.payload = None
 
 
 class World:
@@ -135,7 +135,7 @@ class World:
             assert version != NOTHING, "a version was announced and is not in its slot"
             track = rank.tracks[group]
             track.ledger.enter(version)
-            track.flight = Flight(Header(version, 0, ""), Nowhere())
+            track.flight = Nowhere(version)
             if track is self.courier(group):
                 assert version in track.jobs.results, "a slot was freed before everyone had it"
         rank.waiting = sorted(self.waits[rank.step] - rank.to_adopt.keys())

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, strategies
 
+from kfdist.comm.background import Header
 from kfdist.policies.adoption import ABSENT, NO_VERSION, AdoptionLedger, decode_table, encode_table
-from kfdist.runtime.adopt.flight import Header
 
 int64 = strategies.integers(-(2**63), 2**63 - 1)
 serials = strategies.lists(strategies.tuples(*[strategies.integers(0, 2**40)] * 3), min_size=2, max_size=2)

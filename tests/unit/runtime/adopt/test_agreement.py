@@ -1,7 +1,7 @@
 """Settings that people changed, over a resume."""
 
+from kfdist.comm.background import TableExchange
 from kfdist.comm.communicator import Communicator
-from kfdist.comm.table import TableExchange
 from kfdist.links.local import LocalLink
 from kfdist.runtime.adopt.agreement import Agreement
 from kfdist.types import Desired, RunSettings

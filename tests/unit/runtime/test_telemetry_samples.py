@@ -5,7 +5,7 @@ import torch
 
 from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.ladder import BlockOutcome
-from kfdist.runtime.diagnostics import diagnostic_note, diagnostic_samples
+from kfdist.runtime.telemetry_samples import diagnostic_note, diagnostic_samples
 from kfdist.telemetry.metrics import fault_in
 from kfdist.types import MetricSample
 from tests.support.cases import CASES, InverterCase
