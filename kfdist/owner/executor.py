@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from kfdist.owner.child import Answer
+from kfdist.rpc.chunking import digest_of
 from kfdist.system.processes import describe_exit
 from kfdist.system.spawn import module_command, with_package
 
@@ -60,10 +61,12 @@ class Execution:
 
     Attributes:
         result: What `kfdist.curvature.jobs.run_job` returned.
+        digest: Its SHA-256, hexadecimal.
         seconds: Wall-clock seconds of the inversion itself.
     """
 
     result: bytes
+    digest: str
     seconds: float
 
 
@@ -122,8 +125,7 @@ class Executor:
             with child.deadline(deadline_seconds):
                 child.connection.send_bytes(payload)
                 answer = child.receive()
-                if answer["kind"] == Answer.RESULT:
-                    return Execution(result=child.connection.recv_bytes(), seconds=answer["seconds"])
+                result = child.connection.recv_bytes() if answer["kind"] == Answer.RESULT else b""
         except TimeoutError:
             self._replace()
             raise DeadlineExceeded(
@@ -131,9 +133,13 @@ class Executor:
             ) from None
         except EOFError:
             raise ChildCrashed(f"the inversion process {self._replace()} in the middle of an inversion") from None
-        if answer["kind"] == Answer.REFUSAL:
-            raise PayloadRefused(answer["reason"])
-        raise InversionRaised(f"the inversion raised {answer['reason']}")
+        match answer["kind"]:
+            case Answer.RESULT:
+                return Execution(result=result, digest=digest_of(result), seconds=answer["seconds"])
+            case Answer.REFUSAL:
+                raise PayloadRefused(answer["reason"])
+            case _:
+                raise InversionRaised(f"the inversion raised {answer['reason']}")
 
     def close(self) -> None:
         """Ends the process; an inversion in progress fails. Safe to call twice and from any thread."""

@@ -10,7 +10,7 @@ import grpc
 
 from kfdist.owner.executor import DeadlineExceeded, Execution, ExecutionFailed, Executor, PayloadRefused
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2
-from kfdist.rpc.chunking import Assembler, digest_of, split
+from kfdist.rpc.chunking import Assembler, split
 from kfdist.rpc.status import Refusal, answers, streams
 
 _LONGEST_NAME = 1024
@@ -35,20 +35,11 @@ class ServiceLimits:
     idle_seconds: float = 30.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Result:
-    """A finished inversion as it is sent."""
-
-    payload: bytes
-    digest: str
-    seconds: float
-
-
 @dataclass(kw_only=True)
 class _Running:
     """An inversion that runs or waits for its turn, and how many calls wait for it."""
 
-    task: asyncio.Task[_Result]
+    task: asyncio.Task[Execution]
     waiters: int = 0
     begun: bool = False
 
@@ -81,7 +72,7 @@ class InversionServicer:
         self._turn = asyncio.Lock()
         self._room = _Room(self._limits.buffered_bytes)
         self._running: dict[str, _Running] = {}
-        self._kept: OrderedDict[str, _Result] = OrderedDict()
+        self._kept: OrderedDict[str, Execution] = OrderedDict()
         self._epochs: OrderedDict[str, int] = OrderedDict()
         self._fingerprint = ""
 
@@ -111,16 +102,13 @@ class InversionServicer:
         requests = _Requests(request_iterator, self._limits.idle_seconds)
         header = await requests.header()
         self._check(header)
-        result = await self._result(header, requests)
+        done = await self._execution(header, requests)
         yield inversion_pb2.InvertResponse(
             header=inversion_pb2.InvertResultHeader(
-                payload_bytes=len(result.payload),
-                digest=result.digest,
-                seconds=result.seconds,
-                owner_id=self._owner_id,
+                payload_bytes=len(done.result), digest=done.digest, seconds=done.seconds, owner_id=self._owner_id
             )
         )
-        for chunk in split(result.payload):
+        for chunk in split(done.result):
             yield inversion_pb2.InvertResponse(chunk=chunk)
 
     def _check(self, header: inversion_pb2.InvertHeader) -> None:
@@ -160,8 +148,8 @@ class InversionServicer:
                 f"run {run!r} was started again: this call is of epoch {epoch}, {self._owner_id} has seen {newest}",
             )
 
-    async def _result(self, header: inversion_pb2.InvertHeader, requests: "_Requests") -> _Result:
-        """Returns the result of a job: a kept one, that of a running call, or that of a new inversion."""
+    async def _execution(self, header: inversion_pb2.InvertHeader, requests: "_Requests") -> Execution:
+        """Returns a job's execution: a kept one, that of a running call, or a new one."""
         key = f"{header.run}/{header.epoch}/{header.group}/{header.version}/{header.digest}"
         if key not in self._kept and key not in self._running:
             assembler = Assembler(header.payload_bytes, header.digest, limit_bytes=self._limits.payload_bytes)
@@ -181,16 +169,17 @@ class InversionServicer:
         return await self._join(key)
 
     def _begin(self, key: str, run: str, payload: bytearray, deadline_seconds: float) -> None:
-        async def invert() -> _Result:
+        async def invert() -> Execution:
             try:
                 async with self._turn:
                     running.begun = True
                     execution = await asyncio.to_thread(self._executor.run, payload, deadline_seconds)
-                    return await self._keep(key, execution)
             except ExecutionFailed as failure:
                 raise self._refusal(run, failure) from failure
+            self._keep(key, execution)
+            return execution
 
-        def end(task: asyncio.Task[_Result]) -> None:
+        def end(task: asyncio.Task[Execution]) -> None:
             # A callback, as a task that is cancelled before its first step never enters its own `finally`.
             self._room.leave(len(payload))
             if self._running.get(key) is running:
@@ -201,7 +190,7 @@ class InversionServicer:
         running = self._running[key] = _Running(task=asyncio.create_task(invert()))
         running.task.add_done_callback(end)
 
-    async def _join(self, key: str) -> _Result:
+    async def _join(self, key: str) -> Execution:
         """Waits for a running inversion, which is dropped if its last caller leaves before it has begun."""
         running = self._running[key]
         running.waiters += 1
@@ -213,13 +202,11 @@ class InversionServicer:
                 self._running.pop(key, None)
                 running.task.cancel()
 
-    async def _keep(self, key: str, execution: Execution) -> _Result:
-        digest = await asyncio.to_thread(digest_of, execution.result)
-        result = self._kept[key] = _Result(payload=execution.result, digest=digest, seconds=execution.seconds)
+    def _keep(self, key: str, execution: Execution) -> None:
+        self._kept[key] = execution
         self.completed += 1
-        while len(self._kept) > 1 and sum(len(kept.payload) for kept in self._kept.values()) > self._limits.kept_bytes:
+        while len(self._kept) > 1 and sum(len(kept.result) for kept in self._kept.values()) > self._limits.kept_bytes:
             self._kept.popitem(last=False)
-        return result
 
     def _refusal(self, run: str, failure: ExecutionFailed) -> Refusal:
         match failure:

@@ -24,6 +24,7 @@ from kfdist.links.socket_messages import (
     Bye,
     Counted,
     CourierSetup,
+    Done,
     Fenced,
     Hello,
     Message,
@@ -32,7 +33,6 @@ from kfdist.links.socket_messages import (
 )
 from kfdist.system.lifetime import exit_with_process
 from kfdist.telemetry.logging import setup_logging
-from kfdist.types import RunSettings
 
 _LOG = logging.getLogger(__name__)
 
@@ -87,21 +87,22 @@ class Courier:
 
     def __init__(self, setup: CourierSetup, rank: RankSocket, word: HeartbeatWord) -> None:
         """Connects the parts; nothing runs yet."""
-        context = setup.context
         directory = OwnerDirectory()
         self._rank = rank
         self._word = word
+        self._counted = LinkCounters()
+        self._fenced = False
+        self._dispatcher = Dispatcher(
+            setup.context, directory, done=self._tell_done, count=self._count, fenced=self._fence
+        )
         self._session = ControllerSession(
-            setup.address,
-            context,
-            setup.rank_pid,
+            setup,
             directory,
-            owners_changed=self._owners_changed,
-            settings_changed=self._settings_changed,
+            owners_changed=self._dispatcher.owners_changed,
+            settings_changed=lambda settings: rank.tell(NewSettings(settings=settings)),
+            count=self._count,
             fenced=self._fence,
         )
-        self._dispatcher = Dispatcher(context.run, context.epoch, directory, rank.tell, self._fence)
-        self._fenced = False
 
     async def run(self) -> None:
         """Carries until the rank says goodbye or closes its end."""
@@ -111,7 +112,7 @@ class Courier:
                 conversation,
                 group.create_task(self._session.keep_finding_owners()),
                 group.create_task(self._move_word()),
-                group.create_task(self._report()),
+                group.create_task(self._report_regularly()),
             ]
             self._rank.tell(Hello())
             while (heard := await self._rank.hear()) is not None:
@@ -135,25 +136,29 @@ class Courier:
             self._word.beat()
             await asyncio.sleep(_WORD_SECONDS)
 
-    async def _report(self) -> None:
+    async def _report_regularly(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_SECONDS)
-            self._dispatcher.report()
-            if self._session.samples_dropped:
-                self._rank.tell(Counted(counters=LinkCounters(samples_dropped=self._session.samples_dropped)))
-                self._session.samples_dropped = 0
+            self._report()
 
-    def _owners_changed(self) -> None:
-        self._dispatcher.owners_changed()
+    def _count(self, more: LinkCounters) -> None:
+        self._counted += more
+
+    def _report(self) -> None:
+        """Tells the rank what was counted since the last report, if anything was."""
+        if self._counted != LinkCounters():
+            self._rank.tell(Counted(counters=self._counted))
+            self._counted = LinkCounters()
+
+    def _tell_done(self, done: Done) -> None:
+        self._report()  # first, so that the counts of a job are known with its result
+        self._rank.tell(done)
 
     def _fence(self, reason: str) -> None:
         if not self._fenced:
             self._fenced = True
             _LOG.error("this start of the run is superseded and stops: %s", reason)
             self._rank.tell(Fenced())
-
-    def _settings_changed(self, settings: RunSettings) -> None:
-        self._rank.tell(NewSettings(settings=settings))
 
 
 async def _serve(channel_descriptor: int, word_descriptor: int, setup_descriptor: int) -> None:

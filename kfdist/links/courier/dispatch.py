@@ -6,15 +6,15 @@ import logging
 import mmap
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
-from kfdist.links.courier.transfer import AttemptFailed, Inverted, Reason, Request, Traffic, attempt
-from kfdist.links.link import LinkCounters
+from kfdist.links.courier.transfer import AttemptFailed, Reason, attempt
+from kfdist.links.link import LinkContext, LinkCounters
 from kfdist.links.shared_memory import write_at
-from kfdist.links.socket_messages import Counted, Done, Message, Submit
+from kfdist.links.socket_messages import Done, Submit
+from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import InvertHeader, InvertResultHeader
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_aio_channel
 
@@ -73,35 +73,34 @@ class _Parcel:
 
 
 class Dispatcher:
-    """Carries jobs to owners, one task a job, and tells the rank how they ended."""
+    """Carries jobs to owners, one task a job."""
 
     def __init__(
         self,
-        run: str,
-        epoch: int,
+        context: LinkContext,
         directory: OwnerDirectory,
-        tell: Callable[[Message], None],
+        *,
+        done: Callable[[Done], None],
+        count: Callable[[LinkCounters], None],
         fenced: Callable[[str], None],
     ) -> None:
         """Begins without jobs.
 
         Args:
-            run: Name of the run.
-            epoch: The run's start.
+            context: What the rank knows of its run.
             directory: The owners; kept up to date by others, who call `owners_changed`.
-            tell: Sends a message to the rank.
+            done: Called when a result lies in its memfd.
+            count: Called with what there is to count.
             fenced: Called with the reason when an owner has seen a newer start of the run.
         """
-        self._run = run
-        self._epoch = epoch
+        self._context = context
         self._directory = directory
-        self._tell = tell
+        self._done = done
+        self._count = count
         self._fenced = fenced
         self._connections: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        self._traffic = Traffic()
-        self._resubmissions: Counter[str] = Counter()
         self._begun = time.monotonic()
         self._quiet_until = 0.0
 
@@ -132,39 +131,26 @@ class Dispatcher:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def report(self) -> None:
-        """Tells the rank what was counted since the last report, if anything was."""
-        counted = LinkCounters(
-            resubmissions=dict(self._resubmissions),
-            bytes_sent=self._traffic.sent,
-            bytes_received=self._traffic.received,
-        )
-        if counted != LinkCounters():
-            self._tell(Counted(counters=counted))
-        self._resubmissions.clear()
-        self._traffic.sent = self._traffic.received = 0
-
     async def _carry(self, submit: Submit, input_descriptor: int, output_descriptor: int) -> None:
         try:
             payload = _map(input_descriptor, submit.payload_bytes)
-            inverted = await self._invert(_Parcel(submit=submit, payload=payload))
+            header, result = await self._invert(_Parcel(submit=submit, payload=payload))
             # In the event loop, as a thread might still write when this task is cancelled and its descriptor reused.
-            write_at(output_descriptor, 0, inverted.payload)
-            self.report()
-            self._tell(
+            write_at(output_descriptor, 0, result)
+            self._done(
                 Done(
                     ticket=submit.ticket,
-                    payload_bytes=len(inverted.payload),
-                    digest=inverted.digest,
-                    seconds=inverted.seconds,
-                    owner=inverted.owner,
+                    payload_bytes=header.payload_bytes,
+                    digest=header.digest,
+                    seconds=header.seconds,
+                    owner=header.owner_id,
                 )
             )
         finally:
             os.close(input_descriptor)
             os.close(output_descriptor)
 
-    async def _invert(self, parcel: _Parcel) -> Inverted:
+    async def _invert(self, parcel: _Parcel) -> tuple[InvertResultHeader, bytearray]:
         """Tries owners until one has done the job."""
         while True:
             owner = await self._choose(parcel)
@@ -173,20 +159,26 @@ class Dispatcher:
                 if not self._directory.is_current(owner) or self._directory.is_suspended(owner):
                     continue  # It fell ill while this job waited for it.
                 parcel.attempts += 1
-                request = Request(
-                    run=self._run,
-                    epoch=self._epoch,
-                    submit=parcel.submit,
-                    payload=parcel.payload,
-                    deadline_seconds=parcel.submit.deadline_seconds * parcel.stretch,
-                )
                 try:
-                    inverted = await attempt(connection.stub, request, self._traffic)
+                    answer = await attempt(connection.stub, self._header(parcel), parcel.payload, self._count)
                 except AttemptFailed as failure:
                     self._learn(owner, parcel, failure)
                 else:
                     self._directory.trust(owner)
-                    return inverted
+                    return answer
+
+    def _header(self, parcel: _Parcel) -> InvertHeader:
+        submit = parcel.submit
+        return InvertHeader(
+            run=self._context.run,
+            epoch=self._context.epoch,
+            group=submit.group,
+            version=submit.version,
+            digest=submit.digest,
+            payload_bytes=submit.payload_bytes,
+            deadline_milliseconds=max(1, round(submit.deadline_seconds * parcel.stretch * 1000)),
+            fingerprint=submit.fingerprint,
+        )
 
     async def _choose(self, parcel: _Parcel) -> KnownOwner:
         """Waits for the best owner that hasn't failed the job in this round."""
@@ -217,7 +209,7 @@ class Dispatcher:
 
     def _learn(self, owner: KnownOwner, parcel: _Parcel, failure: AttemptFailed) -> None:
         parcel.tried.add(owner.owner_id)
-        self._resubmissions[failure.reason] += 1
+        self._count(LinkCounters(resubmissions={failure.reason: 1}))
         if failure.owner_at_fault:
             self._directory.suspend(owner)
         if failure.reason is Reason.DEADLINE:
@@ -242,7 +234,7 @@ class Dispatcher:
             )
             if not parcel.stranded:
                 parcel.stranded = True
-                self._resubmissions[Reason.FINGERPRINT] += 1
+                self._count(LinkCounters(resubmissions={Reason.FINGERPRINT: 1}))
 
     def _warn(self, message: str) -> None:
         if time.monotonic() >= self._quiet_until:

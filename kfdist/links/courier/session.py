@@ -14,7 +14,8 @@ import grpc
 import grpc.aio
 
 from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
-from kfdist.links.link import LinkContext
+from kfdist.links.link import LinkCounters
+from kfdist.links.socket_messages import CourierSetup
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
@@ -40,40 +41,34 @@ _REFUSALS = (
 
 
 class ControllerSession:
-    """Talks to the controller for one rank until told to end.
-
-    Attributes:
-        samples_dropped: Samples that found no place while the controller was away, since last taken.
-    """
+    """Talks to the controller for one rank until told to end."""
 
     def __init__(
         self,
-        address: str,
-        context: LinkContext,
-        pid: int,
+        setup: CourierSetup,
         directory: OwnerDirectory,
         *,
         owners_changed: Callable[[], None],
         settings_changed: Callable[[RunSettings], None],
+        count: Callable[[LinkCounters], None],
         fenced: Callable[[str], None],
     ) -> None:
         """Begins without a connection.
 
         Args:
-            address: Where the controller listens.
-            context: What the rank knows of its run.
-            pid: The rank's process id, for operators.
+            setup: The controller, the rank and its run.
             directory: Kept up to date.
             owners_changed: Called after each update of the directory.
             settings_changed: Called with newer settings of the run.
+            count: Called with the samples that find no place while the controller is away.
             fenced: Called with the reason when the controller knows a newer start of the run.
         """
-        self._address = address
-        self._context = context
-        self._pid = pid
+        self._setup = setup
+        self._context = setup.context
         self._directory = directory
         self._owners_changed = owners_changed
         self._settings_changed = settings_changed
+        self._count = count
         self._fenced = fenced
         self._revision = 0
         self._step, self._phase = 0, "running"
@@ -83,7 +78,6 @@ class ControllerSession:
         self._connected = False
         self._away = False
         self._told = ""
-        self.samples_dropped = 0
 
     def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         """Takes in where the rank stands; it is told at the next beat, a new phase at once."""
@@ -91,15 +85,17 @@ class ControllerSession:
             self._due.set()
         self._step, self._phase = step, phase
         self._samples.extend(samples)
-        while len(self._samples) > _QUEUED_SAMPLES:
-            self._samples.popleft()  # the oldest: a gauge's newer value, or a counter's total, replaces it anyway
-            self.samples_dropped += 1
+        surplus = len(self._samples) - _QUEUED_SAMPLES
+        if surplus > 0:
+            for _ in range(surplus):
+                self._samples.popleft()  # the oldest: a gauge's newer value, or a counter's total, replaces it anyway
+            self._count(LinkCounters(samples_dropped=surplus))
 
     async def run(self) -> None:
         """Keeps the conversation up until `end`."""
         pause = _FIRST_PAUSE_SECONDS
         while True:
-            channel = open_aio_channel(self._address)
+            channel = open_aio_channel(self._setup.address)
             stub = MembershipServiceStub(channel)
             try:
                 await self._register(stub)
@@ -126,7 +122,7 @@ class ControllerSession:
         reason = details_of(error)
         if code_of(error) in _REFUSALS and reason != self._told:
             self._told = reason
-            _LOG.warning("the controller at %s refuses this rank: %s", self._address, reason)
+            _LOG.warning("the controller at %s refuses this rank: %s", self._setup.address, reason)
 
     async def end(self, conversation: asyncio.Task[None]) -> None:
         """Tells the controller the last beat if it is there, and ends `conversation`, the task of `run`."""
@@ -159,7 +155,7 @@ class ControllerSession:
             groups=group_messages(context.groups) if leads else (),
             fingerprint=context.fingerprint,
             assignment=context.assignment if leads else "",
-            pid=self._pid,
+            pid=self._setup.rank_pid,
         )
         response = await stub.RegisterWorker(request, timeout=CALL_SECONDS)
         self._learn_settings(response.settings)

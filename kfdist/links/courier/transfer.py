@@ -1,15 +1,14 @@
 """One attempt at one job: its payload to an owner, the result back, and what each way of failing means."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from kfdist.links.socket_messages import Submit
+from kfdist.links.link import LinkCounters
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2
 from kfdist.rpc.chunking import Assembler, PayloadError, PayloadTooLarge, split
 from kfdist.rpc.status import code_of, details_of
@@ -49,77 +48,23 @@ class AttemptFailed(Exception):
         self.owner_at_fault = owner_at_fault
 
 
-@dataclass(kw_only=True)
-class Traffic:
-    """Payload bytes that went over the wire since they were last asked for."""
-
-    sent: int = 0
-    received: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inverted:
-    """What an owner answered, verified.
-
-    Attributes:
-        payload: The result.
-        digest: Its SHA-256.
-        seconds: Wall-clock seconds of the inversion.
-        owner: Who did it.
-    """
-
-    payload: bytearray
-    digest: str
-    seconds: float
-    owner: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What one attempt sends.
-
-    Attributes:
-        run: Name of the run.
-        epoch: The run's start.
-        submit: The job.
-        payload: Its input, in shared memory.
-        deadline_seconds: How long the inversion may run; longer than the job's after it was too short.
-    """
-
-    run: str
-    epoch: int
-    submit: Submit
-    payload: memoryview
-    deadline_seconds: float
-
-    def header(self) -> inversion_pb2.InvertHeader:
-        """Returns the message that goes first."""
-        return inversion_pb2.InvertHeader(
-            run=self.run,
-            epoch=self.epoch,
-            group=self.submit.group,
-            version=self.submit.version,
-            digest=self.submit.digest,
-            payload_bytes=self.submit.payload_bytes,
-            deadline_milliseconds=max(1, round(self.deadline_seconds * 1000)),
-            fingerprint=self.submit.fingerprint,
-        )
-
-
-async def attempt(stub: Any, request: Request, traffic: Traffic) -> Inverted:
-    """Has one owner do one job.
+async def attempt(
+    stub: Any, header: inversion_pb2.InvertHeader, payload: memoryview, count: Callable[[LinkCounters], None]
+) -> tuple[inversion_pb2.InvertResultHeader, bytearray]:
+    """Has one owner do one job, and returns its answer, verified.
 
     Args:
         stub: The owner's InversionServiceStub.
-        request: The job.
-        traffic: Counts the bytes.
+        header: The job.
+        payload: Its input.
+        count: Called with the payload bytes of each message.
 
     Raises:
         AttemptFailed: No verified result came of it.
     """
-    call = stub.Invert(_messages(request, traffic), timeout=request.deadline_seconds + _SLACK_SECONDS)
+    call = stub.Invert(_messages(header, payload, count), timeout=header.deadline_milliseconds / 1000 + _SLACK_SECONDS)
     try:
-        return await _collect(call, traffic)
+        return await _collect(call, count)
     except (PayloadError, PayloadTooLarge) as error:
         raise AttemptFailed(Reason.CORRUPT, str(error)) from error
     except grpc.aio.AioRpcError as error:
@@ -134,14 +79,18 @@ async def attempt(stub: Any, request: Request, traffic: Traffic) -> Inverted:
         call.cancel()
 
 
-async def _messages(request: Request, traffic: Traffic) -> AsyncIterator[inversion_pb2.InvertRequest]:
-    yield inversion_pb2.InvertRequest(header=request.header())
-    for chunk in split(request.payload):
+async def _messages(
+    header: inversion_pb2.InvertHeader, payload: memoryview, count: Callable[[LinkCounters], None]
+) -> AsyncIterator[inversion_pb2.InvertRequest]:
+    yield inversion_pb2.InvertRequest(header=header)
+    for chunk in split(payload):
         yield inversion_pb2.InvertRequest(chunk=chunk)
-        traffic.sent += len(chunk)
+        count(LinkCounters(bytes_sent=len(chunk)))
 
 
-async def _collect(call: Any, traffic: Traffic) -> Inverted:
+async def _collect(
+    call: Any, count: Callable[[LinkCounters], None]
+) -> tuple[inversion_pb2.InvertResultHeader, bytearray]:
     assembler: Assembler | None = None
     header = inversion_pb2.InvertResultHeader()
     async for response in call:
@@ -151,13 +100,12 @@ async def _collect(call: Any, traffic: Traffic) -> Inverted:
                 assembler = Assembler(header.payload_bytes, header.digest, limit_bytes=MAX_RESULT_BYTES)
             case "chunk" if assembler is not None:
                 assembler.add(response.chunk)
-                traffic.received += len(response.chunk)
+                count(LinkCounters(bytes_received=len(response.chunk)))
             case part:
                 raise PayloadError(f"an owner answered with {part or 'nothing'} out of order")
     if assembler is None:
         raise PayloadError("an owner answered with nothing")
-    payload = assembler.finish()
-    return Inverted(payload=payload, digest=header.digest, seconds=header.seconds, owner=header.owner_id)
+    return header, assembler.finish()
 
 
 _MEANING: dict[grpc.StatusCode, tuple[Reason, bool]] = {
