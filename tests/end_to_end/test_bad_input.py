@@ -4,12 +4,14 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kfdist.cli.main import run as run_here
-from tests.support.commands import Command, run
+from tests.support.commands import run
+from tests.support.launches import ENDLESS, LOCAL, ONE_RANK, launch
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -65,18 +67,28 @@ MISTAKES = [
 ]
 
 
+Train = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Train:
+    """Runs `kfdist train` in this process, where torch is imported once for all; returns its exit code and its words.
+
+    For what it refuses before it starts anything.
+    """
+
+    def run_it(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["kfdist", "train", *arguments])
+        return run_here(), capfd.readouterr().err
+
+    return run_it
+
+
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
 def test_a_mistake_exits_with_2_names_value_and_remedy_and_makes_nothing(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    arguments: list[str],
-    words: list[str],
+    tmp_path: Path, train: Train, arguments: list[str], words: list[str]
 ):
-    # In this process, where torch is imported once for the whole table; the command starts nothing before it refuses.
-    monkeypatch.setattr(sys, "argv", ["kfdist", "train", *arguments, "--set", f"run.dir={tmp_path / 'runs' / 'it'}"])
-    code = run_here()
-    output = capfd.readouterr().err
+    code, output = train(*arguments, "--set", f"run.dir={tmp_path / 'runs' / 'it'}")
     assert code == 2, output
     for word in words:
         assert word in output
@@ -119,18 +131,20 @@ def test_a_stack_trace_is_shown_only_where_it_is_asked_for():
 
 
 @pytest.mark.parametrize("field", ["control.address", "control.metrics_address"])
-def test_a_port_in_use_exits_with_1(tmp_path: Path, field: str):
+def test_a_port_in_use_exits_with_1(tmp_path: Path, train: Train, field: str):
     directory = tmp_path / "run"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        output = run("train", "--set", f"{field}={address}", "--set", f"run.dir={directory}", code=1)
+        code, output = train("--set", f"{field}={address}", "--set", f"run.dir={directory}")
+    assert code == 1, output
     assert field in output and address in output and "another address" in output
     assert not directory.exists()
 
 
-def test_a_run_directory_that_is_a_file_exits_with_2(tmp_path: Path):
+def test_a_run_directory_that_is_a_file_exits_with_2(tmp_path: Path, train: Train):
     (tmp_path / "run").write_text("precious")
-    output = run("train", "--set", f"run.dir={tmp_path / 'run'}", code=2)
+    code, output = train("--set", f"run.dir={tmp_path / 'run'}")
+    assert code == 2, output
     assert "run.dir" in output and "file" in output
     assert (tmp_path / "run").read_text() == "precious"
 
@@ -152,17 +166,17 @@ def test_a_ray_that_cannot_be_reached_exits_with_1_and_leaves_nothing(tmp_path: 
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     directory = tmp_path / "runs" / "it"
-    with Command("train", "--set", f"cluster.ray={address}", "--set", f"run.dir={directory}") as command:
-        command.expect(1, seconds=120)
+    with launch(directory, *ONE_RANK, "--set", f"cluster.ray={address}") as command:
+        command.expect(1)
         assert address in command.text
         assert command.left_behind(5) == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_trains_already_is_not_started_twice(tmp_path: Path):
-    arguments = ["train", "--set", "cluster.link=local", "--set", f"run.dir={tmp_path / 'run'}"]
-    with Command(*arguments, "--set", "run.steps=100000") as first:
+    with launch(tmp_path / "run", *LOCAL, *ONE_RANK, *ENDLESS) as first:
         first.wait_for_line("step ")
-        output = run(*arguments, code=1)
+        with launch(tmp_path / "run", *LOCAL, *ONE_RANK, *ENDLESS) as second:
+            output = second.expect(1)
         assert "in use" in output and "another run.dir" in output
         assert first.process.poll() is None

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import Command, Process, run
+from tests.support.commands import Process, run
+from tests.support.launches import addresses, launch, summary_of
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -40,21 +41,19 @@ class Observed:
 
     @property
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.directory / "summary.json").read_text())
+        return summary_of(self.directory)
 
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     directory = tmp_path_factory.mktemp("default") / "run"
     started = time.monotonic()
-    with Command("train", "--set", f"run.dir={directory}") as command:
-        line = command.wait_for_line("controller on ")
-        address = line.split("controller on ")[1].split(",")[0]
-        url = line.split("metrics on ")[1].strip()
+    with launch(directory) as command:
+        served = addresses(command)
         command.wait_for_line("step  50/")
         family = command.family()
-        metrics = urllib.request.urlopen(url, timeout=5).read().decode()
-        status = json.loads(run("status", "digits", "--address", address, "--json"))
+        metrics = urllib.request.urlopen(served.metrics, timeout=5).read().decode()
+        status = json.loads(run("status", "digits", "--address", served.control, "--json"))
         output = command.expect(0)
         yield Observed(
             directory=directory,

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -99,14 +99,19 @@ class Command:
 
     def wait_for_file(self, path: Path, seconds: float = 120.0) -> dict[str, Any]:
         """Waits until it has written a JSON file, such as its ready file, and returns the content."""
+        self.wait_until(f"it wrote {path.name}", path.exists, seconds)
+        return json.loads(path.read_text())
+
+    def wait_until(self, what: str, condition: Callable[[], bool], seconds: float = 90.0) -> None:
+        """Waits while it runs until something is so, `what` in words."""
         deadline = time.monotonic() + seconds
-        while not path.exists():
-            if (code := self.process.poll()) is not None or time.monotonic() > deadline:
+        while not condition():
+            code = self.process.poll()
+            if code is not None or time.monotonic() > deadline:
                 self._drain(1.0)
                 how = f"still ran after {seconds:g} s" if code is None else describe_exit(code)
-                raise self.failure(f"{how} without a file {path.name}")
-            time.sleep(0.02)
-        return json.loads(path.read_text())
+                raise self.failure(f"{how} before {what}")
+            time.sleep(0.05)
 
     def signal(self, number: int = signal.SIGINT) -> None:
         """Sends it a signal."""
@@ -168,12 +173,8 @@ class Command:
 
     def wait_for_member(self, word: str, seconds: float = 120.0) -> Process:
         """Waits until a descendant has `word` in its title."""
-        deadline = time.monotonic() + seconds
-        while not (found := self.members(word)):
-            if time.monotonic() > deadline:
-                raise self.failure(f"had no process {word!r} but {[member.title for member in self.family()]}")
-            time.sleep(0.1)
-        return found[0]
+        self.wait_until(f"it had a process {word!r}", lambda: bool(self.members(word)), seconds)
+        return self.members(word)[0]
 
     def left_behind(self, seconds: float = 0.0) -> list[Process]:
         """Returns what still lives of the processes ever seen by `family`, and of those that carry the mark."""

@@ -1,0 +1,109 @@
+"""What becomes of a run whose processes die, one kind after another."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from kfdist.control.client import ControlClient
+from tests.support.commands import run
+from tests.support.launches import (
+    ENDLESS,
+    LOCAL,
+    ONE_OWNER,
+    addresses,
+    checkpoints_of,
+    launch,
+    ready_file_of,
+    summary_of,
+)
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_a_killed_rank_ends_the_run_which_resumes_from_its_newest_checkpoint_until_sigterm(tmp_path: Path):
+    directory, arguments = tmp_path / "run", (*LOCAL, *ENDLESS, "--set", "checkpoint.period=10")
+    with launch(directory, *arguments) as command:
+        command.wait_for_line(" 30/")
+        os.kill(command.members("-m kfdist worker")[1].pid, signal.SIGKILL)
+        command.expect(1, seconds=30)
+        assert command.left_behind() == []
+        assert "SIGKILL" in command.text and "again to resume" in command.text
+        assert "Traceback" not in command.text
+    newest = checkpoints_of(directory)[-1]
+    assert newest >= 20
+    with launch(directory, *arguments) as command:
+        command.wait_for_line(f"resumed at step {newest}")
+        command.wait_for_line("step ")
+        command.signal(signal.SIGTERM)  # as polite a stop as Ctrl-C
+        command.expect(75, seconds=12)
+        assert command.left_behind() == []
+    stopped = summary_of(directory)
+    assert stopped["status"] == "stopped" and stopped["steps"] >= newest + 10
+    assert checkpoints_of(directory)[-1] == stopped["steps"]
+
+
+def test_killed_controller_owner_and_pool_are_started_again_and_the_run_goes_on_until_kfdist_stop(tmp_path: Path):
+    directory = tmp_path / "run"
+    with launch(directory, *ENDLESS) as command:
+        address = addresses(command).control
+        command.wait_for_line("pool with 2 owners")
+        command.wait_for_line("step ")
+        pool = command.members("-m kfdist pool")[0]
+        os.kill(command.members("-m kfdist serve")[0].pid, signal.SIGKILL)
+        os.kill(command.members("ray::Owner")[0].pid, signal.SIGKILL)
+        command.wait_for_line("the controller was started again")
+        # The pool's last word to the launcher must count the owner, before it is killed itself.
+        command.wait_until("the owner was back", lambda: ready_file_of(pool)["owner_restarts"] > 0)
+        os.kill(pool.pid, signal.SIGKILL)
+        command.wait_for_line("the pool was killed by SIGKILL")
+        command.wait_for_line("the pool was started again")
+        command.wait_until("the new pool served", lambda: ready_file_of(pool).get("pid", pool.pid) != pool.pid)
+        with ControlClient(address) as client:
+            adopted = _adoptions(client)
+            command.wait_until("its inverses were adopted", lambda: _adoptions(client) >= adopted + 8)
+        run("stop", "digits", "--address", address)
+        command.expect(75, seconds=30)
+        assert command.left_behind() == []
+    summary = summary_of(directory)
+    assert summary["status"] == "stopped"
+    assert summary["restarts"] == {"controller": 1, "pool": 1}
+    # On a busy machine an owner may be silent so long that the pool kills it, too.
+    silent = (directory / "logs" / "pool.log").read_text().count("it is killed and started again")
+    assert 1 <= summary["owner_restarts"] <= 1 + silent
+    assert summary["inversions"]["failed"] == 0
+    assert len(set(summary["parameter_sha256"])) == 1
+    assert address in (directory / "config.toml").read_text()
+
+
+def _adoptions(client: ControlClient) -> float:
+    """How many inverses of a newer version the run has taken into use."""
+    return sum(sample.value for sample in client.samples("digits") if sample.name == "kfdist_adoptions_total")
+
+
+def test_a_killed_launcher_takes_everything_with_it(tmp_path: Path):
+    directory = tmp_path / "run"
+    with launch(directory, *ENDLESS, *ONE_OWNER) as command:
+        command.wait_for_line("pool with 1 owners")
+        command.wait_for_line("step ")
+        assert len(command.family()) > 8
+        command.signal(signal.SIGKILL)
+        command.process.wait()
+        assert command.left_behind(15) == []
+    # The ranks saw it and stopped as they do at SIGTERM.
+    assert summary_of(directory)["status"] == "stopped"
+
+
+@pytest.mark.chaos
+def test_a_stopped_owner_is_replaced(tmp_path: Path):
+    directory = tmp_path / "run"
+    with launch(directory, "--set", "run.steps=400") as command:
+        command.wait_for_line("pool with 2 owners")
+        command.wait_for_line("step  20/")
+        os.kill(command.members("ray::Owner")[0].pid, signal.SIGSTOP)
+        command.expect(0)
+        assert command.left_behind() == []
+    summary = summary_of(directory)
+    assert summary["owner_restarts"] >= 1
+    assert summary["inversions"]["failed"] == 0 and len(set(summary["parameter_sha256"])) == 1

@@ -1,0 +1,70 @@
+"""How a run ends when somebody asks it to, and that the same command then resumes it."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.launches import ENDLESS, LOCAL, ONE_OWNER, checkpoints_of, launch, summary_of
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_ctrl_c_ends_everything_in_time_and_the_same_command_resumes(tmp_path: Path):
+    directory, arguments = tmp_path / "run", (*ONE_OWNER, "--set", "run.steps=90")
+    with launch(directory, *arguments) as command:
+        command.wait_for_line("step 10/")
+        command.family()
+        started = time.monotonic()
+        command.signal(signal.SIGINT)
+        command.expect(75, seconds=15)
+        assert time.monotonic() - started < 10
+        assert command.left_behind() == []
+        assert "run the same command again to resume" in command.text
+    assert summary_of(directory)["status"] == "stopped"
+    stopped_at = summary_of(directory)["steps"]
+    assert 10 <= stopped_at < 90 and checkpoints_of(directory) == [stopped_at]
+    with launch(directory, *arguments) as command:
+        command.wait_for_line(f"resumed at step {stopped_at}")
+        command.expect(0)
+        assert command.left_behind() == []
+    assert summary_of(directory)["status"] == "finished" and summary_of(directory)["steps"] == 90
+    assert summary_of(directory)["metrics"]["test_accuracy"] >= 0.97
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path):
+    with launch(tmp_path / "runs" / "it", *ONE_OWNER) as command:
+        command.wait_for_line("controller on ")
+        command.wait_for_member("raylet")
+        command.signal(signal.SIGINT)
+        command.expect(75, seconds=15)
+        assert command.left_behind() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path):
+    with launch(tmp_path / "run", *LOCAL, *ENDLESS) as command:
+        command.wait_for_line("step ")
+        for worker in (workers := command.members("-m kfdist worker")):
+            os.kill(worker.pid, signal.SIGSTOP)  # a rank that can't be polite
+        assert len(workers) == 2
+        command.signal(signal.SIGINT)
+        command.wait_for_line("stopping")
+        started = time.monotonic()
+        command.signal(signal.SIGINT)
+        command.expect(130, seconds=10)
+        assert time.monotonic() - started < 5
+        assert command.left_behind() == []
+
+
+def test_a_rank_that_hangs_does_not_outlast_ctrl_c(tmp_path: Path):
+    with launch(tmp_path / "run", *LOCAL, *ENDLESS) as command:
+        command.wait_for_line("step ")
+        os.kill(command.members("-m kfdist worker")[0].pid, signal.SIGSTOP)
+        started = time.monotonic()
+        command.signal(signal.SIGINT)
+        command.expect(75, seconds=15)
+        assert time.monotonic() - started < 10
+        assert command.left_behind() == []

@@ -1,0 +1,61 @@
+"""Launches of `kfdist train` in a test, and what they leave in their run directories."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfdist.system.files import read_ready_file
+from tests.support.commands import Command, Process
+
+LOCAL = ("--set", "cluster.link=local")
+ONE_RANK = ("--set", "cluster.workers=1")
+ONE_OWNER = ("--set", "cluster.owners=1")
+SMALL = ("--set", "model.settings.channels=8", "--set", "model.settings.hidden=32")
+"""A model of which steps and inversions cost little."""
+STEPS = 10_000_000
+ENDLESS = (*SMALL, "--set", f"run.steps={STEPS}")
+"""For a run that doesn't end by itself while a test looks at it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addresses:
+    """Where a launch's controller serves.
+
+    Attributes:
+        control: Its gRPC address.
+        metrics: URL of its metrics.
+    """
+
+    control: str
+    metrics: str
+
+
+def launch(directory: Path, *arguments: str) -> Command:
+    """Starts `kfdist train` in a run directory."""
+    return Command("train", "--set", f"run.dir={directory}", *arguments)
+
+
+def addresses(command: Command) -> Addresses:
+    """Waits until a launch says where its controller serves."""
+    control, _, metrics = command.wait_for_line("controller on ").partition("controller on ")[2].partition(",")
+    return Addresses(control=control, metrics=metrics.partition("metrics on ")[2].strip())
+
+
+def ready_file_of(process: Process) -> Mapping[str, Any]:
+    """Returns what a service of a launch last wrote to the ready file that its command line names; empty if nothing."""
+    (name,) = [word for word in shlex.split(process.title) if word.startswith("--ready-file=")]
+    return read_ready_file(Path(name.removeprefix("--ready-file="))) or {}
+
+
+def summary_of(directory: Path) -> dict[str, Any]:
+    """Reads `summary.json` of a run directory."""
+    return json.loads((directory / "summary.json").read_text())
+
+
+def checkpoints_of(directory: Path) -> list[int]:
+    """Returns the steps of the finished checkpoints in a run directory, in order."""
+    names = [path.name for path in (directory / "checkpoints").glob("step-*")]
+    return sorted(int(name.removeprefix("step-")) for name in names if not name.endswith(".incomplete"))
