@@ -7,30 +7,18 @@ operator of all examples at 1, 2 and 4 ranks; writes them to benchmarks/results/
 """
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
 from kfdist.bench.claim_c_seng import measure_seng
-from kfdist.bench.measuring import hardware, load_average
-from kfdist.system.provenance import versions
+from kfdist.bench.measuring import measured
 
 RESULT = Path(__file__).parent / "results" / "seng_forms.json"
 
 
 def main() -> None:
     """Measures, prints and writes."""
-    torch.set_num_threads(1)
-    load = load_average()
-    found = measure_seng()
-    result = {
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": {**hardware(), "load_before": load},
-        "versions": versions(),
-        **found,
-    }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    found = measured(measure_seng)
+    RESULT.write_text(json.dumps(found, indent=2) + "\n")
     print("v/lambda:", ", ".join(f"{kind} {error:.2g}" for kind, error in found["gradient_to_dense"].items()))
     for name, row in found["forms"].items():
         errors = ", ".join(f"{kind} {error:.2g}" for kind, error in row["error_to_dense"].items())

@@ -2,20 +2,18 @@
 
 CPU seconds of one thread, float32, p = q = d, Gaussian rows whose scale falls along the columns. K-FAC sums two
 factors, inverts them now and then and multiplies with the inverses at every step; CG-FAC keeps the rows and solves at
-every step. What would take longer than the limit isn't run: its result is None, never an extrapolation.
+every step. What would take longer than the limit isn't run.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfdist.bench.claims import ClaimResult, Part, all_of
-from kfdist.bench.measuring import AllocationCounter
-from kfdist.curvature.inverse import AbstractPreconditioner
-from kfdist.curvature.inverter import AbstractInverter
+from kfdist.bench.measuring import AllocationCounter, measure_widths, update
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.cg_fac import ConjugateGradient
 from kfdist.curvature.statistics import KroneckerFactors, Samples
@@ -36,12 +34,19 @@ CG_SETTINGS: dict[str, dict[str, Any]] = {
 }
 """As it comes; and never stopped early, which is the most it can cost."""
 
-Measurement = dict[str, Any]
-
+CONDITIONS = {
+    "examples": EXAMPLES,
+    "damping": DAMPING,
+    "dtype": "float32",
+    "factor_period": FACTOR_PERIOD,
+    "inverse_period": INVERSE_PERIOD,
+    "limit_seconds": LIMIT_SECONDS,
+    "cg_settings": CG_SETTINGS,
+}
 
 QUANTITIES = {
     "peak_bytes": "peak of allocated bytes",
-    "seconds_all": "seconds of a folding, an inversion and an application together",
+    "seconds": "seconds of a folding, an inversion and an application together",
     "seconds_per_step": "seconds a step, inversions spread over their period",
 }
 
@@ -55,9 +60,8 @@ def measure_cg_claim(quick: bool = False) -> ClaimResult:
     Args:
         quick: Tiny sizes, which take no time and say nothing.
     """
-    measured = measure_cg(QUICK_SIZES if quick else SIZES)
-    rows = measured.pop("sizes")
-    return ClaimResult(claim="b", title=TITLE, parts=judge_cg(rows), figures={"sizes": rows}, conditions=measured)
+    rows = measure_cg(QUICK_SIZES if quick else SIZES)
+    return ClaimResult(claim="b", title=TITLE, parts=judge_cg(rows), conditions=CONDITIONS, figures={"sizes": rows})
 
 
 def judge_cg(rows: Sequence[dict[str, Any]]) -> tuple[Part, ...]:
@@ -73,7 +77,7 @@ def judge_cg(rows: Sequence[dict[str, Any]]) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def measure_cg(sizes: Sequence[int] = SIZES, *, limit_seconds: float = LIMIT_SECONDS) -> dict[str, Any]:
+def measure_cg(sizes: Sequence[int] = SIZES, *, limit_seconds: float = LIMIT_SECONDS) -> list[dict[str, Any]]:
     """Measures both methods for every size.
 
     Args:
@@ -82,36 +86,12 @@ def measure_cg(sizes: Sequence[int] = SIZES, *, limit_seconds: float = LIMIT_SEC
             it would take longer.
 
     Returns:
-        What was fixed, and one row per size with the measurement of each method, or None where not run: seconds of the
-        folding, the inversion and one application, their mean per step, the peak of allocated bytes beside the rows
-        and the gradient that were given, and the bytes kept from step to step.
+        One row per size with the measurement of each method, or None where not run: seconds of the folding, the
+        inversion and one application, all of them, their mean per step, the peak of allocated bytes beside the rows and
+        the gradient that were given, and the bytes kept from step to step.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    try:
-        for d in sorted(sizes):
-            samples, gradient = _problem(d)
-            row: dict[str, Any] = {"d": d, "kfac": None} | dict.fromkeys(CG_SETTINGS)
-            if _affordable("kfac", d, rows, power=3, limit=limit_seconds):
-                row["kfac"] = _measure_kfac(samples, gradient)
-            for name, settings in CG_SETTINGS.items():
-                if _affordable(name, d, rows, power=2, limit=limit_seconds):
-                    row[name] = _measure_cg(samples, gradient, settings)
-            rows.append(row)
-    finally:
-        torch.set_num_threads(threads)
-    return {
-        "examples": EXAMPLES,
-        "damping": DAMPING,
-        "dtype": "float32",
-        "threads": 1,
-        "factor_period": FACTOR_PERIOD,
-        "inverse_period": INVERSE_PERIOD,
-        "limit_seconds": limit_seconds,
-        "cg_settings": CG_SETTINGS,
-        "sizes": rows,
-    }
+    powers = {"kfac": 3} | dict.fromkeys(CG_SETTINGS, 2)
+    return measure_widths(sizes, powers, limit_seconds=limit_seconds, problem=_problem, measure=_measure)
 
 
 def _problem(d: int) -> tuple[Samples, Tensor]:
@@ -129,59 +109,34 @@ def _problem(d: int) -> tuple[Samples, Tensor]:
     return samples, (g.flatten(1, 2).mT @ a.flatten(1, 2)) / EXAMPLES
 
 
-def _affordable(name: str, d: int, rows: list[dict[str, Any]], *, power: int, limit: float) -> bool:
-    if not rows:
-        return True
-    last = rows[-1]
-    return last[name] is not None and last[name]["seconds_all"] * (d / last["d"]) ** power <= limit
-
-
-def _measure_kfac(samples: Samples, gradient: Tensor) -> Measurement:
-    def fold() -> KroneckerFactors:
-        a, g = samples.a.flatten(1, 2), samples.g.flatten(1, 2)
-        return KroneckerFactors(A=a.mT @ a / EXAMPLES, G=g.mT @ g / EXAMPLES)
-
-    return _measure(make_inverter("kfac"), fold, gradient)[0]
-
-
-def _measure_cg(samples: Samples, gradient: Tensor, settings: dict[str, Any]) -> Measurement:
-    measured, made = _measure(make_inverter("cg-fac", **settings), lambda: samples, gradient)
-    assert isinstance(made, ConjugateGradient)
-    found = made.solution(gradient, DAMPING)
+def _measure(name: str, problem: tuple[Samples, Tensor]) -> dict[str, Any]:
+    """Runs folding, inversion and application once for the memory and to warm up, then for the time."""
+    samples, gradient = problem
+    inverter = make_inverter("kfac") if name == "kfac" else make_inverter("cg-fac", **CG_SETTINGS[name])
+    fold = _factors if name == "kfac" else lambda samples: samples
+    with AllocationCounter() as counter:
+        update(inverter, fold(samples), gradient, DAMPING)
+    begun = time.thread_time()
+    statistics = fold(samples)
+    folded = time.thread_time() - begun
+    done = update(inverter, statistics, gradient, DAMPING)
+    # K-FAC's moving averages are kept beside its inverses; CG-FAC's rows are copied into its record and then dropped.
+    kept = [done.inverse, statistics] if isinstance(statistics, KroneckerFactors) else [done.inverse]
+    measured = {
+        "seconds_fold": folded,
+        "seconds_invert": done.invert,
+        "seconds_apply": done.apply,
+        "seconds": folded + done.invert + done.apply,
+        "seconds_per_step": done.apply + folded / FACTOR_PERIOD + done.invert / INVERSE_PERIOD,
+        "peak_bytes": counter.peak_bytes,
+        "kept_bytes": sum(tensor.nbytes for record in kept for tensor in tensor_fields(record).values()),
+    }
+    if not isinstance(done.inverse, ConjugateGradient):
+        return measured
+    found = done.inverse.solution(gradient, DAMPING)
     return {**measured, "iterations": int(found.iterations.max()), "residual": float(found.residual.max())}
 
 
-def _measure(
-    inverter: AbstractInverter, fold: Callable[[], Any], gradient: Tensor
-) -> tuple[Measurement, AbstractPreconditioner]:
-    """Runs folding, inversion and application once for the memory and to warm up, then for the time."""
-    with AllocationCounter() as counter:
-        _run(inverter, fold, gradient)
-    seconds, statistics, made = _run(inverter, fold, gradient)
-    # K-FAC's moving averages are kept beside its inverses; CG-FAC's rows are copied into its record and then dropped.
-    kept = [made, statistics] if isinstance(statistics, KroneckerFactors) else [made]
-    per_step = seconds["apply"] + seconds["fold"] / FACTOR_PERIOD + seconds["invert"] / INVERSE_PERIOD
-    measured = {f"seconds_{part}": seconds[part] for part in seconds}
-    return {
-        **measured,
-        "seconds_all": sum(seconds.values()),
-        "seconds_per_step": per_step,
-        "peak_bytes": counter.peak_bytes,
-        "kept_bytes": sum(tensor.nbytes for record in kept for tensor in tensor_fields(record).values()),
-    }, made
-
-
-def _run(
-    inverter: AbstractInverter, fold: Callable[[], Any], gradient: Tensor
-) -> tuple[dict[str, float], Any, AbstractPreconditioner]:
-    # One thread's CPU time: what else the machine does hardly matters.
-    begun = time.process_time()
-    statistics = fold()
-    folded = time.process_time()
-    made = inverter.invert(statistics, damping=DAMPING, previous={}, seed=0).preconditioner
-    inverted = time.process_time()
-    if made is None:
-        raise RuntimeError(f"{inverter.name} could not invert the benchmark's rows; see kfdist.bench.claim_b_cg")
-    made.apply(gradient, DAMPING)
-    applied = time.process_time()
-    return {"fold": folded - begun, "invert": inverted - folded, "apply": applied - inverted}, statistics, made
+def _factors(samples: Samples) -> KroneckerFactors:
+    a, g = samples.a.flatten(1, 2), samples.g.flatten(1, 2)
+    return KroneckerFactors(A=a.mT @ a / EXAMPLES, G=g.mT @ g / EXAMPLES)

@@ -1,7 +1,6 @@
 """SENG's forms and aggregates against the dense solve: error, time and size (docs/papers.md, claim c)."""
 
 import statistics
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kfdist.bench.claims import ClaimResult, Part
-from kfdist.curvature.inverse import AbstractPreconditioner
+from kfdist.bench.measuring import update
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.references import example_gradients, solve_dense, weighted_fisher
 from kfdist.curvature.statistics import Samples
@@ -192,14 +191,8 @@ def _truth(samples: Samples, V: Tensor) -> Tensor:
     return solve_dense(weighted_fisher(samples), _damping(samples), V)
 
 
-def _invert(settings: dict[str, Any], samples: Samples) -> AbstractPreconditioner:
-    made = make_inverter("seng", **settings).invert(samples, damping=1.0, previous={}, seed=0).preconditioner
-    assert made is not None, "no form fails on these samples"
-    return made
-
-
 def _apply(settings: dict[str, Any], samples: Samples, V: Tensor) -> Tensor:
-    return _invert(settings, samples).apply(V, _damping(samples))
+    return update(make_inverter("seng", **settings), samples, V, _damping(samples)).direction
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -208,21 +201,12 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 def _cost(settings: dict[str, Any], samples: Samples) -> dict[str, float]:
     """Returns medians of the CPU seconds of an inversion and of an application, and the bytes of the record."""
-    V = torch.ones(1, samples.g.shape[-1], samples.a.shape[-1])
-    inversions: list[float] = []
-    applications: list[float] = []
-    made = _invert(settings, samples)
-    for _ in range(REPETITIONS):
-        begun = time.process_time()
-        made = _invert(settings, samples)
-        inverted = time.process_time()
-        made.apply(V, 1.0)
-        inversions.append(inverted - begun)
-        applications.append(time.process_time() - inverted)
+    inverter, V = make_inverter("seng", **settings), torch.ones(1, samples.g.shape[-1], samples.a.shape[-1])
+    _, *timed = [update(inverter, samples, V, 1.0) for _ in range(1 + REPETITIONS)]  # the first one warms up
     return {
-        "invert_seconds": round(statistics.median(inversions), 4),
-        "apply_seconds": round(statistics.median(applications), 5),
-        "record_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensor_fields(made).values()),
+        "invert_seconds": round(statistics.median(each.invert for each in timed), 4),
+        "apply_seconds": round(statistics.median(each.apply for each in timed), 5),
+        "record_bytes": sum(tensor.nbytes for tensor in tensor_fields(timed[0].inverse).values()),
     }
 
 

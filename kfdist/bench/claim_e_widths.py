@@ -6,15 +6,17 @@ is milder than what training shows (algorithms.md 3.1), and are dense: rotated b
 """
 
 import math
-import time
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kfdist.bench.claims import ClaimResult, Part, all_of
+from kfdist.bench.measuring import Update, measure_widths, update
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import KroneckerFactors
 
@@ -54,7 +56,7 @@ class Settings:
 QUICK = Settings(sizes=(32, 64), rank=8, wide=64)
 
 
-def measure_widths(quick: bool = False) -> ClaimResult:
+def measure_width_claim(quick: bool = False) -> ClaimResult:
     """Measures claim e.
 
     The rule, fixed before the measurement: shown if at every d >= 1024 where both were measured, an update of RS-KFAC
@@ -65,7 +67,13 @@ def measure_widths(quick: bool = False) -> ClaimResult:
         quick: Tiny sizes, which take no time and say nothing.
     """
     settings = QUICK if quick else Settings()
-    rows = _measure_sizes(settings)
+    rows = measure_widths(
+        settings.sizes,
+        dict.fromkeys(METHODS, 3),
+        limit_seconds=settings.limit_seconds,
+        problem=_Problem,
+        measure=partial(_measure, settings=settings),
+    )
     return ClaimResult(
         claim="e",
         title=TITLE,
@@ -84,7 +92,7 @@ def measure_widths(quick: bool = False) -> ClaimResult:
 
 
 def judge(rows: Sequence[dict[str, Any]], *, wide: int) -> tuple[Part, ...]:
-    """Applies the rule of `measure_widths` to its rows."""
+    """Applies the rule of `measure_width_claim` to its rows."""
     large = [row for row in rows if row["d"] >= wide]
     parts = []
     for other, label in (("kfac-eigen", "by eigendecomposition"), ("kfac", "by Cholesky")):
@@ -117,31 +125,21 @@ def exponent(rows: Sequence[dict[str, Any]], name: str) -> float | None:
     points = [(math.log(row["d"]), math.log(row[name]["seconds"])) for row in rows if row[name]]
     if len(points) < 2:
         return None
-    mean_x, mean_y = (sum(each) / len(points) for each in zip(*points, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def _settings_of(name: str, settings: Settings) -> dict[str, Any]:
     return {**METHODS[name], "rank": settings.rank} if name == "rs-kfac" else METHODS[name]
 
 
-def _measure_sizes(settings: Settings) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for d in settings.sizes:
+class _Problem:
+    """Factors and a gradient of one width, and the first method's direction, which the others are compared with."""
+
+    def __init__(self, d: int) -> None:
         generator = torch.Generator().manual_seed(d)
-        factors = KroneckerFactors(A=_factor(d, generator), G=_factor(d, generator))
-        V = torch.randn(1, d, d, generator=generator)
-        row: dict[str, Any] = {"d": d}
-        truth: Tensor | None = None
-        for name in METHODS:
-            row[name] = None
-            if not _affordable(name, d, rows, settings.limit_seconds):
-                continue
-            row[name], direction = _measure(name, factors, V, settings)
-            truth = direction if truth is None else truth
-            row[name]["error"] = float((direction - truth).norm() / truth.norm())
-        rows.append(row)
-    return rows
+        self.factors = KroneckerFactors(A=_factor(d, generator), G=_factor(d, generator))
+        self.gradient = torch.randn(1, d, d, generator=generator)
+        self.truth: Tensor | None = None
 
 
 def _factor(d: int, generator: torch.Generator) -> Tensor:
@@ -155,26 +153,22 @@ def _factor(d: int, generator: torch.Generator) -> Tensor:
     return ((matrix + matrix.mT) / 2).float()[None]
 
 
-def _affordable(name: str, d: int, rows: Sequence[dict[str, Any]], limit: float) -> bool:
-    if not rows:
-        return True
-    last = rows[-1]
-    return last[name] is not None and last[name]["seconds"] * (d / last["d"]) ** 3 <= limit
-
-
-def _measure(name: str, factors: KroneckerFactors, V: Tensor, settings: Settings) -> tuple[dict[str, Any], Tensor]:
+def _measure(name: str, problem: _Problem, *, settings: Settings) -> dict[str, Any]:
     """Times inversion and application, repeated while that takes less than three seconds, and takes the shortest."""
     inverter = make_inverter(name, **_settings_of(name, settings))
-    found: list[tuple[float, float, float]] = []
-    direction = V
-    while not found or (len(found) < MOST_REPETITIONS and sum(each[0] for each in found) < TARGET_SECONDS):
-        begun = time.thread_time()
-        made = inverter.invert(factors, damping=DAMPING, previous={}, seed=0).preconditioner
-        inverted = time.thread_time()
-        if made is None:
-            raise RuntimeError(f"{name} could not invert the benchmark's factors; see kfdist.bench.claim_e_widths")
-        direction = made.apply(V, DAMPING)
-        ended = time.thread_time()
-        found.append((ended - begun, inverted - begun, ended - inverted))
-    seconds, invert, apply = min(found)
-    return {"seconds": seconds, "invert": invert, "apply": apply, "repetitions": len(found)}, direction
+    found: list[Update] = []
+    while not found or (len(found) < MOST_REPETITIONS and sum(map(_seconds, found)) < TARGET_SECONDS):
+        found.append(update(inverter, problem.factors, problem.gradient, DAMPING))
+    least = min(found, key=_seconds)
+    truth = problem.truth = least.direction if problem.truth is None else problem.truth
+    return {
+        "seconds": _seconds(least),
+        "invert": least.invert,
+        "apply": least.apply,
+        "repetitions": len(found),
+        "error": float((least.direction - truth).norm() / truth.norm()),
+    }
+
+
+def _seconds(done: Update) -> float:
+    return done.invert + done.apply

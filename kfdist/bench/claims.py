@@ -37,37 +37,31 @@ class ClaimResult:
         claim: Its letter.
         title: The claim, with its source.
         parts: Its statements, at least one.
-        figures: What was measured, as JSON values.
         conditions: On what it was measured: sizes, settings, data.
+        figures: What was measured, as JSON values.
     """
 
     claim: str
     title: str
     parts: tuple[Part, ...]
-    figures: dict[str, Any]
     conditions: dict[str, Any]
+    figures: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError(f"claim {self.claim!r} has no parts; say what is to hold")
 
     @property
     def verdict(self) -> Verdict:
-        """What follows from the parts; see `verdict_of`."""
-        return verdict_of(self.parts)
+        """Joins the parts: one that fails refutes the claim, and one that couldn't be measured leaves it open."""
+        if any(part.holds is False for part in self.parts):
+            return Verdict.NOT_SHOWN
+        return Verdict.SHOWN if all(part.holds for part in self.parts) else Verdict.IMPOSSIBLE
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON values, the verdict with it."""
-        return {**asdict(self), "verdict": self.verdict.value, "parts": [asdict(part) for part in self.parts]}
-
-
-def verdict_of(parts: Sequence[Part]) -> Verdict:
-    """Joins the parts of a claim: one that fails refutes it, and one that couldn't be measured leaves it open.
-
-    Raises:
-        ValueError: There are no parts.
-    """
-    if not parts:
-        raise ValueError("a claim needs at least one part; say what is to hold")
-    if any(part.holds is False for part in parts):
-        return Verdict.NOT_SHOWN
-    return Verdict.SHOWN if all(part.holds for part in parts) else Verdict.IMPOSSIBLE
+        fields = {**asdict(self), "parts": [asdict(part) for part in self.parts]}
+        return {"verdict": self.verdict.value, **fields}
 
 
 def all_of(outcomes: Sequence[bool]) -> bool | None:

@@ -1,31 +1,120 @@
-"""What all measurements share: memory by what operations allocate, and the machine that the figures belong to."""
+"""What all measurements share: seconds and memory of one thread, by width too, and the machine they belong to."""
 
 import os
 import platform
+import time
 import weakref
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from kfdist.system.provenance import processor_field
+from kfdist.curvature.inverse import AbstractPreconditioner
+from kfdist.curvature.inverter import AbstractInverter
+from kfdist.system.provenance import processor_field, versions
 from kfdist.torch_internals import TorchDispatchMode, storage_id, tree_leaves
 
-
-def hardware() -> dict[str, Any]:
-    """Returns what the times depend on: the processor, its cores and the threads that torch may use."""
-    return {
-        "machine": platform.machine(),
-        "cpu": processor_field("model name") or platform.processor(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
+Given = TypeVar("Given")
 
 
-def load_average() -> float:
+def measured(measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Measures on one thread; returns what was found behind the time, load, hardware and versions it belongs to."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        load, begun = _load_average(), time.perf_counter()
+        found = measure()
+        return {
+            "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - begun, 2),
+            "load_average": {"start": load, "end": _load_average()},
+            "hardware": {
+                "machine": platform.machine(),
+                "cpu": processor_field("model name") or platform.processor(),
+                "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+                "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+            },
+            "versions": versions(),
+            **found,
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _load_average() -> float:
     """Returns how many processes wanted a core during the last minute, this one among them."""
     return round(os.getloadavg()[0], 2)
+
+
+def measure_widths(
+    widths: Sequence[int],
+    powers: Mapping[str, int],
+    *,
+    limit_seconds: float,
+    problem: Callable[[int], Given],
+    measure: Callable[[str, Given], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Measures methods on layers of rising width d, as far as that is affordable.
+
+    Args:
+        widths: All d.
+        powers: By method, the power of d that its time is taken to grow with.
+        limit_seconds: A method isn't run at a width if from the width before it would take longer.
+        problem: Makes what is measured at a width.
+        measure: Measures a method; "seconds" are what the limit is about.
+
+    Returns:
+        Per width, "d" and each method's measurement; None where it wasn't run, never an extrapolation.
+    """
+    rows: list[dict[str, Any]] = []
+
+    def affordable(name: str, d: int) -> bool:
+        if not rows:
+            return True
+        last = rows[-1][name]
+        return last is not None and last["seconds"] * (d / rows[-1]["d"]) ** powers[name] <= limit_seconds
+
+    for d in sorted(widths):
+        given = problem(d)
+        measurements = {name: measure(name, given) if affordable(name, d) else None for name in powers}
+        rows.append({"d": d, **measurements})
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One inversion and one application.
+
+    Attributes:
+        invert: CPU seconds of this thread in the inversion; what else the machine does hardly matters to them.
+        apply: The same of the application.
+        inverse: What the inversion made.
+        direction: What the application gave.
+    """
+
+    invert: float
+    apply: float
+    inverse: AbstractPreconditioner
+    direction: Tensor
+
+
+def update(inverter: AbstractInverter, statistics: Any, gradient: Tensor, damping: float) -> Update:
+    """Inverts statistics and applies the inverse to a gradient `[c, p, q]`.
+
+    Raises:
+        RuntimeError: The method could not invert them.
+    """
+    begun = time.thread_time()
+    inverse = inverter.invert(statistics, damping=damping, previous={}, seed=0).preconditioner
+    inverted = time.thread_time()
+    if inverse is None:
+        raise RuntimeError(f"{inverter.name} could not invert the benchmark's {type(statistics).__name__}")
+    direction = inverse.apply(gradient, damping)
+    return Update(invert=inverted - begun, apply=time.thread_time() - inverted, inverse=inverse, direction=direction)
 
 
 class AllocationCounter(TorchDispatchMode):

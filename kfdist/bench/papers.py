@@ -1,31 +1,26 @@
 """`kfdist bench papers`: the papers' claims, measured (docs/papers.md)."""
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from kfdist.bench.claim_a_brand import measure_brand
 from kfdist.bench.claim_b_cg import measure_cg_claim
 from kfdist.bench.claim_c_seng import measure_seng_claim
 from kfdist.bench.claim_d_reparametrisation import measure_reparametrisation
-from kfdist.bench.claim_e_widths import measure_widths
+from kfdist.bench.claim_e_widths import measure_width_claim
 from kfdist.bench.claims import ClaimResult
-from kfdist.bench.measuring import hardware, load_average
+from kfdist.bench.measuring import measured
 from kfdist.checks import suggestion
 from kfdist.errors import ConfigError
-from kfdist.system.provenance import versions
 
 CLAIMS: Mapping[str, Callable[[bool], ClaimResult]] = {
     "a": measure_brand,
     "b": measure_cg_claim,
     "c": measure_seng_claim,
     "d": measure_reparametrisation,
-    "e": measure_widths,
+    "e": measure_width_claim,
 }
 """Who measures what; the argument is `quick`."""
 
@@ -67,7 +62,7 @@ def run_claims(names: Sequence[str], *, quick: bool, directory: Path) -> Iterato
             f"{str(directory)!r} can't be made a directory ({error.strerror}); name another", path="--out"
         ) from None
     for name in chosen:
-        content = _measured(name, quick=quick)
+        content = {"quick": quick, **measured(lambda name=name: CLAIMS[name](quick).to_json())}
         path = directory / f"papers_{name}{'_quick' if quick else ''}.json"
         try:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -91,30 +86,6 @@ def describe(content: Mapping[str, Any]) -> str:
     machine = f"{content['hardware']['cores']} cores, 1 thread, load {load['start']} to {load['end']}"
     quick = ["     quick: small sizes, which show that it runs and nothing else"] if content["quick"] else []
     return "\n".join([*lines, f"     on: {conditions}", f"     machine: {machine}; {content['seconds']:.0f} s", *quick])
-
-
-def _measured(name: str, *, quick: bool) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        load, begun = load_average(), time.perf_counter()
-        result = CLAIMS[name](quick).to_json()
-        return {
-            "claim": result["claim"],
-            "title": result["title"],
-            "verdict": result["verdict"],
-            "quick": quick,
-            "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - begun, 2),
-            "load_average": {"start": load, "end": load_average()},
-            "hardware": hardware(),
-            "versions": versions(),
-            "parts": result["parts"],
-            "conditions": result["conditions"],
-            "figures": result["figures"],
-        }
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _short(value: Any) -> str:
