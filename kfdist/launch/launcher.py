@@ -76,7 +76,7 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
         ConfigError: A value is wrong; nothing was started.
         EnvironmentFault: Something the run needs could not be had, or a process failed.
     """
-    finished = inspect_run(config).finished
+    finished = inspect_run(config)
     # The device a rank will use is its own to find; everything else is the same on the CPU.
     # What inversions cost is for the ranks to measure: until then nothing is too expensive.
     costs = read_costs(config.run.directory) or MeasuredCosts(rates={})

@@ -15,7 +15,7 @@ from kfdist.optim.adaptive_settings import AdaptiveReport, AdaptiveSettings, Tru
 from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputFisher, OutputProduct
 from kfdist.optim.quadratic_model import InnerProducts, ModelStep, inner_product, minimise_model
 from kfdist.optim.replay import Closure, Replay
-from kfdist.optim.requirements import Source, check_arguments, source_of
+from kfdist.optim.requirements import check_arguments
 from kfdist.runtime.preconditioner import Preconditioner
 
 _LOG = logging.getLogger(__name__)
@@ -92,11 +92,14 @@ class AdaptiveStep:
         settings: AdaptiveSettings | None = None,
     ) -> None:
         self._settings = settings or AdaptiveSettings()
-        check_arguments(loss, weight_decay, damping)
-        self._source: Source = source_of(preconditioner, loss)
+        check_arguments(preconditioner, loss, weight_decay, damping)
+        self._preconditioner = preconditioner
+        self._loss = loss if preconditioner.settings.fisher != "empirical" else None
         self._eta = float(weight_decay)
         self._trust = Trust(self._settings, float(damping), self._eta)
-        self._parameters = [p for p in self._source.model.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in preconditioner.model.named_parameters() if p.requires_grad]
+        self._names = [name for name, _ in named]
+        self._parameters = [p for _, p in named]
         self._accuracy = _ROUNDING * max(torch.finfo(p.dtype).eps for p in self._parameters)
         wanted = self._settings.differentiation
         self._how = Differentiation.FORWARD if wanted == "auto" else Differentiation(wanted)
@@ -121,10 +124,10 @@ class AdaptiveStep:
             KfdistError: The closure returned something else than it must.
             Interrupted: By the preconditioner; the step was not made, and buffers and generators are as before it.
         """
-        replay = Replay(closure, self._source.model, self._parameters[0].device)
+        replay = Replay(closure, self._preconditioner.model, self._parameters[0].device)
         batch = self._measure(replay)
         try:
-            done = self._source.update()
+            done = self._preconditioner.update()
         except Interrupted:  # the step will be made again, perhaps from a checkpoint written now
             replay.undo()
             raise
@@ -155,16 +158,8 @@ class AdaptiveStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns lambda, gamma, the number of steps, and the last step by parameter name; equal on all ranks."""
-        names = {id(p): name for name, p in self._source.model.named_parameters()}
-        last = self._last
-        return {
-            "steps": self._count,
-            "damping": self._trust.damping,
-            "gamma": self._trust.gamma,
-            "last": None
-            if last is None
-            else {names[id(p)]: each.clone() for p, each in zip(self._parameters, last, strict=True)},
-        }
+        last = self._last and dict(zip(self._names, (each.clone() for each in self._last), strict=True))
+        return {"steps": self._count, "damping": self._trust.damping, "gamma": self._trust.gamma, "last": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a saved state.
@@ -174,14 +169,16 @@ class AdaptiveStep:
         """
         last = state["last"]
         if last is not None:
-            names = {id(p): name for name, p in self._source.model.named_parameters()}
-            own = {names[id(p)]: p.shape for p in self._parameters}
+            own = {name: p.shape for name, p in zip(self._names, self._parameters, strict=True)}
             if {name: each.shape for name, each in last.items()} != own:
                 raise CheckpointError(
                     "the adaptive step's state is of a model with other parameters; load the state that was saved "
                     "together with this model"
                 )
-            last = [last[names[id(p)]].to(p.device, p.dtype, copy=True) for p in self._parameters]
+            last = [
+                last[name].to(p.device, p.dtype, copy=True)
+                for name, p in zip(self._names, self._parameters, strict=True)
+            ]
         self._last = last
         self._count = int(state["steps"])
         self._trust.damping = float(state["damping"])
@@ -191,7 +188,6 @@ class AdaptiveStep:
 
     def _measure(self, replay: Replay) -> _Batch:
         """Runs forward and backward; `.grad` becomes the gradient of the objective over all ranks' batches."""
-        source = self._source
         for parameter in self._parameters:
             parameter.grad = None
         evaluation = replay.first()
@@ -206,9 +202,9 @@ class AdaptiveStep:
                 "for bad values in the batch. Nothing was changed; continue with the next batch, or stop"
             )
         if evaluation.stated:
-            source.batch(evaluation.examples)
-        if source.observe is not None:
-            source.observe(evaluation.output)
+            self._preconditioner.batch(examples=evaluation.examples)
+        if self._loss is not None:
+            self._preconditioner.observe(evaluation.output, loss=self._loss)
         evaluation.loss.backward()
         self._reduce_gradients(n / total)
         return _Batch(share=n / total, loss=mean)
@@ -218,7 +214,7 @@ class AdaptiveStep:
         own = [torch.zeros_like(p) if p.grad is None else p.grad * share for p in self._parameters]
         for dtype in dict.fromkeys(p.dtype for p in self._parameters):
             members = [index for index, p in enumerate(self._parameters) if p.dtype == dtype]
-            sums = reduce_flat([own[index] for index in members], self._source.world)
+            sums = reduce_flat([own[index] for index in members], self._preconditioner.world)
             for index, gradient in zip(members, sums, strict=True):
                 parameter = self._parameters[index]
                 parameter.grad = gradient.add_(parameter.detach(), alpha=self._eta)
@@ -287,7 +283,7 @@ class AdaptiveStep:
     # Numbers that all ranks agree on ---------------------------------------------------------------------------------
 
     def _direction(self, gamma: float) -> list[Tensor]:
-        solved = self._source.directions(gamma**2)
+        solved = self._preconditioner.directions(gamma**2)
         scale = self._trust.damping + self._eta
         return [-(solved[p] if p in solved else _gradient(p) / scale).to(p.dtype) for p in self._parameters]
 
@@ -295,11 +291,11 @@ class AdaptiveStep:
         """Linearises the model at the present parameters, on this rank's batch."""
 
         def run() -> tuple[Tensor, Tensor]:
-            with self._source.paused():
+            with self._preconditioner.paused():
                 evaluation = replay.again()
             return evaluation.output, evaluation.loss
 
-        return OutputFisher(run, self._source.model)
+        return OutputFisher(run, self._preconditioner.model)
 
     def _product(self, fisher: OutputFisher, direction: list[Tensor]) -> OutputProduct:
         """Computes J u and H J u on this rank's batch."""
@@ -319,7 +315,7 @@ class AdaptiveStep:
         Those of parameters and gradients alone are averaged over the ranks, too, so that ranks decide alike even if
         these numbers differ in the last bit.
         """
-        m, w = len(basis), 1.0 / self._source.world.world_size
+        m, w = len(basis), 1.0 / self._preconditioner.world.world_size
         gradient = [_gradient(p) for p in self._parameters]
         parts = [w * inner_product(gradient, u) for u in basis]
         for i in range(m):
@@ -337,7 +333,7 @@ class AdaptiveStep:
 
     def _loss_now(self, replay: Replay, batch: _Batch) -> float:
         """Returns the mean loss at the present parameters over all ranks' batches."""
-        with torch.no_grad(), self._source.paused():
+        with torch.no_grad(), self._preconditioner.paused():
             loss = replay.again().loss.detach().double()
         return self._sum_over_ranks((batch.share * loss).reshape(1))[0]
 
@@ -346,11 +342,11 @@ class AdaptiveStep:
         if not self._eta:
             return 0.0
         values = [p.detach() for p in self._parameters]
-        mean = inner_product(values, values).reshape(1) / self._source.world.world_size
+        mean = inner_product(values, values).reshape(1) / self._preconditioner.world.world_size
         return 0.5 * self._eta * self._sum_over_ranks(mean)[0]
 
     def _sum_over_ranks(self, values: Tensor) -> list[float]:
-        return reduce_flat([values], self._source.world)[0].tolist()
+        return reduce_flat([values], self._preconditioner.world)[0].tolist()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

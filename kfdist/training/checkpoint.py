@@ -102,7 +102,7 @@ class CheckpointStore:
         partial = final.with_suffix(".incomplete")
         size = 0
         try:
-            self._on_every_rank(lambda: self._prepare(partial))
+            self._on_first_rank(lambda: self._prepare(partial))
             entries = self._on_every_rank(lambda: self._write_files(partial, shared, own))
             files = {name: FileEntry(**entry) for of_rank in entries for name, entry in of_rank.items()}
             size = sum(entry.bytes for entry in files.values())
@@ -114,7 +114,7 @@ class CheckpointStore:
                 files=files,
                 facts=facts,
             )
-            self._on_every_rank(lambda: self._commit(partial, final, manifest))
+            self._on_first_rank(lambda: self._commit(partial, final, manifest))
         except RankFailed as failure:
             self._tidy(lambda: shutil.rmtree(partial, ignore_errors=True))
             return Saved(step=step, fault=str(failure), bytes=size, seconds=time.perf_counter() - started)
@@ -161,20 +161,23 @@ class CheckpointStore:
     def _on_every_rank(self, work: Callable[[], Any]) -> list[Any]:
         return on_every_rank(self._communicator, work)
 
-    def _tidy(self, work: Callable[[], object]) -> None:
-        """Removes on rank 0 what is of no more use; what can't be removed stays, and the others wait for it."""
+    def _on_first_rank(self, work: Callable[[], object]) -> None:
+        """Works on rank 0 alone; the others wait for it, and a fault names it."""
 
-        def tidy() -> None:
+        def alone() -> None:
             if self._communicator.rank == 0:
                 work()
 
+        self._on_every_rank(alone)
+
+    def _tidy(self, work: Callable[[], object]) -> None:
+        """Removes what is of no more use; what can't be removed stays."""
         with suppress(RankFailed):
-            self._on_every_rank(tidy)
+            self._on_first_rank(work)
 
     def _prepare(self, partial: Path) -> None:
-        if self._communicator.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
 
     def _write_files(self, partial: Path, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         files = {_rank_file(self._communicator.rank): own}
@@ -188,8 +191,6 @@ class CheckpointStore:
         return entries
 
     def _commit(self, partial: Path, final: Path, manifest: Manifest) -> None:
-        if self._communicator.rank != 0:
-            return
         write_file(partial / NAME, manifest.encode())
         sync_directory(partial)
         # A directory of this step that is still there was found damaged, or it would have been resumed from.

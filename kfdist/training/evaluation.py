@@ -1,7 +1,5 @@
 """How good the model is on the test data, found out by all ranks together."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,28 +25,21 @@ class Evaluation:
     accuracy: float
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode without gradients, and back into training mode."""
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train()
-
-
 def evaluate(model: nn.Module, examples: Examples, communicator: Communicator, device: torch.device) -> Evaluation:
     """Evaluates; every rank takes a share of the examples. All ranks must call this, and get the same result."""
     share = slice(communicator.rank, None, communicator.world_size)
     inputs, labels = examples.inputs[share], examples.labels[share]
     # Sums in float64, on the device the group communicates on.
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    with evaluating(model):
-        for first in range(0, len(labels), _BATCH):
-            targets = labels[first : first + _BATCH].to(device)
-            logits = model(inputs[first : first + _BATCH].to(device))
-            sums[0] += nn.functional.cross_entropy(logits, targets, reduction="sum").double()
-            sums[1] += (logits.argmax(1) == targets).sum().double()
+    model.eval()
+    try:
+        with torch.no_grad():
+            for first in range(0, len(labels), _BATCH):
+                targets = labels[first : first + _BATCH].to(device)
+                logits = model(inputs[first : first + _BATCH].to(device))
+                sums[0] += nn.functional.cross_entropy(logits, targets, reduction="sum").double()
+                sums[1] += (logits.argmax(1) == targets).sum().double()
+    finally:
+        model.train()
     loss, correct = communicator.all_reduce_sum_(sums).tolist()
     return Evaluation(loss=loss / len(examples), accuracy=correct / len(examples))

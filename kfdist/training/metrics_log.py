@@ -6,7 +6,7 @@ import math
 import time
 from io import FileIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
@@ -20,19 +20,17 @@ class MetricsLog:
 
     A line that can't be written (a full disk) is lost, counted and told once; it never ends a run.
 
+    Args:
+        directory: The run directory; None for a rank that writes no log.
+
     Attributes:
         lost: Lines that could not be written.
     """
 
-    def __init__(self, file: FileIO | None) -> None:
+    def __init__(self, directory: Path | None) -> None:
         self.lost = 0
-        self._file = file
+        self._file = FileIO(directory / "metrics.jsonl", "a") if directory is not None else None
         self._torn = False
-
-    @classmethod
-    def open(cls, directory: Path | None) -> Self:
-        """Opens the log in a run directory; None for a rank that writes none."""
-        return cls(FileIO(directory / "metrics.jsonl", "a") if directory is not None else None)
 
     def write(self, event: str, **values: Any) -> None:
         """Appends one line and hands it to the system at once. Numbers that JSON doesn't know become null."""

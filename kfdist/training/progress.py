@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from typing_extensions import override
 
@@ -37,20 +37,17 @@ class ProgressLine:
         )
 
 
-class Progress(Protocol):
-    """Shows a run to its user."""
+class Progress:
+    """Shows a run to its user; this one shows nothing, for ranks other than 0."""
 
     def show(self, line: ProgressLine) -> None:
         """Shows where the run stands."""
-        ...
 
     def say(self, text: str) -> None:
         """Tells of an event."""
-        ...
 
     def close(self) -> None:
         """Gives the terminal back."""
-        ...
 
 
 class PlainProgress(Progress):
@@ -67,10 +64,6 @@ class PlainProgress(Progress):
     def say(self, text: str) -> None:
         self._stream.write(f"{text}\n")
         self._stream.flush()
-
-    @override
-    def close(self) -> None:
-        pass
 
 
 class LiveProgress(Progress):
@@ -103,25 +96,9 @@ class LiveProgress(Progress):
         self._bar.stop()
 
 
-class NoProgress(Progress):
-    """Shows nothing: for ranks other than 0."""
-
-    @override
-    def show(self, line: ProgressLine) -> None:
-        pass
-
-    @override
-    def say(self, text: str) -> None:
-        pass
-
-    @override
-    def close(self) -> None:
-        pass
-
-
 def make_progress(*, worker_rank: int, total_steps: int, stream: TextIO | None = None) -> Progress:
     """Chooses how to show a run: live on a terminal, plain lines elsewhere, only on rank 0."""
     if worker_rank != 0:
-        return NoProgress()
+        return Progress()
     output: TextIO = sys.stdout if stream is None else stream
     return LiveProgress(output, total_steps) if output.isatty() else PlainProgress(output)

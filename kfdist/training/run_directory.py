@@ -16,7 +16,6 @@ import socket
 import time
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -48,21 +47,11 @@ _COSTS = "costs.json"
 """What inversions cost, in a run's directory; only where `auto` chooses by it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunStatus:
-    """What is in a run directory, seen without touching it.
-
-    Attributes:
-        exists: Whether the run was started before.
-        finished: Why there is nothing left to do under this configuration; empty if there is.
-    """
-
-    exists: bool
-    finished: str = ""
-
-
-def inspect_run(config: Config) -> RunStatus:
+def inspect_run(config: Config) -> str:
     """Checks that a run can be started here, changing nothing; a launcher calls this before it starts any process.
+
+    Returns:
+        Why there is nothing left to do under this configuration; empty if there is, as for a run that never started.
 
     Raises:
         ConfigError: The directory isn't a run's, or its run was started with another configuration.
@@ -73,7 +62,7 @@ def inspect_run(config: Config) -> RunStatus:
         raise ConfigError(f"is {str(directory)!r}, which is a file; give a directory", path="run.dir")
     # What others put into the directory (a database, logs) doesn't make it a run's.
     if not (directory / "config.toml").exists():
-        return RunStatus(exists=False)
+        return ""
     try:
         _refuse_drift(config)
         holder = _holder(directory / "lock")
@@ -82,7 +71,7 @@ def inspect_run(config: Config) -> RunStatus:
         raise EnvironmentFault(f"can't read the run directory {directory}: {error}; check owner and mode") from error
     if holder is not None:
         raise _locked(directory, holder)
-    return RunStatus(exists=True, finished=_finished(config, summary))
+    return _finished(config, summary)
 
 
 def read_costs(directory: Path) -> MeasuredCosts | None:
@@ -154,11 +143,6 @@ class RunDirectory:
             raise
         return opened
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where the run's checkpoints are."""
-        return self.path / "checkpoints"
-
     def abandon(self) -> None:
         """Lets go of the directory, and removes it if this start made it and nobody else put anything in.
 
@@ -168,7 +152,7 @@ class RunDirectory:
             for name in ("config.toml", "metrics.jsonl", "summary.json", "lock", _COSTS):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "epochs", ignore_errors=True)
-            for directory in (self.checkpoints, self.path):
+            for directory in (self.path / "checkpoints", self.path):
                 with contextlib.suppress(OSError):
                     directory.rmdir()
         self.close()

@@ -14,6 +14,7 @@ from kfdist.data.sampler import Position, Sampler
 from kfdist.data.sets import DataSet
 from kfdist.errors import CheckpointError
 from kfdist.runtime.forward_state import ForwardState, seed_rank
+from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.state import merge_states
 from kfdist.training.checkpoint import Loaded
@@ -21,17 +22,33 @@ from kfdist.training.optimizers import LearningRate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """Everything a rank trains with.
+class Materials:
+    """What a rank trains with that can be made, and checked, before the run directory is opened.
+
+    Attributes:
+        device: Where this rank computes.
+        data: The whole data set, on that device.
+        sampler: Deals the data to the ranks.
+        model: The model, on the device.
+        optimizer: Applies the gradients.
+        plan: What a preconditioner does to the model.
+    """
+
+    device: torch.device
+    data: DataSet
+    sampler: Sampler
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Materials):
+    """Everything a rank trains with; the model is equal on all ranks.
 
     Attributes:
         config: The run's configuration.
         communicator: The training group.
-        device: Where this rank computes.
-        data: The whole data set, on that device.
-        sampler: Deals the data to the ranks.
-        model: The model, equal on all ranks.
-        optimizer: Applies the gradients.
         learning_rate: By step.
         scaler: Scales the loss with float16, else disabled.
         reducer: Averages the gradients over the ranks.
@@ -41,11 +58,6 @@ class Training:
 
     config: Config
     communicator: Communicator
-    device: torch.device
-    data: DataSet
-    sampler: Sampler
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     scaler: torch.amp.GradScaler
     reducer: GradientReducer

@@ -2,10 +2,9 @@
 
 import os
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import nn
 
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
@@ -17,12 +16,11 @@ from kfdist.errors import EnvironmentFault
 from kfdist.models import build_model
 from kfdist.runtime.forward_state import ForwardState, seed_rank
 from kfdist.runtime.invert.service import Service, connect
-from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.addresses import server_address
 from kfdist.training.method import plan_of
 from kfdist.training.optimizers import LearningRate, make_optimizer
-from kfdist.training.run_state import Standing, Training
+from kfdist.training.run_state import Materials, Standing, Training
 
 _CONNECT_SECONDS = 5.0
 
@@ -65,27 +63,6 @@ def check_controller(config: Config) -> None:
             f"no controller at {address} ({error}); start `kfdist serve` first, or give its address with "
             "--controller HOST:PORT"
         ) from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Materials:
-    """What can be made, and checked, before the run directory is opened.
-
-    Attributes:
-        device: Where this rank computes.
-        data: The data set.
-        sampler: Deals it to the ranks.
-        model: The model, on the device.
-        optimizer: Its optimizer.
-        plan: What a preconditioner does to the model.
-    """
-
-    device: torch.device
-    data: DataSet
-    sampler: Sampler
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    plan: Plan
 
 
 def gather_materials(
@@ -158,13 +135,9 @@ def make_training(
         link=_service(config, epoch),
     )
     return Training(
+        **vars(materials),
         config=config,
         communicator=communicator,
-        device=device,
-        data=materials.data,
-        sampler=materials.sampler,
-        model=model,
-        optimizer=materials.optimizer,
         learning_rate=learning_rate,
         scaler=scaler,
         reducer=reducer,

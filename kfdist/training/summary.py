@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,10 @@ from torch import Tensor
 from kfdist.system.files import replace_file
 from kfdist.system.provenance import versions
 from kfdist.training.run_state import Training
+from kfdist.training.trainer import Trainer
 
 _FORBIDDEN = ("ray", "grpc")
+_ADDED_UP = ("courier_restarts", "samples_lost", "nonfinite_drops")
 
 
 def modules_clean() -> bool:
@@ -47,19 +48,50 @@ def step_statistics(seconds: Sequence[float]) -> dict[str, float | None]:
     return {"mean": sum(ordered) / len(ordered), "p50": quantile(0.5), "p99": quantile(0.99)}
 
 
-def gather_totals(training: Training, steps_done: int) -> dict[str, Any]:
+def summarise(training: Training, trainer: Trainer, *, start: int, stopped: str) -> dict[str, Any]:
+    """Puts the summary of an ended run together. All ranks must call it, and get the same.
+
+    Args:
+        training: What was trained with.
+        trainer: What trained.
+        start: This start's number.
+        stopped: Why the run stopped before its last step; empty if it is finished.
+    """
+    standing = trainer.standing
+    return {
+        "status": "stopped" if stopped else "finished",
+        "run": training.config.run.name,
+        "steps": standing.step,
+        "data_epochs": standing.position.epoch,
+        "seconds": standing.seconds,
+        "start": start,
+        "stop_reason": stopped,
+        "checkpoint_faults": trainer.checkpoint_faults,
+        "metrics": dict(trainer.metrics),
+        "step_seconds": step_statistics(trainer.step_seconds),
+        **_gather_totals(training, len(trainer.step_seconds)),
+        # Those who run the pool know and may overwrite it: a rank never talks to Ray.
+        "owner_restarts": 0,
+        "world_size": training.communicator.world_size,
+        "device": str(training.device),
+        "versions": versions(),
+    }
+
+
+def _gather_totals(training: Training, steps_done: int) -> dict[str, Any]:
     """Adds up what the ranks counted in this start. All ranks must call it, and get the same."""
     counters = training.preconditioner.counters()
     gradients = training.reducer.bytes_per_step * steps_done if training.communicator.world_size > 1 else 0
-    own = {
-        "counters": counters,
-        "bytes": {"gradients": gradients, **counters["bytes"]},
-        "parameter_sha256": parameter_sha256(training.model.named_parameters()),
-        "modules_clean": modules_clean(),
-    }
-    ranks = training.communicator.all_gather_json(own)
+    ranks = training.communicator.all_gather_json(
+        {
+            **counters,
+            "bytes": {"gradients": gradients, **counters["bytes"]},
+            "parameter_sha256": parameter_sha256(training.model.named_parameters()),
+            "modules_clean": modules_clean(),
+        }
+    )
     # Results come to the rank that asked for them, so completed ones add up; failures are adopted by all ranks alike.
-    by_method = _sum(rank["counters"]["inversions"]["by_method"] for rank in ranks)
+    by_method = _sum(rank["inversions"]["by_method"] for rank in ranks)
     return {
         "staleness_steps": {"p50": None, "max": None, **counters["staleness_steps"]},
         "inversions": {
@@ -67,50 +99,12 @@ def gather_totals(training: Training, steps_done: int) -> dict[str, Any]:
             "failed": counters["inversions"]["failed"],
             "by_method": by_method,
         },
-        "adoptions": counters.get("adoptions", 0),
-        "fallbacks": counters.get("fallbacks", {}),
-        "failures": counters.get("failures", {}),
-        "resubmissions": _sum(rank["counters"].get("resubmissions", {}) for rank in ranks),
-        "courier_restarts": sum(rank["counters"].get("courier_restarts", 0) for rank in ranks),
-        "samples_lost": sum(rank["counters"].get("samples_lost", 0) for rank in ranks),
-        "nonfinite_drops": sum(rank["counters"].get("nonfinite_drops", 0) for rank in ranks),
+        **{name: counters[name] for name in ("adoptions", "fallbacks", "failures")},
+        "resubmissions": _sum(rank["resubmissions"] for rank in ranks),
+        **{name: sum(rank[name] for rank in ranks) for name in _ADDED_UP},
         "rank_modules_clean": all(rank["modules_clean"] for rank in ranks),
         "bytes": _sum(rank["bytes"] for rank in ranks),
         "parameter_sha256": [rank["parameter_sha256"] for rank in ranks],
-    }
-
-
-def summarise(
-    training: Training,
-    totals: Mapping[str, Any],
-    *,
-    status: str,
-    progress: Mapping[str, Any],
-    metrics: Mapping[str, float | None],
-    step_seconds: array,
-) -> dict[str, Any]:
-    """Puts a summary together.
-
-    Args:
-        training: What was trained with.
-        totals: What `gather_totals` returned.
-        status: "finished" or "stopped".
-        progress: How far the run has come: steps, data_epochs, seconds, start.
-        metrics: Results on the data.
-        step_seconds: Seconds of each step of this start.
-    """
-    return {
-        "status": status,
-        "run": training.config.run.name,
-        **progress,
-        "metrics": dict(metrics),
-        "step_seconds": step_statistics(step_seconds),
-        **totals,
-        # Those who run the pool know and may overwrite it: a rank never talks to Ray.
-        "owner_restarts": 0,
-        "world_size": training.communicator.world_size,
-        "device": str(training.device),
-        "versions": versions(),
     }
 
 

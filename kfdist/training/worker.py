@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -20,9 +19,9 @@ from kfdist.training.method import agree_on_costs
 from kfdist.training.metrics_log import MetricsLog
 from kfdist.training.progress import Progress, make_progress
 from kfdist.training.run_directory import RunDirectory, inspect_run
-from kfdist.training.run_state import Standing, Training, restore_state, standing_of
-from kfdist.training.setup import Materials, check_controller, choose_device, gather_materials, make_training
-from kfdist.training.summary import gather_totals, summarise, write_summary
+from kfdist.training.run_state import Materials, Standing, Training, restore_state, standing_of
+from kfdist.training.setup import check_controller, choose_device, gather_materials, make_training
+from kfdist.training.summary import summarise, write_summary
 from kfdist.training.trainer import Outputs, Trainer
 
 
@@ -67,7 +66,7 @@ def train_together(config: Config, communicator: Communicator, device: torch.dev
         ConfigError, EnvironmentFault, LossNotFinite: As for `run_worker`.
     """
     _check_same_configuration(config, communicator)
-    finished = on_rank_zero(communicator, lambda: inspect_run(config).finished)
+    finished = on_rank_zero(communicator, lambda: inspect_run(config))
     materials = gather_materials(config, communicator.world_size, device, agree_on_costs(config, communicator))
     if finished:
         return Ending(code=ExitCode.DONE, message=finished if communicator.rank == 0 else "")
@@ -131,7 +130,7 @@ class _Start:
         standing = standing_of(loaded) if loaded is not None else Standing()
         training = make_training(config, communicator, self._materials, epoch=epoch, standing=standing)
         progress = make_progress(worker_rank=communicator.rank, total_steps=training.learning_rate.total_steps)
-        log = MetricsLog.open(self._directory.path if self._directory is not None else None)
+        log = MetricsLog(self._directory.path if self._directory is not None else None)
         try:
             if loaded is not None:
                 restore_state(training, loaded)
@@ -145,7 +144,7 @@ class _Start:
                     stopped = trainer.run()
             finally:
                 self._trained = trainer.standing.step > 0 or newest is not None
-            summary = self._summary(training, trainer, epoch, stopped)
+            summary = summarise(training, trainer, start=epoch, stopped=stopped)
             log.write("end", step=trainer.standing.step, status=summary["status"])
             training.preconditioner.beat(summary["status"])
             training.preconditioner.close()
@@ -162,25 +161,6 @@ class _Start:
             return Ending(code=ExitCode.DONE)
         message = f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume"
         return Ending(code=ExitCode.RESUMABLE, message=message if communicator.rank == 0 else "")
-
-    def _summary(self, training: Training, trainer: Trainer, epoch: int, stopped: str) -> dict[str, Any]:
-        totals = gather_totals(training, len(trainer.step_seconds))
-        progress = {
-            "steps": trainer.standing.step,
-            "data_epochs": trainer.standing.position.epoch,
-            "seconds": trainer.standing.seconds,
-            "start": epoch,
-            "stop_reason": stopped,
-            "checkpoint_faults": trainer.checkpoint_faults,
-        }
-        return summarise(
-            training,
-            totals,
-            status="stopped" if stopped else "finished",
-            progress=progress,
-            metrics=trainer.metrics,
-            step_seconds=trainer.step_seconds,
-        )
 
 
 def _announce(training: Training, standing: Standing, progress: Progress, skipped: list[str]) -> None:

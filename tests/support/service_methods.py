@@ -16,7 +16,7 @@ from kfdist.runtime.plan.coverage import CoverageRow
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.method import agree_on_costs
 from kfdist.training.metrics_log import MetricsLog
-from kfdist.training.progress import NoProgress
+from kfdist.training.progress import Progress
 from kfdist.training.run_state import Standing, Training
 from kfdist.training.setup import gather_materials, make_training
 from kfdist.training.summary import parameter_sha256
@@ -101,7 +101,7 @@ def _train_one(communicator: Communicator, folder: Path, name: str, overrides: S
     materials = gather_materials(config, communicator.world_size, device, costs)
     training = make_training(config, communicator, materials, epoch=1, standing=Standing())
     store = CheckpointStore(folder / "checkpoints", communicator, keep=1)
-    trainer = Trainer(training, Standing(), Outputs(store=store, log=MetricsLog.open(None), progress=NoProgress()))
+    trainer = Trainer(training, Standing(), Outputs(store=store, log=MetricsLog(None), progress=Progress()))
     try:
         assert trainer.run() == ""
         seen = _look(training, trainer)

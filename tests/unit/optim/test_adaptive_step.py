@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,9 @@ from torch.nn import functional
 
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import CheckpointError, ConfigError, Interrupted, LossNotFinite
-from kfdist.optim import adaptive
 from kfdist.optim.adaptive import AdaptiveStep
 from kfdist.optim.adaptive_settings import AdaptiveSettings
 from kfdist.optim.output_fisher import NoForwardDerivative
-from kfdist.optim.requirements import Source
 
 EXACT = 1e-10
 """float64 sums of at most a few hundred terms."""
@@ -26,6 +25,10 @@ Closure = Callable[[], tuple[Tensor, Tensor]]
 
 class Formula:
     """Stands in for a preconditioner: its direction is grad/(scale + damping)."""
+
+    settings = SimpleNamespace(kl_clip=None, lag=0, fisher="empirical")
+    world = Communicator(None)
+    attached, grad_scaler, groups = False, None, ()
 
     def __init__(self, model: nn.Module, scale: float = 1.0, without: tuple[str, ...] = ()) -> None:
         self.model, self.scale = model, scale
@@ -42,21 +45,11 @@ class Formula:
     def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:
         return {p: p.grad / (self.scale + damping) for p in self.covered if p.grad is not None}
 
-    def source(self) -> Source:
-        return Source(
-            model=self.model,
-            world=Communicator(None),
-            update=self.update,
-            directions=self.directions,
-            paused=nullcontext,
-            batch=self.examples.append,
-            observe=None,
-        )
+    def batch(self, *, examples: int) -> None:
+        self.examples.append(examples)
 
-
-@pytest.fixture(autouse=True)
-def _formula_as_preconditioner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptive, "source_of", lambda formula, _loss: formula.source())
+    def paused(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def stepper(of: nn.Module | Formula, *, weight_decay: float = 0.0, damping: float = 1.0, **settings) -> AdaptiveStep:

@@ -4,14 +4,13 @@ import io
 import json
 import math
 import sys
-from io import FileIO
 from pathlib import Path
 
 import pytest
 import torch
 
 from kfdist.training.metrics_log import MetricsLog
-from kfdist.training.progress import LiveProgress, NoProgress, PlainProgress, ProgressLine, make_progress
+from kfdist.training.progress import LiveProgress, PlainProgress, ProgressLine, make_progress
 from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics
 
 LINE = ProgressLine(step=20, total_steps=120, loss=0.25, accuracy=0.875, staleness=14, steps_per_second=31.5)
@@ -40,19 +39,24 @@ def test_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_other_ranks_are_silent():
-    assert isinstance(make_progress(worker_rank=1, total_steps=1), NoProgress)
+    stream = io.StringIO()
+    progress = make_progress(worker_rank=1, total_steps=1, stream=stream)
+    progress.say("an event happened")
+    progress.show(LINE)
+    progress.close()
+    assert stream.getvalue() == ""
 
 
 def test_the_log_is_one_object_a_line_and_grows_from_start_to_start(tmp_path: Path):
     for step in (1, 2):
-        log = MetricsLog.open(tmp_path)
+        log = MetricsLog(tmp_path)
         log.write("step", step=step, loss=math.nan, staleness={"max": math.inf, "p50": 3})
         # Readable at once, not only after closing.
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         log.close()
     assert [(line["event"], line["step"], line["loss"]) for line in lines] == [("step", 1, None), ("step", 2, None)]
     assert lines[0]["staleness"] == {"max": None, "p50": 3}
-    MetricsLog.open(None).write("step", step=3)
+    MetricsLog(None).write("step", step=3)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -87,8 +91,9 @@ def test_clean_modules_means_neither_ray_nor_grpc(monkeypatch: pytest.MonkeyPatc
     assert not modules_clean()
 
 
-def test_a_full_disk_loses_lines_but_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    log = MetricsLog(FileIO("/dev/full", "a"))
+def test_a_full_disk_loses_lines_but_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(tmp_path)
     log.write("step", step=1)
     log.write("step", step=2)
     log.close()
