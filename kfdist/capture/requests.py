@@ -55,7 +55,7 @@ class Request:
         samples: How many examples' rows to keep at most, drawn over all micro-batches of the step; None keeps none.
         sample_rows: The most rows of them to keep, by the positions of the first call; None sets no such limit.
         sample_columns: Columns of an example's gradient to keep in the place of more positions
-            (`kfdist.linalg.compression`); None keeps all positions.
+            (`kfdist.linalg.lowrank`); None keeps all positions.
         seed: For what is drawn, at most 63 bits. Give ranks seeds of their own where their draws should differ.
     """
 

@@ -12,7 +12,7 @@ from kfdist.curvature.averages import ExampleRows
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
 from kfdist.errors import KfdistError
-from kfdist.linalg.compression import compress_columns
+from kfdist.linalg.lowrank import compress_columns
 
 
 @dataclass

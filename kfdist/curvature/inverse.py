@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -264,16 +264,34 @@ class KroneckerSpectrum(AbstractPreconditioner):
     tail_G: Tensor
     damping_rule: DampingRule
 
-    def __post_init__(self) -> None:
-        if self.damping_rule not in get_args(DampingRule):  # it may come from a wire or a file
-            raise ValueError(
-                f"damping_rule is {self.damping_rule!r}, must be one of {', '.join(get_args(DampingRule))}"
-            )
-
     @property
     @override
     def shape(self) -> tuple[int, int, int]:
         return self.U_G.shape[0], self.U_G.shape[-2], self.U_A.shape[-2]
+
+    @classmethod
+    def of(
+        cls,
+        A: Spectrum,
+        G: Spectrum,
+        *,
+        trace_A: Float[Tensor, " c"],
+        trace_G: Float[Tensor, " c"],
+        damping_rule: DampingRule,
+    ) -> Self:
+        """Makes it from the spectra of both factors."""
+        spectra = {"U_A": A.vectors, "w_A": A.values, "tail_A": A.tail, "U_G": G.vectors, "w_G": G.values}
+        return cls(trace_A=trace_A, trace_G=trace_G, **spectra, tail_G=G.tail, damping_rule=damping_rule)
+
+    @property
+    def A(self) -> Spectrum:
+        """The factor of the inputs."""
+        return Spectrum(self.U_A, self.w_A, self.tail_A)
+
+    @property
+    def G(self) -> Spectrum:
+        """The factor of the output gradients."""
+        return Spectrum(self.U_G, self.w_G, self.tail_G)
 
     def factor_damping(self, damping: float) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
         """Returns lambda_A and lambda_G of the rules that damp each factor.
@@ -328,19 +346,15 @@ class KroneckerSpectrum(AbstractPreconditioner):
                 f"the rows have shapes {tuple(a.shape)} and {tuple(g.shape)}, must be {(c, n, q)} and {(c, n, p)}"
             )
         with torch.autocast(g.device.type, enabled=False):
-            A = Spectrum(self.U_A, self.w_A, self.tail_A)
-            G = Spectrum(self.U_G, self.w_G, self.tail_G)
             rows = a.to(self.U_A.dtype), g.to(self.U_G.dtype)
-            return solve_rows(A, G, self.factor_damping(damping), rows, examples).to(g.dtype)
+            return solve_rows(self.A, self.G, self.factor_damping(damping), rows, examples).to(g.dtype)
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         del memory
-        A = Spectrum(self.U_A, self.w_A, self.tail_A)
-        G = Spectrum(self.U_G, self.w_G, self.tail_G)
         if self.damping_rule == "common":
-            return solve_joint(A, G, damping, gradient)
-        return solve_factored(A, G, *self.factor_damping(damping), gradient)
+            return solve_joint(self.A, self.G, damping, gradient)
+        return solve_factored(self.A, self.G, *self.factor_damping(damping), gradient)
 
 
 @dataclass(frozen=True, kw_only=True)

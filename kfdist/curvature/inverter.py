@@ -46,14 +46,16 @@ _MESSAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Inversion:
-    """One attempt to invert a block.
+    """How the inversion of one block went: one attempt of a method, or what the ladder made of several.
 
     Attributes:
-        preconditioner: The result; None if the attempt failed.
-        outcome: DONE, CLAMPED or FAILED; the ladder knows the rest.
-        reason: Why it failed; else empty.
-        diagnostics: Numbers about the attempt. `residual_A` and `residual_G`, relative errors of what the result
-            claims to be, are read by the ladder.
+        preconditioner: The result; None if it failed.
+        outcome: Of a method DONE, CLAMPED or FAILED; the rest says which rung of the ladder held.
+        reason: Why it failed; from the ladder, what went wrong on the way, empty if nothing did.
+        diagnostics: By name with the factor's letter: `residual_*`, relative errors of what the result claims to be, by
+            which the ladder judges; `orthogonality_*`, ||U^T U - I|| of eigenvectors, Frobenius;
+            `smallest_eigenvalue_*`; `rank_*`. The ladder leaves out what isn't finite and adds the `rung`, from 0, and
+            the `damping` that it used.
         state: Tensors to get back as `previous` with the next version; empty where the method keeps none.
     """
 
@@ -62,6 +64,11 @@ class Inversion:
     reason: str = ""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def failed(cls, reason: str, state: Mapping[str, Tensor] | None = None) -> Self:
+        """Makes the failure of a block; with `state`, what its next inversion gets back."""
+        return cls(preconditioner=None, outcome=Outcome.FAILED, reason=reason, state=state or {})
 
 
 class Placement(StrEnum):

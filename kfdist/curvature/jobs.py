@@ -3,6 +3,7 @@
 The bytes of a result are a function of the job's bytes, the device and the thread count.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +14,14 @@ from torch import Tensor
 from kfdist import checks
 from kfdist.curvature import payloads
 from kfdist.curvature.inverse import AbstractPreconditioner
-from kfdist.curvature.inverter import AbstractInverter, Coupling, Outcome
+from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion, Outcome
 from kfdist.curvature.inverters import PRECONDITIONERS, make_inverter
-from kfdist.curvature.ladder import BlockOutcome as BlockOutcome
 from kfdist.curvature.ladder import invert_group_with_ladder
 from kfdist.curvature.payloads import Tree
 from kfdist.curvature.statistics import STATISTICS, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import triangle_size
+from kfdist.system.provenance import processor_field
 from kfdist.types import BlockName, BlockShape
 from kfdist.wire.records import move, to_tree
 from kfdist.wire.tree import pack
@@ -39,7 +40,7 @@ class GroupResult:
         outcomes: One per block of the group.
     """
 
-    outcomes: Mapping[BlockName, BlockOutcome]
+    outcomes: Mapping[BlockName, Inversion]
 
     @property
     def failed(self) -> bool:
@@ -172,11 +173,7 @@ def failure_result(reasons: Mapping[BlockName, str]) -> bytes:
     Args:
         reasons: Why, by block of the group.
     """
-    failed = {
-        name: BlockOutcome(preconditioner=None, outcome=Outcome.FAILED, reason=reasons[name])
-        for name in sorted(reasons)
-    }
-    return pack(_result(failed))
+    return pack(_result({name: Inversion.failed(reasons[name]) for name in sorted(reasons)}))
 
 
 def encode_result(preconditioners: Mapping[BlockName, AbstractPreconditioner]) -> bytes:
@@ -185,8 +182,7 @@ def encode_result(preconditioners: Mapping[BlockName, AbstractPreconditioner]) -
     Args:
         preconditioners: One per block of the group.
     """
-    done = {name: BlockOutcome(preconditioner=made, outcome=Outcome.DONE) for name, made in preconditioners.items()}
-    return pack(_result(done))
+    return pack(_result({name: Inversion(preconditioner=made) for name, made in preconditioners.items()}))
 
 
 def job_threads(payload: bytes) -> int:
@@ -217,6 +213,38 @@ def job_bytes(needs: Iterable[tuple[BlockShape, Needs]], *, bytes_per_number: in
     return total
 
 
+def fingerprint(device: torch.device | str, threads: int) -> str:
+    """Describes device, CPU capability, thread count and library versions in one line.
+
+    Two processes with equal fingerprints get equal bytes from `run_job`. On a CPU the last bits
+    of eigendecompositions, sums and convolution gradients depend on the vector instructions and on the thread count;
+    the vendor counts because MKL chooses its kernels by it.
+
+    Args:
+        device: Where inversions run.
+        threads: CPU threads they run with.
+
+    Returns:
+        Fields separated by semicolons, such as
+        "cpu;AVX512;vendor=GenuineIntel;threads=1;torch=2.13.0+cpu;build=1f2e3d4c".
+    """
+    device = torch.device(device)
+    fields = [
+        device.type,
+        torch.backends.cpu.get_cpu_capability(),
+        f"vendor={processor_field('vendor_id', 'CPU implementer') or 'unknown'}",
+        f"threads={threads}",
+        f"torch={torch.__version__}",
+        # The same version comes with different BLAS and LAPACK; the build's own description tells them apart.
+        f"build={hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:8]}",
+        f"matmul={torch.get_float32_matmul_precision()}",
+    ]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        fields += [torch.cuda.get_device_name(device), f"sm={major}{minor}", f"cuda={torch.version.cuda}"]
+    return ";".join(fields)
+
+
 # Trees ----------------------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +263,7 @@ def _run(job: Tree, device: torch.device | str) -> Tree:
         statistics[name] = move(record, device)
         previous[name] = payloads.tensors(block, "previous", device)
     units = [list(statistics)] if inverter.coupling is not Coupling.NONE else [[name] for name in statistics]
-    outcomes: dict[BlockName, BlockOutcome] = {}
+    outcomes: dict[BlockName, Inversion] = {}
     for unit in units:
         outcomes |= invert_group_with_ladder(
             inverter,
@@ -253,7 +281,7 @@ def _after(job: Tree, result: Tree) -> Tree:
     return {**job, "blocks": [{**block, "previous": states.get(block["name"], {})} for block in job["blocks"]]}
 
 
-def _result(outcomes: Mapping[BlockName, BlockOutcome]) -> Tree:
+def _result(outcomes: Mapping[BlockName, Inversion]) -> Tree:
     blocks = [
         {
             "name": name,
@@ -278,14 +306,14 @@ def _inverter_of(job: Tree) -> AbstractInverter:
         raise ValueError(f"the job's inverter: {error}") from error
 
 
-def _read_outcome(block: Tree, device: torch.device | str) -> BlockOutcome:
+def _read_outcome(block: Tree, device: torch.device | str) -> Inversion:
     said = block.get("outcome")
     if said not in list(Outcome):
         raise ValueError(f"block {block['name']!r}: unknown outcome {payloads.shortened(said)}")
     outcome, preconditioner = Outcome(said), None
     if outcome is not Outcome.FAILED:
         preconditioner = move(payloads.record(block, "preconditioner", PRECONDITIONERS), device)
-    return BlockOutcome(
+    return Inversion(
         preconditioner=preconditioner,
         outcome=outcome,
         reason=str(block.get("reason", "")),

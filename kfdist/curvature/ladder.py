@@ -8,13 +8,11 @@ never a rung: they propagate, and the job is retried unchanged.
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
 from kfdist.curvature.statistics import Increment
 from kfdist.linalg.psd import asymmetry
@@ -32,27 +30,6 @@ DAMPING_FACTORS = (10.0, 100.0, 1000.0)
 """How much more damping the last rungs try."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockOutcome:
-    """How the inversion of one block ended.
-
-    Attributes:
-        preconditioner: The result; None if it failed.
-        outcome: Which rung held.
-        reason: What went wrong on the way; empty if nothing did.
-        diagnostics: Finite numbers: `residual_*`, `orthogonality_*` (||U^T U - I|| of eigenvectors, Frobenius),
-            `smallest_eigenvalue_*`, `rank_*`, the `rung` (from 0) and the
-            `damping` it used.
-        state: Tensors that the next version gets back as `previous`.
-    """
-
-    preconditioner: AbstractPreconditioner | None
-    outcome: Outcome
-    reason: str = ""
-    diagnostics: Mapping[str, float] = field(default_factory=dict)
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-
-
 def invert_group_with_ladder(
     inverter: AbstractInverter,
     statistics: Mapping[BlockName, Any],
@@ -60,7 +37,7 @@ def invert_group_with_ladder(
     damping: float,
     previous: Mapping[BlockName, Mapping[str, Tensor]],
     seeds: Mapping[BlockName, int],
-) -> dict[BlockName, BlockOutcome]:
+) -> dict[BlockName, Inversion]:
     """Inverts a group of blocks, climbing float32, float64, more damping until all results pass their checks.
 
     Args:
@@ -94,7 +71,7 @@ def invert_group_with_ladder(
         if not trouble:
             reached = Outcome.MORE_DAMPING if factor > 1 else Outcome.DONE if precision == dtype else Outcome.FLOAT64
             return {
-                name: BlockOutcome(
+                name: Inversion(
                     preconditioner=contiguous(attempt.preconditioner.to(tensor.device, dtype)),
                     outcome=Outcome.worst(reached, attempt.outcome),
                     reason="; ".join(troubles),
@@ -110,16 +87,11 @@ def invert_group_with_ladder(
 
 def _failed(
     reasons: Mapping[BlockName, str], previous: Mapping[BlockName, Mapping[str, Tensor]]
-) -> dict[BlockName, BlockOutcome]:
+) -> dict[BlockName, Inversion]:
     """Fails the whole group: its blocks are adopted together or not at all."""
     first = next(f"block {name!r} of the group failed: {reason}" for name, reason in reasons.items() if reason)
     return {
-        name: BlockOutcome(
-            preconditioner=None,
-            outcome=Outcome.FAILED,
-            reason=reason or first,
-            state={key: tensor.clone() for key, tensor in previous.get(name, {}).items()},
-        )
+        name: Inversion.failed(reason or first, {key: each.clone() for key, each in previous.get(name, {}).items()})
         for name, reason in reasons.items()
     }
 
@@ -150,8 +122,7 @@ def _attempt(
     try:
         return inverter.invert_group(statistics, damping=damping, previous=previous, seeds=seeds)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # documented, not declared
-        failed = Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=f"LAPACK gave up: {error}")
-        return dict.fromkeys(statistics, failed)
+        return dict.fromkeys(statistics, Inversion.failed(f"LAPACK gave up: {error}"))
 
 
 def _input_fault(statistics: Any) -> str:

@@ -1,5 +1,6 @@
 """Decompositions of one factor with their diagnostics, shared by the methods that damp at apply."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -8,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kfdist.curvature.inverse import KroneckerSpectrum
-from kfdist.curvature.inverter import Outcome
+from kfdist.curvature.inverter import Inversion, Outcome
 from kfdist.curvature.statistics import KroneckerFactors
+from kfdist.errors import ConfigError
 from kfdist.linalg.kronecker import DampingRule, Spectrum
 from kfdist.linalg.lowrank import gaussian_sketch, randomized_eigh, randomized_svd, range_basis
 from kfdist.linalg.psd import eigen_residual, eigh_descending, orthogonality_residual, trace
@@ -48,6 +50,16 @@ class AdaptiveRank(NamedTuple):
     shrink: int
     least: int
     most: int
+
+    def check(self, rank: int) -> None:
+        """Refuses a rank to begin with that is out of its bounds.
+
+        Raises:
+            ConfigError: It is.
+        """
+        if not self.least <= rank <= self.most:
+            allowed = f"from {self.least} to {self.most}"
+            raise ConfigError(f"{rank} is not allowed with adaptive_rank; must be {allowed}", path="rank")
 
     def following(self, values: Float[Tensor, "c r"], d: int) -> int:
         """Returns the rank of the next decomposition; waits for the values.
@@ -142,20 +154,29 @@ def randomized_spectrum(
     return found
 
 
-def assemble(
-    factors: KroneckerFactors, A: FactorSpectrum, G: FactorSpectrum, *, damping_rule: DampingRule
-) -> KroneckerSpectrum:
-    """Makes the preconditioner from both decompositions."""
-    return KroneckerSpectrum(
-        trace_A=trace(factors.A),
-        trace_G=trace(factors.G),
-        U_A=A.spectrum.vectors,
-        w_A=A.spectrum.values,
-        tail_A=A.spectrum.tail,
-        U_G=G.spectrum.vectors,
-        w_G=G.spectrum.values,
-        tail_G=G.spectrum.tail,
-        damping_rule=damping_rule,
+def full_spectra(factors: KroneckerFactors, seed: int) -> tuple[FactorSpectrum, FactorSpectrum]:
+    """Decomposes A and G by full eigendecompositions and keeps all pairs."""
+    A = full_spectrum(factors.A, rank=factors.A.shape[-1], seed=seed, label="A")
+    return A, full_spectrum(factors.G, rank=factors.G.shape[-1], seed=seed, label="G")
+
+
+def spectral_inversion(
+    factors: KroneckerFactors,
+    A: FactorSpectrum,
+    G: FactorSpectrum,
+    *,
+    damping_rule: DampingRule,
+    state: Mapping[str, Tensor] | None = None,
+) -> Inversion:
+    """Makes the preconditioner from both decompositions, with what they tell."""
+    trace_A, trace_G = trace(factors.A), trace(factors.G)
+    return Inversion(
+        preconditioner=KroneckerSpectrum.of(
+            A.spectrum, G.spectrum, trace_A=trace_A, trace_G=trace_G, damping_rule=damping_rule
+        ),
+        outcome=Outcome.worst(A.outcome, G.outcome),
+        diagnostics=A.diagnostics | G.diagnostics,
+        state=state or {},
     )
 
 
@@ -174,13 +195,6 @@ def probes_like(
     return gaussian_sketch(like, PROBES, seed=split_seed(seed, f"probes/{label}"))
 
 
-def clamp_spectrum(values: Float[Tensor, "c r"]) -> tuple[Float[Tensor, "c r"], Outcome]:
-    """Sets negative eigenvalues to zero; CLAMPED if any was negative beyond rounding."""
-    largest = values.abs().amax(-1, keepdim=True)
-    beyond_rounding = bool((values < -NEGATIVE_TOLERANCE * largest).any())
-    return values.clamp_min(0), Outcome.CLAMPED if beyond_rounding else Outcome.DONE
-
-
 def _factor_spectrum(
     values: Tensor, vectors: Tensor, rank: int, residual: Tensor, orthogonality: Tensor, label: str
 ) -> FactorSpectrum:
@@ -195,9 +209,12 @@ def _factor_spectrum(
         f"smallest_eigenvalue_{label}": values.min().item(),
         f"rank_{label}": float(rank),
     }
-    clamped, outcome = clamp_spectrum(values)
+    largest = values.abs().amax(-1, keepdim=True)
+    beyond_rounding = bool((values < -NEGATIVE_TOLERANCE * largest).any())
+    clamped = values.clamp_min(0)
     order = clamped.argsort(dim=-1, descending=True, stable=True)[..., :rank]
     kept = clamped.gather(-1, order)
     columns = vectors.gather(-1, order.unsqueeze(-2).expand(*vectors.shape[:-1], rank))
     spectrum = Spectrum(columns, kept, torch.zeros_like(kept[..., 0]))
+    outcome = Outcome.CLAMPED if beyond_rounding else Outcome.DONE
     return FactorSpectrum(spectrum=spectrum, outcome=outcome, diagnostics=diagnostics)

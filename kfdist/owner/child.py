@@ -45,8 +45,7 @@ def main() -> None:
 def _serve(owner: Connection, threads: int, device: str) -> None:
     import torch
 
-    from kfdist.curvature.fingerprint import fingerprint
-    from kfdist.curvature.jobs import job_threads, run_job
+    from kfdist.curvature.jobs import fingerprint, job_threads, run_job
 
     def say(**content: object) -> None:
         owner.send_bytes(json.dumps(content).encode())

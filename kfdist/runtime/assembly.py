@@ -7,8 +7,8 @@ from kfdist.comm.background import TableExchange
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.communicator_set import CommunicatorSet
 from kfdist.comm.together import require_equal
-from kfdist.curvature.fingerprint import fingerprint
 from kfdist.curvature.inverter import Coupling
+from kfdist.curvature.jobs import fingerprint
 from kfdist.errors import EnvironmentFault
 from kfdist.links.link import AbstractLink
 from kfdist.runtime.adopt.adopting import Adopting

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfdist.curvature.ladder import BlockOutcome
+from kfdist.curvature.inverter import Inversion
 from kfdist.links.link import LinkCounters
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.telemetry.metrics import METRICS
@@ -112,7 +112,7 @@ def diagnostic_samples(block: BlockName, diagnostics: Mapping[str, float]) -> li
 
     Args:
         block: The block's name.
-        diagnostics: Of the inversion in use, as in `BlockOutcome`.
+        diagnostics: Of the inversion in use, as in `Inversion`.
     """
     samples = [
         _sample(gauge, value, block=block, factor=factor)
@@ -124,7 +124,7 @@ def diagnostic_samples(block: BlockName, diagnostics: Mapping[str, float]) -> li
     return samples
 
 
-def diagnostic_note(version: int, outcome: BlockOutcome) -> str:
+def diagnostic_note(version: int, outcome: Inversion) -> str:
     """Says in one line how a block's inversion went: all ranks, and the worst of each other diagnostic.
 
     Args:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kfdist.comm.background import PayloadBroadcast
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
+from kfdist.curvature.inverter import Inversion
 from kfdist.curvature.jobs import encode_result
-from kfdist.curvature.ladder import BlockOutcome
 from kfdist.policies.adoption import NO_VERSION, AdoptionLedger
 from kfdist.policies.staleness import Adoption, Decision
 from kfdist.runtime.invert.job_book import JobLine
@@ -31,7 +31,7 @@ class Snapshot:
     version: int = NO_VERSION
     payload: bytes = b""
     preconditioners: Mapping[BlockName, AbstractPreconditioner] = field(default_factory=dict)
-    outcomes: Mapping[BlockName, BlockOutcome] = field(default_factory=dict)
+    outcomes: Mapping[BlockName, Inversion] = field(default_factory=dict)
 
     @property
     def states(self) -> dict[BlockName, Mapping[str, Tensor]]:

@@ -1,7 +1,8 @@
 """Frozen dataclasses of tensors as plain data: one walk over the fields serves wire, checkpoint, digest and devices.
 
 A record's fields are tensors, static values that JSON can hold (numbers, strings, booleans), or records themselves. A
-tensor field whose metadata says `symmetric` holds symmetric matrices and travels as packed triangles.
+`Literal` field holds one of its words, which is checked on arrival. A tensor field whose metadata says `symmetric`
+holds symmetric matrices and travels as packed triangles.
 
 A record travels as a tree, `{"kind": KIND, "fields": {FIELD: VALUE}}`, where KIND is its class's name in a table that
 both sides know, and the value of a field that is a record is a tree again.
@@ -9,7 +10,7 @@ both sides know, and the value of a field that is a record is a tree again.
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -162,6 +163,8 @@ def _field_of(kind: str, f: Field[Any], value: Any, table: Mapping[str, type]) -
     if _is_tensor(cls, f) != isinstance(value, Tensor) or isinstance(value, dict | list | tuple | bytes | None):
         wanted = "a tensor" if _is_tensor(cls, f) else "a number, a string, true or false"
         raise ValueError(f"field {f.name!r} of {kind} is {_described(value)}; it must be {wanted}")
+    if get_origin(_hint(cls, f)) is Literal and value not in get_args(_hint(cls, f)):
+        raise ValueError(f"{f.name} of {kind} is {value!r}, must be one of {', '.join(get_args(_hint(cls, f)))}")
     if f.metadata.get("symmetric"):
         return unpack_triangle(value)
     return value.clone() if isinstance(value, Tensor) else value

@@ -15,10 +15,10 @@ from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS
 from kfdist.curvature.averages import WeightedSums, decay_at
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, KroneckerSpectrum
-from kfdist.curvature.inverter import AbstractInverter, Coupling
+from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.ekfac import EkfacBasis
-from kfdist.curvature.ladder import BlockOutcome, invert_group_with_ladder
+from kfdist.curvature.ladder import invert_group_with_ladder
 from kfdist.curvature.references import (
     damping_shares,
     dense_kronecker,
@@ -35,7 +35,7 @@ from kfdist.curvature.statistics import (
     MeanVectors,
     Samples,
 )
-from kfdist.linalg.compression import compress_columns
+from kfdist.linalg.lowrank import compress_columns
 from tests.support.factors import armed_capture, blocks_of
 
 Batch = tuple[Tensor, Tensor]
@@ -170,7 +170,7 @@ def on(change: Callable[[Scene], Scene], side: Side) -> Side:
 def inverted(inverter: AbstractInverter, scene: Scene, damping: float = DAMPING) -> dict[str, AbstractPreconditioner]:
     """Inverts every block of a scene, one group where the method couples them; online methods folding by folding."""
     state: dict[str, Mapping[str, Tensor]] = {}
-    outcomes: dict[str, BlockOutcome] = {}
+    outcomes: dict[str, Inversion] = {}
     for statistics in scene.foldings if inverter.online else [scene.statistics[inverter.statistic]]:
         for group in groups_of(inverter, statistics):
             outcomes |= invert_group_with_ladder(

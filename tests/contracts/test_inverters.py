@@ -14,10 +14,10 @@ from torch import Tensor
 import kfdist
 from kfdist.curvature import inverters
 from kfdist.curvature.inverse import KroneckerInverse
-from kfdist.curvature.inverter import AbstractInverter, Outcome, Placement
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome, Placement
 from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
-from kfdist.curvature.ladder import RESIDUAL_LIMIT, BlockOutcome
+from kfdist.curvature.ladder import RESIDUAL_LIMIT
 from kfdist.types import BlockShape
 from kfdist.wire.records import tensor_fields
 from tests.support.cases import CASES, DAMPING, TOLERANCE, InverterCase
@@ -40,12 +40,12 @@ over_good = pytest.mark.parametrize("spectrum", GOOD)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 
 
-def invert(case: InverterCase, spectrum: str, dtype: torch.dtype, damping: float = DAMPING) -> BlockOutcome:
+def invert(case: InverterCase, spectrum: str, dtype: torch.dtype, damping: float = DAMPING) -> Inversion:
     statistics = case.statistics(make_factors(spectrum, dtype))
     return invert_with_ladder(case.make(), statistics, damping=damping, previous={}, seed=SEED)
 
 
-def applied(outcome: BlockOutcome, gradient: Tensor, damping: float = DAMPING) -> Tensor:
+def applied(outcome: Inversion, gradient: Tensor, damping: float = DAMPING) -> Tensor:
     assert outcome.preconditioner is not None, outcome.reason
     return outcome.preconditioner.apply(gradient, damping)
 
@@ -110,7 +110,7 @@ def test_damping_is_lambda_of_the_whole_block(case: InverterCase, dtype: torch.d
     assert errors[0] > errors[1] and errors[2] < 1e-5
 
 
-def _joint(outcome: BlockOutcome, damping: float) -> Tensor:
+def _joint(outcome: Inversion, damping: float) -> Tensor:
     assert outcome.preconditioner is not None
     return outcome.preconditioner.joint_damping(damping)[:, None, None]
 

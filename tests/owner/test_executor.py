@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kfdist.curvature.fingerprint import fingerprint
+from kfdist.curvature.jobs import fingerprint
 from kfdist.owner.executor import ChildCrashed, DeadlineExceeded, Executor, PayloadRefused
 from tests.support.controller import eventually
 from tests.support.faults import EACH, Faults

@@ -82,9 +82,8 @@ class AbstractBrandKfac(AbstractInverter):
             )
         for switch in ("adaptive_rank", "spectrum_continuation"):
             checks.switch(switch, getattr(self, switch))
-        if self.adaptive_rank and not PUBLISHED_RULE.least <= self.rank <= PUBLISHED_RULE.most:
-            allowed = f"from {PUBLISHED_RULE.least} to {PUBLISHED_RULE.most}"
-            raise ConfigError(f"{self.rank} is not allowed with adaptive_rank; must be {allowed}", path="rank")
+        if self.adaptive_rank:
+            PUBLISHED_RULE.check(self.rank)
 
     @override
     def needs(self, shape: BlockShape) -> Needs:
@@ -139,17 +138,24 @@ class AbstractBrandKfac(AbstractInverter):
             elif held is not None:
                 factor, outcome, found = held, Outcome.DONE, {}
             else:
-                return _failed(f"factor {label} was not measured yet; it comes with the next inverse period")
+                return Inversion.failed(f"factor {label} was not measured yet; it comes with the next inverse period")
             if not factor.measured:
-                return _failed(f"factor {label} holds no examples: every batch so far was dropped or absent")
+                return Inversion.failed(f"factor {label} holds no examples: every batch so far was dropped or absent")
             factors[label] = factor
             outcomes.append(outcome)
             diagnostics |= factor.diagnostics(label) | found
+        A, G = factors["A"], factors["G"]
         return Inversion(
-            preconditioner=self._assemble(factors["A"], factors["G"]),
+            preconditioner=KroneckerSpectrum.of(
+                A.spectrum(continued=self.spectrum_continuation),
+                G.spectrum(continued=self.spectrum_continuation),
+                trace_A=A.mean_trace(),
+                trace_G=G.mean_trace(),
+                damping_rule=self.damping_rule,
+            ),
             outcome=Outcome.worst(*outcomes),
             diagnostics=diagnostics,
-            state={**factors["A"].to_state("A"), **factors["G"].to_state("G")},
+            state=A.to_state("A") | G.to_state("G"),
         )
 
     @override
@@ -219,21 +225,6 @@ class AbstractBrandKfac(AbstractInverter):
         factor = HeldFactor.decomposed(found, dense, weight=weight, rank=rank)
         return factor, found.outcome, found.diagnostics
 
-    def _assemble(self, A: HeldFactor, G: HeldFactor) -> KroneckerSpectrum:
-        spectrum_A = A.spectrum(continued=self.spectrum_continuation)
-        spectrum_G = G.spectrum(continued=self.spectrum_continuation)
-        return KroneckerSpectrum(
-            trace_A=A.mean_trace(),
-            trace_G=G.mean_trace(),
-            U_A=spectrum_A.vectors,
-            w_A=spectrum_A.values,
-            tail_A=spectrum_A.tail,
-            U_G=spectrum_G.vectors,
-            w_G=spectrum_G.values,
-            tail_G=spectrum_G.tail,
-            damping_rule=self.damping_rule,
-        )
-
     def _update_work(self, d: int) -> list[Work]:
         """Counts Brand's update with what the dense factor adds, or the decomposition that takes its place."""
         k = self.rank + self.increment_rows
@@ -292,7 +283,3 @@ def brand_flops(d: int, columns: int) -> float:
     matrix is decomposed in full.
     """
     return 6.0 * d * columns**2 + EIGH_FLOPS * columns**3
-
-
-def _failed(reason: str) -> Inversion:
-    return Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=reason)

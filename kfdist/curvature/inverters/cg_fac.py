@@ -55,14 +55,6 @@ class ConjugateGradient(AbstractPreconditioner):
     warm_start: bool
     solve: CgPlace
 
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("operator", self.operator, get_args(CgOperator)),
-            ("solve", self.solve, get_args(CgPlace)),
-        ):
-            if value not in allowed:  # it may come from a wire or a file
-                raise ValueError(f"{name} is {value!r}, must be one of {', '.join(allowed)}")
-
     @property
     @override
     def shape(self) -> tuple[int, int, int]:

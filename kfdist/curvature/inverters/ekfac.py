@@ -11,7 +11,7 @@ from typing_extensions import override
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
-from kfdist.curvature.spectra import EIGH_FLOPS, full_spectrum
+from kfdist.curvature.spectra import EIGH_FLOPS, full_spectra
 from kfdist.curvature.statistics import KroneckerFactors, Needs, SampleBudget, Samples
 from kfdist.linalg.psd import trace
 from kfdist.linalg.row_products import fisher_diagonal, keep_rows
@@ -108,10 +108,8 @@ class Ekfac(AbstractInverter):
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Decomposes both factors."""
         del damping, previous
-        A = full_spectrum(statistics.A, rank=statistics.A.shape[-1], seed=seed, label="A")
-        G = full_spectrum(statistics.G, rank=statistics.G.shape[-1], seed=seed, label="G")
+        A, G = full_spectra(statistics, seed)
         return Inversion(
             preconditioner=EkfacBasis(
                 trace_A=trace(statistics.A),

@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse, KroneckerSpectrum
-from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
-from kfdist.curvature.spectra import EIGH_FLOPS, assemble, full_spectrum, probes_like
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Work
+from kfdist.curvature.spectra import EIGH_FLOPS, full_spectra, probes_like, spectral_inversion
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.kronecker import DampingRule, split_by_largest, split_by_trace
 from kfdist.linalg.psd import damped_cholesky_inverse, inverse_residual, largest_eigenvalue, trace
@@ -59,8 +59,7 @@ class Kfac(AbstractInverter):
         for name, matrix, factor_damping in (("A", statistics.A, split[0]), ("G", statistics.G, split[1])):
             inverse, definite = damped_cholesky_inverse(matrix, factor_damping)
             if not bool(definite.all()):
-                reason = f"factor {name} plus {factor_damping.min().item():.3g} I is not positive definite"
-                return Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=reason, diagnostics=diagnostics)
+                return Inversion.failed(f"factor {name} plus {factor_damping.min():.3g} I is not positive definite")
             inverses[name] = inverse
             residual = inverse_residual(matrix, factor_damping, inverse, probes[name])
             smallest = 1 / largest_eigenvalue(inverse, probes[name][..., :1]) - factor_damping
@@ -110,15 +109,8 @@ class KfacEigen(AbstractInverter):
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Decomposes both factors."""
         del damping, previous
-        A = full_spectrum(statistics.A, rank=statistics.A.shape[-1], seed=seed, label="A")
-        G = full_spectrum(statistics.G, rank=statistics.G.shape[-1], seed=seed, label="G")
-        return Inversion(
-            preconditioner=assemble(statistics, A, G, damping_rule=self.damping_rule),
-            outcome=Outcome.worst(A.outcome, G.outcome),
-            diagnostics={**A.diagnostics, **G.diagnostics},
-        )
+        return spectral_inversion(statistics, *full_spectra(statistics, seed), damping_rule=self.damping_rule)
 
     @override
     def estimate(self, shape: BlockShape) -> Estimate:

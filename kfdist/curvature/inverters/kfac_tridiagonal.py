@@ -184,10 +184,7 @@ class KfacTridiagonal(AbstractInverter):
         if failed:
             first = next(iter(failed))
             other = f"{first!r} of the same chain failed: {failed[first]}"
-            return {
-                name: Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=failed.get(name, other))
-                for name in statistics
-            }
+            return {name: Inversion.failed(failed.get(name, other)) for name in statistics}
         followers = [*list(damped)[1:], None]
         return {
             name: _link(each, damped[name], damped[after] if after else None, place, len(statistics), seeds[name])

@@ -10,14 +10,14 @@ from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
-from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Work
 from kfdist.curvature.spectra import (
     EIGH_FLOPS,
     AdaptiveRank,
     Decomposition,
     FactorSpectrum,
-    assemble,
     randomized_spectrum,
+    spectral_inversion,
 )
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.errors import ConfigError
@@ -84,20 +84,14 @@ class AbstractSketchedKfac(AbstractInverter):
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Decomposes both factors."""
         del damping
         inversion = int(previous["inversions"]) if "inversions" in previous else 0
         found = {
             label: self._decompose(matrix, label, inversion, previous, seed)
             for label, matrix in (("A", statistics.A), ("G", statistics.G))
         }
-        A, G = found["A"], found["G"]
-        return Inversion(
-            preconditioner=assemble(statistics, A, G, damping_rule=self.damping_rule),
-            outcome=Outcome.worst(A.outcome, G.outcome),
-            diagnostics={**A.diagnostics, **G.diagnostics},
-            state=self._state(found, inversion),
-        )
+        state = self._state(found, inversion)
+        return spectral_inversion(statistics, found["A"], found["G"], damping_rule=self.damping_rule, state=state)
 
     @override
     def estimate(self, shape: BlockShape) -> Estimate:
@@ -171,9 +165,7 @@ class AbstractSketchedKfac(AbstractInverter):
     def _check_adaptive(self) -> None:
         if self.rank_schedule:
             raise ConfigError("true excludes a rank_schedule: give one of them", path="adaptive_rank")
-        if not PUBLISHED_RULE.least <= self.rank <= PUBLISHED_RULE.most:
-            allowed = f"from {PUBLISHED_RULE.least} to {PUBLISHED_RULE.most}"
-            raise ConfigError(f"{self.rank} is not allowed with adaptive_rank; must be {allowed}", path="rank")
+        PUBLISHED_RULE.check(self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)

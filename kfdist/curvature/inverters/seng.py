@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner
-from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Work
 from kfdist.curvature.inverters.seng_directions import (
     BackProjection,
     Scaling,
@@ -22,7 +22,7 @@ from kfdist.curvature.spectra import EIGH_FLOPS, probes_like
 from kfdist.curvature.statistics import Needs, SampleBudget, Samples
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import eigen_residual
-from kfdist.linalg.sketch import gram, gram_of_sums, sampled_first, square_norms, whiten_gram
+from kfdist.linalg.row_products import gram, gram_of_sums, sampled_first, square_norms, whiten_gram
 from kfdist.seeds import split_seed
 from kfdist.types import BlockShape
 
@@ -113,7 +113,7 @@ class Seng(AbstractInverter):
         del damping, previous
         fault = _fault(statistics)
         if fault:
-            return Inversion(preconditioner=None, outcome=Outcome.FAILED, reason=fault)
+            return Inversion.failed(fault)
         samples, sources = self._normalised(statistics)
         trace = square_norms(samples.a, samples.g).sum(-1) / len(sources)
         explicit = self._explicit(samples.a.shape[-1] * samples.g.shape[-1])

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,10 +41,6 @@ class SengPreconditioner(AbstractPreconditioner):
 
     values: Tensor
     scaling: Scaling
-
-    def __post_init__(self) -> None:
-        if self.scaling not in get_args(Scaling):  # it may come from a wire or a file
-            raise ValueError(f"scaling is {self.scaling!r}, must be one of {', '.join(get_args(Scaling))}")
 
     @property
     @abstractmethod
@@ -144,12 +140,6 @@ class SengImplicit(SengPreconditioner):
     sampled_A: int
     sampled_G: int
     back_projection: BackProjection
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.back_projection not in get_args(BackProjection):
-            allowed = ", ".join(get_args(BackProjection))
-            raise ValueError(f"back_projection is {self.back_projection!r}, must be one of {allowed}")
 
     @property
     @override

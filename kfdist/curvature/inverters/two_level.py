@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, CoupledPreconditioner, KroneckerSpectrum
-from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Outcome, Placement
+from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Placement
 from kfdist.curvature.statistics import CoarseFactors, KroneckerFactors, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import symmetrise
@@ -63,10 +63,6 @@ class TwoLevelBlock(CoupledPreconditioner):
     omega_fine: float
     omega_coarse: float
     combination: Combination
-
-    def __post_init__(self) -> None:
-        if self.combination not in get_args(Combination):  # it may come from a wire or a file
-            raise ValueError(f"combination is {self.combination!r}, must be one of {', '.join(get_args(Combination))}")
 
     @property
     @override
@@ -219,7 +215,7 @@ class TwoLevel(AbstractInverter):
         fine = self._inner().invert_group(statistics, damping=damping, previous=previous, seeds=seeds)
         spectra = {n: f.preconditioner for n, f in fine.items() if isinstance(f.preconditioner, KroneckerSpectrum)}
         if len(spectra) < len(fine):
-            failed = Inversion(preconditioner=None, outcome=Outcome.FAILED, reason="another block of the group failed")
+            failed = Inversion.failed("another block of the group failed")
             return {name: failed if name in spectra else found for name, found in fine.items()}
         sums = {name: inner_sums(spectrum) for name, spectrum in spectra.items()}
         correlations, sizes, smallest = _correlations(list(statistics.values()))

@@ -9,9 +9,8 @@ import torch
 
 from kfdist.comm.host_copy import HostCopy
 from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
-from kfdist.curvature.inverter import Outcome
+from kfdist.curvature.inverter import Inversion, Outcome
 from kfdist.curvature.jobs import NO_STATISTICS, decode_result
-from kfdist.curvature.ladder import BlockOutcome
 from kfdist.errors import KfdistWarning
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.own import OwnInversion
@@ -105,7 +104,7 @@ class SnapshotInstaller:
                 plain += (step - version + 1) * len(track.group.blocks)
         return plain
 
-    def _note(self, block: BlockName, version: int, outcome: BlockOutcome) -> None:
+    def _note(self, block: BlockName, version: int, outcome: Inversion) -> None:
         """Counts an inversion that didn't go as configured, and says so once per block and outcome."""
         if outcome.outcome is Outcome.DONE:
             return

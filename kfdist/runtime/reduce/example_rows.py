@@ -9,7 +9,7 @@ from torch import Tensor
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import ExampleRows, all_finite
 from kfdist.curvature.statistics import SampleBudget, Samples
-from kfdist.linalg.compression import compress_columns
+from kfdist.linalg.lowrank import compress_columns
 from kfdist.types import BlockName, BlockShape
 
 

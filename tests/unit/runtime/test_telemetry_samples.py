@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from kfdist.curvature.inverter import Outcome
-from kfdist.curvature.ladder import BlockOutcome
+from kfdist.curvature.inverter import Inversion, Outcome
 from kfdist.runtime.telemetry_samples import diagnostic_note, diagnostic_samples
 from kfdist.telemetry.metrics import fault_in
 from kfdist.types import MetricSample
@@ -42,11 +41,11 @@ def test_every_factor_has_its_gauge_and_the_block_its_rung():
 
 
 def test_the_note_has_all_ranks_and_the_worst_of_the_rest():
-    outcome = BlockOutcome(preconditioner=None, outcome=Outcome.FLOAT64, diagnostics=FOUND)
+    outcome = Inversion(preconditioner=None, outcome=Outcome.FLOAT64, diagnostics=FOUND)
     assert diagnostic_note(40, outcome) == (
         "version 40 (float64): rank 17/10, residual 3.25e-07, smallest eigenvalue -0.25"
     )
-    assert diagnostic_note(7, BlockOutcome(preconditioner=None, outcome=Outcome.DONE)) == "version 7 (done)"
+    assert diagnostic_note(7, Inversion(preconditioner=None, outcome=Outcome.DONE)) == "version 7 (done)"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ class Outer:
     weight: Tensor
     inner: Middle
     number: int = 3
+    word: Literal["one", "other"] = "other"
 
 
 TABLE = {"leaf": Leaf, "middle": Middle, "outer": Outer, "base": Base}
@@ -108,7 +109,7 @@ def test_a_nested_record_that_does_not_fit_is_refused(edit: Callable[[dict[str, 
 
 def test_a_record_of_the_wrong_class_inside_is_refused() -> None:
     leaf = records.to_tree(make().inner.inner, TABLE)
-    tree = records.make_tree("outer", {"weight": torch.ones(1), "number": 1, "inner": leaf})
+    tree = records.make_tree("outer", {"weight": torch.ones(1), "number": 1, "inner": leaf, "word": "one"})
     with pytest.raises(ValueError, match="outer can't hold a leaf as 'inner'"):
         records.from_tree(tree, TABLE)
 
@@ -116,3 +117,11 @@ def test_a_record_of_the_wrong_class_inside_is_refused() -> None:
 def test_an_unknown_class_inside_does_not_travel() -> None:
     with pytest.raises(ValueError, match="Leaf is not in the table; known: outer, middle"):
         records.to_tree(make(), {"outer": Outer, "middle": Middle})
+
+
+@pytest.mark.parametrize("word", ["third", 1, ["one"], torch.ones(1)])
+def test_a_word_that_the_class_does_not_know_is_refused(word: Any) -> None:
+    tree = records.to_tree(make(), TABLE)
+    tree["fields"]["word"] = word
+    with pytest.raises(ValueError, match="word"):
+        records.from_tree(tree, TABLE)

@@ -20,6 +20,7 @@ from kfdist.linalg import row_products
 from kfdist.linalg.row_products import fisher_diagonal, fisher_product, kronecker_product
 from kfdist.types import BlockShape
 from kfdist.wire.records import tensor_fields
+from tests.support.inversions import travelled
 from tests.support.matrices import gaussian, relative_error
 from tests.support.samples import make_samples
 
@@ -319,10 +320,10 @@ def test_settings_are_checked() -> None:
 
 def test_a_record_with_unknown_words_is_refused() -> None:
     made = make(uneven(1))
-    with pytest.raises(ValueError, match="operator is 'dense', must be one of kronecker, block"):
-        replace(made, operator="dense")
-    with pytest.raises(ValueError, match="solve is 'nobody', must be one of everywhere, owner"):
-        replace(made, solve="nobody")
+    with pytest.raises(ValueError, match="operator of conjugate-gradient is 'dense', must be one of kronecker, block"):
+        travelled(made, operator="dense")
+    with pytest.raises(ValueError, match="solve of conjugate-gradient is 'nobody', must be one of everywhere, owner"):
+        travelled(made, solve="nobody")
 
 
 def test_what_it_asks_of_the_runtime() -> None:

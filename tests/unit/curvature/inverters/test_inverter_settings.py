@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from kfdist.curvature.fingerprint import fingerprint
 from kfdist.curvature.inverters import INVERTERS, make_inverter
+from kfdist.curvature.jobs import fingerprint
 from kfdist.errors import ConfigError
 from kfdist.types import BlockShape
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverter import Outcome
+from kfdist.curvature.inverter import Inversion, Outcome
 from kfdist.curvature.inverters import KfacTridiagonal, make_inverter
 from kfdist.curvature.inverters.kfac_tridiagonal import ChainLink
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
-from kfdist.curvature.ladder import BlockOutcome, invert_group_with_ladder
+from kfdist.curvature.ladder import invert_group_with_ladder
 from kfdist.curvature.references import chain_inverse, dense, flat
 from kfdist.curvature.statistics import ChainFactors
 from kfdist.types import BlockShape
@@ -25,12 +25,12 @@ METHOD = make_inverter("kfac-tridiagonal")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3}
 
 
-def invert(statistics: dict[str, ChainFactors], damping: float = DAMPING) -> dict[str, BlockOutcome]:
+def invert(statistics: dict[str, ChainFactors], damping: float = DAMPING) -> dict[str, Inversion]:
     seeds = {name: place for place, name in enumerate(statistics)}
     return invert_group_with_ladder(METHOD, statistics, damping=damping, previous={}, seeds=seeds)
 
 
-def links_of(outcomes: dict[str, BlockOutcome]) -> list[ChainLink]:
+def links_of(outcomes: dict[str, Inversion]) -> list[ChainLink]:
     links = []
     for outcome in outcomes.values():
         assert isinstance(outcome.preconditioner, ChainLink), outcome.reason

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from kfdist.curvature.averages import BatchStatistics, WeightedSums
 from kfdist.curvature.inverse import KroneckerSpectrum
-from kfdist.curvature.inverter import AbstractInverter, Outcome
+from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.ladder import BlockOutcome
 from kfdist.curvature.references import damping_shares, leading_part, solve_factored_dense
 from kfdist.curvature.spectra import AdaptiveRank
 from kfdist.curvature.statistics import KroneckerFactors
@@ -44,7 +43,7 @@ def factors(dtype: torch.dtype = torch.float64, *, rank: int | None = None, deca
 
 def invert_with(
     inverter: AbstractInverter, given: KroneckerFactors, *, seed: int = 0, previous: Mapping[str, Tensor] | None = None
-) -> tuple[BlockOutcome, KroneckerSpectrum]:
+) -> tuple[Inversion, KroneckerSpectrum]:
     outcome = invert_with_ladder(inverter, given, damping=DAMPING, previous=previous or {}, seed=seed)
     assert isinstance(outcome.preconditioner, KroneckerSpectrum), outcome.reason
     return outcome, outcome.preconditioner
@@ -52,7 +51,7 @@ def invert_with(
 
 def invert(
     given: KroneckerFactors, *, name: str = "rs-kfac", seed: int = 0, **settings: Any
-) -> tuple[BlockOutcome, KroneckerSpectrum]:
+) -> tuple[Inversion, KroneckerSpectrum]:
     return invert_with(make_inverter(name, **settings), given, seed=seed)
 
 

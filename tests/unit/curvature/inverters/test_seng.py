@@ -15,7 +15,7 @@ from kfdist.curvature.inverters import CgFac, Seng
 from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
 from kfdist.curvature.references import example_gradients, solve_dense, weighted_fisher
 from kfdist.curvature.statistics import Samples
-from kfdist.linalg.sketch import gram, gram_of_sums, sampled_first
+from kfdist.linalg.row_products import gram, gram_of_sums, sampled_first
 from tests.support.matrices import gaussian, relative_error
 from tests.support.samples import make_samples
 from tests.support.seng import columns_of, direction, invert, woodbury
@@ -66,7 +66,7 @@ def test_S3_gram_identities() -> None:
 def test_S3_gram_of_sums_in_strips_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     given = samples()
     whole = gram_of_sums(given.a, given.g), gram(given.a.flatten(2))
-    monkeypatch.setattr("kfdist.linalg.sketch.CHUNK", 150)
+    monkeypatch.setattr("kfdist.linalg.row_products.CHUNK_NUMBERS", 150)
     assert relative_error(gram_of_sums(given.a, given.g), whole[0]) <= 1e-14
     assert relative_error(gram(given.a.flatten(2)), whole[1]) <= 1e-14
 

@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from kfdist.curvature.inverter import Outcome
+from kfdist.curvature.inverter import Inversion, Outcome
 from kfdist.curvature.inverters import Seng, make_inverter
 from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
-from kfdist.curvature.ladder import BlockOutcome
 from kfdist.curvature.statistics import Samples
 from kfdist.errors import ConfigError
 from kfdist.types import BlockShape
-from tests.support.inversions import invert_with_ladder
+from tests.support.inversions import invert_with_ladder, travelled
 from tests.support.matrices import gaussian, relative_error
 from tests.support.samples import make_samples
 
@@ -24,7 +23,7 @@ both_forms = pytest.mark.parametrize("form", ["explicit", "implicit"])
 over_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 
-def run(form: Any, given: Samples, **settings: Any) -> BlockOutcome:
+def run(form: Any, given: Samples, **settings: Any) -> Inversion:
     return invert_with_ladder(Seng(form=form, **settings), given, damping=1e-2, previous={}, seed=0)
 
 
@@ -118,5 +117,5 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], path: str, 
 def test_a_record_with_an_unknown_word_is_refused(field: str) -> None:
     made = run("implicit", samples()).preconditioner
     assert isinstance(made, SengImplicit)
-    with pytest.raises(ValueError, match=f"{field} is 'other', must be one of"):
-        replace(made, **{field: "other"})
+    with pytest.raises(ValueError, match=f"{field} of seng-implicit is 'other', must be one of"):
+        travelled(made, **{field: "other"})

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverse import KroneckerSpectrum
-from kfdist.curvature.inverter import Outcome
+from kfdist.curvature.inverter import Inversion, Outcome
 from kfdist.curvature.inverters import TwoLevel, make_inverter
 from kfdist.curvature.inverters.two_level import TwoLevelBlock, inner_sums
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
-from kfdist.curvature.ladder import BlockOutcome, invert_group_with_ladder
+from kfdist.curvature.ladder import invert_group_with_ladder
 from kfdist.curvature.references import damping_shares, dense, dense_kronecker, flat, restriction
 from kfdist.curvature.statistics import CoarseFactors
 from kfdist.errors import ConfigError
@@ -29,13 +29,13 @@ SIZES = [p * q for _, p, q in CHAIN.shapes]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3}
 
 
-def invert(statistics: Mapping[str, CoarseFactors], **settings: Any) -> dict[str, BlockOutcome]:
+def invert(statistics: Mapping[str, CoarseFactors], **settings: Any) -> dict[str, Inversion]:
     seeds = {name: place for place, name in enumerate(statistics)}
     method = make_inverter("two-level", **settings)
     return invert_group_with_ladder(method, statistics, damping=DAMPING, previous={}, seeds=seeds)
 
 
-def blocks_of(outcomes: Mapping[str, BlockOutcome]) -> list[TwoLevelBlock]:
+def blocks_of(outcomes: Mapping[str, Inversion]) -> list[TwoLevelBlock]:
     blocks = []
     for outcome in outcomes.values():
         assert isinstance(outcome.preconditioner, TwoLevelBlock), outcome.reason

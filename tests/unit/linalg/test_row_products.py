@@ -2,7 +2,7 @@
 
 import torch
 
-from kfdist.linalg.sketch import sampled_first, square_norms, whiten_gram
+from kfdist.linalg.row_products import sampled_first, square_norms, whiten_gram
 from tests.support.matrices import gaussian, relative_error, with_spectrum
 
 CPU = torch.device("cpu")
