@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -32,9 +32,7 @@ class Exporter(Collector):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs: OrderedDict[str, RunSeries] = OrderedDict()
-        self._records: dict[str, RunRecord] = {}
-        self._heard: dict[str, float] = {}
-        self._dropped: dict[str, int] = {}
+        self._dropped: Counter[str] = Counter()
 
     def ingest(self, run: str, sender: Sender, life: str, samples: Sequence[MetricSample]) -> None:
         """Takes a member's samples.
@@ -46,13 +44,12 @@ class Exporter(Collector):
             samples: What it measured.
         """
         with self._lock:
-            for reason, count in self._series(run).ingest(sender, life, samples).items():
-                self._dropped[reason] = self._dropped.get(reason, 0) + count
+            self._dropped.update(self._series(run).ingest(sender, life, samples))
 
     def drop(self, reason: str, count: int) -> None:
         """Counts samples that were refused before `ingest`."""
         with self._lock:
-            self._dropped[reason] = self._dropped.get(reason, 0) + count
+            self._dropped[reason] += count
 
     def count(self, run: str, name: str, labels: Mapping[str, str], amount: float = 1.0) -> None:
         """Adds to a counter that the controller itself keeps for a run."""
@@ -62,13 +59,12 @@ class Exporter(Collector):
     def heard(self, run: str) -> None:
         """Notes that a rank of the run sent a message just now."""
         with self._lock:
-            self._heard[run] = time.time()
+            self._series(run).heard = time.time()
 
     def show(self, record: RunRecord) -> None:
         """Takes a run's new record."""
         with self._lock:
-            self._series(record.name)
-            self._records[record.name] = record
+            self._series(record.name).record = record
 
     def forget_gauges(self, run: str, sender: Sender) -> None:
         """Ends the gauges of a member that went silent."""
@@ -91,7 +87,7 @@ class Exporter(Collector):
         with self._lock:
             families: dict[str, Family] = {}
             for run, series in self._runs.items():
-                for metric, labels, value in [*series.values(), *self._facts(run)]:
+                for metric, labels, value in [*series.values(), *_facts(series)]:
                     _add(_family(families, metric), [run, *labels], value)
                 for metric, labels, histogram in series.histograms():
                     _add_histogram(_family(families, metric), [run, *labels], histogram)
@@ -106,25 +102,9 @@ class Exporter(Collector):
         if run not in self._runs:
             self._runs[run] = RunSeries()
             while len(self._runs) > MAX_RUNS:
-                oldest, _ = self._runs.popitem(last=False)
-                self._records.pop(oldest, None)
-                self._heard.pop(oldest, None)
+                self._runs.popitem(last=False)
         self._runs.move_to_end(run)
         return self._runs[run]
-
-    def _facts(self, run: str) -> Iterator[tuple[Metric, tuple[str, ...], float]]:
-        record = self._records.get(run)
-        if record is not None:
-            yield METRICS["kfdist_up"], (), float(record.live_workers > 0)
-            yield METRICS["kfdist_run_epoch"], (), record.epoch
-            yield METRICS["kfdist_run_step"], (), record.step
-            yield METRICS["kfdist_run_planned_steps"], (), record.total_steps
-            yield METRICS["kfdist_live_workers"], (), record.live_workers
-            yield METRICS["kfdist_live_owners"], (), record.live_owners
-            for state in RunState:
-                yield METRICS["kfdist_run_state"], (state.value,), float(record.state is state)
-        if run in self._heard:
-            yield METRICS["kfdist_last_beat_timestamp_seconds"], (), self._heard[run]
 
 
 class MetricsServer:
@@ -159,6 +139,22 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _facts(series: RunSeries) -> Iterator[tuple[Metric, tuple[str, ...], float]]:
+    """Yields what the controller itself knows of a run."""
+    record = series.record
+    if record is not None:
+        yield METRICS["kfdist_up"], (), float(record.live_workers > 0)
+        yield METRICS["kfdist_run_epoch"], (), record.epoch
+        yield METRICS["kfdist_run_step"], (), record.step
+        yield METRICS["kfdist_run_planned_steps"], (), record.total_steps
+        yield METRICS["kfdist_live_workers"], (), record.live_workers
+        yield METRICS["kfdist_live_owners"], (), record.live_owners
+        for state in RunState:
+            yield METRICS["kfdist_run_state"], (state.value,), float(record.state is state)
+    if series.heard:
+        yield METRICS["kfdist_last_beat_timestamp_seconds"], (), series.heard
 
 
 def _family(families: dict[str, Family], metric: Metric) -> Family:

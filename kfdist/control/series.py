@@ -5,9 +5,11 @@ controller lives: what a sender counted in earlier lives is added to what it rep
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from kfdist.control.run_rules import RunRecord
 from kfdist.telemetry.metrics import METRICS, Across, Kind, Metric, fault_in
 from kfdist.types import MetricSample
 
@@ -83,15 +85,22 @@ class Histogram:
 
 
 class RunSeries:
-    """The series of one run. Not thread-safe: the exporter locks."""
+    """The series of one run. Not thread-safe: the exporter locks.
+
+    Attributes:
+        record: What the controller knows of the run, set by others.
+        heard: When a rank of it last sent a message, seconds since 1970, set by others; 0.0 if none did.
+    """
 
     def __init__(self) -> None:
+        self.record: RunRecord | None = None
+        self.heard = 0.0
         self._gauges: dict[Key, dict[Sender, float]] = {}
         self._counters: dict[Key, dict[Sender, Total]] = {}
         self._histograms: dict[Key, Histogram] = {}
         self._values: dict[tuple[str, str], set[str]] = {}
 
-    def ingest(self, sender: Sender, life: str, samples: Iterable[MetricSample]) -> dict[str, int]:
+    def ingest(self, sender: Sender, life: str, samples: Iterable[MetricSample]) -> Counter[str]:
         """Takes what a sender measured since its last message.
 
         Args:
@@ -102,12 +111,12 @@ class RunSeries:
         Returns:
             The number of dropped samples by reason.
         """
-        dropped: dict[str, int] = {}
+        dropped: Counter[str] = Counter()
         gauges: dict[Key, float] = {}
         for sample in samples:
             fault = fault_in(sample) or self._take(sender, life, sample, gauges)
             if fault:
-                dropped[fault] = dropped.get(fault, 0) + 1
+                dropped[fault] += 1
         for key, value in gauges.items():
             self._gauges.setdefault(key, {})[sender] = value
         return dropped

@@ -11,7 +11,7 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,7 @@ class Launch:
     """One launch of a run on this machine, from the first process to the last."""
 
     def __init__(self, config: Config, terminal: Terminal, requests: StopRequests) -> None:
-        """Prepares a launch; starts nothing yet.
-
-        Args:
-            config: The checked configuration.
-            terminal: Where to report progress.
-            requests: Counts the signals that ask to stop.
-        """
+        """Prepares a launch; starts nothing yet. Arguments as for `train`."""
         self._config = config
         self._terminal = terminal
         self._requests = requests
@@ -167,12 +161,10 @@ class Launch:
             self._ranks.append(Child(self._command(f"rank {rank}", "worker", variables=variables)))
 
     def _start_controller(self) -> None:
-        def command(restarts: int) -> Command:
-            del restarts
-            return self._command("controller", "serve", f"--ready-file={ready_file}")
-
         ready_file = self._scratch / "controller.json"
-        controller = self._services["controller"] = SupervisedProcess(command, ready_file)
+        controller = self._services["controller"] = SupervisedProcess(
+            lambda restarts: self._command("controller", "serve", f"--ready-file={ready_file}"), ready_file
+        )
         ready = self._wait_until_ready(controller, CONTROLLER_READY_SECONDS)
         addresses = {"address": ready["address"], "metrics_address": ready["metrics_address"]}
         # Ranks and owners keep the addresses, so a controller that is started again must have the same.
@@ -277,9 +269,8 @@ class Launch:
                 self._terminal.warn(f"{ended}; the newest checkpoint may be older than this stop")
         return ExitCode.RESUMABLE
 
-    def _end_children(self, children: Iterable[Child], seconds: float) -> None:
+    def _end_children(self, children: Sequence[Child], seconds: float) -> None:
         """Sends SIGTERM and waits; then sends SIGKILL and waits for the kernel."""
-        children = list(children)
         for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, _KILL_SECONDS)):
             for child in children:
                 child.signal(number)
@@ -288,11 +279,10 @@ class Launch:
 
     def _end(self) -> None:
         """Ends whatever is left: the services politely unless a second request to stop comes, the rest at once."""
-        services = [service.child for service in self._services.values() if service.child is not None]
         seconds = STOP_SERVICES_SECONDS if self._stopping else END_SERVICES_SECONDS
         try:
             self._stopping = True
-            self._end_children(services, seconds)
+            self._end_children(self._service_children(), seconds)
         except (StopAsked, KillAsked):
             pass
         stubborn = sweep(self._mark, os.getpid(), spared=self._spared)
@@ -329,5 +319,8 @@ class Launch:
             raise KillAsked
         if self._requests.count == 1 and not self._stopping:
             raise StopAsked
-        reap_orphans([*self._ranks, *(service.child for service in self._services.values() if service.child)])
+        reap_orphans([*self._ranks, *self._service_children()])
         time.sleep(_TICK_SECONDS)
+
+    def _service_children(self) -> list[Child]:
+        return [service.child for service in self._services.values() if service.child is not None]

@@ -18,6 +18,7 @@ class SupervisedProcess:
     """A supervised process with a ready file, which it writes, as JSON, once it serves.
 
     Attributes:
+        child: The process, or None while it waits to be started again.
         restarts: How often it was started again.
         gave_up: Whether it died once more than `RESTARTS_ALLOWED`.
     """
@@ -36,17 +37,12 @@ class SupervisedProcess:
         self._start_at = 0.0
         self._past: list[Mapping[str, Any]] = []
         self._command = make_command(0)
-        self._child: Child | None = Child(self._command)
+        self.child: Child | None = Child(self._command)
 
     @property
     def name(self) -> str:
         """Its name in messages."""
         return self._command.name
-
-    @property
-    def child(self) -> Child | None:
-        """The process, or None while it waits to be started again."""
-        return self._child
 
     def ready(self) -> Mapping[str, Any] | None:
         """Returns what the newest process wrote to its ready file, or None if it doesn't serve yet."""
@@ -63,16 +59,16 @@ class SupervisedProcess:
         Returns:
             What happened, as a message, or None.
         """
-        if self._child is None:
+        if self.child is None:
             if self.gave_up or time.monotonic() < self._start_at:
                 return None
             self._command = self._make_command(self.restarts)
-            self._child = Child(self._command)
+            self.child = Child(self._command)
             return f"the {self.name} was started again ({self.restarts} of at most {RESTARTS_ALLOWED} times)"
-        code = self._child.poll()
+        code = self.child.poll()
         if code is None:
             return None
-        self._child = None
+        self.child = None
         if (last := self.ready()) is not None:
             self._past.append(last)
         self._ready_file.unlink(missing_ok=True)

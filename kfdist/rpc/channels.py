@@ -75,18 +75,10 @@ def channel_options() -> Options:
 
 
 def open_channel(address: str) -> grpc.Channel:
-    """Opens a channel for synchronous calls; connects at the first one.
-
-    Args:
-        address: Where the server listens, "host:port".
-    """
+    """Opens a channel for synchronous calls to the server at "host:port"; connects at the first one."""
     return grpc.insecure_channel(address, options=channel_options())
 
 
 def open_aio_channel(address: str) -> grpc.aio.Channel:
-    """Opens a channel for asyncio; connects at the first call.
-
-    Args:
-        address: Where the server listens, "host:port".
-    """
+    """Opens a channel for asyncio to the server at "host:port"; connects at the first call."""
     return grpc.aio.insecure_channel(address, options=channel_options())

@@ -72,16 +72,13 @@ def check_bindable(host: str, port: int, *, path: str) -> None:
     Raises:
         EnvironmentFault: It is in use, or this machine doesn't have it.
     """
-    if reason := _obstacle(host, port):
-        raise _unbindable(host, port, reason, path)
+    if _obstacle(host, port):
+        raise unbindable(host, port, path=path)
 
 
 def unbindable(host: str, port: int, *, path: str) -> EnvironmentFault:
     """Returns the fault that says why an address could not be bound, and what to do; arguments as `check_bindable`."""
-    return _unbindable(host, port, _obstacle(host, port) or "could not be bound; try again", path)
-
-
-def _unbindable(host: str, port: int, reason: str, path: str) -> EnvironmentFault:
+    reason = _obstacle(host, port) or "could not be bound; try again"
     return EnvironmentFault(
         f"{join_address(host, port)} {reason}, "
         f"or choose another address with --set {path}={join_address(host, 0)} (any free port)"

@@ -35,17 +35,19 @@ def watch_process(pid: int, on_exit: Callable[[], None]) -> None:
     """
     if pid <= 0:
         raise ValueError(f"pid must be positive, got {pid}")
+    descriptor, ended = None, False
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
-        wait = _return_at_once
-    except (AttributeError, OSError):  # no pidfds: not Linux, an old kernel, or a sandbox that forbids them
-        wait = _wait_by_asking(pid)
-    else:
-        wait = _wait_by_descriptor(descriptor)
+        ended = True
+    except (AttributeError, OSError):
+        pass  # no pidfds: not Linux, an old kernel, or a sandbox that forbids them
 
     def run() -> None:
-        wait()
+        if descriptor is not None:
+            _wait_by_descriptor(descriptor)
+        elif not ended:
+            _wait_by_asking(pid)
         on_exit()
 
     threading.Thread(target=run, name=f"kfdist-watch-{pid}", daemon=True).start()
@@ -91,29 +93,19 @@ def launcher_pid(environment: Mapping[str, str] | None = None) -> int | None:
     return int(value) if value.isdecimal() and int(value) > 0 else None
 
 
-def _return_at_once() -> None:
-    pass
+def _wait_by_descriptor(descriptor: int) -> None:
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    poller.poll()
+    os.close(descriptor)
 
 
-def _wait_by_descriptor(descriptor: int) -> Callable[[], None]:
-    def wait() -> None:
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        poller.poll()
-        os.close(descriptor)
-
-    return wait
-
-
-def _wait_by_asking(pid: int) -> Callable[[], None]:
-    def wait() -> None:
-        while True:
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return
-            except PermissionError:
-                pass  # it lives, under another user
-            time.sleep(_POLL_SECONDS)
-
-    return wait
+def _wait_by_asking(pid: int) -> None:
+    while True:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        except PermissionError:
+            pass  # it lives, under another user
+        time.sleep(_POLL_SECONDS)
