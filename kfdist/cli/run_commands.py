@@ -70,6 +70,8 @@ def _serve(
 
     Training goes on without a controller; one that is started again on the same file knows all that it acknowledged.
     """
+    import asyncio
+
     from kfdist.config import to_toml
     from kfdist.control.controller import AnnouncedRun, ControllerOptions, serve
 
@@ -99,7 +101,7 @@ def _serve(
             print(f"controller: state in {options.state}; Ctrl-C ends it")
         sys.stdout.flush()
 
-    serve(options, ready_file=ready_file, on_ready=say)
+    asyncio.run(serve(options, ready_file=ready_file, on_ready=say))
 
 
 def _pool(

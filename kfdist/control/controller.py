@@ -154,7 +154,7 @@ class Controller:
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
 
 
-def serve(
+async def serve(
     options: ControllerOptions, *, ready_file: Path | None = None, on_ready: Callable[[Controller], None] | None = None
 ) -> None:
     """Runs a controller until SIGTERM or SIGINT.
@@ -168,12 +168,6 @@ def serve(
         ConfigError: An address isn't "host:port" on loopback.
         EnvironmentFault: An address or the file is in use, or the file is damaged or of another format.
     """
-    asyncio.run(_serve(options, ready_file, on_ready))
-
-
-async def _serve(
-    options: ControllerOptions, ready_file: Path | None, on_ready: Callable[[Controller], None] | None
-) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     # Before anything is opened, so that a signal during the start also ends it in order.

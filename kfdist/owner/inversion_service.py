@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc
 
+from kfdist.checks import count, number
 from kfdist.owner.executor import DeadlineExceeded, Execution, ExecutionFailed, Executor, PayloadRefused
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2
-from kfdist.rpc.chunking import Assembler, split
+from kfdist.rpc.chunking import Assembler, PayloadError, split
 from kfdist.rpc.status import Refusal, answers, streams
 
 _LONGEST_NAME = 1024
@@ -114,19 +115,11 @@ class InversionServicer:
     def _check(self, header: inversion_pb2.InvertHeader) -> None:
         """Refuses what must not be accepted, before memory is allocated for it."""
         for field in ("run", "group"):
-            if not 0 < len(getattr(header, field)) <= _LONGEST_NAME:
-                raise _invalid(
-                    f"{field} has {len(getattr(header, field))} characters; it must have 1 to {_LONGEST_NAME}"
-                )
-        if header.epoch < 0 or header.version < 0:
-            raise _invalid(f"epoch is {header.epoch}, version {header.version}; they must be 0 or more")
-        if not 0 < header.deadline_milliseconds <= _LONGEST_DEADLINE_MILLISECONDS:
-            raise _invalid(
-                f"deadline_milliseconds is {header.deadline_milliseconds}; "
-                f"it must be from 1 to {_LONGEST_DEADLINE_MILLISECONDS}"
-            )
-        if header.payload_bytes == 0:
-            raise _invalid("payload_bytes is 0; a job is never empty")
+            number(field, len(getattr(header, field)), least=1, most=_LONGEST_NAME, hint="how many characters it has")
+        for field in ("epoch", "version"):
+            count(field, getattr(header, field), least=0)
+        number("deadline_milliseconds", header.deadline_milliseconds, least=1, most=_LONGEST_DEADLINE_MILLISECONDS)
+        count("payload_bytes", header.payload_bytes, least=1, hint="a job is never empty")
         if not self._fingerprint:
             raise Refusal(grpc.StatusCode.UNAVAILABLE, f"the inversion process of {self._owner_id} is starting")
         if header.fingerprint and header.fingerprint != self._fingerprint:
@@ -234,20 +227,20 @@ class _Requests:
             async with asyncio.timeout(self._idle_seconds):
                 return await anext(self._iterator, None)
         except TimeoutError:
-            raise _invalid(f"nothing was sent for {self._idle_seconds:g} s in the middle of a payload") from None
+            raise PayloadError(f"nothing was sent for {self._idle_seconds:g} s in the middle of a payload") from None
 
     async def header(self) -> inversion_pb2.InvertHeader:
         first = await self._next()
         part = first.WhichOneof("part") if first is not None else None
         if first is None or part != "header":
-            raise _invalid(f"the first message is {part or 'empty'}; it must be the header")
+            raise PayloadError(f"the first message is {part or 'empty'}; it must be the header")
         return first.header
 
     async def payload(self, assembler: Assembler) -> bytearray:
         while (request := await self._next()) is not None:
             part = request.WhichOneof("part")
             if part != "chunk":
-                raise _invalid(f"a message after the first is {part or 'empty'}; it must be a chunk")
+                raise PayloadError(f"a message after the first is {part or 'empty'}; it must be a chunk")
             assembler.add(request.chunk)
         return assembler.finish()
 
@@ -269,7 +262,3 @@ class _Room:
     def leave(self, size: int) -> None:
         self._held -= size
         self._left.set()
-
-
-def _invalid(reason: str) -> Refusal:
-    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, reason)

@@ -128,7 +128,9 @@ def launch_processes(launch: str, root: int, spared: frozenset[int] = frozenset(
     """
     mark = f"{LAUNCH_VARIABLE}={launch}".encode()
     parents = living_processes()
-    found = {pid for pid in parents if _descends(pid, root, parents) or mark in _environment(pid)}
+    found = {
+        pid for pid in parents if _descends(pid, root, parents) or mark in _told_by_kernel(pid, "environ").split(b"\0")
+    }
     return {pid for pid in found - {root} - spared if not any(_descends(pid, spare, parents) for spare in spared)}
 
 
@@ -183,17 +185,14 @@ def living_processes() -> dict[int, int]:
 
 def command_line(pid: int) -> bytes:
     """Returns a process's arguments, each ended by a zero byte; empty where it has none or has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+    return _told_by_kernel(pid, "cmdline")
 
 
-def _environment(pid: int) -> list[bytes]:
+def _told_by_kernel(pid: int, file: str) -> bytes:
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/{file}").read_bytes()
     except OSError:
-        return []  # it ended meanwhile, or belongs to somebody else
+        return b""  # it ended meanwhile, or belongs to somebody else
 
 
 def _descends(pid: int, ancestor: int, parents: Mapping[int, int]) -> bool:

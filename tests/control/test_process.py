@@ -18,7 +18,7 @@ from tests.support.controller import ControllerThread, eventually
 SERVICES = {"kfdist.v1.RunService", "kfdist.v1.MembershipService"}
 
 USE_IT = """
-import json, os, signal, sys, threading, urllib.request
+import asyncio, json, os, signal, sys, threading, urllib.request
 from pathlib import Path
 from kfdist.cli.main import app
 from kfdist.control import controller
@@ -33,7 +33,7 @@ def use(controller):
     threading.Thread(target=work).start()
 
 options = controller.ControllerOptions(state=Path(sys.argv[1]), address="127.0.0.1:0", metrics_address="127.0.0.1:0")
-controller.serve(options, on_ready=use)
+asyncio.run(controller.serve(options, on_ready=use))
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 

@@ -224,12 +224,15 @@ MALFORMED = {
     "another digest": ([header(DATA, digest="0" * 64), *chunks(DATA)], "its header says 000"),
     "no digest": ([header(DATA, digest="")], "must be a SHA-256"),
     "no payload": ([header(DATA, payload_bytes=0)], "never empty"),
-    "a negative size": ([header(DATA, payload_bytes=-5)], "must be 0 or more"),
-    "no group": ([header(DATA, group="")], "group has 0 characters"),
-    "a long run name": ([header(DATA, run="r" * 2000)], "run has 2000 characters"),
-    "a negative version": ([header(DATA, version=-1)], "version -1"),
-    "no deadline": ([header(DATA, deadline_milliseconds=0)], "deadline_milliseconds is 0"),
-    "an endless deadline": ([header(DATA, deadline_milliseconds=1 << 60)], "it must be from 1 to"),
+    "a negative size": ([header(DATA, payload_bytes=-5)], "payload_bytes: -5 is not allowed"),
+    "no group": ([header(DATA, group="")], "group: 0 is not allowed"),
+    "a long run name": (
+        [header(DATA, run="r" * 2000)],
+        "run: 2000 is not allowed; must be a number of at least 1 and at most 1024 (how many characters it has)",
+    ),
+    "a negative version": ([header(DATA, version=-1)], "version: -1"),
+    "no deadline": ([header(DATA, deadline_milliseconds=0)], "deadline_milliseconds: 0"),
+    "an endless deadline": ([header(DATA, deadline_milliseconds=1 << 60)], "of at least 1 and at most 86400000"),
 }
 
 
