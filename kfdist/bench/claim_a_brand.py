@@ -9,6 +9,9 @@ moment, in float64. Damping is the published rule, phi = 0.1 of each factor's la
 
 import statistics
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,14 +88,22 @@ class Tally:
         inverse: Per method and folding, the mean relative Frobenius error of the damped factors' inverses.
     """
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     action: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in METHODS})
     inverse: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in METHODS})
     losses: list[float] = field(default_factory=list)
 
-    def spend(self, what: str, begun: float) -> None:
-        """Adds the time since `begun`."""
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.thread_time() - begun
+    @contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        """Adds the time inside the `with` block."""
+        begun = time.thread_time()
+        yield
+        self.seconds[what] += time.thread_time() - begun
+
+    def errors(self, join: Callable[[list[float]], float]) -> dict[str, dict[str, float]]:
+        """Joins the errors over the foldings, by kind and method."""
+        kinds = {"action": self.action, "inverse": self.inverse}
+        return {kind: {name: join(found[name]) for name in METHODS} for kind, found in kinds.items()}
 
 
 def measure_brand(quick: bool = False) -> ClaimResult:
@@ -109,9 +120,7 @@ def measure_brand(quick: bool = False) -> ClaimResult:
     """
     settings = QUICK if quick else Settings()
     tally = _train(settings)
-    means = {
-        kind: {name: statistics.fmean(getattr(tally, kind)[name]) for name in METHODS} for kind in ("action", "inverse")
-    }
+    means = tally.errors(statistics.fmean)
     seconds = tally.seconds
     run = sum(seconds[what] for what in ("gradients", "foldings", "rs-kfac", "applications"))
     added = seconds["b-r-kfac"] - seconds["rs-kfac"]
@@ -123,10 +132,8 @@ def measure_brand(quick: bool = False) -> ClaimResult:
         parts=(*(judge_error(kind, means[kind]) for kind in means), judge_cost(added, run, seconds["rs-kfac"])),
         figures={
             "mean_error": means,
-            "median_error": {
-                kind: {name: statistics.median(getattr(tally, kind)[name]) for name in METHODS} for kind in means
-            },
-            "seconds": seconds,
+            "median_error": tally.errors(statistics.median),
+            "seconds": dict(seconds),
             "added_share": added / run,
             "seconds_of_all_layers": {"one_rsvd": seconds["rs-kfac"] / decompositions, "one_update": added / updates},
             "error_of_action_by_folding": tally.action,
@@ -192,38 +199,33 @@ def _train(settings: Settings) -> Tally:
     tally = Tally()
     for step in range(settings.steps):
         chosen = torch.randint(len(data.labels), (settings.batch,), generator=generator)
-        begun = time.thread_time()
-        rows, loss = _rows(layers, data.inputs[chosen].flatten(1), data.labels[chosen])
-        gradients = [g.mT @ a / settings.batch for a, g in rows]
-        tally.spend("gradients", begun)
+        with tally.spending("gradients"):
+            rows, loss = _rows(layers, data.inputs[chosen].flatten(1), data.labels[chosen])
+            gradients = [g.mT @ a / settings.batch for a, g in rows]
         tally.losses.append(loss)
         if step % FACTOR_PERIOD == 0:
             rho = decay_at(step // FACTOR_PERIOD + 1, DECAY)
-            begun = time.thread_time()
-            for average, (a, g) in zip(averages, rows, strict=True):
-                average.fold(a, g, rho)
-            tally.spend("foldings", begun)
+            with tally.spending("foldings"):
+                for average, (a, g) in zip(averages, rows, strict=True):
+                    average.fold(a, g, rho)
             due = step % settings.inverse_period == 0
             for index, average in enumerate(averages):
                 if due:
-                    begun = time.thread_time()
-                    found = inverters["rs-kfac"].invert(average.factors(), damping=PHI, previous={}, seed=step)
-                    tally.spend("rs-kfac", begun)
+                    with tally.spending("rs-kfac"):
+                        found = inverters["rs-kfac"].invert(average.factors(), damping=PHI, previous={}, seed=step)
                     held["rs-kfac"][index] = found.preconditioner
-                begun = time.thread_time()
-                increment = _increment(average, rows[index], rho, settings, due=due)
-                updated = inverters["b-r-kfac"].invert(increment, damping=PHI, previous=states[index], seed=step)
-                tally.spend("b-r-kfac", begun)
+                with tally.spending("b-r-kfac"):
+                    increment = _increment(average, rows[index], rho, settings, due=due)
+                    updated = inverters["b-r-kfac"].invert(increment, damping=PHI, previous=states[index], seed=step)
                 held["b-r-kfac"][index], states[index] = updated.preconditioner, dict(updated.state)
             if due:
                 driving = [
                     exact.invert(each.factors(), damping=PHI, previous={}, seed=0).preconditioner for each in averages
                 ]
             _compare(tally, averages, held, gradients, settings)
-        begun = time.thread_time()
-        for made, V in zip(held["rs-kfac"], gradients, strict=True):
-            made.apply(V[None], PHI)
-        tally.spend("applications", begun)
+        with tally.spending("applications"):
+            for made, V in zip(held["rs-kfac"], gradients, strict=True):
+                made.apply(V[None], PHI)
         _step(layers, driving, gradients)
     return tally
 

@@ -38,6 +38,10 @@ DAMPING_SHARE = 0.1
 
 REPETITIONS = 3
 
+SMALL = {True: {"n": 16, "t": 4, "p": 8, "q": 13}, False: {"n": 64, "t": 9, "p": 32, "q": 73}}
+LARGE = {True: {"n": 16, "t": 16, "p": 32, "q": 73}, False: {"n": 128, "t": 16, "p": 128, "q": 577}}
+"""The layers, quick or not."""
+
 
 def measure_seng_claim(quick: bool = False) -> ClaimResult:
     """Measures claim c.
@@ -59,8 +63,8 @@ def measure_seng_claim(quick: bool = False) -> ClaimResult:
         parts=judge_seng(found),
         figures=found,
         conditions={
-            "errors": "relative to a dense solve, float64; " + _LAYER.format(**_small_sizes(quick)),
-            "costs": "float32; " + _LAYER.format(**_large_sizes(quick)),
+            "errors": "relative to a dense solve, float64; " + _LAYER.format(**SMALL[quick]),
+            "costs": "float32; " + _LAYER.format(**LARGE[quick]),
             "data": f"Gaussian; the part that all examples share is so many times longer than their own: {COMMON}",
             "damping": f"{DAMPING_SHARE} of the Gram matrix's mean eigenvalue",
             "sketch": "24 columns",
@@ -131,8 +135,8 @@ def measure_seng(*, quick: bool = False) -> dict[str, Any]:
         JSON values: `forms` (per form: errors by data, seconds, bytes), `aggregates` (per data and number of ranks),
         and `gradient_to_dense`, the error of v/lambda: a form with more than this is worse than none.
     """
-    small = {kind: _draw(**_small_sizes(quick), common=common, seed=1) for kind, common in COMMON.items()}
-    large = _draw(**_large_sizes(quick), common=1.0, seed=2)[0]
+    small = {kind: _draw(**SMALL[quick], common=common, seed=1) for kind, common in COMMON.items()}
+    large = _draw(**LARGE[quick], common=1.0, seed=2)[0]
     large = replace(large, a=large.a.float(), g=large.g.float(), weight=large.weight.float())
     truth = {kind: _truth(samples, V) for kind, (samples, V) in small.items()}
     return {
@@ -151,14 +155,6 @@ def measure_seng(*, quick: bool = False) -> dict[str, Any]:
             for kind, (samples, V) in small.items()
         },
     }
-
-
-def _small_sizes(quick: bool) -> dict[str, int]:
-    return {"n": 16, "t": 4, "p": 8, "q": 13} if quick else {"n": 64, "t": 9, "p": 32, "q": 73}
-
-
-def _large_sizes(quick: bool) -> dict[str, int]:
-    return {"n": 16, "t": 16, "p": 32, "q": 73} if quick else {"n": 128, "t": 16, "p": 128, "q": 577}
 
 
 def _draw(*, n: int, t: int, p: int, q: int, common: float, seed: int) -> tuple[Samples, Tensor]:

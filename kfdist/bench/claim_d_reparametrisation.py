@@ -12,6 +12,7 @@ what a step does outside the span of the rows depends on the coordinates. Dampin
 coordinates, so how far the trajectories part is measured for a row of lambdas.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -183,38 +184,31 @@ def _train(coordinates: Coordinates, damping: float | None, settings: Settings) 
     model = Convnet(coordinates, seed=0)
     lr = SGD_LEARNING_RATE if damping is None else LEARNING_RATE
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    preconditioner = None if damping is None else _kfc(model, damping)
     generator = torch.Generator().manual_seed(1)
     test = data.test.inputs[: settings.examples].double()
     outputs, losses = [_outputs(model, test)], []
-    try:
+    with ExitStack() as stack:
+        if damping is not None:
+            kfc = Preconditioner(
+                model,
+                make_inverter("kfac-eigen"),
+                damping=damping,
+                factor_period=1,
+                inverse_period=1,
+                kl_clip=KL_CLIP,
+                lr=LEARNING_RATE,
+                adoption=FixedLag(0),
+            )
+            stack.enter_context(kfc).attach(optimizer)
         for _ in range(settings.steps):
             chosen = torch.randint(len(data.train.labels), (settings.batch,), generator=generator)
             loss = F.cross_entropy(model(data.train.inputs[chosen].double()), data.train.labels[chosen])
             optimizer.zero_grad()
             loss.backward()
-            if preconditioner is not None:
-                preconditioner.step()
             optimizer.step()
             losses.append(float(loss.detach()))
             outputs.append(_outputs(model, test))
-    finally:
-        if preconditioner is not None:
-            preconditioner.close()
     return Path(outputs=outputs, losses=losses)
-
-
-def _kfc(model: nn.Module, damping: float) -> Preconditioner:
-    return Preconditioner(
-        model,
-        make_inverter("kfac-eigen"),
-        damping=damping,
-        factor_period=1,
-        inverse_period=1,
-        kl_clip=KL_CLIP,
-        lr=LEARNING_RATE,
-        adoption=FixedLag(0),
-    )
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:

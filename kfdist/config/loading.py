@@ -5,6 +5,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -57,13 +58,12 @@ def load_config(
     Raises:
         ConfigError: Anything is wrong with it; says the field's dotted path, the value, what is allowed.
     """
-    layers = [_file(path)] if path is not None else []
-    environment_values = _environment(environment)
-    command_line = [_override(text) for text in overrides]
+    file = [_file(path)] if path is not None else []
+    sources = (file, _environment(environment), [_override(text) for text in overrides])
     merged: Table = _merge(Config().model_dump(exclude_none=True), dict(defaults))
-    for table in (*(layer.table for layer in layers), _joined(environment_values), _joined(command_line)):
-        merged = _merge(merged, table)
-    return config_from_table(merged, (*layers, *environment_values, *command_line))
+    for layers in sources:
+        merged = _merge(merged, reduce(_overlay, (layer.table for layer in layers), {}))
+    return config_from_table(merged, [layer for layers in sources for layer in layers])
 
 
 def config_from_table(table: Mapping[str, Any], layers: Sequence[_Layer] = ()) -> Config:
@@ -129,13 +129,6 @@ def _nest(keys: Sequence[str], value: Any) -> Table:
     for key in reversed(keys):
         value = {key: value}
     return value
-
-
-def _joined(layers: Sequence[_Layer]) -> Table:
-    table: Table = {}
-    for layer in layers:
-        table = _overlay(table, layer.table)
-    return table
 
 
 def _merge(lower: Table, higher: Table) -> Table:

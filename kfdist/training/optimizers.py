@@ -18,11 +18,8 @@ _UNFIT = frozenset({"Optimizer", "LBFGS", "SparseAdam"})
 
 def optimizers() -> Mapping[str, type[torch.optim.Optimizer]]:
     """Returns the optimizers of torch.optim by their names in lower case."""
-    found = {}
-    for name, kind in vars(torch.optim).items():
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in _UNFIT:
-            found[name.lower()] = kind
-    return found
+    kinds = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name not in _UNFIT}
+    return {name.lower(): kind for name, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)}
 
 
 def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

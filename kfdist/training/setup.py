@@ -15,7 +15,7 @@ from kfdist.data.sets import DataSet, Examples, load_data
 from kfdist.errors import EnvironmentFault
 from kfdist.models import build_model
 from kfdist.runtime.forward_state import ForwardState, seed_rank
-from kfdist.runtime.invert.service import Service, connect
+from kfdist.runtime.invert.service import connect
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.addresses import server_address
 from kfdist.training.method import plan_of
@@ -127,12 +127,21 @@ def make_training(
     # After the broadcast: buffers are remembered as they are now.
     forward_state = ForwardState(model, device)
     reducer = GradientReducer(list(model.parameters()), communicator)
+    service = None
+    if config.cluster.link == "service":
+        service = connect(
+            config.control.address,
+            run=config.run.name,
+            epoch=epoch,
+            assignment=config.cluster.assignment,
+            deadline_seconds=config.cluster.job_deadline_seconds,
+        )
     plan = materials.plan
     preconditioner = Preconditioner.from_plan(
         replace(plan, settings=replace(plan.settings, lr=learning_rate)),
         grad_scaler=scaler if scaler.is_enabled() else None,
         process_group=communicator.process_group,
-        link=_service(config, epoch),
+        link=service,
     )
     return Training(
         **vars(materials),
@@ -143,18 +152,6 @@ def make_training(
         reducer=reducer,
         preconditioner=preconditioner,
         forward_state=forward_state,
-    )
-
-
-def _service(config: Config, epoch: int) -> Service | None:
-    if config.cluster.link == "local":
-        return None
-    return connect(
-        config.control.address,
-        run=config.run.name,
-        epoch=epoch,
-        assignment=config.cluster.assignment,
-        deadline_seconds=config.cluster.job_deadline_seconds,
     )
 
 

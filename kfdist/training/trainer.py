@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from kfdist.config import to_toml
 from kfdist.errors import Interrupted, LossNotFinite
 from kfdist.runtime.settings import StepReport
-from kfdist.training.checkpoint import CheckpointStore, Saved
-from kfdist.training.evaluation import Evaluation, evaluate
+from kfdist.training.checkpoint import CheckpointStore
+from kfdist.training.evaluation import evaluate
 from kfdist.training.metrics_log import MetricsLog
 from kfdist.training.optimizers import set_learning_rate
 from kfdist.training.progress import Progress, ProgressLine
@@ -225,7 +225,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         training, step = self._training, self.standing.step
-        result: Evaluation = evaluate(training.model, training.data.test, training.communicator, training.device)
+        result = evaluate(training.model, training.data.test, training.communicator, training.device)
         self.metrics.update(test_loss=result.loss, test_accuracy=result.accuracy)
         self._outputs.log.write("evaluation", step=step, test_loss=result.loss, test_accuracy=result.accuracy)
         self._outputs.progress.say(f"step {step}: test loss {result.loss:.4f}, test accuracy {result.accuracy:.2%}")
@@ -247,9 +247,6 @@ class Trainer:
             config_sha256=hashlib.sha256(to_toml(config).encode()).hexdigest(),
             facts={"run": config.run.name, "torch": torch.__version__, "unix_time": round(time.time(), 3)},
         )
-        self._tell(saved)
-
-    def _tell(self, saved: Saved) -> None:
         self._outputs.log.write(
             "checkpoint", step=saved.step, fault=saved.fault, bytes=saved.bytes, seconds=round(saved.seconds, 6)
         )
