@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kfdist import checks
 from kfdist.bench.claim_a_brand import measure_brand
 from kfdist.bench.claim_b_cg import measure_cg_claim
 from kfdist.bench.claim_c_seng import measure_seng_claim
@@ -12,7 +13,6 @@ from kfdist.bench.claim_d_reparametrisation import measure_reparametrisation
 from kfdist.bench.claim_e_widths import measure_width_claim
 from kfdist.bench.claims import ClaimResult
 from kfdist.bench.measuring import measured
-from kfdist.checks import suggestion
 from kfdist.errors import ConfigError
 
 CLAIMS: Mapping[str, Callable[[bool], ClaimResult]] = {
@@ -34,9 +34,7 @@ def checked_claims(names: Sequence[str]) -> list[str]:
         ConfigError: There is no such claim.
     """
     for name in names:
-        if name not in CLAIMS:
-            near = suggestion(name, CLAIMS) or ";"
-            raise ConfigError(f"{name!r} is no claim{near} allowed are {', '.join(CLAIMS)}", path="--claim")
+        checks.choice("--claim", name, CLAIMS)
     return [name for name in CLAIMS if not names or name in names]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from kfdist.checks import suggestion
+from kfdist import checks
 from kfdist.config.findings import config_error
 from kfdist.config.toml import format_key
 from kfdist.errors import ConfigError
@@ -97,10 +97,7 @@ def by_name(table: Mapping[str, type[S]], name: str, settings: Mapping[str, Any]
     Raises:
         ConfigError: The name is unknown, or a setting is unknown or not allowed.
     """
-    if name not in table:
-        known = ", ".join(sorted(table))
-        raise ConfigError(f"is {name!r}{suggestion(name, table) or ';'} there is: {known}", path=f"{section}.name")
-    kind = table[name]
+    kind = table[checks.choice(f"{section}.name", name, table)]
     try:
         return kind.model_validate(dict(settings))
     except ValidationError as error:

@@ -96,15 +96,16 @@ def _contains(table: Any, keys: Sequence[str]) -> bool:
 
 def _file(path: Path) -> _Layer:
     try:
-        return _Layer(table=tomllib.loads(path.read_text(encoding="utf-8")), origin=str(path))
+        # Some editors begin UTF-8 with a mark, which tomllib doesn't take.
+        return _Layer(table=tomllib.loads(path.read_text(encoding="utf-8-sig")), origin=str(path))
     except FileNotFoundError:
         raise ConfigError("no such file; give a TOML file, or none for the digits run", path=str(path)) from None
     except OSError as error:
         raise ConfigError(f"can't be read ({error.strerror}); give a readable TOML file", path=str(path)) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"isn't UTF-8 text (byte {error.start}); give a TOML file", path=str(path)) from None
+        raise ConfigError(f"isn't UTF-8 text (byte {error.start}); save it as UTF-8", path=str(path)) from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"isn't valid TOML: {error}", path=str(path)) from None
+        raise ConfigError(f"isn't valid TOML: {error}; mend the line", path=str(path)) from None
 
 
 def _environment(environment: Mapping[str, str]) -> list[_Layer]:

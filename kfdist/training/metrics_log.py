@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import time
 from io import FileIO
 from pathlib import Path
@@ -36,8 +35,9 @@ class MetricsLog:
         """Appends one line and hands it to the system at once. Numbers that JSON doesn't know become null."""
         if self._file is None:
             return
-        line = {"event": event, "time": round(time.time(), 3), **values}
-        data = json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
+        text = json.dumps({"event": event, "time": round(time.time(), 3), **values})
+        line = json.loads(text, parse_constant=lambda _: None)
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
         # A line that was cut off before gets its end first, so that readers lose no more than that one.
         data = b"\n" + data if self._torn else data
         try:
@@ -58,13 +58,3 @@ class MetricsLog:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

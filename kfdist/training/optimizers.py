@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kfdist.checks import suggestion
+from kfdist import checks
 from kfdist.config import OptimizerSection
 from kfdist.errors import ConfigError
 
@@ -29,18 +29,14 @@ def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]
         ConfigError: The name or a setting is unknown, or the optimizer refuses the values.
     """
     known = optimizers()
-    if section.name not in known:
-        allowed = ", ".join(sorted(known))
-        raise ConfigError(
-            f"is {section.name!r}{suggestion(section.name, known) or ';'} torch.optim has: {allowed}",
-            path="optimizer.name",
-        )
-    kind = known[section.name]
-    accepted = set(inspect.signature(kind).parameters) - {"params"}
+    kind = known[checks.choice("optimizer.name", section.name, sorted(known))]
+    signature = inspect.signature(kind).parameters
+    accepted = set(signature) - {"params"}
     for key in section.settings:
         if key not in accepted:
+            near = checks.suggestion(key, accepted) or ";"
             raise ConfigError(
-                f"unknown key{suggestion(key, accepted) or ';'} {section.name} takes: {', '.join(sorted(accepted))}",
+                f"unknown key{near} {section.name} takes: {', '.join(sorted(accepted))}",
                 path=f"optimizer.settings.{key}",
             )
     arguments = {"lr": section.lr, "momentum": section.momentum, "weight_decay": section.weight_decay}
@@ -49,8 +45,10 @@ def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]
     try:
         return kind(parameters, **{k: v for k, v in arguments.items() if k in accepted} | settings)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
+        defaults = {key: signature[key].default for key in section.settings}
+        hint = f"; by default they are {defaults!r}" if defaults else ""
         raise ConfigError(
-            f"{section.name} refuses {dict(section.settings)!r}: {error}", path="optimizer.settings"
+            f"{section.name} refuses {dict(section.settings)!r}: {error}{hint}", path="optimizer.settings"
         ) from None
 
 

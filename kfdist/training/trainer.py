@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +24,15 @@ _BEAT_SECONDS = 0.25
 """How often the controller hears of a rank; steps may be much shorter."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outputs:
-    """Where a trainer writes.
+class Trainer:
+    """Trains until the last step or until all ranks agree to stop. All ranks run one, in step.
 
-    Attributes:
+    Args:
+        training: What is trained with.
+        standing: How far the run has come.
         store: The checkpoints.
         log: `metrics.jsonl`.
         progress: What users see.
-    """
-
-    store: CheckpointStore
-    log: MetricsLog
-    progress: Progress
-
-
-class Trainer:
-    """Trains until the last step or until all ranks agree to stop. All ranks run one, in step.
 
     Attributes:
         standing: How far the run has come.
@@ -49,7 +41,9 @@ class Trainer:
         checkpoint_faults: Checkpoints that could not be written.
     """
 
-    def __init__(self, training: Training, standing: Standing, outputs: Outputs) -> None:
+    def __init__(
+        self, training: Training, standing: Standing, *, store: CheckpointStore, log: MetricsLog, progress: Progress
+    ) -> None:
         # The controller counts requests for checkpoints anew at each start of an ended run.
         position = training.sampler.start(standing.position)
         self.standing = replace(standing, position=position, checkpoint_serial=0)
@@ -58,7 +52,7 @@ class Trainer:
         self.checkpoint_faults = 0
         self._told_steps = 0
         self._training = training
-        self._outputs = outputs
+        self._store, self._log, self._progress = store, log, progress
         self._tally = torch.zeros(2, dtype=torch.float64, device=training.device)
         self._tallied = 0
         self._order: tuple[int, Tensor] | None = None
@@ -143,7 +137,7 @@ class Trainer:
         self.standing = replace(before, step=before.step + 1, position=position)
         config, step = self._training.config, self.standing.step
         if position.epoch != before.position.epoch:
-            self._outputs.log.write("epoch", step=step, epoch=position.epoch)
+            self._log.write("epoch", step=step, epoch=position.epoch)
         if step % config.run.log_period == 0 or self.done:
             self._report(report)
         elif time.perf_counter() - self._last_beat > _BEAT_SECONDS:
@@ -185,7 +179,7 @@ class Trainer:
         staleness = sorted(training.preconditioner.staleness().values())
         rate = self._tallied / max(now - self._window_start, 1e-9)
         self.metrics.update(train_loss=loss, train_accuracy=accuracy)
-        self._outputs.log.write(
+        self._log.write(
             "step",
             step=step,
             epoch=self.standing.position.epoch,
@@ -196,7 +190,7 @@ class Trainer:
             step_seconds=sum(self.step_seconds[-self._tallied :]) / self._tallied,
             phase_seconds=dict(report.phase_seconds) if report else {},
         )
-        self._outputs.progress.show(
+        self._progress.show(
             ProgressLine(
                 step=step,
                 total_steps=training.learning_rate.total_steps,
@@ -227,8 +221,8 @@ class Trainer:
         training, step = self._training, self.standing.step
         result = evaluate(training.model, training.data.test, training.communicator, training.device)
         self.metrics.update(test_loss=result.loss, test_accuracy=result.accuracy)
-        self._outputs.log.write("evaluation", step=step, test_loss=result.loss, test_accuracy=result.accuracy)
-        self._outputs.progress.say(f"step {step}: test loss {result.loss:.4f}, test accuracy {result.accuracy:.2%}")
+        self._log.write("evaluation", step=step, test_loss=result.loss, test_accuracy=result.accuracy)
+        self._progress.say(f"step {step}: test loss {result.loss:.4f}, test accuracy {result.accuracy:.2%}")
 
     def _checkpoint(self) -> None:
         """Writes a checkpoint of the present standing; a failure is told and the run goes on."""
@@ -239,7 +233,7 @@ class Trainer:
         self._clock = now
         training, config = self._training, self._training.config
         shared, own = collect_state(training, self.standing)
-        saved = self._outputs.store.save(
+        saved = self._store.save(
             shared,
             own,
             step=self.standing.step,
@@ -247,12 +241,12 @@ class Trainer:
             config_sha256=hashlib.sha256(to_toml(config).encode()).hexdigest(),
             facts={"run": config.run.name, "torch": torch.__version__, "unix_time": round(time.time(), 3)},
         )
-        self._outputs.log.write(
+        self._log.write(
             "checkpoint", step=saved.step, fault=saved.fault, bytes=saved.bytes, seconds=round(saved.seconds, 6)
         )
         if saved.fault:
             self.checkpoint_faults += 1
-            self._outputs.progress.say(
+            self._progress.say(
                 f"the checkpoint at step {saved.step} could not be written ({saved.fault}); the run goes on and older "
                 "checkpoints are kept; make room before the next one"
             )

@@ -22,7 +22,7 @@ from kfdist.training.run_directory import RunDirectory, inspect_run
 from kfdist.training.run_state import Materials, Standing, Training, restore_state, standing_of
 from kfdist.training.setup import check_controller, choose_device, gather_materials, make_training
 from kfdist.training.summary import summarise, write_summary
-from kfdist.training.trainer import Outputs, Trainer
+from kfdist.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class _Start:
             log.write("start", start=epoch, step=standing.step, world_size=communicator.world_size, versions=versions())
             if self._directory is not None:
                 write_summary(self._directory.path, {"status": "running", "run": config.run.name, "start": epoch})
-            trainer = Trainer(training, standing, Outputs(store=store, log=log, progress=progress))
+            trainer = Trainer(training, standing, store=store, log=log, progress=progress)
             try:
                 with _stopping_on_signals(training):
                     stopped = trainer.run()

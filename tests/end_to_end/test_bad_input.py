@@ -109,7 +109,7 @@ def test_a_refusal_is_a_sentence_on_standard_error_without_a_stack_trace(tmp_pat
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "kfdist: model.name: is 'it'; there is: digits-cnn, mlp\n"
+    assert done.stderr == "kfdist: model.name: 'it' is not allowed; choose one of 'digits-cnn', 'mlp'\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -20,7 +20,7 @@ from kfdist.training.progress import Progress
 from kfdist.training.run_state import Standing, Training
 from kfdist.training.setup import gather_materials, make_training
 from kfdist.training.summary import parameter_sha256
-from kfdist.training.trainer import Outputs, Trainer
+from kfdist.training.trainer import Trainer
 from tests.support.commands import Command
 from tests.support.controller import ControllerThread, eventually
 from tests.support.ranks import run_ranks
@@ -101,7 +101,7 @@ def _train_one(communicator: Communicator, folder: Path, name: str, overrides: S
     materials = gather_materials(config, communicator.world_size, device, costs)
     training = make_training(config, communicator, materials, epoch=1, standing=Standing())
     store = CheckpointStore(folder / "checkpoints", communicator, keep=1)
-    trainer = Trainer(training, Standing(), Outputs(store=store, log=MetricsLog(None), progress=Progress()))
+    trainer = Trainer(training, Standing(), store=store, log=MetricsLog(None), progress=Progress())
     try:
         assert trainer.run() == ""
         seen = _look(training, trainer)

@@ -157,8 +157,8 @@ def test_all_mistakes_are_told_at_once():
     ("content", "words"),
     [
         (None, ["no such file"]),
-        (b"[run\n", ["isn't valid TOML", "line 1"]),
-        (b"[run]\nname = '\xff'\n", ["isn't UTF-8"]),
+        (b"[run\n", ["isn't valid TOML", "line 1", "mend the line"]),
+        (b"[run]\nname = '\xff'\n", ["isn't UTF-8", "byte 14", "save it as UTF-8"]),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, words: list[str]):
@@ -169,6 +169,12 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, words:
         load_config(path, environment={})
     assert caught.value.path == str(path)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_the_mark_that_some_editors_begin_utf8_with_is_no_mistake(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf[run]\nsteps = 7\n")
+    assert load_config(path, environment={}).run.steps == 7
 
 
 def test_a_directory_is_no_file(tmp_path: Path):

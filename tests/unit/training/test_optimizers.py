@@ -47,6 +47,11 @@ def test_arguments_arrive():
         (OptimizerSection(settings={"nestrov": True}), "optimizer.settings.nestrov", "did you mean 'nesterov'"),
         (OptimizerSection(momentum=0.0, settings={"nesterov": True}), "optimizer.settings", "sgd refuses .*Nesterov"),
         (OptimizerSection(name="adam", settings={"betas": [2.0, 0.5]}), "optimizer.settings", "adam refuses .*beta"),
+        (
+            OptimizerSection(name="adam", settings={"betas": 0.9}),
+            "optimizer.settings",
+            r"adam refuses \{'betas': 0.9\}.*; by default they are \{'betas': \(0.9, 0.999\)\}",
+        ),
     ],
 )
 def test_mistakes_are_told(section: OptimizerSection, path: str, words: str):

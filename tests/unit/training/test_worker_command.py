@@ -25,7 +25,7 @@ def small(directory: Path, *overrides: str):
 @pytest.mark.parametrize(
     ("override", "path", "words"),
     [
-        ("model.name=cnn", "model.name", "is 'cnn'"),
+        ("model.name=cnn", "model.name", "'cnn' is not allowed"),
         ("data.name=digit", "data.name", "did you mean 'digits'"),
         ("data.batch_size=201", "data.batch_size", "1 rank would take 201 .* at most 200"),
         ("optimizer.name=sdg", "optimizer.name", "did you mean 'sgd'"),
