@@ -56,13 +56,7 @@ class InversionServicer:
     """
 
     def __init__(self, owner_id: str, executor: Executor, limits: ServiceLimits | None = None) -> None:
-        """Begins without jobs.
-
-        Args:
-            owner_id: The owner's name.
-            executor: What inverts; used by one thread at a time.
-            limits: How much it accepts.
-        """
+        """Begins without jobs; uses the executor from one thread at a time."""
         self.peers: dict[str, inversion_pb2.Owner] = {}
         self.completed = 0
         self.failed: Counter[str] = Counter()

@@ -128,9 +128,8 @@ def launch_processes(launch: str, root: int, spared: frozenset[int] = frozenset(
     """
     mark = f"{LAUNCH_VARIABLE}={launch}".encode()
     parents = living_processes()
-    found = {
-        pid for pid in parents if _descends(pid, root, parents) or mark in _told_by_kernel(pid, "environ").split(b"\0")
-    }
+    marked = {pid for pid in parents if mark in _told_by_kernel(pid, "environ").split(b"\0")}
+    found = marked | {pid for pid in parents if _descends(pid, root, parents)}
     return {pid for pid in found - {root} - spared if not any(_descends(pid, spare, parents) for spare in spared)}
 
 

@@ -56,7 +56,6 @@ class PlainFormatter(logging.Formatter):
     """Time, level, fields, message."""
 
     def __init__(self, fields: Mapping[str, str | int]) -> None:
-        """Fixes the fields that every line carries."""
         prefix = "".join(f"{name}={value} " for name, value in fields.items()).replace("%", "%%")
         super().__init__(f"%(asctime)s %(levelname)s {prefix}%(name)s: %(message)s", datefmt="%H:%M:%S")
 
@@ -65,7 +64,6 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line; what was passed as `extra` becomes fields of it."""
 
     def __init__(self, fields: Mapping[str, str | int]) -> None:
-        """Fixes the fields that every line carries."""
         super().__init__()
         self._fields = dict(fields)
 
