@@ -28,8 +28,7 @@ ORTHOGONALITY_LIMIT = 1e-3
 class HeldFactor:
     """The sum S = U diag(w) U^T of a moving average, and its weight: the factor is S / weight.
 
-    A factor that is never updated by rows holds the last dense decomposition, has no weight and doesn't
-    decay.
+    A factor that is never updated by rows holds the last dense decomposition, has no weight and doesn't decay.
 
     Attributes:
         vectors: U, `[c, d, k]`, orthonormal.
@@ -47,12 +46,7 @@ class HeldFactor:
 
     @classmethod
     def empty(cls, like: Float[Tensor, "c n d"], rank: int) -> "HeldFactor":
-        """Makes the factor of no examples.
-
-        Args:
-            like: Rows.
-            rank: r to begin with.
-        """
+        """Makes the factor of no examples for rows such as these; r begins at `rank`."""
         c, _, d = like.shape
         zero = like.new_zeros(c)
         return cls(
@@ -121,7 +115,7 @@ class HeldFactor:
 
         Args:
             rows: Those that only fill the buffer, all zero, are left out: they would add null columns.
-            seed: The inversion's seed, for the probes of the residual.
+            seed: The inversion's.
             label: The factor's letter.
 
         Returns:
@@ -134,7 +128,7 @@ class HeldFactor:
         filled[0] = True  # an update of nothing is one too
         rows = rows[:, filled]
         vectors, values = brand_update(*before, rows)
-        probes = probes_like(vectors, None, seed=seed, label=label)
+        probes = probes_like(vectors, seed=seed, label=label)
         residual = float(update_residual(before, rows, (vectors, values), probes).max())
         after = replace(self, vectors=vectors, values=values, trace=self.trace + rows.square().sum((-2, -1)))
         return after, {f"residual_{label}": residual, f"repairs_{label}": float(repair)}
@@ -169,11 +163,7 @@ class HeldFactor:
         return replace(self, rank=rule.following(self.values[..., : self.rank], most))
 
     def spectrum(self, *, continued: bool) -> Spectrum:
-        """Returns the eigenpairs of the factor, S / weight.
-
-        Args:
-            continued: Take the eigenvalues that aren't kept as equal to the smallest kept one, instead of as 0.
-        """
+        """Returns the eigenpairs of S / weight; other eigenvalues are 0 or, if `continued`, the smallest kept one."""
         values = self.values if self.weight is None else self.values / self.weight
         found = Spectrum(self.vectors, values, torch.zeros_like(values[..., 0]))
         return found._replace(tail=values[..., -1].clone()) if continued and not found.complete else found
@@ -194,6 +184,6 @@ class HeldFactor:
     def approximation_error(self, matrix: Float[Tensor, "c d d"], *, seed: int, label: str) -> dict[str, float]:
         """Estimates how far it is from the dense factor, relative to that."""
         spectrum = self.spectrum(continued=False)
-        probes = probes_like(matrix, None, seed=seed, label=label)
+        probes = probes_like(matrix, seed=seed, label=label)
         error = eigen_residual(matrix, spectrum.values, spectrum.vectors, probes)
         return {f"approximation_error_{label}": float(error.max())}

@@ -148,11 +148,11 @@ class AbstractPreconditioner(ABC):
         Args:
             members: One per block, in the group's order.
             gradients: One per block.
-            damping: lambda of F + lambda I.
+            damping: lambda of F + lambda I; without effect where `damping_at_apply` is False.
             memories: One per block.
 
         Returns:
-            One direction per block.
+            One direction per block, in its gradient's dtype.
         """
         each = zip(members, gradients, memories, strict=True)
         return [member.apply(gradient, damping, memory) for member, gradient, memory in each]
@@ -186,10 +186,6 @@ class AbstractPreconditioner(ABC):
 
         tau = tr(A) tr(G)/(p q) per group: the step keeps the size it has under `apply`; the bare gradient would be up
         to 1/lambda times off.
-
-        Args:
-            gradient: V.
-            damping: lambda.
         """
         c, p, q = self.shape
         mean = (self.trace_A / q) * (self.trace_G / p)
@@ -197,7 +193,7 @@ class AbstractPreconditioner(ABC):
         return (gradient.to(mean.dtype) / scale.view(c, 1, 1)).to(gradient.dtype)
 
     def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
-        """Returns the lambda that `damping` amounts to on the product of the factors; itself, normally."""
+        """Returns the lambda on the product of the factors: what `damping` amounts to, or was at the inversion."""
         return torch.full_like(self.trace_A, damping)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
@@ -230,7 +226,6 @@ class KroneckerInverse(AbstractPreconditioner):
 
     @override
     def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
-        """Returns the lambda that was fixed at the inversion, whatever `damping` is now."""
         del damping
         return self.damping_A * self.damping_G
 
@@ -306,7 +301,6 @@ class KroneckerSpectrum(AbstractPreconditioner):
 
     @override
     def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
-        """Returns the lambda that `damping` amounts to on the product of the factors."""
         if self.damping_rule != "relative":
             return super().joint_damping(damping)
         damping_A, damping_G = self.factor_damping(damping)
@@ -324,15 +318,6 @@ class KroneckerSpectrum(AbstractPreconditioner):
         every use of the weight seen by the block, and V not yet clipped, unscaled, decayed or mixed with momentum. Over
         ranks or micro-batches `apply` on the averaged V is the one to call. It pays where the n rows are fewer than
         about twice r_A + r_G.
-
-        Args:
-            a: Layer inputs, homogeneous coordinate last.
-            g: Output gradients of the per-example loss; n counts positions where there are several.
-            examples: N.
-            damping: lambda of F + lambda I.
-
-        Returns:
-            The direction, in the dtype of `g`.
 
         Raises:
             ValueError: The damping rule is "common", or the rows have another shape.
@@ -389,15 +374,6 @@ class CoupledPreconditioner(AbstractPreconditioner):
         """Multiplies the damped inverse of the group onto its gradients, without a host sync.
 
         Computes in the dtype of the members' own tensors, also under autocast.
-
-        Args:
-            members: Every block of the group, in the group's order.
-            gradients: One per block.
-            damping: lambda of F + lambda I; without effect where `damping_at_apply` is False.
-            memories: One per block.
-
-        Returns:
-            One direction per block, in its gradient's dtype.
 
         Raises:
             ValueError: Members are missing or in another order, or a gradient has another shape.

@@ -103,7 +103,7 @@ def full_spectrum(matrix: Float[Tensor, "c d d"], *, rank: int, seed: int, label
         label: The factor's letter.
     """
     values, vectors = eigh_descending(matrix)
-    probes = probes_like(matrix, None, seed=seed, label=label)
+    probes = probes_like(matrix, seed=seed, label=label)
     residual, orthogonality = eigen_residual(matrix, values, vectors, probes), orthogonality_residual(vectors, probes)
     return _factor_spectrum(values, vectors, rank, residual, orthogonality, label)
 
@@ -145,10 +145,10 @@ def randomized_spectrum(
     basis = range_basis(matrix, sketch, power_iterations=power_iterations)
     decompose = randomized_svd if method == "rsvd" else randomized_eigh
     values, vectors = decompose(matrix, basis)
-    orthogonality = orthogonality_residual(vectors, probes_like(matrix, vectors, seed=seed, label=label))
+    orthogonality = orthogonality_residual(vectors, probes_like(vectors.mT, seed=seed, label=label))
     # The whole sketch is looked at before it is cut: a large negative eigenvalue may hide behind `rank` positive ones.
     found = _factor_spectrum(values, vectors, rank, torch.zeros_like(orthogonality), orthogonality, label)
-    probes = probes_like(matrix, None, seed=seed, label=label)
+    probes = probes_like(matrix, seed=seed, label=label)
     neglected = eigen_residual(matrix, found.spectrum.values, found.spectrum.vectors, probes)
     found.diagnostics[f"approximation_error_{label}"] = neglected.max().item()
     return found
@@ -180,19 +180,15 @@ def spectral_inversion(
     )
 
 
-def probes_like(
-    matrix: Float[Tensor, "c d k"], columns_of: Float[Tensor, "c d r"] | None, *, seed: int, label: str
-) -> Float[Tensor, "c s 4"]:
-    """Draws Gaussian probe columns.
+def probes_like(matrix: Float[Tensor, "c d k"], *, seed: int, label: str) -> Float[Tensor, "c d 4"]:
+    """Draws Gaussian probe columns for a matrix; dtype, device and rows are its own.
 
     Args:
-        matrix: Gives dtype, device and, without `columns_of`, the size.
-        columns_of: A matrix for probes with r rows instead.
+        matrix: The matrix that is probed, or one with as many rows.
         seed: The inversion's seed.
         label: Which factor.
     """
-    like = matrix if columns_of is None else columns_of.mT
-    return gaussian_sketch(like, PROBES, seed=split_seed(seed, f"probes/{label}"))
+    return gaussian_sketch(matrix, PROBES, seed=split_seed(seed, f"probes/{label}"))
 
 
 def _factor_spectrum(

@@ -76,14 +76,7 @@ def update_residual(
 ) -> Float[Tensor, " c"]:
     """Estimates ||(S - U+ w+ U+^T) Z|| / ||S Z|| for S = U w U^T + rows^T rows, Frobenius, in O(d (r + n)).
 
-    Args:
-        before: U and w.
-        rows: What was added to S.
-        after: U+ and w+.
-        probes: Gaussian columns Z.
-
-    Returns:
-        The error; for S = 0 the size of the difference.
+    `before` are U and w, `after` U+ and w+; Z are Gaussian probes. For S = 0 it is the size of the difference.
     """
     expected = _product(*before, probes) + rows.mT @ (rows @ probes)
     difference = torch.linalg.matrix_norm(_product(*after, probes) - expected)
@@ -110,10 +103,6 @@ def reorthogonalise(
     """Finds the eigendecomposition of U diag(w) U^T where the columns of U are no longer orthonormal.
 
     U = Q R by Householder reflections, R diag(w) R^T = Z diag(w+) Z^T, U+ = Q Z.
-
-    Args:
-        vectors: U.
-        values: w.
 
     Returns:
         U+ and w+; U+ w+ U+^T = U w U^T up to rounding.
@@ -142,9 +131,6 @@ def light_correction(
         values: w.
         matrix: M, symmetric positive semi-definite.
         columns: Positions S, distinct.
-
-    Returns:
-        U and w.
 
     Raises:
         torch.linalg.LinAlgError: LAPACK's iteration didn't converge.

@@ -46,17 +46,7 @@ def split_by_trace(
 
     lambda_A = pi gamma, lambda_G = gamma / pi, gamma = sqrt(lambda), pi = sqrt((tr A / q)/(tr G / p)): of all splits
     with lambda_A lambda_G = lambda, this one minimises the trace norm of the error. pi is 1 where a trace isn't
-    positive.
-
-    Args:
-        trace_A: Of the undamped factor.
-        trace_G: Of the undamped factor.
-        d_in: Size q of A.
-        d_out: Size p of G.
-        damping: lambda.
-
-    Returns:
-        lambda_A and lambda_G.
+    positive. The traces are of the undamped factors, of sizes q = `d_in` and p = `d_out`.
     """
     usable = (trace_A > 0) & (trace_G > 0)
     one = torch.ones_like(trace_A)
@@ -73,14 +63,6 @@ def split_by_largest(
     """Returns the relative damping of the published RS-KFAC runs: lambda_A = phi w_max(A), lambda_G = phi w_max(G).
 
     Here `damping` is phi, a fraction, not the lambda of F + lambda I. A factor that is zero takes phi as it is.
-
-    Args:
-        largest_A: Largest eigenvalue of A.
-        largest_G: Largest eigenvalue of G.
-        damping: phi.
-
-    Returns:
-        lambda_A and lambda_G.
     """
 
     def scale(largest: Tensor) -> Tensor:
@@ -92,14 +74,9 @@ def split_by_largest(
 def solve_left(
     spectrum: Spectrum, damping: Float[Tensor, "*c"], right_side: Float[Tensor, "*c d k"]
 ) -> Float[Tensor, "*c d k"]:
-    """Computes (U diag(w) U^T + tail (I - U U^T) + damping I)^{-1} X.
+    """Computes (U diag(w) U^T + tail (I - U U^T) + damping I)^{-1} X for positive damping.
 
     By U[((w + damping)^{-1} - (tail + damping)^{-1}) * U^T X] + (tail + damping)^{-1} X (algorithms.md 3.3).
-
-    Args:
-        spectrum: Of the d x d matrix.
-        damping: Positive.
-        right_side: X.
     """
     kept = 1 / (spectrum.values + damping.unsqueeze(-1)).unsqueeze(-1)
     projected = spectrum.vectors.mT @ right_side
@@ -116,15 +93,7 @@ def solve_factored(
     damping_G: Float[Tensor, "*c"],
     gradient: Float[Tensor, "*c p q"],
 ) -> Float[Tensor, "*c p q"]:
-    """Computes (G + lambda_G I)^{-1} V (A + lambda_A I)^{-1}.
-
-    Args:
-        A: Spectrum of the q x q factor.
-        G: Spectrum of the p x p factor.
-        damping_A: lambda_A, positive.
-        damping_G: lambda_G, positive.
-        gradient: V.
-    """
+    """Computes (G + lambda_G I)^{-1} V (A + lambda_A I)^{-1} for positive lambda_A and lambda_G."""
     return solve_left(A, damping_A, solve_left(G, damping_G, gradient).mT).mT
 
 
@@ -132,13 +101,7 @@ def solve_joint(A: Spectrum, G: Spectrum, damping: float, gradient: Float[Tensor
     """Computes the V' with G V' A + lambda V' = V: exact damping of the product's eigenvalues (algorithms.md 1.1).
 
     The eigenvalues of the product are w_G w_A on the kept pairs, w_G tail_A and tail_G w_A where one side is outside
-    its basis, and tail_G tail_A where both are. A complete basis has no outside.
-
-    Args:
-        A: Spectrum of the q x q factor.
-        G: Spectrum of the p x p factor.
-        damping: lambda, positive.
-        gradient: V.
+    its basis, and tail_G tail_A where both are. A complete basis has no outside. lambda is positive.
     """
     w_A, w_G = A.values.unsqueeze(-2), G.values.unsqueeze(-1)
     tail_A, tail_G = A.tail[..., None, None], G.tail[..., None, None]

@@ -60,15 +60,8 @@ def range_basis(
 ) -> Float[Tensor, "*c d s"]:
     """Finds an orthonormal basis that nearly spans the dominant eigenvectors of `matrix`.
 
-    The basis is orthogonalised after every multiplication: without that, small modes drown in float32.
-
-    Args:
-        matrix: Symmetric.
-        sketch: s <= d columns.
-        power_iterations: Further multiplications by the matrix; each sharpens the decay of the spectrum.
-
-    Returns:
-        Orthonormal columns.
+    The basis is orthogonalised after every multiplication: without that, small modes drown in float32. Each of the
+    `power_iterations`, further multiplications by the symmetric matrix, sharpens the decay of the spectrum.
     """
     basis = torch.linalg.qr(matrix @ sketch).Q
     for _ in range(power_iterations):
@@ -79,14 +72,10 @@ def range_basis(
 def randomized_svd(
     matrix: Float[Tensor, "*c d d"], basis: Float[Tensor, "*c d s"]
 ) -> tuple[Float[Tensor, "*c s"], Float[Tensor, "*c d s"]]:
-    """Computes M ~ V diag(w) V^T from B = Q^T M and its right singular vectors V.
+    """Computes M ~ V diag(w) V^T of symmetric M from B = Q^T M, Q orthonormal, and its right singular vectors V.
 
     V carries one more multiplication by M than Q does, so it is more accurate than `randomized_eigh` on the same basis.
     B^T = Z R reduces the d x s problem to an s x s one before the singular value decomposition.
-
-    Args:
-        matrix: M, symmetric.
-        basis: Q, orthonormal.
 
     Returns:
         Eigenvalues w, negative where the matrix is indefinite, descending in magnitude, and V.
@@ -104,16 +93,9 @@ def randomized_svd(
 def randomized_eigh(
     matrix: Float[Tensor, "*c d d"], basis: Float[Tensor, "*c d s"]
 ) -> tuple[Float[Tensor, "*c s"], Float[Tensor, "*c d s"]]:
-    """Computes M ~ U diag(w) U^T from the projection Q^T M Q.
+    """Computes M ~ U diag(w) U^T of symmetric M from the projection Q^T M Q, Q orthonormal.
 
     Cheaper than `randomized_svd` but projected on both sides, so less accurate.
-
-    Args:
-        matrix: M, symmetric.
-        basis: Q, orthonormal.
-
-    Returns:
-        Eigenvalues w, descending, and U.
     """
     values, rotation = eigh_descending(symmetrise(basis.mT @ (matrix @ basis)))
     return values, basis @ rotation

@@ -84,11 +84,7 @@ def _rectangle(d: int) -> tuple[int, int]:
 def damped_cholesky_inverse(
     matrix: Float[Tensor, "*c d d"], damping: Float[Tensor, "*c"]
 ) -> tuple[Float[Tensor, "*c d d"], Bool[Tensor, "*c"]]:
-    """Computes (M + damping I)^{-1} by Cholesky factorisation.
-
-    Args:
-        matrix: M, symmetric.
-        damping: One value per matrix.
+    """Computes (M + damping I)^{-1} of symmetric M by Cholesky factorisation.
 
     Returns:
         The inverse, exactly symmetric, and whether M + damping I was positive definite in this precision; where it
@@ -101,10 +97,7 @@ def damped_cholesky_inverse(
 
 
 def eigh_descending(matrix: Float[Tensor, "*c d d"]) -> tuple[Float[Tensor, "*c d"], Float[Tensor, "*c d d"]]:
-    """Computes the eigendecomposition M = Q diag(d) Q^T with the largest eigenvalue first.
-
-    Args:
-        matrix: M, symmetric.
+    """Computes the eigendecomposition M = Q diag(d) Q^T of symmetric M with the largest eigenvalue first.
 
     Returns:
         Eigenvalues, not clamped, and eigenvectors in columns.
@@ -129,15 +122,10 @@ def inverse_residual(
     inverse: Float[Tensor, "*c d d"],
     probes: Float[Tensor, "*c d k"],
 ) -> Float[Tensor, "*c"]:
-    """Estimates how far `inverse` is from (M + damping I)^{-1}: ||(M + damping I) X Z - Z|| / ||Z||, Frobenius.
+    """Estimates how far an inverse X is from (M + damping I)^{-1}: ||(M + damping I) X Z - Z|| / ||Z||, Frobenius.
 
-    Costs a few matrix-vector products, where forming (M + damping I) X would cost as much as the inverse.
-
-    Args:
-        matrix: M, symmetric.
-        damping: One value per matrix.
-        inverse: X.
-        probes: Gaussian columns Z.
+    Z are Gaussian columns, the probes: a few matrix-vector products, where forming (M + damping I) X would cost as much
+    as the inverse.
     """
     solution = inverse @ probes
     difference = matrix @ solution + damping[..., None, None] * solution - probes
@@ -152,14 +140,7 @@ def eigen_residual(
 ) -> Float[Tensor, "*c"]:
     """Estimates ||(M - U diag(w) U^T) Z|| / ||M Z||, Frobenius: the error of a decomposition, full or low-rank.
 
-    Args:
-        matrix: M, symmetric.
-        values: w.
-        vectors: U.
-        probes: Gaussian columns Z.
-
-    Returns:
-        The error of each matrix; for the zero matrix, the size of the difference.
+    Z are Gaussian columns, the probes. For the zero matrix it is the size of the difference.
     """
     product = matrix @ probes
     difference = product - vectors @ (values.unsqueeze(-1) * (vectors.mT @ probes))
@@ -168,25 +149,14 @@ def eigen_residual(
 
 
 def orthogonality_residual(vectors: Float[Tensor, "*c d r"], probes: Float[Tensor, "*c r k"]) -> Float[Tensor, "*c"]:
-    """Estimates how far U^T U is from I: ||U^T U Z - Z|| / ||Z||, Frobenius.
-
-    Args:
-        vectors: U.
-        probes: Gaussian columns Z.
-    """
+    """Estimates how far U^T U is from I: ||U^T U Z - Z|| / ||Z||, Frobenius, for Gaussian probes Z."""
     return _norm(vectors.mT @ (vectors @ probes) - probes) / _norm(probes)
 
 
 def largest_eigenvalue(
     matrix: Float[Tensor, "*c d d"], start: Float[Tensor, "*c d 1"], *, iterations: int = 8
 ) -> Float[Tensor, "*c"]:
-    """Estimates the largest eigenvalue from below, by power iteration.
-
-    Args:
-        matrix: Symmetric positive semi-definite.
-        start: Not zero.
-        iterations: Multiplications by the matrix.
-    """
+    """Estimates the largest eigenvalue of a positive semi-definite matrix from below, by power iteration."""
     vector, size = start / _norm(start)[..., None, None], _norm(start)
     for _ in range(iterations):
         vector = matrix @ vector

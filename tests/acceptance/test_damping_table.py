@@ -22,66 +22,66 @@ from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.curvature.inverters.ekfac import EkfacBasis
 from kfdist.curvature.references import damping_shares, weighted_fisher
 from kfdist.curvature.statistics import MeanVectors
-from tests.acceptance.scenes import wide
-from tests.acceptance.sides import Directions, Scene, applied, calibrated, inverted
+from tests.acceptance.problems import Problem, wide
+from tests.acceptance.ways import Directions, applied, calibrated, inverted
 from tests.support.matrices import relative_error
 
-FirstOrder = Callable[[Scene], Directions]
+FirstOrder = Callable[[Problem], Directions]
 """What the error of lambda times the direction is at large lambda, times lambda^rate."""
 
 JOINT, FACTORED = 1.0, 0.5
 """Rates: the error goes down as lambda to minus this power."""
 
 
-def product(scene: Scene) -> Directions:
+def product(problem: Problem) -> Directions:
     """F V for F = A (x) G."""
-    return {name: scene.factors[name].G @ V @ scene.factors[name].A for name, V in scene.gradients.items()}
+    return {name: problem.factors[name].G @ V @ problem.factors[name].A for name, V in problem.gradients.items()}
 
 
-def fisher(scene: Scene) -> Directions:
+def fisher(problem: Problem) -> Directions:
     """F V for the Fisher matrix of the samples."""
     return {
-        name: (weighted_fisher(scene.samples[name]) @ V.flatten(1).unsqueeze(-1)).view_as(V)
-        for name, V in scene.gradients.items()
+        name: (weighted_fisher(problem.samples[name]) @ V.flatten(1).unsqueeze(-1)).view_as(V)
+        for name, V in problem.gradients.items()
     }
 
 
-def sample_product(scene: Scene) -> Directions:
+def sample_product(problem: Problem) -> Directions:
     """F V for A (x) G of the samples: of the last batch alone."""
     found = {}
-    for name, V in scene.gradients.items():
-        samples = scene.samples[name]
+    for name, V in problem.gradients.items():
+        samples = problem.samples[name]
         a, g, n = samples.a.flatten(1, 2), samples.g.flatten(1, 2), len(samples.weight)
         found[name] = (g.mT @ g) @ V @ (a.mT @ a) / (n * n * samples.positions)
     return found
 
 
-def means(scene: Scene) -> Directions:
+def means(problem: Problem) -> Directions:
     """F V for the rank-one block of the mean vectors."""
-    vectors: Mapping[str, MeanVectors] = scene.statistics[MeanVectors]
+    vectors: Mapping[str, MeanVectors] = problem.statistics[MeanVectors]
     found = {}
-    for name, V in scene.gradients.items():
+    for name, V in problem.gradients.items():
         a, g = vectors[name].a.unsqueeze(-2), vectors[name].g.unsqueeze(-1)
         found[name] = g @ (g.mT @ V @ a.mT) @ a
     return found
 
 
-def measured(scene: Scene) -> Directions:
+def measured(problem: Problem) -> Directions:
     """F V for EKFAC's measured scales in its basis."""
     found = {}
-    for name, basis in inverted(make_inverter("ekfac"), scene).items():
+    for name, basis in inverted(make_inverter("ekfac"), problem).items():
         assert isinstance(basis, EkfacBasis)
-        memory = basis.calibration_sums(scene.samples[name])
-        rotated = basis.Q_G.mT @ scene.gradients[name] @ basis.Q_A
+        memory = basis.calibration_sums(problem.samples[name])
+        rotated = basis.Q_G.mT @ problem.gradients[name] @ basis.Q_A
         found[name] = basis.Q_G @ (memory["scales"] / memory["examples"] * rotated) @ basis.Q_A.mT
     return found
 
 
-def between(scene: Scene) -> Directions:
+def between(problem: Problem) -> Directions:
     """pi G V + V A/pi."""
     found = {}
-    for name, V in scene.gradients.items():
-        A, G = scene.factors[name].A, scene.factors[name].G
+    for name, V in problem.gradients.items():
+        A, G = problem.factors[name].A, problem.factors[name].G
         pi, per_pi = damping_shares(A, G, rule="pi", damping=1.0)
         found[name] = pi[:, None, None] * G @ V + per_pi[:, None, None] * V @ A
     return found
@@ -186,21 +186,21 @@ PRESETS = [
 """The papers' own rules, by name, for which `damping` means something else or the operator is another one."""
 
 
-def error_at(row: Row, scene: Scene, damping: float) -> Directions:
+def error_at(row: Row, problem: Problem, damping: float) -> Directions:
     """lambda times the direction, less V, by block."""
     inverter = make_inverter(row.method, **row.settings)
-    found = inverted(inverter, scene, damping)
-    directions = applied(inverter, found, scene.gradients, damping, calibrated(found, scene))
-    return {name: damping * direction - scene.gradients[name] for name, direction in directions.items()}
+    found = inverted(inverter, problem, damping)
+    directions = applied(inverter, found, problem.gradients, damping, calibrated(found, problem))
+    return {name: damping * direction - problem.gradients[name] for name, direction in directions.items()}
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.id)
 def test_lambda_times_the_direction_tends_to_the_gradient(row: Row) -> None:
-    scene = wide()
+    problem = wide()
     # Where the next term is about 1e-3 of the first one, and the rounding of V, 1e-16, is less.
     far = (1e3, 1e5) if row.rate == JOINT else (1e6, 1e9)
-    near, farther = (error_at(row, scene, damping) for damping in far)
-    for name, V in scene.gradients.items():
+    near, farther = (error_at(row, problem, damping) for damping in far)
+    for name, V in problem.gradients.items():
         assert float(farther[name].norm() / V.norm()) < 1e-3
         found = torch.log(near[name].norm() / farther[name].norm()) / torch.log(torch.tensor(far[1] / far[0]))
         assert float(found) == pytest.approx(row.rate, abs=0.01), name
@@ -209,11 +209,11 @@ def test_lambda_times_the_direction_tends_to_the_gradient(row: Row) -> None:
 @pytest.mark.parametrize("row", [row for row in TABLE if row.error is not None], ids=lambda row: row.id)
 def test_methods_of_one_form_have_the_same_error(row: Row) -> None:
     """Not only the rate: the whole first term, so that a lambda means as much in one method as in the other."""
-    scene = wide()
+    problem = wide()
     damping = 1e5 if row.rate == JOINT else 1e9
     assert row.error is not None
-    expected, found = row.error(scene), error_at(row, scene, damping)
-    for name in scene.gradients:
+    expected, found = row.error(problem), error_at(row, problem, damping)
+    for name in problem.gradients:
         assert relative_error(-found[name] * damping**row.rate, expected[name]) < 5e-3, name
 
 
@@ -226,14 +226,14 @@ def test_the_papers_own_rules_are_presets_by_name(method: str, setting: str, val
 @pytest.mark.parametrize("method", [method for method, setting, _ in PRESETS if setting == "damping_rule"])
 def test_the_relative_rule_says_which_lambda_it_amounts_to(method: str) -> None:
     """There `damping` is phi; phi^2 w_max(A) w_max(G) times the direction tends to the gradient."""
-    scene, phi = wide(), 1e6
+    problem, phi = wide(), 1e6
     inverter = make_inverter(method, damping_rule="relative")
     if hasattr(inverter, "increment_rows"):
         inverter = make_inverter(method, damping_rule="relative", rank=16)
-    found = inverted(inverter, scene, phi)
-    directions = applied(inverter, found, scene.gradients, phi)
-    for name, V in scene.gradients.items():
-        A, G = scene.factors[name].A, scene.factors[name].G
+    found = inverted(inverter, problem, phi)
+    directions = applied(inverter, found, problem.gradients, phi)
+    for name, V in problem.gradients.items():
+        A, G = problem.factors[name].A, problem.factors[name].G
         amounts_to = phi**2 * torch.linalg.eigvalsh(A)[0, -1] * torch.linalg.eigvalsh(G)[0, -1]
         assert float(found[name].joint_damping(phi)) == pytest.approx(float(amounts_to), rel=1e-10)
         assert relative_error(directions[name] * amounts_to, V) < 3 / phi
@@ -241,10 +241,10 @@ def test_the_relative_rule_says_which_lambda_it_amounts_to(method: str) -> None:
 
 def test_the_published_combination_of_two_levels_tends_to_something_else() -> None:
     """(I + R^T R) V: each entry of V plus the sum of its block's."""
-    scene, damping = wide(), 1e8
+    problem, damping = wide(), 1e8
     inverter = make_inverter("two-level", combination="additive")
-    directions = applied(inverter, inverted(inverter, scene, damping), scene.gradients, damping)
-    for name, V in scene.gradients.items():
+    directions = applied(inverter, inverted(inverter, problem, damping), problem.gradients, damping)
+    for name, V in problem.gradients.items():
         assert relative_error(damping * directions[name], V + V.sum()) < 1e-4
 
 

@@ -78,7 +78,6 @@ class AbstractConvBlock(Block):
 
     @override
     def padded_elements(self, output_gradient: Float[Tensor, "N D ..."]) -> int:
-        """Returns the size of what the output's windows cover."""
         sizes = zip(output_gradient.shape[2:], self._stride, self._reach, strict=True)
         covered = math.prod((size - 1) * stride + reach for size, stride, reach in sizes)
         return self._conv.in_channels * covered
@@ -86,7 +85,6 @@ class AbstractConvBlock(Block):
     @property
     @override
     def input_features(self) -> int:
-        """Channels and the kernel's dimensions."""
         return 1 + self._dims
 
     @override
@@ -149,7 +147,6 @@ class ConvBlock(AbstractConvBlock):
 
     @override
     def padded_elements(self, output_gradient: Float[Tensor, "N D ..."]) -> int:
-        """Returns 0 without padding."""
         return super().padded_elements(output_gradient) if any(map(any, self._padding)) else 0
 
 

@@ -99,7 +99,6 @@ class AbstractBrandKfac(AbstractInverter):
 
     @override
     def note(self, shape: BlockShape) -> str:
-        """Says which factors Brand updates."""
         updated = self._updated(shape)
         if len(updated) == 1:
             (brand,) = updated
@@ -108,7 +107,6 @@ class AbstractBrandKfac(AbstractInverter):
 
     @override
     def update_period(self, factor_period: int, inverse_period: int) -> int:
-        """Returns the steps between two of Brand's updates."""
         period = factor_period if self.brand_period is None else self.brand_period
         if period % factor_period or inverse_period % period:
             raise ConfigError(
@@ -120,7 +118,6 @@ class AbstractBrandKfac(AbstractInverter):
 
     @override
     def invert(self, statistics: Increment, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:
-        """Brings both factors up to this folding."""
         del damping
         factors: dict[str, HeldFactor] = {}
         outcomes, diagnostics = [Outcome.DONE], {}
@@ -171,7 +168,6 @@ class AbstractBrandKfac(AbstractInverter):
     @classmethod
     @override
     def candidates(cls, shape: BlockShape) -> Sequence[Self]:
-        """Lists ranks that are worth trying."""
         return [cls(rank=rank) for rank in candidate_ranks(shape)]
 
     @property
@@ -272,7 +268,6 @@ class BKfacC(AbstractBrandKfac):
     @property
     @override
     def correction(self) -> float:
-        """Share of a factor's eigenpairs that are refreshed."""
         return self.correction_fraction
 
 

@@ -63,7 +63,6 @@ class ConjugateGradient(AbstractPreconditioner):
     @property
     @override
     def exchanged(self) -> bool:
-        """Whether one rank solves and sends the direction to the others."""
         return self.solve == "owner"
 
     @override
@@ -165,7 +164,6 @@ class CgFac(AbstractInverter):
 
     @override
     def needs(self, shape: BlockShape) -> Needs:
-        """Wants rows and no sums."""
         del shape
         return Needs(sums=frozenset(), samples=SampleBudget(examples=self.examples, rows=self.rows))
 

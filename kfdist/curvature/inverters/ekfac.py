@@ -100,7 +100,6 @@ class Ekfac(AbstractInverter):
 
     @override
     def needs(self, shape: BlockShape) -> Needs:
-        """Wants the factors, and rows for the scales."""
         del shape
         return Needs(calibration=SampleBudget(examples=self.examples, rows=self.rows))
 

@@ -59,7 +59,6 @@ class Eva(AbstractInverter):
 
     @override
     def needs(self, shape: BlockShape) -> Needs:
-        """Wants the sums of the rows alone."""
         del shape
         return Needs(sums=frozenset({"a", "g"}))
 
@@ -67,7 +66,6 @@ class Eva(AbstractInverter):
     def invert(
         self, statistics: MeanVectors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Keeps the vectors and their squared lengths."""
         del damping, previous, seed
         a, g = statistics.a, statistics.g
         return Inversion(

@@ -43,12 +43,9 @@ class Kfac(AbstractInverter):
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Inverts both damped factors."""
         del previous
         trace_A, trace_G = trace(statistics.A), trace(statistics.G)
         q, p = statistics.A.shape[-1], statistics.G.shape[-1]
-        probes = {"A": probes_like(statistics.A, None, seed=seed, label="A")}
-        probes["G"] = probes_like(statistics.G, None, seed=seed, label="G")
         if self.damping_rule == "pi":
             split = split_by_trace(trace_A, trace_G, d_in=q, d_out=p, damping=damping)
         else:
@@ -61,8 +58,9 @@ class Kfac(AbstractInverter):
             if not bool(definite.all()):
                 return Inversion.failed(f"factor {name} plus {factor_damping.min():.3g} I is not positive definite")
             inverses[name] = inverse
-            residual = inverse_residual(matrix, factor_damping, inverse, probes[name])
-            smallest = 1 / largest_eigenvalue(inverse, probes[name][..., :1]) - factor_damping
+            probes = probes_like(matrix, seed=seed, label=name)
+            residual = inverse_residual(matrix, factor_damping, inverse, probes)
+            smallest = 1 / largest_eigenvalue(inverse, probes[..., :1]) - factor_damping
             diagnostics[f"residual_{name}"] = residual.max().item()
             diagnostics[f"smallest_eigenvalue_{name}"] = smallest.min().item()
             diagnostics[f"rank_{name}"] = float(matrix.shape[-1])
@@ -114,7 +112,6 @@ class KfacEigen(AbstractInverter):
 
     @override
     def estimate(self, shape: BlockShape) -> Estimate:
-        """Counts two full eigendecompositions."""
         sizes = shape.d_in, shape.d_out
         work = [Work(Operation.EIGH, EIGH_FLOPS * d**3) for d in sizes]
         return Estimate(work, sum(d * d for d in sizes))

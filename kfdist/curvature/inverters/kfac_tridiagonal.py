@@ -61,7 +61,6 @@ class ChainLink(CoupledPreconditioner):
 
     @override
     def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
-        """Returns the lambda that was fixed at the inversion, whatever `damping` is now."""
         del damping
         return self.damping_A * self.damping_G
 
@@ -135,7 +134,6 @@ class KfacTridiagonal(AbstractInverter):
 
     @override
     def needs(self, shape: BlockShape) -> Needs:
-        """Asks for both factors and the cross factors with the next layer."""
         del shape
         return Needs(sums=frozenset({"A", "G", "A_next", "G_next"}))
 
@@ -159,7 +157,6 @@ class KfacTridiagonal(AbstractInverter):
     def invert(
         self, statistics: ChainFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Inverts a chain of one block."""
         group = self.invert_group({"": statistics}, damping=damping, previous={"": previous}, seeds={"": seed})
         return group[""]
 
@@ -193,7 +190,6 @@ class KfacTridiagonal(AbstractInverter):
 
     @override
     def model_refusal(self, model: nn.Module, names: Sequence[BlockName]) -> str:
-        """Refuses layers that don't run one after another."""
         return chain_refusal(model, names, assume_chain=self.assume_chain)
 
     @override
@@ -282,7 +278,7 @@ def _couple(matrix: Tensor, cross: Tensor, own: _Factor, after: _Factor | None, 
         s, E = eigh_descending(M @ M.mT)
         K = torch.linalg.solve_triangular(L.mT, E, upper=True)
         conditional = half
-    probes = probes_like(matrix, None, seed=seed, label=label)
+    probes = probes_like(matrix, seed=seed, label=label)
     solution = K @ (K.mT @ probes)
     damping = own.damping[:, None, None]
     residual = _relative(matrix @ solution + damping * solution - probes, probes)

@@ -120,7 +120,6 @@ class AbstractSketchedKfac(AbstractInverter):
     @classmethod
     @override
     def candidates(cls, shape: BlockShape) -> Sequence[Self]:
-        """Lists ranks that are worth trying."""
         return [cls(rank=rank) for rank in candidate_ranks(shape)]
 
     @property

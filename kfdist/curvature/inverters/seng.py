@@ -90,7 +90,6 @@ class Seng(AbstractInverter):
 
     @override
     def needs(self, shape: BlockShape) -> Needs:
-        """Wants rows of single examples and no sums."""
         del shape
         return Needs(sums=frozenset(), samples=SampleBudget(examples=self.examples, columns=self.columns))
 
@@ -109,7 +108,6 @@ class Seng(AbstractInverter):
 
     @override
     def invert(self, statistics: Samples, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:
-        """Decomposes the Gram matrix of the examples."""
         del damping, previous
         fault = _fault(statistics)
         if fault:
@@ -281,7 +279,7 @@ def _decompose_fisher(U: Tensor, sources: list[Tensor], seed: int) -> tuple[Tens
 
 def _errors(matrix: Tensor, values: Tensor, vectors: Tensor, seed: int) -> dict[str, float]:
     """Returns the residual of an eigendecomposition and ||Q^T Q - I||, Frobenius; columns of zeros are no vectors."""
-    probes = probes_like(matrix, None, seed=seed, label="gram")
+    probes = probes_like(matrix, seed=seed, label="gram")
     unit = torch.diag_embed((vectors.square().sum(-2) > 0).to(vectors.dtype))
     return {
         "residual_gram": float(eigen_residual(matrix, values, vectors, probes).max()),

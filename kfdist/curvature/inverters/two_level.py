@@ -71,7 +71,6 @@ class TwoLevelBlock(CoupledPreconditioner):
 
     @override
     def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
-        """Returns the lambda that `damping` amounts to in the inner method."""
         return self.inner.joint_damping(damping)
 
     def coarse_block(self, damping: float) -> Float[Tensor, ""]:
@@ -167,7 +166,6 @@ class TwoLevel(AbstractInverter):
 
     @override
     def needs(self, shape: BlockShape) -> Needs:
-        """Asks for what the inner method wants, and the sums of the cross factors."""
         inner = self._inner().needs(shape)
         return replace(inner, sums=inner.sums | {"a_cross", "g_cross"})
 
@@ -182,19 +180,16 @@ class TwoLevel(AbstractInverter):
 
     @override
     def note(self, shape: BlockShape) -> str:
-        """Names the inner method, for `coverage()`."""
         return "; ".join(part for part in (f"around {self.inner}", self._inner().note(shape)) if part)
 
     @override
     def update_period(self, factor_period: int, inverse_period: int) -> int:
-        """Returns the inner method's."""
         return self._inner().update_period(factor_period, inverse_period)
 
     @override
     def invert(
         self, statistics: CoarseFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        """Inverts a group of one block."""
         group = self.invert_group({"": statistics}, damping=damping, previous={"": previous}, seeds={"": seed})
         return group[""]
 

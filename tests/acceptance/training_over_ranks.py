@@ -10,8 +10,8 @@ import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.curvature.inverters import make_inverter
-from tests.acceptance.scenes import wide_batch, wide_mlp
-from tests.acceptance.sides import Directions, Scene, Side
+from tests.acceptance.problems import Problem, wide_batch, wide_mlp
+from tests.acceptance.ways import Directions, Way
 from tests.support.ranks import run_ranks
 
 STEPS = 3
@@ -84,23 +84,23 @@ def untrained() -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in wide_mlp().named_parameters()}
 
 
-def single_process(strategy: str) -> Side:
+def single_process(strategy: str) -> Way:
     """The parameters that one process without any process group trains."""
 
-    def side(scene: Scene) -> Directions:
-        del scene
+    def way(problem: Problem) -> Directions:
+        del problem
         found = _world(0)[0][strategy]
         assert all(not torch.equal(found[name], before) for name, before in untrained().items())
         return found
 
-    return side
+    return way
 
 
-def world_of(size: int, strategy: str, *, rank: int = 0) -> Side:
+def world_of(size: int, strategy: str, *, rank: int = 0) -> Way:
     """The parameters that one of so many ranks has after training on equal batches."""
 
-    def side(scene: Scene) -> Directions:
-        del scene
+    def way(problem: Problem) -> Directions:
+        del problem
         return _world(size)[rank][strategy]
 
-    return side
+    return way
