@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfdist.bench.claims import ClaimResult, Part
-from kfdist.curvature.averages import decay_at
+from kfdist.curvature.averages import BatchStatistics, WeightedSums, decay_at
 from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import Increment, KroneckerFactors
@@ -57,25 +57,6 @@ class Settings:
 
 
 QUICK = Settings(hidden=(64, 48), batch=8, rank=8, inverse_period=20, steps=60)
-
-
-@dataclass
-class Average:
-    """The moving average of one layer's factors, as weighted sums (see `kfdist.curvature.averages`)."""
-
-    A: Tensor
-    G: Tensor
-    weight: float = 0.0
-
-    def fold(self, a: Tensor, g: Tensor, rho: float) -> None:
-        """Adds the rows `[n, q]` and `[n, p]` of a batch."""
-        for total, rows in ((self.A, a), (self.G, g)):
-            total.mul_(rho).addmm_(rows.mT, rows, alpha=1 - rho)
-        self.weight = rho * self.weight + (1 - rho) * len(a)
-
-    def factors(self) -> KroneckerFactors:
-        """Returns A and G."""
-        return KroneckerFactors(A=self.A[None] / self.weight, G=self.G[None] / self.weight)
 
 
 @dataclass
@@ -185,7 +166,14 @@ def _train(settings: Settings) -> Tally:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers = [m for m in Mlp(hidden=settings.hidden).build((64,), 10).modules() if isinstance(m, nn.Linear)]
-    averages = [Average(A=torch.zeros((m.in_features + 1,) * 2), G=torch.zeros((m.out_features,) * 2)) for m in layers]
+    averages = [
+        WeightedSums.zeros(
+            {"A": (1, m.in_features + 1, m.in_features + 1), "G": (1, m.out_features, m.out_features)},
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        for m in layers
+    ]
     inverters = {
         "rs-kfac": make_inverter("rs-kfac", rank=settings.rank, damping_rule="relative"),
         "b-r-kfac": make_inverter(
@@ -207,12 +195,12 @@ def _train(settings: Settings) -> Tally:
             rho = decay_at(step // FACTOR_PERIOD + 1, DECAY)
             with tally.spending("foldings"):
                 for average, (a, g) in zip(averages, rows, strict=True):
-                    average.fold(a, g, rho)
+                    average.fold(BatchStatistics({"A": (a.mT @ a)[None], "G": (g.mT @ g)[None]}, len(a)), rho)
             due = step % settings.inverse_period == 0
             for index, average in enumerate(averages):
                 if due:
                     with tally.spending("rs-kfac"):
-                        found = inverters["rs-kfac"].invert(average.factors(), damping=PHI, previous={}, seed=step)
+                        found = inverters["rs-kfac"].invert(_factors(average), damping=PHI, previous={}, seed=step)
                     held["rs-kfac"][index] = found.preconditioner
                 with tally.spending("b-r-kfac"):
                     increment = _increment(average, rows[index], rho, settings, due=due)
@@ -220,7 +208,7 @@ def _train(settings: Settings) -> Tally:
                 held["b-r-kfac"][index], states[index] = updated.preconditioner, dict(updated.state)
             if due:
                 driving = [
-                    exact.invert(each.factors(), damping=PHI, previous={}, seed=0).preconditioner for each in averages
+                    exact.invert(_factors(each), damping=PHI, previous={}, seed=0).preconditioner for each in averages
                 ]
             _compare(tally, averages, held, gradients, settings)
         with tally.spending("applications"):
@@ -243,18 +231,22 @@ def _rows(layers: list[nn.Linear], inputs: Tensor, labels: Tensor) -> tuple[list
     return rows, float(loss.detach())
 
 
+def _factors(average: WeightedSums) -> KroneckerFactors:
+    return KroneckerFactors(**{name: total / average.weight for name, total in average.sums.items()})
+
+
 def _brand_takes(d: int, settings: Settings) -> bool:
     return settings.rank + settings.batch < d
 
 
 def _increment(
-    average: Average, rows: tuple[Tensor, Tensor], rho: float, settings: Settings, *, due: bool
+    average: WeightedSums, rows: tuple[Tensor, Tensor], rho: float, settings: Settings, *, due: bool
 ) -> Increment:
     """Makes the folding as the method asks for it: rows of the factors that Brand takes, dense ones where due."""
     scaled = [(1 - rho) ** 0.5 * each[None] for each in rows]
     absent = rows[0].new_zeros(1, 0, 0)
     own = [each if _brand_takes(each.shape[-1], settings) else each[:, :0] for each in scaled]
-    dense = average.factors() if due else KroneckerFactors(A=absent, G=absent)
+    dense = _factors(average) if due else KroneckerFactors(A=absent, G=absent)
     return Increment(
         A_rows=own[0],
         G_rows=own[1],
@@ -277,12 +269,12 @@ def _step(layers: list[nn.Linear], driving: list[Any], gradients: list[Tensor]) 
 
 
 def _compare(
-    tally: Tally, averages: list[Average], held: dict[str, list[Any]], gradients: list[Tensor], settings: Settings
+    tally: Tally, averages: list[WeightedSums], held: dict[str, list[Any]], gradients: list[Tensor], settings: Settings
 ) -> None:
     """Compares both methods with the exact inverses of the averages of this moment."""
     truths: list[list[tuple[str, Tensor, Tensor]]] = []
     for average in averages:
-        factors = average.factors()
+        factors = _factors(average)
         found = []
         for label, matrix in (("A", factors.A[0].double()), ("G", factors.G[0].double())):
             damping = PHI * torch.linalg.eigvalsh(matrix)[-1]

@@ -53,25 +53,29 @@ def config_error(
     """
     findings: dict[str, str] = {}
     for detail in error.errors():
-        inner = _dotted(detail, root)
+        inner, section, field = _place(detail, root)
         path = ".".join(part for part in (prefix, inner) if part)
+        if detail["type"] == "extra_forbidden" and not _is_free(inner):
+            message = _unknown_key(inner, section, root, prefix)
+        else:
+            message = _message(detail, inner, field)
         # Only the first finding of a path: the branches of a union each bring their own.
-        findings.setdefault(path, _message(detail, inner, root, prefix) + origin(path))
+        findings.setdefault(path, message + origin(path))
     (first, message), *rest = findings.items()
     lines = [message, *(f"{path}: {text}" for path, text in rest)]
     return ConfigError("\n".join(lines), path=first)
 
 
-def _dotted(detail: ErrorDetails, root: type[BaseModel]) -> str:
-    """Returns the path of a finding as written in TOML, without the names of union branches."""
+def _place(detail: ErrorDetails, root: type[BaseModel]) -> tuple[str, type[BaseModel], FieldInfo | None]:
+    """Returns the path of a finding as written in TOML, without the names of union branches; its section and field."""
     parts: list[str] = []
-    model: Any = root
-    free: int | None = None
+    section, field, free = root, None, None
+    model: type[BaseModel] | None = root
     for part in detail["loc"]:
-        if isinstance(model, type) and issubclass(model, BaseModel):
+        if model is not None:
             parts.append(str(part))
-            field = model.model_fields.get(str(part))
-            model = field.annotation if field else None
+            section, field = model, model.model_fields.get(str(part))
+            model = _model_of(field)
             free = _FREE_KEYS.get(str(part))
         elif free:
             parts.append(format_key(str(part)))
@@ -81,32 +85,26 @@ def _dotted(detail: ErrorDetails, root: type[BaseModel]) -> str:
     error = detail.get("ctx", {}).get("error")
     if isinstance(error, ConfigError) and error.path:  # a check across fields names the wrong one itself
         parts.append(error.path)
-    return ".".join(parts)
+    return ".".join(parts), section, field
 
 
-def _field(path: str, root: type[BaseModel]) -> tuple[type[BaseModel], FieldInfo | None]:
-    model, field = root, None
-    for part in path.split("."):
-        field = model.model_fields.get(part.partition("[")[0])
-        annotation = field.annotation if field else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-        else:
-            break
-    return model, field
+def _model_of(field: FieldInfo | None) -> type[BaseModel] | None:
+    annotation = field.annotation if field else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _message(detail: ErrorDetails, path: str, root: type[BaseModel], prefix: str) -> str:
+def _is_free(path: str) -> bool:
+    return ".settings." in path or ".methods." in path
+
+
+def _message(detail: ErrorDetails, path: str, field: FieldInfo | None) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
-    model, field = _field(path, root)
     if kind == "value_error" and isinstance(context["error"], ConfigError):
         return context["error"].message
-    if ".settings." in path or ".methods." in path:
+    if _is_free(path):
         return (
             f"is {value!r}, {_kind(value)}; a setting is true or false, a number, a string, a list or a table of these"
         )
-    if kind == "extra_forbidden":
-        return _unknown_key(path, model, root, prefix)
     purpose = f" ({field.description})" if field and field.description else ""
     if kind == "value_error":
         return f"is {value!r}; {context['error']}{purpose}"
@@ -134,8 +132,8 @@ def _unknown_key(path: str, section: type[BaseModel], root: type[BaseModel], pre
 
 def _elsewhere(key: str, root: type[BaseModel]) -> str:
     for name, field in root.model_fields.items():
-        other = field.annotation
-        if isinstance(other, type) and issubclass(other, BaseModel) and key in other.model_fields:
+        section = _model_of(field)
+        if section is not None and key in section.model_fields:
             return f"; did you mean '{name}.{key}'?"
     return ""
 

@@ -173,29 +173,22 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def drift(config: Config, saved: Mapping[str, Any]) -> list[str]:
-    """Returns the lines of a diff between a saved configuration and this one, without the harmless keys."""
-    old = flat(saved)
-    new = flat(tomllib.loads(_as_saved(config)))
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        if any(key == harmless or (harmless[-1] == "." and key.startswith(harmless)) for harmless in HARMLESS):
-            continue
-        if old.get(key) != new.get(key):
-            lines.extend(f"  {sign} {key} = {side[key]!r}" for sign, side in (("-", old), ("+", new)) if key in side)
-    return lines
-
-
 def _refuse_drift(config: Config) -> None:
     saved = config.run.directory / "config.toml"
     if not saved.exists():
         return
     try:
-        lines = drift(config, tomllib.loads(saved.read_text(encoding="utf-8")))
+        old = flat(tomllib.loads(saved.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ConfigError(
             f"{saved} can't be read ({error}); restore it, or choose another run.dir", path="run.dir"
         ) from None
+    new = flat(tomllib.loads(_as_saved(config)))
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        harmless = any(key == name or (name[-1] == "." and key.startswith(name)) for name in HARMLESS)
+        if not harmless and old.get(key) != new.get(key):
+            lines.extend(f"  {sign} {key} = {side[key]!r}" for sign, side in (("-", old), ("+", new)) if key in side)
     if lines and not config.run.accept_changes:
         difference = "\n".join(lines)
         raise ConfigError(
