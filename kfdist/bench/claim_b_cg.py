@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfdist.bench.claims import ClaimResult, Part, all_of
+from kfdist.bench.claims import ClaimResult, Part, less_at_every_width
 from kfdist.bench.measuring import AllocationCounter, measure_widths, update
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.cg_fac import ConjugateGradient
@@ -67,14 +67,13 @@ def measure_cg_claim(quick: bool = False) -> ClaimResult:
 def judge_cg(rows: Sequence[dict[str, Any]]) -> tuple[Part, ...]:
     """Applies the rule of `measure_cg_claim` to the rows of `measure_cg`."""
     both = [row for row in rows if row["kfac"] and row["cg-fac"]]
-    parts: list[Part] = []
-    for quantity, words in QUANTITIES.items():
-        unit, shown = (2**20, "MiB") if quantity == "peak_bytes" else (1, "s")
-        pairs = [(row["d"], row["cg-fac"][quantity] / unit, row["kfac"][quantity] / unit) for row in both]
-        seen = ", ".join(f"d = {d}: {cg:.3g} {shown}, not {kfac:.3g}" for d, cg, kfac in pairs)
-        holds = all_of([cg < kfac for _, cg, kfac in pairs])
-        parts.append(Part(statement=f"less {words}", holds=holds, seen=seen or "not measured"))
-    return tuple(parts)
+
+    def part(quantity: str, words: str) -> Part:
+        scale, unit = (2**20, "MiB") if quantity == "peak_bytes" else (1, "s")
+        pairs = ((row["d"], row["cg-fac"][quantity] / scale, row["kfac"][quantity] / scale) for row in both)
+        return less_at_every_width(f"less {words}", pairs, unit)
+
+    return tuple(part(*each) for each in QUANTITIES.items())
 
 
 def measure_cg(sizes: Sequence[int] = SIZES, *, limit_seconds: float = LIMIT_SECONDS) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfdist.bench.claims import ClaimResult, Part, all_of
+from kfdist.bench.claims import ClaimResult, Part, less_at_every_width
 from kfdist.bench.measuring import Update, measure_widths, update
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import KroneckerFactors
@@ -96,18 +96,9 @@ def judge(rows: Sequence[dict[str, Any]], *, wide: int) -> tuple[Part, ...]:
     large = [row for row in rows if row["d"] >= wide]
     parts = []
     for other, label in (("kfac-eigen", "by eigendecomposition"), ("kfac", "by Cholesky")):
-        pairs = [(row["d"], row["rs-kfac"], row[other]) for row in large if row["rs-kfac"] and row[other]]
-        seen = ", ".join(
-            f"d = {d}: {rs['seconds']:.3g} s, not {its['seconds']:.3g} s ({its['seconds'] / rs['seconds']:.1f} times)"
-            for d, rs, its in pairs
-        )
-        parts.append(
-            Part(
-                statement=f"cheaper than K-FAC {label} at every d >= {wide}",
-                holds=all_of([rs["seconds"] < its["seconds"] for _, rs, its in pairs]),
-                seen=seen or "not measured",
-            )
-        )
+        both = (row for row in large if row["rs-kfac"] and row[other])
+        pairs = ((row["d"], row["rs-kfac"]["seconds"], row[other]["seconds"]) for row in both)
+        parts.append(less_at_every_width(f"cheaper than K-FAC {label} at every d >= {wide}", pairs, "s"))
     exponents = {name: exponent(large, name) for name in METHODS}
     own, eigen = exponents["rs-kfac"], exponents["kfac-eigen"]
     parts.append(

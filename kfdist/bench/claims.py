@@ -1,6 +1,6 @@
 """A claim of a paper, what was measured of it, and the verdict that follows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -64,6 +64,15 @@ class ClaimResult:
         return {"verdict": self.verdict.value, **fields}
 
 
-def all_of(outcomes: Sequence[bool]) -> bool | None:
-    """Returns whether all hold; None where there are none to judge by."""
-    return all(outcomes) if outcomes else None
+def less_at_every_width(statement: str, pairs: Iterable[tuple[int, float, float]], unit: str) -> Part:
+    """Makes the part that something is less than something else at every width; None where none was measured.
+
+    Args:
+        statement: What is to hold.
+        pairs: Per width d, (d, what is to be less, the other).
+        unit: Of both.
+    """
+    listed = list(pairs)
+    seen = (f"d = {d}: {own:.3g} {unit}, not {other:.3g} ({other / own:.1f} times)" for d, own, other in listed)
+    holds = all(own < other for _, own, other in listed) if listed else None
+    return Part(statement=statement, holds=holds, seen=", ".join(seen) or "not measured")

@@ -14,9 +14,8 @@ from kfdist.errors import Interrupted, LossNotFinite
 from kfdist.runtime.settings import StepReport
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.evaluation import evaluate
-from kfdist.training.metrics_log import MetricsLog
 from kfdist.training.optimizers import set_learning_rate
-from kfdist.training.progress import Progress, ProgressLine
+from kfdist.training.reporting import MetricsLog, Progress, ProgressLine
 from kfdist.training.run_state import Standing, Training, collect_state
 from kfdist.types import MetricSample
 

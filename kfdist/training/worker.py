@@ -16,8 +16,7 @@ from kfdist.errors import ConfigError, ExitCode, KfdistError
 from kfdist.system.provenance import versions
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.method import agree_on_costs
-from kfdist.training.metrics_log import MetricsLog
-from kfdist.training.progress import Progress, make_progress
+from kfdist.training.reporting import MetricsLog, Progress, make_progress
 from kfdist.training.run_directory import RunDirectory, inspect_run
 from kfdist.training.run_state import Materials, Standing, Training, restore_state, standing_of
 from kfdist.training.setup import check_controller, choose_device, gather_materials, make_training

@@ -15,8 +15,7 @@ from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.runtime.plan.coverage import CoverageRow
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.method import agree_on_costs
-from kfdist.training.metrics_log import MetricsLog
-from kfdist.training.progress import Progress
+from kfdist.training.reporting import MetricsLog, Progress
 from kfdist.training.run_state import Standing, Training
 from kfdist.training.setup import gather_materials, make_training
 from kfdist.training.summary import parameter_sha256

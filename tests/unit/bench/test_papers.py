@@ -15,7 +15,7 @@ from kfdist.bench.claim_b_cg import judge_cg
 from kfdist.bench.claim_c_seng import judge_seng
 from kfdist.bench.claim_d_reparametrisation import Convnet, Coordinates, judge_trajectories
 from kfdist.bench.claim_e_widths import exponent, judge
-from kfdist.bench.claims import ClaimResult, Part, Verdict, all_of
+from kfdist.bench.claims import ClaimResult, Part, Verdict, less_at_every_width
 from kfdist.bench.papers import CLAIMS, checked_claims, describe, run_claims
 from kfdist.cli.main import run
 from kfdist.errors import ConfigError
@@ -47,7 +47,13 @@ def test_one_failing_part_refutes_and_one_unmeasured_leaves_open(held: list[bool
 def test_a_claim_without_parts_has_no_verdict() -> None:
     with pytest.raises(ValueError, match="claim 'x' has no parts"):
         ClaimResult(claim="x", title="", parts=(), figures={}, conditions={})
-    assert (all_of([]), all_of([True]), all_of([True, False])) == (None, True, False)
+
+
+def test_one_width_at_which_it_is_not_less_refutes() -> None:
+    found = [less_at_every_width("less", pairs, "s") for pairs in ([], [(8, 1.0, 2.0)], [(8, 1.0, 2.0), (9, 2.0, 2.0)])]
+    assert [each.holds for each in found] == [None, True, False]
+    assert found[0].seen == "not measured"
+    assert found[2].seen == "d = 8: 1 s, not 2 (2.0 times), d = 9: 2 s, not 2 (1.0 times)"
 
 
 def test_rule_a_needs_both_less_error_and_little_cost() -> None:

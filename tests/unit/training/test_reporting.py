@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfdist.training.metrics_log import MetricsLog
-from kfdist.training.progress import LiveProgress, PlainProgress, ProgressLine, make_progress
+from kfdist.training.reporting import LiveProgress, MetricsLog, PlainProgress, ProgressLine, make_progress
 from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics
 
 LINE = ProgressLine(step=20, total_steps=120, loss=0.25, accuracy=0.875, staleness=14, steps_per_second=31.5)
