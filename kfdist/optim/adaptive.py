@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
@@ -211,28 +212,21 @@ class AdaptiveStep:
 
     def _reduce_gradients(self, share: float) -> None:
         """Averages the gradients over ranks, weighted by their shares of the terms, and adds eta theta."""
-        own = [torch.zeros_like(p) if p.grad is None else p.grad * share for p in self._parameters]
         for dtype in dict.fromkeys(p.dtype for p in self._parameters):
-            members = [index for index, p in enumerate(self._parameters) if p.dtype == dtype]
-            sums = reduce_flat([own[index] for index in members], self._preconditioner.world)
-            for index, gradient in zip(members, sums, strict=True):
-                parameter = self._parameters[index]
+            members = [p for p in self._parameters if p.dtype == dtype]
+            own = [torch.zeros_like(p) if p.grad is None else p.grad * share for p in members]
+            for parameter, gradient in zip(members, reduce_flat(own, self._preconditioner.world), strict=True):
                 parameter.grad = gradient.add_(parameter.detach(), alpha=self._eta)
 
     def _choose(self, replay: Replay, batch: _Batch) -> _Candidate | None:
         """Tries each candidate for gamma and returns the step with the smallest M; None if none has a finite M."""
         fisher = self._fisher(replay)
-        last, along_last = self._last if self._settings.momentum else None, None
-        if last is not None:
-            along_last = self._product(fisher, last)
+        last = [self._last] if self._settings.momentum and self._last is not None else []
+        along_last = [self._product(fisher, each) for each in last]
         best: _Candidate | None = None
         for gamma in self._trust.candidates(self._count + 1):
             direction = self._direction(gamma)
-            products = [self._product(fisher, direction)]
-            basis = [direction]
-            if last is not None and along_last is not None:
-                products.append(along_last)
-                basis.append(last)
+            basis, products = [direction, *last], [self._product(fisher, direction), *along_last]
             model = minimise_model(
                 self._inner_products(basis, products, batch.share),
                 damping=self._trust.damping,
@@ -317,18 +311,16 @@ class AdaptiveStep:
         """
         m, w = len(basis), 1.0 / self._preconditioner.world.world_size
         gradient = [_gradient(p) for p in self._parameters]
+        pairs = list(combinations_with_replacement(range(m), 2))
         parts = [w * inner_product(gradient, u) for u in basis]
-        for i in range(m):
-            for j in range(i, m):
-                parts.append(share * inner_product([products[i].change], [products[j].curvature]))
-                parts.append(w * inner_product(basis[i], basis[j]))
+        parts += [share * inner_product([products[i].change], [products[j].curvature]) for i, j in pairs]
+        parts += [w * inner_product(basis[i], basis[j]) for i, j in pairs]
         sums = iter(self._sum_over_ranks(torch.stack([each.to(parts[0].device) for each in parts])))
         slopes = torch.tensor([next(sums) for _ in range(m)], dtype=torch.float64)
         fisher, gram = torch.zeros(m, m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.float64)
-        for i in range(m):
-            for j in range(i, m):
-                fisher[i, j] = fisher[j, i] = next(sums)
-                gram[i, j] = gram[j, i] = next(sums)
+        for matrix in (fisher, gram):
+            for i, j in pairs:
+                matrix[i, j] = matrix[j, i] = next(sums)
         return InnerProducts(slopes=slopes, fisher=fisher, gram=gram)
 
     def _loss_now(self, replay: Replay, batch: _Batch) -> float:
