@@ -173,10 +173,7 @@ def folding(
     kept, gain = torch.full_like(like, rho), torch.full_like(like, 1.0 - rho)
     if step_is_finite is None:
         return kept, gain
-    return (
-        torch.where(step_is_finite, kept, torch.ones_like(kept)),
-        torch.where(step_is_finite, gain, torch.zeros_like(gain)),
-    )
+    return torch.where(step_is_finite, kept, 1.0), torch.where(step_is_finite, gain, 0.0)
 
 
 def all_finite(tensors: Iterable[Float[Tensor, "..."]]) -> Bool[Tensor, ""]:

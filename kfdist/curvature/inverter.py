@@ -164,21 +164,12 @@ class AbstractInverter(ABC):
         return Needs()
 
     def refusal(self, shapes: Mapping[BlockName, BlockShape]) -> str:
-        """Says why it can't invert these blocks; empty if it can.
-
-        Args:
-            shapes: The blocks of one group, in the model's order.
-        """
+        """Says why it can't invert these blocks of one group, in the model's order; empty if it can."""
         del shapes
         return ""
 
     def model_refusal(self, model: nn.Module, names: Sequence[BlockName]) -> str:
-        """Says why it can't invert these blocks of this model, as `refusal` does from their shapes.
-
-        Args:
-            model: The model, without wrappers such as DistributedDataParallel.
-            names: The blocks of one group, in the model's order.
-        """
+        """Says the same of a model without wrappers such as DistributedDataParallel, as `refusal` does of shapes."""
         del model, names
         return ""
 

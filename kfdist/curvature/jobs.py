@@ -68,16 +68,16 @@ def encode_job(
     previous: Mapping[BlockName, Mapping[str, Tensor]],
     threads: int,
 ) -> bytes:
-    """Writes down everything an inversion depends on.
+    """Encodes everything that an inversion depends on.
 
     Args:
         inverter: The method with its settings.
-        statistics: The inverter's `statistic`, reduced, by block of the group in the model's order; the tree of a
-            record travels as it is.
+        statistics: The inverter's `statistic`, reduced, by block of the group in the model's order; or its tree, which
+            is encoded as it is.
         damping: lambda, finite and positive.
         seeds: One per block.
         previous: State of the last version by block; blocks may be missing.
-        threads: CPU threads that whoever runs the job must use, since the last bits depend on it.
+        threads: How many CPU threads the job must be run with: the last bits depend on it.
 
     Returns:
         The payload; equal arguments give equal bytes.
@@ -106,23 +106,20 @@ def encode_job(
 
 
 def chain_jobs(jobs: Sequence[bytes]) -> bytes:
-    """Makes one job of several of one group: each is done on the state that the one before leaves behind.
+    """Joins jobs of one group, oldest first, into one: each runs on the state that the previous one leaves behind.
 
-    Its result is that of the last one, bit for bit what doing them one by one would give.
-
-    Args:
-        jobs: What `encode_job` returned, oldest first; a chain among them is taken apart.
+    The result is the last job's, bit for bit as if they had been run one by one. A chain among `jobs` is taken apart.
     """
     links = [link for each in jobs for link in payloads.links(each)]
     return links[0] if len(links) == 1 else pack(payloads.make("chain", jobs=links))
 
 
 def job_after(job: bytes, result: bytes) -> bytes:
-    """Returns the job with the states that `result` left behind as its blocks' `previous`.
+    """Returns the job with the states in `result` as the `previous` of its blocks.
 
     Args:
         job: What `encode_job` or `chain_jobs` returned.
-        result: What `run_job` returned for the group's version before; good or failed.
+        result: What `run_job` returned for the version before, good or failed.
 
     Raises:
         ValueError: A payload is malformed.
@@ -132,7 +129,7 @@ def job_after(job: bytes, result: bytes) -> bytes:
 
 
 def run_job(payload: bytes, *, device: torch.device | str = "cpu") -> bytes:
-    """Does a job. The local link and the owner's child both call this: same bytes in, same bytes out.
+    """Runs a job. The local link and the owner's child both call this: same bytes in, same bytes out.
 
     The caller sets the thread count (`job_threads`); this function touches no global state.
 
@@ -157,8 +154,8 @@ def decode_result(payload: bytes, *, device: torch.device | str = "cpu") -> Grou
     """Reads a result.
 
     Args:
-        payload: What `run_job` or `failure_result` returned.
-        device: Where its tensors are to lie.
+        payload: What `run_job`, `failure_result` or `encode_result` returned.
+        device: Where to put its tensors.
 
     Raises:
         ValueError: The payload is malformed.
@@ -168,25 +165,17 @@ def decode_result(payload: bytes, *, device: torch.device | str = "cpu") -> Grou
 
 
 def failure_result(reasons: Mapping[BlockName, str]) -> bytes:
-    """Writes a result in which every block failed without an inversion, such as for want of statistics.
-
-    Args:
-        reasons: Why, by block of the group.
-    """
+    """Encodes a result in which every block failed without an inversion, for example for lack of statistics."""
     return pack(_result({name: Inversion.failed(reasons[name]) for name in sorted(reasons)}))
 
 
 def encode_result(preconditioners: Mapping[BlockName, AbstractPreconditioner]) -> bytes:
-    """Writes preconditioners down that ranks made themselves, as a result like any other.
-
-    Args:
-        preconditioners: One per block of the group.
-    """
+    """Encodes the preconditioners of a group that the ranks made themselves as a result like any other."""
     return pack(_result({name: Inversion(preconditioner=made) for name, made in preconditioners.items()}))
 
 
 def job_threads(payload: bytes) -> int:
-    """Returns the number of CPU threads that a job must be run with, without reading its tensors.
+    """Returns how many CPU threads a job must be run with, without reading its tensors.
 
     Raises:
         ValueError: The payload is malformed.
@@ -262,17 +251,11 @@ def _run(job: Tree, device: torch.device | str) -> Tree:
             raise ValueError(f"block {name!r}: {inverter.name} inverts {wanted}, the job has {found}")
         statistics[name] = move(record, device)
         previous[name] = payloads.tensors(block, "previous", device)
-    units = [list(statistics)] if inverter.coupling is not Coupling.NONE else [[name] for name in statistics]
+    units = [statistics] if inverter.coupling is not Coupling.NONE else [{n: each} for n, each in statistics.items()]
     outcomes: dict[BlockName, Inversion] = {}
     for unit in units:
-        outcomes |= invert_group_with_ladder(
-            inverter,
-            {name: statistics[name] for name in unit},
-            damping=damping,
-            previous=previous,
-            seeds=seeds,
-        )
-    return _result({name: outcomes[name] for name in statistics})
+        outcomes |= invert_group_with_ladder(inverter, unit, damping=damping, previous=previous, seeds=seeds)
+    return _result(outcomes)
 
 
 def _after(job: Tree, result: Tree) -> Tree:

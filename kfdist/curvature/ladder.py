@@ -8,6 +8,7 @@ never a rung: they propagate, and the job is retried unchanged.
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,13 +71,14 @@ def invert_group_with_ladder(
         trouble = "; ".join(text if len(found) == 1 else f"{name}: {text}" for name, text in found.items() if text)
         if not trouble:
             reached = Outcome.MORE_DAMPING if factor > 1 else Outcome.DONE if precision == dtype else Outcome.FLOAT64
+            used = {"rung": float(rung), "damping": damping * factor}
             return {
-                name: Inversion(
+                name: replace(
+                    attempt,
                     preconditioner=contiguous(attempt.preconditioner.to(tensor.device, dtype)),
                     outcome=Outcome.worst(reached, attempt.outcome),
                     reason="; ".join(troubles),
-                    diagnostics={**_finite(attempt.diagnostics), "rung": float(rung), "damping": damping * factor},
-                    state=dict(attempt.state),
+                    diagnostics={key: each for key, each in attempt.diagnostics.items() if math.isfinite(each)} | used,
                 )
                 for name, attempt in attempts.items()
                 if attempt.preconditioner is not None
@@ -98,9 +100,8 @@ def _failed(
 
 def _first_tensor(statistics: Mapping[BlockName, Any]) -> Tensor:
     """Returns a tensor that tells the statistics' device and dtype."""
-    return next(
-        each for record in statistics.values() for each in tensor_fields(record).values() if each.is_floating_point()
-    )
+    tensors = (each for record in statistics.values() for each in tensor_fields(record).values())
+    return next(each for each in tensors if each.is_floating_point())
 
 
 def _rungs(dtype: torch.dtype, damping_at_apply: bool) -> Iterator[tuple[torch.dtype, float]]:
@@ -133,12 +134,11 @@ def _input_fault(statistics: Any) -> str:
     """
     symmetric = symmetric_fields(statistics)
     _check_shapes(statistics, symmetric)
-    for label, tensor in tensor_fields(statistics).items():
-        what = f"factor {label}" if label in symmetric else label
-        fault = _matrix_fault(what, tensor) if label in symmetric else _number_fault(what, tensor)
-        if fault:
-            return fault
-    return ""
+    faults = (
+        _matrix_fault(f"factor {label}", tensor) if label in symmetric else _number_fault(label, tensor)
+        for label, tensor in tensor_fields(statistics).items()
+    )
+    return next(filter(None, faults), "")
 
 
 def _check_shapes(statistics: Any, symmetric: Collection[str]) -> None:
@@ -185,7 +185,3 @@ def _result_fault(attempt: Inversion) -> str:
             label = name.removeprefix("residual_")
             return f"factor {label}: residual {residual:.3g}, at most {RESIDUAL_LIMIT:g} is allowed"
     return ""
-
-
-def _finite(diagnostics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in diagnostics.items() if math.isfinite(value)}

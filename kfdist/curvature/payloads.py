@@ -12,7 +12,7 @@ with "format" and "content" beside.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,10 +57,7 @@ def read_head(payload: bytes, content: str) -> Tree:
     Raises:
         ValueError: It is torn, garbage, of another format or of other content.
     """
-    try:
-        head = outline(payload)
-    except ValueError as error:
-        raise ValueError(f"the payload of {len(payload)} bytes is no kfdist {content}: {error}") from error
+    head = _opened(outline, payload, content)
     found = {key: head.get(key) for key in ("format", "content")} if isinstance(head, dict) else head
     if found != {"format": FORMAT, "content": content}:
         raise ValueError(f"the payload is {shortened(found)}, must be a {content} of format {FORMAT}")
@@ -74,14 +71,18 @@ def read(payload: bytes, content: str) -> Tree:
         ValueError: It is malformed; the message says what is wrong.
     """
     read_head(payload, content)
-    try:
-        tree = unpack(payload)
-    except ValueError as error:
-        raise ValueError(f"the payload of {len(payload)} bytes is no kfdist {content}: {error}") from error
+    tree = _opened(unpack, payload, content)
     _refuse_other_parts(f"the {content}", tree.keys() - {"format", "content"}, _PARTS[content])
     if content in _BLOCK_PARTS:
         _check_blocks(tree.get("blocks"), _BLOCK_PARTS[content])
     return tree
+
+
+def _opened(reader: Callable[[bytes], Any], payload: bytes, content: str) -> Any:
+    try:
+        return reader(payload)
+    except ValueError as error:
+        raise ValueError(f"the payload of {len(payload)} bytes is no kfdist {content}: {error}") from error
 
 
 def _check_blocks(blocks: object, parts: set[str]) -> None:

@@ -5,8 +5,6 @@ A).ravel()` for V `[p, q]`, A `[q, q]`, G `[p, p]`. A block's dense matrix is `[
 convolution, since different groups are different blocks of a block-diagonal matrix.
 """
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -15,17 +13,9 @@ from kfdist.curvature.blocks import Block
 from kfdist.curvature.statistics import KroneckerFactors, Samples
 from kfdist.linalg.kronecker import RELATIVE_FLOOR
 
-Blocks = Sequence[Sequence[Float[Tensor, "_ _"]]]
-"""Block (i, j) of a matrix over all layers, or of one of its factors, at [i][j]."""
-
 
 def per_example_gradients(block: Block, losses: Float[Tensor, " N"]) -> Float64[Tensor, "N c p q"]:
-    """Differentiates each example's own loss with autograd, one at a time.
-
-    Args:
-        block: The layer whose parameters are meant.
-        losses: One loss per example, with their graph.
-    """
+    """Differentiates each example's own loss in the block's parameters with autograd, one at a time."""
     shape = block.shape
     gradients = [block.to_matrix(torch.autograd.grad(loss, block.parameters(), retain_graph=True)) for loss in losses]
     return torch.stack(gradients).double().reshape(-1, shape.groups, shape.d_out, shape.d_in)
@@ -105,10 +95,7 @@ def project_to_psd(matrix: Float[Tensor, "c d d"]) -> Float64[Tensor, "c d d"]:
 def leading_part(matrix: Float[Tensor, "c d d"], rank: int, *, continued: bool) -> Float64[Tensor, "c d d"]:
     """Returns the best rank-r approximation, from a full eigendecomposition.
 
-    Args:
-        matrix: Symmetric positive semi-definite.
-        rank: r, clamped to d.
-        continued: Give the d - r missing eigenvalues the value of the r-th instead of 0 (spectrum continuation).
+    The d - r missing eigenvalues are 0 or, if `continued`, equal the r-th (spectrum continuation).
     """
     values, vectors = torch.linalg.eigh(matrix.double())
     missing = max(0, matrix.shape[-1] - rank)
@@ -136,50 +123,3 @@ def factors_of_rows(samples: Samples) -> KroneckerFactors:
         A=torch.einsum("n,cnti,cntj->cij", weight, a, a) / weight.sum(),
         G=torch.einsum("n,cnti,cntj->cij", weight, g, g) / (weight.sum() * samples.positions),
     )
-
-
-def cross_moments(rows: Sequence[Float[Tensor, "N _"]]) -> list[list[Float64[Tensor, "_ _"]]]:
-    """Returns (1/N) x_i^T x_j for all pairs of layers, from their rows x_i."""
-    doubles = [each.double() for each in rows]
-    return [[here.mT @ there / len(here) for there in doubles] for here in doubles]
-
-
-def joint_kronecker(A: Blocks, G: Blocks) -> list[list[Float64[Tensor, "_ _"]]]:
-    """Returns the blocks G_ij (x) A_ij of the approximated Fisher matrix over all layers (algorithms.md 1.1)."""
-    return [[torch.kron(g, a) for a, g in zip(*pair, strict=True)] for pair in zip(A, G, strict=True)]
-
-
-def dense(blocks: Blocks) -> Float[Tensor, "n m"]:
-    """Returns the matrix of its blocks."""
-    return torch.cat([torch.cat(list(row), dim=1) for row in blocks])
-
-
-def chain_inverse(F: Blocks) -> Float64[Tensor, "n n"]:
-    """Computes Xi^T diag(Sigma_i^{-1}) Xi from the blocks with |i - j| <= 1, without any Kronecker algebra.
-
-    Psi_i = F_{i,i+1} F_{i+1,i+1}^{-1}, Sigma_i = F_ii - Psi_i F_{i+1,i+1} Psi_i^T (algorithms.md 1.3).
-    """
-    count = len(F)
-    Xi = [[torch.zeros_like(F[i][j]) for j in range(count)] for i in range(count)]
-    inverses = [[torch.zeros_like(F[i][j]) for j in range(count)] for i in range(count)]
-    for i in range(count):
-        Xi[i][i] = torch.eye(len(F[i][i]), dtype=torch.float64)
-        Sigma = F[i][i]
-        if i + 1 < count:
-            after = F[i + 1][i + 1]
-            Psi = torch.linalg.solve(after, F[i][i + 1].mT).mT
-            Xi[i][i + 1] = -Psi
-            Sigma = Sigma - Psi @ after @ Psi.mT
-        inverses[i][i] = torch.linalg.inv(Sigma)
-    whole = dense(Xi)
-    return whole.mT @ dense(inverses) @ whole
-
-
-def restriction(sizes: Sequence[int]) -> Float64[Tensor, "L n"]:
-    """Returns R: row l is 1 on the parameters of block l and 0 elsewhere (algorithms.md 7.1)."""
-    return torch.block_diag(*(torch.ones(1, size, dtype=torch.float64) for size in sizes))
-
-
-def flat(parts: Sequence[Float[Tensor, "..."]]) -> Float64[Tensor, " n"]:
-    """Returns the vector of some gradients, row-major, one after another."""
-    return torch.cat([part.double().flatten() for part in parts])

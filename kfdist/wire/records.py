@@ -8,7 +8,7 @@ A record travels as a tree, `{"kind": KIND, "fields": {FIELD: VALUE}}`, where KI
 both sides know, and the value of a field that is a record is a tree again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -33,25 +33,21 @@ def symmetric_field() -> Any:
 
 def tensor_fields(record: object) -> dict[str, Tensor]:
     """Returns the tensors of a record by name, in the order of their declaration; those of inner records as `a.b`."""
-    found: dict[str, Tensor] = {}
-    for f in _fields(type(record)):
-        value = getattr(record, f.name)
-        if _is_tensor(type(record), f):
-            found[f.name] = value
-        elif _is_record(type(record), f):
-            found |= {f"{f.name}.{name}": tensor for name, tensor in tensor_fields(value).items()}
-    return found
+    return {name: tensor for name, _, tensor in _walk(record)}
 
 
 def symmetric_fields(record: object) -> frozenset[str]:
     """Returns the names of the tensors that are symmetric matrices, as `tensor_fields` has them."""
-    found: set[str] = set()
+    return frozenset(name for name, f, _ in _walk(record) if f.metadata.get("symmetric"))
+
+
+def _walk(record: object, prefix: str = "") -> Iterator[tuple[str, Field[Any], Tensor]]:
     for f in _fields(type(record)):
-        if f.metadata.get("symmetric"):
-            found.add(f.name)
+        value = getattr(record, f.name)
+        if _is_tensor(type(record), f):
+            yield prefix + f.name, f, value
         elif _is_record(type(record), f):
-            found |= {f"{f.name}.{name}" for name in symmetric_fields(getattr(record, f.name))}
-    return frozenset(found)
+            yield from _walk(value, f"{prefix}{f.name}.")
 
 
 def map_tensors(function: Callable[..., Tensor], record: RecordType, *others: Any) -> RecordType:

@@ -93,20 +93,20 @@ class Block(ABC):
         """Returns batched tensors as the factors see them; only `reduce` changes them."""
         return activation, output_gradient
 
-    @abstractmethod
     def padded(
         self, activation: Float[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."]
     ) -> Float[Tensor, "N ..."]:
-        """Returns what `input_windows` are cut from: a batched activation with what the layer adds around its values.
+        """Returns what `input_windows` are cut from: the activation, with what the layer adds around it.
 
-        Args:
-            activation: From `batched` or `pooled`.
-            output_gradient: Likewise; its shape tells the output's size.
+        Both are from `batched` or `pooled`; the shape of `output_gradient` tells the output's size.
         """
+        del output_gradient
+        return activation
 
-    @abstractmethod
     def padded_elements(self, output_gradient: Float[Tensor, "N ..."]) -> int:
         """Returns the elements that `padded` adds per example, for the bound on memory; 0 where it copies nothing."""
+        del output_gradient
+        return 0
 
     @abstractmethod
     def input_windows(

@@ -56,18 +56,6 @@ class LinearBlock(Block):
         return a, output_gradient.sum(1, keepdim=True, dtype=accumulation_dtype(output_gradient))
 
     @override
-    def padded(
-        self, activation: Float[Tensor, "N T q"], output_gradient: Float[Tensor, "N T p"]
-    ) -> Float[Tensor, "N T q"]:
-        del output_gradient
-        return activation
-
-    @override
-    def padded_elements(self, output_gradient: Float[Tensor, "N T p"]) -> int:
-        del output_gradient
-        return 0
-
-    @override
     def input_windows(
         self, padded: Float[Tensor, "N T q"], chosen: Int64[Tensor, " used"] | None = None
     ) -> Float[Tensor, "1 N _ q"]:

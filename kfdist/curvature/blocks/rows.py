@@ -95,10 +95,7 @@ def tiles(
 def lay_out(windows: Float[Tensor, "c ..."], features: int, dtype: torch.dtype) -> Float[Tensor, "c rows d"]:
     """Lays windows out as rows, n T of them, example by example, with one copy at most.
 
-    Args:
-        windows: `[c, n, *positions, *features]`.
-        features: How many of its last dimensions are features.
-        dtype: Of the rows.
+    The last `features` dimensions of the windows are features.
     """
     width = math.prod(windows.shape[windows.dim() - features :])
     rows = math.prod(windows.shape[1 : windows.dim() - features])
@@ -154,13 +151,7 @@ class RowSums:
 def with_homogeneous(
     second_moment: Float[Tensor, "c d d"], sums: Float[Tensor, "c d"], rows: int
 ) -> Float[Tensor, "c d+1 d+1"]:
-    """Borders a sum of a a^T with the homogeneous coordinate, as if every row a ended in a 1.
-
-    Args:
-        second_moment: Sum of a a^T.
-        sums: Sum of the rows.
-        rows: Number of rows.
-    """
+    """Borders a sum of a a^T with the homogeneous coordinate, as if every row a ended in a 1."""
     c, d, _ = second_moment.shape
     bordered = second_moment.new_empty(c, d + 1, d + 1)
     bordered[:, :d, :d] = second_moment

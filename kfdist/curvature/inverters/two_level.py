@@ -28,6 +28,7 @@ from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, Couple
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Placement
 from kfdist.curvature.statistics import CoarseFactors, KroneckerFactors, Needs
 from kfdist.errors import ConfigError
+from kfdist.linalg.kronecker import Spectrum
 from kfdist.linalg.psd import symmetrise
 from kfdist.types import BlockName, BlockShape
 
@@ -274,13 +275,12 @@ class TwoLevel(AbstractInverter):
 
 def inner_sums(spectrum: KroneckerSpectrum) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Returns the sums of all entries of both factors as the spectrum holds them: 1^T A 1 and 1^T G 1."""
-    A = _sum_of(spectrum.U_A, spectrum.w_A, spectrum.tail_A)
-    return A, _sum_of(spectrum.U_G, spectrum.w_G, spectrum.tail_G)
+    return _sum_of(spectrum.A), _sum_of(spectrum.G)
 
 
-def _sum_of(vectors: Tensor, values: Tensor, tail: Tensor) -> Tensor:
-    along = vectors.sum(-2).square()
-    return (values * along).sum(-1) + tail * (vectors.shape[-2] - along.sum(-1)).clamp_min(0)
+def _sum_of(factor: Spectrum) -> Tensor:
+    along = factor.vectors.sum(-2).square()
+    return (factor.values * along).sum(-1) + factor.tail * (factor.vectors.shape[-2] - along.sum(-1)).clamp_min(0)
 
 
 def _correlations(statistics: Sequence[CoarseFactors]) -> tuple[Tensor, Tensor, float]:

@@ -12,10 +12,9 @@ from kfdist.curvature.inverters import KfacTridiagonal, make_inverter
 from kfdist.curvature.inverters.kfac_tridiagonal import ChainLink
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.ladder import invert_group_with_ladder
-from kfdist.curvature.references import chain_inverse, dense, flat
 from kfdist.curvature.statistics import ChainFactors
 from kfdist.types import BlockShape
-from tests.support.coupled import Chain, small_chain
+from tests.support.coupled import Chain, chain_inverse, dense, flat, small_chain
 from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, relative_error
 

@@ -14,12 +14,12 @@ from kfdist.curvature.inverters import TwoLevel, make_inverter
 from kfdist.curvature.inverters.two_level import TwoLevelBlock, inner_sums
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.ladder import invert_group_with_ladder
-from kfdist.curvature.references import damping_shares, dense, dense_kronecker, flat, restriction
+from kfdist.curvature.references import damping_shares, dense_kronecker
 from kfdist.curvature.statistics import CoarseFactors
 from kfdist.errors import ConfigError
 from kfdist.types import BlockShape
 from kfdist.wire.records import tensor_fields
-from tests.support.coupled import Chain, small_chain
+from tests.support.coupled import Chain, dense, flat, restriction, small_chain
 from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, relative_error
 
