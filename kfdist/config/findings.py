@@ -1,6 +1,7 @@
 """Turns pydantic's findings into messages: the value received, what is allowed, what to do."""
 
 from collections.abc import Callable, Mapping
+from datetime import date
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -99,26 +100,25 @@ def _is_free(path: str) -> bool:
 
 def _message(detail: ErrorDetails, path: str, field: FieldInfo | None) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    shown = str(value).lower() if isinstance(value, bool | date) else repr(value)  # as in TOML
     if kind == "value_error" and isinstance(context["error"], ConfigError):
         return context["error"].message
     if _is_free(path):
-        return (
-            f"is {value!r}, {_kind(value)}; a setting is true or false, a number, a string, a list or a table of these"
-        )
+        return f"is {shown}, {_kind(value)}; a setting is true or false, a number, a string, a list or a table of these"
     purpose = f" ({field.description})" if field and field.description else ""
     if kind == "value_error":
-        return f"is {value!r}; {context['error']}{purpose}"
+        return f"is {shown}; {context['error']}{purpose}"
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
-        return f"is {value!r}; it must be {words} {context[key]}{purpose}"
+        return f"is {shown}; it must be {words} {context[key]}{purpose}"
     if kind == "literal_error":
         close = suggestion(str(value), str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
-        return f"is {value!r}; it must be {context['expected']}{close}{purpose}"
+        return f"is {shown}; it must be {context['expected']}{close}{purpose}"
     if kind in _WANTED:
-        return f"is {value!r}, {_kind(value)}; it must be {_WANTED[kind]}{purpose}"
+        return f"is {shown}, {_kind(value)}; it must be {_WANTED[kind]}{purpose}"
     if kind == "string_pattern_mismatch":
-        return f"is {value!r}; it must be {field.description if field else context['pattern']}"
-    return f"is {value!r}; {detail['msg'][:1].lower()}{detail['msg'][1:]}{purpose}"
+        return f"is {shown}; it must be {field.description if field else context['pattern']}"
+    return f"is {shown}; {detail['msg'][:1].lower()}{detail['msg'][1:]}{purpose}"
 
 
 def _unknown_key(path: str, section: type[BaseModel], root: type[BaseModel], prefix: str) -> str:

@@ -19,8 +19,9 @@ BAD = [
     # types
     ("run.steps=abc", "run.steps", ["is 'abc', a string", "an integer"]),
     ("run.steps=1.5", "run.steps", ["is 1.5, a float", "an integer"]),
-    ("run.seed=true", "run.seed", ["is True, a boolean", "an integer"]),
-    ("optimizer.lr=true", "optimizer.lr", ["is True", "a number"]),
+    ("run.seed=true", "run.seed", ["is true, a boolean", "an integer"]),
+    ("run.seed=2026-01-31", "run.seed", ["is 2026-01-31, a date", "an integer"]),
+    ("optimizer.lr=true", "optimizer.lr", ["is true", "a number"]),
     ('data.batch_size="4"', "data.batch_size", ["is '4', a string", "an integer"]),
     ("preconditioner.skip=3", "preconditioner.skip", ["is 3", "a list"]),
     ("preconditioner.skip=[3]", "preconditioner.skip[0]", ["is 3", "a string"]),
