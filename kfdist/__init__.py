@@ -34,33 +34,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "AdaptiveReport": "kfdist.optim.adaptive_settings",
-    "AdaptiveSettings": "kfdist.optim.adaptive_settings",
-    "AdaptiveStep": "kfdist.optim.adaptive",
-    "Asap": "kfdist.policies.staleness",
-    "Auto": "kfdist.curvature.auto",
-    "BKfac": "kfdist.curvature.inverters",
-    "BKfacC": "kfdist.curvature.inverters",
-    "BRKfac": "kfdist.curvature.inverters",
-    "CgFac": "kfdist.curvature.inverters",
-    "Ekfac": "kfdist.curvature.inverters",
-    "Eva": "kfdist.curvature.inverters",
-    "FixedLag": "kfdist.policies.staleness",
-    "Kfac": "kfdist.curvature.inverters",
-    "KfacEigen": "kfdist.curvature.inverters",
-    "KfacTridiagonal": "kfdist.curvature.inverters",
-    "KfdistError": "kfdist.errors",
-    "Preconditioner": "kfdist.runtime.preconditioner",
-    "RsKfac": "kfdist.curvature.inverters",
-    "Sampling": "kfdist.capture.requests",
-    "Seng": "kfdist.curvature.inverters",
-    "Service": "kfdist.runtime.invert.service",
-    "SreKfac": "kfdist.curvature.inverters",
-    "StepReport": "kfdist.runtime.settings",
-    "TwoLevel": "kfdist.curvature.inverters",
-    "connect": "kfdist.runtime.invert.service",
+_NAMES = {
+    "kfdist.capture.requests": "Sampling",
+    "kfdist.curvature.auto": "Auto",
+    "kfdist.curvature.inverters": "BKfac BKfacC BRKfac CgFac Ekfac Eva Kfac KfacEigen KfacTridiagonal "
+    "RsKfac Seng SreKfac TwoLevel",
+    "kfdist.errors": "KfdistError",
+    "kfdist.optim.adaptive": "AdaptiveStep",
+    "kfdist.optim.adaptive_settings": "AdaptiveReport AdaptiveSettings",
+    "kfdist.policies.staleness": "Asap FixedLag",
+    "kfdist.runtime.invert.service": "Service connect",
+    "kfdist.runtime.preconditioner": "Preconditioner",
+    "kfdist.runtime.settings": "StepReport",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = ["__version__", *sorted(_HOMES)]
 

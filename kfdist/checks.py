@@ -67,34 +67,14 @@ def number(
 
 
 def count(field: str, value: object, *, least: int, hint: str = "") -> int:
-    """Refuses what isn't a whole number of at least `least`.
-
-    Args:
-        field: Its path.
-        value: What was given.
-        least: The smallest that is allowed.
-        hint: What else is allowed, or what is counted; added in brackets.
-
-    Raises:
-        ConfigError: It isn't.
-    """
+    """Refuses what isn't a whole number of at least `least`; arguments and error are those of `number`."""
     if not is_whole(value) or value < least:
         raise _refusal(field, value, f"must be a whole number of at least {least}", hint)
     return value
 
 
 def choice(field: str, value: object, allowed: Collection[Word], *, hint: str = "") -> Word:
-    """Refuses a word that isn't one of those allowed, and suggests the nearest.
-
-    Args:
-        field: Its path.
-        value: What was given.
-        allowed: The words, in the order in which they are listed.
-        hint: What else is allowed; added in brackets.
-
-    Raises:
-        ConfigError: It isn't.
-    """
+    """Refuses a word that isn't one of those allowed, and suggests the nearest; arguments and error as for `number`."""
     for word in allowed:
         if word == value:
             return word
@@ -103,11 +83,7 @@ def choice(field: str, value: object, allowed: Collection[Word], *, hint: str = 
 
 
 def switch(field: str, value: object) -> bool:
-    """Refuses what is neither true nor false.
-
-    Raises:
-        ConfigError: It isn't.
-    """
+    """Refuses what is neither true nor false."""
     if not isinstance(value, bool):
         raise _refusal(field, value, "must be true or false")
     return value

@@ -5,7 +5,7 @@ The code above this package never asks whether it is distributed: a world of one
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -66,21 +66,23 @@ class Communicator:
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> Pending:
         """Starts summing `tensor` over the ranks, in place."""
-        if self.process_group is None:
-            return _Done()
-        return _started(dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.process_group, async_op=True))
+        return self._start(dist.all_reduce, tensor, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, tensor: torch.Tensor) -> Pending:
         """Starts taking the elementwise maximum of `tensor` over the ranks, in place."""
-        if self.process_group is None:
-            return _Done()
-        return _started(dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.process_group, async_op=True))
+        return self._start(dist.all_reduce, tensor, dist.ReduceOp.MAX)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> Pending:
         """Starts copying `tensor` from rank `source` (of this group) to all, in place."""
+        return self._start(dist.broadcast, tensor, self.global_rank(source))
+
+    def _start(self, collective: Callable[..., Any], *arguments: Any) -> Pending:
         if self.process_group is None:
             return _Done()
-        return _started(dist.broadcast(tensor, self.global_rank(source), group=self.process_group, async_op=True))
+        work = collective(*arguments, group=self.process_group, async_op=True)
+        if work is None:  # torch's answer to a rank outside the group
+            raise EnvironmentFault("this process is not a member of the process group it was asked to communicate in")
+        return work
 
     def gather(self, tensor: torch.Tensor, destination: int) -> list[torch.Tensor]:
         """Returns every rank's `tensor`, of equal shape, in rank order on rank `destination`; nothing on the others."""
@@ -127,22 +129,11 @@ class Communicator:
         rows = buffer.cpu()
         return [json.loads(rows[rank, : int(size)].numpy().tobytes()) for rank, size in enumerate(sizes.tolist())]
 
-    def barrier(self) -> None:
-        """Waits until every rank has come here."""
-        self.all_reduce_sum_(torch.zeros(1, device=self.device))
-
     def close(self) -> None:
         """Leaves the group; only for a group this process made with `join_training_group`."""
         if self.process_group is not None and dist.is_initialized():
             dist.destroy_process_group(None)
             self.process_group = None
-
-
-def _started(work: Any) -> Pending:
-    """Narrows torch's optional work handle: None only comes back for ranks outside the group."""
-    if work is None:
-        raise EnvironmentFault("this process is not a member of the process group it was asked to communicate in")
-    return work
 
 
 def communicator(process_group: dist.ProcessGroup | None = None) -> Communicator:

@@ -1,16 +1,20 @@
-"""Puts a pipeline together from a plan, the ranks' communicators and a link."""
+"""Puts together what carries out a plan: the ranks' communicators, a link, and a pipeline between them."""
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 
 from kfdist.capture.hooks import Capture
 from kfdist.comm.background import TableExchange
 from kfdist.comm.communicator import Communicator
-from kfdist.comm.communicator_set import CommunicatorSet
-from kfdist.comm.together import require_equal
+from kfdist.comm.communicator_set import CommunicatorSet, make_communicators
+from kfdist.comm.together import on_every_rank, require_equal
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.jobs import fingerprint
-from kfdist.errors import EnvironmentFault
-from kfdist.links.link import AbstractLink
+from kfdist.errors import EnvironmentFault, RankFailed
+from kfdist.links.link import AbstractLink, LinkContext
 from kfdist.runtime.adopt.adopting import Adopting
 from kfdist.runtime.adopt.agreement import Agreement
 from kfdist.runtime.adopt.calibration import Calibration
@@ -19,7 +23,7 @@ from kfdist.runtime.adopt.snapshots import SnapshotInstaller
 from kfdist.runtime.apply.applications import Applying
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.job_book import JobBook
-from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, epoch_from_clock
+from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, make_link
 from kfdist.runtime.invert.shipping import Inverting
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.runtime.plan.planner import Plan
@@ -29,14 +33,90 @@ from kfdist.runtime.settings import JobTerms
 from kfdist.runtime.track import Track
 
 
-def agree_on_terms(plan: Plan, world: Communicator, service: Service | None) -> JobTerms:
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """One rank's part of what carries out a plan.
+
+    Attributes:
+        terms: What its jobs say beside their content.
+        communicators: The ranks.
+        link: Carries the jobs.
+        pipeline: Does the steps.
+    """
+
+    terms: JobTerms
+    communicators: CommunicatorSet
+    link: AbstractLink
+    pipeline: Pipeline
+
+    def close(self) -> None:
+        """Completes what is in flight, and ends it all. All ranks must call it."""
+        try:
+            self.pipeline.close()
+            self.communicators.close()
+        finally:
+            self.link.close()
+
+    def abandon(self, *, is_failure: bool) -> None:
+        """Ends what is this rank's own, without any collective.
+
+        Args:
+            is_failure: Whether the controller is to hear that the run has failed.
+        """
+        if is_failure:
+            with suppress(RuntimeError):  # the link may never have started
+                self.link.beat(self.pipeline.next_step, "failed", ())
+        self.pipeline.capture.close()
+        self.link.close()
+
+
+def assemble(
+    plan: Plan,
+    world: Communicator,
+    link: Service | AbstractLink | None,
+    grad_scaler: torch.amp.GradScaler | None,
+) -> Assembly:
+    """Makes one rank's part, and starts its link. Collective.
+
+    Args:
+        plan: What it carries out.
+        world: The ranks.
+        link: A service, or what carries the jobs; None: the rank itself.
+        grad_scaler: The scaler whose scale is in the output gradients, or None.
+
+    Raises:
+        EnvironmentFault: The ranks differ in what their numbers depend on, or some rank's link could not start; then
+            all ranks have undone what they made.
+    """
+    service = link if isinstance(link, Service) else None
+    terms = _agree_on_terms(plan, world, service)
+    communicators = make_communicators(world)
+    made = make_link(link)
+    pipeline = _pipeline(plan, terms, communicators, made, grad_scaler)
+    context = LinkContext(
+        run=terms.run,
+        epoch=terms.epoch,
+        worker_rank=world.rank,
+        world_size=world.world_size,
+        groups=[group.spec for group in plan.groups],
+        fingerprint=terms.fingerprint,
+        assignment="round_robin" if service is None else service.assignment,
+    )
+    assembly = Assembly(terms=terms, communicators=communicators, link=made, pipeline=pipeline)
+    try:
+        on_every_rank(world, lambda: made.start(context))
+    except RankFailed as fault:
+        assembly.abandon(is_failure=False)
+        communicators.close()
+        raise EnvironmentFault(f"the link to the inverters could not start ({fault})") from fault
+    return assembly
+
+
+def _agree_on_terms(plan: Plan, world: Communicator, service: Service | None) -> JobTerms:
     """Returns what all jobs of this start say, the same on all ranks. Collective.
 
     Statistics reach the inverters in host memory, and both the local link and the owners invert there, whatever the
     ranks train on: whoever inverts needs the fingerprint of a CPU.
-
-    Raises:
-        EnvironmentFault: The ranks differ in what their numbers depend on.
     """
     require_equal(
         world,
@@ -46,7 +126,8 @@ def agree_on_terms(plan: Plan, world: Communicator, service: Service | None) -> 
             "(torch.set_num_threads) and library versions on all ranks"
         ),
     )
-    epoch = epoch_from_clock() if service is None or service.epoch is None else service.epoch
+    # Without a run directory that counts the starts, the clock draws one: milliseconds since 1970.
+    epoch = int(time.time() * 1000) if service is None or service.epoch is None else service.epoch
     return JobTerms(
         run="local" if service is None else service.run,
         epoch=int(world.broadcast_json(epoch)),
@@ -55,22 +136,14 @@ def agree_on_terms(plan: Plan, world: Communicator, service: Service | None) -> 
     )
 
 
-def assemble(
+def _pipeline(
     plan: Plan,
     terms: JobTerms,
     communicators: CommunicatorSet,
     link: AbstractLink,
     grad_scaler: torch.amp.GradScaler | None,
 ) -> Pipeline:
-    """Makes one rank's pipeline; nothing communicates yet.
-
-    Args:
-        plan: What it carries out.
-        terms: What its jobs say beside their content.
-        communicators: The ranks.
-        link: Carries the jobs.
-        grad_scaler: The scaler whose scale is in the output gradients, or None.
-    """
+    """Makes one rank's pipeline; nothing communicates yet."""
     settings, groups, device = plan.settings, plan.groups, plan.device
     rank = communicators.training.rank
     counters = PipelineCounters()
@@ -84,7 +157,7 @@ def assemble(
         tracks, communicators.snapshots, book, agreement, counters, wait_limit_seconds=wait_limit
     )
     capture = _capture(plan, grad_scaler, rank)
-    inverting = Inverting(tracks, settings, terms, book, rank, counters)
+    inverting = Inverting({track.group.name: track for track in tracks}, settings, terms, book, rank, counters)
     return Pipeline(
         settings=settings,
         kinds={"link": type(link).__name__, "grad_scaler": "enabled" if capture.scaled else "None"},

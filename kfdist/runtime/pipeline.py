@@ -4,6 +4,7 @@
 function of the step and of agreed tables, so all ranks always enter the same collectives in the same order.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from kfdist.capture.hooks import Capture
 from kfdist.comm.communicator import Communicator
+from kfdist.errors import KfdistWarning
 from kfdist.linalg.digest import parameter_digest
 from kfdist.runtime.adopt.adopting import Adopting
 from kfdist.runtime.adopt.agreement import Agreement
@@ -155,6 +157,14 @@ class Pipeline:
         return due.again() if self.statistics_step == step else due
 
     def _agree_on_start(self) -> None:
+        if self.tracks and not self.capture.saw_forward and any(p.grad is not None for p in self.parameters):
+            warnings.warn(
+                "there are gradients, but no forward of the model was seen, so there are no statistics. Code that "
+                "torch.compile made before the Preconditioner doesn't know its hooks: make the Preconditioner before "
+                "the model's first call, or call torch.compiler.reset()",
+                KfdistWarning,
+                stacklevel=5,
+            )
         self.inverting.ship_all()  # what still travels to the host is under way, not lost
         methods = repr([(track.group.name, track.group.inverter) for track in self.tracks])
         agree_on_start(

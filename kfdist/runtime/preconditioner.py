@@ -1,9 +1,7 @@
 """`kfdist.Preconditioner`: the public face of the pipeline."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Self
 
 import torch
@@ -11,22 +9,16 @@ from torch import Tensor, nn
 
 from kfdist.capture.requests import Sampling
 from kfdist.comm.communicator import Communicator, communicator
-from kfdist.comm.communicator_set import make_communicators
-from kfdist.comm.together import on_every_rank, on_rank_zero
+from kfdist.comm.together import on_rank_zero
 from kfdist.curvature.auto import MeasuredCosts, measure_costs
 from kfdist.curvature.inverse import AbstractPreconditioner
-from kfdist.errors import ConfigError, EnvironmentFault, Interrupted, KfdistError, KfdistWarning, RankFailed
-from kfdist.links.link import AbstractLink, LinkContext
+from kfdist.errors import ConfigError, Interrupted, KfdistError
+from kfdist.links.link import AbstractLink
 from kfdist.policies.staleness import Adoption, Asap
-from kfdist.runtime.apply.rates import (
-    LearningRates,
-    Scalar,
-    check_unscaled,
-    finite_gradients,
-    step_before_optimizer,
-)
-from kfdist.runtime.assembly import agree_on_terms, assemble
-from kfdist.runtime.invert.service import Service, make_link
+from kfdist.runtime.apply.rates import LearningRates, Scalar, finite_step
+from kfdist.runtime.assembly import assemble
+from kfdist.runtime.invert.service import Service
+from kfdist.runtime.pipeline import Pipeline
 from kfdist.runtime.plan.coverage import Coverage
 from kfdist.runtime.plan.groups import BlockGroup, refuse_applied_rows
 from kfdist.runtime.plan.layers import check_block
@@ -173,34 +165,7 @@ class Preconditioner:
         self._rates = LearningRates(plan.settings.lr, needed=plan.settings.kl_clip is not None and bool(plan.blocks))
         self._folded = False
         self._closed = False
-        self._hook: Any = None
-        self._hooks_checked = not plan.groups  # then there are none
-        service = link if isinstance(link, Service) else None
-        self._terms = terms = agree_on_terms(plan, world, service)
-        self._communicators = make_communicators(world)
-        self._link = make_link(link)
-        self._pipeline = assemble(plan, terms, self._communicators, self._link, grad_scaler)
-        self._start_link(
-            LinkContext(
-                run=terms.run,
-                epoch=terms.epoch,
-                worker_rank=world.rank,
-                world_size=world.world_size,
-                groups=[group.spec for group in plan.groups],
-                fingerprint=terms.fingerprint,
-                assignment="round_robin" if service is None else service.assignment,
-            )
-        )
-
-    def _start_link(self, context: LinkContext) -> None:
-        """Starts every rank's link, or none: where one can't start, all ranks undo what they made and say so."""
-        try:
-            on_every_rank(self._world, lambda: self._link.start(context))
-        except RankFailed as fault:
-            self._pipeline.capture.close()
-            self._link.close()
-            self._communicators.close()
-            raise EnvironmentFault(f"the link to the inverters could not start ({fault})") from fault
+        self._assembly = assemble(plan, world, link, grad_scaler)
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -236,7 +201,7 @@ class Preconditioner:
         Args:
             damping: lambda; without effect on methods that damp when they invert.
         """
-        return self._pipeline.directions(damping)
+        return self.pipeline.directions(damping)
 
     def observe(self, output: Tensor, loss: str = "cross_entropy", **details: Any) -> None:
         """Says what the loss makes of a head's output, before its backward; for fisher="mc" and "exact".
@@ -252,19 +217,16 @@ class Preconditioner:
         Raises:
             ConfigError: An unknown loss or detail, or an output that doesn't belong to the last forward.
         """
-        self._pipeline.capture.observe(output, loss, **details)
+        self.pipeline.capture.observe(output, loss, **details)
 
     def _step(self, rates: Callable[[int], Callable[[nn.Parameter], float]] | None) -> StepReport:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
-        self._check_model()
-        self._check_hooks()
-        finite = None
-        if self._grad_scaler is not None and self._grad_scaler.is_enabled():
-            check_unscaled(self._grad_scaler, self._rates.optimizer)
-            finite = finite_gradients(self._plan.model.parameters())
+        for block in self._plan.blocks:
+            check_block(self._plan.model, block, self._plan.device)
+        finite = finite_step(self._grad_scaler, self._rates.optimizer, self._plan.model.parameters())
         self._folded = False
-        return self._pipeline.step(step_is_finite=finite, learning_rates=rates)
+        return self.pipeline.step(step_is_finite=finite, learning_rates=rates)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
         """Reads the optimizer's learning rates, per group, as they change, and runs `step` before each of its steps.
@@ -277,10 +239,8 @@ class Preconditioner:
         Raises:
             ConfigError: An optimizer is attached already, or this one steps none of the preconditioned parameters.
         """
-        if self._hook is not None:
-            raise ConfigError("an optimizer is attached already; make one Preconditioner per optimizer")
-        self._rates.attach(optimizer, [parameter for block in self._plan.blocks for parameter in block.parameters()])
-        self._hook = optimizer.register_step_pre_hook(partial(step_before_optimizer, self.step))
+        parameters = [parameter for block in self._plan.blocks for parameter in block.parameters()]
+        self._rates.attach(optimizer, parameters, self.step)
         return self
 
     def batch(self, *, examples: int) -> None:
@@ -291,42 +251,40 @@ class Preconditioner:
         Raises:
             ConfigError: `examples` is not a positive whole number.
         """
-        self._pipeline.capture.state_examples(examples)
+        self.pipeline.capture.state_examples(examples)
 
     def paused(self) -> AbstractContextManager[None]:
         """Captures nothing of forwards made inside the `with` block."""
-        return self._pipeline.capture.paused()
+        return self.pipeline.capture.paused()
 
     def request_stop(self) -> None:
         """Asks all ranks to stop at the same later step (`StepReport.stop`). Safe to call from a signal handler."""
-        self._pipeline.agreement.request_stop()
+        self.pipeline.agreement.request_stop()
 
     # Questions ---------------------------------------------------------------------------------------------------
 
     def coverage(self) -> Coverage:
         """Returns every parameter with its block, its method and how the inversion in use went, or why it has none."""
-        snapshots = [track.snapshot for track in self._pipeline.tracks]
-        return self._plan.coverage.with_inversions(
-            {
-                name: diagnostic_note(snapshot.version, outcome)
-                for snapshot in snapshots
-                for name, outcome in snapshot.outcomes.items()
-            }
-        )
+        notes = {
+            name: diagnostic_note(track.snapshot.version, outcome)
+            for track in self.pipeline.tracks
+            for name, outcome in track.snapshot.outcomes.items()
+        }
+        return self._plan.coverage.with_inversions(notes)
 
     def staleness(self) -> dict[str, int]:
         """Returns each block's staleness in steps: the last step done minus the version in use."""
-        by_group = self._pipeline.staleness()
+        by_group = self.pipeline.staleness()
         return {block.name: by_group[group.name] for group in self._plan.groups for block in group.blocks}
 
     def versions(self) -> dict[str, int]:
         """Returns the version in use of each group; -1 where there is none."""
-        return {track.group.name: track.snapshot.version for track in self._pipeline.tracks}
+        return {track.group.name: track.snapshot.version for track in self.pipeline.tracks}
 
     def inverses(self) -> dict[BlockName, AbstractPreconditioner]:
         """Returns the inverse in use of each block that has one."""
         return {
-            name: inverse for track in self._pipeline.tracks for name, inverse in track.snapshot.preconditioners.items()
+            name: inverse for track in self.pipeline.tracks for name, inverse in track.snapshot.preconditioners.items()
         }
 
     @property
@@ -347,7 +305,7 @@ class Preconditioner:
     @property
     def attached(self) -> bool:
         """Whether an optimizer is attached."""
-        return self._hook is not None
+        return self._rates.optimizer is not None
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
@@ -365,26 +323,31 @@ class Preconditioner:
         return self._plan.groups
 
     @property
+    def pipeline(self) -> Pipeline:
+        """What does the steps, for those who look inside; it may change from release to release."""
+        return self._assembly.pipeline
+
+    @property
     def next_step(self) -> int:
         """The step that the next call of `step` does."""
-        return self._pipeline.next_step
+        return self.pipeline.next_step
 
     @property
     def epoch(self) -> int:
         """The start of the run that all ranks agreed on."""
-        return self._terms.epoch
+        return self._assembly.terms.epoch
 
     def samples(self) -> list[MetricSample]:
         """Returns this rank's measurements for the controller; observations are returned once."""
-        return pipeline_samples(self._pipeline, self._link.counters())
+        return pipeline_samples(self.pipeline, self._assembly.link.counters())
 
     def counters(self) -> dict[str, Any]:
         """Returns totals for a summary: bytes by purpose, inversions, staleness quantiles, failures."""
-        return pipeline_totals(self._pipeline, self._link.counters())
+        return pipeline_totals(self.pipeline, self._assembly.link.counters())
 
     def beat(self, phase: str, samples: Sequence[MetricSample] = ()) -> None:
         """Tells the controller, if there is one, where this rank stands; never blocks."""
-        self._link.beat(self._pipeline.next_step, phase, [*self.samples(), *samples])
+        self._assembly.link.beat(self.pipeline.next_step, phase, [*self.samples(), *samples])
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -393,7 +356,7 @@ class Preconditioner:
 
         After `fold` and before the next `step` the sums are the totals of all ranks, good for any world size.
         """
-        return pipeline_state(self._pipeline, folded=self._folded)
+        return pipeline_state(self.pipeline, folded=self._folded)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts this rank where `state` says; jobs under way are shipped again. Local, no collective.
@@ -404,39 +367,28 @@ class Preconditioner:
             KfdistError: A step was made or a state loaded before.
             CheckpointError: The state is of another format, model, or number of ranks.
         """
-        restore_pipeline(self._pipeline, state)
+        restore_pipeline(self.pipeline, state)
 
     def fold(self) -> None:
         """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""
-        self._pipeline.reducer.average()
+        self.pipeline.reducer.average()
         self._folded = True
 
     def close(self) -> None:
         """Completes what is in flight, removes the hooks and stops the courier. All ranks must call it; safe twice."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._hook is not None:
-            self._hook.remove()
-        try:
-            self._pipeline.close()
-            self._communicators.close()
-        finally:
-            self._link.close()
+        if not self._closed:
+            self._closed = True
+            self._rates.detach()
+            self._assembly.close()
 
     def abandon(self) -> None:
         """Removes the hooks and stops the courier without any collective: for a rank that fails or lost its peers.
 
         The controller, if there is one, hears that the run has failed.
         """
-        if not self._closed:
-            with suppress(RuntimeError):  # the link may never have started
-                self._link.beat(self._pipeline.next_step, "failed", ())
+        self._rates.detach()
+        self._assembly.abandon(is_failure=not self._closed)
         self._closed = True
-        if self._hook is not None:
-            self._hook.remove()
-        self._pipeline.capture.close()
-        self._link.close()
 
     def __enter__(self) -> Self:
         return self
@@ -447,21 +399,3 @@ class Preconditioner:
             self.close()
         else:
             self.abandon()
-
-    def _check_hooks(self) -> None:
-        """Warns once where gradients came about without any forward that the hooks saw."""
-        if self._hooks_checked:
-            return
-        self._hooks_checked = True
-        if not self._pipeline.capture.saw_forward and any(p.grad is not None for p in self.model.parameters()):
-            warnings.warn(
-                "there are gradients, but no forward of the model was seen, so there are no statistics. Code that "
-                "torch.compile made before the Preconditioner doesn't know its hooks: make the Preconditioner before "
-                "the model's first call, or call torch.compiler.reset()",
-                KfdistWarning,
-                stacklevel=3,
-            )
-
-    def _check_model(self) -> None:
-        for block in self._plan.blocks:
-            check_block(self._plan.model, block, self._plan.device)

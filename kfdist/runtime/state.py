@@ -1,7 +1,6 @@
-"""A preconditioner's state as nested dictionaries of tensors and JSON values; how several ranks' states become one.
+"""A preconditioner's state as nested dictionaries: the format, what a state must fit, and how ranks' states become one.
 
-Each room of the pipeline writes and reads its own part. Here is what they have in common: the format, what a state must
-fit, and the merge.
+Each room of the pipeline writes and reads its own part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from kfdist.errors import CheckpointError, KfdistError
 from kfdist.runtime.pipeline import Pipeline
-from kfdist.types import BlockName
 
 FORMAT = 3
 PER_RANK, FOLDED = "per-rank", "folded"
@@ -132,18 +130,15 @@ def _check(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
                 "can't go on from it; load it into the model and method it was written with"
             )
     for block, sums in expected.items():
-        _check_sums(block, found[block], sums)
-
-
-def _check_sums(block: BlockName, stored: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
-    if stored.keys() != sums.keys():
-        raise CheckpointError(
-            f"block {block!r} has the sums {sorted(stored)} in the checkpoint and its method needs "
-            f"{sorted(sums)}; load it into the model and method it was written with"
-        )
-    for name, tensor in sums.items():
-        if stored[name].shape != tensor.shape:
+        kept = found[block]
+        if kept.keys() != sums.keys():
             raise CheckpointError(
-                f"block {block!r} has a factor {name} of shape {tuple(stored[name].shape)} (packed) in the "
-                f"checkpoint and {tuple(tensor.shape)} in the model; the checkpoint is of another model"
+                f"block {block!r} has the sums {sorted(kept)} in the checkpoint and its method needs "
+                f"{sorted(sums)}; load it into the model and method it was written with"
             )
+        for name, tensor in sums.items():
+            if kept[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"block {block!r} has a factor {name} of shape {tuple(kept[name].shape)} (packed) in the "
+                    f"checkpoint and {tuple(tensor.shape)} in the model; the checkpoint is of another model"
+                )

@@ -174,9 +174,9 @@ def _bytes(pipeline: Pipeline, link: LinkCounters) -> dict[str, int]:
     return {
         "table": pipeline.agreement.bytes_sent,
         "statistics": pipeline.reducer.bytes_sent + pipeline.calibration.bytes_sent,
-        "jobs": pipeline.inverting.bytes_sent,
+        "jobs": pipeline.inverting.book.bytes_sent,
         "results": pipeline.inverting.bytes_received,
-        "snapshots": pipeline.adopting.bytes_sent,
+        "snapshots": pipeline.adopting.exchange.bytes_sent,
         "to_owners": link.bytes_sent,
         "from_owners": link.bytes_received,
     }

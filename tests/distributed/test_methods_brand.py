@@ -136,7 +136,7 @@ def behind_a_slow_link(communicator: Communicator) -> dict[str, Any]:
     deadline = time.monotonic() + 30
     while any("job" in entry for entry in pre.state_dict()["in_flight"].values()):
         assert time.monotonic() < deadline
-        pre._pipeline.inverting.collect()
+        pre.pipeline.inverting.collect()
         time.sleep(0.002)
     dense.fold()
     sums = dense.state_dict()["sums"]["1"]

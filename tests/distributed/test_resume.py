@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kfdist.errors import LossNotFinite
-from kfdist.training import checkpoint, setup
+from kfdist.runtime.invert import service
+from kfdist.training import checkpoint
 from tests.support.faults import Faults
 from tests.support.faulty.link import FaultyLink
 from tests.support.training import FIXED_LAG, Stop, checkpoint_states, events, parameters, train
@@ -71,7 +72,7 @@ def test_fixed_lag_stopped_by_sigterm_to_one_rank_and_resumed_is_bitwise_the_uni
 
 def use_faulty_links(worker_rank: int) -> None:
     del worker_rank
-    setup._service = lambda config, epoch: FaultyLink()  # type: ignore[assignment]
+    service.LocalLink = FaultyLink  # type: ignore[misc, assignment]
 
 
 @pytest.mark.parametrize(

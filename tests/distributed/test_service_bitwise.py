@@ -15,7 +15,8 @@ from torch import nn
 import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
-from kfdist.links.rank.remote import RemoteLink
+from kfdist.links.rank.courier_process import COURIER_MODULE
+from kfdist.system.processes import children_of, command_line
 from tests.support.controller import ControllerThread, eventually
 from tests.support.faults import EACH, Faults, reach
 from tests.support.owners import OwnerProcess
@@ -45,8 +46,7 @@ def train(communicator: Communicator, address: str | None, run: str, lag: int) -
     )
     for step in range(STEPS):
         if reach("kill_courier", step=step):
-            assert isinstance(pre._link, RemoteLink)
-            os.kill(pre._link.courier_pid, signal.SIGKILL)
+            os.kill(own_courier(), signal.SIGKILL)
         x, y = images(8, seed=100 * step + communicator.rank, dtype=torch.float32)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
@@ -58,6 +58,16 @@ def train(communicator: Communicator, address: str | None, run: str, lag: int) -
     reducer.close()
     digest = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters()).hex()
     return digest, {key: counters[key] for key in ("resubmissions", "courier_restarts")}
+
+
+def own_courier() -> int:
+    """Returns the process id of this rank's courier."""
+
+    def couriers() -> list[int]:
+        return [pid for pid in children_of(os.getpid()) if COURIER_MODULE.encode() in command_line(pid)]
+
+    (pid,) = eventually(couriers, lambda found: len(found) == 1, seconds=10)
+    return pid
 
 
 @pytest.fixture(scope="module")

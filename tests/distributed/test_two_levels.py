@@ -7,7 +7,7 @@ from kfdist.comm.background import TableExchange
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.communicator_set import TwoLevelCommunicator, make_communicators
 from kfdist.policies.staleness import FixedLag
-from kfdist.runtime import preconditioner
+from kfdist.runtime import assembly
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
 from tests.support.faults import EACH, Faults
 from tests.support.ranks import run_ranks
@@ -47,7 +47,7 @@ def train(communicator: Communicator, nodes: str, adoption: str | FixedLag) -> l
     if nodes:
         levels = make_communicators(communicator, two_levels_above=3, node=nodes[communicator.rank])
         assert isinstance(levels.table, TwoLevelCommunicator)
-        preconditioner.make_communicators = lambda training: levels
+        assembly.make_communicators = lambda training: levels
     rank = TrainingRank(communicator, adoption=adoption)
     records = rank.run(16)
     rank.close()

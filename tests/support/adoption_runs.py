@@ -67,7 +67,7 @@ class TrainingRank:
     @property
     def pipeline(self) -> Pipeline:
         """The pipeline under test."""
-        return self.pre._pipeline
+        return self.pre.pipeline
 
     def run(self, steps: int) -> list[Record]:
         """Trains up to step number `steps`."""

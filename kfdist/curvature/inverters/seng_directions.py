@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -48,12 +49,12 @@ class SengPreconditioner(AbstractPreconditioner):
         """Entries of the gradient over entries sampled, s; 1 without a sketch."""
 
     @abstractmethod
-    def _direction(self, gradient: Tensor, damping: float) -> Tensor:
-        """Computes the direction `[c, p, q]`, whichever way it points."""
+    def raw_direction(self, gradient: Float[Tensor, "c p q"], damping: float) -> Float[Tensor, "c p q"]:
+        """Computes the direction, whichever way it points."""
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
-        direction = self._direction(gradient, damping)
+        direction = self.raw_direction(gradient, damping)
         # Scaled first: squares of float32 numbers below 1e-23 are zero.
         along = (_unit_size(direction) * _unit_size(gradient)).sum((1, 2))
         uphill = ~(along > 0) & (gradient != 0).any(2).any(1)
@@ -99,7 +100,7 @@ class SengExplicit(SengPreconditioner):
         return self.d_out * self.d_in / self.sampled
 
     @override
-    def _direction(self, gradient: Tensor, damping: float) -> Tensor:
+    def raw_direction(self, gradient: Float[Tensor, "c p q"], damping: float) -> Float[Tensor, "c p q"]:
         v = gradient.flatten(1).unsqueeze(-1)
         if self.order.numel():
             v = v.index_select(1, self.order)
@@ -153,7 +154,7 @@ class SengImplicit(SengPreconditioner):
         return (q / self.sampled_A) * (p / self.sampled_G)
 
     @override
-    def _direction(self, gradient: Tensor, damping: float) -> Tensor:
+    def raw_direction(self, gradient: Float[Tensor, "c p q"], damping: float) -> Float[Tensor, "c p q"]:
         V = gradient
         if self.order_A.numel():
             V = V.index_select(1, self.order_G).index_select(2, self.order_A)

@@ -1,6 +1,7 @@
 """The adopt verbs: brings results to all ranks, and takes them into use at the same step everywhere."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kfdist.policies.adoption import NO_VERSION, AgreedTable
@@ -14,10 +15,11 @@ from kfdist.runtime.track import Track
 from kfdist.types import GroupName
 
 
+@dataclass(frozen=True)
 class Adopting:
     """Brings results to all ranks and takes them into use. All ranks make the same calls.
 
-    Args:
+    Attributes:
         tracks: All groups.
         settings: What the pipeline is told.
         exchange: Broadcasts results.
@@ -26,21 +28,12 @@ class Adopting:
         counters: Counts adoptions, and what is less than one.
     """
 
-    def __init__(
-        self,
-        tracks: Sequence[Track],
-        settings: Settings,
-        exchange: SnapshotExchange,
-        installer: SnapshotInstaller,
-        inverting: Inverting,
-        counters: PipelineCounters,
-    ) -> None:
-        self._tracks = tracks
-        self._settings = settings
-        self._inverting = inverting
-        self._counters = counters
-        self._exchange = exchange
-        self._installer = installer
+    tracks: Sequence[Track]
+    settings: Settings
+    exchange: SnapshotExchange
+    installer: SnapshotInstaller
+    inverting: Inverting
+    counters: PipelineCounters
 
     def bring(self, step: int, table: AgreedTable | None) -> dict[int, Arrival]:
         """Waits for the results due now, and lets the others travel in the background.
@@ -56,17 +49,17 @@ class Adopting:
             Interrupted: On all ranks, inside a wait.
         """
         due = self._due(step)
-        if due or self._settings.lag is not None:
+        if due or self.settings.lag is not None:
             return self._await(step, due, exact=True)
-        arrived = self._exchange.received_by_all(table) if table is not None else {}
+        arrived = self.exchange.received_by_all(table) if table is not None else {}
         if table is not None:
-            self._exchange.enter(table)
-        self._exchange.poll()
+            self.exchange.enter(table)
+        self.exchange.poll()
         stale = self._too_old(step, arrived)
         for index in stale:
             # Where the inversion turns out to have failed, the old snapshot stays in use, counted as "kept".
-            self._counters.fallbacks["waited"] += 1
-            self._exchange.abandon(self._tracks[index])
+            self.counters.fallbacks["waited"] += 1
+            self.exchange.abandon(self.tracks[index])
         return {**arrived, **self._await(step, stale, exact=False)}
 
     def take(
@@ -84,38 +77,33 @@ class Adopting:
         """
         adopted = []
         for index, arrival in sorted(arrived.items()):
-            track = self._tracks[index]
-            self._installer.install(track, arrival.version, arrival.payload)
+            track = self.tracks[index]
+            self.installer.install(track, arrival.version, arrival.payload)
             track.adopt(arrival.version)
             adopted.append((track.group.name, arrival.version))
         for index, made in sorted(inverted.items()):
-            track = self._tracks[index]
-            self._installer.install_own(track, step, made)
+            track = self.tracks[index]
+            self.installer.install_own(track, step, made)
             adopted.append((track.group.name, step))
-        self._counters.adoptions += len(adopted)
+        self.counters.adoptions += len(adopted)
         return tuple(adopted)
-
-    @property
-    def bytes_sent(self) -> int:
-        """Payload bytes that this rank broadcast."""
-        return self._exchange.bytes_sent
 
     def settle(self, step: int) -> None:
         """Looks, at the end of a step, whether what the ranks inverted themselves had any statistics."""
-        plain = self._installer.settle(step)
+        plain = self.installer.settle(step)
         if plain:
-            self._counters.fallbacks["no_snapshot"] += plain
+            self.counters.fallbacks["no_snapshot"] += plain
 
     def finish(self) -> None:
         """Completes what travels to this rank; `close` needs quiet groups."""
-        self._exchange.finish()
+        self.exchange.finish()
 
     def _due(self, step: int) -> dict[int, int]:
         """Returns, by group index, the versions to be adopted at `step`: at the lag, and version 0 at step 0 always."""
-        under_way = {track.group.index: track.pending[0] for track in self._tracks if track.pending}
+        under_way = {track.group.index: track.pending[0] for track in self.tracks if track.pending}
         if step == 0:
             return dict.fromkeys(under_way, 0)
-        lag = self._settings.lag
+        lag = self.settings.lag
         return {index: oldest for index, oldest in under_way.items() if lag is not None and oldest <= step - lag}
 
     def _too_old(self, step: int, arrived: Mapping[int, Arrival]) -> dict[int, int]:
@@ -124,9 +112,9 @@ class Adopting:
         A group about to adopt a version that is young enough does not wait, nor does one with nothing under way. The
         others wait for the oldest version that is young enough, else for the newest under way.
         """
-        adoption = self._settings.adoption
+        adoption = self.settings.adoption
         stale = {}
-        for track in self._tracks:
+        for track in self.tracks:
             arrival = arrived.get(track.group.index)
             newest = NO_VERSION if arrival is None else arrival.version
             under_way = [version for version in track.pending if version > newest]
@@ -141,12 +129,12 @@ class Adopting:
     def _await(self, step: int, wanted: Mapping[int, int], *, exact: bool) -> dict[int, Arrival]:
         if not wanted:
             return {}
-        self._inverting.ship_all()
-        return self._exchange.await_results(step, wanted, exact=exact)
+        self.inverting.ship_all()
+        return self.exchange.await_results(step, wanted, exact=exact)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns, by group, the snapshot in use and what is under way; the same on all ranks."""
-        named = {track.group.name: track for track in self._tracks}
+        named = {track.group.name: track for track in self.tracks}
         return {
             "snapshots": {
                 name: {"version": track.snapshot.version, "payload": track.snapshot.encoded()}
@@ -158,7 +146,7 @@ class Adopting:
             "pending": {name: list(track.pending) for name, track in named.items()},
             "memories": {
                 block: state
-                for track in self._tracks
+                for track in self.tracks
                 for block, memory in track.memories.items()
                 if (state := memory.state_dict())
             },
@@ -169,17 +157,17 @@ class Adopting:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` returned, before the state's "step"."""
-        for track in self._tracks:
+        for track in self.tracks:
             name = track.group.name
             if name in state["snapshots"]:
                 snapshot = state["snapshots"][name]
-                self._installer.install(track, int(snapshot["version"]), snapshot["payload"])
+                self.installer.install(track, int(snapshot["version"]), snapshot["payload"])
             track.ledger.restore(int(state["adopted"][name]))
             track.pending = [int(version) for version in state["pending"][name]]
             track.without_statistics = name in state["starving"]
             if name in state["calibrations"]:
                 track.calibrations = int(state["calibrations"][name])
             for block in track.memories.keys() & state["memories"].keys():
-                self._installer.restore_memory(track, block, state["memories"][block])
-            self._installer.ask_whether_measured(track)
-        self._installer.settle(int(state["step"]) - 1)
+                self.installer.restore_memory(track, block, state["memories"][block])
+            self.installer.ask_whether_measured(track)
+        self.installer.settle(int(state["step"]) - 1)

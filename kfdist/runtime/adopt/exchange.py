@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kfdist.comm.background import HEADER_COLUMNS, NO_HEADER, Header, PayloadBroadcast
@@ -24,45 +25,34 @@ class Arrival(NamedTuple):
     payload: bytes
 
 
+@dataclass
 class SnapshotExchange:
     """The broadcast of snapshots. All ranks make the same calls in the same order, from their main threads.
 
-    Args:
+    Attributes:
         tracks: All groups.
         communicator: Carries the payloads.
         book: Brings results to this rank.
         agreement: Carries the rounds.
         counters: Counts what was sent again, and the seconds of waits.
         wait_limit_seconds: Longest agreed wait.
-
-    Attributes:
         bytes_sent: Payload bytes this rank broadcast.
     """
 
-    def __init__(
-        self,
-        tracks: Sequence[Track],
-        communicator: Communicator,
-        book: JobBook,
-        agreement: Agreement,
-        counters: PipelineCounters,
-        *,
-        wait_limit_seconds: float,
-    ) -> None:
-        self._tracks = tracks
-        self._communicator = communicator
-        self._book = book
-        self._agreement = agreement
-        self._counters = counters
-        self._wait_limit_seconds = wait_limit_seconds
-        self.bytes_sent = 0
+    tracks: Sequence[Track]
+    communicator: Communicator
+    book: JobBook
+    agreement: Agreement
+    counters: PipelineCounters
+    wait_limit_seconds: float
+    bytes_sent: int = field(default=0, init=False)
 
     # asap: headers when the table says so, payloads in the background -----------------------------------------------
 
     def received_by_all(self, table: AgreedTable) -> dict[int, Arrival]:
         """Returns, by group, the broadcasts that every rank holds, as the agreed table shows."""
         arrived = {}
-        for track, agreed in zip(self._tracks, table.groups, strict=True):
+        for track, agreed in zip(self.tracks, table.groups, strict=True):
             if track.ledger.swaps(agreed):
                 assert track.flight is not None and track.flight.payload is not None, "all ranks have it, so this one"
                 arrived[track.group.index] = Arrival(track.flight.header.version, track.flight.payload)
@@ -74,13 +64,13 @@ class SnapshotExchange:
         Raises:
             EnvironmentFault: A group's snapshots keep reaching some rank damaged; on all ranks alike.
         """
-        both = list(zip(self._tracks, table.groups, strict=True))
+        both = list(zip(self.tracks, table.groups, strict=True))
         self._give_up([track for track, agreed in both if track.ledger.gives_up(agreed)])
         entered = [track for track, agreed in both if track.ledger.enters(agreed)]
         if not entered:
             return
         own = [self._own_header(track, track.jobs.newest) for track in entered]
-        columns = self._agreement.agree([column for header in own for column in header])
+        columns = self.agreement.agree([column for header in own for column in header])
         for track, header in zip(entered, _read_headers(columns), strict=True):
             if header is None:
                 raise KfdistError(
@@ -92,13 +82,13 @@ class SnapshotExchange:
 
     def poll(self) -> None:
         """Notes, without blocking, which payloads have arrived at this rank whole."""
-        for track in self._tracks:
+        for track in self.tracks:
             if track.flight is not None and track.flight.payload is None and track.flight.is_completed():
                 _receive(track, track.flight)
 
     def finish(self) -> None:
         """Completes every broadcast under way on this rank; `close` needs quiet groups."""
-        for track in self._tracks:
+        for track in self.tracks:
             if track.flight is not None and track.flight.payload is None:
                 _receive(track, track.flight)
 
@@ -113,7 +103,7 @@ class SnapshotExchange:
         for track in tracks:
             self.abandon(track)
             track.rejections += 1
-            self._counters.resent += 1
+            self.counters.resent += 1
         self._check_attempts([track for track in tracks if track.rejections >= _MOST_ATTEMPTS])
 
     # fixed-lag, first step, hard bound: agreed waits ---------------------------------------------------------------
@@ -136,25 +126,25 @@ class SnapshotExchange:
         missing = dict(wanted)
         arrived: dict[int, Arrival] = {}
         while missing:
-            self._book.collect()
-            held = {group: _wanted(self._tracks[group], version, exact=exact) for group, version in missing.items()}
-            own = [self._own_header(self._tracks[group], result) for group, result in held.items()]
+            self.book.collect()
+            held = {group: _wanted(self.tracks[group], version, exact=exact) for group, version in missing.items()}
+            own = [self._own_header(self.tracks[group], result) for group, result in held.items()]
             waited = time.monotonic() - begun
-            columns = self._agreement.round(
-                [column for header in own for column in header], expired=waited > self._wait_limit_seconds
+            columns = self.agreement.round(
+                [column for header in own for column in header], expired=waited > self.wait_limit_seconds
             )
             headers = dict(zip(missing, _read_headers(columns), strict=True))
             ready = {group: header for group, header in headers.items() if header is not None}
             arrived |= self._transfer(ready)
             missing = {group: version for group, version in missing.items() if group not in arrived}
             if missing and waited > WAITING_ROUND_SECONDS and not told:
-                self._agreement.tell(step, "waiting")
+                self.agreement.tell(step, "waiting")
                 told = True
-            if any(self._is_mine(self._tracks[group]) and held[group] is None for group in missing):
-                self._book.wait(WAITING_ROUND_SECONDS)
+            if any(self._is_mine(self.tracks[group]) and held[group] is None for group in missing):
+                self.book.wait(WAITING_ROUND_SECONDS)
         if told:
-            self._agreement.tell(step, "running")
-        self._counters.waited_seconds += time.monotonic() - begun
+            self.agreement.tell(step, "running")
+        self.counters.waited_seconds += time.monotonic() - begun
         return arrived
 
     def _transfer(self, headers: Mapping[int, Header]) -> dict[int, Arrival]:
@@ -164,22 +154,22 @@ class SnapshotExchange:
         for _ in range(_MOST_ATTEMPTS):
             if not remaining:
                 return arrived
-            broadcasts = {group: self._broadcast(self._tracks[group], header) for group, header in remaining.items()}
+            broadcasts = {group: self._broadcast(self.tracks[group], header) for group, header in remaining.items()}
             wrong = [int(not broadcast.receive()) for broadcast in broadcasts.values()]
-            for (group, broadcast), is_wrong in zip(broadcasts.items(), self._agreement.agree(wrong), strict=True):
+            for (group, broadcast), is_wrong in zip(broadcasts.items(), self.agreement.agree(wrong), strict=True):
                 if is_wrong:
-                    self._counters.resent += 1
+                    self.counters.resent += 1
                 else:
                     assert broadcast.payload is not None
                     arrived[group] = Arrival(broadcast.header.version, broadcast.payload)
                     del remaining[group]
-        self._check_attempts([self._tracks[group] for group in remaining])
+        self._check_attempts([self.tracks[group] for group in remaining])
         return arrived
 
     # shared --------------------------------------------------------------------------------------------------------
 
     def _is_mine(self, track: Track) -> bool:
-        return track.group.courier_rank == self._communicator.rank
+        return track.group.courier_rank == self.communicator.rank
 
     def _own_header(self, track: Track, result: JobResult | None) -> list[int]:
         return Header.of(result).columns() if self._is_mine(track) and result is not None else NO_HEADER
@@ -192,7 +182,7 @@ class SnapshotExchange:
                 raise KfdistError(f"version {header.version} of {track.group.name!r} left its slot too early")
             payload = result.payload
             self.bytes_sent += len(payload)
-        return PayloadBroadcast(self._communicator, header, source=track.group.courier_rank, payload=payload)
+        return PayloadBroadcast(self.communicator, header, source=track.group.courier_rank, payload=payload)
 
     def _check_attempts(self, damaged: Collection[Track]) -> None:
         if damaged:

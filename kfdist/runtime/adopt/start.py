@@ -14,6 +14,7 @@ from kfdist.comm.together import require_equal
 from kfdist.errors import CheckpointError, ConfigError, KfdistWarning
 from kfdist.runtime.adopt.agreement import Agreement
 from kfdist.runtime.track import Track
+from kfdist.seeds import seed_from
 
 
 def agree_on_start(
@@ -70,7 +71,7 @@ def agree_on_start(
 
 
 def _place(common: list[float], tracks: Sequence[Track]) -> int:
-    """Digests, to 62 bits, everything that decides which collectives a rank enters and what it applies."""
+    """Digests, to 63 bits, everything that decides which collectives a rank enters and what it applies."""
     of_groups = [
         [
             track.group.name,
@@ -81,8 +82,7 @@ def _place(common: list[float], tracks: Sequence[Track]) -> int:
         ]
         for track in tracks
     ]
-    text = json.dumps([common, of_groups])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+    return seed_from(json.dumps([common, of_groups]))
 
 
 def _forget_lost(tracks: Sequence[Track], agreement: Agreement, *, exact: bool) -> list[str]:

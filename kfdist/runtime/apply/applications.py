@@ -1,25 +1,25 @@
 """The apply verb: which inverse is multiplied onto which gradient at a step, and what is in force instead."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.runtime.adopt.agreement import Agreement
-from kfdist.runtime.apply.directions import Application, RawRows, precondition_gradients, solve
+from kfdist.runtime.apply.directions import Application, precondition_gradients, solve
 from kfdist.runtime.counters import PipelineCounters
-from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.settings import Settings
 from kfdist.runtime.track import Track
 from kfdist.types import BlockName
 
 
+@dataclass(frozen=True)
 class Applying:
     """Multiplies the snapshots in use onto the gradients. All ranks make the same calls.
 
-    Args:
+    Attributes:
         tracks: All groups.
         settings: What the pipeline is told.
         agreement: Has the damping in force.
@@ -27,19 +27,11 @@ class Applying:
         counters: Counts what is less than a fresh inverse.
     """
 
-    def __init__(
-        self,
-        tracks: Sequence[Track],
-        settings: Settings,
-        agreement: Agreement,
-        communicator: Communicator,
-        counters: PipelineCounters,
-    ) -> None:
-        self._tracks = tracks
-        self._settings = settings
-        self._agreement = agreement
-        self._communicator = communicator
-        self._counters = counters
+    tracks: Sequence[Track]
+    settings: Settings
+    agreement: Agreement
+    communicator: Communicator
+    counters: PipelineCounters
 
     def apply(
         self,
@@ -55,10 +47,10 @@ class Applying:
             learning_rate: The learning rate of a parameter, for the KL clip.
         """
         precondition_gradients(
-            self._applications(step, self._agreement.damping(step), batches),
-            kl_clip=self._settings.kl_clip,
+            self._applications(step, self.agreement.damping(step), batches),
+            kl_clip=self.settings.kl_clip,
             learning_rate=learning_rate,
-            communicator=self._communicator,
+            communicator=self.communicator,
         )
 
     def directions(self, step: int, damping: float) -> dict[nn.Parameter, Tensor]:
@@ -68,14 +60,14 @@ class Applying:
             for each in self._applications(step, damping, {})
         ]
         found: dict[nn.Parameter, Tensor] = {}
-        for block, _, U in solve(applications, self._communicator):
+        for block, _, U in solve(applications, self.communicator):
             found.update(zip(block.parameters(), block.from_matrix(U), strict=True))
         return found
 
     def _applications(
         self, step: int, damping: float, batches: Mapping[BlockName, BatchStatistics]
     ) -> list[Application]:
-        found = [self._application(track, step, damping, batches) for track in self._tracks]
+        found = [self._application(track, step, damping, batches) for track in self.tracks]
         return [each for each in found if each is not None]
 
     def _application(
@@ -83,16 +75,19 @@ class Applying:
     ) -> Application | None:
         """Returns how a group is treated at `step`; None where its gradients stay as they are."""
         group, inverses = track.group, track.snapshot.preconditioners
-        decision = track.decision(step, self._settings.adoption)
-        self._counters.fallbacks.update(decision.reasons)
+        decision = track.decision(step, self.settings.adoption)
+        self.counters.fallbacks.update(decision.reasons)
         lacking = [block for block in group.blocks if block.name not in inverses]
         if lacking:
-            self._counters.fallbacks["no_snapshot"] += len(lacking)
+            self.counters.fallbacks["no_snapshot"] += len(lacking)
             return None
         exchanged = any(each.exchanged for each in inverses.values())
         takes_part = any(all(p.grad is not None for p in block.parameters()) for block in group.blocks)
         if not (takes_part or exchanged):  # all ranks enter an exchange, whatever gradients they have
             return None
+        # The plan says whose rows they are, not the inverse: the first step's are measured, and runs whose rows aren't
+        # those of the gradient are refused, before there is any inverse. Such a group has a single block.
+        first = group.blocks[0].name
         return Application(
             blocks=group.blocks,
             preconditioners=[inverses[block.name] for block in group.blocks],
@@ -100,13 +95,5 @@ class Applying:
             damping=damping * decision.damping_factor,
             fallback=decision.fallback,
             solver=group.courier_rank,
-            rows=_rows_of(group, batches),
+            rows=batches.get(first) if group.needs[first].applied_rows else None,
         )
-
-
-def _rows_of(group: BlockGroup, batches: Mapping[BlockName, BatchStatistics]) -> RawRows | None:
-    """Returns the step's rows of a block whose inverse is multiplied onto them."""
-    name = group.blocks[0].name
-    if not group.needs[name].applied_rows or name not in batches:
-        return None
-    return RawRows.of(batches[name])

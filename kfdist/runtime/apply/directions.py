@@ -23,7 +23,7 @@ class Application:
         damping: lambda, already raised where the staleness policy says so.
         fallback: Use V / (lambda + tau) instead.
         solver: The rank that computes the direction where it is exchanged.
-        rows: This step's rows of a single block whose inverse is multiplied onto them; None: onto the gradient.
+        rows: This step's batch of a single block whose inverse is multiplied onto its rows; None: onto the gradient.
     """
 
     blocks: Sequence[Block]
@@ -32,7 +32,7 @@ class Application:
     damping: float
     fallback: bool
     solver: int = 0
-    rows: "RawRows | None" = None
+    rows: BatchStatistics | None = None
 
     @property
     def exchanged(self) -> bool:
@@ -50,37 +50,14 @@ class Application:
             pairs = zip(members, gradients, strict=True)
             return [each.fallback(V, self.damping) for each, V in pairs]
         if self.rows is not None:
-            return [self.rows.direction(members[0], self.damping).to(gradients[0].dtype)]
+            a, g, examples = self.rows.rows["A"], self.rows.rows["G"], self.rows.examples
+            g = g * (a.shape[1] / examples) ** 0.5  # of the per-example loss, without the 1/sqrt(T) of Gamma
+            return [members[0].apply_to_rows(a, g, examples, self.damping).to(gradients[0].dtype)]
         found = type(members[0]).apply_group(members, gradients, self.damping, self.memories)
         return [
             U if memory.measured is None else torch.where(memory.measured, U, V)
             for memory, U, V in zip(self.memories, found, gradients, strict=True)
         ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawRows:
-    """The rows of a batch whose gradient is V = g^T a / N.
-
-    Attributes:
-        a: `[c, n, q]`.
-        g: `[c, n, p]`, of the per-example loss.
-        examples: N.
-    """
-
-    a: Tensor
-    g: Tensor
-    examples: float
-
-    @classmethod
-    def of(cls, batch: BatchStatistics) -> "RawRows":
-        """Takes them from a step's batch, whose g carry the 1/sqrt(T) of Gamma."""
-        a, g = batch.rows["A"], batch.rows["G"]
-        return cls(a=a, g=g * (a.shape[1] / batch.examples) ** 0.5, examples=batch.examples)
-
-    def direction(self, preconditioner: AbstractPreconditioner, damping: float) -> Tensor:
-        """Returns (F + lambda I)^-1 V without V (algorithms.md 4.3)."""
-        return preconditioner.apply_to_rows(self.a, self.g, self.examples, damping)
 
 
 def solve(applications: Sequence[Application], communicator: Communicator) -> list[tuple[Block, Tensor, Tensor]]:

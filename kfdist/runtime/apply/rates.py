@@ -1,6 +1,7 @@
 """What a preconditioner reads of the optimizer and the scaler."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,18 +26,24 @@ class LearningRates:
     def __init__(self, lr: Scalar | None, *, needed: bool) -> None:
         self._lr = lr
         self._needed = needed
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def attach(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-        """From now on, without an `lr`, reads `optimizer`'s.
+    def attach(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], step: Callable[[], object]
+    ) -> None:
+        """From now on, without an `lr`, reads `optimizer`'s, and runs `step` before each of its steps.
 
         Args:
             optimizer: It has to step at least one of the parameters, if there are any.
             parameters: Those of the blocks.
+            step: What to run: when there are gradients, at the end of a closure where the optimizer is given one.
 
         Raises:
-            ConfigError: The optimizer steps none of them.
+            ConfigError: An optimizer is attached already, or this one steps none of the parameters.
         """
+        if self.optimizer is not None:
+            raise ConfigError("an optimizer is attached already; make one Preconditioner per optimizer")
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if parameters and not any(id(parameter) in known for parameter in parameters):
             raise ConfigError(
@@ -44,6 +51,12 @@ class LearningRates:
                 "this model, made from model.parameters()"
             )
         self.optimizer = optimizer
+        self._hook = optimizer.register_step_pre_hook(partial(_step_before_optimizer, step))
+
+    def detach(self) -> None:
+        """Runs nothing before the optimizer's steps any more; safe to call twice."""
+        if self._hook is not None:
+            self._hook.remove()
 
     def at(self, step: int) -> Callable[[nn.Parameter], float]:
         """Returns the learning rate at `step` as a function of the parameter.
@@ -71,19 +84,25 @@ class LearningRates:
         return lambda parameter: rates.get(id(parameter), 0.0)
 
 
-def check_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer | None) -> None:
-    """Checks that `scaler.unscale_` has been called since the last update.
+def finite_step(
+    scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]
+) -> Tensor | None:
+    """Returns a boolean scalar on the device: whether a scaled backward gave finite gradients; None without a scaler.
 
-    An overflow check alone is not enough: for a fused optimizer the scaler leaves the unscaling to its kernel.
+    Checks that `scaler.unscale_` has been called since the last update. An overflow check alone is not enough: for a
+    fused optimizer the scaler leaves the unscaling to its kernel.
 
     Raises:
         KfdistError: The gradients are still multiplied by the scale.
     """
+    if scaler is None or not scaler.is_enabled():
+        return None
     if not was_unscaled(scaler, optimizer):
         raise KfdistError(
             "the gradients are still multiplied by the GradScaler's scale; call scaler.unscale_(optimizer) before "
             "preconditioner.step()"
         )
+    return finite_gradients(parameters)
 
 
 def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor | None:
@@ -95,7 +114,7 @@ def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor | None:
     return torch.isfinite(total)
 
 
-def step_before_optimizer(
+def _step_before_optimizer(
     step: Callable[[], object], _optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Runs `step` when an optimizer's step has gradients: now, or at the end of its closure, which makes them.

@@ -1,7 +1,6 @@
 """Where a preconditioner's inversions are done when not in its own process."""
 
 import re
-import time
 from dataclasses import dataclass
 
 from kfdist import checks
@@ -18,15 +17,7 @@ DEADLINE_SECONDS = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """An inversion service and how this run uses it; made by `kfdist.connect`.
-
-    Attributes:
-        address: The controller, "host:port".
-        run: Name of the run.
-        epoch: Start of the run, growing from start to start; None: drawn from the clock by rank 0.
-        assignment: How groups are dealt to owners: "round_robin" (over cost-sorted groups), "model_order" or "lpt".
-        deadline_seconds: How long one inversion may run before its process is killed and the job sent again.
-    """
+    """An inversion service and how this run uses it; made by `kfdist.connect`, which documents each field."""
 
     address: str
     run: str = "default"
@@ -62,18 +53,13 @@ def connect(
         run: Name of the run at the controller.
         epoch: Start of the run; a later start must have a larger one, since older messages are refused. None draws one
             from rank 0's clock.
-        assignment: How groups are dealt to owners.
-        deadline_seconds: How long one inversion may run.
+        assignment: How groups are dealt to owners: "round_robin" (over cost-sorted groups), "model_order" or "lpt".
+        deadline_seconds: How long one inversion may run before its process is killed and the job sent again.
 
     Raises:
         ConfigError: A value is out of range.
     """
     return Service(address=address, run=run, epoch=epoch, assignment=assignment, deadline_seconds=deadline_seconds)
-
-
-def epoch_from_clock() -> int:
-    """Draws an epoch for library use without a run directory: milliseconds since 1970."""
-    return int(time.time() * 1000)
 
 
 def make_link(link: Service | AbstractLink | None) -> AbstractLink:

@@ -1,17 +1,17 @@
 """The invert verb: ships reduced statistics to the inverters, and takes in what they have finished."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverter import Placement
+from kfdist.curvature.inverter import AbstractInverter, Placement
 from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
 from kfdist.runtime.counters import PipelineCounters
-from kfdist.runtime.invert.departures import DepartingStatistics
+from kfdist.runtime.invert.departures import Departure, Reduced, job_record
 from kfdist.runtime.invert.job_book import JobBook
 from kfdist.runtime.invert.own import OwnInversion, invert_own
 from kfdist.runtime.plan.groups import BlockGroup
@@ -23,47 +23,29 @@ from kfdist.types import BlockName, GroupName, Job, JobResult, LateBytes
 from kfdist.wire.records import tensor_fields
 
 
-@dataclass(frozen=True)
-class _Departure:
-    """Statistics on their way to the host, and what else their jobs will say."""
-
-    statistics: DepartingStatistics
-    damping: float
-    previous: Mapping[GroupName, Mapping[BlockName, Mapping[str, Tensor]]]
-
-
+@dataclass
 class Inverting:
     """Has inverted what was reduced: by the link's inverters, or at once by every rank for itself.
 
-    Args:
-        tracks: All groups.
+    Attributes:
+        tracks: All groups, by name.
         settings: What the pipeline is told.
         terms: What its jobs say beside their content.
         book: Jobs and results of the groups this rank ships.
         rank: This rank.
         counters: Counts what comes back.
-
-    Attributes:
+        departures: What has not reached the host yet, oldest first.
         bytes_received: Payload bytes of results.
     """
 
-    def __init__(
-        self,
-        tracks: Sequence[Track],
-        settings: Settings,
-        terms: JobTerms,
-        book: JobBook,
-        rank: int,
-        counters: PipelineCounters,
-    ) -> None:
-        self._tracks = {track.group.name: track for track in tracks}
-        self._settings = settings
-        self._terms = terms
-        self._book = book
-        self._rank = rank
-        self._counters = counters
-        self._departures: list[_Departure] = []
-        self.bytes_received = 0
+    tracks: Mapping[GroupName, Track]
+    settings: Settings
+    terms: JobTerms
+    book: JobBook
+    rank: int
+    counters: PipelineCounters
+    departures: list[Departure] = field(default_factory=list, init=False)
+    bytes_received: int = field(default=0, init=False)
 
     def take(self, reduction: Reduction, damping: float) -> dict[int, OwnInversion]:
         """Ships what has reached the host, and takes in what has come back.
@@ -79,79 +61,72 @@ class Inverting:
         shipped = [track for track in reduction.tracks if track.group.inverter.placement is Placement.OWNER]
         for track in shipped:
             track.ship(reduction.step)
-        mine = [track for track in shipped if track.group.courier_rank == self._rank]
+        mine = [track for track in shipped if track.group.courier_rank == self.rank]
         if mine:
             # Kept as of now: how soon the copy reaches the host must not change what the job says.
             previous = {track.group.name: track.snapshot.states for track in mine}
             groups = [track.group for track in mine]
-            statistics = DepartingStatistics(reduction.step, groups, _tensors(groups, reduction))
-            self._departures.append(_Departure(statistics, damping, previous))
-        own = invert_own(reduction, seed=self._settings.seed)
+            tensors = _tensors(groups, reduction)
+            self.departures.append(Departure(reduction.step, groups, tensors, damping=damping, previous=previous))
+        own = invert_own(reduction, seed=self.settings.seed)
         for track in reduction.tracks:
-            if track.group.index in own and track.group.courier_rank == self._rank:  # each is counted once a run
-                self._counters.completed[track.group.inverter.name] += 1
-        while self._departures and self._departures[0].statistics.ready():
-            self._ship(self._departures.pop(0))
+            if track.group.index in own and track.group.courier_rank == self.rank:  # each is counted once a run
+                self.counters.completed[track.group.inverter.name] += 1
+        while self.departures and self.departures[0].ready():
+            self._ship(self.departures.pop(0))
         self.collect()
         return own
 
-    @property
-    def bytes_sent(self) -> int:
-        """Payload bytes of jobs."""
-        return self._book.bytes_sent
-
     def ship_all(self) -> None:
         """Ships also what has not reached the host yet: somebody is about to wait for it, or writes it down."""
-        while self._departures:
-            self._ship(self._departures.pop(0))
+        while self.departures:
+            self._ship(self.departures.pop(0))
 
-    def _ship(self, departure: _Departure) -> None:
-        version = departure.statistics.version
-        records = departure.statistics.records()
-        for group in departure.statistics.groups:
-            of_group = records[group.name]
-            if not of_group:
+    def _ship(self, departure: Departure) -> None:
+        version = departure.version
+        for group, tensors in departure.arrived():
+            if not tensors:
                 payload = failure_result({block.name: NO_STATISTICS for block in group.blocks})
                 self._announce(JobResult(group=group.name, version=version, payload=payload, seconds=0.0, owner="none"))
                 continue
             encode = partial(
-                encode_job,
-                inverter=group.inverter,
-                statistics=of_group,
+                _encode,
+                group.inverter,
+                tensors,
                 damping=departure.damping,
-                seeds={name: block_seed(self._settings.seed, name, version) for name in of_group},
+                seeds={name: block_seed(self.settings.seed, name, version) for name in tensors},
                 previous={} if group.inverter.online else departure.previous[group.name],
                 threads=torch.get_num_threads(),
             )
-            self._book.ship(self._job(group.name, version, LateBytes(encode)))
+            self.book.ship(self._job(group.name, version, LateBytes(encode)))
 
     def _job(self, group: GroupName, version: int, content: LateBytes) -> Job:
         return Job(
-            run=self._terms.run,
-            epoch=self._terms.epoch,
+            run=self.terms.run,
+            epoch=self.terms.epoch,
             group=group,
             version=version,
             content=content,
-            deadline_seconds=self._terms.deadline_seconds,
+            deadline_seconds=self.terms.deadline_seconds,
             # Under asap any owner will do.
-            fingerprint=self._terms.fingerprint if self._settings.lag is not None else "",
+            fingerprint=self.terms.fingerprint if self.settings.lag is not None else "",
         )
 
     def _announce(self, result: JobResult) -> None:
         """Freezes a result that no running job waits for, and lets all ranks know of it."""
-        track = self._tracks[result.group]
+        track = self.tracks[result.group]
         track.jobs.put(result)
         track.ledger.announce(result.version)
 
     def collect(self) -> None:
         """Takes in what the inverters have finished, and lets all ranks know of it."""
-        self._book.collect()
-        for result in self._book.take_news():
-            track = self._tracks[result.group]
+        self.book.collect()
+        for result in self.book.take_news():
+            track = self.tracks[result.group]
             track.ledger.announce(result.version)
             method = track.group.inverter.name
-            self._counters.completed[method] += 1
-            self._counters.inversion_seconds.append((method, result.seconds))
+            self.counters.completed[method] += 1
+            self.counters.inversion_seconds.append((method, result.seconds))
             self.bytes_received += len(result.payload)
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,12 +135,10 @@ class Inverting:
         With them, by group, the version and result that an online group's next job goes on from.
         """
         self.ship_all()
-        jobs = [
-            (job, {"job": job.payload}) for track in self._tracks.values() for job in track.jobs.unanswered.values()
-        ]
+        jobs = [(job, {"job": job.payload}) for track in self.tracks.values() for job in track.jobs.unanswered.values()]
         results = [
             (result, {"result": result.payload, "seconds": result.seconds, "owner": result.owner})
-            for track in self._tracks.values()
+            for track in self.tracks.values()
             for result in track.jobs.results.values()
         ]
         return {
@@ -175,7 +148,7 @@ class Inverting:
             },
             "online": {
                 name: {"version": track.jobs.head[0], "payload": track.jobs.head[1]}
-                for name, track in self._tracks.items()
+                for name, track in self.tracks.items()
                 if track.jobs.head is not None
             },
         }
@@ -186,7 +159,7 @@ class Inverting:
         Of other groups nothing is kept: it would grow old and be saved again. Where the state lacks what an online
         group goes on from (another rank's was lost), that is the snapshot in use.
         """
-        mine = {name: track for name, track in self._tracks.items() if track.group.courier_rank == self._rank}
+        mine = {name: track for name, track in self.tracks.items() if track.group.courier_rank == self.rank}
         for name, track in mine.items():
             for head in (state["snapshots"].get(name), state["online"].get(name)):
                 if head is not None:
@@ -195,14 +168,20 @@ class Inverting:
         for entry in sorted(entries, key=lambda entry: (entry["group"], entry["version"])):
             group, version = str(entry["group"]), int(entry["version"])
             if "job" in entry:
-                self._book.ship(self._job(group, version, LateBytes.of(entry["job"])))
+                self.book.ship(self._job(group, version, LateBytes.of(entry["job"])))
             else:
                 seconds, owner = float(entry["seconds"]), str(entry["owner"])
                 payload = entry["result"]
                 self._announce(JobResult(group=group, version=version, payload=payload, seconds=seconds, owner=owner))
 
 
-def _tensors(groups: Sequence[BlockGroup], reduction: Reduction) -> dict[BlockName, Mapping[str, Tensor]]:
+def _encode(inverter: AbstractInverter, tensors: Reduced, **said: Any) -> bytes:
+    """Divides the sums and writes a job down, in a thread of the link."""
+    statistics = {name: job_record(inverter.statistic, of_block) for name, of_block in tensors.items()}
+    return encode_job(inverter=inverter, statistics=statistics, **said)
+
+
+def _tensors(groups: Sequence[BlockGroup], reduction: Reduction) -> Reduced:
     """Returns what was reduced of the groups' blocks, rows where there are any."""
     found: dict[BlockName, Mapping[str, Tensor]] = {}
     for block in (block for group in groups for block in group.blocks):

@@ -138,7 +138,7 @@ def test_sketch_equals_its_formula(form: Any, scaling: Any) -> None:
     else:
         sketched, target = s**0.5 * U[:, kept], s**0.5 * v[:, kept]
     expected = woodbury(U, sketched.mT @ sketched, sketched.mT @ target, damping, V)
-    assert relative_error(made._direction(V, damping), expected) <= 1e-10
+    assert relative_error(made.raw_direction(V, damping), expected) <= 1e-10
 
 
 @both_forms
@@ -148,9 +148,9 @@ def test_S5_published_scaling_is_the_unbiased_sketch_with_less_damping(form: Any
     published = invert(Seng(form=form, column_sample_size=4, scaling="published"), given)
     unbiased = invert(Seng(form=form, column_sample_size=4), given)
     # U b is the same; what is left is the outer division by lambda.
-    expected = unbiased._direction(V, damping / scale) / scale
-    assert relative_error(published._direction(V, damping), expected) <= 1e-10
-    assert relative_error(unbiased._direction(V, damping), expected) > 1e-2
+    expected = unbiased.raw_direction(V, damping / scale) / scale
+    assert relative_error(published.raw_direction(V, damping), expected) <= 1e-10
+    assert relative_error(unbiased.raw_direction(V, damping), expected) > 1e-2
 
 
 @both_forms
@@ -183,7 +183,7 @@ def test_mean_field_equals_its_formula() -> None:
         a_mean = sum(b[c, i] * given.a[c, i] for i in range(N)) / b[c].abs().sqrt().sum()
         assert isinstance(g_mean, Tensor)
         expected[c] = (V[c] - g_mean.mT @ a_mean / N**0.5) / damping
-    assert relative_error(made._direction(V, damping), expected) <= 1e-10
+    assert relative_error(made.raw_direction(V, damping), expected) <= 1e-10
 
 
 def test_mean_field_is_exact_where_output_gradients_agree() -> None:
@@ -199,7 +199,7 @@ def test_a_direction_that_points_uphill_is_replaced_and_counted(form: Any) -> No
     replaced = 0
     for seed in range(30):
         made = invert(inverter, samples(), seed=seed)
-        raw = made._direction(V, 1e-3)
+        raw = made.raw_direction(V, 1e-3)
         uphill = (raw * V).sum((1, 2)) <= 0
         found = made.apply(V, 1e-3, memory)
         expected = torch.where(uphill[:, None, None], made.fallback(V, 1e-3), raw)

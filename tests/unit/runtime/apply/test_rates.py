@@ -38,7 +38,7 @@ def test_an_attached_optimizers_rates_per_group_as_a_scheduler_moves_them():
     groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters(), "lr": torch.tensor(0.25)}]
     optimizer = torch.optim.SGD(groups)
     rates = LearningRates(None, needed=True)
-    rates.attach(optimizer, list(model.parameters()))
+    rates.attach(optimizer, list(model.parameters()), lambda: None)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
     seen = []
     for step in range(2):
@@ -53,7 +53,7 @@ def test_an_attached_optimizers_rates_per_group_as_a_scheduler_moves_them():
 def test_a_given_rate_wins_over_the_optimizers():
     model: Any = two_layers()
     rates = LearningRates(0.125, needed=True)
-    rates.attach(torch.optim.SGD(model.parameters(), lr=9.0), list(model.parameters()))
+    rates.attach(torch.optim.SGD(model.parameters(), lr=9.0), list(model.parameters()), lambda: None)
     assert rates.at(0)(model[0].weight) == 0.125
 
 

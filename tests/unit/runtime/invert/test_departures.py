@@ -9,7 +9,7 @@ from kfdist.curvature.averages import BatchStatistics, WeightedSums
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import Increment
 from kfdist.linalg.psd import unpack_triangle
-from kfdist.runtime.invert.departures import DepartingStatistics
+from kfdist.runtime.invert.departures import Departure, job_record
 from kfdist.runtime.reduce.contributions import Contribution, contribution_of_sums, with_increment
 from kfdist.wire.records import RecordTree
 from tests.support.matrices import gaussian
@@ -40,7 +40,9 @@ def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
             world_size=1,
             seed=0,
         )
-        return DepartingStatistics(0, [group], {name: found.summed | found.common}).records()[group.name]
+        departure = Departure(0, [group], {name: found.summed | found.common}, damping=0.1, previous={})
+        ((of_group, arrived),) = departure.arrived()
+        return {block: job_record(of_group.inverter.statistic, tensors) for block, tensors in arrived.items()}
 
     assert records(dense=False)[name]["fields"]["A"].shape == (1, 0)
     assert records(dense=True) == {}, "where nothing was ever measured there is nothing to invert"
