@@ -8,7 +8,6 @@ import pytest
 
 from kfdist.control.client import ControlClient
 from tests.support.commands import run
-from tests.support.controller import eventually
 from tests.support.launches import ENDLESS, STEPS, addresses, launch, summary_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -23,14 +22,15 @@ def test_a_baseline_is_paused_resumed_stopped_and_taken_up_again_like_any_other_
         command.wait_for_line("step ")
         with ControlClient(served.control) as client:
             run("pause", "digits", *address)
-            paused = eventually(lambda: client.get("digits"), lambda seen: seen.state == "paused", seconds=30)
+            command.wait_until("it was paused", lambda: client.get("digits").state == "paused", 30)
+            paused = client.get("digits")
             time.sleep(1.0)
             assert client.get("digits").step == paused.step < STEPS
             assert (paused.live_workers, paused.live_owners, command.members("kfdist pool")) == (2, 0, [])
             metrics = urllib.request.urlopen(served.metrics, timeout=5).read().decode()
             assert 'kfdist_steps_total{run="digits"}' in metrics and "kfdist_loss" in metrics
             run("resume", "digits", *address)
-            eventually(lambda: client.get("digits"), lambda seen: seen.step > paused.step, seconds=30)
+            command.wait_until("it went on", lambda: client.get("digits").step > paused.step, 30)
         run("stop", "digits", *address)
         command.expect(75, seconds=60)
         assert command.left_behind(5) == []

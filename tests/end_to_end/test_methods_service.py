@@ -4,7 +4,6 @@ Owners must give bit for bit what the ranks themselves compute, the adopted inve
 was named, and it must train.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kfdist.curvature.inverters import INVERTERS
-from tests.support.commands import run
+from tests.support.launches import launch, summary_of
 from tests.support.service_methods import Trained, inversions, service, train
 
 pytestmark = pytest.mark.timeout(300)
@@ -140,10 +139,11 @@ def test_the_fisher_of_the_models_own_predictions(controller: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("lines", "described", "methods"),
     [
-        (overrides("b-kfac", CASES["b-kfac"]), "sgd with b-kfac,", {"b-kfac"}),
+        ([*overrides("b-kfac", CASES["b-kfac"]), "cluster.link=local"], "sgd with b-kfac,", {"b-kfac"}),
         (
             [
                 *SMALL_CNN,
+                "cluster.owners=1",
                 'preconditioner.methods={"8" = "kfac", "6" = {method = "b-kfac", rank = 32, increment_rows = 128}, '
                 '"2" = {method = "seng", examples = 64, column_sample_size = 8}, "*" = "eva"}',
             ],
@@ -151,13 +151,13 @@ def test_the_fisher_of_the_models_own_predictions(controller: str, tmp_path: Pat
             {"kfac", "b-kfac", "seng", "eva"},
         ),
     ],
-    ids=["one-line", "table"],
+    ids=["one-line", "table with owners"],
 )
 def test_a_launch_with_the_method_in_its_configuration(
     tmp_path: Path, lines: Sequence[str], described: str, methods: set[str]
 ) -> None:
-    arguments = [part for line in (*lines, "run.steps=30", f"run.dir={tmp_path / 'run'}") for part in ("--set", line)]
-    assert described in run("train", *arguments)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    with launch(tmp_path / "run", *(part for line in (*lines, "run.steps=30") for part in ("--set", line))) as command:
+        assert described in command.expect(0)
+    summary = summary_of(tmp_path / "run")
     assert summary["status"] == "finished" and set(summary["inversions"]["by_method"]) == methods
     assert summary["failures"] == {} and summary["fallbacks"] == {}

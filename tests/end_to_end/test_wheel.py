@@ -9,8 +9,11 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.support.launches import LOCAL, ONE_RANK
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -73,14 +76,32 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"kfdist"}
 
 
-def test_an_installed_wheel_trains_outside_the_checkout(outside: Path):
+def _train(outside: Path, *arguments: str) -> dict[str, Any]:
+    """Trains in the environment of the wheel, with nothing of the checkout in reach; returns the summary."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [
         str(outside / "venv" / "bin" / "python"),
-        *("-m", "kfdist", "train", "--json", "--set", "run.steps=20", "--set", "run.eval_period=0"),
+        "-m",
+        "kfdist",
+        "train",
+        "--json",
+        "--set",
+        "run.eval_period=0",
     ]
-    done = subprocess.run(command, cwd=outside, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([*command, *arguments], cwd=outside, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_an_installed_wheel_trains_outside_the_checkout(outside: Path):
+    summary = _train(outside, *LOCAL, *ONE_RANK, "--set", "run.name=alone", "--set", "run.steps=3")
+    assert summary["status"] == "finished" and summary["steps"] == 3
+    assert (outside / "runs" / "alone" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_has_the_whole_service(outside: Path):
+    summary = _train(outside, "--set", "run.steps=20")
     assert summary["status"] == "finished" and summary["steps"] == 20
+    assert summary["inversions"]["completed"] > 0 and summary["bytes"]["to_owners"] > 0
     assert (outside / "runs" / "digits" / "summary.json").exists()

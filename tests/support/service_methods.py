@@ -21,7 +21,7 @@ from kfdist.training.setup import gather_materials, make_training
 from kfdist.training.summary import parameter_sha256
 from kfdist.training.trainer import Trainer
 from tests.support.commands import Command
-from tests.support.controller import ControllerThread, eventually
+from tests.support.controller import ControllerThread
 from tests.support.ranks import run_ranks
 
 RANKS, OWNERS = 2, 2
@@ -59,8 +59,7 @@ def service(folder: Path) -> Iterator[str]:
             *("--set", f"cluster.owners={OWNERS}"),
         ) as pool,
     ):
-        eventually(lambda: ready.exists() or pool.process.poll() is not None, bool, seconds=90)
-        assert ready.exists(), (pool.wait(1), pool.text)
+        pool.wait_for_file(ready)
         pool.family()
         yield controller.address
 
