@@ -4,18 +4,22 @@ Each function says why the public interface won't do. tests/unit/test_torch_inte
 tests/distributed/test_group_internals.py check that each still exists and does what is assumed here.
 """
 
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore as TCPStore  # torch.distributed.TCPStore; only here is it typed
 from torch.amp.grad_scaler import OptState
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import stateless
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the only way to see all operations
 from torch.utils._pytree import tree_leaves as tree_leaves
 
@@ -24,6 +28,13 @@ Convolution = _ConvNd
 
 NO_BACKWARD = -1
 """What `running_backward` says outside of any backward."""
+
+_TRANSPOSES = frozenset({"TBackward0", "TransposeBackward0"})
+
+_VIEWS = _TRANSPOSES | {
+    f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Alias")
+}
+"""Nodes that only show or convert what the node before them made."""
 
 _LAST_NODES = 100
 """How far from the output DistributedDataParallel's node is looked for."""
@@ -70,6 +81,11 @@ def children_by_name(module: nn.Module) -> Mapping[str, nn.Module | None]:
     return module._modules
 
 
+def runs_compiled(module: nn.Module) -> bool:
+    """Says whether `module.compile()` was called, which leaves no other trace."""
+    return module._compiled_call_impl is not None
+
+
 def with_tensors_for_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
     """Puts tensors in the place of parameters, by name, inside the `with`.
 
@@ -81,6 +97,73 @@ def with_tensors_for_parameters(module: nn.Module, tensors: Mapping[str, Tensor]
 def storage_id(storage: torch.UntypedStorage) -> int:
     """Returns a number that no other living storage has; empty ones share their address, `data_ptr`."""
     return storage._cdata
+
+
+def base_of(view: Tensor) -> Tensor | None:
+    """Returns what a tensor is a view of; None where it is no view."""
+    return view._base
+
+
+def product_edge(output: Tensor) -> tuple[GradientEdge, bool]:
+    """Returns where in the graph the operation is that made an output, behind the views that torch put after it.
+
+    A `linear` of three dimensions ends in a view, whose node is replaced when the output is changed in place; hooks on
+    it, or on the tensor, then see nothing. The node of the product itself stays.
+
+    Returns:
+        The place, and whether the operation's own result is the output's transpose.
+    """
+    node, number, transposed = output.grad_fn, output.output_nr, False
+    while node is not None and node.name() in _VIEWS:
+        transposed ^= node.name() in _TRANSPOSES
+        node, number = node.next_functions[0]
+    assert node is not None, "an output of a product that requires a gradient has a node"
+    return GradientEdge(node, number), transposed
+
+
+def leave_function_mode(mode: TorchFunctionMode) -> None:
+    """Takes a mode off the stack wherever it lies: `__exit__` would take off whatever lies on top."""
+    above = []
+    while torch._C._len_torch_function_stack():
+        top = torch.overrides._pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        torch.overrides._push_mode(other)
+
+
+# torch.compile ----------------------------------------------------------------------------------------------------
+
+
+class EagerSteps:
+    """Makes compiled code run eagerly until it is closed; several may be open at once.
+
+    What torch.compile made before global hooks were there doesn't call them, and what it makes while they are there
+    has them built in.
+    """
+
+    _open: ClassVar[set["EagerSteps"]] = set()
+    _stance: ClassVar[Any] = None
+
+    def __init__(self) -> None:
+        if not self._open:
+            # A compiled module passes the hooks twice, as itself and as its wrapper, and torch says so at every call.
+            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
+            EagerSteps._stance = torch.compiler.set_stance("force_eager")
+        self._open.add(self)
+
+    def close(self) -> None:
+        """Lets compiled code run again, when all are closed."""
+        self._open.discard(self)
+        if not self._open and self._stance is not None:
+            EagerSteps._stance.__exit__(None, None, None)
+            EagerSteps._stance = None
+
+
+def eager_steps() -> EagerSteps | None:
+    """Opens one; None where nothing can be compiled yet: torch loads the compiler, which takes a second, when asked."""
+    return EagerSteps() if "torch._dynamo" in sys.modules else None
 
 
 # GradScaler -------------------------------------------------------------------------------------------------------

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss, divisor, enumerated_roots, sampled_root
-from kfdist.capture.passes import ForwardPass
 from kfdist.capture.requests import SEED_MASK
-from kfdist.capture.visits import Scaling, Unit, Visit
+from kfdist.capture.visits import Scaling, Unit, Use, Visit
 from kfdist.errors import KfdistError
 from kfdist.torch_internals import changes_in_place, without_first_reduction
 from kfdist.types import Fisher
@@ -25,13 +24,10 @@ _TARGETS_SEED = 0x2545F4914F6CDD1D
 
 
 @dataclass
-class _Call:
-    """A call of an armed layer whose backward hasn't come yet."""
+class _Open:
+    """A use of a due block whose backward hasn't come yet."""
 
-    name: str
-    activation: Tensor
-    version: int | None
-    forward: ForwardPass
+    use: Use
     output: GradientEdge
     visit: Visit | None = None
 
@@ -47,22 +43,22 @@ class Observer:
     def __init__(self, fisher: Fisher, collector: Collector) -> None:
         self._fisher = fisher
         self._collector = collector
-        self._open: dict[int, _Call] = {}
+        self._open: dict[int, _Open] = {}
         self._made = 0
         self._seen: set[str] = set()
         self._missed: set[str] = set()
         self._draws = 0
         self.running = False
 
-    def remember(self, name: str, activation: Tensor, version: int | None, forward: ForwardPass, output: Tensor) -> int:
-        """Notes a call of a layer.
+    def remember(self, use: Use, output: GradientEdge) -> int:
+        """Notes a use of a block, and where its output is in the graph.
 
         Returns:
-            Its number, for `let_go`; a hook may hold that, but not the call, which holds the graph.
+            Its number, for `let_go`; a hook may hold that, but not the edge, which holds the graph.
         """
         self._made += 1
-        self._open[self._made] = _Call(name, activation, version, forward, get_gradient_edge(output))
-        self._seen.add(name)
+        self._open[self._made] = _Open(use, output)
+        self._seen.add(use.name)
         return self._made
 
     def repeated(self, name: str) -> None:
@@ -81,7 +77,7 @@ class Observer:
         """The backward of a call has come; whether it was observed must be clear by now."""
         gone = self._open.pop(call, None)
         if gone is not None and gone.visit is None:
-            self._missed.add(gone.name)
+            self._missed.add(gone.use.name)
 
     def run(self, output: Tensor, loss: OutputLoss, *, stated: int | None, backwards: int, seed: int) -> None:
         """Measures the open calls that the output depends on.
@@ -105,7 +101,7 @@ class Observer:
                 )
             return
         for call in calls:
-            check_version(call.name, call.activation, call.version)
+            check_version(call.use.name, call.use.activation, call.use.version)
         if self._fisher == "mc":
             generator = torch.Generator().manual_seed(((seed ^ _TARGETS_SEED) + self._draws) & SEED_MASK)
             roots: Iterable[Tensor] = [sampled_root(output, loss, generator)]
@@ -119,8 +115,8 @@ class Observer:
                 if gradient is None:
                     continue
                 if call.visit is None:
-                    call.visit = Visit(call.name, call.activation, Unit(backwards, call.forward), stated)
-                self._collector.add(call.visit, gradient.detach(), scaling, self._draws)
+                    call.visit = Visit(call.use.name, call.use.activation, Unit(backwards, call.use.forward), stated)
+                self._collector.add(call.visit, call.use.share(gradient), scaling, self._draws)
 
     def check_complete(self) -> None:
         """Checks that every block whose gradient came was observed.
@@ -143,7 +139,7 @@ class Observer:
         self._missed.clear()
         self._draws = 0
 
-    def _gradients(self, output: Tensor, root: Tensor, calls: list[_Call]) -> tuple[Tensor | None, ...]:
+    def _gradients(self, output: Tensor, root: Tensor, calls: list[_Open]) -> tuple[Tensor | None, ...]:
         self.running = True
         try:
             with without_first_reduction(output):
@@ -180,10 +176,10 @@ def check_version(name: str, activation: Tensor, version: int | None) -> None:
         )
 
 
-def _independent_examples(output: Tensor, calls: list[_Call]) -> int:
+def _independent_examples(output: Tensor, calls: list[_Open]) -> int:
     """Returns how many examples share the output's dim 0: those of its forward, where they divide it."""
     length = output.shape[0] if output.dim() else 1
-    known = {call.forward.examples for call in calls} - {None, 0}
+    known = {call.use.forward.examples for call in calls} - {None, 0}
     if length in known or not known:
         return length
     fitting = [n for n in known if n is not None and length % n == 0]

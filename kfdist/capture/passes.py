@@ -5,6 +5,7 @@ them. Autograd numbers its nodes in the order they are made, so the node that as
 forward made it.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -20,7 +21,7 @@ class ForwardPass:
     """One call of the model, or of a layer by itself.
 
     Attributes:
-        examples: How many examples it was given; None where the model was not called as a whole.
+        examples: How many examples it was given, known at its end; None where the model was not called as a whole.
         captured: Whether its layers are measured; not so inside `Capture.paused`.
         whole: Whether the model was called as a whole, so that its output tells when a backward begins.
         outer_backward: The backward it was run again in, as a whole, by reentrant checkpointing.
@@ -36,28 +37,41 @@ class ForwardPass:
     end_node: int
 
 
+class _Thread(threading.local):
+    """A thread's forward under way, and the one that a backward in it repeats."""
+
+    def __init__(self) -> None:
+        self.open: ForwardPass | None = None
+        self.rerun: ForwardPass | None = None
+
+
 class PassLog:
-    """The forwards since the last step, of one model in one thread."""
+    """The forwards since the last step, of one model."""
 
     def __init__(self) -> None:
         self._passes: list[ForwardPass] = []
-        self._open: ForwardPass | None = None
-        self._rerun: ForwardPass | None = None
+        self._thread = _Thread()
         self._start = next_node()
 
-    def begin(self, *, examples: int | None, captured: bool) -> None:
+    def begin_calls(self) -> None:
+        """Layers are called from outside of the model; outside of a backward they repeat no earlier forward."""
+        if running_backward() == NO_BACKWARD:
+            self._thread.rerun = None
+
+    def begin(self, *, captured: bool) -> None:
         """The model's forward starts, or is repeated by checkpointing."""
         repeated = running_backward() != NO_BACKWARD
         node = next_node()
         # Checkpointing the whole model makes its node just before it calls the model, without gradients.
         first = node if torch.is_grad_enabled() else node - 1
         captured = self._of_running_node().captured if repeated else captured
-        self._open = ForwardPass(examples, captured, True, running_backward(), first, node)
+        self._thread.open = ForwardPass(None, captured, True, running_backward(), first, node)
 
-    def end(self) -> ForwardPass | None:
+    def end(self, *, examples: int | None) -> ForwardPass | None:
         """The model's forward ends; returns it."""
-        done, self._open = self._open, None
+        done, self._thread.open = self._thread.open, None
         if done is not None:
+            done.examples = examples
             done.end_node = next_node()
             self._passes.append(done)
         return done
@@ -73,19 +87,20 @@ class PassLog:
             The model's forward; for a call outside of it, a forward of its own; for a call that checkpointing repeats,
             the forward that made it first, not captured if that was before the last step.
         """
-        if self._open is not None:
-            return self._open
+        thread = self._thread
+        if thread.open is not None:
+            return thread.open
         if running_backward() == NO_BACKWARD:
-            self._rerun = None
+            thread.rerun = None
             return ForwardPass(None, captured, False, NO_BACKWARD, 0, 0)
-        if not nested or self._rerun is None:  # a nested backward's nodes are younger than the forward they belong to
-            self._rerun = self._of_running_node()
-        return self._rerun
+        if not nested or thread.rerun is None:  # a nested backward's nodes are younger than the forward they belong to
+            thread.rerun = self._of_running_node()
+        return thread.rerun
 
     def forget(self) -> None:
         """A step was done: forwards before it no longer count."""
         self._passes.clear()
-        self._open = self._rerun = None
+        self._thread = _Thread()
         self._start = next_node()
 
     def _of_running_node(self) -> ForwardPass:

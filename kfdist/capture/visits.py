@@ -31,6 +31,43 @@ class Unit:
         return self.backward, self.forward if self.forward.whole else None
 
 
+@dataclass(frozen=True)
+class Use:
+    """What is remembered of a block's use until its backward.
+
+    Attributes:
+        name: The block.
+        activation: What its weight was multiplied with.
+        version: The activation's, to notice changes.
+        output_shape: Of the product, its own rows last.
+        transposed: Whether gradients come with the last two dimensions exchanged.
+        rows: The block's share of the product's last dimension; None for all of it.
+        forward: Which forward it belongs to.
+        generation: Of the capture.
+        rerun_in: The backward that checkpointing repeats it in.
+    """
+
+    name: str
+    activation: Tensor
+    version: int | None
+    output_shape: tuple[int, ...]
+    transposed: bool
+    rows: slice | None
+    forward: ForwardPass
+    generation: int
+    rerun_in: int
+
+    def share(self, gradient: Tensor) -> Tensor:
+        """Cuts the block's output gradient out of the product's, which may have come with its positions flattened."""
+        gradient = gradient.detach()
+        if self.transposed:
+            *others, rows, columns = self.output_shape
+            gradient = gradient.reshape(*others, columns, rows).mT
+        else:
+            gradient = gradient.reshape(self.output_shape)
+        return gradient if self.rows is None else gradient[..., self.rows]
+
+
 @dataclass(eq=False)
 class Visit:
     """One call of a layer, with one backward through it, or several that count its input once.

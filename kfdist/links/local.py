@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 from typing_extensions import override
@@ -13,8 +14,36 @@ from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
 from kfdist.types import Job, JobResult, MetricSample, RunSettings
 
 
+class _Work:
+    """What the thread that trains and the one that inverts share."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[JobResult | BaseException] = queue.SimpleQueue()
+        self.closing = threading.Event()
+
+    def invert_forever(self, device: str) -> None:
+        """Works off the jobs until it is told to end."""
+        while (job := self.jobs.get()) is not None:
+            if self.closing.is_set():
+                return
+            try:
+                self.done.put(_invert(job, device))
+            except Exception as error:  # surfaces in the rank's main thread, at poll
+                self.done.put(error)
+
+    def end(self, thread: threading.Thread) -> None:
+        """Ends the thread after the job it is working on; those behind it are dropped."""
+        self.closing.set()
+        self.jobs.put(None)
+        thread.join()
+
+
 class LocalLink(AbstractLink):
     """Inverts in one background thread of the rank; needs no service. torch releases the GIL in its decompositions.
+
+    The thread ends with `close`, with a link that is forgotten, and with the interpreter, which would abort if it found
+    the thread in the middle of a decomposition.
 
     Args:
         device: Where to invert; statistics arrive on the CPU.
@@ -22,39 +51,22 @@ class LocalLink(AbstractLink):
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[JobResult | BaseException] = queue.SimpleQueue()
+        self._work = _Work()
         self._arrived: list[JobResult | BaseException] = []
-        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     @override
     def start(self, context: LinkContext) -> None:
         del context
-        self._thread = threading.Thread(target=self._invert_forever, name="kfdist-inverter", daemon=True)
-        self._thread.start()
-
-    def _invert_forever(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if self._closing.is_set():
-                return
-            try:
-                self._done.put(self._invert(job))
-            except Exception as error:  # surfaces in the rank's main thread, at poll
-                self._done.put(error)
-
-    def _invert(self, job: Job) -> JobResult:
-        encoded = job.payload
-        begun = time.perf_counter()
-        payload = run_job(encoded, device=self._device)
-        seconds = time.perf_counter() - begun
-        result = JobResult(group=job.group, version=job.version, payload=payload, seconds=seconds, owner="local")
-        _ = result.digest  # computed here, so that the thread that trains finds it ready
-        return result
+        work = self._work
+        thread = threading.Thread(target=work.invert_forever, args=(self._device,), name="kfdist-inverter", daemon=True)
+        weakref.finalize(self, work.end, thread)
+        thread.start()
+        self._thread = thread
 
     @override
     def submit(self, job: Job) -> None:
-        self._jobs.put(job)
+        self._work.jobs.put(job)
 
     @override
     def poll(self) -> list[JobResult]:
@@ -66,7 +78,7 @@ class LocalLink(AbstractLink):
         finished, self._arrived = self._arrived, []
         while True:
             try:
-                finished.append(self._done.get_nowait())
+                finished.append(self._work.done.get_nowait())
             except queue.Empty:
                 break
         for each in finished:
@@ -79,7 +91,7 @@ class LocalLink(AbstractLink):
         if self._arrived:
             return
         try:
-            self._arrived.append(self._done.get(timeout=seconds))
+            self._arrived.append(self._work.done.get(timeout=seconds))
         except queue.Empty:
             return
 
@@ -99,7 +111,13 @@ class LocalLink(AbstractLink):
     def close(self) -> None:
         """Ends the thread after the job it is working on; those behind it are dropped."""
         if self._thread is not None:
-            self._closing.set()
-            self._jobs.put(None)
-            self._thread.join(timeout=60)
-            self._thread = None
+            self._work.end(self._thread)
+
+
+def _invert(job: Job, device: str) -> JobResult:
+    begun = time.perf_counter()
+    payload = run_job(job.payload, device=device)
+    seconds = time.perf_counter() - begun
+    result = JobResult(group=job.group, version=job.version, payload=payload, seconds=seconds, owner="local")
+    _ = result.digest  # computed here, so that the thread that trains finds it ready
+    return result

@@ -17,6 +17,7 @@ class Schedule:
         factor_period: Steps between two foldings of a group.
         inverse_period: Steps between two inversions of a group, a multiple of `factor_period`.
         groups: How many groups share the work; their phases spread it evenly over `inverse_period`.
+        together: Whether all groups are folded at the same steps, so that the others measure nothing.
 
     Raises:
         ConfigError: A period is below 1 or `inverse_period` is no multiple of `factor_period`.
@@ -25,6 +26,7 @@ class Schedule:
     factor_period: int
     inverse_period: int
     groups: int
+    together: bool = False
 
     def __post_init__(self) -> None:
         for name in ("factor_period", "inverse_period"):
@@ -39,7 +41,8 @@ class Schedule:
 
     def phase(self, group: int) -> int:
         """Returns the step, counted modulo `inverse_period`, at which group number `group` is inverted."""
-        return group * self.inverse_period // max(self.groups, 1)
+        phase = group * self.inverse_period // max(self.groups, 1)
+        return phase - phase % self.factor_period if self.together else phase
 
     def folds(self, group: int, step: int) -> bool:
         """Says whether the group's statistics are folded at `step`; all are at step 0."""

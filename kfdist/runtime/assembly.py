@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kfdist.capture.hooks import Capture
+from kfdist.capture.capture import Capture
 from kfdist.comm.background import TableExchange
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.communicator_set import CommunicatorSet, make_communicators
@@ -149,7 +149,8 @@ def _pipeline(
     counters = PipelineCounters()
     tracks = [Track.of(group, queued=settings.lag is not None) for group in groups]
     world_size = communicators.training.world_size
-    timetable = Timetable(settings.schedule(len(groups)), tracks, seed=settings.seed, rank=rank, world_size=world_size)
+    schedule = settings.schedule(len(groups), together=plan.compiled)
+    timetable = Timetable(schedule, tracks, seed=settings.seed, rank=rank, world_size=world_size)
     book = JobBook(link, {track.group.name: track.jobs for track in tracks})
     agreement = Agreement(TableExchange(communicators.table), link, rank, settings.damping_at)
     wait_limit = settings.adoption.wait_limit_seconds
@@ -160,7 +161,11 @@ def _pipeline(
     inverting = Inverting({track.group.name: track for track in tracks}, settings, terms, book, rank, counters)
     return Pipeline(
         settings=settings,
-        kinds={"link": type(link).__name__, "grad_scaler": "enabled" if capture.scaled else "None"},
+        kinds={
+            "link": type(link).__name__,
+            "grad_scaler": "enabled" if capture.scaled else "None",
+            "model": "compiled" if plan.compiled else "eager",
+        },
         training=communicators.training,
         parameters=list(plan.model.parameters()),
         tracks=tracks,
@@ -186,7 +191,6 @@ def _capture(plan: Plan, grad_scaler: torch.amp.GradScaler | None, rank: int) ->
     return Capture(
         plan.model,
         {block.name: block for block in plan.blocks},
-        aliases=plan.aliases,
         sampling=plan.settings.sampling,
         grad_scaler=grad_scaler,
         fisher=plan.settings.fisher,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from kfdist.capture.hooks import Capture
+from kfdist.capture.capture import Capture
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import KfdistWarning
 from kfdist.linalg.digest import parameter_digest
@@ -21,11 +21,12 @@ from kfdist.runtime.adopt.start import agree_on_start
 from kfdist.runtime.apply.applications import Applying
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.shipping import Inverting
+from kfdist.runtime.plan.coverage import unmeasured_warning
 from kfdist.runtime.plan.timetable import Due, Timetable
 from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.settings import Settings, StepReport
 from kfdist.runtime.track import Track
-from kfdist.types import GroupName
+from kfdist.types import BlockName, GroupName
 
 
 @dataclass(kw_only=True)
@@ -69,6 +70,7 @@ class Pipeline:
     next_step: int = field(default=0, init=False)
     statistics_step: int = field(default=-1, init=False)
     started: bool = field(default=False, init=False)
+    _said_unmeasured: set[BlockName] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self.arm()
@@ -107,6 +109,7 @@ class Pipeline:
         due = self._due(step)
         with phase("capture"):
             batches = self.capture.drain()
+            self._warn_of_unmeasured(step)
         with phase("fold"):
             self.reducer.fold(due, batches, step_is_finite)
         with phase("reduce"):
@@ -146,7 +149,7 @@ class Pipeline:
         self.capture.arm(self.timetable.requests(step, calibrating=self.calibration.ask(step)))
 
     def close(self) -> None:
-        """Completes what is under way between the ranks and removes the hooks. All ranks must call it."""
+        """Completes what is under way between the ranks and stops measuring. All ranks must call it."""
         self.capture.close()
         self.agreement.finish()
         self.adopting.finish()
@@ -156,15 +159,15 @@ class Pipeline:
         due = self.timetable.due(step)
         return due.again() if self.statistics_step == step else due
 
+    def _warn_of_unmeasured(self, step: int) -> None:
+        """Warns of each block once that was due and not measured, or not in all its uses."""
+        found = self.capture.unmeasured
+        new = {name: found[name] for name in sorted(found) if name not in self._said_unmeasured}
+        if new:
+            self._said_unmeasured.update(new)
+            warnings.warn(unmeasured_warning(new, step), KfdistWarning, stacklevel=5)
+
     def _agree_on_start(self) -> None:
-        if self.tracks and not self.capture.saw_forward and any(p.grad is not None for p in self.parameters):
-            warnings.warn(
-                "there are gradients, but no forward of the model was seen, so there are no statistics. Code that "
-                "torch.compile made before the Preconditioner doesn't know its hooks: make the Preconditioner before "
-                "the model's first call, or call torch.compiler.reset()",
-                KfdistWarning,
-                stacklevel=5,
-            )
         self.inverting.ship_all()  # what still travels to the host is under way, not lost
         methods = repr([(track.group.name, track.group.inverter) for track in self.tracks])
         agree_on_start(

@@ -41,9 +41,9 @@ class Preconditioner:
     second loss that goes through the model without being trained on (a GAN's generator loss through its discriminator,
     a gradient penalty, an adversarial example) belongs inside `paused`.
 
-    Make it after the model is on its device, and before a compiled model's first call; torch.compile's fullgraph=True
-    is impossible, since hooks break the graph. Clipping gradients changes no statistics; clipping before `step` bounds
-    what is preconditioned, clipping after it what the optimizer sees.
+    Make it after the model is on its device. On steps that measure, one in `factor_period`, what torch.compile made
+    runs eagerly; compile the model itself, so that this is known. Clipping gradients changes no statistics; clipping
+    before `step` bounds what is preconditioned, clipping after it what the optimizer sees.
 
     Args:
         model: The model, also wrapped by DDP or torch.compile.
@@ -212,7 +212,7 @@ class Preconditioner:
             output: The model's output that the loss takes: logits, or predictions for "mse".
             loss: "cross_entropy", "mse" or "binary_cross_entropy" (with logits).
             **details: What else the loss was given: `target` (where `ignore_index` leaves terms out), `reduction`,
-                `label_smoothing`, `ignore_index`, `pos_weight`; see `kfdist.capture.hooks.Capture.observe`.
+                `label_smoothing`, `ignore_index`, `pos_weight`; see `kfdist.capture.capture.Capture.observe`.
 
         Raises:
             ConfigError: An unknown loss or detail, or an output that doesn't belong to the last forward.
@@ -270,6 +270,8 @@ class Preconditioner:
             for track in self.pipeline.tracks
             for name, outcome in track.snapshot.outcomes.items()
         }
+        unmeasured = self.pipeline.capture.unmeasured.items()
+        notes |= {name: f"not measured as a whole: {reason}" for name, reason in unmeasured}
         return self._plan.coverage.with_inversions(notes)
 
     def staleness(self) -> dict[str, int]:
@@ -382,7 +384,7 @@ class Preconditioner:
             self._assembly.close()
 
     def abandon(self) -> None:
-        """Removes the hooks and stops the courier without any collective: for a rank that fails or lost its peers.
+        """Stops measuring and stops the courier without any collective: for a rank that fails or lost its peers.
 
         The controller, if there is one, hears that the run has failed.
         """

@@ -62,9 +62,11 @@ class Settings:
         """Steps from an inversion's statistics to its adoption; None under asap."""
         return self.adoption.lag if isinstance(self.adoption, FixedLag) else None
 
-    def schedule(self, groups: int) -> Schedule:
-        """Returns when each of `groups` groups is folded and inverted."""
-        return Schedule(factor_period=self.factor_period, inverse_period=self.inverse_period, groups=groups)
+    def schedule(self, groups: int, *, together: bool = False) -> Schedule:
+        """Returns when each of `groups` groups is folded, all of them `together` or not, and inverted."""
+        return Schedule(
+            factor_period=self.factor_period, inverse_period=self.inverse_period, groups=groups, together=together
+        )
 
     def damping_at(self, step: int) -> float:
         """Returns lambda at `step`, as its schedule gives it."""

@@ -63,7 +63,7 @@ class Metric:
 
 STEP_PHASES: Mapping[str, str] = {
     "agree": "the last table is completed and obeyed; pauses",
-    "capture": "this batch's statistics are taken over from the hooks",
+    "capture": "this batch's statistics are taken over from what was watched",
     "fold": "they are folded into this rank's sums",
     "reduce": "the statistics that are due are summed over the ranks",
     "invert": "they are shipped, results taken in; what ranks invert themselves is inverted",

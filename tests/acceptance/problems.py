@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfdist.capture.hooks import Capture
+from kfdist.capture.capture import Capture
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS
 from kfdist.curvature.averages import WeightedSums, decay_at
 from kfdist.curvature.statistics import (

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfdist.curvature.blocks import Block, make_block
+from kfdist.curvature.blocks import Block, make_blocks
 from kfdist.types import WeightSharing
 from tests.support.matrices import gaussian
 
@@ -36,10 +36,26 @@ def make_case(name: str) -> tuple[nn.Module, Tensor]:
     return kind(*args, dtype=torch.float64, **kwargs), gaussian(3, *shape, seed=1)
 
 
+def make_block(name: str, layer: nn.Module, sharing: WeightSharing = "expand") -> Block | str:
+    """The block of a layer that has one, or why it has none."""
+    blocks = make_blocks(name, layer, sharing)
+    if isinstance(blocks, str):
+        return blocks
+    (block,) = blocks
+    return block
+
+
 def block_of(layer: nn.Module, sharing: WeightSharing = "expand") -> Block:
     block = make_block("layer", layer, sharing)
     assert isinstance(block, Block), block
     return block
+
+
+def multiplied(layer: Any, inputs: Tensor) -> Tensor:
+    """What a layer's weight is multiplied with: its inputs, padded where the layer does that before it convolves."""
+    if getattr(layer, "padding_mode", "zeros") == "zeros":
+        return inputs
+    return nn.functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
 
 
 def call(layer: nn.Module, inputs: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,10 +78,11 @@ def assert_true_to_its_layer(layer: nn.Module, inputs: Tensor, *, tolerance: flo
     """
     block = block_of(layer)
     output, losses, gradient = call(layer, inputs, **kwargs)
-    a, g = block.example_rows(inputs, gradient)
+    activation = multiplied(layer, inputs)
+    a, g = block.example_rows(activation, gradient)
     W = block.to_matrix([parameter.detach() for parameter in block.parameters()])
     c, n, T, _ = a.shape
-    assert T == block.positions(*block.batched(inputs, gradient))
+    assert T == block.positions(*block.batched(activation, gradient))
     rows = output.detach()
     if not block.has_bias and isinstance(layer.bias, Tensor):
         rows = rows - layer.bias.detach().reshape(-1, *(1,) * (output.dim() - 2))
@@ -80,7 +97,7 @@ def assert_true_to_its_layer(layer: nn.Module, inputs: Tensor, *, tolerance: flo
         torch.testing.assert_close(g[:, i].mT @ a[:, i], expected, rtol=tolerance, atol=tolerance)
         for found, part in zip(block.from_matrix(expected), parts, strict=True):
             assert torch.equal(found, part)
-    sums = block.factor_sums(inputs, gradient)
+    sums = block.factor_sums(activation, gradient)
     a, g = a.flatten(1, 2), g.flatten(1, 2)
     for found, expected in ((sums.A, a.mT @ a), (sums.G, g.mT @ g), (sums.a, a.sum(1)), (sums.g, g.sum(1))):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=10 * tolerance)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfdist.capture.hooks import Capture
+from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
 from kfdist.curvature.averages import BatchStatistics
-from kfdist.curvature.blocks import Block, make_block
+from kfdist.curvature.blocks import Block, make_blocks
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """(Omega, Gamma) by layer, each [c, d, d]."""
@@ -19,15 +19,14 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 def blocks_of(model: nn.Module) -> dict[str, Block]:
     """The blocks of all layers that can have one, by name."""
-    made = {name: make_block(name, module) for name, module in model.named_modules()}
-    return {name: block for name, block in made.items() if isinstance(block, Block)}
+    made = [make_blocks(name, module) for name, module in model.named_modules()]
+    return {block.name: block for blocks in made if not isinstance(blocks, str) for block in blocks}
 
 
 def armed_capture(
     model: nn.Module,
     *,
     names: Iterable[str] | None = None,
-    aliases: Mapping[str, Sequence[nn.Module]] | None = None,
     sampling: Sampling | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     seed: int = 0,
@@ -43,7 +42,6 @@ def armed_capture(
     capture = Capture(
         model,
         blocks,
-        aliases=aliases or {},
         sampling=sampling or Sampling(),
         grad_scaler=grad_scaler,
         fisher=fisher,

@@ -1,65 +1,121 @@
-"""What each kind of layer contributes to the curvature. `BLOCKS` is the only table of supported layers."""
+"""What each kind of layer contributes to the curvature. `KINDS` is the only table of supported layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfdist.curvature.blocks.base import Block as Block
+from kfdist.curvature.blocks.base import Operation as Operation
+from kfdist.curvature.blocks.base import ParameterPart as ParameterPart
 from kfdist.curvature.blocks.conv import ConvBlock, ConvTransposeBlock
 from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.types import BlockName, WeightSharing
 
-BLOCKS: dict[type[nn.Module], Callable[[BlockName, Any], Block]] = {
-    nn.Linear: LinearBlock,
-    nn.Conv1d: ConvBlock,
-    nn.Conv2d: ConvBlock,
-    nn.Conv3d: ConvBlock,
-    nn.ConvTranspose1d: ConvTransposeBlock,
-    nn.ConvTranspose2d: ConvTransposeBlock,
-    nn.ConvTranspose3d: ConvTransposeBlock,
+_Maker = Callable[[BlockName, Any, WeightSharing, bool], Sequence[Block]]
+"""Makes the blocks of a module, given its name, how positions enter, and whether biases are part of them."""
+
+
+def _linear(name: BlockName, module: nn.Linear, sharing: WeightSharing, biased: bool) -> Sequence[Block]:
+    return [LinearBlock(name, module, ParameterPart.weight_of(module), _bias(module, biased), sharing=sharing)]
+
+
+def _transposed_linear(name: BlockName, module: Any, sharing: WeightSharing, biased: bool) -> Sequence[Block]:
+    weight = ParameterPart.weight_of(module, transposed=True)
+    return [LinearBlock(name, module, weight, _bias(module, biased), sharing=sharing)]
+
+
+def _attention(name: BlockName, module: nn.MultiheadAttention, sharing: WeightSharing, biased: bool) -> Sequence[Block]:
+    """Makes a block of each of the projections to queries, keys and values, packed in one parameter or apart."""
+    width, bias, packed = module.embed_dim, module.in_proj_bias, module.in_proj_weight
+    blocks = []
+    for number, which in enumerate("qkv"):
+        rows, label = slice(number * width, (number + 1) * width), f"{which}_proj"
+        weight = (
+            ParameterPart("in_proj_weight", packed, rows)
+            if packed is not None
+            else ParameterPart(f"{label}_weight", getattr(module, f"{label}_weight"))
+        )
+        part = ParameterPart("in_proj_bias", bias, rows) if biased and bias is not None and bias.requires_grad else None
+        full = f"{name}.{label}" if name else label
+        blocks.append(LinearBlock(full, module, weight, part, layer=name, sharing=sharing))
+    return blocks
+
+
+def _conv(name: BlockName, module: Any, _sharing: WeightSharing, biased: bool) -> Sequence[Block]:
+    return [ConvBlock(name, module, _bias(module, biased))]
+
+
+def _transposed_conv(name: BlockName, module: Any, _sharing: WeightSharing, biased: bool) -> Sequence[Block]:
+    return [ConvTransposeBlock(name, module, _bias(module, biased))]
+
+
+KINDS: dict[type[nn.Module] | str, _Maker] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _conv,
+    nn.Conv2d: _conv,
+    nn.Conv3d: _conv,
+    nn.ConvTranspose1d: _transposed_conv,
+    nn.ConvTranspose2d: _transposed_conv,
+    nn.ConvTranspose3d: _transposed_conv,
+    nn.MultiheadAttention: _attention,
+    "transformers.pytorch_utils.Conv1D": _transposed_linear,
 }
+"""By class, or by its full name where it is another library's."""
+
+SUPPORTED = ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind in KINDS)
+"""The classes in words."""
 
 
-def make_block(name: str, module: nn.Module, sharing: WeightSharing = "expand") -> Block | str:
-    """Makes the block of a layer.
+def make_blocks(
+    name: str, module: nn.Module, sharing: WeightSharing = "expand", *, biased: bool = True
+) -> Sequence[Block] | str:
+    """Makes the blocks of a layer.
 
     Args:
         name: Dotted module name.
         module: The layer.
         sharing: How the positions of a sequence enter the factors of a `Linear` (see `LinearBlock`). Convolutions
             always expand: that is KFC.
+        biased: Whether a bias is part of its weight's block; not so where layers share a weight and not the bias.
 
     Returns:
-        The block, or the reason why the layer has none: its parameters then keep their plain gradients.
+        The blocks, or the reason why the layer has none: its parameters then keep their plain gradients.
     """
-    kind = type(module).__name__
-    base = next((known for known in BLOCKS if isinstance(module, known)), None)
-    if base is None:
-        return f"{kind} has no block; supported are {', '.join(known.__name__ for known in BLOCKS)}"
-    reason = _reason_against(module, base)
+    kind, maker = type(module).__name__, _maker(module)
+    if maker is None:
+        return f"{kind} has no block; supported are {SUPPORTED}"
+    reason = _reason_against(module)
     if reason:
         return f"{kind}: {reason}"
-    if isinstance(module, nn.Linear):
-        return LinearBlock(name, module, sharing)
-    return BLOCKS[base](name, module)
+    trained = [block for block in maker(name, module, sharing, biased) if block.parts[0].parameter.requires_grad]
+    return trained or f"{kind}: its weight is frozen (requires_grad is False)"
 
 
-def _reason_against(module: nn.Module, base: type[nn.Module]) -> str:
-    """Returns why a module of a supported kind can't have a block, or nothing."""
-    if type(module).forward is not base.forward:
-        return f"it replaces {base.__name__}.forward, so its block isn't known to be right"
-    if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return "attention uses its weight without calling it, so nothing can be captured"
-    weight, bias = module.weight, module.bias
-    for label, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None and label == "bias":
-            continue
+def _maker(module: nn.Module) -> _Maker | None:
+    for base in type(module).__mro__:
+        known = KINDS.get(base) or KINDS.get(f"{base.__module__}.{base.__qualname__}")
+        if known is not None:
+            return known
+    return None
+
+
+def _bias(module: nn.Module, biased: bool) -> ParameterPart | None:
+    """Returns a module's bias as a part of its weight's block; a frozen one isn't part of it."""
+    bias = module.bias
+    return ParameterPart("bias", bias) if biased and isinstance(bias, nn.Parameter) and bias.requires_grad else None
+
+
+def _reason_against(module: nn.Module) -> str:
+    """Returns why a module of a supported kind can't have blocks, or nothing."""
+    for label in ("weight", "bias"):
+        parameter = getattr(module, label, None)
+        if parameter is not None and not isinstance(parameter, nn.Parameter):
+            return f"its {label} is computed (a parametrization?), not a parameter with a gradient of its own"
+    for label, parameter in module.named_parameters(recurse=False):
         if isinstance(parameter, UninitializedParameter):
             return "it is lazy and not yet initialised; run one forward pass first"
-        if not isinstance(parameter, nn.Parameter):
-            return f"its {label} is computed (a parametrization?), not a parameter with a gradient of its own"
         if type(parameter.data) is not Tensor or parameter.is_sparse:
             return f"its {label} is a {type(parameter.data).__name__}, not a plain dense tensor"
         if parameter.is_meta:
@@ -68,6 +124,4 @@ def _reason_against(module: nn.Module, base: type[nn.Module]) -> str:
             return f"its {label} is {parameter.dtype}, not a real floating-point type"
         if parameter.numel() == 0:
             return f"its {label} is empty"
-    if not weight.requires_grad:
-        return "its weight is frozen (requires_grad is False)"
     return ""

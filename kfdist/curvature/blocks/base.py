@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
@@ -23,6 +24,54 @@ SUMS = frozenset({"A", "G", "a", "g"})
 """Names of the sums of a call, as in `FactorSums`."""
 
 
+@dataclass(frozen=True)
+class ParameterPart:
+    """What of a parameter belongs to a block.
+
+    Attributes:
+        attribute: The parameter's name in its module.
+        parameter: The parameter.
+        rows: Of dim 0; None for all.
+        transposed: Whether the block has the transpose of that.
+    """
+
+    attribute: str
+    parameter: nn.Parameter
+    rows: slice | None = None
+    transposed: bool = False
+
+    @classmethod
+    def weight_of(cls, module: nn.Module, *, transposed: bool = False) -> "ParameterPart":
+        """Returns a module's whole weight."""
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter), "make_blocks lets no other weight through"
+        return cls("weight", weight, transposed=transposed)
+
+    def of(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Returns the block's part of a tensor shaped like the parameter, as a view."""
+        part = tensor if self.rows is None else tensor[self.rows]
+        return part.mT if self.transposed else part
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A kind of product y = W x, with all that it is told besides tensors; equal for the same function of x and W.
+
+    Attributes:
+        kind: "linear", "convolution" or "transposed convolution".
+        stride: Of a convolution, one number per spatial dimension, like all of these.
+        padding: Numbers, or "same" or "valid".
+        dilation: Its gaps.
+        groups: Its groups.
+    """
+
+    kind: str
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+
 class Block(ABC):
     """One layer's diagonal block: turns what the layer saw into statistics, and reads and writes its gradients.
 
@@ -30,26 +79,47 @@ class Block(ABC):
     there and a homogeneous coordinate for the bias; so example i's gradient is sum_t g_it a_it^T.
 
     Attributes:
-        name: Dotted module name.
-        module: The layer.
-        shape: Of its gradient, as c matrices [p, q].
+        name: Dotted name of the layer, or of its part where a layer has several blocks.
+        layer: Dotted name of the module that has the parameters.
+        module: That module.
+        parts: The weight's part of the module's parameters and, if the block has one, the bias's.
+        shape: Of the block's gradient, as c matrices [p, q].
+        operation: In which the weight is used.
+
+    Args:
+        name: As above.
+        module: As above.
+        weight: The weight's part.
+        bias: The bias's; None where the block has none.
+        layer: As above; the same as `name` if not given.
     """
 
     shape: BlockShape
+    operation: Operation
 
-    def __init__(self, name: BlockName, module: nn.Module) -> None:
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, nn.Parameter), "make_block lets no other weight through"
+    def __init__(
+        self,
+        name: BlockName,
+        module: nn.Module,
+        weight: ParameterPart,
+        bias: ParameterPart | None,
+        layer: str | None = None,
+    ) -> None:
         self.name = name
+        self.layer = name if layer is None else layer
         self.module = module
-        self._weight = weight
-        self._bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
+        self.parts: tuple[ParameterPart, ...] = (weight,) if bias is None else (weight, bias)
         self._made_with = [parameter.shape for parameter in self.parameters()]
+
+    @property
+    def weight(self) -> Float[Tensor, "..."]:
+        """The weight, a view of a parameter."""
+        return self.parts[0].of(self.parts[0].parameter)
 
     @property
     def has_bias(self) -> bool:
         """Whether the bias is part of the block, as the homogeneous coordinate; a frozen bias isn't."""
-        return self._bias is not None
+        return len(self.parts) > 1
 
     @property
     def resized(self) -> bool:
@@ -260,21 +330,20 @@ class Block(ABC):
     # Gradients -------------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters of the block: the weight and, if it is part of the block, the bias."""
-        return [self._weight] if self._bias is None else [self._weight, self._bias]
+        """Returns the parameters that the block has a part of: the weight's and, if it is in the block, the bias's."""
+        return [part.parameter for part in self.parts]
 
-    def to_matrix(self, parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "c p q"]:
+    def to_matrix(self, tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "c p q"]:
         """Brings tensors shaped like `parameters()` (gradients, directions) to the block's matrix, bias last."""
         c, p = self.shape.groups, self.shape.d_out
-        columns = [self._weight_matrix(parts[0])]
-        columns.extend(part.reshape(c, p, 1) for part in parts[1:])
-        return torch.cat(columns, dim=-1)
+        weight, *bias = [part.of(tensor) for part, tensor in zip(self.parts, tensors, strict=True)]
+        return torch.cat([self._weight_matrix(weight), *(each.reshape(c, p, 1) for each in bias)], dim=-1)
 
     def from_matrix(self, matrix: Float[Tensor, "c p q"]) -> list[Float[Tensor, "..."]]:
-        """Returns what `to_matrix` made the matrix of: tensors shaped like `parameters()`, views where possible."""
-        if self._bias is None:
+        """Undoes `to_matrix`: returns tensors shaped like the block's parts of its parameters, views where possible."""
+        if not self.has_bias:
             return [self._weight_of(matrix)]
-        return [self._weight_of(matrix[..., :-1]), matrix[..., -1].reshape(self._bias.shape)]
+        return [self._weight_of(matrix[..., :-1]), matrix[..., -1].reshape(-1)]
 
     def gradient(self) -> Float[Tensor, "c p q"]:
         """Returns the layer's gradient V as a fresh matrix, bias last, in float32 at least.
@@ -297,8 +366,8 @@ class Block(ABC):
         expected = (self.shape.groups, self.shape.d_out, self.shape.d_in)
         if tuple(direction.shape) != expected:
             raise ValueError(f"block {self.name}: direction has shape {tuple(direction.shape)}, must be {expected}")
-        for gradient, part in zip(self._gradients(), self.from_matrix(direction), strict=True):
-            gradient.copy_(part)
+        for part, gradient, new in zip(self.parts, self._gradients(), self.from_matrix(direction), strict=True):
+            part.of(gradient).copy_(new)
 
     def _weight_matrix(self, weight: Tensor) -> Tensor:
         """Returns a tensor shaped like the weight as `[c, p, q]` without the bias."""
@@ -306,17 +375,16 @@ class Block(ABC):
 
     def _weight_of(self, matrix: Tensor) -> Tensor:
         """Undoes `_weight_matrix`."""
-        return matrix.reshape(self._weight.shape)
+        return matrix.reshape(self.weight.shape)
 
     def _gradients(self) -> list[Tensor]:
-        found = []
-        for label, parameter in zip(("weight", "bias"), self.parameters(), strict=False):
-            if parameter.grad is None:
+        for part in self.parts:
+            if part.parameter.grad is None:
                 raise ValueError(
-                    f"block {self.name}: its {label} has no gradient; call backward() before the preconditioner's step"
+                    f"block {self.name}: its {part.attribute} has no gradient; call backward() before the "
+                    "preconditioner's step"
                 )
-            found.append(parameter.grad.detach())
-        return found
+        return [part.parameter.grad.detach() for part in self.parts if part.parameter.grad is not None]
 
 
 def _count(output_windows: Tensor) -> int:

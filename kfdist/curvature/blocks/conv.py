@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from kfdist.curvature.blocks.base import Block
+from kfdist.curvature.blocks.base import Block, Operation, ParameterPart
 from kfdist.torch_internals import Convolution
 from kfdist.types import BlockName, BlockShape
 
@@ -27,8 +27,8 @@ class AbstractConvBlock(Block):
     A subclass says how the layer's input becomes the padded input of a plain convolution with `_stride`.
     """
 
-    def __init__(self, name: BlockName, module: Convolution, stride: Sizes) -> None:
-        super().__init__(name, module)
+    def __init__(self, name: BlockName, module: Convolution, bias: ParameterPart | None, stride: Sizes) -> None:
+        super().__init__(name, module, ParameterPart.weight_of(module), bias)
         self._conv = module
         self._dims = len(module.kernel_size)
         self._stride = stride
@@ -121,12 +121,21 @@ class AbstractConvBlock(Block):
 class ConvBlock(AbstractConvBlock):
     """Block of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
 
-    Any stride, padding (numbers, "same", "valid"), padding mode, dilation and groups.
+    Any stride, padding (numbers, "same", "valid"), padding mode, dilation and groups. With another padding mode than
+    "zeros" the layer pads before it convolves: such a block's activations are padded ones.
     """
 
-    def __init__(self, name: BlockName, module: Convolution) -> None:
-        super().__init__(name, module, stride=tuple(module.stride))
-        self._padding = _padding_of(module, self._reach)
+    def __init__(self, name: BlockName, module: Convolution, bias: ParameterPart | None) -> None:
+        super().__init__(name, module, bias, stride=tuple(module.stride))
+        padding = module.padding if module.padding_mode == "zeros" else (0,) * len(module.kernel_size)
+        self._padding = _padding_of(padding, self._reach)
+        self.operation = Operation(
+            "convolution",
+            stride=tuple(module.stride),
+            padding=padding if isinstance(padding, str) else tuple(padding),
+            dilation=tuple(module.dilation),
+            groups=module.groups,
+        )
 
     @override
     def _output_size(self, spatial: Sizes, found: Sizes) -> Sizes:
@@ -140,10 +149,7 @@ class ConvBlock(AbstractConvBlock):
     ) -> Float[Tensor, "N C ..."]:
         """Pads as the layer does."""
         del output_gradient
-        if not any(map(any, self._padding)):
-            return activation
-        mode = "constant" if self._conv.padding_mode == "zeros" else self._conv.padding_mode
-        return F.pad(activation, _for_pad(self._padding), mode=mode)
+        return F.pad(activation, _for_pad(self._padding)) if any(map(any, self._padding)) else activation
 
     @override
     def padded_elements(self, output_gradient: Float[Tensor, "N D ..."]) -> int:
@@ -168,13 +174,20 @@ class ConvTransposeBlock(AbstractConvBlock):
     Columns are in the order (channel, kernel turned round), bias last.
     """
 
-    def __init__(self, name: BlockName, module: Convolution) -> None:
-        super().__init__(name, module, stride=(1,) * len(module.kernel_size))
+    def __init__(self, name: BlockName, module: Convolution, bias: ParameterPart | None) -> None:
+        super().__init__(name, module, bias, stride=(1,) * len(module.kernel_size))
         assert not isinstance(module.padding, str), "transposed convolutions allow no words"
         self._spread: Sizes = tuple(module.stride)
         sizes = zip(self._reach, module.padding, strict=True)
         self._before = tuple(reach - 1 - int(padding) for reach, padding in sizes)
         self._kernel_dims = tuple(range(-self._dims, 0))
+        self.operation = Operation(
+            "transposed convolution",
+            stride=tuple(module.stride),
+            padding=tuple(map(int, module.padding)),
+            dilation=tuple(module.dilation),
+            groups=module.groups,
+        )
 
     @override
     def _output_size(self, spatial: Sizes, found: Sizes) -> Sizes:
@@ -218,14 +231,14 @@ class ConvTransposeBlock(AbstractConvBlock):
         return turned.transpose(1, 2).flatten(0, 1).flip(self._kernel_dims)
 
 
-def _padding_of(conv: Convolution, reach: Sizes) -> tuple[tuple[int, int], ...]:
+def _padding_of(padding: Sizes | str, reach: Sizes) -> tuple[tuple[int, int], ...]:
     """Returns what torch adds before and after in each dimension; "same" puts an odd remainder at the end."""
-    if conv.padding == "valid":
+    if padding == "valid":
         return ((0, 0),) * len(reach)
-    if conv.padding == "same":
+    if padding == "same":
         return tuple(((extent - 1) // 2, extent - 1 - (extent - 1) // 2) for extent in reach)
-    assert not isinstance(conv.padding, str), "convolutions allow no other words"
-    return tuple((int(padding), int(padding)) for padding in conv.padding)
+    assert not isinstance(padding, str), "convolutions allow no other words"
+    return tuple((int(each), int(each)) for each in padding)
 
 
 def _for_pad(sides: tuple[tuple[int, int], ...]) -> list[int]:

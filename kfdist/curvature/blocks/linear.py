@@ -4,13 +4,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kfdist.curvature.blocks.base import Block
+from kfdist.curvature.blocks.base import Block, Operation, ParameterPart
 from kfdist.curvature.blocks.rows import accumulation_dtype
 from kfdist.types import BlockName, BlockShape, WeightSharing
 
 
 class LinearBlock(Block):
-    """Block of an `nn.Linear` on inputs `[N, ..., d]`; the dimensions between are positions that share the weight.
+    """Block of a matrix that multiplies inputs `[N, ..., d]`; dimensions between are positions that share the weight.
 
     A single example without its dimension, `[d]`, is taken as N = 1.
 
@@ -20,9 +20,21 @@ class LinearBlock(Block):
     them would be no unbiased estimate. Gradients and the rows of single examples are the same either way.
     """
 
-    def __init__(self, name: BlockName, module: nn.Linear, sharing: WeightSharing = "expand") -> None:
-        super().__init__(name, module)
-        self.shape = BlockShape(d_out=module.out_features, d_in=module.in_features + self.has_bias)
+    operation = Operation("linear")
+
+    def __init__(
+        self,
+        name: BlockName,
+        module: nn.Module,
+        weight: ParameterPart,
+        bias: ParameterPart | None,
+        *,
+        layer: str | None = None,
+        sharing: WeightSharing = "expand",
+    ) -> None:
+        super().__init__(name, module, weight, bias, layer)
+        d_out, d_in = self.weight.shape
+        self.shape = BlockShape(d_out=d_out, d_in=d_in + self.has_bias)
         self._reduces = sharing == "reduce"
 
     @override

@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import threading
+import weakref
 from collections.abc import Sequence
 
 from typing_extensions import override
@@ -36,7 +37,7 @@ class RemoteLink(AbstractLink):
         self._pid = os.getpid()
         self._mailbox: Mailbox | None = None
         self._pump: Pump | None = None
-        self._thread: threading.Thread | None = None
+        self._end: weakref.finalize[..., RemoteLink] | None = None
         self._open: set[tuple[str, int]] = set()
 
     @override
@@ -58,9 +59,10 @@ class RemoteLink(AbstractLink):
             mailbox.close()
             raise
         self._mailbox = mailbox
-        # A daemon: a script that ends without close() must not hang; its courier sees by itself that it has ended.
-        self._thread = threading.Thread(target=self._pump.run, name="kfdist-link", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._pump.run, name="kfdist-link", daemon=True)
+        # Also at the end of the interpreter, which would abort if it found the thread in the middle of a copy.
+        self._end = weakref.finalize(self, _end, mailbox, thread, self._pid)
+        thread.start()
 
     @property
     def courier_pid(self) -> int:
@@ -128,12 +130,10 @@ class RemoteLink(AbstractLink):
     @override
     def close(self) -> None:
         """Lets the courier tell the controller the last beat, and ends it; safe to call twice, and after a Ctrl-C."""
-        if self._mailbox is None or self._thread is None or os.getpid() != self._pid:
-            return
-        if self._thread.is_alive():
-            self._tell(self._mailbox, None)
-            self._thread.join()
-        self._mailbox.close()
+        if self._end is not None and (found := self._end.peek()) is not None:
+            _, end, arguments, _ = found
+            end(*arguments)
+            self._end.detach()
 
     def _running(self) -> tuple[Mailbox, Pump]:
         if self._mailbox is None or self._pump is None:
@@ -146,3 +146,14 @@ class RemoteLink(AbstractLink):
         if os.getpid() == self._pid:  # A forked process shares the eventfds, but not the thread that answers them.
             mailbox.inbox.append(call)
             os.eventfd_write(mailbox.wake, 1)
+
+
+def _end(mailbox: Mailbox, thread: threading.Thread, pid: int) -> None:
+    """Ends the background thread of process `pid`; does nothing in a process forked from it."""
+    if os.getpid() != pid:
+        return
+    if thread.is_alive():
+        mailbox.inbox.append(None)
+        os.eventfd_write(mailbox.wake, 1)
+        thread.join()
+    mailbox.close()

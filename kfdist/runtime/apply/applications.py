@@ -61,7 +61,12 @@ class Applying:
         ]
         found: dict[nn.Parameter, Tensor] = {}
         for block, _, U in solve(applications, self.communicator):
-            found.update(zip(block.parameters(), block.from_matrix(U), strict=True))
+            for part, direction in zip(block.parts, block.from_matrix(U), strict=True):
+                gradient = part.parameter.grad
+                assert gradient is not None, "only blocks with gradients have directions"
+                # Rows of a parameter that no block has keep their gradients.
+                whole = found.setdefault(part.parameter, gradient.to(direction.dtype, copy=True))
+                part.of(whole).copy_(direction)
         return found
 
     def _applications(

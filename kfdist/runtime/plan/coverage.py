@@ -9,10 +9,13 @@ from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.layers import named_layers
 from kfdist.types import BlockName
 
+_MOST_NAMES_SHOWN = 5
+"""In a warning."""
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class CoverageRow:
-    """What happens to one parameter.
+    """What happens to one parameter, or to the part of it that belongs to one block.
 
     Attributes:
         parameter: Its dotted name.
@@ -52,21 +55,36 @@ class Coverage:
 
 def coverage_of(model: nn.Module, groups: Sequence[BlockGroup], reasons: Mapping[str, str]) -> Coverage:
     """Lists every parameter; `reasons` say why a layer has no block, or what there is to say of its block."""
-    by_parameter = {
-        id(parameter): (block.name, group.inverter.name)
-        for group in groups
-        for block in group.blocks
-        for parameter in block.parameters()
-    }
+    methods = {block.name: group.inverter.name for group in groups for block in group.blocks}
+    by_parameter: dict[int, list[str]] = {}
+    with_blocks = set()
+    for group in groups:
+        for block in group.blocks:
+            with_blocks.add(block.layer)
+            for parameter in block.parameters():
+                by_parameter.setdefault(id(parameter), []).append(block.name)
     rows, seen = [], set()
     for layer, module in named_layers(model):
         for own_name, parameter in module.named_parameters(layer, recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            block, method = by_parameter.get(id(parameter), (None, None))
-            has_block = any(name == layer for name, _ in by_parameter.values())
-            left_out = "its layer's block leaves it out"
-            reason = reasons.get(block, "") if block else left_out if has_block else reasons.get(layer, left_out)
-            rows.append(CoverageRow(parameter=own_name, block=block, method=method, reason=reason))
+            for block in by_parameter.get(id(parameter), ()):
+                rows.append(CoverageRow(own_name, block, methods[block], reasons.get(block, "")))
+            if id(parameter) not in by_parameter:
+                left_out = "its layer's block leaves it out"
+                reason = reasons.get(own_name) or (left_out if layer in with_blocks else reasons.get(layer, left_out))
+                rows.append(CoverageRow(own_name, None, None, reason))
     return Coverage(tuple(rows))
+
+
+def unmeasured_warning(reasons: Mapping[BlockName, str], step: int) -> str:
+    """Says that blocks were due and not measured, or not all of their uses, and why."""
+    shown = [f"{name or 'the model'!r}: {reason}" for name, reason in reasons.items()]
+    listed = "; ".join(shown[:_MOST_NAMES_SHOWN] + ["..."] * (len(shown) > _MOST_NAMES_SHOWN))
+    return (
+        f"{len(reasons)} of the blocks were due at step {step} and have gradients, but not all uses of them were "
+        f"measured ({listed}). A use counts when it happens inside a module of the model that is in training mode, "
+        "with gradients on, outside of paused(). A block that isn't measured keeps its plain gradients, or an old "
+        "inverse; `skip` leaves it out for good"
+    )

@@ -7,7 +7,7 @@ from torch import nn
 
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError, ModelChanged
-from kfdist.torch_internals import children_by_name
+from kfdist.torch_internals import children_by_name, runs_compiled
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """Where torch.compile's and the activation checkpoint wrapper keep the module that they wrap."""
@@ -38,6 +38,11 @@ def bare_model(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Says whether torch.compile made the model or a part of it, as far as the modules show."""
+    return any("_orig_mod" in children_by_name(module) or runs_compiled(module) for module in model.modules())
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -75,11 +80,11 @@ def check_block(model: nn.Module, block: Block, device: torch.device) -> None:
         block: One of its blocks.
         device: Where the model was when the blocks were made.
     """
-    module, parameters = find_layer(model, block.name), block.parameters()
+    module, parameters = find_layer(model, block.layer), block.parameters()
     change = None
     if module is not block.module:
         change = "replaced or removed"
-    elif any(getattr(module, name) is not known for name, known in zip(("weight", "bias"), parameters, strict=False)):
+    elif any(getattr(module, part.attribute) is not part.parameter for part in block.parts):
         change = "given other parameters (replaced or resized)"
     elif not all(parameter.requires_grad for parameter in parameters):
         change = "frozen"

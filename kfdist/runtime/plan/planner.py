@@ -1,6 +1,6 @@
 """The plan: from a model, a choice of methods and settings to groups of blocks, and why the rest has none."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice
-from kfdist.curvature.blocks import BLOCKS, Block, make_block
+from kfdist.curvature.blocks import SUPPORTED, Block, make_blocks
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.jobs import job_bytes
@@ -16,9 +16,9 @@ from kfdist.errors import ConfigError
 from kfdist.policies.assignment import courier_ranks
 from kfdist.runtime.plan.coverage import Coverage, coverage_of
 from kfdist.runtime.plan.groups import BlockGroup, check_fisher, refuse_applied_rows
-from kfdist.runtime.plan.layers import SHARDED, bare_model, device_of, named_layers
+from kfdist.runtime.plan.layers import SHARDED, bare_model, device_of, is_compiled, named_layers
 from kfdist.runtime.settings import Settings
-from kfdist.types import BlockName, GroupSpec
+from kfdist.types import GroupSpec
 
 Choice = str | AbstractInverter | Auto
 """An inverter's name or "auto", an inverter, or a chooser of them."""
@@ -42,20 +42,21 @@ class Plan:
         settings: What was asked for.
         world_size: Ranks among which the groups' courier duty is dealt.
         groups: In model order; empty for the method "none".
-        aliases: Further modules that share a block's parameters, by block name; their calls add up.
         coverage: What happens to each parameter, and why.
         device: Where the blocks are, and their statistics.
         costs: What inversions cost, if "auto" chose by it.
+        compiled: Whether torch.compile made the model, or a part of it: it runs eagerly on steps that measure, so
+            all of its blocks are folded at the same steps.
     """
 
     model: nn.Module
     settings: Settings
     world_size: int
     groups: tuple[BlockGroup, ...]
-    aliases: Mapping[BlockName, Sequence[nn.Module]]
     coverage: Coverage
     device: torch.device
     costs: MeasuredCosts | None
+    compiled: bool
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -96,30 +97,35 @@ def make_plan(
         ConfigError: A glob matches no module, a method is unknown, refuses its layers or doesn't go with the Fisher, or
             no layer of the model has a block.
     """
+    compiled = is_compiled(model)
     model, skip = bare_model(model), settings.skip
     patterns = _patterns(method)
     layers = [pair for pair in named_layers(model) if any(True for _ in pair[1].parameters(recurse=False))]
-    _check_globs([*patterns, *skip] if isinstance(method, Mapping) else list(skip), [name for name, _ in layers])
+    unlike = _weights_with_several_biases(layers)
     reasons: dict[str, str] = {}
     chosen: list[_Chosen] = []
-    owner_of_weight: dict[int, Block] = {}
-    aliases: dict[BlockName, list[nn.Module]] = {}
+    owners: dict[Hashable, Block] = {}
     for name, module in layers:
-        found = _choose(name, module, patterns, settings, costs)
-        if isinstance(found, str):
-            reasons[name] = found
+        blocks = _blocks(name, module, patterns, settings, biased=id(getattr(module, "weight", None)) not in unlike)
+        if isinstance(blocks, str):
+            reasons[name] = blocks
             continue
-        first = owner_of_weight.get(id(module.weight))
-        if first is not None:
-            reasons[name] = _alias(first, found.block, aliases)
-            continue
-        owner_of_weight[id(module.weight)] = found.block
-        chosen.append(found)
+        for block in blocks:
+            first = owners.setdefault(_weight_key(block), block)
+            found = _choose(block, patterns, settings, costs) if first is block else _tied(block, first)
+            if isinstance(found, str):
+                reasons[block.name] = found
+            else:
+                chosen.append(found)
+        if id(getattr(module, "weight", None)) in unlike:
+            reasons.setdefault(f"{name}.bias", "layers share its weight but not the bias, which no block can hold")
+    names = list(dict.fromkeys([*(name for name, _ in layers), *(block.name for block in owners.values())]))
+    _check_globs([*patterns, *skip] if isinstance(method, Mapping) else list(skip), names)
     if patterns and not chosen:
         listed = "; ".join(f"{name or 'model'}: {reason}" for name, reason in reasons.items()) or "it has no parameters"
         raise ConfigError(
             f"{type(model).__name__} has no layer that can be preconditioned ({listed}). "
-            f"{', '.join(kind.__name__ for kind in BLOCKS)} have a block; check `skip`, the method's globs and "
+            f"{SUPPORTED} have a block; check `skip`, the method's globs and "
             "requires_grad"
         )
     groups = _make_groups(model, chosen, world_size)
@@ -132,10 +138,10 @@ def make_plan(
         settings=settings,
         world_size=world_size,
         groups=groups,
-        aliases=aliases,
         coverage=coverage_of(model, groups, {**reasons, **notes}),
         device=device_of(model, (each.block for each in chosen)),
         costs=costs if any(isinstance(each, Auto) for each in patterns.values()) else None,
+        compiled=compiled,
     )
 
 
@@ -218,26 +224,31 @@ def _covers(glob: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), glob) for end in range(1, len(parts) + 1))
 
 
-def _choose(
-    name: str,
-    module: nn.Module,
-    patterns: Mapping[str, AbstractInverter | Auto],
-    settings: Settings,
-    costs: MeasuredCosts | None,
-) -> _Chosen | str:
-    """Returns a layer's block and method, or why it has none."""
+def _blocks(
+    name: str, module: nn.Module, patterns: Mapping[str, object], settings: Settings, *, biased: bool
+) -> Sequence[Block] | str:
+    """Returns a layer's blocks, or why it has none."""
     if not patterns:
         return f'method "{NONE}" leaves it to the optimizer'
     if any(_covers(glob, name) for glob in settings.skip):
         return "skipped by configuration"
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
         raise ConfigError(f"layer {name!r} has sharded (DTensor) parameters; {SHARDED}")
-    pattern = next((glob for glob in patterns if _covers(glob, name)), None)
+    return make_blocks(name, module, settings.weight_sharing, biased=biased)
+
+
+def _choose(
+    block: Block,
+    patterns: Mapping[str, AbstractInverter | Auto],
+    settings: Settings,
+    costs: MeasuredCosts | None,
+) -> _Chosen | str:
+    """Returns a block with its method, or why it has none."""
+    if any(_covers(glob, block.name) for glob in settings.skip):
+        return "skipped by configuration"
+    pattern = next((glob for glob in patterns if _covers(glob, block.name)), None)
     if pattern is None:
         return "no pattern of the method table matches"
-    block = make_block(name, module, sharing=settings.weight_sharing)
-    if isinstance(block, str):
-        return block
     inverter = patterns[pattern]
     if isinstance(inverter, AbstractInverter):
         return _Chosen(block, inverter, pattern, "")
@@ -247,15 +258,25 @@ def _choose(
     return _Chosen(block, picked, pattern, reason)
 
 
-def _alias(first: Block, second: Block, aliases: dict[BlockName, list[nn.Module]]) -> str:
-    """Lets a tied layer's calls add to the first one's block where both are the same function of their input."""
-    # The representation tells stride, padding and all else that makes convolutions of one weight differ.
-    alike = type(first) is type(second) and first.module.extra_repr() == second.module.extra_repr()
-    same_parameters = {id(p) for p in first.parameters()} == {id(p) for p in second.parameters()}
-    if alike and same_parameters:
-        aliases.setdefault(first.name, []).append(second.module)
+def _tied(block: Block, first: Block) -> str:
+    """Says what becomes of a layer whose weight an earlier layer's block has."""
+    if block.operation == first.operation:
         return f"tied to {first.name}, whose block measures both"
-    return f"its weight is tied to {first.name}, which has the block"
+    return f"its weight is tied to {first.name}, which has the block and uses it otherwise"
+
+
+def _weight_key(block: Block) -> Hashable:
+    part = block.parts[0]
+    return id(part.parameter), None if part.rows is None else (part.rows.start, part.rows.stop)
+
+
+def _weights_with_several_biases(layers: Sequence[tuple[str, nn.Module]]) -> set[int]:
+    """Returns ids of the weights that layers with different biases share: no row of such a block fits all its uses."""
+    biases: dict[int, set[int]] = {}
+    for _, module in layers:
+        if isinstance(getattr(module, "weight", None), nn.Parameter) and hasattr(module, "bias"):
+            biases.setdefault(id(module.weight), set()).add(id(module.bias))
+    return {weight for weight, found in biases.items() if len(found) > 1}
 
 
 def _spec(position: int, members: Sequence[_Chosen]) -> GroupSpec:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfdist.capture.hooks import Capture
+from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
 from kfdist.runtime.plan.layers import bare_model
 from kfdist.runtime.plan.planner import Plan
@@ -50,7 +50,7 @@ def plain(model: nn.Module) -> nn.Module:
 def captured(model: nn.Module) -> tuple[Capture, Plan]:
     plan = planned(bare_model(model), "kfac")
     blocks = {block.name: block for group in plan.groups for block in group.blocks}
-    capture = Capture(bare_model(model), blocks, aliases=plan.aliases, sampling=Sampling(), grad_scaler=None)
+    capture = Capture(bare_model(model), blocks, sampling=Sampling(), grad_scaler=None)
     capture.arm(dict.fromkeys(blocks, Request()))
     return capture, plan
 
@@ -80,15 +80,34 @@ def test_coverage_of_a_compiled_model_has_clean_names():
     assert plan.coverage == expected.coverage
 
 
-def test_code_compiled_before_the_hooks_were_there_runs_none_of_them():
-    """Torch's own rule (it doesn't guard on hooks); `Preconditioner.step` warns because of `saw_forward`."""
+def test_code_compiled_before_the_capture_was_made_is_measured():
+    """Torch doesn't guard on hooks: on steps that measure, compiled code runs eagerly."""
     model = wrapped(small_cnn())
     x, y = images(4)
     nn.functional.cross_entropy(model(x), y).backward()
     capture, _ = captured(model)
     nn.functional.cross_entropy(model(x), y).backward()
-    assert not capture.saw_forward
-    torch.compiler.reset()
-    nn.functional.cross_entropy(model(x), y).backward()
-    assert capture.saw_forward
     assert set(capture.drain()) == {"0", "2", "5", "7"}
+
+
+def test_a_compiled_function_around_the_model_is_measured_and_keeps_its_graph_on_other_steps():
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object):
+        graphs.append(graph)
+        return graph.forward
+
+    model, (x, y) = small_cnn(), images(4)
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def loss() -> torch.Tensor:
+        return nn.functional.cross_entropy(model(x), y)
+
+    capture, plan = captured(model)
+    due = dict.fromkeys((block.name for block in plan.blocks), Request())
+    for step in range(6):
+        capture.arm(due if step % 3 == 0 else {})
+        loss().backward()
+        assert set(capture.drain()) == (set(due) if step % 3 == 0 else set())
+    capture.close()
+    assert len(graphs) == 1

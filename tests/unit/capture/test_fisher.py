@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfdist.capture.hooks import Capture
+from kfdist.capture.capture import Capture
 from kfdist.curvature.references import dense_kronecker
 from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_of
 from tests.support.small_models import images, small_cnn

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kfdist.capture.hooks import Capture
+from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError, KfdistError

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfdist.capture import reservoir
-from kfdist.capture.hooks import Capture
+from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
 from kfdist.curvature.averages import BatchStatistics, ExampleRows
-from kfdist.curvature.blocks import Block, make_block
+from kfdist.curvature.blocks import Block
 from kfdist.curvature.references import empirical_fisher, per_example_gradients
 from kfdist.errors import ConfigError, KfdistError
+from tests.support.block_cases import make_block
 from tests.support.factors import Factors, armed_capture, blocks_of, rows_by_definition
 from tests.support.small_models import images, small_cnn
 
@@ -351,7 +352,7 @@ def test_sharing_by_reduce_has_the_rows_of_its_factors_and_whole_samples():
     model = Sequences()
     block = make_block("second", model.second, sharing="reduce")
     assert isinstance(block, Block)
-    capture = Capture(model, {"second": block}, aliases={}, sampling=Sampling(), grad_scaler=None)
+    capture = Capture(model, {"second": block}, sampling=Sampling(), grad_scaler=None)
     capture.arm({"second": Request(rows=ALL_ROWS, samples=6)})
     x, y = batch("sequences")
     twin = Sequences()

@@ -1,6 +1,9 @@
 """What is measured and what is not, and that what is not measured costs nothing."""
 
 import copy
+import gc
+import pickle
+import threading
 from functools import partial
 from typing import Any
 
@@ -8,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfdist.capture.hooks import Capture
 from kfdist.capture.requests import Request
 from kfdist.curvature.blocks import Block
 from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_of
@@ -188,11 +190,7 @@ def test_blocks_that_are_not_due_cost_nothing(factor_sums_calls: list[str]):
     model = small_cnn()
     capture = armed_capture(model)
     capture.arm({"2": Request()})
-    outputs = outputs_of_layers(model)
-    x, y = images(8)
-    output = model(x)
-    assert {name: hooks_on(each) for name, each in outputs.items() if each is not output} == {"0": 0, "2": 1, "5": 0}
-    nn.functional.cross_entropy(output, y).backward()
+    backward(model)
     assert factor_sums_calls == ["2"]
     assert set(capture.drain()) == {"2"}
 
@@ -249,10 +247,56 @@ def test_two_captures_on_one_model_do_not_mix():
     assert set(second.drain()) == {"2", "7"}
 
 
-def test_it_says_whether_a_forward_was_seen():
+def test_nothing_is_left_on_the_model_on_a_due_step_either():
+    """So that it can be copied, pickled and compiled as if nobody watched it."""
+    model = small_cnn()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    capture = armed_capture(model)
+    loss = nn.functional.cross_entropy(model(images(4)[0]), images(4)[1])
+    for name, module in model.named_modules():
+        assert vars(module) == before[name]
+    pickle.loads(pickle.dumps(model))
+    loss.backward()
+    assert set(capture.drain()) == {"0", "2", "5", "7"}
+
+
+def test_the_hooks_on_all_modules_are_there_only_while_something_is_due_and_the_capture_lives():
+    def counted() -> tuple[int, int]:
+        gc.collect()
+        hooks = torch.nn.modules.module
+        return len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks)
+
+    before = counted()
     model = small_cnn()
     capture = armed_capture(model)
-    assert isinstance(capture, Capture)
-    assert not capture.saw_forward
-    model(images(2)[0])
-    assert capture.saw_forward
+    armed = tuple(number + 1 for number in before)
+    assert counted() == armed
+    capture.arm({})
+    assert counted() == before
+    capture.arm({"0": Request()})
+    assert counted() == armed
+    del capture
+    assert counted() == before
+
+
+def test_rollouts_in_another_thread_do_not_mix_with_training():
+    model = small_cnn()
+    capture = armed_capture(model)
+    started, finish = threading.Event(), threading.Event()
+
+    def roll_out() -> None:
+        with torch.no_grad(), capture.paused():
+            while not finish.is_set():
+                model(images(3, seed=7)[0])
+                started.set()
+
+    thread = threading.Thread(target=roll_out)
+    thread.start()
+    try:
+        assert started.wait(10)
+        for seed in range(5):
+            backward(model, seed=seed)
+            assert_factors_equal(factors_of(capture.drain()), alone(seed=seed), 0.0)
+    finally:
+        finish.set()
+        thread.join()

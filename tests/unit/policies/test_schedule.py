@@ -75,3 +75,14 @@ def test_an_inverse_period_between_multiples_is_refused_with_its_legal_neighbour
         Schedule(factor_period=10, inverse_period=inverse, groups=3)
     for period in legal:
         Schedule(factor_period=10, inverse_period=period, groups=3)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 7, 40])
+def test_groups_that_are_folded_together_are_inverted_with_a_fresh_folding(groups: int):
+    schedule = Schedule(factor_period=5, inverse_period=20, groups=groups, together=True)
+    for step in range(100):
+        folded = {schedule.folds(group, step) for group in range(groups)}
+        assert folded == {step % 5 == 0}
+        assert step % 5 == 0 or not any(schedule.inverts(group, step) for group in range(groups))
+    for group in range(groups):
+        assert sum(schedule.inverts(group, step) for step in range(1, 101)) == 5

@@ -1,11 +1,12 @@
 """The public Preconditioner: its direction, its scope, its checks."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kfdist
 from kfdist.curvature.references import dense_kronecker, solve_dense
@@ -231,14 +232,33 @@ def test_wrapping_a_layer_afterwards_is_no_change():
         assert pre.step().step == 0
 
 
-def test_gradients_without_a_forward_that_the_hooks_saw_are_warned_of_once():
+def test_blocks_that_are_due_and_not_measured_are_warned_of_once_and_shown_by_coverage():
     model = two_layers()
     with preconditioner(model) as pre:
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        with pytest.warns(KfdistWarning, match=r"before the model's first call, or call torch\.compiler\.reset"):
+        with pytest.warns(KfdistWarning, match=r"2 of the blocks were due at step 0 .*'0': no use of it was seen"):
             pre.step()
-        pre.step()
+        assert "not measured as a whole: no use of it was seen" in str(pre.coverage())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", KfdistWarning)
+            pre.step()
+
+
+def test_what_uses_a_weight_and_cannot_be_measured_is_named():
+    class Quadratic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ni,ij,nj->n", x, self.layer.weight, x)
+
+    model = Quadratic()
+    with preconditioner(model) as pre:
+        model(torch.randn(4, 3)).mean().backward()
+        with pytest.warns(KfdistWarning, match=r"'layer': it is used by einsum, which can't be measured"):
+            pre.step()
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------

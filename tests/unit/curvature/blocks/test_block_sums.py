@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfdist.curvature.blocks import rows
 from kfdist.curvature.blocks.base import SUMS
 from kfdist.curvature.blocks.rows import draw_positions
-from tests.support.block_cases import CASES, assert_true_to_its_layer, block_of, call, make_case
+from tests.support.block_cases import CASES, assert_true_to_its_layer, block_of, call, make_case, multiplied
 
 TOLERANCE = 1e-11
 """Float64 sums of at most a few thousand products of numbers of size one."""
@@ -63,6 +63,7 @@ def test_every_kind_is_true_to_its_layer(name: str) -> None:
 def test_only_what_is_wanted_is_computed(name: str) -> None:
     layer, inputs = make_case(name)
     block, (_, _, gradient) = block_of(layer), call(layer, inputs)
+    inputs = multiplied(layer, inputs)
     everything = block.factor_sums(inputs, gradient)
     c = block.shape.groups
     for size in range(4):
@@ -97,6 +98,7 @@ def test_sums_of_rows_lay_nothing_out() -> None:
 def test_chosen_examples(name: str) -> None:
     layer, inputs = make_case(name)
     block, (_, _, gradient) = block_of(layer), call(layer, inputs)
+    inputs = multiplied(layer, inputs)
     a, g = block.example_rows(inputs, gradient)
     assert a.shape[:2] == g.shape[:2] == (block.shape.groups, 3) and a.shape[2] == g.shape[2]
     if block.has_bias:
@@ -112,6 +114,7 @@ def test_chosen_examples(name: str) -> None:
 def test_no_examples_are_legal(name: str) -> None:
     layer, inputs = make_case(name)
     block, (output, _, _) = block_of(layer), call(layer, inputs)
+    inputs = multiplied(layer, inputs)
     sums = block.factor_sums(inputs[:0], output[:0].detach())
     assert sums.rows == 0
     assert all(float(getattr(sums, each).abs().sum()) == 0 for each in SUMS)
@@ -123,6 +126,7 @@ def test_rows_and_sums_are_float32_at_least(name: str, dtype: torch.dtype) -> No
     layer, inputs = make_case(name)
     layer, inputs = layer.to(dtype), inputs.to(dtype)
     block, (_, _, gradient) = block_of(layer), call(layer, inputs)
+    inputs = multiplied(layer, inputs)
     gradient = gradient.to(dtype)
     assert {rows.dtype for rows in block.example_rows(inputs, gradient)} == {torch.float32}
     sums = block.factor_sums(inputs, gradient)
@@ -138,6 +142,7 @@ def test_positions_by_budget_average_to_the_whole(name: str) -> None:
     """Unbiased for every kind and every sum: each single position is drawn equally often, so their mean is exact."""
     layer, inputs = make_case(name)
     block, (_, _, gradient) = block_of(layer), call(layer, inputs)
+    inputs = multiplied(layer, inputs)
     whole, T = block.factor_sums(inputs, gradient), block.positions(*block.batched(inputs, gradient))
     seeds: dict[int, int] = {}
     for seed in range(40 * T):
@@ -155,6 +160,7 @@ def test_positions_by_budget_average_to_the_whole(name: str) -> None:
 def test_tiles_change_nothing(name: str, fraction: float, rows_a_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, inputs = make_case(name)
     block, (_, _, gradient) = block_of(layer), call(layer, inputs)
+    inputs = multiplied(layer, inputs)
     whole = block.factor_sums(inputs, gradient, positions_fraction=fraction, seed=1)
     shape = block.shape
     with tile_bytes(monkeypatch, rows_a_tile * 8 * shape.groups * (shape.d_in + shape.d_out)):
@@ -184,6 +190,7 @@ def test_memory_is_bounded_by_the_tile(
     layer, shape = LARGE[name]
     layer, inputs = layer.to(dtype), torch.randn(2, *shape, dtype=dtype)
     block, (output, _, gradient) = block_of(layer), call(layer, inputs)
+    inputs = multiplied(layer, inputs)
     gradient = gradient.to(dtype)
     T, c = block.positions(*block.batched(inputs, gradient)), block.shape.groups
     tile = 300_000  # more than a padded image or A takes, and far less than one example's rows
@@ -215,6 +222,7 @@ def test_nothing_waits_for_a_value(name: str, tile: int, monkeypatch: pytest.Mon
     """A fake tensor has no values to read (see test_no_host_sync): in tiles, by budget, and for single examples."""
     layer, inputs = make_case(name)
     block, (output, _, _) = block_of(layer), call(layer, inputs)
+    inputs = multiplied(layer, inputs)
     with tile_bytes(monkeypatch, tile), FakeTensorMode():
         fakes = torch.zeros(inputs.shape), torch.zeros(output.shape)
         for wanted in (SUMS, frozenset({"a", "g"})):
@@ -229,6 +237,7 @@ def test_the_largest_allocation_is_seen() -> None:
     layer, shape = LARGE["conv2d"]
     layer, inputs = layer.to(torch.float32), torch.randn(2, *shape)
     block, (_, _, gradient) = block_of(layer), call(layer, inputs)
+    inputs = multiplied(layer, inputs)
     with Largest(inputs, gradient) as largest:
         block.factor_sums(inputs, gradient.float())
     assert largest.bytes >= 2 * 34 * 34 * 4 * 49 * 4

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.support.block_cases import CONVS, SPATIAL, assert_true_to_its_layer, block_of, call
+from tests.support.block_cases import CONVS, SPATIAL, assert_true_to_its_layer, block_of, call, multiplied
 from tests.support.matrices import gaussian
 
 TOLERANCE = 1e-11
@@ -80,7 +80,7 @@ def test_sums_equal_those_of_torchs_own_patches(dims: int, geometry: dict[str, A
     layer = conv(dims, **geometry)
     block, images = block_of(layer), gaussian(2, 4, *SPATIAL[:dims], seed=1)
     _, _, gradient = call(layer, images)
-    sums = block.factor_sums(images, gradient)
+    sums = block.factor_sums(multiplied(layer, images), gradient)
     patches = padded_by_torch(layer, images)
     n, _, positions = patches.shape
     c = block.shape.groups

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from kfdist.curvature.blocks import Block, make_block
+from kfdist.curvature.blocks import Block
 from kfdist.curvature.blocks.rows import draw_positions
+from tests.support.block_cases import make_block
 from tests.support.matrices import gaussian, relative_error
 
 TOLERANCE = 1e-12

@@ -5,18 +5,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from kfdist.curvature.blocks import Block, make_block
+from kfdist.curvature.blocks import Block, make_blocks
 from kfdist.types import BlockShape
-
-
-class Doubled(nn.Linear):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(input)
-
-
-class UpsideDown(nn.ConvTranspose2d):
-    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        return super().forward(input, output_size).flip(-2)
+from tests.support.block_cases import make_block
 
 
 class Renamed(nn.Linear):
@@ -32,15 +23,12 @@ def frozen(layer: nn.Module, *names: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (nn.BatchNorm2d(3), "BatchNorm2d has no block; supported are Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d"),
+        (nn.BatchNorm2d(3), "BatchNorm2d has no block; supported are Linear, Conv1d, Conv2d, Conv3d"),
         (nn.Embedding(3, 4), "Embedding has no block"),
         (nn.ReLU(), "ReLU has no block"),
         (nn.LazyLinear(4), "run one forward pass first"),
         (nn.LazyConv2d(4, 3), "run one forward pass first"),
         (nn.LazyConvTranspose1d(4, 3), "run one forward pass first"),
-        (UpsideDown(3, 4, 2), "UpsideDown: it replaces ConvTranspose2d.forward"),
-        (Doubled(3, 4), "Doubled: it replaces Linear.forward"),
-        (nn.MultiheadAttention(4, 2).out_proj, "attention uses its weight without calling it"),
         (parametrizations.weight_norm(nn.Linear(3, 4)), "its weight is computed"),
         (nn.Linear(3, 4, device="meta"), "on the meta device"),
         (nn.Linear(3, 4, dtype=torch.complex64), "not a real floating-point type"),
@@ -62,6 +50,30 @@ def test_a_supported_layer_gets_one(module: nn.Linear) -> None:
     assert (block.name, block.module) == ("deep.layer", module)
     assert block.shape == BlockShape(d_out=4, d_in=4)
     assert block.parameters()[0] is module.weight and block.parameters()[1] is module.bias
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 3, "vdim": 5}], ids=["packed", "apart"])
+def test_attention_has_a_block_of_each_projection(sizes: dict[str, int]) -> None:
+    blocks = make_blocks("attention", nn.MultiheadAttention(4, 2, **sizes))
+    assert not isinstance(blocks, str)
+    assert {block.name: (block.layer, block.shape) for block in blocks} == {
+        "attention.q_proj": ("attention", BlockShape(d_out=4, d_in=5)),
+        "attention.k_proj": ("attention", BlockShape(d_out=4, d_in=1 + sizes.get("kdim", 4))),
+        "attention.v_proj": ("attention", BlockShape(d_out=4, d_in=1 + sizes.get("vdim", 4))),
+    }
+
+
+def test_parts_of_one_parameter_are_read_and_written_apart() -> None:
+    layer = nn.MultiheadAttention(4, 2)
+    blocks = make_blocks("attention", layer)
+    assert not isinstance(blocks, str)
+    for parameter in layer.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = layer.in_proj_weight.grad.clone()
+    V = blocks[1].gradient()
+    torch.testing.assert_close(V[0, :, :4], before[4:8])
+    blocks[1].write_gradient(2 * V)
+    torch.testing.assert_close(layer.in_proj_weight.grad, torch.cat([before[:4], 2 * before[4:8], before[8:]]))
 
 
 def test_a_frozen_bias_is_left_out_of_the_block() -> None:

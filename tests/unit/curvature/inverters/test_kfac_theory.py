@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfdist.curvature.blocks import Block, make_block
+from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.references import (
@@ -17,7 +17,7 @@ from kfdist.curvature.references import (
     solve_factored_dense,
 )
 from kfdist.curvature.statistics import KroneckerFactors
-from tests.support.block_cases import block_of
+from tests.support.block_cases import block_of, make_block
 from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian, make_factors, relative_error
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from kfdist.curvature.blocks import ParameterPart
 from kfdist.errors import ConfigError, ModelChanged
 from kfdist.runtime.plan.layers import bare_model, check_block, device_of, find_layer, named_layers
 from tests.support.factors import blocks_of
@@ -93,6 +94,6 @@ def test_layers_on_several_devices_are_refused():
     model = nn.ModuleDict({"here": here, "there": there})
     blocks = [*blocks_of(model).values()]
     assert device_of(model, blocks) == torch.device("cpu")
-    blocks[1]._weight, blocks[1]._bias = nn.Parameter(torch.empty(2, 2, device="meta")), None
+    blocks[1].parts = (ParameterPart("weight", nn.Parameter(torch.empty(2, 2, device="meta"))),)
     with pytest.raises(ConfigError, match="'here' on cpu, 'there' on "):
         device_of(model, blocks)

@@ -34,7 +34,8 @@ def reasons(model: nn.Module, method: Any = "kfac", **kwargs: Any) -> dict[str, 
     return {row.parameter: row.reason for row in planned(model, method, **kwargs).coverage.rows if row.block is None}
 
 
-LAYERS = ["encoder.0", "encoder.2.0", "encoder.2.1", "head"]
+ATTENTION = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj"]
+LAYERS = ["encoder.0", "encoder.2.0", "encoder.2.1", *ATTENTION, "head"]
 
 
 def test_a_name_or_an_inverter_is_for_all_layers():
@@ -51,6 +52,8 @@ def test_a_name_or_an_inverter_is_for_all_layers():
         ({"encoder": "kfac-eigen", "*": "kfac"}, dict.fromkeys(LAYERS[:3], "kfac-eigen")),  # a container
         ({"*.2": "kfac-eigen", "*": "kfac"}, dict.fromkeys(LAYERS[1:3], "kfac-eigen")),
         ({"encoder.[!2]": "kfac-eigen", "*": "kfac"}, {"encoder.0": "kfac-eigen"}),
+        ({"attention": "kfac-eigen", "*": "kfac"}, dict.fromkeys(ATTENTION, "kfac-eigen")),
+        ({"*.q_proj": "kfac-eigen", "*": "kfac"}, {"attention.q_proj": "kfac-eigen"}),
         ({"encoder.2.0": make_inverter("rs-kfac", rank=2), "*": "kfac"}, {"encoder.2.0": "rs-kfac"}),
     ],
     ids=str,
@@ -67,10 +70,10 @@ def test_layers_that_no_glob_matches_keep_their_gradient_and_say_so():
 @pytest.mark.parametrize(
     ("skip", "left"),
     [
-        (("head",), LAYERS[:3]),
-        (("encoder",), ["head"]),
-        (("encoder.2.*", "head"), ["encoder.0"]),
-        (("*.0",), LAYERS[2:]),
+        (("head",), LAYERS[:-1]),
+        (("encoder", "attention"), ["head"]),
+        (("encoder.2.*", "head", "*.out_proj"), ["encoder.0", *ATTENTION[:3]]),
+        (("*.0", "*.k_proj"), ["encoder.2.1", ATTENTION[0], *ATTENTION[2:], "head"]),
     ],
 )
 def test_skip_leaves_out_modules_with_all_they_contain(skip: tuple[str, ...], left: list[str]):
@@ -101,7 +104,7 @@ def test_coverage_lists_every_parameter_with_its_block_or_the_reason():
     model = Attention()
     model.encoder[0].bias.requires_grad_(False)
     coverage = planned(model, "kfac", skip=("encoder.2.1",)).coverage
-    assert [row.parameter for row in coverage.rows] == [name for name, _ in model.named_parameters()]
+    assert list(dict.fromkeys(row.parameter for row in coverage.rows)) == [name for name, _ in model.named_parameters()]
     said = {row.parameter: row.block or row.reason for row in coverage.rows}
     assert said["encoder.0.weight"] == "encoder.0"
     assert said["encoder.0.bias"] == "its layer's block leaves it out"
@@ -109,8 +112,8 @@ def test_coverage_lists_every_parameter_with_its_block_or_the_reason():
     assert said["encoder.2.1.weight"] == "skipped by configuration"
     assert "Embedding has no block" in said["embedding.weight"]
     assert "LayerNorm has no block" in said["encoder.1.weight"]
-    assert "MultiheadAttention has no block" in said["attention.in_proj_weight"]
-    assert "attention uses its weight" in said["attention.out_proj.weight"]
+    assert [row.block for row in coverage.rows if row.parameter == "attention.in_proj_bias"] == ATTENTION[:3]
+    assert said["attention.out_proj.weight"] == "attention.out_proj"
     assert "Attention has no block" in said["scale"]
     assert all((row.block is None) == (row.method is None) == (row.reason != "") for row in coverage.rows)
     assert str(coverage).count("\n") + 1 == len(coverage.rows)
@@ -141,7 +144,6 @@ def test_a_weight_shared_by_two_linear_layers_has_one_block_that_measures_both()
     model[1].weight, model[1].bias = model[0].weight, model[0].bias
     plan = planned(model, "kfac")
     assert [group.name for group in plan.groups] == ["0", "2"]
-    assert plan.aliases == {"0": [model[1]]}
     assert [row.parameter for row in plan.coverage.rows] == ["0.weight", "0.bias", "2.weight"]
 
 
@@ -160,7 +162,7 @@ def test_a_shared_weight_with_another_bias_is_measured_where_its_block_is():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     plan = planned(model, "kfac")
-    assert plan.aliases == {}
-    assert {row.parameter: row.reason for row in plan.coverage.rows if row.reason} == {
-        "1.bias": "its weight is tied to 0, which has the block"
+    assert {row.parameter: row.block for row in plan.coverage.rows} == {"0.weight": "0", "0.bias": None, "1.bias": None}
+    assert {row.reason for row in plan.coverage.rows if row.reason} == {
+        "layers share its weight but not the bias, which no block can hold"
     }

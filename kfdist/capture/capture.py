@@ -1,46 +1,44 @@
-"""Forward and backward hooks that find the calls of the layers that are due, and hand them to the collector.
+"""Finds the uses of the blocks that are due, in forward and backward, and hands them to the collector.
 
 With the empirical Fisher a call is measured when the loss's backward reaches it. With `mc` and `exact` it is measured
 by `Capture.observe`, from gradients of the model's own predictions, and the loss's backward counts for nothing.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from kfdist import checks
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
 from kfdist.capture.observe import Observer, check_version
+from kfdist.capture.operations import Product
 from kfdist.capture.passes import ForwardPass, PassLog, tensors_in
+from kfdist.capture.registry import Part
 from kfdist.capture.requests import SEED_MASK, Request, Sampling, check_requests
-from kfdist.capture.visits import Scaling, Unit, Visit
+from kfdist.capture.visits import Scaling, Unit, Use, Visit
+from kfdist.capture.watch import Watch
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError, KfdistError
-from kfdist.torch_internals import NO_BACKWARD, changes_in_place, device_scale, running_backward, scaler_cycle
+from kfdist.torch_internals import (
+    NO_BACKWARD,
+    changes_in_place,
+    device_scale,
+    product_edge,
+    running_backward,
+    scaler_cycle,
+)
 from kfdist.types import Fisher
 
 _RANK_STRIDE = 0x5851F42D4C957F2D
 """Odd, so that no two ranks have the same seed."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a hook has to remember of a layer's call until its backward."""
-
-    activation: Tensor
-    version: int | None
-    forward: ForwardPass
-    generation: int
-    rerun_in: int
 
 
 class Capture:
@@ -60,17 +58,13 @@ class Capture:
     Args:
         model: The bare model (not its DDP wrapper); dim 0 of its first tensor input is the number of examples. Where a
             layer is called without calling the model as a whole, it is dim 0 of the layer's input.
-        blocks: The blocks to measure, by name.
-        aliases: Further modules tied to a block's parameters, by block name; their calls add to it.
+        blocks: The blocks to measure, by name. All uses of a block's weight add up, wherever they are.
         sampling: How much of a batch is measured.
         grad_scaler: The scaler whose scale is in the output gradients, or None.
         fisher: "empirical", "mc" or "exact".
         chains: Names of blocks in the order of their chains, for cross factors.
         coarse: Names of blocks in the order of their coarse groups.
         rank: Keeps the targets that ranks draw apart: equal draws would be as noisy as those of one rank alone.
-
-    Attributes:
-        saw_forward: Whether any hook ever ran. Code that torch.compile made before the hooks were there runs none.
     """
 
     def __init__(
@@ -78,7 +72,6 @@ class Capture:
         model: nn.Module,
         blocks: Mapping[str, Block],
         *,
-        aliases: Mapping[str, Sequence[nn.Module]],
         sampling: Sampling,
         grad_scaler: torch.amp.GradScaler | None,
         fisher: Fisher = "empirical",
@@ -86,7 +79,6 @@ class Capture:
         coarse: Sequence[Sequence[str]] = (),
         rank: int = 0,
     ) -> None:
-        self._model = model
         self._blocks = dict(blocks)
         self._fisher: Fisher = fisher
         self._groups = (chains, coarse)
@@ -95,23 +87,14 @@ class Capture:
         self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._requests: Mapping[str, Request] = {}
         self._rank = rank
-        self._paused = 0
+        self._paused = _Paused()
         self._generation = 0
         self._passes = PassLog()
         self._stated_examples: int | None = None
         self._examples_of_backward: dict[int, int | None] = {}
         self._scaler_cycle: object = None
-        self.saw_forward = False
-        self._handles: list[RemovableHandle] = []
-        if self._blocks:
-            self._handles += [
-                model.register_forward_pre_hook(_uncompiled(self._before_forward), with_kwargs=True),
-                model.register_forward_hook(_uncompiled(self._after_forward), always_call=True),
-            ]
-        for name, block in self._blocks.items():
-            for module in (block.module, *aliases.get(name, ())):
-                hook = _uncompiled(partial(self._after_layer, name, module))
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._unmeasured: Mapping[str, str] = {}
+        self._watch = Watch(model, self._blocks.values(), self)
 
     def arm(self, requests: Mapping[str, Request]) -> None:
         """Says what to measure until the next `drain`.
@@ -126,6 +109,10 @@ class Capture:
         check_requests(requests, blocks=self._blocks, chains=chains, coarse=coarse, fisher=self._fisher)
         self._requests = dict(requests)
         self._collector.arm(self._requests)
+        if self._requests:
+            self._watch.start(self._requests)
+        else:
+            self._watch.stop()
 
     @property
     def scaled(self) -> bool:
@@ -146,12 +133,12 @@ class Capture:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Captures nothing of the forwards made inside."""
-        self._paused += 1
+        """Captures nothing of the forwards made inside, in this thread."""
+        self._paused.depth += 1
         try:
             yield
         finally:
-            self._paused -= 1
+            self._paused.depth -= 1
 
     def observe(
         self,
@@ -216,18 +203,41 @@ class Capture:
             KfdistError: With "mc" or "exact": a block was due and its backward came, but nothing was observed.
         """
         try:
-            if self._observer is None:
-                return self._collector.drain(max(len(self._examples_of_backward), 1))
-            self._observer.check_complete()
-            return self._collector.drain(1)
+            if self._observer is not None:
+                self._observer.check_complete()
+            repeats = 1 if self._observer is not None else max(len(self._examples_of_backward), 1)
+            drained = self._collector.drain(repeats)
         finally:
             self._forget_everything()
+            self._watch.reset()
+        self._note_unmeasured(drained.keys())
+        return drained
+
+    @property
+    def unmeasured(self) -> Mapping[str, str]:
+        """The blocks that were due when it last drained and have a gradient, but not all in their statistics, and why.
+
+        A use that can't be measured is remembered: it was seen when every module was watched.
+        """
+        return self._unmeasured
+
+    def _note_unmeasured(self, measured: Set[str]) -> None:
+        self._unmeasured = {}
+        for name in self._requests:
+            others = ", ".join(sorted(self._watch.unhandled[name]))
+            if name not in measured:
+                self._watch.look_again(name)
+            elif not others:
+                continue
+            if any(parameter.grad is not None for parameter in self._blocks[name].parameters()):
+                also = "also " if name in measured else ""
+                self._unmeasured[name] = (
+                    f"it is {also}used by {others}, which can't be measured" if others else "no use of it was seen"
+                )
 
     def close(self) -> None:
-        """Removes the hooks and drops what is pending."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Stops watching and drops what is pending."""
+        self._watch.stop()
         self._requests = {}
         self._forget_everything()
 
@@ -245,19 +255,19 @@ class Capture:
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
-    def _before_forward(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        if module is not self._model:
-            return
-        self.saw_forward = True
-        if self._requests:
-            batch = next((each for each in tensors_in((args, kwargs)) if each.dim()), None)
-            self._passes.begin(examples=None if batch is None else batch.shape[0], captured=not self._paused)
+    def begin_calls(self) -> None:
+        """A module is called from outside of the model (`kfdist.capture.watch.Observed`)."""
+        self._passes.begin_calls()
 
-    def _after_forward(self, module: nn.Module, _args: Sequence[Any], output: Any) -> None:
-        if module is not self._model:
-            return
-        forward = self._passes.end()
-        if forward is None or not (self._requests and forward.captured and module.training and torch.is_grad_enabled()):
+    def begin_forward(self) -> None:
+        """The model is called as a whole."""
+        self._passes.begin(captured=not self._paused.depth)
+
+    def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """That call has ended."""
+        batch = next((each for each in tensors_in(inputs) if each.dim()), None)
+        forward = self._passes.end(examples=None if batch is None else batch.shape[0])
+        if forward is None or not (forward.captured and module.training and torch.is_grad_enabled()):
             return
         # The first gradient of a backward arrives here, also where it then meets no armed layer.
         hook = partial(self._on_model_gradient, forward, self._generation)
@@ -265,33 +275,41 @@ class Capture:
             if tensor.requires_grad:
                 tensor.register_hook(hook)
 
-    def _after_layer(
-        self, name: str, own: nn.Module, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        if module is not own:
-            return
-        self.saw_forward = True
-        if name not in self._requests or not module.training:
+    def product(self, parts: Sequence[Part], product: Product, output: Tensor, *, training: bool) -> None:
+        """Weights of blocks were used."""
+        parts = [part for part in parts if part.block in self._requests]
+        if not parts or not training:
             return
         rerun_in = running_backward()
         outside = rerun_in == NO_BACKWARD
         nested = not outside and rerun_in not in self._examples_of_backward
-        forward = self._passes.forward_of_call(captured=not self._paused, nested=nested)
-        if not forward.captured or (outside and self._paused) or not torch.is_grad_enabled():
+        forward = self._passes.forward_of_call(captured=not self._paused.depth, nested=nested)
+        if not forward.captured or (outside and self._paused.depth) or not torch.is_grad_enabled():
             return
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        activation = args[0] if args else kwargs.get("input")
-        if not isinstance(activation, Tensor):
-            raise KfdistError(f"layer {name!r} was called with {type(activation).__name__} as input, not a tensor")
-        call = _Call(activation.detach(), changes_in_place(activation), forward, self._generation, rerun_in)
-        if self._observer is None:
-            output.register_hook(partial(self._on_output_gradient, name, call))
-        elif outside:
-            number = self._observer.remember(name, call.activation, call.version, forward, output)
-            output.register_hook(partial(self._on_observed_backward, number, self._generation))
-        elif not self._observer.running:
-            self._observer.repeated(name)
+        edge, transposed = product_edge(output)
+        shape, activation = tuple(output.shape), product.activation.detach()
+        if product.from_left:  # y^T = x^T W^T
+            shape, activation, transposed = (*shape[:-2], shape[-1], shape[-2]), activation.mT, not transposed
+        for part in parts:
+            whole = product.operation.kind != "linear" or part.rows == slice(0, shape[-1])
+            use = Use(
+                part.block,
+                activation,
+                changes_in_place(product.activation),
+                shape,
+                transposed,
+                None if whole else part.rows,
+                forward,
+                self._generation,
+                rerun_in,
+            )
+            if self._observer is None:
+                edge.node.register_prehook(partial(self._on_output_gradient, use, edge.output_nr))
+            elif outside:
+                number = self._observer.remember(use, edge)
+                edge.node.register_prehook(partial(self._on_observed_backward, number, self._generation))
+            elif not self._observer.running:
+                self._observer.repeated(part.block)
 
     # Backward --------------------------------------------------------------------------------------------------------
 
@@ -300,17 +318,18 @@ class Capture:
             whole_rerun = forward.outer_backward != NO_BACKWARD
             self._begin_backward(forward.outer_backward if whole_rerun else running_backward())
 
-    def _on_output_gradient(self, name: str, call: _Call, output_gradient: Tensor) -> None:
-        if call.generation != self._generation or name not in self._requests:
+    def _on_output_gradient(self, use: Use, output_number: int, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[output_number]
+        if gradient is None or use.generation != self._generation or use.name not in self._requests:
             return
-        check_version(name, call.activation, call.version)
-        backward = self._backward_of(call)
+        check_version(use.name, use.activation, use.version)
+        backward = self._backward_of(use)
         self._begin_backward(backward)
-        visit = Visit(name, call.activation, Unit(backward, call.forward), self._examples_of_backward[backward])
+        visit = Visit(use.name, use.activation, Unit(backward, use.forward), self._examples_of_backward[backward])
         with torch.no_grad():
-            self._collector.add(visit, output_gradient.detach(), Scaling(self._unscaling(), 2))
+            self._collector.add(visit, use.share(gradient), Scaling(self._unscaling(), 2))
 
-    def _on_observed_backward(self, number: int, generation: int, _gradient: Tensor) -> None:
+    def _on_observed_backward(self, number: int, generation: int, _gradients: tuple[Tensor | None, ...]) -> None:
         if generation == self._generation and self._observer is not None and not self._observing:
             self._begin_backward(running_backward())
             self._observer.let_go(number)
@@ -319,14 +338,14 @@ class Capture:
     def _observing(self) -> bool:
         return self._observer is not None and self._observer.running
 
-    def _backward_of(self, call: _Call) -> int:
+    def _backward_of(self, use: Use) -> int:
         """Returns the outermost running backward; those that checkpointing nests in it don't count."""
         running = running_backward()
-        if call.rerun_in == NO_BACKWARD or running in self._examples_of_backward:
+        if use.rerun_in == NO_BACKWARD or running in self._examples_of_backward:
             return running
-        if call.forward.whole and self._examples_of_backward:
+        if use.forward.whole and self._examples_of_backward:
             return next(reversed(self._examples_of_backward))
-        return call.rerun_in
+        return use.rerun_in
 
     def _begin_backward(self, backward: int) -> None:
         """Counts a backward once, and forgets those of an iteration that the scaler skipped, for which no step came."""
@@ -354,6 +373,8 @@ class Capture:
         return scale**-2
 
 
-def _uncompiled(hook: Callable[..., None]) -> Any:
-    """Keeps torch.compile from tracing a hook: it depends on this step's state, and breaks the graph instead."""
-    return torch.compiler.disable(hook)
+class _Paused(threading.local):
+    """How many `paused` a thread is in: rollouts in one thread don't pause the training in another."""
+
+    def __init__(self) -> None:
+        self.depth = 0

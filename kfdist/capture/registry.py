@@ -1,0 +1,144 @@
+"""Which block a tensor in an operation belongs to: a parameter, a view of one, or a copy that a cast made."""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kfdist.capture.operations import Product
+from kfdist.curvature.blocks import Block
+from kfdist.torch_internals import base_of
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where in a parameter a view of it lies.
+
+    Attributes:
+        parameter: Its id.
+        shape: Of the view.
+        stride: Of the view, 0 along dimensions of one entry, where it means nothing.
+        offset: Of the view's first entry from the parameter's.
+    """
+
+    parameter: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, view: Tensor, parameter: Tensor) -> "Geometry":
+        """Measures a view of a parameter, or the parameter itself."""
+        shape = tuple(view.shape)
+        stride = tuple(step if size > 1 else 0 for step, size in zip(view.stride(), shape, strict=True))
+        return cls(id(parameter), shape, stride, int(view.storage_offset() - parameter.storage_offset()))
+
+    def seen_through(self, view: "Geometry", copy: Tensor) -> "Geometry | None":
+        """Returns where a view of a copy of these entries lies; None where the copy is laid out in another way."""
+        if Geometry.of(copy, copy).stride != self.stride:
+            return None
+        return Geometry(self.parameter, view.shape, view.stride, self.offset + view.offset)
+
+    @property
+    def transposed(self) -> "Geometry":
+        """The same entries with the last two dimensions exchanged."""
+        order = (*range(len(self.shape) - 2), -1, -2)
+        return Geometry(
+            self.parameter, tuple(self.shape[i] for i in order), tuple(self.stride[i] for i in order), self.offset
+        )
+
+    def first_row_in(self, whole: "Geometry") -> int | None:
+        """Returns which row of `whole` is the first one here, where the rows here are rows of it one after another."""
+        same = self.parameter == whole.parameter and self.shape[1:] == whole.shape[1:]
+        if not same or self.stride[1:] != whole.stride[1:]:
+            return None
+        step = whole.stride[0] or self.stride[0]
+        if self.stride[0] not in (0, step):
+            return None
+        row, rest = divmod(self.offset - whole.offset, step) if step else (0, self.offset - whole.offset)
+        return row if not rest and 0 <= row <= whole.shape[0] - self.shape[0] else None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block's share of a product: the rows of the output that its weight makes."""
+
+    block: str
+    rows: slice
+
+
+class Registry:
+    """The parameters of some blocks, by identity.
+
+    Args:
+        blocks: The blocks; their parameters must live as long as this does.
+    """
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self._blocks = {block.name: block for block in blocks}
+        self._parameters: dict[int, Tensor] = {}
+        self._users: dict[int, list[Block]] = defaultdict(list)
+        for block in self._blocks.values():
+            for parameter in block.parameters():
+                self._parameters[id(parameter)] = parameter
+                self._users[id(parameter)].append(block)
+        self._copies: dict[int, tuple[weakref.ref[Tensor], Geometry]] = {}
+
+    def geometry(self, tensor: Tensor) -> Geometry | None:
+        """Returns where a tensor lies in a parameter; None where it is no part or copy of any."""
+        for whole in (tensor, base_of(tensor)):
+            if whole is None:
+                continue
+            parameter = self._parameters.get(id(whole))
+            if parameter is not None:
+                return Geometry.of(tensor, parameter)
+            copy, geometry = self._copies.get(id(whole), (lambda: None, None))
+            if geometry is not None and copy() is whole:
+                return geometry if whole is tensor else geometry.seen_through(Geometry.of(tensor, whole), whole)
+        return None
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter of a block, or a view or copy of one."""
+        return self.geometry(tensor) is not None
+
+    def note_copy(self, copy: Tensor, source: Tensor) -> None:
+        """Notes that `copy` has the values of `source`, in another type or at another place."""
+        geometry = self.geometry(source)
+        if geometry is not None:
+            self._copies[id(copy)] = (weakref.ref(copy), geometry)
+
+    def users(self, tensor: Tensor) -> Iterator[str]:
+        """Yields the names of the blocks that a tensor is a parameter of, or a view or copy of one."""
+        geometry = self.geometry(tensor)
+        if geometry is not None:
+            yield from (block.name for block in self._users[geometry.parameter])
+
+    def parts(self, product: Product) -> list[Part]:
+        """Returns the blocks whose weights a product multiplies with; none where it isn't what a block stands for."""
+        used = self.geometry(product.weight)
+        if used is None:
+            return []
+        if product.transposed:
+            used = used.transposed
+        found = []
+        for block in self._users[used.parameter]:
+            if block.operation != product.operation:
+                continue
+            row = Geometry.of(block.weight, self._parameters[used.parameter]).first_row_in(used)
+            if row is not None and self._same_bias(block, product, row):
+                found.append(Part(block.name, slice(row, row + block.weight.shape[0])))
+        return found
+
+    def forget(self) -> None:
+        """Forgets copies."""
+        self._copies.clear()
+
+    def _same_bias(self, block: Block, product: Product, row: int) -> bool:
+        """Whether a product adds the bias that a block contains; one that it doesn't contain is no matter."""
+        if not block.has_bias:
+            return True
+        used = None if product.bias is None else self.geometry(product.bias)
+        part = block.parts[1]
+        return used is not None and Geometry.of(part.of(part.parameter), part.parameter).first_row_in(used) == row

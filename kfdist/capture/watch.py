@@ -1,0 +1,227 @@
+"""Watches the operations of a model while its modules' forwards run, and reports those that use a block's parameters.
+
+What a layer's weight is multiplied with is seen at the operation itself, not at the call of the module that holds it:
+the two differ where a forward uses another module's weight, where a module's forward or output is replaced, and where
+activations change the output in place. Hooks are global ones of `nn.Module`, installed while something is due and then
+removed, so that nothing is ever left on the model: it can be copied, pickled and compiled as if nobody watched.
+"""
+
+import threading
+import types
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from kfdist.capture.operations import COPIES, PRODUCTS, Product, is_composite, product_of
+from kfdist.capture.registry import Part, Registry
+from kfdist.curvature.blocks import Block
+from kfdist.torch_internals import EagerSteps, eager_steps, leave_function_mode
+
+
+class Observed(Protocol):
+    """What wants to know of a model's forward."""
+
+    def begin_calls(self) -> None:
+        """A module of the model is called from outside of the model."""
+
+    def begin_forward(self) -> None:
+        """The model is called as a whole."""
+
+    def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """That call has ended; `inputs` are its arguments, `output` is None where it failed."""
+
+    def product(self, parts: Sequence[Part], product: Product, output: Tensor, *, training: bool) -> None:
+        """Weights of blocks were used, in a module that is in training mode or not."""
+
+
+class _Thread(threading.local):
+    """Where a thread is among the model's modules, and since which of them it is watched."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.mode: _Mode | None = None
+        self.mode_depth = 0
+
+
+class Watch:
+    """Watches one model.
+
+    The first time a block is due every module is watched; from then on those in whose own forward it was used.
+
+    Args:
+        model: The bare model.
+        blocks: What is looked for.
+        observed: Is told.
+
+    Attributes:
+        registry: The blocks' parameters.
+        unhandled: Functions that used a block's parameters and can't be measured, by block.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Collection[Block], observed: Observed) -> None:
+        self._model = model
+        self._ids = {id(module) for module in model.modules()}
+        self._observed: Observed = weakref.proxy(observed)
+        self.registry = Registry(blocks)
+        self.unhandled: dict[str, set[str]] = defaultdict(set)
+        self._places: dict[str, set[int]] = {}
+        self._entries: Set[int] = frozenset()
+        self._thread = _Thread()
+        self._installed: weakref.finalize[..., Watch] | None = None
+
+    def start(self, names: Collection[str]) -> None:
+        """Watches for the blocks `names` until `stop`, or until it is told others."""
+        known = all(name in self._places for name in names)
+        self._entries = set().union(*(self._places[name] for name in names)) if known else self._ids
+        if self._installed is None:
+            # The hooks hold no more than a weak reference: with a forgotten watch they go.
+            enter, leave = weakref.WeakMethod(self._enter), weakref.WeakMethod(self._leave)
+            handles = [
+                register_module_forward_pre_hook(lambda *call: _call(enter, call)),
+                register_module_forward_hook(lambda *call: _call(leave, call), with_kwargs=True, always_call=True),
+            ]
+            self._installed = weakref.finalize(self, _remove, handles, eager_steps())
+
+    def stop(self) -> None:
+        """Removes the hooks, and what an interrupted forward left behind in this thread."""
+        if self._installed is not None:
+            self._installed()
+            self._installed = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets calls that are under way, whose forwards were interrupted, and copies of parameters."""
+        if self._thread.mode is not None:
+            leave_function_mode(self._thread.mode)
+        self._thread = _Thread()
+        self.registry.forget()
+
+    def look_again(self, name: str) -> None:
+        """Forgets where a block was used: it isn't used there any more."""
+        self._places.pop(name, None)
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        if id(module) not in self._ids or torch.compiler.is_compiling():
+            return
+        thread = self._thread
+        if not thread.modules:
+            self._observed.begin_calls()
+        thread.modules.append(module)
+        if thread.mode is None and id(module) in self._entries:
+            thread.mode, thread.mode_depth = _Mode(self), len(thread.modules)
+            thread.mode.__enter__()
+        if module is self._model:
+            self._observed.begin_forward()
+
+    def _leave(self, module: nn.Module, *call: Any) -> None:
+        # Called with (args, kwargs, output), but with (args, output) where the forward raised an error.
+        thread = self._thread
+        if not thread.modules or id(module) not in self._ids or torch.compiler.is_compiling():
+            return
+        while thread.modules and thread.modules.pop() is not module:
+            pass  # one whose forward ended by what isn't an Exception
+        if thread.mode is not None and len(thread.modules) < thread.mode_depth:
+            leave_function_mode(thread.mode)
+            thread.mode = None
+        if module is self._model:
+            self._observed.end_forward(module, call[:-1], call[-1])
+
+    def saw(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        """An operation had a block's parameter among its arguments, and made a tensor that is no view of it."""
+        used = [each for each in _tensors((args, kwargs)) if self.registry.knows(each)]
+        product = product_of(function, args, kwargs, self.registry.knows) if function in PRODUCTS else None
+        parts = [] if product is None else self.registry.parts(product)
+        if product is not None and parts:
+            module = self._thread.modules[-1]
+            for part in parts:
+                self._places.setdefault(part.block, set()).add(id(module))
+            self._observed.product(parts, product, output, training=module.training)
+            used = [each for each in used if each is not product.weight and each is not product.bias]
+        elif function in COPIES:
+            self.registry.note_copy(output, used[0])
+            return
+        for each in used:
+            for name in self.registry.users(each):
+                self.unhandled[name].add(function.__name__)
+
+
+def _call(method: weakref.WeakMethod[Callable[..., None]], arguments: Sequence[Any]) -> None:
+    bound = method()
+    if bound is not None:
+        bound(*arguments)
+
+
+def _remove(handles: Sequence[RemovableHandle], eager: EagerSteps | None) -> None:
+    for handle in handles:
+        handle.remove()
+    if eager is not None:
+        eager.close()
+
+
+class _Mode(TorchFunctionMode):
+    """Shows a watch every operation on tensors, as torch calls it from Python."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    @override
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        registry = self._watch.registry
+        if not any(registry.knows(each) for each in _tensors((args, kwargs))):
+            return func(*args, **kwargs)
+        if func not in PRODUCTS and is_composite(func):
+            with self:
+                return _open(func)(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if isinstance(output, Tensor) and output.requires_grad and not registry.knows(output):
+            self._watch.saw(func, args, kwargs, output)
+        return output
+
+
+def _tensors(arguments: Any) -> Iterable[Tensor]:
+    """Yields the tensors among arguments, and those in lists of them."""
+    for each in arguments if isinstance(arguments, (tuple, list)) else arguments.values():
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, (tuple, list, Mapping)):
+            yield from _tensors(each)
+
+
+_OPENED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _open(function: Any) -> Callable[..., Any]:
+    """Returns a function that does what a composite one does without offering itself to the mode once more.
+
+    A composite of `torch.nn.functional` first asks whether anybody overrides it, and then calls the mode again; here
+    the answer is no, and the mode sees the operations that it is made of.
+    """
+    opened = _OPENED.get(function)
+    if opened is None:
+        names = {name: _nobody for name in function.__globals__ if name.startswith("has_torch_function")}
+        opened = types.FunctionType(
+            function.__code__,
+            {**function.__globals__, **names},
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        opened.__kwdefaults__ = function.__kwdefaults__
+        _OPENED[function] = opened
+    return opened
+
+
+def _nobody(*_arguments: Any) -> bool:
+    return False
