@@ -161,8 +161,7 @@ class Pipeline:
 
     def _warn_of_unmeasured(self, step: int) -> None:
         """Warns of each block once that was due and not measured, or not in all its uses."""
-        found = self.capture.unmeasured
-        new = {name: found[name] for name in sorted(found) if name not in self._said_unmeasured}
+        new = {name: why for name, why in self.capture.unmeasured.items() if name not in self._said_unmeasured}
         if new:
             self._said_unmeasured.update(new)
             warnings.warn(unmeasured_warning(new, step), KfdistWarning, stacklevel=5)

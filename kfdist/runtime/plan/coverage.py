@@ -80,7 +80,7 @@ def coverage_of(model: nn.Module, groups: Sequence[BlockGroup], reasons: Mapping
 
 def unmeasured_warning(reasons: Mapping[BlockName, str], step: int) -> str:
     """Says that blocks were due and not measured, or not all of their uses, and why."""
-    shown = [f"{name or 'the model'!r}: {reason}" for name, reason in reasons.items()]
+    shown = [f"{name or 'the model'!r}: {reason}" for name, reason in sorted(reasons.items())]
     listed = "; ".join(shown[:_MOST_NAMES_SHOWN] + ["..."] * (len(shown) > _MOST_NAMES_SHOWN))
     return (
         f"{len(reasons)} of the blocks were due at step {step} and have gradients, but not all uses of them were "
