@@ -9,7 +9,10 @@ from torch import Tensor
 
 from kfdist.capture.operations import Product
 from kfdist.curvature.blocks import Block
-from kfdist.torch_internals import base_of
+from kfdist.torch_internals import base_of, changes_in_place
+
+_EXPANDED = -1
+"""No stride of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Geometry:
     Attributes:
         parameter: Its id.
         shape: Of the view.
-        stride: Of the view, 0 along dimensions of one entry, where it means nothing.
+        stride: Of the view, 0 along dimensions of one entry, where it means nothing, and `_EXPANDED` along those that
+            show one entry several times.
         offset: Of the view's first entry from the parameter's.
     """
 
@@ -32,7 +36,8 @@ class Geometry:
     def of(cls, view: Tensor, parameter: Tensor) -> "Geometry":
         """Measures a view of a parameter, or the parameter itself."""
         shape = tuple(view.shape)
-        stride = tuple(step if size > 1 else 0 for step, size in zip(view.stride(), shape, strict=True))
+        strides = zip(view.stride(), shape, strict=True)
+        stride = tuple(0 if size == 1 else step or _EXPANDED for step, size in strides)
         return cls(id(parameter), shape, stride, int(view.storage_offset() - parameter.storage_offset()))
 
     def seen_through(self, view: "Geometry", copy: Tensor) -> "Geometry | None":
@@ -69,6 +74,15 @@ class Part:
     rows: slice
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """A tensor with the values of a parameter, or of a view of one."""
+
+    tensor: weakref.ref[Tensor]
+    geometry: Geometry
+    version: int | None
+
+
 class Registry:
     """The parameters of some blocks, by identity.
 
@@ -84,7 +98,7 @@ class Registry:
             for parameter in block.parameters():
                 self._parameters[id(parameter)] = parameter
                 self._users[id(parameter)].append(block)
-        self._copies: dict[int, tuple[weakref.ref[Tensor], Geometry]] = {}
+        self._copies: dict[int, _Copy] = {}
 
     def geometry(self, tensor: Tensor) -> Geometry | None:
         """Returns where a tensor lies in a parameter; None where it is no part or copy of any."""
@@ -94,9 +108,10 @@ class Registry:
             parameter = self._parameters.get(id(whole))
             if parameter is not None:
                 return Geometry.of(tensor, parameter)
-            copy, geometry = self._copies.get(id(whole), (lambda: None, None))
-            if geometry is not None and copy() is whole:
-                return geometry if whole is tensor else geometry.seen_through(Geometry.of(tensor, whole), whole)
+            copy = self._copies.get(id(whole))
+            if copy is not None and copy.tensor() is whole:
+                view = Geometry.of(tensor, whole)
+                return copy.geometry if whole is tensor else copy.geometry.seen_through(view, whole)
         return None
 
     def knows(self, tensor: Tensor) -> bool:
@@ -107,7 +122,15 @@ class Registry:
         """Notes that `copy` has the values of `source`, in another type or at another place."""
         geometry = self.geometry(source)
         if geometry is not None:
-            self._copies[id(copy)] = (weakref.ref(copy), geometry)
+            self._copies[id(copy)] = _Copy(weakref.ref(copy), geometry, changes_in_place(copy))
+
+    def changed(self, tensor: Tensor) -> bool:
+        """Whether a tensor is, or shows, a copy that was changed since it was made, and so has other values."""
+        for whole in (tensor, base_of(tensor)):
+            copy = None if whole is None else self._copies.get(id(whole))
+            if whole is not None and copy is not None and copy.tensor() is whole:
+                return copy.version != changes_in_place(whole)
+        return False
 
     def users(self, tensor: Tensor) -> Iterator[str]:
         """Yields the names of the blocks that a tensor is a parameter of, or a view or copy of one."""
@@ -118,7 +141,7 @@ class Registry:
     def parts(self, product: Product) -> list[Part]:
         """Returns the blocks whose weights a product multiplies with; none where it isn't what a block stands for."""
         used = self.geometry(product.weight)
-        if used is None:
+        if used is None or self.changed(product.weight):
             return []
         if product.transposed:
             used = used.transposed
@@ -141,4 +164,6 @@ class Registry:
             return True
         used = None if product.bias is None else self.geometry(product.bias)
         part = block.parts[1]
-        return used is not None and Geometry.of(part.of(part.parameter), part.parameter).first_row_in(used) == row
+        if used is None or product.bias is None or self.changed(product.bias):
+            return False
+        return Geometry.of(part.of(part.parameter), part.parameter).first_row_in(used) == row

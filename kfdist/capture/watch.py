@@ -74,7 +74,7 @@ class Watch:
         self.unhandled: dict[str, set[str]] = defaultdict(set)
         self._places: dict[str, set[int]] = {}
         self._entries: Set[int] = frozenset()
-        self._thread = _Thread()
+        self._threads = [_Thread()]  # in a list, which outlives a forgotten watch
         self._installed: weakref.finalize[..., Watch] | None = None
 
     def start(self, names: Collection[str]) -> None:
@@ -88,7 +88,7 @@ class Watch:
                 register_module_forward_pre_hook(lambda *call: _call(enter, call)),
                 register_module_forward_hook(lambda *call: _call(leave, call), with_kwargs=True, always_call=True),
             ]
-            self._installed = weakref.finalize(self, _remove, handles, eager_steps())
+            self._installed = weakref.finalize(self, _remove, handles, eager_steps(), self._threads)
 
     def stop(self) -> None:
         """Removes the hooks, and what an interrupted forward left behind in this thread."""
@@ -99,9 +99,7 @@ class Watch:
 
     def reset(self) -> None:
         """Forgets calls that are under way, whose forwards were interrupted, and copies of parameters."""
-        if self._thread.mode is not None:
-            leave_function_mode(self._thread.mode)
-        self._thread = _Thread()
+        _forget_calls(self._threads)
         self.registry.forget()
 
     def look_again(self, name: str) -> None:
@@ -111,7 +109,7 @@ class Watch:
     def _enter(self, module: nn.Module, _args: Any) -> None:
         if id(module) not in self._ids or torch.compiler.is_compiling():
             return
-        thread = self._thread
+        thread = self._threads[0]
         if not thread.modules:
             self._observed.begin_calls()
         thread.modules.append(module)
@@ -123,8 +121,8 @@ class Watch:
 
     def _leave(self, module: nn.Module, *call: Any) -> None:
         # Called with (args, kwargs, output), but with (args, output) where the forward raised an error.
-        thread = self._thread
-        if not thread.modules or id(module) not in self._ids or torch.compiler.is_compiling():
+        thread = self._threads[0]
+        if torch.compiler.is_compiling() or not any(each is module for each in thread.modules):
             return
         while thread.modules and thread.modules.pop() is not module:
             pass  # one whose forward ended by what isn't an Exception
@@ -140,7 +138,7 @@ class Watch:
         product = product_of(function, args, kwargs, self.registry.knows) if function in PRODUCTS else None
         parts = [] if product is None else self.registry.parts(product)
         if product is not None and parts:
-            module = self._thread.modules[-1]
+            module = self._threads[0].modules[-1]
             for part in parts:
                 self._places.setdefault(part.block, set()).add(id(module))
             self._observed.product(parts, product, output, training=module.training)
@@ -159,7 +157,15 @@ def _call(method: weakref.WeakMethod[Callable[..., None]], arguments: Sequence[A
         bound(*arguments)
 
 
-def _remove(handles: Sequence[RemovableHandle], eager: EagerSteps | None) -> None:
+def _forget_calls(threads: list[_Thread]) -> None:
+    """Forgets where threads are, and takes this thread's mode off the stack."""
+    if threads[0].mode is not None:
+        leave_function_mode(threads[0].mode)
+    threads[0] = _Thread()
+
+
+def _remove(handles: Sequence[RemovableHandle], eager: EagerSteps | None, threads: list[_Thread]) -> None:
+    _forget_calls(threads)
     for handle in handles:
         handle.remove()
     if eager is not None:
@@ -171,14 +177,16 @@ class _Mode(TorchFunctionMode):
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
-        self._watch = watch
+        self._watch = weakref.ref(watch)  # left on the stack by an interrupted forward, it keeps nothing alive
 
     @override
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        registry = self._watch.registry
+        kwargs, watch = kwargs or {}, self._watch()
+        if watch is None:
+            return func(*args, **kwargs)
+        registry = watch.registry
         if not any(registry.knows(each) for each in _tensors((args, kwargs))):
             return func(*args, **kwargs)
         if func not in PRODUCTS and is_composite(func):
@@ -186,7 +194,7 @@ class _Mode(TorchFunctionMode):
                 return _open(func)(*args, **kwargs)
         output = func(*args, **kwargs)
         if isinstance(output, Tensor) and output.requires_grad and not registry.knows(output):
-            self._watch.saw(func, args, kwargs, output)
+            watch.saw(func, args, kwargs, output)
         return output
 
 

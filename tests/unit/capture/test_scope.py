@@ -300,3 +300,32 @@ def test_rollouts_in_another_thread_do_not_mix_with_training():
     finally:
         finish.set()
         thread.join()
+
+
+@pytest.mark.parametrize("end", ["drain", "close", "forgotten"])
+def test_a_forward_that_was_interrupted_leaves_nothing_on_the_stack(end: str):
+    def modes() -> int:
+        gc.collect()
+        return torch._C._len_torch_function_stack()
+
+    before = modes()
+    model = nn.Sequential(nn.Linear(3, 3), nn.Identity())
+    capture = armed_capture(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(2, 3))
+    assert modes() == before + 1
+    if end == "forgotten":
+        del capture
+        assert modes() == before
+        return
+    capture.drain() if end == "drain" else capture.close()
+    assert modes() == before
+    if end == "drain":
+        handle.remove()
+        model(torch.ones(2, 3)).sum().backward()
+        assert set(capture.drain()) == {"0"}

@@ -248,3 +248,38 @@ def test_a_weight_that_is_used_in_pieces_is_not_measured_and_that_is_said():
     F.mse_loss(model(x), y).backward()
     assert set(capture.drain()) == {"second"}
     assert capture.unmeasured == {"first": "it is used by add, linear, which can't be measured"}
+
+
+def doubled(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    weight = layer.weight.clone()
+    weight *= 2
+    return weight, layer.bias
+
+
+def masked(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    weight = layer.weight.clone()
+    weight[0] = 0.0
+    return weight, layer.bias
+
+
+def with_another_bias(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    bias = layer.bias.clone()
+    bias[1:].zero_()
+    return layer.weight, bias
+
+
+def repeated(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    return layer.weight[:1].expand(D, D), layer.bias
+
+
+@pytest.mark.parametrize("parameters", [doubled, masked, with_another_bias, repeated])
+def test_what_only_looks_like_a_weight_is_not_taken_for_it(
+    parameters: Callable[[nn.Linear], tuple[Tensor, Tensor]],
+):
+    torch.manual_seed(0)
+    model = Plain(lambda layer, x: F.linear(x, *parameters(layer))).double()
+    capture = armed_capture(model)
+    x, y = batch()
+    F.mse_loss(model(x), y).backward()
+    assert set(capture.drain()) == {"second"}
+    assert capture.unmeasured == {"first": "it is used by linear, which can't be measured"}
