@@ -27,14 +27,14 @@ run: $(INSTALLED)  ## Trains the bundled example with every process in its place
 	$(BIN)/kfdist train --set run.dir=$(RUN_DIR)
 
 # Tests that start no process take all cores. Of the others, which wait more than they compute and whose clocks are set
-# for a busy machine, two files run at a time, those that last longest first.
+# for a busy machine, three files run at a time, those that last longest first.
 ALONE := tests/unit tests/contracts tests/architecture tests/support
 TOGETHER := tests/end_to_end tests/pool tests/links tests/distributed tests/control tests/owner tests/acceptance
 
 test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
 	@status=0; \
 	$(PYTEST) --numprocesses auto --maxprocesses 8 $(ALONE) || status=1; \
-	$(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TOGETHER) || status=1; \
+	$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder $(TOGETHER) || status=1; \
 	exit $$status
 
 test-chaos: $(INSTALLED)  ## Runs the long fault loops
