@@ -26,16 +26,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 run: $(INSTALLED)  ## Trains the bundled example with every process in its place
 	$(BIN)/kfdist train --set run.dir=$(RUN_DIR)
 
-# Tests that start no process take all cores. Of the others, which wait more than they compute and whose clocks are set
-# for a busy machine, three files run at a time, those that last longest first.
+# Of the tests that start processes, which wait more than they compute and whose clocks are set for a busy machine, three
+# files run at a time, those that last longest first. The others fill the cores meanwhile, at a lower priority, and are
+# shown afterwards.
 ALONE := tests/unit tests/contracts tests/architecture tests/support
 TOGETHER := tests/end_to_end tests/pool tests/links tests/distributed tests/control tests/owner tests/acceptance
 
 test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
-	@status=0; \
-	$(PYTEST) --numprocesses auto --maxprocesses 8 $(ALONE) || status=1; \
+	@status=0; log=$$(mktemp); \
+	nice -n 10 $(PYTEST) --numprocesses auto --maxprocesses 8 $(ALONE) >$$log 2>&1 & alone=$$!; \
+	trap 'kill $$alone; rm -f $$log; exit 130' INT TERM; \
 	$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder $(TOGETHER) || status=1; \
-	exit $$status
+	wait $$alone || status=1; \
+	cat $$log; rm -f $$log; exit $$status
 
 test-chaos: $(INSTALLED)  ## Runs the long fault loops
 	$(PYTEST) -m chaos
