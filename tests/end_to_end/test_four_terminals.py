@@ -17,10 +17,11 @@ def test_a_run_by_hand_in_four_terminals(tmp_path: Path):
         f'[run]\nname = "by-hand"\ndir = "{tmp_path / "run"}"\nsteps = 60\n'
         '[control]\naddress = "127.0.0.1:0"\nmetrics_address = "127.0.0.1:0"\n'
     )
-    ready = tmp_path / "ready.json"
+    ready, owners_ready = tmp_path / "ready.json", tmp_path / "owners-ready.json"
     with Command("serve", str(config), "--ready-file", str(ready)) as controller:
         address = controller.wait_for_file(ready)["address"]
-        with Command("pool", str(config), "--controller", address) as pool:
+        with Command("pool", str(config), "--controller", address, "--ready-file", str(owners_ready)) as pool:
+            pool.wait_for_file(owners_ready)  # the second owner may come later than the ranks' thirtieth step
             torchrun = ("--nproc-per-node", "2", "-m", "kfdist", "worker", str(config), "--controller", address)
             with Command(*torchrun, module="torch.distributed.run") as ranks:
                 ranks.wait_for_line("step 30/60", seconds=90)
