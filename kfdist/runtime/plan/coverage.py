@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.layers import named_layers
@@ -19,6 +20,7 @@ class CoverageRow:
 
     Attributes:
         parameter: Its dotted name.
+        elements: How many numbers that is; 0 where it is frozen, or lazy and not yet initialised.
         block: The block that preconditions it, or None.
         method: The block's inverter, or None.
         reason: Why it has no block; else what the method does with it and why it was chosen, where that says more
@@ -28,6 +30,7 @@ class CoverageRow:
     """
 
     parameter: str
+    elements: int
     block: str | None
     method: str | None
     reason: str
@@ -40,41 +43,55 @@ class Coverage:
 
     rows: tuple[CoverageRow, ...]
 
+    @property
+    def share(self) -> float:
+        """Share of the trained numbers that a block preconditions, in [0, 1]."""
+        trained = sum(row.elements for row in self.rows)
+        return sum(row.elements for row in self.rows if row.block is not None) / max(trained, 1)
+
     def with_inversions(self, notes: Mapping[BlockName, str]) -> "Coverage":
         """Returns the same with a note on the inversion of each block that has one."""
         return Coverage(tuple(replace(row, inversion=notes.get(row.block or "", "")) for row in self.rows))
 
     def __str__(self) -> str:
         width = max((len(row.parameter) for row in self.rows), default=0)
-        return "\n".join(
+        lines = [
             f"{row.parameter:<{width}}  {row.method or '-':<16}  "
             + ": ".join(filter(None, (row.block, row.reason, row.inversion)))
             for row in self.rows
-        )
+        ]
+        trained = sum(row.elements for row in self.rows)
+        return "\n".join([*lines, f"{self.share:.2%} of {trained:,} trained parameters are preconditioned"])
 
 
 def coverage_of(model: nn.Module, groups: Sequence[BlockGroup], reasons: Mapping[str, str]) -> Coverage:
     """Lists every parameter; `reasons` say why a layer has no block, or what there is to say of its block."""
     methods = {block.name: group.inverter.name for group in groups for block in group.blocks}
-    by_parameter: dict[int, list[str]] = {}
+    by_parameter: dict[int, list[tuple[str, int]]] = {}
     with_blocks = set()
     for group in groups:
         for block in group.blocks:
             with_blocks.add(block.layer)
-            for parameter in block.parameters():
-                by_parameter.setdefault(id(parameter), []).append(block.name)
+            for part in block.parts:
+                elements = part.of(part.parameter).numel()
+                by_parameter.setdefault(id(part.parameter), []).append((block.name, elements))
     rows, seen = [], set()
     for layer, module in named_layers(model):
         for own_name, parameter in module.named_parameters(layer, recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            for block in by_parameter.get(id(parameter), ()):
-                rows.append(CoverageRow(own_name, block, methods[block], reasons.get(block, "")))
+            counted = parameter.requires_grad and not isinstance(parameter, UninitializedParameter)
+            trained = parameter.numel() if counted else 0
+            for block, elements in by_parameter.get(id(parameter), ()):
+                trained -= elements
+                rows.append(CoverageRow(own_name, elements, block, methods[block], reasons.get(block, "")))
             if id(parameter) not in by_parameter:
                 left_out = "its layer's block leaves it out"
                 reason = reasons.get(own_name) or (left_out if layer in with_blocks else reasons.get(layer, left_out))
-                rows.append(CoverageRow(own_name, None, None, reason))
+                rows.append(CoverageRow(own_name, trained, None, None, reason))
+            elif trained > 0:
+                rows.append(CoverageRow(own_name, trained, None, None, "the rest of it belongs to no block"))
     return Coverage(tuple(rows))
 
 

@@ -116,7 +116,11 @@ def test_coverage_lists_every_parameter_with_its_block_or_the_reason():
     assert said["attention.out_proj.weight"] == "attention.out_proj"
     assert "Attention has no block" in said["scale"]
     assert all((row.block is None) == (row.method is None) == (row.reason != "") for row in coverage.rows)
-    assert str(coverage).count("\n") + 1 == len(coverage.rows)
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(row.elements for row in coverage.rows) == sum(trained)
+    without = sum(row.elements for row in coverage.rows if row.block is None)
+    assert 20 < without and coverage.share == pytest.approx(1 - without / sum(trained))  # at least what is skipped
+    assert str(coverage).count("\n") == len(coverage.rows)
 
 
 def test_frozen_lazy_and_parametrized_layers_say_why_they_have_no_block():
