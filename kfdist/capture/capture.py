@@ -27,6 +27,7 @@ from kfdist.capture.watch import Watch
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError, KfdistError
+from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.torch_internals import (
     NO_BACKWARD,
     changes_in_place,
@@ -187,7 +188,7 @@ class Capture:
         if not output.requires_grad:
             return
         self._begin_cycle()
-        with torch.no_grad():
+        with plain_arithmetic(output.device):
             self._observer.run(
                 output,
                 described,
@@ -326,7 +327,7 @@ class Capture:
         backward = self._backward_of(use)
         self._begin_backward(backward)
         visit = Visit(use.name, use.activation, Unit(backward, use.forward), self._examples_of_backward[backward])
-        with torch.no_grad():
+        with plain_arithmetic(gradient.device):
             self._collector.add(visit, use.share(gradient), Scaling(self._unscaling(), 2))
 
     def _on_observed_backward(self, number: int, generation: int, _gradients: tuple[Tensor | None, ...]) -> None:

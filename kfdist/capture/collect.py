@@ -175,8 +175,8 @@ class Collector:
         if kept >= n:
             return activation, output_gradient, 1.0
         seed = (self._requests[self._leader.get(visit.name, visit.name)].seed + number) & SEED_MASK
-        generator = torch.Generator().manual_seed(seed ^ _EXAMPLES_SEED)
-        chosen = spread(torch.randperm(n, generator=generator)[:kept], len(activation), n)
+        generator = torch.Generator(device="cpu").manual_seed(seed ^ _EXAMPLES_SEED)
+        chosen = spread(torch.randperm(n, generator=generator, device="cpu")[:kept], len(activation), n)
         chosen = chosen.to(activation.device, non_blocking=True)
         return activation[chosen], output_gradient[chosen], n / kept
 

@@ -156,7 +156,7 @@ def _work(output: Tensor) -> Tensor:
 
 
 def _drawn(draw: Callable[..., Tensor], shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
-    drawn = draw(shape, generator=generator, dtype=torch.float64)
+    drawn = draw(shape, generator=generator, dtype=torch.float64, device="cpu")
     return drawn.to(like.device, like.dtype, non_blocking=True)
 
 

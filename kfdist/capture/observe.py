@@ -103,7 +103,7 @@ class Observer:
         for call in calls:
             check_version(call.use.name, call.use.activation, call.use.version)
         if self._fisher == "mc":
-            generator = torch.Generator().manual_seed(((seed ^ _TARGETS_SEED) + self._draws) & SEED_MASK)
+            generator = torch.Generator(device="cpu").manual_seed(((seed ^ _TARGETS_SEED) + self._draws) & SEED_MASK)
             roots: Iterable[Tensor] = [sampled_root(output, loss, generator)]
         else:
             roots = enumerated_roots(output, loss, _independent_examples(output, calls))

@@ -34,7 +34,7 @@ class _Calls:
         self.keys, self.chosen = [self.keys[index] for index in which], [self.chosen[index] for index in which]
         for rows in (self.a, self.g):
             for visit, each in rows.items():
-                kept = torch.tensor(which, dtype=torch.int64).to(each.device, non_blocking=True)
+                kept = torch.tensor(which, dtype=torch.int64, device="cpu").to(each.device, non_blocking=True)
                 rows[visit] = each.index_select(1, kept)
 
 
@@ -105,7 +105,7 @@ class Reservoir:
     ) -> tuple[Tensor, Tensor]:
         """Returns a `[c, n, T', q]` and g `[c, n, T', p]` of the kept examples, compressed a few examples at a time."""
         length, kept = len(activation), len(calls.chosen)
-        places = spread(torch.tensor(calls.chosen, dtype=torch.int64), length, calls.examples)
+        places = spread(torch.tensor(calls.chosen, dtype=torch.int64, device="cpu"), length, calls.examples)
         places = places.to(activation.device, non_blocking=True).view(kept, -1)
         tile = kept
         if self._columns is not None:

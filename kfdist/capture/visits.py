@@ -134,4 +134,4 @@ def spread(chosen: Tensor, length: int, examples: int) -> Tensor:
     each = length // examples
     if each == 1:
         return chosen
-    return (chosen.unsqueeze(1) * each + torch.arange(each)).flatten()
+    return (chosen.unsqueeze(1) * each + torch.arange(each, device="cpu")).flatten()

@@ -58,7 +58,7 @@ class TableExchange:
         """
         if self._table is not None:
             raise AssertionError("a table was started while another is running")
-        table = torch.tensor(columns, dtype=torch.int64).to(self._communicator.device, non_blocking=True)
+        table = torch.tensor(columns, dtype=torch.int64, device="cpu").to(self._communicator.device, non_blocking=True)
         if digest is not None:
             table[-2:] = torch.stack([digest, ~digest])
         self.bytes_sent += table.numel() * 8
@@ -73,14 +73,14 @@ class TableExchange:
 
     def agree(self, columns: Sequence[int]) -> list[int]:
         """One blocking round: returns the elementwise maximum of all ranks' columns. All ranks must enter."""
-        round_ = torch.tensor(columns, dtype=torch.int64).to(self._communicator.device)
+        round_ = torch.tensor(columns, dtype=torch.int64, device="cpu").to(self._communicator.device)
         self.bytes_sent += round_.numel() * 8
         self._communicator.all_reduce_max(round_).wait()
         return round_.tolist()
 
     def share(self, values: Sequence[float], source: int = 0) -> list[float]:
         """Returns rank `source`'s float64 values on all ranks."""
-        shared = torch.tensor(values, dtype=torch.float64).to(self._communicator.device)
+        shared = torch.tensor(values, dtype=torch.float64, device="cpu").to(self._communicator.device)
         self._communicator.broadcast(shared, source).wait()
         return shared.tolist()
 

@@ -82,7 +82,7 @@ def measure_costs() -> MeasuredCosts:
         per_flop = max(large - small, 0.1 * large) / (many - few)
         return Rate(fixed=max(small - per_flop * few, 0.0), per_flop=per_flop)
 
-    one, sketched = torch.ones(()), RsKfac(rank=24, oversampling=8)
+    one, sketched = torch.ones((), dtype=torch.float32, device="cpu"), RsKfac(rank=24, oversampling=8)
 
     def sketch(matrix: torch.Tensor) -> None:
         columns = gaussian_sketch(matrix, 32, seed=0)
@@ -90,8 +90,8 @@ def measure_costs() -> MeasuredCosts:
 
     def brand(matrix: torch.Tensor) -> None:
         half = matrix.shape[-1] // 8
-        vectors = torch.eye(matrix.shape[-1])[None, :, :half].contiguous()
-        brand_update(vectors, torch.ones(1, half), matrix[None, :half])
+        vectors = torch.eye(matrix.shape[-1], dtype=torch.float32, device="cpu")[None, :, :half].contiguous()
+        brand_update(vectors, torch.ones(1, half, dtype=torch.float32, device="cpu"), matrix[None, :half])
 
     return MeasuredCosts(
         rates={
@@ -104,7 +104,7 @@ def measure_costs() -> MeasuredCosts:
 
 
 def _fastest(operation: Callable[[torch.Tensor], Any], d: int) -> float:
-    rows = gaussian_sketch(torch.zeros(d, d), d, seed=d)
+    rows = gaussian_sketch(torch.zeros(d, d, dtype=torch.float32, device="cpu"), d, seed=d)
     matrix = rows @ rows.mT / d
     seconds = []
     for _ in range(_REPEATS + 1):  # the first one warms up

@@ -116,7 +116,7 @@ class WeightedSums:
 
     def __init__(self, sums: dict[str, Tensor], weight: Tensor, dropped: Tensor | None = None) -> None:
         self.sums, self.weight = sums, weight
-        self.dropped = torch.zeros((), device=weight.device) if dropped is None else dropped
+        self.dropped = torch.zeros((), dtype=torch.float32, device=weight.device) if dropped is None else dropped
 
     @classmethod
     def zeros(

@@ -91,7 +91,7 @@ class HeldFactor:
             f"U_{label}": self.vectors.clone(),
             f"w_{label}": self.values.clone(),
             f"trace_{label}": self.trace.clone(),
-            f"rank_{label}": torch.tensor(self.rank),
+            f"rank_{label}": torch.tensor(self.rank, dtype=torch.int64, device="cpu"),
         }
         if self.weight is not None:
             state[f"weight_{label}"] = self.weight.clone()

@@ -34,7 +34,7 @@ def softmax_fisher(block: Block, logits: Float[Tensor, "N classes"]) -> Float64[
     """
     log_probabilities = torch.log_softmax(logits, dim=-1)
     n, classes = logits.shape
-    fisher = torch.zeros(())
+    fisher = torch.zeros((), dtype=torch.float64, device=logits.device)
     for label in range(classes):
         gradients = per_example_gradients(block, log_probabilities[:, label])
         weights = log_probabilities[:, label].detach().double().exp().sqrt()
@@ -51,7 +51,7 @@ def solve_dense(
     matrix: Float[Tensor, "c n n"], damping: float, gradient: Float[Tensor, "c p q"]
 ) -> Float64[Tensor, "c p q"]:
     """Computes (F + lambda I)^{-1} vec(V) with a dense solver."""
-    identity = torch.eye(matrix.shape[-1], dtype=torch.float64)
+    identity = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
     solution = torch.linalg.solve(matrix.double() + damping * identity, gradient.double().flatten(1).unsqueeze(-1))
     return solution.reshape(gradient.shape)
 
@@ -70,8 +70,8 @@ def damping_shares(
             mean_a, mean_g = float(a.trace()) / len(a), float(g.trace()) / len(g)
             pi = (mean_a / mean_g) ** 0.5 if mean_a > 0 and mean_g > 0 else 1.0
             shares.append((pi * damping**0.5, damping**0.5 / pi))
-    first, second = zip(*shares, strict=True)
-    return torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
+    first, second = (torch.tensor(each, dtype=torch.float64, device=A.device) for each in zip(*shares, strict=True))
+    return first, second
 
 
 def solve_factored_dense(
@@ -81,8 +81,8 @@ def solve_factored_dense(
     gradient: Float[Tensor, "c p q"],
 ) -> Float64[Tensor, "c p q"]:
     """Computes ((G + lambda_G I) (x) (A + lambda_A I))^{-1} vec(V) with a dense solver on the whole product."""
-    damped_A = A.double() + shares[0][:, None, None] * torch.eye(A.shape[-1], dtype=torch.float64)
-    damped_G = G.double() + shares[1][:, None, None] * torch.eye(G.shape[-1], dtype=torch.float64)
+    damped_A = A.double() + shares[0][:, None, None] * torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
+    damped_G = G.double() + shares[1][:, None, None] * torch.eye(G.shape[-1], dtype=torch.float64, device=G.device)
     return solve_dense(dense_kronecker(damped_A, damped_G), 0.0, gradient)
 
 

@@ -75,8 +75,8 @@ class Sampler:
 
     def permutation(self, epoch: int) -> Tensor:
         """Returns the order of all examples in an epoch: int64 [examples]."""
-        generator = torch.Generator().manual_seed(seed_from(f"kfdist sampler {self.seed} {epoch}"))
-        return torch.randperm(self.examples, generator=generator)
+        generator = torch.Generator(device="cpu").manual_seed(seed_from(f"kfdist sampler {self.seed} {epoch}"))
+        return torch.randperm(self.examples, generator=generator, device="cpu")
 
     def start(self, position: Position) -> Position:
         """Returns where to go on from a saved position: the next epoch if no full batch is left in this one."""

@@ -1,5 +1,6 @@
 """Data sets by name: tensors in memory, divided into training and test examples."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -62,12 +63,12 @@ def stratified_split(labels: Tensor, test_fraction: float, generator_seed: int) 
     Returns:
         Indices of the training and of the test examples, ascending.
     """
-    generator = torch.Generator().manual_seed(generator_seed)
-    test = torch.zeros(len(labels), dtype=torch.bool)
+    generator = torch.Generator(device="cpu").manual_seed(generator_seed)
+    test = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         count = max(1, round(test_fraction * len(members)))
-        test[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        test[members[torch.randperm(len(members), generator=generator, device="cpu")[:count]]] = True
     return (~test).nonzero().flatten(), test.nonzero().flatten()
 
 
@@ -110,11 +111,11 @@ class Synthetic(Section):
 
     def load(self) -> DataSet:
         """Draws the examples; the same settings give the same ones."""
-        generator = torch.Generator().manual_seed(self.seed)
-        features = int(torch.tensor(self.shape).prod())
-        centres = torch.randn(self.classes, features, generator=generator)
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        features = math.prod(self.shape)
+        centres = torch.randn(self.classes, features, generator=generator, dtype=torch.float32, device="cpu")
         # Standard deviations fall evenly in the logarithm, so that plain gradient descent is slow on them.
-        scales = torch.logspace(0, -0.5, features, base=self.condition)
+        scales = torch.logspace(0, -0.5, features, base=self.condition, dtype=torch.float32, device="cpu")
         return DataSet(
             train=self._draw(self.train_examples, centres, scales, generator),
             test=self._draw(self.test_examples, centres, scales, generator),
@@ -122,9 +123,9 @@ class Synthetic(Section):
         )
 
     def _draw(self, count: int, centres: Tensor, scales: Tensor, generator: torch.Generator) -> Examples:
-        labels = torch.arange(count) % self.classes
-        noise = self.noise * torch.randn(count, centres.shape[1], generator=generator)
-        inputs = (centres[labels] + noise) * scales
+        labels = torch.arange(count, device="cpu") % self.classes
+        noise = torch.randn(count, centres.shape[1], generator=generator, dtype=torch.float32, device="cpu")
+        inputs = (centres[labels] + self.noise * noise) * scales
         return Examples(inputs=inputs.reshape(count, *self.shape), labels=labels)
 
 

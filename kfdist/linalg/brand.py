@@ -146,7 +146,7 @@ def light_correction(
 def draw_columns(r: int, m: int, *, seed: int, device: torch.device) -> Int64[Tensor, " {m}"]:
     """Draws m of r positions uniformly at random without replacement, the same on every device."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randperm(r, generator=generator)[:m].to(device)
+    return torch.randperm(r, generator=generator, device="cpu")[:m].to(device)
 
 
 def solve_rows(

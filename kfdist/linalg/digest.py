@@ -25,7 +25,7 @@ def parameter_digest(tensors: Iterable[Tensor]) -> Int64[Tensor, ""]:
         mixed = words ^ ((words >> 29) & _WITHOUT_SIGN)  # a logical shift: then it is one-to-one
         own = (mixed * (weights | 1)).sum() + _wrapped(_ODD[1] * (index + 1))
         total = own if total is None else total * 31 + own
-    return torch.zeros((), dtype=torch.int64) if total is None else total
+    return torch.zeros((), dtype=torch.int64, device="cpu") if total is None else total
 
 
 def _words(tensor: Tensor) -> Int64[Tensor, " words"]:

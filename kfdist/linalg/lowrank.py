@@ -25,7 +25,7 @@ def gaussian_sketch(matrix: Float[Tensor, "*c d k"], width: int, *, seed: int) -
     generator = torch.Generator(device="cpu").manual_seed(seed)
     shape = (*matrix.shape[:-1], width)
     # Always drawn in float64 on the CPU: a repetition in higher precision then sees the same sketch.
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(matrix)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(matrix)
 
 
 def sketch_rows(rows: Float[Tensor, "c n d"], size: int, *, seed: int) -> Float[Tensor, "c {size} d"]:
@@ -133,7 +133,7 @@ def compress_columns(
         unit = torch.eye(p, dtype=g.dtype, device=g.device).expand(*g.shape[:-2], p, p)
         return g.mT @ a, unit
     generator = torch.Generator(device="cpu").manual_seed(0)
-    basis = torch.randn((p, columns), generator=generator, dtype=torch.float64)
+    basis = torch.randn((p, columns), generator=generator, dtype=torch.float64, device="cpu")
     basis = basis.to(g.device, g.dtype, non_blocking=True)
     for _ in range(1 + iterations):
         # Orthogonalised each time: without that, small directions drown in float32.

@@ -87,7 +87,7 @@ def sampled_first(size: int, kept: int, *, seed: int, device: torch.device) -> I
         A permutation of 0..size-1, ascending in both parts.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    drawn = torch.randperm(size, generator=generator)
+    drawn = torch.randperm(size, generator=generator, device="cpu")
     return torch.cat([drawn[:kept].sort().values, drawn[kept:].sort().values]).to(device)
 
 

@@ -316,8 +316,9 @@ class AdaptiveStep:
         parts += [share * inner_product([products[i].change], [products[j].curvature]) for i, j in pairs]
         parts += [w * inner_product(basis[i], basis[j]) for i, j in pairs]
         sums = iter(self._sum_over_ranks(torch.stack([each.to(parts[0].device) for each in parts])))
-        slopes = torch.tensor([next(sums) for _ in range(m)], dtype=torch.float64)
-        fisher, gram = torch.zeros(m, m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.float64)
+        slopes = torch.tensor([next(sums) for _ in range(m)], dtype=torch.float64, device="cpu")
+        fisher = torch.zeros(m, m, dtype=torch.float64, device="cpu")
+        gram = torch.zeros_like(fisher)
         for matrix in (fisher, gram):
             for i, j in pairs:
                 matrix[i, j] = matrix[j, i] = next(sums)

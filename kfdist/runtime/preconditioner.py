@@ -13,6 +13,7 @@ from kfdist.comm.together import on_rank_zero
 from kfdist.curvature.auto import MeasuredCosts, measure_costs
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.errors import ConfigError, Interrupted, KfdistError
+from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.links.link import AbstractLink
 from kfdist.policies.staleness import Adoption, Asap
 from kfdist.runtime.apply.rates import LearningRates, Scalar, finite_step
@@ -165,7 +166,8 @@ class Preconditioner:
         self._rates = LearningRates(plan.settings.lr, needed=plan.settings.kl_clip is not None and bool(plan.blocks))
         self._folded = False
         self._closed = False
-        self._assembly = assemble(plan, world, link, grad_scaler)
+        with plain_arithmetic(plan.device):
+            self._assembly = assemble(plan, world, link, grad_scaler)
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -201,7 +203,8 @@ class Preconditioner:
         Args:
             damping: lambda; without effect on methods that damp when they invert.
         """
-        return self.pipeline.directions(damping)
+        with plain_arithmetic(self._plan.device):
+            return self.pipeline.directions(damping)
 
     def observe(self, output: Tensor, loss: str = "cross_entropy", **details: Any) -> None:
         """Says what the loss makes of a head's output, before its backward; for fisher="mc" and "exact".
@@ -224,9 +227,10 @@ class Preconditioner:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
         for block in self._plan.blocks:
             check_block(self._plan.model, block, self._plan.device)
-        finite = finite_step(self._grad_scaler, self._rates.optimizer, self._plan.model.parameters())
         self._folded = False
-        return self.pipeline.step(step_is_finite=finite, learning_rates=rates)
+        with plain_arithmetic(self._plan.device):
+            finite = finite_step(self._grad_scaler, self._rates.optimizer, self._plan.model.parameters())
+            return self.pipeline.step(step_is_finite=finite, learning_rates=rates)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
         """Reads the optimizer's learning rates, per group, as they change, and runs `step` before each of its steps.
@@ -369,11 +373,13 @@ class Preconditioner:
             KfdistError: A step was made or a state loaded before.
             CheckpointError: The state is of another format, model, or number of ranks.
         """
-        restore_pipeline(self.pipeline, state)
+        with plain_arithmetic(self._plan.device):
+            restore_pipeline(self.pipeline, state)
 
     def fold(self) -> None:
         """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""
-        self.pipeline.reducer.average()
+        with plain_arithmetic(self._plan.device):
+            self.pipeline.reducer.average()
         self._folded = True
 
     def close(self) -> None:

@@ -41,7 +41,9 @@ def unpack(content: bytes) -> Any:
     """
     placed: set[str] = set()
     try:
-        skeleton, tensors = _read_skeleton(content), safetensors.torch.load(content)
+        skeleton = _read_skeleton(content)
+        with torch.device("cpu"):  # empty tensors are made on the default device
+            tensors = safetensors.torch.load(content)
 
         def leaf(tag: str, name: str) -> Tensor | bytes:
             placed.add(name)
@@ -84,7 +86,8 @@ def _take_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"$tensor": path or "."}
     if isinstance(value, bytes | bytearray):
         # torch can't take an empty buffer.
-        tensors[path or "."] = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0).byte()
+        empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+        tensors[path or "."] = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else empty
         return {"$bytes": path or "."}
     if isinstance(value, list | tuple):
         items = [_take_apart(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]

@@ -49,7 +49,7 @@ def draw_positions(
     if count >= positions:
         return None
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randperm(positions, generator=generator)[:count].sort().values
+    return torch.randperm(positions, generator=generator, device="cpu")[:count].sort().values
 
 
 def tiles(

@@ -269,7 +269,8 @@ def _couple(matrix: Tensor, cross: Tensor, own: _Factor, after: _Factor | None, 
     L = own.cholesky
     if after is None:
         Psi, s = cross, torch.zeros_like(L[..., 0])
-        K = torch.linalg.solve_triangular(L.mT, torch.eye(L.shape[-1]).to(L).expand_as(L), upper=True)
+        identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+        K = torch.linalg.solve_triangular(L.mT, identity.expand_as(L), upper=True)
         conditional = None
     else:
         Psi = torch.cholesky_solve(cross.mT, after.cholesky).mT

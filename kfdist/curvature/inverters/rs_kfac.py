@@ -152,11 +152,12 @@ class AbstractSketchedKfac(AbstractInverter):
     def _state(self, found: Mapping[str, FactorSpectrum], inversion: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         if self.rank_schedule:
-            state["inversions"] = torch.tensor(inversion + 1)
+            state["inversions"] = torch.tensor(inversion + 1, dtype=torch.int64, device="cpu")
         for label, factor in found.items():
             if self.adaptive_rank:
                 d = factor.spectrum.vectors.shape[-2]
-                state[f"rank_{label}"] = torch.tensor(PUBLISHED_RULE.following(factor.spectrum.values, d))
+                following = PUBLISHED_RULE.following(factor.spectrum.values, d)
+                state[f"rank_{label}"] = torch.tensor(following, dtype=torch.int64, device="cpu")
             if self.warm_start:
                 state[f"U_{label}"] = factor.spectrum.vectors.clone()
         return state

@@ -109,5 +109,5 @@ def device_of(model: nn.Module, blocks: Iterable[Block]) -> torch.device:
     if len(devices) > 1:
         listed = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ConfigError(f"the model's layers are on several devices ({listed}); one device per process is needed")
-    first = next(model.parameters(), torch.empty(0))
+    first = next(model.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
     return next(iter(devices), first.device)

@@ -145,7 +145,7 @@ def local_samples(request: SampleRequest, communicator: Communicator, device: to
         share = examples_per_rank(request.budget, positions, communicator.world_size)
         rows = _fewer(rows, share, positions, request.seed)
     a, g, weight = _clean(rows, request.step_is_finite)
-    source = torch.full((len(weight),), communicator.rank, device=device)
+    source = torch.full((len(weight),), communicator.rank, dtype=torch.int64, device=device)
     positions = torch.full((), float(rows.positions), dtype=a.dtype, device=device)
     return Samples(a=a, g=g, weight=weight, source=source, positions=positions)
 
@@ -162,12 +162,13 @@ def examples_per_rank(budget: SampleBudget, positions: int, world_size: int) -> 
 def _fewer(rows: ExampleRows, examples: int, positions: int, seed: int) -> ExampleRows:
     """Draws examples and positions where there are more than fit; expectations of sums stay what they are."""
     a, g, weight = rows.a, rows.g, rows.weight
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     if a.shape[1] > examples:
-        chosen = torch.randperm(a.shape[1], generator=generator)[:examples].to(a.device, non_blocking=True)
+        chosen = torch.randperm(a.shape[1], generator=generator, device="cpu")[:examples]
+        chosen = chosen.to(a.device, non_blocking=True)
         a, g, weight = a[:, chosen], g[:, chosen], weight[chosen] * (rows.a.shape[1] / examples)
     if a.shape[2] > positions:
-        chosen = torch.randperm(a.shape[2], generator=generator)[:positions].sort().values
+        chosen = torch.randperm(a.shape[2], generator=generator, device="cpu")[:positions].sort().values
         chosen = chosen.to(a.device, non_blocking=True)
         # Half of the scale each: sums of g a^T, a a^T and g g^T all keep their expectation.
         root = (rows.a.shape[2] / positions) ** 0.5

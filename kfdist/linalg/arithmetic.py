@@ -1,0 +1,24 @@
+"""What users have switched on around our code does not reach into it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """Inside, products have the dtype of their factors, tensors are ordinary ones, and no graph is made.
+
+    Otherwise a step inside `torch.autocast` would invert in half precision, and what is made inside of
+    `torch.inference_mode` could not be changed in place outside of it.
+
+    Args:
+        device: Where it is computed, beside the CPU.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        if device.type == "cpu":
+            yield
+        else:
+            with torch.autocast(device.type, enabled=False):
+                yield
