@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kfdist.curvature.inverters import SreKfac as SreKfac
     from kfdist.curvature.inverters import TwoLevel as TwoLevel
     from kfdist.errors import KfdistError as KfdistError
+    from kfdist.errors import KfdistWarning as KfdistWarning
     from kfdist.optim.adaptive import AdaptiveStep as AdaptiveStep
     from kfdist.optim.adaptive_settings import AdaptiveReport as AdaptiveReport
     from kfdist.optim.adaptive_settings import AdaptiveSettings as AdaptiveSettings
@@ -39,7 +40,7 @@ _NAMES = {
     "kfdist.curvature.auto": "Auto",
     "kfdist.curvature.inverters": "BKfac BKfacC BRKfac CgFac Ekfac Eva Kfac KfacEigen KfacTridiagonal "
     "RsKfac Seng SreKfac TwoLevel",
-    "kfdist.errors": "KfdistError",
+    "kfdist.errors": "KfdistError KfdistWarning",
     "kfdist.optim.adaptive": "AdaptiveStep",
     "kfdist.optim.adaptive_settings": "AdaptiveReport AdaptiveSettings",
     "kfdist.policies.staleness": "Asap FixedLag",

@@ -1,0 +1,147 @@
+"""Trains real architectures with default arguments, beside SGD, and writes the table of docs/coverage.md.
+
+    python -m benchmarks.real_models [NAME ...]
+
+Six steps on one batch with `kfdist.Preconditioner(model)` around SGD with momentum, and as many of SGD alone with five
+seeds. Without names it trains all and writes the table; with names it prints their rows.
+"""
+
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import kfdist
+from benchmarks.architectures import ARCHITECTURES, Architecture
+
+PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+BEGIN, END = "<!-- real models: written by python -m benchmarks.real_models -->", "<!-- end of real models -->"
+STEPS, SEEDS = 6, 5
+HEADER = (
+    "| model | parameters | blocks | share preconditioned | left out | loss after 6 steps | SGD's, mean ± spread |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What became of a model in a few steps of training.
+
+    Attributes:
+        losses: Before each step, and after the last.
+        share: Of its parameters, what a block preconditions and was measured.
+        blocks: How many blocks it has.
+        parameters: How many numbers are trained.
+        left_out: Names of the parameters without a block, with the reason.
+        unmeasured: Blocks that were due and not measured, or not in all uses, with the reason.
+        said: What kfdist warned of.
+        seconds: It took, all in all.
+    """
+
+    losses: tuple[float, ...]
+    share: float = 0.0
+    blocks: int = 0
+    parameters: int = 0
+    left_out: tuple[tuple[str, str], ...] = ()
+    unmeasured: tuple[tuple[str, str], ...] = ()
+    said: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def train_with_sgd(architecture: Architecture, seed: int) -> Training:
+    """Trains a few steps with SGD alone."""
+    torch.manual_seed(seed)
+    model, loss_on = architecture.build().train(), architecture.batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=architecture.learning_rate, momentum=0.9)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_on(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        losses.append(loss_on(model).item())
+    return Training(tuple(losses))
+
+
+def train_with_kfdist(architecture: Architecture, seed: int = 0) -> Training:
+    """Trains the same steps with a Preconditioner that is told nothing but the model."""
+    torch.manual_seed(seed)
+    model, loss_on = architecture.build().train(), architecture.batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=architecture.learning_rate, momentum=0.9)
+    losses, unmeasured = [], {}
+    begun = time.perf_counter()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", kfdist.KfdistWarning)
+        with kfdist.Preconditioner(model).attach(optimizer) as preconditioner:
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                loss = loss_on(model)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+                unmeasured.update(preconditioner.pipeline.capture.unmeasured)
+            coverage = preconditioner.coverage()
+        with torch.no_grad():
+            losses.append(loss_on(model).item())
+    return Training(
+        losses=tuple(losses),
+        share=coverage.share,
+        blocks=len({row.block for row in coverage.rows} - {None}),
+        parameters=sum(row.elements for row in coverage.rows),
+        left_out=tuple((row.parameter, row.reason) for row in coverage.rows if row.block is None and row.elements),
+        unmeasured=tuple(sorted(unmeasured.items())),
+        said=tuple(str(each.message) for each in heard if issubclass(each.category, kfdist.KfdistWarning)),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def sgd_losses(architecture: Architecture) -> tuple[float, float]:
+    """Returns the mean and the standard deviation, over seeds, of SGD's loss after the steps."""
+    last = [train_with_sgd(architecture, seed).losses[-1] for seed in range(SEEDS)]
+    return statistics.mean(last), statistics.stdev(last)
+
+
+def table_row(name: str, ours: Training, sgd: tuple[float, float]) -> str:
+    """Returns a model's row."""
+    kinds: dict[str, list[str]] = {}
+    for parameter, reason in ours.left_out:
+        kinds.setdefault(reason, []).append(parameter)
+    for block, reason in ours.unmeasured:
+        kinds.setdefault(f"not measured: {reason}", []).append(block)
+    left_out = "; ".join(
+        f"{len(names)} such as `{names[0]}`: {reason}" if len(names) > 1 else f"`{names[0]}`: {reason}"
+        for reason, names in kinds.items()
+    )
+    return (
+        f"| {name} | {ours.parameters:,} | {ours.blocks} | {ours.share:.2%} | {left_out or '-'} "
+        f"| {ours.losses[-1]:.3g} | {sgd[0]:.3g} ± {sgd[1]:.2g} |"
+    )
+
+
+def write_table(rows: Iterable[str]) -> None:
+    """Writes the table into its place on the page."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text("\n".join([before + BEGIN, HEADER, *rows, END + after]))
+
+
+def main(names: list[str]) -> None:
+    """Trains and prints; writes the page where all were trained."""
+    rows = []
+    for name in names or ARCHITECTURES:
+        ours = train_with_kfdist(ARCHITECTURES[name])
+        rows.append(table_row(name, ours, sgd_losses(ARCHITECTURES[name])))
+        print(rows[-1], f"[{ours.seconds:.0f} s]", *(f"  warned: {text}" for text in ours.said), sep="\n", flush=True)
+    if not names:
+        write_table(rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
