@@ -10,14 +10,16 @@ import json
 import os
 import signal
 import sys
+import traceback
 from importlib import metadata
 from typing import Annotated
 
 import typer
 
 from kfdist.cli import bench_command, control_commands, run_commands
-from kfdist.errors import ConfigError, ExitCode, KfdistError
+from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
+from kfdist.system.output import open_missing_streams, outlive_readers
 from kfdist.telemetry.logging import setup_logging
 
 app = typer.Typer(
@@ -54,10 +56,16 @@ def main() -> None:
 
     Set `KFDIST_DEBUG=1` to see the stack trace of expected errors too.
     """
+    open_missing_streams()
+    if sys.argv[1:2] and sys.argv[1] in run_commands.COMMANDS:
+        outlive_readers()
     code = run()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):
-            stream.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        code = code or _report(EnvironmentFault(f"standard output can't be written ({error.strerror})"), as_json=False)
     # Commands have closed what they opened. Python would now take torch's modules apart, object by object, which on a
     # busy machine takes longer than all the rest of what Ctrl-C asks for.
     os._exit(code)
@@ -68,7 +76,8 @@ def run() -> int:
     if (launcher := launcher_pid()) is not None:
         terminate_with_process(launcher)
     rank = os.environ.get("RANK")  # torchrun's and the launcher's; ranks may share a terminal
-    setup_logging(as_json="--json" in sys.argv, fields={} if rank is None else {"rank": rank})
+    as_json = "--json" in sys.argv
+    setup_logging(as_json=as_json, fields={} if rank is None else {"rank": rank})
     try:
         app()
     except SystemExit as ended:
@@ -76,21 +85,31 @@ def run() -> int:
     except KfdistError as error:
         if os.environ.get("KFDIST_DEBUG") == "1":
             raise
-        return _report(error, as_json="--json" in sys.argv)
+        return _report(error, as_json=as_json)
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # The reader of the output has gone, as in `kfdist status | head -1`; end as other tools do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # what no part of the program has a better word for: too few descriptors, a full disk
+        if launcher is not None or os.environ.get("KFDIST_DEBUG") == "1":
+            traceback.print_exc()  # into the process's log
+        return _report(EnvironmentFault(f"the system refuses: {error}; KFDIST_DEBUG=1 shows where"), as_json=as_json)
     return ExitCode.DONE
 
 
 def _report(error: KfdistError, *, as_json: bool) -> int:
     bad_input = isinstance(error, ConfigError)
+    # The exit code says it, too, where nothing can be printed any more.
+    with contextlib.suppress(OSError):
+        _print_error(error, bad_input=bad_input, as_json=as_json)
+    return ExitCode.BAD_INPUT if bad_input else ExitCode.ENVIRONMENT
+
+
+def _print_error(error: KfdistError, *, bad_input: bool, as_json: bool) -> None:
     if as_json:
         kind = "bad_input" if bad_input else "environment"
         path = error.path if isinstance(error, ConfigError) else ""
         print(json.dumps({"error": {"kind": kind, "path": path, "message": str(error)}}))
-    print(f"kfdist: {error}", file=sys.stderr)
-    return ExitCode.BAD_INPUT if bad_input else ExitCode.ENVIRONMENT
+    print(f"kfdist: {error}", file=sys.stderr, flush=True)

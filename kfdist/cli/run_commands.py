@@ -1,6 +1,7 @@
 """The commands that run a run: `kfdist train` all of it, and `worker`, `serve` and `pool` one part each."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ _FREE_PORTS = {"control": {"address": "127.0.0.1:0", "metrics_address": "127.0.0
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
-    for name, function in (("train", _train), ("worker", _worker), ("serve", _serve), ("pool", _pool)):
+    for name, function in COMMANDS.items():
         app.command(name)(function)
 
 
@@ -81,7 +82,8 @@ def _serve(
     if config is not None:
         announced = AnnouncedRun(
             name=checked.run.name,
-            directory=str(checked.run.directory.absolute()),
+            # To tell, not to open: what isn't UTF-8 in the working directory's name is escaped.
+            directory=os.fsencode(checked.run.directory.absolute()).decode(errors="backslashreplace"),
             total_steps=checked.run.steps or 0,
             config=to_toml(checked),
         )
@@ -136,3 +138,6 @@ def _pool(
 
     checked = load(config, overrides, controller=controller)
     run_pool(checked, directory=directory, ready_file=ready_file, parent_pid=parent_pid, on_ready=say)
+
+
+COMMANDS = {"train": _train, "worker": _worker, "serve": _serve, "pool": _pool}

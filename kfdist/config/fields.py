@@ -28,6 +28,17 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name, without its folders, on Linux."""
+
+
+def _file_name(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a file's name has no NUL character; leave it out")
+    if longest := next((part for part in path.split("/") if len(part.encode()) > _LONGEST_NAME), ""):
+        raise ValueError(f"{longest[:20]}... has {len(longest.encode())} bytes; a name has at most {_LONGEST_NAME}")
+    return path
+
 
 def _loopback_address(address: str) -> str:
     host, _ = split_address(address)
@@ -76,6 +87,7 @@ def _methods(value: Any) -> Any:
     return entries
 
 
+FileName = Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
 LoopbackAddress = Annotated[str, AfterValidator(_loopback_address)]
 RayAddress = Annotated[str, AfterValidator(_ray_address)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]

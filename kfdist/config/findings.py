@@ -17,6 +17,7 @@ _WANTED: Mapping[str, str] = {
     "int_from_float": "an integer",
     "float_type": "a number",
     "string_type": "a string",
+    "string_unicode": "text in UTF-8",
     "bool_type": "true or false",
     "tuple_type": "a list",
     "list_type": "a list",

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import Counts, LoopbackAddress, Methods, Names, RayAddress, Section, Settings
+from kfdist.config.fields import Counts, FileName, LoopbackAddress, Methods, Names, RayAddress, Section, Settings
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag
@@ -23,7 +23,7 @@ class RunSection(Section):
         pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$",
         description="the run's name: 1 to 63 of a-z 0-9 . _ -, beginning and ending with a letter or digit",
     )
-    dir: str | None = Field(default=None, min_length=1, description="the run directory; runs/NAME if not given")
+    dir: FileName | None = Field(default=None, description="the run directory; runs/NAME if not given")
     seed: int = Field(default=1, ge=0, lt=2**63, description="seeds everything random in the run")
     steps: int | None = Field(default=None, ge=1, description="training steps; excludes run.epochs")
     epochs: int | None = Field(default=None, ge=1, description="passes over the training data; excludes run.steps")
@@ -265,10 +265,8 @@ class ControlSection(Section):
     metrics_address: LoopbackAddress = Field(
         default="127.0.0.1:9464", description="where the controller serves /metrics over HTTP"
     )
-    database: str | None = Field(
-        default=None,
-        min_length=1,
-        description="the controller's SQLite file; control.sqlite in the run directory if not given",
+    database: FileName | None = Field(
+        default=None, description="the controller's SQLite file; control.sqlite in the run directory if not given"
     )
 
 

@@ -218,7 +218,7 @@ class Ledger:
                     if len(self._runs) >= MAX_RUNS:
                         raise Refusal(
                             grpc.StatusCode.RESOURCE_EXHAUSTED,
-                            f"there are {MAX_RUNS} runs; start a controller with another file (--state)",
+                            f"there are {MAX_RUNS} runs; start a controller with another file (control.database)",
                         )
                     change = replace(change, record=replace(change.record, live_owners=len(self.live_owners())))
                 updates = () if change.record == before and not change.events else (_update(before, change, config),)

@@ -35,6 +35,8 @@ KEPT_ANSWERS = 10_000
 BUSY_SECONDS = 5.0
 """How long a transaction waits for another process that writes to the file."""
 
+_ANOTHER = "choose another file (control.database; `kfdist serve --state` goes before it)"
+
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
@@ -142,7 +144,7 @@ class Store:
             self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise EnvironmentFault(
-                f"the controller's file {path} can't be made ({error.strerror}); choose another with --state"
+                f"the controller's file {path} can't be made ({error.strerror}); {_ANOTHER}"
             ) from None
         try:
             self._take_lock()
@@ -223,8 +225,7 @@ class Store:
         except BlockingIOError:
             holder = os.pread(self._lock, 20, 0).decode(errors="replace").strip() or "unknown"
             raise EnvironmentFault(
-                f"another controller (process {holder}) has the file {self.path}; end that one, "
-                "or choose another file with --state"
+                f"another controller (process {holder}) has the file {self.path}; end that one, or {_ANOTHER}"
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
@@ -247,11 +248,11 @@ class Store:
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if application != APPLICATION_ID:
-            raise EnvironmentFault(f"{self.path} is no file of kfdist's controller; choose another with --state")
+            raise EnvironmentFault(f"{self.path} is no file of kfdist's controller; {_ANOTHER}")
         if version != SCHEMA_VERSION:
             raise EnvironmentFault(
                 f"{self.path} has format {version}, and this kfdist reads and writes format {SCHEMA_VERSION}: move it "
-                "away, or choose another file with --state. Only the controller's history is in it; runs resume from "
+                f"away, or {_ANOTHER}. Only the controller's history is in it; runs resume from "
                 "their checkpoints without it"
             )
         connection.execute("PRAGMA journal_mode = WAL")
@@ -265,7 +266,7 @@ class Store:
             reason = " ".join(str(error).split())
             raise EnvironmentFault(
                 f"the controller's file {self.path} can't be used: {reason}; nothing was changed. "
-                "Is the disk full or the file damaged? Another one can be chosen with --state"
+                f"Is the disk full or the file damaged? If so, {_ANOTHER}"
             ) from error
 
     @contextmanager

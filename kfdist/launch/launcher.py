@@ -8,11 +8,9 @@ is killed itself, its children see that and end (`kfdist.system.lifetime`).
 
 import os
 import signal
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +25,11 @@ from kfdist.launch.outcome import (
     read_summary,
     remove_untrained,
 )
+from kfdist.launch.scratch import check_scratch, temporary_directory
 from kfdist.launch.supervision import SupervisedProcess
 from kfdist.launch.terminal import StopRequests, Terminal, summary_line
 from kfdist.system.addresses import check_bindable, split_address
-from kfdist.system.files import make_directory
+from kfdist.system.files import check_working_directory, make_directory
 from kfdist.system.lifetime import LAUNCH_VARIABLE, PARENT_VARIABLE
 from kfdist.system.processes import (
     Child,
@@ -84,6 +83,7 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
     if config.cluster.link == "service":
         check_bindable(*split_address(config.control.address), path="control.address")
         check_bindable(*split_address(config.control.metrics_address), path="control.metrics_address")
+        check_working_directory()
     if not finished:
         return Launch(config, terminal, requests).run()
     terminal.say(finished)
@@ -122,9 +122,7 @@ class Launch:
         """
         become_subreaper()
         untrained = make_directory(self._config.run.directory / "logs")
-        # Not under TMPDIR: Ray's sockets will be in there, and a socket's path must be short.
-        with tempfile.TemporaryDirectory(prefix="kfdist-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
-            self._scratch = Path(scratch)
+        with temporary_directory() as self._scratch:
             try:
                 code = self._run_until_end()
             finally:
@@ -184,6 +182,7 @@ class Launch:
     def _command(
         self, name: str, subcommand: str, *arguments: str, variables: Mapping[str, str] | None = None
     ) -> Command:
+        check_scratch(self._scratch)
         config_file = self._scratch / f"{name.replace(' ', '-')}.toml"
         config_file.write_text(to_toml(self._config), encoding="utf-8")
         marks = {LAUNCH_VARIABLE: self._mark, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}

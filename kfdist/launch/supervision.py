@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kfdist.errors import EnvironmentFault
 from kfdist.system.files import read_ready_file
 from kfdist.system.processes import Child, Command, describe_exit
 
@@ -12,6 +13,8 @@ RESTARTS_ALLOWED = 5
 """How often a process is started again within one launch before the launcher gives up on it."""
 
 _FIRST_PAUSE_SECONDS = 0.25
+_RETRY_SECONDS = 5.0
+"""Between attempts to start a process that the system refuses; they don't count as restarts."""
 
 
 class SupervisedProcess:
@@ -35,6 +38,7 @@ class SupervisedProcess:
         self._make_command = make_command
         self._ready_file = ready_file
         self._start_at = 0.0
+        self._obstacle = ""
         self._past: list[Mapping[str, Any]] = []
         self._command = make_command(0)
         self.child: Child | None = Child(self._command)
@@ -62,8 +66,16 @@ class SupervisedProcess:
         if self.child is None:
             if self.gave_up or time.monotonic() < self._start_at:
                 return None
-            self._command = self._make_command(self.restarts)
-            self.child = Child(self._command)
+            try:
+                self._command = self._make_command(self.restarts)
+                self.child = Child(self._command)
+            except (OSError, EnvironmentFault) as error:
+                # The run isn't over for it: a full disk or a lack of descriptors may pass.
+                self._start_at = time.monotonic() + _RETRY_SECONDS
+                told, self._obstacle = self._obstacle, str(error)
+                if self._obstacle == told:
+                    return None
+                return f"the {self.name} can't be started again ({error}); trying every {_RETRY_SECONDS:g} s"
             return f"the {self.name} was started again ({self.restarts} of at most {RESTARTS_ALLOWED} times)"
         code = self.child.poll()
         if code is None:

@@ -78,7 +78,7 @@ class Owner:
             EnvironmentFault: It can't listen.
         """
         if options.log:
-            setup_logging(stream=Path(options.log).open("a", encoding="utf-8"))
+            _log_to(Path(options.log))
         self._options = options
         self._memory = _Memory(options)
         self.starts = self._memory.starts
@@ -142,10 +142,10 @@ class Owner:
         host = self._options.host
         if self._memory.port:
             try:
-                return bind(server, f"{host}:{self._memory.port}", path="the owner's port")
+                return bind(server, f"{host}:{self._memory.port}", path="")
             except EnvironmentFault:
                 pass  # Another process has it now.
-        return bind(server, f"{host}:0", path="the owner's port")
+        return bind(server, f"{host}:0", path="")
 
     async def _introduce(self, address: str) -> None:
         """Waits for the inversion process, whose fingerprint is part of the registration, and keeps registered."""
@@ -193,6 +193,16 @@ class Owner:
             self._background.cancel()
         if self._server is not None:
             await self._server.stop(grace=None)
+
+
+def _log_to(file: Path) -> None:
+    """Logs to a file, whose folder somebody may have removed since the first start, or to standard error."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        setup_logging(stream=file.open("a", encoding="utf-8"))
+    except OSError as error:
+        setup_logging()
+        _LOG.warning("the log %s can't be written (%s)", file, error)
 
 
 def remembered_pid(directory: Path, owner_id: str) -> int:

@@ -1,5 +1,6 @@
 """A pool from its start to its end, as `kfdist pool` runs it."""
 
+import logging
 import os
 import signal
 import threading
@@ -9,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from kfdist.config import Config
-from kfdist.errors import ConfigError
+from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.pool.ray_cluster import RayCluster
 from kfdist.pool.supervisor import Supervisor
 from kfdist.system.addresses import server_address
-from kfdist.system.files import write_ready_file
+from kfdist.system.files import check_working_directory, write_ready_file
 from kfdist.system.lifetime import watch_process
 
 OnReady = Callable[[list[dict[str, Any]]], None]
+
+_LOG = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -44,6 +47,7 @@ def run_pool(
     if config.cluster.owners < 1:
         raise ConfigError(f"is {config.cluster.owners}; a pool needs at least 1", path="cluster.owners")
     server_address(config.control.address, field="control.address")
+    check_working_directory()
     ended = threading.Event()
     with suppress(_Ended), _interrupting(ended, parent_pid) as expect_no_more:
         cluster = RayCluster(config, directory)
@@ -64,10 +68,19 @@ def _supervise(
     while not ended():
         restarts = supervisor.restarts()
         if ready_file is not None and restarts != told:
-            told = restarts
             content = {"owners": len(supervisor.status()), "owner_restarts": restarts, "pid": os.getpid()}
-            write_ready_file(ready_file, {**content, "directory": str(directory)})
+            try:
+                write_ready_file(ready_file, {**content, "directory": str(directory)})
+            except EnvironmentFault as fault:
+                if told is None:
+                    raise
+                _LOG.warning("%s", fault)  # what was told before still holds, but for the number of restarts
+            told = restarts
         supervisor.watch()
+        if not directory.exists():
+            raise EnvironmentFault(
+                f"the pool's directory {directory} was removed, and Ray's sockets with it; start again"
+            )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 from kfdist.config import Config
 from kfdist.errors import EnvironmentFault
-from kfdist.pool.ray_directory import make_directory, remove, remove_stale, start_guardian, sweep
+from kfdist.pool.ray_directory import log_tail, make_directory, remove, remove_stale, start_guardian, sweep
 from kfdist.system.addresses import split_address
 from kfdist.system.spawn import with_package
 
@@ -140,9 +140,14 @@ class RayCluster:
                 configure_logging=False,
                 **(own if self._own else {}),
             )
-        except (ConnectionError, RuntimeError, ValueError, OSError, self.ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises bare ones, too, as where a node "timed out during startup"
             if self._own:
-                raise EnvironmentFault(f"Ray can't be started: {error}") from error
+                told = log_tail(self.directory / "ray")
+                raise EnvironmentFault(
+                    f"Ray can't be started: {str(error).strip() or type(error).__name__}; it needs some 500 MB of "
+                    f"memory, a few hundred descriptors (ulimit -n) and room in {self.directory.parent}"
+                    + (f"; the end of its log:\n{told}" if told else "")
+                ) from error
             raise EnvironmentFault(
                 f'Ray at cluster.ray = "{self._address}" refuses this pool: {error}. RAY_AUTH_MODE is {mode!r} here: '
                 "a cluster with a token needs RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN_PATH or "

@@ -56,7 +56,8 @@ def make_directory(given: Path | None) -> tuple[Path, BinaryIO]:
         fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise EnvironmentFault(
-            f"a directory for the pool can't be made: {error.strerror} ({error.filename}); choose another --directory"
+            f"a directory for the pool can't be made: {error.strerror} ({error.filename}); make room, or mend its "
+            "owner and mode"
         ) from error
     return directory, hold
 
@@ -98,6 +99,18 @@ def remove(directory: Path) -> None:
         if not directory.exists():
             return
         time.sleep(0.05)
+
+
+def log_tail(files: Path, lines: int = 6) -> str:
+    """Returns the last words of a Ray's own processes: what went to standard error, else what they logged last."""
+    logs = [path for path in files.glob("session_2*/logs/*") if path.name.startswith(("gcs_server", "raylet"))]
+    told = [path for path in logs if path.suffix in (".err", ".out") and path.stat().st_size]
+    for path in sorted(told, key=lambda path: (path.suffix == ".err", path.stat().st_mtime), reverse=True):
+        text = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        # What is indented is a table of counters that Ray's processes log now and then.
+        said = [line for line in text if line.strip() and not line.startswith("\t")]
+        return "\n".join([f"{path.name}:", *said[-lines:]])
+    return ""
 
 
 def start_guardian(directory: Path) -> subprocess.Popen[bytes]:

@@ -61,7 +61,7 @@ def bind(server: Bindable, address: str, *, path: str = "control.address") -> st
     Args:
         server: The server, not yet started.
         address: "host:port"; port 0 takes any free one.
-        path: The configuration field to change if the address can't be had.
+        path: The configuration field to change if the address can't be had; empty if no field sets it.
 
     Raises:
         ConfigError: The address is malformed or not on loopback.

@@ -67,7 +67,7 @@ def check_bindable(host: str, port: int, *, path: str) -> None:
     Args:
         host: Name or address of an interface of this machine.
         port: The port.
-        path: The configuration field to change when the address can't be had.
+        path: The configuration field to change when the address can't be had; empty if no field sets it.
 
     Raises:
         EnvironmentFault: It is in use, or this machine doesn't have it.
@@ -79,10 +79,8 @@ def check_bindable(host: str, port: int, *, path: str) -> None:
 def unbindable(host: str, port: int, *, path: str) -> EnvironmentFault:
     """Returns the fault that says why an address could not be bound, and what to do; arguments as `check_bindable`."""
     reason = _obstacle(host, port) or "could not be bound; try again"
-    return EnvironmentFault(
-        f"{join_address(host, port)} {reason}, "
-        f"or choose another address with --set {path}={join_address(host, 0)} (any free port)"
-    )
+    advice = f", or choose another {path}, such as {join_address(host, 0)} (any free port)" if path else ""
+    return EnvironmentFault(f"{join_address(host, port)} {reason}{advice}")
 
 
 def _obstacle(host: str, port: int) -> str:

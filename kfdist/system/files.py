@@ -61,6 +61,26 @@ def make_directory(path: Path) -> list[Path]:
     return made
 
 
+def check_working_directory() -> None:
+    """Checks that Ray can start in the working directory.
+
+    Raises:
+        EnvironmentFault: It was removed, or its path isn't UTF-8, in which Ray writes it down.
+    """
+    try:
+        path = os.getcwdb()
+    except FileNotFoundError:
+        raise EnvironmentFault("the working directory was removed; start in another one") from None
+    try:
+        path.decode()
+    except UnicodeDecodeError:
+        shown = path.decode(errors="backslashreplace")
+        raise EnvironmentFault(
+            f"the working directory {shown} isn't named in UTF-8, which Ray needs; start in another one, and say where "
+            "the run's files are with run.dir"
+        ) from None
+
+
 def write_ready_file(path: Path, content: Mapping[str, Any]) -> None:
     """Tells whoever waits for a file to appear that this process serves.
 
@@ -78,8 +98,8 @@ def write_ready_file(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_ready_file(path: Path) -> dict[str, Any] | None:
-    """Returns what a process wrote to its ready file last; None while there is none."""
+    """Returns what a process wrote to its ready file last; None while there is none, or none that can be read."""
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except OSError:  # none yet; removed with its folder; no descriptor left to read it with
         return None

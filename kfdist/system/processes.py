@@ -44,8 +44,13 @@ class Child:
     """A started process of the launch."""
 
     def __init__(self, command: Command) -> None:
-        """Starts the process in a new session, so that Ctrl-C at the terminal reaches the launcher alone."""
+        """Starts the process in a new session, so that Ctrl-C at the terminal reaches the launcher alone.
+
+        Raises:
+            OSError: Its log can't be opened or the process not be started, as where descriptors are short.
+        """
         self.command = command
+        command.log.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it during the run
         with command.log.open("ab") as log:
             self._log_start = log.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(

@@ -58,12 +58,12 @@ def inspect_run(config: Config) -> str:
         EnvironmentFault: Another trainer holds it, or it can't be read.
     """
     directory = config.run.directory
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"is {str(directory)!r}, which is a file; give a directory", path="run.dir")
-    # What others put into the directory (a database, logs) doesn't make it a run's.
-    if not (directory / "config.toml").exists():
-        return ""
     try:
+        if directory.exists() and not directory.is_dir():
+            raise ConfigError(f"is {str(directory)!r}, which is a file; give a directory", path="run.dir")
+        # What others put into the directory (a database, logs) doesn't make it a run's.
+        if not (directory / "config.toml").exists():
+            return ""
         _refuse_drift(config)
         holder = _holder(directory / "lock")
         summary = _read_json(directory / "summary.json")
@@ -178,7 +178,7 @@ def _refuse_drift(config: Config) -> None:
     if not saved.exists():
         return
     try:
-        old = flat(tomllib.loads(saved.read_text(encoding="utf-8")))
+        old = flat(tomllib.loads(saved.read_text(encoding="utf-8-sig")))  # an editor may have put a mark before it
     except ValueError as error:
         raise ConfigError(
             f"{saved} can't be read ({error}); restore it, or choose another run.dir", path="run.dir"

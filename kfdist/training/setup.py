@@ -60,8 +60,7 @@ def check_controller(config: Config) -> None:
         socket.create_connection(reached, timeout=_CONNECT_SECONDS).close()
     except OSError as error:
         raise EnvironmentFault(
-            f"no controller at {address} ({error}); start `kfdist serve` first, or give its address with "
-            "--controller HOST:PORT"
+            f"no controller at {address} ({error}); start `kfdist serve` first, or give its address in control.address"
         ) from None
 
 

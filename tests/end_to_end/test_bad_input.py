@@ -137,7 +137,7 @@ def test_a_port_in_use_exits_with_1(tmp_path: Path, train: Train, field: str):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         code, output = train("--set", f"{field}={address}", "--set", f"run.dir={directory}")
     assert code == 1, output
-    assert field in output and address in output and "another address" in output
+    assert field in output and address in output and "choose another" in output
     assert not directory.exists()
 
 

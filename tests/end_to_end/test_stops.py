@@ -2,12 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.support.launches import ENDLESS, LOCAL, ONE_OWNER, checkpoints_of, launch, summary_of
+from tests.support.launches import ENDLESS, LOCAL, ONE_OWNER, SMALL, checkpoints_of, launch, summary_of
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -68,3 +70,15 @@ def test_a_rank_that_hangs_does_not_outlast_ctrl_c(tmp_path: Path):
         command.expect(75, seconds=15)
         assert time.monotonic() - started < 10
         assert command.left_behind() == []
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path):
+    directory = tmp_path / "run"
+    settings = [f"run.dir={directory}", "run.steps=30", "run.log_period=1", "cluster.workers=1"]
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", "kfdist", "train", *arguments, *LOCAL, *SMALL]
+    shell = ["bash", "-c", 'set -o pipefail; "$@" | head --lines 2', "bash"]
+    done = subprocess.run([*shell, *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 2, "")
+    assert summary_of(directory)["status"] == "finished" and summary_of(directory)["steps"] == 30
+    assert (directory / "logs" / "rank-0.log").read_text() == ""

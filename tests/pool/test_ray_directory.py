@@ -12,13 +12,25 @@ import pytest
 
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.pool import ray_directory as module
-from kfdist.pool.ray_directory import make_directory, ray_processes, remove_stale, sweep
+from kfdist.pool.ray_directory import log_tail, make_directory, ray_processes, remove_stale, sweep
 
 
 @pytest.fixture
 def parent(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(module, "_PARENT", tmp_path)
     return tmp_path
+
+
+def test_the_last_words_of_a_ray_are_those_of_its_standard_error(tmp_path):
+    assert log_tail(tmp_path) == ""
+    logs = tmp_path / "session_2026-11-28_1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "raylet.err").touch()
+    (logs / "monitor.log").write_text("about something else\n")
+    (logs / "raylet.out").write_text("".join(f"line {number}\n" for number in range(9)) + "\n\tcounter - 2\n")
+    assert log_tail(tmp_path, lines=2) == "raylet.out:\nline 7\nline 8"
+    (logs / "gcs_server.err").write_text("File descriptor limit reached\n")
+    assert log_tail(tmp_path, lines=2) == "gcs_server.err:\nFile descriptor limit reached"
 
 
 @pytest.fixture

@@ -27,6 +27,11 @@ BAD = [
     ("preconditioner.skip=[3]", "preconditioner.skip[0]", ["is 3", "a string"]),
     ("preconditioner.settings.rank={a={b=1}}", "preconditioner.settings.rank", ["a table", "a number, a string"]),
     ("preconditioner.staleness=3", "preconditioner.staleness", ["is 3", "a table"]),
+    # names of files
+    ('run.dir="a\\u0000b"', "run.dir", ["is 'a\\x00b'", "no NUL", "the run directory"]),
+    (f"run.dir=runs/{'x' * 300}", "run.dir", ["xxxx... has 300 bytes", "at most 255"]),
+    (f"control.database={'ä' * 128}", "control.database", ["ääää... has 256 bytes", "at most 255"]),
+    ("run.dir=w\udcff", "run.dir", ["is 'w\\udcff'", "text in UTF-8"]),
     # ranges
     ("preconditioner.damping=0", "preconditioner.damping", ["is 0", "greater than 0", "lambda"]),
     ("preconditioner.damping=-1.0", "preconditioner.damping", ["is -1.0", "greater than 0"]),

@@ -1,11 +1,12 @@
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 
 from kfdist.launch import supervision
 from kfdist.launch.supervision import SupervisedProcess
-from kfdist.system.processes import Command
+from kfdist.system.processes import Child, Command
 
 # Serves until told to die, or dies at once, depending on a file.
 _SCRIPT = """
@@ -20,14 +21,14 @@ sys.exit(5)
 """
 
 
-def _service(tmp_path: Path, fate: str) -> SupervisedProcess:
+def _service(tmp_path: Path, fate: str, log: Path | None = None) -> SupervisedProcess:
     (tmp_path / "fate").write_text(fate)
     ready = tmp_path / "ready.json"
 
     def command(restarts: int) -> Command:
         line = (sys.executable, "-c", _SCRIPT, str(ready), str(tmp_path / "fate"), f"--restarts={restarts}")
-        log = tmp_path / "service.log"
-        return Command(name="service", line=line, environment=dict(os.environ), log=log)
+        environment = dict(os.environ)
+        return Command(name="service", line=line, environment=environment, log=log or tmp_path / "service.log")
 
     return SupervisedProcess(command, ready)
 
@@ -67,3 +68,38 @@ def test_a_service_that_keeps_dying_is_given_up(tmp_path: Path, monkeypatch):
     assert sum("was started again" in event for event in events) == supervision.RESTARTS_ALLOWED
     assert "isn't started again" in events[-1]
     assert service.supervise() is None and service.child is None
+
+
+def test_a_log_directory_that_was_removed_is_made_again(tmp_path: Path):
+    service = _service(tmp_path, "serve", log=tmp_path / "logs" / "service.log")
+    _events(service, until=service.ready)
+    shutil.rmtree(tmp_path / "logs")
+    (tmp_path / "fate").write_text("stop")
+    _events(service, until=lambda: service.child is None)
+    (tmp_path / "fate").write_text("serve")
+    assert "started again" in _events(service, until=service.ready)[0]
+    assert (tmp_path / "logs" / "service.log").exists()
+    (tmp_path / "fate").write_text("stop")
+    _events(service, until=lambda: service.child is None)
+
+
+def test_a_service_that_the_system_refuses_to_start_is_tried_until_it_starts(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(supervision, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(supervision, "_RETRY_SECONDS", 0.01)
+    service = _service(tmp_path, "die")
+    refusals = iter([OSError(24, "Too many open files")] * 9)
+    start = supervision.Child
+
+    def child(command: Command) -> Child:
+        if (refusal := next(refusals, None)) is not None:
+            raise refusal
+        return start(command)
+
+    monkeypatch.setattr(supervision, "Child", child)
+    events = _events(service, until=lambda: service.child is None)
+    (tmp_path / "fate").write_text("serve")
+    events = _events(service, until=service.ready)
+    assert "can't be started again ([Errno 24] Too many open files)" in events[0]
+    assert "started again (1 of" in events[1] and len(events) == 2
+    (tmp_path / "fate").write_text("stop")
+    _events(service, until=lambda: service.child is None)

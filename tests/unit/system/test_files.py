@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kfdist.errors import EnvironmentFault
-from kfdist.system.files import read_ready_file, replace_file, write_file, write_ready_file
+from kfdist.system.files import check_working_directory, read_ready_file, replace_file, write_file, write_ready_file
 
 
 def test_a_new_file_is_never_an_old_one(tmp_path: Path):
@@ -39,3 +39,17 @@ def test_ready_files(tmp_path: Path):
         EnvironmentFault, match=r"ready file .*no/such.* can't be written: No such file.*choose another"
     ):
         write_ready_file(tmp_path / "no" / "such", {})
+
+
+def test_a_working_directory_that_ray_cannot_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    check_working_directory()
+    monkeypatch.setattr("os.getcwdb", lambda: b"/runs/w\xff")
+    with pytest.raises(EnvironmentFault, match=r"directory /runs/w\\xff isn't named in UTF-8.*run\.dir"):
+        check_working_directory()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.undo()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(EnvironmentFault, match="was removed; start in another"):
+        check_working_directory()

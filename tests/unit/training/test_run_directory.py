@@ -32,6 +32,19 @@ def test_a_new_directory_has_its_configuration_and_each_start_a_higher_epoch(tmp
     assert sorted(path.name for path in (run / "epochs").iterdir()) == ["00001.toml", "00002.toml", "00003.toml"]
 
 
+def test_a_mark_that_an_editor_put_before_the_saved_configuration_changes_nothing(tmp_path: Path):
+    config = config_in(tmp_path / "run")
+    RunDirectory.open(config).close()
+    saved = tmp_path / "run" / "config.toml"
+    saved.write_bytes(b"\xef\xbb\xbf" + saved.read_bytes())
+    assert inspect_run(config) == ""
+
+
+def test_a_path_that_the_system_refuses_is_told(tmp_path: Path):
+    with pytest.raises(EnvironmentFault, match=r"can't read the run directory .*File name too long"):
+        inspect_run(config_in(Path("/".join([str(tmp_path), *["deep" * 50] * 30]))))
+
+
 HOLDER = """
 import sys
 from pathlib import Path

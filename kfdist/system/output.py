@@ -1,0 +1,56 @@
+"""Standard output and error of commands that go on without a reader; their files are the record."""
+
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+from typing_extensions import override
+
+
+def open_missing_streams() -> None:
+    """Opens the null device in place of standard streams that were closed (`>&-`).
+
+    Otherwise the next file or socket that is opened takes the number, and what is meant for the terminal goes into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - open to the end
+
+
+def outlive_readers() -> None:
+    """Loses what can't be written to standard output or error, instead of raising.
+
+    For a pipe whose reader has gone, a terminal that was closed, a full disk; text that the stream's encoding lacks is
+    escaped.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        with suppress(OSError):
+            stream.flush()
+        setattr(
+            sys,
+            name,
+            io.TextIOWrapper(
+                io.BufferedWriter(_Lossy(stream.fileno(), "wb", closefd=False)),
+                encoding=stream.encoding,
+                errors="backslashreplace",
+                line_buffering=True,
+            ),
+        )
+
+
+class _Lossy(io.FileIO):
+    """A file that takes everything, whatever becomes of it."""
+
+    @override
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes

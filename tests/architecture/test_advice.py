@@ -1,0 +1,118 @@
+"""What error messages advise exists: options of the command that shows them, and fields of the configuration."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer.main
+
+from kfdist.cli.main import app
+from kfdist.config import Config, load_config
+from kfdist.training.run_directory import flat
+
+PACKAGE = Path(__file__).parents[2] / "kfdist"
+
+EVERY_RUN = {"train", "worker", "serve", "pool"}
+STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "stop", "events"}
+SHOWN_BY = {
+    "bench/papers.py": {"bench papers"},
+    "cli/control_commands.py": STEERING,
+    "config/loading.py": EVERY_RUN,
+    "control/client.py": STEERING,
+    "training/run_directory.py": {"train", "worker"},
+    "training/worker.py": {"train", "worker"},
+    # `kfdist train` gives its pool a directory that neither exists nor has a long name.
+    "pool/ray_directory.py": {"pool"},
+}
+"""By file: the commands that can show its messages. A file that advises an option must be here."""
+
+OTHERS = {"ray start": {"--head"}, "Ray with": {"--num-cpus"}}
+"""Options of other programs, by the words before them."""
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Yields a file's strings but for docstrings and declared options; an f-string as one, with {} for its values."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) or _declares(node)]
+    inside = {id(part) for node in skipped for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            inside.add(id(node.value))
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            yield node.value
+
+
+def _declares(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in ("typer.Option", "parser.add_argument")
+
+
+def _options() -> dict[str, set[str]]:
+    """Returns the options of each command, by its name as it is typed."""
+    found: dict[str, set[str]] = {}
+
+    def walk(command, name: str) -> None:
+        for child, inner in getattr(command, "commands", {}).items():
+            walk(inner, f"{name} {child}".strip())
+        found[name] = {option for parameter in command.params for option in parameter.opts}
+
+    walk(typer.main.get_command(app), "")
+    return found
+
+
+GIVING = {"cli/main.py", "launch/launcher.py"}
+"""Files that read options or give them to a process, and advise none."""
+
+
+def _advice() -> list[tuple[str, str, str, str]]:
+    """Returns what each file advises: its path, the words before an option, the option, and the whole text."""
+    return [
+        (name, text[: match.start()], match.group(), text)
+        for path in PACKAGE.rglob("*.py")
+        if (name := str(path.relative_to(PACKAGE))) not in GIVING and "_generated" not in name
+        for text in _texts(path)
+        for match in re.finditer(r"(?<![\w-])--[a-z][a-z-]*", text)
+    ]
+
+
+def test_every_option_that_is_advised_belongs_to_the_commands_that_show_the_message() -> None:
+    options, wrong = _options(), []
+    advice = _advice()
+    for file, before, option, text in advice:
+        if any(option in theirs and words in before for words, theirs in OTHERS.items()):
+            continue
+        named = re.search(r"`kfdist ([a-z ]+?) $", before)  # a message may name another command with its option
+        commands = {named.group(1)} if named else SHOWN_BY.get(file, set())
+        if not commands or not all(option in options[command] for command in commands):
+            wrong.append((file, option, text))
+    assert len(advice) > 8
+    assert wrong == []
+
+
+def test_every_field_that_is_advised_is_in_the_configuration() -> None:
+    fields = {f"{section}.{key}" for section, model in Config.model_fields.items() for key in _keys(model.annotation)}
+    fields |= set(flat(load_config(None, environment={}).model_dump()))
+    known = fields | {"control.sqlite"}  # a file's name
+    sections = "|".join(Config.model_fields)
+    named = {
+        (str(path.relative_to(PACKAGE)), match.group(1))
+        for path in PACKAGE.rglob("*.py")
+        if "_generated" not in str(path)
+        for text in _texts(path)
+        for match in re.finditer(rf"(?<![\w./])((?:{sections})\.[a-z_]+(?:\.[a-z_]+)?)(?=[ ,;:)=]|$)", text)
+    }
+    free = (
+        "model.settings",
+        "data.settings",
+        "optimizer.settings",
+        "preconditioner.settings",
+        "preconditioner.methods",
+    )
+    assert len(named) > 20
+    assert {(file, name) for file, name in named if name not in known and not name.startswith(free)} == set()
+
+
+def _keys(model: type | None) -> Iterator[str]:
+    yield from getattr(model, "model_fields", {})

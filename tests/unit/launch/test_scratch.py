@@ -1,0 +1,36 @@
+"""The temporary directory of a launch, which a cleaner of old files may remove and anybody make again."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from kfdist.errors import EnvironmentFault
+from kfdist.launch import scratch
+from kfdist.launch.scratch import check_scratch, temporary_directory
+
+
+def test_a_directory_that_was_removed_is_made_again_for_this_user_alone(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(scratch, "_PARENT", str(tmp_path))
+    with temporary_directory() as made:
+        check_scratch(made)
+        made.rmdir()
+        check_scratch(made)
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+        (made / "rank-0.toml").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_somebody_else_made_again_is_refused(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(EnvironmentFault, match="somebody else"):
+        check_scratch(tmp_path)
+
+
+def test_where_none_can_be_made_the_place_is_named(monkeypatch):
+    monkeypatch.setattr(scratch, "_PARENT", "/proc/kfdist")
+    with pytest.raises(EnvironmentFault, match="temporary files can't be made in /proc/kfdist"), temporary_directory():
+        pass
+    with pytest.raises(EnvironmentFault, match="can't be made again"):
+        check_scratch(Path("/proc/kfdist"))
