@@ -22,7 +22,7 @@ from kfdist.capture.operations import Product
 from kfdist.capture.passes import ForwardPass, PassLog, tensors_in
 from kfdist.capture.registry import Part
 from kfdist.capture.requests import SEED_MASK, Request, Sampling, check_requests
-from kfdist.capture.visits import Scaling, Unit, Use, Visit
+from kfdist.capture.visits import Scaling, Use
 from kfdist.capture.watch import Watch
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
@@ -94,7 +94,8 @@ class Capture:
         self._stated_examples: int | None = None
         self._examples_of_backward: dict[int, int | None] = {}
         self._scaler_cycle: object = None
-        self._unmeasured: Mapping[str, str] = {}
+        self._looks = False
+        self._unmeasured: dict[str, str] = {}
         self._watch = Watch(model, self._blocks.values(), self)
 
     def arm(self, requests: Mapping[str, Request]) -> None:
@@ -110,10 +111,14 @@ class Capture:
         check_requests(requests, blocks=self._blocks, chains=chains, coarse=coarse, fisher=self._fisher)
         self._requests = dict(requests)
         self._collector.arm(self._requests)
-        if self._requests:
-            self._watch.start(self._requests)
+        if self._requests or self._looks:
+            self._watch.start(self._requests or self._blocks)
         else:
             self._watch.stop()
+
+    def look(self) -> None:
+        """Watches the next forward also if nothing is due: a run that goes on must know which biases are left out."""
+        self._looks = True
 
     @property
     def scaled(self) -> bool:
@@ -211,6 +216,9 @@ class Capture:
         finally:
             self._forget_everything()
             self._watch.reset()
+        for name, biased in self._watch.biased.items():
+            self._blocks[name].keep_bias(biased)
+        self._looks = self._looks and not self._watch.looked
         self._note_unmeasured(drained.keys())
         return drained
 
@@ -225,16 +233,32 @@ class Capture:
     def _note_unmeasured(self, measured: Set[str]) -> None:
         self._unmeasured = {}
         for name in self._requests:
-            others = ", ".join(sorted(self._watch.unhandled[name]))
+            block, unhandled = self._blocks[name], self._watch.unhandled[name, False]
+            if block.has_bias:
+                unhandled = unhandled | self._watch.unhandled[name, True]
+            others = ", ".join(sorted(unhandled))
             if name not in measured:
                 self._watch.look_again(name)
             elif not others:
                 continue
-            if any(parameter.grad is not None for parameter in self._blocks[name].parameters()):
+            if any(parameter.grad is not None for parameter in block.parameters()):
                 also = "also " if name in measured else ""
                 self._unmeasured[name] = (
                     f"it is {also}used by {others}, which can't be measured" if others else "no use of it was seen"
                 )
+        self._unmeasured |= {f"{name}, its bias": reason for name, reason in self.left_out.items()}
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """The blocks whose bias is left out, since it isn't added to a product of their weight, and why."""
+        found = {}
+        for name, biased in self._watch.biased.items():
+            if not biased:
+                uses = ", ".join(sorted(self._watch.unhandled[name, True])) or "nothing that was seen"
+                found[name] = (
+                    f"no product of its layer's weight adds it (it is used by {uses}): the block leaves it out"
+                )
+        return found
 
     def close(self) -> None:
         """Stops watching and drops what is pending."""
@@ -292,14 +316,13 @@ class Capture:
         if product.from_left:  # y^T = x^T W^T
             shape, activation, transposed = (*shape[:-2], shape[-1], shape[-2]), activation.mT, not transposed
         for part in parts:
-            whole = product.operation.kind != "linear" or part.rows == slice(0, shape[-1])
             use = Use(
-                part.block,
+                part,
                 activation,
                 changes_in_place(product.activation),
                 shape,
                 transposed,
-                None if whole else part.rows,
+                product.operation.kind != "linear" or part.rows == slice(0, shape[-1]),
                 forward,
                 self._generation,
                 rerun_in,
@@ -326,7 +349,7 @@ class Capture:
         check_version(use.name, use.activation, use.version)
         backward = self._backward_of(use)
         self._begin_backward(backward)
-        visit = Visit(use.name, use.activation, Unit(backward, use.forward), self._examples_of_backward[backward])
+        visit = use.visit(backward, self._examples_of_backward[backward])
         with plain_arithmetic(gradient.device):
             self._collector.add(visit, use.share(gradient), Scaling(self._unscaling(), 2))
 

@@ -189,6 +189,7 @@ class Collector:
             positions_fraction=self._sampling.positions_fraction,
             most_positions=self._sampling.positions_budget,
             seed=(seen.request.seed + seen.visit.number) & SEED_MASK,
+            biased=seen.visit.biased,
             wanted=wanted,
         )
         for part in sorted(wanted):
@@ -245,7 +246,7 @@ class _Seen:
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Returns rows a `[c, n, T, q]` and g `[c, n, T, p]` of the examples, scaled like the sums, as copies."""
-        return self._scaled(*self.block.factor_rows(self.activation, self.output_gradient))
+        return self._scaled(*self.block.factor_rows(self.activation, self.output_gradient, biased=self.visit.biased))
 
     def tiles_of_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields rows a and g, `[c, n, T, d]`, of a few entries at a time, not scaled: all at once may be too many."""
@@ -254,7 +255,8 @@ class _Seen:
         row_bytes = shape.groups * (shape.d_in + shape.d_out) * accumulation_dtype(a).itemsize
         tile = max(1, TILE_BYTES // max(1, positions * row_bytes))
         for start in range(0, len(a), tile):
-            yield self.block.factor_rows(a[start : start + tile], g[start : start + tile])
+            piece = slice(start, start + tile)
+            yield self.block.factor_rows(a[piece], g[piece], biased=self.visit.biased)
 
     def sums_of_rows(self) -> tuple[Tensor, Tensor]:
         """Returns the sums of the entries of these rows, `[c, n, T]` both, without holding all rows at once."""

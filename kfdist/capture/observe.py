@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss, divisor, enumerated_roots, sampled_root
 from kfdist.capture.requests import SEED_MASK
-from kfdist.capture.visits import Scaling, Unit, Use, Visit
+from kfdist.capture.visits import Scaling, Use, Visit
 from kfdist.errors import KfdistError
 from kfdist.torch_internals import changes_in_place, without_first_reduction
 from kfdist.types import Fisher
@@ -115,7 +115,7 @@ class Observer:
                 if gradient is None:
                     continue
                 if call.visit is None:
-                    call.visit = Visit(call.use.name, call.use.activation, Unit(backwards, call.use.forward), stated)
+                    call.visit = call.use.visit(backwards, stated)
                 self._collector.add(call.visit, call.use.share(gradient), scaling, self._draws)
 
     def check_complete(self) -> None:

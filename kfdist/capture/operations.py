@@ -35,6 +35,11 @@ class Product:
     transposed: bool = False
     from_left: bool = False
 
+    @property
+    def features(self) -> int:
+        """Which dimension of y has its features, counted from the end."""
+        return -1 - max(int(self.from_left), len(self.operation.stride))
+
 
 Arguments = Mapping[str, Any]
 Reader = Callable[[Arguments, Callable[[Tensor], bool]], "Product | None"]
@@ -78,46 +83,27 @@ def _matmul(given: Arguments, is_weight: Callable[[Tensor], bool]) -> Product | 
     return None
 
 
-def _convolution(dimensions: int) -> Reader:
+def _convolution(kind: str, names: Sequence[str], dimensions: int) -> _Form:
+    def sizes(given: Any) -> tuple[int, ...]:
+        each = (given,) if isinstance(given, int) else tuple(given)
+        return each * dimensions if len(each) == 1 else each
+
     def read(given: Arguments, _is_weight: Callable[[Tensor], bool]) -> Product:
+        padding = given.get("padding", 0)
         operation = Operation(
-            "convolution",
-            stride=_sizes(given.get("stride", 1), dimensions),
-            padding=_padding(given.get("padding", 0), dimensions),
-            dilation=_sizes(given.get("dilation", 1), dimensions),
+            kind,
+            stride=sizes(given.get("stride", 1)),
+            padding=padding if isinstance(padding, str) else sizes(padding),
+            dilation=sizes(given.get("dilation", 1)),
             groups=given.get("groups", 1),
         )
         return Product(operation, given["input"], given["weight"], given.get("bias"))
 
-    return read
-
-
-def _transposed_convolution(dimensions: int) -> Reader:
-    def read(given: Arguments, _is_weight: Callable[[Tensor], bool]) -> Product:
-        operation = Operation(
-            "transposed convolution",
-            stride=_sizes(given.get("stride", 1), dimensions),
-            padding=_sizes(given.get("padding", 0), dimensions),
-            dilation=_sizes(given.get("dilation", 1), dimensions),
-            groups=given.get("groups", 1),
-        )
-        return Product(operation, given["input"], given["weight"], given.get("bias"))
-
-    return read
-
-
-def _sizes(given: Any, dimensions: int) -> tuple[int, ...]:
-    """Brings a number, or one for each dimension, to the latter."""
-    sizes = (given,) if isinstance(given, int) else tuple(given)
-    return sizes * dimensions if len(sizes) == 1 else sizes
-
-
-def _padding(given: Any, dimensions: int) -> tuple[int, ...] | str:
-    return given if isinstance(given, str) else _sizes(given, dimensions)
+    return _Form(names, read)
 
 
 _MATMUL = _Form(("input", "other"), _matmul)
-_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 PRODUCTS: dict[Callable[..., Any], _Form] = {
@@ -129,12 +115,12 @@ PRODUCTS: dict[Callable[..., Any], _Form] = {
     Tensor.__matmul__: _MATMUL,
     torch.mm: _Form(("input", "other"), _matmul),
     Tensor.mm: _Form(("input", "other"), _matmul),
-    F.conv1d: _Form(_CONVOLUTION, _convolution(1)),
-    F.conv2d: _Form(_CONVOLUTION, _convolution(2)),
-    F.conv3d: _Form(_CONVOLUTION, _convolution(3)),
-    F.conv_transpose1d: _Form(_TRANSPOSED, _transposed_convolution(1)),
-    F.conv_transpose2d: _Form(_TRANSPOSED, _transposed_convolution(2)),
-    F.conv_transpose3d: _Form(_TRANSPOSED, _transposed_convolution(3)),
+    F.conv1d: _convolution("convolution", _PLAIN, 1),
+    F.conv2d: _convolution("convolution", _PLAIN, 2),
+    F.conv3d: _convolution("convolution", _PLAIN, 3),
+    F.conv_transpose1d: _convolution("transposed convolution", _TRANSPOSED, 1),
+    F.conv_transpose2d: _convolution("transposed convolution", _TRANSPOSED, 2),
+    F.conv_transpose3d: _convolution("transposed convolution", _TRANSPOSED, 3),
 }
 """By function, as a `TorchFunctionMode` is told it."""
 
@@ -155,6 +141,19 @@ COPIES = frozenset(
     }
 )
 """What makes a copy that a weight may be used by."""
+
+SUMS = frozenset({torch.add, Tensor.add, Tensor.add_})
+"""What adds a bias apart from the product."""
+
+
+def addends(args: Sequence[Any], kwargs: Arguments) -> tuple[Tensor, Tensor] | None:
+    """Returns the two tensors that one of `SUMS` adds; None where it does something else."""
+    given = {**dict(zip(("input", "other", "alpha"), args, strict=False)), **kwargs}
+    left, right = given.get("input"), given.get("other")
+    if given.get("alpha", 1) != 1 or not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return None
+    return left, right
+
 
 _HOMES = ("torch.nn.functional", "torch.functional")
 

@@ -54,6 +54,14 @@ class Geometry:
             self.parameter, tuple(self.shape[i] for i in order), tuple(self.stride[i] for i in order), self.offset
         )
 
+    @property
+    def squeezed(self) -> "Geometry":
+        """The same entries without dimensions of one entry."""
+        kept = [i for i, size in enumerate(self.shape) if size != 1]
+        return Geometry(
+            self.parameter, tuple(self.shape[i] for i in kept), tuple(self.stride[i] for i in kept), self.offset
+        )
+
     def first_row_in(self, whole: "Geometry") -> int | None:
         """Returns which row of `whole` is the first one here, where the rows here are rows of it one after another."""
         same = self.parameter == whole.parameter and self.shape[1:] == whole.shape[1:]
@@ -66,12 +74,19 @@ class Geometry:
         return row if not rest and 0 <= row <= whole.shape[0] - self.shape[0] else None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Part:
-    """A block's share of a product: the rows of the output that its weight makes."""
+    """A block's share of a product.
+
+    Attributes:
+        block: The block.
+        rows: Of the output, which its weight makes.
+        biased: Whether the block's bias was added, by the product itself or afterwards.
+    """
 
     block: str
     rows: slice
+    biased: bool
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,7 @@ class Registry:
             for parameter in block.parameters():
                 self._parameters[id(parameter)] = parameter
                 self._users[id(parameter)].append(block)
+        self._biases = {block.name: block.parts[1] for block in self._blocks.values() if block.has_bias}
         self._copies: dict[int, _Copy] = {}
 
     def geometry(self, tensor: Tensor) -> Geometry | None:
@@ -132,11 +148,12 @@ class Registry:
                 return copy.version != changes_in_place(whole)
         return False
 
-    def users(self, tensor: Tensor) -> Iterator[str]:
-        """Yields the names of the blocks that a tensor is a parameter of, or a view or copy of one."""
+    def users(self, tensor: Tensor) -> Iterator[tuple[str, bool]]:
+        """Yields the names of the blocks that a tensor is, or shows, a parameter of, and whether as their bias."""
         geometry = self.geometry(tensor)
         if geometry is not None:
-            yield from (block.name for block in self._users[geometry.parameter])
+            for block in self._users[geometry.parameter]:
+                yield block.name, id(block.parts[0].parameter) != geometry.parameter
 
     def parts(self, product: Product) -> list[Part]:
         """Returns the blocks whose weights a product multiplies with; none where it isn't what a block stands for."""
@@ -150,20 +167,20 @@ class Registry:
             if block.operation != product.operation:
                 continue
             row = Geometry.of(block.weight, self._parameters[used.parameter]).first_row_in(used)
-            if row is not None and self._same_bias(block, product, row):
-                found.append(Part(block.name, slice(row, row + block.weight.shape[0])))
+            if row is not None:
+                rows = slice(row, row + block.weight.shape[0])
+                biased = product.bias is not None and self.is_bias(product.bias, block.name, row)
+                found.append(Part(block.name, rows, biased))
         return found
+
+    def is_bias(self, tensor: Tensor, block: str, row: int) -> bool:
+        """Whether a tensor is a block's bias, or one of which the block's is a part that begins at `row`."""
+        used, whole = self.geometry(tensor), self._biases.get(block)
+        if used is None or whole is None or self.changed(tensor):
+            return False
+        first = Geometry.of(whole.of(whole.parameter), whole.parameter).first_row_in
+        return any(first(each) == row for each in (used, used.squeezed) if each.shape)
 
     def forget(self) -> None:
         """Forgets copies."""
         self._copies.clear()
-
-    def _same_bias(self, block: Block, product: Product, row: int) -> bool:
-        """Whether a product adds the bias that a block contains; one that it doesn't contain is no matter."""
-        if not block.has_bias:
-            return True
-        used = None if product.bias is None else self.geometry(product.bias)
-        part = block.parts[1]
-        if used is None or product.bias is None or self.changed(product.bias):
-            return False
-        return Geometry.of(part.of(part.parameter), part.parameter).first_row_in(used) == row

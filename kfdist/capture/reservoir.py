@@ -89,7 +89,7 @@ class Reservoir:
             return
         # The Fisher block is 1/N sum of v v^T over the n examples of dim 0; they differ where N was stated.
         n = visit.examples(length)
-        a, g = self._laid_out(calls, block, activation, output_gradient)
+        a, g = self._laid_out(calls, block, activation, output_gradient, biased=visit.biased)
         g = g * (scaling.of_rows(n, g) * (examples / n) ** 0.5)
         calls.positions[visit] = positions
         if visit not in calls.g:
@@ -101,7 +101,7 @@ class Reservoir:
             calls.a[visit], calls.g[visit] = compress_columns(a, g, self._columns)
 
     def _laid_out(
-        self, calls: _Calls, block: Block, activation: Tensor, output_gradient: Tensor
+        self, calls: _Calls, block: Block, activation: Tensor, output_gradient: Tensor, *, biased: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns a `[c, n, T', q]` and g `[c, n, T', p]` of the kept examples, compressed a few examples at a time."""
         length, kept = len(activation), len(calls.chosen)
@@ -114,7 +114,7 @@ class Reservoir:
             tile = max(1, TILE_BYTES // max(1, numbers * accumulation_dtype(activation).itemsize))
         pieces: list[tuple[Tensor, Tensor]] = []
         for some in places.split(tile):
-            found = block.example_rows(activation, output_gradient, some.flatten())
+            found = block.example_rows(activation, output_gradient, some.flatten(), biased=biased)
             a, g = (rows.reshape(len(rows), len(some), -1, rows.shape[-1]) for rows in found)
             pieces.append((a, g) if self._columns is None else compress_columns(a, g, self._columns))
         a, g = pieces[0] if len(pieces) == 1 else (torch.cat(side, dim=1) for side in zip(*pieces, strict=True))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfdist.capture.passes import ForwardPass
+from kfdist.capture.registry import Part
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,31 @@ class Use:
     """What is remembered of a block's use until its backward.
 
     Attributes:
-        name: The block.
+        part: The block, its share of the product, and whether its bias was added, known when the forward is over.
         activation: What its weight was multiplied with.
         version: The activation's, to notice changes.
         output_shape: Of the product, its own rows last.
         transposed: Whether gradients come with the last two dimensions exchanged.
-        rows: The block's share of the product's last dimension; None for all of it.
+        whole: Whether the block's share of the product is all of it.
         forward: Which forward it belongs to.
         generation: Of the capture.
         rerun_in: The backward that checkpointing repeats it in.
     """
 
-    name: str
+    part: Part
     activation: Tensor
     version: int | None
     output_shape: tuple[int, ...]
     transposed: bool
-    rows: slice | None
+    whole: bool
     forward: ForwardPass
     generation: int
     rerun_in: int
+
+    @property
+    def name(self) -> str:
+        """The block."""
+        return self.part.block
 
     def share(self, gradient: Tensor) -> Tensor:
         """Cuts the block's output gradient out of the product's, which may have come with its positions flattened."""
@@ -65,7 +71,12 @@ class Use:
             gradient = gradient.reshape(*others, columns, rows).mT
         else:
             gradient = gradient.reshape(self.output_shape)
-        return gradient if self.rows is None else gradient[..., self.rows]
+        return gradient if self.whole else gradient[..., self.part.rows]
+
+    def visit(self, backward: int, stated: int | None) -> "Visit":
+        """Returns what is measured of it in a backward."""
+        unit = Unit(backward, self.forward)
+        return Visit(self.name, self.activation, unit, stated, biased=self.part.biased)
 
 
 @dataclass(eq=False)
@@ -77,6 +88,7 @@ class Visit:
         activation: What the layer was given.
         unit: Whose examples it saw.
         stated: How many terms the loss averages, where that was stated.
+        biased: Whether the block's bias was added.
         number: Which call of the block it is in this step; negative until it is first measured.
     """
 
@@ -84,6 +96,7 @@ class Visit:
     activation: Tensor
     unit: Unit
     stated: int | None
+    biased: bool = True
     number: int = -1
 
     @property

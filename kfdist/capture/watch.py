@@ -11,6 +11,7 @@ import types
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from kfdist.capture.operations import COPIES, PRODUCTS, Product, is_composite, product_of
+from kfdist.capture.operations import COPIES, PRODUCTS, SUMS, Product, addends, is_composite, product_of
 from kfdist.capture.registry import Part, Registry
 from kfdist.curvature.blocks import Block
-from kfdist.torch_internals import EagerSteps, eager_steps, leave_function_mode
+from kfdist.torch_internals import EagerSteps, changes_in_place, eager_steps, leave_function_mode
 
 
 class Observed(Protocol):
@@ -42,13 +43,31 @@ class Observed(Protocol):
         """Weights of blocks were used, in a module that is in training mode or not."""
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A product that the bias may yet be added to.
+
+    Attributes:
+        output: What it gave.
+        version: The output's, to notice changes.
+        parts: The blocks that have a bias.
+        features: The dimension of the features, from the end.
+    """
+
+    output: weakref.ref[Tensor]
+    version: int | None
+    parts: Sequence[Part]
+    features: int
+
+
 class _Thread(threading.local):
-    """Where a thread is among the model's modules, and since which of them it is watched."""
+    """Where a thread is among the model's modules, since which of them it is watched, and what it waits for."""
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
         self.mode: _Mode | None = None
         self.mode_depth = 0
+        self.waiting: dict[int, _Waiting] = {}
 
 
 class Watch:
@@ -63,7 +82,8 @@ class Watch:
 
     Attributes:
         registry: The blocks' parameters.
-        unhandled: Functions that used a block's parameters and can't be measured, by block.
+        unhandled: Functions that used a block's weight (or its bias, where the second is true) and can't be measured.
+        biased: Whether the bias is added, of each block with one whose weight was used.
     """
 
     def __init__(self, model: nn.Module, blocks: Collection[Block], observed: Observed) -> None:
@@ -71,11 +91,18 @@ class Watch:
         self._ids = {id(module) for module in model.modules()}
         self._observed: Observed = weakref.proxy(observed)
         self.registry = Registry(blocks)
-        self.unhandled: dict[str, set[str]] = defaultdict(set)
+        self.unhandled: dict[tuple[str, bool], set[str]] = defaultdict(set)
+        self.biased: dict[str, bool] = {}
         self._places: dict[str, set[int]] = {}
         self._entries: Set[int] = frozenset()
+        self._with_bias = {block.name for block in blocks if block.has_bias}
         self._threads = [_Thread()]  # in a list, which outlives a forgotten watch
         self._installed: weakref.finalize[..., Watch] | None = None
+
+    @property
+    def looked(self) -> bool:
+        """Whether any use was seen; before, every module is watched."""
+        return bool(self._places)
 
     def start(self, names: Collection[str]) -> None:
         """Watches for the blocks `names` until `stop`, or until it is told others."""
@@ -137,18 +164,64 @@ class Watch:
         used = [each for each in _tensors((args, kwargs)) if self.registry.knows(each)]
         product = product_of(function, args, kwargs, self.registry.knows) if function in PRODUCTS else None
         parts = [] if product is None else self.registry.parts(product)
+        handled: list[Tensor] = []
         if product is not None and parts:
-            module = self._threads[0].modules[-1]
-            for part in parts:
-                self._places.setdefault(part.block, set()).add(id(module))
-            self._observed.product(parts, product, output, training=module.training)
-            used = [each for each in used if each is not product.weight and each is not product.bias]
+            handled = self._use(parts, product, output)
         elif function in COPIES:
             self.registry.note_copy(output, used[0])
             return
+        elif function in SUMS:
+            handled = self._add_bias(addends(args, kwargs), changes=int(function is Tensor.add_))
         for each in used:
-            for name in self.registry.users(each):
-                self.unhandled[name].add(function.__name__)
+            if any(each is other for other in handled):
+                continue
+            for user in self.registry.users(each):
+                self.unhandled[user].add(function.__name__)
+
+    def _use(self, parts: Sequence[Part], product: Product, output: Tensor) -> list[Tensor]:
+        """Blocks' weights were used; returns the parameters whose use is measured."""
+        thread = self._threads[0]
+        module, with_bias = thread.modules[-1], [part for part in parts if part.block in self._with_bias]
+        for part in parts:
+            self._places.setdefault(part.block, set()).add(id(module))
+        for part in with_bias:
+            self.biased[part.block] = self.biased.get(part.block, False) or part.biased
+        if product.bias is None and with_bias:
+            thread.waiting[id(output)] = _Waiting(
+                weakref.ref(output), changes_in_place(output), with_bias, product.features
+            )
+        self._observed.product(parts, product, output, training=module.training)
+        handled = [product.weight]
+        if product.bias is not None and any(part.biased for part in parts):
+            handled.append(product.bias)
+        return handled
+
+    def _add_bias(self, pair: tuple[Tensor, Tensor] | None, *, changes: int) -> list[Tensor]:
+        """Two tensors were added; returns the one that is the bias of the product that the other one is, if so.
+
+        Args:
+            pair: Both; None where it was no plain sum.
+            changes: How often that changed the first one in place.
+        """
+        thread, handled = self._threads[0], []
+        for product, bias in () if pair is None else (pair, pair[::-1]):
+            waiting = thread.waiting.get(id(product))
+            if waiting is None or waiting.output() is not product or not _lies_along(bias, waiting.features):
+                continue
+            version = changes_in_place(product)
+            if version is not None and waiting.version != version - changes:
+                continue
+            for part in waiting.parts:
+                if not part.biased and self.registry.is_bias(bias, part.block, part.rows.start):
+                    part.biased = self.biased[part.block] = True
+                    self._places[part.block].add(id(thread.modules[-1]))
+                    handled = [bias]
+        return handled
+
+
+def _lies_along(bias: Tensor, features: int) -> bool:
+    """Whether a bias of several entries has them along one dimension, counted from the end, and is added along it."""
+    return bias.dim() >= -features and bias.shape[features] == bias.numel()
 
 
 def _call(method: weakref.WeakMethod[Callable[..., None]], arguments: Sequence[Any]) -> None:

@@ -274,9 +274,9 @@ class Preconditioner:
             for track in self.pipeline.tracks
             for name, outcome in track.snapshot.outcomes.items()
         }
-        unmeasured = self.pipeline.capture.unmeasured.items()
-        notes |= {name: f"not measured as a whole: {reason}" for name, reason in unmeasured}
-        return self._plan.coverage.with_inversions(notes)
+        capture = self.pipeline.capture
+        notes |= {name: f"not measured as a whole: {reason}" for name, reason in capture.unmeasured.items()}
+        return self._plan.coverage.without_biases(self._plan.blocks, capture.left_out).with_inversions(notes)
 
     def staleness(self) -> dict[str, int]:
         """Returns each block's staleness in steps: the last step done minus the version in use."""

@@ -62,6 +62,7 @@ def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     pipeline.reducer.load_state_dict(state)
     pipeline.adopting.load_state_dict(state)
     pipeline.inverting.load_state_dict(state)
+    pipeline.capture.look()
     pipeline.arm()
 
 

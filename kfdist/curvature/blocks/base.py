@@ -83,6 +83,8 @@ class Block(ABC):
         layer: Dotted name of the module that has the parameters.
         module: That module.
         parts: The weight's part of the module's parameters and, if the block has one, the bias's.
+        planned_parts: Those that it was made with; `keep_bias` leaves out the bias's.
+        homogeneous: Whether rows a end in a homogeneous coordinate; also where the bias was left out since.
         shape: Of the block's gradient, as c matrices [p, q].
         operation: In which the weight is used.
 
@@ -109,7 +111,9 @@ class Block(ABC):
         self.layer = name if layer is None else layer
         self.module = module
         self.parts: tuple[ParameterPart, ...] = (weight,) if bias is None else (weight, bias)
-        self._made_with = [parameter.shape for parameter in self.parameters()]
+        self.homogeneous = bias is not None
+        self.planned_parts = self.parts
+        self._made_with = [part.parameter.shape for part in self.planned_parts]
 
     @property
     def weight(self) -> Float[Tensor, "..."]:
@@ -121,10 +125,19 @@ class Block(ABC):
         """Whether the bias is part of the block, as the homogeneous coordinate; a frozen bias isn't."""
         return len(self.parts) > 1
 
+    def keep_bias(self, kept: bool) -> None:
+        """Keeps the bias in the block, or leaves it out where no product of the weight adds it.
+
+        The shape stays, for what was planned by it: without the bias, the last coordinate of rows and of the gradient
+        is 0. It meets none of the others then, so they get what a block of the weight alone would give them (but that
+        the damping's share of A is taken over one dimension more).
+        """
+        self.parts = self.planned_parts if kept else self.planned_parts[:1]
+
     @property
     def resized(self) -> bool:
         """Whether a parameter has another shape than when the block was made."""
-        return [parameter.shape for parameter in self.parameters()] != self._made_with
+        return [part.parameter.shape for part in self.planned_parts] != self._made_with
 
     # What the layer saw ----------------------------------------------------------------------------------------------
 
@@ -214,6 +227,7 @@ class Block(ABC):
         positions_fraction: float = 1.0,
         most_positions: int | None = None,
         seed: int = 0,
+        biased: bool = True,
         wanted: frozenset[str] = SUMS,
     ) -> FactorSums:
         """Sums a a^T, g g^T, a and g over the rows of one call of the layer, without a host sync.
@@ -229,6 +243,7 @@ class Block(ABC):
                 every example, and at least one. The sums are scaled so that their expectation is that of all positions.
             most_positions: Use no more positions than this, at least 1; the smaller of both numbers decides.
             seed: Seed of that draw; the same seed draws the same positions in any process and on any device.
+            biased: Whether the bias was added; the homogeneous coordinate is 0 where it wasn't.
             wanted: Which of "A", "G", "a" and "g" to compute; the others have no elements.
 
         Raises:
@@ -243,8 +258,8 @@ class Block(ABC):
         used = positions if chosen is None else len(chosen)
         if chosen is not None:
             chosen = chosen.to(a.device, non_blocking=True)
-        c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in - self.has_bias
-        inputs = RowSums(a, (c, q), second="A" in wanted, first="a" in wanted or ("A" in wanted and self.has_bias))
+        c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in - self.homogeneous
+        inputs = RowSums(a, (c, q), second="A" in wanted, first="a" in wanted or ("A" in wanted and self.homogeneous))
         outputs = RowSums(g, (c, p), second="G" in wanted, first="g" in wanted)
         itemsize = accumulation_dtype(a).itemsize
         plan = tiles(
@@ -265,13 +280,15 @@ class Block(ABC):
         if chosen is not None:
             inputs.scale(positions / used)
             outputs.scale(positions / used)
-        return self._named(inputs, outputs, rows=len(a) * positions, wanted=wanted)
+        return self._named(inputs, outputs, rows=len(a) * positions, biased=biased, wanted=wanted)
 
     def example_rows(
         self,
         activation: Float[Tensor, "..."],
         output_gradient: Float[Tensor, "..."],
         chosen: Int64[Tensor, " n"] | None = None,
+        *,
+        biased: bool = True,
     ) -> tuple[Float[Tensor, "c m T q"], Float[Tensor, "c m T p"]]:
         """Lays out single examples' rows: example i's gradient of the block is sum_t g_it a_it^T, whatever the sharing.
 
@@ -281,6 +298,7 @@ class Block(ABC):
             activation: The layer's input, examples first.
             output_gradient: Gradient of the loss with respect to its output; not scaled here.
             chosen: Examples to take, on the same device; None for all.
+            biased: As in `factor_sums`.
 
         Returns:
             a, homogeneous coordinate last, and g, in float64 for float64 input, else in float32.
@@ -288,37 +306,44 @@ class Block(ABC):
         Raises:
             ValueError: Shapes that don't belong to this layer or to each other.
         """
-        return self._laid_out(*self.batched(activation, output_gradient), chosen)
+        return self._laid_out(*self.batched(activation, output_gradient), chosen, biased)
 
     def factor_rows(
         self,
         activation: Float[Tensor, "..."],
         output_gradient: Float[Tensor, "..."],
         chosen: Int64[Tensor, " n"] | None = None,
+        *,
+        biased: bool = True,
     ) -> tuple[Float[Tensor, "c m T q"], Float[Tensor, "c m T p"]]:
         """Lays out single examples' rows as the factors see them: A and G of `factor_sums` are sums over these rows.
 
         The same as `example_rows` but for sharing by `reduce`, where T is 1; see there for arguments and results.
         """
-        return self._laid_out(*self.pooled(*self.batched(activation, output_gradient)), chosen)
+        return self._laid_out(*self.pooled(*self.batched(activation, output_gradient)), chosen, biased)
 
-    def _laid_out(self, a: Tensor, g: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _laid_out(self, a: Tensor, g: Tensor, chosen: Tensor | None, biased: bool) -> tuple[Tensor, Tensor]:
         if chosen is not None:
             a, g = a.index_select(0, chosen), g.index_select(0, chosen)
         c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in
         shape = (c, len(a), _count(self.output_windows(g[:0])))
         windows = self.input_windows(self.padded(a, g))
-        rows = lay_out(windows, self.input_features, accumulation_dtype(a)).reshape(*shape, q - self.has_bias)
-        if self.has_bias:
-            rows = F.pad(rows, (0, 1), value=1.0)
+        rows = lay_out(windows, self.input_features, accumulation_dtype(a)).reshape(*shape, q - self.homogeneous)
+        if self.homogeneous:
+            rows = F.pad(rows, (0, 1), value=float(biased))
         return rows, lay_out(self.output_windows(g), 1, accumulation_dtype(g)).reshape(*shape, p)
 
-    def _named(self, inputs: RowSums, outputs: RowSums, *, rows: int, wanted: frozenset[str]) -> FactorSums:
+    def _named(
+        self, inputs: RowSums, outputs: RowSums, *, rows: int, biased: bool, wanted: frozenset[str]
+    ) -> FactorSums:
         """Gives sums their names, with the homogeneous coordinate and, for those not wanted, without elements."""
         A, a = inputs.second, inputs.first
-        if self.has_bias and a is not None:
-            A = None if A is None else with_homogeneous(A, a, rows)
-            a = torch.cat([a, a.new_full((len(a), 1), rows)], dim=-1)
+        if self.homogeneous and a is not None:
+            if biased:
+                A = None if A is None else with_homogeneous(A, a, rows)
+            else:
+                A = None if A is None else F.pad(A, (0, 1, 0, 1))
+            a = torch.cat([a, a.new_full((len(a), 1), rows if biased else 0.0)], dim=-1)
         return FactorSums(
             A=inputs.none(2) if A is None else A,
             G=outputs.none(2) if outputs.second is None else outputs.second,
@@ -337,13 +362,15 @@ class Block(ABC):
         """Brings tensors shaped like `parameters()` (gradients, directions) to the block's matrix, bias last."""
         c, p = self.shape.groups, self.shape.d_out
         weight, *bias = [part.of(tensor) for part, tensor in zip(self.parts, tensors, strict=True)]
+        if self.homogeneous and not bias:
+            bias = [weight.new_zeros(c, p)]
         return torch.cat([self._weight_matrix(weight), *(each.reshape(c, p, 1) for each in bias)], dim=-1)
 
     def from_matrix(self, matrix: Float[Tensor, "c p q"]) -> list[Float[Tensor, "..."]]:
         """Undoes `to_matrix`: returns tensors shaped like the block's parts of its parameters, views where possible."""
-        if not self.has_bias:
+        if not self.homogeneous:
             return [self._weight_of(matrix)]
-        return [self._weight_of(matrix[..., :-1]), matrix[..., -1].reshape(-1)]
+        return [self._weight_of(matrix[..., :-1]), matrix[..., -1].reshape(-1)][: len(self.parts)]
 
     def gradient(self) -> Float[Tensor, "c p q"]:
         """Returns the layer's gradient V as a fresh matrix, bias last, in float32 at least.

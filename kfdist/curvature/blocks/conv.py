@@ -35,7 +35,7 @@ class AbstractConvBlock(Block):
         patch = module.in_channels // module.groups * math.prod(module.kernel_size)
         self.shape = BlockShape(
             d_out=module.out_channels // module.groups,
-            d_in=patch + self.has_bias,
+            d_in=patch + self.homogeneous,
             groups=module.groups,
             convolution=True,
         )

@@ -34,14 +34,14 @@ class LinearBlock(Block):
     ) -> None:
         super().__init__(name, module, weight, bias, layer)
         d_out, d_in = self.weight.shape
-        self.shape = BlockShape(d_out=d_out, d_in=d_in + self.has_bias)
+        self.shape = BlockShape(d_out=d_out, d_in=d_in + self.homogeneous)
         self._reduces = sharing == "reduce"
 
     @override
     def batched(
         self, activation: Float[Tensor, "..."], output_gradient: Float[Tensor, "..."]
     ) -> tuple[Float[Tensor, "N T q"], Float[Tensor, "N T p"]]:
-        a = self._with_positions(activation, self.shape.d_in - self.has_bias, "activation")
+        a = self._with_positions(activation, self.shape.d_in - self.homogeneous, "activation")
         g = self._with_positions(output_gradient, self.shape.d_out, "output gradient")
         if a.shape[:2] != g.shape[:2]:
             raise ValueError(

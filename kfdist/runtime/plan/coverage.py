@@ -1,11 +1,12 @@
 """What preconditions each parameter of a model, or why nothing does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from kfdist.curvature.blocks import Block
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.layers import named_layers
 from kfdist.types import BlockName
@@ -48,6 +49,19 @@ class Coverage:
         """Share of the trained numbers that a block preconditions, in [0, 1]."""
         trained = sum(row.elements for row in self.rows)
         return sum(row.elements for row in self.rows if row.block is not None) / max(trained, 1)
+
+    def without_biases(self, blocks: Iterable[Block], reasons: Mapping[BlockName, str]) -> "Coverage":
+        """Returns the same where some blocks, for the reasons given, leave out the bias that they were planned with."""
+        biases = {
+            (block.name, f"{block.layer}.{part.attribute}".lstrip(".")): reasons[block.name]
+            for block in blocks
+            if block.name in reasons
+            for part in block.planned_parts[1:]
+        }
+        found = [(row, biases.get((row.block or "", row.parameter))) for row in self.rows]
+        return Coverage(
+            tuple(row if why is None else replace(row, block=None, method=None, reason=why) for row, why in found)
+        )
 
     def with_inversions(self, notes: Mapping[BlockName, str]) -> "Coverage":
         """Returns the same with a note on the inversion of each block that has one."""

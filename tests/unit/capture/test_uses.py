@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
-from tests.support.factors import armed_capture, assert_factors_equal, factors_by_definition, factors_of
+from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_by_definition, factors_of
 from tests.support.plans import planned
 
 EXACT = 1e-12
@@ -161,6 +161,71 @@ def test_products_without_a_bias(how: str):
     compare(model, twin)
 
 
+BIASES_APART: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
+    "plus": lambda layer, x: x @ layer.weight.mT + layer.bias,
+    "in front": lambda layer, x: torch.add(input=layer.bias, other=x @ layer.weight.mT),
+    "in place": lambda layer, x: F.linear(x, layer.weight).add_(layer.bias.double()),
+    "along rows": lambda layer, x: (layer.weight @ x.mT + layer.bias.view(-1, 1)).mT,
+    "with dimensions": lambda layer, x: x.matmul(layer.weight.t()) + layer.bias[None, None],
+}
+
+
+@pytest.mark.parametrize("use", BIASES_APART.values(), ids=BIASES_APART.keys())
+def test_biases_that_are_added_apart_from_the_product(use: Callable[[nn.Linear, Tensor], Tensor]):
+    torch.manual_seed(0)
+    model, twin = Plain(use), Plain(lambda layer, x: layer(x))
+    twin.load_state_dict(model.state_dict())
+    compare(model, twin)
+
+
+def masked_bias(layer: nn.Linear) -> Tensor:
+    bias = layer.bias.clone()
+    bias[1:].zero_()
+    return bias
+
+
+NOT_THE_BIAS: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
+    "another one": (lambda layer, x: F.linear(x, layer.weight, masked_bias(layer)), "linear"),
+    "none": (lambda layer, x: F.linear(x, layer.weight), "nothing that was seen"),
+    "a multiple": (lambda layer, x: torch.add(x @ layer.weight.mT, layer.bias, alpha=2), "add"),
+    "to something else": (lambda layer, x: F.linear(x, layer.weight).mul_(2) + layer.bias, "add"),
+    "along the wrong dimension": (
+        lambda layer, x: F.linear(x[:, [0, 1, 2, 2]], layer.weight) + layer.bias[:, None],
+        "add",
+    ),
+}
+
+
+@pytest.mark.parametrize(("use", "by"), NOT_THE_BIAS.values(), ids=NOT_THE_BIAS.keys())
+def test_a_weight_that_is_used_without_its_bias_is_measured_alone(use: Callable[[nn.Linear, Tensor], Tensor], by: str):
+    """As a layer is whose bias is frozen, so that its block was planned without it."""
+    torch.manual_seed(0)
+    model, twin = Plain(use).double(), Plain(use).double()
+    twin.load_state_dict(model.state_dict())
+    twin.first.bias.requires_grad_(False)
+    found = []
+    for each in (model, twin):
+        blocks = blocks_of(each)
+        capture = Capture(each, blocks, sampling=Sampling(), grad_scaler=None)
+        capture.arm(dict.fromkeys(blocks, Request(samples=N)))
+        each(batch()[0]).square().sum().backward()
+        found.append((blocks["first"], capture.drain()["first"], capture.left_out))
+    (block, mine, left_out), (alone, truth, _) = found
+    assert by in left_out["first"]
+    assert_factors_equal(
+        {"first": (mine.sums["A"][..., :-1, :-1], mine.sums["G"])},
+        {"first": (truth.sums["A"], truth.sums["G"])},
+        EXACT,
+    )
+    assert mine.samples is not None
+    assert not mine.sums["A"][..., -1].any() and not mine.samples.a[..., -1].any()
+    assert block.parameters() == [model.first.weight]
+    torch.testing.assert_close(block.gradient(), F.pad(alone.gradient(), (0, 1)))
+    bias = model.first.bias.grad
+    block.write_gradient(torch.ones_like(block.gradient()))
+    assert model.first.bias.grad is bias and (model.first.weight.grad == 1).all()
+
+
 def test_a_forward_that_is_replaced_and_a_hook_that_changes_the_output():
     torch.manual_seed(0)
     model = Plain()
@@ -262,17 +327,11 @@ def masked(layer: nn.Linear) -> tuple[Tensor, Tensor]:
     return weight, layer.bias
 
 
-def with_another_bias(layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    bias = layer.bias.clone()
-    bias[1:].zero_()
-    return layer.weight, bias
-
-
 def repeated(layer: nn.Linear) -> tuple[Tensor, Tensor]:
     return layer.weight[:1].expand(D, D), layer.bias
 
 
-@pytest.mark.parametrize("parameters", [doubled, masked, with_another_bias, repeated])
+@pytest.mark.parametrize("parameters", [doubled, masked, repeated])
 def test_what_only_looks_like_a_weight_is_not_taken_for_it(
     parameters: Callable[[nn.Linear], tuple[Tensor, Tensor]],
 ):

@@ -1,11 +1,13 @@
 """A preconditioner's state outside of kfdist's own checkpoints."""
 
+import contextlib
 import io
 
 import pytest
 import torch
+from torch import nn
 
-from kfdist.errors import CheckpointError
+from kfdist.errors import CheckpointError, KfdistWarning
 from kfdist.wire.tree import pack, unpack
 from tests.support.preconditioning import backward, preconditioner, two_layers
 
@@ -41,3 +43,34 @@ def test_a_state_of_an_older_format_is_refused_with_what_to_do():
         state = {**pre.state_dict(), "format": 2}
         with pytest.raises(CheckpointError, match="has format 2 and .* reads 3 alone; resume it with the version"):
             pre.load_state_dict(state)
+
+
+def test_a_bias_that_no_product_adds_keeps_its_gradient_also_right_after_a_resumption():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.tanh(nn.functional.linear(x, self.first.weight) * 2 + self.first.bias))
+
+    def trained(steps: range, state: object = None) -> object:
+        model = Model().double()
+        with preconditioner(model, "kfac", factor_period=4, inverse_period=4) as pre:
+            if state is not None:
+                pre.load_state_dict(state)
+            for step in steps:
+                model.zero_grad()
+                backward(model, seed=step)
+                bias, weight = model.first.bias.grad, model.first.weight.grad
+                assert bias is not None and weight is not None
+                before = bias.clone(), weight.clone()
+                with pytest.warns(KfdistWarning, match="its bias") if step == steps[0] else contextlib.nullcontext():
+                    pre.step()
+                assert torch.equal(bias, before[0]) and not torch.equal(weight, before[1])
+            reasons = {row.parameter: row.reason for row in pre.coverage().rows if row.block is None}
+            assert list(reasons) == ["first.bias"] and "used by add" in reasons["first.bias"]
+            return pre.state_dict()
+
+    trained(range(2, 4), trained(range(2)))
