@@ -6,7 +6,7 @@ tests/distributed/test_group_internals.py check that each still exists and does 
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -49,6 +49,16 @@ def running_backward() -> int:
     A hook isn't told which backward runs it.
     """
     return torch._C._current_graph_task_id()
+
+
+def keeps_graph() -> bool:
+    """Says whether the running backward leaves its graph for another one, which `retain_graph` asks for."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def when_backward_ends(function: Callable[[], None]) -> None:
+    """Calls a function at the end of the running backward, unless that fails; hooks are called in the midst of it."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def running_node() -> int | None:

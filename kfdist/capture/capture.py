@@ -8,6 +8,7 @@ import operator
 import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from kfdist import checks
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
+from kfdist.capture.micro_batches import MicroBatches
 from kfdist.capture.observe import Observer, check_version
 from kfdist.capture.operations import Product
 from kfdist.capture.passes import ForwardPass, PassLog, tensors_in
@@ -32,6 +34,7 @@ from kfdist.torch_internals import (
     NO_BACKWARD,
     changes_in_place,
     device_scale,
+    keeps_graph,
     product_edge,
     running_backward,
     scaler_cycle,
@@ -46,10 +49,12 @@ class Capture:
     """Collects the statistics of the blocks that are due, between two steps.
 
     A block is measured when its layer runs in training mode with gradients on, the block is armed and capture is not
-    paused, and a backward follows before the next step. Several forwards before one backward add up, for a loss that is
-    the sum of their means; so do several backwards, each of which counts as one micro-batch, whose loss the caller
-    divided by their number. Between a forward and its backward the inputs of armed layers are referenced, not copied
-    (so non-reentrant checkpointing frees them no sooner than the backward, on the steps that measure).
+    paused, and a backward follows before the next step. Backwards are micro-batches, whose losses the caller divided by
+    their number; those of one forward are one, and add their output gradients; those whose gradients are gone by the
+    next one (`zero_grad`) count for nothing. Forwards before one backward are more positions of the same examples: a
+    term of the loss goes through all of them, or the loss is the sum of their means. Between a forward and its backward
+    the inputs of armed layers are referenced, not copied (so non-reentrant checkpointing frees them no sooner than the
+    backward, on the steps that measure); after a backward that keeps its graph, its output gradients too.
 
     `torch.autograd.grad` through a captured forward counts as a backward; make such forwards (a gradient penalty, an
     adversarial example) inside `paused`. Copies of the model have copies of these hooks, which do nothing.
@@ -91,8 +96,9 @@ class Capture:
         self._paused = _Paused()
         self._generation = 0
         self._passes = PassLog()
+        self._batches = MicroBatches()
         self._stated_examples: int | None = None
-        self._examples_of_backward: dict[int, int | None] = {}
+        self._held: dict[Use, _Held] = {}
         self._scaler_cycle: object = None
         self._looks = False
         self._unmeasured: dict[str, str] = {}
@@ -192,13 +198,13 @@ class Capture:
             raise ConfigError(f"output is a {type(output).__name__}; give the tensor that the loss is made of")
         if not output.requires_grad:
             return
-        self._begin_cycle()
+        self._forget_dropped()
         with plain_arithmetic(output.device):
             self._observer.run(
                 output,
                 described,
+                batch_of=self._batches.of_forward,
                 stated=self._stated_examples,
-                backwards=len(self._examples_of_backward),
                 seed=(self._requests[min(self._requests)].seed + _RANK_STRIDE * self._rank) & SEED_MASK,
             )
 
@@ -211,7 +217,9 @@ class Capture:
         try:
             if self._observer is not None:
                 self._observer.check_complete()
-            repeats = 1 if self._observer is not None else max(len(self._examples_of_backward), 1)
+            for use, held in self._held.items():
+                self._measure(use, held)
+            repeats = 1 if self._observer is not None else max(len(self._batches), 1)
             drained = self._collector.drain(repeats)
         finally:
             self._forget_everything()
@@ -260,6 +268,14 @@ class Capture:
                 )
         return found
 
+    def discard(self) -> None:
+        """Forgets the backwards since the last `drain`, as those whose gradients are gone are forgotten."""
+        self._collector.forget()
+        if self._observer is not None:
+            self._observer.discard()
+        self._batches.forget()
+        self._held.clear()
+
     def close(self) -> None:
         """Stops watching and drops what is pending."""
         self._watch.stop()
@@ -267,16 +283,12 @@ class Capture:
         self._forget_everything()
 
     def _forget_everything(self) -> None:
-        self._forget_backwards()
+        self.discard()
         if self._observer is not None:
             self._observer.forget()
         self._passes.forget()
         self._generation += 1
         self._stated_examples = None
-
-    def _forget_backwards(self) -> None:
-        self._collector.forget()
-        self._examples_of_backward.clear()
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -307,7 +319,7 @@ class Capture:
             return
         rerun_in = running_backward()
         outside = rerun_in == NO_BACKWARD
-        nested = not outside and rerun_in not in self._examples_of_backward
+        nested = not outside and rerun_in not in self._batches
         forward = self._passes.forward_of_call(captured=not self._paused.depth, nested=nested)
         if not forward.captured or (outside and self._paused.depth) or not torch.is_grad_enabled():
             return
@@ -331,7 +343,7 @@ class Capture:
                 edge.node.register_prehook(partial(self._on_output_gradient, use, edge.output_nr))
             elif outside:
                 number = self._observer.remember(use, edge)
-                edge.node.register_prehook(partial(self._on_observed_backward, number, self._generation))
+                edge.node.register_prehook(partial(self._on_observed_backward, number, forward, self._generation))
             elif not self._observer.running:
                 self._observer.repeated(part.block)
 
@@ -340,23 +352,34 @@ class Capture:
     def _on_model_gradient(self, forward: ForwardPass, generation: int, _gradient: Tensor) -> None:
         if generation == self._generation and not self._observing:
             whole_rerun = forward.outer_backward != NO_BACKWARD
-            self._begin_backward(forward.outer_backward if whole_rerun else running_backward())
+            self._begin_backward(forward.outer_backward if whole_rerun else running_backward(), forward)
 
     def _on_output_gradient(self, use: Use, output_number: int, gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[output_number]
         if gradient is None or use.generation != self._generation or use.name not in self._requests:
             return
         check_version(use.name, use.activation, use.version)
-        backward = self._backward_of(use)
-        self._begin_backward(backward)
-        visit = use.visit(backward, self._examples_of_backward[backward])
+        self._begin_backward(self._backward_of(use), use.forward)
         with plain_arithmetic(gradient.device):
-            self._collector.add(visit, use.share(gradient), Scaling(self._unscaling(), 2))
+            share, held = use.share(gradient), self._held.pop(use, None)
+            held = _Held(share if held is None else held.gradient + share, Scaling(self._unscaling(), 2))
+            if keeps_graph():
+                self._held[use] = held
+            else:
+                self._measure(use, held)
 
-    def _on_observed_backward(self, number: int, generation: int, _gradients: tuple[Tensor | None, ...]) -> None:
+    def _measure(self, use: Use, held: "_Held") -> None:
+        """Measures a use with the gradients that all backwards of its forward have made for it together."""
+        check_version(use.name, use.activation, use.version)
+        batch = self._batches.of_forward(use.forward)
+        self._collector.add(use.visit(batch, batch.stated), held.gradient, held.scaling)
+
+    def _on_observed_backward(
+        self, number: int, forward: ForwardPass, generation: int, _gradients: tuple[Tensor | None, ...]
+    ) -> None:
         if generation == self._generation and self._observer is not None and not self._observing:
-            self._begin_backward(running_backward())
-            self._observer.let_go(number)
+            self._begin_backward(running_backward(), forward)
+            self._observer.backward_came(number, again=keeps_graph())
 
     @property
     def _observing(self) -> bool:
@@ -365,26 +388,33 @@ class Capture:
     def _backward_of(self, use: Use) -> int:
         """Returns the outermost running backward; those that checkpointing nests in it don't count."""
         running = running_backward()
-        if use.rerun_in == NO_BACKWARD or running in self._examples_of_backward:
+        if use.rerun_in == NO_BACKWARD or running in self._batches:
             return running
-        if use.forward.whole and self._examples_of_backward:
-            return next(reversed(self._examples_of_backward))
+        if use.forward.whole and len(self._batches):
+            return self._batches.latest_backward
         return use.rerun_in
 
-    def _begin_backward(self, backward: int) -> None:
-        """Counts a backward once, and forgets those of an iteration that the scaler skipped, for which no step came."""
-        if backward in self._examples_of_backward:
-            return
-        self._begin_cycle()
-        self._examples_of_backward[backward] = self._stated_examples
-        self._stated_examples = None
+    def _begin_backward(self, backward: int, forward: ForwardPass) -> None:
+        """Counts a backward once, after forgetting those before it that count for nothing."""
+        if backward not in self._batches:
+            if self._observer is None or not self._observer.is_ahead:
+                self._forget_dropped()
+            self._batches.begin(backward, self._stated_examples, self._parameters())
+            self._stated_examples = None
+        self._batches.reach(backward, forward)
 
-    def _begin_cycle(self) -> None:
+    def _parameters(self) -> list[Tensor]:
+        return [each for name in self._requests for each in self._blocks[name].parameters()]
+
+    def _forget_dropped(self) -> None:
+        """Forgets backwards whose gradients are gone, or of an iteration that the scaler skipped."""
+        if self._batches.dropped(self._parameters()):
+            self.discard()
         if self._grad_scaler is not None:
             # GradScaler.update() replaces this table: a new one here means that a whole iteration has passed.
             cycle = scaler_cycle(self._grad_scaler)
             if cycle is not self._scaler_cycle:
-                self._forget_backwards()
+                self.discard()
             self._scaler_cycle = cycle
 
     def _unscaling(self) -> Tensor | float:
@@ -395,6 +425,14 @@ class Capture:
         if scale is None:
             raise KfdistError("the loss was not scaled by the GradScaler; call scaler.scale(loss).backward()")
         return scale**-2
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What backwards that keep their graph have made for a use so far: another one may add to it."""
+
+    gradient: Tensor
+    scaling: Scaling
 
 
 class _Paused(threading.local):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfdist.capture.cross_sums import ChainSums, CoarseSums
-from kfdist.capture.passes import ForwardPass
+from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
 from kfdist.capture.reservoir import Reservoir
 from kfdist.capture.row_store import RowStore
@@ -42,9 +42,13 @@ class _Pending:
     rows: dict[str, RowStore] = field(default_factory=dict)
     reservoir: Reservoir | None = None
     n_rows: float = 0.0
-    examples: float = 0.0
     calls: int = 0
-    counted: set[tuple[int, ForwardPass | None]] = field(default_factory=set)
+    counted: dict[MicroBatch, int] = field(default_factory=dict)
+
+    @property
+    def examples(self) -> int:
+        """How many examples the micro-batches had, as it is known at the end which of them are one."""
+        return sum({batch.whole: examples for batch, examples in self.counted.items()}.values())
 
 
 class Collector:
@@ -116,7 +120,11 @@ class Collector:
             pending.reservoir.add(visit, block, activation, output_gradient, scaling)
         examples = visit.examples(len(activation))
         entries = len(activation) // visit.grouped(len(activation))
+        if visit.counted not in pending.counted:
+            pending.counted[visit.counted] = examples
         activation, output_gradient, boost = self._sampled(visit, activation, output_gradient)
+        # A loss that is the sum of means over forwards of different size: A is the sum of their means.
+        boost *= pending.counted[visit.counted] / examples
         seen = _Seen(visit, block, request, activation, output_gradient, entries, boost, examples, scaling, first, draw)
         n_rows = self._add_sums(pending, seen)
         if request.rows:
@@ -124,10 +132,6 @@ class Collector:
         self._add_coupled(seen)
         if first:
             pending.n_rows += n_rows * boost
-            # Calls of one forward share its examples; a stated number holds for the whole backward.
-            if visit.counted not in pending.counted:
-                pending.counted.add(visit.counted)
-                pending.examples += examples
 
     def drain(self, repeats: int) -> dict[str, BatchStatistics]:
         """Returns the scaled statistics of the blocks that have any, and starts afresh.

@@ -4,7 +4,7 @@ The hooks remember where each armed layer's output is in the graph. `Observer.ru
 output to those places and no further: no parameter's gradient is touched, and no hook of DistributedDataParallel fires.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from torch.autograd.graph import GradientEdge
 
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss, divisor, enumerated_roots, sampled_root
+from kfdist.capture.micro_batches import MicroBatch
+from kfdist.capture.passes import ForwardPass
 from kfdist.capture.requests import SEED_MASK
 from kfdist.capture.visits import Scaling, Use, Visit
 from kfdist.errors import KfdistError
@@ -38,6 +40,10 @@ class Observer:
     Args:
         fisher: "mc" or "exact".
         collector: Takes the statistics.
+
+    Attributes:
+        running: Whether it goes through the graph right now.
+        is_ahead: Whether something was observed whose backward hasn't come yet.
     """
 
     def __init__(self, fisher: Fisher, collector: Collector) -> None:
@@ -49,6 +55,7 @@ class Observer:
         self._missed: set[str] = set()
         self._draws = 0
         self.running = False
+        self.is_ahead = False
 
     def remember(self, use: Use, output: GradientEdge) -> int:
         """Notes a use of a block, and where its output is in the graph.
@@ -73,20 +80,33 @@ class Observer:
                 "differentiate through that; use checkpoint(..., use_reentrant=False), or fisher='empirical'"
             )
 
-    def let_go(self, call: int) -> None:
-        """The backward of a call has come; whether it was observed must be clear by now."""
-        gone = self._open.pop(call, None)
-        if gone is not None and gone.visit is None:
-            self._missed.add(gone.use.name)
+    def backward_came(self, call: int, *, again: bool) -> None:
+        """The backward of a call has come, before which it was to be observed; `again` if it keeps its graph."""
+        self.is_ahead = False
+        come = self._open.get(call)
+        if come is None:
+            return
+        if come.visit is None:
+            self._missed.add(come.use.name)
+        if not again:
+            del self._open[call]
 
-    def run(self, output: Tensor, loss: OutputLoss, *, stated: int | None, backwards: int, seed: int) -> None:
+    def run(
+        self,
+        output: Tensor,
+        loss: OutputLoss,
+        *,
+        batch_of: Callable[[ForwardPass], MicroBatch],
+        stated: int | None,
+        seed: int,
+    ) -> None:
         """Measures the open calls that the output depends on.
 
         Args:
             output: Of the model, or of one of its heads.
             loss: What is made of it.
+            batch_of: The micro-batch of a forward.
             stated: How many terms the loss averages, where that was stated.
-            backwards: How many backwards this step has had.
             seed: Of the draw of targets.
 
         Raises:
@@ -107,6 +127,7 @@ class Observer:
             roots: Iterable[Tensor] = [sampled_root(output, loss, generator)]
         else:
             roots = enumerated_roots(output, loss, _independent_examples(output, calls))
+        self.is_ahead = True
         scaling = Scaling(1.0 / divisor(output, loss), 1)
         for root in roots:
             self._draws += 1
@@ -115,7 +136,7 @@ class Observer:
                 if gradient is None:
                     continue
                 if call.visit is None:
-                    call.visit = call.use.visit(backwards, stated)
+                    call.visit = call.use.visit(batch_of(call.use.forward), stated)
                 self._collector.add(call.visit, call.use.share(gradient), scaling, self._draws)
 
     def check_complete(self) -> None:
@@ -132,12 +153,19 @@ class Observer:
                 "for each head, or use fisher='empirical'"
             )
 
+    def discard(self) -> None:
+        """What was observed counts for nothing; what is open may be observed anew."""
+        self._missed.clear()
+        for call in self._open.values():
+            call.visit = None
+
     def forget(self) -> None:
         """Starts afresh."""
         self._open.clear()
         self._seen.clear()
         self._missed.clear()
         self._draws = 0
+        self.is_ahead = False
 
     def _gradients(self, output: Tensor, root: Tensor, calls: list[_Open]) -> tuple[Tensor | None, ...]:
         self.running = True

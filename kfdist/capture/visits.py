@@ -10,29 +10,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.passes import ForwardPass
 from kfdist.capture.registry import Part
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The calls that saw the same examples: those of one forward, before one backward.
+    """The calls that saw the same examples one by one: those of one forward.
 
     Attributes:
-        backward: The backward; of statistics measured before it, how many came earlier in this step.
+        batch: Its micro-batch.
         forward: The forward.
     """
 
-    backward: int
+    batch: MicroBatch
     forward: ForwardPass
 
     @property
-    def whole(self) -> tuple[int, ForwardPass | None]:
+    def whole(self) -> MicroBatch | ForwardPass:
         """What layers of one forward share also where they are called one by one."""
-        return self.backward, self.forward if self.forward.whole else None
+        return self.forward if self.forward.whole else self.batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use:
     """What is remembered of a block's use until its backward.
 
@@ -73,21 +74,20 @@ class Use:
             gradient = gradient.reshape(self.output_shape)
         return gradient if self.whole else gradient[..., self.part.rows]
 
-    def visit(self, backward: int, stated: int | None) -> "Visit":
-        """Returns what is measured of it in a backward."""
-        unit = Unit(backward, self.forward)
-        return Visit(self.name, self.activation, unit, stated, biased=self.part.biased)
+    def visit(self, batch: MicroBatch, stated: int | None) -> "Visit":
+        """Returns what is measured of it in a micro-batch."""
+        return Visit(self.name, self.activation, Unit(batch, self.forward), stated, biased=self.part.biased)
 
 
 @dataclass(eq=False)
 class Visit:
-    """One call of a layer, with one backward through it, or several that count its input once.
+    """One call of a layer, with the backwards through it, which count its input once.
 
     Attributes:
         name: The block.
         activation: What the layer was given.
         unit: Whose examples it saw.
-        stated: How many terms the loss averages, where that was stated.
+        stated: How many terms the loss of its micro-batch averages, where that was stated.
         biased: Whether the block's bias was added.
         number: Which call of the block it is in this step; negative until it is first measured.
     """
@@ -100,9 +100,9 @@ class Visit:
     number: int = -1
 
     @property
-    def counted(self) -> tuple[int, ForwardPass | None]:
-        """Calls that are equal in this share their examples; a stated number holds for the whole backward."""
-        return self.unit.backward, self.unit.forward if self.stated is None else None
+    def counted(self) -> MicroBatch:
+        """Calls that are equal in this share their examples: a term of the loss may go through several forwards."""
+        return self.unit.batch
 
     def examples(self, length: int) -> int:
         """Returns N of an input whose dim 0 is `length`."""

@@ -37,7 +37,11 @@ class Preconditioner:
     grad, block by block. All ranks must make it, with equal arguments, and call `step` equally often.
 
     What is measured: every forward in training mode, with gradients on and outside of `paused`, that a backward
-    follows before the next `step`. Each backward counts as one micro-batch: with k of them, divide their losses by k.
+    follows before the next `step`. Backwards of different forwards are micro-batches: with k of them, divide their
+    losses by k. Those of one forward (an actor's and a critic's loss) are one micro-batch, of the sum of their losses.
+    Forwards before one backward (siamese) see the same examples: a term of the loss goes through all of them. A
+    backward whose gradients are gone before the next one, by `zero_grad`, counts for nothing; see `discard`.
+
     The loss is taken for a mean over dim 0 of the model's first tensor input; say so with `batch` where it is not. A
     second loss that goes through the model without being trained on (a GAN's generator loss through its discriminator,
     a gradient penalty, an adversarial example) belongs inside `paused`.
@@ -256,6 +260,15 @@ class Preconditioner:
             ConfigError: `examples` is not a positive whole number.
         """
         self.pipeline.capture.state_examples(examples)
+
+    def discard(self) -> None:
+        """Forgets what was measured since the last `step`, where its gradients were dropped and no step follows.
+
+        `zero_grad` is noticed by itself, at the next backward. Call this where gradients are dropped in part only,
+        moved out of `.grad` or zeroed through `.data`; and with "mc" or "exact" where `zero_grad` comes after the next
+        `observe`.
+        """
+        self.pipeline.capture.discard()
 
     def paused(self) -> AbstractContextManager[None]:
         """Captures nothing of forwards made inside the `with` block."""

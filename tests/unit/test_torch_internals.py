@@ -2,6 +2,7 @@
 
 import gc
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kfdist.torch_internals import (
     changes_in_place,
     children_by_name,
     device_scale,
+    keeps_graph,
     next_node,
     running_backward,
     running_node,
@@ -23,6 +25,7 @@ from kfdist.torch_internals import (
     storage_id,
     tree_leaves,
     was_unscaled,
+    when_backward_ends,
     with_tensors_for_parameters,
 )
 
@@ -153,3 +156,35 @@ def test_a_store_serves_on_the_socket_it_was_given():
     assert rendezvous.store.get("key") == b"value"
     del rendezvous
     gc.collect()
+
+
+def test_the_end_of_a_backward_is_told_and_one_that_fails_forgets_whom_to_tell():
+    ends: list[str] = []
+
+    class Told:
+        def __call__(self) -> None:
+            ends.append("end")
+
+    def run(fails: bool, **how: Any) -> Any:
+        told = Told()
+        kept: list[bool] = []
+
+        def hook(_: Tensor) -> None:
+            when_backward_ends(told)
+            kept.append(keeps_graph())
+            if fails:
+                raise RuntimeError
+
+        product = torch.ones(2, requires_grad=True) * 3
+        product.register_hook(hook)
+        try:
+            product.sum().backward(**how)
+        except RuntimeError:
+            assert fails
+        return weakref.ref(told), kept
+
+    assert run(False)[1] == [False] and ends == ["end"]
+    assert run(False, retain_graph=True)[1] == [True] and len(ends) == 2
+    forgotten, _ = run(True)
+    gc.collect()
+    assert forgotten() is None and len(ends) == 2

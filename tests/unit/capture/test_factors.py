@@ -98,26 +98,6 @@ def test_micro_batches_of_the_loss_over_k_equal_the_whole_batch(k: int):
     assert_factors_equal(factors_of(capture.drain()), cnn_truth(), EXACT)
 
 
-def test_several_forwards_before_one_backward_add_up():
-    model, (x, y) = small_cnn(), images(8)
-    capture = armed_capture(model)
-    losses = [
-        nn.functional.cross_entropy(model(xs), ys, reduction="sum")
-        for xs, ys in zip(x.split([4, 4]), y.split([4, 4]), strict=True)
-    ]
-    (torch.stack(losses).sum() / 4).backward()  # autograd's gradients are g/4: each forward has four examples
-    assert_factors_equal(factors_of(capture.drain()), cnn_truth(), EXACT)
-
-
-def test_two_backwards_through_one_graph_are_two_micro_batches():
-    model, (x, y) = small_cnn(), images(8)
-    capture = armed_capture(model)
-    loss = nn.functional.cross_entropy(model(x), y) / 2
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert_factors_equal(factors_of(capture.drain()), cnn_truth(), EXACT)
-
-
 def test_a_micro_batch_that_uses_no_due_layer_still_counts_in_k():
     model = CalledTwice()
     capture = armed_capture(model, names=["optional"])

@@ -1,0 +1,126 @@
+"""Which backwards count for the next step, and which of them are of one micro-batch.
+
+Backwards that go through the same forward are one micro-batch, whose loss is the sum of theirs; so are the forwards
+that one backward goes through. Backwards whose gradients were dropped, as `zero_grad` does, count for nothing.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kfdist.capture.passes import ForwardPass
+from kfdist.torch_internals import changes_in_place, when_backward_ends
+
+
+class MicroBatch:
+    """A share of a step's loss.
+
+    Attributes:
+        stated: How many terms its loss averages, where that was stated.
+        part_of: What it turned out to be a part of.
+    """
+
+    def __init__(self, stated: int | None = None) -> None:
+        self.stated = stated
+        self.part_of: MicroBatch | None = None
+
+    @property
+    def whole(self) -> "MicroBatch":
+        """Itself, or the one that it turned out to be a part of."""
+        return self if self.part_of is None else self.part_of.whole
+
+    def join(self, other: "MicroBatch") -> None:
+        """Makes one of both; they are different and whole."""
+        self.stated = other.stated if self.stated is None else self.stated
+        other.part_of = self
+
+
+@dataclass(frozen=True)
+class _Left:
+    """The gradients that were there when a backward ended, as they were then."""
+
+    versions: Sequence[tuple[Tensor, int | None]]
+
+
+class MicroBatches:
+    """The micro-batches since the last step."""
+
+    def __init__(self) -> None:
+        self._of_backward: dict[int, MicroBatch] = {}
+        self._of_forward: dict[ForwardPass, MicroBatch] = {}
+        self._left: _Left | None = None
+        self._running: Callable[[], object] = _nothing
+
+    def __len__(self) -> int:
+        return len({batch.whole for batch in self._of_backward.values()})
+
+    def __contains__(self, backward: int) -> bool:
+        return backward in self._of_backward
+
+    @property
+    def latest_backward(self) -> int:
+        """The backward that began last; there is one."""
+        return next(reversed(self._of_backward))
+
+    def of_forward(self, forward: ForwardPass) -> MicroBatch:
+        """Returns the micro-batch of a forward."""
+        return self._of_forward.setdefault(forward, MicroBatch()).whole
+
+    def begin(self, backward: int, stated: int | None, parameters: Sequence[Tensor]) -> None:
+        """The running backward begins, and is not one of those that are known already.
+
+        Args:
+            backward: Its number.
+            stated: How many terms its loss averages, where that was stated.
+            parameters: Those whose gradients tell whether it counts.
+        """
+        self._of_backward[backward] = MicroBatch(stated)
+
+        def ended() -> None:
+            left = [(each, changes_in_place(each.grad)) for each in parameters if each.grad is not None]
+            self._left = _Left(left)
+
+        self._left, self._running = None, weakref.ref(ended)  # torch forgets it when the backward fails, too
+        when_backward_ends(ended)
+
+    def reach(self, backward: int, forward: ForwardPass) -> MicroBatch:
+        """A backward that has begun reaches a forward; returns the micro-batch of both."""
+        batch = self._of_backward[backward].whole
+        of_forward = self._of_forward.setdefault(forward, batch).whole
+        if of_forward is not batch:
+            of_forward.join(batch)
+        return of_forward
+
+    def dropped(self, parameters: Sequence[Tensor]) -> bool:
+        """Says whether the gradients that the backwards so far have made are gone: all of them absent or zero.
+
+        Sure where there were any when the last backward ended, or where it failed. Gradients that were changed since
+        are read, so that the host waits for their device.
+
+        Args:
+            parameters: Those whose gradients tell whether a backward that failed counts.
+        """
+        if not self._of_backward:
+            return False
+        if self._left is None:
+            if self._running() is not None:
+                return False  # this one is nested in it
+            left: Sequence[tuple[Tensor, int | None]] = [(each, None) for each in parameters]
+        else:
+            left = self._left.versions
+        present = [(each.grad, version) for each, version in left if each.grad is not None]
+        if not left or any(changes_in_place(gradient) == version for gradient, version in present):
+            return False
+        return not any(bool((gradient != 0).any()) for gradient, _ in present)
+
+    def forget(self) -> None:
+        """Starts afresh."""
+        self._of_backward.clear()
+        self._of_forward.clear()
+        self._left, self._running = None, _nothing
+
+
+def _nothing() -> None:
+    return None
