@@ -83,6 +83,53 @@ def _matmul(given: Arguments, is_weight: Callable[[Tensor], bool]) -> Product | 
     return None
 
 
+def as_linear(
+    args: Sequence[Any], kwargs: Arguments, is_weight: Callable[[Tensor], bool]
+) -> Callable[[], Tensor] | None:
+    """Returns what computes an einsum of a matrix and an input by `F.linear`; None where it is another sum.
+
+    Every letter of the input but the one that is summed over must be in the output, and the matrix's other one.
+    """
+    if kwargs or not args or not isinstance(args[0], str):
+        return None
+    operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
+    inputs, _, output = args[0].replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(operands) != 2 or len(terms) != 2 or not output:
+        return None
+    if is_weight(operands[0]):
+        operands, terms = operands[::-1], terms[::-1]
+    x, weight = operands
+    if is_weight(x) or not is_weight(weight) or weight.dim() != 2 or not terms[1].isalpha():
+        return None
+    letters, others = _letters(terms[0], x.dim()), list(terms[1])
+    wanted = _letters(output, x.dim())
+    summed = [letter for letter in others if letter in letters and letter not in wanted]
+    made = [letter for letter in others if letter in wanted and letter not in letters]
+    if len(summed) != 1 or len(made) != 1:
+        return None
+    found = [letter for letter in letters if letter != summed[0]] + made
+    if len(set(found)) != len(letters) or sorted(found) != sorted(wanted):
+        return None
+    matrix_turned, place, order = (
+        others[0] == summed[0],
+        letters.index(summed[0]),
+        [found.index(each) for each in wanted],
+    )
+
+    def compute() -> Tensor:
+        return F.linear(x.movedim(place, -1), weight.mT if matrix_turned else weight).permute(order)
+
+    return compute
+
+
+def _letters(term: str, dimensions: int) -> list[str]:
+    """Names an operand's dimensions, those that "..." stands for by numbers."""
+    before, dots, after = term.partition("...")
+    hidden = range(dimensions - len(before) - len(after)) if dots else ()
+    return [*before, *map(str, hidden), *after]
+
+
 def _convolution(kind: str, names: Sequence[str], dimensions: int) -> _Form:
     def sizes(given: Any) -> tuple[int, ...]:
         each = (given,) if isinstance(given, int) else tuple(given)

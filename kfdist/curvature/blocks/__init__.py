@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from kfdist.curvature.blocks.bare import bare_matrices
 from kfdist.curvature.blocks.base import Block as Block
 from kfdist.curvature.blocks.base import Operation as Operation
 from kfdist.curvature.blocks.base import ParameterPart as ParameterPart
@@ -43,6 +44,18 @@ def _attention(name: BlockName, module: nn.MultiheadAttention, sharing: WeightSh
     return blocks
 
 
+def _bare(name: BlockName, module: nn.Module, sharing: WeightSharing, biased: bool) -> Sequence[Block]:
+    """Makes a block of each matrix that a module multiplies with by itself; a bias belongs to one called "weight"."""
+    blocks = []
+    for attribute, transposed in bare_matrices(module).items():
+        weight = ParameterPart(attribute, getattr(module, attribute), transposed=transposed)
+        own = attribute == "weight" and isinstance(getattr(module, "bias", None), nn.Parameter)
+        bias = _bias(module, biased and module.bias.shape == weight.of(weight.parameter).shape[:1]) if own else None
+        full = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")
+        blocks.append(LinearBlock(full, module, weight, bias, layer=name, sharing=sharing))
+    return blocks
+
+
 def _conv(name: BlockName, module: Any, _sharing: WeightSharing, biased: bool) -> Sequence[Block]:
     return [ConvBlock(name, module, _bias(module, biased))]
 
@@ -65,7 +78,7 @@ KINDS: dict[type[nn.Module] | str, _Maker] = {
 """By class, or by its full name where it is another library's."""
 
 SUPPORTED = ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind in KINDS)
-"""The classes in words."""
+"""The classes in words; besides them, matrices that a module's own code multiplies with."""
 
 
 def make_blocks(
@@ -98,7 +111,7 @@ def _maker(module: nn.Module) -> _Maker | None:
         known = KINDS.get(base) or KINDS.get(f"{base.__module__}.{base.__qualname__}")
         if known is not None:
             return known
-    return None
+    return _bare if bare_matrices(module) else None
 
 
 def _bias(module: nn.Module, biased: bool) -> ParameterPart | None:

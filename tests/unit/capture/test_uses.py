@@ -141,10 +141,16 @@ def test_weights_that_are_used_without_calling_their_layer(use: Callable[[nn.Lin
     compare(model, twin)
 
 
-@pytest.mark.parametrize("how", ["matmul", "operator", "mm", "from the left", "batched from the left"])
+@pytest.mark.parametrize(
+    "how", ["matmul", "operator", "mm", "from the left", "batched from the left", "btd,kd->btk", "dk, ... d -> k ..."]
+)
 def test_products_without_a_bias(how: str):
     def use(layer: nn.Linear, x: Tensor) -> Tensor:
         M = layer.weight.mT
+        if how.startswith("btd"):
+            return torch.einsum(how, x, layer.weight)
+        if "->" in how:
+            return torch.einsum(how, [M, x]).movedim(0, -1)
         if how == "from the left":
             return (layer.weight @ x.flatten(0, 1).mT).mT.unflatten(0, x.shape[:2])
         if how == "batched from the left":
@@ -257,6 +263,41 @@ def test_attention_has_blocks_of_its_projections(arguments: dict[str, Any], cros
     compare(model, twin)
 
 
+class Router(nn.Module):
+    """Has a bare weight and a bare projection, as routers and models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.randn(D))
+        self.projection, self.scale = nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.randn(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = self.projection.to(x.dtype)
+        return F.linear(x, self.weight, self.bias).tanh() @ matrix + self.scale[:T]
+
+
+class Routed(nn.Module):
+    """A model with a router in it, or with the layers that it stands for."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts: Any = self.router
+        return parts(x) if isinstance(parts, Router) else parts.projection(parts(x).tanh()) + parts.scale[:T]
+
+
+def test_bare_matrices_that_a_module_multiplies_with():
+    torch.manual_seed(0)
+    router, layers = Router(), nn.Linear(D, D)
+    layers.weight, layers.bias = router.weight, router.bias
+    layers.register_buffer("scale", router.scale.detach().double())
+    layers.projection = nn.Linear(D, D, bias=False)
+    layers.projection.weight = nn.Parameter(router.projection.detach().t().clone())
+    compare(Routed(router), Routed(layers))
+
+
 def test_weights_that_are_stored_transposed():
     """The class is known by its full name, since the library it is from isn't needed here."""
 
@@ -294,9 +335,10 @@ def test_a_weight_that_layers_with_other_biases_share():
     compare(model, twin)
 
 
-def test_what_uses_a_weight_besides_is_remembered():
+@pytest.mark.parametrize("equation", ["ntd,ed->ne", "ntd,ed->etd", "ntd,ed->nt"])
+def test_what_uses_a_weight_besides_is_remembered(equation: str):
     torch.manual_seed(0)
-    model = Plain(lambda layer, x: layer(x) + torch.einsum("ntd,ed->nte", x, layer.weight)).double()
+    model = Plain(lambda layer, x: layer(x) + torch.einsum(equation, x, layer.weight).sum()).double()
     capture = armed_capture(model)
     x, y = batch()
     F.mse_loss(model(x), y).backward()

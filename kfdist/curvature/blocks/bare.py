@@ -1,0 +1,145 @@
+"""Which bare parameters of a module are matrices that it multiplies with, as the code of its class shows.
+
+A parameter with no layer around it (a router's `weight`, a projection of a whole model) could be anything: a table of
+positions, a scale. A block must be planned before the first forward, so the source is read for products in which the
+parameter stands. What this misses keeps its gradient, with a reason; what it finds wrongly is never measured, and that
+is said. It costs nothing when the model runs.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+from torch import nn
+
+_LEFT, _RIGHT = "left", "right"
+
+_OPERANDS: Mapping[str, Mapping[int | str, str]] = {
+    "linear": {1: _LEFT, "weight": _LEFT},
+    "matmul": {0: _LEFT, 1: _RIGHT, "input": _LEFT, "other": _RIGHT},
+    "mm": {0: _LEFT, 1: _RIGHT, "input": _LEFT, "mat2": _RIGHT},
+    "bmm": {0: _LEFT, 1: _RIGHT, "input": _LEFT, "mat2": _RIGHT},
+    "addmm": {1: _LEFT, 2: _RIGHT, "mat1": _LEFT, "mat2": _RIGHT},
+    "baddbmm": {1: _LEFT, 2: _RIGHT, "batch1": _LEFT, "batch2": _RIGHT},
+    "grouped_mm": {1: _RIGHT, "mat_b": _RIGHT},
+    "_grouped_mm": {1: _RIGHT, "mat2": _RIGHT},
+}
+"""Where functions of products take a weight, and from which side it multiplies there; a method's first is before it."""
+
+_MODULES = frozenset({"torch", "nn", "F", "functional"})
+
+_TURNING = frozenset({"T", "mT", "t", "transpose", "swapaxes", "permute"})
+
+_SAME = frozenset({"to", "type_as", "type", "float", "double", "half", "bfloat16", "contiguous", "clone", "squeeze"})
+
+
+def bare_matrices(module: nn.Module) -> Mapping[str, bool]:
+    """Returns the parameters of a module of two dimensions that its code multiplies with.
+
+    Returns:
+        By name, whether the code has it as `[..., q, p]`, the transpose of what `F.linear` takes.
+    """
+    shaped = {
+        name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 2 and _wide(parameter)
+    }
+    found = _factors_of(type(module)) if shaped else {}
+    return {name: found[name] for name in shaped & found.keys()}
+
+
+def _wide(parameter: nn.Parameter) -> bool:
+    """Whether it is no vector with dimensions of 1 around it."""
+    return min(parameter.shape[-2:]) > 1
+
+
+@lru_cache(maxsize=256)
+def _factors_of(kind: type[nn.Module]) -> Mapping[str, bool]:
+    """Returns the attributes in products of a class's code, and whether they are transposed there."""
+    found: dict[str, bool] = {}
+    for base in kind.__mro__:
+        if base is nn.Module:
+            break
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue  # made in a console, or by code: nothing is known of it
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef):
+                for name, transposed in _Products(function).found():
+                    found.setdefault(name, transposed)
+    return found
+
+
+class _Products:
+    """The products in one function's code."""
+
+    def __init__(self, function: ast.FunctionDef) -> None:
+        self._function = function
+        self._values = {
+            target.id: node.value
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+
+    def found(self) -> Iterator[tuple[str, bool]]:
+        """Yields the attributes of self that are multiplied with, and whether as the transpose."""
+        for node in ast.walk(self._function):
+            for operand, side in _operands(node):
+                name, turned = self._attribute(operand)
+                if name:
+                    yield name, turned != (side == _RIGHT)
+
+    def _attribute(self, node: ast.expr, depth: int = 8) -> tuple[str, bool]:
+        """Returns which attribute of self an operand is, or shows, and whether turned round; no name if none."""
+        if not depth:
+            return "", False
+        match node:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name):
+                return name, False
+            case ast.Name(id=name) if name in self._values:
+                return self._attribute(self._values[name], depth - 1)
+            case ast.Subscript(value=inner):
+                return self._attribute(inner, depth - 1)
+            case ast.Attribute(value=inner, attr=how) | ast.Call(func=ast.Attribute(value=inner, attr=how)):
+                if how not in _TURNING | _SAME:
+                    return "", False
+                name, turned = self._attribute(inner, depth - 1)
+                return name, turned != (how in _TURNING)
+            case _:
+                return "", False
+
+
+def _operands(node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
+    """Yields the operands of a product that may be weights, and from which side they multiply."""
+    match node:
+        case ast.BinOp(op=ast.MatMult(), left=left, right=right):
+            yield left, _LEFT
+            yield right, _RIGHT
+        case ast.Call(
+            func=ast.Name(id="einsum") | ast.Attribute(attr="einsum"), args=[ast.Constant(value=str(text)), *args]
+        ):
+            yield from _of_einsum(text, args)
+        case ast.Call(func=ast.Attribute(value=inner, attr=how), args=args, keywords=keywords) if how in _OPERANDS:
+            is_function = ast.unparse(inner).split(".")[0] in _MODULES
+            yield from _of_call(how, args if is_function else [inner, *args], keywords)
+        case ast.Call(func=ast.Name(id=how), args=args, keywords=keywords) if how in _OPERANDS:
+            yield from _of_call(how, args, keywords)
+        case _:
+            return
+
+
+def _of_call(how: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Iterator[tuple[ast.expr, str]]:
+    sides = _OPERANDS[how]
+    for place, operand in (*enumerate(args), *((each.arg, each.value) for each in keywords)):
+        if place is not None and place in sides:
+            yield operand, sides[place]
+
+
+def _of_einsum(text: str, operands: list[ast.expr]) -> Iterator[tuple[ast.expr, str]]:
+    inputs, _, output = text.replace(" ", "").partition("->")
+    for operand, letters in zip(operands, inputs.split(","), strict=False):
+        if len(letters) >= 2:
+            yield operand, _LEFT if letters[-1] not in output else _RIGHT

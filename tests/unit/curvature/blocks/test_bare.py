@@ -1,0 +1,62 @@
+"""What a class's code says of its bare parameters."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kfdist.curvature.blocks.bare import bare_matrices
+
+
+class Uses(nn.Module):
+    """Parameters in all positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in (
+            "straight",
+            "keyword",
+            "right",
+            "left",
+            "method",
+            "renamed",
+            "indexed",
+            "turned",
+            "summed",
+            "other",
+        ):
+            self.register_parameter(name, nn.Parameter(torch.empty(3, 4)))
+        self.stacked, self.vector = nn.Parameter(torch.empty(2, 3, 4)), nn.Parameter(torch.empty(1, 4))
+
+    def forward(self, x: Tensor, y: Any) -> Any:
+        converted = self.renamed.to(x.dtype)
+        yield F.linear(x, self.straight), nn.functional.linear(x, weight=self.keyword), F.linear(x, self.vector)
+        yield x @ self.right, self.left @ x, x.matmul(self.method), torch.matmul(x, converted)
+        yield torch.bmm(x, self.stacked), F.linear(x, self.indexed[y]), x @ self.turned.t(), F.linear(y, weight=y)
+        yield torch.einsum("btd,kd->btk", x, self.summed), F.linear(torch.exp(self.other), y)
+
+
+class Inherits(Uses):
+    """Its base has the code."""
+
+
+def test_matrices_are_known_by_the_products_in_the_code():
+    expected = dict.fromkeys(("straight", "keyword", "left", "indexed", "turned", "summed"), False)
+    expected |= dict.fromkeys(("right", "method", "renamed"), True)
+    assert bare_matrices(Uses()) == expected
+    assert bare_matrices(Inherits()) == expected
+
+
+@pytest.mark.parametrize("module", [nn.Embedding(3, 4), nn.Bilinear(3, 4, 5), nn.LSTM(3, 4), nn.LayerNorm((3, 4))])
+def test_other_parameters_are_no_matrices(module: nn.Module):
+    assert bare_matrices(module) == {}
+
+
+def test_a_class_without_source_has_none():
+    namespace: dict[str, Any] = {"nn": nn, "torch": torch}
+    exec("class Made(nn.Module):\n    def forward(self, x): return x @ self.w", namespace)
+    module = namespace["Made"]()
+    module.w = nn.Parameter(torch.empty(3, 4))
+    assert bare_matrices(module) == {}
