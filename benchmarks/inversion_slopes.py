@@ -103,7 +103,13 @@ def inversion_of(method: Method, d: int) -> Callable[[], object]:
         own = 0.05**0.5 * draw_rows(ROWS, d, seed)
         empty = torch.zeros(1, 0, SMALL)
         return Increment(
-            A_rows=own, G_rows=empty, examples=scalar, decay=torch.tensor(0.95), A=absent, G=G if seed == 0 else absent
+            A_rows=own,
+            G_rows=empty,
+            examples=scalar,
+            positions=scalar,
+            decay=torch.tensor(0.95),
+            A=absent,
+            G=G if seed == 0 else absent,
         )
 
     state: dict[str, Tensor] = {}

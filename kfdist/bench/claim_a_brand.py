@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfdist.bench.claims import ClaimResult, Part
-from kfdist.curvature.averages import BatchStatistics, WeightedSums, decay_at
+from kfdist.curvature.averages import BatchStatistics, WeightedSums, decay_at, means
 from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import Increment, KroneckerFactors
@@ -167,7 +167,7 @@ def _train(settings: Settings) -> Tally:
         torch.manual_seed(0)
         layers = [m for m in Mlp(hidden=settings.hidden).build((64,), 10).modules() if isinstance(m, nn.Linear)]
     averages = [
-        WeightedSums.zeros(
+        WeightedSums(
             {"A": (1, m.in_features + 1, m.in_features + 1), "G": (1, m.out_features, m.out_features)},
             dtype=torch.float32,
             device=torch.device("cpu"),
@@ -195,7 +195,7 @@ def _train(settings: Settings) -> Tally:
             rho = decay_at(step // FACTOR_PERIOD + 1, DECAY)
             with tally.spending("foldings"):
                 for average, (a, g) in zip(averages, rows, strict=True):
-                    average.fold(BatchStatistics({"A": (a.mT @ a)[None], "G": (g.mT @ g)[None]}, len(a)), rho)
+                    average.fold(BatchStatistics({"A": (a.mT @ a)[None], "G": (g.mT @ g)[None]}, len(a), len(a)), rho)
             due = step % settings.inverse_period == 0
             for index, average in enumerate(averages):
                 if due:
@@ -232,7 +232,7 @@ def _rows(layers: list[nn.Linear], inputs: Tensor, labels: Tensor) -> tuple[list
 
 
 def _factors(average: WeightedSums) -> KroneckerFactors:
-    return KroneckerFactors(**{name: total / average.weight for name, total in average.sums.items()})
+    return KroneckerFactors(**means({**average.sums, **average.counts}))
 
 
 def _brand_takes(d: int, settings: Settings) -> bool:
@@ -251,6 +251,7 @@ def _increment(
         A_rows=own[0],
         G_rows=own[1],
         examples=torch.tensor((1 - rho) * len(rows[0])),
+        positions=torch.tensor((1 - rho) * len(rows[0])),
         decay=torch.tensor(rho),
         A=dense.A,
         G=dense.G,

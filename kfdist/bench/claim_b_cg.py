@@ -103,7 +103,8 @@ def _problem(d: int) -> tuple[Samples, Tensor]:
         g=g,
         weight=torch.ones(EXAMPLES),
         source=torch.zeros(EXAMPLES, dtype=torch.int64),
-        positions=torch.tensor(1.0),
+        terms=torch.ones(EXAMPLES),
+        positions=torch.ones(EXAMPLES),
     )
     return samples, (g.flatten(1, 2).mT @ a.flatten(1, 2)) / EXAMPLES
 

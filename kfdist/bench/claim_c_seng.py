@@ -172,7 +172,8 @@ def _draw(*, n: int, t: int, p: int, q: int, common: float, seed: int) -> tuple[
         g=g[:, :n].contiguous(),
         weight=torch.ones(n, dtype=torch.float64),
         source=torch.zeros(n, dtype=torch.int64),
-        positions=torch.tensor(float(t)),
+        terms=torch.ones(n, dtype=torch.float64),
+        positions=torch.full((n,), float(t), dtype=torch.float64),
     )
     return samples, others
 

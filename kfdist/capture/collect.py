@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kfdist.capture.cross_sums import ChainSums, CoarseSums
+from kfdist.capture.cross_sums import COUNT, ChainSums, CoarseSums
 from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
 from kfdist.capture.reservoir import Reservoir
@@ -41,7 +41,7 @@ class _Pending:
     sums: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, RowStore] = field(default_factory=dict)
     reservoir: Reservoir | None = None
-    n_rows: float = 0.0
+    positions: float = 0.0
     calls: int = 0
     counted: dict[MicroBatch, int] = field(default_factory=dict)
 
@@ -131,7 +131,7 @@ class Collector:
             _add_rows(pending, seen)
         self._add_coupled(seen)
         if first:
-            pending.n_rows += n_rows * boost
+            pending.positions += n_rows * boost
 
     def drain(self, repeats: int) -> dict[str, BatchStatistics]:
         """Returns the scaled statistics of the blocks that have any, and starts afresh.
@@ -139,7 +139,7 @@ class Collector:
         Args:
             repeats: k, where the loss of every micro-batch was divided by k.
         """
-        drained = {name: self._drained(name, each, repeats) for name, each in self._pending.items() if each.n_rows}
+        drained = {name: self._drained(name, each, repeats) for name, each in self._pending.items() if each.positions}
         self.forget()
         return drained
 
@@ -151,25 +151,21 @@ class Collector:
         self._coarse.forget()
 
     def _drained(self, name: str, pending: _Pending, repeats: int) -> BatchStatistics:
-        request, sums, examples = self._requests[name], pending.sums, pending.examples
-        # Gamma is the mean over a block's positions, Omega their sum (algorithms.md 2.1); so are the parts of both
-        # that the mean vectors stand for.
-        mean = examples / pending.n_rows
-        for part, factor in (("G", repeats**2 * mean), ("a", math.sqrt(mean)), ("g", repeats * mean)):
-            if part in sums:
-                sums[part].mul_(factor)
+        request, sums, pairs = self._requests[name], pending.sums, None
         if request.sums & CHAIN_SUMS:
             sums |= self._chains.sums(name, pending.like)
-            if "G_next" in sums:
-                sums["G_next"].mul_(repeats**2 * mean)
         if request.sums & COARSE_SUMS:
-            sums |= self._coarse.sums(name, pending.like, mean=mean, gain=repeats**2)
+            found, pairs = self._coarse.sums(name, pending.like)
+            sums |= found
+        for part, power in (("G", 2), ("g", 1), ("G_next", 2), ("g_cross", 2)):
+            if part in sums:
+                sums[part].mul_(repeats**power)
         rows = {part: store.rows() for part, store in pending.rows.items()}
         sketched = frozenset(part for part, store in pending.rows.items() if store.sketched)
         if "G" in rows:
-            rows["G"].mul_(repeats * math.sqrt(mean))
-        samples = None if pending.reservoir is None else pending.reservoir.rows(examples, repeats)
-        return BatchStatistics(sums, examples, rows, sketched, samples)
+            rows["G"].mul_(repeats)
+        samples = None if pending.reservoir is None else pending.reservoir.rows(repeats)
+        return BatchStatistics(sums, pending.examples, pending.positions, pairs, rows, sketched, samples)
 
     def _sampled(self, visit: Visit, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor, float]:
         """Picks the measured share of the examples; the last value makes sums over them unbiased."""
@@ -222,6 +218,7 @@ class Collector:
             a, g = seen.sums_of_rows()
             if seen.first:
                 self._coarse.add(name, "a_cross", unit, a)
+                self._coarse.add(name, COUNT, unit, a.new_full(a.shape[1:], math.sqrt(seen.boost)).unsqueeze(0))
             self._coarse.add(name, "g_cross", (unit, seen.draw), g)
 
 

@@ -14,6 +14,9 @@ from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, Request
 from kfdist.curvature.blocks import Block
 from kfdist.errors import KfdistError
 
+COUNT = "count"
+"""Name of the maps that count positions."""
+
 
 @dataclass
 class _Waiting:
@@ -122,7 +125,8 @@ class ChainSums:
 class CoarseSums:
     """Sums of all entries of the factors between any two blocks of a group (algorithms.md 7.1).
 
-    With alpha the sum of a row's entries, row i, column j is the sum over examples and positions of alpha_i alpha_j.
+    With alpha the sum of a row's entries, row i, column j is the sum over examples and positions of alpha_i alpha_j;
+    the number of these pairs is the same sum with 1 in the place of alpha.
     The larger of two maps of different size is down-sampled to the nearest positions. Groups c of a convolution are
     entries of a vector; vectors of different length are repeated to a common one and divided by the root of the
     repetitions, so that for maps of one size the whole stays a Gram matrix.
@@ -152,32 +156,29 @@ class CoarseSums:
 
         Args:
             name: The block.
-            part: "a_cross" or "g_cross".
+            part: "a_cross", "g_cross" or `COUNT`.
             unit: Equal for maps that belong together; several calls of a layer have their positions side by side.
-            sums_of_rows: alpha, `[c, n, T]`, scaled.
+            sums_of_rows: alpha, `[c, n, T]`, scaled; of `COUNT` what each position counts for.
         """
         self._maps[name, part][unit].append(sums_of_rows)
 
-    def sums(self, name: str, like: Tensor, *, mean: float, gain: float) -> dict[str, Tensor]:
-        """Returns the sums that were asked of a block.
+    def sums(self, name: str, like: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Returns the sums that were asked of a block, and how many pairs each of "g_cross" is a sum over.
 
         Args:
             name: The block.
             like: A tensor of its statistics.
-            mean: What makes the sum over its own positions a mean.
-            gain: Further factor of products of gradients.
 
         Raises:
             KfdistError: Blocks that saw different numbers of examples in one forward.
         """
-        found = {}
-        for part in ("a_cross", "g_cross"):
-            if part in self._requests[name].sums:
-                row = [self._entry(name, other, part, like, mean) for other in self._groups[name]]
-                found[part] = torch.stack(row) * (gain if part == "g_cross" else 1.0)
-        return found
+        found = {part: self._row(name, part, like) for part in sorted(self._requests[name].sums & COARSE_SUMS)}
+        return found, self._row(name, COUNT, like) if "g_cross" in found else None
 
-    def _entry(self, i: str, j: str, part: str, like: Tensor, mean: float) -> Tensor:
+    def _row(self, name: str, part: str, like: Tensor) -> Tensor:
+        return torch.stack([self._entry(name, other, part, like) for other in self._groups[name]])
+
+    def _entry(self, i: str, j: str, part: str, like: Tensor) -> Tensor:
         total = like.new_zeros(())
         mine, others = self._maps[i, part], self._maps[j, part]
         for unit, maps in mine.items():
@@ -185,7 +186,7 @@ class CoarseSums:
                 continue
             alpha = torch.cat(maps, dim=2)
             if i == j:
-                total += alpha.square().sum() * (mean if part == "g_cross" else 1.0)
+                total += alpha.square().sum()
                 continue
             beta = torch.cat(others[unit], dim=2).to(alpha.device)
             if alpha.shape[1] != beta.shape[1]:
@@ -194,8 +195,7 @@ class CoarseSums:
                     "one forward; give one of them another method"
                 )
             alpha, beta = _same_positions(alpha, beta)
-            product = (_same_groups(alpha, len(beta)) * _same_groups(beta, len(alpha))).sum()
-            total += product / (alpha.shape[2] if part == "g_cross" else 1)
+            total += (_same_groups(alpha, len(beta)) * _same_groups(beta, len(alpha))).sum()
         return total
 
     def forget(self) -> None:

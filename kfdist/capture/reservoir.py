@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
 from kfdist.curvature.averages import ExampleRows
 from kfdist.curvature.blocks import Block
@@ -17,14 +18,29 @@ from kfdist.linalg.lowrank import compress_columns
 
 @dataclass
 class _Calls:
-    """The kept examples of one unit, and their rows of every call of the layer."""
+    """The kept examples of one unit, and their rows of every call of the layer.
+
+    Attributes:
+        examples: How many the unit has.
+        batch: The micro-batch that it is a part of.
+        averaged: N of its loss.
+        keys: Of the kept ones.
+        chosen: Which they are.
+        a: By call, `[c, n, T', q]`.
+        g: By call, `[c, n, T', p]`.
+        positions: T by call, of each kept one.
+        most: The largest T by call.
+    """
 
     examples: int
+    batch: MicroBatch
+    averaged: int
     keys: list[float]
     chosen: list[int]
     a: dict[Visit, Tensor] = field(default_factory=dict)
     g: dict[Visit, Tensor] = field(default_factory=dict)
-    positions: dict[Visit, int] = field(default_factory=dict)
+    positions: dict[Visit, Tensor] = field(default_factory=dict)
+    most: dict[Visit, int] = field(default_factory=dict)
 
     def keep(self, largest: float) -> None:
         """Drops the examples with larger keys."""
@@ -32,10 +48,10 @@ class _Calls:
         if len(which) == len(self.keys):
             return
         self.keys, self.chosen = [self.keys[index] for index in which], [self.chosen[index] for index in which]
-        for rows in (self.a, self.g):
+        for rows, dim in ((self.a, 1), (self.g, 1), (self.positions, 0)):
             for visit, each in rows.items():
                 kept = torch.tensor(which, dtype=torch.int64, device="cpu").to(each.device, non_blocking=True)
-                rows[visit] = each.index_select(1, kept)
+                rows[visit] = each.index_select(dim, kept)
 
 
 class Reservoir:
@@ -73,13 +89,13 @@ class Reservoir:
             KfdistError: Calls of one forward with different numbers of examples.
         """
         length = len(activation)
-        examples = visit.grouped(length)
+        examples, n = visit.grouped(length), visit.examples(length)
         calls = self._units.get(visit.unit)
         positions = length // examples * block.output_windows(output_gradient[:0]).shape[2:-1].numel()
         if self._rows is not None and not self._units:
             self._size = min(self._size, max(1, self._rows // max(1, positions)))
         if calls is None:
-            calls = self._draw(visit.unit, examples)
+            calls = self._draw(visit.unit, examples, n)
         elif calls.examples != examples:
             raise KfdistError(
                 f"layer {visit.name!r} was called with {calls.examples} and with {examples} examples in one forward, "
@@ -87,11 +103,9 @@ class Reservoir:
             )
         if not len(calls.chosen):
             return
-        # The Fisher block is 1/N sum of v v^T over the n examples of dim 0; they differ where N was stated.
-        n = visit.examples(length)
         a, g = self._laid_out(calls, block, activation, output_gradient, biased=visit.biased)
-        g = g * (scaling.of_rows(n, g) * (examples / n) ** 0.5)
-        calls.positions[visit] = positions
+        g = g * scaling.of_rows(n, g)
+        calls.positions[visit], calls.most[visit] = a.new_full((len(calls.chosen),), positions), positions
         if visit not in calls.g:
             calls.a[visit], calls.g[visit] = a, g
         elif self._columns is None or positions <= self._columns:
@@ -120,11 +134,10 @@ class Reservoir:
         a, g = pieces[0] if len(pieces) == 1 else (torch.cat(side, dim=1) for side in zip(*pieces, strict=True))
         return a, g
 
-    def rows(self, examples: float, repeats: int) -> ExampleRows | None:
+    def rows(self, repeats: int) -> ExampleRows | None:
         """Returns what was kept; None if nothing came by.
 
         Args:
-            examples: How many examples of this rank the kept ones stand for.
             repeats: k, where the loss of every micro-batch was divided by k.
         """
         units = [calls for calls in self._units.values() if calls.a]
@@ -136,13 +149,35 @@ class Reservoir:
             torch.cat([F.pad(part[side], (0, 0, 0, positions - part[side].shape[2])) for part in parts], dim=1)
             for side in (0, 1)
         )
-        kept = a.shape[1]
-        weight = torch.full((kept,), examples / kept, dtype=torch.float32, device=a.device)
-        return ExampleRows(a, g.mul_(repeats), weight, max(sum(calls.positions.values()) for calls in units))
+        return ExampleRows(
+            a=a,
+            g=g.mul_(repeats),
+            weight=torch.cat([a.new_full((len(each.chosen),), self._weight(each)) for each in units]),
+            terms=torch.cat([a.new_full((len(each.chosen),), self._terms(each)) for each in units]),
+            positions=torch.cat([torch.stack(list(each.positions.values())).sum(0) for each in units]),
+            frame=max(sum(each.most.values()) for each in units),
+        )
 
-    def _draw(self, unit: Unit, examples: int) -> _Calls:
+    def _weight(self, calls: _Calls) -> float:
+        """Returns how many examples each kept one of a unit stands for.
+
+        The forwards of one micro-batch have one N, the first one's: their moments count by it (`Collector.add`).
+        """
+        seen, kept = (
+            sum(sizes) for sizes in zip(*((c.examples, len(c.chosen)) for c in self._units.values()), strict=True)
+        )
+        return self._alike(calls)[0].averaged / calls.averaged * seen / kept
+
+    def _terms(self, calls: _Calls) -> float:
+        """Returns how many terms an example of a unit has; all of its micro-batch's forwards together have N."""
+        return calls.averaged / (len(self._alike(calls)) * calls.examples)
+
+    def _alike(self, calls: _Calls) -> list[_Calls]:
+        return [each for each in self._units.values() if each.batch.whole is calls.batch.whole]
+
+    def _draw(self, unit: Unit, examples: int, averaged: int) -> _Calls:
         drawn = [self._random.random() for _ in range(examples)]
-        new = self._units[unit] = _Calls(examples, drawn, list(range(examples)))
+        new = self._units[unit] = _Calls(examples, unit.batch, averaged, drawn, list(range(examples)))
         keys = sorted(key for calls in self._units.values() for key in calls.keys)
         if len(keys) > self._size:
             for calls in self._units.values():

@@ -2,11 +2,13 @@ r"""The moving average of a block's statistics, as weighted sums that add up ove
 
 A rank keeps (S, w) per block and folds each due batch by
 
-    S <- rho S + (1 - rho) sum_n x_n,    w <- rho w + (1 - rho) n,
+    S <- rho S + (1 - rho) sum x,    w <- rho w + (1 - rho) n,
 
-where x_n are example n's contributions. Summing S and w over the ranks and dividing gives the weighted mean of all
-finite examples: ranks may have batches of different length, or none, and nothing has to be reduced until an inversion
-is due.
+where x are the rows' contributions, and n counts what the statistic is a mean over: examples for Omega, their positions
+for Gamma (`COUNTED_BY`). Both are sums over rows, so they add up over positions, calls, micro-batches, ranks and steps,
+whatever the lengths, and their quotient is what one process finds on all finite rows at once: ranks may have batches of
+different length, or none, and nothing has to be reduced until an inversion is due
+(docs/decisions/0016-statistics-are-ratios-of-sums.md).
 rho_k = min(1 - 1/k, decay) for the k-th folding (Martens & Grosse 2015, section 5), so the first overwrites and early
 estimates are plain averages; w is its own normaliser, so no bias correction is needed elsewhere.
 """
@@ -26,8 +28,21 @@ from kfdist.wire.records import RecordTree, make_tree
 SYMMETRIC = frozenset({"A", "G"})
 """Sums that are symmetric matrices and travel as packed triangles."""
 
-WEIGHT = "weight"
-"""Name of w among the tensors that travel."""
+EXAMPLES, POSITIONS, PAIRS = "n_examples", "n_positions", "n_pairs"
+"""Names of the counts w among the tensors that travel: N, all examples' positions, and of coarse sums the pairs of
+positions that meet."""
+
+COUNTED_BY: Mapping[str, tuple[str, ...]] = {
+    "A": (EXAMPLES,),
+    "G": (POSITIONS,),
+    "a": (EXAMPLES, POSITIONS),
+    "g": (POSITIONS,),
+    "A_next": (EXAMPLES,),
+    "G_next": (POSITIONS,),
+    "a_cross": (EXAMPLES,),
+    "g_cross": (PAIRS,),
+}
+"""What each sum is divided by; of two counts it is their geometric mean (see `kfdist.curvature.statistics`)."""
 
 
 def decay_at(update: int, decay: float) -> float:
@@ -41,15 +56,20 @@ class ExampleRows:
 
     Attributes:
         a: `[c, n, T', q]`, homogeneous coordinate last.
-        g: `[c, n, T', p]`, of the per-example loss.
+        g: `[c, n, T', p]`, as in `Samples`.
         weight: How many of the rank's examples each one stands for, `[n]`.
-        positions: T; T' is smaller where columns were compressed.
+        terms: As in `Samples`, `[n]`.
+        positions: T of each example, `[n]`; T' is smaller where columns were compressed, and larger where other
+            examples have more.
+        frame: The largest T.
     """
 
     a: Tensor
     g: Tensor
     weight: Tensor
-    positions: int
+    terms: Tensor
+    positions: Tensor
+    frame: int
 
 
 @dataclass
@@ -57,9 +77,11 @@ class BatchStatistics:
     """What one step's batch says about a block: the x and n of the module docstring, and rows where they are asked for.
 
     Attributes:
-        sums: Sums over examples by name; "A" of Omega's terms `[c, q, q]`, "G" of Gamma's `[c, p, p]`, and the further
-            ones that `sum_shapes` lists.
+        sums: Sums over rows by name; "A" of a a^T `[c, q, q]`, "G" of g g^T `[c, p, p]`, and the further ones that
+            `sum_shapes` lists.
         examples: How many examples are in the sums.
+        positions: How many positions they have together.
+        pairs: How many pairs of positions each of "g_cross" is a sum over, `[members]`.
         rows: By factor, all rows of the batch `[c, m, d]`, scaled so that rows^T rows is the factor's sum; or a sketch
             of them, for which that holds in expectation.
         sketched: The factors whose rows are a sketch.
@@ -68,6 +90,8 @@ class BatchStatistics:
 
     sums: dict[str, Tensor]
     examples: float
+    positions: float | Tensor
+    pairs: Tensor | None = None
     rows: dict[str, Tensor] = field(default_factory=dict)
     sketched: frozenset[str] = frozenset()
     samples: ExampleRows | None = None
@@ -108,23 +132,29 @@ def sum_shapes(
 class WeightedSums:
     """The local (S, w) of one block; plain tensors on the model's device.
 
+    Args:
+        shapes: Of the sums, by name; see `sum_shapes`.
+        dtype: Of sums and counts.
+        device: Where they live.
+
     Attributes:
         sums: Weighted sums by name, as in `BatchStatistics`.
-        weight: w, a scalar tensor.
+        counts: w, by the names of `COUNTED_BY`.
         dropped: How many batches were dropped as non-finite, a scalar tensor (read it late: reading syncs a device).
     """
 
-    def __init__(self, sums: dict[str, Tensor], weight: Tensor, dropped: Tensor | None = None) -> None:
-        self.sums, self.weight = sums, weight
-        self.dropped = torch.zeros((), dtype=torch.float32, device=weight.device) if dropped is None else dropped
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        counts = {EXAMPLES: (), POSITIONS: (), **({PAIRS: shapes["g_cross"]} if "g_cross" in shapes else {})}
+        self.counts = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in counts.items()}
+        self.dropped = torch.zeros((), dtype=torch.float32, device=device)
 
-    @classmethod
-    def zeros(
-        cls, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
-    ) -> "WeightedSums":
-        """Makes the sums of no batches; see `sum_shapes`."""
-        sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-        return cls(sums, torch.zeros((), dtype=dtype, device=device))
+    @property
+    def like(self) -> Float[Tensor, ""]:
+        """A scalar of the sums' dtype and device."""
+        return self.counts[EXAMPLES]
 
     def fold(self, batch: BatchStatistics | None, rho: float, step_is_finite: Bool[Tensor, ""] | None = None) -> None:
         """Folds one due batch in, without a host sync.
@@ -134,16 +164,20 @@ class WeightedSums:
             rho: The decay of this folding, the same on all ranks.
             step_is_finite: Where it is false, the whole step is skipped and nothing changes.
         """
-        kept, gain = folding(rho, step_is_finite, like=self.weight)
-        for total in (*self.sums.values(), self.weight):
+        kept, gain = folding(rho, step_is_finite, like=self.like)
+        for total in (*self.sums.values(), *self.counts.values()):
             total.mul_(kept)
         if batch is None or not self.sums:
             return
         finite = all_finite([*(batch.sums[name] for name in self.sums), *batch.rows.values()])  # all of it, or nothing
-        zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
+        zero = torch.zeros_like(self.like)
         for name, total in self.sums.items():
             total.add_(torch.where(finite, batch.sums[name], zero) * gain)
-        self.weight.add_(torch.where(finite, gain * batch.examples, zero))
+        found = {EXAMPLES: batch.examples, POSITIONS: batch.positions, PAIRS: batch.pairs}
+        for name, count in self.counts.items():
+            new = found[name]
+            assert new is not None, "coarse sums come with their pairs"
+            count.add_(torch.where(finite, gain * new, zero))
         self.dropped.add_((~finite).to(self.dropped.dtype))
 
     def packed(self) -> dict[str, Tensor]:
@@ -151,18 +185,19 @@ class WeightedSums:
         if not self.sums:
             return {}
         packed = {name: pack_triangle(total) if name in SYMMETRIC else total for name, total in self.sums.items()}
-        return {**packed, WEIGHT: self.weight.reshape(1)}
+        return {**packed, **{name: count.reshape(-1) for name, count in self.counts.items()}}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns copies of what `packed` returns, of w, and of the count as "dropped"."""
-        state = {**self.packed(), WEIGHT: self.weight, "dropped": self.dropped}
+        """Returns copies of what `packed` returns, of w, and of the number dropped as "dropped"."""
+        state = {**self.packed(), **self.counts, "dropped": self.dropped}
         return {name: tensor.clone() for name, tensor in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from what `state_dict` returned."""
         for name, total in self.sums.items():
             total.copy_(unpack_triangle(state[name]) if name in SYMMETRIC else state[name])
-        self.weight.copy_(state[WEIGHT])
+        for name, count in self.counts.items():
+            count.copy_(state[name])
         self.dropped.copy_(state["dropped"])
 
 
@@ -181,15 +216,34 @@ def all_finite(tensors: Iterable[Float[Tensor, "..."]]) -> Bool[Tensor, ""]:
     return torch.isfinite(torch.stack([tensor.sum() for tensor in tensors]).sum())
 
 
-def packed_statistic(kind: str, sums: Mapping[str, Tensor], weight: Float[Tensor, " 1"]) -> RecordTree:
-    """Turns reduced sums into sum S / sum w, packed as they are.
+def means(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Divides each sum by its count, S / w; without a host sync, and zero where nothing was counted.
+
+    Args:
+        tensors: Sums, packed or not, and counts by name, as `WeightedSums.packed` has them.
+    """
+    found = {}
+    for name, total in tensors.items():
+        if name in COUNTED_BY:
+            counts = [tensors[each] for each in COUNTED_BY[name]]
+            count = counts[0] if len(counts) == 1 else (counts[0] * counts[1]).sqrt()
+            found[name] = total / torch.where(count > 0, count, torch.ones_like(count))
+    return found
+
+
+def measured(tensors: Mapping[str, Tensor]) -> Bool[Tensor, ""]:
+    """Says whether any example, and any position of one, is in sums with their counts."""
+    return (tensors[EXAMPLES].sum() > 0) & (tensors[POSITIONS].sum() > 0)
+
+
+def packed_statistic(kind: str, tensors: Mapping[str, Tensor]) -> RecordTree:
+    """Turns reduced sums into a statistic, packed as they are.
 
     Args:
         kind: Name of the record in `STATISTICS` whose fields the sums are.
-        sums: By name; triangles stay triangles.
-        weight: The summed w, positive.
+        tensors: Sums and counts by name; triangles stay triangles.
 
     Returns:
         The record's tree, ready for a job's payload: the rank never builds the square matrices.
     """
-    return make_tree(kind, {name: total / weight for name, total in sums.items()})
+    return make_tree(kind, means(tensors))

@@ -34,7 +34,8 @@ class HeldFactor:
         vectors: U, `[c, d, k]`, orthonormal.
         values: w, `[c, k]`, descending.
         trace: Of S, also of what was cut off, `[c]`.
-        weight: Decayed count of the examples in S, a scalar; None for a factor without rows.
+        weight: Decayed count of what is in S, examples (of A) or positions (of G), a scalar; None for a factor
+            without rows.
         rank: Eigenpairs r that outlive the next update.
     """
 
@@ -102,10 +103,10 @@ class HeldFactor:
         """Whether any example is in it; waits for the tensor."""
         return self.weight is None or float(self.weight) > 0.0
 
-    def decayed(self, decay: Float[Tensor, ""], examples: Float[Tensor, ""]) -> "HeldFactor":
-        """Returns it with S <- decay S, and the weight as if the new examples were in S already."""
+    def decayed(self, decay: Float[Tensor, ""], counted: Float[Tensor, ""]) -> "HeldFactor":
+        """Returns it with S <- decay S, and the weight as if the new rows were in S already."""
         assert self.weight is not None
-        weight = decay * self.weight + examples
+        weight = decay * self.weight + counted
         return replace(self, values=decay * self.values, trace=decay * self.trace, weight=weight)
 
     def updated(self, rows: Float[Tensor, "c n d"], *, seed: int, label: str) -> tuple["HeldFactor", dict[str, float]]:

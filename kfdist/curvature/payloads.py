@@ -22,7 +22,7 @@ from kfdist.checks import is_number
 from kfdist.wire.records import from_tree
 from kfdist.wire.tree import outline, unpack
 
-FORMAT = 2
+FORMAT = 3
 """Moves with every change that an older reader would misread."""
 
 Tree = dict[str, Any]

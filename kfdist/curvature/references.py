@@ -111,15 +111,15 @@ def example_gradients(samples: Samples) -> Float64[Tensor, "n c p q"]:
 
 
 def weighted_fisher(samples: Samples) -> Float64[Tensor, "c pq pq"]:
-    """Returns sum_i weight_i vec(S_i) vec(S_i)^T / sum_i weight_i on row-major vectors."""
+    """Returns (1/N) sum_i weight_i vec(S_i) vec(S_i)^T on row-major vectors."""
     vectors, weight = example_gradients(samples).flatten(2), samples.weight.double()
-    return torch.einsum("n,nci,ncj->cij", weight, vectors, vectors) / weight.sum()
+    return torch.einsum("n,nci,ncj->cij", weight, vectors, vectors) / samples.examples
 
 
 def factors_of_rows(samples: Samples) -> KroneckerFactors:
     """Returns Omega and Gamma of the rows, as `Samples` defines them."""
     a, g, weight = samples.a.double(), samples.g.double(), samples.weight.double()
     return KroneckerFactors(
-        A=torch.einsum("n,cnti,cntj->cij", weight, a, a) / weight.sum(),
-        G=torch.einsum("n,cnti,cntj->cij", weight, g, g) / (weight.sum() * samples.positions),
+        A=torch.einsum("n,cnti,cntj->cij", weight, a, a) / samples.examples,
+        G=torch.einsum("n,cnti,cntj->cij", weight, g, g) / (weight * samples.positions).sum(),
     )

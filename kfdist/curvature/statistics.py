@@ -1,7 +1,9 @@
 """What is measured of a block, and how it is scaled.
 
-Notation: N examples, T positions per example (1 for a layer without weight sharing), rows a of layer inputs `[N T, q]`
-with the homogeneous coordinate last, rows g of output gradients `[N T, p]` of the *per-example* loss. Then
+Notation: N examples (or the terms that `batch` states), N T positions of all of them together (T is 1 for a layer
+without weight sharing; where examples differ in length, or some positions are masked out, T is their mean), rows a of
+layer inputs `[N T, q]` with the homogeneous coordinate last, rows g of output gradients `[N T, p]` of the *per-example*
+loss. Then
 
     A = Omega = (1/N) sum over examples and positions of a a^T       (sum over positions)
     G = Gamma = (1/(N T)) sum over examples and positions of g g^T   (mean over positions)
@@ -12,6 +14,7 @@ leading dimension c, the groups of a convolution, 1 for other layers.
 
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from kfdist.wire.records import symmetric_field
@@ -73,7 +76,7 @@ class CoarseFactors(KroneckerFactors):
     Attributes:
         a_cross: Row i of sum(A_ij), the sum of all entries of E[a_i a_j^T], `[L]` for L blocks in the group's order;
             scaled like Omega (sum over positions).
-        g_cross: Row i of sum(G_ij), likewise, scaled like Gamma (mean over positions).
+        g_cross: Row i of sum(G_ij), likewise, scaled like Gamma (mean over the pairs of positions).
     """
 
     a_cross: Tensor
@@ -97,36 +100,43 @@ class MeanVectors:
 class Samples:
     """Rows of single examples: example i's gradient of the block is sum_t g_it a_it^T.
 
-    The block of the empirical Fisher is sum_i weight_i vec(.) vec(.)^T / sum_i weight_i; Omega and Gamma are
-    sum_i weight_i sum_t a a^T / sum_i weight_i and sum_i weight_i sum_t g g^T / (T sum_i weight_i).
+    With N = sum_i weight_i terms_i, the block of the empirical Fisher is (1/N) sum_i weight_i vec(.) vec(.)^T; Omega
+    and Gamma are (1/N) sum_i weight_i sum_t a a^T and sum_i weight_i sum_t g g^T / sum_i weight_i positions_i.
 
     Attributes:
         a: `[c, n, T', q]`, homogeneous coordinate last.
-        g: `[c, n, T', p]`, of the per-example loss.
+        g: `[c, n, T', p]`, of the loss as N terms are averaged: N times the gradient of its mean.
         weight: How many examples each one stands for, `[n]`; 0 for rows that only fill up.
+        terms: How many terms of the loss's mean each one has, `[n]`: 1, but where `batch` states another number.
         source: Rank that measured each example, int64 `[n]`.
-        positions: T, on average over the examples, a scalar. Rows may be fewer (compressed columns) or filled up with
-            zeros.
+        positions: T of each example, `[n]`. Rows may be fewer (compressed columns) or filled up with zeros.
     """
 
     a: Tensor
     g: Tensor
     weight: Tensor
+    terms: Tensor
     source: Tensor
     positions: Tensor
+
+    @property
+    def examples(self) -> Float[Tensor, ""]:
+        """N, a scalar."""
+        return (self.weight * self.terms).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Increment:
     """One folding of a moving average by rows, and dense factors where they are due (algorithms.md 4).
 
-    The sums S <- decay S + rows^T rows and w <- decay w + examples are those of `kfdist.curvature.averages`: the
-    folding's gain 1 - rho is in the rows and in `examples` already.
+    The sums S <- decay S + rows^T rows and counts w <- decay w + examples (of A) or positions (of G) are those of
+    `kfdist.curvature.averages`: the folding's gain 1 - rho is in the rows and in both counts already.
 
     Attributes:
         A_rows: `[c, s, q]` with rows^T rows = this folding's addition to S_A; `[c, 0, q]` where A has no rows.
         G_rows: `[c, s, p]`, likewise.
-        examples: This folding's addition to w, a scalar.
+        examples: This folding's addition to w of A, a scalar.
+        positions: Its addition to w of G, a scalar.
         decay: rho of this folding, a scalar.
         A: Dense Omega of the moving average, `[c, q, q]`; `[c, 0, 0]` where it isn't due or never held.
         G: Dense Gamma, `[c, p, p]`, likewise.
@@ -135,6 +145,7 @@ class Increment:
     A_rows: Tensor
     G_rows: Tensor
     examples: Tensor
+    positions: Tensor
     decay: Tensor
     A: Tensor = symmetric_field()
     G: Tensor = symmetric_field()

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfdist.errors import CheckpointError, KfdistError
 from kfdist.runtime.pipeline import Pipeline
 
-FORMAT = 3
+FORMAT = 4
 PER_RANK, FOLDED = "per-rank", "folded"
 
 

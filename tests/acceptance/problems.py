@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kfdist.capture.capture import Capture
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS
-from kfdist.curvature.averages import WeightedSums, decay_at
+from kfdist.curvature.averages import WeightedSums, decay_at, means
 from kfdist.curvature.statistics import (
     ChainFactors,
     CoarseFactors,
@@ -95,33 +95,39 @@ def _fold(
     for name in blocks_of(model):  # what is drained comes in the order of the backward pass
         each = drained[name]
         shapes = {part: tuple(total.shape) for part, total in each.sums.items()}
-        average = averages.setdefault(name, WeightedSums.zeros(shapes, dtype=torch.float64, device=torch.device("cpu")))
+        average = averages.setdefault(name, WeightedSums(shapes, dtype=torch.float64, device="cpu"))
         average.fold(each, rho)
         increments[name] = Increment(
             A_rows=(1 - rho) ** 0.5 * each.rows["A"],
             G_rows=(1 - rho) ** 0.5 * each.rows["G"],
             examples=torch.tensor((1 - rho) * each.examples, dtype=torch.float64),
+            positions=torch.tensor((1 - rho) * each.positions, dtype=torch.float64),
             decay=torch.tensor(rho, dtype=torch.float64),
-            A=average.sums["A"] / average.weight,
-            G=average.sums["G"] / average.weight,
+            **{part: mean for part, mean in means({**average.sums, **average.counts}).items() if part in ("A", "G")},
         )
-        assert each.samples is not None
-        a, g, weight = each.samples.a, each.samples.g, each.samples.weight.double()
-        source = torch.zeros(len(weight), dtype=torch.int64)
-        samples[name] = Samples(a=a, g=g, weight=weight, source=source, positions=torch.tensor(float(a.shape[2])))
+        rows = each.samples
+        assert rows is not None
+        samples[name] = Samples(
+            a=rows.a,
+            g=rows.g,
+            weight=rows.weight,
+            terms=rows.terms,
+            source=torch.zeros(len(rows.weight), dtype=torch.int64),
+            positions=rows.positions,
+        )
     return increments, samples
 
 
 def _records(
     averages: Mapping[str, WeightedSums], samples: Mapping[str, Samples], coupled: bool
 ) -> dict[type, Mapping[str, Any]]:
-    means = {name: {part: s / each.weight for part, s in each.sums.items()} for name, each in averages.items()}
+    found = {name: means({**each.sums, **each.counts}) for name, each in averages.items()}
     wanted: dict[type, tuple[str, ...]] = {KroneckerFactors: ("A", "G"), MeanVectors: ("a", "g")}
     if coupled:
         wanted[ChainFactors] = ("A", "G", "A_next", "G_next")
         wanted[CoarseFactors] = ("A", "G", "a_cross", "g_cross")
     records: dict[type, Mapping[str, Any]] = {
-        kind: {name: kind(**{part: each[part] for part in parts}) for name, each in means.items()}
+        kind: {name: kind(**{part: each[part] for part in parts}) for name, each in found.items()}
         for kind, parts in wanted.items()
     }
     return {**records, Samples: samples}

@@ -52,7 +52,7 @@ def sample_product(problem: Problem) -> Directions:
     for name, V in problem.gradients.items():
         samples = problem.samples[name]
         a, g, n = samples.a.flatten(1, 2), samples.g.flatten(1, 2), len(samples.weight)
-        found[name] = (g.mT @ g) @ V @ (a.mT @ a) / (n * n * samples.positions)
+        found[name] = (g.mT @ g) @ V @ (a.mT @ a) / (n * samples.positions.sum())
     return found
 
 

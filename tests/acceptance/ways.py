@@ -170,7 +170,8 @@ def expand_factors(problem: Problem) -> Problem:
     factors = {}
     for name, each in problem.samples.items():
         summed = factors_of_rows(each)
-        factors[name] = KroneckerFactors(A=summed.A / each.positions, G=summed.G * each.positions)
+        positions = each.positions[0]  # equal for all
+        factors[name] = KroneckerFactors(A=summed.A / positions, G=summed.G * positions)
     return replace(problem, statistics={**problem.statistics, KroneckerFactors: factors})
 
 

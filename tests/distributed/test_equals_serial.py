@@ -7,6 +7,7 @@ from torch import nn
 import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
+from kfdist.curvature.averages import means
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn
 
@@ -63,7 +64,7 @@ def train(communicator: Communicator, method: str, case: str, world_size: int) -
         optimizer.step()
     pre.fold()
     state = pre.state_dict()
-    result = {f"{block}.{key}": sums[key] / sums["weight"] for block, sums in state["sums"].items() for key in "AG"}
+    result = {f"{block}.{key}": mean for block, sums in state["sums"].items() for key, mean in means(sums).items()}
     result.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
     pre.close()
     reducer.close()

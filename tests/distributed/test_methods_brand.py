@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
+from kfdist.curvature.averages import means
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import decode_result
 from kfdist.linalg.psd import unpack_triangle
@@ -140,7 +141,7 @@ def behind_a_slow_link(communicator: Communicator) -> dict[str, Any]:
         time.sleep(0.002)
     dense.fold()
     sums = dense.state_dict()["sums"]["1"]
-    found = {"truth": {name: unpack_triangle(sums[name] / sums["weight"]) for name in "AG"}}
+    found = {"truth": {name: unpack_triangle(mean) for name, mean in means(sums).items()}}
     head = pre.state_dict()["online"].get("1")
     if head is not None:
         merged = pre.counters()["merged_jobs"]

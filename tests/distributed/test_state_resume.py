@@ -214,7 +214,7 @@ def test_states_of_four_ranks_go_on_at_two_and_one(tmp_path: Path, half: Stopped
         check_invariants([records for _, records in fewer])
         for sums, _ in fewer:
             for block, total in sums.items():
-                for key in ("A", "G", "weight"):
+                for key in ("A", "G", "n_examples", "n_positions"):
                     own = states[0]["sums"][block][key]
                     expected = own if fold else torch.stack([state["sums"][block][key] for state in states]).sum(0)
                     torch.testing.assert_close(total[key], expected)

@@ -54,7 +54,7 @@ def armed_capture(
 
 def factors_of(drained: Mapping[str, BatchStatistics]) -> Factors:
     """Omega and Gamma of what a capture drained."""
-    return {name: (each.sums["A"] / each.examples, each.sums["G"] / each.examples) for name, each in drained.items()}
+    return {name: (each.sums["A"] / each.examples, each.sums["G"] / each.positions) for name, each in drained.items()}
 
 
 def factors_by_definition(

@@ -48,9 +48,9 @@ def factors(pre: kfdist.Preconditioner) -> Factors:
     """This rank's (Omega, Gamma) by block; blocks without any statistics are left out."""
     sums = pre.state_dict()["sums"]
     return {
-        name: (unpack_triangle(each["A"] / each["weight"]), unpack_triangle(each["G"] / each["weight"]))
+        name: (unpack_triangle(each["A"] / each["n_examples"]), unpack_triangle(each["G"] / each["n_positions"]))
         for name, each in sums.items()
-        if each["weight"]
+        if each["n_examples"]
     }
 
 

@@ -19,6 +19,7 @@ def make_samples(
     dtype: torch.dtype = torch.float64,
     weight: list[float] | None = None,
     positions: float | None = None,
+    terms: list[float] | None = None,
 ) -> Samples:
     """Gaussian rows with uneven scales, so that the factors aren't near multiples of the identity."""
     a = gaussian(c, n, t, q, seed=2 * seed) * torch.linspace(0.3, 2.0, q, dtype=torch.float64)
@@ -27,8 +28,18 @@ def make_samples(
         a=a.to(dtype),
         g=g.to(dtype),
         weight=torch.tensor(weight if weight is not None else [1.0] * n, dtype=dtype),
+        terms=torch.tensor(terms if terms is not None else [1.0] * n, dtype=dtype),
         source=torch.zeros(n, dtype=torch.int64),
-        positions=torch.tensor(float(t) if positions is None else positions, dtype=dtype),
+        positions=torch.full((n,), float(t) if positions is None else positions, dtype=dtype),
+    )
+
+
+def select(samples: Samples, chosen: Tensor | slice) -> Samples:
+    """Some of the examples, or all in another order."""
+    return Samples(
+        a=samples.a[:, chosen],
+        g=samples.g[:, chosen],
+        **{name: getattr(samples, name)[chosen] for name in ("weight", "terms", "source", "positions")},
     )
 
 
@@ -58,8 +69,9 @@ def _samples(a: Tensor, g: Tensor) -> Samples:
         a=a.unsqueeze(2),
         g=g.unsqueeze(2),
         weight=torch.ones(n, dtype=a.dtype),
+        terms=torch.ones(n, dtype=a.dtype),
         source=torch.zeros(n, dtype=torch.int64),
-        positions=torch.ones((), dtype=a.dtype),
+        positions=torch.ones(n, dtype=a.dtype),
     )
 
 

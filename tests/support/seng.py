@@ -26,17 +26,6 @@ def direction(made: SengPreconditioner, gradient: Tensor, damping: float) -> Ten
     return found
 
 
-def select(samples: Samples, index: Tensor) -> Samples:
-    """Returns some of the examples, in this order."""
-    return replace(
-        samples,
-        a=samples.a[:, index],
-        g=samples.g[:, index],
-        weight=samples.weight[index],
-        source=samples.source[index],
-    )
-
-
 def from_sources(samples: Samples, source: list[int]) -> Samples:
     return replace(samples, source=torch.tensor(source))
 

@@ -191,11 +191,12 @@ class AbstractBrandKfac(AbstractInverter):
         self, held: HeldFactor, rows: Tensor, dense: Tensor, statistics: Increment, label: str, seed: int
     ) -> tuple[HeldFactor, Outcome, dict[str, float]]:
         """Brings a factor that Brand updates up to this folding."""
-        factor, outcome, found = held.decayed(statistics.decay, statistics.examples), Outcome.DONE, {}
+        counted = statistics.examples if label == "A" else statistics.positions
+        factor, outcome, found = held.decayed(statistics.decay, counted), Outcome.DONE, {}
         dense_is_due = dense.numel() > 0 and factor.measured
         if dense_is_due and self.overwrites:
             factor, outcome, found = self._decomposed(dense, factor.weight, factor.rank, label, seed)
-        elif float(statistics.examples) > 0.0:
+        elif float(counted) > 0.0:
             factor, found = factor.updated(rows, seed=seed, label=label)
         if self.truncate == "after":
             factor = factor.truncated()

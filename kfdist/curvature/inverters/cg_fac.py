@@ -171,18 +171,19 @@ class CgFac(AbstractInverter):
     def invert(self, statistics: Samples, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:
         """Scales the rows by their weights; the solving is done at apply. See `AbstractInverter.invert`.
 
-        With shares s_i = weight_i / sum of the weights, A = sum_i s_i sum_t a a^T and G = sum_i s_i sum_t g g^T / T, so
-        a takes sqrt(s_i) and g sqrt(s_i / T); F = sum_i s_i vec(S_i) vec(S_i)^T, so there g alone takes sqrt(s_i).
+        With w_i = weight_i, and N and T_i as `Samples` has them, A = sum_i w_i sum_t a a^T / N and G = sum_i w_i sum_t
+        g g^T / sum_i w_i T_i, so a takes sqrt(w_i / N) and g sqrt(w_i / sum_i w_i T_i); F = sum_i w_i vec(S_i)
+        vec(S_i)^T / N, so there g alone takes sqrt(w_i / N).
         """
         del damping, previous, seed
         dtype = torch.promote_types(statistics.a.dtype, torch.float32)
         weight = statistics.weight.to(dtype)
-        examples = weight.sum()
         used = weight > 0
         a, g = keep_rows(statistics.a.to(dtype), used), keep_rows(statistics.g.to(dtype), used)
-        root = torch.where(used, weight / examples, torch.zeros_like(weight)).sqrt()[:, None, None]
+        root = _root_of_shares(weight, statistics.examples.to(dtype))
         if self.operator == "kronecker":
-            a, g = a * root, g * (root / statistics.positions**0.5)
+            positions = torch.where(used, weight * statistics.positions.to(dtype), torch.zeros_like(weight))
+            a, g = a * root, g * _root_of_shares(weight, positions.sum())
             trace_A, trace_G = a.square().sum((1, 2, 3)), g.square().sum((1, 2, 3))
         else:
             g = g * root
@@ -210,3 +211,8 @@ class CgFac(AbstractInverter):
         rows = self.rows if shape.convolution and self.rows is not None else self.examples
         numbers = rows * (p + q) + (p * q if self.warm_start else 0)
         return Estimate([Work(Operation.PRODUCTS, 8.0 * self.max_iterations * self.examples * p * q)], numbers)
+
+
+def _root_of_shares(weight: Tensor, whole: Tensor) -> Tensor:
+    """Returns sqrt(weight / whole) beside rows `[c, n, t, d]`; 0 where the weight is."""
+    return torch.where(weight > 0, weight / whole, torch.zeros_like(weight)).sqrt()[:, None, None]

@@ -53,13 +53,14 @@ class EkfacBasis(AbstractPreconditioner):
             samples: Rows of this step; where the weight is 0, their values don't matter.
 
         Returns:
-            "scales" `[c, p, q]` and "examples", the sum of the weights, a scalar. Their quotient is s.
+            "scales" `[c, p, q]` and "examples", N of `Samples`, a scalar. Their quotient is s.
         """
         weight = samples.weight.to(self.Q_A.dtype)
         used = weight > 0
+        examples = torch.where(used, weight * samples.terms.to(weight), torch.zeros_like(weight)).sum()
         a = _rotated(keep_rows(samples.a.to(self.Q_A.dtype), used), self.Q_A)
         g = _rotated(keep_rows(samples.g.to(self.Q_G.dtype), used), self.Q_G)
-        return {"scales": fisher_diagonal(a, g * weight.sqrt()[:, None, None]), "examples": weight.sum()}
+        return {"scales": fisher_diagonal(a, g * weight.sqrt()[:, None, None]), "examples": examples}
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:

@@ -151,20 +151,21 @@ class Seng(AbstractInverter):
         return min(k * k, p * q) if self._explicit(p * q) else min(k, p) * min(k, q)
 
     def _normalised(self, samples: Samples) -> tuple[Samples, list[Tensor]]:
-        """Drops rows that fill up, multiplies each g by sqrt(weight/sum of weights), and lists the sources' examples.
+        """Drops rows that fill up, multiplies each g by sqrt(weight/N), and lists the sources' examples.
 
-        The sum of the weights is that of all examples, or of the example's own source where each has its own operator.
+        N is that of all examples, or of the example's own source where each has its own operator.
         """
         present = (samples.weight > 0).nonzero().flatten()
         a, g = samples.a[:, present], samples.g[:, present]
         weight, source = samples.weight[present], samples.source[present]
+        terms = weight.double() * samples.terms[present].double()
         if self.aggregate == "local-average":
             sources = [(source == each).nonzero().flatten() for each in source.unique()]
         else:
             sources = [torch.arange(len(weight), device=weight.device)]
         wide, normal = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
         for members in sources:
-            normal[members] = wide[members] / wide[members].sum()
+            normal[members] = wide[members] / terms[members].sum()
         g = g * normal.sqrt().to(g.dtype)[:, None, None]
         return replace(samples, a=a, g=g, weight=weight, source=source), sources
 

@@ -50,9 +50,8 @@ class Application:
             pairs = zip(members, gradients, strict=True)
             return [each.fallback(V, self.damping) for each, V in pairs]
         if self.rows is not None:
-            a, g, examples = self.rows.rows["A"], self.rows.rows["G"], self.rows.examples
-            g = g * (a.shape[1] / examples) ** 0.5  # of the per-example loss, without the 1/sqrt(T) of Gamma
-            return [members[0].apply_to_rows(a, g, examples, self.damping).to(gradients[0].dtype)]
+            rows, examples = self.rows.rows, self.rows.examples
+            return [members[0].apply_to_rows(rows["A"], rows["G"], examples, self.damping).to(gradients[0].dtype)]
         found = type(members[0]).apply_group(members, gradients, self.damping, self.memories)
         return [
             U if memory.measured is None else torch.where(memory.measured, U, V)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from kfdist.comm.host_copy import HostCopy
-from kfdist.curvature.averages import SYMMETRIC, WEIGHT, packed_statistic
+from kfdist.curvature.averages import EXAMPLES, SYMMETRIC, means, measured, packed_statistic
 from kfdist.curvature.statistics import STATISTICS, Increment, Samples
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.types import BlockName, GroupName
@@ -59,11 +59,13 @@ class Departure:
 
 def _measured(tensors: Mapping[str, Tensor]) -> bool:
     """Says whether any usable batch is in what was reduced; an increment without dense factors may hold anything."""
-    return WEIGHT not in tensors or float(tensors[WEIGHT].sum()) > 0.0
+    if EXAMPLES in tensors:
+        return bool(measured(tensors))
+    return "weight" not in tensors or float(tensors["weight"].sum()) > 0.0  # of samples
 
 
 def job_record(statistic: type, tensors: Mapping[str, Tensor]) -> RecordTree:
-    """Makes a job's record of what `Departure.arrived` has of a block, dividing sums by w.
+    """Makes a job's record of what `Departure.arrived` has of a block, dividing sums by their counts.
 
     A thread of the link may call it: the tensors are on the host, and nothing changes them.
     """
@@ -72,15 +74,12 @@ def job_record(statistic: type, tensors: Mapping[str, Tensor]) -> RecordTree:
         return make_tree(kind, tensors)
     if statistic is Increment:
         return make_tree(kind, _increment(tensors))
-    sums = {name: tensor for name, tensor in tensors.items() if name != WEIGHT}
-    return packed_statistic(kind, sums, tensors[WEIGHT])
+    return packed_statistic(kind, tensors)
 
 
 def _increment(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns an `Increment`'s tensors: dense factors only where they are due."""
     fields = {name: tensors[name] for name in ("A_rows", "G_rows")}
-    fields |= {name: tensors[name].reshape(()) for name in ("examples", "decay")}
-    for name in sorted(SYMMETRIC):
-        absent = tensors["A_rows"].new_zeros(tensors["A_rows"].shape[0], 0)
-        fields[name] = tensors[name] / tensors[WEIGHT] if name in tensors else absent
-    return fields
+    fields |= {name: tensors[name].reshape(()) for name in ("examples", "positions", "decay")}
+    absent = tensors["A_rows"].new_zeros(tensors["A_rows"].shape[0], 0)
+    return {**fields, **dict.fromkeys(sorted(SYMMETRIC), absent), **means(tensors)}

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from kfdist.curvature.averages import WEIGHT
+from kfdist.curvature.averages import means, measured
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import Inversion, Placement
 from kfdist.curvature.statistics import Samples
@@ -50,33 +49,22 @@ def invert_own(reduction: Reduction, *, seed: int) -> dict[int, OwnInversion]:
 
 
 def _invert(group: BlockGroup, reduction: Reduction, seed: int) -> OwnInversion | None:
-    statistics, measured = {}, {}
+    statistics, had_rows = {}, {}
     for name in group.needs:
         if group.inverter.statistic is not Samples:
-            statistics[name], measured[name] = _mean(group.inverter.statistic, reduction.sums[name])
+            sums = reduction.sums[name]
+            statistics[name], had_rows[name] = group.inverter.statistic(**means(sums)), measured(sums)
         elif name in reduction.samples:
             statistics[name] = reduction.samples[name]
-            measured[name] = statistics[name].weight.sum() > 0
+            had_rows[name] = statistics[name].weight.sum() > 0
         else:
             return None
     seeds = {name: block_seed(seed, name, reduction.step) for name in statistics}
     # What ranks invert damps when it is applied (`AbstractInverter` refuses any other): this number has no effect.
     inversions = group.inverter.invert_group(statistics, damping=1.0, previous={}, seeds=seeds)
     return OwnInversion(
-        preconditioners={name: _preconditioner(name, each) for name, each in inversions.items()}, measured=measured
+        preconditioners={name: _preconditioner(name, each) for name, each in inversions.items()}, measured=had_rows
     )
-
-
-def _mean(statistic: type, tensors: Mapping[str, Tensor]) -> tuple[object, Tensor]:
-    """Divides sums by w, without a host sync.
-
-    Returns:
-        The statistic, zero where nothing was measured, and a boolean scalar that says whether anything was.
-    """
-    weight = tensors[WEIGHT].reshape(())
-    measured = weight > 0
-    safe = torch.where(measured, weight, torch.ones_like(weight))
-    return statistic(**{name: tensor / safe for name, tensor in tensors.items() if name != WEIGHT}), measured
 
 
 def _preconditioner(name: BlockName, inversion: Inversion) -> AbstractPreconditioner:

@@ -21,7 +21,7 @@ class Contribution:
     Attributes:
         block: The block's name.
         statistic: The record that its inverter wants.
-        summed: Tensors to be summed over the ranks, by name; a `WeightedSums` has its w under "weight".
+        summed: Tensors to be summed over the ranks, by name; a `WeightedSums` has its counts beside.
         common: Tensors that are equal on all ranks.
     """
 
@@ -89,7 +89,8 @@ def with_increment(
                 buffer[:, rank * share : rank * share + own.shape[1]] = own
             buffer *= usable.sqrt()
         summed[f"{name}_rows"] = buffer
-    summed["examples"] = (usable * (0.0 if batch is None else batch.examples)).reshape(1)
+    for name, counted in (("examples", batch and batch.examples), ("positions", batch and batch.positions)):
+        summed[name] = (usable * (0.0 if counted is None else counted)).reshape(1)
     return Contribution(block=contribution.block, statistic=Increment, summed=summed, common={"decay": kept.reshape(1)})
 
 

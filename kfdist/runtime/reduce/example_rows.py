@@ -79,7 +79,7 @@ class SampleExchange:
         new = [request for request in requests if not self.frames.get(request.block)]
         if not new:
             return
-        own = [0 if request.rows is None else request.rows.positions for request in new]
+        own = [0 if request.rows is None else request.rows.frame for request in new]
         everyone = self._communicator.all_gather_json(own)
         for request, positions in zip(new, zip(*everyone, strict=True), strict=True):
             self.frames[request.block] = max(positions)
@@ -102,28 +102,25 @@ class SampleExchange:
         ]
         gathered = {}
         for index, request in enumerate(requests):
-            a, g, weight, positions = (
-                torch.cat([rank[4 * index + field] for rank in of_ranks], dim=1 if field < 2 else 0)
-                for field in range(4)
+            a, g, weight, terms, positions = (
+                torch.cat([rank[5 * index + field] for rank in of_ranks], dim=1 if field < 2 else 0)
+                for field in range(5)
             )
             per_rank = len(weight) // len(of_ranks)
             source = torch.arange(len(of_ranks), device=self._device).repeat_interleave(per_rank)
-            gathered[request.block] = Samples(
-                a=a, g=g, weight=weight, source=source, positions=_weighted_mean(positions, weight)
-            )
+            gathered[request.block] = Samples(a=a, g=g, weight=weight, terms=terms, source=source, positions=positions)
         return gathered
 
-    def _framed(self, request: SampleRequest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns rows `[c, n, T, q]` and `[c, n, T, p]` in the frame's size, weights `[n]`, and T of each example."""
+    def _framed(self, request: SampleRequest) -> tuple[Tensor, ...]:
+        """Returns the fields of `ExampleRows` in the frame's size: `[c, n, T, q]`, `[c, n, T, p]` and three `[n]`."""
         positions = self.frames[request.block]
         examples = examples_per_rank(request.budget, positions, self._communicator.world_size)
         kept = min(positions, request.budget.columns or positions)
         a = _zeros(request, examples, kept, request.shape.d_in, self._device)
         g = _zeros(request, examples, kept, request.shape.d_out, self._device)
-        weight = a.new_zeros(examples)
-        own_positions = a.new_full((examples,), 0.0 if request.rows is None else float(request.rows.positions))
+        weight, own_terms, own_positions = a.new_zeros(3, examples)
         if request.rows is None or not len(request.rows.weight):
-            return a, g, weight, own_positions
+            return a, g, weight, own_terms, own_positions
         most = positions if request.budget.columns is None else request.rows.a.shape[2]  # compressed below instead
         rows = _fewer(request.rows, examples, most, request.seed)
         own_a, own_g, own_weight = _clean(rows, request.step_is_finite)
@@ -131,7 +128,8 @@ class SampleExchange:
             own_a, own_g = compress_columns(own_a, own_g, kept)
         n, t = own_a.shape[1], own_a.shape[2]
         a[:, :n, :t], g[:, :n, :t], weight[:n] = own_a, own_g, own_weight
-        return a, g, weight, own_positions
+        own_terms[:n], own_positions[:n] = rows.terms, rows.positions
+        return a, g, weight, own_terms, own_positions
 
 
 def local_samples(request: SampleRequest, communicator: Communicator, device: torch.device) -> Samples:
@@ -139,15 +137,15 @@ def local_samples(request: SampleRequest, communicator: Communicator, device: to
     rows = request.rows
     if rows is None:
         a, g = (_zeros(request, 0, 1, d, device) for d in (request.shape.d_in, request.shape.d_out))
-        rows = ExampleRows(a=a, g=g, weight=a.new_zeros(0), positions=1)
+        none = a.new_zeros(0)
+        rows = ExampleRows(a=a, g=g, weight=none, terms=none, positions=none, frame=1)
     else:
         positions = rows.a.shape[2]
         share = examples_per_rank(request.budget, positions, communicator.world_size)
         rows = _fewer(rows, share, positions, request.seed)
     a, g, weight = _clean(rows, request.step_is_finite)
     source = torch.full((len(weight),), communicator.rank, dtype=torch.int64, device=device)
-    positions = torch.full((), float(rows.positions), dtype=a.dtype, device=device)
-    return Samples(a=a, g=g, weight=weight, source=source, positions=positions)
+    return Samples(a=a, g=g, weight=weight, terms=rows.terms, source=source, positions=rows.positions)
 
 
 def examples_per_rank(budget: SampleBudget, positions: int, world_size: int) -> int:
@@ -161,31 +159,24 @@ def examples_per_rank(budget: SampleBudget, positions: int, world_size: int) -> 
 
 def _fewer(rows: ExampleRows, examples: int, positions: int, seed: int) -> ExampleRows:
     """Draws examples and positions where there are more than fit; expectations of sums stay what they are."""
-    a, g, weight = rows.a, rows.g, rows.weight
+    a, g, weight, terms, own = rows.a, rows.g, rows.weight, rows.terms, rows.positions
     generator = torch.Generator(device="cpu").manual_seed(seed)
     if a.shape[1] > examples:
         chosen = torch.randperm(a.shape[1], generator=generator, device="cpu")[:examples]
         chosen = chosen.to(a.device, non_blocking=True)
         a, g, weight = a[:, chosen], g[:, chosen], weight[chosen] * (rows.a.shape[1] / examples)
+        terms, own = terms[chosen], own[chosen]
     if a.shape[2] > positions:
         chosen = torch.randperm(a.shape[2], generator=generator, device="cpu")[:positions].sort().values
         chosen = chosen.to(a.device, non_blocking=True)
         # Half of the scale each: sums of g a^T, a a^T and g g^T all keep their expectation.
         root = (rows.a.shape[2] / positions) ** 0.5
         a, g = a[:, :, chosen] * root, g[:, :, chosen] * root
-    return ExampleRows(a=a, g=g, weight=weight, positions=rows.positions)
+    return ExampleRows(a=a, g=g, weight=weight, terms=terms, positions=own, frame=rows.frame)
 
 
 def _zeros(request: SampleRequest, examples: int, positions: int, width: int, device: torch.device) -> Tensor:
     return torch.zeros((request.shape.groups, examples, positions, width), dtype=request.dtype, device=device)
-
-
-def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Returns the mean of `[n]` values by weight, 1 where all weights are zero."""
-    total = weight.sum()
-    some = total > 0
-    mean = (values * weight).sum() / torch.where(some, total, torch.ones_like(total))
-    return torch.where(some, mean, torch.ones_like(mean))
 
 
 def _clean(rows: ExampleRows, step_is_finite: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -160,7 +160,7 @@ class StatisticsReducer:
             batch,
             rho=decay_at(self._timetable.updates_until(track, step), self._settings.ema_decay),
             step_is_finite=step_is_finite,
-            like=sums.weight,
+            like=sums.like,
             rank=self._communicator.rank,
             world_size=self._communicator.world_size,
             seed=self._own_seed(name, step),
@@ -191,7 +191,7 @@ class StatisticsReducer:
                         step_is_finite=step_is_finite,
                         destination=None if everyone else group.courier_rank,
                         seed=self._own_seed(block.name, step),
-                        dtype=self.sums[block.name].weight.dtype,
+                        dtype=self.sums[block.name].like.dtype,
                     )
                 )
         return requests
@@ -215,5 +215,5 @@ def _empty_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[Bloc
             following = group.blocks[position + 1].shape if chained and position + 1 < len(group.blocks) else None
             shapes = sum_shapes(block.shape, group.needs[block.name], following=following, members=len(group.blocks))
             dtype = torch.float64 if block.parameters()[0].dtype == torch.float64 else torch.float32
-            sums[block.name] = WeightedSums.zeros(shapes, dtype=dtype, device=device)
+            sums[block.name] = WeightedSums(shapes, dtype=dtype, device=device)
     return sums

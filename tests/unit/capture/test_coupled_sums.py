@@ -107,8 +107,9 @@ def nearest(alpha: Tensor, few: int) -> Tensor:
     return alpha[:, [t * alpha.shape[1] // few for t in range(few)]]
 
 
-def coarse_entry(rows: list[Factors], i: str, j: str, side: int) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
+def coarse_entry(rows: list[Factors], i: str, j: str, side: int) -> tuple[Tensor, int]:
+    """The sum over all pairs of positions that meet, and how many these are."""
+    total, pairs = torch.zeros((), dtype=torch.float64), 0
     for of_example in rows:
         alpha, beta = (of_example[name][side].sum(-1) for name in (i, j))
         few = min(alpha.shape[1], beta.shape[1])
@@ -117,8 +118,9 @@ def coarse_entry(rows: list[Factors], i: str, j: str, side: int) -> Tensor:
             product = alpha.sum(0) * beta.sum(0) / (len(alpha) * len(beta)) ** 0.5
         else:
             product = (alpha * beta).sum(0)
-        total += product.sum() / (few if side else 1)
-    return total
+        total += product.sum()
+        pairs += few
+    return total, pairs
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -128,8 +130,11 @@ def test_coarse_sums(k: int):
     rows = truth(small_cnn(), *batch)
     for index, i in enumerate(COARSE):
         for side, (part, own) in enumerate((("a_cross", "A"), ("g_cross", "G"))):
-            expected = torch.stack([coarse_entry(rows, i, j, side) for j in COARSE])
+            entries = [coarse_entry(rows, i, j, side) for j in COARSE]
+            expected = torch.stack([total for total, _ in entries])
             torch.testing.assert_close(drained[i].sums[part], expected, rtol=EXACT, atol=EXACT)
+            found = drained[i].pairs
+            assert found is not None and found.tolist() == [pairs for _, pairs in entries]
             torch.testing.assert_close(drained[i].sums[part][index], drained[i].sums[own].sum(), rtol=1e-9, atol=1e-9)
 
 

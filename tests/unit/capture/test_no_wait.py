@@ -76,7 +76,7 @@ def test_capturing_and_folding(sampling: Sampling, reentrant: bool | None, scale
         assert set(drained) == {"0", "3"}
         for name, batch in drained.items():
             shape = blocks_of(net)[name].shape
-            sums = WeightedSums.zeros(sum_shapes(shape, Needs()), dtype=torch.float32, device=torch.device("cpu"))
+            sums = WeightedSums(sum_shapes(shape, Needs()), dtype=torch.float32, device="cpu")
             sums.fold(batch, 0.5, finite)
             assert [tuple(each.shape[1:]) for each in list(sums.packed().values())[:2]] == [
                 (d * (d + 1) // 2,) for d in (shape.d_in, shape.d_out)

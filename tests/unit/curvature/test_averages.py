@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfdist.curvature.averages import BatchStatistics, WeightedSums, decay_at, packed_statistic
+from kfdist.curvature.averages import EXAMPLES, BatchStatistics, WeightedSums, decay_at, measured, packed_statistic
 from kfdist.curvature.statistics import STATISTICS
 from kfdist.linalg.psd import pack_triangle
 from kfdist.wire.records import from_tree
@@ -26,11 +26,11 @@ def batch(seed: int, n: int = 5, dtype: torch.dtype = torch.float64) -> BatchSta
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(C, n, Q, generator=generator, dtype=torch.float64)
     g = torch.randn(C, n, P, generator=generator, dtype=torch.float64)
-    return BatchStatistics({"A": (a.mT @ a).to(dtype), "G": (g.mT @ g).to(dtype)}, float(n))
+    return BatchStatistics({"A": (a.mT @ a).to(dtype), "G": (g.mT @ g).to(dtype)}, float(n), float(n))
 
 
 def empty() -> WeightedSums:
-    return WeightedSums.zeros(SHAPES, dtype=torch.float64, device=torch.device("cpu"))
+    return WeightedSums(SHAPES, dtype=torch.float64, device="cpu")
 
 
 def spoiled(seed: int, value: float, factor: str = "G") -> BatchStatistics:
@@ -40,14 +40,14 @@ def spoiled(seed: int, value: float, factor: str = "G") -> BatchStatistics:
 
 
 def state(sums: WeightedSums) -> list[Tensor]:
-    return [tensor.clone() for tensor in (*sums.sums.values(), sums.weight, sums.dropped)]
+    return [tensor.clone() for tensor in (*sums.sums.values(), *sums.counts.values(), sums.dropped)]
 
 
 def factors(ranks: Sequence[WeightedSums]) -> tuple[Tensor, Tensor]:
     """What the reduction of several ranks' sums gives."""
-    A, G, weight = (sum(parts) for parts in zip(*(each.packed().values() for each in ranks), strict=True))
-    assert isinstance(A, Tensor) and isinstance(G, Tensor) and isinstance(weight, Tensor)
-    reduced = from_tree(packed_statistic("kronecker-factors", {"A": A, "G": G}, weight), STATISTICS)
+    packed = [each.packed() for each in ranks]
+    summed = {name: torch.stack([each[name] for each in packed]).sum(0) for name in packed[0]}
+    reduced = from_tree(packed_statistic("kronecker-factors", summed), STATISTICS)
     return reduced.A, reduced.G
 
 
@@ -74,7 +74,7 @@ def test_equal_batches_equal_the_moving_average(updates: int, decay: float):
 def test_the_first_update_overwrites():
     sums = empty()
     sums.sums["A"].fill_(7.0)
-    sums.weight.fill_(3.0)
+    sums.counts[EXAMPLES].fill_(3.0)
     sums.fold(batch(0), decay_at(1, DECAY))
     torch.testing.assert_close(factors([sums])[0], batch(0).sums["A"] / 5, rtol=EXACT, atol=EXACT)
 
@@ -93,7 +93,7 @@ def test_ranks_with_batches_of_any_length_give_the_weighted_mean_of_all_examples
             ranks[rank].fold(new, rho)
             if new is not None:
                 numerator, denominator = numerator + (1 - rho) * new.sums["G"], denominator + (1 - rho) * n
-    weight = float(sum(each.weight for each in ranks))
+    weight = float(sum(each.counts[EXAMPLES] for each in ranks))
     assert weight == pytest.approx(denominator, rel=EXACT)
     if denominator:
         torch.testing.assert_close(factors(ranks)[1], numerator / denominator, rtol=EXACT, atol=EXACT)
@@ -108,7 +108,7 @@ def test_a_batch_that_is_not_finite_counts_as_none(value: float, factor: str):
     ):
         sums.fold(new, decay_at(k, DECAY))
         without.fold(other, decay_at(k, DECAY))
-    assert all(torch.equal(a, b) for a, b in zip(state(sums)[:3], state(without)[:3], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state(sums)[:-1], state(without)[:-1], strict=True))
     assert sums.dropped == 1
     assert without.dropped == 0
 
@@ -118,14 +118,14 @@ def test_infinities_of_both_signs_do_not_cancel():
     both.sums["G"][0, 0, 0] = -torch.inf
     sums = empty()
     sums.fold(both, 0.0)
-    assert sums.weight == 0
+    assert not measured(sums.counts)
     assert sums.dropped == 1
 
 
 def test_a_dropped_batch_leaves_nothing_in_empty_sums():
     sums = empty()
     sums.fold(spoiled(1, torch.nan), decay_at(1, DECAY))
-    assert sums.weight == 0
+    assert not measured(sums.counts)
     assert not sums.sums["A"].any() and not sums.sums["G"].any()
 
 
@@ -135,7 +135,7 @@ def test_a_skipped_step_changes_no_sum(new: BatchStatistics | None):
     sums.fold(batch(1), 0.0)
     before = state(sums)
     sums.fold(new, 0.5, step_is_finite=torch.tensor(False))
-    assert all(torch.equal(a, b) for a, b in zip(state(sums)[:3], before[:3], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state(sums)[:-1], before[:-1], strict=True))
 
 
 def test_a_step_that_is_finite_folds_as_without_the_question():
@@ -156,16 +156,17 @@ def test_float32_batches_go_into_float64_sums():
 def test_only_the_lower_triangle_travels():
     sums = empty()
     sums.fold(batch(1), 0.0)
-    A, G, weight = sums.packed().values()
-    assert (A.shape, G.shape, weight.shape) == ((C, Q * (Q + 1) // 2), (C, P * (P + 1) // 2), (1,))
+    A, G, *counts = sums.packed().values()
+    assert (A.shape, G.shape) == ((C, Q * (Q + 1) // 2), (C, P * (P + 1) // 2))
+    assert [tuple(each.shape) for each in counts] == [(1,), (1,)]
     assert torch.equal(A, pack_triangle(sums.sums["A"]))
 
 
 def test_folding_never_asks_for_a_value():
     """A meta tensor has none: whatever would wait for a device raises here."""
     device = torch.device("meta")
-    sums = WeightedSums.zeros(SHAPES, dtype=torch.float32, device=device)
-    new = BatchStatistics({name: torch.empty(shape, device=device) for name, shape in SHAPES.items()}, 5.0)
+    sums = WeightedSums(SHAPES, dtype=torch.float32, device=device)
+    new = BatchStatistics({name: torch.empty(shape, device=device) for name, shape in SHAPES.items()}, 5.0, 5.0)
     sums.fold(new, 0.5, step_is_finite=torch.empty((), dtype=torch.bool, device=device))
     sums.fold(None, 0.5)
-    assert [tuple(each.shape) for each in sums.packed().values()] == [(C, 10), (C, 6), (1,)]
+    assert [tuple(each.shape) for each in sums.packed().values()] == [(C, 10), (C, 6), (1,), (1,)]

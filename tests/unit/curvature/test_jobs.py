@@ -142,8 +142,8 @@ def rename_a_field(tree: dict[str, Any]) -> None:
 
 FIRST = "blocks.0.statistics"
 MALFORMED: dict[str, tuple[Edit, str]] = {
-    "format": (put("format", 99), "must be a job of format 2"),
-    "content": (put("content", "result"), "must be a job of format 2"),
+    "format": (put("format", 99), "must be a job of format 3"),
+    "content": (put("content", "result"), "must be a job of format 3"),
     "damping": (put("damping", "much"), "damping: 'much' is not allowed"),
     "damping-bool": (put("damping", True), "damping: True is not allowed"),
     "damping-tensor": (put("damping", torch.ones(1)), "damping: tensor.* is not allowed"),
@@ -206,7 +206,7 @@ def test_garbage_is_refused(payload: bytes) -> None:
         (put("blocks.0.diagnostics.rung", "high"), "diagnostics is .*, must be finite numbers by name"),
         (put("blocks.0.diagnostics", None), "diagnostics is None, must be finite numbers by name"),
         (put("blocks.0.state", None), "state is None, must be tensors by name"),
-        (put("content", "job"), "must be a result of format 2"),
+        (put("content", "job"), "must be a result of format 3"),
     ],
 )
 def test_a_malformed_result_is_refused_with_a_sentence(edit: Any, message: str) -> None:
@@ -226,6 +226,7 @@ def increment(seed: int) -> Increment:
         A_rows=gaussian(1, 3, 12, seed=seed).float(),
         G_rows=gaussian(1, 3, 7, seed=seed + 100).float(),
         examples=torch.tensor(3.0),
+        positions=torch.tensor(3.0),
         decay=torch.tensor(0.9 if seed else 0.0),
         A=absent,
         G=absent,
@@ -267,5 +268,5 @@ def test_a_torn_chain_is_refused(jobs: object) -> None:
 
 def test_a_payload_of_the_first_format_is_refused_by_its_number() -> None:
     old = save({"0/statistics/A": torch.ones(1, 3)}, metadata={"kfdist": '{"content": "job", "format": 1}'})
-    with pytest.raises(ValueError, match="the payload is {'format': 1, 'content': 'job'}, must be a job of format 2"):
+    with pytest.raises(ValueError, match="the payload is {'format': 1, 'content': 'job'}, must be a job of format 3"):
         run_job(old)

@@ -65,7 +65,7 @@ def test_only_due_blocks_are_folded():
             model.zero_grad()
             backward(model, n=step + 1, seed=step)
             pre.step()
-            weights.append({name: float(each["weight"]) for name, each in pre.state_dict()["sums"].items()})
+            weights.append({name: float(each["n_examples"]) for name, each in pre.state_dict()["sums"].items()})
     assert [each["0"] for each in weights] == [1, 1, 3, 3, 5, 5]
     assert [each["2"] for each in weights] == [1, 1, 3, 3, 5, 5]
 
@@ -156,7 +156,7 @@ def test_the_stated_number_of_examples_reaches_the_statistics():
             pre.batch(examples=n)
             backward(model, scale=0.5)
         pre.step()
-        assert {float(each["weight"]) for each in pre.state_dict()["sums"].values()} == {8.0}
+        assert {float(each["n_examples"]) for each in pre.state_dict()["sums"].values()} == {8.0}
         with pytest.raises(ConfigError, match="at least 1"):
             pre.batch(examples=0)
 
@@ -409,7 +409,7 @@ def test_an_overflowed_step_changes_no_statistics_and_time_goes_on():
         after = pre.state_dict()["sums"]
         assert scaler.get_scale() == 512.0, "it was to overflow"
         for name, sums in before.items():
-            assert all(torch.equal(after[name][key], sums[key]) for key in ("A", "G", "weight"))
+            assert all(torch.equal(after[name][key], sums[key]) for key in ("A", "G", "n_examples", "n_positions"))
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), parameters, strict=True))
         assert pre.next_step == 2
         assert set(pre.versions().values()) == {1}, "the schedule's inversion was made"

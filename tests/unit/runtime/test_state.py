@@ -40,8 +40,8 @@ def test_a_state_goes_on_from_a_file_without_pickled_code(by_torch: bool):
 
 def test_a_state_of_an_older_format_is_refused_with_what_to_do():
     with preconditioner(two_layers()) as pre:
-        state = {**pre.state_dict(), "format": 2}
-        with pytest.raises(CheckpointError, match="has format 2 and .* reads 3 alone; resume it with the version"):
+        state = {**pre.state_dict(), "format": 3}
+        with pytest.raises(CheckpointError, match="has format 3 and .* reads 4 alone; resume it with the version"):
             pre.load_state_dict(state)
 
 

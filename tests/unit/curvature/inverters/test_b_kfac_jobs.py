@@ -167,6 +167,7 @@ def test_b_kfac_never_holds_a_dense_factor() -> None:
                 A_rows=gaussian(1, n, q, seed=seed).float(),
                 G_rows=gaussian(1, n, p, seed=seed + 1).float(),
                 examples=torch.tensor(8.0),
+                positions=torch.tensor(8.0),
                 decay=torch.tensor(0.5),
                 A=torch.zeros(1, 0, 0),
                 G=torch.zeros(1, 0, 0),

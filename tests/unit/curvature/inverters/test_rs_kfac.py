@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature.averages import BatchStatistics, WeightedSums
+from kfdist.curvature.averages import BatchStatistics, WeightedSums, means
 from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
 from kfdist.curvature.inverters import make_inverter
@@ -112,13 +112,13 @@ def test_continuation_is_nearer_to_the_truth_on_a_slow_spectrum() -> None:
 def test_r4_old_batches_leave_little_behind() -> None:
     """R4: after j further batches of rank n, eigenvalue j n + 1 of the average is at most rho^j max ||M_i||."""
     d, n, rho = 40, 2, 0.5
-    sums = WeightedSums.zeros({"A": (1, d, d)}, dtype=torch.float64, device=torch.device("cpu"))
+    sums = WeightedSums({"A": (1, d, d)}, dtype=torch.float64, device="cpu")
     norms = []
     for step in range(12):
         rows = gaussian(1, n, d, seed=step)
-        sums.fold(BatchStatistics({"A": rows.mT @ rows}, n), rho)
+        sums.fold(BatchStatistics({"A": rows.mT @ rows}, n, n), rho)
         norms.append(float(torch.linalg.matrix_norm(rows.mT @ rows / n, 2)))
-    eigenvalues = torch.linalg.eigvalsh(sums.sums["A"][0] / sums.weight).flip(0)
+    eigenvalues = torch.linalg.eigvalsh(means({**sums.sums, **sums.counts})["A"][0]).flip(0)
     for j in range(1, 12):
         assert float(eigenvalues[j * n]) <= rho**j * max(norms)
 

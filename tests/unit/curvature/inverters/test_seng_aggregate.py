@@ -11,8 +11,8 @@ from kfdist.curvature.inverters import Seng, make_inverter
 from kfdist.curvature.references import solve_dense, weighted_fisher
 from kfdist.curvature.statistics import Samples
 from tests.support.matrices import gaussian, relative_error
-from tests.support.samples import make_samples
-from tests.support.seng import dense_operator, direction, from_sources, invert, select
+from tests.support.samples import make_samples, select
+from tests.support.seng import dense_operator, direction, from_sources, invert
 
 C, P, Q = 2, 4, 6
 DAMPING = 1e-2
@@ -27,7 +27,8 @@ over_sources = pytest.mark.parametrize(
 
 def samples(sources: list[int], *, t: int = 2) -> Samples:
     weight = [1.0 + index % 3 for index in range(len(sources))]
-    return from_sources(make_samples(n=len(sources), p=P, q=Q, c=C, t=t, seed=5, weight=weight), sources)
+    terms = [1.0 + index % 2 for index in range(len(sources))]
+    return from_sources(make_samples(n=len(sources), p=P, q=Q, c=C, t=t, seed=5, weight=weight, terms=terms), sources)
 
 
 def local_average(given: Samples, damping: float = DAMPING) -> Tensor:
@@ -58,7 +59,9 @@ def test_global_over_4_ranks_holds_whatever_the_order_and_the_filling(form: Any)
         a=torch.cat([shuffled.a, gaussian(C, 3, 2, Q, seed=8)], 1),
         g=torch.cat([shuffled.g, gaussian(C, 3, 2, P, seed=9)], 1),
         weight=torch.cat([shuffled.weight, torch.zeros(3, dtype=torch.float64)]),
+        terms=torch.cat([shuffled.terms, torch.ones(3, dtype=torch.float64)]),
         source=torch.cat([shuffled.source, torch.tensor([4, 0, 1])]),
+        positions=torch.full((15,), 2.0, dtype=torch.float64),
     )
     for aggregate, expected in (
         ("global", solve_dense(weighted_fisher(given), DAMPING, V)),
@@ -86,6 +89,8 @@ def test_S6_with_identical_data_the_average_is_the_dense_direction(form: Any) ->
         a=own.a.repeat(1, 4, 1, 1),
         g=own.g.repeat(1, 4, 1, 1),
         weight=own.weight.repeat(4),
+        terms=own.terms.repeat(4),
+        positions=own.positions.repeat(4),
         source=torch.arange(4).repeat_interleave(5),
     )
     expected = solve_dense(weighted_fisher(own), DAMPING, V)

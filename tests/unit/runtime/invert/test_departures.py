@@ -23,7 +23,7 @@ def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
     (group,) = planned(nn.Linear(D_A - 1, D_G).double(), method).groups
     ((name, needs),) = group.needs.items()
     rows = {"A": gaussian(1, 1, D_A, seed=0), "G": gaussian(1, 1, D_G, seed=1)}
-    sums = WeightedSums.zeros({"A": (1, D_A, D_A), "G": (1, D_G, D_G)}, dtype=torch.float64, device=torch.device("cpu"))
+    sums = WeightedSums({"A": (1, D_A, D_A), "G": (1, D_G, D_G)}, dtype=torch.float64, device="cpu")
 
     def records(*, dense: bool) -> Mapping[str, RecordTree]:
         empty = Contribution(block=name, statistic=Increment, summed={})
@@ -32,10 +32,10 @@ def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
             given,
             needs,
             {"A": (1, D_A), "G": (1, D_G)},
-            BatchStatistics(sums={}, examples=1.0, rows=rows),
+            BatchStatistics(sums={}, examples=1.0, positions=1.0, rows=rows),
             rho=0.0,
             step_is_finite=None,
-            like=sums.weight,
+            like=sums.like,
             rank=0,
             world_size=1,
             seed=0,
@@ -46,5 +46,6 @@ def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
 
     assert records(dense=False)[name]["fields"]["A"].shape == (1, 0)
     assert records(dense=True) == {}, "where nothing was ever measured there is nothing to invert"
-    sums.fold(BatchStatistics(sums={"A": 3.0 * torch.eye(D_A)[None], "G": torch.eye(D_G)[None]}, examples=3.0), 0.0)
+    found = {"A": 3.0 * torch.eye(D_A)[None], "G": torch.eye(D_G)[None]}
+    sums.fold(BatchStatistics(found, examples=3.0, positions=6.0), 0.0)
     assert torch.equal(unpack_triangle(records(dense=True)[name]["fields"]["A"])[0], torch.eye(D_A).double())

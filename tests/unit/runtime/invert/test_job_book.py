@@ -188,7 +188,7 @@ def increment_job(version: int) -> bytes:
     rows[0, 0, version % SIZE] = torch.nan if version in FAILS_AT else 1.0
     none = torch.zeros(1, 0, 0, dtype=torch.float64)
     half, one = torch.tensor(0.5, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
-    statistic = Increment(A_rows=rows, G_rows=rows, examples=one, decay=half, A=none, G=none)
+    statistic = Increment(A_rows=rows, G_rows=rows, examples=one, positions=one, decay=half, A=none, G=none)
     return encode_job(
         inverter=make_inverter("b-kfac", rank=SIZE - 2, increment_rows=1),
         statistics={"layer": statistic},

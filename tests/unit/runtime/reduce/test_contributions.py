@@ -20,7 +20,7 @@ def batch(m: int, *, seed: int, spoiled: float | None = None) -> BatchStatistics
     rows = {"A": gaussian(1, m, D_A, seed=2 * seed), "G": gaussian(1, m, D_G, seed=2 * seed + 1)}
     if spoiled is not None:
         rows["G"][0, 0, 0] = spoiled
-    return BatchStatistics(sums={}, examples=float(m), rows=rows)
+    return BatchStatistics(sums={}, examples=float(m), positions=3.0 * m, rows=rows)
 
 
 def increments(
@@ -64,7 +64,9 @@ def test_rows_that_fit_their_slices_are_the_union(world_size: int) -> None:
     found = increments(batches)
     for name in "AG":
         torch.testing.assert_close(second_moment(found, name), truth(batches, name, 0.25), rtol=1e-12, atol=1e-12)
-    assert summed(found, "examples").item() == pytest.approx(0.25 * sum(each.examples for each in batches))
+    examples = 0.25 * sum(each.examples for each in batches)
+    assert summed(found, "examples").item() == pytest.approx(examples)
+    assert summed(found, "positions").item() == pytest.approx(3 * examples)
     assert all(each.common["decay"].item() == 0.75 for each in found)
 
 
@@ -78,7 +80,7 @@ def test_absent_and_spoiled_batches_add_nothing() -> None:
 
 def test_a_skipped_step_changes_nothing() -> None:
     found = increments([batch(3, seed=0), batch(3, seed=1)], finite=torch.tensor(False))
-    assert not any(summed(found, name).any() for name in ("A_rows", "G_rows", "examples"))
+    assert not any(summed(found, name).any() for name in ("A_rows", "G_rows", "examples", "positions"))
     assert all(each.common["decay"].item() == 1.0 for each in found)
 
 

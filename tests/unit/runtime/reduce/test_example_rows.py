@@ -24,7 +24,8 @@ P, Q = 3, 4
 
 def rows(n: int, t: int, *, seed: int = 0, weight: float = 1.0) -> ExampleRows:
     a, g = gaussian(1, n, t, Q, seed=2 * seed), gaussian(1, n, t, P, seed=2 * seed + 1)
-    return ExampleRows(a=a, g=g, weight=torch.full((n,), weight, dtype=torch.float64), positions=t)
+    each = torch.full((n,), weight, dtype=torch.float64)
+    return ExampleRows(a, g, weight=each, terms=torch.ones_like(each), positions=torch.full((n,), float(t)), frame=t)
 
 
 def request(own: ExampleRows | None, **changes: Any) -> SampleRequest:
@@ -73,7 +74,7 @@ def test_frames_are_agreed_and_filled_up() -> None:
     for samples in gathered(own):
         assert samples is not None
         assert samples.a.shape == (1, 8, 5, Q)
-        assert float(samples.positions) == pytest.approx((4 * 2 + 3 * 5) / 7)  # of an example, on average
+        assert samples.positions.tolist() == [2.0] * 4 + [5.0] * 3 + [0.0]
         assert samples.weight.tolist() == [1.0] * 7 + [0.0]
         assert samples.source.tolist() == [0] * 4 + [1] * 4
         torch.testing.assert_close(gradients(samples)[:4], gradients(own[0]))
@@ -197,5 +198,5 @@ def test_more_positions_than_columns_keep_their_gradients() -> None:
     for samples in gathered([own], budget=SampleBudget(examples=3, columns=4)):
         assert samples is not None
         assert samples.a.shape[2] <= 4
-        assert samples.positions == 6.0
+        assert samples.positions.tolist() == [6.0] * 3
         torch.testing.assert_close(gradients(samples), gradients(own), rtol=1e-10, atol=1e-10)
