@@ -16,9 +16,11 @@ from kfdist.errors import ConfigError, Interrupted, KfdistError
 from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.links.link import AbstractLink
 from kfdist.policies.staleness import Adoption, Asap
+from kfdist.runtime.apply.attachment import ScalerNotice
 from kfdist.runtime.apply.rates import LearningRates, Scalar, finite_step
 from kfdist.runtime.assembly import assemble
 from kfdist.runtime.invert.service import Service
+from kfdist.runtime.ownership import Ownership
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.runtime.plan.coverage import Coverage
 from kfdist.runtime.plan.groups import BlockGroup, refuse_applied_rows
@@ -170,8 +172,20 @@ class Preconditioner:
         self._rates = LearningRates(plan.settings.lr, needed=plan.settings.kl_clip is not None and bool(plan.blocks))
         self._folded = False
         self._closed = False
-        with plain_arithmetic(plan.device):
-            self._assembly = assemble(plan, world, link, grad_scaler)
+        parameters = {
+            f"{block.layer}.{part.attribute}".lstrip("."): part.parameter
+            for block in plan.blocks
+            for part in block.parts
+        }
+        self._ownership = Ownership(parameters)
+        self._parameters = list(parameters.values())
+        try:
+            with plain_arithmetic(plan.device):
+                self._assembly = assemble(plan, world, link, grad_scaler)
+        except BaseException:
+            self._ownership.give_up()
+            raise
+        self._scaler_notice = ScalerNotice(self._parameters, grad_scaler)
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -185,8 +199,9 @@ class Preconditioner:
             Interrupted: A stop was asked for, or the wait limit passed, inside an agreed wait; on all ranks alike.
             RanksDiverged: The ranks' parameters differ.
             ConfigError: There is a KL clip but no learning rate.
-            KfdistError: The gradients are still scaled, or `close` was called.
+            KfdistError: The gradients are still scaled, an optimizer is attached, or `close` was called.
         """
+        self._refuse_if_attached("step")
         return self._step(self._rates.at)
 
     def update(self) -> StepReport:
@@ -197,7 +212,15 @@ class Preconditioner:
         Raises:
             The errors of `step`.
         """
+        self._refuse_if_attached("update")
         return self._step(None)
+
+    def _refuse_if_attached(self, call: str) -> None:
+        if self.attached:
+            raise KfdistError(
+                f"{call}() was called, and the optimizer that was attached runs step() before each of its own steps: "
+                f"leave out attach(), or {call}()"
+            )
 
     def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:
         """Returns (F + damping I)^-1 grad of every preconditioned parameter, from the snapshots in use.
@@ -232,11 +255,13 @@ class Preconditioner:
         for block in self._plan.blocks:
             check_block(self._plan.model, block, self._plan.device)
         self._folded = False
+        if self._scaler_notice.done:
+            self._scaler_notice.close()
         with plain_arithmetic(self._plan.device):
             finite = finite_step(self._grad_scaler, self._rates.optimizer, self._plan.model.parameters())
             return self.pipeline.step(step_is_finite=finite, learning_rates=rates)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
+    def attach(self, optimizer: Any) -> Self:
         """Reads the optimizer's learning rates, per group, as they change, and runs `step` before each of its steps.
 
         Under a GradScaler the optimizer's step, and with it this one, is skipped on overflow. Where the optimizer is
@@ -244,11 +269,14 @@ class Preconditioner:
         before the optimizer's step, hence before they are preconditioned; to clip what the optimizer sees, call `step`
         yourself and clip after it.
 
+        Args:
+            optimizer: A torch optimizer, or a wrapper that has it as its `optimizer` (Accelerate's, Lightning's).
+
         Raises:
-            ConfigError: An optimizer is attached already, or this one steps none of the preconditioned parameters.
+            ConfigError: An optimizer is attached already, this one steps none of the preconditioned parameters, or has
+                no learning rates for the KL clip.
         """
-        parameters = [parameter for block in self._plan.blocks for parameter in block.parameters()]
-        self._rates.attach(optimizer, parameters, self.step)
+        self._rates.attach(optimizer, self._parameters, lambda: self._step(self._rates.at))
         return self
 
     def batch(self, *, examples: int) -> None:
@@ -398,8 +426,7 @@ class Preconditioner:
     def close(self) -> None:
         """Completes what is in flight, removes the hooks and stops the courier. All ranks must call it; safe twice."""
         if not self._closed:
-            self._closed = True
-            self._rates.detach()
+            self._let_go()
             self._assembly.close()
 
     def abandon(self) -> None:
@@ -407,9 +434,16 @@ class Preconditioner:
 
         The controller, if there is one, hears that the run has failed.
         """
-        self._rates.detach()
-        self._assembly.abandon(is_failure=not self._closed)
+        was_closed = self._closed
+        self._let_go()
+        self._assembly.abandon(is_failure=not was_closed)
+
+    def _let_go(self) -> None:
+        """Leaves the model and the optimizer as they were."""
         self._closed = True
+        self._rates.detach()
+        self._scaler_notice.close()
+        self._ownership.give_up()
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """Brand's updates over ranks: every increment is applied once and in order, whatever dies, lags or is merged."""
 
+import copy
 import hashlib
 import threading
 import time
@@ -115,20 +116,23 @@ def behind_a_slow_link(communicator: Communicator) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 60, bias=False), nn.Tanh(), nn.Linear(60, 3)).double()
+    twin = copy.deepcopy(model)
     reducer = GradientReducer(list(model.parameters()), communicator)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     link = FaultyLink()
     options: dict[str, Any] = {"damping": 0.1, "factor_period": 1, "kl_clip": None, "ema_decay": 0.7, "skip": "3"}
     brand = make_inverter("b-kfac", rank=4 * UPDATES, increment_rows=4)
     pre = kfdist.Preconditioner(model, brand, inverse_period=UPDATES, link=link, **options)
-    dense = kfdist.Preconditioner(model, "kfac", inverse_period=1, adoption=kfdist.FixedLag(0), **options)
+    dense = kfdist.Preconditioner(twin, "kfac", inverse_period=1, adoption=kfdist.FixedLag(0), **options)
     assert "Brand on A and G" in str(pre.coverage())
     for step in range(UPDATES):
         link.step = step
         x, y = images(4, seed=step)
         mine = slice(2 * communicator.rank, 2 * communicator.rank + 2)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[mine]), y[mine]).backward()
+        twin.load_state_dict(model.state_dict())
+        for each in (model, twin):
+            nn.functional.cross_entropy(each(x[mine]), y[mine]).backward()
         reducer.reduce()
         dense.update()
         pre.step()

@@ -1,7 +1,7 @@
 """What a preconditioner reads of the optimizer and the scaler."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kfdist import checks
 from kfdist.errors import ConfigError, KfdistError
+from kfdist.runtime.apply.attachment import bare_optimizer, step_before
 from kfdist.torch_internals import was_unscaled
 
 Scalar = float | Callable[[int], float]
@@ -29,34 +30,30 @@ class LearningRates:
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def attach(
-        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], step: Callable[[], object]
-    ) -> None:
+    def attach(self, optimizer: Any, parameters: Sequence[nn.Parameter], step: Callable[[], object]) -> None:
         """From now on, without an `lr`, reads `optimizer`'s, and runs `step` before each of its steps.
 
         Args:
-            optimizer: It has to step at least one of the parameters, if there are any.
+            optimizer: One that steps at least one of the parameters, or a wrapper of it.
             parameters: Those of the blocks.
             step: What to run: when there are gradients, at the end of a closure where the optimizer is given one.
 
         Raises:
-            ConfigError: An optimizer is attached already, or this one steps none of the parameters.
+            ConfigError: An optimizer is attached already, this one steps none of the parameters, or it has no learning
+                rate and one is needed.
         """
         if self.optimizer is not None:
             raise ConfigError("an optimizer is attached already; make one Preconditioner per optimizer")
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if parameters and not any(id(parameter) in known for parameter in parameters):
-            raise ConfigError(
-                f"the {type(optimizer).__name__} steps none of the preconditioned parameters; attach the optimizer of "
-                "this model, made from model.parameters()"
-            )
-        self.optimizer = optimizer
-        self._hook = optimizer.register_step_pre_hook(partial(_step_before_optimizer, step))
+        bare = bare_optimizer(optimizer, parameters)
+        if self._needed and self._lr is None:
+            self._of_optimizer(bare)
+        self.optimizer, self._hook = bare, step_before(bare, step)
 
     def detach(self) -> None:
         """Runs nothing before the optimizer's steps any more; safe to call twice."""
         if self._hook is not None:
             self._hook.remove()
+        self.optimizer, self._hook = None, None
 
     def at(self, step: int) -> Callable[[nn.Parameter], float]:
         """Returns the learning rate at `step` as a function of the parameter.
@@ -68,18 +65,26 @@ class LearningRates:
             value = float(self._lr(step) if callable(self._lr) else self._lr)
             checks.number(f"lr at step {step}", value, least=0, hint="or a callable of the step")
             return lambda _parameter: value
-        if self.optimizer is not None:
-            return self._of_optimizer(self.optimizer)
-        if self._needed:
+        if not self._needed:
+            return lambda _parameter: 1.0
+        if self.optimizer is None:
             raise ConfigError(
                 "kl_clip is set but there is no learning rate to clip by; pass lr=..., call attach(optimizer), or set "
                 "kl_clip=None"
             )
-        return lambda _parameter: 1.0
+        return self._of_optimizer(self.optimizer)
 
     @staticmethod
     def _of_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[nn.Parameter], float]:
-        rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        rates: dict[int, Any] = {}
+        for group in optimizer.param_groups:
+            lr = group.get("lr")
+            if not isinstance(lr, Real | Tensor):
+                raise ConfigError(
+                    f"the learning rate of the {type(optimizer).__name__} is {lr!r}, and the KL clip needs a number; "
+                    "pass lr=..., a number or a callable of the step, or set kl_clip=None"
+                )
+            rates.update({id(parameter): lr for parameter in group["params"]})
         # A parameter that the optimizer does not know does not move: it adds nothing to the clip's sum.
         return lambda parameter: rates.get(id(parameter), 0.0)
 
@@ -112,32 +117,3 @@ def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor | None:
         return None
     total = torch.stack([gradient.float().sum() for gradient in gradients]).sum()
     return torch.isfinite(total)
-
-
-def _step_before_optimizer(
-    step: Callable[[], object], _optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Runs `step` when an optimizer's step has gradients: now, or at the end of its closure, which makes them.
-
-    Args:
-        step: What to run.
-        _optimizer: As torch gives it to a step pre-hook.
-        args: The optimizer, and the closure if it was given by position.
-        kwargs: The closure if it was given by name.
-
-    Returns:
-        The arguments with another closure, None without one.
-    """
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        step()
-        return None
-
-    def closure_and_step() -> Any:
-        loss = closure()
-        step()
-        return loss
-
-    if len(args) > 1:
-        return (args[0], closure_and_step, *args[2:]), kwargs
-    return args, {**kwargs, "closure": closure_and_step}

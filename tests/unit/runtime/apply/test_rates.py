@@ -68,8 +68,10 @@ def test_a_clip_without_any_rate_is_an_error_at_the_first_step_and_nothing_is_lo
         with pytest.raises(ConfigError, match="kl_clip is set but there is no learning rate"):
             pre.step()
         assert all(torch.equal(a, b) for a, b in zip(gradients(model), before, strict=True))
-        pre.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-        assert pre.step().step == 0
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pre.attach(optimizer)
+        optimizer.step()
+        assert pre.next_step == 1
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
