@@ -83,6 +83,7 @@ def train_until_target(config: Config, *, second_order: bool, total_steps: int) 
     device, alone = torch.device("cpu"), Communicator(None)
     materials = gather_materials(config, 1, device)
     model, optimizer, data, sampler = materials.model, materials.optimizer, materials.data, materials.sampler
+    test = [(data.test.inputs, data.test.labels)]
     learning_rate = LearningRate(section=config.optimizer, total_steps=total_steps)
     preconditioner = make_preconditioner(model, config, learning_rate) if second_order else None
     position, seconds = sampler.start(Position()), 0.0
@@ -98,7 +99,7 @@ def train_until_target(config: Config, *, second_order: bool, total_steps: int) 
             optimizer.step()
             position = sampler.advance(position)
             seconds += time.perf_counter() - started
-            if evaluate(model, data.test, alone, device).accuracy >= TARGET_ACCURACY:
+            if evaluate(model, test, data.objective, alone, device).metrics["accuracy"] >= TARGET_ACCURACY:
                 return step + 1, seconds
     finally:
         if preconditioner is not None:

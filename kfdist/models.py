@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from kfdist.config.fields import Counts, Section, by_name
+from kfdist.config.named_functions import is_own, own_function, own_result
 from kfdist.errors import ConfigError
 
 
@@ -82,14 +83,18 @@ MODELS: Mapping[str, type[DigitsCnn | Mlp]] = {"digits-cnn": DigitsCnn, "mlp": M
 def build_model(
     name: str, settings: Mapping[str, Any], *, example_shape: Sequence[int], classes: int, seed: int
 ) -> nn.Module:
-    """Builds a model by name, on the CPU; the same seed gives the same parameters.
+    """Builds a model by name, or by a function of the user's, on the CPU; the same seed gives the same parameters.
 
     Torch's global generator is left as it was.
 
     Raises:
-        ConfigError: The name or a setting is unknown or not allowed, or the model doesn't fit the data.
+        ConfigError: The name or a setting is unknown or not allowed, the model doesn't fit the data, or the function
+            returns something else.
     """
-    recipe = by_name(MODELS, name, settings, section="model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return recipe.build(example_shape, classes)
+        if not is_own(name):
+            return by_name(MODELS, name, settings, section="model").build(example_shape, classes)
+        function = own_function(name, section="model")
+        shape = tuple(example_shape)
+        return own_result(function, settings, wanted=nn.Module, section="model", example_shape=shape, classes=classes)

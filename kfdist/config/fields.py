@@ -109,7 +109,7 @@ def by_name(table: Mapping[str, type[S]], name: str, settings: Mapping[str, Any]
     Raises:
         ConfigError: The name is unknown, or a setting is unknown or not allowed.
     """
-    kind = table[checks.choice(f"{section}.name", name, table)]
+    kind = table[checks.choice(f"{section}.name", name, table, hint='or "package.module:function", your own')]
     try:
         return kind.model_validate(dict(settings))
     except ValidationError as error:

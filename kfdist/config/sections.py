@@ -58,16 +58,47 @@ class RunSection(Section):
 class ModelSection(Section):
     """Which model is trained."""
 
-    name: str = Field(default="digits-cnn", min_length=1, description="a model of kfdist.models")
+    name: str = Field(
+        default="digits-cnn", min_length=1, description='a model of kfdist.models, or "package.module:function"'
+    )
     settings: Settings = Field(default_factory=dict, description="the model's own settings")
 
 
 class DataSection(Section):
     """What the model is trained on."""
 
-    name: str = Field(default="digits", min_length=1, description="a data set of kfdist.data")
+    name: str = Field(
+        default="digits", min_length=1, description='a data set of kfdist.data, or "package.module:function"'
+    )
     batch_size: int = Field(default=64, ge=1, description="examples per rank and step")
+    micro_batches: int = Field(
+        default=1,
+        ge=1,
+        description="parts in which a rank takes its examples of a step, a backward each; bounds memory",
+    )
+    loader_processes: int = Field(
+        default=2,
+        ge=0,
+        le=1024,
+        description="processes per rank that read ahead what isn't in memory, for training and for evaluation each; 0: "
+        "the rank reads by itself",
+    )
+    corrupt_limit: int = Field(
+        default=100,
+        ge=0,
+        description="most examples that may be unreadable, and replaced by others, before the run ends",
+    )
     settings: Settings = Field(default_factory=dict, description="the data set's own settings")
+
+    @model_validator(mode="after")
+    def _micro_batches_are_equal(self) -> Self:
+        if self.batch_size % self.micro_batches:
+            raise ConfigError(
+                f"is {self.micro_batches}, which doesn't divide data.batch_size = {self.batch_size}; it must, so that "
+                "all micro-batches weigh the same",
+                path="micro_batches",
+            )
+        return self
 
 
 class OptimizerSection(Section):

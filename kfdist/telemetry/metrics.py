@@ -72,6 +72,7 @@ STEP_PHASES: Mapping[str, str] = {
     "calibrate": "what the snapshots in use leave to the ranks is measured",
     "precondition": "inverses are multiplied onto the gradients",
     "announce": "the next table is started",
+    "input": "examples are waited for, and taken to the device",
     "total": "the whole training step, forward and backward included",
 }
 """Label `phase` of `kfdist_step_seconds`, in the order of a step: what happens in each, on the host."""

@@ -1,15 +1,13 @@
 """How good the model is on the test data, found out by all ranks together."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator
-from kfdist.data.sets import Examples
-
-_BATCH = 512
-"""Examples evaluated at once; bounds the memory, changes nothing else."""
+from kfdist.data.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,29 +15,44 @@ class Evaluation:
     """Results on the test data.
 
     Attributes:
-        loss: Mean cross entropy, in nats.
-        accuracy: Share of the examples classified correctly.
+        loss: Mean loss over the examples that could be read; for cross entropy in nats.
+        metrics: Means of the objective's metrics over them.
+        examples: How many these are.
     """
 
     loss: float
-    accuracy: float
+    metrics: Mapping[str, float]
+    examples: int
 
 
-def evaluate(model: nn.Module, examples: Examples, communicator: Communicator, device: torch.device) -> Evaluation:
-    """Evaluates; every rank takes a share of the examples. All ranks must call this, and get the same result."""
-    share = slice(communicator.rank, None, communicator.world_size)
-    inputs, labels = examples.inputs[share], examples.labels[share]
-    # Sums in float64, on the device the group communicates on.
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+def evaluate(
+    model: nn.Module,
+    share: Iterable[tuple[Tensor, Tensor]],
+    objective: Objective,
+    communicator: Communicator,
+    device: torch.device,
+) -> Evaluation:
+    """Evaluates. All ranks must call this, and get the same result.
+
+    Args:
+        model: The model, on the device.
+        share: This rank's share of the test examples, in batches.
+        objective: The loss and the metrics.
+        communicator: The ranks.
+        device: The device the ranks communicate on.
+    """
+    # Sums in float64: of the loss, of the metrics, and the examples.
+    sums = torch.zeros(2 + len(objective.metrics), dtype=torch.float64, device=device)
     model.eval()
     try:
         with torch.no_grad():
-            for first in range(0, len(labels), _BATCH):
-                targets = labels[first : first + _BATCH].to(device)
-                logits = model(inputs[first : first + _BATCH].to(device))
-                sums[0] += nn.functional.cross_entropy(logits, targets, reduction="sum").double()
-                sums[1] += (logits.argmax(1) == targets).sum().double()
+            for inputs, targets in share:
+                output = model(inputs)
+                sums[0] += objective.loss(output, targets).double() * len(targets)
+                sums[1:-1] += objective.measure(output, targets).double()
+                sums[-1] += len(targets)
     finally:
         model.train()
-    loss, correct = communicator.all_reduce_sum_(sums).tolist()
-    return Evaluation(loss=loss / len(examples), accuracy=correct / len(examples))
+    loss, *metrics, examples = communicator.all_reduce_sum_(sums).tolist()
+    means = {name: total / examples for name, total in zip(objective.metrics, metrics, strict=True)}
+    return Evaluation(loss=loss / examples, metrics=means, examples=round(examples))

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -14,6 +15,12 @@ from typing_extensions import override
 _LOG = logging.getLogger(__name__)
 
 
+def shown(metric: str, value: float, *, width: int = 0) -> str:
+    """Says a metric for people: a share in percent, anything else as a number; `width` pads it."""
+    number = f"{value:.2%}" if metric.endswith("accuracy") else f"{value:.4f}"
+    return f"{metric.replace('_', ' ')} {number:>{width}}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProgressLine:
     """Where a run stands.
@@ -22,7 +29,7 @@ class ProgressLine:
         step: Steps done.
         total_steps: Steps of the whole run.
         loss: Mean training loss since the last one.
-        accuracy: Share of training examples classified correctly since the last one.
+        metrics: Means of the objective's metrics since the last one.
         staleness: Largest staleness of any block, in steps; None without a preconditioner.
         steps_per_second: Since the last one.
     """
@@ -30,7 +37,7 @@ class ProgressLine:
     step: int
     total_steps: int
     loss: float
-    accuracy: float
+    metrics: Mapping[str, float]
     staleness: int | None
     steps_per_second: float
 
@@ -38,9 +45,10 @@ class ProgressLine:
         """Says it in one line."""
         staleness = "" if self.staleness is None else f"  staleness {self.staleness:3d}"
         width = len(str(self.total_steps))
+        metrics = "  ".join(shown(name, value, width=7) for name, value in self.metrics.items())
         return (
-            f"step {self.step:{width}d}/{self.total_steps}  loss {self.loss:8.4f}  accuracy {self.accuracy:7.2%}"
-            f"{staleness}  {self.steps_per_second:6.1f} steps/s"
+            f"step {self.step:{width}d}/{self.total_steps}  loss {self.loss:8.4f}  {metrics}{staleness}"
+            f"  {self.steps_per_second:6.1f} steps/s"
         )
 
 

@@ -36,6 +36,8 @@ HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_pe
     "cluster.group_timeout_seconds",
     "control.",
     "checkpoint.",
+    "data.loader_processes",
+    "data.corrupt_limit",
     "preconditioner.wait_limit_seconds",
 )
 """Keys, and sections ending in a dot, that may change between two starts of a run: they say how long, where, and on how

@@ -10,6 +10,7 @@ from torch import nn
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.config import Config
+from kfdist.data.feed import Feed
 from kfdist.data.sampler import Position, Sampler
 from kfdist.data.sets import DataSet
 from kfdist.errors import CheckpointError
@@ -27,7 +28,7 @@ class Materials:
 
     Attributes:
         device: Where this rank computes.
-        data: The whole data set, on that device.
+        data: The task; what of it is in memory is on that device.
         sampler: Deals the data to the ranks.
         model: The model, on the device.
         optimizer: Applies the gradients.
@@ -49,6 +50,7 @@ class Training(Materials):
     Attributes:
         config: The run's configuration.
         communicator: The training group.
+        feed: This rank's batches.
         learning_rate: By step.
         scaler: Scales the loss with float16, else disabled.
         reducer: Averages the gradients over the ranks.
@@ -58,6 +60,7 @@ class Training(Materials):
 
     config: Config
     communicator: Communicator
+    feed: Feed
     learning_rate: LearningRate
     scaler: torch.amp.GradScaler
     reducer: GradientReducer
@@ -92,6 +95,7 @@ def collect_state(training: Training, standing: Standing) -> tuple[dict[str, Any
     common = {"snapshots", "sums"} if folded else {"snapshots"}
     shared = {
         "standing": asdict(standing),
+        "examples": len(training.data.train),
         "parameters": dict(training.model.named_parameters()),
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
@@ -117,10 +121,16 @@ def restore_state(training: Training, loaded: Loaded) -> None:
     averages take the mean over the old ranks, and generators are seeded anew from (seed, rank, step).
 
     Raises:
-        CheckpointError: It doesn't fit the model, the optimizer or the preconditioner.
+        CheckpointError: It doesn't fit the data, the model, the optimizer or the preconditioner.
     """
     shared, rank = loaded.shared, training.communicator.rank
     same_world = loaded.manifest.world_size == training.communicator.world_size
+    # Not in checkpoints of earlier versions.
+    if (examples := shared.get("examples")) not in (None, len(training.data.train)):
+        raise CheckpointError(
+            f"the run has trained on {examples} examples and the data has {len(training.data.train)} now: its position "
+            "in them means nothing any more; restore the data, or start a new run"
+        )
     _load_parameters(training.model, shared["parameters"])
     try:
         training.optimizer.load_state_dict(shared["optimizer"])

@@ -10,9 +10,10 @@ from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.config import Config
 from kfdist.curvature.auto import MeasuredCosts
+from kfdist.data.feed import Serving, make_feed
 from kfdist.data.sampler import Sampler
-from kfdist.data.sets import DataSet, Examples, load_data
-from kfdist.errors import EnvironmentFault
+from kfdist.data.sets import DataSet, load_data
+from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.models import build_model
 from kfdist.runtime.forward_state import ForwardState, seed_rank
 from kfdist.runtime.invert.service import connect
@@ -78,7 +79,8 @@ def gather_materials(
     Raises:
         ConfigError: A value is wrong.
     """
-    data = _on_device(load_data(config.data.name, config.data.settings), device)
+    data = load_data(config.data.name, config.data.settings).on(device)
+    _check_fisher(config, data)
     sampler = Sampler(
         examples=len(data.train),
         batch_size=config.data.batch_size,
@@ -115,9 +117,8 @@ def make_training(
         standing: How far the run has come; decides the learning rates of runs that are measured in epochs.
     """
     model, device = materials.model, materials.device
-    total_steps = config.run.steps
+    total_steps, position = config.run.steps, materials.sampler.start(standing.position)
     if total_steps is None:
-        position = materials.sampler.start(standing.position)
         total_steps = standing.step + materials.sampler.steps_until(config.run.epochs or 0, position)
     learning_rate = LearningRate(section=config.optimizer, total_steps=total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=config.run.precision == "float16")
@@ -126,6 +127,16 @@ def make_training(
     # After the broadcast: buffers are remembered as they are now.
     forward_state = ForwardState(model, device)
     reducer = GradientReducer(list(model.parameters()), communicator)
+    if config.data.micro_batches > 1:
+        reducer.no_overlap()
+    serving = Serving(
+        sampler=materials.sampler,
+        worker_rank=communicator.rank,
+        device=device,
+        micro_batches=config.data.micro_batches,
+        seed=config.run.seed,
+        loader_processes=config.data.loader_processes,
+    )
     service = None
     if config.cluster.link == "service":
         service = connect(
@@ -146,6 +157,7 @@ def make_training(
         **vars(materials),
         config=config,
         communicator=communicator,
+        feed=make_feed(materials.data, serving, position),
         learning_rate=learning_rate,
         scaler=scaler,
         reducer=reducer,
@@ -154,8 +166,13 @@ def make_training(
     )
 
 
-def _on_device(data: DataSet, device: torch.device) -> DataSet:
-    def moved(examples: Examples) -> Examples:
-        return Examples(inputs=examples.inputs.to(device), labels=examples.labels.to(device))
-
-    return DataSet(train=moved(data.train), test=moved(data.test), classes=data.classes)
+def _check_fisher(config: Config, data: DataSet) -> None:
+    fisher = config.preconditioner.fisher
+    if fisher == "empirical" or not config.preconditioner.inverts:
+        return
+    if data.objective.observation(torch.zeros(1, dtype=torch.int64, device="cpu")) is None:
+        raise ConfigError(
+            f"is {fisher!r}, but the data's objective says nothing of its output (its observation() returns None); "
+            'choose "empirical"',
+            path="preconditioner.fisher",
+        )

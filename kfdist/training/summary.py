@@ -67,8 +67,10 @@ def summarise(training: Training, trainer: Trainer, *, start: int, stopped: str)
         "start": start,
         "stop_reason": stopped,
         "checkpoint_faults": trainer.checkpoint_faults,
+        "unreadable": trainer.unreadable.summary(),
         "metrics": dict(trainer.metrics),
         "step_seconds": step_statistics(trainer.step_seconds),
+        "input_seconds": step_statistics(trainer.input_seconds),
         **_gather_totals(training, len(trainer.step_seconds)),
         # Those who run the pool know and may overwrite it: a rank never talks to Ray.
         "owner_restarts": 0,

@@ -4,19 +4,22 @@ import hashlib
 import math
 import time
 from array import array
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfdist.config import to_toml
+from kfdist.data.feed import LoaderFeed
 from kfdist.errors import Interrupted, LossNotFinite
 from kfdist.runtime.settings import StepReport
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.evaluation import evaluate
 from kfdist.training.optimizers import set_learning_rate
-from kfdist.training.reporting import MetricsLog, Progress, ProgressLine
+from kfdist.training.reporting import MetricsLog, Progress, ProgressLine, shown
 from kfdist.training.run_state import Standing, Training, collect_state
+from kfdist.training.unreadable import Unreadable
 from kfdist.types import MetricSample
 
 _BEAT_SECONDS = 0.25
@@ -36,7 +39,9 @@ class Trainer:
     Attributes:
         standing: How far the run has come.
         step_seconds: Host seconds of each step of this start.
-        metrics: The newest loss and accuracies.
+        input_seconds: Those of them that were waited for examples.
+        metrics: The newest losses and metrics.
+        unreadable: Examples that couldn't be read.
         checkpoint_faults: Checkpoints that could not be written.
     """
 
@@ -47,14 +52,17 @@ class Trainer:
         position = training.sampler.start(standing.position)
         self.standing = replace(standing, position=position, checkpoint_serial=0)
         self.step_seconds = array("d")
-        self.metrics: dict[str, float | None] = {"train_loss": None, "train_accuracy": None}
+        self.input_seconds = array("d")
         self.checkpoint_faults = 0
         self._told_steps = 0
         self._training = training
         self._store, self._log, self._progress = store, log, progress
-        self._tally = torch.zeros(2, dtype=torch.float64, device=training.device)
+        limit = training.config.data.corrupt_limit
+        self.unreadable = Unreadable(training.communicator, limit=limit, log=log, progress=progress)
+        metrics = training.data.objective.metrics
+        self.metrics: dict[str, float | None] = {f"train_{name}": None for name in ("loss", *metrics)}
+        self._tally = torch.zeros(1 + len(metrics), dtype=torch.float64, device=training.device)
         self._tallied = 0
-        self._order: tuple[int, Tensor] | None = None
         self._clock = self._window_start = self._last_beat = time.perf_counter()
 
     @property
@@ -90,13 +98,9 @@ class Trainer:
         training, standing = self._training, self.standing
         started = time.perf_counter()
         set_learning_rate(training.optimizer, training.learning_rate(standing.step))
-        inputs, labels = self._batch()
         training.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            logits = training.model(inputs)
-            loss = nn.functional.cross_entropy(logits, labels)
-        training.preconditioner.observe(logits, loss="cross_entropy")
-        training.scaler.scale(loss).backward()
+        for inputs, targets in self._waited_for(training.feed.training_step(standing.position)):
+            self._forward_and_backward(inputs, targets)
         training.reducer.reduce()
         training.scaler.unscale_(training.optimizer)
         report = training.preconditioner.step()
@@ -104,7 +108,7 @@ class Trainer:
         training.scaler.update()
         # Only now: if the step had been interrupted, its forward would have to be undone.
         training.forward_state.remember()
-        self._count(loss, logits, labels)
+        self._tallied += 1
         self.step_seconds.append(time.perf_counter() - started)
         return report
 
@@ -116,18 +120,31 @@ class Trainer:
             enabled=precision != "float32",
         )
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        training, position = self._training, self.standing.position
-        if self._order is None or self._order[0] != position.epoch:
-            self._order = (position.epoch, training.sampler.permutation(position.epoch).to(training.device))
-        indices = self._order[1][training.sampler.share(position, training.communicator.rank)]
-        return training.data.train.inputs[indices], training.data.train.labels[indices]
+    def _waited_for(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields a step's micro-batches, and takes the time that they are waited for."""
+        waited = 0.0
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            waited += time.perf_counter() - started
+            if batch is None:
+                break
+            yield batch
+        self.input_seconds.append(waited)
 
-    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds the step to the running means, on the device: nothing is read before the log period."""
-        correct = (logits.argmax(1) == labels).sum()
-        self._tally += torch.stack([loss.detach().double(), correct.double()])
-        self._tallied += 1
+    def _forward_and_backward(self, inputs: Tensor, targets: Tensor) -> None:
+        training, parts = self._training, self._training.config.data.micro_batches
+        objective = training.data.objective
+        with self._autocast():
+            output = training.model(inputs)
+            loss = objective.loss(output, targets)
+        loss = loss / parts if parts > 1 else loss
+        if (observation := objective.observation(targets)) is not None:
+            training.preconditioner.observe(output, **observation)
+        training.scaler.scale(loss).backward()
+        # Running sums, on the device: nothing is read before the log period.
+        output = output.detach()
+        self._tally += torch.cat([loss.detach().double()[None], objective.measure(output, targets).double()])
 
     def _after_step(self, report: StepReport) -> str:
         """Does what is due after a step; returns why to stop, or nothing."""
@@ -161,10 +178,12 @@ class Trainer:
         """Reads the running means, the same on all ranks, checks them and tells everybody."""
         if not self._tallied:
             return
+        self._tell_unreadable()
         step, training = self.standing.step, self._training
-        total_loss, correct = training.communicator.all_reduce_sum_(self._tally).tolist()
+        total_loss, *totals = training.communicator.all_reduce_sum_(self._tally).tolist()
         loss = total_loss / (self._tallied * training.communicator.world_size)
-        accuracy = correct / (self._tallied * training.sampler.step_examples)
+        examples = self._tallied * training.sampler.step_examples
+        metrics = {name: total / examples for name, total in zip(training.data.objective.metrics, totals, strict=True)}
         lr = training.learning_rate(step - 1)
         if not math.isfinite(loss):
             section = training.config.preconditioner
@@ -177,16 +196,17 @@ class Trainer:
         now = time.perf_counter()
         staleness = sorted(training.preconditioner.staleness().values())
         rate = self._tallied / max(now - self._window_start, 1e-9)
-        self.metrics.update(train_loss=loss, train_accuracy=accuracy)
+        self.metrics.update(train_loss=loss, **{f"train_{name}": value for name, value in metrics.items()})
         self._log.write(
             "step",
             step=step,
             epoch=self.standing.position.epoch,
             loss=loss,
-            accuracy=accuracy,
+            **metrics,
             lr=lr,
             staleness={"p50": staleness[len(staleness) // 2], "max": staleness[-1]} if staleness else None,
             step_seconds=sum(self.step_seconds[-self._tallied :]) / self._tallied,
+            input_seconds=sum(self.input_seconds[-self._tallied :]) / self._tallied,
             phase_seconds=dict(report.phase_seconds) if report else {},
         )
         self._progress.show(
@@ -194,34 +214,43 @@ class Trainer:
                 step=step,
                 total_steps=training.learning_rate.total_steps,
                 loss=loss,
-                accuracy=accuracy,
+                metrics=metrics,
                 staleness=staleness[-1] if staleness else None,
                 steps_per_second=rate,
             )
         )
-        self._beat(
-            "running",
-            MetricSample(name="kfdist_loss", value=loss),
-            MetricSample(name="kfdist_accuracy", value=accuracy),
-        )
+        accuracy = [MetricSample(name="kfdist_accuracy", value=metrics["accuracy"])] if "accuracy" in metrics else []
+        self._beat("running", MetricSample(name="kfdist_loss", value=loss), *accuracy)
         self._tally.zero_()
         self._tallied = 0
         self._window_start = now
 
+    def _tell_unreadable(self) -> None:
+        if isinstance(self._training.feed, LoaderFeed):  # on all ranks alike
+            self.unreadable.add(self._training.feed.take_corrupt())
+
     def _beat(self, phase: str, *samples: MetricSample) -> None:
         """Tells the controller; what is the same on all ranks comes from rank 0 alone."""
         own = samples if self._training.communicator.rank == 0 else ()
-        new, self._told_steps = self.step_seconds[self._told_steps :], len(self.step_seconds)
-        steps = [MetricSample(name="kfdist_step_seconds", value=seconds, labels={"phase": "total"}) for seconds in new]
+        new, self._told_steps = slice(self._told_steps, None), len(self.step_seconds)
+        steps = [
+            MetricSample(name="kfdist_step_seconds", value=seconds, labels={"phase": phase})
+            for phase, taken in (("input", self.input_seconds), ("total", self.step_seconds))
+            for seconds in taken[new]
+        ]
         self._training.preconditioner.beat(phase, [*own, *steps])
         self._last_beat = time.perf_counter()
 
     def _evaluate(self) -> None:
         training, step = self._training, self.standing.step
-        result = evaluate(training.model, training.data.test, training.communicator, training.device)
-        self.metrics.update(test_loss=result.loss, test_accuracy=result.accuracy)
-        self._log.write("evaluation", step=step, test_loss=result.loss, test_accuracy=result.accuracy)
-        self._progress.say(f"step {step}: test loss {result.loss:.4f}, test accuracy {result.accuracy:.2%}")
+        objective, feed = training.data.objective, training.feed
+        result = evaluate(training.model, feed.evaluation(), objective, training.communicator, training.device)
+        self._tell_unreadable()
+        metrics = {f"test_{name}": value for name, value in result.metrics.items()}
+        self.metrics.update(test_loss=result.loss, **metrics)
+        self._log.write("evaluation", step=step, test_loss=result.loss, **metrics)
+        told = [f"test loss {result.loss:.4f}", *(f"test {shown(*metric)}" for metric in result.metrics.items())]
+        self._progress.say(f"step {step}: {', '.join(told)}")
 
     def _checkpoint(self) -> None:
         """Writes a checkpoint of the present standing; a failure is told and the run goes on."""

@@ -152,6 +152,7 @@ class _Start:
             raise
         finally:
             training.reducer.close()
+            training.feed.close()
             progress.close()
             log.close()
         if self._directory is not None:

@@ -14,7 +14,7 @@ GENERATED = ROOT / "kfdist" / "rpc" / "_generated"
 
 FILES = sorted(
     path
-    for folder in ("kfdist", "tests", "benchmarks", "protos", "deploy")
+    for folder in ("kfdist", "tests", "benchmarks", "examples", "protos", "deploy")
     for path in (ROOT / folder).rglob("*.py")
     if GENERATED not in path.parents
 )

@@ -44,4 +44,4 @@ def test_a_step_has_the_phases_that_the_metric_lists_in_this_order() -> None:
     with preconditioner(model, "kfac") as pre:
         backward(model)
         report = pre.step()
-    assert [*report.phase_seconds, "total"] == list(STEP_PHASES)
+    assert [*report.phase_seconds, "input", "total"] == list(STEP_PHASES)

@@ -4,9 +4,11 @@ import torch
 from torch import nn
 
 from kfdist.comm.communicator import Communicator
-from kfdist.data.sets import Examples
-from kfdist.training import evaluation
-from kfdist.training.evaluation import evaluate
+from kfdist.data import feed
+from kfdist.data.feed import Serving, make_feed
+from kfdist.data.sampler import Position, Sampler
+from kfdist.data.sets import DataSet, Examples
+from kfdist.training.evaluation import Evaluation, evaluate
 
 
 class Share(Communicator):
@@ -18,7 +20,7 @@ class Share(Communicator):
 
 
 def test_shares_add_up_and_the_model_stays_as_it_was(monkeypatch):
-    monkeypatch.setattr(evaluation, "_BATCH", 3)
+    monkeypatch.setattr(feed, "_TEST_BATCH", 3)
     torch.manual_seed(0)
     examples = Examples(inputs=torch.randn(23, 5), labels=torch.randint(0, 4, (23,)))
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
@@ -26,14 +28,23 @@ def test_shares_add_up_and_the_model_stays_as_it_was(monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
     cpu = torch.device("cpu")
-    whole = evaluate(model, examples, Communicator(None), cpu)
-    shares = [evaluate(model, examples, Share(rank, 3), cpu) for rank in range(3)]
+
+    def share(rank: int, world_size: int) -> Evaluation:
+        sampler = Sampler(examples=23, batch_size=1, world_size=world_size, seed=0)
+        data = DataSet(train=examples, test=examples, classes=4)
+        batches = make_feed(data, Serving(sampler=sampler, worker_rank=rank, device=cpu), Position()).evaluation()
+        return evaluate(model, batches, data.objective, Share(rank, world_size), cpu)
+
+    whole, shares = share(0, 1), [share(rank, 3) for rank in range(3)]
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(generator, torch.get_rng_state())
-    assert abs(sum(share.loss for share in shares) - whole.loss) < 1e-6
-    assert round(sum(share.accuracy for share in shares) * 23) == round(whole.accuracy * 23)
+    assert [share.examples for share in shares] == [8, 8, 7]
+    assert abs(sum(share.loss * share.examples for share in shares) / 23 - whole.loss) < 1e-6
+    assert round(sum(share.metrics["accuracy"] * share.examples for share in shares)) == round(
+        whole.metrics["accuracy"] * 23
+    )
     with torch.no_grad():
         logits = model.eval()(examples.inputs)
     assert abs(whole.loss - nn.functional.cross_entropy(logits, examples.labels).item()) < 1e-5
-    assert whole.accuracy == (logits.argmax(1) == examples.labels).double().mean().item()
+    assert whole.metrics["accuracy"] == (logits.argmax(1) == examples.labels).double().mean().item()

@@ -12,7 +12,9 @@ import torch
 from kfdist.training.reporting import LiveProgress, MetricsLog, PlainProgress, ProgressLine, make_progress
 from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics
 
-LINE = ProgressLine(step=20, total_steps=120, loss=0.25, accuracy=0.875, staleness=14, steps_per_second=31.5)
+LINE = ProgressLine(
+    step=20, total_steps=120, loss=0.25, metrics={"accuracy": 0.875}, staleness=14, steps_per_second=31.5
+)
 
 
 def test_a_line_says_loss_accuracy_and_staleness():

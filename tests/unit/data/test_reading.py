@@ -1,0 +1,100 @@
+"""Examples read one by one: seeded by (seed, epoch, example), whoever reads them; what can't be read is replaced."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from kfdist.data.feed import LoaderFeed, Serving, make_feed
+from kfdist.data.reading import EVALUATION, CorruptExample, SeededReader
+from kfdist.data.sampler import Position, Sampler
+from kfdist.data.sets import DataSet, Examples
+from kfdist.errors import EnvironmentFault
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Draws from all three global generators; some of its examples are corrupt."""
+
+    count: int = 20
+    corrupt: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index in self.corrupt:
+            raise CorruptExample(f"file {index}", "torn")
+        return torch.tensor([index, torch.rand(()).item(), random.random(), np.random.rand()]), index
+
+
+def serving(*, rank: int = 0, world_size: int = 1, micro_batches: int = 1, loader_processes: int = 0) -> Serving:
+    sampler = Sampler(examples=20, batch_size=4, world_size=world_size, seed=3)
+    return Serving(
+        sampler=sampler,
+        worker_rank=rank,
+        device=torch.device("cpu"),
+        micro_batches=micro_batches,
+        seed=7,
+        loader_processes=loader_processes,
+    )
+
+
+def steps(data: DataSet, how: Serving, start: Position, count: int) -> torch.Tensor:
+    feed, position, seen = make_feed(data, how, start), start, []
+    for _ in range(count):
+        seen += [inputs for inputs, _ in feed.training_step(position)]
+        position = how.sampler.advance(position)
+    feed.close()
+    return torch.cat(seen)
+
+
+def test_what_is_seen_depends_on_neither_the_start_nor_the_parts_nor_the_loader_processes():
+    data = DataSet(train=Noisy(), test=Noisy(), classes=20)
+    whole = steps(data, serving(), Position(), 8)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    later = steps(data, serving(micro_batches=2, loader_processes=2), Position(epoch=0, offset=12), 5)
+    assert torch.equal(whole[12:], later)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+    by_index = [whole[:20][index] for index in whole[:20, 0].argsort()]
+    again = {int(row[0]): row for row in whole[20:]}
+    assert len(again) == 12
+    assert all((by_index[index][1:] != row[1:]).all() for index, row in again.items()), "epochs have the same noise"
+
+
+def test_tensors_in_memory_come_in_the_same_order_as_examples_that_are_read():
+    examples = Examples(inputs=torch.arange(20.0)[:, None].repeat(1, 4), labels=torch.arange(20))
+    in_memory = DataSet(train=examples, test=examples, classes=20)
+    for how in (serving(rank=1, world_size=2, micro_batches=2), serving()):
+        read = steps(DataSet(train=Noisy(), test=Noisy(), classes=20), how, Position(), 3)
+        assert torch.equal(steps(in_memory, how, Position(), 3)[:, 0], read[:, 0])
+
+
+def test_the_next_example_takes_the_place_of_a_corrupt_one_and_evaluation_leaves_it_out():
+    reader = SeededReader(data=Noisy(corrupt=(4, 5)), seed=0)
+    batch = reader.__getitems__((0, [3, 4, 9]))
+    assert batch.targets.tolist() == [3, 6, 9]
+    assert batch.corrupt == {"file 4": "torn", "file 5": "torn"}
+    assert reader.__getitems__((EVALUATION, [3, 4, 9])).targets.tolist() == [3, 9]
+    with pytest.raises(EnvironmentFault, match="100 examples in a row can't be read; .*torn"):
+        SeededReader(data=Noisy(corrupt=tuple(range(20))), seed=0).__getitems__((0, [3]))
+    feed = make_feed(DataSet(train=Noisy(), test=Noisy(corrupt=(1, 4)), classes=20), serving(), Position())
+    assert isinstance(feed, LoaderFeed)
+    assert [len(targets) for _, targets in feed.evaluation()] == [3, 3, 4, 4, 4]
+    assert feed.take_corrupt() == {"file 1": "torn", "file 4": "torn"} and feed.take_corrupt() == {}
+
+
+class Dying(Noisy):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        import os
+
+        os.kill(os.getpid(), 9)
+        raise AssertionError
+
+
+def test_a_loader_process_that_dies_is_a_sentence():
+    with pytest.raises(EnvironmentFault, match=r"a loader process died .*data\.loader_processes"):
+        steps(DataSet(train=Dying(), test=Noisy(), classes=20), serving(loader_processes=1), Position(), 1)
