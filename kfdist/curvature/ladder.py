@@ -27,6 +27,9 @@ below the noise of its statistics."""
 ASYMMETRY_LIMIT = 1e-3
 """Largest relative asymmetry of a factor; rounding leaves about d 1e-7, more means that it isn't a second moment."""
 
+_COUNTED = 1 << 20
+"""Numbers that are looked at one by one at a time."""
+
 DAMPING_FACTORS = (10.0, 100.0, 1000.0)
 """How much more damping the last rungs try."""
 
@@ -155,8 +158,15 @@ def _check_shapes(statistics: Any, symmetric: Collection[str]) -> None:
 
 
 def _number_fault(what: str, tensor: Tensor) -> str:
-    bad = int((~tensor.isfinite()).sum())
+    if _is_finite(tensor):
+        return ""
+    bad = sum(int((~some.isfinite()).sum()) for some in tensor.reshape(-1).split(_COUNTED))
     return f"{what} holds {bad} non-finite of {tensor.numel()} numbers; find the batch that made them" if bad else ""
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Says whether the sum is finite: not so if any number isn't, or, which is rare, if the sum is too large."""
+    return math.isfinite(float(tensor.sum()))
 
 
 def _matrix_fault(what: str, matrix: Tensor) -> str:
@@ -178,7 +188,7 @@ def _result_fault(attempt: Inversion) -> str:
     if attempt.preconditioner is None:
         return attempt.reason or "no result"
     for name, tensor in tensor_fields(attempt.preconditioner).items():
-        if not bool(tensor.isfinite().all()):
+        if not _is_finite(tensor) and not bool(tensor.isfinite().all()):
             return f"{name} of the result is not finite"
     for name, residual in attempt.diagnostics.items():
         if name.startswith("residual_") and not residual <= RESIDUAL_LIMIT:  # also catches NaN

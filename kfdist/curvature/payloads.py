@@ -13,6 +13,7 @@ with "format" and "content" beside.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,11 +68,13 @@ def read_head(payload: bytes, content: str) -> Tree:
 def read(payload: bytes, content: str) -> Tree:
     """Reads a payload, and checks that it has the parts it must have and each block a name that no other has.
 
+    Its tensors are the payload's own bytes; nobody may write to them. `record` and `tensors` make copies.
+
     Raises:
         ValueError: It is malformed; the message says what is wrong.
     """
     read_head(payload, content)
-    tree = _opened(unpack, payload, content)
+    tree = _opened(partial(unpack, share=True), payload, content)
     _refuse_other_parts(f"the {content}", tree.keys() - {"format", "content"}, _PARTS[content])
     if content in _BLOCK_PARTS:
         _check_blocks(tree.get("blocks"), _BLOCK_PARTS[content])

@@ -138,13 +138,17 @@ def randomized_spectrum(
     rank = min(rank, d)
     if rank + oversampling >= d:
         return full_spectrum(matrix, rank=rank, seed=seed, label=label)
-    sketch = gaussian_sketch(matrix, rank + oversampling, seed=split_seed(seed, f"sketch/{label}"))
-    if start is not None:
-        known = start[..., :rank].to(sketch)
-        sketch = torch.cat([known, sketch[..., known.shape[-1] :]], -1)
-    basis = range_basis(matrix, sketch, power_iterations=power_iterations)
+
+    def sketch() -> Tensor:
+        columns = gaussian_sketch(matrix, rank + oversampling, seed=split_seed(seed, f"sketch/{label}"))
+        if start is not None:
+            known = start[..., :rank]
+            columns[..., : known.shape[-1]] = known
+        return columns
+
     decompose = randomized_svd if method == "rsvd" else randomized_eigh
-    values, vectors = decompose(matrix, basis)
+    # Handed on without a name, so that each goes as soon as the next one is there.
+    values, vectors = decompose(matrix, range_basis(matrix, sketch(), power_iterations=power_iterations))
     orthogonality = orthogonality_residual(vectors, probes_like(vectors.mT, seed=seed, label=label))
     # The whole sketch is looked at before it is cut: a large negative eigenvalue may hide behind `rank` positive ones.
     found = _factor_spectrum(values, vectors, rank, torch.zeros_like(orthogonality), orthogonality, label)

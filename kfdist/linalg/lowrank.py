@@ -13,6 +13,9 @@ from kfdist.linalg.psd import eigh_descending, symmetrise
 SKETCH_NUMBERS = 1 << 22
 """Random numbers that a sketch of rows holds at a time (32 MiB in float64)."""
 
+_DRAWN = 1 << 16
+"""Random numbers of a test matrix that are drawn at a time."""
+
 
 def gaussian_sketch(matrix: Float[Tensor, "*c d k"], width: int, *, seed: int) -> Float[Tensor, "*c d {width}"]:
     """Draws the Gaussian test matrix for `matrix`, the same on every device and in every precision.
@@ -23,9 +26,11 @@ def gaussian_sketch(matrix: Float[Tensor, "*c d k"], width: int, *, seed: int) -
         seed: The only source of randomness.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    shape = (*matrix.shape[:-1], width)
+    sketch = matrix.new_empty(*matrix.shape[:-1], width)
     # Always drawn in float64 on the CPU: a repetition in higher precision then sees the same sketch.
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(matrix)
+    for some in sketch.view(-1).split(_DRAWN):
+        some.copy_(torch.randn(some.shape, generator=generator, dtype=torch.float64, device="cpu"))
+    return sketch
 
 
 def sketch_rows(rows: Float[Tensor, "c n d"], size: int, *, seed: int) -> Float[Tensor, "c {size} d"]:
@@ -62,11 +67,28 @@ def range_basis(
 
     The basis is orthogonalised after every multiplication: without that, small modes drown in float32. Each of the
     `power_iterations`, further multiplications by the symmetric matrix, sharpens the decay of the spectrum.
+
+    Beside the matrix no more than two tensors of the sketch's size exist, the sketch included if the caller lets go
+    of it.
     """
-    basis = torch.linalg.qr(matrix @ sketch).Q
-    for _ in range(power_iterations):
-        basis = torch.linalg.qr(matrix @ basis).Q
-    return basis
+    for _ in range(1 + power_iterations):
+        sketch, _ = _orthonormalised(_product(matrix, sketch))
+    return sketch
+
+
+def _product(matrix: Float[Tensor, "*c d d"], columns: Float[Tensor, "*c d s"]) -> Float[Tensor, "*c d s"]:
+    """Multiplies a symmetric matrix onto columns; the product is column-major, as LAPACK wants it."""
+    return (columns.mT @ matrix).mT
+
+
+def _orthonormalised(
+    columns: Float[Tensor, "*c d s"],
+) -> tuple[Float[Tensor, "*c d s"], Float[Tensor, "*c s s"]]:
+    """Returns Q, which overwrites the columns where they are column-major, and R with Q R = columns, s <= d."""
+    tau = columns.new_empty(*columns.shape[:-2], columns.shape[-1])
+    torch.geqrf(columns, out=(columns, tau))
+    R = columns[..., : columns.shape[-1], :].triu()
+    return torch.linalg.householder_product(columns, tau, out=columns), R
 
 
 def randomized_svd(
@@ -80,14 +102,14 @@ def randomized_svd(
     Returns:
         Eigenvalues w, negative where the matrix is indefinite, descending in magnitude, and V.
     """
-    outer, reduced = torch.linalg.qr(matrix @ basis)
+    outer, reduced = _orthonormalised(_product(matrix, basis))
     left, values, right = torch.linalg.svd(reduced)
-    vectors = outer @ left
     # For a symmetric matrix the left singular vectors of B, brought back by Q, equal the right ones up to the sign of
     # the eigenvalue, which singular values don't have.
-    partners = basis @ right.mT
-    signs = torch.where((vectors * partners).sum(-2) < 0, -1.0, 1.0).to(values)
-    return values * signs, vectors
+    overlaps = (left.mT @ (outer.mT @ basis) @ right.mT).diagonal(dim1=-2, dim2=-1)
+    del basis
+    signs = torch.where(overlaps < 0, -1.0, 1.0).to(values)
+    return values * signs, outer @ left
 
 
 def randomized_eigh(

@@ -7,6 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
+_BLOCK = 512
+"""Rows and columns of the blocks in which matrices are mirrored, packed and compared, so that no second one is made."""
+
 
 def symmetrise(matrix: Float[Tensor, "*c d d"]) -> Float[Tensor, "*c d d"]:
     """Returns (M + M^T)/2, exactly symmetric."""
@@ -22,8 +25,8 @@ def pack_triangle(matrix: Num[Tensor, "*c d d"]) -> Num[Tensor, "*c t"]:
     """Packs the lower triangles of symmetric matrices, diagonal included, into half the space.
 
     The layout is LAPACK's rectangular full packed idea: the triangle of the last columns is folded into the corner that
-    the triangle of the first ones leaves empty. It takes a few whole-matrix copies, no index tensors and no host sync,
-    which an index of d (d + 1)/2 positions would.
+    the triangle of the first ones leaves empty. It takes no memory beside the result, no index tensors and no host
+    sync, which an index of d (d + 1)/2 positions would.
 
     Args:
         matrix: Only its lower triangle is read.
@@ -34,10 +37,13 @@ def pack_triangle(matrix: Num[Tensor, "*c d d"]) -> Num[Tensor, "*c t"]:
     d = matrix.shape[-1]
     half = (d + 1) // 2
     rows, offset = _rectangle(d)
-    rectangle = matrix.new_zeros(*matrix.shape[:-2], rows, half)
-    rectangle[..., rows - d :, :] = matrix[..., :half].tril()
-    corner = matrix[..., half:, half:].mT.triu()
-    rectangle[..., : d - half, offset:] += corner
+    rectangle = matrix.new_empty(*matrix.shape[:-2], rows, half)
+    rectangle[..., rows - d :, :] = matrix[..., :half]
+    folded, corner = rectangle[..., : d - half, offset:], matrix[..., half:, half:].mT
+    for begin, end in _blocks(d - half):
+        diagonal = folded[..., begin:end, begin:end]
+        diagonal.copy_(diagonal.tril(-1) + corner[..., begin:end, begin:end].triu())
+        folded[..., begin:end, end:] = corner[..., begin:end, end:]
     return rectangle.flatten(-2)
 
 
@@ -51,11 +57,23 @@ def unpack_triangle(packed: Num[Tensor, "*c t"]) -> Num[Tensor, "*c d d"]:
     half = (d + 1) // 2
     rows, offset = _rectangle(d)
     rectangle = packed.unflatten(-1, (rows, half))
-    matrix = packed.new_zeros(*packed.shape[:-1], d, d)
-    matrix[..., :half] = rectangle[..., rows - d :, :].tril()
-    matrix[..., half:, half:] = rectangle[..., : d - half, offset:].triu().mT
-    matrix += matrix.tril(-1).mT
+    matrix = packed.new_empty(*packed.shape[:-1], d, d)
+    matrix[..., :half] = rectangle[..., rows - d :, :]
+    matrix[..., half:, half:] = rectangle[..., : d - half, offset:].mT
+    return mirror_lower_(matrix)
+
+
+def mirror_lower_(matrix: Num[Tensor, "*c d d"]) -> Num[Tensor, "*c d d"]:
+    """Overwrites the upper triangles with the lower ones, in place, and returns the matrices."""
+    for begin, end in _blocks(matrix.shape[-1]):
+        diagonal = matrix[..., begin:end, begin:end]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
+        matrix[..., begin:end, end:] = matrix[..., end:, begin:end].mT
     return matrix
+
+
+def _blocks(d: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + _BLOCK, d)) for begin in range(0, d, _BLOCK)]
 
 
 def triangle_size(d: int) -> int:
@@ -90,14 +108,18 @@ def damped_cholesky_inverse(
         The inverse, exactly symmetric, and whether M + damping I was positive definite in this precision; where it
         wasn't, the inverse means nothing.
     """
-    damped = symmetrise(matrix)
+    damped = matrix.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
-    factor, info = torch.linalg.cholesky_ex(damped)
-    return symmetrise(torch.cholesky_inverse(factor)), info == 0
+    factor, info = torch.linalg.cholesky_ex(damped)  # reads the lower triangle
+    del damped
+    return mirror_lower_(torch.cholesky_inverse(factor)), info == 0
 
 
 def eigh_descending(matrix: Float[Tensor, "*c d d"]) -> tuple[Float[Tensor, "*c d"], Float[Tensor, "*c d d"]]:
     """Computes the eigendecomposition M = Q diag(d) Q^T of symmetric M with the largest eigenvalue first.
+
+    Args:
+        matrix: Only its lower triangle is read.
 
     Returns:
         Eigenvalues, not clamped, and eigenvectors in columns.
@@ -105,14 +127,19 @@ def eigh_descending(matrix: Float[Tensor, "*c d d"]) -> tuple[Float[Tensor, "*c 
     Raises:
         torch.linalg.LinAlgError: LAPACK's iteration didn't converge.
     """
-    values, vectors = torch.linalg.eigh(symmetrise(matrix))
-    return values.flip(-1), vectors.flip(-1).contiguous()
+    values, vectors = torch.linalg.eigh(matrix)  # reads the lower triangle
+    vectors = vectors.flip(-1)  # by its name again, so that the first is gone before it is laid out row by row
+    return values.flip(-1), vectors.contiguous()
 
 
 def asymmetry(matrix: Float[Tensor, "*c d d"]) -> Float[Tensor, "*c"]:
-    """Returns max |M - M^T| / max |M| of each matrix, 0 for the zero matrix."""
-    largest = matrix.abs().amax((-2, -1))
-    difference = (matrix - matrix.mT).abs().amax((-2, -1))
+    """Returns max |M - M^T| / max |M| of each matrix, 0 for the zero matrix; takes no memory of the matrix's size."""
+    largest, difference = (matrix.new_zeros(matrix.shape[:-2]) for _ in range(2))
+    for begin, end in _blocks(matrix.shape[-1]):
+        below, right = matrix[..., begin:, begin:end], matrix[..., begin:end, begin:].mT
+        difference = torch.maximum(difference, (below - right).abs().amax((-2, -1)))
+        for part in (below, right):
+            largest = torch.maximum(largest, torch.maximum(part.amax((-2, -1)), -part.amin((-2, -1))))
     return torch.where(largest > 0, difference / largest, torch.zeros_like(largest))
 
 

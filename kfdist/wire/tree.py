@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from kfdist.wire.container import encode, views
+
 _METADATA_KEY = "kfdist"
 _TAGS = frozenset({"$tensor", "$bytes", "$tuple", "$items", "$float"})
 _FAULTS = (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
@@ -30,11 +32,15 @@ def pack(state: Any) -> bytes:
     tensors: dict[str, Tensor] = {}
     skeleton = _take_apart(state, "", tensors)
     text = json.dumps(skeleton, allow_nan=False, separators=(",", ":"))
-    return safetensors.torch.save(_without_shared_storage(tensors), metadata={_METADATA_KEY: text})
+    return encode(tensors, {_METADATA_KEY: text})
 
 
-def unpack(content: bytes) -> Any:
+def unpack(content: bytes, *, share: bool = False) -> Any:
     """Rebuilds what `pack` was given, with all tensors on the CPU.
+
+    Args:
+        content: The file.
+        share: Make no copies: the tensors are the content's own bytes, and nobody may write to them.
 
     Raises:
         ValueError: The bytes weren't made by `pack`, or are damaged.
@@ -43,7 +49,7 @@ def unpack(content: bytes) -> Any:
     try:
         skeleton = _read_skeleton(content)
         with torch.device("cpu"):  # empty tensors are made on the default device
-            tensors = safetensors.torch.load(content)
+            tensors = views(content) if share else safetensors.torch.load(content)
 
         def leaf(tag: str, name: str) -> Tensor | bytes:
             placed.add(name)
@@ -129,14 +135,3 @@ def _put_together(skeleton: Any, leaf: Callable[[str, str], Any]) -> Any:
     if tag == "$items":
         return {key: _put_together(item, leaf) for key, item in content}
     return float(content)
-
-
-def _without_shared_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies tensors that share memory with an earlier one: safetensors stores each by itself."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return result

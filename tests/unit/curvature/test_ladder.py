@@ -11,7 +11,7 @@ from torch import Tensor
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.ladder import DAMPING_FACTORS, RESIDUAL_LIMIT
+from kfdist.curvature.ladder import DAMPING_FACTORS, RESIDUAL_LIMIT, _number_fault
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.types import BlockShape
 from tests.support.inversions import invert_with_ladder
@@ -184,3 +184,10 @@ def test_every_outcome_has_a_message() -> None:
     assert all(outcome.message.endswith(".") for outcome in Outcome)
     assert Outcome("float64") is Outcome.FLOAT64
     assert Outcome.worst(Outcome.DONE, Outcome.CLAMPED, Outcome.FLOAT64) is Outcome.CLAMPED
+
+
+def test_finite_numbers_whose_sum_is_not_are_finite() -> None:
+    large = 3e38 * torch.ones(1, 3)
+    assert _number_fault("rows", large) == ""
+    large[0, 1] = torch.nan
+    assert _number_fault("rows", large).startswith("rows holds 1 non-finite of 3 numbers")

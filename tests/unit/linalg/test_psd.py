@@ -112,3 +112,18 @@ def test_asymmetry_is_relative() -> None:
     matrix[0, 1] += 0.1 * matrix.abs().max()
     assert float(psd.asymmetry(1e-20 * matrix)) == pytest.approx(float(psd.asymmetry(matrix)))
     assert float(psd.asymmetry(torch.zeros(3, 3))) == 0
+
+
+@pytest.mark.parametrize("d", [1, 2, 5, 6, 7, 8, 12, 13])
+def test_what_is_done_block_by_block_is_what_would_be_done_at_once(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psd, "_BLOCK", 3)
+    matrix = gaussian(2, d, d, seed=d)
+    lower = matrix.tril()
+    mirrored = lower + lower.tril(-1).mT
+    only_lower = torch.where(torch.ones(d, d).tril().bool(), matrix, torch.nan)
+    packed = psd.pack_triangle(only_lower)
+    assert packed.isfinite().all() and torch.equal(psd.unpack_triangle(packed), mirrored)
+    assert torch.equal(psd.mirror_lower_(only_lower), mirrored)
+    wanted = (matrix - matrix.mT).abs().amax((-2, -1)) / matrix.abs().amax((-2, -1))
+    assert torch.equal(psd.asymmetry(matrix), wanted)
+    assert not psd.asymmetry(torch.zeros(2, d, d)).any()
