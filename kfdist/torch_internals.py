@@ -29,6 +29,9 @@ Convolution = _ConvNd
 NO_BACKWARD = -1
 """What `running_backward` says outside of any backward."""
 
+grouped_mm = torch._grouped_mm  # pyright: ignore[reportPrivateImportUsage]
+"""What `torch.nn.functional.grouped_mm` calls without offering itself to a mode."""
+
 _TRANSPOSES = frozenset({"TBackward0", "TransposeBackward0"})
 
 _VIEWS = _TRANSPOSES | {

@@ -19,6 +19,7 @@ from kfdist.capture.row_store import RowStore
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
+from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
 
 _EXAMPLES_SEED = 0x5851F42D4C957F2D
@@ -41,14 +42,31 @@ class _Pending:
     sums: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, RowStore] = field(default_factory=dict)
     reservoir: Reservoir | None = None
-    positions: float = 0.0
+    positions: float | Tensor = 0.0
     calls: int = 0
     counted: dict[MicroBatch, int] = field(default_factory=dict)
+    reached: dict[MicroBatch, Tensor] = field(default_factory=dict)
 
     @property
-    def examples(self) -> int:
-        """How many examples the micro-batches had, as it is known at the end which of them are one."""
-        return sum({batch.whole: examples for batch, examples in self.counted.items()}.values())
+    def examples(self) -> float | Tensor:
+        """How many examples the micro-batches had, as it is known at the end which of them are one.
+
+        Of experts `[c]`: a micro-batch counts for those that rows of it met.
+        """
+        examples = {batch.whole: examples for batch, examples in self.counted.items()}
+        if not self.reached:
+            return sum(examples.values())
+        met = dict.fromkeys(examples, torch.zeros(1, dtype=torch.bool, device="cpu"))
+        for batch, experts in self.reached.items():
+            met[batch.whole] = met[batch.whole] | experts
+        return torch.stack([met[batch] * count for batch, count in examples.items()]).sum(0)
+
+    def add(self, part: str, total: Tensor) -> None:
+        """Adds to a sum."""
+        if part in self.sums:
+            self.sums[part] += total
+        else:
+            self.sums[part] = total
 
 
 class Collector:
@@ -97,18 +115,13 @@ class Collector:
             draw: Tells apart gradients of the same call, which add up as sums of products.
         """
         block, request = self._blocks[visit.name], self._requests[visit.name]
+        if isinstance(block, ExpertsBlock):
+            self._add_routed(block, visit, output_gradient, scaling)
+            return
         activation, output_gradient = block.batched(visit.activation, output_gradient)
         if not len(activation):
             return
-        pending = self._pending.get(visit.name)
-        if pending is None:
-            like = output_gradient.new_zeros((), dtype=accumulation_dtype(output_gradient))
-            pending = self._pending[visit.name] = _Pending(like)
-        first = visit.number < 0
-        if first:
-            # Seeds count the calls of this step alone, so that a resumed run draws what the uninterrupted one does.
-            visit.number = pending.calls
-            pending.calls += 1
+        pending, first = self._begin(visit, output_gradient)
         if request.samples is not None:
             if pending.reservoir is None:
                 pending.reservoir = Reservoir(
@@ -133,13 +146,44 @@ class Collector:
         if first:
             pending.positions += n_rows * boost
 
+    def _begin(self, visit: Visit, output_gradient: Tensor) -> tuple[_Pending, bool]:
+        """Returns what there is of a block, and whether a call comes for the first time."""
+        pending = self._pending.get(visit.name)
+        if pending is None:
+            like = output_gradient.new_zeros((), dtype=accumulation_dtype(output_gradient))
+            pending = self._pending[visit.name] = _Pending(like)
+        first = visit.number < 0
+        if first:
+            # Seeds count the calls of this step alone, so that a resumed run draws what the uninterrupted one does.
+            visit.number = pending.calls
+            pending.calls += 1
+        return pending, first
+
+    def _add_routed(self, block: ExpertsBlock, visit: Visit, output_gradient: Tensor, scaling: Scaling) -> None:
+        """Adds one product of experts: see `add`, and `ExpertsBlock` for what is counted."""
+        if not output_gradient.numel() or visit.reach is None:
+            return
+        pending, first = self._begin(visit, output_gradient)
+        wanted = self._requests[visit.name].sums & (PLAIN_SUMS if first else frozenset({"G", "g"}))
+        sums, rows = block.routed_sums(visit.activation, output_gradient, visit.reach, wanted)
+        examples = visit.examples(int(rows.sum()))
+        boost = pending.counted.setdefault(visit.counted, examples) / examples
+        for part, total in sums.items():
+            scale = {"G": scaling.of_products, "g": scaling.of_rows}.get(part)
+            pending.add(part, total * boost if scale is None else total * (scale(examples, total) * boost))
+        if first:
+            pending.positions = pending.positions + rows * boost
+            met = rows > 0
+            pending.reached[visit.counted] = pending.reached.get(visit.counted, met) | met
+
     def drain(self, repeats: int) -> dict[str, BatchStatistics]:
         """Returns the scaled statistics of the blocks that have any, and starts afresh.
 
         Args:
             repeats: k, where the loss of every micro-batch was divided by k.
         """
-        drained = {name: self._drained(name, each, repeats) for name, each in self._pending.items() if each.positions}
+        found = {name: each for name, each in self._pending.items() if _some(each.positions)}
+        drained = {name: self._drained(name, each, repeats) for name, each in found.items()}
         self.forget()
         return drained
 
@@ -165,7 +209,11 @@ class Collector:
         if "G" in rows:
             rows["G"].mul_(repeats)
         samples = None if pending.reservoir is None else pending.reservoir.rows(repeats)
-        return BatchStatistics(sums, pending.examples, pending.positions, pairs, rows, sketched, samples)
+        examples, positions = (
+            each.to(pending.like, non_blocking=True) if isinstance(each, Tensor) else each
+            for each in (pending.examples, pending.positions)
+        )
+        return BatchStatistics(sums, examples, positions, pairs, rows, sketched, samples)
 
     def _sampled(self, visit: Visit, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor, float]:
         """Picks the measured share of the examples; the last value makes sums over them unbiased."""
@@ -200,10 +248,7 @@ class Collector:
                 total.mul_(seen.scaling.of_rows(seen.examples, total) * seen.boost)
             elif seen.boost != 1.0:
                 total.mul_(seen.boost)
-            if part in pending.sums:
-                pending.sums[part] += total
-            else:
-                pending.sums[part] = total
+            pending.add(part, total)
         return found.rows
 
     def _add_coupled(self, seen: "_Seen") -> None:
@@ -276,6 +321,10 @@ class _Seen:
     def _by_example(self, rows: Tensor) -> Tensor:
         """Puts positions of all entries of an example side by side: `[c, entries n, T, ...]` to `[c, n, T, ...]`."""
         return rows.reshape(len(rows), len(self.activation) // self.entries, -1, *rows.shape[3:])
+
+
+def _some(counted: float | Tensor) -> bool:
+    return bool(counted.any() if isinstance(counted, Tensor) else counted)
 
 
 def _add_rows(pending: _Pending, seen: _Seen) -> None:

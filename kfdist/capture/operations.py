@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfdist.curvature.blocks import Operation
+from kfdist.torch_internals import grouped_mm
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Product:
         bias: b; None where there is none.
         transposed: Whether W was given as its transpose, `[q, p]`.
         from_left: Whether x and y have their features second to last, `[..., q, T]` and `[..., p, T]`.
+        ends: Where W is a stack of matrices and x has rows `[S, q]` for one after another: where each one's rows end.
     """
 
     operation: Operation
@@ -34,6 +36,7 @@ class Product:
     bias: Tensor | None
     transposed: bool = False
     from_left: bool = False
+    ends: Tensor | None = None
 
     @property
     def features(self) -> int:
@@ -75,18 +78,30 @@ def _addmm(given: Arguments, _is_weight: Callable[[Tensor], bool]) -> Product | 
 
 
 def _matmul(given: Arguments, is_weight: Callable[[Tensor], bool]) -> Product | None:
-    left, right = given["input"], given["other"]
-    if right.dim() == 2 and is_weight(right):
-        return Product(Operation("linear"), left, right, None, transposed=True)
-    if left.dim() == 2 and right.dim() > 1 and is_weight(left):
-        return Product(Operation("linear"), right, left, None, from_left=True)
+    left, right = given["input"], given["other"] if "other" in given else given["mat2"]
+    for weight, other in ((right, left), (left, right)):
+        stacked = weight.dim() == 3 and other.dim() > 1
+        if not is_weight(weight) or not (stacked or (weight.dim() == 2 and other.dim() > (weight is left))):
+            continue
+        if stacked and other.dim() == 2:
+            other = other.expand(len(weight), -1, -1)
+        if weight is right:
+            return Product(Operation("linear"), other, weight, None, transposed=True)
+        return Product(Operation("linear"), other, weight, None, from_left=True)
     return None
 
 
-def as_linear(
+def _grouped(given: Arguments, _is_weight: Callable[[Tensor], bool]) -> Product | None:
+    x, weight, ends = given["mat_a"], given["mat_b"], given.get("offs")
+    if x.dim() != 2 or weight.dim() != 3 or ends is None or given.get("bias") is not None:
+        return None
+    return Product(Operation("linear"), x, weight, None, transposed=True, ends=ends)
+
+
+def as_product(
     args: Sequence[Any], kwargs: Arguments, is_weight: Callable[[Tensor], bool]
 ) -> Callable[[], Tensor] | None:
-    """Returns what computes an einsum of a matrix and an input by `F.linear`; None where it is another sum.
+    """Returns what computes an einsum of an input and a matrix, or a stack of them, as a product; None for other sums.
 
     Every letter of the input but the one that is summed over must be in the output, and the matrix's other one.
     """
@@ -100,25 +115,27 @@ def as_linear(
     if is_weight(operands[0]):
         operands, terms = operands[::-1], terms[::-1]
     x, weight = operands
-    if is_weight(x) or not is_weight(weight) or weight.dim() != 2 or not terms[1].isalpha():
+    if is_weight(x) or not is_weight(weight) or weight.dim() not in (2, 3) or not terms[1].isalpha():
         return None
-    letters, others = _letters(terms[0], x.dim()), list(terms[1])
-    wanted = _letters(output, x.dim())
-    summed = [letter for letter in others if letter in letters and letter not in wanted]
-    made = [letter for letter in others if letter in wanted and letter not in letters]
-    if len(summed) != 1 or len(made) != 1:
+    letters, wanted = _letters(terms[0], x.dim()), _letters(output, x.dim())
+    stacks, matrix = list(terms[1][:-2]), list(terms[1][-2:])
+    summed = [letter for letter in matrix if letter in letters and letter not in wanted]
+    made = [letter for letter in matrix if letter in wanted and letter not in letters]
+    if len(summed) != 1 or len(made) != 1 or any(letter not in letters or letter not in wanted for letter in stacks):
         return None
-    found = [letter for letter in letters if letter != summed[0]] + made
+    kept = [letter for letter in letters if letter not in (*stacks, *summed)]
+    found = [*stacks, *kept, *made]
     if len(set(found)) != len(letters) or sorted(found) != sorted(wanted):
         return None
-    matrix_turned, place, order = (
-        others[0] == summed[0],
-        letters.index(summed[0]),
-        [found.index(each) for each in wanted],
-    )
+    straight = weight.mT if matrix[0] == summed[0] else weight
 
     def compute() -> Tensor:
-        return F.linear(x.movedim(place, -1), weight.mT if matrix_turned else weight).permute(order)
+        rows = x.permute([letters.index(letter) for letter in (*stacks, *kept, *summed)])
+        if not stacks:
+            y = F.linear(rows, straight)
+        else:
+            y = torch.bmm(rows.flatten(1, -2), straight.mT).unflatten(1, rows.shape[1:-1])
+        return y.permute([found.index(letter) for letter in wanted])
 
     return compute
 
@@ -160,8 +177,11 @@ PRODUCTS: dict[Callable[..., Any], _Form] = {
     torch.matmul: _MATMUL,
     Tensor.matmul: _MATMUL,
     Tensor.__matmul__: _MATMUL,
-    torch.mm: _Form(("input", "other"), _matmul),
-    Tensor.mm: _Form(("input", "other"), _matmul),
+    torch.mm: _Form(("input", "mat2"), _matmul),
+    Tensor.mm: _Form(("input", "mat2"), _matmul),
+    torch.bmm: _Form(("input", "mat2"), _matmul),
+    Tensor.bmm: _Form(("input", "mat2"), _matmul),
+    grouped_mm: _Form(("mat_a", "mat_b"), _grouped),
     F.conv1d: _convolution("convolution", _PLAIN, 1),
     F.conv2d: _convolution("convolution", _PLAIN, 2),
     F.conv3d: _convolution("convolution", _PLAIN, 3),
@@ -188,6 +208,18 @@ COPIES = frozenset(
     }
 )
 """What makes a copy that a weight may be used by."""
+
+
+def picked_entries(function: Callable[..., Any], args: Sequence[Any], kwargs: Arguments) -> Tensor | None:
+    """Returns the indices by which a call copies entries along dim 0 of its first argument; None for other calls."""
+    if function in (torch.index_select, Tensor.index_select):
+        given = {**dict(zip(("input", "dim", "index"), args, strict=False)), **kwargs}
+        index = given["index"] if given.get("dim") == 0 else None
+    else:
+        index = args[1] if function is Tensor.__getitem__ else None
+    known = isinstance(index, Tensor) and index.dim() == 1 and index.dtype in (torch.int64, torch.int32)
+    return index if known else None
+
 
 SUMS = frozenset({torch.add, Tensor.add, Tensor.add_})
 """What adds a bias apart from the product."""

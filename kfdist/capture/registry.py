@@ -9,10 +9,11 @@ from torch import Tensor
 
 from kfdist.capture.operations import Product
 from kfdist.curvature.blocks import Block
+from kfdist.curvature.blocks.experts import Reach
 from kfdist.torch_internals import base_of, changes_in_place
 
-_EXPANDED = -1
-"""No stride of a parameter."""
+_EXPANDED, _PICKED = -1, -2
+"""No strides of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Geometry:
     Attributes:
         parameter: Its id.
         shape: Of the view.
-        stride: Of the view, 0 along dimensions of one entry, where it means nothing, and `_EXPANDED` along those that
-            show one entry several times.
+        stride: Of the view, 0 along dimensions of one entry, where it means nothing, `_EXPANDED` along those that
+            show one entry several times, and `_PICKED` along those that have entries in any order.
         offset: Of the view's first entry from the parameter's.
     """
 
@@ -42,9 +43,14 @@ class Geometry:
 
     def seen_through(self, view: "Geometry", copy: Tensor) -> "Geometry | None":
         """Returns where a view of a copy of these entries lies; None where the copy is laid out in another way."""
-        if Geometry.of(copy, copy).stride != self.stride:
+        laid_out, stride = Geometry.of(copy, copy).stride, view.stride
+        if self.stride[:1] == (_PICKED,):
+            if view.offset or stride[:1] != laid_out[:1]:
+                return None
+            laid_out, stride = (_PICKED, *laid_out[1:]), (_PICKED, *stride[1:])
+        if laid_out != self.stride:
             return None
-        return Geometry(self.parameter, view.shape, view.stride, self.offset + view.offset)
+        return Geometry(self.parameter, view.shape, stride, self.offset + view.offset)
 
     @property
     def transposed(self) -> "Geometry":
@@ -53,6 +59,27 @@ class Geometry:
         return Geometry(
             self.parameter, tuple(self.shape[i] for i in order), tuple(self.stride[i] for i in order), self.offset
         )
+
+    def within(self, stack: "Geometry", product: Product, index: Tensor | None) -> Reach | None:
+        """Returns which matrices of a stack are these, or the one that this is; None where it is something else.
+
+        Args:
+            stack: All of them.
+            product: In which these are used.
+            index: Which ones they are, where they were picked.
+        """
+        if self == stack:
+            return Reach(ends=product.ends)
+        if (
+            self.parameter != stack.parameter
+            or self.shape[-2:] != stack.shape[1:]
+            or self.stride[-2:] != stack.stride[1:]
+        ):
+            return None
+        if len(self.shape) == 3:
+            return Reach(index=index) if index is not None and self.offset == stack.offset else None
+        expert, rest = divmod(self.offset - stack.offset, stack.stride[0] or 1)
+        return Reach(expert=expert) if not rest and 0 <= expert < stack.shape[0] else None
 
     @property
     def squeezed(self) -> "Geometry":
@@ -82,20 +109,23 @@ class Part:
         block: The block.
         rows: Of the output, which its weight makes.
         biased: Whether the block's bias was added, by the product itself or afterwards.
+        reach: Which row met which expert; None for a block that isn't one of experts.
     """
 
     block: str
     rows: slice
     biased: bool
+    reach: Reach | None = None
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A tensor with the values of a parameter, or of a view of one."""
+    """A tensor with the values of a parameter, or of a view of one; with an index, of some entries along dim 0."""
 
     tensor: weakref.ref[Tensor]
     geometry: Geometry
     version: int | None
+    index: Tensor | None = None
 
 
 class Registry:
@@ -140,13 +170,28 @@ class Registry:
         if geometry is not None:
             self._copies[id(copy)] = _Copy(weakref.ref(copy), geometry, changes_in_place(copy))
 
+    def note_picked(self, copy: Tensor, source: Tensor, index: Tensor | None) -> bool:
+        """Notes that `copy` has the matrices `index` of a stack, if that is so; says whether it is."""
+        geometry = None if index is None else self.geometry(source)
+        if index is None or geometry is None or len(geometry.shape) != 3 or self.changed(source):
+            return False
+        picked = Geometry(geometry.parameter, tuple(copy.shape), (_PICKED, *geometry.stride[1:]), geometry.offset)
+        index = index.detach() % len(source)  # also a copy
+        self._copies[id(copy)] = _Copy(weakref.ref(copy), picked, changes_in_place(copy), index)
+        return True
+
     def changed(self, tensor: Tensor) -> bool:
         """Whether a tensor is, or shows, a copy that was changed since it was made, and so has other values."""
+        copy = self._copy_of(tensor)
+        return copy is not None and copy[0].version != changes_in_place(copy[1])
+
+    def _copy_of(self, tensor: Tensor) -> tuple[_Copy, Tensor] | None:
+        """Returns the copy that a tensor is, or is a view of."""
         for whole in (tensor, base_of(tensor)):
             copy = None if whole is None else self._copies.get(id(whole))
             if whole is not None and copy is not None and copy.tensor() is whole:
-                return copy.version != changes_in_place(whole)
-        return False
+                return copy, whole
+        return None
 
     def users(self, tensor: Tensor) -> Iterator[tuple[str, bool]]:
         """Yields the names of the blocks that a tensor is, or shows, a parameter of, and whether as their bias."""
@@ -162,9 +207,15 @@ class Registry:
             return []
         if product.transposed:
             used = used.transposed
-        found = []
+        found, copy = [], self._copy_of(product.weight)
         for block in self._users[used.parameter]:
             if block.operation != product.operation:
+                continue
+            if block.routed:
+                whole = Geometry.of(block.weight, self._parameters[used.parameter])
+                reach = used.within(whole, product, copy[0].index if copy else None)
+                if reach is not None:
+                    found.append(Part(block.name, slice(0, block.shape.d_out), False, reach))
                 continue
             row = Geometry.of(block.weight, self._parameters[used.parameter]).first_row_in(used)
             if row is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.passes import ForwardPass
 from kfdist.capture.registry import Part
+from kfdist.curvature.blocks.experts import Reach
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Use:
 
     def visit(self, batch: MicroBatch, stated: int | None) -> "Visit":
         """Returns what is measured of it in a micro-batch."""
-        return Visit(self.name, self.activation, Unit(batch, self.forward), stated, biased=self.part.biased)
+        part, unit = self.part, Unit(batch, self.forward)
+        return Visit(self.name, self.activation, unit, stated, biased=part.biased, reach=part.reach)
 
 
 @dataclass(eq=False)
@@ -89,6 +91,7 @@ class Visit:
         unit: Whose examples it saw.
         stated: How many terms the loss of its micro-batch averages, where that was stated.
         biased: Whether the block's bias was added.
+        reach: Which row met which expert, of a block of experts.
         number: Which call of the block it is in this step; negative until it is first measured.
     """
 
@@ -97,6 +100,7 @@ class Visit:
     unit: Unit
     stated: int | None
     biased: bool = True
+    reach: Reach | None = None
     number: int = -1
 
     @property

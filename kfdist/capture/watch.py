@@ -21,7 +21,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from kfdist.capture.operations import COPIES, PRODUCTS, SUMS, Product, addends, as_linear, is_composite, product_of
+from kfdist.capture.operations import (
+    COPIES,
+    PRODUCTS,
+    SUMS,
+    Product,
+    addends,
+    as_product,
+    is_composite,
+    picked_entries,
+    product_of,
+)
 from kfdist.capture.registry import Part, Registry
 from kfdist.curvature.blocks import Block
 from kfdist.torch_internals import EagerSteps, changes_in_place, eager_steps, leave_function_mode
@@ -170,6 +180,8 @@ class Watch:
         elif function in COPIES:
             self.registry.note_copy(output, used[0])
             return
+        elif self.registry.note_picked(output, used[0], picked_entries(function, args, kwargs)):
+            return
         elif function in SUMS:
             handled = self._add_bias(addends(args, kwargs), changes=int(function is Tensor.add_))
         for each in used:
@@ -263,9 +275,9 @@ class _Mode(TorchFunctionMode):
         if not any(registry.knows(each) for each in _tensors((args, kwargs))):
             return func(*args, **kwargs)
         if func not in PRODUCTS and is_composite(func):
-            linear = as_linear(args, kwargs, registry.knows) if func is torch.einsum else None
+            product = as_product(args, kwargs, registry.knows) if func is torch.einsum else None
             with self:
-                return _open(func)(*args, **kwargs) if linear is None else linear()
+                return _open(func)(*args, **kwargs) if product is None else product()
         output = func(*args, **kwargs)
         if isinstance(output, Tensor) and output.requires_grad and not registry.knows(output):
             watch.saw(func, args, kwargs, output)

@@ -79,8 +79,8 @@ class BatchStatistics:
     Attributes:
         sums: Sums over rows by name; "A" of a a^T `[c, q, q]`, "G" of g g^T `[c, p, p]`, and the further ones that
             `sum_shapes` lists.
-        examples: How many examples are in the sums.
-        positions: How many positions they have together.
+        examples: How many examples are in the sums; `[c]` where matrices have counts of their own, as of experts.
+        positions: How many positions they have together, likewise.
         pairs: How many pairs of positions each of "g_cross" is a sum over, `[members]`.
         rows: By factor, all rows of the batch `[c, m, d]`, scaled so that rows^T rows is the factor's sum; or a sketch
             of them, for which that holds in expectation.
@@ -89,7 +89,7 @@ class BatchStatistics:
     """
 
     sums: dict[str, Tensor]
-    examples: float
+    examples: float | Tensor
     positions: float | Tensor
     pairs: Tensor | None = None
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -136,25 +136,29 @@ class WeightedSums:
         shapes: Of the sums, by name; see `sum_shapes`.
         dtype: Of sums and counts.
         device: Where they live.
+        routed: Whether each of the c matrices has counts of its own (`kfdist.curvature.blocks.experts`).
 
     Attributes:
+        like: A scalar of the sums' dtype and device.
         sums: Weighted sums by name, as in `BatchStatistics`.
         counts: w, by the names of `COUNTED_BY`.
         dropped: How many batches were dropped as non-finite, a scalar tensor (read it late: reading syncs a device).
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device | str
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        routed: bool = False,
     ) -> None:
+        self.like: Float[Tensor, ""] = torch.zeros((), dtype=dtype, device=device)
         self.sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-        counts = {EXAMPLES: (), POSITIONS: (), **({PAIRS: shapes["g_cross"]} if "g_cross" in shapes else {})}
+        of_each = next(iter(shapes.values()))[:1] if routed and shapes else ()
+        counts = {EXAMPLES: of_each, POSITIONS: of_each, **({PAIRS: shapes["g_cross"]} if "g_cross" in shapes else {})}
         self.counts = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in counts.items()}
         self.dropped = torch.zeros((), dtype=torch.float32, device=device)
-
-    @property
-    def like(self) -> Float[Tensor, ""]:
-        """A scalar of the sums' dtype and device."""
-        return self.counts[EXAMPLES]
 
     def fold(self, batch: BatchStatistics | None, rho: float, step_is_finite: Bool[Tensor, ""] | None = None) -> None:
         """Folds one due batch in, without a host sync.
@@ -227,7 +231,8 @@ def means(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in COUNTED_BY:
             counts = [tensors[each] for each in COUNTED_BY[name]]
             count = counts[0] if len(counts) == 1 else (counts[0] * counts[1]).sqrt()
-            found[name] = total / torch.where(count > 0, count, torch.ones_like(count))
+            count = torch.where(count > 0, count, torch.ones_like(count))
+            found[name] = total / count.reshape(-1, *(1,) * (total.dim() - 1))
     return found
 
 

@@ -54,7 +54,14 @@ def armed_capture(
 
 def factors_of(drained: Mapping[str, BatchStatistics]) -> Factors:
     """Omega and Gamma of what a capture drained."""
-    return {name: (each.sums["A"] / each.examples, each.sums["G"] / each.positions) for name, each in drained.items()}
+
+    def mean(total: Tensor, count: float | Tensor) -> Tensor:
+        return total / (count.reshape(-1, 1, 1) if isinstance(count, Tensor) else count)
+
+    return {
+        name: (mean(each.sums["A"], each.examples), mean(each.sums["G"], each.positions))
+        for name, each in drained.items()
+    }
 
 
 def factors_by_definition(

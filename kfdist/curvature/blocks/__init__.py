@@ -11,6 +11,7 @@ from kfdist.curvature.blocks.base import Block as Block
 from kfdist.curvature.blocks.base import Operation as Operation
 from kfdist.curvature.blocks.base import ParameterPart as ParameterPart
 from kfdist.curvature.blocks.conv import ConvBlock, ConvTransposeBlock
+from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.types import BlockName, WeightSharing
 
@@ -49,9 +50,12 @@ def _bare(name: BlockName, module: nn.Module, sharing: WeightSharing, biased: bo
     blocks = []
     for attribute, transposed in bare_matrices(module).items():
         weight = ParameterPart(attribute, getattr(module, attribute), transposed=transposed)
+        full = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")
+        if weight.parameter.dim() == 3:
+            blocks.append(ExpertsBlock(full, module, weight, layer=name))
+            continue
         own = attribute == "weight" and isinstance(getattr(module, "bias", None), nn.Parameter)
         bias = _bias(module, biased and module.bias.shape == weight.of(weight.parameter).shape[:1]) if own else None
-        full = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")
         blocks.append(LinearBlock(full, module, weight, bias, layer=name, sharing=sharing))
     return blocks
 

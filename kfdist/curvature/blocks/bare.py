@@ -36,13 +36,15 @@ _SAME = frozenset({"to", "type_as", "type", "float", "double", "half", "bfloat16
 
 
 def bare_matrices(module: nn.Module) -> Mapping[str, bool]:
-    """Returns the parameters of a module of two dimensions that its code multiplies with.
+    """Returns the parameters of a module of two or three dimensions that its code multiplies with.
 
     Returns:
         By name, whether the code has it as `[..., q, p]`, the transpose of what `F.linear` takes.
     """
     shaped = {
-        name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 2 and _wide(parameter)
+        name
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() in (2, 3) and _wide(parameter)
     }
     found = _factors_of(type(module)) if shaped else {}
     return {name: found[name] for name in shaped & found.keys()}

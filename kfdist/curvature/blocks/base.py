@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -87,6 +88,7 @@ class Block(ABC):
         homogeneous: Whether rows a end in a homogeneous coordinate; also where the bias was left out since.
         shape: Of the block's gradient, as c matrices [p, q].
         operation: In which the weight is used.
+        routed: Whether each row meets one of the c matrices (`ExpertsBlock`).
 
     Args:
         name: As above.
@@ -98,6 +100,7 @@ class Block(ABC):
 
     shape: BlockShape
     operation: Operation
+    routed: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -33,8 +33,8 @@ class LinearBlock(Block):
         sharing: WeightSharing = "expand",
     ) -> None:
         super().__init__(name, module, weight, bias, layer)
-        d_out, d_in = self.weight.shape
-        self.shape = BlockShape(d_out=d_out, d_in=d_in + self.homogeneous)
+        *stack, d_out, d_in = self.weight.shape
+        self.shape = BlockShape(d_out=d_out, d_in=d_in + self.homogeneous, groups=stack[0] if stack else 1)
         self._reduces = sharing == "reduce"
 
     @override

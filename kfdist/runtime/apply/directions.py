@@ -51,6 +51,7 @@ class Application:
             return [each.fallback(V, self.damping) for each, V in pairs]
         if self.rows is not None:
             rows, examples = self.rows.rows, self.rows.examples
+            assert not isinstance(examples, Tensor), "experts have no such method"
             return [members[0].apply_to_rows(rows["A"], rows["G"], examples, self.damping).to(gradients[0].dtype)]
         found = type(members[0]).apply_group(members, gradients, self.damping, self.memories)
         return [

@@ -250,12 +250,24 @@ def _choose(
     if pattern is None:
         return "no pattern of the method table matches"
     inverter = patterns[pattern]
-    if isinstance(inverter, AbstractInverter):
-        return _Chosen(block, inverter, pattern, "")
-    if costs is None:
-        raise ConfigError('"auto" needs to know what inversions cost; give `costs` (kfdist.curvature.auto)')
-    picked, reason = inverter.choose(block.shape, costs)
-    return _Chosen(block, picked, pattern, reason)
+    reason = ""
+    if isinstance(inverter, Auto):
+        if costs is None:
+            raise ConfigError('"auto" needs to know what inversions cost; give `costs` (kfdist.curvature.auto)')
+        inverter, reason = inverter.choose(block.shape, costs)
+    if block.routed and not _takes_experts(inverter, block):
+        return (
+            f"{inverter.name} takes rows of examples, or products with other layers, which experts don't have; give it "
+            "kfac, kfac-eigen, rs-kfac or eva by a pattern"
+        )
+    return _Chosen(block, inverter, pattern, reason)
+
+
+def _takes_experts(inverter: AbstractInverter, block: Block) -> bool:
+    """Says whether a method makes do with sums over the rows of each of the c matrices."""
+    needs = inverter.needs(block.shape)
+    rows = needs.increments or needs.applied_rows or needs.samples is not None or needs.calibration is not None
+    return inverter.coupling is Coupling.NONE and not rows and not inverter.online
 
 
 def _tied(block: Block, first: Block) -> str:

@@ -215,5 +215,5 @@ def _empty_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[Bloc
             following = group.blocks[position + 1].shape if chained and position + 1 < len(group.blocks) else None
             shapes = sum_shapes(block.shape, group.needs[block.name], following=following, members=len(group.blocks))
             dtype = torch.float64 if block.parameters()[0].dtype == torch.float64 else torch.float32
-            sums[block.name] = WeightedSums(shapes, dtype=dtype, device=device)
+            sums[block.name] = WeightedSums(shapes, dtype=dtype, device=device, routed=block.routed)
     return sums

@@ -44,7 +44,7 @@ class Inherits(Uses):
 
 def test_matrices_are_known_by_the_products_in_the_code():
     expected = dict.fromkeys(("straight", "keyword", "left", "indexed", "turned", "summed"), False)
-    expected |= dict.fromkeys(("right", "method", "renamed"), True)
+    expected |= dict.fromkeys(("right", "method", "renamed", "stacked"), True)
     assert bare_matrices(Uses()) == expected
     assert bare_matrices(Inherits()) == expected
 
