@@ -6,6 +6,7 @@ by `Capture.observe`, from gradients of the model's own predictions, and the los
 
 import operator
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from kfdist.capture.visits import Scaling, Use
 from kfdist.capture.watch import Watch
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
-from kfdist.errors import ConfigError, KfdistError
+from kfdist.errors import ConfigError, KfdistError, KfdistWarning
 from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.torch_internals import (
     NO_BACKWARD,
@@ -101,6 +102,8 @@ class Capture:
         self._held: dict[Use, _Held] = {}
         self._scaler_cycle: object = None
         self._looks = False
+        self._in_eval_mode: set[str] = set()
+        self._warned_of_lists = False
         self._unmeasured: dict[str, str] = {}
         self._watch = Watch(model, self._blocks.values(), self)
 
@@ -219,6 +222,7 @@ class Capture:
                 self._observer.check_complete()
             for use, held in self._held.items():
                 self._measure(use, held)
+            self._warn_of_lists()
             repeats = 1 if self._observer is not None else max(len(self._batches), 1)
             drained = self._collector.drain(repeats)
         finally:
@@ -229,6 +233,18 @@ class Capture:
         self._looks = self._looks and not self._watch.looked
         self._note_unmeasured(drained.keys())
         return drained
+
+    def _warn_of_lists(self) -> None:
+        if self._warned_of_lists or not any(forward.stacked for forward in self._batches.unstated()):
+            return
+        self._warned_of_lists = True
+        warnings.warn(
+            "the model was given a list of tensors and made one batch of them (images, for detection), so that dim 0 "
+            "of the first one isn't the number of examples, by which the statistics are scaled; call "
+            "preconditioner.batch(examples=...) before each backward, with the number of terms that the loss averages",
+            KfdistWarning,
+            stacklevel=6,
+        )
 
     @property
     def unmeasured(self) -> Mapping[str, str]:
@@ -251,9 +267,11 @@ class Capture:
                 continue
             if any(parameter.grad is not None for parameter in block.parameters()):
                 also = "also " if name in measured else ""
-                self._unmeasured[name] = (
-                    f"it is {also}used by {others}, which can't be measured" if others else "no use of it was seen"
-                )
+                unseen = "no use of it was seen"
+                if name in self._in_eval_mode:
+                    unseen = "it was used in eval mode alone; call model.train() before the forward"
+                self._unmeasured[name] = f"it is {also}used by {others}, which can't be measured" if others else unseen
+        self._in_eval_mode.clear()
         self._unmeasured |= {f"{name}, its bias": reason for name, reason in self.left_out.items()}
 
     @property
@@ -302,9 +320,10 @@ class Capture:
 
     def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """That call has ended."""
-        batch = next((each for each in tensors_in(inputs) if each.dim()), None)
-        forward = self._passes.end(examples=None if batch is None else batch.shape[0])
+        forward = self._passes.end(inputs)
         if forward is None or not (forward.captured and module.training and torch.is_grad_enabled()):
+            return
+        if not any(parameter.requires_grad for parameter in self._parameters()):
             return
         # The first gradient of a backward arrives here, also where it then meets no armed layer.
         hook = partial(self._on_model_gradient, forward, self._generation)
@@ -315,7 +334,11 @@ class Capture:
     def product(self, parts: Sequence[Part], product: Product, output: Tensor, *, training: bool) -> None:
         """Weights of blocks were used."""
         parts = [part for part in parts if part.block in self._requests]
-        if not parts or not training:
+        if not parts or not product.weight.requires_grad:  # frozen for now, as a discriminator in the generator's turn
+            return
+        if not training:
+            if torch.is_grad_enabled() and not self._paused.depth:
+                self._in_eval_mode.update(part.block for part in parts)
             return
         rerun_in = running_backward()
         outside = rerun_in == NO_BACKWARD
@@ -323,6 +346,7 @@ class Capture:
         forward = self._passes.forward_of_call(captured=not self._paused.depth, nested=nested)
         if not forward.captured or (outside and self._paused.depth) or not torch.is_grad_enabled():
             return
+        forward.inputs.add((product.activation.dim(), len(product.activation)))
         edge, transposed = product_edge(output)
         shape, activation = tuple(output.shape), product.activation.detach()
         if product.from_left:  # y^T = x^T W^T

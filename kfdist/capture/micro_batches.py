@@ -93,6 +93,10 @@ class MicroBatches:
             of_forward.join(batch)
         return of_forward
 
+    def unstated(self) -> list[ForwardPass]:
+        """Returns the forwards of micro-batches of which nobody stated how many terms their loss averages."""
+        return [forward for forward, batch in self._of_forward.items() if batch.whole.stated is None]
+
     def dropped(self, parameters: Sequence[Tensor]) -> bool:
         """Says whether the gradients that the backwards so far have made are gone: all of them absent or zero.
 

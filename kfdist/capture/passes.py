@@ -6,8 +6,8 @@ forward made it.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ class ForwardPass:
         outer_backward: The backward it was run again in, as a whole, by reentrant checkpointing.
         first_node: Number of the first autograd node made after its start.
         end_node: Number of the first autograd node made after its end.
+        thread: Which made it; each thread numbers its nodes by itself.
+        inputs: Dimensions and dim 0 of what its layers were given.
+        stacked: Whether the model was given a list of tensors and made one batch of them, so that dim 0 of the first
+            isn't the number of examples.
     """
 
     examples: int | None
@@ -35,6 +39,9 @@ class ForwardPass:
     outer_backward: int
     first_node: int
     end_node: int
+    thread: int = field(default_factory=threading.get_ident)
+    inputs: set[tuple[int, int]] = field(default_factory=set)
+    stacked: bool = False
 
 
 class _Thread(threading.local):
@@ -67,11 +74,13 @@ class PassLog:
         captured = self._of_running_node().captured if repeated else captured
         self._thread.open = ForwardPass(None, captured, True, running_backward(), first, node)
 
-    def end(self, *, examples: int | None) -> ForwardPass | None:
-        """The model's forward ends; returns it."""
+    def end(self, inputs: Any) -> ForwardPass | None:
+        """The model's forward, of these arguments, ends; returns it."""
         done, self._thread.open = self._thread.open, None
         if done is not None:
-            done.examples = examples
+            first, among = _first_tensor(inputs)
+            done.examples = None if first is None else first.shape[0]
+            done.stacked = first is not None and (first.dim() + 1, len(among)) in done.inputs
             done.end_node = next_node()
             self._passes.append(done)
         return done
@@ -106,10 +115,27 @@ class PassLog:
     def _of_running_node(self) -> ForwardPass:
         node = running_node()
         number = self._start if node is None else node
+        # On a device backwards have threads of their own, in which no forward was made.
+        threads = {each.thread for each in self._passes} & {threading.get_ident()}
         for each in self._passes:
+            if threads and each.thread not in threads:
+                continue
             if each.first_node <= number < each.end_node:
                 return each
         return ForwardPass(None, number >= self._start, False, running_backward(), number, number)
+
+
+def _first_tensor(value: Any) -> tuple[Tensor | None, Sequence[Any]]:
+    """Returns the first tensor with a dimension, and the list of tensors that it is an element of; empty otherwise."""
+    first = next((each for each in tensors_in(value) if each.dim()), None)
+
+    def holding(value: Any) -> Sequence[Any]:
+        parts = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else []
+        if isinstance(value, list) and parts and parts[0] is first and all(isinstance(each, Tensor) for each in parts):
+            return parts
+        return next(filter(None, map(holding, parts)), [])
+
+    return first, [] if first is None else holding(value)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

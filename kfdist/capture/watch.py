@@ -78,6 +78,13 @@ class _Thread(threading.local):
         self.mode: _Mode | None = None
         self.mode_depth = 0
         self.waiting: dict[int, _Waiting] = {}
+        self.start = 0
+
+    def forget(self) -> None:
+        """Forgets this thread's calls under way, and takes its mode off its stack; other threads go on in theirs."""
+        if self.mode is not None:
+            leave_function_mode(self.mode)
+        self.modules, self.mode, self.waiting = [], None, {}
 
 
 class Watch:
@@ -106,7 +113,8 @@ class Watch:
         self._places: dict[str, set[int]] = {}
         self._entries: Set[int] = frozenset()
         self._with_bias = {block.name for block in blocks if block.has_bias}
-        self._threads = [_Thread()]  # in a list, which outlives a forgotten watch
+        self._thread = _Thread()
+        self._start = 0
         self._installed: weakref.finalize[..., Watch] | None = None
 
     @property
@@ -125,7 +133,8 @@ class Watch:
                 register_module_forward_pre_hook(lambda *call: _call(enter, call)),
                 register_module_forward_hook(lambda *call: _call(leave, call), with_kwargs=True, always_call=True),
             ]
-            self._installed = weakref.finalize(self, _remove, handles, eager_steps(), self._threads)
+            self._installed = weakref.finalize(self, _remove, handles, eager_steps(), self._thread)
+            self._start += 1
 
     def stop(self) -> None:
         """Removes the hooks, and what an interrupted forward left behind in this thread."""
@@ -135,8 +144,8 @@ class Watch:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets calls that are under way, whose forwards were interrupted, and copies of parameters."""
-        _forget_calls(self._threads)
+        """Forgets this thread's calls that are under way, whose forwards were interrupted, and copies of parameters."""
+        self._thread.forget()
         self.registry.forget()
 
     def look_again(self, name: str) -> None:
@@ -146,7 +155,10 @@ class Watch:
     def _enter(self, module: nn.Module, _args: Any) -> None:
         if id(module) not in self._ids or torch.compiler.is_compiling():
             return
-        thread = self._threads[0]
+        thread = self._thread
+        if thread.start != self._start:  # a forward of this thread was under way when the hooks went
+            thread.forget()
+            thread.start = self._start
         if not thread.modules:
             self._observed.begin_calls()
         thread.modules.append(module)
@@ -158,7 +170,7 @@ class Watch:
 
     def _leave(self, module: nn.Module, *call: Any) -> None:
         # Called with (args, kwargs, output), but with (args, output) where the forward raised an error.
-        thread = self._threads[0]
+        thread = self._thread
         if torch.compiler.is_compiling() or not any(each is module for each in thread.modules):
             return
         while thread.modules and thread.modules.pop() is not module:
@@ -171,6 +183,8 @@ class Watch:
 
     def saw(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
         """An operation had a block's parameter among its arguments, and made a tensor that is no view of it."""
+        if self._installed is None or self._thread.start != self._start:
+            return  # the rest of a forward that the end of watching overtook
         used = [each for each in _tensors((args, kwargs)) if self.registry.knows(each)]
         product = product_of(function, args, kwargs, self.registry.knows) if function in PRODUCTS else None
         parts = [] if product is None else self.registry.parts(product)
@@ -192,7 +206,7 @@ class Watch:
 
     def _use(self, parts: Sequence[Part], product: Product, output: Tensor) -> list[Tensor]:
         """Blocks' weights were used; returns the parameters whose use is measured."""
-        thread = self._threads[0]
+        thread = self._thread
         module, with_bias = thread.modules[-1], [part for part in parts if part.block in self._with_bias]
         for part in parts:
             self._places.setdefault(part.block, set()).add(id(module))
@@ -215,7 +229,7 @@ class Watch:
             pair: Both; None where it was no plain sum.
             changes: How often that changed the first one in place.
         """
-        thread, handled = self._threads[0], []
+        thread, handled = self._thread, []
         for product, bias in () if pair is None else (pair, pair[::-1]):
             waiting = thread.waiting.get(id(product))
             if waiting is None or waiting.output() is not product or not _lies_along(bias, waiting.features):
@@ -242,15 +256,8 @@ def _call(method: weakref.WeakMethod[Callable[..., None]], arguments: Sequence[A
         bound(*arguments)
 
 
-def _forget_calls(threads: list[_Thread]) -> None:
-    """Forgets where threads are, and takes this thread's mode off the stack."""
-    if threads[0].mode is not None:
-        leave_function_mode(threads[0].mode)
-    threads[0] = _Thread()
-
-
-def _remove(handles: Sequence[RemovableHandle], eager: EagerSteps | None, threads: list[_Thread]) -> None:
-    _forget_calls(threads)
+def _remove(handles: Sequence[RemovableHandle], eager: EagerSteps | None, thread: _Thread) -> None:
+    thread.forget()
     for handle in handles:
         handle.remove()
     if eager is not None:

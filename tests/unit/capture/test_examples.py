@@ -1,5 +1,6 @@
 """How many examples a backward's loss averages: dim 0 of the model's first tensor, unless stated."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfdist.errors import ConfigError
+from kfdist.errors import ConfigError, KfdistWarning
 from tests.support.factors import armed_capture, assert_factors_equal, factors_by_definition, factors_of
 
 EXACT = 1e-12
@@ -161,3 +162,66 @@ def test_whole_numbers_are_taken(good: Any):
 def test_other_values_are_refused(bad: Any):
     with pytest.raises(ConfigError, match="at least 1"):
         armed_capture(TokenModel()).state_examples(bad)
+
+
+# Lists of images ------------------------------------------------------------------------------------------------------
+
+
+class Detector(nn.Module):
+    """Makes a batch of the images that it is given as a list, as torchvision's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(3, 2, 1).double()
+
+    def forward(self, images: list[Tensor], targets: list[Tensor]) -> Tensor:
+        del targets
+        return self.layer(torch.stack(images)).flatten(1).sum(1)
+
+
+def detector_step(capture: Any, model: nn.Module, *, stated: int | None = None) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    pictures = [torch.randn(3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(6)]
+    if stated is not None:
+        capture.state_examples(stated)
+    model(pictures, [torch.ones(2)] * 6).mean().backward()
+    return capture.drain()
+
+
+def test_a_list_of_images_is_noticed_once_and_the_remedy_named():
+    model = Detector()
+    capture = armed_capture(model)
+    with pytest.warns(KfdistWarning, match=r"list of tensors.*batch\(examples=...\)"):
+        detector_step(capture, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detector_step(capture, model)
+
+
+def test_where_the_number_is_stated_a_list_of_images_is_no_news():
+    model = Detector()
+    capture = armed_capture(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert detector_step(capture, model, stated=6)["layer"].examples == 6
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_other_inputs_are_no_lists_of_images(how: str):
+    find, call = CALLS[how]
+    model, (x, target) = TokenModel(find), tokens_and_target()
+    capture = armed_capture(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        squared(call(model, x), target).mean().backward()
+        capture.drain()
+
+
+def test_two_inputs_in_a_list_are_no_list_of_images():
+    model, (x, target) = TokenModel(lambda both: both[0] + both[1]), tokens_and_target()
+    capture = armed_capture(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        squared(model([x, x]), target).mean().backward()
+        assert capture.drain()["layer"].examples == N

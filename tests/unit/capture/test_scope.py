@@ -4,12 +4,14 @@ import copy
 import gc
 import pickle
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kfdist.capture.requests import Request
 from kfdist.curvature.blocks import Block
@@ -329,3 +331,125 @@ def test_a_forward_that_was_interrupted_leaves_nothing_on_the_stack(end: str):
         handle.remove()
         model(torch.ones(2, 3)).sum().backward()
         assert set(capture.drain()) == {"0"}
+
+
+def test_a_layer_that_is_frozen_for_now_is_not_measured():
+    """A discriminator in the generator's turn: the loss goes through it, and it has no gradient."""
+    model = small_cnn()
+    capture = armed_capture(model)
+    model.requires_grad_(False)
+    x, y = images(5, seed=3)
+    nn.functional.cross_entropy(model(x.requires_grad_()), y).backward()
+    model.requires_grad_(True)
+    backward(model)
+    assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
+
+
+def test_in_a_model_that_is_frozen_in_part_the_rest_is_measured():
+    model: Any = small_cnn()
+    expected = alone()
+    capture = armed_capture(model)
+    model[2].requires_grad_(False)
+    backward(model)
+    del expected["2"]
+    assert_factors_equal(factors_of(capture.drain()), expected, 0.0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_forward_in_another_thread_outlives_a_step_and_leaves_nothing_behind(mode: type):
+    """An actor's rollout, or a validation, is in the midst of a forward when the training thread steps."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread() is not threading.main_thread():
+                inside.set()
+                assert go_on.wait(10)
+            return x
+
+    model = nn.Sequential(nn.Linear(3, 3), Waits(), nn.Linear(3, 2)).double()
+    capture = armed_capture(model)
+    modes: list[int] = []
+
+    def roll_out() -> None:
+        with mode():
+            model(torch.ones(7, 3).double())
+        modes.append(torch._C._len_torch_function_stack())
+
+    def step(n: int) -> dict[str, Any]:
+        model(torch.ones(n, 3).double()).sum().backward()
+        return capture.drain()
+
+    def with_other_thread(end: Callable[[], Any]) -> None:
+        inside.clear()
+        go_on.clear()
+        thread = threading.Thread(target=roll_out)
+        thread.start()
+        assert inside.wait(10)
+        end()
+        go_on.set()
+        thread.join()
+
+    drained: list[dict[str, Any]] = []
+    with_other_thread(lambda: drained.append(step(4)))
+    assert {name: each.examples for name, each in drained[0].items()} == {"0": 4, "2": 4}
+    assert modes == [0]
+    assert {each.examples for each in step(5).values()} == {5}
+
+
+def test_a_thread_whose_forward_the_end_of_watching_overtook_starts_afresh():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Identity(), nn.Linear(3, 2)).double()
+    capture = armed_capture(model)
+    inside, go_on = threading.Event(), threading.Event()
+    found: list[Any] = []
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        assert go_on.wait(10)
+
+    def train() -> None:
+        handle = model[1].register_forward_pre_hook(wait)
+        model(torch.ones(7, 3).double())
+        handle.remove()
+        capture.arm(dict.fromkeys(["0", "2"], Request()))
+        model(torch.ones(4, 3).double()).sum().backward()
+        found.append(capture.drain())
+        found.append(torch._C._len_torch_function_stack())
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert inside.wait(10)
+    capture.arm({})
+    go_on.set()
+    thread.join()
+    assert {name: each.examples for name, each in found[0].items()} == {"0": 4, "2": 4}
+    assert found[1] == 0
+
+
+def test_a_forward_of_another_thread_is_not_taken_for_one_that_checkpointing_repeats():
+    """Each thread numbers its nodes by itself; a whole forward that is repeated is found by number."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=True)
+
+    model = Checkpointed()
+    capture = armed_capture(model)
+    x = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def validate() -> None:
+        while torch._C._autograd._get_sequence_nr() < first + 40:
+            torch.ones((), requires_grad=True) * 2
+            with torch.no_grad():
+                model(torch.ones(7, 3).double())
+
+    first = torch._C._autograd._get_sequence_nr()
+    thread = threading.Thread(target=validate)
+    thread.start()
+    thread.join()
+    model(x).sum().backward()
+    assert {each.examples for each in capture.drain().values()} == {4}

@@ -245,6 +245,25 @@ def test_blocks_that_are_due_and_not_measured_are_warned_of_once_and_shown_by_co
             pre.step()
 
 
+def test_training_in_eval_mode_throughout_is_noticed_at_the_first_step():
+    model = two_layers().eval()
+    with preconditioner(model) as pre:
+        backward(model)
+        with pytest.warns(KfdistWarning, match=r"'0': it was used in eval mode alone; call model\.train\(\)"):
+            pre.step()
+        assert "used in eval mode alone" in str(pre.coverage())
+        model.train()
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", KfdistWarning)
+            with torch.no_grad():
+                model.eval()(rows()[0])
+            model.train()
+            backward(model)
+            pre.step()
+        assert "eval mode" not in str(pre.coverage())
+
+
 def test_what_uses_a_weight_and_cannot_be_measured_is_named():
     class Quadratic(nn.Module):
         def __init__(self) -> None:
