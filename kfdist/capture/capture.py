@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kfdist import checks
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
+from kfdist.capture.masks import Stated, checked_mask, turned_blocks
 from kfdist.capture.micro_batches import MicroBatches
 from kfdist.capture.observe import Observer, check_version
 from kfdist.capture.operations import Product
@@ -89,7 +90,8 @@ class Capture:
         self._blocks = dict(blocks)
         self._fisher: Fisher = fisher
         self._groups = (chains, coarse)
-        self._collector = Collector(self._blocks, sampling, chains=chains, coarse=coarse)
+        turned = turned_blocks(model, self._blocks.values())
+        self._collector = Collector(self._blocks, sampling, chains=chains, coarse=coarse, turned=turned)
         self._observer = None if fisher == "empirical" else Observer(fisher, self._collector)
         self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._requests: Mapping[str, Request] = {}
@@ -98,13 +100,14 @@ class Capture:
         self._generation = 0
         self._passes = PassLog()
         self._batches = MicroBatches()
-        self._stated_examples: int | None = None
+        self._stated = Stated()
         self._held: dict[Use, _Held] = {}
         self._scaler_cycle: object = None
         self._looks = False
         self._in_eval_mode: set[str] = set()
         self._warned_of_lists = False
         self._unmeasured: dict[str, str] = {}
+        self._zero_rows: Mapping[str, tuple[Tensor, int]] = {}
         self._watch = Watch(model, self._blocks.values(), self)
 
     def arm(self, requests: Mapping[str, Request]) -> None:
@@ -144,7 +147,16 @@ class Capture:
         if not isinstance(examples, bool):  # NumPy's integers count, True doesn't
             with suppress(TypeError):
                 stated = operator.index(examples)
-        self._stated_examples = checks.count("examples", stated, least=1, hint="the terms that the loss averages")
+        counted = checks.count("examples", stated, least=1, hint="the terms that the loss averages")
+        self._stated = replace(self._stated, examples=counted)
+
+    def state_mask(self, mask: Tensor) -> None:
+        """States which positions the next captured backward's loss counts; see `kfdist.capture.masks`.
+
+        Raises:
+            ConfigError: It is no mask `[N, T]`.
+        """
+        self._stated = replace(self._stated, mask=checked_mask(mask))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -207,7 +219,7 @@ class Capture:
                 output,
                 described,
                 batch_of=self._batches.of_forward,
-                stated=self._stated_examples,
+                stated=self._stated,
                 seed=(self._requests[min(self._requests)].seed + _RANK_STRIDE * self._rank) & SEED_MASK,
             )
 
@@ -224,6 +236,7 @@ class Capture:
                 self._measure(use, held)
             self._warn_of_lists()
             repeats = 1 if self._observer is not None else max(len(self._batches), 1)
+            self._zero_rows = {} if self._fisher == "exact" else self._collector.zero_rows.counts
             drained = self._collector.drain(repeats)
         finally:
             self._forget_everything()
@@ -253,6 +266,11 @@ class Capture:
         A use that can't be measured is remembered: it was seen when every module was watched.
         """
         return self._unmeasured
+
+    @property
+    def zero_rows(self) -> Mapping[str, tuple[Tensor, int]]:
+        """By block with positions and no mask of them: how many output gradients of the last drain are zero, of all."""
+        return self._zero_rows
 
     def _note_unmeasured(self, measured: Set[str]) -> None:
         self._unmeasured = {}
@@ -306,7 +324,7 @@ class Capture:
             self._observer.forget()
         self._passes.forget()
         self._generation += 1
-        self._stated_examples = None
+        self._stated = Stated()
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -396,7 +414,7 @@ class Capture:
         """Measures a use with the gradients that all backwards of its forward have made for it together."""
         check_version(use.name, use.activation, use.version)
         batch = self._batches.of_forward(use.forward)
-        self._collector.add(use.visit(batch, batch.stated), held.gradient, held.scaling)
+        self._collector.add(use.visit(batch, batch.stated), held.gradient, held.scaling, tells=held.gradient)
 
     def _on_observed_backward(
         self, number: int, forward: ForwardPass, generation: int, _gradients: tuple[Tensor | None, ...]
@@ -423,8 +441,8 @@ class Capture:
         if backward not in self._batches:
             if self._observer is None or not self._observer.is_ahead:
                 self._forget_dropped()
-            self._batches.begin(backward, self._stated_examples, self._parameters())
-            self._stated_examples = None
+            self._batches.begin(backward, self._stated, self._parameters())
+            self._stated = Stated()
         self._batches.reach(backward, forward)
 
     def _parameters(self) -> list[Tensor]:

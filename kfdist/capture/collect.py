@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kfdist.capture.cross_sums import COUNT, ChainSums, CoarseSums
+from kfdist.capture.masks import ZeroRows, aligned
 from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
 from kfdist.capture.reservoir import Reservoir
@@ -77,6 +78,10 @@ class Collector:
         sampling: How much of a batch is measured; rows and samples have all their positions.
         chains: Blocks whose neighbours' cross factors may be asked, in order.
         coarse: Blocks whose sums with each other may be asked, in order.
+        turned: Blocks whose layers see positions before examples.
+
+    Attributes:
+        zero_rows: Output gradients of layers that have positions and no mask of them.
     """
 
     def __init__(
@@ -86,8 +91,10 @@ class Collector:
         *,
         chains: Sequence[Sequence[str]],
         coarse: Sequence[Sequence[str]],
+        turned: frozenset[str] = frozenset(),
     ) -> None:
         self._blocks = blocks
+        self._turned = turned
         self._sampling = sampling
         self._chains, self._coarse = ChainSums(chains, blocks), CoarseSums(coarse)
         # Blocks whose rows meet must be sampled alike.
@@ -95,6 +102,7 @@ class Collector:
         self._requests: Mapping[str, Request] = {}
         self._pending: dict[str, _Pending] = {}
         self._units: dict[Unit, int] = {}
+        self.zero_rows = ZeroRows()
 
     def __contains__(self, name: str) -> bool:
         return name in self._pending
@@ -105,7 +113,15 @@ class Collector:
         self._chains.arm(requests)
         self._coarse.arm(requests)
 
-    def add(self, visit: Visit, output_gradient: Tensor, scaling: Scaling, draw: int = 0) -> None:
+    def add(
+        self,
+        visit: Visit,
+        output_gradient: Tensor,
+        scaling: Scaling,
+        draw: int = 0,
+        *,
+        tells: Tensor | None,
+    ) -> None:
         """Adds one call of a layer with the gradient of its output.
 
         Args:
@@ -113,6 +129,7 @@ class Collector:
             output_gradient: As autograd gave it.
             scaling: Of it.
             draw: Tells apart gradients of the same call, which add up as sums of products.
+            tells: Output gradient that tells which rows the loss depends on; None where an earlier one told.
         """
         block, request = self._blocks[visit.name], self._requests[visit.name]
         if isinstance(block, ExpertsBlock):
@@ -122,6 +139,7 @@ class Collector:
         if not len(activation):
             return
         pending, first = self._begin(visit, output_gradient)
+        fresh = None if tells is None else self._fresh(visit, block, block.batched(visit.activation, tells)[1])
         if request.samples is not None:
             if pending.reservoir is None:
                 pending.reservoir = Reservoir(
@@ -130,21 +148,41 @@ class Collector:
                     rows=request.sample_rows,
                     columns=request.sample_columns,
                 )
-            pending.reservoir.add(visit, block, activation, output_gradient, scaling)
+            pending.reservoir.add(visit, block, activation, output_gradient, scaling, fresh)
         examples = visit.examples(len(activation))
         entries = len(activation) // visit.grouped(len(activation))
         if visit.counted not in pending.counted:
             pending.counted[visit.counted] = examples
-        activation, output_gradient, boost = self._sampled(visit, activation, output_gradient)
+        # How many rows count is known of all examples, also where some are measured.
+        counted = None if fresh is None else block.pooled(activation, output_gradient, fresh)[2]
+        chosen, boost = self._sampled(visit, activation)
+        if chosen is not None:
+            activation, output_gradient = activation[chosen], output_gradient[chosen]
+            fresh = None if fresh is None else fresh[chosen]
         # A loss that is the sum of means over forwards of different size: A is the sum of their means.
-        boost *= pending.counted[visit.counted] / examples
-        seen = _Seen(visit, block, request, activation, output_gradient, entries, boost, examples, scaling, first, draw)
+        share = pending.counted[visit.counted] / examples
+        seen = _Seen(
+            visit=visit,
+            block=block,
+            request=request,
+            activation=activation,
+            output_gradient=output_gradient,
+            kept=fresh,
+            entries=entries,
+            boost=boost * share,
+            examples=examples,
+            scaling=scaling,
+            first=first or fresh is not None,
+            draw=draw,
+        )
         n_rows = self._add_sums(pending, seen)
         if request.rows:
             _add_rows(pending, seen)
         self._add_coupled(seen)
-        if first:
-            pending.positions += n_rows * boost
+        if counted is not None:
+            pending.positions = pending.positions + counted.sum(dtype=pending.like.dtype) * share
+        elif first:
+            pending.positions = pending.positions + n_rows * boost * share
 
     def _begin(self, visit: Visit, output_gradient: Tensor) -> tuple[_Pending, bool]:
         """Returns what there is of a block, and whether a call comes for the first time."""
@@ -193,6 +231,22 @@ class Collector:
         self._units.clear()
         self._chains.forget()
         self._coarse.forget()
+        self.zero_rows = ZeroRows()
+
+    def _fresh(self, visit: Visit, block: Block, output_gradient: Tensor) -> Tensor | None:
+        """Returns the rows `[N, T]` that count and are not measured yet; None where no mask is of them."""
+        mask, shape = visit.stated.mask, output_gradient.shape[:2]
+        if not block.maskable or len(shape) != 2:
+            return None
+        mask = None if mask is None else aligned(mask, (shape[0], shape[1]), turned=block.name in self._turned)
+        if mask is None:
+            if shape.numel() > visit.grouped(len(output_gradient)):
+                self.zero_rows.add(block.name, output_gradient)
+            return None
+        kept = mask.to(output_gradient.device, non_blocking=True) | (output_gradient != 0).any(-1)
+        fresh = kept if visit.kept is None else kept & ~visit.kept
+        visit.kept = kept if visit.kept is None else kept | visit.kept
+        return fresh
 
     def _drained(self, name: str, pending: _Pending, repeats: int) -> BatchStatistics:
         request, sums, pairs = self._requests[name], pending.sums, None
@@ -215,20 +269,19 @@ class Collector:
         )
         return BatchStatistics(sums, examples, positions, pairs, rows, sketched, samples)
 
-    def _sampled(self, visit: Visit, activation: Tensor, output_gradient: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Picks the measured share of the examples; the last value makes sums over them unbiased."""
+    def _sampled(self, visit: Visit, activation: Tensor) -> tuple[Tensor | None, float]:
+        """Picks the measured share of the examples, None for all; the other value makes sums over them unbiased."""
         number = self._units.setdefault(visit.unit, len(self._units))
         n = visit.grouped(len(activation))
         kept = max(1, round(n * self._sampling.examples_fraction))
         if kept >= n:
-            return activation, output_gradient, 1.0
+            return None, 1.0
         seed = (self._requests[self._leader.get(visit.name, visit.name)].seed + number) & SEED_MASK
         generator = torch.Generator(device="cpu").manual_seed(seed ^ _EXAMPLES_SEED)
         chosen = spread(torch.randperm(n, generator=generator, device="cpu")[:kept], len(activation), n)
-        chosen = chosen.to(activation.device, non_blocking=True)
-        return activation[chosen], output_gradient[chosen], n / kept
+        return chosen.to(activation.device, non_blocking=True), n / kept
 
-    def _add_sums(self, pending: _Pending, seen: "_Seen") -> int:
+    def _add_sums(self, pending: _Pending, seen: "_Seen") -> int | Tensor:
         """Adds the plain sums that are asked for; returns the number of rows."""
         wanted = seen.request.sums & (PLAIN_SUMS if seen.first else frozenset({"G", "g"}))
         found = seen.block.factor_sums(
@@ -238,6 +291,7 @@ class Collector:
             most_positions=self._sampling.positions_budget,
             seed=(seen.request.seed + seen.visit.number) & SEED_MASK,
             biased=seen.visit.biased,
+            kept=seen.kept,
             wanted=wanted,
         )
         for part in sorted(wanted):
@@ -263,7 +317,7 @@ class Collector:
             a, g = seen.sums_of_rows()
             if seen.first:
                 self._coarse.add(name, "a_cross", unit, a)
-                self._coarse.add(name, COUNT, unit, a.new_full(a.shape[1:], math.sqrt(seen.boost)).unsqueeze(0))
+                self._coarse.add(name, COUNT, unit, seen.counts_of_rows(a))
             self._coarse.add(name, "g_cross", (unit, seen.draw), g)
 
 
@@ -272,6 +326,7 @@ class _Seen:
     """What is measured of one call with one backward; see `Collector.add`.
 
     Attributes:
+        kept: Which of the rows count, `[n, T]`; None for all.
         entries: How many entries of dim 0 an example has, one after another.
         boost: What makes sums over the measured share of the examples unbiased.
         examples: N.
@@ -283,6 +338,7 @@ class _Seen:
     request: Request
     activation: Tensor
     output_gradient: Tensor
+    kept: Tensor | None
     entries: int
     boost: float
     examples: int
@@ -292,7 +348,8 @@ class _Seen:
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Returns rows a `[c, n, T, q]` and g `[c, n, T, p]` of the examples, scaled like the sums, as copies."""
-        return self._scaled(*self.block.factor_rows(self.activation, self.output_gradient, biased=self.visit.biased))
+        a, g = self.activation, self.output_gradient
+        return self._scaled(*self.block.factor_rows(a, g, biased=self.visit.biased, kept=self.kept))
 
     def tiles_of_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields rows a and g, `[c, n, T, d]`, of a few entries at a time, not scaled: all at once may be too many."""
@@ -302,12 +359,22 @@ class _Seen:
         tile = max(1, TILE_BYTES // max(1, positions * row_bytes))
         for start in range(0, len(a), tile):
             piece = slice(start, start + tile)
-            yield self.block.factor_rows(a[piece], g[piece], biased=self.visit.biased)
+            kept = None if self.kept is None else self.kept[piece]
+            yield self.block.factor_rows(a[piece], g[piece], biased=self.visit.biased, kept=kept)
 
     def sums_of_rows(self) -> tuple[Tensor, Tensor]:
         """Returns the sums of the entries of these rows, `[c, n, T]` both, without holding all rows at once."""
         found = [[rows.sum(-1) for rows in tile] for tile in self.tiles_of_rows()]
         return self._scaled(*(torch.cat(side, dim=1) for side in zip(*found, strict=True)))
+
+    def counts_of_rows(self, like: Tensor) -> Tensor:
+        """Returns what each row counts for, the root of it, `[1, n, T]` beside sums `[c, n, T]`."""
+        roots = like.new_full((1, *like.shape[1:]), math.sqrt(self.boost))
+        if self.kept is None:
+            return roots
+        *_, kept = self.block.pooled(self.activation, self.output_gradient, self.kept)
+        assert kept is not None, "what comes in comes out"
+        return roots * kept.view_as(roots)
 
     def scale_of(self, part: str, rows: Tensor) -> Tensor | float:
         """Returns what scales the rows of a factor like its sum."""
@@ -324,7 +391,10 @@ class _Seen:
 
 
 def _some(counted: float | Tensor) -> bool:
-    return bool(counted.any() if isinstance(counted, Tensor) else counted)
+    """Whether there were any rows; where a mask leaves some out (a scalar on the device) that is taken for granted."""
+    if isinstance(counted, Tensor):
+        return counted.dim() == 0 or bool(counted.any())
+    return bool(counted)
 
 
 def _add_rows(pending: _Pending, seen: _Seen) -> None:

@@ -77,6 +77,17 @@ def divisor(output: Tensor, loss: OutputLoss) -> Tensor | float:
     return torch.where(total == 0, torch.ones_like(total), total)
 
 
+def counted_terms(output: Tensor, loss: OutputLoss) -> Tensor | None:
+    """Returns which terms of a cross-entropy aren't ignored, as its target lies, `[N, T]` or one after another.
+
+    None where all are, or where the target has no such form.
+    """
+    target = loss.target
+    if loss.name != "cross_entropy" or target is None or target.is_floating_point() or target.dim() not in (1, 2):
+        return None
+    return (target != loss.ignore_index).to(output.device)
+
+
 def sampled_root(output: Tensor, loss: OutputLoss, generator: torch.Generator) -> Tensor:
     """Draws a target for every term from the model's own predictive distribution, without a host sync.
 

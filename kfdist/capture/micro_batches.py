@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kfdist.capture.masks import NOTHING_STATED, Stated
 from kfdist.capture.passes import ForwardPass
 from kfdist.torch_internals import changes_in_place, when_backward_ends
 
@@ -18,11 +19,11 @@ class MicroBatch:
     """A share of a step's loss.
 
     Attributes:
-        stated: How many terms its loss averages, where that was stated.
+        stated: What the user says of it.
         part_of: What it turned out to be a part of.
     """
 
-    def __init__(self, stated: int | None = None) -> None:
+    def __init__(self, stated: Stated = NOTHING_STATED) -> None:
         self.stated = stated
         self.part_of: MicroBatch | None = None
 
@@ -33,7 +34,7 @@ class MicroBatch:
 
     def join(self, other: "MicroBatch") -> None:
         """Makes one of both; they are different and whole."""
-        self.stated = other.stated if self.stated is None else self.stated
+        self.stated = self.stated.completed(other.stated)
         other.part_of = self
 
 
@@ -68,12 +69,12 @@ class MicroBatches:
         """Returns the micro-batch of a forward."""
         return self._of_forward.setdefault(forward, MicroBatch()).whole
 
-    def begin(self, backward: int, stated: int | None, parameters: Sequence[Tensor]) -> None:
+    def begin(self, backward: int, stated: Stated, parameters: Sequence[Tensor]) -> None:
         """The running backward begins, and is not one of those that are known already.
 
         Args:
             backward: Its number.
-            stated: How many terms its loss averages, where that was stated.
+            stated: What the user says of its loss.
             parameters: Those whose gradients tell whether it counts.
         """
         self._of_backward[backward] = MicroBatch(stated)

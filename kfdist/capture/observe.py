@@ -4,7 +4,7 @@ The hooks remember where each armed layer's output is in the graph. `Observer.ru
 output to those places and no further: no parameter's gradient is touched, and no hook of DistributedDataParallel fires.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from kfdist.capture.collect import Collector
-from kfdist.capture.losses import OutputLoss, divisor, enumerated_roots, sampled_root
+from kfdist.capture.losses import OutputLoss, counted_terms, divisor, enumerated_roots, sampled_root
+from kfdist.capture.masks import Stated
 from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.passes import ForwardPass
 from kfdist.capture.requests import SEED_MASK
@@ -97,7 +98,7 @@ class Observer:
         loss: OutputLoss,
         *,
         batch_of: Callable[[ForwardPass], MicroBatch],
-        stated: int | None,
+        stated: Stated,
         seed: int,
     ) -> None:
         """Measures the open calls that the output depends on.
@@ -106,7 +107,7 @@ class Observer:
             output: Of the model, or of one of its heads.
             loss: What is made of it.
             batch_of: The micro-batch of a forward.
-            stated: How many terms the loss averages, where that was stated.
+            stated: What the user says of it.
             seed: Of the draw of targets.
 
         Raises:
@@ -129,15 +130,22 @@ class Observer:
             roots = enumerated_roots(output, loss, _independent_examples(output, calls))
         self.is_ahead = True
         scaling = Scaling(1.0 / divisor(output, loss), 1)
-        for root in roots:
+        stated = stated.completed(Stated(mask=counted_terms(output, loss)))
+        reached: Sequence[Tensor | None] | None = None
+        if stated.mask is not None and self._fisher == "exact":  # one target of one term doesn't reach all rows
+            generator = torch.Generator(device="cpu").manual_seed(0)
+            reached = self._gradients(output, sampled_root(output, loss, generator), calls)
+        for number, root in enumerate(roots):
             self._draws += 1
             gradients = self._gradients(output, root, calls)
-            for call, gradient in zip(calls, gradients, strict=True):
+            for place, (call, gradient) in enumerate(zip(calls, gradients, strict=True)):
                 if gradient is None:
                     continue
                 if call.visit is None:
                     call.visit = call.use.visit(batch_of(call.use.forward), stated)
-                self._collector.add(call.visit, call.use.share(gradient), scaling, self._draws)
+                all_of_it = gradient if reached is None else reached[place]
+                tells = call.use.share(all_of_it) if all_of_it is not None and number == 0 else None
+                self._collector.add(call.visit, call.use.share(gradient), scaling, self._draws, tells=tells)
 
     def check_complete(self) -> None:
         """Checks that every block whose gradient came was observed.

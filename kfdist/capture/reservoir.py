@@ -75,7 +75,15 @@ class Reservoir:
         self._random = random.Random(seed)
         self._units: dict[Unit, _Calls] = {}
 
-    def add(self, visit: Visit, block: Block, activation: Tensor, output_gradient: Tensor, scaling: Scaling) -> None:
+    def add(
+        self,
+        visit: Visit,
+        block: Block,
+        activation: Tensor,
+        output_gradient: Tensor,
+        scaling: Scaling,
+        kept: Tensor | None = None,
+    ) -> None:
         """Takes the rows of one call; a call that came before adds to its gradients (another head's loss).
 
         Args:
@@ -84,6 +92,7 @@ class Reservoir:
             activation: From `Block.batched`.
             output_gradient: Likewise.
             scaling: Of the output gradients.
+            kept: Which of the rows count, `[N, T]`; None for all.
 
         Raises:
             KfdistError: Calls of one forward with different numbers of examples.
@@ -103,21 +112,30 @@ class Reservoir:
             )
         if not len(calls.chosen):
             return
-        a, g = self._laid_out(calls, block, activation, output_gradient, biased=visit.biased)
+        of_factors = None if self._columns is not None else kept  # compressed columns are of gradients alone
+        a, g = self._laid_out(calls, block, (activation, output_gradient, of_factors), biased=visit.biased)
         g = g * scaling.of_rows(n, g)
-        calls.positions[visit], calls.most[visit] = a.new_full((len(calls.chosen),), positions), positions
+        counted = a.new_full((len(calls.chosen),), positions)
+        if kept is not None:
+            chosen = torch.tensor(calls.chosen, dtype=torch.int64, device="cpu").to(a.device, non_blocking=True)
+            counted = kept.reshape(examples, -1).sum(1, dtype=a.dtype)[chosen]
+        calls.most[visit] = positions
         if visit not in calls.g:
-            calls.a[visit], calls.g[visit] = a, g
+            calls.a[visit], calls.g[visit], calls.positions[visit] = a, g, counted
         elif self._columns is None or positions <= self._columns:
             calls.g[visit] += g
+            if of_factors is not None:  # the rows that another head's loss depends on
+                calls.a[visit] += a
+                calls.positions[visit] += counted
         else:  # compressed, each with columns of its own
             a, g = torch.cat([calls.a[visit], a], dim=2), torch.cat([calls.g[visit], g], dim=2)
             calls.a[visit], calls.g[visit] = compress_columns(a, g, self._columns)
 
     def _laid_out(
-        self, calls: _Calls, block: Block, activation: Tensor, output_gradient: Tensor, *, biased: bool
+        self, calls: _Calls, block: Block, seen: tuple[Tensor, Tensor, Tensor | None], *, biased: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns a `[c, n, T', q]` and g `[c, n, T', p]` of the kept examples, compressed a few examples at a time."""
+        activation, output_gradient, counting = seen
         length, kept = len(activation), len(calls.chosen)
         places = spread(torch.tensor(calls.chosen, dtype=torch.int64, device="cpu"), length, calls.examples)
         places = places.to(activation.device, non_blocking=True).view(kept, -1)
@@ -128,7 +146,7 @@ class Reservoir:
             tile = max(1, TILE_BYTES // max(1, numbers * accumulation_dtype(activation).itemsize))
         pieces: list[tuple[Tensor, Tensor]] = []
         for some in places.split(tile):
-            found = block.example_rows(activation, output_gradient, some.flatten(), biased=biased)
+            found = block.example_rows(activation, output_gradient, some.flatten(), biased=biased, kept=counting)
             a, g = (rows.reshape(len(rows), len(some), -1, rows.shape[-1]) for rows in found)
             pieces.append((a, g) if self._columns is None else compress_columns(a, g, self._columns))
         a, g = pieces[0] if len(pieces) == 1 else (torch.cat(side, dim=1) for side in zip(*pieces, strict=True))

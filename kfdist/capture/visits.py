@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfdist.capture.masks import Stated
 from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.passes import ForwardPass
 from kfdist.capture.registry import Part
@@ -75,7 +76,7 @@ class Use:
             gradient = gradient.reshape(self.output_shape)
         return gradient if self.whole else gradient[..., self.part.rows]
 
-    def visit(self, batch: MicroBatch, stated: int | None) -> "Visit":
+    def visit(self, batch: MicroBatch, stated: Stated) -> "Visit":
         """Returns what is measured of it in a micro-batch."""
         part, unit = self.part, Unit(batch, self.forward)
         return Visit(self.name, self.activation, unit, stated, biased=part.biased, reach=part.reach)
@@ -89,19 +90,21 @@ class Visit:
         name: The block.
         activation: What the layer was given.
         unit: Whose examples it saw.
-        stated: How many terms the loss of its micro-batch averages, where that was stated.
+        stated: What the user says of its micro-batch.
         biased: Whether the block's bias was added.
         reach: Which row met which expert, of a block of experts.
         number: Which call of the block it is in this step; negative until it is first measured.
+        kept: The rows of its input that are measured already, `[N, T]`; None without a mask of them.
     """
 
     name: str
     activation: Tensor
     unit: Unit
-    stated: int | None
+    stated: Stated
     biased: bool = True
     reach: Reach | None = None
     number: int = -1
+    kept: Tensor | None = None
 
     @property
     def counted(self) -> MicroBatch:
@@ -110,8 +113,8 @@ class Visit:
 
     def examples(self, length: int) -> int:
         """Returns N of an input whose dim 0 is `length`."""
-        if self.stated is not None:
-            return self.stated
+        if self.stated.examples is not None:
+            return self.stated.examples
         return length if self.unit.forward.examples is None else self.unit.forward.examples
 
     def grouped(self, length: int) -> int:

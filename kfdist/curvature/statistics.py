@@ -32,14 +32,14 @@ class FactorSums:
         G: Sum of g g^T for g exactly as autograd gave it, `[c, p, p]`; `[c, 0, 0]` if not asked for.
         a: Sum of the rows a, homogeneous coordinate last, `[c, q]`; `[c, 0]` if not asked for.
         g: Sum of the rows g, `[c, p]`; `[c, 0]` if not asked for.
-        rows: Examples times positions.
+        rows: Examples times positions; of those that count, an estimate where positions were sub-sampled.
     """
 
     A: Tensor
     G: Tensor
     a: Tensor
     g: Tensor
-    rows: int
+    rows: int | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

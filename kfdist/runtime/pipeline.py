@@ -21,6 +21,7 @@ from kfdist.runtime.adopt.start import agree_on_start
 from kfdist.runtime.apply.applications import Applying
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.shipping import Inverting
+from kfdist.runtime.padding import PaddingNotice
 from kfdist.runtime.plan.coverage import unmeasured_warning
 from kfdist.runtime.plan.timetable import Due, Timetable
 from kfdist.runtime.reduce.reducer import StatisticsReducer
@@ -71,6 +72,7 @@ class Pipeline:
     statistics_step: int = field(default=-1, init=False)
     started: bool = field(default=False, init=False)
     _said_unmeasured: set[BlockName] = field(default_factory=set, init=False)
+    _padding: PaddingNotice = field(default_factory=PaddingNotice, init=False)
 
     def __post_init__(self) -> None:
         self.arm()
@@ -110,6 +112,7 @@ class Pipeline:
         with phase("capture"):
             batches = self.capture.drain()
             self._warn_of_unmeasured(step)
+            self._padding.look(self.capture.zero_rows, level=4)
         with phase("fold"):
             self.reducer.fold(due, batches, step_is_finite)
         with phase("reduce"):

@@ -279,15 +279,30 @@ class Preconditioner:
         self._rates.attach(optimizer, self._parameters, lambda: self._step(self._rates.at))
         return self
 
-    def batch(self, *, examples: int) -> None:
-        """States how many terms the next backward's loss averages (unmasked tokens, say); default: dim 0 of the input.
+    def batch(self, *, examples: int | None = None, mask: Tensor | None = None) -> None:
+        """States what the next backward's loss is a mean of, where it isn't dim 0 of the input.
 
-        It holds for one backward: call it for each micro-batch. A device tensor would be read, which waits for it.
+        It holds for one backward: call it for each micro-batch.
+
+        Args:
+            examples: N, how many terms the loss averages: the tokens of a loss per token, say. With k micro-batches
+                whose losses are sums over all M of their tokens, it is M / k. A device tensor would be read, which
+                waits for it.
+            mask: Which positions the loss counts, `[N, T]` like the first two dimensions of the layers' inputs, True or
+                1 for those that count. What it leaves out, and no gradient comes to, leaves A, G and their numbers.
+                Layers with other positions (behind pooling, convolutions) aren't masked. Not needed where `observe`
+                is given the loss's target.
 
         Raises:
-            ConfigError: `examples` is not a positive whole number.
+            ConfigError: `examples` is not a positive whole number, the mask has other dimensions or values, or neither
+                is given.
         """
-        self.pipeline.capture.state_examples(examples)
+        if examples is None and mask is None:
+            raise ConfigError("batch() was told nothing; give examples, the terms that the loss averages, or mask")
+        if examples is not None:
+            self.pipeline.capture.state_examples(examples)
+        if mask is not None:
+            self.pipeline.capture.state_mask(mask)
 
     def discard(self) -> None:
         """Forgets what was measured since the last `step`, where its gradients were dropped and no step follows.

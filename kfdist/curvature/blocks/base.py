@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -89,6 +89,7 @@ class Block(ABC):
         shape: Of the block's gradient, as c matrices [p, q].
         operation: In which the weight is used.
         routed: Whether each row meets one of the c matrices (`ExpertsBlock`).
+        maskable: Whether its batched activations are `[N, T, q]`, of which a mask can leave out rows.
 
     Args:
         name: As above.
@@ -98,9 +99,11 @@ class Block(ABC):
         layer: As above; the same as `name` if not given.
     """
 
+    routed: ClassVar[bool] = False
+    maskable: ClassVar[bool] = False
+
     shape: BlockShape
     operation: Operation
-    routed: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -174,10 +177,13 @@ class Block(ABC):
         """
 
     def pooled(
-        self, activation: Float[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."]
-    ) -> tuple[Float[Tensor, "N ..."], Float[Tensor, "N ..."]]:
-        """Returns batched tensors as the factors see them; only `reduce` changes them."""
-        return activation, output_gradient
+        self,
+        activation: Float[Tensor, "N ..."],
+        output_gradient: Float[Tensor, "N ..."],
+        kept: Bool[Tensor, "N T"] | None = None,
+    ) -> tuple[Float[Tensor, "N ..."], Float[Tensor, "N ..."], Bool[Tensor, "N _"] | None]:
+        """Returns batched tensors, and which rows count, as the factors see them; only `reduce` changes them."""
+        return activation, output_gradient, kept
 
     def padded(
         self, activation: Float[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."]
@@ -231,6 +237,7 @@ class Block(ABC):
         most_positions: int | None = None,
         seed: int = 0,
         biased: bool = True,
+        kept: Bool[Tensor, "N T"] | None = None,
         wanted: frozenset[str] = SUMS,
     ) -> FactorSums:
         """Sums a a^T, g g^T, a and g over the rows of one call of the layer, without a host sync.
@@ -247,6 +254,8 @@ class Block(ABC):
             most_positions: Use no more positions than this, at least 1; the smaller of both numbers decides.
             seed: Seed of that draw; the same seed draws the same positions in any process and on any device.
             biased: Whether the bias was added; the homogeneous coordinate is 0 where it wasn't.
+            kept: Rows that count, of blocks that are `maskable`; None for all. The others are zero, with their
+                homogeneous coordinate.
             wanted: Which of "A", "G", "a" and "g" to compute; the others have no elements.
 
         Raises:
@@ -255,7 +264,7 @@ class Block(ABC):
         """
         if not wanted <= SUMS:
             raise ValueError(f"wanted is {sorted(wanted)}, must be some of {sorted(SUMS)}")
-        a, g = self.pooled(*self.batched(activation, output_gradient))
+        a, g, kept = self.pooled(*_masked(*self.batched(activation, output_gradient), kept))
         positions = _count(self.output_windows(g[:0]))
         chosen = draw_positions(positions, positions_fraction, seed, most_positions)
         used = positions if chosen is None else len(chosen)
@@ -283,7 +292,10 @@ class Block(ABC):
         if chosen is not None:
             inputs.scale(positions / used)
             outputs.scale(positions / used)
-        return self._named(inputs, outputs, rows=len(a) * positions, biased=biased, wanted=wanted)
+        rows: int | Tensor = len(a) * positions
+        if kept is not None:
+            rows = (kept if chosen is None else kept.index_select(1, chosen)).sum() * (positions / used)
+        return self._named(inputs, outputs, rows=rows, biased=biased, wanted=wanted)
 
     def example_rows(
         self,
@@ -292,6 +304,7 @@ class Block(ABC):
         chosen: Int64[Tensor, " n"] | None = None,
         *,
         biased: bool = True,
+        kept: Bool[Tensor, "N T"] | None = None,
     ) -> tuple[Float[Tensor, "c m T q"], Float[Tensor, "c m T p"]]:
         """Lays out single examples' rows: example i's gradient of the block is sum_t g_it a_it^T, whatever the sharing.
 
@@ -302,6 +315,7 @@ class Block(ABC):
             output_gradient: Gradient of the loss with respect to its output; not scaled here.
             chosen: Examples to take, on the same device; None for all.
             biased: As in `factor_sums`.
+            kept: As in `factor_sums`, of all examples.
 
         Returns:
             a, homogeneous coordinate last, and g, in float64 for float64 input, else in float32.
@@ -309,7 +323,7 @@ class Block(ABC):
         Raises:
             ValueError: Shapes that don't belong to this layer or to each other.
         """
-        return self._laid_out(*self.batched(activation, output_gradient), chosen, biased)
+        return self._laid_out(*_masked(*self.batched(activation, output_gradient), kept), chosen, biased)
 
     def factor_rows(
         self,
@@ -318,26 +332,33 @@ class Block(ABC):
         chosen: Int64[Tensor, " n"] | None = None,
         *,
         biased: bool = True,
+        kept: Bool[Tensor, "N T"] | None = None,
     ) -> tuple[Float[Tensor, "c m T q"], Float[Tensor, "c m T p"]]:
         """Lays out single examples' rows as the factors see them: A and G of `factor_sums` are sums over these rows.
 
         The same as `example_rows` but for sharing by `reduce`, where T is 1; see there for arguments and results.
         """
-        return self._laid_out(*self.pooled(*self.batched(activation, output_gradient)), chosen, biased)
+        found = self.pooled(*_masked(*self.batched(activation, output_gradient), kept))
+        return self._laid_out(*found, chosen, biased)
 
-    def _laid_out(self, a: Tensor, g: Tensor, chosen: Tensor | None, biased: bool) -> tuple[Tensor, Tensor]:
+    def _laid_out(
+        self, a: Tensor, g: Tensor, kept: Tensor | None, chosen: Tensor | None, biased: bool
+    ) -> tuple[Tensor, Tensor]:
         if chosen is not None:
             a, g = a.index_select(0, chosen), g.index_select(0, chosen)
+            kept = None if kept is None else kept.index_select(0, chosen)
         c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in
         shape = (c, len(a), _count(self.output_windows(g[:0])))
         windows = self.input_windows(self.padded(a, g))
         rows = lay_out(windows, self.input_features, accumulation_dtype(a)).reshape(*shape, q - self.homogeneous)
         if self.homogeneous:
             rows = F.pad(rows, (0, 1), value=float(biased))
+            if kept is not None:
+                rows[..., -1] *= kept
         return rows, lay_out(self.output_windows(g), 1, accumulation_dtype(g)).reshape(*shape, p)
 
     def _named(
-        self, inputs: RowSums, outputs: RowSums, *, rows: int, biased: bool, wanted: frozenset[str]
+        self, inputs: RowSums, outputs: RowSums, *, rows: int | Tensor, biased: bool, wanted: frozenset[str]
     ) -> FactorSums:
         """Gives sums their names, with the homogeneous coordinate and, for those not wanted, without elements."""
         A, a = inputs.second, inputs.first
@@ -346,7 +367,7 @@ class Block(ABC):
                 A = None if A is None else with_homogeneous(A, a, rows)
             else:
                 A = None if A is None else F.pad(A, (0, 1, 0, 1))
-            a = torch.cat([a, a.new_full((len(a), 1), rows if biased else 0.0)], dim=-1)
+            a = torch.cat([a, a.new_full((len(a), 1), float(biased)) * rows], dim=-1)
         return FactorSums(
             A=inputs.none(2) if A is None else A,
             G=outputs.none(2) if outputs.second is None else outputs.second,
@@ -415,6 +436,11 @@ class Block(ABC):
                     "preconditioner's step"
                 )
         return [part.parameter.grad.detach() for part in self.parts if part.parameter.grad is not None]
+
+
+def _masked(a: Tensor, g: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sets inputs `[N, T, q]` to zero that don't count, whatever is in them; their output gradients are zero."""
+    return (a if kept is None else a.masked_fill(~kept.unsqueeze(-1), 0)), g, kept
 
 
 def _count(output_windows: Tensor) -> int:

@@ -1,6 +1,6 @@
 """Fully connected layers (K-FAC, Martens & Grosse, arXiv 1503.05671), also over sequences (arXiv 2311.00636)."""
 
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -21,6 +21,7 @@ class LinearBlock(Block):
     """
 
     operation = Operation("linear")
+    maskable = True
 
     def __init__(
         self,
@@ -59,13 +60,24 @@ class LinearBlock(Block):
 
     @override
     def pooled(
-        self, activation: Float[Tensor, "N T q"], output_gradient: Float[Tensor, "N T p"]
-    ) -> tuple[Float[Tensor, "N R q"], Float[Tensor, "N R p"]]:
-        """Under `reduce`, returns the mean of a and the sum of g over the positions."""
+        self,
+        activation: Float[Tensor, "N T q"],
+        output_gradient: Float[Tensor, "N T p"],
+        kept: Bool[Tensor, "N T"] | None = None,
+    ) -> tuple[Float[Tensor, "N R q"], Float[Tensor, "N R p"], Bool[Tensor, "N R"] | None]:
+        """Under `reduce`, returns the mean of a and the sum of g over the positions that count.
+
+        An example without any has no row either.
+        """
         if not self._reduces:
-            return activation, output_gradient
-        a = activation.sum(1, keepdim=True, dtype=accumulation_dtype(activation)) / max(1, activation.shape[1])
-        return a, output_gradient.sum(1, keepdim=True, dtype=accumulation_dtype(output_gradient))
+            return activation, output_gradient, kept
+        a = activation.sum(1, keepdim=True, dtype=accumulation_dtype(activation))
+        if kept is None:
+            a = a / max(1, activation.shape[1])
+        else:
+            a = a / kept.sum(1, dtype=a.dtype).clamp_min(1)[:, None, None]
+            kept = kept.any(1, keepdim=True)
+        return a, output_gradient.sum(1, keepdim=True, dtype=accumulation_dtype(output_gradient)), kept
 
     @override
     def input_windows(

@@ -149,7 +149,7 @@ class RowSums:
 
 
 def with_homogeneous(
-    second_moment: Float[Tensor, "c d d"], sums: Float[Tensor, "c d"], rows: int
+    second_moment: Float[Tensor, "c d d"], sums: Float[Tensor, "c d"], rows: int | Float[Tensor, ""]
 ) -> Float[Tensor, "c d+1 d+1"]:
     """Borders a sum of a a^T with the homogeneous coordinate, as if every row a ended in a 1."""
     c, d, _ = second_moment.shape
@@ -157,5 +157,5 @@ def with_homogeneous(
     bordered[:, :d, :d] = second_moment
     bordered[:, :d, d] = sums
     bordered[:, d, :d] = sums
-    bordered[:, d, d].fill_(rows)
+    bordered[:, d, d] = rows
     return bordered

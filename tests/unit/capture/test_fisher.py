@@ -109,7 +109,7 @@ def remembered_outputs(model: nn.Module) -> dict[str, Tensor]:
     def remember(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
         outputs[name] = output
 
-    for name in blocks_of(model):
+    for name in blocks_of(model).keys() & dict(model.named_modules()).keys():
         model.get_submodule(name).register_forward_hook(partial(remember, name))
     return outputs
 

@@ -93,7 +93,19 @@ def token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (model(x) - y).square().sum(-1)
 
 
-def measured(plan: Plan, parts: Sequence[tuple[Tensor, Tensor]], rank: int, stated: bool) -> dict[str, BatchStatistics]:
+def padded(plan: Plan, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With what the loss ignores at the end: positions, or examples where there is one position; and the mask."""
+    dim = 0 if plan.groups[0].inverter.coupling is Coupling.CHAIN else 1
+    more, ignored, mask = (
+        torch.cat([each, torch.full_like(each.narrow(dim, 0, 1), value)], dim=dim)
+        for each, value in ((x, 1e3), (y, 1.0), (torch.ones(x.shape[:2]), 0.0))
+    )
+    return more, ignored, mask
+
+
+def measured(
+    plan: Plan, parts: Sequence[tuple[Tensor, Tensor]], rank: int, stated: bool, masked: bool
+) -> dict[str, BatchStatistics]:
     """What one rank's capture finds in its micro-batches."""
     groups = {
         coupling: [[b.name for b in group.blocks] for group in plan.groups if group.inverter.coupling is coupling]
@@ -109,7 +121,12 @@ def measured(plan: Plan, parts: Sequence[tuple[Tensor, Tensor]], rank: int, stat
     )
     capture.arm(timetable(plan, rank).requests(0, calibrating={group.index for group in plan.groups}))
     for x, y in parts:
-        losses = token_losses(plan.model, x, y)
+        if masked:
+            more, ignored, mask = padded(plan, x, y)
+            losses = (token_losses(plan.model, more, ignored) * mask)[mask > 0]
+            capture.state_mask(mask)
+        else:
+            losses = token_losses(plan.model, x, y)
         if stated:
             capture.state_examples(y[..., 0].numel())
         (losses.sum() / (y[..., 0].numel() if stated else len(y)) / len(parts)).backward()
@@ -270,10 +287,13 @@ def case(method: str, split: Split, *, stated: bool, **settings: Any) -> tuple[P
     return plan, [split, parts]
 
 
-@pytest.mark.parametrize("stated", [False, True], ids=["per example", "per token"])
+@pytest.mark.parametrize("loss", ["per example", "per token", "padded"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("method", INVERTERS)
-def test_any_split_is_one_process_on_all_rows(method: str, split: str, stated: bool) -> None:
+def test_any_split_is_one_process_on_all_rows(method: str, split: str, loss: str) -> None:
+    stated = loss != "per example"
     plan, (parts_of, parts) = case(method, SPLITS[split], stated=stated)
-    batches = [measured(plan, of_rank, rank, stated) if of_rank else {} for rank, of_rank in enumerate(parts)]
+    batches = [
+        measured(plan, of_rank, rank, stated, loss == "padded") if of_rank else {} for rank, of_rank in enumerate(parts)
+    ]
     check(plan.groups[0].inverter, reduced(plan, batches), truth_of(plan.model, parts_of, parts, stated))

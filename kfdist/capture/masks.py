@@ -1,0 +1,107 @@
+"""Which rows of a layer are padding.
+
+Padding is what a mask leaves out and no gradient came to: tokens whose loss is ignored take part in the loss of others
+through attention, and a row with a gradient is a part of the layer's gradient. A gradient of zero alone says nothing:
+dead units and underflow make them too. Such rows stay, and a large share of them is warned of
+(`kfdist.runtime.padding`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from kfdist.curvature.blocks import Block
+from kfdist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the user says of a micro-batch.
+
+    Attributes:
+        examples: How many terms its loss averages; None: dim 0 of the input.
+        mask: Which positions its loss counts, `[N, T]` or one after another; None: all.
+    """
+
+    examples: int | None = None
+    mask: Tensor | None = None
+
+    def completed(self, other: "Stated") -> "Stated":
+        """Returns it with what only `other` says."""
+        return Stated(
+            other.examples if self.examples is None else self.examples, other.mask if self.mask is None else self.mask
+        )
+
+
+NOTHING_STATED = Stated()
+
+
+def checked_mask(mask: object) -> Bool[Tensor, "N T"]:
+    """Returns a mask as booleans; one that isn't boolean is read, which waits for its device.
+
+    Raises:
+        ConfigError: It is no tensor `[N, T]` of booleans, or of zeros and ones.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        found = f"has shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+        raise ConfigError(f"mask {found}; must be a tensor [N, T], True or 1 where a position counts")
+    if mask.dtype == torch.bool:
+        return mask.detach()
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ConfigError(
+            f"mask holds other numbers than 0 and 1 (from {mask.min().item():.6g} to {mask.max().item():.6g}); give 1 "
+            "where a position counts and 0 where it is padding, or booleans"
+        )
+    return mask.detach() != 0
+
+
+def turned_blocks(model: nn.Module, blocks: Iterable[Block]) -> frozenset[str]:
+    """Returns the blocks whose layers see positions first: those inside an `nn.MultiheadAttention` with batch_first."""
+    inside = set()
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) and module.batch_first:
+            inside |= {id(module), id(module.out_proj)}
+    return frozenset(block.name for block in blocks if id(block.module) in inside)
+
+
+def aligned(mask: Bool[Tensor, "..."], shape: tuple[int, int], *, turned: bool) -> Bool[Tensor, "n t"] | None:
+    """Lays a mask out as a layer's inputs, `[N, T]` or, where they come one after another, `[N T, 1]`.
+
+    Args:
+        mask: `[N, T]`, or these one after another. Where a layer sees the positions first, `[T, N]`, it is turned.
+        shape: N and T of the layer's inputs.
+        turned: Whether the layer sees the positions first, so that a square mask is turned too.
+
+    Returns:
+        The mask, or None where it isn't of these positions (a layer behind pooling, another sequence).
+    """
+    n, t = shape
+    if mask.dim() == 1:
+        if mask.numel() != n * t:
+            return None
+        return mask.view(t, n).T if turned and t > 1 else mask.view(n, t)
+    mask = mask.T if turned else mask
+    for layout in (mask,) if turned else (mask, mask.T):
+        if tuple(layout.shape) == shape:
+            return layout
+    return mask.reshape(n, 1) if t == 1 and mask.numel() == n else None
+
+
+class ZeroRows:
+    """Counts output-gradient rows that are exactly zero where no mask tells of padding.
+
+    Attributes:
+        counts: By block, how many are, a tensor on its device, and of how many.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, tuple[Tensor, int]] = {}
+
+    def add(self, name: str, output_gradient: Float[Tensor, "N T p"]) -> None:
+        """Counts the rows of one call of a layer."""
+        zeros = (output_gradient == 0).all(-1).sum()
+        before, rows = self.counts.get(name, (torch.zeros_like(zeros), 0))
+        self.counts[name] = before + zeros, rows + output_gradient.shape[:2].numel()

@@ -1,0 +1,286 @@
+"""Padding leaves A, G and their numbers where a mask tells of it and no gradient comes to it."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kfdist.capture.capture import Capture
+from kfdist.capture.masks import aligned
+from kfdist.capture.requests import Request, Sampling
+from kfdist.curvature.blocks.base import ParameterPart
+from kfdist.curvature.blocks.linear import LinearBlock
+from kfdist.errors import ConfigError, KfdistWarning
+from tests.support.factors import armed_capture, factors_of
+from tests.support.preconditioning import preconditioner
+
+EXACT = 1e-12
+"""float64 sums over a few dozen rows."""
+
+N, T, Q, C = 4, 4, 3, 5
+"""N and T are equal: a mask that is turned by mistake must not pass."""
+
+LENGTHS = [4, 2, 1, 3]
+MASK = torch.arange(T) < torch.tensor(LENGTHS).unsqueeze(1)
+
+
+class Tokens(nn.Module):
+    """A layer whose inputs come as `layout` says, and as `[N, T, q]` outside of it."""
+
+    def __init__(self, layout: str = "[N, T]") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layout, self.layer = layout, nn.Linear(Q, C).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layout == "[N T]":
+            return self.layer(x.flatten(0, 1)).view(*x.shape[:2], C)
+        return self.layer(x)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, T, Q, generator=generator, dtype=torch.float64)
+    x[~MASK] = 1e3
+    y = torch.randint(0, C, (N, T), generator=generator)
+    y[~MASK] = -100
+    return x, y
+
+
+def token_loss(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def expected(model: Tokens) -> tuple[Tensor, Tensor]:
+    """Omega and Gamma of the tokens that count alone, with N their number: the Fisher block of the empirical kind."""
+    x, y = batch()
+    tokens = x[MASK]
+    logits = model.layer(tokens)
+    (g,) = torch.autograd.grad(F.cross_entropy(logits, y[MASK], reduction="sum"), logits)
+    a = torch.cat([tokens, torch.ones(len(tokens), 1, dtype=torch.float64)], 1)
+    return a.T @ a / len(a), g.T @ g / len(g)
+
+
+def close(found: Tensor, truth: Tensor) -> None:
+    torch.testing.assert_close(found, truth, rtol=EXACT, atol=EXACT * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("layout", ["[N, T]", "[N T]"])
+@pytest.mark.parametrize("mask", [MASK, MASK.long(), MASK.double()], ids=["bool", "int64", "float64"])
+def test_masked_tokens_are_as_if_they_were_not_there(layout: str, mask: Tensor) -> None:
+    model, (x, y) = Tokens(layout), batch()
+    capture = armed_capture(model)
+    capture.state_mask(mask)
+    capture.state_examples(int(MASK.sum()))
+    token_loss(model(x), y).backward()
+    drained = capture.drain()["layer"]
+    assert float(drained.positions) == drained.examples == sum(LENGTHS)
+    for found, truth in zip(factors_of({"layer": drained})["layer"], expected(model), strict=True):
+        close(found[0], truth)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_ignored_targets_are_a_mask(fisher: str, flat: bool) -> None:
+    """ignore_index's default is Hugging Face's -100, too."""
+    model, (x, y) = Tokens(), batch()
+    capture = armed_capture(model, fisher=fisher)
+    capture.state_examples(int(MASK.sum()))
+    logits = model(x)
+    if flat:
+        capture.observe(logits.flatten(0, 1), "cross_entropy", target=y.flatten())
+    else:
+        capture.observe(logits.mT, "cross_entropy", target=y)
+    token_loss(logits, y).backward()
+    drained = capture.drain()["layer"]
+    assert float(drained.positions) == sum(LENGTHS)
+    A, G = factors_of({"layer": drained})["layer"]
+    close(A[0], expected(model)[0])
+    if fisher == "exact":
+        p = torch.softmax(logits.detach()[MASK], -1)
+        close(G[0], (torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)).mean(0))
+
+
+class Attending(nn.Module):
+    """Tokens that the loss ignores reach it through the mean of their sequence; padding doesn't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(Q, 3).double(), nn.Linear(3, C).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x)) * MASK.unsqueeze(-1)
+        return self.head(hidden + hidden.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "mc", "exact"])
+def test_rows_with_a_gradient_stay(fisher: str) -> None:
+    """A prompt is masked in the loss, and trained through attention: it counts in the body and not in the head."""
+    x, y = batch()
+    y[:, 0] = -100  # of the third sequence nothing is left
+    model = Attending()
+    capture = armed_capture(model, fisher=fisher)
+    logits = model(x)
+    if fisher == "empirical":
+        capture.state_mask(y != -100)
+    else:
+        capture.observe(logits.mT, "cross_entropy", target=y)
+    token_loss(logits, y).backward()
+    drained = capture.drain()
+    assert float(drained["head"].positions) == int((y != -100).sum())
+    assert float(drained["body"].positions) == sum(LENGTHS) - 1
+
+
+def test_two_heads_with_targets_of_their_own() -> None:
+    """The second head depends on rows that the first ignores."""
+    model, (x, y) = Tokens(), batch()
+    first, second = y.clone(), y.clone()
+    first[:, 1:], second[:, 0] = -100, -100
+    capture = armed_capture(model, fisher="mc", sums=frozenset({"A"}), samples=N)
+    capture.state_examples(int(MASK.sum()))
+    logits = model(x)
+    for target in (first, second):
+        capture.observe(logits.mT, "cross_entropy", target=target)
+    drained = capture.drain()["layer"]
+    assert float(drained.positions) == sum(LENGTHS)
+    close(drained.sums["A"][0] / drained.examples, expected(model)[0])
+    assert drained.samples is not None and drained.samples.positions.tolist() == LENGTHS
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_sees_positions_first(batch_first: bool) -> None:
+    """N and T are equal, so that nothing but the module itself tells how its inputs lie."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(Q, 1, batch_first=batch_first).double()
+    x, _ = batch()
+    given, mask = (x, MASK) if batch_first else (x.transpose(0, 1), MASK.T)
+    capture = armed_capture(attention)
+    capture.state_mask(mask)
+    output, _ = attention(given, given, given, key_padding_mask=~MASK, need_weights=False)
+    output[mask].square().sum().backward()
+    drained = capture.drain()
+    assert set(drained) == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    tokens = torch.cat([x[MASK], torch.ones(sum(LENGTHS), 1, dtype=torch.float64)], 1)
+    for name, each in drained.items():
+        assert float(each.positions) == sum(LENGTHS), name
+        if name != "out_proj":
+            close(each.sums["A"][0], tokens.T @ tokens)
+
+
+def test_reduce_takes_the_mean_of_what_counts() -> None:
+    model, (x, _) = Tokens(), batch()
+    lengths = torch.tensor([4, 2, 1, 0]).unsqueeze(1)  # an example without any has no row
+    mask = torch.arange(T) < lengths
+    block = LinearBlock(
+        "layer",
+        model.layer,
+        ParameterPart("weight", model.layer.weight),
+        ParameterPart("bias", model.layer.bias),
+        sharing="reduce",
+    )
+    capture = Capture(model, {"layer": block}, sampling=Sampling(), grad_scaler=None)
+    capture.arm({"layer": Request()})
+    capture.state_mask(mask)
+    output = (model(x) * mask.unsqueeze(-1)).sum(1) / lengths.clamp_min(1)
+    output.square().sum(1).mean().backward()
+    drained = capture.drain()["layer"]
+    a = torch.cat([(x * mask.unsqueeze(-1)).sum(1)[:3] / lengths[:3], torch.ones(3, 1, dtype=torch.float64)], 1)
+    assert float(drained.positions) == 3
+    close(drained.sums["A"][0], a.T @ a)
+    g = 2 * output.detach()
+    close(drained.sums["G"][0], g.T @ g)
+
+
+@pytest.mark.parametrize("sampling", [{"examples_fraction": 0.5}, {"positions_fraction": 0.5}], ids=str)
+def test_sampled_estimates_are_unbiased_under_a_mask(sampling: dict[str, float]) -> None:
+    model, (x, y) = Tokens(), batch()
+    capture = armed_capture(model, sampling=Sampling(**sampling))
+    draws: dict[str, list[Tensor]] = {"A": [], "G": []}
+    x[~MASK] = 1.0
+    for seed in range(600):
+        capture.arm({"layer": Request(seed=seed)})
+        capture.state_mask(MASK)
+        capture.state_examples(int(MASK.sum()))
+        token_loss(model(x), y).backward()
+        drained = capture.drain()
+        assert float(drained["layer"].positions) == sum(LENGTHS), "how many rows count is known, not sampled"
+        for part, mean in zip(draws.values(), factors_of(drained)["layer"], strict=True):
+            part.append(mean[0])
+        assert torch.linalg.eigvalsh(draws["A"][-1]).min() > -1e-12, "the homogeneous coordinate is of the same rows"
+    for part, truth in zip(draws.values(), expected(model), strict=True):
+        drawn = torch.stack(part)
+        error = drawn.std(0) / len(drawn) ** 0.5
+        assert ((drawn.mean(0) - truth).abs() <= 5 * error + 1e-12).all()
+
+
+def test_padding_may_hold_anything() -> None:
+    model, (x, y) = Tokens(), batch()
+    x[~MASK] = torch.nan
+    capture = armed_capture(model)
+    capture.state_mask(MASK)
+    capture.state_examples(int(MASK.sum()))
+    F.cross_entropy(model(x)[MASK], y[MASK]).backward()
+    for found, truth in zip(factors_of(capture.drain())["layer"], expected(model), strict=True):
+        close(found[0], truth)
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (torch.ones(4, dtype=torch.bool), r"mask has shape \[4\]; must be a tensor \[N, T\]"),
+        (torch.ones(4, 1, 4), r"mask has shape \[4, 1, 4\]"),
+        ([[True]], "mask is a list"),
+        (torch.tensor([[0.0, -1e9]]), "other numbers than 0 and 1"),
+        (torch.tensor([[1, 2]]), "other numbers than 0 and 1"),
+    ],
+    ids=str,
+)
+def test_other_masks_are_refused(mask: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        armed_capture(Tokens()).state_mask(mask)
+
+
+def test_masks_of_other_positions_do_not_apply() -> None:
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    assert aligned(mask, (2, 5), turned=False) is None  # another sequence
+    assert aligned(mask, (2, 1), turned=False) is None  # behind pooling
+    assert aligned(mask, (2, 6), turned=True) is None
+    for shape in ((2, 6), (6, 2), (12, 1)):
+        found = aligned(mask, shape, turned=False)
+        assert found is not None and tuple(found.shape) == shape
+
+
+def run(mask: Tensor | None, share: float) -> list[str]:
+    """What a preconditioner says over three steps in which the loss ignores so many of the tokens."""
+    model = Tokens()
+    x = torch.randn(N, T, Q, dtype=torch.float64)
+    keep = torch.arange(N * T).view(N, T) >= share * N * T
+    with preconditioner(model, "kfac") as pre, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model.zero_grad()
+            if mask is not None:
+                pre.batch(mask=mask)
+            (model(x).square().sum(-1) * keep).sum().backward()
+            pre.step()
+    return [str(each.message) for each in caught if issubclass(each.category, KfdistWarning)]
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.125, 0), (0.5, 1)])
+def test_many_zero_rows_are_warned_of_once(share: float, count: int) -> None:
+    said = run(None, share)
+    assert len(said) == count
+    assert all("50% of the output gradients of block 'layer'" in each and "batch(mask=...)" in each for each in said)
+
+
+def test_a_mask_silences_it() -> None:
+    assert run(torch.ones(N, T, dtype=torch.bool), 0.5) == []
+
+
+def test_batch_needs_something_to_state() -> None:
+    with preconditioner(Tokens(), "kfac") as pre, pytest.raises(ConfigError, match="was told nothing"):
+        pre.batch()
