@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kfdist import checks
+from kfdist.curvature.footprint import footprint
 from kfdist.curvature.inverter import AbstractInverter, Operation, Work
 from kfdist.curvature.inverters import INVERTERS, check_settings, make_inverter
 from kfdist.curvature.inverters.b_kfac import brand_flops
@@ -20,6 +21,7 @@ from kfdist.errors import ConfigError
 from kfdist.linalg.brand import brand_update
 from kfdist.linalg.lowrank import gaussian_sketch, randomized_svd, range_basis
 from kfdist.linalg.psd import damped_cholesky_inverse, eigh_descending
+from kfdist.system.memory import available_memory, in_words
 from kfdist.types import BlockShape
 
 AUTO = "auto"
@@ -28,7 +30,7 @@ AUTO = "auto"
 ORDER = ("kfac-eigen", "kfac", "rs-kfac", "sre-kfac", "b-kfac", "eva")
 """Methods that can be chosen, from the most faithful to the cheapest."""
 
-_NUMBER_BYTES = 4
+_MEMORY = "memory"
 _SIZES = (64, 512)
 _REPEATS = 3
 
@@ -55,9 +57,11 @@ class MeasuredCosts:
 
     Attributes:
         rates: By operation; an operation without a rate counts as free.
+        memory: Bytes that the process that measured could still have; None if it is not known, and counts as enough.
     """
 
     rates: Mapping[Operation, Rate]
+    memory: int | None = None
 
     def seconds(self, work: Iterable[Work]) -> float:
         """Estimates how long some operations take, one after the other."""
@@ -65,16 +69,21 @@ class MeasuredCosts:
 
     def to_json(self) -> dict[str, list[float]]:
         """Returns it as JSON values, to be broadcast."""
-        return {operation.value: list(rate) for operation, rate in self.rates.items()}
+        memory = {} if self.memory is None else {_MEMORY: [float(self.memory)]}
+        return {operation.value: list(rate) for operation, rate in self.rates.items()} | memory
 
     @staticmethod
     def from_json(value: Mapping[str, list[float]]) -> "MeasuredCosts":
         """Returns what `to_json` wrote, to the last bit."""
-        return MeasuredCosts(rates={Operation(name): Rate(*numbers) for name, numbers in value.items()})
+        rates = {Operation(name): Rate(*numbers) for name, numbers in value.items() if name != _MEMORY}
+        return MeasuredCosts(rates=rates, memory=int(value[_MEMORY][0]) if _MEMORY in value else None)
 
 
 def measure_costs() -> MeasuredCosts:
-    """Measures this machine's CPU, where inversions are done, with the thread count that is set; takes about 0.3 s."""
+    """Measures this machine's CPU, where inversions are done, with the thread count that is set; takes about 0.3 s.
+
+    Memory is the host's; that of an accelerator is looked at when everything is chosen.
+    """
 
     def rate(operation: Callable[[torch.Tensor], Any], flops: Callable[[int], float]) -> Rate:
         small, large = (_fastest(operation, d) for d in _SIZES)
@@ -99,7 +108,8 @@ def measure_costs() -> MeasuredCosts:
             Operation.EIGH: rate(eigh_descending, lambda d: EIGH_FLOPS * d**3),
             Operation.SKETCH: rate(sketch, lambda d: sketched.factor_work(d).flops),
             Operation.BRAND: rate(brand, lambda d: brand_flops(d, d // 4)),
-        }
+        },
+        memory=available_memory().bytes,
     )
 
 
@@ -152,15 +162,15 @@ class Auto:
         tried: list[_Candidate] = []
         for inverter in self._candidates(shape):
             candidate = _Candidate.of(inverter, shape, costs)
-            if self._excess(candidate) <= 1:
-                return inverter, self._explanation(candidate, tried)
+            if self._excess(candidate, costs) <= 1:
+                return inverter, self._explanation(candidate, tried, costs)
             tried.append(candidate)
         if not tried:
             reason = f"none of {', '.join(self.allow)} can invert a block of {shape.d_out} x {shape.d_in}"
             raise ConfigError(f"{reason}; allow others of {', '.join(ORDER)}", path="allow")
-        best = min(tried, key=self._excess)
+        best = min(tried, key=lambda candidate: self._excess(candidate, costs))
         others = [each for each in tried if each is not best]
-        return best.inverter, f"{self._explanation(best, others)}; nothing fits, this exceeds the budget least"
+        return best.inverter, f"{self._explanation(best, others, costs)}; nothing fits, this exceeds the budget least"
 
     def _candidates(self, shape: BlockShape) -> Iterator[AbstractInverter]:
         for name in (each for each in ORDER if each in self.allow):
@@ -168,23 +178,27 @@ class Auto:
                 if not inverter.refusal({"block": shape}):
                     yield inverter
 
-    def _excess(self, candidate: "_Candidate") -> float:
-        return max(candidate.seconds / self.seconds_per_inversion, candidate.bytes / self.bytes_per_block)
+    def _excess(self, candidate: "_Candidate", costs: MeasuredCosts) -> float:
+        of_memory = 0.0 if costs.memory is None else candidate.most_bytes / max(costs.memory, 1)
+        return max(candidate.seconds / self.seconds_per_inversion, candidate.bytes / self.bytes_per_block, of_memory)
 
-    def _explanation(self, chosen: "_Candidate", others: list["_Candidate"]) -> str:
-        words = f"{chosen.label}: {_seconds(chosen.seconds)} and {_bytes(chosen.bytes)} of a budget of "
-        words += f"{_seconds(self.seconds_per_inversion)} and {_bytes(self.bytes_per_block)}"
+    def _explanation(self, chosen: "_Candidate", others: list["_Candidate"], costs: MeasuredCosts) -> str:
+        words = f"{chosen.label}: {_seconds(chosen.seconds)} and {in_words(chosen.bytes)} of a budget of "
+        words += f"{_seconds(self.seconds_per_inversion)} and {in_words(self.bytes_per_block)}"
         # Of a method that was tried with several ranks, the smallest says most.
         last = {each.inverter.name: each for each in others if each.inverter.name != chosen.inverter.name}
-        rejected = [f"{each.label} would take {self._too_much(each)}" for each in last.values()]
+        rejected = [f"{each.label} would take {self._too_much(each, costs)}" for each in last.values()]
         return "; ".join([words, *rejected])
 
-    def _too_much(self, candidate: "_Candidate") -> str:
+    def _too_much(self, candidate: "_Candidate", costs: MeasuredCosts) -> str:
         parts = []
         if candidate.seconds > self.seconds_per_inversion:
             parts.append(_seconds(candidate.seconds))
         if candidate.bytes > self.bytes_per_block:
-            parts.append(_bytes(candidate.bytes))
+            parts.append(in_words(candidate.bytes))
+        if costs.memory is not None and candidate.most_bytes > costs.memory:
+            most = in_words(candidate.most_bytes)
+            parts.append(f"at its worst moment {most}, where there are {in_words(costs.memory)}")
         return " and ".join(parts)
 
 
@@ -194,13 +208,13 @@ class _Candidate(NamedTuple):
     inverter: AbstractInverter
     seconds: float
     bytes: int
+    most_bytes: int
 
     @staticmethod
     def of(inverter: AbstractInverter, shape: BlockShape, costs: MeasuredCosts) -> "_Candidate":
-        sizes = {"A": shape.d_in**2, "G": shape.d_out**2, "a": shape.d_in, "g": shape.d_out}
-        sums = sum(sizes.get(name, 0) for name in inverter.needs(shape).sums)
-        work, numbers = inverter.estimate(shape)
-        return _Candidate(inverter, shape.groups * costs.seconds(work), _NUMBER_BYTES * shape.groups * (sums + numbers))
+        memory = footprint(inverter, shape)
+        seconds = shape.groups * costs.seconds(inverter.estimate(shape).work)
+        return _Candidate(inverter, seconds, memory.kept, memory.most)
 
     @property
     def label(self) -> str:
@@ -212,14 +226,6 @@ class _Candidate(NamedTuple):
 
 def _seconds(value: float) -> str:
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} GiB"
 
 
 def make_choice(name: str, /, **settings: Any) -> AbstractInverter | Auto:

@@ -26,11 +26,13 @@ from kfdist.runtime.invert.job_book import JobBook
 from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, make_link
 from kfdist.runtime.invert.shipping import Inverting
 from kfdist.runtime.pipeline import Pipeline
+from kfdist.runtime.plan.capacity import check_memory, memory_of
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.settings import JobTerms
 from kfdist.runtime.track import Track
+from kfdist.system.memory import Memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ def assemble(
             all ranks have undone what they made.
     """
     service = link if isinstance(link, Service) else None
+    _check_memory(plan, world)
     terms = _agree_on_terms(plan, world, service)
     communicators = make_communicators(world)
     made = make_link(link)
@@ -110,6 +113,13 @@ def assemble(
         communicators.close()
         raise EnvironmentFault(f"the link to the inverters could not start ({fault})") from fault
     return assembly
+
+
+def _check_memory(plan: Plan, world: Communicator) -> None:
+    """Refuses, on all ranks alike, a plan that doesn't fit where there is the least memory. Collective."""
+    if plan.groups:
+        found = on_every_rank(world, lambda: list(memory_of(plan.device)))
+        check_memory(plan.groups, plan.device, min(Memory(*each) for each in found))
 
 
 def _agree_on_terms(plan: Plan, world: Communicator, service: Service | None) -> JobTerms:

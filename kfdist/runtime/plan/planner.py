@@ -1,7 +1,7 @@
 """The plan: from a model, a choice of methods and settings to groups of blocks, and why the rest has none."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -14,6 +14,7 @@ from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.jobs import job_bytes
 from kfdist.errors import ConfigError
 from kfdist.policies.assignment import courier_ranks
+from kfdist.runtime.plan.capacity import need_of
 from kfdist.runtime.plan.coverage import Coverage, coverage_of
 from kfdist.runtime.plan.groups import BlockGroup, check_fisher, refuse_applied_rows
 from kfdist.runtime.plan.layers import SHARDED, bare_model, device_of, is_compiled, named_layers
@@ -31,6 +32,7 @@ Method = Choice | Mapping[str, Choice]
 stands for everything inside it too; "*" also matches dots."""
 
 _MOST_NAMES_SHOWN = 10
+_LEAST_BYTES_PER_BLOCK = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,9 @@ def make_plan(
         each.block.name: "; ".join(filter(None, (each.inverter.note(each.block.shape), each.reason))) for each in chosen
     }
     _check_rows(groups, settings, world_size)
+    smaller = _smaller_budgets(patterns)
+    if costs is not None and costs.memory is not None and smaller and need_of(groups, on_host=True) > costs.memory:
+        return make_plan(model, smaller, settings, world_size=world_size, costs=costs)
     return Plan(
         model=model,
         settings=settings,
@@ -143,6 +148,17 @@ def make_plan(
         costs=costs if any(isinstance(each, Auto) for each in patterns.values()) else None,
         compiled=compiled,
     )
+
+
+def _smaller_budgets(patterns: Mapping[str, AbstractInverter | Auto]) -> dict[str, AbstractInverter | Auto]:
+    """Halves what "auto" may spend on a block; empty where nothing is chosen, or little can be spent already."""
+    chosen = [each for each in patterns.values() if isinstance(each, Auto)]
+    if not chosen or min(each.bytes_per_block for each in chosen) < _LEAST_BYTES_PER_BLOCK:
+        return {}
+    return {
+        glob: replace(each, bytes_per_block=each.bytes_per_block // 2) if isinstance(each, Auto) else each
+        for glob, each in patterns.items()
+    }
 
 
 def _check_rows(groups: Sequence[BlockGroup], settings: Settings, world_size: int) -> None:

@@ -13,7 +13,12 @@ from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg import lowrank, psd
-from tests.support.live_bytes import peak_of
+from kfdist.bench.measuring import AllocationCounter
+
+def peak_of(action):
+    with AllocationCounter() as counter:
+        action()
+    return counter.peak_bytes
 
 psd._BLOCK, lowrank._DRAWN = 16, 256
 torch.set_num_threads(1)

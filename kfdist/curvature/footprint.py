@@ -1,0 +1,46 @@
+"""How much memory a method takes for a block: what is there all the time, and what comes and goes."""
+
+import math
+from typing import NamedTuple
+
+from kfdist.curvature.averages import sum_shapes
+from kfdist.curvature.inverter import AbstractInverter
+from kfdist.types import BlockShape
+
+NUMBER_BYTES = 4
+
+
+class Footprint(NamedTuple):
+    """Bytes of one block on one rank, in float32.
+
+    Attributes:
+        kept: Averages, the inverse in use with the state of the next one, and the bytes that both came in.
+        folding: The batch's own sums, beside the averages that they are added to.
+        inversion: The job, its dense factors, and the result twice (`kfdist.curvature.jobs.run_job`).
+    """
+
+    kept: int
+    folding: int
+    inversion: int
+
+    @property
+    def most(self) -> int:
+        """What there is at the worst moment, where the rank inverts for itself."""
+        return self.kept + max(self.folding, self.inversion)
+
+
+def footprint(inverter: AbstractInverter, shape: BlockShape) -> Footprint:
+    """Estimates what a block of this shape takes, alone in its group."""
+    needs = inverter.needs(shape)
+    sums = sum(math.prod(size) for size in sum_shapes(shape, needs).values())
+    rows = (
+        shape.groups
+        * needs.increment_rows
+        * sum({"A": shape.d_in, "G": shape.d_out}[name] for name in needs.increments)
+    )
+    result = shape.groups * inverter.estimate(shape).numbers
+    return Footprint(
+        kept=NUMBER_BYTES * (sums + 2 * result),
+        folding=NUMBER_BYTES * (sums + rows),
+        inversion=NUMBER_BYTES * (sums // 2 + rows + sums + 2 * result),
+    )

@@ -1,0 +1,80 @@
+"""Whether a plan fits into memory, found out before anything is allocated."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from kfdist.curvature.auto import ORDER
+from kfdist.curvature.footprint import footprint
+from kfdist.curvature.inverters import INVERTERS, AbstractInverter
+from kfdist.errors import EnvironmentFault
+from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.system.memory import Memory, available_memory, in_words
+from kfdist.types import BlockShape
+
+
+def memory_of(device: torch.device) -> Memory:
+    """Returns what can still be had on a device; memory that torch keeps there for later counts."""
+    if device.type != "cuda":
+        return available_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return Memory(free + kept, f"the memory of {torch.cuda.get_device_name(device)}")
+
+
+def need_of(groups: Sequence[BlockGroup], *, on_host: bool) -> int:
+    """Returns the bytes that a plan takes on a rank: all that is kept, and the largest block's that comes and goes.
+
+    Args:
+        groups: Of the plan.
+        on_host: Whether the statistics are in the host's memory, where they are inverted, too.
+    """
+    each = [footprint(group.inverter, block.shape) for group in groups for block in group.blocks]
+    passing = [max(one.folding, one.inversion) if on_host else one.folding for one in each]
+    return sum(one.kept for one in each) + max(passing, default=0)
+
+
+def check_memory(groups: Sequence[BlockGroup], device: torch.device, there_is: Memory) -> None:
+    """Refuses a plan that doesn't fit.
+
+    Args:
+        groups: Of the plan.
+        device: Where the statistics will be.
+        there_is: What there is; the same on all ranks.
+
+    Raises:
+        EnvironmentFault: It doesn't; names the largest layer, what it takes and a method that fits.
+    """
+    need = need_of(groups, on_host=device.type == "cpu")
+    if need <= there_is.bytes:
+        return
+    sizes = {block.name: (block.shape, group) for group in groups for block in group.blocks}
+    name, (shape, group) = max(sizes.items(), key=lambda item: footprint(item[1][1].inverter, item[1][0]).most)
+    found = footprint(group.inverter, shape)
+    whole = "" if len(sizes) == 1 else f"; all {len(sizes)} blocks together need {in_words(need)}"
+    raise EnvironmentFault(
+        f"layer {name!r} ({shape.d_in} inputs, {shape.d_out} outputs) with {group.inverter.name} needs "
+        f"{in_words(found.kept)} for its averages and inverse and {in_words(max(found.folding, found.inversion))} more "
+        f"while they are measured and inverted{whole}; there are {in_words(there_is.bytes)} ({there_is.limit}). "
+        f"{_advice(name, shape, need - found.most, there_is.bytes)}"
+    )
+
+
+def _advice(name: str, shape: BlockShape, others: int, available: int) -> str:
+    room = available - max(0, others)
+    for method, candidates in _candidates(shape).items():
+        for candidate in candidates:
+            most = footprint(candidate, shape).most
+            if most <= room and not candidate.refusal({name: shape}):
+                smaller = candidate.settings().get("rank")
+                rank = f" with rank {smaller}" if smaller != type(candidate)().settings().get("rank") else ""
+                return (
+                    f"{method}{rank} needs {in_words(most)} there: give it to {name!r} in a table of methods, take "
+                    '"auto", or leave the layer out with skip'
+                )
+    return "No method fits: leave the layer out with skip, or take a machine with more memory"
+
+
+def _candidates(shape: BlockShape) -> Mapping[str, Sequence[AbstractInverter]]:
+    """Returns what could take a method's place, from the most faithful; low ranks after the usual one."""
+    return {method: [INVERTERS[method](), *INVERTERS[method].candidates(shape)] for method in ORDER}

@@ -1,0 +1,109 @@
+"""How much memory this process can still have: of the machine, of its control groups, and by its own limits."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_UNLIMITED = 1 << 60
+
+
+class Memory(NamedTuple):
+    """An amount of memory.
+
+    Attributes:
+        bytes: How much can still be had.
+        limit: What sets the limit, in words.
+    """
+
+    bytes: int
+    limit: str
+
+
+def available_memory() -> Memory:
+    """Returns what this process can still allocate on the host.
+
+    The machine's and its control groups' memory is shared by the processes that a launcher or torchrun started here
+    (LOCAL_WORLD_SIZE): each gets an equal part.
+    """
+    sharing = os.environ.get("LOCAL_WORLD_SIZE", "")
+    parts = int(sharing) if sharing.isdecimal() and int(sharing) > 0 else 1
+    shared = [*_machine(), *_control_groups()]
+    words = f", shared by {parts} ranks" if parts > 1 else ""
+    found = [Memory(memory.bytes // parts, memory.limit + words) for memory in shared] + list(_own_limits())
+    return min(found, default=Memory(_UNLIMITED, "no limit that is known"))
+
+
+def _machine() -> Iterator[Memory]:
+    fields = _fields(Path("/proc/meminfo"))
+    if "MemAvailable" in fields:
+        yield Memory(fields["MemAvailable"] << 10, "the machine's memory")
+
+
+def _control_groups() -> Iterator[Memory]:
+    """Yields what is left in each control group that this process is in, of version 2 or 1, up to the root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, files = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, files = (
+                Path("/sys/fs/cgroup/memory"),
+                (
+                    "memory.limit_in_bytes",
+                    "memory.usage_in_bytes",
+                    "total_inactive_file",
+                ),
+            )
+        else:
+            continue
+        inner = root / path.lstrip("/")
+        # In a container, the path may be the host's; the group itself is then mounted as the root.
+        for group in {inner, *(parent for parent in inner.parents if parent.is_relative_to(root))}:
+            yield from _left_in(group, *files)
+
+
+def _left_in(group: Path, limit_file: str, usage_file: str, cache: str) -> Iterator[Memory]:
+    try:
+        limit = int((group / limit_file).read_text(encoding="ascii"))
+        usage = int((group / usage_file).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return
+    if limit < _UNLIMITED:
+        reclaimable = _fields(group / "memory.stat").get(cache, 0)  # read from files, and dropped when memory is short
+        yield Memory(max(0, limit - usage + reclaimable), f"the limit of {limit} bytes of the control group")
+
+
+def _own_limits() -> Iterator[Memory]:
+    used = _fields(Path("/proc/self/status"))
+    for number, field, name in (
+        (resource.RLIMIT_AS, "VmSize", "RLIMIT_AS, the process's limit of address space (ulimit -v)"),
+        (resource.RLIMIT_DATA, "VmData", "RLIMIT_DATA, the process's limit of data (ulimit -d)"),
+    ):
+        soft, _ = resource.getrlimit(number)
+        if soft != resource.RLIM_INFINITY and field in used:
+            yield Memory(max(0, soft - (used[field] << 10)), name)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Reads lines of a name and a number, with or without a colon between."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    words = [line.replace(":", " ").split() for line in lines]
+    return {each[0]: int(each[1]) for each in words if len(each) >= 2 and each[1].isdecimal()}
+
+
+def in_words(size: float) -> str:
+    """Returns a number of bytes as people write it."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"

@@ -1,0 +1,151 @@
+"""What a method keeps of a block, as README.md's table says; what doesn't fit is told before it is allocated."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kfdist
+from kfdist.curvature.auto import Auto, MeasuredCosts
+from kfdist.curvature.footprint import footprint
+from kfdist.curvature.inverters import make_inverter
+from kfdist.errors import EnvironmentFault
+from kfdist.runtime.plan.capacity import check_memory, need_of
+from kfdist.runtime.plan.planner import make_plan
+from kfdist.system.memory import Memory
+from kfdist.types import BlockShape
+from kfdist.wire.records import tensor_fields
+from tests.support.plans import settings
+
+ROOT = Path(__file__).parents[4]
+P, Q, RANK, ROWS = 70, 90, 12, 20
+LOW = {"rank": RANK, "oversampling": 4}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "kfac": {},
+    "kfac-eigen": {},
+    "rs-kfac": LOW,
+    "sre-kfac": LOW,
+    "b-kfac": LOW | {"increment_rows": ROWS},
+    "b-r-kfac": LOW | {"increment_rows": ROWS},
+    "b-kfac-c": LOW | {"increment_rows": ROWS},
+    "eva": {},
+}
+
+
+def kept_numbers(method: str) -> float:
+    """Trains a layer for three steps, and counts the numbers that a rank then keeps of it."""
+    torch.manual_seed(0)
+    model = nn.Linear(Q - 1, P)
+    preconditioner = kfdist.Preconditioner(
+        model,
+        make_inverter(method, **SETTINGS[method]),
+        factor_period=1,
+        inverse_period=1,
+        adoption=kfdist.FixedLag(0),
+        kl_clip=None,
+    )
+    with preconditioner:
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.randn(2 * ROWS, Q - 1)).square().sum(1).mean().backward()
+            preconditioner.step()
+        pipeline = preconditioner.pipeline
+        (sums,), (track,) = pipeline.reducer.sums.values(), pipeline.tracks
+        snapshot = track.snapshot
+        tensors = [*sums.sums.values()]
+        for record in snapshot.preconditioners.values():
+            tensors += tensor_fields(record).values()
+        for state in snapshot.states.values():
+            tensors += state.values()
+        return sum(tensor.numel() for tensor in tensors) + len(snapshot.payload) / 4
+
+
+def documented(method: str) -> float:
+    """Returns what README.md's table says of a method."""
+    row = re.search(rf"^\| \[`{method}`\].*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert row is not None
+    formula = row.group().split("|")[4].replace("^", "**")
+    formula = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula.strip())
+    return eval(formula, {"p": P, "q": Q, "r": RANK, "n": ROWS})  # noqa: S307 - our own table
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_block_takes_what_the_table_says(method: str):
+    kept, said = kept_numbers(method), documented(method)
+    # Headers, traces and eigenvalues are beside it; they don't grow with the product of two sizes.
+    assert said - 4 * ROWS * (P + Q) * (method.startswith("b-")) - 1 <= kept <= said + 900 + 6 * (P + Q)
+    shape = BlockShape(d_out=P, d_in=Q)
+    assert kept <= footprint(make_inverter(method, **SETTINGS[method]), shape).kept / 4 + 900 + 6 * (P + Q)
+
+
+def model_with_a_wide_head() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5000))
+
+
+def plan_of(method: Any, costs: MeasuredCosts | None = None):
+    return make_plan(model_with_a_wide_head(), method, settings(), world_size=1, costs=costs)
+
+
+def test_a_plan_that_does_not_fit_names_the_layer_its_bytes_what_there_is_and_what_fits():
+    plan, there_is = plan_of("rs-kfac"), Memory(200 << 20, "the memory of a test")
+    with pytest.raises(EnvironmentFault) as caught:
+        check_memory(plan.groups, plan.device, there_is)
+    text = str(caught.value)
+    assert "layer '2' (33 inputs, 5000 outputs) with rs-kfac needs" in text
+    assert "all 2 blocks together need" in text and "there are 200 MiB (the memory of a test)" in text
+    named = re.search(r"(b-kfac)(?: with rank (\d+))? needs [\d.]+ MiB there", text)
+    assert named is not None
+    chosen = make_inverter(named.group(1), **({"rank": int(named.group(2))} if named.group(2) else {}))
+    other = plan_of({"2": chosen, "*": "rs-kfac"})
+    check_memory(other.groups, other.device, there_is)
+
+
+def test_where_nothing_fits_it_is_said():
+    plan = plan_of("rs-kfac")
+    with pytest.raises(EnvironmentFault, match="No method fits: leave the layer out with skip"):
+        check_memory(plan.groups, plan.device, Memory(1000, "nothing"))
+    assert need_of(plan.groups, on_host=False) < need_of(plan.groups, on_host=True)
+
+
+@pytest.mark.parametrize("memory", [math.inf, 200 << 20, 64 << 20, 8 << 20])
+def test_auto_chooses_what_fits_together(memory: float):
+    costs = MeasuredCosts(rates={}, memory=None if memory == math.inf else int(memory))
+    assert MeasuredCosts.from_json(costs.to_json()) == costs
+    plan = plan_of(Auto(), costs)
+    methods = {group.name: group.inverter.name for group in plan.groups}
+    assert methods["0"] == "kfac-eigen"
+    assert methods["2"] == ("kfac-eigen" if memory == math.inf else "b-kfac" if memory >= 64 << 20 else "eva")
+    check_memory(plan.groups, plan.device, Memory(costs.memory or 1 << 60, "agreed"))
+
+
+HEAD = """
+import resource, sys, torch
+import kfdist
+from kfdist.errors import EnvironmentFault
+model = torch.nn.Sequential(torch.nn.Linear(64, 512, device="meta"), torch.nn.Linear(512, 60000, device="meta"))
+model = model.to_empty(device="cpu")
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+try:
+    with kfdist.Preconditioner(model, sys.argv[1], lr=0.1) as preconditioner:
+        print(preconditioner.coverage())
+except EnvironmentFault as fault:
+    print(fault)
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("rs-kfac", ["layer '1' (513 inputs, 60000 outputs)", "RLIMIT_AS", "b-kfac needs", "skip"]),
+        ("auto", ["1.weight  b-kfac", "100.00%"]),
+    ],
+)
+def test_a_head_of_60000_classes_under_a_limit_of_6_gb(method: str, words: list[str]):
+    done = subprocess.run([sys.executable, "-c", HEAD, method], capture_output=True, text=True, check=True)
+    assert all(word in done.stdout for word in words), done.stdout
