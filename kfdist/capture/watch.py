@@ -32,6 +32,7 @@ from kfdist.capture.operations import (
     picked_entries,
     product_of,
 )
+from kfdist.capture.recurrent import written_out
 from kfdist.capture.registry import Part, Registry
 from kfdist.curvature.blocks import Block
 from kfdist.torch_internals import EagerSteps, changes_in_place, eager_steps, leave_function_mode
@@ -281,13 +282,19 @@ class _Mode(TorchFunctionMode):
         registry = watch.registry
         if not any(registry.knows(each) for each in _tensors((args, kwargs))):
             return func(*args, **kwargs)
+        kernel = written_out(func, args) if torch.is_grad_enabled() else None
+        if kernel is not None:
+            with self:
+                return kernel(*args, **kwargs)
         if func not in PRODUCTS and is_composite(func):
             product = as_product(args, kwargs, registry.knows) if func is torch.einsum else None
             with self:
                 return _open(func)(*args, **kwargs) if product is None else product()
         output = func(*args, **kwargs)
-        if isinstance(output, Tensor) and output.requires_grad and not registry.knows(output):
-            watch.saw(func, args, kwargs, output)
+        for each in _tensors((output,)):
+            if each.requires_grad and not registry.knows(each):
+                watch.saw(func, args, kwargs, each)
+                break
         return output
 
 

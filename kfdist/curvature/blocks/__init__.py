@@ -45,6 +45,21 @@ def _attention(name: BlockName, module: nn.MultiheadAttention, sharing: WeightSh
     return blocks
 
 
+def _recurrent(name: BlockName, module: nn.Module, _sharing: WeightSharing, biased: bool) -> Sequence[Block]:
+    """Makes a block of each matrix of a recurrent layer or cell, with its bias; time steps are positions."""
+    blocks = []
+    for attribute, weight in module.named_parameters(recurse=False):
+        if attribute.startswith("weight"):
+            label = attribute.replace("weight", "bias", 1)
+            bias = getattr(module, label, None)
+            part = (
+                ParameterPart(label, bias) if isinstance(bias, nn.Parameter) and biased and bias.requires_grad else None
+            )
+            full = f"{name}.{attribute}".lstrip(".")
+            blocks.append(LinearBlock(full, module, ParameterPart(attribute, weight), part, layer=name))
+    return blocks
+
+
 def _bare(name: BlockName, module: nn.Module, sharing: WeightSharing, biased: bool) -> Sequence[Block]:
     """Makes a block of each matrix that a module multiplies with by itself; a bias belongs to one called "weight"."""
     blocks = []
@@ -77,6 +92,8 @@ KINDS: dict[type[nn.Module] | str, _Maker] = {
     nn.ConvTranspose2d: _transposed_conv,
     nn.ConvTranspose3d: _transposed_conv,
     nn.MultiheadAttention: _attention,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _recurrent,
     "transformers.pytorch_utils.Conv1D": _transposed_linear,
 }
 """By class, or by its full name where it is another library's."""
@@ -128,7 +145,7 @@ def _reason_against(module: nn.Module) -> str:
     """Returns why a module of a supported kind can't have blocks, or nothing."""
     for label in ("weight", "bias"):
         parameter = getattr(module, label, None)
-        if parameter is not None and not isinstance(parameter, nn.Parameter):
+        if isinstance(parameter, Tensor) and not isinstance(parameter, nn.Parameter):
             return f"its {label} is computed (a parametrization?), not a parameter with a gradient of its own"
     for label, parameter in module.named_parameters(recurse=False):
         if isinstance(parameter, UninitializedParameter):
