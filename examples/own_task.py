@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfdist.data.objective import Objective
-from kfdist.data.sets import DataSet
+from kfdist.data import DataSet, Objective
 
 
 @dataclass(frozen=True)

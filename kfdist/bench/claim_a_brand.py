@@ -26,7 +26,7 @@ from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.statistics import Increment, KroneckerFactors
 from kfdist.data.sets import Digits
 from kfdist.linalg.kronecker import Spectrum, solve_left
-from kfdist.models import Mlp
+from kfdist.models.small import Mlp
 
 TITLE = "Brand updates between RSVDs lower RS-KFAC's inversion error over 500 steps at little cost (2210.08494)"
 ERROR_LIMIT = 0.9

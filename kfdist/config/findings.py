@@ -109,6 +109,8 @@ def _message(detail: ErrorDetails, path: str, field: FieldInfo | None) -> str:
     purpose = f" ({field.description})" if field and field.description else ""
     if kind == "value_error":
         return f"is {shown}; {context['error']}{purpose}"
+    if kind == "missing":
+        return f"is missing{purpose}; give it, in the file or with --set"
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
         return f"is {shown}; it must be {words} {context[key]}{purpose}"

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from kfdist.data.reading import EVALUATION, Batch, SeededReader
 from kfdist.data.sampler import Position, Sampler
-from kfdist.data.sets import DataSet, Examples
+from kfdist.data.task import DataSet, Examples
 from kfdist.errors import EnvironmentFault
 
 _TEST_BATCH = 512

@@ -12,7 +12,7 @@ from kfdist.comm.reduce import GradientReducer
 from kfdist.config import Config
 from kfdist.data.feed import Feed
 from kfdist.data.sampler import Position, Sampler
-from kfdist.data.sets import DataSet
+from kfdist.data.task import DataSet
 from kfdist.errors import CheckpointError
 from kfdist.runtime.forward_state import ForwardState, seed_rank
 from kfdist.runtime.plan.planner import Plan

@@ -12,7 +12,8 @@ from kfdist.config import Config
 from kfdist.curvature.auto import MeasuredCosts
 from kfdist.data.feed import Serving, make_feed
 from kfdist.data.sampler import Sampler
-from kfdist.data.sets import DataSet, load_data
+from kfdist.data.sets import load_data
+from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.models import build_model
 from kfdist.runtime.forward_state import ForwardState, seed_rank

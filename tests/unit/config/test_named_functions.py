@@ -15,7 +15,7 @@ from kfdist.models import build_model
 OWN = """
 import torch
 from torch import nn
-from kfdist.data.sets import DataSet, Examples
+from kfdist.data import DataSet, Examples
 
 WIDTH = 3
 
@@ -73,7 +73,7 @@ def test_functions_are_found_in_the_working_directory_and_given_their_settings()
             "my_own_task:no_data",
             {},
             "name",
-            "no_data returned a value of type list; it must return a kfdist.*DataSet",
+            "no_data returned a value of type list; it must return a kfdist.data.*DataSet",
         ),
         ("data", "my_own_task:no_examples", {}, "name", "train is of type int; it must be .*__getitem__"),
         ("data", "my_own_task:empty", {}, "name", "train has no examples"),

@@ -7,9 +7,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from kfdist.data.sets import DATA_SETS, load_data, stratified_split
+from kfdist.data.sets import load_data, stratified_split
 from kfdist.errors import ConfigError
-from kfdist.models import MODELS, build_model
+from kfdist.models import build_model
 
 
 def test_digits_are_all_there_and_divided_once():
@@ -38,7 +38,7 @@ def test_digits_are_those_of_scikit_learn_which_is_not_imported():
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
-@pytest.mark.parametrize("name", sorted(DATA_SETS))
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_a_data_set_is_the_same_every_time(name: str):
     one, two = load_data(name, {}), load_data(name, {})
     assert torch.equal(one.train.inputs, two.train.inputs)
@@ -54,7 +54,7 @@ def test_another_seed_divides_differently_and_evenly():
         assert labels[test].bincount().tolist() == [62] * 4
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", ["digits-cnn", "mlp"])
 def test_a_model_is_a_function_of_its_seed_and_leaves_the_generator_alone(name: str):
     def build(seed: int) -> torch.Tensor:
         model = build_model(name, {}, example_shape=(1, 8, 8), classes=10, seed=seed)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from kfdist.data import DataSet, Examples
 from kfdist.data.feed import LoaderFeed, Serving, make_feed
 from kfdist.data.reading import EVALUATION, CorruptExample, SeededReader
 from kfdist.data.sampler import Position, Sampler
-from kfdist.data.sets import DataSet, Examples
 from kfdist.errors import EnvironmentFault
 
 

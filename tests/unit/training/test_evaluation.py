@@ -4,10 +4,9 @@ import torch
 from torch import nn
 
 from kfdist.comm.communicator import Communicator
-from kfdist.data import feed
+from kfdist.data import DataSet, Examples, feed
 from kfdist.data.feed import Serving, make_feed
 from kfdist.data.sampler import Position, Sampler
-from kfdist.data.sets import DataSet, Examples
 from kfdist.training.evaluation import Evaluation, evaluate
 
 

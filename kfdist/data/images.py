@@ -1,0 +1,203 @@
+"""Data sets of images in folders, read one by one by loader processes; and what becomes of an image.
+
+Images travel as bytes and become normalised numbers on their device. They need torchvision, whose objects are made
+where they are used: a data set that is sent to a loader process holds paths and numbers only.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from kfdist.config.fields import Section
+from kfdist.data.objective import Classification
+from kfdist.data.reading import CorruptExample
+from kfdist.data.task import DataSet
+from kfdist.errors import ConfigError
+from kfdist.vision import import_torchvision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How an image becomes pixels: uint8 [3, size, size].
+
+    Attributes:
+        kind: "resized": a random part of random aspect, resized (torchvision's RandomResizedCrop), perhaps mirrored;
+            "padded": padded by `margin` and cut at random, perhaps mirrored; "centre": the shorter side is resized to
+            `margin`, and the middle is cut out.
+        size: Height and width of the result.
+        margin: See `kind`.
+    """
+
+    kind: Literal["resized", "padded", "centre"]
+    size: int
+    margin: int = 0
+
+
+@cache
+def transform(cut: Cut) -> Any:
+    """Makes the function of an image, or of its pixels, that cuts it; once per process."""
+    import_torchvision()
+    from torchvision.transforms import v2
+
+    if cut.kind == "centre":
+        steps = [v2.Resize(cut.margin), v2.CenterCrop(cut.size)]
+    else:
+        first = v2.RandomResizedCrop(cut.size) if cut.kind == "resized" else v2.RandomCrop(cut.size, cut.margin)
+        steps = [first, v2.RandomHorizontalFlip()]
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalise:
+    """Makes numbers of a batch of pixels: (pixel / 255 - mean) / deviation, channel by channel.
+
+    Attributes:
+        mean: Of red, green and blue.
+        deviation: Standard deviation of each.
+    """
+
+    mean: tuple[float, float, float]
+    deviation: tuple[float, float, float]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Takes uint8 [n, 3, h, w], returns float32."""
+        mean, deviation = (
+            torch.tensor(values, dtype=torch.float32, device="cpu").mul_(255).view(3, 1, 1).to(pixels.device)
+            for values in (self.mean, self.deviation)
+        )
+        return pixels.to(torch.float32).sub_(mean).div_(deviation)
+
+
+IMAGENET = Normalise(mean=(0.485, 0.456, 0.406), deviation=(0.229, 0.224, 0.225))
+"""Mean and deviation of the training images."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Image files with labels.
+
+    Attributes:
+        folder: Where they are.
+        names: Their paths below it, bytes [N]; an array, since a million strings would be slow to send.
+        labels: int64 [N].
+        cut: What becomes of them.
+    """
+
+    folder: str
+    names: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    cut: Cut
+
+    def __len__(self) -> int:
+        """Returns how many there are."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Reads an image.
+
+        Raises:
+            CorruptExample: It can't be read.
+        """
+        from PIL import Image
+
+        path = os.path.join(self.folder, os.fsdecode(bytes(self.names[index])))
+        try:
+            with open(path, "rb") as file:
+                image = Image.open(file).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            # Pillow has its own error for nearly each kind of damage, and ends with the file's name or object.
+            raise CorruptExample(path, str(error).partition(" <")[0] or type(error).__name__) from None
+        return transform(self.cut)(image), int(self.labels[index])
+
+
+def list_pictures(folder: Path, cut: Cut, *, path: str) -> tuple[Pictures, list[str]]:
+    """Lists a folder that has one folder per class, and returns the classes too, in their order.
+
+    Args:
+        folder: The folder.
+        cut: What becomes of the images.
+        path: The field that names it, for messages.
+
+    Raises:
+        ConfigError: It isn't there, or a class has no images.
+    """
+    import_torchvision()
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(str(folder))
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} can't be used: {str(error).splitlines()[0]}; it must have a folder of images for each class",
+            path=path,
+        ) from None
+    names = np.array([os.fsencode(os.path.relpath(name, folder)) for name, _ in found.samples])
+    labels = np.array([label for _, label in found.samples], dtype=np.int64)
+    return Pictures(str(folder), names, labels, cut), list(found.classes)
+
+
+def both_folders(train: Path, test: Path, cuts: tuple[Cut, Cut], *, path: str) -> tuple[Pictures, Pictures, int]:
+    """Lists the folders of training and of evaluation, and counts the classes.
+
+    Args:
+        train: The first.
+        test: The second.
+        cuts: What becomes of the images of each.
+        path: The field that names them, for messages.
+
+    Raises:
+        ConfigError: One isn't there, or has other classes.
+    """
+    trained, classes = list_pictures(train, cuts[0], path=path)
+    tested, others = list_pictures(test, cuts[1], path=path)
+    if classes != others:
+        different = sorted(set(classes) ^ set(others))[:5]
+        raise ConfigError(
+            f"{train} and {test} have different classes, such as {different}; give both the same", path=path
+        )
+    return trained, tested, len(classes)
+
+
+class ImageFolders(Section):
+    """Settings of a folder of images, as ImageNet is usually kept: ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE."""
+
+    root: str = Field(min_length=1, description="the folder")
+    train_dir: str = Field(default="train", min_length=1, description="the folder in it to train on")
+    test_dir: str = Field(default="val", min_length=1, description="the folder in it to evaluate on")
+    train_size: int = Field(default=224, ge=8, description="height and width of the random resized crops")
+    test_size: int = Field(default=224, ge=8, description="height and width of the centre crops in evaluation")
+    test_resize: int | None = Field(
+        default=None, ge=8, description="what their shorter side is resized to before; test_size * 8 / 7 if not given"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the target spread over all classes")
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> Self:
+        if self.test_resize is not None and self.test_resize < self.test_size:
+            raise ConfigError(
+                f"is {self.test_resize}, less than test_size = {self.test_size}; crops can't be larger",
+                path="test_resize",
+            )
+        return self
+
+    def load(self) -> DataSet[Pictures]:
+        """Lists the images.
+
+        Raises:
+            ConfigError: The folders aren't there, have different classes, or a class has no images.
+        """
+        root = Path(self.root).expanduser().absolute()
+        resize = self.test_resize or round(self.test_size * 8 / 7)
+        cuts = Cut(kind="resized", size=self.train_size), Cut(kind="centre", size=self.test_size, margin=resize)
+        train, test, classes = both_folders(
+            root / self.train_dir, root / self.test_dir, cuts, path="data.settings.root"
+        )
+        objective = Classification(label_smoothing=self.label_smoothing, top5=classes > 5)
+        return DataSet(train=train, test=test, classes=classes, objective=objective, prepare=IMAGENET)

@@ -1,0 +1,149 @@
+"""Images from folders, from CIFAR-10's files and from nowhere: what a batch of them is, and what is refused."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kfdist.data.cifar10 import CifarRecords
+from kfdist.data.feed import Serving, make_feed
+from kfdist.data.images import IMAGENET, Pictures
+from kfdist.data.reading import EVALUATION, SeededReader
+from kfdist.data.sampler import Position, Sampler
+from kfdist.data.sets import load_data
+from kfdist.errors import ConfigError
+from tests.support.pictures import tear, write_cifar10, write_folders
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folders(tmp_path_factory.mktemp("pictures"), classes=6, train=4, test=2)
+
+
+def load(root: Path, **settings: object):
+    return load_data("image-folder", {"root": str(root), "train_size": 16, "test_size": 24, **settings})
+
+
+def reader(data, part: str = "train", seed: int = 1) -> SeededReader:
+    return SeededReader(data=getattr(data, part), seed=seed)
+
+
+def test_a_folder_has_its_classes_and_its_pixels(root: Path):
+    data = load(root, test_resize=32)
+    assert (len(data.train), len(data.test), data.classes, data.example_shape) == (24, 12, 6, (3, 16, 16))
+    assert data.objective.metrics == ("accuracy", "top5_accuracy")
+    pixels, labels, _ = reader(data, "test").__getitems__((EVALUATION, [0, 5]))
+    assert (pixels.dtype, pixels.shape, labels.tolist()) == (torch.uint8, (2, 3, 24, 24), [0, 2])
+    with Image.open(root / "val" / "class_02" / "0001.jpg") as image:
+        width, height = image.size
+        shorter = image.resize((32, 32 * height // width) if width < height else (32 * width // height, 32), 2)
+    left, top = round((shorter.width - 24) / 2), round((shorter.height - 24) / 2)
+    expected = np.asarray(shorter.crop((left, top, left + 24, top + 24))).transpose(2, 0, 1)
+    assert torch.equal(pixels[1], torch.from_numpy(expected.copy()))
+    numbers = IMAGENET(pixels)
+    assert numbers[1, 2, 3, 4].item() == pytest.approx((pixels[1, 2, 3, 4].item() / 255 - 0.406) / 0.225, abs=1e-5)
+
+
+def test_crops_depend_on_seed_epoch_and_index_alone(root: Path):
+    data = load(root)
+    first = reader(data).__getitems__((0, list(range(24)))).inputs
+    assert torch.equal(first, reader(data).__getitems__((0, list(range(24)))).inputs)
+    assert torch.equal(first[[7, 3]], pickle.loads(pickle.dumps(reader(data))).__getitems__((0, [7, 3])).inputs)
+    for other in (reader(data).__getitems__((1, [7])), reader(data, seed=2).__getitems__((0, [7]))):
+        assert not torch.equal(first[7], other.inputs[0])
+
+
+def test_loader_processes_read_what_the_rank_would(root: Path):
+    data, sampler = load(root), Sampler(examples=24, batch_size=4, world_size=1, seed=0)
+    seen = []
+    for processes in (0, 2):
+        how = Serving(
+            sampler=sampler, worker_rank=0, device=torch.device("cpu"), loader_processes=processes, channels_last=True
+        )
+        feed, position = make_feed(data, how, Position(offset=12)), Position(offset=12)
+        for _ in range(5):
+            seen += feed.training_step(position)
+            position = sampler.advance(position)
+        seen += feed.evaluation()
+        feed.close()
+    half = len(seen) // 2
+    assert half == 5 + 3
+    for one, two in zip(seen[:half], seen[half:], strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+        assert one[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_torn_file_is_named_and_replaced(tmp_path: Path):
+    data = load(write_folders(tmp_path, classes=2, train=3, test=1))
+    torn, empty = tmp_path / "train" / "class_00" / "0001.jpg", tmp_path / "train" / "class_01" / "0000.jpg"
+    tear(torn)
+    empty.write_bytes(b"")
+    batch = reader(data).__getitems__((0, [1, 3]))
+    assert batch.targets.tolist() == [0, 1]
+    assert set(batch.corrupt) == {str(torn), str(empty)}
+    assert "truncated" in batch.corrupt[str(torn)]
+    assert batch.corrupt[str(empty)] == "cannot identify image file"
+
+
+def test_cifar_10_is_read_from_its_binary_files_and_from_folders(tmp_path: Path):
+    records = write_cifar10(tmp_path / "files" / "cifar-10-batches-bin", each=20)
+    data = load_data("cifar10", {"root": str(tmp_path / "files")})
+    assert isinstance(data.train, CifarRecords)
+    assert (len(data.train), len(data.test), data.classes, data.example_shape) == (100, 20, 10, (3, 32, 32))
+    whole = reader(data, "test").__getitems__((EVALUATION, [0, 13]))
+    assert torch.equal(whole.inputs.flatten(1), torch.from_numpy(records[[100, 113], 1:]))
+    assert whole.targets.tolist() == [0, 3]
+    padded = torch.nn.functional.pad(torch.from_numpy(records[47, 1:].reshape(3, 32, 32).copy()), (4, 4, 4, 4))
+    cut = reader(data).__getitems__((0, [47])).inputs[0]
+    views = (padded[:, top : top + 32, left : left + 32] for top in range(9) for left in range(9))
+    assert any(torch.equal(cut, each) for view in views for each in (view, view.flip(2)))
+    write_folders(tmp_path / "folders", classes=10, train=1, test=1, size=32).joinpath("val").rename(
+        tmp_path / "folders" / "test"
+    )
+    assert isinstance(load_data("cifar10", {"root": str(tmp_path / "folders")}).train, Pictures)
+
+
+def test_synthetic_images_are_those_of_imagenets_size():
+    data = load_data("synthetic-images", {})
+    assert (len(data.train), data.classes, data.example_shape) == (1_281_167, 1000, (3, 224, 224))
+
+
+def lack_a_class(root: Path) -> None:
+    (root / "val" / "class_01").rename(root / "val" / "other")
+
+
+def empty_a_class(root: Path) -> None:
+    next((root / "train" / "class_01").iterdir()).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "settings", "words"),
+    [
+        (lambda root: None, {"train_dir": "trein"}, "No such file or directory.*a folder of images for each class"),
+        (lack_a_class, {}, r"have different classes, such as \['class_01', 'other'\]"),
+        (empty_a_class, {}, "class_01.*a folder of images for each class"),
+        (lambda root: None, {"test_resize": 9}, "is 9, less than test_size = 24"),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused(
+    tmp_path: Path, spoil: Callable[[Path], None], settings: dict[str, object], words: str
+):
+    spoil(write_folders(tmp_path, classes=2, train=1, test=1))
+    with pytest.raises(ConfigError, match=rf"^data\.settings\.(root|test_resize): .*{words}"):
+        load(tmp_path, **settings)
+
+
+def test_files_that_are_not_cifar_10_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"data_batch_1\.bin can't be read .*cifar-10-binary\.tar\.gz"):
+        load_data("cifar10", {"root": str(tmp_path)})
+    write_cifar10(tmp_path, each=2)
+    (tmp_path / "data_batch_3.bin").write_bytes(b"x" * 3074)
+    with pytest.raises(ConfigError, match=r"data_batch_3\.bin has 3074 bytes, not a multiple of 3073"):
+        load_data("cifar10", {"root": str(tmp_path)})
+    (tmp_path / "data_batch_3.bin").write_bytes(b"\xff" * 3073)
+    with pytest.raises(ConfigError, match="has labels above 9"):
+        load_data("cifar10", {"root": str(tmp_path)})
