@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from kfdist.cli import bench_command, control_commands, run_commands
+from kfdist.cli import bench_command, control_commands, recipe_command, run_commands
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
 from kfdist.system.output import open_missing_streams, outlive_readers
@@ -47,7 +47,7 @@ def _common(
     del version
 
 
-for module in (run_commands, control_commands, bench_command):
+for module in (run_commands, control_commands, recipe_command, bench_command):
     module.register(app)
 
 

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from kfdist.config import Config
 
 ConfigFile = Annotated[
-    Path | None, typer.Argument(metavar="CONFIG.toml", help="Configuration; the bundled digits run if not given.")
+    Path | None,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A TOML file, or a recipe's name (kfdist recipes lists them); the bundled digits run if not given.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; repeatable.")

@@ -110,7 +110,7 @@ def _message(detail: ErrorDetails, path: str, field: FieldInfo | None) -> str:
     if kind == "value_error":
         return f"is {shown}; {context['error']}{purpose}"
     if kind == "missing":
-        return f"is missing{purpose}; give it, in the file or with --set"
+        return f"is missing{purpose}; give it a value"
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
         return f"is {shown}; it must be {words} {context[key]}{purpose}"

@@ -12,7 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kfdist.checks import suggestion
 from kfdist.config.findings import config_error
+from kfdist.config.recipes import recipes
 from kfdist.config.sections import Config
 from kfdist.config.toml import parse_value
 from kfdist.errors import ConfigError
@@ -50,7 +52,7 @@ def load_config(
     """Reads and checks a configuration.
 
     Args:
-        path: A TOML file, or None for the defaults (the digits run).
+        path: A TOML file, the name of a recipe (`kfdist.config.recipes`), or None for the defaults (the digits run).
         overrides: `section.key=value` from the command line; values are TOML, else strings.
         environment: Variables of the form `KFDIST_SECTION__KEY` override the file. Others are ignored.
         defaults: Nested tables that a command lays over the built-in defaults, below the file.
@@ -95,11 +97,18 @@ def _contains(table: Any, keys: Sequence[str]) -> bool:
 
 
 def _file(path: Path) -> _Layer:
+    if not path.exists():
+        path = recipes().get(str(path), path)
     try:
         # Some editors begin UTF-8 with a mark, which tomllib doesn't take.
         return _Layer(table=tomllib.loads(path.read_text(encoding="utf-8-sig")), origin=str(path))
     except FileNotFoundError:
-        raise ConfigError("no such file; give a TOML file, or none for the digits run", path=str(path)) from None
+        near = suggestion(str(path), recipes()) or ";"
+        raise ConfigError(
+            f"no such file or recipe{near} give a TOML file, a name that `kfdist recipes` lists, or nothing for the "
+            "digits run",
+            path=str(path),
+        ) from None
     except OSError as error:
         raise ConfigError(f"can't be read ({error.strerror}); give a readable TOML file", path=str(path)) from None
     except UnicodeDecodeError as error:

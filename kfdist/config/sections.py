@@ -33,10 +33,21 @@ class RunSection(Section):
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="what forward and backward compute in; parameters and curvature stay float32"
     )
+    channels_last: bool = Field(
+        default=False,
+        description="whether convolutions see images with channels last, faster on GPUs in half precision",
+    )
     log_period: int = Field(default=10, ge=1, description="steps between two lines of progress and of metrics.jsonl")
     eval_period: int = Field(
         default=0, ge=0, description="steps between two evaluations on the test data; 0: only at the end"
     )
+    eval_epochs: int = Field(
+        default=0, ge=0, description="passes over the data between two evaluations; 0: none by epoch"
+    )
+    target_accuracy: float | None = Field(
+        default=None, gt=0, lt=1, description="test accuracy the time to which is told; MLPerf's for ImageNet is 0.759"
+    )
+    stop_at_target: bool = Field(default=False, description="whether the run is finished once it has reached that")
 
     accept_changes: bool = Field(
         default=False, description="whether a run directory started with another configuration may be taken over"
@@ -46,6 +57,12 @@ class RunSection(Section):
     def directory(self) -> Path:
         """Where the run's files go: `dir`, or `runs/NAME`."""
         return Path(self.dir) if self.dir else Path("runs") / self.name
+
+    @model_validator(mode="after")
+    def _a_target_to_stop_at(self) -> Self:
+        if self.stop_at_target and self.target_accuracy is None:
+            raise ConfigError("is true, but there is no run.target_accuracy; give one", path="stop_at_target")
+        return self
 
     @model_validator(mode="after")
     def _steps_xor_epochs(self) -> Self:
@@ -106,17 +123,38 @@ class OptimizerSection(Section):
 
     name: str = Field(default="sgd", min_length=1, description="an optimizer of torch.optim, in lower case")
     lr: float = Field(default=0.1, gt=0, description="the peak learning rate")
+    lr_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="examples per step of all ranks that lr is meant for; it is scaled linearly to the run's. Unscaled "
+        "if not given",
+    )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum, for the optimizers that have one")
     weight_decay: float = Field(default=5e-4, ge=0, description="weight decay")
+    decay_vectors: bool = Field(
+        default=True, description="whether it acts on parameters of one dimension too: biases and norms"
+    )
+    average_decay: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="what a step keeps of the weights' moving average, which is evaluated too; no average if not given",
+    )
     settings: Settings = Field(default_factory=dict, description="further arguments of the optimizer")
-    schedule: Literal["constant", "cosine", "linear", "step"] = Field(
+    schedule: Literal["constant", "cosine", "linear", "polynomial", "step"] = Field(
         default="cosine", description="how the learning rate falls from its peak to lr * final_lr_fraction"
     )
     final_lr_fraction: float = Field(default=0.0, ge=0, le=1, description="the last learning rate as a fraction of lr")
+    power: float = Field(default=2.0, gt=0, description='exponent of schedule = "polynomial"; 1 is linear')
+    decay_epochs: int | None = Field(
+        default=None, ge=1, description="epoch at which the schedule is at its end; the run's end if not given"
+    )
     warmup_steps: int = Field(default=0, ge=0, description="steps in which the learning rate rises linearly to lr")
+    warmup_epochs: float = Field(default=0, ge=0, description="the same in passes over the data; excludes warmup_steps")
     milestones: Counts = Field(
         default=(), description='steps at which schedule = "step" multiplies the learning rate by milestone_factor'
     )
+    milestone_epochs: Counts = Field(default=(), description="the same in passes over the data; excludes milestones")
     milestone_factor: float = Field(
         default=0.1, gt=0, le=1, description="what a milestone multiplies the learning rate by"
     )
@@ -124,11 +162,19 @@ class OptimizerSection(Section):
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> Self:
         received = f"is {list(self.milestones)}"
-        if bool(self.milestones) != (self.schedule == "step"):
+        if self.milestone_epochs and self.milestones:
+            raise ConfigError(f"{received} and milestone_epochs is given too; give one of them", path="milestones")
+        if self.warmup_epochs and self.warmup_steps:
+            raise ConfigError(
+                f"is {self.warmup_steps} and warmup_epochs is given too; give one of them", path="warmup_steps"
+            )
+        if bool(self.milestones or self.milestone_epochs) != (self.schedule == "step"):
             reason = f'schedule is "{self.schedule}"; milestones go with schedule = "step": give both or neither'
             raise ConfigError(f"{received} and {reason}", path="milestones")
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ConfigError(f"{received}; the steps must rise", path="milestones")
+        for name in ("milestones", "milestone_epochs"):
+            listed = list(getattr(self, name))
+            if listed != sorted(set(listed)):
+                raise ConfigError(f"is {listed}; the steps must rise", path=name)
         return self
 
 

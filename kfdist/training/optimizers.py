@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ def optimizers() -> Mapping[str, type[torch.optim.Optimizer]]:
 def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Makes the configured optimizer; `momentum` is left out for those that have none.
 
+    Where vectors aren't decayed, they are the second of two groups.
+
     Raises:
         ConfigError: The name or a setting is unknown, or the optimizer refuses the values.
     """
@@ -42,8 +45,13 @@ def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]
     arguments = {"lr": section.lr, "momentum": section.momentum, "weight_decay": section.weight_decay}
     # TOML has arrays only, torch wants tuples (betas).
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in section.settings.items()}
+    groups: Any = list(parameters)
+    if not section.decay_vectors:
+        vectors = [parameter for parameter in groups if parameter.dim() <= 1]
+        matrices = [parameter for parameter in groups if parameter.dim() > 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     try:
-        return kind(parameters, **{k: v for k, v in arguments.items() if k in accepted} | settings)  # type: ignore[arg-type]
+        return kind(groups, **{k: v for k, v in arguments.items() if k in accepted} | settings)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         defaults = {key: signature[key].default for key in section.settings}
         hint = f"; by default they are {defaults!r}" if defaults else ""
@@ -56,30 +64,45 @@ def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]
 class LearningRate:
     """The learning rate as a function of the step; nothing of it needs saving.
 
-    Rises linearly to `lr` over the first `warmup_steps`, then falls to `lr * final_lr_fraction` at `total_steps`.
+    Rises linearly to the peak over the warm-up, then falls to `final_lr_fraction` of it at the schedule's end.
 
     Attributes:
         section: What is configured.
         total_steps: Steps of the whole run.
+        steps_per_epoch: Steps of a pass over the data; for what is configured in epochs.
+        step_examples: Examples that all ranks together take in a step; for `lr_batch_size`.
     """
 
     section: OptimizerSection
     total_steps: int
+    steps_per_epoch: int = 0
+    step_examples: int = 0
+
+    @property
+    def peak(self) -> float:
+        """The largest learning rate: `lr`, scaled linearly to the run's batch if it is meant for another."""
+        meant_for = self.section.lr_batch_size
+        return self.section.lr * self.step_examples / meant_for if meant_for else self.section.lr
 
     def __call__(self, step: int) -> float:
         """Returns the learning rate of step number `step`, counted from 0."""
-        section = self.section
-        if step < section.warmup_steps:
-            return section.lr * (step + 1) / section.warmup_steps
+        section, peak = self.section, self.peak
+        warmup = section.warmup_steps or round(section.warmup_epochs * self.steps_per_epoch)
+        if step < warmup:
+            return peak * (step + 1) / warmup
         if section.schedule == "constant":
-            return section.lr
+            return peak
         if section.schedule == "step":
-            return section.lr * section.milestone_factor ** sum(step >= milestone for milestone in section.milestones)
-        progress = (step - section.warmup_steps) / max(1, self.total_steps - section.warmup_steps)
+            milestones = section.milestones or [epoch * self.steps_per_epoch for epoch in section.milestone_epochs]
+            return peak * section.milestone_factor ** sum(step >= milestone for milestone in milestones)
+        end = section.decay_epochs * self.steps_per_epoch if section.decay_epochs else self.total_steps
+        progress = (step - warmup) / max(1, end - warmup)
         left = 1.0 - min(1.0, progress)
         if section.schedule == "cosine":
             left = 0.5 * (1.0 - math.cos(math.pi * left))
-        return section.lr * (section.final_lr_fraction + (1.0 - section.final_lr_fraction) * left)
+        elif section.schedule == "polynomial":
+            left **= section.power
+        return peak * (section.final_lr_fraction + (1.0 - section.final_lr_fraction) * left)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

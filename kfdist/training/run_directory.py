@@ -26,6 +26,9 @@ from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.files import replace_file, write_file
 
 HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_period", "run.accept_changes") + (
+    "run.eval_epochs",
+    "run.target_accuracy",
+    "run.stop_at_target",
     "run.device",
     "cluster.workers",
     "cluster.owners",

@@ -18,8 +18,10 @@ from kfdist.runtime.forward_state import ForwardState, seed_rank
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.state import merge_states
+from kfdist.training.averaging import WeightAverage
 from kfdist.training.checkpoint import Loaded
 from kfdist.training.optimizers import LearningRate
+from kfdist.training.target import Reached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class Training(Materials):
         reducer: Averages the gradients over the ranks.
         preconditioner: Turns them into second-order directions.
         forward_state: What a forward changes besides gradients.
+        average: The moving average of the weights, if one is kept.
     """
 
     config: Config
@@ -66,6 +69,7 @@ class Training(Materials):
     reducer: GradientReducer
     preconditioner: Preconditioner
     forward_state: ForwardState
+    average: WeightAverage | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +81,14 @@ class Standing:
         position: Where in the data the next step is.
         seconds: Seconds trained so far, over all starts.
         checkpoint_serial: The newest request for a checkpoint that was obeyed.
+        reached: When the target accuracy was first reached, if it was.
     """
 
     step: int = 0
     position: Position = Position()
     seconds: float = 0.0
     checkpoint_serial: int = 0
+    reached: Reached | None = None
 
 
 def collect_state(training: Training, standing: Standing) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -105,13 +111,22 @@ def collect_state(training: Training, standing: Standing) -> tuple[dict[str, Any
         "forward": training.forward_state.state_dict(),
         "preconditioner": {key: value for key, value in preconditioner.items() if key not in common},
     }
+    if training.average is not None:
+        shared["average"], own["average"] = training.average.shared_state(), training.average.own_state()
     return shared, own
 
 
 def standing_of(loaded: Loaded) -> Standing:
     """Returns how far a checkpoint had come."""
     saved = loaded.shared["standing"]
-    return Standing(**{**saved, "position": Position(**saved["position"])})
+    reached = saved.get("reached")
+    return Standing(
+        **{
+            **saved,
+            "position": Position(**saved["position"]),
+            "reached": None if reached is None else Reached(**reached),
+        }
+    )
 
 
 def restore_state(training: Training, loaded: Loaded) -> None:
@@ -138,6 +153,13 @@ def restore_state(training: Training, loaded: Loaded) -> None:
         raise CheckpointError(f"the optimizer's state doesn't fit {training.config.optimizer.name}: {error}") from error
     training.scaler.load_state_dict(shared["scaler"])
     owns = [own for own in loaded.ranks if own is not None]
+    if training.average is not None:
+        if "average" not in shared:
+            raise CheckpointError(
+                "the checkpoint has no average of the weights, which optimizer.average_decay asks for; remove it, or "
+                "start a new run"
+            )
+        training.average.load(shared["average"], [own["average"] for own in owns])
     states = [{**own["preconditioner"], **shared["preconditioner"]} for own in owns]
     training.preconditioner.load_state_dict(states[0] if same_world else merge_states(states))
     training.forward_state.load_buffers([own["forward"] for own in owns])

@@ -20,6 +20,7 @@ from kfdist.runtime.forward_state import ForwardState, seed_rank
 from kfdist.runtime.invert.service import connect
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.addresses import server_address
+from kfdist.training.averaging import WeightAverage
 from kfdist.training.method import plan_of
 from kfdist.training.optimizers import LearningRate, make_optimizer
 from kfdist.training.run_state import Materials, Standing, Training
@@ -95,6 +96,8 @@ def gather_materials(
         classes=data.classes,
         seed=config.run.seed,
     ).to(device)
+    if config.run.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plan = plan_of(config, model, world_size=world_size, costs=costs)
     optimizer = make_optimizer(config.optimizer, model.parameters())
     return Materials(device=device, data=data, sampler=sampler, model=model, optimizer=optimizer, plan=plan)
@@ -121,7 +124,13 @@ def make_training(
     total_steps, position = config.run.steps, materials.sampler.start(standing.position)
     if total_steps is None:
         total_steps = standing.step + materials.sampler.steps_until(config.run.epochs or 0, position)
-    learning_rate = LearningRate(section=config.optimizer, total_steps=total_steps)
+    sampler, average_decay = materials.sampler, config.optimizer.average_decay
+    learning_rate = LearningRate(
+        section=config.optimizer,
+        total_steps=total_steps,
+        steps_per_epoch=sampler.steps_per_epoch,
+        step_examples=sampler.step_examples,
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=config.run.precision == "float16")
     seed_rank(config.run.seed, worker_rank=communicator.rank)
     communicator.broadcast_tensors_([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])
@@ -137,6 +146,7 @@ def make_training(
         micro_batches=config.data.micro_batches,
         seed=config.run.seed,
         loader_processes=config.data.loader_processes,
+        channels_last=config.run.channels_last,
     )
     service = None
     if config.cluster.link == "service":
@@ -164,6 +174,7 @@ def make_training(
         reducer=reducer,
         preconditioner=preconditioner,
         forward_state=forward_state,
+        average=None if average_decay is None else WeightAverage(model, average_decay),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from kfdist.system.files import replace_file
 from kfdist.system.provenance import versions
 from kfdist.training.run_state import Training
+from kfdist.training.target import target_summary
 from kfdist.training.trainer import Trainer
 
 _FORBIDDEN = ("ray", "grpc")
@@ -68,6 +69,7 @@ def summarise(training: Training, trainer: Trainer, *, start: int, stopped: str)
         "stop_reason": stopped,
         "checkpoint_faults": trainer.checkpoint_faults,
         "unreadable": trainer.unreadable.summary(),
+        "time_to_target": target_summary(training.config.run.target_accuracy, standing.reached),
         "metrics": dict(trainer.metrics),
         "step_seconds": step_statistics(trainer.step_seconds),
         "input_seconds": step_statistics(trainer.input_seconds),

@@ -5,7 +5,7 @@ import math
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from kfdist.data.feed import LoaderFeed
 from kfdist.errors import Interrupted, LossNotFinite
 from kfdist.runtime.settings import StepReport
 from kfdist.training.checkpoint import CheckpointStore
-from kfdist.training.evaluation import evaluate
+from kfdist.training.evaluation import Evaluation, evaluate
 from kfdist.training.optimizers import set_learning_rate
 from kfdist.training.reporting import MetricsLog, Progress, ProgressLine, shown
 from kfdist.training.run_state import Standing, Training, collect_state
+from kfdist.training.target import Reached
 from kfdist.training.unreadable import Unreadable
 from kfdist.types import MetricSample
 
@@ -55,6 +56,7 @@ class Trainer:
         self.input_seconds = array("d")
         self.checkpoint_faults = 0
         self._told_steps = 0
+        self._evaluated = -1
         self._training = training
         self._store, self._log, self._progress = store, log, progress
         limit = training.config.data.corrupt_limit
@@ -69,6 +71,8 @@ class Trainer:
     def done(self) -> bool:
         """Whether the last step is done."""
         run, standing = self._training.config.run, self.standing
+        if run.stop_at_target and standing.reached is not None:
+            return True
         return standing.step >= run.steps if run.steps is not None else standing.position.epoch >= (run.epochs or 0)
 
     def run(self) -> str:
@@ -90,7 +94,7 @@ class Trainer:
             else:
                 stopped = self._after_step(report)
         self._checkpoint()
-        if not stopped:
+        if not stopped and self._evaluated != self.standing.step:
             self._evaluate()
         return stopped
 
@@ -106,6 +110,8 @@ class Trainer:
         report = training.preconditioner.step()
         training.scaler.step(training.optimizer)
         training.scaler.update()
+        if training.average is not None:
+            training.average.update()
         # Only now: if the step had been interrupted, its forward would have to be undone.
         training.forward_state.remember()
         self._tallied += 1
@@ -158,7 +164,7 @@ class Trainer:
             self._report(report)
         elif time.perf_counter() - self._last_beat > _BEAT_SECONDS:
             self._beat("running")
-        if config.run.eval_period and step % config.run.eval_period == 0 and not self.done:
+        if self._evaluation_is_due(before) and not self.done:
             self._evaluate()
         if report.stop and not self.done:
             return "the run was asked to stop"
@@ -241,16 +247,51 @@ class Trainer:
         self._training.preconditioner.beat(phase, [*own, *steps])
         self._last_beat = time.perf_counter()
 
+    def _evaluation_is_due(self, before: Standing) -> bool:
+        run, now = self._training.config.run, self.standing
+        by_step = run.eval_period and now.step % run.eval_period == 0
+        new_epoch = now.position.epoch != before.position.epoch
+        return bool(by_step or (run.eval_epochs and new_epoch and now.position.epoch % run.eval_epochs == 0))
+
     def _evaluate(self) -> None:
-        training, step = self._training, self.standing.step
-        objective, feed = training.data.objective, training.feed
-        result = evaluate(training.model, feed.evaluation(), objective, training.communicator, training.device)
+        self._evaluated = self.standing.step
+        self._evaluate_weights("trained", prefix="test")
+        if (average := self._training.average) is not None:
+            with average.in_place():
+                self._evaluate_weights("averaged", prefix="averaged_test")
+
+    def _evaluate_weights(self, weights: str, *, prefix: str) -> None:
+        training, step, feed = self._training, self.standing.step, self._training.feed
+        result = evaluate(
+            training.model, feed.evaluation(), training.data.objective, training.communicator, training.device
+        )
         self._tell_unreadable()
-        metrics = {f"test_{name}": value for name, value in result.metrics.items()}
-        self.metrics.update(test_loss=result.loss, **metrics)
-        self._log.write("evaluation", step=step, test_loss=result.loss, **metrics)
-        told = [f"test loss {result.loss:.4f}", *(f"test {shown(*metric)}" for metric in result.metrics.items())]
-        self._progress.say(f"step {step}: {', '.join(told)}")
+        found = {"loss": result.loss, **result.metrics}
+        self.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        self._log.write(
+            "evaluation", step=step, weights=weights, **{f"test_{name}": value for name, value in found.items()}
+        )
+        told = ", ".join(f"{prefix.replace('_', ' ')} {shown(*metric)}" for metric in found.items())
+        self._progress.say(f"step {step}: {told}")
+        self._look_for_target(weights, result)
+
+    def _look_for_target(self, weights: str, result: Evaluation) -> None:
+        standing, target = self.standing, self._training.config.run.target_accuracy
+        accuracy = result.metrics.get("accuracy", 0.0)
+        if target is None or standing.reached is not None or accuracy < target:
+            return
+        # The clocks differ; rank 0's is everybody's, as the state is that all ranks share.
+        seconds = standing.seconds + time.perf_counter() - self._clock
+        reached = Reached(
+            step=standing.step,
+            epoch=standing.position.epoch,
+            seconds=self._training.communicator.broadcast_json(seconds),
+            accuracy=accuracy,
+            weights=weights,
+        )
+        self.standing = replace(standing, reached=reached)
+        self._log.write("target", target_accuracy=target, **asdict(reached))
+        self._progress.say(f"step {reached.step}: test accuracy {target:.2%} was reached after {reached.seconds:.1f} s")
 
     def _checkpoint(self) -> None:
         """Writes a checkpoint of the present standing; a failure is told and the run goes on."""

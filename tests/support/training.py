@@ -57,7 +57,12 @@ class Stop:
 
 
 def train(
-    directory: Path, *overrides: str, ranks: int, stop: Stop | None = None, prepare: Callable[[int], None] | None = None
+    directory: Path,
+    *overrides: str,
+    ranks: int,
+    stop: Stop | None = None,
+    prepare: Callable[[int], None] | None = None,
+    recipe: str | None = None,
 ) -> dict[str, Any]:
     """Runs to the end or to the stop; returns the summary, with the ranks' exit codes under "codes".
 
@@ -67,8 +72,9 @@ def train(
         ranks: How many.
         stop: When to stop it from outside.
         prepare: Called on each rank, with its number, before training; importable.
+        recipe: The name of one, in the place of `SMALL`.
     """
-    codes = run_ranks(ranks, _train_rank, str(directory), overrides, stop, prepare)
+    codes = run_ranks(ranks, _train_rank, str(directory), overrides, stop, prepare, recipe)
     summary = json.loads((directory / "summary.json").read_text())
     return {**summary, "codes": codes}
 
@@ -98,11 +104,12 @@ def _train_rank(
     overrides: Sequence[str],
     stop: Stop | None,
     prepare: Callable[[int], None] | None,
+    recipe: str | None,
 ) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(SMALL)
         file.flush()
-        config = load_config(Path(file.name), overrides=[*overrides, f"run.dir={directory}"], environment={})
+        config = load_config(Path(recipe or file.name), overrides=[*overrides, f"run.dir={directory}"], environment={})
     if prepare is not None:
         prepare(communicator.rank)
     if stop is not None and stop.worker_rank == communicator.rank:

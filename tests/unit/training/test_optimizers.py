@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from kfdist.config import OptimizerSection
 from kfdist.errors import ConfigError
@@ -80,3 +81,12 @@ def test_a_schedule_rises_to_its_peak_and_never_again(schedule: str, warmup: int
     assert all(0 <= rate <= 0.5 for rate in rates)
     assert rates[:warmup] == sorted(rates[:warmup])
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+def test_biases_and_norms_may_stay_undecayed():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
+    section = OptimizerSection(decay_vectors=False, weight_decay=0.1)
+    decayed, rest = make_optimizer(section, model.parameters()).param_groups
+    assert [parameter.dim() for parameter in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.1
+    assert [parameter.dim() for parameter in rest["params"]] == [1, 1, 1, 1] and rest["weight_decay"] == 0.0
+    assert (decayed["lr"], rest["momentum"]) == (0.1, 0.9)
