@@ -31,11 +31,13 @@ class BlockMemory:
         kept: What the method keeps, by name: scales, the last solution.
         measured: Whether any rank ever had statistics of it, a boolean scalar; None unless ranks invert it themselves.
         counts: Directions that `apply` replaced, by reason: integer scalars, which telemetry sums over the blocks.
+        first_use: <U, V> at the first step on which the inverse in use met a gradient, a scalar; None before it.
     """
 
     kept: dict[str, Tensor] = field(default_factory=dict)
     measured: Tensor | None = None
     counts: dict[str, Tensor] = field(default_factory=dict)
+    first_use: Tensor | None = None
 
     def count(self, reason: str, happened: Bool[Tensor, ""]) -> None:
         """Adds 0 or 1 to a count, without a host sync."""
@@ -44,7 +46,7 @@ class BlockMemory:
 
     def copy(self) -> "BlockMemory":
         """Returns a memory that holds the same tensors, and changes by itself."""
-        return BlockMemory(dict(self.kept), self.measured, dict(self.counts))
+        return BlockMemory(dict(self.kept), self.measured, dict(self.counts), self.first_use)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns copies of all tensors; empty where nothing is kept."""
@@ -52,17 +54,19 @@ class BlockMemory:
             "kept": {name: tensor.clone() for name, tensor in self.kept.items()},
             "measured": None if self.measured is None else self.measured.clone(),
             "counts": {reason: tensor.clone() for reason, tensor in self.counts.items()},
+            "first_use": None if self.first_use is None else self.first_use.clone(),
         }
         return state if any(value or isinstance(value, Tensor) for value in state.values()) else {}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any], device: torch.device) -> "BlockMemory":
         """Goes on, on `device`, from what `state_dict` returned."""
-        measured = state["measured"]
+        measured, first_use = state["measured"], state["first_use"]
         return cls(
             kept={name: tensor.to(device, copy=True) for name, tensor in state["kept"].items()},
             measured=None if measured is None else measured.to(device, copy=True),
             counts={reason: tensor.to(device, copy=True) for reason, tensor in state["counts"].items()},
+            first_use=None if first_use is None else first_use.to(device, copy=True),
         )
 
 

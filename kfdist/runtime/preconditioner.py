@@ -66,7 +66,7 @@ class Preconditioner:
             where they are pooled before the loss (Eschenhagen et al., arXiv 2311.00636).
         sampling: How much of a batch is measured; all of it by default.
         skip: Globs on the names of modules that, with everything inside them, are not preconditioned.
-        kl_clip: kappa of the KL clip; None turns it off.
+        kl_clip: kappa of the KL clip, over all blocks and block by block (docs/methods/kfac.md); None turns it off.
         lr: Learning rate for the KL clip: a number, a callable of the step, or None to read an attached optimizer.
         adoption: When a finished inverse is taken into use: `kfdist.FixedLag(k)`, where `FixedLag(0)` is synchronous,
             or `kfdist.Asap(...)`; "asap" is `Asap()`.

@@ -122,6 +122,7 @@ def _use(track: Track, snapshot: Snapshot) -> None:
     """Puts a snapshot in the place of the last one, with fresh memories unless the method keeps them."""
     track.snapshot = snapshot
     for name, preconditioner in snapshot.preconditioners.items():
+        track.memories[name].first_use = None
         if not preconditioner.keeps_memory:
             track.memories[name].kept = {}
     calibrated = any(preconditioner.calibrated for preconditioner in snapshot.preconditioners.values())

@@ -60,7 +60,7 @@ class Applying:
             for each in self._applications(step, damping, {})
         ]
         found: dict[nn.Parameter, Tensor] = {}
-        for block, _, U in solve(applications, self.communicator):
+        for block, _, U, _ in solve(applications, self.communicator):
             for part, direction in zip(block.parts, block.from_matrix(U), strict=True):
                 gradient = part.parameter.grad
                 assert gradient is not None, "only blocks with gradients have directions"

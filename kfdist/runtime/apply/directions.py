@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,17 @@ class Application:
         ]
 
 
-def solve(applications: Sequence[Application], communicator: Communicator) -> list[tuple[Block, Tensor, Tensor]]:
-    """Returns (block, V, U) of every block that has a gradient; `.grad` stays as it is.
+class Solved(NamedTuple):
+    """A block's direction U beside its gradient V, and the block's memory."""
+
+    block: Block
+    gradient: Tensor
+    direction: Tensor
+    memory: BlockMemory
+
+
+def solve(applications: Sequence[Application], communicator: Communicator) -> list[Solved]:
+    """Returns the directions of all blocks that have a gradient; `.grad` stays as it is.
 
     Directions that are exchanged are computed by one rank each and broadcast.
 
@@ -69,7 +79,7 @@ def solve(applications: Sequence[Application], communicator: Communicator) -> li
         applications: The groups that have a gradient and a snapshot, in the same order on all ranks.
         communicator: Carries the exchanged directions.
     """
-    found = []
+    found: list[Solved] = []
     travelling: dict[int, list[Tensor]] = {}
     received: list[tuple[AbstractPreconditioner, Tensor, BlockMemory]] = []
     for each in applications:
@@ -81,9 +91,8 @@ def solve(applications: Sequence[Application], communicator: Communicator) -> li
         if each.exchanged:
             travelling.setdefault(each.solver, []).extend(directions)
             received += zip(each.preconditioners, directions, each.memories, strict=True)
-        found += [
-            (block, V, U) for block, V, U in zip(each.blocks, gradients, directions, strict=True) if _takes_part(block)
-        ]
+        together = zip(each.blocks, gradients, directions, each.memories, strict=True)
+        found += [Solved(*solved) for solved in together if _takes_part(solved[0])]
     for solver, directions in sorted(travelling.items()):
         _broadcast(directions, solver, communicator)
     for preconditioner, direction, memory in received:
@@ -98,31 +107,49 @@ def precondition_gradients(
     learning_rate: Callable[[nn.Parameter], float],
     communicator: Communicator,
 ) -> None:
-    r"""Replaces each V_l in `.grad` by nu U_l with U_l = (F_l + lambda I)^-1 V_l.
+    r"""Replaces each V_l in `.grad` by nu nu_l U_l with U_l = (F_l + lambda I)^-1 V_l.
 
-    nu = min(1, sqrt(kappa / sum_l lr_l^2 <U_l, V_l>)) bounds the step's predicted KL divergence by kappa (algorithms.md
-    1.4); where the sum is not positive nu is 1. A layer's learning rate is its weight's.
+    nu = min(1, sqrt(kappa / sum_l lr_l^2 nu_l^2 <U_l, V_l>)) bounds the step's predicted KL divergence by kappa
+    (algorithms.md 1.4); where the sum is not positive nu is 1. A layer's learning rate is its weight's.
+
+    nu_l = min(1, sqrt(max(1, r_l) / <U_l, V_l>)) bounds what a block adds to that sum by what it added, r_l, at the
+    first step of the inverse in use, or by 1, which the exact empirical Fisher of the step itself never exceeds. An
+    older inverse does: a gradient that has left the directions in which curvature was measured meets lambda alone, and
+    the prediction no longer bounds anything (docs/decisions/0017).
 
     Args:
         applications: The groups that have a gradient and a snapshot.
-        kl_clip: kappa; None turns the clip off.
+        kl_clip: kappa; None turns both clips off.
         learning_rate: The learning rate of a parameter; asked only with a `kl_clip`.
         communicator: Carries directions that one rank computes for all.
     """
     if not applications:
         return
     found = solve(applications, communicator)
-    nu = None
-    if kl_clip is not None:
-        total: Tensor | None = None
-        for block, V, U in found:
-            term = learning_rate(block.parameters()[0]) ** 2 * torch.sum(U * V)
-            total = term if total is None else total + term
-        if total is not None:
-            # clamp keeps sqrt and division defined where the sum is not positive; there the minimum picks 1.
-            nu = torch.sqrt(kl_clip / total.clamp_min(torch.finfo(total.dtype).tiny)).clamp_max(1.0)
-    for block, _, U in found:
-        block.write_gradient(U if nu is None else U * nu.to(U.dtype))
+    if kl_clip is None or not found:
+        for block, _, U, _ in found:
+            block.write_gradient(U)
+        return
+    products = [torch.sum(U * V) for _, V, U, _ in found]
+    shares = [_share(product, memory) for product, (*_, memory) in zip(products, found, strict=True)]
+    rates = [learning_rate(block.parameters()[0]) for block, *_ in found]
+    terms = [lr**2 * share**2 * product for lr, share, product in zip(rates, shares, products, strict=True)]
+    total = sum(terms[1:], start=terms[0])
+    nu = torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
+    for (block, _, U, _), share in zip(found, shares, strict=True):
+        block.write_gradient(U * (nu * share).to(U.dtype))
+
+
+def _share(product: Tensor, memory: BlockMemory) -> Tensor:
+    """Returns nu_l, and remembers r_l where this is the first gradient that the inverse in use meets."""
+    if memory.first_use is None:
+        memory.first_use = product
+    return torch.sqrt(memory.first_use.clamp_min(1.0) / _positive(product)).clamp_max(1.0)
+
+
+def _positive(number: Tensor) -> Tensor:
+    """Keeps roots and quotients defined where a number is not positive; there the minimum picks 1."""
+    return number.clamp_min(torch.finfo(number.dtype).tiny)
 
 
 def _takes_part(block: Block) -> bool:

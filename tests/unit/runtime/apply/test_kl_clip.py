@@ -154,3 +154,45 @@ def test_the_fallback_scales_every_gradient_by_its_blocks_mean_curvature():
 
 def test_nothing_to_apply_is_fine():
     precondition_gradients([], kl_clip=1e-3, learning_rate=lambda p: 1.0, communicator=ALONE)
+
+
+def test_a_block_adds_no_more_to_the_divergence_than_at_the_first_step_of_its_inverse():
+    """nu_l = min(1, sqrt(max(1, r_l) / <U_l, V_l>)), each block for itself; a newer inverse starts anew."""
+    model, blocks, V = with_gradients(size=10.0)
+    memories = [BlockMemory() for _ in blocks]
+    applications = [
+        Application(blocks=[block], preconditioners=[inverse(block)], memories=[memory], damping=0.1, fallback=False)
+        for block, memory in zip(blocks, memories, strict=True)
+    ]
+
+    def added(*sizes: float) -> list[float]:
+        """<U_l, V_l> nu_l^2 of gradients that are so many times the first ones; lr is small: the global clip idles."""
+        for block, v, size in zip(blocks, V, sizes, strict=True):
+            block.write_gradient(size * v)
+        precondition_gradients(applications, kl_clip=1.0, learning_rate=lambda p: 1e-6, communicator=ALONE)
+        squares = []
+        for block, v, size in zip(blocks, V, sizes, strict=True):
+            scaled, plain = block.gradient(), inverse(block).apply(size * v, 0.1, BlockMemory())
+            nu = scaled.norm() / plain.norm()
+            torch.testing.assert_close(scaled, nu * plain, rtol=EXACT, atol=EXACT)
+            squares.append(float(nu**2 * (plain * size * v).sum()))
+        return squares
+
+    first = added(1.0, 1.0)
+    assert first == pytest.approx([float(memory.first_use) for memory in memories]) and min(first) > 1
+    assert added(0.5, 3.0) == pytest.approx([first[0] / 4, first[1]])
+    assert added(30.0, 1.0) == pytest.approx(first)
+    for memory in memories:
+        memory.first_use = None
+    assert added(3.0, 1e-3) == pytest.approx([9 * first[0], 1e-6 * first[1]])
+    assert added(1.0, 1e3) == pytest.approx([first[0], 1.0]), "1 is what no fresh inverse exceeds"
+
+
+def test_without_a_kl_clip_nothing_is_compared():
+    _, blocks, _ = with_gradients()
+    memory = BlockMemory()
+    application = Application(
+        blocks=blocks[:1], preconditioners=[inverse(blocks[0])], memories=[memory], damping=0.1, fallback=False
+    )
+    precondition_gradients([application], kl_clip=None, learning_rate=lambda p: 1.0, communicator=ALONE)
+    assert memory.first_use is None
