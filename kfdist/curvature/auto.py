@@ -18,6 +18,7 @@ from kfdist.curvature.inverters.b_kfac import brand_flops
 from kfdist.curvature.inverters.rs_kfac import RsKfac
 from kfdist.curvature.spectra import EIGH_FLOPS
 from kfdist.errors import ConfigError
+from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.linalg.brand import brand_update
 from kfdist.linalg.lowrank import gaussian_sketch, randomized_svd, range_basis
 from kfdist.linalg.psd import damped_cholesky_inverse, eigh_descending
@@ -114,13 +115,14 @@ def measure_costs() -> MeasuredCosts:
 
 
 def _fastest(operation: Callable[[torch.Tensor], Any], d: int) -> float:
-    rows = gaussian_sketch(torch.zeros(d, d, dtype=torch.float32, device="cpu"), d, seed=d)
-    matrix = rows @ rows.mT / d
     seconds = []
-    for _ in range(_REPEATS + 1):  # the first one warms up
-        start = time.perf_counter()
-        operation(matrix)
-        seconds.append(time.perf_counter() - start)
+    with plain_arithmetic(torch.device("cpu")):
+        rows = gaussian_sketch(torch.zeros(d, d, dtype=torch.float32, device="cpu"), d, seed=d)
+        matrix = rows @ rows.mT / d
+        for _ in range(_REPEATS + 1):  # the first one warms up
+            start = time.perf_counter()
+            operation(matrix)
+            seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 
 
