@@ -117,6 +117,15 @@ def base_of(view: Tensor) -> Tensor | None:
     return view._base
 
 
+def oddity(tensor: Tensor) -> str:
+    """Says what keeps a tensor from being measured: it has no values of its own, or not of one shape; else nothing."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore[reportAttributeAccessIssue]
+        return "inside torch.func"
+    if tensor.is_nested:
+        return "of a nested tensor"
+    return "of a DTensor" if hasattr(tensor, "device_mesh") else ""
+
+
 def product_edge(output: Tensor) -> tuple[GradientEdge, bool]:
     """Returns where in the graph the operation is that made an output, behind the views that torch put after it.
 

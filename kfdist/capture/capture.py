@@ -37,6 +37,7 @@ from kfdist.torch_internals import (
     changes_in_place,
     device_scale,
     keeps_graph,
+    oddity,
     product_edge,
     running_backward,
     scaler_cycle,
@@ -346,7 +347,7 @@ class Capture:
         # The first gradient of a backward arrives here, also where it then meets no armed layer.
         hook = partial(self._on_model_gradient, forward, self._generation)
         for tensor in tensors_in(output):
-            if tensor.requires_grad:
+            if tensor.requires_grad and not oddity(tensor):
                 tensor.register_hook(hook)
 
     def product(self, parts: Sequence[Part], product: Product, output: Tensor, *, training: bool) -> None:

@@ -79,7 +79,7 @@ class PassLog:
         done, self._thread.open = self._thread.open, None
         if done is not None:
             first, among = _first_tensor(inputs)
-            done.examples = None if first is None else first.shape[0]
+            done.examples = None if first is None else first.size(0)  # nested tensors have no shape
             done.stacked = first is not None and (first.dim() + 1, len(among)) in done.inputs
             done.end_node = next_node()
             self._passes.append(done)

@@ -35,7 +35,7 @@ from kfdist.capture.operations import (
 from kfdist.capture.recurrent import written_out
 from kfdist.capture.registry import Part, Registry
 from kfdist.curvature.blocks import Block
-from kfdist.torch_internals import EagerSteps, changes_in_place, eager_steps, leave_function_mode
+from kfdist.torch_internals import EagerSteps, changes_in_place, eager_steps, leave_function_mode, oddity
 
 
 class Observed(Protocol):
@@ -182,17 +182,28 @@ class Watch:
         if module is self._model:
             self._observed.end_forward(module, call[:-1], call[-1])
 
-    def saw(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
-        """An operation had a block's parameter among its arguments, and made a tensor that is no view of it."""
+    def saw(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor, odd: str
+    ) -> None:
+        """An operation had a block's parameter among its arguments, and made a tensor that is no view of it.
+
+        Args:
+            function: The operation.
+            args: Its arguments.
+            kwargs: Its arguments by name.
+            output: That tensor.
+            odd: Why it can't be measured; empty where nothing is in the way.
+        """
         if self._installed is None or self._thread.start != self._start:
             return  # the rest of a forward that the end of watching overtook
         used = [each for each in _tensors((args, kwargs)) if self.registry.knows(each)]
-        product = product_of(function, args, kwargs, self.registry.knows) if function in PRODUCTS else None
+        readable = function in PRODUCTS and not odd
+        product = product_of(function, args, kwargs, self.registry.knows) if readable else None
         parts = [] if product is None else self.registry.parts(product)
         handled: list[Tensor] = []
         if product is not None and parts:
             handled = self._use(parts, product, output)
-        elif function in COPIES:
+        elif function in COPIES and not odd:
             self.registry.note_copy(output, used[0])
             return
         elif self.registry.note_picked(output, used[0], picked_entries(function, args, kwargs)):
@@ -203,7 +214,7 @@ class Watch:
             if any(each is other for other in handled):
                 continue
             for user in self.registry.users(each):
-                self.unhandled[user].add(function.__name__)
+                self.unhandled[user].add(f"{function.__name__} {odd}".strip())
 
     def _use(self, parts: Sequence[Part], product: Product, output: Tensor) -> list[Tensor]:
         """Blocks' weights were used; returns the parameters whose use is measured."""
@@ -292,8 +303,9 @@ class _Mode(TorchFunctionMode):
                 return _open(func)(*args, **kwargs) if product is None else product()
         output = func(*args, **kwargs)
         for each in _tensors((output,)):
-            if each.requires_grad and not registry.knows(each):
-                watch.saw(func, args, kwargs, each)
+            odd = oddity(each)
+            if (each.requires_grad or odd) and not registry.knows(each):
+                watch.saw(func, args, kwargs, each, odd)
                 break
         return output
 
