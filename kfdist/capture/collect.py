@@ -203,7 +203,8 @@ class Collector:
             return
         pending, first = self._begin(visit, output_gradient)
         wanted = self._requests[visit.name].sums & (PLAIN_SUMS if first else frozenset({"G", "g"}))
-        sums, rows = block.routed_sums(visit.activation, output_gradient, visit.reach, wanted)
+        masked = visit.stated.mask is not None
+        sums, rows = block.routed_sums(visit.activation, output_gradient, visit.reach, wanted, masked=masked)
         examples = visit.examples(int(rows.sum()))
         boost = pending.counted.setdefault(visit.counted, examples) / examples
         for part, total in sums.items():

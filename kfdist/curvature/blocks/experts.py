@@ -48,6 +48,8 @@ class ExpertsBlock(LinearBlock):
         output_gradient: Float[Tensor, "..."],
         reach: Reach,
         names: frozenset[str],
+        *,
+        masked: bool = False,
     ) -> tuple[dict[str, Tensor], Int64[Tensor, " E"]]:
         """Sums a a^T, g g^T, a or g over the rows that met each expert; waits for the device where only it knows which.
 
@@ -56,6 +58,8 @@ class ExpertsBlock(LinearBlock):
             output_gradient: Gradient with respect to its output; not scaled here.
             reach: Which row met which expert.
             names: Of "A", "G", "a" and "g".
+            masked: Whether some rows are padding. Which ones isn't known once rows are sorted by expert: those without
+                any gradient are left out.
 
         Returns:
             The sums by name, `[E, d, d]` and `[E, d]`, and how many rows met each expert, on the CPU.
@@ -68,6 +72,9 @@ class ExpertsBlock(LinearBlock):
         }
         counts = [0] * experts
         for expert, a, g in self._rows(activation.detach(), output_gradient.detach(), reach):
+            if masked:
+                kept = (g != 0).any(-1)
+                a, g = a[kept], g[kept]
             counts[expert] += len(a)
             for name, total in sums.items():
                 rows = (a if name in "Aa" else g).to(dtype)

@@ -140,6 +140,24 @@ def test_stacks_of_matrices_that_each_meet_all_rows(how: str):
         assert_factors_equal(mine, {"": expected[f"layers.{expert}"]}, 1e-12)
 
 
+def test_rows_of_padding_are_left_out():
+    torch.manual_seed(0)
+    model, x = Stacked(eager).double(), torch.randn(N, T, Q, dtype=torch.float64)
+    mask = torch.ones(N, T, dtype=torch.bool)
+    mask[1, 2:] = mask[2, 1:] = False
+    blocks = {block.name: block for block in planned(model, "kfac").blocks}
+    capture = Capture(model, blocks, sampling=Sampling(), grad_scaler=None)
+    capture.arm(dict.fromkeys(blocks, Request()))
+    capture.state_mask(mask)
+    model(x).square().sum(-1)[mask.flatten()].sum().div(N).backward()
+    drained = capture.drain()["experts"]
+    capture.close()
+    for expert in range(E):
+        rows = x.flatten(0, 1)[mask.flatten() & (expert == ROUTES)]
+        torch.testing.assert_close(drained.sums["A"][expert], rows.mT @ rows)
+        assert isinstance(drained.positions, Tensor) and drained.positions[expert] == len(rows)
+
+
 def test_an_expert_that_nothing_reaches_keeps_its_average_and_the_others_are_solved_by():
     torch.manual_seed(0)
     model = Stacked(eager).double()
