@@ -15,6 +15,9 @@ from kfdist.linalg.psd import eigh_descending, symmetrise
 _OVERLAP_TOLERANCE = 50.0
 """Largest entry of U^T Q, in units of rounding, that passes as orthogonal."""
 
+_LEAST_OUTSIDE = 0.25
+"""Least square of a unit vector's part outside a span whose direction has lost no more than a bit to rounding."""
+
 
 def brand_update(
     vectors: Float[Tensor, "c d r"], values: Float[Tensor, "c r"], rows: Float[Tensor, "c n d"]
@@ -59,13 +62,17 @@ def _complement(
 ) -> tuple[Float[Tensor, "c d n"], Float[Tensor, "c n n"]]:
     """Returns Q with orthonormal columns, orthogonal to U, and R with E = Q R, for E orthogonal to U."""
     Q, R = torch.linalg.qr(columns)
-    overlap = (vectors.mT @ Q).abs()
-    if overlap.numel() and float(overlap.max()) > _OVERLAP_TOLERANCE * torch.finfo(Q.dtype).eps:
-        # E has (nearly) dependent columns. For these, Q is filled up with directions that know nothing of U, and may
-        # lie within its span. Householder reflections of [U E] leave them no other place than outside.
+    overlap = vectors.mT @ Q
+    if not overlap.numel() or float(overlap.abs().max()) <= _OVERLAP_TOLERANCE * torch.finfo(Q.dtype).eps:
+        return Q, R
+    # E has (nearly) dependent columns. For these, Q is filled up with directions that know nothing of U, and may lie
+    # within its span. What of them is outside is made orthonormal again, in a third of the time of the QR of [U E].
+    rest = Q - vectors @ overlap
+    if float(rest.square().sum(-2).min()) > _LEAST_OUTSIDE:
+        Q = torch.linalg.qr(rest).Q
+    else:  # too little is outside; Householder reflections of [U E] leave them no other place
         Q = torch.linalg.qr(torch.cat([vectors, columns], -1)).Q[..., vectors.shape[-1] :]
-        R = Q.mT @ columns
-    return Q, R
+    return Q, Q.mT @ columns
 
 
 def update_residual(

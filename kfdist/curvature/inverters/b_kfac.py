@@ -140,7 +140,7 @@ class AbstractBrandKfac(AbstractInverter):
                 return Inversion.failed(f"factor {label} holds no examples: every batch so far was dropped or absent")
             factors[label] = factor
             outcomes.append(outcome)
-            diagnostics |= factor.diagnostics(label) | found
+            diagnostics |= factor.diagnostics(label, seed=seed) | found
         A, G = factors["A"], factors["G"]
         return Inversion(
             preconditioner=KroneckerSpectrum.of(
