@@ -14,7 +14,7 @@ from kfdist.bench.claim_a_brand import COST_LIMIT, ERROR_LIMIT, judge_cost, judg
 from kfdist.bench.claim_b_cg import judge_cg
 from kfdist.bench.claim_c_seng import judge_seng
 from kfdist.bench.claim_d_reparametrisation import Convnet, Coordinates, judge_trajectories
-from kfdist.bench.claim_e_widths import exponent, judge
+from kfdist.bench.claim_e_widths import cheaper_than, exponent, judge
 from kfdist.bench.claims import ClaimResult, Part, Verdict, less_at_every_width
 from kfdist.bench.papers import CLAIMS, checked_claims, describe, run_claims
 from kfdist.cli.main import run
@@ -66,7 +66,7 @@ def test_rule_a_needs_both_less_error_and_little_cost() -> None:
 def test_rule_b_asks_every_width_where_both_were_measured() -> None:
     def row(d: int, cg: float | None, kfac: float | None) -> dict[str, Any]:
         def cost(value: float | None) -> dict[str, float] | None:
-            return value and dict.fromkeys(("peak_bytes", "seconds", "seconds_per_step"), value)
+            return None if value is None else dict.fromkeys(("peak_bytes", "seconds", "seconds_per_step"), value)
 
         return {"d": d, "cg-fac": cost(cg), "kfac": cost(kfac)}
 
@@ -152,10 +152,12 @@ def test_rule_e_compares_large_layers_and_slopes() -> None:
 
     assert exponent(rows(2.0), "rs-kfac") == pytest.approx(2.0)
     assert exponent(rows(2.0)[:1], "rs-kfac") is None
-    assert [each.holds for each in judge(rows(2.0), wide=1000)] == [True, True, True]
-    assert [each.holds for each in judge(rows(2.0), wide=100)] == [False, False, True]  # dearer at d = 500
-    assert [each.holds for each in judge(rows(3.7), wide=1000)] == [True, False, False]
-    assert [each.holds for each in judge(rows(2.0, eigen=False), wide=1000)] == [None, True, None]
+    assert [each.holds for each in judge(rows(2.0), wide=1000)] == [True, True]
+    assert [each.holds for each in judge(rows(2.0), wide=2500)] == [True, None]  # one size has no exponent
+    assert [each.holds for each in judge(rows(3.7), wide=1000)] == [True, False]
+    assert [each.holds for each in judge(rows(2.0, eigen=False), wide=1000)] == [None, None]
+    assert cheaper_than(rows(2.0), "kfac", "").holds is False  # dearer at d = 500
+    assert cheaper_than(rows(2.0)[1:], "kfac", "").holds
 
 
 @pytest.fixture(scope="module")
