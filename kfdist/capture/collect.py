@@ -147,6 +147,7 @@ class Collector:
                     request.seed ^ _RESERVOIR_SEED,
                     rows=request.sample_rows,
                     columns=request.sample_columns,
+                    pooled=request.samples_pooled,
                 )
             pending.reservoir.add(visit, block, activation, output_gradient, scaling, fresh)
         examples = visit.examples(len(activation))

@@ -56,6 +56,7 @@ class Request:
         sample_rows: The most rows of them to keep, by the positions of the first call; None sets no such limit.
         sample_columns: Columns of an example's gradient to keep in the place of more positions
             (`kfdist.linalg.lowrank`); None keeps all positions.
+        samples_pooled: Whether their rows are those that the factors see; see `SampleBudget`.
         seed: For what is drawn, at most 63 bits. Give ranks seeds of their own where their draws should differ.
     """
 
@@ -67,6 +68,7 @@ class Request:
     samples: int | None = None
     sample_rows: int | None = None
     sample_columns: int | None = None
+    samples_pooled: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

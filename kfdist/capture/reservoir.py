@@ -66,12 +66,16 @@ class Reservoir:
         seed: Of the keys.
         rows: The most rows of a call to keep: fewer examples where they have more, but at least one.
         columns: Columns of an example's gradient to keep in the place of more positions, of each call.
+        pooled: Whether to keep the rows that the factors see, and not those of the gradient.
     """
 
-    def __init__(self, size: int, seed: int, *, rows: int | None = None, columns: int | None = None) -> None:
+    def __init__(
+        self, size: int, seed: int, *, rows: int | None = None, columns: int | None = None, pooled: bool = False
+    ) -> None:
         self._size = size
         self._rows = rows
         self._columns = columns
+        self._pooled = pooled
         self._random = random.Random(seed)
         self._units: dict[Unit, _Calls] = {}
 
@@ -100,7 +104,11 @@ class Reservoir:
         length = len(activation)
         examples, n = visit.grouped(length), visit.examples(length)
         calls = self._units.get(visit.unit)
-        positions = length // examples * block.output_windows(output_gradient[:0]).shape[2:-1].numel()
+        of_factors, of_gradient = (
+            block.positions(activation, output_gradient),
+            block.output_windows(output_gradient[:0]),
+        )
+        positions = length // examples * (of_factors if self._pooled else of_gradient.shape[2:-1].numel())
         if self._rows is not None and not self._units:
             self._size = min(self._size, max(1, self._rows // max(1, positions)))
         if calls is None:
@@ -146,7 +154,8 @@ class Reservoir:
             tile = max(1, TILE_BYTES // max(1, numbers * accumulation_dtype(activation).itemsize))
         pieces: list[tuple[Tensor, Tensor]] = []
         for some in places.split(tile):
-            found = block.example_rows(activation, output_gradient, some.flatten(), biased=biased, kept=counting)
+            lay_out = block.factor_rows if self._pooled else block.example_rows
+            found = lay_out(activation, output_gradient, some.flatten(), biased=biased, kept=counting)
             a, g = (rows.reshape(len(rows), len(some), -1, rows.shape[-1]) for rows in found)
             pieces.append((a, g) if self._columns is None else compress_columns(a, g, self._columns))
         a, g = pieces[0] if len(pieces) == 1 else (torch.cat(side, dim=1) for side in zip(*pieces, strict=True))

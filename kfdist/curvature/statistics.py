@@ -160,11 +160,14 @@ class SampleBudget:
         rows: Most rows after expansion over positions; None: no further limit.
         columns: Keep kappa columns an example where it has more positions, by a truncated SVD of its gradient's
             factors: sum_t g a^T stays (nearly) the same; None keeps all positions.
+        pooled: Whether the rows are wanted as the factors see them, one an example where weights are shared by
+            "reduce"; otherwise as the gradient has them.
     """
 
     examples: int
     rows: int | None = None
     columns: int | None = None
+    pooled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

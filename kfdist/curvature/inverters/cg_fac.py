@@ -165,7 +165,9 @@ class CgFac(AbstractInverter):
     @override
     def needs(self, shape: BlockShape) -> Needs:
         del shape
-        return Needs(sums=frozenset(), samples=SampleBudget(examples=self.examples, rows=self.rows))
+        pooled = self.operator == "kronecker"
+        budget = SampleBudget(examples=self.examples, rows=self.rows, pooled=pooled)
+        return Needs(sums=frozenset(), samples=budget)
 
     @override
     def invert(self, statistics: Samples, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
-from kfdist.curvature.statistics import Needs
+from kfdist.curvature.statistics import MeanVectors, Needs
 from kfdist.errors import ConfigError
 from kfdist.types import BlockName, Fisher, GroupName, GroupSpec
 
@@ -40,10 +40,19 @@ class BlockGroup:
 
 
 def check_fisher(fisher: Fisher, groups: Iterable[BlockGroup]) -> None:
-    """Refuses methods that take single examples' rows together with the exact Fisher, which sums over all targets."""
-    if fisher != "exact":
-        return
-    for group in groups:
+    """Refuses methods that take of the output gradients what the Fisher matrix of predictions doesn't have.
+
+    Single examples' rows, where the exact one sums over all targets; and mean gradients, which are zero but for noise
+    over targets that the model itself draws.
+    """
+    for group in groups if fisher != "empirical" else ():
+        if group.inverter.statistic is MeanVectors:
+            raise ConfigError(
+                f"{group.inverter.name} takes the mean of the output gradients, which is zero over the targets that "
+                f"fisher={fisher!r} takes from the model's own predictions; use fisher='empirical'",
+                path="fisher",
+            )
+    for group in groups if fisher == "exact" else ():
         for needs in group.needs.values():
             if needs.increments or needs.samples is not None or needs.calibration is not None:
                 raise ConfigError(

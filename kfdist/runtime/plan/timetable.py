@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kfdist.capture.requests import Request
 from kfdist.curvature.inverter import Placement
@@ -116,7 +117,7 @@ class Timetable:
                     requests[block.name] = request
         return requests
 
-    def _samples(self, needs: Needs, *, updates: bool, calibrates: bool) -> dict[str, int | None]:
+    def _samples(self, needs: Needs, *, updates: bool, calibrates: bool) -> dict[str, Any]:
         """Returns this rank's share of the larger budget, at least one of each; nothing where no samples are due."""
         due = [needs.samples if updates else None, needs.calibration if calibrates else None]
         budgets = [budget for budget in due if budget is not None]
@@ -128,6 +129,7 @@ class Timetable:
             "samples": -(-max(budget.examples for budget in budgets) // self._world_size),
             "sample_rows": -(-max(rows) // self._world_size) if len(rows) == len(budgets) else None,
             "sample_columns": max(columns) if len(columns) == len(budgets) else None,
+            "samples_pooled": any(budget.pooled for budget in budgets),
         }
 
 
