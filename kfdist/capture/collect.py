@@ -135,11 +135,11 @@ class Collector:
         if isinstance(block, ExpertsBlock):
             self._add_routed(block, visit, output_gradient, scaling)
             return
-        activation, output_gradient = block.batched(visit.activation, output_gradient)
+        activation, output_gradient = self._by_example(visit, block, output_gradient)
         if not len(activation):
             return
         pending, first = self._begin(visit, output_gradient)
-        fresh = None if tells is None else self._fresh(visit, block, block.batched(visit.activation, tells)[1])
+        fresh = None if tells is None else self._fresh(visit, block, self._by_example(visit, block, tells)[1])
         if request.samples is not None:
             if pending.reservoir is None:
                 pending.reservoir = Reservoir(
@@ -235,14 +235,31 @@ class Collector:
         self._coarse.forget()
         self.zero_rows = ZeroRows()
 
+    def _by_example(self, visit: Visit, block: Block, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what a layer saw as `Block.batched` does; of a Linear with the positions of an example side by side.
+
+        They come one after another in dim 0 where the model flattens its sequences, and before the examples inside of
+        an `nn.MultiheadAttention`.
+        """
+        found = block.batched(visit.activation, output_gradient)
+        if not block.maskable:
+            return found
+        if block.name in self._turned:
+            n = visit.unit.forward.examples or 0
+            flat = found[0].shape[1] == 1 and n > 0 and len(found[0]) % n == 0
+            found = tuple((each.reshape(-1, n, each.shape[-1]) if flat else each).transpose(0, 1) for each in found)
+        n = visit.grouped(len(found[0]))
+        activation, gradient = (each if n == len(each) else each.reshape(n, -1, each.shape[-1]) for each in found)
+        return activation, gradient
+
     def _fresh(self, visit: Visit, block: Block, output_gradient: Tensor) -> Tensor | None:
         """Returns the rows `[N, T]` that count and are not measured yet; None where no mask is of them."""
         mask, shape = visit.stated.mask, output_gradient.shape[:2]
         if not block.maskable or len(shape) != 2:
             return None
-        mask = None if mask is None else aligned(mask, (shape[0], shape[1]), turned=block.name in self._turned)
+        mask = None if mask is None else aligned(mask, (shape[0], shape[1]))
         if mask is None:
-            if shape.numel() > visit.grouped(len(output_gradient)):
+            if shape[1] > 1:
                 self.zero_rows.add(block.name, output_gradient)
             return None
         kept = mask.to(output_gradient.device, non_blocking=True) | (output_gradient != 0).any(-1)

@@ -67,26 +67,21 @@ def turned_blocks(model: nn.Module, blocks: Iterable[Block]) -> frozenset[str]:
     return frozenset(block.name for block in blocks if id(block.module) in inside)
 
 
-def aligned(mask: Bool[Tensor, "..."], shape: tuple[int, int], *, turned: bool) -> Bool[Tensor, "n t"] | None:
-    """Lays a mask out as a layer's inputs, `[N, T]` or, where they come one after another, `[N T, 1]`.
+def aligned(mask: Bool[Tensor, "..."], shape: tuple[int, int]) -> Bool[Tensor, "n t"] | None:
+    """Lays a mask out as a layer's inputs.
 
     Args:
-        mask: `[N, T]`, or these one after another. Where a layer sees the positions first, `[T, N]`, it is turned.
+        mask: `[N, T]`, or these one after another; `[T, N]` too, where the layer's inputs lie so.
         shape: N and T of the layer's inputs.
-        turned: Whether the layer sees the positions first, so that a square mask is turned too.
 
     Returns:
         The mask, or None where it isn't of these positions (a layer behind pooling, another sequence).
     """
     n, t = shape
     if mask.dim() == 1:
-        if mask.numel() != n * t:
-            return None
-        return mask.view(t, n).T if turned and t > 1 else mask.view(n, t)
-    mask = mask.T if turned else mask
-    for layout in (mask,) if turned else (mask, mask.T):
-        if tuple(layout.shape) == shape:
-            return layout
+        return mask.view(n, t) if mask.numel() == n * t else None
+    if tuple(mask.shape) == shape or tuple(mask.T.shape) == shape:
+        return mask if tuple(mask.shape) == shape else mask.T
     return mask.reshape(n, 1) if t == 1 and mask.numel() == n else None
 
 

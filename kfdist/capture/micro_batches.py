@@ -96,7 +96,7 @@ class MicroBatches:
 
     def unstated(self) -> list[ForwardPass]:
         """Returns the forwards of micro-batches of which nobody stated how many terms their loss averages."""
-        return [forward for forward, batch in self._of_forward.items() if batch.whole.stated is None]
+        return [forward for forward, batch in self._of_forward.items() if batch.whole.stated.examples is None]
 
     def dropped(self, parameters: Sequence[Tensor]) -> bool:
         """Says whether the gradients that the backwards so far have made are gone: all of them absent or zero.

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from kfdist.capture.capture import Capture
 from kfdist.capture.masks import aligned
 from kfdist.capture.requests import Request, Sampling
+from kfdist.curvature.blocks import make_blocks
 from kfdist.curvature.blocks.base import ParameterPart
 from kfdist.curvature.blocks.linear import LinearBlock
+from kfdist.curvature.references import per_example_gradients
 from kfdist.errors import ConfigError, KfdistWarning
-from tests.support.factors import armed_capture, factors_of
+from tests.support.factors import armed_capture, blocks_of, factors_of
 from tests.support.preconditioning import preconditioner
 
 EXACT = 1e-12
@@ -246,11 +248,10 @@ def test_other_masks_are_refused(mask: Any, said: str) -> None:
 
 def test_masks_of_other_positions_do_not_apply() -> None:
     mask = torch.ones(2, 6, dtype=torch.bool)
-    assert aligned(mask, (2, 5), turned=False) is None  # another sequence
-    assert aligned(mask, (2, 1), turned=False) is None  # behind pooling
-    assert aligned(mask, (2, 6), turned=True) is None
+    assert aligned(mask, (2, 5)) is None  # another sequence
+    assert aligned(mask, (2, 1)) is None  # behind pooling
     for shape in ((2, 6), (6, 2), (12, 1)):
-        found = aligned(mask, shape, turned=False)
+        found = aligned(mask, shape)
         assert found is not None and tuple(found.shape) == shape
 
 
@@ -284,3 +285,53 @@ def test_a_mask_silences_it() -> None:
 def test_batch_needs_something_to_state() -> None:
     with preconditioner(Tokens(), "kfac") as pre, pytest.raises(ConfigError, match="was told nothing"):
         pre.batch()
+
+
+class Attention(nn.Module):
+    """Self-attention, which puts the positions first inside, and a layer on flattened sequences; then a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.flat = nn.MultiheadAttention(Q, 1, batch_first=True), nn.Linear(Q, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed, _ = self.attention(x, x, x, need_weights=False)
+        return self.flat(mixed.flatten(0, 1)).view(len(x), -1, 2).mean(1)
+
+
+@pytest.mark.parametrize("n", [1, 3, T])
+def test_positions_of_an_example_are_known_wherever_they_lie(n: int) -> None:
+    """Of 6 positions, 3 examples could be taken for pairs; of T, T examples for positions."""
+    x = torch.randn(n, 6 if n < T else T, Q, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = Attention()
+    capture = armed_capture(model, samples=n)
+    model(x).square().sum(1).mean().backward()
+    drained = capture.drain()
+    assert set(drained) == {"attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj", "flat"}
+    for name, each in drained.items():
+        assert each.examples == n and each.positions == x.shape[0] * x.shape[1], name
+        assert each.samples is not None
+        losses = model(x).square().sum(1)
+        expected = per_example_gradients(blocks_of(model)[name], losses)
+        close(torch.einsum("cntp,cntq->ncpq", each.samples.g, each.samples.a), expected)
+
+
+def test_reduce_pools_positions_wherever_they_lie() -> None:
+    x = torch.randn(T, T, Q, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = Attention()
+    blocks = {
+        block.name: block
+        for name in ("attention", "attention.out_proj", "flat")
+        for block in make_blocks(name, model.get_submodule(name), "reduce")
+        if isinstance(block, LinearBlock)
+    }
+    capture = Capture(model, blocks, sampling=Sampling(), grad_scaler=None)
+    capture.arm(dict.fromkeys(blocks, Request()))
+    model(x).square().sum(1).mean().backward()
+    means = torch.cat([x.mean(1), torch.ones(T, 1, dtype=torch.float64)], 1)
+    for name, each in capture.drain().items():
+        assert each.positions == T, name
+        if name in ("attention.q_proj", "attention.k_proj", "attention.v_proj"):
+            close(each.sums["A"][0], means.T @ means)
