@@ -179,7 +179,7 @@ class Collector:
         n_rows = self._add_sums(pending, seen)
         if request.rows:
             _add_rows(pending, seen)
-        self._add_coupled(seen)
+        self._add_coupled(seen, first=first)
         if counted is not None:
             pending.positions = pending.positions + counted.sum(dtype=pending.like.dtype) * share
         elif first:
@@ -324,17 +324,17 @@ class Collector:
             pending.add(part, total)
         return found.rows
 
-    def _add_coupled(self, seen: "_Seen") -> None:
-        """Adds what products with other blocks need."""
+    def _add_coupled(self, seen: "_Seen", *, first: bool) -> None:
+        """Adds what products with other blocks need; of a call's input when it comes for the first time alone."""
         name, unit = seen.visit.name, seen.visit.unit.whole
         if self._chains.wants(name):
             a, g = seen.rows()
-            if seen.first:
+            if first:
                 self._chains.add(name, "A_next", unit, a)
             self._chains.add(name, "G_next", (unit, seen.draw), g)
         if self._coarse.wants(name):
             a, g = seen.sums_of_rows()
-            if seen.first:
+            if first:
                 self._coarse.add(name, "a_cross", unit, a)
                 self._coarse.add(name, COUNT, unit, seen.counts_of_rows(a))
             self._coarse.add(name, "g_cross", (unit, seen.draw), g)

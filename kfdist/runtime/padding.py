@@ -11,7 +11,8 @@ from kfdist.errors import KfdistWarning
 from kfdist.types import BlockName
 
 LARGE_SHARE = 0.2
-"""Of rows that are zero: from here on Omega is off by as much where they are padding."""
+"""Of all blocks' rows: from here on Omega is off by as much where they are padding. Where only a class token is used
+the last layers' alone are zero, and there is nothing to say."""
 
 
 class PaddingNotice:
@@ -36,17 +37,14 @@ class PaddingNotice:
         if self._coming is None or not self._coming[1].ready():
             return
         (rows, copy), self._coming = self._coming, None
-        shares = {name: zeros / of for (name, of), zeros in zip(rows, copy.wait()[0].tolist(), strict=True)}
-        large = {name: share for name, share in shares.items() if share >= LARGE_SHARE}
-        if large:
+        zeros = copy.wait()[0].tolist()
+        share = sum(zeros) / sum(of for _, of in rows)
+        if share >= LARGE_SHARE:
             self._said = True
-            name = max(large, key=lambda each: large[each])
-            others = (
-                f" (and from {min(large.values()):.0%} of {len(large) - 1} other blocks')" if len(large) > 1 else ""
-            )
+            most, name = max((zero / of, name) for zero, (name, of) in zip(zeros, rows, strict=True))
             warnings.warn(
-                f"{large[name]:.0%} of the output gradients of block {name!r}{others} are exactly zero. Positions that "
-                "the loss ignores (padding, masked tokens) count in the statistics unless they are known: call "
+                f"{share:.0%} of the positions' output gradients are exactly zero, of block {name!r} {most:.0%}. Those "
+                "that the loss ignores (padding, masked tokens) count in the statistics unless they are known: call "
                 "preconditioner.batch(mask=...), [N, T], before each backward. If they are none (only a class token is "
                 "used, dead units), there is nothing to do",
                 KfdistWarning,

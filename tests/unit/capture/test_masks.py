@@ -275,7 +275,11 @@ def run(mask: Tensor | None, share: float) -> list[str]:
 def test_many_zero_rows_are_warned_of_once(share: float, count: int) -> None:
     said = run(None, share)
     assert len(said) == count
-    assert all("50% of the output gradients of block 'layer'" in each and "batch(mask=...)" in each for each in said)
+    assert all(
+        each.startswith("50% of the positions' output gradients are exactly zero, of block 'layer' 50%")
+        and "batch(mask=...)" in each
+        for each in said
+    )
 
 
 def test_a_mask_silences_it() -> None:
@@ -335,3 +339,16 @@ def test_reduce_pools_positions_wherever_they_lie() -> None:
         assert each.positions == T, name
         if name in ("attention.q_proj", "attention.k_proj", "attention.v_proj"):
             close(each.sums["A"][0], means.T @ means)
+
+
+def test_cross_sums_count_an_input_once_however_many_heads_there_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(Q, 3), nn.Tanh(), nn.Linear(3, C)).double()
+    x, y = torch.randn(N, Q, dtype=torch.float64), torch.arange(N)
+    sums = frozenset({"A", "a_cross"})
+    capture = armed_capture(model, fisher="mc", coarse=[["0", "2"]], sums=sums)
+    output = model(x)
+    for _ in range(2):
+        capture.observe(output, "cross_entropy", target=y)
+    found = capture.drain()["0"]
+    close(found.sums["a_cross"][0], found.sums["A"].sum())
