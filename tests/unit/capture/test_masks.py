@@ -12,7 +12,6 @@ from kfdist.capture.capture import Capture
 from kfdist.capture.masks import aligned
 from kfdist.capture.requests import Request, Sampling
 from kfdist.curvature.blocks import make_blocks
-from kfdist.curvature.blocks.base import ParameterPart
 from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.curvature.references import per_example_gradients
 from kfdist.errors import ConfigError, KfdistWarning
@@ -177,13 +176,8 @@ def test_reduce_takes_the_mean_of_what_counts() -> None:
     model, (x, _) = Tokens(), batch()
     lengths = torch.tensor([4, 2, 1, 0]).unsqueeze(1)  # an example without any has no row
     mask = torch.arange(T) < lengths
-    block = LinearBlock(
-        "layer",
-        model.layer,
-        ParameterPart("weight", model.layer.weight),
-        ParameterPart("bias", model.layer.bias),
-        sharing="reduce",
-    )
+    (block,) = make_blocks("layer", model.layer, "reduce")
+    assert isinstance(block, LinearBlock)
     capture = Capture(model, {"layer": block}, sampling=Sampling(), grad_scaler=None)
     capture.arm({"layer": Request()})
     capture.state_mask(mask)
@@ -197,10 +191,10 @@ def test_reduce_takes_the_mean_of_what_counts() -> None:
     close(drained.sums["G"][0], g.T @ g)
 
 
-@pytest.mark.parametrize("sampling", [{"examples_fraction": 0.5}, {"positions_fraction": 0.5}], ids=str)
-def test_sampled_estimates_are_unbiased_under_a_mask(sampling: dict[str, float]) -> None:
+@pytest.mark.parametrize("sampling", [Sampling(examples_fraction=0.5), Sampling(positions_fraction=0.5)], ids=str)
+def test_sampled_estimates_are_unbiased_under_a_mask(sampling: Sampling) -> None:
     model, (x, y) = Tokens(), batch()
-    capture = armed_capture(model, sampling=Sampling(**sampling))
+    capture = armed_capture(model, sampling=sampling)
     draws: dict[str, list[Tensor]] = {"A": [], "G": []}
     x[~MASK] = 1.0
     for seed in range(600):
