@@ -97,7 +97,7 @@ def _contains(table: Any, keys: Sequence[str]) -> bool:
 
 
 def _file(path: Path) -> _Layer:
-    if not path.exists():
+    if not path.is_file():
         path = recipes().get(str(path), path)
     try:
         # Some editors begin UTF-8 with a mark, which tomllib doesn't take.

@@ -63,6 +63,8 @@ def test_names_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no such file or recipe; did you mean 'imagenet-resnet50'.*`kfdist recipes`"):
         load_config(Path("imagenet-resnet-50"), environment={})
+    (tmp_path / "cifar10-vgg16bn").mkdir()
+    assert load_config(Path("cifar10-vgg16bn"), environment={}).run.name == "cifar10-vgg16bn"
     (tmp_path / "cifar10-resnet18").write_text('[run]\nname = "mine"\nsteps = 1\n')
     assert load_config(Path("cifar10-resnet18"), environment={}).run.name == "mine"
 
