@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kfdist.cli.main import run as run_here
+from kfdist.models import MODELS
 from tests.support.commands import run
 from tests.support.launches import ENDLESS, LOCAL, ONE_RANK, launch
 
@@ -109,7 +110,9 @@ def test_a_refusal_is_a_sentence_on_standard_error_without_a_stack_trace(tmp_pat
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "kfdist: model.name: 'it' is not allowed; choose one of 'digits-cnn', 'mlp'\n"
+    names = ", ".join(map(repr, MODELS))
+    own = 'or "package.module:function", your own'
+    assert done.stderr == f"kfdist: model.name: 'it' is not allowed; choose one of {names} ({own})\n"
     assert not (tmp_path / "run").exists()
 
 
