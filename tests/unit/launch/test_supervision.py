@@ -14,7 +14,9 @@ import json, pathlib, sys, time
 ready, fate = map(pathlib.Path, sys.argv[1:3])
 if fate.read_text() == "die":
     sys.exit(5)
-ready.write_text(json.dumps({"arguments": sys.argv[3:]}))
+part = ready.with_suffix(".part")  # whole, or not there: it is read at any moment
+part.write_text(json.dumps({"arguments": sys.argv[3:]}))
+part.replace(ready)
 while fate.read_text() == "serve":
     time.sleep(0.02)
 sys.exit(5)
