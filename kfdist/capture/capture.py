@@ -9,14 +9,16 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from kfdist import checks
+from kfdist.capture.affine import Affine, Columns
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
 from kfdist.capture.masks import Stated, checked_mask, turned_blocks
@@ -26,7 +28,8 @@ from kfdist.capture.operations import Product
 from kfdist.capture.passes import ForwardPass, PassLog, tensors_in
 from kfdist.capture.registry import Part
 from kfdist.capture.requests import SEED_MASK, Request, Sampling, check_requests
-from kfdist.capture.visits import Scaling, Use
+from kfdist.capture.unmeasured import Unmeasured
+from kfdist.capture.visits import Held, Scaling, Use
 from kfdist.capture.watch import Watch
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
@@ -102,14 +105,13 @@ class Capture:
         self._passes = PassLog()
         self._batches = MicroBatches()
         self._stated = Stated()
-        self._held: dict[Use, _Held] = {}
+        self._held: dict[Use, Held] = {}
         self._scaler_cycle: object = None
         self._looks = False
-        self._in_eval_mode: set[str] = set()
         self._warned_of_lists = False
-        self._unmeasured: dict[str, str] = {}
         self._zero_rows: Mapping[str, tuple[Tensor, int]] = {}
         self._watch = Watch(model, self._blocks.values(), self)
+        self._not_whole = Unmeasured(self._blocks, self._watch)
 
     def arm(self, requests: Mapping[str, Request]) -> None:
         """Says what to measure until the next `drain`.
@@ -238,6 +240,8 @@ class Capture:
             self._warn_of_lists()
             repeats = 1 if self._observer is not None else max(len(self._batches), 1)
             self._zero_rows = {} if self._fisher == "exact" else self._collector.zero_rows.counts
+            for name in self._collector.indivisible:
+                self._watch.unhandled[name, False].add("an operation whose result has no dimension of examples")
             drained = self._collector.drain(repeats)
         finally:
             self._forget_everything()
@@ -245,7 +249,7 @@ class Capture:
         for name, biased in self._watch.biased.items():
             self._blocks[name].keep_bias(biased)
         self._looks = self._looks and not self._watch.looked
-        self._note_unmeasured(drained.keys())
+        self._not_whole.note(self._requests, drained.keys())
         return drained
 
     def _warn_of_lists(self) -> None:
@@ -262,48 +266,26 @@ class Capture:
 
     @property
     def unmeasured(self) -> Mapping[str, str]:
-        """The blocks that were due when it last drained and have a gradient, but not all in their statistics, and why.
+        """The blocks that had a gradient when they were last due, but not all in their statistics, and why.
 
         A use that can't be measured is remembered: it was seen when every module was watched.
         """
-        return self._unmeasured
+        return self._not_whole.reasons
 
     @property
     def zero_rows(self) -> Mapping[str, tuple[Tensor, int]]:
         """By block with positions and no mask of them: how many output gradients of the last drain are zero, of all."""
         return self._zero_rows
 
-    def _note_unmeasured(self, measured: Set[str]) -> None:
-        self._unmeasured = {}
-        for name in self._requests:
-            block, unhandled = self._blocks[name], self._watch.unhandled[name, False]
-            if block.has_bias:
-                unhandled = unhandled | self._watch.unhandled[name, True]
-            others = ", ".join(sorted(unhandled))
-            if name not in measured:
-                self._watch.look_again(name)
-            elif not others:
-                continue
-            if any(parameter.grad is not None for parameter in block.parameters()):
-                also = "also " if name in measured else ""
-                unseen = "no use of it was seen"
-                if name in self._in_eval_mode:
-                    unseen = "it was used in eval mode alone; call model.train() before the forward"
-                self._unmeasured[name] = f"it is {also}used by {others}, which can't be measured" if others else unseen
-        self._in_eval_mode.clear()
-        self._unmeasured |= {f"{name}, its bias": reason for name, reason in self.left_out.items()}
-
     @property
     def left_out(self) -> Mapping[str, str]:
         """The blocks whose bias is left out, since it isn't added to a product of their weight, and why."""
-        found = {}
-        for name, biased in self._watch.biased.items():
-            if not biased:
-                uses = ", ".join(sorted(self._watch.unhandled[name, True])) or "nothing that was seen"
-                found[name] = (
-                    f"no product of its layer's weight adds it (it is used by {uses}): the block leaves it out"
-                )
-        return found
+        return self._not_whole.left_out
+
+    @property
+    def unseen(self) -> Set[str]:
+        """The blocks among `unmeasured` of which there are no statistics at all."""
+        return self._not_whole.unseen
 
     def discard(self) -> None:
         """Forgets the backwards since the last `drain`, as those whose gradients are gone are forgotten."""
@@ -353,17 +335,10 @@ class Capture:
     def product(self, parts: Sequence[Part], product: Product, output: Tensor, *, training: bool) -> None:
         """Weights of blocks were used."""
         parts = [part for part in parts if part.block in self._requests]
-        if not parts or not product.weight.requires_grad:  # frozen for now, as a discriminator in the generator's turn
+        if not product.weight.requires_grad:  # frozen for now, as a discriminator in the generator's turn
             return
-        if not training:
-            if torch.is_grad_enabled() and not self._paused.depth:
-                self._in_eval_mode.update(part.block for part in parts)
-            return
-        rerun_in = running_backward()
-        outside = rerun_in == NO_BACKWARD
-        nested = not outside and rerun_in not in self._batches
-        forward = self._passes.forward_of_call(captured=not self._paused.depth, nested=nested)
-        if not forward.captured or (outside and self._paused.depth) or not torch.is_grad_enabled():
+        forward = self._forward_of_use({part.block for part in parts}, training=training)
+        if forward is None:
             return
         forward.inputs.add((product.activation.dim(), len(product.activation)))
         edge, transposed = product_edge(output)
@@ -380,15 +355,59 @@ class Capture:
                 product.operation.kind != "linear" or part.rows == slice(0, shape[-1]),
                 forward,
                 self._generation,
-                rerun_in,
+                running_backward(),
             )
-            if self._observer is None:
-                edge.node.register_prehook(partial(self._on_output_gradient, use, edge.output_nr))
-            elif outside:
-                number = self._observer.remember(use, edge)
-                edge.node.register_prehook(partial(self._on_observed_backward, number, forward, self._generation))
-            elif not self._observer.running:
-                self._observer.repeated(part.block)
+            self._expect(use, edge)
+
+    def affine(self, columns: Sequence[Columns], use: Affine, output: Tensor, *, training: bool) -> None:
+        """Scales or shifts of blocks were used."""
+        given = [each for each in (use.scale, use.shift) if each is not None]
+        if not any(each.requires_grad for each in given):
+            return
+        columns = [each for each in columns if each.block in self._requests]
+        forward = self._forward_of_use({each.block for each in columns}, training=training)
+        if forward is None:
+            return
+        edge, transposed = product_edge(output)
+        for each in columns:
+            operand = use.operand if use.operand is not None and each.needs_operand else output.new_empty(0)
+            remembered = Use(
+                Part(each.block, slice(0), biased=True),
+                operand.detach(),
+                changes_in_place(operand),
+                tuple(output.shape),
+                transposed,
+                True,
+                forward,
+                self._generation,
+                running_backward(),
+                each,
+            )
+            self._expect(remembered, edge)
+
+    def _forward_of_use(self, names: Set[str], *, training: bool) -> ForwardPass | None:
+        """Returns the forward that a use of blocks belongs to, as it goes on; None where it isn't measured."""
+        if not training and torch.is_grad_enabled() and not self._paused.depth:
+            self._not_whole.in_eval_mode |= names
+        if not training or not names:
+            return None
+        rerun_in = running_backward()
+        outside = rerun_in == NO_BACKWARD
+        nested = not outside and rerun_in not in self._batches
+        forward = self._passes.forward_of_call(captured=not self._paused.depth, nested=nested)
+        if not forward.captured or (outside and self._paused.depth) or not torch.is_grad_enabled():
+            return None
+        return forward
+
+    def _expect(self, use: Use, edge: GradientEdge) -> None:
+        """Waits for the gradient of a use's output."""
+        if self._observer is None:
+            edge.node.register_prehook(partial(self._on_output_gradient, use, edge.output_nr))
+        elif use.rerun_in == NO_BACKWARD:
+            number = self._observer.remember(use, edge)
+            edge.node.register_prehook(partial(self._on_observed_backward, number, use.forward, self._generation))
+        elif not self._observer.running:
+            self._observer.repeated(use.name)
 
     # Backward --------------------------------------------------------------------------------------------------------
 
@@ -405,13 +424,13 @@ class Capture:
         self._begin_backward(self._backward_of(use), use.forward)
         with plain_arithmetic(gradient.device):
             share, held = use.share(gradient), self._held.pop(use, None)
-            held = _Held(share if held is None else held.gradient + share, Scaling(self._unscaling(), 2))
+            held = Held(share if held is None else held.gradient + share, Scaling(self._unscaling(), 2))
             if keeps_graph():
                 self._held[use] = held
             else:
                 self._measure(use, held)
 
-    def _measure(self, use: Use, held: "_Held") -> None:
+    def _measure(self, use: Use, held: "Held") -> None:
         """Measures a use with the gradients that all backwards of its forward have made for it together."""
         check_version(use.name, use.activation, use.version)
         batch = self._batches.of_forward(use.forward)
@@ -468,14 +487,6 @@ class Capture:
         if scale is None:
             raise KfdistError("the loss was not scaled by the GradScaler; call scaler.scale(loss).backward()")
         return scale**-2
-
-
-@dataclass(frozen=True)
-class _Held:
-    """What backwards that keep their graph have made for a use so far: another one may add to it."""
-
-    gradient: Tensor
-    scaling: Scaling
 
 
 class _Paused(threading.local):

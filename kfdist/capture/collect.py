@@ -19,7 +19,7 @@ from kfdist.capture.reservoir import Reservoir
 from kfdist.capture.row_store import RowStore
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
 from kfdist.curvature.averages import BatchStatistics
-from kfdist.curvature.blocks import Block
+from kfdist.curvature.blocks import Block, LayerBlock, UnitBlock
 from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
 
@@ -69,6 +69,10 @@ class _Pending:
         else:
             self.sums[part] = total
 
+    def share(self, visit: Visit, examples: int) -> float:
+        """Returns what makes sums over a call's examples sums of means over forwards, where the loss is such a sum."""
+        return self.counted.setdefault(visit.counted, examples) / examples
+
 
 class Collector:
     """The statistics of one step.
@@ -103,6 +107,7 @@ class Collector:
         self._pending: dict[str, _Pending] = {}
         self._units: dict[Unit, int] = {}
         self.zero_rows = ZeroRows()
+        self.indivisible: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._pending
@@ -132,9 +137,13 @@ class Collector:
             tells: Output gradient that tells which rows the loss depends on; None where an earlier one told.
         """
         block, request = self._blocks[visit.name], self._requests[visit.name]
+        if isinstance(block, UnitBlock):
+            self._add_units(block, visit, output_gradient, scaling)
+            return
         if isinstance(block, ExpertsBlock):
             self._add_routed(block, visit, output_gradient, scaling)
             return
+        assert isinstance(block, LayerBlock), "there are no other blocks"
         activation, output_gradient = self._by_example(visit, block, output_gradient)
         if not len(activation):
             return
@@ -152,16 +161,13 @@ class Collector:
             pending.reservoir.add(visit, block, activation, output_gradient, scaling, fresh)
         examples = visit.examples(len(activation))
         entries = len(activation) // visit.grouped(len(activation))
-        if visit.counted not in pending.counted:
-            pending.counted[visit.counted] = examples
         # How many rows count is known of all examples, also where some are measured.
         counted = None if fresh is None else block.pooled(activation, output_gradient, fresh)[2]
         chosen, boost = self._sampled(visit, activation)
         if chosen is not None:
             activation, output_gradient = activation[chosen], output_gradient[chosen]
             fresh = None if fresh is None else fresh[chosen]
-        # A loss that is the sum of means over forwards of different size: A is the sum of their means.
-        share = pending.counted[visit.counted] / examples
+        share = pending.share(visit, examples)
         seen = _Seen(
             visit=visit,
             block=block,
@@ -207,7 +213,7 @@ class Collector:
         masked = visit.stated.mask is not None
         sums, rows = block.routed_sums(visit.activation, output_gradient, visit.reach, wanted, masked=masked)
         examples = visit.examples(int(rows.sum()))
-        boost = pending.counted.setdefault(visit.counted, examples) / examples
+        boost = pending.share(visit, examples)
         for part, total in sums.items():
             scale = {"G": scaling.of_products, "g": scaling.of_rows}.get(part)
             pending.add(part, total * boost if scale is None else total * (scale(examples, total) * boost))
@@ -215,6 +221,26 @@ class Collector:
             pending.positions = pending.positions + rows * boost
             met = rows > 0
             pending.reached[visit.counted] = pending.reached.get(visit.counted, met) | met
+
+    def _add_units(self, block: UnitBlock, visit: Visit, gradients: Tensor, scaling: Scaling) -> None:
+        """Adds one use of a block of units, given its gradients `[length, c, k]`."""
+        length, known = len(gradients), visit.unit.forward.examples
+        if known and length < known:
+            self.indivisible.add(block.name)
+            return
+        if not length:
+            return
+        pending, first = self._begin(visit, gradients)
+        examples, n = visit.examples(length), visit.grouped(length)
+        chosen, boost = self._sampled(visit, gradients)
+        if chosen is not None:
+            gradients = gradients[chosen]
+        boost *= pending.share(visit, examples)
+        total = block.fisher_sum(gradients.unflatten(0, (-1, length // n)).sum(1))
+        total.mul_(scaling.of_products(examples, total) * boost)
+        pending.add("F", total)
+        if first:
+            pending.positions += n
 
     def drain(self, repeats: int) -> dict[str, BatchStatistics]:
         """Returns the scaled statistics of the blocks that have any, and starts afresh.
@@ -231,12 +257,13 @@ class Collector:
         """Starts afresh."""
         self._pending.clear()
         self._units.clear()
+        self.indivisible.clear()
         self._chains.forget()
         self._coarse.forget()
         self.zero_rows = ZeroRows()
 
-    def _by_example(self, visit: Visit, block: Block, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what a layer saw as `Block.batched` does; of a Linear with the positions of an example side by side.
+    def _by_example(self, visit: Visit, block: LayerBlock, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what a layer saw like `LayerBlock.batched`; of a Linear with an example's positions side by side.
 
         They come one after another in dim 0 where the model flattens its sequences, and before the examples inside of
         an `nn.MultiheadAttention`.
@@ -252,7 +279,7 @@ class Collector:
         activation, gradient = (each if n == len(each) else each.reshape(n, -1, each.shape[-1]) for each in found)
         return activation, gradient
 
-    def _fresh(self, visit: Visit, block: Block, output_gradient: Tensor) -> Tensor | None:
+    def _fresh(self, visit: Visit, block: LayerBlock, output_gradient: Tensor) -> Tensor | None:
         """Returns the rows `[N, T]` that count and are not measured yet; None where no mask is of them."""
         mask, shape = visit.stated.mask, output_gradient.shape[:2]
         if not block.maskable or len(shape) != 2:
@@ -274,7 +301,7 @@ class Collector:
         if request.sums & COARSE_SUMS:
             found, pairs = self._coarse.sums(name, pending.like)
             sums |= found
-        for part, power in (("G", 2), ("g", 1), ("G_next", 2), ("g_cross", 2)):
+        for part, power in (("F", 2), ("G", 2), ("g", 1), ("G_next", 2), ("g_cross", 2)):
             if part in sums:
                 sums[part].mul_(repeats**power)
         rows = {part: store.rows() for part, store in pending.rows.items()}
@@ -353,7 +380,7 @@ class _Seen:
     """
 
     visit: Visit
-    block: Block
+    block: LayerBlock
     request: Request
     activation: Tensor
     output_gradient: Tensor

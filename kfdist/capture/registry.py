@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kfdist.capture.affine import Affine, Columns, Layout, lay_out
 from kfdist.capture.operations import Product
-from kfdist.curvature.blocks import Block
+from kfdist.curvature.blocks import Block, UnitBlock
 from kfdist.curvature.blocks.experts import Reach
 from kfdist.torch_internals import base_of, changes_in_place
 
@@ -231,6 +232,42 @@ class Registry:
             return False
         first = Geometry.of(whole.of(whole.parameter), whole.parameter).first_row_in
         return any(first(each) == row for each in (used, used.squeezed) if each.shape)
+
+    def is_of_units(self, block: str) -> bool:
+        """Whether a block is one of units."""
+        return isinstance(self._blocks[block], UnitBlock)
+
+    def scaled_or_shifted(self, use: Affine, output: Tensor) -> list[Columns]:
+        """Returns the blocks of units that a use belongs to, and how their gradients come of the output's."""
+        given = {"scale": use.scale, "shift": use.shift}
+        known = {role: self.geometry(each) for role, each in given.items() if each is not None}
+        owners = [block for geometry in known.values() if geometry for block in self._users[geometry.parameter]]
+        found = []
+        for block in dict.fromkeys(owners):
+            if not isinstance(block, UnitBlock):
+                continue
+            roles, layouts = [], []
+            for part, role in zip(block.parts, block.roles, strict=True):
+                mine = [
+                    each
+                    for each, geometry in known.items()
+                    if geometry and geometry.parameter == id(part.parameter) and role in (each, "either")
+                ]
+                if len(mine) == 1:
+                    roles.append(mine[0])
+                    layouts.append(self._layout(use, given[mine[0]], output))
+            if len(roles) < len(block.parts) or not layouts[0]:
+                continue
+            if len(layouts) == 1 or (layouts[0].positions is None and layouts[0] == layouts[1]):
+                found.append(Columns(block.name, tuple(roles), layouts[0], use.normalised, use.piece))
+        return found
+
+    def _layout(self, use: Affine, given: Tensor | None, output: Tensor) -> Layout | None:
+        geometry = None if given is None else self.geometry(given)
+        if given is None or geometry is None or self.changed(given):
+            return None
+        whole = self._parameters[geometry.parameter]
+        return lay_out(use, given, geometry.stride, geometry.offset, whole=whole, output=output)
 
     def forget(self) -> None:
         """Forgets copies."""

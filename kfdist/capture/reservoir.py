@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
 from kfdist.curvature.averages import ExampleRows
-from kfdist.curvature.blocks import Block
+from kfdist.curvature.blocks import LayerBlock
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
 from kfdist.errors import KfdistError
 from kfdist.linalg.lowrank import compress_columns
@@ -82,7 +82,7 @@ class Reservoir:
     def add(
         self,
         visit: Visit,
-        block: Block,
+        block: LayerBlock,
         activation: Tensor,
         output_gradient: Tensor,
         scaling: Scaling,
@@ -93,7 +93,7 @@ class Reservoir:
         Args:
             visit: The call.
             block: Of the layer.
-            activation: From `Block.batched`.
+            activation: From `LayerBlock.batched`.
             output_gradient: Likewise.
             scaling: Of the output gradients.
             kept: Which of the rows count, `[N, T]`; None for all.
@@ -140,7 +140,7 @@ class Reservoir:
             calls.a[visit], calls.g[visit] = compress_columns(a, g, self._columns)
 
     def _laid_out(
-        self, calls: _Calls, block: Block, seen: tuple[Tensor, Tensor, Tensor | None], *, biased: bool
+        self, calls: _Calls, block: LayerBlock, seen: tuple[Tensor, Tensor, Tensor | None], *, biased: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns a `[c, n, T', q]` and g `[c, n, T', p]` of the kept examples, compressed a few examples at a time."""
         activation, output_gradient, counting = seen

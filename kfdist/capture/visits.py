@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfdist.capture.affine import Columns
 from kfdist.capture.masks import Stated
 from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.passes import ForwardPass
@@ -49,6 +50,7 @@ class Use:
         forward: Which forward it belongs to.
         generation: Of the capture.
         rerun_in: The backward that checkpointing repeats it in.
+        columns: Of a block of units, how its gradients are made; None for other blocks.
     """
 
     part: Part
@@ -60,6 +62,7 @@ class Use:
     forward: ForwardPass
     generation: int
     rerun_in: int
+    columns: Columns | None = None
 
     @property
     def name(self) -> str:
@@ -67,13 +70,18 @@ class Use:
         return self.part.block
 
     def share(self, gradient: Tensor) -> Tensor:
-        """Cuts the block's output gradient out of the product's, which may have come with its positions flattened."""
+        """Cuts the block's output gradient out of the product's, which may have come with its positions flattened.
+
+        Of a block of units it makes the gradients `[n, c, k]` of the entries of dim 0.
+        """
         gradient = gradient.detach()
         if self.transposed:
             *others, rows, columns = self.output_shape
             gradient = gradient.reshape(*others, columns, rows).mT
         else:
             gradient = gradient.reshape(self.output_shape)
+        if self.columns is not None:
+            return self.columns.gradients(gradient, self.activation)
         return gradient if self.whole else gradient[..., self.part.rows]
 
     def visit(self, batch: MicroBatch, stated: Stated) -> "Visit":
@@ -147,6 +155,14 @@ class Scaling:
         """Returns the factor of g."""
         factor = self.of_products(examples, like)
         return factor.sqrt() if isinstance(factor, Tensor) else math.sqrt(factor)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What backwards that keep their graph have made for a use so far: another one may add to it."""
+
+    gradient: Tensor
+    scaling: Scaling
 
 
 def spread(chosen: Tensor, length: int, examples: int) -> Tensor:

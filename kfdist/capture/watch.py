@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from kfdist.capture.affine import MOVES, Affine, Columns, affine_uses
 from kfdist.capture.operations import (
     COPIES,
     PRODUCTS,
@@ -34,7 +35,7 @@ from kfdist.capture.operations import (
 )
 from kfdist.capture.recurrent import written_out
 from kfdist.capture.registry import Part, Registry
-from kfdist.curvature.blocks import Block
+from kfdist.curvature.blocks import Block, LayerBlock
 from kfdist.torch_internals import EagerSteps, changes_in_place, eager_steps, leave_function_mode, oddity
 
 
@@ -52,6 +53,9 @@ class Observed(Protocol):
 
     def product(self, parts: Sequence[Part], product: Product, output: Tensor, *, training: bool) -> None:
         """Weights of blocks were used, in a module that is in training mode or not."""
+
+    def affine(self, columns: Sequence[Columns], use: Affine, output: Tensor, *, training: bool) -> None:
+        """Scales or shifts of blocks were used, in such a module."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Watch:
         self.biased: dict[str, bool] = {}
         self._places: dict[str, set[int]] = {}
         self._entries: Set[int] = frozenset()
-        self._with_bias = {block.name for block in blocks if block.has_bias}
+        self._with_bias = {block.name for block in blocks if block.has_bias and isinstance(block, LayerBlock)}
         self._thread = _Thread()
         self._start = 0
         self._installed: weakref.finalize[..., Watch] | None = None
@@ -197,24 +201,37 @@ class Watch:
         if self._installed is None or self._thread.start != self._start:
             return  # the rest of a forward that the end of watching overtook
         used = [each for each in _tensors((args, kwargs)) if self.registry.knows(each)]
+        moved = function in MOVES and len(list(_tensors((args, kwargs)))) == 1
+        if (function in COPIES or moved) and not odd:
+            self.registry.note_copy(output, used[0])
+            return
         readable = function in PRODUCTS and not odd
         product = product_of(function, args, kwargs, self.registry.knows) if readable else None
         parts = [] if product is None else self.registry.parts(product)
         handled: list[Tensor] = []
         if product is not None and parts:
             handled = self._use(parts, product, output)
-        elif function in COPIES and not odd:
-            self.registry.note_copy(output, used[0])
-            return
         elif self.registry.note_picked(output, used[0], picked_entries(function, args, kwargs)):
             return
         elif function in SUMS:
             handled = self._add_bias(addends(args, kwargs), changes=int(function is Tensor.add_))
+        of_units: set[tuple[int, str]] = set()
+        for use in () if odd else affine_uses(function, args, kwargs, output, product):
+            of_units |= self._scale_or_shift(use, output)
         for each in used:
-            if any(each is other for other in handled):
-                continue
-            for user in self.registry.users(each):
-                self.unhandled[user].add(f"{function.__name__} {odd}".strip())
+            done = any(each is other for other in handled)
+            for name, as_bias in self.registry.users(each):
+                if (id(each), name) not in of_units and not (done and not self.registry.is_of_units(name)):
+                    self.unhandled[name, as_bias].add(f"{function.__name__} {odd}".strip())
+
+    def _scale_or_shift(self, use: Affine, output: Tensor) -> set[tuple[int, str]]:
+        """Units were scaled or shifted; returns the tensors, by id, whose use is measured, and of which block."""
+        columns, module = self.registry.scaled_or_shifted(use, output), self._thread.modules[-1]
+        if columns:
+            self._observed.affine(columns, use, output, training=module.training)
+        for each in columns:
+            self._places.setdefault(each.block, set()).add(id(module))
+        return {(id(tensor), each.block) for each in columns for tensor in (use.scale, use.shift)}
 
     def _use(self, parts: Sequence[Part], product: Product, output: Tensor) -> list[Tensor]:
         """Blocks' weights were used; returns the parameters whose use is measured."""

@@ -140,6 +140,8 @@ class AbstractInverter(ABC):
         coupling: Whether its blocks form one group, and what is measured between them.
         online: Whether each result is a step of one computation: every increment is applied once and in order, on the
             state of the one before.
+        patient: Whether a block without statistics waits for its next folding, instead of being due at every step until
+            it has some: so for blocks whose parameters may be used in ways that can't be measured.
     """
 
     name: ClassVar[str]
@@ -148,6 +150,7 @@ class AbstractInverter(ABC):
     placement: ClassVar[Placement] = Placement.OWNER
     coupling: ClassVar[Coupling] = Coupling.NONE
     online: ClassVar[bool] = False
+    patient: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -97,6 +97,17 @@ class MeanVectors:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnitFisher:
+    """The Fisher matrix of each unit of a block, not a product of factors.
+
+    Attributes:
+        F: (1/N) sum over examples of v v^T, v the unit's gradient of the per-example loss, `[c, k, k]`.
+    """
+
+    F: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Samples:
     """Rows of single examples: example i's gradient of the block is sum_t g_it a_it^T.
 
@@ -196,6 +207,7 @@ STATISTICS: dict[str, type] = {
     "chain-factors": ChainFactors,
     "coarse-factors": CoarseFactors,
     "mean-vectors": MeanVectors,
+    "unit-fisher": UnitFisher,
     "samples": Samples,
     "increment": Increment,
 }

@@ -101,7 +101,7 @@ def assemble(
         epoch=terms.epoch,
         worker_rank=world.rank,
         world_size=world.world_size,
-        groups=[group.spec for group in plan.groups],
+        groups=[group.spec for group in plan.groups if not group.own],
         fingerprint=terms.fingerprint,
         assignment="round_robin" if service is None else service.assignment,
     )

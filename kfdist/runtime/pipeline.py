@@ -130,7 +130,7 @@ class Pipeline:
             with phase("precondition"):
                 self.applying.apply(step, batches, learning_rate)
         with phase("announce"):
-            self.agreement.announce([track.ledger for track in self.tracks], self._digest(step))
+            self.agreement.announce([track.ledger for track in self.tracks if not track.group.own], self._digest(step))
         return self._finish(step, adopted)
 
     def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:

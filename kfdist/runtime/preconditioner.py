@@ -332,7 +332,9 @@ class Preconditioner:
         }
         capture = self.pipeline.capture
         notes |= {name: f"not measured as a whole: {reason}" for name, reason in capture.unmeasured.items()}
-        return self._plan.coverage.without_biases(self._plan.blocks, capture.left_out).with_inversions(notes)
+        return self._plan.coverage.without_biases(self._plan.blocks, capture.left_out).with_inversions(
+            notes, capture.unseen
+        )
 
     def staleness(self) -> dict[str, int]:
         """Returns each block's staleness in steps: the last step done minus the version in use."""

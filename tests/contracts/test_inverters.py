@@ -15,7 +15,7 @@ import kfdist
 from kfdist.curvature import inverters
 from kfdist.curvature.inverse import KroneckerInverse
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome, Placement
-from kfdist.curvature.inverters import INVERTERS, make_inverter
+from kfdist.curvature.inverters import FIXED, INVERTERS, make_inverter
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.ladder import RESIDUAL_LIMIT
 from kfdist.types import BlockShape
@@ -289,7 +289,7 @@ def test_a_method_of_the_workers_that_needs_the_damping_is_refused() -> None:
 
 def test_every_method_is_in_the_table_and_every_entry_has_a_case() -> None:
     modules = {module.name for module in pkgutil.iter_modules(inverters.__path__)} - HELPERS
-    tabled = {cls.__module__.rpartition(".")[2] for cls in INVERTERS.values()}
+    tabled = {cls.__module__.rpartition(".")[2] for cls in {**INVERTERS, **FIXED}.values()}
     assert modules == tabled
     assert {case.name for case in CASES} == set(INVERTERS)
     assert all(name == cls.name for name, cls in INVERTERS.items())

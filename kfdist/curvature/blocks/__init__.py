@@ -8,11 +8,14 @@ from torch.nn.parameter import UninitializedParameter
 
 from kfdist.curvature.blocks.bare import bare_matrices
 from kfdist.curvature.blocks.base import Block as Block
+from kfdist.curvature.blocks.base import LayerBlock as LayerBlock
 from kfdist.curvature.blocks.base import Operation as Operation
 from kfdist.curvature.blocks.base import ParameterPart as ParameterPart
 from kfdist.curvature.blocks.conv import ConvBlock, ConvTransposeBlock
 from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.blocks.linear import LinearBlock
+from kfdist.curvature.blocks.units import Role
+from kfdist.curvature.blocks.units import UnitBlock as UnitBlock
 from kfdist.types import BlockName, WeightSharing
 
 _Maker = Callable[[BlockName, Any, WeightSharing, bool], Sequence[Block]]
@@ -83,6 +86,14 @@ def _transposed_conv(name: BlockName, module: Any, _sharing: WeightSharing, bias
     return [ConvTransposeBlock(name, module, _bias(module, biased))]
 
 
+def _units(name: BlockName, module: Any, _sharing: WeightSharing, biased: bool) -> Sequence[Block]:
+    """Makes the block of a norm's scale and shift, or of the one of them that is trained."""
+    roles: dict[str, Role] = {"weight": "scale", "bias": "shift"} if biased else {"weight": "scale"}
+    given = {label: getattr(module, label, None) for label in roles}
+    parts = [ParameterPart(label, each) for label, each in given.items() if each is not None and each.requires_grad]
+    return [UnitBlock(name, module, parts, [roles[part.attribute] for part in parts])] if parts else []
+
+
 KINDS: dict[type[nn.Module] | str, _Maker] = {
     nn.Linear: _linear,
     nn.Conv1d: _conv,
@@ -95,8 +106,24 @@ KINDS: dict[type[nn.Module] | str, _Maker] = {
     nn.RNNBase: _recurrent,
     nn.RNNCellBase: _recurrent,
     "transformers.pytorch_utils.Conv1D": _transposed_linear,
+    nn.BatchNorm1d: _units,
+    nn.BatchNorm2d: _units,
+    nn.BatchNorm3d: _units,
+    nn.SyncBatchNorm: _units,
+    nn.InstanceNorm1d: _units,
+    nn.InstanceNorm2d: _units,
+    nn.InstanceNorm3d: _units,
+    nn.LayerNorm: _units,
+    nn.GroupNorm: _units,
+    nn.RMSNorm: _units,
 }
 """By class, or by its full name where it is another library's."""
+
+OPAQUE = (nn.Embedding, nn.EmbeddingBag, nn.utils.parametrize.ParametrizationList)
+"""Modules that have no block."""
+
+WITHOUT_UNITS = (*OPAQUE, nn.RNNBase, nn.RNNCellBase)
+"""Modules whose parameters neither scale nor shift."""
 
 SUPPORTED = ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind in KINDS)
 """The classes in words; besides them, matrices that a module's own code multiplies with."""
@@ -115,16 +142,37 @@ def make_blocks(
         biased: Whether a bias is part of its weight's block; not so where layers share a weight and not the bias.
 
     Returns:
-        The blocks, or the reason why the layer has none: its parameters then keep their plain gradients.
+        The blocks, none where the layer is of another kind; or the reason why it can't have any.
     """
     kind, maker = type(module).__name__, _maker(module)
+    if isinstance(module, OPAQUE):
+        return f"{kind} has no block; supported are {SUPPORTED}, and parameters that scale or shift"
     if maker is None:
-        return f"{kind} has no block; supported are {SUPPORTED}"
+        return []
     reason = _reason_against(module)
     if reason:
         return f"{kind}: {reason}"
     trained = [block for block in maker(name, module, sharing, biased) if block.parts[0].parameter.requires_grad]
     return trained or f"{kind}: its weight is frozen (requires_grad is False)"
+
+
+def make_bare_block(name: str, layer: str, module: nn.Module, attribute: str) -> UnitBlock | str:
+    """Makes the block of a parameter that no other block has: what it does to its units is seen when it is used.
+
+    Args:
+        name: The parameter's dotted name.
+        layer: Its module's.
+        module: That module.
+        attribute: The parameter's name in it.
+
+    Returns:
+        The block, or the reason why there is none.
+    """
+    parameter = getattr(module, attribute)
+    if not parameter.requires_grad:
+        return "it is frozen (requires_grad is False)"
+    reason = _reason_against_parameter(attribute, parameter)
+    return reason or UnitBlock(name, module, [ParameterPart(attribute, parameter)], ["either"], layer)
 
 
 def _maker(module: nn.Module) -> _Maker | None:
@@ -147,15 +195,19 @@ def _reason_against(module: nn.Module) -> str:
         parameter = getattr(module, label, None)
         if isinstance(parameter, Tensor) and not isinstance(parameter, nn.Parameter):
             return f"its {label} is computed (a parametrization?), not a parameter with a gradient of its own"
-    for label, parameter in module.named_parameters(recurse=False):
-        if isinstance(parameter, UninitializedParameter):
-            return "it is lazy and not yet initialised; run one forward pass first"
-        if type(parameter.data) is not Tensor or parameter.is_sparse:
-            return f"its {label} is a {type(parameter.data).__name__}, not a plain dense tensor"
-        if parameter.is_meta:
-            return f"its {label} is on the meta device and has no values"
-        if not parameter.is_floating_point():
-            return f"its {label} is {parameter.dtype}, not a real floating-point type"
-        if parameter.numel() == 0:
-            return f"its {label} is empty"
+    reasons = (_reason_against_parameter(label, each) for label, each in module.named_parameters(recurse=False))
+    return next(filter(None, reasons), "")
+
+
+def _reason_against_parameter(label: str, parameter: nn.Parameter) -> str:
+    if isinstance(parameter, UninitializedParameter):
+        return "it is lazy and not yet initialised; run one forward pass first"
+    if type(parameter.data) is not Tensor or parameter.is_sparse:
+        return f"its {label} is a {type(parameter.data).__name__}, not a plain dense tensor"
+    if parameter.is_meta:
+        return f"its {label} is on the meta device and has no values"
+    if not parameter.is_floating_point():
+        return f"its {label} is {parameter.dtype}, not a real floating-point type"
+    if parameter.numel() == 0:
+        return f"its {label} is empty"
     return ""

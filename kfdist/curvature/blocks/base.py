@@ -73,11 +73,8 @@ class Operation:
     groups: int = 1
 
 
-class Block(ABC):
-    """One layer's diagonal block: turns what the layer saw into statistics, and reads and writes its gradients.
-
-    A block sees its layer as y_t = W a_t at every position t, with W `[c, p, q]`, a_t the row that the weight meets
-    there and a homogeneous coordinate for the bias; so example i's gradient is sum_t g_it a_it^T.
+class Block:
+    """One diagonal block of the curvature: parts of a module's parameters, as c matrices [p, q], and their gradients.
 
     Attributes:
         name: Dotted name of the layer, or of its part where a layer has several blocks.
@@ -118,7 +115,7 @@ class Block(ABC):
         self.module = module
         self.parts: tuple[ParameterPart, ...] = (weight,) if bias is None else (weight, bias)
         self.homogeneous = bias is not None
-        self.planned_parts = self.parts
+        self.planned_parts: tuple[ParameterPart, ...] = self.parts
         self._made_with = [part.parameter.shape for part in self.planned_parts]
 
     @property
@@ -144,6 +141,77 @@ class Block(ABC):
     def resized(self) -> bool:
         """Whether a parameter has another shape than when the block was made."""
         return [part.parameter.shape for part in self.planned_parts] != self._made_with
+
+    # Gradients -------------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters that the block has a part of: the weight's and, if it is in the block, the bias's."""
+        return [part.parameter for part in self.parts]
+
+    def to_matrix(self, tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "c p q"]:
+        """Brings tensors shaped like `parameters()` (gradients, directions) to the block's matrix, bias last."""
+        c, p = self.shape.groups, self.shape.d_out
+        weight, *bias = [part.of(tensor) for part, tensor in zip(self.parts, tensors, strict=True)]
+        if self.homogeneous and not bias:
+            bias = [weight.new_zeros(c, p)]
+        return torch.cat([self._weight_matrix(weight), *(each.reshape(c, p, 1) for each in bias)], dim=-1)
+
+    def from_matrix(self, matrix: Float[Tensor, "c p q"]) -> list[Float[Tensor, "..."]]:
+        """Undoes `to_matrix`: returns tensors shaped like the block's parts of its parameters, views where possible."""
+        if not self.homogeneous:
+            return [self._weight_of(matrix)]
+        bias = self.planned_parts[1]
+        found = [self._weight_of(matrix[..., :-1]), matrix[..., -1].reshape(bias.of(bias.parameter).shape)]
+        return found[: len(self.parts)]
+
+    def gradient(self) -> Float[Tensor, "c p q"]:
+        """Returns the layer's gradient V as a fresh matrix, bias last, in float32 at least.
+
+        Raises:
+            ValueError: A parameter of the block has no gradient.
+        """
+        joined = self.to_matrix(self._gradients())
+        return joined.to(torch.promote_types(joined.dtype, torch.float32))
+
+    def write_gradient(self, direction: Float[Tensor, "c p q"]) -> None:
+        """Overwrites the layer's gradients in place with `direction`.
+
+        Args:
+            direction: Bias last.
+
+        Raises:
+            ValueError: Another shape, or a parameter without a gradient.
+        """
+        expected = (self.shape.groups, self.shape.d_out, self.shape.d_in)
+        if tuple(direction.shape) != expected:
+            raise ValueError(f"block {self.name}: direction has shape {tuple(direction.shape)}, must be {expected}")
+        for part, gradient, new in zip(self.parts, self._gradients(), self.from_matrix(direction), strict=True):
+            part.of(gradient).copy_(new)
+
+    def _weight_matrix(self, weight: Tensor) -> Tensor:
+        """Returns a tensor shaped like the weight as `[c, p, q]` without the bias."""
+        return weight.reshape(self.shape.groups, self.shape.d_out, -1)
+
+    def _weight_of(self, matrix: Tensor) -> Tensor:
+        """Undoes `_weight_matrix`."""
+        return matrix.reshape(self.weight.shape)
+
+    def _gradients(self) -> list[Tensor]:
+        for part in self.parts:
+            if part.parameter.grad is None:
+                raise ValueError(
+                    f"block {self.name}: its {part.attribute} has no gradient; call backward() before the "
+                    "preconditioner's step"
+                )
+        return [part.parameter.grad.detach() for part in self.parts if part.parameter.grad is not None]
+
+
+class LayerBlock(Block, ABC):
+    """The block of a layer: turns what the layer saw into statistics.
+
+    It sees its layer as y_t = W a_t at every position t, with W `[c, p, q]`, a_t the row that the weight meets there
+    and a homogeneous coordinate for the bias; so example i's gradient is sum_t g_it a_it^T.
+    """
 
     # What the layer saw ----------------------------------------------------------------------------------------------
 
@@ -375,67 +443,6 @@ class Block(ABC):
             g=outputs.none(1) if outputs.first is None else outputs.first,
             rows=rows,
         )
-
-    # Gradients -------------------------------------------------------------------------------------------------------
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters that the block has a part of: the weight's and, if it is in the block, the bias's."""
-        return [part.parameter for part in self.parts]
-
-    def to_matrix(self, tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "c p q"]:
-        """Brings tensors shaped like `parameters()` (gradients, directions) to the block's matrix, bias last."""
-        c, p = self.shape.groups, self.shape.d_out
-        weight, *bias = [part.of(tensor) for part, tensor in zip(self.parts, tensors, strict=True)]
-        if self.homogeneous and not bias:
-            bias = [weight.new_zeros(c, p)]
-        return torch.cat([self._weight_matrix(weight), *(each.reshape(c, p, 1) for each in bias)], dim=-1)
-
-    def from_matrix(self, matrix: Float[Tensor, "c p q"]) -> list[Float[Tensor, "..."]]:
-        """Undoes `to_matrix`: returns tensors shaped like the block's parts of its parameters, views where possible."""
-        if not self.homogeneous:
-            return [self._weight_of(matrix)]
-        return [self._weight_of(matrix[..., :-1]), matrix[..., -1].reshape(-1)][: len(self.parts)]
-
-    def gradient(self) -> Float[Tensor, "c p q"]:
-        """Returns the layer's gradient V as a fresh matrix, bias last, in float32 at least.
-
-        Raises:
-            ValueError: A parameter of the block has no gradient.
-        """
-        joined = self.to_matrix(self._gradients())
-        return joined.to(torch.promote_types(joined.dtype, torch.float32))
-
-    def write_gradient(self, direction: Float[Tensor, "c p q"]) -> None:
-        """Overwrites the layer's gradients in place with `direction`.
-
-        Args:
-            direction: Bias last.
-
-        Raises:
-            ValueError: Another shape, or a parameter without a gradient.
-        """
-        expected = (self.shape.groups, self.shape.d_out, self.shape.d_in)
-        if tuple(direction.shape) != expected:
-            raise ValueError(f"block {self.name}: direction has shape {tuple(direction.shape)}, must be {expected}")
-        for part, gradient, new in zip(self.parts, self._gradients(), self.from_matrix(direction), strict=True):
-            part.of(gradient).copy_(new)
-
-    def _weight_matrix(self, weight: Tensor) -> Tensor:
-        """Returns a tensor shaped like the weight as `[c, p, q]` without the bias."""
-        return weight.reshape(self.shape.groups, self.shape.d_out, -1)
-
-    def _weight_of(self, matrix: Tensor) -> Tensor:
-        """Undoes `_weight_matrix`."""
-        return matrix.reshape(self.weight.shape)
-
-    def _gradients(self) -> list[Tensor]:
-        for part in self.parts:
-            if part.parameter.grad is None:
-                raise ValueError(
-                    f"block {self.name}: its {part.attribute} has no gradient; call backward() before the "
-                    "preconditioner's step"
-                )
-        return [part.parameter.grad.detach() for part in self.parts if part.parameter.grad is not None]
 
 
 def _masked(a: Tensor, g: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from kfdist.curvature.blocks.base import Block, Operation, ParameterPart
+from kfdist.curvature.blocks.base import LayerBlock, Operation, ParameterPart
 from kfdist.torch_internals import Convolution
 from kfdist.types import BlockName, BlockShape
 
@@ -21,7 +21,7 @@ Sizes = tuple[int, ...]
 """One number per spatial dimension."""
 
 
-class AbstractConvBlock(Block):
+class AbstractConvBlock(LayerBlock):
     """What blocks of all convolutions have in common: inputs `[N, C, *spatial]`, `[C, *spatial]` taken as N = 1.
 
     A subclass says how the layer's input becomes the padded input of a plain convolution with `_stride`.

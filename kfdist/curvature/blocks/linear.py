@@ -4,12 +4,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kfdist.curvature.blocks.base import Block, Operation, ParameterPart
+from kfdist.curvature.blocks.base import LayerBlock, Operation, ParameterPart
 from kfdist.curvature.blocks.rows import accumulation_dtype
 from kfdist.types import BlockName, BlockShape, WeightSharing
 
 
-class LinearBlock(Block):
+class LinearBlock(LayerBlock):
     """Block of a matrix that multiplies inputs `[N, ..., d]`; dimensions between are positions that share the weight.
 
     A single example without its dimension, `[d]`, is taken as N = 1.

@@ -21,6 +21,7 @@ from kfdist.curvature.inverters.rs_kfac import RsKfac, SreKfac
 from kfdist.curvature.inverters.seng import Seng
 from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
 from kfdist.curvature.inverters.two_level import TwoLevel, TwoLevelBlock
+from kfdist.curvature.inverters.unit_wise import UnitWise, UnitWiseInverse
 from kfdist.errors import ConfigError
 
 INVERTERS: Mapping[str, type[AbstractInverter]] = {
@@ -38,13 +39,17 @@ INVERTERS: Mapping[str, type[AbstractInverter]] = {
     "eva": Eva,
     "two-level": TwoLevel,
 }
-"""Every method by its name in configurations and jobs."""
+"""Every method that can be chosen, by its name in configurations and jobs."""
+
+FIXED: Mapping[str, type[AbstractInverter]] = {"unit-wise": UnitWise}
+"""The methods of blocks that leave no choice, by name; nobody else can have them."""
 
 PRECONDITIONERS: Mapping[str, type[AbstractPreconditioner]] = {
     "kronecker-inverse": KroneckerInverse,
     "kronecker-spectrum": KroneckerSpectrum,
     "chain-link": ChainLink,
     "two-level-block": TwoLevelBlock,
+    "unit-wise-inverse": UnitWiseInverse,
     "conjugate-gradient": ConjugateGradient,
     "ekfac-basis": EkfacBasis,
     "eva": EvaPreconditioner,

@@ -46,13 +46,17 @@ class SnapshotExchange:
     counters: PipelineCounters
     wait_limit_seconds: float
     bytes_sent: int = field(default=0, init=False)
+    _travelling: list[Track] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._travelling = [track for track in self.tracks if not track.group.own]
 
     # asap: headers when the table says so, payloads in the background -----------------------------------------------
 
     def received_by_all(self, table: AgreedTable) -> dict[int, Arrival]:
         """Returns, by group, the broadcasts that every rank holds, as the agreed table shows."""
         arrived = {}
-        for track, agreed in zip(self.tracks, table.groups, strict=True):
+        for track, agreed in zip(self._travelling, table.groups, strict=True):
             if track.ledger.swaps(agreed):
                 assert track.flight is not None and track.flight.payload is not None, "all ranks have it, so this one"
                 arrived[track.group.index] = Arrival(track.flight.header.version, track.flight.payload)
@@ -64,7 +68,7 @@ class SnapshotExchange:
         Raises:
             EnvironmentFault: A group's snapshots keep reaching some rank damaged; on all ranks alike.
         """
-        both = list(zip(self.tracks, table.groups, strict=True))
+        both = list(zip(self._travelling, table.groups, strict=True))
         self._give_up([track for track, agreed in both if track.ledger.gives_up(agreed)])
         entered = [track for track, agreed in both if track.ledger.enters(agreed)]
         if not entered:

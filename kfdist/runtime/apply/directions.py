@@ -117,6 +117,8 @@ def precondition_gradients(
     older inverse does: a gradient that has left the directions in which curvature was measured meets lambda alone, and
     the prediction no longer bounds anything (docs/decisions/0017).
 
+    Of what ranks invert for themselves, a block of which nothing was measured keeps V and isn't in the sum.
+
     Args:
         applications: The groups that have a gradient and a snapshot.
         kl_clip: kappa; None turns both clips off.
@@ -130,14 +132,19 @@ def precondition_gradients(
         for block, _, U, _ in found:
             block.write_gradient(U)
         return
-    products = [torch.sum(U * V) for _, V, U, _ in found]
+    products = [_masked(torch.sum(U * V), 0.0, memory) for _, V, U, memory in found]
     shares = [_share(product, memory) for product, (*_, memory) in zip(products, found, strict=True)]
     rates = [learning_rate(block.parameters()[0]) for block, *_ in found]
     terms = [lr**2 * share**2 * product for lr, share, product in zip(rates, shares, products, strict=True)]
     total = sum(terms[1:], start=terms[0])
     nu = torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
-    for (block, _, U, _), share in zip(found, shares, strict=True):
-        block.write_gradient(U * (nu * share).to(U.dtype))
+    for (block, V, U, memory), share in zip(found, shares, strict=True):
+        block.write_gradient(_masked(U * (nu * share).to(U.dtype), V, memory))
+
+
+def _masked(found: Tensor, otherwise: Tensor | float, memory: BlockMemory) -> Tensor:
+    """Returns something else for a block of which nothing was measured, without a host sync."""
+    return found if memory.measured is None else torch.where(memory.measured, found, otherwise)
 
 
 def _share(product: Tensor, memory: BlockMemory) -> Tensor:

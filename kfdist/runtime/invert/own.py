@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kfdist.curvature.averages import means, measured
 from kfdist.curvature.inverse import AbstractPreconditioner
-from kfdist.curvature.inverter import Inversion, Placement
+from kfdist.curvature.inverter import Inversion
 from kfdist.curvature.statistics import Samples
 from kfdist.errors import KfdistError
 from kfdist.runtime.plan.groups import BlockGroup
@@ -41,7 +41,7 @@ def invert_own(reduction: Reduction, *, seed: int) -> dict[int, OwnInversion]:
     """
     made = {}
     for group in (track.group for track in reduction.tracks):
-        if group.inverter.placement is Placement.WORKER:
+        if group.own:
             inversion = _invert(group, reduction, seed)
             if inversion is not None:
                 made[group.index] = inversion

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverter import AbstractInverter, Placement
+from kfdist.curvature.inverter import AbstractInverter
 from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.departures import Departure, Reduced, job_record
@@ -58,7 +58,7 @@ class Inverting:
         Returns:
             By group index, what every rank inverted for itself.
         """
-        shipped = [track for track in reduction.tracks if track.group.inverter.placement is Placement.OWNER]
+        shipped = [track for track in reduction.tracks if not track.group.own]
         for track in shipped:
             track.ship(reduction.step)
         mine = [track for track in shipped if track.group.courier_rank == self.rank]

@@ -1,6 +1,6 @@
 """What preconditions each parameter of a model, or why nothing does."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -28,6 +28,7 @@ class CoverageRow:
             than its name.
         inversion: How the inversion in use went; empty before the first one, and where ranks invert for themselves.
             Not compared: it tells of one moment.
+        measured: Whether its block, if it has one, was measured or hasn't been due yet. Not compared either.
     """
 
     parameter: str
@@ -36,6 +37,7 @@ class CoverageRow:
     method: str | None
     reason: str
     inversion: str = field(default="", compare=False)
+    measured: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Share of the trained numbers that a block preconditions, in [0, 1]."""
+        """Share of the trained numbers that a block preconditions, in [0, 1]; an unmeasured block doesn't."""
         trained = sum(row.elements for row in self.rows)
-        return sum(row.elements for row in self.rows if row.block is not None) / max(trained, 1)
+        return sum(row.elements for row in self.rows if row.block is not None and row.measured) / max(trained, 1)
 
     def without_biases(self, blocks: Iterable[Block], reasons: Mapping[BlockName, str]) -> "Coverage":
         """Returns the same where some blocks, for the reasons given, leave out the bias that they were planned with."""
@@ -63,9 +65,19 @@ class Coverage:
             tuple(row if why is None else replace(row, block=None, method=None, reason=why) for row, why in found)
         )
 
-    def with_inversions(self, notes: Mapping[BlockName, str]) -> "Coverage":
-        """Returns the same with a note on the inversion of each block that has one."""
-        return Coverage(tuple(replace(row, inversion=notes.get(row.block or "", "")) for row in self.rows))
+    def with_inversions(self, notes: Mapping[BlockName, str], unmeasured: Set[BlockName] = frozenset()) -> "Coverage":
+        """Returns the same with a note on the inversion of each block that has one.
+
+        Args:
+            notes: By block.
+            unmeasured: The blocks that were due and have no statistics.
+        """
+        return Coverage(
+            tuple(
+                replace(row, inversion=notes.get(row.block or "", ""), measured=row.block not in unmeasured)
+                for row in self.rows
+            )
+        )
 
     def __str__(self) -> str:
         width = max((len(row.parameter) for row in self.rows), default=0)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.inverter import Coupling
+from kfdist.curvature.inverter import Coupling, Placement
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.statistics import MeanVectors, Needs
 from kfdist.errors import ConfigError
@@ -16,7 +16,7 @@ class BlockGroup:
     """The unit of phase, version and adoption.
 
     Attributes:
-        index: Place in the model's order, from 0; its column in the table.
+        index: Place in the model's order, from 0.
         name: Unique name; a single block's own.
         blocks: The blocks inverted together.
         inverter: What inverts them.
@@ -32,6 +32,11 @@ class BlockGroup:
     needs: Mapping[BlockName, Needs]
     courier_rank: int
     spec: GroupSpec
+
+    @property
+    def own(self) -> bool:
+        """Whether every rank inverts it for itself: no job, no owner, no column in the ranks' table."""
+        return self.inverter.placement is Placement.WORKER
 
     @property
     def coupled(self) -> bool:

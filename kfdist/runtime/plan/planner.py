@@ -1,6 +1,6 @@
 """The plan: from a model, a choice of methods and settings to groups of blocks, and why the rest has none."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice
-from kfdist.curvature.blocks import SUPPORTED, Block, make_blocks
+from kfdist.curvature.blocks import SUPPORTED, WITHOUT_UNITS, Block, UnitBlock, make_bare_block, make_blocks
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
+from kfdist.curvature.inverters.unit_wise import UnitWise
 from kfdist.curvature.jobs import job_bytes
 from kfdist.errors import ConfigError
 from kfdist.policies.assignment import courier_ranks
@@ -107,20 +108,33 @@ def make_plan(
     reasons: dict[str, str] = {}
     chosen: list[_Chosen] = []
     owners: dict[Hashable, Block] = {}
+    taken: set[int] = set()
     for name, module in layers:
-        blocks = _blocks(name, module, patterns, settings, biased=id(getattr(module, "weight", None)) not in unlike)
+        biased = id(getattr(module, "weight", None)) not in unlike
+        blocks = _barred(name, module, patterns, settings) or make_blocks(
+            name, module, settings.weight_sharing, biased=biased
+        )
         if isinstance(blocks, str):
             reasons[name] = blocks
             continue
         for block in blocks:
+            taken.update(id(parameter) for parameter in block.parameters())
             first = owners.setdefault(_weight_key(block), block)
             found = _choose(block, patterns, settings, costs) if first is block else _tied(block, first)
             if isinstance(found, str):
                 reasons[block.name] = found
             else:
                 chosen.append(found)
-        if id(getattr(module, "weight", None)) in unlike:
-            reasons.setdefault(f"{name}.bias", "layers share its weight but not the bias, which no block can hold")
+    open_layers = [pair for pair in layers if not _barred(*pair, patterns, settings)]
+    for block in _bare_blocks(open_layers, taken, reasons):
+        owners[block.name] = block
+        found = _choose(block, patterns, settings, costs)
+        if isinstance(found, str):
+            reasons[block.name] = found
+        else:
+            chosen.append(found)
+    order = {name: position for position, (name, _) in enumerate(layers)}
+    chosen.sort(key=lambda each: order[each.block.layer])
     names = list(dict.fromkeys([*(name for name, _ in layers), *(block.name for block in owners.values())]))
     _check_globs([*patterns, *skip] if isinstance(method, Mapping) else list(skip), names)
     if patterns and not chosen:
@@ -245,17 +259,33 @@ def _covers(glob: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), glob) for end in range(1, len(parts) + 1))
 
 
-def _blocks(
-    name: str, module: nn.Module, patterns: Mapping[str, object], settings: Settings, *, biased: bool
-) -> Sequence[Block] | str:
-    """Returns a layer's blocks, or why it has none."""
+def _barred(name: str, module: nn.Module, patterns: Mapping[str, object], settings: Settings) -> str:
+    """Returns why a layer is to have no blocks; empty if it may."""
     if not patterns:
         return f'method "{NONE}" leaves it to the optimizer'
     if any(_covers(glob, name) for glob in settings.skip):
         return "skipped by configuration"
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
         raise ConfigError(f"layer {name!r} has sharded (DTensor) parameters; {SHARDED}")
-    return make_blocks(name, module, settings.weight_sharing, biased=biased)
+    return ""
+
+
+def _bare_blocks(
+    layers: Iterable[tuple[str, nn.Module]], taken: Set[int], reasons: dict[str, str]
+) -> Sequence[UnitBlock]:
+    """Makes blocks of the parameters that no other block has, and notes why some can't have one."""
+    found: dict[int, UnitBlock] = {}
+    for name, module in layers:
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, WITHOUT_UNITS) or id(parameter) in taken or id(parameter) in found:
+                continue
+            full = f"{name}.{attribute}" if name else attribute
+            block = make_bare_block(full, name, module, attribute)
+            if isinstance(block, str):
+                reasons.setdefault(full, reasons.get(name, block))
+            else:
+                found[id(parameter)] = block
+    return list(found.values())
 
 
 def _choose(
@@ -270,6 +300,8 @@ def _choose(
     pattern = next((glob for glob in patterns if _covers(glob, block.name)), None)
     if pattern is None:
         return "no pattern of the method table matches"
+    if isinstance(block, UnitBlock):
+        return _Chosen(block, UnitWise(), pattern, "")
     inverter = patterns[pattern]
     reason = ""
     if isinstance(inverter, Auto):

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kfdist.capture.requests import Request
-from kfdist.curvature.inverter import Placement
 from kfdist.curvature.statistics import Needs
 from kfdist.policies.schedule import Schedule
 from kfdist.runtime.plan.groups import BlockGroup
@@ -35,7 +34,7 @@ class Due:
 
         The sums are folded and the jobs under way; only what every rank inverts for itself is kept nowhere.
         """
-        own = tuple(track for track in self.reducing if track.group.inverter.placement is Placement.WORKER)
+        own = tuple(track for track in self.reducing if track.group.own)
         return replace(self, folding=(), reducing=own)
 
 
@@ -63,16 +62,20 @@ class Timetable:
 
     def folds(self, track: Track, step: int) -> bool:
         """Says whether the group's sums are folded."""
-        return self._schedule.folds(track.group.index, step) or track.starves
+        return self._schedule.folds(track.group.index, step) or (track.starves and not track.group.inverter.patient)
 
     def inverts(self, track: Track, step: int) -> bool:
         """Says whether the group's sums are reduced, for an inversion."""
-        return self._schedule.inverts(track.group.index, step) or track.starves
+        return self._schedule.inverts(track.group.index, step) or self._retries(track, step)
 
     def updates(self, track: Track, step: int) -> bool:
         """Says whether the group has a job; online methods have them more often than inversions."""
         index = track.group.index
-        return self._schedule.due(index, step, self._periods[index]) or track.starves
+        return self._schedule.due(index, step, self._periods[index]) or self._retries(track, step)
+
+    def _retries(self, track: Track, step: int) -> bool:
+        """Says whether a group that starves is tried again: at once or, where its method is patient, when it folds."""
+        return track.starves and self.folds(track, step)
 
     def due(self, step: int) -> Due:
         """Returns what is due at `step`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import reduce_flat
 from kfdist.curvature.averages import BatchStatistics, WeightedSums, all_finite, decay_at, sum_shapes
-from kfdist.curvature.inverter import Coupling, Placement
+from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.statistics import Samples
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.timetable import Due, Timetable
@@ -175,7 +175,7 @@ class StatisticsReducer:
     ) -> list[SampleRequest]:
         requests = []
         for group in groups:
-            everyone = group.inverter.placement is Placement.WORKER
+            everyone = group.own
             for block in group.blocks:
                 budget, batch = group.needs[block.name].samples, batches.get(block.name)
                 if budget is None:

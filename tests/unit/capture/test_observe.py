@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
-from kfdist.curvature.blocks import Block
+from kfdist.curvature.blocks import LayerBlock
 from kfdist.errors import ConfigError, KfdistError
 from tests.support.factors import Factors, armed_capture, assert_factors_equal, blocks_of, factors_of
 from tests.support.small_models import images, small_cnn
@@ -357,13 +357,13 @@ def test_a_compiled_model(backend: str):
 
 def test_inputs_are_laid_out_once_for_all_classes(monkeypatch: pytest.MonkeyPatch):
     wanted: list[tuple[str, frozenset[str]]] = []
-    real = Block.factor_sums
+    real = LayerBlock.factor_sums
 
-    def watch(block: Block, *args: Any, **kwargs: Any):
+    def watch(block: LayerBlock, *args: Any, **kwargs: Any):
         wanted.append((block.name, kwargs["wanted"]))
         return real(block, *args, **kwargs)
 
-    monkeypatch.setattr(Block, "factor_sums", watch)
+    monkeypatch.setattr(LayerBlock, "factor_sums", watch)
     model = small_cnn()
     capture = armed_capture(model, fisher="exact")
     capture.observe(model(images(4)[0]), "cross_entropy")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kfdist.capture.requests import Request
-from kfdist.curvature.blocks import Block
+from kfdist.curvature.blocks import LayerBlock
 from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_of
 from tests.support.small_models import images, small_cnn
 
@@ -35,13 +35,13 @@ def alone(n: int = 8, seed: int = 0):
 @pytest.fixture
 def factor_sums_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
-    real = Block.factor_sums
+    real = LayerBlock.factor_sums
 
-    def counted(block: Block, *args: Any, **kwargs: Any):
+    def counted(block: LayerBlock, *args: Any, **kwargs: Any):
         calls.append(block.name)
         return real(block, *args, **kwargs)
 
-    monkeypatch.setattr(Block, "factor_sums", counted)
+    monkeypatch.setattr(LayerBlock, "factor_sums", counted)
     return calls
 
 
@@ -216,13 +216,13 @@ def test_a_due_layer_copies_nothing_in_its_forward(monkeypatch: pytest.MonkeyPat
     capture = armed_capture(model)
     x = torch.randn(3, 4)
     seen: list[int] = []
-    real = Block.factor_sums
+    real = LayerBlock.factor_sums
 
-    def look(block: Block, activation: Tensor, *args: Any, **kwargs: Any):
+    def look(block: LayerBlock, activation: Tensor, *args: Any, **kwargs: Any):
         seen.append(activation.untyped_storage().data_ptr())
         return real(block, activation, *args, **kwargs)
 
-    monkeypatch.setattr(Block, "factor_sums", look)
+    monkeypatch.setattr(LayerBlock, "factor_sums", look)
     model(x).sum().backward()
     assert seen == [x.untyped_storage().data_ptr()]
     assert set(capture.drain()) == {""}

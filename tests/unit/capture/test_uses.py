@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
+from kfdist.curvature.blocks import LayerBlock
 from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_by_definition, factors_of
 from tests.support.plans import planned
 
@@ -64,7 +65,8 @@ class Attends(nn.Module):
     def __init__(self, attention: nn.Module, keys: int, values: int, *, cross: bool) -> None:
         super().__init__()
         self.attention, self.cross = attention, cross
-        self.to_keys, self.to_values = nn.Linear(D, keys), nn.Linear(D, values)
+        self.to_keys: nn.Module = nn.Linear(D, keys)
+        self.to_values: nn.Module = nn.Linear(D, values)
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = (self.to_keys(x), self.to_values(x)) if self.cross else (x, x)
@@ -74,7 +76,8 @@ class Attends(nn.Module):
 
 def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, N, T, D, dtype=torch.float64, generator=generator).unbind(0)
+    x, y = torch.randn(2, N, T, D, dtype=torch.float64, generator=generator)
+    return x, y
 
 
 def compare(model: nn.Module, twin: nn.Module) -> None:
@@ -82,7 +85,7 @@ def compare(model: nn.Module, twin: nn.Module) -> None:
     model, twin = model.double().train(), twin.double().train()
     x, y = batch()
     torch.testing.assert_close(model(x), twin(x))
-    blocks = {block.name: block for block in planned(model, "kfac").blocks}
+    blocks = {block.name: block for block in planned(model, "kfac").blocks if isinstance(block, LayerBlock)}
     capture = Capture(model, blocks, sampling=Sampling(), grad_scaler=None)
     capture.arm(dict.fromkeys(blocks, Request()))
     F.mse_loss(model(x), y, reduction="sum").div(N).backward()
@@ -310,8 +313,9 @@ def test_weights_that_are_stored_transposed():
             return torch.addmm(self.bias, x.view(-1, D), self.weight).view(*x.shape[:-1], D + 1)
 
     Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
-    model, layer = nn.Sequential(Conv1D(), nn.Tanh(), nn.Linear(D + 1, D)), nn.Linear(D, D + 1)
-    layer.weight, layer.bias = nn.Parameter(model[0].weight.detach().t().clone()), model[0].bias
+    transposed: Any = Conv1D()
+    model, layer = nn.Sequential(transposed, nn.Tanh(), nn.Linear(D + 1, D)), nn.Linear(D, D + 1)
+    layer.weight, layer.bias = nn.Parameter(transposed.weight.detach().t().clone()), transposed.bias
     compare(model, nn.Sequential(layer, nn.Tanh(), model[2]))
 
 

@@ -26,8 +26,10 @@ class Attention(nn.Module):
 
 
 def methods(model: nn.Module, method: Any, **kwargs: Any) -> dict[str, str]:
-    plan = planned(model, method, **kwargs)
-    return {group.name: group.inverter.name for group in plan.groups}
+    """The methods of the blocks that have a choice, by group."""
+    found = {group.name: group.inverter.name for group in planned(model, method, **kwargs).groups}
+    assert all(found[name] == "unit-wise" for name in UNITS if name in found)
+    return {name: method for name, method in found.items() if name not in UNITS}
 
 
 def reasons(model: nn.Module, method: Any = "kfac", **kwargs: Any) -> dict[str, str]:
@@ -36,6 +38,7 @@ def reasons(model: nn.Module, method: Any = "kfac", **kwargs: Any) -> dict[str, 
 
 ATTENTION = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj"]
 LAYERS = ["encoder.0", "encoder.2.0", "encoder.2.1", *ATTENTION, "head"]
+UNITS = ["scale", "encoder.1"]
 
 
 def test_a_name_or_an_inverter_is_for_all_layers():
@@ -107,14 +110,14 @@ def test_coverage_lists_every_parameter_with_its_block_or_the_reason():
     assert list(dict.fromkeys(row.parameter for row in coverage.rows)) == [name for name, _ in model.named_parameters()]
     said = {row.parameter: row.block or row.reason for row in coverage.rows}
     assert said["encoder.0.weight"] == "encoder.0"
-    assert said["encoder.0.bias"] == "its layer's block leaves it out"
+    assert said["encoder.0.bias"] == "it is frozen (requires_grad is False)"
     assert said["encoder.2.0.bias"] == "encoder.2.0"
     assert said["encoder.2.1.weight"] == "skipped by configuration"
     assert "Embedding has no block" in said["embedding.weight"]
-    assert "LayerNorm has no block" in said["encoder.1.weight"]
+    assert said["encoder.1.weight"] == said["encoder.1.bias"] == "encoder.1"
     assert [row.block for row in coverage.rows if row.parameter == "attention.in_proj_bias"] == ATTENTION[:3]
     assert said["attention.out_proj.weight"] == "attention.out_proj"
-    assert "Attention has no block" in said["scale"]
+    assert said["scale"] == "scale"
     assert all((row.block is None) == (row.method is None) == (row.reason != "") for row in coverage.rows)
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     assert sum(row.elements for row in coverage.rows) == sum(trained)
@@ -129,7 +132,8 @@ def test_frozen_lazy_and_parametrized_layers_say_why_they_have_no_block():
     model = nn.Sequential(frozen, nn.Linear(2, 2), parametrizations.weight_norm(nn.Linear(2, 2)), nn.LazyLinear(2))
     said = reasons(model)
     assert "frozen" in said["0.weight"]
-    assert "parametrization" in said["2.bias"]
+    assert "ParametrizationList has no block" in said["2.parametrizations.weight.original1"]
+    assert "2.bias" not in said  # it shifts, whatever the weight is made of
     assert "lazy" in said["3.weight"]
 
 
@@ -162,11 +166,20 @@ def test_a_weight_shared_with_an_embedding_is_the_linear_layers():
     }
 
 
-def test_a_shared_weight_with_another_bias_is_measured_where_its_block_is():
+def test_layers_that_share_a_weight_and_not_the_bias_have_blocks_of_their_biases():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     plan = planned(model, "kfac")
-    assert {row.parameter: row.block for row in plan.coverage.rows} == {"0.weight": "0", "0.bias": None, "1.bias": None}
-    assert {row.reason for row in plan.coverage.rows if row.reason} == {
-        "layers share its weight but not the bias, which no block can hold"
+    assert {row.parameter: row.block for row in plan.coverage.rows} == {
+        "0.weight": "0",
+        "0.bias": "0.bias",
+        "1.bias": "1.bias",
     }
+    assert [group.inverter.name for group in plan.groups] == ["kfac", "unit-wise", "unit-wise"]
+
+
+def test_bare_parameters_keep_to_the_table_and_to_skip():
+    said = reasons(Attention(), {"encoder": "kfac"})
+    assert said["scale"] == said["head.weight"] == "no pattern of the method table matches"
+    assert "encoder.1.weight" not in said
+    assert reasons(Attention(), skip=("scale",))["scale"] == "skipped by configuration"
