@@ -11,8 +11,9 @@ from kfdist.errors import KfdistWarning
 from kfdist.types import BlockName
 
 LARGE_SHARE = 0.2
-"""Of all blocks' rows: from here on Omega is off by as much where they are padding. Where only a class token is used
-the last layers' alone are zero, and there is nothing to say."""
+"""From here on Omega is off by as much where zero rows are padding. Padding makes them in all blocks that see it: half
+of the blocks must have so many. Where a class token alone is used, only the last layers have; behind a head that starts
+at zero all rows are zero: there is nothing to say."""
 
 
 class PaddingNotice:
@@ -38,15 +39,15 @@ class PaddingNotice:
             return
         (rows, copy), self._coming = self._coming, None
         zeros = copy.wait()[0].tolist()
-        share = sum(zeros) / sum(of for _, of in rows)
+        shares = sorted((zero / of, name) for zero, (name, of) in zip(zeros, rows, strict=True) if zero < of)
+        share, name = shares[(len(shares) - 1) // 2] if shares else (0.0, "")
         if share >= LARGE_SHARE:
             self._said = True
-            most, name = max((zero / of, name) for zero, (name, of) in zip(zeros, rows, strict=True))
             warnings.warn(
-                f"{share:.0%} of the positions' output gradients are exactly zero, of block {name!r} {most:.0%}. Those "
-                "that the loss ignores (padding, masked tokens) count in the statistics unless they are known: call "
-                "preconditioner.batch(mask=...), [N, T], before each backward. If they are none (only a class token is "
-                "used, dead units), there is nothing to do",
+                f"{share:.0%} or more of the positions' output gradients are exactly zero in half of the layers, as in "
+                f"{name!r}. Those that the loss ignores (padding, masked tokens) count in the statistics unless they "
+                "are known: call preconditioner.batch(mask=...), [N, T], before each backward. If they are none (dead "
+                "units), there is nothing to do",
                 KfdistWarning,
                 stacklevel=level,
             )

@@ -142,6 +142,8 @@ def _of_call(how: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Ite
 
 def _of_einsum(text: str, operands: list[ast.expr]) -> Iterator[tuple[ast.expr, str]]:
     inputs, _, output = text.replace(" ", "").partition("->")
-    for operand, letters in zip(operands, inputs.split(","), strict=False):
-        if len(letters) >= 2:
+    terms = inputs.split(",")
+    for place, (operand, letters) in enumerate(zip(operands, terms, strict=False)):
+        others = "".join(terms[:place] + terms[place + 1 :])
+        if len(letters) >= 2 and all(stack in others and stack in output for stack in letters[:-2]):
             yield operand, _LEFT if letters[-1] not in output else _RIGHT

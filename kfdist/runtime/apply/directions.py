@@ -132,14 +132,14 @@ def precondition_gradients(
         for block, _, U, _ in found:
             block.write_gradient(U)
         return
-    products = [_masked(torch.sum(U * V), 0.0, memory) for _, V, U, memory in found]
-    shares = [_share(product, memory) for product, (*_, memory) in zip(products, found, strict=True)]
+    products = torch.stack([_masked(torch.sum(U * V), 0.0, memory) for _, V, U, memory in found])
+    shares = _shares(products, [memory for *_, memory in found])
     rates = [learning_rate(block.parameters()[0]) for block, *_ in found]
-    terms = [lr**2 * share**2 * product for lr, share, product in zip(rates, shares, products, strict=True)]
+    terms = [lr**2 * each for lr, each in zip(rates, (shares.square() * products).unbind(), strict=True)]
     total = sum(terms[1:], start=terms[0])
-    nu = torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
-    for (block, V, U, memory), share in zip(found, shares, strict=True):
-        block.write_gradient(_masked(U * (nu * share).to(U.dtype), V, memory))
+    scales = shares * torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
+    for (block, V, U, memory), scale in zip(found, scales.unbind(), strict=True):
+        block.write_gradient(_masked(U * scale.to(U.dtype), V, memory))
 
 
 def _masked(found: Tensor, otherwise: Tensor | float, memory: BlockMemory) -> Tensor:
@@ -147,11 +147,17 @@ def _masked(found: Tensor, otherwise: Tensor | float, memory: BlockMemory) -> Te
     return found if memory.measured is None else torch.where(memory.measured, found, otherwise)
 
 
-def _share(product: Tensor, memory: BlockMemory) -> Tensor:
-    """Returns nu_l, and remembers r_l where this is the first gradient that the inverse in use meets."""
-    if memory.first_use is None:
-        memory.first_use = product
-    return torch.sqrt(memory.first_use.clamp_min(1.0) / _positive(product)).clamp_max(1.0)
+def _shares(products: Tensor, memories: Sequence[BlockMemory]) -> Tensor:
+    """Returns nu_l of all blocks, and remembers r_l where this is the first gradient that the inverse in use meets.
+
+    One that overflowed, whose step a GradScaler skips, is none.
+    """
+    together = zip(products.unbind(), memories, strict=True)
+    first = torch.stack([product if memory.first_use is None else memory.first_use for product, memory in together])
+    first = torch.where(first.isfinite(), first, products)
+    for memory, each in zip(memories, first.unbind(), strict=True):
+        memory.first_use = each
+    return torch.sqrt(first.clamp_min(1.0) / _positive(products)).clamp_max(1.0)
 
 
 def _positive(number: Tensor) -> Tensor:

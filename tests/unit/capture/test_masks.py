@@ -270,10 +270,39 @@ def test_many_zero_rows_are_warned_of_once(share: float, count: int) -> None:
     said = run(None, share)
     assert len(said) == count
     assert all(
-        each.startswith("50% of the positions' output gradients are exactly zero, of block 'layer' 50%")
+        each.startswith(
+            "50% or more of the positions' output gradients are exactly zero in half of the layers, as in 'layer'"
+        )
         and "batch(mask=...)" in each
         for each in said
     )
+
+
+class Encoder(nn.Module):
+    """A class token's output alone is used, by a head that may start at zero."""
+
+    def __init__(self, *, zero_head: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 1, 8, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(4, 2)
+        if zero_head:
+            nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x)[:, 0])
+
+
+@pytest.mark.parametrize("zero_head", [False, True])
+def test_zero_rows_that_are_no_padding_are_not_warned_of(zero_head: bool) -> None:
+    torch.manual_seed(0)
+    model = Encoder(zero_head=zero_head)
+    with preconditioner(model, "kfac") as pre, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.zero_grad()
+            model(torch.randn(3, 12, 4)).sub(1).square().sum().backward()
+            pre.step()
+    assert not [each for each in caught if issubclass(each.category, KfdistWarning)]
 
 
 def test_a_mask_silences_it() -> None:

@@ -28,6 +28,7 @@ class Uses(nn.Module):
             "other",
         ):
             self.register_parameter(name, nn.Parameter(torch.empty(3, 4)))
+        self.experts, self.heads = nn.Parameter(torch.empty(2, 3, 4)), nn.Parameter(torch.empty(3, 2, 4))
         self.stacked, self.vector = nn.Parameter(torch.empty(2, 3, 4)), nn.Parameter(torch.empty(1, 4))
 
     def forward(self, x: Tensor, y: Any) -> Any:
@@ -36,6 +37,7 @@ class Uses(nn.Module):
         yield x @ self.right, self.left @ x, x.matmul(self.method), torch.matmul(x, converted)
         yield torch.bmm(x, self.stacked), F.linear(x, self.indexed[y]), x @ self.turned.t(), F.linear(y, weight=y)
         yield torch.einsum("btd,kd->btk", x, self.summed), F.linear(torch.exp(self.other), y)
+        yield torch.einsum("ebd,edk->ebk", x, self.experts), torch.einsum("btd,dhk->bthk", x, self.heads)
 
 
 class Inherits(Uses):
@@ -44,7 +46,7 @@ class Inherits(Uses):
 
 def test_matrices_are_known_by_the_products_in_the_code():
     expected = dict.fromkeys(("straight", "keyword", "left", "indexed", "turned", "summed"), False)
-    expected |= dict.fromkeys(("right", "method", "renamed", "stacked"), True)
+    expected |= dict.fromkeys(("right", "method", "renamed", "stacked", "experts"), True)
     assert bare_matrices(Uses()) == expected
     assert bare_matrices(Inherits()) == expected
 

@@ -188,6 +188,22 @@ def test_a_block_adds_no_more_to_the_divergence_than_at_the_first_step_of_its_in
     assert added(1.0, 1e3) == pytest.approx([first[0], 1.0]), "1 is what no fresh inverse exceeds"
 
 
+def test_a_gradient_that_overflowed_is_not_the_one_that_later_ones_are_compared_to():
+    """A GradScaler skips its step; the one after it is scaled as if that one had not been."""
+    _, blocks, V = with_gradients(size=10.0)
+    memories = [BlockMemory() for _ in blocks]
+    applications = [
+        Application(blocks=[block], preconditioners=[inverse(block)], memories=[memory], damping=0.1, fallback=False)
+        for block, memory in zip(blocks, memories, strict=True)
+    ]
+    fresh = apply(blocks, kl_clip=1.0, rates=rates_of(blocks, 1e-6, 1e-6))
+    for size in (float("inf"), 1.0):
+        for block, v in zip(blocks, V, strict=True):
+            block.write_gradient(size * v)
+        precondition_gradients(applications, kl_clip=1.0, learning_rate=lambda p: 1e-6, communicator=ALONE)
+    assert all(torch.equal(block.gradient(), each) for block, each in zip(blocks, fresh, strict=True))
+
+
 def test_without_a_kl_clip_nothing_is_compared():
     _, blocks, _ = with_gradients()
     memory = BlockMemory()
