@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore as TCPStore  # torch.distributed.TCPStore; only here is it typed
 from torch.amp.grad_scaler import OptState
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import stateless
 from torch.overrides import TorchFunctionMode
@@ -62,6 +62,34 @@ def keeps_graph() -> bool:
 def when_backward_ends(function: Callable[[], None]) -> None:
     """Calls a function at the end of the running backward, unless that fails; hooks are called in the midst of it."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def accumulates(parameter: Tensor) -> bool:
+    """Says whether the running backward adds to a parameter's `.grad`: `torch.autograd.grad` doesn't."""
+    return _will_run(get_gradient_edge(parameter).node)
+
+
+def accumulates_below() -> bool:
+    """Says whether the running backward adds to the gradient of the leaf that is nearest to the running node.
+
+    True where there is none, as before layers that are all checkpointed.
+    """
+    nodes: list[Any] = [torch._C._current_autograd_node()]
+    seen = set(nodes)
+    for node in nodes:
+        if hasattr(node, "variable"):
+            return _will_run(node)
+        below = dict.fromkeys(function for function, _ in node.next_functions if function is not None)
+        nodes += [function for function in below if function not in seen]
+        seen.update(below)
+    return True
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportAttributeAccessIssue]
+    except RuntimeError:  # what torch.autograd.grad was asked for
+        return False
 
 
 def running_node() -> int | None:

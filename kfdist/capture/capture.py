@@ -5,7 +5,6 @@ by `Capture.observe`, from gradients of the model's own predictions, and the los
 """
 
 import operator
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
@@ -22,10 +21,10 @@ from kfdist.capture.affine import Affine, Columns
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
 from kfdist.capture.masks import Stated, checked_mask, turned_blocks
-from kfdist.capture.micro_batches import MicroBatches
+from kfdist.capture.micro_batches import MicroBatches, makes_gradients
 from kfdist.capture.observe import Observer, check_version
 from kfdist.capture.operations import Product
-from kfdist.capture.passes import ForwardPass, PassLog, tensors_in
+from kfdist.capture.passes import ForwardPass, PassLog, Paused, tensors_in
 from kfdist.capture.registry import Part
 from kfdist.capture.requests import SEED_MASK, Request, Sampling, check_requests
 from kfdist.capture.unmeasured import Unmeasured
@@ -62,8 +61,9 @@ class Capture:
     the inputs of armed layers are referenced, not copied (so non-reentrant checkpointing frees them no sooner than the
     backward, on the steps that measure); after a backward that keeps its graph, its output gradients too.
 
-    `torch.autograd.grad` through a captured forward counts as a backward; make such forwards (a gradient penalty, an
-    adversarial example) inside `paused`. Copies of the model have copies of these hooks, which do nothing.
+    `torch.autograd.grad` through a captured forward counts for nothing, since it makes no gradients. Where it creates a
+    graph for the loss (a gradient penalty), that part of the loss isn't measured, and `unmeasured` says so. Copies of
+    the model have copies of these hooks, which do nothing.
 
     With `mc` and `exact`, all of this holds of `observe`, which stands for the backward that measures.
 
@@ -100,7 +100,7 @@ class Capture:
         self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._requests: Mapping[str, Request] = {}
         self._rank = rank
-        self._paused = _Paused()
+        self._paused = Paused()
         self._generation = 0
         self._passes = PassLog()
         self._batches = MicroBatches()
@@ -412,13 +412,15 @@ class Capture:
     # Backward --------------------------------------------------------------------------------------------------------
 
     def _on_model_gradient(self, forward: ForwardPass, generation: int, _gradient: Tensor) -> None:
-        if generation == self._generation and not self._observing:
+        if generation == self._generation and not self._observing and self._accumulates():
             whole_rerun = forward.outer_backward != NO_BACKWARD
             self._begin_backward(forward.outer_backward if whole_rerun else running_backward(), forward)
 
     def _on_output_gradient(self, use: Use, output_number: int, gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[output_number]
         if gradient is None or use.generation != self._generation or use.name not in self._requests:
+            return
+        if not self._accumulates(use.name):
             return
         check_version(use.name, use.activation, use.version)
         self._begin_backward(self._backward_of(use), use.forward)
@@ -430,6 +432,14 @@ class Capture:
             else:
                 self._measure(use, held)
 
+    def _accumulates(self, name: str | None = None) -> bool:
+        """Whether the running backward makes gradients, of a block or of any; if not, a graph may be for the loss."""
+        blocks = self._blocks.values() if name is None else [self._blocks[name]]
+        found = makes_gradients((each for block in blocks for each in block.parameters()), of_any=name is None)
+        if not found and name is not None and torch.is_grad_enabled():
+            self._watch.unhandled[name, False].add("torch.autograd.grad with create_graph")
+        return found
+
     def _measure(self, use: Use, held: "Held") -> None:
         """Measures a use with the gradients that all backwards of its forward have made for it together."""
         check_version(use.name, use.activation, use.version)
@@ -439,7 +449,7 @@ class Capture:
     def _on_observed_backward(
         self, number: int, forward: ForwardPass, generation: int, _gradients: tuple[Tensor | None, ...]
     ) -> None:
-        if generation == self._generation and self._observer is not None and not self._observing:
+        if generation == self._generation and self._observer and not self._observing and self._accumulates():
             self._begin_backward(running_backward(), forward)
             self._observer.backward_came(number, again=keeps_graph())
 
@@ -487,10 +497,3 @@ class Capture:
         if scale is None:
             raise KfdistError("the loss was not scaled by the GradScaler; call scaler.scale(loss).backward()")
         return scale**-2
-
-
-class _Paused(threading.local):
-    """How many `paused` a thread is in: rollouts in one thread don't pause the training in another."""
-
-    def __init__(self) -> None:
-        self.depth = 0

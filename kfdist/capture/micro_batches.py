@@ -5,14 +5,14 @@ that one backward goes through. Backwards whose gradients were dropped, as `zero
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kfdist.capture.masks import NOTHING_STATED, Stated
 from kfdist.capture.passes import ForwardPass
-from kfdist.torch_internals import changes_in_place, when_backward_ends
+from kfdist.torch_internals import accumulates, accumulates_below, changes_in_place, when_backward_ends
 
 
 class MicroBatch:
@@ -125,6 +125,11 @@ class MicroBatches:
         self._of_backward.clear()
         self._of_forward.clear()
         self._left, self._running = None, _nothing
+
+
+def makes_gradients(parameters: Iterable[Tensor], *, of_any: bool) -> bool:
+    """Says whether the running backward adds to gradients of these, or of any; `torch.autograd.grad` adds to none."""
+    return (of_any and accumulates_below()) or any(each.requires_grad and accumulates(each) for each in parameters)
 
 
 def _nothing() -> None:

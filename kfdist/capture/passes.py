@@ -27,7 +27,7 @@ class ForwardPass:
         outer_backward: The backward it was run again in, as a whole, by reentrant checkpointing.
         first_node: Number of the first autograd node made after its start.
         end_node: Number of the first autograd node made after its end.
-        thread: Which made it; each thread numbers its nodes by itself.
+        thread: What stands for the one that made it; each thread numbers its nodes by itself.
         inputs: Dimensions and dim 0 of what its layers were given.
         stacked: Whether the model was given a list of tensors and made one batch of them, so that dim 0 of the first
             isn't the number of examples.
@@ -39,17 +39,28 @@ class ForwardPass:
     outer_backward: int
     first_node: int
     end_node: int
-    thread: int = field(default_factory=threading.get_ident)
+    thread: object = None
     inputs: set[tuple[int, int]] = field(default_factory=set)
     stacked: bool = False
 
 
 class _Thread(threading.local):
-    """A thread's forward under way, and the one that a backward in it repeats."""
+    """A thread's forward under way, and the one that a backward in it repeats.
+
+    Its token tells it from threads that have ended, whose identifiers new ones get.
+    """
 
     def __init__(self) -> None:
+        self.token = object()
         self.open: ForwardPass | None = None
         self.rerun: ForwardPass | None = None
+
+
+class Paused(threading.local):
+    """How many `paused` a thread is in: rollouts in one thread don't pause the training in another."""
+
+    def __init__(self) -> None:
+        self.depth = 0
 
 
 class PassLog:
@@ -72,7 +83,7 @@ class PassLog:
         # Checkpointing the whole model makes its node just before it calls the model, without gradients.
         first = node if torch.is_grad_enabled() else node - 1
         captured = self._of_running_node().captured if repeated else captured
-        self._thread.open = ForwardPass(None, captured, True, running_backward(), first, node)
+        self._thread.open = ForwardPass(None, captured, True, running_backward(), first, node, self._thread.token)
 
     def end(self, inputs: Any) -> ForwardPass | None:
         """The model's forward, of these arguments, ends; returns it."""
@@ -116,7 +127,7 @@ class PassLog:
         node = running_node()
         number = self._start if node is None else node
         # On a device backwards have threads of their own, in which no forward was made.
-        threads = {each.thread for each in self._passes} & {threading.get_ident()}
+        threads = {each.thread for each in self._passes} & {self._thread.token}
         for each in self._passes:
             if threads and each.thread not in threads:
                 continue

@@ -14,6 +14,8 @@ from kfdist.torch_internals import (
     NO_BACKWARD,
     Convolution,
     TorchDispatchMode,
+    accumulates,
+    accumulates_below,
     changes_in_place,
     children_by_name,
     device_scale,
@@ -60,6 +62,23 @@ def test_backwards_have_numbers_and_nested_ones_their_own():
     assert running_backward() == NO_BACKWARD
     first, inside, after, second, *_ = seen
     assert first == after and len({first, inside, second, NO_BACKWARD}) == 4
+
+
+def test_a_backward_tells_which_gradients_it_adds_to():
+    x, w, other = (torch.ones(2, requires_grad=True) for _ in range(3))
+    said: list[tuple[bool, ...]] = []
+
+    def ask(_gradient: Tensor) -> None:
+        said.append((accumulates(w), accumulates(other), accumulates_below()))
+
+    y = x * w
+    y.register_hook(ask)
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    torch.autograd.grad(y.sum(), w, retain_graph=True)
+    y.sum().backward(inputs=[w], retain_graph=True)
+    y.sum().backward()
+    assert [each[:2] for each in said] == [(False, False), (False, False), (True, False), (True, False)]
+    assert [each[2] for each in said] == [False, False, False, True]  # x is the nearest leaf
 
 
 def test_nodes_are_numbered_in_the_order_in_which_they_are_made():

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kfdist.capture.requests import Request
 from kfdist.curvature.blocks import LayerBlock
-from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_of
+from tests.support.factors import Factors, armed_capture, assert_factors_equal, blocks_of, factors_of
+from tests.support.preconditioning import rows, two_layers
 from tests.support.small_models import images, small_cnn
 
 
@@ -141,6 +142,42 @@ def test_evaluation_with_a_backward_in_eval_mode_does_not_count():
     model.train()
     backward(model)
     assert_factors_equal(factors_of(capture.drain()), alone(), 0.0)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+@pytest.mark.parametrize("when", ["before", "between", "same graph"])
+def test_what_makes_no_gradients_is_no_backward(when: str, fisher: str):
+    """Adversarial examples and saliencies by `torch.autograd.grad`, in training mode."""
+
+    def losses(*, with_grad: bool) -> Factors:
+        model = two_layers()
+        capture = armed_capture(model, fisher=fisher)
+        for start in (0, 4):
+            x, y = (each[start : start + 4] for each in rows(8))
+            x = x.requires_grad_()
+            if with_grad and (when == "before" or (when == "between" and start)):
+                torch.autograd.grad(model(x).square().sum(), x)
+            z = model(x)
+            if with_grad and when == "same graph":
+                torch.autograd.grad(z.square().sum(), x, retain_graph=True)
+            capture.observe(z, "cross_entropy")
+            (nn.functional.cross_entropy(z, y) / 2).backward()
+        found = factors_of(capture.drain())
+        assert not capture.unmeasured
+        return found
+
+    assert_factors_equal(losses(with_grad=True), losses(with_grad=False), 0.0)
+
+
+def test_a_gradient_in_the_loss_is_said_not_to_be_measured():
+    model = two_layers()
+    capture = armed_capture(model)
+    x = rows(8)[0].requires_grad_()
+    z = model(x)
+    (gradient,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+    (z.square().sum() + gradient.square().sum()).backward()
+    assert capture.drain().keys() == capture.unmeasured.keys() == {"0", "2"}
+    assert all("also used by torch.autograd.grad with create_graph" in why for why in capture.unmeasured.values())
 
 
 def test_a_forward_without_backward_is_dropped_at_the_step():

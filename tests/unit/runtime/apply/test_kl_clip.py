@@ -179,7 +179,7 @@ def test_a_block_adds_no_more_to_the_divergence_than_at_the_first_step_of_its_in
         return squares
 
     first = added(1.0, 1.0)
-    assert first == pytest.approx([float(memory.first_use) for memory in memories]) and min(first) > 1
+    assert first == pytest.approx([float(torch.as_tensor(memory.first_use)) for memory in memories]) and min(first) > 1
     assert added(0.5, 3.0) == pytest.approx([first[0] / 4, first[1]])
     assert added(30.0, 1.0) == pytest.approx(first)
     for memory in memories:
