@@ -142,10 +142,10 @@ except EnvironmentFault as fault:
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("rs-kfac", ["layer '1' (513 inputs, 60000 outputs)", "RLIMIT_AS", "b-kfac needs", "skip"]),
-        ("auto", ["1.weight  b-kfac", "100.00%"]),
+        ("rs-kfac", [r"layer '1' \(513 inputs, 60000 outputs\)", "RLIMIT_AS", "b-kfac needs", "skip"]),
+        ("auto", [r"1\.weight +(b-kfac|eva) ", r"100\.00%"]),  # both fit; a busy machine may find Brand too slow
     ],
 )
 def test_a_head_of_60000_classes_under_a_limit_of_6_gb(method: str, words: list[str]):
     done = subprocess.run([sys.executable, "-c", HEAD, method], capture_output=True, text=True, check=True)
-    assert all(word in done.stdout for word in words), done.stdout
+    assert all(re.search(word, done.stdout) for word in words), done.stdout

@@ -1,5 +1,7 @@
 """Every combination of options is right or refused, and the committed table says which."""
 
+import pytest
+
 from benchmarks.combinations import PAGE, Case, outcome, table, walk, written
 
 MUST_WORK = [
@@ -13,6 +15,7 @@ MUST_WORK = [
 ]
 
 
+@pytest.mark.timeout(600)
 def test_any_combination_is_right_or_refused_and_the_table_says_which() -> None:
     """`outcome` raises where a direction is neither the truth's nor refused with a sentence."""
     outcomes = {case: outcome(case) for case in walk()}
