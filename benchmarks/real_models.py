@@ -10,14 +10,15 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import kfdist
-from benchmarks.architectures import ARCHITECTURES, Architecture
+from benchmarks.architectures import ARCHITECTURES, Architecture, Loss
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 BEGIN, END = "<!-- real models: written by python -m benchmarks.real_models -->", "<!-- end of real models -->"
@@ -53,43 +54,46 @@ class Training:
     seconds: float = 0.0
 
 
-def train_with_sgd(architecture: Architecture, seed: int) -> Training:
-    """Trains a few steps with SGD alone."""
+def _made(architecture: Architecture, seed: int) -> tuple[nn.Module, Loss, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model, loss_on = architecture.build().train(), architecture.batch()
-    optimizer = torch.optim.SGD(model.parameters(), lr=architecture.learning_rate, momentum=0.9)
-    losses = []
+    return model, loss_on, torch.optim.SGD(model.parameters(), lr=architecture.learning_rate, momentum=0.9)
+
+
+def _losses(model: nn.Module, loss_on: Loss, optimizer: torch.optim.Optimizer) -> Iterator[float]:
+    """Trains, and yields the loss of each step once the step is done."""
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss = loss_on(model)
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        yield loss.item()
+
+
+def _loss(model: nn.Module, loss_on: Loss) -> float:
     with torch.no_grad():
-        losses.append(loss_on(model).item())
-    return Training(tuple(losses))
+        return loss_on(model).item()
+
+
+def train_with_sgd(architecture: Architecture, seed: int) -> Training:
+    """Trains a few steps with SGD alone."""
+    model, loss_on, optimizer = _made(architecture, seed)
+    return Training((*_losses(model, loss_on, optimizer), _loss(model, loss_on)))
 
 
 def train_with_kfdist(architecture: Architecture, seed: int = 0) -> Training:
     """Trains the same steps with a Preconditioner that is told nothing but the model."""
-    torch.manual_seed(seed)
-    model, loss_on = architecture.build().train(), architecture.batch()
-    optimizer = torch.optim.SGD(model.parameters(), lr=architecture.learning_rate, momentum=0.9)
+    model, loss_on, optimizer = _made(architecture, seed)
     losses, unmeasured = [], {}
     begun = time.perf_counter()
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", kfdist.KfdistWarning)
         with kfdist.Preconditioner(model).attach(optimizer) as preconditioner:
-            for _ in range(STEPS):
-                optimizer.zero_grad()
-                loss = loss_on(model)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
+            for loss in _losses(model, loss_on, optimizer):
+                losses.append(loss)
                 unmeasured.update(preconditioner.pipeline.capture.unmeasured)
             coverage = preconditioner.coverage()
-        with torch.no_grad():
-            losses.append(loss_on(model).item())
+        losses.append(_loss(model, loss_on))
     return Training(
         losses=tuple(losses),
         share=coverage.share,

@@ -1,7 +1,7 @@
 """Recurrent layers, written out as the products that their kernels hide.
 
 On steps that measure, a kernel such as `nn.LSTM`'s is replaced by the same function made of `F.linear` and element-wise
-operations, one time step after the other: slower by a factor of 2 to 8, with the same outputs to rounding. Inside,
+operations, one time step after the other: slower, with the same outputs to rounding. Inside,
 examples come first whatever the layer's layout, so that dim 0 of every product is the batch. Dropout between layers
 draws what torch's CPU kernel draws; cuDNN's has a generator of its own, so there a measured step has other masks.
 """
