@@ -57,10 +57,10 @@ class _Pending:
         examples = {batch.whole: examples for batch, examples in self.counted.items()}
         if not self.reached:
             return sum(examples.values())
-        met = dict.fromkeys(examples, torch.zeros(1, dtype=torch.bool, device="cpu"))
+        met: dict[MicroBatch, Tensor] = {}
         for batch, experts in self.reached.items():
-            met[batch.whole] = met[batch.whole] | experts
-        return torch.stack([met[batch] * count for batch, count in examples.items()]).sum(0)
+            met[batch.whole] = met[batch.whole] | experts if batch.whole in met else experts
+        return torch.stack([experts * examples[batch] for batch, experts in met.items()]).sum(0)
 
     def add(self, part: str, total: Tensor) -> None:
         """Adds to a sum."""
@@ -212,13 +212,13 @@ class Collector:
         wanted = self._requests[visit.name].sums & (PLAIN_SUMS if first else frozenset({"G", "g"}))
         masked = visit.stated.mask is not None
         sums, rows = block.routed_sums(visit.activation, output_gradient, visit.reach, wanted, masked=masked)
-        examples = visit.examples(int(rows.sum()))
+        examples = visit.examples(visit.activation.numel() // block.shape.d_in)
         boost = pending.share(visit, examples)
         for part, total in sums.items():
             scale = {"G": scaling.of_products, "g": scaling.of_rows}.get(part)
             pending.add(part, total * boost if scale is None else total * (scale(examples, total) * boost))
         if first:
-            pending.positions = pending.positions + rows * boost
+            pending.positions = pending.positions + rows.to(pending.like.dtype) * boost
             met = rows > 0
             pending.reached[visit.counted] = pending.reached.get(visit.counted, met) | met
 
@@ -248,7 +248,12 @@ class Collector:
         Args:
             repeats: k, where the loss of every micro-batch was divided by k.
         """
-        found = {name: each for name, each in self._pending.items() if _some(each.positions)}
+        # Where a mask leaves rows out, or experts share them, the device knows how many: some are taken for granted.
+        found = {
+            name: each
+            for name, each in self._pending.items()
+            if isinstance(each.positions, Tensor) or each.positions > 0
+        }
         drained = {name: self._drained(name, each, repeats) for name, each in found.items()}
         self.forget()
         return drained
@@ -434,13 +439,6 @@ class _Seen:
     def _by_example(self, rows: Tensor) -> Tensor:
         """Puts positions of all entries of an example side by side: `[c, entries n, T, ...]` to `[c, n, T, ...]`."""
         return rows.reshape(len(rows), len(self.activation) // self.entries, -1, *rows.shape[3:])
-
-
-def _some(counted: float | Tensor) -> bool:
-    """Whether there were any rows; where a mask leaves some out (a scalar on the device) that is taken for granted."""
-    if isinstance(counted, Tensor):
-        return counted.dim() == 0 or bool(counted.any())
-    return bool(counted)
 
 
 def _add_rows(pending: _Pending, seen: _Seen) -> None:

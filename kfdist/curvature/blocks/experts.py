@@ -51,7 +51,7 @@ class ExpertsBlock(LinearBlock):
         *,
         masked: bool = False,
     ) -> tuple[dict[str, Tensor], Int64[Tensor, " E"]]:
-        """Sums a a^T, g g^T, a or g over the rows that met each expert; waits for the device where only it knows which.
+        """Sums a a^T, g g^T, a or g over the rows that met each expert, without a host sync.
 
         Args:
             activation: What the product was given.
@@ -62,7 +62,7 @@ class ExpertsBlock(LinearBlock):
                 any gradient are left out.
 
         Returns:
-            The sums by name, `[E, d, d]` and `[E, d]`, and how many rows met each expert, on the CPU.
+            The sums by name, `[E, d, d]` and `[E, d]`, and how many rows met each expert.
         """
         dtype, experts = accumulation_dtype(activation), self.shape.groups
         widths = {"A": self.shape.d_in, "a": self.shape.d_in, "G": self.shape.d_out, "g": self.shape.d_out}
@@ -70,41 +70,70 @@ class ExpertsBlock(LinearBlock):
             name: activation.new_zeros(experts, *(widths[name],) * (2 if name.isupper() else 1), dtype=dtype)
             for name in sorted(names)
         }
-        counts = [0] * experts
-        for expert, a, g in self._rows(activation.detach(), output_gradient.detach(), reach):
+        counts = activation.new_zeros(experts, dtype=torch.int64)
+        for expert, a, g, kept in self._pieces(activation.detach(), output_gradient.detach(), reach):
             if masked:
-                kept = (g != 0).any(-1)
-                a, g = a[kept], g[kept]
-            counts[expert] += len(a)
+                kept = kept & (g != 0).any(-1)
+            _add(counts, expert, kept.sum())
             for name, total in sums.items():
-                rows = (a if name in "Aa" else g).to(dtype)
+                rows = torch.where(kept.unsqueeze(-1), a if name in "Aa" else g, 0).to(dtype)
                 if name.isupper():
-                    total[expert].addmm_(rows.mT, rows)  # in place: autocast leaves such products alone
+                    # In place: autocast leaves such products alone.
+                    _add(total, expert, total.new_zeros(total.shape[1:]).addmm_(rows.mT, rows))
                 else:
-                    total[expert] += rows.sum(0)
-        return sums, torch.tensor(counts, dtype=torch.int64, device="cpu")
+                    _add(total, expert, rows.sum(0))
+        return sums, counts
 
-    def _rows(self, a: Tensor, g: Tensor, reach: Reach) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yields experts with the rows that met them."""
+    def _pieces(self, a: Tensor, g: Tensor, reach: Reach) -> Iterator[tuple[int | Tensor, Tensor, Tensor, Tensor]]:
+        """Yields experts (an index `[1]` where only the device knows it), rows a and g of theirs, and which count."""
         q, p = self.shape.d_in, self.shape.d_out
-        if reach.expert is not None:
-            yield reach.expert, a.reshape(-1, q), g.reshape(-1, p)
+        if reach.expert is not None or (reach.ends is None and reach.index is None):
+            apart = [each.reshape(1, -1, each.shape[-1]) for each in (a, g)]
+            if reach.expert is None:
+                apart = [each.movedim(-3, 0).flatten(1, -2) for each in (a, g)]
+            for expert, (of_a, of_g) in enumerate(zip(*apart, strict=True), start=reach.expert or 0):
+                yield expert, of_a, of_g, torch.ones(len(of_a), dtype=torch.bool, device=a.device)
             return
-        if reach.ends is None and reach.index is None:
-            stacked = (each.movedim(-3, 0).flatten(1, -2) for each in (a, g))
-            yield from zip(range(self.shape.groups), *stacked, strict=True)
-            return
-        if reach.index is not None:
-            order = reach.index.argsort(stable=True)
-            entries = reach.index.bincount(minlength=self.shape.groups).tolist()
-            a, g = a[order], g[order]
-        else:
-            assert reach.ends is not None
-            ends = reach.ends.tolist()
-            entries = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        start = 0
-        for expert, length in enumerate(entries):
-            if length:
-                piece = slice(start, start + length)
-                yield expert, a[piece].reshape(-1, q), g[piece].reshape(-1, p)
-            start += length
+        for expert, places, filled in _tiles(reach, len(a), self.shape.groups):
+            of_a, of_g = a.index_select(0, places).reshape(-1, q), g.index_select(0, places).reshape(-1, p)
+            yield expert, of_a, of_g, filled.repeat_interleave(len(of_a) // len(places), output_size=len(of_a))
+
+
+def _tiles(reach: Reach, entries: int, experts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Splits entries along dim 0 into tiles of one expert each, by index arithmetic on the device alone.
+
+    The host knows neither how many entries an expert met nor how many tiles those take, but a bound: with tiles of
+    ceil(entries / E) there are at most 2 E of them.
+
+    Yields:
+        The expert, an index `[1]`; the places of its entries, and which of them are filled.
+    """
+    if reach.index is not None:
+        order = reach.index.argsort(stable=True)
+        met = reach.index[order].long()
+        every = torch.arange(experts, device=met.device)
+        ends = torch.searchsorted(met, every, right=True)
+        starts = torch.searchsorted(met, every)
+    else:
+        assert reach.ends is not None
+        ends = reach.ends.long()
+        order = torch.arange(entries, device=ends.device)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    size = max(1, -(-entries // experts))
+    last = torch.div(ends - starts + size - 1, size, rounding_mode="floor").cumsum(0)
+    number = torch.arange(entries // size + experts, device=ends.device)
+    owner = torch.searchsorted(last, number, right=True)
+    expert = owner.clamp_max(experts - 1)
+    before = torch.where(expert > 0, last[expert - 1], 0)
+    first = starts[expert] + (number - before) * size
+    places = first.unsqueeze(1) + torch.arange(size, device=ends.device)
+    filled = (places < ends[expert].unsqueeze(1)) & (owner < experts).unsqueeze(1)
+    places = order[places.clamp(0, entries - 1)]
+    yield from zip(expert.split(1), places.unbind(), filled.unbind(), strict=True)
+
+
+def _add(total: Tensor, expert: int | Tensor, increment: Tensor) -> None:
+    if isinstance(expert, int):
+        total[expert] += increment
+    else:
+        total.index_add_(0, expert, increment.unsqueeze(0))

@@ -60,8 +60,9 @@ class Applying:
             for each in self._applications(step, damping, {})
         ]
         found: dict[nn.Parameter, Tensor] = {}
-        for block, _, U, _ in solve(applications, self.communicator):
-            for part, direction in zip(block.parts, block.from_matrix(U), strict=True):
+        for solved in solve(applications, self.communicator):
+            block = solved.block
+            for part, direction in zip(block.parts, block.from_matrix(solved.direction), strict=True):
                 gradient = part.parameter.grad
                 assert gradient is not None, "only blocks with gradients have directions"
                 # Rows of a parameter that no block has keep their gradients.

@@ -54,20 +54,31 @@ class Application:
             rows, examples = self.rows.rows, self.rows.examples
             assert not isinstance(examples, Tensor), "experts have no such method"
             return [members[0].apply_to_rows(rows["A"], rows["G"], examples, self.damping).to(gradients[0].dtype)]
-        found = type(members[0]).apply_group(members, gradients, self.damping, self.memories)
+        return type(members[0]).apply_group(members, gradients, self.damping, self.memories)
+
+    def measured(self) -> list[Tensor | None]:
+        """Returns, of each block, which of its c matrices were ever measured, `[c, 1, 1]` or a scalar; None for all.
+
+        Of those that weren't, as of an expert that no row has met yet, nothing is known, and they keep V.
+        """
         return [
-            U if memory.measured is None else torch.where(memory.measured, U, V)
-            for memory, U, V in zip(self.memories, found, gradients, strict=True)
+            (each.trace_A > 0).view(-1, 1, 1) if block.routed else memory.measured
+            for block, each, memory in zip(self.blocks, self.preconditioners, self.memories, strict=True)
         ]
 
 
 class Solved(NamedTuple):
-    """A block's direction U beside its gradient V, and the block's memory."""
+    """A block's direction U beside its gradient V, what of it was measured (None: all), and the block's memory."""
 
     block: Block
     gradient: Tensor
     direction: Tensor
+    measured: Tensor | None
     memory: BlockMemory
+
+    def known(self, found: Tensor, otherwise: Tensor | float) -> Tensor:
+        """Returns something else for what was never measured, without a host sync."""
+        return found if self.measured is None else torch.where(self.measured, found, otherwise)
 
 
 def solve(applications: Sequence[Application], communicator: Communicator) -> list[Solved]:
@@ -91,13 +102,13 @@ def solve(applications: Sequence[Application], communicator: Communicator) -> li
         if each.exchanged:
             travelling.setdefault(each.solver, []).extend(directions)
             received += zip(each.preconditioners, directions, each.memories, strict=True)
-        together = zip(each.blocks, gradients, directions, each.memories, strict=True)
+        together = zip(each.blocks, gradients, directions, each.measured(), each.memories, strict=True)
         found += [Solved(*solved) for solved in together if _takes_part(solved[0])]
     for solver, directions in sorted(travelling.items()):
         _broadcast(directions, solver, communicator)
     for preconditioner, direction, memory in received:
         preconditioner.receive(direction, memory)
-    return found
+    return [each._replace(direction=each.known(each.direction, each.gradient)) for each in found]
 
 
 def precondition_gradients(
@@ -117,7 +128,7 @@ def precondition_gradients(
     older inverse does: a gradient that has left the directions in which curvature was measured meets lambda alone, and
     the prediction no longer bounds anything (docs/decisions/0017).
 
-    Of what ranks invert for themselves, a block of which nothing was measured keeps V and isn't in the sum.
+    What was never measured (`Application.measured`) keeps V and isn't in the sum.
 
     Args:
         applications: The groups that have a gradient and a snapshot.
@@ -129,22 +140,18 @@ def precondition_gradients(
         return
     found = solve(applications, communicator)
     if kl_clip is None or not found:
-        for block, _, U, _ in found:
-            block.write_gradient(U)
+        for each in found:
+            each.block.write_gradient(each.direction)
         return
-    products = torch.stack([_masked(torch.sum(U * V), 0.0, memory) for _, V, U, memory in found])
-    shares = _shares(products, [memory for *_, memory in found])
-    rates = [learning_rate(block.parameters()[0]) for block, *_ in found]
+    products = torch.stack([torch.sum(each.known(each.direction * each.gradient, 0.0)) for each in found])
+    shares = _shares(products, [each.memory for each in found])
+    rates = [learning_rate(each.block.parameters()[0]) for each in found]
     terms = [lr**2 * each for lr, each in zip(rates, (shares.square() * products).unbind(), strict=True)]
     total = sum(terms[1:], start=terms[0])
     scales = shares * torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
-    for (block, V, U, memory), scale in zip(found, scales.unbind(), strict=True):
-        block.write_gradient(_masked(U * scale.to(U.dtype), V, memory))
-
-
-def _masked(found: Tensor, otherwise: Tensor | float, memory: BlockMemory) -> Tensor:
-    """Returns something else for a block of which nothing was measured, without a host sync."""
-    return found if memory.measured is None else torch.where(memory.measured, found, otherwise)
+    for each, scale in zip(found, scales.unbind(), strict=True):
+        U = each.direction
+        each.block.write_gradient(each.known(U * scale.to(U.dtype), each.gradient))
 
 
 def _shares(products: Tensor, memories: Sequence[BlockMemory]) -> Tensor:

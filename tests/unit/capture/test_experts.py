@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
+from kfdist.curvature.blocks.experts import ExpertsBlock, Reach
+from kfdist.curvature.references import dense_kronecker, solve_dense
+from kfdist.linalg.psd import unpack_triangle
 from tests.support.factors import assert_factors_equal, factors_of
 from tests.support.plans import planned
 from tests.support.preconditioning import preconditioner
@@ -176,6 +179,57 @@ def test_an_expert_that_nothing_reaches_keeps_its_average_and_the_others_are_sol
         torch.testing.assert_close(averages[1][[2, 4]], averages[0][[2, 4]])
         assert (averages[1][[0, 1, 3]] != averages[0][[0, 1, 3]]).any(-1).all()
         assert pre.coverage().share == 1.0
+
+
+def routed_by(routes: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    return lambda x, module: torch.bmm(module.experts[routes], x.flatten(0, 1).unsqueeze(-1)).squeeze(-1).tanh()
+
+
+@pytest.mark.parametrize("kl_clip", [None, 1e-3])
+@pytest.mark.parametrize("method", ["kfac-eigen", "kfac", "rs-kfac", "sre-kfac", "eva"])
+def test_an_expert_without_statistics_keeps_its_gradient(method: str, kl_clip: float | None):
+    """Nothing reaches 2 and 4 before the inverse in use was made; then rows do."""
+    torch.manual_seed(0)
+    model = Stacked(routed_by(ROUTES)).double()
+    with preconditioner(model, method, kl_clip=kl_clip, factor_period=2, inverse_period=2) as pre:
+        for routes in (ROUTES, torch.arange(N * T) % E):
+            model.use = routed_by(routes)
+            model.zero_grad()
+            model(torch.randn(N, T, Q, dtype=torch.float64)).square().sum().div(N).backward()
+            assert model.experts.grad is not None
+            plain = model.experts.grad.clone()
+            pre.step()
+        assert torch.equal(model.experts.grad[[2, 4]], plain[[2, 4]]) and plain[[2, 4]].abs().min() > 0
+        assert not torch.isclose(model.experts.grad[[0, 1, 3]], plain[[0, 1, 3]]).any()
+        if method == "kfac-eigen" and kl_clip is None:
+            sums = pre.state_dict()["sums"]["experts"]
+            A = unpack_triangle(sums["A"] / sums["n_examples"].unsqueeze(1))[[0, 1, 3]]
+            G = unpack_triangle(sums["G"] / sums["n_positions"].unsqueeze(1))[[0, 1, 3]]
+            truth = solve_dense(dense_kronecker(A, G), 0.1, plain[[0, 1, 3]])
+            torch.testing.assert_close(model.experts.grad[[0, 1, 3]], truth)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("routes", [[2] * 7, [0, 2, 2, 2, 1, 0, 2], [1]], ids=str)
+def test_rows_are_found_however_few_or_many_met_an_expert(routes: list[int], rows: int):
+    torch.manual_seed(0)
+    block = planned(Stacked(eager).double(), "kfac").blocks[0]
+    assert isinstance(block, ExpertsBlock)
+    index = torch.tensor(routes)
+    a, g = (torch.randn(len(routes), rows, d, dtype=torch.float64) for d in (Q, P))
+    order = index.argsort(stable=True)
+    ends = torch.searchsorted(index[order], torch.arange(E), right=True)
+    behind_a, behind_g = (
+        torch.cat([each[order].flatten(0, 1), torch.full((2, each.shape[-1]), torch.nan)]) for each in (a, g)
+    )
+    for seen_a, seen_g, reach in ((a, g, Reach(index=index)), (behind_a, behind_g, Reach(ends=ends * rows))):
+        sums, counts = block.routed_sums(seen_a, seen_g, reach, PLAIN_SUMS)
+        for expert in range(E):
+            mine = [each[index == expert].flatten(0, 1) for each in (a, g)]
+            assert counts[expert] == len(mine[0])
+            for name, each in zip("AG", mine, strict=True):
+                torch.testing.assert_close(sums[name][expert], each.mT @ each)
+                torch.testing.assert_close(sums[name.lower()][expert], each.sum(0))
 
 
 @pytest.mark.parametrize("method", ["seng", "b-kfac", "ekfac", "cg-fac", "two-level"])

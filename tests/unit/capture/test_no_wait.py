@@ -6,24 +6,48 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, Sampling
+from kfdist.capture.capture import Capture
+from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, Request, Sampling
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import WeightedSums, sum_shapes
+from kfdist.curvature.blocks.base import ParameterPart
+from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.inverse import BlockMemory, KroneckerInverse
 from kfdist.curvature.statistics import Needs
 from kfdist.runtime.apply.directions import Application, precondition_gradients
 from kfdist.runtime.apply.rates import finite_gradients
 from tests.support.factors import armed_capture, blocks_of
 
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2"}
-"""Operators whose result on the host, or whose shape, depends on values."""
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2", "bincount"}
+"""Operators whose result on the host, or whose shape, depends on values; `bincount` looks for the largest one."""
+
+
+class _NoCopies(TorchFunctionMode):
+    """Refuses what reads a whole tensor, and is no operator."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.cpu):
+            raise AssertionError(f"{func} reads values back to the host")
+        return func(*args, **(kwargs or {}))
 
 
 class NoReads(TorchDispatchMode):
-    """Refuses every operator that reads values, in forward and backward."""
+    """Refuses everything that reads values, in forward and backward."""
+
+    def __enter__(self) -> "NoReads":
+        self._copies = _NoCopies()
+        self._copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._copies.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -44,7 +68,18 @@ def model() -> nn.Module:
 
 @pytest.mark.parametrize(
     "read",
-    [float, bool, torch.Tensor.item, torch.nonzero, lambda t: t[t > 0], lambda t: torch.equal(t, t), torch.unique],
+    [
+        float,
+        bool,
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.cpu,
+        torch.nonzero,
+        lambda t: t[t > 0],
+        lambda t: torch.equal(t, t),
+        torch.unique,
+        lambda t: t.long().bincount(minlength=3),
+    ],
 )
 def test_reads_are_noticed(read: Callable[[torch.Tensor], Any]):
     with NoReads(), pytest.raises(AssertionError, match="reads values"):
@@ -115,6 +150,47 @@ def test_rows_samples_and_cross_sums(fisher: str):
             (output.sum() / 3).backward()
         drained = capture.drain()
     assert all(each.samples is not None and len(each.samples.weight) == 5 for each in drained.values())
+
+
+ROUTES, ENDS = torch.tensor([0, 3, 3, 0, 0, 3]), torch.tensor([3, 3, 3, 6], dtype=torch.int32)
+"""Which of four experts each row meets, and where their rows end once they are sorted; nothing reaches 1 and 2."""
+
+MIXTURES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "one by one": lambda x, w: torch.cat([nn.functional.linear(x[:4], w[0]), nn.functional.linear(x[4:], w[3])]),
+    "sorted": lambda x, w: nn.functional.grouped_mm(x, w.transpose(-2, -1), offs=ENDS),
+    "picked": lambda x, w: torch.bmm(w[ROUTES], x.unsqueeze(-1)).squeeze(-1),
+    "all": lambda x, w: torch.bmm(x.expand(4, -1, -1), w.mT).sum(0),
+}
+
+
+class Mixture(nn.Module):
+    def __init__(self, use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.experts, self.use = nn.Parameter(torch.randn(4, 8, 16)), use
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.use(x, self.experts).tanh()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("use", MIXTURES.values(), ids=MIXTURES.keys())
+def test_experts(use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], masked: bool):
+    net = Mixture(use)
+    block = ExpertsBlock("experts", net, ParameterPart("experts", net.experts), layer="")
+    capture = Capture(net, {"experts": block}, sampling=Sampling(), grad_scaler=None)
+    capture.arm({"experts": Request()})
+    with NoReads():
+        for _ in range(2):
+            if masked:
+                capture.state_mask(torch.ones(6, 1, dtype=torch.bool))
+            net(torch.randn(6, 16)).square().sum().backward()
+        drained = capture.drain()["experts"]
+        sums = WeightedSums(sum_shapes(block.shape, Needs()), dtype=torch.float32, device="cpu", routed=True)
+        sums.fold(drained, 0.5)
+    assert isinstance(drained.positions, torch.Tensor)
+    assert drained.positions.tolist() == {"one by one": [8, 0, 0, 4], "all": [12] * 4}.get(
+        next(name for name, each in MIXTURES.items() if each is use), [6, 0, 0, 6]
+    )
 
 
 @pytest.mark.parametrize("fallback", [False, True])
