@@ -1,7 +1,6 @@
 """`kfdist.Preconditioner`: the public face of the pipeline."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal, Self
 
 import torch
@@ -11,7 +10,6 @@ from kfdist.capture.requests import Sampling
 from kfdist.comm.communicator import Communicator, communicator
 from kfdist.comm.together import on_rank_zero
 from kfdist.curvature.auto import MeasuredCosts, measure_costs
-from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.errors import ConfigError, Interrupted, KfdistError
 from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.links.link import AbstractLink
@@ -19,20 +17,19 @@ from kfdist.policies.staleness import Adoption, Asap
 from kfdist.runtime.apply.attachment import ScalerNotice
 from kfdist.runtime.apply.rates import LearningRates, Scalar, finite_step
 from kfdist.runtime.assembly import assemble
+from kfdist.runtime.inspection import Inspection
 from kfdist.runtime.invert.service import Service
 from kfdist.runtime.ownership import Ownership
-from kfdist.runtime.pipeline import Pipeline
-from kfdist.runtime.plan.coverage import Coverage
-from kfdist.runtime.plan.groups import BlockGroup, refuse_applied_rows
+from kfdist.runtime.plan.groups import refuse_applied_rows
 from kfdist.runtime.plan.layers import check_block
 from kfdist.runtime.plan.planner import Method, Plan, make_plan, needs_costs
 from kfdist.runtime.settings import Settings, StepReport
 from kfdist.runtime.state import pipeline_state, restore_pipeline
-from kfdist.runtime.telemetry_samples import diagnostic_note, pipeline_samples, pipeline_totals
-from kfdist.types import BlockName, Fisher, MetricSample, WeightSharing
+from kfdist.runtime.stated_loss import StatedLoss
+from kfdist.types import Fisher, MetricSample, WeightSharing
 
 
-class Preconditioner:
+class Preconditioner(StatedLoss, Inspection):
     """Second-order preconditioning of a model's gradients, over all ranks of a process group.
 
     Between `loss.backward()` and `optimizer.step()`, `step` replaces the gradients in `.grad` by (F + lambda I)^-1
@@ -233,22 +230,6 @@ class Preconditioner:
         with plain_arithmetic(self._plan.device):
             return self.pipeline.directions(damping)
 
-    def observe(self, output: Tensor, loss: str = "cross_entropy", **details: Any) -> None:
-        """Says what the loss makes of a head's output, before its backward; for fisher="mc" and "exact".
-
-        Free on steps that measure nothing. With several heads, call it once for each.
-
-        Args:
-            output: The model's output that the loss takes: logits, or predictions for "mse".
-            loss: "cross_entropy", "mse" or "binary_cross_entropy" (with logits).
-            **details: What else the loss was given: `target` (where `ignore_index` leaves terms out), `reduction`,
-                `label_smoothing`, `ignore_index`, `pos_weight`; see `kfdist.capture.capture.Capture.observe`.
-
-        Raises:
-            ConfigError: An unknown loss or detail, or an output that doesn't belong to the last forward.
-        """
-        self.pipeline.capture.observe(output, loss, **details)
-
     def _step(self, rates: Callable[[int], Callable[[nn.Parameter], float]] | None) -> StepReport:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
@@ -279,135 +260,9 @@ class Preconditioner:
         self._rates.attach(optimizer, self._parameters, lambda: self._step(self._rates.at))
         return self
 
-    def batch(self, *, examples: int | None = None, mask: Tensor | None = None) -> None:
-        """States what the next backward's loss is a mean of, where it isn't dim 0 of the input.
-
-        It holds for one backward: call it for each micro-batch.
-
-        Args:
-            examples: N, how many terms the loss averages: the tokens of a loss per token, say. With k micro-batches
-                whose losses are sums over all M of their tokens, it is M / k. A device tensor would be read, which
-                waits for it.
-            mask: Which positions the loss counts, `[N, T]` like the first two dimensions of the layers' inputs, True or
-                1 for those that count. What it leaves out, and no gradient comes to, leaves A, G and their numbers.
-                Layers with other positions (behind pooling, convolutions) aren't masked. Not needed where `observe`
-                is given the loss's target.
-
-        Raises:
-            ConfigError: `examples` is not a positive whole number, the mask has other dimensions or values, or neither
-                is given.
-        """
-        if examples is None and mask is None:
-            raise ConfigError("batch() was told nothing; give examples, the terms that the loss averages, or mask")
-        if examples is not None:
-            self.pipeline.capture.state_examples(examples)
-        if mask is not None:
-            self.pipeline.capture.state_mask(mask)
-
-    def discard(self) -> None:
-        """Forgets what was measured since the last `step`, where its gradients were dropped and no step follows.
-
-        `zero_grad` is noticed by itself, at the next backward. Call this where gradients are dropped in part only,
-        moved out of `.grad` or zeroed through `.data`; and with "mc" or "exact" where `zero_grad` comes after the next
-        `observe`.
-        """
-        self.pipeline.capture.discard()
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Captures nothing of forwards made inside the `with` block."""
-        return self.pipeline.capture.paused()
-
     def request_stop(self) -> None:
         """Asks all ranks to stop at the same later step (`StepReport.stop`). Safe to call from a signal handler."""
         self.pipeline.agreement.request_stop()
-
-    # Questions ---------------------------------------------------------------------------------------------------
-
-    def coverage(self) -> Coverage:
-        """Returns every parameter with its block, its method and how the inversion in use went, or why it has none."""
-        notes = {
-            name: diagnostic_note(track.snapshot.version, outcome)
-            for track in self.pipeline.tracks
-            for name, outcome in track.snapshot.outcomes.items()
-        }
-        capture = self.pipeline.capture
-        notes |= {name: f"not measured as a whole: {reason}" for name, reason in capture.unmeasured.items()}
-        return self._plan.coverage.without_biases(self._plan.blocks, capture.left_out).with_inversions(
-            notes, capture.unseen
-        )
-
-    def staleness(self) -> dict[str, int]:
-        """Returns each block's staleness in steps: the last step done minus the version in use."""
-        by_group = self.pipeline.staleness()
-        return {block.name: by_group[group.name] for group in self._plan.groups for block in group.blocks}
-
-    def versions(self) -> dict[str, int]:
-        """Returns the version in use of each group; -1 where there is none."""
-        return {track.group.name: track.snapshot.version for track in self.pipeline.tracks}
-
-    def inverses(self) -> dict[BlockName, AbstractPreconditioner]:
-        """Returns the inverse in use of each block that has one."""
-        return {
-            name: inverse for track in self.pipeline.tracks for name, inverse in track.snapshot.preconditioners.items()
-        }
-
-    @property
-    def costs(self) -> MeasuredCosts | None:
-        """What inversions cost, if "auto" chose by it."""
-        return self._plan.costs
-
-    @property
-    def world(self) -> Communicator:
-        """The ranks that train together."""
-        return self._world
-
-    @property
-    def model(self) -> nn.Module:
-        """The bare model, without the wrappers of DDP and torch.compile."""
-        return self._plan.model
-
-    @property
-    def attached(self) -> bool:
-        """Whether an optimizer is attached."""
-        return self._rates.optimizer is not None
-
-    @property
-    def grad_scaler(self) -> torch.amp.GradScaler | None:
-        """The AMP scaler it was made with."""
-        return self._grad_scaler
-
-    @property
-    def settings(self) -> Settings:
-        """What it was told."""
-        return self._plan.settings
-
-    @property
-    def groups(self) -> tuple[BlockGroup, ...]:
-        """The groups of blocks with their methods."""
-        return self._plan.groups
-
-    @property
-    def pipeline(self) -> Pipeline:
-        """What does the steps, for those who look inside; it may change from release to release."""
-        return self._assembly.pipeline
-
-    @property
-    def next_step(self) -> int:
-        """The step that the next call of `step` does."""
-        return self.pipeline.next_step
-
-    @property
-    def epoch(self) -> int:
-        """The start of the run that all ranks agreed on."""
-        return self._assembly.terms.epoch
-
-    def samples(self) -> list[MetricSample]:
-        """Returns this rank's measurements for the controller; observations are returned once."""
-        return pipeline_samples(self.pipeline, self._assembly.link.counters())
-
-    def counters(self) -> dict[str, Any]:
-        """Returns totals for a summary: bytes by purpose, inversions, staleness quantiles, failures."""
-        return pipeline_totals(self.pipeline, self._assembly.link.counters())
 
     def beat(self, phase: str, samples: Sequence[MetricSample] = ()) -> None:
         """Tells the controller, if there is one, where this rank stands; never blocks."""
