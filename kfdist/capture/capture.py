@@ -417,7 +417,7 @@ class Capture:
             self._begin_backward(forward.outer_backward if whole_rerun else running_backward(), forward)
 
     def _on_output_gradient(self, use: Use, output_number: int, gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[output_number]
+        gradient = None if use.part.elsewhere else gradients[output_number]
         if gradient is None or use.generation != self._generation or use.name not in self._requests:
             return
         if not self._accumulates(use.name):

@@ -14,12 +14,12 @@ from torch import Tensor
 from kfdist.capture.cross_sums import COUNT, ChainSums, CoarseSums
 from kfdist.capture.masks import ZeroRows, aligned
 from kfdist.capture.micro_batches import MicroBatch
-from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
+from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, DIAGONAL_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
 from kfdist.capture.reservoir import Reservoir
 from kfdist.capture.row_store import RowStore
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
 from kfdist.curvature.averages import BatchStatistics
-from kfdist.curvature.blocks import Block, LayerBlock, UnitBlock
+from kfdist.curvature.blocks import Block, EmbeddingBlock, LayerBlock, UnitBlock
 from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
 
@@ -144,11 +144,14 @@ class Collector:
             self._add_routed(block, visit, output_gradient, scaling)
             return
         assert isinstance(block, LayerBlock), "there are no other blocks"
+        if isinstance(block, EmbeddingBlock) and not _has_examples(visit):
+            self.indivisible.add(block.name)
+            return
         activation, output_gradient = self._by_example(visit, block, output_gradient)
         if not len(activation):
             return
         pending, first = self._begin(visit, output_gradient)
-        fresh = None if tells is None else self._fresh(visit, block, self._by_example(visit, block, tells)[1])
+        fresh = None if tells is None else self._fresh(visit, block, *self._by_example(visit, block, tells))
         if request.samples is not None:
             if pending.reservoir is None:
                 pending.reservoir = Reservoir(
@@ -284,17 +287,21 @@ class Collector:
         activation, gradient = (each if n == len(each) else each.reshape(n, -1, each.shape[-1]) for each in found)
         return activation, gradient
 
-    def _fresh(self, visit: Visit, block: LayerBlock, output_gradient: Tensor) -> Tensor | None:
+    def _fresh(self, visit: Visit, block: LayerBlock, activation: Tensor, output_gradient: Tensor) -> Tensor | None:
         """Returns the rows `[N, T]` that count and are not measured yet; None where no mask is of them."""
         mask, shape = visit.stated.mask, output_gradient.shape[:2]
         if not block.maskable or len(shape) != 2:
             return None
         mask = None if mask is None else aligned(mask, (shape[0], shape[1]))
-        if mask is None:
-            if shape[1] > 1:
-                self.zero_rows.add(block.name, output_gradient)
+        met = block.met(activation)
+        if mask is None and shape[1] > 1:
+            self.zero_rows.add(block.name, output_gradient)
+        if mask is None and met is None:
             return None
-        kept = mask.to(output_gradient.device, non_blocking=True) | (output_gradient != 0).any(-1)
+        kept = torch.ones(shape, dtype=torch.bool, device=output_gradient.device)
+        if mask is not None:
+            kept = mask.to(output_gradient.device, non_blocking=True) | (output_gradient != 0).any(-1)
+        kept = kept if met is None else kept & met
         fresh = kept if visit.kept is None else kept & ~visit.kept
         visit.kept = kept if visit.kept is None else kept | visit.kept
         return fresh
@@ -334,7 +341,7 @@ class Collector:
 
     def _add_sums(self, pending: _Pending, seen: "_Seen") -> int | Tensor:
         """Adds the plain sums that are asked for; returns the number of rows."""
-        wanted = seen.request.sums & (PLAIN_SUMS if seen.first else frozenset({"G", "g"}))
+        wanted = seen.request.sums & (PLAIN_SUMS | DIAGONAL_SUMS if seen.first else frozenset({"G", "g"}))
         found = seen.block.factor_sums(
             seen.activation,
             seen.output_gradient,
@@ -439,6 +446,12 @@ class _Seen:
     def _by_example(self, rows: Tensor) -> Tensor:
         """Puts positions of all entries of an example side by side: `[c, entries n, T, ...]` to `[c, n, T, ...]`."""
         return rows.reshape(len(rows), len(self.activation) // self.entries, -1, *rows.shape[3:])
+
+
+def _has_examples(visit: Visit) -> bool:
+    """Whether what was looked up has the examples along dim 0, as far as their number is known."""
+    known, length = visit.unit.forward.examples, len(visit.activation)
+    return not known or length == known
 
 
 def _add_rows(pending: _Pending, seen: _Seen) -> None:

@@ -113,7 +113,7 @@ class Observer:
         Raises:
             KfdistError: Backward came first, a layer's input was changed in place, or the graph can't be used twice.
         """
-        calls = list(self._open.values())
+        calls = [call for call in self._open.values() if not call.use.part.elsewhere]
         if not calls:
             if self._missed:
                 raise KfdistError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfdist.curvature.blocks import Operation
+from kfdist.curvature.blocks.embedding import BAGS, LOOKUP, NOWHERE
 from kfdist.torch_internals import grouped_mm
 
 
@@ -65,6 +66,42 @@ def product_of(
     if not isinstance(given.get(form.names[0]), Tensor) or not isinstance(given.get(form.names[1]), Tensor):
         return None
     return form.read(given, is_weight)
+
+
+def _lookup(given: Arguments, _is_weight: Callable[[Tensor], bool]) -> Product | None:
+    if given.get("scale_grad_by_freq"):
+        return None
+    return looked_up(given["weight"], _without(given["indices"], given.get("padding_idx")))
+
+
+def looked_up(table: Tensor, numbers: Tensor) -> Product:
+    """Returns the product that rows of a table, picked by their numbers, are: of one-hot inputs and its transpose."""
+    return Product(LOOKUP, numbers, table, None, transposed=True)
+
+
+def _bag(given: Arguments, _is_weight: Callable[[Tensor], bool]) -> Product | None:
+    mode = {0: "sum", 1: "mean"}.get(given.get("mode", 0))
+    if given.get("scale_grad_by_freq") or given.get("per_sample_weights") is not None or mode is None:
+        return None
+    numbers, offsets = _without(given["indices"], given.get("padding_idx")), given["offsets"]
+    starts = offsets[:-1] if given.get("include_last_offset") else offsets
+    ends = torch.cat([starts[1:], starts.new_full((1,), len(numbers))])
+    if given.get("include_last_offset"):
+        ends = offsets[1:]
+    sizes = ends - starts
+    longest = int(sizes.max()) if len(sizes) else 0  # waits for the device; only where a block is due
+    place = torch.arange(longest, device=numbers.device)
+    there = place < sizes.unsqueeze(1)
+    padded = torch.cat([numbers, numbers.new_full((1,), NOWHERE)])
+    index = torch.where(there, starts.unsqueeze(1) + place, len(numbers))
+    return Product(BAGS[mode], padded[index], given["weight"], None, transposed=True)
+
+
+def _without(numbers: Tensor, padding: int | None) -> Tensor:
+    """Returns numbers with `NOWHERE` for those of padding, which has no gradient."""
+    if padding is None or padding < 0:
+        return numbers
+    return numbers.masked_fill(numbers == padding, NOWHERE)
 
 
 def _linear(given: Arguments, _is_weight: Callable[[Tensor], bool]) -> Product:
@@ -167,6 +204,8 @@ def _convolution(kind: str, names: Sequence[str], dimensions: int) -> _Form:
 
 
 _MATMUL = _Form(("input", "other"), _matmul)
+_BAG = ("weight", "indices", "offsets", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights",
+        "include_last_offset", "padding_idx")  # fmt: skip
 _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
@@ -181,6 +220,8 @@ PRODUCTS: dict[Callable[..., Any], _Form] = {
     Tensor.mm: _Form(("input", "mat2"), _matmul),
     torch.bmm: _Form(("input", "mat2"), _matmul),
     Tensor.bmm: _Form(("input", "mat2"), _matmul),
+    torch.embedding: _Form(("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse"), _lookup),
+    torch.embedding_bag: _Form(_BAG, _bag),
     grouped_mm: _Form(("mat_a", "mat_b"), _grouped),
     F.conv1d: _convolution("convolution", _PLAIN, 1),
     F.conv2d: _convolution("convolution", _PLAIN, 2),
@@ -221,8 +262,18 @@ def picked_entries(function: Callable[..., Any], args: Sequence[Any], kwargs: Ar
     return index if known else None
 
 
+def picked_rows(function: Callable[..., Any], args: Sequence[Any], kwargs: Arguments) -> Tensor | None:
+    """Returns the numbers, of any shape, of the rows that a call looks up in its first argument by indexing it."""
+    if function is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
+        return args[1]
+    return picked_entries(function, args, kwargs)
+
+
+LOOKUPS = frozenset({torch.embedding, torch.embedding_bag})
+"""What picks rows of a weight."""
+
 SUMS = frozenset({torch.add, Tensor.add, Tensor.add_})
-"""What adds a bias apart from the product."""
+"""What adds a bias apart from the product, or positions to what they are positions of."""
 
 
 def addends(args: Sequence[Any], kwargs: Arguments) -> tuple[Tensor, Tensor] | None:

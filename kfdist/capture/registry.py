@@ -5,11 +5,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kfdist.capture.affine import Affine, Columns, Layout, lay_out
 from kfdist.capture.operations import Product
-from kfdist.curvature.blocks import Block, UnitBlock
+from kfdist.curvature.blocks import Block, EmbeddingBlock, UnitBlock
 from kfdist.curvature.blocks.experts import Reach
 from kfdist.torch_internals import base_of, changes_in_place
 
@@ -111,12 +112,14 @@ class Part:
         rows: Of the output, which its weight makes.
         biased: Whether the block's bias was added, by the product itself or afterwards.
         reach: Which row met which expert; None for a block that isn't one of experts.
+        elsewhere: Whether its output is measured where it is added to the examples, and not where it was looked up.
     """
 
     block: str
     rows: slice
     biased: bool
     reach: Reach | None = None
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,28 @@ class Registry:
                 biased = product.bias is not None and self.is_bias(product.bias, block.name, row)
                 found.append(Part(block.name, rows, biased))
         return found
+
+    def rows_of_table(self, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns the table and the numbers `[T]` of rows `[..., T, p]` of it, one after another, that a tensor shows.
+
+        None where it shows something else, or its dimensions before the rows have more than one entry.
+        """
+        used = self.geometry(tensor)
+        if used is None or len(used.squeezed.shape) != 2 or self.changed(tensor):
+            return None
+        used, whole = used.squeezed, self._parameters[used.parameter]
+        row = used.first_row_in(Geometry.of(whole, whole))
+        if row is None or not any(isinstance(each, EmbeddingBlock) for each in self._users[used.parameter]):
+            return None
+        return whole, torch.arange(row, row + used.shape[0], device=whole.device)
+
+    def is_looked_up(self, block: str) -> bool:
+        """Whether an embedding has the block's weight too, which is known not to be in it."""
+        return self._blocks[block].looked_up
+
+    def is_table(self, block: str) -> bool:
+        """Whether a block is that of an embedding."""
+        return isinstance(self._blocks[block], EmbeddingBlock)
 
     def is_bias(self, tensor: Tensor, block: str, row: int) -> bool:
         """Whether a tensor is a block's bias, or one of which the block's is a part that begins at `row`."""

@@ -9,6 +9,7 @@ from kfdist.errors import ConfigError
 from kfdist.types import Fisher
 
 PLAIN_SUMS = frozenset({"A", "G", "a", "g"})
+DIAGONAL_SUMS = frozenset({"A_diagonal"})
 UNIT_SUMS = frozenset({"F"})
 CHAIN_SUMS = frozenset({"A_next", "G_next"})
 COARSE_SUMS = frozenset({"a_cross", "g_cross"})
@@ -47,9 +48,9 @@ class Request:
     """What is to be measured of one block in one step; the scales are those of `kfdist.curvature.averages`.
 
     Attributes:
-        sums: Of "A", "G" (sums of Omega's and Gamma's terms), "a", "g" (mean vectors), "F" (of units), "A_next",
-            "G_next" (cross factors with the next block of its chain), "a_cross", "g_cross" (sums with all blocks of its
-            coarse group).
+        sums: Of "A", "G" (sums of Omega's and Gamma's terms), "A_diagonal" (of tables), "a", "g" (mean vectors), "F"
+            (of units), "A_next", "G_next" (cross factors with the next block of its chain), "a_cross", "g_cross" (sums
+            with all blocks of its coarse group).
         rows: Of "A", "G": all rows of the batch, with rows^T rows the factor's sum.
         most_rows: Rows of a factor beyond which a sketch takes their place; None keeps all.
         sketch_size: Rows of that sketch.
@@ -74,7 +75,10 @@ class Request:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field, allowed in (("sums", PLAIN_SUMS | UNIT_SUMS | CHAIN_SUMS | COARSE_SUMS), ("rows", ROWS)):
+        for field, allowed in (
+            ("sums", PLAIN_SUMS | DIAGONAL_SUMS | UNIT_SUMS | CHAIN_SUMS | COARSE_SUMS),
+            ("rows", ROWS),
+        ):
             unknown = getattr(self, field) - allowed
             if unknown:
                 raise ConfigError(f"{field} has {sorted(unknown)}; allowed are {sorted(allowed)}")

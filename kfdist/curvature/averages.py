@@ -34,6 +34,7 @@ positions that meet."""
 
 COUNTED_BY: Mapping[str, tuple[str, ...]] = {
     "A": (EXAMPLES,),
+    "A_diagonal": (EXAMPLES,),
     "G": (POSITIONS,),
     "a": (EXAMPLES, POSITIONS),
     "g": (POSITIONS,),
@@ -116,6 +117,7 @@ def sum_shapes(
     p_next, q_next = (0, 0) if following is None else (following.d_out, following.d_in)
     known: dict[str, tuple[int, ...]] = {
         "A": (c, q, q),
+        "A_diagonal": (c, q),
         "G": (c, p, p),
         "a": (c, q),
         "g": (c, p),

@@ -15,7 +15,7 @@ from kfdist import checks
 from kfdist.curvature import payloads
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion, Outcome
-from kfdist.curvature.inverters import PRECONDITIONERS, make_inverter
+from kfdist.curvature.inverters import FIXED, PRECONDITIONERS, make_inverter
 from kfdist.curvature.ladder import invert_group_with_ladder
 from kfdist.curvature.payloads import Tree
 from kfdist.curvature.statistics import STATISTICS, Needs
@@ -193,6 +193,7 @@ def job_bytes(needs: Iterable[tuple[BlockShape, Needs]], *, bytes_per_number: in
     total = 0
     for shape, wanted in needs:
         sizes = {"A": triangle_size(shape.d_in), "G": triangle_size(shape.d_out), "a": shape.d_in, "g": shape.d_out}
+        sizes["A_diagonal"] = shape.d_in
         numbers = sum(size for name, size in sizes.items() if name in wanted.sums)
         numbers += wanted.increment_rows * sum(sizes[name.lower()] for name in wanted.increments)
         if wanted.samples is not None:
@@ -283,6 +284,9 @@ def _inverter_of(job: Tree) -> AbstractInverter:
     described = job.get("inverter")
     if not isinstance(described, dict) or not isinstance(described.get("settings"), dict):
         raise ValueError(f"the job's inverter is {payloads.shortened(described)}, must have a name and settings")
+    fixed = FIXED.get(str(described.get("name")))
+    if fixed is not None and not described["settings"]:
+        return fixed()
     try:
         return make_inverter(str(described.get("name")), **described["settings"])
     except ConfigError as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 from kfdist.wire.records import symmetric_field
 
 
-@dataclass(frozen=True)
+@dataclass
 class FactorSums:
     """Plain sums over the rows of one call of a layer, in float32 at least; those not asked for have no elements.
 
@@ -33,6 +33,7 @@ class FactorSums:
         a: Sum of the rows a, homogeneous coordinate last, `[c, q]`; `[c, 0]` if not asked for.
         g: Sum of the rows g, `[c, p]`; `[c, 0]` if not asked for.
         rows: Examples times positions; of those that count, an estimate where positions were sub-sampled.
+        A_diagonal: The diagonal of A, `[c, q]`, of tables alone.
     """
 
     A: Tensor
@@ -40,6 +41,7 @@ class FactorSums:
     a: Tensor
     g: Tensor
     rows: int | Tensor
+    A_diagonal: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,19 @@ class KroneckerFactors:
     """
 
     A: Tensor = symmetric_field()
+    G: Tensor = symmetric_field()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalFactors:
+    """The two factors of a table, scaled alike.
+
+    Attributes:
+        A_diagonal: The diagonal of Omega, how often an example uses each row of the table, `[c, q]`.
+        G: Gamma, `[c, p, p]`.
+    """
+
+    A_diagonal: Tensor
     G: Tensor = symmetric_field()
 
 
@@ -204,6 +219,7 @@ class Needs:
 
 STATISTICS: dict[str, type] = {
     "kronecker-factors": KroneckerFactors,
+    "diagonal-factors": DiagonalFactors,
     "chain-factors": ChainFactors,
     "coarse-factors": CoarseFactors,
     "mean-vectors": MeanVectors,

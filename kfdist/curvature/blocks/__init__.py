@@ -12,6 +12,8 @@ from kfdist.curvature.blocks.base import LayerBlock as LayerBlock
 from kfdist.curvature.blocks.base import Operation as Operation
 from kfdist.curvature.blocks.base import ParameterPart as ParameterPart
 from kfdist.curvature.blocks.conv import ConvBlock, ConvTransposeBlock
+from kfdist.curvature.blocks.embedding import BAGS
+from kfdist.curvature.blocks.embedding import EmbeddingBlock as EmbeddingBlock
 from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.curvature.blocks.units import Role
@@ -94,6 +96,14 @@ def _units(name: BlockName, module: Any, _sharing: WeightSharing, biased: bool) 
     return [UnitBlock(name, module, parts, [roles[part.attribute] for part in parts])] if parts else []
 
 
+def _table(name: BlockName, module: Any, _sharing: WeightSharing, _biased: bool) -> Sequence[Block]:
+    return [EmbeddingBlock(name, module)]
+
+
+def _bags(name: BlockName, module: Any, _sharing: WeightSharing, _biased: bool) -> Sequence[Block]:
+    return [EmbeddingBlock(name, module, module.mode)]
+
+
 KINDS: dict[type[nn.Module] | str, _Maker] = {
     nn.Linear: _linear,
     nn.Conv1d: _conv,
@@ -116,13 +126,18 @@ KINDS: dict[type[nn.Module] | str, _Maker] = {
     nn.LayerNorm: _units,
     nn.GroupNorm: _units,
     nn.RMSNorm: _units,
+    nn.Embedding: _table,
+    nn.EmbeddingBag: _bags,
 }
 """By class, or by its full name where it is another library's."""
 
-OPAQUE = (nn.Embedding, nn.EmbeddingBag, nn.utils.parametrize.ParametrizationList)
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+"""Modules that look rows of their weight up by number."""
+
+OPAQUE = (nn.utils.parametrize.ParametrizationList,)
 """Modules that have no block."""
 
-WITHOUT_UNITS = (*OPAQUE, nn.RNNBase, nn.RNNCellBase)
+WITHOUT_UNITS = (*OPAQUE, *TABLES, nn.RNNBase, nn.RNNCellBase)
 """Modules whose parameters neither scale nor shift."""
 
 SUPPORTED = ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind in KINDS)
@@ -191,6 +206,13 @@ def _bias(module: nn.Module, biased: bool) -> ParameterPart | None:
 
 def _reason_against(module: nn.Module) -> str:
     """Returns why a module of a supported kind can't have blocks, or nothing."""
+    if isinstance(module, TABLES):
+        for setting in ("max_norm", "scale_grad_by_freq"):
+            if getattr(module, setting):
+                value = getattr(module, setting)
+                return f"with {setting} = {value} a row's gradient isn't that of its loss at its values"
+        if isinstance(module, nn.EmbeddingBag) and module.mode not in BAGS:
+            return f"mode = {module.mode!r} has no input whose product with the weight it is; sum and mean have"
     for label in ("weight", "bias"):
         parameter = getattr(module, label, None)
         if isinstance(parameter, Tensor) and not isinstance(parameter, nn.Parameter):

@@ -59,7 +59,7 @@ class Operation:
     """A kind of product y = W x, with all that it is told besides tensors; equal for the same function of x and W.
 
     Attributes:
-        kind: "linear", "convolution" or "transposed convolution".
+        kind: "linear", "convolution", "transposed convolution", or of tables "lookup", "bag, sum" or "bag, mean".
         stride: Of a convolution, one number per spatial dimension, like all of these.
         padding: Numbers, or "same" or "valid".
         dilation: Its gaps.
@@ -87,6 +87,7 @@ class Block:
         operation: In which the weight is used.
         routed: Whether each row meets one of the c matrices (`ExpertsBlock`).
         maskable: Whether its batched activations are `[N, T, q]`, of which a mask can leave out rows.
+        looked_up: Whether an embedding has the same weight: what is looked up enters the gradient, and not the block.
 
     Args:
         name: As above.
@@ -115,6 +116,7 @@ class Block:
         self.module = module
         self.parts: tuple[ParameterPart, ...] = (weight,) if bias is None else (weight, bias)
         self.homogeneous = bias is not None
+        self.looked_up = False
         self.planned_parts: tuple[ParameterPart, ...] = self.parts
         self._made_with = [part.parameter.shape for part in self.planned_parts]
 
@@ -231,6 +233,10 @@ class LayerBlock(Block, ABC):
         Raises:
             ValueError: Shapes that don't belong to this layer or to each other.
         """
+
+    def met(self, activation: Float[Tensor, "N ..."]) -> Bool[Tensor, "N T"] | None:
+        """Returns which rows of a batched activation the weight meets at all; None for all."""
+        del activation
 
     @abstractmethod
     def positions(

@@ -16,6 +16,7 @@ from kfdist.curvature.inverters.cg_fac import CgFac, ConjugateGradient
 from kfdist.curvature.inverters.ekfac import Ekfac, EkfacBasis
 from kfdist.curvature.inverters.eva import Eva, EvaPreconditioner
 from kfdist.curvature.inverters.kfac import Kfac, KfacEigen
+from kfdist.curvature.inverters.kfac_diagonal import DiagonalInverse, KfacDiagonal
 from kfdist.curvature.inverters.kfac_tridiagonal import ChainLink, KfacTridiagonal
 from kfdist.curvature.inverters.rs_kfac import RsKfac, SreKfac
 from kfdist.curvature.inverters.seng import Seng
@@ -41,7 +42,7 @@ INVERTERS: Mapping[str, type[AbstractInverter]] = {
 }
 """Every method that can be chosen, by its name in configurations and jobs."""
 
-FIXED: Mapping[str, type[AbstractInverter]] = {"unit-wise": UnitWise}
+FIXED: Mapping[str, type[AbstractInverter]] = {"unit-wise": UnitWise, "kfac-diagonal": KfacDiagonal}
 """The methods of blocks that leave no choice, by name; nobody else can have them."""
 
 PRECONDITIONERS: Mapping[str, type[AbstractPreconditioner]] = {
@@ -50,6 +51,7 @@ PRECONDITIONERS: Mapping[str, type[AbstractPreconditioner]] = {
     "chain-link": ChainLink,
     "two-level-block": TwoLevelBlock,
     "unit-wise-inverse": UnitWiseInverse,
+    "diagonal-inverse": DiagonalInverse,
     "conjugate-gradient": ConjugateGradient,
     "ekfac-basis": EkfacBasis,
     "eva": EvaPreconditioner,

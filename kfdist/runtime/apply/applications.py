@@ -66,7 +66,7 @@ class Applying:
                 gradient = part.parameter.grad
                 assert gradient is not None, "only blocks with gradients have directions"
                 # Rows of a parameter that no block has keep their gradients.
-                whole = found.setdefault(part.parameter, gradient.to(direction.dtype, copy=True))
+                whole = found.setdefault(part.parameter, gradient.to_dense().to(direction.dtype, copy=True))
                 part.of(whole).copy_(direction)
         return found
 

@@ -8,9 +8,19 @@ import torch
 from torch import nn
 
 from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice
-from kfdist.curvature.blocks import SUPPORTED, WITHOUT_UNITS, Block, UnitBlock, make_bare_block, make_blocks
+from kfdist.curvature.blocks import (
+    SUPPORTED,
+    TABLES,
+    WITHOUT_UNITS,
+    Block,
+    EmbeddingBlock,
+    UnitBlock,
+    make_bare_block,
+    make_blocks,
+)
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
+from kfdist.curvature.inverters.kfac_diagonal import KfacDiagonal
 from kfdist.curvature.inverters.unit_wise import UnitWise
 from kfdist.curvature.jobs import job_bytes
 from kfdist.errors import ConfigError
@@ -31,6 +41,12 @@ NONE = "none"
 Method = Choice | Mapping[str, Choice]
 """A choice, or choices by glob on dotted module names (the first match wins), or "none". A glob that matches a module
 stands for everything inside it too; "*" also matches dots."""
+
+LOOKED_UP = (
+    "an embedding has the same weight: what it looks up enters the gradient and not the curvature, which is that of "
+    "the product alone (docs/decisions/0018)"
+)
+"""What there is to say of a block whose weight is a table too."""
 
 _MOST_NAMES_SHOWN = 10
 _LEAST_BYTES_PER_BLOCK = 2**20
@@ -105,20 +121,24 @@ def make_plan(
     patterns = _patterns(method)
     layers = [pair for pair in named_layers(model) if any(True for _ in pair[1].parameters(recurse=False))]
     unlike = _weights_with_several_biases(layers)
+    tied = _tables_of_others(layers)
     reasons: dict[str, str] = {}
     chosen: list[_Chosen] = []
     owners: dict[Hashable, Block] = {}
     taken: set[int] = set()
     for name, module in layers:
         biased = id(getattr(module, "weight", None)) not in unlike
-        blocks = _barred(name, module, patterns, settings) or make_blocks(
-            name, module, settings.weight_sharing, biased=biased
+        blocks = (
+            _barred(name, module, patterns, settings)
+            or _tied_table(module, tied)
+            or make_blocks(name, module, settings.weight_sharing, biased=biased)
         )
         if isinstance(blocks, str):
             reasons[name] = blocks
             continue
         for block in blocks:
             taken.update(id(parameter) for parameter in block.parameters())
+            block.looked_up = id(block.parts[0].parameter) in tied
             first = owners.setdefault(_weight_key(block), block)
             found = _choose(block, patterns, settings, costs) if first is block else _tied(block, first)
             if isinstance(found, str):
@@ -146,7 +166,13 @@ def make_plan(
         )
     groups = _make_groups(model, chosen, world_size)
     notes = {
-        each.block.name: "; ".join(filter(None, (each.inverter.note(each.block.shape), each.reason))) for each in chosen
+        each.block.name: "; ".join(
+            filter(
+                None,
+                (each.inverter.note(each.block.shape), each.reason, LOOKED_UP if each.block.looked_up else ""),
+            )
+        )
+        for each in chosen
     }
     _check_rows(groups, settings, world_size)
     smaller = _smaller_budgets(patterns)
@@ -302,6 +328,8 @@ def _choose(
         return "no pattern of the method table matches"
     if isinstance(block, UnitBlock):
         return _Chosen(block, UnitWise(), pattern, "")
+    if isinstance(block, EmbeddingBlock):
+        return _Chosen(block, KfacDiagonal(), pattern, "")
     inverter = patterns[pattern]
     reason = ""
     if isinstance(inverter, Auto):
@@ -342,6 +370,23 @@ def _weights_with_several_biases(layers: Sequence[tuple[str, nn.Module]]) -> set
         if isinstance(getattr(module, "weight", None), nn.Parameter) and hasattr(module, "bias"):
             biases.setdefault(id(module.weight), set()).add(id(module.bias))
     return {weight for weight, found in biases.items() if len(found) > 1}
+
+
+def _tables_of_others(layers: Sequence[tuple[str, nn.Module]]) -> dict[int, str]:
+    """Returns the weights, by id, that embeddings share with other layers, and the name of the first of those."""
+    tables = {id(module.weight) for _, module in layers if isinstance(module, TABLES)}
+    found: dict[int, str] = {}
+    for name, module in layers:
+        for parameter in () if isinstance(module, TABLES) else module.parameters(recurse=False):
+            if id(parameter) in tables:
+                found.setdefault(id(parameter), name)
+    return found
+
+
+def _tied_table(module: nn.Module, tied: Mapping[int, str]) -> str:
+    """Says why an embedding has no block of its own; empty if it may have one."""
+    owner = tied.get(id(module.weight)) if isinstance(module, TABLES) else None
+    return "" if owner is None else f"its weight is tied to {owner or 'the model'}, whose block is that of both"
 
 
 def _spec(position: int, members: Sequence[_Chosen]) -> GroupSpec:

@@ -25,7 +25,7 @@ def frozen(layer: nn.Module, *names: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (nn.Embedding(3, 4), "Embedding has no block; supported are Linear, Conv1d, Conv2d, Conv3d"),
+        (nn.Embedding(3, 4, max_norm=1.0), "with max_norm = 1.0 a row's gradient"),
         (frozen(nn.LayerNorm(3), "weight", "bias"), "its weight is frozen"),
         (nn.LazyLinear(4), "run one forward pass first"),
         (nn.LazyConv2d(4, 3), "run one forward pass first"),

@@ -28,8 +28,8 @@ class Attention(nn.Module):
 def methods(model: nn.Module, method: Any, **kwargs: Any) -> dict[str, str]:
     """The methods of the blocks that have a choice, by group."""
     found = {group.name: group.inverter.name for group in planned(model, method, **kwargs).groups}
-    assert all(found[name] == "unit-wise" for name in UNITS if name in found)
-    return {name: method for name, method in found.items() if name not in UNITS}
+    assert all(found[name] == fixed for name, fixed in FIXED.items() if name in found)
+    return {name: method for name, method in found.items() if name not in FIXED}
 
 
 def reasons(model: nn.Module, method: Any = "kfac", **kwargs: Any) -> dict[str, str]:
@@ -38,7 +38,7 @@ def reasons(model: nn.Module, method: Any = "kfac", **kwargs: Any) -> dict[str, 
 
 ATTENTION = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj"]
 LAYERS = ["encoder.0", "encoder.2.0", "encoder.2.1", *ATTENTION, "head"]
-UNITS = ["scale", "encoder.1"]
+FIXED = {"scale": "unit-wise", "encoder.1": "unit-wise", "embedding": "kfac-diagonal"}
 
 
 def test_a_name_or_an_inverter_is_for_all_layers():
@@ -113,7 +113,7 @@ def test_coverage_lists_every_parameter_with_its_block_or_the_reason():
     assert said["encoder.0.bias"] == "it is frozen (requires_grad is False)"
     assert said["encoder.2.0.bias"] == "encoder.2.0"
     assert said["encoder.2.1.weight"] == "skipped by configuration"
-    assert "Embedding has no block" in said["embedding.weight"]
+    assert said["embedding.weight"] == "embedding"
     assert said["encoder.1.weight"] == said["encoder.1.bias"] == "encoder.1"
     assert [row.block for row in coverage.rows if row.parameter == "attention.in_proj_bias"] == ATTENTION[:3]
     assert said["attention.out_proj.weight"] == "attention.out_proj"
@@ -122,7 +122,7 @@ def test_coverage_lists_every_parameter_with_its_block_or_the_reason():
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     assert sum(row.elements for row in coverage.rows) == sum(trained)
     without = sum(row.elements for row in coverage.rows if row.block is None)
-    assert 20 < without and coverage.share == pytest.approx(1 - without / sum(trained))  # at least what is skipped
+    assert 20 <= without and coverage.share == pytest.approx(1 - without / sum(trained))  # at least what is skipped
     assert str(coverage).count("\n") == len(coverage.rows)
 
 
