@@ -293,15 +293,14 @@ class Collector:
         if not block.maskable or len(shape) != 2:
             return None
         mask = None if mask is None else aligned(mask, (shape[0], shape[1]))
-        met = block.met(activation)
-        if mask is None and shape[1] > 1:
-            self.zero_rows.add(block.name, output_gradient)
-        if mask is None and met is None:
-            return None
-        kept = torch.ones(shape, dtype=torch.bool, device=output_gradient.device)
+        kept = block.met(activation)
         if mask is not None:
-            kept = mask.to(output_gradient.device, non_blocking=True) | (output_gradient != 0).any(-1)
-        kept = kept if met is None else kept & met
+            counted = mask.to(output_gradient.device, non_blocking=True) | (output_gradient != 0).any(-1)
+            kept = counted if kept is None else kept & counted
+        elif shape[1] > 1:
+            self.zero_rows.add(block.name, output_gradient)
+        if kept is None:
+            return None
         fresh = kept if visit.kept is None else kept & ~visit.kept
         visit.kept = kept if visit.kept is None else kept | visit.kept
         return fresh

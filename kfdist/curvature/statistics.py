@@ -20,7 +20,7 @@ from torch import Tensor
 from kfdist.wire.records import symmetric_field
 
 
-@dataclass
+@dataclass(frozen=True)
 class FactorSums:
     """Plain sums over the rows of one call of a layer, in float32 at least; those not asked for have no elements.
 

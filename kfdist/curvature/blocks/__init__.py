@@ -97,11 +97,7 @@ def _units(name: BlockName, module: Any, _sharing: WeightSharing, biased: bool) 
 
 
 def _table(name: BlockName, module: Any, _sharing: WeightSharing, _biased: bool) -> Sequence[Block]:
-    return [EmbeddingBlock(name, module)]
-
-
-def _bags(name: BlockName, module: Any, _sharing: WeightSharing, _biased: bool) -> Sequence[Block]:
-    return [EmbeddingBlock(name, module, module.mode)]
+    return [EmbeddingBlock(name, module, bag=module.mode if isinstance(module, nn.EmbeddingBag) else None)]
 
 
 KINDS: dict[type[nn.Module] | str, _Maker] = {
@@ -127,7 +123,7 @@ KINDS: dict[type[nn.Module] | str, _Maker] = {
     nn.GroupNorm: _units,
     nn.RMSNorm: _units,
     nn.Embedding: _table,
-    nn.EmbeddingBag: _bags,
+    nn.EmbeddingBag: _table,
 }
 """By class, or by its full name where it is another library's."""
 
@@ -208,8 +204,8 @@ def _reason_against(module: nn.Module) -> str:
     """Returns why a module of a supported kind can't have blocks, or nothing."""
     if isinstance(module, TABLES):
         for setting in ("max_norm", "scale_grad_by_freq"):
-            if getattr(module, setting):
-                value = getattr(module, setting)
+            value = getattr(module, setting)
+            if value:
                 return f"with {setting} = {value} a row's gradient isn't that of its loss at its values"
         if isinstance(module, nn.EmbeddingBag) and module.mode not in BAGS:
             return f"mode = {module.mode!r} has no input whose product with the weight it is; sum and mean have"

@@ -1,7 +1,5 @@
 """Tables of which rows are looked up by number: `nn.Embedding` and `nn.EmbeddingBag` (docs/decisions/0018)."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
@@ -40,10 +38,10 @@ class EmbeddingBlock(LinearBlock):
     Args:
         name: As for `Block`.
         module: As for `Block`; its weight is the table.
-        bag: How bags are reduced; None: there are none.
+        bag: How bags are reduced, "sum" or "mean"; None: there are none.
     """
 
-    def __init__(self, name: BlockName, module: nn.Module, bag: Literal["sum", "mean"] | None = None) -> None:
+    def __init__(self, name: BlockName, module: nn.Module, bag: str | None = None) -> None:
         super().__init__(name, module, ParameterPart.weight_of(module, transposed=True), None)
         self.operation = LOOKUP if bag is None else BAGS[bag]
         self._bag = bag
