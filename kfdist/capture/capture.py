@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from kfdist import checks
 from kfdist.capture.affine import Affine, Columns
+from kfdist.capture.biases import Biases
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
 from kfdist.capture.masks import Stated, checked_mask, turned_blocks
@@ -77,6 +78,9 @@ class Capture:
         chains: Names of blocks in the order of their chains, for cross factors.
         coarse: Names of blocks in the order of their coarse groups.
         rank: Keeps the targets that ranks draw apart: equal draws would be as noisy as those of one rank alone.
+
+    Attributes:
+        biases: Those that blocks were planned with; whoever asks all ranks settles which of them stay.
     """
 
     def __init__(
@@ -111,7 +115,8 @@ class Capture:
         self._warned_of_lists = False
         self._zero_rows: Mapping[str, tuple[Tensor, int]] = {}
         self._watch = Watch(model, self._blocks.values(), self)
-        self._not_whole = Unmeasured(self._blocks, self._watch)
+        self.biases = Biases(self._blocks.values(), self._watch)
+        self._not_whole = Unmeasured(self._blocks, self._watch, self.biases)
 
     def arm(self, requests: Mapping[str, Request]) -> None:
         """Says what to measure until the next `drain`.
@@ -246,8 +251,6 @@ class Capture:
         finally:
             self._forget_everything()
             self._watch.reset()
-        for name, biased in self._watch.biased.items():
-            self._blocks[name].keep_bias(biased)
         self._looks = self._looks and not self._watch.looked
         self._not_whole.note(self._requests, drained.keys())
         return drained
@@ -276,11 +279,6 @@ class Capture:
     def zero_rows(self) -> Mapping[str, tuple[Tensor, int]]:
         """By block with positions and no mask of them: how many output gradients of the last drain are zero, of all."""
         return self._zero_rows
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """The blocks whose bias is left out, since it isn't added to a product of their weight, and why."""
-        return self._not_whole.left_out
 
     @property
     def unseen(self) -> Set[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Set
 
+from kfdist.capture.biases import Biases
 from kfdist.capture.watch import Watch
 from kfdist.curvature.blocks import Block
 
@@ -12,15 +13,17 @@ class Unmeasured:
     Args:
         blocks: All blocks, by name.
         watch: Knows what uses them.
+        biases: Knows which of theirs are left out.
 
     Attributes:
         unseen: The blocks of which there are no statistics at all.
         in_eval_mode: Blocks that were used in eval mode since `note`.
     """
 
-    def __init__(self, blocks: Mapping[str, Block], watch: Watch) -> None:
+    def __init__(self, blocks: Mapping[str, Block], watch: Watch, biases: Biases) -> None:
         self._blocks = blocks
         self._watch = watch
+        self._biases = biases
         self._reasons: dict[str, str] = {}
         self.unseen: set[str] = set()
         self.in_eval_mode: set[str] = set()
@@ -53,16 +56,5 @@ class Unmeasured:
     @property
     def reasons(self) -> Mapping[str, str]:
         """By block, or its bias, why it isn't measured, or not as a whole, as of when it was last due."""
-        return {**self._reasons, **{f"{name}, its bias": reason for name, reason in self.left_out.items()}}
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """The blocks whose bias is left out, since it isn't added to a product of their weight, and why."""
-        found = {}
-        for name, biased in self._watch.biased.items():
-            if not biased:
-                uses = ", ".join(sorted(self._watch.unhandled[name, True])) or "nothing that was seen"
-                found[name] = (
-                    f"no product of its layer's weight adds it (it is used by {uses}): the block leaves it out"
-                )
-        return found
+        left_out = {f"{name}, its bias": reason for name, reason in self._biases.left_out.items()}
+        return {**self._reasons, **left_out}

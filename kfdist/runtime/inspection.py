@@ -37,7 +37,7 @@ class Inspection:
         }
         capture = self.pipeline.capture
         notes |= {name: f"not measured as a whole: {reason}" for name, reason in capture.unmeasured.items()}
-        return self._plan.coverage.without_biases(self._plan.blocks, capture.left_out).with_inversions(
+        return self._plan.coverage.without_biases(self._plan.blocks, capture.biases.left_out).with_inversions(
             notes, capture.unseen
         )
 

@@ -106,6 +106,7 @@ class Pipeline:
             table = self.agreement.table(step)
             if table is None:
                 self._agree_on_start()
+            self.capture.biases.settle(self.agreement.biases)
             damping = self.agreement.damping(step)
             learning_rate = None if learning_rates is None else learning_rates(step)
         due = self._due(step)
@@ -130,7 +131,8 @@ class Pipeline:
             with phase("precondition"):
                 self.applying.apply(step, batches, learning_rate)
         with phase("announce"):
-            self.agreement.announce([track.ledger for track in self.tracks if not track.group.own], self._digest(step))
+            ledgers = [track.ledger for track in self.tracks if not track.group.own]
+            self.agreement.announce(ledgers, self._digest(step), self.capture.biases.seen)
         return self._finish(step, adopted)
 
     def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:
@@ -181,6 +183,7 @@ class Pipeline:
             statistics_step=self.statistics_step,
             exact=self.settings.lag is not None,
         )
+        self.agreement.agree_on_biases(self.capture.biases.seen)
 
     def _digest(self, step: int) -> Tensor | None:
         period = self.settings.digest_period

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfdist.errors import CheckpointError, KfdistError
 from kfdist.runtime.pipeline import Pipeline
 
-FORMAT = 4
+FORMAT = 5
 PER_RANK, FOLDED = "per-rank", "folded"
 
 
@@ -30,6 +30,7 @@ def pipeline_state(pipeline: Pipeline, *, folded: bool) -> dict[str, Any]:
         "statistics": FOLDED if folded else PER_RANK,
         "world_size": world_size,
         "methods": {track.group.name: track.group.inverter.name for track in pipeline.tracks},
+        "biases": list(pipeline.capture.biases.agreed),
         **pipeline.reducer.state_dict(),
         **pipeline.inverting.state_dict(),
         **pipeline.adopting.state_dict(),
@@ -62,6 +63,7 @@ def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     pipeline.reducer.load_state_dict(state)
     pipeline.adopting.load_state_dict(state)
     pipeline.inverting.load_state_dict(state)
+    pipeline.capture.biases.settle(state["biases"])
     pipeline.capture.look()
     pipeline.arm()
 

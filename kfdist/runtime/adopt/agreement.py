@@ -34,6 +34,7 @@ class Agreement:
     Attributes:
         settings: In force on all ranks.
         stop: Whether all ranks know that somebody asked to stop.
+        biases: What all ranks together know of the blocks' biases (`kfdist.capture.biases`), as of the last table.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Agreement:
         self._stop_requested = False
         self.settings = RunSettings()
         self.stop = False
+        self.biases: Sequence[int] = ()
 
     # One table a step ------------------------------------------------------------------------------------------------
 
@@ -62,6 +64,7 @@ class Agreement:
         columns = self._table.complete()
         if columns is None:
             return None
+        self.biases, columns = columns[: len(self.biases)], columns[len(self.biases) :]
         table = decode_table(columns)
         if table.digests_differ:
             raise RanksDiverged(
@@ -73,15 +76,17 @@ class Agreement:
         self._wait_while_paused(step)
         return table
 
-    def announce(self, ledgers: Sequence[AdoptionLedger], digest: Tensor | None) -> None:
+    def announce(self, ledgers: Sequence[AdoptionLedger], digest: Tensor | None, biases: Sequence[int]) -> None:
         """Starts the table that `table` completes in the next step.
 
         Args:
             ledgers: This rank's, one per group.
             digest: An int64 scalar of this rank's parameters; None on steps that don't compare them.
+            biases: What this rank knows of the blocks' biases.
         """
+        self.biases = biases
         columns = encode_table(ledgers, revision=self._newest_revision, stop=self.stop_requested)
-        self._table.start(columns, digest)
+        self._table.start([*biases, *columns], digest)
 
     def finish(self) -> None:
         """Completes the table under way; `close` needs quiet ranks."""
@@ -136,6 +141,10 @@ class Agreement:
         # Damping 0 is no word on damping: what a checkpoint brought along stays in force, from step to step.
         self.settings = agreed if agreed.damping else replace(agreed, damping=self.settings.damping)
         self.stop = self.stop or self.settings.desired is Desired.STOPPED
+
+    def agree_on_biases(self, biases: Sequence[int]) -> None:
+        """Takes in at once, in a round, what all ranks know of the blocks' biases, where no table brings it."""
+        self.biases = self._table.agree(biases) if biases else ()
 
     # Rounds ----------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.support.preconditioning import backward, preconditioner, two_layers
 
 @pytest.mark.parametrize("by_torch", [True, False], ids=["torch.save", "safetensors"])
 def test_a_state_goes_on_from_a_file_without_pickled_code(by_torch: bool):
-    def trained(steps: range, state: object = None) -> tuple[dict[str, object], list[torch.Tensor]]:
+    def trained(steps: range, state: Any = None) -> tuple[dict[str, object], list[torch.Tensor]]:
         model = two_layers()
         with preconditioner(model, "kfac-eigen") as pre:
             if state is not None:
@@ -40,8 +41,8 @@ def test_a_state_goes_on_from_a_file_without_pickled_code(by_torch: bool):
 
 def test_a_state_of_an_older_format_is_refused_with_what_to_do():
     with preconditioner(two_layers()) as pre:
-        state = {**pre.state_dict(), "format": 3}
-        with pytest.raises(CheckpointError, match="has format 3 and .* reads 4 alone; resume it with the version"):
+        state = {**pre.state_dict(), "format": 4}
+        with pytest.raises(CheckpointError, match="has format 4 and .* reads 5 alone; resume it with the version"):
             pre.load_state_dict(state)
 
 
@@ -55,7 +56,7 @@ def test_a_bias_that_no_product_adds_keeps_its_gradient_also_right_after_a_resum
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.second(torch.tanh(nn.functional.linear(x, self.first.weight) * 2 + self.first.bias))
 
-    def trained(steps: range, state: object = None) -> object:
+    def trained(steps: range, state: Any = None) -> object:
         model = Model().double()
         with preconditioner(model, "kfac", factor_period=4, inverse_period=4) as pre:
             if state is not None:
