@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from kfdist.rpc.certificates import make_certificates
 from tests.support.faults import FOLDER, Faults, written_script
 from tests.support.shapes import check_shapes
 
@@ -47,6 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates and a token, as `kfdist certs init` makes them; nobody may change them."""
+    directory = tmp_path_factory.mktemp("certificates") / "made"
+    make_certificates(directory, hosts=["localhost", "127.0.0.1"])
+    return directory
 
 
 @pytest.fixture

@@ -20,7 +20,11 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
 Address = Annotated[
     str,
     typer.Option(
-        "--address", metavar="HOST:PORT", envvar="KFDIST_CONTROL_ADDRESS", help="Where the controller serves gRPC."
+        "--address",
+        metavar="HOST:PORT",
+        envvar="KFDIST_CONTROL_ADDRESS",
+        help="Where the controller serves gRPC; with TLS, KFDIST_SECURITY__CERTIFICATES names the directory of "
+        "certificates.",
     ),
 ]
 
@@ -152,11 +156,13 @@ def _steer(address: str, as_json: bool, action: "Callable[[ControlClient], RunVi
 
 @contextmanager
 def _client(address: str) -> "Iterator[ControlClient]":
+    from kfdist.config import security_from_environment
     from kfdist.control.client import ControlClient
     from kfdist.system.addresses import server_address
+    from kfdist.system.credentials import Role
 
     server_address(address, field="--address")
-    with ControlClient(address) as client:
+    with ControlClient(address, security_from_environment().credentials(Role.CLIENT)) as client:
         yield client
 
 

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from kfdist.cli import bench_command, control_commands, recipe_command, run_commands
+from kfdist.cli import bench_command, certs_command, control_commands, recipe_command, run_commands
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
 from kfdist.system.output import open_missing_streams, outlive_readers
@@ -47,7 +47,7 @@ def _common(
     del version
 
 
-for module in (run_commands, control_commands, recipe_command, bench_command):
+for module in (run_commands, control_commands, recipe_command, certs_command, bench_command):
     module.register(app)
 
 
@@ -59,6 +59,8 @@ def main() -> None:
     open_missing_streams()
     if sys.argv[1:2] and sys.argv[1] in run_commands.COMMANDS:
         outlive_readers()
+    else:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else it writes about each try beside our one message
     code = run()
     try:
         sys.stdout.flush()

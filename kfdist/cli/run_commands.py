@@ -75,6 +75,8 @@ def _serve(
 
     from kfdist.config import to_toml
     from kfdist.control.controller import AnnouncedRun, ControllerOptions, serve
+    from kfdist.system.addresses import metrics_url
+    from kfdist.system.credentials import Role
 
     checked = load(config, overrides)
     database = Path(checked.control.database) if checked.control.database else None
@@ -91,6 +93,7 @@ def _serve(
         state=state or database or checked.run.directory / "control.sqlite",
         address=checked.control.address,
         metrics_address=checked.control.metrics_address,
+        credentials=checked.security.credentials(Role.CONTROLLER),
         announced=announced,
     )
 
@@ -99,7 +102,7 @@ def _serve(
         if as_json:
             print(json.dumps({**addresses, "state": str(options.state)}))
         else:
-            print(f"controller: gRPC on {controller.address}, metrics on http://{controller.metrics_address}/metrics")
+            print(f"controller: gRPC on {controller.address}, metrics on {metrics_url(controller.metrics_address)}")
             print(f"controller: state in {options.state}; Ctrl-C ends it")
         sys.stdout.flush()
 

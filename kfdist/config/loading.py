@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from kfdist.checks import suggestion
 from kfdist.config.findings import config_error
 from kfdist.config.recipes import recipes
-from kfdist.config.sections import Config
+from kfdist.config.sections import Config, SecuritySection
 from kfdist.config.toml import parse_value
 from kfdist.errors import ConfigError
 
@@ -66,6 +66,16 @@ def load_config(
     for layers in sources:
         merged = _merge(merged, reduce(_overlay, (layer.table for layer in layers), {}))
     return config_from_table(merged, [layer for layers in sources for layer in layers])
+
+
+def security_from_environment(environment: Mapping[str, str] = os.environ) -> SecuritySection:
+    """Returns what `KFDIST_SECURITY__*` say, for commands that have no configuration.
+
+    Raises:
+        ConfigError: One of them is wrong.
+    """
+    security = {name: value for name, value in environment.items() if name.startswith(f"{_PREFIX}SECURITY__")}
+    return load_config(None, environment=security).security
 
 
 def config_from_table(table: Mapping[str, Any], layers: Sequence[_Layer] = ()) -> Config:

@@ -8,10 +8,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import Counts, FileName, LoopbackAddress, Methods, Names, RayAddress, Section, Settings
+from kfdist.config.fields import Address, Counts, FileName, Methods, Names, RayAddress, Section, Settings
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag
+from kfdist.system.addresses import UNPROTECTED, is_loopback, split_address
+from kfdist.system.credentials import Credentials, Role
 from kfdist.types import Fisher, WeightSharing
 
 
@@ -317,6 +319,10 @@ class ClusterSection(Section):
 
     workers: int = Field(default=2, ge=1, description="training ranks that `kfdist train` starts")
     owners: int = Field(default=2, ge=0, description="Ray actors that invert")
+    owner_address: Literal["loopback", "node"] = Field(
+        default="loopback",
+        description="where owners listen: on loopback, or on their Ray node's address, for ranks of other machines",
+    )
     threads: int = Field(
         default=1, ge=1, description="CPU threads of each rank and of each inversion; part of the run's numbers"
     )
@@ -338,13 +344,41 @@ class ClusterSection(Section):
 class ControlSection(Section):
     """The controller."""
 
-    address: LoopbackAddress = Field(default="127.0.0.1:7070", description="where the controller serves gRPC")
-    metrics_address: LoopbackAddress = Field(
+    address: Address = Field(default="127.0.0.1:7070", description="where the controller serves gRPC")
+    metrics_address: Address = Field(
         default="127.0.0.1:9464", description="where the controller serves /metrics over HTTP"
     )
     database: FileName | None = Field(
         default=None, description="the controller's SQLite file; control.sqlite in the run directory if not given"
     )
+
+
+class SecuritySection(Section):
+    """What lets others reach the controller and the owners: TLS with certificates on both sides, and a token.
+
+    Only places are named here: what is in the files never stands in a configuration.
+    """
+
+    certificates: FileName | None = Field(
+        default=None, description="directory that `kfdist certs init` made, on every node; without it, all is loopback"
+    )
+    token_file: FileName | None = Field(
+        default=None, description="the file with the token; `token` in the directory of certificates if not given"
+    )
+
+    @model_validator(mode="after")
+    def _token_needs_certificates(self) -> Self:
+        if self.token_file is not None and self.certificates is None:
+            raise ConfigError(
+                f"is {self.token_file!r}, and security.certificates is missing: a token travels over TLS only; give "
+                "both, or neither",
+                path="token_file",
+            )
+        return self
+
+    def credentials(self, role: Role) -> Credentials | None:
+        """Returns what a process of this role shows to others; None if nothing is configured."""
+        return Credentials.at(role, self.certificates, self.token_file)
 
 
 class CheckpointSection(Section):
@@ -367,6 +401,7 @@ class Config(Section):
     preconditioner: PreconditionerSection = Field(default_factory=PreconditionerSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     control: ControlSection = Field(default_factory=ControlSection)
+    security: SecuritySection = Field(default_factory=SecuritySection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
 
     @model_validator(mode="after")
@@ -376,4 +411,14 @@ class Config(Section):
                 'is 0; link = "service" needs at least 1; link = "local" or method = "none" needs none',
                 path="cluster.owners",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _others_need_security(self) -> Self:
+        for name in ("address", "metrics_address"):
+            address = getattr(self.control, name)
+            if self.security.certificates is None and not is_loopback(split_address(address)[0]):
+                raise ConfigError(f"is {address!r}; {UNPROTECTED}", path=f"control.{name}")
+        if self.security.certificates is None and self.cluster.owner_address == "node":
+            raise ConfigError(f'is "node"; {UNPROTECTED}', path="cluster.owner_address")
         return self

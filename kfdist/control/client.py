@@ -15,7 +15,9 @@ from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
 from kfdist.rpc.beats import samples_of
 from kfdist.rpc.channels import CALL_SECONDS, open_channel
+from kfdist.rpc.handshake import explain
 from kfdist.rpc.status import code_of, fault_of
+from kfdist.system.credentials import Credentials, Role
 from kfdist.types import MetricSample
 
 WATCH_SECONDS = 60.0
@@ -72,16 +74,26 @@ class ControlClient:
     for something that doesn't exist or isn't allowed.
     """
 
-    def __init__(self, address: str, *, timeout_seconds: float = CALL_SECONDS) -> None:
+    def __init__(
+        self, address: str, credentials: Credentials | None = None, *, timeout_seconds: float = CALL_SECONDS
+    ) -> None:
         """Prepares a channel; connects at the first call.
 
         Args:
             address: Where the controller serves gRPC, "host:port".
+            credentials: What to show it; None for one that demands nothing.
             timeout_seconds: Deadline of each call.
+
+        Raises:
+            EnvironmentFault: A file of the credentials is missing or unusable.
         """
         self.address = address
+        self._credentials = credentials
         self._timeout_seconds = timeout_seconds
-        self._channel = open_channel(address)
+        self._open()
+
+    def _open(self) -> None:
+        self._channel = open_channel(self.address, self._credentials)
         self._runs: Any = run_pb2_grpc.RunServiceStub(self._channel)
         self._membership: Any = membership_pb2_grpc.MembershipServiceStub(self._channel)
 
@@ -182,6 +194,8 @@ class ControlClient:
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > away_seconds:
                     raise self._fault(error) from None
+                self.close()
+                self._open()  # with the certificate and the token of now
             time.sleep(RECONNECT_SECONDS)
 
     def wait_for_end(self, name: str, *, timeout_seconds: float) -> RunView:
@@ -211,6 +225,9 @@ class ControlClient:
             raise self._fault(error) from None
 
     def _fault(self, error: grpc.RpcError) -> KfdistError:
+        if code_of(error) is grpc.StatusCode.UNAVAILABLE:
+            if reason := explain(self.address, self._credentials, server=Role.CONTROLLER):
+                return EnvironmentFault(reason)
         remedy = "start one with `kfdist serve`, or give its address with --address or KFDIST_CONTROL_ADDRESS"
         return fault_of(error, address=self.address, what="controller", remedy=remedy)
 

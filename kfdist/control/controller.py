@@ -9,30 +9,27 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kfdist.control.exporter import Exporter, MetricsServer
+from kfdist.control.exporter import Exporter
 from kfdist.control.leases import LEASE_SECONDS, Members
 from kfdist.control.ledger import Ledger
 from kfdist.control.membership_service import MembershipService
+from kfdist.control.metrics_server import MetricsServer
 from kfdist.control.run_rules import Change, RunRecord, announced
 from kfdist.control.run_service import RunService
 from kfdist.control.store import Store
 from kfdist.control.watchers import QUEUED_CHANGES
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
-from kfdist.rpc.servers import bind, server_options
+from kfdist.rpc.servers import bind, make_server
+from kfdist.system.credentials import Credentials
 from kfdist.system.files import write_ready_file
 
 _LOG = logging.getLogger(__name__)
 
 GRACE_SECONDS = 0.5
 """How long calls may go on once the controller was told to end. Short, because streams never end by themselves."""
-
-MAX_CALLS = 4096
-"""Concurrent calls; each rank and each owner holds one. Further ones are refused with RESOURCE_EXHAUSTED."""
 
 SERVICES = tuple(
     service.full_name
@@ -64,8 +61,9 @@ class ControllerOptions:
 
     Attributes:
         state: Its SQLite file.
-        address: Where to serve gRPC, "host:port" on loopback; port 0 takes any free one.
+        address: Where to serve gRPC, "host:port"; port 0 takes any free one.
         metrics_address: Where to serve /metrics, in the same form.
+        credentials: Who it is, and what others must show; without them both addresses must be on loopback.
         lease_seconds: How long ranks and owners may be silent.
         queued_changes: How many changes a watch may leave unread.
         announced: The run that it is started for, known from the start; None if there is none.
@@ -74,6 +72,7 @@ class ControllerOptions:
     state: Path
     address: str = "127.0.0.1:7070"
     metrics_address: str = "127.0.0.1:9464"
+    credentials: Credentials | None = None
     lease_seconds: float = LEASE_SECONDS
     queued_changes: int = QUEUED_CHANGES
     announced: AnnouncedRun | None = None
@@ -98,16 +97,17 @@ class Controller:
         """Opens the file, binds both addresses and serves. If it raises, nothing stays open.
 
         Raises:
-            ConfigError: An address isn't "host:port" on loopback.
-            EnvironmentFault: An address or the file is in use, or the file is damaged or of another format.
+            ConfigError: An address isn't "host:port", or reaches beyond loopback without credentials.
+            EnvironmentFault: An address or the file is in use, the file is damaged or of another format, or the
+                credentials can't be used.
         """
-        exporter = Exporter()
-        self._server = grpc.aio.server(options=server_options(), maximum_concurrent_rpcs=MAX_CALLS)
+        exporter, credentials = Exporter(), self._options.credentials
+        self._server = make_server(credentials)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._server.stop, None)
             # The addresses first: if they are taken, no file is made.
-            self.address = bind(self._server, self._options.address)
-            self._metrics = MetricsServer(exporter, self._options.metrics_address)
+            self.address = bind(self._server, self._options.address, credentials)
+            self._metrics = MetricsServer(exporter, self._options.metrics_address, credentials)
             undo.callback(self._metrics.close)
             store = Store(self._options.state)
             undo.callback(store.close)
@@ -165,8 +165,7 @@ async def serve(
         on_ready: Called once it serves.
 
     Raises:
-        ConfigError: An address isn't "host:port" on loopback.
-        EnvironmentFault: An address or the file is in use, or the file is damaged or of another format.
+        ConfigError, EnvironmentFault: As for `Controller.start`.
     """
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()

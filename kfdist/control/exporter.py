@@ -5,15 +5,12 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from kfdist.control.run_rules import RunRecord, RunState
 from kfdist.control.series import Histogram, RunSeries, Sender
-from kfdist.rpc.servers import check_loopback
-from kfdist.system.addresses import join_address, unbindable
 from kfdist.system.provenance import versions
 from kfdist.telemetry.metrics import METRICS, Kind, Metric
 from kfdist.types import MetricSample
@@ -105,40 +102,6 @@ class Exporter(Collector):
                 self._runs.popitem(last=False)
         self._runs.move_to_end(run)
         return self._runs[run]
-
-
-class MetricsServer:
-    """Serves an exporter's metrics over HTTP from threads of prometheus_client.
-
-    Attributes:
-        address: Where it serves, "host:port" with the real port.
-    """
-
-    def __init__(self, exporter: Exporter, address: str) -> None:
-        """Binds and serves at once.
-
-        Args:
-            exporter: What to serve.
-            address: "host:port" on loopback; port 0 takes any free one.
-
-        Raises:
-            ConfigError: The address is malformed or not on loopback.
-            EnvironmentFault: It is in use.
-        """
-        host, port = check_loopback(address, path="control.metrics_address")
-        registry = CollectorRegistry()
-        registry.register(exporter)
-        try:
-            self._server, self._thread = start_http_server(port, host, registry)
-        except OSError:
-            raise unbindable(host, port, path="control.metrics_address") from None
-        self.address = join_address(host, self._server.server_port)
-
-    def close(self) -> None:
-        """Stops serving; takes up to half a second."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 def _facts(series: RunSeries) -> Iterator[tuple[Metric, tuple[str, ...], float]]:

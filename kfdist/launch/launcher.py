@@ -28,7 +28,9 @@ from kfdist.launch.outcome import (
 from kfdist.launch.scratch import check_scratch, temporary_directory
 from kfdist.launch.supervision import SupervisedProcess
 from kfdist.launch.terminal import StopRequests, Terminal, summary_line
-from kfdist.system.addresses import check_bindable, split_address
+from kfdist.rpc.certificates import check_credentials
+from kfdist.system.addresses import check_bindable, metrics_url, split_address
+from kfdist.system.credentials import Role
 from kfdist.system.files import check_working_directory, make_directory
 from kfdist.system.lifetime import LAUNCH_VARIABLE, PARENT_VARIABLE
 from kfdist.system.processes import (
@@ -84,6 +86,9 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
         check_bindable(*split_address(config.control.address), path="control.address")
         check_bindable(*split_address(config.control.metrics_address), path="control.metrics_address")
         check_working_directory()
+        for role in Role:
+            if (credentials := config.security.credentials(role)) is not None:
+                check_credentials(credentials)
     if not finished:
         return Launch(config, terminal, requests).run()
     terminal.say(finished)
@@ -168,7 +173,7 @@ class Launch:
         # Ranks and owners keep the addresses, so a controller that is started again must have the same.
         control = self._config.control.model_copy(update=addresses)
         self._config = self._config.model_copy(update={"control": control})
-        self._terminal.say(f"controller on {ready['address']}, metrics on http://{ready['metrics_address']}/metrics")
+        self._terminal.say(f"controller on {ready['address']}, metrics on {metrics_url(ready['metrics_address'])}")
 
     def _start_pool(self) -> None:
         def command(restarts: int) -> Command:

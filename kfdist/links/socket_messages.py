@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from kfdist.links.link import LinkContext, LinkCounters
 from kfdist.links.shared_memory import create_input, read_private
+from kfdist.system.credentials import Credentials
 from kfdist.types import MetricSample, RunSettings
 
 MAX_MESSAGE_BYTES = 1 << 16
@@ -194,11 +195,13 @@ class CourierSetup:
         address: Where the controller listens.
         rank_pid: The process whose end ends the courier.
         context: What the rank knows of the run.
+        credentials: What to show to controller and owners; None where they demand nothing.
     """
 
     address: str
     rank_pid: int
     context: LinkContext
+    credentials: Credentials | None = None
 
     def write(self) -> int:
         """Returns the descriptor of a new memfd that holds the setup."""

@@ -22,8 +22,9 @@ from kfdist.owner.inversion_service import InversionServicer, ServiceLimits
 from kfdist.owner.membership import Membership
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import add_InversionServiceServicer_to_server
-from kfdist.rpc.servers import bind, server_options
-from kfdist.system.addresses import split_address
+from kfdist.rpc.servers import bind, make_server
+from kfdist.system.addresses import join_address, split_address
+from kfdist.system.credentials import Credentials
 from kfdist.system.files import replace_file
 from kfdist.telemetry.logging import setup_logging
 from kfdist.types import MetricSample
@@ -46,7 +47,8 @@ class OwnerOptions:
         device: Where to invert.
         controller: Where the controller listens; empty for none.
         directory: Where it remembers its port and its starts; empty for nowhere.
-        host: The loopback address to listen on.
+        host: The address to listen on, as others reach it; on loopback unless there are credentials.
+        credentials: Who it is, and what others must show.
         child_module: What to run as the inversion process.
         limits: How much it accepts.
         log: File that this process's log is appended to; empty where the process has seen to it.
@@ -58,6 +60,7 @@ class OwnerOptions:
     controller: str = ""
     directory: str = ""
     host: str = "127.0.0.1"
+    credentials: Credentials | None = None
     child_module: str = CHILD_MODULE
     limits: ServiceLimits = ServiceLimits()
     log: str = ""
@@ -75,7 +78,8 @@ class Owner:
         """Starts everything; returns when it listens, while its inversion process is still warming up.
 
         Raises:
-            EnvironmentFault: It can't listen.
+            ConfigError: Its address isn't on loopback, and it has no credentials.
+            EnvironmentFault: It can't listen, or its credentials can't be used.
         """
         if options.log:
             _log_to(Path(options.log))
@@ -130,7 +134,7 @@ class Owner:
     async def _start(self) -> str:
         options = self._options
         self._servicer = InversionServicer(options.owner_id, self._executor, options.limits)
-        self._server = server = grpc.aio.server(options=server_options())
+        self._server = server = make_server(options.credentials)
         add_InversionServiceServicer_to_server(self._servicer, server)
         address = self._bind(server)
         await server.start()
@@ -139,13 +143,13 @@ class Owner:
 
     def _bind(self, server: grpc.aio.Server) -> str:
         """Binds to the port of an earlier start, so that couriers find the owner again while no controller is there."""
-        host = self._options.host
+        host, credentials = self._options.host, self._options.credentials
         if self._memory.port:
             try:
-                return bind(server, f"{host}:{self._memory.port}", path="")
+                return bind(server, join_address(host, self._memory.port), credentials, path="")
             except EnvironmentFault:
                 pass  # Another process has it now.
-        return bind(server, f"{host}:0", path="")
+        return bind(server, join_address(host, 0), credentials, path="")
 
     async def _introduce(self, address: str) -> None:
         """Waits for the inversion process, whose fingerprint is part of the registration, and keeps registered."""
@@ -162,7 +166,11 @@ class Owner:
             return
         request = membership_pb2.RegisterOwnerRequest(owner=owner, restarts=self.starts - 1, pid=os.getpid())
         self._membership = Membership(
-            self._options.controller, request, measure=self._measure, learn_peers=self._servicer.set_peers
+            self._options.controller,
+            self._options.credentials,
+            request,
+            measure=self._measure,
+            learn_peers=self._servicer.set_peers,
         )
         await self._membership.run()
 
@@ -179,6 +187,7 @@ class Owner:
             "owner_id": self._options.owner_id,
             "address": self.address,
             "fingerprint": self._fingerprint,
+            "refusal": self._membership.refusal if self._membership is not None else "",
             "registered": self._membership is not None and self._membership.registered,
             "restarts": self.starts - 1,
             "pid": os.getpid(),

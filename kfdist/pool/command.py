@@ -13,7 +13,9 @@ from kfdist.config import Config
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.pool.ray_cluster import RayCluster
 from kfdist.pool.supervisor import Supervisor
+from kfdist.rpc.certificates import check_credentials
 from kfdist.system.addresses import server_address
+from kfdist.system.credentials import Role
 from kfdist.system.files import check_working_directory, write_ready_file
 from kfdist.system.lifetime import watch_process
 
@@ -42,11 +44,13 @@ def run_pool(
 
     Raises:
         ConfigError: No owners are asked for, or no controller's address is known.
-        EnvironmentFault: Ray can't be had, or the owners can't be started or registered.
+        EnvironmentFault: The credentials can't be used, Ray can't be had, or the owners can't be started or registered.
     """
     if config.cluster.owners < 1:
         raise ConfigError(f"is {config.cluster.owners}; a pool needs at least 1", path="cluster.owners")
     server_address(config.control.address, field="control.address")
+    if (credentials := config.security.credentials(Role.OWNER)) is not None:
+        check_credentials(credentials)
     check_working_directory()
     ended = threading.Event()
     with suppress(_Ended), _interrupting(ended, parent_pid) as expect_no_more:

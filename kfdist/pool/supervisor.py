@@ -18,6 +18,7 @@ from kfdist.config import Config
 from kfdist.errors import EnvironmentFault
 from kfdist.owner.owner import Owner, OwnerOptions, remembered_pid
 from kfdist.pool.ray_cluster import RayCluster
+from kfdist.system.credentials import Role
 from kfdist.system.files import make_directory
 from kfdist.system.processes import command_line
 
@@ -77,7 +78,9 @@ class Supervisor:
         self._controller = config.control.address
         self._directory = cluster.directory / "owners"
         self._introduced: list[tuple[str, str, int]] = []
-        self._node = self._find_room(config.cluster.owners)
+        node = self._find_room(config.cluster.owners)
+        self._node = node["NodeID"]
+        host = node["NodeManagerAddress"] if config.cluster.owner_address == "node" else "127.0.0.1"
         logs = config.run.directory.absolute() / "logs"
         make_directory(logs)
         self._slots = [
@@ -87,6 +90,8 @@ class Supervisor:
                     threads=config.cluster.threads,
                     controller=self._controller,
                     directory=str(self._directory),
+                    host=host,
+                    credentials=config.security.credentials(Role.OWNER),
                     log=str(logs / f"owner-{index}.log"),
                 )
             )
@@ -140,7 +145,7 @@ class Supervisor:
         """Returns how often owners' processes were started again."""
         return sum(slot.restarts for slot in self._slots)
 
-    def _find_room(self, owners: int) -> str:
+    def _find_room(self, owners: int) -> dict[str, Any]:
         """Returns this machine's Ray node; refuses too few CPUs, for which Ray would wait silently for ever."""
         here = self._ray.get_runtime_context().get_node_id()
         node = next(node for node in self._ray.nodes() if node["NodeID"] == here)
@@ -150,7 +155,7 @@ class Supervisor:
                 f"cluster.owners = {owners} needs as many CPUs of this machine's Ray node, which has {cpus}; "
                 f"start Ray with --num-cpus {owners}, or ask for fewer owners"
             )
-        return here
+        return node
 
     def _place(self, options: OwnerOptions) -> _Slot:
         return _Slot(options=options, actor=self._make_actor(options))
@@ -162,7 +167,7 @@ class Supervisor:
             num_cpus=1,
             max_restarts=-1,
             max_task_retries=0,
-            # On this machine, since owners listen on loopback alone.
+            # On this machine, where the others of this run are.
             scheduling_strategy=strategies.NodeAffinitySchedulingStrategy(node_id=self._node, soft=False),
         )
         deadline = time.monotonic() + _NAME_SECONDS
@@ -225,6 +230,8 @@ class Supervisor:
                 reason = "doesn't answer yet"
             elif not slot.status["fingerprint"]:
                 reason = "has no inversion process yet"
+            elif slot.status["refusal"]:
+                reason = f"can't register: {slot.status['refusal']}"
             else:
                 reason = f"can't register, as no controller answers at {self._controller}"
             reasons.append(f"{slot.options.owner_id} {reason}")

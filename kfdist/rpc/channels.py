@@ -11,6 +11,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from kfdist.rpc.authentication import channel_credentials
+from kfdist.system.credentials import Credentials, Role
 from kfdist.types import CHUNK_BYTES
 
 MAX_MESSAGE_BYTES = 4 * CHUNK_BYTES
@@ -61,7 +63,7 @@ def channel_options() -> Options:
         *message_limits(),
         ("grpc.service_config", service_config()),
         ("grpc.service_config_disable_resolution", 1),
-        ("grpc.enable_http_proxy", 0),  # an http_proxy from the environment isn't meant for loopback
+        ("grpc.enable_http_proxy", 0),  # an http_proxy from the environment isn't meant for kfdist's own servers
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         ("grpc.http2.max_pings_without_data", 0),  # a quiet stream may be pinged for as long as it lives
@@ -74,11 +76,31 @@ def channel_options() -> Options:
     ]
 
 
-def open_channel(address: str) -> grpc.Channel:
-    """Opens a channel for synchronous calls to the server at "host:port"; connects at the first one."""
-    return grpc.insecure_channel(address, options=channel_options())
+def open_channel(
+    address: str, credentials: Credentials | None = None, *, server: Role = Role.CONTROLLER
+) -> grpc.Channel:
+    """Opens a channel for synchronous calls; connects at the first one.
+
+    Args:
+        address: Where the server listens, "host:port".
+        credentials: What this process shows; None for a server that demands nothing.
+        server: What the server must be, by its certificate.
+
+    Raises:
+        EnvironmentFault: A file of the credentials is missing or unusable.
+    """
+    if credentials is None:
+        return grpc.insecure_channel(address, options=channel_options())
+    return grpc.secure_channel(address, channel_credentials(credentials), [*channel_options(), _must_be(server)])
 
 
-def open_aio_channel(address: str) -> grpc.aio.Channel:
-    """Opens a channel for asyncio to the server at "host:port"; connects at the first call."""
-    return grpc.aio.insecure_channel(address, options=channel_options())
+def open_aio_channel(address: str, credentials: Credentials | None = None, *, server: Role) -> grpc.aio.Channel:
+    """Opens a channel for asyncio; connects at the first call. As `open_channel`."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=channel_options())
+    return grpc.aio.secure_channel(address, channel_credentials(credentials), [*channel_options(), _must_be(server)])
+
+
+def _must_be(server: Role) -> tuple[str, str]:
+    """Returns the option by which a certificate is asked for its role: it can't name an address nobody knew then."""
+    return "grpc.ssl_target_name_override", server.host_name

@@ -1,20 +1,18 @@
-"""Options of gRPC servers, and binding them to an address or saying why that fails."""
+"""Servers of gRPC: their options, and binding them to an address or saying why that fails."""
 
-from typing import Protocol
+import grpc.aio
 
 from kfdist.errors import ConfigError
+from kfdist.rpc.authentication import TokenInterceptor, server_credentials
 from kfdist.rpc.channels import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, Options, message_limits
-from kfdist.system.addresses import check_bindable, is_loopback, join_address, split_address, unbindable
+from kfdist.system.addresses import UNPROTECTED, check_bindable, is_loopback, join_address, split_address, unbindable
+from kfdist.system.credentials import Credentials
 
 MAX_STREAMS_PER_CONNECTION = 1024
 
-
-class Bindable(Protocol):
-    """A gRPC server, synchronous or of asyncio."""
-
-    def add_insecure_port(self, address: str) -> int:
-        """Binds the server to an address and returns the port."""
-        ...
+MAX_CALLS = 4096
+"""Concurrent calls of a server: of the controller's, each rank and each owner holds one, of an owner's, each rank two.
+Further ones are refused with RESOURCE_EXHAUSTED."""
 
 
 def server_options() -> Options:
@@ -32,45 +30,65 @@ def server_options() -> Options:
     ]
 
 
-def check_loopback(address: str, *, path: str) -> tuple[str, int]:
-    """Splits an address that only this machine can reach.
+def make_server(credentials: Credentials | None) -> grpc.aio.Server:
+    """Makes a server for asyncio that isn't bound yet.
+
+    Args:
+        credentials: Whose token callers must carry; None for none.
+
+    Raises:
+        EnvironmentFault: There is no token.
+    """
+    interceptors = [] if credentials is None else [TokenInterceptor(credentials)]
+    return grpc.aio.server(interceptors=interceptors, options=server_options(), maximum_concurrent_rpcs=MAX_CALLS)
+
+
+def check_protected(address: str, credentials: Credentials | None, *, path: str) -> tuple[str, int]:
+    """Splits an address that only this machine can reach, or that is protected.
 
     Args:
         address: "host:port".
+        credentials: What protects it; None for nothing.
         path: The configuration field it comes from, for the error.
 
     Raises:
-        ConfigError: It isn't "host:port", or other machines could reach it.
+        ConfigError: It isn't "host:port", or other machines could reach it without TLS and a token.
     """
     try:
         host, port = split_address(address)
     except ValueError as error:
         raise ConfigError(f"{address!r} is no address: {error}", path=path) from None
-    if not is_loopback(host):
-        raise ConfigError(
-            f"{address!r} can be reached from other machines, which needs TLS and a token; kfdist has neither yet, so "
-            "only loopback (127.0.0.1, ::1, localhost) is allowed; from elsewhere, forward the port over SSH",
-            path=path,
-        )
+    if credentials is None and not is_loopback(host):
+        raise ConfigError(f"is {address!r}; {UNPROTECTED}", path=path)
     return host, port
 
 
-def bind(server: Bindable, address: str, *, path: str = "control.address") -> str:
-    """Binds a server to a loopback address and returns the address with the real port.
+def bind(
+    server: grpc.aio.Server, address: str, credentials: Credentials | None = None, *, path: str = "control.address"
+) -> str:
+    """Binds a server to an address and returns the address with the real port.
 
     Args:
         server: The server, not yet started.
-        address: "host:port"; port 0 takes any free one.
+        address: "host:port"; port 0 takes any free one. On loopback unless there are credentials.
+        credentials: Its certificate; None for none, and then it demands none.
         path: The configuration field to change if the address can't be had; empty if no field sets it.
 
     Raises:
-        ConfigError: The address is malformed or not on loopback.
-        EnvironmentFault: The address is in use, or this machine doesn't have it.
+        ConfigError: The address is malformed, or not on loopback and not protected.
+        EnvironmentFault: The address is in use, or this machine doesn't have it; or the certificate can't be used.
     """
-    host, port = check_loopback(address, path=path)
+    host, port = check_protected(address, credentials, path=path)
+    if credentials is not None:
+        from kfdist.rpc.certificates import check_credentials  # its library takes a while to import
+
+        check_credentials(credentials)
     check_bindable(host, port, path=path)  # first, since gRPC itself would write to standard error
     try:
-        bound = server.add_insecure_port(address)
+        if credentials is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, server_credentials(credentials))
     except RuntimeError:
         bound = 0
     if bound == 0:

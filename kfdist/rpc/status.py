@@ -4,6 +4,7 @@ Servers raise; `answers` and `streams` turn what was raised into a status. Clien
 says who must act (`kfdist.errors`).
 """
 
+import asyncio
 import functools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -15,6 +16,8 @@ import grpc.aio
 
 from kfdist.errors import ConfigError, EnvironmentFault, KfdistError
 from kfdist.rpc.chunking import PayloadError, PayloadTooLarge
+from kfdist.rpc.handshake import explain, token_refused
+from kfdist.system.credentials import Credentials, Role
 
 _LOG = logging.getLogger(__name__)
 
@@ -104,10 +107,25 @@ def fault_of(
             return EnvironmentFault(f"no {what} answers at {address}: {remedy}; gRPC says: {details}")
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return EnvironmentFault(f"the {what} at {address} didn't answer in time: is it stopped or overloaded?")
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return EnvironmentFault(token_refused(address, what))
         case grpc.StatusCode.UNIMPLEMENTED:
             return EnvironmentFault(f"what listens at {address} isn't a kfdist {what} of this version: {details}")
         case _:
             return EnvironmentFault(f"the {what} at {address} refused ({code.name}): {details}")
+
+
+async def refusal_of(
+    error: grpc.aio.AioRpcError, address: str, credentials: Credentials | None, *, server: Role
+) -> str:
+    """Says what in a process's certificate or token makes a server refuse its calls; empty if it is something else."""
+    match code_of(error):
+        case grpc.StatusCode.UNAVAILABLE:
+            return await asyncio.to_thread(explain, address, credentials, server=server)
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return token_refused(address, server)
+        case _:
+            return ""
 
 
 def code_of(error: grpc.RpcError) -> grpc.StatusCode:

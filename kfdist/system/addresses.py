@@ -6,6 +6,13 @@ import socket
 
 from kfdist.errors import ConfigError, EnvironmentFault
 
+UNPROTECTED = (
+    "other machines can reach it, which needs TLS and a token: make them with `kfdist certs init DIR` and set "
+    "security.certificates (KFDIST_SECURITY__CERTIFICATES), or stay on loopback (127.0.0.1, ::1, localhost) and "
+    "forward the port over SSH"
+)
+"""Why an address is refused that isn't on loopback, and what to do."""
+
 
 def split_address(address: str) -> tuple[str, int]:
     """Splits `host:port`; an IPv6 host stands in brackets.
@@ -49,6 +56,12 @@ def server_address(address: str, *, field: str) -> tuple[str, int]:
 def join_address(host: str, port: int) -> str:
     """Returns "host:port", an IPv6 host in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def metrics_url(address: str) -> str:
+    """Returns the URL of /metrics: HTTP where only this machine reaches it, else HTTPS."""
+    host, _ = split_address(address)
+    return f"{'http' if is_loopback(host) else 'https'}://{address}/metrics"
 
 
 def is_loopback(host: str) -> bool:

@@ -9,21 +9,32 @@ from typing import Any
 from kfdist.errors import EnvironmentFault
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes, *, private: bool = False) -> None:
     """Writes a new file and waits until the disk has it.
+
+    Args:
+        path: The file.
+        content: What it holds.
+        private: Whether only its owner may read it.
 
     Raises:
         FileExistsError: There is such a file already.
         OSError: It can't be written, for instance because the disk is full.
     """
-    with path.open("xb") as file:
+    mode = 0o600 if private else 0o666
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
     """Puts `content` in the place of a file at once: readers see the old content or the new, never a part.
+
+    Args:
+        path: The file.
+        content: What it holds.
+        private: Whether only its owner may read it.
 
     Raises:
         OSError: It can't be written; the old content stays.
@@ -31,7 +42,7 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        write_file(temporary, content)
+        write_file(temporary, content, private=private)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -16,10 +16,12 @@ from kfdist.data.sets import load_data
 from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.models import build_model
+from kfdist.rpc.handshake import explain
 from kfdist.runtime.forward_state import ForwardState, seed_rank
 from kfdist.runtime.invert.service import connect
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.addresses import server_address
+from kfdist.system.credentials import Role
 from kfdist.training.averaging import WeightAverage
 from kfdist.training.method import plan_of
 from kfdist.training.optimizers import LearningRate, make_optimizer
@@ -47,13 +49,13 @@ def choose_device(config: Config) -> torch.device:
 
 
 def check_controller(config: Config) -> None:
-    """Checks that a server listens at the controller's address, before anything is started.
+    """Checks that a server listens at the controller's address and takes our certificate, before anything is started.
 
-    A plain connection: ranks don't speak gRPC, their couriers do.
+    No call: ranks don't speak gRPC, their couriers do.
 
     Raises:
         ConfigError: The address has port 0, which only a server can take.
-        EnvironmentFault: Nobody is there.
+        EnvironmentFault: Nobody is there, or whoever is there and this rank don't trust each other.
     """
     if config.cluster.link != "service":
         return
@@ -65,6 +67,8 @@ def check_controller(config: Config) -> None:
         raise EnvironmentFault(
             f"no controller at {address} ({error}); start `kfdist serve` first, or give its address in control.address"
         ) from None
+    if reason := explain(address, config.security.credentials(Role.CLIENT), server=Role.CONTROLLER):
+        raise EnvironmentFault(reason)
 
 
 def gather_materials(
@@ -156,6 +160,8 @@ def make_training(
             epoch=epoch,
             assignment=config.cluster.assignment,
             deadline_seconds=config.cluster.job_deadline_seconds,
+            certificates=config.security.certificates,
+            token_file=config.security.token_file,
         )
     plan = materials.plan
     preconditioner = Preconditioner.from_plan(

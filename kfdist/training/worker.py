@@ -12,6 +12,7 @@ import torch
 from kfdist.comm.communicator import Communicator, join_training_group
 from kfdist.comm.together import on_rank_zero, require_equal
 from kfdist.config import Config, to_toml
+from kfdist.config.sections import SecuritySection
 from kfdist.errors import ConfigError, ExitCode, KfdistError
 from kfdist.system.provenance import versions
 from kfdist.training.checkpoint import CheckpointStore
@@ -73,9 +74,10 @@ def train_together(config: Config, communicator: Communicator, device: torch.dev
 
 
 def _check_same_configuration(config: Config, communicator: Communicator) -> None:
+    everywhere = config.model_copy(update={"security": SecuritySection()})  # files may lie elsewhere on each node
     require_equal(
         communicator,
-        {"configuration": hashlib.sha256(to_toml(config).encode()).hexdigest()[:16]},
+        {"configuration": hashlib.sha256(to_toml(everywhere).encode()).hexdigest()[:16]},
         lambda _, listed: ConfigError(
             f"the ranks were started with different configurations (by SHA-256, {listed}); give all ranks the same "
             "file, --set and KFDIST_* variables"

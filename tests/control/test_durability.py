@@ -119,7 +119,7 @@ def test_a_second_controller_on_the_same_file_is_refused(tmp_path, controller):
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "example.org:80", "127.0.0.1", "127.0.0.1:99999"])
-def test_only_loopback_is_bound(tmp_path, address):
+def test_without_credentials_only_loopback_is_bound(tmp_path, address):
     for which in ("address", "metrics_address"):
         with pytest.raises(ConfigError) as caught:
             ControllerThread(tmp_path / "new" / "c.sqlite", **{which: address})

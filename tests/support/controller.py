@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from kfdist.control.controller import Controller, ControllerOptions
 from kfdist.control.run_rules import OwnerRecord
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membership_pb2_grpc, run_pb2_grpc
 from kfdist.rpc.channels import open_channel
+from kfdist.system.addresses import split_address
+from kfdist.system.credentials import Credentials
 
 CALL_SECONDS = 10.0
 
@@ -205,6 +208,15 @@ def sample(name: str, value: float, **labels: str) -> membership_pb2.Sample:
 
 def scrape(metrics_address: str) -> str:
     with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as response:
+        return response.read().decode()
+
+
+def scrape_secured(metrics_address: str, credentials: Credentials) -> str:
+    """Scrapes over TLS, from this machine."""
+    context = credentials.tls(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # Prometheus is told a role as `server_name`, which urllib can't be
+    url = f"https://127.0.0.1:{split_address(metrics_address)[1]}/metrics"
+    with urllib.request.urlopen(url, context=context, timeout=10) as response:
         return response.read().decode()
 
 

@@ -92,9 +92,7 @@ class Courier:
         self._word = word
         self._counted = LinkCounters()
         self._fenced = False
-        self._dispatcher = Dispatcher(
-            setup.context, directory, done=self._tell_done, count=self._count, fenced=self._fence
-        )
+        self._dispatcher = Dispatcher(setup, directory, done=self._tell_done, count=self._count, fenced=self._fence)
         self._session = ControllerSession(
             setup,
             directory,

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
 from kfdist.links.courier.transfer import AttemptFailed, Reason, attempt
-from kfdist.links.link import LinkContext, LinkCounters
+from kfdist.links.link import LinkCounters
 from kfdist.links.shared_memory import write_at
-from kfdist.links.socket_messages import Done, Submit
+from kfdist.links.socket_messages import CourierSetup, Done, Submit
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import InvertHeader, InvertResultHeader
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_aio_channel
+from kfdist.system.credentials import Credentials, Role, stamp
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,12 +38,18 @@ _POOL_START_SECONDS = 20.0
 class _Connection:
     """A channel to one owner at one address, and the slots of calls on it."""
 
-    def __init__(self, owner: KnownOwner) -> None:
+    def __init__(self, owner: KnownOwner, credentials: Credentials | None) -> None:
         self.owner = owner
-        self.channel = open_aio_channel(owner.address)
+        self._files = credentials.files if credentials is not None else ()
+        self._stamp = stamp(self._files)
+        self.channel = open_aio_channel(owner.address, credentials, server=Role.OWNER)
         self.stub = InversionServiceStub(self.channel)
         self.slots = asyncio.Semaphore(_CALLS_PER_OWNER)
         self._closing: asyncio.Task[None] | None = None
+
+    def is_current(self, owner: KnownOwner) -> bool:
+        """Tells whether it leads to where the owner is, with the certificate and the token of now."""
+        return self.owner.address == owner.address and self._stamp == stamp(self._files)
 
     def abandon(self) -> None:
         """Ends all calls on it."""
@@ -77,7 +84,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        context: LinkContext,
+        setup: CourierSetup,
         directory: OwnerDirectory,
         *,
         done: Callable[[Done], None],
@@ -87,13 +94,14 @@ class Dispatcher:
         """Begins without jobs.
 
         Args:
-            context: What the rank knows of its run.
+            setup: What the rank knows of its run, and what to show to owners.
             directory: The owners; kept up to date by others, who call `owners_changed`.
             done: Called when a result lies in its memfd.
             count: Called with what there is to count.
             fenced: Called with the reason when an owner has seen a newer start of the run.
         """
-        self._context = context
+        self._context = setup.context
+        self._credentials = setup.credentials
         self._directory = directory
         self._done = done
         self._count = count
@@ -203,8 +211,9 @@ class Dispatcher:
 
     def _connect(self, owner: KnownOwner) -> _Connection:
         connection = self._connections.get(owner.owner_id)
-        if connection is None or connection.owner.address != owner.address:
-            connection = self._connections[owner.owner_id] = _Connection(owner)
+        if connection is None or not connection.is_current(owner):
+            # Calls on the old one go on: a renewed certificate counts for new connections.
+            connection = self._connections[owner.owner_id] = _Connection(owner, self._credentials)
         return connection
 
     def _learn(self, owner: KnownOwner, parcel: _Parcel, failure: AttemptFailed) -> None:

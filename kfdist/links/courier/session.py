@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import grpc
 import grpc.aio
 
+from kfdist.errors import EnvironmentFault
 from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
 from kfdist.links.link import LinkCounters
 from kfdist.links.socket_messages import CourierSetup
@@ -21,7 +22,8 @@ from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceS
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
 from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, group_messages, settings_of
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
-from kfdist.rpc.status import code_of, details_of
+from kfdist.rpc.status import code_of, details_of, refusal_of
+from kfdist.system.credentials import Role
 from kfdist.types import MetricSample, RunSettings
 
 _LOG = logging.getLogger(__name__)
@@ -95,32 +97,42 @@ class ControllerSession:
         """Keeps the conversation up until `end`."""
         pause = _FIRST_PAUSE_SECONDS
         while True:
-            channel = open_aio_channel(self._setup.address)
-            stub = MembershipServiceStub(channel)
             try:
-                await self._register(stub)
-                await self._heartbeat(stub)
+                async with self._channel() as channel:
+                    stub = MembershipServiceStub(channel)
+                    await self._register(stub)
+                    await self._heartbeat(stub)
                 return
+            except EnvironmentFault as fault:
+                self._tell(str(fault))  # of the files of the credentials
             except grpc.aio.AioRpcError as error:
                 if code_of(error) is grpc.StatusCode.ABORTED:
                     self._fenced(details_of(error))
                     return
-                self._tell_refusal(error)
+                await self._tell_refusal(error)
             except TimeoutError:
                 pass  # like nobody there and most refusals, it may be over at the next try
             finally:
                 reached, self._connected = self._connected, False
-                await channel.close()
             self._away = True
             if self._ending:
                 return
             pause = _FIRST_PAUSE_SECONDS if reached else min(2 * pause, _LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
-    def _tell_refusal(self, error: grpc.RpcError) -> None:
+    def _channel(self) -> grpc.aio.Channel:
+        return open_aio_channel(self._setup.address, self._setup.credentials, server=Role.CONTROLLER)
+
+    async def _tell_refusal(self, error: grpc.aio.AioRpcError) -> None:
         """Says once why a controller that is there refuses this rank; nobody there is no news."""
-        reason = details_of(error)
-        if code_of(error) in _REFUSALS and reason != self._told:
+        if code_of(error) in _REFUSALS:
+            self._tell(details_of(error))
+        elif not self._ending:
+            address, credentials = self._setup.address, self._setup.credentials
+            self._tell(await refusal_of(error, address, credentials, server=Role.CONTROLLER))
+
+    def _tell(self, reason: str) -> None:
+        if reason and reason != self._told:
             self._told = reason
             _LOG.warning("the controller at %s refuses this rank: %s", self._setup.address, reason)
 
@@ -137,8 +149,8 @@ class ControllerSession:
         while True:
             await asyncio.sleep(_PEERS_SECONDS)
             for owner in [] if self._connected else self._directory.owners:
-                with contextlib.suppress(grpc.aio.AioRpcError):
-                    async with open_aio_channel(owner.address) as channel:
+                with contextlib.suppress(grpc.aio.AioRpcError, EnvironmentFault):
+                    async with open_aio_channel(owner.address, self._setup.credentials, server=Role.OWNER) as channel:
                         request = inversion_pb2.ListPeersRequest()
                         response = await InversionServiceStub(channel).ListPeers(request, timeout=_PEERS_SECONDS)
                     self._learn_owners(response.owners)

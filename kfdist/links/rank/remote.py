@@ -12,6 +12,7 @@ from typing_extensions import override
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
 from kfdist.links.rank.pump import Call, Mailbox, Pump, RemoteOptions
 from kfdist.links.socket_messages import CourierSetup
+from kfdist.system.credentials import Credentials
 from kfdist.types import Job, JobResult, MetricSample, RunSettings
 
 __all__ = ["RemoteLink", "RemoteOptions"]
@@ -25,14 +26,18 @@ class RemoteLink(AbstractLink):
     A process forked from the rank (a data loader's) may hold a copy of the link; there, every call does nothing.
     """
 
-    def __init__(self, address: str, *, options: RemoteOptions | None = None) -> None:
+    def __init__(
+        self, address: str, credentials: Credentials | None = None, *, options: RemoteOptions | None = None
+    ) -> None:
         """Makes a link that isn't started yet.
 
         Args:
             address: Where the controller listens, "host:port".
+            credentials: What the courier shows to it and to owners; None where they demand nothing.
             options: How the courier is treated.
         """
         self._address = address
+        self._credentials = credentials
         self._options = options or RemoteOptions()
         self._pid = os.getpid()
         self._mailbox: Mailbox | None = None
@@ -52,7 +57,7 @@ class RemoteLink(AbstractLink):
             raise RuntimeError("the link was started before; make another one")
         self._pid = os.getpid()
         mailbox = Mailbox.open()
-        setup = CourierSetup(address=self._address, rank_pid=self._pid, context=context)
+        setup = CourierSetup(address=self._address, rank_pid=self._pid, context=context, credentials=self._credentials)
         try:
             self._pump = Pump(mailbox, setup, self._options)
         except BaseException:

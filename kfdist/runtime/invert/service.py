@@ -9,6 +9,7 @@ from kfdist.links.link import AbstractLink
 from kfdist.links.local import LocalLink
 from kfdist.policies.assignment import POLICIES
 from kfdist.system.addresses import server_address
+from kfdist.system.credentials import Credentials, Role
 from kfdist.types import RUN_NAME_PATTERN
 
 DEADLINE_SECONDS = 120.0
@@ -24,6 +25,7 @@ class Service:
     epoch: int | None = None
     assignment: str = "round_robin"
     deadline_seconds: float = DEADLINE_SECONDS
+    credentials: Credentials | None = None
 
     def __post_init__(self) -> None:
         server_address(self.address, field="address")
@@ -45,6 +47,8 @@ def connect(
     epoch: int | None = None,
     assignment: str = "round_robin",
     deadline_seconds: float = DEADLINE_SECONDS,
+    certificates: str | None = None,
+    token_file: str | None = None,
 ) -> Service:
     """Says which service a preconditioner's inversions go to; nothing is contacted until the preconditioner is made.
 
@@ -55,11 +59,20 @@ def connect(
             from rank 0's clock.
         assignment: How groups are dealt to owners: "round_robin" (over cost-sorted groups), "model_order" or "lpt".
         deadline_seconds: How long one inversion may run before its process is killed and the job sent again.
+        certificates: Directory that `kfdist certs init` made, for a controller that demands TLS and a token.
+        token_file: The file with the token; `token` in that directory if None.
 
     Raises:
         ConfigError: A value is out of range.
     """
-    return Service(address=address, run=run, epoch=epoch, assignment=assignment, deadline_seconds=deadline_seconds)
+    return Service(
+        address=address,
+        run=run,
+        epoch=epoch,
+        assignment=assignment,
+        deadline_seconds=deadline_seconds,
+        credentials=Credentials.at(Role.CLIENT, certificates, token_file),
+    )
 
 
 def make_link(link: Service | AbstractLink | None) -> AbstractLink:
@@ -70,4 +83,4 @@ def make_link(link: Service | AbstractLink | None) -> AbstractLink:
         return link
     from kfdist.links.rank.remote import RemoteLink  # only runs with a service need it
 
-    return RemoteLink(link.address)
+    return RemoteLink(link.address, link.credentials)

@@ -82,8 +82,10 @@ BAD = [
     ("control.address=localhost", "control.address", ["'localhost'", "host:port"]),
     ("control.address=127.0.0.1:99999", "control.address", ["0 to 65535"]),
     ("control.address=::1:70", "control.address", ["in brackets"]),
-    ("control.address=0.0.0.0:70", "control.address", ["is '0.0.0.0:70'", "loopback", "TLS", "SSH"]),
-    ("control.metrics_address=10.0.0.1:70", "control.metrics_address", ["loopback"]),
+    ("control.address=0.0.0.0:70", "control.address", ["is '0.0.0.0:70'", "kfdist certs init", "loopback", "SSH"]),
+    ("control.metrics_address=10.0.0.1:70", "control.metrics_address", ["security.certificates"]),
+    ("cluster.owner_address=node", "cluster.owner_address", ['is "node"', "needs TLS and a token"]),
+    ("security.token_file=t", "security.token_file", ["is 't'", "security.certificates is missing"]),
     ("cluster.ray=somewhere", "cluster.ray", ["is 'somewhere'", '"local"', '"auto"']),
     # the syntax of --set
     ("steps", "--set", ["is 'steps'", "section.key=value"]),
