@@ -29,7 +29,7 @@ run: $(INSTALLED)  ## Trains the bundled example with every process in its place
 # Of the tests that start processes, which wait more than they compute and whose clocks are set for a busy machine, three
 # files run at a time, those that last longest first. The others fill the cores meanwhile, at a lower priority, and are
 # shown afterwards.
-ALONE := tests/unit tests/contracts tests/architecture tests/support
+ALONE := tests/models tests/unit tests/contracts tests/architecture tests/support
 TOGETHER := tests/end_to_end tests/pool tests/links tests/distributed tests/control tests/owner tests/acceptance
 
 test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
@@ -43,7 +43,7 @@ test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometh
 test-chaos: $(INSTALLED)  ## Runs the long fault loops
 	$(PYTEST) -m chaos
 
-test-slow: $(INSTALLED) prometheus  ## Runs the slow tier: soak, installed wheel
+test-slow: $(INSTALLED) prometheus  ## Runs the slow tier: soak, installed wheel, all real models
 	$(PYTEST) -m slow
 
 lint: $(INSTALLED)  ## Checks format, style, types and the direction of imports

@@ -153,7 +153,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _vision("swin_t"),
         _vision("swin_v2_t"),
         _vision("vit_b_16", image_size=64),
-        _vision("inception_v3", size=128, init_weights=True),
+        _vision("inception_v3", size=299, init_weights=True),  # the least that its second head takes
         _vision("efficientnet_b0"),
         _vision("regnet_y_400mf"),
         _vision("mobilenet_v3_small", size=32),

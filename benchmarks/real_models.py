@@ -6,12 +6,16 @@ Six steps on one batch with `kfdist.Preconditioner(model)` around SGD with momen
 seeds. Without names it trains all and writes the table; with names it prints their rows.
 """
 
+import os
+import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,6 +23,7 @@ from torch import nn
 
 import kfdist
 from benchmarks.architectures import ARCHITECTURES, Architecture, Loss
+from kfdist.system.provenance import processor_field
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 BEGIN, END = "<!-- real models: written by python -m benchmarks.real_models -->", "<!-- end of real models -->"
@@ -60,9 +65,9 @@ def _made(architecture: Architecture, seed: int) -> tuple[nn.Module, Loss, torch
     return model, loss_on, torch.optim.SGD(model.parameters(), lr=architecture.learning_rate, momentum=0.9)
 
 
-def _losses(model: nn.Module, loss_on: Loss, optimizer: torch.optim.Optimizer) -> Iterator[float]:
+def _losses(model: nn.Module, loss_on: Loss, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[float]:
     """Trains, and yields the loss of each step once the step is done."""
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = loss_on(model)
         loss.backward()
@@ -75,13 +80,13 @@ def _loss(model: nn.Module, loss_on: Loss) -> float:
         return loss_on(model).item()
 
 
-def train_with_sgd(architecture: Architecture, seed: int) -> Training:
+def train_with_sgd(architecture: Architecture, seed: int, steps: int = STEPS) -> Training:
     """Trains a few steps with SGD alone."""
     model, loss_on, optimizer = _made(architecture, seed)
-    return Training((*_losses(model, loss_on, optimizer), _loss(model, loss_on)))
+    return Training((*_losses(model, loss_on, optimizer, steps), _loss(model, loss_on)))
 
 
-def train_with_kfdist(architecture: Architecture, seed: int = 0) -> Training:
+def train_with_kfdist(architecture: Architecture, seed: int = 0, steps: int = STEPS) -> Training:
     """Trains the same steps with a Preconditioner that is told nothing but the model."""
     model, loss_on, optimizer = _made(architecture, seed)
     losses, unmeasured = [], {}
@@ -89,7 +94,7 @@ def train_with_kfdist(architecture: Architecture, seed: int = 0) -> Training:
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", kfdist.KfdistWarning)
         with kfdist.Preconditioner(model).attach(optimizer) as preconditioner:
-            for loss in _losses(model, loss_on, optimizer):
+            for loss in _losses(model, loss_on, optimizer, steps):
                 losses.append(loss)
                 unmeasured.update(preconditioner.pipeline.capture.unmeasured)
             coverage = preconditioner.coverage()
@@ -129,15 +134,23 @@ def table_row(name: str, ours: Training, sgd: tuple[float, float]) -> str:
     )
 
 
+def measured_with() -> str:
+    """Returns on what the losses were measured: they depend on it, and so does the method of each block."""
+    used = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "transformers"))
+    cpu = f"{processor_field('model name') or platform.processor()}, {os.cpu_count()} cores"
+    return f"Measured {date.today()} with {used} on {cpu}, {torch.get_num_threads()} thread."
+
+
 def write_table(rows: Iterable[str]) -> None:
     """Writes the table into its place on the page."""
     before, rest = PAGE.read_text().split(BEGIN)
     _, after = rest.split(END)
-    PAGE.write_text("\n".join([before + BEGIN, HEADER, *rows, END + after]))
+    PAGE.write_text("\n".join([before + BEGIN, HEADER, *rows, "", measured_with(), END + after]))
 
 
 def main(names: list[str]) -> None:
     """Trains and prints; writes the page where all were trained."""
+    torch.set_num_threads(1)
     rows = []
     for name in names or ARCHITECTURES:
         ours = train_with_kfdist(ARCHITECTURES[name])

@@ -1,0 +1,34 @@
+"""Real architectures with default arguments: what is covered is measured, and it trains no worse than SGD."""
+
+import pytest
+
+from benchmarks.architectures import ARCHITECTURES
+from benchmarks.real_models import Training, sgd_losses, train_with_kfdist, train_with_sgd
+
+SHORT = ("regnet_y_400mf", "mobilenet_v3_small", "GPT2LMHeadModel", "MixtralForCausalLM", "MambaForCausalLM", "LSTM")
+"""A small one of each kind: batch norm with grouped convolutions; depthwise convolutions with squeeze and excitation; a
+head tied to the embedding and `Conv1D`; experts; bare matrices; cells."""
+
+
+def check_coverage(name: str, ours: Training) -> None:
+    """Holds what was covered to the aim, and what wasn't measured to the warning about it."""
+    assert ours.share >= ARCHITECTURES[name].least_share, ours.left_out
+    assert bool(ours.unmeasured) == any("not all uses of them were measured" in text for text in ours.said)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_three_steps_go_further_than_sgds_from_the_same_start(name: str) -> None:
+    ours = train_with_kfdist(ARCHITECTURES[name], steps=3)
+    check_coverage(name, ours)
+    assert ours.losses[-1] < train_with_sgd(ARCHITECTURES[name], seed=0, steps=3).losses[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_six_steps_end_no_higher_than_sgds(name: str) -> None:
+    """At the same learning rate: at most the mean over five seeds, and twice their spread."""
+    ours = train_with_kfdist(ARCHITECTURES[name])
+    check_coverage(name, ours)
+    mean, spread = sgd_losses(ARCHITECTURES[name])
+    assert ours.losses[-1] <= mean + 2 * spread
