@@ -21,7 +21,7 @@ from kfdist.capture.affine import Affine, Columns
 from kfdist.capture.biases import Biases
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss
-from kfdist.capture.masks import Stated, checked_mask, turned_blocks
+from kfdist.capture.masks import MaskedRows, Stated, checked_mask, turned_blocks
 from kfdist.capture.micro_batches import MicroBatches, makes_gradients
 from kfdist.capture.observe import Observer, check_version
 from kfdist.capture.operations import Product
@@ -81,6 +81,8 @@ class Capture:
 
     Attributes:
         biases: Those that blocks were planned with; whoever asks all ranks settles which of them stay.
+        masked: What masks left out before the last drain.
+        zero_rows: By block with positions and no mask of them: how many output gradients before it are zero, of all.
     """
 
     def __init__(
@@ -113,8 +115,9 @@ class Capture:
         self._scaler_cycle: object = None
         self._looks = False
         self._warned_of_lists = False
-        self._zero_rows: Mapping[str, tuple[Tensor, int]] = {}
+        self.zero_rows: Mapping[str, tuple[Tensor, int]] = {}
         self._watch = Watch(model, self._blocks.values(), self)
+        self.masked = MaskedRows()
         self.biases = Biases(self._blocks.values(), self._watch)
         self._not_whole = Unmeasured(self._blocks, self._watch, self.biases)
 
@@ -164,7 +167,8 @@ class Capture:
         Raises:
             ConfigError: It is no mask `[N, T]`.
         """
-        self._stated = replace(self._stated, mask=checked_mask(mask))
+        given, strange = checked_mask(mask)
+        self._stated = replace(self._stated, mask=given, strange=strange)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -244,7 +248,8 @@ class Capture:
                 self._measure(use, held)
             self._warn_of_lists()
             repeats = 1 if self._observer is not None else max(len(self._batches), 1)
-            self._zero_rows = {} if self._fisher == "exact" else self._collector.zero_rows.counts
+            self.zero_rows = {} if self._fisher == "exact" else self._collector.zero_rows.counts
+            self.masked = self._collector.masked
             for name in self._collector.indivisible:
                 self._watch.unhandled[name, False].add("an operation whose result has no dimension of examples")
             drained = self._collector.drain(repeats)
@@ -274,11 +279,6 @@ class Capture:
         A use that can't be measured is remembered: it was seen when every module was watched.
         """
         return self._not_whole.reasons
-
-    @property
-    def zero_rows(self) -> Mapping[str, tuple[Tensor, int]]:
-        """By block with positions and no mask of them: how many output gradients of the last drain are zero, of all."""
-        return self._zero_rows
 
     @property
     def unseen(self) -> Set[str]:

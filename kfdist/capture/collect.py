@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kfdist.capture.cross_sums import COUNT, ChainSums, CoarseSums
-from kfdist.capture.masks import ZeroRows, aligned
+from kfdist.capture.masks import MaskedRows, ZeroRows, aligned
 from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, DIAGONAL_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
 from kfdist.capture.reservoir import Reservoir
@@ -86,6 +86,7 @@ class Collector:
 
     Attributes:
         zero_rows: Output gradients of layers that have positions and no mask of them.
+        masked: What masks left out.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Collector:
         self._pending: dict[str, _Pending] = {}
         self._units: dict[Unit, int] = {}
         self.zero_rows = ZeroRows()
+        self.masked = MaskedRows()
         self.indivisible: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -137,6 +139,7 @@ class Collector:
             tells: Output gradient that tells which rows the loss depends on; None where an earlier one told.
         """
         block, request = self._blocks[visit.name], self._requests[visit.name]
+        self.masked.note(visit.stated)
         if isinstance(block, UnitBlock):
             self._add_units(block, visit, output_gradient, scaling)
             return
@@ -215,13 +218,17 @@ class Collector:
         wanted = self._requests[visit.name].sums & (PLAIN_SUMS if first else frozenset({"G", "g"}))
         masked = visit.stated.mask is not None
         sums, rows = block.routed_sums(visit.activation, output_gradient, visit.reach, wanted, masked=masked)
-        examples = visit.examples(visit.activation.numel() // block.shape.d_in)
+        n_rows = visit.activation.numel() // block.shape.d_in
+        examples = visit.examples(n_rows)
         boost = pending.share(visit, examples)
         for part, total in sums.items():
             scale = {"G": scaling.of_products, "g": scaling.of_rows}.get(part)
             pending.add(part, total * boost if scale is None else total * (scale(examples, total) * boost))
         if first:
             pending.positions = pending.positions + rows.to(pending.like.dtype) * boost
+            if masked:
+                self.masked.add(visit.name, rows.sum(), n_rows)
+                self.masked.routed.add(visit.name)
             met = rows > 0
             pending.reached[visit.counted] = pending.reached.get(visit.counted, met) | met
 
@@ -269,6 +276,7 @@ class Collector:
         self._chains.forget()
         self._coarse.forget()
         self.zero_rows = ZeroRows()
+        self.masked = MaskedRows()
 
     def _by_example(self, visit: Visit, block: LayerBlock, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what a layer saw like `LayerBlock.batched`; of a Linear with an example's positions side by side.
@@ -294,6 +302,8 @@ class Collector:
             return None
         mask = None if mask is None else aligned(mask, (shape[0], shape[1]))
         kept = block.met(activation)
+        if mask is None and visit.stated.mask is not None and not visit.stated.from_target:
+            self.masked.unfit[block.name] = (shape[0], shape[1])
         if mask is not None:
             counted = mask.to(output_gradient.device, non_blocking=True) | (output_gradient != 0).any(-1)
             kept = counted if kept is None else kept & counted
@@ -302,6 +312,8 @@ class Collector:
         if kept is None:
             return None
         fresh = kept if visit.kept is None else kept & ~visit.kept
+        if mask is not None:
+            self.masked.add(block.name, fresh.sum(), kept.numel() if visit.kept is None else 0)
         visit.kept = kept if visit.kept is None else kept | visit.kept
         return fresh
 

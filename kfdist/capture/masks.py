@@ -7,7 +7,7 @@ dead units and underflow make them too. Such rows stay, and a large share of the
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,23 +24,26 @@ class Stated:
     Attributes:
         examples: How many terms its loss averages; None: dim 0 of the input.
         mask: Which positions its loss counts, `[N, T]` or one after another; None: all.
+        strange: Whether the mask held other numbers than 0 and 1, a boolean scalar where only the device knows.
+        from_target: Whether the mask is that of a target's ignored terms.
     """
 
     examples: int | None = None
     mask: Tensor | None = None
+    strange: Tensor | None = None
+    from_target: bool = False
 
     def completed(self, other: "Stated") -> "Stated":
         """Returns it with what only `other` says."""
-        return Stated(
-            other.examples if self.examples is None else self.examples, other.mask if self.mask is None else self.mask
-        )
+        of_mask = other if self.mask is None else self
+        return replace(of_mask, examples=other.examples if self.examples is None else self.examples)
 
 
 NOTHING_STATED = Stated()
 
 
-def checked_mask(mask: object) -> Bool[Tensor, "N T"]:
-    """Returns a mask as booleans; one that isn't boolean is read, which waits for its device.
+def checked_mask(mask: object) -> tuple[Bool[Tensor, "N T"], Bool[Tensor, ""] | None]:
+    """Returns a mask as booleans, and whether it holds other numbers than 0 and 1, where only its device knows.
 
     Raises:
         ConfigError: It is no tensor `[N, T]` of booleans, or of zeros and ones.
@@ -49,13 +52,22 @@ def checked_mask(mask: object) -> Bool[Tensor, "N T"]:
         found = f"has shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
         raise ConfigError(f"mask {found}; must be a tensor [N, T], True or 1 where a position counts")
     if mask.dtype == torch.bool:
-        return mask.detach()
-    if not bool(((mask == 0) | (mask == 1)).all()):
+        return mask.detach(), None
+    mask = mask.detach()
+    strange = ~((mask == 0) | (mask == 1)).all()
+    if not _on_host(mask):
+        return mask != 0, strange
+    if bool(strange):
         raise ConfigError(
             f"mask holds other numbers than 0 and 1 (from {mask.min().item():.6g} to {mask.max().item():.6g}); give 1 "
             "where a position counts and 0 where it is padding, or booleans"
         )
-    return mask.detach() != 0
+    return mask != 0, None
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether numbers are read without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def turned_blocks(model: nn.Module, blocks: Iterable[Block]) -> frozenset[str]:
@@ -100,3 +112,35 @@ class ZeroRows:
         zeros = (output_gradient == 0).all(-1).sum()
         before, rows = self.counts.get(name, (torch.zeros_like(zeros), 0))
         self.counts[name] = before + zeros, rows + output_gradient.shape[:2].numel()
+
+
+@dataclass
+class MaskedRows:
+    """What became of the masks that were stated since the last drain.
+
+    Attributes:
+        shape: Of the last one; None where there was none.
+        counts: By block, how many rows were left out, a tensor on its device, and of how many.
+        unfit: By block whose inputs have other positions than the mask, their N and T.
+        routed: Blocks of experts, of whose rows those without any gradient were left out.
+        strange: Whether masks held other numbers than 0 and 1, where only the device knows.
+    """
+
+    shape: tuple[int, ...] | None = None
+    counts: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    unfit: dict[str, tuple[int, int]] = field(default_factory=dict)
+    routed: set[str] = field(default_factory=set)
+    strange: list[Tensor] = field(default_factory=list)
+
+    def note(self, stated: Stated) -> None:
+        """Notes which mask a call was measured under."""
+        if stated.mask is None or stated.from_target:
+            return
+        self.shape = tuple(stated.mask.shape)
+        if stated.strange is not None and not any(each is stated.strange for each in self.strange):
+            self.strange.append(stated.strange)
+
+    def add(self, name: str, kept: Tensor, rows: int) -> None:
+        """Counts rows of a block, and how many of them were kept."""
+        left, of = self.counts.get(name, (torch.zeros_like(kept), 0))
+        self.counts[name] = left + rows - kept, of + rows

@@ -130,7 +130,7 @@ class Observer:
             roots = enumerated_roots(output, loss, _independent_examples(output, calls))
         self.is_ahead = True
         scaling = Scaling(1.0 / divisor(output, loss), 1)
-        stated = stated.completed(Stated(mask=counted_terms(output, loss)))
+        stated = stated.completed(Stated(mask=counted_terms(output, loss), from_target=True))
         reached: Sequence[Tensor | None] | None = None
         if stated.mask is not None and self._fisher == "exact":  # one target of one term doesn't reach all rows
             generator = torch.Generator(device="cpu").manual_seed(0)

@@ -1,5 +1,6 @@
 """What can be asked of a Preconditioner; nothing here changes it."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,9 +38,8 @@ class Inspection:
         }
         capture = self.pipeline.capture
         notes |= {name: f"not measured as a whole: {reason}" for name, reason in capture.unmeasured.items()}
-        return self._plan.coverage.without_biases(self._plan.blocks, capture.biases.left_out).with_inversions(
-            notes, capture.unseen
-        )
+        planned = self._plan.coverage.without_biases(self._plan.blocks, capture.biases.left_out)
+        return replace(planned.with_inversions(notes, capture.unseen), mask=self.pipeline.masks.describe())
 
     def staleness(self) -> dict[str, int]:
         """Returns each block's staleness in steps: the last step done minus the version in use."""

@@ -21,6 +21,7 @@ from kfdist.runtime.adopt.start import agree_on_start
 from kfdist.runtime.apply.applications import Applying
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.shipping import Inverting
+from kfdist.runtime.masking import MaskNotice
 from kfdist.runtime.padding import PaddingNotice
 from kfdist.runtime.plan.coverage import unmeasured_warning
 from kfdist.runtime.plan.timetable import Due, Timetable
@@ -49,6 +50,7 @@ class Pipeline:
         calibration: Measures what is in use.
         applying: Multiplies it onto the gradients.
         counters: What happened so far.
+        masks: Knows what masks left out.
         next_step: The step that `step` will do next.
         statistics_step: The newest step whose statistics are folded; equals `next_step` after an interrupted step.
         started: Whether a step was begun or a state loaded; from then on no state can be loaded.
@@ -73,8 +75,11 @@ class Pipeline:
     started: bool = field(default=False, init=False)
     _said_unmeasured: set[BlockName] = field(default_factory=set, init=False)
     _padding: PaddingNotice = field(default_factory=PaddingNotice, init=False)
+    masks: MaskNotice = field(init=False)
 
     def __post_init__(self) -> None:
+        blocks = [block for track in self.tracks for block in track.group.blocks]
+        self.masks = MaskNotice([block.name for block in blocks if block.maskable])
         self.arm()
 
     def step(
@@ -114,6 +119,7 @@ class Pipeline:
             batches = self.capture.drain()
             self._warn_of_unmeasured(step)
             self._padding.look(self.capture.zero_rows, level=4)
+            self.masks.look(self.capture.masked, step, unseen=self.capture.unseen, level=4)
         with phase("fold"):
             self.reducer.fold(due, batches, step_is_finite)
         with phase("reduce"):

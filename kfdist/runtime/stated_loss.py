@@ -41,8 +41,8 @@ class StatedLoss:
                 waits for it.
             mask: Which positions the loss counts, `[N, T]` like the first two dimensions of the layers' inputs, True or
                 1 for those that count. What it leaves out, and no gradient comes to, leaves A, G and their numbers.
-                Layers with other positions (behind pooling, convolutions) aren't masked. Not needed where `observe`
-                is given the loss's target.
+                Layers with other positions (behind pooling, convolutions) aren't masked; `coverage()` says so, and how
+                much was left out. Not needed where `observe` is given the loss's target.
 
         Raises:
             ConfigError: `examples` is not a positive whole number, the mask has other dimensions or values, or neither

@@ -42,9 +42,16 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Every parameter of a model and what preconditions it; `str()` gives a table."""
+    """Every parameter of a model and what preconditions it; `str()` gives a table.
+
+    Attributes:
+        rows: One or more a parameter.
+        mask: What is known of `batch`'s masks, as far as it has come from the device: how much they left out; empty
+            where there are none. Not compared.
+    """
 
     rows: tuple[CoverageRow, ...]
+    mask: str = field(default="", compare=False)
 
     @property
     def share(self) -> float:
@@ -87,7 +94,8 @@ class Coverage:
             for row in self.rows
         ]
         trained = sum(row.elements for row in self.rows)
-        return "\n".join([*lines, f"{self.share:.2%} of {trained:,} trained parameters are preconditioned"])
+        lines.append(f"{self.share:.2%} of {trained:,} trained parameters are preconditioned")
+        return "\n".join([*lines, self.mask] if self.mask else lines)
 
 
 def coverage_of(model: nn.Module, groups: Sequence[BlockGroup], reasons: Mapping[str, str]) -> Coverage:

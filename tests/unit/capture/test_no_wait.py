@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from kfdist.capture import masks
 from kfdist.capture.capture import Capture
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, Request, Sampling
 from kfdist.comm.communicator import Communicator
@@ -150,6 +151,23 @@ def test_rows_samples_and_cross_sums(fisher: str):
             (output.sum() / 3).backward()
         drained = capture.drain()
     assert all(each.samples is not None and len(each.samples.weight) == 5 for each in drained.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+def test_masks(monkeypatch: pytest.MonkeyPatch, fisher: str, dtype: torch.dtype):
+    monkeypatch.setattr(masks, "_on_host", lambda tensor: False)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    capture = armed_capture(net, fisher=fisher, samples=3)
+    mask = (torch.arange(5) < torch.tensor([[5], [2], [1]])).to(dtype)
+    with NoReads():
+        capture.state_mask(mask)
+        output = net(torch.randn(3, 5, 4))
+        capture.observe(output.mT, "cross_entropy")
+        output.sum().backward()
+        drained = capture.drain()
+        assert {name: of for name, (_, of) in capture.masked.counts.items()} == {"0": 15, "2": 15}
+    assert set(drained) == {"0", "2"}
 
 
 ROUTES, ENDS = torch.tensor([0, 3, 3, 0, 0, 3]), torch.tensor([3, 3, 3, 6], dtype=torch.int32)
