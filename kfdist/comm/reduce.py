@@ -21,7 +21,7 @@ class GradientReducer:
     are started in that fixed order on every rank, as soon as they and all before them are full.
 
     With several ranks every parameter has a gradient afterwards: zero where no rank had one, so an optimizer applies
-    its weight decay and momentum to it.
+    its weight decay and momentum to it. A sparse gradient stays sparse, with the rows of all ranks; it travels densely.
 
     Args:
         parameters: Equal in number, shape and order on all ranks; frozen ones are left out.
@@ -100,7 +100,7 @@ class GradientReducer:
 
 
 def _gradient_or_zeros(parameter: nn.Parameter) -> Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
 
 
 def _scatter(flat: Tensor, bucket: Sequence[nn.Parameter]) -> None:
@@ -110,6 +110,8 @@ def _scatter(flat: Tensor, bucket: Sequence[nn.Parameter]) -> None:
         offset += parameter.numel()
         if parameter.grad is None:
             parameter.grad = mean.clone()
+        elif parameter.grad.is_sparse:
+            parameter.grad = mean.to_sparse(1)
         else:
             parameter.grad.copy_(mean)
 
