@@ -250,8 +250,8 @@ class Capture:
             repeats = 1 if self._observer is not None else max(len(self._batches), 1)
             self.zero_rows = {} if self._fisher == "exact" else self._collector.zero_rows.counts
             self.masked = self._collector.masked
-            for name in self._collector.indivisible:
-                self._watch.unhandled[name, False].add("an operation whose result has no dimension of examples")
+            for name, use in self._collector.indivisible.items():
+                self._watch.unhandled[name, False].add(use)
             drained = self._collector.drain(repeats)
         finally:
             self._forget_everything()

@@ -31,6 +31,11 @@ _RESERVOIR_SEED = 0x14057B7EF767814F
 _SKETCH_SEEDS = {"A": 0x2545F4914F6CDD1D, "G": 0x369DEA0F31A53F85}
 """Keep the sketches of a block's factors independent."""
 
+_LOOKED_UP_FOR_ALL = (
+    "a lookup whose dim 0 isn't the examples (batch(examples=...) states their number where dim 0 of the model's first "
+    "input isn't it)"
+)
+
 _DRAW_MASK = (1 << 62) - 1
 """Leaves room to count the draws of a step."""
 
@@ -87,6 +92,7 @@ class Collector:
     Attributes:
         zero_rows: Output gradients of layers that have positions and no mask of them.
         masked: What masks left out.
+        indivisible: By block, what used it and whose gradient is a sum over examples.
     """
 
     def __init__(
@@ -109,7 +115,7 @@ class Collector:
         self._units: dict[Unit, int] = {}
         self.zero_rows = ZeroRows()
         self.masked = MaskedRows()
-        self.indivisible: set[str] = set()
+        self.indivisible: dict[str, str] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._pending
@@ -147,8 +153,8 @@ class Collector:
             self._add_routed(block, visit, output_gradient, scaling)
             return
         assert isinstance(block, LayerBlock), "there are no other blocks"
-        if isinstance(block, EmbeddingBlock) and not _has_examples(visit):
-            self.indivisible.add(block.name)
+        if isinstance(block, EmbeddingBlock) and not _has_examples(visit, output_gradient):
+            self.indivisible[block.name] = _LOOKED_UP_FOR_ALL
             return
         activation, output_gradient = self._by_example(visit, block, output_gradient)
         if not len(activation):
@@ -236,7 +242,7 @@ class Collector:
         """Adds one use of a block of units, given its gradients `[length, c, k]`."""
         length, known = len(gradients), visit.unit.forward.examples
         if known and length < known:
-            self.indivisible.add(block.name)
+            self.indivisible[block.name] = "an operation whose result has no dimension of examples"
             return
         if not length:
             return
@@ -459,10 +465,10 @@ class _Seen:
         return rows.reshape(len(rows), len(self.activation) // self.entries, -1, *rows.shape[3:])
 
 
-def _has_examples(visit: Visit) -> bool:
+def _has_examples(visit: Visit, rows: Tensor) -> bool:
     """Whether what was looked up has the examples along dim 0, as far as their number is known."""
-    known, length = visit.unit.forward.examples, len(visit.activation)
-    return not known or length == known
+    known = visit.unit.forward.examples
+    return rows.dim() > 1 and (not known or len(visit.activation) in (known, visit.stated.examples))
 
 
 def _add_rows(pending: _Pending, seen: _Seen) -> None:

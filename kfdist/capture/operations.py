@@ -76,25 +76,34 @@ def _lookup(given: Arguments, _is_weight: Callable[[Tensor], bool]) -> Product |
 
 def looked_up(table: Tensor, numbers: Tensor) -> Product:
     """Returns the product that rows of a table, picked by their numbers, are: of one-hot inputs and its transpose."""
-    return Product(LOOKUP, numbers, table, None, transposed=True)
+    return Product(LOOKUP, numbers if numbers.dim() else numbers.reshape(1), table, None, transposed=True)
 
 
 def _bag(given: Arguments, _is_weight: Callable[[Tensor], bool]) -> Product | None:
-    mode = {0: "sum", 1: "mean"}.get(given.get("mode", 0))
-    if given.get("scale_grad_by_freq") or given.get("per_sample_weights") is not None or mode is None:
+    mode, numbers, table = given.get("mode", "mean"), given["input"], given["weight"]
+    weighted = given.get("scale_grad_by_freq") or given.get("per_sample_weights") is not None
+    if mode not in BAGS or weighted or numbers.is_nested:
         return None
-    numbers, offsets = _without(given["indices"], given.get("padding_idx")), given["offsets"]
-    starts = offsets[:-1] if given.get("include_last_offset") else offsets
-    ends = torch.cat([starts[1:], starts.new_full((1,), len(numbers))])
-    if given.get("include_last_offset"):
-        ends = offsets[1:]
-    sizes = ends - starts
-    longest = int(sizes.max()) if len(sizes) else 0  # waits for the device; only where a block is due
-    place = torch.arange(longest, device=numbers.device)
-    there = place < sizes.unsqueeze(1)
+    padding = given.get("padding_idx")
+    numbers = _without(numbers, None if padding is None else padding % len(table))
+    if numbers.dim() == 1:
+        numbers = _side_by_side(numbers, given["offsets"], ends=bool(given.get("include_last_offset")))
+    return Product(BAGS[mode], numbers, table, None, transposed=True)
+
+
+def _side_by_side(numbers: Tensor, offsets: Tensor, *, ends: bool) -> Tensor:
+    """Lays bags that come one after another out as `[N, L]`, filled up with `NOWHERE`; waits for the device.
+
+    Args:
+        numbers: Of all bags.
+        offsets: Where each begins.
+        ends: Whether the last offset is the end of the last bag, and no beginning.
+    """
+    offsets = offsets if ends else torch.cat([offsets, offsets.new_full((1,), len(numbers))])
+    starts, sizes = offsets[:-1].unsqueeze(1), offsets.diff().unsqueeze(1)
+    place = torch.arange(int(sizes.max()) if len(sizes) else 0, device=numbers.device)
     padded = torch.cat([numbers, numbers.new_full((1,), NOWHERE)])
-    index = torch.where(there, starts.unsqueeze(1) + place, len(numbers))
-    return Product(BAGS[mode], padded[index], given["weight"], None, transposed=True)
+    return padded[torch.where(place < sizes, starts + place, len(numbers))]
 
 
 def _without(numbers: Tensor, padding: int | None) -> Tensor:
@@ -204,8 +213,8 @@ def _convolution(kind: str, names: Sequence[str], dimensions: int) -> _Form:
 
 
 _MATMUL = _Form(("input", "other"), _matmul)
-_BAG = ("weight", "indices", "offsets", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights",
-        "include_last_offset", "padding_idx")  # fmt: skip
+_BAG = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse",
+        "per_sample_weights", "include_last_offset", "padding_idx")  # fmt: skip
 _PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
@@ -221,7 +230,7 @@ PRODUCTS: dict[Callable[..., Any], _Form] = {
     torch.bmm: _Form(("input", "mat2"), _matmul),
     Tensor.bmm: _Form(("input", "mat2"), _matmul),
     torch.embedding: _Form(("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse"), _lookup),
-    torch.embedding_bag: _Form(_BAG, _bag),
+    F.embedding_bag: _Form(_BAG, _bag),
     grouped_mm: _Form(("mat_a", "mat_b"), _grouped),
     F.conv1d: _convolution("convolution", _PLAIN, 1),
     F.conv2d: _convolution("convolution", _PLAIN, 2),
@@ -269,7 +278,7 @@ def picked_rows(function: Callable[..., Any], args: Sequence[Any], kwargs: Argum
     return picked_entries(function, args, kwargs)
 
 
-LOOKUPS = frozenset({torch.embedding, torch.embedding_bag})
+LOOKUPS = frozenset({torch.embedding, F.embedding_bag})
 """What picks rows of a weight."""
 
 SUMS = frozenset({torch.add, Tensor.add, Tensor.add_})

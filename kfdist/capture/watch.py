@@ -11,7 +11,7 @@ import types
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from kfdist.capture.affine import MOVES, Affine, Columns, affine_uses
+from kfdist.capture.lookups import Lookup, LookupLog, is_shared
 from kfdist.capture.operations import (
     COPIES,
     LOOKUPS,
@@ -40,7 +41,7 @@ from kfdist.capture.recurrent import written_out
 from kfdist.capture.registry import Part, Registry
 from kfdist.curvature.blocks import Block, LayerBlock
 from kfdist.curvature.blocks.embedding import LOOKUP
-from kfdist.torch_internals import EagerSteps, base_of, changes_in_place, eager_steps, leave_function_mode, oddity
+from kfdist.torch_internals import EagerSteps, changes_in_place, eager_steps, leave_function_mode, oddity
 
 
 class Observed(Protocol):
@@ -79,33 +80,6 @@ class _Waiting:
     features: int
 
 
-@dataclass
-class _Lookup:
-    """Rows that were looked up in a table, which may yet be added to tensors that have a dimension of examples.
-
-    Attributes:
-        output: The rows.
-        version: Theirs, to notice changes.
-        product: The lookup.
-        parts: The table's blocks.
-        others: What else used the rows.
-    """
-
-    output: weakref.ref[Tensor]
-    version: int | None
-    product: Product
-    parts: Sequence[Part]
-    others: set[str] = field(default_factory=set)
-
-    def rows_in(self, view: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Returns the table and the numbers of rows that a view shows all of, in their order; None if it doesn't."""
-        numbers = self.product.activation
-        whole = view.is_contiguous() and view.numel() == numbers.numel() * self.product.weight.shape[-1]
-        if not whole or self.version != changes_in_place(view):
-            return None
-        return self.product.weight, numbers
-
-
 class _Thread(threading.local):
     """Where a thread is among the model's modules, since which of them it is watched, and what it waits for."""
 
@@ -114,14 +88,14 @@ class _Thread(threading.local):
         self.mode: _Mode | None = None
         self.mode_depth = 0
         self.waiting: dict[int, _Waiting] = {}
-        self.lookups: dict[int, _Lookup] = {}
+        self.lookups = LookupLog()
         self.start = 0
 
     def forget(self) -> None:
         """Forgets this thread's calls under way, and takes its mode off its stack; other threads go on in theirs."""
         if self.mode is not None:
             leave_function_mode(self.mode)
-        self.modules, self.mode, self.waiting, self.lookups = [], None, {}, {}
+        self.modules, self.mode, self.waiting, self.lookups = [], None, {}, LookupLog()
 
 
 class Watch:
@@ -158,6 +132,11 @@ class Watch:
     def looked(self) -> bool:
         """Whether any use was seen; before, every module is watched."""
         return bool(self._places)
+
+    @property
+    def lookups(self) -> LookupLog:
+        """What was looked up in this thread's forward."""
+        return self._thread.lookups
 
     def start(self, names: Collection[str]) -> None:
         """Watches for the blocks `names` until `stop`, or until it is told others."""
@@ -250,6 +229,8 @@ class Watch:
         handled: list[Tensor] = []
         if product is not None and parts:
             handled = self._use(parts, product, output)
+            if product.operation == LOOKUP:
+                self._thread.lookups.note(output, Lookup(product, parts), plain=True)
         elif self.registry.note_picked(output, used[0], picked_entries(function, args, kwargs)):
             return
         elif function in SUMS:
@@ -264,7 +245,7 @@ class Watch:
                 if function in LOOKUPS and self.registry.is_looked_up(name):
                     continue  # which `coverage()` says
                 if (id(each), name) not in of_units and not (done and not self.registry.is_of_units(name)):
-                    self.unhandled[name, as_bias].add(f"{function.__name__} {odd}".strip())
+                    self.unhandled[name, as_bias].add(f"{_named(function, args, kwargs)} {odd}".strip())
 
     def _scale_or_shift(self, use: Affine, output: Tensor) -> set[tuple[int, str]]:
         """Units were scaled or shifted; returns the tensors, by id, whose use is measured, and of which block."""
@@ -288,20 +269,10 @@ class Watch:
                 weakref.ref(output), changes_in_place(output), with_bias, product.features
             )
         self._observed.product(parts, product, output, training=module.training)
-        if product.operation == LOOKUP:
-            thread.lookups[id(output)] = _Lookup(weakref.ref(output), changes_in_place(output), product, parts)
         handled = [product.weight]
         if product.bias is not None and any(part.biased for part in parts):
             handled.append(product.bias)
         return handled
-
-    def lookup_of(self, tensor: Tensor) -> _Lookup | None:
-        """Returns the lookup that made a tensor, or what it is a view of."""
-        for whole in (tensor, base_of(tensor)) if self._thread.lookups else ():
-            found = None if whole is None else self._thread.lookups.get(id(whole))
-            if found is not None and found.output() is whole:
-                return found
-        return None
 
     def saw_rows(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor
@@ -309,46 +280,40 @@ class Watch:
         """An operation had looked-up rows among its arguments, and no block's parameter, and made another tensor."""
         if self._installed is None or self._thread.start != self._start:
             return
+        lookups, given = self._thread.lookups, list(_tensors((args, kwargs)))
         handled = self._add_rows(addends(args, kwargs), output) if function in SUMS else []
-        for each in _tensors((args, kwargs)):
-            lookup = self.lookup_of(each)
-            if lookup is not None and not any(each is other for other in handled):
-                lookup.others.add(f"{function.__name__} of rows that are also added to all examples")
-                self._note_others(lookup)
+        others = [each for each in given if lookups.of(each) is None]
+        for rows in given:
+            lookup = lookups.of(rows)
+            if lookup is None or any(rows is each for each in handled):
+                continue
+            lookup.others.add(function.__name__)
+            if rows.numel() >= output.numel() and not any(each.requires_grad for each in others):
+                lookups.note(output, lookup, plain=False)
+            elif others and output.dim() and len(output) > 1 and is_shared(rows, output):
+                lookup.measure_elsewhere()
+            self._note_others(lookup)
 
     def _add_rows(self, pair: tuple[Tensor, Tensor] | None, output: Tensor) -> list[Tensor]:
-        """Two tensors were added; returns those that are rows of a table, the same ones for all examples.
-
-        Positions are looked up once for a batch: the gradient of what was looked up is a sum over examples. That of the
-        sum isn't, and there they are measured instead.
-        """
+        """Two tensors were added; returns those that are measured in the sum, as rows of a table."""
         handled = []
-        for rows in pair or ():
-            lookup = self.lookup_of(rows)
-            found = self.registry.rows_of_table(rows) if lookup is None else lookup.rows_in(rows)
-            if found is None or output.dim() < 3 or rows.shape[-1] != output.shape[-1]:
-                continue
-            if lookup is not None and rows.numel() == output.numel():
-                continue
-            table, numbers = found
-            product = looked_up(table, numbers.reshape(rows.shape[:-1]).expand(output.shape[:-1]))
+        for rows, product, lookup in self._thread.lookups.met(pair, output, self.registry):
             parts = self.registry.parts(product)
-            if not parts:
-                continue
-            self._use(parts, product, output)
-            self._thread.lookups.pop(id(output))
-            handled.append(rows)
-            if lookup is not None:
-                for part in lookup.parts:
-                    part.elsewhere = True
+            if parts:
+                self._use(parts, product, output)
+                handled.append(rows)
+            if parts and lookup is not None:
+                lookup.measure_elsewhere()
                 self._note_others(lookup)
         return handled
 
-    def _note_others(self, lookup: _Lookup) -> None:
-        """Notes uses of rows that aren't measured, where others are: the lookup itself would have had all of them."""
-        for part in lookup.parts if lookup.others else ():
-            if part.elsewhere:
-                self.unhandled[part.block, False] |= lookup.others
+    def _note_others(self, lookup: Lookup) -> None:
+        """Notes uses of rows that aren't measured, unless the lookup itself is: that has all of them."""
+        if lookup.others and not lookup.is_measured:
+            said, lookup.said = lookup.said, f"{', '.join(sorted(lookup.others))} of rows that all examples share"
+            for part in lookup.parts:
+                self.unhandled[part.block, False].discard(said)
+                self.unhandled[part.block, False].add(lookup.said)
 
     def _add_bias(self, pair: tuple[Tensor, Tensor] | None, *, changes: int) -> list[Tensor]:
         """Two tensors were added; returns the one that is the bias of the product that the other one is, if so.
@@ -371,6 +336,12 @@ class Watch:
                     self._places[part.block].add(id(thread.modules[-1]))
                     handled = [bias]
         return handled
+
+
+def _named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Returns how to call an operation that can't be measured."""
+    indexed = picked_rows(function, args, kwargs) is not None
+    return "a lookup of rows by number outside of nn.Embedding" if indexed else function.__name__
 
 
 def _lies_along(bias: Tensor, features: int) -> bool:
@@ -408,10 +379,10 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         registry = watch.registry
         if not any(registry.knows(each) for each in _tensors((args, kwargs))):
-            rows = any(watch.lookup_of(each) is not None for each in _tensors((args, kwargs)))
+            rows = any(watch.lookups.of(each) is not None for each in _tensors((args, kwargs)))
             output = func(*args, **kwargs)
             for each in _tensors((output,)) if rows else ():
-                if each.requires_grad and watch.lookup_of(each) is None:
+                if each.requires_grad and watch.lookups.of(each) is None:
                     watch.saw_rows(func, args, kwargs, each)
                     break
             return output

@@ -117,16 +117,19 @@ class Bags(nn.Module):
         torch.manual_seed(0)
         self.table = nn.EmbeddingBag(V, P, mode=mode, dtype=torch.float64, **settings)
 
-    def forward(self, *given: Tensor) -> Tensor:
-        return self.table(*given)
+    def forward(self, *given: Tensor, padding: int | None = None) -> Tensor:
+        if padding is None:
+            return self.table(*given)
+        return F.embedding_bag(*given, weight=self.table.weight, mode=self.table.mode, padding_idx=padding)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("padding", [None, 2])
-@pytest.mark.parametrize("form", ["matrix", "offsets", "last offset"])
+@pytest.mark.parametrize("form", ["matrix", "padding from the end", "offsets", "last offset"])
 def test_bags_are_products_with_counts(mode: str, padding: int | None, form: str):
     model = Bags(mode, padding_idx=padding, include_last_offset=form == "last offset")
-    bags = list(IDS) if form == "matrix" else [IDS[0], IDS[1][:2], IDS[1][:0], IDS[2]]
+    matrix = form in ("matrix", "padding from the end")
+    bags = list(IDS) if matrix else [IDS[0], IDS[1][:2], IDS[1][:0], IDS[2]]
     inputs = torch.stack([F.one_hot(bag, V).double().sum(0) for bag in bags])
     if padding is not None:
         inputs[:, padding] = 0
@@ -134,8 +137,10 @@ def test_bags_are_products_with_counts(mode: str, padding: int | None, form: str
         inputs /= inputs.sum(-1, keepdim=True).clamp_min(1)
     sizes = torch.tensor([0] + [len(bag) for bag in bags]).cumsum(0)
     capture = capture_of(model)
-    given = (IDS,) if form == "matrix" else (torch.cat(bags), sizes if form == "last offset" else sizes[:-1])
-    y = model.table(*given) if form != "matrix" else model(*given)  # dim 0 of flat numbers isn't the examples
+    given = (IDS,) if matrix else (torch.cat(bags), sizes if form == "last offset" else sizes[:-1])
+    if not matrix:
+        capture.state_examples(N)  # dim 0 of flat numbers isn't the examples
+    y = model(*given, padding=None if padding is None or form != "padding from the end" else padding - V)
     torch.testing.assert_close(y, inputs @ model.table.weight)
     loss_of(y).div(N).backward()
     found = capture.drain()["table"]
@@ -154,7 +159,7 @@ POSITIONS: dict[str, Callable[[nn.Embedding, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("add", POSITIONS.values(), ids=POSITIONS.keys())
-@pytest.mark.parametrize("examples", [N, T], ids=["N", "as many examples as positions"])
+@pytest.mark.parametrize("examples", [N, T, 1], ids=["N", "as many examples as positions", "one example"])
 def test_positions_are_measured_where_they_meet_the_examples(
     add: Callable[[nn.Embedding, Tensor], Tensor], examples: int
 ):
@@ -169,14 +174,45 @@ def test_positions_are_measured_where_they_meet_the_examples(
     assert found.positions == examples * T
 
 
+def test_one_row_for_an_example_is_one_use_also_where_it_is_added_to_all_positions():
+    x = torch.randn(N, T, P, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = Looks(lambda table, x: x + table(IDS[:, 0])[:, None])
+    expected = truth(lambda y: x + y[:, None], F.one_hot(IDS[:, 0], V).double(), model.table.weight)
+    check(measured(model, x), expected, N)
+
+
+@pytest.mark.parametrize("examples", [N, 1])
+@pytest.mark.parametrize("number", [torch.tensor(3), torch.tensor([3])], ids=["0-dim", "1-dim"])
+def test_one_row_for_all_examples(number: Tensor, examples: int):
+    x = torch.randn(examples, P, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = Looks(lambda table, x: x + table(number))
+    found = measured(model, x)
+    A, G = truth(lambda y: x + y, F.one_hot(number.expand(examples), V).double(), model.table.weight)
+    torch.testing.assert_close(found.sums["A_diagonal"][0], A)
+    torch.testing.assert_close(found.sums["G"][0], G)
+
+
+SQUARE = torch.arange(N)[:, None] - torch.arange(N) + 3
+"""As many numbers as examples along dim 0."""
+
 SAID: dict[str, tuple[Callable[..., Tensor], str]] = {
     "a bias of attention": (
         lambda table, x: x + table(torch.arange(T)).exp().sum(-1)[:, None],
-        "no dimension of examples",
+        "add, exp, sum of rows that all examples share",
     ),
+    "one of as many numbers as examples": (
+        lambda table, x: x[:, :N] @ x[:, :N].mT + table(SQUARE).permute(2, 0, 1).contiguous()[:1].mul(torch.ones(N)),
+        "add, contiguous, mul of rows that all examples share",
+    ),
+    "a mask of attention": (
+        lambda table, x: F.scaled_dot_product_attention(*(x[:, :N],) * 3, attn_mask=table(SQUARE)[..., 0]),
+        "scaled_dot_product_attention of rows that all examples share",
+    ),
+    "a number for all": (lambda table, x: x * table(torch.tensor(2)), "mul of rows that all examples share"),
+    "flattened": (lambda table, x: x + table(IDS.flatten()).exp().view(N, T, P), "dim 0 isn't the examples"),
     "added and more": (
         lambda table, x: (lambda rows: (x + rows) * rows.exp())(table(torch.arange(T)[None])),
-        "exp of rows",
+        "exp, mul of rows that all examples share",
     ),
     "scaled by frequency": (lambda table, x: F.embedding(IDS, table.weight, scale_grad_by_freq=True), "embedding"),
     "weighted bags": (
@@ -195,7 +231,7 @@ def test_other_uses_are_said(look: Callable[..., Tensor], reason: str):
     x = torch.randn(N, T, P, dtype=torch.float64)
     loss_of(model(x)).div(N).backward()
     capture.drain()
-    assert any(each in capture.unmeasured["table"] for each in reason.split("|"))
+    assert any(f" {each}" in capture.unmeasured["table"] for each in reason.split("|"))
 
 
 @pytest.mark.parametrize(

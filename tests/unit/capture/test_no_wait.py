@@ -211,6 +211,18 @@ def test_experts(use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], mask
     )
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_tables(kind: Callable[..., nn.Module]):
+    net = nn.Sequential(kind(5, 4, padding_idx=0), nn.Tanh())
+    wanted = Needs(sums=frozenset({"A_diagonal", "G"}))
+    capture = armed_capture(net, sums=wanted.sums, sampling=Sampling(examples_fraction=0.5, positions_fraction=0.5))
+    with NoReads():
+        for _ in range(2):
+            net(torch.tensor([[0, 1, 1], [4, 2, 2]])).square().sum().backward()
+        sums = WeightedSums(sum_shapes(blocks_of(net)["0"].shape, wanted), dtype=torch.float32, device="cpu")
+        sums.fold(capture.drain()["0"], 0.5)
+
+
 @pytest.mark.parametrize("fallback", [False, True])
 @pytest.mark.parametrize("kl_clip", [None, 1e-3])
 def test_applying(kl_clip: float | None, fallback: bool):
