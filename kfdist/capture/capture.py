@@ -344,6 +344,7 @@ class Capture:
         if product.from_left:  # y^T = x^T W^T
             shape, activation, transposed = (*shape[:-2], shape[-1], shape[-2]), activation.mT, not transposed
         for part in parts:
+            self._collector.check_input(part.block, activation)
             use = Use(
                 part,
                 activation,

@@ -21,6 +21,7 @@ from kfdist.capture.visits import Scaling, Unit, Visit, spread
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block, EmbeddingBlock, LayerBlock, UnitBlock
 from kfdist.curvature.blocks.experts import ExpertsBlock
+from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
 
 _EXAMPLES_SEED = 0x5851F42D4C957F2D
@@ -125,6 +126,17 @@ class Collector:
         self._requests = requests
         self._chains.arm(requests)
         self._coarse.arm(requests)
+
+    def check_input(self, name: str, activation: Tensor) -> None:
+        """Refuses, in the forward, what the shape of a block's input tells that it can't be measured.
+
+        Raises:
+            KfdistError: Several positions in a chain.
+        """
+        block = self._blocks[name]
+        if activation.dim() > 2 and isinstance(block, LinearBlock) and self._chains.wants(name):
+            positions = block.positions(activation[:0].flatten(1, -2))
+            self._chains.check(name, groups=block.shape.groups, positions=positions)
 
     def add(
         self,

@@ -52,6 +52,19 @@ class ChainSums:
         """Whether the rows of a block are needed, by itself or by the block before it."""
         return any(self._asked(each) for each in (name, self._preceding.get(name)))
 
+    def check(self, name: str, *, groups: int, positions: int) -> None:
+        """Refuses a call whose rows can't be paired.
+
+        Raises:
+            KfdistError: Several groups or positions.
+        """
+        if groups != 1 or positions != 1:
+            what = f"{groups} groups" if groups != 1 else "several positions per example"
+            raise KfdistError(
+                f"layer {name!r} has {what}, so its cross factors with its neighbours aren't defined; "
+                "take it out of the chain, or use another method than kfac-tridiagonal"
+            )
+
     def add(self, name: str, part: str, unit: Hashable, rows: Tensor) -> None:
         """Takes the rows of one call.
 
@@ -66,12 +79,7 @@ class ChainSums:
         """
         waiting = self._waiting[part, unit]
         c, _, positions, _ = rows.shape
-        if c != 1 or positions != 1 or name in waiting:
-            what = f"{c} groups" if c != 1 else "several positions per example"
-            raise KfdistError(
-                f"layer {name!r} has {what}, so its cross factors with its neighbours aren't defined; "
-                "take it out of the chain, or use another method than kfac-tridiagonal"
-            )
+        self.check(name, groups=c, positions=positions + (name in waiting))
         before, after = self._preceding.get(name), self._following.get(name)
         pairs = [(before, name)] * self._asked(before) + [(name, after)] * (self._asked(name) and after is not None)
         waiting[name] = _Waiting(rows[0, :, 0], len(pairs))

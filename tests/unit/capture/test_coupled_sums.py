@@ -187,6 +187,15 @@ def test_a_layer_called_twice_has_two_positions():
         measure(Twice(), batch, chains=[names], sums=FACTORS | CHAIN_SUMS)
 
 
+def test_a_sequence_is_refused_in_the_forward_and_nothing_is_left_of_it():
+    model = chain()
+    capture = armed_capture(model, chains=[CHAIN], sums=FACTORS | CHAIN_SUMS)
+    with pytest.raises(KfdistError, match="'0' has several positions per example"):
+        model(torch.randn(2, 4, 3).double())
+    model(torch.randn(2, 1, 3).double()).sum().backward()
+    assert set(capture.drain()) == set(CHAIN)
+
+
 @pytest.mark.parametrize(
     ("names", "said"), [(["2", "5"], "'2' has several positions"), (["0", "2"], "positions|groups")]
 )
