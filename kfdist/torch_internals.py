@@ -60,8 +60,12 @@ def keeps_graph() -> bool:
 
 
 def when_backward_ends(function: Callable[[], None]) -> None:
-    """Calls a function at the end of the running backward, unless that fails; hooks are called in the midst of it."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)
+    """Calls a function at the end of the running backward, unless that fails; hooks are called in the midst of it.
+
+    What others asked for comes before it, as DistributedDataParallel's reduction, which changes gradients.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(function))
 
 
 def accumulates(parameter: Tensor) -> bool:

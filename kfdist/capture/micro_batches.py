@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kfdist.capture.masks import NOTHING_STATED, Stated
@@ -101,8 +102,9 @@ class MicroBatches:
     def dropped(self, parameters: Sequence[Tensor]) -> bool:
         """Says whether the gradients that the backwards so far have made are gone: all of them absent or zero.
 
-        Sure where there were any when the last backward ended, or where it failed. Gradients that were changed since
-        are read, so that the host waits for their device.
+        Sure where there were any when the last backward ended, or where it failed. Gradients that were all changed in
+        place since are read, so that the host waits for their device, at most twice: they may have been zeroed, or
+        clipped, and what is measured next depends on which. `zero_grad()` as it is by default leaves none to read.
 
         Args:
             parameters: Those whose gradients tell whether a backward that failed counts.
@@ -118,7 +120,11 @@ class MicroBatches:
         present = [(each.grad, version) for each, version in left if each.grad is not None]
         if not left or any(changes_in_place(gradient) == version for gradient, version in present):
             return False
-        return not any(bool((gradient != 0).any()) for gradient, _ in present)
+        for some in (present[:1], present[1:]):  # mostly the first one tells
+            found = [_any_number(gradient).to(some[0][0].device, non_blocking=True) for gradient, _ in some]
+            if found and bool(torch.stack(found).any()):
+                return False
+        return True
 
     def forget(self) -> None:
         """Starts afresh."""
@@ -130,6 +136,11 @@ class MicroBatches:
 def makes_gradients(parameters: Iterable[Tensor], *, of_any: bool) -> bool:
     """Says whether the running backward adds to gradients of these, or of any; `torch.autograd.grad` adds to none."""
     return (of_any and accumulates_below()) or any(each.requires_grad and accumulates(each) for each in parameters)
+
+
+def _any_number(gradient: Tensor) -> Tensor:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return (values != 0).any()
 
 
 def _nothing() -> None:

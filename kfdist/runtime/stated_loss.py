@@ -60,7 +60,8 @@ class StatedLoss:
 
         `zero_grad` is noticed by itself, at the next backward. Call this where gradients are dropped in part only,
         moved out of `.grad` or zeroed through `.data`; and with "mc" or "exact" where `zero_grad` comes after the next
-        `observe`.
+        `observe`. Where all gradients are changed in place between two backwards of one step (clipped, or zeroed with
+        `set_to_none=False`), the second reads whether they are zero, and waits for the device to do so.
         """
         self._assembly.pipeline.capture.discard()
 

@@ -211,7 +211,7 @@ def step_of(model: nn.Module, n: int = 6, seed: int = 0) -> None:
     (actor_loss(policy) + critic_loss(value)).backward()
 
 
-def out_of_memory(model: nn.Module) -> None:
+def out_of_memory(model: Any) -> None:
     """A backward that fails half way."""
 
     def fails(_: Tensor) -> None:
@@ -272,6 +272,21 @@ def test_gradients_that_are_still_there_count(between: Callable[[nn.Module], Non
         ((actor_loss(policy) + critic_loss(value)) / 3).backward()
         between(model)
     assert_factors_equal(factors_of(capture.drain()), truth(), EXACT)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_sparse_gradients_that_were_changed_are_read(dropped: bool) -> None:
+    model = nn.Embedding(5, 3, sparse=True)
+    capture = armed_capture(model, sums=frozenset({"A_diagonal", "G"}))
+    for numbers in torch.arange(8).view(2, 4) % 5:
+        model(numbers).square().sum().backward()
+        assert model.weight.grad is not None
+        if dropped:
+            model.zero_grad(set_to_none=False)
+        else:
+            model.weight.grad.mul_(0.5)
+    model(torch.arange(4)).square().sum().backward()
+    assert capture.drain()[""].examples == (4 if dropped else 12)
 
 
 def test_gradients_that_never_stay_in_grad_count() -> None:

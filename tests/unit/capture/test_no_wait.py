@@ -170,6 +170,32 @@ def test_masks(monkeypatch: pytest.MonkeyPatch, fisher: str, dtype: torch.dtype)
     assert set(drained) == {"0", "2"}
 
 
+def reduced_late(gradient: torch.Tensor, net: nn.Module) -> None:
+    """Changes gradients when the backward has ended, as DistributedDataParallel does."""
+
+    def reduce() -> None:
+        for parameter in net.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(1.0)
+
+    torch.autograd.Variable._execution_engine.queue_callback(reduce)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_micro_batches_kept_and_dropped(reduced: bool):
+    """Gradients that are absent or as the last backward left them say by themselves whether it counts."""
+    net = model()
+    capture = armed_capture(net)
+    if reduced:
+        next(iter(net.parameters())).register_hook(lambda gradient: reduced_late(gradient, net))
+    with NoReads():
+        for dropped in (True, False, False):
+            net(torch.randn(6, 2, 6, 6)).square().sum().backward()
+            if dropped:
+                net.zero_grad()
+        assert all(each.examples == 12 for each in capture.drain().values())
+
+
 ROUTES, ENDS = torch.tensor([0, 3, 3, 0, 0, 3]), torch.tensor([3, 3, 3, 6], dtype=torch.int32)
 """Which of four experts each row meets, and where their rows end once they are sorted; nothing reaches 1 and 2."""
 
