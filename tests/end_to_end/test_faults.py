@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kfdist.control.client import ControlClient
+from kfdist.system.credentials import Credentials, Role
 from tests.support.commands import run
 from tests.support.launches import (
     ENDLESS,
@@ -45,10 +46,15 @@ def test_a_killed_rank_ends_the_run_which_resumes_from_its_newest_checkpoint_unt
     assert checkpoints_of(directory)[-1] == stopped["steps"]
 
 
-def test_killed_controller_owner_and_pool_are_started_again_and_the_run_goes_on_until_kfdist_stop(tmp_path: Path):
+def test_killed_controller_owner_and_pool_are_started_again_and_the_run_goes_on_until_kfdist_stop(
+    tmp_path: Path, certificates: Path
+):
     directory = tmp_path / "run"
+    # With TLS and a token: who is started again shows the same certificates, and is known by them.
+    secured = ("--set", f"security.certificates={certificates}")
+    ours = Credentials(role=Role.CLIENT, certificates=str(certificates), token_file=str(certificates / "token"))
     # Without owners it goes on for so many steps; then it waits for them, and leaves the processor to the new ones.
-    with launch(directory, *ENDLESS, "--set", "preconditioner.staleness.hard_bound=40") as command:
+    with launch(directory, *ENDLESS, *secured, "--set", "preconditioner.staleness.hard_bound=40") as command:
         address = addresses(command).control
         command.wait_for_line("pool with 2 owners")
         command.wait_for_line("step ")
@@ -63,10 +69,10 @@ def test_killed_controller_owner_and_pool_are_started_again_and_the_run_goes_on_
         command.wait_for_line("the pool was killed by SIGKILL")
         command.wait_for_line("the pool was started again")
         command.wait_until("the new pool served", lambda: ready_file_of(pool).get("pid", pool.pid) != pool.pid)
-        with ControlClient(address) as client:
+        with ControlClient(address, ours) as client:
             adopted = _adoptions(client)
             command.wait_until("its inverses were adopted", lambda: _adoptions(client) >= adopted + 8)
-        run("stop", "digits", "--address", address)
+        run("stop", "digits", "--address", address, environment={"KFDIST_SECURITY__CERTIFICATES": str(certificates)})
         command.expect(75, seconds=30)
         assert command.left_behind() == []
     summary = summary_of(directory)

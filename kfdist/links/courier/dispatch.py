@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kfdist.errors import EnvironmentFault
 from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
 from kfdist.links.courier.transfer import AttemptFailed, Reason, attempt
 from kfdist.links.link import LinkCounters
@@ -17,6 +18,7 @@ from kfdist.links.socket_messages import CourierSetup, Done, Submit
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import InvertHeader, InvertResultHeader
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_aio_channel
+from kfdist.rpc.handshake import explain
 from kfdist.system.credentials import Credentials, Role, stamp
 
 _LOG = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ _LARGEST_STRETCH = 8
 
 _LONGEST_LOOK_AWAY_SECONDS = 0.5
 _WARNING_PERIOD_SECONDS = 10.0
+_PROBE_SECONDS = 1.0
 _POOL_START_SECONDS = 20.0
 """Ranks and pool start together, and the pool takes longer; only later is a want of owners worth a word."""
 
@@ -121,7 +124,9 @@ class Dispatcher:
             input_descriptor: Memfd of its payload.
             output_descriptor: Memfd for its result.
         """
-        task = group.create_task(self._carry(submit, input_descriptor, output_descriptor))
+        self._keep(group.create_task(self._carry(submit, input_descriptor, output_descriptor)))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -162,7 +167,11 @@ class Dispatcher:
         """Tries owners until one has done the job."""
         while True:
             owner = await self._choose(parcel)
-            connection = self._connect(owner)
+            try:
+                connection = self._connect(owner)
+            except EnvironmentFault as fault:  # of the files of the credentials
+                self._learn(owner, parcel, AttemptFailed(Reason.REFUSED, str(fault), owner_at_fault=True))
+                continue
             async with connection.slots:
                 if not self._directory.is_current(owner) or self._directory.is_suspended(owner):
                     continue  # It fell ill while this job waited for it.
@@ -225,10 +234,20 @@ class Dispatcher:
             parcel.stretch = min(2 * parcel.stretch, _LARGEST_STRETCH)
         if failure.reason is Reason.STALE_EPOCH:
             self._fenced(str(failure))
-        self._warn(
+        told = self._warn(
             f"{owner.owner_id} at {owner.address} didn't do group {parcel.submit.group!r} version "
             f"{parcel.submit.version} (attempt {parcel.attempts}): {failure}; it goes out again"
         )
+        if told and failure.reason is Reason.OWNER_LOST:
+            self._keep(asyncio.create_task(self._explain_refusal(owner)))
+
+    async def _explain_refusal(self, owner: KnownOwner) -> None:
+        """Says whether it is for want of trust that an owner can't be reached; jobs don't wait for that."""
+        reason = await asyncio.to_thread(
+            explain, owner.address, self._credentials, server=Role.OWNER, seconds=_PROBE_SECONDS
+        )
+        if reason:
+            _LOG.warning("%s: %s", owner.owner_id, reason)
 
     def _explain_waiting(self, parcel: _Parcel) -> None:
         owners = self._directory.owners
@@ -245,10 +264,13 @@ class Dispatcher:
                 parcel.stranded = True
                 self._count(LinkCounters(resubmissions={Reason.FINGERPRINT: 1}))
 
-    def _warn(self, message: str) -> None:
-        if time.monotonic() >= self._quiet_until:
+    def _warn(self, message: str) -> bool:
+        """Logs a message unless another one is younger than the warning period; returns whether it did."""
+        due = time.monotonic() >= self._quiet_until
+        if due:
             self._quiet_until = time.monotonic() + _WARNING_PERIOD_SECONDS
             _LOG.warning("%s", message)
+        return due
 
 
 def _map(descriptor: int, size: int) -> memoryview:
