@@ -66,11 +66,14 @@ def _recurrent(name: BlockName, module: nn.Module, _sharing: WeightSharing, bias
 
 
 def _bare(name: BlockName, module: nn.Module, sharing: WeightSharing, biased: bool) -> Sequence[Block]:
-    """Makes a block of each matrix that a module multiplies with by itself; a bias belongs to one called "weight"."""
+    """Makes a block of each matrix or table that a module uses by itself; a bias belongs to one called "weight"."""
     blocks = []
-    for attribute, transposed in bare_matrices(module).items():
-        weight = ParameterPart(attribute, getattr(module, attribute), transposed=transposed)
+    for attribute, use in bare_matrices(module).items():
+        weight = ParameterPart(attribute, getattr(module, attribute), transposed=use != "matrix")
         full = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")
+        if use == "table":
+            blocks.append(EmbeddingBlock(full, module, weight, layer=name))
+            continue
         if weight.parameter.dim() == 3:
             blocks.append(ExpertsBlock(full, module, weight, layer=name))
             continue
@@ -97,7 +100,8 @@ def _units(name: BlockName, module: Any, _sharing: WeightSharing, biased: bool) 
 
 
 def _table(name: BlockName, module: Any, _sharing: WeightSharing, _biased: bool) -> Sequence[Block]:
-    return [EmbeddingBlock(name, module, bag=module.mode if isinstance(module, nn.EmbeddingBag) else None)]
+    bag = module.mode if isinstance(module, nn.EmbeddingBag) else None
+    return [EmbeddingBlock(name, module, ParameterPart.weight_of(module, transposed=True), bag)]
 
 
 KINDS: dict[type[nn.Module] | str, _Maker] = {

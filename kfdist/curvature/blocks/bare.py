@@ -1,9 +1,9 @@
-"""Which bare parameters of a module are matrices that it multiplies with, as the code of its class shows.
+"""Which bare parameters of a module are matrices that it multiplies with, or tables that it looks rows up in.
 
-A parameter with no layer around it (a router's `weight`, a projection of a whole model) could be anything: a table of
-positions, a scale. A block must be planned before the first forward, so the source is read for products in which the
-parameter stands. What this misses keeps its gradient, with a reason; what it finds wrongly is never measured, and that
-is said. It costs nothing when the model runs.
+A parameter with no layer around it (a router's `weight`, a projection of a whole model) could be anything: positions,
+a scale. A block must be planned before the first forward, so the source of the module's class is read for products
+and calls of `F.embedding` in which the parameter stands. What this misses keeps its gradient, with a reason; what it
+finds wrongly is never measured, and that is said. It costs nothing when the model runs.
 """
 
 import ast
@@ -11,10 +11,14 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from typing import Literal
 
 from torch import nn
 
-_LEFT, _RIGHT = "left", "right"
+Use = Literal["matrix", "transpose", "table"]
+"""A matrix as `F.linear` takes it, or its transpose `[..., q, p]`; a table of rows that are looked up."""
+
+_LEFT, _RIGHT, _ROWS = "left", "right", "rows"
 
 _OPERANDS: Mapping[str, Mapping[int | str, str]] = {
     "linear": {1: _LEFT, "weight": _LEFT},
@@ -25,8 +29,12 @@ _OPERANDS: Mapping[str, Mapping[int | str, str]] = {
     "baddbmm": {1: _LEFT, 2: _RIGHT, "batch1": _LEFT, "batch2": _RIGHT},
     "grouped_mm": {1: _RIGHT, "mat_b": _RIGHT},
     "_grouped_mm": {1: _RIGHT, "mat2": _RIGHT},
+    "embedding": {1: _ROWS, "weight": _ROWS},
 }
-"""Where functions of products take a weight, and from which side it multiplies there; a method's first is before it."""
+"""Where functions take a weight, and from which side it multiplies there; a method's first is before it."""
+
+_METHODS = frozenset({"matmul", "mm", "bmm", "addmm", "baddbmm"})
+"""Those that tensors have too; modules may be called by the names of the others."""
 
 _MODULES = frozenset({"torch", "nn", "F", "functional"})
 
@@ -35,18 +43,17 @@ _TURNING = frozenset({"T", "mT", "t", "transpose", "swapaxes", "permute"})
 _SAME = frozenset({"to", "type_as", "type", "float", "double", "half", "bfloat16", "contiguous", "clone", "squeeze"})
 
 
-def bare_matrices(module: nn.Module) -> Mapping[str, bool]:
-    """Returns the parameters of a module of two or three dimensions that its code multiplies with.
+def bare_matrices(module: nn.Module) -> Mapping[str, Use]:
+    """Returns the parameters of a module, of two or three dimensions, that its code uses as matrices or tables.
 
-    Returns:
-        By name, whether the code has it as `[..., q, p]`, the transpose of what `F.linear` takes.
+    What is used in several ways has the way that stands first, but a matrix before a table (docs/decisions/0018).
     """
     shaped = {
         name
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() in (2, 3) and _wide(parameter)
     }
-    found = _factors_of(type(module)) if shaped else {}
+    found = _uses_in(type(module)) if shaped else {}
     return {name: found[name] for name in shaped & found.keys()}
 
 
@@ -56,9 +63,9 @@ def _wide(parameter: nn.Parameter) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _factors_of(kind: type[nn.Module]) -> Mapping[str, bool]:
-    """Returns the attributes in products of a class's code, and whether they are transposed there."""
-    found: dict[str, bool] = {}
+def _uses_in(kind: type[nn.Module]) -> Mapping[str, Use]:
+    """Returns the attributes in products and lookups of a class's code, and what they are there."""
+    found: dict[str, Use] = {}
     for base in kind.__mro__:
         if base is nn.Module:
             break
@@ -68,13 +75,14 @@ def _factors_of(kind: type[nn.Module]) -> Mapping[str, bool]:
             continue  # made in a console, or by code: nothing is known of it
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef):
-                for name, transposed in _Products(function).found():
-                    found.setdefault(name, transposed)
+                for name, use in _Products(function).found():
+                    if found.get(name, "table") == "table":
+                        found[name] = use
     return found
 
 
 class _Products:
-    """The products in one function's code."""
+    """The products and lookups in one function's code."""
 
     def __init__(self, function: ast.FunctionDef) -> None:
         self._function = function
@@ -86,13 +94,15 @@ class _Products:
             if isinstance(target, ast.Name)
         }
 
-    def found(self) -> Iterator[tuple[str, bool]]:
-        """Yields the attributes of self that are multiplied with, and whether as the transpose."""
+    def found(self) -> Iterator[tuple[str, Use]]:
+        """Yields the attributes of self that are used, and what they are."""
         for node in ast.walk(self._function):
             for operand, side in _operands(node):
                 name, turned = self._attribute(operand)
-                if name:
-                    yield name, turned != (side == _RIGHT)
+                if name and side != _ROWS:
+                    yield name, "transpose" if turned != (side == _RIGHT) else "matrix"
+                elif name and not turned:
+                    yield name, "table"
 
     def _attribute(self, node: ast.expr, depth: int = 8) -> tuple[str, bool]:
         """Returns which attribute of self an operand is, or shows, and whether turned round; no name if none."""
@@ -126,7 +136,8 @@ def _operands(node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
             yield from _of_einsum(text, args)
         case ast.Call(func=ast.Attribute(value=inner, attr=how), args=args, keywords=keywords) if how in _OPERANDS:
             is_function = ast.unparse(inner).split(".")[0] in _MODULES
-            yield from _of_call(how, args if is_function else [inner, *args], keywords)
+            if is_function or how in _METHODS:
+                yield from _of_call(how, args if is_function else [inner, *args], keywords)
         case ast.Call(func=ast.Name(id=how), args=args, keywords=keywords) if how in _OPERANDS:
             yield from _of_call(how, args, keywords)
         case _:

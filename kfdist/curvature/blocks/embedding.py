@@ -1,4 +1,4 @@
-"""Tables of which rows are looked up by number: `nn.Embedding` and `nn.EmbeddingBag` (docs/decisions/0018)."""
+"""Tables of which rows are looked up by number: embeddings, of single rows and of bags (docs/decisions/0018)."""
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -37,12 +37,22 @@ class EmbeddingBlock(LinearBlock):
 
     Args:
         name: As for `Block`.
-        module: As for `Block`; its weight is the table.
+        module: As for `Block`.
+        weight: The table, transposed.
         bag: How bags are reduced, "sum" or "mean"; None: there are none.
+        layer: As for `Block`.
     """
 
-    def __init__(self, name: BlockName, module: nn.Module, bag: str | None = None) -> None:
-        super().__init__(name, module, ParameterPart.weight_of(module, transposed=True), None)
+    def __init__(
+        self,
+        name: BlockName,
+        module: nn.Module,
+        weight: ParameterPart,
+        bag: str | None = None,
+        *,
+        layer: str | None = None,
+    ) -> None:
+        super().__init__(name, module, weight, None, layer=layer)
         self.operation = LOOKUP if bag is None else BAGS[bag]
         self._bag = bag
 

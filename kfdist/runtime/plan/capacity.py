@@ -6,11 +6,13 @@ import torch
 
 from kfdist.curvature.auto import ORDER
 from kfdist.curvature.footprint import footprint
-from kfdist.curvature.inverters import INVERTERS, AbstractInverter
+from kfdist.curvature.inverters import FIXED, INVERTERS, AbstractInverter
 from kfdist.errors import EnvironmentFault
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.system.memory import Memory, available_memory, in_words
 from kfdist.types import BlockShape
+
+_NOTHING_FITS = "No method fits: leave the layer out with skip, or take a machine with more memory"
 
 
 def memory_of(device: torch.device) -> Memory:
@@ -50,13 +52,13 @@ def check_memory(groups: Sequence[BlockGroup], device: torch.device, there_is: M
         return
     sizes = {block.name: (block.shape, group) for group in groups for block in group.blocks}
     name, (shape, group) = max(sizes.items(), key=lambda item: footprint(item[1][1].inverter, item[1][0]).most)
-    found = footprint(group.inverter, shape)
+    found, fixed = footprint(group.inverter, shape), group.inverter.name in FIXED
     whole = "" if len(sizes) == 1 else f"; all {len(sizes)} blocks together need {in_words(need)}"
     raise EnvironmentFault(
         f"layer {name!r} ({shape.d_in} inputs, {shape.d_out} outputs) with {group.inverter.name} needs "
         f"{in_words(found.kept)} for its averages and inverse and {in_words(max(found.folding, found.inversion))} more "
         f"while they are measured and inverted{whole}; there are {in_words(there_is.bytes)} ({there_is.limit}). "
-        f"{_advice(name, shape, need - found.most, there_is.bytes)}"
+        f"{_NOTHING_FITS if fixed else _advice(name, shape, need - found.most, there_is.bytes)}"
     )
 
 
@@ -72,7 +74,7 @@ def _advice(name: str, shape: BlockShape, others: int, available: int) -> str:
                     f"{method}{rank} needs {in_words(most)} there: give it to {name!r} in a table of methods, take "
                     '"auto", or leave the layer out with skip'
                 )
-    return "No method fits: leave the layer out with skip, or take a machine with more memory"
+    return _NOTHING_FITS
 
 
 def _candidates(shape: BlockShape) -> Mapping[str, Sequence[AbstractInverter]]:

@@ -10,7 +10,6 @@ from torch import nn
 from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice
 from kfdist.curvature.blocks import (
     SUPPORTED,
-    TABLES,
     WITHOUT_UNITS,
     Block,
     EmbeddingBlock,
@@ -121,24 +120,27 @@ def make_plan(
     patterns = _patterns(method)
     layers = [pair for pair in named_layers(model) if any(True for _ in pair[1].parameters(recurse=False))]
     unlike = _weights_with_several_biases(layers)
-    tied = _tables_of_others(layers)
+    made = {
+        name: _barred(name, module, patterns, settings)
+        or make_blocks(name, module, settings.weight_sharing, biased=id(getattr(module, "weight", None)) not in unlike)
+        for name, module in layers
+    }
+    tied = _tied_to_tables(block for blocks in made.values() if not isinstance(blocks, str) for block in blocks)
     reasons: dict[str, str] = {}
     chosen: list[_Chosen] = []
     owners: dict[Hashable, Block] = {}
     taken: set[int] = set()
-    for name, module in layers:
-        biased = id(getattr(module, "weight", None)) not in unlike
-        blocks = (
-            _barred(name, module, patterns, settings)
-            or _tied_table(module, tied)
-            or make_blocks(name, module, settings.weight_sharing, biased=biased)
-        )
+    for name, blocks in made.items():
         if isinstance(blocks, str):
             reasons[name] = blocks
             continue
         for block in blocks:
             taken.update(id(parameter) for parameter in block.parameters())
-            block.looked_up = id(block.parts[0].parameter) in tied
+            other = tied.get(id(block.parts[0].parameter))
+            block.looked_up = other is not None
+            if block.looked_up and isinstance(block, EmbeddingBlock):
+                reasons[block.name] = f"its weight is tied to {other or 'the model'}, whose block is that of both"
+                continue
             first = owners.setdefault(_weight_key(block), block)
             found = _choose(block, patterns, settings, costs) if first is block else _tied(block, first)
             if isinstance(found, str):
@@ -372,21 +374,14 @@ def _weights_with_several_biases(layers: Sequence[tuple[str, nn.Module]]) -> set
     return {weight for weight, found in biases.items() if len(found) > 1}
 
 
-def _tables_of_others(layers: Sequence[tuple[str, nn.Module]]) -> dict[int, str]:
-    """Returns the weights, by id, that embeddings share with other layers, and the name of the first of those."""
-    tables = {id(module.weight) for _, module in layers if isinstance(module, TABLES)}
-    found: dict[int, str] = {}
-    for name, module in layers:
-        for parameter in () if isinstance(module, TABLES) else module.parameters(recurse=False):
-            if id(parameter) in tables:
-                found.setdefault(id(parameter), name)
-    return found
-
-
-def _tied_table(module: nn.Module, tied: Mapping[int, str]) -> str:
-    """Says why an embedding has no block of its own; empty if it may have one."""
-    owner = tied.get(id(module.weight)) if isinstance(module, TABLES) else None
-    return "" if owner is None else f"its weight is tied to {owner or 'the model'}, whose block is that of both"
+def _tied_to_tables(blocks: Iterable[Block]) -> dict[int, str]:
+    """Returns the weights, by id, of embeddings and of other blocks at once, and the name of the first of those."""
+    found = list(blocks)
+    tables = {id(each.parts[0].parameter) for each in found if isinstance(each, EmbeddingBlock)}
+    others = {
+        id(each.parts[0].parameter): each.name for each in reversed(found) if not isinstance(each, EmbeddingBlock)
+    }
+    return {weight: name for weight, name in others.items() if weight in tables}
 
 
 def _spec(position: int, members: Sequence[_Chosen]) -> GroupSpec:

@@ -1,6 +1,7 @@
 """Tables that are looked up by number, against the same layers as products with dense one-hot and multi-hot inputs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -109,6 +110,29 @@ def test_a_mask_and_padding_leave_out_rows_together():
     found = measured(model, IDS, mask=mask)
     kept = int((mask & (IDS != 2)).sum())
     check(found, truth(lambda y: y * mask.unsqueeze(-1), inputs, model.table.weight), kept)
+
+
+class BareTable(nn.Module):
+    """Somebody's own embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(V, P, dtype=torch.float64))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight, padding_idx=2)
+
+
+def test_a_bare_table():
+    table = BareTable()
+    model = nn.Sequential(table)
+    (found,) = planned(model, "kfac").coverage.rows
+    assert (found.block, found.method) == ("0", "kfac-diagonal")
+    inputs = F.one_hot(IDS, V).double()
+    inputs[..., 2] = 0
+    expected = truth(lambda y: y, inputs, table.weight)
+    check(measured(model, IDS), expected, int((IDS != 2).sum()))
 
 
 class Bags(nn.Module):
@@ -283,10 +307,10 @@ def test_the_exact_fisher_of_a_table():
 
 
 class Tied(nn.Module):
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, table: Any, tied: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.table, self.mix, self.head = nn.Embedding(V, P), nn.Linear(P, P), nn.Linear(P, V, bias=False)
+        self.table, self.mix, self.head = table, nn.Linear(P, P), nn.Linear(P, V, bias=False)
         self.table.weight.data.copy_(self.head.weight.data)
         if tied:
             self.table.weight = self.head.weight
@@ -295,10 +319,11 @@ class Tied(nn.Module):
         return self.head(self.mix(self.table(ids)).tanh())
 
 
-def test_the_block_of_a_tied_head_is_that_of_its_product_alone():
+@pytest.mark.parametrize("table", [partial(nn.Embedding, V, P), BareTable], ids=["module", "bare"])
+def test_the_block_of_a_tied_head_is_that_of_its_product_alone(table: Callable[[], nn.Module]):
     found = {}
     for tied in (True, False):
-        model = Tied(tied).double()
+        model = Tied(table(), tied).double()
         plan = planned(model, "kfac")
         blocks = {each.name: each for each in plan.blocks if isinstance(each, LinearBlock) and each.name == "head"}
         capture = Capture(model, blocks, sampling=Sampling(), grad_scaler=None)

@@ -23,6 +23,11 @@ class Uses(nn.Module):
     turned: Tensor
     summed: Tensor
     other: Tensor
+    table: Tensor
+    numbered: Tensor
+    both: Tensor
+    given: Tensor
+    linear: nn.Module
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +42,10 @@ class Uses(nn.Module):
             "turned",
             "summed",
             "other",
+            "table",
+            "numbered",
+            "both",
+            "given",
         ):
             self.register_parameter(name, nn.Parameter(torch.empty(3, 4)))
         self.experts, self.heads = nn.Parameter(torch.empty(2, 3, 4)), nn.Parameter(torch.empty(3, 2, 4))
@@ -47,6 +56,12 @@ class Uses(nn.Module):
         yield F.linear(x, self.straight), nn.functional.linear(x, weight=self.keyword), F.linear(x, self.vector)
         yield x @ self.right, self.left @ x, x.matmul(self.method), torch.matmul(x, converted)
         yield torch.bmm(x, self.stacked), F.linear(x, self.indexed[y]), x @ self.turned.t(), F.linear(y, weight=y)
+        yield (
+            F.embedding(y, self.table),
+            F.embedding(input=y, weight=self.numbered.to(x.dtype)),
+            self.linear(self.given),
+        )
+        yield F.embedding(y, self.both), x @ self.both.T
         yield torch.einsum("btd,kd->btk", x, self.summed), F.linear(torch.exp(self.other), y)
         yield torch.einsum("ebd,edk->ebk", x, self.experts), torch.einsum("btd,dhk->bthk", x, self.heads)
 
@@ -56,13 +71,14 @@ class Inherits(Uses):
 
 
 def test_matrices_are_known_by_the_products_in_the_code():
-    expected = dict.fromkeys(("straight", "keyword", "left", "indexed", "turned", "summed"), False)
-    expected |= dict.fromkeys(("right", "method", "renamed", "stacked", "experts"), True)
+    expected = dict.fromkeys(("straight", "keyword", "left", "indexed", "turned", "summed", "both"), "matrix")
+    expected |= dict.fromkeys(("right", "method", "renamed", "stacked", "experts"), "transpose")
+    expected |= dict.fromkeys(("table", "numbered"), "table")
     assert bare_matrices(Uses()) == expected
     assert bare_matrices(Inherits()) == expected
 
 
-@pytest.mark.parametrize("module", [nn.Embedding(3, 4), nn.Bilinear(3, 4, 5), nn.LSTM(3, 4), nn.LayerNorm([3, 4])])
+@pytest.mark.parametrize("module", [nn.Bilinear(3, 4, 5), nn.LSTM(3, 4), nn.LayerNorm([3, 4])])
 def test_other_parameters_are_no_matrices(module: nn.Module):
     assert bare_matrices(module) == {}
 

@@ -113,6 +113,12 @@ def test_where_nothing_fits_it_is_said():
     assert need_of(plan.groups, on_host=False) < need_of(plan.groups, on_host=True)
 
 
+def test_a_table_whose_method_is_fixed_is_given_no_other():
+    plan = make_plan(nn.Sequential(nn.Embedding(16, 2000)), "kfac", settings(), world_size=1)
+    with pytest.raises(EnvironmentFault, match=r"kfac-diagonal needs.*No method fits: leave the layer out with skip"):
+        check_memory(plan.groups, plan.device, Memory(20 << 20, "a test"))  # where eva would fit
+
+
 @pytest.mark.parametrize("memory", [math.inf, 200 << 20, 64 << 20, 8 << 20])
 def test_auto_chooses_what_fits_together(memory: float):
     costs = MeasuredCosts(rates={}, memory=None if memory == math.inf else int(memory))
