@@ -7,22 +7,20 @@ removed, so that nothing is ever left on the model: it can be copied, pickled an
 """
 
 import threading
-import types
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import override
 
 from kfdist.capture.affine import MOVES, Affine, Columns, affine_uses
 from kfdist.capture.lookups import Lookup, LookupLog, is_shared
+from kfdist.capture.operation_mode import OperationMode
 from kfdist.capture.operations import (
     COPIES,
     LOOKUPS,
@@ -30,18 +28,16 @@ from kfdist.capture.operations import (
     SUMS,
     Product,
     addends,
-    as_product,
-    is_composite,
     looked_up,
     picked_entries,
     picked_rows,
     product_of,
 )
-from kfdist.capture.recurrent import written_out
+from kfdist.capture.passes import tensors_in
 from kfdist.capture.registry import Part, Registry
 from kfdist.curvature.blocks import Block, LayerBlock
 from kfdist.curvature.blocks.embedding import LOOKUP
-from kfdist.torch_internals import EagerSteps, changes_in_place, eager_steps, leave_function_mode, oddity
+from kfdist.torch_internals import EagerSteps, changes_in_place, eager_steps, leave_function_mode
 
 
 class Observed(Protocol):
@@ -85,7 +81,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
-        self.mode: _Mode | None = None
+        self.mode: OperationMode | None = None
         self.mode_depth = 0
         self.waiting: dict[int, _Waiting] = {}
         self.lookups = LookupLog()
@@ -179,7 +175,7 @@ class Watch:
             self._observed.begin_calls()
         thread.modules.append(module)
         if thread.mode is None and id(module) in self._entries:
-            thread.mode, thread.mode_depth = _Mode(self), len(thread.modules)
+            thread.mode, thread.mode_depth = OperationMode(self), len(thread.modules)
             thread.mode.__enter__()
         if module is self._model:
             self._observed.begin_forward()
@@ -211,8 +207,8 @@ class Watch:
         """
         if self._installed is None or self._thread.start != self._start:
             return  # the rest of a forward that the end of watching overtook
-        used = [each for each in _tensors((args, kwargs)) if self.registry.knows(each)]
-        moved = function in MOVES and len(list(_tensors((args, kwargs)))) == 1
+        used = [each for each in tensors_in((args, kwargs)) if self.registry.knows(each)]
+        moved = function in MOVES and len(list(tensors_in((args, kwargs)))) == 1
         if (function in COPIES or moved) and not odd:
             self.registry.note_copy(output, used[0])
             return
@@ -280,7 +276,7 @@ class Watch:
         """An operation had looked-up rows among its arguments, and no block's parameter, and made another tensor."""
         if self._installed is None or self._thread.start != self._start:
             return
-        lookups, given = self._thread.lookups, list(_tensors((args, kwargs)))
+        lookups, given = self._thread.lookups, list(tensors_in((args, kwargs)))
         handled = self._add_rows(addends(args, kwargs), output) if function in SUMS else []
         others = [each for each in given if lookups.of(each) is None]
         for rows in given:
@@ -361,80 +357,3 @@ def _remove(handles: Sequence[RemovableHandle], eager: EagerSteps | None, thread
         handle.remove()
     if eager is not None:
         eager.close()
-
-
-class _Mode(TorchFunctionMode):
-    """Shows a watch every operation on tensors, as torch calls it from Python."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self._watch = weakref.ref(watch)  # left on the stack by an interrupted forward, it keeps nothing alive
-
-    @override
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs, watch = kwargs or {}, self._watch()
-        if watch is None:
-            return func(*args, **kwargs)
-        registry = watch.registry
-        if not any(registry.knows(each) for each in _tensors((args, kwargs))):
-            rows = any(watch.lookups.of(each) is not None for each in _tensors((args, kwargs)))
-            output = func(*args, **kwargs)
-            for each in _tensors((output,)) if rows else ():
-                if each.requires_grad and watch.lookups.of(each) is None:
-                    watch.saw_rows(func, args, kwargs, each)
-                    break
-            return output
-        kernel = written_out(func, args) if torch.is_grad_enabled() else None
-        if kernel is not None:
-            with self:
-                return kernel(*args, **kwargs)
-        if func not in PRODUCTS and is_composite(func):
-            product = as_product(args, kwargs, registry.knows) if func is torch.einsum else None
-            with self:
-                return _open(func)(*args, **kwargs) if product is None else product()
-        output = func(*args, **kwargs)
-        for each in _tensors((output,)):
-            odd = oddity(each)
-            if (each.requires_grad or odd) and not registry.knows(each):
-                watch.saw(func, args, kwargs, each, odd)
-                break
-        return output
-
-
-def _tensors(arguments: Any) -> Iterable[Tensor]:
-    """Yields the tensors among arguments, and those in lists of them."""
-    for each in arguments if isinstance(arguments, (tuple, list)) else arguments.values():
-        if isinstance(each, Tensor):
-            yield each
-        elif isinstance(each, (tuple, list, Mapping)):
-            yield from _tensors(each)
-
-
-_OPENED: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def _open(function: Any) -> Callable[..., Any]:
-    """Returns a function that does what a composite one does without offering itself to the mode once more.
-
-    A composite of `torch.nn.functional` first asks whether anybody overrides it, and then calls the mode again; here
-    the answer is no, and the mode sees the operations that it is made of.
-    """
-    opened = _OPENED.get(function)
-    if opened is None:
-        names = {name: _nobody for name in function.__globals__ if name.startswith("has_torch_function")}
-        opened = types.FunctionType(
-            function.__code__,
-            {**function.__globals__, **names},
-            function.__name__,
-            function.__defaults__,
-            function.__closure__,
-        )
-        opened.__kwdefaults__ = function.__kwdefaults__
-        _OPENED[function] = opened
-    return opened
-
-
-def _nobody(*_arguments: Any) -> bool:
-    return False

@@ -1,0 +1,57 @@
+"""Sums of products in Einstein's notation, computed as the products of a weight and an input that they are."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def as_product(
+    args: Sequence[Any], kwargs: Mapping[str, Any], is_weight: Callable[[Tensor], bool]
+) -> Callable[[], Tensor] | None:
+    """Returns what computes an einsum of an input and a matrix, or a stack of them, as a product; None for other sums.
+
+    Every letter of the input but the one that is summed over must be in the output, and the matrix's other one.
+    """
+    if kwargs or not args or not isinstance(args[0], str):
+        return None
+    operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
+    inputs, _, output = args[0].replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(operands) != 2 or len(terms) != 2 or not output:
+        return None
+    if is_weight(operands[0]):
+        operands, terms = operands[::-1], terms[::-1]
+    x, weight = operands
+    if is_weight(x) or not is_weight(weight) or weight.dim() not in (2, 3) or not terms[1].isalpha():
+        return None
+    letters, wanted = _letters(terms[0], x.dim()), _letters(output, x.dim())
+    stacks, matrix = list(terms[1][:-2]), list(terms[1][-2:])
+    summed = [letter for letter in matrix if letter in letters and letter not in wanted]
+    made = [letter for letter in matrix if letter in wanted and letter not in letters]
+    if len(summed) != 1 or len(made) != 1 or any(letter not in letters or letter not in wanted for letter in stacks):
+        return None
+    kept = [letter for letter in letters if letter not in (*stacks, *summed)]
+    found = [*stacks, *kept, *made]
+    if len(set(found)) != len(letters) or sorted(found) != sorted(wanted):
+        return None
+    straight = weight.mT if matrix[0] == summed[0] else weight
+
+    def compute() -> Tensor:
+        rows = x.permute([letters.index(letter) for letter in (*stacks, *kept, *summed)])
+        if not stacks:
+            y = F.linear(rows, straight)
+        else:
+            y = torch.bmm(rows.flatten(1, -2), straight.mT).unflatten(1, rows.shape[1:-1])
+        return y.permute([found.index(letter) for letter in wanted])
+
+    return compute
+
+
+def _letters(term: str, dimensions: int) -> list[str]:
+    """Names an operand's dimensions, those that "..." stands for by numbers."""
+    before, dots, after = term.partition("...")
+    hidden = range(dimensions - len(before) - len(after)) if dots else ()
+    return [*before, *map(str, hidden), *after]
