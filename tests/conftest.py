@@ -3,6 +3,7 @@
 And the script of faults that each test may write.
 """
 
+import gc
 import logging
 import os
 import shutil
@@ -44,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[_MARK] = uuid.uuid4().hex
     # Set here, for the processes of fixtures of any scope to inherit.
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="kfdist-faults-")
+
+
+def pytest_collection_finish() -> None:
+    # What torch's import made lives as long as the session; no collection needs to look through it again.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -13,6 +13,7 @@ CHEAP = ("cluster.link=local", "checkpoint.period=0", 'preconditioner.skip=["lay
 """The widest layers' factors would take most of the time."""
 
 
+@pytest.mark.slow
 def test_the_smoke_recipe_resumes_in_mid_epoch_bitwise_with_other_loader_processes(tmp_path: Path):
     root = write_folders(tmp_path / "pictures", classes=8, train=8, test=1)
     torn = root / "train" / "class_03" / "0005.jpg"
@@ -24,12 +25,12 @@ def test_the_smoke_recipe_resumes_in_mid_epoch_bitwise_with_other_loader_process
             tmp_path / directory, *CHEAP, *common, *overrides, ranks=2, recipe="imagenet-resnet50-smoke", **options
         )
 
-    whole = run("whole")
+    whole = run("whole", "data.loader_processes=0")
     stopped = run("halves", stop=Stop(step=1, worker_rank=1))
     # 64 images in steps of 2 x 8: 4 steps an epoch.
     assert (stopped["status"], stopped["codes"], stopped["data_epochs"]) == ("stopped", [75, 75], 0)
     assert 1 <= stopped["steps"] < 4
-    rest = run("halves", "data.loader_processes=2")
+    rest = run("halves", "data.loader_processes=0")
     assert len({*whole["parameter_sha256"], *rest["parameter_sha256"]}) == 1
     losses = [[line["loss"] for line in events(tmp_path / name, "step")] for name in ("whole", "halves")]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
@@ -62,7 +63,7 @@ def test_too_many_unreadable_examples_end_the_run_on_all_ranks(tmp_path: Path):
     root = write_folders(tmp_path / "pictures", classes=2, train=16, test=2)
     for file in sorted(root.glob("train/*/00*.jpg"))[::3]:
         tear(file)
-    options = (*CHEAP, f"data.settings.root={root}", "data.corrupt_limit=2", "run.steps=2")
+    options = (*CHEAP, f"data.settings.root={root}", "data.corrupt_limit=2", "data.loader_processes=0", "run.steps=2")
     with pytest.raises(
         AssertionError, match=r"EnvironmentFault: \d+ examples can't be read, data\.corrupt_limit allows 2"
     ):

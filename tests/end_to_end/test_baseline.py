@@ -8,14 +8,14 @@ import pytest
 
 from kfdist.control.client import ControlClient
 from tests.support.commands import run
-from tests.support.launches import ENDLESS, STEPS, addresses, launch, summary_of
+from tests.support.launches import ENDLESS, ONE_RANK, STEPS, addresses, launch, summary_of
 
 pytestmark = pytest.mark.timeout(300)
 
 
 def test_a_baseline_is_paused_resumed_stopped_and_taken_up_again_like_any_other_run(tmp_path: Path):
     directory = tmp_path / "run"
-    options = ("--set", "preconditioner.method=none", "--set", "cluster.owners=0")
+    options = (*ONE_RANK, "--set", "preconditioner.method=none", "--set", "cluster.owners=0")
     with launch(directory, *options, *ENDLESS) as command:
         served = addresses(command)
         address = ("--address", served.control)
@@ -26,7 +26,7 @@ def test_a_baseline_is_paused_resumed_stopped_and_taken_up_again_like_any_other_
             paused = client.get("digits")
             time.sleep(1.0)
             assert client.get("digits").step == paused.step < STEPS
-            assert (paused.live_workers, paused.live_owners, command.members("kfdist pool")) == (2, 0, [])
+            assert (paused.live_workers, paused.live_owners, command.members("kfdist pool")) == (1, 0, [])
             metrics = urllib.request.urlopen(served.metrics, timeout=5).read().decode()
             assert 'kfdist_steps_total{run="digits"}' in metrics and "kfdist_loss" in metrics
             run("resume", "digits", *address)
@@ -41,5 +41,4 @@ def test_a_baseline_is_paused_resumed_stopped_and_taken_up_again_like_any_other_
         assert f"resumed at step {stopped['steps']}" in command.expect(0)
     finished = summary_of(directory)
     assert (finished["status"], finished["steps"], finished["start"]) == ("finished", steps, 2)
-    assert len(set(finished["parameter_sha256"])) == 1
     assert finished["inversions"]["completed"] == 0 and finished["staleness_steps"] == {"p50": None, "max": None}

@@ -14,6 +14,7 @@ from tests.support.launches import (
     ENDLESS,
     LOCAL,
     ONE_OWNER,
+    ONE_RANK,
     addresses,
     checkpoints_of,
     launch,
@@ -54,9 +55,11 @@ def test_killed_controller_owner_and_pool_are_started_again_and_the_run_goes_on_
     secured = ("--set", f"security.certificates={certificates}")
     ours = Credentials(role=Role.CLIENT, certificates=str(certificates), token_file=str(certificates / "token"))
     # Without owners it goes on for so many steps; then it waits for them, and leaves the processor to the new ones.
-    with launch(directory, *ENDLESS, *secured, "--set", "preconditioner.staleness.hard_bound=40") as command:
+    with launch(
+        directory, *ENDLESS, *ONE_OWNER, *secured, "--set", "preconditioner.staleness.hard_bound=40"
+    ) as command:
         address = addresses(command).control
-        command.wait_for_line("pool with 2 owners")
+        command.wait_for_line("pool with 1 owners")
         command.wait_for_line("step ")
         pool = command.members("-m kfdist pool")[0]
         shutil.rmtree(directory / "logs")  # somebody tidies up; who is started again makes it anew
@@ -93,14 +96,14 @@ def _adoptions(client: ControlClient) -> float:
 
 def test_a_killed_launcher_takes_everything_with_it(tmp_path: Path):
     directory = tmp_path / "run"
-    with launch(directory, *ENDLESS, *ONE_OWNER) as command:
+    with launch(directory, *ENDLESS, *ONE_OWNER, *ONE_RANK) as command:
         command.wait_for_line("pool with 1 owners")
         command.wait_for_line("step ")
         assert len(command.family()) > 8
         command.signal(signal.SIGKILL)
         command.process.wait()
         assert command.left_behind(15) == []
-    # The ranks saw it and stopped as they do at SIGTERM.
+    # The rank saw it and stopped as it does at SIGTERM.
     assert summary_of(directory)["status"] == "stopped"
 
 

@@ -62,7 +62,7 @@ CASES: Mapping[str, Case] = {
     "two-level": Case(covered="around kfac-eigen"),
     "auto": Case(own=DAMPED, covered="of a budget of"),
 }
-EVERY_TIME = ("b-kfac", "seng", "auto")
+EVERY_TIME = ("b-kfac", "seng")
 """Methods whose whole training is part of `make test`; the others' is slow."""
 
 
@@ -139,7 +139,12 @@ def test_the_fisher_of_the_models_own_predictions(controller: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("lines", "described", "methods"),
     [
-        ([*overrides("b-kfac", CASES["b-kfac"]), "cluster.link=local"], "sgd with b-kfac,", {"b-kfac"}),
+        pytest.param(
+            [*overrides("b-kfac", CASES["b-kfac"]), "cluster.link=local"],
+            "sgd with b-kfac,",
+            {"b-kfac"},
+            marks=pytest.mark.slow,
+        ),
         (
             [
                 *SMALL_CNN,
@@ -156,7 +161,8 @@ def test_the_fisher_of_the_models_own_predictions(controller: str, tmp_path: Pat
 def test_a_launch_with_the_method_in_its_configuration(
     tmp_path: Path, lines: Sequence[str], described: str, methods: set[str]
 ) -> None:
-    with launch(tmp_path / "run", *(part for line in (*lines, "run.steps=30") for part in ("--set", line))) as command:
+    settings = (*lines, "run.steps=30", "cluster.workers=1")
+    with launch(tmp_path / "run", *(part for line in settings for part in ("--set", line))) as command:
         assert described in command.expect(0)
     summary = summary_of(tmp_path / "run")
     assert summary["status"] == "finished" and set(summary["inversions"]["by_method"]) == methods

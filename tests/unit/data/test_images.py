@@ -60,7 +60,7 @@ def test_crops_depend_on_seed_epoch_and_index_alone(root: Path):
 def test_loader_processes_read_what_the_rank_would(root: Path):
     data, sampler = load(root), Sampler(examples=24, batch_size=4, world_size=1, seed=0)
     seen = []
-    for processes in (0, 2):
+    for processes in (0, 1):
         how = Serving(
             sampler=sampler, worker_rank=0, device=torch.device("cpu"), loader_processes=processes, channels_last=True
         )
