@@ -21,7 +21,6 @@ def test_a_run_by_hand_in_four_terminals(tmp_path: Path, certificates: Path):
     config = tmp_path / "it.toml"
     config.write_text(
         f'[run]\nname = "by-hand"\ndir = "{tmp_path / "run"}"\nsteps = 60\n'
-        "[model]\nsettings = { channels = 8, hidden = 32 }\n"
         '[control]\naddress = "0.0.0.0:0"\nmetrics_address = "0.0.0.0:0"\n'
         f'[cluster]\nowner_address = "node"\n[security]\ncertificates = "{certificates}"\n'
     )
