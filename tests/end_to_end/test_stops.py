@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def test_ctrl_c_ends_everything_in_time_and_the_same_command_resumes(tmp_path: Path):
-    directory, arguments = tmp_path / "run", (*ONE_OWNER, *SMALL, "--set", "run.steps=90")
+    directory, arguments = tmp_path / "run", (*ONE_OWNER, *SMALL, "--set", "run.steps=150")
     with launch(directory, *arguments) as command:
         command.wait_for_line("step 10/")
         command.family()
@@ -27,12 +27,12 @@ def test_ctrl_c_ends_everything_in_time_and_the_same_command_resumes(tmp_path: P
         assert "run the same command again to resume" in command.text
     assert summary_of(directory)["status"] == "stopped"
     stopped_at = summary_of(directory)["steps"]
-    assert 10 <= stopped_at < 90 and checkpoints_of(directory) == [stopped_at]
+    assert 10 <= stopped_at < 150 and checkpoints_of(directory) == [stopped_at]
     with launch(directory, *arguments) as command:
         command.wait_for_line(f"resumed at step {stopped_at}")
         command.expect(0)
         assert command.left_behind() == []
-    assert summary_of(directory)["status"] == "finished" and summary_of(directory)["steps"] == 90
+    assert summary_of(directory)["status"] == "finished" and summary_of(directory)["steps"] == 150
     assert summary_of(directory)["metrics"]["test_accuracy"] >= 0.97
 
 
