@@ -4,10 +4,9 @@ With the empirical Fisher a call is measured when the loss's backward reaches it
 by `Capture.observe`, from gradients of the model's own predictions, and the loss's backward counts for nothing.
 """
 
-import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,34 +15,32 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from kfdist import checks
 from kfdist.capture.affine import Affine, Columns
 from kfdist.capture.biases import Biases
 from kfdist.capture.collect import Collector
+from kfdist.capture.loss_scale import LossScale
 from kfdist.capture.losses import OutputLoss
-from kfdist.capture.masks import MaskedRows, Stated, checked_mask, turned_blocks
+from kfdist.capture.masks import MaskedRows, checked_mask, turned_blocks
 from kfdist.capture.micro_batches import MicroBatches, makes_gradients
-from kfdist.capture.observe import Observer, check_version
+from kfdist.capture.observe import Observer
 from kfdist.capture.operations import Product
 from kfdist.capture.passes import ForwardPass, PassLog, Paused, tensors_in
 from kfdist.capture.registry import Part
 from kfdist.capture.requests import SEED_MASK, Request, Sampling, check_requests
+from kfdist.capture.stated import Stated, checked_examples
 from kfdist.capture.unmeasured import Unmeasured
-from kfdist.capture.visits import Held, Scaling, Use
+from kfdist.capture.uses import Held, Use, uses_of_affine, uses_of_product
+from kfdist.capture.visits import Scaling
 from kfdist.capture.watch import Watch
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
-from kfdist.errors import ConfigError, KfdistError, KfdistWarning
+from kfdist.errors import ConfigError, KfdistWarning
 from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.torch_internals import (
     NO_BACKWARD,
-    changes_in_place,
-    device_scale,
     keeps_graph,
     oddity,
-    product_edge,
     running_backward,
-    scaler_cycle,
 )
 from kfdist.types import Fisher
 
@@ -103,7 +100,7 @@ class Capture:
         turned = turned_blocks(model, self._blocks.values())
         self._collector = Collector(self._blocks, sampling, chains=chains, coarse=coarse, turned=turned)
         self._observer = None if fisher == "empirical" else Observer(fisher, self._collector)
-        self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+        self._loss_scale = LossScale(grad_scaler)
         self._requests: Mapping[str, Request] = {}
         self._rank = rank
         self._paused = Paused()
@@ -112,7 +109,6 @@ class Capture:
         self._batches = MicroBatches()
         self._stated = Stated()
         self._held: dict[Use, Held] = {}
-        self._scaler_cycle: object = None
         self._looks = False
         self._warned_of_lists = False
         self.zero_rows: Mapping[str, tuple[Tensor, int]] = {}
@@ -146,7 +142,7 @@ class Capture:
     @property
     def scaled(self) -> bool:
         """Whether a GradScaler's scale is divided out of the output gradients."""
-        return self._grad_scaler is not None
+        return self._loss_scale.is_on
 
     def state_examples(self, examples: int) -> None:
         """States how many terms the next captured backward's loss averages, instead of the batch dimension.
@@ -154,12 +150,7 @@ class Capture:
         Raises:
             ConfigError: `examples` is not a positive whole number.
         """
-        stated: object = examples
-        if not isinstance(examples, bool):  # NumPy's integers count, True doesn't
-            with suppress(TypeError):
-                stated = operator.index(examples)
-        counted = checks.count("examples", stated, least=1, hint="the terms that the loss averages")
-        self._stated = replace(self._stated, examples=counted)
+        self._stated = replace(self._stated, examples=checked_examples(examples))
 
     def state_mask(self, mask: Tensor) -> None:
         """States which positions the next captured backward's loss counts; see `kfdist.capture.masks`.
@@ -339,23 +330,9 @@ class Capture:
         if forward is None:
             return
         forward.inputs.add((product.activation.dim(), len(product.activation)))
-        edge, transposed = product_edge(output)
-        shape, activation = tuple(output.shape), product.activation.detach()
-        if product.from_left:  # y^T = x^T W^T
-            shape, activation, transposed = (*shape[:-2], shape[-1], shape[-2]), activation.mT, not transposed
-        for part in parts:
-            self._collector.check_input(part.block, activation)
-            use = Use(
-                part,
-                activation,
-                changes_in_place(product.activation),
-                shape,
-                transposed,
-                product.operation.kind != "linear" or part.rows == slice(0, shape[-1]),
-                forward,
-                self._generation,
-                running_backward(),
-            )
+        uses, edge = uses_of_product(parts, product, output, forward, self._generation)
+        for use in uses:
+            self._collector.check_input(use.name, use.activation)
             self._expect(use, edge)
 
     def affine(self, columns: Sequence[Columns], use: Affine, output: Tensor, *, training: bool) -> None:
@@ -367,22 +344,9 @@ class Capture:
         forward = self._forward_of_use({each.block for each in columns}, training=training)
         if forward is None:
             return
-        edge, transposed = product_edge(output)
-        for each in columns:
-            operand = use.operand if use.operand is not None and each.needs_operand else output.new_empty(0)
-            remembered = Use(
-                Part(each.block, slice(0), biased=True),
-                operand.detach(),
-                changes_in_place(operand),
-                tuple(output.shape),
-                transposed,
-                True,
-                forward,
-                self._generation,
-                running_backward(),
-                each,
-            )
-            self._expect(remembered, edge)
+        uses, edge = uses_of_affine(columns, use, output, forward, self._generation)
+        for each in uses:
+            self._expect(each, edge)
 
     def _forward_of_use(self, names: Set[str], *, training: bool) -> ForwardPass | None:
         """Returns the forward that a use of blocks belongs to, as it goes on; None where it isn't measured."""
@@ -421,11 +385,11 @@ class Capture:
             return
         if not self._accumulates(use.name):
             return
-        check_version(use.name, use.activation, use.version)
+        use.check_unchanged()
         self._begin_backward(self._backward_of(use), use.forward)
         with plain_arithmetic(gradient.device):
             share, held = use.share(gradient), self._held.pop(use, None)
-            held = Held(share if held is None else held.gradient + share, Scaling(self._unscaling(), 2))
+            held = Held(share if held is None else held.gradient + share, Scaling(self._loss_scale.of_products(), 2))
             if keeps_graph():
                 self._held[use] = held
             else:
@@ -441,7 +405,7 @@ class Capture:
 
     def _measure(self, use: Use, held: "Held") -> None:
         """Measures a use with the gradients that all backwards of its forward have made for it together."""
-        check_version(use.name, use.activation, use.version)
+        use.check_unchanged()
         batch = self._batches.of_forward(use.forward)
         self._collector.add(use.visit(batch, batch.stated), held.gradient, held.scaling, tells=held.gradient)
 
@@ -479,20 +443,6 @@ class Capture:
 
     def _forget_dropped(self) -> None:
         """Forgets backwards whose gradients are gone, or of an iteration that the scaler skipped."""
-        if self._batches.dropped(self._parameters()):
+        dropped, moved_on = self._batches.dropped(self._parameters()), self._loss_scale.moved_on()
+        if dropped or moved_on:
             self.discard()
-        if self._grad_scaler is not None:
-            # GradScaler.update() replaces this table: a new one here means that a whole iteration has passed.
-            cycle = scaler_cycle(self._grad_scaler)
-            if cycle is not self._scaler_cycle:
-                self.discard()
-            self._scaler_cycle = cycle
-
-    def _unscaling(self) -> Tensor | float:
-        """Returns what divides the scaler's scale out of a product of two gradients, on its device."""
-        if self._grad_scaler is None:
-            return 1.0
-        scale = device_scale(self._grad_scaler)
-        if scale is None:
-            raise KfdistError("the loss was not scaled by the GradScaler; call scaler.scale(loss).backward()")
-        return scale**-2

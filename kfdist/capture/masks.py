@@ -7,39 +7,15 @@ dead units and underflow make them too. Such rows stay, and a large share of the
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from kfdist.capture.stated import Stated
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Stated:
-    """What the user says of a micro-batch.
-
-    Attributes:
-        examples: How many terms its loss averages; None: dim 0 of the input.
-        mask: Which positions its loss counts, `[N, T]` or one after another; None: all.
-        strange: Whether the mask held other numbers than 0 and 1, a boolean scalar where only the device knows.
-        from_target: Whether the mask is that of a target's ignored terms.
-    """
-
-    examples: int | None = None
-    mask: Tensor | None = None
-    strange: Tensor | None = None
-    from_target: bool = False
-
-    def completed(self, other: "Stated") -> "Stated":
-        """Returns it with what only `other` says."""
-        of_mask = other if self.mask is None else self
-        return replace(of_mask, examples=other.examples if self.examples is None else self.examples)
-
-
-NOTHING_STATED = Stated()
 
 
 def checked_mask(mask: object) -> tuple[Bool[Tensor, "N T"], Bool[Tensor, ""] | None]:

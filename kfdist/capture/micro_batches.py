@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfdist.capture.masks import NOTHING_STATED, Stated
 from kfdist.capture.passes import ForwardPass
+from kfdist.capture.stated import NOTHING_STATED, Stated
 from kfdist.torch_internals import accumulates, accumulates_below, changes_in_place, when_backward_ends
 
 

@@ -13,13 +13,14 @@ from torch.autograd.graph import GradientEdge
 
 from kfdist.capture.collect import Collector
 from kfdist.capture.losses import OutputLoss, counted_terms, divisor, enumerated_roots, sampled_root
-from kfdist.capture.masks import Stated
 from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.passes import ForwardPass
 from kfdist.capture.requests import SEED_MASK
-from kfdist.capture.visits import Scaling, Use, Visit
+from kfdist.capture.stated import Stated
+from kfdist.capture.uses import Use
+from kfdist.capture.visits import Scaling, Visit
 from kfdist.errors import KfdistError
-from kfdist.torch_internals import changes_in_place, without_first_reduction
+from kfdist.torch_internals import without_first_reduction
 from kfdist.types import Fisher
 
 _TARGETS_SEED = 0x2545F4914F6CDD1D
@@ -122,7 +123,7 @@ class Observer:
                 )
             return
         for call in calls:
-            check_version(call.use.name, call.use.activation, call.use.version)
+            call.use.check_unchanged()
         if self._fisher == "mc":
             generator = torch.Generator(device="cpu").manual_seed(((seed ^ _TARGETS_SEED) + self._draws) & SEED_MASK)
             roots: Iterable[Tensor] = [sampled_root(output, loss, generator)]
@@ -196,20 +197,6 @@ class Observer:
             raise
         finally:
             self.running = False
-
-
-def check_version(name: str, activation: Tensor, version: int | None) -> None:
-    """Checks that a layer's input is still what the layer saw.
-
-    Raises:
-        KfdistError: It was changed in place.
-    """
-    if version != changes_in_place(activation):
-        raise KfdistError(
-            f"the input of layer {name!r} was changed in place between its forward and its backward, so its "
-            "statistics are lost (autocast had copied it, or torch itself would have refused); make that "
-            "operation out of place"
-        )
 
 
 def _independent_examples(output: Tensor, calls: list[_Open]) -> int:

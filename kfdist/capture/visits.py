@@ -10,11 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfdist.capture.affine import Columns
-from kfdist.capture.masks import Stated
 from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.passes import ForwardPass
-from kfdist.capture.registry import Part
+from kfdist.capture.stated import Stated
 from kfdist.curvature.blocks.experts import Reach
 
 
@@ -34,60 +32,6 @@ class Unit:
     def whole(self) -> MicroBatch | ForwardPass:
         """What layers of one forward share also where they are called one by one."""
         return self.forward if self.forward.whole else self.batch
-
-
-@dataclass(frozen=True, eq=False)
-class Use:
-    """What is remembered of a block's use until its backward.
-
-    Attributes:
-        part: The block, its share of the product, and whether its bias was added, known when the forward is over.
-        activation: What its weight was multiplied with.
-        version: The activation's, to notice changes.
-        output_shape: Of the product, its own rows last.
-        transposed: Whether gradients come with the last two dimensions exchanged.
-        whole: Whether the block's share of the product is all of it.
-        forward: Which forward it belongs to.
-        generation: Of the capture.
-        rerun_in: The backward that checkpointing repeats it in.
-        columns: Of a block of units, how its gradients are made; None for other blocks.
-    """
-
-    part: Part
-    activation: Tensor
-    version: int | None
-    output_shape: tuple[int, ...]
-    transposed: bool
-    whole: bool
-    forward: ForwardPass
-    generation: int
-    rerun_in: int
-    columns: Columns | None = None
-
-    @property
-    def name(self) -> str:
-        """The block."""
-        return self.part.block
-
-    def share(self, gradient: Tensor) -> Tensor:
-        """Cuts the block's output gradient out of the product's, which may have come with its positions flattened.
-
-        Of a block of units it makes the gradients `[n, c, k]` of the entries of dim 0.
-        """
-        gradient = gradient.detach()
-        if self.transposed:
-            *others, rows, columns = self.output_shape
-            gradient = gradient.reshape(*others, columns, rows).mT
-        else:
-            gradient = gradient.reshape(self.output_shape)
-        if self.columns is not None:
-            return self.columns.gradients(gradient, self.activation)
-        return gradient if self.whole else gradient[..., self.part.rows]
-
-    def visit(self, batch: MicroBatch, stated: Stated) -> "Visit":
-        """Returns what is measured of it in a micro-batch."""
-        part, unit = self.part, Unit(batch, self.forward)
-        return Visit(self.name, self.activation, unit, stated, biased=part.biased, reach=part.reach)
 
 
 @dataclass(eq=False)
@@ -155,14 +99,6 @@ class Scaling:
         """Returns the factor of g."""
         factor = self.of_products(examples, like)
         return factor.sqrt() if isinstance(factor, Tensor) else math.sqrt(factor)
-
-
-@dataclass(frozen=True)
-class Held:
-    """What backwards that keep their graph have made for a use so far: another one may add to it."""
-
-    gradient: Tensor
-    scaling: Scaling
 
 
 def spread(chosen: Tensor, length: int, examples: int) -> Tensor:

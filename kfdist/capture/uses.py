@@ -1,0 +1,142 @@
+"""What is remembered of a block's use in a forward, until its output's gradient comes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from kfdist.capture.affine import Affine, Columns
+from kfdist.capture.micro_batches import MicroBatch
+from kfdist.capture.operations import Product
+from kfdist.capture.passes import ForwardPass
+from kfdist.capture.registry import Part
+from kfdist.capture.stated import Stated
+from kfdist.capture.visits import Scaling, Unit, Visit
+from kfdist.errors import KfdistError
+from kfdist.torch_internals import changes_in_place, product_edge, running_backward
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """What is remembered of a block's use until its backward.
+
+    Attributes:
+        part: The block, its share of the product, and whether its bias was added, known when the forward is over.
+        activation: What its weight was multiplied with.
+        version: The activation's, to notice changes.
+        output_shape: Of the product, its own rows last.
+        transposed: Whether gradients come with the last two dimensions exchanged.
+        whole: Whether the block's share of the product is all of it.
+        forward: Which forward it belongs to.
+        generation: Of the capture.
+        rerun_in: The backward that checkpointing repeats it in.
+        columns: Of a block of units, how its gradients are made; None for other blocks.
+    """
+
+    part: Part
+    activation: Tensor
+    version: int | None
+    output_shape: tuple[int, ...]
+    transposed: bool
+    whole: bool
+    forward: ForwardPass
+    generation: int
+    rerun_in: int
+    columns: Columns | None = None
+
+    @property
+    def name(self) -> str:
+        """The block."""
+        return self.part.block
+
+    def check_unchanged(self) -> None:
+        """Checks that the layer's input is still what the layer saw.
+
+        Raises:
+            KfdistError: It was changed in place.
+        """
+        if self.version != changes_in_place(self.activation):
+            raise KfdistError(
+                f"the input of layer {self.name!r} was changed in place between its forward and its backward, so its "
+                "statistics are lost (autocast had copied it, or torch itself would have refused); make that "
+                "operation out of place"
+            )
+
+    def share(self, gradient: Tensor) -> Tensor:
+        """Cuts the block's output gradient out of the product's, which may have come with its positions flattened.
+
+        Of a block of units it makes the gradients `[n, c, k]` of the entries of dim 0.
+        """
+        gradient = gradient.detach()
+        if self.transposed:
+            *others, rows, columns = self.output_shape
+            gradient = gradient.reshape(*others, columns, rows).mT
+        else:
+            gradient = gradient.reshape(self.output_shape)
+        if self.columns is not None:
+            return self.columns.gradients(gradient, self.activation)
+        return gradient if self.whole else gradient[..., self.part.rows]
+
+    def visit(self, batch: MicroBatch, stated: Stated) -> Visit:
+        """Returns what is measured of it in a micro-batch."""
+        part, unit = self.part, Unit(batch, self.forward)
+        return Visit(self.name, self.activation, unit, stated, biased=part.biased, reach=part.reach)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What backwards that keep their graph have made for a use so far: another one may add to it."""
+
+    gradient: Tensor
+    scaling: Scaling
+
+
+def uses_of_product(
+    parts: Iterable[Part], product: Product, output: Tensor, forward: ForwardPass, generation: int
+) -> tuple[list[Use], GradientEdge]:
+    """Returns the uses of blocks' weights in a product, and where the gradient of its output comes."""
+    edge, transposed = product_edge(output)
+    shape, activation = tuple(output.shape), product.activation.detach()
+    if product.from_left:  # y^T = x^T W^T
+        shape, activation, transposed = (*shape[:-2], shape[-1], shape[-2]), activation.mT, not transposed
+    uses = [
+        Use(
+            part,
+            activation,
+            changes_in_place(product.activation),
+            shape,
+            transposed,
+            product.operation.kind != "linear" or part.rows == slice(0, shape[-1]),
+            forward,
+            generation,
+            running_backward(),
+        )
+        for part in parts
+    ]
+    return uses, edge
+
+
+def uses_of_affine(
+    columns: Iterable[Columns], affine: Affine, output: Tensor, forward: ForwardPass, generation: int
+) -> tuple[list[Use], GradientEdge]:
+    """Returns the uses of blocks' scales and shifts in an operation, and where the gradient of its output comes."""
+    edge, transposed = product_edge(output)
+    uses = []
+    for each in columns:
+        operand = affine.operand if affine.operand is not None and each.needs_operand else output.new_empty(0)
+        uses.append(
+            Use(
+                Part(each.block, slice(0), biased=True),
+                operand.detach(),
+                changes_in_place(operand),
+                tuple(output.shape),
+                transposed,
+                True,
+                forward,
+                generation,
+                running_backward(),
+                each,
+            )
+        )
+    return uses, edge
