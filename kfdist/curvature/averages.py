@@ -13,7 +13,7 @@ rho_k = min(1 - 1/k, decay) for the k-th folding (Martens & Grosse 2015, section
 estimates are plain averages; w is its own normaliser, so no bias correction is needed elsewhere.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,9 @@ COUNTED_BY: Mapping[str, tuple[str, ...]] = {
     "g_cross": (PAIRS,),
 }
 """What each sum is divided by; of two counts it is their geometric mean (see `kfdist.curvature.statistics`)."""
+
+_SLICE = 2**22
+"""Numbers of a sum that are folded at once."""
 
 
 def decay_at(update: int, decay: float) -> float:
@@ -180,7 +183,8 @@ class WeightedSums:
         finite = all_finite([*(batch.sums[name] for name in self.sums), *batch.rows.values()])  # all of it, or nothing
         zero = torch.zeros_like(self.like)
         for name, total in self.sums.items():
-            total.add_(torch.where(finite, batch.sums[name], zero) * gain)
+            for part, new in _slices(total, batch.sums[name]):
+                part.add_(torch.where(finite, new, zero) * gain)
         found = {EXAMPLES: batch.examples, POSITIONS: batch.positions, PAIRS: batch.pairs}
         for name, count in self.counts.items():
             new = found[name]
@@ -207,6 +211,15 @@ class WeightedSums:
         for name, count in self.counts.items():
             count.copy_(state[name])
         self.dropped.copy_(state["dropped"])
+
+
+def _slices(total: Tensor, new: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Takes two tensors apart along rows: what is computed of a slice is no temporary of a wide layer's size."""
+    if total.dim() < 2:
+        yield total, new
+        return
+    rows = max(1, _SLICE * total.shape[1] // max(1, total.numel()))
+    yield from zip(total.split(rows, dim=1), new.split(rows, dim=1), strict=True)
 
 
 def folding(

@@ -31,6 +31,7 @@ class _Work:
                 self.done.put(_invert(job, device))
             except Exception as error:  # surfaces in the rank's main thread, at poll
                 self.done.put(error)
+            del job  # with its matrices, which would stay until there is another
 
     def end(self, thread: threading.Thread) -> None:
         """Ends the thread after the job it is working on; those behind it are dropped."""

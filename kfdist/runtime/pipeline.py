@@ -126,6 +126,7 @@ class Pipeline:
             reduced = self.reducer.reduce(due, batches, step_is_finite)
         with phase("invert"):
             inverted = self.inverting.take(reduced, damping)
+            del reduced  # whoever inverts holds what is needed, as long as it is
         self.statistics_step = step
         with phase("exchange"):
             arrived = self.adopting.bring(step, table)

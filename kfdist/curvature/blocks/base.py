@@ -16,7 +16,6 @@ from kfdist.curvature.blocks.rows import (
     draw_positions,
     lay_out,
     tiles,
-    with_homogeneous,
 )
 from kfdist.curvature.statistics import FactorSums
 from kfdist.types import BlockName, BlockShape
@@ -345,7 +344,8 @@ class LayerBlock(Block, ABC):
         if chosen is not None:
             chosen = chosen.to(a.device, non_blocking=True)
         c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in - self.homogeneous
-        inputs = RowSums(a, (c, q), second="A" in wanted, first="a" in wanted or ("A" in wanted and self.homogeneous))
+        first = "a" in wanted or ("A" in wanted and self.homogeneous)
+        inputs = RowSums(a, (c, q), second="A" in wanted, first=first, border=self.homogeneous)
         outputs = RowSums(g, (c, p), second="G" in wanted, first="g" in wanted)
         itemsize = accumulation_dtype(a).itemsize
         plan = tiles(
@@ -437,10 +437,7 @@ class LayerBlock(Block, ABC):
         """Gives sums their names, with the homogeneous coordinate and, for those not wanted, without elements."""
         A, a = inputs.second, inputs.first
         if self.homogeneous and a is not None:
-            if biased:
-                A = None if A is None else with_homogeneous(A, a, rows)
-            else:
-                A = None if A is None else F.pad(A, (0, 1, 0, 1))
+            A = inputs.bordered(rows, ones=biased)
             a = torch.cat([a, a.new_full((len(a), 1), float(biased)) * rows], dim=-1)
         return FactorSums(
             A=inputs.none(2) if A is None else A,

@@ -105,16 +105,26 @@ def lay_out(windows: Float[Tensor, "c ..."], features: int, dtype: torch.dtype) 
 class RowSums:
     """Adds up the rows r of one side of a layer: sum of r r^T, and sum of r, whichever is wanted.
 
+    Args:
+        like: Of the rows' dtype and device.
+        shape: Groups c and width d of the rows.
+        second: Whether to add up r r^T.
+        first: Whether to add up r.
+        border: Leave room in the sum of r r^T for the homogeneous coordinate: see `bordered`.
+
     Attributes:
         second: Sum of r r^T, `[c, d, d]`, or None.
         first: Sum of r, `[c, d]`, or None.
     """
 
-    def __init__(self, like: Float[Tensor, "..."], shape: tuple[int, int], *, second: bool, first: bool) -> None:
+    def __init__(
+        self, like: Float[Tensor, "..."], shape: tuple[int, int], *, second: bool, first: bool, border: bool = False
+    ) -> None:
         c, d = shape
         dtype = accumulation_dtype(like)
         self._like, self._groups = like, c
-        self.second = like.new_zeros(c, d, d, dtype=dtype) if second else None
+        self._whole = like.new_zeros(c, d + border, d + border, dtype=dtype) if second else None
+        self.second = None if self._whole is None else self._whole[:, :d, :d]
         self.first = like.new_zeros(c, d, dtype=dtype) if first else None
 
     @property
@@ -147,15 +157,14 @@ class RowSums:
             if estimate is not None:
                 estimate.mul_(factor)
 
+    def bordered(self, rows: int | Float[Tensor, ""], *, ones: bool) -> Float[Tensor, "c d_1 d_1"] | None:
+        """Returns the sum of r r^T as if each of `rows` rows r ended in a 1, or in a 0, `[c, d + 1, d + 1]`.
 
-def with_homogeneous(
-    second_moment: Float[Tensor, "c d d"], sums: Float[Tensor, "c d"], rows: int | Float[Tensor, ""]
-) -> Float[Tensor, "c d+1 d+1"]:
-    """Borders a sum of a a^T with the homogeneous coordinate, as if every row a ended in a 1."""
-    c, d, _ = second_moment.shape
-    bordered = second_moment.new_empty(c, d + 1, d + 1)
-    bordered[:, :d, :d] = second_moment
-    bordered[:, :d, d] = sums
-    bordered[:, d, :d] = sums
-    bordered[:, d, d] = rows
-    return bordered
+        The border lies around the sum: a wide layer's is copied nowhere. None if the sum isn't wanted.
+        """
+        if self._whole is not None and self.first is not None and ones:
+            d = self._whole.shape[-1] - 1
+            self._whole[:, :d, d] = self.first
+            self._whole[:, d, :d] = self.first
+            self._whole[:, d, d] = rows
+        return self._whole

@@ -93,7 +93,7 @@ class StatisticsReducer:
 
         Args:
             due: What is due.
-            batches: This rank's batch, by block.
+            batches: This rank's batch, by block; its sums, which are folded, go: they may be as large as the inversion.
             step_is_finite: Boolean scalar; where false rows count for nothing. None: true.
         """
         step, groups = due.step, [track.group for track in due.reducing]
@@ -102,6 +102,8 @@ class StatisticsReducer:
             for track in due.reducing
             for name in track.group.needs
         ]
+        for batch in batches.values():
+            batch.sums = {}
         reduced, sent = reduce_contributions(contributions, self._communicator)
         self._sums_sent += sent
         requests = self._sample_requests(step, groups, batches, step_is_finite)

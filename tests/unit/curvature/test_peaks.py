@@ -9,6 +9,8 @@ import pytest
 SCRIPT = """
 import json
 import torch
+import kfdist
+from kfdist.curvature import averages
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.statistics import KroneckerFactors
@@ -40,6 +42,12 @@ for name, settings in methods.items():
         "encode": peak_of(encode), "run": peak_of(lambda: results.append(run_job(payload))),
         "decode": peak_of(lambda: decode_result(results[0])),
     }
+averages._SLICE = 16 * q
+model = torch.nn.Linear(q - 1, p)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+with kfdist.Preconditioner(model).attach(optimizer):
+    loss = model(torch.randn(8, q - 1, generator=generator)).square().sum()
+    found["step"] = {"backward": peak_of(loss.backward), "step": peak_of(optimizer.step)}
 print(json.dumps(found))
 """
 
@@ -68,6 +76,11 @@ def test_a_dense_inversion_holds_the_factor_and_two_of_its_size(peaks, method):
     assert peaks[method]["decode"] <= FACTOR + SLACK
 
 
+def test_a_step_holds_the_batchs_factor_and_the_triangle_that_is_reduced(peaks):
+    assert FACTOR < peaks["step"]["backward"] <= FACTOR + SLACK
+    assert peaks["step"]["step"] <= 2 * TRIANGLE + SLACK
+
+
 def test_a_payload_is_made_from_the_triangles_alone(peaks):
-    for peak in peaks.values():
+    for peak in (peaks[method] for method in ("kfac", "kfac-eigen", "rs-kfac", "sre-kfac")):
         assert TRIANGLE < peak["encode"] <= TRIANGLE + SLACK
