@@ -1,5 +1,6 @@
 """MembershipService: ranks (through their couriers) and owners register, and send heartbeats with telemetry."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -17,6 +18,9 @@ from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membe
 from kfdist.rpc.beats import groups_of, samples_of, settings_message
 from kfdist.rpc.status import Refusal, answers, streams
 from kfdist.types import MetricSample
+
+SILENT_SECONDS = 60.0
+"""How long a heartbeat stream may be silent before it is ended. Members send a message every one or two seconds."""
 
 
 class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
@@ -77,7 +81,8 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         self, request_iterator: AsyncIterator[membership_pb2.HeartbeatRequest], context: Any
     ) -> AsyncGenerator[membership_pb2.HeartbeatResponse]:
         del context
-        async for request in request_iterator:
+        requests = aiter(request_iterator)
+        while (request := await _next_beat(requests)) is not None:
             match request.WhichOneof("member"):
                 case "worker":
                     yield await self._hear_worker(request)
@@ -168,6 +173,19 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         if surplus > 0:
             self._exporter.drop("too_many_samples", surplus)
         return samples_of(request.samples[: validation.MAX_SAMPLES])
+
+
+async def _next_beat(
+    requests: AsyncIterator[membership_pb2.HeartbeatRequest],
+) -> membership_pb2.HeartbeatRequest | None:
+    """Returns the next message of a stream, None at its end; a silent one must not hold its place for ever."""
+    try:
+        async with asyncio.timeout(SILENT_SECONDS):
+            return await anext(requests, None)
+    except TimeoutError:
+        raise Refusal(
+            grpc.StatusCode.DEADLINE_EXCEEDED, f"no beat came for {SILENT_SECONDS:g} s; register and beat again"
+        ) from None
 
 
 def _registered(record: RunRecord | None, request: membership_pb2.RegisterWorkerRequest) -> Change:

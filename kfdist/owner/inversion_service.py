@@ -18,6 +18,10 @@ _LONGEST_NAME = 1024
 _LONGEST_DEADLINE_MILLISECONDS = 24 * 3600 * 1000
 _EPOCHS_KEPT = 1024
 
+MAX_OUTLINE_BYTES = 8 << 20
+"""Longest header of a payload, which says what is in it: reading one of JSON takes up to thirty times its size. A job
+has less than a kilobyte for each of its blocks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceLimits:
@@ -28,12 +32,14 @@ class ServiceLimits:
         buffered_bytes: Payloads held at a time; further ones wait on the wire. A single payload is always accepted.
         kept_bytes: Results kept for couriers that ask again.
         idle_seconds: How long a sender may pause between two messages.
+        slowest_bytes_per_second: How slowly a payload may arrive on the whole, as others may wait for its room.
     """
 
     payload_bytes: int = 4 << 30
     buffered_bytes: int = 4 << 30
     kept_bytes: int = 256 << 20
     idle_seconds: float = 30.0
+    slowest_bytes_per_second: float = 1e6
 
 
 @dataclass(kw_only=True)
@@ -94,7 +100,7 @@ class InversionServicer:
     async def Invert(self, request_iterator: Any, context: Any) -> AsyncGenerator[inversion_pb2.InvertResponse]:
         """Inverts one group; see inversion.proto."""
         del context
-        requests = _Requests(request_iterator, self._limits.idle_seconds)
+        requests = _Requests(request_iterator, self._limits)
         header = await requests.header()
         self._check(header)
         done = await self._execution(header, requests)
@@ -212,9 +218,10 @@ class InversionServicer:
 class _Requests:
     """The request stream of one call, message by message."""
 
-    def __init__(self, request_iterator: Any, idle_seconds: float) -> None:
+    def __init__(self, request_iterator: Any, limits: ServiceLimits) -> None:
         self._iterator = aiter(request_iterator)
-        self._idle_seconds = idle_seconds
+        self._idle_seconds = limits.idle_seconds
+        self._slowest = limits.slowest_bytes_per_second
 
     async def _next(self) -> inversion_pb2.InvertRequest | None:
         try:
@@ -231,12 +238,25 @@ class _Requests:
         return first.header
 
     async def payload(self, assembler: Assembler) -> bytearray:
-        while (request := await self._next()) is not None:
-            part = request.WhichOneof("part")
-            if part != "chunk":
-                raise PayloadError(f"a message after the first is {part or 'empty'}; it must be a chunk")
-            assembler.add(request.chunk)
-        return assembler.finish()
+        seconds = self._idle_seconds + assembler.missing / self._slowest
+        try:
+            async with asyncio.timeout(seconds):
+                while (request := await self._next()) is not None:
+                    part = request.WhichOneof("part")
+                    if part != "chunk":
+                        raise PayloadError(f"a message after the first is {part or 'empty'}; it must be a chunk")
+                    assembler.add(request.chunk)
+        except TimeoutError:
+            raise PayloadError(
+                f"{assembler.missing} bytes of the payload were missing after {seconds:g} s; it must arrive at "
+                f"{self._slowest:g} bytes a second at least"
+            ) from None
+        payload = assembler.finish()
+        if (outline := int.from_bytes(payload[:8], "little")) > MAX_OUTLINE_BYTES:
+            raise PayloadError(
+                f"the payload is no kfdist job: its header has {outline} bytes; at most {MAX_OUTLINE_BYTES} are read"
+            )
+        return payload
 
 
 class _Room:

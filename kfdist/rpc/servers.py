@@ -14,6 +14,12 @@ MAX_CALLS = 4096
 """Concurrent calls of a server: of the controller's, each rank and each owner holds one, of an owner's, each rank two.
 Further ones are refused with RESOURCE_EXHAUSTED."""
 
+MAX_CONNECTIONS = 8192
+"""Connections of a server, those in their handshake included; further ones are closed at once."""
+
+HANDSHAKE_SECONDS = 10
+"""How long a peer may take to show its certificate."""
+
 
 def server_options() -> Options:
     """Returns the options of every kfdist server."""
@@ -22,6 +28,8 @@ def server_options() -> Options:
         # By default a second server binds the same port without an error and gets half of the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
         # Clients ping every KEEPALIVE_SECONDS; by default the server would treat that as abuse and drop them.

@@ -4,10 +4,12 @@ import asyncio
 import datetime
 import os
 import shutil
+import socket
 import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from kfdist.rpc.channels import open_channel
 from kfdist.rpc.handshake import explain
 from kfdist.system.addresses import split_address
 from kfdist.system.credentials import Credentials, Role
-from tests.support.controller import ControllerThread, scrape_secured
+from tests.support.controller import ControllerThread, Member, scrape_secured
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +217,43 @@ def test_an_owner_says_why_it_is_not_registered(address: str, ours: Credentials,
     assert "takes nothing without TLS and a token" in no_tls
     assert "/nothing/client.pem on node" in no_files
     assert "owner-1 isn't registered: " in caplog.text
+
+
+def test_silent_connections_end_and_keep_nobody_else_out(
+    certificates: Path, tmp_path: Path, ours: Credentials, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("kfdist.rpc.servers.HANDSHAKE_SECONDS", 1)
+    monkeypatch.setattr("kfdist.control.metrics_server.SECONDS", 1.0)
+    monkeypatch.setattr("kfdist.control.metrics_server.MAX_REQUESTS", 4)
+    own = Credentials.at(Role.CONTROLLER, str(certificates), None)
+    with (
+        ControllerThread(tmp_path / "c.sqlite", metrics_address="0.0.0.0:0", credentials=own) as running,
+        ExitStack() as open_sockets,
+    ):
+        metrics = f"127.0.0.1:{split_address(running.controller.metrics_address)[1]}"
+        silent = [
+            open_sockets.enter_context(socket.create_connection(split_address(address), timeout=10))
+            for address, count in ((running.address, 40), (metrics, 4))
+            for _ in range(count)
+        ]
+        with ControlClient(running.address, ours) as client:
+            client.runs()
+        with pytest.raises(OSError):  # no room for a fifth
+            scrape_secured(metrics, ours)
+        assert [connection.recv(1) for connection in silent] == [b""] * len(silent)
+        assert "kfdist_build_info" in scrape_secured(metrics, ours)
+
+
+def test_a_heartbeat_stream_that_falls_silent_is_ended(
+    client: ControlClient, member: Member, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("kfdist.control.membership_service.SILENT_SECONDS", 0.2)
+    client.create("r")
+    member.register_worker("r")
+    member.beat_worker("r")
+    with pytest.raises(grpc.RpcError) as caught:
+        next(member._answers)
+    assert isinstance(caught.value, grpc.Call) and caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert caught.value.details() == "no beat came for 0.2 s; register and beat again"
+    member.hang_up()
+    member.beat_worker("r")

@@ -17,25 +17,15 @@ from kfdist.links.courier.session import ControllerSession
 from kfdist.links.link import LinkCounters
 from kfdist.links.shared_memory import create_input, create_output
 from kfdist.links.socket_messages import CourierSetup, Done, Submit
-from kfdist.owner.executor import Execution
 from kfdist.owner.inversion_service import InversionServicer
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import Owner
-from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import add_InversionServiceServicer_to_server
 from kfdist.rpc.certificates import make_certificates
-from kfdist.rpc.servers import bind, make_server
 from kfdist.system.credentials import Credentials, Role
 from tests.support.controller import ControllerThread
 from tests.support.jobs import context
+from tests.support.owners import start_echo
 
 TICKETS = iter(range(1_000_000))
-
-
-class Echo:
-    """An executor that answers with its input: what travels matters here, not what is computed."""
-
-    def run(self, payload: bytes | bytearray, deadline_seconds: float) -> Execution:
-        del deadline_seconds
-        return Execution(result=bytes(payload), digest=hashlib.sha256(payload).hexdigest(), seconds=0.0)
 
 
 @dataclass
@@ -50,7 +40,7 @@ class Scene:
     tasks: asyncio.TaskGroup
     count: list[LinkCounters]
 
-    def submit(self, payload: bytes = b"payload") -> int:
+    def submit(self, payload: bytes = bytes(8) + b"payload") -> int:
         """Hands over a job and returns its ticket."""
         submit = Submit(
             ticket=next(TICKETS),
@@ -73,12 +63,7 @@ class Scene:
 @asynccontextmanager
 async def scene(owners: Path, ours: Credentials | None) -> AsyncIterator[Scene]:
     owner = Credentials.at(Role.OWNER, str(owners), None)
-    server = make_server(owner)
-    servicer = InversionServicer("owner-0", Echo())  # pyright: ignore[reportArgumentType]
-    servicer.set_fingerprint("cpu")
-    add_InversionServiceServicer_to_server(servicer, server)
-    address = bind(server, "127.0.0.1:0", owner)
-    await server.start()
+    server, servicer, address = await start_echo(owner)
     directory, done, count = OwnerDirectory(), asyncio.Queue[Done](), []
     directory.update([KnownOwner(owner_id="owner-0", address=address)])
     setup = CourierSetup(address="127.0.0.1:1", rank_pid=os.getpid(), context=context(), credentials=ours)
@@ -113,7 +98,7 @@ def test_jobs_travel_and_new_certificates_are_taken_up_on_both_sides(ours: Crede
             for directory in (owner, Path(courier.certificates)):
                 for file in (tmp_path / "new").iterdir():
                     (directory / file.name).write_bytes(file.read_bytes())
-            assert here.submit(b"another") == await here.finish()
+            assert here.submit(bytes(8) + b"another") == await here.finish()
             assert here.servicer.completed == 2 and sum(each.resubmissions != {} for each in here.count) == 0
 
     asyncio.run(both())
@@ -122,7 +107,7 @@ def test_jobs_travel_and_new_certificates_are_taken_up_on_both_sides(ours: Crede
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("token", "UNAUTHENTICATED: the call carries no token"),
+        ("token", "refuses the token: give both sides the same one"),
         ("client.pem", "client.pem isn't signed by"),
         ("ca.pem", "is of another authority"),
     ],

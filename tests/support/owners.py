@@ -9,7 +9,15 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+import grpc.aio
+
+from kfdist.owner.executor import Execution
+from kfdist.owner.inversion_service import InversionServicer, ServiceLimits
 from kfdist.owner.owner import Owner, OwnerOptions
+from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import add_InversionServiceServicer_to_server
+from kfdist.rpc.chunking import digest_of
+from kfdist.rpc.servers import bind, make_server
+from kfdist.system.credentials import Credentials
 from tests.support.faults import act_as
 from tests.support.faulty import child
 
@@ -72,6 +80,27 @@ class OwnerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Echo:
+    """An executor that answers with its input, for tests of what travels rather than of what is computed."""
+
+    def run(self, payload: bytes | bytearray, deadline_seconds: float) -> Execution:
+        del deadline_seconds
+        return Execution(result=bytes(payload), digest=digest_of(payload), seconds=0.0)
+
+
+async def start_echo(
+    credentials: Credentials | None, limits: ServiceLimits | None = None
+) -> tuple[grpc.aio.Server, InversionServicer, str]:
+    """Starts an owner's server without an inversion process in the running event loop; returns its address, too."""
+    server = make_server(credentials)
+    servicer = InversionServicer("owner-0", Echo(), limits)  # pyright: ignore[reportArgumentType]
+    servicer.set_fingerprint("cpu")
+    add_InversionServiceServicer_to_server(servicer, server)
+    address = bind(server, "127.0.0.1:0", credentials)
+    await server.start()
+    return server, servicer, address
 
 
 def main() -> None:

@@ -9,16 +9,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import grpc
+import grpc.aio
+
 from kfdist.errors import EnvironmentFault
 from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
 from kfdist.links.courier.transfer import AttemptFailed, Reason, attempt
 from kfdist.links.link import LinkCounters
 from kfdist.links.shared_memory import write_at
 from kfdist.links.socket_messages import CourierSetup, Done, Submit
-from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import InvertHeader, InvertResultHeader
+from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import InvertHeader, InvertResultHeader, ListPeersRequest
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_aio_channel
-from kfdist.rpc.handshake import explain
+from kfdist.rpc.handshake import explain, token_refused
+from kfdist.rpc.status import code_of
 from kfdist.system.credentials import Credentials, Role, stamp
 
 _LOG = logging.getLogger(__name__)
@@ -238,14 +242,23 @@ class Dispatcher:
             f"{owner.owner_id} at {owner.address} didn't do group {parcel.submit.group!r} version "
             f"{parcel.submit.version} (attempt {parcel.attempts}): {failure}; it goes out again"
         )
-        if told and failure.reason is Reason.OWNER_LOST:
+        if told and failure.reason in (Reason.OWNER_LOST, Reason.CRASH):
             self._keep(asyncio.create_task(self._explain_refusal(owner)))
 
     async def _explain_refusal(self, owner: KnownOwner) -> None:
-        """Says whether it is for want of trust that an owner can't be reached; jobs don't wait for that."""
-        reason = await asyncio.to_thread(
-            explain, owner.address, self._credentials, server=Role.OWNER, seconds=_PROBE_SECONDS
-        )
+        """Says whether it is for want of trust that an owner does nothing; jobs don't wait for that.
+
+        A stream that its server ends while it is written to may end as INTERNAL, whatever the server said; a call of
+        one message tells.
+        """
+        address, seconds = owner.address, _PROBE_SECONDS
+        reason = await asyncio.to_thread(explain, address, self._credentials, server=Role.OWNER, seconds=seconds)
+        if not reason:
+            try:
+                await self._connect(owner).stub.ListPeers(ListPeersRequest(), timeout=seconds)
+            except (grpc.aio.AioRpcError, EnvironmentFault) as error:
+                if isinstance(error, grpc.RpcError) and code_of(error) is grpc.StatusCode.UNAUTHENTICATED:
+                    reason = token_refused(address, Role.OWNER)
         if reason:
             _LOG.warning("%s: %s", owner.owner_id, reason)
 
