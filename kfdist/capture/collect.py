@@ -4,80 +4,33 @@ Scaling (algorithms.md 0.2): N is undone at each backward (`kfdist.capture.visit
 once their final number is known, at the step. Sums are kept per block; rows only where they are asked for, as copies.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kfdist.capture.cross_sums import COUNT, ChainSums, CoarseSums
 from kfdist.capture.masks import MaskedRows, ZeroRows, aligned
-from kfdist.capture.micro_batches import MicroBatch
+from kfdist.capture.measured_call import MeasuredCall
+from kfdist.capture.pending import PendingStatistics
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, DIAGONAL_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
 from kfdist.capture.reservoir import Reservoir
-from kfdist.capture.row_store import RowStore
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block, EmbeddingBlock, LayerBlock, UnitBlock
 from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.blocks.linear import LinearBlock
-from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
+from kfdist.curvature.blocks.rows import accumulation_dtype
 
 _EXAMPLES_SEED = 0x5851F42D4C957F2D
 """Keeps the draw of examples independent of the draw of positions, which has the block's own seed."""
 
 _RESERVOIR_SEED = 0x14057B7EF767814F
 
-_SKETCH_SEEDS = {"A": 0x2545F4914F6CDD1D, "G": 0x369DEA0F31A53F85}
-"""Keep the sketches of a block's factors independent."""
-
 _LOOKED_UP_FOR_ALL = (
     "a lookup whose dim 0 isn't the examples (batch(examples=...) states their number where dim 0 of the model's first "
     "input isn't it)"
 )
-
-_DRAW_MASK = (1 << 62) - 1
-"""Leaves room to count the draws of a step."""
-
-
-@dataclass
-class _Pending:
-    """One block's statistics since the last step."""
-
-    like: Tensor
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, RowStore] = field(default_factory=dict)
-    reservoir: Reservoir | None = None
-    positions: float | Tensor = 0.0
-    calls: int = 0
-    counted: dict[MicroBatch, int] = field(default_factory=dict)
-    reached: dict[MicroBatch, Tensor] = field(default_factory=dict)
-
-    @property
-    def examples(self) -> float | Tensor:
-        """How many examples the micro-batches had, as it is known at the end which of them are one.
-
-        Of experts `[c]`: a micro-batch counts for those that rows of it met.
-        """
-        examples = {batch.whole: examples for batch, examples in self.counted.items()}
-        if not self.reached:
-            return sum(examples.values())
-        met: dict[MicroBatch, Tensor] = {}
-        for batch, experts in self.reached.items():
-            met[batch.whole] = met[batch.whole] | experts if batch.whole in met else experts
-        return torch.stack([experts * examples[batch] for batch, experts in met.items()]).sum(0)
-
-    def add(self, part: str, total: Tensor) -> None:
-        """Adds to a sum."""
-        if part in self.sums:
-            self.sums[part] += total
-        else:
-            self.sums[part] = total
-
-    def share(self, visit: Visit, examples: int) -> float:
-        """Returns what makes sums over a call's examples sums of means over forwards, where the loss is such a sum."""
-        return self.counted.setdefault(visit.counted, examples) / examples
 
 
 class Collector:
@@ -112,7 +65,7 @@ class Collector:
         # Blocks whose rows meet must be sampled alike.
         self._leader = {name: group[0] for group in (*chains, *coarse) for name in group}
         self._requests: Mapping[str, Request] = {}
-        self._pending: dict[str, _Pending] = {}
+        self._pending: dict[str, PendingStatistics] = {}
         self._units: dict[Unit, int] = {}
         self.zero_rows = ZeroRows()
         self.masked = MaskedRows()
@@ -192,7 +145,7 @@ class Collector:
             activation, output_gradient = activation[chosen], output_gradient[chosen]
             fresh = None if fresh is None else fresh[chosen]
         share = pending.share(visit, examples)
-        seen = _Seen(
+        seen = MeasuredCall(
             visit=visit,
             block=block,
             request=request,
@@ -208,19 +161,19 @@ class Collector:
         )
         n_rows = self._add_sums(pending, seen)
         if request.rows:
-            _add_rows(pending, seen)
+            pending.add_rows(seen)
         self._add_coupled(seen, first=first)
         if counted is not None:
             pending.positions = pending.positions + counted.sum(dtype=pending.like.dtype) * share
         elif first:
             pending.positions = pending.positions + n_rows * boost * share
 
-    def _begin(self, visit: Visit, output_gradient: Tensor) -> tuple[_Pending, bool]:
+    def _begin(self, visit: Visit, output_gradient: Tensor) -> tuple[PendingStatistics, bool]:
         """Returns what there is of a block, and whether a call comes for the first time."""
         pending = self._pending.get(visit.name)
         if pending is None:
             like = output_gradient.new_zeros((), dtype=accumulation_dtype(output_gradient))
-            pending = self._pending[visit.name] = _Pending(like)
+            pending = self._pending[visit.name] = PendingStatistics(like)
         first = visit.number < 0
         if first:
             # Seeds count the calls of this step alone, so that a resumed run draws what the uninterrupted one does.
@@ -335,7 +288,7 @@ class Collector:
         visit.kept = kept if visit.kept is None else kept | visit.kept
         return fresh
 
-    def _drained(self, name: str, pending: _Pending, repeats: int) -> BatchStatistics:
+    def _drained(self, name: str, pending: PendingStatistics, repeats: int) -> BatchStatistics:
         request, sums, pairs = self._requests[name], pending.sums, None
         if request.sums & CHAIN_SUMS:
             sums |= self._chains.sums(name, pending.like)
@@ -368,7 +321,7 @@ class Collector:
         chosen = spread(torch.randperm(n, generator=generator, device="cpu")[:kept], len(activation), n)
         return chosen.to(activation.device, non_blocking=True), n / kept
 
-    def _add_sums(self, pending: _Pending, seen: "_Seen") -> int | Tensor:
+    def _add_sums(self, pending: PendingStatistics, seen: MeasuredCall) -> int | Tensor:
         """Adds the plain sums that are asked for; returns the number of rows."""
         wanted = seen.request.sums & (PLAIN_SUMS | DIAGONAL_SUMS if seen.first else frozenset({"G", "g"}))
         found = seen.block.factor_sums(
@@ -392,7 +345,7 @@ class Collector:
             pending.add(part, total)
         return found.rows
 
-    def _add_coupled(self, seen: "_Seen", *, first: bool) -> None:
+    def _add_coupled(self, seen: MeasuredCall, *, first: bool) -> None:
         """Adds what products with other blocks need; of a call's input when it comes for the first time alone."""
         name, unit = seen.visit.name, seen.visit.unit.whole
         if self._chains.wants(name):
@@ -408,91 +361,7 @@ class Collector:
             self._coarse.add(name, "g_cross", (unit, seen.draw), g)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What is measured of one call with one backward; see `Collector.add`.
-
-    Attributes:
-        kept: Which of the rows count, `[n, T]`; None for all.
-        entries: How many entries of dim 0 an example has, one after another.
-        boost: What makes sums over the measured share of the examples unbiased.
-        examples: N.
-        first: Whether the input is to be measured, and not the gradient alone.
-    """
-
-    visit: Visit
-    block: LayerBlock
-    request: Request
-    activation: Tensor
-    output_gradient: Tensor
-    kept: Tensor | None
-    entries: int
-    boost: float
-    examples: int
-    scaling: Scaling
-    first: bool
-    draw: int
-
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Returns rows a `[c, n, T, q]` and g `[c, n, T, p]` of the examples, scaled like the sums, as copies."""
-        a, g = self.activation, self.output_gradient
-        return self._scaled(*self.block.factor_rows(a, g, biased=self.visit.biased, kept=self.kept))
-
-    def tiles_of_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields rows a and g, `[c, n, T, d]`, of a few entries at a time, not scaled: all at once may be too many."""
-        a, g, shape = self.activation, self.output_gradient, self.block.shape
-        positions = self.block.positions(a[:1], g[:1])
-        row_bytes = shape.groups * (shape.d_in + shape.d_out) * accumulation_dtype(a).itemsize
-        tile = max(1, TILE_BYTES // max(1, positions * row_bytes))
-        for start in range(0, len(a), tile):
-            piece = slice(start, start + tile)
-            kept = None if self.kept is None else self.kept[piece]
-            yield self.block.factor_rows(a[piece], g[piece], biased=self.visit.biased, kept=kept)
-
-    def sums_of_rows(self) -> tuple[Tensor, Tensor]:
-        """Returns the sums of the entries of these rows, `[c, n, T]` both, without holding all rows at once."""
-        found = [[rows.sum(-1) for rows in tile] for tile in self.tiles_of_rows()]
-        return self._scaled(*(torch.cat(side, dim=1) for side in zip(*found, strict=True)))
-
-    def counts_of_rows(self, like: Tensor) -> Tensor:
-        """Returns what each row counts for, the root of it, `[1, n, T]` beside sums `[c, n, T]`."""
-        roots = like.new_full((1, *like.shape[1:]), math.sqrt(self.boost))
-        if self.kept is None:
-            return roots
-        *_, kept = self.block.pooled(self.activation, self.output_gradient, self.kept)
-        assert kept is not None, "what comes in comes out"
-        return roots * kept.view_as(roots)
-
-    def scale_of(self, part: str, rows: Tensor) -> Tensor | float:
-        """Returns what scales the rows of a factor like its sum."""
-        root = math.sqrt(self.boost)
-        return root if part == "A" else self.scaling.of_rows(self.examples, rows) * root
-
-    def _scaled(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        root = math.sqrt(self.boost)
-        return self._by_example(a * root), self._by_example(g * (self.scaling.of_rows(self.examples, g) * root))
-
-    def _by_example(self, rows: Tensor) -> Tensor:
-        """Puts positions of all entries of an example side by side: `[c, entries n, T, ...]` to `[c, n, T, ...]`."""
-        return rows.reshape(len(rows), len(self.activation) // self.entries, -1, *rows.shape[3:])
-
-
 def _has_examples(visit: Visit, rows: Tensor) -> bool:
     """Whether what was looked up has the examples along dim 0, as far as their number is known."""
     known = visit.unit.forward.examples
     return rows.dim() > 1 and (not known or len(visit.activation) in (known, visit.stated.examples))
-
-
-def _add_rows(pending: _Pending, seen: _Seen) -> None:
-    """Adds the rows that are asked for."""
-    request = seen.request
-    parts = [part for part in sorted(request.rows) if seen.first or part == "G"]
-    for part in parts:
-        if part not in pending.rows:
-            seed = request.sketch_seed ^ _SKETCH_SEEDS[part]
-            pending.rows[part] = RowStore(request.most_rows, request.sketch_size, seed & _DRAW_MASK)
-    for tile in seen.tiles_of_rows():
-        of_part: dict[str, Tensor] = dict(zip(("A", "G"), tile, strict=True))
-        for part in parts:
-            rows = of_part[part].flatten(1, 2)
-            pending.rows[part].add(rows * seen.scale_of(part, rows))
