@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from kfdist.curvature.blocks.bare import bare_matrices
+from kfdist.curvature.blocks.bare import bare_matrices, bare_tables
+from kfdist.curvature.blocks.bare import multiplied_weights as multiplied_weights
 from kfdist.curvature.blocks.base import Block as Block
 from kfdist.curvature.blocks.base import LayerBlock as LayerBlock
 from kfdist.curvature.blocks.base import Operation as Operation
@@ -80,6 +81,7 @@ def _bare(name: BlockName, module: nn.Module, sharing: WeightSharing, biased: bo
         own = attribute == "weight" and isinstance(getattr(module, "bias", None), nn.Parameter)
         bias = _bias(module, biased and module.bias.shape == weight.of(weight.parameter).shape[:1]) if own else None
         blocks.append(LinearBlock(full, module, weight, bias, layer=name, sharing=sharing))
+        blocks[-1].looked_up = attribute in bare_tables(module)
     return blocks
 
 
@@ -169,6 +171,15 @@ def make_blocks(
         return f"{kind}: {reason}"
     trained = [block for block in maker(name, module, sharing, biased) if block.parts[0].parameter.requires_grad]
     return trained or f"{kind}: its weight is frozen (requires_grad is False)"
+
+
+def head_of(table: EmbeddingBlock, sharing: WeightSharing) -> LinearBlock:
+    """Makes the block of a table's weight as the matrix that a head multiplies with (docs/decisions/0018)."""
+    part = table.parts[0]
+    weight = ParameterPart(part.attribute, part.parameter)
+    head = LinearBlock(table.name, table.module, weight, None, layer=table.layer, sharing=sharing)
+    head.looked_up = True
+    return head
 
 
 def make_bare_block(name: str, layer: str, module: nn.Module, attribute: str) -> UnitBlock | str:

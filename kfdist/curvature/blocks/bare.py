@@ -9,7 +9,9 @@ finds wrongly is never measured, and that is said. It costs nothing when the mod
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from functools import lru_cache
 from typing import Literal
 
@@ -54,7 +56,21 @@ def bare_matrices(module: nn.Module) -> Mapping[str, Use]:
         if parameter.dim() in (2, 3) and _wide(parameter)
     }
     found = _uses_in(type(module)) if shaped else {}
-    return {name: found[name] for name in shaped & found.keys()}
+    return {name: min(found[name], key=lambda use: use == "table") for name in shaped & found.keys()}
+
+
+def bare_tables(module: nn.Module) -> Set[str]:
+    """Returns those of `bare_matrices` that are looked up, whatever else is done with them."""
+    found = _uses_in(type(module))
+    return {name for name in bare_matrices(module) if "table" in found[name]}
+
+
+def multiplied_weights(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the weights of modules inside that a module's own code multiplies with, as a head with its embedding's."""
+    for path, uses in _uses_in(type(module)).items():
+        if "." in path and "matrix" in uses:
+            with suppress(AttributeError):  # the code is that of a base, whose modules this one may not have
+                yield module.get_parameter(path)
 
 
 def _wide(parameter: nn.Parameter) -> bool:
@@ -63,9 +79,9 @@ def _wide(parameter: nn.Parameter) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _uses_in(kind: type[nn.Module]) -> Mapping[str, Use]:
-    """Returns the attributes in products and lookups of a class's code, and what they are there."""
-    found: dict[str, Use] = {}
+def _uses_in(kind: type[nn.Module]) -> Mapping[str, Sequence[Use]]:
+    """Returns the attributes in products and lookups of a class's code, and what they are there, in their order."""
+    found: dict[str, list[Use]] = defaultdict(list)
     for base in kind.__mro__:
         if base is nn.Module:
             break
@@ -76,8 +92,7 @@ def _uses_in(kind: type[nn.Module]) -> Mapping[str, Use]:
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef):
                 for name, use in _Products(function).found():
-                    if found.get(name, "table") == "table":
-                        found[name] = use
+                    found[name].append(use)
     return found
 
 
@@ -111,6 +126,8 @@ class _Products:
         match node:
             case ast.Attribute(value=ast.Name(id="self"), attr=name):
                 return name, False
+            case ast.Attribute(attr="weight") if path := _path(node):
+                return path, False
             case ast.Name(id=name) if name in self._values:
                 return self._attribute(self._values[name], depth - 1)
             case ast.Subscript(value=inner):
@@ -122,6 +139,18 @@ class _Products:
                 return name, turned != (how in _TURNING)
             case _:
                 return "", False
+
+
+def _path(node: ast.expr) -> str:
+    """Returns the dotted name of what is inside of self; empty if it isn't."""
+    match node:
+        case ast.Attribute(value=ast.Name(id="self"), attr=name):
+            return name
+        case ast.Attribute(value=inner, attr=name):
+            path = _path(inner)
+            return f"{path}.{name}" if path else ""
+        case _:
+            return ""
 
 
 def _operands(node: ast.AST) -> Iterator[tuple[ast.expr, str]]:

@@ -10,12 +10,15 @@ from torch import nn
 from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice
 from kfdist.curvature.blocks import (
     SUPPORTED,
+    TABLES,
     WITHOUT_UNITS,
     Block,
     EmbeddingBlock,
     UnitBlock,
+    head_of,
     make_bare_block,
     make_blocks,
+    multiplied_weights,
 )
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
@@ -120,11 +123,14 @@ def make_plan(
     patterns = _patterns(method)
     layers = [pair for pair in named_layers(model) if any(True for _ in pair[1].parameters(recurse=False))]
     unlike = _weights_with_several_biases(layers)
-    made = {
-        name: _barred(name, module, patterns, settings)
-        or make_blocks(name, module, settings.weight_sharing, biased=id(getattr(module, "weight", None)) not in unlike)
-        for name, module in layers
-    }
+    heads = {id(weight) for module in model.modules() if _has_tables(module) for weight in multiplied_weights(module)}
+    made: dict[str, Sequence[Block] | str] = {}
+    for name, module in layers:
+        biased = id(getattr(module, "weight", None)) not in unlike
+        blocks = _barred(name, module, patterns, settings) or make_blocks(
+            name, module, settings.weight_sharing, biased=biased
+        )
+        made[name] = blocks if isinstance(blocks, str) else [_head_if(each, heads, settings) for each in blocks]
     tied = _tied_to_tables(block for blocks in made.values() if not isinstance(blocks, str) for block in blocks)
     reasons: dict[str, str] = {}
     chosen: list[_Chosen] = []
@@ -137,8 +143,8 @@ def make_plan(
         for block in blocks:
             taken.update(id(parameter) for parameter in block.parameters())
             other = tied.get(id(block.parts[0].parameter))
-            block.looked_up = other is not None
-            if block.looked_up and isinstance(block, EmbeddingBlock):
+            block.looked_up |= other is not None
+            if other is not None and isinstance(block, EmbeddingBlock):
                 reasons[block.name] = f"its weight is tied to {other or 'the model'}, whose block is that of both"
                 continue
             first = owners.setdefault(_weight_key(block), block)
@@ -372,6 +378,18 @@ def _weights_with_several_biases(layers: Sequence[tuple[str, nn.Module]]) -> set
         if isinstance(getattr(module, "weight", None), nn.Parameter) and hasattr(module, "bias"):
             biases.setdefault(id(module.weight), set()).add(id(module.bias))
     return {weight for weight, found in biases.items() if len(found) > 1}
+
+
+def _has_tables(module: nn.Module) -> bool:
+    """Whether there are embeddings inside a module."""
+    return not isinstance(module, TABLES) and any(isinstance(each, TABLES) for each in module.modules())
+
+
+def _head_if(block: Block, heads: Set[int], settings: Settings) -> Block:
+    """Returns the block of a head in place of a table's, where a function multiplies with the table's weight."""
+    if isinstance(block, EmbeddingBlock) and id(block.parts[0].parameter) in heads:
+        return head_of(block, settings.weight_sharing)
+    return block
 
 
 def _tied_to_tables(blocks: Iterable[Block]) -> dict[int, str]:

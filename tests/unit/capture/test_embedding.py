@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
 from kfdist.curvature.averages import BatchStatistics
-from kfdist.curvature.blocks import EmbeddingBlock, LinearBlock
+from kfdist.curvature.blocks import EmbeddingBlock
 from tests.support.plans import planned
 
 N, T, V, P = 4, 5, 7, 3
@@ -319,19 +319,57 @@ class Tied(nn.Module):
         return self.head(self.mix(self.table(ids)).tanh())
 
 
+class TiedInCode(nn.Module):
+    """No layer but the table has the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: Any = nn.ModuleDict({"table": nn.Embedding(V, P), "mix": nn.Linear(P, P)})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner.mix(self.inner.table(ids)).tanh() @ self.inner.table.weight.T
+
+
+class OneModule(nn.Module):
+    """Somebody's own embedding, which is its own head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.mix = nn.Parameter(torch.empty(V, P)), nn.Linear(P, P)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.mix(F.embedding(ids, self.weight)).tanh(), self.weight)
+
+
+def captured(model: nn.Module, name: str) -> BatchStatistics:
+    """What was captured of one of a model's blocks."""
+    blocks = {each.name: each for each in planned(model, "kfac").blocks if each.name == name}
+    capture = Capture(model, blocks, sampling=Sampling(), grad_scaler=None)
+    capture.arm({name: Request()})
+    loss_of(model(IDS)).div(N).backward()
+    found = capture.drain()[name]
+    assert not capture.unmeasured
+    return found
+
+
 @pytest.mark.parametrize("table", [partial(nn.Embedding, V, P), BareTable], ids=["module", "bare"])
 def test_the_block_of_a_tied_head_is_that_of_its_product_alone(table: Callable[[], nn.Module]):
     found = {}
     for tied in (True, False):
         model = Tied(table(), tied).double()
-        plan = planned(model, "kfac")
-        blocks = {each.name: each for each in plan.blocks if isinstance(each, LinearBlock) and each.name == "head"}
-        capture = Capture(model, blocks, sampling=Sampling(), grad_scaler=None)
-        capture.arm({"head": Request()})
-        loss_of(model(IDS)).div(N).backward()
-        found[tied] = capture.drain()["head"].sums
-        assert not capture.unmeasured
-        (row,) = [row for row in plan.coverage.rows if row.parameter == "table.weight"]
+        (row,) = [row for row in planned(model, "kfac").coverage.rows if row.parameter == "table.weight"]
         assert row.block == ("head" if tied else "table")
         assert ("enters the gradient and not the curvature" in row.reason) == tied
+        found[tied] = captured(model, "head").sums
     torch.testing.assert_close(found[True], found[False])
+
+
+@pytest.mark.parametrize(("kind", "table", "block"), [(TiedInCode, "inner.table", "inner.table"), (OneModule, "", "")])
+def test_a_head_that_code_ties_has_the_block_too(kind: Callable[[], nn.Module], table: str, block: str):
+    model, tied = kind().double(), Tied(nn.Embedding(V, P), tied=True).double()
+    given = {"weight": tied.head.weight, "mix.weight": tied.mix.weight, "mix.bias": tied.mix.bias}
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(given[name.removeprefix("inner.").removeprefix("table.")])
+    (row,) = [row for row in planned(model, "kfac").coverage.rows if row.parameter == f"{table}.weight".lstrip(".")]
+    assert row.block == block and "enters the gradient and not the curvature" in row.reason
+    torch.testing.assert_close(captured(model, block).sums, captured(tied, "head").sums)

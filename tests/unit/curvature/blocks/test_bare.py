@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfdist.curvature.blocks.bare import bare_matrices
+from kfdist.curvature.blocks.bare import bare_matrices, bare_tables, multiplied_weights
 
 
 class Uses(nn.Module):
@@ -76,6 +76,7 @@ def test_matrices_are_known_by_the_products_in_the_code():
     expected |= dict.fromkeys(("table", "numbered"), "table")
     assert bare_matrices(Uses()) == expected
     assert bare_matrices(Inherits()) == expected
+    assert bare_tables(Inherits()) == {"table", "numbered", "both"}
 
 
 @pytest.mark.parametrize("module", [nn.Bilinear(3, 4, 5), nn.LSTM(3, 4), nn.LayerNorm([3, 4])])
@@ -89,3 +90,22 @@ def test_a_class_without_source_has_none():
     module = namespace["Made"]()
     module.w = nn.Parameter(torch.empty(3, 4))
     assert bare_matrices(module) == {}
+
+
+class Heads(nn.Module):
+    """Multiplies with weights of what is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: Any = nn.ModuleDict({name: nn.Embedding(3, 4) for name in ("words", "places", "unused")})
+
+    def forward(self, x: Tensor) -> Any:
+        words = self.tables.words.weight.to(x.dtype)
+        yield F.linear(x, words), x @ self.tables.places.weight.t(), x @ self.tables.nowhere.weight.mT
+        yield x.mT @ self.tables.unused.weight
+
+
+def test_weights_of_modules_inside_are_known_by_the_products_in_the_code():
+    heads = Heads()
+    found = list(multiplied_weights(heads))
+    assert [id(each) for each in found] == [id(heads.tables[name].weight) for name in ("words", "places")]
