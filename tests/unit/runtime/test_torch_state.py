@@ -19,16 +19,31 @@ CASES: dict[str, dict[str, Any]] = {
     "kfac-tridiagonal": {"method": {"0": "kfac", "*": "kfac-tridiagonal"}},
     "mc": {"method": "kfac", "fisher": "mc"},
     "exact": {"method": "kfac", "fisher": "exact"},
+    "tables": {"method": "kfac"},
     "sampling": {"method": "rs-kfac", "sampling": kfdist.Sampling(examples_fraction=0.5, positions_fraction=0.5)},
 }
 
 
-def model_and_batches() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+class Tables(nn.Module):
+    """Numbers one by one, in bags of several lengths, and of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(9, 3, padding_idx=0), nn.Embedding(4, 3)
+        self.bags = nn.EmbeddingBag(9, 3, padding_idx=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = (3 * x[:, 0, 0]).long().clamp(-4, 4) + 4
+        offsets = torch.arange(len(x), device="cpu") * 4 - torch.arange(len(x), device="cpu") % 2
+        rows = self.words(numbers) + self.places(torch.arange(4, device="cpu"))
+        return rows.mean(1) + self.bags(numbers.flatten(), offsets)
+
+
+def model_and_batches(*, tables: bool = False) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 3)
-    )
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 3)
+    model = Tables() if tables else nn.Sequential(*layers)
     return model, [
         (torch.randn(8, 2, 4, 4, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(3)
     ]
@@ -39,7 +54,7 @@ Around = Callable[[], AbstractContextManager[Any]]
 
 def trained(arguments: dict[str, Any], around: Around, around_torch: Around = nullcontext) -> list[Tensor]:
     """The parameters after three steps: kfdist is called inside of `around`, the model inside of `around_torch`."""
-    model, batches = model_and_batches()
+    model, batches = model_and_batches(tables=arguments is CASES["tables"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with around():
         pre = preconditioner(model, **arguments)
