@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from kfdist.capture.watch import Watch
+from kfdist.capture.seen_uses import SeenUses
 from kfdist.curvature.blocks import Block, LayerBlock
 
 UNKNOWN, APART, ADDED = -1, 0, 1
@@ -16,18 +16,18 @@ class Biases:
 
     Args:
         blocks: All blocks.
-        watch: Sees their uses on this rank.
+        uses: Their uses on this rank.
     """
 
-    def __init__(self, blocks: Iterable[Block], watch: Watch) -> None:
+    def __init__(self, blocks: Iterable[Block], uses: SeenUses) -> None:
         self._blocks = [block for block in blocks if block.has_bias and isinstance(block, LayerBlock)]
-        self._watch = watch
+        self._uses = uses
         self.agreed: Sequence[int] = [UNKNOWN] * len(self._blocks)
 
     @property
     def seen(self) -> list[int]:
         """What this rank knows of each, in the model's order; the ranks' largest numbers are what they all know."""
-        mine = (self._watch.biased.get(block.name, UNKNOWN) for block in self._blocks)
+        mine = (self._uses.biased.get(block.name, UNKNOWN) for block in self._blocks)
         return [max(before, int(use)) for before, use in zip(self.agreed, mine, strict=True)]
 
     def settle(self, agreed: Sequence[int]) -> None:
@@ -42,7 +42,7 @@ class Biases:
         found = {}
         for block, use in zip(self._blocks, self.agreed, strict=True):
             if use == APART:
-                uses = ", ".join(sorted(self._watch.unhandled[block.name, True])) or "nothing that was seen"
+                uses = ", ".join(sorted(self._uses.unhandled[block.name, True])) or "nothing that was seen"
                 found[block.name] = (
                     f"no product of its layer's weight adds it (it is used by {uses}): the block leaves it out"
                 )

@@ -114,8 +114,8 @@ class Capture:
         self.zero_rows: Mapping[str, tuple[Tensor, int]] = {}
         self._watch = Watch(model, self._blocks.values(), self)
         self.masked = MaskedRows()
-        self.biases = Biases(self._blocks.values(), self._watch)
-        self._not_whole = Unmeasured(self._blocks, self._watch, self.biases)
+        self.biases = Biases(self._blocks.values(), self._watch.uses)
+        self._not_whole = Unmeasured(self._blocks, self._watch.uses, self.biases)
 
     def arm(self, requests: Mapping[str, Request]) -> None:
         """Says what to measure until the next `drain`.
@@ -242,7 +242,7 @@ class Capture:
             self.zero_rows = {} if self._fisher == "exact" else self._collector.zero_rows.counts
             self.masked = self._collector.masked
             for name, use in self._collector.indivisible.items():
-                self._watch.unhandled[name, False].add(use)
+                self._watch.uses.unhandled[name, False].add(use)
             drained = self._collector.drain(repeats)
         finally:
             self._forget_everything()
@@ -301,7 +301,7 @@ class Capture:
     # Forward ---------------------------------------------------------------------------------------------------------
 
     def begin_calls(self) -> None:
-        """A module is called from outside of the model (`kfdist.capture.watch.Observed`)."""
+        """A module is called from outside of the model (`kfdist.capture.seen_uses.Observed`)."""
         self._passes.begin_calls()
 
     def begin_forward(self) -> None:
@@ -400,7 +400,7 @@ class Capture:
         blocks = self._blocks.values() if name is None else [self._blocks[name]]
         found = makes_gradients((each for block in blocks for each in block.parameters()), of_any=name is None)
         if not found and name is not None and torch.is_grad_enabled():
-            self._watch.unhandled[name, False].add("torch.autograd.grad with create_graph")
+            self._watch.uses.unhandled[name, False].add("torch.autograd.grad with create_graph")
         return found
 
     def _measure(self, use: Use, held: "Held") -> None:

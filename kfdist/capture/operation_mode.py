@@ -22,7 +22,10 @@ from kfdist.torch_internals import oddity
 class SeesOperations(Protocol):
     """What wants to know of operations."""
 
-    registry: Registry
+    @property
+    def registry(self) -> Registry:
+        """The parameters that are looked for."""
+        ...
 
     @property
     def lookups(self) -> LookupLog:
@@ -32,12 +35,20 @@ class SeesOperations(Protocol):
     def saw(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor, odd: str
     ) -> None:
-        """An operation had a block's parameter among its arguments."""
+        """An operation had a block's parameter among its arguments, and made a tensor that is no view of it.
+
+        Args:
+            function: The operation.
+            args: Its arguments.
+            kwargs: Its arguments by name.
+            output: That tensor.
+            odd: Why it can't be measured; empty where nothing is in the way.
+        """
 
     def saw_rows(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
-        """An operation had looked-up rows among its arguments, and no block's parameter."""
+        """An operation had looked-up rows among its arguments, and no block's parameter, and made another tensor."""
 
 
 class OperationMode(TorchFunctionMode):

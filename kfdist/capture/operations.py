@@ -1,7 +1,7 @@
 """The operations in which a parameter multiplies an input, read alike whatever function computes them.
 
 `PRODUCTS` is the only table of them. An operation on a parameter that isn't in it, isn't a view and isn't a copy can't
-be measured; `kfdist.capture.watch` notes it.
+be measured; `kfdist.capture.seen_uses` notes it.
 """
 
 from collections.abc import Callable, Mapping, Sequence

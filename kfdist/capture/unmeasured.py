@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Set
 
 from kfdist.capture.biases import Biases
-from kfdist.capture.watch import Watch
+from kfdist.capture.seen_uses import SeenUses
 from kfdist.curvature.blocks import Block
 
 
@@ -12,7 +12,7 @@ class Unmeasured:
 
     Args:
         blocks: All blocks, by name.
-        watch: Knows what uses them.
+        uses: Of their parameters.
         biases: Knows which of theirs are left out.
 
     Attributes:
@@ -20,9 +20,9 @@ class Unmeasured:
         in_eval_mode: Blocks that were used in eval mode since `note`.
     """
 
-    def __init__(self, blocks: Mapping[str, Block], watch: Watch, biases: Biases) -> None:
+    def __init__(self, blocks: Mapping[str, Block], uses: SeenUses, biases: Biases) -> None:
         self._blocks = blocks
-        self._watch = watch
+        self._uses = uses
         self._biases = biases
         self._reasons: dict[str, str] = {}
         self.unseen: set[str] = set()
@@ -36,12 +36,12 @@ class Unmeasured:
         for name in due:
             self._reasons.pop(name, None)
             self.unseen.discard(name)
-            block, unhandled = self._blocks[name], self._watch.unhandled[name, False]
+            block, unhandled = self._blocks[name], self._uses.unhandled[name, False]
             if block.has_bias:
-                unhandled = unhandled | self._watch.unhandled[name, True]
+                unhandled = unhandled | self._uses.unhandled[name, True]
             others = ", ".join(sorted(unhandled))
             if name not in measured:
-                self._watch.look_again(name)
+                self._uses.look_again(name)
             elif not others:
                 continue
             if any(parameter.grad is not None for parameter in block.parameters()):
