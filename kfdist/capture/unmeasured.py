@@ -47,7 +47,11 @@ class Unmeasured:
             if any(parameter.grad is not None for parameter in block.parameters()):
                 self.unseen |= {name} - measured
                 also = "also " if name in measured else ""
-                unseen = "no use of it was seen"
+                unseen = (
+                    "no product with it was seen, of which the code has one"
+                    if block.looked_up
+                    else "no use of it was seen"
+                )
                 if name in self.in_eval_mode:
                     unseen = "it was used in eval mode alone; call model.train() before the forward"
                 self._reasons[name] = f"it is {also}used by {others}, which can't be measured" if others else unseen

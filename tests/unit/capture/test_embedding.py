@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
@@ -339,6 +340,25 @@ class OneModule(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.linear(self.mix(F.embedding(ids, self.weight)).tanh(), self.weight)
+
+
+class NotTied(TiedInCode):
+    """Its base's code has a product that isn't made."""
+
+    @override
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner.mix(self.inner.table(ids)).tanh()
+
+
+def test_a_product_in_code_that_is_not_made_is_said():
+    model = NotTied().double()
+    (block,) = [each for each in planned(model, "kfac").blocks if each.name == "inner.table"]
+    capture = Capture(model, {block.name: block}, sampling=Sampling(), grad_scaler=None)
+    capture.arm({block.name: Request()})
+    loss_of(model(IDS)).backward()
+    assert not capture.drain()
+    assert "no product with it was seen" in capture.unmeasured[block.name]
+    assert capture.unseen == {block.name}
 
 
 def captured(model: nn.Module, name: str) -> BatchStatistics:
