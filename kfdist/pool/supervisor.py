@@ -8,12 +8,14 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kfdist import errors
 from kfdist.config import Config
 from kfdist.errors import EnvironmentFault
 from kfdist.owner.owner import Owner, OwnerOptions, remembered_pid
@@ -183,20 +185,22 @@ class Supervisor:
 
     def _hear(self, slot: _Slot) -> None:
         """Handles the answer to a ping, or the owner's death."""
-        errors = self._ray.exceptions
+        ray_errors = self._ray.exceptions
         ping, slot.ping = slot.ping, None
         slot.pause_until = time.monotonic() + _PING_PERIOD_SECONDS
         name = slot.options.owner_id
         try:
             status = self._ray.get(ping)
-        except errors.ActorUnavailableError:
+        except ray_errors.ActorUnavailableError:
             # Its process has ended and Ray is starting another one; the next ping waits for that.
             slot.status, slot.pause_until = {}, time.monotonic() + _TICK_SECONDS
-        except errors.ActorDiedError as error:
+        except ray_errors.ActorDiedError as error:
+            if fault := fault_of_start(str(error)):
+                raise EnvironmentFault(f"{name} can't be started: {fault}") from None
             _LOG.warning("%s can't be started again by Ray; a new one takes its place: %s", name, _first_line(error))
             slot.status, slot.pause_until = {}, time.monotonic() + _PING_PERIOD_SECONDS
             slot.actor = self._make_actor(slot.options)
-        except errors.RayTaskError as error:
+        except ray_errors.RayTaskError as error:
             self._kill(slot, f"says that it is broken: {_first_line(error.cause)}")
         else:
             if status["restarts"] and status["pid"] != slot.status.get("pid"):
@@ -236,6 +240,12 @@ class Supervisor:
                 reason = f"can't register, as no controller answers at {self._controller}"
             reasons.append(f"{slot.options.owner_id} {reason}")
         return "; ".join(reasons)
+
+
+def fault_of_start(report: str) -> str:
+    """Returns why an owner's constructor refused, from Ray's report of it; empty if that isn't why the owner died."""
+    found = re.findall(rf"^{re.escape(errors.__name__)}\.\w+: (.*)", report, re.MULTILINE)
+    return found[-1] if "creation task" in report and found else ""
 
 
 def _first_line(error: object) -> str:

@@ -74,15 +74,20 @@ def train_together(config: Config, communicator: Communicator, device: torch.dev
 
 
 def _check_same_configuration(config: Config, communicator: Communicator) -> None:
-    everywhere = config.model_copy(update={"security": SecuritySection()})  # files may lie elsewhere on each node
     require_equal(
         communicator,
-        {"configuration": hashlib.sha256(to_toml(everywhere).encode()).hexdigest()[:16]},
+        {"configuration": configuration_digest(config)},
         lambda _, listed: ConfigError(
             f"the ranks were started with different configurations (by SHA-256, {listed}); give all ranks the same "
             "file, --set and KFDIST_* variables"
         ),
     )
+
+
+def configuration_digest(config: Config) -> str:
+    """Returns what must be the same on all ranks, shortened: all but where each finds its certificates."""
+    common = config.model_copy(update={"security": SecuritySection()})
+    return hashlib.sha256(to_toml(common).encode()).hexdigest()[:16]
 
 
 class _Start:

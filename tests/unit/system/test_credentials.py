@@ -1,6 +1,7 @@
 """Credentials are places of files: read where they are used, read again when they change, and never shown."""
 
 import os
+import pickle
 import shutil
 import ssl
 from pathlib import Path
@@ -8,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from kfdist.errors import EnvironmentFault
+from kfdist.links.socket_messages import CourierSetup
+from kfdist.owner.owner import OwnerOptions
 from kfdist.system.credentials import Credentials, Reread, Role
+from tests.support.jobs import context
+from tests.support.secrets import secrets_of
 
 
 def of(role: Role, directory: Path | str, token_file: str | None = None) -> Credentials:
@@ -36,6 +41,13 @@ def test_nothing_secret_is_in_their_text(certificates: Path):
     credentials = of(Role.OWNER, certificates)
     shown = repr(credentials) + repr(credentials.identity())
     assert credentials.token() not in shown and "PRIVATE" not in shown
+    # As owners get them through Ray, and couriers from their ranks.
+    passed = pickle.dumps(OwnerOptions(owner_id="o", credentials=credentials))
+    assert str(certificates).encode() in passed
+    told = CourierSetup(address="127.0.0.1:1", rank_pid=1, context=context(), credentials=credentials).write()
+    passed += os.pread(told, 1 << 20, 0)
+    os.close(told)
+    assert not any(secret in passed for secret in secrets_of(certificates))
 
 
 @pytest.mark.parametrize(

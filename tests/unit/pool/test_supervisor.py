@@ -1,0 +1,36 @@
+"""What the pool makes of Ray's words, and refuses before it starts a Ray."""
+
+from pathlib import Path
+
+import pytest
+
+from kfdist.config import load_config
+from kfdist.errors import EnvironmentFault
+from kfdist.pool.command import run_pool
+from kfdist.pool.supervisor import fault_of_start
+
+REPORT = """\
+The actor died because of an error raised in its creation task, \x1b[36mray::owner-0:Owner.__init__()\x1b[39m (pid=7)
+  File "kfdist/owner/owner.py", line 99, in __init__
+    raise _unusable(path, f"can't be read ({error.strerror})") from None
+kfdist.errors.EnvironmentFault: /x/owner.pem on node b can't be read (No such file or directory); `kfdist certs init`
+"""
+
+
+@pytest.mark.parametrize(
+    ("report", "fault"),
+    [
+        (REPORT, "/x/owner.pem on node b can't be read (No such file or directory); `kfdist certs init`"),
+        (REPORT.replace("creation task", "method"), ""),
+        ("The actor died because its node has died.", ""),
+        (REPORT.replace("kfdist.errors.EnvironmentFault", "MemoryError"), ""),
+    ],
+)
+def test_what_an_owner_refuses_at_its_start_is_found_in_rays_report(report: str, fault: str):
+    assert fault_of_start(report) == fault
+
+
+def test_a_pool_whose_certificates_are_missing_starts_nothing(tmp_path: Path):
+    config = load_config(None, overrides=[f"security.certificates={tmp_path}"], environment={})
+    with pytest.raises(EnvironmentFault, match=rf"{tmp_path}/owner\.pem on node .* can't be read"):
+        run_pool(config, directory=None, ready_file=None, parent_pid=None, on_ready=lambda owners: None)
