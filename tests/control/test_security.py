@@ -27,6 +27,7 @@ from kfdist.rpc.handshake import explain
 from kfdist.system.addresses import split_address
 from kfdist.system.credentials import Credentials, Role
 from tests.support.controller import ControllerThread, Member, scrape_secured
+from tests.support.secrets import secrets_of
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,10 @@ def with_certificate(credentials: Credentials, folder: Path, authority: Authorit
 def refusal(address: str, credentials: Credentials | None) -> str:
     with ControlClient(address, credentials, timeout_seconds=5) as client, pytest.raises(EnvironmentFault) as caught:
         client.runs()
-    return str(caught.value)
+    told = str(caught.value)
+    if credentials is not None:
+        assert not any(secret.decode() in told for secret in secrets_of(Path(credentials.certificates)))
+    return told
 
 
 def test_who_has_a_certificate_and_the_token_is_served(address: str, ours: Credentials):

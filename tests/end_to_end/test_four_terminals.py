@@ -40,6 +40,11 @@ def test_a_run_by_hand_in_four_terminals(tmp_path: Path, certificates: Path):
                 seen += [json.dumps(shown), scrape_secured(told["metrics_address"], ours)]
                 assert "kfdist_run_step" in seen[-1]
                 seen += [process.title for process in process_table().values()]
+                family = [process for each in (controller, pool, ranks) for process in each.family()]
+                seen += [Path(f"/proc/{process.pid}/environ").read_text(errors="replace") for process in family]
+                rays = Path(json.loads(owners_ready.read_text())["directory"])
+                assert len(list(rays.rglob("*.out"))) > 3  # logs of Ray's processes, and of owners
+                assert secrets_found(certificates, texts=[], folder=rays) == []
                 assert shown["live_workers"] == 2 and shown["live_owners"] == 2
                 assert shown["total_steps"] == 60 and shown["state"] == "running"
                 ranks.expect(0)

@@ -46,7 +46,16 @@ def test_what_is_read_is_the_content_itself():
 
 
 @pytest.mark.parametrize(
-    "place", [{"data_offsets": [0, 8]}, {"data_offsets": [4, 16]}, {"shape": [4]}, {"dtype": "F64"}, {"dtype": "X8"}]
+    "place",
+    [
+        {"data_offsets": [0, 8]},
+        {"data_offsets": [4, 16]},
+        {"shape": [4]},
+        {"dtype": "F64"},
+        {"dtype": "X8"},
+        # The triangle of a factor of a million dimensions, which would take two terabytes.
+        {"shape": [500_000_500_000], "data_offsets": [0, 2_000_002_000_000]},
+    ],
 )
 def test_a_place_that_cannot_be_is_refused(place: dict[str, object]):
     content = encode({"a": torch.ones(3)}, {})
