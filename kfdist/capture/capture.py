@@ -110,7 +110,7 @@ class Capture:
         self._stated = Stated()
         self._held: dict[Use, Held] = {}
         self._looks = False
-        self._warned_of_lists = False
+        self._warned_of_examples = False
         self.zero_rows: Mapping[str, tuple[Tensor, int]] = {}
         self._watch = Watch(model, self._blocks.values(), self)
         self.masked = MaskedRows()
@@ -237,7 +237,7 @@ class Capture:
                 self._observer.check_complete()
             for use, held in self._held.items():
                 self._measure(use, held)
-            self._warn_of_lists()
+            self._warn_of_examples()
             repeats = 1 if self._observer is not None else max(len(self._batches), 1)
             self.zero_rows = {} if self._fisher == "exact" else self._collector.zero_rows.counts
             self.masked = self._collector.masked
@@ -251,14 +251,14 @@ class Capture:
         self._not_whole.note(self._requests, drained.keys())
         return drained
 
-    def _warn_of_lists(self) -> None:
-        if self._warned_of_lists or not any(forward.stacked for forward in self._batches.unstated()):
+    def _warn_of_examples(self) -> None:
+        doubts = [forward.doubt for forward in self._batches.unstated() if forward.doubt]
+        if self._warned_of_examples or not doubts:
             return
-        self._warned_of_lists = True
+        self._warned_of_examples = True
         warnings.warn(
-            "the model was given a list of tensors and made one batch of them (images, for detection), so that dim 0 "
-            "of the first one isn't the number of examples, by which the statistics are scaled; call "
-            "preconditioner.batch(examples=...) before each backward, with the number of terms that the loss averages",
+            f"{doubts[0]}, by which the statistics are scaled; call preconditioner.batch(examples=...) before each "
+            "backward, with the number of terms that the loss averages",
             KfdistWarning,
             stacklevel=6,
         )
@@ -310,7 +310,7 @@ class Capture:
 
     def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """That call has ended."""
-        forward = self._passes.end(inputs)
+        forward = self._passes.end(inputs, output)
         if forward is None or not (forward.captured and module.training and torch.is_grad_enabled()):
             return
         if not any(parameter.requires_grad for parameter in self._parameters()):

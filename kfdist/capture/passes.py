@@ -29,8 +29,7 @@ class ForwardPass:
         end_node: Number of the first autograd node made after its end.
         thread: What stands for the one that made it; each thread numbers its nodes by itself.
         inputs: Dimensions and dim 0 of what its layers were given.
-        stacked: Whether the model was given a list of tensors and made one batch of them, so that dim 0 of the first
-            isn't the number of examples.
+        doubt: Why `examples` may not be how many terms the loss averages; empty where nothing speaks against it.
     """
 
     examples: int | None
@@ -41,7 +40,7 @@ class ForwardPass:
     end_node: int
     thread: object = None
     inputs: set[tuple[int, int]] = field(default_factory=set)
-    stacked: bool = False
+    doubt: str = ""
 
 
 class _Thread(threading.local):
@@ -85,13 +84,19 @@ class PassLog:
         captured = self._of_running_node().captured if repeated else captured
         self._thread.open = ForwardPass(None, captured, True, running_backward(), first, node, self._thread.token)
 
-    def end(self, inputs: Any) -> ForwardPass | None:
+    def end(self, inputs: Any, output: Any) -> ForwardPass | None:
         """The model's forward, of these arguments, ends; returns it."""
         done, self._thread.open = self._thread.open, None
         if done is not None:
             first, among = _first_tensor(inputs)
             done.examples = None if first is None else first.size(0)  # nested tensors have no shape
-            done.stacked = first is not None and (first.dim() + 1, len(among)) in done.inputs
+            if first is not None and (first.dim() + 1, len(among)) in done.inputs:
+                done.doubt = (
+                    "the model was given a list of tensors and made one batch of them (images, for detection), so that "
+                    "dim 0 of the first one isn't the number of examples"
+                )
+            elif done.examples:
+                done.doubt = _doubt_of_output(done.examples, output)
             done.end_node = next_node()
             self._passes.append(done)
         return done
@@ -147,6 +152,17 @@ def _first_tensor(value: Any) -> tuple[Tensor | None, Sequence[Any]]:
         return next(filter(None, map(holding, parts)), [])
 
     return first, [] if first is None else holding(value)
+
+
+def _doubt_of_output(examples: int, output: Any) -> str:
+    """Says that no output is of so many examples, nor of so many times the same number of tokens; empty otherwise."""
+    sizes = [each.size(0) for each in tensors_in(output) if each.dim() and each.requires_grad]
+    if not sizes or any(size % examples == 0 for size in sizes):
+        return ""
+    return (
+        f"dim 0 of the model's first input is {examples} and of its output {sizes[0]} (as where texts, graphs or "
+        "sequences lie end to end, or dim 0 is time), so that the first may not be the number of examples"
+    )
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -225,3 +225,53 @@ def test_two_inputs_in_a_list_are_no_list_of_images():
         warnings.simplefilter("error")
         squared(model([x, x]), target).mean().backward()
         assert capture.drain()["layer"].examples == N
+
+
+# Outputs of another number -------------------------------------------------------------------------------------------
+
+
+class Texts(nn.Module):
+    """Tokens of all texts end to end; the mean of each text goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 2).double()
+
+    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        return self.layer(torch.stack([text.mean(0) for text in tokens.split(lengths)]))
+
+
+def texts_step(capture: Any, model: nn.Module, lengths: list[int], *, stated: int | None = None) -> Any:
+    tokens = torch.randn(sum(lengths), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if stated is not None:
+        capture.state_examples(stated)
+    model(tokens, lengths).square().sum(1).mean().backward()
+    return capture.drain()
+
+
+def test_texts_end_to_end_are_noticed_once_and_the_remedy_named():
+    model = Texts()
+    capture = armed_capture(model)
+    with pytest.warns(KfdistWarning, match=r"first input is 9 and of its output 3 .*batch\(examples=...\)"):
+        texts_step(capture, model, [2, 3, 4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        texts_step(capture, model, [2, 3, 4])
+
+
+def test_where_the_number_of_texts_is_stated_it_is_taken():
+    model = Texts()
+    capture = armed_capture(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert texts_step(capture, model, [2, 3, 4], stated=3)["layer"].examples == 3
+
+
+def test_logits_of_all_tokens_in_one_row_each_are_no_news():
+    model = nn.Sequential(nn.Linear(4, 2), nn.Flatten(0, 1)).double()
+    capture = armed_capture(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.ones(3, 5, 4, dtype=torch.float64)).square().sum(1).mean().backward()
+        assert capture.drain()["0"].examples == 3
