@@ -117,21 +117,24 @@ def sgd_losses(architecture: Architecture) -> tuple[float, float]:
     return statistics.mean(last), statistics.stdev(last)
 
 
-def table_row(name: str, ours: Training, sgd: tuple[float, float]) -> str:
-    """Returns a model's row."""
+def described(ours: Training) -> list[str]:
+    """Returns the cells on what is covered, which are the same on every machine."""
     kinds: dict[str, list[str]] = {}
     for parameter, reason in ours.left_out:
         kinds.setdefault(reason, []).append(parameter)
     for block, reason in ours.unmeasured:
-        kinds.setdefault(f"not measured: {reason}", []).append(block)
+        if reason not in kinds:  # of a bias, which has its line
+            kinds.setdefault(f"not measured: {reason}", []).append(block)
     left_out = "; ".join(
         f"{len(names)} such as `{names[0]}`: {reason}" if len(names) > 1 else f"`{names[0]}`: {reason}"
         for reason, names in kinds.items()
     )
-    return (
-        f"| {name} | {ours.parameters:,} | {ours.blocks} | {ours.share:.2%} | {left_out or '-'} "
-        f"| {ours.losses[-1]:.3g} | {sgd[0]:.3g} ± {sgd[1]:.2g} |"
-    )
+    return [f"{ours.parameters:,}", str(ours.blocks), f"{ours.share:.2%}", left_out or "-"]
+
+
+def table_row(name: str, ours: Training, sgd: tuple[float, float]) -> str:
+    """Returns a model's row."""
+    return f"| {' | '.join([name, *described(ours)])} | {ours.losses[-1]:.3g} | {sgd[0]:.3g} ± {sgd[1]:.2g} |"
 
 
 def measured_with() -> str:

@@ -1,19 +1,35 @@
 """Real architectures with default arguments: what is covered is measured, and it trains no worse than SGD."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from benchmarks.architectures import ARCHITECTURES
-from benchmarks.real_models import Training, sgd_losses, train_with_kfdist, train_with_sgd
+from benchmarks.real_models import BEGIN, END, Training, described, sgd_losses, train_with_kfdist, train_with_sgd
 
 SHORT = ("regnet_y_400mf", "mobilenet_v3_small", "GPT2LMHeadModel", "MixtralForCausalLM", "MambaForCausalLM", "LSTM")
 """A small one of each kind: batch norm with grouped convolutions; depthwise convolutions with squeeze and excitation; a
 head tied to the embedding and `Conv1D`; experts; bare matrices; cells."""
 
+PAGE = (Path(__file__).parents[2] / "docs" / "coverage.md").read_text(encoding="utf-8")
+
+
+def table() -> dict[str, list[str]]:
+    """Returns the cells of the page's rows, by model."""
+    rows = re.findall(r"^\| (.+) \|$", PAGE.split(BEGIN)[1].split(END)[0], re.MULTILINE)
+    return {cells[0]: cells for cells in (row.split(" | ") for row in rows[1:])}
+
 
 def check_coverage(name: str, ours: Training) -> None:
-    """Holds what was covered to the aim, and what wasn't measured to the warning about it."""
+    """Holds what was covered to the aim and to the page, and what wasn't measured to the warning about it."""
     assert ours.share >= ARCHITECTURES[name].least_share, ours.left_out
     assert bool(ours.unmeasured) == any("not all uses of them were measured" in text for text in ours.said)
+    assert table()[name][:5] == [name, *described(ours)], "python -m benchmarks.real_models writes the page anew"
+
+
+def test_the_page_has_every_model() -> None:
+    assert list(table()) == list(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", SHORT)
