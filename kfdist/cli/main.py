@@ -57,10 +57,11 @@ def main() -> None:
     Set `KFDIST_DEBUG=1` to see the stack trace of expected errors too.
     """
     open_missing_streams()
-    if sys.argv[1:2] and sys.argv[1] in run_commands.COMMANDS:
+    runs = bool(sys.argv[1:2]) and sys.argv[1] in run_commands.COMMANDS
+    if runs:
         outlive_readers()
-    else:
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else it writes about each try beside our one message
+    # By default gRPC writes to standard error about each handshake that fails, beside what we say about it.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if runs else "NONE")
     code = run()
     try:
         sys.stdout.flush()

@@ -12,6 +12,7 @@ from kfdist.rpc import beats
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc
 from kfdist.rpc.beats import BeatStream
 from kfdist.rpc.channels import open_aio_channel
+from kfdist.system.credentials import Role
 from kfdist.types import Desired, GroupSpec, MetricSample, RunSettings
 
 WORKER = membership_pb2.WorkerBeat(run="r", epoch=1, worker_rank=0, step=7, phase="running")
@@ -52,7 +53,7 @@ def converse(answer: Answer, talk: Callable[[BeatStream, Scripted], Awaitable[No
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
-            async with open_aio_channel(f"127.0.0.1:{port}") as channel:
+            async with open_aio_channel(f"127.0.0.1:{port}", server=Role.CONTROLLER) as channel:
                 await talk(BeatStream(membership_pb2_grpc.MembershipServiceStub(channel)), servicer)
         finally:
             await server.stop(None)

@@ -4,6 +4,7 @@ import datetime
 import shutil
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -71,6 +72,19 @@ def test_a_silent_server_is_waited_for_in_vain_but_not_for_long(ours: Credential
     with server(lambda connection: ended.wait(10)) as address:
         assert explain(address, ours, server=Role.CONTROLLER, seconds=0.2) == ""
         ended.set()
+
+
+def test_a_server_that_cuts_the_connection_after_our_certificate(certificates: Path, ours: Credentials):
+    controllers = Credentials.at(Role.CONTROLLER, str(certificates), None)
+    assert controllers is not None
+    context = controllers.tls(ssl.PROTOCOL_TLS_SERVER)
+
+    def cut(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as wrapped:
+            wrapped.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, no goodbye
+
+    with server(cut) as address:
+        assert f"refuses the certificate {certificates}/client.pem" in explain(address, ours, server=Role.CONTROLLER)
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\x06\4\0\0\0\0\0\0\5\0\0\x40\0"])
