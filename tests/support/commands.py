@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -53,7 +53,23 @@ def process_table() -> dict[int, Process]:
 class Command:
     """A running `kfdist` command."""
 
-    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None, module: str = "kfdist") -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        module: str = "kfdist",
+        host: Sequence[str] = (),
+        directory: Path | None = None,
+    ) -> None:
+        """Starts it.
+
+        Args:
+            *arguments: Of the module.
+            environment: Variables beside this process's.
+            module: What python runs.
+            host: The `prefix` of the host that it runs on.
+            directory: Its working directory.
+        """
         self.name = " ".join([module, *arguments])
         self.mark = uuid.uuid4().hex
         self.output: list[str] = []
@@ -61,7 +77,8 @@ class Command:
         self._seen: dict[int, Process] = {}
         self._lines: queue.Queue[str | None] = queue.Queue()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [*host, sys.executable, "-m", module, *arguments],
+            cwd=directory,
             env={**os.environ, **(environment or {}), MARK: self.mark},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -216,7 +233,7 @@ class Command:
         self.close()
 
 
-def run(*arguments: str, code: int = 0, seconds: float = 120.0, environment: Mapping[str, str] | None = None) -> str:
-    """Runs a command to its end, checks its exit code and returns its output."""
-    with Command(*arguments, environment=environment) as command:
+def run(*arguments: str, code: int = 0, seconds: float = 120.0, **options: Any) -> str:
+    """Runs a command to its end, checks its exit code and returns its output; options as for `Command`."""
+    with Command(*arguments, **options) as command:
         return command.expect(code, seconds)
