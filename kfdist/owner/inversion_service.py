@@ -238,7 +238,8 @@ class _Requests:
         return first.header
 
     async def payload(self, assembler: Assembler) -> bytearray:
-        seconds = self._idle_seconds + assembler.missing / self._slowest
+        # Twice, for a sender that has fallen silent to be told so, however small its payload is.
+        seconds = 2 * self._idle_seconds + assembler.missing / self._slowest
         try:
             async with asyncio.timeout(seconds):
                 while (request := await self._next()) is not None:

@@ -83,7 +83,7 @@ def test_a_payload_that_trickles_is_refused():
             yield InvertRequest(chunk=b"x")
 
     (message,) = refused(ServiceLimits(idle_seconds=0.3, slowest_bytes_per_second=5000), trickle())
-    assert "of the payload were missing after 0.5 s; it must arrive at 5000 bytes a second at least" in message
+    assert "of the payload were missing after 0.8 s; it must arrive at 5000 bytes a second at least" in message
 
 
 @pytest.mark.parametrize("claimed", [MAX_OUTLINE_BYTES + 1, 1 << 62])
