@@ -9,6 +9,8 @@ RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 # What `make compare` compares the working tree with.
 BASE ?= HEAD
 PYTEST := $(BIN)/python -m pytest
+# Dozens of processes import kfdist, and each would compile it for itself.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-chaos test-slow lint format protos bench compare wheel clean distclean prometheus

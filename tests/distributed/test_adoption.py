@@ -136,7 +136,7 @@ def check_fixed_lag(faults: Faults, seeds: tuple[int, ...], *, steps: int) -> No
 
 
 def test_fixed_lag_is_bitwise_whatever_the_delays(faults: Faults) -> None:
-    check_fixed_lag(faults, (1, 2), steps=30)
+    check_fixed_lag(faults, (1,), steps=30)
 
 
 def synchronous(communicator: Communicator, one_owner: bool) -> tuple[str, int]:

@@ -62,7 +62,7 @@ CASES: Mapping[str, Case] = {
     "two-level": Case(covered="around kfac-eigen"),
     "auto": Case(own=DAMPED, covered="of a budget of"),
 }
-EVERY_TIME = ("b-kfac", "seng")
+EVERY_TIME = ("b-kfac",)
 """Methods whose whole training is part of `make test`; the others' is slow."""
 
 

@@ -93,6 +93,7 @@ def _train(outside: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_trains_outside_the_checkout(outside: Path):
     summary = _train(outside, *LOCAL, *ONE_RANK, "--set", "run.name=alone", "--set", "run.steps=3")
     assert summary["status"] == "finished" and summary["steps"] == 3

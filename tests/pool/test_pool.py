@@ -205,7 +205,7 @@ def test_sigterm_ends_everything_in_five_seconds(pool):
     assert not pool.directory.exists()
 
 
-@pytest.mark.parametrize("how", ["killed", "parent"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("parent", marks=pytest.mark.slow)])
 def test_nothing_of_ray_is_left_when_the_pool_is_killed_or_its_parent_ends(controller, tmp_path, how):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as parent:
         pool = start_pool(tmp_path, controller, "--set", "cluster.owners=1", "--parent-pid", str(parent.pid))
