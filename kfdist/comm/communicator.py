@@ -111,6 +111,16 @@ class Communicator:
         for work in [self.broadcast(tensor.detach(), src) for tensor in tensors]:
             work.wait()
 
+    def send(self, content: torch.Tensor, target: int) -> None:
+        """Sends `content`, of bytes, to rank `target`, which must `receive` it; the other ranks have no part in it."""
+        dist.send(content.to(self.device), self.global_rank(target), self.process_group)
+
+    def receive(self, size: int, source: int) -> bytes:
+        """Returns the `size` bytes that rank `source` sends to this one."""
+        buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        dist.recv(buffer, self.global_rank(source), self.process_group)
+        return buffer.cpu().numpy().tobytes()
+
     def broadcast_json(self, value: Any, src: int = 0) -> Any:
         """Returns rank `src`'s `value`, anything JSON can say, on all ranks."""
         return self.all_gather_json(value if self.rank == src else None)[src]

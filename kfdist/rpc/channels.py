@@ -21,8 +21,11 @@ MAX_MESSAGE_BYTES = 4 * CHUNK_BYTES
 CALL_SECONDS = 10.0
 """Deadline of a unary call whose caller has no better one."""
 
-KEEPALIVE_SECONDS = 20
-KEEPALIVE_TIMEOUT_SECONDS = 10
+KEEPALIVE_SECONDS = 5
+"""How long a connection is quiet before it is tried. Without that, a stream over a cut cable would hang for ever."""
+
+KEEPALIVE_TIMEOUT_SECONDS = 5
+"""How long the other side may leave it, or anything sent, without an answer: then calls end, and go elsewhere."""
 
 _CONTROL = ("kfdist.v1.RunService", "kfdist.v1.MembershipService")
 _REPEATABLE_OF_OTHERS = (("kfdist.v1.InversionService", "ListPeers"), ("grpc.health.v1.Health", "Check"))

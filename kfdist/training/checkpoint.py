@@ -5,6 +5,8 @@
     checkpoints/step-00000123/rank-00000.safetensors   what is a rank's own
     checkpoints/step-00000123.incomplete/              one that is being written, or that never was finished
 
+Where nodes share no directory, each of them holds a complete copy; a run goes on from the newest that any of them has.
+
 All methods of `CheckpointStore` are collective. A fault on one rank (a full disk, a lost mount) is told to all, so that
 none waits for the others: what fails is the checkpoint, on all ranks alike, never the run.
 """
@@ -12,16 +14,16 @@ none waits for the others: what fails is the checkpoint, on all ranks alike, nev
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kfdist.comm.communicator import Communicator
-from kfdist.comm.together import on_every_rank, on_rank_zero
+from kfdist.comm.together import attempts_of_every_rank, on_every_rank, on_ranks
 from kfdist.errors import CheckpointError, RankFailed
 from kfdist.system.files import sync_directory, write_file
+from kfdist.training.copies import Copies, Parcel
 from kfdist.training.manifest import NAME, FileEntry, Manifest, OtherFormat
 from kfdist.wire.tree import pack, unpack
 
@@ -62,16 +64,22 @@ class Loaded:
 
 
 class CheckpointStore:
-    """The checkpoints of a run, in a directory that all its ranks see.
+    """The checkpoints of a run, in a directory that all its ranks see, or in one on each node.
+
+    Args:
+        directory: Where this rank sees it.
+        copies: Which ranks see the same.
+        keep: How many checkpoints are kept.
 
     Attributes:
-        skipped: Sentences about damaged checkpoints that `newest` passed over.
+        remarks: Sentences about damaged checkpoints that `newest` passed over, and about one that nodes lacked.
     """
 
-    def __init__(self, directory: Path, communicator: Communicator, *, keep: int) -> None:
-        self.skipped: list[str] = []
+    def __init__(self, directory: Path, copies: Copies, *, keep: int) -> None:
+        self.remarks: list[str] = []
         self._directory = directory
-        self._communicator = communicator
+        self._copies = copies
+        self._communicator = copies.communicator
         self._keep = keep
         self._known_step: int | None = None
 
@@ -102,10 +110,11 @@ class CheckpointStore:
         partial = final.with_suffix(".incomplete")
         size = 0
         try:
-            self._on_first_rank(lambda: self._prepare(partial))
+            self._on_leaders(lambda: self._prepare(partial))
             entries = self._on_every_rank(lambda: self._write_files(partial, shared, own))
             files = {name: FileEntry(**entry) for of_rank in entries for name, entry in of_rank.items()}
             size = sum(entry.bytes for entry in files.values())
+            self._copies.deliver(self._parcels(partial, files))
             manifest = Manifest(
                 step=step,
                 world_size=self._communicator.world_size,
@@ -114,7 +123,9 @@ class CheckpointStore:
                 files=files,
                 facts=facts,
             )
-            self._on_first_rank(lambda: self._commit(partial, final, manifest))
+            # Rank 0's in all copies: the clocks differ.
+            manifest = Manifest.from_json(self._communicator.broadcast_json(manifest.as_json()))
+            self._on_leaders(lambda: self._commit(partial, final, manifest))
         except RankFailed as failure:
             self._tidy(lambda: shutil.rmtree(partial, ignore_errors=True))
             return Saved(step=step, fault=str(failure), bytes=size, seconds=time.perf_counter() - started)
@@ -123,7 +134,7 @@ class CheckpointStore:
         return Saved(step=step, fault="", bytes=size, seconds=time.perf_counter() - started)
 
     def newest(self) -> Path | None:
-        """Finds the newest checkpoint whose every file is whole; `skipped` says why the others are passed over.
+        """Finds the newest checkpoint whose every file is whole; `remarks` says why the others are passed over.
 
         The work of checking is divided among the ranks.
 
@@ -132,17 +143,53 @@ class CheckpointStore:
                 going on from an older one, or from none, would throw it away.
         """
         try:
-            names = on_rank_zero(self._communicator, self._resumable)
+            listed = self._copies.on_leaders(self._resumable)
         except RankFailed as failure:
             raise CheckpointError(f"can't resume from the checkpoints in {self._directory}: {failure}") from failure
-        for name in names:
-            try:
-                self._on_every_rank(lambda name=name: self._check_share(self._directory / name))
-            except RankFailed as failure:
-                self.skipped.append(f"checkpoint {name} is damaged and skipped: {failure}")
-            else:
+        for name in sorted({name for names in listed.values() for name in names}, reverse=True):
+            whole, damage = self._whole_copies(name)
+            if whole:
+                self._complete(name, whole)
                 return self._directory / name
+            self.remarks.append(f"checkpoint {name} is damaged and skipped: {damage}")
         return None
+
+    def _whole_copies(self, name: str) -> tuple[list[int], str]:
+        """Returns the leaders of the copies that have a checkpoint whole and alike; else none, and what is wrong."""
+        found, _ = attempts_of_every_rank(self._communicator, lambda: self._check_share(self._directory / name))
+        damage = {rank: reason for rank, (_, reason) in enumerate(found) if reason is not None}
+        damaged = {self._copies.leader_of[rank] for rank in damage}
+        whole = [leader for leader in self._copies.leaders if leader not in damaged]
+        if not whole:
+            return [], "; ".join(f"rank {rank}: {reason}" for rank, reason in damage.items())
+        # Nodes that trained without each other may both have this step; the one that was written last is the run's.
+        newest = max(found[leader][0] for leader in whole)
+        return [leader for leader in whole if found[leader][0] == newest], ""
+
+    def _complete(self, name: str, whole: Sequence[int]) -> None:
+        """Gives a checkpoint to the copies that lack it."""
+        lacking = [leader for leader in self._copies.leaders if leader not in whole]
+        if not lacking:
+            return
+        source = whole[0]
+        final = self._directory / name
+        partial = final.with_suffix(".incomplete")
+        place = partial if self._communicator.rank in lacking else final
+        try:
+            read = on_ranks(self._communicator, [source], lambda: Manifest.read(final).as_json())
+            manifest = Manifest.from_json(read[source])
+            on_ranks(self._communicator, lacking, lambda: self._prepare(partial))
+            self._copies.deliver(
+                [
+                    Parcel(file=place / file, source=source, targets=lacking, **vars(entry))
+                    for file, entry in manifest.files.items()
+                ]
+            )
+            on_ranks(self._communicator, lacking, lambda: self._commit(partial, final, manifest))
+        except RankFailed as failure:
+            raise CheckpointError(f"{name} can't be copied to the nodes that lack it: {failure}") from failure
+        ranks = ", ".join(map(str, lacking))
+        self.remarks.append(f"checkpoint {name} was copied from the node of rank {source} to that of rank {ranks}")
 
     def load(self, path: Path) -> Loaded:
         """Reads a checkpoint that `newest` found.
@@ -161,19 +208,34 @@ class CheckpointStore:
     def _on_every_rank(self, work: Callable[[], Any]) -> list[Any]:
         return on_every_rank(self._communicator, work)
 
-    def _on_first_rank(self, work: Callable[[], object]) -> None:
-        """Works on rank 0 alone; the others wait for it, and a fault names it."""
+    def _on_leaders(self, work: Callable[[], object]) -> None:
+        """Works on the leader of each copy alone; the others wait for it, and a fault names it."""
 
         def alone() -> None:
-            if self._communicator.rank == 0:
+            if self._copies.leader == self._communicator.rank:
                 work()
 
         self._on_every_rank(alone)
 
+    def _parcels(self, directory: Path, files: Mapping[str, FileEntry]) -> list[Parcel]:
+        """Returns what copies lack of a checkpoint of which each rank has written its own files to its own copy."""
+        origin = {SHARED: 0} | {_rank_file(rank): leader for rank, leader in enumerate(self._copies.leader_of)}
+        leaders = self._copies.leaders
+        return [
+            Parcel(
+                file=directory / name,
+                source=origin[name],
+                targets=[leader for leader in leaders if leader != origin[name]],
+                **vars(entry),
+            )
+            for name, entry in sorted(files.items())
+            if len(leaders) > 1
+        ]
+
     def _tidy(self, work: Callable[[], object]) -> None:
         """Removes what is of no more use; what can't be removed stays."""
         with suppress(RankFailed):
-            self._on_first_rank(work)
+            self._on_leaders(work)
 
     def _prepare(self, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -224,13 +286,16 @@ class CheckpointStore:
         entries = self._directory.glob("step-*") if self._directory.exists() else ()
         return sorted((e.name for e in entries if e.name.removeprefix("step-").isdigit()), reverse=True)
 
-    def _check_share(self, path: Path) -> None:
+    def _check_share(self, path: Path) -> tuple[float, str]:
+        """Checks this rank's share of a checkpoint in its copy; returns when it was written, and its digest."""
         manifest = Manifest.read(path)
         expected = {SHARED, *(_rank_file(rank) for rank in range(manifest.world_size))}
         if expected != set(manifest.files):
             raise CheckpointError(f"{NAME} doesn't list the files of {manifest.world_size} ranks")
-        for name in sorted(expected)[self._communicator.rank :: self._communicator.world_size]:
+        members = self._copies.members
+        for name in sorted(expected)[members.index(self._communicator.rank) :: len(members)]:
             manifest.check_file(path, name)
+        return float(manifest.facts.get("unix_time", 0.0)), manifest.as_json()["sha256"]
 
     def _read(self, path: Path) -> Loaded:
         manifest = Manifest.read(path)

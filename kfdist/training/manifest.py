@@ -54,10 +54,20 @@ class Manifest:
     facts: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
-    def encode(self) -> bytes:
-        """Writes it as JSON, with a hash over itself."""
+    def as_json(self) -> dict[str, Any]:
+        """Returns what JSON can say, with a hash over itself as `sha256`."""
         content = asdict(self)
-        return json.dumps({**content, "sha256": _digest(content)}, indent=1, sort_keys=True).encode()
+        return {**content, "sha256": _digest(content)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Manifest":
+        """Returns what `as_json` was made from; unchecked."""
+        files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
+        return cls(**{key: value for key, value in content.items() if key not in ("sha256", "files")}, files=files)
+
+    def encode(self) -> bytes:
+        """Writes it as JSON."""
+        return json.dumps(self.as_json(), indent=1, sort_keys=True).encode()
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -77,8 +87,7 @@ class Manifest:
                     f"{NAME} has format {content['format']!r} and this version of kfdist reads {FORMAT}; resume with "
                     "the version that wrote it, or train anew in another directory (run.dir)"
                 )
-            files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
-            return cls(files=files, **content)
+            return cls.from_json(content)
         except FileNotFoundError:
             raise CheckpointError(f"{NAME} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

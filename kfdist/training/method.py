@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from kfdist.capture.requests import Sampling
-from kfdist.comm.communicator import Communicator
 from kfdist.comm.together import on_rank_zero
 from kfdist.config import Config, PreconditionerSection
 from kfdist.config.toml import format_key
@@ -15,6 +14,7 @@ from kfdist.curvature.inverter import AbstractInverter
 from kfdist.errors import ConfigError
 from kfdist.runtime.plan.planner import NONE, Method, Plan, make_plan, needs_costs
 from kfdist.runtime.settings import Settings
+from kfdist.training.copies import Copies
 from kfdist.training.run_directory import read_costs
 
 
@@ -47,8 +47,8 @@ def plan_of(config: Config, model: nn.Module, *, world_size: int, costs: Measure
     return plan
 
 
-def agree_on_costs(config: Config, communicator: Communicator) -> MeasuredCosts | None:
-    """Returns what "auto" chooses by, from rank 0: what inversions cost where the run began, else here and now.
+def agree_on_costs(config: Config, copies: Copies) -> MeasuredCosts | None:
+    """Returns what "auto" chooses by: what inversions cost where the run began, as any copy has it, else on rank 0 now.
 
     All ranks must call it.
 
@@ -62,10 +62,13 @@ def agree_on_costs(config: Config, communicator: Communicator) -> MeasuredCosts 
     if not needs_costs(make_method(config.preconditioner)):
         return None
 
-    def look() -> dict[str, list[float]]:
-        return (read_costs(config.run.directory) or measure_costs()).to_json()
+    def look() -> dict[str, list[float]] | None:
+        kept = read_costs(config.run.directory)
+        return None if kept is None else kept.to_json()
 
-    return MeasuredCosts.from_json(on_rank_zero(communicator, look))
+    kept = next(filter(None, copies.on_leaders(look).values()), None)
+    costs = kept or on_rank_zero(copies.communicator, lambda: measure_costs().to_json())
+    return MeasuredCosts.from_json(costs)
 
 
 def _settings_of(config: Config) -> Settings:

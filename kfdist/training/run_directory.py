@@ -1,5 +1,7 @@
 """The run directory: made when everything else is known to be right, held by one trainer at a time.
 
+Where nodes share no directory, each has its own copy of it, of which all of the following holds.
+
 RUN/config.toml        the resolved configuration of the last start
 RUN/lock               held with flock by the trainer; its text says who that is
 RUN/epochs/00001.toml  one file per start, made with O_EXCL: the epoch's number and its configuration
@@ -104,28 +106,25 @@ class RunDirectory:
 
     Attributes:
         path: Where it is.
-        epoch: This start's number, from 1; every start of the run has a higher one.
+        last_epoch: The number of the newest start that was made in it, 0 if there was none.
     """
 
     def __init__(self, path: Path, lock: BinaryIO, *, fresh: bool) -> None:
         self.path = path
-        self.epoch = 0
+        self.last_epoch = 0
         self._lock = lock
         self._fresh = fresh
 
     @classmethod
-    def open(cls, config: Config, costs: MeasuredCosts | None = None) -> Self:
-        """Makes the directory if need be, locks it, draws the epoch and writes `config.toml`.
+    def open(cls, config: Config) -> Self:
+        """Makes the directory if need be and locks it.
 
-        Only one process of a run calls this (rank 0), when nothing else can go wrong with the configuration any more.
-
-        Args:
-            config: The configuration.
-            costs: What inversions cost, to be kept: a resumed run must choose by it, too.
+        Only one process of a run calls this (the leader of each copy), when nothing else can go wrong with the
+        configuration any more.
 
         Raises:
             ConfigError: As for `inspect_run`.
-            EnvironmentFault: Another trainer holds it, or it can't be written. A new directory is removed again.
+            EnvironmentFault: Another trainer holds it, or it can't be made. A new directory is removed again.
         """
         inspect_run(config)
         path = config.run.directory
@@ -138,17 +137,33 @@ class RunDirectory:
         try:
             # Between the first look and the lock another trainer may have been here.
             _refuse_drift(config)
-            opened.epoch = _draw_epoch(path / "epochs", config)
-            replace_file(path / "config.toml", _as_saved(config).encode())
-            if costs is not None and not (path / _COSTS).exists():
-                replace_file(path / _COSTS, json.dumps(costs.to_json()).encode())
-        except OSError as error:
-            opened.abandon()
-            raise EnvironmentFault(f"can't write to {path}: {error}; make room, or choose another run.dir") from error
+            numbers = [int(entry.stem) for entry in (path / "epochs").glob("*.toml") if entry.stem.isdigit()]
         except BaseException:
             opened.abandon()
             raise
+        opened.last_epoch = max(numbers, default=0)
         return opened
+
+    def begin(self, epoch: int, config: Config, costs: MeasuredCosts | None = None) -> None:
+        """Takes a number for this start, and writes `config.toml`.
+
+        Args:
+            epoch: Higher than that of any start before, in any copy of the directory.
+            config: The configuration.
+            costs: What inversions cost, to be kept: a resumed run must choose by it, too.
+
+        Raises:
+            EnvironmentFault: Another trainer has the number, or nothing can be written.
+        """
+        try:
+            _take_epoch(self.path / "epochs", epoch, config)
+            replace_file(self.path / "config.toml", _as_saved(config).encode())
+            if costs is not None and not (self.path / _COSTS).exists():
+                replace_file(self.path / _COSTS, json.dumps(costs.to_json()).encode())
+        except OSError as error:
+            raise EnvironmentFault(
+                f"can't write to {self.path}: {error}; make room, or choose another run.dir"
+            ) from error
 
     def abandon(self) -> None:
         """Lets go of the directory, and removes it if this start made it and nobody else put anything in.
@@ -261,16 +276,13 @@ def _locked(path: Path, holder: str) -> EnvironmentFault:
     return EnvironmentFault(f"the run directory {path} is in use by {who}; stop that one, or choose another run.dir")
 
 
-def _draw_epoch(directory: Path, config: Config) -> int:
+def _take_epoch(directory: Path, epoch: int, config: Config) -> None:
     directory.mkdir(exist_ok=True)
-    numbers = [int(entry.stem) for entry in directory.glob("*.toml") if entry.stem.isdigit()]
-    epoch = max(numbers, default=0) + 1
     # The second guard, for network file systems that flock doesn't reach: only one process can make this file.
     try:
         write_file(directory / f"{epoch:05d}.toml", _as_saved(config).encode())
     except FileExistsError:
         raise _locked(directory.parent, "a trainer that started at the same moment") from None
-    return epoch
 
 
 def _read_json(path: Path) -> dict[str, Any]:

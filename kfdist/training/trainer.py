@@ -44,6 +44,7 @@ class Trainer:
         metrics: The newest losses and metrics.
         unreadable: Examples that couldn't be read.
         checkpoint_faults: Checkpoints that could not be written.
+        asked_to_stop: Whether somebody asked for the stop, and no wait that lasted too long.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Trainer:
         self.step_seconds = array("d")
         self.input_seconds = array("d")
         self.checkpoint_faults = 0
+        self.asked_to_stop = False
         self._told_steps = 0
         self._evaluated = -1
         self._training = training
@@ -91,6 +93,7 @@ class Trainer:
             except Interrupted as interruption:
                 # The step wasn't applied: it is the next one to do after a resume.
                 stopped = str(interruption)
+                self.asked_to_stop = interruption.reason == "stop"
             else:
                 stopped = self._after_step(report)
         self._checkpoint()
@@ -167,6 +170,7 @@ class Trainer:
         if self._evaluation_is_due(before) and not self.done:
             self._evaluate()
         if report.stop and not self.done:
+            self.asked_to_stop = True
             return "the run was asked to stop"
         self._checkpoint_if_due(report)
         return ""

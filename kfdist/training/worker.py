@@ -1,6 +1,7 @@
 """A training rank from its start to its end: what `kfdist worker` does."""
 
 import hashlib
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,12 +11,13 @@ from types import FrameType
 import torch
 
 from kfdist.comm.communicator import Communicator, join_training_group
-from kfdist.comm.together import on_rank_zero, require_equal
+from kfdist.comm.together import require_equal
 from kfdist.config import Config, to_toml
 from kfdist.config.sections import SecuritySection
 from kfdist.errors import ConfigError, ExitCode, KfdistError
 from kfdist.system.provenance import versions
 from kfdist.training.checkpoint import CheckpointStore
+from kfdist.training.copies import Copies
 from kfdist.training.method import agree_on_costs
 from kfdist.training.reporting import MetricsLog, Progress, make_progress
 from kfdist.training.run_directory import RunDirectory, inspect_run
@@ -30,7 +32,7 @@ class Ending:
     """How a rank ended.
 
     Attributes:
-        code: The exit code: 0 finished, 75 stopped and resumable.
+        code: The exit code: 0 finished, or stopped where torchrun would restart; 75 stopped and resumable.
         message: What to tell the user; empty on ranks other than 0, and where the summary says it all.
     """
 
@@ -66,11 +68,12 @@ def train_together(config: Config, communicator: Communicator, device: torch.dev
         ConfigError, EnvironmentFault, LossNotFinite: As for `run_worker`.
     """
     _check_same_configuration(config, communicator)
-    finished = on_rank_zero(communicator, lambda: inspect_run(config))
-    materials = gather_materials(config, communicator.world_size, device, agree_on_costs(config, communicator))
+    copies = Copies.by_node(communicator, config.run.directory)
+    finished = next(filter(None, copies.on_leaders(lambda: inspect_run(config)).values()), "")
+    materials = gather_materials(config, communicator.world_size, device, agree_on_costs(config, copies))
     if finished:
         return Ending(code=ExitCode.DONE, message=finished if communicator.rank == 0 else "")
-    return _Start(config, communicator, materials).run()
+    return _Start(config, copies.probed(config.run.directory), materials).run()
 
 
 def _check_same_configuration(config: Config, communicator: Communicator) -> None:
@@ -93,16 +96,19 @@ def configuration_digest(config: Config) -> str:
 class _Start:
     """One start of a run on one rank, once nothing is wrong with its configuration."""
 
-    def __init__(self, config: Config, communicator: Communicator, materials: Materials) -> None:
+    def __init__(self, config: Config, copies: Copies, materials: Materials) -> None:
         self._config = config
-        self._communicator = communicator
+        self._copies = copies
+        self._communicator = copies.communicator
         self._materials = materials
         self._directory: RunDirectory | None = None
         self._trained = False
 
     def run(self) -> Ending:
-        epoch = on_rank_zero(self._communicator, self._open_directory)
         try:
+            # Higher than in any copy: rank 0 may be on a node that is new to the run.
+            epoch = max(self._copies.on_leaders(self._open_directory).values()) + 1
+            self._copies.on_leaders(lambda: self._begin(epoch))
             return self._train(epoch)
         except BaseException as error:
             self._clean_up_after(error)
@@ -112,8 +118,12 @@ class _Start:
                 self._directory.close()
 
     def _open_directory(self) -> int:
-        self._directory = RunDirectory.open(self._config, self._materials.plan.costs)
-        return self._directory.epoch
+        self._directory = RunDirectory.open(self._config)
+        return self._directory.last_epoch
+
+    def _begin(self, epoch: int) -> None:
+        assert self._directory is not None
+        self._directory.begin(epoch, self._config, self._materials.plan.costs)
 
     def _clean_up_after(self, error: BaseException) -> None:
         if self._directory is None:
@@ -130,7 +140,7 @@ class _Start:
 
     def _train(self, epoch: int) -> Ending:
         config, communicator = self._config, self._communicator
-        store = CheckpointStore(config.run.directory / "checkpoints", communicator, keep=config.checkpoint.keep)
+        store = CheckpointStore(config.run.directory / "checkpoints", self._copies, keep=config.checkpoint.keep)
         newest = store.newest()
         loaded = store.load(newest) if newest is not None else None
         standing = standing_of(loaded) if loaded is not None else Standing()
@@ -140,7 +150,7 @@ class _Start:
         try:
             if loaded is not None:
                 restore_state(training, loaded)
-            _announce(training, standing, progress, store.skipped)
+            _announce(training, standing, progress, store.remarks)
             log.write("start", start=epoch, step=standing.step, world_size=communicator.world_size, versions=versions())
             if self._directory is not None:
                 write_summary(self._directory.path, {"status": "running", "run": config.run.name, "start": epoch})
@@ -167,11 +177,19 @@ class _Start:
         if not stopped:
             return Ending(code=ExitCode.DONE)
         message = f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume"
-        return Ending(code=ExitCode.RESUMABLE, message=message if communicator.rank == 0 else "")
+        # torchrun starts ranks again that end with any other code, and so would undo the stop.
+        code = ExitCode.DONE if trainer.asked_to_stop and restarts_left() else ExitCode.RESUMABLE
+        return Ending(code=code, message=message if communicator.rank == 0 else "")
 
 
-def _announce(training: Training, standing: Standing, progress: Progress, skipped: list[str]) -> None:
-    for message in skipped:
+def restarts_left() -> bool:
+    """Tells whether torchrun would start this rank again if it failed (`--max-restarts`)."""
+    done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return done < most
+
+
+def _announce(training: Training, standing: Standing, progress: Progress, remarks: list[str]) -> None:
+    for message in remarks:
         progress.say(message)
     config, ranks = training.config, training.communicator.world_size
     where = f"resumed at step {standing.step}" if standing.step else "training"

@@ -14,6 +14,7 @@ from kfdist.config import load_config
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.runtime.plan.coverage import CoverageRow
 from kfdist.training.checkpoint import CheckpointStore
+from kfdist.training.copies import Copies
 from kfdist.training.method import agree_on_costs
 from kfdist.training.reporting import MetricsLog, Progress
 from kfdist.training.run_state import Standing, Training
@@ -95,10 +96,11 @@ def _train_one(communicator: Communicator, folder: Path, name: str, overrides: S
         None, overrides=[*overrides, f"run.name={name}", f"run.dir={folder}", "checkpoint.period=0"], environment={}
     )
     device = torch.device("cpu")
-    costs = agree_on_costs(config, communicator)
+    copies = Copies.one(communicator)
+    costs = agree_on_costs(config, copies)
     materials = gather_materials(config, communicator.world_size, device, costs)
     training = make_training(config, communicator, materials, epoch=1, standing=Standing())
-    store = CheckpointStore(folder / "checkpoints", communicator, keep=1)
+    store = CheckpointStore(folder / "checkpoints", copies, keep=1)
     trainer = Trainer(training, Standing(), store=store, log=MetricsLog(None), progress=Progress())
     try:
         assert trainer.run() == ""

@@ -18,9 +18,10 @@ import torch
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import CheckpointError
 from kfdist.training.checkpoint import CheckpointStore, Saved
+from kfdist.training.copies import Copies
 from kfdist.training.manifest import FORMAT, Manifest
 
-SINGLE = Communicator(None)
+SINGLE = Copies.one(Communicator(None))
 
 
 def state_of(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,9 +132,9 @@ def test_a_damaged_one_is_skipped_with_the_reason_and_written_anew(tmp_path: Pat
     damage(tmp_path / "checkpoints" / "step-00000009")
     later = fresh(tmp_path)
     assert_holds(later, 5)
-    assert len(later.skipped) == 1
-    assert "step-00000009 is damaged and skipped: rank 0: " in later.skipped[0]
-    assert reason in later.skipped[0]
+    assert len(later.remarks) == 1
+    assert "step-00000009 is damaged and skipped: rank 0: " in later.remarks[0]
+    assert reason in later.remarks[0]
     # The run comes to step 9 again.
     assert save(later, 9).fault == ""
     assert_holds(fresh(tmp_path), 9)
@@ -180,7 +181,7 @@ def test_a_manifest_that_lists_foreign_files_is_refused(tmp_path: Path):
     (directory / "manifest.json").write_bytes(outside.encode())
     store = fresh(tmp_path)
     assert store.newest() is None
-    assert "doesn't list the files" in store.skipped[0]
+    assert "doesn't list the files" in store.remarks[0]
 
 
 WRITER = """
@@ -268,7 +269,7 @@ while True:
         path = store.newest()
         assert path is not None
         assert int(path.name.removeprefix("step-")) >= acknowledged
-        assert store.skipped == []
+        assert store.remarks == []
     assert acknowledged > 3
 
 

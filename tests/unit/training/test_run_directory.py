@@ -18,6 +18,12 @@ def config_in(directory: Path, *overrides: str) -> Config:
     return load_config(None, overrides=[f"run.dir={directory}", *overrides], environment={})
 
 
+def started(config: Config, costs: MeasuredCosts | None = None) -> RunDirectory:
+    opened = RunDirectory.open(config)
+    opened.begin(opened.last_epoch + 1, config, costs)
+    return opened
+
+
 def test_a_new_directory_has_its_configuration_and_each_start_a_higher_epoch(tmp_path: Path):
     run = tmp_path / "deep" / "run"
     config = config_in(run, "run.steps=7")
@@ -25,7 +31,8 @@ def test_a_new_directory_has_its_configuration_and_each_start_a_higher_epoch(tmp
     assert not run.exists()
     for epoch in (1, 2, 3):
         opened = RunDirectory.open(config)
-        assert opened.epoch == epoch
+        assert opened.last_epoch == epoch - 1
+        opened.begin(epoch, config)
         opened.close()
         assert inspect_run(config) == ""
     assert load_config(run / "config.toml", environment={}) == config
@@ -34,7 +41,7 @@ def test_a_new_directory_has_its_configuration_and_each_start_a_higher_epoch(tmp
 
 def test_a_mark_that_an_editor_put_before_the_saved_configuration_changes_nothing(tmp_path: Path):
     config = config_in(tmp_path / "run")
-    RunDirectory.open(config).close()
+    started(config).close()
     saved = tmp_path / "run" / "config.toml"
     saved.write_bytes(b"\xef\xbb\xbf" + saved.read_bytes())
     assert inspect_run(config) == ""
@@ -50,8 +57,10 @@ import sys
 from pathlib import Path
 from kfdist.config import load_config
 from kfdist.training.run_directory import RunDirectory
-opened = RunDirectory.open(load_config(None, overrides=["run.dir=" + sys.argv[1]], environment={}))
-print(opened.epoch, flush=True)
+config = load_config(None, overrides=["run.dir=" + sys.argv[1]], environment={})
+opened = RunDirectory.open(config)
+opened.begin(opened.last_epoch + 1, config)
+print(opened.last_epoch + 1, flush=True)
 sys.stdin.read()
 """
 
@@ -78,7 +87,7 @@ def test_a_second_trainer_is_told_who_has_the_directory_until_that_one_is_gone(t
         holder.kill()  # no chance to clean up: the lock ends with the process all the same
         holder.communicate()
     opened = RunDirectory.open(config)
-    assert opened.epoch == 2
+    assert opened.last_epoch == 1
     opened.close()
 
 
@@ -97,12 +106,12 @@ def test_a_second_trainer_is_told_who_has_the_directory_until_that_one_is_gone(t
     ],
 )
 def test_what_does_not_change_the_mathematics_may_change(tmp_path: Path, change: str):
-    RunDirectory.open(config_in(tmp_path)).close()
+    started(config_in(tmp_path)).close()
     assert inspect_run(config_in(tmp_path, change)) == ""
 
 
 def test_what_changes_the_mathematics_is_refused_with_a_diff_unless_it_is_accepted(tmp_path: Path):
-    RunDirectory.open(config_in(tmp_path, "preconditioner.settings.rank=30")).close()
+    started(config_in(tmp_path, "preconditioner.settings.rank=30")).close()
     changed = ["optimizer.lr=0.125", "preconditioner.method=kfac", "run.steps=999"]
     for attempt in (inspect_run, RunDirectory.open):
         with pytest.raises(ConfigError) as caught:
@@ -116,7 +125,7 @@ def test_what_changes_the_mathematics_is_refused_with_a_diff_unless_it_is_accept
     assert "run.steps" not in message
     assert "--set run.accept_changes=true" in message
     accepted = config_in(tmp_path, *changed, "run.accept_changes=true")
-    RunDirectory.open(accepted).close()
+    started(accepted).close()
     # Accepted once; from now on the new configuration is the run's, and the permission is used up.
     assert inspect_run(config_in(tmp_path, *changed)) == ""
     assert not load_config(tmp_path / "config.toml", environment={}).run.accept_changes
@@ -124,7 +133,7 @@ def test_what_changes_the_mathematics_is_refused_with_a_diff_unless_it_is_accept
 
 def test_a_finished_run_says_so_and_how_to_go_on(tmp_path: Path):
     config = config_in(tmp_path, "run.steps=20")
-    RunDirectory.open(config).close()
+    started(config).close()
     assert inspect_run(config) == ""
     write_summary(tmp_path, {"status": "finished", "steps": 20, "data_epochs": 2})
     assert "20 steps are done and run.steps is 20; raise run.steps" in inspect_run(config)
@@ -140,7 +149,7 @@ def test_the_costs_of_the_first_start_are_kept(tmp_path: Path):
     config = config_in(tmp_path / "run")
     assert read_costs(tmp_path / "run") is None
     for rate in (Rate(1e-5, 1e-10), Rate(2e-5, 2e-10)):
-        RunDirectory.open(config, MeasuredCosts(rates={Operation.EIGH: rate})).close()
+        started(config, MeasuredCosts(rates={Operation.EIGH: rate})).close()
         assert read_costs(tmp_path / "run") == MeasuredCosts(rates={Operation.EIGH: Rate(1e-5, 1e-10)})
 
 
@@ -152,22 +161,22 @@ def test_costs_that_cannot_be_read_are_told_with_the_remedy(tmp_path: Path, cont
 
 
 def test_a_start_that_fails_leaves_no_costs(tmp_path: Path):
-    RunDirectory.open(config_in(tmp_path / "run"), MeasuredCosts(rates={})).abandon()
+    started(config_in(tmp_path / "run"), MeasuredCosts(rates={})).abandon()
     assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_fails_leaves_nothing_of_a_new_directory(tmp_path: Path):
     run = tmp_path / "run"
-    RunDirectory.open(config_in(run)).abandon()
+    started(config_in(run)).abandon()
     assert not run.exists()
 
 
 def test_a_start_that_fails_keeps_what_was_there_before(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
-    RunDirectory.open(config_in(tmp_path)).abandon()
+    started(config_in(tmp_path)).abandon()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    RunDirectory.open(config_in(tmp_path)).close()
-    RunDirectory.open(config_in(tmp_path)).abandon()
+    started(config_in(tmp_path)).close()
+    started(config_in(tmp_path)).abandon()
     assert (tmp_path / "config.toml").exists()
 
 
@@ -178,7 +187,7 @@ def test_a_file_is_no_run_directory(tmp_path: Path):
 
 
 def test_a_damaged_configuration_is_refused_and_not_overwritten(tmp_path: Path):
-    RunDirectory.open(config_in(tmp_path)).close()
+    started(config_in(tmp_path)).close()
     (tmp_path / "config.toml").write_text("[run\n")
     with pytest.raises(ConfigError, match="can't be read"):
         RunDirectory.open(config_in(tmp_path))
