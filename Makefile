@@ -28,6 +28,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 run: $(INSTALLED)  ## Trains the bundled example with every process in its place
 	$(BIN)/kfdist train --set run.dir=$(RUN_DIR)
 
+# Runs pytest with the second arguments, and with the first ones beside it at a lower priority, shown afterwards.
+define beside
+status=0; log=$$(mktemp); \
+nice -n 10 $(PYTEST) $(1) >$$log 2>&1 & alone=$$!; \
+trap 'kill $$alone; rm -f $$log; exit 130' INT TERM; \
+$(PYTEST) $(2) || status=1; \
+wait $$alone || status=1; \
+cat $$log; rm -f $$log; exit $$status
+endef
+
 # Of the tests that start processes, which wait more than they compute and whose clocks are set for a busy machine, three
 # files run at a time, those that last longest first. The others fill the cores meanwhile, at a lower priority, and are
 # shown afterwards.
@@ -35,18 +45,13 @@ ALONE := tests/models tests/unit tests/contracts tests/architecture tests/suppor
 TOGETHER := tests/end_to_end tests/pool tests/links tests/distributed tests/control tests/owner tests/acceptance
 
 test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
-	@status=0; log=$$(mktemp); \
-	nice -n 10 $(PYTEST) --numprocesses auto --maxprocesses 8 $(ALONE) >$$log 2>&1 & alone=$$!; \
-	trap 'kill $$alone; rm -f $$log; exit 130' INT TERM; \
-	$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder $(TOGETHER) || status=1; \
-	wait $$alone || status=1; \
-	cat $$log; rm -f $$log; exit $$status
+	@$(call beside,--numprocesses auto --maxprocesses 8 $(ALONE),--numprocesses 3 --dist loadfile --no-loadscope-reorder $(TOGETHER))
 
 test-chaos: $(INSTALLED)  ## Runs the long fault loops
 	$(PYTEST) -m chaos
 
 test-slow: $(INSTALLED) prometheus  ## Runs the slow tier: soak, installed wheel, all real models
-	$(PYTEST) -m slow
+	@$(call beside,-m slow tests/models,-m slow --ignore tests/models)
 
 lint: $(INSTALLED)  ## Checks format, style, types and the direction of imports
 	$(BIN)/ruff format --check
