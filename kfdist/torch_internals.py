@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore as PrefixStore
+from torch._C._distributed_c10d import Store as Store
 from torch._C._distributed_c10d import TCPStore as TCPStore  # torch.distributed.TCPStore; only here is it typed
 from torch.amp.grad_scaler import OptState
 from torch.autograd.graph import GradientEdge, get_gradient_edge

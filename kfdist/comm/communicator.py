@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from kfdist.comm.rendezvous import torchruns_store
 from kfdist.errors import EnvironmentFault
 
 
@@ -170,8 +171,14 @@ def join_training_group(*, timeout_seconds: float = 600.0, device: str = "cpu") 
         return Communicator(None)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    except (RuntimeError, ValueError) as error:
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=timeout_seconds),
+            store=torchruns_store(timeout_seconds),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ.get("WORLD_SIZE", "-1")),  # torch says what is missing
+        )
+    except (RuntimeError, ValueError, TimeoutError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise EnvironmentFault(
             f"rank {os.environ['RANK']} could not join the training group at {address}: {error}. "

@@ -48,13 +48,14 @@ class Host:
         """What to write before a command to run it there; it takes no process of its own."""
         return ("unshare", "--uts", "--", "sh", "-c", _ENTER, self.name, self.namespace)
 
-    def cut(self) -> None:
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
         """Lets nothing through to the host or from it, silently, as a broken switch does: no side sees its cable go."""
         _ip(f"-n {self.switch} link set dev {self.name} nomaster")
-
-    def heal(self) -> None:
-        """Lets everything through again."""
-        _ip(f"-n {self.switch} link set dev {self.name} master bridge")
+        try:
+            yield
+        finally:
+            _ip(f"-n {self.switch} link set dev {self.name} master bridge")
 
 
 @contextlib.contextmanager
