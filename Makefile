@@ -51,7 +51,7 @@ test-chaos: $(INSTALLED)  ## Runs the long fault loops
 	$(PYTEST) -m chaos
 
 test-slow: $(INSTALLED) prometheus  ## Runs the slow tier: soak, installed wheel, all real models
-	@$(call beside,-m slow tests/models,-m slow --ignore tests/models)
+	@$(call beside,-m slow --numprocesses 2 tests/models,-m slow --ignore tests/models)
 
 lint: $(INSTALLED)  ## Checks format, style, types and the direction of imports
 	$(BIN)/ruff format --check
