@@ -41,7 +41,7 @@ endef
 # Of the tests that start processes, which wait more than they compute and whose clocks are set for a busy machine, three
 # files run at a time, those that last longest first. The others fill the cores meanwhile, at a lower priority, and are
 # shown afterwards.
-ALONE := tests/models tests/unit tests/contracts tests/architecture tests/support
+ALONE := tests/models tests/unit tests/contracts tests/architecture tests/support tests/deploy
 TOGETHER := tests/end_to_end tests/pool tests/links tests/distributed tests/control tests/owner tests/acceptance
 
 test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
