@@ -124,8 +124,10 @@ def children_by_name(module: nn.Module) -> Mapping[str, nn.Module | None]:
     """Returns a module's children by name.
 
     `named_children` leaves out those that are there twice, and getattr finds what a wrapper passes on to its inside.
+    A scripted module has a container of its own kind.
     """
-    return module._modules
+    children = module._modules
+    return children if isinstance(children, dict) else dict(children.items())
 
 
 def runs_compiled(module: nn.Module) -> bool:

@@ -273,8 +273,8 @@ class Collector:
             return None
         mask = None if mask is None else aligned(mask, (shape[0], shape[1]))
         kept = block.met(activation)
-        if mask is None and visit.stated.mask is not None and not visit.stated.from_target:
-            self.masked.unfit[block.name] = (shape[0], shape[1])
+        if mask is None and visit.stated.mask is not None:
+            self.masked.fits_not(block.name, visit.stated, (shape[0], shape[1]))
         if mask is not None:
             counted = mask.to(output_gradient.device, non_blocking=True) | (output_gradient != 0).any(-1)
             kept = counted if kept is None else kept & counted

@@ -100,6 +100,8 @@ class MaskedRows:
         unfit: By block whose inputs have other positions than the mask, their N and T.
         routed: Blocks of experts, of whose rows those without any gradient were left out.
         strange: Whether masks held other numbers than 0 and 1, where only the device knows.
+        targets: Masks of targets' ignored terms that don't have the positions of a block's inputs, and by such block
+            the N and T of these.
     """
 
     shape: tuple[int, ...] | None = None
@@ -107,6 +109,7 @@ class MaskedRows:
     unfit: dict[str, tuple[int, int]] = field(default_factory=dict)
     routed: set[str] = field(default_factory=set)
     strange: list[Tensor] = field(default_factory=list)
+    targets: tuple[list[Tensor], dict[str, tuple[int, int]]] = field(default_factory=lambda: ([], {}))
 
     def note(self, stated: Stated) -> None:
         """Notes which mask a call was measured under."""
@@ -115,6 +118,16 @@ class MaskedRows:
         self.shape = tuple(stated.mask.shape)
         if stated.strange is not None and not any(each is stated.strange for each in self.strange):
             self.strange.append(stated.strange)
+
+    def fits_not(self, name: str, stated: Stated, shape: tuple[int, int]) -> None:
+        """Notes that a block's inputs, of N and T, have other positions than the mask."""
+        if not stated.from_target or stated.mask is None:
+            self.unfit[name] = shape
+            return
+        masks, blocks = self.targets
+        blocks[name] = shape
+        if not any(each is stated.mask for each in masks):
+            masks.append(stated.mask)
 
     def add(self, name: str, kept: Tensor, rows: int) -> None:
         """Counts rows of a block, and how many of them were kept."""

@@ -83,7 +83,8 @@ class OperationMode(TorchFunctionMode):
             with self:
                 return _open(func)(*args, **kwargs) if product is None else product()
         output = func(*args, **kwargs)
-        for each in tensors_in((output,)):
+        # `x[mask] = parameter` returns nothing and changes x.
+        for each in tensors_in((args[:1] if func is Tensor.__setitem__ else output,)):
             odd = oddity(each)
             if (each.requires_grad or odd) and not registry.knows(each):
                 watch.saw(func, args, kwargs, each, odd)

@@ -96,7 +96,7 @@ class PassLog:
                     "dim 0 of the first one isn't the number of examples"
                 )
             elif done.examples:
-                done.doubt = _doubt_of_output(done.examples, output)
+                done.doubt = _doubt_of_output(done.examples, output, inputs)
             done.end_node = next_node()
             self._passes.append(done)
         return done
@@ -154,14 +154,19 @@ def _first_tensor(value: Any) -> tuple[Tensor | None, Sequence[Any]]:
     return first, [] if first is None else holding(value)
 
 
-def _doubt_of_output(examples: int, output: Any) -> str:
-    """Says that no output is of so many examples, nor of so many times the same number of tokens; empty otherwise."""
+def _doubt_of_output(examples: int, output: Any, inputs: Any) -> str:
+    """Says that no output is of so many examples, nor of so many times the same number of tokens; empty otherwise.
+
+    Where there are as many outputs as another input has entries, that one has the examples (`model(temperature, x)`).
+    """
     sizes = [each.size(0) for each in tensors_in(output) if each.dim() and each.requires_grad]
-    if not sizes or any(size % examples == 0 for size in sizes):
+    given = {each.size(0) for each in tensors_in(inputs) if each.dim()}
+    if not sizes or examples in sizes or any(size % examples == 0 and size not in given for size in sizes):
         return ""
     return (
         f"dim 0 of the model's first input is {examples} and of its output {sizes[0]} (as where texts, graphs or "
-        "sequences lie end to end, or dim 0 is time), so that the first may not be the number of examples"
+        "sequences lie end to end, dim 0 is time, or another input has the examples), so that the first may not be the "
+        "number of examples"
     )
 
 

@@ -38,7 +38,8 @@ class Inspection:
         }
         capture = self.pipeline.capture
         notes |= {name: f"not measured as a whole: {reason}" for name, reason in capture.unmeasured.items()}
-        planned = self._plan.coverage.without_biases(self._plan.blocks, capture.biases.left_out)
+        planned = self._plan.coverage.as_of_now(self._plan.model)
+        planned = planned.without_biases(self._plan.blocks, capture.biases.left_out)
         return replace(planned.with_inversions(notes, capture.unseen), mask=self.pipeline.masks.describe())
 
     def staleness(self) -> dict[str, int]:

@@ -47,7 +47,7 @@ class PaddingNotice:
                 f"{share:.0%} or more of the positions' output gradients are exactly zero in half of the layers, as in "
                 f"{name!r}. Those that the loss ignores (padding, masked tokens) count in the statistics unless they "
                 "are known: call preconditioner.batch(mask=...), [N, T], before each backward. If they are none (dead "
-                "units), there is nothing to do",
+                "units, positions beside a class token), there is nothing to do",
                 KfdistWarning,
                 stacklevel=level,
             )

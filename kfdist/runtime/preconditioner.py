@@ -19,6 +19,7 @@ from kfdist.runtime.apply.rates import LearningRates, Scalar, finite_step
 from kfdist.runtime.assembly import assemble
 from kfdist.runtime.inspection import Inspection
 from kfdist.runtime.invert.service import Service
+from kfdist.runtime.left_out import LeftOutNotice
 from kfdist.runtime.ownership import Ownership
 from kfdist.runtime.plan.groups import refuse_applied_rows
 from kfdist.runtime.plan.layers import check_block
@@ -183,6 +184,7 @@ class Preconditioner(StatedLoss, Inspection):
             self._ownership.give_up()
             raise
         self._scaler_notice = ScalerNotice(self._parameters, grad_scaler)
+        self._left_out = LeftOutNotice(plan.settings.factor_period)
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -238,6 +240,7 @@ class Preconditioner(StatedLoss, Inspection):
         self._folded = False
         if self._scaler_notice.done:
             self._scaler_notice.close()
+        self._left_out.look(self._plan.coverage, self._plan.model, level=4)
         with plain_arithmetic(self._plan.device):
             finite = finite_step(self._grad_scaler, self._rates.optimizer, self._plan.model.parameters())
             return self.pipeline.step(step_is_finite=finite, learning_rates=rates)

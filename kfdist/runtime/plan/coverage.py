@@ -8,9 +8,17 @@ from torch.nn.parameter import UninitializedParameter
 
 from kfdist.curvature.blocks import Block
 from kfdist.runtime.plan.groups import BlockGroup
-from kfdist.runtime.plan.layers import named_layers
+from kfdist.runtime.plan.layers import bare_parameters, named_layers
 from kfdist.types import BlockName
 
+NO_METHOD = 'method "none" leaves it to the optimizer'
+SKIPPED = "skipped by configuration"
+UNMATCHED = "no pattern of the method table matches"
+_WANTED = frozenset({NO_METHOD, SKIPPED, UNMATCHED})
+"""Reasons that the user gave."""
+
+_ADDED = "it was added after the Preconditioner was made; close that and make a new one"
+_TRAINED_LATER = "it was frozen, or had no values, when the Preconditioner was made; close that and make a new one"
 _MOST_NAMES_SHOWN = 5
 """In a warning."""
 
@@ -86,6 +94,39 @@ class Coverage:
             )
         )
 
+    def as_of_now(self, model: nn.Module) -> "Coverage":
+        """Returns the same with what is trained by now and wasn't when the plan was made: thawed and added parameters.
+
+        Args:
+            model: The bare model.
+        """
+        trained: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in bare_parameters(model):
+            if parameter.requires_grad and not isinstance(parameter, UninitializedParameter):
+                trained.setdefault(parameter, []).append(name)
+        sizes = {name: parameter.numel() for parameter, found in trained.items() for name in found}
+        rows = [
+            replace(row, elements=sizes[row.parameter], reason=_TRAINED_LATER)
+            if row.block is None and not row.elements and sizes.get(row.parameter)
+            else row
+            for row in self.rows
+        ]
+        known = {row.parameter for row in self.rows}
+        rows += [
+            CoverageRow(found[0], parameter.numel(), None, None, _ADDED)
+            for parameter, found in trained.items()
+            if known.isdisjoint(found)
+        ]
+        return replace(self, rows=tuple(rows))
+
+    def left_out(self) -> dict[str, str]:
+        """Returns why trained parameters, or parts of them, have no block, but for those that the user left out."""
+        return {
+            row.parameter: row.reason
+            for row in self.rows
+            if row.block is None and row.elements and row.reason not in _WANTED
+        }
+
     def __str__(self) -> str:
         width = max((len(row.parameter) for row in self.rows), default=0)
         lines = [
@@ -129,13 +170,24 @@ def coverage_of(model: nn.Module, groups: Sequence[BlockGroup], reasons: Mapping
     return Coverage(tuple(rows))
 
 
+def left_out_warning(reasons: Mapping[str, str], share: float) -> str:
+    """Says that trained parameters have no block, and why; `share` is that of what is preconditioned."""
+    return (
+        f"{len(reasons)} parameters have gradients and no block ({_listed(reasons)}). They keep their plain gradients; "
+        f"{share:.2%} of the trained numbers are preconditioned, see coverage(). `skip` says that this is wanted"
+    )
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    shown = [f"{name or 'the model'!r}: {reason}" for name, reason in sorted(reasons.items())]
+    return "; ".join(shown[:_MOST_NAMES_SHOWN] + ["..."] * (len(shown) > _MOST_NAMES_SHOWN))
+
+
 def unmeasured_warning(reasons: Mapping[BlockName, str], step: int) -> str:
     """Says that blocks were due and not measured, or not all of their uses, and why."""
-    shown = [f"{name or 'the model'!r}: {reason}" for name, reason in sorted(reasons.items())]
-    listed = "; ".join(shown[:_MOST_NAMES_SHOWN] + ["..."] * (len(shown) > _MOST_NAMES_SHOWN))
     return (
         f"{len(reasons)} of the blocks were due at step {step} and have gradients, but not all uses of them were "
-        f"measured ({listed}). A use counts when it happens inside a module of the model that is in training mode, "
-        "with gradients on, outside of paused(). A block that isn't measured keeps its plain gradients, or an old "
-        "inverse; `skip` leaves it out for good"
+        f"measured ({_listed(reasons)}). A use counts when it happens inside a module of the model that is in training "
+        "mode, with gradients on, outside of paused(). A block that isn't measured keeps its plain gradients, or an "
+        "old inverse; `skip` leaves it out for good"
     )

@@ -61,6 +61,12 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from visit(model, "")
 
 
+def bare_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields every parameter, a shared one several times, by its dotted name without the wrappers' parts."""
+    for layer, module in named_layers(model):
+        yield from module.named_parameters(layer, recurse=False)
+
+
 def find_layer(model: nn.Module, name: str) -> nn.Module | None:
     """Returns what `named_layers` calls `name` now, or None."""
     module = bare_model(model)

@@ -28,7 +28,7 @@ from kfdist.curvature.jobs import job_bytes
 from kfdist.errors import ConfigError
 from kfdist.policies.assignment import courier_ranks
 from kfdist.runtime.plan.capacity import need_of
-from kfdist.runtime.plan.coverage import Coverage, coverage_of
+from kfdist.runtime.plan.coverage import NO_METHOD, SKIPPED, UNMATCHED, Coverage, coverage_of
 from kfdist.runtime.plan.groups import BlockGroup, check_fisher, refuse_applied_rows
 from kfdist.runtime.plan.layers import SHARDED, bare_model, device_of, is_compiled, named_layers
 from kfdist.runtime.settings import Settings
@@ -296,9 +296,9 @@ def _covers(glob: str, name: str) -> bool:
 def _barred(name: str, module: nn.Module, patterns: Mapping[str, object], settings: Settings) -> str:
     """Returns why a layer is to have no blocks; empty if it may."""
     if not patterns:
-        return f'method "{NONE}" leaves it to the optimizer'
+        return NO_METHOD
     if any(_covers(glob, name) for glob in settings.skip):
-        return "skipped by configuration"
+        return SKIPPED
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
         raise ConfigError(f"layer {name!r} has sharded (DTensor) parameters; {SHARDED}")
     return ""
@@ -330,10 +330,10 @@ def _choose(
 ) -> _Chosen | str:
     """Returns a block with its method, or why it has none."""
     if any(_covers(glob, block.name) for glob in settings.skip):
-        return "skipped by configuration"
+        return SKIPPED
     pattern = next((glob for glob in patterns if _covers(glob, block.name)), None)
     if pattern is None:
-        return "no pattern of the method table matches"
+        return UNMATCHED
     if isinstance(block, UnitBlock):
         return _Chosen(block, UnitWise(), pattern, "")
     if isinstance(block, EmbeddingBlock):

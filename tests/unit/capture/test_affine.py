@@ -190,10 +190,17 @@ def test_windows_of_one_example_add_up_before_they_are_squared():
     check(randomised(Windows()), images(), {"norm": ["norm.weight", "norm.bias"]})
 
 
+def put_into(x: Tensor, p: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 0] = p
+    return x
+
+
 UNSEEN: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], str]] = {
     "no examples": ((1, H), lambda x, p: x + (p * torch.ones(1, H, dtype=x.dtype)).exp(), "no dimension of examples"),
     "an entry an example": ((N, 1, 1, 1), lambda x, p: x + p, "used by add"),
     "multiplied in place": ((H,), lambda x, p: (2 * x).mul_(p), "used by mul_"),
+    "put into": ((H,), put_into, "used by __setitem__"),
     "gathered": ((9, C), lambda x, p: x + p[torch.arange(C), :].T.sum(0)[:, None, None], "used by __getitem__"),
 }
 

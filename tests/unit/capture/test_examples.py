@@ -275,3 +275,22 @@ def test_logits_of_all_tokens_in_one_row_each_are_no_news():
         warnings.simplefilter("error")
         model(torch.ones(3, 5, 4, dtype=torch.float64)).square().sum(1).mean().backward()
         assert capture.drain()["0"].examples == 3
+
+
+class Tempered(nn.Module):
+    """Its first input is a number for all examples, in a tensor of one entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2).double()
+
+    def forward(self, temperature: Tensor, x: Tensor) -> Tensor:
+        return self.layer(x) / temperature
+
+
+def test_a_first_input_without_the_examples_is_noticed():
+    model, one, x = Tempered(), torch.ones(1, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    capture = armed_capture(model)
+    with pytest.warns(KfdistWarning, match=r"first input is 1 and of its output 6 .*another input has the examples"):
+        model(one, x).square().sum(1).mean().backward()
+        capture.drain()

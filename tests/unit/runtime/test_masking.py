@@ -99,3 +99,30 @@ def test_numbers_that_only_the_device_knows_are_warned_of_when_they_have_come(mo
     assert run(model, torch.ones(N, T))[0] == []
     (text,) = run(model, torch.full((N, T), 2))[0]
     assert "other numbers than 0 and 1, of which all but 0 count as 1" in text
+
+
+@pytest.mark.parametrize(
+    ("ignored", "padded", "count"),
+    [(True, False, 1), (False, False, 0), (True, True, 0)],
+    ids=["cut", "none", "padded"],
+)
+def test_targets_of_other_positions_than_the_layers_are_warned_of_once(ignored: bool, padded: bool, count: int) -> None:
+    """Shifted labels belong to `logits[:, :-1]`, and no layer has so many positions."""
+    model, labels = nn.Sequential(nn.Linear(Q, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randint(0, 4, (N, T))
+    labels[:, T - 2 :] = -100 if ignored else 0
+    with preconditioner(model, "kfac", fisher="mc") as pre, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model.zero_grad()
+            logits, target = model(torch.randn(N, T, Q)), labels[:, 1:]
+            if padded:
+                target = nn.functional.pad(target, (0, 1), value=-100)
+            else:
+                logits = logits[:, :-1]
+            pre.observe(logits.mT, "cross_entropy", target=target)
+            nn.functional.cross_entropy(logits.mT, target).backward()
+            pre.step()
+    said = [str(each.message) for each in caught if issubclass(each.category, KfdistWarning)]
+    said = [each for each in said if "observe()" in each]  # where many rows are zero, that is said too
+    assert len(said) == count
+    assert all("F.pad(labels[:, 1:], (0, 1), value=-100)" in each and f"has {N} x {T}" in each for each in said)

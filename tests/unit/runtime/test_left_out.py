@@ -1,0 +1,81 @@
+"""Trained parameters that no block has are said at the first step, or when they come."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from kfdist.errors import KfdistWarning
+from kfdist.runtime.preconditioner import Preconditioner
+from tests.support.preconditioning import preconditioner
+
+Q = 4
+
+
+def steps(model: nn.Module, before: Callable[[int], Any] = lambda step: None, **options: Any) -> tuple[list[str], Any]:
+    """What is said in four steps, and the coverage after them."""
+    x: Tensor = torch.randn(5, Q)
+    with preconditioner(model, "kfac", **options) as pre, warnings.catch_warnings(record=True) as caught:
+        assert isinstance(pre, Preconditioner)
+        warnings.simplefilter("always", KfdistWarning)
+        for step in range(4):
+            before(step)
+            model.zero_grad()
+            model(x).square().mean().backward()
+            pre.step()
+        coverage = pre.coverage()
+    return [str(each.message) for each in caught if issubclass(each.category, KfdistWarning)], coverage
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(Q, Q), nn.Tanh(), nn.Linear(Q, Q))
+
+
+def test_a_layer_without_a_block_is_said_once_and_skip_silences_it() -> None:
+    model = layers()
+    parametrizations.weight_norm(model[0])
+    said, coverage = steps(model)
+    assert len(said) == 1 and said[0].startswith("2 parameters have gradients and no block ('0.parametrizations.weight")
+    assert f"{coverage.share:.2%} of the trained numbers" in said[0]
+    assert not steps(model, skip=["0.parametrizations"])[0]
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_what_is_thawed_later_is_said_and_counts(period: int) -> None:
+    model = layers()
+    model[0].requires_grad_(False)
+
+    def thaw(step: int) -> None:
+        if step == 2:
+            model[0].requires_grad_(True)
+
+    said, coverage = steps(model, thaw, factor_period=period, inverse_period=period)
+    assert len(said) == 1 and "'0.bias': it was frozen" in said[0]
+    assert coverage.share == 0.5
+
+
+def test_what_is_added_later_is_said_and_counts() -> None:
+    model = layers()
+    said, coverage = steps(model, lambda step: model.append(nn.Linear(Q, Q)) if step == 1 else None)
+    assert len(said) == 1 and "'3.weight': it was added after the Preconditioner was made" in said[0]
+    assert coverage.share == pytest.approx(2 / 3)
+
+
+def test_what_stays_frozen_or_has_no_gradient_is_no_news() -> None:
+    model = layers()
+    model[0].requires_grad_(False)
+    model.register_module("unused", parametrizations.weight_norm(nn.Linear(Q, Q)))
+    model.forward = lambda x: model[2](model[1](model[0](x)))  # type: ignore[method-assign]
+    assert not steps(model)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_model_whose_operations_are_not_seen_is_said() -> None:
+    said, coverage = steps(torch.jit.script(layers()))
+    assert len(said) == 1 and "were due at step 0 and have gradients" in said[0]
+    assert coverage.share == 0
