@@ -163,7 +163,7 @@ def make_blocks(
     """
     kind, maker = type(module).__name__, _maker(module)
     if isinstance(module, OPAQUE):
-        return f"{kind} has no block; supported are {SUPPORTED}, and parameters that scale or shift"
+        return f"{kind} has no block: its layer multiplies with what the parametrization makes of it"
     if maker is None:
         return []
     reason = _reason_against(module)

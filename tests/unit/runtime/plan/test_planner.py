@@ -132,7 +132,7 @@ def test_frozen_lazy_and_parametrized_layers_say_why_they_have_no_block():
     model = nn.Sequential(frozen, nn.Linear(2, 2), parametrizations.weight_norm(nn.Linear(2, 2)), nn.LazyLinear(2))
     said = reasons(model)
     assert "frozen" in said["0.weight"]
-    assert "ParametrizationList has no block" in said["2.parametrizations.weight.original1"]
+    assert "ParametrizationList has no block: its layer" in said["2.parametrizations.weight.original1"]
     assert "2.bias" not in said  # it shifts, whatever the weight is made of
     assert "lazy" in said["3.weight"]
 
