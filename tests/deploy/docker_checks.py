@@ -8,7 +8,7 @@ from typing import Any
 
 from kfdist.config import Config
 from kfdist.system.addresses import split_address
-from kfdist.system.credentials import Role
+from kfdist.system.credentials import TOKEN_FILE
 from tests.deploy.commands import Command
 from tests.deploy.files import COMPOSE, DOCKERFILE, ROOT, Files, Stage, stages
 
@@ -174,6 +174,7 @@ def _check_together(services: dict[str, Any], commands: dict[str, Command]) -> I
             yield f"{COMPOSE}: {name} waits for {parsed.nnodes} nodes, and there are {len(ranks)}"
         if services.get(host, {}).get("hostname") != host:
             yield f"{COMPOSE}: {name} meets the others at {host}, which is no service of that hostname"
-    copied = {*re.findall(r"/authority/([\w.]+)", services["certs"]["command"][0])}
-    if "token" not in copied or any(Role.CLIENT.file_name == name or name == "ca.key" for name in copied):
+    if set(re.findall(r"cp .*", services["certs"]["command"][0])[0].split()[2:-1]) != {
+        f"/etc/kfdist/authority/{name}" for name in ("*.pem", TOKEN_FILE)
+    }:
         yield f"{COMPOSE}: certs must copy *.pem and token, and never ca.key"

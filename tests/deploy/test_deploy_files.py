@@ -88,6 +88,7 @@ BROKEN = [
         "authority/token /etc/kfdist/authority/ca.key /etc",
         "never ca.key",
     ),
+    (check_compose, COMPOSE, "authority/*.pem", "authority/ca.pem", "must copy *.pem and token"),
     (check_compose, COMPOSE, "read_only: true", "read_only: false", "read-only root"),
     (check_compose, COMPOSE, 'user: "10001:10001"', 'user: "0:0"', "a user that isn't root"),
     (check_compose, COMPOSE, '"127.0.0.1:3000:3000"', '"3000:3000"', "beyond this machine"),
