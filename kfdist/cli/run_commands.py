@@ -123,11 +123,16 @@ def _pool(
         ),
     ] = None,
     parent_pid: Annotated[int | None, typer.Option(min=1, metavar="PID", help="End when this process does.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help='Where Ray is, host:port, "auto" or "local"; cluster.ray if not given.'),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Keep owners alive on a Ray: a private one, or the one that cluster.ray names. SIGTERM or Ctrl-C ends it.
 
-    A private Ray ends with the pool, with every process, even if the pool is killed.
+    A private Ray ends with the pool, with every process, even if the pool is killed. On a cluster, owners that listen
+    on their nodes' addresses are spread over its nodes.
     """
     from kfdist.pool.command import run_pool
 
@@ -139,7 +144,8 @@ def _pool(
         for owner in owners:
             print(f"pool: {owner['owner_id']} inverts at {owner['address']} (process {owner['pid']})", flush=True)
 
-    checked = load(config, overrides, controller=controller)
+    given = [*(overrides or ()), *([] if ray is None else [f'cluster.ray="{ray}"'])]
+    checked = load(config, given, controller=controller)
     run_pool(checked, directory=directory, ready_file=ready_file, parent_pid=parent_pid, on_ready=say)
 
 

@@ -323,6 +323,10 @@ class ClusterSection(Section):
         default="loopback",
         description="where owners listen: on loopback, or on their Ray node's address, for ranks of other machines",
     )
+    owner_strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = Field(
+        default="SPREAD",
+        description='how Ray places owners over the nodes of an existing cluster; with owner_address = "node"',
+    )
     threads: int = Field(
         default=1, ge=1, description="CPU threads of each rank and of each inversion; part of the run's numbers"
     )

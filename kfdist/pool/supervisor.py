@@ -4,12 +4,8 @@ Ray starts an owner again whose process has ended. It doesn't see one that is st
 pinged, and one that doesn't answer is killed, which makes it Ray's business again.
 """
 
-import contextlib
-import importlib
 import logging
-import os
 import re
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +14,11 @@ from typing import Any
 from kfdist import errors
 from kfdist.config import Config
 from kfdist.errors import EnvironmentFault
-from kfdist.owner.owner import Owner, OwnerOptions, remembered_pid
+from kfdist.owner.owner import OwnerOptions, remembered_pid
+from kfdist.pool.placement import place
 from kfdist.pool.ray_cluster import RayCluster
 from kfdist.system.credentials import Role
 from kfdist.system.files import make_directory
-from kfdist.system.processes import command_line
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,9 +31,6 @@ _START_SECONDS = 90.0
 _SILENT_SECONDS = 8.0
 """An owner that doesn't answer for this long is killed and started again."""
 
-_TITLE = b"ray::Owner"
-"""What Ray calls an owner's process."""
-
 
 @dataclass(kw_only=True, eq=False)
 class _Slot:
@@ -45,21 +38,25 @@ class _Slot:
 
     Attributes:
         options: What its actor is made from.
+        index: Its number.
         actor: The actor's handle.
         status: What it last answered; empty until then.
         ping: The pending ping.
         asked_at: When the pending ping was sent.
         pause_until: When the next ping is due.
         restarts: How often its process was started again, as far as it has said.
+        process: Its process's number and its Ray node, as far as it has said; 0 and nothing if it hasn't.
     """
 
     options: OwnerOptions
+    index: int
     actor: Any
     status: dict[str, Any] = field(default_factory=dict)
     ping: Any = None
     asked_at: float = 0.0
     pause_until: float = 0.0
     restarts: int = 0
+    process: tuple[int, str] = (0, "")
 
     @property
     def patience(self) -> float:
@@ -80,22 +77,21 @@ class Supervisor:
         self._controller = config.control.address
         self._directory = cluster.directory / "owners"
         self._introduced: list[tuple[str, str, int]] = []
-        node = self._find_room(config.cluster.owners)
-        self._node = node["NodeID"]
-        host = node["NodeManagerAddress"] if config.cluster.owner_address == "node" else "127.0.0.1"
+        self._placement = place(self._ray, config)
         logs = config.run.directory.absolute() / "logs"
         make_directory(logs)
         self._slots = [
             self._place(
+                index,
                 OwnerOptions(
                     owner_id=f"owner-{index}",
                     threads=config.cluster.threads,
                     controller=self._controller,
-                    directory=str(self._directory),
-                    host=host,
+                    directory=str(self._directory) if self._placement.remembers else "",
+                    host=self._placement.host,
                     credentials=config.security.credentials(Role.OWNER),
                     log=str(logs / f"owner-{index}.log"),
-                )
+                ),
             )
             for index in range(config.cluster.owners)
         ]
@@ -147,30 +143,13 @@ class Supervisor:
         """Returns how often owners' processes were started again."""
         return sum(slot.restarts for slot in self._slots)
 
-    def _find_room(self, owners: int) -> dict[str, Any]:
-        """Returns this machine's Ray node; refuses too few CPUs, for which Ray would wait silently for ever."""
-        here = self._ray.get_runtime_context().get_node_id()
-        node = next(node for node in self._ray.nodes() if node["NodeID"] == here)
-        cpus = int(node["Resources"].get("CPU", 0))
-        if cpus < owners:
-            raise EnvironmentFault(
-                f"cluster.owners = {owners} needs as many CPUs of this machine's Ray node, which has {cpus}; "
-                f"start Ray with --num-cpus {owners}, or ask for fewer owners"
-            )
-        return node
+    def _place(self, index: int, options: OwnerOptions) -> _Slot:
+        return _Slot(options=options, index=index, actor=self._make_actor(index, options))
 
-    def _place(self, options: OwnerOptions) -> _Slot:
-        return _Slot(options=options, actor=self._make_actor(options))
-
-    def _make_actor(self, options: OwnerOptions) -> Any:
-        strategies = importlib.import_module("ray.util.scheduling_strategies")
-        actor_class = self._ray.remote(Owner).options(
-            name=options.owner_id,
-            num_cpus=1,
-            max_restarts=-1,
-            max_task_retries=0,
-            # On this machine, where the others of this run are.
-            scheduling_strategy=strategies.NodeAffinitySchedulingStrategy(node_id=self._node, soft=False),
+    def _make_actor(self, index: int, options: OwnerOptions) -> Any:
+        where = self._placement.options(index)
+        actor_class = self._ray.remote(self._placement.owner).options(
+            name=options.owner_id, max_restarts=-1, max_task_retries=0, **where
         )
         deadline = time.monotonic() + _NAME_SECONDS
         while True:
@@ -199,23 +178,27 @@ class Supervisor:
                 raise EnvironmentFault(f"{name} can't be started: {fault}") from None
             _LOG.warning("%s can't be started again by Ray; a new one takes its place: %s", name, _first_line(error))
             slot.status, slot.pause_until = {}, time.monotonic() + _PING_PERIOD_SECONDS
-            slot.actor = self._make_actor(slot.options)
+            slot.actor = self._make_actor(slot.index, slot.options)
         except ray_errors.RayTaskError as error:
             self._kill(slot, f"says that it is broken: {_first_line(error.cause)}")
         else:
-            if status["restarts"] and status["pid"] != slot.status.get("pid"):
-                _LOG.info("%s is back at %s (restart %s)", name, status["address"], status["restarts"])
-            slot.status, slot.restarts = status, max(slot.restarts, status["restarts"])
+            process = (status["pid"], status.get("node", ""))
+            if process != slot.process:
+                # It says itself how often it was started where it remembers that, else it is a new one here.
+                slot.restarts = max(slot.restarts + (slot.process[0] > 0), status["restarts"])
+                slot.process = process
+                if slot.restarts:
+                    _LOG.info("%s is back at %s (restart %s)", name, status["address"], slot.restarts)
+            slot.status = status
 
     def _kill(self, slot: _Slot, reason: str) -> None:
         """Ends an owner's process with SIGKILL, which also ends a stopped one; Ray then starts it again."""
         name, slot.ping, slot.status = slot.options.owner_id, None, {}
         slot.pause_until = time.monotonic() + _PING_PERIOD_SECONDS
-        pid = remembered_pid(self._directory, name)
+        told, node = slot.process
+        pid = remembered_pid(self._directory, name) or told  # it may never have answered
         _LOG.warning("%s (process %s) %s; it is killed and started again", name, pid or "not known", reason)
-        if command_line(pid).startswith(_TITLE):  # the number may belong to another process by now
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        self._placement.kill(pid, node)
 
     def _introduce(self) -> None:
         """Tells every owner about all others whenever one of them is new or has moved."""
