@@ -79,7 +79,8 @@ class Capture:
     Attributes:
         biases: Those that blocks were planned with; whoever asks all ranks settles which of them stay.
         masked: What masks left out before the last drain.
-        zero_rows: By block with positions and no mask of them: how many output gradients before it are zero, of all.
+        zero_rows: By block without a mask, with positions or no stated number of examples: how many output gradients
+            before it are zero, of all.
     """
 
     def __init__(

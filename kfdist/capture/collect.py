@@ -44,7 +44,7 @@ class Collector:
         turned: Blocks whose layers see positions before examples.
 
     Attributes:
-        zero_rows: Output gradients of layers that have positions and no mask of them.
+        zero_rows: Output gradients of layers that have no mask, and positions or no stated number of examples.
         masked: What masks left out.
         indivisible: By block, what used it and whose gradient is a sum over examples.
     """
@@ -278,7 +278,7 @@ class Collector:
         if mask is not None:
             counted = mask.to(output_gradient.device, non_blocking=True) | (output_gradient != 0).any(-1)
             kept = counted if kept is None else kept & counted
-        elif shape[1] > 1:
+        elif shape[1] > 1 or visit.stated.examples is None:
             self.zero_rows.add(block.name, output_gradient)
         if kept is None:
             return None

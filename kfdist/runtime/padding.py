@@ -1,4 +1,4 @@
-"""Notices padding that no mask tells of, by the share of output gradients that are exactly zero."""
+"""Notices padding that no mask tells of, and examples that the loss leaves out, by output gradients exactly zero."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -44,10 +44,12 @@ class PaddingNotice:
         if share >= LARGE_SHARE:
             self._said = True
             warnings.warn(
-                f"{share:.0%} or more of the positions' output gradients are exactly zero in half of the layers, as in "
-                f"{name!r}. Those that the loss ignores (padding, masked tokens) count in the statistics unless they "
-                "are known: call preconditioner.batch(mask=...), [N, T], before each backward. If they are none (dead "
-                "units, positions beside a class token), there is nothing to do",
+                f"{share:.0%} or more of the examples' or positions' output gradients are exactly zero in half of the "
+                f"layers, as in {name!r}. Those that the loss ignores (padding, masked tokens, nodes without a label) "
+                "count in the statistics unless they are known: before each backward call preconditioner."
+                "batch(mask=...), [N, T], or, without positions, batch(examples=...) with the number of terms that the "
+                "loss averages. If they are none (dead units, margins that are met, "
+                "positions beside a class token), there is nothing to do",
                 KfdistWarning,
                 stacklevel=level,
             )

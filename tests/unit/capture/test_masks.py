@@ -271,10 +271,29 @@ def test_many_zero_rows_are_warned_of_once(share: float, count: int) -> None:
     assert len(said) == count
     assert all(
         each.startswith(
-            "50% or more of the positions' output gradients are exactly zero in half of the layers, as in 'layer'"
+            "50% or more of the examples' or positions' output gradients are exactly zero in half of the layers, as in "
+            "'layer'"
         )
         and "batch(mask=...)" in each
         for each in said
+    )
+
+
+@pytest.mark.parametrize(("labelled", "stated", "count"), [(2, None, 1), (2, 2, 0), (5, None, 0)])
+def test_a_loss_over_some_of_the_examples_is_warned_of(labelled: int, stated: int | None, count: int) -> None:
+    """Nodes of a graph, of which some have labels."""
+    model, x = nn.Linear(Q, 3), torch.randn(6, Q)
+    with preconditioner(model, "kfac") as pre, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model.zero_grad()
+            if stated is not None:
+                pre.batch(examples=stated)
+            nn.functional.cross_entropy(model(x)[:labelled], torch.zeros(labelled, dtype=torch.int64)).backward()
+            pre.step()
+    said = [str(each.message) for each in caught if issubclass(each.category, KfdistWarning)]
+    assert len(said) == count and all(
+        "nodes without a label" in each and "batch(examples=...)" in each for each in said
     )
 
 
