@@ -10,7 +10,7 @@ from kfdist.control.client import ControlClient
 from tests.support.commands import run
 from tests.support.launches import ENDLESS, ONE_RANK, STEPS, addresses, launch, summary_of
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_a_baseline_is_paused_resumed_stopped_and_taken_up_again_like_any_other_run(tmp_path: Path):

@@ -14,7 +14,7 @@ from tests.support.commands import Command, process_table, run
 from tests.support.controller import scrape_secured
 from tests.support.secrets import secrets_found
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_a_run_by_hand_in_four_terminals(tmp_path: Path, certificates: Path):

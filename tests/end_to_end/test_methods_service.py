@@ -62,8 +62,6 @@ CASES: Mapping[str, Case] = {
     "two-level": Case(covered="around kfac-eigen"),
     "auto": Case(own=DAMPED, covered="of a budget of"),
 }
-EVERY_TIME = ("b-kfac",)
-"""Methods whose whole training is part of `make test`; the others' is slow."""
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +106,8 @@ def test_owners_give_bitwise_what_the_ranks_compute(method: str, controller: str
     assert any(case.covered in row.reason for row in seen[served][0].coverage), seen[served][0].coverage
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CASES)
 def test_it_trains_with_owners_that_answer_when_they_can(method: str, controller: str, tmp_path: Path) -> None:
     lines = [*overrides(method, CASES[method]), f"run.steps={STEPS_ASAP}", f"control.address={controller}"]
     ranks = train(tmp_path, {f"{method}-asap": lines})[f"{method}-asap"]
@@ -120,6 +117,7 @@ def test_it_trains_with_owners_that_answer_when_they_can(method: str, controller
     assert ranks[0].accuracy >= LEAST_ACCURACY
 
 
+@pytest.mark.slow
 def test_the_fisher_of_the_models_own_predictions(controller: str, tmp_path: Path) -> None:
     """The trainer shows its output to the preconditioner; drawn targets and all targets are another Fisher each."""
     lines = [*overrides("kfac", Case(), *LOCKSTEP), f"run.steps={STEPS_IN_LOCKSTEP}"]

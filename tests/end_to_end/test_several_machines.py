@@ -131,7 +131,7 @@ def assert_equal_on_all_ranks(summary: Mapping[str, Any]) -> None:
     assert len(summary["parameter_sha256"]) == 2 and len(set(summary["parameter_sha256"])) == 1
 
 
-def test_a_run_on_two_hosts_outlives_a_cut_cable_and_resumes_where_its_first_rank_has_nothing(service: Service):
+def test_a_run_on_two_hosts_outlives_a_cut_cable_and_leaves_a_whole_copy_on_each(service: Service):
     directory = service.folder / "a" / "apart"
     with service.torchrun("apart") as (first, second):
         first.wait_until("a result of the owners", lambda: 0 < staleness(directory) < 80)
@@ -149,10 +149,18 @@ def test_a_run_on_two_hosts_outlives_a_cut_cable_and_resumes_where_its_first_ran
     assert checkpoints_of(directory) == [stopped["steps"]]
     assert service.files("a", "apart") == service.files("b", "apart")
 
+
+@pytest.mark.slow
+def test_a_run_resumes_where_its_first_rank_has_nothing(service: Service):
+    with service.torchrun("moved", "run.steps=60") as (first, second):
+        first.expect(0)
+        second.expect(0)
+    stopped = summary_of(service.folder / "a" / "moved")
+    assert (stopped["status"], stopped["steps"]) == ("finished", 60)
     # By hand, on other hosts: rank 0 on one that is new, with an empty disk.
     steps = stopped["steps"] + 100
     meeting = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": service.hosts["c"].address, "MASTER_PORT": "29502"}
-    arguments = ("worker", str(service.config), "--set", "run.name=apart", "--set", "run.dir=apart")
+    arguments = ("worker", str(service.config), "--set", "run.name=moved", "--set", "run.dir=moved")
     arguments += ("--set", f"run.steps={steps}")
     with (
         service.command("c", *arguments, environment={**meeting, "RANK": "0"}) as first,
@@ -160,9 +168,9 @@ def test_a_run_on_two_hosts_outlives_a_cut_cable_and_resumes_where_its_first_ran
     ):
         assert f"resumed at step {stopped['steps']} on 2 ranks" in first.expect(0)
         second.expect(0)
-    shown = service.ask("status", "apart")
+    shown = service.ask("status", "moved")
     assert (shown["state"], shown["step"], shown["epoch"]) == ("finished", steps, 2)
-    finished = summary_of(service.folder / "c" / "apart")
+    finished = summary_of(service.folder / "c" / "moved")
     assert_equal_on_all_ranks(finished)
     assert finished["rank_modules_clean"] is True
 

@@ -71,6 +71,7 @@ def test_materials_are_the_same_on_every_rank(tmp_path: Path):
     assert torch.equal(one.data.train.inputs, two.data.train.inputs)
 
 
+@pytest.mark.slow
 def test_one_rank_from_the_command_line(tmp_path: Path):
     file = tmp_path / "small.toml"
     file.write_text(SMALL)
