@@ -4,7 +4,6 @@
 function of the step and of agreed tables, so all ranks always enter the same collectives in the same order.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from kfdist.capture.capture import Capture
 from kfdist.comm.communicator import Communicator
-from kfdist.errors import KfdistWarning
 from kfdist.linalg.digest import parameter_digest
 from kfdist.runtime.adopt.adopting import Adopting
 from kfdist.runtime.adopt.agreement import Agreement
@@ -21,14 +19,12 @@ from kfdist.runtime.adopt.start import agree_on_start
 from kfdist.runtime.apply.applications import Applying
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.shipping import Inverting
-from kfdist.runtime.masking import MaskNotice
-from kfdist.runtime.padding import PaddingNotice
-from kfdist.runtime.plan.coverage import unmeasured_warning
+from kfdist.runtime.notices import Notices
 from kfdist.runtime.plan.timetable import Due, Timetable
 from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.settings import Settings, StepReport
 from kfdist.runtime.track import Track
-from kfdist.types import BlockName, GroupName
+from kfdist.types import GroupName
 
 
 @dataclass(kw_only=True)
@@ -50,7 +46,7 @@ class Pipeline:
         calibration: Measures what is in use.
         applying: Multiplies it onto the gradients.
         counters: What happened so far.
-        masks: Knows what masks left out.
+        notices: Warns of what measurements give reason to.
         next_step: The step that `step` will do next.
         statistics_step: The newest step whose statistics are folded; equals `next_step` after an interrupted step.
         started: Whether a step was begun or a state loaded; from then on no state can be loaded.
@@ -73,13 +69,10 @@ class Pipeline:
     next_step: int = field(default=0, init=False)
     statistics_step: int = field(default=-1, init=False)
     started: bool = field(default=False, init=False)
-    _said_unmeasured: set[BlockName] = field(default_factory=set, init=False)
-    _padding: PaddingNotice = field(default_factory=PaddingNotice, init=False)
-    masks: MaskNotice = field(init=False)
+    notices: Notices = field(init=False)
 
     def __post_init__(self) -> None:
-        blocks = [block for track in self.tracks for block in track.group.blocks]
-        self.masks = MaskNotice([block.name for block in blocks if block.maskable])
+        self.notices = Notices([block for track in self.tracks for block in track.group.blocks])
         self.arm()
 
     def step(
@@ -117,9 +110,7 @@ class Pipeline:
         due = self._due(step)
         with phase("capture"):
             batches = self.capture.drain()
-            self._warn_of_unmeasured(step)
-            self._padding.look(self.capture.zero_rows, level=4)
-            self.masks.look(self.capture.masked, step, unseen=self.capture.unseen, level=4)
+            self.notices.look(self.capture, step, level=5)
         with phase("fold"):
             self.reducer.fold(due, batches, step_is_finite)
         with phase("reduce"):
@@ -170,13 +161,6 @@ class Pipeline:
         """Returns what is due; after an interruption what of it is to be done again."""
         due = self.timetable.due(step)
         return due.again() if self.statistics_step == step else due
-
-    def _warn_of_unmeasured(self, step: int) -> None:
-        """Warns of each block once that was due and not measured, or not in all its uses."""
-        new = {name: why for name, why in self.capture.unmeasured.items() if name not in self._said_unmeasured}
-        if new:
-            self._said_unmeasured.update(new)
-            warnings.warn(unmeasured_warning(new, step), KfdistWarning, stacklevel=5)
 
     def _agree_on_start(self) -> None:
         self.inverting.ship_all()  # what still travels to the host is under way, not lost

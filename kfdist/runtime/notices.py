@@ -1,0 +1,43 @@
+"""What the measurements of a step give reason to say: blocks that weren't measured, padding, masks that fit nothing."""
+
+import warnings
+from collections.abc import Sequence
+
+from kfdist.capture.capture import Capture
+from kfdist.curvature.blocks import Block
+from kfdist.errors import KfdistWarning
+from kfdist.runtime.masking import MaskNotice
+from kfdist.runtime.padding import PaddingNotice
+from kfdist.runtime.plan.coverage import unmeasured_warning
+from kfdist.types import BlockName
+
+
+class Notices:
+    """Warns of each thing once; no step waits for numbers of the device.
+
+    Args:
+        blocks: Those that are measured.
+
+    Attributes:
+        masks: Knows what masks left out.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.masks = MaskNotice([block.name for block in blocks if block.maskable])
+        self._padding = PaddingNotice()
+        self._said: set[BlockName] = set()
+
+    def look(self, capture: Capture, step: int, *, level: int) -> None:
+        """Takes what was measured for a step, and warns.
+
+        Args:
+            capture: Has been drained.
+            step: The step.
+            level: Whose line the warnings show.
+        """
+        new = {name: why for name, why in capture.unmeasured.items() if name not in self._said}
+        if new:
+            self._said.update(new)
+            warnings.warn(unmeasured_warning(new, step), KfdistWarning, stacklevel=level)
+        self._padding.look(capture.zero_rows, level=level + 1)
+        self.masks.look(capture.masked, step, unseen=capture.unseen, level=level + 1)
