@@ -153,7 +153,10 @@ class EmbeddingBlock(LinearBlock):
 
     @override
     def write_gradient(self, direction: Float[Tensor, "c p q"]) -> None:
-        """Keeps a sparse gradient sparse: with A diagonal, a row without a gradient has no direction."""
+        """Keeps a sparse gradient sparse: with A diagonal, a row without a gradient has no direction.
+
+        A device tells how many rows it has, for which the host waits.
+        """
         gradient = self.parts[0].parameter.grad
         if gradient is None or not gradient.is_sparse:
             super().write_gradient(direction)
