@@ -27,6 +27,9 @@ from kfdist.types import GroupSpec
 MAX_RUNS = 1000
 """Runs in one file; a list of them fits in one message."""
 
+DEAD_OWNERS_KEPT = 256
+"""Owners remembered beside the live ones, with how often they were started."""
+
 Rule = Callable[[RunRecord | None], Change]
 """Maps a run's record, None if there is none, to what becomes of it."""
 
@@ -81,7 +84,7 @@ class Ledger:
 
     @property
     def owners(self) -> Mapping[str, OwnerRecord]:
-        """Every owner that ever registered, by name."""
+        """Every live owner, and the last of those that aren't, by name."""
         return self._owners
 
     def live_owners(self) -> list[OwnerRecord]:
@@ -246,6 +249,7 @@ class Ledger:
     async def _put_owners(self, changed: Sequence[OwnerRecord]) -> None:
         async with self._lock:
             owners = self._owners | {owner.owner_id: owner for owner in changed}
+            forgotten = _forgettable(owners)
             live = [owner.owner_id for owner in owners.values() if owner.live]
             events = tuple(_owner_event(self._owners.get(owner.owner_id), owner) for owner in changed)
             updates, assignments = [], []
@@ -256,13 +260,21 @@ class Ledger:
                     updates.append(_update(record, Change(moved, told)))
                 if not record.state.ended and record.name in self._assignments:
                     assignments.append(_dealt(self._assignments[record.name], live))
-            await self._commit(Batch(runs=tuple(updates), assignments=tuple(assignments), owners=tuple(changed)))
+            await self._commit(
+                Batch(
+                    runs=tuple(updates),
+                    assignments=tuple(assignments),
+                    owners=tuple(changed),
+                    forgotten_owners=forgotten,
+                )
+            )
 
     async def _commit(self, batch: Batch) -> None:
         """Makes a batch durable, without assignments that are as they were, and then known to everybody."""
         moved = tuple(each for each in batch.assignments if each != self._assignments.get(each.run))
         await self._in_thread(self._store.commit, replace(batch, assignments=moved))
-        self._owners |= {owner.owner_id: owner for owner in batch.owners}
+        owners = self._owners | {owner.owner_id: owner for owner in batch.owners}
+        self._owners = {name: owner for name, owner in owners.items() if name not in batch.forgotten_owners}
         self._assignments |= {assignment.run: assignment for assignment in moved}
         for update in batch.runs:
             self._runs[update.record.name] = update.record
@@ -323,6 +335,12 @@ def _dealt(assignment: AssignmentRecord, live: Sequence[str]) -> AssignmentRecor
     if owner_by_group == assignment.owner_by_group:
         return assignment
     return replace(assignment, owner_by_group=owner_by_group, revision=assignment.revision + 1)
+
+
+def _forgettable(owners: Mapping[str, OwnerRecord]) -> frozenset[str]:
+    """Returns the dead owners known longest beyond those that are kept; every new pool has new names."""
+    dead = [owner.owner_id for owner in owners.values() if not owner.live]
+    return frozenset(dead[: max(0, len(dead) - DEAD_OWNERS_KEPT)])
 
 
 def _owner_event(before: OwnerRecord | None, after: OwnerRecord) -> Event | None:

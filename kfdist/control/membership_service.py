@@ -58,7 +58,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         if before is None and len(self._ledger.owners) >= validation.MAX_OWNERS:
             raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{validation.MAX_OWNERS} owners are known; reuse their names, or give the controller another file",
+                f"{validation.MAX_OWNERS} owners are known; let fewer serve this controller, or start another one",
             )
         owner = OwnerRecord(
             owner_id=request.owner.owner_id,

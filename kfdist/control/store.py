@@ -113,6 +113,7 @@ class Batch:
     runs: tuple[RunUpdate, ...] = ()
     assignments: tuple[AssignmentRecord, ...] = ()
     owners: tuple[OwnerRecord, ...] = ()
+    forgotten_owners: frozenset[str] = frozenset()
     answer: Answer | None = None
 
 
@@ -186,6 +187,7 @@ class Store:
                 _write_record(cursor, "assignments", assignment.run, _ASSIGNMENT.dump_json(assignment))
             for owner in batch.owners:
                 _write_record(cursor, "owners", owner.owner_id, _OWNER.dump_json(owner))
+            cursor.executemany("DELETE FROM owners WHERE name = ?", [(name,) for name in batch.forgotten_owners])
             if batch.answer is not None:
                 _write_answer(cursor, batch.answer)
 

@@ -90,6 +90,12 @@ class InversionServicer:
         """Records the live owners; an empty list is ignored."""
         self.peers = {owner.owner_id: owner for owner in owners} or self.peers
 
+    def change_peers(self, owners: Iterable[inversion_pb2.Owner], gone: Iterable[str] = ()) -> None:
+        """Records some owners that live and some that don't; what is known of others stays."""
+        self.peers |= {owner.owner_id: owner for owner in owners}
+        for owner_id in gone:
+            self.peers.pop(owner_id, None)
+
     @answers
     async def ListPeers(self, request: Any, context: Any) -> inversion_pb2.ListPeersResponse:
         """Lists the owners this owner knows of."""

@@ -112,10 +112,15 @@ class Owner:
         """
         return self._do(self._status(), seconds)
 
-    def set_peers(self, owners: Iterable[Mapping[str, str]]) -> None:
-        """Records the live owners (owner_id, address, fingerprint), to tell couriers."""
+    def introduce(self, owners: Iterable[Mapping[str, str]], gone: Iterable[str] = ()) -> None:
+        """Records what its pool knows, to tell couriers; other pools' owners are the controller's to tell.
+
+        Args:
+            owners: The pool's live owners: owner_id, address, fingerprint.
+            gone: The names of its others.
+        """
         peers = [inversion_pb2.Owner(**owner) for owner in owners]
-        self._loop.call_soon_threadsafe(self._servicer.set_peers, peers)
+        self._loop.call_soon_threadsafe(self._servicer.change_peers, peers, gone)
 
     def close(self) -> None:
         """Ends everything; calls in progress are cut off. Safe to call twice."""

@@ -6,6 +6,7 @@ pinged, and one that doesn't answer is killed, which makes it Ray's business aga
 
 import logging
 import re
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -80,20 +81,21 @@ class Supervisor:
         self._placement = place(self._ray, config)
         logs = config.run.directory.absolute() / "logs"
         make_directory(logs)
+        names = owner_names(config.cluster.owners)
         self._slots = [
             self._place(
                 index,
                 OwnerOptions(
-                    owner_id=f"owner-{index}",
+                    owner_id=name,
                     threads=config.cluster.threads,
                     controller=self._controller,
                     directory=str(self._directory) if self._placement.remembers else "",
                     host=self._placement.host,
                     credentials=config.security.credentials(Role.OWNER),
-                    log=str(logs / f"owner-{index}.log"),
+                    log=str(logs / f"{name}.log"),
                 ),
             )
-            for index in range(config.cluster.owners)
+            for index, name in enumerate(names)
         ]
 
     def wait_until_registered(self, ended: Callable[[], bool]) -> None:
@@ -155,11 +157,9 @@ class Supervisor:
         while True:
             try:
                 return actor_class.remote(options)
-            except ValueError as error:  # The name is taken; Ray needs a moment to miss a pool that was killed.
+            except ValueError as error:  # The name is taken: Ray needs a moment to forget the actor that died.
                 if time.monotonic() > deadline:
-                    raise EnvironmentFault(
-                        f"{options.owner_id} of this run is on this Ray already, so another pool is running: {error}"
-                    ) from error
+                    raise EnvironmentFault(f"{options.owner_id} can't be started again: {error}") from error
                 time.sleep(_TICK_SECONDS)
 
     def _hear(self, slot: _Slot) -> None:
@@ -207,8 +207,9 @@ class Supervisor:
         if key and key != self._introduced:
             self._introduced = key
             peers = [{field: status[field] for field in ("owner_id", "address", "fingerprint")} for status in living]
+            gone = {slot.options.owner_id for slot in self._slots} - {status["owner_id"] for status in living}
             for slot in self._slots:
-                slot.actor.set_peers.remote(peers)
+                slot.actor.introduce.remote(peers, sorted(gone))
 
     def _why(self, waiting: Sequence[_Slot]) -> str:
         reasons = []
@@ -223,6 +224,12 @@ class Supervisor:
                 reason = f"can't register, as no controller answers at {self._controller}"
             reasons.append(f"{slot.options.owner_id} {reason}")
         return "; ".join(reasons)
+
+
+def owner_names(count: int) -> list[str]:
+    """Returns names for a new pool's owners, with an id that no other pool has: several may serve one controller."""
+    pool = secrets.token_hex(3)
+    return [f"owner-{pool}-{index}" for index in range(count)]
 
 
 def fault_of_start(report: str) -> str:

@@ -259,13 +259,11 @@ def test_a_sender_that_falls_silent_is_refused(stub, owner):
 
 def test_peers_are_what_it_was_told(stub, owner):
     assert [peer.owner_id for peer in stub.ListPeers(inversion_pb2.ListPeersRequest()).owners] == ["owner-7"]
-    owner.set_peers([{"owner_id": name, "address": "127.0.0.1:1", "fingerprint": "f"} for name in ("a", "b")])
-    owner.set_peers([])
+    owner.introduce([{"owner_id": name, "address": "127.0.0.1:1", "fingerprint": "f"} for name in ("a", "b")])
+    owner.introduce([{"owner_id": "b", "address": "127.0.0.1:2", "fingerprint": "f"}], ["a"])
+    # What others told it stays: its pool knows nothing of another pool's owners.
     peers = stub.ListPeers(inversion_pb2.ListPeersRequest()).owners
-    assert [(peer.owner_id, peer.address, peer.fingerprint) for peer in peers] == [
-        ("a", "127.0.0.1:1", "f"),
-        ("b", "127.0.0.1:1", "f"),
-    ]
+    assert [(peer.owner_id, peer.address) for peer in peers] == [("owner-7", owner.address), ("b", "127.0.0.1:2")]
 
 
 def test_the_same_port_again_where_it_is_free_and_another_where_not(folder, owner):

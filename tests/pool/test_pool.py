@@ -39,6 +39,10 @@ class Pool:
         """Returns the pool's processes of a title, each with its parent."""
         return {process.pid: process.parent for process in self.command.members(title)}
 
+    def names(self) -> list[str]:
+        """Returns the owners' names, by number."""
+        return sorted(self.owner_processes())
+
     def owner_processes(self) -> dict[str, int]:
         """Returns the process id of each owner, by name, as of its newest start."""
         files = (self.directory / "owners").glob("*.json")
@@ -109,14 +113,14 @@ def test_owners_serve_and_look_as_they_should(pool, link):
     wanted = submit(link, "first", 12)
     results = collect(link, 12)
     check(results, wanted)
-    assert {result.owner for result in results.values()} == {"owner-0", "owner-1"}
+    assert {result.owner for result in results.values()} == set(pool.names())
     owners = pool.titled("ray::Owner")
     assert set(pool.owner_processes().values()) == set(owners)
     children = pool.titled("kfdist.owner.child")
     assert set(children.values()) == set(owners)  # each owner has one process that inverts
     shown = json.loads(pool.command.wait_for_line("owners"))["owners"]
     assert [(owner["owner_id"], owner["address"]) for owner in shown] == [
-        (name, pool.registered()[name][0]) for name in ("owner-0", "owner-1")
+        (name, pool.registered()[name][0]) for name in pool.names()
     ]
 
 
@@ -165,26 +169,28 @@ def test_a_ray_with_other_authentication_is_told_from_one_that_is_not_there(pool
 
 
 def test_an_owner_that_is_killed_comes_back_where_it_was(pool, link):
-    before, killed = pool.registered(), pool.owner_processes()["owner-0"]
+    name, other = pool.names()
+    before, killed = pool.registered(), pool.owner_processes()[name]
     wanted = submit(link, "killed", 16)
     link.wait(10)
     os.kill(killed, signal.SIGKILL)
     check(collect(link, 16, seconds=60), wanted)
-    after = eventually(pool.registered, lambda seen: seen.get("owner-0", ("", 0))[1] == 1, seconds=60)
-    assert after["owner-0"][0] == before["owner-0"][0]
-    assert after["owner-1"] == before["owner-1"]
-    assert pool.owner_processes()["owner-0"] != killed
+    after = eventually(pool.registered, lambda seen: seen.get(name, ("", 0))[1] == 1, seconds=60)
+    assert after[name][0] == before[name][0]
+    assert after[other] == before[other]
+    assert pool.owner_processes()[name] != killed
     eventually(lambda: len(pool.titled("kfdist.owner.child")), lambda count: count == 2)
 
 
 def test_an_owner_that_is_stopped_is_killed_and_comes_back(pool, link):
-    stopped = pool.owner_processes()["owner-1"]
+    name = pool.names()[1]
+    stopped = pool.owner_processes()[name]
     os.kill(stopped, signal.SIGSTOP)
     wanted = submit(link, "stopped", 16)
     check(collect(link, 16, seconds=60), wanted)
-    eventually(pool.registered, lambda seen: seen.get("owner-1", ("", 0))[1] == 1, seconds=60)
+    eventually(pool.registered, lambda seen: seen.get(name, ("", 0))[1] == 1, seconds=60)
     assert not Path(f"/proc/{stopped}").exists()
-    assert "owner-1" in pool.command.wait_for_line("hasn't answered for")
+    assert name in pool.command.wait_for_line("hasn't answered for")
 
 
 def test_an_inversion_process_that_is_killed(pool, link):
@@ -203,6 +209,29 @@ def test_sigterm_ends_everything_in_five_seconds(pool):
     assert time.monotonic() - begun < 5
     assert pool.command.left_behind(1.0) == []
     assert not pool.directory.exists()
+
+
+@pytest.mark.slow
+def test_two_pools_serve_one_controller(controller, link, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    with (
+        start_pool(folders[0], controller, "--set", "cluster.owners=1").command as first,
+        start_pool(folders[1], controller, "--set", "cluster.owners=1").command as second,
+    ):
+        owners = [json.loads(pool.wait_for_line("owners"))["owners"][0]["owner_id"] for pool in (first, second)]
+        eventually(lambda: {owner.owner_id for owner in controller.live_owners()}, lambda seen: seen == set(owners))
+        wanted = submit(link, "shared", 16)
+        results = collect(link, 16, seconds=60)
+        check(results, wanted)
+        assert {result.owner for result in results.values()} == set(owners)
+        first.signal(signal.SIGTERM)
+        first.expect(0)
+        wanted = submit(link, "left", 4)
+        results = collect(link, 4, seconds=60)
+        check(results, wanted)
+        assert {result.owner for result in results.values()} == {owners[1]}
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("parent", marks=pytest.mark.slow)])

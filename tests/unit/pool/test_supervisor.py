@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from kfdist.config import load_config
+from kfdist.control.validation import NAME
 from kfdist.errors import EnvironmentFault
 from kfdist.pool.command import run_pool
-from kfdist.pool.supervisor import fault_of_start
+from kfdist.pool.supervisor import fault_of_start, owner_names
 
 REPORT = """\
 The actor died because of an error raised in its creation task, \x1b[36mray::owner-0:Owner.__init__()\x1b[39m (pid=7)
@@ -34,3 +35,12 @@ def test_a_pool_whose_certificates_are_missing_starts_nothing(tmp_path: Path):
     config = load_config(None, overrides=[f"security.certificates={tmp_path}"], environment={})
     with pytest.raises(EnvironmentFault, match=rf"{tmp_path}/owner\.pem on node .* can't be read"):
         run_pool(config, directory=None, ready_file=None, parent_pid=None, on_ready=lambda owners: None)
+
+
+def test_no_two_pools_have_an_owner_of_the_same_name_and_a_controller_takes_every_name():
+    pools = [owner_names(3) for _ in range(20)]
+    names = [name for pool in pools for name in pool]
+    assert len(set(names)) == 60
+    assert all(NAME.fullmatch(name) for name in names)
+    assert [name.rpartition("-")[2] for name in pools[0]] == ["0", "1", "2"]
+    assert len({name.rpartition("-")[0] for name in pools[0]}) == 1
