@@ -106,6 +106,8 @@ class RayCluster:
             # A container's /dev/shm may have 64 MB; owners keep nothing in the object store.
             RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE="1",
         )
+        # Ray starts workers at niceness 15: beside anything busy, ranks too, owners would hardly get any of it.
+        environment.setdefault("RAY_worker_niceness", "0")
 
     def _set_mode_of_others(self, environment: MutableMapping[str, str]) -> None:
         if not environment.get("RAY_AUTH_MODE"):
