@@ -96,7 +96,9 @@ def train_with_kfdist(architecture: Architecture, seed: int = 0, steps: int = ST
         with kfdist.Preconditioner(model).attach(optimizer) as preconditioner:
             for loss in _losses(model, loss_on, optimizer, steps):
                 losses.append(loss)
-                unmeasured.update(preconditioner.pipeline.capture.unmeasured)
+                capture = preconditioner.pipeline.capture
+                for block, reason in capture.unmeasured.items():
+                    unmeasured[block] = f"{'not measured' if block in capture.unseen else 'in part'}: {reason}"
             coverage = preconditioner.coverage()
         losses.append(_loss(model, loss_on))
     return Training(
@@ -122,9 +124,9 @@ def described(ours: Training) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for parameter, reason in ours.left_out:
         kinds.setdefault(reason, []).append(parameter)
-    for block, reason in ours.unmeasured:
-        if reason not in kinds:  # of a bias, which has its line
-            kinds.setdefault(f"not measured: {reason}", []).append(block)
+    for block, how in ours.unmeasured:
+        if how.partition(": ")[2] not in kinds:  # of a bias, which has its line
+            kinds.setdefault(how, []).append(block)
     left_out = "; ".join(
         f"{len(names)} such as `{names[0]}`: {reason}" if len(names) > 1 else f"`{names[0]}`: {reason}"
         for reason, names in kinds.items()

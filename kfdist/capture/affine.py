@@ -105,7 +105,7 @@ class Columns:
         """Sums the positions of each unit: `[n, ...]` to `[n, U]`."""
         others = [dim for dim in range(1, terms.dim()) if dim not in self.layout.dims]
         summed = terms.sum(others, dtype=dtype) if others else terms.to(dtype)
-        return summed.reshape(len(terms), -1)
+        return summed.reshape(len(terms), summed.shape[1:].numel())  # also where there are no examples
 
 
 Arguments = Mapping[str, Any]

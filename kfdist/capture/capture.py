@@ -244,12 +244,13 @@ class Capture:
             self.masked = self._collector.masked
             for name, use in self._collector.indivisible.items():
                 self._watch.uses.unhandled[name, False].add(use)
+            empty = frozenset(self._collector.empty)
             drained = self._collector.drain(repeats)
         finally:
             self._forget_everything()
             self._watch.reset()
         self._looks = self._looks and not self._watch.looked
-        self._not_whole.note(self._requests, drained.keys())
+        self._not_whole.note(self._requests, drained.keys(), empty)
         return drained
 
     def _warn_of_examples(self) -> None:

@@ -47,6 +47,7 @@ class Collector:
         zero_rows: Output gradients of layers that have no mask, and positions or no stated number of examples.
         masked: What masks left out.
         indivisible: By block, what used it and whose gradient is a sum over examples.
+        empty: Blocks that a batch without examples went through.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class Collector:
         self.zero_rows = ZeroRows()
         self.masked = MaskedRows()
         self.indivisible: dict[str, str] = {}
+        self.empty: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._pending
+        return name in self._pending or name in self.empty
 
     def arm(self, requests: Mapping[str, Request]) -> None:
         """Says what is asked until the next call."""
@@ -122,7 +124,8 @@ class Collector:
             self.indivisible[block.name] = _LOOKED_UP_FOR_ALL
             return
         activation, output_gradient = self._by_example(visit, block, output_gradient)
-        if not len(activation):
+        if not len(activation) or not visit.examples(len(activation)):
+            self.empty.add(visit.name)
             return
         pending, first = self._begin(visit, output_gradient)
         fresh = None if tells is None else self._fresh(visit, block, *self._by_example(visit, block, tells))
@@ -184,6 +187,7 @@ class Collector:
     def _add_routed(self, block: ExpertsBlock, visit: Visit, output_gradient: Tensor, scaling: Scaling) -> None:
         """Adds one product of experts: see `add`, and `ExpertsBlock` for what is counted."""
         if not output_gradient.numel() or visit.reach is None:
+            self.empty.add(visit.name)
             return
         pending, first = self._begin(visit, output_gradient)
         wanted = self._requests[visit.name].sums & (PLAIN_SUMS if first else frozenset({"G", "g"}))
@@ -210,6 +214,7 @@ class Collector:
             self.indivisible[block.name] = "an operation whose result has no dimension of examples"
             return
         if not length:
+            self.empty.add(visit.name)
             return
         pending, first = self._begin(visit, gradients)
         examples, n = visit.examples(length), visit.grouped(length)
@@ -244,6 +249,7 @@ class Collector:
         self._pending.clear()
         self._units.clear()
         self.indivisible.clear()
+        self.empty.clear()
         self._chains.forget()
         self._coarse.forget()
         self.zero_rows = ZeroRows()

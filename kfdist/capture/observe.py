@@ -124,13 +124,15 @@ class Observer:
             return
         for call in calls:
             call.use.check_unchanged()
-        if self._fisher == "mc":
+        if not output.numel():
+            roots: Iterable[Tensor] = [torch.zeros_like(output)]
+        elif self._fisher == "mc":
             generator = torch.Generator(device="cpu").manual_seed(((seed ^ _TARGETS_SEED) + self._draws) & SEED_MASK)
-            roots: Iterable[Tensor] = [sampled_root(output, loss, generator)]
+            roots = [sampled_root(output, loss, generator)]
         else:
             roots = enumerated_roots(output, loss, _independent_examples(output, calls))
         self.is_ahead = True
-        scaling = Scaling(1.0 / divisor(output, loss), 1)
+        scaling = Scaling(1.0 / (divisor(output, loss) if output.numel() else 1.0), 1)
         stated = stated.completed(Stated(mask=counted_terms(output, loss), from_target=True))
         reached: Sequence[Tensor | None] | None = None
         if stated.mask is not None and self._fisher == "exact":  # one target of one term doesn't reach all rows

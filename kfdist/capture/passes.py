@@ -90,7 +90,7 @@ class PassLog:
         if done is not None:
             first, among = _first_tensor(inputs)
             done.examples = None if first is None else first.size(0)  # nested tensors have no shape
-            if first is not None and (first.dim() + 1, len(among)) in done.inputs:
+            if first is not None and among and (first.dim() + 1, len(among)) in done.inputs:
                 done.doubt = (
                     "the model was given a list of tensors and made one batch of them (images, for detection), so that "
                     "dim 0 of the first one isn't the number of examples"

@@ -224,7 +224,8 @@ class SeenUses:
     def _note_others(self, lookup: Lookup) -> None:
         """Notes uses of rows that aren't measured, unless the lookup itself is: that has all of them."""
         if lookup.others and not lookup.is_measured:
-            said, lookup.said = lookup.said, f"{', '.join(sorted(lookup.others))} of rows that all examples share"
+            said, others = lookup.said, ", ".join(sorted(lookup.others))
+            lookup.said = f"operations on rows that all examples share ({others})"
             for part in lookup.parts:
                 self.unhandled[part.block, False].discard(said)
                 self.unhandled[part.block, False].add(lookup.said)

@@ -6,6 +6,9 @@ from kfdist.capture.biases import Biases
 from kfdist.capture.seen_uses import SeenUses
 from kfdist.curvature.blocks import Block
 
+UNSEEN = "no use of it was seen"
+EMPTY = "its batch had no examples"
+
 
 class Unmeasured:
     """What is known of blocks that aren't measured as a whole.
@@ -28,10 +31,15 @@ class Unmeasured:
         self.unseen: set[str] = set()
         self.in_eval_mode: set[str] = set()
 
-    def note(self, due: Iterable[str], measured: Set[str]) -> None:
+    def note(self, due: Iterable[str], measured: Set[str], empty: Set[str]) -> None:
         """Notes what became of the blocks that were due.
 
         A use that can't be measured is remembered: it was seen when every module was watched.
+
+        Args:
+            due: These blocks.
+            measured: Those that have statistics.
+            empty: Those that a batch without examples went through.
         """
         for name in due:
             self._reasons.pop(name, None)
@@ -47,12 +55,10 @@ class Unmeasured:
             if any(parameter.grad is not None for parameter in block.parameters()):
                 self.unseen |= {name} - measured
                 also = "also " if name in measured else ""
-                unseen = (
-                    "no product with it was seen, of which the code has one"
-                    if block.looked_up
-                    else "no use of it was seen"
-                )
-                if name in self.in_eval_mode:
+                unseen = "no product with it was seen, of which the code has one" if block.looked_up else UNSEEN
+                if name in empty:
+                    unseen = EMPTY
+                elif name in self.in_eval_mode:
                     unseen = "it was used in eval mode alone; call model.train() before the forward"
                 self._reasons[name] = f"it is {also}used by {others}, which can't be measured" if others else unseen
         self.in_eval_mode.clear()

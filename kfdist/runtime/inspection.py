@@ -37,10 +37,10 @@ class Inspection:
             for name, outcome in track.snapshot.outcomes.items()
         }
         capture = self.pipeline.capture
-        notes |= {name: f"not measured as a whole: {reason}" for name, reason in capture.unmeasured.items()}
         planned = self._plan.coverage.as_of_now(self._plan.model)
         planned = planned.without_biases(self._plan.blocks, capture.biases.left_out)
-        return replace(planned.with_inversions(notes, capture.unseen), mask=self.pipeline.notices.masks.describe())
+        found = planned.with_inversions(notes, capture.unmeasured, capture.unseen)
+        return replace(found, mask=self.pipeline.notices.masks.describe())
 
     def staleness(self) -> dict[str, int]:
         """Returns each block's staleness in steps: the last step done minus the version in use."""

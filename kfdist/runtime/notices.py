@@ -25,7 +25,7 @@ class Notices:
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.masks = MaskNotice([block.name for block in blocks if block.maskable])
         self._padding = PaddingNotice()
-        self._said: set[BlockName] = set()
+        self._said: set[tuple[BlockName, str]] = set()
 
     def look(self, capture: Capture, step: int, *, level: int) -> None:
         """Takes what was measured for a step, and warns.
@@ -35,9 +35,9 @@ class Notices:
             step: The step.
             level: Whose line the warnings show.
         """
-        new = {name: why for name, why in capture.unmeasured.items() if name not in self._said}
+        new = dict(capture.unmeasured.items() - self._said)
         if new:
-            self._said.update(new)
+            self._said.update(new.items())
             warnings.warn(unmeasured_warning(new, step), KfdistWarning, stacklevel=level)
         self._padding.look(capture.zero_rows, level=level + 1)
         self.masks.look(capture.masked, step, unseen=capture.unseen, level=level + 1)

@@ -24,7 +24,7 @@ def table() -> dict[str, list[str]]:
 def check_coverage(name: str, ours: Training) -> None:
     """Holds what was covered to the aim and to the page, and what wasn't measured to the warning about it."""
     assert ours.share >= ARCHITECTURES[name].least_share, ours.left_out
-    assert bool(ours.unmeasured) == any("not all uses of them were measured" in text for text in ours.said)
+    assert bool(ours.unmeasured) == any("not all their uses were measured" in text for text in ours.said)
     assert table()[name][:5] == [name, *described(ours)], "python -m benchmarks.real_models writes the page anew"
 
 

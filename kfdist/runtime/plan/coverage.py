@@ -1,11 +1,13 @@
 """What preconditions each parameter of a model, or why nothing does."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from kfdist.capture.unmeasured import UNSEEN
 from kfdist.curvature.blocks import Block
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.layers import bare_parameters, named_layers
@@ -20,7 +22,10 @@ _WANTED = frozenset({NO_METHOD, SKIPPED, UNMATCHED})
 _ADDED = "it was added after the Preconditioner was made; close that and make a new one"
 _TRAINED_LATER = "it was frozen, or had no values, when the Preconditioner was made; close that and make a new one"
 _MOST_NAMES_SHOWN = 5
-"""In a warning."""
+"""Of one reason in a warning."""
+
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+"""A number between dots: which one it is of several layers."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,10 @@ class CoverageRow:
         method: The block's inverter, or None.
         reason: Why it has no block; else what the method does with it and why it was chosen, where that says more
             than its name.
-        inversion: How the inversion in use went; empty before the first one, and where ranks invert for themselves.
-            Not compared: it tells of one moment.
+        inversion: How the inversion in use went, or why the block isn't measured, or not in all its uses; empty before
+            the first one, and where ranks invert for themselves. Not compared: it tells of one moment.
         measured: Whether its block, if it has one, was measured or hasn't been due yet. Not compared either.
+        in_part: Whether its block was also used in a way that isn't measured. Not compared either.
     """
 
     parameter: str
@@ -46,6 +52,7 @@ class CoverageRow:
     reason: str
     inversion: str = field(default="", compare=False)
     measured: bool = field(default=True, compare=False)
+    in_part: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,17 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Share of the trained numbers that a block preconditions, in [0, 1]; an unmeasured block doesn't."""
+        """Share of the trained numbers that a block preconditions by all of its uses, in [0, 1]."""
+        return self._share(row for row in self.rows if row.block is not None and row.measured and not row.in_part)
+
+    @property
+    def share_in_part(self) -> float:
+        """Share of those that a block preconditions by some of its uses, since the others can't be measured."""
+        return self._share(row for row in self.rows if row.in_part)
+
+    def _share(self, rows: Iterable[CoverageRow]) -> float:
         trained = sum(row.elements for row in self.rows)
-        return sum(row.elements for row in self.rows if row.block is not None and row.measured) / max(trained, 1)
+        return sum(row.elements for row in rows) / max(trained, 1)
 
     def without_biases(self, blocks: Iterable[Block], reasons: Mapping[BlockName, str]) -> "Coverage":
         """Returns the same where some blocks, for the reasons given, leave out the bias that they were planned with."""
@@ -80,19 +95,25 @@ class Coverage:
             tuple(row if why is None else replace(row, block=None, method=None, reason=why) for row, why in found)
         )
 
-    def with_inversions(self, notes: Mapping[BlockName, str], unmeasured: Set[BlockName] = frozenset()) -> "Coverage":
+    def with_inversions(
+        self, notes: Mapping[BlockName, str], unmeasured: Mapping[BlockName, str], unseen: Set[BlockName]
+    ) -> "Coverage":
         """Returns the same with a note on the inversion of each block that has one.
 
         Args:
             notes: By block.
-            unmeasured: The blocks that were due and have no statistics.
+            unmeasured: Why blocks that were due weren't measured, or not in all their uses.
+            unseen: Those of them that have no statistics at all.
         """
-        return Coverage(
-            tuple(
-                replace(row, inversion=notes.get(row.block or "", ""), measured=row.block not in unmeasured)
-                for row in self.rows
-            )
-        )
+
+        def now(row: CoverageRow, block: BlockName) -> CoverageRow:
+            if block in unseen:
+                return replace(row, inversion=f"not measured: {unmeasured[block]}", measured=False)
+            if block in unmeasured:
+                return replace(row, inversion=f"in part: {unmeasured[block]}", in_part=True)
+            return replace(row, inversion=notes.get(block, ""))
+
+        return Coverage(tuple(row if row.block is None else now(row, row.block) for row in self.rows))
 
     def as_of_now(self, model: nn.Module) -> "Coverage":
         """Returns the same with what is trained by now and wasn't when the plan was made: thawed and added parameters.
@@ -135,7 +156,8 @@ class Coverage:
             for row in self.rows
         ]
         trained = sum(row.elements for row in self.rows)
-        lines.append(f"{self.share:.2%} of {trained:,} trained parameters are preconditioned")
+        more = f", {self.share_in_part:.2%} more by a part of their uses" if self.share_in_part else ""
+        lines.append(f"{self.share:.2%} of {trained:,} trained parameters are preconditioned{more}")
         return "\n".join([*lines, self.mask] if self.mask else lines)
 
 
@@ -173,21 +195,37 @@ def coverage_of(model: nn.Module, groups: Sequence[BlockGroup], reasons: Mapping
 def left_out_warning(reasons: Mapping[str, str], share: float) -> str:
     """Says that trained parameters have no block, and why; `share` is that of what is preconditioned."""
     return (
-        f"{len(reasons)} parameters have gradients and no block ({_listed(reasons)}). They keep their plain gradients; "
+        f"{len(reasons)} parameters have gradients and no block: {_listed(reasons)}. They keep their plain gradients; "
         f"{share:.2%} of the trained numbers are preconditioned, see coverage(). `skip` says that this is wanted"
     )
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
-    shown = [f"{name or 'the model'!r}: {reason}" for name, reason in sorted(reasons.items())]
-    return "; ".join(shown[:_MOST_NAMES_SHOWN] + ["..."] * (len(shown) > _MOST_NAMES_SHOWN))
+    """Lists names by their reason, several of one kind (`layers.0.scale`, `layers.1.scale`) as one glob."""
+    by_reason: dict[str, dict[str, list[str]]] = {}
+    for name, reason in sorted(reasons.items()):
+        kind = _NUMBER.sub("*", name)
+        by_reason.setdefault(reason, {}).setdefault(kind, []).append(name)
+    return "; ".join(f"{_shown(kinds)}: {reason}" for reason, kinds in by_reason.items())
+
+
+def _shown(kinds: Mapping[str, Sequence[str]]) -> str:
+    shown = []
+    for kind, names in kinds.items():
+        several = len(names) > 2 and any(part != "*" for part in kind.split("."))
+        shown += [f"{kind!r} ({len(names)})"] if several else [repr(name or "the model") for name in names]
+    return ", ".join(shown[:_MOST_NAMES_SHOWN] + ["..."] * (len(shown) > _MOST_NAMES_SHOWN))
 
 
 def unmeasured_warning(reasons: Mapping[BlockName, str], step: int) -> str:
     """Says that blocks were due and not measured, or not all of their uses, and why."""
+    when = (
+        "A use is seen inside a module of the model that is in training mode, with gradients on, outside of paused(). "
+        if any(reason.endswith(UNSEEN) for reason in reasons.values())
+        else ""
+    )
     return (
-        f"{len(reasons)} of the blocks were due at step {step} and have gradients, but not all uses of them were "
-        f"measured ({_listed(reasons)}). A use counts when it happens inside a module of the model that is in training "
-        "mode, with gradients on, outside of paused(). A block that isn't measured keeps its plain gradients, or an "
-        "old inverse; `skip` leaves it out for good"
+        f"{len(reasons)} of the blocks were due at step {step} and have gradients, but not all their uses were "
+        f"measured: {_listed(reasons)}. {when}What isn't measured keeps its plain gradients, or an old inverse, and "
+        "coverage() doesn't count it; `skip` leaves it out for good"
     )

@@ -223,21 +223,24 @@ SQUARE = torch.arange(N)[:, None] - torch.arange(N) + 3
 SAID: dict[str, tuple[Callable[..., Tensor], str]] = {
     "a bias of attention": (
         lambda table, x: x + table(torch.arange(T)).exp().sum(-1)[:, None],
-        "add, exp, sum of rows that all examples share",
+        "operations on rows that all examples share (add, exp, sum)",
     ),
     "one of as many numbers as examples": (
         lambda table, x: x[:, :N] @ x[:, :N].mT + table(SQUARE).permute(2, 0, 1).contiguous()[:1].mul(torch.ones(N)),
-        "add, contiguous, mul of rows that all examples share",
+        "operations on rows that all examples share (add, contiguous, mul)",
     ),
     "a mask of attention": (
         lambda table, x: F.scaled_dot_product_attention(*(x[:, :N],) * 3, attn_mask=table(SQUARE)[..., 0]),
-        "scaled_dot_product_attention of rows that all examples share",
+        "operations on rows that all examples share (scaled_dot_product_attention)",
     ),
-    "a number for all": (lambda table, x: x * table(torch.tensor(2)), "mul of rows that all examples share"),
+    "a number for all": (
+        lambda table, x: x * table(torch.tensor(2)),
+        "operations on rows that all examples share (mul)",
+    ),
     "flattened": (lambda table, x: x + table(IDS.flatten()).exp().view(N, T, P), "dim 0 isn't the examples"),
     "added and more": (
         lambda table, x: (lambda rows: (x + rows) * rows.exp())(table(torch.arange(T)[None])),
-        "exp, mul of rows that all examples share",
+        "operations on rows that all examples share (exp, mul)",
     ),
     "scaled by frequency": (lambda table, x: F.embedding(IDS, table.weight, scale_grad_by_freq=True), "embedding"),
     "weighted bags": (

@@ -40,7 +40,7 @@ def test_a_layer_without_a_block_is_said_once_and_skip_silences_it() -> None:
     model = layers()
     parametrizations.weight_norm(model[0])
     said, coverage = steps(model)
-    assert len(said) == 1 and said[0].startswith("2 parameters have gradients and no block ('0.parametrizations.weight")
+    assert len(said) == 1 and said[0].startswith("2 parameters have gradients and no block: '0.parametrizations.weight")
     assert f"{coverage.share:.2%} of the trained numbers" in said[0]
     assert not steps(model, skip=["0.parametrizations"])[0]
 
@@ -55,14 +55,14 @@ def test_what_is_thawed_later_is_said_and_counts(period: int) -> None:
             model[0].requires_grad_(True)
 
     said, coverage = steps(model, thaw, factor_period=period, inverse_period=period)
-    assert len(said) == 1 and "'0.bias': it was frozen" in said[0]
+    assert len(said) == 1 and "'0.bias', '0.weight': it was frozen" in said[0]
     assert coverage.share == 0.5
 
 
 def test_what_is_added_later_is_said_and_counts() -> None:
     model = layers()
     said, coverage = steps(model, lambda step: model.append(nn.Linear(Q, Q)) if step == 1 else None)
-    assert len(said) == 1 and "'3.weight': it was added after the Preconditioner was made" in said[0]
+    assert len(said) == 1 and "'3.bias', '3.weight': it was added after the Preconditioner was made" in said[0]
     assert coverage.share == pytest.approx(2 / 3)
 
 
