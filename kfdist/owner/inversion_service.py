@@ -10,6 +10,7 @@ import grpc
 
 from kfdist.checks import count, number
 from kfdist.owner.executor import DeadlineExceeded, Execution, ExecutionFailed, Executor, PayloadRefused
+from kfdist.owner.fair_room import FairRoom
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2
 from kfdist.rpc.chunking import Assembler, PayloadError, split
 from kfdist.rpc.status import Refusal, answers, streams
@@ -70,8 +71,8 @@ class InversionServicer:
         self._owner_id = owner_id
         self._executor = executor
         self._limits = limits or ServiceLimits()
-        self._turn = asyncio.Lock()
-        self._room = _Room(self._limits.buffered_bytes)
+        self._turn = FairRoom(1)
+        self._room = FairRoom(self._limits.buffered_bytes)
         self._running: dict[str, _Running] = {}
         self._kept: OrderedDict[str, Execution] = OrderedDict()
         self._epochs: OrderedDict[str, int] = OrderedDict()
@@ -152,7 +153,7 @@ class InversionServicer:
         key = f"{header.run}/{header.epoch}/{header.group}/{header.version}/{header.digest}"
         if key not in self._kept and key not in self._running:
             assembler = Assembler(header.payload_bytes, header.digest, limit_bytes=self._limits.payload_bytes)
-            await self._room.enter(header.payload_bytes)
+            await self._room.enter(header.run, header.payload_bytes)
             taken = False
             try:
                 payload = await requests.payload(assembler)
@@ -169,12 +170,14 @@ class InversionServicer:
 
     def _begin(self, key: str, run: str, payload: bytearray, deadline_seconds: float) -> None:
         async def invert() -> Execution:
+            await self._turn.enter(run, 1)
             try:
-                async with self._turn:
-                    running.begun = True
-                    execution = await asyncio.to_thread(self._executor.run, payload, deadline_seconds)
+                running.begun = True
+                execution = await asyncio.to_thread(self._executor.run, payload, deadline_seconds)
             except ExecutionFailed as failure:
                 raise self._refusal(run, failure) from failure
+            finally:
+                self._turn.leave(1)
             self._keep(key, execution)
             return execution
 
@@ -264,22 +267,3 @@ class _Requests:
                 f"the payload is no kfdist job: its header has {outline} bytes; at most {MAX_OUTLINE_BYTES} are read"
             )
         return payload
-
-
-class _Room:
-    """Bounds the bytes held at a time; a single payload is accepted whatever its size."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
-        self._held = 0
-        self._left = asyncio.Event()
-
-    async def enter(self, size: int) -> None:
-        while self._held and self._held + size > self._limit:
-            self._left.clear()
-            await self._left.wait()
-        self._held += size
-
-    def leave(self, size: int) -> None:
-        self._held -= size
-        self._left.set()

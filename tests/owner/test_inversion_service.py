@@ -1,5 +1,7 @@
 """InversionService over real gRPC with a real inversion process: every promise and every refusal of inversion.proto."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -155,6 +157,33 @@ def test_more_than_there_is_room_for_waits_its_turn(stub, owner, faults):
         depths.append(owner.status()["queue_depth"])
     assert results == [result_of(data)] * 4
     assert max(depths) == 2
+
+
+def test_a_run_that_sends_many_jobs_does_not_hold_up_another(stub, owner, faults):
+    faults.at(inversion=EACH).delay(0.3)
+    data = payload(20, seed=7)
+    child_pid = owner.status()["child_pid"]
+    os.kill(child_pid, signal.SIGSTOP)
+    finished: list[str] = []
+
+    def send(run: str) -> threading.Thread:
+        def wait() -> None:
+            call(stub, [header(data, run=run), *chunks(data)])
+            finished.append(run)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        return thread
+
+    threads = [send("many") for _ in range(7)]
+    eventually(lambda: owner.status()["queue_depth"], lambda depth: depth == 7)
+    threads += [send("few")]
+    eventually(lambda: owner.status()["queue_depth"], lambda depth: depth == 8)
+    os.kill(child_pid, signal.SIGCONT)
+    for thread in threads:
+        thread.join()
+    # Behind the one that was being inverted when it came, and perhaps the next one; not behind all.
+    assert finished.index("few") <= 4
 
 
 def test_an_older_start_of_a_run_is_refused_from_the_first_newer_call_on(stub):
