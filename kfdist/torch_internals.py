@@ -143,6 +143,14 @@ def with_tensors_for_parameters(module: nn.Module, tensors: Mapping[str, Tensor]
     return stateless._reparametrize_module(module, dict(tensors))
 
 
+def entries_of(sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the numbers `[n]` of the rows that a sparse matrix has entries of, and these `[n, p]`, as a view.
+
+    Several may be of one row, and then add up; the public `indices` and `values` refuse that.
+    """
+    return sparse._indices()[0], sparse._values()  # pyright: ignore[reportPrivateUsage]
+
+
 def storage_id(storage: torch.UntypedStorage) -> int:
     """Returns a number that no other living storage has; empty ones share their address, `data_ptr`."""
     return storage._cdata

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kfdist.capture.passes import ForwardPass
 from kfdist.capture.stated import NOTHING_STATED, Stated
-from kfdist.torch_internals import accumulates, accumulates_below, changes_in_place, when_backward_ends
+from kfdist.torch_internals import accumulates, accumulates_below, changes_in_place, entries_of, when_backward_ends
 
 
 class MicroBatch:
@@ -139,7 +139,7 @@ def makes_gradients(parameters: Iterable[Tensor], *, of_any: bool) -> bool:
 
 
 def _any_number(gradient: Tensor) -> Tensor:
-    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    values = entries_of(gradient)[1] if gradient.is_sparse else gradient
     return (values != 0).any()
 
 

@@ -95,7 +95,7 @@ class PassLog:
                     "the model was given a list of tensors and made one batch of them (images, for detection), so that "
                     "dim 0 of the first one isn't the number of examples"
                 )
-            elif done.examples:
+            elif done.examples and done.inputs:  # else nothing of it is measured
                 done.doubt = _doubt_of_output(done.examples, output, inputs)
             done.end_node = next_node()
             self._passes.append(done)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator, Pending
 from kfdist.errors import KfdistError
+from kfdist.linalg.sparse_rows import dense_of, sparse_of
 
 GRADIENT_BUCKET_BYTES = 25 * 1024 * 1024
 """Size of a gradient bucket; 25 MiB is what DDP and KAISA found to hide latency without delaying the first bucket."""
@@ -100,7 +101,7 @@ class GradientReducer:
 
 
 def _gradient_or_zeros(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
+    return torch.zeros_like(parameter) if parameter.grad is None else dense_of(parameter.grad)
 
 
 def _scatter(flat: Tensor, bucket: Sequence[nn.Parameter]) -> None:
@@ -111,7 +112,7 @@ def _scatter(flat: Tensor, bucket: Sequence[nn.Parameter]) -> None:
         if parameter.grad is None:
             parameter.grad = mean.clone()
         elif parameter.grad.is_sparse:
-            parameter.grad = mean.to_sparse(1)
+            parameter.grad = sparse_of(mean)
         else:
             parameter.grad.copy_(mean)
 

@@ -206,11 +206,11 @@ class AbstractPreconditioner(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KroneckerInverse(AbstractPreconditioner):
-    """Two dense inverses, damped when they were made: G_inv V A_inv.
+class InvertedFactors(AbstractPreconditioner):
+    """Inverses of both factors, each damped when it was made.
 
     Attributes:
-        A_inverse: (A + lambda_A I)^{-1}, `[c, q, q]`.
+        A_inverse: (A + lambda_A I)^{-1}, in whatever form, q last.
         G_inverse: (G + lambda_G I)^{-1}, `[c, p, p]`.
         damping_A: lambda_A, `[c]`.
         damping_G: lambda_G, `[c]`.
@@ -218,7 +218,7 @@ class KroneckerInverse(AbstractPreconditioner):
 
     damping_at_apply: ClassVar[bool] = False
 
-    A_inverse: Tensor = symmetric_field()
+    A_inverse: Tensor
     G_inverse: Tensor = symmetric_field()
     damping_A: Tensor
     damping_G: Tensor
@@ -232,6 +232,13 @@ class KroneckerInverse(AbstractPreconditioner):
     def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
         del damping
         return self.damping_A * self.damping_G
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerInverse(InvertedFactors):
+    """Two dense inverses: G_inv V A_inv, with A_inv `[c, q, q]`."""
+
+    A_inverse: Tensor = symmetric_field()
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:

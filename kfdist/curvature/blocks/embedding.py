@@ -9,6 +9,7 @@ from kfdist.curvature.blocks.base import Operation, ParameterPart
 from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.curvature.blocks.rows import RowSums, accumulation_dtype, draw_positions
 from kfdist.curvature.statistics import FactorSums
+from kfdist.linalg.sparse_rows import dense_of, overwrite
 from kfdist.types import BlockName
 
 LOOKUP = Operation("lookup")
@@ -153,20 +154,13 @@ class EmbeddingBlock(LinearBlock):
 
     @override
     def write_gradient(self, direction: Float[Tensor, "c p q"]) -> None:
-        """Keeps a sparse gradient sparse: with A diagonal, a row without a gradient has no direction.
-
-        A device tells how many rows it has, for which the host waits.
-        """
+        """Keeps a sparse gradient sparse: with A diagonal, a row without a gradient has no direction."""
         gradient = self.parts[0].parameter.grad
         if gradient is None or not gradient.is_sparse:
             super().write_gradient(direction)
             return
-        present = gradient.detach().coalesce()
-        rows = present.indices()[0]
-        present.values().copy_(direction[0].mT.index_select(0, rows))
-        with torch.no_grad():
-            gradient.copy_(present)
+        overwrite(gradient.detach(), direction[0].mT)
 
     @override
     def _gradients(self) -> list[Tensor]:
-        return [each.to_dense() for each in super()._gradients()]
+        return [dense_of(each) for each in super()._gradients()]

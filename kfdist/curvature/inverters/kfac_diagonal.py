@@ -5,47 +5,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, InvertedFactors
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Work
 from kfdist.curvature.spectra import probes_like
 from kfdist.curvature.statistics import DiagonalFactors, Needs
 from kfdist.linalg.kronecker import split_by_trace
 from kfdist.linalg.psd import damped_cholesky_inverse, inverse_residual, trace
 from kfdist.types import BlockShape
-from kfdist.wire.records import symmetric_field
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagonalInverse(AbstractPreconditioner):
-    """A diagonal inverse and a dense one, damped when they were made: G_inv V diag(A_inv).
-
-    Attributes:
-        A_inverse: 1 / (A + lambda_A), `[c, q]`.
-        G_inverse: (G + lambda_G I)^{-1}, `[c, p, p]`.
-        damping_A: lambda_A, `[c]`.
-        damping_G: lambda_G, `[c]`.
-    """
-
-    damping_at_apply: ClassVar[bool] = False
-
-    A_inverse: Tensor
-    G_inverse: Tensor = symmetric_field()
-    damping_A: Tensor
-    damping_G: Tensor
-
-    @property
-    @override
-    def shape(self) -> tuple[int, int, int]:
-        return self.G_inverse.shape[0], self.G_inverse.shape[-1], self.A_inverse.shape[-1]
-
-    @override
-    def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
-        del damping
-        return self.damping_A * self.damping_G
+class DiagonalInverse(InvertedFactors):
+    """A diagonal inverse and a dense one: G_inv V diag(A_inv), with A_inv `[c, q]`."""
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:

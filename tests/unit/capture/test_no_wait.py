@@ -15,15 +15,19 @@ from kfdist.capture.capture import Capture
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, Request, Sampling
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import WeightedSums, sum_shapes
-from kfdist.curvature.blocks.base import ParameterPart
+from kfdist.curvature.blocks.base import Block, ParameterPart
 from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.inverse import BlockMemory, KroneckerInverse
+from kfdist.curvature.inverters.kfac_diagonal import DiagonalInverse
 from kfdist.curvature.statistics import Needs
+from kfdist.linalg import sparse_rows
+from kfdist.linalg.sparse_rows import dense_of, sparse_of
 from kfdist.runtime.apply.directions import Application, precondition_gradients
 from kfdist.runtime.apply.rates import finite_gradients
 from tests.support.factors import armed_capture, blocks_of
 
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2", "bincount"}
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2", "bincount",
+         "_coalesce", "_to_sparse"}  # fmt: skip
 """Operators whose result on the host, or whose shape, depends on values; `bincount` looks for the largest one."""
 
 
@@ -67,6 +71,9 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 3))
 
 
+TWICE = torch.sparse_coo_tensor(torch.zeros(1, 2, dtype=torch.int64), torch.ones(2), (1,), check_invariants=True)
+
+
 @pytest.mark.parametrize(
     "read",
     [
@@ -80,6 +87,8 @@ def model() -> nn.Module:
         lambda t: torch.equal(t, t),
         torch.unique,
         lambda t: t.long().bincount(minlength=3),
+        lambda t: t.to_sparse(),
+        lambda t: TWICE.coalesce(),
     ],
 )
 def test_reads_are_noticed(read: Callable[[torch.Tensor], Any]):
@@ -237,16 +246,75 @@ def test_experts(use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], mask
     )
 
 
-@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
-def test_tables(kind: Callable[..., nn.Module]):
-    net = nn.Sequential(kind(5, 4, padding_idx=0), nn.Tanh())
-    wanted = Needs(sums=frozenset({"A_diagonal", "G"}))
+TABLES = {
+    "embedding": lambda: nn.Embedding(5, 4, padding_idx=0),
+    "bags": lambda: nn.EmbeddingBag(5, 4, padding_idx=0),
+    "sparse embedding": lambda: nn.Embedding(5, 4, sparse=True),  # torch itself reads where padding is
+    "sparse bags": lambda: nn.EmbeddingBag(5, 4, sparse=True),
+}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
+def test_tables(monkeypatch: pytest.MonkeyPatch, table: Callable[[], nn.Module]):
+    """Also where a sparse gradient is averaged over ranks, read as a matrix and written back."""
+    monkeypatch.setattr(sparse_rows, "_on_host", lambda tensor: False)
+    net = nn.Sequential(table(), nn.Tanh())
+    block, wanted = blocks_of(net)["0"], Needs(sums=frozenset({"A_diagonal", "G"}))
     capture = armed_capture(net, sums=wanted.sums, sampling=Sampling(examples_fraction=0.5, positions_fraction=0.5))
     with NoReads():
         for _ in range(2):
             net(torch.tensor([[0, 1, 1], [4, 2, 2]])).square().sum().backward()
-        sums = WeightedSums(sum_shapes(blocks_of(net)["0"].shape, wanted), dtype=torch.float32, device="cpu")
+        sums = WeightedSums(sum_shapes(block.shape, wanted), dtype=torch.float32, device="cpu")
         sums.fold(capture.drain()["0"], 0.5)
+        parameter = block.parts[0].parameter
+        assert parameter.grad is not None
+        if parameter.grad.is_sparse:
+            parameter.grad = sparse_of(dense_of(parameter.grad))
+        precondition([application(block, DiagonalInverse, fallback=False)], 1e-3)
+
+
+def application(block: Block, kind: type[KroneckerInverse | DiagonalInverse], *, fallback: bool) -> Application:
+    """Of an inverse of ones."""
+    c, p, q = block.shape.groups, block.shape.d_out, block.shape.d_in
+    inverse = kind(
+        trace_A=torch.ones(c),
+        trace_G=torch.ones(c),
+        A_inverse=torch.ones((c, q) if kind is DiagonalInverse else (c, q, q)),
+        G_inverse=torch.ones(c, p, p),
+        damping_A=torch.ones(c),
+        damping_G=torch.ones(c),
+    )
+    return Application(
+        blocks=[block], preconditioners=[inverse], memories=[BlockMemory()], damping=0.1, fallback=fallback
+    )
+
+
+def precondition(applications: list[Application], kl_clip: float | None) -> None:
+    precondition_gradients(
+        applications, kl_clip=kl_clip, learning_rate=lambda parameter: 0.1, communicator=Communicator(None)
+    )
+
+
+def bags_with_offsets(net: nn.Module) -> None:
+    net(torch.tensor([0, 1, 1, 4]), torch.tensor([0, 3])).sum().backward()
+
+
+def gradients_clipped_between_two_backwards(net: nn.Module) -> None:
+    for _ in range(2):
+        net(torch.tensor([[0], [1]])).sum().backward()
+        for parameter in net.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(0.5)
+
+
+@pytest.mark.parametrize("waits", [bags_with_offsets, gradients_clipped_between_two_backwards])
+def test_what_waits_and_is_documented(waits: Callable[[nn.Module], None]):
+    """How long bags are (decision 18); whether gradients that were all changed are zero (`MicroBatches.dropped`)."""
+    net = nn.EmbeddingBag(5, 4, sparse=True)
+    capture = armed_capture(net, sums=frozenset({"A_diagonal", "G"}))
+    with NoReads(), pytest.raises(AssertionError, match="reads values"):
+        waits(net)
+    capture.close()
 
 
 @pytest.mark.parametrize("fallback", [False, True])
@@ -255,26 +323,5 @@ def test_applying(kl_clip: float | None, fallback: bool):
     net = model()
     with NoReads():
         nn.functional.cross_entropy(net(torch.randn(4, 2, 6, 6)), torch.zeros(4, dtype=torch.int64)).backward()
-        applications = []
-        for block in blocks_of(net).values():
-            c, p, q = block.shape.groups, block.shape.d_out, block.shape.d_in
-            inverse = KroneckerInverse(
-                trace_A=torch.ones(c),
-                trace_G=torch.ones(c),
-                A_inverse=torch.ones(c, q, q),
-                G_inverse=torch.ones(c, p, p),
-                damping_A=torch.ones(c),
-                damping_G=torch.ones(c),
-            )
-            applications.append(
-                Application(
-                    blocks=[block],
-                    preconditioners=[inverse],
-                    memories=[BlockMemory()],
-                    damping=0.1,
-                    fallback=fallback,
-                )
-            )
-        precondition_gradients(
-            applications, kl_clip=kl_clip, learning_rate=lambda parameter: 0.1, communicator=Communicator(None)
-        )
+        blocks = blocks_of(net).values()
+        precondition([application(block, KroneckerInverse, fallback=fallback) for block in blocks], kl_clip)
