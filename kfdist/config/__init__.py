@@ -1,10 +1,11 @@
 """The configuration: typed sections, read from defaults < file < environment < command line."""
 
 from kfdist.config.loading import config_from_table, load_config, security_from_environment
-from kfdist.config.sections import Config, OptimizerSection, PreconditionerSection
+from kfdist.config.sections import ClusterSection, Config, OptimizerSection, PreconditionerSection
 from kfdist.config.toml import to_toml
 
 __all__ = [
+    "ClusterSection",
     "Config",
     "OptimizerSection",
     "PreconditionerSection",

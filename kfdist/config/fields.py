@@ -87,6 +87,7 @@ Address = Annotated[str, AfterValidator(_address)]
 RayAddress = Annotated[str, AfterValidator(_ray_address)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_tuple)]
+Amounts = dict[str, Annotated[float, Field(gt=0)]]
 Settings = dict[str, Setting]
 Methods = Annotated[dict[str, Settings], BeforeValidator(_methods)]
 """Methods by glob on dotted module names, in order; each entry is the settings with the name under `method`."""

@@ -34,7 +34,7 @@ _BOUNDS: Mapping[str, tuple[str, str]] = {
     "less_than_equal": ("le", "at most"),
 }
 
-_FREE_KEYS: Mapping[str, int] = {"settings": 1, "methods": 2}
+_FREE_KEYS: Mapping[str, int] = {"settings": 1, "methods": 2, "resources": 1, "labels": 1}
 """Tables whose keys are the user's own, and how deep."""
 
 

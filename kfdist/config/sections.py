@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import Address, Counts, FileName, Methods, Names, RayAddress, Section, Settings
+from kfdist.config.fields import Address, Amounts, Counts, FileName, Methods, Names, RayAddress, Section, Settings
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag
@@ -314,6 +314,29 @@ class PreconditionerSection(Section):
                 )
 
 
+class BundleSection(Section):
+    """What each owner takes of a Ray node, and which nodes may have one."""
+
+    cpus: float | None = Field(default=None, gt=0, description="CPUs of each owner; cluster.threads if not given")
+    gpus: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of a GPU, and of its memory, on which each owner inverts; 0: on CPUs",
+    )
+    resources: Amounts = Field(default_factory=dict, description="how much of Ray's custom resources each owner takes")
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description='which labels its node has, as Ray\'s label selectors: "A100", "!A100", "in(A100, H100)"',
+    )
+
+    @model_validator(mode="after")
+    def _own_resources_have_settings(self) -> Self:
+        for name in self.resources.keys() & {"CPU", "GPU"}:
+            raise ConfigError(f"names {name}; write cluster.bundle.{name.lower()}s for that", path="resources")
+        return self
+
+
 class ClusterSection(Section):
     """The processes of a run."""
 
@@ -326,6 +349,9 @@ class ClusterSection(Section):
     owner_strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = Field(
         default="SPREAD",
         description='how Ray places owners over the nodes of an existing cluster; with owner_address = "node"',
+    )
+    bundle: BundleSection = Field(
+        default_factory=BundleSection, description="what each owner takes of a Ray node, and which nodes may have one"
     )
     threads: int = Field(
         default=1, ge=1, description="CPU threads of each rank and of each inversion; part of the run's numbers"

@@ -1,8 +1,8 @@
 """The process that inverts: `python -m kfdist.owner.child`, started by an owner, which kills it at a job's deadline.
 
 A deadline doesn't stop LAPACK and no exception survives a crash, so the work is done where both only cost a process.
-It greets with a JSON object that has its fingerprint, and answers each payload with a JSON object: the kind of answer,
-and the seconds of the inversion, with the bytes of the result to follow, or the reason why there is none.
+It greets with a JSON object that has its fingerprint, or why it can't work, and answers each payload with one: the kind
+of answer, and the seconds of the inversion, with the bytes of the result to follow, or the reason why there is none.
 """
 
 import argparse
@@ -33,16 +33,17 @@ def main() -> None:
     parser.add_argument("--connection", type=int, required=True, metavar="DESCRIPTOR")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--gpu-share", type=float, default=1.0)
     parser.add_argument("--owner-pid", type=int, required=True)
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for the pool, which ends its owners in order
     exit_with_process(arguments.owner_pid)
     os.set_inheritable(arguments.connection, False)
     with Connection(arguments.connection) as owner:
-        _serve(owner, arguments.threads, arguments.device)
+        _serve(owner, arguments.threads, arguments.device, arguments.gpu_share)
 
 
-def _serve(owner: Connection, threads: int, device: str) -> None:
+def _serve(owner: Connection, threads: int, device: str, gpu_share: float) -> None:
     import torch
 
     from kfdist.curvature.jobs import fingerprint, job_threads, run_job
@@ -51,6 +52,15 @@ def _serve(owner: Connection, threads: int, device: str) -> None:
         owner.send_bytes(json.dumps(content).encode())
 
     torch.set_num_threads(threads)
+    if device != "cpu":
+        if not torch.cuda.is_available():
+            say(
+                fault=f"it is to invert on {device!r}, but torch {torch.__version__} sees no GPU "
+                f"(CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}); set cluster.bundle.gpus = 0, "
+                "or install torch with CUDA on the nodes of owners"
+            )
+            return
+        torch.cuda.set_per_process_memory_fraction(gpu_share)  # Ray only counts shares; owners on one GPU keep to them
     say(fingerprint=fingerprint(device, threads))
     while True:
         try:

@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -76,17 +76,19 @@ class Executor:
     `run` is called by one thread at a time, everything else by any.
     """
 
-    def __init__(self, *, threads: int, device: str = "cpu", module: str = CHILD_MODULE) -> None:
+    def __init__(
+        self, *, threads: int, device: str = "cpu", gpu_share: float = 1.0, module: str = CHILD_MODULE
+    ) -> None:
         """Starts the process, and doesn't wait for it.
 
         Args:
             threads: CPU threads of each inversion.
             device: Where to invert.
+            gpu_share: How much of a GPU's memory it may use.
             module: What to run as the process; another one wraps `kfdist.owner.child`.
         """
-        self._threads = threads
-        self._device = device
         self._module = module
+        self._arguments = {"threads": threads, "device": device, "gpu-share": gpu_share}
         self._fingerprint = ""
         self._closed = False
         # Guards which process is in charge and who reads its greeting; not held while it works.
@@ -157,7 +159,7 @@ class Executor:
             if not child.greeted:
                 try:
                     with child.deadline(_GREETING_SECONDS):
-                        self._fingerprint = child.receive()["fingerprint"]
+                        greeting = child.receive()
                 except TimeoutError:
                     self._discard()
                     raise ChildCrashed(
@@ -165,13 +167,17 @@ class Executor:
                     ) from None
                 except EOFError:
                     raise ChildCrashed(f"the inversion process {self._discard()} before it was ready") from None
+                if "fault" in greeting:
+                    self._discard()
+                    raise ChildCrashed(greeting["fault"])
+                self._fingerprint = greeting["fingerprint"]
                 child.greeted = True
             return child
 
     def _start(self) -> "_Child":
         if self._closed:
             raise ChildCrashed("the owner is ending")
-        return _Child(self._module, self._threads, self._device)
+        return _Child(self._module, self._arguments)
 
     def _discard(self) -> str:
         """Ends the process in charge and says how it ended."""
@@ -195,15 +201,16 @@ class _Child:
         greeted: Whether it has said that it is ready.
     """
 
-    def __init__(self, module: str, threads: int, device: str) -> None:
+    def __init__(self, module: str, arguments: Mapping[str, object]) -> None:
+        threads = str(arguments["threads"])
         environment = {
             **with_package(os.environ),
             # Read when the libraries load; Ray sets the first to the actor's number of CPUs.
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
         }
         ours, theirs = socket.socketpair()
-        arguments = {"connection": theirs.fileno(), "threads": threads, "device": device, "owner-pid": os.getpid()}
+        arguments = {**arguments, "connection": theirs.fileno(), "owner-pid": os.getpid()}
         with theirs:
             self._process = subprocess.Popen(
                 module_command(module, *(f"--{name}={value}" for name, value in arguments.items())),

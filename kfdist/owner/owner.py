@@ -45,6 +45,7 @@ class OwnerOptions:
         owner_id: Its name, kept over restarts.
         threads: CPU threads of each inversion.
         device: Where to invert.
+        gpu_share: How much of a GPU's memory it may use.
         controller: Where the controller listens; empty for none.
         directory: Where it remembers its port and its starts; empty for nowhere.
         host: The address to listen on, as others reach it; on loopback unless there are credentials.
@@ -57,6 +58,7 @@ class OwnerOptions:
     owner_id: str
     threads: int = 1
     device: str = "cpu"
+    gpu_share: float = 1.0
     controller: str = ""
     directory: str = ""
     host: str = "127.0.0.1"
@@ -87,7 +89,9 @@ class Owner:
         self._memory = _Memory(options)
         self.starts = self._memory.starts
         # First, since it takes longest to start.
-        self._executor = Executor(threads=options.threads, device=options.device, module=options.child_module)
+        self._executor = Executor(
+            threads=options.threads, device=options.device, gpu_share=options.gpu_share, module=options.child_module
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kfdist-owner", daemon=True)
         self._thread.start()
@@ -95,6 +99,7 @@ class Owner:
         self._background: asyncio.Task[None] | None = None
         self._membership: Membership | None = None
         self._fingerprint = ""
+        self._fault = ""
         try:
             self.address = self._do(self._start(), _START_SECONDS)
         except BaseException:
@@ -162,7 +167,9 @@ class Owner:
             try:
                 self._fingerprint = await asyncio.to_thread(self._executor.fingerprint)
             except ExecutionFailed as failure:
-                _LOG.warning("%s: %s; trying again", self._options.owner_id, failure)
+                if str(failure) != self._fault:
+                    self._fault = str(failure)
+                    _LOG.warning("%s: %s; trying again", self._options.owner_id, failure)
                 await asyncio.sleep(_RETRY_SECONDS)
         self._servicer.set_fingerprint(self._fingerprint)
         owner = inversion_pb2.Owner(owner_id=self._options.owner_id, address=address, fingerprint=self._fingerprint)
@@ -192,6 +199,7 @@ class Owner:
             "owner_id": self._options.owner_id,
             "address": self.address,
             "fingerprint": self._fingerprint,
+            "fault": "" if self._fingerprint else self._fault,
             "refusal": self._membership.refusal if self._membership is not None else "",
             "registered": self._membership is not None and self._membership.registered,
             "restarts": self.starts - 1,

@@ -12,6 +12,7 @@ from typing_extensions import override
 from kfdist.config import Config
 from kfdist.errors import EnvironmentFault
 from kfdist.owner.owner import Owner, OwnerOptions
+from kfdist.pool.bundles import actor_options, needs, resources_of, shortage
 from kfdist.pool.ray_cluster import LOCAL
 from kfdist.system.processes import command_line
 
@@ -62,22 +63,22 @@ class OnThisNode(Placement):
     remembers = True
 
     def __init__(self, ray: Any, config: Config) -> None:
-        owners = config.cluster.owners
+        cluster = config.cluster
         here = ray.get_runtime_context().get_node_id()
         node = next(node for node in ray.nodes() if node["NodeID"] == here)
-        cpus = int(node["Resources"].get("CPU", 0))
-        if cpus < owners:
+        if missing := shortage(cluster, [node], strategy="STRICT_PACK"):
             raise EnvironmentFault(
-                f"cluster.owners = {owners} needs as many CPUs of this machine's Ray node, which has {cpus}; "
-                f"start Ray with --num-cpus {owners}, or ask for fewer owners"
+                f"cluster.owners = {cluster.owners} can't be placed on this machine's Ray node: {missing}; start Ray "
+                "with more, ask for fewer owners, or for less for each (cluster.bundle)"
             )
+        self._options = actor_options(cluster)
         self.host = node["NodeManagerAddress"] if config.cluster.owner_address == "node" else "127.0.0.1"
         self._strategy = _strategies().NodeAffinitySchedulingStrategy(node_id=here, soft=False)
 
     @override
     def options(self, index: int) -> dict[str, Any]:
         del index
-        return {"num_cpus": 1, "scheduling_strategy": self._strategy}
+        return {**self._options, "scheduling_strategy": self._strategy}
 
     @override
     def kill(self, pid: int, node: str) -> None:
@@ -97,20 +98,30 @@ class OverNodes(Placement):
         self.owner = OwnerOnNode
         self._ray = ray
         util = importlib.import_module("ray.util")
-        self._group = util.placement_group([{"CPU": 1}] * cluster.owners, strategy=cluster.owner_strategy)
+        self._options = actor_options(cluster)
+        labels = {"bundle_label_selector": [cluster.bundle.labels] * cluster.owners} if cluster.bundle.labels else {}
+        asked = f'cluster.owners = {cluster.owners} with cluster.owner_strategy = "{cluster.owner_strategy}"'
+        try:
+            self._group = util.placement_group(
+                [resources_of(cluster)] * cluster.owners, strategy=cluster.owner_strategy, **labels
+            )
+        except ValueError as error:
+            raise EnvironmentFault(f"{asked}: Ray refuses cluster.bundle, {needs(cluster)}: {error}") from error
         if not self._group.wait(_ROOM_SECONDS):
             util.remove_placement_group(self._group)
-            cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            if missing := shortage(cluster, nodes, strategy=cluster.owner_strategy):
+                advice = "add nodes, ask for fewer owners, or for less for each (cluster.bundle)"
+                raise EnvironmentFault(f"{asked} can't be placed: {missing}; {advice}")
             raise EnvironmentFault(
-                f'cluster.owners = {cluster.owners} with cluster.owner_strategy = "{cluster.owner_strategy}" finds no '
-                f"room: each needs a CPU, and Ray's nodes have {cpus}, some of which others may use; add nodes, or ask "
-                "for fewer owners"
+                f"{asked} finds no room: {needs(cluster)}, which Ray's {len(nodes)} nodes have, but others use it; "
+                "`ray status` shows how much; end what uses it, or ask for fewer owners"
             )
 
     @override
     def options(self, index: int) -> dict[str, Any]:
         strategy = _strategies().PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        return {"num_cpus": 1, "scheduling_strategy": strategy}
+        return {**self._options, "scheduling_strategy": strategy}
 
     @override
     def kill(self, pid: int, node: str) -> None:

@@ -8,6 +8,7 @@ Ray listens on all interfaces, whatever it is told: the token keeps others from 
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -18,6 +19,7 @@ from typing import Any
 
 from kfdist.config import Config
 from kfdist.errors import EnvironmentFault
+from kfdist.pool.bundles import resources_of
 from kfdist.pool.ray_directory import log_tail, make_directory, remove, remove_stale, start_guardian, sweep
 from kfdist.system.addresses import split_address
 from kfdist.system.spawn import with_package
@@ -126,9 +128,10 @@ class RayCluster:
         return ray
 
     def _connect(self, config: Config, mode: str) -> None:
+        bundle = resources_of(config.cluster)
         own = {
-            "num_cpus": config.cluster.owners,
-            "num_gpus": 0,
+            "num_cpus": math.ceil(config.cluster.owners * bundle["CPU"]),  # whatever the machine has
+            "num_gpus": None if "GPU" in bundle else 0,  # None: those that there are
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
             # Inside the pool's private directory, as Ray opens its own to all users of the machine.

@@ -88,6 +88,8 @@ class Supervisor:
                 OwnerOptions(
                     owner_id=name,
                     threads=config.cluster.threads,
+                    device="cuda" if config.cluster.bundle.gpus else "cpu",
+                    gpu_share=config.cluster.bundle.gpus or 1.0,
                     controller=self._controller,
                     directory=str(self._directory) if self._placement.remembers else "",
                     host=self._placement.host,
@@ -216,6 +218,8 @@ class Supervisor:
         for slot in waiting:
             if not slot.status:
                 reason = "doesn't answer yet"
+            elif slot.status["fault"]:
+                reason = f"can't invert: {slot.status['fault']}"
             elif not slot.status["fingerprint"]:
                 reason = "has no inversion process yet"
             elif slot.status["refusal"]:

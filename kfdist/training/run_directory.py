@@ -36,6 +36,7 @@ HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_pe
     "cluster.owners",
     "cluster.owner_address",
     "cluster.owner_strategy",
+    "cluster.bundle.",
     "cluster.ray",
     "cluster.assignment",
     "cluster.link",

@@ -32,7 +32,7 @@ def check(arguments: list[str]) -> None:
 
 
 def test_the_configuration_is_valid(tmp_path: Path):
-    (tmp_path / "run.toml").write_text(*blocks("toml"))
+    (tmp_path / "run.toml").write_text("\n".join(blocks("toml")))
     config = load_config(tmp_path / "run.toml", environment={})
     (status,) = [words for words in commands() if words[:2] == ["kfdist", "status"]]
     assert (status[2], status[4]) == (config.run.name, config.control.address)

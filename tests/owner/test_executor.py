@@ -137,3 +137,13 @@ executor.run(payload(), 60.0)
         assert is_alive(pid)
         owner.kill()
     eventually(lambda: is_alive(pid), lambda alive: not alive, seconds=2.0)
+
+
+def test_an_owner_for_a_gpu_where_there_is_none_says_so(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    executor = Executor(threads=1, device="cuda", gpu_share=0.5)
+    with pytest.raises(
+        ChildCrashed, match=r"sees no GPU \(CUDA_VISIBLE_DEVICES is ''\); set cluster\.bundle\.gpus = 0"
+    ):
+        executor.fingerprint()
+    executor.close()

@@ -3,10 +3,8 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,37 +15,15 @@ from tests.support.commands import Command, run
 from tests.support.controller import eventually
 from tests.support.hosts import Host, made_hosts
 from tests.support.launches import SMALL
+from tests.support.ray_nodes import NO_TOKEN, ray_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-
-NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
-OWN = ("--num-cpus", "2", "--object-store-memory", "100000000", "--disable-usage-stats", "--block")
 
 
 @pytest.fixture
 def hosts() -> Iterator[Mapping[str, Host]]:
     with made_hosts("head", "node", "ranks") as made:
         yield made
-
-
-@contextlib.contextmanager
-def ray_nodes(hosts: Mapping[str, Host]) -> Iterator[str]:
-    """Starts a Ray node on the hosts `head` and `node`; yields the cluster's address."""
-    head, node = hosts["head"], hosts["node"]
-    address = f"{head.address}:6379"
-    directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need short paths
-    start = ("start", "--head", "--node-ip-address", head.address, "--port", "6379", "--include-dashboard", "false")
-    start += ("--temp-dir", directory)
-    join = ("start", "--address", address, "--node-ip-address", node.address)
-    module = "ray.scripts.scripts"
-    try:
-        with Command(*start, *OWN, module=module, host=head.prefix, environment=NO_TOKEN) as first:
-            first.wait_for_line("Ray runtime started")
-            with Command(*join, *OWN, module=module, host=node.prefix, environment=NO_TOKEN) as second:
-                second.wait_for_line("Ray runtime started")
-                yield address
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def end(host: Host) -> None:

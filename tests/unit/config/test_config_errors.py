@@ -42,6 +42,12 @@ BAD = [
     ("cluster.workers=0", "cluster.workers", ["is 0", "at least 1"]),
     ("cluster.owners=-1", "cluster.owners", ["is -1", "at least 0"]),
     ("cluster.threads=0", "cluster.threads", ["is 0", "at least 1"]),
+    ("cluster.bundle.cpus=0", "cluster.bundle.cpus", ["is 0", "greater than 0", "CPUs of each owner"]),
+    ("cluster.bundle.gpus=2", "cluster.bundle.gpus", ["is 2", "at most 1", "share of a GPU"]),
+    ("cluster.bundle.resources.slow=0", "cluster.bundle.resources.slow", ["is 0", "greater than 0"]),
+    ("cluster.bundle.resources.GPU=1", "cluster.bundle.resources", ["names GPU", "write cluster.bundle.gpus"]),
+    ("cluster.bundle.labels.zone=3", "cluster.bundle.labels.zone", ["is 3", "a string"]),
+    ("cluster.bundle.cpu=1", "cluster.bundle.cpu", ["unknown key", "did you mean 'cpus'"]),
     ("run.steps=0", "run.steps", ["is 0", "at least 1"]),
     ("checkpoint.keep=0", "checkpoint.keep", ["is 0", "at least 1"]),
     # choices
