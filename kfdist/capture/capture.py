@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from kfdist.capture.affine import Affine, Columns
 from kfdist.capture.biases import Biases
 from kfdist.capture.collect import Collector
+from kfdist.capture.gradient_norms import GradientNorms
 from kfdist.capture.loss_scale import LossScale
 from kfdist.capture.losses import OutputLoss
 from kfdist.capture.masks import MaskedRows, checked_mask, turned_blocks
@@ -78,6 +79,7 @@ class Capture:
 
     Attributes:
         biases: Those that blocks were planned with; whoever asks all ranks settles which of them stay.
+        norms: Those of the micro-batches' gradients, until the next drain.
         masked: What masks left out before the last drain.
         zero_rows: By block without a mask, with positions or no stated number of examples: how many output gradients
             before it are zero, of all.
@@ -108,6 +110,7 @@ class Capture:
         self._generation = 0
         self._passes = PassLog()
         self._batches = MicroBatches()
+        self.norms = GradientNorms(list(model.parameters()), self._batches, self._loss_scale)
         self._stated = Stated()
         self._held: dict[Use, Held] = {}
         self._looks = False
@@ -118,11 +121,12 @@ class Capture:
         self.biases = Biases(self._blocks.values(), self._watch.uses)
         self._not_whole = Unmeasured(self._blocks, self._watch.uses, self.biases)
 
-    def arm(self, requests: Mapping[str, Request]) -> None:
+    def arm(self, requests: Mapping[str, Request], *, norms: bool = False) -> None:
         """Says what to measure until the next `drain`.
 
         Args:
             requests: What is asked of each due block, by name; others cost nothing.
+            norms: Whether to take the norms of the gradients of all parameters, too.
 
         Raises:
             ConfigError: It can't be measured.
@@ -131,8 +135,12 @@ class Capture:
         check_requests(requests, blocks=self._blocks, chains=chains, coarse=coarse, fisher=self._fisher)
         self._requests = dict(requests)
         self._collector.arm(self._requests)
-        if self._requests or self._looks:
-            self._watch.start(self._requests or self._blocks)
+        if norms:
+            self.norms.start()
+        else:
+            self.norms.stop()
+        if self._requests or self._looks or norms:
+            self._watch.start(self._requests or (self._blocks if self._looks else ()))
         else:
             self._watch.stop()
 
@@ -284,11 +292,13 @@ class Capture:
         if self._observer is not None:
             self._observer.discard()
         self._batches.forget()
+        self.norms.forget()
         self._held.clear()
 
     def close(self) -> None:
         """Stops watching and drops what is pending."""
         self._watch.stop()
+        self.norms.stop()
         self._requests = {}
         self._forget_everything()
 
@@ -440,8 +450,9 @@ class Capture:
             self._stated = Stated()
         self._batches.reach(backward, forward)
 
-    def _parameters(self) -> list[Tensor]:
-        return [each for name in self._requests for each in self._blocks[name].parameters()]
+    def _parameters(self) -> Sequence[Tensor]:
+        of_blocks = [each for name in self._requests for each in self._blocks[name].parameters()]
+        return of_blocks or self.norms.watched
 
     def _forget_dropped(self) -> None:
         """Forgets backwards whose gradients are gone, or of an iteration that the scaler skipped."""

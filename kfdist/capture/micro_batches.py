@@ -66,6 +66,18 @@ class MicroBatches:
         """The backward that began last; there is one."""
         return next(reversed(self._of_backward))
 
+    def of_backward(self, backward: int) -> MicroBatch:
+        """Returns the micro-batch of a backward that has begun."""
+        return self._of_backward[backward].whole
+
+    def examples(self) -> dict[MicroBatch, int | None]:
+        """Returns how many examples each micro-batch has, as stated or by its forwards; None where nobody knows."""
+        found = {batch.whole: batch.whole.stated.examples for batch in self._of_backward.values()}
+        for forward, batch in self._of_forward.items():
+            if batch.whole in found:
+                found[batch.whole] = found[batch.whole] or forward.examples
+        return found
+
     def of_forward(self, forward: ForwardPass) -> MicroBatch:
         """Returns the micro-batch of a forward."""
         return self._of_forward.setdefault(forward, MicroBatch()).whole

@@ -29,6 +29,7 @@ from kfdist.runtime.pipeline import Pipeline
 from kfdist.runtime.plan.capacity import check_memory, memory_of
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.plan.timetable import Timetable
+from kfdist.runtime.reduce.noise_scale import NoiseScale
 from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.settings import JobTerms
 from kfdist.runtime.track import Track
@@ -183,6 +184,13 @@ def _pipeline(
         capture=capture,
         agreement=agreement,
         reducer=StatisticsReducer(groups, settings, timetable, communicators.statistics, device),
+        noise_scale=NoiseScale(
+            list(plan.model.parameters()),
+            communicators.statistics,
+            device,
+            period=settings.factor_period,
+            compiled=plan.compiled,
+        ),
         inverting=inverting,
         adopting=Adopting(
             tracks, settings, exchange, SnapshotInstaller(device, counters, warns=rank == 0), inverting, counters

@@ -57,6 +57,15 @@ class Inspection:
             name: inverse for track in self.pipeline.tracks for name, inverse in track.snapshot.preconditioners.items()
         }
 
+    def noise_scale(self) -> float | None:
+        """Returns the gradient noise scale tr(Sigma) / |G|^2 in examples (docs/large-batch.md); never waits.
+
+        From the gradients of micro-batches and ranks, of which there must be two, before anything clips them; averaged
+        over about the last hundred steps that are multiples of `factor_period`. None before the first, while |G|^2
+        can't be told from the noise, and where gradients are sparse or `.grad` isn't the mean of what was measured.
+        """
+        return self.pipeline.noise_scale.latest()
+
     @property
     def costs(self) -> MeasuredCosts | None:
         """What inversions cost, if "auto" chose by it."""

@@ -21,6 +21,7 @@ from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.shipping import Inverting
 from kfdist.runtime.notices import Notices
 from kfdist.runtime.plan.timetable import Due, Timetable
+from kfdist.runtime.reduce.noise_scale import NoiseScale
 from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.settings import Settings, StepReport
 from kfdist.runtime.track import Track
@@ -41,6 +42,7 @@ class Pipeline:
         capture: Measures the model.
         agreement: Agrees on a table a step.
         reducer: Sums statistics.
+        noise_scale: Compares the norms of gradients.
         inverting: Has them inverted.
         adopting: Takes the results into use.
         calibration: Measures what is in use.
@@ -61,6 +63,7 @@ class Pipeline:
     capture: Capture
     agreement: Agreement
     reducer: StatisticsReducer
+    noise_scale: NoiseScale
     inverting: Inverting
     adopting: Adopting
     calibration: Calibration
@@ -109,11 +112,13 @@ class Pipeline:
             learning_rate = None if learning_rates is None else learning_rates(step)
         due = self._due(step)
         with phase("capture"):
+            norms = self.capture.norms.found()
             batches = self.capture.drain()
             self.notices.look(self.capture, step, level=5)
         with phase("fold"):
             self.reducer.fold(due, batches, step_is_finite)
         with phase("reduce"):
+            self.noise_scale.measure(norms)
             reduced = self.reducer.reduce(due, batches, step_is_finite)
         with phase("invert"):
             inverted = self.inverting.take(reduced, damping)
@@ -149,7 +154,8 @@ class Pipeline:
     def arm(self) -> None:
         """Tells the capture what to measure in the next step."""
         step = self.next_step
-        self.capture.arm(self.timetable.requests(step, calibrating=self.calibration.ask(step)))
+        requests = self.timetable.requests(step, calibrating=self.calibration.ask(step))
+        self.capture.arm(requests, norms=self.noise_scale.due(step, measures=bool(requests)))
 
     def close(self) -> None:
         """Completes what is under way between the ranks and stops measuring. All ranks must call it."""

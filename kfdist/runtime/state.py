@@ -32,6 +32,7 @@ def pipeline_state(pipeline: Pipeline, *, folded: bool) -> dict[str, Any]:
         "methods": {track.group.name: track.group.inverter.name for track in pipeline.tracks},
         "biases": list(pipeline.capture.biases.agreed),
         **pipeline.reducer.state_dict(),
+        **pipeline.noise_scale.state_dict(),
         **pipeline.inverting.state_dict(),
         **pipeline.adopting.state_dict(),
         **pipeline.agreement.state_dict(),
@@ -61,6 +62,7 @@ def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     pipeline.statistics_step = int(state["statistics_step"])
     pipeline.agreement.load_state_dict(state)
     pipeline.reducer.load_state_dict(state)
+    pipeline.noise_scale.load_state_dict(state)
     pipeline.adopting.load_state_dict(state)
     pipeline.inverting.load_state_dict(state)
     pipeline.capture.biases.settle(state["biases"])

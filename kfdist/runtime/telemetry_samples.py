@@ -63,6 +63,8 @@ def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
         *_by_label("kfdist_failures_total", "reason", _some(failures)),
         *_taken("kfdist_step_seconds", "phase", counters.step_seconds),
     ]
+    if (noise_scale := pipeline.noise_scale.latest()) is not None:
+        samples.append(_sample("kfdist_gradient_noise_scale_examples", noise_scale))
     for track in pipeline.tracks:
         samples.append(_sample("kfdist_staleness_steps", track.staleness(step), block=track.group.name))
         seconds = track.age_seconds()
@@ -173,7 +175,7 @@ def _bytes(pipeline: Pipeline, link: LinkCounters) -> dict[str, int]:
     """
     return {
         "table": pipeline.agreement.bytes_sent,
-        "statistics": pipeline.reducer.bytes_sent + pipeline.calibration.bytes_sent,
+        "statistics": pipeline.reducer.bytes_sent + pipeline.calibration.bytes_sent + pipeline.noise_scale.bytes_sent,
         "jobs": pipeline.inverting.book.bytes_sent,
         "results": pipeline.inverting.bytes_received,
         "snapshots": pipeline.adopting.exchange.bytes_sent,

@@ -98,6 +98,10 @@ _DECLARED = (
     ),
     _gauge("kfdist_loss", "Loss as last reported."),
     _gauge("kfdist_accuracy", "Accuracy as last reported, from 0 to 1."),
+    _gauge(
+        "kfdist_gradient_noise_scale_examples",
+        "Gradient noise scale tr(Sigma) / |G|^2: the batch above which larger ones bring less and less.",
+    ),
     # Staleness and adoption.
     _of_block("kfdist_staleness_steps", "Training steps between the statistics in a block's inverse and now."),
     _of_block("kfdist_staleness_seconds", "Seconds between the statistics in a block's inverse and now."),

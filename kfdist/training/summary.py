@@ -71,6 +71,7 @@ def summarise(training: Training, trainer: Trainer, *, start: int, stopped: str)
         "unreadable": trainer.unreadable.summary(),
         "time_to_target": target_summary(training.config.run.target_accuracy, standing.reached),
         "metrics": dict(trainer.metrics),
+        "noise_scale": training.preconditioner.noise_scale(),
         "step_seconds": step_statistics(trainer.step_seconds),
         "input_seconds": step_statistics(trainer.input_seconds),
         **_gather_totals(training, len(trainer.step_seconds)),

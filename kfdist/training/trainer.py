@@ -214,6 +214,7 @@ class Trainer:
             loss=loss,
             **metrics,
             lr=lr,
+            noise_scale=training.preconditioner.noise_scale(),
             staleness={"p50": staleness[len(staleness) // 2], "max": staleness[-1]} if staleness else None,
             step_seconds=sum(self.step_seconds[-self._tallied :]) / self._tallied,
             input_seconds=sum(self.input_seconds[-self._tallied :]) / self._tallied,

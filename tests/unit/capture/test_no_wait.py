@@ -24,6 +24,7 @@ from kfdist.linalg import sparse_rows
 from kfdist.linalg.sparse_rows import dense_of, sparse_of
 from kfdist.runtime.apply.directions import Application, precondition_gradients
 from kfdist.runtime.apply.rates import finite_gradients
+from kfdist.runtime.reduce.noise_scale import NoiseScale
 from tests.support.factors import armed_capture, blocks_of
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2", "bincount",
@@ -177,6 +178,20 @@ def test_masks(monkeypatch: pytest.MonkeyPatch, fisher: str, dtype: torch.dtype)
         drained = capture.drain()
         assert {name: of for name, (_, of) in capture.masked.counts.items()} == {"0": 15, "2": 15}
     assert set(drained) == {"0", "2"}
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+def test_norms_of_gradients(scaled: bool):
+    net, scaler = model(), torch.amp.GradScaler("cpu", enabled=scaled)
+    parameters = list(net.parameters())
+    capture = Capture(net, {}, sampling=Sampling(), grad_scaler=scaler)
+    noise = NoiseScale(parameters, Communicator(None), torch.device("cpu"), period=1, compiled=False)
+    capture.arm({}, norms=True)
+    with NoReads():
+        for _ in range(2):
+            scaler.scale(net(torch.randn(6, 2, 6, 6)).square().mean() / 2).backward()
+        noise.measure(capture.norms.found())
+    assert float(noise.state_dict()["gradient_noise"][0]) == 1.0
 
 
 def reduced_late(gradient: torch.Tensor, net: nn.Module) -> None:
