@@ -11,8 +11,7 @@ import typer.main
 from kfdist.cli.main import app
 from kfdist.config import Config, load_config
 from kfdist.training.run_directory import flat
-
-PACKAGE = Path(__file__).parents[2] / "kfdist"
+from tests.support.sources import FILES, PACKAGE, tree_of
 
 EVERY_RUN = {"train", "worker", "serve", "pool"}
 STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "stop", "events"}
@@ -35,7 +34,7 @@ OTHERS = {"ray start": {"--head"}, "Ray with": {"--num-cpus"}}
 
 def _texts(path: Path) -> Iterator[str]:
     """Yields a file's strings but for docstrings and declared options; an f-string as one, with {} for its values."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     skipped = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) or _declares(node)]
     inside = {id(part) for node in skipped for part in ast.walk(node)}
     for node in ast.walk(tree):
@@ -72,8 +71,8 @@ def _advice() -> list[tuple[str, str, str, str]]:
     """Returns what each file advises: its path, the words before an option, the option, and the whole text."""
     return [
         (name, text[: match.start()], match.group(), text)
-        for path in PACKAGE.rglob("*.py")
-        if (name := str(path.relative_to(PACKAGE))) not in GIVING and "_generated" not in name
+        for path in FILES
+        if (name := str(path.relative_to(PACKAGE))) not in GIVING
         for text in _texts(path)
         for match in re.finditer(r"(?<![\w-])--[a-z][a-z-]*", text)
     ]
@@ -100,8 +99,7 @@ def test_every_field_that_is_advised_is_in_the_configuration() -> None:
     sections = "|".join(Config.model_fields)
     named = {
         (str(path.relative_to(PACKAGE)), match.group(1))
-        for path in PACKAGE.rglob("*.py")
-        if "_generated" not in str(path)
+        for path in FILES
         for text in _texts(path)
         for match in re.finditer(rf"(?<![\w./])((?:{sections})\.[a-z_]+(?:\.[a-z_]+)?)(?=[ ,;:)=]|$)", text)
     }

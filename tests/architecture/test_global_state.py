@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch.utils._device import _device_constructors
 
-PACKAGE = Path(__file__).parents[2] / "kfdist"
+from tests.support.sources import FILES, PACKAGE, calls_of
+
 OF_ITS_OWN_PROCESS = PACKAGE / "bench"
 
 FACTORIES = {function.__name__ for function in _device_constructors()}
@@ -13,10 +14,9 @@ WHOLE_NUMBERS = {"arange", "randperm", "tril_indices", "triu_indices"}
 
 
 def _factory_calls(path: Path) -> list[tuple[str, ast.Call]]:
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     return [
         (call.func.attr, call)
-        for call in calls
+        for _, call in calls_of(path)
         if isinstance(call.func, ast.Attribute)
         and isinstance(call.func.value, ast.Name)
         and call.func.value.id == "torch"
@@ -26,7 +26,7 @@ def _factory_calls(path: Path) -> list[tuple[str, ast.Call]]:
 
 def test_every_factory_names_its_device_and_dtype() -> None:
     found, silent = 0, []
-    for path in PACKAGE.rglob("*.py"):
+    for path in FILES:
         if OF_ITS_OWN_PROCESS in path.parents:
             continue
         for name, call in _factory_calls(path):

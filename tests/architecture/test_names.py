@@ -2,12 +2,8 @@
 
 import ast
 from collections import defaultdict
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "kfdist"
-GENERATED = PACKAGE / "rpc" / "_generated"
-FILES = [path for path in PACKAGE.rglob("*.py") if GENERATED not in path.parents]
+from tests.support.sources import FILES, PACKAGE, ROOT, tree_of
 
 OF_EVERY_PACKAGE = {"__init__.py", "__main__.py"}
 TWIN_CLASSES = {("LearningRate", "LearningRates")}
@@ -22,8 +18,7 @@ def test_no_two_files_share_a_name() -> None:
 
 
 def _public_classes() -> set[str]:
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
-    classes = {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    classes = {node.name for path in FILES for node in tree_of(path).body if isinstance(node, ast.ClassDef)}
     return {name for name in classes if not name.startswith("_")}
 
 

@@ -4,24 +4,25 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from tests.support import sources
+from tests.support.sources import ROOT, nodes_of
 
-ROOT = Path(__file__).parents[2]
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 7
-GENERATED = ROOT / "kfdist" / "rpc" / "_generated"
 
-FILES = sorted(
-    path
-    for folder in ("kfdist", "tests", "benchmarks", "examples", "protos", "deploy")
-    for path in (ROOT / folder).rglob("*.py")
-    if GENERATED not in path.parents
-)
+FILES = [
+    *sources.FILES,
+    *(
+        path
+        for folder in ("tests", "benchmarks", "examples", "protos", "deploy")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ),
+]
 
 
 def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node
 
@@ -36,22 +37,26 @@ def test_there_are_files_to_measure():
     assert ROOT / "kfdist" / "runtime" / "pipeline.py" in FILES
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_are_short(path: Path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_FILE_LINES
-    long = {function.name: _body_lines(function) for function in _functions(path)}
-    assert {name: size for name, size in long.items() if size > MAX_FUNCTION_LINES} == {}
+def _place(path: Path, function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    return f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if ROOT / "kfdist" in path.parents], ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_constructors_need_few_positional_arguments(path: Path):
+def test_files_are_short():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {path: lines for path, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
+
+
+def test_functions_are_short():
+    lengths = {_place(path, each): _body_lines(each) for path in FILES for each in _functions(path)}
+    assert {place: lines for place, lines in lengths.items() if lines > MAX_FUNCTION_LINES} == {}
+
+
+def test_constructors_need_few_positional_arguments():
     crowded = {}
-    for function in _functions(path):
-        # Keyword-only options are named where they are given; a crowd of positional ones is not.
-        positional = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
-        if function.name == "__init__" and len(positional) - 1 > MAX_PARAMETERS:
-            crowded[function.lineno] = positional
+    for path in sources.FILES:
+        for function in _functions(path):
+            # Keyword-only options are named where they are given; a crowd of positional ones is not.
+            positional = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+            if function.name == "__init__" and len(positional) - 1 > MAX_PARAMETERS:
+                crowded[_place(path, function)] = positional
     assert crowded == {}

@@ -1,21 +1,16 @@
 """The library speaks in one way: loggers named by module. Only commands print, and warnings are kfdist's own."""
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "kfdist"
+from tests.support.sources import FILES, PACKAGE, ROOT, calls_of
+
 PRINTING = ("cli", "launch")
-GENERATED = PACKAGE / "rpc" / "_generated"
-FILES = [path for path in PACKAGE.rglob("*.py") if GENERATED not in path.parents]
 
 
-def _calls(path: Path, name: str) -> Iterator[ast.Call]:
-    """Yields the calls of a function, such as "print" or "logging.getLogger", in a file."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
-            yield node
+def _calls(path: Path, name: str) -> list[ast.Call]:
+    """Returns the calls of a function, such as "print" or "logging.getLogger", in a file."""
+    return [call for called, call in calls_of(path) if called == name]
 
 
 def _places(name: str) -> set[str]:
