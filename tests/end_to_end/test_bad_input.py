@@ -176,6 +176,7 @@ def test_a_ray_that_cannot_be_reached_exits_with_1_and_leaves_nothing(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_already_is_not_started_twice(tmp_path: Path):
     with launch(tmp_path / "run", *LOCAL, *ONE_RANK, *ENDLESS) as first:
         first.wait_for_line("step ")

@@ -94,6 +94,7 @@ def _adoptions(client: ControlClient) -> float:
     return sum(sample.value for sample in client.samples("digits") if sample.name == "kfdist_adoptions_total")
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_takes_everything_with_it(tmp_path: Path):
     directory = tmp_path / "run"
     with launch(directory, *ENDLESS, *ONE_OWNER, *ONE_RANK) as command:

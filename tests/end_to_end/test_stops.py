@@ -59,6 +59,7 @@ def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path):
         assert command.left_behind() == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_does_not_outlast_ctrl_c(tmp_path: Path):
     with launch(tmp_path / "run", *LOCAL, *ENDLESS) as command:
         command.wait_for_line("step ")
