@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from kfdist.cli import bench_command, certs_command, control_commands, recipe_command, run_commands
+from kfdist.cli import bench_command, certs_command, control_commands, recipe_command, run_commands, submit_command
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
 from kfdist.system.output import open_missing_streams, outlive_readers
@@ -47,7 +47,7 @@ def _common(
     del version
 
 
-for module in (run_commands, control_commands, recipe_command, certs_command, bench_command):
+for module in (run_commands, submit_command, control_commands, recipe_command, certs_command, bench_command):
     module.register(app)
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     Set `KFDIST_DEBUG=1` to see the stack trace of expected errors too.
     """
     open_missing_streams()
-    runs = bool(sys.argv[1:2]) and sys.argv[1] in run_commands.COMMANDS
+    runs = bool(sys.argv[1:2]) and sys.argv[1] in (*run_commands.COMMANDS, *submit_command.INSIDE)
     if runs:
         outlive_readers()
     # By default gRPC writes to standard error about each handshake that fails, beside what we say about it.

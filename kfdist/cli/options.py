@@ -26,6 +26,9 @@ Controller = Annotated[
         "--controller", metavar="HOST:PORT", help="Where `kfdist serve` listens; control.address if not given."
     ),
 ]
+FREE_PORTS = {"control": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0"}}
+"""Unless told otherwise, a launch takes free ports, so that two of them can share a machine."""
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; errors too.")]
 
 

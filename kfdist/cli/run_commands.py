@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kfdist.cli.options import AsJson, ConfigFile, Controller, Overrides, load
+from kfdist.cli.options import FREE_PORTS, AsJson, ConfigFile, Controller, Overrides, load
 
 if TYPE_CHECKING:
     from kfdist.control.controller import Controller as RunningController
-
-_FREE_PORTS = {"control": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.1:0"}}
-"""Unless told otherwise, a launch takes free ports, so that two of them can share a machine."""
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +28,7 @@ def _train(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJs
     """
     from kfdist.launch.terminal import Terminal, stop_requests
 
-    checked = load(config, overrides, defaults=_FREE_PORTS)
+    checked = load(config, overrides, defaults=FREE_PORTS)
     with stop_requests() as requests:
         # torch takes seconds to import; a bad configuration is told before that, and Ctrl-C is heard during it.
         from kfdist.launch.launcher import train

@@ -8,6 +8,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
+from kfdist.system.seat import Seat
 from kfdist.torch_internals import PrefixStore, Store, TCPStore
 
 _POLL_SECONDS = 0.02
@@ -15,7 +16,7 @@ _POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """A key-value store that ranks of this machine join through torchrun's variables.
+    """A key-value store that ranks join through torchrun's variables.
 
     Without it the launcher would have to find a free port, let go of it, and hope that rank 0 gets it. Here the
     launcher binds port 0 itself, and torch's own switch for agents that hold the store makes every rank a client of
@@ -31,25 +32,16 @@ class Rendezvous:
 
     def variables(self, rank: int) -> dict[str, str]:
         """Returns the environment of one rank, the variables that torchrun would set for it on one machine."""
-        return {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self.store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-        }
+        seat = Seat(rank=rank, world_size=self.world_size, local_rank=rank, local_world_size=self.world_size, node=0)
+        return seat.variables("127.0.0.1", self.store.port)
 
 
-def host_rendezvous(world_size: int) -> Rendezvous:
-    """Starts a store on a free port of the loopback interface, for `world_size` ranks of this machine."""
+def host_rendezvous(world_size: int, host: str = "127.0.0.1") -> Rendezvous:
+    """Starts a store for `world_size` ranks, on a free port of the loopback interface or of another address."""
     # Left to itself, the store would listen on every interface, and it asks nobody for a password.
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         store = TCPStore(
-            "127.0.0.1",
+            host,
             listener.getsockname()[1],
             is_master=True,
             wait_for_workers=False,

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,23 +77,41 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
         ConfigError: A value is wrong; nothing was started.
         EnvironmentFault: Something the run needs could not be had, or a process failed.
     """
+    if not (finished := check_launch(config)):
+        return Launch(config, terminal, requests).run()
+    terminal.say(finished)
+    terminal.result(read_summary(config.run.directory))
+    return ExitCode.DONE
+
+
+def check_launch(config: Config, *, own_controller: bool = True) -> str:
+    """Checks everything that can be checked before a process is started.
+
+    Args:
+        config: The configuration.
+        own_controller: Whether the launch starts a controller, rather than finding one.
+
+    Returns:
+        Why there is nothing left to do; empty if there is.
+
+    Raises:
+        ConfigError: A value is wrong.
+        EnvironmentFault: Something the run needs can't be had.
+    """
     finished = inspect_run(config)
     # The device a rank will use is its own to find; everything else is the same on the CPU.
     # What inversions cost is for the ranks to measure: until then nothing is too expensive.
     costs = read_costs(config.run.directory) or MeasuredCosts(rates={})
     gather_materials(config, config.cluster.workers, torch.device("cpu"), costs)
     if config.cluster.link == "service":
-        check_bindable(*split_address(config.control.address), path="control.address")
-        check_bindable(*split_address(config.control.metrics_address), path="control.metrics_address")
         check_working_directory()
-        for role in Role:
+        if own_controller:
+            check_bindable(*split_address(config.control.address), path="control.address")
+            check_bindable(*split_address(config.control.metrics_address), path="control.metrics_address")
+        for role in Role if own_controller else (Role.OWNER, Role.CLIENT):
             if (credentials := config.security.credentials(role)) is not None:
                 check_credentials(credentials)
-    if not finished:
-        return Launch(config, terminal, requests).run()
-    terminal.say(finished)
-    terminal.result(read_summary(config.run.directory))
-    return ExitCode.DONE
+    return finished
 
 
 class StopAsked(Exception):
@@ -105,7 +123,13 @@ class KillAsked(Exception):
 
 
 class Launch:
-    """One launch of a run on this machine, from the first process to the last."""
+    """One launch of a run on this machine, from the first process to the last.
+
+    Attributes:
+        stop_ranks_seconds: How long ranks may take to write their checkpoint after the first request to stop.
+    """
+
+    stop_ranks_seconds = STOP_RANKS_SECONDS
 
     def __init__(self, config: Config, terminal: Terminal, requests: StopRequests) -> None:
         """Prepares a launch; starts nothing yet. Arguments as for `train`."""
@@ -153,6 +177,11 @@ class Launch:
             self._start_controller()
             if self._config.preconditioner.inverts:
                 self._start_pool()
+        for command in self._rank_commands():
+            self._ranks.append(Child(command))
+
+    def _rank_commands(self) -> Iterator[Command]:
+        """Yields how to start what trains."""
         rendezvous = self._rendezvous = host_rendezvous(self._config.cluster.workers)
         for rank in range(rendezvous.world_size):
             variables = {
@@ -161,7 +190,7 @@ class Launch:
                 **{name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")},
                 **rendezvous.variables(rank),
             }
-            self._ranks.append(Child(self._command(f"rank {rank}", "worker", variables=variables)))
+            yield self._command(f"rank {rank}", "worker", variables=variables, tells_user=rank == 0)
 
     def _start_controller(self) -> None:
         ready_file = self._scratch / "controller.json"
@@ -185,7 +214,12 @@ class Launch:
         self._services["pool"] = SupervisedProcess(command, ready_file)
 
     def _command(
-        self, name: str, subcommand: str, *arguments: str, variables: Mapping[str, str] | None = None
+        self,
+        name: str,
+        subcommand: str,
+        *arguments: str,
+        variables: Mapping[str, str] | None = None,
+        tells_user: bool = False,
     ) -> Command:
         check_scratch(self._scratch)
         config_file = self._scratch / f"{name.replace(' ', '-')}.toml"
@@ -196,7 +230,7 @@ class Launch:
             line=module_command("kfdist", subcommand, str(config_file), *arguments),
             environment={**inherited_environment(os.environ), **marks, **(variables or {})},
             log=self._config.run.directory / "logs" / f"{name.replace(' ', '-')}.log",
-            terminal=self._terminal.descriptor if name == "rank 0" else None,
+            terminal=self._terminal.descriptor if tells_user else None,
         )
 
     def _wait_until_ready(self, service: SupervisedProcess, seconds: float) -> Mapping[str, Any]:
@@ -263,7 +297,7 @@ class Launch:
     def _stop_ranks(self) -> int:
         self._stopping = True
         self._terminal.say("stopping: the ranks write a checkpoint (once more Ctrl-C ends everything at once)")
-        self._end_children(self._ranks, STOP_RANKS_SECONDS)
+        self._end_children(self._ranks, self.stop_ranks_seconds)
         codes = [rank.poll() for rank in self._ranks]
         if codes and all(code == ExitCode.DONE for code in codes):
             return ExitCode.DONE  # the last step was made before the request was heard

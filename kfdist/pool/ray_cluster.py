@@ -76,7 +76,7 @@ class RayCluster:
             if self._own:
                 self._set_own_token(environment)
             else:
-                self._set_mode_of_others(environment)
+                set_auth_mode(environment)
             self.ray = self._import_ray()
             self._connect(config, environment["RAY_AUTH_MODE"])
         except BaseException:
@@ -102,6 +102,8 @@ class RayCluster:
         token.write_text(secrets.token_hex(32), encoding="ascii")
         environment.pop("RAY_AUTH_TOKEN", None)  # would win over the path
         environment.pop("RAY_ADDRESS", None)
+        # Of a job of another Ray that `kfdist train` is, whose working directory is nowhere in this one.
+        environment.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
         environment.update(
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN_PATH=str(token),
@@ -110,13 +112,6 @@ class RayCluster:
         )
         # Ray starts workers at niceness 15: beside anything busy, ranks too, owners would hardly get any of it.
         environment.setdefault("RAY_worker_niceness", "0")
-
-    def _set_mode_of_others(self, environment: MutableMapping[str, str]) -> None:
-        if not environment.get("RAY_AUTH_MODE"):
-            home = environment.get("HOME")
-            tokens = ["RAY_AUTH_TOKEN" in environment, "RAY_AUTH_TOKEN_PATH" in environment]
-            has_token = any(tokens) or (home is not None and (Path(home) / ".ray" / "auth_token").exists())
-            environment["RAY_AUTH_MODE"] = "token" if has_token else "disabled"
 
     def _import_ray(self) -> ModuleType:
         try:
@@ -159,6 +154,15 @@ class RayCluster:
                 "RAY_AUTH_TOKEN, one without needs RAY_AUTH_MODE=disabled. Both sides need the same Ray "
                 f"({self.ray.__version__} here) and the same Python"
             ) from error
+
+
+def set_auth_mode(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets RAY_AUTH_MODE for a Ray that others started, unless it is set: "token" where there is one."""
+    if not environment.get("RAY_AUTH_MODE"):
+        home = environment.get("HOME")
+        tokens = ["RAY_AUTH_TOKEN" in environment, "RAY_AUTH_TOKEN_PATH" in environment]
+        has_token = any(tokens) or (home is not None and (Path(home) / ".ray" / "auth_token").exists())
+        environment["RAY_AUTH_MODE"] = "token" if has_token else "disabled"
 
 
 def _check_reachable(address: str) -> None:

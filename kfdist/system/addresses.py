@@ -1,10 +1,14 @@
 """Addresses of servers as users write them, host:port, and whether this machine can bind them."""
 
 import errno
+import fcntl
 import ipaddress
 import socket
+import struct
 
 from kfdist.errors import ConfigError, EnvironmentFault
+
+_SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 
 UNPROTECTED = (
     "other machines can reach it, which needs TLS and a token: make them with `kfdist certs init DIR` and set "
@@ -107,3 +111,28 @@ def _obstacle(host: str, port: int) -> str:
             return "is in use by another process; end that one"
         return f"can't be bound ({error.strerror}); use one that this machine has"
     return ""
+
+
+def interface_of(address: str) -> str:
+    """Returns the name of the interface that has an IPv4 address, such as "eth0"; empty if none has it."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            request = struct.pack("256s", name.encode())
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+            except OSError:
+                continue  # it has no address
+        if socket.inet_ntoa(answer[20:24]) == address:
+            return name
+    return ""
+
+
+def address_towards(host: str, port: int) -> str:
+    """Returns which of this machine's addresses it would be seen with by another; nothing is sent.
+
+    Raises:
+        OSError: There is no route.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return probe.getsockname()[0]

@@ -1,5 +1,6 @@
 """Files that are either wholly on the disk or not there at all, also when the power fails."""
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -114,3 +115,15 @@ def read_ready_file(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_bytes())
     except OSError:  # none yet; removed with its folder; no descriptor left to read it with
         return None
+
+
+def lock_holder(lock: Path) -> str | None:
+    """Returns what is written in a file that a process holds locked (flock), None if nobody does."""
+    if not lock.exists():
+        return None
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().decode(errors="replace").strip()
+    return None

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Self
 from kfdist.config import Config, to_toml
 from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.system.files import replace_file, write_file
+from kfdist.system.files import lock_holder, replace_file, write_file
 
 HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_period", "run.accept_changes") + (
     "run.eval_epochs",
@@ -76,7 +76,7 @@ def inspect_run(config: Config) -> str:
         if not (directory / "config.toml").exists():
             return ""
         _refuse_drift(config)
-        holder = _holder(directory / "lock")
+        holder = lock_holder(directory / "lock")
         summary = _read_json(directory / "summary.json")
     except OSError as error:
         raise EnvironmentFault(f"can't read the run directory {directory}: {error}; check owner and mode") from error
@@ -259,18 +259,6 @@ def _lock(path: Path) -> BinaryIO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n".encode())
     file.flush()
     return file
-
-
-def _holder(lock: Path) -> str | None:
-    """Returns the words of whoever holds the lock, None if nobody does."""
-    if not lock.exists():
-        return None
-    with lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read().decode(errors="replace").strip()
-    return None
 
 
 def _locked(path: Path, holder: str) -> EnvironmentFault:

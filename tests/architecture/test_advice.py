@@ -23,12 +23,13 @@ SHOWN_BY = {
     "rpc/certificates.py": {"certs init"},
     "training/run_directory.py": {"train", "worker"},
     "training/worker.py": {"train", "worker"},
+    **{f"launch/submission/{name}.py": {"submit"} for name in ("room", "submit", "train_checkpoints", "train_driver")},
     # `kfdist train` gives its pool a directory that neither exists nor has a long name.
     "pool/ray_directory.py": {"pool"},
 }
 """By file: the commands that can show its messages. A file that advises an option must be here."""
 
-OTHERS = {"ray start": {"--head"}, "Ray with": {"--num-cpus"}}
+OTHERS = {"ray start": {"--head"}, "ray job": {"--address"}, "Ray with": {"--num-cpus"}}
 """Options of other programs, by the words before them."""
 
 

@@ -1,0 +1,265 @@
+"""`kfdist submit`: checks what can be checked from afar, starts a Ray job, and says how it goes."""
+
+import asyncio
+import json
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfdist.config import Config, to_toml
+from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
+from kfdist.launch.submission.request import Submission
+from kfdist.launch.submission.room import Node, check_room
+from kfdist.pool.ray_cluster import set_auth_mode
+
+Say = Callable[[str], None]
+
+ENTRYPOINT = "python -m kfdist ray-job"
+_RUN_KEY = "kfdist_run"
+"""Job metadata: the run's name."""
+
+_STARTED = "files in"
+"""What a launch says once it has checked everything."""
+
+_START_SECONDS = 120.0
+_POLL_SECONDS = 0.5
+_LAST_LINES = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a user asks for, beside the configuration.
+
+    Attributes:
+        address: The dashboard's, http://HOST:PORT.
+        gpus_per_worker: GPUs of each rank.
+        max_failures: How often all ranks may be started again.
+        storage: Where Ray Train keeps its copies of checkpoints; None: in the run directory.
+        working_dir: Directory with code for the job; None: what is installed.
+        follow: Whether to show the job's log until it ends.
+    """
+
+    address: str
+    gpus_per_worker: int
+    max_failures: int
+    storage: str | None
+    working_dir: Path | None
+    follow: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job, and how it stands.
+
+    Attributes:
+        submission_id: Ray's name for it.
+        status: Ray's word.
+        code: The exit code that it stands for; None while it lives.
+    """
+
+    submission_id: str
+    status: str
+    code: int | None
+
+
+def submit(config: Config, request: Request, say: Say) -> Job:
+    """Starts a job for a run, or follows the one that is there.
+
+    Returns:
+        The job: started, or with `follow` ended.
+
+    Raises:
+        ConfigError: A value is wrong. There is no job.
+        EnvironmentFault: The cluster can't be reached or is too small, or the job failed at its start.
+    """
+    checked(config, request)
+    client = _connect(request.address)
+    if (living := _living_job(client, config.run.name)) is not None:
+        if not request.follow:
+            raise EnvironmentFault(
+                f"run {config.run.name!r} is being trained by job {living}; follow it with --follow, or end it first: "
+                f"ray job stop {living} --address {request.address}"
+            )
+        say(f"run {config.run.name} is being trained already, by job {living}")
+        return _follow(client, living)
+    check_room(_nodes(request.address), config, request.gpus_per_worker)
+    name = _start(client, config, request)
+    say(f"job {name}: ray job logs|status|stop {name} --address {request.address}")
+    if request.follow:
+        return _follow(client, name)
+    return _started(client, name, say)
+
+
+def checked(config: Config, request: Request) -> Config:
+    """Checks what needs no cluster.
+
+    Raises:
+        ConfigError: A value is wrong.
+    """
+    if not re.match(r"https?://[^/\s]+$", request.address.rstrip("/")):
+        raise ConfigError(
+            f"is {request.address!r}; write the dashboard's address, such as http://HEAD:8265", path="--ray"
+        )
+    if not config.run.directory.is_absolute():
+        raise ConfigError(
+            f"is {str(config.run.directory)!r}; on a cluster give an absolute path, one that all nodes share or have "
+            "on disks of their own",
+            path="run.dir",
+        )
+    if request.gpus_per_worker not in (0, 1):
+        raise ConfigError(
+            f"is {request.gpus_per_worker}; a rank computes on one GPU, so it is 1, or 0 for the CPU: for more GPUs "
+            "ask for more --workers",
+            path="--gpus-per-worker",
+        )
+    wanted, given = config.run.device, "cuda" if request.gpus_per_worker else "cpu"
+    if wanted not in ("auto", given):
+        raise ConfigError(
+            f'is "{wanted}", and --gpus-per-worker is {request.gpus_per_worker}; make it "{given}" or "auto", or '
+            f"--gpus-per-worker {0 if request.gpus_per_worker else 1}",
+            path="run.device",
+        )
+    if request.working_dir is not None and not request.working_dir.is_dir():
+        raise ConfigError(f"is {str(request.working_dir)!r}, no directory", path="--working-dir")
+    if request.storage is not None and "://" not in request.storage and not Path(request.storage).is_absolute():
+        raise ConfigError(
+            f"is {request.storage!r}; give an absolute path that all nodes share, or a URI such as s3://BUCKET/PATH",
+            path="--storage",
+        )
+    return config.model_copy(update={"run": config.run.model_copy(update={"device": given})})
+
+
+def _connect(address: str) -> Any:
+    set_auth_mode()
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except Exception as error:  # Ray raises whatever its HTTP library does, and bare ones
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EnvironmentFault(
+            f"no Ray answers at {address} ({reason}); give the dashboard's address, which `ray start --head` prints; "
+            "a cluster with a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        ) from None
+
+
+def _living_job(client: Any, run: str) -> str | None:
+    for job in client.list_jobs():
+        if (job.metadata or {}).get(_RUN_KEY) == run and job.submission_id and not job.status.is_terminal():
+            return job.submission_id
+    return None
+
+
+def _nodes(address: str) -> list[Node]:
+    from ray.util.state import list_nodes
+
+    try:
+        listed: list[Any] = list_nodes(address=address, detail=True, limit=10_000)
+    except Exception as error:
+        raise EnvironmentFault(f"Ray at {address} doesn't say which nodes it has: {error}") from error
+    return [
+        Node(
+            cpus=int(node.resources_total.get("CPU", 0)),
+            gpus=int(node.resources_total.get("GPU", 0)),
+            is_head=bool(node.is_head_node),
+        )
+        for node in listed
+        if node.state == "ALIVE"
+    ]
+
+
+def _start(client: Any, config: Config, request: Request) -> str:
+    submission = Submission(
+        config=to_toml(checked(config, request)),
+        gpus_per_worker=request.gpus_per_worker,
+        max_failures=request.max_failures,
+        storage=request.storage or str(config.run.directory / "ray-train"),
+    )
+    environment: dict[str, Any] = {"env_vars": submission.variables()}
+    if request.working_dir is not None:
+        environment["working_dir"] = str(request.working_dir)
+    try:
+        return client.submit_job(
+            entrypoint=ENTRYPOINT,
+            submission_id=f"kfdist-{config.run.name}-{uuid.uuid4().hex[:8]}",
+            runtime_env=environment,
+            metadata={_RUN_KEY: config.run.name},
+        )
+    except Exception as error:
+        raise EnvironmentFault(f"Ray at {request.address} doesn't take the job: {error}") from error
+
+
+def _started(client: Any, name: str, say: Say) -> Job:
+    """Waits until a job has checked everything and begins, or has ended."""
+    deadline = time.monotonic() + _START_SECONDS
+    while not (status := client.get_job_status(name)).is_terminal():
+        lines = client.get_job_logs(name).splitlines()
+        begun = next((line for line in lines if line.startswith("run ") and _STARTED in line), None)
+        if begun is not None or time.monotonic() > deadline:
+            say(begun or f"the job hasn't begun within {_START_SECONDS:g} s; it goes on")
+            return Job(submission_id=name, status=str(status.value), code=None)
+        time.sleep(_POLL_SECONDS)
+    return _ended(client, name)
+
+
+def _follow(client: Any, name: str) -> Job:
+    async def follow() -> None:
+        async for lines in client.tail_job_logs(name):
+            print(lines, end="", flush=True)
+
+    try:
+        asyncio.run(follow())
+    except RuntimeError as error:
+        raise EnvironmentFault(
+            f"the log of job {name} broke off ({error}); the job may go on: the same command follows it again"
+        ) from error
+    # Ray closes the log a moment before it knows how the job ended.
+    deadline = time.monotonic() + _START_SECONDS
+    while not client.get_job_status(name).is_terminal() and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return _ended(client, name, shown=True)
+
+
+def _ended(client: Any, name: str, *, shown: bool = False) -> Job:
+    """Returns a job that has ended well or was stopped.
+
+    Raises:
+        ConfigError, EnvironmentFault: It failed; in its own words.
+    """
+    info = client.get_job_info(name)
+    status = str(info.status.value)
+    if status == "SUCCEEDED":
+        return Job(submission_id=name, status=status, code=ExitCode.DONE)
+    if status == "STOPPED":
+        return Job(submission_id=name, status=status, code=ExitCode.RESUMABLE)
+    raise job_fault(name, info.driver_exit_code, "" if shown else client.get_job_logs(name), info.message or "")
+
+
+def job_fault(name: str, code: int | None, logs: str, message: str) -> ConfigError | EnvironmentFault:
+    """Returns why a job failed: in its launch's words where it wrote any, else the end of its log.
+
+    Args:
+        name: The job's.
+        code: Its exit code, if it came to one.
+        logs: Its log; empty if it was shown already.
+        message: Ray's.
+    """
+    _, marker, words = f"\n{logs}".rpartition("\nkfdist: ")
+    words = words.strip()
+    if marker and code == ExitCode.BAD_INPUT:
+        return ConfigError(words)
+    if marker and code == ExitCode.ENVIRONMENT:
+        return EnvironmentFault(f"{words}\n(said by job {name})")
+    last = logs.strip().splitlines()[-_LAST_LINES:] or message.strip().splitlines()[-_LAST_LINES:]
+    return EnvironmentFault(
+        "\n".join([f"job {name} failed" + (f" with {code}" if code is not None else "") + ":", *last])
+    )
+
+
+def as_json(job: Job, run: str) -> str:
+    """Returns a job for programs."""
+    return json.dumps({"run": run, "submission_id": job.submission_id, "status": job.status, "code": job.code})

@@ -1,0 +1,188 @@
+"""The driver of a run's ranks: has Ray Train start a worker for each, and start all again when one is lost."""
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from kfdist.config import Config, to_toml
+from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
+from kfdist.launch.outcome import read_summary
+from kfdist.launch.submission.request import Submission
+from kfdist.launch.submission.train_worker import Board, RankOptions, run_rank
+from kfdist.launch.terminal import summary_line
+from kfdist.pool.ray_cluster import set_auth_mode
+from kfdist.system.files import replace_file
+
+_LOG = logging.getLogger(__name__)
+
+_ROOM_SECONDS = 60.0
+_TICK_SECONDS = 0.2
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_WORKER_VARIABLES = {
+    # A rank sees the end of its worker by itself, and writes a checkpoint before its own; Ray would kill it at once.
+    "RAY_kill_child_processes_on_worker_exit": "0",
+}
+
+
+def drive_ranks(config: Config, submission: Submission) -> int:
+    """Trains a run by Ray Train; to be called in the main thread of a process of its own.
+
+    Args:
+        config: The configuration, with the addresses of a controller that serves.
+        submission: The job's options.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: The ranks refuse the configuration.
+        EnvironmentFault: There is no room for the ranks, or they failed more often than allowed.
+    """
+    ray = _connect(config)
+    asked = threading.Event()
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: asked.set())  # Ray has put its own there
+    here = ray.get_runtime_context().get_node_id() if config.security.certificates is None else ""
+    _wait_for_room(ray, config, submission, here, asked)
+    if asked.is_set():
+        return ExitCode.RESUMABLE
+    board = ray.remote(num_cpus=0)(Board).remote()
+    try:
+        result = _fit(ray, _trainer(config, submission, here, board), board, asked)
+    finally:
+        if refusal := ray.get(board.refusal.remote()):
+            raise ConfigError(refusal)
+    return _conclude(config, result.return_value["summary"])
+
+
+def _connect(config: Config) -> Any:
+    """Connects to the cluster. Not before: Ray reads these variables when it is imported."""
+    set_auth_mode()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # modules of the user's own are looked for in the working directory
+    import ray
+
+    try:
+        ray.init(address=config.cluster.ray, namespace=f"kfdist-{config.run.name}")
+    except Exception as error:  # Ray raises bare ones, too
+        raise EnvironmentFault(f"the Ray at {config.cluster.ray} refuses the ranks' driver: {error}") from error
+    return ray
+
+
+def _resources(config: Config, submission: Submission) -> dict[str, float]:
+    resources: dict[str, float] = {"CPU": config.cluster.threads}
+    return resources | ({"GPU": submission.gpus_per_worker} if submission.gpus_per_worker else {})
+
+
+def _wait_for_room(ray: Any, config: Config, submission: Submission, here: str, asked: threading.Event) -> None:
+    """Reserves what the ranks need, and lets go of it: Ray Train itself would wait for it for ever."""
+    ranks = config.cluster.workers
+    bundles = [_resources(config, submission)] * ranks
+    selectors = [{"ray.io/node-id": here}] * ranks if here else None
+    group = ray.util.placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
+    deadline = time.monotonic() + _ROOM_SECONDS
+    try:
+        while not group.wait(_TICK_SECONDS):
+            if asked.is_set():
+                return
+            if time.monotonic() > deadline:
+                raise EnvironmentFault(
+                    f"{ranks} ranks with {bundles[0]} each found no room on the cluster within {_ROOM_SECONDS:g} s; "
+                    f"free are {ray.available_resources()}: end what uses the rest, add nodes, or ask for fewer"
+                )
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def _trainer(config: Config, submission: Submission, here: str, board: Any) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    options = RankOptions(
+        config=to_toml(config),
+        one_node=bool(here),
+        gpus=submission.gpus_per_worker,
+        mark=_mark_storage(submission.storage),
+    )
+    return DataParallelTrainer(
+        run_rank,
+        train_loop_config={"options": options, "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.workers,
+            use_gpu=bool(submission.gpus_per_worker),
+            resources_per_worker=_resources(config, submission),
+            label_selector={"ray.io/node-id": here} if here else None,
+        ),
+        run_config=RunConfig(
+            name=config.run.name,
+            storage_path=submission.storage,
+            failure_config=FailureConfig(max_failures=submission.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            worker_runtime_env={"env_vars": _WORKER_VARIABLES},
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+def _mark_storage(storage: str) -> str:
+    """Leaves a file where Ray Train keeps its checkpoints, by which workers see whether they have the same place."""
+    if "://" in storage:
+        return ""
+    mark = Path(storage) / f".kfdist-{uuid.uuid4().hex}"
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        for old in mark.parent.glob(".kfdist-*"):
+            old.unlink(missing_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"Ray Train can't keep checkpoints in {storage} ({error.strerror}); choose another --storage"
+        ) from error
+    return str(mark)
+
+
+def _fit(ray: Any, trainer: Any, board: Any, asked: threading.Event) -> Any:
+    """Trains in another thread, and passes a request to stop on to the ranks."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            results.append(trainer.fit())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="kfdist-train", daemon=True)
+    thread.start()
+    told = False
+    while thread.is_alive():
+        thread.join(_TICK_SECONDS)
+        if asked.is_set() and not told:
+            told = True
+            ray.get(board.ask_stop.remote())
+    if errors:
+        raise _fault(errors[0]) from errors[0]
+    return results[0]
+
+
+def _fault(error: BaseException) -> EnvironmentFault:
+    failures = getattr(error, "worker_failures", {})
+    told = [f"rank {rank}: {str(failure).strip()}" for rank, failure in sorted(failures.items())] or [str(error)]
+    return EnvironmentFault("Ray Train gave up; " + "\n".join(told) + "\nsubmit again to resume")
+
+
+def _conclude(config: Config, summary: dict[str, Any]) -> int:
+    # Where nodes share no directory, the job's node has none of the run's files but logs.
+    directory = config.run.directory
+    if read_summary(directory) != summary:
+        replace_file(directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    if summary.get("status") != "finished":
+        print(f"{summary_line(summary)}; submit again to resume", flush=True)
+    return ExitCode.DONE

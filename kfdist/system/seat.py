@@ -1,0 +1,36 @@
+"""Where a rank sits among the others, in torchrun's variables."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """A rank's place.
+
+    Attributes:
+        rank: Its number.
+        world_size: How many there are.
+        local_rank: Its number on its node, which is also its GPU's among those that it sees.
+        local_world_size: How many its node has.
+        node: The node's number.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node: int
+
+    def variables(self, host: str, port: int) -> dict[str, str]:
+        """Returns the environment of a rank that joins the others in a store at `host:port`, held by its starter."""
+        return {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "GROUP_RANK": str(self.node),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }

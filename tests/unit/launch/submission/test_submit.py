@@ -1,0 +1,79 @@
+"""What `kfdist submit` checks by itself, and what it says of a job that failed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kfdist.config import load_config
+from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.launch.submission.submit import Request, checked, job_fault, submit
+
+GIVEN: dict[str, Any] = {
+    "address": "http://127.0.0.1:8265",
+    "gpus_per_worker": 0,
+    "max_failures": 3,
+    "storage": None,
+    "working_dir": None,
+    "follow": False,
+}
+
+
+def test_where_ranks_compute_follows_from_their_gpus():
+    config = load_config(None, overrides=["run.dir=/data/run"], environment={})
+    assert checked(config, Request(**GIVEN)).run.device == "cpu"
+    assert checked(config, Request(**GIVEN | {"gpus_per_worker": 1})).run.device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides", "told"),
+    [
+        ({"address": "10.0.0.1:6379"}, [], "--ray: is '10.0.0.1:6379'; write the dashboard's address"),
+        ({}, ["run.dir=runs/digits"], "run.dir: is 'runs/digits'; on a cluster give an absolute path"),
+        ({"gpus_per_worker": 2}, [], "--gpus-per-worker: is 2; a rank computes on one GPU"),
+        ({}, ["run.device=cuda"], 'run.device: is "cuda", and --gpus-per-worker is 0; make it "cpu" or "auto"'),
+        ({"gpus_per_worker": 1}, ["run.device=cpu"], 'run.device: is "cpu", and --gpus-per-worker is 1'),
+        ({"working_dir": Path("/no/such")}, [], "--working-dir: is '/no/such', no directory"),
+        ({"storage": "results"}, [], "--storage: is 'results'; give an absolute path that all nodes share"),
+    ],
+)
+def test_bad_input_is_refused_before_anybody_is_asked(given: dict[str, Any], overrides: list[str], told: str):
+    config = load_config(None, overrides=["run.dir=/data/run", *overrides], environment={})
+    with pytest.raises(ConfigError) as caught:
+        submit(config, Request(**GIVEN | given), print)
+    assert str(caught.value).startswith(told)
+
+
+def test_no_head_is_one_sentence(unused_address: str):
+    config = load_config(None, overrides=["run.dir=/data/run"], environment={})
+    with pytest.raises(EnvironmentFault) as caught:
+        submit(config, Request(**GIVEN | {"address": f"http://{unused_address}"}), print)
+    assert str(caught.value).startswith(f"no Ray answers at http://{unused_address} (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def unused_address() -> Any:
+    import socket
+
+    with socket.socket() as held:  # bound, and nobody listens
+        held.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{held.getsockname()[1]}"
+
+
+def test_a_job_that_failed_says_so_in_its_own_words():
+    logs = "run digits: files in /data/run\nkfdist: run.steps: is -1; it must be 1 or more\n"
+    refused = job_fault("job-1", 2, logs, "")
+    assert isinstance(refused, ConfigError) and str(refused) == "run.steps: is -1; it must be 1 or more"
+    unfit = job_fault("job-1", 1, logs, "")
+    assert isinstance(unfit, EnvironmentFault) and str(unfit).endswith("1 or more\n(said by job job-1)")
+
+
+def test_a_job_without_kfdist_shows_the_end_of_its_log():
+    fault = job_fault("job-1", 1, "Running entrypoint\n/usr/bin/python: No module named kfdist\n", "")
+    assert str(fault) == "job job-1 failed with 1:\nRunning entrypoint\n/usr/bin/python: No module named kfdist"
+
+
+def test_a_job_without_a_log_shows_what_ray_says():
+    fault = job_fault("job-1", None, "", "Unexpected error: the runtime environment could not be made")
+    assert str(fault) == "job job-1 failed:\nUnexpected error: the runtime environment could not be made"
