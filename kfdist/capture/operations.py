@@ -137,6 +137,12 @@ def _matmul(given: Arguments, is_weight: Callable[[Tensor], bool]) -> Product | 
     return None
 
 
+def _baddbmm(given: Arguments, is_weight: Callable[[Tensor], bool]) -> Product | None:
+    if given.get("alpha", 1) != 1 or not isinstance(given.get("batch2"), Tensor):
+        return None
+    return _matmul({"input": given["batch1"], "other": given["batch2"]}, is_weight)
+
+
 def _grouped(given: Arguments, _is_weight: Callable[[Tensor], bool]) -> Product | None:
     x, weight, ends = given["mat_a"], given["mat_b"], given.get("offs")
     if x.dim() != 2 or weight.dim() != 3 or ends is None or given.get("bias") is not None:
@@ -180,6 +186,8 @@ PRODUCTS: dict[Callable[..., Any], _Form] = {
     Tensor.mm: _Form(("input", "mat2"), _matmul),
     torch.bmm: _Form(("input", "mat2"), _matmul),
     Tensor.bmm: _Form(("input", "mat2"), _matmul),
+    torch.baddbmm: _Form(("input", "batch1", "batch2"), _baddbmm),
+    Tensor.baddbmm: _Form(("input", "batch1", "batch2"), _baddbmm),
     torch.embedding: _Form(("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse"), _lookup),
     F.embedding_bag: _Form(_BAG, _bag),
     grouped_mm: _Form(("mat_a", "mat_b"), _grouped),

@@ -1,12 +1,14 @@
 """What each kind of layer contributes to the curvature. `KINDS` is the only table of supported layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from kfdist.curvature.blocks.bare import bare_matrices, bare_tables
+from kfdist.curvature.blocks.bare import Use, bare_matrices, bare_tables, wide_parameters
+from kfdist.curvature.blocks.bare import held_matrices as held_matrices
 from kfdist.curvature.blocks.bare import multiplied_weights as multiplied_weights
 from kfdist.curvature.blocks.base import Block as Block
 from kfdist.curvature.blocks.base import LayerBlock as LayerBlock
@@ -66,10 +68,15 @@ def _recurrent(name: BlockName, module: nn.Module, _sharing: WeightSharing, bias
     return blocks
 
 
-def _bare(name: BlockName, module: nn.Module, sharing: WeightSharing, biased: bool) -> Sequence[Block]:
-    """Makes a block of each matrix or table that a module uses by itself; a bias belongs to one called "weight"."""
+def _bare(
+    name: BlockName, module: nn.Module, sharing: WeightSharing, biased: bool, uses: Mapping[str, Use] | None = None
+) -> Sequence[Block]:
+    """Makes a block of each matrix or table that a module uses by itself; a bias belongs to one called "weight".
+
+    Others use those of a list of parameters: `uses` says how.
+    """
     blocks = []
-    for attribute, use in bare_matrices(module).items():
+    for attribute, use in (bare_matrices(module) if uses is None else uses).items():
         weight = ParameterPart(attribute, getattr(module, attribute), transposed=use != "matrix")
         full = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")
         if use == "table":
@@ -147,7 +154,12 @@ SUPPORTED = ", ".join(kind if isinstance(kind, str) else kind.__name__ for kind 
 
 
 def make_blocks(
-    name: str, module: nn.Module, sharing: WeightSharing = "expand", *, biased: bool = True
+    name: str,
+    module: nn.Module,
+    sharing: WeightSharing = "expand",
+    *,
+    biased: bool = True,
+    held: Use | None = None,
 ) -> Sequence[Block] | str:
     """Makes the blocks of a layer.
 
@@ -157,11 +169,14 @@ def make_blocks(
         sharing: How the positions of a sequence enter the factors of a `Linear` (see `LinearBlock`). Convolutions
             always expand: that is KFC.
         biased: Whether a bias is part of its weight's block; not so where layers share a weight and not the bias.
+        held: How others use its parameters, if it is a list or dictionary of them; see `held_matrices`.
 
     Returns:
         The blocks, none where the layer is of another kind; or the reason why it can't have any.
     """
     kind, maker = type(module).__name__, _maker(module)
+    if held is not None and wide_parameters(module):
+        maker = partial(_bare, uses=dict.fromkeys(wide_parameters(module), held))
     if isinstance(module, OPAQUE):
         return f"{kind} has no block: its layer multiplies with what the parametrization makes of it"
     if maker is None:

@@ -42,7 +42,8 @@ _MODULES = frozenset({"torch", "nn", "F", "functional"})
 
 _TURNING = frozenset({"T", "mT", "t", "transpose", "swapaxes", "permute"})
 
-_SAME = frozenset({"to", "type_as", "type", "float", "double", "half", "bfloat16", "contiguous", "clone", "squeeze"})
+_SAME = frozenset({"to", "type_as", "type", "float", "double", "half", "bfloat16", "contiguous", "clone", "squeeze",
+                   "values", "items", "parameters"})  # fmt: skip
 
 
 def bare_matrices(module: nn.Module) -> Mapping[str, Use]:
@@ -50,13 +51,32 @@ def bare_matrices(module: nn.Module) -> Mapping[str, Use]:
 
     What is used in several ways has the way that stands first, but a matrix before a table (docs/decisions/0018).
     """
-    shaped = {
-        name
+    shaped = wide_parameters(module)
+    found = _uses_in(type(module)) if shaped else {}
+    return {name: min(found[name], key=lambda use: use == "table") for name in shaped if name in found}
+
+
+def held_matrices(model: nn.Module) -> Mapping[int, Use]:
+    """Returns how the code of modules uses what is in their lists and dictionaries of parameters, by the id of these.
+
+    All in one are taken for used alike.
+    """
+    found: dict[int, Use] = {}
+    for module in model.modules():
+        for name, uses in _uses_in(type(module)).items():
+            held = getattr(module, name, None) if "." not in name else None
+            if isinstance(held, (nn.ParameterList, nn.ParameterDict)) and uses[0] != "table":
+                found.setdefault(id(held), uses[0])
+    return found
+
+
+def wide_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Returns the parameters of a module that may be matrices, or stacks of them."""
+    return {
+        name: parameter
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() in (2, 3) and _wide(parameter)
     }
-    found = _uses_in(type(module)) if shaped else {}
-    return {name: min(found[name], key=lambda use: use == "table") for name in shaped & found.keys()}
 
 
 def bare_tables(module: nn.Module) -> Set[str]:
@@ -108,6 +128,13 @@ class _Products:
             for target in node.targets
             if isinstance(target, ast.Name)
         }
+        self._looped: dict[ast.expr, ast.expr] = {}
+        for loop in ast.walk(function):  # inner loops come after outer ones
+            for part in [loop] if isinstance(loop, ast.For) else getattr(loop, "generators", []):
+                given = _of_loop(part.target, part.iter)
+                self._looped |= {
+                    each: given[each.id] for each in ast.walk(loop) if isinstance(each, ast.Name) and each.id in given
+                }
 
     def found(self) -> Iterator[tuple[str, Use]]:
         """Yields the attributes of self that are used, and what they are."""
@@ -128,6 +155,8 @@ class _Products:
                 return name, False
             case ast.Attribute(attr="weight") if path := _path(node):
                 return path, False
+            case ast.Name() if node in self._looped:
+                return self._attribute(self._looped[node], depth - 1)
             case ast.Name(id=name) if name in self._values:
                 return self._attribute(self._values[name], depth - 1)
             case ast.Subscript(value=inner):
@@ -139,6 +168,21 @@ class _Products:
                 return name, turned != (how in _TURNING)
             case _:
                 return "", False
+
+
+def _of_loop(target: ast.expr, values: ast.expr) -> Mapping[str, ast.expr]:
+    """Returns, by the names that a loop gives its values, what these are elements of."""
+    match target, values:
+        case ast.Name(id=name), _:
+            return {name: values}
+        case ast.Tuple(elts=[_, ast.Name(id=name)]), ast.Call(func=ast.Name(id="enumerate"), args=[of, *_]):
+            return {name: of}
+        case ast.Tuple(elts=names), ast.Call(func=ast.Name(id="zip"), args=of):
+            return {each.id: held for each, held in zip(names, of, strict=False) if isinstance(each, ast.Name)}
+        case ast.Tuple(elts=[_, ast.Name(id=name)]), ast.Call(func=ast.Attribute(attr="items")):
+            return {name: values}
+        case _:
+            return {}
 
 
 def _path(node: ast.expr) -> str:

@@ -212,7 +212,7 @@ def _listed(reasons: Mapping[str, str]) -> str:
 def _shown(kinds: Mapping[str, Sequence[str]]) -> str:
     shown = []
     for kind, names in kinds.items():
-        several = len(names) > 2 and any(part != "*" for part in kind.split("."))
+        several = len(names) > 1 and any(part != "*" for part in kind.split("."))
         shown += [f"{kind!r} ({len(names)})"] if several else [repr(name or "the model") for name in names]
     return ", ".join(shown[:_MOST_NAMES_SHOWN] + ["..."] * (len(shown) > _MOST_NAMES_SHOWN))
 

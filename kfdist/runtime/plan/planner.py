@@ -16,6 +16,7 @@ from kfdist.curvature.blocks import (
     EmbeddingBlock,
     UnitBlock,
     head_of,
+    held_matrices,
     make_bare_block,
     make_blocks,
     multiplied_weights,
@@ -124,11 +125,12 @@ def make_plan(
     layers = [pair for pair in named_layers(model) if any(True for _ in pair[1].parameters(recurse=False))]
     unlike = _weights_with_several_biases(layers)
     heads = {id(weight) for module in model.modules() if _has_tables(module) for weight in multiplied_weights(module)}
+    held = held_matrices(model)
     made: dict[str, Sequence[Block] | str] = {}
     for name, module in layers:
         biased = id(getattr(module, "weight", None)) not in unlike
         blocks = _barred(name, module, patterns, settings) or make_blocks(
-            name, module, settings.weight_sharing, biased=biased
+            name, module, settings.weight_sharing, biased=biased, held=held.get(id(module))
         )
         made[name] = blocks if isinstance(blocks, str) else [_head_if(each, heads, settings) for each in blocks]
     tied = _tied_to_tables(block for blocks in made.values() if not isinstance(blocks, str) for block in blocks)

@@ -121,11 +121,15 @@ def test_each_expert_has_the_factors_of_a_layer_called_with_its_rows(use: Callab
         assert not drained.examples[expert] and not drained.positions[expert]
 
 
-@pytest.mark.parametrize("how", ["bmm", "matmul", "einsum"])
+@pytest.mark.parametrize("how", ["bmm", "baddbmm", "matmul", "einsum"])
 def test_stacks_of_matrices_that_each_meet_all_rows(how: str):
     def use(x: Tensor, module: Any) -> Tensor:
         if how == "bmm":
             return torch.bmm(x.reshape(1, -1, Q).expand(E, -1, -1), module.experts.mT).tanh().transpose(0, 1)
+        if how == "baddbmm":
+            added = torch.zeros(E, 1, P, dtype=x.dtype)
+            rows = x.reshape(1, -1, Q).expand(E, -1, -1)
+            return torch.baddbmm(added, rows, module.experts.mT, beta=0.5).tanh().transpose(0, 1)
         if how == "matmul":
             return torch.matmul(x.flatten(0, 1), module.experts.mT).tanh().transpose(0, 1)
         return torch.einsum("nted,epd->nept", x.unsqueeze(2).expand(-1, -1, E, -1), module.experts).tanh()

@@ -302,6 +302,39 @@ def test_bare_matrices_that_a_module_multiplies_with():
     compare(Routed(router), Routed(layers))
 
 
+class Listed(nn.Module):
+    """Matrices out of a list and a dictionary, or the layers that they make."""
+
+    def __init__(self, twin: "Listed | None" = None) -> None:
+        super().__init__()
+        self.alike = twin is not None
+        if twin is None:
+            self.inner: Any = nn.ParameterList([torch.randn(D, D), torch.randn(D, D)])
+            self.outer: Any = nn.ParameterDict({"last": torch.randn(D, D)})
+            return
+        self.inner, self.outer = nn.Module(), nn.Module()
+        for name, weight in twin.named_parameters():
+            holder, label = name.split(".")
+            layer = nn.Linear(D, D, bias=False)
+            layer.weight = nn.Parameter(weight.detach() if holder == "outer" else weight.detach().T.clone())
+            self.get_submodule(holder).add_module(label, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.alike:
+            for layer in self.inner.children():
+                x = layer(x).tanh()
+            return self.outer.last(x)
+        for weight in self.inner:
+            x = (x @ weight).tanh()
+        return F.linear(x, self.outer["last"])
+
+
+def test_matrices_out_of_lists_and_dictionaries():
+    torch.manual_seed(0)
+    model = Listed()
+    compare(model, Listed(model))
+
+
 def test_weights_that_are_stored_transposed():
     """The class is known by its full name, since the library it is from isn't needed here."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfdist.curvature.blocks.bare import bare_matrices, bare_tables, multiplied_weights
+from kfdist.curvature.blocks.bare import bare_matrices, bare_tables, held_matrices, multiplied_weights
 
 
 class Uses(nn.Module):
@@ -109,3 +109,44 @@ def test_weights_of_modules_inside_are_known_by_the_products_in_the_code():
     heads = Heads()
     found = list(multiplied_weights(heads))
     assert [id(each) for each in found] == [id(heads.tables[name].weight) for name in ("words", "places")]
+
+
+class Holds(nn.Module):
+    """Lists and dictionaries of parameters."""
+
+    listed: Any
+    named: Any
+    indexed: Any
+    paired: Any
+    counted: Any
+    unused: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("listed", "indexed", "paired", "counted", "unused"):
+            self.add_module(name, nn.ParameterList([torch.empty(3, 4), torch.empty(4)]))
+        self.named = nn.ParameterDict({"first": torch.empty(3, 4)})
+
+    def forward(self, x: Tensor) -> Any:
+        yield [x @ w for w in self.listed]
+        for w in self.named.values():
+            yield F.linear(x, w)
+        for w, _ in zip(self.paired, self.unused, strict=True):
+            yield w @ x
+        for i, w in enumerate(self.counted):
+            for _ in range(3):
+                yield x @ w.T, x @ self.indexed[i]
+        for w in self.unused:
+            yield x + w
+
+
+def test_lists_and_dictionaries_of_parameters_are_known_by_the_code_around_them():
+    holds = Holds()
+    expected = {
+        "listed": "transpose",
+        "named": "matrix",
+        "paired": "matrix",
+        "counted": "matrix",
+        "indexed": "transpose",
+    }
+    assert held_matrices(nn.Sequential(holds)) == {id(getattr(holds, name)): use for name, use in expected.items()}
