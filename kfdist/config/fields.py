@@ -59,6 +59,10 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _tuples(value: Any) -> Any:
+    return tuple(_tuple(each) for each in value) if isinstance(value, list) else value
+
+
 def _methods(value: Any) -> Any:
     """Writes every entry of a table of methods as a table; a name alone is a method without settings."""
     if not isinstance(value, dict):
@@ -88,6 +92,11 @@ RayAddress = Annotated[str, AfterValidator(_ray_address)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_tuple)]
 Amounts = dict[str, Annotated[float, Field(gt=0)]]
+Stages = Annotated[
+    tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]], ...], BeforeValidator(_tuples)
+]
+"""Pairs of an epoch and what holds from it on."""
+
 Settings = dict[str, Setting]
 Methods = Annotated[dict[str, Settings], BeforeValidator(_methods)]
 """Methods by glob on dotted module names, in order; each entry is the settings with the name under `method`."""

@@ -8,7 +8,18 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import Address, Amounts, Counts, FileName, Methods, Names, RayAddress, Section, Settings
+from kfdist.config.fields import (
+    Address,
+    Amounts,
+    Counts,
+    FileName,
+    Methods,
+    Names,
+    RayAddress,
+    Section,
+    Settings,
+    Stages,
+)
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag
@@ -208,7 +219,13 @@ class PreconditionerSection(Section):
         description="methods by glob on module names, the first match wins; excludes preconditioner.method",
     )
     settings: Settings = Field(default_factory=lambda: {"rank": 128}, description="the inverter's own settings")
-    damping: float = Field(default=0.03, gt=0, description="lambda of F + lambda I")
+    damping: float = Field(default=0.03, gt=0, description="lambda of F + lambda I, at first")
+    damping_decay: float = Field(
+        default=1.0, gt=0, le=1, description="what an epoch multiplies the damping by, a step at a time; 1: nothing"
+    )
+    damping_epochs: Stages = Field(
+        default=(), description="[epoch, damping] pairs: from that epoch on, that damping; excludes damping_decay"
+    )
     fisher: Fisher = Field(
         default="empirical",
         description="which output gradients make the Fisher: those of the training loss, of labels sampled from the "
@@ -288,6 +305,13 @@ class PreconditionerSection(Section):
         if self.methods is not None and self.settings:
             reason = "they go with preconditioner.method; in a table of methods, write settings beside each `method`"
             raise ConfigError(f"is {self.settings!r}; {reason}", path="settings")
+        epochs = [epoch for epoch, _ in self.damping_epochs]
+        if epochs != sorted(set(epochs)):
+            raise ConfigError(f"is of the epochs {epochs}; they must rise", path="damping_epochs")
+        if epochs and self.damping_decay != 1.0:
+            raise ConfigError(
+                f"is {self.damping_decay} and damping_epochs is given too; give one of them", path="damping_decay"
+            )
         if self.adoption == "asap" and self.lag is not None:
             raise ConfigError(
                 f'is {self.lag}; it goes with adoption = "fixed-lag" only: set that, or remove lag', path="lag"

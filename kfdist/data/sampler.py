@@ -94,3 +94,12 @@ class Sampler:
             return 0
         in_this_epoch = (self.examples - position.offset) // self.step_examples
         return in_this_epoch + (epochs - position.epoch - 1) * self.steps_per_epoch
+
+    def epoch_zero(self, step: int, position: Position) -> int:
+        """Returns the step at which epoch 0 began, or would have begun had there always been this number of ranks.
+
+        Args:
+            step: Steps that are done.
+            position: Where they led.
+        """
+        return step - position.epoch * self.steps_per_epoch - position.offset // self.step_examples

@@ -1,6 +1,7 @@
 """From the preconditioner's section of a configuration to a plan, with the configuration's paths in what is refused."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,27 @@ from kfdist.runtime.plan.planner import NONE, Method, Plan, make_plan, needs_cos
 from kfdist.runtime.settings import Settings
 from kfdist.training.copies import Copies
 from kfdist.training.run_directory import read_costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damping:
+    """lambda as a function of the step; nothing of it needs saving.
+
+    Attributes:
+        section: What is configured.
+        steps_per_epoch: Steps of a pass over the data.
+        epoch_zero: Step at which epoch 0 began, or would have at this number of ranks.
+    """
+
+    section: PreconditionerSection
+    steps_per_epoch: int
+    epoch_zero: int = 0
+
+    def __call__(self, step: int) -> float:
+        """Returns lambda at step number `step`, counted from 0."""
+        section, epoch = self.section, (step - self.epoch_zero) / self.steps_per_epoch
+        reached = [value for begin, value in section.damping_epochs if epoch >= begin]
+        return reached[-1] if reached else section.damping * section.damping_decay**epoch
 
 
 def plan_of(config: Config, model: nn.Module, *, world_size: int, costs: MeasuredCosts | None) -> Plan:

@@ -70,12 +70,14 @@ class LearningRate:
         section: What is configured.
         total_steps: Steps of the whole run.
         steps_per_epoch: Steps of a pass over the data; for what is configured in epochs.
+        epoch_zero: Step at which epoch 0 began, or would have at this number of ranks.
         step_examples: Examples that all ranks together take in a step; for `lr_batch_size`.
     """
 
     section: OptimizerSection
     total_steps: int
     steps_per_epoch: int = 0
+    epoch_zero: int = 0
     step_examples: int = 0
 
     @property
@@ -87,15 +89,15 @@ class LearningRate:
     def __call__(self, step: int) -> float:
         """Returns the learning rate of step number `step`, counted from 0."""
         section, peak = self.section, self.peak
-        warmup = section.warmup_steps or round(section.warmup_epochs * self.steps_per_epoch)
+        warmup = self._step_of(section.warmup_epochs) if section.warmup_epochs else section.warmup_steps
         if step < warmup:
             return peak * (step + 1) / warmup
         if section.schedule == "constant":
             return peak
         if section.schedule == "step":
-            milestones = section.milestones or [epoch * self.steps_per_epoch for epoch in section.milestone_epochs]
+            milestones = section.milestones or [self._step_of(epoch) for epoch in section.milestone_epochs]
             return peak * section.milestone_factor ** sum(step >= milestone for milestone in milestones)
-        end = section.decay_epochs * self.steps_per_epoch if section.decay_epochs else self.total_steps
+        end = self._step_of(section.decay_epochs) if section.decay_epochs else self.total_steps
         progress = (step - warmup) / max(1, end - warmup)
         left = 1.0 - min(1.0, progress)
         if section.schedule == "cosine":
@@ -103,6 +105,9 @@ class LearningRate:
         elif section.schedule == "polynomial":
             left **= section.power
         return peak * (section.final_lr_fraction + (1.0 - section.final_lr_fraction) * left)
+
+    def _step_of(self, epoch: float) -> int:
+        return self.epoch_zero + round(epoch * self.steps_per_epoch)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -23,7 +23,7 @@ from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.addresses import server_address
 from kfdist.system.credentials import Role
 from kfdist.training.averaging import WeightAverage
-from kfdist.training.method import plan_of
+from kfdist.training.method import Damping, plan_of
 from kfdist.training.optimizers import LearningRate, make_optimizer
 from kfdist.training.run_state import Materials, Standing, Training
 
@@ -129,12 +129,15 @@ def make_training(
     if total_steps is None:
         total_steps = standing.step + materials.sampler.steps_until(config.run.epochs or 0, position)
     sampler, average_decay = materials.sampler, config.optimizer.average_decay
+    epoch_zero = sampler.epoch_zero(standing.step, position)
     learning_rate = LearningRate(
         section=config.optimizer,
         total_steps=total_steps,
         steps_per_epoch=sampler.steps_per_epoch,
+        epoch_zero=epoch_zero,
         step_examples=sampler.step_examples,
     )
+    damping = Damping(section=config.preconditioner, steps_per_epoch=sampler.steps_per_epoch, epoch_zero=epoch_zero)
     scaler = torch.amp.GradScaler(device.type, enabled=config.run.precision == "float16")
     seed_rank(config.run.seed, worker_rank=communicator.rank)
     communicator.broadcast_tensors_([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])
@@ -165,7 +168,7 @@ def make_training(
         )
     plan = materials.plan
     preconditioner = Preconditioner.from_plan(
-        replace(plan, settings=replace(plan.settings, lr=learning_rate)),
+        replace(plan, settings=replace(plan.settings, lr=learning_rate, damping=damping)),
         grad_scaler=scaler if scaler.is_enabled() else None,
         process_group=communicator.process_group,
         link=service,

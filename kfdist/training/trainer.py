@@ -197,7 +197,8 @@ class Trainer:
         lr = training.learning_rate(step - 1)
         if not math.isfinite(loss):
             section = training.config.preconditioner
-            damping = f", damping {section.damping:g}" if section.inverts else ""
+            damping_then = training.preconditioner.settings.damping_at(step - 1)
+            damping = f", damping {damping_then:g}" if section.inverts else ""
             remedy = " or raise preconditioner.damping" if section.inverts else ""
             raise LossNotFinite(
                 f"the training loss is {loss} in the {self._tallied} steps up to step {step} (learning rate {lr:g}"

@@ -39,6 +39,9 @@ BAD = [
     ("preconditioner.damping=inf", "preconditioner.damping", ["is inf", "finite"]),
     ("preconditioner.ema_decay=1.0", "preconditioner.ema_decay", ["is 1.0", "less than 1"]),
     ("preconditioner.positions_budget=0", "preconditioner.positions_budget", ["is 0", "at least 1", "positions"]),
+    ("preconditioner.damping_decay=1.1", "preconditioner.damping_decay", ["is 1.1", "at most 1", "multiplies"]),
+    ("preconditioner.damping_epochs=[[25, -1]]", "preconditioner.damping_epochs[0][1]", ["is -1", "greater than 0"]),
+    ("preconditioner.damping_epochs=[[9, 1], [5, 1]]", "preconditioner.damping_epochs", ["[9, 5]", "must rise"]),
     ("cluster.workers=0", "cluster.workers", ["is 0", "at least 1"]),
     ("cluster.owners=-1", "cluster.owners", ["is -1", "at least 0"]),
     ("cluster.threads=0", "cluster.threads", ["is 0", "at least 1"]),
@@ -113,6 +116,11 @@ def test_one_bad_value(override: str, path: str, words: list[str]):
 @pytest.mark.parametrize(
     ("overrides", "path", "words"),
     [
+        (
+            ["preconditioner.damping_epochs=[[5, 0.1]]", "preconditioner.damping_decay=0.9"],
+            "preconditioner.damping_decay",
+            ["is 0.9", "damping_epochs is given too", "one of them"],
+        ),
         (["run.steps=3", "run.epochs=2"], "run.steps", ["both are given"]),
         (
             ["preconditioner.method=kfac", "preconditioner.methods.head=kfac"],

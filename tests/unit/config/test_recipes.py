@@ -10,6 +10,7 @@ import torch
 from kfdist.config import load_config
 from kfdist.config.recipes import described, recipes
 from kfdist.errors import ConfigError
+from kfdist.training.method import Damping
 from kfdist.training.optimizers import LearningRate
 from kfdist.training.setup import gather_materials
 from tests.support.pictures import write_cifar10, write_folders
@@ -57,6 +58,21 @@ def test_learning_rates_are_the_published_ones(name: str, rates: dict[float, flo
     assert {epoch: rate(round(epoch * steps)) for epoch in rates} == pytest.approx(rates, rel=1e-9)
     doubled = LearningRate(section=config.optimizer, total_steps=total, steps_per_epoch=steps, step_examples=512)
     assert doubled.peak == (2 if config.optimizer.lr_batch_size else 1) * rate.peak
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        # SENG: 0.17 * 0.9^(epoch / 10); RS-KFAC's fraction of the largest eigenvalue.
+        ("imagenet-resnet50-seng", {0: 0.17, 10: 0.17 * 0.9, 45.5: 0.17 * 0.9**4.55}),
+        ("cifar10-vgg16bn", {0: 0.1, 24.99: 0.1, 25: 0.05, 34.99: 0.05, 35: 0.01, 50: 0.01}),
+        ("imagenet-resnet50-kaisa", {0: 1e-3, 54: 1e-3}),
+    ],
+)
+def test_dampings_are_the_published_ones(name: str, values: dict[float, float]):
+    section = load_config(Path(name), environment={}).preconditioner
+    damping = Damping(section=section, steps_per_epoch=100)
+    assert {epoch: damping(round(epoch * 100)) for epoch in values} == pytest.approx(values, rel=1e-4)
 
 
 def test_names_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

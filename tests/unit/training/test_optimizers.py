@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kfdist.config import OptimizerSection
+from kfdist.config import OptimizerSection, PreconditionerSection
+from kfdist.data.sampler import Position, Sampler
 from kfdist.errors import ConfigError
+from kfdist.training.method import Damping
 from kfdist.training.optimizers import LearningRate, make_optimizer, optimizers
 
 
@@ -90,3 +92,20 @@ def test_biases_and_norms_may_stay_undecayed():
     assert [parameter.dim() for parameter in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.1
     assert [parameter.dim() for parameter in rest["params"]] == [1, 1, 1, 1] and rest["weight_decay"] == 0.0
     assert (decayed["lr"], rest["momentum"]) == (0.1, 0.9)
+
+
+def test_epochs_stay_where_they_were_when_the_number_of_ranks_changes():
+    """Three epochs of 10 steps on one rank; then two ranks go on, in 5 steps an epoch."""
+    one, two = (Sampler(examples=40, batch_size=4, world_size=ranks, seed=0) for ranks in (1, 2))
+    position, steps = Position(), 30
+    for step in range(steps):
+        assert one.epoch_zero(step, position) == 0
+        position = one.advance(position)
+    begin = two.epoch_zero(steps, position)
+    section = OptimizerSection(lr=1.0, schedule="step", milestone_epochs=[4, 6], warmup_epochs=1)
+    rate = LearningRate(section=section, total_steps=60, steps_per_epoch=5, epoch_zero=begin)
+    assert [rate(step) for step in (30, 34, 35, 44, 45)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
+    damping = Damping(
+        section=PreconditionerSection(damping=1.0, damping_decay=0.5), steps_per_epoch=5, epoch_zero=begin
+    )
+    assert damping(30) == 0.125 and damping(35) == 0.0625

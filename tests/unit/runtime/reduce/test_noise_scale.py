@@ -26,9 +26,8 @@ def of_examples(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def estimated(gradients: Tensor, sizes: Sequence[int]) -> tuple[float, float]:
     """|G|^2 and tr(Sigma) from the means over parts of so many examples that weigh the same."""
-    means, k = [part.mean(0) for part in gradients.split(list(sizes))], len(sizes)
-    small = sum(float(mean.square().sum()) for mean in means) / k
-    large = float((sum(means) / k).square().sum())
+    means, k = torch.stack([part.mean(0) for part in gradients.split(list(sizes))]), len(sizes)
+    small, large = float(means.square().sum()) / k, float(means.mean(0).square().sum())
     inverse = sum(1 / size for size in sizes) / k
     noise = (small - large) / (inverse - inverse / k)
     return large - inverse / k * noise, noise
@@ -37,10 +36,10 @@ def estimated(gradients: Tensor, sizes: Sequence[int]) -> tuple[float, float]:
 class Checkpointed(nn.Sequential):
     """Each layer in a checkpoint of its own, whose backward is nested in the loss's."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         for layer in self:
-            x = checkpoint(layer, x.requires_grad_(), use_reentrant=True)  # type: ignore[assignment]
-        return x
+            input = checkpoint(layer, input.requires_grad_(), use_reentrant=True)  # type: ignore[assignment]
+        return input
 
 
 def leave(net: nn.Module) -> None:
