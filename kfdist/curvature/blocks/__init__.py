@@ -77,12 +77,16 @@ def _bare(
     """
     blocks = []
     for attribute, use in (bare_matrices(module) if uses is None else uses).items():
-        weight = ParameterPart(attribute, getattr(module, attribute), transposed=use != "matrix")
+        kind, _, fold = use.partition(", folded after ")
+        parameter = getattr(module, attribute)
+        if fold and not parameter.is_contiguous():
+            continue
+        weight = ParameterPart(attribute, parameter, transposed=kind != "matrix", fold=int(fold) if fold else None)
         full = name if attribute == "weight" else f"{name}.{attribute}".lstrip(".")
         if use == "table":
             blocks.append(EmbeddingBlock(full, module, weight, layer=name))
             continue
-        if weight.parameter.dim() == 3:
+        if parameter.dim() == 3 and not fold:
             blocks.append(ExpertsBlock(full, module, weight, layer=name))
             continue
         own = attribute == "weight" and isinstance(getattr(module, "bias", None), nn.Parameter)

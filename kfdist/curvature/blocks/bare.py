@@ -17,8 +17,20 @@ from typing import Literal
 
 from torch import nn
 
-Use = Literal["matrix", "transpose", "table"]
-"""A matrix as `F.linear` takes it, or its transpose `[..., q, p]`; a table of rows that are looked up."""
+Use = Literal[
+    "matrix",
+    "transpose",
+    "table",
+    "matrix, folded after 1",
+    "matrix, folded after 2",
+    "transpose, folded after 1",
+    "transpose, folded after 2",
+]
+"""A matrix as `F.linear` takes it, or its transpose `[..., q, p]`; a table of rows that are looked up.
+
+Of three dimensions, one "folded after 1" is a matrix whose columns have two of them, one "folded after 2" has two for
+its rows.
+"""
 
 _LEFT, _RIGHT, _ROWS = "left", "right", "rows"
 
@@ -37,6 +49,13 @@ _OPERANDS: Mapping[str, Mapping[int | str, str]] = {
 
 _METHODS = frozenset({"matmul", "mm", "bmm", "addmm", "baddbmm"})
 """Those that tensors have too; modules may be called by the names of the others."""
+
+_FOLDED: Mapping[tuple[str, str], Use] = {
+    (_LEFT, "folded after 1"): "matrix, folded after 1",
+    (_LEFT, "folded after 2"): "matrix, folded after 2",
+    (_RIGHT, "folded after 1"): "transpose, folded after 1",
+    (_RIGHT, "folded after 2"): "transpose, folded after 2",
+}
 
 _MODULES = frozenset({"torch", "nn", "F", "functional"})
 
@@ -141,9 +160,12 @@ class _Products:
         for node in ast.walk(self._function):
             for operand, side in _operands(node):
                 name, turned = self._attribute(operand)
-                if name and side != _ROWS:
+                side, _, fold = side.partition(", ")
+                if name and fold and not turned:
+                    yield name, _FOLDED[side, fold]
+                elif name and not fold and side != _ROWS:
                     yield name, "transpose" if turned != (side == _RIGHT) else "matrix"
-                elif name and not turned:
+                elif name and not fold and not turned:
                     yield name, "table"
 
     def _attribute(self, node: ast.expr, depth: int = 8) -> tuple[str, bool]:
@@ -168,6 +190,17 @@ class _Products:
                 return name, turned != (how in _TURNING)
             case _:
                 return "", False
+
+
+def folded(letters: str, others: str, output: str) -> int:
+    """Returns after how many of an operand's dimensions those end that are summed over, or those that are made.
+
+    0 where they don't lie so, or others meet both.
+    """
+    kinds = [letter in output for letter in letters]
+    apart = all((letter in output) != (letter in others) for letter in letters)
+    ends = [place for place in range(1, len(kinds)) if kinds[place] != kinds[place - 1]]
+    return ends[0] if apart and len(ends) == 1 and len(set(letters)) == len(letters) else 0
 
 
 def _of_loop(target: ast.expr, values: ast.expr) -> Mapping[str, ast.expr]:
@@ -231,3 +264,5 @@ def _of_einsum(text: str, operands: list[ast.expr]) -> Iterator[tuple[ast.expr, 
         others = "".join(terms[:place] + terms[place + 1 :])
         if len(letters) >= 2 and all(stack in others and stack in output for stack in letters[:-2]):
             yield operand, _LEFT if letters[-1] not in output else _RIGHT
+        elif len(letters) == 3 and (fold := folded(letters, others, output)):
+            yield operand, f"{_LEFT if letters[-1] not in output else _RIGHT}, folded after {fold}"

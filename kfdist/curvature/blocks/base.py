@@ -33,12 +33,14 @@ class ParameterPart:
         parameter: The parameter.
         rows: Of dim 0; None for all.
         transposed: Whether the block has the transpose of that.
+        fold: Of a parameter of more dimensions that is one matrix, how many of them its rows have.
     """
 
     attribute: str
     parameter: nn.Parameter
     rows: slice | None = None
     transposed: bool = False
+    fold: int | None = None
 
     @classmethod
     def weight_of(cls, module: nn.Module, *, transposed: bool = False) -> "ParameterPart":
@@ -50,7 +52,16 @@ class ParameterPart:
     def of(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Returns the block's part of a tensor shaped like the parameter, as a view."""
         part = tensor if self.rows is None else tensor[self.rows]
+        if self.fold is not None:
+            part = part.reshape(part.shape[: self.fold].numel(), -1)
         return part.mT if self.transposed else part
+
+    def write(self, tensor: Float[Tensor, "..."], new: Float[Tensor, "..."]) -> None:
+        """Overwrites the block's part of a tensor shaped like the parameter."""
+        if self.fold is None:
+            self.of(tensor).copy_(new)
+        else:
+            tensor.copy_((new.mT if self.transposed else new).reshape(tensor.shape))
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,7 @@ class Block:
         if tuple(direction.shape) != expected:
             raise ValueError(f"block {self.name}: direction has shape {tuple(direction.shape)}, must be {expected}")
         for part, gradient, new in zip(self.parts, self._gradients(), self.from_matrix(direction), strict=True):
-            part.of(gradient).copy_(new)
+            part.write(gradient, new)
 
     def _weight_matrix(self, weight: Tensor) -> Tensor:
         """Returns a tensor shaped like the weight as `[c, p, q]` without the bias."""

@@ -67,7 +67,7 @@ class Applying:
                 assert gradient is not None, "only blocks with gradients have directions"
                 # Rows of a parameter that no block has keep their gradients.
                 whole = found.setdefault(part.parameter, gradient.to_dense().to(direction.dtype, copy=True))
-                part.of(whole).copy_(direction)
+                part.write(whole, direction)
         return found
 
     def _applications(

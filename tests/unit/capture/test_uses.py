@@ -13,6 +13,7 @@ from kfdist.capture.requests import Request, Sampling
 from kfdist.curvature.blocks import LayerBlock
 from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_by_definition, factors_of
 from tests.support.plans import planned
+from tests.support.preconditioning import preconditioner
 
 EXACT = 1e-12
 """float64; both sides add up the same products in another order."""
@@ -333,6 +334,64 @@ def test_matrices_out_of_lists_and_dictionaries():
     torch.manual_seed(0)
     model = Listed()
     compare(model, Listed(model))
+
+
+class Folded(nn.Module):
+    """Projections to and from heads whose matrices have three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Parameter(torch.randn(D, 2, 3)), nn.Parameter(torch.randn(2, 3, D))
+        self.v, self.o = nn.Parameter(torch.randn(2, 3, D)), nn.Parameter(torch.randn(D, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.einsum("ibh,hnd->bind", x.transpose(0, 1), self.q)
+        k = torch.einsum("...h,ndh->...nd", x, self.k).tanh()
+        y = torch.einsum("btnd,ndh->bth", q * k, self.v)
+        return torch.einsum("bhtk,dhk->btd", torch.einsum("bth,ndh->bntd", y, self.k), self.o)
+
+
+class Unfolded(nn.Module):
+    """The same of plain layers."""
+
+    def __init__(self, folded: Folded) -> None:
+        super().__init__()
+        weights = {"q": folded.q.flatten(1).T, "k": folded.k.flatten(0, 1), "v": folded.v.flatten(0, 1).T,
+                   "o": folded.o.flatten(1)}  # fmt: skip
+        for name, weight in weights.items():
+            layer = nn.Linear(*weight.T.shape, bias=False)
+            layer.weight = nn.Parameter(weight.detach().clone())
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts: Any = self
+        return parts.o(parts.k(parts.v(parts.q(x) * parts.k(x).tanh())))
+
+
+def test_matrices_of_three_dimensions_are_folded():
+    torch.manual_seed(0)
+    model = Folded()
+    compare(model, Unfolded(model))
+
+
+def test_directions_of_folded_matrices_are_those_of_plain_ones():
+    torch.manual_seed(0)
+    model = Folded().double()
+    twin, (x, y) = Unfolded(model).double(), batch()
+    found = []
+    for each in (model, twin):
+        with preconditioner(each, "kfac") as pre:
+            F.mse_loss(each(x), y).backward()
+            if each is model:  # also where a gradient isn't laid out as its parameter
+                assert model.q.grad is not None
+                model.q.grad = model.q.grad.transpose(0, 2).contiguous().transpose(0, 2)
+            pre.step()
+            directions = pre.directions(0.1)
+        found.append(({name: p.grad for name, p in each.named_parameters()}, list(directions.values())))
+    for (name, mine), other in zip(found[0][0].items(), found[1][0].values(), strict=True):
+        assert mine is not None and other is not None
+        torch.testing.assert_close(mine.flatten(), (other.T if name in "qv" else other).flatten())
+    assert [each.shape for each in found[0][1]] == [each.shape for each in model.parameters()]
 
 
 def test_weights_that_are_stored_transposed():

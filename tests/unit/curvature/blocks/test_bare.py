@@ -74,6 +74,7 @@ def test_matrices_are_known_by_the_products_in_the_code():
     expected = dict.fromkeys(("straight", "keyword", "left", "indexed", "turned", "summed", "both"), "matrix")
     expected |= dict.fromkeys(("right", "method", "renamed", "stacked", "experts"), "transpose")
     expected |= dict.fromkeys(("table", "numbered"), "table")
+    expected |= {"heads": "transpose, folded after 1"}
     assert bare_matrices(Uses()) == expected
     assert bare_matrices(Inherits()) == expected
     assert bare_tables(Inherits()) == {"table", "numbered", "both"}
