@@ -91,6 +91,8 @@ Address = Annotated[str, AfterValidator(_address)]
 RayAddress = Annotated[str, AfterValidator(_ray_address)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_tuple)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Ports = Annotated[tuple[Port, Port], BeforeValidator(_tuple)]
 Amounts = dict[str, Annotated[float, Field(gt=0)]]
 Stages = Annotated[
     tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]], ...], BeforeValidator(_tuples)

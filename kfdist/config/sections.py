@@ -15,6 +15,7 @@ from kfdist.config.fields import (
     FileName,
     Methods,
     Names,
+    Ports,
     RayAddress,
     Section,
     Settings,
@@ -370,6 +371,10 @@ class ClusterSection(Section):
         default="loopback",
         description="where owners listen: on loopback, or on their Ray node's address, for ranks of other machines",
     )
+    owner_ports: Ports | None = Field(
+        default=None,
+        description="the first and the last port on which owners may listen, for firewalls; any if not given",
+    )
     owner_strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = Field(
         default="SPREAD",
         description='how Ray places owners over the nodes of an existing cluster; with owner_address = "node"',
@@ -393,6 +398,12 @@ class ClusterSection(Section):
     group_timeout_seconds: float = Field(
         default=300.0, gt=0, description="how long a rank waits in a collective for the others"
     )
+
+    @model_validator(mode="after")
+    def _ports_rise(self) -> Self:
+        if self.owner_ports is not None and self.owner_ports[0] > self.owner_ports[1]:
+            raise ConfigError(f"is {list(self.owner_ports)}; write the first port, then the last", path="owner_ports")
+        return self
 
 
 class ControlSection(Section):

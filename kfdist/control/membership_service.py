@@ -148,10 +148,12 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         await self._ledger.change(beat.run, rule)
 
     async def _hear_owner(self, request: membership_pb2.HeartbeatRequest) -> membership_pb2.HeartbeatResponse:
-        owner = self._ledger.owners.get(request.owner.owner_id)
-        if owner is None:
+        beat = request.owner
+        owner = self._ledger.owners.get(beat.owner_id)
+        if owner is None or (beat.address and beat.address != owner.address):
+            at = f" at {beat.address[:100]}" if owner is not None else ""
             raise Refusal(
-                grpc.StatusCode.NOT_FOUND, f"owner {request.owner.owner_id[:100]!r} isn't registered; register it first"
+                grpc.StatusCode.NOT_FOUND, f"owner {beat.owner_id[:100]!r} isn't registered{at}; register it first"
             )
         await self._members.hear_owner(owner)
         samples = self._bounded(request)

@@ -82,7 +82,8 @@ class Membership:
     async def _beat(self, stub: MembershipServiceStub) -> None:
         """Beats until the stream ends or the controller falls silent."""
         stream = BeatStream(stub)
-        standing = membership_pb2.OwnerBeat(owner_id=self._request.owner.owner_id)
+        owner = self._request.owner
+        standing = membership_pb2.OwnerBeat(owner_id=owner.owner_id, address=owner.address)
         try:
             while True:
                 response = await stream.beat(standing, self._measure())

@@ -5,6 +5,7 @@ caches only: when its process ends, Ray starts it again under the same name, wit
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -49,6 +50,7 @@ class OwnerOptions:
         controller: Where the controller listens; empty for none.
         directory: Where it remembers its port and its starts; empty for nowhere.
         host: The address to listen on, as others reach it; on loopback unless there are credentials.
+        ports: The first and the last port that it may listen on; 0 for any.
         credentials: Who it is, and what others must show.
         child_module: What to run as the inversion process.
         limits: How much it accepts.
@@ -62,6 +64,7 @@ class OwnerOptions:
     controller: str = ""
     directory: str = ""
     host: str = "127.0.0.1"
+    ports: tuple[int, int] = (0, 0)
     credentials: Credentials | None = None
     child_module: str = CHILD_MODULE
     limits: ServiceLimits = ServiceLimits()
@@ -153,13 +156,18 @@ class Owner:
 
     def _bind(self, server: grpc.aio.Server) -> str:
         """Binds to the port of an earlier start, so that couriers find the owner again while no controller is there."""
-        host, credentials = self._options.host, self._options.credentials
-        if self._memory.port:
-            try:
-                return bind(server, join_address(host, self._memory.port), credentials, path="")
-            except EnvironmentFault:
-                pass  # Another process has it now.
-        return bind(server, join_address(host, 0), credentials, path="")
+        host, (first, last) = self._options.host, self._options.ports
+        remembered = [self._memory.port] if self._memory.port else []
+        *others, final = [join_address(host, port) for port in (*remembered, *range(first, last + 1))]
+        for address in others:
+            with contextlib.suppress(EnvironmentFault):  # another process has it now
+                return bind(server, address, self._options.credentials, path="")
+        try:
+            return bind(server, final, self._options.credentials, path="")
+        except EnvironmentFault as fault:
+            if not last:
+                raise
+            raise EnvironmentFault(f"no port of cluster.owner_ports = [{first}, {last}] can be had: {fault}") from fault
 
     async def _introduce(self, address: str) -> None:
         """Waits for the inversion process, whose fingerprint is part of the registration, and keeps registered."""

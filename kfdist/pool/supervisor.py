@@ -93,6 +93,7 @@ class Supervisor:
                     controller=self._controller,
                     directory=str(self._directory) if self._placement.remembers else "",
                     host=self._placement.host,
+                    ports=config.cluster.owner_ports or (0, 0),
                     credentials=config.security.credentials(Role.OWNER),
                     log=str(logs / f"{name}.log"),
                 ),

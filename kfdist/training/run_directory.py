@@ -35,6 +35,7 @@ HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_pe
     "cluster.workers",
     "cluster.owners",
     "cluster.owner_address",
+    "cluster.owner_ports",
     "cluster.owner_strategy",
     "cluster.bundle.",
     "cluster.ray",

@@ -231,6 +231,18 @@ class TestAssignment:
         assert [owner.address for owner in member.assignment("r").owners] == ["127.0.0.1:2000"]
         assert list(client.events("r"))[-1].text == "owner owner-0 at 127.0.0.1:2000, restarted 1 times"
 
+    def test_whose_name_another_process_took_has_to_register_again(self, member, controller):
+        member.register_owner("owner-0", port=1000)
+        with Member(controller.address) as stale:
+            stale.register_owner("owner-0", port=2000)  # its node was cut off, and taken for dead
+            with pytest.raises(grpc.RpcError) as caught:
+                member.beat_owner("owner-0", address="127.0.0.1:1000")
+        assert code(caught) is grpc.StatusCode.NOT_FOUND
+        assert "'owner-0' isn't registered at 127.0.0.1:1000; register it first" in caught.value.details()
+        member.register_owner("owner-0", port=1000)
+        answer = member.beat_owner("owner-0", address="127.0.0.1:1000")
+        assert [owner.address for owner in answer.owners] == ["127.0.0.1:1000"]
+
     def test_an_unknown_owner_has_to_register(self, member):
         with pytest.raises(grpc.RpcError) as caught:
             member.beat_owner("nobody")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,12 +12,14 @@ from pathlib import Path
 import grpc
 import pytest
 
+from kfdist.errors import EnvironmentFault
 from kfdist.owner.inversion_service import ServiceLimits
 from kfdist.owner.owner import Owner, OwnerOptions
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_channel
 from kfdist.rpc.chunking import digest_of, split
+from kfdist.system.addresses import split_address
 from kfdist.types import CHUNK_BYTES
 from tests.support.controller import eventually
 from tests.support.faults import EACH, Faults
@@ -307,6 +310,18 @@ def test_the_same_port_again_where_it_is_free_and_another_where_not(folder, owne
     assert (first.starts, second.starts, third.starts) == (1, 2, 3)
     third.close()
     third.close()
+
+
+def test_owners_keep_to_the_ports_they_are_given():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            EnvironmentFault, match=rf"owner_ports = \[{port}, {port}\] can be had: .*:{port} is in use"
+        ):
+            Owner(OwnerOptions(owner_id="owner-9", ports=(port, port)))
+        other = Owner(OwnerOptions(owner_id="owner-9", ports=(port, min(port + 50, 65535))))
+        assert port < split_address(other.address)[1] <= port + 50
+        other.close()
 
 
 def test_an_owner_needs_neither_ray_nor_the_pool():

@@ -5,7 +5,8 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -26,15 +27,22 @@ def hosts() -> Iterator[Mapping[str, Host]]:
         yield made
 
 
-def end(host: Host) -> None:
+def processes(host: Host) -> list[int]:
+    return [int(pid) for pid in subprocess.check_output(["ip", "netns", "pids", host.namespace], text=True).split()]
+
+
+@contextlib.contextmanager
+def ended(host: Host) -> Iterator[None]:
     """Ends everything on a host at once, as a power cut would."""
-    for pid in subprocess.check_output(["ip", "netns", "pids", host.namespace], text=True).split():
+    for pid in processes(host):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+    yield
 
 
-def test_owners_are_spread_serve_all_and_move_when_their_node_dies(
-    hosts: Mapping[str, Host], certificates: Path, tmp_path: Path
+@pytest.mark.parametrize("lose", [ended, Host.cut])
+def test_owners_are_spread_serve_all_and_move_when_their_node_is_lost(
+    hosts: Mapping[str, Host], certificates: Path, tmp_path: Path, lose: Callable[[Host], AbstractContextManager[None]]
 ):
     head, node, ranks = (hosts[name] for name in ("head", "node", "ranks"))
     us = {"KFDIST_SECURITY__CERTIFICATES": str(certificates)}
@@ -48,6 +56,12 @@ def test_owners_are_spread_serve_all_and_move_when_their_node_dies(
 
     def status() -> dict[str, object]:
         return json.loads(run("status", "spread", "--address", controller, "--json", environment=us, host=ranks.prefix))
+
+    def addresses() -> list[str]:
+        """Returns where the controller has each owner, as it tells everybody."""
+        told = run("events", "spread", "--address", controller, "--json", environment=us, host=ranks.prefix)
+        joined = [event["text"].split() for event in json.loads(told)["events"] if event["kind"] == "owner_joined"]
+        return sorted(split_address(at.rstrip(","))[0] for at in {words[1]: words[3] for words in joined}.values())
 
     ready, owners_ready = tmp_path / "ready.json", tmp_path / "owners.json"
     pooling = ("pool", str(config), "--ray", f"{head.address}:6379", "--ready-file", str(owners_ready), "--json")
@@ -63,12 +77,15 @@ def test_owners_are_spread_serve_all_and_move_when_their_node_dies(
         with Command("worker", str(config), *SMALL, host=ranks.prefix, directory=tmp_path) as worker:
             worker.wait_for_line("/1000000")
             assert status()["live_owners"] == 2
-            end(node)
-            eventually(status, lambda seen: seen["live_owners"] == 1, seconds=60)
-            before = int(str(status()["step"]))
-            # Ray notices a dead node after half a minute, and has room for a second owner on the other one.
-            pool.wait_for_line(f"is back at {head.address}:")
-            seen = eventually(status, lambda seen: seen["live_owners"] == 2, seconds=60)
-            assert int(str(seen["step"])) > before
+            with lose(node):
+                eventually(status, lambda seen: seen["live_owners"] == 1, seconds=60)
+                before = int(str(status()["step"]))
+                # Ray notices a lost node after half a minute, and has room for a second owner on the other one.
+                pool.wait_for_line(f"is back at {head.address}:")
+                seen = eventually(status, lambda seen: seen["live_owners"] == 2, seconds=60)
+                assert int(str(seen["step"])) > before
+            # One that comes back isn't wanted any more: its Ray ends, and whoever was told of its owner is told anew.
+            eventually(lambda: processes(node), lambda left: not left, seconds=90)
+            eventually(addresses, lambda seen: seen == [head.address] * 2, seconds=60)
             worker.signal(signal.SIGTERM)
             worker.expect(75)

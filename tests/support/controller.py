@@ -165,8 +165,8 @@ class Member:
         beat = membership_pb2.WorkerBeat(run=run, epoch=epoch, worker_rank=rank, step=step, phase=phase)
         return self.send(membership_pb2.HeartbeatRequest(worker=beat, samples=samples))
 
-    def beat_owner(self, owner_id: str, samples: tuple[Any, ...] = ()) -> Any:
-        beat = membership_pb2.OwnerBeat(owner_id=owner_id)
+    def beat_owner(self, owner_id: str, samples: tuple[Any, ...] = (), address: str = "") -> Any:
+        beat = membership_pb2.OwnerBeat(owner_id=owner_id, address=address)
         return self.send(membership_pb2.HeartbeatRequest(owner=beat, samples=samples))
 
     def send(self, request: Any) -> Any:

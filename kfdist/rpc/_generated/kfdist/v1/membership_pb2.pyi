@@ -84,10 +84,12 @@ class WorkerBeat(_message.Message):
     def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_rank: _Optional[int] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ...) -> None: ...
 
 class OwnerBeat(_message.Message):
-    __slots__ = ("owner_id",)
+    __slots__ = ("owner_id", "address")
     OWNER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     owner_id: str
-    def __init__(self, owner_id: _Optional[str] = ...) -> None: ...
+    address: str
+    def __init__(self, owner_id: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Sample(_message.Message):
     __slots__ = ("name", "labels", "value")
