@@ -61,7 +61,7 @@ class Inspection:
         """Returns the gradient noise scale tr(Sigma) / |G|^2 in examples (docs/large-batch.md); never waits.
 
         From the gradients of micro-batches and ranks, of which there must be two, before anything clips them; averaged
-        over about the last hundred steps that are multiples of `factor_period`. None before the first, while |G|^2
+        over about the last twenty steps that are multiples of `factor_period`. None before the first, while |G|^2
         can't be told from the noise, and where gradients are sparse or `.grad` isn't the mean of what was measured.
         """
         return self.pipeline.noise_scale.latest()

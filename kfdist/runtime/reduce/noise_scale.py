@@ -16,8 +16,9 @@ from kfdist.comm.communicator import Communicator
 from kfdist.comm.host_copy import HostCopy
 from kfdist.comm.reduce import reduce_flat
 
-_KEPT = 0.99
-"""What a measurement keeps of those before it: they are averaged over about a hundred."""
+_KEPT = 0.95
+"""What a measurement keeps of those before it: averages are over about twenty. Over more, |G|^2 would be that of long
+ago wherever gradients fall fast."""
 
 _TOLERANCE = 0.02
 """How far `.grad` may be from a multiple of the sum of what the backwards added, which half precision rounds."""

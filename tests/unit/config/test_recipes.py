@@ -46,6 +46,7 @@ def test_a_recipe_fits_its_model_and_its_data(name: str, root: Path):
         ("imagenet-resnet50-kaisa", {0: 0.1 / 500, 5: 0.1, 24.99: 0.1, 25: 0.01, 35: 1e-3, 50: 1e-6}),
         ("imagenet-resnet50-seng", {5: 0.145, 25: 0.145 * (2 / 3) ** 6, 49: 0.145 * (16 / 60) ** 6}),
         ("imagenet-resnet50-sgd", {5: 0.1, 29.99: 0.1, 30: 0.01, 60: 1e-3, 80: 1e-4}),
+        ("imagenet-resnet50-spngd", {0: 0.00818, 26.5: 0.00818 * 0.5**11}),
         ("cifar10-resnet18", {0: 0.05, 35: 0.05 * 0.5**6}),
         ("cifar10-vgg16bn", {0: 0.1, 11.99: 0.1, 12: 0.0316, 26: 0.1 * 0.316**3}),
     ],
