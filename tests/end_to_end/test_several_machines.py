@@ -40,6 +40,9 @@ period = 0
 """
 
 
+FIXED_LAG = ("preconditioner.adoption=fixed-lag", "preconditioner.lag=5", "run.steps=400")
+
+
 @dataclass(frozen=True)
 class Service:
     """A controller and owners on hosts of their own.
@@ -116,6 +119,15 @@ def service(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Ite
                 yield service
 
 
+@pytest.fixture(scope="module")
+def calm(service: Service) -> dict[str, Any]:
+    """Returns the summary of a fixed-lag run that nothing disturbed."""
+    with service.torchrun("calm", *FIXED_LAG) as (first, second):
+        first.expect(0)
+        second.expect(0)
+    return summary_of(service.folder / "a" / "calm")
+
+
 def told(directory: Path) -> dict[str, Any]:
     """Returns what a run last told of its steps."""
     lines = events(directory, "step") if (directory / "metrics.jsonl").exists() else []
@@ -130,6 +142,13 @@ def oldest(directory: Path) -> int:
 
 def assert_equal_on_all_ranks(summary: Mapping[str, Any]) -> None:
     assert len(summary["parameter_sha256"]) == 2 and len(set(summary["parameter_sha256"])) == 1
+
+
+def assert_ended_alike(summary: Mapping[str, Any], calm: Mapping[str, Any]) -> None:
+    assert_equal_on_all_ranks(calm)
+    assert summary["status"] == "finished"
+    assert summary["parameter_sha256"] == calm["parameter_sha256"]
+    assert summary["metrics"]["test_loss"] == calm["metrics"]["test_loss"]
 
 
 def test_a_run_on_two_hosts_outlives_a_cut_cable_and_leaves_a_whole_copy_on_each(service: Service):
@@ -180,13 +199,11 @@ def test_a_run_resumes_where_its_first_rank_has_nothing(service: Service):
 
 
 @pytest.mark.slow
-def test_fixed_lag_waits_for_owners_behind_a_cut_cable_obeys_and_ends_as_if_it_had_not_been(service: Service):
-    settings = ("preconditioner.adoption=fixed-lag", "preconditioner.lag=5", "run.steps=400")
-    with service.torchrun("calm", *settings) as (first, second):
-        first.expect(0)
-        second.expect(0)
+def test_fixed_lag_waits_for_owners_behind_a_cut_cable_obeys_and_ends_as_if_it_had_not_been(
+    service: Service, calm: dict[str, Any]
+):
     directory, owners = service.folder / "a" / "cut", service.hosts["owners"]
-    with service.torchrun("cut", *settings) as (first, second):
+    with service.torchrun("cut", *FIXED_LAG) as (first, second):
         first.wait_until("a tenth of its steps", lambda: told(directory)["step"] >= 40)
         with owners.cut():
             time.sleep(3)
@@ -202,13 +219,33 @@ def test_fixed_lag_waits_for_owners_behind_a_cut_cable_obeys_and_ends_as_if_it_h
             second.expect(0)
     stopped = summary_of(directory)
     assert stopped["status"] == "stopped" and stuck + 20 < stopped["steps"] < 400
-    with service.torchrun("cut", *settings) as (first, second):
+    with service.torchrun("cut", *FIXED_LAG) as (first, second):
         assert f"resumed at step {stopped['steps']} on 2 ranks" in first.expect(0)
         second.expect(0)
-    calm, cut = (summary_of(service.folder / "a" / name) for name in ("calm", "cut"))
-    assert_equal_on_all_ranks(calm)
-    assert cut["parameter_sha256"] == calm["parameter_sha256"]
-    assert cut["metrics"]["test_loss"] == calm["metrics"]["test_loss"]
+    assert_ended_alike(summary_of(directory), calm)
+
+
+@pytest.mark.slow
+def test_delay_and_loss_slow_a_run_down_and_change_nothing_of_fixed_lag(service: Service, calm: dict[str, Any]):
+    hosts, directory = service.hosts, service.folder / "a" / "lossy"
+    with (
+        hosts["owners"].slow(seconds=0.03, loss=0.02),
+        hosts["control"].slow(seconds=0.03, loss=0.02),
+    ):
+        with service.torchrun("lossy") as (first, second):
+            first.wait_until("a result of the owners for every block", lambda: oldest(directory) > 0)
+            before = told(directory)["step"]
+            first.wait_until("inverses of later steps", lambda: oldest(directory) > before)
+            shown = service.ask("status", "lossy")
+            assert (shown["state"], shown["live_workers"], shown["live_owners"]) == ("running", 2, 1)
+            service.ask("stop", "lossy")
+            first.expect(0)
+            second.expect(0)
+        with service.torchrun("far", *FIXED_LAG) as (first, second):
+            first.expect(0)
+            second.expect(0)
+    assert_equal_on_all_ranks(summary_of(directory))
+    assert_ended_alike(summary_of(service.folder / "a" / "far"), calm)
 
 
 @pytest.mark.slow

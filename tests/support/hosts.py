@@ -6,17 +6,21 @@ the same in every test, however many run at a time.
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from tests.support import slow_cable
 from tests.support.commands import process_table
 
 _PREFIX = "kfdist-test"
@@ -57,13 +61,36 @@ class Host:
         finally:
             _ip(f"-n {self.switch} link set dev {self.name} master bridge")
 
+    @contextlib.contextmanager
+    def slow(self, *, seconds: float, loss: float) -> Iterator[None]:
+        """Delays all that goes to the host or comes from it, each way, and loses a share of the frames."""
+        if not Path("/dev/net/tun").exists():
+            _give_up("no cable can be slow: there is no /dev/net/tun")
+        near, far, between = f"{self.name}-near", f"{self.name}-far", f"{self.name}-slow"
+        cable = ["ip", "netns", "exec", self.switch, sys.executable, "-m", slow_cable.__name__, near, far]
+        with subprocess.Popen(
+            [*cable, str(seconds), str(loss)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            _ip(f"-n {self.switch} link add name {between} type bridge")
+            _ip(f"-n {self.switch} link set dev {between} up")
+            for end, bridge in ((near, between), (far, "bridge")):
+                _ip(f"-n {self.switch} link set dev {end} master {bridge} up")
+            _ip(f"-n {self.switch} link set dev {self.name} master {between}")
+            try:
+                yield
+            finally:
+                _ip(f"-n {self.switch} link set dev {self.name} master bridge")
+                told = json.loads(process.communicate(timeout=30)[0])
+                _ip(f"-n {self.switch} link del dev {between}")
+        assert told["passed"] and (told["lost"] or not loss), f"the slow cable of {self.name} did nothing: {told}"
+
 
 @contextlib.contextmanager
 def made_hosts(*names: str) -> Iterator[Mapping[str, Host]]:
     """Makes hosts of these names, and ends them with all that runs there; skips the test where that can't be done."""
     if obstacle := _obstacle():
-        # Where all must have been tested, a skip that nobody sees would be a lie.
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no hosts can be made: {obstacle}")
+        _give_up(f"no hosts can be made: {obstacle}")
     label = f"{_label()}-{next(_NUMBERS)}"
     switch = f"{label}-switch"
     hosts = {
@@ -76,6 +103,11 @@ def made_hosts(*names: str) -> Iterator[Mapping[str, Host]]:
     finally:
         for namespace in (*(host.namespace for host in hosts.values()), switch):
             _remove(namespace)
+
+
+def _give_up(reason: str) -> NoReturn:
+    # Where all must have been tested, a skip that nobody sees would be a lie.
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
 def _make(switch: str, hosts: Mapping[str, Host]) -> None:
