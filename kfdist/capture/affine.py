@@ -78,14 +78,18 @@ class Columns:
         """Whether the operand is looked at."""
         return "scale" in self.roles
 
-    def gradients(self, gradient: Tensor, operand: Tensor) -> Tensor:
+    def gradients(self, gradient: Tensor, operand: Tensor, *, turned: bool = False) -> Tensor:
         """Returns the gradients `[n, c, k]` of each entry of the output's dim 0.
 
         Args:
             gradient: Of the output.
             operand: As in `Affine`; not looked at where no part is a scale.
+            turned: Whether the examples lie along dim 1, if no units do.
         """
         dtype = accumulation_dtype(gradient)
+        if turned and 1 not in self.layout.dims and self.piece is None:
+            operand = operand.expand_as(gradient).transpose(0, 1) if self.needs_operand else operand
+            gradient = gradient.transpose(0, 1)
         gradient = gradient if self.piece is None else gradient.narrow(*self.piece)
         columns = []
         for role in self.roles:

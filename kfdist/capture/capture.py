@@ -19,9 +19,10 @@ from kfdist.capture.affine import Affine, Columns
 from kfdist.capture.biases import Biases
 from kfdist.capture.collect import Collector
 from kfdist.capture.gradient_norms import GradientNorms
+from kfdist.capture.layouts import layouts_of
 from kfdist.capture.loss_scale import LossScale
 from kfdist.capture.losses import OutputLoss
-from kfdist.capture.masks import MaskedRows, checked_mask, turned_blocks
+from kfdist.capture.masks import MaskedRows, checked_mask
 from kfdist.capture.micro_batches import MicroBatches, makes_gradients
 from kfdist.capture.observe import Observer
 from kfdist.capture.operations import Product
@@ -100,8 +101,8 @@ class Capture:
         self._blocks = dict(blocks)
         self._fisher: Fisher = fisher
         self._groups = (chains, coarse)
-        turned = turned_blocks(model, self._blocks.values())
-        self._collector = Collector(self._blocks, sampling, chains=chains, coarse=coarse, turned=turned)
+        self._layouts = layouts_of(model, self._blocks.values())
+        self._collector = Collector(self._blocks, sampling, chains=chains, coarse=coarse, layouts=self._layouts)
         self._observer = None if fisher == "empirical" else Observer(fisher, self._collector)
         self._loss_scale = LossScale(grad_scaler)
         self._requests: Mapping[str, Request] = {}
@@ -320,6 +321,10 @@ class Capture:
         """The model is called as a whole."""
         self._passes.begin(captured=not self._paused.depth)
 
+    def turned(self, inputs: Any) -> None:
+        """A module inside takes the examples along dim 1."""
+        self._passes.turned(inputs)
+
     def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """That call has ended."""
         forward = self._passes.end(inputs, output)
@@ -356,7 +361,7 @@ class Capture:
         forward = self._forward_of_use({each.block for each in columns}, training=training)
         if forward is None:
             return
-        uses, edge = uses_of_affine(columns, use, output, forward, self._generation)
+        uses, edge = uses_of_affine(columns, use, output, forward, self._generation, inside=self._layouts.keys())
         for each in uses:
             self._expect(each, edge)
 

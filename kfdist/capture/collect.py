@@ -5,11 +5,13 @@ once their final number is known, at the step. Sums are kept per block; rows onl
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from kfdist.capture.cross_sums import COUNT, ChainSums, CoarseSums
+from kfdist.capture.layouts import Layout
 from kfdist.capture.masks import MaskedRows, ZeroRows, aligned
 from kfdist.capture.measured_call import MeasuredCall
 from kfdist.capture.pending import PendingStatistics
@@ -41,7 +43,7 @@ class Collector:
         sampling: How much of a batch is measured; rows and samples have all their positions.
         chains: Blocks whose neighbours' cross factors may be asked, in order.
         coarse: Blocks whose sums with each other may be asked, in order.
-        turned: Blocks whose layers see positions before examples.
+        layouts: How inputs lie in layers whose modules say so, by block.
 
     Attributes:
         zero_rows: Output gradients of layers that have no mask, and positions or no stated number of examples.
@@ -57,10 +59,10 @@ class Collector:
         *,
         chains: Sequence[Sequence[str]],
         coarse: Sequence[Sequence[str]],
-        turned: frozenset[str] = frozenset(),
+        layouts: Mapping[str, Layout] = MappingProxyType({}),
     ) -> None:
         self._blocks = blocks
-        self._turned = turned
+        self._layouts = layouts
         self._sampling = sampling
         self._chains, self._coarse = ChainSums(chains, blocks), CoarseSums(coarse)
         # Blocks whose rows meet must be sampled alike.
@@ -218,6 +220,8 @@ class Collector:
             return
         pending, first = self._begin(visit, gradients)
         examples, n = visit.examples(length), visit.grouped(length)
+        if visit.unit.forward.is_turned(gradients.shape[:2]):  # time steps one after another
+            gradients = gradients.unflatten(0, (-1, n)).transpose(0, 1).flatten(0, 1)
         chosen, boost = self._sampled(visit, gradients)
         if chosen is not None:
             gradients = gradients[chosen]
@@ -259,18 +263,29 @@ class Collector:
         """Returns what a layer saw like `LayerBlock.batched`; of a Linear with an example's positions side by side.
 
         They come one after another in dim 0 where the model flattens its sequences, and before the examples inside of
-        an `nn.MultiheadAttention`.
+        an `nn.MultiheadAttention` and where a model has its examples along dim 1.
         """
-        found = block.batched(visit.activation, output_gradient)
+        activation = visit.activation
+        turned = block.maskable and self._is_turned(block.name, visit, output_gradient.shape)
+        if turned and output_gradient.dim() > 2:
+            activation, output_gradient = activation.transpose(0, 1), output_gradient.transpose(0, 1)
+        found = block.batched(activation, output_gradient)
         if not block.maskable:
             return found
-        if block.name in self._turned:
+        if turned and output_gradient.dim() == 2:
             n = visit.unit.forward.examples or 0
-            flat = found[0].shape[1] == 1 and n > 0 and len(found[0]) % n == 0
-            found = tuple((each.reshape(-1, n, each.shape[-1]) if flat else each).transpose(0, 1) for each in found)
+            whole = n > 0 and len(found[0]) % n == 0
+            found = tuple((each.reshape(-1, n, each.shape[-1]) if whole else each).transpose(0, 1) for each in found)
         n = visit.grouped(len(found[0]))
         activation, gradient = (each if n == len(each) else each.reshape(n, -1, each.shape[-1]) for each in found)
         return activation, gradient
+
+    def _is_turned(self, name: str, visit: Visit, shape: Sequence[int]) -> bool:
+        """Whether a block's layer sees examples along dim 1."""
+        layout = self._layouts.get(name)
+        if layout == "positions first" or layout == "examples first":
+            return layout == "positions first"
+        return visit.unit.forward.is_turned(shape, inside=layout is not None)
 
     def _fresh(self, visit: Visit, block: LayerBlock, activation: Tensor, output_gradient: Tensor) -> Tensor | None:
         """Returns the rows `[N, T]` that count and are not measured yet; None where no mask is of them."""
@@ -370,4 +385,6 @@ class Collector:
 def _has_examples(visit: Visit, rows: Tensor) -> bool:
     """Whether what was looked up has the examples along dim 0, as far as their number is known."""
     known = visit.unit.forward.examples
+    if visit.unit.forward.is_turned(rows.shape):
+        return True
     return rows.dim() > 1 and (not known or len(visit.activation) in (known, visit.stated.examples))

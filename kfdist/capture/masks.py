@@ -6,15 +6,13 @@ dead units and underflow make them too. Such rows stay, and a large share of the
 (`kfdist.runtime.padding`).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfdist.capture.stated import Stated
-from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError
 
 
@@ -44,15 +42,6 @@ def checked_mask(mask: object) -> tuple[Bool[Tensor, "N T"], Bool[Tensor, ""] | 
 def _on_host(tensor: Tensor) -> bool:
     """Whether numbers are read without waiting for a device."""
     return tensor.device.type == "cpu"
-
-
-def turned_blocks(model: nn.Module, blocks: Iterable[Block]) -> frozenset[str]:
-    """Returns the blocks whose layers see positions first: those inside an `nn.MultiheadAttention` with batch_first."""
-    inside = set()
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention) and module.batch_first:
-            inside |= {id(module), id(module.out_proj)}
-    return frozenset(block.name for block in blocks if id(block.module) in inside)
 
 
 def aligned(mask: Bool[Tensor, "..."], shape: tuple[int, int]) -> Bool[Tensor, "n t"] | None:

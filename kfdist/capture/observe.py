@@ -204,10 +204,11 @@ class Observer:
 def _independent_examples(output: Tensor, calls: list[_Open]) -> int:
     """Returns how many examples share the output's dim 0: those of its forward, where they divide it."""
     length = output.shape[0] if output.dim() else 1
+    turned = any(call.use.forward.is_turned(output.shape) for call in calls)
     known = {call.use.forward.examples for call in calls} - {None, 0}
-    if length in known or not known:
+    if not turned and (length in known or not known):
         return length
-    fitting = [n for n in known if n is not None and length % n == 0]
+    fitting = [n for n in known if n is not None and length % n == 0 and not turned]
     if not fitting:
         raise KfdistError(
             f"the output has {length} entries along dim 0 for {sorted(n for n in known if n)} examples, so "

@@ -29,6 +29,8 @@ class ForwardPass:
         end_node: Number of the first autograd node made after its end.
         thread: What stands for the one that made it; each thread numbers its nodes by itself.
         inputs: Dimensions and dim 0 of what its layers were given.
+        turned: The first two dimensions of what modules with `batch_first=False` were given: dim 1 has the examples.
+        time_first: Whether the model itself was given its examples along dim 1.
         doubt: Why `examples` may not be how many terms the loss averages; empty where nothing speaks against it.
     """
 
@@ -40,7 +42,27 @@ class ForwardPass:
     end_node: int
     thread: object = None
     inputs: set[tuple[int, int]] = field(default_factory=set)
+    turned: set[tuple[int, int]] = field(default_factory=set)
+    time_first: bool = False
     doubt: str = ""
+
+    def is_turned(self, shape: Sequence[int], *, inside: bool = False) -> bool:
+        """Whether a tensor of this shape, its features last, has the examples along dim 1.
+
+        It has if such modules were given these dimensions, or if dim 1 has as many entries as there are examples and
+        dim 0 has more. Of two dimensions: where time steps are one after another, each with all examples.
+
+        Args:
+            shape: The shape.
+            inside: Whether it is from inside of such a module.
+        """
+        n = self.examples
+        if not n or len(shape) < 2:
+            return False
+        if len(shape) == 2:
+            turned = self.time_first or (inside and any(second == n for _, second in self.turned))
+            return turned and shape[0] > n and shape[0] % n == 0
+        return shape[1] == n and (shape[0] > n or ((shape[0], n) in self.turned and (inside or shape[0] != n)))
 
 
 class _Thread(threading.local):
@@ -84,19 +106,32 @@ class PassLog:
         captured = self._of_running_node().captured if repeated else captured
         self._thread.open = ForwardPass(None, captured, True, running_backward(), first, node, self._thread.token)
 
+    def turned(self, inputs: Any) -> None:
+        """A module inside that takes examples along dim 1 was given these arguments."""
+        given = [each.shape for each in tensors_in(inputs) if each.dim() == 3 and not each.is_nested]
+        if self._thread.open is not None:  # others of other features are masks
+            self._thread.open.turned |= {(each[0], each[1]) for each in given if each[1:] == given[0][1:]}
+
     def end(self, inputs: Any, output: Any) -> ForwardPass | None:
         """The model's forward, of these arguments, ends; returns it."""
         done, self._thread.open = self._thread.open, None
         if done is not None:
             first, among = _first_tensor(inputs)
-            done.examples = None if first is None else first.size(0)  # nested tensors have no shape
+            done.time_first = (
+                first is not None
+                and first.dim() > 1
+                and not first.is_nested
+                and first.size(0) != first.size(1)
+                and (first.size(0), first.size(1)) in done.turned
+            )
+            done.examples = None if first is None else first.size(int(done.time_first))  # nested tensors have no shape
             if first is not None and among and (first.dim() + 1, len(among)) in done.inputs:
                 done.doubt = (
                     "the model was given a list of tensors and made one batch of them (images, for detection), so that "
                     "dim 0 of the first one isn't the number of examples"
                 )
             elif done.examples and done.inputs:  # else nothing of it is measured
-                done.doubt = _doubt_of_output(done.examples, output, inputs)
+                done.doubt = _doubt_of_output(done.examples, output, inputs, time_first=done.time_first)
             done.end_node = next_node()
             self._passes.append(done)
         return done
@@ -154,15 +189,23 @@ def _first_tensor(value: Any) -> tuple[Tensor | None, Sequence[Any]]:
     return first, [] if first is None else holding(value)
 
 
-def _doubt_of_output(examples: int, output: Any, inputs: Any) -> str:
+def _doubt_of_output(examples: int, output: Any, inputs: Any, *, time_first: bool) -> str:
     """Says that no output is of so many examples, nor of so many times the same number of tokens; empty otherwise.
 
     Where there are as many outputs as another input has entries, that one has the examples (`model(temperature, x)`).
     """
-    sizes = [each.size(0) for each in tensors_in(output) if each.dim() and each.requires_grad]
+    outputs = [each for each in tensors_in(output) if each.dim() and each.requires_grad]
+    sizes = [each.size(0) for each in outputs]
     given = {each.size(0) for each in tensors_in(inputs) if each.dim()}
     if not sizes or examples in sizes or any(size % examples == 0 and size not in given for size in sizes):
         return ""
+    if time_first and any(each.dim() > 1 and each.size(1) == examples for each in outputs):
+        return ""
+    if time_first:
+        return (
+            f"a module with batch_first=False takes dim 1 of the model's first input, {examples}, for the examples, of "
+            f"which its output, with {sizes[0]} along dim 0, has another number"
+        )
     return (
         f"dim 0 of the model's first input is {examples} and of its output {sizes[0]} (as where texts, graphs or "
         "sequences lie end to end, dim 0 is time, or another input has the examples), so that the first may not be the "

@@ -1,6 +1,6 @@
 """What is remembered of a block's use in a forward, until its output's gradient comes."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,6 +32,7 @@ class Use:
         generation: Of the capture.
         rerun_in: The backward that checkpointing repeats it in.
         columns: Of a block of units, how its gradients are made; None for other blocks.
+        inside: Of a block of units, whether its layer is inside of one that may take examples along dim 1.
     """
 
     part: Part
@@ -44,6 +45,7 @@ class Use:
     generation: int
     rerun_in: int
     columns: Columns | None = None
+    inside: bool = False
 
     @property
     def name(self) -> str:
@@ -75,7 +77,8 @@ class Use:
         else:
             gradient = gradient.reshape(self.output_shape)
         if self.columns is not None:
-            return self.columns.gradients(gradient, self.activation)
+            turned = len(self.output_shape) > 2 and self.forward.is_turned(self.output_shape, inside=self.inside)
+            return self.columns.gradients(gradient, self.activation, turned=turned)
         return gradient if self.whole else gradient[..., self.part.rows]
 
     def visit(self, batch: MicroBatch, stated: Stated) -> Visit:
@@ -118,7 +121,13 @@ def uses_of_product(
 
 
 def uses_of_affine(
-    columns: Iterable[Columns], affine: Affine, output: Tensor, forward: ForwardPass, generation: int
+    columns: Iterable[Columns],
+    affine: Affine,
+    output: Tensor,
+    forward: ForwardPass,
+    generation: int,
+    *,
+    inside: Container[str],
 ) -> tuple[list[Use], GradientEdge]:
     """Returns the uses of blocks' scales and shifts in an operation, and where the gradient of its output comes."""
     edge, transposed = product_edge(output)
@@ -137,6 +146,7 @@ def uses_of_affine(
                 generation,
                 running_backward(),
                 each,
+                each.block in inside,
             )
         )
     return uses, edge

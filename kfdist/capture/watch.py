@@ -123,6 +123,8 @@ class Watch(SeesOperations):
         if thread.mode is not None and len(thread.modules) < thread.mode_depth:
             leave_function_mode(thread.mode)
             thread.mode = None
+        if getattr(module, "batch_first", None) is False:
+            self._observed.turned(call[:-1])
         if module is self._model:
             self._observed.end_forward(module, call[:-1], call[-1])
 

@@ -42,9 +42,10 @@ class Preconditioner(StatedLoss, Inspection):
     Forwards before one backward (siamese) see the same examples: a term of the loss goes through all of them. A
     backward whose gradients are gone before the next one, by `zero_grad`, counts for nothing; see `discard`.
 
-    The loss is taken for a mean over dim 0 of the model's first tensor input; say so with `batch` where it is not. A
-    second loss that goes through the model without being trained on (a GAN's generator loss through its discriminator,
-    a gradient penalty, an adversarial example) belongs inside `paused`.
+    The loss is taken for a mean over dim 0 of the model's first tensor input (dim 1 where a module with
+    `batch_first=False` is given it so); say so with `batch` where it is not. A second loss that goes through the model
+    without being trained on (a GAN's generator loss through its discriminator, a gradient penalty, an adversarial
+    example) belongs inside `paused`.
 
     Make it after the model is on its device. On steps that measure, one in `factor_period`, what torch.compile made
     runs eagerly; compile the model itself, so that this is known. Clipping gradients changes no statistics; clipping

@@ -160,7 +160,7 @@ def test_attention_sees_positions_first(batch_first: bool) -> None:
     x, _ = batch()
     given, mask = (x, MASK) if batch_first else (x.transpose(0, 1), MASK.T)
     capture = armed_capture(attention)
-    capture.state_mask(mask)
+    capture.state_mask(MASK)
     output, _ = attention(given, given, given, key_padding_mask=~MASK, need_weights=False)
     output[mask].square().sum().backward()
     drained = capture.drain()
