@@ -70,17 +70,21 @@ class CheckpointStore:
         directory: Where this rank sees it.
         copies: Which ranks see the same.
         keep: How many checkpoints are kept.
+        check_start: Raises where another start has taken the run over; called by the leader of each copy.
 
     Attributes:
         remarks: Sentences about damaged checkpoints that `newest` passed over, and about one that nodes lacked.
     """
 
-    def __init__(self, directory: Path, copies: Copies, *, keep: int) -> None:
+    def __init__(
+        self, directory: Path, copies: Copies, *, keep: int, check_start: Callable[[], object] = lambda: None
+    ) -> None:
         self.remarks: list[str] = []
         self._directory = directory
         self._copies = copies
         self._communicator = copies.communicator
         self._keep = keep
+        self._check_start = check_start
         self._known_step: int | None = None
 
     def save(
@@ -102,6 +106,9 @@ class CheckpointStore:
             statistics: "per-rank" or "folded".
             config_sha256: Digest of the resolved configuration.
             facts: For the manifest.
+
+        Raises:
+            RankFailed: Another start has taken the run over; nothing was written.
         """
         started = time.perf_counter()
         if step == self._known_step:
@@ -109,6 +116,7 @@ class CheckpointStore:
         final = self._directory / f"step-{step:08d}"
         partial = final.with_suffix(".incomplete")
         size = 0
+        self._on_leaders(self._check_start)
         try:
             self._on_leaders(lambda: self._prepare(partial))
             entries = self._on_every_rank(lambda: self._write_files(partial, shared, own))
@@ -253,6 +261,7 @@ class CheckpointStore:
         return entries
 
     def _commit(self, partial: Path, final: Path, manifest: Manifest) -> None:
+        self._check_start()
         write_file(partial / NAME, manifest.encode())
         sync_directory(partial)
         # A directory of this step that is still there was found damaged, or it would have been resumed from.

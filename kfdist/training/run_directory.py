@@ -117,6 +117,7 @@ class RunDirectory:
         self.last_epoch = 0
         self._lock = lock
         self._fresh = fresh
+        self._epoch: int | None = None
 
     @classmethod
     def open(cls, config: Config) -> Self:
@@ -140,11 +141,10 @@ class RunDirectory:
         try:
             # Between the first look and the lock another trainer may have been here.
             _refuse_drift(config)
-            numbers = [int(entry.stem) for entry in (path / "epochs").glob("*.toml") if entry.stem.isdigit()]
+            opened.last_epoch = _last_epoch(path)
         except BaseException:
             opened.abandon()
             raise
-        opened.last_epoch = max(numbers, default=0)
         return opened
 
     def begin(self, epoch: int, config: Config, costs: MeasuredCosts | None = None) -> None:
@@ -160,6 +160,7 @@ class RunDirectory:
         """
         try:
             _take_epoch(self.path / "epochs", epoch, config)
+            self._epoch = epoch
             replace_file(self.path / "config.toml", _as_saved(config).encode())
             if costs is not None and not (self.path / _COSTS).exists():
                 replace_file(self.path / _COSTS, json.dumps(costs.to_json()).encode())
@@ -167,6 +168,20 @@ class RunDirectory:
             raise EnvironmentFault(
                 f"can't write to {self.path}: {error}; make room, or choose another run.dir"
             ) from error
+
+    def check_current(self) -> None:
+        """Checks that no later start has taken the directory over.
+
+        As happens on a file system that flock doesn't reach, when nodes take this process for dead that can't see it.
+
+        Raises:
+            EnvironmentFault: One has; nothing may be written any more.
+        """
+        if self._epoch is not None and (newest := _last_epoch(self.path)) > self._epoch:
+            raise EnvironmentFault(
+                f"start {newest} of the run has taken over {self.path}; this one, {self._epoch}, may not write to it "
+                "any more and ends"
+            )
 
     def abandon(self) -> None:
         """Lets go of the directory, and removes it if this start made it and nobody else put anything in.
@@ -265,6 +280,11 @@ def _lock(path: Path) -> BinaryIO:
 def _locked(path: Path, holder: str) -> EnvironmentFault:
     who = holder or "another process"
     return EnvironmentFault(f"the run directory {path} is in use by {who}; stop that one, or choose another run.dir")
+
+
+def _last_epoch(path: Path) -> int:
+    numbers = [int(entry.stem) for entry in (path / "epochs").glob("*.toml") if entry.stem.isdigit()]
+    return max(numbers, default=0)
 
 
 def _take_epoch(directory: Path, epoch: int, config: Config) -> None:

@@ -14,7 +14,7 @@ from kfdist.comm.communicator import Communicator, join_training_group
 from kfdist.comm.together import require_equal
 from kfdist.config import Config, to_toml
 from kfdist.config.sections import SecuritySection
-from kfdist.errors import ConfigError, ExitCode, KfdistError
+from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.provenance import versions
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.copies import Copies
@@ -132,15 +132,25 @@ class _Start:
             self._directory.abandon()
         elif isinstance(error, Exception):
             message = str(error) if isinstance(error, KfdistError) else f"{type(error).__name__}: {error}"
-            with suppress(OSError):  # the first error is the one to tell
+            with suppress(OSError, EnvironmentFault):  # the first error is the one to tell
+                self._check_current()
                 write_summary(
                     self._directory.path,
                     {"status": "failed", "run": self._config.run.name, "error": message, "versions": versions()},
                 )
 
+    def _check_current(self) -> None:
+        if self._directory is not None:
+            self._directory.check_current()
+
     def _train(self, epoch: int) -> Ending:
         config, communicator = self._config, self._communicator
-        store = CheckpointStore(config.run.directory / "checkpoints", self._copies, keep=config.checkpoint.keep)
+        store = CheckpointStore(
+            config.run.directory / "checkpoints",
+            self._copies,
+            keep=config.checkpoint.keep,
+            check_start=self._check_current,
+        )
         newest = store.newest()
         loaded = store.load(newest) if newest is not None else None
         standing = standing_of(loaded) if loaded is not None else Standing()

@@ -41,16 +41,18 @@ class Head:
     def job(self, *arguments: str, code: int = 0) -> str:
         """Runs `ray job ...` and returns its output."""
         return run(
-            *("job", *arguments, "--address", self.dashboard),
+            *("job", arguments[0], "--address", self.dashboard, *arguments[1:]),
             module="ray.scripts.scripts",
             environment=ENVIRONMENT,
             code=code,
+            seconds=400.0,
         )
 
-    def jobs(self) -> dict[str, str]:
-        """Returns the status of every job by its submission id."""
+    def jobs(self, prefix: str) -> list[dict[str, Any]]:
+        """Returns the jobs whose submission id begins so, the oldest first."""
         with urllib.request.urlopen(f"{self.dashboard}/api/jobs/", timeout=10) as answer:
-            return {job["submission_id"]: job["status"] for job in json.loads(answer.read())}
+            listed = [job for job in json.loads(answer.read()) if (job["submission_id"] or "").startswith(prefix)]
+        return sorted(listed, key=lambda job: job["start_time"])
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kfdist.config import Config, to_toml
-from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
+from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.launch.submission.request import Submission
-from kfdist.launch.submission.room import Node, check_room
+from kfdist.launch.submission.room import check_room
+from kfdist.pool.bundles import Node
 from kfdist.pool.ray_cluster import set_auth_mode
 
 Say = Callable[[str], None]
@@ -78,6 +79,19 @@ def submit(config: Config, request: Request, say: Say) -> Job:
     """
     checked(config, request)
     client = _connect(request.address)
+    try:
+        return _submit(client, config, request, say)
+    except KfdistError:
+        raise
+    except Exception as error:  # whatever Ray's HTTP libraries raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise EnvironmentFault(
+            f"Ray at {request.address} doesn't answer any more ({reason}); a job that was started may go on: the same "
+            "command follows it with --follow"
+        ) from error
+
+
+def _submit(client: Any, config: Config, request: Request, say: Say) -> Job:
     if (living := _living_job(client, config.run.name)) is not None:
         if not request.follow:
             raise EnvironmentFault(
@@ -86,7 +100,7 @@ def submit(config: Config, request: Request, say: Say) -> Job:
             )
         say(f"run {config.run.name} is being trained already, by job {living}")
         return _follow(client, living)
-    check_room(_nodes(request.address), config, request.gpus_per_worker)
+    check_room(*_nodes(request.address), config, request.gpus_per_worker)
     name = _start(client, config, request)
     say(f"job {name}: ray job logs|status|stop {name} --address {request.address}")
     if request.follow:
@@ -154,22 +168,17 @@ def _living_job(client: Any, run: str) -> str | None:
     return None
 
 
-def _nodes(address: str) -> list[Node]:
+def _nodes(address: str) -> tuple[list[Node], str]:
+    """Returns the living nodes, as Ray's drivers see them, and the head's address."""
     from ray.util.state import list_nodes
 
-    try:
-        listed: list[Any] = list_nodes(address=address, detail=True, limit=10_000)
-    except Exception as error:
-        raise EnvironmentFault(f"Ray at {address} doesn't say which nodes it has: {error}") from error
-    return [
-        Node(
-            cpus=int(node.resources_total.get("CPU", 0)),
-            gpus=int(node.resources_total.get("GPU", 0)),
-            is_head=bool(node.is_head_node),
-        )
+    listed: list[Any] = list_nodes(address=address, detail=True, limit=10_000)
+    nodes: list[Node] = [
+        {"Resources": node.resources_total, "Labels": node.labels or {}, "NodeManagerAddress": node.node_ip}
         for node in listed
         if node.state == "ALIVE"
     ]
+    return nodes, next((node.node_ip for node in listed if node.is_head_node), "")
 
 
 def _start(client: Any, config: Config, request: Request) -> str:
@@ -182,15 +191,12 @@ def _start(client: Any, config: Config, request: Request) -> str:
     environment: dict[str, Any] = {"env_vars": submission.variables()}
     if request.working_dir is not None:
         environment["working_dir"] = str(request.working_dir)
-    try:
-        return client.submit_job(
-            entrypoint=ENTRYPOINT,
-            submission_id=f"kfdist-{config.run.name}-{uuid.uuid4().hex[:8]}",
-            runtime_env=environment,
-            metadata={_RUN_KEY: config.run.name},
-        )
-    except Exception as error:
-        raise EnvironmentFault(f"Ray at {request.address} doesn't take the job: {error}") from error
+    return client.submit_job(
+        entrypoint=ENTRYPOINT,
+        submission_id=f"kfdist-{config.run.name}-{uuid.uuid4().hex[:8]}",
+        runtime_env=environment,
+        metadata={_RUN_KEY: config.run.name},
+    )
 
 
 def _started(client: Any, name: str, say: Say) -> Job:
@@ -211,12 +217,7 @@ def _follow(client: Any, name: str) -> Job:
         async for lines in client.tail_job_logs(name):
             print(lines, end="", flush=True)
 
-    try:
-        asyncio.run(follow())
-    except RuntimeError as error:
-        raise EnvironmentFault(
-            f"the log of job {name} broke off ({error}); the job may go on: the same command follows it again"
-        ) from error
+    asyncio.run(follow())
     # Ray closes the log a moment before it knows how the job ended.
     deadline = time.monotonic() + _START_SECONDS
     while not client.get_job_status(name).is_terminal() and time.monotonic() < deadline:

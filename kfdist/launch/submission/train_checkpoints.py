@@ -4,7 +4,6 @@ In Ray Train's storage a checkpoint also has what else a new run directory needs
 """
 
 import json
-import logging
 import shutil
 import tempfile
 import uuid
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from kfdist.config import Config
-
-_LOG = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _RUN = "run"
@@ -49,11 +46,10 @@ class TrainCheckpoints:
         self._shared = not mark or Path(mark).exists()
         self._done: dict[str, str] = {}
         if not self._shared:
-            _LOG.warning(
-                "Ray Train's storage %s isn't shared by this node, so it gets no checkpoints; they are in %s. Give "
-                "--storage a directory that all nodes see, or a URI",
-                Path(mark).parent,
-                self._directory / "checkpoints",
+            print(
+                f"Ray Train's storage {Path(mark).parent} isn't shared by this node, so it gets no checkpoints; they "
+                f"are in {self._directory / 'checkpoints'}. Give --storage a directory that all nodes see, or a URI",
+                flush=True,
             )
 
     def restore(self, checkpoint: Any) -> None:
@@ -64,7 +60,7 @@ class TrainCheckpoints:
                 step = json.loads((Path(source) / _MANIFEST).read_text(encoding="utf-8"))["step"]
                 if not present or step > max(present):
                     self._put_back(Path(source), step)
-                    _LOG.warning("checkpoint of step %s was fetched from Ray Train's storage", step)
+                    print(f"the checkpoint of step {step} was fetched from Ray Train's storage", flush=True)
             present = {each: path for each, path in present.items() if each <= step}
             present[step] = self._directory / "checkpoints" / f"step-{step:08d}"
             # These it has, or had.

@@ -1,7 +1,6 @@
 """The driver of a run's ranks: has Ray Train start a worker for each, and start all again when one is lost."""
 
 import json
-import logging
 import os
 import signal
 import threading
@@ -14,12 +13,11 @@ from kfdist.config import Config, to_toml
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
 from kfdist.launch.outcome import read_summary
 from kfdist.launch.submission.request import Submission
+from kfdist.launch.submission.room import rank_resources
 from kfdist.launch.submission.train_worker import Board, RankOptions, run_rank
 from kfdist.launch.terminal import summary_line
 from kfdist.pool.ray_cluster import set_auth_mode
 from kfdist.system.files import replace_file
-
-_LOG = logging.getLogger(__name__)
 
 _ROOM_SECONDS = 60.0
 _TICK_SECONDS = 0.2
@@ -76,15 +74,10 @@ def _connect(config: Config) -> Any:
     return ray
 
 
-def _resources(config: Config, submission: Submission) -> dict[str, float]:
-    resources: dict[str, float] = {"CPU": config.cluster.threads}
-    return resources | ({"GPU": submission.gpus_per_worker} if submission.gpus_per_worker else {})
-
-
 def _wait_for_room(ray: Any, config: Config, submission: Submission, here: str, asked: threading.Event) -> None:
     """Reserves what the ranks need, and lets go of it: Ray Train itself would wait for it for ever."""
     ranks = config.cluster.workers
-    bundles = [_resources(config, submission)] * ranks
+    bundles = [rank_resources(config, submission.gpus_per_worker)] * ranks
     selectors = [{"ray.io/node-id": here}] * ranks if here else None
     group = ray.util.placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
     deadline = time.monotonic() + _ROOM_SECONDS
@@ -117,7 +110,7 @@ def _trainer(config: Config, submission: Submission, here: str, board: Any) -> A
         scaling_config=ScalingConfig(
             num_workers=config.cluster.workers,
             use_gpu=bool(submission.gpus_per_worker),
-            resources_per_worker=_resources(config, submission),
+            resources_per_worker=rank_resources(config, submission.gpus_per_worker),
             label_selector={"ray.io/node-id": here} if here else None,
         ),
         run_config=RunConfig(

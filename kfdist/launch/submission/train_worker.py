@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,23 +161,26 @@ def _command(config: Config, options: RankOptions, seat: Seat, meeting: dict[str
 def _watch(child: Child, board: Any, checkpoints: TrainCheckpoints | None) -> None:
     """Watches a rank to its end. All workers take every turn together, as Ray Train's reports are collectives."""
     import ray
+    from ray import train
     from ray.train.collective import broadcast_from_rank_zero
+    from ray.train.v2.api.report_config import CheckpointUploadMode
 
     told = False
     while True:
         if code := child.poll():
             raise _fault(child, code, board)
-        held: Held | None = None
+        kept: tuple[Any, dict[str, Any]] | None = None
         turn: Any = None
         if checkpoints is not None:
             if not told and ray.get(board.stop_asked.remote()):
                 told = True
                 child.signal(signal.SIGTERM)
-            held = checkpoints.next()
-            turn = {"report": held.name if held is not None else "", "over": code == 0}
+            kept = _keep(checkpoints.next())
+            turn = {"report": kept is not None, "over": code == 0}
         turn = broadcast_from_rank_zero(turn)
         if turn["report"]:
-            _report(turn["report"], held)
+            checkpoint, metrics = kept or (None, {})
+            train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
         elif turn["over"]:
             break
         else:
@@ -187,18 +191,24 @@ def _watch(child: Child, board: Any, checkpoints: TrainCheckpoints | None) -> No
         raise _fault(child, code, board)
 
 
-def _report(name: str, held: Held | None) -> None:
+def _keep(held: Held | None) -> tuple[Any, dict[str, Any]] | None:
+    """Copies a checkpoint to Ray Train's storage; returns it, to be reported, with what to say of it.
+
+    Not by `train.report` itself: what fails is the copy, and neither the run nor the others' report.
+    """
     from ray import train
 
     if held is None:
-        train.report({}, checkpoint_dir_name=name)
-        return
+        return None
+    storage: Any = train.get_context().get_storage()
     try:
-        train.report(
-            held.metrics,
-            checkpoint=train.Checkpoint.from_directory(str(held.directory)),
-            checkpoint_dir_name=name,
-        )
+        local = train.Checkpoint.from_directory(str(held.directory))
+        return storage.persist_current_checkpoint(local, held.name), held.metrics
+    except Exception as error:  # of whichever file system this is
+        print(f"Ray Train's storage can't be given {held.name} ({error}); the run goes on", flush=True)
+        with suppress(Exception):
+            storage.storage_filesystem.delete_dir(storage.build_checkpoint_path_from_name(held.name))
+        return None
     finally:
         shutil.rmtree(held.directory, ignore_errors=True)
 
@@ -209,4 +219,6 @@ def _fault(child: Child, code: int, board: Any) -> KfdistError:
     fault = child_fault(child, code, f"while training on {socket.gethostname()}")
     if isinstance(fault, ConfigError):
         ray.get(board.refuse.remote(str(fault)))
+    else:
+        print(fault, flush=True)  # into the job's log; Ray Train tells its own
     return fault

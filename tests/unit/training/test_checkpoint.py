@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kfdist.comm.communicator import Communicator
-from kfdist.errors import CheckpointError
+from kfdist.errors import CheckpointError, EnvironmentFault, RankFailed
 from kfdist.training.checkpoint import CheckpointStore, Saved
 from kfdist.training.copies import Copies
 from kfdist.training.manifest import FORMAT, Manifest
@@ -64,6 +64,28 @@ def test_round_trip_and_what_is_on_the_disk(tmp_path: Path):
         "per-rank",
     )
     assert_holds(fresh(tmp_path), 123)
+
+
+def test_a_start_that_was_taken_over_writes_nothing(tmp_path: Path):
+    def check_start() -> None:
+        raise EnvironmentFault("start 2 has taken over")
+
+    store = CheckpointStore(tmp_path / "checkpoints", SINGLE, keep=3, check_start=check_start)
+    with pytest.raises(RankFailed, match="start 2 has taken over"):
+        save(store, 5)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_start_that_is_taken_over_while_it_writes_commits_nothing(tmp_path: Path):
+    answers = iter([None, EnvironmentFault("start 2 has taken over")])
+
+    def check_start() -> None:
+        if (error := next(answers)) is not None:
+            raise error
+
+    store = CheckpointStore(tmp_path / "checkpoints", SINGLE, keep=3, check_start=check_start)
+    assert "start 2 has taken over" in save(store, 5).fault
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_without_checkpoints_there_is_no_newest(tmp_path: Path):

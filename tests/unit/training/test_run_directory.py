@@ -52,6 +52,18 @@ def test_a_path_that_the_system_refuses_is_told(tmp_path: Path):
         inspect_run(config_in(Path("/".join([str(tmp_path), *["deep" * 50] * 30]))))
 
 
+def test_a_start_that_was_taken_over_notices(tmp_path: Path):
+    # As where flock doesn't reach: a node that nobody sees any more still trains.
+    config = config_in(tmp_path / "run")
+    first = started(config)
+    first.check_current()
+    (tmp_path / "run" / "lock").unlink()
+    second = started(config)
+    with pytest.raises(EnvironmentFault, match="start 2 of the run has taken over .*; this one, 1, may not write"):
+        first.check_current()
+    second.check_current()
+
+
 HOLDER = """
 import sys
 from pathlib import Path
