@@ -5,10 +5,11 @@ where they are used: a data set that is sent to a loader process holds paths and
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from kfdist.config.fields import Section
 from kfdist.data.objective import Classification
-from kfdist.data.reading import CorruptExample
+from kfdist.data.reading import CorruptExample, Readable
 from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError
 from kfdist.vision import import_torchvision
+
+R = TypeVar("R", bound=Readable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,16 +108,28 @@ class Pictures:
         Raises:
             CorruptExample: It can't be read.
         """
-        from PIL import Image
-
         path = os.path.join(self.folder, os.fsdecode(bytes(self.names[index])))
-        try:
-            with open(path, "rb") as file:
-                image = Image.open(file).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            # Pillow has its own error for nearly each kind of damage, and ends with the file's name or object.
-            raise CorruptExample(path, str(error).partition(" <")[0] or type(error).__name__) from None
-        return transform(self.cut)(image), int(self.labels[index])
+        return transform(self.cut)(decoded(lambda: open(path, "rb"), name=path)), int(self.labels[index])
+
+
+def decoded(opened: Callable[[], BinaryIO], *, name: str) -> Any:
+    """Decodes an image, as Pillow's.
+
+    Args:
+        opened: Opens what holds it.
+        name: What users know it by.
+
+    Raises:
+        CorruptExample: It can't be read.
+    """
+    from PIL import Image
+
+    try:
+        with opened() as file:
+            return Image.open(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow has its own error for nearly each kind of damage, and ends with the file's name or object.
+        raise CorruptExample(name, str(error).partition(" <")[0] or type(error).__name__) from None
 
 
 def list_pictures(folder: Path, cut: Cut, *, path: str) -> tuple[Pictures, list[str]]:
@@ -165,12 +180,9 @@ def both_folders(train: Path, test: Path, cuts: tuple[Cut, Cut], *, path: str) -
     return trained, tested, len(classes)
 
 
-class ImageFolders(Section):
-    """Settings of a folder of images, as ImageNet is usually kept: ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE."""
+class ImageCuts(Section):
+    """How the images of a data set of ImageNet's kind are cut, and how they count."""
 
-    root: str = Field(min_length=1, description="the folder")
-    train_dir: str = Field(default="train", min_length=1, description="the folder in it to train on")
-    test_dir: str = Field(default="val", min_length=1, description="the folder in it to evaluate on")
     train_size: int = Field(default=224, ge=8, description="height and width of the random resized crops")
     test_size: int = Field(default=224, ge=8, description="height and width of the centre crops in evaluation")
     test_resize: int | None = Field(
@@ -187,6 +199,24 @@ class ImageFolders(Section):
             )
         return self
 
+    def cuts(self) -> tuple[Cut, Cut]:
+        """Returns what becomes of an image in training, and in evaluation."""
+        resize = self.test_resize or round(self.test_size * 8 / 7)
+        return Cut(kind="resized", size=self.train_size), Cut(kind="centre", size=self.test_size, margin=resize)
+
+    def task(self, train: R, test: R, classes: int) -> DataSet[R]:
+        """Makes the task of both parts."""
+        objective = Classification(label_smoothing=self.label_smoothing, top5=classes > 5)
+        return DataSet(train=train, test=test, classes=classes, objective=objective, prepare=IMAGENET)
+
+
+class ImageFolders(ImageCuts):
+    """Settings of a folder of images, as ImageNet is usually kept: ROOT/train/CLASS/FILE and ROOT/val/CLASS/FILE."""
+
+    root: str = Field(min_length=1, description="the folder")
+    train_dir: str = Field(default="train", min_length=1, description="the folder in it to train on")
+    test_dir: str = Field(default="val", min_length=1, description="the folder in it to evaluate on")
+
     def load(self) -> DataSet[Pictures]:
         """Lists the images.
 
@@ -194,10 +224,7 @@ class ImageFolders(Section):
             ConfigError: The folders aren't there, have different classes, or a class has no images.
         """
         root = Path(self.root).expanduser().absolute()
-        resize = self.test_resize or round(self.test_size * 8 / 7)
-        cuts = Cut(kind="resized", size=self.train_size), Cut(kind="centre", size=self.test_size, margin=resize)
         train, test, classes = both_folders(
-            root / self.train_dir, root / self.test_dir, cuts, path="data.settings.root"
+            root / self.train_dir, root / self.test_dir, self.cuts(), path="data.settings.root"
         )
-        objective = Classification(label_smoothing=self.label_smoothing, top5=classes > 5)
-        return DataSet(train=train, test=test, classes=classes, objective=objective, prepare=IMAGENET)
+        return self.task(train, test, classes)

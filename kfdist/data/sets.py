@@ -15,6 +15,7 @@ from kfdist.config.fields import Counts, Section, by_name
 from kfdist.config.named_functions import is_own, own_function, own_result
 from kfdist.data.cifar10 import Cifar10
 from kfdist.data.images import ImageFolders
+from kfdist.data.shards import ImageShards
 from kfdist.data.synthetic_images import SyntheticImages
 from kfdist.data.task import DataSet, Examples
 
@@ -96,10 +97,11 @@ class Synthetic(Section):
         return Examples(inputs=inputs.reshape(count, *self.shape), labels=labels)
 
 
-DATA_SETS: Mapping[str, type[Digits | Synthetic | ImageFolders | Cifar10 | SyntheticImages]] = {
+DATA_SETS: Mapping[str, type[Digits | Synthetic | ImageFolders | ImageShards | Cifar10 | SyntheticImages]] = {
     "digits": Digits,
     "synthetic": Synthetic,
     "image-folder": ImageFolders,
+    "image-shards": ImageShards,
     "cifar10": Cifar10,
     "synthetic-images": SyntheticImages,
 }

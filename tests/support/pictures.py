@@ -1,5 +1,7 @@
 """Folders of JPEGs that a small network can tell apart, and CIFAR-10 files of the right form."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,27 @@ def write_folders(root: Path, *, classes: int, train: int, test: int, size: int 
                 pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number:04d}.jpg")
     return root
+
+
+def write_shards(folders: Path, root: Path, *, each: int = 7) -> Path:
+    """Puts the images of `write_folders` into root/train-*.tar and root/val-*.tar, `each` in a shard, in order."""
+    root.mkdir(parents=True)
+    for part in ("train", "val"):
+        classes = sorted((folders / part).iterdir())
+        images = [(label, file) for label, folder in enumerate(classes) for file in sorted(folder.iterdir())]
+        for first in range(0, len(images), each):
+            with tarfile.open(root / f"{part}-{first // each:06d}.tar", "w") as tar:
+                for number, (label, file) in enumerate(images[first : first + each], start=first):
+                    add_member(tar, f"{number:06d}.cls", str(label).encode())
+                    add_member(tar, f"{number:06d}.jpg", file.read_bytes())
+    return root
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file to a tar file."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
 
 def tear(file: Path) -> None:
