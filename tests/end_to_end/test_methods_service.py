@@ -134,15 +134,11 @@ def test_the_fisher_of_the_models_own_predictions(controller: str, tmp_path: Pat
     assert len({each for digests in parameters.values() for each in digests}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lines", "described", "methods"),
     [
-        pytest.param(
-            [*overrides("b-kfac", CASES["b-kfac"]), "cluster.link=local"],
-            "sgd with b-kfac,",
-            {"b-kfac"},
-            marks=pytest.mark.slow,
-        ),
+        ([*overrides("b-kfac", CASES["b-kfac"]), "cluster.link=local"], "sgd with b-kfac,", {"b-kfac"}),
         (
             [
                 *SMALL_CNN,

@@ -30,9 +30,10 @@ def test_an_architecture_is_built_with_its_arguments():
     ],
 )
 def test_the_networks_for_cifar_have_their_published_size(name: str, settings: dict[str, object], parameters: int):
-    network = build(name, settings)
+    with torch.device("meta"):  # there is nothing to compute
+        network = build(name, settings)
+        assert network.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
-    assert network.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
 @pytest.mark.parametrize(

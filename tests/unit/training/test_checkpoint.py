@@ -262,7 +262,8 @@ def test_a_process_killed_at_any_point_of_writing_leaves_a_whole_checkpoint(tmp_
     assert outcomes == {"step-00000001", "step-00000002"}
 
 
-def test_a_process_killed_at_random_moments_never_loses_what_it_said_was_saved(tmp_path: Path):
+@pytest.mark.parametrize("rounds", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_process_killed_at_random_moments_never_loses_what_it_said_was_saved(tmp_path: Path, rounds: int):
     script = f"""
 import sys
 from pathlib import Path
@@ -278,7 +279,7 @@ while True:
     print(step, flush=True)
 """
     acknowledged = 0
-    for round_number in range(3):
+    for round_number in range(rounds):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
