@@ -174,6 +174,42 @@ def test_a_paused_run_hears_that_it_is_to_stop() -> None:
         assert 0.9 <= seconds < 20.0
 
 
+def paused_inside_a_wait(communicator: Communicator, withheld: bool) -> tuple[list[Record], list[tuple[int, str]]]:
+    """The pause takes longer than a wait may, by the clock of rank 0, which judges that."""
+    rank = TrainingRank(communicator, adoption=FixedLag(2))
+    if withheld:
+        stuck = Faults().at(rank=communicator.rank, version=range(STUCK, sys.maxsize)).withhold()
+        monotonic = time.monotonic
+        time.monotonic = lambda: monotonic() + 10_000.0 * has_told("paused")
+
+        def has_told(phase: str) -> bool:
+            return any(told == phase for _, told in list(rank.link.told))
+
+        def command() -> None:
+            for phase, revision, then in (("waiting", 3, Desired.PAUSED), ("paused", 4, Desired.RUNNING)):
+                while not has_told(phase):
+                    time.sleep(0.05)
+                if phase == "paused":
+                    stuck.lift()
+                rank.link.wanted = RunSettings(revision=revision, desired=then)
+
+        threading.Thread(target=command, daemon=True).start()
+    records = rank.run(14)
+    told = list(rank.link.told)
+    rank.close()
+    return records, told
+
+
+def test_a_run_can_be_paused_while_it_waits_and_a_pause_counts_for_nothing_in_the_limit(faults: Faults) -> None:
+    del faults  # the ranks schedule and lift their own
+    results = run_ranks(2, paused_inside_a_wait, True)
+    check_invariants([records for records, _ in results])
+    whole = run_ranks(2, paused_inside_a_wait, False)
+    assert [r.parameters for r in results[0][0]] == [r.parameters for r in whole[0][0]]
+    for _, told in results:
+        assert [phase for step, phase in told if step == STUCK + 2][:3] == ["waiting", "paused", "running"]
+
+
 def damping_set(communicator: Communicator) -> list[Record]:
     """Rank 0's controller says a new damping after step 3; rank 1's own link says another, which nobody asked."""
     rank = TrainingRank(communicator)

@@ -73,7 +73,7 @@ class Agreement:
                 "last checkpoint"
             )
         self.obey(revision=table.revision, stop=table.stop)
-        self._wait_while_paused(step)
+        self.wait_while_paused(step)
         return table
 
     def announce(self, ledgers: Sequence[AdoptionLedger], digest: Tensor | None, biases: Sequence[int]) -> None:
@@ -180,8 +180,8 @@ class Agreement:
             )
         return agreed[3:]
 
-    def _wait_while_paused(self, step: int) -> None:
-        """Blocks before `step`, with all ranks, while the settings in force say "paused".
+    def wait_while_paused(self, step: int) -> float:
+        """Blocks at `step`, with all ranks, while the settings in force say "paused"; returns for how many seconds.
 
         There is no limit: whoever paused the run decides when it goes on.
 
@@ -189,13 +189,15 @@ class Agreement:
             Interrupted: On all ranks, when a stop was asked for.
         """
         if self.settings.desired is not Desired.PAUSED:
-            return
+            return 0.0
+        begun = time.monotonic()
         self.tell(step, "paused")
         while self.settings.desired is Desired.PAUSED:
             # Not the link's wait: it returns at once when a result lies there, which nobody takes during a pause.
             time.sleep(_PAUSED_ROUND_SECONDS)
             self.round([])
         self.tell(step, "running")
+        return time.monotonic() - begun
 
     def tell(self, step: int, phase: str) -> None:
         """Tells the controller what the run is doing at a step that takes longer than usual."""

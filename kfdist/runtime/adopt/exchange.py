@@ -137,6 +137,8 @@ class SnapshotExchange:
             columns = self.agreement.round(
                 [column for header in own for column in header], expired=waited > self.wait_limit_seconds
             )
+            if paused := self.agreement.wait_while_paused(step):
+                begun, told = begun + paused, False
             headers = dict(zip(missing, _read_headers(columns), strict=True))
             ready = {group: header for group, header in headers.items() if header is not None}
             arrived |= self._transfer(ready)
