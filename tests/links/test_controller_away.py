@@ -1,9 +1,11 @@
 """Jobs go on while the controller is away, and the courier comes back to it by itself."""
 
+import threading
 import time
 
 import pytest
 
+from kfdist.control.run_rules import RunState
 from kfdist.types import Desired, MetricSample
 from tests.support.controller import ControllerThread, eventually
 from tests.support.jobs import RUN, collect, context, job, payload, result_of
@@ -30,6 +32,22 @@ def test_a_controller_that_is_never_there(start_link):
     begun = time.monotonic()
     link.close()
     assert time.monotonic() - begun < 2.5
+
+
+def test_a_slow_controller_still_hears_that_a_short_run_has_ended(state, start_link):
+    async def stall() -> None:
+        time.sleep(4)  # the whole server
+
+    with start_controller(state) as controller:
+        stalling = threading.Thread(target=controller.call, args=(stall(),))
+        stalling.start()
+        link = start_link(controller.address)
+        link.beat(20, "finished", [])
+        link.close()
+        stalling.join()
+        with controller.client() as client:
+            seen = client.get(RUN)
+    assert (seen.state, seen.step) == (RunState.FINISHED, 20)
 
 
 def test_a_controller_that_goes_and_comes_back(state, tmp_path, start_link):

@@ -33,7 +33,9 @@ _QUEUED_SAMPLES = 20_000
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 2.0
 _PEERS_SECONDS = 3.0
-_LAST_WORD_SECONDS = 1.5
+_LAST_WORD_SECONDS = 8.0
+"""How long a controller that isn't known to be away may take to hear that the rank has ended, which it would call lost
+otherwise: a short run may end before its courier has registered it, and a busy machine takes seconds for that."""
 _REFUSALS = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,

@@ -83,7 +83,7 @@ class RemoteOptions:
     silent_seconds: float = 5.0
     start_seconds: float = 60.0
     failed_starts: int = 5
-    close_seconds: float = 2.0
+    close_seconds: float = 10.0
     queued_samples: int = 20_000
     courier_module: str = COURIER_MODULE
 
