@@ -1,32 +1,41 @@
 """The launch's temporary directory: the configurations, ready files and Ray's files of the processes it starts."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kfdist.errors import EnvironmentFault
+from kfdist.system.held_directories import abandoned, hold
 
 _PARENT = "/tmp"
 """Not TMPDIR: Ray's sockets will be in there, and a socket's path must be short."""
+
+_PREFIX = "kfdist-run-"
 
 
 @contextmanager
 def temporary_directory() -> Iterator[Path]:
     """Makes a directory for this user alone, and removes it with all that is in it at the end.
 
+    Those of launches that were killed are removed, too.
+
     Raises:
         EnvironmentFault: It can't be made.
     """
+    for left in abandoned(Path(_PARENT), _PREFIX):
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        made = tempfile.TemporaryDirectory(prefix="kfdist-", dir=_PARENT, ignore_cleanup_errors=True)
+        made = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=_PARENT, ignore_cleanup_errors=True)
+        held = hold(Path(made.name))
     except OSError as error:
         raise EnvironmentFault(
             f"a directory for temporary files can't be made in {_PARENT} ({error.strerror}); a launch needs a few MB "
             "there: make it writable, or make room"
         ) from error
-    with made as path:
+    with held, made as path:
         yield Path(path)
 
 

@@ -8,7 +8,6 @@ its end: `python -m kfdist.pool.ray_directory PID DIRECTORY`.
 
 import argparse
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.system.held_directories import abandoned, hold
 from kfdist.system.lifetime import watch_process
 from kfdist.system.processes import command_line, kill_all, living_processes
 from kfdist.system.spawn import module_command
@@ -28,12 +28,10 @@ _PARENT = Path("/tmp")
 """Not $TMPDIR, which may be long."""
 
 _PREFIX = "kfdist-ray-"
-_LOCK = "lock"
 
 _LONGEST = 36
 """Ray puts sockets under its directory, whose paths must fit into the 107 characters of an AF_UNIX address."""
 
-_YOUNG_SECONDS = 60.0
 _SWEEP_SECONDS = 5.0
 
 
@@ -52,26 +50,19 @@ def make_directory(given: Path | None) -> tuple[Path, BinaryIO]:
     """
     try:
         directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_PARENT)) if given is None else _make(given)
-        hold = (directory / _LOCK).open("wb")
-        fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return directory, hold(directory)
     except OSError as error:
         raise EnvironmentFault(
             f"a directory for the pool can't be made: {error.strerror} ({error.filename}); make room, or mend its "
             "owner and mode"
         ) from error
-    return directory, hold
 
 
 def remove_stale() -> None:
     """Removes the directories of pools that were killed together with their guardians."""
-    for directory in _PARENT.glob(f"{_PREFIX}*"):
-        # Another user's (PermissionError), just removed, or locked by a living pool (BlockingIOError).
-        with contextlib.suppress(OSError), (directory / _LOCK).open("rb") as hold:
-            fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One that was just made isn't locked yet.
-            if time.time() - directory.stat().st_ctime > _YOUNG_SECONDS:
-                sweep(directory, seconds=1.0)
-                remove(directory)
+    for directory in abandoned(_PARENT, _PREFIX):
+        sweep(directory, seconds=1.0)
+        remove(directory)
 
 
 def ray_processes(directory: Path) -> set[int]:

@@ -13,6 +13,7 @@ import pytest
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.pool import ray_directory as module
 from kfdist.pool.ray_directory import log_tail, make_directory, ray_processes, remove_stale, sweep
+from kfdist.system import held_directories
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_the_last_words_of_a_ray_are_those_of_its_standard_error(tmp_path):
 
 @pytest.fixture
 def old(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_YOUNG_SECONDS", -1.0)
+    monkeypatch.setattr(held_directories, "_YOUNG_SECONDS", -1.0)
 
 
 def test_a_directory_is_for_its_user_alone(parent):

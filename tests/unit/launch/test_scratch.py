@@ -1,6 +1,7 @@
 """The temporary directory of a launch, which a cleaner of old files may remove and anybody make again."""
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -9,17 +10,32 @@ import pytest
 from kfdist.errors import EnvironmentFault
 from kfdist.launch import scratch
 from kfdist.launch.scratch import check_scratch, temporary_directory
+from kfdist.system import held_directories
+from kfdist.system.held_directories import hold
 
 
 def test_a_directory_that_was_removed_is_made_again_for_this_user_alone(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(scratch, "_PARENT", str(tmp_path))
     with temporary_directory() as made:
         check_scratch(made)
-        made.rmdir()
+        shutil.rmtree(made)
         check_scratch(made)
         assert stat.S_IMODE(made.stat().st_mode) == 0o700
         (made / "rank-0.toml").touch()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_launch_has_left_is_removed_by_the_next(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(scratch, "_PARENT", str(tmp_path))
+    left, other = tmp_path / "kfdist-run-left", tmp_path / "kfdist-ray-left"
+    for directory in (left, other):
+        directory.mkdir()
+        hold(directory).close()  # as its end does
+    with temporary_directory() as young:
+        assert left.exists()
+        monkeypatch.setattr(held_directories, "_YOUNG_SECONDS", -1.0)
+        with temporary_directory() as made:
+            assert set(tmp_path.iterdir()) == {young, made, other}  # a pool's may still have processes
 
 
 def test_one_that_somebody_else_made_again_is_refused(tmp_path: Path, monkeypatch):
