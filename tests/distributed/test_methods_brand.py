@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +82,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_an_owner_killed_between_two_updates_changes_no_bit(tmp_path: Path, faults: Faults) -> None:
     undisturbed = run_ranks(RANKS, train, None, None)
     faults.at(inversion=EACH).delay(0.2)

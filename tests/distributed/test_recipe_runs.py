@@ -59,6 +59,7 @@ def test_a_run_may_end_at_its_target(tmp_path: Path):
     assert train(tmp_path, *options, ranks=2)["steps"] == summary["steps"]
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_examples_end_the_run_on_all_ranks(tmp_path: Path):
     root = write_folders(tmp_path / "pictures", classes=2, train=16, test=2)
     for file in sorted(root.glob("train/*/00*.jpg"))[::3]:

@@ -93,7 +93,8 @@ def parameters_of(results: list[tuple[str, dict]]) -> str:
     return digests.pop()
 
 
-@pytest.mark.parametrize("lag", [0, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 5])
 def test_owners_give_bitwise_what_the_ranks_themselves_compute(
     lag: int, controller: ControllerThread, owners: list[OwnerProcess]
 ) -> None:
