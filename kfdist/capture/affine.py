@@ -229,6 +229,13 @@ def _scaled(given: Arguments, _output: Tensor) -> Sequence[Affine]:
     return [Affine(scale=one, operand=other), Affine(scale=other, operand=one)]
 
 
+def _added_product(given: Arguments, _output: Tensor) -> Sequence[Affine]:
+    if given.get("value", 1) != 1:
+        return []
+    one, other = given["tensor1"], given["tensor2"]
+    return [Affine(scale=one, operand=other), Affine(scale=other, operand=one), Affine(shift=given["input"])]
+
+
 def _shifted(given: Arguments, output: Tensor) -> Sequence[Affine]:
     """Reads x + p and x - p: the sign of a gradient is no matter for its square."""
     if given.get("alpha", 1) != 1 or base_of(output) is not None:
@@ -268,6 +275,7 @@ AFFINE: dict[Callable[..., Any], _Form] = {
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__), _TERMS),
     **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__, Tensor.sub_, Tensor.__isub__), _TERMS),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _LIST),
+    **dict.fromkeys((torch.addcmul, Tensor.addcmul), _Form(("input", "tensor1", "tensor2"), _added_product)),
     Tensor.repeat: _Form(("input",), _repeated),
 }
 """By function, as a `TorchFunctionMode` is told it."""

@@ -4,7 +4,6 @@ With the empirical Fisher a call is measured when the loss's backward reaches it
 by `Capture.observe`, from gradients of the model's own predictions, and the loss's backward counts for nothing.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,7 +35,7 @@ from kfdist.capture.visits import Scaling
 from kfdist.capture.watch import Watch
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block
-from kfdist.errors import ConfigError, KfdistWarning
+from kfdist.errors import ConfigError
 from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.torch_internals import (
     NO_BACKWARD,
@@ -82,6 +81,7 @@ class Capture:
         biases: Those that blocks were planned with; whoever asks all ranks settles which of them stay.
         norms: Those of the micro-batches' gradients, until the next drain.
         masked: What masks left out before the last drain.
+        doubts: Why the examples of forwards before it, where none were stated, may be other ones than were counted.
         zero_rows: By block without a mask, with positions or no stated number of examples: how many output gradients
             before it are zero, of all.
     """
@@ -115,7 +115,7 @@ class Capture:
         self._stated = Stated()
         self._held: dict[Use, Held] = {}
         self._looks = False
-        self._warned_of_examples = False
+        self.doubts: Sequence[str] = ()
         self.zero_rows: Mapping[str, tuple[Tensor, int]] = {}
         self._watch = Watch(model, self._blocks.values(), self)
         self.masked = MaskedRows()
@@ -247,7 +247,7 @@ class Capture:
                 self._observer.check_complete()
             for use, held in self._held.items():
                 self._measure(use, held)
-            self._warn_of_examples()
+            self.doubts = [each.doubt for each in self._batches.unstated() if each.doubt]
             repeats = 1 if self._observer is not None else max(len(self._batches), 1)
             self.zero_rows = {} if self._fisher == "exact" else self._collector.zero_rows.counts
             self.masked = self._collector.masked
@@ -261,18 +261,6 @@ class Capture:
         self._looks = self._looks and not self._watch.looked
         self._not_whole.note(self._requests, drained.keys(), empty)
         return drained
-
-    def _warn_of_examples(self) -> None:
-        doubts = [forward.doubt for forward in self._batches.unstated() if forward.doubt]
-        if self._warned_of_examples or not doubts:
-            return
-        self._warned_of_examples = True
-        warnings.warn(
-            f"{doubts[0]}, by which the statistics are scaled; call preconditioner.batch(examples=...) before each "
-            "backward, with the number of terms that the loss averages",
-            KfdistWarning,
-            stacklevel=6,
-        )
 
     @property
     def unmeasured(self) -> Mapping[str, str]:

@@ -49,8 +49,8 @@ class ForwardPass:
     def is_turned(self, shape: Sequence[int], *, inside: bool = False) -> bool:
         """Whether a tensor of this shape, its features last, has the examples along dim 1.
 
-        It has if such modules were given these dimensions, or if dim 1 has as many entries as there are examples and
-        dim 0 has more. Of two dimensions: where time steps are one after another, each with all examples.
+        It has if such modules were given these dimensions, or if it has three, dim 1 has as many entries as there are
+        examples and dim 0 has more. Of two dimensions: where time steps are one after another, each with all examples.
 
         Args:
             shape: The shape.
@@ -62,7 +62,9 @@ class ForwardPass:
         if len(shape) == 2:
             turned = self.time_first or (inside and any(second == n for _, second in self.turned))
             return turned and shape[0] > n and shape[0] % n == 0
-        return shape[1] == n and (shape[0] > n or ((shape[0], n) in self.turned and (inside or shape[0] != n)))
+        if shape[1] != n:
+            return False
+        return (shape[0] > n and len(shape) == 3) or ((shape[0], n) in self.turned and (inside or shape[0] != n))
 
 
 class _Thread(threading.local):

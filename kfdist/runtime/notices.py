@@ -1,4 +1,4 @@
-"""What the measurements of a step give reason to say: blocks that weren't measured, padding, masks that fit nothing."""
+"""What the measurements of a step give reason to say: doubts about N, blocks that weren't measured, padding, masks."""
 
 import warnings
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ class Notices:
         self.masks = MaskNotice([block.name for block in blocks if block.maskable])
         self._padding = PaddingNotice()
         self._said: set[tuple[BlockName, str]] = set()
+        self._doubted = False
 
     def look(self, capture: Capture, step: int, *, level: int) -> None:
         """Takes what was measured for a step, and warns.
@@ -35,6 +36,14 @@ class Notices:
             step: The step.
             level: Whose line the warnings show.
         """
+        if capture.doubts and not self._doubted:
+            self._doubted = True
+            warnings.warn(
+                f"{capture.doubts[0]}, by which the statistics are scaled; call preconditioner.batch(examples=...) "
+                "before each backward, with the number of terms that the loss averages",
+                KfdistWarning,
+                stacklevel=level,
+            )
         new = dict(capture.unmeasured.items() - self._said)
         if new:
             self._said.update(new.items())

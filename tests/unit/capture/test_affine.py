@@ -160,6 +160,8 @@ BARE: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
     "expanded": ((1, C, H, H), lambda x, p: x + p.expand(len(x), -1, -1, -1)),
     "class token": ((1, 1, H, H), lambda x, p: torch.cat([p.expand(len(x), -1, -1, -1), x], dim=1)),
     "repeated token": ((1, 2, H, H), lambda x, p: torch.cat((x, p.repeat(len(x), 1, 1, 1)), 1).sin()),
+    "scale of addcmul": ((H,), lambda x, p: torch.addcmul(x, p, x.sin())),
+    "shift of addcmul": ((C, 1, 1), lambda x, p: torch.addcmul(p, x, x.cos())),
     "prelu": ((C,), lambda x, p: F.prelu(x, p)),
     "bias of a frozen product": ((5,), lambda x, p: F.linear(x, torch.ones(5, H, dtype=x.dtype), p)),
 }
