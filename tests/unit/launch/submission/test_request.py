@@ -4,6 +4,7 @@ import pytest
 
 from kfdist.config import load_config, to_toml
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.launch.submission import ray_launch
 from kfdist.launch.submission.ray_launch import on_cluster
 from kfdist.launch.submission.request import VARIABLE, Submission
 
@@ -54,3 +55,11 @@ def test_a_controller_that_is_elsewhere_stays_there():
 def test_a_job_without_a_cluster_is_refused():
     with pytest.raises(EnvironmentFault, match="RAY_ADDRESS is '', no address of a cluster"):
         on_cluster(of().configuration(), "")
+
+
+def test_a_cluster_without_the_extra_is_told_which_to_install(monkeypatch):
+    monkeypatch.setattr(ray_launch, "find_spec", lambda name: None if name == "pyarrow" else object())
+    with pytest.raises(
+        EnvironmentFault, match=r"^Ray Train needs pyarrow, which \S+ doesn't have; .*'kfdist\[submit\]'"
+    ):
+        ray_launch.check_ray_train()
