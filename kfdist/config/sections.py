@@ -454,6 +454,9 @@ class CheckpointSection(Section):
     statistics: Literal["per-rank", "folded"] = Field(
         default="per-rank", description="per-rank: resumes bit for bit at the same world size; folded: smaller"
     )
+    stop_seconds: float = Field(
+        default=0.0, ge=0, description="least time that `kfdist train` gives ranks for the checkpoint of a stop"
+    )
 
 
 class Config(Section):

@@ -22,6 +22,7 @@ from kfdist.errors import EnvironmentFault, ExitCode, KfdistError
 from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
+    longest_checkpoint,
     read_summary,
     remove_untrained,
 )
@@ -49,7 +50,8 @@ from kfdist.training.setup import gather_materials
 CONTROLLER_READY_SECONDS = 30.0
 POOL_READY_SECONDS = 120.0
 STOP_RANKS_SECONDS = 6.5
-"""How long ranks may take to write their checkpoint after the first Ctrl-C; with the services, all ends within 10 s."""
+"""How long ranks may take to stop after the first Ctrl-C, beside what their checkpoints took so far, three times over;
+with the services, all of a small run ends within 10 s."""
 STOP_SERVICES_SECONDS = 2.0
 END_SERVICES_SECONDS = 8.0
 """How long the services may take to end after the run ended by itself; no user is waiting then."""
@@ -126,7 +128,7 @@ class Launch:
     """One launch of a run on this machine, from the first process to the last.
 
     Attributes:
-        stop_ranks_seconds: How long ranks may take to write their checkpoint after the first request to stop.
+        stop_ranks_seconds: How long ranks may take to stop after the first request, as `STOP_RANKS_SECONDS`.
     """
 
     stop_ranks_seconds = STOP_RANKS_SECONDS
@@ -297,14 +299,17 @@ class Launch:
     def _stop_ranks(self) -> int:
         self._stopping = True
         self._terminal.say("stopping: the ranks write a checkpoint (once more Ctrl-C ends everything at once)")
-        self._end_children(self._ranks, self.stop_ranks_seconds)
+        known = self.stop_ranks_seconds + 3 * longest_checkpoint(self._config.run.directory)
+        patience = max(known, self._config.checkpoint.stop_seconds)
+        self._end_children(self._ranks, patience)
         codes = [rank.poll() for rank in self._ranks]
         if codes and all(code == ExitCode.DONE for code in codes):
             return ExitCode.DONE  # the last step was made before the request was heard
         for rank, code in zip(self._ranks, codes, strict=True):
             if code is not None and code != ExitCode.RESUMABLE:
                 ended = f"{rank.name} {describe_exit(code)} instead of writing a checkpoint"
-                self._terminal.warn(f"{ended}; the newest checkpoint may be older than this stop")
+                advice = f"; checkpoint.stop_seconds gives ranks more than {patience:.1f} s" if code < 0 else ""
+                self._terminal.warn(f"{ended}; the newest checkpoint may be older than this stop{advice}")
         return ExitCode.RESUMABLE
 
     def _end_children(self, children: Sequence[Child], seconds: float) -> None:

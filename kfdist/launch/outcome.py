@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.files import replace_file
 from kfdist.system.processes import Child, describe_exit
+
+_LAST_EVENTS_BYTES = 1 << 20
 
 
 def child_fault(child: Child, code: int, when: str, advice: str = "") -> KfdistError:
@@ -66,3 +69,19 @@ def add_to_summary(run_directory: Path, **entries: Any) -> dict[str, Any]:
         summary |= entries
         replace_file(run_directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def longest_checkpoint(run_directory: Path) -> float:
+    """Returns the seconds that the longest of a run's last checkpoints took; 0 if it has written none."""
+    seconds = 0.0
+    try:
+        with (run_directory / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_EVENTS_BYTES))
+            lines = file.readlines()
+    except OSError:
+        return 0.0
+    for line in lines:
+        if line.startswith(b'{"event": "checkpoint"'):
+            with contextlib.suppress(ValueError):  # the last may be half written
+                seconds = max(seconds, float(json.loads(line).get("seconds", 0.0)))
+    return seconds

@@ -8,10 +8,11 @@ import pytest
 
 from kfdist.config import load_config
 from kfdist.errors import EnvironmentFault
-from kfdist.launch.launcher import train
+from kfdist.launch.launcher import STOP_RANKS_SECONDS, Launch, train
 from kfdist.launch.terminal import StopRequests, Terminal
 from kfdist.rpc.certificates import Authority
 from kfdist.system.credentials import Role
+from kfdist.training.reporting import MetricsLog
 
 
 @pytest.mark.parametrize("role", Role)
@@ -26,3 +27,16 @@ def test_a_certificate_that_no_process_could_use_is_found_before_one_is_started(
     with pytest.raises(EnvironmentFault, match=rf"{role.value}\.pem expired on .* \(node "):
         train(config, Terminal(as_json=True), StopRequests())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "patience"), [(0.0, STOP_RANKS_SECONDS + 60.0), (10.0, STOP_RANKS_SECONDS + 60.0), (100.0, 100.0)]
+)
+def test_ranks_have_time_to_stop_by_what_their_checkpoints_took(monkeypatch, tmp_path: Path, given, patience):
+    MetricsLog(tmp_path).write("checkpoint", step=50, seconds=20.0)
+    overrides = [f"run.dir={tmp_path}", f"checkpoint.stop_seconds={given}"]
+    launch = Launch(load_config(None, overrides=overrides, environment={}), Terminal(as_json=True), StopRequests())
+    seen = []
+    monkeypatch.setattr(launch, "_end_children", lambda children, seconds: seen.append(seconds))
+    launch._stop_ranks()
+    assert seen == [patience]

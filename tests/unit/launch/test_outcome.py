@@ -10,12 +10,14 @@ from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
+    longest_checkpoint,
     read_summary,
     remove_untrained,
 )
 from kfdist.launch.terminal import summary_line
 from kfdist.system.files import make_directory
 from kfdist.system.processes import Child, Command
+from kfdist.training.reporting import MetricsLog
 
 
 def _ended_child(tmp_path: Path, script: str) -> tuple[Child, int]:
@@ -118,3 +120,17 @@ def test_the_summary_in_a_line():
     )
     without = {"status": "stopped", "steps": 3, "seconds": 1.0, "staleness_steps": {"p50": None, "max": None}}
     assert summary_line(without) == "stopped: 3 steps in 1.0 s"
+
+
+def test_how_long_checkpoints_took_is_read_from_the_end_of_what_the_run_told(tmp_path: Path):
+    assert longest_checkpoint(tmp_path) == 0.0
+    log = MetricsLog(tmp_path)
+    log.write("checkpoint", step=1, seconds=900.0)
+    for step in range(40_000):
+        log.write("step", step=step)
+    assert longest_checkpoint(tmp_path) == 0.0
+    for seconds in (2.5, 7.0, 3.0):
+        log.write("checkpoint", step=2, seconds=seconds)
+    with (tmp_path / "metrics.jsonl").open("a") as torn:
+        torn.write('{"event": "checkpoint", "seconds": 80')
+    assert longest_checkpoint(tmp_path) == 7.0
