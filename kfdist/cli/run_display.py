@@ -43,8 +43,9 @@ def print_run(run: RunView, samples: Sequence[MetricSample], *, as_json: bool) -
     if sys.stdout.isatty():
         Console().print(_facts_table(facts))
     else:
+        width = max(len(name) for name, _ in facts) + 2
         for name, value in facts:
-            print(f"{name:<28}{value}")
+            print(f"{name:<{width}}{value}")
     columns, rows = _blocks(samples)
     if rows:
         print()
@@ -121,7 +122,7 @@ def _counters(samples: Sequence[MetricSample]) -> list[tuple[str, str]]:
     """Names every counter by its metric and labels, such as "bytes jobs"; those at zero are left out."""
     counters = [s for s in samples if s.name in METRICS and METRICS[s.name].kind is Kind.COUNTER and s.value]
     return [
-        (" ".join([_short(s.name.removesuffix("_total")), *s.labels.values()]), _amount(s.name, s.value))
+        (_short(" ".join([s.name.removesuffix("_total"), *s.labels.values()])), _amount(s.name, s.value))
         for s in counters
     ]
 
