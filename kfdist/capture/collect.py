@@ -212,7 +212,7 @@ class Collector:
     def _add_units(self, block: UnitBlock, visit: Visit, gradients: Tensor, scaling: Scaling) -> None:
         """Adds one use of a block of units, given its gradients `[length, c, k]`."""
         length, known = len(gradients), visit.unit.forward.examples
-        if known and length < known:
+        if known and length < known and length != visit.stated.examples:
             self.indivisible[block.name] = "an operation whose result has no dimension of examples"
             return
         if not length:

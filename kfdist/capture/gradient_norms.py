@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from kfdist.capture.loss_scale import LossScale
@@ -77,8 +78,10 @@ class GradientNorms:
         self._hooks: weakref.finalize[..., GradientNorms] | None = None
 
     def start(self) -> None:
-        """Looks at gradients until `stop`; at none where parameters are sharded."""
-        if self._hooks is not None or any(oddity(each) for each in self._parameters):
+        """Looks at gradients until `stop`; at none where parameters are sharded, or lazy and not yet initialised."""
+        if self._hooks is not None or any(
+            isinstance(each, UninitializedParameter) or oddity(each) for each in self._parameters
+        ):
             return
         seen = weakref.WeakMethod(self._see)
         self.watched = [each for each in self._parameters if each.requires_grad]
@@ -153,7 +156,9 @@ def sum_of_squares(norms: Sequence[Tensor], device: torch.device) -> Tensor:
 def few(gradient: Tensor) -> Tensor:
     """Returns a view of the first few entries of a gradient's first row."""
     gradient = gradient.detach()
-    return gradient.reshape(1) if gradient.dim() == 0 else gradient[(0,) * (gradient.dim() - 1)][:_SAMPLED]
+    if gradient.dim() == 0 or not gradient.numel():
+        return gradient.reshape(-1)
+    return gradient[(0,) * (gradient.dim() - 1)][:_SAMPLED]
 
 
 def joined(samples: Sequence[Tensor | None], parameters: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -128,9 +128,10 @@ class PassLog:
             )
             done.examples = None if first is None else first.size(int(done.time_first))  # nested tensors have no shape
             if first is not None and among and (first.dim() + 1, len(among)) in done.inputs:
+                done.examples = len(among)
                 done.doubt = (
-                    "the model was given a list of tensors and made one batch of them (images, for detection), so that "
-                    "dim 0 of the first one isn't the number of examples"
+                    "the model was given a list of tensors and made one batch of them (images, for detection): their "
+                    f"number, {len(among)}, is taken for the number of terms that the loss averages"
                 )
             elif done.examples and done.inputs:  # else nothing of it is measured
                 done.doubt = _doubt_of_output(done.examples, output, inputs, time_first=done.time_first)

@@ -206,6 +206,17 @@ def test_where_the_number_is_stated_a_list_of_images_is_no_news():
     assert detector_step(capture, model, stated=6)["layer"].examples == 6 and not capture.doubts
 
 
+def test_the_examples_of_a_list_of_images_are_these_whatever_the_number_of_their_channels():
+    """Norms are measured, which have fewer examples than the first image has channels."""
+    model = Detector()
+    model.norm = nn.BatchNorm2d(2).double()
+    model.layer.register_forward_hook(lambda layer, given, output: model.norm(output))
+    with preconditioner(model, "kfac") as pre, pytest.warns(KfdistWarning, match="their number, 2, is taken"):
+        model([torch.randn(3, 4, 4, dtype=torch.float64) for _ in range(2)], []).mean().backward()
+        pre.step()
+        assert pre.coverage().share == 1
+
+
 @pytest.mark.parametrize("how", CALLS)
 def test_other_inputs_are_no_lists_of_images(how: str):
     find, call = CALLS[how]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kfdist.errors import KfdistWarning
 from tests.support.factors import Factors, armed_capture, assert_factors_equal, factors_of
+from tests.support.preconditioning import preconditioner
 
 INSIDE = "linear inside torch.func, which can't be measured"
 NESTED = "linear of a nested tensor, which can't be measured"
@@ -90,3 +92,24 @@ def test_attention_inside_a_reentrant_checkpoint_and_under_autocast():
     assert len(plain) == 4
     assert_factors_equal(measured(checkpointed=True, half=False), plain, 1e-6)
     assert_factors_equal(measured(checkpointed=False, half=True), plain, 6e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_parameters_without_entries_or_values_break_no_step():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.none, self.later = nn.Linear(3, 3), nn.Linear(3, 0), nn.LazyLinear(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.later(torch.cat([self.first(x), self.none(x)], 1))
+
+    model = Model()
+    with preconditioner(model, "kfac") as pre:
+        for step in range(2):
+            model(torch.randn(4, 3)).square().mean().backward()
+            if step:
+                pre.step()
+            else:
+                with pytest.warns(KfdistWarning, match="'later.bias', 'later.weight': it was frozen, or had no values"):
+                    pre.step()
