@@ -282,3 +282,6 @@ AFFINE: dict[Callable[..., Any], _Form] = {
 
 MOVES = frozenset({torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__})
 """What, of a parameter and a number, makes a tensor that has the parameter's gradient."""
+
+REFLECTIONS = frozenset({Tensor.__rsub__, torch.rsub})
+"""What makes one that has its negative, which is no matter for the squares of a bare parameter's gradients."""

@@ -171,6 +171,10 @@ class Registry:
         first = Geometry.of(whole.of(whole.parameter), whole.parameter).first_row_in
         return any(first(each) == row for each in (used, used.squeezed) if each.shape)
 
+    def is_bare(self, tensor: Tensor) -> bool:
+        """Whether the blocks of what a tensor shows are of units, and have that parameter alone."""
+        return all(self.is_of_units(name) and len(self._blocks[name].parts) == 1 for name, _ in self.users(tensor))
+
     def is_of_units(self, block: str) -> bool:
         """Whether a block is one of units."""
         return isinstance(self._blocks[block], UnitBlock)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from kfdist.capture.affine import MOVES, Affine, Columns, affine_uses
+from kfdist.capture.affine import MOVES, REFLECTIONS, Affine, Columns, affine_uses
 from kfdist.capture.lookups import Lookup, LookupLog, is_shared
 from kfdist.capture.operations import (
     COPIES,
@@ -125,7 +125,9 @@ class SeenUses:
     ) -> None:
         """Takes an operation on a block's parameter; see `SeesOperations.saw`. It runs in the forward of `module`."""
         used = [each for each in tensors_in((args, kwargs)) if self.registry.knows(each)]
-        moved = function in MOVES and len(list(tensors_in((args, kwargs)))) == 1
+        moved = len(list(tensors_in((args, kwargs)))) == 1 and (
+            function in MOVES or (function in REFLECTIONS and self.registry.is_bare(used[0]))
+        )
         if (function in COPIES or moved) and not odd:
             self.registry.note_copy(output, used[0])
             return

@@ -150,6 +150,7 @@ BARE: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
     "RMSNorm": ((H,), lambda x, p: p * (x * x.pow(2).mean(-1, keepdim=True).rsqrt())),
     "keyword": ((H,), lambda x, p: torch.mul(input=p, other=x)),
     "1 + p": ((H,), lambda x, p: x * (1.0 + p.clone())),
+    "1 - p": ((H,), lambda x, p: x * (1.0 - p)),
     "one number": ((), lambda x, p: x * p),
     "positions": ((1, C, H, H), lambda x, p: x + p),
     "in place": ((H, H), lambda x, p: (2 * x).add_(p)),
@@ -202,6 +203,7 @@ UNSEEN: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], str
     "no examples": ((1, H), lambda x, p: x + (p * torch.ones(1, H, dtype=x.dtype)).exp(), "no dimension of examples"),
     "an entry an example": ((N, 1, 1, 1), lambda x, p: x + p, "used by add"),
     "multiplied in place": ((H,), lambda x, p: (2 * x).mul_(p), "used by mul_"),
+    "subtracted from a tensor": ((H,), lambda x, p: x * (torch.ones(H, dtype=x.dtype) - p).exp(), "used by"),
     "put into": ((H,), put_into, "used by __setitem__"),
     "gathered": ((9, C), lambda x, p: x + p[torch.arange(C), :].T.sum(0)[:, None, None], "used by __getitem__"),
 }
