@@ -70,9 +70,8 @@ def _submit(
         working_dir=working_dir,
         follow=follow,
     )
-    stream = sys.stderr if as_json else sys.stdout
     try:
-        job = submit.submit(checked, request, lambda text: print(text, file=stream, flush=True))
+        job = submit.submit(checked, request, sys.stderr if as_json else sys.stdout)
     except KeyboardInterrupt:
         print("\nthe job goes on; the same command follows it again", file=sys.stderr)
         raise typer.Exit(ExitCode.INTERRUPTED) from None

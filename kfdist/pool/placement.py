@@ -57,7 +57,7 @@ def place(ray: Any, config: Config) -> Placement:
 
 
 class OnThisNode(Placement):
-    """All owners on this machine's Ray node, where the others of the run are."""
+    """All owners on this machine's Ray node, where the others of the run are; on others' Ray, in a placement group."""
 
     owner = Owner
     remembers = True
@@ -74,11 +74,26 @@ class OnThisNode(Placement):
         self._options = actor_options(cluster)
         self.host = node["NodeManagerAddress"] if config.cluster.owner_address == "node" else "127.0.0.1"
         self._strategy = _strategies().NodeAffinitySchedulingStrategy(node_id=here, soft=False)
+        self._group = None if cluster.ray == LOCAL else self._reserve(config, here)
 
     @override
     def options(self, index: int) -> dict[str, Any]:
-        del index
-        return {**self._options, "scheduling_strategy": self._strategy}
+        strategy = self._strategy if self._group is None else _in_bundle(self._group, index)
+        return {**self._options, "scheduling_strategy": strategy}
+
+    def _reserve(self, config: Config, here: str) -> Any:
+        """Takes room that others may want, too, for all owners at once; an actor without any would wait silently."""
+        cluster, util = config.cluster, importlib.import_module("ray.util")
+        selectors = [{**cluster.bundle.labels, "ray.io/node-id": here}] * cluster.owners
+        bundles = [resources_of(cluster)] * cluster.owners
+        group = util.placement_group(bundles, strategy="STRICT_PACK", bundle_label_selector=selectors)
+        if not group.wait(_ROOM_SECONDS):
+            util.remove_placement_group(group)
+            raise EnvironmentFault(
+                f"cluster.owners = {cluster.owners} find no room on this machine's Ray node: {needs(cluster)}, which "
+                "it has, but others use it; `ray status` shows how much; end what uses it, or ask for fewer owners"
+            )
+        return group
 
     @override
     def kill(self, pid: int, node: str) -> None:
@@ -120,8 +135,7 @@ class OverNodes(Placement):
 
     @override
     def options(self, index: int) -> dict[str, Any]:
-        strategy = _strategies().PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        return {**self._options, "scheduling_strategy": strategy}
+        return {**self._options, "scheduling_strategy": _in_bundle(self._group, index)}
 
     @override
     def kill(self, pid: int, node: str) -> None:
@@ -149,6 +163,10 @@ def end_owner(pid: int) -> None:
     if command_line(pid).startswith(_TITLE):
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _in_bundle(group: Any, index: int) -> Any:
+    return _strategies().PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
 
 
 def _strategies() -> Any:

@@ -107,13 +107,13 @@ def test_lost_workers_stops_and_lost_files(head: Head, tmp_path: Path):
     assert summary_of(directory)["steps"] == stopped_at
 
     # Without the run directory, Ray Train's copies are what is left.
-    kept = kept_by_train(storage)[-1]
+    kept = kept_by_train(storage)
     shutil.rmtree(directory)
     with followed(head, directory, *given) as command:
         resumed_at = int(
             command.wait_for_line("resumed at step ", PATIENCE).partition("resumed at step ")[2].split()[0]
         )
-        assert resumed_at == kept
+        assert resumed_at in kept[-2:]  # of the last one, the job may have been killed before Ray Train heard
         assert sorted(path.name for path in (directory / "epochs").iterdir())[-1] == "00003.toml"
         controller = json.loads((directory / "summary.json").read_text())["start"]
         assert controller == 3
@@ -148,20 +148,20 @@ def test_a_launch_of_one_machine_is_a_job_too(head: Head, tmp_path: Path):
     assert "finished: 40 steps" in said and "succeeded" in said
 
 
-def test_a_lost_head_ends_the_ranks_and_nothing_that_was_acknowledged_is_lost(tmp_path: Path):
+def test_a_lost_head_ends_the_ranks_and_nothing_that_was_acknowledged_is_lost(head: Head, tmp_path: Path):
     directory = tmp_path / "headless"
-    with ray_head(cpus=4) as first:
-        with followed(first, directory, *ENDLESS, *LOCAL) as command:
+    with ray_head(cpus=4) as lost:
+        with followed(lost, directory, *ENDLESS, *LOCAL) as command:
             command.wait_for_line(f"/{STEPS}", PATIENCE)
             eventually(lambda: checkpoints_of(directory), bool, seconds=PATIENCE)
-            first.command.family()
+            lost.command.family()
             acknowledged = checkpoints_of(directory)[-1]
-            for process in first.command.family():
+            for process in lost.command.family():
                 if "kfdist worker" not in process.title:  # as if they were on another node
                     os.kill(process.pid, signal.SIGKILL)
             eventually(lambda: ranks_of(directory), lambda ranks: not ranks, seconds=PATIENCE)
             command.wait(PATIENCE)
-    with ray_head(cpus=4) as second, followed(second, directory, *ENDLESS, *LOCAL) as command:
+    with followed(head, directory, *ENDLESS, *LOCAL) as command:
         resumed_at = int(
             command.wait_for_line("resumed at step ", PATIENCE).partition("resumed at step ")[2].split()[0]
         )

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kfdist.config import Config, to_toml
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
@@ -16,8 +16,6 @@ from kfdist.launch.submission.request import Submission
 from kfdist.launch.submission.room import check_room
 from kfdist.pool.bundles import Node
 from kfdist.pool.ray_cluster import set_auth_mode
-
-Say = Callable[[str], None]
 
 ENTRYPOINT = "python -m kfdist ray-job"
 _RUN_KEY = "kfdist_run"
@@ -67,8 +65,13 @@ class Job:
     code: int | None
 
 
-def submit(config: Config, request: Request, say: Say) -> Job:
+def submit(config: Config, request: Request, stream: TextIO) -> Job:
     """Starts a job for a run, or follows the one that is there.
+
+    Args:
+        config: The run's configuration.
+        request: How it is to be run.
+        stream: Where to say how it goes.
 
     Returns:
         The job: started, or with `follow` ended.
@@ -80,7 +83,7 @@ def submit(config: Config, request: Request, say: Say) -> Job:
     checked(config, request)
     client = _connect(request.address)
     try:
-        return _submit(client, config, request, say)
+        return _submit(client, config, request, lambda text: print(text, end="", file=stream, flush=True))
     except KfdistError:
         raise
     except Exception as error:  # whatever Ray's HTTP libraries raise
@@ -91,20 +94,20 @@ def submit(config: Config, request: Request, say: Say) -> Job:
         ) from error
 
 
-def _submit(client: Any, config: Config, request: Request, say: Say) -> Job:
+def _submit(client: Any, config: Config, request: Request, say: Callable[[str], None]) -> Job:
     if (living := _living_job(client, config.run.name)) is not None:
         if not request.follow:
             raise EnvironmentFault(
                 f"run {config.run.name!r} is being trained by job {living}; follow it with --follow, or end it first: "
                 f"ray job stop {living} --address {request.address}"
             )
-        say(f"run {config.run.name} is being trained already, by job {living}")
-        return _follow(client, living)
+        say(f"run {config.run.name} is being trained already, by job {living}\n")
+        return _follow(client, living, say)
     check_room(*_nodes(request.address), config, request.gpus_per_worker)
     name = _start(client, config, request)
-    say(f"job {name}: ray job logs|status|stop {name} --address {request.address}")
+    say(f"job {name}: ray job logs|status|stop {name} --address {request.address}\n")
     if request.follow:
-        return _follow(client, name)
+        return _follow(client, name, say)
     return _started(client, name, say)
 
 
@@ -199,23 +202,26 @@ def _start(client: Any, config: Config, request: Request) -> str:
     )
 
 
-def _started(client: Any, name: str, say: Say) -> Job:
+def _started(client: Any, name: str, say: Callable[[str], None]) -> Job:
     """Waits until a job has checked everything and begins, or has ended."""
     deadline = time.monotonic() + _START_SECONDS
     while not (status := client.get_job_status(name)).is_terminal():
         lines = client.get_job_logs(name).splitlines()
         begun = next((line for line in lines if line.startswith("run ") and _STARTED in line), None)
         if begun is not None or time.monotonic() > deadline:
-            say(begun or f"the job hasn't begun within {_START_SECONDS:g} s; it goes on")
+            late = f"the job hasn't begun within {_START_SECONDS:g} s; it goes on"
+            say(f"{begun or late}\n")
             return Job(submission_id=name, status=str(status.value), code=None)
         time.sleep(_POLL_SECONDS)
-    return _ended(client, name)
+    job = _ended(client, name)
+    say(client.get_job_logs(name))  # it had nothing to do, which it says
+    return job
 
 
-def _follow(client: Any, name: str) -> Job:
+def _follow(client: Any, name: str, say: Callable[[str], None]) -> Job:
     async def follow() -> None:
         async for lines in client.tail_job_logs(name):
-            print(lines, end="", flush=True)
+            say(lines)
 
     asyncio.run(follow())
     # Ray closes the log a moment before it knows how the job ended.

@@ -1,5 +1,6 @@
 """What `kfdist submit` checks by itself, and what it says of a job that failed."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,14 @@ def test_where_ranks_compute_follows_from_their_gpus():
 def test_bad_input_is_refused_before_anybody_is_asked(given: dict[str, Any], overrides: list[str], told: str):
     config = load_config(None, overrides=["run.dir=/data/run", *overrides], environment={})
     with pytest.raises(ConfigError) as caught:
-        submit(config, Request(**GIVEN | given), print)
+        submit(config, Request(**GIVEN | given), sys.stdout)
     assert str(caught.value).startswith(told)
 
 
 def test_no_head_is_one_sentence(unused_address: str):
     config = load_config(None, overrides=["run.dir=/data/run"], environment={})
     with pytest.raises(EnvironmentFault) as caught:
-        submit(config, Request(**GIVEN | {"address": f"http://{unused_address}"}), print)
+        submit(config, Request(**GIVEN | {"address": f"http://{unused_address}"}), sys.stdout)
     assert str(caught.value).startswith(f"no Ray answers at http://{unused_address} (")
     assert "\n" not in str(caught.value)
 
