@@ -122,7 +122,7 @@ def _counters(samples: Sequence[MetricSample]) -> list[tuple[str, str]]:
     """Names every counter by its metric and labels, such as "bytes jobs"; those at zero are left out."""
     counters = [s for s in samples if s.name in METRICS and METRICS[s.name].kind is Kind.COUNTER and s.value]
     return [
-        (_short(" ".join([s.name.removesuffix("_total"), *s.labels.values()])), _amount(s.name, s.value))
+        (" ".join([_short(s.name.removesuffix("_total")), *s.labels.values()]), _amount(s.name, s.value))
         for s in counters
     ]
 
