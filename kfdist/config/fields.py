@@ -63,6 +63,13 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuple(each) for each in value) if isinstance(value, list) else value
 
 
+def _rising(stages: Any) -> Any:
+    epochs = [epoch for epoch, _ in stages]
+    if epochs != sorted(set(epochs)):
+        raise ValueError("the epochs must rise")
+    return stages
+
+
 def _methods(value: Any) -> Any:
     """Writes every entry of a table of methods as a table; a name alone is a method without settings."""
     if not isinstance(value, dict):
@@ -94,10 +101,16 @@ Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_tup
 Port = Annotated[int, Field(ge=1, le=65535)]
 Ports = Annotated[tuple[Port, Port], BeforeValidator(_tuple)]
 Amounts = dict[str, Annotated[float, Field(gt=0)]]
+_Epoch = Annotated[int, Field(ge=1)]
 Stages = Annotated[
-    tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]], ...], BeforeValidator(_tuples)
+    tuple[tuple[_Epoch, Annotated[float, Field(gt=0)]], ...], BeforeValidator(_tuples), AfterValidator(_rising)
 ]
 """Pairs of an epoch and what holds from it on."""
+
+CountStages = Annotated[
+    tuple[tuple[_Epoch, Annotated[int, Field(ge=1)]], ...], BeforeValidator(_tuples), AfterValidator(_rising)
+]
+"""The same of whole numbers."""
 
 Settings = dict[str, Setting]
 Methods = Annotated[dict[str, Settings], BeforeValidator(_methods)]

@@ -12,6 +12,7 @@ from kfdist.config.fields import (
     Address,
     Amounts,
     Counts,
+    CountStages,
     FileName,
     Methods,
     Names,
@@ -62,7 +63,6 @@ class RunSection(Section):
         default=None, gt=0, lt=1, description="test accuracy the time to which is told; MLPerf's for ImageNet is 0.759"
     )
     stop_at_target: bool = Field(default=False, description="whether the run is finished once it has reached that")
-
     accept_changes: bool = Field(
         default=False, description="whether a run directory started with another configuration may be taken over"
     )
@@ -241,7 +241,10 @@ class PreconditionerSection(Section):
     )
     factor_period: int = Field(default=2, ge=1, description="steps between two updates of the statistics")
     inverse_period: int = Field(
-        default=10, ge=1, description="steps between two inversions of a block, a multiple of factor_period"
+        default=10, ge=1, description="steps between two inversions of a block, a multiple of factor_period, at first"
+    )
+    inverse_period_epochs: CountStages = Field(
+        default=(), description="[epoch, inverse_period] pairs: from that epoch on, that inverse_period"
     )
     kl_clip: float = Field(
         default=1e-2, ge=0, description="bound kappa of the squared step length in the Fisher's norm; 0 turns it off"
@@ -306,10 +309,7 @@ class PreconditionerSection(Section):
         if self.methods is not None and self.settings:
             reason = "they go with preconditioner.method; in a table of methods, write settings beside each `method`"
             raise ConfigError(f"is {self.settings!r}; {reason}", path="settings")
-        epochs = [epoch for epoch, _ in self.damping_epochs]
-        if epochs != sorted(set(epochs)):
-            raise ConfigError(f"is of the epochs {epochs}; they must rise", path="damping_epochs")
-        if epochs and self.damping_decay != 1.0:
+        if self.damping_epochs and self.damping_decay != 1.0:
             raise ConfigError(
                 f"is {self.damping_decay} and damping_epochs is given too; give one of them", path="damping_decay"
             )
@@ -322,19 +322,25 @@ class PreconditionerSection(Section):
         if self.lag is not None:
             self._refuse_bounds(self.lag)
         try:
-            Schedule(factor_period=self.factor_period, inverse_period=self.inverse_period, groups=0)
+            for period in self.inverse_periods:
+                Schedule(factor_period=self.factor_period, inverse_period=period, groups=0)
             if isinstance(self.mode, Asap):
-                self.mode.check(inverse_period=self.inverse_period)
+                self.mode.check(inverse_period=max(self.inverse_periods))
         except ConfigError as error:
             raise error if error.path == "inverse_period" else error.under("staleness") from None
         return self
+
+    @property
+    def inverse_periods(self) -> tuple[int, ...]:
+        """`inverse_period`, and those that follow it."""
+        return (self.inverse_period, *(period for _, period in self.inverse_period_epochs))
 
     def _refuse_bounds(self, lag: int) -> None:
         for name in ("soft_bound", "hard_bound"):
             if (bound := getattr(self.staleness, name)) is not None:
                 raise ConfigError(
                     f'is {bound}; bounds go with adoption = "asap" only: under a fixed lag staleness is at most '
-                    f"{self.inverse_period + lag} steps by construction; remove the bound",
+                    f"{max(self.inverse_periods) + lag} steps by construction; remove the bound",
                     path=f"staleness.{name}",
                 )
 

@@ -1,5 +1,7 @@
 """When a group's statistics are folded and when it is inverted: pure functions of the step.
 
+Periods that change are schedules one after another; each begins as the first one does, with all groups.
+
 Every rank asks the same questions and gets the same answers, so every rank enters every collective.
 """
 
@@ -18,6 +20,7 @@ class Schedule:
         inverse_period: Steps between two inversions of a group, a multiple of `factor_period`.
         groups: How many groups share the work; their phases spread it evenly over `inverse_period`.
         together: Whether all groups are folded at the same steps, so that the others measure nothing.
+        begin: The step from which on it holds.
 
     Raises:
         ConfigError: A period is below 1 or `inverse_period` is no multiple of `factor_period`.
@@ -27,6 +30,7 @@ class Schedule:
     inverse_period: int
     groups: int
     together: bool = False
+    begin: int = 0
 
     def __post_init__(self) -> None:
         for name in ("factor_period", "inverse_period"):
@@ -40,24 +44,24 @@ class Schedule:
             )
 
     def phase(self, group: int) -> int:
-        """Returns the step, counted modulo `inverse_period`, at which group number `group` is inverted."""
+        """Returns the step, from `begin` and modulo `inverse_period`, at which group number `group` is inverted."""
         phase = group * self.inverse_period // max(self.groups, 1)
         return phase - phase % self.factor_period if self.together else phase
 
     def folds(self, group: int, step: int) -> bool:
-        """Says whether the group's statistics are folded at `step`; all are at step 0."""
+        """Says whether the group's statistics are folded at `step`; all are at `begin`."""
         return self.due(group, step, self.factor_period)
 
     def inverts(self, group: int, step: int) -> bool:
-        """Says whether the group is inverted at `step`; all are at step 0."""
+        """Says whether the group is inverted at `step`; all are at `begin`."""
         return self.due(group, step, self.inverse_period)
 
     def due(self, group: int, step: int, period: int) -> bool:
         """Says whether something the group does every `period` steps, which divides `inverse_period`, is due."""
-        return step == 0 or (step - self.phase(group)) % period == 0
+        return step == self.begin or (step - self.begin - self.phase(group)) % period == 0
 
     def count_until(self, group: int, step: int, period: int) -> int:
-        """Returns how often something done every `period` steps was due in steps 0 to `step`, both included."""
-        phase = self.phase(group) % period
+        """Returns how often something done every `period` steps was due in steps `begin` to `step`, both included."""
+        phase, step = self.phase(group) % period, step - self.begin
         after_first = (step - phase) // period + 1 if step >= phase else 0
         return after_first if phase == 0 else after_first + 1

@@ -160,8 +160,8 @@ def _pipeline(
     counters = PipelineCounters()
     tracks = [Track.of(group, queued=settings.lag is not None) for group in groups]
     world_size = communicators.training.world_size
-    schedule = settings.schedule(len(groups), together=plan.compiled)
-    timetable = Timetable(schedule, tracks, seed=settings.seed, rank=rank, world_size=world_size)
+    schedules = settings.schedules(len(groups), together=plan.compiled)
+    timetable = Timetable(schedules, tracks, seed=settings.seed, rank=rank, world_size=world_size)
     book = JobBook(link, {track.group.name: track.jobs for track in tracks})
     agreement = Agreement(TableExchange(communicators.table), link, rank, settings.damping_at)
     wait_limit = settings.adoption.wait_limit_seconds
@@ -184,13 +184,7 @@ def _pipeline(
         capture=capture,
         agreement=agreement,
         reducer=StatisticsReducer(groups, settings, timetable, communicators.statistics, device),
-        noise_scale=NoiseScale(
-            list(plan.model.parameters()),
-            communicators.statistics,
-            device,
-            period=settings.factor_period,
-            compiled=plan.compiled,
-        ),
+        noise_scale=NoiseScale(list(plan.model.parameters()), communicators.statistics, device),
         inverting=inverting,
         adopting=Adopting(
             tracks, settings, exchange, SnapshotInstaller(device, counters, warns=rank == 0), inverting, counters

@@ -155,7 +155,7 @@ class Pipeline:
         """Tells the capture what to measure in the next step."""
         step = self.next_step
         requests = self.timetable.requests(step, calibrating=self.calibration.ask(step))
-        self.capture.arm(requests, norms=self.noise_scale.due(step, measures=bool(requests)))
+        self.capture.arm(requests, norms=self.timetable.takes_norms(step, measures=bool(requests)))
 
     def close(self) -> None:
         """Completes what is under way between the ranks and stops measuring. All ranks must call it."""

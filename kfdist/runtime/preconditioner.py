@@ -58,7 +58,8 @@ class Preconditioner(StatedLoss, Inspection):
         damping: lambda of F + lambda I: a positive number, or a callable of the step.
         ema_decay: Largest weight rho of the past in the moving average of the statistics, in [0, 1).
         factor_period: Steps between two foldings of a block's statistics.
-        inverse_period: Steps between two inversions of a block, a multiple of `factor_period`.
+        inverse_period: Steps between two inversions of a block, a multiple of `factor_period`; or {step: period from
+            there on}, the first at 0. All blocks are inverted where a period begins.
         fisher: Which output gradients make the Fisher: "empirical" uses those of the training loss; "mc" those of
             targets drawn from the model's predictions and "exact" those of all targets, both told by `observe`.
         weight_sharing: How `nn.Linear` treats the positions of a sequence: "expand" for a loss per position, "reduce"
@@ -90,7 +91,7 @@ class Preconditioner(StatedLoss, Inspection):
         damping: Scalar = 1e-3,
         ema_decay: float = 0.95,
         factor_period: int = 10,
-        inverse_period: int = 100,
+        inverse_period: int | Mapping[int, int] = 100,
         fisher: Fisher = "empirical",
         weight_sharing: WeightSharing = "expand",
         sampling: Sampling = Sampling(),

@@ -24,7 +24,7 @@ class Settings:
     damping: Scalar
     ema_decay: float
     factor_period: int
-    inverse_period: int
+    inverse_period: int | Mapping[int, int]
     fisher: Fisher
     weight_sharing: WeightSharing
     sampling: Sampling
@@ -39,7 +39,7 @@ class Settings:
         if not callable(self.damping):
             checks.number("damping", self.damping, above=0, hint="or a callable of the step")
         checks.number("ema_decay", self.ema_decay, least=0, below=1)
-        self.schedule(groups=0)
+        periods = [schedule.inverse_period for schedule in self.schedules(groups=0)]
         checks.choice("fisher", self.fisher, get_args(Fisher))
         checks.choice("weight_sharing", self.weight_sharing, get_args(WeightSharing))
         if not isinstance(self.sampling, Sampling):
@@ -53,7 +53,7 @@ class Settings:
                 f"is {self.adoption!r}; 'asap', kfdist.Asap(...) or kfdist.FixedLag(k) is needed", path="adoption"
             )
         if isinstance(self.adoption, Asap):
-            self.adoption.check(inverse_period=self.inverse_period)
+            self.adoption.check(inverse_period=max(periods))
         checks.count("seed", self.seed, least=0)
         checks.count("digest_period", self.digest_period, least=0, hint="steps between two digests; 0 for none")
 
@@ -62,11 +62,21 @@ class Settings:
         """Steps from an inversion's statistics to its adoption; None under asap."""
         return self.adoption.lag if isinstance(self.adoption, FixedLag) else None
 
-    def schedule(self, groups: int, *, together: bool = False) -> Schedule:
-        """Returns when each of `groups` groups is folded, all of them `together` or not, and inverted."""
-        return Schedule(
-            factor_period=self.factor_period, inverse_period=self.inverse_period, groups=groups, together=together
-        )
+    def schedules(self, groups: int, *, together: bool = False) -> list[Schedule]:
+        """Returns when each of `groups` groups is folded, all of them `together` or not, and inverted: one by one."""
+        given = self.inverse_period
+        stages = dict(given) if isinstance(given, Mapping) else {0: given}
+        begins = [checks.count("inverse_period", begin, least=0, hint="the step it begins at") for begin in stages]
+        if begins[:1] != [0] or begins != sorted(begins):
+            raise ConfigError(
+                f"begins at the steps {begins}; give rising ones, the first of them 0", path="inverse_period"
+            )
+        return [
+            Schedule(
+                factor_period=self.factor_period, inverse_period=period, groups=groups, together=together, begin=begin
+            )
+            for begin, period in stages.items()
+        ]
 
     def damping_at(self, step: int) -> float:
         """Returns lambda at `step`, as its schedule gives it."""

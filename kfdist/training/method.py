@@ -19,6 +19,14 @@ from kfdist.training.copies import Copies
 from kfdist.training.run_directory import read_costs
 
 
+def inverse_periods(section: PreconditionerSection, *, steps_per_epoch: int, epoch_zero: int) -> dict[int, int]:
+    """Returns the inverse periods by the step that each begins at; the arguments are those of `Damping`."""
+    begun = {0: section.inverse_period}
+    for epoch, period in section.inverse_period_epochs:
+        begun[max(0, epoch_zero + epoch * steps_per_epoch)] = period
+    return begun
+
+
 @dataclass(frozen=True, kw_only=True)
 class Damping:
     """lambda as a function of the step; nothing of it needs saving.
@@ -61,7 +69,8 @@ def plan_of(config: Config, model: nn.Module, *, world_size: int, costs: Measure
         raise error.at(renamed.get(error.path, error.path)).under("preconditioner") from None
     for group in plan.groups:
         try:
-            group.inverter.update_period(section.factor_period, section.inverse_period)
+            for period in section.inverse_periods:
+                group.inverter.update_period(section.factor_period, period)
         except ConfigError as error:
             patterns = method.items() if isinstance(method, Mapping) else ()
             entries = [f"methods.{format_key(pattern)}" for pattern, each in patterns if each is group.inverter]

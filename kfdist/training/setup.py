@@ -23,7 +23,7 @@ from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.addresses import server_address
 from kfdist.system.credentials import Role
 from kfdist.training.averaging import WeightAverage
-from kfdist.training.method import Damping, plan_of
+from kfdist.training.method import Damping, inverse_periods, plan_of
 from kfdist.training.optimizers import LearningRate, make_optimizer
 from kfdist.training.run_state import Materials, Standing, Training
 
@@ -137,7 +137,7 @@ def make_training(
         epoch_zero=epoch_zero,
         step_examples=sampler.step_examples,
     )
-    damping = Damping(section=config.preconditioner, steps_per_epoch=sampler.steps_per_epoch, epoch_zero=epoch_zero)
+    epochs = {"steps_per_epoch": sampler.steps_per_epoch, "epoch_zero": epoch_zero}
     scaler = torch.amp.GradScaler(device.type, enabled=config.run.precision == "float16")
     seed_rank(config.run.seed, worker_rank=communicator.rank)
     communicator.broadcast_tensors_([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])
@@ -167,8 +167,14 @@ def make_training(
             token_file=config.security.token_file,
         )
     plan = materials.plan
+    settings = replace(
+        plan.settings,
+        lr=learning_rate,
+        damping=Damping(section=config.preconditioner, **epochs),
+        inverse_period=inverse_periods(config.preconditioner, **epochs),
+    )
     preconditioner = Preconditioner.from_plan(
-        replace(plan, settings=replace(plan.settings, lr=learning_rate, damping=damping)),
+        replace(plan, settings=settings),
         grad_scaler=scaler if scaler.is_enabled() else None,
         process_group=communicator.process_group,
         link=service,

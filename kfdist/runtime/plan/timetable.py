@@ -42,7 +42,7 @@ class Timetable:
     """The due dates of all groups, as they stand: one that starves (see `Track`) is due at once.
 
     Args:
-        schedule: The run's periods and the groups' phases.
+        schedules: The run's periods and the groups' phases, in the order in which they begin; the first at step 0.
         tracks: All groups.
         seed: The run's; with a block's name and the step it seeds what is sampled.
         rank: This rank.
@@ -52,26 +52,44 @@ class Timetable:
         ConfigError: A method's own period doesn't fit the run's.
     """
 
-    def __init__(self, schedule: Schedule, tracks: Sequence[Track], *, seed: int, rank: int, world_size: int) -> None:
-        self._schedule = schedule
+    def __init__(
+        self, schedules: Sequence[Schedule], tracks: Sequence[Track], *, seed: int, rank: int, world_size: int
+    ) -> None:
+        self._schedules = schedules
         self._tracks = tracks
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
-        self._periods = [_update_period(track.group, schedule) for track in tracks]
+        self._periods = {
+            schedule.begin: [_update_period(track.group, schedule) for track in tracks] for schedule in schedules
+        }
+
+    def _at(self, step: int) -> Schedule:
+        """Returns the schedule that holds at `step`."""
+        return next(schedule for schedule in reversed(self._schedules) if schedule.begin <= step)
+
+    def takes_norms(self, step: int, *, measures: bool) -> bool:
+        """Says whether `step` takes the norms of gradients: with the first group's foldings.
+
+        Args:
+            step: The step.
+            measures: Whether something else is measured at it; else compiled code isn't made to run eagerly for it.
+        """
+        schedule = self._at(step)
+        return schedule.folds(0, step) and (measures or not schedule.together)
 
     def folds(self, track: Track, step: int) -> bool:
         """Says whether the group's sums are folded."""
-        return self._schedule.folds(track.group.index, step) or (track.starves and not track.group.inverter.patient)
+        return self._at(step).folds(track.group.index, step) or (track.starves and not track.group.inverter.patient)
 
     def inverts(self, track: Track, step: int) -> bool:
         """Says whether the group's sums are reduced, for an inversion."""
-        return self._schedule.inverts(track.group.index, step) or self._retries(track, step)
+        return self._at(step).inverts(track.group.index, step) or self._retries(track, step)
 
     def updates(self, track: Track, step: int) -> bool:
         """Says whether the group has a job; online methods have them more often than inversions."""
-        index = track.group.index
-        return self._schedule.due(index, step, self._periods[index]) or self._retries(track, step)
+        index, schedule = track.group.index, self._at(step)
+        return schedule.due(index, step, self._periods[schedule.begin][index]) or self._retries(track, step)
 
     def _retries(self, track: Track, step: int) -> bool:
         """Says whether a group that starves is tried again: at once or, where its method is patient, when it folds."""
@@ -87,12 +105,20 @@ class Timetable:
 
     def foldings_until(self, track: Track, step: int) -> int:
         """Returns how many foldings of the group were due in steps 0 to `step`, both included."""
-        return self._schedule.count_until(track.group.index, step, self._schedule.factor_period)
+        return self._count(track, step, {each.begin: each.factor_period for each in self._schedules})
 
     def updates_until(self, track: Track, step: int) -> int:
         """Returns how many jobs of the group were due in steps 0 to `step`, both included."""
-        index = track.group.index
-        return self._schedule.count_until(index, step, self._periods[index])
+        return self._count(track, step, {begin: periods[track.group.index] for begin, periods in self._periods.items()})
+
+    def _count(self, track: Track, step: int, periods: Mapping[int, int]) -> int:
+        """Counts what was due until `step`, every `periods[begin]` steps under the schedule that begins then."""
+        ends = [schedule.begin - 1 for schedule in self._schedules[1:]]
+        return sum(
+            schedule.count_until(track.group.index, min(step, end), periods[schedule.begin])
+            for schedule, end in zip(self._schedules, [*ends, step], strict=True)
+            if schedule.begin <= step
+        )
 
     def requests(self, step: int, *, calibrating: Collection[int]) -> Mapping[BlockName, Request]:
         """Returns what is to be measured of each block at `step`; blocks with nothing to measure are left out.

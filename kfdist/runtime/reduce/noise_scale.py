@@ -25,14 +25,12 @@ _TOLERANCE = 0.02
 
 
 class NoiseScale:
-    """Measures the noise scale on the steps that `due` names. All ranks make the same calls.
+    """Measures the noise scale, on steps that the timetable names. All ranks make the same calls.
 
     Args:
         parameters: The model's.
         communicator: Carries some numbers per parameter on those steps.
         device: Where the averages live.
-        period: Steps between two measurements.
-        compiled: Whether the model is compiled: then other steps than those that measure anyway are left alone.
 
     Attributes:
         bytes_sent: What this rank contributed.
@@ -43,27 +41,13 @@ class NoiseScale:
         parameters: Sequence[nn.Parameter],
         communicator: Communicator,
         device: torch.device,
-        *,
-        period: int,
-        compiled: bool,
     ) -> None:
         self.bytes_sent = 0
         self._parameters = parameters
         self._communicator = communicator
-        self._period = period
-        self._compiled = compiled
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._copy = HostCopy([self._sums])
         self._known = (0.0, 0.0, 0.0)
-
-    def due(self, step: int, *, measures: bool) -> bool:
-        """Says whether `step`'s gradients are looked at.
-
-        Args:
-            step: The step.
-            measures: Whether something else is measured at it.
-        """
-        return step % self._period == 0 and (measures or not self._compiled)
 
     def measure(self, found: MicroBatchNorms | None) -> None:
         """Folds one step into the averages; `.grad` is the mean of all ranks' gradients by now. Collective.

@@ -185,7 +185,7 @@ def test_norms_of_gradients(scaled: bool):
     net, scaler = model(), torch.amp.GradScaler("cpu", enabled=scaled)
     parameters = list(net.parameters())
     capture = Capture(net, {}, sampling=Sampling(), grad_scaler=scaler)
-    noise = NoiseScale(parameters, Communicator(None), torch.device("cpu"), period=1, compiled=False)
+    noise = NoiseScale(parameters, Communicator(None), torch.device("cpu"))
     capture.arm({}, norms=True)
     with NoReads():
         for _ in range(2):

@@ -41,7 +41,7 @@ BAD = [
     ("preconditioner.positions_budget=0", "preconditioner.positions_budget", ["is 0", "at least 1", "positions"]),
     ("preconditioner.damping_decay=1.1", "preconditioner.damping_decay", ["is 1.1", "at most 1", "multiplies"]),
     ("preconditioner.damping_epochs=[[25, -1]]", "preconditioner.damping_epochs[0][1]", ["is -1", "greater than 0"]),
-    ("preconditioner.damping_epochs=[[9, 1], [5, 1]]", "preconditioner.damping_epochs", ["[9, 5]", "must rise"]),
+    ("preconditioner.damping_epochs=[[9, 1], [5, 1]]", "preconditioner.damping_epochs", ["[9, 1]", "epochs must rise"]),
     ("cluster.workers=0", "cluster.workers", ["is 0", "at least 1"]),
     ("cluster.owners=-1", "cluster.owners", ["is -1", "at least 0"]),
     ("cluster.threads=0", "cluster.threads", ["is 0", "at least 1"]),
@@ -119,6 +119,16 @@ def test_one_bad_value(override: str, path: str, words: list[str]):
 @pytest.mark.parametrize(
     ("overrides", "path", "words"),
     [
+        (
+            ["preconditioner.inverse_period_epochs=[[5, 3]]"],
+            "preconditioner.inverse_period",
+            ["is 3, which is no multiple of factor_period"],
+        ),
+        (
+            ["preconditioner.inverse_period_epochs=[[5, 20]]", "preconditioner.staleness.hard_bound=13"],
+            "preconditioner.staleness.hard_bound",
+            ["is 13", "smallest legal value is 23"],
+        ),
         (
             ["preconditioner.damping_epochs=[[5, 0.1]]", "preconditioner.damping_decay=0.9"],
             "preconditioner.damping_decay",

@@ -1,5 +1,7 @@
 """When groups are folded and inverted: properties over all legal periods, against counting by hand."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +32,16 @@ def test_foldings_until_counts_the_foldings(schedule: Schedule, data: st.DataObj
     for step in range(3 * schedule.inverse_period + 2):
         count += schedule.folds(group, step)
         assert schedule.count_until(group, step, schedule.factor_period) == count
+
+
+@given(schedules(), st.integers(1, 50), st.data())
+def test_a_schedule_that_begins_later_does_the_same_later(schedule: Schedule, begin: int, data: st.DataObject):
+    group, later = data.draw(st.integers(0, schedule.groups - 1)), replace(schedule, begin=begin)
+    for step in range(3 * schedule.inverse_period):
+        assert later.folds(group, begin + step) == schedule.folds(group, step)
+        assert later.inverts(group, begin + step) == schedule.inverts(group, step)
+        for period in (schedule.factor_period, schedule.inverse_period):
+            assert later.count_until(group, begin + step, period) == schedule.count_until(group, step, period)
 
 
 @given(schedules(), st.data())

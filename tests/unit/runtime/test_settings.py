@@ -40,3 +40,25 @@ def test_a_field_that_differs_is_the_only_one_that_does(name: str, value: Any):
 def test_other_learning_rates_are_refused(bad: Any):
     with pytest.raises(ConfigError, match="^lr: .* at least 0"):
         replace(SETTINGS, lr=bad)
+
+
+def test_inverse_periods_may_follow_one_another():
+    changing = replace(SETTINGS, inverse_period={0: 100, 500: 50})
+    assert [(each.begin, each.inverse_period) for each in changing.schedules(3)] == [(0, 100), (500, 50)]
+    with pytest.raises(ConfigError, match=r"^hard_bound: .*inverse_period \+ delay = 100 "):
+        replace(changing, adoption=kfdist.Asap(hard_bound=60))
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({10: 20}, r"begins at the steps \[10\]; give rising ones, the first of them 0"),
+        ({}, r"begins at the steps \[\]"),
+        ({0: 20, 9: 30, 5: 20}, r"begins at the steps \[0, 9, 5\]"),
+        ({0: 20, 0.5: 30}, "0.5.*whole number"),
+        ({0: 20, 5: 15}, "is 15, which is no multiple of factor_period = 10"),
+    ],
+)
+def test_other_inverse_periods_are_refused(bad: Any, words: str):
+    with pytest.raises(ConfigError, match=f"^inverse_period: .*{words}"):
+        replace(SETTINGS, inverse_period=bad)

@@ -9,7 +9,7 @@ from torch import nn
 from kfdist.config import OptimizerSection, PreconditionerSection
 from kfdist.data.sampler import Position, Sampler
 from kfdist.errors import ConfigError
-from kfdist.training.method import Damping
+from kfdist.training.method import Damping, inverse_periods
 from kfdist.training.optimizers import LearningRate, make_optimizer, optimizers
 
 
@@ -102,10 +102,13 @@ def test_epochs_stay_where_they_were_when_the_number_of_ranks_changes():
         assert one.epoch_zero(step, position) == 0
         position = one.advance(position)
     begin = two.epoch_zero(steps, position)
-    section = OptimizerSection(lr=1.0, schedule="step", milestone_epochs=[4, 6], warmup_epochs=1)
+    section = OptimizerSection(lr=1.0, schedule="step", milestone_epochs=(4, 6), warmup_epochs=1)
     rate = LearningRate(section=section, total_steps=60, steps_per_epoch=5, epoch_zero=begin)
     assert [rate(step) for step in (30, 34, 35, 44, 45)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
     damping = Damping(
         section=PreconditionerSection(damping=1.0, damping_decay=0.5), steps_per_epoch=5, epoch_zero=begin
     )
     assert damping(30) == 0.125 and damping(35) == 0.0625
+    changing = PreconditionerSection(inverse_period=20, inverse_period_epochs=((2, 30), (5, 10)))
+    assert inverse_periods(changing, steps_per_epoch=5, epoch_zero=begin) == {0: 20, 25: 30, 40: 10}
+    assert inverse_periods(changing, steps_per_epoch=5, epoch_zero=-20) == {0: 30, 5: 10}

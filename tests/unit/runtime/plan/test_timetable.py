@@ -1,6 +1,6 @@
 """What is due at which step, and what is asked to be measured for it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ FACTOR, INVERSE = 3, 12
 
 
 def timetable(
-    method: Any, *, starving: frozenset[int] = frozenset(), world_size: int = 1
+    method: Any, *, starving: frozenset[int] = frozenset(), world_size: int = 1, later: Sequence[Schedule] = ()
 ) -> tuple[Timetable, tuple[Track, ...]]:
     """Two linear layers."""
     groups = planned(nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 4)), method).groups
@@ -27,7 +27,7 @@ def timetable(
     tracks = tuple(Track.of(group, queued=False) for group in groups)
     for track in tracks:
         track.without_statistics = track.group.index in starving
-    return Timetable(schedule, tracks, seed=0, rank=0, world_size=world_size), tracks
+    return Timetable([schedule, *later], tracks, seed=0, rank=0, world_size=world_size), tracks
 
 
 def due(ask: Any, track: Track, steps: int = 25) -> list[int]:
@@ -44,6 +44,22 @@ def test_methods_with_factors_fold_and_invert_by_the_schedule() -> None:
     assert due(table.updates, first) == due(table.inverts, first) == [0, 12, 24]
     assert due(table.updates, second) == [0, 6, 18]
     assert [table.updates_until(second, step) for step in (0, 5, 6, 18)] == [1, 1, 2, 3]
+
+
+def test_another_period_begins_with_all_groups() -> None:
+    later = [Schedule(factor_period=FACTOR, inverse_period=6, groups=2, begin=14)]
+    table, (first, second) = timetable("kfac", later=later)
+    assert due(table.folds, first) == [0, 3, 6, 9, 12, 14, 17, 20, 23]
+    assert due(table.updates, first, 30) == [0, 12, 14, 20, 26]
+    assert due(table.updates, second, 30) == [0, 6, 14, 17, 23, 29]
+    for ask, counted in ((table.folds, table.foldings_until), (table.updates, table.updates_until)):
+        for track in (first, second):
+            assert [counted(track, step) for step in range(30)] == [
+                len(due(ask, track, step + 1)) for step in range(30)
+            ]
+    assert [step for step in range(24) if table.takes_norms(step, measures=False)] == due(table.folds, first, 24)
+    with pytest.raises(ConfigError, match=r"brand_period: 12 is not allowed"):
+        timetable(make_inverter("b-kfac", rank=4, increment_rows=8, brand_period=12), later=later)
 
 
 def test_online_methods_update_between_inversions_where_they_get_rows() -> None:
@@ -118,3 +134,32 @@ def test_groups_whose_first_batches_were_unusable_get_on_at_the_first_good_one(m
         pre.step()
     assert min(pre.versions().values()) >= 2
     pre.close()
+
+
+def test_a_run_follows_periods_that_change_and_resumes_before_the_change() -> None:
+    """Two groups; the second is inverted in the middle of a period."""
+
+    def run(steps: range, net: nn.Module, state: Any = None) -> tuple[list[list[int]], Any]:
+        with preconditioner(net, "kfac", factor_period=2, inverse_period={0: 8, 7: 4}) as pre:
+            if state is not None:
+                pre.load_state_dict(state)
+            versions = []
+            for step in steps:
+                net.zero_grad()
+                backward(net, seed=step)
+                pre.step()
+                with torch.no_grad():
+                    for parameter in net.parameters():
+                        assert parameter.grad is not None
+                        parameter -= 0.1 * parameter.grad
+                versions.append(list(pre.versions().values()))
+            return versions, pre.state_dict()
+
+    whole, halves = two_layers(), two_layers()
+    versions, _ = run(range(14), whole)
+    assert [first for first, _ in versions] == [0] * 7 + [7] * 4 + [11] * 3
+    assert [second for _, second in versions] == [0] * 4 + [4] * 3 + [7] * 2 + [9] * 4 + [13]
+    before, state = run(range(5), halves)
+    after, _ = run(range(5, 14), halves, state)
+    assert before + after == versions
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))

@@ -136,9 +136,9 @@ def measured(
 
 
 def timetable(plan: Plan, rank: int) -> Timetable:
-    schedule = plan.settings.schedule(len(plan.groups), together=True)
+    schedules = plan.settings.schedules(len(plan.groups), together=True)
     tracks = [Track.of(group, queued=False) for group in plan.groups]
-    return Timetable(schedule, tracks, seed=0, rank=rank, world_size=plan.world_size)
+    return Timetable(schedules, tracks, seed=0, rank=rank, world_size=plan.world_size)
 
 
 @dataclass(frozen=True)
