@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kfdist
+from kfdist.capture.gradient_norms import GradientNorms
 from kfdist.runtime.reduce.noise_scale import unbiased
 from tests.support.preconditioning import preconditioner, rows, two_layers
+from tests.support.small_models import images, small_cnn
 
 SIZES = (6, 6, 12)
 EXACT = 1e-11
@@ -154,6 +156,27 @@ def test_what_can_not_be_told_is_none():
         pre.step()
         assert pre.noise_scale() is None
         assert not pre.state_dict()["gradient_noise"].any()
+
+
+def test_training_keeps_its_bits(monkeypatch: pytest.MonkeyPatch):
+    def trained() -> Tensor:
+        net = small_cnn(dtype=torch.float32)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        with preconditioner(net, "kfac", lr=None).attach(optimizer) as pre:
+            for step in range(3):
+                optimizer.zero_grad()
+                x, y = images(12, seed=step, dtype=torch.float32)
+                for xs, ys in zip(x.chunk(2), y.chunk(2), strict=True):
+                    (nn.functional.cross_entropy(net(xs), ys) / 2).backward()
+                optimizer.step()
+            assert float(pre.state_dict()["gradient_noise"][0]) == pytest.approx(looked_at)
+        return torch.cat([each.detach().flatten() for each in net.parameters()])
+
+    looked_at = 1 + 0.95 + 0.95**2
+    found = trained()
+    monkeypatch.setattr(GradientNorms, "start", lambda norms: None)
+    looked_at = 0.0
+    assert torch.equal(found, trained())
 
 
 def test_sparse_gradients_are_left_alone():
