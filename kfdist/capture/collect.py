@@ -387,4 +387,6 @@ def _has_examples(visit: Visit, rows: Tensor) -> bool:
     known = visit.unit.forward.examples
     if visit.unit.forward.is_turned(rows.shape):
         return True
+    if visit.activation.dim() == 1 and (known, known) in visit.unit.forward.turned:
+        return False  # one number for each example, or for each time step
     return rows.dim() > 1 and (not known or len(visit.activation) in (known, visit.stated.examples))

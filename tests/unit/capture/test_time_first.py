@@ -135,3 +135,24 @@ def test_a_time_first_model_is_not_warned_of(last: bool):
         (output[-1] if last else output.flatten(0, 1)).square().mean().backward()
         pre.step()
         assert pre.coverage().share == 1
+
+
+@pytest.mark.parametrize("length", [N, 2 * N])
+def test_rows_of_time_steps_are_not_taken_for_those_of_examples(length: int):
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(WORDS, D), nn.Embedding(length, D)
+            self.attention = nn.MultiheadAttention(D, 2)
+
+        def forward(self, words: Tensor) -> Tensor:
+            h = self.words(words.T) + self.places(torch.arange(length))[:, None]
+            return self.attention(h, h, h)[0].transpose(0, 1)
+
+    model = Places()
+    with preconditioner(model, "kfac") as pre:
+        model(torch.randint(0, WORDS, (N, length))).square().mean().backward()
+        with pytest.warns(
+            KfdistWarning, match="1 of the blocks .*: 'places': .* a lookup whose dim 0 isn't the examples"
+        ):
+            pre.step()
