@@ -67,9 +67,10 @@ class OnThisNode(Placement):
         here = ray.get_runtime_context().get_node_id()
         node = next(node for node in ray.nodes() if node["NodeID"] == here)
         if missing := shortage(cluster, [node], strategy="STRICT_PACK"):
+            more = "name a cluster that has it in cluster.ray" if cluster.ray == LOCAL else "start Ray with more"
             raise EnvironmentFault(
-                f"cluster.owners = {cluster.owners} can't be placed on this machine's Ray node: {missing}; start Ray "
-                "with more, ask for fewer owners, or for less for each (cluster.bundle)"
+                f"cluster.owners = {cluster.owners} can't be placed on this machine's Ray node: {missing}; {more}, "
+                "ask for fewer owners, or for less for each (cluster.bundle)"
             )
         self._options = actor_options(cluster)
         self.host = node["NodeManagerAddress"] if config.cluster.owner_address == "node" else "127.0.0.1"

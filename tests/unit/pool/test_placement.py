@@ -1,0 +1,25 @@
+"""What is refused before an owner is placed."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from kfdist.config import load_config
+from kfdist.errors import EnvironmentFault
+from kfdist.pool.placement import place
+
+
+@pytest.mark.parametrize(
+    ("ray", "advice"), [("local", "name a cluster that has it in cluster.ray"), ("auto", "start Ray with more")]
+)
+def test_what_this_machines_ray_lacks_is_named_with_what_helps(ray: str, advice: str):
+    node = {"NodeID": "n", "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 8.0}, "Labels": {}}
+    context = SimpleNamespace(get_node_id=lambda: "n")
+    module = SimpleNamespace(get_runtime_context=lambda: context, nodes=lambda: [node])
+    config = load_config(None, overrides=[f"cluster.ray={ray}", "cluster.bundle.gpus=0.5"], environment={})
+    with pytest.raises(EnvironmentFault) as caught:
+        place(module, config)
+    assert str(caught.value) == (
+        "cluster.owners = 2 can't be placed on this machine's Ray node: each needs CPU 1, GPU 0.5; there is room for "
+        f"0: 10.0.0.1 has CPU 8, GPU 0; {advice}, ask for fewer owners, or for less for each (cluster.bundle)"
+    )
