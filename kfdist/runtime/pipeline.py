@@ -20,7 +20,7 @@ from kfdist.runtime.apply.applications import Applying
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.invert.shipping import Inverting
 from kfdist.runtime.notices import Notices
-from kfdist.runtime.plan.timetable import Due, Timetable
+from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.noise_scale import NoiseScale
 from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.settings import Settings, StepReport
@@ -110,7 +110,9 @@ class Pipeline:
             self.capture.biases.settle(self.agreement.biases)
             damping = self.agreement.damping(step)
             learning_rate = None if learning_rates is None else learning_rates(step)
-        due = self._due(step)
+        due = self.timetable.due(step)
+        if self.statistics_step == step:
+            due = due.again()  # what an interruption left to do
         with phase("capture"):
             norms = self.capture.norms.found()
             batches = self.capture.drain()
@@ -162,11 +164,6 @@ class Pipeline:
         self.capture.close()
         self.agreement.finish()
         self.adopting.finish()
-
-    def _due(self, step: int) -> Due:
-        """Returns what is due; after an interruption what of it is to be done again."""
-        due = self.timetable.due(step)
-        return due.again() if self.statistics_step == step else due
 
     def _agree_on_start(self) -> None:
         self.inverting.ship_all()  # what still travels to the host is under way, not lost
