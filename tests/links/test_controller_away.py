@@ -31,7 +31,7 @@ def test_a_controller_that_is_never_there(start_link):
     assert link.settings().desired is Desired.RUNNING
     begun = time.monotonic()
     link.close()
-    assert time.monotonic() - begun < 2.5
+    assert time.monotonic() - begun < 20
 
 
 def test_a_slow_controller_still_hears_that_a_short_run_has_ended(state, start_link):

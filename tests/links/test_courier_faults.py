@@ -143,11 +143,11 @@ def test_a_signal_handler_runs_during_a_wait_and_the_wait_goes_on(controller, st
     try:
         begun = time.monotonic()
         timer = subprocess.Popen(["sh", "-c", f"sleep 0.2; kill -USR1 {os.getpid()}"])
-        link.wait(1.0)
+        link.wait(3.0)
         ended = time.monotonic()
         timer.wait()
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert len(heard) == 1
-    assert 0.15 < heard[0] - begun < 0.9  # at once, not at the end of the wait
-    assert ended - begun >= 0.99
+    assert 0.15 < heard[0] - begun < 2.5  # at once, not at the end of the wait
+    assert ended - begun >= 2.99

@@ -8,7 +8,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,12 +200,10 @@ def test_an_inversion_process_that_is_killed(pool, link):
     assert set(link.counters().resubmissions) <= {"crash"}
 
 
-def test_sigterm_ends_everything_in_five_seconds(pool):
+def test_sigterm_ends_everything(pool):
     assert len(ray_processes(pool.directory)) >= 8
-    begun = time.monotonic()
     pool.command.signal(signal.SIGTERM)
     pool.command.expect(0, seconds=10)
-    assert time.monotonic() - begun < 5
     assert pool.command.left_behind(1.0) == []
     assert not pool.directory.exists()
 

@@ -98,10 +98,10 @@ def test_costs_survive_json_to_the_last_bit() -> None:
     assert MeasuredCosts.from_json(json.loads(json.dumps(COSTS.to_json()))) == COSTS
 
 
-def test_this_machine_is_measured_in_well_under_a_second() -> None:
-    start = time.perf_counter()
+def test_this_machine_is_measured_in_little_time() -> None:
+    start = time.process_time()  # tests share their cores
     costs = measure_costs()
-    assert time.perf_counter() - start < 3  # 0.3 s on an idle core; tests share theirs
+    assert time.process_time() - start < 3  # 0.3 s
     assert all(rate.fixed >= 0 and rate.per_flop > 0 for rate in costs.rates.values())
     assert costs.rates.keys() == set(Operation) - {Operation.PRODUCTS}
     assert MeasuredCosts.from_json(costs.to_json()) == costs
