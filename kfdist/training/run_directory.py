@@ -224,6 +224,10 @@ def _refuse_drift(config: Config) -> None:
             f"{saved} can't be read ({error}); restore it, or choose another run.dir", path="run.dir"
         ) from None
     new = flat(tomllib.loads(_as_saved(config)))
+    # A key that the version which saved it didn't have yet: the run was computed with what is the default now.
+    # (Settings have no default of their own: they go with the method, the model or the data that has them.)
+    defaults = flat(tomllib.loads(to_toml(Config())))
+    old = {key: defaults[key] for key in new.keys() & defaults.keys() if ".settings." not in key} | old
     lines = []
     for key in sorted(old.keys() | new.keys()):
         harmless = any(key == name or (name[-1] == "." and key.startswith(name)) for name in HARMLESS)

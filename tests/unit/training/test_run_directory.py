@@ -47,6 +47,23 @@ def test_a_mark_that_an_editor_put_before_the_saved_configuration_changes_nothin
     assert inspect_run(config) == ""
 
 
+def test_a_run_that_an_older_version_started_goes_on_with_the_defaults_of_keys_that_are_new(tmp_path: Path):
+    started(config_in(tmp_path)).close()
+    saved = tmp_path / "config.toml"
+    new = ("damping_decay", "damping_epochs", "inverse_period_epochs")
+    kept = [line for line in saved.read_text(encoding="utf-8").splitlines() if not line.startswith(new)]
+    saved.write_text("\n".join(kept), encoding="utf-8")
+    assert inspect_run(config_in(tmp_path)) == ""
+    with pytest.raises(ConfigError, match=r"- preconditioner\.damping_decay = 1\.0\n.*\+ .*damping_decay = 0\.5"):
+        inspect_run(config_in(tmp_path, "preconditioner.damping_decay=0.5"))
+
+
+def test_settings_that_a_run_was_started_without_are_a_change(tmp_path: Path):
+    started(config_in(tmp_path, 'preconditioner.method="rs-kfac"')).close()
+    with pytest.raises(ConfigError, match=r"\+ preconditioner\.settings\.rank = 128"):
+        inspect_run(config_in(tmp_path))
+
+
 def test_a_path_that_the_system_refuses_is_told(tmp_path: Path):
     with pytest.raises(EnvironmentFault, match=r"can't read the run directory .*File name too long"):
         inspect_run(config_in(Path("/".join([str(tmp_path), *["deep" * 50] * 30]))))
