@@ -4,6 +4,7 @@ Images travel as bytes and become normalised numbers on their device. They need 
 where they are used: a data set that is sent to a loader process holds paths and numbers only.
 """
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from kfdist.config.fields import Section
 from kfdist.data.objective import Classification
 from kfdist.data.reading import CorruptExample, Readable
 from kfdist.data.task import DataSet
-from kfdist.errors import ConfigError
+from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.vision import import_torchvision
 
 R = TypeVar("R", bound=Readable)
@@ -121,6 +122,7 @@ def decoded(opened: Callable[[], BinaryIO], *, name: str) -> Any:
 
     Raises:
         CorruptExample: It can't be read.
+        EnvironmentFault: No file can be opened any more, which says nothing of this one.
     """
     from PIL import Image
 
@@ -128,6 +130,8 @@ def decoded(opened: Callable[[], BinaryIO], *, name: str) -> Any:
         with opened() as file:
             return Image.open(file).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise EnvironmentFault(f"{name} can't be opened: {error.strerror}; raise the limit (ulimit -n)") from None
         # Pillow has its own error for nearly each kind of damage, and ends with the file's name or object.
         raise CorruptExample(name, str(error).partition(" <")[0] or type(error).__name__) from None
 

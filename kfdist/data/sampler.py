@@ -98,8 +98,12 @@ class Sampler:
     def epoch_zero(self, step: int, position: Position) -> int:
         """Returns the step at which epoch 0 began, or would have begun had there always been this number of ranks.
 
+        Counted back from the end of the current epoch: other numbers of ranks may have left no whole number of this
+        one's steps behind in it. So it stays the same at all later steps, and a resumed run does as one that goes on.
+
         Args:
             step: Steps that are done.
-            position: Where they led.
+            position: Where they led, as `start` or `advance` returned it.
         """
-        return step - position.epoch * self.steps_per_epoch - position.offset // self.step_examples
+        ended = position.epoch + 1
+        return step + self.steps_until(ended, position) - ended * self.steps_per_epoch

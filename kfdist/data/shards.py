@@ -10,7 +10,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ from kfdist.errors import ConfigError
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "ppm", "webp"})
 _LABEL = "cls"
+
+_OPEN = 128
+"""How many shards a process keeps open, in the order of their last use. An operating system may allow it 1024 files, or
+256, and a data set may have more shards than that."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,27 @@ class ShardedPictures:
         """
         shard, offset, size = (int(number) for number in self.places[index])
         path = self.shards[shard]
-        image = decoded(
-            lambda: io.BytesIO(os.pread(_opened(path), size, offset)), name=f"{path}, {size} bytes at {offset}"
-        )
+        image = decoded(lambda: io.BytesIO(_opened(path).read(size, offset)), name=f"{path}, {size} bytes at {offset}")
         return transform(self.cut)(image), int(self.labels[index])
 
 
-@cache
-def _opened(shard: str) -> int:
-    """Opens a shard once per process; reading by offset shares no position with anybody."""
-    return os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+@dataclass(frozen=True)
+class _OpenShard:
+    """A shard's file descriptor, closed when nobody, in any thread, holds this any more."""
+
+    descriptor: int
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Reads by offset, which shares no position with anybody."""
+        return os.pread(self.descriptor, size, offset)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+@lru_cache(maxsize=_OPEN)
+def _opened(shard: str) -> _OpenShard:
+    return _OpenShard(os.open(shard, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def list_shards(folder: Path, pattern: str, cut: Cut, *, path: str) -> ShardedPictures:

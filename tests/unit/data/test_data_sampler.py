@@ -77,6 +77,25 @@ def test_steps_until_counts_the_walk(values: dict[str, int], epochs: int, start:
     assert position.epoch >= epochs
 
 
+@given(samplers, st.integers(1, 5), st.integers(0, 40), st.integers(0, 40))
+def test_epoch_zero_stays_where_it_is_once_the_number_of_ranks_does(
+    values: dict[str, int], ranks: int, before: int, after: int
+):
+    """Also where the ranks before left no whole number of steps of an epoch."""
+    old, new = make(values), make({**values, "world_size": ranks})
+    position = Position()
+    for step in range(before):
+        assert old.epoch_zero(step, position) == 0
+        position = old.advance(position)
+    position = new.start(position)
+    found = new.epoch_zero(before, position)
+    for step in range(before, before + after):
+        assert new.epoch_zero(step, position) == found
+        if position.offset == 0 and step > before:
+            assert step == found + position.epoch * new.steps_per_epoch, "where the epoch really begins"
+        position = new.advance(position)
+
+
 def test_the_order_depends_on_seed_and_epoch_and_nothing_else():
     one = Sampler(examples=100, batch_size=4, world_size=2, seed=1)
     same_order = Sampler(examples=100, batch_size=7, world_size=3, seed=1)

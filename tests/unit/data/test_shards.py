@@ -1,9 +1,12 @@
 """Images in shards are those of the folders that they were made of, at every place that a run may go on from."""
 
+import errno
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +16,7 @@ from kfdist.data.sampler import Position, Sampler
 from kfdist.data.sets import load_data
 from kfdist.data.shards import ShardedPictures
 from kfdist.data.task import DataSet
-from kfdist.errors import ConfigError
+from kfdist.errors import ConfigError, EnvironmentFault
 from tests.support.pictures import add_member, write_folders, write_shards
 
 
@@ -71,6 +74,32 @@ def test_a_damaged_image_is_named_by_its_shard(tmp_path: Path):
     assert batch.targets.tolist() == [1, 1]
     (name,) = batch.corrupt
     assert name.startswith(f"{root / 'train-000000.tar'}, 8 bytes at ")
+
+
+def test_more_shards_than_files_may_be_open(both: tuple[DataSet, DataSet], tmp_path: Path):
+    (shard, *_), places = both[1].train.shards, both[1].train.places
+    shards = [tmp_path / f"train-{number:06d}.tar" for number in range(300)]
+    for each in shards:
+        each.hardlink_to(shard)
+    table = np.concatenate([[[number, *places[0, 1:]]] for number in range(len(shards))])
+    data = ShardedPictures(tuple(map(str, shards)), table, np.zeros(len(shards), dtype=np.int64), both[1].train.cut)
+    for _ in range(2):
+        batch = SeededReader(data=data, seed=0).__getitems__((EVALUATION, range(len(shards))))
+        assert len(batch.inputs) == len(shards) and not batch.corrupt
+    open_now = [Path(os.path.realpath(each)) for each in Path("/proc/self/fd").iterdir()]
+    assert 0 < sum(each.parent == tmp_path for each in open_now) <= 128
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["folders", "shards"])
+def test_an_image_is_not_corrupt_because_too_many_files_are_open(
+    both: tuple[DataSet, DataSet], part: int, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "some file")
+
+    monkeypatch.setattr("builtins.open" if part == 0 else "kfdist.data.shards._opened", refused)
+    with pytest.raises(EnvironmentFault, match=r"can't be opened: Too many open files; .*ulimit -n"):
+        both[part].train[0]
 
 
 def member(name: str, content: bytes) -> Callable[[Path], None]:
