@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from tests.deploy.docker_checks import CERTIFICATES
 from tests.deploy.files import ROOT, Files
-from tests.deploy.kubernetes_checks import commands
+from tests.deploy.kubernetes_checks import commands, environment
 
 FOLDER = "deploy/kuberay"
 (RAY,) = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
@@ -19,6 +20,12 @@ def check_ray(files: Files) -> Iterator[str]:
         yield f"{FOLDER}: rayVersion is {spec['rayVersion']}; constraints.txt has {RAY}"
     if spec["authOptions"]["mode"] != "token":
         yield f"{FOLDER}: the cluster takes jobs without a token"
+    for name, pod in (
+        ("head", spec["headGroupSpec"]),
+        *((each["groupName"], each) for each in spec["workerGroupSpecs"]),
+    ):
+        if CERTIFICATES not in environment(pod["template"]["spec"]["containers"][0]):
+            yield f"{FOLDER}: the {name} has no {CERTIFICATES}, without which `kfdist submit` can't leave the head"
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
     for name, group in groups.items():
         if json.loads(json.loads(group["rayStartParams"]["resources"])) != {name: 1}:

@@ -156,6 +156,13 @@ BROKEN = [
     # KubeRay.
     (check_ray, f"{KUBERAY}/raycluster.yaml", "2.60.0", "2.59.0", "constraints.txt has"),
     (check_ray, f"{KUBERAY}/raycluster.yaml", "mode: token", "mode: disabled", "without a token"),
+    (
+        check_ray,
+        f"{KUBERAY}/raycluster.yaml",
+        "KFDIST_SECURITY__CERTIFICATES",
+        "CERTIFICATES",
+        "the head has no KFDIST",
+    ),
     (check_ray, f"{KUBERAY}/raycluster.yaml", "nvidia.com/gpu: 8", "nvidia.com/gpu: 4", "aren't one number"),
     (check_ray, f"{KUBERAY}/raycluster.yaml", r"\"inverter\": 1", r"\"inverters\": 1", "must offer the resource"),
     (check_ray, f"{KUBERAY}/run.toml", "owners = 4", "owners = 5", "5 owners need as many CPUs"),
