@@ -101,10 +101,6 @@ def check_launch(config: Config, *, own_controller: bool = True) -> str:
         EnvironmentFault: Something the run needs can't be had.
     """
     finished = inspect_run(config)
-    # The device a rank will use is its own to find; everything else is the same on the CPU.
-    # What inversions cost is for the ranks to measure: until then nothing is too expensive.
-    costs = read_costs(config.run.directory) or MeasuredCosts(rates={})
-    gather_materials(config, config.cluster.workers, torch.device("cpu"), costs)
     if config.cluster.link == "service":
         check_working_directory()
         if own_controller:
@@ -113,6 +109,11 @@ def check_launch(config: Config, *, own_controller: bool = True) -> str:
         for role in Role if own_controller else (Role.OWNER, Role.CLIENT):
             if (credentials := config.security.credentials(role)) is not None:
                 check_credentials(credentials)
+    # Last, as a job puts up with a lack of data on its node.
+    # The device a rank will use is its own to find; everything else is the same on the CPU.
+    # What inversions cost is for the ranks to measure: until then nothing is too expensive.
+    costs = read_costs(config.run.directory) or MeasuredCosts(rates={})
+    gather_materials(config, config.cluster.workers, torch.device("cpu"), costs)
     return finished
 
 
@@ -158,7 +159,8 @@ class Launch:
                 code = self._run_until_end()
             finally:
                 self._end()
-                remove_untrained(untrained, unless_trained=self._config.run.directory)
+                if not self._trains_elsewhere():
+                    remove_untrained(untrained, unless_trained=self._config.run.directory)
             return self._conclude(code)
 
     def _run_until_end(self) -> int:
@@ -181,6 +183,10 @@ class Launch:
                 self._start_pool()
         for command in self._rank_commands():
             self._ranks.append(Child(command))
+
+    def _trains_elsewhere(self) -> bool:
+        """Says whether ranks may have trained on other machines, where their traces are."""
+        return False
 
     def _rank_commands(self) -> Iterator[Command]:
         """Yields how to start what trains."""

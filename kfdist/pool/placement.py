@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from typing_extensions import override
 
-from kfdist.config import Config
+from kfdist.config import Config, security_from_environment
 from kfdist.errors import EnvironmentFault
 from kfdist.owner.owner import Owner, OwnerOptions
 from kfdist.pool.bundles import actor_options, needs, resources_of, shortage
 from kfdist.pool.ray_cluster import LOCAL
+from kfdist.system.credentials import Role
 from kfdist.system.processes import command_line
 
 _ROOM_SECONDS = 20.0
@@ -151,7 +152,9 @@ class OwnerOnNode(Owner):
 
     def __init__(self, options: OwnerOptions) -> None:
         util = importlib.import_module("ray.util")
-        super().__init__(replace(options, host=util.get_node_ip_address()))
+        # As for ranks and jobs: where certificates are, each node's own environment says.
+        credentials = security_from_environment().credentials(Role.OWNER) or options.credentials
+        super().__init__(replace(options, host=util.get_node_ip_address(), credentials=credentials))
 
     @override
     def status(self, seconds: float = 5.0) -> dict[str, Any]:

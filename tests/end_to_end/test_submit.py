@@ -154,7 +154,6 @@ def test_a_lost_head_ends_the_ranks_and_nothing_that_was_acknowledged_is_lost(he
         with followed(lost, directory, *ENDLESS, *LOCAL) as command:
             command.wait_for_line(f"/{STEPS}", PATIENCE)
             eventually(lambda: checkpoints_of(directory), bool, seconds=PATIENCE)
-            lost.command.family()
             acknowledged = checkpoints_of(directory)[-1]
             for process in lost.command.family():
                 if "kfdist worker" not in process.title:  # as if they were on another node

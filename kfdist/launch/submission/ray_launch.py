@@ -120,5 +120,10 @@ class RayLaunch(Launch):
         self._terminal.say(f"controller on {self._config.control.address}, which was there already")
 
     @override
+    def _trains_elsewhere(self) -> bool:
+        # Where nodes share no directory, this one has logs and the summary only, and after a failure not even that.
+        return any(driver.poll() != ExitCode.BAD_INPUT for driver in self._ranks)
+
+    @override
     def _rank_commands(self) -> Iterator[Command]:
         yield self._command("ranks", "ray-ranks", tells_user=True)

@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,7 @@ def submit(config: Config, request: Request, stream: TextIO) -> Job:
 
     Raises:
         ConfigError: A value is wrong. There is no job.
-        EnvironmentFault: The cluster can't be reached or is too small, or the job failed at its start.
+        EnvironmentFault: The cluster can't be reached or is too small, the job failed, or can't be followed to its end.
     """
     checked(config, request)
     client = _connect(request.address)
@@ -95,20 +94,31 @@ def submit(config: Config, request: Request, stream: TextIO) -> Job:
 
 
 def _submit(client: Any, config: Config, request: Request, say: Callable[[str], None]) -> Job:
+    name = _new_name(client, config.run.name)
     if (living := _living_job(client, config.run.name)) is not None:
-        if not request.follow:
-            raise EnvironmentFault(
-                f"run {config.run.name!r} is being trained by job {living}; follow it with --follow, or end it first: "
-                f"ray job stop {living} --address {request.address}"
-            )
-        say(f"run {config.run.name} is being trained already, by job {living}\n")
-        return _follow(client, living, say)
+        return _join(client, living, config.run.name, request, say)
     check_room(*_nodes(request.address), config, request.gpus_per_worker)
-    name = _start(client, config, request)
+    try:
+        _start(client, name, config, request)
+    except Exception:
+        # Ray refuses a name that it has: whoever submitted the run at the same time was first.
+        if (living := _living_job(client, config.run.name)) is None:
+            raise
+        return _join(client, living, config.run.name, request, say)
     say(f"job {name}: ray job logs|status|stop {name} --address {request.address}\n")
     if request.follow:
         return _follow(client, name, say)
     return _started(client, name, say)
+
+
+def _join(client: Any, living: str, run: str, request: Request, say: Callable[[str], None]) -> Job:
+    if not request.follow:
+        raise EnvironmentFault(
+            f"run {run!r} is being trained by job {living}; follow it with --follow, or end it first: "
+            f"ray job stop {living} --address {request.address}"
+        )
+    say(f"run {run} is being trained already, by job {living}\n")
+    return _follow(client, living, say)
 
 
 def checked(config: Config, request: Request) -> Config:
@@ -171,6 +181,14 @@ def _living_job(client: Any, run: str) -> str | None:
     return None
 
 
+def _new_name(client: Any, run: str) -> str:
+    """Returns a name for a job: the next of the run's, so that of two submissions at the same time one is refused."""
+    before = f"kfdist-{run}-"
+    names = [job.submission_id or "" for job in client.list_jobs()]
+    numbers = [name.removeprefix(before) for name in names if name.startswith(before)]
+    return f"{before}{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
+
+
 def _nodes(address: str) -> tuple[list[Node], str]:
     """Returns the living nodes, as Ray's drivers see them, and the head's address."""
     from ray.util.state import list_nodes
@@ -184,7 +202,7 @@ def _nodes(address: str) -> tuple[list[Node], str]:
     return nodes, next((node.node_ip for node in listed if node.is_head_node), "")
 
 
-def _start(client: Any, config: Config, request: Request) -> str:
+def _start(client: Any, name: str, config: Config, request: Request) -> None:
     submission = Submission(
         config=to_toml(checked(config, request)),
         gpus_per_worker=request.gpus_per_worker,
@@ -194,9 +212,9 @@ def _start(client: Any, config: Config, request: Request) -> str:
     environment: dict[str, Any] = {"env_vars": submission.variables()}
     if request.working_dir is not None:
         environment["working_dir"] = str(request.working_dir)
-    return client.submit_job(
+    client.submit_job(
         entrypoint=ENTRYPOINT,
-        submission_id=f"kfdist-{config.run.name}-{uuid.uuid4().hex[:8]}",
+        submission_id=name,
         runtime_env=environment,
         metadata={_RUN_KEY: config.run.name},
     )
@@ -226,7 +244,9 @@ def _follow(client: Any, name: str, say: Callable[[str], None]) -> Job:
     asyncio.run(follow())
     # Ray closes the log a moment before it knows how the job ended.
     deadline = time.monotonic() + _START_SECONDS
-    while not client.get_job_status(name).is_terminal() and time.monotonic() < deadline:
+    while not client.get_job_status(name).is_terminal():
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(f"Ray ended the log of job {name}, which goes on; the same command follows it again")
         time.sleep(_POLL_SECONDS)
     return _ended(client, name, shown=True)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kfdist.config import Config
+from kfdist.errors import EnvironmentFault
 
 _MANIFEST = "manifest.json"
 _RUN = "run"
@@ -45,26 +46,47 @@ class TrainCheckpoints:
         self._directory = config.run.directory
         self._shared = not mark or Path(mark).exists()
         self._done: dict[str, str] = {}
+        self._failed = ""
+        for left in self._directory.glob(".reported-*"):  # by a worker that was killed
+            shutil.rmtree(left, ignore_errors=True)
         if not self._shared:
             print(
-                f"Ray Train's storage {Path(mark).parent} isn't shared by this node, so it gets no checkpoints; they "
-                f"are in {self._directory / 'checkpoints'}. Give --storage a directory that all nodes see, or a URI",
+                f"Ray Train's storage {Path(mark).parents[1]} isn't shared by this node, so it gets no checkpoints; "
+                f"they are in {self._directory / 'checkpoints'}. Give --storage a directory that all nodes see, or a "
+                "URI",
                 flush=True,
             )
 
     def restore(self, checkpoint: Any) -> None:
-        """Puts Ray Train's newest checkpoint into the run directory if that has none as new; None: there is none."""
+        """Puts Ray Train's newest checkpoint into the run directory if that has none as new; None: there is none.
+
+        Where the storage is on another node's disk there is nothing to fetch: the ranks look for what nodes have.
+
+        Raises:
+            EnvironmentFault: It can't be fetched, and here is none to go on from.
+        """
+        if checkpoint is None or not self._shared:
+            return
         present = _steps(self._directory)
-        if checkpoint is not None:
+        try:
             with checkpoint.as_directory() as source:
                 step = json.loads((Path(source) / _MANIFEST).read_text(encoding="utf-8"))["step"]
                 if not present or step > max(present):
                     self._put_back(Path(source), step)
                     print(f"the checkpoint of step {step} was fetched from Ray Train's storage", flush=True)
-            present = {each: path for each, path in present.items() if each <= step}
-            present[step] = self._directory / "checkpoints" / f"step-{step:08d}"
-            # These it has, or had.
-            self._done = {path.name: _written(path) for path in present.values()}
+        except Exception as error:  # of whichever file system this is
+            told = f"Ray Train's newest checkpoint, {checkpoint}, can't be fetched ({error})"
+            if not present:
+                raise EnvironmentFault(
+                    f"{told}, and {self._directory} has none to go on from; mend the storage, or start anew with "
+                    "another --storage"
+                ) from error
+            print(f"{told}; the run goes on from step {max(present)} in {self._directory}", flush=True)
+            return
+        present = {each: path for each, path in present.items() if each <= step}
+        present[step] = self._directory / "checkpoints" / f"step-{step:08d}"
+        # These it has, or had.
+        self._done = {path.name: _written(path) for path in present.values()}
 
     def next(self) -> "Held | None":
         """Returns the newest checkpoint if Ray Train doesn't have it yet."""
@@ -75,14 +97,19 @@ class TrainCheckpoints:
         digest = _written(newest)
         if self._done.get(newest.name) == digest:
             return None
-        held = Path(tempfile.mkdtemp(prefix=".reported-", dir=self._directory))
+        held = None
         try:
+            held = Path(tempfile.mkdtemp(prefix=".reported-", dir=self._directory))
             # The ranks may remove the original before Ray Train has copied it; links take no room.
             shutil.copytree(newest, held, copy_function=_link, dirs_exist_ok=True)
             self._add_run(held / _RUN)
             manifest = json.loads((held / _MANIFEST).read_text(encoding="utf-8"))
-        except OSError:  # they have done so already, or the disk is full
-            shutil.rmtree(held, ignore_errors=True)
+        except OSError as error:  # they have done so already, or the disk is full
+            if held is not None:
+                shutil.rmtree(held, ignore_errors=True)
+            if newest.exists() and self._failed != newest.name:
+                self._failed = newest.name
+                print(f"Ray Train isn't given {newest.name} ({error}); the run goes on", flush=True)
             return None
         self._done[newest.name] = digest
         # The name must be new to Ray Train, which would remove the new one with an old one of that name.
@@ -122,4 +149,9 @@ def _written(checkpoint: Path) -> str:
 
 
 def _link(source: str, target: str) -> None:
-    Path(target).hardlink_to(source)
+    try:
+        Path(target).hardlink_to(source)
+    except FileNotFoundError:
+        raise
+    except OSError:  # not every file system has links
+        shutil.copy2(source, target)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,13 @@ def drive_ranks(config: Config, submission: Submission) -> int:
     _wait_for_room(ray, config, submission, here, asked)
     if asked.is_set():
         return ExitCode.RESUMABLE
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = _board(ray)
     try:
         result = _fit(ray, _trainer(config, submission, here, board), board, asked)
     finally:
-        if refusal := ray.get(board.refusal.remote()):
-            raise ConfigError(refusal)
+        with suppress(ray.exceptions.RayActorError):  # then what Ray Train gave up for says more
+            if refusal := ray.get(board.refusal.remote()):
+                raise ConfigError(refusal)
     return _conclude(config, result.return_value["summary"])
 
 
@@ -72,6 +74,12 @@ def _connect(config: Config) -> Any:
     except Exception as error:  # Ray raises bare ones, too
         raise EnvironmentFault(f"the Ray at {config.cluster.ray} refuses the ranks' driver: {error}") from error
     return ray
+
+
+def _board(ray: Any) -> Any:
+    """Starts the board on this node, without which there is no run; Ray Train makes up for the loss of any other."""
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, label_selector=here)(Board).remote()
 
 
 def _wait_for_room(ray: Any, config: Config, submission: Submission, here: str, asked: threading.Event) -> None:
@@ -102,7 +110,7 @@ def _trainer(config: Config, submission: Submission, here: str, board: Any) -> A
         config=to_toml(config),
         one_node=bool(here),
         gpus=submission.gpus_per_worker,
-        mark=_mark_storage(submission.storage),
+        mark=_mark_storage(submission.storage, config.run.name),
     )
     return DataParallelTrainer(
         run_rank,
@@ -124,11 +132,11 @@ def _trainer(config: Config, submission: Submission, here: str, board: Any) -> A
     )
 
 
-def _mark_storage(storage: str) -> str:
-    """Leaves a file where Ray Train keeps its checkpoints, by which workers see whether they have the same place."""
+def _mark_storage(storage: str, run: str) -> str:
+    """Leaves a file beside a run's checkpoints in Ray Train's storage: workers that see it share the place."""
     if "://" in storage:
         return ""
-    mark = Path(storage) / f".kfdist-{uuid.uuid4().hex}"
+    mark = Path(storage) / run / f".kfdist-{uuid.uuid4().hex}"
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         for old in mark.parent.glob(".kfdist-*"):

@@ -1,12 +1,15 @@
 """What is refused before an owner is placed."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from kfdist.config import load_config
 from kfdist.errors import EnvironmentFault
-from kfdist.pool.placement import place
+from kfdist.owner.owner import Owner, OwnerOptions
+from kfdist.pool.placement import OwnerOnNode, place
+from kfdist.system.credentials import Credentials, Role
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,18 @@ def test_what_this_machines_ray_lacks_is_named_with_what_helps(ray: str, advice:
         "cluster.owners = 2 can't be placed on this machine's Ray node: each needs CPU 1, GPU 0.5; there is room for "
         f"0: 10.0.0.1 has CPU 8, GPU 0; {advice}, ask for fewer owners, or for less for each (cluster.bundle)"
     )
+
+
+@pytest.mark.parametrize(("here", "used"), [("/here", "/here/owner.pem"), (None, "/there/owner.pem")])
+def test_where_an_owners_certificates_are_its_node_says(monkeypatch, here: str | None, used: str):
+    if here is None:
+        monkeypatch.delenv("KFDIST_SECURITY__CERTIFICATES", raising=False)
+    else:
+        monkeypatch.setenv("KFDIST_SECURITY__CERTIFICATES", here)
+    started: list[OwnerOptions] = []
+    monkeypatch.setattr(Owner, "__init__", lambda self, options: started.append(options))
+    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(get_node_ip_address=lambda: "10.0.0.2"))
+    OwnerOnNode(OwnerOptions(owner_id="a", credentials=Credentials.at(Role.OWNER, "/there", None)))
+    (options,) = started
+    assert options.host == "10.0.0.2" and options.credentials is not None
+    assert str(options.credentials.identity_files[0]) == used

@@ -1,13 +1,16 @@
 """What `kfdist submit` checks by itself, and what it says of a job that failed."""
 
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kfdist.config import load_config
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.launch.submission import submit as submitting
 from kfdist.launch.submission.submit import Request, checked, job_fault, submit
 
 GIVEN: dict[str, Any] = {
@@ -78,3 +81,74 @@ def test_a_job_without_kfdist_shows_the_end_of_its_log():
 def test_a_job_without_a_log_shows_what_ray_says():
     fault = job_fault("job-1", None, "", "Unexpected error: the runtime environment could not be made")
     assert str(fault) == "job job-1 failed:\nUnexpected error: the runtime environment could not be made"
+
+
+class Status(str):
+    """Ray's word for how a job stands."""
+
+    value = property(str)
+
+    def is_terminal(self) -> bool:
+        return self in ("SUCCEEDED", "STOPPED", "FAILED")
+
+
+class Jobs:
+    """Ray's jobs: `listings` is what is listed, one after the other; a job that is submitted and there is refused."""
+
+    def __init__(self, *listings: dict[str, str]) -> None:
+        self.listings = list(listings)
+        self.submitted: list[str] = []
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        listed = self.listings.pop(0) if len(self.listings) > 1 else self.listings[0]
+        return [
+            SimpleNamespace(submission_id=name, status=Status(status), metadata={"kfdist_run": "digits"})
+            for name, status in listed.items()
+        ]
+
+    def submit_job(self, *, submission_id: str, **_: object) -> str:
+        if submission_id in self.listings[-1]:
+            raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
+        self.submitted.append(submission_id)
+        return submission_id
+
+    def get_job_status(self, name: str) -> Status:
+        return Status("RUNNING")
+
+    def get_job_logs(self, name: str) -> str:
+        return "run digits: files in /data/run\n"
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        yield self.get_job_logs(name)
+
+
+def submitted(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, **given: Any) -> submitting.Job:
+    monkeypatch.setattr(submitting, "_connect", lambda address: jobs)
+    monkeypatch.setattr(submitting, "_nodes", lambda address: ([], ""))
+    monkeypatch.setattr(submitting, "check_room", lambda *_: None)
+    config = load_config(None, overrides=["run.dir=/data/run", "run.name=digits"], environment={})
+    return submit(config, Request(**GIVEN | given), sys.stdout)
+
+
+def test_a_job_has_the_next_number_of_its_run(monkeypatch):
+    jobs = Jobs({"kfdist-digits-9": "FAILED", "kfdist-digits-10": "STOPPED", "kfdist-digits-old": "FAILED"})
+    assert submitted(jobs, monkeypatch).submission_id == "kfdist-digits-11"
+    assert jobs.submitted == ["kfdist-digits-11"]
+
+
+def test_of_two_submissions_of_a_run_at_the_same_time_one_is_refused(monkeypatch):
+    before, after = {"kfdist-digits-1": "FAILED"}, {"kfdist-digits-1": "FAILED", "kfdist-digits-2": "RUNNING"}
+    jobs = Jobs(before, before, after)
+    with pytest.raises(EnvironmentFault, match="run 'digits' is being trained by job kfdist-digits-2; follow it with"):
+        submitted(jobs, monkeypatch)
+    assert jobs.submitted == []
+
+
+def test_a_job_that_lives_has_not_failed_where_its_log_breaks_off(monkeypatch):
+    monkeypatch.setattr(submitting, "_START_SECONDS", 0.0)
+    monkeypatch.setattr(submitting, "_POLL_SECONDS", 0.0)
+    with pytest.raises(EnvironmentFault) as caught:
+        submitted(Jobs({"kfdist-digits-1": "RUNNING"}), monkeypatch, follow=True)
+    assert str(caught.value) == (
+        "Ray ended the log of job kfdist-digits-1, which goes on; the same command follows it again"
+    )

@@ -1,7 +1,9 @@
 """Checkpoints between a run directory and Ray Train's storage; Ray Train is a directory here."""
 
+import errno
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kfdist.config import Config, load_config
+from kfdist.errors import EnvironmentFault
 from kfdist.launch.submission.train_checkpoints import TrainCheckpoints
 
 
@@ -121,8 +124,56 @@ def test_a_checkpoint_that_is_gone_before_it_was_held_is_passed_over(config: Con
     assert list(config.run.directory.glob(".reported-*")) == []
 
 
-def test_a_storage_that_this_node_does_not_see_gets_nothing_and_that_is_said(config: Config, tmp_path: Path, capsys):
+def test_a_storage_that_this_node_does_not_see_has_and_gets_nothing_and_that_is_said(
+    config: Config, tmp_path: Path, capsys
+):
     write(config, 50)
-    checkpoints = TrainCheckpoints(config, str(tmp_path / "elsewhere" / ".kfdist-1"))
+    storage = tmp_path / "elsewhere"
+    checkpoints = TrainCheckpoints(config, str(storage / "run" / ".kfdist-1"))
+    checkpoints.restore(Kept(storage / "run" / "step-00000100-1"))
     assert checkpoints.next() is None
-    assert "isn't shared by this node" in capsys.readouterr().out
+    assert f"Ray Train's storage {storage} isn't shared by this node" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_cannot_be_fetched_is_done_without_unless_it_is_the_only_one(
+    config: Config, tmp_path: Path, capsys
+):
+    gone = Kept(tmp_path / "storage" / "step-00000100-1")
+    checkpoints = TrainCheckpoints(config, "")
+    with pytest.raises(EnvironmentFault, match="can't be fetched .* has none to go on from; mend the storage"):
+        checkpoints.restore(gone)
+    write(config, 50)
+    checkpoints.restore(gone)
+    assert "the run goes on from step 50" in capsys.readouterr().out
+    held = checkpoints.next()
+    assert held is not None and held.metrics["step"] == 50
+
+
+def test_what_a_killed_worker_held_is_removed_by_the_next(config: Config):
+    write(config, 50)
+    assert TrainCheckpoints(config, "").next() is not None
+    TrainCheckpoints(config, "")
+    assert list(config.run.directory.glob(".reported-*")) == []
+
+
+def test_a_file_system_without_links_is_copied_on(config: Config, monkeypatch):
+    def refuse(self: Path, target: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    write(config, 50)
+    held = TrainCheckpoints(config, "").next()
+    assert held is not None and (held.directory / "shared.safetensors").read_text() == "weights"
+
+
+def test_a_full_disk_fails_no_rank_and_is_told_once(config: Config, monkeypatch, capsys):
+    def refuse(**_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(config, 50)
+    checkpoints = TrainCheckpoints(config, "")
+    with monkeypatch.context() as full:
+        full.setattr(tempfile, "mkdtemp", refuse)
+        assert checkpoints.next() is None and checkpoints.next() is None
+    assert capsys.readouterr().out.count("isn't given step-00000050") == 1
+    assert checkpoints.next() is not None
