@@ -91,9 +91,12 @@ def list_shards(folder: Path, pattern: str, cut: Cut, *, path: str) -> ShardedPi
         path: The field that names them, for messages.
 
     Raises:
-        ConfigError: There are no shards, or one can't be used.
+        ConfigError: The pattern is no glob below the folder, there are no shards, or one can't be used.
     """
-    shards = sorted(folder.glob(pattern))
+    try:
+        shards = sorted(folder.glob(pattern))
+    except (NotImplementedError, ValueError, IndexError):  # absolute, or of no name
+        raise ConfigError(f"is {pattern!r}; give a glob relative to {folder}, such as '*.tar'", path=path) from None
     if not shards:
         raise ConfigError(f"is {pattern!r}, and {folder} has no such file; give a glob on the shards' names", path=path)
     places, labels = [], []

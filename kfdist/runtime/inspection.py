@@ -61,8 +61,9 @@ class Inspection:
         """Returns the gradient noise scale tr(Sigma) / |G|^2 in examples (docs/large-batch.md); never waits.
 
         From the gradients of micro-batches and ranks, of which there must be two, before anything clips them; averaged
-        over about the last twenty steps that are multiples of `factor_period`. None before the first, while |G|^2
-        can't be told from the noise, and where gradients are sparse or `.grad` isn't the mean of what was measured.
+        over about the last twenty measurements, one each `factor_period` steps. None before the first, while |G|^2
+        can't be told from the noise, where gradients are sparse or `.grad` isn't the mean of what was measured, and
+        where a compiled model trains by method "none".
         """
         return self.pipeline.noise_scale.latest()
 

@@ -110,11 +110,10 @@ class Pipeline:
             self.capture.biases.settle(self.agreement.biases)
             damping = self.agreement.damping(step)
             learning_rate = None if learning_rates is None else learning_rates(step)
-        due = self.timetable.due(step)
-        if self.statistics_step == step:
-            due = due.again()  # what an interruption left to do
         with phase("capture"):
-            norms = self.capture.norms.found()
+            due, norms = self.timetable.due(step), self.capture.norms.found()
+            if self.statistics_step == step:
+                due, norms = due.again(), None  # what an interruption left to do
             batches = self.capture.drain()
             self.notices.look(self.capture, step, level=5)
         with phase("fold"):

@@ -91,7 +91,8 @@ class LearningRate:
         section, peak = self.section, self.peak
         warmup = self._step_of(section.warmup_epochs) if section.warmup_epochs else section.warmup_steps
         if step < warmup:
-            return peak * (step + 1) / warmup
+            begin = self.epoch_zero if section.warmup_epochs else 0
+            return peak * (step - begin + 1) / (warmup - begin)
         if section.schedule == "constant":
             return peak
         if section.schedule == "step":

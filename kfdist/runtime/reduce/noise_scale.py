@@ -46,7 +46,8 @@ class NoiseScale:
         self._parameters = parameters
         self._communicator = communicator
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self._copy = HostCopy([self._sums])
+        self._sent = self._sums
+        self._copy: HostCopy | None = None
         self._known = (0.0, 0.0, 0.0)
 
     def measure(self, found: MicroBatchNorms | None) -> None:
@@ -85,17 +86,26 @@ class NoiseScale:
             & torch.isfinite(new).all()
         )
         self._sums = torch.where(usable, _KEPT * self._sums + new, self._sums)
-        self._copy = HostCopy([self._sums])
+        self._bring()
 
     def latest(self) -> float | None:
         """Returns B_simple in examples, as of a measurement that has reached the host.
 
         None before there is one, and while the noise hides the gradient: the estimate of |G|^2 isn't positive.
         """
-        if self._copy.ready():
-            self._known = self._copy.wait()[0].tolist()
+        self._bring()
         weight, signal, noise = self._known
         return max(noise, 0.0) / signal if weight and signal > 0 else None
+
+    def _bring(self) -> None:
+        """Takes averages that have reached the host, and only then sends newer ones after them.
+
+        A copy that gave way to a newer one before anybody took it would never be known to who asks after each step.
+        """
+        if self._copy is not None and self._copy.ready():
+            self._known, self._copy = self._copy.wait()[0].tolist(), None
+        if self._copy is None and self._sent is not self._sums:
+            self._copy, self._sent = HostCopy([self._sums]), self._sums
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the averages, equal on all ranks."""
@@ -105,7 +115,7 @@ class NoiseScale:
         """Goes on from what `state_dict` returned; states of earlier versions have none."""
         if (kept := state.get("gradient_noise")) is not None:
             self._sums = kept.to(self._sums)
-            self._copy = HostCopy([self._sums])
+            self._bring()
 
 
 def unbiased(small: Tensor, large: Tensor, q_small: Tensor, q_large: Tensor) -> tuple[Tensor, Tensor]:

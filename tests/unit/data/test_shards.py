@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +141,12 @@ def test_shards_that_can_not_be_used_are_refused(tmp_path: Path, spoil: Callable
     spoil(root / "train-000000.tar")
     with pytest.raises(ConfigError, match=rf"^data\.settings\.train: .*{words}"):
         load_data("image-shards", {"root": str(root)})
+
+
+@pytest.mark.parametrize("pattern", ["/data/train-*.tar", "."])
+def test_a_pattern_that_is_no_glob_below_the_root_is_refused(tmp_path: Path, pattern: str):
+    with pytest.raises(ConfigError, match=rf"^data\.settings\.train: is '{re.escape(pattern)}'; give a glob rel"):
+        load_data("image-shards", {"root": str(tmp_path), "train": pattern})
 
 
 @pytest.mark.parametrize(("label", "words"), [(b"cat", "class of example '9' is 'cat'"), (b"7", "has class 7.*at 1")])

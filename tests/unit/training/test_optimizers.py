@@ -1,5 +1,7 @@
 """Optimizers by name and learning rates by step."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -112,3 +114,26 @@ def test_epochs_stay_where_they_were_when_the_number_of_ranks_changes():
     changing = PreconditionerSection(inverse_period=20, inverse_period_epochs=((2, 30), (5, 10)))
     assert inverse_periods(changing, steps_per_epoch=5, epoch_zero=begin) == {0: 20, 25: 30, 40: 10}
     assert inverse_periods(changing, steps_per_epoch=5, epoch_zero=-20) == {0: 30, 5: 10}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "steps", "after"), [((1, 2), 20, 11 / 25), ((2, 1), 10, 21 / 50), ((1, 2), 23, 0.52)]
+)
+def test_a_warm_up_goes_on_from_where_it_was_when_the_number_of_ranks_changes(
+    ranks: tuple[int, int], steps: int, after: float
+):
+    """Five epochs of 10 steps on one rank, or 5 on two; the last case changes in mid-epoch, with 3 steps left of 5."""
+    old, new = (Sampler(examples=40, batch_size=4, world_size=count, seed=0) for count in ranks)
+    position, section = Position(), OptimizerSection(lr=1.0, schedule="constant", warmup_epochs=5)
+    for _ in range(steps):
+        position = old.advance(position)
+    rate = LearningRate(
+        section=section,
+        total_steps=1000,
+        steps_per_epoch=new.steps_per_epoch,
+        epoch_zero=new.epoch_zero(steps, new.start(position)),
+    )
+    assert rate(steps) == pytest.approx(after)
+    rates = [rate(step) for step in range(steps, steps + 50)]
+    assert rates == sorted(rates) and rates[-1] == 1.0
+    assert all(b - a < 1.001 / (5 * new.steps_per_epoch) for a, b in pairwise(rates))

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kfdist
 from kfdist.capture.gradient_norms import GradientNorms
+from kfdist.comm.host_copy import HostCopy
+from kfdist.errors import Interrupted
 from kfdist.runtime.reduce.noise_scale import unbiased
 from tests.support.preconditioning import preconditioner, rows, two_layers
 from tests.support.small_models import images, small_cnn
@@ -59,6 +61,10 @@ def clip_one(net: nn.Module) -> None:
 def penalise(net: nn.Module) -> None:
     """A second backward that isn't the loss's."""
     (1e-2 * sum(each.square().sum() for each in net.parameters())).backward()  # type: ignore[union-attr]
+
+
+def interrupted(*arguments: object) -> None:
+    raise Interrupted("waited too long", reason="wait_limit")
 
 
 def one_step(
@@ -138,6 +144,51 @@ def test_what_was_dropped_counts_for_nothing(dropped: bool):
             nn.functional.cross_entropy(net(x), y).backward()
             pre.step()
             assert pre.noise_scale() is None
+
+
+def test_who_asks_right_after_each_step_of_a_device_that_is_late_hears_of_the_step_before(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class Late(HostCopy):
+        """Arrives when the host has gone on to the next step."""
+
+        def __init__(self, tensors: Sequence[Tensor]) -> None:
+            super().__init__(tensors)
+            self.sent = now
+
+        def ready(self) -> bool:
+            return now > self.sent
+
+    monkeypatch.setattr("kfdist.runtime.reduce.noise_scale.HostCopy", Late)
+    net, found, truths, now = two_layers(), [], [], 0
+    with preconditioner(net) as pre:
+        for now in range(3):
+            truths.append(one_step(net, pre, seed=now))
+            found.append(pre.noise_scale())
+        now = 3
+        found.append(pre.noise_scale())
+    signal, noise, expected = 0.0, 0.0, []
+    for of_signal, of_noise in truths:
+        signal, noise = 0.95 * signal + of_signal, 0.95 * noise + of_noise
+        expected.append(pytest.approx(noise / signal, rel=EXACT))
+    assert found == [None, *expected]
+
+
+def test_a_step_that_was_interrupted_is_measured_once(monkeypatch: pytest.MonkeyPatch):
+    net = two_layers()
+    with preconditioner(net) as pre:
+        with monkeypatch.context() as patched:
+            patched.setattr(type(pre.pipeline.adopting), "bring", interrupted)
+            with pytest.raises(Interrupted):
+                one_step(net, pre)
+        state, found = pre.state_dict(), pre.noise_scale()
+        one_step(net, pre)
+        assert pre.next_step == 1 and pre.noise_scale() == found
+    with preconditioner(net) as resumed:
+        resumed.load_state_dict(state)
+        signal, noise = one_step(net, resumed)
+        assert resumed.noise_scale() == found == pytest.approx(noise / signal, rel=EXACT)
+        assert float(resumed.state_dict()["gradient_noise"][0]) == 1.0
 
 
 def test_what_can_not_be_told_is_none():
