@@ -78,13 +78,18 @@ class GradientNorms:
         self._hooks: weakref.finalize[..., GradientNorms] | None = None
 
     def start(self) -> None:
-        """Looks at gradients until `stop`; at none where parameters are sharded, or lazy and not yet initialised."""
-        if self._hooks is not None or any(
-            isinstance(each, UninitializedParameter) or oddity(each) for each in self._parameters
-        ):
+        """Looks at gradients until `stop`, of the parameters that are trained by now.
+
+        At none where parameters are sharded, or lazy and not yet initialised.
+        """
+        trained = [each for each in self._parameters if each.requires_grad]
+        if self._hooks is not None and list(map(id, trained)) == list(map(id, self.watched)):
+            return
+        self.stop()
+        if any(isinstance(each, UninitializedParameter) or oddity(each) for each in self._parameters):
             return
         seen = weakref.WeakMethod(self._see)
-        self.watched = [each for each in self._parameters if each.requires_grad]
+        self.watched = trained
         nodes = {i: get_gradient_edge(each).node for i, each in enumerate(self._parameters) if each.requires_grad}
         handles = [node.register_prehook(partial(_call, seen, i)) for i, node in nodes.items()]
         self._hooks = weakref.finalize(self, _remove, handles, list(nodes.values()))  # none but us holds the nodes
@@ -141,8 +146,9 @@ class GradientNorms:
 
 def norm_of(gradient: Tensor) -> Tensor:
     """Returns a gradient's norm: float64 for float64, else float32."""
+    gradient = _real(gradient.detach())
     dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(gradient.detach(), dtype=dtype)
+    return torch.linalg.vector_norm(gradient, dtype=dtype)
 
 
 def sum_of_squares(norms: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -154,11 +160,16 @@ def sum_of_squares(norms: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def few(gradient: Tensor) -> Tensor:
-    """Returns a view of the first few entries of a gradient's first row."""
+    """Returns a view of the first few entries of a gradient's first row; of complex ones, their parts."""
     gradient = gradient.detach()
     if gradient.dim() == 0 or not gradient.numel():
-        return gradient.reshape(-1)
-    return gradient[(0,) * (gradient.dim() - 1)][:_SAMPLED]
+        return _real(gradient.reshape(-1)).flatten()
+    return _real(gradient[(0,) * (gradient.dim() - 1)][:_SAMPLED]).flatten()
+
+
+def _real(gradient: Tensor) -> Tensor:
+    """Returns complex entries as their two parts, whose squares add up to those of the entries."""
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
 def joined(samples: Sequence[Tensor | None], parameters: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -50,7 +50,8 @@ class ForwardPass:
         """Whether a tensor of this shape, its features last, has the examples along dim 1.
 
         It has if such modules were given these dimensions, or if it has three, dim 1 has as many entries as there are
-        examples and dim 0 has more. Of two dimensions: where time steps are one after another, each with all examples.
+        examples and dim 0 has more, but no multiple: those are also of examples' windows or frames, folded into dim 0.
+        Of two dimensions: where time steps are one after another, each with all examples.
 
         Args:
             shape: The shape.
@@ -64,7 +65,8 @@ class ForwardPass:
             return turned and shape[0] > n and shape[0] % n == 0
         if shape[1] != n:
             return False
-        return (shape[0] > n and len(shape) == 3) or ((shape[0], n) in self.turned and (inside or shape[0] != n))
+        alone = len(shape) == 3 and shape[0] > n and shape[0] % n != 0
+        return alone or ((shape[0], n) in self.turned and (inside or shape[0] != n))
 
 
 class _Thread(threading.local):

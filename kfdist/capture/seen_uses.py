@@ -126,7 +126,8 @@ class SeenUses:
         """Takes an operation on a block's parameter; see `SeesOperations.saw`. It runs in the forward of `module`."""
         used = [each for each in tensors_in((args, kwargs)) if self.registry.knows(each)]
         moved = len(list(tensors_in((args, kwargs)))) == 1 and (
-            function in MOVES or (function in REFLECTIONS and self.registry.is_bare(used[0]))
+            function in MOVES
+            or (function in REFLECTIONS and not _is_scaled(args, kwargs) and self.registry.is_bare(used[0]))
         )
         if (function in COPIES or moved) and not odd:
             self.registry.note_copy(output, used[0])
@@ -263,6 +264,11 @@ def _named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
     """Returns how to call an operation that can't be measured."""
     indexed = picked_rows(function, args, kwargs) is not None
     return "a lookup of rows by number outside of nn.Embedding" if indexed else function.__name__
+
+
+def _is_scaled(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a subtraction multiplies what it subtracts: `torch.rsub(p, 1, alpha=2)` is 1 - 2 p."""
+    return {**dict(zip(("input", "other", "alpha"), args, strict=False)), **kwargs}.get("alpha", 1) != 1
 
 
 def _lies_along(bias: Tensor, features: int) -> bool:

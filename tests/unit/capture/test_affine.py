@@ -204,6 +204,7 @@ UNSEEN: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], str
     "an entry an example": ((N, 1, 1, 1), lambda x, p: x + p, "used by add"),
     "multiplied in place": ((H,), lambda x, p: (2 * x).mul_(p), "used by mul_"),
     "subtracted from a tensor": ((H,), lambda x, p: x * (torch.ones(H, dtype=x.dtype) - p).exp(), "used by"),
+    "1 - 2 p": ((H,), lambda x, p: x * torch.rsub(p, 1.0, alpha=2), "used by rsub"),
     "put into": ((H,), put_into, "used by __setitem__"),
     "gathered": ((9, C), lambda x, p: x + p[torch.arange(C), :].T.sum(0)[:, None, None], "used by __getitem__"),
 }

@@ -1,5 +1,6 @@
 """Examples along dim 1 inside of a model, or of its input: the truth is a twin that has them along dim 0 throughout."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -76,16 +77,53 @@ def measured(model: Model, words: Tensor, sharing: str) -> dict[str, BatchStatis
     return drained
 
 
+def assert_same(
+    found: dict[str, BatchStatistics],
+    expected: dict[str, BatchStatistics],
+    *,
+    but: Sequence[str] = (),
+    samples_but: Sequence[str] = (),
+) -> None:
+    """Compares all statistics of all blocks `but` some."""
+    assert found.keys() == expected.keys()
+    for name in expected.keys() - set(but):
+        mine, truth = found[name], expected[name]
+        assert (mine.examples, mine.positions) == (truth.examples, truth.positions), name
+        for part, total in truth.sums.items():
+            torch.testing.assert_close(mine.sums[part], total, msg=lambda text, name=name: f"{name}: {text}")
+        if truth.samples is not None and name not in samples_but:
+            assert mine.samples is not None
+            for a, b in zip((mine.samples.a, mine.samples.g), (truth.samples.a, truth.samples.g), strict=True):
+                torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
 CASES = [
     (kind, time_first, length, sharing)
     for kind in ("recurrent", "attention", "plain")
     for time_first in (False, True)
     for length in (2, N, 2 * N, 2 * N + 1)
     for sharing in ("expand", "reduce")
-    # Nothing says that dim 1 has the examples; outside of the modules that say so, dim 0 of a square input has them.
-    if not (kind == "plain" and (time_first or length <= N))
+    # Nothing says that dim 1 has the examples; outside of the modules that say so, dim 0 has them where it is as long
+    # as there are examples, or a multiple.
+    if not (kind == "plain" and (time_first or length <= 2 * N))
     and not (time_first and length == N and sharing == "reduce")
 ]
+
+
+class Windows(Model):
+    """Folds windows of as many words as there are examples, or frames of as many patches, into dim 0."""
+
+    def forward(self, words: Tensor) -> Tensor:
+        h = self.inner(self.norm(self.table(words).reshape(-1, N, D)) * self.scale)
+        return self.head(h).reshape(*words.shape, 3)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_windows_as_long_as_there_are_examples_are_not_taken_for_time_steps(sharing: str):
+    words = torch.randint(0, WORDS, (N, 3 * N), generator=torch.Generator().manual_seed(1))
+    twin = Model("plain", batch_first=True, time_first=False)
+    model = Windows("plain", batch_first=True, time_first=False)
+    assert_same(measured(model, words, sharing), measured(twin, words, sharing))
 
 
 @pytest.mark.parametrize(("kind", "time_first", "length", "sharing"), CASES)
@@ -95,18 +133,8 @@ def test_statistics_are_those_of_examples_first(kind: str, time_first: bool, len
     twin = Model(kind, batch_first=True, time_first=False)
     model = Model(kind, batch_first=False, time_first=time_first)
     expected, found = measured(twin, words, sharing), measured(model, words, sharing)
-    assert found.keys() == expected.keys()
-    for name, truth in expected.items():
-        mine = found[name]
-        if square and name in ("norm", "scale"):
-            continue
-        assert (mine.examples, mine.positions) == (truth.examples, truth.positions), name
-        for part, total in truth.sums.items():
-            torch.testing.assert_close(mine.sums[part], total, msg=lambda text, name=name: f"{name}: {text}")
-        if truth.samples is not None and not (square and name == "head"):
-            assert mine.samples is not None
-            for a, b in zip((mine.samples.a, mine.samples.g), (truth.samples.a, truth.samples.g), strict=True):
-                torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+    # Outside of the modules that say so, a square input and what is made of it have examples along dim 0.
+    assert_same(found, expected, but=("norm", "scale") if square else (), samples_but=("head",) if square else ())
 
 
 def test_an_output_that_goes_against_it_is_said():

@@ -25,7 +25,8 @@ def of_examples(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     net = nn.Sequential(*net.children())  # without checkpoints
     losses = [nn.functional.cross_entropy(net(x[i : i + 1]), y[i : i + 1]) for i in range(len(x))]
     gradients = [torch.autograd.grad(loss, list(net.parameters())) for loss in losses]
-    return torch.stack([torch.cat([each.flatten() for each in of_one]) for of_one in gradients])
+    real = [[torch.view_as_real(each) if each.is_complex() else each for each in of_one] for of_one in gradients]
+    return torch.stack([torch.cat([each.flatten() for each in of_one]) for of_one in real])
 
 
 def estimated(gradients: Tensor, sizes: Sequence[int]) -> tuple[float, float]:
@@ -127,6 +128,42 @@ def test_averages_are_divided_and_survive_a_restart():
     with preconditioner(net, factor_period=2, inverse_period=2) as resumed:
         resumed.load_state_dict(state)
         assert resumed.noise_scale() == before
+
+
+class Spectral(nn.Module):
+    """A filter with complex weights, one of them a single number."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, features, dtype=torch.complex128))
+        self.gain = nn.Parameter(torch.tensor(0.5 + 0.2j, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.ifft(torch.fft.fft(x) * self.weight.sum(0) * self.gain).real
+
+
+def test_complex_parameters_count_with_both_parts():
+    inner, outer = [each for each in two_layers() if isinstance(each, nn.Linear)]
+    net = nn.Sequential(inner, Spectral(inner.out_features), outer)
+    with preconditioner(net, "none") as pre:
+        signal, noise = one_step(net, pre)
+        assert pre.noise_scale() == pytest.approx(noise / signal, rel=EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:2 parameters have gradients and no block")
+@pytest.mark.parametrize("period", [1, 2])
+def test_parameters_that_thaw_are_looked_at_from_the_next_measurement_on(period: int):
+    net = two_layers()
+    net[0].requires_grad_(False)
+    with preconditioner(net, "none", factor_period=period, inverse_period=period) as pre:
+        x, y = rows(8)
+        nn.functional.cross_entropy(net(x), y).backward()
+        pre.step()
+        net[0].requires_grad_(True)
+        one_step(net, pre, seed=1)  # began without them
+        assert not pre.state_dict()["gradient_noise"].any()
+        signal, noise = one_step(net, pre, seed=2)
+        assert pre.state_dict()["gradient_noise"].tolist() == pytest.approx([1.0, signal, noise], rel=EXACT)
 
 
 @pytest.mark.parametrize("dropped", [False, True])
