@@ -309,9 +309,9 @@ class Capture:
         """The model is called as a whole."""
         self._passes.begin(captured=not self._paused.depth)
 
-    def turned(self, inputs: Any) -> None:
-        """A module inside takes the examples along dim 1."""
-        self._passes.turned(inputs)
+    def end_call(self, inputs: Any, *, turned: bool) -> None:
+        """A module's call has ended."""
+        self._passes.called(inputs, turned=turned)
 
     def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """That call has ended."""
@@ -334,7 +334,8 @@ class Capture:
         forward = self._forward_of_use({part.block for part in parts}, training=training)
         if forward is None:
             return
-        forward.inputs.add((product.activation.dim(), len(product.activation)))
+        forward.measured = True
+        forward.inputs.add((product.activation.dim(), len(product.activation)))  # of code without modules
         uses, edge = uses_of_product(parts, product, output, forward, self._generation)
         for use in uses:
             self._collector.check_input(use.name, use.activation)

@@ -28,7 +28,9 @@ class ForwardPass:
         first_node: Number of the first autograd node made after its start.
         end_node: Number of the first autograd node made after its end.
         thread: What stands for the one that made it; each thread numbers its nodes by itself.
-        inputs: Dimensions and dim 0 of what its layers were given.
+        inputs: Dimensions and dim 0 of what its modules were given first, also of those that aren't measured: how many
+            examples there are mustn't depend on what is due.
+        measured: Whether any layer of it is.
         turned: The first two dimensions of what modules with `batch_first=False` were given: dim 1 has the examples.
         time_first: Whether the model itself was given its examples along dim 1.
         doubt: Why `examples` may not be how many terms the loss averages; empty where nothing speaks against it.
@@ -42,6 +44,7 @@ class ForwardPass:
     end_node: int
     thread: object = None
     inputs: set[tuple[int, int]] = field(default_factory=set)
+    measured: bool = False
     turned: set[tuple[int, int]] = field(default_factory=set)
     time_first: bool = False
     doubt: str = ""
@@ -110,11 +113,16 @@ class PassLog:
         captured = self._of_running_node().captured if repeated else captured
         self._thread.open = ForwardPass(None, captured, True, running_backward(), first, node, self._thread.token)
 
-    def turned(self, inputs: Any) -> None:
-        """A module inside that takes examples along dim 1 was given these arguments."""
-        given = [each.shape for each in tensors_in(inputs) if each.dim() == 3 and not each.is_nested]
-        if self._thread.open is not None:  # others of other features are masks
-            self._thread.open.turned |= {(each[0], each[1]) for each in given if each[1:] == given[0][1:]}
+    def called(self, inputs: Any, *, turned: bool) -> None:
+        """A module inside, which takes examples along dim 1 if it is `turned`, was given these arguments."""
+        forward = self._thread.open
+        if forward is None:
+            return
+        given = [each for each in tensors_in(inputs) if each.dim() and not each.is_nested]
+        forward.inputs |= {(each.dim(), each.size(0)) for each in given[:1]}
+        if turned:
+            shapes = [each.shape for each in given if each.dim() == 3]  # others of other features are masks
+            forward.turned |= {(each[0], each[1]) for each in shapes if each[1:] == shapes[0][1:]}
 
     def end(self, inputs: Any, output: Any) -> ForwardPass | None:
         """The model's forward, of these arguments, ends; returns it."""
@@ -135,7 +143,7 @@ class PassLog:
                     "the model was given a list of tensors and made one batch of them (images, for detection): their "
                     f"number, {len(among)}, is taken for the number of terms that the loss averages"
                 )
-            elif done.examples and done.inputs:  # else nothing of it is measured
+            elif done.examples and done.measured:
                 done.doubt = _doubt_of_output(done.examples, output, inputs, time_first=done.time_first)
             done.end_node = next_node()
             self._passes.append(done)

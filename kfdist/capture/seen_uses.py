@@ -39,8 +39,8 @@ class Observed(Protocol):
     def begin_forward(self) -> None:
         """The model is called as a whole."""
 
-    def turned(self, inputs: Any) -> None:
-        """A module that takes examples along dim 1 was called with these arguments."""
+    def end_call(self, inputs: Any, *, turned: bool) -> None:
+        """The call of a module with these arguments has ended; a `turned` one takes examples along dim 1."""
 
     def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """That call has ended; `inputs` are its arguments, `output` is None where it failed."""

@@ -123,8 +123,7 @@ class Watch(SeesOperations):
         if thread.mode is not None and len(thread.modules) < thread.mode_depth:
             leave_function_mode(thread.mode)
             thread.mode = None
-        if getattr(module, "batch_first", None) is False:
-            self._observed.turned(call[:-1])
+        self._observed.end_call(call[:-1], turned=getattr(module, "batch_first", None) is False)
         if module is self._model:
             self._observed.end_forward(module, call[:-1], call[-1])
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kfdist.capture.requests import Request
 from kfdist.errors import ConfigError, KfdistWarning
 from tests.support.factors import armed_capture, assert_factors_equal, factors_by_definition, factors_of
 from tests.support.preconditioning import preconditioner
@@ -215,6 +216,39 @@ def test_the_examples_of_a_list_of_images_are_these_whatever_the_number_of_their
         model([torch.randn(3, 4, 4, dtype=torch.float64) for _ in range(2)], []).mean().backward()
         pre.step()
         assert pre.coverage().share == 1
+
+
+@pytest.mark.parametrize("due", ["layer", "head"])
+def test_the_examples_of_a_list_of_images_do_not_depend_on_what_is_due(due: str):
+    """The head is given rows, which say nothing of a batch of images."""
+
+    class Headed(Detector):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 2).double()
+
+        def forward(self, images: list[Tensor], targets: list[Tensor]) -> Tensor:
+            return self.head(self.layer(torch.stack(images)).mean((2, 3)))
+
+    model = Headed()
+    capture = armed_capture(model, names=["layer", "head"])
+    capture.arm({due: Request()})
+    pictures = [torch.randn(3, 4, 4, dtype=torch.float64) for _ in range(6)]
+    model(pictures, []).square().sum(1).mean().backward()
+    assert capture.drain()[due].examples == 6
+    assert "their number, 6, is taken" in capture.doubts[0]
+
+
+def test_the_noise_scale_counts_the_images_of_a_list():
+    model = Detector()
+    capture = armed_capture(model)
+    capture.arm({}, norms=True)
+    for k in (2, 5):
+        (model([torch.randn(3, 4, 4, dtype=torch.float64) for _ in range(k)], []).mean() / 2).backward()
+    found = capture.norms.found()
+    assert found is not None and (found.count, found.inverse_examples) == (2, 1 / 2 + 1 / 5)
+    capture.drain()
+    assert "their number, 2, is taken" in capture.doubts[0]
 
 
 @pytest.mark.parametrize("how", CALLS)
