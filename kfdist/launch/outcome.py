@@ -12,7 +12,9 @@ from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.files import replace_file
 from kfdist.system.processes import Child, describe_exit
 
-_LAST_EVENTS_BYTES = 1 << 20
+_LAST_EVENTS_BYTES = (1 << 20, 1 << 26)
+"""How much of the end of metrics.jsonl is searched for checkpoints: more only where there is none in less, as with many
+steps between two, each with a line."""
 
 
 def child_fault(child: Child, code: int, when: str, advice: str = "") -> KfdistError:
@@ -73,15 +75,19 @@ def add_to_summary(run_directory: Path, **entries: Any) -> dict[str, Any]:
 
 def longest_checkpoint(run_directory: Path) -> float:
     """Returns the seconds that the longest of a run's last checkpoints took; 0 if it has written none."""
-    seconds = 0.0
     try:
         with (run_directory / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_EVENTS_BYTES))
-            lines = file.readlines()
+            for size in _LAST_EVENTS_BYTES:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+                if seconds := max(map(_checkpoint_seconds, file), default=0.0):
+                    return seconds
     except OSError:
-        return 0.0
-    for line in lines:
-        if line.startswith(b'{"event": "checkpoint"'):
-            with contextlib.suppress(ValueError):  # the last may be half written
-                seconds = max(seconds, float(json.loads(line).get("seconds", 0.0)))
-    return seconds
+        pass
+    return 0.0
+
+
+def _checkpoint_seconds(line: bytes) -> float:
+    if line.startswith(b'{"event": "checkpoint"'):
+        with contextlib.suppress(ValueError):  # the last may be half written
+            return float(json.loads(line).get("seconds", 0.0))
+    return 0.0

@@ -172,6 +172,9 @@ class _Start:
                 self._trained = trainer.standing.step > 0 or newest is not None
             summary = summarise(training, trainer, start=epoch, stopped=stopped)
             log.write("end", step=trainer.standing.step, status=summary["status"])
+            # Before the farewell, which waits for the controller: a rank that is killed meanwhile has done its work.
+            if self._directory is not None:
+                write_summary(self._directory.path, summary)
             training.preconditioner.beat(summary["status"])
             training.preconditioner.close()
         except BaseException:
@@ -182,8 +185,6 @@ class _Start:
             training.feed.close()
             progress.close()
             log.close()
-        if self._directory is not None:
-            write_summary(self._directory.path, summary)
         if not stopped:
             return Ending(code=ExitCode.DONE)
         message = f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume"

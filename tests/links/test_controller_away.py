@@ -22,7 +22,10 @@ def start_controller(state, address: str = "127.0.0.1:0") -> ControllerThread:
 
 
 def test_a_controller_that_is_never_there(start_link):
-    link = start_link("127.0.0.1:9")
+    # Samples find no place where the courier keeps them: it is up, which a busy machine takes seconds for.
+    link = start_link("127.0.0.1:9", queued_samples=1_000_000)
+    link.beat(0, "running", [MetricSample(name="kfdist_steps_total", value=float(i)) for i in range(21_000)])
+    eventually(lambda: link.counters().samples_dropped, bool, seconds=60)
     link.submit(job())
     for step in range(3):
         link.beat(step, "running", [])
@@ -31,7 +34,7 @@ def test_a_controller_that_is_never_there(start_link):
     assert link.settings().desired is Desired.RUNNING
     begun = time.monotonic()
     link.close()
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 7, "a controller that is known to be away is waited for"
 
 
 def test_a_slow_controller_still_hears_that_a_short_run_has_ended(state, start_link):

@@ -75,6 +75,7 @@ class RemoteOptions:
         start_seconds: The same before it has greeted: it imports gRPC first.
         failed_starts: After this many couriers in a row that ended before they greeted, the link gives up.
         close_seconds: How long `close` waits for the courier to tell the controller that the rank has ended.
+        stop_seconds: The same for a rank that was asked to stop: whoever asked waits for its end, and may kill it.
         queued_samples: Samples kept while the courier doesn't take them; newer ones are dropped and counted.
         courier_module: What to run as the courier; another one wraps `kfdist.links.courier`.
     """
@@ -84,6 +85,7 @@ class RemoteOptions:
     start_seconds: float = 60.0
     failed_starts: int = 5
     close_seconds: float = 10.0
+    stop_seconds: float = 1.5
     queued_samples: int = 20_000
     courier_module: str = COURIER_MODULE
 
@@ -114,6 +116,7 @@ class Pump:
         self._handover = Handover()
         self._outbox: deque[tuple[bytes, int]] = deque()
         self._queued_samples = 0
+        self._phase = ""
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
         self._ending = False
@@ -170,6 +173,7 @@ class Pump:
                     self._post_beats(step, phase, samples)
 
     def _post_beats(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
+        self._phase = phase
         for beat in socket_messages.beats(step, phase, samples):
             if self._queued_samples + len(beat.samples) > self._options.queued_samples:
                 self.counters += LinkCounters(samples_dropped=len(beat.samples))
@@ -185,9 +189,10 @@ class Pump:
 
     def _say_goodbye(self) -> None:
         """Gives the courier time to tell the controller the last beat."""
-        deadline = time.monotonic() + self._options.close_seconds
+        seconds = self._options.stop_seconds if self._phase == "stopped" else self._options.close_seconds
+        deadline = time.monotonic() + seconds
         self._post(Bye())
-        self._courier.channel.settimeout(self._options.close_seconds)
+        self._courier.channel.settimeout(seconds)
         try:
             while self._outbox:
                 socket_messages.send(self._courier.channel, self._outbox.popleft()[0])

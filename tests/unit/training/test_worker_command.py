@@ -11,6 +11,7 @@ import pytest
 
 from kfdist.config import load_config
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.training.setup import check_controller, choose_device, gather_materials
 from kfdist.training.worker import run_worker
 from tests.support.training import SMALL
@@ -53,6 +54,20 @@ def test_an_unreachable_controller_is_found_before_anything_starts(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"control\.address: .*port 0"):
         run_worker(small(tmp_path, "cluster.link=service", "control.address=127.0.0.1:0"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_summary_is_written_before_the_farewell_in_which_a_stopped_rank_may_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen, close = [], Preconditioner.close
+
+    def look(preconditioner: Preconditioner) -> None:
+        seen.append(json.loads((tmp_path / "run" / "summary.json").read_text())["status"])
+        close(preconditioner)
+
+    monkeypatch.setattr(Preconditioner, "close", look)
+    run_worker(small(tmp_path, "run.steps=2", "checkpoint.period=0"))
+    assert seen == ["finished"]
 
 
 def test_a_device_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
