@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kfdist.errors import EnvironmentFault
 from kfdist.system.held_directories import abandoned, hold
+from kfdist.system.processes import command_line, living_processes
 
 _PARENT = "/tmp"
 """Not TMPDIR: Ray's sockets will be in there, and a socket's path must be short."""
@@ -20,13 +21,15 @@ _PREFIX = "kfdist-run-"
 def temporary_directory() -> Iterator[Path]:
     """Makes a directory for this user alone, and removes it with all that is in it at the end.
 
-    Those of launches that were killed are removed, too.
+    Those of launches that were killed are removed, too, once none of their processes lives.
 
     Raises:
         EnvironmentFault: It can't be made.
     """
     for left in abandoned(Path(_PARENT), _PREFIX):
-        shutil.rmtree(left, ignore_errors=True)
+        # What a launch starts has a file of it in its arguments; a pool outlives the killed launch for a while.
+        if not any(f"{left}/".encode() in command_line(pid) for pid in living_processes()):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         made = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=_PARENT, ignore_cleanup_errors=True)
         held = hold(Path(made.name))

@@ -66,7 +66,10 @@ def remove_stale() -> None:
 
 
 def ray_processes(directory: Path) -> set[int]:
-    """Finds the living processes of the Ray whose directory this is and of no other Ray, the caller left out."""
+    """Finds the living processes of the Ray whose directory this is and of no other Ray, the caller left out.
+
+    Another user's process that names the directory isn't one of them.
+    """
     prefix = f"{directory.resolve()}/"
     return {pid for pid in living_processes() if pid != os.getpid() and _belongs(pid, prefix)}
 
@@ -137,6 +140,8 @@ def _make(given: Path) -> Path:
 
 def _belongs(pid: int, prefix: str) -> bool:
     try:
+        if Path(f"/proc/{pid}").stat().st_uid != os.getuid():
+            return False
         if prefix.encode() in command_line(pid):
             return True
         for entry in os.scandir(f"/proc/{pid}/fd"):

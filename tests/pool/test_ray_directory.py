@@ -90,7 +90,10 @@ def holder(tmp_path) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def test_processes_are_found_by_the_files_they_hold(tmp_path, holder):
+def test_processes_are_found_by_the_files_they_hold(tmp_path, holder, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+        assert ray_processes(tmp_path) == set()  # another user's are none of our business
     assert ray_processes(tmp_path) == {holder.pid}
     assert ray_processes(tmp_path / "log") == set()
     assert os.getpid() not in ray_processes(Path("/"))

@@ -38,6 +38,22 @@ def test_what_a_killed_launch_has_left_is_removed_by_the_next(tmp_path: Path, mo
             assert set(tmp_path.iterdir()) == {young, made, other}  # a pool's may still have processes
 
 
+def test_what_a_killed_launch_has_left_stays_while_its_pool_is_ending(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(scratch, "_PARENT", str(tmp_path))
+    monkeypatch.setattr(held_directories, "_YOUNG_SECONDS", -1.0)
+    left = tmp_path / "kfdist-run-left"
+    left.mkdir()
+    hold(left).close()
+    pool = f"python\0-m\0kfdist.pool.ray_directory\x007\0{left}/ray-0\0".encode()
+    monkeypatch.setattr(scratch, "living_processes", lambda: {7: 1})
+    monkeypatch.setattr(scratch, "command_line", lambda pid: pool)
+    with temporary_directory():
+        assert left.exists()
+    monkeypatch.setattr(scratch, "living_processes", dict)
+    with temporary_directory():
+        assert not left.exists()
+
+
 def test_one_that_somebody_else_made_again_is_refused(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     with pytest.raises(EnvironmentFault, match="somebody else"):
