@@ -248,7 +248,7 @@ class Ledger:
 
     async def _put_owners(self, changed: Sequence[OwnerRecord]) -> None:
         async with self._lock:
-            owners = self._owners | {owner.owner_id: owner for owner in changed}
+            owners = _with_changes(self._owners, changed)
             forgotten = _forgettable(owners)
             live = [owner.owner_id for owner in owners.values() if owner.live]
             events = tuple(_owner_event(self._owners.get(owner.owner_id), owner) for owner in changed)
@@ -273,7 +273,7 @@ class Ledger:
         """Makes a batch durable, without assignments that are as they were, and then known to everybody."""
         moved = tuple(each for each in batch.assignments if each != self._assignments.get(each.run))
         await self._in_thread(self._store.commit, replace(batch, assignments=moved))
-        owners = self._owners | {owner.owner_id: owner for owner in batch.owners}
+        owners = _with_changes(self._owners, batch.owners)
         self._owners = {name: owner for name, owner in owners.items() if name not in batch.forgotten_owners}
         self._assignments |= {assignment.run: assignment for assignment in moved}
         for update in batch.runs:
@@ -337,8 +337,14 @@ def _dealt(assignment: AssignmentRecord, live: Sequence[str]) -> AssignmentRecor
     return replace(assignment, owner_by_group=owner_by_group, revision=assignment.revision + 1)
 
 
+def _with_changes(owners: Mapping[str, OwnerRecord], changed: Sequence[OwnerRecord]) -> dict[str, OwnerRecord]:
+    """Returns owners in the order of their last change."""
+    new = {owner.owner_id: owner for owner in changed}
+    return {name: owner for name, owner in owners.items() if name not in new} | new
+
+
 def _forgettable(owners: Mapping[str, OwnerRecord]) -> frozenset[str]:
-    """Returns the dead owners known longest beyond those that are kept; every new pool has new names."""
+    """Returns the longest dead owners beyond those that are kept; every new pool has new names."""
     dead = [owner.owner_id for owner in owners.values() if not owner.live]
     return frozenset(dead[: max(0, len(dead) - DEAD_OWNERS_KEPT)])
 

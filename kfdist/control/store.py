@@ -185,6 +185,8 @@ class Store:
                 _write_run(cursor, update, batch.time_ns)
             for assignment in batch.assignments:
                 _write_record(cursor, "assignments", assignment.run, _ASSIGNMENT.dump_json(assignment))
+            # A replacement: owners lie in the order of their last change, by which dead ones are forgotten.
+            cursor.executemany("DELETE FROM owners WHERE name = ?", [(owner.owner_id,) for owner in batch.owners])
             for owner in batch.owners:
                 _write_record(cursor, "owners", owner.owner_id, _OWNER.dump_json(owner))
             cursor.executemany("DELETE FROM owners WHERE name = ?", [(name,) for name in batch.forgotten_owners])

@@ -15,13 +15,15 @@ def test_dead_owners_are_forgotten_beyond_those_kept_and_live_ones_never(tmp_pat
         ledger = Ledger(Store(tmp_path / "control.sqlite"), on_change=lambda record: None)
         count = DEAD_OWNERS_KEPT + 50
         await ledger.put_owners([OwnerRecord(owner_id=f"o{i}", address="a:1", live=i < 5) for i in range(count)])
+        # Known the longest, and the last to die.
         await ledger.put_owners([OwnerRecord(owner_id="o0", address="a:1", live=False)])
         known = set(ledger.owners)
         await ledger.close()
         return known
 
     known = asyncio.run(remember())
-    assert known == {f"o{i}" for i in (1, 2, 3, 4, *range(50, DEAD_OWNERS_KEPT + 50))}
+    assert known == {f"o{i}" for i in (0, 1, 2, 3, 4, *range(51, DEAD_OWNERS_KEPT + 50))}
     store = Store(tmp_path / "control.sqlite")
-    assert set(store.load().owners) == known
+    owners = store.load().owners
+    assert set(owners) == known and list(owners)[-1] == "o0"
     store.close()
