@@ -1,5 +1,6 @@
 """What sections are made of: their base, the types of values that several share, and things chosen by name."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -31,6 +32,10 @@ S = TypeVar("S", bound=Section)
 _LONGEST_NAME = 255
 """Bytes of a file's name, without its folders, on Linux."""
 
+_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_SELECTOR = re.compile(rf"|!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))")
+"""What Ray takes as a label selector, nothing included."""
+
 
 def _file_name(path: str) -> str:
     if "\0" in path:
@@ -52,6 +57,24 @@ def _ray_address(address: str) -> str:
         except ValueError as error:
             raise ValueError(f'write "local" (start a Ray of our own), "auto", or an address: {error}') from None
     return address
+
+
+def _resources(amounts: dict[str, float]) -> dict[str, float]:
+    for name in amounts.keys() & {"CPU", "GPU"}:
+        raise ConfigError(f"names {name}; write cluster.bundle.{name.lower()}s for that")
+    for name in amounts.keys() & {"memory", "object_store_memory"}:
+        reason = "which is none of Ray's custom resources; remove it, or give nodes a custom resource of another name"
+        raise ConfigError(f"names {name}, {reason}")
+    return amounts
+
+
+def _selector(text: str) -> str:
+    if not _SELECTOR.fullmatch(text):
+        raise ValueError(
+            'write a value, as in "A100", "!A100" or "in(A100, H100)": 1 to 63 of a-z A-Z 0-9 . _ -, beginning and '
+            "ending with a letter or digit"
+        )
+    return text
 
 
 def _tuple(value: Any) -> Any:
@@ -100,7 +123,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_tuple)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Ports = Annotated[tuple[Port, Port], BeforeValidator(_tuple)]
-Amounts = dict[str, Annotated[float, Field(gt=0)]]
+Resources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_resources)]
+Labels = dict[str, Annotated[str, AfterValidator(_selector)]]
 _Epoch = Annotated[int, Field(ge=1)]
 Stages = Annotated[
     tuple[tuple[_Epoch, Annotated[float, Field(gt=0)]], ...], BeforeValidator(_tuples), AfterValidator(_rising)

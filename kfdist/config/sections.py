@@ -10,14 +10,15 @@ from pydantic import Field, model_validator
 
 from kfdist.config.fields import (
     Address,
-    Amounts,
     Counts,
     CountStages,
     FileName,
+    Labels,
     Methods,
     Names,
     Ports,
     RayAddress,
+    Resources,
     Section,
     Settings,
     Stages,
@@ -355,17 +356,13 @@ class BundleSection(Section):
         le=1,
         description="share of a GPU, and of its memory, on which each owner inverts; 0: on CPUs",
     )
-    resources: Amounts = Field(default_factory=dict, description="how much of Ray's custom resources each owner takes")
-    labels: dict[str, str] = Field(
+    resources: Resources = Field(
+        default_factory=dict, description="how much of Ray's custom resources each owner takes"
+    )
+    labels: Labels = Field(
         default_factory=dict,
         description='which labels its node has, as Ray\'s label selectors: "A100", "!A100", "in(A100, H100)"',
     )
-
-    @model_validator(mode="after")
-    def _own_resources_have_settings(self) -> Self:
-        for name in self.resources.keys() & {"CPU", "GPU"}:
-            raise ConfigError(f"names {name}; write cluster.bundle.{name.lower()}s for that", path="resources")
-        return self
 
 
 class ClusterSection(Section):

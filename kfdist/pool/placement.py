@@ -3,13 +3,14 @@
 import importlib
 import os
 import signal
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
 from typing_extensions import override
 
-from kfdist.config import Config, security_from_environment
+from kfdist.config import ClusterSection, Config, security_from_environment
 from kfdist.errors import EnvironmentFault
 from kfdist.owner.owner import Owner, OwnerOptions
 from kfdist.pool.bundles import actor_options, needs, resources_of, shortage
@@ -85,12 +86,15 @@ class OnThisNode(Placement):
 
     def _reserve(self, config: Config, here: str) -> Any:
         """Takes room that others may want, too, for all owners at once; an actor without any would wait silently."""
-        cluster, util = config.cluster, importlib.import_module("ray.util")
-        selectors = [{**cluster.bundle.labels, "ray.io/node-id": here}] * cluster.owners
-        bundles = [resources_of(cluster)] * cluster.owners
-        group = util.placement_group(bundles, strategy="STRICT_PACK", bundle_label_selector=selectors)
+        cluster = config.cluster
+        group = _placement_group(
+            cluster,
+            {**cluster.bundle.labels, "ray.io/node-id": here},
+            strategy="STRICT_PACK",
+            asked=f"cluster.owners = {cluster.owners} on this machine's Ray node",
+        )
         if not group.wait(_ROOM_SECONDS):
-            util.remove_placement_group(group)
+            importlib.import_module("ray.util").remove_placement_group(group)
             raise EnvironmentFault(
                 f"cluster.owners = {cluster.owners} find no room on this machine's Ray node: {needs(cluster)}, which "
                 "it has, but others use it; `ray status` shows how much; end what uses it, or ask for fewer owners"
@@ -114,18 +118,11 @@ class OverNodes(Placement):
         cluster = config.cluster
         self.owner = OwnerOnNode
         self._ray = ray
-        util = importlib.import_module("ray.util")
         self._options = actor_options(cluster)
-        labels = {"bundle_label_selector": [cluster.bundle.labels] * cluster.owners} if cluster.bundle.labels else {}
         asked = f'cluster.owners = {cluster.owners} with cluster.owner_strategy = "{cluster.owner_strategy}"'
-        try:
-            self._group = util.placement_group(
-                [resources_of(cluster)] * cluster.owners, strategy=cluster.owner_strategy, **labels
-            )
-        except ValueError as error:
-            raise EnvironmentFault(f"{asked}: Ray refuses cluster.bundle, {needs(cluster)}: {error}") from error
+        self._group = _placement_group(cluster, cluster.bundle.labels, strategy=cluster.owner_strategy, asked=asked)
         if not self._group.wait(_ROOM_SECONDS):
-            util.remove_placement_group(self._group)
+            importlib.import_module("ray.util").remove_placement_group(self._group)
             nodes = [node for node in ray.nodes() if node["Alive"]]
             if missing := shortage(cluster, nodes, strategy=cluster.owner_strategy):
                 advice = "add nodes, ask for fewer owners, or for less for each (cluster.bundle)"
@@ -167,6 +164,16 @@ def end_owner(pid: int) -> None:
     if command_line(pid).startswith(_TITLE):
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _placement_group(cluster: ClusterSection, labels: Mapping[str, str], *, strategy: str, asked: str) -> Any:
+    """Asks Ray for a bundle for each owner, on nodes with these labels."""
+    selectors = {"bundle_label_selector": [dict(labels)] * cluster.owners} if labels else {}
+    bundles = [resources_of(cluster)] * cluster.owners
+    try:
+        return importlib.import_module("ray.util").placement_group(bundles, strategy=strategy, **selectors)
+    except ValueError as error:
+        raise EnvironmentFault(f"{asked}: Ray refuses cluster.bundle, {needs(cluster)}: {error}") from error
 
 
 def _in_bundle(group: Any, index: int) -> Any:

@@ -160,10 +160,13 @@ class Supervisor:
         while True:
             try:
                 return actor_class.remote(options)
-            except ValueError as error:  # The name is taken: Ray needs a moment to forget the actor that died.
+            except self._ray.exceptions.ActorAlreadyExistsError as error:
+                # Ray needs a moment to forget the actor that died.
                 if time.monotonic() > deadline:
                     raise EnvironmentFault(f"{options.owner_id} can't be started again: {error}") from error
                 time.sleep(_TICK_SECONDS)
+            except ValueError as error:
+                raise EnvironmentFault(f"Ray refuses {options.owner_id}: {error}") from error
 
     def _hear(self, slot: _Slot) -> None:
         """Handles the answer to a ping, or the owner's death."""

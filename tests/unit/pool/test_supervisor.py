@@ -1,12 +1,15 @@
 """What the pool makes of Ray's words, and refuses before it starts a Ray."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kfdist.config import load_config
 from kfdist.control.validation import NAME
 from kfdist.errors import EnvironmentFault
+from kfdist.pool import supervisor
 from kfdist.pool.command import run_pool
 from kfdist.pool.supervisor import fault_of_start, owner_names
 
@@ -35,6 +38,28 @@ def test_a_pool_whose_certificates_are_missing_starts_nothing(tmp_path: Path):
     config = load_config(None, overrides=[f"security.certificates={tmp_path}"], environment={})
     with pytest.raises(EnvironmentFault, match=rf"{tmp_path}/owner\.pem on node .* can't be read"):
         run_pool(config, directory=None, ready_file=None, parent_pid=None, on_ready=lambda owners: None)
+
+
+def test_an_owner_that_ray_refuses_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Taken(ValueError):
+        pass
+
+    refusals = [Taken("the name is taken"), ValueError("Use the 'memory' option")]
+
+    class Actor:
+        def options(self, **given: Any) -> "Actor":
+            return self
+
+        def remote(self, options: Any) -> None:
+            raise refusals.pop(0)
+
+    ray = SimpleNamespace(remote=lambda owner: Actor(), exceptions=SimpleNamespace(ActorAlreadyExistsError=Taken))
+    placement = SimpleNamespace(owner=None, remembers=False, host="", options=lambda index: {})
+    monkeypatch.setattr(supervisor, "place", lambda ray, config: placement)
+    config = load_config(None, overrides=[f"run.dir={tmp_path}"], environment={})
+    with pytest.raises(EnvironmentFault, match=r"Ray refuses owner-.*-0: Use the 'memory' option"):
+        supervisor.Supervisor(SimpleNamespace(ray=ray, directory=tmp_path), config)  # pyright: ignore[reportArgumentType]
+    assert refusals == []
 
 
 def test_no_two_pools_have_an_owner_of_the_same_name_and_a_controller_takes_every_name():
