@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from kfdist.checks import suggestion
 from kfdist.config.findings import config_error
 from kfdist.config.recipes import recipes
-from kfdist.config.sections import Config, SecuritySection
+from kfdist.config.sections import Config
+from kfdist.config.service_sections import SecuritySection
 from kfdist.config.toml import parse_value
 from kfdist.errors import ConfigError
 

@@ -13,7 +13,7 @@ import torch
 from kfdist.comm.communicator import Communicator, join_training_group
 from kfdist.comm.together import require_equal
 from kfdist.config import Config, to_toml
-from kfdist.config.sections import SecuritySection
+from kfdist.config.service_sections import SecuritySection
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.provenance import versions
 from kfdist.training.checkpoint import CheckpointStore

@@ -1,0 +1,167 @@
+"""How gradients are preconditioned: the sections preconditioner and preconditioner.staleness.
+
+Every `*_period` counts training steps; other units are in the names.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kfdist.config.fields import CountStages, Methods, Names, Section, Settings, Stages
+from kfdist.errors import ConfigError
+from kfdist.policies.schedule import Schedule
+from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag
+from kfdist.types import Fisher, WeightSharing
+
+
+class StalenessSection(Section):
+    """What happens under `asap` when the inverse in use gets old; the names are those of `kfdist.Asap`."""
+
+    soft_bound: int | None = Field(
+        default=None, ge=1, description="steps of staleness above which damping is raised; none if not given"
+    )
+    hard_bound: int | None = Field(
+        default=None, ge=1, description="steps of staleness above which at_hard_bound acts; none if not given"
+    )
+    at_hard_bound: AtHardBound = Field(
+        default="wait", description="wait for a newer version, keep the old one, or use the scaled gradient"
+    )
+
+
+class PreconditionerSection(Section):
+    """The second-order method; the names are those of `kfdist.Preconditioner`."""
+
+    method: str | None = Field(
+        default="rs-kfac",
+        min_length=1,
+        description='an inverter of kfdist.curvature.inverters; "auto" picks one per block; "none" leaves the '
+        "optimizer alone, for comparisons",
+    )
+    methods: Methods | None = Field(
+        default=None,
+        description="methods by glob on module names, the first match wins; excludes preconditioner.method",
+    )
+    settings: Settings = Field(default_factory=lambda: {"rank": 128}, description="the inverter's own settings")
+    damping: float = Field(default=0.03, gt=0, description="lambda of F + lambda I, at first")
+    damping_decay: float = Field(
+        default=1.0, gt=0, le=1, description="what an epoch multiplies the damping by, a step at a time; 1: nothing"
+    )
+    damping_epochs: Stages = Field(
+        default=(), description="[epoch, damping] pairs: from that epoch on, that damping; excludes damping_decay"
+    )
+    fisher: Fisher = Field(
+        default="empirical",
+        description="which output gradients make the Fisher: those of the training loss, of labels sampled from the "
+        "model, or of all labels",
+    )
+    weight_sharing: WeightSharing = Field(
+        default="expand",
+        description="how linear layers treat positions: each alone, or inputs averaged and gradients summed over them",
+    )
+    ema_decay: float = Field(
+        default=0.95, ge=0, lt=1, description="what an update of the statistics keeps of the old ones"
+    )
+    factor_period: int = Field(default=2, ge=1, description="steps between two updates of the statistics")
+    inverse_period: int = Field(
+        default=10, ge=1, description="steps between two inversions of a block, a multiple of factor_period, at first"
+    )
+    inverse_period_epochs: CountStages = Field(
+        default=(), description="[epoch, inverse_period] pairs: from that epoch on, that inverse_period"
+    )
+    kl_clip: float = Field(
+        default=1e-2, ge=0, description="bound kappa of the squared step length in the Fisher's norm; 0 turns it off"
+    )
+    adoption: Literal["asap", "fixed-lag"] = Field(default="asap", description="when a finished inverse is taken up")
+    lag: int | None = Field(
+        default=None,
+        ge=0,
+        description='steps from statistics to adoption with adoption = "fixed-lag"; 0 is synchronous',
+    )
+    skip: Names = Field(default=(), description="globs of module names that stay with the plain gradient")
+    wait_limit_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        description="the longest agreed wait before the run writes a checkpoint and ends, resumable",
+    )
+    examples_fraction: float = Field(default=1.0, gt=0, le=1, description="share of the examples that is measured")
+    positions_fraction: float = Field(
+        default=1.0, gt=0, le=1, description="share of the positions of a convolution or a sequence that is measured"
+    )
+    positions_budget: int | None = Field(
+        default=None,
+        ge=1,
+        description="most positions of a convolution or a sequence that are measured per example; all if not given",
+    )
+    digest_period: int = Field(
+        default=100, ge=0, description="steps between two comparisons of the ranks' parameters; 0: never"
+    )
+    staleness: StalenessSection = Field(default_factory=StalenessSection, description="bounds on staleness under asap")
+
+    @property
+    def inverts(self) -> bool:
+        """Whether there is anything to invert."""
+        return self.method != "none"
+
+    @property
+    def described(self) -> str:
+        """The method, to be shown, such as "rs-kfac" or "conv*: rs-kfac, head: kfac"."""
+        if self.methods is None:
+            return str(self.method)
+        return ", ".join(f"{pattern}: {entry['method']}" for pattern, entry in self.methods.items())
+
+    @property
+    def mode(self) -> Adoption:
+        """When a finished inverse is taken up, with what goes with it."""
+        if self.lag is not None:
+            return FixedLag(self.lag, wait_limit_seconds=self.wait_limit_seconds)
+        return Asap(**self.staleness.model_dump(), wait_limit_seconds=self.wait_limit_seconds)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_default_settings_are_the_default_methods(cls, table: Any) -> Any:
+        if isinstance(table, dict) and "methods" in table:
+            return {"method": None, "settings": {}, **table}
+        return {"settings": {}, **table} if isinstance(table, dict) and "method" in table else table
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.method is None) == (self.methods is None):
+            received = "neither method nor methods is given" if self.method is None else "both are given"
+            raise ConfigError(f"{received}; give preconditioner.method or a table of methods", path="methods")
+        if self.methods is not None and self.settings:
+            reason = "they go with preconditioner.method; in a table of methods, write settings beside each `method`"
+            raise ConfigError(f"is {self.settings!r}; {reason}", path="settings")
+        if self.damping_epochs and self.damping_decay != 1.0:
+            raise ConfigError(
+                f"is {self.damping_decay} and damping_epochs is given too; give one of them", path="damping_decay"
+            )
+        if self.adoption == "asap" and self.lag is not None:
+            raise ConfigError(
+                f'is {self.lag}; it goes with adoption = "fixed-lag" only: set that, or remove lag', path="lag"
+            )
+        if self.adoption == "fixed-lag" and self.lag is None:
+            raise ConfigError('is missing; adoption = "fixed-lag" needs it, such as lag = 5', path="lag")
+        if self.lag is not None:
+            self._refuse_bounds(self.lag)
+        try:
+            for period in self.inverse_periods:
+                Schedule(factor_period=self.factor_period, inverse_period=period, groups=0)
+            if isinstance(self.mode, Asap):
+                self.mode.check(inverse_period=max(self.inverse_periods))
+        except ConfigError as error:
+            raise error if error.path == "inverse_period" else error.under("staleness") from None
+        return self
+
+    @property
+    def inverse_periods(self) -> tuple[int, ...]:
+        """`inverse_period`, and those that follow it."""
+        return (self.inverse_period, *(period for _, period in self.inverse_period_epochs))
+
+    def _refuse_bounds(self, lag: int) -> None:
+        for name in ("soft_bound", "hard_bound"):
+            if (bound := getattr(self.staleness, name)) is not None:
+                raise ConfigError(
+                    f'is {bound}; bounds go with adoption = "asap" only: under a fixed lag staleness is at most '
+                    f"{max(self.inverse_periods) + lag} steps by construction; remove the bound",
+                    path=f"staleness.{name}",
+                )
