@@ -16,7 +16,15 @@ from typing import Annotated
 
 import typer
 
-from kfdist.cli import bench_command, certs_command, control_commands, recipe_command, run_commands, submit_command
+from kfdist.cli import (
+    bench_command,
+    certs_command,
+    control_commands,
+    doctor_command,
+    recipe_command,
+    run_commands,
+    submit_command,
+)
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
 from kfdist.system.output import open_missing_streams, outlive_readers
@@ -47,7 +55,15 @@ def _common(
     del version
 
 
-for module in (run_commands, submit_command, control_commands, recipe_command, certs_command, bench_command):
+for module in (
+    run_commands,
+    submit_command,
+    control_commands,
+    recipe_command,
+    doctor_command,
+    certs_command,
+    bench_command,
+):
     module.register(app)
 
 

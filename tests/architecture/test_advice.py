@@ -29,7 +29,7 @@ SHOWN_BY = {
 }
 """By file: the commands that can show its messages. A file that advises an option must be here."""
 
-OTHERS = {"ray start": {"--head"}, "ray job": {"--address"}, "Ray with": {"--num-cpus"}}
+OTHERS = {"docker run": {"--shm-size"}, "ray start": {"--head"}, "ray job": {"--address"}, "Ray with": {"--num-cpus"}}
 """Options of other programs, by the words before them."""
 
 
@@ -64,7 +64,7 @@ def _options() -> dict[str, set[str]]:
     return found
 
 
-GIVING = {"cli/main.py", "launch/launcher.py"}
+GIVING = {"cli/main.py", "doctor/gpu_checks.py", "launch/launcher.py"}
 """Files that read options or give them to a process, and advise none."""
 
 
