@@ -53,9 +53,14 @@ def _pinned(tensor: Tensor) -> Tensor:
 
 
 class LateTotal:
-    """A sum of counts that live on the device, as of a little earlier: reading them now would wait for it."""
+    """A sum of numbers that live on the device, as of a little earlier: reading them now would wait for it.
+
+    Attributes:
+        arrived: Whether any sum has reached the host.
+    """
 
     def __init__(self) -> None:
+        self.arrived = False
         self._known = 0.0
         self._copy: HostCopy | None = None
 
@@ -70,4 +75,4 @@ class LateTotal:
 
     def _take_if_ready(self) -> None:
         if self._copy is not None and self._copy.ready():
-            self._known, self._copy = float(self._copy.wait()[0]), None
+            self._known, self._copy, self.arrived = float(self._copy.wait()[0]), None, True

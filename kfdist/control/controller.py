@@ -22,6 +22,7 @@ from kfdist.control.run_service import RunService
 from kfdist.control.store import Store
 from kfdist.control.watchers import QUEUED_CHANGES
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
+from kfdist.rpc.certificates import watched_expiries
 from kfdist.rpc.servers import bind, make_server
 from kfdist.system.credentials import Credentials
 from kfdist.system.files import write_ready_file
@@ -101,7 +102,8 @@ class Controller:
             EnvironmentFault: An address or the file is in use, the file is damaged or of another format, or the
                 credentials can't be used.
         """
-        exporter, credentials = Exporter(), self._options.credentials
+        credentials = self._options.credentials
+        exporter = Exporter() if credentials is None else Exporter(watched_expiries(credentials))
         self._server = make_server(credentials)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._server.stop, None)

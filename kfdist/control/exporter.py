@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -24,9 +24,14 @@ _FAMILIES = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, K
 
 
 class Exporter(Collector):
-    """Holds what members measured and what the controller knows of runs; scrapes read it from other threads."""
+    """Holds what members measured and what the controller knows of runs; scrapes read it from other threads.
 
-    def __init__(self) -> None:
+    Args:
+        expiries: Returns when certificates expire, in seconds since 1970, by file; asked at each scrape.
+    """
+
+    def __init__(self, expiries: Callable[[], Mapping[str, float]] = dict) -> None:
+        self._expiries = expiries
         self._lock = threading.Lock()
         self._runs: OrderedDict[str, RunSeries] = OrderedDict()
         self._dropped: Counter[str] = Counter()
@@ -86,10 +91,14 @@ class Exporter(Collector):
             for run, series in self._runs.items():
                 for metric, labels, value in [*series.values(), *_facts(series)]:
                     _add(_family(families, metric), [run, *labels], value)
+                for metric, labels in series.zeros():
+                    _add(_family(families, metric), [run, *labels], 0.0)
                 for metric, labels, histogram in series.histograms():
                     _add_histogram(_family(families, metric), [run, *labels], histogram)
             for reason, count in self._dropped.items():
                 _add(_family(families, METRICS["kfdist_samples_dropped_total"]), [reason], count)
+            for file, expiry in self._expiries().items():
+                _add(_family(families, METRICS["kfdist_certificate_expiry_timestamp_seconds"]), [file], expiry)
             here = versions()
             build = [here[name] for name in ("kfdist", "python", "grpcio")]
             _add(_family(families, METRICS["kfdist_build_info"]), build, 1)

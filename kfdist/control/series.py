@@ -4,9 +4,10 @@ A sender reports a counter as its total since its start. Senders restart, yet a 
 controller lives: what a sender counted in earlier lives is added to what it reports now.
 """
 
+import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kfdist.control.run_rules import RunRecord
@@ -58,6 +59,14 @@ class Total:
         self.life, self.reported = life, value
 
 
+@dataclass(frozen=True)
+class Told:
+    """A gauge's value, and when its sender told it."""
+
+    value: float
+    heard: float
+
+
 @dataclass
 class Histogram:
     """Observations by bucket; the last bucket has no upper bound."""
@@ -87,15 +96,19 @@ class Histogram:
 class RunSeries:
     """The series of one run. Not thread-safe: the exporter locks.
 
+    Args:
+        clock: Seconds that never go back; gauges that age do so by it.
+
     Attributes:
         record: What the controller knows of the run, set by others.
         heard: When a rank of it last sent a message, seconds since 1970, set by others; 0.0 if none did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.record: RunRecord | None = None
         self.heard = 0.0
-        self._gauges: dict[Key, dict[Sender, float]] = {}
+        self._clock = clock
+        self._gauges: dict[Key, dict[Sender, Told]] = {}
         self._counters: dict[Key, dict[Sender, Total]] = {}
         self._histograms: dict[Key, Histogram] = {}
         self._values: dict[tuple[str, str], set[str]] = {}
@@ -118,7 +131,7 @@ class RunSeries:
             if fault:
                 dropped[fault] += 1
         for key, value in gauges.items():
-            self._gauges.setdefault(key, {})[sender] = value
+            self._gauges.setdefault(key, {})[sender] = Told(value, self._clock())
         return dropped
 
     def count(self, name: str, labels: Mapping[str, str], amount: float) -> None:
@@ -140,7 +153,7 @@ class RunSeries:
         found: dict[str, float] = {}
         for (name, _), values in self._gauges.items():
             if sender in values:
-                value = values[sender]
+                value = self._now(METRICS[name], values[sender])
                 found[name] = METRICS[name].across.worst([found.get(name, value), value])
         return found
 
@@ -149,9 +162,16 @@ class RunSeries:
         for (name, labels), by_sender in self._gauges.items():
             across = METRICS[name].across
             merge = sum if across is Across.SUM else across.worst
-            yield METRICS[name], labels, merge(by_sender.values())
+            yield METRICS[name], labels, merge(self._now(METRICS[name], told) for told in by_sender.values())
         for (name, labels), totals in self._counters.items():
             yield METRICS[name], labels, sum(total.earlier + total.reported for total in totals.values())
+
+    def zeros(self) -> Iterator[tuple[Metric, tuple[str, ...]]]:
+        """Yields the counters that are known beforehand and that nobody has counted yet."""
+        for metric in METRICS.values():
+            for value in metric.known:
+                if (metric.name, (value,)) not in self._counters:
+                    yield metric, (value,)
 
     def histograms(self) -> Iterator[tuple[Metric, tuple[str, ...], Histogram]]:
         """Yields every histogram: metric, label values, observations."""
@@ -165,6 +185,10 @@ class RunSeries:
         for metric, labels, histogram in self.histograms():
             yield _sample(metric, "_sum", labels, histogram.total)
             yield _sample(metric, "_count", labels, sum(histogram.counts))
+
+    def _now(self, metric: Metric, told: Told) -> float:
+        """Returns a gauge's value now: one that ages does so even while its sender hangs."""
+        return told.value + (self._clock() - told.heard if metric.ages else 0.0)
 
     def _take(self, sender: Sender, life: str, sample: MetricSample, gauges: dict[Key, float]) -> str:
         metric = METRICS[sample.name]

@@ -150,6 +150,10 @@ class AdaptiveStep:
             preconditioner=done,
         )
         self._count += 1
+        counters = self._preconditioner.pipeline.counters
+        counters.adaptive_damping = damping
+        if outcome.rho is not None:
+            counters.trust_ratio = outcome.rho
         return report
 
     @property

@@ -4,7 +4,7 @@ import datetime
 import ipaddress
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.system.credentials import AUTHORITY_FILE, TOKEN_FILE, Credentials, Role
+from kfdist.system.credentials import AUTHORITY_FILE, TOKEN_FILE, Credentials, Reread, Role
 from kfdist.system.files import replace_file
 
 AUTHORITY_KEY_FILE = "ca.key"
@@ -175,6 +175,25 @@ def certificate_fault(credentials: Credentials) -> str:
     if not any(_signed(chain[-1], by=each) for each in x509.load_pem_x509_certificates(identity.authority)):
         return f"{path} isn't signed by {authority_path}; copy both from the same `kfdist certs init`"
     return ""
+
+
+def watched_expiries(credentials: Credentials) -> Callable[[], Mapping[str, float]]:
+    """Returns a function that says when this process's certificate and its authority's expire, as they are then.
+
+    By the file's name, in seconds since 1970. Files that can't be read any more leave the last answer in force.
+    """
+    files = credentials.identity_files
+
+    def read() -> Mapping[str, float]:
+        identity = credentials.identity()
+        held = {files[0].name: identity.own, files[1].name: identity.authority}
+        return {
+            name: min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(pem))
+            for name, pem in held.items()
+        }
+
+    reread = Reread(files, read)
+    return lambda: reread.value
 
 
 def check_credentials(credentials: Credentials) -> None:

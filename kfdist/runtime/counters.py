@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from torch import Tensor
+
 from kfdist.comm.host_copy import LateTotal
 
 _KEPT_OBSERVATIONS = 10_000
@@ -59,6 +61,11 @@ class PipelineCounters:
         staleness: The largest staleness over the groups, one number a step.
         phase_seconds: Host seconds of the last step by phase.
         waited_seconds: Seconds of the last step spent in agreed waits.
+        adoption_waits: Those of the steps that waited, not yet reported; the newest, where nobody asks.
+        kl_clip_factor: nu of the newest step that clipped, a scalar on the device; None before one.
+        kl_clip: Brings it to the host.
+        trust_ratio: The reduction ratio that an AdaptiveStep last measured; None without one.
+        adaptive_damping: lambda of an AdaptiveStep, in whose place `settings.damping` has no effect.
         drops: Batches dropped as non-finite; lives on the device.
         replaced: Directions that methods replaced, by reason; live on the device.
     """
@@ -75,6 +82,11 @@ class PipelineCounters:
     staleness: Histogram = field(default_factory=Histogram)
     phase_seconds: dict[str, float] = field(default_factory=dict)
     waited_seconds: float = 0.0
+    adoption_waits: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_OBSERVATIONS))
+    kl_clip_factor: Tensor | None = None
+    kl_clip: LateTotal = field(default_factory=LateTotal)
+    trust_ratio: float | None = None
+    adaptive_damping: float | None = None
     drops: LateTotal = field(default_factory=LateTotal)
     replaced: defaultdict[str, LateTotal] = field(default_factory=lambda: defaultdict(LateTotal))
 
@@ -92,6 +104,8 @@ class PipelineCounters:
         self.steps += 1
         self.staleness.add(staleness)
         self.step_seconds.extend(self.phase_seconds.items())
+        if self.waited_seconds:
+            self.adoption_waits.append(self.waited_seconds)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

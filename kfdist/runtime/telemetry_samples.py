@@ -1,16 +1,21 @@
 """What a pipeline measured: as samples for the controller, totals for the summary, and notes for `coverage()`."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from kfdist.curvature.inverter import Inversion
+from kfdist.curvature.inverters.unit_wise import UnitWise
 from kfdist.links.link import LinkCounters
 from kfdist.runtime.pipeline import Pipeline
+from kfdist.runtime.track import Track
 from kfdist.telemetry.metrics import METRICS
 from kfdist.types import BlockName, MetricSample
+
+CLOSED_FORMS = "(closed forms)"
+"""Label of all blocks that the ranks invert in closed form: norms, and bare scales and shifts (docs/decisions/0015)."""
 
 _GAUGES = {
     "rank": "kfdist_inversion_rank",
@@ -39,6 +44,7 @@ def pipeline_samples(pipeline: Pipeline, link: LinkCounters) -> list[MetricSampl
         *_by_label("kfdist_restarts_total", "process", _some({"courier": link.courier_restarts})),
         _sample("kfdist_samples_lost_total", link.samples_dropped),
         _sample("kfdist_queue_depth", sum(len(track.jobs.unanswered) for track in pipeline.tracks)),
+        _sample("kfdist_jobs_replaced_total", sum(track.jobs.replaced for track in pipeline.tracks)),
         _sample(
             "kfdist_nonfinite_drops_total",
             counters.drops.latest(sums.dropped for sums in pipeline.reducer.sums.values()),
@@ -55,24 +61,45 @@ def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
     samples = [
         # Counters run from the sender's start, so a resumed run counts the steps of this process.
         _sample("kfdist_steps_total", counters.steps),
-        _sample("kfdist_damping", pipeline.agreement.damping(step)),
+        _sample("kfdist_damping", counters.adaptive_damping or pipeline.agreement.damping(step)),
+        _sample("kfdist_inverse_period_steps", pipeline.timetable.inverse_period(step)),
         _sample("kfdist_adoptions_total", counters.adoptions),
+        *(_sample("kfdist_adoption_wait_seconds", seconds) for seconds in counters.adoption_waits),
         *_by_label("kfdist_fallbacks_total", "reason", counters.fallbacks),
         *_by_label("kfdist_fallbacks_total", "reason", _some(replaced)),
         *_by_label("kfdist_fallbacks_total", "reason", counters.degraded),
         *_by_label("kfdist_failures_total", "reason", _some(failures)),
         *_taken("kfdist_step_seconds", "phase", counters.step_seconds),
     ]
+    counters.adoption_waits.clear()
+    if counters.kl_clip_factor is not None:
+        factor = counters.kl_clip.latest([counters.kl_clip_factor])
+        samples += [_sample("kfdist_kl_clip_factor", factor)] if counters.kl_clip.arrived else []
+    if counters.trust_ratio is not None:
+        samples.append(_sample("kfdist_trust_ratio", counters.trust_ratio))
     if (noise_scale := pipeline.noise_scale.latest()) is not None:
         samples.append(_sample("kfdist_gradient_noise_scale_examples", noise_scale))
+    samples += _staleness_samples(pipeline.tracks, step)
     for track in pipeline.tracks:
-        samples.append(_sample("kfdist_staleness_steps", track.staleness(step), block=track.group.name))
-        seconds = track.age_seconds()
-        if seconds is not None:
-            samples.append(_sample("kfdist_staleness_seconds", seconds, block=track.group.name))
         for block, outcome in track.snapshot.outcomes.items():
             samples += diagnostic_samples(block, outcome.diagnostics)
     return samples
+
+
+def _staleness_samples(tracks: Sequence[Track], step: int) -> list[MetricSample]:
+    """Returns how old each group's inverse is; those with closed forms, of which there may be many, share the worst."""
+    samples: dict[tuple[str, str], float] = {}
+    for track in tracks:
+        label = CLOSED_FORMS if isinstance(track.group.inverter, UnitWise) else track.group.name
+        ages = {
+            "kfdist_staleness_steps": track.staleness(step),
+            "kfdist_staleness_seconds": track.age_seconds(),
+            "kfdist_delay_steps": track.delay,
+        }
+        for name, age in ages.items():
+            if age is not None:
+                samples[name, label] = max(age, samples.get((name, label), 0.0))
+    return [_sample(name, age, block=label) for (name, label), age in samples.items()]
 
 
 def pipeline_totals(pipeline: Pipeline, link: LinkCounters) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class Track:
         memories: What each block keeps from step to step beside its snapshot; the same on all ranks.
         calibrations: How often the memories of the snapshot in use were folded: 0 where it waits for the first, None
             where it is not calibrated. The same on all ranks.
+        delay: Steps from the statistics of the snapshot in use to its adoption; None before one or after a resume.
         without_statistics: Whether no rank had any statistics for the newest result, as far as it is known; the same on
             all ranks.
     """
@@ -76,6 +77,7 @@ class Track:
     snapshot: Snapshot = field(default_factory=Snapshot)
     memories: dict[BlockName, BlockMemory] = field(default_factory=dict)
     calibrations: int | None = None
+    delay: int | None = None
     without_statistics: bool = False
     _taken: dict[int, float] = field(default_factory=dict)
 

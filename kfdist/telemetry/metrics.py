@@ -46,6 +46,9 @@ class Metric:
         labels: Label names, besides `run`.
         across: How several senders' values become one.
         buckets: Upper bounds of a histogram's buckets, rising, without infinity.
+        known: Values of its only label that a counter shows at 0 from the start: Prometheus sees no increase in a
+            series that begins with 1.
+        ages: Whether a gauge grows by one a second until its sender tells a new value.
         by_run: Whether the exporter adds the label `run`.
         sent: Whether members send it; the controller measures the others itself.
     """
@@ -57,6 +60,8 @@ class Metric:
     labels: tuple[str, ...] = ()
     across: Across = Across.RANK_ZERO
     buckets: tuple[float, ...] = ()
+    known: tuple[str, ...] = ()
+    ages: bool = False
     by_run: bool = True
     sent: bool = True
 
@@ -90,6 +95,7 @@ _fact = partial(_gauge, sent=False)
 _DECLARED = (
     # The run's progress.
     _counter("kfdist_steps_total", "Training steps made."),
+    _counter("kfdist_examples_total", "Examples trained on, over all ranks."),
     _histogram(
         "kfdist_step_seconds",
         "Wall-clock seconds of a training step by phase, over all ranks.",
@@ -104,10 +110,29 @@ _DECLARED = (
     ),
     # Staleness and adoption.
     _of_block("kfdist_staleness_steps", "Training steps between the statistics in a block's inverse and now."),
-    _of_block("kfdist_staleness_seconds", "Seconds between the statistics in a block's inverse and now."),
+    _of_block("kfdist_staleness_seconds", "Seconds between the statistics in a block's inverse and now.", ages=True),
+    _of_block(
+        "kfdist_delay_steps", "Training steps between the statistics in a block's inverse and the step that adopted it."
+    ),
+    _gauge("kfdist_inverse_period_steps", "Training steps between two inversions of a block."),
     _counter("kfdist_adoptions_total", "Versions that all ranks swapped in."),
-    _counter("kfdist_fallbacks_total", "Uses of something lesser than a fresh inverse, by reason.", labels=("reason",)),
+    _histogram(
+        "kfdist_adoption_wait_seconds",
+        "Wall-clock seconds that all ranks waited in a step for results to adopt; steps that didn't wait aren't in it.",
+        buckets=_STEP_BUCKETS,
+    ),
+    _counter(
+        "kfdist_fallbacks_total",
+        "Uses of something lesser than a fresh inverse, by reason.",
+        labels=("reason",),
+        known=("no_snapshot", "waited", "kept", "fallback", "damping_raised"),
+    ),
     _gauge("kfdist_damping", "Damping lambda in force."),
+    _gauge("kfdist_kl_clip_factor", "What the KL clip multiplied all directions by in a step: 1 where it didn't act."),
+    _gauge(
+        "kfdist_trust_ratio",
+        "Change of the objective over the change that the quadratic model predicted, in AdaptiveStep's newest trial.",
+    ),
     # Inversions and what they cost.
     _histogram(
         "kfdist_inversion_seconds",
@@ -116,6 +141,11 @@ _DECLARED = (
         buckets=_INVERSION_BUCKETS,
     ),
     _gauge("kfdist_queue_depth", "Inversions submitted and not yet answered.", across=Across.SUM),
+    _counter(
+        "kfdist_jobs_replaced_total",
+        "Inversions that never ran because newer statistics of their block took their place, over all ranks.",
+        across=Across.SUM,
+    ),
     _counter(
         "kfdist_bytes_total",
         "Bytes that kfdist moved, by purpose, over all ranks.",
@@ -149,13 +179,20 @@ _DECLARED = (
         "Failed inversions and re-submitted jobs, by reason.",
         labels=("reason",),
         across=Across.SUM,
+        known=("inversion_failed", "damaged_broadcast", "owner_lost", "deadline", "crash", "corrupt", "courier_lost"),
     ),
     _counter(
         "kfdist_nonfinite_drops_total",
         "Batches whose statistics were dropped because they weren't finite, over all ranks.",
         across=Across.SUM,
     ),
-    _counter("kfdist_restarts_total", "Processes started again, by process.", labels=("process",), across=Across.SUM),
+    _counter(
+        "kfdist_restarts_total",
+        "Processes started again, by process.",
+        labels=("process",),
+        across=Across.SUM,
+        known=("courier", "owner", "inverter"),
+    ),
     _counter(
         "kfdist_samples_lost_total",
         "Samples that ranks dropped because the controller or the courier took none for too long, over all ranks.",
@@ -177,6 +214,13 @@ _DECLARED = (
         "kfdist_samples_dropped_total",
         "Samples that the controller refused, by reason.",
         labels=("reason",),
+        by_run=False,
+        sent=False,
+    ),
+    _gauge(
+        "kfdist_certificate_expiry_timestamp_seconds",
+        "When a certificate that the controller reads expires, in seconds since 1970, by file.",
+        labels=("file",),
         by_run=False,
         sent=False,
     ),

@@ -66,7 +66,7 @@ class Trainer:
         metrics = training.data.objective.metrics
         self.metrics: dict[str, float | None] = {f"train_{name}": None for name in ("loss", *metrics)}
         self._tally = torch.zeros(1 + len(metrics), dtype=torch.float64, device=training.device)
-        self._tallied = 0
+        self._tallied = self._examples = 0
         self._clock = self._window_start = self._last_beat = time.perf_counter()
 
     @property
@@ -231,8 +231,10 @@ class Trainer:
                 steps_per_second=rate,
             )
         )
+        self._examples += examples
         accuracy = [MetricSample(name="kfdist_accuracy", value=metrics["accuracy"])] if "accuracy" in metrics else []
-        self._beat("running", MetricSample(name="kfdist_loss", value=loss), *accuracy)
+        seen = MetricSample(name="kfdist_examples_total", value=self._examples)
+        self._beat("running", MetricSample(name="kfdist_loss", value=loss), seen, *accuracy)
         self._tally.zero_()
         self._tallied = 0
         self._window_start = now

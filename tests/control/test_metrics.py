@@ -50,6 +50,11 @@ class TestDeclarations:
             if "block" in metric.labels:
                 assert metric.kind is Kind.GAUGE and metric.across in (Across.MAX, Across.MIN)
 
+    def test_only_labelled_counters_begin_at_zero_and_only_gauges_age(self):
+        for metric in METRICS.values():
+            assert not metric.known or (metric.kind is Kind.COUNTER and len(metric.labels) == 1)
+            assert not metric.ages or (metric.kind is Kind.GAUGE and metric.name.endswith("_seconds"))
+
     @pytest.mark.parametrize(
         ("name", "value", "labels", "fault"),
         [
@@ -122,6 +127,18 @@ class TestSeries:
         run.forget_gauges(RANKS[0])
         run.forget_gauges(RANKS[2])
         assert exported(run) == {}
+
+    def test_seconds_of_staleness_rise_while_their_sender_hangs_and_steps_do_not(self):
+        now = [100.0]
+        run = RunSeries(lambda: now[0])
+        told = {"kfdist_staleness_seconds": 2.5, "kfdist_staleness_steps": 7.0}
+        run.ingest(
+            RANKS[0], "1", [MetricSample(name=name, value=v, labels={"block": "fc"}) for name, v in told.items()]
+        )
+        now[0] += 40.0
+        aged = {"kfdist_staleness_seconds": 42.5, "kfdist_staleness_steps": 7.0}
+        assert {name: value for (name, _), value in exported(run).items()} == aged
+        assert run.gauges_of(RANKS[0]) == aged
 
     @given(st.lists(st.floats(0, 200), min_size=1, max_size=50))
     def test_histograms_count_every_observation_where_it_belongs(self, seconds):
@@ -201,6 +218,8 @@ def test_a_scrape_shows_everything_declared(controller, member):
     eventually(lambda: values(controller.scrape()).get('kfdist_run_step{run="digits"}'), lambda step: step == 11)
     text = controller.scrape()
     for metric in METRICS.values():
+        if metric.name == "kfdist_certificate_expiry_timestamp_seconds":  # there are none
+            continue
         assert f"# TYPE {metric.name} {metric.kind}" in text
         assert f"# HELP {metric.name} {metric.help}" in text
     found = values(text)
@@ -233,6 +252,16 @@ def test_what_was_measured_can_be_listed(client, member):
     assert listed["kfdist_step_seconds_count", "some-phase"] == 2
     with pytest.raises(ConfigError, match="no run 'digist' here; did you mean 'digits'"):
         client.samples("digist")
+
+
+def test_what_has_not_gone_wrong_yet_is_zero(controller, member):
+    member.register_worker("digits")
+    member.beat_worker("digits", samples=(sample("kfdist_failures_total", 2, reason="crash"),))
+    found = values(controller.scrape())
+    assert found['kfdist_failures_total{reason="crash",run="digits"}'] == 2
+    for metric in METRICS.values():
+        for value in set(metric.known) - {"crash"}:
+            assert found[f'{metric.name}{{{metric.labels[0]}="{value}",run="digits"}}'] == 0
 
 
 def test_restarts_of_owners_are_counted_for_runs_that_last(controller, member):

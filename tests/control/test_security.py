@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,12 +22,12 @@ from kfdist.errors import EnvironmentFault
 from kfdist.owner.membership import Membership
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, run_pb2, run_pb2_grpc
 from kfdist.rpc.authentication import channel_credentials
-from kfdist.rpc.certificates import Authority, make_certificates
+from kfdist.rpc.certificates import Authority, make_certificates, renew_certificates
 from kfdist.rpc.channels import open_channel
 from kfdist.rpc.handshake import explain
 from kfdist.system.addresses import split_address
 from kfdist.system.credentials import Credentials, Role
-from tests.support.controller import ControllerThread, Member, scrape_secured
+from tests.support.controller import ControllerThread, Member, scrape_secured, values
 from tests.support.secrets import secrets_of
 
 
@@ -184,6 +185,18 @@ def test_renewed_certificates_and_tokens_count_without_a_restart(
             (directory / name).write_bytes(content)
     with ControlClient(address, ours) as client:
         client.runs()
+
+
+def test_the_controller_tells_when_its_certificates_expire(secured: ControllerThread, directory, ours: Credentials):
+    def told() -> dict[str, float]:
+        found = values(scrape_secured(secured.controller.metrics_address, ours))
+        return {file: found[f'kfdist_certificate_expiry_timestamp_seconds{{file="{file}"}}'] for file in names}
+
+    names = ("controller.pem", "ca.pem")
+    days = {file: (expiry - time.time()) / 86400 for file, expiry in told().items()}
+    assert days["controller.pem"] == pytest.approx(365, abs=1) and days["ca.pem"] == pytest.approx(3650, abs=1)
+    renew_certificates(directory, days=20)
+    assert (told()["controller.pem"] - time.time()) / 86400 == pytest.approx(20, abs=1)
 
 
 def test_metrics_elsewhere_than_on_loopback_are_for_those_with_a_certificate(

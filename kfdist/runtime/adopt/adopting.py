@@ -78,12 +78,14 @@ class Adopting:
         adopted = []
         for index, arrival in sorted(arrived.items()):
             track = self.tracks[index]
-            self.installer.install(track, arrival.version, arrival.payload)
+            if self.installer.install(track, arrival.version, arrival.payload):
+                track.delay = step - arrival.version
             track.adopt(arrival.version)
             adopted.append((track.group.name, arrival.version))
         for index, made in sorted(inverted.items()):
             track = self.tracks[index]
             self.installer.install_own(track, step, made)
+            track.delay = 0
             adopted.append((track.group.name, step))
         self.counters.adoptions += len(adopted)
         return tuple(adopted)

@@ -46,12 +46,14 @@ class Applying:
             batches: This rank's batch, for inverses that are multiplied onto rows.
             learning_rate: The learning rate of a parameter, for the KL clip.
         """
-        precondition_gradients(
+        factor = precondition_gradients(
             self._applications(step, self.agreement.damping(step), batches),
             kl_clip=self.settings.kl_clip,
             learning_rate=learning_rate,
             communicator=self.communicator,
         )
+        if factor is not None:
+            self.counters.kl_clip_factor = factor
 
     def directions(self, step: int, damping: float) -> dict[nn.Parameter, Tensor]:
         """Returns (F + damping I)^-1 grad by parameter, from the snapshots in use; nothing is written or kept."""

@@ -117,7 +117,7 @@ def precondition_gradients(
     kl_clip: float | None,
     learning_rate: Callable[[nn.Parameter], float],
     communicator: Communicator,
-) -> None:
+) -> Tensor | None:
     r"""Replaces each V_l in `.grad` by nu nu_l U_l with U_l = (F_l + lambda I)^-1 V_l.
 
     nu = min(1, sqrt(kappa / sum_l lr_l^2 nu_l^2 <U_l, V_l>)) bounds the step's predicted KL divergence by kappa
@@ -135,23 +135,27 @@ def precondition_gradients(
         kl_clip: kappa; None turns both clips off.
         learning_rate: The learning rate of a parameter; asked only with a `kl_clip`.
         communicator: Carries directions that one rank computes for all.
+
+    Returns:
+        nu, on the device; None where nothing was clipped.
     """
     if not applications:
-        return
+        return None
     found = solve(applications, communicator)
     if kl_clip is None or not found:
         for each in found:
             each.block.write_gradient(each.direction)
-        return
+        return None
     products = torch.stack([torch.sum(each.known(each.direction * each.gradient, 0.0)) for each in found])
     shares = _shares(products, [each.memory for each in found])
     rates = [learning_rate(each.block.parameters()[0]) for each in found]
     terms = [lr**2 * each for lr, each in zip(rates, (shares.square() * products).unbind(), strict=True)]
     total = sum(terms[1:], start=terms[0])
-    scales = shares * torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
-    for each, scale in zip(found, scales.unbind(), strict=True):
+    factor = torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
+    for each, scale in zip(found, (shares * factor).unbind(), strict=True):
         U = each.direction
         each.block.write_gradient(each.known(U * scale.to(U.dtype), each.gradient))
+    return factor
 
 
 def _shares(products: Tensor, memories: Sequence[BlockMemory]) -> Tensor:

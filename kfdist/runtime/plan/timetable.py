@@ -68,6 +68,10 @@ class Timetable:
         """Returns the schedule that holds at `step`."""
         return next(schedule for schedule in reversed(self._schedules) if schedule.begin <= step)
 
+    def inverse_period(self, step: int) -> int:
+        """Returns the steps between two inversions of a group at `step`."""
+        return self._at(step).inverse_period
+
     def takes_norms(self, step: int, *, measures: bool) -> bool:
         """Says whether `step` takes the norms of gradients: with the first group's foldings.
 

@@ -16,6 +16,7 @@ from kfdist.errors import CheckpointError, ConfigError, Interrupted, LossNotFini
 from kfdist.optim.adaptive import AdaptiveStep
 from kfdist.optim.adaptive_settings import AdaptiveSettings
 from kfdist.optim.output_fisher import NoForwardDerivative
+from kfdist.runtime.counters import PipelineCounters
 
 EXACT = 1e-10
 """float64 sums of at most a few hundred terms."""
@@ -35,6 +36,7 @@ class Formula:
         self.covered = [p for name, p in model.named_parameters() if name not in without]
         self.examples: list[int] = []
         self.updates = 0
+        self.pipeline = SimpleNamespace(counters=PipelineCounters())
         self.interrupted = False
 
     def update(self) -> Any:

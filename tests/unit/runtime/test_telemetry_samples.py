@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from torch import nn
 
+import kfdist
+from kfdist.control.exporter import Exporter
+from kfdist.control.series import Sender
 from kfdist.curvature.inverter import Inversion, Outcome
-from kfdist.runtime.telemetry_samples import diagnostic_note, diagnostic_samples
-from kfdist.telemetry.metrics import fault_in
+from kfdist.runtime.telemetry_samples import CLOSED_FORMS, diagnostic_note, diagnostic_samples
+from kfdist.telemetry.metrics import METRICS, Across, fault_in
 from kfdist.types import MetricSample
 from tests.support.cases import CASES, InverterCase
-from tests.support.preconditioning import backward, preconditioner, two_layers
+from tests.support.preconditioning import backward, gradients, preconditioner, rows, two_layers
 
 FOUND = {
     "rank_A": 17.0,
@@ -84,3 +88,81 @@ def test_ranks_that_invert_for_themselves_have_nothing_to_tell():
         pre.step()
         assert {row.inversion for row in pre.coverage().rows} == {""}
         assert not any(sample.name.startswith("kfdist_inversion_r") for sample in pre.samples())
+
+
+def told(pre: kfdist.Preconditioner) -> dict[tuple[str, ...], float]:
+    return {(each.name, *each.labels.values()): each.value for each in pre.samples()}
+
+
+def test_the_factor_of_the_kl_clip_is_what_all_directions_were_multiplied_by():
+    plain, clipped = two_layers(), two_layers()
+    with preconditioner(plain, kl_clip=None) as pre:
+        backward(plain)
+        pre.step()
+        assert ("kfdist_kl_clip_factor",) not in told(pre)
+    with preconditioner(clipped, kl_clip=1e-6) as pre:
+        backward(clipped)
+        pre.step()
+        factor = told(pre)["kfdist_kl_clip_factor",]
+    assert 0 < factor < 1
+    for mine, theirs in zip(gradients(clipped), gradients(plain), strict=True):
+        assert torch.allclose(mine, factor * theirs, rtol=1e-6)
+
+
+def test_an_adaptive_step_tells_its_own_damping_and_its_trust_ratio():
+    model = two_layers()
+    x, y = rows()
+    with preconditioner(model, kfdist.KfacEigen(damping_rule="pi"), kl_clip=None, lr=None, damping=9.0) as pre:
+        assert told(pre)["kfdist_damping",] == 9.0 and ("kfdist_trust_ratio",) not in told(pre)
+        stepper = kfdist.AdaptiveStep(pre, loss="cross_entropy", damping=3.0)
+        report = stepper.step(lambda: ((output := model(x)), nn.functional.cross_entropy(output, y)))
+        found = told(pre)
+        assert found["kfdist_damping",] == 3.0
+        assert found["kfdist_trust_ratio",] == report.rho
+
+
+def test_staleness_and_delay_of_a_lag():
+    model = two_layers()
+    with preconditioner(model, adoption=kfdist.FixedLag(2), inverse_period=4) as pre:
+        seen = []
+        for step in range(8):
+            backward(model, seed=step)
+            pre.step()
+            found = told(pre)
+            seen.append([found[f"kfdist_{name}_steps", "0"] for name in ("staleness", "delay")])
+            assert found["kfdist_inverse_period_steps",] == 4
+    # Version 0 is waited for at step 0, version 4 adopted at step 6.
+    assert seen == [[0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [5, 0], [2, 2], [3, 2]]
+
+
+def test_waits_for_results_are_told_once():
+    model = two_layers()
+    with preconditioner(model) as pre:
+        backward(model)
+        waited = pre.step().waited_seconds
+        assert [each.value for each in pre.samples() if each.name == "kfdist_adoption_wait_seconds"] == [waited]
+        assert not [each for each in pre.samples() if each.name == "kfdist_adoption_wait_seconds"]
+
+
+@pytest.mark.parametrize(("blocks", "norms"), [(54, 0), (54, 53)])
+def test_256_ranks_stay_under_2000_series(blocks: int, norms: int):
+    layers = [nn.Sequential(nn.Linear(4, 4), *([nn.LayerNorm(4)] if i < norms else [])) for i in range(blocks)]
+    model = nn.Sequential(*layers).double()
+    with preconditioner(model, "rs-kfac") as pre:
+        model(torch.ones(2, 4, dtype=torch.float64)).square().mean().backward()
+        pre.step()
+        told = pre.samples()
+    # The trainer's two phases, and one of everything that this run had no reason to tell.
+    told += [MetricSample(name="kfdist_step_seconds", value=1.0, labels={"phase": each}) for each in ("input", "total")]
+    for name in METRICS.keys() - {each.name for each in told}:
+        if METRICS[name].sent:
+            told.append(MetricSample(name=name, value=1.0, labels=dict.fromkeys(METRICS[name].labels, "some")))
+    of_others = [each for each in told if METRICS[each.name].across is not Across.RANK_ZERO]
+    exporter = Exporter()
+    for rank in range(256):
+        exporter.ingest("large", Sender("worker", str(rank)), "1", of_others if rank else told)
+    series = [sample for family in exporter.collect() for sample in family.samples]
+    named = {sample.labels["block"] for sample in series if sample.name == "kfdist_delay_steps"}
+    assert len(named) == blocks + bool(norms)
+    assert (CLOSED_FORMS in named) == bool(norms)
+    assert 10 * blocks < len(series) < 2000
