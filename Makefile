@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-chaos test-slow lint format protos bench compare wheel clean distclean prometheus
+.PHONY: help run test test-chaos test-slow gpu gpu-wheels lint format protos bench compare wheel clean distclean prometheus
 
 help:  ## Shows this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ endef
 # Of the tests that start processes, which wait more than they compute and whose clocks are set for a busy machine, three
 # files run at a time, those that last longest first. The others fill the cores meanwhile, at a lower priority, and are
 # shown afterwards.
-ALONE := tests/models tests/unit tests/contracts tests/architecture tests/support tests/deploy
+ALONE := tests/models tests/unit tests/contracts tests/architecture tests/support tests/deploy tests/gpu
 TOGETHER := tests/end_to_end tests/pool tests/links tests/distributed tests/control tests/owner tests/acceptance
 
 test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
@@ -52,6 +52,18 @@ test-chaos: $(INSTALLED)  ## Runs the long fault loops
 
 test-slow: $(INSTALLED) prometheus  ## Runs the slow tier: soak, installed wheel, all real models
 	@$(call beside,-m slow --numprocesses 2 tests/models,-m slow --ignore tests/models)
+
+# On a machine with a CUDA device, which may have its own torch and no network: PYTHON is that torch's interpreter.
+gpu:  ## Tests on a CUDA device; PYTHON=... has its torch
+	PYTHON=$(PYTHON) bash tests/gpu/run.sh
+
+# A machine of another Python: WHEELS_PYTHON=3.12.
+WHEELS_PYTHON ?= 3.12
+gpu-wheels: $(INSTALLED)  ## Downloads to .whl/ what a GPU machine lacks
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest .whl --constraint constraints.txt \
+	  --python-version $(WHEELS_PYTHON) --implementation cp \
+	  $(foreach n,2_34 2_28 2_27 2_17 2014,--platform manylinux$(if $(filter 2014,$(n)),,_)$(n)_x86_64) \
+	  --requirement tests/gpu/wheels.txt
 
 lint: $(INSTALLED)  ## Checks format, style, types and the direction of imports
 	$(BIN)/ruff format --check

@@ -138,7 +138,8 @@ class PayloadBroadcast:
         self.payload: bytes | None = None
         self._sent = payload
         if payload is not None:
-            buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(communicator.device)
+            sent = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+            buffer = sent.to(communicator.device, non_blocking=True)  # else the host would wait for the device
         else:
             buffer = torch.empty(header.size, dtype=torch.uint8, device=communicator.device)
         work = communicator.broadcast(buffer, source)

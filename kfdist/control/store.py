@@ -309,9 +309,9 @@ def _write_run(cursor: sqlite3.Cursor, update: RunUpdate, time_ns: int) -> None:
         )
     if update.events:
         cursor.execute(
-            "DELETE FROM events WHERE run = ?1 AND event_id <= "
-            "(SELECT event_id FROM events WHERE run = ?1 ORDER BY event_id DESC LIMIT 1 OFFSET ?2)",
-            (record.name, KEPT_EVENTS),
+            "DELETE FROM events WHERE run = :run AND event_id <= "
+            "(SELECT event_id FROM events WHERE run = :run ORDER BY event_id DESC LIMIT 1 OFFSET :kept)",
+            {"run": record.name, "kept": KEPT_EVENTS},
         )
 
 

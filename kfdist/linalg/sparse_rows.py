@@ -5,13 +5,13 @@ wait.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from kfdist.torch_internals import entries_of
 
 
-def dense_of(gradient: Float[Tensor, "V p"]) -> Float[Tensor, "V p"]:
+def dense_of(gradient: Inexact[Tensor, "*shape"]) -> Inexact[Tensor, "*shape"]:
     """Returns a gradient, sparse or dense, as a dense one; entries of the same row add up."""
     if not gradient.is_sparse:
         return gradient

@@ -126,12 +126,18 @@ def _check_memory(plan: Plan, world: Communicator) -> None:
 def _agree_on_terms(plan: Plan, world: Communicator, service: Service | None) -> JobTerms:
     """Returns what all jobs of this start say, the same on all ranks. Collective.
 
-    Statistics reach the inverters in host memory, and both the local link and the owners invert there, whatever the
-    ranks train on: whoever inverts needs the fingerprint of a CPU.
+    Statistics reach the inverters in host memory, and the local link inverts there, whatever the ranks train on. Owners
+    do too unless they are said to have a GPU.
     """
+    owners_device = "cpu" if service is None else service.device
+    try:
+        listed = on_every_rank(world, lambda: _fingerprint_of_inverters(plan, owners_device))
+    except RankFailed as fault:
+        raise EnvironmentFault(str(fault)) from fault
+    of_inverters = listed[world.rank]
     require_equal(
         world,
-        {"fingerprint": fingerprint(plan.device.type, torch.get_num_threads())},
+        {"fingerprint": fingerprint(plan.device.type, torch.get_num_threads()), "inverters' fingerprint": of_inverters},
         lambda _, listed: EnvironmentFault(
             f"the ranks differ in what their numbers depend on ({listed}); use the same hardware, thread count "
             "(torch.set_num_threads) and library versions on all ranks"
@@ -142,8 +148,25 @@ def _agree_on_terms(plan: Plan, world: Communicator, service: Service | None) ->
     return JobTerms(
         run="local" if service is None else service.run,
         epoch=int(world.broadcast_json(epoch)),
-        fingerprint=fingerprint("cpu", torch.get_num_threads()),
+        fingerprint=of_inverters,
         deadline_seconds=DEADLINE_SECONDS if service is None else service.deadline_seconds,
+    )
+
+
+def _fingerprint_of_inverters(plan: Plan, device: str) -> str:
+    """Returns what the numbers of whoever inverts depend on; empty where nobody asks and this rank can't tell.
+
+    Raises:
+        EnvironmentFault: With a fixed lag, owners have a GPU and this rank none, so that it can't say which they need.
+    """
+    if device == "cpu" or torch.cuda.is_available():
+        return fingerprint(device, torch.get_num_threads())
+    if plan.settings.lag is None:
+        return ""
+    raise EnvironmentFault(
+        "with a fixed lag, owners must compute what this rank would, bit for bit; they invert on a GPU, and torch "
+        f"{torch.__version__} sees none here. Give the ranks the same GPU, let owners invert on CPUs "
+        '(cluster.bundle.gpus = 0), or take adoption = "asap"'
     )
 
 

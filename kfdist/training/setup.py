@@ -165,6 +165,7 @@ def make_training(
             deadline_seconds=config.cluster.job_deadline_seconds,
             certificates=config.security.certificates,
             token_file=config.security.token_file,
+            device="cuda" if config.cluster.bundle.gpus else "cpu",
         )
     plan = materials.plan
     settings = replace(

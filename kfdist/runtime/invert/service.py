@@ -15,6 +15,9 @@ from kfdist.types import RUN_NAME_PATTERN
 DEADLINE_SECONDS = 120.0
 """How long one inversion may run by default; the largest layer of ResNet-50 takes seconds."""
 
+DEVICES = ("cpu", "cuda")
+"""Where owners invert."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
@@ -26,6 +29,7 @@ class Service:
     assignment: str = "round_robin"
     deadline_seconds: float = DEADLINE_SECONDS
     credentials: Credentials | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         server_address(self.address, field="address")
@@ -38,6 +42,7 @@ class Service:
             checks.count("epoch", self.epoch, least=1, hint="or None, which draws one from rank 0's clock")
         checks.choice("assignment", self.assignment, POLICIES)
         checks.number("deadline_seconds", self.deadline_seconds, above=0)
+        checks.choice("device", self.device, DEVICES)
 
 
 def connect(
@@ -49,6 +54,7 @@ def connect(
     deadline_seconds: float = DEADLINE_SECONDS,
     certificates: str | None = None,
     token_file: str | None = None,
+    device: str = "cpu",
 ) -> Service:
     """Says which service a preconditioner's inversions go to; nothing is contacted until the preconditioner is made.
 
@@ -61,6 +67,8 @@ def connect(
         deadline_seconds: How long one inversion may run before its process is killed and the job sent again.
         certificates: Directory that `kfdist certs init` made, for a controller that demands TLS and a token.
         token_file: The file with the token; `token` in that directory if None.
+        device: Where the owners invert, "cpu" or "cuda". Only `FixedLag` looks at it: there an owner must compute what
+            this rank would on such a device, bit for bit, so that it matters not who inverts.
 
     Raises:
         ConfigError: A value is out of range.
@@ -72,6 +80,7 @@ def connect(
         assignment=assignment,
         deadline_seconds=deadline_seconds,
         credentials=Credentials.at(Role.CLIENT, certificates, token_file),
+        device=device,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from kfdist.config import load_config
 from kfdist.control.validation import NAME
 from kfdist.errors import EnvironmentFault
+from kfdist.owner.owner import OwnerOptions
 from kfdist.pool import supervisor
 from kfdist.pool.command import run_pool
 from kfdist.pool.supervisor import fault_of_start, owner_names
@@ -38,6 +39,27 @@ def test_a_pool_whose_certificates_are_missing_starts_nothing(tmp_path: Path):
     config = load_config(None, overrides=[f"security.certificates={tmp_path}"], environment={})
     with pytest.raises(EnvironmentFault, match=rf"{tmp_path}/owner\.pem on node .* can't be read"):
         run_pool(config, directory=None, ready_file=None, parent_pid=None, on_ready=lambda owners: None)
+
+
+@pytest.mark.parametrize(("gpus", "device", "share"), [(0, "cpu", 1.0), (0.25, "cuda", 0.25), (1, "cuda", 1.0)])
+def test_a_bundle_with_a_gpu_makes_owners_invert_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: float, device: str, share: float
+):
+    given: list[OwnerOptions] = []
+
+    class Actor:
+        def options(self, **options: Any) -> "Actor":
+            return self
+
+        def remote(self, options: OwnerOptions) -> None:
+            given.append(options)
+
+    placement = SimpleNamespace(owner=None, remembers=False, host="", options=lambda index: {})
+    monkeypatch.setattr(supervisor, "place", lambda ray, config: placement)
+    config = load_config(None, overrides=[f"run.dir={tmp_path}", f"cluster.bundle.gpus={gpus}"], environment={})
+    ray = SimpleNamespace(remote=lambda owner: Actor(), exceptions=SimpleNamespace(ActorAlreadyExistsError=KeyError))
+    supervisor.Supervisor(SimpleNamespace(ray=ray, directory=tmp_path), config)  # pyright: ignore[reportArgumentType]
+    assert [(each.device, each.gpu_share) for each in given] == [(device, share)] * config.cluster.owners
 
 
 def test_an_owner_that_ray_refuses_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
