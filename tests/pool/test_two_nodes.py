@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,16 +26,12 @@ def hosts() -> Iterator[Mapping[str, Host]]:
         yield made
 
 
-def processes(host: Host) -> list[int]:
-    return [int(pid) for pid in subprocess.check_output(["ip", "netns", "pids", host.namespace], text=True).split()]
-
-
 @contextlib.contextmanager
 def ended(host: Host) -> Iterator[None]:
     """Ends everything on a host at once, as a power cut would."""
-    for pid in processes(host):
+    for process in host.processes():
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
     yield
 
 
@@ -85,7 +80,7 @@ def test_owners_are_spread_serve_all_and_move_when_their_node_is_lost(
                 seen = eventually(status, lambda seen: seen["live_owners"] == 2, seconds=60)
                 assert int(str(seen["step"])) > before
             # One that comes back isn't wanted any more: its Ray ends, and whoever was told of its owner is told anew.
-            eventually(lambda: processes(node), lambda left: not left, seconds=90)
+            eventually(node.processes, lambda left: not left, seconds=90)
             eventually(addresses, lambda seen: seen == [head.address] * 2, seconds=60)
             worker.signal(signal.SIGTERM)
             worker.expect(75)

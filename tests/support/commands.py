@@ -35,6 +35,11 @@ class Process:
     started: int
     title: str
 
+    def cpu_seconds(self) -> float:
+        """Returns how long it has computed until now."""
+        fields = Path(f"/proc/{self.pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 def process_table() -> dict[int, Process]:
     """Returns every living process by its id."""

@@ -21,7 +21,7 @@ from typing import NoReturn
 import pytest
 
 from tests.support import slow_cable
-from tests.support.commands import process_table
+from tests.support.commands import Process, process_table
 
 _PREFIX = "kfdist-test"
 _NAMESPACES, _FILES = Path("/run/netns"), Path("/etc/netns")
@@ -51,6 +51,11 @@ class Host:
     def prefix(self) -> tuple[str, ...]:
         """What to write before a command to run it there; it takes no process of its own."""
         return ("unshare", "--uts", "--", "sh", "-c", _ENTER, self.name, self.namespace)
+
+    def processes(self) -> list[Process]:
+        """Returns what runs there."""
+        table = process_table()
+        return [table[pid] for pid in map(int, _ip(f"netns pids {self.namespace}").split()) if pid in table]
 
     @contextlib.contextmanager
     def cut(self) -> Iterator[None]:
@@ -84,6 +89,22 @@ class Host:
                 told = json.loads(process.communicate(timeout=30)[0])
                 _ip(f"-n {self.switch} link del dev {between}")
         assert told["passed"] and (told["lost"] or not loss), f"the slow cable of {self.name} did nothing: {told}"
+
+
+@contextlib.contextmanager
+def apart(*hosts: Host) -> Iterator[None]:
+    """Moves hosts to a switch of their own: they reach each other still, and nobody else, as silently as by `cut`."""
+    switch = hosts[0].switch
+    _ip(f"-n {switch} link add name apart type bridge")
+    _ip(f"-n {switch} link set dev apart up")
+    try:
+        for host in hosts:
+            _ip(f"-n {switch} link set dev {host.name} master apart")
+        yield
+    finally:
+        for host in hosts:
+            _ip(f"-n {switch} link set dev {host.name} master bridge")
+        _ip(f"-n {switch} link del dev apart")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """Small models and data that several test files train."""
 
+import time
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -24,3 +27,17 @@ def images(n: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> tupl
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 2, 6, 6, generator=generator, dtype=dtype)
     return x, torch.randint(0, 3, (n,), generator=generator)
+
+
+def unhurried_mlp(example_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Three linear layers and a rest of 20 ms a step, so that a run that a test looks at leaves the cores to others."""
+
+    def rest(*_: Any) -> None:
+        time.sleep(0.02)
+
+    model = nn.Sequential(
+        *(nn.Flatten(), nn.Linear(example_shape[0], 24), nn.Tanh()),
+        *(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, classes)),
+    )
+    model.register_forward_pre_hook(rest)
+    return model
