@@ -169,9 +169,10 @@ class RunSeries:
     def zeros(self) -> Iterator[tuple[Metric, tuple[str, ...]]]:
         """Yields the counters that are known beforehand and that nobody has counted yet."""
         for metric in METRICS.values():
-            for value in metric.known:
-                if (metric.name, (value,)) not in self._counters:
-                    yield metric, (value,)
+            if metric.kind is Kind.COUNTER and metric.sent:
+                for labels in [(value,) for value in metric.known] if metric.labels else [()]:
+                    if (metric.name, labels) not in self._counters:
+                        yield metric, labels
 
     def histograms(self) -> Iterator[tuple[Metric, tuple[str, ...], Histogram]]:
         """Yields every histogram: metric, label values, observations."""

@@ -46,8 +46,8 @@ class Metric:
         labels: Label names, besides `run`.
         across: How several senders' values become one.
         buckets: Upper bounds of a histogram's buckets, rising, without infinity.
-        known: Values of its only label that a counter shows at 0 from the start: Prometheus sees no increase in a
-            series that begins with 1.
+        known: Values of its only label that a counter shows at 0 from the start, as those without labels are shown:
+            Prometheus sees no increase in a series that begins with 1.
         ages: Whether a gauge grows by one a second until its sender tells a new value.
         by_run: Whether the exporter adds the label `run`.
         sent: Whether members send it; the controller measures the others itself.

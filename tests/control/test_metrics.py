@@ -259,6 +259,7 @@ def test_what_has_not_gone_wrong_yet_is_zero(controller, member):
     member.beat_worker("digits", samples=(sample("kfdist_failures_total", 2, reason="crash"),))
     found = values(controller.scrape())
     assert found['kfdist_failures_total{reason="crash",run="digits"}'] == 2
+    assert found['kfdist_nonfinite_drops_total{run="digits"}'] == 0
     for metric in METRICS.values():
         for value in set(metric.known) - {"crash"}:
             assert found[f'{metric.name}{{{metric.labels[0]}="{value}",run="digits"}}'] == 0

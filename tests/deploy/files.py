@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = "docker/Dockerfile"
 COMPOSE = "docker/compose.yaml"
 SCRAPE = "deploy/prometheus/prometheus.yml"
+RECORDING = "deploy/prometheus/recording.yml"
+ALERTS = "deploy/prometheus/alerts.yml"
 DASHBOARD = "deploy/grafana/dashboards/kfdist.json"
 
 _SUFFIXES = {".yaml", ".yml", ".toml", ".json"}

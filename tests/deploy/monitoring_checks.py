@@ -3,7 +3,7 @@
 import json
 import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from kfdist.config import Config
@@ -11,8 +11,9 @@ from kfdist.system.addresses import split_address
 from kfdist.system.credentials import AUTHORITY_FILE, Role
 from kfdist.telemetry.metrics import METRICS, Kind
 from tests.deploy.docker_checks import CERTIFICATES
-from tests.deploy.files import COMPOSE, DASHBOARD, ROOT, SCRAPE, Files
+from tests.deploy.files import ALERTS, COMPOSE, DASHBOARD, RECORDING, ROOT, SCRAPE, Files
 
+RUNBOOK = "docs/runbook.md"
 METRICS_PORT = split_address(Config().control.metrics_address)[1]
 
 
@@ -33,10 +34,36 @@ def check_scrape(files: Files) -> Iterator[str]:
         if host not in services or port != METRICS_PORT:
             yield f"{SCRAPE} scrapes {target}; metrics are at controller:{METRICS_PORT}"
     mounts = dict(entry.split(":")[:2] for entry in services["prometheus"]["volumes"])
-    if f"--config.file={mounts.get(f'../{SCRAPE}')}" not in services["prometheus"]["command"]:
+    folder, _, file = SCRAPE.rpartition("/")
+    if f"--config.file={mounts.get(f'../{folder}')}/{file}" not in services["prometheus"]["command"]:
         yield f"{COMPOSE}: prometheus doesn't read {SCRAPE}"
     if mounts.get("certs") != directory:
         yield f"{COMPOSE}: prometheus has no certificates at {directory}"
+
+
+def check_rules(files: Files) -> Iterator[str]:
+    read = {f"deploy/prometheus/{name}" for name in files.documents(SCRAPE)[0]["rule_files"]}
+    if read != {RECORDING, ALERTS}:
+        yield f"{SCRAPE} reads the rules {sorted(read)}; it must read {RECORDING} and {ALERTS}"
+    recorded = _rules(files, RECORDING)
+    for rule in recorded:
+        yield from _check_expression(rule["expr"], f"{RECORDING}: {rule['record']}", "")
+    names = {rule["record"] for rule in recorded}
+    sections = set(re.findall(r"^## (\w+)$", (ROOT / RUNBOOK).read_text(encoding="utf-8"), flags=re.MULTILINE))
+    alerts = _rules(files, ALERTS)
+    for rule in alerts:
+        where, told = f"{ALERTS}: {rule['alert']}", rule["annotations"]
+        yield from _check_expression(rule["expr"], where, told["summary"], known=names)
+        if told["runbook_url"] != f"{RUNBOOK}#{rule['alert'].lower()}" or rule["alert"] not in sections:
+            yield f"{where} has no section of {RUNBOOK} at {told['runbook_url']}"
+        if rule["labels"].get("severity") not in ("warning", "critical"):
+            yield f"{where} has no severity"
+    for section in sections - {rule["alert"] for rule in alerts}:
+        yield f"{RUNBOOK} has a section {section}, which is no alert"
+
+
+def _rules(files: Files, path: str) -> list[dict[str, Any]]:
+    return [rule for group in files.documents(path)[0]["groups"] for rule in group["rules"]]
 
 
 def check_grafana(files: Files) -> Iterator[str]:
@@ -66,12 +93,18 @@ def check_dashboard(board: dict[str, Any]) -> Iterator[str]:
 
 
 def _check_target(target: dict[str, Any], variables: set[str], where: str) -> Iterator[str]:
-    expression = target["expr"]
-    for name in re.findall(r"\$\{?(\w+)", expression):
+    for name in re.findall(r"\$\{?(\w+)", target["expr"]):
         if name not in variables | {"__rate_interval"}:
             yield f"{where} uses ${name}, which isn't declared"
-    labels = {"run", "le"}
-    for name in re.findall(r"kfdist_\w+", expression):
+    yield from _check_expression(target["expr"], where, target["legendFormat"])
+
+
+def _check_expression(expression: str, where: str, text: str, known: Collection[str] = ()) -> Iterator[str]:
+    """Checks the metrics and labels of an expression, and the labels of the text that is shown for its series."""
+    labels = {"run", "le", "job", "instance"}
+    for name in known:
+        expression = expression.replace(name, "")
+    for name in re.findall(r"\bkfdist_\w+", expression):
         metric = METRICS.get(name)
         if metric is None and (part := re.fullmatch(r"(\w+)_(?:bucket|sum|count)", name)):
             metric = METRICS.get(part[1])
@@ -80,7 +113,7 @@ def _check_target(target: dict[str, Any], variables: set[str], where: str) -> It
             yield f"{where} shows {name}, which kfdist doesn't export"
         else:
             labels |= set(metric.labels)
-    used = set(re.findall(r"(\w+)\s*[=!]~?\"", expression)) | set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
-    used |= {label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")}
+    used = set(re.findall(r"(\w+)\s*[=!]~?\"", expression)) | set(re.findall(r"{{(?: \$labels\.)?(\w+) ?}}", text))
+    used |= {label.strip() for group in re.findall(r"(?:by|on) \(([^)]*)\)", expression) for label in group.split(",")}
     if used - labels:
         yield f"{where} uses labels {sorted(used - labels)}, which its metrics don't have"

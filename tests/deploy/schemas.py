@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tests.deploy.files import COMPOSE, SCRAPE, Files
+from tests.deploy.files import ALERTS, COMPOSE, RECORDING, SCRAPE, Files
 
 _SIMPLE: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -21,6 +21,8 @@ _SIMPLE: dict[str, tuple[type, ...]] = {
 _NAMED = {
     COMPOSE: "compose",
     SCRAPE: "prometheus",
+    RECORDING: "prometheus rules",
+    ALERTS: "prometheus rules",
     "deploy/grafana/provisioning/datasources/prometheus.yaml": "grafana datasources",
     "deploy/grafana/provisioning/dashboards/kfdist.yaml": "grafana dashboards",
 }

@@ -11,11 +11,12 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.deploy.docker_checks import check_compose, check_dockerfile, packages_of_controller
-from tests.deploy.files import COMPOSE, DASHBOARD, DOCKERFILE, SCRAPE, Check, Files
+from tests.deploy.files import ALERTS, COMPOSE, DASHBOARD, DOCKERFILE, RECORDING, ROOT, SCRAPE, Check, Files
 from tests.deploy.kubernetes_checks import check_commands, check_pods, check_references
-from tests.deploy.monitoring_checks import check_grafana, check_scrape, expressions
+from tests.deploy.monitoring_checks import check_grafana, check_rules, check_scrape, expressions
 from tests.deploy.ray_checks import check_ray
 from tests.deploy.schemas import check_kinds
 
@@ -24,6 +25,7 @@ CHECKS: tuple[Check, ...] = (
     check_dockerfile,
     check_compose,
     check_scrape,
+    check_rules,
     check_grafana,
     check_pods,
     check_commands,
@@ -97,11 +99,19 @@ BROKEN = [
     (check_compose, COMPOSE, '    tmpfs: ["/tmp:mode=1777"] # the private Ray\'s directory, too\n', "", "needs /tmp"),
     (check_compose, COMPOSE, "owners: {condition", "owner: {condition", "depends on owner"),
     (check_compose, COMPOSE, "  control: {}\n", "", "the volume control"),
-    (check_compose, COMPOSE, "../deploy/prometheus/prometheus.yml:", "../deploy/prometheus.yml:", "in the repository"),
+    (check_compose, COMPOSE, "../deploy/prometheus:", "../deploy/prom:", "in the repository"),
     # Prometheus and Grafana.
     (check_scrape, SCRAPE, "controller:9464", "controller:9090", "scrapes controller:9090"),
     (check_scrape, SCRAPE, "certs/client.pem", "certs/prometheus.pem", "must scrape over https with"),
     (check_scrape, SCRAPE, "server_name: controller.kfdist", "server_name: controller", "must scrape over https"),
+    (check_rules, SCRAPE, "recording.yml, ", "", "must read"),
+    (check_rules, RECORDING, "kfdist_steps_total", "kfdist_step_total", "which kfdist doesn't export"),
+    (check_rules, ALERTS, "kfdist_nonfinite_drops_total", "kfdist_drops_total", "which kfdist doesn't export"),
+    (check_rules, ALERTS, "sum by (job, run, reason)", "sum by (job, run, cause)", "labels ['cause']"),
+    (check_rules, ALERTS, "$labels.state", "$labels.phase", "labels ['phase']"),
+    (check_rules, ALERTS, "runbook.md#kfdistownerdown", "runbook.md#ownerdown", "has no section of docs/runbook.md"),
+    (check_rules, ALERTS, "alert: KfdistOwnerDown", "alert: OwnerDown", "KfdistOwnerDown, which is no alert"),
+    (check_rules, ALERTS, "severity: critical", "severity: bad", "has no severity"),
     (check_grafana, DASHBOARD, "kfdist_staleness_steps", "kfdist_staleness", "which kfdist doesn't export"),
     (check_grafana, DASHBOARD, "kfdist_inversion_seconds_bucket", "kfdist_loss_bucket", "which kfdist doesn't export"),
     (check_grafana, DASHBOARD, "{{block}}", "{{layer}}", "labels ['layer']"),
@@ -199,6 +209,7 @@ def test_the_controllers_image_has_what_it_imports():
 
 
 PROMTOOL = shutil.which("promtool")
+ALERT_TESTS = "tests/deploy/alerts.test.yml"
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool isn't installed (Debian: apt-get install prometheus)")
@@ -208,7 +219,24 @@ def test_promtool_takes_the_scrape_configuration_and_what_the_dashboard_asks(tmp
     concrete = [expression.replace("$run", "digits").replace("$__rate_interval", "1m") for expression in asked]
     rules = [{"record": f"panel:{index}", "expr": expression} for index, expression in enumerate(concrete)]
     (tmp_path / "rules.json").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
-    (tmp_path / "prometheus.yml").write_text(FILES.texts[SCRAPE])
+    for path in (SCRAPE, RECORDING, ALERTS):
+        (tmp_path / Path(path).name).write_text(FILES.texts[path])
     for words in (["check", "rules", "rules.json"], ["check", "config", "--syntax-only", "prometheus.yml"]):
         done = subprocess.run([PROMTOOL, *words], cwd=tmp_path, capture_output=True, text=True, timeout=30)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool isn't installed (Debian: apt-get install prometheus)")
+def test_every_alert_fires_and_stays_silent():
+    assert PROMTOOL is not None
+    done = subprocess.run(
+        [PROMTOOL, "test", "rules", ALERT_TESTS], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = [
+        (look["alertname"], bool(look["exp_alerts"]))
+        for test in yaml.safe_load((ROOT / ALERT_TESTS).read_text())["tests"]
+        for look in test.get("alert_rule_test", [])
+    ]
+    alerts = [rule["alert"] for group in FILES.documents(ALERTS)[0]["groups"] for rule in group["rules"]]
+    assert set(seen) == {(alert, fires) for alert in alerts for fires in (True, False)}
