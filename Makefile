@@ -54,7 +54,7 @@ test-slow: $(INSTALLED) prometheus  ## Runs the slow tier: soak, installed wheel
 	@$(call beside,-m slow --numprocesses 2 tests/models,-m slow --ignore tests/models)
 
 # On a machine with a CUDA device, which may have its own torch and no network: PYTHON is that torch's interpreter.
-gpu:  ## Tests on a CUDA device; PYTHON=... has its torch
+gpu:  ## Tests and measures on a CUDA device; PYTHON=... has its torch
 	PYTHON=$(PYTHON) bash tests/gpu/run.sh
 
 # A machine of another Python: WHEELS_PYTHON=3.12.

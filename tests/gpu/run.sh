@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The GPU tier, on a machine with a CUDA device: its tests. Ten minutes at most; nothing is downloaded.
+# The GPU tier, on a machine with a CUDA device: its tests, then the benchmark. Ten minutes at most; nothing is downloaded.
 #
 #   PYTHON   an interpreter that has torch with CUDA, and pytest; its versions needn't be those of constraints.txt
-#   RESULTS  where the tests write tests.xml
+#   RESULTS  where the benchmark writes gpu.json, and the tests tests.xml
 #
 # What the interpreter lacks may lie in .whl as wheels, which `make gpu-wheels` puts there where there is a network.
 set -uo pipefail
@@ -27,6 +27,8 @@ END
 
 status=0
 mkdir -p "$results"
+mkdir -p "$results"
 timeout --kill-after=10 330 "$python" -m pytest -m gpu tests/gpu --timeout 100 --durations 10 --junit-xml "$results/tests.xml" \
   || status=1
+timeout --kill-after=10 230 "$python" -m benchmarks.gpu --seconds 180 --out "$results/gpu.json" || status=1
 exit "$status"
