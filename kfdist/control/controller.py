@@ -22,7 +22,7 @@ from kfdist.control.run_service import RunService
 from kfdist.control.store import Store
 from kfdist.control.watchers import QUEUED_CHANGES
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
-from kfdist.rpc.certificates import watched_expiries
+from kfdist.rpc.certificate_faults import watched_expiries
 from kfdist.rpc.servers import bind, make_server
 from kfdist.system.credentials import Credentials
 from kfdist.system.files import write_ready_file

@@ -5,11 +5,11 @@ import socket
 import ssl
 import sys
 import threading
-from socketserver import ThreadingMixIn
+from contextlib import suppress
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, MetricsHandler
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
@@ -24,6 +24,9 @@ MAX_REQUESTS = 32
 
 SECONDS = 10.0
 """How long one may be silent, in its handshake, too."""
+
+LONGEST_SECONDS = 30.0
+"""How long one may last, however much it says: who sends a byte now and then must not keep others out."""
 
 
 class MetricsServer:
@@ -53,13 +56,12 @@ class MetricsServer:
             own = credentials
             context = Reread(own.identity_files, lambda: own.tls(ssl.PROTOCOL_TLS_SERVER))
         try:
-            self._server = _Server(host, port, context)
+            self._server = _Server(host, port, MetricsHandler.factory(registry), context)
         except OSError:
             raise unbindable(host, port, path="control.metrics_address") from None
-        self._server.set_app(make_wsgi_app(registry))
         self._thread = threading.Thread(target=self._server.serve_forever, name="kfdist-metrics", daemon=True)
         self._thread.start()
-        self.address = join_address(host, self._server.server_port)
+        self.address = join_address(host, self._server.server_address[1])
 
     def close(self) -> None:
         """Stops serving; takes up to half a second."""
@@ -68,16 +70,17 @@ class MetricsServer:
         self._thread.join()
 
 
-class _Server(ThreadingMixIn, WSGIServer):
+class _Server(ThreadingMixIn, TCPServer):
     """A thread per request, with bounds; each connection's TLS is that of the files as they are then."""
 
+    allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, context: Reread[ssl.SSLContext] | None) -> None:
+    def __init__(self, host: str, port: int, handler: Any, context: Reread[ssl.SSLContext] | None) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._context = context
         self._room = threading.BoundedSemaphore(MAX_REQUESTS)
-        super().__init__((host, port), _SilentHandler)
+        super().__init__((host, port), handler)
 
     @override
     def get_request(self) -> tuple[Any, Any]:
@@ -94,9 +97,13 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     @override
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        ending = threading.Timer(LONGEST_SECONDS, _cut, [request])
+        ending.daemon = True
+        ending.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            ending.cancel()
             self._room.release()
 
     @override
@@ -104,7 +111,6 @@ class _Server(ThreadingMixIn, WSGIServer):
         _LOG.info("a request for metrics from %s failed: %s", client_address[0], sys.exc_info()[1])
 
 
-class _SilentHandler(WSGIRequestHandler):
-    @override
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+def _cut(connection: socket.socket) -> None:
+    with suppress(OSError):  # it has ended meanwhile
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)  # of TLS, too, whose own way waits for the reader

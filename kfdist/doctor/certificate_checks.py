@@ -7,10 +7,10 @@ from cryptography import x509
 
 from kfdist.config import Config
 from kfdist.doctor.finding import Finding, failed, ok, warning
-from kfdist.doctor.machine_checks import is_private
 from kfdist.errors import EnvironmentFault
-from kfdist.rpc.certificates import certificate_fault
+from kfdist.rpc.certificate_faults import certificate_fault
 from kfdist.system.credentials import Credentials, Role
+from kfdist.system.files import is_private
 
 SOON = datetime.timedelta(days=30)
 """What expires within this is warned of."""
@@ -45,9 +45,6 @@ def check_certificate(credentials: Credentials) -> Finding:
         seen, mend = _divided(str(fault))
         return failed(check, seen, mend or _COPY)
     certificate = x509.load_pem_x509_certificate(own.read_bytes())
-    if credentials.role.host_name not in (names := _names(certificate)):
-        seen = f"{own} is for {', '.join(names) or 'nobody'}, not for {credentials.role.host_name}"
-        return failed(check, seen, _COPY)
     if not is_private(own):
         return failed(check, f"{own} holds a private key, and others may read it", f"chmod 600 {own}")
     left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
@@ -69,14 +66,6 @@ def check_token(credentials: Credentials) -> Finding:
     if not is_private(path):
         return failed("token", f"others may read {path}", f"chmod 600 {path}")
     return ok("token", f"{path} is there, for this user alone")
-
-
-def _names(certificate: x509.Certificate) -> list[str]:
-    try:
-        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except x509.ExtensionNotFound:
-        return []
-    return extension.value.get_values_for_type(x509.DNSName)
 
 
 def _divided(fault: str) -> tuple[str, str]:

@@ -1,6 +1,5 @@
 """Whether this machine has what a run takes of it: files, disk, shared memory, and directories to write to."""
 
-import os
 import resource
 import shutil
 import subprocess
@@ -155,9 +154,3 @@ def check_machine(config: Config, *, checkpoints: tuple[int, str]) -> list[Findi
         check_disk(directory, *checkpoints),
         check_synchronised(ask_timedatectl()),
     ]
-
-
-def is_private(path: Path) -> bool:
-    """Says whether only its owner, who is this user or root, may read a file."""
-    found = os.stat(path)
-    return not found.st_mode & 0o077 and found.st_uid in (os.getuid(), 0)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from kfdist.config import Config
 from kfdist.doctor.finding import Finding, failed, ok, warning
-from kfdist.doctor.machine_checks import is_private
 from kfdist.system.addresses import split_address
+from kfdist.system.files import is_private
 
 SECONDS = 3.0
 

@@ -29,7 +29,7 @@ from kfdist.launch.outcome import (
 from kfdist.launch.scratch import check_scratch, temporary_directory
 from kfdist.launch.supervision import SupervisedProcess
 from kfdist.launch.terminal import StopRequests, Terminal, summary_line
-from kfdist.rpc.certificates import check_credentials
+from kfdist.rpc.certificate_faults import check_credentials
 from kfdist.system.addresses import check_bindable, metrics_url, split_address
 from kfdist.system.credentials import Role
 from kfdist.system.files import check_working_directory, make_directory

@@ -13,7 +13,7 @@ from kfdist.config import Config
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.pool.ray_cluster import RayCluster
 from kfdist.pool.supervisor import Supervisor
-from kfdist.rpc.certificates import check_credentials
+from kfdist.rpc.certificate_faults import check_credentials
 from kfdist.system.addresses import server_address
 from kfdist.system.credentials import Role
 from kfdist.system.files import check_working_directory, write_ready_file

@@ -1,20 +1,19 @@
-"""Certificates: made for a whole installation at once, renewed from the same authority, and looked at when refused."""
+"""Certificates: made for a whole installation at once, and renewed from the same authority."""
 
 import datetime
 import ipaddress
+import re
 import secrets
-import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.system.credentials import AUTHORITY_FILE, TOKEN_FILE, Credentials, Reread, Role
+from kfdist.system.credentials import AUTHORITY_FILE, TOKEN_FILE, Role
 from kfdist.system.files import replace_file
 
 AUTHORITY_KEY_FILE = "ca.key"
@@ -25,6 +24,10 @@ _CLOCKS_DIFFER = datetime.timedelta(hours=1)
 """Certificates hold from an hour ago, for nodes whose clocks are behind."""
 
 _SERVERS = (Role.CONTROLLER, Role.OWNER)
+
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_LONGEST_HOST = 253
+_NAMES_OF_ROLES = {"*.kfdist", *(role.host_name for role in Role)}
 
 
 class Authority:
@@ -64,7 +67,9 @@ class Authority:
         """
         try:
             key = serialization.load_pem_private_key((directory / AUTHORITY_KEY_FILE).read_bytes(), password=None)
-            certificate = x509.load_pem_x509_certificate((directory / AUTHORITY_FILE).read_bytes())
+            trusted = x509.load_pem_x509_certificates((directory / AUTHORITY_FILE).read_bytes())
+            # While authorities change, both the old and the new one are trusted.
+            certificate = next((each for each in trusted if each.public_key() == key.public_key()), None)
         except OSError as error:
             raise EnvironmentFault(
                 f"{error.filename} can't be read ({error.strerror}); renew where `kfdist certs init` made the "
@@ -78,6 +83,11 @@ class Authority:
                 "restore them, or make new ones in another directory"
             )
         return cls(key, certificate)
+
+    @property
+    def ends(self) -> datetime.datetime:
+        """Until when it holds; what it signs holds no longer."""
+        return self._certificate.not_valid_after_utc
 
     def write(self, directory: Path) -> None:
         """Writes key and certificate; the key for its owner's eyes only."""
@@ -99,7 +109,7 @@ class Authority:
         if role in _SERVERS:
             names += [_general_name(host) for host in hosts]
             uses.append(ExtendedKeyUsageOID.SERVER_AUTH)
-        builder = _builder(name, self._certificate.subject, key.public_key(), valid)
+        builder = _builder(name, self._certificate.subject, key.public_key(), valid, most=self.ends)
         for extension, critical in (
             (x509.BasicConstraints(ca=False, path_length=None), True),
             (x509.SubjectAlternativeName(names), False),
@@ -146,9 +156,15 @@ def renew_certificates(directory: Path, *, days: int = DAYS) -> None:
     """Makes new certificates of the same authority and for the same hosts; authority and token stay.
 
     Raises:
-        EnvironmentFault: The directory isn't one that `make_certificates` wrote, or can't be written.
+        EnvironmentFault: The directory isn't one that `make_certificates` wrote, can't be written, or its authority has
+            expired.
     """
     authority = Authority.read(directory)
+    if authority.ends < datetime.datetime.now(datetime.UTC):
+        raise EnvironmentFault(
+            f"the authority in {directory / AUTHORITY_FILE} expired on {authority.ends:%Y-%m-%d}; make new "
+            "certificates with `kfdist certs init` in another directory, for all nodes"
+        )
     try:
         old = x509.load_pem_x509_certificate((directory / Role.CONTROLLER.file_name).read_bytes())
         for role in Role:
@@ -156,73 +172,27 @@ def renew_certificates(directory: Path, *, days: int = DAYS) -> None:
             replace_file(directory / role.file_name, pem, private=True)
     except OSError as error:
         raise EnvironmentFault(f"{error.filename or directory} can't be renewed ({error.strerror})") from None
-
-
-def certificate_fault(credentials: Credentials) -> str:
-    """Says what is wrong with this process's own certificate, so that others refuse it; empty if nothing is.
-
-    Raises:
-        EnvironmentFault: The files can't be read.
-    """
-    identity, now = credentials.identity(), datetime.datetime.now(datetime.UTC)
-    chain = x509.load_pem_x509_certificates(identity.own)
-    path, authority_path = credentials.identity_files
-    begins, ends = chain[0].not_valid_before_utc, chain[0].not_valid_after_utc
-    if ends < now:
-        return f"{path} expired on {ends:%Y-%m-%d %H:%M} UTC; `kfdist certs renew` makes a new one"
-    if begins > now:
-        return f"{path} holds only from {begins:%Y-%m-%d %H:%M} UTC; set this node's clock right"
-    if not any(_signed(chain[-1], by=each) for each in x509.load_pem_x509_certificates(identity.authority)):
-        return f"{path} isn't signed by {authority_path}; copy both from the same `kfdist certs init`"
-    return ""
-
-
-def watched_expiries(credentials: Credentials) -> Callable[[], Mapping[str, float]]:
-    """Returns a function that says when this process's certificate and its authority's expire, as they are then.
-
-    By the file's name, in seconds since 1970. Files that can't be read any more leave the last answer in force.
-    """
-    files = credentials.identity_files
-
-    def read() -> Mapping[str, float]:
-        identity = credentials.identity()
-        held = {files[0].name: identity.own, files[1].name: identity.authority}
-        return {
-            name: min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(pem))
-            for name, pem in held.items()
-        }
-
-    reread = Reread(files, read)
-    return lambda: reread.value
-
-
-def check_credentials(credentials: Credentials) -> None:
-    """Checks that a process can use its credentials.
-
-    Raises:
-        EnvironmentFault: A file is missing or unusable, or the certificate has expired; says what to do.
-    """
-    if fault := certificate_fault(credentials):
-        raise EnvironmentFault(f"{fault} (node {socket.gethostname()})")
-    credentials.token()
+    except (ValueError, x509.ExtensionNotFound):
+        raise EnvironmentFault(
+            f"{directory / Role.CONTROLLER.file_name} isn't what `kfdist certs init` wrote, so that nobody knows its "
+            "--hosts; restore it, or make new certificates in another directory"
+        ) from None
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, valid: datetime.timedelta
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    valid: datetime.timedelta,
+    *,
+    most: datetime.datetime | None = None,
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
     builder = builder.serial_number(x509.random_serial_number())
-    builder = builder.not_valid_before(min(now, now + valid) - _CLOCKS_DIFFER).not_valid_after(now + valid)
+    ends = now + valid if most is None else min(now + valid, most)
+    builder = builder.not_valid_before(min(now, ends) - _CLOCKS_DIFFER).not_valid_after(ends)
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-
-
-def _signed(certificate: x509.Certificate, *, by: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(by)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
 
 
 def _general_name(host: str) -> x509.GeneralName:
@@ -231,9 +201,14 @@ def _general_name(host: str) -> x509.GeneralName:
     except ValueError:
         pass
     labels = host.removeprefix("*.").split(".")
-    if not all(label.replace("-", "").isalnum() and label.isascii() for label in labels):
+    if len(host) > _LONGEST_HOST or labels[-1].isdigit() or not all(_LABEL.fullmatch(label) for label in labels):
         raise ConfigError(
             f"{host!r} is neither an address nor a host's name; write such as 10.0.0.5 or node1.example.org",
+            path="--hosts",
+        )
+    if host.lower() in _NAMES_OF_ROLES:
+        raise ConfigError(
+            f"{host!r} is what certificates call a role; no server may have another's, so name hosts otherwise",
             path="--hosts",
         )
     return x509.DNSName(host)
@@ -242,7 +217,7 @@ def _general_name(host: str) -> x509.GeneralName:
 def _hosts(certificate: x509.Certificate) -> list[str]:
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     found = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
-    return [name for name in found if name != Role.CONTROLLER.host_name]
+    return [name for name in found if name not in _NAMES_OF_ROLES]
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -40,6 +40,11 @@ def _explain(address: str, credentials: Credentials | None, server: Role, second
     context = _curious() if credentials is None else credentials.tls(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     speaks_tls = taken = False
+    closed = (
+        f"what listens at {address} closes connections at once: it has as many as it takes, or isn't a kfdist {server}"
+        if credentials is not None
+        else ""
+    )
     try:
         with socket.create_connection(split_address(address), timeout=seconds) as plain:
             with context.wrap_socket(plain, server_hostname=server.host_name) as secured:
@@ -50,8 +55,14 @@ def _explain(address: str, credentials: Credentials | None, server: Role, second
         return _fault_of_server(error, f"the certificate of the {server} at {address}", server)
     except TimeoutError:
         return ""
+    except ssl.SSLEOFError:
+        if not speaks_tls:
+            return closed
     except ssl.SSLError as error:
         speaks_tls = speaks_tls or "ALERT" in (error.reason or "")
+    except ConnectionResetError:
+        if not speaks_tls:
+            return closed
     except OSError:
         if not speaks_tls:
             return ""
@@ -65,7 +76,7 @@ def _explain(address: str, credentials: Credentials | None, server: Role, second
         return wanted if speaks_tls else ""
     if not speaks_tls:
         return f"the {server} at {address} doesn't speak TLS: it was started without security.certificates"
-    from kfdist.rpc.certificates import certificate_fault  # its library takes a while to import
+    from kfdist.rpc.certificate_faults import certificate_fault  # its library takes a while to import
 
     return certificate_fault(credentials) or (
         f"the {server} at {address} refuses the certificate {credentials.identity_files[0]}: it trusts another "
@@ -86,7 +97,7 @@ def _fault_of_server(error: ssl.SSLCertVerificationError, certificate: str, serv
             return f"{certificate} isn't valid yet; set the clocks of both nodes right"
         case 10:
             return f"{certificate} has expired; `kfdist certs renew` makes a new one, which needs no restart"
-        case 62:
+        case 26 | 62:  # not for servers; not for this name
             return f"{certificate} isn't for {server.host_name}, but for another role; is the address right?"
         case _:
             return (

@@ -1,5 +1,7 @@
 """Servers of gRPC: their options, and binding them to an address or saying why that fails."""
 
+import resource
+
 import grpc.aio
 
 from kfdist.errors import ConfigError
@@ -15,7 +17,11 @@ MAX_CALLS = 4096
 Further ones are refused with RESOURCE_EXHAUSTED."""
 
 MAX_CONNECTIONS = 8192
-"""Connections of a server, those in their handshake included; further ones are closed at once."""
+"""Connections of a server, those in their handshake included, or as many as the process may have files beside
+`_OTHER_FILES`; further ones are closed at once."""
+
+_OTHER_FILES = 256
+"""Files that a server's process needs beside its connections: without any, it could neither write nor be asked."""
 
 HANDSHAKE_SECONDS = 10
 """How long a peer may take to show its certificate."""
@@ -28,7 +34,7 @@ def server_options() -> Options:
         # By default a second server binds the same port without an error and gets half of the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
-        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.max_allowed_incoming_connections", _room_for_connections()),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
         ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
@@ -36,6 +42,16 @@ def server_options() -> Options:
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
         ("grpc.http2.max_ping_strikes", 0),
     ]
+
+
+def _room_for_connections() -> int:
+    """Returns how many connections a server may have, and lets the process have files for them, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + _OTHER_FILES
+    if 0 <= soft < wanted:  # negative: without a limit
+        soft = wanted if hard < 0 else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAX_CONNECTIONS if soft < 0 else min(MAX_CONNECTIONS, max(soft - _OTHER_FILES, soft // 2))
 
 
 def make_server(credentials: Credentials | None) -> grpc.aio.Server:
@@ -88,7 +104,7 @@ def bind(
     """
     host, port = check_protected(address, credentials, path=path)
     if credentials is not None:
-        from kfdist.rpc.certificates import check_credentials  # its library takes a while to import
+        from kfdist.rpc.certificate_faults import check_credentials  # its library takes a while to import
 
         check_credentials(credentials)
     check_bindable(host, port, path=path)  # first, since gRPC itself would write to standard error

@@ -93,6 +93,12 @@ def check_working_directory() -> None:
         ) from None
 
 
+def is_private(path: Path) -> bool:
+    """Says whether only its owner, who is this user or root, may read a file."""
+    found = os.stat(path)
+    return not found.st_mode & 0o077 and found.st_uid in (os.getuid(), 0)
+
+
 def write_ready_file(path: Path, content: Mapping[str, Any]) -> None:
     """Tells whoever waits for a file to appear that this process serves.
 

@@ -38,7 +38,8 @@ def test_the_limits_are_the_codes():
     assert rows == {
         "a message": f"{channels.MAX_MESSAGE_BYTES >> 20} MiB",
         "calls, connections, streams per connection": (
-            f"{servers.MAX_CALLS}, {servers.MAX_CONNECTIONS}, {servers.MAX_STREAMS_PER_CONNECTION}"
+            f"{servers.MAX_CALLS}, {servers.MAX_CONNECTIONS} or what open files (`ulimit -Hn`) leave room for, "
+            f"{servers.MAX_STREAMS_PER_CONNECTION}"
         ),
         "a handshake": f"{servers.HANDSHAKE_SECONDS} s",
         "a payload": (
@@ -53,5 +54,8 @@ def test_the_limits_are_the_codes():
             f"{validation.MAX_TEXT_CHARACTERS} characters"
         ),
         "a heartbeat stream's silence": f"{membership_service.SILENT_SECONDS:g} s",
-        "requests for metrics": (f"{metrics_server.MAX_REQUESTS} at a time, {metrics_server.SECONDS:g} s of silence"),
+        "requests for metrics": (
+            f"{metrics_server.MAX_REQUESTS} at a time, {metrics_server.SECONDS:g} s of silence, "
+            f"{metrics_server.LONGEST_SECONDS:g} s in all"
+        ),
     }

@@ -261,6 +261,30 @@ def test_silent_connections_end_and_keep_nobody_else_out(
         assert "kfdist_build_info" in scrape_secured(metrics, ours)
 
 
+def test_who_sends_a_header_for_ever_is_cut_off_and_nothing_is_printed(
+    certificates: Path,
+    tmp_path: Path,
+    ours: Credentials,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr("kfdist.control.metrics_server.LONGEST_SECONDS", 0.5)
+    own = Credentials.at(Role.CONTROLLER, str(certificates), None)
+    with ControllerThread(tmp_path / "c.sqlite", metrics_address="0.0.0.0:0", credentials=own) as running:
+        port = split_address(running.controller.metrics_address)[1]
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+            ours.tls(ssl.PROTOCOL_TLS_CLIENT).wrap_socket(plain, server_hostname="controller.kfdist") as slow,
+            pytest.raises(OSError),
+        ):
+            slow.sendall(b"GET /metrics HTTP/1.1\r\n")
+            for _ in range(200):
+                slow.sendall(b"X-A: b\r\n")
+                time.sleep(0.05)
+        assert "kfdist_build_info" in scrape_secured(running.controller.metrics_address, ours)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_heartbeat_stream_that_falls_silent_is_ended(
     client: ControlClient, member: Member, monkeypatch: pytest.MonkeyPatch
 ):

@@ -8,8 +8,6 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import pytest
-
 from kfdist.config import load_config
 from kfdist.doctor import machine_checks
 from kfdist.doctor.finding import Verdict
@@ -20,7 +18,6 @@ from kfdist.doctor.machine_checks import (
     check_shared_memory,
     check_synchronised,
     check_writable,
-    is_private,
     shared_memory_needed,
 )
 
@@ -94,11 +91,3 @@ def test_a_clock_that_nothing_keeps_right(tmp_path: Path, monkeypatch) -> None:
     assert check_synchronised(ask_timedatectl()).seen == "synchronised (timedatectl)"
     said.write_text("#!/bin/sh\nexit 1\n")
     assert ask_timedatectl() is None
-
-
-@pytest.mark.parametrize(("mode", "private"), [(0o600, True), (0o640, False), (0o604, False)])
-def test_who_may_read_a_file(tmp_path: Path, mode: int, private: bool) -> None:
-    path = tmp_path / "secret"
-    path.touch()
-    path.chmod(mode)
-    assert is_private(path) is private

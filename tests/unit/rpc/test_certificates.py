@@ -11,7 +11,8 @@ from cryptography import x509
 
 from kfdist.cli.main import app
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.rpc.certificates import Authority, certificate_fault, check_credentials, make_certificates
+from kfdist.rpc.certificate_faults import certificate_fault, check_credentials
+from kfdist.rpc.certificates import Authority, make_certificates, renew_certificates
 from kfdist.system.credentials import Credentials, Role
 
 
@@ -62,11 +63,82 @@ def test_renewing_needs_the_authority(certificates: Path, tmp_path: Path):
         kfdist("certs", "renew", str(tmp_path))
 
 
-@pytest.mark.parametrize("host", ["a b", "exa_mple", "http://x", "10.0.0.1/8"])
+NO_HOSTS = ["a b", "exa_mple", "http://x", "10.0.0.1/8", "10.0.0.256", "node-", "a" * 64, "a." * 127 + "a"]
+
+
+@pytest.mark.parametrize("host", NO_HOSTS)
 def test_a_host_is_a_name_or_an_address(tmp_path: Path, host: str):
     with pytest.raises(ConfigError, match="--hosts: .*neither an address nor a host's name"):
         make_certificates(tmp_path / "certs", hosts=[host])
     assert not list((tmp_path / "certs").iterdir())
+
+
+@pytest.mark.parametrize("host", ["owner.kfdist", "Controller.kfdist", "client.kfdist", "*.kfdist"])
+def test_no_host_makes_one_role_another(tmp_path: Path, host: str):
+    with pytest.raises(ConfigError, match="--hosts: .*what certificates call a role"):
+        make_certificates(tmp_path / "certs", hosts=[host])
+
+
+def test_renewing_uses_the_authority_whose_key_it_has_while_two_are_trusted(certificates: Path, tmp_path: Path):
+    directory = shutil.copytree(certificates, tmp_path / "certs")
+    make_certificates(tmp_path / "old")
+    (directory / "ca.pem").write_bytes(
+        b"".join(Path(each, "ca.pem").read_bytes() for each in (tmp_path / "old", directory))
+    )
+    renew_certificates(directory)
+    shutil.copy(certificates / "ca.pem", directory)
+    check_credentials(credentials_of(Role.CONTROLLER, directory))
+
+
+def test_nothing_holds_longer_than_its_authority(tmp_path: Path):
+    authority = Authority.new(days=20)
+    certificate = x509.load_pem_x509_certificate(authority.issue(Role.OWNER, valid=datetime.timedelta(days=30)))
+    assert certificate.not_valid_after_utc == authority.ends
+
+
+def test_an_authority_that_has_expired_renews_nothing_and_is_named(
+    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    directory = shutil.copytree(certificates, tmp_path / "certs")
+    expired = Authority.new(days=-1)
+    expired.write(directory)
+    with pytest.raises(EnvironmentFault, match=r"the authority in .*ca\.pem expired on .* `kfdist certs init`"):
+        renew_certificates(directory)
+    tomorrow = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
+    monkeypatch.setattr(Authority, "ends", tomorrow)  # as those do it who sign for longer than they may
+    (directory / "owner.pem").write_bytes(expired.issue(Role.OWNER, valid=datetime.timedelta(days=1)))
+    assert "the authority in " in certificate_fault(credentials_of(Role.OWNER, directory))
+
+
+def test_renewing_needs_to_know_the_hosts(certificates: Path, tmp_path: Path):
+    directory = shutil.copytree(certificates, tmp_path / "certs")
+    (directory / "controller.pem").write_text("nothing")
+    with pytest.raises(EnvironmentFault, match=r"controller\.pem isn't what `kfdist certs init` wrote"):
+        renew_certificates(directory)
+
+
+def test_a_certificate_of_another_role_is_no_server(certificates: Path, tmp_path: Path):
+    directory = shutil.copytree(certificates, tmp_path / "certs")
+    shutil.copy(directory / "client.pem", directory / "controller.pem")
+    with pytest.raises(EnvironmentFault, match=r"controller\.pem is for client\.kfdist, not for controller\.kfdist"):
+        check_credentials(credentials_of(Role.CONTROLLER, directory))
+
+
+def test_what_others_may_read_is_warned_of(certificates: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    directory = shutil.copytree(certificates, tmp_path / "certs")
+    check_credentials(credentials_of(Role.OWNER, directory))
+    assert not caplog.text
+    (directory / "owner.pem").chmod(0o640)
+    (directory / "token").chmod(0o604)
+    check_credentials(credentials_of(Role.OWNER, directory))
+    for name in ("owner.pem", "token"):
+        assert f"may read {directory / name}; `chmod 600` it" in caplog.text
+
+
+def credentials_of(role: Role, directory: Path) -> Credentials:
+    credentials = Credentials.at(role, str(directory), None)
+    assert credentials is not None
+    return credentials
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path):
@@ -86,8 +158,7 @@ def test_what_is_wrong_with_ones_own_certificate_is_said(
     authority = Authority.new() if days is None else Authority.read(directory)
     pem = authority.issue(Role.OWNER, valid=datetime.timedelta(days=days or 0, hours=1))
     (directory / "owner.pem").write_bytes(pem)
-    credentials = Credentials.at(Role.OWNER, str(directory), None)
-    assert credentials is not None
+    credentials = credentials_of(Role.OWNER, directory)
     if not words:
         check_credentials(credentials)
         return

@@ -87,6 +87,29 @@ def test_a_server_that_cuts_the_connection_after_our_certificate(certificates: P
         assert f"refuses the certificate {certificates}/client.pem" in explain(address, ours, server=Role.CONTROLLER)
 
 
+def test_a_certificate_for_no_server_is_of_another_role(certificates: Path, ours: Credentials, tmp_path: Path):
+    directory = shutil.copytree(certificates, tmp_path / "certs")
+    shutil.copy(directory / "client.pem", directory / "controller.pem")
+    with server(secured(directory)) as address:
+        assert "isn't for controller.kfdist, but for another role" in explain(address, ours, server=Role.CONTROLLER)
+
+
+def closed(connection: socket.socket) -> None:
+    connection.shutdown(socket.SHUT_WR)
+    connection.recv(1 << 16)
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.mark.parametrize("answer", [closed, reset])
+def test_a_server_that_has_no_room_is_not_said_to_be_without_tls(ours: Credentials, answer):
+    with server(answer) as address:
+        told = explain(address, ours, server=Role.CONTROLLER)
+    assert told.startswith(f"what listens at {address} closes connections at once: it has as many as it takes")
+
+
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\x06\4\0\0\0\0\0\0\5\0\0\x40\0"])
 def test_a_server_without_tls(ours: Credentials, answer: bytes):
     with server(lambda connection: connection.sendall(answer)) as address:

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from kfdist.errors import EnvironmentFault
-from kfdist.system.files import check_working_directory, read_ready_file, replace_file, write_file, write_ready_file
+from kfdist.system.files import (
+    check_working_directory,
+    is_private,
+    read_ready_file,
+    replace_file,
+    write_file,
+    write_ready_file,
+)
 
 
 def test_a_new_file_is_never_an_old_one(tmp_path: Path):
@@ -53,3 +60,11 @@ def test_a_working_directory_that_ray_cannot_name_is_refused(tmp_path: Path, mon
     gone.rmdir()
     with pytest.raises(EnvironmentFault, match="was removed; start in another"):
         check_working_directory()
+
+
+@pytest.mark.parametrize(("mode", "private"), [(0o600, True), (0o640, False), (0o604, False)])
+def test_who_may_read_a_file(tmp_path: Path, mode: int, private: bool):
+    path = tmp_path / "secret"
+    path.touch()
+    path.chmod(mode)
+    assert is_private(path) is private
