@@ -29,7 +29,7 @@ from typing_extensions import override
 import kfdist
 from kfdist.curvature.jobs import failure_result
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
-from kfdist.types import Job, JobResult, MetricSample, RunSettings
+from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
 
 RESULT = Path(__file__).parent / "results" / "step_handover.json"
 STEPS, WARM = 24, 4
@@ -80,6 +80,10 @@ class FailingLink(AbstractLink):
     @override
     def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         del step, phase, samples
+
+    @override
+    def report(self, in_force: InForce) -> None:
+        del in_force
 
     @override
     def settings(self) -> RunSettings:

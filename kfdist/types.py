@@ -171,6 +171,10 @@ class Desired(StrEnum):
     STOPPED = "stopped"
 
 
+Value = int | float | str
+"""What a setting of the method may be."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """What users asked of a run; all ranks obey at the same step.
@@ -179,10 +183,45 @@ class RunSettings:
         revision: Moves at every change, never back.
         desired: What the run is to do.
         checkpoint_serial: Moves at every request for a checkpoint.
-        damping: New damping lambda; 0 says nothing: it stays as configured, or as a checkpoint restored it.
+        changes: New settings of the method by name (`kfdist.policies.tuning`); None: as configured again. Others stay
+            as they are: as configured, or as a checkpoint restored them.
     """
 
     revision: int = 0
     desired: Desired = Desired.RUNNING
     checkpoint_serial: int = 0
-    damping: float = 0.0
+    changes: Mapping[str, Value | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obeyed:
+    """A revision of the settings that all ranks have taken up.
+
+    Attributes:
+        revision: The revision.
+        step: The step at which they agreed on it.
+        refused: Why they left the settings of the method as they were; empty where they didn't.
+    """
+
+    revision: int
+    step: int
+    refused: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InForce:
+    """What a run's ranks go by, as rank 0 tells it.
+
+    Attributes:
+        values: The settings of the method in force, by name.
+        fixed: Why some can't be changed, by name.
+        job_periods: Own periods of methods: multiples of factor_period that divide inverse_period.
+        late_damping: Methods that damp when they invert, so that a new damping acts from their next versions on.
+        obeyed: The newest revisions taken up, oldest first.
+    """
+
+    values: Mapping[str, Value] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    job_periods: tuple[int, ...] = ()
+    late_damping: tuple[str, ...] = ()
+    obeyed: tuple[Obeyed, ...] = ()

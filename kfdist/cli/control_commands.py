@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kfdist.checks import suggestion
 from kfdist.cli.options import AsJson
-from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
+from kfdist.errors import EnvironmentFault, ExitCode
 
 if TYPE_CHECKING:
     from kfdist.control.client import ControlClient, RunView
@@ -37,7 +36,6 @@ def register(app: typer.Typer) -> None:
         ("watch", _watch),
         ("pause", _pause),
         ("resume", _resume),
-        ("set", _set),
         ("checkpoint", _checkpoint),
         ("stop", _stop),
         ("events", _events),
@@ -53,7 +51,7 @@ def _status(
     """Show where a run stands: its step, who is alive, what was measured, and how its inversions fare."""
     from kfdist.cli.run_display import print_run, print_runs
 
-    with _client(address) as client:
+    with connected(address) as client:
         runs = client.runs() if run is None else [client.get(run)]
         if run is not None or (len(runs) == 1 and not as_json):
             print_run(runs[0], client.samples(runs[0].name), as_json=as_json)
@@ -65,7 +63,7 @@ def _list(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """List all runs that the controller knows, the newest first."""
     from kfdist.cli.run_display import print_runs
 
-    with _client(address) as client:
+    with connected(address) as client:
         print_runs(client.runs(), as_json=as_json)
 
 
@@ -81,7 +79,7 @@ def _watch(
     from kfdist.cli.run_display import print_changes
 
     try:
-        with _client(address) as client:
+        with connected(address) as client:
             print_changes(client.watch(run, from_revision=from_revision), as_json=as_json)
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
@@ -89,28 +87,17 @@ def _watch(
 
 def _pause(run: Run, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Ask all ranks of a run to wait at the same step; `resume` lets them go on."""
-    _steer(address, as_json, lambda client: client.pause(run))
+    steer(address, as_json, lambda client: client.pause(run))
 
 
 def _resume(run: Run, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Let a paused run go on."""
-    _steer(address, as_json, lambda client: client.resume(run))
-
-
-def _set(
-    run: Run,
-    settings: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="damping=LAMBDA, above 0.")],
-    address: Address = DEFAULT_ADDRESS,
-    as_json: AsJson = False,
-) -> None:
-    """Change a run's settings while it trains; all ranks take them up at the same step."""
-    damping = _parse_settings(settings)
-    _steer(address, as_json, lambda client: client.update_settings(run, damping=damping))
+    steer(address, as_json, lambda client: client.resume(run))
 
 
 def _checkpoint(run: Run, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Ask a run for a checkpoint."""
-    _steer(address, as_json, lambda client: client.checkpoint(run))
+    steer(address, as_json, lambda client: client.checkpoint(run))
 
 
 def _stop(
@@ -127,7 +114,7 @@ def _stop(
         view = client.stop(run)
         return client.wait_for_end(run, timeout_seconds=timeout) if wait else view
 
-    view = _steer(address, as_json, stop)
+    view = steer(address, as_json, stop)
     if wait and view.state in (RunState.FAILED, RunState.LOST):
         raise EnvironmentFault(f"run {run!r} is {view.state} at step {view.step}; `kfdist events {run}` says more")
 
@@ -141,21 +128,23 @@ def _events(
     """List what happened in a run, oldest first."""
     from kfdist.cli.run_display import print_events
 
-    with _client(address) as client:
+    with connected(address) as client:
         print_events(list(client.events(run, after=after)), as_json=as_json)
 
 
-def _steer(address: str, as_json: bool, action: "Callable[[ControlClient], RunView]") -> "RunView":
+def steer(address: str, as_json: bool, action: "Callable[[ControlClient], RunView]") -> "RunView":
+    """Has the controller do something to a run, shows the run then, and returns it."""
     from kfdist.cli.run_display import run_line
 
-    with _client(address) as client:
+    with connected(address) as client:
         view = action(client)
     print(json.dumps(view.to_json()) if as_json else run_line(view))
     return view
 
 
 @contextmanager
-def _client(address: str) -> "Iterator[ControlClient]":
+def connected(address: str) -> "Iterator[ControlClient]":
+    """Yields a client of the controller at an address."""
     from kfdist.config import security_from_environment
     from kfdist.control.client import ControlClient
     from kfdist.system.addresses import server_address
@@ -164,19 +153,3 @@ def _client(address: str) -> "Iterator[ControlClient]":
     server_address(address, field="--address")
     with ControlClient(address, security_from_environment().credentials(Role.CLIENT)) as client:
         yield client
-
-
-def _parse_settings(settings: list[str]) -> float:
-    values: dict[str, float] = {}
-    for text in settings:
-        key, separator, value = text.partition("=")
-        if key != "damping" or not separator:
-            hint = suggestion(key, ["damping"]) if key != "damping" else ""
-            raise ConfigError(f"{text!r} is no setting; write damping=LAMBDA, such as damping=0.01{hint}")
-        if key in values:
-            raise ConfigError(f"{key} is given twice, {values[key]:g} and {value}; give it once", path=key)
-        try:
-            values[key] = float(value)
-        except ValueError:
-            raise ConfigError(f"{value!r} is no number; damping is a finite number above 0", path=key) from None
-    return values["damping"]

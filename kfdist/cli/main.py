@@ -23,6 +23,7 @@ from kfdist.cli import (
     doctor_command,
     recipe_command,
     run_commands,
+    settings_command,
     submit_command,
 )
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
@@ -59,6 +60,7 @@ for module in (
     run_commands,
     submit_command,
     control_commands,
+    settings_command,
     recipe_command,
     doctor_command,
     certs_command,

@@ -13,12 +13,13 @@ import grpc
 from kfdist.control.run_rules import RunState
 from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
-from kfdist.rpc.beats import samples_of
+from kfdist.rpc.authentication import user_metadata
+from kfdist.rpc.beats import samples_of, values_of
 from kfdist.rpc.channels import CALL_SECONDS, open_channel
 from kfdist.rpc.handshake import explain
 from kfdist.rpc.status import code_of, fault_of
 from kfdist.system.credentials import Credentials, Role
-from kfdist.types import MetricSample
+from kfdist.types import MetricSample, Value
 
 WATCH_SECONDS = 60.0
 """Deadline of one call of a watch; the watch goes on with the next call, from the last revision."""
@@ -46,6 +47,10 @@ class RunView:
     created: datetime
     directory: str
     gauges: Mapping[str, float]
+    settings: Mapping[str, Value]
+    settings_revision: int
+    obeyed_revision: int
+    obeyed_step: int
 
     def to_json(self) -> dict[str, object]:
         """Returns what `--json` prints."""
@@ -90,6 +95,7 @@ class ControlClient:
         self.address = address
         self._credentials = credentials
         self._timeout_seconds = timeout_seconds
+        self._metadata = user_metadata()
         self._open()
 
     def _open(self) -> None:
@@ -135,9 +141,17 @@ class ControlClient:
         """Lets a paused run continue."""
         return self._change(self._runs.Resume, run_pb2.ResumeRequest(name=name))
 
-    def update_settings(self, name: str, *, damping: float) -> RunView:
-        """Changes the damping of a run."""
-        return self._change(self._runs.UpdateSettings, run_pb2.UpdateSettingsRequest(name=name, damping=damping))
+    def update_settings(self, name: str, **changes: Value | None) -> RunView:
+        """Changes settings of a run's method.
+
+        Args:
+            name: The run.
+            changes: Values by name (`kfdist.policies.tuning.NAMES`); None: as configured again.
+        """
+        values: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+        again = [key for key, value in changes.items() if value is None]
+        request = run_pb2.UpdateSettingsRequest(name=name, as_configured=again, **values)
+        return self._change(self._runs.UpdateSettings, request)
 
     def checkpoint(self, name: str) -> RunView:
         """Asks a run for a checkpoint."""
@@ -220,7 +234,7 @@ class ControlClient:
 
     def _call(self, method: Callable[..., Response], request: object) -> Response:
         try:
-            return method(request, timeout=self._timeout_seconds)
+            return method(request, timeout=self._timeout_seconds, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._fault(error) from None
 
@@ -246,6 +260,10 @@ def _run_view(run: run_pb2.Run) -> RunView:
         created=run.created.ToDatetime(UTC),
         directory=run.directory,
         gauges=dict(run.gauges),
+        settings=values_of(run.settings),
+        settings_revision=run.settings_revision,
+        obeyed_revision=run.obeyed_revision,
+        obeyed_step=run.obeyed_step,
     )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -15,7 +16,7 @@ from kfdist.control.ledger import Groups, Ledger
 from kfdist.control.run_rules import Change, Event, OwnerRecord, RunRecord
 from kfdist.control.series import Sender
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membership_pb2_grpc
-from kfdist.rpc.beats import groups_of, samples_of, settings_message
+from kfdist.rpc.beats import groups_of, in_force_of, samples_of, settings_message
 from kfdist.rpc.status import Refusal, answers, streams
 from kfdist.types import MetricSample
 
@@ -134,15 +135,18 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         )
 
     async def _report(self, record: RunRecord, beat: membership_pb2.WorkerBeat) -> None:
-        moved = run_rules.reported(record, phase=beat.phase, step=beat.step).record
-        if (moved.state, moved.begun) == (record.state, record.begun):
-            self._ledger.note(beat.run, step=beat.step)
+        in_force = in_force_of(beat.in_force) if beat.HasField("in_force") else None
+        change = run_rules.reported(record, phase=beat.phase, step=beat.step, in_force=in_force)
+        moved = change.record
+        if not change.events and (moved.state, moved.begun) == (record.state, record.begun):
+            named = () if in_force is None else ("in_force", "obeyed_revision", "obeyed_step")
+            self._ledger.note(beat.run, step=beat.step, **{name: getattr(moved, name) for name in named})
             return
 
         def rule(now: RunRecord | None) -> Change:
             assert now is not None  # runs are never removed
             _check_epoch(now, beat.epoch)
-            return run_rules.reported(now, phase=beat.phase, step=beat.step)
+            return run_rules.reported(now, phase=beat.phase, step=beat.step, in_force=in_force)
 
         # Durable before the answer: a run that reported its end is never found running again.
         await self._ledger.change(beat.run, rule)
@@ -207,6 +211,8 @@ def _registered(record: RunRecord | None, request: membership_pb2.RegisterWorker
             grpc.StatusCode.INVALID_ARGUMENT,
             f"world_size is {request.world_size}; start {record.epoch} of run {record.name!r} has {record.world_size}",
         )
+    if request.worker_rank == 0:
+        record = replace(record, fingerprint=request.fingerprint)
     text = f"rank {request.worker_rank} of {request.world_size} at start {request.epoch}, process {request.pid}"
     return Change(record, (*events, Event(kind="worker_registered", text=text)))
 

@@ -6,14 +6,17 @@ The rules are pure functions from a record to a `Change`: nothing here stores, s
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ConfigDict
 
+from kfdist.policies import tuning
 from kfdist.rpc._generated.kfdist.v1 import run_pb2
+from kfdist.rpc.beats import method_settings_message
 from kfdist.rpc.status import Refusal
-from kfdist.types import Desired, GroupName, GroupSpec, RunSettings
+from kfdist.types import Desired, GroupName, GroupSpec, InForce, RunSettings, Value
 
 
 class RunState(StrEnum):
@@ -33,6 +36,9 @@ class RunState(StrEnum):
         """Whether only a new start can move the run on."""
         return self in (RunState.STOPPED, RunState.FINISHED, RunState.FAILED)
 
+
+MOST_ASKED = 64
+"""Requests whose texts are kept until the ranks obey them."""
 
 PHASES: Mapping[str, RunState] = {
     "running": RunState.RUNNING,
@@ -60,6 +66,11 @@ class RunRecord:
         state: Where it stands.
         step: The step that rank 0 last reported.
         settings: What users asked of it.
+        asked: What of it the ranks haven't obeyed yet: its revision, and a text for users.
+        obeyed_revision: The newest revision of the settings that all ranks have taken up.
+        obeyed_step: The step at which they did.
+        in_force: What the ranks go by, as rank 0 last said in this start.
+        fingerprint: What the numbers of its ranks depend on.
         live_workers: Ranks alive within the lease.
         live_owners: Owners alive within the lease.
         gauges: Rank 0's gauges by metric name.
@@ -79,6 +90,11 @@ class RunRecord:
     state: RunState = RunState.CREATED
     step: int = 0
     settings: RunSettings = RunSettings()
+    asked: tuple[tuple[int, str], ...] = ()
+    obeyed_revision: int = 0
+    obeyed_step: int = 0
+    in_force: InForce = InForce()
+    fingerprint: str = ""
     live_workers: int = 0
     live_owners: int = 0
     gauges: Mapping[str, float] = field(default_factory=dict)
@@ -98,6 +114,10 @@ class RunRecord:
             created=timestamp(self.created_ns),
             directory=self.directory,
             gauges=self.gauges,
+            settings=method_settings_message(self.in_force.values) if self.in_force.values else None,
+            settings_revision=self.settings.revision,
+            obeyed_revision=self.obeyed_revision,
+            obeyed_step=self.obeyed_step,
         )
 
 
@@ -165,7 +185,9 @@ def created(record: RunRecord | None, *, name: str, directory: str, total_steps:
     reset = replace(
         _reset(record), directory=directory, total_steps=total_steps, state=RunState.CREATED, begun=False, gauges={}
     )
-    return Change(reset, (Event(kind="created", text=f"run {name} is about to start again; settings as configured"),))
+    lost = f"; nobody obeyed: {', '.join(text for _, text in record.asked)}" if record.asked else ""
+    text = f"run {name} is about to start again; settings as configured, or as its checkpoint has them{lost}"
+    return Change(reset, (Event(kind="created", text=text),))
 
 
 def announced(record: RunRecord | None, *, name: str, directory: str, total_steps: int, now_ns: int) -> Change:
@@ -183,22 +205,59 @@ def started(record: RunRecord, *, epoch: int, world_size: int) -> Change:
     """
     if record.state.ended:
         record = _reset(record)
-    opened = replace(record, epoch=epoch, world_size=world_size, begun=False, state=RunState.CREATED, gauges={})
+    opened = replace(
+        record,
+        epoch=epoch,
+        world_size=world_size,
+        begun=False,
+        state=RunState.CREATED,
+        in_force=InForce(),
+        gauges={},
+    )
     return Change(opened, (Event(kind="started", text=f"start {epoch} with {world_size} ranks"),))
 
 
-def reported(record: RunRecord, *, phase: str, step: int) -> Change:
-    """Takes over where rank 0 says that the run stands. A start that has ended stays ended."""
+def reported(record: RunRecord, *, phase: str, step: int, in_force: InForce | None = None) -> Change:
+    """Takes over where rank 0 says that the run stands and what it goes by. A start that has ended stays ended."""
     if record.state.ended:
         return Change(record)
+    record, events = _obeyed(record, in_force) if in_force is not None else (record, ())
     state = PHASES[phase]
     if not state.ended and record.settings.desired is Desired.STOPPED:
         state = RunState.STOPPING
     moved = replace(record, state=state, step=step, begun=True)
     if state is record.state:
-        return Change(moved)
+        return Change(moved, events)
     kind = "returned" if record.state is RunState.LOST else state.value
-    return Change(moved, (Event(kind=kind, text=f"{record.state} -> {state} at step {step}"),))
+    return Change(moved, (*events, Event(kind=kind, text=f"{record.state} -> {state} at step {step}")))
+
+
+def _obeyed(record: RunRecord, in_force: InForce) -> tuple[RunRecord, tuple[Event, ...]]:
+    """Notes what the ranks go by, and at which step they took up what users had asked for."""
+    events = []
+    for each in in_force.obeyed:
+        if each.revision <= record.obeyed_revision:
+            continue
+        texts = [text for revision, text in record.asked if revision <= each.revision]
+        what = (
+            f"revision {each.revision} ({'; '.join(texts) or 'as before'}), agreed on by all ranks at step {each.step}"
+        )
+        if each.refused:
+            text = f"{what}: the settings of the method stay as they were: {each.refused}"
+            events.append(Event(kind="settings_refused", text=text))
+            kept = {
+                name: value for name, value in record.settings.changes.items() if in_force.values.get(name) == value
+            }
+            record = replace(record, settings=replace(record.settings, changes=kept))
+        elif texts:
+            events.append(Event(kind="settings_obeyed", text=what))
+        record = replace(
+            record,
+            asked=tuple(asked for asked in record.asked if asked[0] > each.revision),
+            obeyed_revision=each.revision,
+            obeyed_step=each.step,
+        )
+    return replace(record, in_force=replace(in_force, obeyed=())), tuple(events)
 
 
 def silent(record: RunRecord, *, lease_seconds: float) -> Change:
@@ -212,7 +271,7 @@ def silent(record: RunRecord, *, lease_seconds: float) -> Change:
     return Change(record)
 
 
-def desired(record: RunRecord, wish: Desired) -> Change:
+def desired(record: RunRecord, wish: Desired, who: str) -> Change:
     """Notes that a run is to continue, to pause or to stop; asked for twice, it changes nothing.
 
     Raises:
@@ -229,29 +288,43 @@ def desired(record: RunRecord, wish: Desired) -> Change:
             grpc.StatusCode.FAILED_PRECONDITION,
             f"run {record.name!r} is to stop, which can't be taken back; start it again when it has ended",
         )
-    moved = replace(record, settings=_next(record.settings, desired=wish))
+    word = {Desired.RUNNING: "resume", Desired.PAUSED: "pause", Desired.STOPPED: "stop"}[wish]
+    moved = _asked(record, word, desired=wish)
     if wish is Desired.STOPPED and record.state is not RunState.LOST:
         moved = replace(moved, state=RunState.STOPPING)
-    word = {Desired.RUNNING: "resume", Desired.PAUSED: "pause", Desired.STOPPED: "stop"}[wish]
-    return Change(moved, (Event(kind=f"{word}_requested", text=f"{word} asked for at step {record.step}"),))
+    return Change(moved, (_request(f"{word}_requested", word, moved, who),))
 
 
-def damped(record: RunRecord, damping: float) -> Change:
-    """Notes a new damping.
+def tuned(record: RunRecord, changes: Mapping[str, Value | None], who: str) -> Change:
+    """Notes new settings of the method, checked before (`kfdist.control.validation.check_changes`).
+
+    Args:
+        record: The run.
+        changes: By name; None: as configured again.
+        who: Who asks.
 
     Raises:
         Refusal: FAILED_PRECONDITION: the run has ended.
     """
     _check_steerable(record)
-    if damping == record.settings.damping:
+    before = record.settings.changes
+    if changes.get("adoption") == "asap":
+        changes = {"lag": None, **changes}
+    changes = {name: value for name, value in changes.items() if name not in before or before[name] != value}
+    if not changes:
         return Change(record)
-    text = f"damping {damping:g} asked for at step {record.step}"
-    return Change(
-        replace(record, settings=_next(record.settings, damping=damping)), (Event(kind="settings_changed", text=text),)
-    )
+    moved = _asked(record, _described(record, changes), changes={**before, **changes})
+    events = []
+    for name, value in changes.items():
+        old = record.in_force.values.get(name, before.get(name))
+        was = "as configured" if old is None else tuning.shown(name, old)
+        now = "as configured" if value is None else tuning.shown(name, value)
+        text = f"{who} set {name} from {was} to {now} at step {record.step} (revision {moved.settings.revision})"
+        events.append(Event(kind="settings_changed", text=text))
+    return Change(moved, tuple(events))
 
 
-def checkpointed(record: RunRecord) -> Change:
+def checkpointed(record: RunRecord, who: str) -> Change:
     """Notes a request for a checkpoint.
 
     Raises:
@@ -259,11 +332,8 @@ def checkpointed(record: RunRecord) -> Change:
     """
     _check_steerable(record)
     serial = record.settings.checkpoint_serial + 1
-    text = f"checkpoint {serial} asked for at step {record.step}"
-    return Change(
-        replace(record, settings=_next(record.settings, checkpoint_serial=serial)),
-        (Event(kind="checkpoint_requested", text=text),),
-    )
+    moved = _asked(record, f"checkpoint {serial}", checkpoint_serial=serial)
+    return Change(moved, (_request("checkpoint_requested", f"checkpoint {serial}", moved, who),))
 
 
 def timestamp(time_ns: int) -> Timestamp:
@@ -281,9 +351,35 @@ def _check_steerable(record: RunRecord) -> None:
 
 def _reset(record: RunRecord) -> RunRecord:
     # A new start's ranks count requests for checkpoints from 0 and must not take an old request for a new one.
-    settings = _next(record.settings, desired=Desired.RUNNING, damping=0.0, checkpoint_serial=0)
-    return replace(record, settings=settings)
+    settings = replace(
+        record.settings,
+        revision=record.settings.revision + 1,
+        desired=Desired.RUNNING,
+        changes={},
+        checkpoint_serial=0,
+    )
+    return replace(record, settings=settings, asked=())
 
 
-def _next(settings: RunSettings, **changed: Desired | float | int) -> RunSettings:
-    return replace(settings, revision=settings.revision + 1, **changed)
+def _asked(record: RunRecord, text: str, **changed: Any) -> RunRecord:
+    """Returns the record with new settings, which the ranks have yet to obey."""
+    settings = replace(record.settings, revision=record.settings.revision + 1, **changed)
+    return replace(record, settings=settings, asked=(*record.asked, (settings.revision, text))[-MOST_ASKED:])
+
+
+def _request(kind: str, what: str, record: RunRecord, who: str) -> Event:
+    text = f"{what} asked for at step {record.step} by {who} (revision {record.settings.revision})"
+    return Event(kind=kind, text=text)
+
+
+def _described(record: RunRecord, changes: Mapping[str, Value | None]) -> str:
+    """Returns what users read of changes when the ranks have obeyed."""
+    texts = []
+    for name, value in changes.items():
+        text = f"{name} {'as configured' if value is None else tuning.shown(name, value)}"
+        if name in tuning.PERIODS:
+            text += " from the step after"
+        if name == "damping" and record.in_force.late_damping:
+            text += f", which {', '.join(record.in_force.late_damping)} takes up with its next inversions"
+        texts.append(text)
+    return ", ".join(texts)

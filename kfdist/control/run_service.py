@@ -15,7 +15,8 @@ from kfdist.control.exporter import Exporter
 from kfdist.control.ledger import Ledger, Request
 from kfdist.control.run_rules import Change, RunRecord, timestamp
 from kfdist.rpc._generated.kfdist.v1 import run_pb2, run_pb2_grpc
-from kfdist.rpc.beats import sample_messages
+from kfdist.rpc.authentication import caller_of
+from kfdist.rpc.beats import changes_of, sample_messages
 from kfdist.rpc.status import answers, streams
 from kfdist.types import Desired
 
@@ -75,36 +76,40 @@ class RunService(run_pb2_grpc.RunServiceServicer):
     @override
     @answers
     async def Pause(self, request: run_pb2.PauseRequest, context: Any) -> run_pb2.PauseResponse:
-        del context
-        return run_pb2.PauseResponse(run=await self._wish("Pause", request, Desired.PAUSED))
+        return run_pb2.PauseResponse(run=await self._wish("Pause", request, context, Desired.PAUSED))
 
     @override
     @answers
     async def Resume(self, request: run_pb2.ResumeRequest, context: Any) -> run_pb2.ResumeResponse:
-        del context
-        return run_pb2.ResumeResponse(run=await self._wish("Resume", request, Desired.RUNNING))
+        return run_pb2.ResumeResponse(run=await self._wish("Resume", request, context, Desired.RUNNING))
 
     @override
     @answers
     async def UpdateSettings(
         self, request: run_pb2.UpdateSettingsRequest, context: Any
     ) -> run_pb2.UpdateSettingsResponse:
-        del context
-        damping = validation.check_damping(request)
-        run = await self._steer("UpdateSettings", request, lambda record: run_rules.damped(record, damping))
-        return run_pb2.UpdateSettingsResponse(run=run)
+        validation.check_names(request.as_configured)
+        changes, who = changes_of(request), caller_of(context)
+
+        def rule(record: RunRecord) -> Change:
+            validation.check_changes(changes, record.in_force)
+            if changes.get("adoption") == "fixed-lag":
+                validation.check_owners_compute_alike(record, self._ledger.live_owners())
+            return run_rules.tuned(record, changes, who)
+
+        return run_pb2.UpdateSettingsResponse(run=await self._steer("UpdateSettings", request, rule))
 
     @override
     @answers
     async def Checkpoint(self, request: run_pb2.CheckpointRequest, context: Any) -> run_pb2.CheckpointResponse:
-        del context
-        return run_pb2.CheckpointResponse(run=await self._steer("Checkpoint", request, run_rules.checkpointed))
+        who = caller_of(context)
+        run = await self._steer("Checkpoint", request, lambda record: run_rules.checkpointed(record, who))
+        return run_pb2.CheckpointResponse(run=run)
 
     @override
     @answers
     async def Stop(self, request: run_pb2.StopRequest, context: Any) -> run_pb2.StopResponse:
-        del context
-        return run_pb2.StopResponse(run=await self._wish("Stop", request, Desired.STOPPED))
+        return run_pb2.StopResponse(run=await self._wish("Stop", request, context, Desired.STOPPED))
 
     @override
     @answers
@@ -126,8 +131,9 @@ class RunService(run_pb2_grpc.RunServiceServicer):
         samples = self._exporter.samples(self._ledger.run(request.name).name)
         return run_pb2.ListSamplesResponse(samples=sample_messages(samples))
 
-    async def _wish(self, method: str, request: Any, wish: Desired) -> run_pb2.Run:
-        return await self._steer(method, request, lambda record: run_rules.desired(record, wish))
+    async def _wish(self, method: str, request: Any, context: Any, wish: Desired) -> run_pb2.Run:
+        who = caller_of(context)
+        return await self._steer(method, request, lambda record: run_rules.desired(record, wish, who))
 
     async def _steer(self, method: str, request: Any, rule: Callable[[RunRecord], Change]) -> run_pb2.Run:
         validation.check_request_id(request.request_id)

@@ -1,13 +1,20 @@
 """Checks of what callers send; each raises `ConfigError`, for callers INVALID_ARGUMENT, with the field as its path."""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
 
 from kfdist.checks import choice, count, number
-from kfdist.control.run_rules import PHASES
+from kfdist.config import PreconditionerSection
+from kfdist.config.findings import config_error
+from kfdist.control.run_rules import PHASES, OwnerRecord, RunRecord
 from kfdist.errors import ConfigError
+from kfdist.policies import tuning
 from kfdist.policies.assignment import POLICIES
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, run_pb2
-from kfdist.types import RUN_NAME_PATTERN
+from kfdist.types import RUN_NAME_PATTERN, InForce, Value
 
 NAME = re.compile(RUN_NAME_PATTERN)
 """Names of runs and owners, which become file names and label values."""
@@ -39,10 +46,67 @@ def check_request_id(request_id: str) -> None:
     _check_text("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
 
 
-def check_damping(request: run_pb2.UpdateSettingsRequest) -> float:
-    """Checks and returns the new damping, the only setting."""
-    given = request.damping if request.HasField("damping") else None
-    return number("damping", given, above=0.0, hint="and is the only setting")
+def check_changes(changes: Mapping[str, Value | None], in_force: InForce) -> None:
+    """Checks new settings of the method by the configuration's own rules, together with those in force.
+
+    Before the ranks have said what they go by, each is checked for itself, and the ranks check the rest.
+    """
+    if not changes:
+        raise ConfigError(f"nothing is to be changed; give at least one of {', '.join(tuning.NAMES)}", path="settings")
+    for name in changes:
+        if name in in_force.fixed:
+            raise ConfigError(f"can't be changed: {in_force.fixed[name]}", path=name)
+    new = {name: value for name, value in changes.items() if value is not None}
+    values = {**(in_force.values or _unobtrusive(new)), **new}
+    if values.get("adoption") == "asap" and "lag" not in new:
+        values.pop("lag", None)
+    table: dict[str, Any] = {name: value for name, value in values.items() if name not in tuning.STALENESS}
+    table["staleness"] = {name: values[name] or None for name in tuning.STALENESS if name in values}
+    try:
+        PreconditionerSection.model_validate(table)
+    except ValidationError as error:
+        found = config_error(error, PreconditionerSection)
+        raise found.at(found.path.rpartition(".")[2]) from None
+    _check_job_periods(values, changes, in_force.job_periods)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Checks the names of settings that are to be as configured again."""
+    for name in names:
+        choice("as_configured", name, tuning.NAMES)
+
+
+def check_owners_compute_alike(record: RunRecord, owners: Sequence[OwnerRecord]) -> None:
+    """Refuses a fixed lag where every owner computes otherwise than the ranks: their jobs would wait for ever."""
+    if owners and record.fingerprint and not any(each.fingerprint == record.fingerprint for each in owners):
+        theirs = sorted({each.fingerprint for each in owners})
+        raise ConfigError(
+            f'is "fixed-lag", under which owners must compute as the ranks do, {record.fingerprint!r}, and none of '
+            f"them does: {theirs}; give both the same device, threads and library "
+            'versions, or stay with "asap"',
+            path="adoption",
+        )
+
+
+def _unobtrusive(new: Mapping[str, Value]) -> dict[str, Value]:
+    """Returns settings that go with any others, as far as these go together themselves."""
+    factor = new.get("factor_period", 1)
+    adoption = "fixed-lag" if "lag" in new else "asap"
+    return {"factor_period": factor, "inverse_period": new.get("inverse_period", factor), "adoption": adoption}
+
+
+def _check_job_periods(
+    values: Mapping[str, Value], changes: Mapping[str, Value | None], job_periods: Sequence[int]
+) -> None:
+    factor, inverse = (int(values[name]) for name in tuning.PERIODS)
+    for period in job_periods:
+        if period % factor or inverse % period:
+            path = next((name for name in tuning.PERIODS if name in changes), "inverse_period")
+            raise ConfigError(
+                f"is {values[path]}; a method of the run has a period of its own, {period}, which must be a multiple "
+                f"of factor_period = {factor} and divide inverse_period = {inverse}",
+                path=path,
+            )
 
 
 def check_worker(request: membership_pb2.RegisterWorkerRequest) -> None:

@@ -181,6 +181,11 @@ class AbstractInverter(ABC):
         del shape
         return ""
 
+    @property
+    def own_period(self) -> int | None:
+        """The steps between two jobs where the settings say them; see `update_period`."""
+        return None
+
     def update_period(self, factor_period: int, inverse_period: int) -> int:
         """Returns the steps between two jobs of a block.
 

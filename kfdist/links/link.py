@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kfdist.types import GroupSpec, Job, JobResult, MetricSample, RunSettings
+from kfdist.types import GroupSpec, InForce, Job, JobResult, MetricSample, RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,10 @@ class AbstractLink(ABC):
     @abstractmethod
     def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         """Tells the controller where the rank is; while it is away, samples may be dropped and are counted."""
+
+    @abstractmethod
+    def report(self, in_force: InForce) -> None:
+        """Tells the controller, with the next beat, what the run goes by; rank 0's link alone is told."""
 
     @abstractmethod
     def settings(self) -> RunSettings:

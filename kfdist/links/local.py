@@ -11,7 +11,7 @@ from typing_extensions import override
 from kfdist.curvature.jobs import run_job
 from kfdist.errors import KfdistError
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
-from kfdist.types import Job, JobResult, MetricSample, RunSettings
+from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
 
 
 class _Work:
@@ -98,6 +98,10 @@ class LocalLink(AbstractLink):
 
     @override
     def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
+        """Does nothing: there is no controller."""
+
+    @override
+    def report(self, in_force: InForce) -> None:
         """Does nothing: there is no controller."""
 
     @override

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from kfdist.links.link import LinkContext, LinkCounters
 from kfdist.links.shared_memory import create_input, read_private
 from kfdist.system.credentials import Credentials
-from kfdist.types import MetricSample, RunSettings
+from kfdist.types import InForce, MetricSample, RunSettings
 
 MAX_MESSAGE_BYTES = 1 << 16
 """Largest message; a default socket buffer holds several of them."""
@@ -56,6 +56,14 @@ class Beat:
     step: int
     phase: str
     samples: tuple[MetricSample, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Rank 0 to courier: what the run goes by."""
+
+    kind: Literal["report"] = "report"
+    in_force: InForce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +123,7 @@ class Counted:
     counters: LinkCounters
 
 
-Message = Submit | Beat | Bye | Hello | Done | NewSettings | Fenced | Counted
+Message = Submit | Beat | Report | Bye | Hello | Done | NewSettings | Fenced | Counted
 
 _EXACT = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 """Both sides are of one version: a field too many or of another type is a fault. A gauge may be NaN."""

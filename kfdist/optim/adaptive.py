@@ -16,7 +16,7 @@ from kfdist.optim.adaptive_settings import AdaptiveReport, AdaptiveSettings, Tru
 from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputFisher, OutputProduct
 from kfdist.optim.quadratic_model import InnerProducts, ModelStep, inner_product, minimise_model
 from kfdist.optim.replay import Closure, Replay
-from kfdist.optim.requirements import check_arguments
+from kfdist.optim.requirements import FIXED, check_arguments
 from kfdist.runtime.preconditioner import Preconditioner
 
 _LOG = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class AdaptiveStep:
         self._settings = settings or AdaptiveSettings()
         check_arguments(preconditioner, loss, weight_decay, damping)
         self._preconditioner = preconditioner
+        preconditioner.pipeline.in_force.fixed |= dict.fromkeys(FIXED, "AdaptiveStep, which trains the model, sets it")
         self._loss = loss if preconditioner.settings.fisher != "empirical" else None
         self._eta = float(weight_decay)
         self._trust = Trust(self._settings, float(damping), self._eta)

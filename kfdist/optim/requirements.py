@@ -4,6 +4,9 @@ from kfdist import checks
 from kfdist.errors import ConfigError
 from kfdist.runtime.preconditioner import Preconditioner
 
+FIXED = ("damping", "kl_clip", "adoption", "lag", "soft_bound", "hard_bound", "at_hard_bound")
+"""Settings of the preconditioner that can't be changed while the adaptive step trains the model."""
+
 LOSSES = ("mse", "cross_entropy", "binary_cross_entropy")
 """Losses that are negative log-likelihoods of a known distribution; the last one takes logits."""
 

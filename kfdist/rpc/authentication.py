@@ -1,6 +1,9 @@
 """TLS and the token as gRPC has them: each side shows a certificate of one authority, and callers the token, too."""
 
+import getpass
 import hmac
+import os
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -9,6 +12,11 @@ import grpc.aio
 from typing_extensions import override
 
 from kfdist.system.credentials import Credentials, Identity, Reread
+
+USER_HEADER = "kfdist-user"
+"""Metadata in which callers say for whom they call, such as "ada@host"."""
+
+MOST_USER_CHARACTERS = 128
 
 _HEADER = "authorization"
 _REFUSAL = "the call carries no token, or another one than this server's"
@@ -82,6 +90,30 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 async def _refuse(requests: object, context: grpc.aio.ServicerContext) -> None:
     del requests
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, _REFUSAL)
+
+
+def caller_of(context: Any) -> str:
+    """Returns who makes a call: as the caller says, and as its certificate says.
+
+    Only the certificate proves anything; the name tells colleagues from each other.
+    """
+    metadata = dict(context.invocation_metadata() or ())
+    name = metadata.get(USER_HEADER, "")
+    name = name if isinstance(name, str) and name.isprintable() else ""
+    names = context.auth_context().get("x509_subject_alternative_name", [])
+    roles = ", ".join(name.decode(errors="replace").removesuffix(".kfdist") for name in names)
+    certificate = f" (certificate of a {roles})" if roles else ""
+    return f"{name[:MOST_USER_CHARACTERS] or 'somebody'}{certificate}"
+
+
+def user_metadata() -> tuple[tuple[str, str], ...]:
+    """Returns what a call for a person says of who that is."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    name = f"{user}@{socket.gethostname()}"
+    return ((USER_HEADER, name.encode("ascii", "replace").decode()),)
 
 
 def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:

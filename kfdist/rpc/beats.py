@@ -2,16 +2,17 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from kfdist.rpc._generated.kfdist.v1 import membership_pb2
+from kfdist.policies import tuning
+from kfdist.rpc._generated.kfdist.v1 import membership_pb2, run_pb2
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
-from kfdist.types import Desired, GroupSpec, MetricSample, RunSettings
+from kfdist.types import Desired, GroupSpec, InForce, MetricSample, Obeyed, RunSettings, Value
 
 BEAT_SECONDS = 1.0
 """How often members beat."""
@@ -71,8 +72,15 @@ def samples_of(messages: Iterable[membership_pb2.Sample]) -> list[MetricSample]:
 
 
 def settings_message(settings: RunSettings) -> membership_pb2.RunSettings:
-    """Returns the message of a run's settings; its fields are those of the dataclass."""
-    return membership_pb2.RunSettings(**asdict(settings))
+    """Returns the message of a run's settings."""
+    said: dict[str, Any] = {name: value for name, value in settings.changes.items() if value is not None}
+    return membership_pb2.RunSettings(
+        revision=settings.revision,
+        desired=settings.desired,
+        checkpoint_serial=settings.checkpoint_serial,
+        **said,
+        as_configured=[name for name, value in settings.changes.items() if value is None],
+    )
 
 
 def settings_of(message: membership_pb2.RunSettings) -> RunSettings:
@@ -81,8 +89,49 @@ def settings_of(message: membership_pb2.RunSettings) -> RunSettings:
         revision=message.revision,
         desired=Desired(message.desired) if message.desired in set(Desired) else Desired.RUNNING,
         checkpoint_serial=message.checkpoint_serial,
-        damping=message.damping,
+        changes=changes_of(message),
     )
+
+
+def changes_of(message: membership_pb2.RunSettings | run_pb2.UpdateSettingsRequest) -> dict[str, Value | None]:
+    """Returns the settings of the method that a message changes, by name; None: as configured again."""
+    known = {name: None for name in message.as_configured if name in tuning.NAMES}
+    return {**known, **values_of(message)}
+
+
+def in_force_message(in_force: InForce) -> membership_pb2.InForce:
+    """Returns the message of what a run goes by."""
+    return membership_pb2.InForce(
+        values=method_settings_message(in_force.values),
+        fixed=in_force.fixed,
+        job_periods=in_force.job_periods,
+        late_damping=in_force.late_damping,
+        obeyed=[membership_pb2.Obeyed(**asdict(each)) for each in in_force.obeyed],
+    )
+
+
+def in_force_of(message: membership_pb2.InForce) -> InForce:
+    """Returns from its message what a run goes by."""
+    return InForce(
+        values=values_of(message.values),
+        fixed=dict(message.fixed),
+        job_periods=tuple(message.job_periods),
+        late_damping=tuple(message.late_damping),
+        obeyed=tuple(Obeyed(revision=each.revision, step=each.step, refused=each.refused) for each in message.obeyed),
+    )
+
+
+def method_settings_message(values: Mapping[str, Value]) -> membership_pb2.MethodSettings:
+    """Returns the message of settings of the method, by name."""
+    given: dict[str, Any] = dict(values)
+    return membership_pb2.MethodSettings(**given)
+
+
+def values_of(
+    message: membership_pb2.RunSettings | membership_pb2.MethodSettings | run_pb2.UpdateSettingsRequest,
+) -> dict[str, Value]:
+    """Returns the settings of the method that a message has, by name."""
+    return {name: getattr(message, name) for name in tuning.NAMES if message.HasField(name)}
 
 
 def group_messages(groups: Iterable[GroupSpec]) -> list[membership_pb2.GroupSpec]:

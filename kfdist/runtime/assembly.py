@@ -22,6 +22,7 @@ from kfdist.runtime.adopt.exchange import SnapshotExchange
 from kfdist.runtime.adopt.snapshots import SnapshotInstaller
 from kfdist.runtime.apply.applications import Applying
 from kfdist.runtime.counters import PipelineCounters
+from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.invert.job_book import JobBook
 from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, make_link
 from kfdist.runtime.invert.shipping import Inverting
@@ -184,17 +185,19 @@ def _pipeline(
     tracks = [Track.of(group, queued=settings.lag is not None) for group in groups]
     world_size = communicators.training.world_size
     schedules = settings.schedules(len(groups), together=plan.compiled)
-    timetable = Timetable(schedules, tracks, seed=settings.seed, rank=rank, world_size=world_size)
+    timetable = Timetable(schedules, tracks, seed=settings.seed, rank=rank, world_size=world_size, settings=settings)
     book = JobBook(link, {track.group.name: track.jobs for track in tracks})
-    agreement = Agreement(TableExchange(communicators.table), link, rank, settings.damping_at)
+    in_force = SettingsInForce(settings, groups)
+    agreement = Agreement(TableExchange(communicators.table), link, rank, in_force)
     wait_limit = settings.adoption.wait_limit_seconds
     exchange = SnapshotExchange(
         tracks, communicators.snapshots, book, agreement, counters, wait_limit_seconds=wait_limit
     )
     capture = _capture(plan, grad_scaler, rank)
-    inverting = Inverting({track.group.name: track for track in tracks}, settings, terms, book, rank, counters)
+    inverting = Inverting({track.group.name: track for track in tracks}, in_force, terms, book, rank, counters)
     return Pipeline(
         settings=settings,
+        in_force=in_force,
         kinds={
             "link": type(link).__name__,
             "grad_scaler": "enabled" if capture.scaled else "None",
@@ -210,10 +213,10 @@ def _pipeline(
         noise_scale=NoiseScale(list(plan.model.parameters()), communicators.statistics, device),
         inverting=inverting,
         adopting=Adopting(
-            tracks, settings, exchange, SnapshotInstaller(device, counters, warns=rank == 0), inverting, counters
+            tracks, in_force, exchange, SnapshotInstaller(device, counters, warns=rank == 0), inverting, counters
         ),
-        calibration=Calibration(tracks, settings, timetable, communicators.statistics),
-        applying=Applying(tracks, settings, agreement, communicators.statistics, counters),
+        calibration=Calibration(tracks, in_force, timetable, communicators.statistics),
+        applying=Applying(tracks, in_force, communicators.statistics, counters),
         counters=counters,
     )
 

@@ -18,6 +18,7 @@ from kfdist.runtime.adopt.calibration import Calibration
 from kfdist.runtime.adopt.start import agree_on_start
 from kfdist.runtime.apply.applications import Applying
 from kfdist.runtime.counters import PipelineCounters
+from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.invert.shipping import Inverting
 from kfdist.runtime.notices import Notices
 from kfdist.runtime.plan.timetable import Timetable
@@ -34,6 +35,7 @@ class Pipeline:
 
     Attributes:
         settings: What it is told.
+        in_force: The same, with what users have changed since.
         kinds: Of this rank's own objects, which can be alike but not equal, by name.
         training: The ranks.
         parameters: The model's, compared between ranks.
@@ -55,6 +57,7 @@ class Pipeline:
     """
 
     settings: Settings
+    in_force: SettingsInForce
     kinds: Mapping[str, str]
     training: Communicator
     parameters: Sequence[nn.Parameter]
@@ -108,7 +111,8 @@ class Pipeline:
             if table is None:
                 self._agree_on_start()
             self.capture.biases.settle(self.agreement.biases)
-            damping = self.agreement.damping(step)
+            self.adopting.follow()
+            damping = self.in_force.damping(step)
             learning_rate = None if learning_rates is None else learning_rates(step)
         with phase("capture"):
             due, norms = self.timetable.due(step), self.capture.norms.found()
@@ -174,7 +178,8 @@ class Pipeline:
             self.training,
             step=self.next_step,
             statistics_step=self.statistics_step,
-            exact=self.settings.lag is not None,
+            stages=self.timetable.stages,
+            exact=self.in_force.settings.lag is not None,
         )
         self.agreement.agree_on_biases(self.capture.biases.seen)
 
@@ -187,6 +192,7 @@ class Pipeline:
         self.counters.end_step(max((track.staleness(step) for track in self.tracks), default=0))
         self.adopting.settle(step)
         self.next_step = step + 1
+        self.timetable.follow(self.in_force.settings, self.next_step)
         self.arm()
         return StepReport(
             step=step,

@@ -203,7 +203,7 @@ class Preconditioner(StatedLoss, Inspection):
             KfdistError: The gradients are still scaled, an optimizer is attached, or `close` was called.
         """
         self._refuse_if_attached("step")
-        return self._step(self._rates.at)
+        return self._step(self._rates_at)
 
     def update(self) -> StepReport:
         """Does all that `step` does except changing gradients, for callers that ask for `directions` themselves.
@@ -234,6 +234,11 @@ class Preconditioner(StatedLoss, Inspection):
         with plain_arithmetic(self._plan.device):
             return self.pipeline.directions(damping)
 
+    def _rates_at(self, step: int) -> Callable[[nn.Parameter], float]:
+        clips = self.pipeline.in_force.settings.kl_clip is not None
+        self._rates.needed = clips and bool(self._plan.blocks)  # users may turn the clip on and off
+        return self._rates.at(step)
+
     def _step(self, rates: Callable[[int], Callable[[nn.Parameter], float]] | None) -> StepReport:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
@@ -262,7 +267,7 @@ class Preconditioner(StatedLoss, Inspection):
             ConfigError: An optimizer is attached already, this one steps none of the preconditioned parameters, or has
                 no learning rates for the KL clip.
         """
-        self._rates.attach(optimizer, self._parameters, lambda: self._step(self._rates.at))
+        self._rates.attach(optimizer, self._parameters, lambda: self._step(self._rates_at))
         return self
 
     def request_stop(self) -> None:
@@ -271,7 +276,7 @@ class Preconditioner(StatedLoss, Inspection):
 
     def beat(self, phase: str, samples: Sequence[MetricSample] = ()) -> None:
         """Tells the controller, if there is one, where this rank stands; never blocks."""
-        self._assembly.link.beat(self.pipeline.next_step, phase, [*self.samples(), *samples])
+        self.pipeline.agreement.tell(self.pipeline.next_step, phase, [*self.samples(), *samples])
 
     # State -----------------------------------------------------------------------------------------------------------
 

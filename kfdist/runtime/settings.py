@@ -78,6 +78,11 @@ class Settings:
             for begin, period in stages.items()
         ]
 
+    def inverse_period_at(self, step: int) -> int:
+        """Returns the steps between two inversions at `step`."""
+        reached = [schedule.inverse_period for schedule in self.schedules(groups=0) if schedule.begin <= step]
+        return reached[-1]
+
     def damping_at(self, step: int) -> float:
         """Returns lambda at `step`, as its schedule gives it."""
         return float(self.damping(step) if callable(self.damping) else self.damping)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfdist.errors import CheckpointError, KfdistError
 from kfdist.runtime.pipeline import Pipeline
 
-FORMAT = 5
+FORMAT = 6
 PER_RANK, FOLDED = "per-rank", "folded"
 
 
@@ -35,7 +35,8 @@ def pipeline_state(pipeline: Pipeline, *, folded: bool) -> dict[str, Any]:
         **pipeline.noise_scale.state_dict(),
         **pipeline.inverting.state_dict(),
         **pipeline.adopting.state_dict(),
-        **pipeline.agreement.state_dict(),
+        **pipeline.in_force.state_dict(),
+        **pipeline.timetable.state_dict(),
     }
     return {**state, "sums": _scaled(state["sums"], world_size)} if folded else state
 
@@ -57,10 +58,15 @@ def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     _check(pipeline, state)
     if state["statistics"] == FOLDED:
         state = {**state, "sums": _scaled(state["sums"], 1.0 / pipeline.training.world_size)}
+    pipeline.in_force.load_state_dict(state)
     pipeline.started = True
     pipeline.next_step = int(state["step"])
     pipeline.statistics_step = int(state["statistics_step"])
-    pipeline.agreement.load_state_dict(state)
+    pipeline.timetable.load_state_dict(state, pipeline.in_force.settings)
+    if pipeline.statistics_step < pipeline.next_step:  # else new periods begin after the step that is done again
+        pipeline.timetable.follow(pipeline.in_force.settings, pipeline.next_step)
+    for track in pipeline.tracks:
+        track.jobs.queued = pipeline.in_force.settings.lag is not None
     pipeline.reducer.load_state_dict(state)
     pipeline.noise_scale.load_state_dict(state)
     pipeline.adopting.load_state_dict(state)

@@ -61,7 +61,7 @@ def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
     samples = [
         # Counters run from the sender's start, so a resumed run counts the steps of this process.
         _sample("kfdist_steps_total", counters.steps),
-        _sample("kfdist_damping", counters.adaptive_damping or pipeline.agreement.damping(step)),
+        _sample("kfdist_damping", counters.adaptive_damping or pipeline.in_force.damping(step)),
         _sample("kfdist_inverse_period_steps", pipeline.timetable.inverse_period(step)),
         _sample("kfdist_adoptions_total", counters.adoptions),
         *(_sample("kfdist_adoption_wait_seconds", seconds) for seconds in counters.adoption_waits),

@@ -123,7 +123,7 @@ def test_closing_ends_the_stream_at_the_controller() -> None:
 
 
 def test_settings_travel_whole() -> None:
-    settings = RunSettings(revision=4, desired=Desired.PAUSED, checkpoint_serial=2, damping=0.25)
+    settings = RunSettings(revision=4, desired=Desired.PAUSED, checkpoint_serial=2, changes={"damping": 0.25})
     assert beats.settings_of(beats.settings_message(settings)) == settings
 
 

@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kfdist.cli import control_commands
+from kfdist.cli import control_commands, settings_command
 from kfdist.control.run_rules import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from tests.support.controller import ControllerThread, Member, eventually, sample
@@ -28,6 +28,7 @@ LONG_LEASE = pytest.mark.parametrize("controller", [60.0], indirect=True, ids=["
 def kfdist(controller: ControllerThread) -> Kfdist:
     app = typer.Typer()
     control_commands.register(app)
+    settings_command.register(app)
 
     def run(*arguments: str) -> str:
         result = CliRunner().invoke(app, arguments, env={"KFDIST_CONTROL_ADDRESS": controller.address})
@@ -160,7 +161,7 @@ def test_steering(kfdist, digits):
     assert digits.beat_worker("digits", step=32).settings.desired == "running"
     lines = kfdist("events", "digits").splitlines()
     assert lines[0].split() == ["ID", "TIME", "KIND", "WHAT"]
-    assert any("damping 0.5 asked for at step" in line for line in lines)
+    assert any("set damping from as configured to 0.5 at step" in line for line in lines)
     last = lines[-1].split()[0]
     assert kfdist("events", "digits", "--after", last) == "no event\n"
 
@@ -169,11 +170,14 @@ def test_steering(kfdist, digits):
     ("settings", "words"),
     [
         (["dampling=1"], ["'dampling=1'", "did you mean 'damping'?"]),
-        (["damping"], ["'damping'", "damping=LAMBDA"]),
-        (["damping=fast"], ["'fast'", "finite number above 0"]),
-        (["damping=1", "damping=2"], ["given twice"]),
-        (["damping=0"], ["damping: 0.0", "above 0"]),
-        (["damping=nan"], ["damping: nan", "above 0"]),
+        (["damping"], ["'damping'", "such as damping=0.01", "inverse_period"]),
+        (["damping=fast"], ["damping: is 'fast', which is no number"]),
+        (["inverse_period=2.5"], ["inverse_period: is '2.5', which is no whole number"]),
+        (["soft_bound=off"], ["soft_bound: is 'off'", "none", "configured"]),
+        (["damping=1", "damping=2"], ["damping: is given twice"]),
+        (["damping=0"], ["damping: is 0.0", "greater than 0"]),
+        (["damping=nan"], ["damping: is nan", "finite number"]),
+        (["adoption=later"], ["adoption: is 'later'", "'asap' or 'fixed-lag'"]),
     ],
 )
 def test_bad_settings(kfdist, digits, settings, words):

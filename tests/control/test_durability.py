@@ -181,11 +181,11 @@ def test_sqlite3_reads_the_records_while_the_controller_runs(tmp_path, controlle
     client.update_settings("r", damping=0.1)
     with sqlite3.connect(f"file:{tmp_path / 'control.sqlite'}?mode=ro", uri=True) as connection:
         rows = connection.execute(
-            "SELECT name, record ->> 'total_steps', record ->> '$.settings.desired', record ->> '$.settings.damping' "
-            "FROM runs ORDER BY rowid"
+            "SELECT name, record ->> 'total_steps', record ->> '$.settings.desired', "
+            "record ->> '$.settings.changes.damping' FROM runs ORDER BY rowid"
         ).fetchall()
     connection.close()
-    assert rows == [("r", 9, "paused", 0.1), ("second", 0, "running", 0.0)]
+    assert rows == [("r", 9, "paused", 0.1), ("second", 0, "running", None)]
 
 
 def test_a_file_that_cannot_be_written_refuses_and_nothing_changes(tmp_path, monkeypatch):

@@ -215,7 +215,7 @@ def damping_set(communicator: Communicator) -> list[Record]:
     rank = TrainingRank(communicator)
     records = [rank.step() for _ in range(4)]
     damping = 0.5 if communicator.rank == 0 else 0.7
-    rank.link.wanted = RunSettings(revision=7, damping=damping)
+    rank.link.wanted = RunSettings(revision=7, changes={"damping": damping})
     records += rank.run(12)
     rank.close()
     return records
@@ -225,6 +225,36 @@ def test_damping_set_at_run_time_acts_on_all_ranks_at_the_same_step() -> None:
     ranks = run_ranks(4, damping_set)
     check_invariants(ranks)
     assert [record.damping for record in ranks[0]] == [0.1] * 5 + [0.5] * 7
+
+
+def everything_set(communicator: Communicator) -> tuple[list[Record], list[tuple[int, int]]]:
+    """Under asap, with results that come late, users change the periods and go over to a fixed lag and back."""
+    rank = TrainingRank(communicator)
+    records = rank.run(5)
+    said = [
+        {"factor_period": 2, "inverse_period": 4, "kl_clip": 1e-3},
+        {"adoption": "fixed-lag", "lag": 2},
+        {"adoption": "asap", "lag": None, "soft_bound": 30},
+    ]
+    for revision, changes in enumerate(said, start=1):
+        if communicator.rank == 0:
+            rank.link.wanted = RunSettings(revision=revision, changes=changes)
+        records += rank.run(len(records) + 9)
+    rank.pre.beat("running")
+    obeyed = [(each.revision, each.step) for each in rank.link.reported[-1].obeyed] if communicator.rank == 0 else []
+    rank.close()
+    return records, obeyed
+
+
+def test_periods_and_adoption_change_on_all_ranks_at_the_same_step() -> None:
+    results = run_ranks(3, everything_set)
+    check_invariants([records for records, _ in results])
+    records, obeyed = results[0]
+    # Each in the table started after it was said; the last, under the fixed lag, in a round of a wait.
+    assert obeyed == [(1, 6), (2, 15), (3, 23)]
+    late = [(record.step, version) for record in records[19:24] for _, version in record.adopted]
+    assert late and {step - version for step, version in late} == {2}
+    assert any(record.adopted for record in records[26:])
 
 
 def bad_schedule(communicator: Communicator) -> tuple[int, str]:

@@ -67,7 +67,7 @@ def first_part(
     """Trains, and saves each rank's own state. On the way, people set another damping."""
     rank = make(communicator, adoption=adoption)
     records = rank.run(5)
-    rank.link.wanted = RunSettings(revision=1, damping=0.3)
+    rank.link.wanted = RunSettings(revision=1, changes={"damping": 0.3})
     records += rank.run(steps)
     if fold:
         rank.pre.fold()
@@ -133,7 +133,7 @@ def until_the_limit(communicator: Communicator, directory: Path) -> tuple[list[R
     """What the wait at step 11 leaves behind is saved."""
     rank = make(communicator, adoption=FixedLag(LAG, wait_limit_seconds=0.3))
     records = rank.run(5)
-    rank.link.wanted = RunSettings(revision=1, damping=0.3)
+    rank.link.wanted = RunSettings(revision=1, changes={"damping": 0.3})
     try:
         while True:
             records.append(rank.step())

@@ -61,7 +61,7 @@ def test_commands_come_and_beats_go(controller, owners, start_link):
         eventually(link.settings, lambda settings: settings.desired is Desired.PAUSED)
         revision = link.settings().revision
         client.update_settings(RUN, damping=0.25)
-        settings = eventually(link.settings, lambda settings: settings.damping == 0.25)
+        settings = eventually(link.settings, lambda settings: settings.changes == {"damping": 0.25})
         assert settings.revision > revision
         client.resume(RUN)
         eventually(link.settings, lambda settings: settings.desired is Desired.RUNNING)

@@ -21,9 +21,10 @@ from kfdist.links.socket_messages import (
     Hello,
     Message,
     NewSettings,
+    Report,
     Submit,
 )
-from kfdist.types import Desired, MetricSample, RunSettings
+from kfdist.types import Desired, InForce, MetricSample, Obeyed, RunSettings
 from tests.support.jobs import context
 
 SUBMIT = Submit(
@@ -32,10 +33,21 @@ SUBMIT = Submit(
 EXAMPLES = [
     SUBMIT,
     Beat(step=5, phase="running", samples=(MetricSample(name="x", value=0.25, labels={"block": 'q"ü'}),)),
+    Report(
+        in_force=InForce(
+            values={"damping": 0.5, "lag": 2, "adoption": "fixed-lag"},
+            fixed={"kl_clip": "no"},
+            job_periods=(4,),
+            late_damping=("kfac",),
+            obeyed=(Obeyed(revision=3, step=9, refused="why"),),
+        )
+    ),
     Bye(),
     Hello(),
     Done(ticket=7, payload_bytes=4, digest="e" * 64, seconds=0.5, owner="owner-0"),
-    NewSettings(settings=RunSettings(revision=4, desired=Desired.PAUSED, checkpoint_serial=2, damping=1e-3)),
+    NewSettings(
+        settings=RunSettings(revision=4, desired=Desired.PAUSED, checkpoint_serial=2, changes={"damping": 1e-3})
+    ),
     Fenced(),
     Counted(counters=LinkCounters(resubmissions={"crash": 2}, bytes_sent=5, bytes_received=6, samples_dropped=7)),
 ]

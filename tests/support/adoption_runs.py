@@ -107,7 +107,7 @@ class TrainingRank:
             versions=self.pre.versions(),
             payloads={track.group.name: _sha256(track.snapshot.payload) for track in pipeline.tracks},
             staleness=self.pre.staleness(),
-            damping=pipeline.agreement.damping(report.step),
+            damping=pipeline.in_force.damping(report.step),
             policy=dict(policy),
             pending={track.group.name: len(track.pending) for track in pipeline.tracks},
             overlapping=tuple(

@@ -21,9 +21,11 @@ from kfdist.control.client import ControlClient
 from kfdist.control.controller import Controller, ControllerOptions
 from kfdist.control.run_rules import OwnerRecord
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membership_pb2_grpc, run_pb2_grpc
+from kfdist.rpc.beats import in_force_message
 from kfdist.rpc.channels import open_channel
 from kfdist.system.addresses import split_address
 from kfdist.system.credentials import Credentials
+from kfdist.types import InForce
 
 CALL_SECONDS = 10.0
 
@@ -161,8 +163,16 @@ class Member:
         step: int = 0,
         phase: str = "running",
         samples: tuple[Any, ...] = (),
+        in_force: InForce | None = None,
     ) -> Any:
-        beat = membership_pb2.WorkerBeat(run=run, epoch=epoch, worker_rank=rank, step=step, phase=phase)
+        beat = membership_pb2.WorkerBeat(
+            run=run,
+            epoch=epoch,
+            worker_rank=rank,
+            step=step,
+            phase=phase,
+            in_force=None if in_force is None else in_force_message(in_force),
+        )
         return self.send(membership_pb2.HeartbeatRequest(worker=beat, samples=samples))
 
     def beat_owner(self, owner_id: str, samples: tuple[Any, ...] = (), address: str = "") -> Any:

@@ -105,6 +105,11 @@ class AbstractBrandKfac(AbstractInverter):
             return f"Brand on {brand}, randomised SVD on {'G' if brand == 'A' else 'A'}"
         return "Brand on A and G" if updated else "randomised SVD on A and G"
 
+    @property
+    @override
+    def own_period(self) -> int | None:
+        return self.brand_period
+
     @override
     def update_period(self, factor_period: int, inverse_period: int) -> int:
         period = factor_period if self.brand_period is None else self.brand_period

@@ -183,6 +183,11 @@ class TwoLevel(AbstractInverter):
     def note(self, shape: BlockShape) -> str:
         return "; ".join(part for part in (f"around {self.inner}", self._inner().note(shape)) if part)
 
+    @property
+    @override
+    def own_period(self) -> int | None:
+        return self._inner().own_period
+
     @override
     def update_period(self, factor_period: int, inverse_period: int) -> int:
         return self._inner().update_period(factor_period, inverse_period)

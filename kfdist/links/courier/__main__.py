@@ -29,6 +29,7 @@ from kfdist.links.socket_messages import (
     Hello,
     Message,
     NewSettings,
+    Report,
     Submit,
 )
 from kfdist.system.lifetime import exit_with_process
@@ -120,6 +121,8 @@ class Courier:
                         self._dispatcher.submit(group, message, *descriptors)
                     case Beat():
                         self._session.beat(message.step, message.phase, message.samples)
+                    case Report(in_force=in_force):
+                        self._session.in_force = in_force
                     case Bye():
                         await self._session.end(conversation)
                         break

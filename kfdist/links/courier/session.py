@@ -20,11 +20,11 @@ from kfdist.links.socket_messages import CourierSetup
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
-from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, group_messages, settings_of
+from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, group_messages, in_force_message, settings_of
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
 from kfdist.rpc.status import code_of, details_of, refusal_of
 from kfdist.system.credentials import Role
-from kfdist.types import MetricSample, RunSettings
+from kfdist.types import InForce, MetricSample, RunSettings
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,7 +45,11 @@ _REFUSALS = (
 
 
 class ControllerSession:
-    """Talks to the controller for one rank until told to end."""
+    """Talks to the controller for one rank until told to end.
+
+    Attributes:
+        in_force: What the run goes by, as the rank last said; None before it has.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class ControllerSession:
         self._settings_changed = settings_changed
         self._count = count
         self._fenced = fenced
+        self.in_force: InForce | None = None
         self._revision = 0
         self._step, self._phase = 0, "running"
         self._samples: deque[MetricSample] = deque()
@@ -205,6 +210,7 @@ class ControllerSession:
             worker_rank=self._context.worker_rank,
             step=self._step,
             phase=self._phase,
+            in_force=None if self.in_force is None else in_force_message(self.in_force),
         )
 
     @contextlib.contextmanager

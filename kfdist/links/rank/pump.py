@@ -19,15 +19,15 @@ from kfdist.links.link import LinkCounters
 from kfdist.links.rank.courier_process import COURIER_MODULE, CourierProcess
 from kfdist.links.rank.handover import Handover
 from kfdist.links.shared_memory import read_private
-from kfdist.links.socket_messages import Bye, Counted, CourierSetup, Done, Fenced, Hello, Message, NewSettings
-from kfdist.types import Desired, Job, JobResult, MetricSample, RunSettings
+from kfdist.links.socket_messages import Bye, Counted, CourierSetup, Done, Fenced, Hello, Message, NewSettings, Report
+from kfdist.types import Desired, InForce, Job, JobResult, MetricSample, RunSettings
 
 _LOG = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
 
-Call = Job | tuple[int, str, Sequence[MetricSample]] | None
-"""What the thread that trains asks for: a job, a (step, phase, samples) to tell, or None for the end."""
+Call = Job | tuple[int, str, Sequence[MetricSample]] | InForce | None
+"""What the thread that trains asks for: a job, a (step, phase, samples) or a report to tell, or None for the end."""
 
 
 @dataclass(kw_only=True)
@@ -171,6 +171,8 @@ class Pump:
                     self._handover.add(job)
                 case (step, phase, samples):
                     self._post_beats(step, phase, samples)
+                case InForce() as in_force:
+                    self._post(Report(in_force=in_force))
 
     def _post_beats(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         self._phase = phase

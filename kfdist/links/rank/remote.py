@@ -13,7 +13,7 @@ from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
 from kfdist.links.rank.pump import Call, Mailbox, Pump, RemoteOptions
 from kfdist.links.socket_messages import CourierSetup
 from kfdist.system.credentials import Credentials
-from kfdist.types import Job, JobResult, MetricSample, RunSettings
+from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
 
 __all__ = ["RemoteLink", "RemoteOptions"]
 
@@ -122,6 +122,11 @@ class RemoteLink(AbstractLink):
     def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         mailbox, _ = self._running()
         self._tell(mailbox, (step, phase, tuple(samples)))
+
+    @override
+    def report(self, in_force: InForce) -> None:
+        mailbox, _ = self._running()
+        self._tell(mailbox, in_force)
 
     @override
     def settings(self) -> RunSettings:

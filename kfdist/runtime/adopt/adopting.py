@@ -7,10 +7,11 @@ from typing import Any
 from kfdist.policies.adoption import NO_VERSION, AgreedTable
 from kfdist.runtime.adopt.exchange import Arrival, SnapshotExchange
 from kfdist.runtime.adopt.snapshots import SnapshotInstaller
+from kfdist.runtime.adopt.start import forget_lost
 from kfdist.runtime.counters import PipelineCounters
+from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.invert.own import OwnInversion
 from kfdist.runtime.invert.shipping import Inverting
-from kfdist.runtime.settings import Settings
 from kfdist.runtime.track import Track
 from kfdist.types import GroupName
 
@@ -21,7 +22,7 @@ class Adopting:
 
     Attributes:
         tracks: All groups.
-        settings: What the pipeline is told.
+        in_force: The settings of the method in force.
         exchange: Broadcasts results.
         installer: Takes them into use.
         inverting: Ships what a wait is for.
@@ -29,11 +30,26 @@ class Adopting:
     """
 
     tracks: Sequence[Track]
-    settings: Settings
+    in_force: SettingsInForce
     exchange: SnapshotExchange
     installer: SnapshotInstaller
     inverting: Inverting
     counters: PipelineCounters
+
+    def follow(self) -> None:
+        """Goes over to another way of adopting where users have asked for it. All ranks must call it.
+
+        Nothing travels then, and no version is waited for that a newer one has replaced.
+        """
+        exact = self.in_force.settings.lag is not None
+        changed = [track for track in self.tracks if track.jobs.queued is not exact]
+        if not changed:
+            return
+        self.inverting.ship_all()
+        for track in changed:
+            self.exchange.abandon(track)
+            track.jobs.queued = exact
+        forget_lost(changed, self.exchange.agreement, exact=False)
 
     def bring(self, step: int, table: AgreedTable | None) -> dict[int, Arrival]:
         """Waits for the results due now, and lets the others travel in the background.
@@ -49,7 +65,7 @@ class Adopting:
             Interrupted: On all ranks, inside a wait.
         """
         due = self._due(step)
-        if due or self.settings.lag is not None:
+        if due or self.in_force.settings.lag is not None:
             return self._await(step, due, exact=True)
         arrived = self.exchange.received_by_all(table) if table is not None else {}
         if table is not None:
@@ -105,7 +121,7 @@ class Adopting:
         under_way = {track.group.index: track.pending[0] for track in self.tracks if track.pending}
         if step == 0:
             return dict.fromkeys(under_way, 0)
-        lag = self.settings.lag
+        lag = self.in_force.settings.lag
         return {index: oldest for index, oldest in under_way.items() if lag is not None and oldest <= step - lag}
 
     def _too_old(self, step: int, arrived: Mapping[int, Arrival]) -> dict[int, int]:
@@ -114,7 +130,7 @@ class Adopting:
         A group about to adopt a version that is young enough does not wait, nor does one with nothing under way. The
         others wait for the oldest version that is young enough, else for the newest under way.
         """
-        adoption = self.settings.adoption
+        adoption = self.in_force.settings.adoption
         stale = {}
         for track in self.tracks:
             arrival = arrived.get(track.group.index)

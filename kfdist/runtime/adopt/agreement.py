@@ -1,18 +1,18 @@
 """What all ranks agree on before a step: the table of the last one, and what users ask of the run."""
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from kfdist.comm.background import TableExchange
-from kfdist.errors import ConfigError, Interrupted, RanksDiverged
+from kfdist.errors import Interrupted, RanksDiverged
 from kfdist.links.link import AbstractLink
+from kfdist.policies import tuning
 from kfdist.policies.adoption import ABSENT, AdoptionLedger, AgreedTable, decode_table, encode_table
-from kfdist.types import Desired, RunSettings
+from kfdist.runtime.in_force import SettingsInForce
+from kfdist.types import Desired, MetricSample, Obeyed, RunSettings
 
 WAITING_ROUND_SECONDS = 1.0
 """Longest a rank blocks on its own between two agreed rounds, so that a waiting run still hears stop and resume."""
@@ -21,30 +21,34 @@ _PAUSED_ROUND_SECONDS = 0.25
 
 _DESIRED = tuple(Desired)
 
+_TOLD_REVISIONS = 32
+"""How many of the last revisions the controller is told again at each beat, as beats may be lost."""
+
 
 class Agreement:
-    """The settings in force on this rank; they change only on an agreed table or round.
+    """What users ask of the run, as it holds on this rank; it changes only on an agreed table or round.
 
     Args:
         table: The exchange of tables and rounds.
         link: Rank 0's is where new settings arrive.
         worker_rank: This rank.
-        damping: lambda by step, as configured.
+        in_force: The settings of the method, which it changes.
 
     Attributes:
-        settings: In force on all ranks.
+        settings: What all ranks obey.
+        in_force: The settings of the method in force on all ranks.
         stop: Whether all ranks know that somebody asked to stop.
         biases: What all ranks together know of the blocks' biases (`kfdist.capture.biases`), as of the last table.
     """
 
-    def __init__(
-        self, table: TableExchange, link: AbstractLink, worker_rank: int, damping: Callable[[int], float]
-    ) -> None:
+    def __init__(self, table: TableExchange, link: AbstractLink, worker_rank: int, in_force: SettingsInForce) -> None:
         self._table = table
         self._link = link
         self._worker_rank = worker_rank
-        self._damping = damping
+        self._step = 0
+        self._obeyed: list[Obeyed] = []
         self._stop_requested = False
+        self.in_force = in_force
         self.settings = RunSettings()
         self.stop = False
         self.biases: Sequence[int] = ()
@@ -61,6 +65,7 @@ class Agreement:
             RanksDiverged: The ranks' parameters differ.
             Interrupted: On all ranks, when a stop was asked for during a pause.
         """
+        self._step = step
         columns = self._table.complete()
         if columns is None:
             return None
@@ -99,19 +104,6 @@ class Agreement:
 
     # What users ask for ----------------------------------------------------------------------------------------------
 
-    def damping(self, step: int) -> float:
-        """Returns lambda at `step`: what users set last, else as configured.
-
-        Raises:
-            ConfigError: A schedule gave something else than a positive, finite number.
-        """
-        damping = self.settings.damping or self._damping(step)
-        if not (math.isfinite(damping) and damping > 0.0):
-            raise ConfigError(
-                f"the damping schedule gave {damping!r} at step {step}; a positive, finite number is needed"
-            )
-        return damping
-
     def request_stop(self) -> None:
         """This rank was asked to stop; all ranks will know at the same step. Safe to call from a signal handler."""
         self._stop_requested = True
@@ -135,11 +127,11 @@ class Agreement:
         self.stop = self.stop or stop
         if revision <= self.settings.revision:
             return
-        heard = self._link.settings()
-        shared = self._table.share(_encode(heard) if self._worker_rank == 0 else [0.0] * 4)
-        agreed = _decode(shared)
-        # Damping 0 is no word on damping: what a checkpoint brought along stays in force, from step to step.
-        self.settings = agreed if agreed.damping else replace(agreed, damping=self.settings.damping)
+        heard = self._link.settings() if self._worker_rank == 0 else RunSettings()
+        self.settings = _decode(self._table.share(_encode(heard)))
+        refused = self.in_force.take(self.settings.changes)
+        obeyed = Obeyed(revision=self.settings.revision, step=self._step, refused=refused)
+        self._obeyed = [*self._obeyed, obeyed][-_TOLD_REVISIONS:]
         self.stop = self.stop or self.settings.desired is Desired.STOPPED
 
     def agree_on_biases(self, biases: Sequence[int]) -> None:
@@ -199,19 +191,11 @@ class Agreement:
         self.tell(step, "running")
         return time.monotonic() - begun
 
-    def tell(self, step: int, phase: str) -> None:
-        """Tells the controller what the run is doing at a step that takes longer than usual."""
-        self._link.beat(step, phase, ())
-
-    # State -----------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the damping that users had set; 0 where they had set none."""
-        return {"damping": self.settings.damping}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state_dict` returned; newer settings replace it."""
-        self.settings = replace(self.settings, damping=float(state["damping"]))
+    def tell(self, step: int, phase: str, samples: Sequence[MetricSample] = ()) -> None:
+        """Tells the controller what the run is doing at `step`, and what it goes by."""
+        if self._worker_rank == 0:
+            self._link.report(replace(self.in_force.told(step), obeyed=tuple(self._obeyed)))
+        self._link.beat(step, phase, samples)
 
 
 def _encode(settings: RunSettings) -> list[float]:
@@ -219,7 +203,7 @@ def _encode(settings: RunSettings) -> list[float]:
         float(settings.revision),
         float(_DESIRED.index(settings.desired)),
         float(settings.checkpoint_serial),
-        settings.damping if math.isfinite(settings.damping) and settings.damping > 0.0 else 0.0,
+        *tuning.encode(settings.changes),
     ]
 
 
@@ -228,5 +212,5 @@ def _decode(values: Sequence[float]) -> RunSettings:
         revision=int(values[0]),
         desired=_DESIRED[int(values[1])],
         checkpoint_serial=int(values[2]),
-        damping=values[3],
+        changes=tuning.decode(values[3:]),
     )

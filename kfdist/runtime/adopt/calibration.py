@@ -10,9 +10,9 @@ from kfdist.comm.reduce import reduce_flat
 from kfdist.curvature.averages import BatchStatistics, decay_at
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.statistics import Needs, Samples
+from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.example_rows import SampleRequest, local_samples
-from kfdist.runtime.settings import Settings
 from kfdist.runtime.track import Track
 from kfdist.seeds import block_seed
 from kfdist.types import BlockName
@@ -23,7 +23,7 @@ class Calibration:
 
     Args:
         tracks: All groups.
-        settings: What the pipeline is told.
+        in_force: The settings of the method in force.
         timetable: Says which are folded.
         communicator: Carries the sums.
 
@@ -34,12 +34,12 @@ class Calibration:
     def __init__(
         self,
         tracks: Sequence[Track],
-        settings: Settings,
+        in_force: SettingsInForce,
         timetable: Timetable,
         communicator: Communicator,
     ) -> None:
         self._tracks = [track for track in tracks if _calibrates(track)]
-        self._settings = settings
+        self._in_force = in_force
         self._timetable = timetable
         self._communicator = communicator
         self._asked: frozenset[int] = frozenset()
@@ -51,12 +51,12 @@ class Calibration:
         return self._asked
 
     def _may_measure(self, track: Track, step: int) -> bool:
-        lag = self._settings.lag
+        lag = self._in_force.settings.lag
         return (
             self._timetable.folds(track, step)
             or track.calibrations == 0
             or track.ledger.in_flight
-            or track.decision(step, self._settings.adoption).wait
+            or track.decision(step, self._in_force.settings.adoption).wait
             or (lag is not None and step - lag in track.pending)
         )
 
@@ -80,7 +80,7 @@ class Calibration:
             for track in due
             for block, needs in ((block, track.group.needs[block.name]) for block in track.group.blocks)
         }
-        self.bytes_sent += calibrate(due, samples, self._communicator, ema_decay=self._settings.ema_decay)
+        self.bytes_sent += calibrate(due, samples, self._communicator, ema_decay=self._in_force.settings.ema_decay)
 
     def _samples(
         self, step: int, block: Block, needs: Needs, batch: BatchStatistics | None, step_is_finite: Tensor | None
@@ -94,7 +94,7 @@ class Calibration:
             rows=None if batch is None else batch.samples,
             step_is_finite=step_is_finite,
             destination=None,
-            seed=block_seed(self._settings.seed, block.name, step),
+            seed=block_seed(self._in_force.settings.seed, block.name, step),
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
         )
         return local_samples(request, self._communicator, weight.device)

@@ -25,6 +25,7 @@ def agree_on_start(
     *,
     step: int,
     statistics_step: int,
+    stages: Sequence[Sequence[int]],
     exact: bool,
 ) -> None:
     """Collective. Checks that all ranks are at the same place, and forgets versions that nobody can deliver.
@@ -39,6 +40,7 @@ def agree_on_start(
         training: The ranks.
         step: The step that this rank does next.
         statistics_step: The newest step whose statistics this rank has folded.
+        stages: How the periods have changed while the run trained.
         exact: Whether every version under way is adopted; else (asap) a newer one may take its place.
 
     Raises:
@@ -53,14 +55,14 @@ def agree_on_start(
             "all ranks"
         ),
     )
-    place = _place([step, statistics_step, agreement.settings.damping], tracks)
+    place = _place([step, statistics_step, stages, agreement.in_force.changes], tracks)
     last, first, high, low = agreement.agree([step, -step, place, -place])
     if (last, high) != (-first, -low):
         where = f"steps {-first} to {last}" if last != -first else f"step {step} with different snapshots"
         raise CheckpointError(
             f"the ranks would begin at {where}; load the state of one checkpoint on all ranks before the first step"
         )
-    lost = _forget_lost(tracks, agreement, exact=exact)
+    lost = forget_lost(tracks, agreement, exact=exact)
     if lost and training.rank == 0:
         warnings.warn(
             f"no rank's state has the inversions under way {', '.join(lost)}, and they will not be adopted: the state "
@@ -70,7 +72,7 @@ def agree_on_start(
         )
 
 
-def _place(common: list[float], tracks: Sequence[Track]) -> int:
+def _place(common: list[object], tracks: Sequence[Track]) -> int:
     """Digests, to 63 bits, everything that decides which collectives a rank enters and what it applies."""
     of_groups = [
         [
@@ -85,8 +87,14 @@ def _place(common: list[float], tracks: Sequence[Track]) -> int:
     return seed_from(json.dumps([common, of_groups]))
 
 
-def _forget_lost(tracks: Sequence[Track], agreement: Agreement, *, exact: bool) -> list[str]:
-    """Forgets the versions under way that no rank holds; returns those that would have been adopted."""
+def forget_lost(tracks: Sequence[Track], agreement: Agreement, *, exact: bool) -> list[str]:
+    """Collective. Forgets the versions under way that no rank holds; returns those that would have been adopted.
+
+    Args:
+        tracks: The groups.
+        agreement: Carries a round.
+        exact: Whether every version under way is adopted; else only the newest one counts.
+    """
     under_way = [(track, version) for track in tracks for version in track.pending]
     if not under_way:
         return []

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
-from kfdist.runtime.adopt.agreement import Agreement
 from kfdist.runtime.apply.directions import Application, precondition_gradients, solve
 from kfdist.runtime.counters import PipelineCounters
-from kfdist.runtime.settings import Settings
+from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.track import Track
 from kfdist.types import BlockName
 
@@ -21,15 +20,13 @@ class Applying:
 
     Attributes:
         tracks: All groups.
-        settings: What the pipeline is told.
-        agreement: Has the damping in force.
+        in_force: The settings of the method in force.
         communicator: Carries directions that one rank computes for all.
         counters: Counts what is less than a fresh inverse.
     """
 
     tracks: Sequence[Track]
-    settings: Settings
-    agreement: Agreement
+    in_force: SettingsInForce
     communicator: Communicator
     counters: PipelineCounters
 
@@ -47,8 +44,8 @@ class Applying:
             learning_rate: The learning rate of a parameter, for the KL clip.
         """
         factor = precondition_gradients(
-            self._applications(step, self.agreement.damping(step), batches),
-            kl_clip=self.settings.kl_clip,
+            self._applications(step, self.in_force.damping(step), batches),
+            kl_clip=self.in_force.settings.kl_clip,
             learning_rate=learning_rate,
             communicator=self.communicator,
         )
@@ -83,7 +80,7 @@ class Applying:
     ) -> Application | None:
         """Returns how a group is treated at `step`; None where its gradients stay as they are."""
         group, inverses = track.group, track.snapshot.preconditioners
-        decision = track.decision(step, self.settings.adoption)
+        decision = track.decision(step, self.in_force.settings.adoption)
         self.counters.fallbacks.update(decision.reasons)
         lacking = [block for block in group.blocks if block.name not in inverses]
         if lacking:

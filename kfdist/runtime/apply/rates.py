@@ -22,11 +22,15 @@ class LearningRates:
     Args:
         lr: A number, a callable of the step, or None to read the attached optimizer.
         needed: Whether there is a KL clip, which cannot do without.
+
+    Attributes:
+        needed: The same, as of now.
+        optimizer: The one that is attached.
     """
 
     def __init__(self, lr: Scalar | None, *, needed: bool) -> None:
         self._lr = lr
-        self._needed = needed
+        self.needed = needed
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -45,7 +49,7 @@ class LearningRates:
         if self.optimizer is not None:
             raise ConfigError("an optimizer is attached already; make one Preconditioner per optimizer")
         bare = bare_optimizer(optimizer, parameters)
-        if self._needed and self._lr is None:
+        if self.needed and self._lr is None:
             self._of_optimizer(bare)
         self.optimizer, self._hook = bare, step_before(bare, step)
 
@@ -65,7 +69,7 @@ class LearningRates:
             value = float(self._lr(step) if callable(self._lr) else self._lr)
             checks.number(f"lr at step {step}", value, least=0, hint="or a callable of the step")
             return lambda _parameter: value
-        if not self._needed:
+        if not self.needed:
             return lambda _parameter: 1.0
         if self.optimizer is None:
             raise ConfigError(

@@ -11,12 +11,13 @@ from torch import Tensor
 from kfdist.curvature.inverter import AbstractInverter
 from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
 from kfdist.runtime.counters import PipelineCounters
+from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.invert.departures import Departure, Reduced, job_record
 from kfdist.runtime.invert.job_book import JobBook
 from kfdist.runtime.invert.own import OwnInversion, invert_own
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.reduce.reducer import Reduction
-from kfdist.runtime.settings import JobTerms, Settings
+from kfdist.runtime.settings import JobTerms
 from kfdist.runtime.track import Track
 from kfdist.seeds import block_seed
 from kfdist.types import BlockName, GroupName, Job, JobResult, LateBytes
@@ -29,7 +30,7 @@ class Inverting:
 
     Attributes:
         tracks: All groups, by name.
-        settings: What the pipeline is told.
+        in_force: The settings of the method in force.
         terms: What its jobs say beside their content.
         book: Jobs and results of the groups this rank ships.
         rank: This rank.
@@ -39,7 +40,7 @@ class Inverting:
     """
 
     tracks: Mapping[GroupName, Track]
-    settings: Settings
+    in_force: SettingsInForce
     terms: JobTerms
     book: JobBook
     rank: int
@@ -68,7 +69,7 @@ class Inverting:
             groups = [track.group for track in mine]
             tensors = _tensors(groups, reduction)
             self.departures.append(Departure(reduction.step, groups, tensors, damping=damping, previous=previous))
-        own = invert_own(reduction, seed=self.settings.seed)
+        own = invert_own(reduction, seed=self.in_force.settings.seed)
         for track in reduction.tracks:
             if track.group.index in own and track.group.courier_rank == self.rank:  # each is counted once a run
                 self.counters.completed[track.group.inverter.name] += 1
@@ -94,7 +95,7 @@ class Inverting:
                 group.inverter,
                 tensors,
                 damping=departure.damping,
-                seeds={name: block_seed(self.settings.seed, name, version) for name in tensors},
+                seeds={name: block_seed(self.in_force.settings.seed, name, version) for name in tensors},
                 previous={} if group.inverter.online else departure.previous[group.name],
                 threads=torch.get_num_threads(),
             )
@@ -109,7 +110,7 @@ class Inverting:
             content=content,
             deadline_seconds=self.terms.deadline_seconds,
             # Under asap any owner will do.
-            fingerprint=self.terms.fingerprint if self.settings.lag is not None else "",
+            fingerprint=self.terms.fingerprint if self.in_force.settings.lag is not None else "",
         )
 
     def _announce(self, result: JobResult) -> None:

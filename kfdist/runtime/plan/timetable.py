@@ -8,6 +8,7 @@ from kfdist.capture.requests import Request
 from kfdist.curvature.statistics import Needs
 from kfdist.policies.schedule import Schedule
 from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.runtime.settings import Settings
 from kfdist.runtime.track import Track
 from kfdist.seeds import block_seed, rank_seed
 from kfdist.types import BlockName
@@ -47,21 +48,70 @@ class Timetable:
         seed: The run's; with a block's name and the step it seeds what is sampled.
         rank: This rank.
         world_size: Among how many ranks a budget of examples is shared.
+        settings: Where the schedules come from.
+
+    Attributes:
+        stages: How the periods have changed while the run trained; empty where they haven't.
 
     Raises:
         ConfigError: A method's own period doesn't fit the run's.
     """
 
     def __init__(
-        self, schedules: Sequence[Schedule], tracks: Sequence[Track], *, seed: int, rank: int, world_size: int
+        self,
+        schedules: Sequence[Schedule],
+        tracks: Sequence[Track],
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        settings: Settings | None = None,
     ) -> None:
-        self._schedules = schedules
         self._tracks = tracks
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
+        self._followed = settings
+        self.stages: list[list[int]] = []
+        self._go_by(schedules)
+
+    def follow(self, settings: Settings, begin: int) -> None:
+        """Goes by the periods of `settings` from `begin` on, the step that is done next.
+
+        With other periods than until then, all groups are folded and inverted at `begin`.
+        """
+        if settings is self._followed:
+            return
+        self._followed = settings
+        schedules = settings.schedules(len(self._tracks), together=self._schedules[0].together)
+        reached = [each for each in self._schedules if each.begin < begin]
+        wanted = [each for each in schedules if each.begin <= begin][-1]
+        if not reached or _periods_of(reached[-1]) != _periods_of(wanted):
+            reached.append(replace(wanted, begin=begin if reached else 0))
+            self.stages = [[each.begin, *_periods_of(each)] for each in reached]
+        self._go_by([*reached, *(each for each in schedules if each.begin > begin)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns how the periods have changed while the run trained, as lists of step, factor and inverse period."""
+        return {"stages": self.stages}
+
+    def load_state_dict(self, state: Mapping[str, Any], settings: Settings) -> None:
+        """Goes on from what `state_dict` returned; what `settings` say of it is for `follow`."""
+        self.stages = [[int(each) for each in stage] for stage in state["stages"]]
+        if self.stages:
+            first = settings.schedules(len(self._tracks), together=self._schedules[0].together)[0]
+            self._followed = None
+            self._go_by(
+                [
+                    replace(first, begin=begin, factor_period=factor, inverse_period=inverse)
+                    for begin, factor, inverse in self.stages
+                ]
+            )
+
+    def _go_by(self, schedules: Sequence[Schedule]) -> None:
+        self._schedules = schedules
         self._periods = {
-            schedule.begin: [_update_period(track.group, schedule) for track in tracks] for schedule in schedules
+            each.begin: [_update_period(track.group, each) for track in self._tracks] for each in schedules
         }
 
     def _at(self, step: int) -> Schedule:
@@ -164,6 +214,10 @@ class Timetable:
             "sample_columns": max(columns) if len(columns) == len(budgets) else None,
             "samples_pooled": any(budget.pooled for budget in budgets),
         }
+
+
+def _periods_of(schedule: Schedule) -> tuple[int, int]:
+    return schedule.factor_period, schedule.inverse_period
 
 
 def _update_period(group: BlockGroup, schedule: Schedule) -> int:

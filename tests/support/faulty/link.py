@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kfdist.links.link import LinkContext
 from kfdist.links.local import LocalLink
-from kfdist.types import JobResult, MetricSample, RunSettings
+from kfdist.types import InForce, JobResult, MetricSample, RunSettings
 from tests.support.faults import reach
 
 
@@ -19,6 +19,7 @@ class FaultyLink(LocalLink):
         wanted: What `settings` returns; a test may replace it at any time.
         step: A fact of the place, for a test's loop to state.
         told: The (step, phase) that the rank told.
+        reported: What the rank said that the run goes by.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class FaultyLink(LocalLink):
         self.wanted = RunSettings()
         self.step = 0
         self.told: list[tuple[int, str]] = []
+        self.reported: list[InForce] = []
         self._polls = self._results = 0
         self._on_the_way: list[_Arrival] = []
 
@@ -52,6 +54,9 @@ class FaultyLink(LocalLink):
     def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         del samples
         self.told.append((step, phase))
+
+    def report(self, in_force: InForce) -> None:
+        self.reported.append(in_force)
 
     def _send(self, result: JobResult) -> None:
         self._results += 1

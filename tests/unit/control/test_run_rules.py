@@ -64,7 +64,7 @@ class RunRules(RuleBasedStateMachine):
     def want(self, wish: Desired) -> None:
         before = self.record
         try:
-            self.apply(run_rules.desired(before, wish))
+            self.apply(run_rules.desired(before, wish, "ada"))
         except Refusal as refusal:
             assert wish is not Desired.STOPPED
             assert before.state.ended or before.settings.desired is Desired.STOPPED
@@ -76,15 +76,18 @@ class RunRules(RuleBasedStateMachine):
     @rule(damping=st.floats(1e-9, 1e3))
     def damp_and_checkpoint(self, damping: float) -> None:
         serial = self.record.settings.checkpoint_serial
-        self.apply(run_rules.damped(self.record, damping))
-        self.apply(run_rules.checkpointed(self.record))
-        assert self.record.settings.damping == damping
+        self.apply(run_rules.tuned(self.record, {"damping": damping}, "ada"))
+        self.apply(run_rules.checkpointed(self.record, "ada"))
+        assert self.record.settings.changes["damping"] == damping
         assert self.record.settings.checkpoint_serial == serial + 1
 
     @precondition(lambda self: self.record.state.ended)
     @rule()
     def refuse_to_steer_what_has_ended(self) -> None:
-        for steer in (lambda r: run_rules.damped(r, 1.0), run_rules.checkpointed):
+        for steer in (
+            lambda r: run_rules.tuned(r, {"damping": 1.0}, "ada"),
+            lambda r: run_rules.checkpointed(r, "ada"),
+        ):
             with pytest.raises(Refusal, match="has ended"):
                 steer(self.record)
 

@@ -36,7 +36,7 @@ class Formula:
         self.covered = [p for name, p in model.named_parameters() if name not in without]
         self.examples: list[int] = []
         self.updates = 0
-        self.pipeline = SimpleNamespace(counters=PipelineCounters())
+        self.pipeline = SimpleNamespace(counters=PipelineCounters(), in_force=SimpleNamespace(fixed={}))
         self.interrupted = False
 
     def update(self) -> Any:

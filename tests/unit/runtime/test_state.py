@@ -42,7 +42,7 @@ def test_a_state_goes_on_from_a_file_without_pickled_code(by_torch: bool):
 def test_a_state_of_an_older_format_is_refused_with_what_to_do():
     with preconditioner(two_layers()) as pre:
         state = {**pre.state_dict(), "format": 4}
-        with pytest.raises(CheckpointError, match="has format 4 and .* reads 5 alone; resume it with the version"):
+        with pytest.raises(CheckpointError, match="has format 4 and .* reads 6 alone; resume it with the version"):
             pre.load_state_dict(state)
 
 

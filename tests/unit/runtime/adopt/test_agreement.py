@@ -1,10 +1,14 @@
 """Settings that people changed, over a resume."""
 
+from torch import nn
+
 from kfdist.comm.background import TableExchange
 from kfdist.comm.communicator import Communicator
 from kfdist.links.local import LocalLink
 from kfdist.runtime.adopt.agreement import Agreement
+from kfdist.runtime.in_force import SettingsInForce
 from kfdist.types import Desired, RunSettings
+from tests.support.plans import planned
 
 
 class ToldLink(LocalLink):
@@ -16,14 +20,17 @@ class ToldLink(LocalLink):
         return self.told
 
 
+def in_force() -> SettingsInForce:
+    plan = planned(nn.Sequential(nn.Linear(4, 3)), "kfac-eigen", damping=0.1)
+    return SettingsInForce(plan.settings, plan.groups)
+
+
 def test_a_restored_damping_stays_until_somebody_sets_another() -> None:
     link = ToldLink()
-    agreement = Agreement(TableExchange(Communicator(None)), link, 0, lambda step: 0.1)
-    agreement.load_state_dict({"damping": 0.3})
+    agreement = Agreement(TableExchange(Communicator(None)), link, 0, in_force())
+    agreement.in_force.load_state_dict({"changes": {"damping": 0.3}})
     # A controller that opens a new start of an ended run says nothing on damping.
-    link.told = RunSettings(revision=4, desired=Desired.RUNNING, damping=0.0, checkpoint_serial=0)
-    agreement.obey(revision=4, stop=False)
-    assert (agreement.settings.revision, agreement.settings.damping) == (4, 0.3)
-    link.told = RunSettings(revision=5, damping=0.5)
-    agreement.obey(revision=5, stop=False)
-    assert agreement.settings.damping == 0.5
+    for revision, changes, damping in ((4, {}, 0.3), (5, {"damping": 0.5}, 0.5), (6, {"damping": None}, 0.1)):
+        link.told = RunSettings(revision=revision, desired=Desired.RUNNING, changes=changes)
+        agreement.obey(revision=revision, stop=False)
+        assert (agreement.settings.revision, agreement.in_force.damping(0)) == (revision, damping)

@@ -13,7 +13,7 @@ from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.statistics import Increment
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
 from kfdist.runtime.invert.job_book import JobBook, JobLine
-from kfdist.types import Job, JobResult, LateBytes, MetricSample, RunSettings
+from kfdist.types import InForce, Job, JobResult, LateBytes, MetricSample, RunSettings
 
 GROUPS: tuple[str, ...] = ("a", "b")
 
@@ -43,6 +43,7 @@ class DrivenLink(AbstractLink):
     def start(self, context: LinkContext) -> None: ...
     def wait(self, seconds: float) -> None: ...
     def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None: ...
+    def report(self, in_force: InForce) -> None: ...
     def close(self) -> None: ...
 
     def settings(self) -> RunSettings:

@@ -70,18 +70,20 @@ class HeartbeatRequest(_message.Message):
     def __init__(self, worker: _Optional[_Union[WorkerBeat, _Mapping]] = ..., owner: _Optional[_Union[OwnerBeat, _Mapping]] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ...) -> None: ...
 
 class WorkerBeat(_message.Message):
-    __slots__ = ("run", "epoch", "worker_rank", "step", "phase")
+    __slots__ = ("run", "epoch", "worker_rank", "step", "phase", "in_force")
     RUN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_RANK_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
+    IN_FORCE_FIELD_NUMBER: _ClassVar[int]
     run: str
     epoch: int
     worker_rank: int
     step: int
     phase: str
-    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_rank: _Optional[int] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ...) -> None: ...
+    in_force: InForce
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_rank: _Optional[int] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ..., in_force: _Optional[_Union[InForce, _Mapping]] = ...) -> None: ...
 
 class OwnerBeat(_message.Message):
     __slots__ = ("owner_id", "address")
@@ -119,16 +121,87 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, settings: _Optional[_Union[RunSettings, _Mapping]] = ..., owners: _Optional[_Iterable[_Union[_inversion_pb2.Owner, _Mapping]]] = ..., assignment_revision: _Optional[int] = ...) -> None: ...
 
 class RunSettings(_message.Message):
-    __slots__ = ("revision", "desired", "checkpoint_serial", "damping")
+    __slots__ = ("revision", "desired", "checkpoint_serial", "damping", "kl_clip", "factor_period", "inverse_period", "adoption", "lag", "soft_bound", "hard_bound", "at_hard_bound", "as_configured")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     DESIRED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SERIAL_FIELD_NUMBER: _ClassVar[int]
     DAMPING_FIELD_NUMBER: _ClassVar[int]
+    KL_CLIP_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_PERIOD_FIELD_NUMBER: _ClassVar[int]
+    INVERSE_PERIOD_FIELD_NUMBER: _ClassVar[int]
+    ADOPTION_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
+    SOFT_BOUND_FIELD_NUMBER: _ClassVar[int]
+    HARD_BOUND_FIELD_NUMBER: _ClassVar[int]
+    AT_HARD_BOUND_FIELD_NUMBER: _ClassVar[int]
+    AS_CONFIGURED_FIELD_NUMBER: _ClassVar[int]
     revision: int
     desired: str
     checkpoint_serial: int
     damping: float
-    def __init__(self, revision: _Optional[int] = ..., desired: _Optional[str] = ..., checkpoint_serial: _Optional[int] = ..., damping: _Optional[float] = ...) -> None: ...
+    kl_clip: float
+    factor_period: int
+    inverse_period: int
+    adoption: str
+    lag: int
+    soft_bound: int
+    hard_bound: int
+    at_hard_bound: str
+    as_configured: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, revision: _Optional[int] = ..., desired: _Optional[str] = ..., checkpoint_serial: _Optional[int] = ..., damping: _Optional[float] = ..., kl_clip: _Optional[float] = ..., factor_period: _Optional[int] = ..., inverse_period: _Optional[int] = ..., adoption: _Optional[str] = ..., lag: _Optional[int] = ..., soft_bound: _Optional[int] = ..., hard_bound: _Optional[int] = ..., at_hard_bound: _Optional[str] = ..., as_configured: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class MethodSettings(_message.Message):
+    __slots__ = ("damping", "kl_clip", "factor_period", "inverse_period", "adoption", "lag", "soft_bound", "hard_bound", "at_hard_bound")
+    DAMPING_FIELD_NUMBER: _ClassVar[int]
+    KL_CLIP_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_PERIOD_FIELD_NUMBER: _ClassVar[int]
+    INVERSE_PERIOD_FIELD_NUMBER: _ClassVar[int]
+    ADOPTION_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
+    SOFT_BOUND_FIELD_NUMBER: _ClassVar[int]
+    HARD_BOUND_FIELD_NUMBER: _ClassVar[int]
+    AT_HARD_BOUND_FIELD_NUMBER: _ClassVar[int]
+    damping: float
+    kl_clip: float
+    factor_period: int
+    inverse_period: int
+    adoption: str
+    lag: int
+    soft_bound: int
+    hard_bound: int
+    at_hard_bound: str
+    def __init__(self, damping: _Optional[float] = ..., kl_clip: _Optional[float] = ..., factor_period: _Optional[int] = ..., inverse_period: _Optional[int] = ..., adoption: _Optional[str] = ..., lag: _Optional[int] = ..., soft_bound: _Optional[int] = ..., hard_bound: _Optional[int] = ..., at_hard_bound: _Optional[str] = ...) -> None: ...
+
+class InForce(_message.Message):
+    __slots__ = ("values", "fixed", "job_periods", "late_damping", "obeyed")
+    class FixedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    FIXED_FIELD_NUMBER: _ClassVar[int]
+    JOB_PERIODS_FIELD_NUMBER: _ClassVar[int]
+    LATE_DAMPING_FIELD_NUMBER: _ClassVar[int]
+    OBEYED_FIELD_NUMBER: _ClassVar[int]
+    values: MethodSettings
+    fixed: _containers.ScalarMap[str, str]
+    job_periods: _containers.RepeatedScalarFieldContainer[int]
+    late_damping: _containers.RepeatedScalarFieldContainer[str]
+    obeyed: _containers.RepeatedCompositeFieldContainer[Obeyed]
+    def __init__(self, values: _Optional[_Union[MethodSettings, _Mapping]] = ..., fixed: _Optional[_Mapping[str, str]] = ..., job_periods: _Optional[_Iterable[int]] = ..., late_damping: _Optional[_Iterable[str]] = ..., obeyed: _Optional[_Iterable[_Union[Obeyed, _Mapping]]] = ...) -> None: ...
+
+class Obeyed(_message.Message):
+    __slots__ = ("revision", "step", "refused")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    revision: int
+    step: int
+    refused: str
+    def __init__(self, revision: _Optional[int] = ..., step: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class GetAssignmentRequest(_message.Message):
     __slots__ = ("run",)

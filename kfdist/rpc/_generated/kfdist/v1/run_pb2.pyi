@@ -33,7 +33,7 @@ RUN_STATE_FAILED: RunState
 RUN_STATE_LOST: RunState
 
 class Run(_message.Message):
-    __slots__ = ("name", "state", "revision", "epoch", "step", "total_steps", "live_workers", "live_owners", "created", "directory", "gauges")
+    __slots__ = ("name", "state", "revision", "epoch", "step", "total_steps", "live_workers", "live_owners", "created", "directory", "gauges", "settings", "settings_revision", "obeyed_revision", "obeyed_step")
     class GaugesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,10 @@ class Run(_message.Message):
     CREATED_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     GAUGES_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_REVISION_FIELD_NUMBER: _ClassVar[int]
+    OBEYED_REVISION_FIELD_NUMBER: _ClassVar[int]
+    OBEYED_STEP_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: RunState
     revision: int
@@ -63,7 +67,11 @@ class Run(_message.Message):
     created: _timestamp_pb2.Timestamp
     directory: str
     gauges: _containers.ScalarMap[str, float]
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., revision: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., live_workers: _Optional[int] = ..., live_owners: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., directory: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    settings: _membership_pb2.MethodSettings
+    settings_revision: int
+    obeyed_revision: int
+    obeyed_step: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., revision: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., live_workers: _Optional[int] = ..., live_owners: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., directory: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ..., settings: _Optional[_Union[_membership_pb2.MethodSettings, _Mapping]] = ..., settings_revision: _Optional[int] = ..., obeyed_revision: _Optional[int] = ..., obeyed_step: _Optional[int] = ...) -> None: ...
 
 class CreateRequest(_message.Message):
     __slots__ = ("request_id", "name", "directory", "total_steps", "config")
@@ -150,14 +158,32 @@ class ResumeResponse(_message.Message):
     def __init__(self, run: _Optional[_Union[Run, _Mapping]] = ...) -> None: ...
 
 class UpdateSettingsRequest(_message.Message):
-    __slots__ = ("request_id", "name", "damping")
+    __slots__ = ("request_id", "name", "damping", "kl_clip", "factor_period", "inverse_period", "adoption", "lag", "soft_bound", "hard_bound", "at_hard_bound", "as_configured")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     DAMPING_FIELD_NUMBER: _ClassVar[int]
+    KL_CLIP_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_PERIOD_FIELD_NUMBER: _ClassVar[int]
+    INVERSE_PERIOD_FIELD_NUMBER: _ClassVar[int]
+    ADOPTION_FIELD_NUMBER: _ClassVar[int]
+    LAG_FIELD_NUMBER: _ClassVar[int]
+    SOFT_BOUND_FIELD_NUMBER: _ClassVar[int]
+    HARD_BOUND_FIELD_NUMBER: _ClassVar[int]
+    AT_HARD_BOUND_FIELD_NUMBER: _ClassVar[int]
+    AS_CONFIGURED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     name: str
     damping: float
-    def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., damping: _Optional[float] = ...) -> None: ...
+    kl_clip: float
+    factor_period: int
+    inverse_period: int
+    adoption: str
+    lag: int
+    soft_bound: int
+    hard_bound: int
+    at_hard_bound: str
+    as_configured: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., damping: _Optional[float] = ..., kl_clip: _Optional[float] = ..., factor_period: _Optional[int] = ..., inverse_period: _Optional[int] = ..., adoption: _Optional[str] = ..., lag: _Optional[int] = ..., soft_bound: _Optional[int] = ..., hard_bound: _Optional[int] = ..., at_hard_bound: _Optional[str] = ..., as_configured: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class UpdateSettingsResponse(_message.Message):
     __slots__ = ("run",)

@@ -27,6 +27,7 @@ if _version_not_supported:
 
 class RunServiceStub:
     """RunService runs on the controller. Every mutation carries a request id: a repeated request gets the first one's answer.
+    Who asks says so in the metadata "kfdist-user", such as "ada@host", which the events name.
     """
 
     def __init__(self, channel):
@@ -94,6 +95,7 @@ class RunServiceStub:
 
 class RunServiceServicer:
     """RunService runs on the controller. Every mutation carries a request id: a repeated request gets the first one's answer.
+    Who asks says so in the metadata "kfdist-user", such as "ada@host", which the events name.
     """
 
     def Create(self, request, context):
@@ -142,7 +144,9 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSettings(self, request, context):
-        """Changes the damping. Errors: as Pause, and INVALID_ARGUMENT.
+        """Changes settings of the method: those that are set. All ranks take them up at the same step, which the event
+        "settings_obeyed" names. Errors: as Pause, and INVALID_ARGUMENT (it names the field and what is allowed; nothing is
+        changed then).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -244,6 +248,7 @@ def add_RunServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class RunService:
     """RunService runs on the controller. Every mutation carries a request id: a repeated request gets the first one's answer.
+    Who asks says so in the metadata "kfdist-user", such as "ada@host", which the events name.
     """
 
     @staticmethod

@@ -1,0 +1,138 @@
+"""The settings in force: as configured, but for what users have changed while the run trains."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from kfdist.errors import ConfigError
+from kfdist.policies import tuning
+from kfdist.policies.staleness import Adoption, Asap, FixedLag
+from kfdist.policies.tuning import changed
+from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.runtime.settings import Settings
+from kfdist.types import InForce, Value
+
+
+class SettingsInForce:
+    """What all ranks go by; it changes on agreed settings alone, and so is the same on all ranks at the same step.
+
+    Args:
+        configured: What the pipeline was told.
+        groups: All groups, whose methods may have periods of their own.
+
+    Attributes:
+        settings: As configured, with the changes.
+        changes: What differs from the configuration, by name (`kfdist.policies.tuning`).
+        fixed: Why a setting can't be changed, by name, where it can't.
+    """
+
+    def __init__(self, configured: Settings, groups: Sequence[BlockGroup]) -> None:
+        self._configured = configured
+        self._groups = groups
+        self.settings = configured
+        self.changes: dict[str, Value] = {}
+        self.fixed: dict[str, str] = {}
+        if not groups:
+            self.fixed = dict.fromkeys(tuning.NAMES, "the run has no second-order method whose setting this is")
+        elif configured.kl_clip is None and configured.lr is None:
+            self.fixed = {"kl_clip": "it was made without a clip, and without a learning rate to clip by"}
+
+    def damping(self, step: int) -> float:
+        """Returns lambda at `step`: what users set last, else as configured.
+
+        Raises:
+            ConfigError: A schedule gave something else than a positive, finite number.
+        """
+        damping = self.settings.damping_at(step)
+        if not (math.isfinite(damping) and damping > 0.0):
+            raise ConfigError(
+                f"the damping schedule gave {damping!r} at step {step}; a positive, finite number is needed"
+            )
+        return damping
+
+    def take(self, said: Mapping[str, Value | None]) -> str:
+        """Takes up what users say of the settings, all of it or nothing.
+
+        Returns:
+            Why they stay as they were; nothing where they don't.
+        """
+        changes = changed(self.changes, said)
+        if changes == self.changes:
+            return ""
+        try:
+            for name, reason in self.fixed.items():
+                if changes.get(name) != self.changes.get(name):
+                    raise ConfigError(f"can't be changed: {reason}", path=name)
+            self.settings = self._with(changes)
+        except ConfigError as error:
+            return str(error)
+        self.changes = changes
+        return ""
+
+    def told(self, step: int) -> InForce:
+        """Returns what the controller is told of it at `step`."""
+        settings, adoption = self.settings, self.settings.adoption
+        values: dict[str, Value] = {
+            "damping": settings.damping_at(step),
+            "kl_clip": settings.kl_clip or 0.0,
+            "factor_period": settings.factor_period,
+            "inverse_period": settings.inverse_period_at(step),
+        }
+        if isinstance(adoption, FixedLag):
+            values |= {"adoption": "fixed-lag", "lag": adoption.lag}
+        else:
+            bounds = {"soft_bound": adoption.soft_bound or 0, "hard_bound": adoption.hard_bound or 0}
+            values |= {"adoption": "asap", **bounds, "at_hard_bound": adoption.at_hard_bound}
+        inverters = [group.inverter for group in self._groups]
+        return InForce(
+            values=values,
+            fixed=self.fixed,
+            job_periods=tuple(sorted({each.own_period for each in inverters if each.own_period is not None})),
+            late_damping=tuple(sorted({each.name for each in inverters if not each.produces.damping_at_apply})),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what users have changed."""
+        return {"changes": dict(self.changes)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned; newer settings replace it.
+
+        Raises:
+            ConfigError: What users had changed doesn't go with the configuration of now.
+        """
+        if refused := self.take(state["changes"]):
+            raise ConfigError(
+                f"users had changed settings of the run, as the checkpoint has them, and that doesn't go with the "
+                f"configuration any more: {refused}; configure what goes with it, or start a new run"
+            )
+
+    def _with(self, changes: Mapping[str, Value]) -> Settings:
+        """Returns the configured settings with these changes, checked."""
+        given: dict[str, Any] = {name: value for name, value in changes.items() if name not in ADOPTING}
+        if "kl_clip" in given:
+            given["kl_clip"] = given["kl_clip"] or None
+        settings = replace(self._configured, **given, adoption=_adoption(self._configured.adoption, changes))
+        for schedule in settings.schedules(groups=0):
+            for group in self._groups:
+                group.inverter.update_period(schedule.factor_period, schedule.inverse_period)
+        return settings
+
+
+ADOPTING = ("adoption", "lag", *tuning.STALENESS)
+"""Settings that together say when a finished inverse is taken into use."""
+
+
+def _adoption(configured: Adoption, changes: Mapping[str, Value]) -> Adoption:
+    """Returns when a finished inverse is taken into use, after some changes."""
+    exact = changes.get("adoption", "asap" if isinstance(configured, Asap) else "fixed-lag") == "fixed-lag"
+    wait_limit = configured.wait_limit_seconds
+    bounds: dict[str, Any] = {name: changes[name] or None for name in tuning.STALENESS if name in changes}
+    if not exact:
+        base = configured if isinstance(configured, Asap) else Asap(wait_limit_seconds=wait_limit)
+        return replace(base, **bounds)
+    lag = changes.get("lag", configured.lag if isinstance(configured, FixedLag) else None)
+    if not isinstance(lag, int):
+        raise ConfigError('is missing; adoption = "fixed-lag" needs it, such as lag = 5', path="lag")
+    return FixedLag(lag, wait_limit_seconds=wait_limit)

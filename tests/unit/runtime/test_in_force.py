@@ -1,0 +1,211 @@
+"""Settings changed while a run trains: taken up whole or not at all, counted right, and kept over a resume."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import kfdist
+from kfdist.policies import tuning
+from kfdist.policies.schedule import Schedule
+from kfdist.policies.staleness import Asap, FixedLag
+from kfdist.runtime.in_force import SettingsInForce
+from kfdist.runtime.plan.timetable import Timetable
+from kfdist.runtime.track import Track
+from kfdist.types import RunSettings, Value
+from tests.support.faulty.link import FaultyLink
+from tests.support.plans import planned
+
+MODEL = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+
+
+def in_force(method: Any = "kfac-eigen", **configured: Any) -> SettingsInForce:
+    plan = planned(MODEL, method, **configured)
+    return SettingsInForce(plan.settings, plan.groups)
+
+
+changes_strategy = st.fixed_dictionaries(
+    {},
+    optional={
+        **{name: st.sampled_from(words) | st.none() for name, words in tuning.WORDS.items()},
+        **{name: st.integers(0, 2**40) | st.none() for name in tuning.WHOLE},
+        "damping": st.floats(1e-12, 1e12) | st.none(),
+        "kl_clip": st.floats(0, 1e3) | st.none(),
+    },
+)
+
+
+@given(changes_strategy)
+def test_changes_travel_between_ranks_whole(changes: dict[str, Value | None]) -> None:
+    assert tuning.decode(tuning.encode(changes)) == changes
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ({"damping": 0.5}, {"damping": 0.5}),
+        ({"kl_clip": 0.0}, {"kl_clip": None}),
+        ({"factor_period": 3, "inverse_period": 9}, {"factor_period": 3, "inverse_period": 9}),
+        ({"soft_bound": 30}, {"adoption": Asap(soft_bound=30, hard_bound=50)}),
+        ({"hard_bound": 0, "at_hard_bound": "keep"}, {"adoption": Asap(at_hard_bound="keep")}),
+        ({"adoption": "fixed-lag", "lag": 2}, {"adoption": FixedLag(2)}),
+        ({"adoption": "asap"}, {}),
+    ],
+)
+def test_what_users_say_is_in_force_and_goes_away_again(said: dict[str, Value], wanted: Mapping[str, Any]) -> None:
+    held = in_force(factor_period=2, inverse_period=10, adoption=Asap(hard_bound=50), kl_clip=0.1, lr=0.1)
+    configured = held.settings
+    assert held.take(said) == ""
+    assert {name: getattr(held.settings, name) for name in wanted} == wanted
+    told = held.told(0).values
+    assert {name: told[name] for name in said} == said
+    assert held.take(dict.fromkeys(said)) == ""
+    assert held.settings == configured and held.changes == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"damping": 0.5, "inverse_period": 9}, "inverse_period: is 9, which is no multiple of factor_period = 2"),
+        ({"soft_bound": 8}, "soft_bound: is 8"),
+        ({"adoption": "fixed-lag"}, "lag: is missing"),
+        ({"kl_clip": 1.0}, "kl_clip: can't be changed: it was made without a clip"),
+    ],
+)
+def test_what_does_not_fit_changes_nothing(said: dict[str, Value], words: str) -> None:
+    held = in_force(factor_period=2, inverse_period=10, kl_clip=None)
+    before = held.settings
+    assert words in held.take(said)
+    assert held.settings is before and held.changes == {}
+
+
+def test_a_method_with_a_period_of_its_own_says_so_and_refuses() -> None:
+    held = in_force(kfdist.curvature.inverters.BKfac(brand_period=4), factor_period=2, inverse_period=8)
+    assert held.told(0).job_periods == (4,)
+    assert held.take({"inverse_period": 10}).startswith("brand_period: 4 is not allowed")
+    assert held.take({"inverse_period": 12}) == ""
+
+
+def test_a_run_without_a_method_has_nothing_to_set() -> None:
+    assert "no second-order method" in in_force("none").take({"damping": 0.1})
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4))
+def test_what_was_due_is_counted_right_whenever_periods_change(changes: list[tuple[int, int, int]]) -> None:
+    plan = planned(MODEL, "kfac", factor_period=2, inverse_period=6)
+    tracks = [Track.of(group, queued=False) for group in plan.groups]
+    first = Schedule(factor_period=2, inverse_period=6, groups=len(tracks))
+    table = Timetable([first], tracks, seed=0, rank=0, world_size=1, settings=plan.settings)
+    held = SettingsInForce(plan.settings, plan.groups)
+    folded, updated, step = [0] * len(tracks), [0] * len(tracks), 0
+    for steps, factor, multiple in changes:
+        held.take({"factor_period": factor, "inverse_period": factor * multiple})
+        table.follow(held.settings, step)
+        for step in range(step, step + steps):  # noqa: B020
+            for index, track in enumerate(tracks):
+                folded[index] += table.folds(track, step)
+                updated[index] += table.updates(track, step)
+                assert table.foldings_until(track, step) == folded[index]
+                assert table.updates_until(track, step) == updated[index]
+                assert not table.updates(track, step) or table.folds(track, step)
+        step += 1
+    again = Timetable([first], tracks, seed=0, rank=0, world_size=1, settings=plan.settings)
+    again.load_state_dict(table.state_dict(), held.settings)
+    again.follow(held.settings, step)
+    for later in range(step, step + 30):
+        assert [again.due(later), again.foldings_until(tracks[0], later)] == [
+            table.due(later),
+            table.foldings_until(tracks[0], later),
+        ]
+
+
+class Run:
+    """A model trained in this process by synchronous K-FAC, whose users a test plays."""
+
+    def __init__(self, **arguments: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+        self.link = FaultyLink()
+        given: dict[str, Any] = {"factor_period": 2, "inverse_period": 4, "adoption": FixedLag(0), "lr": 0.1}
+        self.pre = kfdist.Preconditioner(self.model, "kfac-eigen", damping=0.1, link=self.link, **given | arguments)
+        self.adopted: list[list[int]] = []
+
+    def set(self, **changes: Value | None) -> None:
+        wanted = self.link.wanted
+        self.link.wanted = RunSettings(revision=wanted.revision + 1, changes={**wanted.changes, **changes})
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            generator = torch.Generator().manual_seed(self.pre.pipeline.next_step)
+            x, y = torch.randn(16, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator)
+            self.model.zero_grad()
+            nn.functional.cross_entropy(self.model(x), y).backward()
+            report = self.pre.step()
+            self.adopted.append([version for _, version in report.adopted])
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    assert parameter.grad is not None
+                    parameter -= 0.1 * parameter.grad
+
+    @property
+    def parameters(self) -> list[Any]:
+        return [parameter.detach().tolist() for parameter in self.model.parameters()]
+
+
+def test_periods_change_one_step_after_the_agreed_one() -> None:
+    run = Run()
+    run.steps(5)
+    run.set(inverse_period=6)
+    run.steps(10)
+    # Said before step 5; the table started at its end is complete at step 6, whose measurements had begun.
+    assert [step for step, versions in enumerate(run.adopted) if len(versions) == 2] == [0, 7]
+    assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 2, 4, 6, 7, 10, 13]
+    run.pre.close()
+
+
+def test_the_clip_can_be_changed_and_taken_away() -> None:
+    clipped, free, never = Run(kl_clip=1e-6), Run(kl_clip=1e-6), Run(kl_clip=None)
+    free.set(kl_clip=0.0)
+    for run in (clipped, free, never):
+        run.steps(3)
+        run.pre.close()
+    assert clipped.parameters != free.parameters
+    moved = [[(a - b) for a, b in zip(run.parameters[1], Run().parameters[1], strict=True)] for run in (free, clipped)]
+    assert max(map(abs, moved[0])) > 10 * max(map(abs, moved[1]))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"damping": 0.5, "kl_clip": 1e-4}, {"factor_period": 3, "inverse_period": 6}, {"lag": 2}]
+)
+def test_changes_outlive_a_resume_bit_for_bit(changes: dict[str, Value]) -> None:
+    whole = Run()
+    whole.steps(5)
+    whole.set(**changes)
+    whole.steps(6)
+    state, parameters = whole.pre.state_dict(), {k: v.clone() for k, v in whole.model.state_dict().items()}
+    whole.steps(12)
+    resumed = Run()
+    resumed.model.load_state_dict(parameters)
+    resumed.pre.load_state_dict(state)
+    resumed.steps(12)
+    assert resumed.parameters == whole.parameters
+    assert resumed.adopted == whole.adopted[11:]
+    for run in (whole, resumed):
+        run.pre.close()
+
+
+def test_adoption_goes_from_asap_to_a_fixed_lag_and_back() -> None:
+    run = Run(adoption="asap")
+    run.steps(7)
+    run.set(adoption="fixed-lag", lag=2)
+    run.steps(12)
+    late = [(step, version) for step, versions in enumerate(run.adopted) for version in versions if step >= 11]
+    assert late and all(step - version == 2 for step, version in late)
+    run.set(adoption="asap")
+    run.steps(12)
+    assert any(versions for versions in run.adopted[22:])
+    run.pre.close()
