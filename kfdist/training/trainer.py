@@ -66,7 +66,7 @@ class Trainer:
         metrics = training.data.objective.metrics
         self.metrics: dict[str, float | None] = {f"train_{name}": None for name in ("loss", *metrics)}
         self._tally = torch.zeros(1 + len(metrics), dtype=torch.float64, device=training.device)
-        self._tallied = self._examples = 0
+        self._tallied = 0
         self._clock = self._window_start = self._last_beat = time.perf_counter()
 
     @property
@@ -231,10 +231,8 @@ class Trainer:
                 steps_per_second=rate,
             )
         )
-        self._examples += examples
         accuracy = [MetricSample(name="kfdist_accuracy", value=metrics["accuracy"])] if "accuracy" in metrics else []
-        seen = MetricSample(name="kfdist_examples_total", value=self._examples)
-        self._beat("running", MetricSample(name="kfdist_loss", value=loss), seen, *accuracy)
+        self._beat("running", MetricSample(name="kfdist_loss", value=loss), *accuracy)
         self._tally.zero_()
         self._tallied = 0
         self._window_start = now
@@ -245,7 +243,9 @@ class Trainer:
 
     def _beat(self, phase: str, *samples: MetricSample) -> None:
         """Tells the controller; what is the same on all ranks comes from rank 0 alone."""
-        own = samples if self._training.communicator.rank == 0 else ()
+        seen = len(self.step_seconds) * self._training.sampler.step_examples
+        counted = MetricSample(name="kfdist_examples_total", value=seen)
+        own = (counted, *samples) if self._training.communicator.rank == 0 else ()
         new, self._told_steps = slice(self._told_steps, None), len(self.step_seconds)
         steps = [
             MetricSample(name="kfdist_step_seconds", value=seconds, labels={"phase": phase})

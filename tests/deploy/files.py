@@ -15,7 +15,8 @@ COMPOSE = "docker/compose.yaml"
 SCRAPE = "deploy/prometheus/prometheus.yml"
 RECORDING = "deploy/prometheus/recording.yml"
 ALERTS = "deploy/prometheus/alerts.yml"
-DASHBOARD = "deploy/grafana/dashboards/kfdist.json"
+BOARD_FOLDER = "deploy/grafana/dashboards"
+RUN_BOARD, INVERSION_BOARD = f"{BOARD_FOLDER}/kfdist-run.json", f"{BOARD_FOLDER}/kfdist-inversion.json"
 
 _SUFFIXES = {".yaml", ".yml", ".toml", ".json"}
 

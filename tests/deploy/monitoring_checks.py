@@ -6,12 +6,16 @@ import runpy
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
 from kfdist.config import Config
 from kfdist.system.addresses import split_address
 from kfdist.system.credentials import AUTHORITY_FILE, Role
 from kfdist.telemetry.metrics import METRICS, Kind
 from tests.deploy.docker_checks import CERTIFICATES
-from tests.deploy.files import ALERTS, COMPOSE, DASHBOARD, RECORDING, ROOT, SCRAPE, Files
+from tests.deploy.files import ALERTS, BOARD_FOLDER, COMPOSE, RECORDING, ROOT, SCRAPE, Files
 
 RUNBOOK = "docs/runbook.md"
 METRICS_PORT = split_address(Config().control.metrics_address)[1]
@@ -74,22 +78,40 @@ def check_grafana(files: Files) -> Iterator[str]:
     path = files.documents("deploy/grafana/provisioning/dashboards/kfdist.yaml")[0]["providers"][0]["options"]["path"]
     if f"../deploy/grafana/dashboards:{path}:ro" not in services["grafana"]["volumes"]:
         yield f"{COMPOSE}: grafana doesn't find the dashboards at {path}"
-    yield from check_dashboard(json.loads(files.texts[DASHBOARD]))
-    if files.texts[DASHBOARD] != runpy.run_path(str(ROOT / "deploy/grafana/make_dashboard.py"))["text"]():
-        yield f"{DASHBOARD} isn't what make_dashboard.py writes; run it"
+    made = runpy.run_path(str(ROOT / "deploy/grafana/make_dashboards.py"))["texts"]()
+    there = {path.rpartition("/")[2]: files.texts[path] for path in files.paths(f"{BOARD_FOLDER}/.*")}
+    for name in sorted(made.keys() | there.keys()):
+        if made.get(name) != there.get(name):
+            yield f"{BOARD_FOLDER}/{name} isn't what make_dashboards.py writes; run it"
+    for name, text in there.items():
+        yield from check_dashboard(json.loads(text), name)
 
 
-def expressions(board: dict[str, Any]) -> list[str]:
-    return [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-
-
-def check_dashboard(board: dict[str, Any]) -> Iterator[str]:
+def check_dashboard(board: dict[str, Any], file: str) -> Iterator[str]:
+    register_default_plugins()
+    for field in _unknown(board, json.loads(JSONEncoder().encode(Dashboard.from_json(board)))):
+        yield f"{file}: grafana-foundation-sdk knows no {field}"
     if len({panel["id"] for panel in board["panels"]}) != len(board["panels"]):
-        yield f"{DASHBOARD}: two panels have one id"
+        yield f"{file}: two panels have one id"
     variables = {variable["name"] for variable in board["templating"]["list"]}
     for panel in board["panels"]:
         for target in panel["targets"]:
-            yield from _check_target(target, variables, f"{DASHBOARD}: {panel['title']!r}")
+            yield from _check_target(target, variables, f"{file}: {panel['title']!r}")
+
+
+def _unknown(value: Any, known: Any, where: str = "") -> Iterator[str]:
+    """Yields what of a value isn't in what the SDK's types made of it."""
+    if isinstance(value, dict) and isinstance(known, dict):
+        for name, inner in value.items():
+            if name in known:
+                yield from _unknown(inner, known[name], f"{where}.{name}")
+            else:
+                yield f"{where}.{name}"
+    elif isinstance(value, list) and isinstance(known, list) and len(value) == len(known):
+        for index, (inner, other) in enumerate(zip(value, known, strict=True)):
+            yield from _unknown(inner, other, f"{where}[{index}]")
+    elif value != known:
+        yield f"{where} = {value!r}"
 
 
 def _check_target(target: dict[str, Any], variables: set[str], where: str) -> Iterator[str]:

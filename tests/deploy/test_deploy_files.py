@@ -14,11 +14,23 @@ import pytest
 import yaml
 
 from tests.deploy.docker_checks import check_compose, check_dockerfile, packages_of_controller
-from tests.deploy.files import ALERTS, COMPOSE, DASHBOARD, DOCKERFILE, RECORDING, ROOT, SCRAPE, Check, Files
+from tests.deploy.files import (
+    ALERTS,
+    COMPOSE,
+    DOCKERFILE,
+    INVERSION_BOARD,
+    RECORDING,
+    ROOT,
+    RUN_BOARD,
+    SCRAPE,
+    Check,
+    Files,
+)
 from tests.deploy.kubernetes_checks import check_commands, check_pods, check_references
-from tests.deploy.monitoring_checks import check_grafana, check_rules, check_scrape, expressions
+from tests.deploy.monitoring_checks import check_grafana, check_rules, check_scrape
 from tests.deploy.ray_checks import check_ray
 from tests.deploy.schemas import check_kinds
+from tests.support.prometheus import concrete, panels
 
 CHECKS: tuple[Check, ...] = (
     check_kinds,
@@ -112,11 +124,19 @@ BROKEN = [
     (check_rules, ALERTS, "runbook.md#kfdistownerdown", "runbook.md#ownerdown", "has no section of docs/runbook.md"),
     (check_rules, ALERTS, "alert: KfdistOwnerDown", "alert: OwnerDown", "KfdistOwnerDown, which is no alert"),
     (check_rules, ALERTS, "severity: critical", "severity: bad", "has no severity"),
-    (check_grafana, DASHBOARD, "kfdist_staleness_steps", "kfdist_staleness", "which kfdist doesn't export"),
-    (check_grafana, DASHBOARD, "kfdist_inversion_seconds_bucket", "kfdist_loss_bucket", "which kfdist doesn't export"),
-    (check_grafana, DASHBOARD, "{{block}}", "{{layer}}", "labels ['layer']"),
-    (check_grafana, DASHBOARD, "$run", "$job", "$job, which isn't declared"),
-    (check_grafana, DASHBOARD, '"refresh": "5s"', '"refresh": "1s"', "isn't what make_dashboard.py writes"),
+    (check_grafana, INVERSION_BOARD, "kfdist_staleness_steps", "kfdist_staleness", "which kfdist doesn't export"),
+    (check_grafana, INVERSION_BOARD, "kfdist_inversion_seconds_bucket", "kfdist_loss_bucket", "kfdist doesn't export"),
+    (check_grafana, INVERSION_BOARD, "{{block}}", "{{layer}}", "labels ['layer']"),
+    (check_grafana, RUN_BOARD, "$run", "$job", "$job, which isn't declared"),
+    (check_grafana, RUN_BOARD, '"refresh": "5s"', '"refresh": "1s"', "isn't what make_dashboards.py writes"),
+    (
+        check_grafana,
+        RUN_BOARD,
+        '"showPoints"',
+        '"showPoint"',
+        "knows no .panels[0].fieldConfig.defaults.custom.showPoint",
+    ),
+    (check_grafana, RUN_BOARD, '"id": 2', '"id": 1', "two panels have one id"),
     (
         check_grafana,
         "deploy/grafana/provisioning/datasources/prometheus.yaml",
@@ -213,11 +233,10 @@ ALERT_TESTS = "tests/deploy/alerts.test.yml"
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool isn't installed (Debian: apt-get install prometheus)")
-def test_promtool_takes_the_scrape_configuration_and_what_the_dashboard_asks(tmp_path: Path):
+def test_promtool_takes_the_scrape_configuration_and_what_the_dashboards_ask(tmp_path: Path):
     assert PROMTOOL is not None
-    asked = expressions(json.loads(FILES.texts[DASHBOARD]))
-    concrete = [expression.replace("$run", "digits").replace("$__rate_interval", "1m") for expression in asked]
-    rules = [{"record": f"panel:{index}", "expr": expression} for index, expression in enumerate(concrete)]
+    asked = [concrete(curve, run="digits", interval="1m") for panel in panels() for curve in panel.expressions]
+    rules = [{"record": f"panel:{index}", "expr": expression} for index, expression in enumerate(asked)]
     (tmp_path / "rules.json").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
     for path in (SCRAPE, RECORDING, ALERTS):
         (tmp_path / Path(path).name).write_text(FILES.texts[path])

@@ -1,10 +1,13 @@
 """`kfdist train` as a newcomer starts it: one real run, looked at from all sides while it lasts and afterwards."""
 
 import json
+import math
 import time
 import tomllib
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 
 from tests.support.commands import Process, run
 from tests.support.launches import addresses, launch, summary_of
+from tests.support.prometheus import PROMETHEUS, BoardPanel, Prometheus, concrete, needs_prometheus, panels
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -27,6 +31,7 @@ class Observed:
         family: Its processes while it trained.
         metrics: What /metrics said meanwhile.
         status: What `kfdist status --json` said meanwhile.
+        panels: The queries of each panel of the dashboards, and what Prometheus said to them; empty without it.
         left: Its processes that outlived it.
         seconds: From its start to its end.
     """
@@ -36,6 +41,7 @@ class Observed:
     family: list[Process]
     metrics: str
     status: dict[str, Any]
+    panels: dict[BoardPanel, dict[str, list[Any]]]
     left: list[Process]
     seconds: float
 
@@ -48,19 +54,29 @@ class Observed:
 def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     directory = tmp_path_factory.mktemp("default") / "run"
     started = time.monotonic()
-    with launch(directory) as command:
+    with launch(directory) as command, ExitStack() as stack:
         served = addresses(command)
+        prometheus = None
+        if PROMETHEUS is not None:
+            target = urllib.parse.urlsplit(served.metrics).netloc
+            prometheus = stack.enter_context(Prometheus(tmp_path_factory.mktemp("prometheus"), target))
         command.wait_for_line("step  50/")
         family = command.family()
         metrics = urllib.request.urlopen(served.metrics, timeout=5).read().decode()
         status = json.loads(run("status", "digits", "--address", served.control, "--json"))
         output = command.expect(0)
+        histories = {
+            panel: {each: prometheus.history(concrete(each, run="digits", interval="2s")) for each in panel.expressions}
+            for panel in panels()
+            if prometheus is not None
+        }
         yield Observed(
             directory=directory,
             output=output,
             family=family,
             metrics=metrics,
             status=status,
+            panels=histories,
             left=command.left_behind(),
             seconds=time.monotonic() - started,
         )
@@ -184,3 +200,15 @@ def test_another_configuration_does_not_resume_it(observed: Observed):
     changes = ("--set", "optimizer.lr=0.07", "--set", "run.steps=200")
     output = run("train", "--set", f"run.dir={observed.directory}", *changes, code=2)
     assert "optimizer.lr" in output and "accept_changes" in output
+
+
+@needs_prometheus
+def test_every_panel_of_the_dashboards_has_data(observed: Observed):
+    assert len(observed.panels) >= 20
+    empty = [
+        (panel.board, panel.title, expression)
+        for panel, histories in observed.panels.items()
+        for expression, history in histories.items()
+        if not any(math.isfinite(float(value)) for series in history for _, value in series["values"])
+    ]
+    assert empty == []
