@@ -73,7 +73,10 @@ class Normalise:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Takes uint8 [n, 3, h, w], returns float32."""
         mean, deviation = (
-            torch.tensor(values, dtype=torch.float32, device="cpu").mul_(255).view(3, 1, 1).to(pixels.device)
+            torch.tensor(values, dtype=torch.float32, device="cpu")
+            .mul_(255)
+            .view(3, 1, 1)
+            .to(pixels.device, non_blocking=True)  # else every batch would wait for the device
             for values in (self.mean, self.deviation)
         )
         return pixels.to(torch.float32).sub_(mean).div_(deviation)
@@ -128,12 +131,27 @@ def decoded(opened: Callable[[], BinaryIO], *, name: str) -> Any:
 
     try:
         with opened() as file:
-            return Image.open(file).convert("RGB")
+            return _in_colours(Image.open(file))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise EnvironmentFault(f"{name} can't be opened: {error.strerror}; raise the limit (ulimit -n)") from None
         # Pillow has its own error for nearly each kind of damage, and ends with the file's name or object.
         raise CorruptExample(name, str(error).partition(" <")[0] or type(error).__name__) from None
+
+
+def _in_colours(image: Any) -> Any:
+    """Returns an image with 8 bits each of red, green and blue.
+
+    Raises:
+        ValueError: Nothing says what its largest number would be.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers of no known range; convert it to 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def list_pictures(folder: Path, cut: Cut, *, path: str) -> tuple[Pictures, list[str]]:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from kfdist.data.cifar10 import CifarRecords
 from kfdist.data.feed import Serving, make_feed
-from kfdist.data.images import IMAGENET, Pictures
-from kfdist.data.reading import EVALUATION, SeededReader
+from kfdist.data.images import IMAGENET, Pictures, decoded
+from kfdist.data.reading import EVALUATION, CorruptExample, SeededReader
 from kfdist.data.sampler import Position, Sampler
 from kfdist.data.sets import load_data
 from kfdist.errors import ConfigError
@@ -87,6 +87,27 @@ def test_a_torn_file_is_named_and_replaced(tmp_path: Path):
     assert set(batch.corrupt) == {str(torn), str(empty)}
     assert "truncated" in batch.corrupt[str(torn)]
     assert batch.corrupt[str(empty)] == "cannot identify image file"
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("1", "png")]
+)
+def test_all_images_become_red_green_and_blue(tmp_path: Path, mode: str, suffix: str):
+    colours = Image.new("RGB", (4, 4), (255, 255, 255))
+    colours.convert(mode).save(tmp_path / f"x.{suffix}")
+    decoded_image = decoded(lambda: open(tmp_path / f"x.{suffix}", "rb"), name="x")
+    assert decoded_image.mode == "RGB" and np.asarray(decoded_image).min() > 250
+
+
+def test_16_bits_become_8_and_32_have_no_range(tmp_path: Path):
+    """Pillow would cut both off at 255, and train on white pictures."""
+    numbers = np.arange(0, 65536, 4096, dtype=np.uint16).reshape(4, 4)
+    Image.fromarray(numbers).save(tmp_path / "16.png")
+    Image.fromarray(numbers.astype(np.float32)).save(tmp_path / "32.tiff")
+    read = np.asarray(decoded(lambda: open(tmp_path / "16.png", "rb"), name="16"))
+    assert read.shape == (4, 4, 3) and (read[..., 1] == numbers // 256).all()
+    with pytest.raises(CorruptExample, match="32-bit numbers of no known range"):
+        decoded(lambda: open(tmp_path / "32.tiff", "rb"), name="32")
 
 
 def test_cifar_10_is_read_from_its_binary_files_and_from_folders(tmp_path: Path):
