@@ -30,6 +30,9 @@ WeightSharing = Literal["expand", "reduce"]
 CHUNK_BYTES = 1 << 20
 """Largest chunk of a payload in one gRPC message (protos/kfdist/v1/inversion.proto)."""
 
+MAX_THREADS = 1024
+"""Most CPU threads of a process: no machine has as many cores, and a job that asked for more would end its process."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:

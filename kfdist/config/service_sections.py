@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from kfdist.config.fields import Address, FileName, Labels, Ports, RayAddress, Resources, Section
 from kfdist.errors import ConfigError
 from kfdist.system.credentials import Credentials, Role
+from kfdist.types import MAX_THREADS
 
 
 class BundleSection(Section):
@@ -49,7 +50,10 @@ class ClusterSection(Section):
         default_factory=BundleSection, description="what each owner takes of a Ray node, and which nodes may have one"
     )
     threads: int = Field(
-        default=1, ge=1, description="CPU threads of each rank and of each inversion; part of the run's numbers"
+        default=1,
+        ge=1,
+        le=MAX_THREADS,
+        description="CPU threads of each rank and of each inversion; part of the run's numbers",
     )
     ray: RayAddress = Field(default="local", description="where Ray is")
     assignment: Literal["round_robin", "model_order", "lpt"] = Field(

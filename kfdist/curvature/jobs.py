@@ -22,7 +22,7 @@ from kfdist.curvature.statistics import STATISTICS, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import triangle_size
 from kfdist.system.provenance import processor_field
-from kfdist.types import BlockName, BlockShape
+from kfdist.types import MAX_THREADS, BlockName, BlockShape
 from kfdist.wire.records import move, to_tree
 from kfdist.wire.tree import pack
 
@@ -86,7 +86,7 @@ def encode_job(
         ValueError: A damping or thread count that isn't positive, no block, or a block without a seed.
     """
     checks.number("damping", damping, above=0)
-    checks.count("threads", threads, least=1)
+    _check_threads(threads)
     if not statistics:
         raise ValueError("a job needs at least one block, got none")
     blocks = []
@@ -180,7 +180,7 @@ def job_threads(payload: bytes) -> int:
     Raises:
         ValueError: The payload is malformed.
     """
-    return checks.count("threads", payloads.read_head(payloads.links(payload)[0], "job").get("threads"), least=1)
+    return _check_threads(payloads.read_head(payloads.links(payload)[0], "job").get("threads"))
 
 
 def job_bytes(needs: Iterable[tuple[BlockShape, Needs]], *, bytes_per_number: int = 4) -> int:
@@ -241,7 +241,7 @@ def fingerprint(device: torch.device | str, threads: int) -> str:
 def _run(job: Tree, device: torch.device | str) -> Tree:
     inverter = _inverter_of(job)
     damping = checks.number("damping", job.get("damping"), above=0)
-    checks.count("threads", job.get("threads"), least=1)
+    _check_threads(job.get("threads"))
     statistics, previous, seeds = {}, {}, {}
     for block in job["blocks"]:
         name = block["name"]
@@ -278,6 +278,12 @@ def _result(outcomes: Mapping[BlockName, Inversion]) -> Tree:
         for name, outcome in outcomes.items()
     ]
     return payloads.make("result", blocks=blocks)
+
+
+def _check_threads(threads: object) -> int:
+    count = checks.count("threads", threads, least=1)
+    checks.number("threads", count, least=1, most=MAX_THREADS)
+    return count
 
 
 def _inverter_of(job: Tree) -> AbstractInverter:

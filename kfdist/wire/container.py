@@ -71,6 +71,8 @@ def views(content: bytes) -> dict[str, Tensor]:
     expected, found = 0, {}
     for name, each in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, end) = _DTYPES[each["dtype"]], each["shape"], each["data_offsets"]
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise ValueError(f"tensor {name!r} is said to have the shape {shape}")
         count = math.prod(shape)
         if start != expected or end - start != count * dtype.itemsize or begin + end > len(content):
             raise ValueError(f"tensor {name!r} of shape {shape} is said to be at bytes {start} to {end}")

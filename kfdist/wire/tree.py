@@ -52,6 +52,8 @@ def unpack(content: bytes, *, share: bool = False) -> Any:
             tensors = views(content) if share else safetensors.torch.load(content)
 
         def leaf(tag: str, name: str) -> Tensor | bytes:
+            if name in placed:  # `pack` never does that; few bytes would become any number of copies
+                raise ValueError(f"the tensor {name!r} is to stand in two places")
             placed.add(name)
             return tensors[name] if tag == "$tensor" else tensors[name].numpy().tobytes()
 

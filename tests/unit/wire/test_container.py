@@ -53,6 +53,8 @@ def test_what_is_read_is_the_content_itself():
         {"shape": [4]},
         {"dtype": "F64"},
         {"dtype": "X8"},
+        {"shape": [-1, -3]},
+        {"shape": [3.0]},
         # The triangle of a factor of a million dimensions, which would take two terabytes.
         {"shape": [500_000_500_000], "data_offsets": [0, 2_000_002_000_000]},
     ],

@@ -99,6 +99,14 @@ def test_files_of_others_are_refused():
         unpack(save({"a": torch.zeros(1), "b": torch.zeros(1)}, metadata={"kfdist": "[]"}))
 
 
+def test_a_tensor_stands_in_one_place():
+    # Else a kilobyte could say that a factor is that of ten thousand blocks, each of which gets a copy.
+    skeleton = '[{"$tensor":"a"},{"$tensor":"a"}]'
+    for share in (False, True):
+        with pytest.raises(ValueError, match="'a' is to stand in two places"):
+            unpack(save({"a": torch.zeros(1)}, metadata={"kfdist": skeleton}), share=share)
+
+
 def test_the_outline_is_the_state_without_tensors_and_bytes():
     state = {"a": torch.arange(3), "b": [1, (b"x", 2.5), {"c": None}], 3: {"$odd": math.inf}}
     content = pack(state)
