@@ -35,6 +35,7 @@ from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.settings import JobTerms
 from kfdist.runtime.track import Track
 from kfdist.system.memory import Memory
+from kfdist.system.provenance import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,11 @@ def _agree_on_terms(plan: Plan, world: Communicator, service: Service | None) ->
     of_inverters = listed[world.rank]
     require_equal(
         world,
-        {"fingerprint": fingerprint(plan.device.type, torch.get_num_threads()), "inverters' fingerprint": of_inverters},
+        {
+            "kfdist": versions().get("kfdist"),
+            "fingerprint": fingerprint(plan.device.type, torch.get_num_threads()),
+            "inverters' fingerprint": of_inverters,
+        },
         lambda _, listed: EnvironmentFault(
             f"the ranks differ in what their numbers depend on ({listed}); use the same hardware, thread count "
             "(torch.set_num_threads) and library versions on all ranks"

@@ -77,6 +77,14 @@ def train_together(config: Config, communicator: Communicator, device: torch.dev
 
 
 def _check_same_configuration(config: Config, communicator: Communicator) -> None:
+    # First, as what two versions make of one file may differ, too.
+    require_equal(
+        communicator,
+        {"kfdist": versions().get("kfdist")},
+        lambda _, listed: EnvironmentFault(
+            f"the ranks have different versions of kfdist ({listed}); install the same one on all machines"
+        ),
+    )
     require_equal(
         communicator,
         {"configuration": configuration_digest(config)},

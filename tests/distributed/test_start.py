@@ -1,13 +1,18 @@
 """What one rank gets wrong at the start is told on all ranks, and none of them waits for the others."""
 
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch import nn
 
 import kfdist
 from kfdist.comm.communicator import Communicator
+from kfdist.config import load_config
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.runtime import assembly
+from kfdist.training import worker
 from tests.support.faults import Faults
 from tests.support.faulty.link import FaultyLink
 from tests.support.ranks import run_ranks
@@ -97,3 +102,19 @@ def test_a_link_that_starts_on_one_rank_alone_is_undone_on_all(faults: Faults) -
     for message, hooks_left in run_ranks(2, construct):
         assert "rank 1: no process to be had" in message and "rank 0" not in message
         assert hooks_left == 0
+
+
+def versions_apart(communicator: Communicator) -> tuple[str, str]:
+    """Returns what is said where rank 1 has another kfdist: by `kfdist worker`, and by the library."""
+    versions = {"kfdist": f"9.{communicator.rank}.0"}
+    with mock.patch.object(worker, "versions", lambda: versions), pytest.raises(EnvironmentFault) as of_worker:
+        worker.train_together(load_config(None, environment={}), communicator, torch.device("cpu"))
+    with mock.patch.object(assembly, "versions", lambda: versions), pytest.raises(EnvironmentFault) as of_library:
+        kfdist.Preconditioner(small_cnn(), "kfac", lr=0.1)
+    return str(of_worker.value), str(of_library.value)
+
+
+def test_ranks_with_different_versions_are_told_which() -> None:
+    for of_worker, of_library in run_ranks(2, versions_apart):
+        assert of_worker.startswith("the ranks have different versions of kfdist (rank 0: 9.0.0; rank 1: 9.1.0)")
+        assert "(rank 0: 9.0.0; rank 1: 9.1.0)" in of_library
