@@ -102,6 +102,10 @@ class AbstractPreconditioner(ABC):
         """Whether one rank computes the direction and sends it to the others, because solving is the costly part."""
         return False
 
+    def spectra(self) -> dict[str, tuple[Tensor, int]]:
+        """Returns the eigenvalues it holds of each factor, by the factor's name, with the factor's dimension."""
+        return {}
+
     @abstractmethod
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         """Applies the inverse to a gradient of the right shape and dtype; may read and change `memory`."""
@@ -288,6 +292,11 @@ class KroneckerSpectrum(AbstractPreconditioner):
         """Makes it from the spectra of both factors."""
         spectra = {"U_A": A.vectors, "w_A": A.values, "tail_A": A.tail, "U_G": G.vectors, "w_G": G.values}
         return cls(trace_A=trace_A, trace_G=trace_G, **spectra, tail_G=G.tail, damping_rule=damping_rule)
+
+    @override
+    def spectra(self) -> dict[str, tuple[Tensor, int]]:
+        c, p, q = self.shape
+        return {"A": (self.w_A, c * q), "G": (self.w_G, c * p)}
 
     @property
     def A(self) -> Spectrum:

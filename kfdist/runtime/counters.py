@@ -9,6 +9,7 @@ from time import perf_counter
 from torch import Tensor
 
 from kfdist.comm.host_copy import LateTotal
+from kfdist.telemetry.durations import Durations
 
 _KEPT_OBSERVATIONS = 10_000
 _EXACT_BITS = 10
@@ -53,6 +54,7 @@ class PipelineCounters:
         completed: Inversions whose results this rank received, by method (courier ranks only).
         inversion_seconds: (method, seconds) of results not yet reported; the newest, where nobody asks.
         step_seconds: (phase, seconds) of steps not yet reported; likewise.
+        inversions: By method, the seconds of results since they were last taken by `take_inversions`.
         adoptions: Versions swapped in.
         failures: Adopted results without a preconditioner, by reason.
         degraded: Adopted blocks whose inversion didn't go as configured, by outcome.
@@ -74,6 +76,7 @@ class PipelineCounters:
     completed: Counter[str] = field(default_factory=Counter)
     inversion_seconds: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_KEPT_OBSERVATIONS))
     step_seconds: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_KEPT_OBSERVATIONS))
+    inversions: defaultdict[str, Durations] = field(default_factory=lambda: defaultdict(Durations))
     adoptions: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     degraded: Counter[str] = field(default_factory=Counter)
@@ -106,6 +109,18 @@ class PipelineCounters:
         self.step_seconds.extend(self.phase_seconds.items())
         if self.waited_seconds:
             self.adoption_waits.append(self.waited_seconds)
+
+    def inverted(self, method: str, seconds: float) -> None:
+        """Counts an inversion whose result this rank received."""
+        self.completed[method] += 1
+        self.inversion_seconds.append((method, seconds))
+        self.inversions[method].add(seconds)
+
+    def take_inversions(self) -> dict[str, Durations]:
+        """Returns the seconds of inversions by method since the last call."""
+        taken = dict(self.inversions)
+        self.inversions.clear()
+        return taken
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

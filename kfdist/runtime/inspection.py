@@ -57,6 +57,14 @@ class Inspection:
             name: inverse for track in self.pipeline.tracks for name, inverse in track.snapshot.preconditioners.items()
         }
 
+    def diagnostics(self) -> dict[BlockName, dict[str, float]]:
+        """Returns how the inversion in use of each block went, in the numbers that its method gives."""
+        return {
+            name: dict(outcome.diagnostics)
+            for track in self.pipeline.tracks
+            for name, outcome in track.snapshot.outcomes.items()
+        }
+
     def noise_scale(self) -> float | None:
         """Returns the gradient noise scale tr(Sigma) / |G|^2 in examples (docs/large-batch.md); never waits.
 

@@ -130,15 +130,22 @@ class MetricsLog:
 
     Args:
         directory: The run directory; None for a rank that writes no log.
+        name: Another file's name, for other lines.
 
     Attributes:
         lost: Lines that could not be written.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, name: str = "metrics.jsonl") -> None:
         self.lost = 0
-        self._file = FileIO(directory / "metrics.jsonl", "a") if directory is not None else None
+        self._name = name
+        self._file = FileIO(directory / name, "a") if directory is not None else None
         self._torn = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is a file."""
+        return self._file is not None
 
     def write(self, event: str, **values: Any) -> None:
         """Appends one line and hands it to the system at once. Numbers that JSON doesn't know become null."""
@@ -161,7 +168,7 @@ class MetricsLog:
     def _lose(self, error: OSError) -> None:
         self.lost += 1
         if self.lost == 1:
-            _LOG.warning("metrics.jsonl can't be written (%s); the run goes on without it", error)
+            _LOG.warning("%s can't be written (%s); the run goes on without it", self._name, error)
 
     def close(self) -> None:
         """Closes the file."""

@@ -6,7 +6,7 @@ RUN/config.toml        the resolved configuration of the last start
 RUN/lock               held with flock by the trainer; its text says who that is
 RUN/epochs/00001.toml  one file per start, made with O_EXCL: the epoch's number and its configuration
 RUN/costs.json         what inversions cost at the first start, where a method is chosen by it
-RUN/metrics.jsonl  RUN/summary.json  RUN/checkpoints/
+RUN/metrics.jsonl  RUN/history.jsonl  RUN/summary.json  RUN/checkpoints/
 """
 
 import contextlib
@@ -189,7 +189,7 @@ class RunDirectory:
         For starts that fail before the first step: no half-made run stays behind.
         """
         if self._fresh:
-            for name in ("config.toml", "metrics.jsonl", "summary.json", "lock", _COSTS):
+            for name in ("config.toml", "metrics.jsonl", "history.jsonl", "summary.json", "lock", _COSTS):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "epochs", ignore_errors=True)
             for directory in (self.path / "checkpoints", self.path):

@@ -16,6 +16,7 @@ from kfdist.errors import Interrupted, LossNotFinite
 from kfdist.runtime.settings import StepReport
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.evaluation import Evaluation, evaluate
+from kfdist.training.history import History
 from kfdist.training.optimizers import set_learning_rate
 from kfdist.training.reporting import MetricsLog, Progress, ProgressLine, shown
 from kfdist.training.run_state import Standing, Training, collect_state
@@ -35,6 +36,7 @@ class Trainer:
         standing: How far the run has come.
         store: The checkpoints.
         log: `metrics.jsonl`.
+        history: `history.jsonl`.
         progress: What users see.
 
     Attributes:
@@ -48,7 +50,14 @@ class Trainer:
     """
 
     def __init__(
-        self, training: Training, standing: Standing, *, store: CheckpointStore, log: MetricsLog, progress: Progress
+        self,
+        training: Training,
+        standing: Standing,
+        *,
+        store: CheckpointStore,
+        log: MetricsLog,
+        history: History,
+        progress: Progress,
     ) -> None:
         # The controller counts requests for checkpoints anew at each start of an ended run.
         position = training.sampler.start(standing.position)
@@ -60,7 +69,7 @@ class Trainer:
         self._told_steps = 0
         self._evaluated = -1
         self._training = training
-        self._store, self._log, self._progress = store, log, progress
+        self._store, self._log, self._history, self._progress = store, log, history, progress
         limit = training.config.data.corrupt_limit
         self.unreadable = Unreadable(training.communicator, limit=limit, log=log, progress=progress)
         metrics = training.data.objective.metrics
@@ -97,6 +106,7 @@ class Trainer:
             else:
                 stopped = self._after_step(report)
         self._checkpoint()
+        self._history.write_if_due(self.standing.step, ended=True)
         if not stopped and self._evaluated != self.standing.step:
             self._evaluate()
         return stopped
@@ -167,6 +177,8 @@ class Trainer:
             self._report(report)
         elif time.perf_counter() - self._last_beat > _BEAT_SECONDS:
             self._beat("running")
+        self._history.count(report, total=self.step_seconds[-1], waited=self.input_seconds[-1])
+        self._history.write_if_due(step)
         if self._evaluation_is_due(before) and not self.done:
             self._evaluate()
         if report.stop and not self.done:
@@ -321,6 +333,7 @@ class Trainer:
         self._log.write(
             "checkpoint", step=saved.step, fault=saved.fault, bytes=saved.bytes, seconds=round(saved.seconds, 6)
         )
+        self._history.write_spectra(saved.step)
         if saved.fault:
             self.checkpoint_faults += 1
             self._progress.say(

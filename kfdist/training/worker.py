@@ -18,6 +18,7 @@ from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.provenance import versions
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.copies import Copies
+from kfdist.training.history import History
 from kfdist.training.method import agree_on_costs
 from kfdist.training.reporting import MetricsLog, Progress, make_progress
 from kfdist.training.run_directory import RunDirectory, inspect_run
@@ -164,15 +165,18 @@ class _Start:
         standing = standing_of(loaded) if loaded is not None else Standing()
         training = make_training(config, communicator, self._materials, epoch=epoch, standing=standing)
         progress = make_progress(worker_rank=communicator.rank, total_steps=training.learning_rate.total_steps)
-        log = MetricsLog(self._directory.path if self._directory is not None else None)
+        path = self._directory.path if self._directory is not None else None
+        log, details = MetricsLog(path), MetricsLog(path, "history.jsonl")
+        history = History(training, details)
         try:
             if loaded is not None:
                 restore_state(training, loaded)
             _announce(training, standing, progress, store.remarks)
             log.write("start", start=epoch, step=standing.step, world_size=communicator.world_size, versions=versions())
+            history.start(epoch, standing.step)
             if self._directory is not None:
                 write_summary(self._directory.path, {"status": "running", "run": config.run.name, "start": epoch})
-            trainer = Trainer(training, standing, store=store, log=log, progress=progress)
+            trainer = Trainer(training, standing, store=store, log=log, history=history, progress=progress)
             try:
                 with _stopping_on_signals(training):
                     stopped = trainer.run()
@@ -193,6 +197,7 @@ class _Start:
             training.feed.close()
             progress.close()
             log.close()
+            details.close()
         if not stopped:
             return Ending(code=ExitCode.DONE)
         message = f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume"

@@ -15,6 +15,7 @@ from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.runtime.plan.coverage import CoverageRow
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.copies import Copies
+from kfdist.training.history import History
 from kfdist.training.method import agree_on_costs
 from kfdist.training.reporting import MetricsLog, Progress
 from kfdist.training.run_state import Standing, Training
@@ -101,7 +102,9 @@ def _train_one(communicator: Communicator, folder: Path, name: str, overrides: S
     materials = gather_materials(config, communicator.world_size, device, costs)
     training = make_training(config, communicator, materials, epoch=1, standing=Standing())
     store = CheckpointStore(folder / "checkpoints", copies, keep=1)
-    trainer = Trainer(training, Standing(), store=store, log=MetricsLog(None), progress=Progress())
+    log = MetricsLog(None)
+    history = History(training, log)
+    trainer = Trainer(training, Standing(), store=store, log=log, history=history, progress=Progress())
     try:
         assert trainer.run() == ""
         seen = _look(training, trainer)

@@ -125,9 +125,7 @@ class Inverting:
         for result in self.book.take_news():
             track = self.tracks[result.group]
             track.ledger.announce(result.version)
-            method = track.group.inverter.name
-            self.counters.completed[method] += 1
-            self.counters.inversion_seconds.append((method, result.seconds))
+            self.counters.inverted(track.group.inverter.name, result.seconds)
             self.bytes_received += len(result.payload)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""One HTML page about a run, or about several, from what lies in their directories."""
