@@ -25,6 +25,7 @@ from kfdist.launch.outcome import (
     longest_checkpoint,
     read_summary,
     remove_untrained,
+    report_line,
 )
 from kfdist.launch.scratch import check_scratch, temporary_directory
 from kfdist.launch.supervision import SupervisedProcess
@@ -351,6 +352,8 @@ class Launch:
             )
         else:
             self._terminal.say(f"stopped before the last step; {RESUME_ADVICE}")
+        if code != ExitCode.INTERRUPTED and (line := report_line(self._config.run.directory)):
+            self._terminal.say(line)
         self._terminal.result(summary)
         return code
 

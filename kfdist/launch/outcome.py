@@ -73,6 +73,19 @@ def add_to_summary(run_directory: Path, **entries: Any) -> dict[str, Any]:
     return summary
 
 
+def report_line(run_directory: Path) -> str:
+    """Writes the page about a run and says where it is, or why there is none; empty where nothing was recorded."""
+    if not (run_directory / "metrics.jsonl").exists():
+        return ""
+    try:
+        from kfdist.report.page import write_report  # matplotlib, for which nobody waits while ranks train
+
+        return f"report: {write_report(run_directory)}"
+    except Exception as error:  # whatever it is, the run has ended as it has
+        told = " ".join(str(error).split()) or type(error).__name__
+        return f"no report ({told}); `kfdist report {run_directory}` tries again"
+
+
 def longest_checkpoint(run_directory: Path) -> float:
     """Returns the seconds that the longest of a run's last checkpoints took; 0 if it has written none."""
     try:

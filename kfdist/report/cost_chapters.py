@@ -42,8 +42,8 @@ def step_time(run: Recorded) -> Chapter:
     total = merged["total"]
     order = ["input", *(phase for phase in STEP_PHASES if phase in merged and phase not in ("input", "total"))]
     rows = [
-        [phase, *_durations(merged[phase]), words.share(merged[phase].total / total.total), STEP_PHASES.get(phase, "")]
-        for phase in ("total", *order)
+        [phase, *_durations(found), words.share(found.total / total.total), STEP_PHASES.get(phase, "")]
+        for phase, found in ((phase, merged[phase]) for phase in ("total", *order))
     ]
     median, slow = words.seconds(total.quantile(0.5)), words.seconds(total.quantile(0.99))
     steps = [line["step"] for line in run.windows]
@@ -62,8 +62,10 @@ def step_time(run: Recorded) -> Chapter:
         pictures=[
             Picture(
                 svg=figures.areas(steps, _parts(run.windows, wholes, order), y="ms a step (mean)"),
-                told=f"Mean time of a step by phase over the steps; a step took {words.seconds(total.mean)} on average. "
-                "Rare peaks are cut off.",
+                told=(
+                    f"Mean time of a step by phase; a step took {words.seconds(total.mean)} on average. Rare peaks are "
+                    "cut off."
+                ),
             ),
             Picture(
                 svg=figures.lines(quantiles, x="step", y="seconds of a step", starts=later_starts(run)),

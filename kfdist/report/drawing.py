@@ -6,8 +6,9 @@ page's style sheet, which has one value for a light page and another for a dark 
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ _VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate
 WIDTH = 4.5
 """Inches, at 72 points each: about a phone's width, on which a point is then about a pixel."""
 
-_STYLE = {
+_STYLE: Mapping[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kfdist",
     "font.size": 8.5,
@@ -62,7 +63,7 @@ class Drawing:
 
     def __init__(self, height: float, rows: int = 1, columns: int = 1) -> None:
         # Finding out how much room many axes need takes longer than drawing them.
-        layout = "constrained" if rows * columns == 1 else "none"
+        layout = "constrained" if rows * columns == 1 else None
         self._figure = Figure(figsize=(WIDTH, height), layout=layout)
         grid = self._figure.subplots(rows, columns, squeeze=False)
         self.axes: Sequence[Axes] = [axes for row in grid for axes in row]
@@ -84,7 +85,7 @@ class Drawing:
 @contextmanager
 def drawing(height: float, rows: int = 1, columns: int = 1) -> Iterator[Drawing]:
     """Opens a drawing in the report's style; its `svg` is there after the context. Arguments as for `Drawing`."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(dict(_STYLE)):
         drawn = Drawing(height, rows, columns)
         yield drawn
         drawn.finish()

@@ -191,7 +191,8 @@ def heatmap(names: Sequence[str], windows: Sequence[tuple[int, int]], rows: Sequ
         axes.set_xlabel("step")
         bar = drawn.figure.colorbar(image, ax=axes, location="top", shrink=0.7, aspect=30, pad=0.02)
         bar.set_label("staleness in steps")
-        bar.solids.set_rasterized(True)
+        if bar.solids is not None:
+            bar.solids.set_rasterized(True)
         bar.locator = MaxNLocator(6, integer=True)
         bar.update_ticks()
         bar.outline.set_edgecolor(FAINT)

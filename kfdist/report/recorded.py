@@ -145,13 +145,10 @@ def _lines(file: Path, remarks: list[str]) -> Iterator[Line]:
                     steps += 1
                     if steps % every:
                         continue
-                try:
-                    found = json.loads(line)
-                    whole = isinstance(found["event"], str) and isinstance(found["step"], int) and "time" in found
-                except (ValueError, KeyError, TypeError):
-                    whole = False
-                damaged += not whole
-                if whole:
+                found = _parsed(line)
+                if found is None:
+                    damaged += 1
+                else:
                     yield found
     except FileNotFoundError:
         remarks.append(f"There is no {file.name}: the run ended before its first step, or an older kfdist trained it.")
@@ -161,6 +158,16 @@ def _lines(file: Path, remarks: list[str]) -> Iterator[Line]:
         remarks.append(f"{which} left out of {file.name}: damaged, or cut off while being written.")
     if every > 1:
         remarks.append(f"Of {file.name}, one log period in {every} is shown.")
+
+
+def _parsed(line: bytes) -> Line | None:
+    """Returns a line that says what happened, at which step and when; None if it doesn't."""
+    try:
+        found = json.loads(line)
+        whole = isinstance(found["event"], str) and isinstance(found["step"], int) and found["time"] >= 0
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if whole else None
 
 
 def _without_lost(lines: Iterator[Line]) -> list[Line]:

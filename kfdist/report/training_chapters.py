@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+from kfdist.policies.advice import batch_advice
 from kfdist.report import figures, words
 from kfdist.report.figures import Curve
-from kfdist.report.parts import Chapter, Picture, Table, curve, flat, later_starts
+from kfdist.report.parts import Chapter, Picture, Table, curve, flat, inverts, later_starts
 from kfdist.report.recorded import Line, Recorded
 
 _SHOWN_EVENTS = 200
@@ -84,7 +85,7 @@ def noise(run: Recorded) -> Chapter:
         scales.append(Curve(name="the run's batch", x=ends, y=[batch, batch], colour=1, dashed=True))
     told = f"The gradient noise scale by step; {words.number(scale)} examples in the median of the run's second half."
     svg = figures.lines(scales, x="step", y="examples", starts=later_starts(run))
-    return Chapter(title=title, sentences=advice(scale, batch), pictures=[Picture(svg=svg, told=told)])
+    return Chapter(title=title, sentences=advice(run, scale, batch), pictures=[Picture(svg=svg, told=told)])
 
 
 def batch_examples(run: Recorded) -> int | None:
@@ -94,28 +95,20 @@ def batch_examples(run: Recorded) -> int | None:
     return size * ranks if size and ranks else None
 
 
-def advice(scale: float, batch: int | None) -> list[str]:
-    """Says what a gradient noise scale means for the size of the batch.
+def advice(run: Recorded, scale: float, batch: int | None) -> list[str]:
+    """Says what a gradient noise scale means for a run.
 
     Args:
+        run: The run.
         scale: In examples.
         batch: Examples a step; None if unknown.
     """
     measured = f"In the second half of the run the gradient noise scale was {words.number(scale)} examples (median)."
     if batch is None:
         return [measured]
-    gain = batch / (batch + scale)
-    said = f"A step takes {batch:,}, and so gains about {100 * gain:.0f} % of what a step on all examples would."
-    if batch < scale:
-        then = "The batch is below the noise scale: twice the batch needs about half as many steps, or somewhat more."
-    elif batch < 4 * scale:
-        then = "The batch is about where larger ones begin to bring less and less."
-    else:
-        then = (
-            "The batch is far above the noise scale: a larger one hardly saves steps. More GPUs do more as owners; "
-            "shorter periods, or a smaller batch, may reach the same loss sooner."
-        )
-    return [measured, said, f"{then} A factor of two is within the number's meaning (docs/large-batch.md)."]
+    period = run.config.get("preconditioner", {}).get("inverse_period", 1)
+    owners = run.config.get("cluster", {}).get("owners", 0) if inverts(run) else 0
+    return [measured, *batch_advice(batch, scale, owners=owners, inverse_period=period)]
 
 
 def events(run: Recorded) -> Chapter:

@@ -115,8 +115,7 @@ class History:
 
     def _totals(self, own: Mapping[str, Any], ranks: list[Mapping[str, Any]]) -> dict[str, Any]:
         moved, resubmissions = Counter[str](), Counter[str]()
-        if len(ranks) > 1:
-            moved["gradients"] = self._training.reducer.bytes_per_step * self._steps * len(ranks)
+        moved["gradients"] = self._training.reducer.bytes_per_step * self._steps * len(ranks) if len(ranks) > 1 else 0
         for counters in ranks:
             moved.update(counters["bytes"])
             resubmissions.update(counters["resubmissions"])

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import FileIO
+from io import SEEK_END, FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -140,7 +140,7 @@ class MetricsLog:
         self.lost = 0
         self._name = name
         self._file = FileIO(directory / name, "a") if directory is not None else None
-        self._torn = False
+        self._torn = directory is not None and _ends_within_a_line(directory / name)
 
     @property
     def writes(self) -> bool:
@@ -174,3 +174,9 @@ class MetricsLog:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _ends_within_a_line(file: Path) -> bool:
+    """Tells whether whoever wrote a file last was killed in a line."""
+    with file.open("rb") as written:
+        return written.seek(0, SEEK_END) > 0 and written.seek(-1, SEEK_END) >= 0 and written.read(1) != b"\n"

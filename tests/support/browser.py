@@ -2,13 +2,17 @@
 
 import asyncio
 import base64
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -38,67 +42,93 @@ class Seen:
     requests: list[str] = field(default_factory=list)
 
 
-def look_at(
-    page: Path, *, width: int, dark: bool = False, expressions: Mapping[str, str] | None = None, opened: bool = False
-) -> Seen:
-    """Opens a page in a fresh browser and returns what it showed.
+@dataclass(frozen=True)
+class View:
+    """How a page is looked at.
+
+    Attributes:
+        width: Of the viewport, in CSS pixels; below 500 it is a phone's.
+        dark: Whether the user prefers dark pages.
+        opened: Whether everything that is folded is opened first.
+    """
+
+    width: int
+    dark: bool = False
+    opened: bool = False
+
+
+def look_at(page: Path, views: Sequence[View], expressions: Mapping[str, str] = MappingProxyType({})) -> list[Seen]:
+    """Opens a page in a fresh browser, once for each view, and returns what it showed.
 
     Args:
         page: An HTML file.
-        width: Of the viewport, in CSS pixels; below 500 it is a phone's.
-        dark: Whether the user prefers dark pages.
+        views: How it is looked at.
         expressions: JavaScript whose values are returned, by name.
-        opened: Whether everything that is folded is opened first.
     """
     assert PROGRAM is not None
     with tempfile.TemporaryDirectory() as profile:
         options = ["--remote-debugging-port=0", f"--user-data-dir={profile}", "--no-sandbox", "--disable-gpu"]
-        browser = subprocess.Popen([PROGRAM, *options, "about:blank"], stderr=subprocess.PIPE, text=True)
+        line = [PROGRAM, *options, "about:blank"]
+        browser = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
             assert browser.stderr is not None
-            line = next(line for line in browser.stderr if "DevTools listening on" in line)
-            address = line.split()[-1]
-            return asyncio.run(_look(address, page, width, dark, expressions or {}, opened))
+            told = next(line for line in browser.stderr if "DevTools listening on" in line)
+            return asyncio.run(_look(told.split()[-1], page, views, expressions))
         finally:
-            browser.kill()
+            os.killpg(browser.pid, signal.SIGKILL)
             browser.wait()
+            wait_until_gone(browser.pid)
 
 
-async def _look(address: str, page: Path, width: int, dark: bool, expressions: Mapping[str, str], opened: bool) -> Seen:
-    seen = Seen()
+def wait_until_gone(group: int) -> None:
+    """Waits until no process of a group is left; whoever started this one reaps those that have lost their parent."""
+    with suppress(ProcessLookupError):
+        for _ in range(200):
+            os.killpg(group, 0)
+            time.sleep(0.05)
+
+
+async def _look(address: str, page: Path, views: Sequence[View], expressions: Mapping[str, str]) -> list[Seen]:
     host = address.removeprefix("ws://").partition("/")[0]
     async with aiohttp.ClientSession() as session:
         async with session.get(f"http://{host}/json") as answer:
             target = next(each for each in await answer.json() if each["type"] == "page")
         async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-            tab = _Tab(socket, seen)
+            tab = _Tab(socket)
             for domain in ("Page", "Runtime", "Log", "Network"):
                 await tab.call(f"{domain}.enable")
-            scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-            await tab.call("Emulation.setEmulatedMedia", features=scheme)
-            metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
-            await tab.call("Emulation.setDeviceMetricsOverride", **metrics)
-            await tab.call("Page.navigate", url=page.absolute().as_uri())
-            await tab.loaded()
-            if opened:
-                await tab.value("document.querySelectorAll('details').forEach(each => { each.open = true })")
-            seen.scroll_width = await tab.value("document.documentElement.scrollWidth")
-            seen.height = await tab.value("document.documentElement.scrollHeight")
-            for name, expression in expressions.items():
-                seen.values[name] = await tab.value(expression)
-            clip = {"x": 0, "y": 0, "width": width, "height": seen.height, "scale": 1}
-            shot = await tab.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-            seen.screenshot = base64.b64decode(shot["data"])
-    return seen
+            return [await tab.look(page, view, expressions) for view in views]
 
 
 class _Tab:
     """One page's connection."""
 
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse, seen: Seen) -> None:
-        self._socket, self._seen = socket, seen
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._seen = Seen()
         self._calls = 0
         self._loaded = False
+
+    async def look(self, page: Path, view: View, expressions: Mapping[str, str]) -> Seen:
+        seen = self._seen = Seen()
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if view.dark else "light"}]
+        await self.call("Emulation.setEmulatedMedia", features=scheme)
+        metrics = {"width": view.width, "height": 844, "deviceScaleFactor": 1, "mobile": view.width < 500}
+        await self.call("Emulation.setDeviceMetricsOverride", **metrics)
+        self._loaded = False
+        await self.call("Page.navigate", url=page.absolute().as_uri())
+        while not self._loaded:
+            await self._next()
+        if view.opened:
+            await self.value("document.querySelectorAll('details').forEach(each => { each.open = true })")
+        seen.scroll_width = await self.value("document.documentElement.scrollWidth")
+        seen.height = await self.value("document.documentElement.scrollHeight")
+        for name, expression in expressions.items():
+            seen.values[name] = await self.value(expression)
+        clip = {"x": 0, "y": 0, "width": view.width, "height": seen.height, "scale": 1}
+        shot = await self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        seen.screenshot = base64.b64decode(shot["data"])
+        return seen
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._calls += 1
@@ -111,10 +141,6 @@ class _Tab:
     async def value(self, expression: str) -> Any:
         result = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         return result["result"].get("value")
-
-    async def loaded(self) -> None:
-        while not self._loaded:
-            await self._next()
 
     async def _next(self) -> dict[str, Any]:
         message = await self._socket.receive_json(timeout=60)

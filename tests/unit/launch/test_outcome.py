@@ -13,6 +13,7 @@ from kfdist.launch.outcome import (
     longest_checkpoint,
     read_summary,
     remove_untrained,
+    report_line,
 )
 from kfdist.launch.terminal import summary_line
 from kfdist.system.files import make_directory
@@ -134,3 +135,12 @@ def test_how_long_checkpoints_took_is_read_from_the_end_of_what_the_run_told(tmp
     with (tmp_path / "metrics.jsonl").open("a") as torn:
         torn.write('{"event": "checkpoint", "seconds": 80')
     assert longest_checkpoint(tmp_path) == 7.0
+
+
+def test_a_report_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
+    assert report_line(tmp_path) == ""
+    (tmp_path / "metrics.jsonl").write_text('{"event": "start", "time": 1.0, "step": 0}\n')
+    (tmp_path / "report.html").mkdir()
+    line = report_line(tmp_path)
+    assert line.startswith("no report (") and "\n" not in line
+    assert line.endswith(f"`kfdist report {tmp_path}` tries again")

@@ -100,3 +100,13 @@ def test_a_full_disk_loses_lines_but_ends_nothing(tmp_path: Path, caplog: pytest
     log.close()
     assert log.lost == 2
     assert caplog.text.count("metrics.jsonl can't be written") == 1
+
+
+def test_a_line_that_a_killed_process_left_unfinished_costs_no_later_one(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "start"}\n{"event": "st')
+    log = MetricsLog(tmp_path)
+    log.write("start", step=12)
+    log.close()
+    first, torn, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert (json.loads(first)["event"], torn) == ("start", '{"event": "st')
+    assert json.loads(second)["step"] == 12

@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kfdist.telemetry.durations import Durations
+from kfdist.training.history import WINDOWS_PER_LENGTH, window_length
+from tests.support.recorded import record
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    overrides = ("run.log_period=4", "run.steps=26", "checkpoint.period=13", "preconditioner.settings={rank=6}")
+    return record(tmp_path_factory.mktemp("history") / "run", *overrides)
+
+
+def test_windows_hold_every_step_once(run: Path) -> None:
+    windows = [line for line in lines_of(run) if line["event"] == "window"]
+    assert [line["step"] for line in windows] == [4, 8, 12, 16, 20, 24, 26]
+    totals = [Durations.from_json(line["phases"]["total"]).count for line in windows]
+    assert totals == [4, 4, 4, 4, 4, 4, 2]
+    summary = json.loads((run / "summary.json").read_text())
+    inversions = sum(Durations.from_json(found).count for line in windows for found in line["inversions"].values())
+    assert inversions == summary["inversions"]["completed"] > 0
+    assert windows[-1]["totals"]["adoptions"] == summary["adoptions"]
+    assert windows[-1]["totals"]["bytes"] == summary["bytes"]
+    assert max(value for line in windows for value in line["staleness"]) == summary["staleness_steps"]["max"]
+
+
+def test_a_start_names_the_blocks_of_its_windows(run: Path) -> None:
+    start, window, *_ = lines_of(run)
+    assert start["event"] == "start" and len(start["blocks"]) == len(start["methods"]) == len(window["staleness"]) == 3
+    assert set(window["diagnostics"]) == set(start["blocks"])
+
+
+def test_spectra_are_of_the_inverses_at_checkpoints(run: Path) -> None:
+    spectra = [line for line in lines_of(run) if line["event"] == "spectrum"]
+    assert [line["step"] for line in spectra] == [13, 26]
+    for factors in spectra[-1]["factors"].values():
+        for factor in factors.values():
+            indices, values = zip(*factor["points"], strict=True)
+            assert indices[0] == 1 and indices[-1] <= min(6, factor["size"])
+            assert list(values) == sorted(values, reverse=True)
+
+
+def test_windows_grow_so_that_their_number_hardly_does() -> None:
+    step = windows = 0
+    while step < 10**7:
+        step += window_length(step + 1, 10)
+        windows += 1
+        assert step % window_length(step, 10) == 0  # on which all ranks agree without a word, also after a resume
+    assert windows < 15 * WINDOWS_PER_LENGTH
