@@ -8,7 +8,7 @@ from kfdist.report.parts import (
     NO_HISTORY,
     NO_METHOD,
     Chapter,
-    Picture,
+    Plot,
     Table,
     inverts,
     later_starts,
@@ -60,14 +60,14 @@ def step_time(run: Recorded) -> Chapter:
             "forward, backward, the gradients' reduction and the optimizer."
         ],
         pictures=[
-            Picture(
+            Plot(
                 svg=figures.areas(steps, _parts(run.windows, wholes, order), y="ms a step (mean)"),
                 told=(
                     f"Mean time of a step by phase; a step took {words.seconds(total.mean)} on average. Rare peaks are "
                     "cut off."
                 ),
             ),
-            Picture(
+            Plot(
                 svg=figures.lines(quantiles, x="step", y="seconds of a step", starts=later_starts(run)),
                 told=f"Median and 99th percentile of a step's seconds; over the run {median} and {slow}.",
             ),
@@ -122,7 +122,7 @@ def inversions(run: Recorded) -> Chapter:
     return Chapter(
         title=title,
         pictures=[
-            Picture(
+            Plot(
                 svg=figures.shares({method: found.shares() for method, found in merged.items()}, x="seconds"),
                 told=f"How long inversions took. {words.listed(told)}.",
             )
@@ -151,7 +151,7 @@ def bytes_moved(run: Recorded) -> Chapter:
     return Chapter(
         title=title,
         pictures=[
-            Picture(
+            Plot(
                 svg=figures.bars({purpose: count / 1e6 for purpose, count in known}, x="MB, over all ranks"),
                 told=f"Bytes moved over all ranks by purpose: {told}.",
             )

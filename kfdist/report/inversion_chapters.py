@@ -7,7 +7,7 @@ from typing import Any
 
 from kfdist.report import figures, words
 from kfdist.report.figures import Curve
-from kfdist.report.parts import NO_HISTORY, NO_METHOD, Chapter, Picture, Table, inverts, later_starts
+from kfdist.report.parts import NO_HISTORY, NO_METHOD, Chapter, Plot, Table, inverts, later_starts
 from kfdist.report.recorded import Line, Recorded
 
 _SHOWN_CHECKPOINTS = 4
@@ -35,7 +35,7 @@ def staleness(run: Recorded) -> Chapter:
         known = sorted(value for value in row if value is not None)
         shown = (known[len(known) // 2], known[-1], row[-1]) if known else (None, None, None)
         table_rows.append([name, run.methods[name], *map(words.number, shown)])
-    heatmap = Picture(
+    heatmap = Plot(
         svg=figures.heatmap(names, spans, rows),
         told=(
             f"Staleness of {words.counted(len(names), 'block')} over the steps; the largest is {worst[0]}, "
@@ -117,7 +117,7 @@ def spectra(run: Recorded) -> Chapter:
             f"those that a method doesn't keep are not drawn.{few}"
         ],
         pictures=[
-            Picture(
+            Plot(
                 svg=figures.spectra(drawn),
                 told=(
                     f"Eigenvalues of the factors of {words.listed(shown)} by their place, one curve for each of the "
@@ -169,7 +169,7 @@ def diagnostics(run: Recorded) -> Chapter:
     return Chapter(title=title, sentences=[_mishaps(run)], pictures=pictures, tables=[*_mishap_table(run), table])
 
 
-def _over_steps(run: Recorded, windows: Sequence[Line], quantity: str) -> Picture | None:
+def _over_steps(run: Recorded, windows: Sequence[Line], quantity: str) -> Plot | None:
     """Draws a quantity's worst and median factor; None where no method gives it."""
     label, pick = _WORST[quantity]
     steps, worst, middle = [], [], []
@@ -186,7 +186,7 @@ def _over_steps(run: Recorded, windows: Sequence[Line], quantity: str) -> Pictur
         Curve(name="of the median factor", x=steps, y=middle, colour=0),
     ]
     log = False if quantity == "rank" else None
-    return Picture(
+    return Plot(
         svg=figures.lines(curves, x="step", y=label, starts=later_starts(run), log=log),
         told=(
             f"{label.capitalize()} over the steps; at the end {words.number(worst[-1])}, "

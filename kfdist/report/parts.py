@@ -16,7 +16,7 @@ NO_METHOD = "The run has no preconditioner: nothing was inverted."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class Plot:
     """A figure of a page.
 
     Attributes:
@@ -58,7 +58,7 @@ class Chapter:
 
     title: str
     sentences: Sequence[str] = ()
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from kfdist.policies.advice import batch_advice
 from kfdist.report import figures, words
 from kfdist.report.figures import Curve
-from kfdist.report.parts import Chapter, Picture, Table, curve, flat, inverts, later_starts
+from kfdist.report.parts import Chapter, Plot, Table, curve, flat, inverts, later_starts
 from kfdist.report.recorded import Line, Recorded
 
 _SHOWN_EVENTS = 200
@@ -31,7 +31,7 @@ def progress(run: Recorded) -> Chapter:
             curves, x="step", y=name, starts=later_starts(run), percent=accuracy, log=False if accuracy else None
         )
         ends = words.listed([f"{each.name} {words.metric(name, each.y[-1])}" for each in curves])
-        pictures.append(Picture(svg=svg, told=f"{name.capitalize()} by step; at the end {ends}."))
+        pictures.append(Plot(svg=svg, told=f"{name.capitalize()} by step; at the end {ends}."))
         for each in curves:
             best, where = (max if accuracy else min)(zip(each.y, each.x, strict=True))
             shown = [words.metric(name, value) for value in (each.y[0], each.y[-1], best)]
@@ -85,7 +85,7 @@ def noise(run: Recorded) -> Chapter:
         scales.append(Curve(name="the run's batch", x=ends, y=[batch, batch], colour=1, dashed=True))
     told = f"The gradient noise scale by step; {words.number(scale)} examples in the median of the run's second half."
     svg = figures.lines(scales, x="step", y="examples", starts=later_starts(run))
-    return Chapter(title=title, sentences=advice(run, scale, batch), pictures=[Picture(svg=svg, told=told)])
+    return Chapter(title=title, sentences=advice(run, scale, batch), pictures=[Plot(svg=svg, told=told)])
 
 
 def batch_examples(run: Recorded) -> int | None:

@@ -20,6 +20,7 @@ SHOWN_BY = {
     "cli/control_commands.py": STEERING,
     "config/loading.py": EVERY_RUN,
     "control/client.py": STEERING,
+    "report/page.py": {"report"},
     "rpc/certificates.py": {"certs init"},
     "training/run_directory.py": {"train", "worker"},
     "training/worker.py": {"train", "worker"},
@@ -64,8 +65,8 @@ def _options() -> dict[str, set[str]]:
     return found
 
 
-GIVING = {"cli/main.py", "doctor/gpu_checks.py", "launch/launcher.py"}
-"""Files that read options or give them to a process, and advise none."""
+GIVING = {"cli/main.py", "doctor/gpu_checks.py", "launch/launcher.py", "report/drawing.py"}
+"""Files that read options, give them to a process, or name variables of a style sheet, and advise none."""
 
 
 def _advice() -> list[tuple[str, str, str, str]]:
