@@ -107,7 +107,7 @@ class History:
                 block: {name: _short(value) for name, value in found.items()}
                 for block, found in preconditioner.diagnostics().items()
             },
-            damping=preconditioner.pipeline.agreement.damping(step - 1) if preconditioner.groups else None,
+            damping=preconditioner.pipeline.in_force.damping(step - 1) if preconditioner.groups else None,
             noise_scale=preconditioner.noise_scale(),
         )
         self._phases.clear()
