@@ -18,6 +18,7 @@ import pytest
 from hypothesis import settings
 
 from kfdist.rpc.certificates import make_certificates
+from kfdist.system.notices import DIRECTORY_VARIABLE
 from tests.support.faults import FOLDER, Faults, written_script
 from tests.support.shapes import check_shapes
 
@@ -45,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[_MARK] = uuid.uuid4().hex
     # Set here, for the processes of fixtures of any scope to inherit.
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="kfdist-faults-")
+    # Runs of other sessions, and of this machine's user, are none of ours.
+    os.environ[DIRECTORY_VARIABLE] = tempfile.mkdtemp(prefix="kfdist-notices-")
 
 
 def pytest_collection_finish() -> None:
@@ -55,6 +58,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
+    shutil.rmtree(os.environ[DIRECTORY_VARIABLE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

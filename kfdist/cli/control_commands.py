@@ -1,4 +1,4 @@
-"""Commands to a controller: look at runs, steer them, end them."""
+"""Commands about runs: look at them, steer them, end them."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,17 +13,23 @@ from kfdist.errors import EnvironmentFault, ExitCode
 if TYPE_CHECKING:
     from kfdist.control.client import ControlClient, RunView
 
-DEFAULT_ADDRESS = "127.0.0.1:7070"
-
-Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
+Run = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]",
+        help="The run's name or its directory; not needed where only one run is going.",
+        show_default=False,
+    ),
+]
 Address = Annotated[
-    str,
+    str | None,
     typer.Option(
+        "--controller",
         "--address",
         metavar="HOST:PORT",
         envvar="KFDIST_CONTROL_ADDRESS",
-        help="Where the controller serves gRPC; with TLS, KFDIST_SECURITY__CERTIFICATES names the directory of "
-        "certificates.",
+        help="A controller elsewhere; those of this machine are found. With TLS, KFDIST_SECURITY__CERTIFICATES names "
+        "the directory of certificates.",
     ),
 ]
 
@@ -44,112 +50,142 @@ def register(app: typer.Typer) -> None:
 
 
 def _status(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="The run's name; all runs if not given.")] = None,
-    address: Address = DEFAULT_ADDRESS,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]", help="The run's name or its directory; all runs if not given.", show_default=False
+        ),
+    ] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show where a run stands: its step, who is alive, what was measured, and how its inversions fare."""
-    from kfdist.cli.run_display import print_run, print_runs
+    """Show where a run stands: its step, who is alive, what was measured, and how its inversions fare.
 
-    with connected(address) as client:
-        runs = client.runs() if run is None else [client.get(run)]
-        if run is not None or (len(runs) == 1 and not as_json):
-            print_run(runs[0], client.samples(runs[0].name), as_json=as_json)
-        else:
-            print_runs(runs, as_json=as_json)
+    Without a controller, a run's directory tells as much as it has.
+    """
+    from kfdist.cli.finding import find_run, look_around
+    from kfdist.cli.run_display import print_survey, print_target
+
+    if run is not None:
+        print_target(find_run(run, address), as_json=as_json)
+        return
+    survey = look_around(address)
+    if len(survey.runs) == 1 and not as_json:
+        print_target(survey.runs[0].target, as_json=False)
+    else:
+        print_survey(survey, as_json=as_json)
 
 
-def _list(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
-    """List all runs that the controller knows, the newest first."""
-    from kfdist.cli.run_display import print_runs
+def _list(address: Address = None, as_json: AsJson = False) -> None:
+    """List all runs of this machine, or all that a controller knows, the newest first."""
+    from kfdist.cli.finding import look_around
+    from kfdist.cli.run_display import print_survey
 
-    with connected(address) as client:
-        print_runs(client.runs(), as_json=as_json)
+    print_survey(look_around(address), as_json=as_json)
 
 
 def _watch(
-    run: Run,
+    run: Run = None,
     from_revision: Annotated[
         int, typer.Option(min=0, help="Show only changes after this revision; 0 begins with the run as it is.")
     ] = 0,
-    address: Address = DEFAULT_ADDRESS,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a run now and at every change until it ends; Ctrl-C ends the watch, not the run."""
-    from kfdist.cli.run_display import print_changes
+    from kfdist.cli.finding import find_run
+    from kfdist.cli.run_display import print_changes, print_target
 
     try:
-        with connected(address) as client:
-            print_changes(client.watch(run, from_revision=from_revision), as_json=as_json)
+        target = find_run(run, address)
+        if target.controller is None:
+            print_target(target, as_json=as_json)
+            return
+        with target.client() as client:
+            print_changes(client.watch(target.name, from_revision=from_revision), as_json=as_json)
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
-def _pause(run: Run, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+def _pause(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
     """Ask all ranks of a run to wait at the same step; `resume` lets them go on."""
-    steer(address, as_json, lambda client: client.pause(run))
+    steer(run, address, as_json, lambda client, name: client.pause(name))
 
 
-def _resume(run: Run, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+def _resume(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
     """Let a paused run go on."""
-    steer(address, as_json, lambda client: client.resume(run))
+    steer(run, address, as_json, lambda client, name: client.resume(name))
 
 
-def _checkpoint(run: Run, address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+def _checkpoint(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
     """Ask a run for a checkpoint."""
-    steer(address, as_json, lambda client: client.checkpoint(run))
+    steer(run, address, as_json, lambda client, name: client.checkpoint(name))
 
 
 def _stop(
-    run: Run,
+    run: Run = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the run has ended.")] = False,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds that --wait waits at most.")] = 120.0,
-    address: Address = DEFAULT_ADDRESS,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask all ranks of a run to write a checkpoint and end at the same step; the run can be resumed."""
     from kfdist.control.run_rules import RunState
 
-    def stop(client: "ControlClient") -> "RunView":
-        view = client.stop(run)
-        return client.wait_for_end(run, timeout_seconds=timeout) if wait else view
+    def stop(client: "ControlClient", name: str) -> "RunView":
+        view = client.stop(name)
+        return client.wait_for_end(name, timeout_seconds=timeout) if wait else view
 
-    view = steer(address, as_json, stop)
+    view = steer(run, address, as_json, stop)
     if wait and view.state in (RunState.FAILED, RunState.LOST):
-        raise EnvironmentFault(f"run {run!r} is {view.state} at step {view.step}; `kfdist events {run}` says more")
+        raise EnvironmentFault(
+            f"run {view.name!r} is {view.state} at step {view.step}; `kfdist events {run or view.name}` says more"
+        )
 
 
 def _events(
-    run: Run,
+    run: Run = None,
     after: Annotated[int, typer.Option(min=0, help="Show only events after the one of this id.")] = 0,
-    address: Address = DEFAULT_ADDRESS,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """List what happened in a run, oldest first."""
+    from kfdist.cli.finding import find_run
     from kfdist.cli.run_display import print_events
 
-    with connected(address) as client:
-        print_events(list(client.events(run, after=after)), as_json=as_json)
+    target = find_run(run, address)
+    if target.controller is None and target.files is not None:
+        print_events(target.files.events(after=after), as_json=as_json)
+        return
+    with target.client() as client:
+        print_events(list(client.events(target.name, after=after)), as_json=as_json)
 
 
-def steer(address: str, as_json: bool, action: "Callable[[ControlClient], RunView]") -> "RunView":
-    """Has the controller do something to a run, shows the run then, and returns it."""
+def steer(
+    run: str | None, address: str | None, as_json: bool, action: "Callable[[ControlClient, str], RunView]"
+) -> "RunView":
+    """Has a run's controller do something to it, shows the run then, and returns it.
+
+    Args:
+        run: The run's name or directory; None for the only one that is going.
+        address: The controller; None to find it.
+        as_json: How to show the run.
+        action: What to do, given the controller and the run's name.
+    """
+    from kfdist.cli.finding import find_run
     from kfdist.cli.run_display import run_line
 
-    with connected(address) as client:
-        view = action(client)
+    target = find_run(run, address)
+    with target.client() as client:
+        view = action(client, target.name)
     print(json.dumps(view.to_json()) if as_json else run_line(view))
     return view
 
 
 @contextmanager
-def connected(address: str) -> "Iterator[ControlClient]":
-    """Yields a client of the controller at an address."""
-    from kfdist.config import security_from_environment
-    from kfdist.control.client import ControlClient
-    from kfdist.system.addresses import server_address
-    from kfdist.system.credentials import Role
+def connected(address: str | None) -> "Iterator[ControlClient]":
+    """Yields a client of a controller, for what is about no run; None: of the only one of this machine."""
+    from kfdist.cli.finding import find_controller
 
-    server_address(address, field="--address")
-    with ControlClient(address, security_from_environment().credentials(Role.CLIENT)) as client:
+    with find_controller(address).client() as client:
         yield client

@@ -69,11 +69,13 @@ def _serve(
     Training goes on without a controller; one that is started again on the same file knows all that it acknowledged.
     """
     import asyncio
+    from contextlib import ExitStack
 
     from kfdist.config import to_toml
     from kfdist.control.controller import AnnouncedRun, ControllerOptions, serve
     from kfdist.system.addresses import metrics_url
     from kfdist.system.credentials import Role
+    from kfdist.system.notices import Notice, place_of, posted
 
     checked = load(config, overrides)
     database = Path(checked.control.database) if checked.control.database else None
@@ -94,7 +96,25 @@ def _serve(
         announced=announced,
     )
 
+    def post(controller: "RunningController") -> None:
+        directory = checked.run.directory.absolute()
+        notices.enter_context(
+            posted(
+                Notice(
+                    pid=os.getpid(),
+                    run=announced.name if announced else "",
+                    directory=str(directory) if announced else "",
+                    place=place_of(directory) if announced else None,
+                    address=controller.address,
+                    database=str(options.state.absolute()),
+                    certificates=options.credentials.certificates if options.credentials else "",
+                    token_file=options.credentials.token_file if options.credentials else "",
+                )
+            )
+        )
+
     def say(controller: "RunningController") -> None:
+        post(controller)
         addresses = {"address": controller.address, "metrics_address": controller.metrics_address}
         if as_json:
             print(json.dumps({**addresses, "state": str(options.state)}))
@@ -103,7 +123,8 @@ def _serve(
             print(f"controller: state in {options.state}; Ctrl-C ends it")
         sys.stdout.flush()
 
-    asyncio.run(serve(options, ready_file=ready_file, on_ready=say))
+    with ExitStack() as notices:
+        asyncio.run(serve(options, ready_file=ready_file, on_ready=say))
 
 
 def _pool(

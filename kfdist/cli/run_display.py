@@ -6,12 +6,16 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import datetime
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from kfdist.cli.finding import Survey, Target
+from kfdist.cli.run_files import RunFiles
 from kfdist.control.client import EventView, RunView, finite_or_none
+from kfdist.errors import EnvironmentFault
 from kfdist.telemetry.metrics import METRICS, Kind
 from kfdist.types import MetricSample
 
@@ -27,6 +31,62 @@ _BLOCK_COLUMNS = {
 """What the table of blocks shows: short heads, so that seven of them leave room for a name within 80 columns."""
 
 
+def print_target(target: Target, *, as_json: bool) -> None:
+    """Prints one run: as its controller tells it, else as its directory does.
+
+    Raises:
+        ConfigError: Its controller doesn't know it.
+        EnvironmentFault: Its controller doesn't answer, and this machine doesn't have its directory.
+    """
+    if target.controller is None and target.files is not None:
+        _print_files(target.files, as_json=as_json)
+        return
+    try:
+        with target.client() as client:
+            print_run(target.view(client), client.samples(target.name), as_json=as_json)
+    except EnvironmentFault as fault:
+        if target.files is None:
+            raise
+        print(f"kfdist: {fault}", file=sys.stderr)
+        _print_files(target.files, as_json=as_json)
+
+
+def print_survey(survey: Survey, *, as_json: bool) -> None:
+    """Prints the runs that were found, a line for each, and which controllers didn't answer."""
+    for fault in survey.silent:
+        print(f"kfdist: {fault}", file=sys.stderr)
+    if as_json or survey.runs:
+        print_runs([found.view for found in survey.runs], as_json=as_json)
+    elif not survey.silent:
+        print(survey.nothing())
+
+
+def _print_files(files: RunFiles, *, as_json: bool) -> None:
+    view, remarks = files.view(), files.remarks()
+    if as_json:
+        told = {
+            name.replace(" ", "_"): value.isoformat() if isinstance(value, datetime) else value
+            for name, value in remarks.items()
+        }
+        print(json.dumps({**view.to_json(), "samples": [], "files": told}))
+        return
+    facts = [(name, value) for name, value in _facts(view) if not name.endswith("alive")]
+    facts += [(name, _remark(name, value)) for name, value in remarks.items()]
+    if files.trainer:
+        facts.append(("trained by", files.trainer))
+    else:
+        facts.append(("next", files.advice()))
+    _print_facts(facts)
+
+
+def _remark(name: str, value: object) -> str:
+    if isinstance(value, datetime):
+        return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    if isinstance(value, float):
+        return f"{value:.2%}" if name.endswith("accuracy") else f"{value:.6g}"
+    return str(value)
+
+
 def print_run(run: RunView, samples: Sequence[MetricSample], *, as_json: bool) -> None:
     """Prints one run: a line for each fact and each counter, then a line for each block.
 
@@ -39,13 +99,7 @@ def print_run(run: RunView, samples: Sequence[MetricSample], *, as_json: bool) -
         listed = [{**asdict(sample), "value": finite_or_none(sample.value)} for sample in samples]
         print(json.dumps({**run.to_json(), "samples": listed}))
         return
-    facts = _facts(run) + _counters(samples)
-    if sys.stdout.isatty():
-        Console().print(_facts_table(facts))
-    else:
-        width = max(len(name) for name, _ in facts) + 2
-        for name, value in facts:
-            print(f"{name:<{width}}{value}")
+    _print_facts(_facts(run) + _counters(samples))
     columns, rows = _blocks(samples)
     if rows:
         print()
@@ -56,8 +110,6 @@ def print_runs(runs: Sequence[RunView], *, as_json: bool) -> None:
     """Prints runs, a line for each."""
     if as_json:
         print(json.dumps({"runs": [run.to_json() for run in runs]}))
-    elif not runs:
-        print("no run yet")
     else:
         columns = ("RUN", "STATE", "STEP", "START", "WORKERS", "OWNERS", "LOSS", "CREATED")
         _print_table(columns, [_row(run) for run in runs])
@@ -152,6 +204,15 @@ def _amount(metric: str, value: float) -> str:
         return f"{value:.6g}"
     exponent = min(int(math.log10(value)) // 3, 5) if value >= 1 else 0
     return f"{value / 1000**exponent:.4g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[exponent]}"
+
+
+def _print_facts(facts: Sequence[tuple[str, str]]) -> None:
+    if sys.stdout.isatty():
+        Console().print(_facts_table(facts))
+        return
+    width = max(len(name) for name, _ in facts) + 2
+    for name, value in facts:
+        print(f"{name:<{width}}{value}")
 
 
 def _facts_table(facts: Sequence[tuple[str, str]]) -> Table:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kfdist.checks import suggestion
-from kfdist.cli.control_commands import DEFAULT_ADDRESS, Address, Run, steer
+from kfdist.cli.control_commands import Address, Run, steer
 from kfdist.cli.options import AsJson
 from kfdist.errors import ConfigError
 from kfdist.policies import tuning
@@ -15,27 +15,38 @@ AS_CONFIGURED = "configured"
 """The word for a value that is to be as the configuration has it."""
 
 
+_KEYS = ", ".join(tuning.NAMES)
+
+
 def register(app: typer.Typer) -> None:
     """Adds the command to the command line."""
     app.command("set")(_set)
 
 
 def _set(
-    run: Run,
+    run: Run = None,
     settings: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE...",
             help=f"One or more of {', '.join(tuning.NAMES)}. {AS_CONFIGURED!r} for VALUE goes back to the "
             "configuration; 'none' takes a bound or the clip away.",
+            show_default=False,
         ),
-    ],
-    address: Address = DEFAULT_ADDRESS,
+    ] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Change settings of a run while it trains; all ranks take them up at the same step."""
-    changes = parse_settings(settings)
-    steer(address, as_json, lambda client: client.update_settings(run, **changes))
+    given = [run, *(settings or [])] if run is not None else []
+    named = [] if not given or _is_setting(given[0]) else [given.pop(0)]
+    changes = parse_settings(given)
+    steer(named[0] if named else None, address, as_json, lambda client, name: client.update_settings(name, **changes))
+
+
+def _is_setting(text: str) -> bool:
+    """Tells a setting from a run, whose name has no "=" in it and whose directory would have a slash before it."""
+    return "=" in text and "/" not in text.partition("=")[0]
 
 
 def parse_settings(settings: list[str]) -> dict[str, Value | None]:
@@ -44,13 +55,14 @@ def parse_settings(settings: list[str]) -> dict[str, Value | None]:
     Raises:
         ConfigError: It is no setting, or no value of its kind; whether the value is allowed is for the controller.
     """
+    if not settings:
+        raise ConfigError(f"there is nothing to set; write KEY=VALUE, such as damping=0.01; keys are {_KEYS}")
     changes: dict[str, Value | None] = {}
     for text in settings:
         name, separator, value = text.partition("=")
         if name not in tuning.NAMES or not separator:
             hint = suggestion(name, tuning.NAMES) if name not in tuning.NAMES else ""
-            known = ", ".join(tuning.NAMES)
-            raise ConfigError(f"{text!r} is no setting; write KEY=VALUE, such as damping=0.01; keys are {known}{hint}")
+            raise ConfigError(f"{text!r} is no setting; write KEY=VALUE, such as damping=0.01; keys are {_KEYS}{hint}")
         if name in changes:
             raise ConfigError(f"is given twice in {' '.join(settings)}; give it once", path=name)
         changes[name] = _parsed(name, value)

@@ -242,7 +242,7 @@ class ControlClient:
         if code_of(error) is grpc.StatusCode.UNAVAILABLE:
             if reason := explain(self.address, self._credentials, server=Role.CONTROLLER):
                 return EnvironmentFault(reason)
-        remedy = "start one with `kfdist serve`, or give its address with --address or KFDIST_CONTROL_ADDRESS"
+        remedy = "start one with `kfdist serve`, or give its address with --controller or KFDIST_CONTROL_ADDRESS"
         return fault_of(error, address=self.address, what="controller", remedy=remedy)
 
 

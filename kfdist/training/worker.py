@@ -4,7 +4,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -15,6 +15,8 @@ from kfdist.comm.together import require_equal
 from kfdist.config import Config, to_toml
 from kfdist.config.service_sections import SecuritySection
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
+from kfdist.system.credentials import Role
+from kfdist.system.notices import Notice, place_of, posted
 from kfdist.system.provenance import versions
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.copies import Copies
@@ -118,7 +120,8 @@ class _Start:
             # Higher than in any copy: rank 0 may be on a node that is new to the run.
             epoch = max(self._copies.on_leaders(self._open_directory).values()) + 1
             self._copies.on_leaders(lambda: self._begin(epoch))
-            return self._train(epoch)
+            with self._announced():
+                return self._train(epoch)
         except BaseException as error:
             self._clean_up_after(error)
             raise
@@ -133,6 +136,23 @@ class _Start:
     def _begin(self, epoch: int) -> None:
         assert self._directory is not None
         self._directory.begin(epoch, self._config, self._materials.plan.costs)
+
+    def _announced(self) -> AbstractContextManager[None]:
+        """Lets `kfdist status` on this machine find the run, also where its controller is elsewhere or missing."""
+        if self._communicator.rank != 0:
+            return nullcontext()
+        config, directory = self._config, self._config.run.directory.absolute()
+        credentials = config.security.credentials(Role.CLIENT)
+        notice = Notice(
+            pid=os.getpid(),
+            run=config.run.name,
+            directory=str(directory),
+            place=place_of(directory),
+            address=config.control.address if config.cluster.link == "service" else "",
+            certificates=credentials.certificates if credentials is not None else "",
+            token_file=credentials.token_file if credentials is not None else "",
+        )
+        return posted(notice)
 
     def _clean_up_after(self, error: BaseException) -> None:
         if self._directory is None:

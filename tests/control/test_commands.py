@@ -146,8 +146,8 @@ def test_status_as_json_has_every_sample(kfdist, measured):
     assert len(found) == len(samples) == 27
 
 
-def test_nothing_to_show(kfdist):
-    assert kfdist("status") == kfdist("list") == "no run yet\n"
+def test_nothing_to_show(kfdist, controller):
+    assert kfdist("status") == kfdist("list") == f"the controller at {controller.address} knows no run yet\n"
     assert json.loads(kfdist("status", "--json")) == {"runs": []}
 
 
@@ -227,7 +227,7 @@ def test_watch_as_json_lines_can_be_resumed(kfdist, digits):
 
 
 def test_addresses_are_checked(kfdist):
-    with pytest.raises(ConfigError, match="--address: 'nowhere' is no address.*host:port"):
+    with pytest.raises(ConfigError, match="--controller: 'nowhere' is no address.*host:port"):
         kfdist("status", "--address", "nowhere")
 
 

@@ -59,7 +59,7 @@ def test_nobody_at_the_address():
                 client.runs()
     assert f"no controller answers at {address}" in str(caught.value)
     assert "kfdist serve" in str(caught.value)
-    assert "--address" in str(caught.value)
+    assert "--controller" in str(caught.value)
 
 
 def test_a_stopped_controller_costs_its_deadline_only():

@@ -63,7 +63,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
         command.wait_for_line("step  50/")
         family = command.family()
         metrics = urllib.request.urlopen(served.metrics, timeout=5).read().decode()
-        status = json.loads(run("status", "digits", "--address", served.control, "--json"))
+        status = json.loads(run("status", "digits", "--json"))
         output = command.expect(0)
         histories = {
             panel: {each: prometheus.history(concrete(each, run="digits", interval="2s")) for each in panel.expressions}

@@ -137,8 +137,8 @@ class ControllerProcess:
 class Member:
     """Whoever registers and beats: one channel, one Heartbeat stream at a time."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = open_channel(address)
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+        self._channel = open_channel(address, credentials)
         self.stub: Any = membership_pb2_grpc.MembershipServiceStub(self._channel)
         self.runs: Any = run_pb2_grpc.RunServiceStub(self._channel)
         self._requests: queue.Queue[Any] = queue.Queue()
