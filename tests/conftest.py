@@ -18,7 +18,7 @@ import pytest
 from hypothesis import settings
 
 from kfdist.rpc.certificates import make_certificates
-from kfdist.system.notices import DIRECTORY_VARIABLE
+from kfdist.system.run_notices import DIRECTORY_VARIABLE
 from tests.support.faults import FOLDER, Faults, written_script
 from tests.support.shapes import check_shapes
 

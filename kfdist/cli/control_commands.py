@@ -63,7 +63,7 @@ def _status(
 
     Without a controller, a run's directory tells as much as it has.
     """
-    from kfdist.cli.finding import find_run, look_around
+    from kfdist.cli.find_runs import find_run, look_around
     from kfdist.cli.run_display import print_survey, print_target
 
     if run is not None:
@@ -78,7 +78,7 @@ def _status(
 
 def _list(address: Address = None, as_json: AsJson = False) -> None:
     """List all runs of this machine, or all that a controller knows, the newest first."""
-    from kfdist.cli.finding import look_around
+    from kfdist.cli.find_runs import look_around
     from kfdist.cli.run_display import print_survey
 
     print_survey(look_around(address), as_json=as_json)
@@ -93,7 +93,7 @@ def _watch(
     as_json: AsJson = False,
 ) -> None:
     """Show a run now and at every change until it ends; Ctrl-C ends the watch, not the run."""
-    from kfdist.cli.finding import find_run
+    from kfdist.cli.find_runs import find_run
     from kfdist.cli.run_display import print_changes, print_target
 
     try:
@@ -150,7 +150,7 @@ def _events(
     as_json: AsJson = False,
 ) -> None:
     """List what happened in a run, oldest first."""
-    from kfdist.cli.finding import find_run
+    from kfdist.cli.find_runs import find_run
     from kfdist.cli.run_display import print_events
 
     target = find_run(run, address)
@@ -172,7 +172,7 @@ def steer(
         as_json: How to show the run.
         action: What to do, given the controller and the run's name.
     """
-    from kfdist.cli.finding import find_run
+    from kfdist.cli.find_runs import find_run
     from kfdist.cli.run_display import run_line
 
     target = find_run(run, address)

@@ -75,7 +75,7 @@ def _serve(
     from kfdist.control.controller import AnnouncedRun, ControllerOptions, serve
     from kfdist.system.addresses import metrics_url
     from kfdist.system.credentials import Role
-    from kfdist.system.notices import Notice, place_of, posted
+    from kfdist.system.run_notices import RunNotice, place_of, posted
 
     checked = load(config, overrides)
     database = Path(checked.control.database) if checked.control.database else None
@@ -100,7 +100,7 @@ def _serve(
         directory = checked.run.directory.absolute()
         notices.enter_context(
             posted(
-                Notice(
+                RunNotice(
                     pid=os.getpid(),
                     run=announced.name if announced else "",
                     directory=str(directory) if announced else "",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from kfdist.cli.finding import Survey, Target
+from kfdist.cli.find_runs import Survey, Target
 from kfdist.cli.run_files import RunFiles
 from kfdist.control.client import EventView, RunView, finite_or_none
 from kfdist.errors import EnvironmentFault

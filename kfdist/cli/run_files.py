@@ -15,7 +15,7 @@ from typing import Any
 from kfdist.control.client import EventView, RunView
 from kfdist.control.run_rules import RunState
 from kfdist.system.files import lock_holder
-from kfdist.system.notices import Place, place_of
+from kfdist.system.run_notices import Place, place_of
 
 DATABASE = "control.sqlite"
 _MARKS = ("config.toml", "summary.json", DATABASE)

@@ -16,8 +16,8 @@ from kfdist.config import Config, to_toml
 from kfdist.config.service_sections import SecuritySection
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.credentials import Role
-from kfdist.system.notices import Notice, place_of, posted
 from kfdist.system.provenance import versions
+from kfdist.system.run_notices import RunNotice, place_of, posted
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.copies import Copies
 from kfdist.training.history import History
@@ -143,7 +143,7 @@ class _Start:
             return nullcontext()
         config, directory = self._config, self._config.run.directory.absolute()
         credentials = config.security.credentials(Role.CLIENT)
-        notice = Notice(
+        notice = RunNotice(
             pid=os.getpid(),
             run=config.run.name,
             directory=str(directory),

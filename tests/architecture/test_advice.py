@@ -18,7 +18,7 @@ STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "
 SHOWN_BY = {
     "bench/papers.py": {"bench papers"},
     "cli/control_commands.py": STEERING,
-    "cli/finding.py": STEERING,
+    "cli/find_runs.py": STEERING,
     "config/loading.py": EVERY_RUN,
     "control/client.py": STEERING,
     "report/page.py": {"report"},

@@ -13,10 +13,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kfdist.cli import control_commands, finding
+from kfdist.cli import control_commands, find_runs
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.credentials import Credentials, Role
-from kfdist.system.notices import DIRECTORY_VARIABLE, Notice, place_of, posted
+from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, place_of, posted
 from tests.support.controller import ControllerThread, Member
 
 Kfdist = Callable[..., str]
@@ -27,7 +27,7 @@ Post = Callable[..., None]
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine on which nothing runs, and a working directory of its own."""
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "notices"))
-    monkeypatch.setattr(finding, "DEFAULT_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(find_runs, "DEFAULT_ADDRESS", "127.0.0.1:1")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
@@ -41,7 +41,7 @@ def post() -> Iterator[Post]:
         def add(address: str, run: str = "", directory: Path | None = None, database: str = "x", **more: str) -> None:
             place = None if directory is None else place_of(directory)
             told = "" if directory is None else str(directory.absolute())
-            notice = Notice(
+            notice = RunNotice(
                 pid=os.getpid(), address=address, run=run, directory=told, place=place, database=database, **more
             )
             stack.enter_context(posted(notice))
@@ -238,7 +238,7 @@ def test_nothing_runs(kfdist, machine):
 
 
 def test_a_controller_that_nobody_named_is_steered_by_name_only(kfdist, controller, client, monkeypatch):
-    monkeypatch.setattr(finding, "DEFAULT_ADDRESS", controller.address)
+    monkeypatch.setattr(find_runs, "DEFAULT_ADDRESS", controller.address)
     client.create("digits")
     assert "digits" in kfdist("status")
     with pytest.raises(ConfigError, match="name the run that you mean: digits, of the controller at"):

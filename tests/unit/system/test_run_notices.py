@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kfdist.system import notices as module
-from kfdist.system.notices import DIRECTORY_VARIABLE, Notice, notices, place_of, posted
+from kfdist.system import run_notices as module
+from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, notices, place_of, posted
 
 
 @pytest.fixture(autouse=True)
@@ -21,31 +21,31 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_notice_is_seen_while_it_is_posted(tmp_path):
-    notice = Notice(
+    notice = RunNotice(
         pid=os.getpid(), run="digits", directory=str(tmp_path), place=place_of(tmp_path), address="127.0.0.1:7"
     )
     assert notices() == []
-    with posted(notice), posted(Notice(pid=1)):
-        assert sorted(notices(), key=lambda each: each.pid) == [Notice(pid=1), notice]
+    with posted(notice), posted(RunNotice(pid=1)):
+        assert sorted(notices(), key=lambda each: each.pid) == [RunNotice(pid=1), notice]
     assert notices() == []
 
 
 def test_a_path_that_is_no_utf8_survives():
-    with posted(Notice(pid=1, directory="/runs/w\udce9d")):
+    with posted(RunNotice(pid=1, directory="/runs/w\udce9d")):
         assert notices()[0].directory == "/runs/w\udce9d"
 
 
 def test_what_a_killed_process_leaves_is_swept(directory):
     script = """if True:
         import time
-        from kfdist.system.notices import Notice, posted
-        with posted(Notice(pid=1)):
+        from kfdist.system.run_notices import RunNotice, posted
+        with posted(RunNotice(pid=1)):
             print("up", flush=True)
             time.sleep(60)
     """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"up\n"
-        assert notices() == [Notice(pid=1)]
+        assert notices() == [RunNotice(pid=1)]
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert len(list(directory.iterdir())) == 1
@@ -55,7 +55,7 @@ def test_what_a_killed_process_leaves_is_swept(directory):
 
 def test_a_notice_that_a_cleaner_removed_comes_back(directory, monkeypatch):
     monkeypatch.setattr(module, "_RENEW_SECONDS", 0.01)
-    with posted(Notice(pid=1)):
+    with posted(RunNotice(pid=1)):
         for path in directory.iterdir():
             path.unlink()
         directory.rmdir()
@@ -67,28 +67,28 @@ def test_a_notice_that_a_cleaner_removed_comes_back(directory, monkeypatch):
 
 
 def test_directories_of_others_are_neither_read_nor_used(directory, tmp_path, caplog):
-    with posted(Notice(pid=1)):
+    with posted(RunNotice(pid=1)):
         directory.chmod(0o755)
         assert notices() == []
-        with posted(Notice(pid=2)):
+        with posted(RunNotice(pid=2)):
             pass
         directory.chmod(0o700)
-        assert notices() == [Notice(pid=1)]
+        assert notices() == [RunNotice(pid=1)]
     assert "open to others" in caplog.text
     directory.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     directory.symlink_to(tmp_path / "elsewhere")
-    with posted(Notice(pid=3)):
+    with posted(RunNotice(pid=3)):
         assert notices() == []
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_links_and_strange_files_are_left_out(directory, tmp_path):
-    with posted(Notice(pid=1)):
+    with posted(RunNotice(pid=1)):
         (tmp_path / "other.json").write_text(json.dumps({"pid": 5}))
         (directory / "link.json").symlink_to(tmp_path / "other.json")
         os.mkfifo(directory / "pipe.json")
-        assert notices() == [Notice(pid=1)]
+        assert notices() == [RunNotice(pid=1)]
     assert (tmp_path / "other.json").exists()
 
 

@@ -32,7 +32,7 @@ Place = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Notice:
+class RunNotice:
     """What one process says of itself.
 
     Attributes:
@@ -66,7 +66,7 @@ def place_of(directory: Path | str) -> Place | None:
 
 
 @contextmanager
-def posted(notice: Notice) -> Iterator[None]:
+def posted(notice: RunNotice) -> Iterator[None]:
     """Keeps a notice posted while the context lasts.
 
     Where that can't be done, a warning says so: the run is as good without it.
@@ -89,7 +89,7 @@ def posted(notice: Notice) -> Iterator[None]:
         posting.remove()
 
 
-def notices() -> list[Notice]:
+def notices() -> list[RunNotice]:
     """Returns the notices of all processes that live, and removes those of the past."""
     found = []
     for directory in _directories():
@@ -103,7 +103,7 @@ def notices() -> list[Notice]:
 class _Posting:
     """One notice's file, held locked."""
 
-    def __init__(self, notice: Notice) -> None:
+    def __init__(self, notice: RunNotice) -> None:
         self._content = json.dumps(asdict(notice)).encode()
         self._file: BinaryIO | None = None
         self._path = Path()
@@ -158,7 +158,7 @@ class _Posting:
         self._file = file
 
 
-def _read(path: Path) -> Notice | None:
+def _read(path: Path) -> RunNotice | None:
     """Returns a notice whose process lives; removes one of the past."""
     with suppress(OSError), open(path, "rb", opener=_open_own) as file:
         try:
@@ -169,13 +169,13 @@ def _read(path: Path) -> Notice | None:
     return None
 
 
-def _parse(content: bytes) -> Notice | None:
+def _parse(content: bytes) -> RunNotice | None:
     """Reads a notice, also one of another version of kfdist."""
     try:
         values = json.loads(content)
         place = values.get("place")
-        known = {name: values[name] for name in Notice.__dataclass_fields__ if name in values}
-        return Notice(**{**known, "place": tuple(place) if place else None})
+        known = {name: values[name] for name in RunNotice.__dataclass_fields__ if name in values}
+        return RunNotice(**{**known, "place": tuple(place) if place else None})
     except (ValueError, TypeError, AttributeError):
         return None
 

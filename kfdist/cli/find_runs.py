@@ -20,7 +20,7 @@ from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.rpc.channels import CALL_SECONDS
 from kfdist.system.addresses import is_loopback, server_address, split_address
 from kfdist.system.credentials import Credentials, Role
-from kfdist.system.notices import Notice, notices
+from kfdist.system.run_notices import RunNotice, notices
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 """Where `kfdist serve` listens by default, asked when no notice says of another controller."""
@@ -183,7 +183,7 @@ def look_around(address: str | None) -> Survey:
         return look_around(DEFAULT_ADDRESS)
     found: list[Found] = []
     silent: list[str] = []
-    by_address: dict[str, list[Notice]] = {}
+    by_address: dict[str, list[RunNotice]] = {}
     for notice in posted:
         by_address.setdefault(notice.address, []).append(notice)
     for at, notes in by_address.items():
@@ -285,7 +285,7 @@ def _uncontrolled(target: Target) -> ConfigError | EnvironmentFault:
     return ConfigError(f"run {target.name!r} in {files.path} has ended ({files.standing()}{when}); {files.advice()}")
 
 
-def _ask(notes: Sequence[Notice]) -> list[Found]:
+def _ask(notes: Sequence[RunNotice]) -> list[Found]:
     """Asks a controller for its runs: for all if it is of this machine, else for those that this machine trains."""
     endpoint = _endpoint(notes[0])
     with endpoint.client(seconds=_SURVEY_SECONDS) as client:
@@ -295,21 +295,21 @@ def _ask(notes: Sequence[Notice]) -> list[Found]:
     return [_seen(view, endpoint, ours.get(view.name)) for view in runs if everything or view.name in ours]
 
 
-def _seen(view: RunView, endpoint: Endpoint, note: Notice | None = None) -> Found:
+def _seen(view: RunView, endpoint: Endpoint, note: RunNotice | None = None) -> Found:
     directory = view.directory or (note.directory if note is not None else "")
     files = RunFiles.at(Path(directory)) if directory else None
     target = Target(name=view.name, controller=endpoint, files=files)
     return Found(view=replace(view, directory=directory), target=target)
 
 
-def _by_files(note: Notice) -> Found:
+def _by_files(note: RunNotice) -> Found:
     files = RunFiles(Path(note.directory))
     view = replace(files.view(), name=note.run, state=RunState.RUNNING)
     controller = _endpoint(note) if note.address else None
     return Found(view=view, target=Target(name=note.run, controller=controller, files=files))
 
 
-def _endpoint(note: Notice) -> Endpoint:
+def _endpoint(note: RunNotice) -> Endpoint:
     return Endpoint(address=note.address, certificates=note.certificates, token_file=note.token_file)
 
 
