@@ -185,7 +185,7 @@ def steer(
 @contextmanager
 def connected(address: str | None) -> "Iterator[ControlClient]":
     """Yields a client of a controller, for what is about no run; None: of the only one of this machine."""
-    from kfdist.cli.finding import find_controller
+    from kfdist.cli.find_runs import find_controller
 
     with find_controller(address).client() as client:
         yield client

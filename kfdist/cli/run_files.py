@@ -114,6 +114,10 @@ class RunFiles:
             created=self._created,
             directory=str(self.path.absolute()),
             gauges=self._gauges,
+            settings={},
+            settings_revision=0,
+            obeyed_revision=0,
+            obeyed_step=0,
         )
 
     def remarks(self) -> dict[str, object]:
