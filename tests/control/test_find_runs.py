@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kfdist.cli import control_commands, find_runs
+from kfdist.cli import control_commands, find_runs, settings_command
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.credentials import Credentials, Role
 from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, place_of, posted
@@ -53,6 +53,7 @@ def post() -> Iterator[Post]:
 def kfdist() -> Kfdist:
     app = typer.Typer()
     control_commands.register(app)
+    settings_command.register(app)
 
     def run(*arguments: str) -> str:
         result = CliRunner().invoke(app, arguments)
