@@ -182,8 +182,9 @@ class Supervisor:
         except ray_errors.ActorDiedError as error:
             if fault := fault_of_start(str(error)):
                 raise EnvironmentFault(f"{name} can't be started: {fault}") from None
-            _LOG.warning("%s can't be started again by Ray; a new one takes its place: %s", name, _first_line(error))
+            _LOG.warning("%s can't be started again by Ray; a new one takes its place: %s", name, _last_line(error))
             slot.status, slot.pause_until = {}, time.monotonic() + _PING_PERIOD_SECONDS
+            self._ray.kill(slot.actor)  # an actor that may restart keeps its name, even if it failed to
             slot.actor = self._make_actor(slot.index, slot.options)
         except ray_errors.RayTaskError as error:
             self._kill(slot, f"says that it is broken: {_first_line(error.cause)}")
@@ -244,6 +245,10 @@ def fault_of_start(report: str) -> str:
     """Returns why an owner's constructor refused, from Ray's report of it; empty if that isn't why the owner died."""
     found = re.findall(rf"^{re.escape(errors.__name__)}\.\w+: (.*)", report, re.MULTILINE)
     return found[-1] if "creation task" in report and found else ""
+
+
+def _last_line(error: object) -> str:
+    return str(error).strip().rpartition("\n")[2]
 
 
 def _first_line(error: object) -> str:

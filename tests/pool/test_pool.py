@@ -209,6 +209,20 @@ def test_an_inversion_process_that_is_killed(pool, link):
     assert set(link.counters().resubmissions) <= {"crash"}
 
 
+def test_an_owner_that_fails_to_start_again_is_made_anew_once_it_can_be(pool, link):
+    name, other = pool.names()
+    before = pool.owner_processes()
+    memory = pool.directory / "owners" / f"{name}.json"
+    memory.unlink()
+    memory.mkdir()  # where the owner can't write, then
+    os.kill(before[name], signal.SIGKILL)
+    assert "Is a directory" in pool.command.wait_for_line(f"{name} can't be started again by Ray")
+    pool.command.wait_for_line(f"{name} can't be started again by Ray")
+    memory.rmdir()
+    eventually(pool.owner_processes, lambda seen: seen.get(name, before[name]) != before[name], seconds=60)
+    all_of_them_serve(link, [name, other])
+
+
 def test_sigterm_ends_everything(pool):
     assert len(ray_processes(pool.directory)) >= 8
     pool.command.signal(signal.SIGTERM)

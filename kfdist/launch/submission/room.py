@@ -52,6 +52,8 @@ def check_room(nodes: Sequence[Node], head: str, config: Config, gpus_per_worker
         return
     needed = f"{ranks} ranks with {_listed(each)} each"
     needed += f" and {cluster.owners} owners with {_listed(owners)} each" if owners else ""
+    if gpus_per_worker and not any(_has(node, "GPU") for node in usable):
+        advice = f"{advice}; on CPUs it trains with --gpus-per-worker 0"
     names = list(together)
     has = "; ".join(f"{node['NodeManagerAddress']} has {_listed({n: _has(node, n) for n in names})}" for node in usable)
     raise EnvironmentFault(f"{needed} don't fit: {has or 'no node lives'}; {advice}")

@@ -13,6 +13,7 @@ from kfdist.config import Config, to_toml
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.launch.submission.request import Submission
 from kfdist.launch.submission.room import check_room
+from kfdist.launch.submission.storage import parse_storage
 from kfdist.pool.bundles import Node
 from kfdist.pool.ray_cluster import set_auth_mode
 
@@ -152,11 +153,8 @@ def checked(config: Config, request: Request) -> Config:
         )
     if request.working_dir is not None and not request.working_dir.is_dir():
         raise ConfigError(f"is {str(request.working_dir)!r}, no directory", path="--working-dir")
-    if request.storage is not None and "://" not in request.storage and not Path(request.storage).is_absolute():
-        raise ConfigError(
-            f"is {request.storage!r}; give an absolute path that all nodes share, or a URI such as s3://BUCKET/PATH",
-            path="--storage",
-        )
+    if request.storage is not None:
+        parse_storage(request.storage)
     return config.model_copy(update={"run": config.run.model_copy(update={"device": given})})
 
 
@@ -207,7 +205,7 @@ def _start(client: Any, name: str, config: Config, request: Request) -> None:
         config=to_toml(checked(config, request)),
         gpus_per_worker=request.gpus_per_worker,
         max_failures=request.max_failures,
-        storage=request.storage or str(config.run.directory / "ray-train"),
+        storage=str(config.run.directory / "ray-train") if request.storage is None else parse_storage(request.storage),
     )
     environment: dict[str, Any] = {"env_vars": submission.variables()}
     if request.working_dir is not None:
@@ -263,28 +261,32 @@ def _ended(client: Any, name: str, *, shown: bool = False) -> Job:
         return Job(submission_id=name, status=status, code=ExitCode.DONE)
     if status == "STOPPED":
         return Job(submission_id=name, status=status, code=ExitCode.RESUMABLE)
-    raise job_fault(name, info.driver_exit_code, "" if shown else client.get_job_logs(name), info.message or "")
+    raise job_fault(name, info.driver_exit_code, client.get_job_logs(name), info.message or "", shown=shown)
 
 
-def job_fault(name: str, code: int | None, logs: str, message: str) -> ConfigError | EnvironmentFault:
+def job_fault(
+    name: str, code: int | None, logs: str, message: str, *, shown: bool = False
+) -> ConfigError | EnvironmentFault:
     """Returns why a job failed: in its launch's words where it wrote any, else the end of its log.
 
     Args:
         name: The job's.
         code: Its exit code, if it came to one.
-        logs: Its log; empty if it was shown already.
+        logs: Its log.
         message: Ray's.
+        shown: Whether the user has seen the log.
     """
     _, marker, words = f"\n{logs}".rpartition("\nkfdist: ")
     words = words.strip()
     if marker and code == ExitCode.BAD_INPUT:
         return ConfigError(words)
     if marker and code == ExitCode.ENVIRONMENT:
-        return EnvironmentFault(f"{words}\n(said by job {name})")
+        return EnvironmentFault(f"{words.splitlines()[0] if shown else words}\n(said by job {name})")
+    failed = f"job {name} failed" + (f" with {code}" if code is not None else "")
+    if shown and logs.strip():
+        return EnvironmentFault(f"{failed}; its log is above")
     last = logs.strip().splitlines()[-_LAST_LINES:] or message.strip().splitlines()[-_LAST_LINES:]
-    return EnvironmentFault(
-        "\n".join([f"job {name} failed" + (f" with {code}" if code is not None else "") + ":", *last])
-    )
+    return EnvironmentFault("\n".join([f"{failed}:", *last]))
 
 
 def as_json(job: Job, run: str) -> str:

@@ -5,9 +5,7 @@ import os
 import signal
 import threading
 import time
-import uuid
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from kfdist.config import Config, to_toml
@@ -15,6 +13,7 @@ from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
 from kfdist.launch.outcome import read_summary
 from kfdist.launch.submission.request import Submission
 from kfdist.launch.submission.room import rank_resources
+from kfdist.launch.submission.storage import prepare_storage
 from kfdist.launch.submission.train_worker import Board, RankOptions, run_rank
 from kfdist.launch.terminal import summary_line
 from kfdist.pool.ray_cluster import set_auth_mode
@@ -50,11 +49,12 @@ def drive_ranks(config: Config, submission: Submission) -> int:
         signal.signal(number, lambda *_: asked.set())  # Ray has put its own there
     here = ray.get_runtime_context().get_node_id() if config.security.certificates is None else ""
     _wait_for_room(ray, config, submission, here, asked)
+    mark = prepare_storage(submission.storage, config.run.name, asked)
     if asked.is_set():
         return ExitCode.RESUMABLE
     board = _board(ray)
     try:
-        result = _fit(ray, _trainer(config, submission, here, board), board, asked)
+        result = _fit(ray, _trainer(config, submission, here, board, mark), board, asked)
     finally:
         with suppress(ray.exceptions.RayActorError):  # then what Ray Train gave up for says more
             if refusal := ray.get(board.refusal.remote()):
@@ -102,16 +102,11 @@ def _wait_for_room(ray: Any, config: Config, submission: Submission, here: str, 
         ray.util.remove_placement_group(group)
 
 
-def _trainer(config: Config, submission: Submission, here: str, board: Any) -> Any:
+def _trainer(config: Config, submission: Submission, here: str, board: Any, mark: str) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    options = RankOptions(
-        config=to_toml(config),
-        one_node=bool(here),
-        gpus=submission.gpus_per_worker,
-        mark=_mark_storage(submission.storage, config.run.name),
-    )
+    options = RankOptions(config=to_toml(config), one_node=bool(here), gpus=submission.gpus_per_worker, mark=mark)
     return DataParallelTrainer(
         run_rank,
         train_loop_config={"options": options, "board": board},
@@ -130,23 +125,6 @@ def _trainer(config: Config, submission: Submission, here: str, board: Any) -> A
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-
-
-def _mark_storage(storage: str, run: str) -> str:
-    """Leaves a file beside a run's checkpoints in Ray Train's storage: workers that see it share the place."""
-    if "://" in storage:
-        return ""
-    mark = Path(storage) / run / f".kfdist-{uuid.uuid4().hex}"
-    try:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        for old in mark.parent.glob(".kfdist-*"):
-            old.unlink(missing_ok=True)
-        mark.touch()
-    except OSError as error:
-        raise EnvironmentFault(
-            f"Ray Train can't keep checkpoints in {storage} ({error.strerror}); choose another --storage"
-        ) from error
-    return str(mark)
 
 
 def _fit(ray: Any, trainer: Any, board: Any, asked: threading.Event) -> Any:

@@ -71,6 +71,12 @@ def test_what_fits_just_so(overrides: list[str], cluster: list[Node], gpus: int)
             "2 ranks with CPU 1, GPU 1 each and 2 owners with CPU 1 each don't fit: 10.0.0.0 has",
         ),
         ([TLS], nodes((8, 0), (1, 8)), 1, "10.0.0.0 has CPU 8, GPU 0; 10.0.0.1 has CPU 1, GPU 8; add nodes"),
+        (
+            [TLS],
+            nodes((8, 0)),
+            1,
+            "10.0.0.0 has CPU 8, GPU 0; add nodes, or ask for fewer with --workers and --owners; on ",
+        ),
         ([TLS, "cluster.bundle.gpus=0.6"], nodes((8, 3)), 1, "2 owners with CPU 1, GPU 0.6 each don't fit"),
     ],
 )

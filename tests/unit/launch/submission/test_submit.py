@@ -73,6 +73,17 @@ def test_a_job_that_failed_says_so_in_its_own_words():
     assert isinstance(unfit, EnvironmentFault) and str(unfit).endswith("1 or more\n(said by job job-1)")
 
 
+def test_a_log_that_was_shown_is_not_shown_again():
+    logs = "run digits: files in /data/run\nkfdist: Ray Train gave up; rank 0: lost a peer\nrank 1: killed\n"
+    assert str(job_fault("job-1", 1, logs, logs, shown=True)) == (
+        "Ray Train gave up; rank 0: lost a peer\n(said by job job-1)"
+    )
+    assert isinstance(job_fault("job-1", 2, logs, logs, shown=True), ConfigError)
+    assert str(job_fault("job-1", 1, "No module named kfdist", "", shown=True)) == (
+        "job job-1 failed with 1; its log is above"
+    )
+
+
 def test_a_job_without_kfdist_shows_the_end_of_its_log():
     fault = job_fault("job-1", 1, "Running entrypoint\n/usr/bin/python: No module named kfdist\n", "")
     assert str(fault) == "job job-1 failed with 1:\nRunning entrypoint\n/usr/bin/python: No module named kfdist"

@@ -11,7 +11,7 @@ from kfdist.config import load_config
 from kfdist.errors import EnvironmentFault
 from kfdist.launch.submission import train_driver
 from kfdist.launch.submission.request import Submission
-from kfdist.launch.submission.train_driver import _conclude, _fault, _mark_storage, drive_ranks
+from kfdist.launch.submission.train_driver import _conclude, _fault, drive_ranks
 from kfdist.launch.submission.train_worker import Board
 
 
@@ -42,22 +42,6 @@ def test_the_jobs_node_has_the_summary_also_where_it_shares_no_directory(tmp_pat
     assert capsys.readouterr().out == "stopped: 35 steps in 2.0 s; submit again to resume\n"
 
 
-def test_a_run_has_one_mark_in_a_storage_and_a_uri_has_none(tmp_path: Path):
-    storage = str(tmp_path / "storage")
-    other = Path(_mark_storage(storage, "other"))
-    first, second = Path(_mark_storage(storage, "run")), Path(_mark_storage(storage, "run"))
-    assert second.exists() and not first.exists() and other.exists()
-    assert _mark_storage("s3://bucket/path", "run") == ""
-
-
-def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path):
-    (tmp_path / "file").touch()
-    with pytest.raises(
-        EnvironmentFault, match=r"can't keep checkpoints in .*file/storage \(.*\); choose another --sto"
-    ):
-        _mark_storage(str(tmp_path / "file" / "storage"), "run")
-
-
 class Lost(Exception):
     """An actor's end."""
 
@@ -85,12 +69,14 @@ def ray(monkeypatch) -> SimpleNamespace:
     return fake
 
 
-def test_the_board_shares_the_fate_of_its_driver_and_its_loss_hides_no_reason(ray: SimpleNamespace, monkeypatch):
+def test_the_board_shares_the_fate_of_its_driver_and_its_loss_hides_no_reason(
+    ray: SimpleNamespace, tmp_path: Path, monkeypatch
+):
     def fit(*_: object) -> None:
         raise EnvironmentFault("Ray Train gave up; rank 0: lost a peer")
 
     monkeypatch.setattr(train_driver, "_fit", fit)
     config = load_config(None, environment={})
     with pytest.raises(EnvironmentFault, match="Ray Train gave up"):
-        drive_ranks(config, Submission(config="", gpus_per_worker=0, max_failures=0, storage="s3://bucket"))
+        drive_ranks(config, Submission(config="", gpus_per_worker=0, max_failures=0, storage=str(tmp_path)))
     assert ray.made == [{"num_cpus": 0, "label_selector": {"ray.io/node-id": "head"}}]
