@@ -25,7 +25,7 @@ SHOWN_BY = {
     "rpc/certificates.py": {"certs init"},
     "training/run_directory.py": {"train", "worker"},
     "training/worker.py": {"train", "worker"},
-    **{f"launch/submission/{name}.py": {"submit"} for name in ("room", "submit", "train_checkpoints", "train_driver")},
+    **{f"launch/submission/{name}.py": {"submit"} for name in ("room", "storage", "submit", "train_checkpoints")},
     # `kfdist train` gives its pool a directory that neither exists nor has a long name.
     "pool/ray_directory.py": {"pool"},
 }
