@@ -47,16 +47,16 @@ def sketch_rows(rows: Float[Tensor, "c n d"], size: int, *, seed: int) -> Float[
     """
     c, n, d = rows.shape
     total = rows.new_zeros(c, size, d)
-    on_host = rows.device.type == "cpu"
-    generator = torch.Generator(device=rows.device).manual_seed(seed)
+    on_host = rows.device.type in ("cpu", "meta")  # which has no generator
+    device = torch.device("cpu") if on_host else rows.device
+    generator = torch.Generator(device=device).manual_seed(seed)
     for some in rows.split(max(1, SKETCH_NUMBERS // max(1, c * size)), dim=1):
         shape = (c, some.shape[1], size)
         # The rows of a batch of sequences are many: drawn on the CPU the host would fall behind an accelerator, and it
         # would wait for the copy. Only the rank that has the rows draws for them, so ranks need not draw alike.
-        drawn = torch.randn(
-            shape, generator=generator, dtype=torch.float64 if on_host else rows.dtype, device=rows.device
-        )
-        total.baddbmm_(drawn.to(rows.dtype).mT, some)  # in place: autocast leaves such products alone
+        dtype = torch.float64 if on_host else rows.dtype
+        drawn = torch.randn(shape, generator=generator, dtype=dtype, device=device)
+        total.baddbmm_(drawn.to(rows).mT, some)  # in place: autocast leaves such products alone
     return total.div_(size**0.5)
 
 

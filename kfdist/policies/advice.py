@@ -86,8 +86,8 @@ def owner_advice(owners: int, staleness: Mapping[int, int], bound: int | None, *
         best = min(staleness.values())
         most = min(count for count, steps in staleness.items() if steps == best)
         return [
-            f"{now}; no number of owners keeps it within {words}: {most} reach {best}. Raise inverse_period, take a "
-            "cheaper method for the dearest blocks, or give owners more threads."
+            f"{now}; no number of owners keeps it within {words}: it is {best} at best, with {most}. Raise "
+            "inverse_period, take a cheaper method for the dearest blocks, or give owners more threads."
         ]
     if staleness[owners] > wanted:
         return [f"{now}, above {words}; {enough} owners keep it at {staleness[enough]}: cluster.owners = {enough}."]

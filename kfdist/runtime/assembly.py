@@ -198,7 +198,7 @@ def _pipeline(
     exchange = SnapshotExchange(
         tracks, communicators.snapshots, book, agreement, counters, wait_limit_seconds=wait_limit
     )
-    capture = _capture(plan, grad_scaler, rank)
+    capture = make_capture(plan, grad_scaler, rank)
     inverting = Inverting({track.group.name: track for track in tracks}, in_force, terms, book, rank, counters)
     return Pipeline(
         settings=settings,
@@ -226,7 +226,9 @@ def _pipeline(
     )
 
 
-def _capture(plan: Plan, grad_scaler: torch.amp.GradScaler | None, rank: int) -> Capture:
+def make_capture(plan: Plan, grad_scaler: torch.amp.GradScaler | None, rank: int) -> Capture:
+    """Makes what measures a plan's blocks on one rank."""
+
     def coupled(coupling: Coupling) -> list[list[str]]:
         alike = [group for group in plan.groups if group.inverter.coupling is coupling]
         return [[block.name for block in group.blocks] for group in alike]

@@ -164,6 +164,11 @@ class Preconditioner(StatedLoss, Inspection):
     ) -> None:
         if plan.world_size != world.world_size:
             raise ConfigError(f"the plan is for {plan.world_size} ranks, and there are {world.world_size}")
+        if plan.device.type == "meta":
+            raise ConfigError(
+                "the model is on the meta device and has no values; give it some first, by to_empty(device=...) and "
+                "its initialisation"
+            )
         if grad_scaler is not None and grad_scaler.is_enabled():
             refuse_applied_rows(plan.groups, "a GradScaler scales the gradients")
         self._plan = plan

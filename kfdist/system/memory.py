@@ -104,6 +104,6 @@ def in_words(size: float) -> str:
     """Returns a number of bytes as people write it."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
-            return f"{size:.3g} {unit}"
+            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
         size /= 1024
     return f"{size:.3g} GiB"

@@ -16,6 +16,10 @@ from tests.support.sources import FILES, PACKAGE, tree_of
 EVERY_RUN = {"train", "worker", "serve", "pool"}
 STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "stop", "events"}
 SHOWN_BY = {
+    "cli/plan_command.py": {"plan"},
+    "forecast/earlier_run.py": {"plan"},
+    "forecast/outline.py": {"plan"},
+    "forecast/step_time.py": {"plan"},
     "bench/papers.py": {"bench papers"},
     "cli/control_commands.py": STEERING,
     "cli/find_runs.py": STEERING,

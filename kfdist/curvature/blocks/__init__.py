@@ -256,8 +256,6 @@ def _reason_against_parameter(label: str, parameter: nn.Parameter) -> str:
         return "it is lazy and not yet initialised; run one forward pass first"
     if type(parameter.data) is not Tensor or parameter.is_sparse:
         return f"its {label} is a {type(parameter.data).__name__}, not a plain dense tensor"
-    if parameter.is_meta:
-        return f"its {label} is on the meta device and has no values"
     if not parameter.is_floating_point():
         return f"its {label} is {parameter.dtype}, not a real floating-point type"
     if parameter.numel() == 0:

@@ -67,7 +67,7 @@ class Inverting:
             # Kept as of now: how soon the copy reaches the host must not change what the job says.
             previous = {track.group.name: track.snapshot.states for track in mine}
             groups = [track.group for track in mine]
-            tensors = _tensors(groups, reduction)
+            tensors = reduced_tensors(groups, reduction)
             self.departures.append(Departure(reduction.step, groups, tensors, damping=damping, previous=previous))
         own = invert_own(reduction, seed=self.in_force.settings.seed)
         for track in reduction.tracks:
@@ -180,7 +180,7 @@ def _encode(inverter: AbstractInverter, tensors: Reduced, **said: Any) -> bytes:
     return encode_job(inverter=inverter, statistics=statistics, **said)
 
 
-def _tensors(groups: Sequence[BlockGroup], reduction: Reduction) -> Reduced:
+def reduced_tensors(groups: Sequence[BlockGroup], reduction: Reduction) -> Reduced:
     """Returns what was reduced of the groups' blocks, rows where there are any."""
     found: dict[BlockName, Mapping[str, Tensor]] = {}
     for block in (block for group in groups for block in group.blocks):

@@ -109,7 +109,7 @@ def make_plan(
     """Chooses a block and an inverter for every layer that can have one. A pure function, so that ranks plan alike.
 
     Args:
-        model: The model, also wrapped.
+        model: The model, also wrapped; on the meta device as a whole, for a plan that nobody carries out.
         method: What inverts which layer.
         settings: What is asked for.
         world_size: Ranks among which the groups' courier duty is dealt, balanced by bytes.
@@ -126,10 +126,11 @@ def make_plan(
     unlike = _weights_with_several_biases(layers)
     heads = {id(weight) for module in model.modules() if _has_tables(module) for weight in multiplied_weights(module)}
     held = held_matrices(model)
+    outline = all(parameter.is_meta for parameter in model.parameters())
     made: dict[str, Sequence[Block] | str] = {}
     for name, module in layers:
         biased = id(getattr(module, "weight", None)) not in unlike
-        blocks = _barred(name, module, patterns, settings) or make_blocks(
+        blocks = _barred(name, module, patterns, settings, outline=outline) or make_blocks(
             name, module, settings.weight_sharing, biased=biased, held=held.get(id(module))
         )
         made[name] = blocks if isinstance(blocks, str) else [_head_if(each, heads, settings) for each in blocks]
@@ -155,7 +156,7 @@ def make_plan(
                 reasons[block.name] = found
             else:
                 chosen.append(found)
-    open_layers = [pair for pair in layers if not _barred(*pair, patterns, settings)]
+    open_layers = [pair for pair in layers if not _barred(*pair, patterns, settings, outline=outline)]
     for block in _bare_blocks(open_layers, taken, reasons):
         owners[block.name] = block
         found = _choose(block, patterns, settings, costs)
@@ -295,7 +296,7 @@ def _covers(glob: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), glob) for end in range(1, len(parts) + 1))
 
 
-def _barred(name: str, module: nn.Module, patterns: Mapping[str, object], settings: Settings) -> str:
+def _barred(name: str, module: nn.Module, patterns: Mapping[str, object], settings: Settings, *, outline: bool) -> str:
     """Returns why a layer is to have no blocks; empty if it may."""
     if not patterns:
         return NO_METHOD
@@ -303,6 +304,9 @@ def _barred(name: str, module: nn.Module, patterns: Mapping[str, object], settin
         return SKIPPED
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
         raise ConfigError(f"layer {name!r} has sharded (DTensor) parameters; {SHARDED}")
+    own = {} if outline else dict(module.named_parameters(recurse=False))
+    if without := next((label for label, parameter in own.items() if parameter.is_meta), ""):
+        return f"{type(module).__name__}: its {without} is on the meta device and has no values"
     return ""
 
 

@@ -66,7 +66,7 @@ class StatisticsReducer:
         communicator: Communicator,
         device: torch.device,
     ) -> None:
-        self.sums = _empty_sums(groups, device)
+        self.sums = empty_sums(groups, device)
         self._settings = settings
         self._timetable = timetable
         self._communicator = communicator
@@ -208,7 +208,7 @@ def _count_dropped(sums: WeightedSums, rows: Iterable[Tensor]) -> None:
         sums.dropped.add_((~all_finite(rows)).to(sums.dropped.dtype))
 
 
-def _empty_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[BlockName, WeightedSums]:
+def empty_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[BlockName, WeightedSums]:
     """Makes all blocks' sums: float64 for float64 parameters, else float32."""
     sums = {}
     for group in groups:

@@ -42,7 +42,7 @@ def test_past_the_critical_batch_there_is_something_better_to_do() -> None:
         (1, 60, "staleness reaches 90 steps, above the bound of 60; 3 owners keep it at 58: cluster.owners = 3."),
         (4, 60, "within the bound of 60; 3 would be enough (58)."),
         (3, 60, "With 3 owners staleness reaches 58 steps, within the bound of 60."),
-        (2, 50, "no number of owners keeps it within the bound of 50: 4 reach 53"),
+        (2, 50, "no number of owners keeps it within the bound of 50: it is 53 at best, with 4"),
         (1, None, "above 78 steps, half a period beyond the least, 53; 2 owners keep it at 70"),
     ],
 )

@@ -31,7 +31,6 @@ def frozen(layer: nn.Module, *names: str) -> nn.Module:
         (nn.LazyConv2d(4, 3), "run one forward pass first"),
         (nn.LazyConvTranspose1d(4, 3), "run one forward pass first"),
         (parametrizations.weight_norm(nn.Linear(3, 4)), "its weight is computed"),
-        (nn.Linear(3, 4, device="meta"), "on the meta device"),
         (nn.Linear(3, 4, dtype=torch.complex64), "not a real floating-point type"),
         (frozen(nn.Linear(3, 4), "weight"), "its weight is frozen"),
         (frozen(nn.Conv2d(3, 4, 2), "weight", "bias"), "its weight is frozen"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import kfdist
 from kfdist.curvature.inverters import make_inverter
 from kfdist.errors import ConfigError
 from tests.support.plans import planned
@@ -183,3 +184,18 @@ def test_bare_parameters_keep_to_the_table_and_to_skip():
     assert said["scale"] == said["head.weight"] == "no pattern of the method table matches"
     assert "encoder.1.weight" not in said
     assert reasons(Attention(), skip=("scale",))["scale"] == "skipped by configuration"
+
+
+def test_a_model_without_values_has_a_plan_that_nobody_can_carry_out():
+    with torch.device("meta"):
+        model = Attention()
+    plan = planned(model, "kfac")
+    assert [group.name for group in plan.groups] == [group.name for group in planned(Attention(), "kfac").groups]
+    with pytest.raises(ConfigError, match="on the meta device and has no values"):
+        kfdist.Preconditioner.from_plan(plan)
+
+
+def test_a_layer_without_values_in_a_model_that_has_some_has_no_block():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4, device="meta"), nn.Linear(4, 2))
+    said = reasons(model)
+    assert said == dict.fromkeys(("1.weight", "1.bias"), "Linear: its weight is on the meta device and has no values")

@@ -1,0 +1,1 @@
+"""What a run will take, before anything of it starts. `kfdist plan` shows it."""

@@ -1,0 +1,313 @@
+"""Everything that is told of a run before it starts, put together."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kfdist.config import Config
+from kfdist.curvature.auto import MeasuredCosts, measure_costs
+from kfdist.forecast.earlier_run import EarlierRun, read_earlier_run
+from kfdist.forecast.inversion_costs import Costs, measure
+from kfdist.forecast.outline import Given, make_outline
+from kfdist.forecast.owner_queue import Ages, deal, play
+from kfdist.forecast.rank_memory import Line, owner_bytes, rank_lines
+from kfdist.forecast.rehearsal import rehearse
+from kfdist.forecast.step_time import StepTime, step_times
+from kfdist.forecast.traffic import RINGS, Traffic, TrafficForecast, schedule_of
+from kfdist.policies.advice import batch_advice, owner_advice
+from kfdist.policies.staleness import FixedLag
+from kfdist.runtime.plan.coverage import Coverage
+from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.runtime.plan.planner import Plan, needs_costs
+from kfdist.training.method import make_method, plan_of
+from kfdist.training.run_directory import read_costs
+
+_MOST_OWNERS = 64
+"""Of how many owners staleness is tried at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockForecast:
+    """What one block is and takes.
+
+    Attributes:
+        name: Its name.
+        method: What inverts it.
+        d_out: Outputs.
+        d_in: Inputs, with the bias.
+        matrices: Of a grouped convolution or of experts.
+        seconds: How long its inversion takes here; None where the ranks do it at once.
+        owner: The number of the owner, or of the rank with a local link; None where all ranks do it.
+        note: What there is to say of the method's choice, or of what isn't measured.
+    """
+
+    name: str
+    method: str
+    d_out: int
+    d_in: int
+    matrices: int
+    seconds: float | None
+    owner: int | None
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnerForecast:
+    """What one owner has to do.
+
+    Attributes:
+        groups: How many groups it inverts.
+        seconds: Its inversions in one inverse period.
+        bytes: Memory of its largest inversion, beside what Python and torch take.
+    """
+
+    groups: int
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgeForecast:
+    """How old inverses get at one step time.
+
+    Attributes:
+        step_time: The step time.
+        ages: What follows; None where the step time isn't known, or nothing is inverted.
+    """
+
+    step_time: StepTime
+    ages: Ages | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run will take.
+
+    Attributes:
+        title: The run in a line.
+        remarks: What is assumed or couldn't be found out, and why.
+        coverage: As `Preconditioner.coverage()` would say after the first step.
+        blocks: Each of them.
+        memory: Of a rank.
+        traffic: Of an average step.
+        owners: Those of the run; ranks with a local link.
+        by_method: Seconds of one inverse period by method, on this machine's CPU.
+        threads: Of each inversion.
+        ages: By step time.
+        advice: What to do about it.
+    """
+
+    title: str
+    remarks: tuple[str, ...]
+    coverage: Coverage
+    blocks: tuple[BlockForecast, ...]
+    memory: tuple[Line, ...]
+    traffic: tuple[Traffic, ...]
+    owners: tuple[OwnerForecast, ...]
+    by_method: Mapping[str, float]
+    threads: int
+    ages: tuple[AgeForecast, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def lasting_bytes(self) -> int:
+        """What a rank holds all the time, as far as it is known."""
+        return sum(line.bytes or 0 for line in self.memory if not line.passing)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as JSON values."""
+        rows = [
+            {"parameter": row.parameter, "elements": row.elements, "block": row.block, "method": row.method}
+            | {"reason": ": ".join(filter(None, (row.reason, row.inversion)))}
+            for row in self.coverage.rows
+        ]
+        return {
+            "run": self.title,
+            "remarks": list(self.remarks),
+            "coverage": {"share": self.coverage.share, "share_in_part": self.coverage.share_in_part, "rows": rows},
+            "blocks": [asdict(block) for block in self.blocks],
+            "memory": {"lines": [asdict(line) for line in self.memory], "lasting_bytes": self.lasting_bytes},
+            "bytes_per_step": [asdict(each) | {"ring": each.purpose in RINGS} for each in self.traffic],
+            "owners": [asdict(owner) for owner in self.owners],
+            "inversion_seconds": {"by_method": dict(self.by_method), "threads": self.threads},
+            "staleness": [
+                {**asdict(each.step_time), "ages": None if each.ages is None else asdict(each.ages)}
+                for each in self.ages
+            ],
+            "advice": list(self.advice),
+        }
+
+
+def make_forecast(
+    config: Config,
+    given: Given,
+    *,
+    step_seconds: float | None = None,
+    from_run: Path | None = None,
+    gpus: Sequence[str] = (),
+) -> Forecast:
+    """Finds out what a run will take. Nothing is started, and nothing is written.
+
+    Args:
+        config: What is to run.
+        given: What is said of the data.
+        step_seconds: How long a step takes; None if that isn't known.
+        from_run: The directory of an earlier run, whose measurements count; None without one.
+        gpus: Names of GPUs that ranks might have.
+
+    Raises:
+        ConfigError: A value is wrong.
+    """
+    earlier = None if from_run is None else read_earlier_run(from_run)
+    outline = make_outline(config, given)
+    world = config.cluster.workers
+    plan = plan_of(config, outline.model, world_size=world, costs=_costs_for_auto(config, from_run))
+    rehearsal = rehearse(plan, outline, examples=config.data.batch_size, micro_batches=config.data.micro_batches)
+    costs = measure(plan.groups, threads=config.cluster.threads)
+    sent = [group for group in plan.groups if not group.own]
+    owner_of = _owner_of(config, sent)
+    times = step_times(config, rehearsal, costs, given=step_seconds, earlier=earlier, gpus=tuple(gpus))
+    ages = tuple(AgeForecast(step_time=each, ages=_play(plan, sent, owner_of, costs, each.seconds)) for each in times)
+    remarks = [*outline.remarks]
+    if rehearsal.fault:
+        remarks.append(
+            f"the model can't be run without values ({rehearsal.fault}): activations, what isn't measured and bytes of "
+            "statistics and jobs aren't known"
+        )
+    if config.cluster.bundle.gpus:
+        remarks.append("owners have a share of a GPU, of which there are no figures: inversions are as on this CPU")
+    if config.preconditioner.inverse_period_epochs:
+        remarks.append("inverse_period changes with the epochs; all figures are of the first one")
+    return Forecast(
+        title=_title(config),
+        remarks=tuple(remarks),
+        coverage=rehearsal.coverage,
+        blocks=_blocks(plan, rehearsal.coverage, costs, owner_of),
+        memory=tuple(rank_lines(config, plan, rehearsal, costs)),
+        traffic=tuple(TrafficForecast(config, plan, rehearsal, costs).per_step()),
+        owners=_owners(config, plan, sent, owner_of, costs),
+        by_method=_by_method(plan, sent, costs),
+        threads=config.cluster.threads,
+        ages=ages,
+        advice=tuple(_advice(config, plan, sent, costs, ages, earlier)),
+    )
+
+
+def _title(config: Config) -> str:
+    cluster = config.cluster
+    inverts = "" if not config.preconditioner.inverts else f", {cluster.owners} owners"
+    who = ", inverted by the ranks" if cluster.link == "local" and config.preconditioner.inverts else inverts
+    return (
+        f"{config.run.name}: {config.model.name} on {config.data.name}, {config.preconditioner.described}, "
+        f"{cluster.workers} ranks x {config.data.batch_size} examples{who}"
+    )
+
+
+def _costs_for_auto(config: Config, from_run: Path | None) -> MeasuredCosts | None:
+    """Returns what "auto" chooses by: what an earlier run kept, else what this machine takes."""
+    if not needs_costs(make_method(config.preconditioner)):
+        return None
+    kept = None if from_run is None else read_costs(from_run)
+    return kept or measure_costs()
+
+
+def _owner_of(config: Config, sent: Sequence[BlockGroup]) -> dict[str, int]:
+    """Returns who inverts each group: an owner, or with a local link the rank that ships it."""
+    if config.cluster.link == "local":
+        return {group.name: group.courier_rank for group in sent}
+    return deal(sent, config.cluster.owners, config.cluster.assignment) if sent else {}
+
+
+def _play(
+    plan: Plan, sent: Sequence[BlockGroup], owner_of: Mapping[str, int], costs: Costs, seconds: float | None
+) -> Ages | None:
+    if seconds is None or not sent:
+        return None
+    return play(sent, schedule_of(plan), owner_of, costs.seconds, seconds)
+
+
+def _blocks(plan: Plan, coverage: Coverage, costs: Costs, owner_of: Mapping[str, int]) -> tuple[BlockForecast, ...]:
+    notes = {row.block: ": ".join(filter(None, (row.reason, row.inversion))) for row in coverage.rows if row.block}
+    return tuple(
+        BlockForecast(
+            name=block.name,
+            method=group.inverter.name,
+            d_out=block.shape.d_out,
+            d_in=block.shape.d_in,
+            matrices=block.shape.groups,
+            seconds=None if group.own else costs.seconds(group) / len(group.blocks),
+            owner=owner_of.get(group.name),
+            note=notes.get(block.name, ""),
+        )
+        for group in plan.groups
+        for block in group.blocks
+    )
+
+
+def _owners(
+    config: Config, plan: Plan, sent: Sequence[BlockGroup], owner_of: Mapping[str, int], costs: Costs
+) -> tuple[OwnerForecast, ...]:
+    count = config.cluster.workers if config.cluster.link == "local" else config.cluster.owners
+    dealt = [[group for group in sent if owner_of[group.name] == owner] for owner in range(count if sent else 0)]
+    return tuple(
+        OwnerForecast(
+            groups=len(groups),
+            seconds=sum(_seconds_of_period(plan, group, costs) for group in groups),
+            bytes=owner_bytes(groups),
+        )
+        for groups in dealt
+    )
+
+
+def _seconds_of_period(plan: Plan, group: BlockGroup, costs: Costs) -> float:
+    schedule = schedule_of(plan)
+    updates = schedule.inverse_period / group.inverter.update_period(schedule.factor_period, schedule.inverse_period)
+    return updates * costs.seconds(group)
+
+
+def _by_method(plan: Plan, sent: Sequence[BlockGroup], costs: Costs) -> dict[str, float]:
+    found: dict[str, float] = defaultdict(float)
+    for group in sent:
+        found[group.inverter.name] += _seconds_of_period(plan, group, costs)
+    return dict(found)
+
+
+def _advice(
+    config: Config,
+    plan: Plan,
+    sent: Sequence[BlockGroup],
+    costs: Costs,
+    ages: Sequence[AgeForecast],
+    earlier: EarlierRun | None,
+) -> list[str]:
+    schedule, owners = schedule_of(plan), config.cluster.owners
+    said = []
+    seconds = ages[0].step_time.seconds
+    if isinstance(plan.settings.adoption, FixedLag) and ages[0].ages is not None:
+        said += _lag_advice(plan.settings.adoption.lag, ages[0].ages, ages[0].step_time)
+    elif sent and config.cluster.link == "service" and seconds is not None:
+        counts = {*range(1, min(len(sent), _MOST_OWNERS) + 1), owners}
+        found = {}
+        for count in sorted(counts):
+            dealt = deal(sent, count, config.cluster.assignment)
+            found[count] = play(sent, schedule, dealt, costs.seconds, seconds).steps
+        bounds = config.preconditioner.staleness
+        bound = bounds.soft_bound if bounds.soft_bound is not None else bounds.hard_bound
+        said += owner_advice(owners, found, bound, inverse_period=schedule.inverse_period)
+    batch = config.cluster.workers * config.data.batch_size
+    noise = None if earlier is None else earlier.noise_scale
+    inverting = owners if config.preconditioner.inverts and config.cluster.link == "service" else 0
+    return said + batch_advice(batch, noise, owners=inverting, inverse_period=schedule.inverse_period)
+
+
+def _lag_advice(lag: int, ages: Ages, step_time: StepTime) -> list[str]:
+    assert step_time.seconds is not None, "ages follow from a step time"
+    if ages.delay_steps <= lag:
+        return [f"Inversions take at most {ages.delay_steps} steps, within the lag of {lag}: no step waits for one."]
+    waits = (ages.delay_steps - lag) * step_time.seconds
+    return [
+        f"Inversions take up to {ages.delay_steps} steps, above the lag of {lag}: the steps that adopt wait up to "
+        f"{waits:.2g} s. More owners, a larger preconditioner.lag or a longer inverse_period avoid that."
+    ]

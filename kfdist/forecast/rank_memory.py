@@ -1,0 +1,159 @@
+"""What a rank and an owner hold in memory, line by line."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from kfdist.config import Config
+from kfdist.curvature.footprint import footprint
+from kfdist.forecast.inversion_costs import Costs
+from kfdist.forecast.outline import META
+from kfdist.forecast.rehearsal import Rehearsal
+from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.runtime.plan.planner import Plan
+from kfdist.runtime.reduce.reducer import empty_sums
+from kfdist.training.optimizers import make_optimizer
+from kfdist.types import GroupName
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that takes memory.
+
+    Attributes:
+        what: What it is.
+        bytes: How much; None if that can't be known without a run.
+        passing: Whether it comes and goes, rather than being there all the time.
+        note: How it is counted, or why it isn't known.
+    """
+
+    what: str
+    bytes: int | None
+    passing: bool = False
+    note: str = ""
+
+
+def rank_lines(config: Config, plan: Plan, rehearsal: Rehearsal, costs: Costs) -> list[Line]:
+    """Lists what a rank holds: beside Python, torch and what their libraries take.
+
+    Args:
+        config: What is to run.
+        plan: Of its model, on the meta device.
+        rehearsal: Of that plan.
+        costs: Measured on this machine.
+    """
+    model = plan.model
+    known = [each for each in model.parameters() if not isinstance(each, UninitializedParameter)]
+    lazy = sum(isinstance(each, UninitializedParameter) for each in model.parameters())
+    note = f"without {lazy} lazy parameters, whose sizes a first forward decides" if lazy else ""
+    trained = _bytes(each for each in known if each.requires_grad)
+    lines = [
+        Line("parameters", _bytes(known), note=note),
+        Line("buffers", _bytes(model.buffers())),
+        Line("gradients", trained),
+        _optimizer_line(config, known),
+    ]
+    if config.optimizer.average_decay is not None:
+        lines.append(Line("moving average of the weights", _bytes(known)))
+    if plan.groups:
+        lines += [*_curvature_lines(plan, rehearsal, costs)]
+    if plan.world_size > 1:
+        lines.append(Line("gradients on their way", trained, passing=True, note="buckets that are being reduced"))
+    return [*lines, *_activation_lines(config, rehearsal), *_inversion_lines(config, plan)]
+
+
+def _optimizer_line(config: Config, parameters: Sequence[nn.Parameter]) -> Line:
+    """Has the optimizer make its state on the meta device."""
+    try:
+        optimizer = make_optimizer(config.optimizer, iter(parameters))
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        found = _bytes(value for state in optimizer.state.values() for value in state.values() if _is_tensor(value))
+    except (RuntimeError, NotImplementedError) as error:
+        return Line("optimizer state", None, note=f"{config.optimizer.name} can't be tried without values ({error})")
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+    return Line("optimizer state", found, note=config.optimizer.name)
+
+
+def _curvature_lines(plan: Plan, rehearsal: Rehearsal, costs: Costs) -> Iterable[Line]:
+    sums = empty_sums(plan.groups, META)
+    yield Line("statistics", sum(_bytes((*each.sums.values(), *each.counts.values())) for each in sums.values()))
+    own = [group for group in plan.groups if group.own]
+    sent = [group for group in plan.groups if not group.own]
+    inverses = sum(inverse_bytes(group, costs) for group in sent)
+    unknown = [group.name for group in own if group.name not in rehearsal.own]
+    note = f"without {len(unknown)} blocks that ranks invert themselves: {rehearsal.fault}" if unknown else ""
+    yield Line("inverses in use", inverses + sum(rehearsal.own.values()), note=note)
+    if sent:
+        received = sum(result_bytes(group, costs) for group in sent)
+        yield Line("the bytes they came in", received, note="kept for checkpoints")
+    scales = sum(_scales(group) for group in sent)
+    if scales:
+        yield Line("scales that ranks measure", scales)
+    measured = None if rehearsal.fault else rehearsal.measured
+    yield Line("a batch's own statistics", measured, passing=True, note=rehearsal.fault or "where all blocks are due")
+
+
+def _activation_lines(config: Config, rehearsal: Rehearsal) -> Iterable[Line]:
+    note = rehearsal.fault or "counted in float32"
+    if not rehearsal.fault and config.run.precision != "float32":
+        note = f"counted in float32; {config.run.precision} halves most of it"
+    yield Line("activations kept for the backward", rehearsal.activations, passing=True, note=note)
+
+
+def _inversion_lines(config: Config, plan: Plan) -> Iterable[Line]:
+    sent = [group for group in plan.groups if not group.own]
+    if config.cluster.link == "local" and sent:
+        most = max(inversion_bytes(group) for group in sent)
+        yield Line("an inversion under way", most, passing=True, note="in the host's memory, the largest block's")
+
+
+def owner_bytes(groups: Iterable[BlockGroup]) -> int:
+    """Returns what an owner's process holds at the worst moment of its inversions: one is done at a time."""
+    return max((inversion_bytes(group) for group in groups), default=0)
+
+
+def inversion_bytes(group: BlockGroup) -> int:
+    """Returns what an inversion of a group takes: the job, its dense factors, and the result twice."""
+    return sum(footprint(group.inverter, block.shape).inversion for block in group.blocks)
+
+
+def inverse_bytes(group: BlockGroup, costs: Costs) -> int:
+    """Returns what a group's inverses take on a rank, with what their next inversion gets back."""
+    method = costs.method(group)
+    return round(costs.numbers(group) * (method.inverse + method.state))
+
+
+def state_bytes(group: BlockGroup, costs: Costs) -> int:
+    """Returns what each inversion of a group gets back of the one before."""
+    return round(costs.numbers(group) * costs.method(group).state)
+
+
+def result_bytes(group: BlockGroup, costs: Costs) -> int:
+    """Returns the size of a group's result on its way."""
+    return round(costs.numbers(group) * costs.method(group).result)
+
+
+def _scales(group: BlockGroup) -> int:
+    calibrated = [block.shape for block in group.blocks if group.needs[block.name].calibration is not None]
+    return sum(4 * (shape.groups * shape.d_out * shape.d_in + 1) for shape in calibrated)
+
+
+def scale_bytes(groups: Iterable[BlockGroup]) -> Mapping[GroupName, int]:
+    """Returns, by group, what the ranks reduce whenever they measure scales; groups without any are left out."""
+    found = {group.name: _scales(group) for group in groups}
+    return {name: size for name, size in found.items() if size}
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

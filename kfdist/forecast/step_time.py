@@ -1,0 +1,104 @@
+"""How long a step takes: as given, as an earlier run measured it, or from its operations and a speed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kfdist.checks import suggestion
+from kfdist.config import Config
+from kfdist.forecast.earlier_run import EarlierRun
+from kfdist.forecast.inversion_costs import Costs
+from kfdist.forecast.rehearsal import Rehearsal
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How long a step takes.
+
+    Attributes:
+        seconds: How long; None if it isn't known.
+        source: Where that is from, or why there is nothing.
+    """
+
+    seconds: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class GpuSpeed:
+    """What a GPU's data sheet says, dense, in operations a second.
+
+    Attributes:
+        half: In bfloat16 or float16 with tensor cores.
+        single: In float32 without them.
+    """
+
+    half: float
+    single: float
+
+
+GPUS: Mapping[str, GpuSpeed] = {
+    "T4": GpuSpeed(65e12, 8.1e12),
+    "V100": GpuSpeed(125e12, 15.7e12),
+    "A10": GpuSpeed(125e12, 31.2e12),
+    "L4": GpuSpeed(121e12, 30.3e12),
+    "L40S": GpuSpeed(362e12, 91.6e12),
+    "A100": GpuSpeed(312e12, 19.5e12),
+    "H100": GpuSpeed(989e12, 67e12),
+    "H200": GpuSpeed(989e12, 67e12),
+    "B200": GpuSpeed(2250e12, 80e12),
+}
+"""NVIDIA's data sheets: V100, A100, H100 and H200 as SXM. None of them was measured here."""
+
+REACHED = 0.35
+"""Share of a data sheet's speed that training reaches, as a rule of thumb; a convolutional network may reach less."""
+
+
+def step_times(
+    config: Config,
+    rehearsal: Rehearsal,
+    costs: Costs,
+    *,
+    given: float | None,
+    earlier: EarlierRun | None,
+    gpus: tuple[str, ...],
+) -> list[StepTime]:
+    """Returns the step time that is given or was measured; else one by each GPU, or by this machine's CPU.
+
+    Args:
+        config: What is to run.
+        rehearsal: Has the operations of a step.
+        costs: Has this CPU's speed.
+        given: What the user says.
+        earlier: An earlier run.
+        gpus: Names of GPUs that ranks might have.
+    """
+    if given is not None:
+        return [StepTime(given, "as given")]
+    if earlier is not None and earlier.step_seconds is not None:
+        return [StepTime(earlier.step_seconds, f"measured: the median of {earlier.name}'s steps")]
+    if rehearsal.flops is None:
+        why = f"the model can't be rehearsed ({rehearsal.fault}); give --step-seconds, or --from-run"
+        return [StepTime(None, why)]
+    if gpus:
+        return [_on_gpu(config, rehearsal.flops, name) for name in gpus]
+    seconds = rehearsal.flops / costs.flops_per_second
+    speed = f"{costs.flops_per_second / 1e9:.0f} GFLOP/s of this CPU with {costs.threads} threads"
+    source = f"derived: {_operations(rehearsal.flops)} at {speed}, measured on products of matrices; --gpu says others"
+    return [StepTime(seconds, source)]
+
+
+def _on_gpu(config: Config, flops: float, name: str) -> StepTime:
+    speed = GPUS.get(name.upper())
+    if speed is None:
+        close = suggestion(name, GPUS)
+        return StepTime(None, f"there are no figures for {name!r}{close}; there are for {', '.join(GPUS)}")
+    reached = REACHED * (speed.single if config.run.precision == "float32" else speed.half)
+    return StepTime(
+        flops / reached,
+        f"derived for {name.upper()}: {_operations(flops)} at {REACHED:.0%} of its data sheet's speed in "
+        f"{config.run.precision}; not measured",
+    )
+
+
+def _operations(flops: float) -> str:
+    return f"{flops / 1e9:,.1f} GFLOP of a rank's step"
