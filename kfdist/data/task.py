@@ -20,10 +20,24 @@ class Examples:
     Attributes:
         inputs: float32 [N, ...].
         labels: int64 [N], from 0.
+
+    Raises:
+        ConfigError: They aren't tensors, or not equally many.
     """
 
     inputs: Tensor
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "labels"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise ConfigError(
+                    f"{name} of kfdist.data.Examples are of type {type(getattr(self, name)).__name__}; give a tensor"
+                )
+        if len(self.inputs) != len(self.labels):
+            raise ConfigError(
+                f"kfdist.data.Examples has {len(self.inputs)} inputs and {len(self.labels)} labels; give one for each"
+            )
 
     def __len__(self) -> int:
         """Returns the number of examples N."""
@@ -53,7 +67,7 @@ class DataSet(Generic[E]):
         prepare: What is done to a batch of inputs once it is on its device, such as normalising pixels.
 
     Raises:
-        ConfigError: A part is of a wrong type, or has no examples.
+        ConfigError: A part is of a wrong type or has no examples, or there are no classes.
     """
 
     train: E
@@ -72,6 +86,8 @@ class DataSet(Generic[E]):
                 )
             if not len(examples):
                 raise ConfigError(f"{part} has no examples; at least one is needed")
+        if not isinstance(self.classes, int) or isinstance(self.classes, bool) or self.classes < 1:
+            raise ConfigError(f"classes is {self.classes!r}; it must be a whole number of at least 1")
         if not isinstance(self.objective, Objective):
             raise ConfigError(
                 f"objective is of type {type(self.objective).__name__}; derive it from kfdist.data.objective.Objective"

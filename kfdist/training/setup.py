@@ -26,6 +26,7 @@ from kfdist.training.averaging import WeightAverage
 from kfdist.training.method import Damping, inverse_periods, plan_of
 from kfdist.training.optimizers import LearningRate, make_optimizer
 from kfdist.training.run_state import Materials, Standing, Training
+from kfdist.training.trial import try_own_data, try_own_task
 
 _CONNECT_SECONDS = 5.0
 
@@ -86,6 +87,7 @@ def gather_materials(
         ConfigError: A value is wrong.
     """
     data = load_data(config.data.name, config.data.settings).on(device)
+    try_own_data(config, data)
     _check_fisher(config, data)
     sampler = Sampler(
         examples=len(data.train),
@@ -103,6 +105,8 @@ def gather_materials(
     if config.run.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plan = plan_of(config, model, world_size=world_size, costs=costs)
+    if device.type != "meta":
+        try_own_task(config, data, model, device)
     optimizer = make_optimizer(config.optimizer, model.parameters())
     return Materials(device=device, data=data, sampler=sampler, model=model, optimizer=optimizer, plan=plan)
 
