@@ -188,12 +188,16 @@ class RunSettings:
         checkpoint_serial: Moves at every request for a checkpoint.
         changes: New settings of the method by name (`kfdist.policies.tuning`); None: as configured again. Others stay
             as they are: as configured, or as a checkpoint restored them.
+        refresh_serial: Moves at every request for fresh inverses.
+        refresh: The groups that the newest such request names; none: all.
     """
 
     revision: int = 0
     desired: Desired = Desired.RUNNING
     checkpoint_serial: int = 0
     changes: Mapping[str, Value | None] = field(default_factory=dict)
+    refresh_serial: int = 0
+    refresh: tuple[GroupName, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from kfdist.cli import (
     run_commands,
     settings_command,
     submit_command,
+    work_commands,
 )
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
@@ -63,6 +64,7 @@ for module in (
     submit_command,
     control_commands,
     settings_command,
+    work_commands,
     report_command,
     recipe_command,
     plan_command,

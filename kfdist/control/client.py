@@ -3,7 +3,7 @@
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
@@ -156,6 +156,24 @@ class ControlClient:
     def checkpoint(self, name: str) -> RunView:
         """Asks a run for a checkpoint."""
         return self._change(self._runs.Checkpoint, run_pb2.CheckpointRequest(name=name))
+
+    def refresh(self, name: str, groups: Sequence[str] = ()) -> RunView:
+        """Asks that groups (names or globs; none: all) are inverted at the step after the agreed one."""
+        return self._change(self._runs.Refresh, run_pb2.RefreshRequest(name=name, groups=groups))
+
+    def replan(self, name: str) -> RunView:
+        """Deals a run's groups to owners anew, by the seconds that their inversions took."""
+        return self._change(self._runs.Replan, run_pb2.ReplanRequest(name=name))
+
+    def drain(self, owner_id: str) -> None:
+        """Gives an owner no new jobs."""
+        request = membership_pb2.DrainOwnerRequest(request_id=uuid.uuid4().hex, owner_id=owner_id)
+        self._call(self._membership.DrainOwner, request)
+
+    def undrain(self, owner_id: str) -> None:
+        """Gives an owner jobs again."""
+        request = membership_pb2.UndrainOwnerRequest(request_id=uuid.uuid4().hex, owner_id=owner_id)
+        self._call(self._membership.UndrainOwner, request)
 
     def stop(self, name: str) -> RunView:
         """Asks all ranks of a run to write a checkpoint and end at the same step."""

@@ -7,22 +7,26 @@ a run are consecutive.
 """
 
 import asyncio
+import hashlib
+import math
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from kfdist.checks import suggestion
-from kfdist.control.run_rules import AssignmentRecord, Change, Event, OwnerRecord, RunRecord
+from kfdist.control.run_rules import AssignmentRecord, Change, Event, OwnerRecord, RunRecord, replanned
 from kfdist.control.store import Answer, Batch, EventRecord, RunUpdate, Store
 from kfdist.control.watchers import QUEUED_CHANGES, Watchers
 from kfdist.policies.assignment import assign
-from kfdist.rpc._generated.kfdist.v1 import run_pb2
+from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, run_pb2
 from kfdist.rpc.status import Refusal
-from kfdist.types import GroupSpec
+from kfdist.types import GroupName, GroupSpec
 
 MAX_RUNS = 1000
 """Runs in one file; a list of them fits in one message."""
@@ -42,6 +46,12 @@ class Request:
 
     request_id: str
     digest: str
+
+    @classmethod
+    def of(cls, method: str, request: Any) -> Self:
+        """Returns the identity of a call: `request` is its message, which has a request id."""
+        content = f"{method}\n".encode() + request.SerializeToString(deterministic=True)
+        return cls(request_id=request.request_id, digest=hashlib.sha256(content).hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +86,7 @@ class Ledger:
         self._assignments = contents.assignments
         self._owners = contents.owners
         self._notes: dict[str, dict[str, Any]] = {}
+        self._seconds: dict[str, dict[GroupName, float]] = {}
         for record in self._runs.values():
             on_change(record)
             self.note(record.name, live_owners=len(self.live_owners()))
@@ -90,6 +101,19 @@ class Ledger:
     def live_owners(self) -> list[OwnerRecord]:
         """Returns the owners alive within the lease, by name."""
         return sorted((owner for owner in self._owners.values() if owner.live), key=lambda owner: owner.owner_id)
+
+    def owner(self, owner_id: str) -> OwnerRecord:
+        """Returns an owner's record, as committed.
+
+        Raises:
+            Refusal: NOT_FOUND.
+        """
+        if owner_id not in self._owners:
+            known = ", ".join(owner.owner_id for owner in self.live_owners()[:20]) or "none"
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND, f"there is no owner {owner_id[:100]!r}; those that are alive: {known}"
+            )
+        return self._owners[owner_id]
 
     def runs(self) -> list[RunRecord]:
         """Returns all runs, the newest first."""
@@ -109,6 +133,52 @@ class Ledger:
     def assignment(self, run: str) -> AssignmentRecord:
         """Returns who inverts what in a run; an empty record before rank 0 has registered."""
         return self._assignments.get(run) or AssignmentRecord(run=run)
+
+    def measure(self, run: str, seconds: Mapping[GroupName, float]) -> None:
+        """Notes what recent inversions of a run took, by group; kept in memory alone, as ranks say it again."""
+        usable = {group: value for group, value in seconds.items() if math.isfinite(value) and value >= 0}
+        self._seconds.setdefault(run, {}).update(usable)
+
+    async def replan(self, name: str, who: str, request: Request) -> run_pb2.Run:
+        """Deals a run's groups anew by what their inversions took.
+
+        Raises:
+            Refusal: NOT_FOUND; FAILED_PRECONDITION: nothing has been measured, or the run has ended; INVALID_ARGUMENT:
+                the request id was used for another request.
+            EnvironmentFault: The file can't be written; nothing was changed.
+        """
+        dealt: list[AssignmentRecord] = []
+
+        def rule(record: RunRecord | None) -> Change:
+            assert record is not None  # runs are never removed
+            assignment, text = self._replanned(name)
+            dealt.append(assignment)
+            return replanned(record, text, who)
+
+        return await self.change(self.run(name).name, rule, request=request, dealt=dealt)
+
+    def _replanned(self, run: str) -> tuple[AssignmentRecord, str]:
+        """Returns a run's groups dealt anew, and what changes by that, in words.
+
+        Groups of which nothing is known count by their estimated cost, at the others' speed.
+        """
+        assignment = self.assignment(run)
+        measured = {
+            spec: self._seconds[run][spec.name] for spec in assignment.groups if spec.name in self._seconds.get(run, {})
+        }
+        if not measured:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"no inversion of run {run!r} has been measured since the controller began; ask again later",
+            )
+        speed = sum(measured.values()) / (sum(spec.cost for spec in measured) or 1.0)
+        seconds = {spec.name: measured.get(spec, spec.cost * speed) for spec in assignment.groups}
+        before, after = assignment, _dealt(replace(assignment, seconds=seconds), self._takers())
+        moved = sum(owner != before.owner_by_group.get(group) for group, owner in after.owner_by_group.items())
+        return after, (
+            f"groups dealt anew from {len(measured)} measured inversions: {moved} of {len(seconds)} moved; the busiest "
+            f"owner has {_busiest(after, seconds):.3g} s of inversions, before {_busiest(before, seconds):.3g} s"
+        )
 
     async def events(self, run: str, after: int, limit: int) -> list[EventRecord]:
         """Returns at most `limit` events of a run after the event `after`, oldest first."""
@@ -161,6 +231,7 @@ class Ledger:
         request: Request | None = None,
         config: str | None = None,
         groups: Groups | None = None,
+        dealt: Sequence[AssignmentRecord] = (),
     ) -> run_pb2.Run:
         """Applies a rule to a run, durably. Once begun it completes, even if its caller goes away.
 
@@ -170,6 +241,7 @@ class Ledger:
             request: The mutation's identity; one answered before gets the same answer, and nothing changes.
             config: The run's new configuration.
             groups: The run's new groups, dealt at once.
+            dealt: Who is to invert what from now on; the rule may fill it.
 
         Returns:
             The run's message after the change.
@@ -179,7 +251,8 @@ class Ledger:
                 RESOURCE_EXHAUSTED: too many runs.
             EnvironmentFault: The file can't be written; nothing was changed.
         """
-        return await self._completed(self._change(name, rule, request=request, config=config, groups=groups))
+        work = self._change(name, rule, request=request, config=config, groups=groups, dealt=dealt)
+        return await self._completed(work)
 
     def note(self, name: str, **fields: Any) -> None:
         """Notes new values of a record's fields, to be committed with its next change or flush."""
@@ -196,6 +269,16 @@ class Ledger:
         if changed:
             await self._completed(self._put_owners(changed))
 
+    async def drain(self, owner_id: str, draining: bool, who: str, request: Request) -> inversion_pb2.Owner:
+        """Lets an owner have no new jobs, or have them again; its groups are dealt at once.
+
+        Raises:
+            Refusal: NOT_FOUND; FAILED_PRECONDITION: no other owner would take jobs; INVALID_ARGUMENT: the request id
+                was used for another request.
+            EnvironmentFault: The file can't be written; nothing was changed.
+        """
+        return await self._completed(self._drain(owner_id, draining, who, request))
+
     async def close(self) -> None:
         """Completes running transactions, commits what was noted and closes the store."""
         while self._tasks:
@@ -207,13 +290,20 @@ class Ledger:
             self._store.close()
 
     async def _change(
-        self, name: str, rule: Rule, *, request: Request | None, config: str | None, groups: Groups | None
+        self,
+        name: str,
+        rule: Rule,
+        *,
+        request: Request | None,
+        config: str | None,
+        groups: Groups | None,
+        dealt: Sequence[AssignmentRecord],
     ) -> run_pb2.Run:
         async with self._lock:
             if request is not None:
                 known = await self._in_thread(self._store.answer, request.request_id)
                 if known is not None:
-                    return _repeated(known, request)
+                    return run_pb2.Run.FromString(_repeated(known, request))
             before = self._runs.get(name)
             with self._taken_notes([name]) as notes:
                 change = rule(replace(before, **notes.get(name, {})) if before else None)
@@ -229,7 +319,7 @@ class Ledger:
                 await self._commit(
                     Batch(
                         runs=updates,
-                        assignments=(self._with_groups(name, groups),) if groups else (),
+                        assignments=(*dealt, *([self._with_groups(name, groups)] if groups else ())),
                         answer=_answer(request, run) if request else None,
                     )
                 )
@@ -248,26 +338,57 @@ class Ledger:
 
     async def _put_owners(self, changed: Sequence[OwnerRecord]) -> None:
         async with self._lock:
-            owners = _with_changes(self._owners, changed)
-            forgotten = _forgettable(owners)
-            live = [owner.owner_id for owner in owners.values() if owner.live]
-            events = tuple(_owner_event(self._owners.get(owner.owner_id), owner) for owner in changed)
-            updates, assignments = [], []
-            for record in self._runs.values():
-                told = () if record.state.ended else tuple(event for event in events if event is not None)
-                moved = replace(record, live_owners=len(live))
-                if moved != record or told:
-                    updates.append(_update(record, Change(moved, told)))
-                if not record.state.ended and record.name in self._assignments:
-                    assignments.append(_dealt(self._assignments[record.name], live))
-            await self._commit(
-                Batch(
-                    runs=tuple(updates),
-                    assignments=tuple(assignments),
-                    owners=tuple(changed),
-                    forgotten_owners=forgotten,
+            # Whoever says where an owner is knows nothing of whether it is drained.
+            known = self._owners
+            changed = [
+                replace(owner, draining=known[owner.owner_id].draining) if owner.owner_id in known else owner
+                for owner in changed
+            ]
+            events = (_owner_event(known.get(owner.owner_id), owner) for owner in changed)
+            await self._commit(self._with_owners(changed, [event for event in events if event is not None]))
+
+    async def _drain(self, owner_id: str, draining: bool, who: str, request: Request) -> inversion_pb2.Owner:
+        async with self._lock:
+            known = await self._in_thread(self._store.answer, request.request_id)
+            if known is not None:
+                return inversion_pb2.Owner.FromString(_repeated(known, request))
+            before = self.owner(owner_id)
+            others = [owner_id for owner_id in self._takers() if owner_id != before.owner_id]
+            if draining and before.takes_jobs and not others:
+                raise Refusal(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"owner {owner_id!r} is the only one that takes jobs; start another one first",
                 )
-            )
+            after = replace(before, draining=draining)
+            kind, what = ("owner_drained", "no new jobs") if draining else ("owner_undrained", "jobs again")
+            events = [Event(kind=kind, text=f"owner {owner_id} gets {what}, asked for by {who}")]
+            batch = self._with_owners([after], events) if after != before else Batch()
+            await self._commit(replace(batch, answer=_answer(request, after.message())))
+            return after.message()
+
+    def _with_owners(self, changed: Sequence[OwnerRecord], events: Sequence[Event]) -> Batch:
+        """Returns what becomes of runs and their groups when owners have changed."""
+        owners = _with_changes(self._owners, changed)
+        live = sum(owner.live for owner in owners.values())
+        takers = [owner.owner_id for owner in owners.values() if owner.takes_jobs]
+        updates, assignments = [], []
+        for record in self._runs.values():
+            told = () if record.state.ended else tuple(events)
+            moved = replace(record, live_owners=live)
+            if moved != record or told:
+                updates.append(_update(record, Change(moved, told)))
+            if not record.state.ended and record.name in self._assignments:
+                assignments.append(_dealt(self._assignments[record.name], takers))
+        return Batch(
+            runs=tuple(updates),
+            assignments=tuple(assignments),
+            owners=tuple(changed),
+            forgotten_owners=_forgettable(owners),
+        )
+
+    def _takers(self) -> list[str]:
+        """Returns the names of the owners that groups are dealt to."""
+        return [owner.owner_id for owner in self.live_owners() if owner.takes_jobs]
 
     async def _commit(self, batch: Batch) -> None:
         """Makes a batch durable, without assignments that are as they were, and then known to everybody."""
@@ -294,7 +415,7 @@ class Ledger:
 
     def _with_groups(self, name: str, groups: Groups) -> AssignmentRecord:
         assignment = replace(self.assignment(name), policy=groups.policy, groups=groups.specs)
-        return _dealt(assignment, [owner.owner_id for owner in self.live_owners()])
+        return _dealt(assignment, self._takers())
 
     async def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -317,21 +438,33 @@ def _update(before: RunRecord | None, change: Change, config: str | None = None)
     return RunUpdate(record=record, message=record.message().SerializeToString(), events=change.events, config=config)
 
 
-def _answer(request: Request, run: run_pb2.Run) -> Answer:
-    return Answer(request_id=request.request_id, request_digest=request.digest, message=run.SerializeToString())
+def _answer(request: Request, response: Message) -> Answer:
+    return Answer(request_id=request.request_id, request_digest=request.digest, message=response.SerializeToString())
 
 
-def _repeated(known: Answer, request: Request) -> run_pb2.Run:
+def _repeated(known: Answer, request: Request) -> bytes:
     if known.request_digest != request.digest:
         raise Refusal(
             grpc.StatusCode.INVALID_ARGUMENT,
             f"request_id {request.request_id!r} was used for another request; every new request needs a new one",
         )
-    return run_pb2.Run.FromString(known.message)
+    return known.message
+
+
+def _busiest(assignment: AssignmentRecord, seconds: Mapping[GroupName, float]) -> float:
+    """Returns the seconds of inversions that the owner with most of them has."""
+    sums: Counter[str] = Counter()
+    for group, owner in assignment.owner_by_group.items():
+        sums[owner] += seconds.get(group, 0.0)  # pyright: ignore[reportArgumentType] - a Counter of seconds
+    return max(sums.values(), default=0.0)
 
 
 def _dealt(assignment: AssignmentRecord, live: Sequence[str]) -> AssignmentRecord:
-    owner_by_group = assign(assignment.groups, live, assignment.policy)
+    if assignment.seconds:
+        measured = [replace(spec, cost=assignment.seconds.get(spec.name, spec.cost)) for spec in assignment.groups]
+        owner_by_group = assign(measured, live, "lpt")
+    else:
+        owner_by_group = assign(assignment.groups, live, assignment.policy)
     if owner_by_group == assignment.owner_by_group:
         return assignment
     return replace(assignment, owner_by_group=owner_by_group, revision=assignment.revision + 1)

@@ -12,10 +12,11 @@ from typing_extensions import override
 from kfdist.control import run_rules, validation
 from kfdist.control.exporter import Exporter
 from kfdist.control.leases import Members
-from kfdist.control.ledger import Groups, Ledger
+from kfdist.control.ledger import Groups, Ledger, Request
 from kfdist.control.run_rules import Change, Event, OwnerRecord, RunRecord
 from kfdist.control.series import Sender
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membership_pb2_grpc
+from kfdist.rpc.authentication import caller_of
 from kfdist.rpc.beats import groups_of, in_force_of, samples_of, settings_message
 from kfdist.rpc.status import Refusal, answers, streams
 from kfdist.types import MetricSample
@@ -107,6 +108,26 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             owners=self._owners(),
         )
 
+    @override
+    @answers
+    async def DrainOwner(
+        self, request: membership_pb2.DrainOwnerRequest, context: Any
+    ) -> membership_pb2.DrainOwnerResponse:
+        return membership_pb2.DrainOwnerResponse(owner=await self._drain("DrainOwner", request, context, draining=True))
+
+    @override
+    @answers
+    async def UndrainOwner(
+        self, request: membership_pb2.UndrainOwnerRequest, context: Any
+    ) -> membership_pb2.UndrainOwnerResponse:
+        owner = await self._drain("UndrainOwner", request, context, draining=False)
+        return membership_pb2.UndrainOwnerResponse(owner=owner)
+
+    async def _drain(self, method: str, request: Any, context: Any, *, draining: bool) -> inversion_pb2.Owner:
+        validation.check_request_id(request.request_id)
+        identity = Request.of(method, request)
+        return await self._ledger.drain(request.owner_id, draining, caller_of(context), identity)
+
     async def _hear_worker(self, request: membership_pb2.HeartbeatRequest) -> membership_pb2.HeartbeatResponse:
         beat = request.worker
         record = self._ledger.run(beat.run)
@@ -124,6 +145,8 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             self._members.release_worker(beat.run, beat.worker_rank)
         else:
             self._members.hear_worker(beat.run, beat.epoch, beat.worker_rank)
+        if beat.inversion_seconds:
+            self._ledger.measure(beat.run, beat.inversion_seconds)
         if beat.worker_rank == 0 and not record.state.ended:
             if samples:
                 self._ledger.note(beat.run, gauges=self._exporter.gauges_of(beat.run, sender))
@@ -169,10 +192,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
 
     def _owners(self) -> list[inversion_pb2.Owner]:
         """Returns the messages of the live owners, as couriers get them."""
-        return [
-            inversion_pb2.Owner(owner_id=owner.owner_id, address=owner.address, fingerprint=owner.fingerprint)
-            for owner in self._ledger.live_owners()
-        ]
+        return [owner.message() for owner in self._ledger.live_owners()]
 
     def _bounded(self, request: membership_pb2.HeartbeatRequest) -> list[MetricSample]:
         surplus = len(request.samples) - validation.MAX_SAMPLES

@@ -3,7 +3,7 @@
 The rules are pure functions from a record to a `Change`: nothing here stores, sends or reads a clock.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ConfigDict
 
 from kfdist.policies import tuning
-from kfdist.rpc._generated.kfdist.v1 import run_pb2
+from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, run_pb2
 from kfdist.rpc.beats import method_settings_message
 from kfdist.rpc.status import Refusal
 from kfdist.types import Desired, GroupName, GroupSpec, InForce, RunSettings, Value
@@ -36,6 +36,9 @@ class RunState(StrEnum):
         """Whether only a new start can move the run on."""
         return self in (RunState.STOPPED, RunState.FINISHED, RunState.FAILED)
 
+
+SHOWN_GROUPS = 8
+"""Groups that an event names."""
 
 MOST_ASKED = 64
 """Requests whose texts are kept until the ranks obey them."""
@@ -132,6 +135,7 @@ class OwnerRecord:
         restarts: Earlier starts under this name.
         pid: Its process.
         live: Whether it was alive within the lease when this was written.
+        draining: Whether it is to get no new jobs.
     """
 
     owner_id: str
@@ -140,6 +144,18 @@ class OwnerRecord:
     restarts: int = 0
     pid: int = 0
     live: bool = True
+    draining: bool = False
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether groups are dealt to it."""
+        return self.live and not self.draining
+
+    def message(self) -> inversion_pb2.Owner:
+        """Returns the message that members get of it."""
+        return inversion_pb2.Owner(
+            owner_id=self.owner_id, address=self.address, fingerprint=self.fingerprint, draining=self.draining
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +168,7 @@ class AssignmentRecord:
         groups: The run's groups, as rank 0 registered them.
         owner_by_group: The owner of each group; empty without owners.
         revision: Rises whenever `owner_by_group` changes.
+        seconds: What inversions took, by group, if users wanted the groups dealt by that; else empty.
     """
 
     run: str
@@ -159,6 +176,7 @@ class AssignmentRecord:
     groups: tuple[GroupSpec, ...] = ()
     owner_by_group: Mapping[GroupName, str] = field(default_factory=dict)
     revision: int = 0
+    seconds: Mapping[GroupName, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +225,8 @@ def started(record: RunRecord, *, epoch: int, world_size: int) -> Change:
         record = _reset(record)
     opened = replace(
         record,
+        # The new start's ranks have seen no request for fresh inverses, and must not take an old one for a new one.
+        settings=replace(record.settings, refresh_serial=0, refresh=()),
         epoch=epoch,
         world_size=world_size,
         begun=False,
@@ -336,6 +356,37 @@ def checkpointed(record: RunRecord, who: str) -> Change:
     return Change(moved, (_request("checkpoint_requested", f"checkpoint {serial}", moved, who),))
 
 
+def refreshed(record: RunRecord, groups: Sequence[GroupName], who: str) -> Change:
+    """Notes a request for fresh inverses.
+
+    Args:
+        record: The run.
+        groups: Of which groups; none: of all.
+        who: Who asks.
+
+    Raises:
+        Refusal: FAILED_PRECONDITION: the run has ended.
+    """
+    _check_steerable(record)
+    shown = ", ".join(groups[:SHOWN_GROUPS]) + (
+        f" and {len(groups) - SHOWN_GROUPS} more" * (len(groups) > SHOWN_GROUPS)
+    )
+    what = f"inversion of {shown or 'all blocks'} at the step after"
+    serial = record.settings.refresh_serial + 1
+    moved = _asked(record, what, refresh_serial=serial, refresh=tuple(groups))
+    return Change(moved, (_request("refresh_requested", what, moved, who),))
+
+
+def replanned(record: RunRecord, text: str, who: str) -> Change:
+    """Notes that the groups are dealt to owners anew.
+
+    Raises:
+        Refusal: FAILED_PRECONDITION: the run has ended.
+    """
+    _check_steerable(record)
+    return Change(record, (Event(kind="replanned", text=f"{text}; asked for by {who}"),))
+
+
 def timestamp(time_ns: int) -> Timestamp:
     """Returns the message of a time in nanoseconds since 1970."""
     return Timestamp(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
@@ -357,6 +408,8 @@ def _reset(record: RunRecord) -> RunRecord:
         desired=Desired.RUNNING,
         changes={},
         checkpoint_serial=0,
+        refresh_serial=0,
+        refresh=(),
     )
     return replace(record, settings=settings, asked=())
 

@@ -1,12 +1,10 @@
 """RunService: users create, watch and steer runs."""
 
-import hashlib
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from google.protobuf.message import Message
 from typing_extensions import override
 
 from kfdist.checks import count
@@ -48,7 +46,7 @@ class RunService(run_pb2_grpc.RunServiceServicer):
             )
 
         run = await self._ledger.change(
-            request.name, rule, request=_identity("Create", request.request_id, request), config=request.config
+            request.name, rule, request=Request.of("Create", request), config=request.config
         )
         return run_pb2.CreateResponse(run=run)
 
@@ -108,6 +106,24 @@ class RunService(run_pb2_grpc.RunServiceServicer):
 
     @override
     @answers
+    async def Refresh(self, request: run_pb2.RefreshRequest, context: Any) -> run_pb2.RefreshResponse:
+        who = caller_of(context)
+
+        def rule(record: RunRecord) -> Change:
+            known = [spec.name for spec in self._ledger.assignment(record.name).groups]
+            return run_rules.refreshed(record, validation.matching_groups(request.groups, known), who)
+
+        return run_pb2.RefreshResponse(run=await self._steer("Refresh", request, rule))
+
+    @override
+    @answers
+    async def Replan(self, request: run_pb2.ReplanRequest, context: Any) -> run_pb2.ReplanResponse:
+        validation.check_request_id(request.request_id)
+        run = await self._ledger.replan(request.name, caller_of(context), Request.of("Replan", request))
+        return run_pb2.ReplanResponse(run=run)
+
+    @override
+    @answers
     async def Stop(self, request: run_pb2.StopRequest, context: Any) -> run_pb2.StopResponse:
         return run_pb2.StopResponse(run=await self._wish("Stop", request, context, Desired.STOPPED))
 
@@ -143,9 +159,4 @@ class RunService(run_pb2_grpc.RunServiceServicer):
             assert record is not None  # runs are never removed
             return rule(record)
 
-        return await self._ledger.change(name, known, request=_identity(method, request.request_id, request))
-
-
-def _identity(method: str, request_id: str, request: Message) -> Request:
-    content = f"{method}\n".encode() + request.SerializeToString(deterministic=True)
-    return Request(request_id=request_id, digest=hashlib.sha256(content).hexdigest())
+        return await self._ledger.change(name, known, request=Request.of(method, request))

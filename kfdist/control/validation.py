@@ -1,12 +1,13 @@
 """Checks of what callers send; each raises `ConfigError`, for callers INVALID_ARGUMENT, with the field as its path."""
 
+import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from kfdist.checks import choice, count, number
+from kfdist.checks import choice, count, number, suggestion
 from kfdist.config import PreconditionerSection
 from kfdist.config.findings import config_error
 from kfdist.control.run_rules import PHASES, OwnerRecord, RunRecord
@@ -74,6 +75,17 @@ def check_names(names: Iterable[str]) -> None:
     """Checks the names of settings that are to be as configured again."""
     for name in names:
         choice("as_configured", name, tuning.NAMES)
+
+
+def matching_groups(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Returns the groups that names or globs stand for, in the order of `known`; none for no patterns: all."""
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            hint = suggestion(pattern, known) or (
+                f"; there are {', '.join(known[:20])}" if known else "; none is known"
+            )
+            raise ConfigError(f"{pattern[:100]!r} matches no group of the run{hint}", path="groups")
+    return [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def check_owners_compute_alike(record: RunRecord, owners: Sequence[OwnerRecord]) -> None:

@@ -80,6 +80,8 @@ def settings_message(settings: RunSettings) -> membership_pb2.RunSettings:
         checkpoint_serial=settings.checkpoint_serial,
         **said,
         as_configured=[name for name, value in settings.changes.items() if value is None],
+        refresh_serial=settings.refresh_serial,
+        refresh=settings.refresh,
     )
 
 
@@ -90,6 +92,8 @@ def settings_of(message: membership_pb2.RunSettings) -> RunSettings:
         desired=Desired(message.desired) if message.desired in set(Desired) else Desired.RUNNING,
         checkpoint_serial=message.checkpoint_serial,
         changes=changes_of(message),
+        refresh_serial=message.refresh_serial,
+        refresh=tuple(message.refresh),
     )
 
 

@@ -193,7 +193,7 @@ def _pipeline(
     timetable = Timetable(schedules, tracks, seed=settings.seed, rank=rank, world_size=world_size, settings=settings)
     book = JobBook(link, {track.group.name: track.jobs for track in tracks})
     in_force = SettingsInForce(settings, groups)
-    agreement = Agreement(TableExchange(communicators.table), link, rank, in_force)
+    agreement = Agreement(TableExchange(communicators.table), link, rank, in_force, [group.name for group in groups])
     wait_limit = settings.adoption.wait_limit_seconds
     exchange = SnapshotExchange(
         tracks, communicators.snapshots, book, agreement, counters, wait_limit_seconds=wait_limit

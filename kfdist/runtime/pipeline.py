@@ -193,6 +193,7 @@ class Pipeline:
         self.adopting.settle(step)
         self.next_step = step + 1
         self.timetable.follow(self.in_force.settings, self.next_step)
+        self.timetable.fresh = self.agreement.take_fresh()
         self.arm()
         return StepReport(
             step=step,

@@ -1,5 +1,7 @@
 """Which owner a courier tries next, from what it was told and what it went through."""
 
+from dataclasses import replace
+
 import pytest
 
 from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
@@ -120,3 +122,16 @@ def test_only_owners_of_the_fingerprint_or_of_none_that_is_known(directory):
     assert set(order(directory, "cpu")) == {"a", "c"}
     assert set(order(directory, "gpu")) == {"b", "c"}
     assert set(order(directory, "")) == {"a", "b", "c"}
+
+
+def test_a_drained_owner_gets_no_new_jobs_and_keeps_those_it_has() -> None:
+    directory = OwnerDirectory()
+    first, second = (KnownOwner(owner_id=name, address="127.0.0.1:1") for name in ("owner-0", "owner-1"))
+    directory.update([first, second])
+    directory.assign({"g": "owner-0"})
+    directory.update([replace(first, draining=True), second])
+    assert [owner.owner_id for owner in directory.order("g", "")] == ["owner-1"]
+    assert directory.is_current(first), "calls to it go on"
+    assert not directory.takes_jobs(first) and directory.takes_jobs(second)
+    directory.update([first, second])
+    assert directory.takes_jobs(first)

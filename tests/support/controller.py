@@ -164,6 +164,7 @@ class Member:
         phase: str = "running",
         samples: tuple[Any, ...] = (),
         in_force: InForce | None = None,
+        inversion_seconds: Mapping[str, float] | None = None,
     ) -> Any:
         beat = membership_pb2.WorkerBeat(
             run=run,
@@ -171,6 +172,7 @@ class Member:
             worker_rank=rank,
             step=step,
             phase=phase,
+            inversion_seconds=inversion_seconds,
             in_force=None if in_force is None else in_force_message(in_force),
         )
         return self.send(membership_pb2.HeartbeatRequest(worker=beat, samples=samples))

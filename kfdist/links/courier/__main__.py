@@ -101,6 +101,7 @@ class Courier:
             settings_changed=lambda settings: rank.tell(NewSettings(settings=settings)),
             count=self._count,
             fenced=self._fence,
+            inversion_seconds=self._dispatcher.seconds,
         )
 
     async def run(self) -> None:

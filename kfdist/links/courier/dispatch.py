@@ -38,6 +38,9 @@ _LARGEST_STRETCH = 8
 _LONGEST_LOOK_AWAY_SECONDS = 0.5
 _WARNING_PERIOD_SECONDS = 10.0
 _PROBE_SECONDS = 1.0
+_KEPT_OF_SECONDS = 0.7
+"""What the average of a group's inversion seconds keeps of the old ones."""
+
 _POOL_START_SECONDS = 20.0
 """Ranks and pool start together, and the pool takes longer; only later is a want of owners worth a word."""
 
@@ -87,7 +90,11 @@ class _Parcel:
 
 
 class Dispatcher:
-    """Carries jobs to owners, one task a job."""
+    """Carries jobs to owners, one task a job.
+
+    Attributes:
+        seconds: What recent inversions took, by group: a moving average.
+    """
 
     def __init__(
         self,
@@ -118,6 +125,7 @@ class Dispatcher:
         self._changed = asyncio.Event()
         self._begun = time.monotonic()
         self._quiet_until = 0.0
+        self.seconds: dict[str, float] = {}
 
     def submit(self, group: asyncio.TaskGroup, submit: Submit, input_descriptor: int, output_descriptor: int) -> None:
         """Takes a job over, and its descriptors with it.
@@ -152,6 +160,7 @@ class Dispatcher:
         try:
             payload = _map(input_descriptor, submit.payload_bytes)
             header, result = await self._invert(_Parcel(submit=submit, payload=payload))
+            self._measure(submit.group, header.seconds)
             # In the event loop, as a thread might still write when this task is cancelled and its descriptor reused.
             write_at(output_descriptor, 0, result)
             self._done(
@@ -167,6 +176,10 @@ class Dispatcher:
             os.close(input_descriptor)
             os.close(output_descriptor)
 
+    def _measure(self, group: str, seconds: float) -> None:
+        before = self.seconds.get(group, seconds)
+        self.seconds[group] = _KEPT_OF_SECONDS * before + (1 - _KEPT_OF_SECONDS) * seconds
+
     async def _invert(self, parcel: _Parcel) -> tuple[InvertResultHeader, bytearray]:
         """Tries owners until one has done the job."""
         while True:
@@ -177,8 +190,8 @@ class Dispatcher:
                 self._learn(owner, parcel, AttemptFailed(Reason.REFUSED, str(fault), owner_at_fault=True))
                 continue
             async with connection.slots:
-                if not self._directory.is_current(owner) or self._directory.is_suspended(owner):
-                    continue  # It fell ill while this job waited for it.
+                if not self._directory.takes_jobs(owner):
+                    continue  # It fell ill or was drained while this job waited for it.
                 parcel.attempts += 1
                 try:
                     answer = await attempt(connection.stub, self._header(parcel), parcel.payload, self._count)
@@ -265,7 +278,9 @@ class Dispatcher:
     def _explain_waiting(self, parcel: _Parcel) -> None:
         owners = self._directory.owners
         fingerprint = parcel.submit.fingerprint
-        if not owners and time.monotonic() - self._begun > _POOL_START_SECONDS:
+        if owners and all(owner.draining for owner in owners):
+            self._warn("every owner is drained; jobs wait until one isn't (kfdist undrain OWNER) or another comes")
+        elif not owners and time.monotonic() - self._begun > _POOL_START_SECONDS:
             self._warn("no owner is known yet; jobs wait for one (is the pool running?)")
         elif owners and not self._directory.matching(fingerprint):
             others = sorted({owner.fingerprint for owner in owners})

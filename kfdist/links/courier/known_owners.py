@@ -26,11 +26,13 @@ class KnownOwner:
         owner_id: Its name, kept over restarts.
         address: Where it listens, "host:port".
         fingerprint: What its numbers depend on; empty if unknown.
+        draining: Whether it is to get no new jobs.
     """
 
     owner_id: str
     address: str
     fingerprint: str = ""
+    draining: bool = False
 
 
 @dataclass
@@ -88,7 +90,9 @@ class OwnerDirectory:
         """
         now = self._clock()
         usable = [
-            owner_id for owner_id in self.matching(fingerprint) if self._standing[owner_id].suspended_until <= now
+            owner_id
+            for owner_id in self.matching(fingerprint)
+            if self._standing[owner_id].suspended_until <= now and not self._owners[owner_id].draining
         ]
         ranked = rendezvous(group, usable)
         assigned = self._assigned.get(group)
@@ -107,6 +111,10 @@ class OwnerDirectory:
         """Tells whether an owner is still where it was."""
         current = self._owners.get(owner.owner_id)
         return current is not None and current.address == owner.address
+
+    def takes_jobs(self, owner: KnownOwner) -> bool:
+        """Tells whether an owner that was chosen before is still where it was, is well, and isn't drained."""
+        return self.is_current(owner) and not self.is_suspended(owner) and not self._owners[owner.owner_id].draining
 
     def suspend(self, owner: KnownOwner) -> None:
         """Leaves an owner alone for a while, longer each time in a row."""

@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import grpc
 import grpc.aio
@@ -60,6 +61,7 @@ class ControllerSession:
         settings_changed: Callable[[RunSettings], None],
         count: Callable[[LinkCounters], None],
         fenced: Callable[[str], None],
+        inversion_seconds: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Begins without a connection.
 
@@ -70,6 +72,7 @@ class ControllerSession:
             settings_changed: Called with newer settings of the run.
             count: Called with the samples that find no place while the controller is away.
             fenced: Called with the reason when the controller knows a newer start of the run.
+            inversion_seconds: What recent inversions took, by group; it may change at any time.
         """
         self._setup = setup
         self._context = setup.context
@@ -79,6 +82,7 @@ class ControllerSession:
         self._count = count
         self._fenced = fenced
         self.in_force: InForce | None = None
+        self._inversion_seconds = inversion_seconds
         self._revision = 0
         self._step, self._phase = 0, "running"
         self._samples: deque[MetricSample] = deque()
@@ -210,6 +214,7 @@ class ControllerSession:
             worker_rank=self._context.worker_rank,
             step=self._step,
             phase=self._phase,
+            inversion_seconds=self._inversion_seconds,
             in_force=None if self.in_force is None else in_force_message(self.in_force),
         )
 
@@ -230,7 +235,12 @@ class ControllerSession:
 
     def _learn_owners(self, owners: Iterable[inversion_pb2.Owner]) -> None:
         self._directory.update(
-            KnownOwner(owner_id=owner.owner_id, address=owner.address, fingerprint=owner.fingerprint)
+            KnownOwner(
+                owner_id=owner.owner_id,
+                address=owner.address,
+                fingerprint=owner.fingerprint,
+                draining=owner.draining,
+            )
             for owner in owners
         )
         self._owners_changed()

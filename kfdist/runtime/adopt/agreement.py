@@ -12,7 +12,7 @@ from kfdist.links.link import AbstractLink
 from kfdist.policies import tuning
 from kfdist.policies.adoption import ABSENT, AdoptionLedger, AgreedTable, decode_table, encode_table
 from kfdist.runtime.in_force import SettingsInForce
-from kfdist.types import Desired, MetricSample, Obeyed, RunSettings
+from kfdist.types import Desired, GroupName, MetricSample, Obeyed, RunSettings
 
 WAITING_ROUND_SECONDS = 1.0
 """Longest a rank blocks on its own between two agreed rounds, so that a waiting run still hears stop and resume."""
@@ -33,6 +33,7 @@ class Agreement:
         link: Rank 0's is where new settings arrive.
         worker_rank: This rank.
         in_force: The settings of the method, which it changes.
+        groups: The names of all groups, which users may want inverted.
 
     Attributes:
         settings: What all ranks obey.
@@ -41,12 +42,21 @@ class Agreement:
         biases: What all ranks together know of the blocks' biases (`kfdist.capture.biases`), as of the last table.
     """
 
-    def __init__(self, table: TableExchange, link: AbstractLink, worker_rank: int, in_force: SettingsInForce) -> None:
+    def __init__(
+        self,
+        table: TableExchange,
+        link: AbstractLink,
+        worker_rank: int,
+        in_force: SettingsInForce,
+        groups: Sequence[GroupName] = (),
+    ) -> None:
         self._table = table
         self._link = link
         self._worker_rank = worker_rank
         self._step = 0
         self._obeyed: list[Obeyed] = []
+        self._groups = tuple(groups)
+        self._fresh: set[GroupName] = set()
         self._stop_requested = False
         self.in_force = in_force
         self.settings = RunSettings()
@@ -104,6 +114,11 @@ class Agreement:
 
     # What users ask for ----------------------------------------------------------------------------------------------
 
+    def take_fresh(self) -> frozenset[GroupName]:
+        """Returns the groups that users want inverted since the last call, whatever their period."""
+        fresh, self._fresh = frozenset(self._fresh), set()
+        return fresh
+
     def request_stop(self) -> None:
         """This rank was asked to stop; all ranks will know at the same step. Safe to call from a signal handler."""
         self._stop_requested = True
@@ -128,7 +143,10 @@ class Agreement:
         if revision <= self.settings.revision:
             return
         heard = self._link.settings() if self._worker_rank == 0 else RunSettings()
-        self.settings = _decode(self._table.share(_encode(heard)))
+        before = self.settings
+        self.settings = _decode(self._table.share(_encode(heard, self._groups)), self._groups)
+        if self.settings.refresh_serial > before.refresh_serial:
+            self._fresh |= set(self.settings.refresh)
         refused = self.in_force.take(self.settings.changes)
         obeyed = Obeyed(revision=self.settings.revision, step=self._step, refused=refused)
         self._obeyed = [*self._obeyed, obeyed][-_TOLD_REVISIONS:]
@@ -198,19 +216,24 @@ class Agreement:
         self._link.beat(step, phase, samples)
 
 
-def _encode(settings: RunSettings) -> list[float]:
+def _encode(settings: RunSettings, groups: Sequence[GroupName]) -> list[float]:
     return [
         float(settings.revision),
         float(_DESIRED.index(settings.desired)),
         float(settings.checkpoint_serial),
+        float(settings.refresh_serial),
         *tuning.encode(settings.changes),
+        *(float(not settings.refresh or group in settings.refresh) for group in groups),
     ]
 
 
-def _decode(values: Sequence[float]) -> RunSettings:
+def _decode(values: Sequence[float], groups: Sequence[GroupName]) -> RunSettings:
+    names, wanted = len(tuning.NAMES), values[4 + len(tuning.NAMES) :]
     return RunSettings(
         revision=int(values[0]),
         desired=_DESIRED[int(values[1])],
         checkpoint_serial=int(values[2]),
-        changes=tuning.decode(values[3:]),
+        refresh_serial=int(values[3]),
+        changes=tuning.decode(values[4 : 4 + names]),
+        refresh=tuple(group for group, is_wanted in zip(groups, wanted, strict=True) if is_wanted),
     )

@@ -11,7 +11,7 @@ from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.settings import Settings
 from kfdist.runtime.track import Track
 from kfdist.seeds import block_seed, rank_seed
-from kfdist.types import BlockName
+from kfdist.types import BlockName, GroupName
 
 _BOTH = frozenset({"A", "G"})
 
@@ -52,6 +52,7 @@ class Timetable:
 
     Attributes:
         stages: How the periods have changed while the run trained; empty where they haven't.
+        fresh: The groups that are folded and inverted at the step that is done next, whatever their period.
 
     Raises:
         ConfigError: A method's own period doesn't fit the run's.
@@ -73,6 +74,7 @@ class Timetable:
         self._world_size = world_size
         self._followed = settings
         self.stages: list[list[int]] = []
+        self.fresh: frozenset[GroupName] = frozenset()
         self._go_by(schedules)
 
     def follow(self, settings: Settings, begin: int) -> None:
@@ -134,20 +136,24 @@ class Timetable:
 
     def folds(self, track: Track, step: int) -> bool:
         """Says whether the group's sums are folded."""
-        return self._at(step).folds(track.group.index, step) or (track.starves and not track.group.inverter.patient)
+        hurries = (track.starves and not track.group.inverter.patient) or track.group.name in self.fresh
+        return hurries or self._at(step).folds(track.group.index, step)
 
     def inverts(self, track: Track, step: int) -> bool:
         """Says whether the group's sums are reduced, for an inversion."""
-        return self._at(step).inverts(track.group.index, step) or self._retries(track, step)
+        return self._at(step).inverts(track.group.index, step) or self._out_of_turn(track, step)
 
     def updates(self, track: Track, step: int) -> bool:
         """Says whether the group has a job; online methods have them more often than inversions."""
         index, schedule = track.group.index, self._at(step)
-        return schedule.due(index, step, self._periods[schedule.begin][index]) or self._retries(track, step)
+        return schedule.due(index, step, self._periods[schedule.begin][index]) or self._out_of_turn(track, step)
 
-    def _retries(self, track: Track, step: int) -> bool:
-        """Says whether a group that starves is tried again: at once or, where its method is patient, when it folds."""
-        return track.starves and self.folds(track, step)
+    def _out_of_turn(self, track: Track, step: int) -> bool:
+        """Says whether a group is inverted out of turn: as users want it, or because it starves.
+
+        One that starves is tried again at once or, where its method is patient, when it folds.
+        """
+        return track.group.name in self.fresh or (track.starves and self.folds(track, step))
 
     def due(self, step: int) -> Due:
         """Returns what is due at `step`."""

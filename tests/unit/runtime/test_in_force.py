@@ -16,7 +16,7 @@ from kfdist.policies.staleness import Asap, FixedLag
 from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.track import Track
-from kfdist.types import RunSettings, Value
+from kfdist.types import Desired, RunSettings, Value
 from tests.support.faulty.link import FaultyLink
 from tests.support.plans import planned
 
@@ -164,6 +164,21 @@ def test_periods_change_one_step_after_the_agreed_one() -> None:
     # Said before step 5; the table started at its end is complete at step 6, whose measurements had begun.
     assert [step for step, versions in enumerate(run.adopted) if len(versions) == 2] == [0, 7]
     assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 2, 4, 6, 7, 10, 13]
+    run.pre.close()
+
+
+def test_users_may_want_blocks_inverted_out_of_turn_and_get_it_once() -> None:
+    run = Run(inverse_period=12)
+    run.steps(4)
+    run.link.wanted = RunSettings(revision=1, refresh_serial=1, refresh=("0",))
+    run.steps(3)
+    run.link.wanted = RunSettings(revision=2, refresh_serial=1, refresh=("0",), desired=Desired.RUNNING)
+    run.steps(3)
+    run.link.wanted = RunSettings(revision=3, refresh_serial=2)
+    run.steps(6)
+    # Said before steps 4, 7 and 10; agreed on one later, inverted one after that; phases are 0 and 6.
+    assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 6, 12]
+    assert [len(versions) for versions in run.adopted if versions] == [2, 2, 2]
     run.pre.close()
 
 

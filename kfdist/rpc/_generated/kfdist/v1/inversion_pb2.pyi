@@ -65,11 +65,13 @@ class ListPeersResponse(_message.Message):
     def __init__(self, owners: _Optional[_Iterable[_Union[Owner, _Mapping]]] = ...) -> None: ...
 
 class Owner(_message.Message):
-    __slots__ = ("owner_id", "address", "fingerprint")
+    __slots__ = ("owner_id", "address", "fingerprint", "draining")
     OWNER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     owner_id: str
     address: str
     fingerprint: str
-    def __init__(self, owner_id: _Optional[str] = ..., address: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    draining: bool
+    def __init__(self, owner_id: _Optional[str] = ..., address: _Optional[str] = ..., fingerprint: _Optional[str] = ..., draining: _Optional[bool] = ...) -> None: ...

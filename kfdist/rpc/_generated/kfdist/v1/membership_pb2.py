@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2 as kfdist_dot_v1_dot_inversion__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akfdist/v1/membership.proto\x12\tkfdist.v1\x1a\x19kfdist/v1/inversion.proto\"9\n\tGroupSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x63ost\x18\x02 \x01(\x01\x12\x10\n\x08position\x18\x03 \x01(\x05\"\xb8\x01\n\x15RegisterWorkerRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x13\n\x0bworker_rank\x18\x03 \x01(\x05\x12\x12\n\nworld_size\x18\x04 \x01(\x05\x12$\n\x06groups\x18\x05 \x03(\x0b\x32\x14.kfdist.v1.GroupSpec\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x12\n\nassignment\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\x03\"B\n\x16RegisterWorkerResponse\x12(\n\x08settings\x18\x01 \x01(\x0b\x32\x16.kfdist.v1.RunSettings\"V\n\x14RegisterOwnerRequest\x12\x1f\n\x05owner\x18\x01 \x01(\x0b\x32\x10.kfdist.v1.Owner\x12\x10\n\x08restarts\x18\x02 \x01(\x03\x12\x0b\n\x03pid\x18\x03 \x01(\x03\"9\n\x15RegisterOwnerResponse\x12 \n\x06owners\x18\x01 \x03(\x0b\x32\x10.kfdist.v1.Owner\"\x90\x01\n\x10HeartbeatRequest\x12\'\n\x06worker\x18\x01 \x01(\x0b\x32\x15.kfdist.v1.WorkerBeatH\x00\x12%\n\x05owner\x18\x02 \x01(\x0b\x32\x14.kfdist.v1.OwnerBeatH\x00\x12\"\n\x07samples\x18\x03 \x03(\x0b\x32\x11.kfdist.v1.SampleB\x08\n\x06member\"\x80\x01\n\nWorkerBeat\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x13\n\x0bworker_rank\x18\x03 \x01(\x05\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05phase\x18\x05 \x01(\t\x12$\n\x08in_force\x18\x06 \x01(\x0b\x32\x12.kfdist.v1.InForce\".\n\tOwnerBeat\x12\x10\n\x08owner_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x83\x01\n\x06Sample\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\x06labels\x18\x02 \x03(\x0b\x32\x1d.kfdist.v1.Sample.LabelsEntry\x12\r\n\x05value\x18\x03 \x01(\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"|\n\x11HeartbeatResponse\x12(\n\x08settings\x18\x01 \x01(\x0b\x32\x16.kfdist.v1.RunSettings\x12 \n\x06owners\x18\x02 \x03(\x0b\x32\x10.kfdist.v1.Owner\x12\x1b\n\x13\x61ssignment_revision\x18\x03 \x01(\x03\"\xc0\x03\n\x0bRunSettings\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x0f\n\x07\x64\x65sired\x18\x02 \x01(\t\x12\x19\n\x11\x63heckpoint_serial\x18\x03 \x01(\x03\x12\x14\n\x07\x64\x61mping\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07kl_clip\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rfactor_period\x18\x06 \x01(\x03H\x02\x88\x01\x01\x12\x1b\n\x0einverse_period\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x15\n\x08\x61\x64option\x18\x08 \x01(\tH\x04\x88\x01\x01\x12\x10\n\x03lag\x18\t \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nsoft_bound\x18\n \x01(\x03H\x06\x88\x01\x01\x12\x17\n\nhard_bound\x18\x0b \x01(\x03H\x07\x88\x01\x01\x12\x1a\n\rat_hard_bound\x18\x0c \x01(\tH\x08\x88\x01\x01\x12\x15\n\ras_configured\x18\r \x03(\tB\n\n\x08_dampingB\n\n\x08_kl_clipB\x10\n\x0e_factor_periodB\x11\n\x0f_inverse_periodB\x0b\n\t_adoptionB\x06\n\x04_lagB\r\n\x0b_soft_boundB\r\n\x0b_hard_boundB\x10\n\x0e_at_hard_bound\"\xee\x02\n\x0eMethodSettings\x12\x14\n\x07\x64\x61mping\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07kl_clip\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rfactor_period\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x1b\n\x0einverse_period\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x15\n\x08\x61\x64option\x18\x05 \x01(\tH\x04\x88\x01\x01\x12\x10\n\x03lag\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nsoft_bound\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x17\n\nhard_bound\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x1a\n\rat_hard_bound\x18\t \x01(\tH\x08\x88\x01\x01\x42\n\n\x08_dampingB\n\n\x08_kl_clipB\x10\n\x0e_factor_periodB\x11\n\x0f_inverse_periodB\x0b\n\t_adoptionB\x06\n\x04_lagB\r\n\x0b_soft_boundB\r\n\x0b_hard_boundB\x10\n\x0e_at_hard_bound\"\xde\x01\n\x07InForce\x12)\n\x06values\x18\x01 \x01(\x0b\x32\x19.kfdist.v1.MethodSettings\x12,\n\x05\x66ixed\x18\x02 \x03(\x0b\x32\x1d.kfdist.v1.InForce.FixedEntry\x12\x13\n\x0bjob_periods\x18\x03 \x03(\x03\x12\x14\n\x0clate_damping\x18\x04 \x03(\t\x12!\n\x06obeyed\x18\x05 \x03(\x0b\x32\x11.kfdist.v1.Obeyed\x1a,\n\nFixedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\x06Obeyed\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0f\n\x07refused\x18\x03 \x01(\t\"#\n\x14GetAssignmentRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\xcc\x01\n\x15GetAssignmentResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12J\n\x0eowner_by_group\x18\x02 \x03(\x0b\x32\x32.kfdist.v1.GetAssignmentResponse.OwnerByGroupEntry\x12 \n\x06owners\x18\x03 \x03(\x0b\x32\x10.kfdist.v1.Owner\x1a\x33\n\x11OwnerByGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xde\x02\n\x11MembershipService\x12U\n\x0eRegisterWorker\x12 .kfdist.v1.RegisterWorkerRequest\x1a!.kfdist.v1.RegisterWorkerResponse\x12R\n\rRegisterOwner\x12\x1f.kfdist.v1.RegisterOwnerRequest\x1a .kfdist.v1.RegisterOwnerResponse\x12J\n\tHeartbeat\x12\x1b.kfdist.v1.HeartbeatRequest\x1a\x1c.kfdist.v1.HeartbeatResponse(\x01\x30\x01\x12R\n\rGetAssignment\x12\x1f.kfdist.v1.GetAssignmentRequest\x1a .kfdist.v1.GetAssignmentResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akfdist/v1/membership.proto\x12\tkfdist.v1\x1a\x19kfdist/v1/inversion.proto\"9\n\tGroupSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x63ost\x18\x02 \x01(\x01\x12\x10\n\x08position\x18\x03 \x01(\x05\"\xb8\x01\n\x15RegisterWorkerRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x13\n\x0bworker_rank\x18\x03 \x01(\x05\x12\x12\n\nworld_size\x18\x04 \x01(\x05\x12$\n\x06groups\x18\x05 \x03(\x0b\x32\x14.kfdist.v1.GroupSpec\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x12\n\nassignment\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\x03\"B\n\x16RegisterWorkerResponse\x12(\n\x08settings\x18\x01 \x01(\x0b\x32\x16.kfdist.v1.RunSettings\"V\n\x14RegisterOwnerRequest\x12\x1f\n\x05owner\x18\x01 \x01(\x0b\x32\x10.kfdist.v1.Owner\x12\x10\n\x08restarts\x18\x02 \x01(\x03\x12\x0b\n\x03pid\x18\x03 \x01(\x03\"9\n\x15RegisterOwnerResponse\x12 \n\x06owners\x18\x01 \x03(\x0b\x32\x10.kfdist.v1.Owner\"\x90\x01\n\x10HeartbeatRequest\x12\'\n\x06worker\x18\x01 \x01(\x0b\x32\x15.kfdist.v1.WorkerBeatH\x00\x12%\n\x05owner\x18\x02 \x01(\x0b\x32\x14.kfdist.v1.OwnerBeatH\x00\x12\"\n\x07samples\x18\x03 \x03(\x0b\x32\x11.kfdist.v1.SampleB\x08\n\x06member\"\x81\x02\n\nWorkerBeat\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x13\n\x0bworker_rank\x18\x03 \x01(\x05\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05phase\x18\x05 \x01(\t\x12$\n\x08in_force\x18\x06 \x01(\x0b\x32\x12.kfdist.v1.InForce\x12\x46\n\x11inversion_seconds\x18\x07 \x03(\x0b\x32+.kfdist.v1.WorkerBeat.InversionSecondsEntry\x1a\x37\n\x15InversionSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\".\n\tOwnerBeat\x12\x10\n\x08owner_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x83\x01\n\x06Sample\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\x06labels\x18\x02 \x03(\x0b\x32\x1d.kfdist.v1.Sample.LabelsEntry\x12\r\n\x05value\x18\x03 \x01(\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"|\n\x11HeartbeatResponse\x12(\n\x08settings\x18\x01 \x01(\x0b\x32\x16.kfdist.v1.RunSettings\x12 \n\x06owners\x18\x02 \x03(\x0b\x32\x10.kfdist.v1.Owner\x12\x1b\n\x13\x61ssignment_revision\x18\x03 \x01(\x03\"\xe9\x03\n\x0bRunSettings\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x0f\n\x07\x64\x65sired\x18\x02 \x01(\t\x12\x19\n\x11\x63heckpoint_serial\x18\x03 \x01(\x03\x12\x14\n\x07\x64\x61mping\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07kl_clip\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rfactor_period\x18\x06 \x01(\x03H\x02\x88\x01\x01\x12\x1b\n\x0einverse_period\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x15\n\x08\x61\x64option\x18\x08 \x01(\tH\x04\x88\x01\x01\x12\x10\n\x03lag\x18\t \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nsoft_bound\x18\n \x01(\x03H\x06\x88\x01\x01\x12\x17\n\nhard_bound\x18\x0b \x01(\x03H\x07\x88\x01\x01\x12\x1a\n\rat_hard_bound\x18\x0c \x01(\tH\x08\x88\x01\x01\x12\x15\n\ras_configured\x18\r \x03(\t\x12\x16\n\x0erefresh_serial\x18\x0e \x01(\x03\x12\x0f\n\x07refresh\x18\x0f \x03(\tB\n\n\x08_dampingB\n\n\x08_kl_clipB\x10\n\x0e_factor_periodB\x11\n\x0f_inverse_periodB\x0b\n\t_adoptionB\x06\n\x04_lagB\r\n\x0b_soft_boundB\r\n\x0b_hard_boundB\x10\n\x0e_at_hard_bound\"\xee\x02\n\x0eMethodSettings\x12\x14\n\x07\x64\x61mping\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07kl_clip\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rfactor_period\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x1b\n\x0einverse_period\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x15\n\x08\x61\x64option\x18\x05 \x01(\tH\x04\x88\x01\x01\x12\x10\n\x03lag\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nsoft_bound\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x17\n\nhard_bound\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x1a\n\rat_hard_bound\x18\t \x01(\tH\x08\x88\x01\x01\x42\n\n\x08_dampingB\n\n\x08_kl_clipB\x10\n\x0e_factor_periodB\x11\n\x0f_inverse_periodB\x0b\n\t_adoptionB\x06\n\x04_lagB\r\n\x0b_soft_boundB\r\n\x0b_hard_boundB\x10\n\x0e_at_hard_bound\"\xde\x01\n\x07InForce\x12)\n\x06values\x18\x01 \x01(\x0b\x32\x19.kfdist.v1.MethodSettings\x12,\n\x05\x66ixed\x18\x02 \x03(\x0b\x32\x1d.kfdist.v1.InForce.FixedEntry\x12\x13\n\x0bjob_periods\x18\x03 \x03(\x03\x12\x14\n\x0clate_damping\x18\x04 \x03(\t\x12!\n\x06obeyed\x18\x05 \x03(\x0b\x32\x11.kfdist.v1.Obeyed\x1a,\n\nFixedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\x06Obeyed\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0f\n\x07refused\x18\x03 \x01(\t\"#\n\x14GetAssignmentRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\xcc\x01\n\x15GetAssignmentResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12J\n\x0eowner_by_group\x18\x02 \x03(\x0b\x32\x32.kfdist.v1.GetAssignmentResponse.OwnerByGroupEntry\x12 \n\x06owners\x18\x03 \x03(\x0b\x32\x10.kfdist.v1.Owner\x1a\x33\n\x11OwnerByGroupEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\x11\x44rainOwnerRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08owner_id\x18\x02 \x01(\t\"5\n\x12\x44rainOwnerResponse\x12\x1f\n\x05owner\x18\x01 \x01(\x0b\x32\x10.kfdist.v1.Owner\";\n\x13UndrainOwnerRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08owner_id\x18\x02 \x01(\t\"7\n\x14UndrainOwnerResponse\x12\x1f\n\x05owner\x18\x01 \x01(\x0b\x32\x10.kfdist.v1.Owner2\xfa\x03\n\x11MembershipService\x12U\n\x0eRegisterWorker\x12 .kfdist.v1.RegisterWorkerRequest\x1a!.kfdist.v1.RegisterWorkerResponse\x12R\n\rRegisterOwner\x12\x1f.kfdist.v1.RegisterOwnerRequest\x1a .kfdist.v1.RegisterOwnerResponse\x12J\n\tHeartbeat\x12\x1b.kfdist.v1.HeartbeatRequest\x1a\x1c.kfdist.v1.HeartbeatResponse(\x01\x30\x01\x12R\n\rGetAssignment\x12\x1f.kfdist.v1.GetAssignmentRequest\x1a .kfdist.v1.GetAssignmentResponse\x12I\n\nDrainOwner\x12\x1c.kfdist.v1.DrainOwnerRequest\x1a\x1d.kfdist.v1.DrainOwnerResponse\x12O\n\x0cUndrainOwner\x12\x1e.kfdist.v1.UndrainOwnerRequest\x1a\x1f.kfdist.v1.UndrainOwnerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kfdist.v1.membership_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_WORKERBEAT_INVERSIONSECONDSENTRY']._loaded_options = None
+  _globals['_WORKERBEAT_INVERSIONSECONDSENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLE_LABELSENTRY']._loaded_options = None
   _globals['_SAMPLE_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_INFORCE_FIXEDENTRY']._loaded_options = None
@@ -51,31 +53,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEATREQUEST']._serialized_start=530
   _globals['_HEARTBEATREQUEST']._serialized_end=674
   _globals['_WORKERBEAT']._serialized_start=677
-  _globals['_WORKERBEAT']._serialized_end=805
-  _globals['_OWNERBEAT']._serialized_start=807
-  _globals['_OWNERBEAT']._serialized_end=853
-  _globals['_SAMPLE']._serialized_start=856
-  _globals['_SAMPLE']._serialized_end=987
-  _globals['_SAMPLE_LABELSENTRY']._serialized_start=942
-  _globals['_SAMPLE_LABELSENTRY']._serialized_end=987
-  _globals['_HEARTBEATRESPONSE']._serialized_start=989
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1113
-  _globals['_RUNSETTINGS']._serialized_start=1116
-  _globals['_RUNSETTINGS']._serialized_end=1564
-  _globals['_METHODSETTINGS']._serialized_start=1567
-  _globals['_METHODSETTINGS']._serialized_end=1933
-  _globals['_INFORCE']._serialized_start=1936
-  _globals['_INFORCE']._serialized_end=2158
-  _globals['_INFORCE_FIXEDENTRY']._serialized_start=2114
-  _globals['_INFORCE_FIXEDENTRY']._serialized_end=2158
-  _globals['_OBEYED']._serialized_start=2160
-  _globals['_OBEYED']._serialized_end=2217
-  _globals['_GETASSIGNMENTREQUEST']._serialized_start=2219
-  _globals['_GETASSIGNMENTREQUEST']._serialized_end=2254
-  _globals['_GETASSIGNMENTRESPONSE']._serialized_start=2257
-  _globals['_GETASSIGNMENTRESPONSE']._serialized_end=2461
-  _globals['_GETASSIGNMENTRESPONSE_OWNERBYGROUPENTRY']._serialized_start=2410
-  _globals['_GETASSIGNMENTRESPONSE_OWNERBYGROUPENTRY']._serialized_end=2461
-  _globals['_MEMBERSHIPSERVICE']._serialized_start=2464
-  _globals['_MEMBERSHIPSERVICE']._serialized_end=2814
+  _globals['_WORKERBEAT']._serialized_end=934
+  _globals['_WORKERBEAT_INVERSIONSECONDSENTRY']._serialized_start=879
+  _globals['_WORKERBEAT_INVERSIONSECONDSENTRY']._serialized_end=934
+  _globals['_OWNERBEAT']._serialized_start=936
+  _globals['_OWNERBEAT']._serialized_end=982
+  _globals['_SAMPLE']._serialized_start=985
+  _globals['_SAMPLE']._serialized_end=1116
+  _globals['_SAMPLE_LABELSENTRY']._serialized_start=1071
+  _globals['_SAMPLE_LABELSENTRY']._serialized_end=1116
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1118
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1242
+  _globals['_RUNSETTINGS']._serialized_start=1245
+  _globals['_RUNSETTINGS']._serialized_end=1734
+  _globals['_METHODSETTINGS']._serialized_start=1737
+  _globals['_METHODSETTINGS']._serialized_end=2103
+  _globals['_INFORCE']._serialized_start=2106
+  _globals['_INFORCE']._serialized_end=2328
+  _globals['_INFORCE_FIXEDENTRY']._serialized_start=2284
+  _globals['_INFORCE_FIXEDENTRY']._serialized_end=2328
+  _globals['_OBEYED']._serialized_start=2330
+  _globals['_OBEYED']._serialized_end=2387
+  _globals['_GETASSIGNMENTREQUEST']._serialized_start=2389
+  _globals['_GETASSIGNMENTREQUEST']._serialized_end=2424
+  _globals['_GETASSIGNMENTRESPONSE']._serialized_start=2427
+  _globals['_GETASSIGNMENTRESPONSE']._serialized_end=2631
+  _globals['_GETASSIGNMENTRESPONSE_OWNERBYGROUPENTRY']._serialized_start=2580
+  _globals['_GETASSIGNMENTRESPONSE_OWNERBYGROUPENTRY']._serialized_end=2631
+  _globals['_DRAINOWNERREQUEST']._serialized_start=2633
+  _globals['_DRAINOWNERREQUEST']._serialized_end=2690
+  _globals['_DRAINOWNERRESPONSE']._serialized_start=2692
+  _globals['_DRAINOWNERRESPONSE']._serialized_end=2745
+  _globals['_UNDRAINOWNERREQUEST']._serialized_start=2747
+  _globals['_UNDRAINOWNERREQUEST']._serialized_end=2806
+  _globals['_UNDRAINOWNERRESPONSE']._serialized_start=2808
+  _globals['_UNDRAINOWNERRESPONSE']._serialized_end=2863
+  _globals['_MEMBERSHIPSERVICE']._serialized_start=2866
+  _globals['_MEMBERSHIPSERVICE']._serialized_end=3372
 # @@protoc_insertion_point(module_scope)

@@ -70,20 +70,29 @@ class HeartbeatRequest(_message.Message):
     def __init__(self, worker: _Optional[_Union[WorkerBeat, _Mapping]] = ..., owner: _Optional[_Union[OwnerBeat, _Mapping]] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ...) -> None: ...
 
 class WorkerBeat(_message.Message):
-    __slots__ = ("run", "epoch", "worker_rank", "step", "phase", "in_force")
+    __slots__ = ("run", "epoch", "worker_rank", "step", "phase", "in_force", "inversion_seconds")
+    class InversionSecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     RUN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_RANK_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     IN_FORCE_FIELD_NUMBER: _ClassVar[int]
+    INVERSION_SECONDS_FIELD_NUMBER: _ClassVar[int]
     run: str
     epoch: int
     worker_rank: int
     step: int
     phase: str
     in_force: InForce
-    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_rank: _Optional[int] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ..., in_force: _Optional[_Union[InForce, _Mapping]] = ...) -> None: ...
+    inversion_seconds: _containers.ScalarMap[str, float]
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_rank: _Optional[int] = ..., step: _Optional[int] = ..., phase: _Optional[str] = ..., in_force: _Optional[_Union[InForce, _Mapping]] = ..., inversion_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class OwnerBeat(_message.Message):
     __slots__ = ("owner_id", "address")
@@ -121,7 +130,7 @@ class HeartbeatResponse(_message.Message):
     def __init__(self, settings: _Optional[_Union[RunSettings, _Mapping]] = ..., owners: _Optional[_Iterable[_Union[_inversion_pb2.Owner, _Mapping]]] = ..., assignment_revision: _Optional[int] = ...) -> None: ...
 
 class RunSettings(_message.Message):
-    __slots__ = ("revision", "desired", "checkpoint_serial", "damping", "kl_clip", "factor_period", "inverse_period", "adoption", "lag", "soft_bound", "hard_bound", "at_hard_bound", "as_configured")
+    __slots__ = ("revision", "desired", "checkpoint_serial", "damping", "kl_clip", "factor_period", "inverse_period", "adoption", "lag", "soft_bound", "hard_bound", "at_hard_bound", "as_configured", "refresh_serial", "refresh")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     DESIRED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SERIAL_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +144,8 @@ class RunSettings(_message.Message):
     HARD_BOUND_FIELD_NUMBER: _ClassVar[int]
     AT_HARD_BOUND_FIELD_NUMBER: _ClassVar[int]
     AS_CONFIGURED_FIELD_NUMBER: _ClassVar[int]
+    REFRESH_SERIAL_FIELD_NUMBER: _ClassVar[int]
+    REFRESH_FIELD_NUMBER: _ClassVar[int]
     revision: int
     desired: str
     checkpoint_serial: int
@@ -148,7 +159,9 @@ class RunSettings(_message.Message):
     hard_bound: int
     at_hard_bound: str
     as_configured: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, revision: _Optional[int] = ..., desired: _Optional[str] = ..., checkpoint_serial: _Optional[int] = ..., damping: _Optional[float] = ..., kl_clip: _Optional[float] = ..., factor_period: _Optional[int] = ..., inverse_period: _Optional[int] = ..., adoption: _Optional[str] = ..., lag: _Optional[int] = ..., soft_bound: _Optional[int] = ..., hard_bound: _Optional[int] = ..., at_hard_bound: _Optional[str] = ..., as_configured: _Optional[_Iterable[str]] = ...) -> None: ...
+    refresh_serial: int
+    refresh: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, revision: _Optional[int] = ..., desired: _Optional[str] = ..., checkpoint_serial: _Optional[int] = ..., damping: _Optional[float] = ..., kl_clip: _Optional[float] = ..., factor_period: _Optional[int] = ..., inverse_period: _Optional[int] = ..., adoption: _Optional[str] = ..., lag: _Optional[int] = ..., soft_bound: _Optional[int] = ..., hard_bound: _Optional[int] = ..., at_hard_bound: _Optional[str] = ..., as_configured: _Optional[_Iterable[str]] = ..., refresh_serial: _Optional[int] = ..., refresh: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MethodSettings(_message.Message):
     __slots__ = ("damping", "kl_clip", "factor_period", "inverse_period", "adoption", "lag", "soft_bound", "hard_bound", "at_hard_bound")
@@ -225,3 +238,31 @@ class GetAssignmentResponse(_message.Message):
     owner_by_group: _containers.ScalarMap[str, str]
     owners: _containers.RepeatedCompositeFieldContainer[_inversion_pb2.Owner]
     def __init__(self, revision: _Optional[int] = ..., owner_by_group: _Optional[_Mapping[str, str]] = ..., owners: _Optional[_Iterable[_Union[_inversion_pb2.Owner, _Mapping]]] = ...) -> None: ...
+
+class DrainOwnerRequest(_message.Message):
+    __slots__ = ("request_id", "owner_id")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    owner_id: str
+    def __init__(self, request_id: _Optional[str] = ..., owner_id: _Optional[str] = ...) -> None: ...
+
+class DrainOwnerResponse(_message.Message):
+    __slots__ = ("owner",)
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    owner: _inversion_pb2.Owner
+    def __init__(self, owner: _Optional[_Union[_inversion_pb2.Owner, _Mapping]] = ...) -> None: ...
+
+class UndrainOwnerRequest(_message.Message):
+    __slots__ = ("request_id", "owner_id")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    owner_id: str
+    def __init__(self, request_id: _Optional[str] = ..., owner_id: _Optional[str] = ...) -> None: ...
+
+class UndrainOwnerResponse(_message.Message):
+    __slots__ = ("owner",)
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    owner: _inversion_pb2.Owner
+    def __init__(self, owner: _Optional[_Union[_inversion_pb2.Owner, _Mapping]] = ...) -> None: ...

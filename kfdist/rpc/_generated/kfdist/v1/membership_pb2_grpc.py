@@ -55,6 +55,16 @@ class MembershipServiceStub:
                 request_serializer=kfdist_dot_v1_dot_membership__pb2.GetAssignmentRequest.SerializeToString,
                 response_deserializer=kfdist_dot_v1_dot_membership__pb2.GetAssignmentResponse.FromString,
                 _registered_method=True)
+        self.DrainOwner = channel.unary_unary(
+                '/kfdist.v1.MembershipService/DrainOwner',
+                request_serializer=kfdist_dot_v1_dot_membership__pb2.DrainOwnerRequest.SerializeToString,
+                response_deserializer=kfdist_dot_v1_dot_membership__pb2.DrainOwnerResponse.FromString,
+                _registered_method=True)
+        self.UndrainOwner = channel.unary_unary(
+                '/kfdist.v1.MembershipService/UndrainOwner',
+                request_serializer=kfdist_dot_v1_dot_membership__pb2.UndrainOwnerRequest.SerializeToString,
+                response_deserializer=kfdist_dot_v1_dot_membership__pb2.UndrainOwnerResponse.FromString,
+                _registered_method=True)
 
 
 class MembershipServiceServicer:
@@ -92,6 +102,21 @@ class MembershipServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainOwner(self, request, context):
+        """Gives an owner no new jobs; it finishes those it has, and its groups move to others. It stays so over its restarts.
+        Errors: NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION (no other owner would take jobs).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndrainOwner(self, request, context):
+        """Gives an owner jobs again. Errors: NOT_FOUND, INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MembershipServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +139,16 @@ def add_MembershipServiceServicer_to_server(servicer, server):
                     servicer.GetAssignment,
                     request_deserializer=kfdist_dot_v1_dot_membership__pb2.GetAssignmentRequest.FromString,
                     response_serializer=kfdist_dot_v1_dot_membership__pb2.GetAssignmentResponse.SerializeToString,
+            ),
+            'DrainOwner': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainOwner,
+                    request_deserializer=kfdist_dot_v1_dot_membership__pb2.DrainOwnerRequest.FromString,
+                    response_serializer=kfdist_dot_v1_dot_membership__pb2.DrainOwnerResponse.SerializeToString,
+            ),
+            'UndrainOwner': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndrainOwner,
+                    request_deserializer=kfdist_dot_v1_dot_membership__pb2.UndrainOwnerRequest.FromString,
+                    response_serializer=kfdist_dot_v1_dot_membership__pb2.UndrainOwnerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +260,60 @@ class MembershipService:
             '/kfdist.v1.MembershipService/GetAssignment',
             kfdist_dot_v1_dot_membership__pb2.GetAssignmentRequest.SerializeToString,
             kfdist_dot_v1_dot_membership__pb2.GetAssignmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainOwner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kfdist.v1.MembershipService/DrainOwner',
+            kfdist_dot_v1_dot_membership__pb2.DrainOwnerRequest.SerializeToString,
+            kfdist_dot_v1_dot_membership__pb2.DrainOwnerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndrainOwner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kfdist.v1.MembershipService/UndrainOwner',
+            kfdist_dot_v1_dot_membership__pb2.UndrainOwnerRequest.SerializeToString,
+            kfdist_dot_v1_dot_membership__pb2.UndrainOwnerResponse.FromString,
             options,
             channel_credentials,
             insecure,

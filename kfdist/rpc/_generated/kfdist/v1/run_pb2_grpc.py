@@ -76,6 +76,16 @@ class RunServiceStub:
                 request_serializer=kfdist_dot_v1_dot_run__pb2.CheckpointRequest.SerializeToString,
                 response_deserializer=kfdist_dot_v1_dot_run__pb2.CheckpointResponse.FromString,
                 _registered_method=True)
+        self.Refresh = channel.unary_unary(
+                '/kfdist.v1.RunService/Refresh',
+                request_serializer=kfdist_dot_v1_dot_run__pb2.RefreshRequest.SerializeToString,
+                response_deserializer=kfdist_dot_v1_dot_run__pb2.RefreshResponse.FromString,
+                _registered_method=True)
+        self.Replan = channel.unary_unary(
+                '/kfdist.v1.RunService/Replan',
+                request_serializer=kfdist_dot_v1_dot_run__pb2.ReplanRequest.SerializeToString,
+                response_deserializer=kfdist_dot_v1_dot_run__pb2.ReplanResponse.FromString,
+                _registered_method=True)
         self.Stop = channel.unary_unary(
                 '/kfdist.v1.RunService/Stop',
                 request_serializer=kfdist_dot_v1_dot_run__pb2.StopRequest.SerializeToString,
@@ -159,6 +169,22 @@ class RunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Refresh(self, request, context):
+        """Asks that blocks are measured and inverted at the step after the agreed one, whatever their period. Errors: as Pause,
+        and INVALID_ARGUMENT (a name matches no group).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Replan(self, request, context):
+        """Deals the groups to owners anew, by the seconds that their inversions took. Ranks notice nothing. Errors: as Pause,
+        and FAILED_PRECONDITION (nothing has been measured yet).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stop(self, request, context):
         """Asks all ranks to write a checkpoint and end at the same step. Errors: NOT_FOUND.
         """
@@ -222,6 +248,16 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.Checkpoint,
                     request_deserializer=kfdist_dot_v1_dot_run__pb2.CheckpointRequest.FromString,
                     response_serializer=kfdist_dot_v1_dot_run__pb2.CheckpointResponse.SerializeToString,
+            ),
+            'Refresh': grpc.unary_unary_rpc_method_handler(
+                    servicer.Refresh,
+                    request_deserializer=kfdist_dot_v1_dot_run__pb2.RefreshRequest.FromString,
+                    response_serializer=kfdist_dot_v1_dot_run__pb2.RefreshResponse.SerializeToString,
+            ),
+            'Replan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Replan,
+                    request_deserializer=kfdist_dot_v1_dot_run__pb2.ReplanRequest.FromString,
+                    response_serializer=kfdist_dot_v1_dot_run__pb2.ReplanResponse.SerializeToString,
             ),
             'Stop': grpc.unary_unary_rpc_method_handler(
                     servicer.Stop,
@@ -457,6 +493,60 @@ class RunService:
             '/kfdist.v1.RunService/Checkpoint',
             kfdist_dot_v1_dot_run__pb2.CheckpointRequest.SerializeToString,
             kfdist_dot_v1_dot_run__pb2.CheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Refresh(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kfdist.v1.RunService/Refresh',
+            kfdist_dot_v1_dot_run__pb2.RefreshRequest.SerializeToString,
+            kfdist_dot_v1_dot_run__pb2.RefreshResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Replan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kfdist.v1.RunService/Replan',
+            kfdist_dot_v1_dot_run__pb2.ReplanRequest.SerializeToString,
+            kfdist_dot_v1_dot_run__pb2.ReplanResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,53 @@
+"""Commands on who inverts what, and when: refresh, replan, drain, undrain."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from kfdist.cli.control_commands import Address, Run, connected, steer
+from kfdist.cli.options import AsJson
+
+Owner = Annotated[str, typer.Argument(metavar="OWNER", help="The owner's name.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    for name, function in (("refresh", _refresh), ("replan", _replan), ("drain", _drain), ("undrain", _undrain)):
+        app.command(name)(function)
+
+
+def _refresh(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's name or its directory.")],
+    blocks: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[BLOCK...]", help="Names or globs, such as 'layer4.*'; all if not given."),
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have blocks measured and inverted at once, whatever their period."""
+    steer(run, address, as_json, lambda client, name: client.refresh(name, blocks or ()))
+
+
+def _replan(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
+    """Deal a run's blocks to the owners anew, by the seconds that their inversions took."""
+    steer(run, address, as_json, lambda client, name: client.replan(name))
+
+
+def _drain(owner: Owner, address: Address = None, as_json: AsJson = False) -> None:
+    """Give an owner no new jobs: it finishes those it has, and its blocks move to others."""
+    with connected(address) as client:
+        client.drain(owner)
+    _say(owner, "drained", f"{owner} gets no new jobs; kfdist undrain {owner} lets it have them again", as_json)
+
+
+def _undrain(owner: Owner, address: Address = None, as_json: AsJson = False) -> None:
+    """Give an owner jobs again."""
+    with connected(address) as client:
+        client.undrain(owner)
+    _say(owner, "undrained", f"{owner} gets jobs again", as_json)
+
+
+def _say(owner: str, state: str, text: str, as_json: bool) -> None:
+    print(json.dumps({"owner": owner, "state": state}) if as_json else text)
