@@ -59,7 +59,7 @@ def step_time(run: Recorded) -> Chapter:
             f"A step took {median} (p50) and {slow} (p99), as the host of rank 0 saw it. What no phase claims is "
             "forward, backward, the gradients' reduction and the optimizer."
         ],
-        pictures=[
+        plots=[
             Plot(
                 svg=figures.areas(steps, _parts(run.windows, wholes, order), y="ms a step (mean)"),
                 told=(
@@ -121,7 +121,7 @@ def inversions(run: Recorded) -> Chapter:
     heads = ("method", "inversions", "mean", "p50", "p99", "longest", "together")
     return Chapter(
         title=title,
-        pictures=[
+        plots=[
             Plot(
                 svg=figures.shares({method: found.shares() for method, found in merged.items()}, x="seconds"),
                 told=f"How long inversions took. {words.listed(told)}.",
@@ -150,7 +150,7 @@ def bytes_moved(run: Recorded) -> Chapter:
     told = words.listed([f"{purpose} {words.size(count)}" for purpose, count in known])
     return Chapter(
         title=title,
-        pictures=[
+        plots=[
             Plot(
                 svg=figures.bars({purpose: count / 1e6 for purpose, count in known}, x="MB, over all ranks"),
                 told=f"Bytes moved over all ranks by purpose: {told}.",

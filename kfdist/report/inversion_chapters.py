@@ -48,7 +48,7 @@ def staleness(run: Recorded) -> Chapter:
             "Staleness is the number of steps between the statistics in a block's inverse and the step that uses it. "
             "Each cell has the largest of its steps; a block has no cell before its first inverse."
         ],
-        pictures=[heatmap],
+        plots=[heatmap],
         tables=[
             Table(
                 caption="Staleness by block: the largest of each window of steps",
@@ -116,7 +116,7 @@ def spectra(run: Recorded) -> Chapter:
             f"Eigenvalues that the inverse in use had at the checkpoints of the steps {steps}, from the largest on; "
             f"those that a method doesn't keep are not drawn.{few}"
         ],
-        pictures=[
+        plots=[
             Plot(
                 svg=figures.spectra(drawn),
                 told=(
@@ -161,12 +161,12 @@ def diagnostics(run: Recorded) -> Chapter:
     if not windows:
         none = "The inverses in use have no diagnostics, or there was none yet."
         return Chapter(title=title, sentences=[_mishaps(run), none], tables=_mishap_table(run))
-    pictures = [picture for quantity in _WORST if (picture := _over_steps(run, windows, quantity)) is not None]
+    plots = [plot for quantity in _WORST if (plot := _over_steps(run, windows, quantity)) is not None]
     last = windows[-1]
     rows = [_block_row(run, block, found) for block, found in last["diagnostics"].items()]
     heads = ("block", "method", "ranks kept", "largest residual", "smallest eigenvalue", "retries")
     table = Table(caption=f"The inverses in use at step {last['step']:,}", heads=heads, rows=rows, folded=True)
-    return Chapter(title=title, sentences=[_mishaps(run)], pictures=pictures, tables=[*_mishap_table(run), table])
+    return Chapter(title=title, sentences=[_mishaps(run)], plots=plots, tables=[*_mishap_table(run), table])
 
 
 def _over_steps(run: Recorded, windows: Sequence[Line], quantity: str) -> Plot | None:

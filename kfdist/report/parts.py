@@ -1,4 +1,4 @@
-"""What a page is made of: chapters with sentences, pictures and tables; and what several of them need of a run."""
+"""What a page is made of: chapters with sentences, plots and tables; and what several of them need of a run."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,13 +52,13 @@ class Chapter:
     Attributes:
         title: Its title.
         sentences: What is said.
-        pictures: What is shown.
+        plots: What is shown.
         tables: Its numbers.
     """
 
     title: str
     sentences: Sequence[str] = ()
-    pictures: Sequence[Plot] = ()
+    plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
 
 

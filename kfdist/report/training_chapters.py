@@ -21,7 +21,7 @@ def progress(run: Recorded) -> Chapter:
         period = run.config.get("run", {}).get("log_period", 10)
         lacking = f"No log period ({words.counted(period, 'step')}) was completed, so there is no loss to show."
         return Chapter(title=title, sentences=[lacking])
-    pictures, rows = [], []
+    plots, rows = [], []
     for name in metric_names(run):
         curves = list(metric_curves(run, name))
         if not curves:
@@ -31,13 +31,13 @@ def progress(run: Recorded) -> Chapter:
             curves, x="step", y=name, starts=later_starts(run), percent=accuracy, log=False if accuracy else None
         )
         ends = words.listed([f"{each.name} {words.metric(name, each.y[-1])}" for each in curves])
-        pictures.append(Plot(svg=svg, told=f"{name.capitalize()} by step; at the end {ends}."))
+        plots.append(Plot(svg=svg, told=f"{name.capitalize()} by step; at the end {ends}."))
         for each in curves:
             best, where = (max if accuracy else min)(zip(each.y, each.x, strict=True))
             shown = [words.metric(name, value) for value in (each.y[0], each.y[-1], best)]
             rows.append([f"{name}, {each.name}", *shown, words.number(where)])
     table = Table(caption=title, heads=("", "first", "last", "best", "at step"), rows=rows)
-    return Chapter(title=title, sentences=list(_remarks(run)), pictures=pictures, tables=[table])
+    return Chapter(title=title, sentences=list(_remarks(run)), plots=plots, tables=[table])
 
 
 def _remarks(run: Recorded) -> Iterator[str]:
@@ -85,7 +85,7 @@ def noise(run: Recorded) -> Chapter:
         scales.append(Curve(name="the run's batch", x=ends, y=[batch, batch], colour=1, dashed=True))
     told = f"The gradient noise scale by step; {words.number(scale)} examples in the median of the run's second half."
     svg = figures.lines(scales, x="step", y="examples", starts=later_starts(run))
-    return Chapter(title=title, sentences=advice(run, scale, batch), pictures=[Plot(svg=svg, told=told)])
+    return Chapter(title=title, sentences=advice(run, scale, batch), plots=[Plot(svg=svg, told=told)])
 
 
 def batch_examples(run: Recorded) -> int | None:

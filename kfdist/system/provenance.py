@@ -1,5 +1,6 @@
 """What numbers and speeds of this machine depend on: its processor, and the versions of Python and of packages."""
 
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -26,3 +27,12 @@ def processor_field(*names: str) -> str:
         return ""
     fields = (line.partition(":") for line in lines)
     return next((value.strip() for name, _, value in fields if name.strip() in names), "")
+
+
+def hardware() -> dict[str, str]:
+    """Returns what this machine computes on: its processor, the CPUs that this process may use, and the system."""
+    return {
+        "processor": processor_field("model name") or platform.processor() or "unknown",
+        "CPUs": str(len(os.sched_getaffinity(0))),
+        "system": platform.platform(),
+    }

@@ -49,6 +49,11 @@ def choose_device(config: Config) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def device_name(device: torch.device) -> str:
+    """Returns what people call a device: a GPU's model, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def check_controller(config: Config) -> None:
     """Checks that a server listens at the controller's address and takes our certificate, before anything is started.
 

@@ -16,7 +16,7 @@ from kfdist.config import Config, to_toml
 from kfdist.config.service_sections import SecuritySection
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.credentials import Role
-from kfdist.system.provenance import versions
+from kfdist.system.provenance import hardware, versions
 from kfdist.system.run_notices import RunNotice, place_of, posted
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.copies import Copies
@@ -25,7 +25,7 @@ from kfdist.training.method import agree_on_costs
 from kfdist.training.reporting import MetricsLog, Progress, make_progress
 from kfdist.training.run_directory import RunDirectory, inspect_run
 from kfdist.training.run_state import Materials, Standing, Training, restore_state, standing_of
-from kfdist.training.setup import check_controller, choose_device, gather_materials, make_training
+from kfdist.training.setup import check_controller, choose_device, device_name, gather_materials, make_training
 from kfdist.training.summary import summarise, write_summary
 from kfdist.training.trainer import Trainer
 
@@ -192,7 +192,14 @@ class _Start:
             if loaded is not None:
                 restore_state(training, loaded)
             _announce(training, standing, progress, store.remarks)
-            log.write("start", start=epoch, step=standing.step, world_size=communicator.world_size, versions=versions())
+            log.write(
+                "start",
+                start=epoch,
+                step=standing.step,
+                world_size=communicator.world_size,
+                versions=versions(),
+                hardware={**hardware(), "device of rank 0": device_name(training.device)},
+            )
             history.start(epoch, standing.step)
             if self._directory is not None:
                 write_summary(self._directory.path, {"status": "running", "run": config.run.name, "start": epoch})

@@ -70,7 +70,7 @@ class Page(HTMLParser):
         if self._heading:
             self.chapters[data] = {}
         if "style" not in self.open:
-            self.text += data
+            self.text += f"{data} "
 
 
 def page_of(directory: Path, tmp_path: Path) -> Page:
@@ -99,7 +99,11 @@ def test_a_finished_run_has_every_chapter_with_figures_and_numbers(finished: Pat
     assert f"{100 * summary['metrics']['test_accuracy']:.2f} %" in page.text
     assert "The run is finished: 40 steps." in page.text
     assert "The critical batch is about" in page.text
-    assert "preconditioner.damping" in page.text and summary["versions"]["torch"] in page.text
+    assert (
+        "device of rank 0" in page.text
+        and "preconditioner.damping" in page.text
+        and summary["versions"]["torch"] in page.text
+    )
 
 
 def test_a_page_stands_by_itself(page: Page) -> None:
