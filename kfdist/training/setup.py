@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 from dataclasses import replace
 
 import torch
@@ -16,12 +17,13 @@ from kfdist.data.sets import load_data
 from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.models import build_model
-from kfdist.rpc.handshake import explain
+from kfdist.rpc.handshake import explain, token_refused
 from kfdist.runtime.forward_state import ForwardState, seed_rank
 from kfdist.runtime.invert.service import connect
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.addresses import server_address
-from kfdist.system.credentials import Role
+from kfdist.system.credentials import Credentials, Role
+from kfdist.system.spawn import module_command, with_package
 from kfdist.training.averaging import WeightAverage
 from kfdist.training.method import Damping, inverse_periods, plan_of
 from kfdist.training.optimizers import LearningRate, make_optimizer
@@ -29,6 +31,8 @@ from kfdist.training.run_state import Materials, Standing, Training
 from kfdist.training.trial import try_own_data, try_own_task
 
 _CONNECT_SECONDS = 5.0
+_TRIAL_SECONDS = 30.0
+_REFUSED = 3  # of kfdist.rpc.trial_call, which loads gRPC
 
 
 def choose_device(config: Config) -> torch.device:
@@ -55,9 +59,9 @@ def device_name(device: torch.device) -> str:
 
 
 def check_controller(config: Config) -> None:
-    """Checks that a server listens at the controller's address and takes our certificate, before anything is started.
+    """Checks that a server listens at the controller's address and takes our certificate and token.
 
-    No call: ranks don't speak gRPC, their couriers do.
+    Before anything is started. Ranks don't speak gRPC: another process makes the one call.
 
     Raises:
         ConfigError: The address has port 0, which only a server can take.
@@ -73,8 +77,29 @@ def check_controller(config: Config) -> None:
         raise EnvironmentFault(
             f"no controller at {address} ({error}); start `kfdist serve` first, or give its address in control.address"
         ) from None
-    if reason := explain(address, config.security.credentials(Role.CLIENT), server=Role.CONTROLLER):
+    credentials = config.security.credentials(Role.CLIENT)
+    if credentials is not None:
+        credentials.token()
+    if reason := explain(address, credentials, server=Role.CONTROLLER):
         raise EnvironmentFault(reason)
+    if credentials is not None and _refuses_token(address, credentials):
+        raise EnvironmentFault(token_refused(address, Role.CONTROLLER))
+
+
+def _refuses_token(address: str, credentials: Credentials) -> bool:
+    command = module_command("kfdist.rpc.trial_call", address, credentials.certificates, credentials.token_file)
+    try:
+        said = subprocess.run(
+            command,
+            env=with_package(os.environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_TRIAL_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False  # whatever it is, the courier meets it, too
+    return said.returncode == _REFUSED
 
 
 def gather_materials(

@@ -20,6 +20,7 @@ from kfdist.system.provenance import hardware, versions
 from kfdist.system.run_notices import RunNotice, place_of, posted
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.copies import Copies
+from kfdist.training.elastic_agent import check_nodes
 from kfdist.training.history import History
 from kfdist.training.method import agree_on_costs
 from kfdist.training.reporting import MetricsLog, Progress, make_progress
@@ -56,6 +57,7 @@ def run_worker(config: Config) -> Ending:
     device = choose_device(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    check_nodes()
     check_controller(config)
     communicator = join_training_group(timeout_seconds=config.cluster.group_timeout_seconds, device=device.type)
     try:

@@ -70,7 +70,7 @@ def _options() -> dict[str, set[str]]:
     return found
 
 
-GIVING = {"cli/main.py", "doctor/gpu_checks.py", "launch/launcher.py", "report/drawing.py"}
+GIVING = {"cli/main.py", "doctor/gpu_checks.py", "launch/launcher.py", "report/drawing.py", "training/elastic_agent.py"}
 """Files that read options, give them to a process, or name variables of a style sheet, and advise none."""
 
 

@@ -27,6 +27,12 @@ def test_a_controller_that_does_not_trust_this_rank_is_found_before_anything_sta
             run_worker(configured(tmp_path, address))
         with pytest.raises(EnvironmentFault, match="of another authority"):
             run_worker(configured(tmp_path, address, f"security.certificates={tmp_path / 'others'}"))
+        ours = f"security.certificates={certificates}"
+        other = f"security.token_file={tmp_path / 'others' / 'token'}"
+        with pytest.raises(EnvironmentFault, match=f"the controller at {controller.address} refuses the token: give"):
+            run_worker(configured(tmp_path, address, ours, other))
+        with pytest.raises(EnvironmentFault, match="nothing/token on node .* can't be read"):
+            run_worker(configured(tmp_path, address, ours, "security.token_file=nothing/token"))
     assert not (tmp_path / "run").exists()
 
 
