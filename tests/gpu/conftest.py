@@ -47,12 +47,12 @@ def without_waiting(device: torch.device) -> Callable[[], AbstractContextManager
 
 @pytest.fixture
 def keep_busy(device: torch.device) -> Callable[[], Callable[[], bool]]:
-    """Gives the device a fifth of a second of work; returns what says whether it is still at it."""
+    """Gives the device a second of work; returns what says whether it is still at it."""
 
     def begin() -> Callable[[], bool]:
         if device.type != "cuda":
             return lambda: False
-        torch.cuda._sleep(400_000_000)  # clock cycles, of less than 2 GHz
+        torch.cuda._sleep(2_000_000_000)  # clock cycles, of less than 2 GHz
         done = torch.cuda.Event()
         done.record()
         return lambda: not done.query()
