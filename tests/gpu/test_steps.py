@@ -32,7 +32,11 @@ def losses_fall(trained: Trained, steps: int = 5) -> tuple[float, float]:
     return seen[0], seen[1]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("cpu", "norms"), ("cpu", "lstm")] + [pytest.param("cuda", name, marks=pytest.mark.gpu) for name in MODELS],
+    indirect=["device"],
+)
 def test_models_train_as_on_the_cpu(device: torch.device, name: str):
     trained = Trained(device, name)
     with trained.pre:

@@ -12,6 +12,7 @@ from kfdist.config import load_config
 from kfdist.data.images import IMAGENET
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.copies import Copies
+from kfdist.training.history import History
 from kfdist.training.reporting import MetricsLog, Progress
 from kfdist.training.run_state import Standing
 from kfdist.training.setup import gather_materials, make_training
@@ -50,7 +51,9 @@ def trainer(request: pytest.FixtureRequest, device: torch.device, tmp_path: Path
     materials = gather_materials(config, 1, device, None)
     training = make_training(config, world, materials, epoch=1, standing=Standing())
     store = CheckpointStore(tmp_path / "checkpoints", Copies.one(world), keep=1)
-    yield Trainer(training, Standing(), store=store, log=MetricsLog(None), progress=Progress())
+    log = MetricsLog(None)
+    history = History(training, log)
+    yield Trainer(training, Standing(), store=store, log=log, history=history, progress=Progress())
     training.preconditioner.close()
     training.reducer.close()
 

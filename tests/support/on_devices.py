@@ -15,10 +15,10 @@ Batch = tuple[Tensor, Tensor]
 
 over_methods = pytest.mark.parametrize(
     ("device", "method"),
-    [("cpu", "rs-kfac"), ("cpu", "cg-fac")] + [pytest.param("cuda", name, marks=pytest.mark.gpu) for name in INVERTERS],
+    [("cpu", "rs-kfac"), ("cpu", "eva")] + [pytest.param("cuda", name, marks=pytest.mark.gpu) for name in INVERTERS],
     indirect=["device"],
 )
-"""Every method on a GPU, two of them on a CPU: one of the service and one of the ranks themselves."""
+"""Every method on a GPU, two of them on a CPU, one of the service and one of the ranks themselves."""
 
 JOINING = ("kfac-tridiagonal", "two-level")
 """Methods that join layers."""
