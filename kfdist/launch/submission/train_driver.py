@@ -12,7 +12,7 @@ from kfdist.config import Config, to_toml
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
 from kfdist.launch.outcome import read_summary
 from kfdist.launch.submission.request import Submission
-from kfdist.launch.submission.room import rank_resources
+from kfdist.launch.submission.room import check_room, rank_resources
 from kfdist.launch.submission.storage import prepare_storage
 from kfdist.launch.submission.train_worker import Board, RankOptions, run_rank
 from kfdist.launch.terminal import summary_line
@@ -21,6 +21,7 @@ from kfdist.system.files import replace_file
 
 _ROOM_SECONDS = 60.0
 _TICK_SECONDS = 0.2
+_LOOK_SECONDS = 10.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _WORKER_VARIABLES = {
@@ -54,7 +55,8 @@ def drive_ranks(config: Config, submission: Submission) -> int:
         return ExitCode.RESUMABLE
     board = _board(ray)
     try:
-        result = _fit(ray, _trainer(config, submission, here, board, mark), board, asked)
+        room = LostRoom(ray, config, submission.gpus_per_worker)
+        result = _fit(ray, _trainer(config, submission, here, board, mark), board, asked, room)
     finally:
         with suppress(ray.exceptions.RayActorError):  # then what Ray Train gave up for says more
             if refusal := ray.get(board.refusal.remote()):
@@ -127,8 +129,8 @@ def _trainer(config: Config, submission: Submission, here: str, board: Any, mark
     )
 
 
-def _fit(ray: Any, trainer: Any, board: Any, asked: threading.Event) -> Any:
-    """Trains in another thread, and passes a request to stop on to the ranks."""
+def _fit(ray: Any, trainer: Any, board: Any, asked: threading.Event, room: "LostRoom") -> Any:
+    """Trains in another thread, passes a request to stop on to the ranks, and says what they wait for."""
     results: list[Any] = []
     errors: list[BaseException] = []
 
@@ -146,9 +148,36 @@ def _fit(ray: Any, trainer: Any, board: Any, asked: threading.Event) -> Any:
         if asked.is_set() and not told:
             told = True
             ray.get(board.ask_stop.remote())
+        room.look()
     if errors:
         raise _fault(errors[0]) from errors[0]
     return results[0]
+
+
+class LostRoom:
+    """Says that the cluster doesn't hold the run any more; Ray Train waits for room, for ever, without a word."""
+
+    def __init__(self, ray: Any, config: Config, gpus_per_worker: int) -> None:
+        self._ray = ray
+        self._config = config
+        self._gpus_per_worker = gpus_per_worker
+        self._due = 0.0
+        self._told = ""
+
+    def look(self) -> None:
+        """Looks at the nodes if some time has passed, and tells what is new."""
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + _LOOK_SECONDS
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        missing = ""
+        try:
+            check_room(nodes, self._ray.util.get_node_ip_address(), self._config, self._gpus_per_worker)
+        except EnvironmentFault as fault:
+            missing = str(fault)
+        if missing and missing != self._told:
+            print(f"the cluster has lost nodes: {missing}. What was there waits until there is room", flush=True)
+        self._told = missing
 
 
 def _fault(error: BaseException) -> EnvironmentFault:

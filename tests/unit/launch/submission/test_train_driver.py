@@ -11,7 +11,7 @@ from kfdist.config import load_config
 from kfdist.errors import EnvironmentFault
 from kfdist.launch.submission import train_driver
 from kfdist.launch.submission.request import Submission
-from kfdist.launch.submission.train_driver import _conclude, _fault, drive_ranks
+from kfdist.launch.submission.train_driver import LostRoom, _conclude, _fault, drive_ranks
 from kfdist.launch.submission.train_worker import Board
 
 
@@ -40,6 +40,25 @@ def test_the_jobs_node_has_the_summary_also_where_it_shares_no_directory(tmp_pat
     assert _conclude(config, {"status": "stopped", "steps": 35, "seconds": 2.0}) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 35
     assert capsys.readouterr().out == "stopped: 35 steps in 2.0 s; submit again to resume\n"
+
+
+def test_a_cluster_that_lost_nodes_is_told_once_each_time(monkeypatch, capsys):
+    def node(address: str, *, alive: bool = True) -> dict[str, object]:
+        return {"Alive": alive, "NodeManagerAddress": address, "Resources": {"CPU": 2}, "Labels": {}}
+
+    whole = [node("10.0.0.1"), node("10.0.0.2")]
+    seen = [whole, [whole[0], node("10.0.0.2", alive=False)], whole[:1], whole, whole[:1]]
+    ray = SimpleNamespace(nodes=lambda: seen.pop(0), util=SimpleNamespace(get_node_ip_address=lambda: "10.0.0.1"))
+    room = LostRoom(ray, load_config(None, overrides=["security.certificates=/certificates"], environment={}), 0)
+    monkeypatch.setattr(train_driver, "_LOOK_SECONDS", 0.0)
+    while seen:
+        room.look()
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and told[0] == told[1]
+    assert told[0].startswith(
+        "the cluster has lost nodes: 2 ranks with CPU 1 each and 2 owners with CPU 1 each don't fit"
+    )
+    assert "10.0.0.1 has CPU 2; add nodes" in told[0]
 
 
 class Lost(Exception):
