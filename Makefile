@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-chaos test-slow gpu gpu-wheels lint format protos bench compare wheel clean distclean prometheus
+.PHONY: help run test test-chaos test-slow gpu gpu-wheels lint format protos bench compare wheel clean distclean prometheus node
 
 help:  ## Shows this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,7 +44,7 @@ endef
 ALONE := tests/models tests/unit tests/contracts tests/architecture tests/support tests/deploy tests/gpu
 TOGETHER := tests/end_to_end tests/pool tests/links tests/distributed tests/control tests/owner tests/acceptance
 
-test: $(INSTALLED) prometheus  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
+test: $(INSTALLED) prometheus node  ## Runs the suite: unit, gloo, Ray, gRPC, Prometheus
 	@$(call beside,--numprocesses auto --maxprocesses 8 $(ALONE),--numprocesses 3 --dist loadfile --no-loadscope-reorder $(TOGETHER))
 
 test-chaos: $(INSTALLED)  ## Runs the long fault loops
@@ -95,6 +95,18 @@ prometheus:
 	  export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
 	  { timeout 120 apt-get update -qq && timeout 180 apt-get install -y -qq --no-install-recommends prometheus; } \
 	    >/dev/null 2>&1 || echo "note: Debian's prometheus could not be installed; its tests will be skipped"; \
+	fi
+
+# The test with a Node.js client skips itself, saying so, where its packages can't be installed.
+node:
+	@if [ "$$(id -u)" = 0 ] && ! command -v npm >/dev/null && command -v apt-get >/dev/null; then \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  { timeout 120 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends nodejs npm; } \
+	    >/dev/null 2>&1 || true; \
+	fi; \
+	if [ ! -e tests/node/node_modules/.package-lock.json ]; then \
+	  timeout 180 npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund >/dev/null 2>&1 \
+	    || echo "note: the packages of tests/node could not be installed by npm; the test with Node.js will be skipped"; \
 	fi
 
 clean:  ## Removes what was built and cached

@@ -1,7 +1,8 @@
 """Makes kfdist/rpc/_generated from the protos: messages, their types, the gRPC stubs, and a copy of the protos.
 
 Run `python protos/generate.py` after changing a proto and commit the result; `--check` changes nothing and exits with 1
-if the committed files differ. The copies of the protos make them part of the wheel.
+if the committed files differ. The copies of the protos make them part of the wheel. What came to the protos is added to
+protos/published.binpb, and what would break others' programs is refused (`compatibility.py`).
 
 protoc writes imports by the proto package (`from kfdist.v1 import run_pb2`), which is no Python package: the stubs live
 in kfdist/rpc/_generated. So the imports are rewritten; the names of the protos, which other languages see, stay.
@@ -75,12 +76,35 @@ def differences(made: Path, committed: Path) -> list[str]:
     return sorted(path for path in new.keys() | old.keys() if new.get(path) != old.get(path))
 
 
+def publish(*, breaks: bool) -> None:
+    """Adds what came to the published descriptors.
+
+    Args:
+        breaks: Whether what was published may go or change, too.
+
+    Raises:
+        RuntimeError: It would, and may not.
+    """
+    import compatibility  # beside this script
+
+    with tempfile.TemporaryDirectory() as folder:
+        now = compatibility.compiled(Path(folder))
+    broken = compatibility.breaking(compatibility.published(), now) if compatibility.PUBLISHED.exists() else []
+    if broken and not breaks:
+        raise RuntimeError(
+            "this would break programs of others: " + "; ".join(broken) + ". Reserve what isn't needed any more, add "
+            "what is new beside it; if it must be, run this with --break"
+        )
+    compatibility.PUBLISHED.write_bytes(compatibility.bare(now))
+
+
 def main() -> int:
     """Generates, or checks what is committed; returns the exit status."""
     parser = argparse.ArgumentParser(description="Makes kfdist/rpc/_generated from the protos.")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit with 1 if the committed files differ"
     )
+    parser.add_argument("--break", dest="breaks", action="store_true", help="publish also what breaks others' programs")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "_generated"
@@ -94,6 +118,7 @@ def main() -> int:
             shutil.rmtree(GENERATED, ignore_errors=True)
             shutil.copytree(made, GENERATED)
         print(f"{len(changed)} files changed in {GENERATED}")
+    publish(breaks=arguments.breaks)
     return 0
 
 
