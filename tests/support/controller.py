@@ -1,10 +1,13 @@
 """A real controller for tests: in a thread of this process, or as the process that users start; and members of it."""
 
 import asyncio
+import contextlib
 import json
 import os
 import queue
+import random
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -242,3 +245,16 @@ def _samples(exposition: str) -> Iterator[tuple[str, float]]:
         if line and not line.startswith("#"):
             series, _, value = line.rpartition(" ")
             yield series, float(value)
+
+
+def address_of_its_own() -> str:
+    """Returns a free address at which a controller can be started again and again.
+
+    Its port is none of those that the kernel gives to connections: while nobody listens there, a client that tries to
+    connect might get the very port, and keep the controller out.
+    """
+    draw = random.SystemRandom()
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", draw.randrange(15_000, 30_000)))
+            return f"127.0.0.1:{probe.getsockname()[1]}"
