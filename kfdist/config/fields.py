@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -120,6 +120,7 @@ FileName = Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
 Address = Annotated[str, AfterValidator(_address)]
 RayAddress = Annotated[str, AfterValidator(_ray_address)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+TrackerNames = Annotated[tuple[Literal["tensorboard", "mlflow"], ...], BeforeValidator(_tuple)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_tuple)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Ports = Annotated[tuple[Port, Port], BeforeValidator(_tuple)]

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import Counts, FileName, Section, Settings
+from kfdist.config.fields import Counts, FileName, Section, Settings, TrackerNames
 from kfdist.errors import ConfigError
 
 
@@ -45,6 +45,11 @@ class RunSection(Section):
         default=None, gt=0, lt=1, description="test accuracy the time to which is told; MLPerf's for ImageNet is 0.759"
     )
     stop_at_target: bool = Field(default=False, description="whether the run is finished once it has reached that")
+    trackers: TrackerNames = Field(
+        default=(),
+        description="what is told the numbers of metrics.jsonl besides: tensorboard (RUN/tensorboard), mlflow "
+        "(MLFLOW_TRACKING_URI, else RUN/mlruns); each is an extra of kfdist",
+    )
     accept_changes: bool = Field(
         default=False, description="whether a run directory started with another configuration may be taken over"
     )

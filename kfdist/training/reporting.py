@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import SEEK_END, FileIO
 from pathlib import Path
@@ -131,13 +131,21 @@ class MetricsLog:
     Args:
         directory: The run directory; None for a rank that writes no log.
         name: Another file's name, for other lines.
+        tell: Gets each line, too.
 
     Attributes:
         lost: Lines that could not be written.
     """
 
-    def __init__(self, directory: Path | None, name: str = "metrics.jsonl") -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        name: str = "metrics.jsonl",
+        *,
+        tell: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
         self.lost = 0
+        self._tell = tell
         self._name = name
         self._file = FileIO(directory / name, "a") if directory is not None else None
         self._torn = directory is not None and _ends_within_a_line(directory / name)
@@ -153,6 +161,8 @@ class MetricsLog:
             return
         text = json.dumps({"event": event, "time": round(time.time(), 3), **values})
         line = json.loads(text, parse_constant=lambda _: None)
+        if self._tell is not None:
+            self._tell(line)
         data = json.dumps(line, allow_nan=False).encode() + b"\n"
         # A line that was cut off before gets its end first, so that readers lose no more than that one.
         data = b"\n" + data if self._torn else data

@@ -31,6 +31,7 @@ HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_pe
     "run.eval_epochs",
     "run.target_accuracy",
     "run.stop_at_target",
+    "run.trackers",
     "run.device",
     "cluster.workers",
     "cluster.owners",

@@ -28,6 +28,7 @@ from kfdist.training.averaging import WeightAverage
 from kfdist.training.method import Damping, inverse_periods, plan_of
 from kfdist.training.optimizers import LearningRate, make_optimizer
 from kfdist.training.run_state import Materials, Standing, Training
+from kfdist.training.trackers.tracker import check_installed
 from kfdist.training.trial import try_own_data, try_own_task
 
 _CONNECT_SECONDS = 5.0
@@ -116,6 +117,7 @@ def gather_materials(
     Raises:
         ConfigError: A value is wrong.
     """
+    check_installed(config.run.trackers)
     data = load_data(config.data.name, config.data.settings).on(device)
     try_own_data(config, data)
     _check_fisher(config, data)

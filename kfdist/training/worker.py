@@ -26,8 +26,15 @@ from kfdist.training.method import agree_on_costs
 from kfdist.training.reporting import MetricsLog, Progress, make_progress
 from kfdist.training.run_directory import RunDirectory, inspect_run
 from kfdist.training.run_state import Materials, Standing, Training, restore_state, standing_of
-from kfdist.training.setup import check_controller, choose_device, device_name, gather_materials, make_training
+from kfdist.training.setup import (
+    check_controller,
+    choose_device,
+    device_name,
+    gather_materials,
+    make_training,
+)
 from kfdist.training.summary import summarise, write_summary
+from kfdist.training.trackers.choosing import make_trackers
 from kfdist.training.trainer import Trainer
 
 
@@ -188,8 +195,9 @@ class _Start:
         training = make_training(config, communicator, self._materials, epoch=epoch, standing=standing)
         progress = make_progress(worker_rank=communicator.rank, total_steps=training.learning_rate.total_steps)
         path = self._directory.path if self._directory is not None else None
-        log, details = MetricsLog(path), MetricsLog(path, "history.jsonl")
-        history = History(training, details)
+        trackers = make_trackers(config if communicator.rank == 0 else None, standing)
+        log, details = MetricsLog(path, tell=trackers.tell), MetricsLog(path, "history.jsonl")
+        history, ended = History(training, details), "failed"
         try:
             if loaded is not None:
                 restore_state(training, loaded)
@@ -216,6 +224,7 @@ class _Start:
             # Before the farewell, which waits for the controller: a rank that is killed meanwhile has done its work.
             if self._directory is not None:
                 write_summary(self._directory.path, summary)
+            ended = summary["status"]
             training.preconditioner.beat(summary["status"])
             training.preconditioner.close()
         except BaseException:
@@ -227,6 +236,7 @@ class _Start:
             progress.close()
             log.close()
             details.close()
+            trackers.close(ended)
         if not stopped:
             return Ending(code=ExitCode.DONE)
         message = f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume"

@@ -1,0 +1,98 @@
+"""MLflow: one run of it for a run of ours, however often that is resumed."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
+
+from kfdist.system.files import replace_file
+from kfdist.training.trackers.tracker import Tracker
+
+REFERENCE = "mlflow.json"
+"""In the run directory: which run of which server it is."""
+
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_AT_ONCE = 100
+_LONGEST_VALUE = 500
+
+
+class MlflowTracker(Tracker):
+    """Logs metrics and parameters; where to, MLFLOW_TRACKING_URI says, and else files in RUN/mlruns.
+
+    The experiment is MLFLOW_EXPERIMENT_NAME, or the run's name.
+
+    Args:
+        directory: The run directory.
+        name: The run's name.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._directory = directory
+        self._name = name
+        self._client: Any = None
+        self._id = ""
+
+    @override
+    def start(self, config: Mapping[str, Any], step: int) -> None:
+        del step
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        place = os.environ.get("MLFLOW_TRACKING_URI") or ""
+        if not place:
+            place = (self._directory / "mlruns").absolute().as_uri()
+            os.environ.setdefault(
+                "MLFLOW_ALLOW_FILE_STORE", "true"
+            )  # else files, being all that a run has, are refused
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=place)
+        self._id = self._former(place)
+        if self._id:
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or self._name
+        known = self._client.get_experiment_by_name(experiment)
+        where = known.experiment_id if known is not None else self._client.create_experiment(experiment)
+        self._id = self._client.create_run(where, run_name=self._name).info.run_id
+        reference = {"tracking_uri": place, "run_id": self._id}
+        replace_file(self._directory / REFERENCE, json.dumps(reference).encode())
+        self._log_settings(config)
+
+    def _former(self, place: str) -> str:
+        """Returns the id of the run that an earlier start made there; empty if there is none, or none any more."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            reference = json.loads((self._directory / REFERENCE).read_text(encoding="utf-8"))
+            found, there = reference["run_id"], reference["tracking_uri"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+        if there != place:
+            return ""
+        try:
+            return found if self._client.get_run(found).info.lifecycle_stage == "active" else ""
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return ""
+
+    def _log_settings(self, config: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        settings = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in config.items()]
+        for first in range(0, len(settings), _AT_ONCE):
+            self._client.log_batch(self._id, params=settings[first : first + _AT_ONCE])
+
+    @override
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+    @override
+    def close(self, status: str) -> None:
+        self._client.set_terminated(self._id, status=_STATUS.get(status, "KILLED"))
