@@ -8,6 +8,8 @@ import typer
 
 from kfdist.cli.options import AsJson
 
+_HOME = Path("runs")
+
 
 def register(app: typer.Typer) -> None:
     """Adds the command to the command line."""
@@ -15,9 +17,8 @@ def register(app: typer.Typer) -> None:
 
 
 def _report(
-    directories: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN_DIR...", help="A run's directory, as runs/digits; several are compared."),
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="A run's directory, or its name; several are compared.")
     ],
     output: Annotated[
         Path | None,
@@ -25,7 +26,7 @@ def _report(
             "--output",
             "-o",
             metavar="FILE",
-            help="The page; RUN_DIR/report.html, or comparison.html in the first, if not given.",
+            help="The page; report.html in the run's directory, or comparison.html in the first's, if not given.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -35,6 +36,7 @@ def _report(
     It shows loss, staleness, times, bytes, spectra, diagnostics and the configuration. A run may be finished, stopped
     or still going on. The page needs no other file and asks no other host for any.
     """
+    directories = [_directory_of(run) for run in runs]
     if len(directories) == 1:
         from kfdist.report.page import write_report
 
@@ -44,3 +46,16 @@ def _report(
 
         written = write_comparison(directories, output)
     print(json.dumps({"report": str(written)}) if as_json else f"report: {written}")
+
+
+def _directory_of(run: str) -> Path:
+    """Returns the directory of a run that is named as in other commands: by its name, or by its directory."""
+    from kfdist.system.run_notices import notices
+
+    given = Path(run)
+    if "/" in run or run in (".", ".."):
+        return given
+    going = {note.directory for note in notices() if note.run == run and note.directory}
+    if len(going) == 1:
+        return Path(going.pop())
+    return given if given.exists() else _HOME / run

@@ -73,7 +73,7 @@ class Recorded:
     def _read(cls, directory: Path) -> Self:
         if not any((directory / name).is_file() for name in ("config.toml", "metrics.jsonl", "summary.json")):
             what = "has no config.toml, metrics.jsonl or summary.json" if directory.is_dir() else "isn't a directory"
-            raise ConfigError(f"{directory} is no run directory: it {what}; give one, such as runs/digits")
+            raise ConfigError(f"{directory} is no run directory: it {what}; name a run, or give its directory")
         remarks: list[str] = []
         metrics = _without_lost(_lines(directory / "metrics.jsonl", remarks))
         history = _without_lost(_lines(directory / "history.jsonl", remarks))
