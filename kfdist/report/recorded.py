@@ -208,8 +208,9 @@ def _controller_events(directory: Path, config: Mapping[str, Any], remarks: list
     if not file.is_file():
         return []
     try:
-        # Read only: a controller may have it open.
-        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=1.0)) as connection:
+        # A controller may have it open. If none has, there is no log beside it, and reading must not leave one there.
+        mode = "mode=ro" if file.with_name(f"{file.name}-wal").exists() else "immutable=1"
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?{mode}", uri=True, timeout=1.0)) as connection:
             rows = connection.execute(
                 "SELECT time_ns, kind, text FROM events WHERE run = ? ORDER BY event_id DESC LIMIT ?",
                 (config.get("run", {}).get("name", ""), SHOWN_EVENTS),

@@ -1,1 +1,1 @@
-"""Trackers of experiments that a run tells its numbers to, besides `metrics.jsonl`."""
+"""Where else a run tells its numbers, besides `metrics.jsonl`."""

@@ -125,7 +125,7 @@ class _Told:
             _LOG.warning("%s gets no more of the run's numbers (%s); metrics.jsonl has them all", self.name, reason)
 
 
-class Trackers:
+class TrackerFeed:
     """Tells a run's numbers to all of its trackers; never waits for them but when it ends, and never raises.
 
     They begin with the first numbers: a run that makes no step leaves nothing with them.

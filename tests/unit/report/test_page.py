@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from kfdist.control import run_rules
+from kfdist.control.store import Batch, RunUpdate, Store
 from kfdist.errors import ConfigError
 from kfdist.report.page import write_report
 from kfdist.training.history import window_length
@@ -171,6 +173,20 @@ def test_what_is_damaged_or_missing_is_said(finished: Path, tmp_path: Path) -> N
         (tmp_path / "run" / name).unlink()
     text = page_of(tmp_path / "run", tmp_path).text
     assert [name for name in names[:3] if f"There is no {name}" not in text] == []
+
+
+def test_events_of_the_controller_are_read_and_nothing_is_left_beside_them(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "run")
+    store = Store(tmp_path / "run" / "control.sqlite")
+    made = run_rules.created(None, name="digits", directory="", total_steps=5, now_ns=1)
+    store.commit(Batch(runs=(RunUpdate(record=made.record, message=b"", events=made.events),)))
+    for ends in (False, True):  # the controller
+        if ends:
+            store.close()
+        text = page_of(tmp_path / "run", tmp_path).text
+        assert "controller: created" in text and "run digits made known" in text
+    left = sorted(path.name for path in (tmp_path / "run").glob("control.sqlite*"))
+    assert left == ["control.sqlite", "control.sqlite.lock"]
 
 
 def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:

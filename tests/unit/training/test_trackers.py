@@ -12,7 +12,7 @@ import pytest
 
 from kfdist.errors import ConfigError
 from kfdist.training.trackers import tracker as trackers
-from kfdist.training.trackers.tracker import Tracker, Trackers, numbers_of
+from kfdist.training.trackers.tracker import Tracker, TrackerFeed, numbers_of
 from tests.support.recorded import record
 
 
@@ -54,8 +54,8 @@ class Hanging(Kept):
 
 
 def track(monkeypatch: pytest.MonkeyPatch, tracker: Tracker) -> None:
-    def make(config, standing) -> Trackers:
-        return Trackers({"it": tracker}, {"run.name": config.run.name}, standing.step)
+    def make(config, standing) -> TrackerFeed:
+        return TrackerFeed({"it": tracker}, {"run.name": config.run.name}, standing.step)
 
     monkeypatch.setattr("kfdist.training.worker.make_trackers", make)
 
@@ -109,7 +109,7 @@ def test_a_tracker_that_hangs_holds_nobody_up(
 
 def test_values_that_nobody_takes_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
     hanging = Hanging()
-    told = Trackers({"it": hanging}, {"run.name": "digits"}, 0)
+    told = TrackerFeed({"it": hanging}, {"run.name": "digits"}, 0)
     try:
         for step in range(2_000):
             told.tell({"event": "step", "step": step, "loss": 1.0})
