@@ -36,6 +36,7 @@ class Submit:
         deadline_seconds: See there.
         fingerprint: See there.
         payload_bytes: Size of the input.
+        submitted_ns: When the rank submitted it, in nanoseconds since 1970.
     """
 
     kind: Literal["submit"] = "submit"
@@ -46,6 +47,23 @@ class Submit:
     deadline_seconds: float
     fingerprint: str
     payload_bytes: int
+    submitted_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """Rank to courier, where jobs are traced: the result of a ticket has been looked at.
+
+    Attributes:
+        ticket: The hand-over it belongs to.
+        intact: Whether it had its digest.
+        at_ns: When, in nanoseconds since 1970.
+    """
+
+    kind: Literal["taken"] = "taken"
+    ticket: int
+    intact: bool
+    at_ns: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +141,7 @@ class Counted:
     counters: LinkCounters
 
 
-Message = Submit | Beat | Report | Bye | Hello | Done | NewSettings | Fenced | Counted
+Message = Submit | Taken | Beat | Report | Bye | Hello | Done | NewSettings | Fenced | Counted
 
 _EXACT = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 """Both sides are of one version: a field too many or of another type is a fault. A gauge may be NaN."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from kfdist.owner.fair_room import FairRoom
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2
 from kfdist.rpc.chunking import Assembler, PayloadError, split
 from kfdist.rpc.status import Refusal, answers, streams
+from kfdist.telemetry.tracing import HEADER, Hop, Tracing
 
 _LONGEST_NAME = 1024
 _LONGEST_DEADLINE_MILLISECONDS = 24 * 3600 * 1000
@@ -60,10 +61,12 @@ class InversionServicer:
         completed: Inversions that gave a result.
         failed: Inversions that didn't, by reason.
         processes_lost: Inversion processes that were killed or crashed, by the run whose job they had.
+        tracing: Makes a span of each hop of a job here.
     """
 
     def __init__(self, owner_id: str, executor: Executor, limits: ServiceLimits | None = None) -> None:
         """Begins without jobs; uses the executor from one thread at a time."""
+        self.tracing = Tracing("kfdist-owner", owner=owner_id)
         self.peers: dict[str, inversion_pb2.Owner] = {}
         self.completed = 0
         self.failed: Counter[str] = Counter()
@@ -106,11 +109,23 @@ class InversionServicer:
     @streams
     async def Invert(self, request_iterator: Any, context: Any) -> AsyncGenerator[inversion_pb2.InvertResponse]:
         """Inverts one group; see inversion.proto."""
-        del context
-        requests = _Requests(request_iterator, self._limits)
-        header = await requests.header()
-        self._check(header)
-        done = await self._execution(header, requests)
+        hop = self.tracing.begin("owner", parent=dict(context.invocation_metadata() or ()).get(HEADER, ""))
+        fault = "the call was broken off"
+        try:
+            requests = _Requests(request_iterator, self._limits)
+            header = await requests.header()
+            self._check(header)
+            done = await self._execution(header, requests, hop)
+            for part in self._answer(done):
+                yield part
+            fault = ""
+        except Exception as error:
+            fault = str(error)
+            raise
+        finally:
+            hop.end(fault=fault)
+
+    def _answer(self, done: Execution) -> Iterator[inversion_pb2.InvertResponse]:
         yield inversion_pb2.InvertResponse(
             header=inversion_pb2.InvertResultHeader(
                 payload_bytes=len(done.result), digest=done.digest, seconds=done.seconds, owner_id=self._owner_id
@@ -148,7 +163,7 @@ class InversionServicer:
                 f"run {run!r} was started again: this call is of epoch {epoch}, {self._owner_id} has seen {newest}",
             )
 
-    async def _execution(self, header: inversion_pb2.InvertHeader, requests: "_Requests") -> Execution:
+    async def _execution(self, header: inversion_pb2.InvertHeader, requests: "_Requests", hop: Hop) -> Execution:
         """Returns a job's execution: a kept one, that of a running call, or a new one."""
         key = f"{header.run}/{header.epoch}/{header.group}/{header.version}/{header.digest}"
         if key not in self._kept and key not in self._running:
@@ -158,7 +173,7 @@ class InversionServicer:
             try:
                 payload = await requests.payload(assembler)
                 if key not in self._kept and key not in self._running:  # a duplicate may have been faster
-                    self._begin(key, header.run, payload, header.deadline_milliseconds / 1000)
+                    self._begin(key, header.run, payload, header.deadline_milliseconds / 1000, hop)
                     taken = True
             finally:
                 if not taken:
@@ -168,15 +183,18 @@ class InversionServicer:
             return self._kept[key]
         return await self._join(key)
 
-    def _begin(self, key: str, run: str, payload: bytearray, deadline_seconds: float) -> None:
+    def _begin(self, key: str, run: str, payload: bytearray, deadline_seconds: float, hop: Hop) -> None:
         async def invert() -> Execution:
             await self._turn.enter(run, 1)
+            in_child, fault = self.tracing.begin("child", parent=hop), ""
             try:
                 running.begun = True
                 execution = await asyncio.to_thread(self._executor.run, payload, deadline_seconds)
             except ExecutionFailed as failure:
+                fault = str(failure)
                 raise self._refusal(run, failure) from failure
             finally:
+                in_child.end(fault=fault)
                 self._turn.leave(1)
             self._keep(key, execution)
             return execution

@@ -127,7 +127,10 @@ class Owner:
             owners: The pool's live owners: owner_id, address, fingerprint.
             gone: The names of its others.
         """
-        peers = [inversion_pb2.Owner(**owner) for owner in owners]
+        peers = [
+            inversion_pb2.Owner(owner_id=each["owner_id"], address=each["address"], fingerprint=each["fingerprint"])
+            for each in owners
+        ]
         self._loop.call_soon_threadsafe(self._servicer.change_peers, peers, gone)
 
     def close(self) -> None:
@@ -136,6 +139,7 @@ class Owner:
         if self._loop.is_running():
             try:
                 self._do(self._stop(), _START_SECONDS)
+                self._servicer.tracing.flush()
             finally:
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join()

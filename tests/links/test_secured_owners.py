@@ -21,6 +21,7 @@ from kfdist.owner.inversion_service import InversionServicer
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import Owner
 from kfdist.rpc.certificates import make_certificates
 from kfdist.system.credentials import Credentials, Role
+from kfdist.telemetry.tracing import Tracing
 from tests.support.controller import ControllerThread
 from tests.support.jobs import context
 from tests.support.owners import start_echo
@@ -50,6 +51,7 @@ class Scene:
             deadline_seconds=5.0,
             fingerprint="",
             payload_bytes=len(payload),
+            submitted_ns=0,
         )
         self.dispatcher.submit(self.tasks, submit, create_input(payload), create_output())
         return submit.ticket
@@ -67,7 +69,14 @@ async def scene(owners: Path, ours: Credentials | None) -> AsyncIterator[Scene]:
     directory, done, count = OwnerDirectory(), asyncio.Queue[Done](), []
     directory.update([KnownOwner(owner_id="owner-0", address=address)])
     setup = CourierSetup(address="127.0.0.1:1", rank_pid=os.getpid(), context=context(), credentials=ours)
-    dispatcher = Dispatcher(setup, directory, done=done.put_nowait, count=count.append, fenced=pytest.fail)
+    dispatcher = Dispatcher(
+        setup,
+        directory,
+        done=done.put_nowait,
+        count=count.append,
+        fenced=pytest.fail,
+        tracing=Tracing("test"),
+    )
     try:
         async with asyncio.TaskGroup() as tasks:
             yield Scene(servicer, address, directory, dispatcher, done, tasks, count)

@@ -23,12 +23,20 @@ from kfdist.links.socket_messages import (
     NewSettings,
     Report,
     Submit,
+    Taken,
 )
 from kfdist.types import Desired, InForce, MetricSample, Obeyed, RunSettings
 from tests.support.jobs import context
 
 SUBMIT = Submit(
-    ticket=7, group="a.b", version=3, digest="d" * 64, deadline_seconds=0.1, fingerprint="f", payload_bytes=9
+    ticket=7,
+    group="a.b",
+    version=3,
+    digest="d" * 64,
+    deadline_seconds=0.1,
+    fingerprint="f",
+    payload_bytes=9,
+    submitted_ns=10**18,
 )
 EXAMPLES = [
     SUBMIT,
@@ -42,6 +50,7 @@ EXAMPLES = [
             obeyed=(Obeyed(revision=3, step=9, refused="why"),),
         )
     ),
+    Taken(ticket=7, intact=False, at_ns=10**18),
     Bye(),
     Hello(),
     Done(ticket=7, payload_bytes=4, digest="e" * 64, seconds=0.5, owner="owner-0"),

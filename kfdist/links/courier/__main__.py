@@ -31,9 +31,11 @@ from kfdist.links.socket_messages import (
     NewSettings,
     Report,
     Submit,
+    Taken,
 )
 from kfdist.system.lifetime import exit_with_process
 from kfdist.telemetry.logging import setup_logging
+from kfdist.telemetry.tracing import Tracing
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,14 +88,16 @@ class RankSocket:
 class Courier:
     """One courier's parts, and what passes between them."""
 
-    def __init__(self, setup: CourierSetup, rank: RankSocket, word: HeartbeatWord) -> None:
+    def __init__(self, setup: CourierSetup, rank: RankSocket, word: HeartbeatWord, tracing: Tracing) -> None:
         """Connects the parts; nothing runs yet."""
         directory = OwnerDirectory()
         self._rank = rank
         self._word = word
         self._counted = LinkCounters()
         self._fenced = False
-        self._dispatcher = Dispatcher(setup, directory, done=self._tell_done, count=self._count, fenced=self._fence)
+        self._dispatcher = Dispatcher(
+            setup, directory, done=self._tell_done, count=self._count, fenced=self._fence, tracing=tracing
+        )
         self._session = ControllerSession(
             setup,
             directory,
@@ -120,6 +124,8 @@ class Courier:
                 match message:
                     case Submit():
                         self._dispatcher.submit(group, message, *descriptors)
+                    case Taken():
+                        self._dispatcher.taken(message)
                     case Beat():
                         self._session.beat(message.step, message.phase, message.samples)
                     case Report(in_force=in_force):
@@ -172,7 +178,9 @@ async def _serve(channel_descriptor: int, word_descriptor: int, setup_descriptor
         return  # The rank had ended before we began to watch it.
     with HeartbeatWord(word_descriptor) as word:
         os.close(word_descriptor)
-        await Courier(setup, RankSocket(socket.socket(fileno=channel_descriptor)), word).run()
+        tracing = Tracing("kfdist-courier", run=setup.context.run, rank=setup.context.worker_rank)
+        await Courier(setup, RankSocket(socket.socket(fileno=channel_descriptor)), word, tracing).run()
+        tracing.flush()
 
 
 def main() -> None:

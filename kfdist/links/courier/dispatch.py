@@ -17,13 +17,14 @@ from kfdist.links.courier.known_owners import KnownOwner, OwnerDirectory
 from kfdist.links.courier.transfer import AttemptFailed, Reason, attempt
 from kfdist.links.link import LinkCounters
 from kfdist.links.shared_memory import write_at
-from kfdist.links.socket_messages import CourierSetup, Done, Submit
+from kfdist.links.socket_messages import CourierSetup, Done, Submit, Taken
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import InvertHeader, InvertResultHeader, ListPeersRequest
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc.channels import open_aio_channel
 from kfdist.rpc.handshake import explain, token_refused
 from kfdist.rpc.status import code_of
 from kfdist.system.credentials import Credentials, Role, stamp
+from kfdist.telemetry.tracing import Hop, Tracing
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class _Parcel:
     Attributes:
         submit: What the rank said.
         payload: Its input, mapped.
+        hop: Its way through this courier.
         attempts: Submissions so far.
         tried: Owners that failed it since all were tried last.
         rounds: How often all owners were tried.
@@ -82,6 +84,7 @@ class _Parcel:
 
     submit: Submit
     payload: memoryview
+    hop: Hop
     attempts: int = 0
     tried: set[str] = field(default_factory=set)
     rounds: int = 0
@@ -104,6 +107,7 @@ class Dispatcher:
         done: Callable[[Done], None],
         count: Callable[[LinkCounters], None],
         fenced: Callable[[str], None],
+        tracing: Tracing,
     ) -> None:
         """Begins without jobs.
 
@@ -113,6 +117,7 @@ class Dispatcher:
             done: Called when a result lies in its memfd.
             count: Called with what there is to count.
             fenced: Called with the reason when an owner has seen a newer start of the run.
+            tracing: Makes a span of each hop of a job.
         """
         self._context = setup.context
         self._credentials = setup.credentials
@@ -120,6 +125,8 @@ class Dispatcher:
         self._done = done
         self._count = count
         self._fenced = fenced
+        self._tracing = tracing
+        self._on_their_way_back: dict[int, tuple[Hop, Hop]] = {}
         self._connections: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -147,6 +154,11 @@ class Dispatcher:
         for task in list(self._tasks):
             task.cancel()
 
+    def taken(self, taken: Taken) -> None:
+        """Ends the trace of a job whose result the rank has looked at."""
+        for hop in self._on_their_way_back.pop(taken.ticket, ()):
+            hop.end(at_ns=taken.at_ns, fault="" if taken.intact else Reason.CORRUPT)
+
     def owners_changed(self) -> None:
         """Ends the calls to owners that are gone, so that their jobs go elsewhere, and wakes the jobs that wait."""
         for connection in list(self._connections.values()):
@@ -157,12 +169,25 @@ class Dispatcher:
         self._changed = asyncio.Event()
 
     async def _carry(self, submit: Submit, input_descriptor: int, output_descriptor: int) -> None:
+        job = self._tracing.begin(
+            "job",
+            at_ns=submit.submitted_ns,
+            group=submit.group,
+            version=submit.version,
+            epoch=self._context.epoch,
+            payload_bytes=submit.payload_bytes,
+        )
+        hop = self._tracing.begin("courier", parent=job)
         try:
             payload = _map(input_descriptor, submit.payload_bytes)
-            header, result = await self._invert(_Parcel(submit=submit, payload=payload))
+            header, result = await self._invert(_Parcel(submit=submit, payload=payload, hop=hop))
             self._measure(submit.group, header.seconds)
             # In the event loop, as a thread might still write when this task is cancelled and its descriptor reused.
             write_at(output_descriptor, 0, result)
+            hop.end()
+            if job.traceparent:  # then the rank will say that it has taken the result
+                back = self._tracing.begin("back", parent=job, payload_bytes=header.payload_bytes)
+                self._on_their_way_back[submit.ticket] = back, job
             self._done(
                 Done(
                     ticket=submit.ticket,
@@ -193,11 +218,16 @@ class Dispatcher:
                 if not self._directory.takes_jobs(owner):
                     continue  # It fell ill or was drained while this job waited for it.
                 parcel.attempts += 1
+                hop = self._tracing.begin("attempt", parent=parcel.hop, owner=owner.owner_id, number=parcel.attempts)
                 try:
-                    answer = await attempt(connection.stub, self._header(parcel), parcel.payload, self._count)
+                    answer = await attempt(
+                        connection.stub, self._header(parcel), parcel.payload, self._count, hop.metadata
+                    )
                 except AttemptFailed as failure:
+                    hop.end(fault=f"{failure.reason}: {failure}")
                     self._learn(owner, parcel, failure)
                 else:
+                    hop.end()
                     self._directory.trust(owner)
                     return answer
 

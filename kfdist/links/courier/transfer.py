@@ -49,7 +49,11 @@ class AttemptFailed(Exception):
 
 
 async def attempt(
-    stub: Any, header: inversion_pb2.InvertHeader, payload: memoryview, count: Callable[[LinkCounters], None]
+    stub: Any,
+    header: inversion_pb2.InvertHeader,
+    payload: memoryview,
+    count: Callable[[LinkCounters], None],
+    metadata: tuple[tuple[str, str], ...] = (),
 ) -> tuple[inversion_pb2.InvertResultHeader, bytearray]:
     """Has one owner do one job, and returns its answer, verified.
 
@@ -58,11 +62,13 @@ async def attempt(
         header: The job.
         payload: Its input.
         count: Called with the payload bytes of each message.
+        metadata: Of the call.
 
     Raises:
         AttemptFailed: No verified result came of it.
     """
-    call = stub.Invert(_messages(header, payload, count), timeout=header.deadline_milliseconds / 1000 + _SLACK_SECONDS)
+    seconds = header.deadline_milliseconds / 1000 + _SLACK_SECONDS
+    call = stub.Invert(_messages(header, payload, count), timeout=seconds, metadata=metadata)
     try:
         return await _collect(call, count)
     except (PayloadError, PayloadTooLarge) as error:

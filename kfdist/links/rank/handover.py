@@ -1,8 +1,9 @@
 """The jobs of one rank that have no verified result yet, and the shared memory that belongs to them."""
 
 import os
+import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kfdist.links.shared_memory import create_input, create_output
 from kfdist.links.socket_messages import Submit
@@ -15,6 +16,7 @@ class HeldJob:
 
     Attributes:
         job: What is to be done.
+        submitted_ns: When it was, in nanoseconds since 1970.
         ticket: Names the hand-over to the courier in charge; None while it waits for one.
         input: Descriptor of the sealed memfd with its payload; made once, passed to every courier.
         output: Descriptor of the memfd for the result; a new one for every hand-over, so that nothing that an earlier
@@ -22,6 +24,7 @@ class HeldJob:
     """
 
     job: Job
+    submitted_ns: int = field(default_factory=time.time_ns)
     ticket: int | None = None
     input: int | None = None
     output: int | None = None
@@ -78,6 +81,7 @@ class Handover:
             deadline_seconds=entry.job.deadline_seconds,
             fingerprint=entry.job.fingerprint,
             payload_bytes=len(entry.job.payload),
+            submitted_ns=entry.submitted_ns,
         )
         return submit, (entry.input, entry.output)
 

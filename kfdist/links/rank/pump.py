@@ -19,7 +19,19 @@ from kfdist.links.link import LinkCounters
 from kfdist.links.rank.courier_process import COURIER_MODULE, CourierProcess
 from kfdist.links.rank.handover import Handover
 from kfdist.links.shared_memory import read_private
-from kfdist.links.socket_messages import Bye, Counted, CourierSetup, Done, Fenced, Hello, Message, NewSettings, Report
+from kfdist.links.socket_messages import (
+    Bye,
+    Counted,
+    CourierSetup,
+    Done,
+    Fenced,
+    Hello,
+    Message,
+    NewSettings,
+    Report,
+    Taken,
+)
+from kfdist.telemetry.tracing import traced
 from kfdist.types import Desired, InForce, Job, JobResult, MetricSample, RunSettings
 
 _LOG = logging.getLogger(__name__)
@@ -114,6 +126,7 @@ class Pump:
         # A copy: the thread that trains may change its own environment while a courier is respawned.
         self._environment = dict(os.environ)
         self._handover = Handover()
+        self._traced = traced()
         self._outbox: deque[tuple[bytes, int]] = deque()
         self._queued_samples = 0
         self._phase = ""
@@ -265,7 +278,10 @@ class Pump:
         result = JobResult(
             group=entry.job.group, version=entry.job.version, payload=payload, seconds=done.seconds, owner=done.owner
         )
-        if result.digest != done.digest:
+        intact = result.digest == done.digest
+        if self._traced:
+            self._post(Taken(ticket=done.ticket, intact=intact, at_ns=time.time_ns()))
+        if not intact:
             self._handover.requeue(entry)
             self.counters += LinkCounters(resubmissions={"corrupt": 1})
             return

@@ -13,6 +13,7 @@ from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
 from kfdist.links.rank.pump import Call, Mailbox, Pump, RemoteOptions
 from kfdist.links.socket_messages import CourierSetup
 from kfdist.system.credentials import Credentials
+from kfdist.telemetry.tracing import check_traceable
 from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
 
 __all__ = ["RemoteLink", "RemoteOptions"]
@@ -50,11 +51,13 @@ class RemoteLink(AbstractLink):
         """Starts the courier.
 
         Raises:
+            ConfigError: Traces are asked for, and can't be made.
             EnvironmentFault: No process can be started.
             RuntimeError: The link was started before.
         """
         if self._mailbox is not None:
             raise RuntimeError("the link was started before; make another one")
+        check_traceable()
         self._pid = os.getpid()
         mailbox = Mailbox.open()
         setup = CourierSetup(address=self._address, rank_pid=self._pid, context=context, credentials=self._credentials)
