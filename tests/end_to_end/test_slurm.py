@@ -14,6 +14,7 @@ from torch.distributed.run import get_args_parser  # noqa: TID251  # torchrun's 
 
 from kfdist.cli.main import app
 from kfdist.config import Config, load_config
+from kfdist.system.addresses import split_address
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "slurm" / "kfdist.sbatch"
 NODES = ("node1", "node2", "node3")
@@ -105,7 +106,7 @@ def test_its_commands_are_kfdists_and_agree_on_names_and_ports(tmp_path: Path):
     torchrun = get_args_parser().parse_args(srun.arguments[at + 1 :])
     assert (torchrun.module, torchrun.training_script) == (True, "kfdist")
     assert (torchrun.nnodes, torchrun.nproc_per_node, torchrun.max_restarts) == ("2", "8", 3)
-    assert torchrun.rdzv_endpoint.partition(":")[0] == "node2"
+    assert split_address(torchrun.rdzv_endpoint) == ("node2", 29500)
     assert {"--nodelist=node2,node3", "--nodes=2", "--ntasks=2"} <= set(srun.arguments[:at])
     serving, owning = config_of(serve, serve.arguments), config_of(pool, pool.arguments)
     training = config_of(srun, torchrun.training_script_args)
