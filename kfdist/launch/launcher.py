@@ -46,7 +46,7 @@ from kfdist.system.processes import (
 )
 from kfdist.system.spawn import inherited_environment, module_command
 from kfdist.training.run_directory import inspect_run, read_costs
-from kfdist.training.setup import gather_materials
+from kfdist.training.setup import check_devices, gather_materials
 
 CONTROLLER_READY_SECONDS = 30.0
 POOL_READY_SECONDS = 120.0
@@ -80,6 +80,7 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
         ConfigError: A value is wrong; nothing was started.
         EnvironmentFault: Something the run needs could not be had, or a process failed.
     """
+    check_devices(config)
     if not (finished := check_launch(config)):
         return Launch(config, terminal, requests).run()
     terminal.say(finished)

@@ -54,6 +54,25 @@ def choose_device(config: Config) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def check_devices(config: Config) -> None:
+    """Checks that each rank that this machine is to start has a device, before any is started.
+
+    Raises:
+        EnvironmentFault: There are too few GPUs.
+    """
+    there, workers = torch.cuda.device_count(), config.cluster.workers
+    if config.run.device == "cuda" and not there:
+        raise EnvironmentFault(
+            f'run.device is "cuda", and torch {torch.__version__} sees no GPU here; set run.device = "auto" or "cpu", '
+            "or install torch with CUDA"
+        )
+    if config.run.device != "cpu" and there and workers > there:
+        raise EnvironmentFault(
+            f"cluster.workers is {workers}, each takes a GPU, and this machine has {there}; set cluster.workers = "
+            f'{there} (and data.batch_size for as large a step), or run.device = "cpu"'
+        )
+
+
 def device_name(device: torch.device) -> str:
     """Returns what people call a device: a GPU's model, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

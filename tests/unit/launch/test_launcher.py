@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from kfdist.config import load_config
 from kfdist.errors import EnvironmentFault
+from kfdist.launch import launcher
 from kfdist.launch.launcher import STOP_RANKS_SECONDS, Launch, train
 from kfdist.launch.terminal import StopRequests, Terminal
 from kfdist.rpc.certificates import Authority
@@ -27,6 +29,30 @@ def test_a_certificate_that_no_process_could_use_is_found_before_one_is_started(
     with pytest.raises(EnvironmentFault, match=rf"{role.value}\.pem expired on .* \(node "):
         train(config, Terminal(as_json=True), StopRequests())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "words"),
+    [
+        ("cuda", 0, 'run.device is "cuda", and torch .* sees no GPU here'),
+        ("auto", 1, "cluster.workers is 2, each takes a GPU, and this machine has 1; set cluster.workers = 1"),
+        ("auto", 2, ""),
+        ("auto", 0, ""),
+        ("cpu", 1, ""),
+    ],
+)
+def test_ranks_without_a_gpu_are_found_before_one_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, there: int, words: str
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(launcher, "check_launch", lambda config: "done before")
+    monkeypatch.setattr(launcher, "read_summary", lambda directory: {})
+    config = load_config(None, overrides=[f"run.dir={tmp_path / 'run'}", f"run.device={device}"], environment={})
+    if words:
+        with pytest.raises(EnvironmentFault, match=words):
+            train(config, Terminal(as_json=True), StopRequests())
+    else:
+        assert train(config, Terminal(as_json=True), StopRequests()) == 0
 
 
 @pytest.mark.parametrize(
