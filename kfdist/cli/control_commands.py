@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kfdist.cli.complete import complete_run
 from kfdist.cli.options import AsJson
 from kfdist.errors import EnvironmentFault, ExitCode
 
@@ -18,6 +19,7 @@ Run = Annotated[
     typer.Argument(
         metavar="[RUN]",
         help="The run's name or its directory; not needed where only one run is going.",
+        autocompletion=complete_run,
         show_default=False,
     ),
 ]
@@ -53,7 +55,10 @@ def _status(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]", help="The run's name or its directory; all runs if not given.", show_default=False
+            metavar="[RUN]",
+            help="The run's name or its directory; all runs if not given.",
+            autocompletion=complete_run,
+            show_default=False,
         ),
     ] = None,
     address: Address = None,
@@ -92,17 +97,16 @@ def _watch(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run now and at every change until it ends; Ctrl-C ends the watch, not the run."""
+    """Show a run now and at every change until it ends; Ctrl-C ends the watch, not the run.
+
+    On a terminal: a screen with ranks, owners, the loss and the blocks, the stalest first. Elsewhere, and with --json:
+    a line for each change. Exit codes: 0 the run has ended, however; 130 Ctrl-C.
+    """
+    from kfdist.cli import watching
     from kfdist.cli.find_runs import find_run
-    from kfdist.cli.run_display import print_changes, print_target
 
     try:
-        target = find_run(run, address)
-        if target.controller is None:
-            print_target(target, as_json=as_json)
-            return
-        with target.client() as client:
-            print_changes(client.watch(target.name, from_revision=from_revision), as_json=as_json)
+        watching.watch(find_run(run, address), from_revision=from_revision, as_json=as_json)
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
 

@@ -81,8 +81,11 @@ class Target:
             yield client
 
     def view(self, client: ControlClient) -> RunView:
-        """Asks how the run is; names its directory where the controller wasn't told."""
-        run = client.get(self.name)
+        """Asks how the run is."""
+        return self.located(client.get(self.name))
+
+    def located(self, run: RunView) -> RunView:
+        """Returns a run with its directory, where the controller wasn't told."""
         directory = run.directory or (str(self.files.path.absolute()) if self.files is not None else "")
         return replace(run, directory=directory)
 

@@ -2,16 +2,16 @@
 
 import json
 import math
+import os
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
+from kfdist.cli.block_table import COLUMNS, block_table, blocks_of, shortened
 from kfdist.cli.find_runs import Survey, Target
 from kfdist.cli.run_files import RunFiles
 from kfdist.control.client import EventView, RunView, finite_or_none
@@ -19,16 +19,9 @@ from kfdist.errors import EnvironmentFault
 from kfdist.telemetry.metrics import METRICS, Kind
 from kfdist.types import MetricSample
 
-_BLOCK_COLUMNS = {
-    "kfdist_staleness_steps": "STALE",
-    "kfdist_inversion_rung": "RETRIES",
-    "kfdist_inversion_rank": "RANK",
-    "kfdist_inversion_residual": "RESIDUAL",
-    "kfdist_inversion_approximation_error": "APPROX",
-    "kfdist_inversion_orthogonality_error": "ORTHOG",
-    "kfdist_inversion_smallest_eigenvalue": "MIN EIG",
-}
-"""What the table of blocks shows: short heads, so that seven of them leave room for a name within 80 columns."""
+_OF_BLOCKS = ("kfdist_inversion_", "kfdist_block_")
+_SHOWN_BLOCKS = 40
+"""As many blocks as a terminal gets; a pipe gets all."""
 
 
 def print_target(target: Target, *, as_json: bool) -> None:
@@ -100,10 +93,7 @@ def print_run(run: RunView, samples: Sequence[MetricSample], *, as_json: bool) -
         print(json.dumps({**run.to_json(), "samples": listed}))
         return
     _print_facts(_facts(run) + _counters(samples))
-    columns, rows = _blocks(samples)
-    if rows:
-        print()
-        _print_table(columns, rows)
+    _print_blocks(samples)
 
 
 def print_runs(runs: Sequence[RunView], *, as_json: bool) -> None:
@@ -111,8 +101,8 @@ def print_runs(runs: Sequence[RunView], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"runs": [run.to_json() for run in runs]}))
     else:
-        columns = ("RUN", "STATE", "STEP", "START", "WORKERS", "OWNERS", "LOSS", "CREATED")
-        _print_table(columns, [_row(run) for run in runs])
+        columns = ("RUN", "STATE", "STEP", "START", "RANKS", "OWNERS", "LOSS", "CREATED", "DIRECTORY")
+        _print_table(columns, [_row(run) for run in runs], spared=("START", "CREATED"))
 
 
 def print_events(events: Sequence[EventView], *, as_json: bool) -> None:
@@ -131,23 +121,9 @@ def print_events(events: Sequence[EventView], *, as_json: bool) -> None:
 
 def run_line(run: RunView) -> str:
     """Returns a run in one line."""
-    measured = " ".join(f"{name} {value:.4g}" for name, value in _gauges(run))
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in _gauges(run))
     members = f"{run.live_workers} workers, {run.live_owners} owners"
     return f"{run.name}: {run.state} at step {_step(run)}, {members}" + (f", {measured}" if measured else "")
-
-
-def print_changes(runs: Iterable[RunView], *, as_json: bool) -> None:
-    """Prints a run as it changes until it ends: one table on a terminal, a line for each change otherwise."""
-    last = ""
-    with Live(console=Console(), auto_refresh=False) if sys.stdout.isatty() and not as_json else nullcontext() as live:
-        for run in runs:
-            if live is not None:
-                live.update(_facts_table(_facts(run)), refresh=True)
-            elif (line := json.dumps(run.to_json()) if as_json else run_line(run)) != last:
-                print(line, flush=True)
-                last = line
-            if run.state.ended:
-                return
 
 
 def _facts(run: RunView) -> list[tuple[str, str]]:
@@ -167,7 +143,7 @@ def _facts(run: RunView) -> list[tuple[str, str]]:
 
 def _gauges(run: RunView) -> list[tuple[str, float]]:
     # Diagnostics of inversions are for the table of blocks.
-    return [(_short(name), value) for name, value in sorted(run.gauges.items()) if "inversion" not in name]
+    return [(_short(name), value) for name, value in sorted(run.gauges.items()) if not name.startswith(_OF_BLOCKS)]
 
 
 def _counters(samples: Sequence[MetricSample]) -> list[tuple[str, str]]:
@@ -177,26 +153,6 @@ def _counters(samples: Sequence[MetricSample]) -> list[tuple[str, str]]:
         (" ".join([_short(s.name.removesuffix("_total")), *s.labels.values()]), _amount(s.name, s.value))
         for s in counters
     ]
-
-
-def _blocks(samples: Sequence[MetricSample]) -> tuple[list[str], list[list[str]]]:
-    """Returns the heads and rows of the table of blocks; columns without any value are left out."""
-    values: dict[str, dict[str, float]] = {}
-    for sample in samples:
-        if sample.name in _BLOCK_COLUMNS and "block" in sample.labels:
-            of_block = values.setdefault(sample.labels["block"], {})
-            known = of_block.get(sample.name, sample.value)
-            of_block[sample.name] = METRICS[sample.name].across.worst([known, sample.value])  # of the factors
-    shown = [name for name in _BLOCK_COLUMNS if any(name in of_block for of_block in values.values())]
-    rows = [
-        [block, *(_brief(of_block[name]) if name in of_block else "-" for name in shown)]
-        for block, of_block in values.items()
-    ]
-    return ["BLOCK", *(_BLOCK_COLUMNS[name] for name in shown)], rows
-
-
-def _brief(value: float) -> str:
-    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _amount(metric: str, value: float) -> str:
@@ -235,21 +191,69 @@ def _row(run: RunView) -> tuple[str, ...]:
         str(run.live_owners),
         "-" if loss is None else f"{loss:.4g}",
         run.created.astimezone().strftime("%Y-%m-%d %H:%M"),
+        _nearer(run.directory),
     )
 
 
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    if sys.stdout.isatty():
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for column in columns:
-            table.add_column(column, overflow="fold")  # a long name takes two lines rather than losing its end
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
+def _nearer(directory: str) -> str:
+    """Returns a directory as it is written from here, if it is below."""
+    here = f"{os.getcwd()}{os.sep}"
+    return directory.removeprefix(here) or "-"
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, spared: Sequence[str] = ()) -> None:
+    """Prints a table; a narrow terminal gets it without `spared`, then with a shorter first column.
+
+    Args:
+        columns: The heads.
+        rows: The cells.
+        spared: Columns that may be left out, the first one first.
+    """
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    if sys.stdout.isatty():
+        console = Console()
+        shown = list(range(len(columns)))
+        for head in spared:
+            if sum(widths[i] + 2 for i in shown) - 2 > console.width:
+                shown.remove(columns.index(head))
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+        room = console.width - sum(widths[i] + 2 for i in shown[1:-1])
+        first = min(widths[0], max(12, room - widths[shown[-1]] - 2))
+        for i in shown:
+            # The last column is the one for long texts.
+            table.add_column(columns[i], no_wrap=i != shown[-1], overflow="fold", max_width=first if i == 0 else None)
+        for row in rows:
+            table.add_row(*(shortened(row[i], first) if i == 0 else row[i] for i in shown))
+        console.print(table)
+        return
     for row in (columns, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_blocks(samples: Sequence[MetricSample]) -> None:
+    blocks = blocks_of(samples)
+    if not blocks:
+        return
+    print()
+    if sys.stdout.isatty():
+        console = Console()
+        shown = blocks[:_SHOWN_BLOCKS]
+        console.print(block_table(shown, console.width, full_bar=1.0, bars=False))
+        if len(blocks) > len(shown):
+            print(f"and {len(blocks) - len(shown)} more; `kfdist status | less` shows all")
+        return
+    columns = [column for column in COLUMNS if any(column.metric in block.values for block in blocks)]
+    methods = any(block.method for block in blocks)
+    heads = ["BLOCK", *(["METHOD"] if methods else []), *(column.head.replace(" ", "_") for column in columns)]
+    rows = [
+        [
+            block.name,
+            *([block.method or "-"] if methods else []),
+            *(column.form(block.values[column.metric]) if column.metric in block.values else "-" for column in columns),
+        ]
+        for block in blocks
+    ]
+    _print_table(heads, rows)
 
 
 def _step(run: RunView) -> str:

@@ -1,9 +1,9 @@
 """A run as its directory tells it: where it stands, what it measured, what happened. Needs no controller."""
 
-import contextlib
 import json
+import math
 import os
-import sqlite3
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kfdist.cli.control_files import read_rows
 from kfdist.control.client import EventView, RunView
 from kfdist.control.run_rules import RunState
 from kfdist.system.files import lock_holder
@@ -35,6 +36,10 @@ class RunFiles:
     def at(cls, path: Path) -> "RunFiles | None":
         """Returns the run in a directory; None if there is none."""
         return cls(path) if any((path / mark).is_file() for mark in _MARKS) else None
+
+    def again(self) -> "RunFiles":
+        """Returns the same run, to be read anew."""
+        return RunFiles(self.path)
 
     @property
     def place(self) -> Place | None:
@@ -149,6 +154,27 @@ class RunFiles:
         found = self._controllers_events() or list(self._ranks_events())
         return [event for event in found if event.event_id > after]
 
+    def follow(self, *, seconds: float = 1.0) -> Iterator[RunView]:
+        """Yields the run now and whenever it has changed, until nobody trains it any more."""
+        last = None
+        while True:
+            look = self.again()
+            trained, view = look.trainer, look.view()
+            if view != last:
+                yield view
+                last = view
+            if not trained:
+                return
+            time.sleep(seconds)
+
+    def losses(self) -> list[float]:
+        """Returns the training losses of the last log periods, oldest first."""
+        return [
+            math.nan if line.get("loss") is None else float(line["loss"])
+            for line in self._lines
+            if line["event"] == "step"
+        ]
+
     def standing(self) -> str:
         """Says in a few words where it stands, such as "finished at step 120/120"."""
         view = self.view()
@@ -216,29 +242,11 @@ class RunFiles:
 
 def read_events(database: Path, run: str) -> list[EventView]:
     """Reads a run's events from a controller's file; none if it can't be read."""
-    rows = _rows(database, "SELECT event_id, time_ns, kind, text FROM events WHERE run = ? ORDER BY event_id", run)
+    rows = read_rows(database, "SELECT event_id, time_ns, kind, text FROM events WHERE run = ? ORDER BY event_id", run)
     return [
         EventView(event_id=number, time=datetime.fromtimestamp(time_ns / 1e9, UTC), kind=kind, text=text)
         for number, time_ns, kind, text in rows
     ]
-
-
-def read_names(database: Path) -> list[str]:
-    """Reads the names of the runs that a controller knows from its file; none if it can't be read."""
-    return [name for (name,) in _rows(database, "SELECT name FROM runs ORDER BY rowid DESC")]
-
-
-def _rows(database: Path, query: str, *arguments: str) -> list[tuple[Any, ...]]:
-    if not database.is_file():
-        return []
-    # The second way is for a directory in which nothing may be written, as SQLite must beside a file in WAL mode.
-    for mode in ("mode=ro", "immutable=1"):
-        with contextlib.suppress(sqlite3.Error):
-            with contextlib.closing(
-                sqlite3.connect(f"{database.absolute().as_uri()}?{mode}", uri=True, timeout=0.2)
-            ) as connection:
-                return connection.execute(query, arguments).fetchall()
-    return []
 
 
 def _line(line: bytes) -> Mapping[str, Any] | None:

@@ -3,6 +3,7 @@
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -199,7 +200,20 @@ class ControlClient:
         response = self._call(self._membership.GetAssignment, membership_pb2.GetAssignmentRequest(run=name))
         return [owner.owner_id for owner in response.owners]
 
-    def watch(self, name: str, *, from_revision: int = 0, away_seconds: float = 30.0) -> Iterator[RunView]:
+    def shares(self, name: str) -> dict[str, int]:
+        """Returns how many groups of a run each live owner inverts, by the owner's name."""
+        response = self._call(self._membership.GetAssignment, membership_pb2.GetAssignmentRequest(run=name))
+        counts = Counter(response.owner_by_group.values())
+        return {owner.owner_id: counts[owner.owner_id] for owner in response.owners}
+
+    def watch(
+        self,
+        name: str,
+        *,
+        from_revision: int = 0,
+        away_seconds: float = 30.0,
+        on_away: Callable[[float], None] = lambda _: None,
+    ) -> Iterator[RunView]:
         """Yields a run now and at every change: in order, each once, none missing.
 
         A restarted controller is found again, and the watch continues where it stopped.
@@ -208,6 +222,7 @@ class ControlClient:
             name: The run.
             from_revision: The last revision already seen; 0 begins with the run as it is.
             away_seconds: How long the controller may be unreachable.
+            on_away: Told again and again for how many seconds it has been, and 0 once it is back; may raise.
         """
         seen = from_revision
         away_since: float | None = None
@@ -215,7 +230,10 @@ class ControlClient:
             request = run_pb2.WatchRequest(name=name, from_revision=seen)
             try:
                 for response in self._runs.Watch(request, timeout=WATCH_SECONDS):
-                    seen, away_since = response.run.revision, None
+                    if away_since is not None:
+                        away_since = None
+                        on_away(0.0)
+                    seen = response.run.revision
                     yield _run_view(response.run)
             except grpc.RpcError as error:
                 code = code_of(error)
@@ -226,6 +244,7 @@ class ControlClient:
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > away_seconds:
                     raise self._fault(error) from None
+                on_away(max(time.monotonic() - away_since, 0.001))
                 self.close()
                 self._open()  # with the certificate and the token of now
             time.sleep(RECONNECT_SECONDS)

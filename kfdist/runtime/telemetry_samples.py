@@ -80,17 +80,28 @@ def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
     if (noise_scale := pipeline.noise_scale.latest()) is not None:
         samples.append(_sample("kfdist_gradient_noise_scale_examples", noise_scale))
     samples += _staleness_samples(pipeline.tracks, step)
+    samples += _method_samples(pipeline.tracks)
     for track in pipeline.tracks:
         for block, outcome in track.snapshot.outcomes.items():
             samples += diagnostic_samples(block, outcome.diagnostics)
     return samples
 
 
+def _method_samples(tracks: Sequence[Track]) -> list[MetricSample]:
+    """Names the method of each group under the label that its staleness has."""
+    methods = {_label(track): track.group.inverter.name for track in tracks}
+    return [_sample("kfdist_block_method_info", 1, block=label, method=method) for label, method in methods.items()]
+
+
+def _label(track: Track) -> str:
+    return CLOSED_FORMS if isinstance(track.group.inverter, UnitWise) else track.group.name
+
+
 def _staleness_samples(tracks: Sequence[Track], step: int) -> list[MetricSample]:
     """Returns how old each group's inverse is; those with closed forms, of which there may be many, share the worst."""
     samples: dict[tuple[str, str], float] = {}
     for track in tracks:
-        label = CLOSED_FORMS if isinstance(track.group.inverter, UnitWise) else track.group.name
+        label = _label(track)
         ages = {
             "kfdist_staleness_steps": track.staleness(step),
             "kfdist_staleness_seconds": track.age_seconds(),

@@ -120,6 +120,12 @@ _DECLARED = (
         "kfdist_delay_steps", "Training steps between the statistics in a block's inverse and the step that adopted it."
     ),
     _gauge("kfdist_inverse_period_steps", "Training steps between two inversions of a block."),
+    _gauge(
+        "kfdist_block_method_info",
+        "Always 1; the label names the method of a block.",
+        labels=("block", "method"),
+        across=Across.MAX,
+    ),
     _counter("kfdist_adoptions_total", "Versions that all ranks swapped in."),
     _histogram(
         "kfdist_adoption_wait_seconds",

@@ -81,42 +81,16 @@ class PlainProgress(Progress):
         self._stream.flush()
 
 
-class LiveProgress(Progress):
-    """A bar that is redrawn in place, with what is said above it; for terminals."""
-
-    def __init__(self, stream: TextIO, total_steps: int) -> None:
-        from rich import progress
-        from rich.console import Console
-
-        columns = (
-            progress.BarColumn(bar_width=30),
-            progress.TextColumn("{task.description}"),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-        )
-        self._bar = progress.Progress(*columns, console=Console(file=stream), transient=False)
-        self._task = self._bar.add_task("starting", total=total_steps)
-        self._bar.start()
-
-    @override
-    def show(self, line: ProgressLine) -> None:
-        self._bar.update(self._task, completed=line.step, description=line.text())
-
-    @override
-    def say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
-
-    @override
-    def close(self) -> None:
-        self._bar.stop()
-
-
 def make_progress(*, worker_rank: int, total_steps: int, stream: TextIO | None = None) -> Progress:
     """Chooses how to show a run: live on a terminal, plain lines elsewhere, only on rank 0."""
     if worker_rank != 0:
         return Progress()
     output: TextIO = sys.stdout if stream is None else stream
-    return LiveProgress(output, total_steps) if output.isatty() else PlainProgress(output)
+    if not output.isatty():
+        return PlainProgress(output)
+    from kfdist.training.live_progress import LiveProgress
+
+    return LiveProgress(output, total_steps)
 
 
 class MetricsLog:

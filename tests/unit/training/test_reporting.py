@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfdist.training.reporting import LiveProgress, MetricsLog, PlainProgress, ProgressLine, make_progress
+from kfdist.training.reporting import MetricsLog, PlainProgress, ProgressLine, make_progress
 from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics
 
 LINE = ProgressLine(
@@ -23,20 +23,6 @@ def test_a_line_says_loss_accuracy_and_staleness():
     assert isinstance(progress, PlainProgress)
     progress.show(LINE)
     assert stream.getvalue() == "step  20/120  loss   0.2500  accuracy  87.50%  staleness  14    31.5 steps/s\n"
-
-
-def test_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(stream, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "140")
-    progress = make_progress(worker_rank=0, total_steps=120, stream=stream)
-    assert isinstance(progress, LiveProgress)
-    progress.say("an [event] happened")
-    progress.show(LINE)
-    progress.close()
-    assert "an [event] happened" in stream.getvalue()
-    assert "loss   0.2500  accuracy  87.50%  staleness  14" in stream.getvalue()
 
 
 def test_other_ranks_are_silent():

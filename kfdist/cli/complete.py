@@ -1,0 +1,27 @@
+"""Completion of runs in a shell: from notices and files, without asking anybody, so that it answers at once."""
+
+from pathlib import Path
+
+from kfdist.cli.control_files import read_rows
+from kfdist.system.run_notices import notices
+
+_HOME = Path("runs")
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Returns the runs whose name, or whose directory, begins with what was typed."""
+    if "/" in incomplete:
+        parent = Path(incomplete[: incomplete.rindex("/") + 1])
+        found = [
+            f"{incomplete[: incomplete.rindex('/') + 1]}{path.parent.name}" for path in parent.glob("*/config.toml")
+        ]
+    else:
+        posted = notices()
+        found = [notice.run for notice in posted if notice.run]
+        found += [name for notice in posted if notice.database for name in _known(Path(notice.database))]
+        found += [path.parent.name for path in _HOME.glob("*/config.toml")]
+    return sorted({name for name in found if name.startswith(incomplete)})
+
+
+def _known(database: Path) -> list[str]:
+    return [name for (name,) in read_rows(database, "SELECT name FROM runs")]

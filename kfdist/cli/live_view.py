@@ -1,0 +1,227 @@
+"""A run at a glance: where it stands, who is alive, how the loss goes, and how stale each block is."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+from kfdist.cli.block_table import STALENESS, age, block_table, blocks_of, shortened, steps
+from kfdist.control.client import RunView
+from kfdist.control.run_rules import RunState
+from kfdist.telemetry.metrics import METRICS, Kind
+from kfdist.types import MetricSample
+
+STATE_STYLES = {
+    RunState.RUNNING: "green",
+    RunState.FINISHED: "green",
+    RunState.PAUSED: "yellow",
+    RunState.STOPPING: "yellow",
+    RunState.STOPPED: "yellow",
+    RunState.FAILED: "red",
+    RunState.LOST: "red",
+}
+_AGE = "kfdist_staleness_seconds"
+_FEWEST_BLOCKS = 3
+_LISTED_OWNERS = 4
+_FULL_BAR_PERIODS = 3
+"""A bar is full where a block's inverse is so many times as old as the period of inversions."""
+_TROUBLE = (
+    ("kfdist_fallbacks_total", "fallbacks"),
+    ("kfdist_failures_total", "failures"),
+    ("kfdist_restarts_total", "restarts"),
+    ("kfdist_nonfinite_drops_total", "batches dropped"),
+    ("kfdist_samples_lost_total", "samples lost"),
+)
+"""Counters of what should stay at zero, and what they are called."""
+
+Fact = tuple[str, str]
+"""A name and a value, kept on one line together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What a frame shows.
+
+    Attributes:
+        run: The run.
+        samples: What its processes measured.
+        owners: How many groups each live owner inverts, by its name.
+        losses: The losses that were seen, oldest first.
+        rate: Steps a second; None if not known yet.
+        ranks: The most ranks that were alive in this start.
+        note: What the reader should know, such as that the controller doesn't answer.
+    """
+
+    run: RunView
+    samples: Sequence[MetricSample] = ()
+    owners: Mapping[str, int] = field(default_factory=dict)
+    losses: Sequence[float] = ()
+    rate: float | None = None
+    ranks: int = 0
+    note: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        plain = not options.encoding.lower().startswith("utf")
+        width, height = options.max_width, options.height or console.height
+        above = [*self._headings(width, plain)]
+        yield from above
+        room = height - sum(len(console.render_lines(each, options, pad=False)) for each in above) - 6
+        yield from self._blocks(width, room, plain)
+        if self.note:
+            yield Text()
+            yield Text(self.note, style="dim" if self.note.startswith("Ctrl-C") else "bold yellow")
+
+    def _headings(self, width: int, plain: bool) -> Iterator[RenderableType]:
+        run = self.run
+        state, step = run.state.value, f"step {step_of(run)}"
+        name = shortened(run.name, max(5, width - len(state) - len(step) - 4))
+        yield Text.assemble((name, "bold"), "  ", (state, STATE_STYLES.get(run.state, "")), "  ", step)
+        yield from _progress(run, self.rate, width)
+        yield Text()
+        yield from fact_lines(self._members(), width)
+        yield from self._loss(width, plain)
+        yield from fact_lines(self._measured(), width)
+        if trouble := self._trouble():
+            yield from fact_lines(trouble, width, style="yellow")
+
+    def _members(self) -> list[Fact]:
+        run, most = self.run, max(self.ranks, self.run.live_workers)
+        ranks = str(run.live_workers) if run.live_workers == most else f"{run.live_workers} of {most}"
+        facts = [("ranks", ranks), ("owners", _owners(run.live_owners, self.owners)), ("start", str(run.epoch))]
+        if self.rate is not None:
+            facts.append(("steps/s", f"{self.rate:.3g}"))
+        return [*facts, ("in", run.directory)] if run.directory else facts
+
+    def _loss(self, width: int, plain: bool) -> Iterator[Text]:
+        if (loss := self.run.gauges.get("kfdist_loss")) is None:
+            return
+        line = _fact_text("loss", f"{loss:.4g}")
+        if not math.isfinite(loss):
+            line.stylize("red")
+        room = min(60, width - len(line) - 2)
+        if room >= 8 and len(self.losses) > 1:
+            line.append("  ").append(sparkline(self.losses, room, plain=plain), style="cyan")
+        yield line
+
+    def _measured(self) -> list[Fact]:
+        # Ages rise while ranks hang; what rank 0 sent last doesn't.
+        ages = [sample.value for sample in self.samples if sample.name == _AGE]
+        gauges = {**self.run.gauges, **({_AGE: max(ages)} if ages else {})}
+        named = (
+            ("accuracy", "kfdist_accuracy", lambda value: f"{value:.2%}"),
+            ("damping", "kfdist_damping", lambda value: f"{value:.3g}"),
+            ("noise scale", "kfdist_gradient_noise_scale_examples", lambda value: f"{value:,.0f} examples"),
+            ("waiting inversions", "kfdist_queue_depth", steps),
+            ("stalest block", STALENESS, lambda value: f"{steps(value)} steps"),
+            ("its age", _AGE, age),
+            ("inverse every", "kfdist_inverse_period_steps", lambda value: f"{steps(value)} steps"),
+        )
+        return [(name, form(gauges[metric])) for name, metric, form in named if metric in gauges]
+
+    def _trouble(self) -> list[Fact]:
+        totals: dict[str, float] = {}
+        for sample in self.samples:
+            if sample.name in METRICS and METRICS[sample.name].kind is Kind.COUNTER:
+                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+        return [(name, steps(totals[metric])) for metric, name in _TROUBLE if totals.get(metric)]
+
+    def _blocks(self, width: int, room: int, plain: bool) -> Iterator[RenderableType]:
+        blocks = blocks_of(self.samples)
+        if not blocks:
+            return
+        period = self.run.gauges.get("kfdist_inverse_period_steps", 0.0)
+        full = _FULL_BAR_PERIODS * period or max(blocks[0].staleness or 0.0, 1.0)
+        shown = blocks[: max(_FEWEST_BLOCKS, room)]
+        yield Text()
+        yield block_table(shown, width, full_bar=full, plain=plain)
+        if rest := len(blocks) - len(shown):
+            worst = blocks[len(shown)].staleness
+            than = "" if worst is None else f", none staler than {steps(worst)} steps"
+            yield Text(shortened(f"and {rest} more{than}", width), style="dim")
+
+
+def step_of(run: RunView) -> str:
+    """Returns the step, and of how many if that is known."""
+    return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
+
+
+def sparkline(values: Sequence[float], width: int, *, plain: bool = False) -> str:
+    """Draws values from left to right, a column each or the mean of several; "!" where one is no finite number.
+
+    Values that differ by more than a factor of 50 are drawn by their logarithms, as a loss is that falls.
+    """
+    marks = "_.-=*#" if plain else "▁▂▃▄▅▆▇█"
+    count = min(width, len(values))
+    if not count:
+        return ""
+    parts = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
+    means = [sum(part) / len(part) for part in parts]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    if finite and 0 < 50 * min(finite) < max(finite):
+        means = [math.log(mean) if math.isfinite(mean) else mean for mean in means]
+        finite = [mean for mean in means if math.isfinite(mean)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+
+    def mark(mean: float) -> str:
+        if not math.isfinite(mean):
+            return "!"
+        share = (mean - low) / (high - low) if high > low else 0.0
+        return marks[min(len(marks) - 1, int(share * len(marks)))]
+
+    return "".join(map(mark, means))
+
+
+def fact_lines(facts: Sequence[Fact], width: int, style: str = "") -> Iterator[Text]:
+    """Puts facts side by side, as many as fit in a line; one that is too long for a line loses its middle."""
+    line = Text()
+    for name, value in facts:
+        fact = _fact_text(name, shortened(value, max(5, width - len(name) - 1)), style)
+        if len(line) and len(line) + 3 + len(fact) > width:
+            yield line
+            line = Text()
+        line = Text.assemble(line, "   ", fact) if len(line) else fact
+    if len(line):
+        yield line
+
+
+def _fact_text(name: str, value: str, style: str = "") -> Text:
+    return Text.assemble((name, "dim"), " ", (value, style))
+
+
+def _progress(run: RunView, rate: float | None, width: int) -> Iterator[RenderableType]:
+    if not run.total_steps:
+        return
+    share = f" {min(1.0, run.step / run.total_steps):4.0%}"
+    left = ""
+    if rate and run.state is RunState.RUNNING:
+        left = f"  {timedelta(seconds=round((run.total_steps - run.step) / rate))} left"
+    room = min(60, width - len(share) - len(left))
+    if room < 5:
+        return
+    yield _Side(ProgressBar(total=run.total_steps, completed=run.step, width=room), room, share + left)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A bar with a text to its right."""
+
+    bar: ProgressBar
+    width: int
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.bar, options.update_width(self.width))
+        yield Text(self.text)
+
+
+def _owners(live: int, shares: Mapping[str, int]) -> str:
+    if not any(shares.values()):
+        return str(live)
+    counts = sorted(shares.values(), reverse=True)
+    if len(counts) <= _LISTED_OWNERS:
+        return f"{live} (groups {' + '.join(map(str, counts))})"
+    return f"{live} (groups {counts[-1]} to {counts[0]})"

@@ -1,0 +1,105 @@
+"""The screen of `kfdist watch`, drawn from what a controller tells."""
+
+import io
+import math
+from datetime import UTC, datetime
+
+import pytest
+from rich.console import Console
+
+from kfdist.cli.live_view import Picture, sparkline
+from kfdist.control.client import RunView
+from kfdist.control.run_rules import RunState
+from kfdist.types import MetricSample
+
+BLOCKS = tuple(
+    MetricSample(name="kfdist_staleness_steps", value=number, labels={"block": f"encoder.layers.{number}.dense"})
+    for number in range(300)
+)
+
+
+def run(**changes) -> RunView:
+    told = {
+        "name": "digits",
+        "state": RunState.RUNNING,
+        "revision": 7,
+        "epoch": 2,
+        "step": 340,
+        "total_steps": 1200,
+        "live_workers": 2,
+        "live_owners": 2,
+        "created": datetime(2026, 11, 1, tzinfo=UTC),
+        "directory": "/data/experiments/2026-11/second-order/digits/run-17",
+        "gauges": {"kfdist_loss": 0.125, "kfdist_accuracy": 0.975, "kfdist_staleness_steps": 12.0},
+        "settings": {},
+        "settings_revision": 0,
+        "obeyed_revision": 0,
+        "obeyed_step": 0,
+    }
+    return RunView(**{**told, **changes})
+
+
+def lines(picture: Picture, width: int = 80, height: int = 24) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height, color_system=None, force_terminal=True)
+    console.print(picture)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_everything_fits(width):
+    picture = Picture(
+        run=run(), samples=BLOCKS, owners={"a": 200, "b": 100}, losses=[2.0, 1.0, 0.125], rate=12.5, ranks=2
+    )
+    shown = lines(picture, width)
+    assert max(map(len, shown)) <= width
+    assert len(shown) <= 24
+    text = "\n".join(shown)
+    assert "digits  running  step 340/1200" in shown[0]
+    assert "0:01:09 left" in shown[1] and "28%" in shown[1]
+    for told in ("ranks 2", "owners 2 (groups 200 + 100)", "steps/s 12.5", "loss 0.125", "accuracy 97.50%"):
+        assert told in text
+    first, *_ = [line for line in shown if "299" in line and "dense" in line]
+    assert "█" in first or width == 40
+    count = sum("dense" in line for line in shown)
+    assert f"and {300 - count} more, none staler than {299 - count} steps" in text
+
+
+def test_what_is_missing_is_said():
+    picture = Picture(run=run(live_workers=254, gauges={}), ranks=256, owners=dict.fromkeys("abcdef", 3), note="away")
+    text = "\n".join(lines(picture))
+    assert "ranks 254 of 256" in text
+    assert "owners 2 (groups 3 to 3)" in text
+    assert "loss" not in text and "BLOCK" not in text
+    assert text.endswith("away")
+
+
+def test_trouble_is_counted():
+    samples = [
+        MetricSample(name="kfdist_failures_total", value=2, labels={"reason": "deadline"}),
+        MetricSample(name="kfdist_failures_total", value=1, labels={"reason": "crash"}),
+        MetricSample(name="kfdist_restarts_total", value=0, labels={"process": "owner"}),
+    ]
+    text = "\n".join(lines(Picture(run=run(), samples=samples)))
+    assert "failures 3" in text and "restarts" not in text
+
+
+@pytest.mark.parametrize("state", list(RunState))
+def test_any_state_of_any_run_can_be_drawn(state):
+    shown = lines(Picture(run=run(state=state, total_steps=0, gauges={"kfdist_loss": math.nan}), losses=[math.nan] * 3))
+    assert shown[0] == f"digits  {state}  step 340"
+    assert any(line.startswith("loss nan  !!!") for line in shown) or any("loss nan" in line for line in shown)
+
+
+def test_a_long_name_loses_its_middle_and_not_the_step():
+    shown = lines(Picture(run=run(name="x" * 63)), width=40)
+    assert shown[0].endswith("running  step 340/1200") and len(shown[0]) <= 40
+
+
+def test_sparklines():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([1.0, 1.0], 8) == "▁▁"
+    assert sparkline([], 8) == ""
+    assert len(sparkline(list(range(1000)), 20)) == 20
+    assert sparkline([1, math.nan, 2], 8) == "▁!█"
+    assert sparkline([1000.0, 100.0, 10.0, 1.0], 4) == "█▆▃▁", "by its logarithm"
+    assert sparkline([0, 5], 4, plain=True) == "_#"
