@@ -35,7 +35,7 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Column:
+class NumberColumn:
     """A column of numbers.
 
     Attributes:
@@ -67,14 +67,14 @@ def age(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-_STALE = Column(metric=STALENESS, head="STALE", form=steps)
-_RANK = Column(metric="kfdist_inversion_rank", head="RANK", form=steps)
-_RESIDUAL = Column(metric="kfdist_inversion_residual", head="RESIDUAL", form=scientific)
-_RETRIES = Column(metric="kfdist_inversion_rung", head="RETRIES", form=steps)
-_AGE = Column(metric="kfdist_staleness_seconds", head="AGE", form=age)
-_APPROXIMATION = Column(metric="kfdist_inversion_approximation_error", head="APPROX", form=scientific)
-_ORTHOGONALITY = Column(metric="kfdist_inversion_orthogonality_error", head="ORTHOG", form=scientific)
-_EIGENVALUE = Column(metric="kfdist_inversion_smallest_eigenvalue", head="MIN EIG", form=scientific)
+_STALE = NumberColumn(metric=STALENESS, head="STALE", form=steps)
+_RANK = NumberColumn(metric="kfdist_inversion_rank", head="RANK", form=steps)
+_RESIDUAL = NumberColumn(metric="kfdist_inversion_residual", head="RESIDUAL", form=scientific)
+_RETRIES = NumberColumn(metric="kfdist_inversion_rung", head="RETRIES", form=steps)
+_AGE = NumberColumn(metric="kfdist_staleness_seconds", head="AGE", form=age)
+_APPROXIMATION = NumberColumn(metric="kfdist_inversion_approximation_error", head="APPROX", form=scientific)
+_ORTHOGONALITY = NumberColumn(metric="kfdist_inversion_orthogonality_error", head="ORTHOG", form=scientific)
+_EIGENVALUE = NumberColumn(metric="kfdist_inversion_smallest_eigenvalue", head="MIN EIG", form=scientific)
 
 COLUMNS = (_STALE, _RANK, _RESIDUAL, _RETRIES, _AGE, _APPROXIMATION, _ORTHOGONALITY, _EIGENVALUE)
 """All columns, the most wanted first."""
@@ -140,7 +140,7 @@ def block_table(
     longest = max([len("BLOCK"), *(len(block.name) for block in blocks)])
     named = min(longest, max(NAME_LEAST, width // 3))
     left = width - named
-    kept: list[Column] = []
+    kept: list[NumberColumn] = []
     for column in columns[:3]:
         if left >= widths[column.head] + 2:
             kept.append(column)

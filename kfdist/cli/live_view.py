@@ -43,7 +43,7 @@ Fact = tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class RunPicture:
     """What a frame shows.
 
     Attributes:

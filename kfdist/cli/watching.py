@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from kfdist.cli.find_runs import Target
-from kfdist.cli.live_view import Picture
+from kfdist.cli.live_view import RunPicture
 from kfdist.cli.run_display import print_target, run_line
 from kfdist.control.client import ControlClient, RunView
 from kfdist.errors import EnvironmentFault, KfdistError
@@ -169,11 +169,11 @@ class _Screen:
                 self._client.close()
             self._client = None
 
-    def picture(self, note: str = _HINT) -> Picture | None:
+    def picture(self, note: str = _HINT) -> RunPicture | None:
         """Returns the next frame; None if nothing is known yet."""
         if self._run is None:
             return None
-        return Picture(
+        return RunPicture(
             run=self._run,
             samples=self._samples,
             owners=self._owners,

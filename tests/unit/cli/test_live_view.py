@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 from rich.console import Console
 
-from kfdist.cli.live_view import Picture, sparkline
+from kfdist.cli.live_view import RunPicture, sparkline
 from kfdist.control.client import RunView
 from kfdist.control.run_rules import RunState
 from kfdist.types import MetricSample
@@ -39,7 +39,7 @@ def run(**changes) -> RunView:
     return RunView(**{**told, **changes})
 
 
-def lines(picture: Picture, width: int = 80, height: int = 24) -> list[str]:
+def lines(picture: RunPicture, width: int = 80, height: int = 24) -> list[str]:
     console = Console(file=io.StringIO(), width=width, height=height, color_system=None, force_terminal=True)
     console.print(picture)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
@@ -47,7 +47,7 @@ def lines(picture: Picture, width: int = 80, height: int = 24) -> list[str]:
 
 @pytest.mark.parametrize("width", [40, 80, 160])
 def test_everything_fits(width):
-    picture = Picture(
+    picture = RunPicture(
         run=run(), samples=BLOCKS, owners={"a": 200, "b": 100}, losses=[2.0, 1.0, 0.125], rate=12.5, ranks=2
     )
     shown = lines(picture, width)
@@ -65,7 +65,9 @@ def test_everything_fits(width):
 
 
 def test_what_is_missing_is_said():
-    picture = Picture(run=run(live_workers=254, gauges={}), ranks=256, owners=dict.fromkeys("abcdef", 3), note="away")
+    picture = RunPicture(
+        run=run(live_workers=254, gauges={}), ranks=256, owners=dict.fromkeys("abcdef", 3), note="away"
+    )
     text = "\n".join(lines(picture))
     assert "ranks 254 of 256" in text
     assert "owners 2 (groups 3 to 3)" in text
@@ -79,19 +81,21 @@ def test_trouble_is_counted():
         MetricSample(name="kfdist_failures_total", value=1, labels={"reason": "crash"}),
         MetricSample(name="kfdist_restarts_total", value=0, labels={"process": "owner"}),
     ]
-    text = "\n".join(lines(Picture(run=run(), samples=samples)))
+    text = "\n".join(lines(RunPicture(run=run(), samples=samples)))
     assert "failures 3" in text and "restarts" not in text
 
 
 @pytest.mark.parametrize("state", list(RunState))
 def test_any_state_of_any_run_can_be_drawn(state):
-    shown = lines(Picture(run=run(state=state, total_steps=0, gauges={"kfdist_loss": math.nan}), losses=[math.nan] * 3))
+    shown = lines(
+        RunPicture(run=run(state=state, total_steps=0, gauges={"kfdist_loss": math.nan}), losses=[math.nan] * 3)
+    )
     assert shown[0] == f"digits  {state}  step 340"
     assert any(line.startswith("loss nan  !!!") for line in shown) or any("loss nan" in line for line in shown)
 
 
 def test_a_long_name_loses_its_middle_and_not_the_step():
-    shown = lines(Picture(run=run(name="x" * 63)), width=40)
+    shown = lines(RunPicture(run=run(name="x" * 63)), width=40)
     assert shown[0].endswith("running  step 340/1200") and len(shown[0]) <= 40
 
 
