@@ -114,7 +114,7 @@ class RunFiles:
             epoch=self.last_start,
             step=self._step,
             total_steps=_of(self.config, "run", "steps") or 0,
-            live_workers=0,
+            live_workers=self._ranks if self.trainer else 0,
             live_owners=0,
             created=self._created,
             directory=str(self.path.absolute()),
@@ -205,6 +205,11 @@ class RunFiles:
     @property
     def _step(self) -> int:
         return next((line["step"] for line in reversed(self._lines) if isinstance(line.get("step"), int)), 0)
+
+    @property
+    def _ranks(self) -> int:
+        """How many ranks its last start has; 0 if that is too long ago to be found."""
+        return int(self._last("start").get("world_size") or 0)
 
     @property
     def _gauges(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 from typing_extensions import override
 
-from kfdist.training.reporting import Progress, ProgressLine, shown
+from kfdist.training.progress import Progress, ProgressLine, shown
 
 _SHORTEST_BAR = 7
 _LONGEST_BAR = 40

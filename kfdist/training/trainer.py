@@ -18,7 +18,8 @@ from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.evaluation import Evaluation, evaluate
 from kfdist.training.history import History
 from kfdist.training.optimizers import set_learning_rate
-from kfdist.training.reporting import MetricsLog, Progress, ProgressLine, shown
+from kfdist.training.progress import Progress, ProgressLine, shown
+from kfdist.training.reporting import MetricsLog
 from kfdist.training.run_state import Standing, Training, collect_state
 from kfdist.training.target import Reached
 from kfdist.training.unreadable import Unreadable

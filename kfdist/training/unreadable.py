@@ -5,7 +5,8 @@ from typing import Any
 
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import EnvironmentFault
-from kfdist.training.reporting import MetricsLog, Progress
+from kfdist.training.progress import Progress
+from kfdist.training.reporting import MetricsLog
 
 _SHOWN = 20
 """How many are named in the summary; metrics.jsonl has all."""

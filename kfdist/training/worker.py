@@ -23,7 +23,8 @@ from kfdist.training.copies import Copies
 from kfdist.training.elastic_agent import check_nodes
 from kfdist.training.history import History
 from kfdist.training.method import agree_on_costs
-from kfdist.training.reporting import MetricsLog, Progress, make_progress
+from kfdist.training.progress import Progress
+from kfdist.training.reporting import MetricsLog, make_progress
 from kfdist.training.run_directory import RunDirectory, inspect_run
 from kfdist.training.run_state import Materials, Standing, Training, restore_state, standing_of
 from kfdist.training.setup import (

@@ -13,7 +13,8 @@ from kfdist.data.images import IMAGENET
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.copies import Copies
 from kfdist.training.history import History
-from kfdist.training.reporting import MetricsLog, Progress
+from kfdist.training.progress import Progress
+from kfdist.training.reporting import MetricsLog
 from kfdist.training.run_state import Standing
 from kfdist.training.setup import gather_materials, make_training
 from kfdist.training.trainer import Trainer

@@ -17,7 +17,8 @@ from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.copies import Copies
 from kfdist.training.history import History
 from kfdist.training.method import agree_on_costs
-from kfdist.training.reporting import MetricsLog, Progress
+from kfdist.training.progress import Progress
+from kfdist.training.reporting import MetricsLog
 from kfdist.training.run_state import Standing, Training
 from kfdist.training.setup import gather_materials, make_training
 from kfdist.training.summary import parameter_sha256

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from kfdist.training.live_progress import LiveProgress
-from kfdist.training.reporting import ProgressLine, make_progress
+from kfdist.training.progress import ProgressLine
+from kfdist.training.reporting import make_progress
 
 LINE = ProgressLine(
     step=200,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfdist.training.reporting import MetricsLog, PlainProgress, ProgressLine, make_progress
+from kfdist.training.progress import PlainProgress, ProgressLine
+from kfdist.training.reporting import MetricsLog, make_progress
 from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics
 
 LINE = ProgressLine(
