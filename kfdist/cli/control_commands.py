@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Run = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN]",
+        metavar="RUN",
         help="The run's name or its directory; not needed where only one run is going.",
         autocompletion=complete_run,
         show_default=False,
@@ -55,7 +55,7 @@ def _status(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]",
+            metavar="RUN",
             help="The run's name or its directory; all runs if not given.",
             autocompletion=complete_run,
             show_default=False,
@@ -99,8 +99,8 @@ def _watch(
 ) -> None:
     """Show a run now and at every change until it ends; Ctrl-C ends the watch, not the run.
 
-    On a terminal: a screen with ranks, owners, the loss and the blocks, the stalest first. Elsewhere, and with --json:
-    a line for each change. Exit codes: 0 the run has ended, however; 130 Ctrl-C.
+    On a terminal it is a screen with ranks, owners, the loss and the blocks, the stalest first; elsewhere, and with
+    --json, a line for each change. Exit codes: 0 the run has ended, however; 130 Ctrl-C.
     """
     from kfdist.cli import watching
     from kfdist.cli.find_runs import find_run

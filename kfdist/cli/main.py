@@ -31,7 +31,7 @@ from kfdist.cli import (
 )
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
-from kfdist.system.output import open_missing_streams, outlive_readers
+from kfdist.system.output import escape_what_cannot_be_encoded, open_missing_streams, outlive_readers
 from kfdist.telemetry.logging import setup_logging
 
 app = typer.Typer(
@@ -84,6 +84,8 @@ def main() -> None:
     runs = bool(sys.argv[1:2]) and sys.argv[1] in (*run_commands.COMMANDS, *submit_command.INSIDE)
     if runs:
         outlive_readers()
+    else:
+        escape_what_cannot_be_encoded()
     # By default gRPC writes to standard error about each handshake that fails, beside what we say about it.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR" if runs else "NONE")
     code = run()

@@ -20,6 +20,7 @@ from kfdist.telemetry.metrics import METRICS, Kind
 from kfdist.types import MetricSample
 
 _OF_BLOCKS = ("kfdist_inversion_", "kfdist_block_")
+_LEAST_OF_DIRECTORY = 20
 _SHOWN_BLOCKS = 40
 """As many blocks as a terminal gets; a pipe gets all."""
 
@@ -102,7 +103,7 @@ def print_runs(runs: Sequence[RunView], *, as_json: bool) -> None:
         print(json.dumps({"runs": [run.to_json() for run in runs]}))
     else:
         columns = ("RUN", "STATE", "STEP", "START", "RANKS", "OWNERS", "LOSS", "CREATED", "DIRECTORY")
-        _print_table(columns, [_row(run) for run in runs], spared=("START", "CREATED"))
+        _print_table(columns, [_row(run) for run in runs], spared=("START", "CREATED"), least=_LEAST_OF_DIRECTORY)
 
 
 def print_events(events: Sequence[EventView], *, as_json: bool) -> None:
@@ -174,7 +175,7 @@ def _print_facts(facts: Sequence[tuple[str, str]]) -> None:
 def _facts_table(facts: Sequence[tuple[str, str]]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(name, value)
     return table
@@ -201,33 +202,37 @@ def _nearer(directory: str) -> str:
     return directory.removeprefix(here) or "-"
 
 
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, spared: Sequence[str] = ()) -> None:
-    """Prints a table; a narrow terminal gets it without `spared`, then with a shorter first column.
+def _print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, spared: Sequence[str] = (), least: int = 0
+) -> None:
+    """Prints a table; a terminal that is too narrow gets less of it.
 
     Args:
         columns: The heads.
         rows: The cells.
         spared: Columns that may be left out, the first one first.
+        least: Characters that the last column needs: cells lose their middle there, or it is left out. 0: they are
+            folded.
     """
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    if sys.stdout.isatty():
-        console = Console()
-        shown = list(range(len(columns)))
-        for head in spared:
-            if sum(widths[i] + 2 for i in shown) - 2 > console.width:
-                shown.remove(columns.index(head))
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-        room = console.width - sum(widths[i] + 2 for i in shown[1:-1])
-        first = min(widths[0], max(12, room - widths[shown[-1]] - 2))
-        for i in shown:
-            # The last column is the one for long texts.
-            table.add_column(columns[i], no_wrap=i != shown[-1], overflow="fold", max_width=first if i == 0 else None)
-        for row in rows:
-            table.add_row(*(shortened(row[i], first) if i == 0 else row[i] for i in shown))
-        console.print(table)
+    if not sys.stdout.isatty():
+        for row in (columns, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         return
-    for row in (columns, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    console = Console()
+    shown = list(range(len(columns)))
+    for head in spared:
+        if sum(widths[i] + 2 for i in shown) - 2 > console.width:
+            shown.remove(columns.index(head))
+    room = console.width - sum(widths[i] + 2 for i in shown[:-1])
+    if 0 < least and room < min(least, widths[-1]):
+        shown.pop()
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for i in shown:
+        table.add_column(columns[i], no_wrap=i < len(columns) - 1 or least > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(shortened(row[i], room) if i == len(columns) - 1 and least else row[i] for i in shown))
+    console.print(table)
 
 
 def _print_blocks(samples: Sequence[MetricSample]) -> None:

@@ -23,6 +23,13 @@ def open_missing_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - open to the end
 
 
+def escape_what_cannot_be_encoded() -> None:
+    """Escapes what a stream's encoding lacks, instead of raising: bars, and names of files that are no UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def outlive_readers() -> None:
     """Loses what can't be written to standard output or error, instead of raising.
 

@@ -1,5 +1,6 @@
 """`kfdist watch` on a terminal and off it: while a run changes, over a controller's restart, and to its end."""
 
+import fcntl
 import json
 import os
 import pty
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from kfdist.cli import watching
+from kfdist.cli.find_runs import Endpoint, Target
+from kfdist.cli.run_files import RunFiles
 from kfdist.control.client import ControlClient
 from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, posted
 from tests.support.controller import ControllerProcess, ControllerThread, Member, eventually, sample
@@ -76,24 +80,24 @@ def test_a_terminal_shows_the_run_until_it_ends(controller, client, member):
     member.register_worker("digits")
     measured = (sample("kfdist_loss", 0.125), sample("kfdist_staleness_steps", 4608, block="conv1"))
     member.beat_worker("digits", step=30, samples=measured)
-    with watcher("digits", f"--controller={controller.address}") as watching:
-        watching.see("4608")
-        assert "30/120" in watching.text and "conv1" in watching.text and "ranks 1" in watching.text
-        assert "Ctrl-C ends the watch" in watching.text
+    with watcher("digits", f"--controller={controller.address}") as watched:
+        watched.see("4608")
+        assert "30/120" in watched.text and "conv1" in watched.text and "ranks 1" in watched.text
+        assert "Ctrl-C ends the watch" in watched.text
         member.beat_worker("digits", step=77)
-        watching.see("77/120")
+        watched.see("77/120")
         member.beat_worker("digits", step=120, phase="finished")
-        assert watching.end() == 0
-        assert "digits  finished  step 120/120" in watching.text
+        assert watched.end() == 0
+        assert "digits  finished  step 120/120" in watched.text
 
 
 def test_ctrl_c_ends_the_watch_and_not_the_run(controller, client):
     client.create("digits")
-    with watcher("digits", f"--controller={controller.address}") as watching:
-        watching.see("Ctrl-C ends the watch")
-        watching.process.send_signal(signal.SIGINT)
-        assert watching.end() == 130
-        assert "the run goes on" in watching.text
+    with watcher("digits", f"--controller={controller.address}") as watched:
+        watched.see("Ctrl-C ends the watch")
+        watched.process.send_signal(signal.SIGINT)
+        assert watched.end() == 130
+        assert "the run goes on" in watched.text
     assert not client.get("digits").state.ended
 
 
@@ -109,11 +113,11 @@ def test_it_goes_on_over_a_restart_of_the_controller_and_says_so(tmp_path: Path)
             text=True,
         )
         assert lines.stdout is not None and lines.stderr is not None
-        with watcher("digits", f"--controller={address}") as watching:
-            watching.see("Ctrl-C ends the watch")
+        with watcher("digits", f"--controller={address}") as watched:
+            watched.see("Ctrl-C ends the watch")
             assert json.loads(lines.stdout.readline())["state"] == "created"
             first.kill()
-            watching.see("doesn't answer; trying again")
+            watched.see("doesn't answer; trying again")
             assert "doesn't answer" in lines.stderr.readline()
             with ControllerProcess(tmp_path, address=address) as second:
                 second.wait_ready()
@@ -121,12 +125,71 @@ def test_it_goes_on_over_a_restart_of_the_controller_and_says_so(tmp_path: Path)
                     eventually(lambda: client.get("digits").name, bool)
                     member.register_worker("digits")
                     member.beat_worker("digits", step=9, phase="finished")
-                assert watching.end() == 0
-                assert "finished  step 9" in watching.text
+                assert watched.end() == 0
+                assert "finished  step 9" in watched.text
                 assert lines.wait(60) == 0
                 assert "answers again" in lines.stderr.read()
                 last = json.loads(lines.stdout.read().splitlines()[-1])
                 assert (last["state"], last["step"]) == ("finished", 9)
+
+
+def test_it_ends_when_the_controller_is_gone_and_nobody_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watching, "_ORPHANED_SECONDS", 0.1)
+    (tmp_path / "epochs").mkdir()
+    (tmp_path / "epochs" / "00001.toml").touch()
+    (tmp_path / "config.toml").write_text('[run]\nname = "digits"\nsteps = 60\n')
+    with ControllerThread(tmp_path / "control.sqlite") as controller:
+        with controller.client() as client:
+            client.create("digits")
+        endpoint = Endpoint(address=controller.address)
+        target = Target(name="digits", controller=endpoint, files=RunFiles(tmp_path))
+        watched = threading.Thread(target=watching.watch, args=[target], kwargs={"from_revision": 0, "as_json": False})
+        watched.start()
+        seen = eventually(lambda: capsys.readouterr().out, bool, seconds=30)
+        assert seen.startswith("digits: created")
+    watched.join(60)
+    out, err = capsys.readouterr()
+    assert "lost" in out and str(tmp_path) in out
+    assert "is gone, and nobody trains it any more" in err
+
+
+def test_a_run_without_a_controller_is_watched_by_its_files(tmp_path, capsys):
+    (tmp_path / "epochs").mkdir()
+    (tmp_path / "epochs" / "00001.toml").touch()
+    (tmp_path / "config.toml").write_text('[run]\nname = "digits"\nsteps = 60\n')
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_text('{"event": "start", "time": 1.0, "start": 1, "step": 0, "world_size": 4}\n')
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 1")
+        lock.flush()
+        target = Target(name="digits", files=RunFiles(tmp_path))
+        watched = threading.Thread(target=watching.watch, args=[target], kwargs={"from_revision": 0, "as_json": True})
+        watched.start()
+        told = [json.loads(eventually(lambda: capsys.readouterr().out, bool, seconds=30))]
+        with lines.open("a") as file:
+            file.write('{"event": "step", "time": 2.0, "step": 10, "loss": null}\n')
+        told += [json.loads(eventually(lambda: capsys.readouterr().out, bool, seconds=30))]
+        (tmp_path / "summary.json").write_text('{"status": "finished"}')
+    watched.join(60)
+    told += [json.loads(capsys.readouterr().out.splitlines()[-1])]
+    assert [(run["state"], run["step"], run["live_workers"]) for run in told] == [
+        ("running", 0, 4),
+        ("running", 10, 4),
+        ("finished", 10, 0),
+    ]
+
+
+def test_a_terminal_without_unicode_gets_escapes_and_no_stack_trace(controller, client):
+    client.create("digits", total_steps=120, directory="/runs/wörk")
+    shown = subprocess.run(
+        [sys.executable, "-m", "kfdist", "status", "digits", f"--controller={controller.address}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert r"/runs/w\xf6rk" in shown.stdout
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_a_run_by_hand_in_four_terminals(tmp_path: Path, certificates: Path):
             torchrun = ("--nproc-per-node", "2", "-m", "kfdist", "worker", str(config), "--controller", address)
             with Command(*torchrun, module="torch.distributed.run") as ranks:
                 ranks.wait_for_line("step 30/60", seconds=90)
-                shown = json.loads(run("status", "by-hand", "--address", address, "--json", environment=us))
+                shown = json.loads(run("status", "--json", str(tmp_path / "run")))  # finds address and certificates
                 seen += [json.dumps(shown), scrape_secured(told["metrics_address"], ours)]
                 assert "kfdist_run_step" in seen[-1]
                 seen += [process.title for process in process_table().values()]

@@ -12,6 +12,7 @@ import pytest
 from kfdist.config import load_config
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.runtime.preconditioner import Preconditioner
+from kfdist.system.run_notices import notices, place_of
 from kfdist.training.setup import check_controller, choose_device, gather_materials
 from kfdist.training.worker import run_worker
 from tests.support.training import SMALL
@@ -63,11 +64,15 @@ def test_the_summary_is_written_before_the_farewell_in_which_a_stopped_rank_may_
 
     def look(preconditioner: Preconditioner) -> None:
         seen.append(json.loads((tmp_path / "run" / "summary.json").read_text())["status"])
+        seen.extend(notice for notice in notices() if notice.directory == str(tmp_path / "run"))
         close(preconditioner)
 
     monkeypatch.setattr(Preconditioner, "close", look)
     run_worker(small(tmp_path, "run.steps=2", "checkpoint.period=0"))
-    assert seen == ["finished"]
+    status, notice = seen
+    assert status == "finished"
+    assert (notice.run, notice.address, notice.place) == ("digits", "", place_of(tmp_path / "run")), "for kfdist status"
+    assert notice not in notices()
 
 
 def test_a_device_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
