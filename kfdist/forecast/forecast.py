@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kfdist.config import Config
 from kfdist.curvature.auto import MeasuredCosts, measure_costs
 from kfdist.forecast.earlier_run import EarlierRun, read_earlier_run
@@ -165,16 +167,18 @@ def make_forecast(
     world = config.cluster.workers
     plan = plan_of(config, outline.model, world_size=world, costs=_costs_for_auto(config, from_run))
     rehearsal = rehearse(plan, outline, examples=config.data.batch_size, micro_batches=config.data.micro_batches)
-    costs = measure(plan.groups, threads=config.cluster.threads)
+    costs = measure(plan.groups, threads=config.cluster.threads, limits=rehearsal.limits)
     sent = [group for group in plan.groups if not group.own]
     owner_of = _owner_of(config, sent)
-    times = step_times(config, rehearsal, costs, given=step_seconds, earlier=earlier, gpus=tuple(gpus))
+    times = step_times(
+        config, rehearsal, costs, given=step_seconds, earlier=earlier, gpus=gpus, here=_gpus_here(config)
+    )
     ages = tuple(AgeForecast(step_time=each, ages=_play(plan, sent, owner_of, costs, each.seconds)) for each in times)
     remarks = [*outline.remarks]
     if rehearsal.fault:
         remarks.append(
-            f"the model can't be run without values ({rehearsal.fault}): activations, what isn't measured and bytes of "
-            "statistics and jobs aren't known"
+            f"a step can't be rehearsed without values ({rehearsal.fault}): activations, what isn't measured and bytes "
+            "of statistics and jobs aren't known. If it isn't for want of values, the run itself fails likewise"
         )
     if config.cluster.bundle.gpus:
         remarks.append("owners have a share of a GPU, of which there are no figures: inversions are as on this CPU")
@@ -193,6 +197,12 @@ def make_forecast(
         ages=ages,
         advice=tuple(_advice(config, plan, sent, costs, ages, earlier)),
     )
+
+
+def _gpus_here(config: Config) -> list[str]:
+    if config.run.device == "cpu" or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def _title(config: Config) -> str:

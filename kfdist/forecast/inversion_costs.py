@@ -6,19 +6,20 @@ of each method then shows by which factor it takes longer than its operations, a
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from kfdist.checks import is_whole
 from kfdist.curvature.auto import MeasuredCosts, Rate, measure_costs
-from kfdist.curvature.inverter import Operation
+from kfdist.curvature.inverter import Estimate, Operation
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.statistics import Samples
 from kfdist.forecast.sample_jobs import statistics_of
 from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.runtime.plan.groups import BlockGroup
-from kfdist.types import BlockShape
+from kfdist.types import BlockShape, GroupName
 from kfdist.wire.records import tensor_fields
 
 CPU = torch.device("cpu")
@@ -56,17 +57,19 @@ class Costs:
         methods: By the method with its settings, as `repr` has them.
         threads: How many threads did it.
         flops_per_second: Of a product of matrices.
+        limits: By group and setting of its method, what there is where the method may ask for more.
     """
 
     operations: MeasuredCosts
     methods: Mapping[str, MethodCost]
     threads: int
     flops_per_second: float
+    limits: Mapping[GroupName, Mapping[str, int]] = field(default_factory=dict)
 
     def seconds(self, group: BlockGroup) -> float:
         """Returns how long one inversion of a group takes."""
         of_blocks = sum(
-            block.shape.groups * self.operations.seconds(group.inverter.estimate(block.shape).work)
+            block.shape.groups * self.operations.seconds(self._estimate(group, block.shape).work)
             for block in group.blocks
         )
         return of_blocks * self.method(group).factor
@@ -77,15 +80,29 @@ class Costs:
 
     def numbers(self, group: BlockGroup) -> int:
         """Returns how many numbers the estimate says that a result has."""
-        return sum(block.shape.groups * group.inverter.estimate(block.shape).numbers for block in group.blocks)
+        return sum(block.shape.groups * self._estimate(group, block.shape).numbers for block in group.blocks)
+
+    def _estimate(self, group: BlockGroup, shape: BlockShape) -> Estimate:
+        """Estimates an inversion with as many examples and rows of them as there are, if the method may take more."""
+        inverter, limits = group.inverter, self.limits.get(group.name, {})
+        settings = inverter.settings()
+        fewer = {
+            name: most for name, most in limits.items() if name in settings and _asks_for_more(settings[name], most)
+        }
+        if fewer:
+            inverter = replace(inverter, **fewer)
+        return inverter.estimate(shape)
 
 
-def measure(groups: Iterable[BlockGroup], *, threads: int) -> Costs:
+def measure(
+    groups: Iterable[BlockGroup], *, threads: int, limits: Mapping[GroupName, Mapping[str, int]] | None = None
+) -> Costs:
     """Does a small job of each method that owners, or a rank's own thread, will have to do; takes a second or two.
 
     Args:
         groups: Of the plan.
         threads: CPU threads of an inversion.
+        limits: By group and setting of its method, what there is; as much as the methods take if None.
     """
     former = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -102,7 +119,17 @@ def measure(groups: Iterable[BlockGroup], *, threads: int) -> Costs:
             methods = {name: _measured(*each, operations) for name, each in wanted.items()}
     finally:
         torch.set_num_threads(former)
-    return Costs(operations=operations, methods=methods, threads=threads, flops_per_second=1.0 / products.per_flop)
+    return Costs(
+        operations=operations,
+        methods=methods,
+        threads=threads,
+        flops_per_second=1.0 / products.per_flop,
+        limits=limits or {},
+    )
+
+
+def _asks_for_more(setting: object, most: int) -> bool:
+    return setting is None or (is_whole(setting) and setting > most)
 
 
 def _measured(inverter: AbstractInverter, shapes: Iterable[BlockShape], operations: MeasuredCosts) -> MethodCost:

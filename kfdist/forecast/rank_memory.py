@@ -49,15 +49,15 @@ def rank_lines(config: Config, plan: Plan, rehearsal: Rehearsal, costs: Costs) -
     known = [each for each in model.parameters() if not isinstance(each, UninitializedParameter)]
     lazy = sum(isinstance(each, UninitializedParameter) for each in model.parameters())
     note = f"without {lazy} lazy parameters, whose sizes a first forward decides" if lazy else ""
-    trained = _bytes(each for each in known if each.requires_grad)
+    trained = bytes_of(each for each in known if each.requires_grad)
     lines = [
-        Line("parameters", _bytes(known), note=note),
-        Line("buffers", _bytes(model.buffers())),
+        Line("parameters", bytes_of(known), note=note),
+        Line("buffers", bytes_of(model.buffers())),
         Line("gradients", trained),
-        _optimizer_line(config, known),
+        optimizer_line(config, known),
     ]
     if config.optimizer.average_decay is not None:
-        lines.append(Line("moving average of the weights", _bytes(known)))
+        lines.append(Line("moving average of the weights", bytes_of(known)))
     if plan.groups:
         lines += [*_curvature_lines(plan, rehearsal, costs)]
     if plan.world_size > 1:
@@ -65,14 +65,14 @@ def rank_lines(config: Config, plan: Plan, rehearsal: Rehearsal, costs: Costs) -
     return [*lines, *_activation_lines(config, rehearsal), *_inversion_lines(config, plan)]
 
 
-def _optimizer_line(config: Config, parameters: Sequence[nn.Parameter]) -> Line:
-    """Has the optimizer make its state on the meta device."""
+def optimizer_line(config: Config, parameters: Sequence[nn.Parameter]) -> Line:
+    """Has the optimizer make its state on the meta device, where the parameters are."""
     try:
         optimizer = make_optimizer(config.optimizer, iter(parameters))
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         optimizer.step()
-        found = _bytes(value for state in optimizer.state.values() for value in state.values() if _is_tensor(value))
+        found = bytes_of(value for state in optimizer.state.values() for value in state.values() if _is_tensor(value))
     except (RuntimeError, NotImplementedError) as error:
         return Line("optimizer state", None, note=f"{config.optimizer.name} can't be tried without values ({error})")
     finally:
@@ -83,7 +83,7 @@ def _optimizer_line(config: Config, parameters: Sequence[nn.Parameter]) -> Line:
 
 def _curvature_lines(plan: Plan, rehearsal: Rehearsal, costs: Costs) -> Iterable[Line]:
     sums = empty_sums(plan.groups, META)
-    yield Line("statistics", sum(_bytes((*each.sums.values(), *each.counts.values())) for each in sums.values()))
+    yield Line("statistics", sum(bytes_of((*each.sums.values(), *each.counts.values())) for each in sums.values()))
     own = [group for group in plan.groups if group.own]
     sent = [group for group in plan.groups if not group.own]
     inverses = sum(inverse_bytes(group, costs) for group in sent)
@@ -155,5 +155,6 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Returns what tensors take."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

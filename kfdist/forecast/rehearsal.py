@@ -41,10 +41,13 @@ class GroupBytes:
     Attributes:
         reduced: What each rank contributes to the reduction before it.
         job: The statistics of the job that goes to an owner; 0 where the ranks invert it themselves.
+        limits: Of a method that takes rows of single examples, the `examples` that there are in a step, and the
+            `columns` that they have: its settings by name, which may ask for more.
     """
 
     reduced: int
     job: int
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,11 @@ class Rehearsal:
     updating: Mapping[GroupName, GroupBytes] = field(default_factory=dict)
     own: Mapping[GroupName, int] = field(default_factory=dict)
     biases: int = 0
+
+    @property
+    def limits(self) -> dict[GroupName, Mapping[str, int]]:
+        """What there is of examples and their rows, by group, as far as it is known."""
+        return {name: sent.limits for name, sent in self.inverting.items() if sent.limits}
 
 
 def rehearse(plan: Plan, outline: Outline, *, examples: int, micro_batches: int) -> Rehearsal:
@@ -138,12 +146,12 @@ def _measured_step(plan: Plan, outline: Outline, size: int, *, flops: float, act
         reducer.fold(timetable.due(0), batches, None)
         inverting, own = {}, {}
         for track in tracks:
-            inverting[track.group.name] = _send(reducer, track, 0, batches)
+            inverting[track.group.name] = _send(reducer, track, 0, batches, plan.world_size)
             if track.group.own:
                 own[track.group.name] = _own_bytes(reducer, track, batches, plan.settings.seed)
         between = {track: _update_between(timetable, track) for track in tracks if track.group.inverter.online}
         updating = {
-            track.group.name: _send(reducer, track, step, batches)
+            track.group.name: _send(reducer, track, step, batches, plan.world_size)
             for track, step in between.items()
             if step is not None
         }
@@ -180,13 +188,29 @@ def _update_between(timetable: Timetable, track: Track) -> int | None:
 
 
 def _send(
-    reducer: StatisticsReducer, track: Track, step: int, batches: Mapping[BlockName, BatchStatistics]
+    reducer: StatisticsReducer,
+    track: Track,
+    step: int,
+    batches: Mapping[BlockName, BatchStatistics],
+    world_size: int,
 ) -> GroupBytes:
     """Reduces one group, and returns what that sends and what its job takes."""
     before = reducer.bytes_sent
     reduction = _reduce(reducer, track, step, batches)
-    reduced = reducer.bytes_sent - before
-    return GroupBytes(reduced=reduced, job=0 if track.group.own else _job_bytes(track, reduction))
+    return GroupBytes(
+        reduced=reducer.bytes_sent - before,
+        job=0 if track.group.own else _job_bytes(track, reduction),
+        limits=_limits(reduction, batches, world_size) if reduction.samples else {},
+    )
+
+
+def _limits(reduction: Reduction, batches: Mapping[BlockName, BatchStatistics], world_size: int) -> dict[str, int]:
+    """Returns how many examples with rows there are, and how many rows each has, in the blocks of a group."""
+    own = [batches[name].samples for name in reduction.samples if name in batches]
+    return {
+        "examples": world_size * max((len(rows.weight) for rows in own if rows is not None), default=0),
+        "columns": max(samples.a.shape[2] for samples in reduction.samples.values()),
+    }
 
 
 def _reduce(

@@ -1,6 +1,6 @@
 """How long a step takes: as given, as an earlier run measured it, or from its operations and a speed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kfdist.checks import suggestion
@@ -60,9 +60,10 @@ def step_times(
     *,
     given: float | None,
     earlier: EarlierRun | None,
-    gpus: tuple[str, ...],
+    gpus: Sequence[str],
+    here: Sequence[str],
 ) -> list[StepTime]:
-    """Returns the step time that is given or was measured; else one by each GPU, or by this machine's CPU.
+    """Returns the step time that is given or was measured; else one by each GPU, or by this machine.
 
     Args:
         config: What is to run.
@@ -71,14 +72,17 @@ def step_times(
         given: What the user says.
         earlier: An earlier run.
         gpus: Names of GPUs that ranks might have.
+        here: Names of this machine's GPUs, as torch has them, on which ranks would compute.
     """
     if given is not None:
         return [StepTime(given, "as given")]
     if earlier is not None and earlier.step_seconds is not None:
         return [StepTime(earlier.step_seconds, f"measured: the median of {earlier.name}'s steps")]
     if rehearsal.flops is None:
-        why = f"the model can't be rehearsed ({rehearsal.fault}); give --step-seconds, or --from-run"
+        why = f"a step can't be rehearsed ({rehearsal.fault}); give --step-seconds, or --from-run"
         return [StepTime(None, why)]
+    if not gpus and here:
+        gpus = [next((name for name in GPUS if name in here[0].replace("-", " ").split()), here[0])]
     if gpus:
         return [_on_gpu(config, rehearsal.flops, name) for name in gpus]
     seconds = rehearsal.flops / costs.flops_per_second

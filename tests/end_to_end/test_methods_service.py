@@ -4,13 +4,16 @@ Owners must give bit for bit what the ranks themselves compute, the adopted inve
 was named, and it must train.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from kfdist.config import load_config
 from kfdist.curvature.inverters import INVERTERS
+from tests.support.forecasts import foretold
 from tests.support.launches import launch, summary_of
 from tests.support.service_methods import Trained, inversions, service, train
 
@@ -29,6 +32,9 @@ BRAND = ("settings.rank=32", "settings.increment_rows=128")
 # Methods that take the curvature of one batch, and none of its past, are damped more; most where it is of few examples.
 # So is exact damping of the eigenvalues where a busy machine lets the inverses get old.
 DAMPED = ("damping=0.1",)
+
+FORETOLD = {"rs-kfac", "ekfac", "seng"}
+"""Methods whose memory and bytes are compared with what is foretold; tests/unit/forecast does it without owners."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,21 @@ def test_owners_give_bitwise_what_the_ranks_compute(method: str, controller: str
     for ranks in seen.values():
         assert_the_named_method_did_it(method, ranks)
     assert any(case.covered in row.reason for row in seen[served][0].coverage), seen[served][0].coverage
+    if method in FORETOLD:
+        _assert_foretold(seen[served], lines)
+
+
+def _assert_foretold(ranks: Sequence[Trained], lines: Sequence[str]) -> None:
+    """Checks that `kfdist plan` knows what the ranks hold and what travels between them and the owners."""
+    expected = foretold(load_config(None, overrides=lines, environment={}), steps=STEPS_IN_LOCKSTEP)
+    sent: Counter[str] = Counter()
+    for rank in ranks:
+        assert expected.lasting == pytest.approx(rank.held, rel=0.1)
+        sent.update(rank.counters["bytes"])
+    for purpose, counted in (("jobs", "to_owners"), ("results", "from_owners")):
+        assert expected.sent[purpose] == pytest.approx(sent[counted], rel=0.1), counted
+    for purpose in ("statistics", "jobs", "results", "snapshots"):
+        assert expected.sent[purpose] == pytest.approx(sent[purpose], rel=0.1), purpose
 
 
 @pytest.mark.slow

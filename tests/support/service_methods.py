@@ -25,6 +25,7 @@ from kfdist.training.summary import parameter_sha256
 from kfdist.training.trainer import Trainer
 from tests.support.commands import Command
 from tests.support.controller import ControllerThread
+from tests.support.held import held_since, storages
 from tests.support.ranks import run_ranks
 
 RANKS, OWNERS = 2, 2
@@ -41,6 +42,7 @@ class Trained:
         methods: Each block's method.
         adopted: Each block's preconditioner in use at the end, its class.
         coverage: The preconditioner's report.
+        held: Bytes of what the rank held at the end, beside the data.
     """
 
     parameters: str
@@ -49,6 +51,7 @@ class Trained:
     methods: Mapping[str, str]
     adopted: Mapping[str, type[AbstractPreconditioner]]
     coverage: Sequence[CoverageRow]
+    held: int
 
 
 @contextmanager
@@ -97,7 +100,7 @@ def _train_one(communicator: Communicator, folder: Path, name: str, overrides: S
     config = load_config(
         None, overrides=[*overrides, f"run.name={name}", f"run.dir={folder}", "checkpoint.period=0"], environment={}
     )
-    device = torch.device("cpu")
+    device, before = torch.device("cpu"), storages()
     copies = Copies.one(communicator)
     costs = agree_on_costs(config, copies)
     materials = gather_materials(config, communicator.world_size, device, costs)
@@ -108,7 +111,7 @@ def _train_one(communicator: Communicator, folder: Path, name: str, overrides: S
     trainer = Trainer(training, Standing(), store=store, log=log, history=history, progress=Progress())
     try:
         assert trainer.run() == ""
-        seen = _look(training, trainer)
+        seen = _look(training, trainer, before)
         training.preconditioner.close()
     except BaseException:
         training.preconditioner.abandon()
@@ -118,7 +121,7 @@ def _train_one(communicator: Communicator, folder: Path, name: str, overrides: S
     return seen
 
 
-def _look(training: Training, trainer: Trainer) -> Trained:
+def _look(training: Training, trainer: Trainer, before: dict[int, int]) -> Trained:
     preconditioner, accuracy = training.preconditioner, trainer.metrics["test_accuracy"]
     assert accuracy is not None
     return Trained(
@@ -128,4 +131,5 @@ def _look(training: Training, trainer: Trainer) -> Trained:
         methods={block.name: group.inverter.name for group in preconditioner.groups for block in group.blocks},
         adopted={name: type(each) for name, each in preconditioner.inverses().items()},
         coverage=preconditioner.coverage().rows,
+        held=held_since(before, training.data, preconditioner),
     )

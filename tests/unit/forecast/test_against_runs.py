@@ -1,23 +1,17 @@
 """What is foretold of memory and bytes, beside what a run of the same configuration really holds and sends."""
 
-import gc
 from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 
 from kfdist.comm.communicator import Communicator
 from kfdist.config import Config, load_config
 from kfdist.curvature.auto import MeasuredCosts
-from kfdist.forecast.inversion_costs import measure
-from kfdist.forecast.outline import Given, make_outline
-from kfdist.forecast.rank_memory import rank_lines
-from kfdist.forecast.rehearsal import rehearse
-from kfdist.forecast.traffic import TrafficForecast
-from kfdist.training.method import plan_of
 from kfdist.training.run_state import Standing, Training
 from kfdist.training.setup import gather_materials, make_training
+from tests.support.forecasts import Foretold, foretold
+from tests.support.held import held_since, storages
 
 STEPS = 21
 """The first step and two inverse periods."""
@@ -59,31 +53,18 @@ CONFIGURATIONS = {
 class Seen:
     """A forecast, and what a run of the same configuration held after its last step and had sent by then."""
 
-    lasting: int
-    sent: dict[str, float | None]
+    foretold: Foretold
     held: int
-    really_sent: dict[str, int]
-
-
-def _storages() -> dict[int, int]:
-    """Returns the bytes of all memory that tensors of this process show, by its address."""
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
-    tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
-    real = [each.untyped_storage() for each in tensors if each.device.type == "cpu" and each.layout is torch.strided]
-    return {storage.data_ptr(): storage.nbytes() for storage in real if storage.nbytes()}
+    sent: dict[str, int]
 
 
 def _run(config: Config) -> tuple[int, dict[str, int]]:
-    """Trains, and returns what was held at the end, the data set left out, and what was sent."""
-    before = _storages()
+    """Trains, and returns what was held at the end, and what was sent."""
+    before = storages()
     materials = gather_materials(config, 1, torch.device("cpu"), MeasuredCosts(rates={}))
     training = make_training(config, Communicator(None), materials, epoch=1, standing=Standing())
     _train(training, config)
-    held = sum(size for address, size in _storages().items() if address not in before)
-    data = materials.data
-    held -= sum(each.untyped_storage().nbytes() for part in (data.train, data.test) for each in vars(part).values())
-    held += sum(len(track.snapshot.payload) for track in training.preconditioner.pipeline.tracks)
+    held = held_since(before, training.data, training.preconditioner)
     sent = training.preconditioner.counters()["bytes"]
     training.preconditioner.close()
     training.reducer.close()
@@ -108,33 +89,21 @@ def _train(training: Training, config: Config) -> None:
 @pytest.fixture(scope="module", params=list(CONFIGURATIONS))
 def seen(request: pytest.FixtureRequest) -> Seen:
     config = load_config(None, environment={}, overrides=[*COMMON, *CONFIGURATIONS[request.param]])
-    outline = make_outline(config, Given())
-    plan = plan_of(config, outline.model, world_size=1, costs=None)
-    rehearsal = rehearse(plan, outline, examples=config.data.batch_size, micro_batches=config.data.micro_batches)
-    assert rehearsal.fault == ""
-    costs = measure(plan.groups, threads=1)
-    lines = rank_lines(config, plan, rehearsal, costs)
-    assert all(line.bytes is not None for line in lines)
+    expected = foretold(config, steps=STEPS)
     held, sent = _run(config)
-    return Seen(
-        lasting=sum(line.bytes or 0 for line in lines if not line.passing),
-        sent={each.purpose: each.total for each in TrafficForecast(config, plan, rehearsal, costs).over(STEPS)},
-        held=held,
-        really_sent=sent,
-    )
+    return Seen(foretold=expected, held=held, sent=sent)
 
 
 def test_a_rank_holds_what_was_foretold(seen: Seen) -> None:
-    assert seen.lasting == pytest.approx(seen.held, rel=0.1)
+    assert seen.foretold.lasting == pytest.approx(seen.held, rel=0.1)
 
 
 @pytest.mark.parametrize("purpose", ["statistics", "jobs", "results", "snapshots"])
 def test_a_run_sends_what_was_foretold(seen: Seen, purpose: str) -> None:
-    assert seen.sent[purpose] == pytest.approx(seen.really_sent[purpose], rel=0.1)
+    assert seen.foretold.sent[purpose] == pytest.approx(seen.sent[purpose], rel=0.1)
 
 
 def test_what_ranks_agree_on_is_foretold_but_for_the_rounds_of_waits(seen: Seen) -> None:
-    foretold = seen.sent["table"]
-    assert foretold is not None
-    assert 0.9 * foretold < seen.really_sent["table"] < 3 * foretold
-    assert sum(filter(None, seen.sent.values())) == pytest.approx(sum(seen.really_sent.values()), rel=0.1)
+    expected = seen.foretold.sent
+    assert 0.9 * expected["table"] < seen.sent["table"] < 3 * expected["table"]
+    assert sum(expected.values()) == pytest.approx(sum(seen.sent.values()), rel=0.1)

@@ -66,7 +66,7 @@ def test_an_earlier_run_has_the_step_time_and_the_noise_scale(tmp_path: Path) ->
 
 def test_what_cannot_be_rehearsed_is_said_to_be_unknown() -> None:
     told = _told("--set", f'model.name="{MODELS}:branching"')
-    assert "can't be run without values" in told["remarks"][0]
+    assert "can't be rehearsed without values" in told["remarks"][0]
     unknown = {line["what"] for line in told["memory"]["lines"] if line["bytes"] is None}
     assert unknown == {"a batch's own statistics", "activations kept for the backward"}
     assert {each["purpose"] for each in told["bytes_per_step"] if each["total"] is None} == {"statistics", "jobs"}

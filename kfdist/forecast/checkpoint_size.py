@@ -1,0 +1,45 @@
+"""How large a run's checkpoints get, for who has to find room for them."""
+
+from kfdist.config import Config
+from kfdist.config.named_functions import is_own
+from kfdist.curvature.auto import MeasuredCosts
+from kfdist.curvature.averages import WeightedSums
+from kfdist.curvature.footprint import NUMBER_BYTES
+from kfdist.forecast.outline import META, Given, make_outline
+from kfdist.forecast.rank_memory import bytes_of, optimizer_line
+from kfdist.runtime.reduce.reducer import empty_sums
+from kfdist.training.method import plan_of
+
+
+def checkpoint_bytes(config: Config) -> int | None:
+    """Estimates one checkpoint: the model, the optimizer, the ranks' statistics, and the inverses in use.
+
+    Returns:
+        Bytes; None where the data are the user's own, which would have to be loaded, or the model's size isn't known.
+
+    Raises:
+        ConfigError: The model or the method is unknown, or a setting is wrong.
+    """
+    if is_own(config.data.name):
+        return None
+    model = make_outline(config, Given()).model
+    plan = plan_of(config, model, world_size=config.cluster.workers, costs=MeasuredCosts(rates={}))
+    parameters = list(model.parameters())
+    optimizer = optimizer_line(config, parameters).bytes
+    if optimizer is None:
+        return None
+    kept = bytes_of([*parameters, *model.buffers()]) + optimizer
+    if config.optimizer.average_decay is not None:
+        kept += bytes_of(parameters)
+    copies = config.cluster.workers if config.checkpoint.statistics == "per-rank" else 1
+    statistics = sum(_saved(sums) for sums in empty_sums(plan.groups, META).values())
+    inverses = sum(
+        block.shape.groups * group.inverter.estimate(block.shape).numbers
+        for group in plan.groups
+        for block in group.blocks
+    )
+    return kept + copies * statistics + NUMBER_BYTES * inverses
+
+
+def _saved(sums: WeightedSums) -> int:
+    return bytes_of(sums.state_dict().values())
