@@ -17,7 +17,7 @@ def examine(config: Config) -> list[Finding]:
     controller = check_controller(config)
     clocks = check_clocks(config)
     return [
-        *check_versions(),
+        *check_versions(config),
         *check_machine(config, checkpoints=_checkpoints(config)),
         *([clocks] if clocks is not None else []),
         *check_ray(config),

@@ -8,6 +8,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from kfdist.config import Config
 from kfdist.doctor.finding import Finding, failed, ok, warning
 
 TESTED: Mapping[str, str] = {
@@ -20,6 +21,9 @@ TESTED: Mapping[str, str] = {
 """What the tests run on, of the packages whose versions matter most: those of constraints.txt."""
 
 _PACKAGE = "kfdist"
+_TORCHVISION = "torchvision"
+_VISION = frozenset({"torchvision", "cifar-resnet18", "cifar-vgg16bn", "image-folder", "image-shards", "cifar10"})
+"""Models and data sets that are made of torchvision."""
 
 
 def requirements() -> list[Requirement]:
@@ -88,8 +92,26 @@ def _bare(requirement: Requirement) -> str:
     return f"{requirement.name}{extras}{requirement.specifier}"
 
 
-def check_versions() -> list[Finding]:
-    """Checks this process's Python and its packages."""
+def check_vision(config: Config, there: Mapping[str, str]) -> list[Finding]:
+    """Checks that there is torchvision, if the run's model or data are of it."""
+    users = [f"{section}.name = {name!r}" for section, name in _names(config) if name in _VISION]
+    if not users:
+        return []
+    if version := there.get(_TORCHVISION):
+        return [ok(_TORCHVISION, version)]
+    return [failed(_TORCHVISION, f"isn't installed; {' and '.join(users)} need it", 'pip install "kfdist[vision]"')]
+
+
+def _names(config: Config) -> tuple[tuple[str, str], tuple[str, str]]:
+    return ("model", config.model.name), ("data", config.data.name)
+
+
+def check_versions(config: Config) -> list[Finding]:
+    """Checks this process's Python and its packages, also those that only some runs need."""
     wanted = requirements()
-    there = installed({*(each.name for each in wanted), *TESTED})
-    return [check_python(platform.python_version(), python_wanted()), *check_packages(wanted, there)]
+    there = installed({*(each.name for each in wanted), *TESTED, _TORCHVISION})
+    return [
+        check_python(platform.python_version(), python_wanted()),
+        *check_packages(wanted, there),
+        *check_vision(config, there),
+    ]
