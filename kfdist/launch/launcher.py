@@ -353,7 +353,8 @@ class Launch:
             )
         else:
             self._terminal.say(f"stopped before the last step; {RESUME_ADVICE}")
-        if code != ExitCode.INTERRUPTED and (line := report_line(self._config.run.directory)):
+        # Who has pressed Ctrl-C waits for the end; `kfdist report` makes the page later.
+        if not self._requests.count and (line := report_line(self._config.run.directory)):
             self._terminal.say(line)
         self._terminal.result(summary)
         return code

@@ -83,9 +83,11 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
 
 
 def test_it_ends_well_and_says_accuracy_staleness_and_where_the_files_are(observed: Observed):
-    last, files = observed.output.splitlines()[-2:]
+    last, files, report = observed.output.splitlines()[-3:]
     assert "120 steps" in last and "test accuracy" in last and "staleness" in last
     assert str(observed.directory) in files
+    assert report == f"report: {observed.directory / 'report.html'}"
+    assert "The run is finished: 120 steps." in (observed.directory / "report.html").read_text(encoding="utf-8")
 
 
 def test_it_learns(observed: Observed):
