@@ -99,14 +99,19 @@ def _watch(
 ) -> None:
     """Show a run now and at every change until it ends; Ctrl-C ends the watch, not the run.
 
+    Without RUN, where several are going: a line for each of them.
+
     On a terminal it is a screen with ranks, owners, the loss and the blocks, the stalest first; elsewhere, and with
     --json, a line for each change. Exit codes: 0 the run has ended, however; 130 Ctrl-C.
     """
     from kfdist.cli import watching
-    from kfdist.cli.find_runs import find_run
+    from kfdist.cli.find_runs import find_run, look_around
 
     try:
-        watching.watch(find_run(run, address), from_revision=from_revision, as_json=as_json)
+        if run is None and len(look_around(address).going()) > 1:
+            watching.watch_all(address, as_json=as_json)
+        else:
+            watching.watch(find_run(run, address), from_revision=from_revision, as_json=as_json)
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
 

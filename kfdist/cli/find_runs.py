@@ -117,6 +117,11 @@ class Survey:
     silent: Sequence[str] = ()
     asked: str | None = None
 
+    def going(self) -> list[Found]:
+        """Returns the runs that can be steered; those whose ranks are gone only if there are no others."""
+        going = [each for each in self.runs if each.going]
+        return [each for each in going if each.view.state is not RunState.LOST] or going
+
     def nothing(self) -> str:
         """Says that there is no run, and what to do."""
         return nothing_runs() if self.asked is None else f"the controller at {self.asked} knows no run yet"
@@ -223,8 +228,7 @@ def nothing_runs() -> str:
 
 def _only(survey: Survey, address: str | None) -> Target:
     """Returns the run that is meant when none is named."""
-    going = [each for each in survey.runs if each.going]
-    going = [each for each in going if each.view.state is not RunState.LOST] or going
+    going = survey.going()
     if not going:
         raise EnvironmentFault("; ".join(survey.silent) or survey.nothing())
     if survey.asked != address:  # nobody has named this controller; it may be somebody else's

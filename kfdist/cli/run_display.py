@@ -20,6 +20,7 @@ from kfdist.telemetry.metrics import METRICS, Kind
 from kfdist.types import MetricSample
 
 _OF_BLOCKS = ("kfdist_inversion_", "kfdist_block_")
+_RUN_COLUMNS = ("RUN", "STATE", "STEP", "START", "RANKS", "OWNERS", "LOSS", "CREATED", "DIRECTORY")
 _LEAST_OF_DIRECTORY = 20
 _SHOWN_BLOCKS = 40
 """As many blocks as a terminal gets; a pipe gets all."""
@@ -101,9 +102,17 @@ def print_runs(runs: Sequence[RunView], *, as_json: bool) -> None:
     """Prints runs, a line for each."""
     if as_json:
         print(json.dumps({"runs": [run.to_json() for run in runs]}))
+    elif sys.stdout.isatty():
+        console = Console()
+        console.print(runs_table(runs, console.width))
     else:
-        columns = ("RUN", "STATE", "STEP", "START", "RANKS", "OWNERS", "LOSS", "CREATED", "DIRECTORY")
-        _print_table(columns, [_row(run) for run in runs], spared=("START", "CREATED"), least=_LEAST_OF_DIRECTORY)
+        _print_columns(_RUN_COLUMNS, [_row(run) for run in runs])
+
+
+def runs_table(runs: Sequence[RunView], width: int) -> Table:
+    """Draws runs, a line for each; what a narrow terminal has no room for is left out."""
+    rows = [_row(run) for run in runs]
+    return _fitted_table(_RUN_COLUMNS, rows, width, spared=("START", "CREATED"), least=_LEAST_OF_DIRECTORY)
 
 
 def print_events(events: Sequence[EventView], *, as_json: bool) -> None:
@@ -117,7 +126,12 @@ def print_events(events: Sequence[EventView], *, as_json: bool) -> None:
             (str(event.event_id), event.time.astimezone().strftime("%Y-%m-%d %H:%M:%S"), event.kind, event.text)
             for event in events
         ]
-        _print_table(("ID", "TIME", "KIND", "WHAT"), rows)
+        columns = ("ID", "TIME", "KIND", "WHAT")
+        if sys.stdout.isatty():
+            console = Console()
+            console.print(_fitted_table(columns, rows, console.width))
+        else:
+            _print_columns(columns, rows)
 
 
 def run_line(run: RunView) -> str:
@@ -202,29 +216,32 @@ def _nearer(directory: str) -> str:
     return directory.removeprefix(here) or "-"
 
 
-def _print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, spared: Sequence[str] = (), least: int = 0
-) -> None:
-    """Prints a table; a terminal that is too narrow gets less of it.
+def _print_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table for programs and files: everything whole."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _fitted_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, spared: Sequence[str] = (), least: int = 0
+) -> Table:
+    """Draws a table for a terminal; one that is too narrow gets less of it.
 
     Args:
         columns: The heads.
         rows: The cells.
+        width: Characters of a line.
         spared: Columns that may be left out, the first one first.
         least: Characters that the last column needs: cells lose their middle there, or it is left out. 0: they are
             folded.
     """
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    if not sys.stdout.isatty():
-        for row in (columns, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        return
-    console = Console()
     shown = list(range(len(columns)))
     for head in spared:
-        if sum(widths[i] + 2 for i in shown) - 2 > console.width:
+        if sum(widths[i] + 2 for i in shown) - 2 > width:
             shown.remove(columns.index(head))
-    room = console.width - sum(widths[i] + 2 for i in shown[:-1])
+    room = width - sum(widths[i] + 2 for i in shown[:-1])
     if 0 < least and room < min(least, widths[-1]):
         shown.pop()
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
@@ -232,7 +249,7 @@ def _print_table(
         table.add_column(columns[i], no_wrap=i < len(columns) - 1 or least > 0, overflow="fold")
     for row in rows:
         table.add_row(*(shortened(row[i], room) if i == len(columns) - 1 and least else row[i] for i in shown))
-    console.print(table)
+    return table
 
 
 def _print_blocks(samples: Sequence[MetricSample]) -> None:
@@ -258,7 +275,7 @@ def _print_blocks(samples: Sequence[MetricSample]) -> None:
         ]
         for block in blocks
     ]
-    _print_table(heads, rows)
+    _print_columns(heads, rows)
 
 
 def _step(run: RunView) -> str:

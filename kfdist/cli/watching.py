@@ -7,16 +7,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from kfdist.cli.find_runs import Target
+from kfdist.cli.find_runs import Target, look_around
 from kfdist.cli.live_view import RunPicture
-from kfdist.cli.run_display import print_target, run_line
+from kfdist.cli.run_display import print_target, run_line, runs_table
 from kfdist.control.client import ControlClient, RunView
 from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.types import MetricSample
@@ -44,9 +44,8 @@ def watch(target: Target, *, from_revision: int, as_json: bool) -> None:
         print_target(target, as_json=as_json)
         return
     console = Console()
-    live = console.is_terminal and not console.is_dumb_terminal and not as_json
     try:
-        if live:
+        if _has_screen(console) and not as_json:
             _show(target, from_revision, console)
         else:
             _print_changes(target, from_revision, as_json=as_json)
@@ -55,6 +54,47 @@ def watch(target: Target, *, from_revision: int, as_json: bool) -> None:
             raise
         print(f"kfdist: {fault}", file=sys.stderr)
         print_target(replace(target, controller=None, files=target.files.again()), as_json=as_json)
+
+
+def watch_all(address: str | None, *, as_json: bool) -> None:
+    """Shows all runs of this machine, or of one controller, until none of them goes on; a line each, at each change.
+
+    Raises:
+        ConfigError, EnvironmentFault: As for `look_around`.
+        KeyboardInterrupt: The reader has had enough.
+    """
+    console = Console()
+    on_screen = _has_screen(console) and not as_json
+    known: dict[tuple[str, str], str] = {}
+    survey = look_around(address)
+    with Live(console=console, screen=True, auto_refresh=False) if on_screen else nullcontext() as live:
+        while True:
+            runs = [found.view for found in survey.runs]
+            if live is not None:
+                notes = [Text(note, style="yellow") for note in survey.silent] or [
+                    Text(f"one run: kfdist watch RUN; {_HINT}")
+                ]
+                live.update(Group(runs_table(runs, console.width), Text(), *notes), refresh=True)
+            else:
+                _print_changed(runs, known, as_json=as_json)
+            if not survey.going():
+                break
+            time.sleep(_FRAME_SECONDS)
+            survey = look_around(address)
+    if on_screen:
+        console.print(runs_table(runs, console.width) if runs else survey.nothing())
+
+
+def _print_changed(runs: Sequence[RunView], known: dict[tuple[str, str], str], *, as_json: bool) -> None:
+    for run in runs:
+        line = json.dumps(run.to_json()) if as_json else run_line(run)
+        if known.get((run.name, run.directory)) != line:
+            known[run.name, run.directory] = line
+            print(line, flush=True)
+
+
+def _has_screen(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _changes(target: Target, from_revision: int, on_away: Callable[[float], None]) -> Iterator[RunView]:

@@ -180,6 +180,22 @@ def test_a_run_without_a_controller_is_watched_by_its_files(tmp_path, capsys):
     ]
 
 
+def test_several_runs_are_watched_until_none_goes_on(controller, client, member, capsys):
+    for name in ("digits", "cifar"):
+        client.create(name)
+        member.register_worker(name)
+    watched = threading.Thread(target=watching.watch_all, args=[controller.address], kwargs={"as_json": True})
+    watched.start()
+    told = eventually(lambda: capsys.readouterr().out, bool, seconds=30).splitlines()
+    assert sorted(json.loads(line)["name"] for line in told) == ["cifar", "digits"]
+    for step, name in enumerate(("digits", "cifar")):
+        with Member(controller.address) as rank:
+            rank.beat_worker(name, step=step, phase="finished")
+    watched.join(60)
+    ended = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {(run["name"], run["step"]) for run in ended if run["state"] == "finished"} == {("digits", 0), ("cifar", 1)}
+
+
 def test_a_terminal_without_unicode_gets_escapes_and_no_stack_trace(controller, client):
     client.create("digits", total_steps=120, directory="/runs/wörk")
     shown = subprocess.run(
