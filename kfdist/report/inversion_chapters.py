@@ -114,7 +114,7 @@ def spectra(run: Recorded) -> Chapter:
         title=title,
         sentences=[
             f"Eigenvalues that the inverse in use had at the checkpoints of the steps {steps}, from the largest on; "
-            f"those that a method doesn't keep are not drawn.{few}"
+            f"those that a method neither keeps nor has at hand (large dense inverses) are not drawn.{few}"
         ],
         plots=[
             Plot(

@@ -173,3 +173,20 @@ def test_a_memory_goes_on_from_its_state() -> None:
     assert back.measured is not None and bool(back.measured)
     assert (back.kept["scales"].tolist(), int(back.counts["uphill"])) == ([1.0, 1.0], 1)
     assert BlockMemory().state_dict() == {}
+
+
+@both_kinds
+def test_spectra_are_the_factors_eigenvalues(method: str) -> None:
+    factors = make_factors("decaying", torch.float64)
+    spectra = make(method).spectra()
+    for name, truth in (("A", factors.A), ("G", factors.G)):
+        values, size = spectra[name]
+        assert size == truth.shape[0] * truth.shape[-1]
+        found, expected = (each.flatten().sort().values for each in (values, torch.linalg.eigvalsh(truth)))
+        assert relative_error(found, expected) < 1e-9
+
+
+def test_spectra_of_large_dense_inverses_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kfdist.curvature.inverse._CHEAP_DIMENSION", 8)
+    assert set(make("kfac").spectra()) == {"G"}
+    assert make("ekfac").spectra() == {}
