@@ -1,10 +1,24 @@
-"""Servers have room for as many connections as their processes may have files, and some to spare."""
+"""Where servers listen without credentials, whoever makes them; and how many connections they have room for."""
 
 import resource
+from unittest import mock
 
 import pytest
 
+from kfdist.control.exporter import Exporter
+from kfdist.control.metrics_server import MetricsServer
+from kfdist.errors import ConfigError
 from kfdist.rpc import servers
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "10.0.0.1:0", "localhost.example:0"])
+def test_without_credentials_nothing_listens_where_others_reach_it(address: str):
+    server = mock.Mock()
+    with pytest.raises(ConfigError, match="control.address: .*needs TLS and a token"):
+        servers.bind(server, address, None)
+    assert server.mock_calls == []
+    with pytest.raises(ConfigError, match="control.metrics_address: .*needs TLS and a token"):
+        MetricsServer(Exporter(), address)
 
 
 @pytest.mark.parametrize(
