@@ -14,7 +14,7 @@ from kfdist.checks import is_whole
 from kfdist.curvature.auto import MeasuredCosts, Rate, measure_costs
 from kfdist.curvature.inverter import Estimate, Operation
 from kfdist.curvature.inverters import AbstractInverter
-from kfdist.curvature.jobs import decode_result, encode_job, run_job
+from kfdist.curvature.jobs import decode_result, encode_job, job_after, run_job
 from kfdist.curvature.statistics import Samples
 from kfdist.forecast.sample_jobs import statistics_of
 from kfdist.linalg.arithmetic import plain_arithmetic
@@ -97,7 +97,7 @@ class Costs:
 def measure(
     groups: Iterable[BlockGroup], *, threads: int, limits: Mapping[GroupName, Mapping[str, int]] | None = None
 ) -> Costs:
-    """Does a small job of each method that owners, or a rank's own thread, will have to do; takes a second or two.
+    """Does small jobs of each method that owners, or a rank's own thread, will have to do; takes a second or two.
 
     Args:
         groups: Of the plan.
@@ -145,7 +145,9 @@ def _measured(inverter: AbstractInverter, shapes: Iterable[BlockShape], operatio
         previous={},
         threads=torch.get_num_threads(),
     )
-    seconds, result = [], b""
+    seconds, result = [], run_job(job)
+    if decode_result(result).outcomes["block"].state:
+        job = job_after(job, result)  # later jobs go on from what the one before has left
     for _ in range(_REPEATS):
         start = time.perf_counter()
         result = run_job(job)

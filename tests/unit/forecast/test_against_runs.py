@@ -40,12 +40,6 @@ CONFIGURATIONS = {
         'optimizer.name="adamw"',
         "data.batch_size=16",
     ],
-    "seng": [
-        f'model.name="{MODELS}:convolutions"',
-        'preconditioner.method="seng"',
-        "preconditioner.settings={ examples = 32, columns = 4 }",
-        "data.batch_size=32",
-    ],
 }
 
 

@@ -16,6 +16,7 @@ from tests.support.training import SMALL
 def test_it_is_about_what_a_run_writes(statistics: str, tmp_path: Path) -> None:
     lines = ["model.settings.hidden=[128, 96]", "run.steps=10", "cluster.workers=1", 'optimizer.name="adamw"']
     lines += [f'checkpoint.statistics="{statistics}"', f'run.dir="{tmp_path / "run"}"', "optimizer.lr=0.001"]
+    lines += ["preconditioner.adoption=fixed-lag", "preconditioner.lag=0"]  # with nothing under way at the end
     (tmp_path / "run.toml").write_text(SMALL)
     config = load_config(tmp_path / "run.toml", environment={}, overrides=lines)
     train_together(config, Communicator(None), torch.device("cpu"))
