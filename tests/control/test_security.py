@@ -21,7 +21,7 @@ from kfdist.control.client import ControlClient
 from kfdist.errors import EnvironmentFault
 from kfdist.owner.membership import Membership
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, run_pb2, run_pb2_grpc
-from kfdist.rpc.authentication import channel_credentials
+from kfdist.rpc.authentication import channel_credentials, user_metadata
 from kfdist.rpc.certificates import Authority, make_certificates, renew_certificates
 from kfdist.rpc.channels import open_channel
 from kfdist.rpc.handshake import explain
@@ -83,6 +83,14 @@ def test_who_has_a_certificate_and_the_token_is_served(address: str, ours: Crede
     with ControlClient(address, ours) as client:
         client.create("served")
         assert [run.name for run in client.runs()] == ["served"]
+
+
+def test_the_log_says_by_whose_certificate_somebody_asked(address: str, ours: Credentials):
+    with ControlClient(address, ours) as client:
+        client.create("asked")
+        client.checkpoint("asked")
+        (text,) = [event.text for event in client.events("asked") if event.kind == "checkpoint_requested"]
+    assert f"by {user_metadata()[0][1]} (certificate of a client) (revision" in text
 
 
 def test_without_tls(address: str):
