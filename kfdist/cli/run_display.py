@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kfdist.cli.block_table import COLUMNS, block_table, blocks_of, shortened
-from kfdist.cli.find_runs import Survey, Target
+from kfdist.cli.find_runs import Survey
 from kfdist.cli.run_files import RunFiles
+from kfdist.cli.run_target import Target
 from kfdist.control.client import EventView, RunView, finite_or_none
 from kfdist.errors import EnvironmentFault
 from kfdist.telemetry.metrics import METRICS, Kind

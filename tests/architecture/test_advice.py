@@ -23,6 +23,7 @@ SHOWN_BY = {
     "bench/papers.py": {"bench papers"},
     "cli/control_commands.py": STEERING,
     "cli/find_runs.py": STEERING,
+    "cli/run_target.py": STEERING,
     "config/loading.py": EVERY_RUN,
     "control/client.py": STEERING,
     "report/page.py": {"report"},

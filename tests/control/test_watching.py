@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from kfdist.cli import watching
-from kfdist.cli.find_runs import Endpoint, Target
 from kfdist.cli.run_files import RunFiles
+from kfdist.cli.run_target import Endpoint, Target
 from kfdist.control.client import ControlClient
 from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, posted
 from tests.support.controller import ControllerProcess, ControllerThread, Member, eventually, sample
