@@ -3,7 +3,7 @@
 from kfdist.config.loading import config_from_table, load_config, security_from_environment
 from kfdist.config.preconditioner_section import PreconditionerSection
 from kfdist.config.sections import Config
-from kfdist.config.service_sections import ClusterSection
+from kfdist.config.service_sections import ClusterSection, SecuritySection
 from kfdist.config.task_sections import OptimizerSection
 from kfdist.config.toml import to_toml
 
@@ -12,6 +12,7 @@ __all__ = [
     "Config",
     "OptimizerSection",
     "PreconditionerSection",
+    "SecuritySection",
     "config_from_table",
     "load_config",
     "security_from_environment",

@@ -69,14 +69,24 @@ def load_config(
     return config_from_table(merged, [layer for layers in sources for layer in layers])
 
 
-def security_from_environment(environment: Mapping[str, str] = os.environ) -> SecuritySection:
-    """Returns what `KFDIST_SECURITY__*` say, for commands that have no configuration.
+def security_from_environment(
+    environment: Mapping[str, str] = os.environ, *, otherwise: SecuritySection | None = None
+) -> SecuritySection:
+    """Returns what `KFDIST_SECURITY__*` say, for commands that have no configuration, or one of another node.
+
+    Args:
+        environment: Variables.
+        otherwise: What holds where they say nothing. The token's file counts only beside its own directory of
+            certificates.
 
     Raises:
         ConfigError: One of them is wrong.
     """
     security = {name: value for name, value in environment.items() if name.startswith(f"{_PREFIX}SECURITY__")}
-    return load_config(None, environment=security).security
+    if otherwise is None or not security:
+        return otherwise or load_config(None, environment=security).security
+    certificates = {} if otherwise.certificates is None else {"certificates": otherwise.certificates}
+    return load_config(None, environment=security, defaults={"security": certificates}).security
 
 
 def config_from_table(table: Mapping[str, Any], layers: Sequence[_Layer] = ()) -> Config:

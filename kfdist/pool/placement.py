@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from typing_extensions import override
 
-from kfdist.config import ClusterSection, Config, security_from_environment
+from kfdist.config import ClusterSection, Config, SecuritySection, security_from_environment
 from kfdist.errors import EnvironmentFault
 from kfdist.owner.owner import Owner, OwnerOptions
 from kfdist.pool.bundles import actor_options, needs, resources_of, shortage
@@ -150,7 +150,9 @@ class OwnerOnNode(Owner):
     def __init__(self, options: OwnerOptions) -> None:
         util = importlib.import_module("ray.util")
         # As for ranks and jobs: where certificates are, each node's own environment says.
-        credentials = security_from_environment().credentials(Role.OWNER) or options.credentials
+        given = options.credentials
+        pools = given and SecuritySection(certificates=given.certificates, token_file=given.token_file)
+        credentials = security_from_environment(otherwise=pools).credentials(Role.OWNER)
         super().__init__(replace(options, host=util.get_node_ip_address(), credentials=credentials))
 
     @override

@@ -52,5 +52,4 @@ class Submission:
             ConfigError: It is wrong, as for another version of kfdist.
         """
         config = config_from_table(tomllib.loads(self.config))
-        here = security_from_environment()
-        return config if here.certificates is None else config.model_copy(update={"security": here})
+        return config.model_copy(update={"security": security_from_environment(otherwise=config.security)})

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfdist.config import Config, config_from_table, load_config, to_toml
+from kfdist.config import Config, SecuritySection, config_from_table, load_config, security_from_environment, to_toml
 from kfdist.config.toml import format_table, parse_value
 from kfdist.errors import ConfigError
 
@@ -198,3 +198,28 @@ def test_a_resolved_file_is_a_configuration_file(tmp_path: Path):
 def test_reading_a_configuration_needs_no_torch():
     script = "import sys, kfdist.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("here", "certificates", "token_file"),
+    [
+        ({}, "/there", "/there.token"),
+        ({"CERTIFICATES": "/here"}, "/here", None),  # with its own token in it
+        ({"TOKEN_FILE": "/here.token"}, "/there", "/here.token"),
+        ({"CERTIFICATES": "/here", "TOKEN_FILE": "/here.token"}, "/here", "/here.token"),
+    ],
+)
+def test_a_node_s_own_environment_says_where_its_secrets_are_beside_what_holds_for_all(
+    here: dict[str, str], certificates: str, token_file: str | None
+):
+    environment = {f"KFDIST_SECURITY__{name}": value for name, value in here.items()}
+    others = SecuritySection(certificates="/there", token_file="/there.token")
+    found = security_from_environment(environment, otherwise=others)
+    assert (found.certificates, found.token_file) == (certificates, token_file)
+
+
+def test_a_token_without_any_certificates_is_refused():
+    environment = {"KFDIST_SECURITY__TOKEN_FILE": "/here.token"}
+    for others in (None, SecuritySection()):
+        with pytest.raises(ConfigError, match="security.certificates is missing.*from KFDIST_SECURITY__TOKEN_FILE"):
+            security_from_environment(environment, otherwise=others)
