@@ -1,5 +1,6 @@
 """What sections are made of: their base, the types of values that several share, and things chosen by name."""
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -32,6 +33,9 @@ S = TypeVar("S", bound=Section)
 _LONGEST_NAME = 255
 """Bytes of a file's name, without its folders, on Linux."""
 
+_TOKEN = re.compile(r"[A-Za-z0-9_=+-]{32,}")
+"""What tokens look like, and hardly any path does: no slash, no dot."""
+
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _SELECTOR = re.compile(rf"|!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))")
 """What Ray takes as a label selector, nothing included."""
@@ -43,6 +47,17 @@ def _file_name(path: str) -> str:
     if longest := next((part for part in path.split("/") if len(part.encode()) > _LONGEST_NAME), ""):
         raise ValueError(f"{longest[:20]}... has {len(longest.encode())} bytes; a name has at most {_LONGEST_NAME}")
     return path
+
+
+def _place(value: object) -> object:
+    """Refuses what looks like a key, a certificate or a token itself, without showing it: errors end up in logs."""
+    looks_secret = isinstance(value, str) and ("-----BEGIN" in value or _TOKEN.fullmatch(value.strip()))
+    if looks_secret and not os.path.exists(str(value)):
+        raise ConfigError(
+            "looks like a secret itself, which isn't shown here; write where it is: the directory of certificates, or "
+            "the token's file"
+        )
+    return value
 
 
 def _address(address: str) -> str:
@@ -117,6 +132,7 @@ def _methods(value: Any) -> Any:
 
 
 FileName = Annotated[str, Field(min_length=1), AfterValidator(_file_name)]
+SecretPlace = Annotated[FileName, BeforeValidator(_place)]
 Address = Annotated[str, AfterValidator(_address)]
 RayAddress = Annotated[str, AfterValidator(_ray_address)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import Address, FileName, Labels, Ports, RayAddress, Resources, Section
+from kfdist.config.fields import Address, FileName, Labels, Ports, RayAddress, Resources, SecretPlace, Section
 from kfdist.errors import ConfigError
 from kfdist.system.credentials import Credentials, Role
 from kfdist.types import MAX_THREADS
@@ -94,10 +94,10 @@ class SecuritySection(Section):
     Only places are named here: what is in the files never stands in a configuration.
     """
 
-    certificates: FileName | None = Field(
+    certificates: SecretPlace | None = Field(
         default=None, description="directory that `kfdist certs init` made, on every node; without it, all is loopback"
     )
-    token_file: FileName | None = Field(
+    token_file: SecretPlace | None = Field(
         default=None, description="the file with the token; `token` in the directory of certificates if not given"
     )
 

@@ -118,6 +118,15 @@ def test_one_bad_value(override: str, path: str, words: list[str]):
     assert [word for word in words if word not in message] == []
 
 
+@pytest.mark.parametrize("field", ["certificates", "token_file"])
+def test_a_secret_in_the_place_of_its_file_is_not_shown(certificates: Path, field: str):
+    for file in ("client.pem", "token"):
+        secret = (certificates / file).read_text()
+        with pytest.raises(ConfigError, match=f"security.{field}: looks like a secret itself") as caught:
+            load_config(None, environment={f"KFDIST_SECURITY__{field.upper()}": secret})
+        assert not any(line in str(caught.value) for line in secret.split())
+
+
 @pytest.mark.parametrize(
     ("overrides", "path", "words"),
     [
