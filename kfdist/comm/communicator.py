@@ -61,6 +61,10 @@ class Communicator:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
+    def to_travel(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor where it has to lie to travel: as it is where there is nobody to travel to."""
+        return tensor if self.process_group is None else tensor.to(self.device)
+
     def global_rank(self, rank: int) -> int:
         """Translates a rank of this group to the default group's numbering, which torch's broadcast asks for."""
         return rank if self.process_group is None else dist.get_global_rank(self.process_group, rank)

@@ -139,7 +139,7 @@ def reduce_flat(tensors: Sequence[Tensor], communicator: Communicator) -> list[T
     """
     device = tensors[0].device
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    travelling = flat if communicator.process_group is None else flat.to(communicator.device)
+    travelling = communicator.to_travel(flat)
     communicator.all_reduce_sum_(travelling)
     flat = travelling.to(device)
     pieces = torch.split(flat, [tensor.numel() for tensor in tensors])

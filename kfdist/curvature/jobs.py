@@ -155,7 +155,7 @@ def decode_result(payload: bytes, *, device: torch.device | str = "cpu") -> Grou
 
     Args:
         payload: What `run_job`, `failure_result` or `encode_result` returned.
-        device: Where to put its tensors.
+        device: Where to put the preconditioners' tensors; states stay in host memory.
 
     Raises:
         ValueError: The payload is malformed.
@@ -311,5 +311,5 @@ def _read_outcome(block: Tree, device: torch.device | str) -> Inversion:
         outcome=outcome,
         reason=str(block.get("reason", "")),
         diagnostics=payloads.numbers(block, "diagnostics"),
-        state=payloads.tensors(block, "state", device),
+        state=payloads.tensors(block, "state", "cpu"),  # what the next job takes along; nothing computes with it here
     )

@@ -184,8 +184,8 @@ class Pipeline:
         self.agreement.agree_on_biases(self.capture.biases.seen)
 
     def _digest(self, step: int) -> Tensor | None:
-        period = self.settings.digest_period
-        return parameter_digest(self.parameters) if period and step % period == 0 else None
+        period, alone = self.settings.digest_period, self.training.world_size == 1
+        return parameter_digest(self.parameters) if period and step % period == 0 and not alone else None
 
     def _finish(self, step: int, adopted: tuple[tuple[GroupName, int], ...]) -> StepReport:
         """Counts the step and arms the capture for the next one."""

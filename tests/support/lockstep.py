@@ -26,6 +26,9 @@ class LockstepRank:
         self._barrier.wait(20)
         return found
 
+    def to_travel(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def all_gather_json(self, value: Any) -> list[Any]:
         return self._everyone(value)
 

@@ -191,7 +191,7 @@ def _broadcast(directions: Sequence[Tensor], solver: int, communicator: Communic
     if communicator.process_group is None:
         return
     flat = torch.cat([direction.reshape(-1) for direction in directions])
-    travelling = flat.to(communicator.device)
+    travelling = communicator.to_travel(flat)
     communicator.broadcast(travelling, solver).wait()
     pieces = travelling.to(flat.device).split([direction.numel() for direction in directions])
     for direction, piece in zip(directions, pieces, strict=True):

@@ -87,7 +87,7 @@ class SampleExchange:
     def _gather_alike(self, requests: Sequence[SampleRequest], destination: int | None) -> dict[BlockName, Samples]:
         """Gathers what goes to one destination in one flat buffer."""
         pieces = [piece for request in requests for piece in self._framed(request)]
-        flat = torch.cat([piece.reshape(-1) for piece in pieces]).to(self._communicator.device)
+        flat = self._communicator.to_travel(torch.cat([piece.reshape(-1) for piece in pieces]))
         self.bytes_sent += flat.numel() * flat.element_size()
         if destination is None:
             parts = self._communicator.all_gather(flat)
