@@ -47,7 +47,7 @@ def test_a_stopped_owner_is_seen_in_steps_and_seconds_also_after_the_last_step(t
 
         def heard(last: int) -> None:
             path = 'kfdist_staleness_steps{block="0",run="stale"}'
-            eventually(lambda: values(controller.scrape()).get(path), lambda seen: seen == last - used["0"])
+            eventually(lambda: values(controller.scrape()).get(path), lambda seen: seen == last - used["0"], seconds=60)
 
         # Until the service has brought something beside the first version.
         eventually(step, lambda _: min(used.values()) > 0, seconds=60)
@@ -64,7 +64,8 @@ def test_a_stopped_owner_is_seen_in_steps_and_seconds_also_after_the_last_step(t
             assert measured[last][1] - taken[1] <= seconds <= after - taken[0]
         # All ranks have stopped stepping; nobody says anything new. Seconds rise by those that pass, steps don't.
         first, *earlier = between(lambda: scraped("staleness_seconds", "2"))
-        eventually(lambda: values(controller.scrape())['kfdist_live_owners{run="stale"}'], lambda live: live == 0)
+        owners = 'kfdist_live_owners{run="stale"}'
+        eventually(lambda: values(controller.scrape())[owners], lambda live: live == 0, seconds=60)
         time.sleep(1.0)
         second, *later = between(lambda: scraped("staleness_seconds", "2"))
         assert later[0] - earlier[1] <= second - first <= later[1] - earlier[0]
