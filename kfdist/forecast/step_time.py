@@ -52,6 +52,9 @@ GPUS: Mapping[str, GpuSpeed] = {
 REACHED = 0.35
 """Share of a data sheet's speed that training reaches, as a rule of thumb; a convolutional network may reach less."""
 
+_BOUND_BY_OTHERS = 0.01
+"""Seconds below which a step's operations aren't what it takes."""
+
 
 def step_times(
     config: Config,
@@ -88,7 +91,7 @@ def step_times(
     seconds = rehearsal.flops / costs.flops_per_second
     speed = f"{costs.flops_per_second / 1e9:.0f} GFLOP/s of this CPU with {costs.threads} threads"
     source = f"derived: {_operations(rehearsal.flops)} at {speed}, measured on products of matrices; --gpu says others"
-    return [StepTime(seconds, source)]
+    return [StepTime(seconds, source + _too_short(seconds))]
 
 
 def _on_gpu(config: Config, flops: float, name: str) -> StepTime:
@@ -96,12 +99,19 @@ def _on_gpu(config: Config, flops: float, name: str) -> StepTime:
     if speed is None:
         close = suggestion(name, GPUS)
         return StepTime(None, f"there are no figures for {name!r}{close}; there are for {', '.join(GPUS)}")
-    reached = REACHED * (speed.single if config.run.precision == "float32" else speed.half)
+    seconds = flops / (REACHED * (speed.single if config.run.precision == "float32" else speed.half))
     return StepTime(
-        flops / reached,
+        seconds,
         f"derived for {name.upper()}: {_operations(flops)} at {REACHED:.0%} of its data sheet's speed in "
-        f"{config.run.precision}; not measured",
+        f"{config.run.precision}; not measured{_too_short(seconds)}",
     )
+
+
+def _too_short(seconds: float) -> str:
+    """Says that a step of few operations takes longer than they do."""
+    if seconds >= _BOUND_BY_OTHERS:
+        return ""
+    return "; launches, input and reductions, which bound so short a step, aren't in it: give --step-seconds"
 
 
 def _operations(flops: float) -> str:

@@ -44,6 +44,12 @@ def test_this_machines_gpus_are_known_by_their_names(name: str) -> None:
     assert _times(4e12, here=["Quadro P400"])[0].seconds is None
 
 
+def test_a_step_of_few_operations_is_said_to_take_longer() -> None:
+    assert "aren't in it: give --step-seconds" in _times(4e6)[0].source
+    assert "aren't in it" not in _times(4e9)[0].source
+    assert "aren't in it" in _times(4e9, gpus=["H100"])[0].source
+
+
 def test_without_operations_nothing_can_be_derived() -> None:
     (unknown,) = _times(None, gpus=["H100"])
     assert unknown.seconds is None and "it branches" in unknown.source and "--step-seconds" in unknown.source
