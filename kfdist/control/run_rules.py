@@ -371,9 +371,9 @@ def refreshed(record: RunRecord, groups: Sequence[GroupName], who: str) -> Chang
     shown = ", ".join(groups[:SHOWN_GROUPS]) + (
         f" and {len(groups) - SHOWN_GROUPS} more" * (len(groups) > SHOWN_GROUPS)
     )
-    what = f"inversion of {shown or 'all blocks'} at the step after"
+    what = f"refresh of {shown or 'all blocks'}"
     serial = record.settings.refresh_serial + 1
-    moved = _asked(record, what, refresh_serial=serial, refresh=tuple(groups))
+    moved = _asked(record, f"{what}, inverted at the step after", refresh_serial=serial, refresh=tuple(groups))
     return Change(moved, (_request("refresh_requested", what, moved, who),))
 
 

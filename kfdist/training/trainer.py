@@ -210,7 +210,7 @@ class Trainer:
         lr = training.learning_rate(step - 1)
         if not math.isfinite(loss):
             section = training.config.preconditioner
-            damping_then = training.preconditioner.settings.damping_at(step - 1)
+            damping_then = training.preconditioner.pipeline.in_force.settings.damping_at(step - 1)
             damping = f", damping {damping_then:g}" if section.inverts else ""
             remedy = " or raise preconditioner.damping" if section.inverts else ""
             raise LossNotFinite(

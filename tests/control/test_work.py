@@ -111,7 +111,7 @@ def test_a_refresh_names_groups_by_globs_and_the_log_its_step(trains, member) ->
     settings = member.beat_worker("r").settings
     assert (settings.refresh_serial, list(settings.refresh)) == (1, ["conv1", "conv2", "head"])
     member.beat_worker("r", step=9, in_force=InForce(obeyed=(Obeyed(revision=revision, step=9),)))
-    what = "inversion of conv1, conv2, head at the step after"
+    what = "refresh of conv1, conv2, head, inverted at the step after"
     assert texts(trains, "settings_obeyed") == [f"revision {revision} ({what}), agreed on by all ranks at step 9"]
     trains.refresh("r")
     settings = member.beat_worker("r").settings
