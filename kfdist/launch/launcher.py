@@ -144,6 +144,7 @@ class Launch:
         self._stopping = False
         self._mark = uuid.uuid4().hex
         self._spared = children_of(os.getpid())
+        self._found = read_summary(config.run.directory)
         self._services: dict[str, SupervisedProcess] = {}
         self._ranks: list[Child] = []
 
@@ -311,7 +312,7 @@ class Launch:
         patience = max(known, self._config.checkpoint.stop_seconds)
         self._end_children(self._ranks, patience)
         codes = [rank.poll() for rank in self._ranks]
-        if codes and all(code == ExitCode.DONE for code in codes):
+        if codes and (all(code == ExitCode.DONE for code in codes) or self._is_finished()):
             return ExitCode.DONE  # the last step was made before the request was heard
         for rank, code in zip(self._ranks, codes, strict=True):
             if code is not None and code != ExitCode.RESUMABLE:
@@ -319,6 +320,11 @@ class Launch:
                 advice = f"; checkpoint.stop_seconds gives ranks more than {patience:.1f} s" if code < 0 else ""
                 self._terminal.warn(f"{ended}; the newest checkpoint may be older than this stop{advice}")
         return ExitCode.RESUMABLE
+
+    def _is_finished(self) -> bool:
+        """Says whether this launch made the last step, after which its ranks only tell the controller so."""
+        summary = read_summary(self._config.run.directory)
+        return summary != self._found and summary.get("status") == "finished"
 
     def _end_children(self, children: Sequence[Child], seconds: float) -> None:
         """Sends SIGTERM and waits; then sends SIGKILL and waits for the kernel."""

@@ -2,13 +2,15 @@
 
 import datetime
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kfdist.config import load_config
-from kfdist.errors import EnvironmentFault
+from kfdist.errors import EnvironmentFault, ExitCode
 from kfdist.launch import launcher
 from kfdist.launch.launcher import STOP_RANKS_SECONDS, Launch, train
 from kfdist.launch.terminal import StopRequests, Terminal
@@ -66,3 +68,31 @@ def test_ranks_have_time_to_stop_by_what_their_checkpoints_took(monkeypatch, tmp
     monkeypatch.setattr(launch, "_end_children", lambda children, seconds: seen.append(seconds))
     launch._stop_ranks()
     assert seen == [patience]
+
+
+@pytest.mark.parametrize(
+    ("found", "written", "code"),
+    [
+        ("", '{"status": "finished", "start": 1}', ExitCode.DONE),  # they only waited for a controller that hung
+        ("", '{"status": "running", "start": 1}', ExitCode.RESUMABLE),
+        ('{"status": "finished", "start": 1}', '{"status": "finished", "start": 1}', ExitCode.RESUMABLE),
+        ('{"status": "finished", "start": 1}', '{"status": "finished", "start": 2}', ExitCode.DONE),
+    ],
+)
+def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    found: str,
+    written: str,
+    code: int,
+):
+    summary = tmp_path / "summary.json"
+    if found:
+        summary.write_text(found)
+    launch = Launch(load_config(None, overrides=[f"run.dir={tmp_path}"]), Terminal(as_json=True), StopRequests())
+    killed = SimpleNamespace(name="rank 0", poll=lambda: -signal.SIGKILL)
+    monkeypatch.setattr(launch, "_ranks", [killed])
+    monkeypatch.setattr(launch, "_end_children", lambda *_: summary.write_text(written))
+    assert launch._stop_ranks() == code
+    assert ("instead of writing a checkpoint" in capsys.readouterr().err) == (code == ExitCode.RESUMABLE)
