@@ -95,6 +95,14 @@ def test_asap_goes_on_with_rising_staleness_while_owners_are_cut_off(service: Se
     eventually(lambda: oldest(directory), lambda step: step > last["step"], seconds=90)
 
 
+def test_work_of_an_owner_that_only_ranks_cannot_reach_goes_to_the_other(service: Service, directory: Path):
+    a, b, node = (service.hosts[name] for name in ("a", "b", "node"))
+    with a.deaf_to(node), b.deaf_to(node):
+        cut_at = told(directory)["step"]
+        eventually(lambda: oldest(directory), lambda step: step > cut_at + 20, seconds=90)
+        assert service.ask("status", NAME)["live_owners"] == 2  # it beats, and is in everybody's table
+
+
 def test_a_run_goes_on_without_its_controller_and_obeys_once_that_is_back(service: Service, directory: Path):
     with service.hosts["control"].cut():
         cut_at = told(directory)["step"]

@@ -67,6 +67,16 @@ class Host:
             _ip(f"-n {self.switch} link set dev {self.name} master bridge")
 
     @contextlib.contextmanager
+    def deaf_to(self, other: "Host") -> Iterator[None]:
+        """Sends what is for another host to nobody, silently, as a firewall between the two does; others reach both."""
+        entry = f"neigh replace {other.address} lladdr 02:00:00:00:00:99 dev eth0 nud permanent"
+        _ip(f"-n {self.namespace} {entry}")
+        try:
+            yield
+        finally:
+            _ip(f"-n {self.namespace} neigh del {other.address} dev eth0")
+
+    @contextlib.contextmanager
     def slow(self, *, seconds: float, loss: float) -> Iterator[None]:
         """Delays all that goes to the host or comes from it, each way, and loses a share of the frames."""
         if not Path("/dev/net/tun").exists():
