@@ -4,8 +4,10 @@ import multiprocessing
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from pickle import PicklingError
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from typing_extensions import override
 from kfdist.data.reading import EVALUATION, Batch, SeededReader
 from kfdist.data.sampler import Position, Sampler
 from kfdist.data.task import DataSet, Examples
-from kfdist.errors import EnvironmentFault
+from kfdist.errors import ConfigError, EnvironmentFault
 
 _TEST_BATCH = 512
 """Examples in memory evaluated at once; bounds the memory, changes nothing else."""
@@ -115,7 +117,8 @@ class MemoryFeed(Feed):
         inputs, labels = test.inputs[share], test.labels[share]
         for first in range(0, len(labels), _TEST_BATCH):
             part = slice(first, first + _TEST_BATCH)
-            yield self._ready(inputs[part], labels[part])
+            # A copy: `prepare` and the model may write to it, and the examples are evaluated again.
+            yield self._ready(inputs[part].clone(), labels[part].clone())
 
     @override
     def close(self) -> None:
@@ -146,7 +149,8 @@ class LoaderFeed(Feed):
         assert position == self._next, f"asked for {position}, reading ahead from {self._next}"
         if self._training is None:
             schedule = _TrainingSchedule(serving=self.serving, start=position)
-            self._training = iter(self._loader(self.data.train, schedule))
+            with _sent("train"):
+                self._training = iter(self._loader(self.data.train, schedule))
         yield from self._received(islice(self._training, self.serving.micro_batches))
         self._next = self.serving.sampler.advance(position)
 
@@ -158,7 +162,9 @@ class LoaderFeed(Feed):
             size = serving.micro_size
             batches = [(EVALUATION, share[first : first + size]) for first in range(0, len(share), size)]
             self._evaluation = self._loader(self.data.test, batches)
-        yield from self._received(self._evaluation)
+        with _sent("test"):
+            received = iter(self._evaluation)
+        yield from self._received(received)
 
     @override
     def close(self) -> None:
@@ -211,6 +217,19 @@ class _TrainingSchedule:
             for part in order[sampler.share(position, self.serving.worker_rank)].split(self.serving.micro_size):
                 yield epoch, part.tolist()
             position = sampler.advance(position)
+
+
+@contextmanager
+def _sent(part: str) -> Iterator[None]:
+    # Not tried before: only the loader knows what can be sent (locks, shared memory), and it shares what is large.
+    try:
+        yield
+    except (PicklingError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{part} can't be sent to loader processes ({error}); let it hold paths and numbers, and functions by "
+            "name, or set data.loader_processes = 0",
+            path="data.name",
+        ) from error
 
 
 def _ignore_stops(loader_process: int) -> None:

@@ -80,8 +80,8 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
         ConfigError: A value is wrong; nothing was started.
         EnvironmentFault: Something the run needs could not be had, or a process failed.
     """
-    check_devices(config)
     if not (finished := check_launch(config)):
+        check_devices(config)
         return Launch(config, terminal, requests).run()
     terminal.say(finished)
     terminal.result(read_summary(config.run.directory))

@@ -42,16 +42,25 @@ def choose_device(config: Config) -> torch.device:
     Raises:
         EnvironmentFault: CUDA is asked for and isn't there.
     """
-    wanted = config.run.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if _kind_of_device(config) == "cpu":
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
+    local_rank, there = int(os.environ.get("LOCAL_RANK", "0")), _gpu_count()
+    if local_rank >= there:
         raise EnvironmentFault(
-            f'run.device is "{wanted}" and this is rank {local_rank} of its machine, which has '
-            f'{torch.cuda.device_count()} CUDA devices; start fewer ranks, or set run.device = "cpu"'
+            f'run.device is "{config.run.device}" and this is rank {local_rank} of its machine, which has '
+            f'{there} CUDA devices; start fewer ranks, or set run.device = "cpu"'
         )
     return torch.device("cuda", local_rank)
+
+
+def _kind_of_device(config: Config) -> str:
+    wanted = config.run.device
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def _gpu_count() -> int:
+    # device_count() may ask the driver's management library, which also counts GPUs that torch can't use.
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def check_devices(config: Config) -> None:
@@ -60,7 +69,7 @@ def check_devices(config: Config) -> None:
     Raises:
         EnvironmentFault: There are too few GPUs.
     """
-    there, workers = torch.cuda.device_count(), config.cluster.workers
+    there, workers = _gpu_count(), config.cluster.workers
     if config.run.device == "cuda" and not there:
         raise EnvironmentFault(
             f'run.device is "cuda", and torch {torch.__version__} sees no GPU here; set run.device = "auto" or "cpu", '
@@ -138,7 +147,9 @@ def gather_materials(
     """
     check_installed(config.run.trackers)
     data = load_data(config.data.name, config.data.settings).on(device)
-    try_own_data(config, data)
+    # A launcher looks on the CPU at what the ranks do on GPUs: forwarding it there could refuse what trains.
+    tried = device.type == _kind_of_device(config)
+    try_own_data(config, data, device if tried else None)
     _check_fisher(config, data)
     sampler = Sampler(
         examples=len(data.train),
@@ -156,7 +167,7 @@ def gather_materials(
     if config.run.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plan = plan_of(config, model, world_size=world_size, costs=costs)
-    if device.type != "meta":
+    if tried:
         try_own_task(config, data, model, device)
     optimizer = make_optimizer(config.optimizer, model.parameters())
     return Materials(device=device, data=data, sampler=sampler, model=model, optimizer=optimizer, plan=plan)

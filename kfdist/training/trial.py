@@ -1,44 +1,49 @@
 """The user's own model and data are tried on two examples: what doesn't fit is said before anything starts."""
 
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from kfdist.config import Config
 from kfdist.config.named_functions import is_own
 from kfdist.data.objective import Classification
-from kfdist.data.reading import EVALUATION, CorruptExample, SeededReader, seeded
+from kfdist.data.reading import CorruptExample, seeded
 from kfdist.data.task import DataSet, Examples
-from kfdist.errors import ConfigError
+from kfdist.errors import ConfigError, EnvironmentFault
 
 _TRIED = 2
+_ASKED = 100
+"""How many examples are asked for until two can be read."""
 _IGNORED = -100
 """The label that torch's cross entropy leaves out."""
 
 
-def try_own_data(config: Config, data: DataSet[Any]) -> None:
-    """Reads two examples of each part; does nothing where the data are kfdist's own.
+def try_own_data(config: Config, data: DataSet[Any], device: torch.device | None) -> None:
+    """Reads two examples of each part, and prepares them; does nothing where the data are kfdist's own.
 
     What the user's code raises goes through, with a note of what it was asked for.
 
     Args:
         config: The configuration.
         data: The task.
+        device: Where the rank computes; None where this process isn't to compute: nothing is prepared.
 
     Raises:
         ConfigError: Something has another type, shape or range than docs/own-tasks.md says.
+        EnvironmentFault: None of many examples can be read.
     """
     if not is_own(config.data.name):
         return
     _check_labels(data)
-    if config.data.loader_processes:
-        _check_sent(data)
     for part in ("train", "test"):
-        inputs = data.prepare(_batch(data, part)[0])
+        inputs = _batch(data, part)[0]
+        if device is None:
+            continue
+        inputs = data.prepare(inputs.to(device))
         if not isinstance(inputs, Tensor):
             raise ConfigError(f"prepare returned {_described(inputs)}; it must return a tensor", path="data.name")
 
@@ -56,7 +61,7 @@ def try_own_task(config: Config, data: DataSet[Any], model: nn.Module, device: t
         device: Where the rank computes.
 
     Raises:
-        ConfigError: As for `try_own_data`.
+        ConfigError, EnvironmentFault: As for `try_own_data`.
     """
     if not (is_own(config.model.name) or is_own(config.data.name)):
         return
@@ -71,7 +76,7 @@ def try_own_task(config: Config, data: DataSet[Any], model: nn.Module, device: t
 
 
 def _check_labels(data: DataSet[Any]) -> None:
-    if not isinstance(data.objective, Classification):
+    if type(data.objective) is not Classification:  # a class derived from it may take other labels
         return
     for part in ("train", "test"):
         examples = getattr(data, part)
@@ -89,48 +94,50 @@ def _check_labels(data: DataSet[Any]) -> None:
             )
 
 
-def _check_sent(data: DataSet[Any]) -> None:
-    for part in ("train", "test"):
-        examples = getattr(data, part)
-        if isinstance(examples, Examples):
-            continue
-        try:
-            pickle.dumps(examples)
-        except Exception as error:  # whatever its parts raise
-            raise ConfigError(
-                f"{part} can't be sent to loader processes ({error}); let it hold paths and numbers, and functions by "
-                "name, or set data.loader_processes = 0",
-                path="data.name",
-            ) from error
-
-
 def _batch(data: DataSet[Any], part: str) -> tuple[Tensor, Tensor]:
+    """Returns a copy of two examples: what is prepared or forwarded may be written to."""
     examples = getattr(data, part)
     if isinstance(examples, Examples):
-        return examples.inputs[:_TRIED], examples.labels[:_TRIED]
+        return examples.inputs[:_TRIED].clone(), examples.labels[:_TRIED].clone()
+    read = _read(examples, part)
     try:
-        with _noted(f"{part}[0] was asked for"), seeded(0):
-            first = examples[0]
-    except CorruptExample:
-        return SeededReader(data=examples, seed=0).__getitems__((0, [0]))[:2]
-    if not isinstance(first, tuple | list) or len(first) != 2:
-        raise ConfigError(f"{part}[0] is {_described(first)}; it must be (input, target)", path="data.name")
-    try:
-        batch = SeededReader(data=examples, seed=0).__getitems__((EVALUATION, range(min(_TRIED, len(examples)))))
+        inputs, targets = default_collate([tuple(example) for example in read.values()])
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"the first examples of {part} make no batch ({error}); inputs must be tensors of one shape, and targets "
-            "tensors of one shape or numbers",
+            f"examples {list(read)} of {part} make no batch ({error}); inputs must be tensors of one shape, and "
+            "targets tensors of one shape or numbers",
             path="data.name",
         ) from error
-    for name, value in (("inputs", batch.inputs), ("targets", batch.targets)):
+    for name, value in (("inputs", inputs), ("targets", targets)):
         if not isinstance(value, Tensor):
+            index, example = next(iter(read.items()))
             raise ConfigError(
-                f"the {name} of {part} make {_described(value)}, not a tensor: {part}[0] is {_described(first)}; "
-                "inputs must be tensors, and targets tensors or numbers",
+                f"the {name} of {part} make {_described(value)}, not a tensor: {part}[{index}] is "
+                f"{_described(example)}; inputs must be tensors, and targets tensors or numbers",
                 path="data.name",
             )
-    return batch.inputs, batch.targets
+    return inputs, targets
+
+
+def _read(examples: Any, part: str) -> dict[int, Any]:
+    read: dict[int, Any] = {}
+    corrupt: CorruptExample | None = None
+    asked = min(len(examples), _ASKED)
+    for index in range(asked):
+        try:
+            with _noted(f"{part}[{index}] was asked for"), seeded(index):
+                example = examples[index]
+        except CorruptExample as found:
+            corrupt = found
+            continue
+        if not isinstance(example, tuple | list) or len(example) != 2:
+            raise ConfigError(f"{part}[{index}] is {_described(example)}; it must be (input, target)", path="data.name")
+        read[index] = example
+        if len(read) == _TRIED:
+            return read
+    if not read:
+        raise EnvironmentFault(f"none of the first {asked} examples of {part} can be read; the last: {corrupt}")
+    return read
 
 
 def _check_output(output: Any, examples: int) -> None:
@@ -170,17 +177,32 @@ def _check_objective(data: DataSet[Any], output: Tensor, targets: Tensor) -> Non
 def _left_as_it_is(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluates inside, with gradients; modes, buffers and generators are put back."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modes
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             model.eval()
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        _put_modes_back(modes)
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer)  # a forward may put another one in its place
+                # One that is expanded can't be written to. Sparse ones can't be compared.
+                if buffer.layout != torch.strided or not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _put_modes_back(modes: dict[nn.Module, bool]) -> None:
+    # By train(), as some models do more there: merge their weights for evaluation, and undo that. Parents come first.
+    for module, training in modes.items():
+        if module.training != training:
+            module.train(training)
+    for module, training in modes.items():
+        module.training = training
 
 
 @contextmanager

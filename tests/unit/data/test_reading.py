@@ -11,7 +11,7 @@ from kfdist.data import DataSet, Examples
 from kfdist.data.feed import LoaderFeed, Serving, make_feed
 from kfdist.data.reading import EVALUATION, CorruptExample, SeededReader
 from kfdist.data.sampler import Position, Sampler
-from kfdist.errors import EnvironmentFault
+from kfdist.errors import ConfigError, EnvironmentFault
 
 
 @dataclass(frozen=True)
@@ -98,3 +98,23 @@ class Dying(Noisy):
 def test_a_loader_process_that_dies_is_a_sentence():
     with pytest.raises(EnvironmentFault, match=r"a loader process died .*data\.loader_processes"):
         steps(DataSet(train=Dying(), test=Noisy(), classes=20), serving(loader_processes=1), Position(), 1)
+
+
+@pytest.mark.filterwarnings("ignore:Got pickle error")
+def test_what_loader_processes_can_not_be_sent_is_a_sentence():
+    class Local(Noisy):
+        pass
+
+    words = r"^data\.name: {} can't be sent to loader processes \(.*data\.loader_processes = 0"
+    feed = make_feed(DataSet(train=Local(), test=Local(), classes=20), serving(loader_processes=1), Position())
+    with pytest.raises(ConfigError, match=words.format("train")):
+        next(feed.training_step(Position()))
+    with pytest.raises(ConfigError, match=words.format("test")):
+        next(feed.evaluation())
+
+
+def test_an_evaluation_leaves_the_examples_in_memory_as_they_were():
+    examples = Examples(inputs=torch.full((20, 1), 255.0), labels=torch.zeros(20, dtype=torch.int64))
+    data = DataSet(train=examples, test=examples, classes=1, prepare=lambda inputs: inputs.div_(255.0))
+    for _ in range(2):
+        assert all(inputs.eq(1.0).all() for inputs, _ in make_feed(data, serving(), Position()).evaluation())

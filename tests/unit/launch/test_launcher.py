@@ -46,15 +46,20 @@ def test_a_certificate_that_no_process_could_use_is_found_before_one_is_started(
 def test_ranks_without_a_gpu_are_found_before_one_is_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, there: int, words: str
 ):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    monkeypatch.setattr(launcher, "check_launch", lambda config: "done before")
-    monkeypatch.setattr(launcher, "read_summary", lambda directory: {})
+    counted = max(there, 1)  # by the driver's library, perhaps, though torch can't use any
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: counted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(there))
+    monkeypatch.setattr(launcher, "check_launch", lambda config: "")
+    monkeypatch.setattr(Launch, "run", lambda launch: 75)
     config = load_config(None, overrides=[f"run.dir={tmp_path / 'run'}", f"run.device={device}"], environment={})
     if words:
         with pytest.raises(EnvironmentFault, match=words):
             train(config, Terminal(as_json=True), StopRequests())
     else:
-        assert train(config, Terminal(as_json=True), StopRequests()) == 0
+        assert train(config, Terminal(as_json=True), StopRequests()) == 75
+    monkeypatch.setattr(launcher, "check_launch", lambda config: "done before")
+    monkeypatch.setattr(launcher, "read_summary", lambda directory: {})
+    assert train(config, Terminal(as_json=True), StopRequests()) == 0, "what has finished needs no device"
 
 
 @pytest.mark.parametrize(
