@@ -86,6 +86,7 @@ class Exporter(Collector):
 
     @override
     def collect(self) -> Iterator[Family]:
+        expiries = self._expiries()  # reads files, for which beats must not wait
         with self._lock:
             families: dict[str, Family] = {}
             for run, series in self._runs.items():
@@ -97,7 +98,7 @@ class Exporter(Collector):
                     _add_histogram(_family(families, metric), [run, *labels], histogram)
             for reason, count in self._dropped.items():
                 _add(_family(families, METRICS["kfdist_samples_dropped_total"]), [reason], count)
-            for file, expiry in self._expiries().items():
+            for file, expiry in expiries.items():
                 _add(_family(families, METRICS["kfdist_certificate_expiry_timestamp_seconds"]), [file], expiry)
             here = versions()
             build = [here[name] for name in ("kfdist", "python", "grpcio")]

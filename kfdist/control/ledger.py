@@ -414,7 +414,10 @@ class Ledger:
             raise
 
     def _with_groups(self, name: str, groups: Groups) -> AssignmentRecord:
-        assignment = replace(self.assignment(name), policy=groups.policy, groups=groups.specs)
+        assignment = self.assignment(name)
+        if (assignment.policy, assignment.groups) != (groups.policy, groups.specs):  # what was measured was of others
+            self._seconds.pop(name, None)
+            assignment = replace(assignment, policy=groups.policy, groups=groups.specs, seconds={})
         return _dealt(assignment, self._takers())
 
     async def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:

@@ -201,7 +201,13 @@ def created(record: RunRecord | None, *, name: str, directory: str, total_steps:
         made = RunRecord(name=name, directory=directory, total_steps=total_steps, created_ns=now_ns)
         return Change(made, (Event(kind="created", text=f"run {name} made known"),))
     reset = replace(
-        _reset(record), directory=directory, total_steps=total_steps, state=RunState.CREATED, begun=False, gauges={}
+        _reset(record),
+        directory=directory,
+        total_steps=total_steps,
+        state=RunState.CREATED,
+        begun=False,
+        gauges={},
+        in_force=InForce(),
     )
     lost = f"; nobody obeyed: {', '.join(text for _, text in record.asked)}" if record.asked else ""
     text = f"run {name} is about to start again; settings as configured, or as its checkpoint has them{lost}"
@@ -241,7 +247,7 @@ def reported(record: RunRecord, *, phase: str, step: int, in_force: InForce | No
     """Takes over where rank 0 says that the run stands and what it goes by. A start that has ended stays ended."""
     if record.state.ended:
         return Change(record)
-    record, events = _obeyed(record, in_force) if in_force is not None else (record, ())
+    record, events = _obeyed(record, in_force, phase) if in_force is not None else (record, ())
     state = PHASES[phase]
     if not state.ended and record.settings.desired is Desired.STOPPED:
         state = RunState.STOPPING
@@ -252,9 +258,17 @@ def reported(record: RunRecord, *, phase: str, step: int, in_force: InForce | No
     return Change(moved, (*events, Event(kind=kind, text=f"{record.state} -> {state} at step {step}")))
 
 
-def _obeyed(record: RunRecord, in_force: InForce) -> tuple[RunRecord, tuple[Event, ...]]:
+def _obeyed(record: RunRecord, in_force: InForce, phase: str) -> tuple[RunRecord, tuple[Event, ...]]:
     """Notes what the ranks go by, and at which step they took up what users had asked for."""
     events = []
+    newest = max((each.revision for each in in_force.obeyed), default=0)
+    if newest > record.settings.revision:
+        record = _ahead_of(record, newest, phase)
+        text = (
+            f"the ranks go by revision {newest}, of which this controller (with another file) has no record; what "
+            "was set until then holds until the next change of a setting"
+        )
+        events.append(Event(kind="settings_unknown", text=text))
     for each in in_force.obeyed:
         if each.revision <= record.obeyed_revision:
             continue
@@ -278,6 +292,16 @@ def _obeyed(record: RunRecord, in_force: InForce) -> tuple[RunRecord, tuple[Even
             obeyed_step=each.step,
         )
     return replace(record, in_force=replace(in_force, obeyed=())), tuple(events)
+
+
+def _ahead_of(record: RunRecord, newest: int, phase: str) -> RunRecord:
+    """Returns the record with what users asked for newer than `newest`, which the ranks obey; couriers drop older."""
+    if not record.asked:
+        wish = Desired.PAUSED if phase == "paused" else record.settings.desired  # else nobody could resume it
+        return replace(record, settings=replace(record.settings, revision=newest, desired=wish))
+    asked = tuple((revision + newest, text) for revision, text in record.asked)
+    settings = replace(record.settings, revision=record.settings.revision + newest)
+    return replace(record, settings=settings, asked=asked)
 
 
 def silent(record: RunRecord, *, lease_seconds: float) -> Change:

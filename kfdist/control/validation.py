@@ -1,6 +1,7 @@
 """Checks of what callers send; each raises `ConfigError`, for callers INVALID_ARGUMENT, with the field as its path."""
 
 import fnmatch
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,9 @@ MAX_OWNERS = 4096
 MAX_CONFIG_CHARACTERS = 1 << 20
 MAX_TEXT_CHARACTERS = 4096
 MAX_REQUEST_ID_CHARACTERS = 128
+
+MAX_NAMED_CHARACTERS = 1 << 15
+"""Of groups in a request, as JSON: couriers pass them on with the other settings in one message of 64 KiB."""
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
@@ -78,14 +82,23 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def matching_groups(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Returns the groups that names or globs stand for, in the order of `known`; none for no patterns: all."""
+    """Returns the groups that names or globs stand for, in the order of `known`; none: all of them."""
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
             hint = suggestion(pattern, known) or (
                 f"; there are {', '.join(known[:20])}" if known else "; none is known"
             )
             raise ConfigError(f"{pattern[:100]!r} matches no group of the run{hint}", path="groups")
-    return [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    matching = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if len(matching) == len(known):
+        return []
+    if sum(len(json.dumps(name)) for name in matching) > MAX_NAMED_CHARACTERS:
+        raise ConfigError(
+            f"{len(matching)} of the {len(known)} groups of the run match, more names than one message to the ranks "
+            "holds; ask for fewer, or, without naming any, for all",
+            path="groups",
+        )
+    return matching
 
 
 def check_owners_compute_alike(record: RunRecord, owners: Sequence[OwnerRecord]) -> None:

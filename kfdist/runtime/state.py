@@ -12,6 +12,7 @@ from kfdist.errors import CheckpointError, KfdistError
 from kfdist.runtime.pipeline import Pipeline
 
 FORMAT = 6
+_READABLE_FORMATS = (5, FORMAT)
 PER_RANK, FOLDED = "per-rank", "folded"
 
 
@@ -36,7 +37,7 @@ def pipeline_state(pipeline: Pipeline, *, folded: bool) -> dict[str, Any]:
         **pipeline.inverting.state_dict(),
         **pipeline.adopting.state_dict(),
         **pipeline.in_force.state_dict(),
-        **pipeline.timetable.state_dict(),
+        **pipeline.timetable.state_dict(pipeline.next_step),
     }
     return {**state, "sums": _scaled(state["sums"], world_size)} if folded else state
 
@@ -56,6 +57,7 @@ def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
             "and load before its first step"
         )
     _check(pipeline, state)
+    state = _as_newest(state)
     if state["statistics"] == FOLDED:
         state = {**state, "sums": _scaled(state["sums"], 1.0 / pipeline.training.world_size)}
     pipeline.in_force.load_state_dict(state)
@@ -114,11 +116,20 @@ def _scaled(sums: Mapping[str, Mapping[str, Tensor]], scale: float) -> dict[str,
     return {block: {name: tensor * scale for name, tensor in of_block.items()} for block, of_block in sums.items()}
 
 
+def _as_newest(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a state in the newest format. In 5, users could change the damping alone; 0: they hadn't."""
+    if state["format"] == FORMAT:
+        return state
+    damping = float(state["damping"])
+    return {**state, "changes": {"damping": damping} if damping else {}, "stages": []}
+
+
 def _check(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     world_size = pipeline.training.world_size
-    if state.get("format") != FORMAT:
+    if state.get("format") not in _READABLE_FORMATS:
         raise CheckpointError(
-            f"the preconditioner's state has format {state.get('format')!r} and this version reads {FORMAT} alone; "
+            f"the preconditioner's state has format {state.get('format')!r} and this version reads "
+            f"{' and '.join(map(str, _READABLE_FORMATS))} alone; "
             "resume it with the version of kfdist that wrote it, or start anew from the model's parameters"
         )
     if state["statistics"] == PER_RANK and state["world_size"] != world_size:

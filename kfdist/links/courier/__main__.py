@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections import deque
+from dataclasses import replace
 
 from kfdist.links import socket_messages
 from kfdist.links.courier.dispatch import Dispatcher
@@ -36,6 +37,7 @@ from kfdist.links.socket_messages import (
 from kfdist.system.lifetime import exit_with_process
 from kfdist.telemetry.logging import setup_logging
 from kfdist.telemetry.tracing import Tracing
+from kfdist.types import RunSettings
 
 _LOG = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ class Courier:
             setup,
             directory,
             owners_changed=self._dispatcher.owners_changed,
-            settings_changed=lambda settings: rank.tell(NewSettings(settings=settings)),
+            settings_changed=self._tell_settings,
             count=self._count,
             fenced=self._fence,
             inversion_seconds=self._dispatcher.seconds,
@@ -157,6 +159,13 @@ class Courier:
         if self._counted != LinkCounters():
             self._rank.tell(Counted(counters=self._counted))
             self._counted = LinkCounters()
+
+    def _tell_settings(self, settings: RunSettings) -> None:
+        try:
+            self._rank.tell(NewSettings(settings=settings))
+        except ValueError as error:  # Only an older controller names so many groups. Pause and stop must come through.
+            _LOG.warning("all groups are inverted anew, not those asked for: %s", error)
+            self._rank.tell(NewSettings(settings=replace(settings, refresh=())))
 
     def _tell_done(self, done: Done) -> None:
         self._report()  # first, so that the counts of a job are known with its result

@@ -185,7 +185,7 @@ class Pump:
                 case (step, phase, samples):
                     self._post_beats(step, phase, samples)
                 case InForce() as in_force:
-                    self._post(Report(in_force=in_force))
+                    self._post_report(in_force)
 
     def _post_beats(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         self._phase = phase
@@ -197,6 +197,12 @@ class Pump:
                 self._post(beat, samples=len(beat.samples))
             except ValueError:  # labels of many kilobytes
                 self.counters += LinkCounters(samples_dropped=len(beat.samples))
+
+    def _post_report(self, in_force: InForce) -> None:
+        try:
+            self._post(Report(in_force=in_force))
+        except ValueError as error:  # users miss it, and the run goes on
+            _LOG.warning("the controller isn't told what the run goes by: %s", error)
 
     def _post(self, message: Message, *, samples: int = 0) -> None:
         self._outbox.append((socket_messages.encode(message), samples))

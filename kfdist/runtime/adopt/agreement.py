@@ -21,6 +21,9 @@ _PAUSED_ROUND_SECONDS = 0.25
 
 _DESIRED = tuple(Desired)
 
+_REFUSED_CHARACTERS = 500
+"""Of a reason why settings were refused; all that is told again fits in one message."""
+
 _TOLD_REVISIONS = 32
 """How many of the last revisions the controller is told again at each beat, as beats may be lost."""
 
@@ -147,10 +150,11 @@ class Agreement:
         self.settings = _decode(self._table.share(_encode(heard, self._groups)), self._groups)
         if self.settings.refresh_serial > before.refresh_serial:
             self._fresh |= set(self.settings.refresh)
-        refused = self.in_force.take(self.settings.changes)
+        refused = self.in_force.take(self.settings.changes)[:_REFUSED_CHARACTERS]
         obeyed = Obeyed(revision=self.settings.revision, step=self._step, refused=refused)
         self._obeyed = [*self._obeyed, obeyed][-_TOLD_REVISIONS:]
         self.stop = self.stop or self.settings.desired is Desired.STOPPED
+        self._report(self._step)  # at once: a run that waits or is paused tells nothing else
 
     def agree_on_biases(self, biases: Sequence[int]) -> None:
         """Takes in at once, in a round, what all ranks know of the blocks' biases, where no table brings it."""
@@ -211,9 +215,12 @@ class Agreement:
 
     def tell(self, step: int, phase: str, samples: Sequence[MetricSample] = ()) -> None:
         """Tells the controller what the run is doing at `step`, and what it goes by."""
+        self._report(step)
+        self._link.beat(step, phase, samples)
+
+    def _report(self, step: int) -> None:
         if self._worker_rank == 0:
             self._link.report(replace(self.in_force.told(step), obeyed=tuple(self._obeyed)))
-        self._link.beat(step, phase, samples)
 
 
 def _encode(settings: RunSettings, groups: Sequence[GroupName]) -> list[float]:

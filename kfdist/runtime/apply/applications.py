@@ -49,7 +49,7 @@ class Applying:
             learning_rate=learning_rate,
             communicator=self.communicator,
         )
-        if factor is not None:
+        if factor is not None or self.in_force.settings.kl_clip is None:
             self.counters.kl_clip_factor = factor
 
     def directions(self, step: int, damping: float) -> dict[nn.Parameter, Tensor]:

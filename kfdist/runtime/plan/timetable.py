@@ -93,9 +93,14 @@ class Timetable:
             self.stages = [[each.begin, *_periods_of(each)] for each in reached]
         self._go_by([*reached, *(each for each in schedules if each.begin > begin)])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns how the periods have changed while the run trained, as lists of step, factor and inverse period."""
-        return {"stages": self.stages}
+    def state_dict(self, next_step: int) -> dict[str, Any]:
+        """Returns how the periods have changed while the run trained, as lists of step, factor and inverse period.
+
+        What is configured to begin after a change counts as one of them once it has begun, so that a resume doesn't
+        begin it anew.
+        """
+        begun = [[each.begin, *_periods_of(each)] for each in self._schedules if each.begin <= next_step]
+        return {"stages": begun if self.stages else []}
 
     def load_state_dict(self, state: Mapping[str, Any], settings: Settings) -> None:
         """Goes on from what `state_dict` returned; what `settings` say of it is for `follow`."""

@@ -5,10 +5,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kfdist.control import run_rules
+from kfdist.control import run_rules, validation
 from kfdist.control.run_rules import PHASES, Change, RunRecord, RunState
+from kfdist.errors import ConfigError
+from kfdist.links.socket_messages import NewSettings, encode
 from kfdist.rpc.status import Refusal
-from kfdist.types import Desired
+from kfdist.types import Desired, InForce, Obeyed, RunSettings
 
 
 class RunRules(RuleBasedStateMachine):
@@ -108,3 +110,45 @@ def test_announcing_keeps_what_is_known():
     assert again.events == ()
     assert (again.record.state, again.record.epoch, again.record.step) == (RunState.RUNNING, 3, 5)
     assert (again.record.directory, again.record.total_steps) == ("/new", 7)
+
+
+def test_a_run_prepared_for_its_next_start_goes_by_nothing_yet():
+    record = run_rules.started(RunRules.create(None), epoch=1, world_size=1).record
+    record = run_rules.reported(record, phase="finished", step=5, in_force=InForce(values={"damping": 0.1})).record
+    assert record.in_force.values
+    assert RunRules.create(record).in_force == InForce()
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_ranks_that_are_ahead_of_a_new_file_obey_what_is_asked_of_them(asked_before: bool):
+    record = run_rules.started(RunRules.create(None), epoch=1, world_size=1).record
+    if asked_before:
+        record = run_rules.tuned(record, {"damping": 0.5}, "ada").record
+    told = InForce(obeyed=(Obeyed(revision=4, step=1), Obeyed(revision=5, step=2)))
+    change = run_rules.reported(record, phase="running", step=3, in_force=told)
+    assert change.events[0].kind == "settings_unknown" and "revision 5" in change.events[0].text
+    assert not any(event.kind == "settings_obeyed" for event in change.events)
+    record = change.record if asked_before else run_rules.tuned(change.record, {"damping": 0.5}, "ada").record
+    assert (record.settings.revision, record.obeyed_revision, len(record.asked)) == (6, 5, 1)
+    record = run_rules.reported(record, phase="running", step=9, in_force=InForce(obeyed=(Obeyed(revision=6, step=8),)))
+    assert record.events[-1].text == "revision 6 (damping 0.5), agreed on by all ranks at step 8"
+    assert all(event.kind != "settings_unknown" for event in record.events)
+
+
+def test_a_paused_run_that_is_ahead_of_a_new_file_can_be_resumed():
+    record = run_rules.started(RunRules.create(None), epoch=1, world_size=1).record
+    told = InForce(obeyed=(Obeyed(revision=5, step=2),))
+    record = run_rules.reported(record, phase="paused", step=3, in_force=told).record
+    record = run_rules.desired(record, Desired.RUNNING, "ada").record
+    assert (record.settings.revision, record.settings.desired) == (6, Desired.RUNNING)
+
+
+def test_groups_that_match_fit_in_the_message_to_the_ranks():
+    known = [f"model.layers.{i}.attention.projection" for i in range(5000)]
+    assert validation.matching_groups(["*"], known) == validation.matching_groups([], known) == []
+    few = validation.matching_groups(["model.layers.4*"], known[:800])
+    assert len(few) == 111 and encode(NewSettings(settings=RunSettings(refresh=tuple(few))))
+    with pytest.raises(
+        ConfigError, match=r"groups: 1111 of the 5000 groups of the run match, more names than .* for all"
+    ):
+        validation.matching_groups(["model.layers.4*"], known)

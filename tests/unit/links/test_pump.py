@@ -8,7 +8,8 @@ import pytest
 
 from kfdist.links.rank import pump as module
 from kfdist.links.rank.pump import Mailbox, Pump, RemoteOptions
-from kfdist.links.socket_messages import CourierSetup
+from kfdist.links.socket_messages import MAX_MESSAGE_BYTES, CourierSetup
+from kfdist.types import InForce
 from tests.support.jobs import context
 
 
@@ -40,7 +41,8 @@ def test_a_rank_that_was_asked_to_stop_does_not_wait_long_for_a_controller_that_
     mailbox = Mailbox.open()
     setup = CourierSetup(address="127.0.0.1:9", rank_pid=os.getpid(), context=context(), credentials=None)
     pump = Pump(mailbox, setup, RemoteOptions())
-    mailbox.inbox.extend([(20, "running", ()), (20, phase, ()), None])
+    huge = InForce(fixed={"damping": "x" * MAX_MESSAGE_BYTES})  # is not told, and ends nothing
+    mailbox.inbox.extend([(20, "running", ()), huge, (20, phase, ()), None])
     thread = threading.Thread(target=pump.run)
     thread.start()
     thread.join()

@@ -114,7 +114,7 @@ def test_what_was_due_is_counted_right_whenever_periods_change(changes: list[tup
                 assert not table.updates(track, step) or table.folds(track, step)
         step += 1
     again = Timetable([first], tracks, seed=0, rank=0, world_size=1, settings=plan.settings)
-    again.load_state_dict(table.state_dict(), held.settings)
+    again.load_state_dict(table.state_dict(step), held.settings)
     again.follow(held.settings, step)
     for later in range(step, step + 30):
         assert [again.due(later), again.foldings_until(tracks[0], later)] == [
@@ -194,16 +194,23 @@ def test_the_clip_can_be_changed_and_taken_away() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"damping": 0.5, "kl_clip": 1e-4}, {"factor_period": 3, "inverse_period": 6}, {"lag": 2}]
+    ("changes", "configured"),
+    [
+        ({"damping": 0.5, "kl_clip": 1e-4}, {}),
+        ({"factor_period": 3, "inverse_period": 6}, {}),
+        ({"lag": 2}, {}),
+        ({"factor_period": 1}, {"inverse_period": {0: 4, 9: 8}}),  # begins between the change and the checkpoint
+        ({"factor_period": 1}, {"inverse_period": {0: 4, 15: 8}}),
+    ],
 )
-def test_changes_outlive_a_resume_bit_for_bit(changes: dict[str, Value]) -> None:
-    whole = Run()
+def test_changes_outlive_a_resume_bit_for_bit(changes: dict[str, Value], configured: dict[str, Any]) -> None:
+    whole = Run(**configured)
     whole.steps(5)
     whole.set(**changes)
     whole.steps(6)
     state, parameters = whole.pre.state_dict(), {k: v.clone() for k, v in whole.model.state_dict().items()}
     whole.steps(12)
-    resumed = Run()
+    resumed = Run(**configured)
     resumed.model.load_state_dict(parameters)
     resumed.pre.load_state_dict(state)
     resumed.steps(12)

@@ -42,8 +42,21 @@ def test_a_state_goes_on_from_a_file_without_pickled_code(by_torch: bool):
 def test_a_state_of_an_older_format_is_refused_with_what_to_do():
     with preconditioner(two_layers()) as pre:
         state = {**pre.state_dict(), "format": 4}
-        with pytest.raises(CheckpointError, match="has format 4 and .* reads 6 alone; resume it with the version"):
+        with pytest.raises(
+            CheckpointError, match="has format 4 and .* reads 5 and 6 alone; resume it with the version"
+        ):
             pre.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("damping", "changes"), [(0.0, {}), (0.25, {"damping": 0.25})])
+def test_a_state_of_format_5_goes_on_with_the_damping_that_users_had_set(damping: float, changes: Any):
+    with preconditioner(two_layers()) as pre:
+        state = {**pre.state_dict(), "format": 5, "damping": damping}
+    del state["changes"], state["stages"]
+    with preconditioner(two_layers()) as pre:
+        pre.load_state_dict(state)
+        again = pre.state_dict()
+    assert (again["format"], again["changes"]) == (6, changes)
 
 
 def test_a_bias_that_no_product_adds_keeps_its_gradient_also_right_after_a_resumption():
