@@ -199,8 +199,9 @@ def _own(controller: str, device: str, threads: int) -> None:
     from kfdist.owner.owner import Owner, OwnerOptions
 
     Owner(OwnerOptions(owner_id="owner-0", controller=controller, device=device, gpu_share=0.5, threads=threads))
-    while os.getppid() != 1:
-        time.sleep(0.2)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # whoever measures ends this one, or has died
 
 
 class Recording(LocalLink):

@@ -36,6 +36,10 @@ _LONGEST_NAME = 255
 _TOKEN = re.compile(r"[A-Za-z0-9_=+-]{32,}")
 """What tokens look like, and hardly any path does: no slash, no dot."""
 
+_WORD = "(?:[A-Z]?[a-z]+|[A-Z]+)?[0-9]{0,4}"
+_WORDS = re.compile(f"{_WORD}(?:[-_]{_WORD})+")
+"""A name of several words, which is no token."""
+
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _SELECTOR = re.compile(rf"|!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))")
 """What Ray takes as a label selector, nothing included."""
@@ -51,7 +55,8 @@ def _file_name(path: str) -> str:
 
 def _place(value: object) -> object:
     """Refuses what looks like a key, a certificate or a token itself, without showing it: errors end up in logs."""
-    looks_secret = isinstance(value, str) and ("-----BEGIN" in value or _TOKEN.fullmatch(value.strip()))
+    text = value.strip() if isinstance(value, str) else ""
+    looks_secret = "-----BEGIN" in text or (_TOKEN.fullmatch(text) and not _WORDS.fullmatch(text))
     if looks_secret and not os.path.exists(str(value)):
         raise ConfigError(
             "looks like a secret itself, which isn't shown here; write where it is: the directory of certificates, or "

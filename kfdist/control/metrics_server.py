@@ -96,12 +96,23 @@ class _Server(ThreadingMixIn, TCPServer):
         return self._room.acquire(blocking=False)
 
     @override
+    def process_request(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread is to be had
+            self._room.release()
+            raise
+
+    @override
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         ending = threading.Timer(LONGEST_SECONDS, _cut, [request])
         ending.daemon = True
-        ending.start()
         try:
+            ending.start()
             super().process_request_thread(request, client_address)
+        except RuntimeError:  # no thread is to be had: whom nothing would cut off isn't served
+            self.handle_error(request, client_address)
+            self.shutdown_request(request)
         finally:
             ending.cancel()
             self._room.release()

@@ -2,12 +2,14 @@
 
 import socket
 import ssl
+import time
 
 from kfdist.errors import EnvironmentFault
 from kfdist.system.addresses import split_address
 from kfdist.system.credentials import Credentials, Role
 
 SECONDS = 2.0
+_AGAIN_SECONDS = 1.0
 
 
 def explain(address: str, credentials: Credentials | None, *, server: Role, seconds: float = SECONDS) -> str:
@@ -17,13 +19,17 @@ def explain(address: str, credentials: Credentials | None, *, server: Role, seco
         address: Where it listens, "host:port".
         credentials: What this process shows; None if it has nothing to show.
         server: What should listen there.
-        seconds: How long to wait for it, twice at most.
+        seconds: How long to wait for it, twice at most; and as long again if it closes the connection at once.
 
     Returns:
         A sentence without its full stop; empty if nobody is there, or nothing is wrong with TLS.
     """
     try:
-        return _explain(address, credentials, server, seconds)
+        reason = _explain(address, credentials, server, seconds)
+        if credentials is not None and reason == _closed(address, server):  # as one does that is being restarted
+            time.sleep(_AGAIN_SECONDS)
+            reason = _explain(address, credentials, server, seconds)
+        return reason
     except EnvironmentFault as fault:  # of the own files
         return str(fault)
 
@@ -40,11 +46,7 @@ def _explain(address: str, credentials: Credentials | None, server: Role, second
     context = _curious() if credentials is None else credentials.tls(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     speaks_tls = taken = False
-    closed = (
-        f"what listens at {address} closes connections at once: it has as many as it takes, or isn't a kfdist {server}"
-        if credentials is not None
-        else ""
-    )
+    closed = _closed(address, server) if credentials is not None else ""
     try:
         with socket.create_connection(split_address(address), timeout=seconds) as plain:
             with context.wrap_socket(plain, server_hostname=server.host_name) as secured:
@@ -81,6 +83,12 @@ def _explain(address: str, credentials: Credentials | None, server: Role, second
     return certificate_fault(credentials) or (
         f"the {server} at {address} refuses the certificate {credentials.identity_files[0]}: it trusts another "
         "authority; give both sides certificates of one `kfdist certs init`"
+    )
+
+
+def _closed(address: str, server: Role) -> str:
+    return (
+        f"what listens at {address} closes connections at once: it has as many as it takes, or isn't a kfdist {server}"
     )
 
 

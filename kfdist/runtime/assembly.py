@@ -37,6 +37,11 @@ from kfdist.runtime.track import Track
 from kfdist.system.memory import Memory
 from kfdist.system.provenance import versions
 
+_NO_LAG = (
+    "with a fixed lag, owners must compute what the ranks would, bit for bit; they invert on a GPU, and the ranks' "
+    "nodes have none, or different ones"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
@@ -136,14 +141,15 @@ def _agree_on_terms(plan: Plan, world: Communicator, service: Service | None) ->
         listed = on_every_rank(world, lambda: _fingerprint_of_inverters(plan, owners_device))
     except RankFailed as fault:
         raise EnvironmentFault(str(fault)) from fault
-    of_inverters = listed[world.rank]
+    needed = {
+        "kfdist": versions().get("kfdist"),
+        "fingerprint": fingerprint(plan.device.type, torch.get_num_threads()),
+    }
+    if plan.settings.lag is not None:
+        needed["inverters' fingerprint"] = listed[world.rank]
     require_equal(
         world,
-        {
-            "kfdist": versions().get("kfdist"),
-            "fingerprint": fingerprint(plan.device.type, torch.get_num_threads()),
-            "inverters' fingerprint": of_inverters,
-        },
+        needed,
         lambda _, listed: EnvironmentFault(
             f"the ranks differ in what their numbers depend on ({listed}); use the same hardware, thread count "
             "(torch.set_num_threads) and library versions on all ranks"
@@ -154,7 +160,7 @@ def _agree_on_terms(plan: Plan, world: Communicator, service: Service | None) ->
     return JobTerms(
         run="local" if service is None else service.run,
         epoch=int(world.broadcast_json(epoch)),
-        fingerprint=of_inverters,
+        fingerprint=listed[0] if len(set(listed)) == 1 else "",
         deadline_seconds=DEADLINE_SECONDS if service is None else service.deadline_seconds,
     )
 
@@ -193,6 +199,8 @@ def _pipeline(
     timetable = Timetable(schedules, tracks, seed=settings.seed, rank=rank, world_size=world_size, settings=settings)
     book = JobBook(link, {track.group.name: track.jobs for track in tracks})
     in_force = SettingsInForce(settings, groups)
+    if not terms.fingerprint:
+        in_force.fixed.setdefault("lag", _NO_LAG)
     agreement = Agreement(TableExchange(communicators.table), link, rank, in_force, [group.name for group in groups])
     wait_limit = settings.adoption.wait_limit_seconds
     exchange = SnapshotExchange(

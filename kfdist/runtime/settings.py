@@ -100,7 +100,8 @@ class JobTerms:
     Attributes:
         run: The run's name.
         epoch: The start of the run.
-        fingerprint: What the numbers of whoever inverts depend on.
+        fingerprint: What the numbers of whoever inverts depend on; empty where the ranks can't all tell alike, and
+            no fixed lag is possible.
         deadline_seconds: How long one inversion may run.
     """
 

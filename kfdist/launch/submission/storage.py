@@ -4,12 +4,15 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from kfdist.errors import ConfigError, EnvironmentFault
 
 _SCHEMES = ("abfs", "abfss", "gcs", "gs", "hdfs", "s3", "viewfs")
 """What pyarrow can write to, and nodes reach from everywhere."""
+
+_SECRETS = ("key", "secret", "token", "password", "sig")
+"""What the names of secret options of URIs have in them."""
 
 _ANSWER_SECONDS = 60.0
 _TICK_SECONDS = 0.2
@@ -19,7 +22,7 @@ def parse_storage(text: str) -> str:
     """Returns a directory or a URI as Ray Train takes it; a URI of a file is the directory that it names.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is neither, or has a secret in it.
     """
     parts = urlsplit(text)
     if "://" not in text:
@@ -29,6 +32,12 @@ def parse_storage(text: str) -> str:
                 path="--storage",
             )
         return text
+    if _has_secret(parts):
+        raise ConfigError(
+            "has a secret in it, which isn't shown here and would end up in logs; give the URI without it, and the "
+            "nodes the credentials in their own environment",
+            path="--storage",
+        )
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path:
             raise ConfigError(
@@ -46,6 +55,13 @@ def parse_storage(text: str) -> str:
     if not parts.netloc:
         raise ConfigError(f"is {text!r}, which names no place; such as {parts.scheme}://BUCKET/PATH", path="--storage")
     return text
+
+
+def _has_secret(parts: SplitResult) -> bool:
+    place, _, after = parts.netloc.rpartition(":")
+    cut = bool(place) and "@" in parts.path and not after.isdecimal()  # a slash in the password ends the place
+    options = parse_qsl(parts.query, keep_blank_values=True)
+    return bool(parts.password) or cut or any(word in name.lower() for name, _ in options for word in _SECRETS)
 
 
 def prepare_storage(storage: str, run: str, asked: threading.Event) -> str:

@@ -277,10 +277,10 @@ def job_fault(
         shown: Whether the user has seen the log.
     """
     _, marker, words = f"\n{logs}".rpartition("\nkfdist: ")
-    words = words.strip()
-    if marker and code == ExitCode.BAD_INPUT:
+    words = words.strip() if marker else ""
+    if words and code == ExitCode.BAD_INPUT:
         return ConfigError(words)
-    if marker and code == ExitCode.ENVIRONMENT:
+    if words and code == ExitCode.ENVIRONMENT:
         return EnvironmentFault(f"{words.splitlines()[0] if shown else words}\n(said by job {name})")
     failed = f"job {name} failed" + (f" with {code}" if code is not None else "")
     if shown and logs.strip():

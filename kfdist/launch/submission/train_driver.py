@@ -142,13 +142,13 @@ def _fit(ray: Any, trainer: Any, board: Any, asked: threading.Event, room: "Lost
 
     thread = threading.Thread(target=fit, name="kfdist-train", daemon=True)
     thread.start()
+    threading.Thread(target=room.watch, args=[thread], name="kfdist-room", daemon=True).start()
     told = False
     while thread.is_alive():
         thread.join(_TICK_SECONDS)
         if asked.is_set() and not told:
             told = True
             ray.get(board.ask_stop.remote())
-        room.look()
     if errors:
         raise _fault(errors[0]) from errors[0]
     return results[0]
@@ -161,18 +161,24 @@ class LostRoom:
         self._ray = ray
         self._config = config
         self._gpus_per_worker = gpus_per_worker
-        self._due = 0.0
         self._told = ""
 
+    def watch(self, training: threading.Thread) -> None:
+        """Looks now and then while Ray Train trains; in a thread of its own, since Ray may be long to answer."""
+        while training.is_alive():
+            self.look()
+            training.join(_LOOK_SECONDS)
+
     def look(self) -> None:
-        """Looks at the nodes if some time has passed, and tells what is new."""
-        if time.monotonic() < self._due:
+        """Looks at the nodes, and tells what is new; nothing if Ray doesn't know, as while its head is restarted."""
+        try:
+            nodes = [node for node in self._ray.nodes() if node["Alive"]]
+            here = self._ray.util.get_node_ip_address()
+        except Exception:  # Ray raises bare ones, too; what has become of the run, Ray Train says
             return
-        self._due = time.monotonic() + _LOOK_SECONDS
-        nodes = [node for node in self._ray.nodes() if node["Alive"]]
         missing = ""
         try:
-            check_room(nodes, self._ray.util.get_node_ip_address(), self._config, self._gpus_per_worker)
+            check_room(nodes, here, self._config, self._gpus_per_worker)
         except EnvironmentFault as fault:
             missing = str(fault)
         if missing and missing != self._told:

@@ -128,6 +128,14 @@ def test_a_secret_in_the_place_of_its_file_is_not_shown(certificates: Path, fiel
 
 
 @pytest.mark.parametrize(
+    "name", ["certificates-of-the-production-cluster-in-zurich", "Certs_of_eu1_cluster_PROD_and_TEST_2026"]
+)
+def test_a_long_name_of_words_is_no_secret(name: str):
+    config = load_config(None, overrides=[f"security.certificates={name}"], environment={})
+    assert str(config.security.certificates).endswith(name)
+
+
+@pytest.mark.parametrize(
     ("overrides", "path", "words"),
     [
         (

@@ -12,21 +12,23 @@ from pathlib import Path
 
 import pytest
 
+from kfdist.rpc import handshake
 from kfdist.rpc.certificates import Authority
 from kfdist.rpc.handshake import explain
 from kfdist.system.credentials import Credentials, Role
 
 
 @contextmanager
-def server(answer: Callable[[socket.socket], object]) -> Iterator[str]:
-    """Runs a server that answers one connection; yields its address."""
+def server(*answers: Callable[[socket.socket], object]) -> Iterator[str]:
+    """Runs a server that gives each connection its answer, one after another; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:
-            with suppress(OSError):
-                connection, _ = listening.accept()
-                with connection:
-                    answer(connection)
+            for answer in answers:
+                with suppress(OSError):
+                    connection, _ = listening.accept()
+                    with connection:
+                        answer(connection)
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -104,10 +106,19 @@ def reset(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("answer", [closed, reset])
-def test_a_server_that_has_no_room_is_not_said_to_be_without_tls(ours: Credentials, answer):
-    with server(answer) as address:
+def test_a_server_that_has_no_room_is_not_said_to_be_without_tls(ours: Credentials, answer, monkeypatch):
+    monkeypatch.setattr(handshake, "_AGAIN_SECONDS", 0.0)
+    with server(answer, answer) as address:
         told = explain(address, ours, server=Role.CONTROLLER)
     assert told.startswith(f"what listens at {address} closes connections at once: it has as many as it takes")
+
+
+def test_a_server_that_closes_once_as_while_it_is_restarted_is_asked_again(
+    certificates: Path, ours: Credentials, monkeypatch
+):
+    monkeypatch.setattr(handshake, "_AGAIN_SECONDS", 0.0)
+    with server(closed, secured(certificates)) as address:
+        assert explain(address, ours, server=Role.CONTROLLER) == ""
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\x06\4\0\0\0\0\0\0\5\0\0\x40\0"])

@@ -1,14 +1,18 @@
 """Where servers listen without credentials, whoever makes them; and how many connections they have room for."""
 
 import resource
+import threading
+import urllib.request
 from unittest import mock
 
 import pytest
 
+from kfdist.control import metrics_server
 from kfdist.control.exporter import Exporter
 from kfdist.control.metrics_server import MetricsServer
 from kfdist.errors import ConfigError
 from kfdist.rpc import servers
+from tests.support.controller import eventually
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "10.0.0.1:0", "localhost.example:0"])
@@ -39,3 +43,29 @@ def test_connections_leave_files_for_the_rest(
     monkeypatch.setattr(resource, "setrlimit", lambda which, new: was.append(new))
     assert dict(servers.server_options())["grpc.max_allowed_incoming_connections"] == room
     assert [new for new in was if new != limits] == ([] if raised is None else [raised])
+
+
+@pytest.mark.parametrize("lacking", ["Thread-", "Timer"])
+def test_metrics_are_served_again_once_there_are_threads_again(monkeypatch: pytest.MonkeyPatch, lacking: str):
+    monkeypatch.setattr(metrics_server, "MAX_REQUESTS", 1)
+    server, start = MetricsServer(Exporter(), "127.0.0.1:0"), threading.Thread.start
+
+    def scarce(thread: threading.Thread) -> None:
+        if type(thread).__name__ == lacking or (lacking == "Thread-" and "process_request" in thread.name):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def get() -> int:
+        try:
+            with urllib.request.urlopen(f"http://{server.address}/metrics", timeout=30) as answer:
+                return answer.status
+        except OSError:  # the connection was closed
+            return 0
+
+    try:
+        with monkeypatch.context() as short:
+            short.setattr(threading.Thread, "start", scarce)
+            assert get() == 0
+        eventually(get, lambda status: status == 200)  # the slot is free just after the connection has ended
+    finally:
+        server.close()

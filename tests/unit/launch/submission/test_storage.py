@@ -20,6 +20,7 @@ from kfdist.launch.submission.storage import parse_storage, prepare_storage
         ("file:///data/kept%20here", "/data/kept here"),
         ("s3://bucket/path?region=x", "s3://bucket/path?region=x"),
         ("abfs://container@account.dfs.core.windows.net/x", "abfs://container@account.dfs.core.windows.net/x"),
+        ("hdfs://user@host:8020/x@y", "hdfs://user@host:8020/x@y"),
     ],
 )
 def test_directories_and_uris_are_taken(given: str, taken: str):
@@ -41,6 +42,23 @@ def test_what_is_neither_is_refused(given: str, told: str):
     with pytest.raises(ConfigError, match=told) as caught:
         parse_storage(given)
     assert caught.value.path == "--storage"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "s3://AKIA:s3kr1t@bucket/path",
+        "s3://AKIA:half/s3kr1t@bucket/path",
+        "http://user:s3kr1t@host/x",
+        "s3://bucket/path?secret_key=s3kr1t",
+        "abfss://container@account/x?region=a&sig=s3kr1t",
+        "gs://bucket?Access-Token=s3kr1t",
+    ],
+)
+def test_a_secret_in_a_uri_is_refused_and_not_shown(given: str):
+    with pytest.raises(ConfigError, match="has a secret in it") as caught:
+        parse_storage(given)
+    assert "s3kr1t" not in str(caught.value)
 
 
 def test_a_run_has_one_mark_in_a_directory(tmp_path: Path):
@@ -74,18 +92,18 @@ def made(monkeypatch) -> Iterator[list[str]]:
     never = threading.Event()
     system = SimpleNamespace(FileSystem=SimpleNamespace(from_uri=from_uri))
     monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(fs=system))
-    monkeypatch.setattr(storage, "_ANSWER_SECONDS", 0.3)
     monkeypatch.setattr(storage, "_TICK_SECONDS", 0.01)
     yield made
     never.set()
 
 
-def test_the_place_in_a_uri_is_made_or_the_reason_told(made: list[str]):
+def test_the_place_in_a_uri_is_made_or_the_reason_told(made: list[str], monkeypatch):
     asked = threading.Event()
     assert prepare_storage("s3://bucket/path", "run", asked) == ""
     assert made == ["bucket/path/run"]
     with pytest.raises(EnvironmentFault, match=r"in s3://foreign \(access denied\); choose another --storage"):
         prepare_storage("s3://foreign", "run", asked)
+    monkeypatch.setattr(storage, "_ANSWER_SECONDS", 0.3)
     with pytest.raises(EnvironmentFault, match=r"in s3://far \(no answer in 0.3 s\)"):
         prepare_storage("s3://far", "run", asked)
     asked.set()

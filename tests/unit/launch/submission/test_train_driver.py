@@ -2,8 +2,10 @@
 
 import json
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -11,7 +13,7 @@ from kfdist.config import load_config
 from kfdist.errors import EnvironmentFault
 from kfdist.launch.submission import train_driver
 from kfdist.launch.submission.request import Submission
-from kfdist.launch.submission.train_driver import LostRoom, _conclude, _fault, drive_ranks
+from kfdist.launch.submission.train_driver import LostRoom, _conclude, _fault, _fit, drive_ranks
 from kfdist.launch.submission.train_worker import Board
 
 
@@ -42,15 +44,27 @@ def test_the_jobs_node_has_the_summary_also_where_it_shares_no_directory(tmp_pat
     assert capsys.readouterr().out == "stopped: 35 steps in 2.0 s; submit again to resume\n"
 
 
-def test_a_cluster_that_lost_nodes_is_told_once_each_time(monkeypatch, capsys):
+def test_a_cluster_that_lost_nodes_is_told_once_each_time(capsys):
     def node(address: str, *, alive: bool = True) -> dict[str, object]:
         return {"Alive": alive, "NodeManagerAddress": address, "Resources": {"CPU": 2}, "Labels": {}}
 
     whole = [node("10.0.0.1"), node("10.0.0.2")]
-    seen = [whole, [whole[0], node("10.0.0.2", alive=False)], whole[:1], whole, whole[:1]]
-    ray = SimpleNamespace(nodes=lambda: seen.pop(0), util=SimpleNamespace(get_node_ip_address=lambda: "10.0.0.1"))
+    seen: list[Any] = [
+        whole,
+        [whole[0], node("10.0.0.2", alive=False)],
+        whole[:1],
+        RuntimeError("no head"),
+        whole,
+        whole[:1],
+    ]
+
+    def nodes() -> list[dict[str, object]]:
+        if isinstance(found := seen.pop(0), Exception):
+            raise found
+        return found
+
+    ray = SimpleNamespace(nodes=nodes, util=SimpleNamespace(get_node_ip_address=lambda: "10.0.0.1"))
     room = LostRoom(ray, load_config(None, overrides=["security.certificates=/certificates"], environment={}), 0)
-    monkeypatch.setattr(train_driver, "_LOOK_SECONDS", 0.0)
     while seen:
         room.look()
     told = capsys.readouterr().out.splitlines()
@@ -59,6 +73,25 @@ def test_a_cluster_that_lost_nodes_is_told_once_each_time(monkeypatch, capsys):
         "the cluster has lost nodes: 2 ranks with CPU 1 each and 2 owners with CPU 1 each don't fit"
     )
     assert "10.0.0.1 has CPU 2; add nodes" in told[0]
+
+
+def test_a_stop_is_passed_on_also_while_ray_does_not_say_what_nodes_there_are():
+    asked, stopped, answers = (threading.Event() for _ in range(3))
+    looking = threading.Event()
+
+    def fit() -> str:
+        assert looking.wait(60)
+        asked.set()
+        return "result" if stopped.wait(60) else "never stopped"
+
+    def watch(training: threading.Thread) -> None:
+        looking.set()
+        answers.wait(60)
+
+    board = SimpleNamespace(ask_stop=SimpleNamespace(remote=stopped.set))
+    ray, room = SimpleNamespace(get=lambda call: call), SimpleNamespace(watch=watch)
+    assert _fit(ray, SimpleNamespace(fit=fit), board, asked, cast(Any, room)) == "result"
+    answers.set()
 
 
 class Lost(Exception):
