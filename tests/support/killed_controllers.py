@@ -23,7 +23,6 @@ RUNS = ("first", "second")
 OWNERS = ("owner-0", "owner-1")
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["kfdist.control.controller"])
 """Imports once what each controller needs; a process that has only imported gRPC may be forked."""
 
 
