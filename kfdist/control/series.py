@@ -112,18 +112,22 @@ class RunSeries:
         self._counters: dict[Key, dict[Sender, Total]] = {}
         self._histograms: dict[Key, Histogram] = {}
         self._values: dict[tuple[str, str], set[str]] = {}
+        self._lives: dict[Sender, str] = {}
 
     def ingest(self, sender: Sender, life: str, samples: Iterable[MetricSample]) -> Counter[str]:
         """Takes what a sender measured since its last message.
 
         Args:
             sender: Who measured.
-            life: Names the sender's present life; its counters began at zero with it.
+            life: Names the sender's present life; its counters began at zero with it, and gauges of an earlier one end.
             samples: What it measured, in any order.
 
         Returns:
             The number of dropped samples by reason.
         """
+        if self._lives.get(sender) != life:
+            self._lives[sender] = life
+            self.forget_gauges(sender)  # such as those of blocks and methods that the new life doesn't have
         dropped: Counter[str] = Counter()
         gauges: dict[Key, float] = {}
         for sample in samples:

@@ -125,6 +125,13 @@ class TestSeries:
         run.forget_gauges(RANKS[2])
         assert exported(run) == {}
 
+    def test_gauges_end_with_the_life_of_their_sender(self):
+        run = RunSeries()
+        for life, method in (("1", "kfac"), ("2", "kfac-eigen"), ("2", "other")):
+            labels = {"block": "fc", "method": method}
+            run.ingest(RANKS[0], life, [MetricSample(name="kfdist_block_method_info", value=1, labels=labels)])
+        assert [labels for _, labels in exported(run)] == [("fc", "kfac-eigen"), ("fc", "other")]
+
     def test_seconds_of_staleness_rise_while_their_sender_hangs_and_steps_do_not(self):
         now = [100.0]
         run = RunSeries(lambda: now[0])

@@ -1,5 +1,6 @@
 """What rank and courier say to each other comes as it was said, and what doesn't fit is refused."""
 
+import asyncio
 import math
 import os
 import socket
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfdist.links import socket_messages
+from kfdist.links.courier.__main__ import RankSocket
 from kfdist.links.link import LinkCounters
 from kfdist.links.socket_messages import (
     Beat,
@@ -159,3 +161,14 @@ def test_the_setup_of_a_large_run_goes_through_a_memfd():
     os.close(descriptor)
     assert list(read.context.groups) == list(setup.context.groups)
     assert (read.address, read.rank_pid, read.context.worker_rank) == ("127.0.0.1:1", 4, 3)
+
+
+def test_settings_that_name_too_many_groups_come_as_for_all(pair):
+    async def tell() -> None:
+        names = tuple(f"model.layers.{i}.attention.projection" for i in range(2000))
+        RankSocket(pair[0]).tell_settings(RunSettings(revision=3, desired=Desired.STOPPED, refresh=names))
+
+    asyncio.run(tell())
+    received = socket_messages.receive(pair[1])
+    assert received is not None
+    assert received[0] == NewSettings(settings=RunSettings(revision=3, desired=Desired.STOPPED))

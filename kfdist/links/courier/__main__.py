@@ -61,6 +61,14 @@ class RankSocket:
         self._outbox.append(socket_messages.encode(message))
         self._flush()
 
+    def tell_settings(self, settings: RunSettings) -> None:
+        """Sends new settings, whatever they name: a pause or stop must come through."""
+        try:
+            self.tell(NewSettings(settings=settings))
+        except ValueError as error:  # of groups from an older controller, or its file
+            _LOG.warning("all groups are inverted anew, not those asked for: %s", error)
+            self.tell(NewSettings(settings=replace(settings, refresh=())))
+
     async def hear(self) -> tuple[Message, list[int]] | None:
         """Returns the next message and its descriptors; None when the rank has closed its end."""
         while True:
@@ -104,7 +112,7 @@ class Courier:
             setup,
             directory,
             owners_changed=self._dispatcher.owners_changed,
-            settings_changed=self._tell_settings,
+            settings_changed=rank.tell_settings,
             count=self._count,
             fenced=self._fence,
             inversion_seconds=self._dispatcher.seconds,
@@ -159,13 +167,6 @@ class Courier:
         if self._counted != LinkCounters():
             self._rank.tell(Counted(counters=self._counted))
             self._counted = LinkCounters()
-
-    def _tell_settings(self, settings: RunSettings) -> None:
-        try:
-            self._rank.tell(NewSettings(settings=settings))
-        except ValueError as error:  # Only an older controller names so many groups. Pause and stop must come through.
-            _LOG.warning("all groups are inverted anew, not those asked for: %s", error)
-            self._rank.tell(NewSettings(settings=replace(settings, refresh=())))
 
     def _tell_done(self, done: Done) -> None:
         self._report()  # first, so that the counts of a job are known with its result
