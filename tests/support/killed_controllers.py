@@ -23,7 +23,7 @@ RUNS = ("first", "second")
 OWNERS = ("owner-0", "owner-1")
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-"""Imports once what each controller needs; a process that has only imported gRPC may be forked."""
+"""Its one server is that of `tests.support.ranks` where ranks are used, too, which says what it loads."""
 
 
 def _serve(state: Path, address: str, ready: Path) -> None:
