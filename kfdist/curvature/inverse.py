@@ -109,6 +109,9 @@ class AbstractPreconditioner(ABC):
         """Returns the eigenvalues of each factor that are held or cheap, by the factor's name, and its dimension.
 
         For records of a run, not for the training path: it may wait for the device.
+
+        Raises:
+            RuntimeError: They can't be computed, as of an inverse that isn't finite.
         """
         return {}
 
@@ -255,7 +258,8 @@ class KroneckerInverse(InvertedFactors):
         c, p, q = self.shape
         factors = {"A": (self.A_inverse, self.damping_A, c * q), "G": (self.G_inverse, self.damping_G, c * p)}
         return {
-            factor: (1.0 / torch.linalg.eigvalsh(inverse.double()) - damping[:, None].double(), size)
+            # On the CPU: a training's device may have little memory left, or no float64.
+            factor: (1.0 / torch.linalg.eigvalsh(inverse.cpu().double()) - damping[:, None].cpu().double(), size)
             for factor, (inverse, damping, size) in factors.items()
             if inverse.shape[-1] <= _CHEAP_DIMENSION
         }

@@ -359,10 +359,10 @@ class Launch:
             )
         else:
             self._terminal.say(f"stopped before the last step; {RESUME_ADVICE}")
-        # Who has pressed Ctrl-C waits for the end; `kfdist report` makes the page later.
-        if not self._requests.count and (line := report_line(self._config.run.directory)):
-            self._terminal.say(line)
         self._terminal.result(summary)
+        # Who has pressed Ctrl-C waits for the end; `kfdist report` makes the page later.
+        if line := report_line(self._config.run.directory, unless=lambda: self._requests.count > 0):
+            self._terminal.say(line)
         return code
 
     # Waiting

@@ -4,13 +4,20 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.files import replace_file
 from kfdist.system.processes import Child, describe_exit
+from kfdist.system.spawn import inherited_environment, module_command
+
+REPORT_SECONDS = 30.0
+"""How long the page about a run may take that the launcher makes at the end."""
 
 _LAST_EVENTS_BYTES = (1 << 20, 1 << 26)
 """How much of the end of metrics.jsonl is searched for checkpoints: more only where there is none in less, as with many
@@ -73,17 +80,47 @@ def add_to_summary(run_directory: Path, **entries: Any) -> dict[str, Any]:
     return summary
 
 
-def report_line(run_directory: Path) -> str:
-    """Writes the page about a run and says where it is, or why there is none; empty where nothing was recorded."""
-    if not (run_directory / "metrics.jsonl").exists():
+def report_line(run_directory: Path, *, unless: Callable[[], bool]) -> str:
+    """Writes the page about a run and says where it is, or why there is none; empty where nothing was recorded.
+
+    Args:
+        run_directory: The run's.
+        unless: Tells whether to give up, with nothing to say; asked again and again.
+    """
+    if unless() or not (run_directory / "metrics.jsonl").exists():
         return ""
     try:
-        from kfdist.report.page import write_report  # matplotlib, for which nobody waits while ranks train
+        fault = _report(run_directory, unless)
+    except (OSError, KfdistError) as error:  # whatever it is, the run has ended as it has
+        fault = str(error)
+    if fault is None:
+        return ""
+    if not fault:
+        return f"report: {run_directory / 'report.html'}"
+    return f"no report ({' '.join(fault.split())}); `kfdist report {run_directory}` tries again"
 
-        return f"report: {write_report(run_directory)}"
-    except Exception as error:  # whatever it is, the run has ended as it has
-        told = " ".join(str(error).split()) or type(error).__name__
-        return f"no report ({told}); `kfdist report {run_directory}` tries again"
+
+def _report(run_directory: Path, unless: Callable[[], bool]) -> str | None:
+    """Runs `kfdist report`; returns what went wrong, empty if nothing did, None if it was given up."""
+    deadline = time.monotonic() + REPORT_SECONDS
+    with subprocess.Popen(
+        module_command("kfdist", "report", str(run_directory.absolute())),
+        env=inherited_environment(os.environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        try:
+            while not (stopped := unless()) and time.monotonic() < deadline:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    said = process.communicate(timeout=0.05)[1].decode(errors="replace")
+                    message = said.rpartition("kfdist: ")[2].strip() or describe_exit(process.returncode)
+                    return message if process.returncode else ""
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return None if stopped else f"it took more than {REPORT_SECONDS:g} s"
 
 
 def longest_checkpoint(run_directory: Path) -> float:

@@ -27,6 +27,9 @@ DIRECTORY_VARIABLE = "KFDIST_RUNTIME_DIR"
 _RENEW_SECONDS = 60.0
 """How often a notice is touched, so that cleaners of old files leave it, and posted again if it was removed."""
 
+_END_SECONDS = 1.0
+"""How long a renewal that hangs may hold up the end; the lock goes with the process, and then the file, too."""
+
 Place = tuple[int, int]
 """A directory's device and inode: the same however its path is written, and after it was moved."""
 
@@ -80,13 +83,18 @@ def posted(notice: RunNotice) -> Iterator[None]:
             posting.renew()
 
     keeper = threading.Thread(target=keep, name="kfdist-notice", daemon=True)
-    keeper.start()
+    try:
+        keeper.start()
+    except RuntimeError as error:  # no more threads
+        _LOG.warning("a cleaner of old files may remove the notice that `kfdist status` finds this by: %s", error)
     try:
         yield
     finally:
         ended.set()
-        keeper.join()
-        posting.remove()
+        if keeper.ident is not None:
+            keeper.join(_END_SECONDS)
+        if not keeper.is_alive():
+            posting.remove()
 
 
 def notices() -> list[RunNotice]:
@@ -126,9 +134,10 @@ class _Posting:
 
     def remove(self) -> None:
         if self._file is not None:
-            if self._in_place(self._file):
-                self._path.unlink(missing_ok=True)
-            self._file.close()
+            with suppress(OSError):  # without its lock it is of the past, and whoever comes across it removes it
+                if self._in_place(self._file):
+                    self._path.unlink()
+                self._file.close()
             self._file = None
 
     def _in_place(self, file: BinaryIO) -> bool:

@@ -11,6 +11,7 @@ Each line is an object with `event`, `time` and `step`:
 Windows are `log_period` steps long at first; after 256 of them they are twice as long, after 256 more twice as that.
 """
 
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ from kfdist.runtime.settings import StepReport
 from kfdist.telemetry.durations import Durations
 from kfdist.training.reporting import MetricsLog
 from kfdist.training.run_state import Training
+from kfdist.types import GroupName
+
+_LOG = logging.getLogger(__name__)
 
 WINDOWS_PER_LENGTH = 256
 SPECTRUM_GROWTH = 1.1
@@ -52,7 +56,7 @@ class History:
         self._steps = self._unwritten = 0
         self._spectrum_step = 0.0
         self._phases: defaultdict[str, Durations] = defaultdict(Durations)
-        self._staleness: Counter[str] = Counter()
+        self._staleness: dict[GroupName, int] = {}
 
     def start(self, start: int, step: int) -> None:
         """Begins a start's part of the file."""
@@ -74,8 +78,10 @@ class History:
             return
         for phase, seconds in {**report.phase_seconds, "input": waited, "total": total}.items():
             self._phases[phase].add(seconds)
-        for block, staleness in self._training.preconditioner.staleness().items():
-            self._staleness[block] = max(self._staleness[block], staleness)
+        # By group: in every step, a thousand blocks would be felt.
+        staleness = self._training.preconditioner.pipeline.staleness()
+        worst = map(max, staleness.values(), self._staleness.values()) if self._staleness else staleness.values()
+        self._staleness = dict(zip(staleness, worst, strict=True))
 
     def write_if_due(self, step: int, *, ended: bool = False) -> None:
         """Writes the window that ends at `step`, if one does. All ranks must call it, at the same step.
@@ -99,7 +105,11 @@ class History:
         self._log.write(
             "window",
             step=step,
-            staleness=[worst if block in inverses else None for block, worst in self._staleness.items()],
+            staleness=[
+                self._staleness[group.name] if block.name in inverses else None
+                for group in preconditioner.groups
+                for block in group.blocks
+            ],
             phases={phase: seconds.to_json() for phase, seconds in self._phases.items()},
             inversions=_merged(rank["inversions"] for rank in ranks),
             totals=self._totals(own, [rank["counters"] for rank in ranks]),
@@ -131,11 +141,18 @@ class History:
         """Writes the eigenvalues that the inverses in use have, for a checkpoint; seldom in long runs."""
         if not self._writes or step < self._spectrum_step * SPECTRUM_GROWTH:
             return
-        factors = {
-            block: {factor: _points(values, size) for factor, (values, size) in spectra.items()}
-            for block, inverse in self._training.preconditioner.inverses().items()
-            if (spectra := inverse.spectra())
-        }
+        factors, faults = {}, {}
+        for block, inverse in self._training.preconditioner.inverses().items():
+            try:
+                found = {factor: _points(values, size) for factor, (values, size) in inverse.spectra().items()}
+            except RuntimeError as error:  # a record is no reason to end a run
+                faults[block] = error
+                continue
+            if found:
+                factors[block] = found
+        if faults:
+            block, error = next(iter(faults.items()))
+            _LOG.warning("history.jsonl lacks spectra of %d blocks, such as %s: %s", len(faults), block, error)
         if factors:
             self._spectrum_step = step
             self._log.write("spectrum", step=step, factors=factors)

@@ -36,6 +36,7 @@ from kfdist.training.setup import (
 )
 from kfdist.training.summary import summarise, write_summary
 from kfdist.training.trackers.choosing import make_trackers
+from kfdist.training.trackers.tracker import TrackerFeed
 from kfdist.training.trainer import Trainer
 
 
@@ -123,7 +124,9 @@ class _Start:
         self._communicator = copies.communicator
         self._materials = materials
         self._directory: RunDirectory | None = None
+        self._trackers: TrackerFeed | None = None
         self._trained = False
+        self._ended = "failed"
 
     def run(self) -> Ending:
         try:
@@ -136,6 +139,9 @@ class _Start:
             self._clean_up_after(error)
             raise
         finally:
+            # After all that must be written: a server that can't be reached holds this up until the rank is killed.
+            if self._trackers is not None:
+                self._trackers.close(self._ended)
             if self._directory is not None:
                 self._directory.close()
 
@@ -196,9 +202,9 @@ class _Start:
         training = make_training(config, communicator, self._materials, epoch=epoch, standing=standing)
         progress = make_progress(worker_rank=communicator.rank, total_steps=training.learning_rate.total_steps)
         path = self._directory.path if self._directory is not None else None
-        trackers = make_trackers(config if communicator.rank == 0 else None, standing)
-        log, details = MetricsLog(path, tell=trackers.tell), MetricsLog(path, "history.jsonl")
-        history, ended = History(training, details), "failed"
+        self._trackers = make_trackers(config if communicator.rank == 0 else None, standing)
+        log, details = MetricsLog(path, tell=self._trackers.tell), MetricsLog(path, "history.jsonl")
+        history = History(training, details)
         try:
             if loaded is not None:
                 restore_state(training, loaded)
@@ -225,7 +231,7 @@ class _Start:
             # Before the farewell, which waits for the controller: a rank that is killed meanwhile has done its work.
             if self._directory is not None:
                 write_summary(self._directory.path, summary)
-            ended = summary["status"]
+            self._ended = summary["status"]
             training.preconditioner.beat(summary["status"])
             training.preconditioner.close()
         except BaseException:
@@ -237,7 +243,6 @@ class _Start:
             progress.close()
             log.close()
             details.close()
-            trackers.close(ended)
         if not stopped:
             return Ending(code=ExitCode.DONE)
         message = f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume"

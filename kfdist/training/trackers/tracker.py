@@ -4,6 +4,7 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,6 +16,9 @@ _LOG = logging.getLogger(__name__)
 
 _MOST_WAITING = 1_000
 _CLOSE_SECONDS = 10.0
+"""How long a finished run waits for all of its trackers together."""
+_HURRIED_CLOSE_SECONDS = 2.0
+"""The same for one that stopped or failed, whose ranks are soon killed."""
 _PREFIXES = {"trained": "test_", "averaged": "averaged_test_"}
 
 
@@ -102,11 +106,11 @@ class _Told:
         except queue.Full:
             self._give_up(f"{_MOST_WAITING} values wait for it")
 
-    def end(self, status: str) -> None:
-        self.put(status)
-        self.thread.join(_CLOSE_SECONDS)
+    def wait(self, seconds: float, limit: float) -> None:
+        if not self.failed:
+            self.thread.join(seconds)
         if self.thread.is_alive() and not self.failed:
-            self._give_up(f"it took more than {_CLOSE_SECONDS:g} s to end")
+            self._give_up(f"it took more than {limit:g} s to end")
 
     def _run(self, config: Mapping[str, Any], step: int) -> None:
         try:
@@ -158,5 +162,9 @@ class TrackerFeed:
         Args:
             status: As for `Tracker`.
         """
+        limit = _CLOSE_SECONDS if status == "finished" else _HURRIED_CLOSE_SECONDS
+        deadline = time.monotonic() + limit
         for each in self._told:
-            each.end(status)
+            each.put(status)
+        for each in self._told:
+            each.wait(max(deadline - time.monotonic(), 0.0), limit)

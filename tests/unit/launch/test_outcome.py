@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.launch import outcome
 from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
@@ -138,9 +139,18 @@ def test_how_long_checkpoints_took_is_read_from_the_end_of_what_the_run_told(tmp
 
 
 def test_a_report_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
-    assert report_line(tmp_path) == ""
+    assert report_line(tmp_path, unless=lambda: False) == ""
     (tmp_path / "metrics.jsonl").write_text('{"event": "start", "time": 1.0, "step": 0}\n')
     (tmp_path / "report.html").mkdir()
-    line = report_line(tmp_path)
-    assert line.startswith("no report (") and "\n" not in line
+    line = report_line(tmp_path, unless=lambda: False)
+    assert line.startswith(f"no report (the report can't be written to {tmp_path / 'report.html'}") and "\n" not in line
     assert line.endswith(f"`kfdist report {tmp_path}` tries again")
+
+
+def test_nobody_waits_for_a_report_without_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(outcome, "module_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(1000)"])
+    asked = iter([False, False, True])
+    assert report_line(tmp_path, unless=lambda: next(asked)) == ""
+    monkeypatch.setattr(outcome, "REPORT_SECONDS", 0.0)
+    assert report_line(tmp_path, unless=lambda: False).startswith("no report (it took more than 0 s);")

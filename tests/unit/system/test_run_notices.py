@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -100,6 +101,36 @@ def test_a_session_directory_comes_first_and_tmp_is_read_as_well(tmp_path, monke
     assert places[-1] == Path(f"/tmp/kfdist-{os.getuid()}")
     monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
     assert all(place.is_absolute() for place in module._directories())
+
+
+def test_a_run_ends_as_it_has_whatever_becomes_of_its_notice(directory, monkeypatch):
+    def refuse(*given, **named):
+        raise PermissionError("read-only file system")
+
+    with monkeypatch.context() as broken, posted(RunNotice(pid=1)):
+        broken.setattr(Path, "unlink", refuse)
+    assert len(list(directory.iterdir())) == 1
+    assert notices() == [] == list(directory.iterdir())
+
+
+def test_a_renewal_that_hangs_does_not_hold_the_end_up(monkeypatch):
+    hangs, goes_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(module, "_RENEW_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_END_SECONDS", 0.01)
+    with posted(RunNotice(pid=1)):
+        monkeypatch.setattr(os, "utime", lambda path: (hangs.set(), goes_on.wait()))
+        hangs.wait()
+    goes_on.set()
+
+
+def test_a_process_that_has_no_more_threads_is_found_all_the_same(monkeypatch, caplog):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with posted(RunNotice(pid=1)):
+        assert notices() == [RunNotice(pid=1)]
+    assert notices() == [] and "can't start new thread" in caplog.text
 
 
 def test_a_moved_directory_is_the_same_place(tmp_path):

@@ -3,7 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from kfdist.curvature.inverse import KroneckerInverse
 from kfdist.telemetry.durations import Durations
 from kfdist.training.history import WINDOWS_PER_LENGTH, window_length
 from tests.support.recorded import record
@@ -46,6 +48,18 @@ def test_spectra_are_of_the_inverses_at_checkpoints(run: Path) -> None:
             indices, values = zip(*factor["points"], strict=True)
             assert indices[0] == 1 and indices[-1] <= min(6, factor["size"])
             assert list(values) == sorted(values, reverse=True)
+
+
+def test_a_spectrum_that_cannot_be_computed_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(inverse: KroneckerInverse) -> dict[str, tuple[torch.Tensor, int]]:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(KroneckerInverse, "spectra", fail)
+    run = record(tmp_path / "run", "run.steps=4", "preconditioner.method=kfac")
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+    assert "lacks spectra of 3 blocks" in caplog.text and "no convergence" in caplog.text
 
 
 def test_windows_grow_so_that_their_number_hardly_does() -> None:

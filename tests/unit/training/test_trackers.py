@@ -107,6 +107,43 @@ def test_a_tracker_that_hangs_holds_nobody_up(
         hanging.end.set()
 
 
+def test_all_trackers_together_have_seconds_and_less_where_ranks_are_killed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trackers, "_CLOSE_SECONDS", 1000.0)
+    monkeypatch.setattr(trackers, "_HURRIED_CLOSE_SECONDS", 0.05)
+    hanging = {name: Hanging() for name in ("one", "two")}
+    told = TrackerFeed(hanging, {"run.name": "digits"}, 0)
+    waits: list[float | None] = []
+    join = threading.Thread.join
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, limit=None: (waits.append(limit), join(thread, limit)))
+    try:
+        told.tell({"event": "step", "step": 1, "loss": 1.0})
+        told.close("stopped")
+    finally:
+        for each in hanging.values():
+            each.end.set()
+    assert caplog.text.count("it took more than 0.05 s to end") == 2
+    assert 0 < (waits[0] or 0) <= 0.05 and waits[1] == 0.0
+
+
+def test_a_failure_is_recorded_before_trackers_are_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Looking(Kept):
+        def close(self, status: str) -> None:
+            recorded = json.loads((tmp_path / "run" / "summary.json").read_text())
+            self.calls.append((status, recorded["status"], recorded["error"]))
+
+    def fail(*given: Any, **named: Any) -> None:
+        raise ValueError("a bug")
+
+    looking = Looking()
+    track(monkeypatch, looking)
+    monkeypatch.setattr("kfdist.training.worker.summarise", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        record(tmp_path / "run", "run.steps=2")
+    assert looking.calls[-1] == ("failed", "failed", "ValueError: a bug")
+
+
 def test_values_that_nobody_takes_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
     hanging = Hanging()
     told = TrackerFeed({"it": hanging}, {"run.name": "digits"}, 0)
