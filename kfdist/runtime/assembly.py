@@ -138,14 +138,17 @@ def _agree_on_terms(plan: Plan, world: Communicator, service: Service | None) ->
     """
     owners_device = "cpu" if service is None else service.device
     try:
-        listed = on_every_rank(world, lambda: _fingerprint_of_inverters(plan, owners_device))
+        told = on_every_rank(
+            world, lambda: [plan.settings.lag is not None, _fingerprint_of_inverters(plan, owners_device)]
+        )
     except RankFailed as fault:
         raise EnvironmentFault(str(fault)) from fault
+    listed = [inverters for _, inverters in told]
     needed = {
         "kfdist": versions().get("kfdist"),
         "fingerprint": fingerprint(plan.device.type, torch.get_num_threads()),
     }
-    if plan.settings.lag is not None:
+    if all(fixed_lag for fixed_lag, _ in told):  # ranks that were told different things hear that at the first step
         needed["inverters' fingerprint"] = listed[world.rank]
     require_equal(
         world,

@@ -26,7 +26,7 @@ class Beside(Communicator):
     def all_gather_json(self, value: Any) -> list[Any]:
         other = value
         if isinstance(value, list):
-            other = [self.others, None]
+            other = [[value[0][0], self.others], None]
         elif isinstance(value, dict) and "inverters' fingerprint" in value:
             other = value | {"inverters' fingerprint": self.others}
         return [value, other]
