@@ -11,6 +11,8 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from kfdist.errors import EnvironmentFault, ExitCode, KfdistError
 from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
+    ending_of,
     longest_checkpoint,
     read_summary,
     remove_untrained,
@@ -59,6 +62,8 @@ END_SERVICES_SECONDS = 8.0
 FAILURE_SECONDS = 3.0
 """How long the other ranks may take to end by themselves after one died; they have lost a peer and raise as a rule."""
 
+_IMPATIENT = 2
+"""After so many requests to stop, nothing is waited for any more."""
 _KILL_SECONDS = 1.0
 _TICK_SECONDS = 0.05
 _EXPECTED = (None, ExitCode.DONE, ExitCode.RESUMABLE)
@@ -145,6 +150,7 @@ class Launch:
         self._mark = uuid.uuid4().hex
         self._spared = children_of(os.getpid())
         self._found = read_summary(config.run.directory)
+        self._ended = ""  # how, if not as asked; for the summary
         self._services: dict[str, SupervisedProcess] = {}
         self._ranks: list[Child] = []
 
@@ -159,12 +165,21 @@ class Launch:
         untrained = make_directory(self._config.run.directory / "logs")
         with temporary_directory() as self._scratch:
             try:
-                code = self._run_until_end()
-            finally:
-                self._end()
-                if not self._trains_elsewhere():
-                    remove_untrained(untrained, unless_trained=self._config.run.directory)
+                code = self._run_and_clean_up(untrained)
+            except KfdistError as error:
+                with suppress(OSError, ValueError):  # the first error is the one to tell
+                    self._complete_summary(failed=str(error))
+                self._report()
+                raise
             return self._conclude(code)
+
+    def _run_and_clean_up(self, untrained: Sequence[Path]) -> int:
+        try:
+            return self._run_until_end()
+        finally:
+            self._end()
+            if not self._trains_elsewhere():
+                remove_untrained(untrained, unless_trained=self._config.run.directory)
 
     def _run_until_end(self) -> int:
         try:
@@ -174,6 +189,7 @@ class Launch:
             except StopAsked:
                 return self._stop_ranks()
         except KillAsked:
+            self._ended = "a second request to stop ended it at once"
             return ExitCode.INTERRUPTED
 
     # Starting
@@ -318,13 +334,17 @@ class Launch:
             if code is not None and code != ExitCode.RESUMABLE:
                 ended = f"{rank.name} {describe_exit(code)} instead of writing a checkpoint"
                 advice = f"; checkpoint.stop_seconds gives ranks more than {patience:.1f} s" if code < 0 else ""
-                self._terminal.warn(f"{ended}; the newest checkpoint may be older than this stop{advice}")
+                self._ended = f"{ended}; the newest checkpoint may be older than this stop"
+                self._terminal.warn(f"{self._ended}{advice}")
         return ExitCode.RESUMABLE
 
     def _is_finished(self) -> bool:
         """Says whether this launch made the last step, after which its ranks only tell the controller so."""
-        summary = read_summary(self._config.run.directory)
-        return summary != self._found and summary.get("status") == "finished"
+        return self._has_trained() and read_summary(self._config.run.directory).get("status") == "finished"
+
+    def _has_trained(self) -> bool:
+        """Says whether the summary is of this launch."""
+        return read_summary(self._config.run.directory) != self._found
 
     def _end_children(self, children: Sequence[Child], seconds: float) -> None:
         """Sends SIGTERM and waits; then sends SIGKILL and waits for the kernel."""
@@ -347,11 +367,17 @@ class Launch:
         if stubborn:
             self._terminal.warn(f"processes {sorted(stubborn)} could not be killed; look after them")
 
-    def _conclude(self, code: int) -> int:
+    def _complete_summary(self, *, failed: str = "") -> Mapping[str, Any]:
         restarts = {name: service.restarts for name, service in self._services.items()}
         pool = self._services.get("pool")
         owner_restarts = sum(report.get("owner_restarts", 0) for report in pool.reports()) if pool is not None else 0
-        summary = add_to_summary(self._config.run.directory, restarts=restarts, owner_restarts=owner_restarts)
+        if not self._has_trained():
+            return self._found
+        ending = ending_of(read_summary(self._config.run.directory), failed=failed, ended=self._ended)
+        return add_to_summary(self._config.run.directory, restarts=restarts, owner_restarts=owner_restarts, **ending)
+
+    def _conclude(self, code: int) -> int:
+        summary = self._complete_summary()
         if code == ExitCode.DONE:
             self._terminal.say(summary_line(summary))
             self._terminal.say(
@@ -360,10 +386,15 @@ class Launch:
         else:
             self._terminal.say(f"stopped before the last step; {RESUME_ADVICE}")
         self._terminal.result(summary)
-        # Who has pressed Ctrl-C waits for the end; `kfdist report` makes the page later.
-        if line := report_line(self._config.run.directory, unless=lambda: self._requests.count > 0):
-            self._terminal.say(line)
+        self._report()
         return code
+
+    def _report(self) -> None:
+        """Writes the page about the run, of a launch that trained; another Ctrl-C gives it up."""
+        asked = self._requests.count
+        if self._has_trained() and asked < _IMPATIENT:
+            if line := report_line(self._config.run.directory, unless=lambda: self._requests.count > asked):
+                self._terminal.say(line)
 
     # Waiting
 
@@ -375,7 +406,7 @@ class Launch:
 
     def _tick(self) -> None:
         """Sleeps a moment; raises when a request to stop has come."""
-        if self._requests.count >= 2:
+        if self._requests.count >= _IMPATIENT:
             raise KillAsked
         if self._requests.count == 1 and not self._stopping:
             raise StopAsked

@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.files import replace_file
+from kfdist.system.lifetime import PARENT_VARIABLE
 from kfdist.system.processes import Child, describe_exit
 from kfdist.system.spawn import inherited_environment, module_command
 
@@ -80,6 +81,22 @@ def add_to_summary(run_directory: Path, **entries: Any) -> dict[str, Any]:
     return summary
 
 
+def ending_of(summary: Mapping[str, Any], *, failed: str, ended: str) -> dict[str, str]:
+    """Returns what the launcher adds to a summary about the run's end: what ranks that were killed couldn't tell.
+
+    Args:
+        summary: As the ranks left it.
+        failed: Why the launch failed; empty if it didn't.
+        ended: How ranks ended that were asked to stop, if not as asked.
+    """
+    cause = failed.partition("\n")[0].removesuffix(":") or ended
+    if not cause:
+        return {}
+    if failed and summary.get("status") == "running":
+        return {"status": "failed", "error": cause}
+    return {"ended": cause} if cause not in str(summary.get("error", "")) else {}
+
+
 def report_line(run_directory: Path, *, unless: Callable[[], bool]) -> str:
     """Writes the page about a run and says where it is, or why there is none; empty where nothing was recorded.
 
@@ -105,7 +122,7 @@ def _report(run_directory: Path, unless: Callable[[], bool]) -> str | None:
     deadline = time.monotonic() + REPORT_SECONDS
     with subprocess.Popen(
         module_command("kfdist", "report", str(run_directory.absolute())),
-        env=inherited_environment(os.environ),
+        env={**inherited_environment(os.environ), PARENT_VARIABLE: str(os.getpid())},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

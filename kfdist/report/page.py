@@ -95,19 +95,26 @@ def render(
 
 def status(run: Recorded) -> str:
     """Says how the run stands."""
-    found, step = run.summary.get("status"), run.last_step
+    found, step, ended = run.summary.get("status"), run.last_step, run.summary.get("ended", "")
     if run.holder is not None:
         return f"The run goes on: step {step:,} was done when this page was made."
     if found == "finished":
         return f"The run is finished: {words.counted(run.summary.get('steps', step), 'step')}."
+    kept = any(line["event"] == "checkpoint" and not line.get("fault") for line in run.told)
+    resumable = f"The same command {'resumes it from its newest checkpoint' if kept else 'begins it anew'}."
+    seen = f" The launcher says: {ended}." if ended else ""
     if found == "stopped":
-        return f"The run stopped at step {run.summary.get('steps', step):,}: {run.summary.get('stop_reason', '')}."
+        reason = run.summary.get("stop_reason", "")
+        return f"The run stopped at step {run.summary.get('steps', step):,}: {reason}.{seen} {resumable}"
+    last = f"The last step known is {step:,}."
     if found == "failed":
-        return f"The run failed: {run.summary.get('error', '')}"
-    return (
-        f"The run's last start ended without saying how, perhaps killed; the last step known is {step:,}. "
-        "The same command resumes it from its newest checkpoint."
+        return f"The run failed: {str(run.summary.get('error', '')).removesuffix('.')}.{seen} {last} {resumable}"
+    how = (
+        f"The run's last start was cut off: {ended}."
+        if ended
+        else "The run's last start ended without saying how, perhaps killed."
     )
+    return f"{how} {last} {resumable}"
 
 
 def facts(run: Recorded) -> list[tuple[str, str]]:

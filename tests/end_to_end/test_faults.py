@@ -34,6 +34,8 @@ def test_a_killed_rank_ends_the_run_which_resumes_from_its_newest_checkpoint_unt
         assert command.left_behind() == []
         assert "SIGKILL" in command.text and "again to resume" in command.text
         assert "Traceback" not in command.text
+    page = (directory / "report.html").read_text(encoding="utf-8")
+    assert "The run failed: " in page and "rank 1 was killed by SIGKILL while training" in page
     newest = checkpoints_of(directory)[-1]
     assert newest >= 20
     with launch(directory, *arguments) as command:

@@ -1,6 +1,7 @@
 """What `kfdist train` checks before it starts anything."""
 
 import datetime
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -101,3 +102,48 @@ def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
     monkeypatch.setattr(launch, "_end_children", lambda *_: summary.write_text(written))
     assert launch._stop_ranks() == code
     assert ("instead of writing a checkpoint" in capsys.readouterr().err) == (code == ExitCode.RESUMABLE)
+
+
+@pytest.mark.parametrize(
+    ("raises", "requests", "trains", "words"),
+    [
+        (
+            EnvironmentFault("rank 1 was killed by SIGKILL; the end of its log:\n..."),
+            0,
+            True,
+            "failed: rank 1 was killed",
+        ),
+        (launcher.StopAsked(), 1, True, "stopped before the last step; .*\nreport: "),
+        (launcher.KillAsked(), 2, True, ""),
+        (EnvironmentFault("the pool wasn't ready"), 0, False, ""),
+    ],
+)
+def test_a_launch_that_trained_leaves_a_report_however_it_ends(
+    monkeypatch, tmp_path: Path, capsys, raises: Exception, requests: int, trains: bool, words: str
+):
+    (tmp_path / "metrics.jsonl").touch()  # of an earlier start
+    asked = StopRequests()
+    launch = Launch(load_config(None, overrides=[f"run.dir={tmp_path}"]), Terminal(as_json=False), asked)
+
+    def end() -> None:
+        if trains:
+            (tmp_path / "summary.json").write_text('{"status": "running", "start": 1}')
+        asked.count = requests
+        raise raises
+
+    monkeypatch.setattr(launcher, "become_subreaper", lambda: None)
+    monkeypatch.setattr(launch, "_start", end)
+    monkeypatch.setattr(launch, "_end", lambda: None)
+    pages = []
+    monkeypatch.setattr(
+        launcher,
+        "report_line",
+        lambda directory, unless: pages.append(launcher.read_summary(directory)) or "report: it",
+    )
+    if isinstance(raises, EnvironmentFault):
+        with pytest.raises(EnvironmentFault, match=str(raises)[:10]):
+            launch.run()
+    else:
+        launch.run()
+    told = "".join(f"{page['status']}: {page.get('error', '')}\n" for page in pages) + capsys.readouterr().out
+    assert bool(pages) == bool(words) and re.search(words, told)

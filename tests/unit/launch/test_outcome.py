@@ -11,6 +11,7 @@ from kfdist.launch import outcome
 from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
+    ending_of,
     longest_checkpoint,
     read_summary,
     remove_untrained,
@@ -154,3 +155,31 @@ def test_nobody_waits_for_a_report_without_limit(tmp_path: Path, monkeypatch: py
     assert report_line(tmp_path, unless=lambda: next(asked)) == ""
     monkeypatch.setattr(outcome, "REPORT_SECONDS", 0.0)
     assert report_line(tmp_path, unless=lambda: False).startswith("no report (it took more than 0 s);")
+
+
+def test_a_report_ends_with_its_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    # What `kfdist` finds in this variable, it watches (system/lifetime.py).
+    script = "import os, sys; sys.exit('kfdist: ' + os.environ['KFDIST_PARENT_PID'])"
+    monkeypatch.setattr(outcome, "module_command", lambda *_: [sys.executable, "-c", script])
+    assert report_line(tmp_path, unless=lambda: False).startswith(f"no report ({os.getpid()});")
+
+
+@pytest.mark.parametrize(
+    ("left", "failed", "ended", "added"),
+    [
+        (
+            {"status": "running"},
+            "rank 1 was killed (log):\nlast",
+            "",
+            {"status": "failed", "error": "rank 1 was killed (log)"},
+        ),
+        ({"status": "failed", "error": "peer lost"}, "rank 1 was killed", "", {"ended": "rank 1 was killed"}),
+        ({"status": "failed", "error": "rank 1: no disk"}, "no disk", "", {}),
+        ({"status": "stopped"}, "no owners", "", {"ended": "no owners"}),
+        ({"status": "running"}, "", "rank 0 hung", {"ended": "rank 0 hung"}),
+        ({"status": "finished"}, "", "", {}),
+    ],
+)
+def test_the_launcher_says_what_ranks_could_not(left: dict, failed: str, ended: str, added: dict) -> None:
+    assert ending_of(left, failed=failed, ended=ended) == added

@@ -10,7 +10,8 @@ import pytest
 from kfdist.control import run_rules
 from kfdist.control.store import Batch, RunUpdate, Store
 from kfdist.errors import ConfigError
-from kfdist.report.page import write_report
+from kfdist.report.page import status, write_report
+from kfdist.report.recorded import Recorded
 from kfdist.training.history import window_length
 from tests.support.recorded import long_history, record
 
@@ -119,6 +120,29 @@ def test_without_a_preconditioner_it_says_so(plain: Path, tmp_path: Path) -> Non
     assert page.text.count("The run has no preconditioner: nothing was inverted.") == 4
     assert page.chapters["Staleness of the inverses"] == {}
     assert page.chapters["Step time by phase"]["figure"] == 2
+
+
+@pytest.mark.parametrize(
+    ("summary", "words"),
+    [
+        ({"status": "finished", "steps": 40}, "The run is finished: 40 steps."),
+        (
+            {"status": "stopped", "steps": 12, "stop_reason": "a signal"},
+            "The run stopped at step 12: a signal. The same command begins it anew.",
+        ),
+        (
+            {"status": "failed", "error": "loss is nan.", "ended": "rank 1 was killed"},
+            "The run failed: loss is nan. The launcher says: rank 1 was killed. The last step known is 7. The same "
+            "command begins it anew.",
+        ),
+        (
+            {"status": "running", "ended": "rank 0 hung"},
+            "The run's last start was cut off: rank 0 hung. The last step known is 7. The same command begins it anew.",
+        ),
+    ],
+)
+def test_the_head_says_how_a_run_ended(summary: dict[str, Any], words: str) -> None:
+    assert status(Recorded(directory=Path("run"), config={}, summary=summary, steps=[{"step": 7}])) == words
 
 
 def test_killed_in_the_first_step(finished: Path, tmp_path: Path) -> None:
