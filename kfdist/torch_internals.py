@@ -4,6 +4,7 @@ Each function says why the public interface won't do. tests/unit/test_torch_inte
 tests/distributed/test_group_internals.py check that each still exists and does what is assumed here.
 """
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -230,6 +231,25 @@ class EagerSteps:
 def eager_steps() -> EagerSteps | None:
     """Opens one; None where nothing can be compiled yet: torch loads the compiler, which takes a second, when asked."""
     return EagerSteps() if "torch._dynamo" in sys.modules else None
+
+
+def never_compiled(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Returns an optimizer that does the same without loading the compiler, which takes a second.
+
+    torch marks an optimizer's methods so that compiled code leaves them alone, and what the marks call is the compiler,
+    at the first call of each, whether anything is compiled or not. So this is for who steps outside of compiled code.
+    """
+    step = inspect.unwrap(kind.step)
+
+    def plain_step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            return step(self, closure)
+
+    plain = {name: inspect.unwrap(getattr(kind, name)) for name in _MARKED}
+    return type(kind.__name__, (kind,), {"__doc__": kind.__doc__, **plain, "step": plain_step})
+
+
+_MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
 # GradScaler -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import nn
 from kfdist import checks
 from kfdist.config import OptimizerSection
 from kfdist.errors import ConfigError
+from kfdist.torch_internals import never_compiled
 
 _UNFIT = frozenset({"Optimizer", "LBFGS", "SparseAdam"})
 """The base class, one that needs a closure, one for sparse gradients only."""
@@ -51,7 +52,7 @@ def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]
         matrices = [parameter for parameter in groups if parameter.dim() > 1]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     try:
-        return kind(groups, **{k: v for k, v in arguments.items() if k in accepted} | settings)  # type: ignore[arg-type]
+        return never_compiled(kind)(groups, **{k: v for k, v in arguments.items() if k in accepted} | settings)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         defaults = {key: signature[key].default for key in section.settings}
         hint = f"; by default they are {defaults!r}" if defaults else ""

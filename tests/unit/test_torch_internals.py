@@ -6,6 +6,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from kfdist.torch_internals import (
     children_by_name,
     device_scale,
     keeps_graph,
+    never_compiled,
     next_node,
     running_backward,
     running_node,
@@ -166,6 +168,43 @@ def test_the_scaler_tells_what_was_unscaled_and_when_a_cycle_ends():
         scaler.update()
         assert scaler_cycle(scaler) is not cycle and not was_unscaled(scaler, None)
         used.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.Adafactor])
+def test_an_optimizer_that_is_never_compiled_steps_saves_and_restores_as_torchs_does(kind: type[torch.optim.Optimizer]):
+    weight, plain_weight = (nn.Parameter(torch.arange(6.0).view(2, 3)) for _ in range(2))
+    settings: Any = {"lr": 0.1, "weight_decay": 0.01}
+    optimizer, plain = kind([weight], **settings), never_compiled(kind)([plain_weight], **settings)
+    assert type(plain).__name__ == kind.__name__ and isinstance(plain, kind)
+    before: list[bool] = []
+    plain.register_step_pre_hook(lambda *_: before.append(torch.is_grad_enabled()))
+    for step in range(3):
+        if step == 2:
+            restored = never_compiled(kind)([plain_weight], **settings)
+            restored.load_state_dict(plain.state_dict())
+            plain = restored
+        for each, its in ((weight, optimizer), (plain_weight, plain)):
+            its.zero_grad()
+            assert each.grad is None
+            (each.sin().sum() ** 2).backward()
+            assert its.step() is None
+        assert torch.equal(weight, plain_weight)
+    assert before == [True, True]
+    assert plain.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_an_optimizer_that_is_never_compiled_evaluates_its_closure_with_gradients():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = never_compiled(torch.optim.SGD)([weight], **{"lr": 0.5})
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = weight.sum()
+        loss.backward()
+        return float(loss.detach())
+
+    assert optimizer.step(closure) == 2.0
+    assert torch.equal(weight.detach(), torch.full((2,), 0.5))
 
 
 def test_a_store_serves_on_the_socket_it_was_given():
