@@ -225,6 +225,7 @@ class InForce:
         job_periods: Own periods of methods: multiples of factor_period that divide inverse_period.
         late_damping: Methods that damp when they invert, so that a new damping acts from their next versions on.
         obeyed: The newest revisions taken up, oldest first.
+        changed: The names of settings that users have changed, in this start of the run or an earlier one.
     """
 
     values: Mapping[str, Value] = field(default_factory=dict)
@@ -232,3 +233,4 @@ class InForce:
     job_periods: tuple[int, ...] = ()
     late_damping: tuple[str, ...] = ()
     obeyed: tuple[Obeyed, ...] = ()
+    changed: tuple[str, ...] = ()

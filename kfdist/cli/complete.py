@@ -1,5 +1,6 @@
-"""Completion of runs in a shell: from notices and files, without asking anybody, so that it answers at once."""
+"""Completion of runs and owners in a shell: from notices and files, without asking anybody, and so at once."""
 
+import json
 from pathlib import Path
 
 from kfdist.cli.control_files import read_rows
@@ -21,6 +22,17 @@ def complete_run(incomplete: str) -> list[str]:
         found += [name for notice in posted if notice.database for name in _known(Path(notice.database))]
         found += [path.parent.name for path in _HOME.glob("*/config.toml")]
     return sorted({name for name in found if name.startswith(incomplete)})
+
+
+def complete_owner(incomplete: str) -> list[str]:
+    """Returns the owners of this machine's controllers whose name begins with what was typed."""
+    rows = [
+        row
+        for notice in notices()
+        if notice.database
+        for row in read_rows(Path(notice.database), "SELECT name, record FROM owners")
+    ]
+    return sorted({name for name, record in rows if name.startswith(incomplete) and json.loads(record)["live"]})
 
 
 def _known(database: Path) -> list[str]:

@@ -139,13 +139,15 @@ def _stop(
     as_json: AsJson = False,
 ) -> None:
     """Ask all ranks of a run to write a checkpoint and end at the same step; the run can be resumed."""
+    from kfdist.cli.find_runs import find_run
     from kfdist.control.run_rules import RunState
 
-    def stop(client: "ControlClient", name: str) -> "RunView":
-        view = client.stop(name)
-        return client.wait_for_end(name, timeout_seconds=timeout) if wait else view
-
-    view = steer(run, address, as_json, stop)
+    target = find_run(run, address)
+    with target.client() as client:
+        view = client.stop(target.name)
+        if wait:
+            view = target.ended_view(client, timeout_seconds=timeout)
+    _show(view, as_json)
     if wait and view.state in (RunState.FAILED, RunState.LOST):
         raise EnvironmentFault(
             f"run {view.name!r} is {view.state} at step {view.step}; `kfdist events {run or view.name}` says more"
@@ -172,8 +174,8 @@ def _events(
 
 def steer(
     run: str | None, address: str | None, as_json: bool, action: "Callable[[ControlClient, str], RunView]"
-) -> "RunView":
-    """Has a run's controller do something to it, shows the run then, and returns it.
+) -> None:
+    """Has a run's controller do something to it, and shows the run then.
 
     Args:
         run: The run's name or directory; None for the only one that is going.
@@ -182,13 +184,17 @@ def steer(
         action: What to do, given the controller and the run's name.
     """
     from kfdist.cli.find_runs import find_run
-    from kfdist.cli.run_display import run_line
 
     target = find_run(run, address)
     with target.client() as client:
         view = action(client, target.name)
+    _show(view, as_json)
+
+
+def _show(view: "RunView", as_json: bool) -> None:
+    from kfdist.cli.run_display import run_line
+
     print(json.dumps(view.to_json()) if as_json else run_line(view))
-    return view
 
 
 @contextmanager

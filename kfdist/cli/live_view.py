@@ -1,8 +1,8 @@
 """A run at a glance: where it stands, who is alive, how the loss goes, and how stale each block is."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from kfdist.cli.block_table import STALENESS, age, block_table, blocks_of, shortened, steps
-from kfdist.control.client import RunView
+from kfdist.control.client import OwnerView, RunView
 from kfdist.control.run_rules import RunState
 from kfdist.telemetry.metrics import METRICS, Kind
 from kfdist.types import MetricSample
@@ -49,19 +49,17 @@ class RunPicture:
     Attributes:
         run: The run.
         samples: What its processes measured.
-        owners: How many groups each live owner inverts, by its name.
+        owners: The live owners.
         losses: The losses that were seen, oldest first.
         rate: Steps a second; None if not known yet.
-        ranks: The most ranks that were alive in this start.
         note: What the reader should know, such as that the controller doesn't answer.
     """
 
     run: RunView
     samples: Sequence[MetricSample] = ()
-    owners: Mapping[str, int] = field(default_factory=dict)
+    owners: Sequence[OwnerView] = ()
     losses: Sequence[float] = ()
     rate: float | None = None
-    ranks: int = 0
     note: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -89,9 +87,8 @@ class RunPicture:
             yield from fact_lines(trouble, width, style="yellow")
 
     def _members(self) -> list[Fact]:
-        run, most = self.run, max(self.ranks, self.run.live_workers)
-        ranks = str(run.live_workers) if run.live_workers == most else f"{run.live_workers} of {most}"
-        facts = [("ranks", ranks), ("owners", _owners(run.live_owners, self.owners)), ("start", str(run.epoch))]
+        run = self.run
+        facts = [("ranks", ranks_of(run)), ("owners", _owners(run.live_owners, self.owners)), ("start", str(run.epoch))]
         if self.rate is not None:
             facts.append(("steps/s", f"{self.rate:.3g}"))
         return [*facts, ("in", run.directory)] if run.directory else facts
@@ -147,6 +144,11 @@ class RunPicture:
 def step_of(run: RunView) -> str:
     """Returns the step, and of how many if that is known."""
     return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
+
+
+def ranks_of(run: RunView) -> str:
+    """Returns how many ranks are alive, and of how many if some are not."""
+    return f"{run.live_workers} of {run.world_size}" if run.live_workers < run.world_size else str(run.live_workers)
 
 
 def sparkline(values: Sequence[float], width: int, *, plain: bool = False) -> str:
@@ -218,10 +220,10 @@ class _Side:
         yield Text(self.text)
 
 
-def _owners(live: int, shares: Mapping[str, int]) -> str:
-    if not any(shares.values()):
+def _owners(live: int, owners: Sequence[OwnerView]) -> str:
+    counts = sorted((owner.groups for owner in owners), reverse=True)
+    if not any(counts):
         return str(live)
-    counts = sorted(shares.values(), reverse=True)
-    if len(counts) <= _LISTED_OWNERS:
-        return f"{live} (groups {' + '.join(map(str, counts))})"
-    return f"{live} (groups {counts[-1]} to {counts[0]})"
+    groups = " + ".join(map(str, counts)) if len(counts) <= _LISTED_OWNERS else f"{counts[-1]} to {counts[0]}"
+    drained = sum(owner.draining for owner in owners)
+    return f"{live} (groups {groups}{f', {drained} drained' if drained else ''})"

@@ -34,7 +34,7 @@ def _plan(
     ] = None,
     from_run: Annotated[
         Path | None,
-        typer.Option("--from-run", metavar="RUN", help="An earlier run's directory: its step time and noise scale."),
+        typer.Option("--from-run", metavar="DIR", help="An earlier run's directory: its step time and noise scale."),
     ] = None,
     example: Annotated[
         str | None,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kfdist.cli.complete import complete_run
 from kfdist.cli.options import AsJson
 
 _HOME = Path("runs")
@@ -18,7 +19,12 @@ def register(app: typer.Typer) -> None:
 
 def _report(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="A run's directory, or its name; several are compared.")
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="A run's directory, or its name; several are compared.",
+            autocompletion=complete_run,
+        ),
     ],
     output: Annotated[
         Path | None,

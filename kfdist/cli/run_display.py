@@ -13,10 +13,12 @@ from rich.table import Table
 
 from kfdist.cli.block_table import COLUMNS, block_table, blocks_of, shortened
 from kfdist.cli.find_runs import Survey
+from kfdist.cli.live_view import ranks_of, step_of
 from kfdist.cli.run_files import RunFiles
 from kfdist.cli.run_target import Target
-from kfdist.control.client import EventView, RunView, finite_or_none
+from kfdist.control.client import EventView, OwnerView, RunView, finite_or_none
 from kfdist.errors import EnvironmentFault
+from kfdist.policies import tuning
 from kfdist.telemetry.metrics import METRICS, Kind
 from kfdist.types import MetricSample
 
@@ -39,7 +41,8 @@ def print_target(target: Target, *, as_json: bool) -> None:
         return
     try:
         with target.client() as client:
-            print_run(target.view(client), client.samples(target.name), as_json=as_json)
+            run, owners = target.view(client), client.owners(target.name)
+            print_run(run, owners, client.samples(target.name), as_json=as_json)
     except EnvironmentFault as fault:
         if target.files is None:
             raise
@@ -83,19 +86,20 @@ def _remark(name: str, value: object) -> str:
     return str(value)
 
 
-def print_run(run: RunView, samples: Sequence[MetricSample], *, as_json: bool) -> None:
+def print_run(run: RunView, owners: Sequence[OwnerView], samples: Sequence[MetricSample], *, as_json: bool) -> None:
     """Prints one run: a line for each fact and each counter, then a line for each block.
 
     Args:
         run: The run.
+        owners: The live owners.
         samples: What its processes measured.
         as_json: All of it as one JSON object instead.
     """
     if as_json:
         listed = [{**asdict(sample), "value": finite_or_none(sample.value)} for sample in samples]
-        print(json.dumps({**run.to_json(), "samples": listed}))
+        print(json.dumps({**run.to_json(), "owners": [asdict(owner) for owner in owners], "samples": listed}))
         return
-    _print_facts(_facts(run) + _counters(samples))
+    _print_facts(_facts(run, owners) + _settings(run) + _counters(samples))
     _print_blocks(samples)
 
 
@@ -139,22 +143,46 @@ def run_line(run: RunView) -> str:
     """Returns a run in one line."""
     measured = ", ".join(f"{name} {value:.4g}" for name, value in _gauges(run))
     members = f"{run.live_workers} workers, {run.live_owners} owners"
-    return f"{run.name}: {run.state} at step {_step(run)}, {members}" + (f", {measured}" if measured else "")
+    return f"{run.name}: {run.state} at step {step_of(run)}, {members}" + (f", {measured}" if measured else "")
 
 
-def _facts(run: RunView) -> list[tuple[str, str]]:
+def _facts(run: RunView, owners: Sequence[OwnerView] = ()) -> list[tuple[str, str]]:
     facts = [
         ("run", run.name),
         ("state", run.state.value),
-        ("step", _step(run)),
+        ("step", step_of(run)),
         ("start", str(run.epoch)),
-        ("workers alive", str(run.live_workers)),
+        ("workers alive", ranks_of(run)),
         ("owners alive", str(run.live_owners)),
+        *([("owners", ", ".join(map(_owner, owners)))] if owners else []),
         ("created", run.created.astimezone().strftime("%Y-%m-%d %H:%M:%S")),
     ]
     if run.directory:
         facts.append(("directory", run.directory))
     return facts + [(name, f"{value:.6g}") for name, value in _gauges(run)]
+
+
+def _owner(owner: OwnerView) -> str:
+    state = "drained" if owner.draining else f"{owner.groups} group{'s' if owner.groups != 1 else ''}"
+    return f"{owner.name} ({state})"
+
+
+def _settings(run: RunView) -> list[tuple[str, str]]:
+    """Says what the ranks go by, what of it users have changed, and what they have asked for since."""
+    facts = []
+    if run.settings:
+        facts.append(
+            ("settings", ", ".join(f"{name} {tuning.shown(name, run.settings[name])}" for name in run.settings))
+        )
+    if run.changed:
+        facts.append(("changed by users", f"{', '.join(run.changed)}; the others are as configured"))
+    if run.obeyed_revision:
+        facts.append(
+            ("asked for last", f"revision {run.obeyed_revision}, obeyed by all ranks at step {run.obeyed_step}")
+        )
+    if run.settings and run.settings_revision > run.obeyed_revision:
+        facts.append(("not obeyed yet", f"revision {run.settings_revision}; kfdist events says what it is"))
+    return facts
 
 
 def _gauges(run: RunView) -> list[tuple[str, float]]:
@@ -201,7 +229,7 @@ def _row(run: RunView) -> tuple[str, ...]:
     return (
         run.name,
         run.state.value,
-        _step(run),
+        step_of(run),
         str(run.epoch),
         str(run.live_workers),
         str(run.live_owners),
@@ -277,10 +305,6 @@ def _print_blocks(samples: Sequence[MetricSample]) -> None:
         for block in blocks
     ]
     _print_columns(heads, rows)
-
-
-def _step(run: RunView) -> str:
-    return f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
 
 
 def _short(metric: str) -> str:

@@ -68,6 +68,12 @@ class RunFiles:
             return ""
 
     @property
+    def trainer_pid(self) -> int:
+        """The process of `trainer`; 0 if nobody trains the run, or its lock tells otherwise."""
+        pid = next(iter(self.trainer.split()[1:2]), "")
+        return int(pid) if pid.isdigit() else 0
+
+    @property
     def control_address(self) -> str:
         """Where the controller of its last start served; empty if it had none."""
         if _of(self.config, "cluster", "link") == "local":
@@ -123,6 +129,8 @@ class RunFiles:
             settings_revision=0,
             obeyed_revision=0,
             obeyed_step=0,
+            world_size=self._ranks,
+            changed=(),
         )
 
     def remarks(self) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """The run that a command is about: its controller, its files, and what can't be asked of it any more."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -7,9 +8,12 @@ from dataclasses import dataclass, replace
 from kfdist.cli.run_files import RunFiles
 from kfdist.config import security_from_environment
 from kfdist.control.client import ControlClient, RunView
+from kfdist.control.run_rules import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.rpc.channels import CALL_SECONDS
 from kfdist.system.credentials import Credentials, Role
+
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,31 @@ class Target:
                 )
             yield client
 
+    def ended_view(self, client: ControlClient, *, timeout_seconds: float) -> RunView:
+        """Waits until the run has ended, or its ranks are gone, and returns it.
+
+        A controller that ends with its launch may be gone before it was asked; then the run's files tell.
+
+        Raises:
+            EnvironmentFault: It takes longer than `timeout_seconds`, or nobody can tell any more.
+        """
+        ends = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                run = self.view(client)
+            except EnvironmentFault:
+                if self.files is None:
+                    raise
+                run = self.files.again().view()
+            if run.state.ended or run.state is RunState.LOST:
+                return run
+            if time.monotonic() > ends:
+                raise EnvironmentFault(
+                    f"run {self.name!r} is still {run.state} at step {run.step} after {timeout_seconds:g} s; "
+                    "`kfdist events` says what happened"
+                )
+            time.sleep(_POLL_SECONDS)
+
     def view(self, client: ControlClient) -> RunView:
         """Asks how the run is."""
         return self.located(client.get(self.name))
@@ -77,7 +106,8 @@ def _uncontrolled(target: Target) -> ConfigError | EnvironmentFault:
     if files.trainer:
         return EnvironmentFault(
             f"run {target.name!r} in {files.path} is trained by {files.trainer}, and no controller of it can be "
-            "reached from here; ask on that machine, name the controller with --controller, or send SIGTERM to stop it"
+            f"reached from here. If it has one, ask on that machine or name it with --controller; if not, only a "
+            f"signal stops it: kill -TERM {files.trainer_pid} on that machine has all ranks write a checkpoint and end"
         )
     when = f", {files.heard.astimezone():%Y-%m-%d %H:%M}" if files.heard is not None else ""
     return ConfigError(f"run {target.name!r} in {files.path} has ended ({files.standing()}{when}); {files.advice()}")

@@ -11,10 +11,6 @@ from kfdist.errors import ConfigError
 from kfdist.policies import tuning
 from kfdist.types import Value
 
-AS_CONFIGURED = "configured"
-"""The word for a value that is to be as the configuration has it."""
-
-
 _KEYS = ", ".join(tuning.NAMES)
 
 
@@ -29,7 +25,7 @@ def _set(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE...",
-            help=f"One or more of {', '.join(tuning.NAMES)}. {AS_CONFIGURED!r} for VALUE goes back to the "
+            help=f"One or more of {', '.join(tuning.NAMES)}. {tuning.AS_CONFIGURED!r} for VALUE goes back to the "
             "configuration; 'none' takes a bound or the clip away.",
             show_default=False,
         ),
@@ -70,7 +66,7 @@ def parse_settings(settings: list[str]) -> dict[str, Value | None]:
 
 
 def _parsed(name: str, text: str) -> Value | None:
-    if text == AS_CONFIGURED:
+    if text == tuning.AS_CONFIGURED:
         return None
     if name in tuning.WORDS:
         return text
@@ -81,4 +77,6 @@ def _parsed(name: str, text: str) -> Value | None:
     except ValueError:
         kind = "whole number" if name in tuning.WHOLE else "number"
         none = ', "none"' if name in tuning.NONE else ""
-        raise ConfigError(f"is {text!r}, which is no {kind}; give one{none} or {AS_CONFIGURED!r}", path=name) from None
+        raise ConfigError(
+            f"is {text!r}, which is no {kind}; give one{none} or {tuning.AS_CONFIGURED!r}", path=name
+        ) from None

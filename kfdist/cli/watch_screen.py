@@ -3,12 +3,12 @@
 import queue
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from kfdist.cli.live_view import RunPicture
 from kfdist.cli.run_target import Target
-from kfdist.control.client import ControlClient, RunView
+from kfdist.control.client import ControlClient, OwnerView, RunView
 from kfdist.errors import KfdistError
 from kfdist.types import MetricSample
 
@@ -35,11 +35,10 @@ class RunScreen:
         self._run: RunView | None = None
         self._losses: deque[float] = deque(target.files.losses() if target.files else (), maxlen=_KEPT_LOSSES)
         self._progress: deque[tuple[float, int]] = deque()
-        self._ranks = 0
         self._away = 0.0
         self._client: ControlClient | None = None
         self._samples: Sequence[MetricSample] = ()
-        self._owners: Mapping[str, int] = {}
+        self._owners: Sequence[OwnerView] = ()
 
     def is_away(self, seconds: float) -> None:
         """Notes for how long the controller hasn't answered; called by the thread that listens."""
@@ -72,7 +71,7 @@ class RunScreen:
         try:
             self._client = self._client or self._target.controller.client(seconds=FRAME_SECONDS)
             self._samples = self._client.samples(self._target.name)
-            self._owners = self._client.shares(self._target.name)
+            self._owners = self._client.owners(self._target.name)
         except KfdistError:
             if self._client is not None:
                 self._client.close()
@@ -88,16 +87,13 @@ class RunScreen:
             owners=self._owners,
             losses=list(self._losses),
             rate=self._rate(),
-            ranks=self._ranks,
             note=f"{away_note(self._target)}, for {self._away:.0f} s now" if self._away else note,
         )
 
     def _note(self, run: RunView) -> None:
         known, self._run = self._run, run
         if known is None or run.epoch != known.epoch:
-            self._ranks = 0
             self._progress.clear()
-        self._ranks = max(self._ranks, run.live_workers)
         if known is None or run.step != known.step:
             now = time.monotonic()
             self._progress.append((now, run.step))

@@ -5,10 +5,16 @@ from typing import Annotated
 
 import typer
 
+from kfdist.cli.complete import complete_owner, complete_run
 from kfdist.cli.control_commands import Address, Run, connected, steer
 from kfdist.cli.options import AsJson
 
-Owner = Annotated[str, typer.Argument(metavar="OWNER", help="The owner's name.")]
+Owner = Annotated[
+    str,
+    typer.Argument(
+        metavar="OWNER", help="The owner's name, as kfdist status RUN lists them.", autocompletion=complete_owner
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +24,9 @@ def register(app: typer.Typer) -> None:
 
 
 def _refresh(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's name or its directory.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="The run's name or its directory.", autocompletion=complete_run)
+    ],
     blocks: Annotated[
         list[str] | None,
         typer.Argument(metavar="[BLOCK...]", help="Names or globs, such as 'layer4.*'; all if not given."),

@@ -26,7 +26,6 @@ WATCH_SECONDS = 60.0
 """Deadline of one call of a watch; the watch goes on with the next call, from the last revision."""
 
 RECONNECT_SECONDS = 0.5
-_POLL_SECONDS = 0.2
 
 _STATES: Mapping[int, RunState] = {run_pb2.RunState.Value(f"RUN_STATE_{state.name}"): state for state in RunState}
 
@@ -52,11 +51,22 @@ class RunView:
     settings_revision: int
     obeyed_revision: int
     obeyed_step: int
+    world_size: int
+    changed: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
         """Returns what `--json` prints."""
         gauges = {name: finite_or_none(value) for name, value in self.gauges.items()}
         return {**vars(self), "state": self.state.value, "created": self.created.isoformat(), "gauges": gauges}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnerView:
+    """An owner that is alive, and how many groups of a run it inverts."""
+
+    name: str
+    groups: int
+    draining: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,16 +205,14 @@ class ControlClient:
         """Returns what a run's processes measured: gauges, counters, and of each histogram its sum and count."""
         return samples_of(self._call(self._runs.ListSamples, run_pb2.ListSamplesRequest(name=name)).samples)
 
-    def owners(self, name: str) -> list[str]:
-        """Returns the names of the live owners, as a run's couriers get them."""
+    def owners(self, name: str) -> list[OwnerView]:
+        """Returns the live owners, as a run's couriers get them."""
         response = self._call(self._membership.GetAssignment, membership_pb2.GetAssignmentRequest(run=name))
-        return [owner.owner_id for owner in response.owners]
-
-    def shares(self, name: str) -> dict[str, int]:
-        """Returns how many groups of a run each live owner inverts, by the owner's name."""
-        response = self._call(self._membership.GetAssignment, membership_pb2.GetAssignmentRequest(run=name))
-        counts = Counter(response.owner_by_group.values())
-        return {owner.owner_id: counts[owner.owner_id] for owner in response.owners}
+        groups = Counter(response.owner_by_group.values())
+        return [
+            OwnerView(name=owner.owner_id, groups=groups[owner.owner_id], draining=owner.draining)
+            for owner in response.owners
+        ]
 
     def watch(
         self,
@@ -249,22 +257,6 @@ class ControlClient:
                 self._open()  # with the certificate and the token of now
             time.sleep(RECONNECT_SECONDS)
 
-    def wait_for_end(self, name: str, *, timeout_seconds: float) -> RunView:
-        """Waits until a run has ended, or its ranks are gone, and returns it.
-
-        Raises:
-            EnvironmentFault: It takes longer than `timeout_seconds`; also as for every method.
-        """
-        ends = time.monotonic() + timeout_seconds
-        while not ((run := self.get(name)).state.ended or run.state is RunState.LOST):
-            if time.monotonic() > ends:
-                raise EnvironmentFault(
-                    f"run {name!r} is still {run.state} at step {run.step} after {timeout_seconds:g} s; "
-                    "`kfdist events` says what happened"
-                )
-            time.sleep(_POLL_SECONDS)
-        return run
-
     def _change(self, method: Callable[..., Any], request: Any) -> RunView:
         request.request_id = uuid.uuid4().hex
         return _run_view(self._call(method, request).run)
@@ -301,6 +293,8 @@ def _run_view(run: run_pb2.Run) -> RunView:
         settings_revision=run.settings_revision,
         obeyed_revision=run.obeyed_revision,
         obeyed_step=run.obeyed_step,
+        world_size=run.world_size,
+        changed=tuple(run.changed),
     )
 
 

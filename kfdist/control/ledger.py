@@ -344,8 +344,9 @@ class Ledger:
                 replace(owner, draining=known[owner.owner_id].draining) if owner.owner_id in known else owner
                 for owner in changed
             ]
-            events = (_owner_event(known.get(owner.owner_id), owner) for owner in changed)
-            await self._commit(self._with_owners(changed, [event for event in events if event is not None]))
+            told = (_owner_event(known.get(owner.owner_id), owner) for owner in changed)
+            events = [event for event in told if event is not None]
+            await self._commit(self._with_owners(changed, lambda record: events))
 
     async def _drain(self, owner_id: str, draining: bool, who: str, request: Request) -> inversion_pb2.Owner:
         async with self._lock:
@@ -361,19 +362,23 @@ class Ledger:
                 )
             after = replace(before, draining=draining)
             kind, what = ("owner_drained", "no new jobs") if draining else ("owner_undrained", "jobs again")
-            events = [Event(kind=kind, text=f"owner {owner_id} gets {what}, asked for by {who}")]
-            batch = self._with_owners([after], events) if after != before else Batch()
+
+            def tell(record: RunRecord) -> list[Event]:
+                step = self._notes.get(record.name, {}).get("step", record.step)
+                return [Event(kind=kind, text=f"owner {owner_id} gets {what}, asked for at step {step} by {who}")]
+
+            batch = self._with_owners([after], tell) if after != before else Batch()
             await self._commit(replace(batch, answer=_answer(request, after.message())))
             return after.message()
 
-    def _with_owners(self, changed: Sequence[OwnerRecord], events: Sequence[Event]) -> Batch:
-        """Returns what becomes of runs and their groups when owners have changed."""
+    def _with_owners(self, changed: Sequence[OwnerRecord], tell: Callable[[RunRecord], Sequence[Event]]) -> Batch:
+        """Returns what becomes of runs and their groups when owners have changed, and tells each run's log."""
         owners = _with_changes(self._owners, changed)
         live = sum(owner.live for owner in owners.values())
         takers = [owner.owner_id for owner in owners.values() if owner.takes_jobs]
         updates, assignments = [], []
         for record in self._runs.values():
-            told = () if record.state.ended else tuple(events)
+            told = () if record.state.ended else tuple(tell(record))
             moved = replace(record, live_owners=live)
             if moved != record or told:
                 updates.append(_update(record, Change(moved, told)))

@@ -3,7 +3,7 @@
 The rules are pure functions from a record to a `Change`: nothing here stores, sends or reads a clock.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -121,6 +121,8 @@ class RunRecord:
             settings_revision=self.settings.revision,
             obeyed_revision=self.obeyed_revision,
             obeyed_step=self.obeyed_step,
+            world_size=self.world_size,
+            changed=self.in_force.changed,
         )
 
 
@@ -260,7 +262,7 @@ def reported(record: RunRecord, *, phase: str, step: int, in_force: InForce | No
 
 def _obeyed(record: RunRecord, in_force: InForce, phase: str) -> tuple[RunRecord, tuple[Event, ...]]:
     """Notes what the ranks go by, and at which step they took up what users had asked for."""
-    events = []
+    events = list(_kept(record, in_force))
     newest = max((each.revision for each in in_force.obeyed), default=0)
     if newest > record.settings.revision:
         record = _ahead_of(record, newest, phase)
@@ -292,6 +294,13 @@ def _obeyed(record: RunRecord, in_force: InForce, phase: str) -> tuple[RunRecord
             obeyed_step=each.step,
         )
     return replace(record, in_force=replace(in_force, obeyed=())), tuple(events)
+
+
+def _kept(record: RunRecord, in_force: InForce) -> Iterator[Event]:
+    """Tells, when a start begins, what users had changed in an earlier one, as its checkpoint has it."""
+    kept = {name: in_force.values[name] for name in in_force.changed if name not in record.settings.changes}
+    if kept and not record.in_force.values:
+        yield Event(kind="settings_kept", text=tuning.kept(record.name, kept))
 
 
 def _ahead_of(record: RunRecord, newest: int, phase: str) -> RunRecord:
@@ -408,7 +417,7 @@ def replanned(record: RunRecord, text: str, who: str) -> Change:
         Refusal: FAILED_PRECONDITION: the run has ended.
     """
     _check_steerable(record)
-    return Change(record, (Event(kind="replanned", text=f"{text}; asked for by {who}"),))
+    return Change(record, (Event(kind="replanned", text=f"{text}; asked for at step {record.step} by {who}"),))
 
 
 def timestamp(time_ns: int) -> Timestamp:

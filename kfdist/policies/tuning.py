@@ -38,7 +38,10 @@ WORDS: Mapping[str, tuple[str, ...]] = {"adoption": ("asap", "fixed-lag"), "at_h
 WHOLE = ("factor_period", "inverse_period", "lag", "soft_bound", "hard_bound")
 """Those that are whole numbers."""
 
-_UNSAID, _AS_CONFIGURED = math.nan, -1.0
+AS_CONFIGURED = "configured"
+"""The word for a value that is to be as the configuration has it."""
+
+_UNSAID, _CODE_AS_CONFIGURED = math.nan, -1.0
 
 
 def changed(before: Mapping[str, Value], changes: Mapping[str, Value | None]) -> dict[str, Value]:
@@ -60,7 +63,7 @@ def encode(changes: Mapping[str, Value | None]) -> list[float]:
 def decode(codes: Sequence[float]) -> dict[str, Value | None]:
     """Reads back what `encode` laid out."""
     said = {name: code for name, code in zip(NAMES, codes, strict=True) if not math.isnan(code)}
-    return {name: None if code == _AS_CONFIGURED else _value(name, code) for name, code in said.items()}
+    return {name: None if code == _CODE_AS_CONFIGURED else _value(name, code) for name, code in said.items()}
 
 
 def shown(name: str, value: Value) -> str:
@@ -70,9 +73,16 @@ def shown(name: str, value: Value) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
+def kept(run: str, changes: Mapping[str, Value]) -> str:
+    """Says what users had changed before a run was resumed, and how to go back to the configuration."""
+    values = ", ".join(f"{name} {shown(name, value)}" for name, value in changes.items())
+    back = " ".join(f"{name}={AS_CONFIGURED}" for name in changes)
+    return f"{values}, as set in an earlier start, whatever the configuration says; `kfdist set {run} {back}` goes back"
+
+
 def _code(name: str, value: Value | None) -> float:
     if value is None:
-        return _AS_CONFIGURED
+        return _CODE_AS_CONFIGURED
     return float(WORDS[name].index(value)) if isinstance(value, str) else float(value)
 
 

@@ -111,6 +111,7 @@ def in_force_message(in_force: InForce) -> membership_pb2.InForce:
         job_periods=in_force.job_periods,
         late_damping=in_force.late_damping,
         obeyed=[membership_pb2.Obeyed(**asdict(each)) for each in in_force.obeyed],
+        changed=in_force.changed,
     )
 
 
@@ -122,6 +123,7 @@ def in_force_of(message: membership_pb2.InForce) -> InForce:
         job_periods=tuple(message.job_periods),
         late_damping=tuple(message.late_damping),
         obeyed=tuple(Obeyed(revision=each.revision, step=each.step, refused=each.refused) for each in message.obeyed),
+        changed=tuple(message.changed),
     )
 
 

@@ -90,6 +90,7 @@ class SettingsInForce:
             fixed=self.fixed,
             job_periods=tuple(sorted({each.own_period for each in inverters if each.own_period is not None})),
             late_damping=tuple(sorted({each.name for each in inverters if not each.produces.damping_at_apply})),
+            changed=tuple(name for name in self.changes if name in values),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from kfdist.comm.together import require_equal
 from kfdist.config import Config, to_toml
 from kfdist.config.service_sections import SecuritySection
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
+from kfdist.policies import tuning
 from kfdist.system.credentials import Role
 from kfdist.system.provenance import hardware, versions
 from kfdist.system.run_notices import RunNotice, place_of, posted
@@ -267,6 +268,8 @@ def _announce(training: Training, standing: Standing, progress: Progress, remark
         f"{config.data.name}, {config.optimizer.name} with {config.preconditioner.described}, "
         f"{training.learning_rate.total_steps} steps of {ranks} x {config.data.batch_size} examples"
     )
+    if changes := training.preconditioner.pipeline.in_force.changes:
+        progress.say(tuning.kept(config.run.name, changes))
 
 
 @contextmanager

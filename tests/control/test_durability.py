@@ -90,7 +90,7 @@ def test_an_acknowledged_end_of_a_run_survives(tmp_path):
     with ControllerThread(tmp_path / "control.sqlite") as controller, controller.client() as client:
         run = client.get("r")
         assert (run.state, run.step, run.epoch) == (RunState.FINISHED, 120, 7)
-        assert client.owners("r") == ["owner-0"]
+        assert [owner.name for owner in client.owners("r")] == ["owner-0"]
 
 
 def test_a_second_controller_on_the_same_port_is_refused(tmp_path, controller):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kfdist.cli import control_commands, find_runs, settings_command
+from kfdist.cli import control_commands, find_runs, main, settings_command
+from kfdist.cli.complete import complete_owner, complete_run
+from kfdist.control.run_rules import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.credentials import Credentials, Role
 from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, place_of, posted
-from tests.support.controller import ControllerThread, Member
+from tests.support.controller import ControllerThread, Member, eventually
 
 Kfdist = Callable[..., str]
 Post = Callable[..., None]
@@ -169,8 +172,48 @@ def test_a_run_that_has_no_controller_tells_what_its_files_do(kfdist, post, trai
     post("", "digits", training, database="")
     shown = kfdist("status")
     assert "running" in shown and "40/60" in shown and "process 5 on" in shown
-    with pytest.raises(EnvironmentFault, match="is trained by process 5 on .*send SIGTERM"):
+    with pytest.raises(EnvironmentFault, match="is trained by process 5 on .*only a signal stops it: kill -TERM 5 on"):
         kfdist("stop")
+
+
+def test_a_stop_that_outlives_the_controller_ends_with_what_the_files_say(kfdist, post, training, tmp_path, member):
+    ending = ControllerThread(tmp_path / "c.sqlite")
+    with ending.client() as client:
+        client.create("digits", directory=str(training))
+        post(ending.address, "digits", training)
+
+        def end_with_the_launch() -> None:
+            eventually(lambda: client.get("digits").state, lambda state: state is RunState.STOPPING)
+            ending.close()
+            (training / "summary.json").write_text(json.dumps({"status": "stopped", "run": "digits"}))
+            (training / "lock").unlink()
+
+        launch = threading.Thread(target=end_with_the_launch)
+        launch.start()
+        shown = kfdist("stop", "--wait")
+        launch.join()
+    assert shown.startswith("digits: stopped at step 40/60")
+
+
+def test_a_shell_completes_runs_and_owners(post, controller, client, member, training, tmp_path):
+    client.create("dogs")
+    member.register_owner("owner-0")
+    post(controller.address, database=str(tmp_path / "control.sqlite"))
+    assert complete_run("d") == ["digits", "dogs"]
+    assert complete_run("runs/d") == ["runs/digits"]
+    assert (complete_owner("own"), complete_owner("x")) == (["owner-0"], [])
+
+
+def test_every_command_that_takes_a_run_or_an_owner_has_it_completed():
+    commands = typer.main.get_command(main.app)
+    named = [
+        (name, parameter.metavar, parameter._custom_shell_complete)
+        for name, command in commands.commands.items()
+        for parameter in command.params
+        if str(parameter.metavar).strip(".") in ("RUN", "OWNER")
+    ]
+    assert len(named) >= 13
+    assert [each for each in named if each[2] is None] == []
 
 
 def test_a_controller_that_is_away_leaves_the_files(kfdist, post, training):

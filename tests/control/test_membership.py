@@ -312,7 +312,7 @@ class TestRestart:
             member.register_worker("r", groups=wire_groups())
             member.beat_worker("r")
         with ControllerThread(state, lease_seconds=0.5) as second, second.client() as client:
-            assert client.owners("r") == ["owner-0"]
+            assert [owner.name for owner in client.owners("r")] == ["owner-0"]
             eventually(lambda: client.get("r").state, lambda seen: seen is RunState.LOST)
             eventually(lambda: client.owners("r"), lambda owners: owners == [])
         with ControllerThread(state) as third, third.client() as client:

@@ -5,6 +5,7 @@ import pytest
 from kfdist.errors import ConfigError
 from kfdist.rpc.authentication import user_metadata
 from kfdist.types import InForce, Obeyed
+from tests.support.controller import eventually
 
 ASAP = InForce(
     values={
@@ -105,6 +106,24 @@ def test_as_configured_again(client, member, trains) -> None:
     settings = member.beat_worker("r").settings
     assert list(settings.as_configured) == ["damping"] and not settings.HasField("damping")
     assert texts(client, "settings_changed")[-1].startswith(f"{WHO} set damping from 0.03 to as configured")
+
+
+def test_what_a_checkpoint_kept_is_told_when_a_start_begins_with_the_way_back(client, member, trains) -> None:
+    kept = InForce(values={**ASAP.values, "damping": 0.5}, changed=("damping",))
+    trains(kept)  # the run had begun, as configured: somebody's change that this controller knows nothing of
+    eventually(lambda: client.get("r").changed, lambda changed: changed == ("damping",))
+    assert texts(client, "settings_kept") == []
+    member.register_worker("r", epoch=2)
+    assert client.get("r").changed == ()
+    for step in (8, 9):
+        member.beat_worker("r", epoch=2, step=step, in_force=kept)
+    (text,) = texts(client, "settings_kept")
+    assert text.startswith("damping 0.5, as set in an earlier start, whatever the configuration says")
+    assert "`kfdist set r damping=configured` goes back" in text
+    client.update_settings("r", damping=0.25)
+    member.register_worker("r", epoch=3)
+    member.beat_worker("r", epoch=3, step=9, in_force=kept)
+    assert len(texts(client, "settings_kept")) == 1, "this controller asks for it, and the ranks will obey"
 
 
 def test_adoption_can_be_changed_with_what_goes_with_it(client, member, trains) -> None:

@@ -57,7 +57,7 @@ def test_a_drained_owner_is_alive_but_has_no_groups_until_it_is_undrained(trains
     assert trains.get("r").live_owners == 2
     member.register_owner("owner-1", restarts=1)  # what restarts it knows nothing of the draining
     assert set(owners_of(member).values()) == {"owner-0"}
-    assert texts(trains, "owner_drained")[0].startswith("owner owner-1 gets no new jobs, asked for by ")
+    assert texts(trains, "owner_drained")[0].startswith("owner owner-1 gets no new jobs, asked for at step 7 by ")
     trains.undrain("owner-1")
     assert set(owners_of(member).values()) == {"owner-0", "owner-1"}
     assert kinds(trains)[-1] == "owner_undrained"
@@ -128,13 +128,13 @@ def test_groups_are_dealt_anew_by_measured_seconds_and_stay_so(trains, member) -
         trains.replan("r")
     assert owners_of(member) == {"conv1": "owner-0", "conv2": "owner-1", "fc1": "owner-0", "head": "owner-1"}
     seconds = {"conv1": 1.0, "conv2": 1.0, "head": 9.0}  # fc1 counts by its cost: 11 s / 8 * 2
-    member.beat_worker("r", inversion_seconds=seconds)
+    member.beat_worker("r", step=9, inversion_seconds=seconds)
     trains.replan("r")
     dealt = owners_of(member)
     assert dealt == {"head": "owner-0", "fc1": "owner-1", "conv1": "owner-1", "conv2": "owner-1"}
     (text,) = texts(trains, "replanned")
     assert text.startswith("groups dealt anew from 3 measured inversions: 3 of 4 moved; the busiest owner has 9 s")
-    assert ", before 10 s; asked for by " in text
+    assert ", before 10 s; asked for at step 9 by " in text
     member.register_worker("r", groups=GROUPS)  # a courier that comes back brings the estimated costs again
     assert owners_of(member) == dealt
     member.register_owner("owner-2")

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from kfdist.cli.live_view import RunPicture, sparkline
-from kfdist.control.client import RunView
+from kfdist.control.client import OwnerView, RunView
 from kfdist.control.run_rules import RunState
 from kfdist.types import MetricSample
 
@@ -35,8 +35,14 @@ def run(**changes) -> RunView:
         "settings_revision": 0,
         "obeyed_revision": 0,
         "obeyed_step": 0,
+        "world_size": 2,
+        "changed": (),
     }
     return RunView(**{**told, **changes})
+
+
+def owners(**groups: int) -> list[OwnerView]:
+    return [OwnerView(name=name, groups=count, draining=not count) for name, count in groups.items()]
 
 
 def lines(picture: RunPicture, width: int = 80, height: int = 24) -> list[str]:
@@ -47,9 +53,7 @@ def lines(picture: RunPicture, width: int = 80, height: int = 24) -> list[str]:
 
 @pytest.mark.parametrize("width", [40, 80, 160])
 def test_everything_fits(width):
-    picture = RunPicture(
-        run=run(), samples=BLOCKS, owners={"a": 200, "b": 100}, losses=[2.0, 1.0, 0.125], rate=12.5, ranks=2
-    )
+    picture = RunPicture(run=run(), samples=BLOCKS, owners=owners(a=200, b=100), losses=[2.0, 1.0, 0.125], rate=12.5)
     shown = lines(picture, width)
     assert max(map(len, shown)) <= width
     assert len(shown) <= 24
@@ -66,13 +70,17 @@ def test_everything_fits(width):
 
 def test_what_is_missing_is_said():
     picture = RunPicture(
-        run=run(live_workers=254, gauges={}), ranks=256, owners=dict.fromkeys("abcdef", 3), note="away"
+        run=run(live_workers=254, world_size=256, gauges={}), owners=owners(**dict.fromkeys("abcdef", 3)), note="away"
     )
     text = "\n".join(lines(picture))
     assert "ranks 254 of 256" in text
     assert "owners 2 (groups 3 to 3)" in text
     assert "loss" not in text and "BLOCK" not in text
     assert text.endswith("away")
+
+
+def test_drained_owners_are_counted():
+    assert "owners 2 (groups 4 + 0, 1 drained)" in "\n".join(lines(RunPicture(run=run(), owners=owners(a=4, b=0))))
 
 
 def test_trouble_is_counted():

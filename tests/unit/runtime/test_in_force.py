@@ -123,6 +123,14 @@ def test_what_was_due_is_counted_right_whenever_periods_change(changes: list[tup
         ]
 
 
+def test_the_names_of_changes_that_are_in_force_are_told() -> None:
+    held = in_force(adoption=FixedLag(3), factor_period=2, inverse_period=10, lr=0.1)
+    held.take({"damping": 0.5, "soft_bound": 40, "lag": 4})
+    assert held.told(0).changed == ("damping", "lag"), "bounds are for asap"
+    held.take({"damping": None, "adoption": "asap", "lag": None})
+    assert held.told(0).changed == ("adoption", "soft_bound")
+
+
 class Run:
     """A model trained in this process by synchronous K-FAC, whose users a test plays."""
 

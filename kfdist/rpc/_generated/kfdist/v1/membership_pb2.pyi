@@ -186,7 +186,7 @@ class MethodSettings(_message.Message):
     def __init__(self, damping: _Optional[float] = ..., kl_clip: _Optional[float] = ..., factor_period: _Optional[int] = ..., inverse_period: _Optional[int] = ..., adoption: _Optional[str] = ..., lag: _Optional[int] = ..., soft_bound: _Optional[int] = ..., hard_bound: _Optional[int] = ..., at_hard_bound: _Optional[str] = ...) -> None: ...
 
 class InForce(_message.Message):
-    __slots__ = ("values", "fixed", "job_periods", "late_damping", "obeyed")
+    __slots__ = ("values", "fixed", "job_periods", "late_damping", "obeyed", "changed")
     class FixedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -199,12 +199,14 @@ class InForce(_message.Message):
     JOB_PERIODS_FIELD_NUMBER: _ClassVar[int]
     LATE_DAMPING_FIELD_NUMBER: _ClassVar[int]
     OBEYED_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
     values: MethodSettings
     fixed: _containers.ScalarMap[str, str]
     job_periods: _containers.RepeatedScalarFieldContainer[int]
     late_damping: _containers.RepeatedScalarFieldContainer[str]
     obeyed: _containers.RepeatedCompositeFieldContainer[Obeyed]
-    def __init__(self, values: _Optional[_Union[MethodSettings, _Mapping]] = ..., fixed: _Optional[_Mapping[str, str]] = ..., job_periods: _Optional[_Iterable[int]] = ..., late_damping: _Optional[_Iterable[str]] = ..., obeyed: _Optional[_Iterable[_Union[Obeyed, _Mapping]]] = ...) -> None: ...
+    changed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, values: _Optional[_Union[MethodSettings, _Mapping]] = ..., fixed: _Optional[_Mapping[str, str]] = ..., job_periods: _Optional[_Iterable[int]] = ..., late_damping: _Optional[_Iterable[str]] = ..., obeyed: _Optional[_Iterable[_Union[Obeyed, _Mapping]]] = ..., changed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Obeyed(_message.Message):
     __slots__ = ("revision", "step", "refused")

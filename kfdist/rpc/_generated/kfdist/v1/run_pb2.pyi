@@ -33,7 +33,7 @@ RUN_STATE_FAILED: RunState
 RUN_STATE_LOST: RunState
 
 class Run(_message.Message):
-    __slots__ = ("name", "state", "revision", "epoch", "step", "total_steps", "live_workers", "live_owners", "created", "directory", "gauges", "settings", "settings_revision", "obeyed_revision", "obeyed_step")
+    __slots__ = ("name", "state", "revision", "epoch", "step", "total_steps", "live_workers", "live_owners", "created", "directory", "gauges", "settings", "settings_revision", "obeyed_revision", "obeyed_step", "world_size", "changed")
     class GaugesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,8 @@ class Run(_message.Message):
     SETTINGS_REVISION_FIELD_NUMBER: _ClassVar[int]
     OBEYED_REVISION_FIELD_NUMBER: _ClassVar[int]
     OBEYED_STEP_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: RunState
     revision: int
@@ -71,7 +73,9 @@ class Run(_message.Message):
     settings_revision: int
     obeyed_revision: int
     obeyed_step: int
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., revision: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., live_workers: _Optional[int] = ..., live_owners: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., directory: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ..., settings: _Optional[_Union[_membership_pb2.MethodSettings, _Mapping]] = ..., settings_revision: _Optional[int] = ..., obeyed_revision: _Optional[int] = ..., obeyed_step: _Optional[int] = ...) -> None: ...
+    world_size: int
+    changed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., revision: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., live_workers: _Optional[int] = ..., live_owners: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., directory: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ..., settings: _Optional[_Union[_membership_pb2.MethodSettings, _Mapping]] = ..., settings_revision: _Optional[int] = ..., obeyed_revision: _Optional[int] = ..., obeyed_step: _Optional[int] = ..., world_size: _Optional[int] = ..., changed: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CreateRequest(_message.Message):
     __slots__ = ("request_id", "name", "directory", "total_steps", "config")
