@@ -105,14 +105,18 @@ class AbstractPreconditioner(ABC):
         """Whether one rank computes the direction and sends it to the others, because solving is the costly part."""
         return False
 
-    def spectra(self) -> dict[str, tuple[Tensor, int]]:
+    def spectra(self, memory: BlockMemory) -> dict[str, tuple[Tensor, int]]:
         """Returns the eigenvalues of each factor that are held or cheap, by the factor's name, and its dimension.
 
         For records of a run, not for the training path: it may wait for the device.
 
+        Args:
+            memory: What the block keeps beside the inverse.
+
         Raises:
             RuntimeError: They can't be computed, as of an inverse that isn't finite.
         """
+        del memory
         return {}
 
     @abstractmethod
@@ -254,7 +258,8 @@ class KroneckerInverse(InvertedFactors):
     A_inverse: Tensor = symmetric_field()
 
     @override
-    def spectra(self) -> dict[str, tuple[Tensor, int]]:
+    def spectra(self, memory: BlockMemory) -> dict[str, tuple[Tensor, int]]:
+        del memory
         c, p, q = self.shape
         factors = {"A": (self.A_inverse, self.damping_A, c * q), "G": (self.G_inverse, self.damping_G, c * p)}
         return {
@@ -314,7 +319,8 @@ class KroneckerSpectrum(AbstractPreconditioner):
         return cls(trace_A=trace_A, trace_G=trace_G, **spectra, tail_G=G.tail, damping_rule=damping_rule)
 
     @override
-    def spectra(self) -> dict[str, tuple[Tensor, int]]:
+    def spectra(self, memory: BlockMemory) -> dict[str, tuple[Tensor, int]]:
+        del memory
         c, p, q = self.shape
         return {"A": (self.w_A, c * q), "G": (self.w_G, c * p)}
 

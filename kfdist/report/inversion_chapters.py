@@ -14,6 +14,11 @@ _SHOWN_CHECKPOINTS = 4
 
 _SHOWN_SPECTRA = 4
 
+_SCALES = (
+    "EKFAC's scales are mean squares of the gradients along the eigenvectors of both factors, as the ranks measured "
+    "them: the eigenvalues of the block itself.",
+)
+
 
 def staleness(run: Recorded) -> Chapter:
     """Returns the chapter on how old inverses are."""
@@ -114,7 +119,8 @@ def spectra(run: Recorded) -> Chapter:
         title=title,
         sentences=[
             f"Eigenvalues that the inverse in use had at the checkpoints of the steps {steps}, from the largest on; "
-            f"those that a method neither keeps nor has at hand (large dense inverses) are not drawn.{few}"
+            f"those that a method neither keeps nor has at hand (large dense inverses) are not drawn.{few}",
+            *(_SCALES if any("scales" in found for found in chosen[-1]["factors"].values()) else ()),
         ],
         plots=[
             Plot(

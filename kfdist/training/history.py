@@ -6,7 +6,8 @@ Each line is an object with `event`, `time` and `step`:
     window    the steps since the last window of this start. `staleness`: the largest of each block in it, null where
               it has no inverse yet. `phases` and `inversions` (by method, over all ranks): `Durations` of it.
               `totals`: since the start, over all ranks. `diagnostics`: by block, of the inversion in use
-    spectrum  `factors`: by block and factor, `size` and `points`, (index from 1, eigenvalue) of the inverse in use
+    spectrum  `factors`: by block and factor, `size` and `points`, (index from 1, eigenvalue) of the inverse in use;
+              EKFAC's are "scales", of the whole block
 
 Windows are `log_period` steps long at first; after 256 of them they are twice as long, after 256 more twice as that.
 """
@@ -142,9 +143,14 @@ class History:
         if not self._writes or step < self._spectrum_step * SPECTRUM_GROWTH:
             return
         factors, faults = {}, {}
-        for block, inverse in self._training.preconditioner.inverses().items():
+        inverses = [
+            (block, inverse, track.memories[block])
+            for track in self._training.preconditioner.pipeline.tracks
+            for block, inverse in track.snapshot.preconditioners.items()
+        ]
+        for block, inverse, memory in inverses:
             try:
-                found = {factor: _points(values, size) for factor, (values, size) in inverse.spectra().items()}
+                found = {factor: _points(values, size) for factor, (values, size) in inverse.spectra(memory).items()}
             except RuntimeError as error:  # a record is no reason to end a run
                 faults[block] = error
                 continue

@@ -46,6 +46,13 @@ class EkfacBasis(AbstractPreconditioner):
         return self.Q_A.shape[0], self.Q_G.shape[-1], self.Q_A.shape[-1]
 
     @override
+    def spectra(self, memory: BlockMemory) -> dict[str, tuple[Tensor, int]]:
+        """Returns the scales s as "scales", the eigenvalues of the block itself; nothing before they are measured."""
+        if "scales" not in memory.kept or not (examples := float(memory.kept["examples"])) > 0:
+            return {}
+        return {"scales": (memory.kept["scales"] / examples, memory.kept["scales"].numel())}
+
+    @override
     def calibration_sums(self, samples: Samples) -> dict[str, Tensor]:
         """Sums weight_i (Q_G^T S_i Q_A)^2 over some examples.
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from kfdist.curvature.inverse import KroneckerInverse
+from kfdist.curvature.inverse import BlockMemory, KroneckerInverse
 from kfdist.telemetry.durations import Durations
 from kfdist.training.history import WINDOWS_PER_LENGTH, window_length
 from tests.support.recorded import record
@@ -53,7 +53,7 @@ def test_spectra_are_of_the_inverses_at_checkpoints(run: Path) -> None:
 def test_a_spectrum_that_cannot_be_computed_ends_no_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(inverse: KroneckerInverse) -> dict[str, tuple[torch.Tensor, int]]:
+    def fail(inverse: KroneckerInverse, memory: BlockMemory) -> dict[str, tuple[torch.Tensor, int]]:
         raise torch.linalg.LinAlgError("no convergence")
 
     monkeypatch.setattr(KroneckerInverse, "spectra", fail)

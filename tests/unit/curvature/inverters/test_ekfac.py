@@ -90,6 +90,18 @@ def test_direction_equals_the_dense_solution(t: int) -> None:
     assert relative_error(basis.apply(V, DAMPING, BlockMemory(sums)), solve_dense(matrix, DAMPING, V)) < 1e-10
 
 
+def test_its_spectrum_is_that_of_the_block_as_measured() -> None:
+    samples = uneven(3)
+    basis = basis_of(factors_of_rows(samples))
+    memory = BlockMemory(basis.calibration_sums(samples))
+    values, size = basis.spectra(memory)["scales"]
+    expected = torch.linalg.eigvalsh(in_basis(basis, memory.kept["scales"] / sum(WEIGHT)))
+    assert size == values.numel() == C * P * Q
+    assert relative_error(values.flatten().sort().values, expected.flatten().sort().values) < 1e-10
+    memory.kept["examples"].zero_()
+    assert basis.spectra(memory) == basis.spectra(BlockMemory()) == {}
+
+
 @over_positions
 @pytest.mark.parametrize("seed", range(5))
 def test_frobenius_error_is_never_above_that_of_kfac(t: int, seed: int) -> None:
