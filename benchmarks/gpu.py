@@ -8,15 +8,10 @@ has it; inverses by an owner on CPUs, then by one on the same GPU. `--tiny` runs
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import kfdist
+from kfdist.bench.served import served
 from kfdist.config import load_config
 from kfdist.curvature.inverters import INVERTERS
 from kfdist.errors import ConfigError
@@ -168,42 +164,6 @@ def steps(task: Task, seconds: float, preconditioner_of: Any) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def served(device: str, threads: int) -> Iterator[kfdist.Service]:
-    """Starts a controller and an owner that inverts on a device, as processes of their own, without Ray."""
-    with tempfile.TemporaryDirectory() as folder:
-        ready = Path(folder) / "ready.json"
-        places = [f"control.{each}=127.0.0.1:0" for each in ("address", "metrics_address")]
-        words = ["serve", "--state", f"{folder}/control.sqlite", "--ready-file", str(ready)]
-        words += [word for place in places for word in ("--set", place)]
-        controller = subprocess.Popen([sys.executable, "-m", "kfdist", *words])
-        try:
-            while not ready.exists():
-                if controller.poll() is not None:
-                    raise RuntimeError(f"the controller ended with {controller.returncode}")
-                time.sleep(0.05)
-            address = json.loads(ready.read_text(encoding="utf-8"))["address"]
-            owner = multiprocessing.get_context("spawn").Process(target=_own, args=(address, device, threads))
-            owner.start()
-            try:
-                yield kfdist.connect(address, run="gpu-benchmark", device=device)
-            finally:
-                owner.terminate()
-                owner.join()
-        finally:
-            controller.terminate()
-            controller.wait()
-
-
-def _own(controller: str, device: str, threads: int) -> None:
-    from kfdist.owner.owner import Owner, OwnerOptions
-
-    Owner(OwnerOptions(owner_id="owner-0", controller=controller, device=device, gpu_share=0.5, threads=threads))
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()  # whoever measures ends this one, or has died
-
-
 class Recording(LocalLink):
     """A local link that keeps how long inversions took."""
 
@@ -266,8 +226,8 @@ def measure(task: Task, seconds: float) -> dict[str, Any]:
         found["kfdist, local"] = steps(task, share, preconditioner(LocalLink()))
     else:
         for device in ("cpu", task.device.type):
-            with served(device, threads) as service:
-                found[f"kfdist, owner on {device}"] = steps(task, share, preconditioner(service))
+            with served(threads=threads, device=device) as running:
+                found[f"kfdist, owner on {device}"] = steps(task, share, preconditioner(running.service))
     of_methods: dict[str, dict[str, Any]] = {}
     cheap = ["rs-kfac", "sre-kfac", "kfac", "seng", "eva", "cg-fac", "ekfac", "b-kfac", "b-r-kfac", "b-kfac-c"]
     for method in dict.fromkeys([*cheap, *INVERTERS]):

@@ -1,8 +1,9 @@
 """`kfdist bench`: measurements, with the machine they were made on."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,8 +13,60 @@ from kfdist.cli.options import AsJson
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     bench = typer.Typer(help="Measure, and write the figures with hardware and versions.", no_args_is_help=True)
+    bench.command("overhead")(_overhead)
     bench.command("papers")(_papers)
     app.add_typer(bench, name="bench")
+
+
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Where the figures go, as JSON; a plot lies beside it. benchmarks/results/..."),
+]
+
+
+def _finish(
+    name: str,
+    measure: Callable[[], dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any]], str],
+    *,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measures on one thread, writes and shows."""
+    from kfdist.bench.measuring import measured
+    from kfdist.bench.results import DIRECTORY, write_result
+
+    content = measured(measure)
+    files = write_result(out or DIRECTORY / f"{name}.json", content, plot(content))
+    if as_json:
+        print(json.dumps(content))
+    else:
+        print(describe(content))
+        print(f"written to {' and '.join(map(str, files))}")
+
+
+def _overhead(
+    model: Annotated[str, typer.Option(metavar="resnet18|mlp|gpt", help="What is trained.")] = "resnet18",
+    method: Annotated[str, typer.Option(metavar="NAME", help="The preconditioner's method.")] = "rs-kfac",
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps of SGD and of kfdist that are timed.")] = 500,
+    inversions: Annotated[
+        str,
+        typer.Option(
+            metavar="owner|thread", help="Who inverts on the other core: an owner, or a thread of this process."
+        ),
+    ] = "owner",
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a step costs beside plain SGD's, by turns in one process. 500 steps take some minutes.
+
+    The preconditioner has its defaults. The thread that trains has a core of its own; all else runs on another one.
+    """
+    from kfdist.bench.overhead import OverheadSettings, describe, measure_overhead, plot
+
+    settings = OverheadSettings(model=model, method=method, steps=steps, inversions=inversions)
+    _finish("overhead", lambda: measure_overhead(settings), describe, plot, out=out, as_json=as_json)
 
 
 def _papers(

@@ -15,12 +15,15 @@ from tests.support.sources import FILES, PACKAGE, tree_of
 
 EVERY_RUN = {"train", "worker", "serve", "pool"}
 STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "stop", "events"}
+MEASURING = {"bench overhead"}
 SHOWN_BY = {
     "cli/plan_command.py": {"plan"},
     "forecast/earlier_run.py": {"plan"},
     "forecast/outline.py": {"plan"},
     "forecast/step_time.py": {"plan"},
+    "bench/overhead.py": {"bench overhead"},
     "bench/papers.py": {"bench papers"},
+    "bench/results.py": MEASURING,
     "cli/control_commands.py": STEERING,
     "cli/find_runs.py": STEERING,
     "cli/run_target.py": STEERING,
@@ -71,7 +74,15 @@ def _options() -> dict[str, set[str]]:
     return found
 
 
-GIVING = {"cli/main.py", "doctor/gpu_checks.py", "launch/launcher.py", "report/drawing.py", "training/elastic_agent.py"}
+GIVING = {
+    "bench/plots.py",
+    "bench/served.py",
+    "cli/main.py",
+    "doctor/gpu_checks.py",
+    "launch/launcher.py",
+    "report/drawing.py",
+    "training/elastic_agent.py",
+}
 """Files that read options, give them to a process, or name variables of a style sheet, and advise none."""
 
 

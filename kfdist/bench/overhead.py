@@ -1,0 +1,299 @@
+"""`kfdist bench overhead`: what a step costs beside plain SGD's, in one process, by turns (issue: "Fast")."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from matplotlib.ticker import LogLocator
+from torch.utils.flop_counter import FlopCounterMode
+
+from kfdist import checks
+from kfdist.bench.results import conditions, table
+from kfdist.bench.served import served
+from kfdist.bench.timings import Cores, gemm_rate, means, percentiles, running_on, spread
+from kfdist.bench.workloads import WORKLOADS, Workload
+from kfdist.links.link import AbstractLink
+from kfdist.links.local import LocalLink
+from kfdist.report.drawing import SERIES, drawing, plain_powers
+from kfdist.runtime.invert.service import Service
+from kfdist.runtime.preconditioner import Preconditioner
+
+INVERSIONS = ("owner", "thread")
+"""Who inverts: an owner as it is in a run, with controller and courier, or a thread of this process."""
+
+PARTS = ("zero_grad", "forward", "backward", "preconditioner", "optimizer")
+"""Of a step, in order."""
+
+_WARM = 20
+"""Steps of each before those that are timed, or as many as are timed; the first one waits for the first inverses."""
+
+_COUNTED = 12
+"""Steps whose operations are counted after the timing; those of them that measure nothing are the usual ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverheadSettings:
+    """What is measured.
+
+    Attributes:
+        model: A key of `WORKLOADS`.
+        method: The preconditioner's; everything else is its default.
+        steps: Timed steps of each of the two.
+        segment: Steps of one before it is the other's turn.
+        inversions: One of `INVERSIONS`.
+        seed: Of parameters and batches.
+    """
+
+    model: str = "resnet18"
+    method: str = "rs-kfac"
+    steps: int = 500
+    segment: int = 20
+    inversions: str = "owner"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks.choice("--model", self.model, WORKLOADS)
+        checks.choice("--inversions", self.inversions, INVERSIONS)
+        checks.count("--steps", self.steps, least=1)
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """One step.
+
+    Attributes:
+        seconds: Of the wall clock, by part.
+        cpu: CPU seconds of the thread that trains.
+        phases: Of the preconditioner's part, by its own phases.
+    """
+
+    seconds: Mapping[str, float]
+    cpu: float
+    phases: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole step."""
+        return sum(self.seconds.values())
+
+
+class Trainee:
+    """A model that is trained step by step, by SGD alone or behind a preconditioner.
+
+    Args:
+        workload: What is trained.
+        preconditioner_of: Makes the model's preconditioner; None for SGD alone.
+        seed: Of parameters and batches; equal seeds see equal batches.
+    """
+
+    def __init__(
+        self, workload: Workload, preconditioner_of: Callable[[torch.nn.Module], Preconditioner] | None, seed: int
+    ) -> None:
+        self._workload = workload
+        self._model = workload.model(seed)
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=workload.lr, momentum=0.9)
+        self.preconditioner = None if preconditioner_of is None else preconditioner_of(self._model)
+        self._draw = workload.batches(torch.Generator().manual_seed(seed))
+        self.loss = torch.tensor(float("nan"))
+
+    def step(self) -> TimedStep:
+        """Trains one step; making the batch isn't part of it."""
+        batch, report = self._draw(), None
+        begun, marks = time.thread_time(), [time.perf_counter()]
+        self._optimizer.zero_grad()
+        marks.append(time.perf_counter())
+        loss = self._workload.loss(self._model, batch)
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        if self.preconditioner is not None:
+            report = self.preconditioner.step()
+        marks.append(time.perf_counter())
+        self._optimizer.step()
+        marks.append(time.perf_counter())
+        cpu = time.thread_time() - begun
+        self.loss = loss.detach()
+        seconds = {name: after - before for name, (before, after) in zip(PARTS, pairwise(marks), strict=True)}
+        return TimedStep(seconds, cpu, {} if report is None else report.phase_seconds)
+
+    def flops(self, steps: int) -> dict[str, int]:
+        """Counts the operations of a step in which nothing is due: the least of so many steps, by part."""
+        passes, applied = [], []
+        for _ in range(steps):
+            batch = self._draw()
+            self._optimizer.zero_grad()
+            with FlopCounterMode(display=False) as counted:
+                self._workload.loss(self._model, batch).backward()
+            passes.append(counted.get_total_flops())
+            if self.preconditioner is not None:
+                with FlopCounterMode(display=False) as counted:
+                    self.preconditioner.step()
+                applied.append(counted.get_total_flops())
+            self._optimizer.step()
+        return {"forward_and_backward": min(passes), "preconditioner": min(applied, default=0)}
+
+
+def measure_overhead(settings: OverheadSettings) -> dict[str, Any]:
+    """Trains twice by turns on one thread, and returns what steps took.
+
+    Raises:
+        ConfigError: The method doesn't exist or doesn't take the model.
+        EnvironmentFault: The service doesn't start.
+    """
+    workload, cores = WORKLOADS[settings.model], Cores()
+    with running_on(cores.training):
+        sgd = Trainee(workload, None, settings.seed)
+        with running_on(cores.others), _link(settings.inversions) as link:
+            # What inverts, and the threads that speak with it, start on the other core.
+            kfdist = Trainee(
+                workload,
+                lambda model: Preconditioner(model, settings.method, lr=workload.lr, link=link),
+                settings.seed,
+            )
+            assert kfdist.preconditioner is not None
+            with running_on(cores.training), kfdist.preconditioner:
+                found = _alternate({"sgd": sgd, "kfdist": kfdist}, settings)
+                staleness = max(kfdist.preconditioner.staleness().values())
+                flops = {"sgd": sgd.flops(1), "kfdist": kfdist.flops(min(_COUNTED, settings.steps))}
+        rate = gemm_rate()
+    return {
+        "bench": "overhead",
+        "config": {
+            **asdict(settings),
+            "workload": workload.title,
+            "cores": {"training": cores.training, "inversions": cores.others},
+            "optimizer": f"SGD, lr {workload.lr}, momentum 0.9",
+            "preconditioner": "defaults",
+        },
+        **summary(found, warm_steps(settings.steps)),
+        "largest_staleness_at_the_end": staleness,
+        "loss_at_the_end": {name: float(each.loss) for name, each in (("sgd", sgd), ("kfdist", kfdist))},
+        "flops": flops,
+        "gemm_flops_per_second": rate,
+    }
+
+
+@contextmanager
+def _link(inversions: str) -> Iterator[Service | AbstractLink]:
+    if inversions == "thread":
+        yield LocalLink()
+    else:
+        with served() as running:
+            yield running.service
+
+
+def warm_steps(steps: int) -> int:
+    """Returns how many steps go before those that are timed."""
+    return min(_WARM, steps)
+
+
+def _alternate(trainees: Mapping[str, Trainee], settings: OverheadSettings) -> dict[str, list[TimedStep]]:
+    """Lets each train some steps, then the next one: a slow minute of the machine is everybody's."""
+    found: dict[str, list[TimedStep]] = {name: [] for name in trainees}
+    wanted = warm_steps(settings.steps) + settings.steps
+    while any(len(steps) < wanted for steps in found.values()):
+        for name, trainee in trainees.items():
+            for _ in range(min(settings.segment, wanted - len(found[name]))):
+                found[name].append(trainee.step())
+    return found
+
+
+def summary(found: Mapping[str, list[TimedStep]], warm: int) -> dict[str, Any]:
+    """Returns what is reported of the steps of "sgd" and "kfdist"; p50, p99, mean and max of the latter stand on top.
+
+    Args:
+        found: Their steps, from the first.
+        warm: How many of each don't count.
+    """
+    timed = {name: steps[warm:] for name, steps in found.items()}
+    totals = {name: [step.total for step in steps] for name, steps in timed.items()}
+    cpu = {name: statistics.fmean(step.cpu for step in steps) for name, steps in timed.items()}
+    by_name = {
+        name: {
+            **spread(totals[name]),
+            "cpu_mean": round(1e3 * cpu[name], 4),
+            "parts": {part: spread([step.seconds[part] for step in steps]) for part in PARTS},
+            "percentiles": percentiles(totals[name]),
+        }
+        for name, steps in timed.items()
+    }
+    own = by_name["kfdist"]
+    median = own["p50"]
+    return {
+        "mean_ratio_to_sgd": round(own["mean"] / by_name["sgd"]["mean"], 4),
+        "p50_ratio_to_sgd": round(own["p50"] / by_name["sgd"]["p50"], 4),
+        "cpu_ratio_to_sgd": round(cpu["kfdist"] / cpu["sgd"], 4),
+        **{name: own[name] for name in ("mean", "p50", "p99", "max")},
+        "p99_over_p50": {name: round(each["p99"] / each["p50"], 3) for name, each in by_name.items()},
+        "share_of_steps_over_1.5_medians": round(
+            sum(1e3 * seconds > 1.5 * median for seconds in totals["kfdist"]) / len(totals["kfdist"]), 4
+        ),
+        "first_step_seconds": {name: round(steps[0].total, 3) for name, steps in found.items()},
+        **by_name,
+        "preconditioner_phases": means([step.phases for step in timed["kfdist"]]),
+    }
+
+
+def describe(content: Mapping[str, Any]) -> str:
+    """Puts a measurement into words and tables."""
+    both = {name: content[name] for name in ("sgd", "kfdist")}
+    ratio, tail = content["mean_ratio_to_sgd"], content["p99_over_p50"]
+    whole = [
+        [name, *(each[key] for key in ("mean", "p50", "p99", "max", "cpu_mean")), tail[name]]
+        for name, each in both.items()
+    ]
+    parts = [[part, *(each["parts"][part]["mean"] for each in both.values())] for part in PARTS]
+    phases = [[f"  {phase}", None, mean] for phase, mean in content["preconditioner_phases"].items()]
+    place = PARTS.index("preconditioner") + 1
+    flops = {name: sum(each.values()) / 1e9 for name, each in content["flops"].items()}
+    return "\n".join(
+        [
+            f"{content['config']['workload']}; {content['config']['method']}, inversions by "
+            f"{content['config']['inversions']}; {content['config']['steps']} steps each",
+            "",
+            table(["ms a step", "mean", "p50", "p99", "max", "CPU", "p99/p50"], whole),
+            "",
+            table(["mean ms by part", *both], [*parts[:place], *phases, *parts[place:]]),
+            "",
+            f"mean {ratio:.2f} x SGD's, median {content['p50_ratio_to_sgd']:.2f} x, main thread's CPU "
+            f"{content['cpu_ratio_to_sgd']:.2f} x; {content['share_of_steps_over_1.5_medians']:.1%} of kfdist's steps "
+            "take over 1.5 medians",
+            f"first step {content['first_step_seconds']['kfdist']:.1f} s; largest staleness at the end "
+            f"{content['largest_staleness_at_the_end']} steps",
+            f"operations of a step in which nothing is due: SGD {flops['sgd']:.3g} GFLOP, kfdist "
+            f"{flops['kfdist']:.3g} GFLOP; a product of 1024 x 1024 reaches "
+            f"{content['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s",
+            conditions(content),
+        ]
+    )
+
+
+def plot(content: Mapping[str, Any]) -> str:
+    """Draws which share of the steps takes how long, and what the mean step consists of."""
+    both = {"SGD": content["sgd"], "kfdist": content["kfdist"]}
+    with drawing(4.6, rows=2) as drawn:
+        above, below = drawn.axes
+        for number, (name, each) in enumerate(both.items()):
+            above.plot(each["percentiles"], range(101), color=SERIES[number], label=name)
+        above.set_xscale("log")
+        plain_powers(above.xaxis)
+        above.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5), numticks=8))
+        above.set_xlabel("ms that a step takes at most")
+        above.set_ylabel("% of the steps")
+        above.legend(loc="lower right")
+        left = [0.0] * len(both)
+        for number, part in enumerate(PARTS):
+            widths = [each["parts"][part]["mean"] for each in both.values()]
+            below.barh(list(both), widths, left=left, color=SERIES[number], height=0.6, label=part)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        below.invert_yaxis()
+        below.grid(visible=False, axis="y")
+        below.set_xlabel("mean ms")
+        drawn.figure.subplots_adjust(left=0.14, right=0.97, top=0.98, bottom=0.2, hspace=0.35)
+        drawn.figure.legend(*below.get_legend_handles_labels(), loc="lower center", ncols=3)
+    return drawn.svg
