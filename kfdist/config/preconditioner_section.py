@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from kfdist.config.fields import CountStages, Methods, Names, Section, Settings, Stages
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
-from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag
+from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag, oldest
 from kfdist.types import Fisher, WeightSharing
 
 
@@ -162,6 +162,6 @@ class PreconditionerSection(Section):
             if (bound := getattr(self.staleness, name)) is not None:
                 raise ConfigError(
                     f'is {bound}; bounds go with adoption = "asap" only: under a fixed lag staleness is at most '
-                    f"{max(self.inverse_periods) + lag} steps by construction; remove the bound",
+                    f"{oldest(max(self.inverse_periods), lag)} steps by construction; remove the bound",
                     path=f"staleness.{name}",
                 )

@@ -19,7 +19,7 @@ from kfdist.forecast.rehearsal import rehearse
 from kfdist.forecast.step_time import StepTime, step_times
 from kfdist.forecast.traffic import RINGS, Traffic, TrafficForecast, schedule_of
 from kfdist.policies.advice import batch_advice, owner_advice
-from kfdist.policies.staleness import FixedLag
+from kfdist.policies.staleness import FixedLag, usual_delay
 from kfdist.runtime.plan.coverage import Coverage
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.planner import Plan, needs_costs
@@ -173,7 +173,7 @@ def make_forecast(
     times = step_times(
         config, rehearsal, costs, given=step_seconds, earlier=earlier, gpus=gpus, here=_gpus_here(config)
     )
-    ages = tuple(AgeForecast(step_time=each, ages=_play(plan, sent, owner_of, costs, each.seconds)) for each in times)
+    ages = tuple(AgeForecast(step_time=each, ages=_play(plan, sent, owner_of, costs, each)) for each in times)
     remarks = [*outline.remarks]
     if rehearsal.fault:
         remarks.append(
@@ -231,11 +231,12 @@ def _owner_of(config: Config, sent: Sequence[BlockGroup]) -> dict[str, int]:
 
 
 def _play(
-    plan: Plan, sent: Sequence[BlockGroup], owner_of: Mapping[str, int], costs: Costs, seconds: float | None
+    plan: Plan, sent: Sequence[BlockGroup], owner_of: Mapping[str, int], costs: Costs, step_time: StepTime
 ) -> Ages | None:
-    if seconds is None or not sent:
+    if step_time.seconds is None or not sent:
         return None
-    return play(sent, schedule_of(plan), owner_of, costs.seconds, seconds)
+    delay = usual_delay(ranks=plan.world_size, gpu=step_time.gpu)
+    return play(sent, schedule_of(plan), owner_of, costs.seconds, step_time.seconds, delay)
 
 
 def _blocks(plan: Plan, coverage: Coverage, costs: Costs, owner_of: Mapping[str, int]) -> tuple[BlockForecast, ...]:
@@ -295,6 +296,7 @@ def _advice(
     schedule, owners = schedule_of(plan), config.cluster.owners
     said = []
     seconds = ages[0].step_time.seconds
+    delay = usual_delay(ranks=plan.world_size, gpu=ages[0].step_time.gpu)
     if isinstance(plan.settings.adoption, FixedLag) and ages[0].ages is not None:
         said += _lag_advice(plan.settings.adoption.lag, ages[0].ages, ages[0].step_time)
     elif sent and config.cluster.link == "service" and seconds is not None:
@@ -302,10 +304,10 @@ def _advice(
         found = {}
         for count in sorted(counts):
             dealt = deal(sent, count, config.cluster.assignment)
-            found[count] = play(sent, schedule, dealt, costs.seconds, seconds).steps
+            found[count] = play(sent, schedule, dealt, costs.seconds, seconds, delay).steps
         bounds = config.preconditioner.staleness
         bound = bounds.soft_bound if bounds.soft_bound is not None else bounds.hard_bound
-        said += owner_advice(owners, found, bound, inverse_period=schedule.inverse_period)
+        said += owner_advice(owners, found, bound, inverse_period=schedule.inverse_period, delay=delay)
     batch = config.cluster.workers * config.data.batch_size
     noise = None if earlier is None else earlier.noise_scale
     inverting = owners if config.preconditioner.inverts and config.cluster.link == "service" else 0

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from kfdist.policies.assignment import assign
 from kfdist.policies.schedule import Schedule
-from kfdist.policies.staleness import SMALLEST_DELAY
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.types import GroupName
 
@@ -90,6 +89,7 @@ def play(
     owner_of: Mapping[GroupName, int],
     seconds: Callable[[BlockGroup], float],
     step_seconds: float,
+    delay: int,
 ) -> Ages:
     """Plays some inverse periods of a run.
 
@@ -99,6 +99,7 @@ def play(
         owner_of: The number of each one's owner.
         seconds: How long an inversion of a group takes.
         step_seconds: How long a step takes.
+        delay: Steps from statistics to adoption, of an inversion that takes less than a step (`usual_delay`).
     """
     owners = [_Owner() for _ in range(max(owner_of.values()) + 1)]
     states = [
@@ -129,8 +130,7 @@ def play(
                 state.waiting = step
         else:
             assert state.running is not None, "what is collected has run"
-            # Announced in this step's table, entered in the next one, taken when all ranks have it.
-            state.adopted.append((step + SMALLEST_DELAY - 1, state.running))
+            state.adopted.append((step + delay - 1, state.running))  # the first step of the delay was until here
             state.running, waiting, state.waiting = None, state.waiting, None
             if waiting is not None:
                 done = state.start(waiting, now)
@@ -138,7 +138,8 @@ def play(
             heapq.heappush(events, (max(step + 1, math.ceil((done - first) / step_seconds)), _COLLECT, number))
             if events[0][0] >= steps:
                 break
-    return _ages(states, owners, begin, steps, first, first + steps * step_seconds, replaced / max(jobs, 1))
+    total = first + steps * step_seconds
+    return _ages(states, owners, range(begin, steps), first, total, delay, replaced / max(jobs, 1))
 
 
 def _due_steps(schedule: Schedule, state: _Group, end: int) -> range:
@@ -157,14 +158,15 @@ def _first_step(states: Sequence[_Group], owners: Sequence[_Owner]) -> float:
 def _ages(
     states: Sequence[_Group],
     owners: Sequence[_Owner],
-    begin: int,
-    end: int,
+    counted: range,
     first: float,
     total: float,
+    delay: int,
     replaced: float,
 ) -> Ages:
     """Reads ages off the adoptions: from one to the next, an inverse ages by a step each step."""
-    oldest, summed, delays = 0, 0.0, [SMALLEST_DELAY]
+    oldest, summed, delays = 0, 0.0, [delay]
+    begin, end = counted.start, counted.stop
     for state in states:
         following = [*(at for at, _ in state.adopted[1:]), end]
         for (at, version), until in zip(state.adopted, following, strict=True):

@@ -17,10 +17,12 @@ class StepTime:
     Attributes:
         seconds: How long; None if it isn't known.
         source: Where that is from, or why there is nothing.
+        gpu: Whether a GPU does it.
     """
 
     seconds: float | None
     source: str
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,11 @@ def step_times(
         gpus: Names of GPUs that ranks might have.
         here: Names of this machine's GPUs, as torch has them, on which ranks would compute.
     """
+    on_gpus = bool(gpus or here)
     if given is not None:
-        return [StepTime(given, "as given")]
+        return [StepTime(given, "as given", on_gpus)]
     if earlier is not None and earlier.step_seconds is not None:
-        return [StepTime(earlier.step_seconds, f"measured: the median of {earlier.name}'s steps")]
+        return [StepTime(earlier.step_seconds, f"measured: the median of {earlier.name}'s steps", on_gpus)]
     if rehearsal.flops is None:
         why = f"a step can't be rehearsed ({rehearsal.fault}); give --step-seconds, or --from-run"
         return [StepTime(None, why)]
@@ -98,12 +101,13 @@ def _on_gpu(config: Config, flops: float, name: str) -> StepTime:
     speed = GPUS.get(name.upper())
     if speed is None:
         close = suggestion(name, GPUS)
-        return StepTime(None, f"there are no figures for {name!r}{close}; there are for {', '.join(GPUS)}")
+        return StepTime(None, f"there are no figures for {name!r}{close}; there are for {', '.join(GPUS)}", gpu=True)
     seconds = flops / (REACHED * (speed.single if config.run.precision == "float32" else speed.half))
     return StepTime(
         seconds,
         f"derived for {name.upper()}: {_operations(flops)} at {REACHED:.0%} of its data sheet's speed in "
         f"{config.run.precision}; not measured{_too_short(seconds)}",
+        gpu=True,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from kfdist.policies.staleness import SMALLEST_DELAY
+from kfdist.policies.staleness import oldest
 
 _FAR = 4.0
 """How many times the critical batch a batch is below or above it, for "far"."""
@@ -66,7 +66,9 @@ def _steps(batch: int, smaller: int, noise_scale: float) -> str:
     return f"{gain(batch, noise_scale) / gain(smaller, noise_scale):.1f} times"
 
 
-def owner_advice(owners: int, staleness: Mapping[int, int], bound: int | None, *, inverse_period: int) -> list[str]:
+def owner_advice(
+    owners: int, staleness: Mapping[int, int], bound: int | None, *, inverse_period: int, delay: int
+) -> list[str]:
     """Says how many owners keep staleness within a bound.
 
     Args:
@@ -74,8 +76,9 @@ def owner_advice(owners: int, staleness: Mapping[int, int], bound: int | None, *
         staleness: The largest staleness in steps by the number of owners, `owners` among them.
         bound: The configured bound; None if there is none: then what the periods alone allow, half a period late.
         inverse_period: Steps between two inversions of a block.
+        delay: Steps from statistics to adoption, of an inversion that takes less than a step.
     """
-    least = inverse_period + SMALLEST_DELAY
+    least = oldest(inverse_period, delay)
     wanted = bound if bound is not None else least + inverse_period // 2
     words = (
         f"the bound of {wanted}" if bound is not None else f"{wanted} steps, half a period beyond the least, {least}"

@@ -6,8 +6,37 @@ from typing import Literal, get_args
 from kfdist import checks
 from kfdist.errors import ConfigError
 
-SMALLEST_DELAY = 3
-"""Fewest steps from an inversion's statistics to its adoption under asap: announce, broadcast, agree on receipt."""
+SMALLEST_DELAY = 2
+"""Fewest steps from an inversion's statistics to its adoption under asap, with any number of ranks and over any link.
+
+A result that is there in the step that ships its statistics is announced in the table which that step starts. The next
+step completes that table, broadcasts the result and, where it has arrived by the end, says so in its own table. The
+step after completes that one, and all ranks adopt. `usual_delay` is what a run has to count on.
+"""
+
+
+def usual_delay(*, ranks: int, gpu: bool) -> int:
+    """Returns the steps from statistics to adoption of an inversion that takes less than a step.
+
+    One step until its result is taken in, which then is announced, broadcast and adopted; several ranks need one more
+    until all have it. Statistics of a GPU are shipped a step late, for no step waits until it has finished them.
+
+    Args:
+        ranks: How many there are.
+        gpu: Whether they compute on GPUs.
+    """
+    return SMALLEST_DELAY + 1 + (ranks > 1) + gpu
+
+
+def oldest(inverse_period: int, delay: int) -> int:
+    """Returns how many steps old an inverse gets: it is in use until the step before its successor is adopted.
+
+    Args:
+        inverse_period: Steps between two inversions of a group.
+        delay: Steps from an inversion's statistics to its adoption.
+    """
+    return inverse_period + delay - 1
+
 
 AtHardBound = Literal["wait", "keep", "fallback"]
 """What happens when a snapshot is older than the hard bound."""
@@ -69,7 +98,7 @@ class FixedLag:
         _check_wait_limit(self.wait_limit_seconds)
 
     def decide(self, staleness: int) -> Decision:
-        """Asks for nothing: staleness is at most inverse_period + lag by construction."""
+        """Asks for nothing: staleness is at most inverse_period + lag - 1 by construction."""
         del staleness
         return Decision()
 
@@ -78,8 +107,8 @@ class FixedLag:
 class Asap:
     """Adoption of a version by all ranks as soon as all have it, with bounds on the staleness that this allows.
 
-    Staleness reaches inverse_period + delay by construction (the snapshot in use ages until its successor is
-    adopted), so a bound below that is refused by `check`.
+    Staleness reaches inverse_period + delay - 1 by construction (the snapshot in use ages until its successor is
+    adopted), so a bound below that, with the smallest delay there is, is refused by `check`.
 
     Attributes:
         soft_bound: Steps of staleness above which damping grows in proportion to the excess: lambda * staleness /
@@ -120,13 +149,15 @@ class Asap:
         Raises:
             ConfigError: With the bound's name as path, and the smallest legal value.
         """
-        smallest = inverse_period + SMALLEST_DELAY
+        smallest = oldest(inverse_period, SMALLEST_DELAY)
         for name in ("soft_bound", "hard_bound"):
             bound = getattr(self, name)
             if bound is not None and bound < smallest:
                 raise ConfigError(
-                    f"is {bound}; staleness reaches inverse_period + delay = {inverse_period} + {SMALLEST_DELAY} steps "
-                    f"by construction; the smallest legal value is {smallest}",
+                    f"is {bound}; an inverse is in use until its successor is adopted, at the earliest "
+                    f"{SMALLEST_DELAY} steps after the successor's statistics: with inverse_period = {inverse_period} "
+                    f"staleness reaches {smallest} steps however fast owners are; the smallest legal value is "
+                    f"{smallest}",
                     path=name,
                 )
 

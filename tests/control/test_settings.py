@@ -151,7 +151,7 @@ BRAND = InForce(values={**ASAP.values, "inverse_period": 12}, job_periods=(4,))
             {"factor_period": 3},
             ["inverse_period: is 10, which is no multiple of factor_period = 3; take 9 or 12"],
         ),
-        (ASAP, {"inverse_period": 18}, ["soft_bound: is 20", "the smallest legal value is 21"]),
+        (ASAP, {"inverse_period": 20}, ["soft_bound: is 20", "the smallest legal value is 21"]),
         (ASAP, {"soft_bound": 50}, ["soft_bound: is 50, above hard_bound = 40"]),
         (ASAP, {"at_hard_bound": "panic"}, ["at_hard_bound: is 'panic'; it must be 'wait', 'keep' or 'fallback'"]),
         (ASAP, {"lag": 3}, ["lag: is 3", 'adoption = "fixed-lag" only']),
@@ -160,7 +160,7 @@ BRAND = InForce(values={**ASAP.values, "inverse_period": 12}, job_periods=(4,))
         (FIXED, {"kl_clip": 1.0}, ["kl_clip: can't be changed: it was made without one"]),
         (BRAND, {"inverse_period": 10}, ["inverse_period: is 10; a method of the run has a period of its own, 4"]),
         (InForce(), {"inverse_period": 0}, ["inverse_period: is 0; it must be at least 1"]),
-        (InForce(), {"soft_bound": 9, "inverse_period": 9}, ["soft_bound: is 9", "12"]),
+        (InForce(), {"soft_bound": 9, "inverse_period": 9}, ["soft_bound: is 9", "10"]),
     ],
 )
 def test_a_refusal_names_the_field_and_what_is_allowed_and_changes_nothing(client, trains, in_force, changes, words):

@@ -20,7 +20,7 @@ from tests.support.ranks import run_ranks
 
 PERIOD = 4
 BOUND = PERIOD + 3
-"""The smallest legal bound: a version is announced, broadcast and agreed on in three steps."""
+"""What a version that comes a step after its statistics keeps: it is announced, broadcast and agreed on."""
 
 
 EVERY_FIFTH, EVERY_OTHER = range(0, 2**63, 5), range(0, 2**63, 2)

@@ -146,7 +146,7 @@ def test_a_long_name_of_words_is_no_secret(name: str):
         (
             ["preconditioner.inverse_period_epochs=[[5, 20]]", "preconditioner.staleness.hard_bound=13"],
             "preconditioner.staleness.hard_bound",
-            ["is 13", "smallest legal value is 23"],
+            ["is 13", "smallest legal value is 21"],
         ),
         (
             ["preconditioner.damping_epochs=[[5, 0.1]]", "preconditioner.damping_decay=0.9"],
@@ -165,14 +165,14 @@ def test_a_long_name_of_words_is_no_secret(name: str):
             ["{'rank': 3}", "beside each `method`"],
         ),
         (
-            ["preconditioner.staleness.soft_bound=12"],
+            ["preconditioner.staleness.soft_bound=10"],
             "preconditioner.staleness.soft_bound",
-            ["is 12", "smallest legal value is 13"],
+            ["is 10", "smallest legal value is 11"],
         ),
         (
             ["preconditioner.staleness.hard_bound=2"],
             "preconditioner.staleness.hard_bound",
-            ["is 2", "smallest legal value is 13"],
+            ["is 2", "smallest legal value is 11"],
         ),
         (
             ["preconditioner.staleness.soft_bound=30", "preconditioner.staleness.hard_bound=20"],
@@ -182,13 +182,13 @@ def test_a_long_name_of_words_is_no_secret(name: str):
         (
             ["preconditioner.staleness.hard_bound=50", "preconditioner.adoption=fixed-lag", "preconditioner.lag=4"],
             "preconditioner.staleness.hard_bound",
-            ["is 50", "at most 14 steps", "remove the bound"],
+            ["is 50", "at most 13 steps", "remove the bound"],
         ),
         (["optimizer.schedule=step", "optimizer.milestones=[5, 3]"], "optimizer.milestones", ["[5, 3]", "must rise"]),
     ],
 )
 def test_values_that_do_not_go_together(overrides: list[str], path: str, words: list[str]):
-    # inverse_period + the smallest delay is 10 + 3.
+    # inverse_period + the smallest delay - 1 is 11.
     periods = ["preconditioner.factor_period=2", "preconditioner.inverse_period=10"]
     with pytest.raises(ConfigError) as caught:
         load_config(None, overrides=[*periods, *overrides], environment={})
@@ -197,8 +197,8 @@ def test_values_that_do_not_go_together(overrides: list[str], path: str, words: 
 
 
 def test_the_smallest_legal_bound_is_accepted():
-    overrides = ["preconditioner.inverse_period=10", "preconditioner.staleness.hard_bound=13"]
-    assert load_config(None, overrides=overrides, environment={}).preconditioner.staleness.hard_bound == 13
+    overrides = ["preconditioner.inverse_period=10", "preconditioner.staleness.hard_bound=11"]
+    assert load_config(None, overrides=overrides, environment={}).preconditioner.staleness.hard_bound == 11
 
 
 def test_all_mistakes_are_told_at_once():

@@ -8,13 +8,14 @@ from torch import nn
 from kfdist.forecast.owner_queue import deal, play
 from kfdist.policies.assignment import assign
 from kfdist.policies.schedule import Schedule
-from kfdist.policies.staleness import SMALLEST_DELAY
+from kfdist.policies.staleness import oldest
 from kfdist.runtime.plan.groups import BlockGroup
 from tests.support.plans import planned
 
 GROUPS = planned(nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)]), "kfac").groups
 SCHEDULE = Schedule(factor_period=2, inverse_period=12, groups=len(GROUPS))
 STEP = 0.1
+DELAY = 3
 
 
 def _play(owners: int, seconds: float | Mapping[str, float]):
@@ -23,13 +24,13 @@ def _play(owners: int, seconds: float | Mapping[str, float]):
     def taken(group: BlockGroup) -> float:
         return seconds if isinstance(seconds, float) else seconds[group.name]
 
-    return play(GROUPS, SCHEDULE, dealt, taken, STEP)
+    return play(GROUPS, SCHEDULE, dealt, taken, STEP, DELAY)
 
 
 def test_inversions_in_no_time_leave_the_least_age() -> None:
     ages = _play(2, 1e-6)
-    assert ages.delay_steps == SMALLEST_DELAY
-    assert ages.steps == 12 + SMALLEST_DELAY - 1  # the last step before the next one is adopted
+    assert ages.delay_steps == DELAY
+    assert ages.steps == oldest(12, DELAY)
     assert ages.replaced == 0
     assert max(ages.busy) < 0.01
 

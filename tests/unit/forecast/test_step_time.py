@@ -23,7 +23,7 @@ def _times(flops: float | None = 4e9, *overrides: str, **given: Any) -> list[Ste
 
 
 def test_what_is_given_comes_before_what_was_measured_and_that_before_what_is_derived() -> None:
-    assert _times(given=0.5, earlier=EARLIER) == [StepTime(0.5, "as given")]
+    assert _times(given=0.5, earlier=EARLIER) == [StepTime(0.5, "as given", gpu=False)]
     assert _times(earlier=EARLIER)[0].seconds == 0.2
     (derived,) = _times(earlier=EarlierRun(name="b", noise_scale=1.0, step_seconds=None))
     assert derived.seconds == 4.0 and "1 GFLOP/s of this CPU" in derived.source

@@ -1,9 +1,11 @@
 """The adoption protocol in every interleaving that Hypothesis finds: ranks at their own pace, late or damaged mail."""
 
+import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.strategies import DataObject
 
+from kfdist.policies.staleness import SMALLEST_DELAY
 from tests.unit.policies.simulated_ranks import World
 
 numbers = strategies.integers(0, 7)
@@ -78,3 +80,15 @@ class Adoption(RuleBasedStateMachine):
 
 Adoption.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestAdoption = Adoption.TestCase
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_nothing_is_adopted_before_the_smallest_delay_and_what_comes_at_once_is_adopted_then(ranks: int) -> None:
+    world = World(ranks, 1)
+    world.produce(0)  # version 0, in the step that ships its statistics
+    for _ in range(SMALLEST_DELAY + 1):
+        for move in range(3):
+            for key in world.travelling() if move == 2 else ():
+                world.deliver(*key, damaged=False)
+            assert all(world.advance(number) for number in range(ranks))
+    assert world.adoptions == {(SMALLEST_DELAY, 0): 0}

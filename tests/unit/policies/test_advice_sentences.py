@@ -47,5 +47,5 @@ def test_past_the_critical_batch_there_is_something_better_to_do() -> None:
     ],
 )
 def test_how_many_owners(owners: int, bound: int | None, words: str) -> None:
-    (sentence,) = owner_advice(owners, {1: 90, 2: 70, 3: 58, 4: 53}, bound, inverse_period=50)
+    (sentence,) = owner_advice(owners, {1: 90, 2: 70, 3: 58, 4: 53}, bound, inverse_period=50, delay=4)
     assert words in sentence

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies
 
 from kfdist.errors import ConfigError
-from kfdist.policies.staleness import SMALLEST_DELAY, Asap, AtHardBound, Decision, FixedLag
+from kfdist.policies.staleness import SMALLEST_DELAY, Asap, AtHardBound, Decision, FixedLag, oldest
 
 steps = strategies.integers(1, 1000)
 bounds = strategies.none() | steps
@@ -42,7 +42,7 @@ def test_a_bound_that_normal_operation_breaks_is_refused_with_the_smallest_legal
     def asap(bound: int) -> Asap:
         return Asap(soft_bound=bound) if soft else Asap(hard_bound=bound)
 
-    smallest = period + SMALLEST_DELAY
+    smallest = oldest(period, SMALLEST_DELAY)
     with pytest.raises(ConfigError, match=f"the smallest legal value is {smallest}$"):
         asap(max(smallest - short, 1)).check(inverse_period=period)
     asap(smallest).check(inverse_period=period)

@@ -240,7 +240,7 @@ def test_wrapping_a_layer_afterwards_is_no_change():
         ("factor_period", 0, "at least 1"),
         ("inverse_period", 2.5, "at least 1"),
         ("adoption", "sync", r"kfdist\.FixedLag\(k\)"),
-        ("adoption", kfdist.Asap(hard_bound=3), "the smallest legal value is 4"),
+        ("adoption", kfdist.Asap(hard_bound=1), "the smallest legal value is 2"),
         ("sampling", 0.5, r"kfdist\.Sampling"),
         ("weight_sharing", "pool", "choose one of 'expand', 'reduce'"),
         ("seed", -1, "at least 0"),

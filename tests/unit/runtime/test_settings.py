@@ -45,7 +45,7 @@ def test_other_learning_rates_are_refused(bad: Any):
 def test_inverse_periods_may_follow_one_another():
     changing = replace(SETTINGS, inverse_period={0: 100, 500: 50})
     assert [(each.begin, each.inverse_period) for each in changing.schedules(3)] == [(0, 100), (500, 50)]
-    with pytest.raises(ConfigError, match=r"^hard_bound: .*inverse_period \+ delay = 100 "):
+    with pytest.raises(ConfigError, match=r"^hard_bound: .*with inverse_period = 100 "):
         replace(changing, adoption=kfdist.Asap(hard_bound=60))
 
 
