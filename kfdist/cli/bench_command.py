@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     bench = typer.Typer(help="Measure, and write the figures with hardware and versions.", no_args_is_help=True)
     bench.command("overhead")(_overhead)
+    bench.command("stall")(_stall)
     bench.command("papers")(_papers)
     app.add_typer(bench, name="bench")
 
@@ -22,6 +23,8 @@ Out = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Where the figures go, as JSON; a plot lies beside it. benchmarks/results/..."),
 ]
+Model = Annotated[str, typer.Option(metavar="resnet18|mlp|gpt", help="What is trained.")]
+Method = Annotated[str, typer.Option(metavar="NAME", help="The preconditioner's method.")]
 
 
 def _finish(
@@ -47,8 +50,8 @@ def _finish(
 
 
 def _overhead(
-    model: Annotated[str, typer.Option(metavar="resnet18|mlp|gpt", help="What is trained.")] = "resnet18",
-    method: Annotated[str, typer.Option(metavar="NAME", help="The preconditioner's method.")] = "rs-kfac",
+    model: Model = "resnet18",
+    method: Method = "rs-kfac",
     steps: Annotated[int, typer.Option(metavar="N", help="Steps of SGD and of kfdist that are timed.")] = 500,
     inversions: Annotated[
         str,
@@ -67,6 +70,21 @@ def _overhead(
 
     settings = OverheadSettings(model=model, method=method, steps=steps, inversions=inversions)
     _finish("overhead", lambda: measure_overhead(settings), describe, plot, out=out, as_json=as_json)
+
+
+def _stall(
+    model: Model = "resnet18",
+    method: Method = "rs-kfac",
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps that are timed with and without.")] = 300,
+    slowdown: Annotated[int, typer.Option(metavar="TIMES", help="How many times slower the owner is.")] = 10,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure whether steps take longer while owners are slow, and what the training thread does for them."""
+    from kfdist.bench.stall import StallSettings, describe, measure_stall, plot
+
+    settings = StallSettings(model=model, method=method, steps=steps, slowdown=slowdown)
+    _finish("stall", lambda: measure_stall(settings), describe, plot, out=out, as_json=as_json)
 
 
 def _papers(

@@ -15,7 +15,7 @@ from tests.support.sources import FILES, PACKAGE, tree_of
 
 EVERY_RUN = {"train", "worker", "serve", "pool"}
 STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "stop", "events"}
-MEASURING = {"bench overhead"}
+MEASURING = {"bench overhead", "bench stall"}
 SHOWN_BY = {
     "cli/plan_command.py": {"plan"},
     "forecast/earlier_run.py": {"plan"},
@@ -24,6 +24,7 @@ SHOWN_BY = {
     "bench/overhead.py": {"bench overhead"},
     "bench/papers.py": {"bench papers"},
     "bench/results.py": MEASURING,
+    "bench/stall.py": {"bench stall"},
     "cli/control_commands.py": STEERING,
     "cli/find_runs.py": STEERING,
     "cli/run_target.py": STEERING,
