@@ -174,11 +174,10 @@ def _train(settings: Settings) -> Tally:
         )
         for m in layers
     ]
+    published: dict[str, Any] = {"damping_rule": "relative", "direction_error": 0.0}
     inverters = {
-        "rs-kfac": make_inverter("rs-kfac", rank=settings.rank, damping_rule="relative"),
-        "b-r-kfac": make_inverter(
-            "b-r-kfac", rank=settings.rank, increment_rows=settings.batch, damping_rule="relative"
-        ),
+        "rs-kfac": make_inverter("rs-kfac", rank=settings.rank, **published),
+        "b-r-kfac": make_inverter("b-r-kfac", rank=settings.rank, increment_rows=settings.batch, **published),
     }
     exact = make_inverter("kfac", damping_rule="relative")
     held: dict[str, list[Any]] = {name: [None] * len(layers) for name in METHODS}

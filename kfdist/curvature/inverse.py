@@ -100,6 +100,11 @@ class AbstractPreconditioner(ABC):
     def shape(self) -> tuple[int, int, int]:
         """Shape (c, p, q) of the gradients it takes."""
 
+    def serves(self, damping: float) -> bool:
+        """Says whether directions at this damping are as near to the exact ones as was asked for."""
+        del damping
+        return True
+
     @property
     def exchanged(self) -> bool:
         """Whether one rank computes the direction and sends it to the others, because solving is the costly part."""
@@ -287,6 +292,7 @@ class KroneckerSpectrum(AbstractPreconditioner):
         w_G: Eigenvalues of G, descending, `[c, r_G]`.
         tail_G: Eigenvalue of G orthogonal to U_G, `[c]`.
         damping_rule: How lambda acts: "common" on products of eigenvalues, "pi" and "relative" on each factor.
+        least_damping: Smallest lambda for which there are eigenpairs enough (`kept_pairs`); 0 for any.
     """
 
     damping_at_apply: ClassVar[bool] = True
@@ -298,6 +304,7 @@ class KroneckerSpectrum(AbstractPreconditioner):
     w_G: Tensor
     tail_G: Tensor
     damping_rule: DampingRule
+    least_damping: float = 0.0
 
     @property
     @override
@@ -313,10 +320,16 @@ class KroneckerSpectrum(AbstractPreconditioner):
         trace_A: Float[Tensor, " c"],
         trace_G: Float[Tensor, " c"],
         damping_rule: DampingRule,
+        least_damping: float = 0.0,
     ) -> Self:
         """Makes it from the spectra of both factors."""
         spectra = {"U_A": A.vectors, "w_A": A.values, "tail_A": A.tail, "U_G": G.vectors, "w_G": G.values}
-        return cls(trace_A=trace_A, trace_G=trace_G, **spectra, tail_G=G.tail, damping_rule=damping_rule)
+        said: dict[str, Any] = {"damping_rule": damping_rule, "least_damping": least_damping}
+        return cls(trace_A=trace_A, trace_G=trace_G, **spectra, tail_G=G.tail, **said)
+
+    @override
+    def serves(self, damping: float) -> bool:
+        return damping >= self.least_damping
 
     @override
     def spectra(self, memory: BlockMemory) -> dict[str, tuple[Tensor, int]]:

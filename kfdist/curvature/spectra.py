@@ -1,6 +1,5 @@
 """Decompositions of one factor with their diagnostics, shared by the methods that damp at apply."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverter import Inversion, Outcome
+from kfdist.curvature.kept_pairs import keep_enough
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.errors import ConfigError
 from kfdist.linalg.kronecker import DampingRule, Spectrum
@@ -170,7 +170,6 @@ def spectral_inversion(
     G: FactorSpectrum,
     *,
     damping_rule: DampingRule,
-    state: Mapping[str, Tensor] | None = None,
 ) -> Inversion:
     """Makes the preconditioner from both decompositions, with what they tell."""
     trace_A, trace_G = trace(factors.A), trace(factors.G)
@@ -180,8 +179,36 @@ def spectral_inversion(
         ),
         outcome=Outcome.worst(A.outcome, G.outcome),
         diagnostics=A.diagnostics | G.diagnostics,
-        state=state or {},
     )
+
+
+def enough_of(
+    A: Spectrum,
+    G: Spectrum,
+    *,
+    traces: tuple[Float[Tensor, " c"], Float[Tensor, " c"]],
+    damping_rule: DampingRule,
+    damping: float,
+    direction_error: float | None,
+) -> tuple[KroneckerSpectrum, dict[str, float]]:
+    """Makes the preconditioner of as many eigenpairs as its directions need; see `kept_pairs`.
+
+    Returns:
+        The preconditioner, and what was kept: `rank_*`, and the bound that holds, `direction_error`.
+    """
+    kept = keep_enough(
+        A, G, traces=traces, damping_rule=damping_rule, damping=damping, direction_error=direction_error or 0.0
+    )
+    preconditioner = KroneckerSpectrum.of(
+        kept.A,
+        kept.G,
+        trace_A=traces[0],
+        trace_G=traces[1],
+        damping_rule=damping_rule,
+        least_damping=kept.least_damping,
+    )
+    ranks = {f"rank_{label}": float(each.values.shape[-1]) for label, each in (("A", kept.A), ("G", kept.G))}
+    return preconditioner, {**ranks, "direction_error": kept.error}
 
 
 def probes_like(matrix: Float[Tensor, "c d k"], *, seed: int, label: str) -> Float[Tensor, "c d 4"]:

@@ -184,6 +184,12 @@ def make_forecast(
         remarks.append("owners have a share of a GPU, of which there are no figures: inversions are as on this CPU")
     if config.preconditioner.inverse_period_epochs:
         remarks.append("inverse_period changes with the epochs; all figures are of the first one")
+    cut = sorted({each.inverter.name for each in plan.groups if each.inverter.settings().get("direction_error")})
+    if cut:
+        remarks.append(
+            f"inverses of {', '.join(cut)} are taken to have as many eigenpairs as they may: how many direction_error "
+            "cuts off is known once they are there"
+        )
     return Forecast(
         title=_title(config),
         remarks=tuple(remarks),

@@ -27,6 +27,9 @@ CPU = torch.device("cpu")
 _LARGEST, _LARGEST_OF_ROWS = 384, 96
 """Sizes that a job of a second or two at most is made of; methods that take rows hold rows times sizes."""
 
+_DAMPING = 1e-8
+"""So small that methods whose results have the eigenpairs that damping leaves in need keep as many as they may."""
+
 _REPEATS = 2
 _GEMM = 512
 
@@ -140,7 +143,7 @@ def _measured(inverter: AbstractInverter, shapes: Iterable[BlockShape], operatio
     job = encode_job(
         inverter=inverter,
         statistics={"block": statistics_of(inverter, shape)},
-        damping=1e-2,
+        damping=_DAMPING,
         seeds=seeds,
         previous={},
         threads=torch.get_num_threads(),

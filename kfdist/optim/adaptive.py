@@ -99,6 +99,8 @@ class AdaptiveStep:
         self._loss = loss if preconditioner.settings.fisher != "empirical" else None
         self._eta = float(weight_decay)
         self._trust = Trust(self._settings, float(damping), self._eta)
+        # Inverses have the eigenpairs that the smallest gamma of a step will need.
+        preconditioner.pipeline.in_force.stand_in = lambda: min(self._trust.candidates(self._count + 1)) ** 2
         named = [(name, p) for name, p in preconditioner.model.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in named]
         self._parameters = [p for _, p in named]

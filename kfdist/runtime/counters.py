@@ -56,6 +56,7 @@ class PipelineCounters:
         step_seconds: (phase, seconds) of steps not yet reported; likewise.
         inversions: By method, the seconds of results since they were last taken by `take_inversions`.
         adoptions: Versions swapped in.
+        outgrown: Inversions out of turn, because damping had fallen below what the inverse in use was made for.
         failures: Adopted results without a preconditioner, by reason.
         degraded: Adopted blocks whose inversion didn't go as configured, by outcome.
         resent: Broadcasts that reached some rank with a wrong digest and were made again; the same on all ranks.
@@ -78,6 +79,7 @@ class PipelineCounters:
     step_seconds: deque[tuple[str, float]] = field(default_factory=lambda: deque(maxlen=_KEPT_OBSERVATIONS))
     inversions: defaultdict[str, Durations] = field(default_factory=lambda: defaultdict(Durations))
     adoptions: int = 0
+    outgrown: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     degraded: Counter[str] = field(default_factory=Counter)
     resent: int = 0

@@ -1,7 +1,7 @@
 """The settings in force: as configured, but for what users have changed while the run trains."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ class SettingsInForce:
         settings: As configured, with the changes.
         changes: What differs from the configuration, by name (`kfdist.policies.tuning`).
         fixed: Why a setting can't be changed, by name, where it can't.
+        stand_in: Gives lambda in the place of the settings; None where they do.
     """
 
     def __init__(self, configured: Settings, groups: Sequence[BlockGroup]) -> None:
@@ -33,18 +34,19 @@ class SettingsInForce:
         self.settings = configured
         self.changes: dict[str, Value] = {}
         self.fixed: dict[str, str] = {}
+        self.stand_in: Callable[[], float] | None = None
         if not groups:
             self.fixed = dict.fromkeys(tuning.NAMES, "the run has no second-order method whose setting this is")
         elif configured.kl_clip is None and configured.lr is None:
             self.fixed = {"kl_clip": "it was made without a clip, and without a learning rate to clip by"}
 
     def damping(self, step: int) -> float:
-        """Returns lambda at `step`: what users set last, else as configured.
+        """Returns lambda at `step`: the stand-in's, what users set last, or as configured.
 
         Raises:
             ConfigError: A schedule gave something else than a positive, finite number.
         """
-        damping = self.settings.damping_at(step)
+        damping = self.settings.damping_at(step) if self.stand_in is None else self.stand_in()
         if not (math.isfinite(damping) and damping > 0.0):
             raise ConfigError(
                 f"the damping schedule gave {damping!r} at step {step}; a positive, finite number is needed"

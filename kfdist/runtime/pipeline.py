@@ -141,7 +141,7 @@ class Pipeline:
         with phase("announce"):
             ledgers = [track.ledger for track in self.tracks if not track.group.own]
             self.agreement.announce(ledgers, self._digest(step), self.capture.biases.seen)
-        return self._finish(step, adopted)
+        return self._finish(step, adopted, damping)
 
     def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:
         """Returns (F + damping I)^-1 grad by parameter, from the snapshots in use; nothing is written or kept."""
@@ -187,13 +187,19 @@ class Pipeline:
         period, alone = self.settings.digest_period, self.training.world_size == 1
         return parameter_digest(self.parameters) if period and step % period == 0 and not alone else None
 
-    def _finish(self, step: int, adopted: tuple[tuple[GroupName, int], ...]) -> StepReport:
+    def _outgrown(self, damping: float) -> frozenset[GroupName]:
+        """Returns, and counts, the groups that need a new inversion because damping has fallen; alike on all ranks."""
+        names = frozenset(track.group.name for track in self.tracks if track.outgrown(damping))
+        self.counters.outgrown += len(names)
+        return names
+
+    def _finish(self, step: int, adopted: tuple[tuple[GroupName, int], ...], damping: float) -> StepReport:
         """Counts the step and arms the capture for the next one."""
         self.counters.end_step(max((track.staleness(step) for track in self.tracks), default=0))
         self.adopting.settle(step)
         self.next_step = step + 1
         self.timetable.follow(self.in_force.settings, self.next_step)
-        self.timetable.fresh = self.agreement.take_fresh()
+        self.timetable.fresh = self.agreement.take_fresh() | self._outgrown(damping)
         self.arm()
         return StepReport(
             step=step,

@@ -64,6 +64,7 @@ def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
         _sample("kfdist_damping", counters.adaptive_damping or pipeline.in_force.damping(step)),
         _sample("kfdist_inverse_period_steps", pipeline.timetable.inverse_period(step)),
         _sample("kfdist_adoptions_total", counters.adoptions),
+        _sample("kfdist_refreshes_total", counters.outgrown),
         *(_sample("kfdist_adoption_wait_seconds", seconds) for seconds in counters.adoption_waits),
         *_by_label("kfdist_fallbacks_total", "reason", counters.fallbacks),
         *_by_label("kfdist_fallbacks_total", "reason", _some(replaced)),
@@ -132,6 +133,7 @@ def pipeline_totals(pipeline: Pipeline, link: LinkCounters) -> dict[str, Any]:
         "failures": dict(counters.failures),
         "staleness_steps": staleness if tracks else {},
         "adoptions": counters.adoptions,
+        "refreshes": counters.outgrown,
         "fallbacks": dict(counters.fallbacks),
         "degraded": dict(counters.degraded),
         "replaced_jobs": sum(track.jobs.replaced for track in tracks),
@@ -159,8 +161,9 @@ def diagnostic_samples(block: BlockName, diagnostics: Mapping[str, float]) -> li
         for quantity, gauge in _GAUGES.items()
         for factor, value in _by_factor(quantity, diagnostics).items()
     ]
-    if "rung" in diagnostics:
-        samples.append(_sample("kfdist_inversion_rung", diagnostics["rung"], block=block))
+    for name in ("rung", "direction_error"):
+        if name in diagnostics:
+            samples.append(_sample(f"kfdist_inversion_{name}", diagnostics[name], block=block))
     return samples
 
 

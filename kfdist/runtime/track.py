@@ -97,6 +97,14 @@ class Track:
         """Whether the group is due at once, because its newest result had no statistics and none is under way."""
         return self.without_statistics and not self.pending
 
+    def outgrown(self, damping: float) -> bool:
+        """Says whether the snapshot in use has too few eigenpairs for this damping, and no newer one is on its way.
+
+        One that the newest inversion, a failed one, left in use stays until the next is due.
+        """
+        newest = self.ledger.adopted == self.snapshot.version and not self.pending
+        return newest and not all(each.serves(damping) for each in self.snapshot.preconditioners.values())
+
     def staleness(self, step: int) -> int:
         """Returns the age in steps of the snapshot at `step`; step + 1 where there is none."""
         return step - self.snapshot.version

@@ -127,6 +127,10 @@ _DECLARED = (
         across=Across.MAX,
     ),
     _counter("kfdist_adoptions_total", "Versions that all ranks swapped in."),
+    _counter(
+        "kfdist_refreshes_total",
+        "Inversions out of turn, because damping fell below what the inverse in use has eigenpairs enough for.",
+    ),
     _histogram(
         "kfdist_adoption_wait_seconds",
         "Wall-clock seconds that all ranks waited in a step for results to adopt; steps that didn't wait aren't in it.",
@@ -180,6 +184,10 @@ _DECLARED = (
         across=Across.MIN,
     ),
     _of_factor("kfdist_inversion_rank", "Rank that is kept of a factor."),
+    _of_block(
+        "kfdist_inversion_direction_error",
+        "Bound on the relative change of a direction's components by the eigenpairs that a block's inverse lacks.",
+    ),
     _of_block(
         "kfdist_inversion_rung",
         "Retries that a block's inverse took: 0 as configured, then float64, then more and more damping.",

@@ -9,7 +9,7 @@ both sides know, and the value of a field that is a record is a tree again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -132,7 +132,8 @@ def from_tree(tree: Any, table: Mapping[str, type]) -> Any:
         table: The classes by name.
 
     Raises:
-        ValueError: No tree of a record, an unknown kind, or fields that are missing, left over or of the wrong type.
+        ValueError: No tree of a record, an unknown kind, or fields that are missing without having a default, left over
+            or of the wrong type.
     """
     if not (isinstance(tree, dict) and tree.keys() == {"kind", "fields"} and isinstance(tree["fields"], dict)):
         raise ValueError(f"{_described(tree)} is no record; it must have a kind and fields")
@@ -140,13 +141,14 @@ def from_tree(tree: Any, table: Mapping[str, type]) -> Any:
     if kind not in table:
         raise ValueError(f"unknown record {kind!r}; known: {', '.join(table)}")
     cls = table[kind]
-    missing = [f.name for f in _fields(cls) if f.name not in values]
+    missing = [f.name for f in _fields(cls) if f.name not in values and f.default is MISSING]
     if missing:
         raise ValueError(f"{kind} lacks its field {missing[0]!r}")
     left_over = sorted(map(str, values.keys() - {f.name for f in _fields(cls)}))
     if left_over:
         raise ValueError(f"{kind} has no fields {', '.join(left_over)}")
-    return cls(**{f.name: _field_of(kind, f, values[f.name], table) for f in _fields(cls)})
+    # What has a default came later: payloads in checkpoints may be older.
+    return cls(**{f.name: _field_of(kind, f, values[f.name], table) for f in _fields(cls) if f.name in values})
 
 
 def _field_of(kind: str, f: Field[Any], value: Any, table: Mapping[str, type]) -> Any:

@@ -103,12 +103,14 @@ def folding_sequence(
     return increments, averages
 
 
-def run_chain(name: str, increments: Sequence[Increment], *, seed: int = 5, **settings: object) -> list[Inversion]:
+def run_chain(
+    name: str, increments: Sequence[Increment], *, seed: int = 5, damping: float = 1e-2, **settings: object
+) -> list[Inversion]:
     """Runs one inversion after the other, each on the state of the one before."""
     inverter, done = make_inverter(name, **settings), []
     state: dict[str, Tensor] = {}
     for increment in increments:
-        attempt = inverter.invert(increment, damping=1e-2, previous=state, seed=seed)
+        attempt = inverter.invert(increment, damping=damping, previous=state, seed=seed)
         state = dict(attempt.state) if attempt.preconditioner is not None else state
         done.append(attempt)
     return done

@@ -12,7 +12,7 @@ from kfdist.curvature.held_factor import HeldFactor
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.inverters.rs_kfac import RsKfac, candidate_ranks
-from kfdist.curvature.spectra import EIGH_FLOPS, AdaptiveRank, randomized_spectrum
+from kfdist.curvature.spectra import EIGH_FLOPS, AdaptiveRank, enough_of, randomized_spectrum
 from kfdist.curvature.statistics import Increment, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.kronecker import DampingRule
@@ -48,6 +48,8 @@ class AbstractBrandKfac(AbstractInverter):
             besides the product that forms a gradient (algorithms.md 4.3). That is the same direction only where the
             gradient is the batch's own: one process, a mean over the examples of one batch (or of micro-batches of one
             size), neither clipped nor otherwise changed before the preconditioner's step. What can be checked is.
+        direction_error: Leave the eigenpairs that directions don't need out of what is applied, as in `rs-kfac`; what
+            the next update goes on from has them all.
     """
 
     statistic: ClassVar[type] = Increment
@@ -65,8 +67,11 @@ class AbstractBrandKfac(AbstractInverter):
     spectrum_continuation: bool = False
     damping_rule: DampingRule = "pi"
     apply_to: Literal["gradient", "rows"] = "gradient"
+    direction_error: float | None = 0.05
 
     def __post_init__(self) -> None:
+        if self.direction_error is not None:
+            checks.number("direction_error", self.direction_error, least=0, below=1, hint="0 keeps all pairs")
         for count, least in (("rank", 1), ("increment_rows", 1), ("oversampling", 0), ("power_iterations", 0)):
             checks.count(count, getattr(self, count), least=least)
         if self.brand_period is not None:
@@ -123,7 +128,6 @@ class AbstractBrandKfac(AbstractInverter):
 
     @override
     def invert(self, statistics: Increment, *, damping: float, previous: Mapping[str, Tensor], seed: int) -> Inversion:
-        del damping
         factors: dict[str, HeldFactor] = {}
         outcomes, diagnostics = [Outcome.DONE], {}
         for label, rows, dense in (
@@ -147,16 +151,18 @@ class AbstractBrandKfac(AbstractInverter):
             outcomes.append(outcome)
             diagnostics |= factor.diagnostics(label, seed=seed) | found
         A, G = factors["A"], factors["G"]
+        preconditioner, kept = enough_of(
+            A.spectrum(continued=self.spectrum_continuation),
+            G.spectrum(continued=self.spectrum_continuation),
+            traces=(A.mean_trace(), G.mean_trace()),
+            damping_rule=self.damping_rule,
+            damping=damping,
+            direction_error=self.direction_error,
+        )
         return Inversion(
-            preconditioner=KroneckerSpectrum.of(
-                A.spectrum(continued=self.spectrum_continuation),
-                G.spectrum(continued=self.spectrum_continuation),
-                trace_A=A.mean_trace(),
-                trace_G=G.mean_trace(),
-                damping_rule=self.damping_rule,
-            ),
+            preconditioner=preconditioner,
             outcome=Outcome.worst(*outcomes),
-            diagnostics=diagnostics,
+            diagnostics=diagnostics | kept,
             state=A.to_state("A") | G.to_state("G"),
         )
 

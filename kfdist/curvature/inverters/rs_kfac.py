@@ -10,18 +10,19 @@ from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
-from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Work
+from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import (
     EIGH_FLOPS,
     AdaptiveRank,
     Decomposition,
     FactorSpectrum,
+    enough_of,
     randomized_spectrum,
-    spectral_inversion,
 )
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.errors import ConfigError
 from kfdist.linalg.kronecker import DampingRule
+from kfdist.linalg.psd import trace
 from kfdist.types import BlockShape
 
 RankSchedule = tuple[tuple[int, int], ...]
@@ -55,6 +56,8 @@ class AbstractSketchedKfac(AbstractInverter):
         adaptive_rank: Let each factor's rank follow its spectrum: 10 more where w_min/w_max of the kept eigenvalues is
             above 0.053, 10 fewer where it is below 0.026, from 10 to 700 (algorithms.md 4.4). It begins at `rank`.
         warm_start: Begin the sketch with the eigenvectors of the version before; they travel with each job.
+        direction_error: Cut off the eigenpairs that the directions don't need: each component of a direction stays
+            within this share of what all eigenpairs would give (`kept_pairs`). 0 or None keeps `rank` pairs.
     """
 
     produces: ClassVar[type[AbstractPreconditioner]] = KroneckerSpectrum
@@ -68,9 +71,12 @@ class AbstractSketchedKfac(AbstractInverter):
     rank_schedule: RankSchedule = ()
     adaptive_rank: bool = False
     warm_start: bool = False
+    direction_error: float | None = 0.05
 
     def __post_init__(self) -> None:
         checks.count("rank", self.rank, least=1)
+        if self.direction_error is not None:
+            checks.number("direction_error", self.direction_error, least=0, below=1, hint="0 keeps all pairs")
         checks.count("oversampling", self.oversampling, least=0)
         checks.count("power_iterations", self.power_iterations, least=0)
         checks.choice("damping_rule", self.damping_rule, ("pi", "relative", "common"))
@@ -84,14 +90,26 @@ class AbstractSketchedKfac(AbstractInverter):
     def invert(
         self, statistics: KroneckerFactors, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
-        del damping
         inversion = int(previous["inversions"]) if "inversions" in previous else 0
         found = {
             label: self._decompose(matrix, label, inversion, previous, seed)
             for label, matrix in (("A", statistics.A), ("G", statistics.G))
         }
-        state = self._state(found, inversion)
-        return spectral_inversion(statistics, found["A"], found["G"], damping_rule=self.damping_rule, state=state)
+        A, G = found["A"], found["G"]
+        preconditioner, kept = enough_of(
+            A.spectrum,
+            G.spectrum,
+            traces=(trace(statistics.A), trace(statistics.G)),
+            damping_rule=self.damping_rule,
+            damping=damping,
+            direction_error=self.direction_error,
+        )
+        return Inversion(
+            preconditioner=preconditioner,
+            outcome=Outcome.worst(A.outcome, G.outcome),
+            diagnostics=A.diagnostics | G.diagnostics | kept,
+            state=self._state(found, inversion),
+        )
 
     @override
     def estimate(self, shape: BlockShape) -> Estimate:

@@ -71,6 +71,10 @@ class TwoLevelBlock(CoupledPreconditioner):
         return self.inner.shape
 
     @override
+    def serves(self, damping: float) -> bool:
+        return self.inner.serves(damping)
+
+    @override
     def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
         return self.inner.joint_damping(damping)
 

@@ -96,15 +96,16 @@ class Timetable:
     def state_dict(self, next_step: int) -> dict[str, Any]:
         """Returns how the periods have changed while the run trained, as lists of step, factor and inverse period.
 
-        What is configured to begin after a change counts as one of them once it has begun, so that a resume doesn't
-        begin it anew.
+        Beside it the groups that are due at the next step, whatever their period. What is configured to begin after a
+        change counts as one of them once it has begun, so that a resume doesn't begin it anew.
         """
         begun = [[each.begin, *_periods_of(each)] for each in self._schedules if each.begin <= next_step]
-        return {"stages": begun if self.stages else []}
+        return {"stages": begun if self.stages else [], "fresh": sorted(self.fresh)}
 
     def load_state_dict(self, state: Mapping[str, Any], settings: Settings) -> None:
         """Goes on from what `state_dict` returned; what `settings` say of it is for `follow`."""
         self.stages = [[int(each) for each in stage] for stage in state["stages"]]
+        self.fresh = frozenset(state.get("fresh", ()))  # older checkpoints lack it
         if self.stages:
             first = settings.schedules(len(self._tracks), together=self._schedules[0].together)[0]
             self._followed = None

@@ -26,7 +26,7 @@ COMMON = [
 MODELS = "tests.support.outlined_models"
 
 CONFIGURATIONS = {
-    "digits": ["data.micro_batches=2"],
+    "digits": ["data.micro_batches=2", "preconditioner.settings={ rank = 128, direction_error = 0 }"],
     "kfc": [
         f'model.name="{MODELS}:convolutions"',
         'preconditioner.method="kfac-eigen"',

@@ -104,6 +104,19 @@ def test_truncation_cuts_where_it_says(truncate: str) -> None:
     assert widths == ([6, 6 + 3, 8 + 6, 8 + 1, 8 + 5, 8 + 6] if truncate == "before" else [6, 8, 8, 8, 8, 8])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_applied_has_the_pairs_that_are_needed_and_what_is_held_has_all(method: str) -> None:
+    increments, _ = folding_sequence(RAGGED * 2, q=Q, p=P, room=ROOM)
+    damping = 1e4
+    settings: dict[str, Any] = {**ALL_KEPT, "truncate": "after", "damping": damping}
+    whole = run_chain(method, increments, **settings, direction_error=0)[-1]
+    cut = run_chain(method, increments, **settings)[-1]
+    assert spectrum_of(whole).w_A.shape[-1] == 40 and spectrum_of(cut).w_A.shape[-1] == 32
+    assert all(torch.equal(cut.state[name], tensor) for name, tensor in whole.state.items())
+    error = relative_error(spectrum_of(cut).apply(V, damping), spectrum_of(whole).apply(V, damping))
+    assert 0 < error <= cut.diagnostics["direction_error"] <= 0.05
+
+
 def test_the_trace_is_that_of_the_whole_average_though_it_is_cut() -> None:
     increments, averages = folding_sequence(RAGGED, q=Q, p=P, room=ROOM, dense_at=lambda k: k == 2)
     for method in METHODS:

@@ -36,6 +36,10 @@ from kfdist.types import BlockShape
             "rank: 9 is not allowed with adaptive_rank; must be from 10 to",
         ),
         ("rs-kfac", {"damping_rule": "exact"}, "damping_rule: 'exact'"),
+        ("rs-kfac", {"direction_error": 1}, "direction_error: 1 is not allowed"),
+        ("sre-kfac", {"direction_error": "5 %"}, "direction_error: '5 %' is not allowed"),
+        ("b-kfac", {"direction_error": -0.1}, "direction_error: -0.1 is not allowed"),
+        ("b-kfac", {"direction_error": False}, "direction_error: False is not allowed"),
         ("rs-kfac", {"spectrum_continuation": 1}, "spectrum_continuation: 1"),
         ("kfac", {"damping_rule": "common"}, "damping_rule: 'common' is not allowed; choose one of 'pi', 'relative'"),
         ("kfac-eigen", {"damping_rule": "none"}, "choose one of 'common', 'pi', 'relative'"),
@@ -47,7 +51,7 @@ def test_bad_settings_are_refused(name: str, settings: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize("name", ["rs-kfac", "sre-kfac"])
-def test_defaults_are_the_published_ones(name: str) -> None:
+def test_defaults_are_the_published_ones_but_for_pairs_that_nothing_needs(name: str) -> None:
     made = make_inverter(name)
     assert made.settings() == {
         "rank": 220,
@@ -58,6 +62,7 @@ def test_defaults_are_the_published_ones(name: str) -> None:
         "rank_schedule": (),
         "adaptive_rank": False,
         "warm_start": False,
+        "direction_error": 0.05,
     }
 
 

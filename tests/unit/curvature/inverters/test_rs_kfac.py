@@ -52,7 +52,7 @@ def invert_with(
 def invert(
     given: KroneckerFactors, *, name: str = "rs-kfac", seed: int = 0, **settings: Any
 ) -> tuple[Inversion, KroneckerSpectrum]:
-    return invert_with(make_inverter(name, **settings), given, seed=seed)
+    return invert_with(make_inverter(name, **{"direction_error": 0, **settings}), given, seed=seed)
 
 
 def rebuilt(values: Tensor, vectors: Tensor) -> Tensor:
@@ -165,6 +165,21 @@ def test_zero_factors_are_floored(name: str, rule: str) -> None:
     assert torch.equal(again.apply(V.float(), DAMPING), made.apply(V.float(), DAMPING))
 
 
+@both_methods
+@pytest.mark.parametrize("rule", ["pi", "relative", "common"])
+def test_pairs_that_damping_outweighs_are_cut_off_and_the_direction_hardly_changes(name: str, rule: str) -> None:
+    given = factors()
+    settings = {"name": name, "rank": 50, "oversampling": Q, "damping_rule": rule, "warm_start": True}
+    all_pairs = invert(given, **settings)[1]
+    outcome, made = invert(given, **settings, direction_error=0.05)
+    ranks = made.U_A.shape[-1], made.U_G.shape[-1]
+    assert ranks == (32, 32) and (outcome.diagnostics["rank_A"], outcome.diagnostics["rank_G"]) == ranks
+    assert made.least_damping == DAMPING / 2
+    error = relative_error(made.apply(V, DAMPING), all_pairs.apply(V, DAMPING))
+    assert 0 < error <= outcome.diagnostics["direction_error"] <= 0.05
+    assert outcome.state["U_A"].shape == (1, Q, 50)  # the next sketch begins with what was found
+
+
 def test_seeds_change_the_sketch_and_each_factor_has_its_own() -> None:
     given = factors()
     first, again, other = (invert(given, rank=5, oversampling=2, power_iterations=0, seed=s)[1] for s in (1, 1, 2))
@@ -212,7 +227,7 @@ def test_an_adaptive_rank_follows_each_factors_spectrum(name: str) -> None:
     """It stops where w_min/w_max of the kept eigenvalues is between the two thresholds, each factor for itself."""
     slow, fast = 0.95 ** torch.arange(80, dtype=torch.float64), 0.6 ** torch.arange(80, dtype=torch.float64)
     given = KroneckerFactors(A=with_spectrum(slow[None], seed=2), G=with_spectrum(fast[None], seed=3))
-    inverter, state, ranks = make_inverter(name, rank=30, adaptive_rank=True), {}, []
+    inverter, state, ranks = make_inverter(name, rank=30, adaptive_rank=True, direction_error=None), {}, []
     for _ in range(6):
         outcome, made = invert_with(inverter, given, previous=state)
         ranks.append((made.U_A.shape[-1], made.U_G.shape[-1]))

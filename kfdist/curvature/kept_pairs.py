@@ -1,0 +1,160 @@
+r"""How many eigenpairs a snapshot needs: as many as hold its directions near those of all (docs/decisions/0026).
+
+A factor is known by its r leading eigenpairs; its other eigenvalues are at most w_r. Let k pairs be kept, and every
+other eigenvalue x, of the pairs cut off and of what was never found, be replaced by one number t. With h = w_{k+1}, or
+w_r where nothing is cut off, x lies in [0, h]. In the eigenbasis of the whole factor a direction's components are those
+of the gradient over x + gamma, where gamma is the damping of the factor, so each changes by
+
+    (x + gamma) / (t + gamma) - 1,    at most    e = max(t, h - t) / (t + gamma) in magnitude.
+
+t = h/2 makes e smallest: h / (h + 2 gamma). Over both factors the changes multiply: a component of the block's
+direction changes by at most (1 + e_A)(1 + e_G) - 1, relative to itself. With "common" damping a component is the
+gradient's over x_G x_A + lambda. If only A's pair was replaced, it changes by at most v max(t, h - t) / (v t + lambda),
+which grows with G's eigenvalue v and so is largest at G's largest; likewise for G; if both were, by at most
+max(h_A h_G - t_A t_G, t_A t_G) / (t_A t_G + lambda). The bound is the largest of the three.
+
+A bound on every component in an orthonormal basis bounds the whole direction in the Euclidean norm, relative to its
+own, and in every norm that weighs the same components, such as that of the damped block. It holds against the factor
+with whatever eigenvalues the pairs that were not found have; how good the found ones are is for `residual_*` and
+`approximation_error_*` to say.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kfdist.linalg.kronecker import DampingRule, Spectrum, split_by_largest, split_by_trace
+
+MULTIPLE = 32
+"""Numbers of pairs are rounded up to its multiples, so that blocks of equal shape can still be one batched product."""
+
+MARGIN = 2.0
+"""By how much damping may fall before a snapshot has too few pairs: one that falls slowly needs no inversion of its
+own."""
+
+
+class Kept(NamedTuple):
+    """The eigenpairs of both factors that are kept.
+
+    Attributes:
+        A: Of the factor of the inputs.
+        G: Of the factor of the output gradients.
+        error: Bound on every component of a direction, relative to itself, at the damping that it was made for.
+        least_damping: Smallest damping for which there are enough; 0 where nothing was cut off.
+    """
+
+    A: Spectrum
+    G: Spectrum
+    error: float
+    least_damping: float
+
+
+class _Choices(NamedTuple):
+    """What may be kept of one factor: n numbers of pairs, rising, the last of them all.
+
+    Attributes:
+        ranks: The numbers of pairs k.
+        largest: h, the largest eigenvalue that isn't kept, `[c, n]`; 0 where there is none.
+        tails: t, what the eigenvalues that aren't kept are taken to be, `[c, n]`.
+        leading: The largest eigenvalue of all, `[c, 1]`.
+    """
+
+    ranks: list[int]
+    largest: Float[Tensor, "c n"]
+    tails: Float[Tensor, "c n"]
+    leading: Float[Tensor, "c 1"]
+
+    @classmethod
+    def of(cls, spectrum: Spectrum, *, cuts: bool) -> "_Choices":
+        values, tail = spectrum.values.double().cpu(), spectrum.tail.double().cpu().unsqueeze(-1)
+        fewer = list(range(MULTIPLE, values.shape[-1], MULTIPLE)) if cuts else []
+        cut_off, last = values[..., fewer], torch.maximum(values[..., -1:], tail)
+        if spectrum.complete:
+            last, tail = torch.zeros_like(last), torch.zeros_like(tail)
+        largest, tails = torch.cat([cut_off, last], -1), torch.cat([cut_off / 2, tail], -1)
+        return cls([*fewer, values.shape[-1]], largest, tails, values[..., :1])
+
+    def deviations(self, damping: Float[Tensor, "c 1"], factor: Float[Tensor, "c 1"]) -> Float[Tensor, "c n"]:
+        """Returns e for the eigenvalues `factor` x + `damping`."""
+        return factor * torch.maximum(self.tails, self.largest - self.tails) / (factor * self.tails + damping)
+
+
+def keep_enough(
+    A: Spectrum,
+    G: Spectrum,
+    *,
+    traces: tuple[Float[Tensor, " c"], Float[Tensor, " c"]],
+    damping_rule: DampingRule,
+    damping: float,
+    direction_error: float,
+) -> Kept:
+    """Cuts off the eigenpairs of a block's factors that its directions don't need.
+
+    Of all choices that hold the bound at damping / `MARGIN`, the one with the fewest pairs of both factors together,
+    which is what applying costs. Where even all pairs don't hold it, each factor keeps as many as make its own share of
+    the error small, or all. Waits for the tensors.
+
+    Args:
+        A: Of the factor of the inputs, as it was found.
+        G: Of the factor of the output gradients.
+        traces: Of the undamped factors A and G.
+        damping_rule: How damping acts.
+        damping: lambda, or phi, of the version.
+        direction_error: Largest bound; 0 keeps all pairs.
+    """
+    sides = _Choices.of(A, cuts=direction_error > 0), _Choices.of(G, cuts=direction_error > 0)
+    sizes = A.vectors.shape[-2], G.vectors.shape[-2]
+
+    def bounds(damping: float) -> tuple[Tensor, Tensor, Tensor]:
+        if damping_rule == "common":
+            return _common_bounds(*sides, damping)
+        if damping_rule == "relative":
+            split = split_by_largest(A.values[..., 0], G.values[..., 0], damping=damping)
+        else:
+            split = split_by_trace(*traces, d_in=sizes[0], d_out=sizes[1], damping=damping)
+        gammas = [each.double().cpu().unsqueeze(-1) for each in split]
+        e_A, e_G = (side.deviations(gamma, torch.ones_like(gamma)) for side, gamma in zip(sides, gammas, strict=True))
+        return e_A.amax(0), e_G.amax(0), ((1 + e_A.unsqueeze(-1)) * (1 + e_G.unsqueeze(-2)) - 1).amax(0)
+
+    i, j = _fewest(*sides, bounds(damping / MARGIN), direction_error)
+    cuts = i < len(sides[0].ranks) - 1 or j < len(sides[1].ranks) - 1
+    return Kept(
+        A=_leading(A, sides[0].ranks[i]),
+        G=_leading(G, sides[1].ranks[j]),
+        error=float(bounds(damping)[2][i, j]),
+        least_damping=damping / MARGIN if cuts else 0.0,
+    )
+
+
+def _common_bounds(A: _Choices, G: _Choices, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the bounds of exact damping: of each factor alone, `[n_A]` and `[n_G]`, and of both, `[n_A, n_G]`."""
+    joint = torch.full_like(A.leading, damping)
+    e_A, e_G = A.deviations(joint, G.leading), G.deviations(joint, A.leading)
+    tails = A.tails.unsqueeze(-1) * G.tails.unsqueeze(-2)
+    largest = A.largest.unsqueeze(-1) * G.largest.unsqueeze(-2)
+    both = torch.maximum(largest - tails, tails) / (tails + damping)
+    either = torch.maximum(e_A.unsqueeze(-1), e_G.unsqueeze(-2))
+    return e_A.amax(0), e_G.amax(0), torch.maximum(either, both).amax(0)
+
+
+def _fewest(A: _Choices, G: _Choices, bounds: tuple[Tensor, Tensor, Tensor], most: float) -> tuple[int, int]:
+    """Returns the places of the choices to make for A and G."""
+    table = bounds[2].tolist()
+    enough = [(k + m, table[i][j], i, j) for i, k in enumerate(A.ranks) for j, m in enumerate(G.ranks)]
+    enough = [each for each in enough if each[1] <= most]
+    if enough:
+        _, _, i, j = min(enough)
+        return i, j
+    share = math.sqrt(1 + most) - 1
+    i, j = (next((i for i, e in enumerate(alone.tolist()) if e <= share), len(alone) - 1) for alone in bounds[:2])
+    return i, j
+
+
+def _leading(spectrum: Spectrum, k: int) -> Spectrum:
+    if k == spectrum.values.shape[-1]:
+        return spectrum
+    values = spectrum.values
+    return Spectrum(spectrum.vectors[..., :k], values[..., :k], values[..., k] / 2)
