@@ -15,6 +15,8 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure, and write the figures with hardware and versions.", no_args_is_help=True)
     bench.command("overhead")(_overhead)
     bench.command("stall")(_stall)
+    bench.command("traffic")(_traffic)
+    bench.command("target")(_target)
     bench.command("papers")(_papers)
     app.add_typer(bench, name="bench")
 
@@ -85,6 +87,57 @@ def _stall(
 
     settings = StallSettings(model=model, method=method, steps=steps, slowdown=slowdown)
     _finish("stall", lambda: measure_stall(settings), describe, plot, out=out, as_json=as_json)
+
+
+def _traffic(
+    model: Annotated[str, typer.Option(metavar="resnet50|resnet18|mlp|gpt", help="Whose layers.")] = "resnet50",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", metavar="NAME", help="Repeatable; rs-kfac (low-rank) and kfac (dense) if not given."),
+    ] = None,
+    inverse_period: Annotated[int, typer.Option(metavar="STEPS", help="Ten times the factor period.")] = 100,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count the bytes that two ranks send for the gradient and for kfdist, on the wire. Takes some minutes."""
+    from kfdist.bench.on_the_wire import TrafficSettings, describe, measure_traffic, plot
+
+    chosen = {"methods": tuple(methods)} if methods else {}
+    settings = TrafficSettings(model=model, inverse_period=inverse_period, **chosen)
+    _finish("traffic", lambda: measure_traffic(settings), describe, plot, out=out, as_json=as_json)
+
+
+def _target(
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="digits-autoencoder|digits-cnn", help="Repeatable; all if not given."),
+    ] = None,
+    rivals: Annotated[
+        list[str] | None,
+        typer.Option("--rival", metavar="NAME", help="sgd, adamw, muon, rs-kfac, ...; repeatable; all if not given."),
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="Of training, at most; a task's own if not given.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="How many.")] = 1,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure seconds and steps to a target, for kfdist and for first-order optimizers. All of it takes ten minutes.
+
+    Trainings that the file has aren't done again, so that the command may be interrupted and given again.
+    """
+    from kfdist.bench.results import DIRECTORY, write_result
+    from kfdist.bench.to_target import TargetSettings, describe, known_cells, measure_target, plot
+
+    settings = TargetSettings(tasks=tuple(tasks or ()), rivals=tuple(rivals or ()), seconds=seconds, seeds=seeds)
+    file = out or DIRECTORY / "target.json"
+    known = known_cells(file)
+
+    def keep(found: dict[str, Any]) -> None:
+        write_result(file, found, plot(found))
+
+    _finish("target", lambda: measure_target(settings, known, keep), describe, plot, out=out, as_json=as_json)
 
 
 def _papers(

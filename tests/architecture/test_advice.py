@@ -15,7 +15,7 @@ from tests.support.sources import FILES, PACKAGE, tree_of
 
 EVERY_RUN = {"train", "worker", "serve", "pool"}
 STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "stop", "events"}
-MEASURING = {"bench overhead", "bench stall"}
+MEASURING = {"bench overhead", "bench stall", "bench target", "bench traffic"}
 SHOWN_BY = {
     "cli/plan_command.py": {"plan"},
     "forecast/earlier_run.py": {"plan"},
@@ -25,6 +25,8 @@ SHOWN_BY = {
     "bench/papers.py": {"bench papers"},
     "bench/results.py": MEASURING,
     "bench/stall.py": {"bench stall"},
+    "bench/to_target.py": {"bench target"},
+    "bench/on_the_wire.py": {"bench traffic"},
     "cli/control_commands.py": STEERING,
     "cli/find_runs.py": STEERING,
     "cli/run_target.py": STEERING,
