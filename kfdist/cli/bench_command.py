@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     bench.command("stall")(_stall)
     bench.command("traffic")(_traffic)
     bench.command("target")(_target)
+    bench.command("inversion")(_inversion)
     bench.command("papers")(_papers)
     app.add_typer(bench, name="bench")
 
@@ -102,8 +103,8 @@ def _traffic(
     """Count the bytes that two ranks send for the gradient and for kfdist, on the wire. Takes some minutes."""
     from kfdist.bench.on_the_wire import TrafficSettings, describe, measure_traffic, plot
 
-    chosen = {"methods": tuple(methods)} if methods else {}
-    settings = TrafficSettings(model=model, inverse_period=inverse_period, **chosen)
+    chosen = tuple(methods) if methods else TrafficSettings.methods
+    settings = TrafficSettings(model=model, methods=chosen, inverse_period=inverse_period)
     _finish("traffic", lambda: measure_traffic(settings), describe, plot, out=out, as_json=as_json)
 
 
@@ -138,6 +139,31 @@ def _target(
         write_result(file, found, plot(found))
 
     _finish("target", lambda: measure_target(settings, known, keep), describe, plot, out=out, as_json=as_json)
+
+
+def _inversion(
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", metavar="NAME", help="Repeatable; all if not given.")
+    ] = None,
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option("--size", metavar="D", help="Size of a factor; repeatable; 1024, 2048, 4608, 9216 if not given."),
+    ] = None,
+    rank: Annotated[int, typer.Option(metavar="R", help="Eigenpairs kept.")] = 220,
+    limit: Annotated[float, typer.Option(metavar="S", help="Longest inversion that is tried, in seconds.")] = 20.0,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure seconds and error of an inversion by the size of a factor and by the rank. It takes some minutes."""
+    from kfdist.bench.inversion import InversionSettings, describe, measure_inversion, plot
+
+    settings = InversionSettings(
+        methods=tuple(methods or ()),
+        sizes=tuple(sizes) if sizes else InversionSettings.sizes,
+        rank=rank,
+        limit_seconds=limit,
+    )
+    _finish("inversion", lambda: measure_inversion(settings), describe, plot, out=out, as_json=as_json)
 
 
 def _papers(

@@ -15,12 +15,13 @@ from tests.support.sources import FILES, PACKAGE, tree_of
 
 EVERY_RUN = {"train", "worker", "serve", "pool"}
 STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "stop", "events"}
-MEASURING = {"bench overhead", "bench stall", "bench target", "bench traffic"}
+MEASURING = {f"bench {name}" for name in ("inversion", "overhead", "stall", "target", "traffic")}
 SHOWN_BY = {
     "cli/plan_command.py": {"plan"},
     "forecast/earlier_run.py": {"plan"},
     "forecast/outline.py": {"plan"},
     "forecast/step_time.py": {"plan"},
+    "bench/inversion.py": {"bench inversion"},
     "bench/overhead.py": {"bench overhead"},
     "bench/papers.py": {"bench papers"},
     "bench/results.py": MEASURING,

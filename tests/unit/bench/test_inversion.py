@@ -1,0 +1,92 @@
+"""`kfdist bench inversion`: exact inverses, errors and bounds; how long anything takes is not for a test."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from kfdist.bench import inversion
+from kfdist.bench.inversion import (
+    DAMPING,
+    InversionSettings,
+    Problem,
+    brand_over_bound,
+    describe,
+    exact_spectrum,
+    faster,
+    measure_inversion,
+    plot,
+)
+from kfdist.bench.measuring import measured
+from kfdist.errors import ConfigError
+
+
+@pytest.fixture
+def few_examples(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inversion, "EXAMPLES", 20)
+    monkeypatch.setattr(inversion, "_MOST_REPETITIONS", 1)
+
+
+@pytest.mark.parametrize("d", [30, 100])
+def test_the_truth_is_that_of_the_dense_factors(d: int, few_examples: None):
+    problem = Problem(d)
+    A, G, V = problem.factors().A[0].double(), problem.G[0].double(), problem.gradient[0].double()
+    kronecker = torch.kron(G, A) + DAMPING * torch.eye(16 * d).double()
+    expected = torch.linalg.solve(kronecker, V.flatten()).view(1, 16, d)
+    torch.testing.assert_close(problem.truth("common"), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [5, 12])
+def test_eigenpairs_of_few_and_of_many_rows(rows: int):
+    given = torch.randn(rows, 8, generator=torch.Generator().manual_seed(0)).double()
+    found = exact_spectrum(given)
+    rebuilt = found.vectors[0] * found.values[0] @ found.vectors[0].mT
+    torch.testing.assert_close(rebuilt, given.mT @ given)
+    assert found.vectors.shape[-1] == min(rows, 8) and bool((found.values[0].diff() <= 0).all())
+
+
+def test_all_methods_are_measured_and_the_exact_ones_are_exact(few_examples: None):
+    settings = InversionSettings(sizes=(60, 90), ranks=(10, 20), rank=20, size_for_ranks=90)
+    found = measured(lambda: measure_inversion(settings))
+    errors = {name: points[-1]["error"] for name, points in found["by_size"].items()}
+    assert {name for name, error in errors.items() if error < 1e-2} == {"kfac", "kfac-eigen", "cg-fac", "seng", "eva"}
+    assert all(errors[name] < 0.7 for name in ("rs-kfac", "sre-kfac", "b-kfac"))
+    by_rank = found["by_rank"]
+    assert set(by_rank) == {"rs-kfac", "sre-kfac", "b-kfac"}
+    assert by_rank["rs-kfac"][1]["error"] < by_rank["rs-kfac"][0]["error"]
+    shown = describe(found)
+    assert "error by rank, d = 90" in shown and "times faster" in shown
+    assert "sre-kfac" in plot(found)
+
+
+def points(*seconds: float) -> list[dict[str, Any]]:
+    return [{"d": 2**number, "seconds": each} for number, each in enumerate(seconds)]
+
+
+def test_what_would_take_too_long_is_not_tried(monkeypatch: pytest.MonkeyPatch, few_examples: None):
+    tried: list[tuple[str, int]] = []
+
+    def measure(name: str, problem: Problem, rank: int) -> dict[str, Any]:
+        tried.append((name, problem.d))
+        return {"seconds": 1.0, "error": 0.0}
+
+    monkeypatch.setattr(inversion, "_measure", measure)
+    settings = InversionSettings(methods=("kfac", "eva"), sizes=(40, 80, 160), rank=16, size_for_ranks=40)
+    measure_inversion(settings.__class__(**{**vars(settings), "limit_seconds": 4.0}))
+    assert [d for name, d in tried if name == "kfac"] == [40]  # 80 would take 8 s
+    assert [d for name, d in tried if name == "eva"] == [40, 80, 160]
+
+
+def test_ratios_are_of_equal_sizes():
+    found = faster({"kfac-eigen": points(1.0, 8.0), "rs-kfac": points(0.5, 1.0, 2.0)})
+    assert found == {"1": {"rs-kfac": 2.0}, "2": {"rs-kfac": 8.0}}
+    operations = 4 * 220 * 256 + 4 * 256**2 + 2 * 476 * 220
+    assert brand_over_bound([{"d": 1, "seconds": 3.0}], 220, float(operations)) == {"1": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({"methods": ("ekfac",)}, "--method"), ({"sizes": (400,)}, "--size: .*400.*476")]
+)
+def test_wrong_settings_are_refused(given: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        InversionSettings(**given)
