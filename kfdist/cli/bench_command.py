@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     bench.command("traffic")(_traffic)
     bench.command("target")(_target)
     bench.command("inversion")(_inversion)
+    bench.command("scale")(_scale)
     bench.command("papers")(_papers)
     app.add_typer(bench, name="bench")
 
@@ -164,6 +165,36 @@ def _inversion(
         limit_seconds=limit,
     )
     _finish("inversion", lambda: measure_inversion(settings), describe, plot, out=out, as_json=as_json)
+
+
+def _scale(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe or a TOML file.")] = "imagenet-resnet50",
+    ranks: Annotated[
+        list[int] | None, typer.Option("--ranks", metavar="W", help="Repeatable; 8 to 4096 if not given.")
+    ] = None,
+    owners: Annotated[
+        list[int] | None, typer.Option("--owners", metavar="M", help="Repeatable; 1 to 256 if not given.")
+    ] = None,
+    step_seconds: Annotated[float, typer.Option(metavar="S", help="Assumed of a step without kfdist.")] = 0.3,
+    gigabytes: Annotated[
+        float, typer.Option("--gigabytes-a-second", metavar="GB", help="Assumed that a rank sends.")
+    ] = 25.0,
+    hop: Annotated[float, typer.Option("--hop-microseconds", metavar="US", help="Assumed from rank to rank.")] = 5.0,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Calculate what thousands of ranks and hundreds of owners would see, from costs that are measured here."""
+    from kfdist.bench.scaling import ScaleSettings, checked_numbers, describe, measure_scale, plot
+
+    settings = ScaleSettings(
+        config=config,
+        ranks=checked_numbers(ranks, ScaleSettings.ranks),
+        owners=checked_numbers(owners, ScaleSettings.owners),
+        step_seconds=step_seconds,
+        gigabytes_a_second=gigabytes,
+        hop_microseconds=hop,
+    )
+    _finish("scale", lambda: measure_scale(settings), describe, plot, out=out, as_json=as_json)
 
 
 def _papers(

@@ -15,7 +15,7 @@ from tests.support.sources import FILES, PACKAGE, tree_of
 
 EVERY_RUN = {"train", "worker", "serve", "pool"}
 STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "stop", "events"}
-MEASURING = {f"bench {name}" for name in ("inversion", "overhead", "stall", "target", "traffic")}
+MEASURING = {f"bench {name}" for name in ("inversion", "overhead", "scale", "stall", "target", "traffic")}
 SHOWN_BY = {
     "cli/plan_command.py": {"plan"},
     "forecast/earlier_run.py": {"plan"},
@@ -25,6 +25,7 @@ SHOWN_BY = {
     "bench/overhead.py": {"bench overhead"},
     "bench/papers.py": {"bench papers"},
     "bench/results.py": MEASURING,
+    "bench/scaling.py": {"bench scale"},
     "bench/stall.py": {"bench stall"},
     "bench/to_target.py": {"bench target"},
     "bench/on_the_wire.py": {"bench traffic"},
