@@ -95,9 +95,9 @@ class Trainee:
         self, workload: Workload, preconditioner_of: Callable[[torch.nn.Module], Preconditioner] | None, seed: int
     ) -> None:
         self._workload = workload
-        self._model = workload.model(seed)
-        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=workload.lr, momentum=0.9)
-        self.preconditioner = None if preconditioner_of is None else preconditioner_of(self._model)
+        self.model = workload.model(seed)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=workload.lr, momentum=0.9)
+        self.preconditioner = None if preconditioner_of is None else preconditioner_of(self.model)
         self._draw = workload.batches(torch.Generator().manual_seed(seed))
         self.loss = torch.tensor(float("nan"))
 
@@ -105,16 +105,16 @@ class Trainee:
         """Trains one step; making the batch isn't part of it."""
         batch, report = self._draw(), None
         begun, marks = time.thread_time(), [time.perf_counter()]
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         marks.append(time.perf_counter())
-        loss = self._workload.loss(self._model, batch)
+        loss = self._workload.loss(self.model, batch)
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())
         if self.preconditioner is not None:
             report = self.preconditioner.step()
         marks.append(time.perf_counter())
-        self._optimizer.step()
+        self.optimizer.step()
         marks.append(time.perf_counter())
         cpu = time.thread_time() - begun
         self.loss = loss.detach()
@@ -126,15 +126,15 @@ class Trainee:
         passes, applied = [], []
         for _ in range(steps):
             batch = self._draw()
-            self._optimizer.zero_grad()
+            self.optimizer.zero_grad()
             with FlopCounterMode(display=False) as counted:
-                self._workload.loss(self._model, batch).backward()
+                self._workload.loss(self.model, batch).backward()
             passes.append(counted.get_total_flops())
             if self.preconditioner is not None:
                 with FlopCounterMode(display=False) as counted:
                     self.preconditioner.step()
                 applied.append(counted.get_total_flops())
-            self._optimizer.step()
+            self.optimizer.step()
         return {"forward_and_backward": min(passes), "preconditioner": min(applied, default=0)}
 
 

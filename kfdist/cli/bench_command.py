@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     bench.command("target")(_target)
     bench.command("inversion")(_inversion)
     bench.command("scale")(_scale)
+    bench.command("memory")(_memory)
     bench.command("papers")(_papers)
     app.add_typer(bench, name="bench")
 
@@ -195,6 +196,21 @@ def _scale(
         hop_microseconds=hop,
     )
     _finish("scale", lambda: measure_scale(settings), describe, plot, out=out, as_json=as_json)
+
+
+def _memory(
+    model: Model = "resnet18",
+    method: Method = "rs-kfac",
+    steps: Annotated[int, typer.Option(metavar="N", help="Of the rank whose peak is measured.")] = 120,
+    long_steps: Annotated[int, typer.Option(metavar="N", help="Of the small model that must not grow.")] = 2000,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the most memory that a rank takes, beside what it has to, and whether it grows in a long run."""
+    from kfdist.bench.memory_use import MemorySettings, describe, measure_memory, plot
+
+    settings = MemorySettings(model=model, method=method, steps=steps, long_steps=long_steps)
+    _finish("memory", lambda: measure_memory(settings), describe, plot, out=out, as_json=as_json)
 
 
 def _papers(

@@ -15,13 +15,15 @@ from tests.support.sources import FILES, PACKAGE, tree_of
 
 EVERY_RUN = {"train", "worker", "serve", "pool"}
 STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "stop", "events"}
-MEASURING = {f"bench {name}" for name in ("inversion", "overhead", "scale", "stall", "target", "traffic")}
+NAMES = ("inversion", "memory", "overhead", "scale", "stall", "target", "traffic")
+MEASURING = {f"bench {name}" for name in NAMES}
 SHOWN_BY = {
     "cli/plan_command.py": {"plan"},
     "forecast/earlier_run.py": {"plan"},
     "forecast/outline.py": {"plan"},
     "forecast/step_time.py": {"plan"},
     "bench/inversion.py": {"bench inversion"},
+    "bench/memory_use.py": {"bench memory"},
     "bench/overhead.py": {"bench overhead"},
     "bench/papers.py": {"bench papers"},
     "bench/results.py": MEASURING,
