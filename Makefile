@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-chaos test-slow gpu gpu-wheels lint format protos bench compare wheel clean distclean prometheus node
+.PHONY: help run test test-chaos test-slow gpu gpu-wheels lint format protos bench bench-full compare wheel clean distclean prometheus node
 
 help:  ## Shows this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,9 +78,24 @@ format: $(INSTALLED)  ## Formats the code and sorts imports
 protos: $(INSTALLED)  ## Regenerates the gRPC stubs from protos/
 	$(BIN)/python protos/generate.py
 
-bench: $(INSTALLED)  ## Measures steps to accuracy against SGD, and the default run; writes benchmarks/results/
+# Short forms of the measurements, under ten minutes on two cores; they say how things stand, not what is published.
+bench: $(INSTALLED)  ## Measures all of it shortly, into bench-results/
+	$(BIN)/kfdist bench overhead --steps 150 --out bench-results/overhead.json
+	$(BIN)/kfdist bench stall --model mlp --steps 150 --out bench-results/stall.json
+	$(BIN)/kfdist bench memory --model mlp --long-steps 1000 --out bench-results/memory.json
+	$(BIN)/kfdist bench inversion --size 1024 --size 2048 --out bench-results/inversion.json
+	$(BIN)/kfdist bench traffic --model resnet18 --method rs-kfac --inverse-period 20 --out bench-results/traffic.json
+	$(BIN)/kfdist bench target --seconds 3 --out bench-results/target.json
+	$(BIN)/kfdist bench scale --out bench-results/scale.json
+
+# What docs/performance.md shows, about half an hour on two cores with nothing beside it. A target that was reached
+# before isn't trained again: remove benchmarks/results/target.json for that.
+bench-full: $(INSTALLED)  ## Measures all of it, and writes benchmarks/results/ and the tables made of it
+	for name in overhead stall traffic inversion memory scale target; do $(BIN)/kfdist bench $$name || exit; done
+	for name in mlp gpt; do $(BIN)/kfdist bench overhead --model $$name --out benchmarks/results/overhead-$$name.json || exit; done
 	$(BIN)/python benchmarks/steps_to_accuracy.py
 	$(BIN)/python benchmarks/default_run.py
+	$(BIN)/python -m benchmarks.figures
 
 compare: $(INSTALLED)  ## Shows that the numbers are those of the commit BASE, bit for bit
 	$(BIN)/python benchmarks/compare_commits.py $(BASE)

@@ -2,11 +2,13 @@
 
 import os
 import platform
+import subprocess
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -39,10 +41,20 @@ def measured(measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
                 "threads": torch.get_num_threads(),
             },
             "versions": versions(),
+            "commit": _commit(),
             **found,
         }
     finally:
         torch.set_num_threads(threads)
+
+
+def _commit() -> str | None:
+    """Returns the commit of the checkout that this package is in, and whether it was changed; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _load_average() -> float:

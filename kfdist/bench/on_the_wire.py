@@ -146,6 +146,7 @@ def _count_in_own_network(settings: TrafficSettings, method: str, result: Connec
                 "gradient_bytes_a_step": counts[0],
                 "kfdist_bytes_a_step": counts[1],
                 "kfdist_bytes_a_step_by_purpose": by_purpose,
+                "failed_inversions": max(each["failed"] for each in purposes),
                 "counted": "in a network namespace" if own else "on this machine's loopback, whatever else used it",
             }
         )
@@ -215,7 +216,8 @@ def _rank(settings: TrafficSettings, method: str, host: Connection) -> None:
                 _backward(model, batch)
                 preconditioner.update()
             after = preconditioner.counters()["bytes"]
-            host.send({name: after[name] - before[name] for name in PURPOSES})
+            failed = preconditioner.counters()["inversions"]["failed"]
+            host.send({"failed": failed, **{name: after[name] - before[name] for name in PURPOSES}})
             host.recv()  # until it is killed, so that nothing that ends is counted
     except BaseException as error:
         host.send(error)
@@ -231,7 +233,7 @@ def _model_and_batch(name: str, seed: int) -> tuple[nn.Module, Batch]:
     settings = {"architecture": "resnet50"}
     model = build_model("torchvision", settings, example_shape=(3, 224, 224), classes=1000, seed=0)
     generator = torch.Generator().manual_seed(seed)
-    return model, (torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([1, 2]))
+    return model, (torch.randn(8, 3, 64, 64, generator=generator), torch.arange(8))
 
 
 def _backward(model: nn.Module, batch: Batch) -> None:
@@ -254,6 +256,7 @@ def describe(content: Mapping[str, Any]) -> str:
         for method, each in content["by_method"].items()
     ]
     counted = {each["counted"] for each in content["by_method"].values()}
+    failed = ", ".join(f"{name} {each['failed_inversions']}" for name, each in content["by_method"].items())
     head = ["MB a step, all ranks", "gradient", "kfdist", "share", "goal", *PURPOSES]
     return "\n".join(
         [
@@ -262,6 +265,7 @@ def describe(content: Mapping[str, Any]) -> str:
             "",
             table(head, rows),
             "gradient and kfdist are the wire's, with TCP's headers; purposes are what ranks contribute",
+            f"inversions that failed, whose snapshots have no bytes: {failed}",
             conditions(content),
         ]
     )

@@ -25,6 +25,7 @@ def content(kfdist: float) -> dict[str, object]:
         "kfdist_bytes_a_step_by_purpose": {"table": 1e3, "statistics": 2e6, "snapshots": kfdist - 2.001e6},
         "kfdist_over_gradient": kfdist / 200e6,
         "counted": "in a network namespace",
+        "failed_inversions": 0,
         "goal": 0.04,
     }
     return {
