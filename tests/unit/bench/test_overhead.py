@@ -35,7 +35,8 @@ def test_the_first_steps_dont_count_and_ratios_are_of_the_others():
     assert found["mean_ratio_to_sgd"] == 4.0 and found["cpu_ratio_to_sgd"] == 4.0 and found["p50_ratio_to_sgd"] == 4.0
     assert (found["mean"], found["p50"], found["p99"], found["max"]) == (8.0, 8.0, 13.0, 13.0)
     assert found["p99_over_p50"] == {"sgd": 1.0, "kfdist": 1.625}
-    assert found["share_of_steps_over_1.5_medians"] == 0.5
+    assert found["share_of_steps_over_1.5_medians"] == {"sgd": 0.0, "kfdist": 0.5}
+    assert found["cpu_p99_over_p50"] == {"sgd": 1.0, "kfdist": 1.625}
     assert found["first_step_seconds"] == {"sgd": 0.009, "kfdist": 0.099}
     assert found["preconditioner_phases"] == {"precondition": 5.0, "fold": 2.0}
     assert found["sgd"]["parts"]["backward"]["mean"] == 2.0
