@@ -22,10 +22,14 @@ from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block, EmbeddingBlock, LayerBlock, UnitBlock
 from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.blocks.linear import LinearBlock
+from kfdist.curvature.blocks.row_budget import draw_rows
 from kfdist.curvature.blocks.rows import accumulation_dtype
 
 _EXAMPLES_SEED = 0x5851F42D4C957F2D
 """Keeps the draw of examples independent of the draw of positions, which has the block's own seed."""
+
+_ROWS_SEEDS = {"A": 0x3C6EF372FE94F82B, "G": 0x1F83D9ABFB41BD6B}
+"""Likewise, for the draws of rows."""
 
 _RESERVOIR_SEED = 0x14057B7EF767814F
 
@@ -310,6 +314,7 @@ class Collector:
         return fresh
 
     def _drained(self, name: str, pending: PendingStatistics, repeats: int) -> BatchStatistics:
+        thin = pending.thin_rows()
         request, sums, pairs = self._requests[name], pending.sums, None
         if request.sums & CHAIN_SUMS:
             sums |= self._chains.sums(name, pending.like)
@@ -319,6 +324,8 @@ class Collector:
         for part, power in (("F", 2), ("G", 2), ("g", 1), ("G_next", 2), ("g_cross", 2)):
             if part in sums:
                 sums[part].mul_(repeats**power)
+        if "G" in thin and repeats != 1:
+            thin["G"] = [each.scaled(repeats) for each in thin["G"]]
         rows = {part: store.rows() for part, store in pending.rows.items()}
         sketched = frozenset(part for part, store in pending.rows.items() if store.sketched)
         if "G" in rows:
@@ -328,13 +335,13 @@ class Collector:
             each.to(pending.like, non_blocking=True) if isinstance(each, Tensor) else each
             for each in (pending.examples, pending.positions)
         )
-        return BatchStatistics(sums, examples, positions, pairs, rows, sketched, samples)
+        return BatchStatistics(sums, examples, positions, pairs, rows, sketched, samples, thin)
 
     def _sampled(self, visit: Visit, activation: Tensor) -> tuple[Tensor | None, float]:
         """Picks the measured share of the examples, None for all; the other value makes sums over them unbiased."""
         number = self._units.setdefault(visit.unit, len(self._units))
         n = visit.grouped(len(activation))
-        kept = max(1, round(n * self._sampling.examples_fraction))
+        kept = max(1, round(n * self._sampling.examples))
         if kept >= n:
             return None, 1.0
         seed = (self._requests[self._leader.get(visit.name, visit.name)].seed + number) & SEED_MASK
@@ -345,10 +352,14 @@ class Collector:
     def _add_sums(self, pending: PendingStatistics, seen: MeasuredCall) -> int | Tensor:
         """Adds the plain sums that are asked for; returns the number of rows."""
         wanted = seen.request.sums & (PLAIN_SUMS | DIAGONAL_SUMS if seen.first else frozenset({"G", "g"}))
+        drawn = self._drawn(seen)
+        for part in sorted(wanted & drawn.keys()):
+            pending.add_drawn(part, seen, *drawn[part])
+        wanted -= drawn.keys()
         found = seen.block.factor_sums(
             seen.activation,
             seen.output_gradient,
-            positions_fraction=self._sampling.positions_fraction,
+            positions_fraction=self._sampling.positions,
             most_positions=self._sampling.positions_budget,
             seed=(seen.request.seed + seen.visit.number) & SEED_MASK,
             biased=seen.visit.biased,
@@ -365,6 +376,15 @@ class Collector:
                 total.mul_(seen.boost)
             pending.add(part, total)
         return found.rows
+
+    def _drawn(self, seen: MeasuredCall) -> dict[str, tuple[Tensor, int]]:
+        """Draws the rows that factors are made of, and says of how many; factors made of all rows are left out."""
+        request, block = seen.request, seen.block
+        if not self._sampling.by_cost or request.whole or not request.sums_alone:
+            return {}
+        seed = (request.seed + seen.visit.number) & SEED_MASK
+        counts = block.affordable_rows(seen.activation, seen.output_gradient)
+        return {part: (draw_rows(of, count, seed ^ _ROWS_SEEDS[part]), of) for part, (count, of) in counts.items()}
 
     def _add_coupled(self, seen: MeasuredCall, *, first: bool) -> None:
         """Adds what products with other blocks need; of a call's input when it comes for the first time alone."""

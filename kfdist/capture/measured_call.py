@@ -11,6 +11,7 @@ from kfdist.capture.requests import Request
 from kfdist.capture.visits import Scaling, Visit
 from kfdist.curvature.blocks import LayerBlock
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
+from kfdist.curvature.thin_sums import ThinRows
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class MeasuredCall:
         """Returns rows a `[c, n, T, q]` and g `[c, n, T, p]` of the examples, scaled like the sums, as copies."""
         a, g = self.activation, self.output_gradient
         return self._scaled(*self.block.factor_rows(a, g, biased=self.visit.biased, kept=self.kept))
+
+    def drawn_rows(self, part: str, chosen: Tensor, of: int) -> Iterator[ThinRows]:
+        """Yields rows of a factor, drawn from `of` rows and scaled so that they stand for all, some at a time."""
+        width = self.block.shape.d_in if part == "A" else self.block.shape.d_out
+        row_bytes = self.block.shape.groups * width * accumulation_dtype(self.output_gradient).itemsize
+        a, g, many = self.activation, self.output_gradient, math.sqrt(of / len(chosen))
+        for some in chosen.split(max(1, TILE_BYTES // row_bytes)):
+            rows = ThinRows(*self.block.drawn_rows(part, a, g, some, biased=self.visit.biased, kept=self.kept))
+            yield rows.scaled(self.scale_of(part, rows.rows) * many)
 
     def tiles_of_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields rows a and g, `[c, n, T, d]`, of a few entries at a time, not scaled: all at once may be too many."""

@@ -1,5 +1,6 @@
 """What has come of one block since the last step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.reservoir import Reservoir
 from kfdist.capture.row_store import RowStore
 from kfdist.capture.visits import Visit
+from kfdist.curvature.thin_sums import ThinRows, ThinSum
 
 _SKETCH_SEEDS = {"A": 0x2545F4914F6CDD1D, "G": 0x369DEA0F31A53F85}
 """Keep the sketches of a block's factors independent."""
@@ -24,6 +26,7 @@ class PendingStatistics:
 
     like: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
+    thin: dict[str, ThinSum] = field(default_factory=dict)
     rows: dict[str, RowStore] = field(default_factory=dict)
     reservoir: Reservoir | None = None
     positions: float | Tensor = 0.0
@@ -51,6 +54,23 @@ class PendingStatistics:
             self.sums[part] += total
         else:
             self.sums[part] = total
+
+    def add_drawn(self, part: str, seen: MeasuredCall, chosen: Tensor, of: int) -> None:
+        """Adds the rows of a factor that were drawn from `of` rows."""
+        if part not in self.thin:
+            self.thin[part] = ThinSum(seen.block.shape.d_in if part == "A" else seen.block.shape.d_out)
+        for rows in seen.drawn_rows(part, chosen, of):
+            self.thin[part].add(rows)
+
+    def thin_rows(self) -> dict[str, Sequence[ThinRows]]:
+        """Returns the drawn rows by factor; where they were many, or others are summed, they go to the sums."""
+        found = {}
+        for part, thin in self.thin.items():
+            if thin.rows is None or part in self.sums:
+                self.sums[part] = thin.add_to_sum(self.sums.get(part))
+            else:
+                found[part] = thin.rows
+        return found
 
     def share(self, visit: Visit, examples: int) -> float:
         """Returns what makes sums over a call's examples sums of means over forwards, where the loss is such a sum."""

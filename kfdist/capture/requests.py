@@ -23,24 +23,43 @@ SEED_MASK = (1 << 63) - 1
 class Sampling:
     """How much of a batch is measured; all estimates stay unbiased.
 
+    With none of these given, a factor is made of as many rows of the batch as a tenth of the layer's own forward and
+    backward pays for (`kfdist.curvature.blocks.row_budget`), and of all of them at a block's first update.
+
     Attributes:
-        examples_fraction: Share of the examples, in (0, 1].
-        positions_fraction: Share of the positions of a convolution or a sequence, in (0, 1].
+        examples_fraction: Share of the examples, in (0, 1]; all if only others are given.
+        positions_fraction: Share of the positions of a convolution or a sequence, in (0, 1]; likewise.
         positions_budget: Most positions of an example, at least 1; None sets no such limit.
 
     Raises:
         ConfigError: A value is out of range.
     """
 
-    examples_fraction: float = 1.0
-    positions_fraction: float = 1.0
+    examples_fraction: float | None = None
+    positions_fraction: float | None = None
     positions_budget: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("examples_fraction", "positions_fraction"):
-            checks.number(name, getattr(self, name), above=0, most=1)
+            if getattr(self, name) is not None:
+                checks.number(name, getattr(self, name), above=0, most=1)
         if self.positions_budget is not None:
             checks.count("positions_budget", self.positions_budget, least=1, hint="or None for no limit")
+
+    @property
+    def by_cost(self) -> bool:
+        """Whether what rows cost says how many are measured."""
+        return self == Sampling()
+
+    @property
+    def examples(self) -> float:
+        """The share of the examples that is asked for."""
+        return 1.0 if self.examples_fraction is None else self.examples_fraction
+
+    @property
+    def positions(self) -> float:
+        """The share of the positions that is asked for."""
+        return 1.0 if self.positions_fraction is None else self.positions_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +79,7 @@ class Request:
         sample_columns: Columns of an example's gradient to keep in the place of more positions
             (`kfdist.linalg.lowrank`); None keeps all positions.
         samples_pooled: Whether their rows are those that the factors see; see `SampleBudget`.
+        whole: Whether all rows enter the sums, whatever they cost.
         seed: For what is drawn, at most 63 bits. Give ranks seeds of their own where their draws should differ.
     """
 
@@ -72,7 +92,13 @@ class Request:
     sample_rows: int | None = None
     sample_columns: int | None = None
     samples_pooled: bool = False
+    whole: bool = False
     seed: int = 0
+
+    @property
+    def sums_alone(self) -> bool:
+        """Whether nothing is asked for that rows of the same examples have to be in."""
+        return not self.rows and not self.sums & (CHAIN_SUMS | COARSE_SUMS)
 
     def __post_init__(self) -> None:
         for field, allowed in (

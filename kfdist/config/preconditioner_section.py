@@ -83,14 +83,20 @@ class PreconditionerSection(Section):
         gt=0,
         description="the longest agreed wait before the run writes a checkpoint and ends, resumable",
     )
-    examples_fraction: float = Field(default=1.0, gt=0, le=1, description="share of the examples that is measured")
-    positions_fraction: float = Field(
-        default=1.0, gt=0, le=1, description="share of the positions of a convolution or a sequence that is measured"
+    examples_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of the examples that is measured; with none of these three given, as many rows as a tenth "
+        "of the layer's forward and backward pays for",
+    )
+    positions_fraction: float | None = Field(
+        default=None, gt=0, le=1, description="share of the positions of a convolution or a sequence that is measured"
     )
     positions_budget: int | None = Field(
         default=None,
         ge=1,
-        description="most positions of a convolution or a sequence that are measured per example; all if not given",
+        description="most positions of a convolution or a sequence that are measured per example",
     )
     digest_period: int = Field(
         default=100, ge=0, description="steps between two comparisons of the ranks' parameters; 0: never"

@@ -13,7 +13,7 @@ rho_k = min(1 - 1/k, decay) for the k-th folding (Martens & Grosse 2015, section
 estimates are plain averages; w is its own normaliser, so no bias correction is needed elsewhere.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kfdist.curvature.statistics import Needs
+from kfdist.curvature.thin_sums import ThinRows
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from kfdist.types import BlockShape
 from kfdist.wire.records import RecordTree, make_tree
@@ -46,8 +47,8 @@ COUNTED_BY: Mapping[str, tuple[str, ...]] = {
 }
 """What each sum is divided by; of two counts it is their geometric mean (see `kfdist.curvature.statistics`)."""
 
-_SLICE = 2**22
-"""Numbers of a sum that are folded at once."""
+_SLICE = {"cpu": 2**18, "": 2**22}
+"""Numbers of a sum that are folded at once, by device: what fits into a core's cache, or keeps a device busy."""
 
 
 def decay_at(update: int, decay: float) -> float:
@@ -83,7 +84,7 @@ class BatchStatistics:
 
     Attributes:
         sums: Sums over rows by name; "A" of a a^T `[c, q, q]`, "G" of g g^T `[c, p, p]`, and the further ones that
-            `sum_shapes` lists.
+            `sum_shapes` lists; without those of `thin`.
         examples: How many examples are in the sums; `[c]` where matrices have counts of their own, as of experts.
         positions: How many positions they have together, likewise.
         pairs: How many pairs of positions each of "g_cross" is a sum over, `[members]`.
@@ -91,6 +92,7 @@ class BatchStatistics:
             of them, for which that holds in expectation.
         sketched: The factors whose rows are a sketch.
         samples: Rows of single examples.
+        thin: By factor, rows whose products are its sum; see `kfdist.curvature.thin_sums`.
     """
 
     sums: dict[str, Tensor]
@@ -100,6 +102,7 @@ class BatchStatistics:
     rows: dict[str, Tensor] = field(default_factory=dict)
     sketched: frozenset[str] = frozenset()
     samples: ExampleRows | None = None
+    thin: Mapping[str, Sequence[ThinRows]] = field(default_factory=dict)
 
 
 def sum_shapes(
@@ -176,15 +179,20 @@ class WeightedSums:
             step_is_finite: Where it is false, the whole step is skipped and nothing changes.
         """
         kept, gain = folding(rho, step_is_finite, like=self.like)
-        for total in (*self.sums.values(), *self.counts.values()):
-            total.mul_(kept)
+        for count in self.counts.values():
+            count.mul_(kept)
         if batch is None or not self.sums:
+            for total in self.sums.values():
+                total.mul_(kept)
             return
-        finite = all_finite([*(batch.sums[name] for name in self.sums), *batch.rows.values()])  # all of it, or nothing
+        finite = all_finite(_telling(batch, self.sums))  # all of it, or nothing
         zero = torch.zeros_like(self.like)
         for name, total in self.sums.items():
+            if name in batch.thin:
+                _fold_thin(total, batch.thin[name], torch.where(finite, gain, zero), rho, kept, step_is_finite)
+                continue
             for part, new in _slices(total, batch.sums[name]):
-                part.add_(torch.where(finite, new, zero) * gain)
+                part.mul_(kept).add_(torch.where(finite, new, zero).mul_(gain))
         found = {EXAMPLES: batch.examples, POSITIONS: batch.positions, PAIRS: batch.pairs}
         for name, count in self.counts.items():
             new = found[name]
@@ -213,12 +221,36 @@ class WeightedSums:
         self.dropped.copy_(state["dropped"])
 
 
+def _telling(batch: BatchStatistics, names: Iterable[str]) -> Iterator[Tensor]:
+    """Yields what is finite where all of a batch is; of products of rows their diagonals, which bound the rest."""
+    for name in names:
+        if name in batch.thin:
+            yield from (each.squares() for each in batch.thin[name])
+        else:
+            yield batch.sums[name]
+    yield from batch.rows.values()
+
+
+def _fold_thin(
+    total: Tensor, thin: Sequence[ThinRows], gain: Tensor, rho: float, kept: Tensor, step_is_finite: Tensor | None
+) -> None:
+    """Folds rows into a sum; where the host knows that the step counts, the decay is part of the product."""
+    if step_is_finite is not None:
+        total.mul_(kept)
+    decay = rho if step_is_finite is None else 1.0
+    for each in thin:
+        rows = torch.where(gain > 0, each.rows, torch.zeros_like(gain)).mul_(gain.sqrt())
+        ThinRows(rows, each.columns).add_to(total, kept=decay)
+        decay = 1.0
+
+
 def _slices(total: Tensor, new: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Takes two tensors apart along rows: what is computed of a slice is no temporary of a wide layer's size."""
     if total.dim() < 2:
         yield total, new
         return
-    rows = max(1, _SLICE * total.shape[1] // max(1, total.numel()))
+    most = _SLICE.get(total.device.type, _SLICE[""])
+    rows = max(1, most * total.shape[1] // max(1, total.numel()))
     yield from zip(total.split(rows, dim=1), new.split(rows, dim=1), strict=True)
 
 

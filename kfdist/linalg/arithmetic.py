@@ -22,3 +22,21 @@ def plain_arithmetic(device: torch.device) -> Iterator[None]:
         else:
             with torch.autocast(device.type, enabled=False):
                 yield
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 on a CUDA device round their factors to 10 bits (TF32) and sum in float32.
+
+    For sums of many rows, whose rounding averages out; rows that were bfloat16 or float16 have no more bits. On a CPU
+    nothing changes: its products of bfloat16 would round the sums.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type != "cuda" or before != "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -99,6 +99,14 @@ def assert_true_to_its_layer(layer: nn.Module, inputs: Tensor, *, tolerance: flo
             assert torch.equal(found, part)
     sums = block.factor_sums(activation, gradient)
     a, g = a.flatten(1, 2), g.flatten(1, 2)
+    chosen = torch.arange(0, n * T, 2, device="cpu")
+    for part, rows in (("A", a), ("G", g)):
+        drawn, columns = block.drawn_rows(part, *block.batched(activation, gradient), chosen)
+        found = torch.zeros_like(rows[:, chosen])
+        found[..., slice(None) if columns is None else columns] = drawn
+        torch.testing.assert_close(found, rows[:, chosen], rtol=0, atol=0)
+    reached = block.reached_inputs(*block.batched(activation, gradient))
+    assert reached >= (a != 0).flatten(0, 1).any(0).sum(), "columns that are left out are zero"
     for found, expected in ((sums.A, a.mT @ a), (sums.G, g.mT @ g), (sums.a, a.sum(1)), (sums.g, g.sum(1))):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=10 * tolerance)
     assert sums.rows == n * T

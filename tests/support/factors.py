@@ -59,9 +59,18 @@ def factors_of(drained: Mapping[str, BatchStatistics]) -> Factors:
         return total / (count.reshape(-1, 1, 1) if isinstance(count, Tensor) else count)
 
     return {
-        name: (mean(each.sums["A"], each.examples), mean(each.sums["G"], each.positions))
+        name: (mean(sum_of(each, "A"), each.examples), mean(sum_of(each, "G"), each.positions))
         for name, each in drained.items()
     }
+
+
+def sum_of(batch: BatchStatistics, part: str) -> Tensor:
+    """A factor's sum, also where it is drained as rows of full width."""
+    if part not in batch.thin:
+        return batch.sums[part]
+    rows = torch.cat([each.rows for each in batch.thin[part]], dim=1)
+    assert all(each.columns is None for each in batch.thin[part])
+    return rows.mT @ rows
 
 
 def factors_by_definition(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kfdist.curvature.blocks.row_budget import affordable_rows, is_cheap
 from kfdist.curvature.blocks.rows import (
     RowSums,
     accumulation_dtype,
@@ -250,7 +251,7 @@ class LayerBlock(Block, ABC):
 
     @abstractmethod
     def positions(
-        self, activation: Float[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."] | None = None
+        self, activation: Shaped[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."] | None = None
     ) -> int:
         """Returns how many rows T each example of a batched activation has in the factors.
 
@@ -304,6 +305,52 @@ class LayerBlock(Block, ABC):
         self, output_gradient: Float[Tensor, "N ..."], chosen: Int64[Tensor, " T"] | None = None
     ) -> Float[Tensor, "c N ... p"]:
         """Shows the rows g, `[c, N, *positions, p]`, in the order of `input_windows`."""
+
+    @abstractmethod
+    def drawn_inputs(
+        self, activation: Float[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."], chosen: Int64[Tensor, " r"]
+    ) -> tuple[Float[Tensor, "c r w"], Int64[Tensor, " w"] | None]:
+        """Copies single rows a, without the homogeneous coordinate, and nothing beside them.
+
+        Args:
+            activation: From `batched` or `pooled`.
+            output_gradient: Likewise; its shape tells the positions.
+            chosen: Numbers of rows, on the CPU: example times T plus position.
+
+        Returns:
+            The rows; and which of their columns are shown, where the others are zero in all of them, None for all.
+        """
+
+    @abstractmethod
+    def drawn_outputs(
+        self, output_gradient: Float[Tensor, "N ..."], chosen: Int64[Tensor, " r"]
+    ) -> Float[Tensor, "c r p"]:
+        """Copies single rows g, as `drawn_inputs` does."""
+
+    def affordable_rows(
+        self, activation: Shaped[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."]
+    ) -> dict[str, tuple[int, int]]:
+        """Returns how many rows factors are made of where their cost decides, and of how many; both from `batched`.
+
+        A factor that can be made of all rows as they are is left out.
+        """
+        c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in
+        there = len(activation) * self.positions(activation, output_gradient)
+        reached = self.reached_inputs(activation, output_gradient)
+        counts = affordable_rows(self._computed_shape, output_gradient.numel() // (c * p), reached=reached)
+        found = {part: (min(count, there), there) for part, count in zip("AG", counts, strict=True)}
+        sparse = reached < q and not is_cheap(there, q, c)
+        return {part: each for part, each in found.items() if each[0] < there or (part == "A" and sparse)}
+
+    @property
+    def _computed_shape(self) -> BlockShape:
+        """Shape of the product whose cost pays for the statistics."""
+        return self.shape
+
+    def reached_inputs(self, activation: Shaped[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."]) -> int:
+        """Returns how many columns of rows a can differ from zero, given the inputs' size."""
+        del activation, output_gradient
+        return self.shape.d_in
 
     @property
     def input_features(self) -> int:
@@ -381,6 +428,41 @@ class LayerBlock(Block, ABC):
         if kept is not None:
             rows = (kept if chosen is None else kept.index_select(1, chosen)).sum() * (positions / used)
         return self._named(inputs, outputs, rows=rows, biased=biased, wanted=wanted)
+
+    def drawn_rows(
+        self,
+        part: str,
+        activation: Shaped[Tensor, "N ..."],
+        output_gradient: Float[Tensor, "N ..."],
+        chosen: Int64[Tensor, " r"],
+        *,
+        biased: bool = True,
+        kept: Bool[Tensor, "N T"] | None = None,
+    ) -> tuple[Float[Tensor, "c r w"], Int64[Tensor, " w"] | None]:
+        """Lays out single rows of a factor, of which `factor_sums` adds up all.
+
+        Args:
+            part: "A" or "G".
+            activation: From `batched`.
+            output_gradient: From `batched`; not scaled here.
+            chosen: Numbers of rows, on the CPU: example times T plus position, as the factors see them.
+            biased: As in `factor_sums`.
+            kept: As in `factor_sums`.
+
+        Returns:
+            The rows, in float64 for float64 input, else in float32; and which columns of the factor they are, as others
+            are zero; None for all.
+        """
+        a, g, kept = self.pooled(activation, output_gradient, kept)
+        rows, columns = (self.drawn_outputs(g, chosen), None) if part == "G" else self.drawn_inputs(a, g, chosen)
+        rows = rows.to(accumulation_dtype(rows))
+        if part == "A" and self.homogeneous:
+            rows = F.pad(rows, (0, 1), value=float(biased))
+            if columns is not None:
+                columns = F.pad(columns, (0, 1), value=self.shape.d_in - 1)
+        if kept is not None:  # also of output gradients: that of padding needn't be zero
+            rows = torch.where(kept.flatten()[chosen.to(kept.device, non_blocking=True)].unsqueeze(-1), rows, 0.0)
+        return rows, columns
 
     def example_rows(
         self,

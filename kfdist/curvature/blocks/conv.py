@@ -8,6 +8,7 @@ inputs. Each group is a separate matrix.
 import math
 from abc import abstractmethod
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,14 +25,18 @@ Sizes = tuple[int, ...]
 class AbstractConvBlock(LayerBlock):
     """What blocks of all convolutions have in common: inputs `[N, C, *spatial]`, `[C, *spatial]` taken as N = 1.
 
-    A subclass says how the layer's input becomes the padded input of a plain convolution with `_stride`.
+    A subclass says how the layer's input becomes the padded input of a plain convolution with `_stride`: its pixels lie
+    on a grid, `_spread` apart, and the first patch begins `_before` the first one.
     """
+
+    _before: Sizes
 
     def __init__(self, name: BlockName, module: Convolution, bias: ParameterPart | None, stride: Sizes) -> None:
         super().__init__(name, module, ParameterPart.weight_of(module), bias)
         self._conv = module
         self._dims = len(module.kernel_size)
         self._stride = stride
+        self._spread: Sizes = (1,) * self._dims
         patch = module.in_channels // module.groups * math.prod(module.kernel_size)
         self.shape = BlockShape(
             d_out=module.out_channels // module.groups,
@@ -117,6 +122,64 @@ class AbstractConvBlock(LayerBlock):
             grouped = grouped.index_select(-1, chosen)
         return grouped.permute(1, 0, 3, 2)
 
+    @override
+    def drawn_inputs(
+        self,
+        activation: Float[Tensor, "N C ..."],
+        output_gradient: Float[Tensor, "N D ..."],
+        chosen: Int64[Tensor, " r"],
+    ) -> tuple[Float[Tensor, "c r w"], Int64[Tensor, " w"] | None]:
+        """Picks the patches' pixels one by one: no image is padded, and no other patch is laid out."""
+        dims, device, sizes = self._dims, activation.device, output_gradient.shape[2:]
+        example, *at = torch.unravel_index(chosen, (len(activation), *sizes))
+        met = self._met_places(activation.shape[2:], sizes)
+        index, within = [_along(example, 0, dims)], torch.ones((), dtype=torch.bool, device="cpu")
+        for i, (position, places) in enumerate(zip(at, met, strict=True)):
+            size, spread = activation.shape[2 + i], self._spread[i]
+            place = torch.tensor(places, dtype=torch.int64, device="cpu") * self._conv.dilation[i] - self._before[i]
+            pixel = position.unsqueeze(1) * self._stride[i] + place
+            on_one = (pixel >= 0) & (pixel <= (size - 1) * spread) & (pixel % spread == 0)
+            within = within & _along(on_one, 1 + i, dims)
+            index.append(_along((pixel // spread).clamp(0, size - 1), 1 + i, dims))
+        picked = activation.movedim(1, -1)[tuple(each.to(device, non_blocking=True) for each in index)]
+        rows = torch.where(within.to(device, non_blocking=True).unsqueeze(-1), picked, 0.0).movedim(-1, 1)
+        rows = rows.unflatten(1, (self.shape.groups, -1)).flatten(2).transpose(0, 1)
+        kernel, channels = self._conv.kernel_size, self._conv.in_channels // self.shape.groups
+        if math.prod(map(len, met)) == math.prod(kernel):
+            return rows, None
+        columns = torch.arange(channels * math.prod(kernel), device="cpu").reshape(channels, *kernel)
+        for i, places in enumerate(met):
+            columns = columns.index_select(1 + i, torch.tensor(places, dtype=torch.int64, device="cpu"))
+        return rows, columns.flatten().to(device, non_blocking=True)
+
+    @override
+    def drawn_outputs(
+        self, output_gradient: Float[Tensor, "N D ..."], chosen: Int64[Tensor, " r"]
+    ) -> Float[Tensor, "c r p"]:
+        at = torch.unravel_index(chosen, (len(output_gradient), *output_gradient.shape[2:]))
+        rows = output_gradient.movedim(1, -1)[tuple(each.to(output_gradient.device, non_blocking=True) for each in at)]
+        return rows.unflatten(-1, (self.shape.groups, -1)).transpose(0, 1)
+
+    @override
+    def reached_inputs(self, activation: Float[Tensor, "N C ..."], output_gradient: Float[Tensor, "N D ..."]) -> int:
+        """Counts those of a kernel's places that meet a pixel anywhere: of 3 x 3 places, one over maps of 1 x 1."""
+        met = self._met_places(activation.shape[2:], output_gradient.shape[2:])
+        return self._conv.in_channels // self.shape.groups * math.prod(map(len, met)) + self.homogeneous
+
+    def _met_places(self, inputs: Sizes, outputs: Sizes) -> list[list[int]]:
+        """Returns along each dimension which places of the kernel meet a pixel at any position."""
+        met = []
+        for i, (size, positions) in enumerate(zip(inputs, outputs, strict=True)):
+            stride, dilation, before, spread = self._stride[i], self._conv.dilation[i], self._before[i], self._spread[i]
+            pixels = range(0, (size - 1) * spread + 1, spread)
+            found = [
+                place
+                for place in range(self._conv.kernel_size[i])
+                if any(at * stride + place * dilation - before in pixels for at in range(positions))
+            ]
+            met.append(found)
+        return met
+
 
 class ConvBlock(AbstractConvBlock):
     """Block of an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
@@ -129,6 +192,7 @@ class ConvBlock(AbstractConvBlock):
         super().__init__(name, module, bias, stride=tuple(module.stride))
         padding = module.padding if module.padding_mode == "zeros" else (0,) * len(module.kernel_size)
         self._padding = _padding_of(padding, self._reach)
+        self._before = tuple(before for before, _ in self._padding)
         self.operation = Operation(
             "convolution",
             stride=tuple(module.stride),
@@ -177,7 +241,7 @@ class ConvTransposeBlock(AbstractConvBlock):
     def __init__(self, name: BlockName, module: Convolution, bias: ParameterPart | None) -> None:
         super().__init__(name, module, bias, stride=(1,) * len(module.kernel_size))
         assert not isinstance(module.padding, str), "transposed convolutions allow no words"
-        self._spread: Sizes = tuple(module.stride)
+        self._spread = tuple(module.stride)
         sizes = zip(self._reach, module.padding, strict=True)
         self._before = tuple(reach - 1 - int(padding) for reach, padding in sizes)
         self._kernel_dims = tuple(range(-self._dims, 0))
@@ -229,6 +293,14 @@ class ConvTransposeBlock(AbstractConvBlock):
         channels = self._conv.in_channels // self.shape.groups
         turned = matrix.reshape(self.shape.groups, self.shape.d_out, channels, *self._conv.kernel_size)
         return turned.transpose(1, 2).flatten(0, 1).flip(self._kernel_dims)
+
+
+def _along(index: Tensor, dim: int, dims: int) -> Tensor:
+    """Shapes an index `[r]` or `[r, k]` so that its k lie along dimension `dim` of `[r, *kernel]`."""
+    shape = [len(index)] + [1] * dims
+    if index.dim() > 1:
+        shape[dim] = index.shape[1]
+    return index.reshape(shape)
 
 
 def _padding_of(padding: Sizes | str, reach: Sizes) -> tuple[tuple[int, int], ...]:

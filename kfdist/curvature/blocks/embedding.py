@@ -1,5 +1,7 @@
 """Tables of which rows are looked up by number: embeddings, of single rows and of bags (docs/decisions/0018)."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.curvature.blocks.rows import RowSums, accumulation_dtype, draw_positions
 from kfdist.curvature.statistics import FactorSums
 from kfdist.linalg.sparse_rows import dense_of, overwrite
-from kfdist.types import BlockName
+from kfdist.types import BlockName, BlockShape
 
 LOOKUP = Operation("lookup")
 """y_t is the table's row of the t-th number."""
@@ -130,6 +132,12 @@ class EmbeddingBlock(LinearBlock):
             rows=len(g) * positions if used is None else used.sum() * share,
             A_diagonal=self._diagonal(counted, accumulation_dtype(g)) if "A_diagonal" in wanted else None,
         )
+
+    @property
+    @override
+    def _computed_shape(self) -> BlockShape:
+        """A lookup computes nothing: G is paid for as by a layer of its width."""
+        return replace(self.shape, d_in=self.shape.d_out)
 
     def _diagonal(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the sum over rows a of their squares, `[1, V]`.

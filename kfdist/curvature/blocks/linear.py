@@ -1,6 +1,6 @@
 """Fully connected layers (K-FAC, Martens & Grosse, arXiv 1503.05671), also over sequences (arXiv 2311.00636)."""
 
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -53,7 +53,7 @@ class LinearBlock(LayerBlock):
 
     @override
     def positions(
-        self, activation: Float[Tensor, "N T q"], output_gradient: Float[Tensor, "N T p"] | None = None
+        self, activation: Shaped[Tensor, "N T q"], output_gradient: Float[Tensor, "N T p"] | None = None
     ) -> int:
         del output_gradient
         return 1 if self._reduces else activation.shape[1]
@@ -91,6 +91,18 @@ class LinearBlock(LayerBlock):
     ) -> Float[Tensor, "1 N _ p"]:
         return _windows(output_gradient, chosen)
 
+    @override
+    def drawn_inputs(
+        self, activation: Float[Tensor, "N T q"], output_gradient: Float[Tensor, "N T p"], chosen: Int64[Tensor, " r"]
+    ) -> tuple[Float[Tensor, "1 r q"], None]:
+        return _drawn(activation, chosen), None
+
+    @override
+    def drawn_outputs(
+        self, output_gradient: Float[Tensor, "N T p"], chosen: Int64[Tensor, " r"]
+    ) -> Float[Tensor, "1 r p"]:
+        return _drawn(output_gradient, chosen)
+
     def _with_positions(self, tensor: Tensor, features: int, what: str) -> Tensor:
         if tensor.dim() == 0 or tensor.shape[-1] != features:
             raise ValueError(
@@ -109,3 +121,10 @@ def _windows(tensor: Tensor, chosen: Tensor | None) -> Tensor:
     if chosen is not None:
         tensor = tensor.index_select(1, chosen)
     return tensor.unsqueeze(0)
+
+
+def _drawn(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """Copies rows of `[N, T, d]`, which may lie in any order."""
+    chosen = chosen.to(tensor.device, non_blocking=True)
+    positions = tensor.shape[1]
+    return tensor[chosen // positions, chosen % positions].unsqueeze(0)

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from kfdist.linalg.arithmetic import fast_products
+
 TILE_BYTES = 32 << 20
 """Rows held at once, in bytes. The patches of a whole batch of images can be a hundred times the images; a tile of this
 size is large enough that the matrix product dominates its overhead, and small beside the activations of any model that
@@ -144,7 +146,8 @@ class RowSums:
         """Adds windows `[c, n, *positions, *features]`; laid out as rows only where products of them are wanted."""
         if self.second is not None:
             rows = lay_out(windows, features, self.second.dtype)
-            self.second.baddbmm_(rows.mT, rows)  # in place: autocast leaves such products alone
+            with fast_products(rows.device):
+                self.second.baddbmm_(rows.mT, rows)  # in place: autocast leaves such products alone
             if self.first is not None:
                 self.first += rows.sum(1)
         elif self.first is not None and windows.numel():

@@ -219,8 +219,8 @@ def _check_rows(groups: Sequence[BlockGroup], settings: Settings, world_size: in
         refuse_applied_rows(groups, f"the gradients of {world_size} ranks are averaged")
     if settings.fisher != "empirical":
         refuse_applied_rows(groups, f"fisher = {settings.fisher!r} measures other gradients than the loss's own")
-    if settings.sampling.examples_fraction < 1:
-        fraction = settings.sampling.examples_fraction
+    if settings.sampling.examples < 1:
+        fraction = settings.sampling.examples
         refuse_applied_rows(groups, f"examples_fraction = {fraction} measures a part of it")
     if settings.weight_sharing == "reduce":
         refuse_applied_rows(groups, "weight_sharing = 'reduce' measures the mean of an example's rows")

@@ -205,6 +205,8 @@ class Timetable:
                     most_rows=None if needs.applied_rows else needs.increment_rows // self._world_size,
                     sketch_size=needs.increment_rows,
                     sketch_seed=rank_seed(seed, self._rank),
+                    # What there is at first is of one batch: all of it, whatever it costs.
+                    whole=folds and self.foldings_until(track, step) <= 1,
                     seed=seed,
                     **self._samples(needs, updates=updates, calibrates=group.index in calibrating),
                 )

@@ -103,7 +103,7 @@ class StatisticsReducer:
             for name in track.group.needs
         ]
         for batch in batches.values():
-            batch.sums = {}
+            batch.sums, batch.thin = {}, {}
         reduced, sent = reduce_contributions(contributions, self._communicator)
         self._sums_sent += sent
         requests = self._sample_requests(step, groups, batches, step_is_finite)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from kfdist.capture.requests import Sampling
+from kfdist.curvature.blocks import row_budget
 from kfdist.errors import ConfigError
 from tests.support.factors import armed_capture, assert_factors_equal, factors_of
 
@@ -50,13 +51,51 @@ def measure(seed: int, sampling: Sampling, times: int = 1) -> dict[str, tuple[Te
 )
 def test_the_estimates_are_unbiased(sampling: Sampling):
     truth = measure(0, Sampling())["layer"]
-    draws = [measure(seed, sampling)["layer"] for seed in range(SEEDS)]
+    assert_unbiased([measure(seed, sampling)["layer"] for seed in range(SEEDS)], truth)
+
+
+def assert_unbiased(draws: list[tuple[Tensor, Tensor]], truth: tuple[Tensor, Tensor]) -> None:
     for index, label in enumerate(("Omega", "Gamma")):
         drawn = torch.stack([draw[index] for draw in draws])
         error = drawn.std(0) / SEEDS**0.5
         assert (error > 0).any(), "nothing was sampled"
         missed = (drawn.mean(0) - truth[index]).abs() - MONTE_CARLO * error
         assert (missed <= 1e-12).all(), f"{label} is off by {missed.max()} beyond {MONTE_CARLO} standard errors"
+
+
+@pytest.fixture
+def costly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the rows of the smallest layer cost too much."""
+    monkeypatch.setattr(row_budget, "CHEAP", 0)
+    monkeypatch.setattr(row_budget, "LEAST_ROWS", 2)
+
+
+@pytest.mark.usefixtures("costly")
+@pytest.mark.parametrize("times", [1, 2])
+def test_rows_drawn_by_their_cost_are_unbiased(times: int):
+    truth = measure(0, Sampling(examples_fraction=1.0), times)["layer"]
+    draws = [measure(seed, Sampling(), times)["layer"] for seed in range(SEEDS)]
+    assert_unbiased(draws, truth)
+    assert_factors_equal(measure(3, Sampling(), times), measure(3, Sampling(), times), 0.0)
+
+
+@pytest.mark.usefixtures("costly")
+@pytest.mark.parametrize("request_of", [{"whole": True}, {"rows": frozenset({"A"})}], ids=["first", "rows"])
+def test_what_is_asked_whole_is_measured_whole(request_of: dict[str, object]):
+    model, x = Tokens(), torch.randn(N, T, 3, dtype=torch.float64)
+    capture = armed_capture(model, sampling=Sampling(), **request_of)
+    (model(x) ** 2).sum(dim=(1, 2)).mean().backward()
+    batch = capture.drain()["layer"]
+    rows = torch.cat([x, torch.ones(N, T, 1, dtype=torch.float64)], dim=-1).flatten(0, 1)
+    torch.testing.assert_close(batch.sums["A"][0], rows.mT @ rows)
+
+
+def test_a_fraction_that_is_given_is_what_it_says_and_the_other_is_all():
+    assert Sampling().by_cost
+    for given in (Sampling(examples_fraction=1.0), Sampling(positions_fraction=0.5), Sampling(positions_budget=3)):
+        assert not given.by_cost
+    assert Sampling(examples_fraction=0.5).positions == 1.0
+    assert Sampling(positions_budget=3).examples == 1.0
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not():
@@ -100,7 +139,7 @@ def test_an_example_without_a_batch_dimension_is_one_example():
 
 
 @pytest.mark.parametrize("name", ["examples_fraction", "positions_fraction"])
-@pytest.mark.parametrize("bad", [0.0, -0.1, 1.5, float("nan"), "1", None, True])
+@pytest.mark.parametrize("bad", [0.0, -0.1, 1.5, float("nan"), "1", True])
 def test_other_fractions_are_refused(name: str, bad: object):
     with pytest.raises(ConfigError, match=f"^{name}: .* above 0 and at most 1"):
         Sampling(**{name: bad})  # type: ignore[arg-type]

@@ -46,6 +46,12 @@ def test_methods_with_factors_fold_and_invert_by_the_schedule() -> None:
     assert [table.updates_until(second, step) for step in (0, 5, 6, 18)] == [1, 1, 2, 3]
 
 
+def test_the_first_batch_of_a_group_is_measured_whole() -> None:
+    table, _ = timetable("kfac")
+    whole = [step for step in range(25) for each in requests(table, step).values() if each.whole]
+    assert set(whole) == {0}
+
+
 def test_another_period_begins_with_all_groups() -> None:
     later = [Schedule(factor_period=FACTOR, inverse_period=6, groups=2, begin=14)]
     table, (first, second) = timetable("kfac", later=later)
