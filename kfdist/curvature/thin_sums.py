@@ -27,7 +27,7 @@ class ThinRows:
     rows: Float[Tensor, "c r w"]
     columns: Int64[Tensor, " w"] | None = None
 
-    def scaled(self, factor: float | Tensor) -> "ThinRows":
+    def scaled(self, factor: float | Float[Tensor, ""]) -> "ThinRows":
         """Returns rows multiplied by a factor."""
         return ThinRows(self.rows * factor, self.columns)
 

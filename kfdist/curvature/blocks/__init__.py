@@ -11,13 +11,13 @@ from kfdist.curvature.blocks.bare import Use, bare_matrices, bare_tables, wide_p
 from kfdist.curvature.blocks.bare import held_matrices as held_matrices
 from kfdist.curvature.blocks.bare import multiplied_weights as multiplied_weights
 from kfdist.curvature.blocks.base import Block as Block
-from kfdist.curvature.blocks.base import LayerBlock as LayerBlock
 from kfdist.curvature.blocks.base import Operation as Operation
 from kfdist.curvature.blocks.base import ParameterPart as ParameterPart
 from kfdist.curvature.blocks.conv import ConvBlock, ConvTransposeBlock
 from kfdist.curvature.blocks.embedding import BAGS
 from kfdist.curvature.blocks.embedding import EmbeddingBlock as EmbeddingBlock
 from kfdist.curvature.blocks.experts import ExpertsBlock
+from kfdist.curvature.blocks.layer_block import LayerBlock as LayerBlock
 from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.curvature.blocks.units import Role
 from kfdist.curvature.blocks.units import UnitBlock as UnitBlock

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from kfdist.curvature.blocks.base import LayerBlock, Operation, ParameterPart
+from kfdist.curvature.blocks.base import Operation, ParameterPart
+from kfdist.curvature.blocks.layer_block import LayerBlock
 from kfdist.torch_internals import Convolution
 from kfdist.types import BlockName, BlockShape
 

@@ -4,7 +4,8 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kfdist.curvature.blocks.base import LayerBlock, Operation, ParameterPart
+from kfdist.curvature.blocks.base import Operation, ParameterPart
+from kfdist.curvature.blocks.layer_block import LayerBlock
 from kfdist.curvature.blocks.rows import accumulation_dtype
 from kfdist.types import BlockName, BlockShape, WeightSharing
 

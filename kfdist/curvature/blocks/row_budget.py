@@ -8,6 +8,7 @@ least where r_A q = r_G p: see `affordable_rows`. The error that this makes is i
 import math
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from kfdist.types import BlockShape
@@ -50,7 +51,7 @@ def _at_least(affordable: float, width: int, groups: int, rows: int) -> int:
     return min(rows, max(LEAST_ROWS, math.ceil(affordable)))
 
 
-def draw_rows(rows: int, count: int, seed: int) -> Tensor:
+def draw_rows(rows: int, count: int, seed: int) -> Int64[Tensor, " count"]:
     """Draws `count` of the rows 0..R-1, one from each of as many equal strata, so that every one is as likely.
 
     Rows of one example are neighbours: strata spread the draw over all examples. Drawn on the CPU, the same on any

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfdist.curvature.blocks import rows
-from kfdist.curvature.blocks.base import SUMS
+from kfdist.curvature.blocks.layer_block import SUMS
 from kfdist.curvature.blocks.rows import draw_positions
 from tests.support.block_cases import CASES, assert_true_to_its_layer, block_of, call, make_case, multiplied
 
