@@ -47,7 +47,8 @@ def block(name: str) -> str:
     content = result(name)
     if content is None:
         return "Not measured yet.\n"
-    return f"```\n{DESCRIBED[name](content)}\n```\n"
+    drawn = f"![{name}](../benchmarks/results/{name}.svg)"  # the pages that have whole results are in docs/
+    return f"```\n{DESCRIBED[name](content)}\n```\n\n{drawn}\n"
 
 
 def five(results: Mapping[str, dict[str, Any] | None]) -> str:

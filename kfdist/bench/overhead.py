@@ -254,6 +254,7 @@ def describe(content: Mapping[str, Any]) -> str:
     phases = [[f"  {phase}", None, mean] for phase, mean in content["preconditioner_phases"].items()]
     place = PARTS.index("preconditioner") + 1
     flops = {name: sum(each.values()) / 1e9 for name, each in content["flops"].items()}
+    rates = reached(content)
     return "\n".join(
         [
             f"{content['config']['workload']}; {content['config']['method']}, inversions by "
@@ -268,12 +269,24 @@ def describe(content: Mapping[str, Any]) -> str:
             f"CPU time, {long['sgd']:.1%} of SGD's",
             f"first step {content['first_step_seconds']['kfdist']:.1f} s; largest staleness at the end "
             f"{content['largest_staleness_at_the_end']} steps",
-            f"operations of a step in which nothing is due: SGD {flops['sgd']:.3g} GFLOP, kfdist "
-            f"{flops['kfdist']:.3g} GFLOP; a product of 1024 x 1024 reaches "
-            f"{content['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s",
+            f"operations of a step in which nothing is due: SGD {flops['sgd']:.3g} GFLOP, kfdist {flops['kfdist']:.3g}",
+            f"GFLOP/s: SGD's passes {rates['passes']:.0f}, kfdist's application {rates['application']:.0f}, a product "
+            f"of 1024 x 1024 {content['gemm_flops_per_second'] / 1e9:.0f}",
             conditions(content),
         ]
     )
+
+
+def reached(content: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the rates in GFLOP/s of SGD's forward and backward, and of kfdist's application."""
+    parts, counted = content["sgd"]["parts"], content["flops"]
+    passes = parts["forward"]["mean"] + parts["backward"]["mean"]
+    application = content["preconditioner_phases"].get("precondition", 0.0)
+    found = {
+        "passes": (counted["sgd"]["forward_and_backward"], passes),
+        "application": (counted["kfdist"]["preconditioner"], application),
+    }
+    return {name: operations / (1e6 * mean) if mean else 0.0 for name, (operations, mean) in found.items()}
 
 
 def plot(content: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfdist.bench.overhead import PARTS, OverheadSettings, TimedStep, summary
+from kfdist.bench.overhead import PARTS, OverheadSettings, TimedStep, reached, summary
 from kfdist.bench.timings import percentile, percentiles, spread
 from kfdist.bench.workloads import WORKLOADS, smooth_images
 from kfdist.cli.main import run
@@ -80,5 +80,6 @@ def test_it_measures_writes_and_draws(
     assert shown == written
     assert 0 < shown["p50"] <= shown["p99"] <= shown["max"] and shown["mean_ratio_to_sgd"] > 0
     assert shown["flops"]["sgd"]["forward_and_backward"] > 1e9 and shown["versions"]["torch"] == torch.__version__
+    assert reached(shown)["passes"] > 0
     svg = out.with_suffix(".svg").read_text()
     assert svg.startswith('<svg width="640"') and "--series-0: #" in svg and "kfdist" in svg
