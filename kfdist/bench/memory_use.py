@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfdist import checks
-from kfdist.bench.overhead import Trainee
 from kfdist.bench.results import conditions, table
 from kfdist.bench.served import served
+from kfdist.bench.trainee import Trainee
 from kfdist.bench.workloads import WORKLOADS
 from kfdist.links.rank.remote import RemoteLink
 from kfdist.report.drawing import SERIES, drawing

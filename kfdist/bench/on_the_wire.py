@@ -6,17 +6,12 @@ depends on images' size or the batch, so that both are small; and no gradient is
 sends nothing.
 """
 
-import ctypes
-import fcntl
 import multiprocessing
 import os
-import socket
-import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kfdist import checks
+from kfdist.bench.own_network import enter_own_network, sent_bytes
 from kfdist.bench.results import conditions, table
 from kfdist.bench.workloads import WORKLOADS, Batch
 from kfdist.comm.communicator import join_training_group
@@ -43,8 +39,6 @@ PURPOSES = ("table", "statistics", "snapshots")
 """What kfdist sends between ranks."""
 
 _REDUCTIONS = 3
-_NEW_USER_AND_NETWORK = 0x10000000 | 0x40000000  # CLONE_NEWUSER | CLONE_NEWNET
-_GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 0x1  # SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,34 +150,6 @@ def _count_in_own_network(settings: TrafficSettings, method: str, result: Connec
         for process in processes:
             process.kill()
             process.join()
-
-
-def enter_own_network() -> bool:
-    """Moves this process, with what it starts, into a network namespace with a loopback device that is up.
-
-    Returns:
-        Whether the kernel allows it.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = _NEW_USER_AND_NETWORK if os.getuid() else 0x40000000
-    if libc.unshare(flags) != 0:
-        return False
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        request = struct.pack("16sh14x", b"lo", 0)
-        (up,) = struct.unpack_from("h", fcntl.ioctl(asked, _GET_FLAGS, request), 16)
-        fcntl.ioctl(asked, _SET_FLAGS, struct.pack("16sh14x", b"lo", up | _UP))
-    return True
-
-
-def sent_bytes(text: str | None = None) -> int:
-    """Returns what this network's loopback device has sent, headers included.
-
-    Args:
-        text: What the kernel says of its devices; None asks it.
-    """
-    lines = (Path("/proc/net/dev").read_text(encoding="ascii") if text is None else text).splitlines()
-    (fields,) = (line.partition(":")[2].split() for line in lines if line.partition(":")[0].strip() == "lo")
-    return int(fields[8])
 
 
 def _rank(settings: TrafficSettings, method: str, host: Connection) -> None:

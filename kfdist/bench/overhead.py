@@ -1,21 +1,18 @@
 """`kfdist bench overhead`: what a step costs beside plain SGD's, in one process, by turns (issue: "Fast")."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
-import torch
 from matplotlib.ticker import LogLocator
-from torch.utils.flop_counter import FlopCounterMode
 
 from kfdist import checks
 from kfdist.bench.results import conditions, table
 from kfdist.bench.served import served
 from kfdist.bench.timings import Cores, gemm_rate, means, percentiles, running_on, spread
-from kfdist.bench.workloads import WORKLOADS, Workload
+from kfdist.bench.trainee import PARTS, TimedStep, Trainee
+from kfdist.bench.workloads import WORKLOADS
 from kfdist.links.link import AbstractLink
 from kfdist.links.local import LocalLink
 from kfdist.report.drawing import SERIES, drawing, plain_powers
@@ -24,9 +21,6 @@ from kfdist.runtime.preconditioner import Preconditioner
 
 INVERSIONS = ("owner", "thread")
 """Who inverts: an owner as it is in a run, with controller and courier, or a thread of this process."""
-
-PARTS = ("zero_grad", "forward", "backward", "preconditioner", "optimizer")
-"""Of a step, in order."""
 
 _WARM = 20
 """Steps of each before those that are timed, or as many as are timed; the first one waits for the first inverses."""
@@ -59,82 +53,6 @@ class OverheadSettings:
         checks.choice("--model", self.model, WORKLOADS)
         checks.choice("--inversions", self.inversions, INVERSIONS)
         checks.count("--steps", self.steps, least=1)
-
-
-@dataclass(frozen=True)
-class TimedStep:
-    """One step.
-
-    Attributes:
-        seconds: Of the wall clock, by part.
-        cpu: CPU seconds of the thread that trains.
-        phases: Of the preconditioner's part, by its own phases.
-    """
-
-    seconds: Mapping[str, float]
-    cpu: float
-    phases: Mapping[str, float]
-
-    @property
-    def total(self) -> float:
-        """Seconds of the whole step."""
-        return sum(self.seconds.values())
-
-
-class Trainee:
-    """A model that is trained step by step, by SGD alone or behind a preconditioner.
-
-    Args:
-        workload: What is trained.
-        preconditioner_of: Makes the model's preconditioner; None for SGD alone.
-        seed: Of parameters and batches; equal seeds see equal batches.
-    """
-
-    def __init__(
-        self, workload: Workload, preconditioner_of: Callable[[torch.nn.Module], Preconditioner] | None, seed: int
-    ) -> None:
-        self._workload = workload
-        self.model = workload.model(seed)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=workload.lr, momentum=0.9)
-        self.preconditioner = None if preconditioner_of is None else preconditioner_of(self.model)
-        self._draw = workload.batches(torch.Generator().manual_seed(seed))
-        self.loss = torch.tensor(float("nan"))
-
-    def step(self) -> TimedStep:
-        """Trains one step; making the batch isn't part of it."""
-        batch, report = self._draw(), None
-        begun, marks = time.thread_time(), [time.perf_counter()]
-        self.optimizer.zero_grad()
-        marks.append(time.perf_counter())
-        loss = self._workload.loss(self.model, batch)
-        marks.append(time.perf_counter())
-        loss.backward()
-        marks.append(time.perf_counter())
-        if self.preconditioner is not None:
-            report = self.preconditioner.step()
-        marks.append(time.perf_counter())
-        self.optimizer.step()
-        marks.append(time.perf_counter())
-        cpu = time.thread_time() - begun
-        self.loss = loss.detach()
-        seconds = {name: after - before for name, (before, after) in zip(PARTS, pairwise(marks), strict=True)}
-        return TimedStep(seconds, cpu, {} if report is None else report.phase_seconds)
-
-    def flops(self, steps: int) -> dict[str, int]:
-        """Counts the operations of a step in which nothing is due: the least of so many steps, by part."""
-        passes, applied = [], []
-        for _ in range(steps):
-            batch = self._draw()
-            self.optimizer.zero_grad()
-            with FlopCounterMode(display=False) as counted:
-                self._workload.loss(self.model, batch).backward()
-            passes.append(counted.get_total_flops())
-            if self.preconditioner is not None:
-                with FlopCounterMode(display=False) as counted:
-                    self.preconditioner.step()
-                applied.append(counted.get_total_flops())
-            self.optimizer.step()
-        return {"forward_and_backward": min(passes), "preconditioner": min(applied, default=0)}
 
 
 def measure_overhead(settings: OverheadSettings) -> dict[str, Any]:

@@ -3,44 +3,31 @@
 In some segments the owner's processes are stopped nine tenths of the time; they take turns with undisturbed ones.
 """
 
-import cProfile
 import multiprocessing
 import os
 import signal
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from multiprocessing.synchronize import Event
-from types import CodeType
 from typing import Any
 
 from matplotlib.ticker import LogLocator
-from torch import Tensor
 
 from kfdist import checks
-from kfdist.bench.overhead import Trainee
 from kfdist.bench.results import conditions, table
 from kfdist.bench.served import served
 from kfdist.bench.timings import Cores, percentiles, running_on, spread
+from kfdist.bench.trainee import Trainee
+from kfdist.bench.training_thread import KINDS, profile_steps
 from kfdist.bench.workloads import WORKLOADS
 from kfdist.report.drawing import SERIES, drawing, plain_powers
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.processes import children_of
-from kfdist.torch_internals import TorchDispatchMode, tree_leaves
 
 _PERIOD_SECONDS = 0.05
 _WARM = 20
-_COPIES = frozenset({"copy_", "clone", "_to_copy", "contiguous"})
-
-_KINDS: Mapping[str, tuple[str, ...]] = {
-    "encodes": ("pack", "encode_job", "encode_result", "packed_statistic", "job_record"),
-    "hashes": ("digest", "digest_of"),
-    "writes to shared memory": ("create_input", "write_at"),
-    "decodes results": ("decode_result", "unpack"),
-}
-"""What the training thread might do for owners, and functions that do it; the first three are a link's thread's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,60 +106,6 @@ def _signal(pids: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
-class CopyCounter(TorchDispatchMode):
-    """Counts the bytes that tensors' copies write, in the thread that enters it.
-
-    Attributes:
-        bytes: How many.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation, and counts it if it copies."""
-        del types
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in _COPIES:
-            self.bytes += sum(each.nbytes for each in tree_leaves(result) if isinstance(each, Tensor))
-        return result
-
-    @contextmanager
-    def counting(self, part: object, verb: str) -> Iterator[None]:
-        """Counts in a method of an object, in the place of which stands one that counts."""
-        method = getattr(part, verb)
-
-        def counted(*arguments: Any, **named: Any) -> Any:
-            with self:
-                return method(*arguments, **named)
-
-        setattr(part, verb, counted)
-        try:
-            yield
-        finally:
-            delattr(part, verb)
-
-
-@dataclass
-class Handled:
-    """What the thread that trains did for the owners over some steps.
-
-    Attributes:
-        steps: How many.
-        jobs_bytes: Payload bytes of the jobs that left.
-        copied: Bytes that it copied in the phases that hand statistics over.
-        calls: Calls of functions, by kind.
-        seconds: Seconds in them, by kind.
-    """
-
-    steps: int = 0
-    jobs_bytes: int = 0
-    copied: int = 0
-    calls: Counter[str] = field(default_factory=Counter)
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-
 def measure_stall(settings: StallSettings) -> dict[str, Any]:
     """Trains under owners that are slow by turns, and returns what steps took; then profiles the training thread.
 
@@ -226,8 +159,8 @@ def measure_stall(settings: StallSettings) -> dict[str, Any]:
             "job_bytes": handled.jobs_bytes,
             "copied_bytes": handled.copied,
             "copied_over_job_bytes": round(handled.copied / max(handled.jobs_bytes, 1), 3),
-            "calls": {kind: handled.calls[kind] for kind in _KINDS},
-            "milliseconds_a_step": {kind: round(1e3 * handled.seconds[kind] / handled.steps, 4) for kind in _KINDS},
+            "calls": {kind: handled.calls[kind] for kind in KINDS},
+            "milliseconds_a_step": {kind: round(1e3 * handled.seconds[kind] / handled.steps, 4) for kind in KINDS},
         },
     }
 
@@ -247,36 +180,6 @@ def _by_turns(
                     staleness[name] = max(staleness[name], *preconditioner.staleness().values())
             received[name] += preconditioner.pipeline.inverting.bytes_received - before
     return totals, staleness, received
-
-
-def profile_steps(trainee: Trainee, preconditioner: Preconditioner, *, steps: int) -> Handled:
-    """Says what the training thread does for the owners in some steps, by a profile of it and its copies' bytes."""
-    pipeline, copies = preconditioner.pipeline, CopyCounter()
-    sent, found = preconditioner.counters()["bytes"]["jobs"], cProfile.Profile()
-    with copies.counting(pipeline.reducer, "reduce"), copies.counting(pipeline.inverting, "take"):
-        for _ in range(steps):
-            found.enable()
-            trainee.step()
-            found.disable()
-    handled = Handled(steps=steps, jobs_bytes=preconditioner.counters()["bytes"]["jobs"] - sent, copied=copies.bytes)
-    for entry in found.getstats():
-        if kind := kind_of(entry.code):
-            handled.calls[kind] += entry.callcount
-            handled.seconds[kind] += entry.inlinetime
-    return handled
-
-
-def kind_of(code: CodeType | str) -> str | None:
-    """Returns which kind of `_KINDS` a profiled function belongs to.
-
-    Args:
-        code: A function's code, or the words that a profile has for a builtin.
-    """
-    if isinstance(code, str):
-        return "hashes" if "_hashlib" in code or "sha256" in code else None
-    if f"{os.sep}kfdist{os.sep}" not in code.co_filename:
-        return None
-    return next((kind for kind, names in _KINDS.items() if code.co_name in names), None)
 
 
 def describe(content: Mapping[str, Any]) -> str:

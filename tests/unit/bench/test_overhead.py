@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfdist.bench.overhead import PARTS, OverheadSettings, TimedStep, reached, summary
+from kfdist.bench.overhead import OverheadSettings, reached, summary
 from kfdist.bench.timings import percentile, percentiles, spread
+from kfdist.bench.trainee import PARTS, TimedStep
 from kfdist.bench.workloads import WORKLOADS, smooth_images
 from kfdist.cli.main import run
 from kfdist.errors import ConfigError
