@@ -188,6 +188,19 @@ def product_edge(output: Tensor) -> tuple[GradientEdge, bool]:
     return GradientEdge(node, number), transposed
 
 
+def batch_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Returns the mean and the inverse deviation of each channel that a batch norm in training keeps for its backward.
+
+    None where it keeps them otherwise, or somebody's hooks have them: then looking would call these.
+    """
+    top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+    node, hooks = output.grad_fn, top_hooks(True)
+    if hooks is not None or not hasattr(node, "_saved_result1") or output.dim() < 2:
+        return None
+    mean, scale = node._saved_result1.detach(), node._saved_result2.detach()  # type: ignore[union-attr]
+    return (mean, scale) if mean.shape == scale.shape == output.shape[1:2] else None
+
+
 def leave_function_mode(mode: TorchFunctionMode) -> None:
     """Takes a mode off the stack wherever it lies: `__exit__` would take off whatever lies on top."""
     above = []

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from kfdist.capture.operations import Product
 from kfdist.curvature.blocks.rows import accumulation_dtype
-from kfdist.torch_internals import base_of
+from kfdist.torch_internals import base_of, batch_statistics
 
 _EXPANDED = -1
 """Stride of a dimension that shows one entry several times, as `kfdist.capture.registry` writes it."""
+
+
+Normalised = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Affine:
         scale: As it was given; None where there is none.
         shift: Likewise.
         operand: What is normalised or multiplied; None for a shift alone.
-        normalised: Makes x_hat of the operand; None where the operand is x_hat.
+        normalised: Makes x_hat of the operand, or of the chosen entries of its dim 0; None where the operand is x_hat.
         place: The output's dimension where the first one of scale and shift lies; None: their last one is its last.
         piece: Dimension, start and length of the output's part that is meant; None for all of it.
     """
@@ -35,7 +38,7 @@ class Affine:
     scale: Tensor | None = None
     shift: Tensor | None = None
     operand: Tensor | None = None
-    normalised: Callable[[Tensor], Tensor] | None = None
+    normalised: Normalised | None = None
     place: int | None = None
     piece: tuple[int, int, int] | None = None
 
@@ -70,7 +73,7 @@ class Columns:
     block: str
     roles: tuple[str, ...]
     layout: Layout
-    normalised: Callable[[Tensor], Tensor] | None
+    normalised: Normalised | None
     piece: tuple[int, int, int] | None
 
     @property
@@ -78,32 +81,50 @@ class Columns:
         """Whether the operand is looked at."""
         return "scale" in self.roles
 
-    def gradients(self, gradient: Tensor, operand: Tensor, *, turned: bool = False) -> Tensor:
-        """Returns the gradients `[n, c, k]` of each entry of the output's dim 0.
+    def by_entries(self, gradient: Tensor, *, turned: bool = False) -> Tensor:
+        """Returns the output's gradient, or the part that is meant, with the entries of examples along dim 0.
 
         Args:
             gradient: Of the output.
-            operand: As in `Affine`; not looked at where no part is a scale.
             turned: Whether the examples lie along dim 1, if no units do.
         """
-        dtype = accumulation_dtype(gradient)
-        if turned and 1 not in self.layout.dims and self.piece is None:
-            operand = operand.expand_as(gradient).transpose(0, 1) if self.needs_operand else operand
+        if self._turns(turned):
             gradient = gradient.transpose(0, 1)
-        gradient = gradient if self.piece is None else gradient.narrow(*self.piece)
+        return gradient if self.piece is None else gradient.narrow(*self.piece)
+
+    def gradients(
+        self, gradient: Tensor, operand: Tensor, *, turned: bool = False, chosen: Tensor | None = None
+    ) -> Tensor:
+        """Returns the gradients `[n, c, k]` of each entry of dim 0.
+
+        Args:
+            gradient: From `by_entries`.
+            operand: As in `Affine`; not looked at where no part is a scale.
+            turned: As for `by_entries`.
+            chosen: Entries to take, `[n]` on the same device; None for all.
+        """
+        dtype, entries = accumulation_dtype(gradient), len(gradient)
+        if self.needs_operand and self._turns(turned):
+            operand = operand.expand_as(gradient.transpose(0, 1)).transpose(0, 1)
+        own = operand.dim() == gradient.dim() and len(operand) == entries
+        gradient = gradient if chosen is None else gradient.index_select(0, chosen)
         columns = []
         for role in self.roles:
             if role == "shift":
                 columns.append(self._over_units(gradient, dtype))
+            elif self.normalised is not None:
+                columns.append(self._over_units(gradient.to(dtype) * self.normalised(operand, chosen).to(dtype), dtype))
             else:
-                x = operand.to(dtype)
-                x_hat = x if self.normalised is None else self.normalised(x)
-                columns.append(self._over_units(gradient.to(dtype) * x_hat, dtype))
+                x_hat = operand.index_select(0, chosen) if own and chosen is not None else operand
+                columns.append(self._over_units(gradient.to(dtype) * x_hat.to(dtype), dtype))
         found, layout = torch.stack(columns, dim=-1), self.layout
         if layout.positions is None:
             return found
         whole = found.new_zeros(len(found), layout.count, len(columns))
         return whole.index_copy_(1, layout.positions, found)
+
+    def _turns(self, turned: bool) -> bool:
+        return turned and 1 not in self.layout.dims and self.piece is None
 
     def _over_units(self, terms: Tensor, dtype: torch.dtype) -> Tensor:
         """Sums the positions of each unit: `[n, ...]` to `[n, U]`."""
@@ -186,40 +207,65 @@ def lay_out(
     return Layout(tuple(dims), numbers.as_strided(sizes, steps, offset).reshape(-1), whole.numel())
 
 
-def _batch_norm(given: Arguments, _output: Tensor) -> Sequence[Affine]:
+def _batch_norm(given: Arguments, output: Tensor) -> Sequence[Affine]:
     training = given["training"] if "training" in given else given["use_input_stats"]
 
-    def normalised(x: Tensor) -> Tensor:
+    def normalised(x: Tensor, chosen: Tensor | None) -> Tensor:
+        if chosen is not None and kept is None and training and function is torch.batch_norm:
+            return normalised(x, None).index_select(0, chosen)  # an entry's x_hat depends on all the others
+        wide = (x if chosen is None else x.index_select(0, chosen)).to(accumulation_dtype(x))
+        if chosen is not None and kept is not None:
+            mean, scale = (each.to(wide.dtype).reshape(1, -1, *(1,) * (x.dim() - 2)) for each in kept)
+            return (wide - mean) * scale
         # Without running statistics where the batch's own are used: they would be updated once more.
-        mean, var = (None, None) if training else (given["running_mean"].to(x.dtype), given["running_var"].to(x.dtype))
-        return function(x, None, None, mean, var, training, 0.0, given["eps"], given["cudnn_enabled"])
+        mean, var = (
+            (None, None) if training else (given["running_mean"].to(wide.dtype), given["running_var"].to(wide.dtype))
+        )
+        return function(wide, None, None, mean, var, training, 0.0, given["eps"], given["cudnn_enabled"])
 
     function = torch.batch_norm if "training" in given else torch.instance_norm
+    # The mean and inverse deviation that its backward needs: all of the batch is behind them.
+    kept = batch_statistics(output) if function is torch.batch_norm and training else None
     scale, shift = given["weight"], given["bias"]
     return [Affine(scale=scale, shift=shift, operand=given["input"], normalised=normalised, place=1)]
 
 
+def _one_by_one(function: Callable[[Tensor], Tensor]) -> Normalised:
+    """Normalises each entry of dim 0 by itself."""
+
+    def normalised(x: Tensor, chosen: Tensor | None) -> Tensor:
+        some = x if chosen is None else x.index_select(0, chosen)
+        return function(some.to(accumulation_dtype(x)))
+
+    return normalised
+
+
 def _layer_norm(given: Arguments, _output: Tensor) -> Sequence[Affine]:
     shape, eps = given["normalized_shape"], given.get("eps", 1e-5)
-    normalised = partial(torch.layer_norm, normalized_shape=shape, weight=None, bias=None, eps=eps)
+    normalised = _one_by_one(partial(torch.layer_norm, normalized_shape=shape, weight=None, bias=None, eps=eps))
     scale, shift = given.get("weight"), given.get("bias")
     return [Affine(scale=scale, shift=shift, operand=given["input"], normalised=normalised)]
 
 
 def _rms_norm(given: Arguments, _output: Tensor) -> Sequence[Affine]:
-    normalised = partial(torch.rms_norm, normalized_shape=given["normalized_shape"], weight=None, eps=given.get("eps"))
+    shape, eps = given["normalized_shape"], given.get("eps")
+    normalised = _one_by_one(partial(torch.rms_norm, normalized_shape=shape, weight=None, eps=eps))
     return [Affine(scale=given.get("weight"), operand=given["input"], normalised=normalised)]
 
 
 def _group_norm(given: Arguments, _output: Tensor) -> Sequence[Affine]:
     groups, eps = given["num_groups"], given.get("eps", 1e-5)
-    normalised = partial(torch.group_norm, num_groups=groups, weight=None, bias=None, eps=eps)
+    normalised = _one_by_one(partial(torch.group_norm, num_groups=groups, weight=None, bias=None, eps=eps))
     scale, shift = given.get("weight"), given.get("bias")
     return [Affine(scale=scale, shift=shift, operand=given["input"], normalised=normalised, place=1)]
 
 
 def _prelu(given: Arguments, _output: Tensor) -> Sequence[Affine]:
-    return [Affine(scale=given["weight"], operand=given["input"], normalised=partial(torch.clamp, max=0), place=1)]
+    return [
+        Affine(
+            scale=given["weight"], operand=given["input"], normalised=_one_by_one(partial(torch.clamp, max=0)), place=1
+        )
+    ]
 
 
 def _scaled(given: Arguments, _output: Tensor) -> Sequence[Affine]:

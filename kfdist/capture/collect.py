@@ -15,14 +15,23 @@ from kfdist.capture.layouts import Layout
 from kfdist.capture.masks import MaskedRows, ZeroRows, aligned
 from kfdist.capture.measured_call import MeasuredCall
 from kfdist.capture.pending import PendingStatistics
-from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, DIAGONAL_SUMS, PLAIN_SUMS, SEED_MASK, Request, Sampling
+from kfdist.capture.requests import (
+    CHAIN_SUMS,
+    COARSE_SUMS,
+    DIAGONAL_SUMS,
+    PLAIN_SUMS,
+    ROWS,
+    SEED_MASK,
+    Request,
+    Sampling,
+)
 from kfdist.capture.reservoir import Reservoir
 from kfdist.capture.visits import Scaling, Unit, Visit, spread
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.blocks import Block, EmbeddingBlock, LayerBlock, UnitBlock
 from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.blocks.linear import LinearBlock
-from kfdist.curvature.blocks.row_budget import draw_rows
+from kfdist.curvature.blocks.row_budget import affordable_examples, draw_rows
 from kfdist.curvature.blocks.rows import accumulation_dtype
 
 _EXAMPLES_SEED = 0x5851F42D4C957F2D
@@ -214,7 +223,7 @@ class Collector:
             pending.reached[visit.counted] = pending.reached.get(visit.counted, met) | met
 
     def _add_units(self, block: UnitBlock, visit: Visit, gradients: Tensor, scaling: Scaling) -> None:
-        """Adds one use of a block of units, given its gradients `[length, c, k]`."""
+        """Adds one use of a block of units, given its output's gradient with the entries along dim 0."""
         length, known = len(gradients), visit.unit.forward.examples
         if known and length < known and length != visit.stated.examples:
             self.indivisible[block.name] = "an operation whose result has no dimension of examples"
@@ -224,17 +233,34 @@ class Collector:
             return
         pending, first = self._begin(visit, gradients)
         examples, n = visit.examples(length), visit.grouped(length)
-        if visit.unit.forward.is_turned(gradients.shape[:2]):  # time steps one after another
-            gradients = gradients.unflatten(0, (-1, n)).transpose(0, 1).flatten(0, 1)
-        chosen, boost = self._sampled(visit, gradients)
-        if chosen is not None:
-            gradients = gradients[chosen]
+        assert visit.of_units is not None, "it is a use of units"
+        chosen, boost = self._drawn_examples(visit, gradients)
+        found = visit.of_units(gradients, chosen=chosen)
+        if chosen is None:
+            if visit.unit.forward.is_turned(found.shape[:2]):  # time steps one after another
+                found = found.unflatten(0, (-1, n)).transpose(0, 1).flatten(0, 1)
+            chosen, boost = self._sampled(visit, found)
+            found = found if chosen is None else found[chosen]
         boost *= pending.share(visit, examples)
-        total = block.fisher_sum(gradients.unflatten(0, (-1, length // n)).sum(1))
+        total = block.fisher_sum(found.unflatten(0, (-1, length // n)).sum(1))
         total.mul_(scaling.of_products(examples, total) * boost)
         pending.add("F", total)
         if first:
             pending.positions += n
+
+    def _drawn_examples(self, visit: Visit, gradients: Tensor) -> tuple[Tensor | None, float]:
+        """Draws the examples of which units' gradients are made, where cost decides; as `_sampled`.
+
+        All are taken of what is small, and of time steps one after another.
+        """
+        length, request, units = len(gradients), self._requests[visit.name], self._blocks[visit.name].shape.groups
+        n = visit.grouped(length)
+        count = affordable_examples(n, gradients.numel())
+        if not self._sampling.by_cost or request.whole or count == n or visit.unit.forward.is_turned((length, units)):
+            return None, 1.0
+        seed = (request.seed + visit.number) & SEED_MASK
+        chosen = spread(draw_rows(n, count, seed ^ _EXAMPLES_SEED), length, n)
+        return chosen.to(gradients.device, non_blocking=True), n / count
 
     def drain(self, repeats: int) -> dict[str, BatchStatistics]:
         """Returns the scaled statistics of the blocks that have any, and starts afresh.
@@ -352,8 +378,8 @@ class Collector:
     def _add_sums(self, pending: PendingStatistics, seen: MeasuredCall) -> int | Tensor:
         """Adds the plain sums that are asked for; returns the number of rows."""
         wanted = seen.request.sums & (PLAIN_SUMS | DIAGONAL_SUMS if seen.first else frozenset({"G", "g"}))
-        drawn = self._drawn(seen)
-        for part in sorted(wanted & drawn.keys()):
+        drawn = self._drawn(seen, wanted)
+        for part in sorted(drawn):
             pending.add_drawn(part, seen, *drawn[part])
         wanted -= drawn.keys()
         found = seen.block.factor_sums(
@@ -377,14 +403,18 @@ class Collector:
             pending.add(part, total)
         return found.rows
 
-    def _drawn(self, seen: MeasuredCall) -> dict[str, tuple[Tensor, int]]:
+    def _drawn(self, seen: MeasuredCall, wanted: frozenset[str]) -> dict[str, tuple[Tensor, int]]:
         """Draws the rows that factors are made of, and says of how many; factors made of all rows are left out."""
         request, block = seen.request, seen.block
-        if not self._sampling.by_cost or request.whole or not request.sums_alone:
+        if not self._sampling.by_cost or not request.sums_alone or not wanted & ROWS:
             return {}
         seed = (request.seed + seen.visit.number) & SEED_MASK
-        counts = block.affordable_rows(seen.activation, seen.output_gradient)
-        return {part: (draw_rows(of, count, seed ^ _ROWS_SEEDS[part]), of) for part, (count, of) in counts.items()}
+        counts = block.affordable_rows(seen.activation, seen.output_gradient, whole=request.whole)
+        return {
+            part: (draw_rows(of, count, seed ^ _ROWS_SEEDS[part]), of)
+            for part, (count, of) in counts.items()
+            if part in wanted
+        }
 
     def _add_coupled(self, seen: MeasuredCall, *, first: bool) -> None:
         """Adds what products with other blocks need; of a call's input when it comes for the first time alone."""

@@ -66,8 +66,9 @@ class OperationMode(TorchFunctionMode):
         if watch is None:
             return func(*args, **kwargs)
         registry = watch.registry
-        if not any(registry.knows(each) for each in tensors_in((args, kwargs))):
-            rows = any(watch.lookups.of(each) is not None for each in tensors_in((args, kwargs)))
+        given = tensors_in((args, kwargs))
+        if not any(map(registry.knows, given)):
+            rows = any(watch.lookups.of(each) is not None for each in given)
             output = func(*args, **kwargs)
             for each in tensors_in((output,)) if rows else ():
                 if each.requires_grad and watch.lookups.of(each) is None:

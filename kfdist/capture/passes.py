@@ -6,7 +6,7 @@ forward made it.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -226,16 +226,28 @@ def _doubt_of_output(examples: int, output: Any, inputs: Any, *, time_first: boo
     )
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Walks the tensors of a model's inputs or outputs, in order."""
+def tensors_in(value: Any) -> list[Tensor]:
+    """Returns the tensors of a model's inputs or outputs, in order."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+_WITHOUT_TENSORS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size, slice})
+"""What most arguments are: told at once, as every operation's arguments are walked on a step that measures."""
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    if type(value) in _WITHOUT_TENSORS:
+        return
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        found.append(value)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from tensors_in(item)
+            _collect(item, found)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _collect(item, found)
     elif is_dataclass(value) and not isinstance(value, type):
         for each in fields(value):
-            yield from tensors_in(getattr(value, each.name))
+            _collect(getattr(value, each.name), found)

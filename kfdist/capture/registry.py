@@ -79,7 +79,13 @@ class Registry:
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter of a block, or a view or copy of one."""
+        whole = base_of(tensor)
+        if not self._holds(tensor) and (whole is None or not self._holds(whole)):
+            return False  # most tensors, at once
         return self.geometry(tensor) is not None
+
+    def _holds(self, whole: Tensor) -> bool:
+        return id(whole) in self._parameters or id(whole) in self._copies
 
     def note_copy(self, copy: Tensor, source: Tensor) -> None:
         """Notes that `copy` has the values of `source`, in another type or at another place."""

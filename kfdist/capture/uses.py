@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -68,7 +69,7 @@ class Use:
     def share(self, gradient: Tensor) -> Tensor:
         """Cuts the block's output gradient out of the product's, which may have come with its positions flattened.
 
-        Of a block of units it makes the gradients `[n, c, k]` of the entries of dim 0.
+        Of a block of units it has the entries along dim 0.
         """
         gradient = gradient.detach()
         if self.transposed:
@@ -77,14 +78,21 @@ class Use:
         else:
             gradient = gradient.reshape(self.output_shape)
         if self.columns is not None:
-            turned = len(self.output_shape) > 2 and self.forward.is_turned(self.output_shape, inside=self.inside)
-            return self.columns.gradients(gradient, self.activation, turned=turned)
+            return self.columns.by_entries(gradient, turned=self._turned)
         return gradient if self.whole else gradient[..., self.part.rows]
 
     def visit(self, batch: MicroBatch, stated: Stated) -> Visit:
         """Returns what is measured of it in a micro-batch."""
         part, unit = self.part, Unit(batch, self.forward)
-        return Visit(self.name, self.activation, unit, stated, biased=part.biased, reach=part.reach)
+        visit = Visit(self.name, self.activation, unit, stated, biased=part.biased, reach=part.reach)
+        if self.columns is not None:
+            visit.of_units = partial(self.columns.gradients, operand=self.activation, turned=self._turned)
+        return visit
+
+    @property
+    def _turned(self) -> bool:
+        """Whether examples lie along dim 1 of the output."""
+        return len(self.output_shape) > 2 and self.forward.is_turned(self.output_shape, inside=self.inside)
 
 
 @dataclass(frozen=True)

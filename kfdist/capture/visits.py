@@ -5,6 +5,7 @@ a GradScaler they are also multiplied by its scale. `Scaling` undoes both.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,8 @@ class Visit:
         reach: Which row met which expert, of a block of experts.
         number: Which call of the block it is in this step; negative until it is first measured.
         kept: The rows of its input that are measured already, `[N, T]`; None without a mask of them.
+        of_units: Of a block of units, makes the gradients `[n, c, k]` of all entries of an output's gradient, or of
+            those that are `chosen`.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Visit:
     reach: Reach | None = None
     number: int = -1
     kept: Tensor | None = None
+    of_units: Callable[..., Tensor] | None = None
 
     @property
     def counted(self) -> MicroBatch:

@@ -169,6 +169,7 @@ class WeightedSums:
         counts = {EXAMPLES: of_each, POSITIONS: of_each, **({PAIRS: shapes["g_cross"]} if "g_cross" in shapes else {})}
         self.counts = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in counts.items()}
         self.dropped = torch.zeros((), dtype=torch.float32, device=device)
+        self._in_use: dict[str, slice | None] = {}
 
     def fold(self, batch: BatchStatistics | None, rho: float, step_is_finite: Bool[Tensor, ""] | None = None) -> None:
         """Folds one due batch in, without a host sync.
@@ -189,8 +190,10 @@ class WeightedSums:
         zero = torch.zeros_like(self.like)
         for name, total in self.sums.items():
             if name in batch.thin:
-                _fold_thin(total, batch.thin[name], torch.where(finite, gain, zero), rho, kept, step_is_finite)
+                part = self._part_in_use(name, batch.thin[name])
+                _fold_thin(part, batch.thin[name], torch.where(finite, gain, zero), rho, kept, step_is_finite)
                 continue
+            self._in_use[name] = None
             for part, new in _slices(total, batch.sums[name]):
                 part.mul_(kept).add_(torch.where(finite, new, zero).mul_(gain))
         found = {EXAMPLES: batch.examples, POSITIONS: batch.positions, PAIRS: batch.pairs}
@@ -199,6 +202,14 @@ class WeightedSums:
             assert new is not None, "coarse sums come with their pairs"
             count.add_(torch.where(finite, gain * new, zero))
         self.dropped.add_((~finite).to(self.dropped.dtype))
+
+    def _part_in_use(self, name: str, thin: Sequence[ThinRows]) -> Tensor:
+        """Returns the part of a sum that rows are folded into: outside of the columns that ever came it is zero."""
+        slices = [each.columns for each in thin if isinstance(each.columns, slice)]
+        only = slices[0] if len(slices) == len(thin) and all(each == slices[0] for each in slices) else None
+        if self._in_use.setdefault(name, only) != only or only is None:
+            self._in_use[name] = only = None
+        return self.sums[name] if only is None else self.sums[name][:, only, only]
 
     def packed(self) -> dict[str, Tensor]:
         """Returns what travels in a reduction: the sums, symmetric ones as packed triangles, and w; none if empty."""
@@ -216,6 +227,7 @@ class WeightedSums:
         """Goes on from what `state_dict` returned."""
         for name, total in self.sums.items():
             total.copy_(unpack_triangle(state[name]) if name in SYMMETRIC else state[name])
+            self._in_use[name] = None
         for name, count in self.counts.items():
             count.copy_(state[name])
         self.dropped.copy_(state["dropped"])
@@ -240,7 +252,10 @@ def _fold_thin(
     decay = rho if step_is_finite is None else 1.0
     for each in thin:
         rows = torch.where(gain > 0, each.rows, torch.zeros_like(gain)).mul_(gain.sqrt())
-        ThinRows(rows, each.columns).add_to(total, kept=decay)
+        if total.shape[-1] == rows.shape[-1] and each.columns is not None:  # of the part of the sum that is in use
+            total.mul_(decay).add_(rows.mT @ rows)
+        else:
+            ThinRows(rows, each.columns).add_to(total, kept=decay)
         decay = 1.0
 
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from kfdist.curvature.blocks.base import Operation, ParameterPart
 from kfdist.curvature.blocks.layer_block import LayerBlock
+from kfdist.curvature.thin_sums import Columns
 from kfdist.torch_internals import Convolution
 from kfdist.types import BlockName, BlockShape
 
@@ -129,7 +130,7 @@ class AbstractConvBlock(LayerBlock):
         activation: Float[Tensor, "N C ..."],
         output_gradient: Float[Tensor, "N D ..."],
         chosen: Int64[Tensor, " r"],
-    ) -> tuple[Float[Tensor, "c r w"], Int64[Tensor, " w"] | None]:
+    ) -> tuple[Float[Tensor, "c r w"], Columns | None]:
         """Picks the patches' pixels one by one: no image is padded, and no other patch is laid out."""
         dims, device, sizes = self._dims, activation.device, output_gradient.shape[2:]
         example, *at = torch.unravel_index(chosen, (len(activation), *sizes))
@@ -148,6 +149,11 @@ class AbstractConvBlock(LayerBlock):
         kernel, channels = self._conv.kernel_size, self._conv.in_channels // self.shape.groups
         if math.prod(map(len, met)) == math.prod(kernel):
             return rows, None
+        if not self.homogeneous and all(len(places) == 1 for places in met):
+            only = 0
+            for size, (place,) in zip(kernel, met, strict=True):
+                only = only * size + place
+            return rows, slice(only, None, math.prod(kernel))
         columns = torch.arange(channels * math.prod(kernel), device="cpu").reshape(channels, *kernel)
         for i, places in enumerate(met):
             columns = columns.index_select(1 + i, torch.tensor(places, dtype=torch.int64, device="cpu"))

@@ -17,6 +17,7 @@ from kfdist.curvature.blocks.rows import (
     tiles,
 )
 from kfdist.curvature.statistics import FactorSums
+from kfdist.curvature.thin_sums import Columns
 from kfdist.types import BlockShape
 
 SUMS = frozenset({"A", "G", "a", "g"})
@@ -113,7 +114,7 @@ class LayerBlock(Block, ABC):
     @abstractmethod
     def drawn_inputs(
         self, activation: Float[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."], chosen: Int64[Tensor, " r"]
-    ) -> tuple[Float[Tensor, "c r w"], Int64[Tensor, " w"] | None]:
+    ) -> tuple[Float[Tensor, "c r w"], Columns | None]:
         """Copies single rows a, without the homogeneous coordinate, and nothing beside them.
 
         Args:
@@ -132,16 +133,18 @@ class LayerBlock(Block, ABC):
         """Copies single rows g, as `drawn_inputs` does."""
 
     def affordable_rows(
-        self, activation: Shaped[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."]
+        self, activation: Shaped[Tensor, "N ..."], output_gradient: Float[Tensor, "N ..."], *, whole: bool = False
     ) -> dict[str, tuple[int, int]]:
         """Returns how many rows factors are made of where their cost decides, and of how many; both from `batched`.
 
-        A factor that can be made of all rows as they are is left out.
+        A factor that can be made of all rows as they are is left out. With `whole` all rows are used whatever they
+        cost, and what is left are factors that have columns of zeros.
         """
         c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in
         there = len(activation) * self.positions(activation, output_gradient)
         reached = self.reached_inputs(activation, output_gradient)
         counts = affordable_rows(self._computed_shape, output_gradient.numel() // (c * p), reached=reached)
+        counts = (there, there) if whole else counts
         found = {part: (min(count, there), there) for part, count in zip("AG", counts, strict=True)}
         sparse = reached < q and not is_cheap(there, q, c)
         return {part: each for part, each in found.items() if each[0] < there or (part == "A" and sparse)}
@@ -242,7 +245,7 @@ class LayerBlock(Block, ABC):
         *,
         biased: bool = True,
         kept: Bool[Tensor, "N T"] | None = None,
-    ) -> tuple[Float[Tensor, "c r w"], Int64[Tensor, " w"] | None]:
+    ) -> tuple[Float[Tensor, "c r w"], Columns | None]:
         """Lays out single rows of a factor, of which `factor_sums` adds up all.
 
         Args:
@@ -262,7 +265,7 @@ class LayerBlock(Block, ABC):
         rows = rows.to(accumulation_dtype(rows))
         if part == "A" and self.homogeneous:
             rows = F.pad(rows, (0, 1), value=float(biased))
-            if columns is not None:
+            if isinstance(columns, Tensor):
                 columns = F.pad(columns, (0, 1), value=self.shape.d_in - 1)
         if kept is not None:  # also of output gradients: that of padding needn't be zero
             rows = torch.where(kept.flatten()[chosen.to(kept.device, non_blocking=True)].unsqueeze(-1), rows, 0.0)

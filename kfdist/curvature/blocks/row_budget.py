@@ -13,14 +13,20 @@ from torch import Tensor
 
 from kfdist.types import BlockShape
 
-SHARE = 0.08
-"""What an update's products may cost of a layer's forward and backward; a tenth with the drawing and the folding."""
+SHARE = 0.05
+"""What an update's products may cost of a layer's forward and backward; drawing and folding cost as much again."""
 
 LEAST_ROWS = 16
 """Rows that are drawn whatever they cost: at the default decay of 0.95, 39 updates' rows make an average."""
 
 CHEAP = 2**23
 """Operations below which a factor is made of all rows: drawing them would last as long, a tenth of a millisecond."""
+
+LEAST_EXAMPLES = 4
+"""Examples of which units' gradients are made, whatever that costs."""
+
+CHEAP_ELEMENTS = 2**16
+"""Elements of an output whose units are measured for all examples."""
 
 
 def affordable_rows(shape: BlockShape, rows: int, *, reached: int | None = None) -> tuple[int, int]:
@@ -38,6 +44,16 @@ def affordable_rows(shape: BlockShape, rows: int, *, reached: int | None = None)
     w = q if reached is None else min(q, reached)
     both = 3 * SHARE * rows * p * q / (w + p)
     return _at_least(both / w, w, c, rows), _at_least(both / p, p, c, rows)
+
+
+def affordable_examples(examples: int, elements: int) -> int:
+    """Returns of how many examples the Fisher matrices of units are made, each pass over which costs what theirs does.
+
+    Args:
+        examples: N.
+        elements: Of the output that the units are in.
+    """
+    return examples if elements <= CHEAP_ELEMENTS else min(examples, max(LEAST_EXAMPLES, examples // 8))
 
 
 def is_cheap(rows: int, width: int, groups: int) -> bool:

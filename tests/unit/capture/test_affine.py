@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from kfdist.capture import collect
 from kfdist.capture.capture import Capture
 from kfdist.capture.requests import Request, Sampling
 from kfdist.curvature.blocks import UnitBlock
@@ -235,6 +237,57 @@ def test_micro_batches_add_up_and_samples_are_unbiased():
     halves = [_sampled(model, x, sampling, seed) for seed in range(200)]
     assert (torch.stack(halves).mean(0) - whole).norm() < 0.1 * whole.norm()
     assert (halves[0] - whole).norm() > 0.01 * whole.norm()
+
+
+class Scaled(nn.Module):
+    """Multiplies maps with a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(C, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Settled(nn.BatchNorm2d):
+    """Is trained with its running statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, training=False)
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "RMSNorm": lambda: nn.RMSNorm(H),
+    "BatchNorm": lambda: nn.BatchNorm2d(C),
+    "BatchNorm with running statistics": lambda: Settled(C),
+    "BatchNorm under checkpointing": lambda: Checkpointed(nn.BatchNorm2d(C)),
+    "PReLU": lambda: nn.PReLU(C),
+    "a bare scale": Scaled,
+}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.inner, x.requires_grad_(), use_reentrant=False)
+
+
+@pytest.mark.parametrize("unit", (NORMS | OTHERS).values(), ids=(NORMS | OTHERS).keys())
+def test_drawn_halves_of_a_batch_make_up_all_of_it(unit: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch):
+    """Where cost decides, units' gradients are made of some examples alone, normalised as in the whole batch."""
+    model, x = nn.Sequential(randomised(unit())).double(), images().double()
+    (whole,) = measured(model, x).values()
+    halves = []
+    monkeypatch.setattr(collect, "affordable_examples", lambda n, elements: n // 2)
+    for first in (0, 1):
+        monkeypatch.setattr(collect, "draw_rows", lambda n, count, seed, first=first: torch.arange(first, n, 2))
+        halves += measured(model, x).values()
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, whole, rtol=0, atol=EXACT * float(whole.abs().max()))
+    assert (halves[0] - whole).norm() > 1e-3 * whole.norm()
 
 
 def _sampled(model: nn.Module, x: Tensor, sampling: Sampling, seed: int) -> Tensor:

@@ -82,3 +82,14 @@ def test_many_rows_become_a_sum_and_few_stay_rows():
     torch.testing.assert_close(many.add_to_sum(), sum(map(dense, BATCHES)), **EXACT)
     start = torch.ones(C, D, D, dtype=torch.float64)
     torch.testing.assert_close(few.add_to_sum(start), 1 + dense(BATCHES[0]), **EXACT)
+
+
+def test_only_the_columns_that_ever_come_are_touched_until_others_do():
+    """Of 3 x 3 places over maps of 1 x 1 one in nine columns meets a pixel."""
+    some, others = slice(1, None, 3), slice(0, None, 3)
+    batches = [[ThinRows(rows(k, 3, 2), some)] for k in (1, 2)] + [[ThinRows(rows(3, 3, 2), others)], BATCHES[0]]
+    thin, plain = sums(), sums()
+    for step, each in enumerate(batches):
+        thin.fold(batch(each), 0.9 * (step > 0))
+        plain.fold(BatchStatistics({"A": dense(each)}, 3.0, 3.0), 0.9 * (step > 0))
+        torch.testing.assert_close(thin.sums["A"], plain.sums["A"], **EXACT)
