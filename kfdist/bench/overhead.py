@@ -76,6 +76,7 @@ def measure_overhead(settings: OverheadSettings) -> dict[str, Any]:
             with running_on(cores.training), kfdist.preconditioner:
                 found = _alternate({"sgd": sgd, "kfdist": kfdist}, settings)
                 staleness = max(kfdist.preconditioner.staleness().values())
+                kept = mean_diagnostics(kfdist.preconditioner.diagnostics())
                 flops = {"sgd": sgd.flops(1), "kfdist": kfdist.flops(min(_COUNTED, settings.steps))}
         rate = gemm_rate()
     return {
@@ -89,6 +90,7 @@ def measure_overhead(settings: OverheadSettings) -> dict[str, Any]:
         },
         **summary(found, warm_steps(settings.steps)),
         "largest_staleness_at_the_end": staleness,
+        "mean_diagnostics_at_the_end": kept,
         "loss_at_the_end": {name: float(each.loss) for name, each in (("sgd", sgd), ("kfdist", kfdist))},
         "flops": flops,
         "gemm_flops_per_second": rate,
@@ -102,6 +104,19 @@ def _link(inversions: str) -> Iterator[Service | AbstractLink]:
     else:
         with served() as running:
             yield running.service
+
+
+def mean_diagnostics(by_block: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns the means over the blocks of how many eigenpairs are kept, and of the error of directions that allows it.
+
+    Args:
+        by_block: As `Preconditioner.diagnostics` has them; blocks without a name don't count for it.
+    """
+    found = {
+        name: [of_block[name] for of_block in by_block.values() if name in of_block]
+        for name in ("rank_A", "rank_G", "direction_error")
+    }
+    return {name: round(sum(values) / len(values), 4) for name, values in found.items() if values}
 
 
 def warm_steps(steps: int) -> int:
@@ -173,6 +188,7 @@ def describe(content: Mapping[str, Any]) -> str:
     place = PARTS.index("preconditioner") + 1
     flops = {name: sum(each.values()) / 1e9 for name, each in content["flops"].items()}
     rates = reached(content)
+    means_of_blocks = ", ".join(f"{name} {mean:g}" for name, mean in content["mean_diagnostics_at_the_end"].items())
     return "\n".join(
         [
             f"{content['config']['workload']}; {content['config']['method']}, inversions by "
@@ -187,6 +203,7 @@ def describe(content: Mapping[str, Any]) -> str:
             f"CPU time, {long['sgd']:.1%} of SGD's",
             f"first step {content['first_step_seconds']['kfdist']:.1f} s; largest staleness at the end "
             f"{content['largest_staleness_at_the_end']} steps",
+            f"means over the blocks: {means_of_blocks or 'none'}",
             f"operations of a step in which nothing is due: SGD {flops['sgd']:.3g} GFLOP, kfdist {flops['kfdist']:.3g}",
             f"GFLOP/s: SGD's passes {rates['passes']:.0f}, kfdist's application {rates['application']:.0f}, a product "
             f"of 1024 x 1024 {content['gemm_flops_per_second'] / 1e9:.0f}",

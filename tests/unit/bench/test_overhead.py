@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfdist.bench.overhead import OverheadSettings, reached, summary
+from kfdist.bench.overhead import OverheadSettings, mean_diagnostics, reached, summary
 from kfdist.bench.timings import percentile, percentiles, spread
 from kfdist.bench.trainee import PARTS, TimedStep
 from kfdist.bench.workloads import WORKLOADS, smooth_images
@@ -41,6 +41,11 @@ def test_the_first_steps_dont_count_and_ratios_are_of_the_others():
     assert found["first_step_seconds"] == {"sgd": 0.009, "kfdist": 0.099}
     assert found["preconditioner_phases"] == {"precondition": 5.0, "fold": 2.0}
     assert found["sgd"]["parts"]["backward"]["mean"] == 2.0
+
+
+def test_diagnostics_are_averaged_over_the_blocks_that_have_them():
+    found = mean_diagnostics({"a": {"rank_A": 10.0, "residual_A": 1e-3}, "b": {"rank_A": 15.0, "rank_G": 4.0}, "c": {}})
+    assert found == {"rank_A": 12.5, "rank_G": 4.0}
 
 
 @pytest.mark.parametrize(
