@@ -29,6 +29,9 @@ from kfdist.report.drawing import INK, SERIES, drawing, plain_powers
 
 _MOST_POINTS = 120
 
+IN_A_ROW = 3
+"""Measurements at the goal that count as having reached it: a loss that jumps about is below it at times."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSettings:
@@ -95,27 +98,27 @@ def _goals() -> dict[str, Any]:
 
 
 def train(task: Task, rival: Rival, rate: float, seed: int) -> dict[str, Any]:
-    """Trains until the goal is reached, or for the task's seconds; returns how the metric fell."""
+    """Trains until the goal is held, or for the task's seconds; returns when it was reached and how the metric fell."""
     cores, model = Cores(), task.model(seed)
     if rival.whole:
         task = replace(task, batch_size=len(task.examples(test=False)[0]))
-    batches, curve, spent, steps = task.batches(seed), [[0.0, 0.0, task.value(model)]], 0.0, 0
+    batches, curve, spent, steps = task.batches(seed), [(0.0, 0, task.value(model))], 0.0, 0
     with running_on(cores.others), rival.training(task, model, rate) as step, running_on(cores.training):
-        while spent < task.seconds and task.goal < curve[-1][2] < math.inf:
+        while spent < task.seconds and math.isfinite(curve[-1][2]) and not held(curve, task.goal):
             for _ in range(1 if rival.whole else task.evaluation_period):
                 batch = next(batches)
                 begun = time.perf_counter()
                 step(batch)
                 spent += time.perf_counter() - begun
                 steps += 1
-            curve.append([round(spent, 4), steps, task.value(model)])
-    reached = curve[-1][2] <= task.goal
+            curve.append((round(spent, 4), steps, task.value(model)))
+    first = curve[-IN_A_ROW] if held(curve, task.goal) else None
     return {
         "rate": rate,
         "seed": seed,
         "limit": task.seconds,
-        "seconds": round(spent, 3) if reached else None,
-        "steps": steps if reached else None,
+        "seconds": first and first[0],
+        "steps": first and first[1],
         "steps_done": steps,
         "milliseconds_a_step": round(1e3 * spent / max(steps, 1), 3),
         "last": curve[-1][2] if math.isfinite(curve[-1][2]) else None,
@@ -125,7 +128,17 @@ def train(task: Task, rival: Rival, rate: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _thinned(curve: list[list[float]]) -> list[list[float]]:
+def held(curve: Sequence[Sequence[float]], goal: float) -> bool:
+    """Says whether the last measurements were all at the goal.
+
+    Args:
+        curve: (seconds, steps, value).
+        goal: Of the value, or less.
+    """
+    return len(curve) >= IN_A_ROW and all(point[2] <= goal for point in curve[-IN_A_ROW:])
+
+
+def _thinned(curve: list[tuple[float, int, float]]) -> list[tuple[float, int, float]]:
     every = math.ceil(len(curve) / _MOST_POINTS)
     return [*curve[:-1:every], curve[-1]]
 
@@ -187,7 +200,8 @@ def describe(content: Mapping[str, Any]) -> str:
         head = ["", "rate", "ms a step", "seconds", "steps", "last", "seeds"]
         if rows:
             blocks.append(f"{task['title']}: {task['metric']} {task['goal']:g}\n{table(head, rows)}")
-    return "\n\n".join([*blocks, "*: the best rate is at an edge of those tried; -: not reached"])
+    marks = f"*: the best rate is at an edge of those tried; -: not reached, {IN_A_ROW} measurements in a row"
+    return "\n\n".join([*blocks, marks])
 
 
 def _rivals_of(content: Mapping[str, Any], task: str) -> list[str]:

@@ -13,6 +13,7 @@ from kfdist.bench.to_target import (
     best,
     cell_name,
     describe,
+    held,
     known_cells,
     measure_target,
     plot,
@@ -74,7 +75,14 @@ def test_everyone_trains(rival: str):
 def test_a_reached_goal_ends_the_training():
     task = replace(TASKS["digits-autoencoder"], goal=1e9)
     found = train(task, RIVALS["sgd"], 0.1, 0)
-    assert found["steps_done"] == 0 and found["seconds"] == 0.0
+    assert found["steps_done"] == 2 * task.evaluation_period and found["seconds"] == 0.0 and found["steps"] == 0
+
+
+def test_one_lucky_measurement_is_not_the_goal():
+    below, above = (0.0, 0, 0.9), (0.0, 0, 1.1)
+    assert held([above, below, below, below], 1.0)
+    assert not held([below, below], 1.0) and not held([below, below, above], 1.0)
+    assert not held([below, above, below, below], 1.0)
 
 
 def test_another_files_content_is_refused(tmp_path: Path):
