@@ -239,13 +239,15 @@ def _rivals() -> dict[str, Rival]:
         "sgd": Rival(title="SGD, momentum 0.9", rates=(0.03, 0.1, 0.3, 1.0), training=_by(_sgd)),
         "adamw": Rival(
             title="AdamW",
-            rates=(1e-3, 3e-3, 1e-2),
+            rates=(1e-3, 3e-3, 1e-2, 3e-2),
             training=_by(lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr)),
         ),
     }
     if hasattr(torch.optim, "Muon"):
         found["muon"] = Rival(
-            title="Muon, AdamW where there is no matrix", rates=(3e-3, 1e-2, 3e-2), training=_by(_muon, _rest_by_adamw)
+            title="Muon, AdamW where there is no matrix",
+            rates=(1e-3, 3e-3, 1e-2, 3e-2),
+            training=_by(_muon, _rest_by_adamw),
         )
     rates = (0.03, 0.1, 0.3)
     return found | {
