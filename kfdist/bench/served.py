@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from kfdist.errors import EnvironmentFault
 from kfdist.runtime.invert.service import Service, connect
+from kfdist.system.lifetime import PARENT_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ def served(*, owners: int = 1, threads: int = 1, device: str = "cpu", run: str =
         log = Path(folder) / "controller.log"
         with log.open("wb") as output:
             command = [sys.executable, "-m", "kfdist", *words]
-            controller = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            controller = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, PARENT_VARIABLE: str(os.getpid())},  # it ends with this process
+            )
         started: list[BaseProcess] = []
         try:
             while not ready.exists():
