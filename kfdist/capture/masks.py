@@ -62,7 +62,7 @@ def aligned(mask: Bool[Tensor, "..."], shape: tuple[int, int]) -> Bool[Tensor, "
     return mask.reshape(n, 1) if t == 1 and mask.numel() == n else None
 
 
-_MANY_ROWS = 512
+_MANY_ROWS = 256
 """Rows of which a part says how many are zero."""
 
 

@@ -23,7 +23,7 @@ SEED_MASK = (1 << 63) - 1
 class Sampling:
     """How much of a batch is measured; all estimates stay unbiased.
 
-    With none of these given, a factor is made of as many rows of the batch as a tenth of the layer's own forward and
+    With none of these given, a factor is made of as many rows of the batch as 5 % of the layer's own forward and
     backward pays for (`kfdist.curvature.blocks.row_budget`), and of all of them at a block's first update.
 
     Attributes:

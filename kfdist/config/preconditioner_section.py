@@ -87,7 +87,7 @@ class PreconditionerSection(Section):
         default=None,
         gt=0,
         le=1,
-        description="share of the examples that is measured; with none of these three given, as many rows as a tenth "
+        description="share of the examples that is measured; with none of these three given, as many rows as 5 % "
         "of the layer's forward and backward pays for",
     )
     positions_fraction: float | None = Field(

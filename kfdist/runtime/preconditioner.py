@@ -64,7 +64,7 @@ class Preconditioner(StatedLoss, Inspection):
             targets drawn from the model's predictions and "exact" those of all targets, both told by `observe`.
         weight_sharing: How `nn.Linear` treats the positions of a sequence: "expand" for a loss per position, "reduce"
             where they are pooled before the loss (Eschenhagen et al., arXiv 2311.00636).
-        sampling: How much of a batch is measured; by default what a tenth of a forward and backward pays for.
+        sampling: How much of a batch is measured; by default what 5 % of a forward and backward pay for.
         skip: Globs on the names of modules that, with everything inside them, are not preconditioned.
         kl_clip: kappa of the KL clip, over all blocks and block by block (docs/methods/kfac.md); None turns it off.
         lr: Learning rate for the KL clip: a number, a callable of the step, or None to read an attached optimizer.

@@ -16,8 +16,8 @@ from kfdist.types import BlockShape
 SHARE = 0.05
 """What an update's products may cost of a layer's forward and backward; drawing and folding cost as much again."""
 
-LEAST_ROWS = 16
-"""Rows that are drawn whatever they cost: at the default decay of 0.95, 39 updates' rows make an average."""
+LEAST_ROWS = 32
+"""Rows that are drawn whatever they cost: with fewer, reading and writing a wide sum takes longer than products."""
 
 CHEAP = 2**23
 """Operations below which a factor is made of all rows: drawing them would last as long, a tenth of a millisecond."""
