@@ -66,8 +66,8 @@ def five(results: Mapping[str, dict[str, Any] | None]) -> str:
     if (found := results["stall"]) is not None:
         rows.append(
             (
-                f"The same while owners are {found['config']['slowdown']} times slower",
-                f"p50 {found['p50_ratio']:.3f} x, p99 {found['p99_ratio']:.3f} x",
+                f"Steps while an owner is {found['config']['slowdown']} times slower, of {found['config']['workload']}",
+                f"p50 {found['p50_ratio']:.3f} x, p99 {found['p99_ratio']:.3f} x those while it isn't",
                 "stall",
             )
         )

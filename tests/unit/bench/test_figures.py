@@ -31,7 +31,7 @@ def test_the_figures_are_those_of_the_results():
         {
             **NONE,
             "overhead": {"mean_ratio_to_sgd": 1.984, "p99_over_p50": {"kfdist": 1.25, "sgd": 1.31}},
-            "stall": {"p50_ratio": 1.001, "p99_ratio": 0.99, "config": {"slowdown": 10}},
+            "stall": {"p50_ratio": 1.001, "p99_ratio": 0.99, "config": {"slowdown": 10, "workload": "an MLP"}},
             "traffic": {"by_method": {"kfac": {"kfdist_over_gradient": 0.0376}}, "config": {"model": "resnet50"}},
             "inversion": {
                 "times_faster_than_eigh": {"1024": {"rs-kfac": 2.0}, "4608": {"rs-kfac": 16.4}},
