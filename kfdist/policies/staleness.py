@@ -117,7 +117,8 @@ class Asap:
         at_hard_bound: "wait" for a newer version, "keep" the old snapshot (visibly), or "fallback" to V / (lambda +
             tau) with tau = tr(A) tr(G) / (p q) of the last adopted version, which keeps the step's size.
         wait_limit_seconds: Longest agreed wait for an inversion (of the first step, or at the hard bound); then the
-            step raises `Interrupted` on all ranks.
+            step raises `Interrupted` on all ranks. A resumed run waits as long for the first inverses that it asks
+            for, and then goes on with those that it has.
 
     Raises:
         ConfigError: A value is out of range, or the soft bound is above the hard one.

@@ -1,9 +1,11 @@
 """The adopt verbs: brings results to all ranks, and takes them into use at the same step everywhere."""
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from kfdist.errors import Interrupted, KfdistWarning
 from kfdist.policies.adoption import NO_VERSION, AgreedTable
 from kfdist.runtime.adopt.exchange import Arrival, SnapshotExchange
 from kfdist.runtime.adopt.snapshots import SnapshotInstaller
@@ -16,7 +18,7 @@ from kfdist.runtime.track import Track
 from kfdist.types import GroupName
 
 
-@dataclass(frozen=True)
+@dataclass
 class Adopting:
     """Brings results to all ranks and takes them into use. All ranks make the same calls.
 
@@ -27,6 +29,7 @@ class Adopting:
         installer: Takes them into use.
         inverting: Ships what a wait is for.
         counters: Counts adoptions, and what is less than one.
+        answered: Whether owners are known to answer, or were waited for in vain.
     """
 
     tracks: Sequence[Track]
@@ -35,6 +38,7 @@ class Adopting:
     installer: SnapshotInstaller
     inverting: Inverting
     counters: PipelineCounters
+    answered: bool = field(default=False, init=False)
 
     def follow(self) -> None:
         """Goes over to another way of adopting where users have asked for it. All ranks must call it.
@@ -66,7 +70,11 @@ class Adopting:
         """
         due = self._due(step)
         if due or self.in_force.settings.lag is not None:
-            return self._await(step, due, exact=True)
+            brought = self._await(step, due, exact=True)
+            self.answered = self.answered or bool(brought)
+            return brought
+        if not self.answered and (asked_for := {t.group.index: t.pending[-1] for t in self.tracks if t.pending}):
+            return self._await_first(step, asked_for)
         arrived = self.exchange.received_by_all(table) if table is not None else {}
         if table is not None:
             self.exchange.enter(table)
@@ -143,6 +151,32 @@ class Adopting:
             young = [version for version in under_way if not adoption.decide(step - version).wait]
             stale[track.group.index] = young[0] if young else under_way[-1]
         return stale
+
+    def _await_first(self, step: int, asked_for: Mapping[int, int]) -> dict[int, Arrival]:
+        """Waits for the first inverses that a resumed run asks for, as a new one does at step 0.
+
+        Its ranks may be there long before its owners, and would use up the inverses of the checkpoint meanwhile. Where
+        nobody answers it goes on all the same, as it would have had its owners been lost while it trained.
+
+        Raises:
+            Interrupted: On all ranks, when a stop was asked for.
+        """
+        try:
+            brought = self._await(step, asked_for, exact=False)
+        except Interrupted as interruption:
+            if interruption.reason != "wait_limit":
+                raise
+            brought = {}
+            self.exchange.agreement.tell(step, "running")
+            if self.exchange.communicator.rank == 0:
+                warnings.warn(
+                    f"no owner delivered an inverse in {self.exchange.wait_limit_seconds:g} s; the run goes on with "
+                    "those of its checkpoint, which get staler until one does",
+                    KfdistWarning,
+                    stacklevel=2,
+                )
+        self.answered = True
+        return brought
 
     def _await(self, step: int, wanted: Mapping[int, int], *, exact: bool) -> dict[int, Arrival]:
         if not wanted:
