@@ -118,17 +118,17 @@ def _watch(
 
 def _pause(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
     """Ask all ranks of a run to wait at the same step; `resume` lets them go on."""
-    steer(run, address, as_json, lambda client, name: client.pause(name))
+    steer(run, address, as_json, "pause", lambda client, name: client.pause(name))
 
 
 def _resume(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
     """Let a paused run go on."""
-    steer(run, address, as_json, lambda client, name: client.resume(name))
+    steer(run, address, as_json, "resume", lambda client, name: client.resume(name))
 
 
 def _checkpoint(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
     """Ask a run for a checkpoint."""
-    steer(run, address, as_json, lambda client, name: client.checkpoint(name))
+    steer(run, address, as_json, "checkpoint", lambda client, name: client.checkpoint(name))
 
 
 def _stop(
@@ -140,14 +140,15 @@ def _stop(
 ) -> None:
     """Ask all ranks of a run to write a checkpoint and end at the same step; the run can be resumed."""
     from kfdist.cli.find_runs import find_run
-    from kfdist.control.run_rules import RunState
+    from kfdist.cli.run_display import asked_line, run_line
+    from kfdist.control.control_records import RunState
 
     target = find_run(run, address)
     with target.client() as client:
         view = client.stop(target.name)
         if wait:
             view = target.ended_view(client, timeout_seconds=timeout)
-    _show(view, as_json)
+    print(json.dumps(view.to_json()) if as_json else run_line(view) if wait else asked_line(view, "stop"))
     if wait and view.state in (RunState.FAILED, RunState.LOST):
         raise EnvironmentFault(
             f"run {view.name!r} is {view.state} at step {view.step}; `kfdist events {run or view.name}` says more"
@@ -173,28 +174,24 @@ def _events(
 
 
 def steer(
-    run: str | None, address: str | None, as_json: bool, action: "Callable[[ControlClient, str], RunView]"
+    run: str | None, address: str | None, as_json: bool, asked: str, action: "Callable[[ControlClient, str], RunView]"
 ) -> None:
-    """Has a run's controller do something to it, and shows the run then.
+    """Has a run's controller ask its ranks for something, and says so.
 
     Args:
         run: The run's name or directory; None for the only one that is going.
         address: The controller; None to find it.
-        as_json: How to show the run.
+        as_json: Show the run instead, as JSON.
+        asked: What for, in words.
         action: What to do, given the controller and the run's name.
     """
     from kfdist.cli.find_runs import find_run
+    from kfdist.cli.run_display import asked_line
 
     target = find_run(run, address)
     with target.client() as client:
         view = action(client, target.name)
-    _show(view, as_json)
-
-
-def _show(view: "RunView", as_json: bool) -> None:
-    from kfdist.cli.run_display import run_line
-
-    print(json.dumps(view.to_json()) if as_json else run_line(view))
+    print(json.dumps(view.to_json()) if as_json else asked_line(view, asked))
 
 
 @contextmanager

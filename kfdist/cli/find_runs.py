@@ -15,7 +15,7 @@ from kfdist.checks import suggestion
 from kfdist.cli.run_files import RunFiles
 from kfdist.cli.run_target import Endpoint, Target
 from kfdist.control.client import RunView
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.addresses import is_loopback, server_address, split_address
 from kfdist.system.run_notices import RunNotice, notices

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kfdist.cli.block_table import STALENESS, age, block_table, blocks_of, shortened, steps
 from kfdist.control.client import OwnerView, RunView
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.telemetry.metrics import METRICS, Kind
 from kfdist.types import MetricSample
 

@@ -146,6 +146,17 @@ def run_line(run: RunView) -> str:
     return f"{run.name}: {run.state} at step {step_of(run)}, {members}" + (f", {measured}" if measured else "")
 
 
+def asked_line(run: RunView, asked: str) -> str:
+    """Returns what a run is asked for, where it stands, and where its answer will be found."""
+    if run.state.ended:
+        return f"{run.name}: {run.state} at step {step_of(run)}"
+    if run.obeyed_revision >= run.settings_revision > 0:
+        how = f"all ranks have obeyed since step {run.obeyed_step}"
+    else:
+        how = f"all ranks obey at one step, which `kfdist events {run.name}` names"
+    return f"{run.name}: {run.state} at step {step_of(run)}; asked for {asked}: {how}"
+
+
 def _facts(run: RunView, owners: Sequence[OwnerView] = ()) -> list[tuple[str, str]]:
     facts = [
         ("run", run.name),

@@ -14,7 +14,7 @@ from typing import Any
 
 from kfdist.cli.control_files import read_rows
 from kfdist.control.client import EventView, RunView
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.system.files import lock_holder
 from kfdist.system.run_notices import Place, place_of
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kfdist.cli.run_files import RunFiles
 from kfdist.config import security_from_environment
 from kfdist.control.client import ControlClient, RunView
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.rpc.channels import CALL_SECONDS
 from kfdist.system.credentials import Credentials, Role

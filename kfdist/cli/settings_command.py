@@ -37,7 +37,8 @@ def _set(
     given = [run, *(settings or [])] if run is not None else []
     named = [] if not given or _is_setting(given[0]) else [given.pop(0)]
     changes = parse_settings(given)
-    steer(named[0] if named else None, address, as_json, lambda client, name: client.update_settings(name, **changes))
+    run = named[0] if named else None
+    steer(run, address, as_json, ", ".join(given), lambda client, name: client.update_settings(name, **changes))
 
 
 def _is_setting(text: str) -> bool:

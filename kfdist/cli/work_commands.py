@@ -35,12 +35,14 @@ def _refresh(
     as_json: AsJson = False,
 ) -> None:
     """Have blocks measured and inverted at once, whatever their period."""
-    steer(run, address, as_json, lambda client, name: client.refresh(name, blocks or ()))
+    what = f"refresh of {', '.join(blocks) if blocks else 'all blocks'}"
+    steer(run, address, as_json, what, lambda client, name: client.refresh(name, blocks or ()))
 
 
 def _replan(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
     """Deal a run's blocks to the owners anew, by the seconds that their inversions took."""
-    steer(run, address, as_json, lambda client, name: client.replan(name))
+    what = "dealing the blocks anew"
+    steer(run, address, as_json, what, lambda client, name: client.replan(name))
 
 
 def _drain(owner: Owner, address: Address = None, as_json: AsJson = False) -> None:

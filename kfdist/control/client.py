@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
 from kfdist.rpc.authentication import user_metadata

@@ -12,12 +12,13 @@ from pathlib import Path
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kfdist.control.control_records import Change, RunRecord
 from kfdist.control.exporter import Exporter
 from kfdist.control.leases import LEASE_SECONDS, Members
 from kfdist.control.ledger import Ledger
 from kfdist.control.membership_service import MembershipService
 from kfdist.control.metrics_server import MetricsServer
-from kfdist.control.run_rules import Change, RunRecord, announced
+from kfdist.control.run_rules import announced
 from kfdist.control.run_service import RunService
 from kfdist.control.store import Store
 from kfdist.control.watchers import QUEUED_CHANGES

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
-from kfdist.control.run_rules import RunRecord, RunState
+from kfdist.control.control_records import RunRecord, RunState
 from kfdist.control.series import Histogram, RunSeries, Sender
 from kfdist.system.provenance import versions
 from kfdist.telemetry.metrics import METRICS, Kind, Metric

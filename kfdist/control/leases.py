@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from kfdist.control.control_records import Change, OwnerRecord, RunRecord
 from kfdist.control.exporter import Exporter
 from kfdist.control.ledger import Ledger
-from kfdist.control.run_rules import Change, OwnerRecord, RunRecord, silent
+from kfdist.control.run_rules import silent
 from kfdist.control.series import Sender
 from kfdist.errors import EnvironmentFault
 

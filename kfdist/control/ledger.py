@@ -7,59 +7,34 @@ a run are consecutive.
 """
 
 import asyncio
-import hashlib
 import math
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import Message
 
 from kfdist.checks import suggestion
-from kfdist.control.run_rules import AssignmentRecord, Change, Event, OwnerRecord, RunRecord, replanned
-from kfdist.control.store import Answer, Batch, EventRecord, RunUpdate, Store
+from kfdist.control import dealing, owner_rules
+from kfdist.control.control_records import AssignmentRecord, Change, Event, OwnerRecord, RunRecord
+from kfdist.control.dealing import Groups
+from kfdist.control.mutations import Request, answer_to, repeated
+from kfdist.control.steering import replanned
+from kfdist.control.store import Batch, EventRecord, RunUpdate, Store
 from kfdist.control.watchers import QUEUED_CHANGES, Watchers
-from kfdist.policies.assignment import assign
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, run_pb2
 from kfdist.rpc.status import Refusal
-from kfdist.types import GroupName, GroupSpec
+from kfdist.types import GroupName
 
 MAX_RUNS = 1000
 """Runs in one file; a list of them fits in one message."""
-
-DEAD_OWNERS_KEPT = 256
-"""Owners remembered beside the live ones, with how often they were started."""
 
 Rule = Callable[[RunRecord | None], Change]
 """Maps a run's record, None if there is none, to what becomes of it."""
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The identity of a mutation: the caller's id for it, and the SHA-256 of its method and content."""
-
-    request_id: str
-    digest: str
-
-    @classmethod
-    def of(cls, method: str, request: Any) -> Self:
-        """Returns the identity of a call: `request` is its message, which has a request id."""
-        content = f"{method}\n".encode() + request.SerializeToString(deterministic=True)
-        return cls(request_id=request.request_id, digest=hashlib.sha256(content).hexdigest())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Groups:
-    """A run's groups and the policy that deals them, as rank 0 registers them."""
-
-    policy: str
-    specs: tuple[GroupSpec, ...]
 
 
 class Ledger:
@@ -151,34 +126,11 @@ class Ledger:
 
         def rule(record: RunRecord | None) -> Change:
             assert record is not None  # runs are never removed
-            assignment, text = self._replanned(name)
+            assignment, text = dealing.redealt(self.assignment(name), self._seconds.get(name, {}), self._takers())
             dealt.append(assignment)
             return replanned(record, text, who)
 
         return await self.change(self.run(name).name, rule, request=request, dealt=dealt)
-
-    def _replanned(self, run: str) -> tuple[AssignmentRecord, str]:
-        """Returns a run's groups dealt anew, and what changes by that, in words.
-
-        Groups of which nothing is known count by their estimated cost, at the others' speed.
-        """
-        assignment = self.assignment(run)
-        measured = {
-            spec: self._seconds[run][spec.name] for spec in assignment.groups if spec.name in self._seconds.get(run, {})
-        }
-        if not measured:
-            raise Refusal(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"no inversion of run {run!r} has been measured since the controller began; ask again later",
-            )
-        speed = sum(measured.values()) / (sum(spec.cost for spec in measured) or 1.0)
-        seconds = {spec.name: measured.get(spec, spec.cost * speed) for spec in assignment.groups}
-        before, after = assignment, _dealt(replace(assignment, seconds=seconds), self._takers())
-        moved = sum(owner != before.owner_by_group.get(group) for group, owner in after.owner_by_group.items())
-        return after, (
-            f"groups dealt anew from {len(measured)} measured inversions: {moved} of {len(seconds)} moved; the busiest "
-            f"owner has {_busiest(after, seconds):.3g} s of inversions, before {_busiest(before, seconds):.3g} s"
-        )
 
     async def events(self, run: str, after: int, limit: int) -> list[EventRecord]:
         """Returns at most `limit` events of a run after the event `after`, oldest first."""
@@ -303,7 +255,7 @@ class Ledger:
             if request is not None:
                 known = await self._in_thread(self._store.answer, request.request_id)
                 if known is not None:
-                    return run_pb2.Run.FromString(_repeated(known, request))
+                    return run_pb2.Run.FromString(repeated(known, request))
             before = self._runs.get(name)
             with self._taken_notes([name]) as notes:
                 change = rule(replace(before, **notes.get(name, {})) if before else None)
@@ -320,7 +272,7 @@ class Ledger:
                     Batch(
                         runs=updates,
                         assignments=(*dealt, *([self._with_groups(name, groups)] if groups else ())),
-                        answer=_answer(request, run) if request else None,
+                        answer=answer_to(request, run) if request else None,
                     )
                 )
             return run
@@ -344,7 +296,7 @@ class Ledger:
                 replace(owner, draining=known[owner.owner_id].draining) if owner.owner_id in known else owner
                 for owner in changed
             ]
-            told = (_owner_event(known.get(owner.owner_id), owner) for owner in changed)
+            told = (owner_rules.moved(known.get(owner.owner_id), owner) for owner in changed)
             events = [event for event in told if event is not None]
             await self._commit(self._with_owners(changed, lambda record: events))
 
@@ -352,28 +304,21 @@ class Ledger:
         async with self._lock:
             known = await self._in_thread(self._store.answer, request.request_id)
             if known is not None:
-                return inversion_pb2.Owner.FromString(_repeated(known, request))
+                return inversion_pb2.Owner.FromString(repeated(known, request))
             before = self.owner(owner_id)
-            others = [owner_id for owner_id in self._takers() if owner_id != before.owner_id]
-            if draining and before.takes_jobs and not others:
-                raise Refusal(
-                    grpc.StatusCode.FAILED_PRECONDITION,
-                    f"owner {owner_id!r} is the only one that takes jobs; start another one first",
-                )
-            after = replace(before, draining=draining)
-            kind, what = ("owner_drained", "no new jobs") if draining else ("owner_undrained", "jobs again")
+            after = owner_rules.drained(before, draining, takers=self._takers())
 
             def tell(record: RunRecord) -> list[Event]:
                 step = self._notes.get(record.name, {}).get("step", record.step)
-                return [Event(kind=kind, text=f"owner {owner_id} gets {what}, asked for at step {step} by {who}")]
+                return [owner_rules.draining_event(after, step, who)]
 
             batch = self._with_owners([after], tell) if after != before else Batch()
-            await self._commit(replace(batch, answer=_answer(request, after.message())))
+            await self._commit(replace(batch, answer=answer_to(request, after.message())))
             return after.message()
 
     def _with_owners(self, changed: Sequence[OwnerRecord], tell: Callable[[RunRecord], Sequence[Event]]) -> Batch:
         """Returns what becomes of runs and their groups when owners have changed, and tells each run's log."""
-        owners = _with_changes(self._owners, changed)
+        owners = owner_rules.changed(self._owners, changed)
         live = sum(owner.live for owner in owners.values())
         takers = [owner.owner_id for owner in owners.values() if owner.takes_jobs]
         updates, assignments = [], []
@@ -383,12 +328,12 @@ class Ledger:
             if moved != record or told:
                 updates.append(_update(record, Change(moved, told)))
             if not record.state.ended and record.name in self._assignments:
-                assignments.append(_dealt(self._assignments[record.name], takers))
+                assignments.append(dealing.dealt(self._assignments[record.name], takers))
         return Batch(
             runs=tuple(updates),
             assignments=tuple(assignments),
             owners=tuple(changed),
-            forgotten_owners=_forgettable(owners),
+            forgotten_owners=owner_rules.forgettable(owners),
         )
 
     def _takers(self) -> list[str]:
@@ -399,7 +344,7 @@ class Ledger:
         """Makes a batch durable, without assignments that are as they were, and then known to everybody."""
         moved = tuple(each for each in batch.assignments if each != self._assignments.get(each.run))
         await self._in_thread(self._store.commit, replace(batch, assignments=moved))
-        owners = _with_changes(self._owners, batch.owners)
+        owners = owner_rules.changed(self._owners, batch.owners)
         self._owners = {name: owner for name, owner in owners.items() if name not in batch.forgotten_owners}
         self._assignments |= {assignment.run: assignment for assignment in moved}
         for update in batch.runs:
@@ -419,11 +364,11 @@ class Ledger:
             raise
 
     def _with_groups(self, name: str, groups: Groups) -> AssignmentRecord:
-        assignment = self.assignment(name)
-        if (assignment.policy, assignment.groups) != (groups.policy, groups.specs):  # what was measured was of others
+        before = self.assignment(name)
+        after = dealing.registered(before, groups, self._takers())
+        if (after.policy, after.groups) != (before.policy, before.groups):  # what was measured was of others
             self._seconds.pop(name, None)
-            assignment = replace(assignment, policy=groups.policy, groups=groups.specs, seconds={})
-        return _dealt(assignment, self._takers())
+        return after
 
     async def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -444,56 +389,3 @@ class Ledger:
 def _update(before: RunRecord | None, change: Change, config: str | None = None) -> RunUpdate:
     record = replace(change.record, revision=before.revision + 1 if before else 1)
     return RunUpdate(record=record, message=record.message().SerializeToString(), events=change.events, config=config)
-
-
-def _answer(request: Request, response: Message) -> Answer:
-    return Answer(request_id=request.request_id, request_digest=request.digest, message=response.SerializeToString())
-
-
-def _repeated(known: Answer, request: Request) -> bytes:
-    if known.request_digest != request.digest:
-        raise Refusal(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"request_id {request.request_id!r} was used for another request; every new request needs a new one",
-        )
-    return known.message
-
-
-def _busiest(assignment: AssignmentRecord, seconds: Mapping[GroupName, float]) -> float:
-    """Returns the seconds of inversions that the owner with most of them has."""
-    sums: Counter[str] = Counter()
-    for group, owner in assignment.owner_by_group.items():
-        sums[owner] += seconds.get(group, 0.0)  # pyright: ignore[reportArgumentType] - a Counter of seconds
-    return max(sums.values(), default=0.0)
-
-
-def _dealt(assignment: AssignmentRecord, live: Sequence[str]) -> AssignmentRecord:
-    if assignment.seconds:
-        measured = [replace(spec, cost=assignment.seconds.get(spec.name, spec.cost)) for spec in assignment.groups]
-        owner_by_group = assign(measured, live, "lpt")
-    else:
-        owner_by_group = assign(assignment.groups, live, assignment.policy)
-    if owner_by_group == assignment.owner_by_group:
-        return assignment
-    return replace(assignment, owner_by_group=owner_by_group, revision=assignment.revision + 1)
-
-
-def _with_changes(owners: Mapping[str, OwnerRecord], changed: Sequence[OwnerRecord]) -> dict[str, OwnerRecord]:
-    """Returns owners in the order of their last change."""
-    new = {owner.owner_id: owner for owner in changed}
-    return {name: owner for name, owner in owners.items() if name not in new} | new
-
-
-def _forgettable(owners: Mapping[str, OwnerRecord]) -> frozenset[str]:
-    """Returns the longest dead owners beyond those that are kept; every new pool has new names."""
-    dead = [owner.owner_id for owner in owners.values() if not owner.live]
-    return frozenset(dead[: max(0, len(dead) - DEAD_OWNERS_KEPT)])
-
-
-def _owner_event(before: OwnerRecord | None, after: OwnerRecord) -> Event | None:
-    if not after.live:
-        return Event(kind="owner_lost", text=f"owner {after.owner_id} was silent for longer than the lease")
-    if before is None or not before.live or (before.pid, before.restarts) != (after.pid, after.restarts):
-        restarts = f", restarted {after.restarts} times" if after.restarts else ""
-        return Event(kind="owner_joined", text=f"owner {after.owner_id} at {after.address}{restarts}")
-    return None

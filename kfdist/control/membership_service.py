@@ -10,10 +10,12 @@ import grpc
 from typing_extensions import override
 
 from kfdist.control import run_rules, validation
+from kfdist.control.control_records import PHASES, Change, Event, OwnerRecord, RunRecord
+from kfdist.control.dealing import Groups
 from kfdist.control.exporter import Exporter
 from kfdist.control.leases import Members
-from kfdist.control.ledger import Groups, Ledger, Request
-from kfdist.control.run_rules import Change, Event, OwnerRecord, RunRecord
+from kfdist.control.ledger import Ledger
+from kfdist.control.mutations import Request
 from kfdist.control.series import Sender
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membership_pb2_grpc
 from kfdist.rpc.authentication import caller_of
@@ -141,7 +143,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         sender = Sender("worker", str(beat.worker_rank))
         samples = self._bounded(request)
         self._exporter.ingest(beat.run, sender, str(beat.epoch), samples)
-        if run_rules.PHASES[beat.phase].ended:
+        if PHASES[beat.phase].ended:
             self._members.release_worker(beat.run, beat.worker_rank)
         else:
             self._members.hear_worker(beat.run, beat.epoch, beat.worker_rank)

@@ -1,200 +1,15 @@
-"""The controller's records of runs and owners, and the rules by which a run's record changes.
+"""The rules of a run's life, by what its ranks and the clock say: made known, started, obeying, ended, lost.
 
-The rules are pure functions from a record to a `Change`: nothing here stores, sends or reads a clock.
+They are pure functions from a record to a `Change`: nothing here stores, sends or reads a clock. What users ask for is
+in `steering`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
-import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
-from pydantic import ConfigDict
-
+from kfdist.control.control_records import PHASES, Change, Event, RunRecord, RunState
 from kfdist.policies import tuning
-from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, run_pb2
-from kfdist.rpc.beats import method_settings_message
-from kfdist.rpc.status import Refusal
-from kfdist.types import Desired, GroupName, GroupSpec, InForce, RunSettings, Value
-
-
-class RunState(StrEnum):
-    """Where a run stands (protos/kfdist/v1/run.proto)."""
-
-    CREATED = "created"
-    RUNNING = "running"
-    PAUSED = "paused"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    FINISHED = "finished"
-    FAILED = "failed"
-    LOST = "lost"
-
-    @property
-    def ended(self) -> bool:
-        """Whether only a new start can move the run on."""
-        return self in (RunState.STOPPED, RunState.FINISHED, RunState.FAILED)
-
-
-SHOWN_GROUPS = 8
-"""Groups that an event names."""
-
-MOST_ASKED = 64
-"""Requests whose texts are kept until the ranks obey them."""
-
-PHASES: Mapping[str, RunState] = {
-    "running": RunState.RUNNING,
-    "waiting": RunState.RUNNING,  # a wait that all ranks agreed on needs no action
-    "paused": RunState.PAUSED,
-    "finished": RunState.FINISHED,
-    "stopped": RunState.STOPPED,
-    "failed": RunState.FAILED,
-}
-"""The phases that ranks report, and the state that rank 0's phase gives the run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """One run.
-
-    Attributes:
-        name: Its name.
-        directory: Where its files are, shown to users.
-        total_steps: Its planned number of steps, 0 if unknown.
-        created_ns: When it was made known, nanoseconds since 1970.
-        epoch: Its newest start.
-        world_size: Ranks of its newest start; 0 before the first one has registered.
-        begun: Whether a rank of its newest start has reported.
-        state: Where it stands.
-        step: The step that rank 0 last reported.
-        settings: What users asked of it.
-        asked: What of it the ranks haven't obeyed yet: its revision, and a text for users.
-        obeyed_revision: The newest revision of the settings that all ranks have taken up.
-        obeyed_step: The step at which they did.
-        in_force: What the ranks go by, as rank 0 last said in this start.
-        fingerprint: What the numbers of its ranks depend on.
-        live_workers: Ranks alive within the lease.
-        live_owners: Owners alive within the lease.
-        gauges: Rank 0's gauges by metric name.
-        revision: Rises by one at every change of this record.
-    """
-
-    # Stored as JSON, which has no word for a loss that is NaN.
-    __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings")
-
-    name: str
-    directory: str = ""
-    total_steps: int = 0
-    created_ns: int = 0
-    epoch: int = 0
-    world_size: int = 0
-    begun: bool = False
-    state: RunState = RunState.CREATED
-    step: int = 0
-    settings: RunSettings = RunSettings()
-    asked: tuple[tuple[int, str], ...] = ()
-    obeyed_revision: int = 0
-    obeyed_step: int = 0
-    in_force: InForce = InForce()
-    fingerprint: str = ""
-    live_workers: int = 0
-    live_owners: int = 0
-    gauges: Mapping[str, float] = field(default_factory=dict)
-    revision: int = 0
-
-    def message(self) -> run_pb2.Run:
-        """Returns the message that users get of it."""
-        return run_pb2.Run(
-            name=self.name,
-            state=f"RUN_STATE_{self.state.name}",
-            revision=self.revision,
-            epoch=self.epoch,
-            step=self.step,
-            total_steps=self.total_steps,
-            live_workers=self.live_workers,
-            live_owners=self.live_owners,
-            created=timestamp(self.created_ns),
-            directory=self.directory,
-            gauges=self.gauges,
-            settings=method_settings_message(self.in_force.values) if self.in_force.values else None,
-            settings_revision=self.settings.revision,
-            obeyed_revision=self.obeyed_revision,
-            obeyed_step=self.obeyed_step,
-            world_size=self.world_size,
-            changed=self.in_force.changed,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnerRecord:
-    """One owner, as it registered.
-
-    Attributes:
-        owner_id: Its name, kept over restarts.
-        address: Where its InversionService listens.
-        fingerprint: What its numbers depend on.
-        restarts: Earlier starts under this name.
-        pid: Its process.
-        live: Whether it was alive within the lease when this was written.
-        draining: Whether it is to get no new jobs.
-    """
-
-    owner_id: str
-    address: str
-    fingerprint: str = ""
-    restarts: int = 0
-    pid: int = 0
-    live: bool = True
-    draining: bool = False
-
-    @property
-    def takes_jobs(self) -> bool:
-        """Whether groups are dealt to it."""
-        return self.live and not self.draining
-
-    def message(self) -> inversion_pb2.Owner:
-        """Returns the message that members get of it."""
-        return inversion_pb2.Owner(
-            owner_id=self.owner_id, address=self.address, fingerprint=self.fingerprint, draining=self.draining
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AssignmentRecord:
-    """Which owner inverts which group of a run.
-
-    Attributes:
-        run: The run.
-        policy: The rule that deals groups (kfdist.policies.assignment).
-        groups: The run's groups, as rank 0 registered them.
-        owner_by_group: The owner of each group; empty without owners.
-        revision: Rises whenever `owner_by_group` changes.
-        seconds: What inversions took, by group, if users wanted the groups dealt by that; else empty.
-    """
-
-    run: str
-    policy: str = "round_robin"
-    groups: tuple[GroupSpec, ...] = ()
-    owner_by_group: Mapping[GroupName, str] = field(default_factory=dict)
-    revision: int = 0
-    seconds: Mapping[GroupName, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """Something that happened in a run: a word for programs and a text for users."""
-
-    kind: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Change:
-    """A run's record after something happened, and the events that tell of it."""
-
-    record: RunRecord
-    events: tuple[Event, ...] = ()
+from kfdist.types import Desired, InForce
 
 
 def created(record: RunRecord | None, *, name: str, directory: str, total_steps: int, now_ns: int) -> Change:
@@ -253,6 +68,9 @@ def reported(record: RunRecord, *, phase: str, step: int, in_force: InForce | No
     state = PHASES[phase]
     if not state.ended and record.settings.desired is Desired.STOPPED:
         state = RunState.STOPPING
+    if state is RunState.STOPPED:
+        record, told = _stop_obeyed(record, step)
+        events += told
     moved = replace(record, state=state, step=step, begun=True)
     if state is record.state:
         return Change(moved, events)
@@ -296,6 +114,17 @@ def _obeyed(record: RunRecord, in_force: InForce, phase: str) -> tuple[RunRecord
     return replace(record, in_force=replace(in_force, obeyed=())), tuple(events)
 
 
+def _stop_obeyed(record: RunRecord, step: int) -> tuple[RunRecord, tuple[Event, ...]]:
+    """Tells that the ranks have obeyed a stop; any rank may have heard of it first, and rank 0 not of its revision."""
+    stop = next((revision for revision, text in record.asked if text == "stop"), None)
+    if stop is None:
+        return record, ()
+    text = f"revision {stop} (stop), agreed on by all ranks at step {step}"
+    left = tuple(asked for asked in record.asked if asked[0] != stop)
+    obeyed = replace(record, asked=left, obeyed_revision=max(stop, record.obeyed_revision), obeyed_step=step)
+    return obeyed, (Event(kind="settings_obeyed", text=text),)
+
+
 def _kept(record: RunRecord, in_force: InForce) -> Iterator[Event]:
     """Tells, when a start begins, what users had changed in an earlier one, as its checkpoint has it."""
     kept = {name: in_force.values[name] for name in in_force.changed if name not in record.settings.changes}
@@ -324,115 +153,6 @@ def silent(record: RunRecord, *, lease_seconds: float) -> Change:
     return Change(record)
 
 
-def desired(record: RunRecord, wish: Desired, who: str) -> Change:
-    """Notes that a run is to continue, to pause or to stop; asked for twice, it changes nothing.
-
-    Raises:
-        Refusal: FAILED_PRECONDITION: the run has ended, or is to end.
-    """
-    if wish is Desired.STOPPED and record.state.ended:
-        return Change(record)
-    _check_steerable(record)
-    now = record.settings.desired
-    if now is wish:
-        return Change(record)
-    if now is Desired.STOPPED:
-        raise Refusal(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            f"run {record.name!r} is to stop, which can't be taken back; start it again when it has ended",
-        )
-    word = {Desired.RUNNING: "resume", Desired.PAUSED: "pause", Desired.STOPPED: "stop"}[wish]
-    moved = _asked(record, word, desired=wish)
-    if wish is Desired.STOPPED and record.state is not RunState.LOST:
-        moved = replace(moved, state=RunState.STOPPING)
-    return Change(moved, (_request(f"{word}_requested", word, moved, who),))
-
-
-def tuned(record: RunRecord, changes: Mapping[str, Value | None], who: str) -> Change:
-    """Notes new settings of the method, checked before (`kfdist.control.validation.check_changes`).
-
-    Args:
-        record: The run.
-        changes: By name; None: as configured again.
-        who: Who asks.
-
-    Raises:
-        Refusal: FAILED_PRECONDITION: the run has ended.
-    """
-    _check_steerable(record)
-    before = record.settings.changes
-    if changes.get("adoption") == "asap":
-        changes = {"lag": None, **changes}
-    changes = {name: value for name, value in changes.items() if name not in before or before[name] != value}
-    if not changes:
-        return Change(record)
-    moved = _asked(record, _described(record, changes), changes={**before, **changes})
-    events = []
-    for name, value in changes.items():
-        old = record.in_force.values.get(name, before.get(name))
-        was = "as configured" if old is None else tuning.shown(name, old)
-        now = "as configured" if value is None else tuning.shown(name, value)
-        text = f"{who} set {name} from {was} to {now} at step {record.step} (revision {moved.settings.revision})"
-        events.append(Event(kind="settings_changed", text=text))
-    return Change(moved, tuple(events))
-
-
-def checkpointed(record: RunRecord, who: str) -> Change:
-    """Notes a request for a checkpoint.
-
-    Raises:
-        Refusal: FAILED_PRECONDITION: the run has ended.
-    """
-    _check_steerable(record)
-    serial = record.settings.checkpoint_serial + 1
-    moved = _asked(record, f"checkpoint {serial}", checkpoint_serial=serial)
-    return Change(moved, (_request("checkpoint_requested", f"checkpoint {serial}", moved, who),))
-
-
-def refreshed(record: RunRecord, groups: Sequence[GroupName], who: str) -> Change:
-    """Notes a request for fresh inverses.
-
-    Args:
-        record: The run.
-        groups: Of which groups; none: of all.
-        who: Who asks.
-
-    Raises:
-        Refusal: FAILED_PRECONDITION: the run has ended.
-    """
-    _check_steerable(record)
-    shown = ", ".join(groups[:SHOWN_GROUPS]) + (
-        f" and {len(groups) - SHOWN_GROUPS} more" * (len(groups) > SHOWN_GROUPS)
-    )
-    what = f"refresh of {shown or 'all blocks'}"
-    serial = record.settings.refresh_serial + 1
-    moved = _asked(record, f"{what}, inverted at the step after", refresh_serial=serial, refresh=tuple(groups))
-    return Change(moved, (_request("refresh_requested", what, moved, who),))
-
-
-def replanned(record: RunRecord, text: str, who: str) -> Change:
-    """Notes that the groups are dealt to owners anew.
-
-    Raises:
-        Refusal: FAILED_PRECONDITION: the run has ended.
-    """
-    _check_steerable(record)
-    return Change(record, (Event(kind="replanned", text=f"{text}; asked for at step {record.step} by {who}"),))
-
-
-def timestamp(time_ns: int) -> Timestamp:
-    """Returns the message of a time in nanoseconds since 1970."""
-    return Timestamp(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
-
-
-def _check_steerable(record: RunRecord) -> None:
-    if record.state.ended:
-        raise Refusal(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            f"run {record.name!r} has ended ({record.state}) at step {record.step}; only a new start moves it on",
-        )
-
-
 def _reset(record: RunRecord) -> RunRecord:
     # A new start's ranks count requests for checkpoints from 0 and must not take an old request for a new one.
     settings = replace(
@@ -445,27 +165,3 @@ def _reset(record: RunRecord) -> RunRecord:
         refresh=(),
     )
     return replace(record, settings=settings, asked=())
-
-
-def _asked(record: RunRecord, text: str, **changed: Any) -> RunRecord:
-    """Returns the record with new settings, which the ranks have yet to obey."""
-    settings = replace(record.settings, revision=record.settings.revision + 1, **changed)
-    return replace(record, settings=settings, asked=(*record.asked, (settings.revision, text))[-MOST_ASKED:])
-
-
-def _request(kind: str, what: str, record: RunRecord, who: str) -> Event:
-    text = f"{what} asked for at step {record.step} by {who} (revision {record.settings.revision})"
-    return Event(kind=kind, text=text)
-
-
-def _described(record: RunRecord, changes: Mapping[str, Value | None]) -> str:
-    """Returns what users read of changes when the ranks have obeyed."""
-    texts = []
-    for name, value in changes.items():
-        text = f"{name} {'as configured' if value is None else tuning.shown(name, value)}"
-        if name in tuning.PERIODS:
-            text += " from the step after"
-        if name == "damping" and record.in_force.late_damping:
-            text += f", which {', '.join(record.in_force.late_damping)} takes up with its next inversions"
-        texts.append(text)
-    return ", ".join(texts)

@@ -8,10 +8,11 @@ from typing import Any
 from typing_extensions import override
 
 from kfdist.checks import count
-from kfdist.control import run_rules, validation
+from kfdist.control import run_rules, steering, validation
+from kfdist.control.control_records import Change, RunRecord, timestamp
 from kfdist.control.exporter import Exporter
-from kfdist.control.ledger import Ledger, Request
-from kfdist.control.run_rules import Change, RunRecord, timestamp
+from kfdist.control.ledger import Ledger
+from kfdist.control.mutations import Request
 from kfdist.rpc._generated.kfdist.v1 import run_pb2, run_pb2_grpc
 from kfdist.rpc.authentication import caller_of
 from kfdist.rpc.beats import changes_of, sample_messages
@@ -93,7 +94,7 @@ class RunService(run_pb2_grpc.RunServiceServicer):
             validation.check_changes(changes, record.in_force)
             if changes.get("adoption") == "fixed-lag":
                 validation.check_owners_compute_alike(record, self._ledger.live_owners())
-            return run_rules.tuned(record, changes, who)
+            return steering.tuned(record, changes, who)
 
         return run_pb2.UpdateSettingsResponse(run=await self._steer("UpdateSettings", request, rule))
 
@@ -101,7 +102,7 @@ class RunService(run_pb2_grpc.RunServiceServicer):
     @answers
     async def Checkpoint(self, request: run_pb2.CheckpointRequest, context: Any) -> run_pb2.CheckpointResponse:
         who = caller_of(context)
-        run = await self._steer("Checkpoint", request, lambda record: run_rules.checkpointed(record, who))
+        run = await self._steer("Checkpoint", request, lambda record: steering.checkpointed(record, who))
         return run_pb2.CheckpointResponse(run=run)
 
     @override
@@ -111,7 +112,7 @@ class RunService(run_pb2_grpc.RunServiceServicer):
 
         def rule(record: RunRecord) -> Change:
             known = [spec.name for spec in self._ledger.assignment(record.name).groups]
-            return run_rules.refreshed(record, validation.matching_groups(request.groups, known), who)
+            return steering.refreshed(record, validation.matching_groups(request.groups, known), who)
 
         return run_pb2.RefreshResponse(run=await self._steer("Refresh", request, rule))
 
@@ -149,7 +150,7 @@ class RunService(run_pb2_grpc.RunServiceServicer):
 
     async def _wish(self, method: str, request: Any, context: Any, wish: Desired) -> run_pb2.Run:
         who = caller_of(context)
-        return await self._steer(method, request, lambda record: run_rules.desired(record, wish, who))
+        return await self._steer(method, request, lambda record: steering.desired(record, wish, who))
 
     async def _steer(self, method: str, request: Any, rule: Callable[[RunRecord], Change]) -> run_pb2.Run:
         validation.check_request_id(request.request_id)

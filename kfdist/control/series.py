@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from kfdist.control.run_rules import RunRecord
+from kfdist.control.control_records import RunRecord
 from kfdist.telemetry.metrics import METRICS, Across, Kind, Metric, fault_in
 from kfdist.types import MetricSample
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from kfdist.control.run_rules import AssignmentRecord, Event, OwnerRecord, RunRecord
+from kfdist.control.control_records import AssignmentRecord, Event, OwnerRecord, RunRecord
 from kfdist.errors import EnvironmentFault
 
 SCHEMA_VERSION = 2

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from kfdist.checks import choice, count, number, suggestion
 from kfdist.config import PreconditionerSection
 from kfdist.config.findings import config_error
-from kfdist.control.run_rules import PHASES, OwnerRecord, RunRecord
+from kfdist.control.control_records import PHASES, OwnerRecord, RunRecord
 from kfdist.errors import ConfigError
 from kfdist.policies import tuning
 from kfdist.policies.assignment import POLICIES

@@ -101,7 +101,12 @@ def fault_of(
     """
     code, details = code_of(error), details_of(error)
     match code:
-        case grpc.StatusCode.NOT_FOUND | grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.OUT_OF_RANGE:
+        case (
+            grpc.StatusCode.NOT_FOUND
+            | grpc.StatusCode.INVALID_ARGUMENT
+            | grpc.StatusCode.OUT_OF_RANGE
+            | grpc.StatusCode.FAILED_PRECONDITION  # what was asked for isn't possible as things stand
+        ):
             return ConfigError(details)
         case grpc.StatusCode.UNAVAILABLE:
             return EnvironmentFault(f"no {what} answers at {address}: {remedy}; gRPC says: {details}")

@@ -14,8 +14,9 @@ import typer
 from typer.testing import CliRunner
 
 from kfdist.cli import control_commands, settings_command
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.types import InForce, Obeyed
 from tests.support.controller import ControllerThread, Member, eventually, sample
 
 Kfdist = Callable[..., str]
@@ -84,7 +85,7 @@ def test_a_loss_that_is_no_number_is_still_json(kfdist, digits, client):
     digits.beat_worker("digits", step=31, samples=(sample("kfdist_loss", float("nan")),))
     eventually(lambda: client.get("digits").step, lambda step: step == 31)
     assert json.loads(kfdist("status", "digits", "--json"), parse_constant=pytest.fail)["gauges"]["kfdist_loss"] is None
-    assert "loss nan" in kfdist("pause", "digits")
+    assert ["loss", "nan"] in [line.split() for line in kfdist("status", "digits").splitlines()]
 
 
 @pytest.fixture
@@ -152,11 +153,14 @@ def test_nothing_to_show(kfdist, controller):
 
 
 def test_steering(kfdist, digits):
-    assert kfdist("pause", "digits").startswith("digits: running at step 30/120, 1 workers, 1 owners, loss 0.125")
-    kfdist("set", "digits", "damping=0.5")
-    kfdist("checkpoint", "digits")
+    obeyed = "all ranks obey at one step, which `kfdist events digits` names\n"
+    assert kfdist("pause", "digits") == f"digits: running at step 30/120; asked for pause: {obeyed}"
+    assert kfdist("set", "digits", "damping=0.5").endswith(f"asked for damping=0.5: {obeyed}")
+    assert kfdist("checkpoint", "digits").endswith(f"asked for checkpoint: {obeyed}")
     settings = digits.beat_worker("digits", step=31).settings
     assert (settings.desired, settings.damping, settings.checkpoint_serial) == ("paused", 0.5, 1)
+    digits.beat_worker("digits", step=31, in_force=InForce(obeyed=(Obeyed(revision=3, step=31),)))
+    assert kfdist("pause", "digits").endswith("asked for pause: all ranks have obeyed since step 31\n")
     kfdist("resume", "digits")
     assert digits.beat_worker("digits", step=32).settings.desired == "running"
     lines = kfdist("events", "digits").splitlines()

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from kfdist.control.client import ControlClient
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.rpc._generated.kfdist.v1 import run_pb2
 from tests.support.controller import CALL_SECONDS, ControllerProcess, ControllerThread, Member, eventually

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kfdist.cli import control_commands, find_runs, main, settings_command
 from kfdist.cli.complete import complete_owner, complete_run
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.credentials import Credentials, Role
 from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, place_of, posted

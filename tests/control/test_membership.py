@@ -7,7 +7,7 @@ import time
 import grpc
 import pytest
 
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.policies.assignment import assign
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2
 from kfdist.types import GroupSpec

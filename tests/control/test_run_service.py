@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.control.store import Batch, Store
-from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.errors import ConfigError
 from kfdist.rpc._generated.kfdist.v1 import run_pb2
 from kfdist.rpc.authentication import user_metadata
 from tests.support.controller import CALL_SECONDS
@@ -73,12 +73,12 @@ def test_a_stop_cannot_be_taken_back_and_an_ended_run_not_steered(client, member
     client.create("r")
     member.register_worker("r")
     client.stop("r")
-    with pytest.raises(EnvironmentFault, match="FAILED_PRECONDITION.*can't be taken back"):
+    with pytest.raises(ConfigError, match="is to stop, which can't be taken back"):
         client.resume("r")
     member.beat_worker("r", step=7, phase="stopped")
     assert client.get("r").state is RunState.STOPPED
     for steer in (client.pause, client.resume, client.checkpoint):
-        with pytest.raises(EnvironmentFault, match=r"FAILED_PRECONDITION.*has ended \(stopped\) at step 7"):
+        with pytest.raises(ConfigError, match=r"has ended \(stopped\) at step 7"):
             steer("r")
     assert client.stop("r").state is RunState.STOPPED  # stopping what has stopped is no error
 

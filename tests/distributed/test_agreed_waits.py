@@ -206,8 +206,8 @@ def test_a_run_can_be_paused_while_it_waits_and_a_pause_counts_for_nothing_in_th
     check_invariants([records for records, _ in results])
     whole = run_ranks(2, paused_inside_a_wait, False)
     assert [r.parameters for r in results[0][0]] == [r.parameters for r in whole[0][0]]
-    for _, told in results:
-        assert [phase for step, phase in told if step == STUCK + 2][:3] == ["waiting", "paused", "running"]
+    # Of rank 0, at whose word the pause came; the other may be paused before it has waited long enough to say so.
+    assert [phase for step, phase in results[0][1] if step == STUCK + 2][:3] == ["waiting", "paused", "running"]
 
 
 def damping_set(communicator: Communicator) -> list[Record]:

@@ -14,7 +14,7 @@ import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.control.client import ControlClient
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.rpc.channels import CALL_SECONDS
 from tests.support.controller import address_of_its_own, eventually
 from tests.support.killed_controllers import KilledController

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.types import Desired, MetricSample
 from tests.support.controller import ControllerThread, eventually
 from tests.support.jobs import RUN, collect, context, job, payload, result_of

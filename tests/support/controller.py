@@ -21,8 +21,8 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from kfdist.control.client import ControlClient
+from kfdist.control.control_records import OwnerRecord
 from kfdist.control.controller import Controller, ControllerOptions
-from kfdist.control.run_rules import OwnerRecord
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membership_pb2_grpc, run_pb2_grpc
 from kfdist.rpc.beats import in_force_message
 from kfdist.rpc.channels import open_channel

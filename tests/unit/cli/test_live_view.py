@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kfdist.cli.live_view import RunPicture, sparkline
 from kfdist.control.client import OwnerView, RunView
-from kfdist.control.run_rules import RunState
+from kfdist.control.control_records import RunState
 from kfdist.types import MetricSample
 
 BLOCKS = tuple(

@@ -4,8 +4,11 @@ import asyncio
 from pathlib import Path
 
 from kfdist.control import run_rules
-from kfdist.control.ledger import DEAD_OWNERS_KEPT, Groups, Ledger, Request
-from kfdist.control.run_rules import Change, OwnerRecord, RunRecord
+from kfdist.control.control_records import Change, OwnerRecord, RunRecord
+from kfdist.control.dealing import Groups
+from kfdist.control.ledger import Ledger
+from kfdist.control.mutations import Request
+from kfdist.control.owner_rules import DEAD_OWNERS_KEPT
 from kfdist.control.store import Store
 from kfdist.types import GroupSpec
 

@@ -5,8 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kfdist.control import run_rules, validation
-from kfdist.control.run_rules import PHASES, Change, RunRecord, RunState
+from kfdist.control import run_rules, steering, validation
+from kfdist.control.control_records import PHASES, Change, RunRecord, RunState
 from kfdist.errors import ConfigError
 from kfdist.links.socket_messages import NewSettings, encode
 from kfdist.rpc.status import Refusal
@@ -66,7 +66,7 @@ class RunRules(RuleBasedStateMachine):
     def want(self, wish: Desired) -> None:
         before = self.record
         try:
-            self.apply(run_rules.desired(before, wish, "ada"))
+            self.apply(steering.desired(before, wish, "ada"))
         except Refusal as refusal:
             assert wish is not Desired.STOPPED
             assert before.state.ended or before.settings.desired is Desired.STOPPED
@@ -78,8 +78,8 @@ class RunRules(RuleBasedStateMachine):
     @rule(damping=st.floats(1e-9, 1e3))
     def damp_and_checkpoint(self, damping: float) -> None:
         serial = self.record.settings.checkpoint_serial
-        self.apply(run_rules.tuned(self.record, {"damping": damping}, "ada"))
-        self.apply(run_rules.checkpointed(self.record, "ada"))
+        self.apply(steering.tuned(self.record, {"damping": damping}, "ada"))
+        self.apply(steering.checkpointed(self.record, "ada"))
         assert self.record.settings.changes["damping"] == damping
         assert self.record.settings.checkpoint_serial == serial + 1
 
@@ -87,8 +87,8 @@ class RunRules(RuleBasedStateMachine):
     @rule()
     def refuse_to_steer_what_has_ended(self) -> None:
         for steer in (
-            lambda r: run_rules.tuned(r, {"damping": 1.0}, "ada"),
-            lambda r: run_rules.checkpointed(r, "ada"),
+            lambda r: steering.tuned(r, {"damping": 1.0}, "ada"),
+            lambda r: steering.checkpointed(r, "ada"),
         ):
             with pytest.raises(Refusal, match="has ended"):
                 steer(self.record)
@@ -123,12 +123,12 @@ def test_a_run_prepared_for_its_next_start_goes_by_nothing_yet():
 def test_ranks_that_are_ahead_of_a_new_file_obey_what_is_asked_of_them(asked_before: bool):
     record = run_rules.started(RunRules.create(None), epoch=1, world_size=1).record
     if asked_before:
-        record = run_rules.tuned(record, {"damping": 0.5}, "ada").record
+        record = steering.tuned(record, {"damping": 0.5}, "ada").record
     told = InForce(obeyed=(Obeyed(revision=4, step=1), Obeyed(revision=5, step=2)))
     change = run_rules.reported(record, phase="running", step=3, in_force=told)
     assert change.events[0].kind == "settings_unknown" and "revision 5" in change.events[0].text
     assert not any(event.kind == "settings_obeyed" for event in change.events)
-    record = change.record if asked_before else run_rules.tuned(change.record, {"damping": 0.5}, "ada").record
+    record = change.record if asked_before else steering.tuned(change.record, {"damping": 0.5}, "ada").record
     assert (record.settings.revision, record.obeyed_revision, len(record.asked)) == (6, 5, 1)
     record = run_rules.reported(record, phase="running", step=9, in_force=InForce(obeyed=(Obeyed(revision=6, step=8),)))
     assert record.events[-1].text == "revision 6 (damping 0.5), agreed on by all ranks at step 8"
@@ -139,8 +139,21 @@ def test_a_paused_run_that_is_ahead_of_a_new_file_can_be_resumed():
     record = run_rules.started(RunRules.create(None), epoch=1, world_size=1).record
     told = InForce(obeyed=(Obeyed(revision=5, step=2),))
     record = run_rules.reported(record, phase="paused", step=3, in_force=told).record
-    record = run_rules.desired(record, Desired.RUNNING, "ada").record
+    record = steering.desired(record, Desired.RUNNING, "ada").record
     assert (record.settings.revision, record.settings.desired) == (6, Desired.RUNNING)
+
+
+@pytest.mark.parametrize("heard", [(), (Obeyed(revision=1, step=7),)], ids=["any rank", "rank 0"])
+def test_a_stop_is_obeyed_at_a_named_step_whatever_rank_heard_of_it(heard: tuple[Obeyed, ...]):
+    record = run_rules.started(RunRules.create(None), epoch=1, world_size=2).record
+    record = run_rules.reported(record, phase="running", step=3).record
+    record = steering.desired(record, Desired.STOPPED, "ada").record
+    ended = run_rules.reported(record, phase="stopped", step=7, in_force=InForce(obeyed=heard))
+    assert [event.text for event in ended.events] == [
+        "revision 1 (stop), agreed on by all ranks at step 7",
+        "stopping -> stopped at step 7",
+    ]
+    assert (ended.record.asked, ended.record.obeyed_revision, ended.record.obeyed_step) == ((), 1, 7)
 
 
 def test_groups_that_match_fit_in_the_message_to_the_ranks():

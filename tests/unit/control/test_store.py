@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfdist.control.run_rules import AssignmentRecord, OwnerRecord, RunRecord
+from kfdist.control.control_records import AssignmentRecord, OwnerRecord, RunRecord
 from kfdist.control.store import Answer, Batch, Contents, RunUpdate, Store
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
