@@ -91,7 +91,7 @@ def test_a_controller_that_goes_and_comes_back(state, tmp_path, start_link):
         try:
             with controller.client() as client:
                 eventually(lambda: client.get(RUN), lambda run: (run.step, run.live_workers) == (77, 1))
-                eventually(lambda: client.owners(RUN), lambda names: names == ["owner-0"])
+                eventually(lambda: [owner.name for owner in client.owners(RUN)], lambda names: names == ["owner-0"])
                 client.stop(RUN)
                 eventually(link.settings, lambda settings: settings.desired is Desired.STOPPED)
             for each in jobs[30:]:
