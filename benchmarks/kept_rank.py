@@ -71,7 +71,7 @@ class Look:
 
 def look(model: str, step: int, loss: float, preconditioner: kfdist.Preconditioner) -> Look:
     """Counts what is in use."""
-    totals = dict.fromkeys(("pairs", "flops", "megabytes"), (0.0, 0.0))
+    totals: dict[str, tuple[float, float]] = dict.fromkeys(("pairs", "flops", "megabytes"), (0.0, 0.0))
     errors = [each["direction_error"] for each in preconditioner.diagnostics().values() if "direction_error" in each]
 
     def add(what: str, kept: float, of_rank: float) -> None:

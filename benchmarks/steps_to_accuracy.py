@@ -130,7 +130,7 @@ def make_preconditioner(
 def run_second_order(seed: int, *, all_pairs: bool = False) -> Trial:
     """Runs rs-kfac in the default configuration of `kfdist train`, perhaps with all eigenpairs that it finds."""
     config = default_config(seed)
-    method = config.preconditioner.method
+    method = config.preconditioner.method or "several methods"
     if all_pairs:
         settings = {**config.preconditioner.settings, "direction_error": 0.0}
         section = config.preconditioner.model_copy(update={"settings": settings})

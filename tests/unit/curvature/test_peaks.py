@@ -42,7 +42,7 @@ for name, settings in methods.items():
         "encode": peak_of(encode), "run": peak_of(lambda: results.append(run_job(payload))),
         "decode": peak_of(lambda: decode_result(results[0])),
     }
-averages._SLICE = 16 * q
+averages._SLICE = {"": 16 * q}
 model = torch.nn.Linear(q - 1, p)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 with kfdist.Preconditioner(model).attach(optimizer):
