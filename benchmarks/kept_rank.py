@@ -4,8 +4,9 @@
 
 Trains each with `kfdist.Preconditioner(model)`: rs-kfac, rank 220, damping 1e-3, periods 10 and 100, inverses one step
 late; SGD with momentum 0.9 beneath. At some steps it looks at the inverses in use. Applying one to a gradient of p x q
-takes 4 k p q operations for each factor that is held by k eigenpairs, or 2 d p q where its d x d inverse, if d is at most
-2 k, is applied as a dense matrix. "bytes" are those of the eigenpairs. The figures don't depend on the machine or its load.
+takes 4 k p q operations for each factor that is held by k eigenpairs, or 2 d p q where its d x d inverse, if d is at
+most 2 k, is applied as a dense matrix. "bytes" are those of the eigenpairs. The figures don't depend on the machine or
+its load.
 """
 
 import argparse
@@ -135,13 +136,20 @@ def main() -> None:
     parser.add_argument("--steps", default="2,120,520", help="steps to look at")
     parser.add_argument("--json", type=Path, help="file to write to")
     arguments = parser.parse_args()
-    print("model       step   loss  pairs               Mflop of applying               MB                         ", end="")
+    print(
+        "model       step   loss  pairs               Mflop of applying               MB                         ",
+        end="",
+    )
     print("largest bound  blocks at rank")
     begun, found = time.time(), []
     for name in arguments.models:
         found += train(name, [int(step) for step in arguments.steps.split(",")])
     if arguments.json:
-        content = {"versions": versions(), "seconds": round(time.time() - begun), "looks": [asdict(each) for each in found]}
+        content = {
+            "versions": versions(),
+            "seconds": round(time.time() - begun),
+            "looks": [asdict(each) for each in found],
+        }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
