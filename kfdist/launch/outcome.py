@@ -52,9 +52,13 @@ def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
 
     Args:
         made: What `make_directory` made.
-        unless_trained: The run directory; with a checkpoint or a line of metrics in it, everything stays.
+        unless_trained: The run directory; with a checkpoint or a line of metrics in it, everything stays. A run that
+            was stopped in the wait of its first step has both, but nothing that a new one doesn't make again.
     """
-    if (unless_trained / "checkpoints").exists() or (unless_trained / "metrics.jsonl").exists():
+    summary = read_summary(unless_trained)
+    stopped_at_once = summary.get("status") == "stopped" and summary.get("steps") == 0
+    traces = (unless_trained / "checkpoints", unless_trained / "metrics.jsonl")
+    if not stopped_at_once and any(trace.exists() for trace in traces):
         return
     for directory in made:
         if directory in unless_trained.parents:

@@ -84,6 +84,16 @@ def test_a_launch_that_trained_keeps_everything(tmp_path: Path, trace: str):
     assert (run / trace).exists() and (run / "logs").exists()
 
 
+@pytest.mark.parametrize(("steps", "left"), [(0, False), (3, True)])
+def test_a_launch_stopped_in_its_first_wait_leaves_no_directory(tmp_path: Path, steps: int, left: bool):
+    run = tmp_path / "runs" / "it"
+    made = make_directory(run / "logs")
+    (run / "checkpoints").mkdir()
+    (run / "summary.json").write_text(json.dumps({"status": "stopped", "steps": steps}))
+    remove_untrained(made, unless_trained=run)
+    assert run.exists() == left
+
+
 def test_only_what_the_launch_made_is_removed(tmp_path: Path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "other").write_text("precious")
