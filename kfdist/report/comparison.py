@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from kfdist.errors import ConfigError
 from kfdist.report import figures, words
 from kfdist.report.figures import Curve
 from kfdist.report.page import render, status, write_page
-from kfdist.report.parts import Chapter, Plot, Table, curve, flat, merged_durations
+from kfdist.report.parts import Chapter, Plot, Table, curve, flat, merged_durations, ranges
 from kfdist.report.recorded import Line, Recorded
 from kfdist.report.training_chapters import metric_names
 
@@ -62,9 +63,10 @@ def _by_name(runs: Sequence[Recorded]) -> dict[str, Recorded]:
 
 def _loss(runs: Mapping[str, Recorded]) -> Chapter:
     plots = []
+    factor, unit = words.time_unit(max((run.seconds() or [(0, 0.0)])[-1][1] for run in runs.values()))
     for metric in dict.fromkeys(name for run in runs.values() for name in metric_names(run)):
         accuracy = metric.endswith("accuracy")
-        for axis, label in ((_steps, "step"), (_seconds, "seconds trained")):
+        for axis, label in ((_steps, "step"), (partial(_trained, factor), f"{unit} trained")):
             for kind, key, lines in (("training", metric, _periods), ("validation", f"test_{metric}", _evaluations)):
                 curves = list(_overlaid(runs, key, lines, axis))
                 if all(len(each.x) == 1 for each in curves):
@@ -77,7 +79,7 @@ def _loss(runs: Mapping[str, Recorded]) -> Chapter:
     lacking = [name for name, run in runs.items() if not run.steps]
     sentences = [f"Without a completed log period: {words.listed(lacking)}."] if lacking else []
     if any(len(run.starts) > 1 for run in runs.values()):
-        sentences.append("Pauses between the starts of a resumed run don't count as seconds trained.")
+        sentences.append("Pauses between the starts of a resumed run don't count as time trained.")
     return Chapter(title="Loss and accuracy", sentences=sentences, plots=plots)
 
 
@@ -98,14 +100,14 @@ def _steps(run: Recorded, steps: Sequence[float]) -> list[float]:
     return list(steps)
 
 
-def _seconds(run: Recorded, steps: Sequence[float]) -> list[float]:
-    """Returns the seconds that had been trained when steps were done, to the log period."""
+def _trained(factor: int, run: Recorded, steps: Sequence[float]) -> list[float]:
+    """Returns how long had been trained when steps were done, to the log period, in units of so many seconds."""
     marks = run.seconds()
     found, place = [], 0
     for step in steps:
         while place < len(marks) - 1 and marks[place][0] < step:
             place += 1
-        found.append(marks[place][1])
+        found.append(marks[place][1] / factor)
     return found
 
 
@@ -126,10 +128,12 @@ def _staleness(runs: Mapping[str, Recorded]) -> Chapter:
     for colour, (name, run) in enumerate(runs.items()):
         worst = [
             {
-                "step": line["step"],
-                "worst": max((value for value in line["staleness"] if value is not None), default=None),
+                "step": lines[-1]["step"],
+                "worst": max(
+                    (value for line in lines for value in line["staleness"] if value is not None), default=None
+                ),
             }
-            for line in run.windows
+            for lines in (ranges(run.windows) if run.windows else ())
         ]
         curves += curve(worst, "worst", Curve(name=name, x=(), y=(), colour=colour))
     if not curves:
@@ -173,8 +177,8 @@ def _outcome(run: Recorded) -> Iterator[tuple[str, str]]:
     yield "staleness, median", words.number(staleness.get("p50"))
     yield "staleness, largest", words.number(staleness.get("max"))
     inverted = merged_durations(run.windows, "inversions").values()
-    yield "inversions", words.number(sum(each.count for each in inverted))
-    yield "seconds inverted", words.seconds(sum(each.total for each in inverted))
+    yield "inversions", words.number(sum(each.count for each in inverted) or None)
+    yield "seconds inverted", words.seconds(sum(each.total for each in inverted) or None)
     moved = sum(sum(totals["bytes"].values()) for totals in run.by_start())
     yield "bytes moved", words.size(moved)
     yield "noise scale", words.number(summary.get("noise_scale"))

@@ -1,6 +1,7 @@
 """The chapters about what a run takes: step time by phase, inversions by method, bytes by purpose."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from kfdist.report import figures, words
 from kfdist.report.figures import Curve
@@ -13,8 +14,9 @@ from kfdist.report.parts import (
     inverts,
     later_starts,
     merged_durations,
+    ranges,
 )
-from kfdist.report.recorded import Line, Recorded
+from kfdist.report.recorded import Recorded
 from kfdist.telemetry.durations import Durations
 from kfdist.telemetry.metrics import STEP_PHASES
 
@@ -46,10 +48,12 @@ def step_time(run: Recorded) -> Chapter:
         for phase, found in ((phase, merged[phase]) for phase in ("total", *order))
     ]
     median, slow = words.seconds(total.quantile(0.5)), words.seconds(total.quantile(0.99))
-    steps = [line["step"] for line in run.windows]
-    wholes = [Durations.from_json(line["phases"]["total"]) for line in run.windows]
+    unit, factor = ("ms", 1e3) if total.quantile(0.5) < 1 else ("seconds", 1.0)
+    windows = ranges(run.windows)
+    steps = [found[-1]["step"] for found in windows]
+    phases = [merged_durations(found, "phases") for found in windows]
     quantiles = [
-        Curve(name=name, x=steps, y=[whole.quantile(q) for whole in wholes], colour=colour)
+        Curve(name=name, x=steps, y=[factor * found["total"].quantile(q) for found in phases], colour=colour)
         for q, name, colour in ((0.5, "p50", 0), (0.99, "p99", 1))
     ]
     heads = ("phase", "mean", "p50", "p99", "longest", "share", "what happens")
@@ -61,14 +65,14 @@ def step_time(run: Recorded) -> Chapter:
         ],
         plots=[
             Plot(
-                svg=figures.areas(steps, _parts(run.windows, wholes, order), y="ms a step (mean)"),
+                svg=figures.areas(steps, _parts(phases, order, factor), y=f"{unit} a step (mean)"),
                 told=(
                     f"Mean time of a step by phase; a step took {words.seconds(total.mean)} on average. Rare peaks are "
                     "cut off."
                 ),
             ),
             Plot(
-                svg=figures.lines(quantiles, x="step", y="seconds of a step", starts=later_starts(run)),
+                svg=figures.lines(quantiles, x="step", y=f"{unit} a step", starts=later_starts(run)),
                 told=f"Median and 99th percentile of a step's seconds; over the run {median} and {slow}.",
             ),
         ],
@@ -76,16 +80,16 @@ def step_time(run: Recorded) -> Chapter:
     )
 
 
-def _parts(windows: list[Line], wholes: list[Durations], order: list[str]) -> dict[str, list[float]]:
-    """Returns the mean milliseconds that a step of each window spent: in no phase, in the largest ones, in others."""
+def _parts(windows: Sequence[Mapping[str, Durations]], order: Sequence[str], factor: float) -> dict[str, list[float]]:
+    """Returns what a step of each window spent on average: in no phase, in the largest ones, in others."""
     spent = {
-        phase: [
-            1e3 * line["phases"].get(phase, {"total": 0.0})["total"] / whole.count
-            for line, whole in zip(windows, wholes, strict=True)
-        ]
+        phase: [factor * found.get(phase, Durations()).total / found["total"].count for found in windows]
         for phase in order
     }
-    rest = [max(0.0, 1e3 * whole.mean - sum(parts)) for whole, *parts in zip(wholes, *spent.values(), strict=True)]
+    rest = [
+        max(0.0, factor * found["total"].mean - sum(parts))
+        for found, *parts in zip(windows, *spent.values(), strict=True)
+    ]
     largest = sorted(order, key=lambda phase: -sum(spent[phase]))[:_SHOWN_PHASES]
     others = [spent[phase] for phase in order if phase not in largest]
     return {
@@ -148,11 +152,12 @@ def bytes_moved(run: Recorded) -> Chapter:
         [purpose, words.size(count), words.size(count / steps), _PURPOSES.get(purpose, "")] for purpose, count in known
     ]
     told = words.listed([f"{purpose} {words.size(count)}" for purpose, count in known])
+    factor, unit = words.size_unit(known[0][1])
     return Chapter(
         title=title,
         plots=[
             Plot(
-                svg=figures.bars({purpose: count / 1e6 for purpose, count in known}, x="MB, over all ranks"),
+                svg=figures.bars({purpose: count / factor for purpose, count in known}, x=f"{unit}, over all ranks"),
                 told=f"Bytes moved over all ranks by purpose: {told}.",
             )
         ],

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK, FAINT = "#010101", "#010102"
 _VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)"}
@@ -24,6 +24,9 @@ _VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate
 
 WIDTH = 4.5
 """Inches, at 72 points each: about a phone's width, on which a point is then about a pixel."""
+
+_LEGEND_CHARACTERS = 75
+"""Of a line below a figure, with eight for each name's mark."""
 
 _STYLE: Mapping[Any, Any] = {
     "svg.fonttype": "none",
@@ -74,6 +77,11 @@ class Drawing:
         """The whole figure."""
         return self._figure
 
+    def legend(self, names: Sequence[str]) -> None:
+        """Names what is drawn, below it, in as many columns as the names leave room for."""
+        longest = max(map(len, names), default=0)
+        self._figure.legend(loc="outside lower center", ncols=max(1, min(3, _LEGEND_CHARACTERS // (longest + 8))))
+
     def finish(self) -> None:
         """Turns it into SVG."""
         written = io.StringIO()
@@ -96,6 +104,17 @@ def plain_powers(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(numticks=6))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def plain_counts(axis: Axis) -> None:
+    """Labels an axis with a few whole numbers, large ones as 20k or 3M."""
+    large = EngFormatter(sep="")
+
+    def label(value: float, place: int) -> str:
+        return large(value, place) if axis.get_view_interval()[1] >= 20_000 else f"{value:,.0f}"
+
+    axis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set_major_formatter(FuncFormatter(label))
 
 
 def _inline(document: str) -> str:

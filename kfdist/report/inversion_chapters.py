@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from kfdist.report import figures, words
+from kfdist.report import block_figures, figures, words
 from kfdist.report.figures import Curve
-from kfdist.report.parts import NO_HISTORY, NO_METHOD, Chapter, Plot, Table, inverts, later_starts
+from kfdist.report.parts import NO_HISTORY, NO_METHOD, Chapter, Plot, Table, inverts, later_starts, ranges
 from kfdist.report.recorded import Line, Recorded
 
 _SHOWN_CHECKPOINTS = 4
@@ -41,7 +41,7 @@ def staleness(run: Recorded) -> Chapter:
         shown = (known[len(known) // 2], known[-1], row[-1]) if known else (None, None, None)
         table_rows.append([name, run.methods[name], *map(words.number, shown)])
     heatmap = Plot(
-        svg=figures.heatmap(names, spans, rows),
+        svg=block_figures.heatmap(names, spans, rows),
         told=(
             f"Staleness of {words.counted(len(names), 'block')} over the steps; the largest is {worst[0]}, "
             f"up to step {worst[1]:,}."
@@ -124,7 +124,7 @@ def spectra(run: Recorded) -> Chapter:
         ],
         plots=[
             Plot(
-                svg=figures.spectra(drawn),
+                svg=block_figures.spectra(drawn),
                 told=(
                     f"Eigenvalues of the factors of {words.listed(shown)} by their place, one curve for each of the "
                     f"steps {steps}."
@@ -179,10 +179,12 @@ def _over_steps(run: Recorded, windows: Sequence[Line], quantity: str) -> Plot |
     """Draws a quantity's worst and median factor; None where no method gives it."""
     label, pick = _WORST[quantity]
     steps, worst, middle = [], [], []
-    for line in windows:
-        values = sorted(value for found in line["diagnostics"].values() for value in _of_quantity(found, quantity))
+    for lines in ranges(windows):
+        values = sorted(
+            value for line in lines for found in line["diagnostics"].values() for value in _of_quantity(found, quantity)
+        )
         if values:
-            steps.append(line["step"])
+            steps.append(lines[-1]["step"])
             worst.append(pick(values))
             middle.append(values[len(values) // 2])
     if not steps:

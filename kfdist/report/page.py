@@ -108,7 +108,10 @@ def status(run: Recorded) -> str:
         return f"The run stopped at step {run.summary.get('steps', step):,}: {reason}.{seen} {resumable}"
     last = f"The last step known is {step:,}."
     if found == "failed":
-        return f"The run failed: {str(run.summary.get('error', '')).removesuffix('.')}.{seen} {last} {resumable}"
+        error = str(run.summary.get("error", "")).removesuffix(".")
+        # What the launcher saw first is the cause; a rank that lost a peer knows no more than that.
+        causes = f"{ended}. Rank 0: {error}" if ended else error
+        return f"The run failed: {causes}. {last} {resumable}"
     how = (
         f"The run's last start was cut off: {ended}."
         if ended

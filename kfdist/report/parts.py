@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from kfdist.report.figures import Curve
@@ -11,6 +12,8 @@ from kfdist.telemetry.durations import Durations
 
 NO_HISTORY = "history.jsonl has no window of steps: no log period was completed, or an older kfdist trained the run."
 
+
+MOST_RANGES = 150
 
 NO_METHOD = "The run has no preconditioner: nothing was inverted."
 
@@ -81,6 +84,13 @@ def merged_durations(windows: Iterable[Line], key: str) -> dict[str, Durations]:
         for name, content in line[key].items():
             merged[name].merge(Durations.from_json(content))
     return dict(merged)
+
+
+def ranges(windows: Sequence[Line]) -> list[list[Line]]:
+    """Groups windows, of which there may be thousands, by at most `MOST_RANGES` ranges of steps."""
+    first, last = windows[0]["step"], windows[-1]["step"]
+    length = (last - first) / MOST_RANGES or 1
+    return [list(found) for _, found in groupby(windows, key=lambda line: int((line["step"] - first) / length))]
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 _BYTES = ("B", "kB", "MB", "GB", "TB", "PB")
+_TIMES = ((86_400, "days"), (3600, "hours"), (60, "minutes"))
 
 
 def number(value: Any) -> str:
@@ -43,8 +44,19 @@ def seconds(value: float | None) -> str:
 
 def size(value: float) -> str:
     """Says bytes in the unit that fits them, in powers of 1000."""
+    factor, unit = size_unit(value)
+    return f"{value / factor:.3g} {unit}"
+
+
+def size_unit(value: float) -> tuple[int, str]:
+    """Returns the unit that fits so many bytes, as their number and its name."""
     power = 0 if value < 1 else min(int(math.log10(value) // 3), len(_BYTES) - 1)
-    return f"{value / 1000**power:.3g} {_BYTES[power]}"
+    return 1000**power, _BYTES[power]
+
+
+def time_unit(value: float) -> tuple[int, str]:
+    """Returns the unit that fits so many seconds, as their number and its name."""
+    return next((each for each in _TIMES if value >= 3 * each[0]), (1, "seconds"))
 
 
 def moment(unix_time: float) -> str:

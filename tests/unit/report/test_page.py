@@ -132,7 +132,7 @@ def test_without_a_preconditioner_it_says_so(plain: Path, tmp_path: Path) -> Non
         ),
         (
             {"status": "failed", "error": "loss is nan.", "ended": "rank 1 was killed"},
-            "The run failed: loss is nan. The launcher says: rank 1 was killed. The last step known is 7. The same "
+            "The run failed: rank 1 was killed. Rank 0: loss is nan. The last step known is 7. The same "
             "command begins it anew.",
         ),
         (
