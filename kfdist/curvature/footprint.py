@@ -14,7 +14,8 @@ class Footprint(NamedTuple):
     """Bytes of one block on one rank, in float32.
 
     Attributes:
-        kept: Averages, the inverse in use with the state of the next one, and the bytes that both came in.
+        kept: Averages, the inverse in use with the state of the next one, the bytes that both came in, and what is
+            worked out of the inverse for its damping.
         folding: The batch's own sums, beside the averages that they are added to.
         inversion: The job, its dense factors, and the result twice (`kfdist.curvature.jobs.run_job`).
     """
@@ -38,9 +39,10 @@ def footprint(inverter: AbstractInverter, shape: BlockShape) -> Footprint:
         * needs.increment_rows
         * sum({"A": shape.d_in, "G": shape.d_out}[name] for name in needs.increments)
     )
-    result = shape.groups * inverter.estimate(shape).numbers
+    estimate = inverter.estimate(shape)
+    result, prepared = shape.groups * estimate.numbers, shape.groups * estimate.prepared
     return Footprint(
-        kept=NUMBER_BYTES * (sums + 2 * result),
+        kept=NUMBER_BYTES * (sums + 2 * result + prepared),
         folding=NUMBER_BYTES * (sums + rows),
         inversion=NUMBER_BYTES * (sums // 2 + rows + sums + 2 * result),
     )

@@ -1,22 +1,25 @@
 """What every inverted block is: a frozen dataclass of tensors with a fast `apply`."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.statistics import Samples
 from kfdist.linalg.brand import solve_rows
 from kfdist.linalg.kronecker import (
     DampingRule,
+    FactoredInverse,
+    FactorInverse,
+    JointInverse,
     Spectrum,
-    solve_factored,
-    solve_joint,
     split_by_largest,
     split_by_trace,
 )
@@ -26,51 +29,20 @@ _CHEAP_DIMENSION = 256
 """Of factors whose eigenvalues `spectra` computes: milliseconds each on one CPU."""
 
 
-@dataclass
-class BlockMemory:
-    """What a rank keeps of one block from step to step beside the frozen snapshot; equal on all ranks, checkpointed.
+class Direction(NamedTuple):
+    """U = scale X, of which the product is left to whoever multiplies X with other numbers anyway.
 
     Attributes:
-        kept: What the method keeps, by name: scales, the last solution.
-        measured: Whether any rank ever had statistics of it, a boolean scalar; None unless ranks invert it themselves.
-        counts: Directions that `apply` replaced, by reason: integer scalars, which telemetry sums over the blocks.
-        first_use: <U, V> at the first step on which the inverse in use met a gradient, a scalar; None before it.
+        X: `[c, p, q]`, overwritten by whoever is given it.
+        scale: `[c]`; None for 1.
     """
 
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    measured: Tensor | None = None
-    counts: dict[str, Tensor] = field(default_factory=dict)
-    first_use: Tensor | None = None
+    X: Tensor
+    scale: Tensor | None = None
 
-    def count(self, reason: str, happened: Bool[Tensor, ""]) -> None:
-        """Adds 0 or 1 to a count, without a host sync."""
-        before = self.counts.get(reason, torch.zeros((), dtype=torch.int64, device=happened.device))
-        self.counts[reason] = before + happened
-
-    def copy(self) -> "BlockMemory":
-        """Returns a memory that holds the same tensors, and changes by itself."""
-        return BlockMemory(dict(self.kept), self.measured, dict(self.counts), self.first_use)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns copies of all tensors; empty where nothing is kept."""
-        state = {
-            "kept": {name: tensor.clone() for name, tensor in self.kept.items()},
-            "measured": None if self.measured is None else self.measured.clone(),
-            "counts": {reason: tensor.clone() for reason, tensor in self.counts.items()},
-            "first_use": None if self.first_use is None else self.first_use.clone(),
-        }
-        return state if any(value or isinstance(value, Tensor) for value in state.values()) else {}
-
-    @classmethod
-    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> "BlockMemory":
-        """Goes on, on `device`, from what `state_dict` returned."""
-        measured, first_use = state["measured"], state["first_use"]
-        return cls(
-            kept={name: tensor.to(device, copy=True) for name, tensor in state["kept"].items()},
-            measured=None if measured is None else measured.to(device, copy=True),
-            counts={reason: tensor.to(device, copy=True) for reason, tensor in state["counts"].items()},
-            first_use=None if first_use is None else first_use.to(device, copy=True),
-        )
+    def finished(self) -> Float[Tensor, "c p q"]:
+        """Returns U; `X` may be overwritten."""
+        return self.X if self.scale is None else self.X.mul_(self.scale.view(-1, 1, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +97,12 @@ class AbstractPreconditioner(ABC):
         return {}
 
     @abstractmethod
-    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
-        """Applies the inverse to a gradient of the right shape and dtype; may read and change `memory`."""
+    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor | Direction:
+        """Applies the inverse to a gradient of the right shape and dtype, which stays; may change `memory`.
+
+        Returns:
+            A tensor of its own, or one that lacks a factor.
+        """
 
     def receive(self, direction: Float[Tensor, "c p q"], memory: BlockMemory) -> None:
         """Keeps of an exchanged direction what must be equal on all ranks; called on each, the solver included.
@@ -155,11 +131,40 @@ class AbstractPreconditioner(ABC):
         Raises:
             ValueError: The gradient has another shape.
         """
+        return self.direction(gradient, damping, BlockMemory() if memory is None else memory).finished()
+
+    def direction(self, gradient: Float[Tensor, "c p q"], damping: float, memory: BlockMemory) -> Direction:
+        """Applies the inverse as `apply` does, but for a factor that the direction may lack."""
         if tuple(gradient.shape) != self.shape:
             raise ValueError(f"the gradient has shape {tuple(gradient.shape)}, the preconditioner is for {self.shape}")
         with torch.autocast(gradient.device.type, enabled=False):
-            memory = BlockMemory() if memory is None else memory
-            return self._solve(gradient.to(self.trace_A.dtype), damping, memory).to(gradient.dtype)
+            solved = self._solve(gradient.to(self.trace_A.dtype), damping, memory)
+            X, scale = (solved, None) if isinstance(solved, Tensor) else solved
+            if X.dtype == gradient.dtype:
+                return Direction(X, scale)
+            return Direction(Direction(X, scale).finished().to(gradient.dtype))
+
+    @classmethod
+    def directions(
+        cls,
+        members: Sequence[Self],
+        gradients: Sequence[Float[Tensor, "_ _ _"]],
+        damping: float,
+        memories: Sequence[BlockMemory],
+    ) -> list[Direction]:
+        """Applies the inverses of a group of blocks; methods that couple blocks override it.
+
+        Args:
+            members: One per block, in the group's order.
+            gradients: One per block; they stay.
+            damping: lambda of F + lambda I; without effect where `damping_at_apply` is False.
+            memories: One per block.
+
+        Returns:
+            One direction per block, in its gradient's dtype.
+        """
+        each = zip(members, gradients, memories, strict=True)
+        return [member.direction(gradient, damping, memory) for member, gradient, memory in each]
 
     @classmethod
     def apply_group(
@@ -169,19 +174,8 @@ class AbstractPreconditioner(ABC):
         damping: float,
         memories: Sequence[BlockMemory],
     ) -> list[Float[Tensor, "_ _ _"]]:
-        """Applies the inverses of a group of blocks; methods that couple blocks override it.
-
-        Args:
-            members: One per block, in the group's order.
-            gradients: One per block.
-            damping: lambda of F + lambda I; without effect where `damping_at_apply` is False.
-            memories: One per block.
-
-        Returns:
-            One direction per block, in its gradient's dtype.
-        """
-        each = zip(members, gradients, memories, strict=True)
-        return [member.apply(gradient, damping, memory) for member, gradient, memory in each]
+        """Returns `directions`, finished."""
+        return [found.finished() for found in cls.directions(members, gradients, damping, memories)]
 
     def apply_to_rows(
         self, a: Float[Tensor, "c n q"], g: Float[Tensor, "c n p"], examples: float, damping: float
@@ -213,10 +207,13 @@ class AbstractPreconditioner(ABC):
         tau = tr(A) tr(G)/(p q) per group: the step keeps the size it has under `apply`; the bare gradient would be up
         to 1/lambda times off.
         """
-        c, p, q = self.shape
-        mean = (self.trace_A / q) * (self.trace_G / p)
-        scale = self.joint_damping(damping) + mean
-        return (gradient.to(mean.dtype) / scale.view(c, 1, 1)).to(gradient.dtype)
+        scale = self.mean_damped(damping).view(-1, 1, 1)
+        return (gradient.to(scale.dtype) / scale).to(gradient.dtype)
+
+    def mean_damped(self, damping: float) -> Float[Tensor, " c"]:
+        """Returns lambda + tau of `fallback`."""
+        _, p, q = self.shape
+        return self.joint_damping(damping) + (self.trace_A / q) * (self.trace_G / p)
 
     def joint_damping(self, damping: float) -> Float[Tensor, " c"]:
         """Returns the lambda on the product of the factors: what `damping` amounts to, or was at the inversion."""
@@ -394,11 +391,20 @@ class KroneckerSpectrum(AbstractPreconditioner):
             return solve_rows(self.A, self.G, self.factor_damping(damping), rows, examples).to(g.dtype)
 
     @override
-    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
-        del memory
+    def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Direction:
+        return Direction(*memory.form(self, lambda: self._prepare(damping, memory.steady), damping).solve(gradient))
+
+    def _prepare(self, damping: float, steady: bool) -> JointInverse | FactoredInverse:
         if self.damping_rule == "common":
-            return solve_joint(self.A, self.G, damping, gradient)
-        return solve_factored(self.A, self.G, *self.factor_damping(damping), gradient)
+            return JointInverse.of(self.A, self.G, damping)
+        return FactoredInverse.of(self.A, self.G, *self.factor_damping(damping), steady=steady)
+
+
+def prepared_numbers(*factors: tuple[int, int], damping_rule: DampingRule) -> int:
+    """Returns how many numbers a `KroneckerSpectrum` is worked out into, of factors of so many rows and eigenpairs."""
+    if damping_rule == "common":
+        return math.prod(r for _, r in factors)
+    return sum(FactorInverse.most_numbers(d, r) for d, r in factors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,13 +429,13 @@ class CoupledPreconditioner(AbstractPreconditioner):
     # Members are all of the class itself, which is what Self says; pyright reads the base's Self as the base.
     @classmethod
     @override
-    def apply_group(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def directions(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls,
         members: Sequence[Self],
         gradients: Sequence[Float[Tensor, "_ _ _"]],
         damping: float,
         memories: Sequence[BlockMemory],
-    ) -> list[Float[Tensor, "_ _ _"]]:
+    ) -> list[Direction]:
         """Multiplies the damped inverse of the group onto its gradients, without a host sync.
 
         Computes in the dtype of the members' own tensors, also under autocast.
@@ -453,7 +459,7 @@ class CoupledPreconditioner(AbstractPreconditioner):
         with torch.autocast(gradients[0].device.type, enabled=False):
             given = [gradient.to(member.trace_A.dtype) for member, gradient in zip(members, gradients, strict=True)]
             solved = cls._solve_group(members, given, damping, memories)
-        return [direction.to(gradient.dtype) for direction, gradient in zip(solved, gradients, strict=True)]
+        return [Direction(found.to(gradient.dtype)) for found, gradient in zip(solved, gradients, strict=True)]
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:

@@ -119,10 +119,12 @@ class Estimate(NamedTuple):
     Attributes:
         work: The operations of one inversion.
         numbers: Most numbers in the result and its state.
+        prepared: Most numbers that a rank works out of the result for its damping, and keeps while it is in use.
     """
 
     work: Sequence[Work]
     numbers: int
+    prepared: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

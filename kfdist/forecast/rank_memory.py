@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfdist.config import Config
-from kfdist.curvature.footprint import footprint
+from kfdist.curvature.footprint import NUMBER_BYTES, footprint
 from kfdist.forecast.inversion_costs import Costs
 from kfdist.forecast.outline import META
 from kfdist.forecast.rehearsal import Rehearsal
@@ -90,6 +90,9 @@ def _curvature_lines(plan: Plan, rehearsal: Rehearsal, costs: Costs) -> Iterable
     unknown = [group.name for group in own if group.name not in rehearsal.own]
     note = f"without {len(unknown)} blocks that ranks invert themselves: {rehearsal.fault}" if unknown else ""
     yield Line("inverses in use", inverses + sum(rehearsal.own.values()), note=note)
+    prepared = sum(prepared_bytes(group) for group in sent)
+    if prepared:
+        yield Line("worked out of them for the damping", prepared)
     if sent:
         received = sum(result_bytes(group, costs) for group in sent)
         yield Line("the bytes they came in", received, note="kept for checkpoints")
@@ -128,6 +131,12 @@ def inverse_bytes(group: BlockGroup, costs: Costs) -> int:
     """Returns what a group's inverses take on a rank, with what their next inversion gets back."""
     method = costs.method(group)
     return round(costs.numbers(group) * (method.inverse + method.state))
+
+
+def prepared_bytes(group: BlockGroup) -> int:
+    """Returns what a rank works out of a group's inverses for its damping, in float32."""
+    each = (block.shape.groups * group.inverter.estimate(block.shape).prepared for block in group.blocks)
+    return NUMBER_BYTES * sum(each)
 
 
 def state_bytes(group: BlockGroup, costs: Costs) -> int:

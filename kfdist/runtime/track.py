@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from kfdist.comm.background import PayloadBroadcast
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import Inversion
 from kfdist.curvature.jobs import encode_result
 from kfdist.policies.adoption import NO_VERSION, AdoptionLedger

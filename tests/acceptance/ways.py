@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, KroneckerSpectrum
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.ekfac import EkfacBasis

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverse import BlockMemory
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.inverters import Seng
 from kfdist.curvature.inverters.seng_directions import SengPreconditioner
 from kfdist.curvature.references import example_gradients

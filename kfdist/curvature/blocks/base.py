@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from kfdist.types import BlockName, BlockShape
 
+ALIGNMENT = 64
+"""Bytes; torch's own tensors begin at a multiple of it."""
+
 
 @dataclass(frozen=True)
 class ParameterPart:
@@ -43,12 +46,19 @@ class ParameterPart:
             part = part.reshape(part.shape[: self.fold].numel(), -1)
         return part.mT if self.transposed else part
 
-    def write(self, tensor: Float[Tensor, "..."], new: Float[Tensor, "..."]) -> None:
-        """Overwrites the block's part of a tensor shaped like the parameter."""
+    def write(
+        self, tensor: Float[Tensor, "..."], new: Float[Tensor, "..."], scale: Float[Tensor, ""] | None = None
+    ) -> None:
+        """Overwrites the block's part of a tensor shaped like the parameter, with `scale` times something if given."""
+        target = tensor
         if self.fold is None:
-            self.of(tensor).copy_(new)
+            target = self.of(tensor)
         else:
-            tensor.copy_((new.mT if self.transposed else new).reshape(tensor.shape))
+            new = (new.mT if self.transposed else new).reshape(tensor.shape)
+        if scale is None:
+            target.copy_(new)
+        else:
+            torch.mul(new, scale, out=target)
 
 
 @dataclass(frozen=True)
@@ -163,20 +173,31 @@ class Block:
         found = [self._weight_of(matrix[..., :-1]), matrix[..., -1].reshape(bias.of(bias.parameter).shape)]
         return found[: len(self.parts)]
 
-    def gradient(self) -> Float[Tensor, "c p q"]:
-        """Returns the layer's gradient V as a fresh matrix, bias last, in float32 at least.
+    def gradient(self, *, copied: bool = True) -> Float[Tensor, "c p q"]:
+        """Returns the layer's gradient V as a matrix, bias last, in float32 at least.
+
+        Args:
+            copied: Whether it is a fresh tensor in any case; else it may be `.grad` itself, to be read before
+                `write_gradient`.
 
         Raises:
             ValueError: A parameter of the block has no gradient.
         """
-        joined = self.to_matrix(self._gradients())
+        gradients = self._gradients()
+        if not copied and not self.homogeneous:
+            only = self._weight_matrix(self.parts[0].of(gradients[0]))
+            # Where it begins decides on the last bits of products, and in a bucket of gradients it begins anywhere.
+            if only.dtype.itemsize >= 4 and only.is_contiguous() and only.data_ptr() % ALIGNMENT == 0:
+                return only
+        joined = self.to_matrix(gradients)
         return joined.to(torch.promote_types(joined.dtype, torch.float32))
 
-    def write_gradient(self, direction: Float[Tensor, "c p q"]) -> None:
-        """Overwrites the layer's gradients in place with `direction`.
+    def write_gradient(self, direction: Float[Tensor, "c p q"], scale: Float[Tensor, "..."] | None = None) -> None:
+        """Overwrites the layer's gradients in place with `direction`, or `scale` times it.
 
         Args:
             direction: Bias last.
+            scale: A scalar, or one number per matrix, `[c]`; of the direction's dtype.
 
         Raises:
             ValueError: Another shape, or a parameter without a gradient.
@@ -184,8 +205,11 @@ class Block:
         expected = (self.shape.groups, self.shape.d_out, self.shape.d_in)
         if tuple(direction.shape) != expected:
             raise ValueError(f"block {self.name}: direction has shape {tuple(direction.shape)}, must be {expected}")
+        if scale is not None and scale.numel() > 1:
+            direction, scale = direction * scale.view(-1, 1, 1), None
+        factor = None if scale is None else scale.view(())
         for part, gradient, new in zip(self.parts, self._gradients(), self.from_matrix(direction), strict=True):
-            part.write(gradient, new)
+            part.write(gradient, new, factor)
 
     def _weight_matrix(self, weight: Tensor) -> Tensor:
         """Returns a tensor shaped like the weight as `[c, p, q]` without the bias."""

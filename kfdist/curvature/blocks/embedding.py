@@ -161,13 +161,13 @@ class EmbeddingBlock(LinearBlock):
     # Gradients -------------------------------------------------------------------------------------------------------
 
     @override
-    def write_gradient(self, direction: Float[Tensor, "c p q"]) -> None:
+    def write_gradient(self, direction: Float[Tensor, "c p q"], scale: Float[Tensor, "..."] | None = None) -> None:
         """Keeps a sparse gradient sparse: with A diagonal, a row without a gradient has no direction."""
         gradient = self.parts[0].parameter.grad
         if gradient is None or not gradient.is_sparse:
-            super().write_gradient(direction)
+            super().write_gradient(direction, scale)
             return
-        overwrite(gradient.detach(), direction[0].mT)
+        overwrite(gradient.detach(), (direction if scale is None else direction * scale.view(-1, 1, 1))[0].mT)
 
     @override
     def _gradients(self) -> list[Tensor]:

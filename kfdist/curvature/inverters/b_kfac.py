@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.held_factor import HeldFactor
-from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum, prepared_numbers
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.inverters.rs_kfac import RsKfac, candidate_ranks
 from kfdist.curvature.spectra import EIGH_FLOPS, AdaptiveRank, enough_of, randomized_spectrum
@@ -169,12 +169,13 @@ class AbstractBrandKfac(AbstractInverter):
     @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts the costliest job, and each factor's eigenpairs twice: for use, and for the next job to go on from."""
-        updated, work, numbers = self._updated(shape), [], 0
+        updated, work, numbers, pairs = self._updated(shape), [], 0, []
         for label, d in (("A", shape.d_in), ("G", shape.d_out)):
             work += self._update_work(d) if label in updated else [self._decomposition_work(d)]
             columns = self.rank + self.increment_rows if label in updated else min(self.rank, d)
             numbers += 2 * d * columns
-        return Estimate(work, numbers)
+            pairs.append((d, min(self.rank, d)))
+        return Estimate(work, numbers, prepared_numbers(*pairs, damping_rule=self.damping_rule))
 
     @classmethod
     @override

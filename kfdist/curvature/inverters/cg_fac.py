@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from kfdist import checks
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Placement, Work
 from kfdist.curvature.statistics import Needs, SampleBudget, Samples
 from kfdist.linalg.cg import CgSolution, conjugate_gradient

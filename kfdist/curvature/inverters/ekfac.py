@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from kfdist import checks
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import EIGH_FLOPS, full_spectra
 from kfdist.curvature.statistics import KroneckerFactors, Needs, SampleBudget, Samples
@@ -73,12 +74,17 @@ class EkfacBasis(AbstractPreconditioner):
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
         if "scales" not in memory.kept:
             return self.fallback(gradient, damping)
+        sums = memory.kept["scales"], memory.kept["examples"]
+        inverse = memory.form(self, lambda: self._inverse_scales(*sums, damping), damping, *sums)
+        return self.Q_G @ (self.Q_G.mT @ gradient @ self.Q_A).mul_(inverse) @ self.Q_A.mT
+
+    def _inverse_scales(self, scales: Tensor, examples: Tensor, damping: float) -> Tensor:
+        """Returns 1/(s + lambda); where nothing was measured, what makes the direction `fallback`'s."""
         # The memory stays as it was folded, perhaps on another device or in another precision than a moved snapshot.
-        scales, examples = memory.kept["scales"].to(self.Q_A), memory.kept["examples"].to(self.Q_A)
+        scales, examples = scales.to(self.Q_A), examples.to(self.Q_A)
         measured = examples > 0
         scales = scales / torch.where(measured, examples, torch.ones_like(examples))
-        direction = self.Q_G @ ((self.Q_G.mT @ gradient @ self.Q_A) / (scales + damping)) @ self.Q_A.mT
-        return torch.where(measured, direction, self.fallback(gradient, damping))
+        return torch.where(measured, scales + damping, self.mean_damped(damping).view(-1, 1, 1)).reciprocal_()
 
 
 def _rotated(rows: Tensor, basis: Tensor) -> Tensor:
@@ -133,4 +139,4 @@ class Ekfac(AbstractInverter):
         """Counts two full eigendecompositions, both bases and the scales."""
         sizes = shape.d_in, shape.d_out
         work = [Work(Operation.EIGH, EIGH_FLOPS * d**3) for d in sizes]
-        return Estimate(work, sum(d * d for d in sizes) + shape.d_in * shape.d_out)
+        return Estimate(work, sum(d * d for d in sizes) + shape.d_in * shape.d_out, shape.d_in * shape.d_out)

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Placement, Work
 from kfdist.curvature.statistics import MeanVectors, Needs
 from kfdist.types import BlockShape
@@ -40,7 +42,7 @@ class EvaPreconditioner(AbstractPreconditioner):
         a, g = self.a.unsqueeze(-2), self.g.unsqueeze(-1)
         along = g.mT @ gradient @ a.mT  # [c, 1, 1]
         share = along / (damping + self.trace_A * self.trace_G)[:, None, None]
-        return (gradient - share * g * a) / damping
+        return torch.baddbmm(gradient, g, share * a, beta=1 / damping, alpha=-1 / damping)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from kfdist import checks
-from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse, KroneckerSpectrum
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerInverse, KroneckerSpectrum, prepared_numbers
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Work
 from kfdist.curvature.spectra import EIGH_FLOPS, full_spectra, probes_like, spectral_inversion
 from kfdist.curvature.statistics import KroneckerFactors
@@ -114,4 +114,5 @@ class KfacEigen(AbstractInverter):
     def estimate(self, shape: BlockShape) -> Estimate:
         sizes = shape.d_in, shape.d_out
         work = [Work(Operation.EIGH, EIGH_FLOPS * d**3) for d in sizes]
-        return Estimate(work, sum(d * d for d in sizes))
+        prepared = prepared_numbers(*((d, d) for d in sizes), damping_rule=self.damping_rule)
+        return Estimate(work, sum(d * d for d in sizes), prepared)

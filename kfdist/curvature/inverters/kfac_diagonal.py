@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, InvertedFactors
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner, InvertedFactors
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Work
 from kfdist.curvature.spectra import probes_like
 from kfdist.curvature.statistics import DiagonalFactors, Needs

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from kfdist import checks
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.chains import chain_refusal
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, CoupledPreconditioner
+from kfdist.curvature.inverse import AbstractPreconditioner, CoupledPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import EIGH_FLOPS, NEGATIVE_TOLERANCE, probes_like
 from kfdist.curvature.statistics import ChainFactors, Needs
@@ -64,27 +65,29 @@ class ChainLink(CoupledPreconditioner):
         del damping
         return self.damping_A * self.damping_G
 
-    def conditional_solve(self, gradient: Float[Tensor, "c p q"]) -> Float[Tensor, "c p q"]:
+    def conditional_solve(self, gradient: Float[Tensor, "c p q"], memory: BlockMemory) -> Float[Tensor, "c p q"]:
         """Computes Sigma_i^{-1} V: the block's inverse given all layers after it; not a direction by itself."""
-        remainder = 1 - self.s_G.unsqueeze(-1) * self.s_A.unsqueeze(-2)
-        return self.K_G @ ((self.K_G.mT @ gradient @ self.K_A) / remainder) @ self.K_A.mT
+        inverse = memory.form(self, lambda: 1 / (1 - self.s_G.unsqueeze(-1) * self.s_A.unsqueeze(-2)))
+        return self.K_G @ (self.K_G.mT @ gradient @ self.K_A).mul_(inverse) @ self.K_A.mT
 
     @classmethod
     @override
     def _solve_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # see CoupledPreconditioner.apply_group
         cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
     ) -> list[Tensor]:
-        del damping, memories
+        del damping
         links = list(zip(members, gradients, strict=True))
         # Xi: each layer's gradient less what the next one's tells about it.
         inner = [
-            V - here.Psi_G @ V_next @ here.Psi_A.mT
+            torch.baddbmm(V, here.Psi_G @ V_next, here.Psi_A.mT, alpha=-1)
             for (here, V), (_, V_next) in zip(links[:-1], links[1:], strict=True)
         ]
-        solved = [member.conditional_solve(V) for member, V in zip(members, [*inner, gradients[-1]], strict=True)]
-        # Xi^T: all terms come from `solved`, so there is no recursion along the chain.
-        pairs = zip(members[:-1], solved[:-1], solved[1:], strict=True)
-        return [solved[0], *(V_next - here.Psi_G.mT @ V @ here.Psi_A for here, V, V_next in pairs)]
+        every = zip(members, [*inner, gradients[-1]], memories, strict=True)
+        solved = [member.conditional_solve(V, memory) for member, V, memory in every]
+        # Xi^T, from the end: all terms come from what was solved, there is no recursion along the chain.
+        for here, V, V_next in reversed(list(zip(members[:-1], solved[:-1], solved[1:], strict=True))):
+            V_next.baddbmm_(here.Psi_G.mT @ V, here.Psi_A, alpha=-1)
+        return solved
 
 
 class _Factor(NamedTuple):
@@ -201,7 +204,7 @@ class KfacTridiagonal(AbstractInverter):
         sizes = shape.d_in, shape.d_out
         work = [Work(Operation.CHOLESKY, TRIANGULAR_FLOPS * d**3) for d in sizes]
         work += [Work(Operation.EIGH, EIGH_FLOPS * d**3) for d in sizes]
-        return Estimate(work, sum(2 * d * d + d for d in sizes))
+        return Estimate(work, sum(2 * d * d + d for d in sizes), shape.d_in * shape.d_out)
 
 
 def _check_chain(statistics: Mapping[BlockName, ChainFactors]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from kfdist import checks
-from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum, prepared_numbers
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import (
     EIGH_FLOPS,
@@ -116,8 +116,10 @@ class AbstractSketchedKfac(AbstractInverter):
         """Counts both decompositions, and the eigenvectors once more where they travel as the next job's start."""
         sizes = shape.d_in, shape.d_out
         copies = 2 if self.warm_start else 1
-        numbers = sum(d * min(self._largest_rank, d) for d in sizes)
-        return Estimate([self.factor_work(d) for d in sizes], copies * numbers)
+        pairs = [(d, min(self._largest_rank, d)) for d in sizes]
+        numbers = sum(d * r for d, r in pairs)
+        prepared = prepared_numbers(*pairs, damping_rule=self.damping_rule)
+        return Estimate([self.factor_work(d) for d in sizes], copies * numbers, prepared)
 
     def factor_work(self, d: int) -> Work:
         """Counts the operations for one d x d factor, at the largest rank of the schedule.

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner
 
 BackProjection = Literal["exact", "mean-field"]
 Scaling = Literal["unbiased", "published"]

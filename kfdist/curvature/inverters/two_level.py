@@ -24,7 +24,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from kfdist import checks
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, CoupledPreconditioner, KroneckerSpectrum
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner, CoupledPreconditioner, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Placement
 from kfdist.curvature.statistics import CoarseFactors, KroneckerFactors, Needs
 from kfdist.errors import ConfigError
@@ -92,8 +93,10 @@ class TwoLevelBlock(CoupledPreconditioner):
         cls, members: Sequence[Self], gradients: Sequence[Tensor], damping: float, memories: Sequence[BlockMemory]
     ) -> list[Tensor]:
         each = list(zip(members, gradients, memories, strict=True))
-        fine = [member.omega_fine * member.inner.apply(V, damping, memory) for member, V, memory in each]
         first = members[0]
+        fine = [member.inner.apply(V, damping, memory) for member, V, memory in each]
+        if first.omega_fine != 1:
+            fine = [direction.mul_(first.omega_fine) for direction in fine]
         if first.omega_coarse == 0:
             return fine
         rows = torch.stack([member.coarse_row for member in members])
@@ -104,7 +107,7 @@ class TwoLevelBlock(CoupledPreconditioner):
             own = torch.stack([member.coarse_block(damping) for member in members]).double()
             coarse = _solve(rows, own, sums) - sums / own
         correction = (first.omega_coarse * coarse).to(fine[0].dtype)
-        return [direction + correction[place] for place, direction in enumerate(fine)]
+        return [direction.add_(share) for direction, share in zip(fine, correction, strict=True)]
 
 
 def _solve(rows: Tensor, diagonal: Tensor, right_side: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Placement, Work
 from kfdist.curvature.statistics import Needs, UnitFisher
 from kfdist.types import BlockShape
@@ -16,7 +17,7 @@ from kfdist.types import BlockShape
 
 @dataclass(frozen=True, kw_only=True)
 class UnitWiseInverse(AbstractPreconditioner):
-    """The inverses of F_c + lambda I, of 1 x 1 or 2 x 2 numbers, solved anew at each use; `trace_G` is 1.
+    """The inverses of F_c + lambda I, of 1 x 1 or 2 x 2 numbers; `trace_G` is 1.
 
     Attributes:
         F: `[c, k, k]`.
@@ -33,16 +34,22 @@ class UnitWiseInverse(AbstractPreconditioner):
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
-        del memory
+        inverse = memory.form(self, lambda: self._inverse(damping), damping)
+        if inverse.shape[-1] == 1:
+            return gradient * inverse
+        return (inverse * gradient).sum(-1).unsqueeze(1).to(gradient.dtype)
+
+    def _inverse(self, damping: float) -> Tensor:
+        """Returns (F_c + lambda I)^{-1}; of 2 x 2 numbers in float64: they may move together, and cancel."""
         if self.F.shape[-1] == 1:
-            return gradient / (self.F + damping)
-        F, V = self.F.double(), gradient.double()  # the two may move together, and cancel
+            return 1 / (self.F + damping)
+        F = self.F.double()
         first = F[:, 0, 0] + damping
         ratio = F[:, 0, 1] / first
         # The Schur complement; F is positive semi-definite, so it is no smaller than lambda but for rounding.
         second = (F[:, 1, 1] + damping - ratio * F[:, 0, 1]).clamp_min(damping)
-        shift = (V[:, 0, 1] - ratio * V[:, 0, 0]) / second
-        return torch.stack([V[:, 0, 0] / first - ratio * shift, shift], dim=-1).unsqueeze(1)
+        off = -ratio / second
+        return torch.stack([1 / first - ratio * off, off, off, 1 / second], dim=-1).view_as(F)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,4 +81,4 @@ class UnitWise(AbstractInverter):
     @override
     def estimate(self, shape: BlockShape) -> Estimate:
         """Counts nothing but the matrix itself."""
-        return Estimate([Work(Operation.PRODUCTS, 0.0)], shape.d_in**2)
+        return Estimate([Work(Operation.PRODUCTS, 0.0)], shape.d_in**2, 2 * shape.d_in**2)

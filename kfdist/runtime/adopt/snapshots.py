@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from kfdist.comm.host_copy import HostCopy
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import Inversion, Outcome
 from kfdist.curvature.jobs import NO_STATISTICS, decode_result
 from kfdist.errors import KfdistWarning

@@ -43,8 +43,14 @@ class Applying:
             batches: This rank's batch, for inverses that are multiplied onto rows.
             learning_rate: The learning rate of a parameter, for the KL clip.
         """
+        damping = self.in_force.damping(step)
+        applications = self._applications(step, damping, batches)
+        steady = not callable(self.in_force.settings.damping)
+        for each in applications:
+            for memory in each.memories:
+                memory.steady = steady and each.damping == damping
         factor = precondition_gradients(
-            self._applications(step, self.in_force.damping(step), batches),
+            applications,
             kl_clip=self.in_force.settings.kl_clip,
             learning_rate=learning_rate,
             communicator=self.communicator,
@@ -55,13 +61,13 @@ class Applying:
     def directions(self, step: int, damping: float) -> dict[nn.Parameter, Tensor]:
         """Returns (F + damping I)^-1 grad by parameter, from the snapshots in use; nothing is written or kept."""
         applications = [
-            replace(each, memories=[memory.copy() for memory in each.memories])
+            replace(each, memories=[replace(memory.copy(), steady=False) for memory in each.memories])
             for each in self._applications(step, damping, {})
         ]
         found: dict[nn.Parameter, Tensor] = {}
         for solved in solve(applications, self.communicator):
             block = solved.block
-            for part, direction in zip(block.parts, block.from_matrix(solved.direction), strict=True):
+            for part, direction in zip(block.parts, block.from_matrix(solved.direction()), strict=True):
                 gradient = part.parameter.grad
                 assert gradient is not None, "only blocks with gradients have directions"
                 # Rows of a parameter that no block has keep their gradients.

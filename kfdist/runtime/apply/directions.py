@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner, Direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,43 +43,72 @@ class Application:
 
     def gradients(self) -> list[Tensor]:
         """Returns each block's V; zero where a coupled block took no part in the loss."""
-        return [block.gradient() if _takes_part(block) else _no_gradient(block) for block in self.blocks]
+        return [block.gradient(copied=False) if _takes_part(block) else _no_gradient(block) for block in self.blocks]
 
-    def directions(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Returns each block's U = (F + lambda I)^-1 V."""
+    def directions(self, gradients: Sequence[Tensor]) -> list[Direction]:
+        """Returns each block's U = (F + lambda I)^-1 V; the gradients stay."""
         members = self.preconditioners
         if self.fallback:
             pairs = zip(members, gradients, strict=True)
-            return [each.fallback(V, self.damping) for each, V in pairs]
+            return [Direction(each.fallback(V, self.damping)) for each, V in pairs]
         if self.rows is not None:
             rows, examples = self.rows.rows, self.rows.examples
             assert not isinstance(examples, Tensor), "experts have no such method"
-            return [members[0].apply_to_rows(rows["A"], rows["G"], examples, self.damping).to(gradients[0].dtype)]
-        return type(members[0]).apply_group(members, gradients, self.damping, self.memories)
+            found = members[0].apply_to_rows(rows["A"], rows["G"], examples, self.damping)
+            return [Direction(found.to(gradients[0].dtype))]
+        return type(members[0]).directions(members, gradients, self.damping, self.memories)
 
     def measured(self) -> list[Tensor | None]:
-        """Returns, of each block, which of its c matrices were ever measured, `[c, 1, 1]` or a scalar; None for all.
+        """Returns, of each block, which of its c matrices were ever measured, `[c]` or `[1]`; None for all.
 
         Of those that weren't, as of an expert that no row has met yet, nothing is known, and they keep V.
         """
         return [
-            (each.trace_A > 0).view(-1, 1, 1) if block.routed else memory.measured
+            each.trace_A > 0 if block.routed else None if memory.measured is None else memory.measured.view(1)
             for block, each, memory in zip(self.blocks, self.preconditioners, self.memories, strict=True)
         ]
 
 
 class Solved(NamedTuple):
-    """A block's direction U beside its gradient V, what of it was measured (None: all), and the block's memory."""
+    """A block's direction U = scale X beside its gradient V.
+
+    Attributes:
+        block: The block.
+        gradient: V, to be read before the block's gradient is written.
+        X: `[c, p, q]`; V where nothing was measured.
+        scale: `[c]` or `[1]`; None for 1.
+        measured: Which of the c matrices were ever measured, `[c]` or `[1]`; None for all.
+        memory: The block's.
+    """
 
     block: Block
     gradient: Tensor
-    direction: Tensor
+    X: Tensor
+    scale: Tensor | None
     measured: Tensor | None
     memory: BlockMemory
 
-    def known(self, found: Tensor, otherwise: Tensor | float) -> Tensor:
-        """Returns something else for what was never measured, without a host sync."""
-        return found if self.measured is None else torch.where(self.measured, found, otherwise)
+    def direction(self) -> Tensor:
+        """Returns U; `X` may be overwritten."""
+        return Direction(self.X, self.scale).finished()
+
+    def product(self) -> Tensor:
+        """Returns <U, V> of what was measured, `[1]`."""
+        X, V = self.X, self.gradient
+        if len(X) == 1 and X.is_contiguous() and V.is_contiguous():
+            found = torch.dot(X.view(-1), V.view(-1)).view(1)
+        else:
+            found = torch.sum(X * V, (1, 2))
+        found = found if self.scale is None else found * self.scale
+        found = found if self.measured is None else torch.where(self.measured, found, 0.0)
+        return found if len(found) == 1 else found.sum(0, keepdim=True)
+
+    def write(self, factor: Tensor | None) -> None:
+        """Puts factor U into `.grad`, for a scalar factor; what was never measured keeps V."""
+        if self.measured is not None and factor is not None:
+            factor = torch.where(self.measured, factor, 1.0)
+        scale = self.scale if factor is None else factor if self.scale is None else factor * self.scale
+        self.block.write_gradient(self.X, None if scale is None else scale.to(self.X.dtype))
 
 
 def solve(applications: Sequence[Application], communicator: Communicator) -> list[Solved]:
@@ -95,20 +125,32 @@ def solve(applications: Sequence[Application], communicator: Communicator) -> li
     received: list[tuple[AbstractPreconditioner, Tensor, BlockMemory]] = []
     for each in applications:
         gradients = each.gradients()
-        if not each.exchanged or each.solver == communicator.rank:
-            directions = each.directions(gradients)
+        if each.exchanged and each.solver != communicator.rank:
+            directions = [Direction(torch.empty_like(V)) for V in gradients]
         else:
-            directions = [torch.empty_like(V) for V in gradients]
+            directions = each.directions(gradients)
         if each.exchanged:
-            travelling.setdefault(each.solver, []).extend(directions)
-            received += zip(each.preconditioners, directions, each.memories, strict=True)
+            finished = [direction.finished() for direction in directions]
+            directions = [Direction(X) for X in finished]
+            travelling.setdefault(each.solver, []).extend(finished)
+            received += zip(each.preconditioners, finished, each.memories, strict=True)
         together = zip(each.blocks, gradients, directions, each.measured(), each.memories, strict=True)
-        found += [Solved(*solved) for solved in together if _takes_part(solved[0])]
-    for solver, directions in sorted(travelling.items()):
-        _broadcast(directions, solver, communicator)
+        found += [
+            Solved(block, V, direction.X, direction.scale, measured, memory)
+            for block, V, direction, measured, memory in together
+            if _takes_part(block)
+        ]
+    for solver, travelled in sorted(travelling.items()):
+        _broadcast(travelled, solver, communicator)
     for preconditioner, direction, memory in received:
         preconditioner.receive(direction, memory)
-    return [each._replace(direction=each.known(each.direction, each.gradient)) for each in found]
+    return [each if each.measured is None else _known(each, each.measured) for each in found]
+
+
+def _known(solved: Solved, measured: Tensor) -> Solved:
+    """Puts V, without a host sync, where nothing was measured."""
+    scale = None if solved.scale is None else torch.where(measured, solved.scale, 1.0)
+    return solved._replace(X=torch.where(measured.view(-1, 1, 1), solved.X, solved.gradient), scale=scale)
 
 
 def precondition_gradients(
@@ -144,18 +186,28 @@ def precondition_gradients(
     found = solve(applications, communicator)
     if kl_clip is None or not found:
         for each in found:
-            each.block.write_gradient(each.direction)
+            each.write(None)
         return None
-    products = torch.stack([torch.sum(each.known(each.direction * each.gradient, 0.0)) for each in found])
+    products = torch.cat([each.product() for each in found])
     shares = _shares(products, [each.memory for each in found])
     rates = [learning_rate(each.block.parameters()[0]) for each in found]
-    terms = [lr**2 * each for lr, each in zip(rates, (shares.square() * products).unbind(), strict=True)]
-    total = sum(terms[1:], start=terms[0])
+    total = _weighted_sum(rates, shares.square() * products)
     factor = torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
-    for each, scale in zip(found, (shares * factor).unbind(), strict=True):
-        U = each.direction
-        each.block.write_gradient(each.known(U * scale.to(U.dtype), each.gradient))
+    for each, scale in zip(found, (shares * factor).split(1), strict=True):
+        each.write(scale)
     return factor
+
+
+def _weighted_sum(rates: Sequence[float | Tensor], terms: Tensor) -> Tensor:
+    """Returns sum_l lr_l^2 terms_l; those of one rate are added up first, as most are of one."""
+    alike: dict[object, list[int]] = {}
+    for place, rate in enumerate(rates):
+        alike.setdefault(id(rate) if isinstance(rate, Tensor) else rate, []).append(place)
+    if len(alike) == 1:
+        return terms.sum() * rates[0] ** 2
+    each = terms.unbind()
+    sums = [torch.stack([each[place] for place in places]).sum() * rates[places[0]] ** 2 for places in alike.values()]
+    return torch.stack(sums).sum()
 
 
 def _shares(products: Tensor, memories: Sequence[BlockMemory]) -> Tensor:

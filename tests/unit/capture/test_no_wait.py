@@ -15,9 +15,10 @@ from kfdist.capture.capture import Capture
 from kfdist.capture.requests import CHAIN_SUMS, COARSE_SUMS, PLAIN_SUMS, Request, Sampling
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import WeightedSums, sum_shapes
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.blocks.base import Block, ParameterPart
 from kfdist.curvature.blocks.experts import ExpertsBlock
-from kfdist.curvature.inverse import BlockMemory, KroneckerInverse
+from kfdist.curvature.inverse import KroneckerInverse
 from kfdist.curvature.inverters.kfac_diagonal import DiagonalInverse
 from kfdist.curvature.statistics import Needs
 from kfdist.linalg import sparse_rows

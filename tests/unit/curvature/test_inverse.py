@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverse import AbstractPreconditioner, BlockMemory, KroneckerSpectrum
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
 from kfdist.curvature.inverters import PRECONDITIONERS, make_inverter
 from kfdist.wire import records
 from tests.support.inversions import invert_with_ladder

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.ladder import invert_group_with_ladder
@@ -78,5 +79,5 @@ def test_application_to_a_group(method: str, settings: dict[str, str]) -> None:
         fakes.append(map_tensors(mode.from_tensor, made))
     with mode:
         gradients = [torch.zeros(shape) for shape in chain.shapes]
-        found = inverter.produces.apply_group(fakes, gradients, DAMPING, [{} for _ in fakes])
+        found = inverter.produces.apply_group(fakes, gradients, DAMPING, [BlockMemory() for _ in fakes])
         assert [tuple(each.shape) for each in found] == chain.shapes

@@ -6,9 +6,9 @@ import torch
 from kfdist.curvature.references import dense_kronecker, solve_dense, solve_factored_dense
 from kfdist.linalg.kronecker import (
     RELATIVE_FLOOR,
+    FactoredInverse,
+    JointInverse,
     Spectrum,
-    solve_factored,
-    solve_joint,
     split_by_largest,
     split_by_trace,
 )
@@ -35,6 +35,13 @@ def dense(part: Spectrum) -> torch.Tensor:
     return part.vectors @ torch.diag_embed(part.values) @ part.vectors.mT + outside
 
 
+def solved(inverse: JointInverse | FactoredInverse) -> torch.Tensor:
+    given = V.clone()
+    X, scale = inverse.solve(given)
+    assert torch.equal(given, V), "gradients stay"
+    return X if scale is None else X * scale[:, None, None]
+
+
 @pytest.mark.parametrize("tail", [0.0, 0.3])
 @pytest.mark.parametrize("rank_A", [3, Q])
 @pytest.mark.parametrize("rank_G", [2, P])
@@ -43,10 +50,11 @@ def test_solves_equal_dense_solves_of_the_completed_matrices(rank_A: int, rank_G
     A, G = spectrum(Q, rank_A, tail, seed=2), spectrum(P, rank_G, tail, seed=3)
     assert (A.complete, G.complete) == (rank_A == Q, rank_G == P)
     expected = solve_dense(dense_kronecker(dense(A), dense(G)), DAMPING, V)
-    assert relative_error(solve_joint(A, G, DAMPING, V), expected) < TOLERANCE
+    assert relative_error(solved(JointInverse.of(A, G, DAMPING)), expected) < TOLERANCE
     shares = torch.tensor([0.2, 0.3]).double(), torch.tensor([0.4, 0.1]).double()
     expected = solve_factored_dense(dense(A), dense(G), shares, V)
-    assert relative_error(solve_factored(A, G, *shares, V), expected) < TOLERANCE
+    for steady in (True, False):
+        assert relative_error(solved(FactoredInverse.of(A, G, *shares, steady=steady)), expected) < TOLERANCE
 
 
 def test_the_dense_product_is_row_major() -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from kfdist.curvature.inverse import BlockMemory, KroneckerInverse
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import KroneckerInverse
 from kfdist.telemetry.durations import Durations
 from kfdist.training.history import WINDOWS_PER_LENGTH, window_length
 from tests.support.recorded import record

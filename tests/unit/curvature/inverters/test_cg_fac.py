@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfdist.bench.measuring import AllocationCounter
-from kfdist.curvature.inverse import BlockMemory
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.inverter import Placement
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.cg_fac import ConjugateGradient

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfdist.bench.measuring import AllocationCounter
-from kfdist.curvature.inverse import BlockMemory, KroneckerSpectrum
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.ekfac import EkfacBasis
 from kfdist.curvature.references import (

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.inverter import Inversion, Outcome
 from kfdist.curvature.inverters import KfacTridiagonal, make_inverter
 from kfdist.curvature.inverters.kfac_tridiagonal import ChainLink
@@ -38,7 +39,7 @@ def links_of(outcomes: dict[str, Inversion]) -> list[ChainLink]:
 
 
 def direction(links: Sequence[ChainLink], gradients: Sequence[Tensor]) -> list[Tensor]:
-    return ChainLink.apply_group(links, gradients, DAMPING, [{} for _ in links])
+    return ChainLink.apply_group(links, gradients, DAMPING, [BlockMemory() for _ in links])
 
 
 def matrix_of(links: Sequence[ChainLink], chain: Chain) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature.inverse import BlockMemory
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.inverters import CgFac, Seng
 from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
 from kfdist.curvature.references import example_gradients, solve_dense, weighted_fisher

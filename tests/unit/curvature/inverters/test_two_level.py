@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverter import Inversion, Outcome
 from kfdist.curvature.inverters import TwoLevel, make_inverter
@@ -48,7 +49,7 @@ def made(chain: Chain = CHAIN, dtype: torch.dtype = torch.float64, **settings: A
 
 
 def direction(blocks: Sequence[TwoLevelBlock], gradients: Sequence[Tensor], damping: float = DAMPING) -> list[Tensor]:
-    return TwoLevelBlock.apply_group(blocks, gradients, damping, [{} for _ in blocks])
+    return TwoLevelBlock.apply_group(blocks, gradients, damping, [BlockMemory() for _ in blocks])
 
 
 def matrix_of(blocks: Sequence[TwoLevelBlock], damping: float = DAMPING) -> Tensor:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.inverse import BlockMemory, KroneckerInverse
+from kfdist.curvature.inverse import KroneckerInverse
 from kfdist.curvature.references import dense_kronecker
 from kfdist.runtime.apply.directions import Application, precondition_gradients
 from tests.support.factors import blocks_of
