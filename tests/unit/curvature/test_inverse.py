@@ -54,6 +54,28 @@ def test_the_gradients_dtype_is_kept_and_autocast_is_ignored(method: str) -> Non
 
 
 @both_kinds
+def test_what_is_prepared_stays_until_the_damping_changes_and_is_remade_bit_for_bit(method: str) -> None:
+    made, memory = make(method), BlockMemory()
+    once = made.apply(V, DAMPING, memory)
+    prepared = memory.prepared
+    assert torch.equal(made.apply(V, DAMPING, memory), once)
+    assert memory.prepared is prepared
+    assert not memory.state_dict()
+    raised = made.apply(V, 2 * DAMPING, memory)
+    assert torch.equal(raised, made.apply(V, 2 * DAMPING))
+    assert torch.equal(made.apply(V, DAMPING, memory), once)
+
+
+def test_what_is_prepared_of_one_snapshot_is_not_used_for_the_next() -> None:
+    memory, first, second = BlockMemory(), make("kfac-eigen"), make("kfac-eigen")
+    second = replace(second, trace_A=2 * second.trace_A)
+    first.apply(V, DAMPING, memory)
+    second.apply(V, DAMPING, memory)
+    assert memory.prepared is not None
+    assert memory.prepared.inverse is second
+
+
+@both_kinds
 def test_moving_is_casting_every_tensor_or_nothing(method: str) -> None:
     made = make(method)
     assert made.to("cpu") is made
