@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kfdist.forecast.rank_memory import Line, owner_bytes, rank_lines
 from kfdist.forecast.rehearsal import rehearse
 from kfdist.forecast.step_time import StepTime, step_times
 from kfdist.forecast.traffic import RINGS, Traffic, TrafficForecast, schedule_of
+from kfdist.forecast.trial_steps import try_steps
 from kfdist.policies.advice import batch_advice, owner_advice
 from kfdist.policies.staleness import FixedLag, usual_delay
 from kfdist.runtime.plan.coverage import Coverage
@@ -171,9 +173,16 @@ def make_forecast(
     sent = [group for group in plan.groups if not group.own]
     owner_of = _owner_of(config, sent)
     times = step_times(
-        config, rehearsal, costs, given=step_seconds, earlier=earlier, gpus=gpus, here=_gpus_here(config)
+        config,
+        rehearsal,
+        costs,
+        given=step_seconds,
+        earlier=earlier,
+        gpus=gpus,
+        here=_gpus_here(config),
+        trial=partial(try_steps, config, outline, plan, costs),
     )
-    ages = tuple(AgeForecast(step_time=each, ages=_play(plan, sent, owner_of, costs, each)) for each in times)
+    ages = tuple(_ages(config, plan, sent, owner_of, costs, each) for each in times)
     remarks = [*outline.remarks]
     if rehearsal.fault:
         remarks.append(
@@ -184,6 +193,12 @@ def make_forecast(
         remarks.append("owners have a share of a GPU, of which there are no figures: inversions are as on this CPU")
     if config.preconditioner.inverse_period_epochs:
         remarks.append("inverse_period changes with the epochs; all figures are of the first one")
+    smaller = [group.name for group in sent if not costs.is_measured(group)]
+    if smaller:
+        remarks.append(
+            f"inversion seconds of {len(smaller)} of {len(sent)} groups are in proportion to those of smaller jobs, "
+            "which were done here"
+        )
     cut = sorted({each.inverter.name for each in plan.groups if each.inverter.settings().get("direction_error")})
     if cut:
         remarks.append(
@@ -234,6 +249,23 @@ def _owner_of(config: Config, sent: Sequence[BlockGroup]) -> dict[str, int]:
     if config.cluster.link == "local":
         return {group.name: group.courier_rank for group in sent}
     return deal(sent, config.cluster.owners, config.cluster.assignment) if sent else {}
+
+
+def _ages(
+    config: Config,
+    plan: Plan,
+    sent: Sequence[BlockGroup],
+    owner_of: Mapping[str, int],
+    costs: Costs,
+    step_time: StepTime,
+) -> AgeForecast:
+    """Plays the owners' queues, the second time with what their work leaves of this machine's processors to ranks."""
+    ages = _play(plan, sent, owner_of, costs, step_time)
+    busy = 0.0 if ages is None or config.cluster.link == "local" else sum(ages.busy)
+    shared = step_time.beside(config.cluster.threads * (config.cluster.workers + busy))
+    if shared.seconds != step_time.seconds:
+        ages = _play(plan, sent, owner_of, costs, shared)
+    return AgeForecast(step_time=shared, ages=ages)
 
 
 def _play(

@@ -21,6 +21,9 @@ META = torch.device("meta")
 
 _IMAGENETS_CLASSES = 1000
 
+_SEEN = 8
+"""How many examples are looked at, where one doesn't say enough."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleOutline:
@@ -34,6 +37,7 @@ class ExampleOutline:
         target_dtype: Of its target.
         objective: What is minimised; None if it isn't known.
         remark: How this is known, where that isn't plain.
+        seen: Inputs and targets of some examples, where the data were looked at.
     """
 
     shape: tuple[int, ...]
@@ -43,11 +47,27 @@ class ExampleOutline:
     target_dtype: torch.dtype = torch.int64
     objective: Objective | None = Classification()
     remark: str = ""
+    seen: tuple[Tensor, Tensor] | None = None
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Returns inputs and targets of so many examples, on the meta device."""
         inputs = torch.empty(size, *self.shape, dtype=self.dtype, device=META)
         return inputs, torch.empty(size, *self.target_shape, dtype=self.target_dtype, device=META)
+
+    def batch_of_values(self, size: int) -> tuple[Tensor, Tensor]:
+        """Returns as many with values: those that were seen, over and over, else noise; whole numbers are zeros."""
+        if self.seen is not None:
+            chosen = torch.arange(size, device="cpu") % len(self.seen[0])
+            return self.seen[0][chosen], self.seen[1][chosen]
+        inputs = _values((size, *self.shape), self.dtype, below=1)
+        return inputs, _values((size, *self.target_shape), self.target_dtype, below=self.classes)
+
+
+def _values(shape: tuple[int, ...], dtype: torch.dtype, *, below: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+    return torch.randint(below, shape, generator=generator, dtype=dtype, device="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +156,12 @@ def _example_of(config: Config, given: Given) -> ExampleOutline:
 
 
 def _looked_at(config: Config) -> ExampleOutline:
-    """Has the data loaded and looks at one example."""
+    """Has the data loaded and looks at some examples."""
     data = load_data(config.data.name, config.data.settings)
     if isinstance(data.train, Examples):
-        inputs, targets = data.train.inputs[:1], data.train.labels[:1]
+        inputs, targets = data.train.inputs[:_SEEN], data.train.labels[:_SEEN]
     else:
-        batch = SeededReader(data=data.train, seed=0).__getitems__((0, [0]))
+        batch = SeededReader(data=data.train, seed=0).__getitems__((0, list(range(min(_SEEN, len(data.train))))))
         inputs, targets = data.prepare(batch.inputs), batch.targets
     return ExampleOutline(
         shape=tuple(inputs.shape[1:]),
@@ -150,7 +170,8 @@ def _looked_at(config: Config) -> ExampleOutline:
         target_shape=tuple(targets.shape[1:]),
         target_dtype=targets.dtype,
         objective=data.objective,
-        remark=f"{config.data.name} was called, and one example read, to see what an example looks like",
+        remark=f"{config.data.name} was called, and {len(inputs)} examples read, to see what an example looks like",
+        seen=(inputs, targets),
     )
 
 

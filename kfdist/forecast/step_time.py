@@ -1,13 +1,15 @@
 """How long a step takes: as given, as an earlier run measured it, or from its operations and a speed."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from kfdist.checks import suggestion
 from kfdist.config import Config
 from kfdist.forecast.earlier_run import EarlierRun
 from kfdist.forecast.inversion_costs import Costs
 from kfdist.forecast.rehearsal import Rehearsal
+from kfdist.forecast.trial_steps import Trial
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,21 @@ class StepTime:
         seconds: How long; None if it isn't known.
         source: Where that is from, or why there is nothing.
         gpu: Whether a GPU does it.
+        alone: Whether a rank of a run on this machine was tried alone, so that the others make its steps longer.
     """
 
     seconds: float | None
     source: str
     gpu: bool = False
+    alone: bool = False
+
+    def beside(self, threads: float) -> "StepTime":
+        """Returns it where so many threads want this machine's processors at a time, if it was alone."""
+        crowd = threads / (os.cpu_count() or 1)
+        if not self.alone or self.seconds is None or crowd <= 1:
+            return replace(self, alone=False)
+        said = f"{self.source}; times {crowd:.2g}, as {os.cpu_count()} processors have ranks and owners to share"
+        return replace(self, seconds=self.seconds * crowd, source=said, alone=False)
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,9 @@ def step_times(
     earlier: EarlierRun | None,
     gpus: Sequence[str],
     here: Sequence[str],
+    trial: Callable[[float], Trial],
 ) -> list[StepTime]:
-    """Returns the step time that is given or was measured; else one by each GPU, or by this machine.
+    """Returns the step time that is given or was measured; else one by each GPU, or of this machine's CPU.
 
     Args:
         config: What is to run.
@@ -78,6 +91,7 @@ def step_times(
         earlier: An earlier run.
         gpus: Names of GPUs that ranks might have.
         here: Names of this machine's GPUs, as torch has them, on which ranks would compute.
+        trial: Makes real steps here, of so many operations, if they are cheap.
     """
     on_gpus = bool(gpus or here)
     if given is not None:
@@ -91,10 +105,22 @@ def step_times(
         gpus = [next((name for name in GPUS if name in here[0].replace("-", " ").split()), here[0])]
     if gpus:
         return [_on_gpu(config, rehearsal.flops, name) for name in gpus]
+    tried = trial(rehearsal.flops)
+    if tried.seconds is not None:
+        source = f"measured: {tried.steps} real steps of a rank that is alone here, on {_share_of(config)}"
+        return [StepTime(tried.seconds, source, alone=True)]
     seconds = rehearsal.flops / costs.flops_per_second
-    speed = f"{costs.flops_per_second / 1e9:.0f} GFLOP/s of this CPU with {costs.threads} threads"
-    source = f"derived: {_operations(rehearsal.flops)} at {speed}, measured on products of matrices; --gpu says others"
-    return [StepTime(seconds, source + _too_short(seconds))]
+    source = (
+        f"derived: {_operations(rehearsal.flops)} at {costs.flops_per_second / 1e9:.0f} GFLOP/s of this CPU with "
+        f"{costs.threads} threads, measured on products of matrices, without kfdist's own work ({tried.why_not}); "
+        f"--gpu says others{_too_short(seconds)}"
+    )
+    return [StepTime(seconds, source)]
+
+
+def _share_of(config: Config) -> str:
+    threads = config.cluster.threads
+    return "one thread" if threads == 1 else f"{threads} threads"
 
 
 def _on_gpu(config: Config, flops: float, name: str) -> StepTime:

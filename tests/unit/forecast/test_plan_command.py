@@ -1,6 +1,7 @@
 """`kfdist plan` as users see it: on a terminal of 80 columns, as JSON, and of what it can't know."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,6 @@ def test_what_cannot_be_rehearsed_is_said_to_be_unknown() -> None:
 def test_every_kind_of_method_has_a_forecast(overrides: list[str]) -> None:
     told = _told(*[word for each in overrides for word in ("--set", each)])
     # Nothing is unknown but how many eigenpairs will be needed.
-    assert [each for each in told["remarks"] if "direction_error" not in each] == []
+    assert [each for each in told["remarks"] if not re.search("direction_error|smaller jobs", each)] == []
     assert [line for line in told["memory"]["lines"] if line["bytes"] is None] == []
     assert [each for each in told["bytes_per_step"] if each["total"] is None] == []
