@@ -35,6 +35,7 @@ class Exporter(Collector):
         self._lock = threading.Lock()
         self._runs: OrderedDict[str, RunSeries] = OrderedDict()
         self._dropped: Counter[str] = Counter()
+        self._retired_owners = 0
 
     def ingest(self, run: str, sender: Sender, life: str, samples: Sequence[MetricSample]) -> None:
         """Takes a member's samples.
@@ -62,6 +63,11 @@ class Exporter(Collector):
         """Notes that a rank of the run sent a message just now."""
         with self._lock:
             self._series(run).heard = time.time()
+
+    def retired(self, owners: int) -> None:
+        """Takes how many owners are gone that had been drained before."""
+        with self._lock:
+            self._retired_owners = owners
 
     def show(self, record: RunRecord) -> None:
         """Takes a run's new record."""
@@ -98,6 +104,7 @@ class Exporter(Collector):
                     _add_histogram(_family(families, metric), [run, *labels], histogram)
             for reason, count in self._dropped.items():
                 _add(_family(families, METRICS["kfdist_samples_dropped_total"]), [reason], count)
+            _add(_family(families, METRICS["kfdist_retired_owners"]), [], self._retired_owners)
             for file, expiry in expiries.items():
                 _add(_family(families, METRICS["kfdist_certificate_expiry_timestamp_seconds"]), [file], expiry)
             here = versions()

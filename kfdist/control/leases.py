@@ -61,6 +61,7 @@ class Members:
         self._crews: dict[str, _Crew] = {}
         self._runs = {record.name: self._swept for record in ledger.runs()}
         self._owners = {owner.owner_id: self._swept for owner in ledger.live_owners()}
+        self._count_retired_owners()
 
     async def hear_owner(self, owner: OwnerRecord) -> None:
         """Renews an owner's lease; a new, changed or returning owner is dealt groups at once."""
@@ -100,6 +101,7 @@ class Members:
         self._swept = now
         self._drop_silent_workers(now)
         await self._drop_silent_owners(now)
+        self._count_retired_owners()
         for record in self._ledger.runs():
             self._runs.setdefault(record.name, now)
             if self._judge(record, now).events:
@@ -140,6 +142,9 @@ class Members:
         for owner_id in silent_owners:
             if self._expired(self._owners[owner_id], now):  # else it returned during the commit
                 del self._owners[owner_id]
+
+    def _count_retired_owners(self) -> None:
+        self._exporter.retired(sum(owner.draining and not owner.live for owner in self._ledger.owners.values()))
 
     def _judge(self, record: RunRecord, now: float) -> Change:
         crew = self._crews.get(record.name)

@@ -237,6 +237,12 @@ _DECLARED = (
         sent=False,
     ),
     _gauge(
+        "kfdist_retired_owners",
+        "Owners that are gone and had been drained before, so that nobody misses them.",
+        by_run=False,
+        sent=False,
+    ),
+    _gauge(
         "kfdist_certificate_expiry_timestamp_seconds",
         "When a certificate that the controller reads expires, in seconds since 1970, by file.",
         labels=("file",),

@@ -276,6 +276,21 @@ def test_restarts_of_owners_are_counted_for_runs_that_last(controller, member):
     assert values(controller.scrape())['kfdist_restarts_total{process="owner",run="digits"}'] == 3
 
 
+def test_owners_that_were_drained_before_they_went_are_retired(controller, client, member):
+    def counts() -> tuple[float, float]:
+        found = values(controller.scrape())
+        return found['kfdist_live_owners{run="digits"}'], found["kfdist_retired_owners"]
+
+    member.register_worker("digits")
+    member.register_owner("owner-0")
+    member.register_owner("owner-1")
+    client.drain("owner-1")
+    assert counts() == (2, 0)
+    assert eventually(counts, lambda seen: seen == (0, 1))
+    member.register_owner("owner-1", restarts=1)
+    assert eventually(counts, lambda seen: seen == (1, 0))
+
+
 def test_a_lost_run_shows_no_gauges_of_the_past(controller, client, member):
     member.register_worker("digits")
     member.beat_worker("digits", samples=(sample("kfdist_loss", 1.5), sample("kfdist_steps_total", 9)))
