@@ -174,7 +174,7 @@ class AbstractBrandKfac(AbstractInverter):
             work += self._update_work(d) if label in updated else [self._decomposition_work(d)]
             columns = self.rank + self.increment_rows if label in updated else min(self.rank, d)
             numbers += 2 * d * columns
-            pairs.append((d, min(self.rank, d)))
+            pairs.append((d, min(columns, d)))
         return Estimate(work, numbers, prepared_numbers(*pairs, damping_rule=self.damping_rule))
 
     @classmethod

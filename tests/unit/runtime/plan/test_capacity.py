@@ -40,12 +40,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "seng, implicit": {"examples": EXAMPLES, "form": "implicit"},
     "eva": {},
 }
-BESIDE = {"cg-fac": 4 * P * Q} | {method: 4 * ROWS * (P + Q) for method in SETTINGS if method.startswith("b-")}
+BESIDE = {"cg-fac": 4 * P * Q} | {method: 5 * ROWS * (P + Q) for method in SETTINGS if method.startswith("b-")}
 """Of what the table says: what `cg-fac` takes while it solves, and the most that an update of Brand's adds."""
 
 
 def inverter_of(case: str) -> AbstractInverter:
     return make_inverter(case.partition(",")[0], **SETTINGS[case])
+
+
+def tensors_in(found: Any) -> list[torch.Tensor]:
+    """Lists tensors in tuples and lists of them."""
+    if isinstance(found, torch.Tensor):
+        return [found]
+    return [tensor for each in found for tensor in tensors_in(each)] if isinstance(found, tuple | list) else []
 
 
 def kept_numbers(case: str) -> float:
@@ -73,6 +80,9 @@ def kept_numbers(case: str) -> float:
             tensors += tensor_fields(record).values()
         for state in snapshot.states.values():
             tensors += state.values()
+        prepared = [each.prepared.form for each in track.memories.values() if each.prepared is not None]
+        known = {tensor.data_ptr() for tensor in tensors}
+        tensors += [each for each in tensors_in(prepared) if each.data_ptr() not in known]
         for memory in track.memories.values():
             tensors += memory.kept.values()
         return sum(tensor.numel() for tensor in tensors) + len(snapshot.payload) / 4
