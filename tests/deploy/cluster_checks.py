@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from tests.deploy.files import Files
-from tests.deploy.kubernetes_checks import METRICS_PORT, pods
+from tests.deploy.kubernetes_checks import METRICS_PORT, MONITORS, pods, scraped
 
 NAMESPACE = "kfdist"
 RAY_DASHBOARD, RAY_METRICS = 8265, 8080
@@ -53,16 +53,18 @@ def check_policies(files: Files) -> Iterator[str]:
     if not any(policy["spec"]["podSelector"] == {} for _, policy in policies):
         yield "deploy: no policy closes the namespace: one must select all pods"
     for path, thing in files.objects():
-        if thing["kind"] == "PodMonitor":
-            yield from _check_monitor(f"{path}: PodMonitor", thing["spec"], there, [each for _, each in policies])
+        if thing["kind"] in MONITORS and (found := scraped(files, thing)):
+            yield from _check_scrape(f"{path}: {thing['kind']}", *found, there, [each for _, each in policies])
 
 
-def _check_monitor(
-    where: str, spec: dict[str, Any], there: list[Labelled], policies: list[dict[str, Any]]
+def _check_scrape(
+    where: str,
+    labels: dict[str, str],
+    endpoint: dict[str, Any],
+    there: list[Labelled],
+    policies: list[dict[str, Any]],
 ) -> Iterator[str]:
-    labels = spec["selector"]["matchLabels"]
     wanted = RAY_METRICS if "ray.io/cluster" in labels else METRICS_PORT
-    (endpoint,) = spec["podMetricsEndpoints"]
     ports = {_named_ports(pod).get(endpoint["port"]) for pod in _selected(labels, there)}
     if ports != {wanted}:
         yield f"{where} scrapes {endpoint['port']} of {labels}, which is {ports}; it must be {wanted}"

@@ -15,6 +15,7 @@ COMPOSE = "docker/compose.yaml"
 SCRAPE = "deploy/prometheus/prometheus.yml"
 RECORDING = "deploy/prometheus/recording.yml"
 ALERTS = "deploy/prometheus/alerts.yml"
+MONITORING = "deploy/kubernetes/service/monitoring.yaml"
 BOARD_FOLDER = "deploy/grafana/dashboards"
 RUN_BOARD, INVERSION_BOARD = f"{BOARD_FOLDER}/kfdist-run.json", f"{BOARD_FOLDER}/kfdist-inversion.json"
 

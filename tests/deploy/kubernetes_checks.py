@@ -14,6 +14,7 @@ from tests.deploy.docker_checks import CERTIFICATES, image_fault
 from tests.deploy.files import ROOT, Files
 
 SECRET = "kfdist-certs"
+MONITORS = ("PodMonitor", "ServiceMonitor")
 GRPC_PORT, METRICS_PORT = (
     split_address(address)[1] for address in (Config().control.address, Config().control.metrics_address)
 )
@@ -153,8 +154,8 @@ def check_references(files: Files) -> Iterator[str]:
                     yield f"{where} names {name}, which isn't there"
         elif thing["kind"] == "Service":
             yield from _check_service(spec, templates, where)
-        elif thing["kind"] == "PodMonitor":
-            yield from _check_monitor(spec, templates, where)
+        elif thing["kind"] in MONITORS:
+            yield from _check_monitor(files, thing, templates, where)
         elif thing["kind"] == "Job":
             yield from _check_job(files, thing, path)
         elif thing["kind"] == "NetworkPolicy" and spec["podSelector"].get("matchLabels", {}):
@@ -182,11 +183,29 @@ def _check_service(spec: dict[str, Any], templates: list[Any], where: str) -> It
                 yield f"{where} offers {port['port']} as {port['name']}, which its pods don't serve"
 
 
-def _check_monitor(spec: dict[str, Any], templates: list[Any], where: str) -> Iterator[str]:
-    labels = spec["selector"]["matchLabels"]
+def scraped(files: Files, monitor: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]] | None:
+    """Returns the labels of the pods that a monitor scrapes, and its endpoint with these pods' name of the port."""
+    spec, labels = monitor["spec"], monitor["spec"]["selector"]["matchLabels"]
+    if monitor["kind"] == "PodMonitor":
+        (endpoint,) = spec["podMetricsEndpoints"]
+        return labels, endpoint
+    (endpoint,) = spec["endpoints"]
+    for _, service in files.objects():
+        if service["kind"] == "Service" and labels.items() <= service["metadata"].get("labels", {}).items():
+            for port in service["spec"]["ports"]:
+                if port["name"] == endpoint["port"]:
+                    return service["spec"]["selector"], {**endpoint, "port": port.get("targetPort", port["name"])}
+    return None
+
+
+def _check_monitor(files: Files, monitor: dict[str, Any], templates: list[Any], where: str) -> Iterator[str]:
+    found = scraped(files, monitor)
+    if found is None:
+        yield f"{where} scrapes a port that no service with its labels has"
+        return
+    labels, endpoint = found
     if "ray.io/cluster" in labels:
         return  # labels that KubeRay sets
-    (endpoint,) = spec["podMetricsEndpoints"]
     for pod in _selected(labels, templates) or [{"containers": []}]:
         if _ports(pod).get(endpoint["port"]) != METRICS_PORT:
             yield f"{where} scrapes port {endpoint['port']}, which isn't {METRICS_PORT} of the pods it selects"

@@ -15,7 +15,7 @@ from kfdist.system.addresses import split_address
 from kfdist.system.credentials import AUTHORITY_FILE, Role
 from kfdist.telemetry.metrics import METRICS, Kind
 from tests.deploy.docker_checks import CERTIFICATES
-from tests.deploy.files import ALERTS, BOARD_FOLDER, COMPOSE, RECORDING, ROOT, SCRAPE, Files
+from tests.deploy.files import ALERTS, BOARD_FOLDER, COMPOSE, MONITORING, RECORDING, ROOT, SCRAPE, Files
 
 RUNBOOK = "docs/runbook.md"
 METRICS_PORT = split_address(Config().control.metrics_address)[1]
@@ -68,6 +68,30 @@ def check_rules(files: Files) -> Iterator[str]:
 
 def _rules(files: Files, path: str) -> list[dict[str, Any]]:
     return [rule for group in files.documents(path)[0]["groups"] for rule in group["rules"]]
+
+
+def check_operator(files: Files) -> Iterator[str]:
+    """The Prometheus operator is told the rules and times of deploy/prometheus, by what writes them from there."""
+    if files.texts[MONITORING] != runpy.run_path(str(ROOT / "deploy/kubernetes/make_monitoring.py"))["text"]():
+        yield f"{MONITORING} isn't what make_monitoring.py writes; run it"
+    config = files.documents(SCRAPE)[0]
+    (scrape,), times = config["scrape_configs"], config["global"]
+    objects = files.documents(MONITORING)
+    groups = [group for found in objects if found["kind"] == "PrometheusRule" for group in found["spec"]["groups"]]
+    told = [rule for group in groups for rule in group["rules"]]
+    if told != [*_rules(files, RECORDING), *_rules(files, ALERTS)]:
+        yield f"{MONITORING} has other rules than {RECORDING} and {ALERTS}"
+    for group in groups:
+        if group["interval"] != times["evaluation_interval"]:
+            yield f"{MONITORING} evaluates every {group['interval']}, {SCRAPE} every {times['evaluation_interval']}"
+    (monitor,) = (found["spec"] for found in objects if found["kind"] == "ServiceMonitor")
+    (endpoint,) = monitor["endpoints"]
+    if endpoint["interval"] != times["scrape_interval"]:
+        yield f"{MONITORING} scrapes every {endpoint['interval']}, {SCRAPE} every {times['scrape_interval']}"
+    labels = [found["metadata"].get("labels", {}) for _, found in files.objects() if found["kind"] == "Service"]
+    jobs = [has.get(monitor["jobLabel"]) for has in labels if monitor["selector"]["matchLabels"].items() <= has.items()]
+    if jobs != [scrape["job_name"]]:
+        yield f"{MONITORING}: the operator calls the jobs {jobs}; the alerts know one, {scrape['job_name']}"
 
 
 def check_grafana(files: Files) -> Iterator[str]:

@@ -19,6 +19,7 @@ from tests.deploy.files import (
     COMPOSE,
     DOCKERFILE,
     INVERSION_BOARD,
+    MONITORING,
     RECORDING,
     ROOT,
     RUN_BOARD,
@@ -27,7 +28,7 @@ from tests.deploy.files import (
     Files,
 )
 from tests.deploy.kubernetes_checks import check_commands, check_pods, check_references
-from tests.deploy.monitoring_checks import check_grafana, check_rules, check_scrape
+from tests.deploy.monitoring_checks import check_grafana, check_operator, check_rules, check_scrape
 from tests.deploy.ray_checks import check_ray
 from tests.deploy.schemas import check_kinds
 from tests.support.prometheus import concrete, panels
@@ -38,6 +39,7 @@ CHECKS: tuple[Check, ...] = (
     check_compose,
     check_scrape,
     check_rules,
+    check_operator,
     check_grafana,
     check_pods,
     check_commands,
@@ -124,6 +126,13 @@ BROKEN = [
     (check_rules, ALERTS, "runbook.md#kfdistownerdown", "runbook.md#ownerdown", "has no section of docs/runbook.md"),
     (check_rules, ALERTS, "alert: KfdistOwnerDown", "alert: OwnerDown", "KfdistOwnerDown, which is no alert"),
     (check_rules, ALERTS, "severity: critical", "severity: bad", "has no severity"),
+    (check_operator, MONITORING, "interval: 5s", "interval: 1s", "isn't what make_monitoring.py writes"),
+    (check_operator, MONITORING, "interval: 5s", "interval: 1s", "scrapes every 1s"),
+    (check_operator, MONITORING, "interval: 15s", "interval: 60s", "evaluates every 60s"),
+    (check_operator, MONITORING, "alert: KfdistOwnerDown", "alert: KfdistOwnerLost", "has other rules than"),
+    (check_operator, MONITORING, "expr: max by", "expr: min by", "has other rules than"),
+    (check_operator, ALERTS, "for: 2m", "for: 3m", "has other rules than"),
+    (check_operator, MONITORING, "jobLabel: app.kubernetes.io/name", "jobLabel: app", "calls the jobs [None]"),
     (check_grafana, INVERSION_BOARD, "kfdist_staleness_steps", "kfdist_staleness", "which kfdist doesn't export"),
     (check_grafana, INVERSION_BOARD, "kfdist_inversion_seconds_bucket", "kfdist_loss_bucket", "kfdist doesn't export"),
     (check_grafana, INVERSION_BOARD, "{{block}}", "{{layer}}", "labels ['layer']"),
@@ -179,10 +188,11 @@ BROKEN = [
     (check_references, f"{TORCHRUN}/ranks.yaml", "clusterIP: None", "type: ClusterIP", "no headless service"),
     (check_references, f"{TORCHRUN}/ranks.yaml", "kfdist-ranks-0.kfdist-ranks:29500", "kfdist:29500", "its first pod"),
     (check_references, f"{SERVICE}/controller.yaml", "containerPort: 7070", "containerPort: 7000", "pods don't serve"),
-    (check_references, f"{SERVICE}/pod-monitor.yaml", "port: metrics", "port: grpc", "scrapes port grpc"),
-    (check_references, f"{SERVICE}/pod-monitor.yaml", "key: client.pem", "key: tls.pem", "must scrape over https"),
+    (check_references, MONITORING, "port: metrics", "port: grpc", "scrapes port grpc"),
+    (check_references, MONITORING, "port: metrics", "port: metric", "a port that no service with its labels has"),
+    (check_references, MONITORING, "key: client.pem", "key: tls.pem", "must scrape over https"),
     (check_references, f"{SERVICE}/network-policy.yaml", "port: 9464", "port: 9465", "opens 9465"),
-    (check_references, f"{SERVICE}/kustomization.yaml", "- pod-monitor.yaml", "- monitor.yaml", "which isn't there"),
+    (check_references, f"{SERVICE}/kustomization.yaml", "- monitoring.yaml", "- monitor.yaml", "which isn't there"),
     # KubeRay.
     (check_ray, f"{KUBERAY}/raycluster.yaml", "2.60.0", "2.59.0", "constraints.txt has"),
     (check_ray, f"{KUBERAY}/raycluster.yaml", "mode: token", "mode: disabled", "without a token"),

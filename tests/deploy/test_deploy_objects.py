@@ -3,7 +3,7 @@
 import pytest
 
 from tests.deploy.cluster_checks import check_policies, check_whole
-from tests.deploy.files import COMPOSE, DOCKERFILE, Check, Files
+from tests.deploy.files import COMPOSE, DOCKERFILE, MONITORING, Check, Files
 from tests.deploy.image_checks import check_build, check_compose_further
 from tests.deploy.pod_checks import check_pods_further, quantity
 
@@ -75,7 +75,7 @@ BROKEN = [
     ),
     (
         check_policies,
-        f"{SERVICE}/pod-monitor.yaml",
+        MONITORING,
         "path: /metrics",
         "path: /metric",
         "scrapes /metric; metrics are at /metrics",
