@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -185,12 +185,18 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
                 grpc.StatusCode.NOT_FOUND, f"owner {beat.owner_id[:100]!r} isn't registered{at}; register it first"
             )
         await self._members.hear_owner(owner)
-        samples = self._bounded(request)
-        for run in self._ledger.runs() if samples else ():
-            if not run.state.ended:  # owners work for all runs; a controller rarely has more than one
-                sender = Sender("owner", owner.owner_id)
-                self._exporter.ingest(run.name, sender, f"{owner.restarts}/{owner.pid}", samples)
+        self._ingest(owner, self._bounded(request))
         return membership_pb2.HeartbeatResponse(owners=self._owners())
+
+    def _ingest(self, owner: OwnerRecord, samples: Sequence[MetricSample]) -> None:
+        """Takes an owner's samples; each names the run that it belongs to, as an owner works for many."""
+        runs = {run.name: run for run in self._ledger.runs()} if samples else {}
+        for name, of_run in _by_run(samples).items():
+            if name not in runs:
+                self._exporter.drop("unknown_run", len(of_run))
+            elif not runs[name].state.ended:
+                sender = Sender("owner", owner.owner_id)
+                self._exporter.ingest(name, sender, f"{owner.restarts}/{owner.pid}", of_run)
 
     def _owners(self) -> list[inversion_pb2.Owner]:
         """Returns the messages of the live owners, as couriers get them."""
@@ -201,6 +207,16 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         if surplus > 0:
             self._exporter.drop("too_many_samples", surplus)
         return samples_of(request.samples[: validation.MAX_SAMPLES])
+
+
+def _by_run(samples: Iterable[MetricSample]) -> dict[str, list[MetricSample]]:
+    """Returns samples by their label `run`, without it; those that have none under the empty name."""
+    found: dict[str, list[MetricSample]] = {}
+    for sample in samples:
+        labels = dict(sample.labels)
+        run = labels.pop("run", "")
+        found.setdefault(run, []).append(replace(sample, labels=labels))
+    return found
 
 
 async def _next_beat(

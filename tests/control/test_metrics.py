@@ -214,7 +214,8 @@ def feed(member: Member) -> None:
             if metric.sent
         ]
         member.beat_worker("digits", rank=rank, step=11, samples=(*samples, sample("kfdist_unknown", 1)))
-    member.beat_owner("owner-0", (sample("kfdist_restarts_total", 4, process="inverter"),))
+    lost = [sample("kfdist_restarts_total", 4, process="inverter", run=run) for run in ("digits", "nowhere")]
+    member.beat_owner("owner-0", tuple(lost))
 
 
 def test_a_scrape_shows_everything_declared(controller, member):
@@ -242,6 +243,7 @@ def test_a_scrape_shows_everything_declared(controller, member):
     assert found['kfdist_up{run="digits"}'] == 1
     assert abs(found['kfdist_last_beat_timestamp_seconds{run="digits"}'] - time.time()) < 30
     assert found['kfdist_samples_dropped_total{reason="unknown_metric"}'] == 2
+    assert found['kfdist_samples_dropped_total{reason="unknown_run"}'] == 1
     assert any(series.startswith("kfdist_build_info{") and value == 1 for series, value in found.items())
 
 

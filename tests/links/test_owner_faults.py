@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from kfdist.links.rank.remote import RemoteLink
-from tests.support.controller import ControllerThread, eventually
+from tests.support.controller import ControllerThread, eventually, values
 from tests.support.faults import EACH, Fault, Faults
 from tests.support.jobs import collect, context, job, payload, result_of
 from tests.support.owners import OwnerProcess
@@ -92,13 +92,18 @@ def test_an_owner_stopped_in_the_middle_of_an_inversion(owners, link, slow, epoc
     victim.start()
 
 
-def test_a_crash_of_the_inversion_process(link, epoch, faults):
+def test_a_crash_of_the_inversion_process(controller, link, epoch, faults):
+    def restarts() -> float:
+        return values(controller.scrape())[f'kfdist_restarts_total{{process="inverter",run="{context().run}"}}']
+
+    before = restarts()
     faults.at(inversion=EACH, times=1).kill()
     data = payload(40, seed=3)
     link.submit(job("crash", data=data, epoch=epoch))
     (result,) = collect(link, 1).values()
     assert result.payload == result_of(data)
     assert link.counters().resubmissions == {"crash": 1}
+    assert eventually(restarts, lambda seen: seen > before) == before + 1
 
 
 def test_a_deadline_moves_the_job_and_changes_nothing_in_its_result(owners, link, slow, epoch):
