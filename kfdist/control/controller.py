@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kfdist.control.control_records import Change, RunRecord
-from kfdist.control.exporter import Exporter
+from kfdist.control.exporter import MAX_RUNS, Exporter
 from kfdist.control.leases import LEASE_SECONDS, Members
 from kfdist.control.ledger import Ledger
 from kfdist.control.membership_service import MembershipService
@@ -114,8 +114,10 @@ class Controller:
             undo.callback(self._metrics.close)
             store = Store(self._options.state)
             undo.callback(store.close)
+            kept = store.counters(MAX_RUNS)
             self.ledger = Ledger(store, on_change=exporter.show, queued_changes=self._options.queued_changes)
             undo.push_async_callback(self.ledger.close)
+            exporter.go_on(kept, self.ledger.keep_counters)
             members = Members(self.ledger, exporter, lease_seconds=self._options.lease_seconds)
             await self._announce()
             self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - set under an if

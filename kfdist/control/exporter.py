@@ -1,5 +1,6 @@
 """The controller's /metrics: one scrape target for all that a run's processes measure."""
 
+import logging
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -10,10 +11,13 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from kfdist.control.control_records import RunRecord, RunState
-from kfdist.control.series import Histogram, RunSeries, Sender
+from kfdist.control.series import Histogram, KeptCounters, RunSeries, Sender
+from kfdist.errors import EnvironmentFault
 from kfdist.system.provenance import versions
 from kfdist.telemetry.metrics import METRICS, Kind, Metric
 from kfdist.types import MetricSample
+
+_LOG = logging.getLogger(__name__)
 
 MAX_RUNS = 64
 """Runs that are exported; beyond that, the longest silent one is dropped."""
@@ -32,10 +36,24 @@ class Exporter(Collector):
 
     def __init__(self, expiries: Callable[[], Mapping[str, float]] = dict) -> None:
         self._expiries = expiries
+        self._keep: Callable[[Mapping[str, KeptCounters]], None] = lambda counters: None
+        self._scraping = threading.Lock()
         self._lock = threading.Lock()
         self._runs: OrderedDict[str, RunSeries] = OrderedDict()
         self._dropped: Counter[str] = Counter()
         self._retired_owners = 0
+
+    def go_on(self, kept: Mapping[str, KeptCounters], keep: Callable[[Mapping[str, KeptCounters]], None]) -> None:
+        """Goes on with the counters of an earlier controller, and keeps its own for a later one.
+
+        Args:
+            kept: Counters by run, the newest run last.
+            keep: Makes counters by run durable, called from the threads of scrapes; may raise EnvironmentFault.
+        """
+        with self._lock:
+            for run, counters in kept.items():
+                self._series(run).go_on(counters)
+            self._keep = keep
 
     def ingest(self, run: str, sender: Sender, life: str, samples: Sequence[MetricSample]) -> None:
         """Takes a member's samples.
@@ -93,24 +111,44 @@ class Exporter(Collector):
     @override
     def collect(self) -> Iterator[Family]:
         expiries = self._expiries()  # reads files, for which beats must not wait
-        with self._lock:
-            families: dict[str, Family] = {}
-            for run, series in self._runs.items():
-                for metric, labels, value in [*series.values(), *_facts(series)]:
-                    _add(_family(families, metric), [run, *labels], value)
-                for metric, labels in series.zeros():
-                    _add(_family(families, metric), [run, *labels], 0.0)
-                for metric, labels, histogram in series.histograms():
-                    _add_histogram(_family(families, metric), [run, *labels], histogram)
-            for reason, count in self._dropped.items():
-                _add(_family(families, METRICS["kfdist_samples_dropped_total"]), [reason], count)
-            _add(_family(families, METRICS["kfdist_retired_owners"]), [], self._retired_owners)
-            for file, expiry in expiries.items():
-                _add(_family(families, METRICS["kfdist_certificate_expiry_timestamp_seconds"]), [file], expiry)
-            here = versions()
-            build = [here[name] for name in ("kfdist", "python", "grpcio")]
-            _add(_family(families, METRICS["kfdist_build_info"]), build, 1)
+        with self._scraping:  # what a scrape shows is kept before a later one keeps more
+            with self._lock:
+                families = self._families(expiries)
+                counters = {run: series.kept() for run, series in self._runs.items() if series.counted}
+                for run in counters:
+                    self._runs[run].counted = False
+            self._make_durable(counters)
         yield from families.values()
+
+    def _families(self, expiries: Mapping[str, float]) -> dict[str, Family]:
+        families: dict[str, Family] = {}
+        for run, series in self._runs.items():
+            for metric, labels, value in [*series.values(), *_facts(series)]:
+                _add(_family(families, metric), [run, *labels], value)
+            for metric, labels in series.zeros():
+                _add(_family(families, metric), [run, *labels], 0.0)
+            for metric, labels, histogram in series.histograms():
+                _add_histogram(_family(families, metric), [run, *labels], histogram)
+        for reason, count in self._dropped.items():
+            _add(_family(families, METRICS["kfdist_samples_dropped_total"]), [reason], count)
+        _add(_family(families, METRICS["kfdist_retired_owners"]), [], self._retired_owners)
+        for file, expiry in expiries.items():
+            _add(_family(families, METRICS["kfdist_certificate_expiry_timestamp_seconds"]), [file], expiry)
+        here = versions()
+        build = [here[name] for name in ("kfdist", "python", "grpcio")]
+        _add(_family(families, METRICS["kfdist_build_info"]), build, 1)
+        return families
+
+    def _make_durable(self, counters: Mapping[str, KeptCounters]) -> None:
+        """Keeps counters before they are shown: what Prometheus has seen, no later controller may go back behind."""
+        if counters:
+            try:
+                self._keep(counters)
+            except EnvironmentFault as fault:
+                _LOG.error("a controller that starts again will count anew: %s", fault)
+                with self._lock:
+                    for run in counters.keys() & self._runs.keys():
+                        self._runs[run].counted = True
 
     def _series(self, run: str) -> RunSeries:
         if run not in self._runs:

@@ -21,6 +21,7 @@ from kfdist.control import dealing, owner_rules
 from kfdist.control.control_records import AssignmentRecord, Change, Event, OwnerRecord, RunRecord
 from kfdist.control.dealing import Groups
 from kfdist.control.mutations import Request, answer_to, repeated
+from kfdist.control.series import KeptCounters
 from kfdist.control.steering import replanned
 from kfdist.control.store import Batch, EventRecord, RunUpdate, Store
 from kfdist.control.watchers import QUEUED_CHANGES, Watchers
@@ -210,6 +211,15 @@ class Ledger:
         """Notes new values of a record's fields, to be committed with its next change or flush."""
         if name in self._runs:
             self._notes.setdefault(name, {}).update(fields)
+
+    def keep_counters(self, counters: Mapping[str, KeptCounters]) -> None:
+        """Makes the counters of some runs durable. Waits, so it isn't for the event loop.
+
+        Raises:
+            EnvironmentFault: The file can't be written; nothing was changed.
+            RuntimeError: The ledger is closed.
+        """
+        self._thread.submit(self._store.keep_counters, counters).result()
 
     async def flush(self) -> None:
         """Commits what was noted, all runs in one transaction."""

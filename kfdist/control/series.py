@@ -1,7 +1,8 @@
 """What the members of one run measured, as the series exported for it.
 
-A sender reports a counter as its total since its start. Senders restart, yet a series must never go back while the
-controller lives: what a sender counted in earlier lives is added to what it reports now.
+A sender reports a counter as its total since its start. Senders restart, yet a series must never go back: what a sender
+counted in earlier lives is added to what it reports now. The controller restarts, too, and goes on from what it kept:
+to Prometheus a total that fell has begun anew, and all of what it then is has been counted just now.
 """
 
 import time
@@ -24,6 +25,10 @@ OTHER = "other"
 
 Key = tuple[str, tuple[str, ...]]
 """A series: the metric's name and its label values in declared order."""
+
+KeptCounters = list[tuple[str, tuple[str, ...], list[tuple[str, str, str, float, float]]]]
+"""A run's counters as they are kept: of each series the metric's name, its label values, and of each sender its kind
+and name, its life, and what it counted in earlier lives and in this one."""
 
 
 @dataclass(frozen=True, order=True)
@@ -102,11 +107,13 @@ class RunSeries:
     Attributes:
         record: What the controller knows of the run, set by others.
         heard: When a rank of it last sent a message, seconds since 1970, set by others; 0.0 if none did.
+        counted: Whether a counter has changed since others last set it to False.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.record: RunRecord | None = None
         self.heard = 0.0
+        self.counted = False
         self._clock = clock
         self._gauges: dict[Key, dict[Sender, Told]] = {}
         self._counters: dict[Key, dict[Sender, Total]] = {}
@@ -144,6 +151,29 @@ class RunSeries:
         key = (name, tuple(labels[label] for label in metric.labels))
         total = self._counters.setdefault(key, {}).setdefault(Sender("controller", ""), Total())
         total.report("", total.reported + amount)
+        self.counted = True
+
+    def kept(self) -> KeptCounters:
+        """Returns all counters, for a controller that goes on after this one."""
+        return [
+            (
+                name,
+                labels,
+                [(by.kind, by.name, total.life, total.earlier, total.reported) for by, total in totals.items()],
+            )
+            for (name, labels), totals in self._counters.items()
+        ]
+
+    def go_on(self, kept: KeptCounters) -> None:
+        """Takes over what an earlier controller kept; before anything else is counted."""
+        for name, labels, totals in kept:
+            metric = METRICS.get(name)
+            if metric is not None and len(labels) == len(metric.labels):  # else it was another version's
+                for label, value in zip(metric.labels, labels, strict=True):
+                    self._values.setdefault((name, label), set()).add(value)
+                self._counters[name, labels] = {
+                    Sender(kind, by): Total(life, earlier, reported) for kind, by, life, earlier, reported in totals
+                }
 
     def forget_gauges(self, sender: Sender) -> None:
         """Ends a silent sender's gauges, which describe the past; its counters stay counted."""
@@ -171,7 +201,12 @@ class RunSeries:
             yield METRICS[name], labels, sum(total.earlier + total.reported for total in totals.values())
 
     def zeros(self) -> Iterator[tuple[Metric, tuple[str, ...]]]:
-        """Yields the counters that are known beforehand and that nobody has counted yet."""
+        """Yields the counters that are known beforehand and that nobody has counted yet.
+
+        None while ranks of an earlier controller's start haven't said yet what they have counted.
+        """
+        if not self.heard and self.record is not None and self.record.epoch:
+            return
         for metric in METRICS.values():
             if metric.kind is Kind.COUNTER and metric.sent:
                 for labels in [(value,) for value in metric.known] if metric.labels else [()]:
@@ -207,6 +242,7 @@ class RunSeries:
             pass  # all ranks have the same value, and rank 0's counts
         elif metric.kind is Kind.COUNTER:
             self._counters.setdefault(key, {}).setdefault(sender, Total()).report(life, sample.value)
+            self.counted = True
         else:
             shared = OTHER in labels and key in gauges
             gauges[key] = metric.across.worst([gauges[key], sample.value]) if shared else sample.value

@@ -9,7 +9,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from kfdist.control.control_records import AssignmentRecord, Event, OwnerRecord, RunRecord
+from kfdist.control.series import KeptCounters
 from kfdist.errors import EnvironmentFault
 
 SCHEMA_VERSION = 2
@@ -58,6 +59,10 @@ CREATE TABLE answers (
 ) STRICT;
 """
 
+# `KeptCounters` of kfdist.control.series, as Prometheus saw them last. A file of an earlier kfdist gets the table, too.
+_COUNTERS_TABLE = "CREATE TABLE IF NOT EXISTS counters (run TEXT PRIMARY KEY, counters TEXT NOT NULL) STRICT"
+
+_COUNTERS = TypeAdapter(KeptCounters)
 _RUN, _ASSIGNMENT, _OWNER = TypeAdapter(RunRecord), TypeAdapter(AssignmentRecord), TypeAdapter(OwnerRecord)
 
 Record = TypeVar("Record", RunRecord, AssignmentRecord, OwnerRecord)
@@ -193,6 +198,27 @@ class Store:
             if batch.answer is not None:
                 _write_answer(cursor, batch.answer)
 
+    def keep_counters(self, counters: Mapping[str, KeptCounters]) -> None:
+        """Makes the counters of some runs durable.
+
+        Raises:
+            EnvironmentFault: The file can't be written; nothing was changed.
+        """
+        rows = [(run, _COUNTERS.dump_json(kept).decode()) for run, kept in counters.items()]
+        with self._faults(), self._transaction() as cursor:
+            # The row keeps its place, which is the order in which runs were first counted.
+            cursor.executemany(
+                "INSERT INTO counters VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET counters = excluded.counters", rows
+            )
+
+    def counters(self, limit: int) -> dict[str, KeptCounters]:
+        """Returns the kept counters of the newest runs, at most `limit`, the newest last."""
+        with self._faults():
+            rows = self._connection.execute(
+                "SELECT run, counters FROM counters ORDER BY rowid DESC LIMIT ?", (limit,)
+            ).fetchall()
+            return {row["run"]: _COUNTERS.validate_json(row["counters"]) for row in reversed(rows)}
+
     def answer(self, request_id: str) -> Answer | None:
         """Returns how a mutation with this request id was answered, None if it is unknown."""
         with self._faults():
@@ -261,6 +287,7 @@ class Store:
             )
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(_COUNTERS_TABLE)
 
     @contextmanager
     def _faults(self) -> Iterator[None]:

@@ -26,16 +26,17 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 """Its one server is that of `tests.support.ranks` where ranks are used, too, which says what it loads."""
 
 
-def _serve(state: Path, address: str, ready: Path) -> None:
-    options = ControllerOptions(state=state, address=address, metrics_address="127.0.0.1:0", lease_seconds=3600)
+def _serve(state: Path, address: str, metrics_address: str, ready: Path) -> None:
+    options = ControllerOptions(state=state, address=address, metrics_address=metrics_address, lease_seconds=3600)
     asyncio.run(serve(options, ready_file=ready))
 
 
 class KilledController:
     """A controller in a process of its own, at one address over all its starts."""
 
-    def __init__(self, folder: Path, address: str) -> None:
+    def __init__(self, folder: Path, address: str, metrics_address: str = "127.0.0.1:0") -> None:
         self.address = address
+        self.metrics_address = metrics_address
         self.starts = 0
         self._folder = folder
         self._process: Any = None
@@ -45,7 +46,9 @@ class KilledController:
         self.starts += 1
         ready = self._folder / f"ready-{self.starts}.json"
         self._process = _PROCESSES.Process(
-            target=_serve, args=(self._folder / "c.sqlite", self.address, ready), daemon=True
+            target=_serve,
+            args=(self._folder / "c.sqlite", self.address, self.metrics_address, ready),
+            daemon=True,
         )
         self._process.start()
         eventually(lambda: ready.exists() or not self._process.is_alive(), bool, seconds=60)
