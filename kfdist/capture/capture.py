@@ -301,6 +301,11 @@ class Capture:
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def pauses(self) -> bool:
+        """Whether this thread is inside `paused`."""
+        return bool(self._paused.depth)
+
     def begin_calls(self) -> None:
         """A module is called from outside of the model (`kfdist.capture.seen_uses.Observed`)."""
         self._passes.begin_calls()

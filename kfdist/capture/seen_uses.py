@@ -33,6 +33,11 @@ from kfdist.torch_internals import changes_in_place
 class Observed(Protocol):
     """What wants to know of a model's forward."""
 
+    @property
+    def pauses(self) -> bool:
+        """Whether what is called now isn't wanted; of the model as a whole, that it was called still is."""
+        ...
+
     def begin_calls(self) -> None:
         """A module of the model is called from outside of the model."""
 

@@ -106,8 +106,11 @@ class Watch(SeesOperations):
             thread.start = self._start
         if not thread.modules:
             self._observed.begin_calls()
+        pauses = self._observed.pauses
+        if pauses and module is not self._model:
+            return
         thread.modules.append(module)
-        if thread.mode is None and id(module) in self._entries:
+        if thread.mode is None and not pauses and id(module) in self._entries:
             thread.mode, thread.mode_depth = OperationMode(self), len(thread.modules)
             thread.mode.__enter__()
         if module is self._model:

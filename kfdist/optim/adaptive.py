@@ -1,25 +1,28 @@
 """`kfdist.AdaptiveStep`: the self-tuning step of the original K-FAC paper (algorithms.md 1.2)."""
 
-import logging
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from kfdist.capture.requests import Sampling
 from kfdist.comm.reduce import reduce_flat
 from kfdist.errors import CheckpointError, Interrupted, LossNotFinite
+from kfdist.links.link import AbstractLink
 from kfdist.optim.adaptive_settings import AdaptiveReport, AdaptiveSettings, Trust
-from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputFisher, OutputProduct
-from kfdist.optim.quadratic_model import InnerProducts, ModelStep, inner_product, minimise_model
-from kfdist.optim.replay import Closure, Replay
+from kfdist.optim.network_fisher import NetworkFisher, gradient_of
+from kfdist.optim.quadratic_model import ModelStep, gram, minimise_model
+from kfdist.optim.replay import Closure, Evaluation, Replay
 from kfdist.optim.requirements import FIXED, check_arguments
+from kfdist.policies.staleness import FixedLag
+from kfdist.runtime.invert.service import Service
+from kfdist.runtime.plan.planner import Method
 from kfdist.runtime.preconditioner import Preconditioner
-
-_LOG = logging.getLogger(__name__)
+from kfdist.seeds import seed_from
 
 _ROUNDING = 8.0
 """Accuracy of inner products, in units in the last place of the parameters' dtype."""
@@ -31,6 +34,19 @@ class _Batch:
 
     share: float
     loss: float
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Which of this rank's examples the curvature is measured on; None: all of them.
+
+    Attributes:
+        statistics: Those of the preconditioner's statistics.
+        model: Those of the quadratic model.
+    """
+
+    statistics: Tensor | None = None
+    model: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,7 @@ class AdaptiveStep:
             "mc" and "exact" Fisher assume, with mean reduction; None if the closure calls `preconditioner.observe`
             itself (with a target, say). The F of the quadratic model always follows from the closure's loss.
         weight_decay: eta, the l2 coefficient; part of the gradient and of the model.
-        damping: The first lambda.
+        damping: The first lambda; None takes the mean curvature of the first batch, tr F over the number of parameters.
         settings: Periods, factors, bounds and switches; the paper's if None.
 
     Raises:
@@ -88,60 +104,115 @@ class AdaptiveStep:
         preconditioner: Preconditioner,
         loss: str | None = "mse",
         weight_decay: float = 0.0,
-        damping: float = 150.0,
+        damping: float | None = None,
         *,
         settings: AdaptiveSettings | None = None,
     ) -> None:
         self._settings = settings or AdaptiveSettings()
-        check_arguments(preconditioner, loss, weight_decay, damping)
+        check_arguments(preconditioner, loss, weight_decay, damping, gamma_search=self._settings.gamma_search)
         self._preconditioner = preconditioner
         preconditioner.pipeline.in_force.fixed |= dict.fromkeys(FIXED, "AdaptiveStep, which trains the model, sets it")
         self._loss = loss if preconditioner.settings.fisher != "empirical" else None
         self._eta = float(weight_decay)
-        self._trust = Trust(self._settings, float(damping), self._eta)
+        self._trust = Trust(self._settings, 1.0 if damping is None else float(damping), self._eta)
+        self._undecided = damping is None
         # Inverses have the eigenpairs that the smallest gamma of a step will need.
         preconditioner.pipeline.in_force.stand_in = lambda: min(self._trust.candidates(self._count + 1)) ** 2
         named = [(name, p) for name, p in preconditioner.model.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in named]
         self._parameters = [p for _, p in named]
         self._accuracy = _ROUNDING * max(torch.finfo(p.dtype).eps for p in self._parameters)
-        wanted = self._settings.differentiation
-        self._how = Differentiation.FORWARD if wanted == "auto" else Differentiation(wanted)
+        self._fisher = NetworkFisher(preconditioner, self._parameters, self._settings.differentiation)
         self._last: list[Tensor] | None = None
         self._count = 0
 
-    def step(self, closure: Closure) -> AdaptiveReport:
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        loss: str = "mse",
+        weight_decay: float = 0.0,
+        *,
+        method: Method = "kfac",
+        link: Service | AbstractLink | None = None,
+        process_group: Any = None,
+        seed: int = 0,
+    ) -> Self:
+        """Makes it with a preconditioner that fits: sampled Fisher, measured at every step, inverted every fifth.
+
+        Args:
+            model: The model, on its device.
+            loss: As for the constructor.
+            weight_decay: As for the constructor.
+            method: As for `kfdist.Preconditioner`.
+            link: As for `kfdist.Preconditioner`.
+            process_group: As for `kfdist.Preconditioner`.
+            seed: Of targets that are drawn, and of the examples that are measured.
+
+        Returns:
+            The step; close it when training is over, or use it as a context manager.
+        """
+        preconditioner = Preconditioner(
+            model,
+            method,
+            factor_period=1,
+            inverse_period=5,
+            fisher="mc",
+            sampling=Sampling(examples_fraction=1.0),
+            kl_clip=None,
+            adoption=FixedLag(0),
+            seed=seed,
+            process_group=process_group,
+            link=link,
+        )
+        late = all(group.inverter.produces.damping_at_apply for group in preconditioner.groups)
+        try:
+            return cls(preconditioner, loss, weight_decay, settings=AdaptiveSettings(gamma_search=late))
+        except BaseException:
+            preconditioner.abandon()
+            raise
+
+    def step(self, closure: Closure, *batch: Tensor) -> AdaptiveReport:
         """Makes one step of training. Collective: all ranks must call it.
+
+        Given the batch, it costs about two and a half gradients: curvature is measured on a part of the examples
+        (`AdaptiveSettings.statistics_fraction`, `model_fraction`), drawn anew at every step. Without, all of it is.
 
         Args:
             closure: Runs the model on this step's batch and returns (output, loss) without a backward, or (output,
                 loss, examples) if the loss averages `examples` terms (unmasked tokens, say) rather than dim 0 of the
                 output. `output` is the tensor that the loss was computed from; the loss must depend on the model
-                through it alone. It is called up to seven times and must use the same data each time; BatchNorm's
+                through it alone. It is called up to eight times and must use the same data each time; BatchNorm's
                 buffers and torch's generators are put back in between, so that dropout draws the same masks.
+            *batch: What the closure is called with: tensors with the batch's examples along dim 0. It must take fewer
+                of them as well.
 
         Returns:
             What was done. Afterwards `.grad` holds the gradient of the objective.
 
         Raises:
             LossNotFinite: The loss is infinite or NaN before the step, on some rank; nothing was changed.
-            KfdistError: The closure returned something else than it must.
+            KfdistError: The closure returned something else than it must, or the batch is none.
             Interrupted: By the preconditioner; the step was not made, and buffers and generators are as before it.
         """
-        replay = Replay(closure, self._preconditioner.model, self._parameters[0].device)
-        batch = self._measure(replay)
+        replay = Replay(closure, batch, self._preconditioner.model, self._parameters[0].device)
+        parts = self._parts(replay.rows)
+        measured = self._measure(replay, parts)
+        if self._undecided:
+            self._trust = Trust(self._settings, self._first_damping(replay, measured, parts), self._eta)
+            self._undecided = False
         try:
             done = self._preconditioner.update()
         except Interrupted:  # the step will be made again, perhaps from a checkpoint written now
             replay.undo()
             raise
         damping = self._trust.damping
-        chosen = self._choose(replay, batch)
-        outcome = self._move(replay, batch, chosen)
+        chosen = self._choose(replay, measured, parts)
+        outcome = self._move(replay, measured, chosen)
         coefficients = (*chosen.model.coefficients, 0.0) if chosen is not None else (0.0, 0.0)
         report = AdaptiveReport(
             step=self._count,
-            loss=batch.loss,
+            loss=measured.loss,
             new_loss=outcome.new_loss,
             rho=outcome.rho,
             alpha=coefficients[0],
@@ -160,8 +231,23 @@ class AdaptiveStep:
         return report
 
     @property
+    def preconditioner(self) -> Preconditioner:
+        """What it measures and inverts with."""
+        return self._preconditioner
+
+    def close(self) -> None:
+        """Closes the preconditioner. All ranks must call it; safe twice."""
+        self._preconditioner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._preconditioner.__exit__(*error)
+
+    @property
     def damping(self) -> float:
-        """The lambda at which the next step starts."""
+        """The lambda at which the next step starts; 1 before the first one, where it isn't given."""
         return self._trust.damping
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,19 +275,36 @@ class AdaptiveStep:
             ]
         self._last = last
         self._count = int(state["steps"])
+        self._undecided = self._undecided and not self._count
         self._trust.damping = float(state["damping"])
         self._trust.gamma = float(state["gamma"])
 
     # The verbs -------------------------------------------------------------------------------------------------------
 
-    def _measure(self, replay: Replay) -> _Batch:
+    def _parts(self, rows: int) -> _Parts:
+        """Draws the examples that are measured, of `rows` that this rank's batch has; apart, where there are enough."""
+        if not rows:
+            return _Parts()
+        label = f"adaptive/{self._preconditioner.settings.seed}/{self._count}/{self._preconditioner.world.rank}"
+        generator = torch.Generator(device="cpu").manual_seed(seed_from(label))
+        drawn = torch.randperm(rows, generator=generator)
+
+        def some(order: Tensor, fraction: float) -> Tensor | None:
+            return None if fraction == 1 else order[: max(1, round(fraction * rows))]
+
+        settings = self._settings
+        return _Parts(some(drawn, settings.statistics_fraction), some(drawn.flip(0), settings.model_fraction))
+
+    def _measure(self, replay: Replay, parts: _Parts) -> _Batch:
         """Runs forward and backward; `.grad` becomes the gradient of the objective over all ranks' batches."""
         for parameter in self._parameters:
             parameter.grad = None
-        evaluation = replay.first()
+        apart = parts.statistics is not None
+        with self._preconditioner.paused() if apart else nullcontext():
+            evaluation = replay.first()
         n = float(evaluation.examples)
         loss = evaluation.loss.detach().double()
-        totals = self._sum_over_ranks(torch.stack([torch.full_like(loss, n), n * loss]))
+        totals = self._fisher.sum_over_ranks(torch.stack([torch.full_like(loss, n), n * loss]))
         total, mean = totals[0], totals[1] / totals[0]
         if not math.isfinite(mean):
             replay.undo()
@@ -209,13 +312,33 @@ class AdaptiveStep:
                 f"the loss is {mean} before step {self._count}, at parameters that the last step accepted: look "
                 "for bad values in the batch. Nothing was changed; continue with the next batch, or stop"
             )
+        if not apart:
+            self._tell(evaluation)
+        evaluation.loss.backward()
+        self._reduce_gradients(n / total)
+        if parts.statistics is not None:
+            self._measure_statistics(replay, parts.statistics)
+        return _Batch(share=n / total, loss=mean)
+
+    def _measure_statistics(self, replay: Replay, rows: Tensor) -> None:
+        """Runs forward and backward on some examples for the preconditioner alone; `.grad` stays as it is."""
+        gradients = [gradient_of(p) for p in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        with torch.enable_grad():
+            evaluation = replay.again(rows)
+        self._tell(evaluation)
+        if self._preconditioner.settings.fisher == "empirical":  # the others were measured when they were observed
+            evaluation.loss.backward()
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _tell(self, evaluation: Evaluation) -> None:
+        """Tells the preconditioner what it has to know of a forward that it measures, before its backward."""
         if evaluation.stated:
             self._preconditioner.batch(examples=evaluation.examples)
         if self._loss is not None:
             self._preconditioner.observe(evaluation.output, loss=self._loss)
-        evaluation.loss.backward()
-        self._reduce_gradients(n / total)
-        return _Batch(share=n / total, loss=mean)
 
     def _reduce_gradients(self, share: float) -> None:
         """Averages the gradients over ranks, weighted by their shares of the terms, and adds eta theta."""
@@ -225,17 +348,24 @@ class AdaptiveStep:
             for parameter, gradient in zip(members, reduce_flat(own, self._preconditioner.world), strict=True):
                 parameter.grad = gradient.add_(parameter.detach(), alpha=self._eta)
 
-    def _choose(self, replay: Replay, batch: _Batch) -> _Candidate | None:
+    def _first_damping(self, replay: Replay, batch: _Batch, parts: _Parts) -> float:
+        """Returns the mean curvature; 1 where the model's derivatives overflow."""
+        fisher = self._fisher.linearise(replay, parts.model)
+        mean = self._fisher.mean_curvature(fisher, batch.share, self._preconditioner.settings.seed)
+        settings = self._settings
+        return min(max(mean, settings.smallest_damping), settings.largest_damping) if math.isfinite(mean) else 1.0
+
+    def _choose(self, replay: Replay, batch: _Batch, parts: _Parts) -> _Candidate | None:
         """Tries each candidate for gamma and returns the step with the smallest M; None if none has a finite M."""
-        fisher = self._fisher(replay)
+        fisher = self._fisher.linearise(replay, parts.model)
         last = [self._last] if self._settings.momentum and self._last is not None else []
-        along_last = [self._product(fisher, each) for each in last]
+        along_last = [self._fisher.product(fisher, each) for each in last]
         best: _Candidate | None = None
         for gamma in self._trust.candidates(self._count + 1):
             direction = self._direction(gamma)
-            basis, products = [direction, *last], [self._product(fisher, direction), *along_last]
+            basis, products = [direction, *last], [self._fisher.product(fisher, direction), *along_last]
             model = minimise_model(
-                self._inner_products(basis, products, batch.share),
+                self._fisher.inner_products(basis, products, batch.share),
                 damping=self._trust.damping,
                 weight_decay=self._eta,
                 relative_accuracy=self._accuracy,
@@ -286,69 +416,17 @@ class AdaptiveStep:
     def _direction(self, gamma: float) -> list[Tensor]:
         solved = self._preconditioner.directions(gamma**2)
         scale = self._trust.damping + self._eta
-        return [-(solved[p] if p in solved else _gradient(p) / scale).to(p.dtype) for p in self._parameters]
-
-    def _fisher(self, replay: Replay) -> OutputFisher:
-        """Linearises the model at the present parameters, on this rank's batch."""
-
-        def run() -> tuple[Tensor, Tensor]:
-            with self._preconditioner.paused():
-                evaluation = replay.again()
-            return evaluation.output, evaluation.loss
-
-        return OutputFisher(run, self._preconditioner.model)
-
-    def _product(self, fisher: OutputFisher, direction: list[Tensor]) -> OutputProduct:
-        """Computes J u and H J u on this rank's batch."""
-        u = dict(zip(self._parameters, direction, strict=True))
-        try:
-            return fisher.along(u, self._how)
-        except NoForwardDerivative as error:
-            if self._settings.differentiation != "auto":
-                raise
-            self._how = Differentiation.DOUBLE_BACKWARD
-            _LOG.info("AdaptiveStep: %s; Jacobian products use the double backward from now on", error)
-            return fisher.along(u, self._how)
-
-    def _inner_products(self, basis: list[list[Tensor]], products: list[OutputProduct], share: float) -> InnerProducts:
-        """Forms all inner products of the basis, summed over ranks in one all-reduce.
-
-        Those of parameters and gradients alone are averaged over the ranks, too, so that ranks decide alike even if
-        these numbers differ in the last bit.
-        """
-        m, w = len(basis), 1.0 / self._preconditioner.world.world_size
-        gradient = [_gradient(p) for p in self._parameters]
-        pairs = list(combinations_with_replacement(range(m), 2))
-        parts = [w * inner_product(gradient, u) for u in basis]
-        parts += [share * inner_product([products[i].change], [products[j].curvature]) for i, j in pairs]
-        parts += [w * inner_product(basis[i], basis[j]) for i, j in pairs]
-        sums = iter(self._sum_over_ranks(torch.stack([each.to(parts[0].device) for each in parts])))
-        slopes = torch.tensor([next(sums) for _ in range(m)], dtype=torch.float64, device="cpu")
-        fisher = torch.zeros(m, m, dtype=torch.float64, device="cpu")
-        gram = torch.zeros_like(fisher)
-        for matrix in (fisher, gram):
-            for i, j in pairs:
-                matrix[i, j] = matrix[j, i] = next(sums)
-        return InnerProducts(slopes=slopes, fisher=fisher, gram=gram)
+        return [-(solved[p] if p in solved else gradient_of(p) / scale).to(p.dtype) for p in self._parameters]
 
     def _loss_now(self, replay: Replay, batch: _Batch) -> float:
         """Returns the mean loss at the present parameters over all ranks' batches."""
         with torch.no_grad(), self._preconditioner.paused():
             loss = replay.again().loss.detach().double()
-        return self._sum_over_ranks((batch.share * loss).reshape(1))[0]
+        return self._fisher.sum_over_ranks((batch.share * loss).reshape(1))[0]
 
     def _penalty(self) -> float:
         """Returns eta/2 |theta|^2."""
         if not self._eta:
             return 0.0
-        values = [p.detach() for p in self._parameters]
-        mean = inner_product(values, values).reshape(1) / self._preconditioner.world.world_size
-        return 0.5 * self._eta * self._sum_over_ranks(mean)[0]
-
-    def _sum_over_ranks(self, values: Tensor) -> list[float]:
-        return reduce_flat([values], self._preconditioner.world)[0].tolist()
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None  # _measure gives every parameter one
-    return parameter.grad.detach()
+        mean = gram([[p.detach() for p in self._parameters]]).reshape(1) / self._preconditioner.world.world_size
+        return 0.5 * self._eta * self._fisher.sum_over_ranks(mean)[0]

@@ -17,11 +17,14 @@ BAD_RATIO = 1 / 4
 class AdaptiveSettings:
     """How damping, momentum and rejection work; the defaults are the paper's (algorithms.md 1.2).
 
-    The paper's T3, the steps between two inversions, is the preconditioner's `inverse_period`; its tau_1, the fraction
-    of the examples that is measured, is `examples_fraction`. The exact F of the quadratic model uses the whole batch
-    (tau_2 = 1), which the closure runs the model on in any case.
+    The paper's T3, the steps between two inversions, is the preconditioner's `inverse_period`.
 
     Attributes:
+        statistics_fraction: tau_1, the share of a batch's examples whose statistics are measured, where `step` is given
+            the batch; otherwise statistics are those of the whole batch, sub-sampled as the preconditioner's `sampling`
+            says.
+        model_fraction: tau_2, the share whose exact F makes the quadratic model, where `step` is given the batch;
+            otherwise the whole batch's does.
         damping_period: T1, the steps between two adaptations of lambda.
         damping_factor: omega_1 in (0, 1): lambda falls by this factor, or rises by its inverse.
         smallest_damping: Floor of lambda (and of gamma^2 - eta).
@@ -36,6 +39,8 @@ class AdaptiveSettings:
             forward derivative.
     """
 
+    statistics_fraction: float = 1 / 8
+    model_fraction: float = 1 / 4
     damping_period: int = 5
     damping_factor: float = _BASE**5
     smallest_damping: float = 1e-8
@@ -48,6 +53,8 @@ class AdaptiveSettings:
     differentiation: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("statistics_fraction", "model_fraction"):
+            checks.number(name, getattr(self, name), above=0, most=1)
         for name in ("damping_period", "gamma_period"):
             checks.count(name, getattr(self, name), least=1, hint="steps")
         for name in ("damping_factor", "gamma_factor"):

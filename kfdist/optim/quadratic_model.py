@@ -77,7 +77,10 @@ def minimise_model(
     )
 
 
-def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Returns sum_i <first_i, second_i> in float64, a scalar on the tensors' device."""
-    products = [torch.sum(a.double() * b.double()) for a, b in zip(first, second, strict=True)]
-    return torch.stack(products).sum()
+def gram(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Returns all inner products of vectors that are given in pieces, equally shaped in all; float64, on their device.
+
+    One piece after the other is made float64, so that no vector is copied whole.
+    """
+    pieces = (torch.stack([each.reshape(-1) for each in alike]).double() for alike in zip(*vectors, strict=True))
+    return torch.stack([piece @ piece.mT for piece in pieces]).sum(0)

@@ -1,7 +1,7 @@
 """Runs a closure several times in one step as if it ran once: the same dropout masks, buffers updated once."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from kfdist.errors import KfdistError
 from kfdist.runtime.forward_state import ForwardState
 
-Closure = Callable[[], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, int]]
-"""Runs the model on the step's batch and returns (output, loss), or (output, loss, examples); no backward."""
+Closure = Callable[..., tuple[Tensor, Tensor] | tuple[Tensor, Tensor, int]]
+"""Runs the model on the step's batch and returns (output, loss), or (output, loss, examples); no backward.
+
+It is called with the tensors of the batch, or with the same rows of each, where `AdaptiveStep.step` was given them.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,21 @@ class Replay:
 
     Args:
         closure: The user's closure.
+        batch: What it is called with: tensors whose dim 0 are the same examples, or nothing.
         model: The module that it runs.
         device: Where the model is.
+
+    Attributes:
+        rows: How many examples the tensors have; 0 without a tensor.
+
+    Raises:
+        KfdistError: The tensors have no examples, or not the same number of them.
     """
 
-    def __init__(self, closure: Closure, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, closure: Closure, batch: Sequence[Tensor], model: nn.Module, device: torch.device) -> None:
         self._closure = closure
+        self._batch = tuple(batch)
+        self.rows = _rows(self._batch)
         self._model = model
         self._device = device
         self._before = ForwardState(model, device)
@@ -58,7 +70,7 @@ class Replay:
             KfdistError: The closure returned something else than it must.
         """
         with torch.enable_grad():
-            evaluation = _checked(self._closure())
+            evaluation = _checked(self._closure(*self._batch))
         self._after = ForwardState(self._model, self._device)
         if not evaluation.loss.requires_grad:
             raise KfdistError(
@@ -67,17 +79,40 @@ class Replay:
             )
         return evaluation
 
-    def again(self) -> Evaluation:
-        """Runs the closure once more, in the gradient mode of the caller."""
+    def again(self, rows: Tensor | None = None) -> Evaluation:
+        """Runs the closure once more, in the gradient mode of the caller.
+
+        Args:
+            rows: Which examples of the batch's tensors it is given; all if None.
+        """
         self._before.restore()
         try:
-            return _checked(self._closure())
+            if rows is None:
+                return _checked(self._closure(*self._batch))
+            return _checked(self._closure(*(each.index_select(0, rows.to(each.device)) for each in self._batch)))
         finally:
             self._after.restore()
 
     def undo(self) -> None:
         """Puts buffers and generators back to before the training forward."""
         self._before.restore()
+
+
+def _rows(batch: tuple[Tensor, ...]) -> int:
+    """Returns how many examples the tensors have; 0 without a tensor."""
+    for number, each in enumerate(batch):
+        if not isinstance(each, Tensor):
+            raise KfdistError(
+                f"argument {number + 1} of the batch is of type {type(each).__name__}; the tensors are needed that the "
+                "closure takes, with the examples along dim 0. What isn't one belongs into the closure"
+            )
+    lengths = {each.shape[0] if each.dim() else 0 for each in batch}
+    if len(lengths) > 1 or 0 in lengths:
+        shapes = ", ".join(str(tuple(each.shape)) for each in batch)
+        raise KfdistError(
+            f"the batch's tensors are {shapes}; equally many examples, at least 1, are needed along dim 0"
+        )
+    return lengths.pop() if lengths else 0
 
 
 def _checked(returned: Any) -> Evaluation:

@@ -11,28 +11,31 @@ LOSSES = ("mse", "cross_entropy", "binary_cross_entropy")
 """Losses that are negative log-likelihoods of a known distribution; the last one takes logits."""
 
 
-def check_arguments(preconditioner: Preconditioner, loss: str | None, weight_decay: float, damping: float) -> None:
+def check_arguments(
+    preconditioner: Preconditioner, loss: str | None, weight_decay: float, damping: float | None, *, gamma_search: bool
+) -> None:
     """Checks that the values are in range and that the preconditioner fits the adaptive step.
 
     Raises:
-        ConfigError: A value is out of range; or the preconditioner clips or scales the gradients, adopts inverses late,
-            has an optimizer attached, or uses a method whose damping is fixed at the inversion or isn't the lambda of
-            F + lambda I.
+        ConfigError: A value is out of range; or the preconditioner clips or scales the gradients, adopts inverses
+            when they happen to arrive, has an optimizer attached, or uses a method whose damping isn't the lambda of
+            F + lambda I or, though gamma is searched for, is fixed at the inversion.
     """
     if loss is not None:
         checks.choice("loss", loss, LOSSES, hint="or None where the closure calls observe itself")
     checks.number("weight_decay", weight_decay, least=0)
-    checks.number("damping", damping, above=0)
+    if damping is not None:
+        checks.number("damping", damping, above=0)
     settings = preconditioner.settings
     if settings.kl_clip is not None:
         raise ConfigError(
             f"the preconditioner has kl_clip={settings.kl_clip!r}; AdaptiveStep sizes its steps by the quadratic "
             "model: make it with kl_clip=None"
         )
-    if settings.lag != 0:
+    if settings.lag is None:
         raise ConfigError(
-            f"the preconditioner has adoption={settings.adoption!r}; AdaptiveStep needs the newest inverse at "
-            "every step: make it with adoption=kfdist.FixedLag(0)"
+            f"the preconditioner has adoption={settings.adoption!r}; AdaptiveStep's decisions follow from its inverses "
+            "and must be repeatable: make it with adoption=kfdist.FixedLag(0), or a few steps more where others invert"
         )
     if preconditioner.attached:
         raise ConfigError(
@@ -48,11 +51,12 @@ def check_arguments(preconditioner: Preconditioner, loss: str | None, weight_dec
         for group in preconditioner.groups
         if not group.inverter.produces.damping_at_apply
     }
-    if fixed:
+    if fixed and gamma_search:
         listed = ", ".join(f"{method!r} (block {group!r})" for method, group in fixed.items())
         raise ConfigError(
-            f"the damping of {listed} is fixed at the inversion; AdaptiveStep tries several dampings at one step: use "
-            'KfacEigen(damping_rule="pi"), which is the same factored damping applied later'
+            f"the damping of {listed} is fixed at the inversion, and a search for gamma tries several dampings at one "
+            'step: use KfacEigen(damping_rule="pi"), which is the same factored damping applied later, or '
+            "settings=AdaptiveSettings(gamma_search=False)"
         )
     relative = [
         group.name for group in preconditioner.groups if group.inverter.settings().get("damping_rule") == "relative"

@@ -116,7 +116,6 @@ def test_the_first_direction_is_the_preconditioners():
     [
         (PI, {"kl_clip": 1e-3, "lr": 0.1}, "kl_clip=None"),
         (PI, {"adoption": "asap"}, r"adoption=Asap\(.*FixedLag\(0\)"),
-        (PI, {"adoption": kfdist.FixedLag(2)}, r"adoption=FixedLag\(lag=2"),
         (PI, {"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler"),
         ("kfac", {}, 'fixed at the inversion.*KfacEigen\\(damping_rule="pi"\\)'),
         ({"0": "kfac", "*": PI}, {}, "'kfac' \\(block '0'\\)"),

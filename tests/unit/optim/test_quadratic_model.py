@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kfdist.optim.quadratic_model import InnerProducts, inner_product, minimise_model
+from kfdist.optim.quadratic_model import InnerProducts, gram, minimise_model
 
 EXACT = 1e-10
 """Everything is float64 with condition numbers below 1e4."""
@@ -95,8 +95,12 @@ def test_a_number_that_is_not_finite_gives_no_model(field: str, value: float):
 
 
 def test_inner_products_of_float32_are_summed_in_float64():
-    first = [torch.full((1000,), 0.1), torch.tensor([[1e4]])]
-    expected = sum(float((each.double() ** 2).sum()) for each in first)
-    total = inner_product(first, first)
-    assert total.dtype == torch.float64
-    assert float(total) == pytest.approx(expected, rel=1e-15)
+    first, second = [torch.full((1000,), 0.1), torch.tensor([[1e4]])], [torch.full((1000,), 0.3), torch.tensor([[1.0]])]
+    dots = [
+        sum(float((a.double() * b.double()).sum()) for a, b in zip(first, other, strict=True))
+        for other in (first, second)
+    ]
+    found = gram([first, second])
+    assert found.dtype == torch.float64
+    assert found[0].tolist() == pytest.approx(dots, rel=1e-15)
+    assert float(found[1, 0]) == float(found[0, 1])

@@ -47,7 +47,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def test_later_runs_see_the_first_ones_masks_and_leave_its_traces():
     model = network()
-    replay = Replay(closure_of(model), model, CPU)
+    replay = Replay(closure_of(model), (), model, CPU)
     first = replay.first()
     after_one = traces(model)
     assert int(model[1].num_batches_tracked) == 1
@@ -70,7 +70,7 @@ def test_traces_are_put_back_where_a_run_fails():
             raise RuntimeError("a bad day")
         return result
 
-    replay = Replay(closure, model, CPU)
+    replay = Replay(closure, (), model, CPU)
     replay.first()
     after_one, fails = traces(model), True
     with pytest.raises(RuntimeError, match="a bad day"):
@@ -81,7 +81,7 @@ def test_traces_are_put_back_where_a_run_fails():
 def test_the_training_forward_can_be_undone():
     model = network()
     before = traces(model)
-    replay = Replay(closure_of(model), model, CPU)
+    replay = Replay(closure_of(model), (), model, CPU)
     replay.first()
     assert not equal(traces(model), before)
     replay.undo()
@@ -91,8 +91,8 @@ def test_the_training_forward_can_be_undone():
 def test_the_number_of_examples_is_the_batch_dimension_or_what_the_closure_says():
     model = network()
     output, loss = closure_of(model)()
-    assert Replay(lambda: (output, loss), model, CPU).first().examples == 6
-    stated = Replay(lambda: (output, loss, 11), model, CPU).first()
+    assert Replay(lambda: (output, loss), (), model, CPU).first().examples == 6
+    stated = Replay(lambda: (output, loss, 11), (), model, CPU).first()
     assert stated.examples == 11 and stated.stated
 
 
@@ -112,4 +112,4 @@ def test_the_number_of_examples_is_the_batch_dimension_or_what_the_closure_says(
 )
 def test_what_else_a_closure_returns_is_refused(returned: object, message: str):
     with pytest.raises(KfdistError, match=message):
-        Replay(lambda: returned, network(), CPU).first()  # pyright: ignore[reportArgumentType, reportReturnType]
+        Replay(lambda: returned, (), network(), CPU).first()  # pyright: ignore[reportArgumentType, reportReturnType]

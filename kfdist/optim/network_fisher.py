@@ -1,0 +1,100 @@
+"""Products of the whole network's exact Fisher with directions, over all ranks' batches."""
+
+import logging
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor, nn
+
+from kfdist.comm.reduce import reduce_flat
+from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputFisher, OutputProduct
+from kfdist.optim.quadratic_model import InnerProducts, gram
+from kfdist.optim.replay import Replay
+from kfdist.runtime.preconditioner import Preconditioner
+
+_LOG = logging.getLogger(__name__)
+
+
+class NetworkFisher:
+    """Forms the numbers that the quadratic model is made of. All ranks make the same calls.
+
+    Args:
+        preconditioner: Whose model it is; measures nothing meanwhile.
+        parameters: Those that move.
+        differentiation: "forward", "double_backward" or "auto".
+    """
+
+    def __init__(
+        self, preconditioner: Preconditioner, parameters: Sequence[nn.Parameter], differentiation: str
+    ) -> None:
+        self._preconditioner = preconditioner
+        self._parameters = parameters
+        self._may_change = differentiation == "auto"
+        self._how = Differentiation.FORWARD if self._may_change else Differentiation(differentiation)
+
+    def linearise(self, replay: Replay, rows: Tensor | None) -> OutputFisher:
+        """Linearises the model at the present parameters, on this rank's batch or some of its examples."""
+
+        def run() -> tuple[Tensor, Tensor]:
+            with self._preconditioner.paused():
+                evaluation = replay.again(rows)
+            return evaluation.output, evaluation.loss
+
+        return OutputFisher(run, self._preconditioner.model)
+
+    def product(self, fisher: OutputFisher, direction: Sequence[Tensor]) -> OutputProduct:
+        """Computes J u and H J u on this rank's examples."""
+        u = dict(zip(self._parameters, direction, strict=True))
+        try:
+            return fisher.along(u, self._how)
+        except NoForwardDerivative as error:
+            if not self._may_change:
+                raise
+            self._how = Differentiation.DOUBLE_BACKWARD
+            _LOG.info("AdaptiveStep: %s; Jacobian products use the double backward from now on", error)
+            return fisher.along(u, self._how)
+
+    def inner_products(
+        self, basis: Sequence[Sequence[Tensor]], products: Sequence[OutputProduct], share: float
+    ) -> InnerProducts:
+        """Forms all inner products of the basis, summed over ranks in one all-reduce.
+
+        Those of parameters and gradients alone are averaged over the ranks, too, so that ranks decide alike even if
+        these numbers differ in the last bit.
+        """
+        m, w = len(basis), 1.0 / self._preconditioner.world.world_size
+        pairs = list(combinations_with_replacement(range(m), 2))
+        inner = w * gram([[gradient_of(p) for p in self._parameters], *basis])
+        parts = [inner[0, 1 + i] for i in range(m)]
+        parts += [share * gram([[products[i].change], [products[j].curvature]])[0, 1] for i, j in pairs]
+        parts += [inner[1 + i, 1 + j] for i, j in pairs]
+        sums = iter(self.sum_over_ranks(torch.stack([each.to(parts[0].device) for each in parts])))
+        slopes = torch.tensor([next(sums) for _ in range(m)], dtype=torch.float64, device="cpu")
+        fisher = torch.zeros(m, m, dtype=torch.float64, device="cpu")
+        lengths = torch.zeros_like(fisher)
+        for matrix in (fisher, lengths):
+            for i, j in pairs:
+                matrix[i, j] = matrix[j, i] = next(sums)
+        return InnerProducts(slopes=slopes, fisher=fisher, gram=lengths)
+
+    def mean_curvature(self, fisher: OutputFisher, share: float, seed: int) -> float:
+        """Estimates tr F over the number of parameters: the mean of u^T F u for a random u of independent entries.
+
+        Source: Hutchinson (1990), with a single u.
+        """
+        draw = torch.Generator(device="cpu").manual_seed(seed)
+        u = [torch.randn(p.shape, generator=draw, dtype=p.dtype, device="cpu").to(p.device) for p in self._parameters]
+        seen = self.product(fisher, u)
+        curvature = share * gram([[seen.change], [seen.curvature]])[0, 1]
+        return self.sum_over_ranks(curvature.reshape(1))[0] / sum(p.numel() for p in self._parameters)
+
+    def sum_over_ranks(self, values: Tensor) -> list[float]:
+        """Sums numbers over all ranks."""
+        return reduce_flat([values], self._preconditioner.world)[0].tolist()
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Returns the gradient of a parameter that has one."""
+    assert parameter.grad is not None  # AdaptiveStep gives every parameter one
+    return parameter.grad.detach()
