@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,12 +17,11 @@ from torch.nn import functional as F
 
 from kfdist.bench.workloads import Batch
 from kfdist.capture.requests import Sampling
-from kfdist.curvature.inverters import KfacEigen, RsKfac
+from kfdist.curvature.inverters import RsKfac
 from kfdist.data.sets import Digits
 from kfdist.links.local import LocalLink
 from kfdist.models.small import DigitsCnn
 from kfdist.optim.adaptive import AdaptiveStep
-from kfdist.policies.staleness import FixedLag
 from kfdist.runtime.preconditioner import Preconditioner
 
 Step = Callable[[Batch], None]
@@ -204,19 +204,25 @@ def _behind(method: Any, **settings: Any) -> Callable[[Task, nn.Module, float], 
     return training
 
 
+FIRST_BATCH, GROWING_STEPS = 512, 200
+"""The batches of `AdaptiveStep`: they grow from this size to all examples within these steps, as in the K-FAC paper."""
+
+
 @contextmanager
 def _adaptive(task: Task, model: nn.Module, lr: float) -> Iterator[Step]:
-    method = KfacEigen(damping_rule="pi")
-    settings: dict[str, Any] = {"fisher": "mc", "factor_period": 1, "inverse_period": 5, "kl_clip": None}
-    with Preconditioner(model, method, adoption=FixedLag(0), link=LocalLink(), **settings) as preconditioner:
-        adaptive = AdaptiveStep(preconditioner, loss=task.loss_name, damping=lr)
+    del lr  # it finds its own
+    with AdaptiveStep.for_model(model, task.loss_name, link=LocalLink()) as adaptive:
+        done = count()
+
+        def closure(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = model(inputs)
+            return outputs, task.loss(outputs, targets)
 
         def step(batch: Batch) -> None:
-            def closure() -> tuple[Tensor, Tensor]:
-                outputs = model(batch[0])
-                return outputs, task.loss(outputs, batch[1])
-
-            adaptive.step(closure)
+            examples = len(batch[0])
+            grown = min(next(done) / GROWING_STEPS, 1.0)
+            size = min(round(FIRST_BATCH ** (1 - grown) * examples**grown), examples)
+            adaptive.step(closure, batch[0][:size], batch[1][:size])
 
         yield step
 
@@ -265,8 +271,8 @@ def _rivals() -> dict[str, Rival]:
             kfdist=True,
         ),
         "adaptive": Rival(
-            title="kfdist: AdaptiveStep, sampled Fisher, all examples",
-            rates=(1.0, 10.0),
+            title="kfdist: AdaptiveStep, no rate, growing batches",
+            rates=(0.0,),
             training=_adaptive,
             kfdist=True,
             whole=True,
@@ -275,4 +281,4 @@ def _rivals() -> dict[str, Rival]:
 
 
 RIVALS: Mapping[str, Rival] = _rivals()
-"""By the name that `--rival` gives them. The rate of `adaptive` is its first damping."""
+"""By the name that `--rival` gives them."""

@@ -287,7 +287,7 @@ class AdaptiveStep:
             return _Parts()
         label = f"adaptive/{self._preconditioner.settings.seed}/{self._count}/{self._preconditioner.world.rank}"
         generator = torch.Generator(device="cpu").manual_seed(seed_from(label))
-        drawn = torch.randperm(rows, generator=generator)
+        drawn = torch.randperm(rows, generator=generator, dtype=torch.int64, device="cpu")
 
         def some(order: Tensor, fraction: float) -> Tensor | None:
             return None if fraction == 1 else order[: max(1, round(fraction * rows))]

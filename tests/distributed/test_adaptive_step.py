@@ -151,3 +151,29 @@ def bad_batch(communicator: Communicator) -> str:
 
 def test_one_ranks_bad_batch_is_told_on_all():
     assert len(set(run_ranks(2, bad_batch))) == 1
+
+
+def train_on_parts(communicator: Communicator) -> dict[str, Any]:
+    """Trains with curvature of parts, other ones on each rank; all ranks take the same steps all the same."""
+    model, calls = network(), []
+    with kfdist.AdaptiveStep.for_model(model, "mse", weight_decay=1e-3) as adaptive:
+
+        def closure(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            calls.append(x[:, 0].detach().clone())
+            output = model(x)
+            return output, functional.mse_loss(output, y)
+
+        reports = [adaptive.step(closure, *shares(0, 2, ragged=False)[communicator.rank]) for _ in range(12)]
+    return {
+        "parameters": torch.cat([p.detach().flatten() for p in model.parameters()]),
+        "losses": torch.tensor([report.loss for report in reports], dtype=torch.float64),
+        "rows": calls[1],
+    }
+
+
+def test_ranks_that_measure_parts_of_their_own_take_the_same_steps():
+    one, other = run_ranks(2, train_on_parts)
+    assert torch.equal(one["parameters"], other["parameters"])
+    assert torch.equal(one["losses"], other["losses"])
+    assert one["losses"][-1] < 0.3 * one["losses"][0]
+    assert not torch.equal(one["rows"], other["rows"])
