@@ -130,6 +130,6 @@ def test_where_nothing_was_measured_the_ranks_own_snapshots_stay_in_use() -> Non
     for name, after in pre.inverses().items():
         assert torch.equal(rows[name].trace_A, after.trace_A)
     changed = step(spoiled=False, seed=5)
-    # The second layer's gradient of ones has no curvature (a softmax's sum to zero over the classes): 1 / damping always.
+    # Of ones for all classes, whose gradients sum to zero, the second layer has no curvature: 1 / damping always.
     assert not any(map(torch.equal, good[:2], changed[:2]))
     pre.close()
