@@ -63,6 +63,8 @@ class RunRecord:
         asked: What of it the ranks haven't obeyed yet: its revision, and a text for users.
         obeyed_revision: The newest revision of the settings that all ranks have taken up.
         obeyed_step: The step at which they did.
+        refresh_revision: The revision that last asked for fresh inverses; 0 if none did since the last reset.
+        refresh_step: The step at which the ranks of this start agreed on it; -1 if they haven't.
         in_force: What the ranks go by, as rank 0 last said in this start.
         fingerprint: What the numbers of its ranks depend on.
         live_workers: Ranks alive within the lease.
@@ -87,6 +89,8 @@ class RunRecord:
     asked: tuple[tuple[int, str], ...] = ()
     obeyed_revision: int = 0
     obeyed_step: int = 0
+    refresh_revision: int = 0
+    refresh_step: int = -1
     in_force: InForce = InForce()
     fingerprint: str = ""
     live_workers: int = 0

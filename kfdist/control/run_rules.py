@@ -41,15 +41,17 @@ def announced(record: RunRecord | None, *, name: str, directory: str, total_step
 def started(record: RunRecord, *, epoch: int, world_size: int) -> Change:
     """Opens the start `epoch` of a run, when its first rank registers.
 
-    A run that hadn't ended keeps its settings, so that ranks that crashed and restarted stay paused. One that had ended
-    gets them reset.
+    A run that hadn't ended keeps its settings, so that ranks that crashed and restarted stay paused, and do what the
+    last ones hadn't heard of. One that had ended gets them reset.
     """
     if record.state.ended:
         record = _reset(record)
+    if record.refresh_revision <= record.obeyed_revision:
+        # The new start's ranks have seen no request for fresh inverses, and must not take an old one for a new one.
+        record = replace(record, settings=replace(record.settings, refresh_serial=0, refresh=()))
     opened = replace(
         record,
-        # The new start's ranks have seen no request for fresh inverses, and must not take an old one for a new one.
-        settings=replace(record.settings, refresh_serial=0, refresh=()),
+        refresh_step=-1,
         epoch=epoch,
         world_size=world_size,
         begun=False,
@@ -75,7 +77,8 @@ def reported(record: RunRecord, *, phase: str, step: int, in_force: InForce | No
     if state is record.state:
         return Change(moved, events)
     kind = "returned" if record.state is RunState.LOST else state.value
-    return Change(moved, (*events, Event(kind=kind, text=f"{record.state} -> {state} at step {step}")))
+    events = (*events, Event(kind=kind, text=f"{record.state} -> {state} at step {step}"))
+    return _ended(moved, events) if state.ended else Change(moved, events)
 
 
 def _obeyed(record: RunRecord, in_force: InForce, phase: str) -> tuple[RunRecord, tuple[Event, ...]]:
@@ -105,6 +108,8 @@ def _obeyed(record: RunRecord, in_force: InForce, phase: str) -> tuple[RunRecord
             record = replace(record, settings=replace(record.settings, changes=kept))
         elif texts:
             events.append(Event(kind="settings_obeyed", text=what))
+        if record.obeyed_revision < record.refresh_revision <= each.revision:
+            record = replace(record, refresh_step=each.step)
         record = replace(
             record,
             asked=tuple(asked for asked in record.asked if asked[0] > each.revision),
@@ -123,6 +128,23 @@ def _stop_obeyed(record: RunRecord, step: int) -> tuple[RunRecord, tuple[Event, 
     left = tuple(asked for asked in record.asked if asked[0] != stop)
     obeyed = replace(record, asked=left, obeyed_revision=max(stop, record.obeyed_revision), obeyed_step=step)
     return obeyed, (Event(kind="settings_obeyed", text=text),)
+
+
+def _ended(record: RunRecord, events: tuple[Event, ...]) -> Change:
+    """Tells what was asked of a start that has ended and that none of its steps did; nothing is dropped unsaid."""
+    if record.state is not RunState.FAILED and record.refresh_step >= max(record.step - 1, 0):
+        text = (
+            f"the refresh agreed on at step {record.refresh_step} is left to the first step of the next start: this "
+            "one made no step after it"
+        )
+        events = (*events, Event(kind="refresh_left", text=text))
+    if record.asked:
+        told = ", ".join(f"revision {revision} ({text})" for revision, text in record.asked)
+        text = (
+            f"{told}: the run was {record.state} at step {record.step} before its ranks took it up; ask its next start"
+        )
+        events = (*events, Event(kind="not_obeyed", text=text))
+    return Change(replace(record, asked=()), events)
 
 
 def _kept(record: RunRecord, in_force: InForce) -> Iterator[Event]:
@@ -149,7 +171,9 @@ def silent(record: RunRecord, *, lease_seconds: float) -> Change:
         return Change(replace(record, state=RunState.LOST, live_workers=0), (Event(kind="lost", text=text),))
     if record.state is RunState.STOPPING:  # asked to stop before any rank had come, and none has
         text = f"stopped before it began: no rank came within {lease_seconds:g} s"
-        return Change(replace(record, state=RunState.STOPPED), (Event(kind="stopped", text=text),))
+        left = tuple(asked for asked in record.asked if asked[1] != "stop")
+        stopped = replace(record, state=RunState.STOPPED, asked=left)
+        return _ended(stopped, (Event(kind="stopped", text=text),))
     return Change(record)
 
 
@@ -164,4 +188,4 @@ def _reset(record: RunRecord) -> RunRecord:
         refresh_serial=0,
         refresh=(),
     )
-    return replace(record, settings=settings, asked=())
+    return replace(record, settings=settings, asked=(), refresh_revision=0)

@@ -30,15 +30,9 @@ def desired(record: RunRecord, wish: Desired, who: str) -> Change:
     """
     if wish is Desired.STOPPED and record.state.ended:
         return Change(record)
-    _check_steerable(record)
-    now = record.settings.desired
-    if now is wish:
+    if record.settings.desired is wish and not record.state.ended:
         return Change(record)
-    if now is Desired.STOPPED:
-        raise Refusal(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            f"run {record.name!r} is to stop, which can't be taken back; start it again when it has ended",
-        )
+    _check_steerable(record)
     word = {Desired.RUNNING: "resume", Desired.PAUSED: "pause", Desired.STOPPED: "stop"}[wish]
     moved = _asked(record, word, desired=wish)
     if wish is Desired.STOPPED and record.state is not RunState.LOST:
@@ -55,7 +49,7 @@ def tuned(record: RunRecord, changes: Mapping[str, Value | None], who: str) -> C
         who: Who asks.
 
     Raises:
-        Refusal: FAILED_PRECONDITION: the run has ended.
+        Refusal: FAILED_PRECONDITION: the run has ended, or is to end.
     """
     _check_steerable(record)
     before = record.settings.changes
@@ -67,7 +61,8 @@ def tuned(record: RunRecord, changes: Mapping[str, Value | None], who: str) -> C
     moved = _asked(record, _described(record, changes), changes={**before, **changes})
     events = []
     for name, value in changes.items():
-        old = record.in_force.values.get(name, before.get(name))
+        asked = name in before and (record.asked or before[name] is not None)  # maybe not in force yet
+        old = before[name] if asked else record.in_force.values.get(name)
         was = "as configured" if old is None else tuning.shown(name, old)
         now = "as configured" if value is None else tuning.shown(name, value)
         text = f"{who} set {name} from {was} to {now} at step {record.step} (revision {moved.settings.revision})"
@@ -79,7 +74,7 @@ def checkpointed(record: RunRecord, who: str) -> Change:
     """Notes a request for a checkpoint.
 
     Raises:
-        Refusal: FAILED_PRECONDITION: the run has ended.
+        Refusal: FAILED_PRECONDITION: the run has ended, or is to end.
     """
     _check_steerable(record)
     serial = record.settings.checkpoint_serial + 1
@@ -96,7 +91,7 @@ def refreshed(record: RunRecord, groups: Sequence[GroupName], who: str) -> Chang
         who: Who asks.
 
     Raises:
-        Refusal: FAILED_PRECONDITION: the run has ended.
+        Refusal: FAILED_PRECONDITION: the run has ended, or is to end.
     """
     _check_steerable(record)
     shown = ", ".join(groups[:SHOWN_GROUPS]) + (
@@ -104,7 +99,8 @@ def refreshed(record: RunRecord, groups: Sequence[GroupName], who: str) -> Chang
     )
     what = f"refresh of {shown or 'all blocks'}"
     serial = record.settings.refresh_serial + 1
-    moved = _asked(record, f"{what}, inverted at the step after", refresh_serial=serial, refresh=tuple(groups))
+    moved = _asked(record, f"{what}, inverted at the next step", refresh_serial=serial, refresh=tuple(groups))
+    moved = replace(moved, refresh_revision=moved.settings.revision)
     return Change(moved, (_request("refresh_requested", what, moved, who),))
 
 
@@ -112,7 +108,7 @@ def replanned(record: RunRecord, text: str, who: str) -> Change:
     """Notes that the groups are dealt to owners anew.
 
     Raises:
-        Refusal: FAILED_PRECONDITION: the run has ended.
+        Refusal: FAILED_PRECONDITION: the run has ended, or is to end.
     """
     _check_steerable(record)
     return Change(record, (Event(kind="replanned", text=f"{text}; asked for at step {record.step} by {who}"),))
@@ -123,6 +119,12 @@ def _check_steerable(record: RunRecord) -> None:
         raise Refusal(
             grpc.StatusCode.FAILED_PRECONDITION,
             f"run {record.name!r} has ended ({record.state}) at step {record.step}; only a new start moves it on",
+        )
+    if record.settings.desired is Desired.STOPPED:  # ranks that end would obey nothing that is asked from now on
+        raise Refusal(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"run {record.name!r} is to stop, which can't be taken back; start it again when it has ended, "
+            "and ask then",
         )
 
 

@@ -37,6 +37,7 @@ def pipeline_state(pipeline: Pipeline, *, folded: bool) -> dict[str, Any]:
         **pipeline.inverting.state_dict(),
         **pipeline.adopting.state_dict(),
         **pipeline.in_force.state_dict(),
+        **pipeline.agreement.state_dict(),
         **pipeline.timetable.state_dict(pipeline.next_step),
     }
     return {**state, "sums": _scaled(state["sums"], world_size)} if folded else state
@@ -61,6 +62,7 @@ def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     if state["statistics"] == FOLDED:
         state = {**state, "sums": _scaled(state["sums"], 1.0 / pipeline.training.world_size)}
     pipeline.in_force.load_state_dict(state)
+    pipeline.agreement.load_state_dict(state)
     pipeline.started = True
     pipeline.next_step = int(state["step"])
     pipeline.statistics_step = int(state["statistics_step"])

@@ -111,15 +111,18 @@ def test_a_refresh_names_groups_by_globs_and_the_log_its_step(trains, member) ->
     settings = member.beat_worker("r").settings
     assert (settings.refresh_serial, list(settings.refresh)) == (1, ["conv1", "conv2", "head"])
     member.beat_worker("r", step=9, in_force=InForce(obeyed=(Obeyed(revision=revision, step=9),)))
-    what = "refresh of conv1, conv2, head, inverted at the step after"
+    what = "refresh of conv1, conv2, head, inverted at the next step"
     assert texts(trains, "settings_obeyed") == [f"revision {revision} ({what}), agreed on by all ranks at step 9"]
     trains.refresh("r")
     settings = member.beat_worker("r").settings
     assert (settings.refresh_serial, list(settings.refresh)) == (2, [])
     with pytest.raises(ConfigError, match="groups: 'conf1' matches no group of the run; did you mean 'conv1'"):
         trains.refresh("r", ["conf1"])
-    member.register_worker("r", epoch=2, groups=GROUPS)  # its ranks have no old request to obey
-    assert member.beat_worker("r", epoch=2).settings.refresh_serial == 0
+    member.register_worker("r", epoch=2, groups=GROUPS)  # of which the last start's ranks haven't heard
+    told = InForce(obeyed=(Obeyed(revision=revision + 1, step=9),))
+    assert member.beat_worker("r", epoch=2, step=9, in_force=told).settings.refresh_serial == 2
+    member.register_worker("r", epoch=3, groups=GROUPS)  # its ranks have no old request to obey
+    assert member.beat_worker("r", epoch=3).settings.refresh_serial == 0
 
 
 @long_lease

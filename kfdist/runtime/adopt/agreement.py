@@ -1,8 +1,9 @@
 """What all ranks agree on before a step: the table of the last one, and what users ask of the run."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -121,6 +122,14 @@ class Agreement:
         """Returns the groups that users want inverted since the last call, whatever their period."""
         fresh, self._fresh = frozenset(self._fresh), set()
         return fresh
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what `take_fresh` would; there is something when a step was interrupted before it asked."""
+        return {"wanted": sorted(self._fresh)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned."""
+        self._fresh = set(state.get("wanted", ()))  # older checkpoints lack it
 
     def request_stop(self) -> None:
         """This rank was asked to stop; all ranks will know at the same step. Safe to call from a signal handler."""

@@ -74,7 +74,7 @@ class RunRules(RuleBasedStateMachine):
         else:
             assert before.state.ended or self.record.settings.desired is wish
 
-    @precondition(lambda self: not self.record.state.ended)
+    @precondition(lambda self: self.steerable)
     @rule(damping=st.floats(1e-9, 1e3))
     def damp_and_checkpoint(self, damping: float) -> None:
         serial = self.record.settings.checkpoint_serial
@@ -83,15 +83,25 @@ class RunRules(RuleBasedStateMachine):
         assert self.record.settings.changes["damping"] == damping
         assert self.record.settings.checkpoint_serial == serial + 1
 
-    @precondition(lambda self: self.record.state.ended)
+    @property
+    def steerable(self) -> bool:
+        return not self.record.state.ended and self.record.settings.desired is not Desired.STOPPED
+
+    @precondition(lambda self: not self.steerable)
     @rule()
-    def refuse_to_steer_what_has_ended(self) -> None:
+    def refuse_to_steer_what_ends(self) -> None:
         for steer in (
             lambda r: steering.tuned(r, {"damping": 1.0}, "ada"),
             lambda r: steering.checkpointed(r, "ada"),
+            lambda r: steering.refreshed(r, ["0"], "ada"),
+            lambda r: steering.replanned(r, "dealt", "ada"),
         ):
-            with pytest.raises(Refusal, match="has ended"):
+            with pytest.raises(Refusal, match="has ended" if self.record.state.ended else "is to stop"):
                 steer(self.record)
+
+    @invariant()
+    def nobody_is_asked_any_more_once_a_run_has_ended(self) -> None:
+        assert not (self.record.state.ended and self.record.asked)
 
     @invariant()
     def settings_never_go_back(self) -> None:
@@ -154,6 +164,56 @@ def test_a_stop_is_obeyed_at_a_named_step_whatever_rank_heard_of_it(heard: tuple
         "stopping -> stopped at step 7",
     ]
     assert (ended.record.asked, ended.record.obeyed_revision, ended.record.obeyed_step) == ((), 1, 7)
+
+
+def running(step: int = 3) -> RunRecord:
+    record = run_rules.started(RunRules.create(None), epoch=1, world_size=2).record
+    return run_rules.reported(record, phase="running", step=step).record
+
+
+@pytest.mark.parametrize("phase", ["finished", "stopped", "failed"])
+def test_what_a_run_that_ends_has_not_obeyed_is_told(phase: str):
+    record = steering.tuned(running(), {"damping": 0.5}, "ada").record
+    record = steering.checkpointed(record, "ada").record
+    ended = run_rules.reported(record, phase=phase, step=9)
+    assert [event.text for event in ended.events if event.kind == "not_obeyed"] == [
+        f"revision 1 (damping 0.5), revision 2 (checkpoint 1): the run was {phase} at step 9 before its ranks took it "
+        "up; ask its next start"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "is_left"),
+    [("stopped", 8, True), ("finished", 8, True), ("stopped", 7, True), ("stopped", 9, False), ("failed", 8, False)],
+)
+def test_a_refresh_that_no_step_has_made_is_left_to_the_next_start_and_that_is_told(
+    phase: str, step: int, is_left: bool
+):
+    record = steering.refreshed(running(), ["0"], "ada").record
+    told = InForce(obeyed=(Obeyed(revision=1, step=7),))
+    ended = run_rules.reported(record, phase=phase, step=step, in_force=told)
+    texts = [event.text for event in ended.events if event.kind == "refresh_left"]
+    assert len(texts) == is_left and all("the refresh agreed on at step 7 is left to" in text for text in texts)
+    assert not any(event.kind == "not_obeyed" for event in ended.events)
+
+
+def test_a_refresh_that_nobody_heard_of_is_for_the_next_start_after_a_crash_and_is_made_once():
+    record = steering.refreshed(running(), ["0"], "ada").record
+    again = run_rules.started(record, epoch=2, world_size=2).record
+    assert (again.settings.refresh_serial, again.settings.refresh) == (1, ("0",))
+    heard = run_rules.reported(again, phase="running", step=4, in_force=InForce(obeyed=(Obeyed(revision=1, step=4),)))
+    third = run_rules.started(heard.record, epoch=3, world_size=2).record
+    assert (third.settings.refresh_serial, third.settings.refresh, third.refresh_step) == (0, (), -1)
+
+
+def test_the_log_says_from_which_value_also_where_that_one_is_not_in_force_yet():
+    told = InForce(values={"damping": 0.03})
+    record = run_rules.reported(running(), phase="running", step=4, in_force=told).record
+    record = steering.tuned(record, {"damping": 0.04}, "ada").record
+    change = steering.tuned(record, {"damping": None}, "ada")
+    assert change.events[0].text == "ada set damping from 0.04 to as configured at step 4 (revision 2)"
+    change = steering.tuned(change.record, {"damping": 0.1}, "ada")
+    assert change.events[0].text == "ada set damping from as configured to 0.1 at step 4 (revision 3)"
 
 
 def test_groups_that_match_fit_in_the_message_to_the_ranks():

@@ -1,6 +1,6 @@
 """Settings changed while a run trains: taken up whole or not at all, counted right, and kept over a resume."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kfdist
+from kfdist.errors import Interrupted
 from kfdist.policies import tuning
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Asap, FixedLag
 from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.track import Track
-from kfdist.types import Desired, RunSettings, Value
+from kfdist.types import Desired, MetricSample, RunSettings, Value
 from tests.support.faulty.link import FaultyLink
 from tests.support.plans import planned
 
@@ -134,10 +135,10 @@ def test_the_names_of_changes_that_are_in_force_are_told() -> None:
 class Run:
     """A model trained in this process by synchronous K-FAC, whose users a test plays."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, link: FaultyLink | None = None, **arguments: Any) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
-        self.link = FaultyLink()
+        self.link = link or FaultyLink()
         given: dict[str, Any] = {"factor_period": 2, "inverse_period": 4, "adoption": FixedLag(0), "lr": 0.1}
         self.pre = kfdist.Preconditioner(self.model, "kfac-eigen", damping=0.1, link=self.link, **given | arguments)
         self.adopted: list[list[int]] = []
@@ -188,6 +189,31 @@ def test_users_may_want_blocks_inverted_out_of_turn_and_get_it_once() -> None:
     assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 6, 12]
     assert [len(versions) for versions in run.adopted if versions] == [2, 2, 2]
     run.pre.close()
+
+
+class StoppingUsers(FaultyLink):
+    """Users that pause a run, want fresh inverses, and have it stop once it is paused."""
+
+    def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
+        super().beat(step, phase, samples)
+        if phase == "paused":
+            self.wanted = RunSettings(revision=2, desired=Desired.STOPPED, refresh_serial=1)
+
+
+def test_a_refresh_that_is_agreed_on_in_a_pause_outlives_a_stop_in_that_pause() -> None:
+    run = Run(StoppingUsers(), inverse_period=12)
+    run.steps(3)
+    run.link.wanted = RunSettings(revision=1, desired=Desired.PAUSED, refresh_serial=1)
+    with pytest.raises(Interrupted):
+        run.steps(2)
+    resumed = Run(inverse_period=12)
+    resumed.model.load_state_dict(run.model.state_dict())
+    resumed.pre.load_state_dict(run.pre.state_dict())
+    resumed.steps(2)
+    # Stopped at step 4, which is done again; the refresh is for the step after the one at which it was agreed on.
+    assert [len(versions) for versions in resumed.adopted] == [0, 2]
+    for each in (run, resumed):
+        each.pre.close()
 
 
 def test_the_clip_can_be_changed_and_taken_away() -> None:

@@ -140,7 +140,8 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pause(self, request, context):
-        """Asks all ranks to wait at the same step. Errors: NOT_FOUND, FAILED_PRECONDITION (the run has ended).
+        """Asks all ranks to wait at the same step. Errors: NOT_FOUND, FAILED_PRECONDITION (the run has ended, or is to
+        stop).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,8 +171,8 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Refresh(self, request, context):
-        """Asks that blocks are measured and inverted at the step after the agreed one, whatever their period. Errors: as Pause,
-        and INVALID_ARGUMENT (a name matches no group).
+        """Asks that blocks are measured and inverted at the step after the agreed one, whatever their period; where the run ends
+        before it, at the first step of its next start. Errors: as Pause, and INVALID_ARGUMENT (a name matches no group).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
