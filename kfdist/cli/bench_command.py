@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kfdist.cli.options import AsJson
+from kfdist.cli.options import AsJson, number, whole
 
 
 def register(app: typer.Typer) -> None:
@@ -26,7 +26,10 @@ def register(app: typer.Typer) -> None:
 
 Out = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Where the figures go, as JSON; a plot lies beside it. benchmarks/results/..."),
+    typer.Option(
+        metavar="FILE",
+        help="Where the figures go, as JSON, with a plot beside it; under benchmarks/results if not given.",
+    ),
 ]
 Model = Annotated[str, typer.Option(metavar="resnet18|mlp|gpt", help="What is trained.")]
 Method = Annotated[str, typer.Option(metavar="NAME", help="The preconditioner's method.")]
@@ -57,7 +60,9 @@ def _finish(
 def _overhead(
     model: Model = "resnet18",
     method: Method = "rs-kfac",
-    steps: Annotated[int, typer.Option(metavar="N", help="Steps of SGD and of kfdist that are timed.")] = 500,
+    steps: Annotated[
+        int, typer.Option(parser=whole(), metavar="N", help="Steps of SGD and of kfdist that are timed.")
+    ] = 500,
     inversions: Annotated[
         str,
         typer.Option(
@@ -67,9 +72,10 @@ def _overhead(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what a step costs beside plain SGD's, by turns in one process. 500 steps take some minutes.
+    """Measure what a step costs beside plain SGD's.
 
-    The preconditioner has its defaults. The thread that trains has a core of its own; all else runs on another one.
+    By turns in one process; 500 steps take some minutes. The preconditioner has its defaults. The thread that
+    trains has a core of its own; all else runs on another one.
     """
     from kfdist.bench.overhead import OverheadSettings, describe, measure_overhead, plot
 
@@ -80,12 +86,19 @@ def _overhead(
 def _stall(
     model: Model = "resnet18",
     method: Method = "rs-kfac",
-    steps: Annotated[int, typer.Option(metavar="N", help="Steps that are timed with and without.")] = 300,
-    slowdown: Annotated[int, typer.Option(metavar="TIMES", help="How many times slower the owner is.")] = 10,
+    steps: Annotated[
+        int, typer.Option(parser=whole(), metavar="N", help="Steps that are timed with and without.")
+    ] = 300,
+    slowdown: Annotated[
+        int, typer.Option(parser=whole(), metavar="TIMES", help="How many times slower the owner is.")
+    ] = 10,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure whether steps take longer while owners are slow, and what the training thread does for them."""
+    """Measure whether steps take longer while owners are slow.
+
+    And what the training thread does for them.
+    """
     from kfdist.bench.stall import StallSettings, describe, measure_stall, plot
 
     settings = StallSettings(model=model, method=method, steps=steps, slowdown=slowdown)
@@ -98,11 +111,16 @@ def _traffic(
         list[str] | None,
         typer.Option("--method", metavar="NAME", help="Repeatable; rs-kfac (low-rank) and kfac (dense) if not given."),
     ] = None,
-    inverse_period: Annotated[int, typer.Option(metavar="STEPS", help="Ten times the factor period.")] = 100,
+    inverse_period: Annotated[
+        int, typer.Option(parser=whole(), metavar="STEPS", help="Ten times the factor period.")
+    ] = 100,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count the bytes that two ranks send for the gradient and for kfdist, on the wire. Takes some minutes."""
+    """Count the bytes that two ranks send, on the wire.
+
+    For the gradient and for kfdist. It takes some minutes.
+    """
     from kfdist.bench.on_the_wire import TrafficSettings, describe, measure_traffic, plot
 
     chosen = tuple(methods) if methods else TrafficSettings.methods
@@ -120,15 +138,17 @@ def _target(
         typer.Option("--rival", metavar="NAME", help="sgd, adamw, muon, rs-kfac, ...; repeatable; all if not given."),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(metavar="S", help="Of training, at most; a task's own if not given.")
+        float | None,
+        typer.Option(parser=number(), metavar="S", help="Of training, at most; a task's own if not given."),
     ] = None,
-    seeds: Annotated[int, typer.Option(metavar="N", help="How many.")] = 1,
+    seeds: Annotated[int, typer.Option(parser=whole(), metavar="N", help="How many.")] = 1,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure seconds and steps to a target, for kfdist and for first-order optimizers. All of it takes ten minutes.
+    """Measure seconds and steps to a target, beside other optimizers.
 
-    Trainings that the file has aren't done again, so that the command may be interrupted and given again.
+    All of it takes ten minutes. Trainings that the file has aren't done again, so that the command may be
+    interrupted and given again.
     """
     from kfdist.bench.results import DIRECTORY, write_result
     from kfdist.bench.to_target import TargetSettings, describe, known_cells, measure_target, plot
@@ -149,14 +169,24 @@ def _inversion(
     ] = None,
     sizes: Annotated[
         list[int] | None,
-        typer.Option("--size", metavar="D", help="Size of a factor; repeatable; 1024, 2048, 4608, 9216 if not given."),
+        typer.Option(
+            "--size",
+            parser=whole(),
+            metavar="D",
+            help="Size of a factor; repeatable; 1024, 2048, 4608, 9216 if not given.",
+        ),
     ] = None,
-    rank: Annotated[int, typer.Option(metavar="R", help="Eigenpairs kept.")] = 220,
-    limit: Annotated[float, typer.Option(metavar="S", help="Longest inversion that is tried, in seconds.")] = 20.0,
+    rank: Annotated[int, typer.Option(parser=whole(), metavar="R", help="Eigenpairs kept.")] = 220,
+    limit: Annotated[
+        float, typer.Option(parser=number(), metavar="S", help="Longest inversion that is tried, in seconds.")
+    ] = 20.0,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure seconds and error of an inversion by the size of a factor and by the rank. It takes some minutes."""
+    """Measure seconds and error of an inversion.
+
+    By the size of a factor and by the rank. It takes some minutes.
+    """
     from kfdist.bench.inversion import InversionSettings, describe, measure_inversion, plot
 
     settings = InversionSettings(
@@ -171,20 +201,29 @@ def _inversion(
 def _scale(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe or a TOML file.")] = "imagenet-resnet50",
     ranks: Annotated[
-        list[int] | None, typer.Option("--ranks", metavar="W", help="Repeatable; 8 to 4096 if not given.")
+        list[int] | None,
+        typer.Option("--ranks", parser=whole(), metavar="W", help="Repeatable; 8 to 4096 if not given."),
     ] = None,
     owners: Annotated[
-        list[int] | None, typer.Option("--owners", metavar="M", help="Repeatable; 1 to 256 if not given.")
+        list[int] | None,
+        typer.Option("--owners", parser=whole(), metavar="M", help="Repeatable; 1 to 256 if not given."),
     ] = None,
-    step_seconds: Annotated[float, typer.Option(metavar="S", help="Assumed of a step without kfdist.")] = 0.3,
+    step_seconds: Annotated[
+        float, typer.Option(parser=number(), metavar="S", help="Assumed of a step without kfdist.")
+    ] = 0.3,
     gigabytes: Annotated[
-        float, typer.Option("--gigabytes-a-second", metavar="GB", help="Assumed that a rank sends.")
+        float, typer.Option("--gigabytes-a-second", parser=number(), metavar="GB", help="Assumed that a rank sends.")
     ] = 25.0,
-    hop: Annotated[float, typer.Option("--hop-microseconds", metavar="US", help="Assumed from rank to rank.")] = 5.0,
+    hop: Annotated[
+        float, typer.Option("--hop-microseconds", parser=number(), metavar="US", help="Assumed from rank to rank.")
+    ] = 5.0,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Calculate what thousands of ranks and hundreds of owners would see, from costs that are measured here."""
+    """Calculate what thousands of ranks would see.
+
+    From costs that are measured here.
+    """
     from kfdist.bench.scaling import ScaleSettings, checked_numbers, describe, measure_scale, plot
 
     settings = ScaleSettings(
@@ -201,12 +240,17 @@ def _scale(
 def _memory(
     model: Model = "resnet18",
     method: Method = "rs-kfac",
-    steps: Annotated[int, typer.Option(metavar="N", help="Of the rank whose peak is measured.")] = 120,
-    long_steps: Annotated[int, typer.Option(metavar="N", help="Of the small model that must not grow.")] = 2000,
+    steps: Annotated[int, typer.Option(parser=whole(), metavar="N", help="Of the rank whose peak is measured.")] = 120,
+    long_steps: Annotated[
+        int, typer.Option(parser=whole(), metavar="N", help="Of the small model that must not grow.")
+    ] = 2000,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the most memory that a rank takes, beside what it has to, and whether it grows in a long run."""
+    """Measure the most memory that a rank takes.
+
+    Beside what it has to, and whether it grows in a long run.
+    """
     from kfdist.bench.memory_use import MemorySettings, describe, measure_memory, plot
 
     settings = MemorySettings(model=model, method=method, steps=steps, long_steps=long_steps)
@@ -226,9 +270,10 @@ def _papers(
     ] = Path("bench-results"),
     as_json: AsJson = False,
 ) -> None:
-    """Measure what the papers claim: shown, not shown, or can't be run here. All of it takes some minutes.
+    """Measure what the papers claim.
 
-    One thread. A claim that isn't shown is a result like any other: the exit code is 0.
+    Shown, not shown, or can't be run here. All of it takes some minutes. One thread. A claim that isn't shown is a
+    result like any other: the exit code is 0.
     """
     from kfdist.bench.papers import describe, run_claims
 

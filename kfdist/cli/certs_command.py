@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
-from kfdist.cli.options import AsJson
+from kfdist.cli.options import AsJson, whole
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Where the certificates are.")]
-Days = Annotated[int, typer.Option(min=1, max=3650, help="How long the certificates hold.")]
+Days = Annotated[
+    int, typer.Option(parser=whole(least=1, most=3650), metavar="DAYS", help="How long the certificates hold.")
+]
 
 _NEXT = """\
 {directory}: ca.pem, controller.pem, owner.pem, client.pem, token; ca.key, which signs new ones, stays here
@@ -37,7 +39,10 @@ def _init(
     days: Days = 365,
     as_json: AsJson = False,
 ) -> None:
-    """Make an authority, certificates of controller, owners and clients, and a token."""
+    """Make an authority, certificates and a token.
+
+    Controller, owners and clients have a certificate each.
+    """
     from kfdist.rpc.certificates import make_certificates
 
     make_certificates(directory, hosts=[host.strip() for host in hosts.split(",") if host.strip()], days=days)
@@ -46,9 +51,10 @@ def _init(
 
 
 def _renew(directory: Directory, days: Days = 365, as_json: AsJson = False) -> None:
-    """Make new certificates of the same authority; who has the old ones is trusted until those expire.
+    """Make new certificates of the same authority.
 
-    Copy them to the nodes like the first ones: running processes take them up without a restart.
+    Who has the old ones is trusted until those expire. Copy them to the nodes like the first ones: running
+    processes take them up without a restart.
     """
     from kfdist.rpc.certificates import renew_certificates
 

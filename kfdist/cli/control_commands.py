@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kfdist.cli.complete import complete_run
-from kfdist.cli.options import AsJson
+from kfdist.cli.options import AsJson, number, whole
 from kfdist.errors import EnvironmentFault, ExitCode
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def _status(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show where a run stands: its step, who is alive, what was measured, and how its inversions fare.
+    """Show where a run stands, who is alive and what was measured.
 
-    Without a controller, a run's directory tells as much as it has.
+    Below it is how each block's inversions fare. Without a controller, a run's directory tells as much as it has.
     """
     from kfdist.cli.find_runs import find_run, look_around
     from kfdist.cli.run_display import print_survey, print_target
@@ -82,7 +82,10 @@ def _status(
 
 
 def _list(address: Address = None, as_json: AsJson = False) -> None:
-    """List all runs of this machine, or all that a controller knows, the newest first."""
+    """List the runs of this machine, or of a controller.
+
+    The newest comes first.
+    """
     from kfdist.cli.find_runs import look_around
     from kfdist.cli.run_display import print_survey
 
@@ -92,12 +95,19 @@ def _list(address: Address = None, as_json: AsJson = False) -> None:
 def _watch(
     run: Run = None,
     from_revision: Annotated[
-        int, typer.Option(min=0, help="Show only changes after this revision; 0 begins with the run as it is.")
+        int,
+        typer.Option(
+            parser=whole(),
+            metavar="REVISION",
+            help="Show only changes after this one; 0 begins with the run as it is.",
+        ),
     ] = 0,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run now and at every change until it ends; Ctrl-C ends the watch, not the run.
+    """Show a run now and at every change until it ends.
+
+    Ctrl-C ends the watch, not the run.
 
     Without RUN, where several are going: a line for each of them.
 
@@ -117,7 +127,10 @@ def _watch(
 
 
 def _pause(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
-    """Ask all ranks of a run to wait at the same step; `resume` lets them go on."""
+    """Have all ranks of a run wait at the same step.
+
+    `kfdist resume` lets them go on.
+    """
     steer(run, address, as_json, "pause", lambda client, name: client.pause(name))
 
 
@@ -127,18 +140,23 @@ def _resume(run: Run = None, address: Address = None, as_json: AsJson = False) -
 
 
 def _checkpoint(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
-    """Ask a run for a checkpoint."""
+    """Have a run write a checkpoint, and go on."""
     steer(run, address, as_json, "checkpoint", lambda client, name: client.checkpoint(name))
 
 
 def _stop(
     run: Run = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the run has ended.")] = False,
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds that --wait waits at most.")] = 120.0,
+    timeout: Annotated[
+        float, typer.Option(parser=number(), metavar="SECONDS", help="How long --wait waits at most.")
+    ] = 120.0,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask all ranks of a run to write a checkpoint and end at the same step; the run can be resumed."""
+    """Have a run write a checkpoint and end.
+
+    All its ranks do so at the same step. The command that started it resumes it.
+    """
     from kfdist.cli.find_runs import find_run
     from kfdist.cli.run_display import asked_line, run_line
     from kfdist.control.control_records import RunState
@@ -157,7 +175,7 @@ def _stop(
 
 def _events(
     run: Run = None,
-    after: Annotated[int, typer.Option(min=0, help="Show only events after the one of this id.")] = 0,
+    after: Annotated[int, typer.Option(parser=whole(), metavar="ID", help="Show only events after this one.")] = 0,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:

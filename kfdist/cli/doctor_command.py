@@ -18,9 +18,10 @@ def register(app: typer.Typer) -> None:
 
 
 def _doctor(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check what a run takes of this machine: versions, Ray, ports, limits, disk, clock, GPUs, certificates.
+    """Check what a run takes of this machine.
 
-    Nothing is started. Exit code 1 if a run would fail; warnings alone end with 0.
+    Versions, Ray, ports, limits, disk, clock, GPUs, certificates; each ok, a warning or failed. Nothing is started.
+    Exit code 1 if a run would fail; warnings alone end with 0.
     """
     checked = load(config, overrides, defaults=FREE_PORTS)
     from kfdist.doctor.examination import examine

@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -40,8 +40,13 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 the machine or a process failed; 2 bad input; 75 stopped, the same command resumes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # panels cut words and break paragraphs where a terminal is narrow
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+# Typer exports no other of a wrong command line's errors; what it derives from is what all of them are.
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 
 def _show_version(wanted: bool) -> None:
@@ -108,9 +113,12 @@ def run() -> int:
     as_json = "--json" in sys.argv
     setup_logging(as_json=as_json, fields={} if rank is None else {"rank": rank})
     try:
-        app()
+        ended = app(prog_name="kfdist", standalone_mode=False)
+        return ended if isinstance(ended, int) else ExitCode.DONE
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else ExitCode.DONE
+    except _UsageError as error:
+        return _report_use(error, as_json=as_json)
     except KfdistError as error:
         if os.environ.get("KFDIST_DEBUG") == "1":
             raise
@@ -126,6 +134,17 @@ def run() -> int:
             traceback.print_exc()  # into the process's log
         return _report(EnvironmentFault(f"the system refuses: {error}; KFDIST_DEBUG=1 shows where"), as_json=as_json)
     return ExitCode.DONE
+
+
+def _report_use(error: typer.BadParameter, *, as_json: bool) -> int:
+    """Tells what of the command line is wrong, as any other bad input is told, and where its help is."""
+    text, path = error.format_message(), error.ctx.command_path if error.ctx is not None else "kfdist"
+    if error.ctx is not None and text == error.ctx.get_help():  # no command at all
+        print(text, file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    text = f"{text[:1].lower()}{text[1:].removesuffix('.')}"
+    stop = "" if text.endswith("?") else ";"
+    return _report(ConfigError(f"{text}{stop} `{path} --help` says what there is"), as_json=as_json)
 
 
 def _report(error: KfdistError, *, as_json: bool) -> int:

@@ -1,6 +1,7 @@
 """Arguments and options that several commands share, and the configuration that they add up to."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,8 @@ ConfigFile = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value, as --set run.steps=100; repeatable."),
 ]
 Controller = Annotated[
     str | None,
@@ -30,6 +32,42 @@ FREE_PORTS = {"control": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.
 """Unless told otherwise, a launch takes free ports, so that two of them can share a machine."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; errors too.")]
+
+
+_MOST = 2**63 - 1
+"""What a message to a controller can hold."""
+
+
+def whole(*, least: int = 0, most: int = _MOST) -> Callable[[str | int], int]:
+    """Returns the reader of an option that is a whole number; what is none is named, with what is allowed."""
+
+    def read(given: str | int) -> int:
+        try:
+            value = int(given)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            bounded = most < _MOST or (value is not None and value > most)
+            allowed = f"from {least} to {most}" if bounded else f"of at least {least}"
+            raise typer.BadParameter(f"{str(given)!r} is not allowed; give a whole number {allowed}")
+        return value
+
+    return read
+
+
+def number(*, least: float = 0.0) -> Callable[[str | float], float]:
+    """Returns the reader of an option that is a number; what is none is named, with what is allowed."""
+
+    def read(given: str | float) -> float:
+        try:
+            value = float(given)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= least):
+            raise typer.BadParameter(f"{str(given)!r} is not allowed; give a number of at least {least:g}")
+        return value
+
+    return read
 
 
 def load(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kfdist.cli.options import FREE_PORTS, AsJson, ConfigFile, Overrides, load
+from kfdist.cli.options import FREE_PORTS, AsJson, ConfigFile, Overrides, load, number, whole
 from kfdist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,14 +23,24 @@ def register(app: typer.Typer) -> None:
 def _plan(
     config: ConfigFile = None,
     overrides: Overrides = None,
-    world: Annotated[int | None, typer.Option(min=1, metavar="N", help="Ranks; cluster.workers if not given.")] = None,
-    owners: Annotated[int | None, typer.Option(min=1, metavar="M", help="Owners; cluster.owners if not given.")] = None,
+    world: Annotated[
+        int | None, typer.Option(parser=whole(least=1), metavar="N", help="Ranks; cluster.workers if not given.")
+    ] = None,
+    owners: Annotated[
+        int | None, typer.Option(parser=whole(least=1), metavar="M", help="Owners; cluster.owners if not given.")
+    ] = None,
     gpu: Annotated[
         list[str] | None,
         typer.Option("--gpu", metavar="NAME", help="A GPU that ranks might have, such as H100; repeatable."),
     ] = None,
     step_seconds: Annotated[
-        float | None, typer.Option("--step-seconds", min=1e-6, help="How long a step takes, if that is known.")
+        float | None,
+        typer.Option(
+            "--step-seconds",
+            parser=number(least=1e-6),
+            metavar="SECONDS",
+            help="How long a step takes, if that is known.",
+        ),
     ] = None,
     from_run: Annotated[
         Path | None,
@@ -43,13 +53,14 @@ def _plan(
         ),
     ] = None,
     classes: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Outputs of the model, if they aren't known.")
+        int | None, typer.Option(parser=whole(least=1), metavar="N", help="Outputs of the model, if they aren't known.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run takes before it starts: coverage, memory, bytes, inversions, staleness, and advice.
+    """Say what a run takes, before it starts.
 
-    The model is made without weights and run without data; a small calibration measures this machine's CPU.
+    Coverage, memory, bytes, inversions, staleness, and advice. The model is made without weights and run without
+    data; a small calibration measures this machine's CPU.
     """
     given = list(overrides or ())
     given += [

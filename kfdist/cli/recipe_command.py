@@ -17,9 +17,9 @@ def _recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one's file instead.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the configurations that come with kfdist; `kfdist train NAME` runs one.
+    """List the configurations that come with kfdist.
 
-    To change more than `--set` should: kfdist recipes NAME > my.toml
+    `kfdist train NAME` runs one. To change more than `--set` should: kfdist recipes NAME > my.toml
     """
     from kfdist.checks import choice
     from kfdist.config.recipes import described, recipes

@@ -21,7 +21,7 @@ def _report(
     runs: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="A run's directory, or its name; several are compared.",
             autocompletion=complete_run,
         ),

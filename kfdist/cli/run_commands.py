@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kfdist.cli.options import FREE_PORTS, AsJson, ConfigFile, Controller, Overrides, load
+from kfdist.cli.options import FREE_PORTS, AsJson, ConfigFile, Controller, Overrides, load, whole
 
 if TYPE_CHECKING:
     from kfdist.control.controller import Controller as RunningController
@@ -21,10 +21,10 @@ def register(app: typer.Typer) -> None:
 
 
 def _train(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Train on this machine: controller, Ray owners and ranks are started, watched and ended.
+    """Train on this machine, with all processes of a run.
 
-    The same command resumes a run that was stopped. Ctrl-C writes a checkpoint and ends everything; a second one ends
-    everything at once.
+    Controller, Ray owners and ranks are started, watched and ended. The same command resumes a run that was
+    stopped. Ctrl-C writes a checkpoint and ends everything; a second one ends everything at once.
     """
     from kfdist.launch.terminal import Terminal, stop_requests
 
@@ -38,10 +38,11 @@ def _train(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJs
 
 
 def _worker(config: ConfigFile = None, overrides: Overrides = None, controller: Controller = None) -> None:
-    """Train as one rank: torchrun --nproc-per-node 2 -m kfdist worker CONFIG.
+    """Train as one rank, as torchrun starts it.
 
-    The controller and the pool must be there already, unless cluster.link is "local". Stopped by SIGTERM or Ctrl-C,
-    all ranks write a checkpoint and exit with 75; the same command resumes.
+    For instance: torchrun --nproc-per-node 2 -m kfdist worker CONFIG. The controller and the pool must be there
+    already, unless cluster.link is "local". Stopped by SIGTERM or Ctrl-C, all ranks write a checkpoint and exit
+    with 75; the same command resumes.
     """
     checked = load(config, overrides, controller=controller)
     from kfdist.training.worker import run_worker
@@ -64,9 +65,10 @@ def _serve(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serve runs: their members, their assignment, commands to them and /metrics. SIGTERM or Ctrl-C ends it.
+    """Serve runs: the controller, with /metrics.
 
-    Training goes on without a controller; one that is started again on the same file knows all that it acknowledged.
+    Members, assignment and commands go through it. SIGTERM or Ctrl-C ends it. Training goes on without a
+    controller; one that is started again on the same file knows all that it acknowledged.
     """
     import asyncio
     from contextlib import ExitStack
@@ -140,17 +142,20 @@ def _pool(
             metavar="DIR", help="New directory for Ray's files, removed at the end; one under /tmp if not given."
         ),
     ] = None,
-    parent_pid: Annotated[int | None, typer.Option(min=1, metavar="PID", help="End when this process does.")] = None,
+    parent_pid: Annotated[
+        int | None, typer.Option(parser=whole(least=1), metavar="PID", help="End when this process does.")
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help='Where Ray is, host:port, "auto" or "local"; cluster.ray if not given.'),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Keep owners alive on a Ray: a private one, or the one that cluster.ray names. SIGTERM or Ctrl-C ends it.
+    """Keep owners alive on a Ray.
 
-    A private Ray ends with the pool, with every process, even if the pool is killed. On a cluster, owners that listen
-    on their nodes' addresses are spread over its nodes.
+    On a private one, or the one that cluster.ray names. SIGTERM or Ctrl-C ends it. A private Ray ends with the
+    pool, with every process, even if the pool is killed. On a cluster, owners that listen on their nodes' addresses
+    are spread over its nodes.
     """
     from kfdist.pool.command import run_pool
 

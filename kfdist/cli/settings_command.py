@@ -24,7 +24,7 @@ def _set(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE...",
+            metavar="KEY=VALUE",
             help=f"One or more of {', '.join(tuning.NAMES)}. {tuning.AS_CONFIGURED!r} for VALUE goes back to the "
             "configuration; 'none' takes a bound or the clip away.",
             show_default=False,
@@ -33,7 +33,10 @@ def _set(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Change settings of a run while it trains; all ranks take them up at the same step."""
+    """Change settings of a run while it trains.
+
+    All ranks take them up at the same step, which `kfdist events` names.
+    """
     given = [run, *(settings or [])] if run is not None else []
     named = [] if not given or _is_setting(given[0]) else [given.pop(0)]
     changes = parse_settings(given)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kfdist.cli.options import FREE_PORTS, AsJson, ConfigFile, Overrides, load
+from kfdist.cli.options import FREE_PORTS, AsJson, ConfigFile, Overrides, load, whole
 from kfdist.errors import ExitCode
 
 INSIDE = ("ray-job", "ray-ranks")
@@ -25,14 +25,23 @@ def _submit(
     ray: Annotated[
         str, typer.Option("--ray", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The head's dashboard.")
     ] = "http://127.0.0.1:8265",
-    workers: Annotated[int | None, typer.Option(help="Ranks; cluster.workers if not given.")] = None,
-    gpus_per_worker: Annotated[int, typer.Option(metavar="0|1", help="GPUs of each rank.")] = 0,
-    owners: Annotated[int | None, typer.Option(help="Owners; cluster.owners if not given.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(parser=whole(least=1), metavar="N", help="Ranks; cluster.workers if not given.")
+    ] = None,
+    gpus_per_worker: Annotated[int, typer.Option(parser=whole(most=1), metavar="0|1", help="GPUs of each rank.")] = 0,
+    owners: Annotated[
+        int | None, typer.Option(parser=whole(), metavar="M", help="Owners; cluster.owners if not given.")
+    ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Show the job's log until it ends; also that of a run that trains already.")
     ] = False,
     max_failures: Annotated[
-        int, typer.Option(min=-1, help="How often all ranks may be started again after one is lost; -1 without end.")
+        int,
+        typer.Option(
+            parser=whole(least=-1),
+            metavar="TIMES",
+            help="How often all ranks may be started again after one is lost; -1: without end.",
+        ),
     ] = 3,
     storage: Annotated[
         str | None,
@@ -50,10 +59,10 @@ def _submit(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train on a Ray cluster, as a job: ranks by Ray Train, owners, and a controller beside the job.
+    """Train on a Ray cluster, as a job.
 
-    Returns once the run has begun. The same command resumes a run that has ended before its last step. Ctrl-C ends
-    --follow, not the job.
+    Ray Train starts the ranks; owners and a controller are beside them. Returns once the run has begun. The same
+    command resumes a run that has ended before its last step. Ctrl-C ends --follow, not the job.
     """
     from kfdist.launch.submission import submit
 

@@ -29,24 +29,30 @@ def _refresh(
     ],
     blocks: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[BLOCK...]", help="Names or globs, such as 'layer4.*'; all if not given."),
+        typer.Argument(metavar="BLOCK", help="Names or globs, such as 'layer4.*'; all if not given."),
     ] = None,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have blocks measured and inverted at once, whatever their period."""
+    """Have blocks measured and inverted now, whatever their period."""
     what = f"refresh of {', '.join(blocks) if blocks else 'all blocks'}"
     steer(run, address, as_json, what, lambda client, name: client.refresh(name, blocks or ()))
 
 
 def _replan(run: Run = None, address: Address = None, as_json: AsJson = False) -> None:
-    """Deal a run's blocks to the owners anew, by the seconds that their inversions took."""
+    """Deal a run's blocks to the owners anew.
+
+    By the seconds that their inversions took, the longest first.
+    """
     what = "dealing the blocks anew"
     steer(run, address, as_json, what, lambda client, name: client.replan(name))
 
 
 def _drain(owner: Owner, address: Address = None, as_json: AsJson = False) -> None:
-    """Give an owner no new jobs: it finishes those it has, and its blocks move to others."""
+    """Give an owner no new jobs; its blocks move to others.
+
+    It finishes those it has. `kfdist undrain` gives it jobs again.
+    """
     with connected(address) as client:
         client.drain(owner)
     _say(owner, "drained", f"{owner} gets no new jobs; kfdist undrain {owner} lets it have them again", as_json)

@@ -55,7 +55,7 @@ def test_every_command_exists():
     names = {name for words in shown for name in words.split("|")}
     assert {"train", "serve", "pool", "worker", "status"} <= names
     help_text = subprocess.run([sys.executable, "-m", "kfdist", "--help"], capture_output=True, text=True).stdout
-    assert {name for name in names if not re.search(rf"^│ {name} ", help_text, flags=re.MULTILINE)} == set()
+    assert {name for name in names if not re.search(rf"^  {name} ", help_text, flags=re.MULTILINE)} == set()
 
 
 def test_every_file_it_names_exists():

@@ -64,7 +64,7 @@ MISTAKES = [
     (["--set", "optimizer.name=sdg"], ["optimizer.name", "'sdg'", "did you mean 'sgd'"]),
     (["--set", "nonsense"], ["--set", "section.key=value"]),
     (["nosuch.toml"], ["nosuch.toml", "no such file"]),
-    (["--nosuch-option"], ["No such option"]),
+    (["--nosuch-option"], ["no such option"]),
 ]
 
 
