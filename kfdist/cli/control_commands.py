@@ -203,19 +203,25 @@ def steer(
         asked: What for, in words.
         action: What to do, given the controller and the run's name.
     """
-    from kfdist.cli.find_runs import find_run
     from kfdist.cli.run_display import asked_line
 
-    target = find_run(run, address)
-    with target.client() as client:
-        view = action(client, target.name)
+    view = steered(run, address, action)
     print(json.dumps(view.to_json()) if as_json else asked_line(view, asked))
 
 
+def steered(run: str | None, address: str | None, action: "Callable[[ControlClient, str], RunView]") -> "RunView":
+    """Has a run's controller do something, as `steer` does, and returns how the run is then."""
+    from kfdist.cli.find_runs import find_run
+
+    target = find_run(run, address)
+    with target.client() as client:
+        return action(client, target.name)
+
+
 @contextmanager
-def connected(address: str | None) -> "Iterator[ControlClient]":
-    """Yields a client of a controller, for what is about no run; None: of the only one of this machine."""
+def connected(address: str | None, owner: str) -> "Iterator[ControlClient]":
+    """Yields a client of the controller given, or else of the one of this machine that has the owner."""
     from kfdist.cli.find_runs import find_controller
 
-    with find_controller(address).client() as client:
+    with find_controller(address, owner).client() as client:
         yield client

@@ -96,28 +96,43 @@ def find_run(run: str | None, address: str | None) -> Target:
     if not known:
         raise ConfigError(f"there is no run {run!r}: {survey.nothing()}")
     raise ConfigError(
-        f"there is no run {run!r} here{suggestion(run, known)}; there are {', '.join(sorted(set(known)))}"
+        f"there is no run {run!r} here{suggestion(run, known)}; known here: {', '.join(sorted(set(known)))}"
     )
 
 
-def find_controller(address: str | None) -> Endpoint:
-    """Finds the controller that a command is about: the one given, or the only one of this machine.
+def find_controller(address: str | None, owner: str) -> Endpoint:
+    """Finds the controller that a command about an owner is for: the one given, or that of this machine which has it.
 
     Raises:
-        ConfigError: There are several.
+        ConfigError: There are several, and not one of them alone has the owner.
         EnvironmentFault: There is none.
     """
     if address is not None:
         return _given(address)
     own = {notice.address: notice for notice in notices() if notice.address}
     if len(own) > 1:
-        told = ", ".join(f"{each.address} ({each.run or 'any run'})" for each in own.values())
-        raise ConfigError(f"there are several controllers, {told}; name one with --controller")
+        owners = {at: _owners_at(_endpoint(each)) for at, each in own.items()}
+        having = [at for at, names in owners.items() if owner in names]
+        if len(having) == 1:
+            return _endpoint(own[having[0]])
+        told = "; ".join(f"{at} has {', '.join(names) or 'none'}" for at, names in owners.items())
+        count = "several" if having else "none"
+        raise ConfigError(
+            f"{count} of the controllers of this machine has an owner {owner!r}: {told}. Name one of these owners, or "
+            "a controller with --controller"
+        )
     if own:
         return _endpoint(next(iter(own.values())))
     if _listens(DEFAULT_ADDRESS):
         return Endpoint(address=DEFAULT_ADDRESS)
     raise EnvironmentFault(nothing_runs())
+
+
+def _owners_at(controller: Endpoint) -> list[str]:
+    """Returns the names of a controller's live owners; none if it doesn't answer."""
+    with suppress(EnvironmentFault), controller.client(seconds=_SURVEY_SECONDS) as client:
+        return [each.name for run in client.runs()[:1] for each in client.owners(run.name)]
+    return []
 
 
 def look_around(address: str | None) -> Survey:

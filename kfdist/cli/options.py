@@ -34,11 +34,11 @@ FREE_PORTS = {"control": {"address": "127.0.0.1:0", "metrics_address": "127.0.0.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text; errors too.")]
 
 
-_MOST = 2**63 - 1
+MOST = 2**63 - 1
 """What a message to a controller can hold."""
 
 
-def whole(*, least: int = 0, most: int = _MOST) -> Callable[[str | int], int]:
+def whole(*, least: int = 0, most: int = MOST) -> Callable[[str | int], int]:
     """Returns the reader of an option that is a whole number; what is none is named, with what is allowed."""
 
     def read(given: str | int) -> int:
@@ -47,7 +47,7 @@ def whole(*, least: int = 0, most: int = _MOST) -> Callable[[str | int], int]:
         except ValueError:
             value = None
         if value is None or not least <= value <= most:
-            bounded = most < _MOST or (value is not None and value > most)
+            bounded = most < MOST or (value is not None and value > most)
             allowed = f"from {least} to {most}" if bounded else f"of at least {least}"
             raise typer.BadParameter(f"{str(given)!r} is not allowed; give a whole number {allowed}")
         return value

@@ -10,6 +10,7 @@ from datetime import datetime
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kfdist.cli.block_table import COLUMNS, block_table, blocks_of, shortened
 from kfdist.cli.find_runs import Survey
@@ -24,7 +25,12 @@ from kfdist.types import MetricSample
 
 _OF_BLOCKS = ("kfdist_inversion_", "kfdist_block_")
 _RUN_COLUMNS = ("RUN", "STATE", "STEP", "START", "RANKS", "OWNERS", "LOSS", "CREATED", "DIRECTORY")
+_SPARED_COLUMNS = ("START", "CREATED", "DIRECTORY", "OWNERS", "RANKS", "LOSS")
+"""What a terminal that is too narrow for all columns is spared, the first one first."""
+
 _LEAST_OF_DIRECTORY = 20
+_EVENT_COLUMNS = ("ID", "TIME", "KIND", "WHAT")
+_LEAST_OF_TEXT = 30
 _SHOWN_BLOCKS = 40
 """As many blocks as a terminal gets; a pipe gets all."""
 
@@ -115,9 +121,23 @@ def print_runs(runs: Sequence[RunView], *, as_json: bool) -> None:
 
 
 def runs_table(runs: Sequence[RunView], width: int) -> Table:
-    """Draws runs, a line for each; what a narrow terminal has no room for is left out."""
+    """Draws runs, a line for each; a narrow terminal gets fewer columns, and then shorter names, but no digit less."""
     rows = [_row(run) for run in runs]
-    return _fitted_table(_RUN_COLUMNS, rows, width, spared=("START", "CREATED"), least=_LEAST_OF_DIRECTORY)
+    widths = _widths(_RUN_COLUMNS, rows)
+    least = {**widths, "DIRECTORY": min(widths["DIRECTORY"], _LEAST_OF_DIRECTORY)}
+    shown = list(_RUN_COLUMNS)
+    for spared in _SPARED_COLUMNS:
+        if sum(least[head] + 2 for head in shown) - 2 > width:
+            shown.remove(spared)
+    longest = "DIRECTORY" if "DIRECTORY" in shown else "RUN"
+    room = max(5, width - sum(widths[head] + 2 for head in shown if head != longest))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for head in shown:
+        table.add_column(head, no_wrap=True, overflow="crop")
+    for row in rows:
+        cells = dict(zip(_RUN_COLUMNS, row, strict=True))
+        table.add_row(*(shortened(cells[head], room) if head == longest else cells[head] for head in shown))
+    return table
 
 
 def print_events(events: Sequence[EventView], *, as_json: bool) -> None:
@@ -131,30 +151,53 @@ def print_events(events: Sequence[EventView], *, as_json: bool) -> None:
             (str(event.event_id), event.time.astimezone().strftime("%Y-%m-%d %H:%M:%S"), event.kind, event.text)
             for event in events
         ]
-        columns = ("ID", "TIME", "KIND", "WHAT")
         if sys.stdout.isatty():
             console = Console()
-            console.print(_fitted_table(columns, rows, console.width))
+            console.print(_events_table(rows, console.width))
         else:
-            _print_columns(columns, rows)
+            _print_columns(_EVENT_COLUMNS, rows)
+
+
+def _events_table(rows: Sequence[tuple[str, str, str, str]], width: int) -> Table:
+    """Draws events; where a terminal is narrow, what happened stands below when and what kind."""
+    widths = _widths(_EVENT_COLUMNS, rows)
+    beside = width - sum(widths[head] + 2 for head in _EVENT_COLUMNS[:-1]) >= _LEAST_OF_TEXT
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("ID", no_wrap=True)
+    if beside:
+        for head in _EVENT_COLUMNS[1:-1]:
+            table.add_column(head, no_wrap=True)
+    table.add_column("WHAT", overflow="fold")
+    for number, time, kind, text in rows:
+        if beside:
+            table.add_row(number, time, kind, text)
+        else:
+            table.add_row(number, Text.assemble(f"{time} ", (kind, "bold")))
+            table.add_row("", text)
+    return table
+
+
+def run_place(run: RunView) -> str:
+    """Returns in a few words where a run stands."""
+    return f"{run.name}: {run.state} at step {step_of(run)}"
 
 
 def run_line(run: RunView) -> str:
     """Returns a run in one line."""
     measured = ", ".join(f"{name} {value:.4g}" for name, value in _gauges(run))
-    members = f"{run.live_workers} workers, {run.live_owners} owners"
-    return f"{run.name}: {run.state} at step {step_of(run)}, {members}" + (f", {measured}" if measured else "")
+    members = f"{_counted(run.live_workers, 'rank')}, {_counted(run.live_owners, 'owner')}"
+    return f"{run_place(run)}, {members}" + (f", {measured}" if measured else "")
 
 
 def asked_line(run: RunView, asked: str) -> str:
     """Returns what a run is asked for, where it stands, and where its answer will be found."""
     if run.state.ended:
-        return f"{run.name}: {run.state} at step {step_of(run)}"
+        return run_place(run)
     if run.obeyed_revision >= run.settings_revision > 0:
         how = f"all ranks have obeyed since step {run.obeyed_step}"
     else:
         how = f"all ranks obey at one step, which `kfdist events {run.name}` names"
-    return f"{run.name}: {run.state} at step {step_of(run)}; asked for {asked}: {how}"
+    return f"{run_place(run)}; asked for {asked}: {how}"
 
 
 def _facts(run: RunView, owners: Sequence[OwnerView] = ()) -> list[tuple[str, str]]:
@@ -163,7 +206,7 @@ def _facts(run: RunView, owners: Sequence[OwnerView] = ()) -> list[tuple[str, st
         ("state", run.state.value),
         ("step", step_of(run)),
         ("start", str(run.epoch)),
-        ("workers alive", ranks_of(run)),
+        ("ranks alive", ranks_of(run)),
         ("owners alive", str(run.live_owners)),
         *([("owners", ", ".join(map(_owner, owners)))] if owners else []),
         ("created", run.created.astimezone().strftime("%Y-%m-%d %H:%M:%S")),
@@ -174,8 +217,12 @@ def _facts(run: RunView, owners: Sequence[OwnerView] = ()) -> list[tuple[str, st
 
 
 def _owner(owner: OwnerView) -> str:
-    state = "drained" if owner.draining else f"{owner.groups} group{'s' if owner.groups != 1 else ''}"
+    state = "drained" if owner.draining else _counted(owner.groups, "group")
     return f"{owner.name} ({state})"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _settings(run: RunView) -> list[tuple[str, str]]:
@@ -256,40 +303,16 @@ def _nearer(directory: str) -> str:
     return directory.removeprefix(here) or "-"
 
 
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Returns the characters of the longest cell under each head, the head included."""
+    return {cells[0]: max(map(len, cells)) for cells in zip(columns, *rows, strict=True)}
+
+
 def _print_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table for programs and files: everything whole."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    widths = _widths(columns, rows).values()
     for row in (columns, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _fitted_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, spared: Sequence[str] = (), least: int = 0
-) -> Table:
-    """Draws a table for a terminal; one that is too narrow gets less of it.
-
-    Args:
-        columns: The heads.
-        rows: The cells.
-        width: Characters of a line.
-        spared: Columns that may be left out, the first one first.
-        least: Characters that the last column needs: cells lose their middle there, or it is left out. 0: they are
-            folded.
-    """
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    shown = list(range(len(columns)))
-    for head in spared:
-        if sum(widths[i] + 2 for i in shown) - 2 > width:
-            shown.remove(columns.index(head))
-    room = width - sum(widths[i] + 2 for i in shown[:-1])
-    if 0 < least and room < min(least, widths[-1]):
-        shown.pop()
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for i in shown:
-        table.add_column(columns[i], no_wrap=i < len(columns) - 1 or least > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(shortened(row[i], room) if i == len(columns) - 1 and least else row[i] for i in shown))
-    return table
 
 
 def _print_blocks(samples: Sequence[MetricSample]) -> None:

@@ -6,7 +6,7 @@ import typer
 
 from kfdist.checks import suggestion
 from kfdist.cli.control_commands import Address, Run, steer
-from kfdist.cli.options import AsJson
+from kfdist.cli.options import MOST, AsJson
 from kfdist.errors import ConfigError
 from kfdist.policies import tuning
 from kfdist.types import Value
@@ -60,8 +60,10 @@ def parse_settings(settings: list[str]) -> dict[str, Value | None]:
     changes: dict[str, Value | None] = {}
     for text in settings:
         name, separator, value = text.partition("=")
-        if name not in tuning.NAMES or not separator:
-            hint = suggestion(name, tuning.NAMES) if name not in tuning.NAMES else ""
+        if name in tuning.NAMES and not separator:
+            raise ConfigError(f"has no value; write {name}=VALUE, or {name}={tuning.AS_CONFIGURED}", path=name)
+        if name not in tuning.NAMES:
+            hint = suggestion(name, tuning.NAMES)
             raise ConfigError(f"{text!r} is no setting; write KEY=VALUE, such as damping=0.01; keys are {_KEYS}{hint}")
         if name in changes:
             raise ConfigError(f"is given twice in {' '.join(settings)}; give it once", path=name)
@@ -77,10 +79,13 @@ def _parsed(name: str, text: str) -> Value | None:
     if name in tuning.NONE and text == "none":
         return 0 if name in tuning.WHOLE else 0.0
     try:
-        return int(text) if name in tuning.WHOLE else float(text)
+        value = int(text) if name in tuning.WHOLE else float(text)
     except ValueError:
         kind = "whole number" if name in tuning.WHOLE else "number"
         none = ', "none"' if name in tuning.NONE else ""
         raise ConfigError(
             f"is {text!r}, which is no {kind}; give one{none} or {tuning.AS_CONFIGURED!r}", path=name
         ) from None
+    if abs(value) > MOST and name in tuning.WHOLE:
+        raise ConfigError(f"is {text}; no number of steps is above {MOST}", path=name)
+    return value

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kfdist.cli.complete import complete_owner, complete_run
-from kfdist.cli.control_commands import Address, Run, connected, steer
+from kfdist.cli.control_commands import Address, Run, connected, steer, steered
 from kfdist.cli.options import AsJson
 
 Owner = Annotated[
@@ -44,8 +44,11 @@ def _replan(run: Run = None, address: Address = None, as_json: AsJson = False) -
 
     By the seconds that their inversions took, the longest first.
     """
-    what = "dealing the blocks anew"
-    steer(run, address, as_json, what, lambda client, name: client.replan(name))
+    from kfdist.cli.run_display import run_place
+
+    view = steered(run, address, lambda client, name: client.replan(name))
+    told = f"{run_place(view)}; its blocks are dealt anew: `kfdist events {view.name}` says how many moved"
+    print(json.dumps(view.to_json()) if as_json else told)
 
 
 def _drain(owner: Owner, address: Address = None, as_json: AsJson = False) -> None:
@@ -53,14 +56,14 @@ def _drain(owner: Owner, address: Address = None, as_json: AsJson = False) -> No
 
     It finishes those it has. `kfdist undrain` gives it jobs again.
     """
-    with connected(address) as client:
+    with connected(address, owner) as client:
         client.drain(owner)
     _say(owner, "drained", f"{owner} gets no new jobs; kfdist undrain {owner} lets it have them again", as_json)
 
 
 def _undrain(owner: Owner, address: Address = None, as_json: AsJson = False) -> None:
     """Give an owner jobs again."""
-    with connected(address) as client:
+    with connected(address, owner) as client:
         client.undrain(owner)
     _say(owner, "undrained", f"{owner} gets jobs again", as_json)
 

@@ -48,7 +48,7 @@ def drained(owner: OwnerRecord, draining: bool, *, takers: Sequence[str]) -> Own
     if draining and owner.takes_jobs and set(takers) <= {owner.owner_id}:
         raise Refusal(
             grpc.StatusCode.FAILED_PRECONDITION,
-            f"owner {owner.owner_id!r} is the only one that takes jobs; start another one first",
+            f"owner {owner.owner_id!r} is the only one that takes jobs; start another one, or undrain one, first",
         )
     return replace(owner, draining=draining)
 

@@ -59,7 +59,7 @@ def test_status_and_list_for_users(kfdist, digits, client):
     facts = {name: value.strip() for name, value in lines.items()}
     assert facts["state"] == "running"
     assert facts["step"] == "30/120"
-    assert facts["workers alive"] == facts["owners alive"] == "1"
+    assert facts["ranks alive"] == facts["owners alive"] == "1"
     assert facts["directory"] == "/runs/digits"
     assert facts["loss"] == "0.125"
     client.create("other")

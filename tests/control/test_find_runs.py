@@ -107,7 +107,7 @@ def test_the_runs_of_this_machine_are_found(kfdist, post, controller, client):
     assert kfdist("pause").startswith("digits: created at step 0/60")
     assert kfdist("set", "damping=0.5") == kfdist("set", "digits", "damping=0.5")
     assert "pause_requested" in kfdist("events")
-    with pytest.raises(ConfigError, match=r"no run 'digist' here; did you mean 'digits'\?; there are digits"):
+    with pytest.raises(ConfigError, match=r"no run 'digist' here; did you mean 'digits'\?; known here: digits"):
         kfdist("stop", "digist")
 
 
