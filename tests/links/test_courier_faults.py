@@ -6,11 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kfdist.control.control_records import RunState
 from kfdist.links.rank.remote import RemoteLink
+from kfdist.rpc.beats import BEAT_SECONDS
+from kfdist.types import InForce
 from tests.support.controller import eventually
 from tests.support.jobs import collect, context, job, payload, result_of
 
@@ -51,6 +55,20 @@ def test_a_courier_in_the_middle_of_jobs(controller, owners, start_link, number,
     assert counters.resubmissions["courier_lost"] >= 1
     how = "ended" if number == signal.SIGKILL else "was silent"
     assert f"courier {first} of rank 0 {how}" in caplog.text.replace("closed its socket", "ended")
+
+
+def test_the_next_courier_says_where_a_rank_stands_that_tells_nothing_new(controller, start_link):
+    link = start_link(controller.address, as_told=replace(context(), run="paused"))
+    with controller.client() as client:
+        link.report(InForce(values={"damping": 0.5}))
+        link.beat(41, "paused", [])
+        eventually(lambda: client.get("paused"), lambda run: run.state is RunState.PAUSED)
+        os.kill(link.courier_pid, signal.SIGKILL)
+        eventually(lambda: list(client.events("paused"))[-1].kind, lambda kind: kind == "worker_registered")
+        time.sleep(2 * BEAT_SECONDS)
+        run = client.get("paused")
+        assert (run.state, run.step, run.settings) == (RunState.PAUSED, 41, {"damping": 0.5})
+        assert "running" not in [event.kind for event in client.events("paused")]
 
 
 def test_couriers_killed_over_and_over(controller, owners, start_link):
@@ -97,7 +115,10 @@ def test_the_courier_ends_when_its_rank_is_killed(controller, owners):
     script = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+from kfdist.control.control_records import RunState
 from kfdist.links.rank.remote import RemoteLink
+from kfdist.rpc.beats import BEAT_SECONDS
+from kfdist.types import InForce
 from tests.support.jobs import collect, context, job
 link = RemoteLink({controller.address!r})
 link.start(context(epoch=5))

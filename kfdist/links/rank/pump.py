@@ -20,6 +20,7 @@ from kfdist.links.rank.courier_process import COURIER_MODULE, CourierProcess
 from kfdist.links.rank.handover import Handover
 from kfdist.links.shared_memory import read_private
 from kfdist.links.socket_messages import (
+    Beat,
     Bye,
     Counted,
     CourierSetup,
@@ -129,7 +130,8 @@ class Pump:
         self._traced = traced()
         self._outbox: deque[tuple[bytes, int]] = deque()
         self._queued_samples = 0
-        self._phase = ""
+        self._beat: Beat | None = None
+        self._report: Report | None = None
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
         self._ending = False
@@ -188,7 +190,7 @@ class Pump:
                     self._post_report(in_force)
 
     def _post_beats(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
-        self._phase = phase
+        self._beat = Beat(step=step, phase=phase)
         for beat in socket_messages.beats(step, phase, samples):
             if self._queued_samples + len(beat.samples) > self._options.queued_samples:
                 self.counters += LinkCounters(samples_dropped=len(beat.samples))
@@ -199,8 +201,10 @@ class Pump:
                 self.counters += LinkCounters(samples_dropped=len(beat.samples))
 
     def _post_report(self, in_force: InForce) -> None:
+        report = Report(in_force=in_force)
         try:
-            self._post(Report(in_force=in_force))
+            self._post(report)
+            self._report = report
         except ValueError as error:  # users miss it, and the run goes on
             _LOG.warning("the controller isn't told what the run goes by: %s", error)
 
@@ -210,7 +214,8 @@ class Pump:
 
     def _say_goodbye(self) -> None:
         """Gives the courier time to tell the controller the last beat."""
-        seconds = self._options.stop_seconds if self._phase == "stopped" else self._options.close_seconds
+        stopped = self._beat is not None and self._beat.phase == "stopped"
+        seconds = self._options.stop_seconds if stopped else self._options.close_seconds
         deadline = time.monotonic() + seconds
         self._post(Bye())
         self._courier.channel.settimeout(seconds)
@@ -347,3 +352,7 @@ class Pump:
         if not lost.greeted:
             time.sleep(0.05 * 2**self._failed_starts)
         self._courier = self._start_courier()
+        # What the last one was told, before what it wasn't: a run that is paused tells nothing else for long.
+        for message in (self._report, self._beat):
+            if message is not None:
+                self._outbox.appendleft((socket_messages.encode(message), 0))
