@@ -102,6 +102,7 @@ class Trainer:
                 report = self._step()
             except Interrupted as interruption:
                 # The step wasn't applied: it is the next one to do after a resume.
+                del self.input_seconds[len(self.step_seconds) :]
                 stopped = str(interruption)
                 self.asked_to_stop = interruption.reason == "stop"
             else:
@@ -117,8 +118,9 @@ class Trainer:
         started = time.perf_counter()
         set_learning_rate(training.optimizer, training.learning_rate(standing.step))
         training.optimizer.zero_grad(set_to_none=True)
+        measured = torch.zeros_like(self._tally)
         for inputs, targets in self._waited_for(training.feed.training_step(standing.position)):
-            self._forward_and_backward(inputs, targets)
+            measured += self._forward_and_backward(inputs, targets)
         training.reducer.reduce()
         training.scaler.unscale_(training.optimizer)
         report = training.preconditioner.step()
@@ -128,6 +130,7 @@ class Trainer:
             training.average.update()
         # Only now: if the step had been interrupted, its forward would have to be undone.
         training.forward_state.remember()
+        self._tally += measured  # running sums, on the device: nothing is read before the log period
         self._tallied += 1
         self.step_seconds.append(time.perf_counter() - started)
         return report
@@ -152,7 +155,8 @@ class Trainer:
             yield batch
         self.input_seconds.append(waited)
 
-    def _forward_and_backward(self, inputs: Tensor, targets: Tensor) -> None:
+    def _forward_and_backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the loss and the sums of the metrics, float64."""
         training, parts = self._training, self._training.config.data.micro_batches
         objective = training.data.objective
         with self._autocast():
@@ -162,9 +166,7 @@ class Trainer:
         if (observation := objective.observation(targets)) is not None:
             training.preconditioner.observe(output, **observation)
         training.scaler.scale(loss).backward()
-        # Running sums, on the device: nothing is read before the log period.
-        output = output.detach()
-        self._tally += torch.cat([loss.detach().double()[None], objective.measure(output, targets).double()])
+        return torch.cat([loss.detach().double()[None], objective.measure(output.detach(), targets).double()])
 
     def _after_step(self, report: StepReport) -> str:
         """Does what is due after a step; returns why to stop, or nothing."""
