@@ -146,20 +146,16 @@ def print_events(events: Sequence[EventView], *, as_json: bool) -> None:
         print(json.dumps({"events": [event.to_json() for event in events]}))
     elif not events:
         print("no event")
+    elif sys.stdout.isatty():
+        console = Console()
+        console.print(events_table(events, console.width))
     else:
-        rows = [
-            (str(event.event_id), event.time.astimezone().strftime("%Y-%m-%d %H:%M:%S"), event.kind, event.text)
-            for event in events
-        ]
-        if sys.stdout.isatty():
-            console = Console()
-            console.print(_events_table(rows, console.width))
-        else:
-            _print_columns(_EVENT_COLUMNS, rows)
+        _print_columns(_EVENT_COLUMNS, list(map(_event_row, events)))
 
 
-def _events_table(rows: Sequence[tuple[str, str, str, str]], width: int) -> Table:
-    """Draws events; where a terminal is narrow, what happened stands below when and what kind."""
+def events_table(events: Sequence[EventView], width: int) -> Table:
+    """Draws events; where a terminal is narrow, what happened stands below when and of what kind."""
+    rows = list(map(_event_row, events))
     widths = _widths(_EVENT_COLUMNS, rows)
     beside = width - sum(widths[head] + 2 for head in _EVENT_COLUMNS[:-1]) >= _LEAST_OF_TEXT
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
@@ -175,6 +171,10 @@ def _events_table(rows: Sequence[tuple[str, str, str, str]], width: int) -> Tabl
             table.add_row(number, Text.assemble(f"{time} ", (kind, "bold")))
             table.add_row("", text)
     return table
+
+
+def _event_row(event: EventView) -> tuple[str, str, str, str]:
+    return str(event.event_id), event.time.astimezone().strftime("%Y-%m-%d %H:%M:%S"), event.kind, event.text
 
 
 def run_place(run: RunView) -> str:

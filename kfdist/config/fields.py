@@ -30,6 +30,9 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
+MOST_STEPS = 10**12
+"""More than any run makes; messages, and the float64 in which ranks share settings, hold it exactly."""
+
 _LONGEST_NAME = 255
 """Bytes of a file's name, without its folders, on Linux."""
 
@@ -154,7 +157,9 @@ Stages = Annotated[
 """Pairs of an epoch and what holds from it on."""
 
 CountStages = Annotated[
-    tuple[tuple[_Epoch, Annotated[int, Field(ge=1)]], ...], BeforeValidator(_tuples), AfterValidator(_rising)
+    tuple[tuple[_Epoch, Annotated[int, Field(ge=1, le=MOST_STEPS)]], ...],
+    BeforeValidator(_tuples),
+    AfterValidator(_rising),
 ]
 """The same of whole numbers."""
 

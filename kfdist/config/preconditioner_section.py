@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import CountStages, Methods, Names, Section, Settings, Stages
+from kfdist.config.fields import MOST_STEPS, CountStages, Methods, Names, Section, Settings, Stages
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag, oldest
@@ -18,10 +18,16 @@ class StalenessSection(Section):
     """What happens under `asap` when the inverse in use gets old; the names are those of `kfdist.Asap`."""
 
     soft_bound: int | None = Field(
-        default=None, ge=1, description="steps of staleness above which damping is raised; none if not given"
+        default=None,
+        ge=1,
+        le=MOST_STEPS,
+        description="steps of staleness above which damping is raised; none if not given",
     )
     hard_bound: int | None = Field(
-        default=None, ge=1, description="steps of staleness above which at_hard_bound acts; none if not given"
+        default=None,
+        ge=1,
+        le=MOST_STEPS,
+        description="steps of staleness above which at_hard_bound acts; none if not given",
     )
     at_hard_bound: AtHardBound = Field(
         default="wait", description="wait for a newer version, keep the old one, or use the scaled gradient"
@@ -61,9 +67,14 @@ class PreconditionerSection(Section):
     ema_decay: float = Field(
         default=0.95, ge=0, lt=1, description="what an update of the statistics keeps of the old ones"
     )
-    factor_period: int = Field(default=2, ge=1, description="steps between two updates of the statistics")
+    factor_period: int = Field(
+        default=2, ge=1, le=MOST_STEPS, description="steps between two updates of the statistics"
+    )
     inverse_period: int = Field(
-        default=10, ge=1, description="steps between two inversions of a block, a multiple of factor_period, at first"
+        default=10,
+        ge=1,
+        le=MOST_STEPS,
+        description="steps between two inversions of a block, a multiple of factor_period, at first",
     )
     inverse_period_epochs: CountStages = Field(
         default=(), description="[epoch, inverse_period] pairs: from that epoch on, that inverse_period"
@@ -75,6 +86,7 @@ class PreconditionerSection(Section):
     lag: int | None = Field(
         default=None,
         ge=0,
+        le=MOST_STEPS,
         description='steps from statistics to adoption with adoption = "fixed-lag"; 0 is synchronous',
     )
     skip: Names = Field(default=(), description="globs of module names that stay with the plain gradient")

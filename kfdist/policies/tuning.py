@@ -70,7 +70,7 @@ def shown(name: str, value: Value) -> str:
     """Returns a value as users write it."""
     if name in NONE and value == 0:
         return "none"
-    return value if isinstance(value, str) else f"{value:g}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def kept(run: str, changes: Mapping[str, Value]) -> str:

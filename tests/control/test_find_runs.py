@@ -305,3 +305,20 @@ def test_certificates_are_found_by_the_notice_and_by_the_configuration(kfdist, p
         assert kfdist("pause", "runs/digits").startswith("digits")
         post(running.address, certificates=secured.certificates, token_file=secured.token_file)
         assert kfdist("resume").startswith("digits")
+
+
+def test_the_controller_that_has_an_owner_is_found_among_several(tmp_path: Path, post: Post, controller) -> None:
+    with ControllerThread(tmp_path / "other.sqlite") as other:
+        for each, run, owners in ((controller, "mine", ("a-0", "a-1")), (other, "other", ("b-0",))):
+            post(each.address, run)
+            with each.client() as client:
+                client.create(run)
+            member = Member(each.address)
+            for owner in owners:
+                member.register_owner(owner)
+            member.close()
+        assert find_runs.find_controller(None, "b-0").address == other.address
+        assert find_runs.find_controller(None, "a-1").address == controller.address
+        with pytest.raises(ConfigError, match=r"none of the controllers .* owner 'c-0': .* has a-0, a-1; .* has b-0\."):
+            find_runs.find_controller(None, "c-0")
+        assert find_runs.find_controller(other.address, "c-0").address == other.address

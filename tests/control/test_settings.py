@@ -160,6 +160,8 @@ BRAND = InForce(values={**ASAP.values, "inverse_period": 12}, job_periods=(4,))
         (FIXED, {"kl_clip": 1.0}, ["kl_clip: can't be changed: it was made without one"]),
         (BRAND, {"inverse_period": 10}, ["inverse_period: is 10; a method of the run has a period of its own, 4"]),
         (InForce(), {"inverse_period": 0}, ["inverse_period: is 0; it must be at least 1"]),
+        (InForce(), {"inverse_period": 2**62}, [f"inverse_period: is {2**62}; it must be at most 1000000000000"]),
+        (ASAP, {"hard_bound": 2**63 - 1}, ["hard_bound: is 9223372036854775807; it must be at most"]),
         (InForce(), {"soft_bound": 9, "inverse_period": 9}, ["soft_bound: is 9", "10"]),
     ],
 )

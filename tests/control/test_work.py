@@ -159,4 +159,5 @@ def test_the_commands(trains, member, controller) -> None:
     assert kfdist("refresh", "r", "conv1", "head").startswith("r: running at step 7")
     assert list(member.beat_worker("r", inversion_seconds={"head": 1.0}).settings.refresh) == ["conv1", "head"]
     assert json.loads(kfdist("replan", "r", "--json"))["name"] == "r"
-    assert kinds(trains)[-4:] == ["owner_drained", "owner_undrained", "refresh_requested", "replanned"]
+    assert "its blocks are dealt anew: `kfdist events r` says how many moved" in kfdist("replan", "r")
+    assert kinds(trains)[-5:] == ["owner_drained", "owner_undrained", "refresh_requested", "replanned", "replanned"]
