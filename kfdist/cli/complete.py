@@ -1,6 +1,7 @@
-"""Completion of runs and owners in a shell: from notices and files, without asking anybody, and so at once."""
+"""What a shell completes: runs, owners and configurations, from notices and files; nobody is asked, so it is quick."""
 
 import json
+from glob import escape
 from pathlib import Path
 
 from kfdist.cli.control_files import read_rows
@@ -33,6 +34,14 @@ def complete_owner(incomplete: str) -> list[str]:
         for row in read_rows(Path(notice.database), "SELECT name, record FROM owners")
     ]
     return sorted({name for name, record in rows if name.startswith(incomplete) and json.loads(record)["live"]})
+
+
+def complete_config(incomplete: str) -> list[str]:
+    """Returns the recipes and the TOML files whose name begins with what was typed; none: the shell completes files."""
+    from kfdist.config.recipes import recipes
+
+    files = [str(path) for path in Path().glob(f"{escape(incomplete)}*.toml")] if incomplete[:1] != "/" else []
+    return sorted([*(name for name in recipes() if name.startswith(incomplete)), *files])
 
 
 def _known(database: Path) -> list[str]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kfdist.cli.complete import complete_config
+
 if TYPE_CHECKING:
     from kfdist.config import Config
 
@@ -16,6 +18,7 @@ ConfigFile = Annotated[
     typer.Argument(
         metavar="CONFIG",
         help="A TOML file, or a recipe's name (kfdist recipes lists them); the bundled digits run if not given.",
+        autocompletion=complete_config,
     ),
 ]
 Overrides = Annotated[

@@ -1,5 +1,6 @@
 """Standard output and error of commands that go on without a reader; their files are the record."""
 
+import codecs
 import io
 import os
 import sys
@@ -27,7 +28,7 @@ def escape_what_cannot_be_encoded() -> None:
     """Escapes what a stream's encoding lacks, instead of raising: bars, and names of files that are no UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=_escaping())
 
 
 def outlive_readers() -> None:
@@ -46,10 +47,26 @@ def outlive_readers() -> None:
             io.TextIOWrapper(
                 io.BufferedWriter(_Lossy(stream.fileno(), "wb", closefd=False)),
                 encoding=stream.encoding,
-                errors="backslashreplace",
+                errors=_escaping(),
                 line_buffering=True,
             ),
         )
+
+
+def _escaping() -> str:
+    """Returns the name of the error handler that escapes, but for marks that stand in columns of a table."""
+    codecs.register_error("kfdist.escape", _escape)
+    return "kfdist.escape"
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    if isinstance(error, UnicodeEncodeError) and (stand_in := _STAND_INS.get(error.object[error.start])):
+        return stand_in, error.start + 1
+    return codecs.backslashreplace_errors(error)
+
+
+_STAND_INS = {"…": "~"}
+"""What is written for a character that the encoding lacks, in its width."""
 
 
 class _Lossy(io.FileIO):

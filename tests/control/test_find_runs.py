@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from kfdist.cli import control_commands, find_runs, main, settings_command
-from kfdist.cli.complete import complete_owner, complete_run
+from kfdist.cli.complete import complete_config, complete_owner, complete_run
 from kfdist.control.control_records import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.credentials import Credentials, Role
@@ -202,6 +202,14 @@ def test_a_shell_completes_runs_and_owners(post, controller, client, member, tra
     assert complete_run("d") == ["digits", "dogs"]
     assert complete_run("runs/d") == ["runs/digits"]
     assert (complete_owner("own"), complete_owner("x")) == (["owner-0"], [])
+
+
+def test_configurations_are_completed(machine: Path) -> None:
+    for name in ("ci.toml", "other.toml", "ci.txt"):
+        (machine / name).touch()
+    assert complete_config("ci") == ["ci.toml", "cifar10-resnet18", "cifar10-vgg16bn"]
+    assert complete_config("../work/o") == ["../work/other.toml"]
+    assert {"imagenet-resnet50", "other.toml"} < set(complete_config(""))
 
 
 def test_every_command_that_takes_a_run_or_an_owner_has_it_completed():

@@ -1,5 +1,6 @@
 """A command that goes on although nobody can read what it prints."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from kfdist.system.output import escape_what_cannot_be_encoded
 
 _SCRIPT = """
 import pathlib, sys
@@ -60,3 +63,11 @@ def test_what_can_be_written_is(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "step \\udcff 0\nstep \\udcff 1\nstep \\udcff 2\n"
     assert done.stderr == "warning 0\nwarning 1\nwarning 2\n"
+
+
+def test_marks_in_columns_keep_their_width_where_the_encoding_lacks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    escape_what_cannot_be_encoded()
+    print("layer…weight  naïve", file=stream, flush=True)
+    assert stream.buffer.getvalue() == b"layer~weight  na\\xefve\n"  # pyright: ignore[reportAttributeAccessIssue]
