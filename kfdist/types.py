@@ -33,6 +33,10 @@ CHUNK_BYTES = 1 << 20
 MAX_THREADS = 1024
 """Most CPU threads of a process: no machine has as many cores, and a job that asked for more would end its process."""
 
+MAX_RANKS = 1 << 20
+MAX_OWNERS = 4096
+"""Ranks of a run, and owners, that a controller takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from importlib import metadata
 from typing import Annotated, cast
 
@@ -29,7 +30,7 @@ from kfdist.cli import (
     submit_command,
     work_commands,
 )
-from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
+from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError, KfdistWarning
 from kfdist.system.lifetime import launcher_pid, terminate_with_process
 from kfdist.system.output import escape_what_cannot_be_encoded, open_missing_streams, outlive_readers
 from kfdist.telemetry.logging import setup_logging
@@ -44,6 +45,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+_PYTHONS_WARNING = warnings.formatwarning
 
 # Typer exports no other of a wrong command line's errors; what it derives from is what all of them are.
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
@@ -86,6 +89,7 @@ def main() -> None:
     Set `KFDIST_DEBUG=1` to see the stack trace of expected errors too.
     """
     open_missing_streams()
+    warnings.formatwarning = _warning_line
     runs = bool(sys.argv[1:2]) and sys.argv[1] in (*run_commands.COMMANDS, *submit_command.INSIDE)
     if runs:
         outlive_readers()
@@ -103,6 +107,15 @@ def main() -> None:
     # Commands have closed what they opened. Python would now take torch's modules apart, object by object, which on a
     # busy machine takes longer than all the rest of what Ctrl-C asks for.
     os._exit(code)
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Writes kfdist's own warnings as its errors are written; where in its code they come from tells users nothing."""
+    if issubclass(category, KfdistWarning):
+        return f"kfdist: {message}\n"
+    return _PYTHONS_WARNING(message, category, filename, lineno, line)
 
 
 def run() -> int:

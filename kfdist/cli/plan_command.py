@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kfdist.checks import choice
 from kfdist.cli.options import FREE_PORTS, AsJson, ConfigFile, Overrides, load, number, whole
 from kfdist.errors import ConfigError
 
@@ -68,7 +69,10 @@ def _plan(
     ]
     checked = load(config, given, defaults=FREE_PORTS)
     from kfdist.forecast.forecast import make_forecast
+    from kfdist.forecast.step_time import GPUS
 
+    for name in gpu or ():
+        choice("--gpu", name.upper(), GPUS, hint="of others, --step-seconds says how long a step takes")
     forecast = make_forecast(
         checked, _given(example, classes), step_seconds=step_seconds, from_run=from_run, gpus=gpu or ()
     )
@@ -93,8 +97,6 @@ def _given(example: str | None, classes: int | None) -> "Given":
 
 def _dtype(name: str) -> "torch.dtype":
     import torch
-
-    from kfdist.checks import choice
 
     known = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64, "int32": torch.int32}
     return known[choice("--example", name, known)]

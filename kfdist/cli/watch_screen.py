@@ -9,6 +9,7 @@ from contextlib import suppress
 from kfdist.cli.live_view import RunPicture
 from kfdist.cli.run_target import Target
 from kfdist.control.client import ControlClient, OwnerView, RunView
+from kfdist.control.control_records import RunState
 from kfdist.errors import KfdistError
 from kfdist.types import MetricSample
 
@@ -39,6 +40,11 @@ class RunScreen:
         self._client: ControlClient | None = None
         self._samples: Sequence[MetricSample] = ()
         self._owners: Sequence[OwnerView] = ()
+
+    @property
+    def state(self) -> RunState | None:
+        """Where the run stands; None if nothing is known yet."""
+        return self._run.state if self._run is not None else None
 
     def is_away(self, seconds: float) -> None:
         """Notes for how long the controller hasn't answered; called by the thread that listens."""

@@ -18,6 +18,7 @@ from kfdist.cli.run_display import print_target, run_line, runs_table
 from kfdist.cli.run_target import Target
 from kfdist.cli.watch_screen import FRAME_SECONDS, HINT, RunScreen, away_note
 from kfdist.control.client import RunView
+from kfdist.control.control_records import RunState
 from kfdist.errors import EnvironmentFault, KfdistError
 
 AWAY_SECONDS = 600.0
@@ -128,6 +129,14 @@ def _print_changes(target: Target, from_revision: int, *, as_json: bool) -> None
             last = line
 
 
+def _what_went_wrong(target: Target, state: RunState | None) -> str:
+    """Says why a run has failed, as far as its files tell, or where that is found; nothing of one that hasn't."""
+    if state not in (RunState.FAILED, RunState.LOST):
+        return ""
+    told = target.files.again().remarks().get("error") if target.files is not None else None
+    return f"{told}" if told else f"`kfdist events {target.name}` says more"
+
+
 def _show(target: Target, from_revision: int, console: Console) -> None:
     screen = RunScreen(target)
     news: queue.Queue[RunView | KfdistError | None] = queue.Queue()
@@ -147,7 +156,7 @@ def _show(target: Target, from_revision: int, console: Console) -> None:
             while screen.take(news):
                 screen.measure()
                 live.update(screen.picture() or Text(f"waiting for news of run {target.name}"), refresh=True)
-        note = ""
+        note = _what_went_wrong(target, screen.state)
     finally:
         screen.measure()
         if (last := screen.picture(note)) is not None:

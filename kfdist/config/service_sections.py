@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from kfdist.config.fields import Address, FileName, Labels, Ports, RayAddress, Resources, SecretPlace, Section
 from kfdist.errors import ConfigError
 from kfdist.system.credentials import Credentials, Role
-from kfdist.types import MAX_THREADS
+from kfdist.types import MAX_OWNERS, MAX_RANKS, MAX_THREADS
 
 
 class BundleSection(Section):
@@ -32,8 +32,8 @@ class BundleSection(Section):
 class ClusterSection(Section):
     """The processes of a run."""
 
-    workers: int = Field(default=2, ge=1, description="training ranks that `kfdist train` starts")
-    owners: int = Field(default=2, ge=0, description="Ray actors that invert")
+    workers: int = Field(default=2, ge=1, le=MAX_RANKS, description="training ranks that `kfdist train` starts")
+    owners: int = Field(default=2, ge=0, le=MAX_OWNERS, description="Ray actors that invert")
     owner_address: Literal["loopback", "node"] = Field(
         default="loopback",
         description="where owners listen: on loopback, or on their Ray node's address, for ranks of other machines",

@@ -21,7 +21,7 @@ from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membe
 from kfdist.rpc.authentication import caller_of
 from kfdist.rpc.beats import groups_of, in_force_of, samples_of, settings_message
 from kfdist.rpc.status import Refusal, answers, streams
-from kfdist.types import MetricSample
+from kfdist.types import MAX_OWNERS, MetricSample
 
 SILENT_SECONDS = 60.0
 """How long a heartbeat stream may be silent before it is ended. Members send a message every one or two seconds."""
@@ -59,10 +59,10 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         del context
         validation.check_owner(request)
         before = self._ledger.owners.get(request.owner.owner_id)
-        if before is None and len(self._ledger.owners) >= validation.MAX_OWNERS:
+        if before is None and len(self._ledger.owners) >= MAX_OWNERS:
             raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{validation.MAX_OWNERS} owners are known; let fewer serve this controller, or start another one",
+                f"{MAX_OWNERS} owners are known; let fewer serve this controller, or start another one",
             )
         owner = OwnerRecord(
             owner_id=request.owner.owner_id,

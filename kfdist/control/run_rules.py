@@ -134,8 +134,8 @@ def _ended(record: RunRecord, events: tuple[Event, ...]) -> Change:
     """Tells what was asked of a start that has ended and that none of its steps did; nothing is dropped unsaid."""
     if record.state is not RunState.FAILED and record.refresh_step >= max(record.step - 1, 0):
         text = (
-            f"the refresh agreed on at step {record.refresh_step} is left to the first step of the next start: this "
-            "one made no step after it"
+            f"the refresh agreed on at step {record.refresh_step} is left to the next start: this one made no step "
+            "after it"
         )
         events = (*events, Event(kind="refresh_left", text=text))
     if record.asked:

@@ -16,15 +16,13 @@ from kfdist.errors import ConfigError
 from kfdist.policies import tuning
 from kfdist.policies.assignment import POLICIES
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, run_pb2
-from kfdist.types import RUN_NAME_PATTERN, InForce, Value
+from kfdist.types import MAX_RANKS, RUN_NAME_PATTERN, InForce, Value
 
 NAME = re.compile(RUN_NAME_PATTERN)
 """Names of runs and owners, which become file names and label values."""
 
 MAX_GROUPS = 20_000
-MAX_WORLD_SIZE = 1 << 20
 MAX_SAMPLES = 10_000
-MAX_OWNERS = 4096
 MAX_CONFIG_CHARACTERS = 1 << 20
 MAX_TEXT_CHARACTERS = 4096
 MAX_REQUEST_ID_CHARACTERS = 128
@@ -138,7 +136,7 @@ def check_worker(request: membership_pb2.RegisterWorkerRequest) -> None:
     """Checks a rank's registration."""
     _check_name("run", request.run)
     count("epoch", request.epoch, least=0)
-    number("world_size", request.world_size, least=1, most=MAX_WORLD_SIZE)
+    number("world_size", request.world_size, least=1, most=MAX_RANKS)
     number("worker_rank", request.worker_rank, least=0, most=request.world_size - 1)
     _check_text("fingerprint", request.fingerprint, MAX_TEXT_CHARACTERS)
     if request.worker_rank:

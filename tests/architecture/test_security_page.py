@@ -9,6 +9,7 @@ from kfdist.control import membership_service, metrics_server, validation
 from kfdist.owner import inversion_service
 from kfdist.rpc import channels, servers
 from kfdist.rpc.certificates import make_certificates
+from kfdist.types import MAX_OWNERS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
 
@@ -50,7 +51,7 @@ def test_the_limits_are_the_codes():
             f"{inversion_service.MAX_OUTLINE_BYTES >> 20} MiB of JSON; every tensor's size must fit the bytes that came"
         ),
         "groups, samples, owners, texts": (
-            f"{validation.MAX_GROUPS:,}, {validation.MAX_SAMPLES:,} a beat, {validation.MAX_OWNERS}, "
+            f"{validation.MAX_GROUPS:,}, {validation.MAX_SAMPLES:,} a beat, {MAX_OWNERS}, "
             f"{validation.MAX_TEXT_CHARACTERS} characters"
         ),
         "a heartbeat stream's silence": f"{membership_service.SILENT_SECONDS:g} s",

@@ -26,7 +26,7 @@ from tests.support.controller import ControllerProcess, ControllerThread, Member
 class Watcher:
     """A watch on a terminal."""
 
-    def __init__(self, *arguments: str, columns: int = 80) -> None:
+    def __init__(self, *arguments: str, columns: int = 80, cwd: Path | None = None) -> None:
         self._reader, writer = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "24"}
         self.process = subprocess.Popen(
@@ -35,6 +35,7 @@ class Watcher:
             stdout=writer,
             stderr=writer,
             env=environment,
+            cwd=cwd,
             start_new_session=True,
         )
         os.close(writer)
@@ -89,6 +90,24 @@ def test_a_terminal_shows_the_run_until_it_ends(controller, client, member):
         member.beat_worker("digits", step=120, phase="finished")
         assert watched.end() == 0
         assert "digits  finished  step 120/120" in watched.text
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_that_fails_while_it_is_watched_says_why_or_where_that_is_found(
+    machine, controller, client, member, known
+):
+    directory = machine / "runs" / "digits"
+    directory.mkdir()
+    client.create("digits", directory=str(directory))
+    member.register_worker("digits")
+    notice = RunNotice(pid=os.getpid(), address=controller.address, run="digits", directory=str(directory))
+    with posted(notice), watcher("digits", cwd=machine) as watched:
+        watched.see("Ctrl-C ends the watch")
+        if known:
+            (directory / "summary.json").write_text('{"status": "failed", "error": "the training loss is nan"}')
+        member.beat_worker("digits", step=9, phase="failed")
+        assert watched.end() == 0
+        assert ("the training loss is nan" if known else "`kfdist events digits` says more") in watched.text
 
 
 def test_ctrl_c_ends_the_watch_and_not_the_run(controller, client):

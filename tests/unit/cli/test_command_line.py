@@ -1,6 +1,8 @@
-"""The command line itself: help that fits, and wrong uses that are told like any other bad input."""
+"""The command line itself: help that fits, and wrong uses and warnings that are told like any other bad input."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,3 +77,13 @@ def test_no_command_at_all_gets_help(
     monkeypatch.setattr("sys.argv", ["kfdist", *given.split()])
     assert main.run() == ExitCode.BAD_INPUT
     assert capsys.readouterr().err.startswith("Usage: kfdist")
+
+
+def test_a_warning_is_one_line_without_code() -> None:
+    script = (
+        "import warnings, kfdist; from kfdist.cli import main\n"
+        "def run():\n    warnings.warn('block 7: stale', kfdist.KfdistWarning)\n    return 0\n"
+        "main.run = run; main.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "kfdist: block 7: stale\n")

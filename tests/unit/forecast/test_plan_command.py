@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kfdist.cli.main import app
+from kfdist.errors import ConfigError
 
 RUN = CliRunner()
 MODELS = "tests.support.outlined_models"
@@ -41,13 +42,19 @@ def test_ranks_owners_and_a_step_time_as_asked() -> None:
     assert told["advice"][0].startswith("With 3 owners staleness reaches 23 steps")
 
 
-def test_gpus_have_figures_or_none() -> None:
-    told = _told("--gpu", "H200", "--gpu", "abacus")
+def test_gpus_have_figures_or_are_refused() -> None:
+    told = _told("--gpu", "h200", "--gpu", "A100")
     by_name = {each["source"].split(":")[0]: each for each in told["staleness"]}
-    assert by_name["derived for H200"]["seconds"] > 0
+    assert by_name["derived for H200"]["seconds"] > 0 and by_name["derived for A100"]["seconds"] > 0
     assert "not measured" in by_name["derived for H200"]["source"]
-    unknown = next(each for each in told["staleness"] if "'abacus'" in each["source"])
-    assert unknown["seconds"] is None and unknown["ages"] is None
+    with pytest.raises(ConfigError, match="--gpu: 'H1000' is not allowed; choose one of 'T4', .* did you mean 'H100'"):
+        RUN.invoke(app, ["plan", "--gpu", "H1000"], catch_exceptions=False)
+
+
+def test_no_more_ranks_and_owners_than_a_controller_takes() -> None:
+    for option, most in (("--world", 1 << 20), ("--owners", 4096)):
+        with pytest.raises(ConfigError, match=f"is {most + 1}; it must be at most {most}"):
+            RUN.invoke(app, ["plan", option, str(most + 1)], catch_exceptions=False)
 
 
 def test_an_earlier_run_has_the_step_time_and_the_noise_scale(tmp_path: Path) -> None:

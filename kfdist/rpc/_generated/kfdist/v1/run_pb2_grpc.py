@@ -172,7 +172,7 @@ class RunServiceServicer:
 
     def Refresh(self, request, context):
         """Asks that blocks are measured and inverted at the step after the agreed one, whatever their period; where the run ends
-        before it, at the first step of its next start. Errors: as Pause, and INVALID_ARGUMENT (a name matches no group).
+        before it, in its next start. Errors: as Pause, and INVALID_ARGUMENT (a name matches no group).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
