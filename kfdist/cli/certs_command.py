@@ -8,7 +8,14 @@ import typer
 
 from kfdist.cli.options import AsJson, whole
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Where the certificates are.")]
+
+def _named(directory: str | Path) -> Path:
+    if not str(directory):  # as of a variable that isn't set; Path takes it for the working directory
+        raise typer.BadParameter("'' is no directory; give its name, or . for the working directory")
+    return Path(directory)
+
+
+Directory = Annotated[Path, typer.Argument(parser=_named, metavar="DIR", help="Where the certificates are.")]
 Days = Annotated[
     int, typer.Option(parser=whole(least=1, most=3650), metavar="DAYS", help="How long the certificates hold.")
 ]

@@ -135,6 +135,8 @@ def make_certificates(directory: Path, *, hosts: Sequence[str] = (), days: int =
         EnvironmentFault: The directory can't be written.
     """
     files = (AUTHORITY_KEY_FILE, AUTHORITY_FILE, TOKEN_FILE, *(role.file_name for role in Role))
+    authority = Authority.new(days=max(days, AUTHORITY_DAYS))
+    issued = {role: authority.issue(role, hosts=hosts, valid=datetime.timedelta(days=days)) for role in Role}
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if there := [name for name in files if (directory / name).exists()]:
@@ -142,8 +144,6 @@ def make_certificates(directory: Path, *, hosts: Sequence[str] = (), days: int =
                 f"{directory} holds {', '.join(there)} already, which others may rely on; choose another directory, or "
                 "`kfdist certs renew` for new certificates of the same authority"
             )
-        authority = Authority.new(days=max(days, AUTHORITY_DAYS))
-        issued = {role: authority.issue(role, hosts=hosts, valid=datetime.timedelta(days=days)) for role in Role}
         authority.write(directory)
         for role, pem in issued.items():
             replace_file(directory / role.file_name, pem, private=True)

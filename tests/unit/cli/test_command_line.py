@@ -1,6 +1,7 @@
 """The command line itself: help that fits, and wrong uses and warnings that are told like any other bad input."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def test_every_command_has_help() -> None:
         ("plan --world 0", "'0' is not allowed; give a whole number of at least 1"),
         ("plan --step-seconds 0", "give a number of at least 1e-06"),
         ("certs init there --days 4000", "'4000' is not allowed; give a whole number from 1 to 3650"),
+        ("certs init ''", "'DIR': '' is no directory; give its name, or . for the working directory"),
         ("bench inversion --size x", "'x' is not allowed; give a whole number"),
         ("drain", "missing argument 'OWNER'; `kfdist drain --help`"),
         ("set --bogus", "no such option: --bogus; `kfdist set --help`"),
@@ -59,7 +61,7 @@ def test_every_command_has_help() -> None:
 def test_a_wrong_use_names_the_value_and_what_is_allowed(
     given: str, words: str, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["kfdist", *given.split(), *(["--json"] if as_json else [])])
+    monkeypatch.setattr("sys.argv", ["kfdist", *shlex.split(given), *(["--json"] if as_json else [])])
     assert main.run() == ExitCode.BAD_INPUT
     told = capsys.readouterr()
     assert words in told.err and told.err.startswith("kfdist: ") and told.err.count("\n") == 1

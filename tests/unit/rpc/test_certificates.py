@@ -70,7 +70,7 @@ NO_HOSTS = ["a b", "exa_mple", "http://x", "10.0.0.1/8", "10.0.0.256", "node-", 
 def test_a_host_is_a_name_or_an_address(tmp_path: Path, host: str):
     with pytest.raises(ConfigError, match="--hosts: .*neither an address nor a host's name"):
         make_certificates(tmp_path / "certs", hosts=[host])
-    assert not list((tmp_path / "certs").iterdir())
+    assert not (tmp_path / "certs").exists()
 
 
 @pytest.mark.parametrize("host", ["owner.kfdist", "Controller.kfdist", "client.kfdist", "*.kfdist"])
