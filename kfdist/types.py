@@ -37,6 +37,9 @@ MAX_RANKS = 1 << 20
 MAX_OWNERS = 4096
 """Ranks of a run, and owners, that a controller takes."""
 
+MAX_STEPS = 10**12
+"""More than any run makes; messages, and the float64 in which ranks share settings, hold it exactly."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:

@@ -12,6 +12,7 @@ from kfdist.config.findings import config_error
 from kfdist.config.toml import format_key
 from kfdist.errors import ConfigError
 from kfdist.system.addresses import split_address
+from kfdist.types import MAX_STEPS
 
 Scalar = bool | int | float | str
 """What a free-form `settings` table may hold."""
@@ -29,9 +30,6 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
-
-MOST_STEPS = 10**12
-"""More than any run makes; messages, and the float64 in which ranks share settings, hold it exactly."""
 
 _LONGEST_NAME = 255
 """Bytes of a file's name, without its folders, on Linux."""
@@ -157,7 +155,7 @@ Stages = Annotated[
 """Pairs of an epoch and what holds from it on."""
 
 CountStages = Annotated[
-    tuple[tuple[_Epoch, Annotated[int, Field(ge=1, le=MOST_STEPS)]], ...],
+    tuple[tuple[_Epoch, Annotated[int, Field(ge=1, le=MAX_STEPS)]], ...],
     BeforeValidator(_tuples),
     AfterValidator(_rising),
 ]

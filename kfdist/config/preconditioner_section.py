@@ -7,11 +7,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import MOST_STEPS, CountStages, Methods, Names, Section, Settings, Stages
+from kfdist.config.fields import CountStages, Methods, Names, Section, Settings, Stages
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag, oldest
-from kfdist.types import Fisher, WeightSharing
+from kfdist.types import MAX_STEPS, Fisher, WeightSharing
 
 
 class StalenessSection(Section):
@@ -20,13 +20,13 @@ class StalenessSection(Section):
     soft_bound: int | None = Field(
         default=None,
         ge=1,
-        le=MOST_STEPS,
+        le=MAX_STEPS,
         description="steps of staleness above which damping is raised; none if not given",
     )
     hard_bound: int | None = Field(
         default=None,
         ge=1,
-        le=MOST_STEPS,
+        le=MAX_STEPS,
         description="steps of staleness above which at_hard_bound acts; none if not given",
     )
     at_hard_bound: AtHardBound = Field(
@@ -67,13 +67,11 @@ class PreconditionerSection(Section):
     ema_decay: float = Field(
         default=0.95, ge=0, lt=1, description="what an update of the statistics keeps of the old ones"
     )
-    factor_period: int = Field(
-        default=2, ge=1, le=MOST_STEPS, description="steps between two updates of the statistics"
-    )
+    factor_period: int = Field(default=2, ge=1, le=MAX_STEPS, description="steps between two updates of the statistics")
     inverse_period: int = Field(
         default=10,
         ge=1,
-        le=MOST_STEPS,
+        le=MAX_STEPS,
         description="steps between two inversions of a block, a multiple of factor_period, at first",
     )
     inverse_period_epochs: CountStages = Field(
@@ -86,7 +84,7 @@ class PreconditionerSection(Section):
     lag: int | None = Field(
         default=None,
         ge=0,
-        le=MOST_STEPS,
+        le=MAX_STEPS,
         description='steps from statistics to adoption with adoption = "fixed-lag"; 0 is synchronous',
     )
     skip: Names = Field(default=(), description="globs of module names that stay with the plain gradient")

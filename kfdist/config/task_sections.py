@@ -8,8 +8,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from kfdist.config.fields import MOST_STEPS, Counts, FileName, Section, Settings, TrackerNames
+from kfdist.config.fields import Counts, FileName, Section, Settings, TrackerNames
 from kfdist.errors import ConfigError
+from kfdist.types import MAX_STEPS
 
 
 class RunSection(Section):
@@ -22,7 +23,7 @@ class RunSection(Section):
     )
     dir: FileName | None = Field(default=None, description="the run directory; runs/NAME if not given")
     seed: int = Field(default=1, ge=0, lt=2**63, description="seeds everything random in the run")
-    steps: int | None = Field(default=None, ge=1, le=MOST_STEPS, description="training steps; excludes run.epochs")
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="training steps; excludes run.epochs")
     epochs: int | None = Field(default=None, ge=1, description="passes over the training data; excludes run.steps")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where ranks compute; auto takes CUDA if there is any"

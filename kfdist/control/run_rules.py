@@ -140,10 +140,8 @@ def _ended(record: RunRecord, events: tuple[Event, ...]) -> Change:
         events = (*events, Event(kind="refresh_left", text=text))
     if record.asked:
         told = ", ".join(f"revision {revision} ({text})" for revision, text in record.asked)
-        text = (
-            f"{told}: the run was {record.state} at step {record.step} before its ranks took it up; ask its next start"
-        )
-        events = (*events, Event(kind="not_obeyed", text=text))
+        how = f"the run ended ({record.state}) at step {record.step} before its ranks took it up; ask its next start"
+        events = (*events, Event(kind="not_obeyed", text=f"{told}: {how}"))
     return Change(replace(record, asked=()), events)
 
 
@@ -161,7 +159,8 @@ def _ahead_of(record: RunRecord, newest: int, phase: str) -> RunRecord:
         return replace(record, settings=replace(record.settings, revision=newest, desired=wish))
     asked = tuple((revision + newest, text) for revision, text in record.asked)
     settings = replace(record.settings, revision=record.settings.revision + newest)
-    return replace(record, settings=settings, asked=asked)
+    refresh_revision = record.refresh_revision and record.refresh_revision + newest
+    return replace(record, settings=settings, asked=asked, refresh_revision=refresh_revision)
 
 
 def silent(record: RunRecord, *, lease_seconds: float) -> Change:

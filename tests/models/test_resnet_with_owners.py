@@ -19,7 +19,7 @@ from tests.support.service_methods import service
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 METHODS = ("kfac", "rs-kfac", "b-kfac", "cg-fac", "seng")
-STEPS, MOST_STEPS = 6, 60
+STEPS, MAX_STEPS = 6, 60
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def train(communicator: Communicator, method: str, address: str) -> Seen:
     losses, unmeasured, waiting = [], {}, [""]
     link = kfdist.connect(address, run=f"resnet-{method}")
     with kfdist.Preconditioner(model, method, link=link).attach(optimizer) as preconditioner:
-        while len(losses) < STEPS or (waiting and len(losses) < MOST_STEPS):
+        while len(losses) < STEPS or (waiting and len(losses) < MAX_STEPS):
             optimizer.zero_grad()
             loss = loss_on(model)
             loss.backward()

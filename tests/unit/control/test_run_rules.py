@@ -140,9 +140,17 @@ def test_ranks_that_are_ahead_of_a_new_file_obey_what_is_asked_of_them(asked_bef
     assert not any(event.kind == "settings_obeyed" for event in change.events)
     record = change.record if asked_before else steering.tuned(change.record, {"damping": 0.5}, "ada").record
     assert (record.settings.revision, record.obeyed_revision, len(record.asked)) == (6, 5, 1)
+    assert record.refresh_revision == 0
     record = run_rules.reported(record, phase="running", step=9, in_force=InForce(obeyed=(Obeyed(revision=6, step=8),)))
     assert record.events[-1].text == "revision 6 (damping 0.5), agreed on by all ranks at step 8"
     assert all(event.kind != "settings_unknown" for event in record.events)
+
+
+def test_a_refresh_that_ranks_ahead_of_a_new_file_have_yet_to_hear_of_stays_one():
+    record = steering.refreshed(running(), [], "ada").record
+    record = run_rules.reported(record, phase="running", step=4, in_force=InForce(obeyed=(Obeyed(revision=5, step=4),)))
+    again = run_rules.started(record.record, epoch=2, world_size=2).record
+    assert (again.settings.revision, again.refresh_revision, again.settings.refresh_serial) == (6, 6, 1)
 
 
 def test_a_paused_run_that_is_ahead_of_a_new_file_can_be_resumed():
@@ -177,8 +185,8 @@ def test_what_a_run_that_ends_has_not_obeyed_is_told(phase: str):
     record = steering.checkpointed(record, "ada").record
     ended = run_rules.reported(record, phase=phase, step=9)
     assert [event.text for event in ended.events if event.kind == "not_obeyed"] == [
-        f"revision 1 (damping 0.5), revision 2 (checkpoint 1): the run was {phase} at step 9 before its ranks took it "
-        "up; ask its next start"
+        f"revision 1 (damping 0.5), revision 2 (checkpoint 1): the run ended ({phase}) at step 9 before its ranks "
+        "took it up; ask its next start"
     ]
 
 
