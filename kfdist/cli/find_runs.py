@@ -95,9 +95,13 @@ def find_run(run: str | None, address: str | None) -> Target:
     known = [each.view.name for each in survey.runs] + [path.name for path in ended_directories()]
     if not known:
         raise ConfigError(f"there is no run {run!r}: {survey.nothing()}")
-    raise ConfigError(
-        f"there is no run {run!r} here{suggestion(run, known)}; known here: {', '.join(sorted(set(known)))}"
-    )
+    raise unknown_run(run, known)
+
+
+def unknown_run(run: str, known: Sequence[str]) -> ConfigError:
+    """Returns what is said of a name that no run has, given the names that runs have."""
+    there_are = f"known here: {', '.join(sorted(set(known)))}" if known else nothing_runs()
+    return ConfigError(f"there is no run {run!r} here{suggestion(run, known)}; {there_are}")
 
 
 def find_controller(address: str | None, owner: str) -> Endpoint:

@@ -55,13 +55,22 @@ def _report(
 
 
 def _directory_of(run: str) -> Path:
-    """Returns the directory of a run that is named as in other commands: by its name, or by its directory."""
+    """Returns the directory of a run that is named as in other commands: by its name, or by its directory.
+
+    Raises:
+        ConfigError: No run here has the name.
+    """
+    from kfdist.cli.find_runs import ended_directories, unknown_run
     from kfdist.system.run_notices import notices
 
     given = Path(run)
     if "/" in run or run in (".", ".."):
         return given
-    going = {note.directory for note in notices() if note.run == run and note.directory}
+    posted = [note for note in notices() if note.run and note.directory]
+    going = {note.directory for note in posted if note.run == run}
     if len(going) == 1:
         return Path(going.pop())
-    return given if given.exists() else _HOME / run
+    for directory in (given, _HOME / run):
+        if directory.is_dir():
+            return directory
+    raise unknown_run(run, [*(note.run for note in posted), *(path.name for path in ended_directories())])

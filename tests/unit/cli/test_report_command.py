@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kfdist.cli.main import app
+from kfdist.errors import ConfigError
 from kfdist.system.run_notices import RunNotice, place_of, posted
 
 
@@ -26,6 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[Path]]:
 
 def test_runs_are_named_as_elsewhere(asked: list[list[Path]], tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
     going = tmp_path / "far" / "away"
     going.mkdir(parents=True)
     notice = RunNotice(pid=os.getpid(), run="going", directory=str(going), place=place_of(going))
@@ -35,6 +37,14 @@ def test_runs_are_named_as_elsewhere(asked: list[list[Path]], tmp_path: Path) ->
             assert (result.exit_code, result.output) == (0, "report: page.html\n")
     expected = [Path("runs/digits"), Path("."), Path("here"), Path("runs/digits"), going]
     assert [directories for [directories] in asked] == expected
+
+
+def test_a_name_that_no_run_has_is_told_with_those_that_runs_have(asked: list[list[Path]], tmp_path: Path) -> None:
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    (tmp_path / "runs" / "digits" / "config.toml").touch()
+    with pytest.raises(ConfigError, match=r"no run 'digist' here; did you mean 'digits'\?; known here: digits"):
+        CliRunner().invoke(app, ["report", "digist"], catch_exceptions=False)
+    assert not asked
 
 
 def test_several_are_compared(asked: list[list[Path]]) -> None:
