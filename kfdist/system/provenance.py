@@ -2,6 +2,8 @@
 
 import os
 import platform
+from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -10,6 +12,11 @@ _PACKAGES = ("kfdist", "torch", "ray", "grpcio", "protobuf", "prometheus-client"
 
 def versions() -> dict[str, str]:
     """Returns the version of "python" and of each installed package by its name; imports none of them."""
+    return dict(_installed())
+
+
+@cache
+def _installed() -> Mapping[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

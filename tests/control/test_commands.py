@@ -17,7 +17,8 @@ from kfdist.cli import control_commands, settings_command
 from kfdist.control.control_records import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.types import InForce, Obeyed
-from tests.support.controller import ControllerThread, Member, eventually, sample
+from tests.support.controller import ControllerThread, Member, sample
+from tests.support.waits import eventually
 
 Kfdist = Callable[..., str]
 
@@ -70,6 +71,7 @@ def test_status_and_list_for_users(kfdist, digits, client):
     assert kfdist("status") == kfdist("list")
 
 
+@LONG_LEASE
 def test_everything_as_json(kfdist, digits):
     run = json.loads(kfdist("status", "digits", "--json"))
     assert (run["name"], run["state"], run["step"], run["gauges"]) == ("digits", "running", 30, {"kfdist_loss": 0.125})
@@ -152,6 +154,7 @@ def test_nothing_to_show(kfdist, controller):
     assert json.loads(kfdist("status", "--json")) == {"runs": []}
 
 
+@LONG_LEASE
 def test_steering(kfdist, digits):
     obeyed = "all ranks obey at one step, which `kfdist events digits` names\n"
     assert kfdist("pause", "digits") == f"digits: running at step 30/120; asked for pause: {obeyed}"

@@ -15,7 +15,8 @@ from kfdist.control.client import ControlClient
 from kfdist.control.control_records import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.rpc._generated.kfdist.v1 import run_pb2
-from tests.support.controller import CALL_SECONDS, ControllerProcess, ControllerThread, Member, eventually
+from tests.support.controller import CALL_SECONDS, ControllerProcess, ControllerThread, Member
+from tests.support.waits import eventually
 
 CLIENTS = 4
 

@@ -20,7 +20,8 @@ from kfdist.control.control_records import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.credentials import Credentials, Role
 from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, place_of, posted
-from tests.support.controller import ControllerThread, Member, eventually
+from tests.support.controller import ControllerThread, Member
+from tests.support.waits import eventually
 
 Kfdist = Callable[..., str]
 Post = Callable[..., None]

@@ -11,7 +11,8 @@ from kfdist.control.control_records import RunState
 from kfdist.policies.assignment import assign
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2
 from kfdist.types import GroupSpec
-from tests.support.controller import ControllerThread, Member, eventually, sample
+from tests.support.controller import ControllerThread, Member, sample
+from tests.support.waits import eventually
 
 GROUPS = [("conv1", 1e6), ("conv2", 8e6), ("fc1", 5e9), ("fc2", 3e5), ("fc3", 2e5)]
 

@@ -15,8 +15,9 @@ from kfdist.control.series import RunSeries, Sender
 from kfdist.errors import ConfigError
 from kfdist.telemetry.metrics import METRICS, Across, Kind, fault_in
 from kfdist.types import MetricSample
-from tests.support.controller import ControllerThread, Member, eventually, sample, values
+from tests.support.controller import ControllerThread, Member, sample, values
 from tests.support.prometheus import Prometheus, needs_prometheus
+from tests.support.waits import eventually
 
 RANKS = [Sender("worker", str(rank)) for rank in range(3)]
 BYTES = "kfdist_bytes_total"

@@ -13,7 +13,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kfdist.control.client import RunView
 from kfdist.errors import EnvironmentFault
-from tests.support.controller import ControllerThread, eventually
+from tests.support.controller import ControllerThread
+from tests.support.waits import eventually
 
 SERVICES = {"kfdist.v1.RunService", "kfdist.v1.MembershipService"}
 

@@ -5,7 +5,7 @@ import pytest
 from kfdist.errors import ConfigError
 from kfdist.rpc.authentication import user_metadata
 from kfdist.types import InForce, Obeyed
-from tests.support.controller import eventually
+from tests.support.waits import eventually
 
 ASAP = InForce(
     values={

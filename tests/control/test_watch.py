@@ -11,7 +11,8 @@ from kfdist.control.store import Batch, Store
 from kfdist.errors import ConfigError
 from kfdist.rpc._generated.kfdist.v1 import run_pb2, run_pb2_grpc
 from kfdist.rpc.channels import channel_options
-from tests.support.controller import ControllerThread, eventually
+from tests.support.controller import ControllerThread
+from tests.support.waits import eventually
 
 
 def take(stream, count: int) -> list:

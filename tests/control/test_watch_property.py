@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from kfdist.control.client import ControlClient, RunView
-from tests.support.controller import Member, address_of_its_own, eventually
+from tests.support.controller import Member, address_of_its_own
 from tests.support.killed_controllers import KilledController
+from tests.support.waits import eventually
 
 MUTATIONS = 60
 

@@ -20,7 +20,8 @@ from kfdist.cli.run_files import RunFiles
 from kfdist.cli.run_target import Endpoint, Target
 from kfdist.control.client import ControlClient
 from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, posted
-from tests.support.controller import ControllerProcess, ControllerThread, Member, eventually, sample
+from tests.support.controller import ControllerProcess, ControllerThread, Member, sample
+from tests.support.waits import eventually
 
 
 class Watcher:

@@ -112,13 +112,16 @@ def goes_on_after_the_limit(communicator: Communicator, withheld: bool) -> tuple
     if communicator.rank:  # rank 0 judges the time for all: the other's clock is fast
         monotonic = time.monotonic
         time.monotonic = lambda: 100.0 * monotonic()
-    rank = TrainingRank(communicator, adoption=FixedLag(2, wait_limit_seconds=0.5))
+    rank = TrainingRank(communicator, adoption=FixedLag(2))
     records, interruption = [], None
     if withheld:
         stuck = Faults().at(rank=communicator.rank, version=range(STUCK, sys.maxsize)).withhold()
-        records, interruption = interrupted(rank)
+        records = rank.run(STUCK + 2)
+        rank.limit_waits(0.5)
+        more, interruption = interrupted(rank)
         stuck.lift()
-        records.append(rank.second_half())
+        rank.limit_waits(600.0)
+        records += [*more, rank.second_half()]
     records += rank.run(20)
     rank.close()
     return records, interruption

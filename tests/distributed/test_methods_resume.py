@@ -154,7 +154,9 @@ def test_folded_states_of_four_ranks_go_on_at_one(kind: str, alone: dict[str, di
 
 
 def until_the_limit(communicator: Communicator, folder: Path) -> int:
-    rank = make(communicator, "mixed", adoption=FixedLag(3, wait_limit_seconds=0.2))
+    rank = make(communicator, "mixed")
+    rank.run(7)
+    rank.limit_waits(0.2)
     try:
         while True:
             rank.step()

@@ -16,11 +16,12 @@ from kfdist.comm.reduce import GradientReducer
 from kfdist.control.client import ControlClient
 from kfdist.control.control_records import RunState
 from kfdist.rpc.channels import CALL_SECONDS
-from tests.support.controller import address_of_its_own, eventually
+from tests.support.controller import address_of_its_own
 from tests.support.killed_controllers import KilledController
 from tests.support.owners import OwnerProcess
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn
+from tests.support.waits import eventually
 
 RANKS, STEPS = 2, 150
 """Steps before, during and after the outage, each."""

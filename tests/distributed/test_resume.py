@@ -79,7 +79,7 @@ def use_faulty_links(worker_rank: int) -> None:
     ("stop", "overrides", "reason"),
     [
         (Stop(step=13, worker_rank=1), (), "asked to stop while it waited"),
-        (None, ("preconditioner.wait_limit_seconds=0.3",), "outlasted wait_limit_seconds"),
+        (None, ("preconditioner.wait_limit_seconds=2",), "outlasted wait_limit_seconds"),
     ],
     ids=["signal", "wait limit"],
 )

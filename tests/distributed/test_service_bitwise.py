@@ -17,11 +17,12 @@ from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
 from kfdist.links.rank.courier_process import COURIER_MODULE
 from kfdist.system.processes import children_of, command_line
-from tests.support.controller import ControllerThread, eventually
+from tests.support.controller import ControllerThread
 from tests.support.faults import EACH, Faults, reach
 from tests.support.owners import OwnerProcess
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn
+from tests.support.waits import eventually
 
 RANKS, STEPS = 4, 12
 

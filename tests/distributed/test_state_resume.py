@@ -131,9 +131,11 @@ def test_fixed_lag_resumed_with_versions_in_flight_is_bitwise_the_uninterrupted_
 
 def until_the_limit(communicator: Communicator, directory: Path) -> tuple[list[Record], int]:
     """What the wait at step 11 leaves behind is saved."""
-    rank = make(communicator, adoption=FixedLag(LAG, wait_limit_seconds=0.3))
+    rank = make(communicator)
     records = rank.run(5)
     rank.link.wanted = RunSettings(revision=1, changes={"damping": 0.3})
+    records += rank.run(6 + LAG)
+    rank.limit_waits(0.3)
     try:
         while True:
             records.append(rank.step())

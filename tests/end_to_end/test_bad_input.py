@@ -4,15 +4,13 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kfdist.cli.main import run as run_here
 from kfdist.models import MODELS
 from tests.support.commands import run
-from tests.support.launches import ENDLESS, LOCAL, ONE_RANK, launch
+from tests.support.launches import ENDLESS, LOCAL, ONE_RANK, Train, launch
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -68,23 +66,6 @@ MISTAKES = [
 ]
 
 
-Train = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Train:
-    """Runs `kfdist train` in this process, where torch is imported once for all; returns its exit code and its words.
-
-    For what it refuses before it starts anything.
-    """
-
-    def run_it(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["kfdist", "train", *arguments])
-        return run_here(), capfd.readouterr().err
-
-    return run_it
-
-
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
 def test_a_mistake_exits_with_2_names_value_and_remedy_and_makes_nothing(
     tmp_path: Path, train: Train, arguments: list[str], words: list[str]
@@ -116,14 +97,16 @@ def test_a_refusal_is_a_sentence_on_standard_error_without_a_stack_trace(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_that_is_not_toml_is_refused(tmp_path: Path):
+def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, train: Train):
     (tmp_path / "it.toml").write_text("[run\nsteps = 3")
-    output = run("train", str(tmp_path / "it.toml"), code=2)
+    code, output = train(str(tmp_path / "it.toml"))
+    assert code == 2, output
     assert "isn't valid TOML" in output and "line 1" in output
 
 
-def test_a_mistake_is_told_as_json_where_json_is_asked_for(tmp_path: Path):
-    output = run("train", "--json", "--set", "run.steps=0", "--set", f"run.dir={tmp_path / 'run'}", code=2)
+def test_a_mistake_is_told_as_json_where_json_is_asked_for(tmp_path: Path, train: Train):
+    code, output = train("--json", "--set", "run.steps=0", "--set", f"run.dir={tmp_path / 'run'}")
+    assert code == 2, output
     error = json.loads(output.splitlines()[0])["error"]
     assert error["kind"] == "bad_input" and error["path"] == "run.steps" and "at least 1" in error["message"]
 
@@ -152,8 +135,9 @@ def test_a_run_directory_that_is_a_file_exits_with_2(tmp_path: Path, train: Trai
     assert (tmp_path / "run").read_text() == "precious"
 
 
-def test_a_run_directory_that_cannot_be_made_exits_with_1():
-    output = run("train", "--set", "run.dir=/proc/kfdist-run", "--set", "cluster.link=local", code=1)
+def test_a_run_directory_that_cannot_be_made_exits_with_1(train: Train):
+    code, output = train("--set", "run.dir=/proc/kfdist-run", "--set", "cluster.link=local")
+    assert code == 1, output
     assert "/proc/kfdist-run" in output and "run.dir" in output
 
 

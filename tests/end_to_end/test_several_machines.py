@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.controller import eventually
 from tests.support.far_service import Service, far_service, oldest, told
 from tests.support.launches import summary_of
+from tests.support.waits import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import Command, Process, process_table, run
-from tests.support.controller import eventually
 from tests.support.launches import LOCAL, SMALL, STEPS, checkpoints_of, summary_of
 from tests.support.ray_heads import Head, ray_head
+from tests.support.waits import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

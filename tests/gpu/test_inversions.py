@@ -11,10 +11,11 @@ from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.links.rank.remote import RemoteLink
 from kfdist.owner.owner import Owner, OwnerOptions
 from tests.support.cases import CASES, DAMPING, TOLERANCE, InverterCase
-from tests.support.controller import ControllerThread, eventually
+from tests.support.controller import ControllerThread
 from tests.support.jobs import collect, context, job
 from tests.support.matrices import C, P, Q, gaussian, make_factors, relative_error
 from tests.support.on_devices import Trained
+from tests.support.waits import eventually
 
 SPECTRUM = "decaying"
 V = gaussian(C, P, Q, seed=3)

@@ -5,8 +5,9 @@ import pytest
 from kfdist.links.link import LinkContext
 from kfdist.links.rank.remote import RemoteLink, RemoteOptions
 from kfdist.owner.owner import Owner, OwnerOptions
-from tests.support.controller import ControllerThread, eventually
+from tests.support.controller import ControllerThread
 from tests.support.jobs import context
+from tests.support.waits import eventually
 
 StartLink = Callable[..., RemoteLink]
 

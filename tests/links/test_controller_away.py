@@ -7,9 +7,10 @@ import pytest
 
 from kfdist.control.control_records import RunState
 from kfdist.types import Desired, MetricSample
-from tests.support.controller import ControllerThread, eventually
+from tests.support.controller import ControllerThread
 from tests.support.jobs import RUN, collect, context, job, payload, result_of
 from tests.support.owners import OwnerProcess
+from tests.support.waits import eventually
 
 
 @pytest.fixture

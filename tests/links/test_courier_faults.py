@@ -15,8 +15,8 @@ from kfdist.control.control_records import RunState
 from kfdist.links.rank.remote import RemoteLink
 from kfdist.rpc.beats import BEAT_SECONDS
 from kfdist.types import InForce
-from tests.support.controller import eventually
 from tests.support.jobs import collect, context, job, payload, result_of
+from tests.support.waits import eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,7 +136,7 @@ time.sleep(60)
         rank.kill()
         rank.wait()
         try:
-            eventually(lambda: is_alive(courier), lambda alive: not alive, seconds=2.0)
+            eventually(lambda: is_alive(courier), lambda alive: not alive, seconds=20.0)
             assert is_alive(child)
         finally:
             os.kill(child, signal.SIGKILL)

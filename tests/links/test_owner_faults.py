@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from kfdist.links.rank.remote import RemoteLink
-from tests.support.controller import ControllerThread, eventually, values
+from tests.support.controller import ControllerThread, values
 from tests.support.faults import EACH, Fault, Faults
 from tests.support.jobs import collect, context, job, payload, result_of
 from tests.support.owners import OwnerProcess
+from tests.support.waits import eventually
 
 EPOCHS = iter(range(1, 1000))
 

@@ -10,8 +10,9 @@ import pytest
 from kfdist.errors import EnvironmentFault
 from kfdist.links.rank.remote import RemoteLink
 from kfdist.types import Desired, MetricSample
-from tests.support.controller import eventually, values
+from tests.support.controller import values
 from tests.support.jobs import RUN, collect, context, job, payload, result_of
+from tests.support.waits import eventually
 
 
 def test_results_are_those_of_this_process(controller, owners, start_link):

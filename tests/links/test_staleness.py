@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable
 
 import kfdist
-from tests.support.controller import ControllerThread, eventually, values
+from tests.support.controller import ControllerThread, values
 from tests.support.owners import OwnerProcess
 from tests.support.preconditioning import backward, preconditioner, two_layers
+from tests.support.waits import eventually
 
 BLOCKS = ("0", "2")
 

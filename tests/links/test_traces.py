@@ -9,10 +9,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from kfdist.telemetry.tracing import SWITCH
-from tests.support.controller import eventually
 from tests.support.faults import EACH
 from tests.support.jobs import collect, job, payload
 from tests.support.owners import OwnerProcess
+from tests.support.waits import eventually
 
 HOPS = ["job", "courier", "attempt", "owner", "child", "attempt", "owner", "child", "back"]
 

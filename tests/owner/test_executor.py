@@ -13,10 +13,10 @@ import pytest
 
 from kfdist.curvature.jobs import fingerprint
 from kfdist.owner.executor import ChildCrashed, DeadlineExceeded, Executor, PayloadRefused
-from tests.support.controller import eventually
 from tests.support.faults import EACH, Faults
 from tests.support.faulty import child
 from tests.support.jobs import payload, result_of
+from tests.support.waits import eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,7 +136,7 @@ executor.run(payload(), 60.0)
         eventually(lambda: inversion.fired, bool)
         assert is_alive(pid)
         owner.kill()
-    eventually(lambda: is_alive(pid), lambda alive: not alive, seconds=2.0)
+    eventually(lambda: is_alive(pid), lambda alive: not alive, seconds=20.0)
 
 
 def test_an_owner_for_a_gpu_where_there_is_none_says_so(monkeypatch):

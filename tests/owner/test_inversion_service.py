@@ -21,10 +21,10 @@ from kfdist.rpc.channels import open_channel
 from kfdist.rpc.chunking import digest_of, split
 from kfdist.system.addresses import split_address
 from kfdist.types import CHUNK_BYTES
-from tests.support.controller import eventually
 from tests.support.faults import EACH, Faults
 from tests.support.faulty import child
 from tests.support.jobs import payload, result_of
+from tests.support.waits import eventually
 
 ROOT = Path(__file__).parents[2]
 LIMITS = ServiceLimits(payload_bytes=8 << 20, buffered_bytes=3 << 20, kept_bytes=2 << 20, idle_seconds=1.0)

@@ -18,8 +18,9 @@ import pytest
 from kfdist.links.rank.remote import RemoteLink
 from kfdist.pool.ray_directory import ray_processes
 from tests.support.commands import Command
-from tests.support.controller import ControllerThread, eventually
+from tests.support.controller import ControllerThread
 from tests.support.jobs import RUN, collect, context, job, payload, result_of
+from tests.support.waits import eventually
 
 START_SECONDS = 90.0
 

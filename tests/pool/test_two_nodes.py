@@ -12,10 +12,10 @@ import pytest
 
 from kfdist.system.addresses import split_address
 from tests.support.commands import Command, run
-from tests.support.controller import eventually
 from tests.support.hosts import Host, made_hosts
 from tests.support.launches import SMALL
 from tests.support.ray_nodes import NO_TOKEN, ray_nodes
+from tests.support.waits import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

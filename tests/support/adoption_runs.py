@@ -69,6 +69,10 @@ class TrainingRank:
         """The pipeline under test."""
         return self.pre.pipeline
 
+    def limit_waits(self, seconds: float) -> None:
+        """Limits the agreed waits from now on; those before may have taken long on a busy machine."""
+        self.pipeline.adopting.exchange.wait_limit_seconds = seconds
+
     def run(self, steps: int) -> list[Record]:
         """Trains up to step number `steps`."""
         return [self.step() for _ in range(self.pre.next_step, steps)]

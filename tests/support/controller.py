@@ -12,11 +12,10 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import grpc
 
@@ -29,19 +28,9 @@ from kfdist.rpc.channels import open_channel
 from kfdist.system.addresses import split_address
 from kfdist.system.credentials import Credentials
 from kfdist.types import InForce
+from tests.support.waits import eventually
 
 CALL_SECONDS = 10.0
-
-Value = TypeVar("Value")
-
-
-def eventually(look: Callable[[], Value], wanted: Callable[[Value], bool], *, seconds: float = 10.0) -> Value:
-    """Looks until what it sees is as wanted; fails with the last sight."""
-    ends = time.monotonic() + seconds
-    while not wanted(seen := look()):
-        assert time.monotonic() < ends, f"not as wanted after {seconds} s: {seen}"
-        time.sleep(0.02)
-    return seen
 
 
 class ControllerThread:

@@ -10,7 +10,7 @@ from kfdist.curvature.jobs import encode_job, run_job
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.links.link import AbstractLink, LinkContext
 from kfdist.types import GroupSpec, Job, JobResult, LateBytes
-from tests.support.controller import eventually
+from tests.support.waits import eventually
 
 RUN = "jobs"
 

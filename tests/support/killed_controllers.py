@@ -17,7 +17,8 @@ import grpc
 from kfdist.control.controller import ControllerOptions, serve
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, run_pb2
 from kfdist.rpc.status import code_of
-from tests.support.controller import Member, eventually
+from tests.support.controller import Member
+from tests.support.waits import eventually
 
 RUNS = ("first", "second")
 OWNERS = ("owner-0", "owner-1")

@@ -2,13 +2,16 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kfdist.system.files import read_ready_file
 from tests.support.commands import Command, Process
+
+Train = Callable[..., tuple[int, str]]
+"""A `kfdist train` in the test's own process, the fixture `train` of tests/end_to_end: exit code and words."""
 
 LOCAL = ("--set", "cluster.link=local")
 ONE_RANK = ("--set", "cluster.workers=1")

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import pytest
 
-from tests.support.controller import eventually
+from tests.support.waits import eventually
 
 BOARDS = Path(__file__).parents[2] / "deploy" / "grafana" / "dashboards"
 PROMETHEUS = shutil.which("prometheus")

@@ -1,6 +1,6 @@
 """Runs a function on several gloo ranks on this machine, as real processes; a failing or hanging rank fails the test.
 
-Ranks come from a fork server that has imported torch and kfdist once, so that starting four of them takes a fraction of
+Ranks come from a fork server that has imported what they need once, so that starting four of them takes a fraction of
 a second. The function must be importable (defined at the top of a test module).
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from tests.support.faults import act_as
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "kfdist.training.worker"])
+_CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
 
 
 def _rank_main(

@@ -65,6 +65,9 @@ _SAME = frozenset({"to", "type_as", "type", "float", "double", "half", "bfloat16
                    "values", "items", "parameters"})  # fmt: skip
 
 
+_HOLDERS = (nn.ParameterList, nn.ParameterDict)
+
+
 def bare_matrices(module: nn.Module) -> Mapping[str, Use]:
     """Returns the parameters of a module, of two or three dimensions, that its code uses as matrices or tables.
 
@@ -82,9 +85,11 @@ def held_matrices(model: nn.Module) -> Mapping[int, Use]:
     """
     found: dict[int, Use] = {}
     for module in model.modules():
+        if not any(isinstance(child, _HOLDERS) for child in module.children()):
+            continue  # reading the code of every class takes as long as some training steps
         for name, uses in _uses_in(type(module)).items():
             held = getattr(module, name, None) if "." not in name else None
-            if isinstance(held, (nn.ParameterList, nn.ParameterDict)) and uses[0] != "table":
+            if isinstance(held, _HOLDERS) and uses[0] != "table":
                 found.setdefault(id(held), uses[0])
     return found
 

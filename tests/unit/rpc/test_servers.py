@@ -12,7 +12,7 @@ from kfdist.control.exporter import Exporter
 from kfdist.control.metrics_server import MetricsServer
 from kfdist.errors import ConfigError
 from kfdist.rpc import servers
-from tests.support.controller import eventually
+from tests.support.waits import eventually
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "10.0.0.1:0", "localhost.example:0"])

@@ -16,7 +16,7 @@ def test_watching_tells_when_a_process_ends_and_not_before():
     watch_process(process.pid, ended.set)
     assert not ended.wait(0.2)
     process.kill()
-    assert ended.wait(5)
+    assert ended.wait(30)
     process.wait()
 
 
@@ -25,7 +25,7 @@ def test_a_process_that_has_ended_already_counts_as_ended():
     process.wait()
     ended = threading.Event()
     watch_process(process.pid, ended.set)
-    assert ended.wait(5)
+    assert ended.wait(30)
 
 
 @pytest.mark.parametrize("pid", [0, -1])
@@ -74,7 +74,7 @@ def test_a_process_without_manners_ends_at_once():
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
     launcher.kill()
     launcher.wait()
-    assert child.wait(5) == 3
+    assert child.wait(30) == 3
     child.stdout.close()
 
 
