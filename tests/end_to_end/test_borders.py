@@ -11,10 +11,10 @@ import pytest
 
 from kfdist.owner.executor import CHILD_MODULE
 from tests.support.commands import Process
-from tests.support.controller import eventually
 from tests.support.far_service import Service, far_service, oldest, told
 from tests.support.launches import summary_of
 from tests.support.training import train
+from tests.support.waits import eventually
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -73,6 +73,36 @@ def stuck_at(directory: Path, *, seconds: float = 2.0) -> int:
     return stands
 
 
+def test_fixed_lag_waits_for_owners_that_are_cut_off_obeys_and_changes_no_number(service: Service, tmp_path: Path):
+    directory = service.folder / "a" / "lagged"
+    fixed_lag = ("preconditioner.adoption=fixed-lag", "preconditioner.lag=5")
+    command = service.worker("lagged", *fixed_lag)
+    meeting = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": service.hosts["a"].address, "MASTER_PORT": "29502"}
+    with (
+        service.command("a", *command, environment={**meeting, "RANK": "0"}) as first,
+        service.command("b", *command, environment={**meeting, "RANK": "1"}) as second,
+    ):
+        first.wait_until("steps with inverses", lambda: oldest(directory) > 0)
+        with service.owners_apart():
+            cut_at = told(directory)["step"]
+            waited_at = stuck_at(directory)
+            assert waited_at <= cut_at + 20  # two steps are untold; the next inversion is of ten on, and due five later
+        first.wait_until("steps after the cut", lambda: told(directory)["step"] > waited_at + 20)
+        with service.owners_apart():
+            stuck_at(directory)
+            service.ask("stop", "lagged")
+            assert "the run was asked to stop while it waited" in first.expect(75)
+            second.expect(75)
+    stopped = summary_of(directory)
+    assert stopped["status"] == "stopped"
+    calm = train(
+        *(tmp_path / "calm", *fixed_lag, "cluster.link=local", f"run.steps={stopped['steps']}"),
+        ranks=2,
+        recipe=str(service.config),
+    )
+    assert calm["parameter_sha256"] == stopped["parameter_sha256"]
+
+
 def test_owners_on_both_nodes_invert_for_ranks_on_two_hosts(service: Service, directory: Path):
     hosts = service.hosts
     assert set(service.owners.values()) == {hosts["head"].address, hosts["node"].address}
@@ -123,33 +153,3 @@ def test_delay_and_loss_delay_results_and_lose_none(service: Service, directory:
     ):
         before = told(directory)["step"]
         eventually(lambda: oldest(directory), lambda step: step > before, seconds=90)
-
-
-def test_fixed_lag_waits_for_owners_that_are_cut_off_obeys_and_changes_no_number(service: Service, tmp_path: Path):
-    directory = service.folder / "a" / "lagged"
-    fixed_lag = ("preconditioner.adoption=fixed-lag", "preconditioner.lag=5")
-    command = service.worker("lagged", *fixed_lag)
-    meeting = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": service.hosts["a"].address, "MASTER_PORT": "29502"}
-    with (
-        service.command("a", *command, environment={**meeting, "RANK": "0"}) as first,
-        service.command("b", *command, environment={**meeting, "RANK": "1"}) as second,
-    ):
-        first.wait_until("steps with inverses", lambda: oldest(directory) > 0)
-        with service.owners_apart():
-            cut_at = told(directory)["step"]
-            waited_at = stuck_at(directory)
-            assert waited_at <= cut_at + 20  # two steps are untold; the next inversion is of ten on, and due five later
-        first.wait_until("steps after the cut", lambda: told(directory)["step"] > waited_at + 20)
-        with service.owners_apart():
-            stuck_at(directory)
-            service.ask("stop", "lagged")
-            assert "the run was asked to stop while it waited" in first.expect(75)
-            second.expect(75)
-    stopped = summary_of(directory)
-    assert stopped["status"] == "stopped"
-    calm = train(
-        *(tmp_path / "calm", *fixed_lag, "cluster.link=local", f"run.steps={stopped['steps']}"),
-        ranks=2,
-        recipe=str(service.config),
-    )
-    assert calm["parameter_sha256"] == stopped["parameter_sha256"]

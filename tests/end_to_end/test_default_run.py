@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.commands import Process, run
-from tests.support.launches import addresses, launch, summary_of
+from tests.support.launches import Train, addresses, launch, summary_of
 from tests.support.prometheus import PROMETHEUS, BoardPanel, Prometheus, concrete, needs_prometheus, panels
 
 pytestmark = pytest.mark.timeout(300)
@@ -191,16 +191,18 @@ def test_status_shows_the_run_while_it_trains(observed: Observed):
     assert observed.status["gauges"]["kfdist_inversion_rank"] > 0
 
 
-def test_the_same_command_again_says_that_the_run_is_finished_and_changes_nothing(observed: Observed):
+def test_the_same_command_again_says_that_the_run_is_finished_and_changes_nothing(observed: Observed, train: Train):
     before = (observed.directory / "summary.json").read_bytes()
-    output = run("train", "--set", f"run.dir={observed.directory}")
+    code, output = train("--set", f"run.dir={observed.directory}")
+    assert code == 0, output
     assert "finished" in output and "run.steps" in output
     assert (observed.directory / "summary.json").read_bytes() == before
 
 
-def test_another_configuration_does_not_resume_it(observed: Observed):
+def test_another_configuration_does_not_resume_it(observed: Observed, train: Train):
     changes = ("--set", "optimizer.lr=0.07", "--set", "run.steps=200")
-    output = run("train", "--set", f"run.dir={observed.directory}", *changes, code=2)
+    code, output = train("--set", f"run.dir={observed.directory}", *changes)
+    assert code == 2, output
     assert "optimizer.lr" in output and "accept_changes" in output
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.support.launches import (
     LOCAL,
     ONE_OWNER,
     ONE_RANK,
+    STEPS,
     addresses,
     checkpoints_of,
     launch,
@@ -42,14 +44,15 @@ def test_a_killed_rank_ends_the_run_which_resumes_from_its_newest_checkpoint_unt
         command.wait_for_line(f"resumed at step {newest}")
         command.wait_for_line("step ")
         command.signal(signal.SIGTERM)  # as polite a stop as Ctrl-C
-        command.expect(75, seconds=12)
+        command.wait_for_line("run the same command again to resume", seconds=20)
+        command.expect(75, seconds=60)  # now only the page about the run is made
         assert command.left_behind() == []
     stopped = summary_of(directory)
     assert stopped["status"] == "stopped" and stopped["steps"] >= newest + 10
     assert checkpoints_of(directory)[-1] == stopped["steps"]
 
 
-def test_killed_controller_owner_and_pool_are_started_again_and_the_run_goes_on_until_kfdist_stop(
+def test_a_run_stopped_by_ctrl_c_resumes_and_goes_on_over_killed_controller_owner_and_pool_until_kfdist_stop(
     tmp_path: Path, certificates: Path
 ):
     directory = tmp_path / "run"
@@ -57,13 +60,26 @@ def test_killed_controller_owner_and_pool_are_started_again_and_the_run_goes_on_
     secured = ("--set", f"security.certificates={certificates}")
     ours = Credentials(role=Role.CLIENT, certificates=str(certificates), token_file=str(certificates / "token"))
     # Without owners it goes on for so many steps; then it waits for them, and leaves the processor to the new ones.
-    with launch(
-        directory, *ENDLESS, *ONE_OWNER, *secured, "--set", "preconditioner.staleness.hard_bound=40"
-    ) as command:
+    arguments = (*ENDLESS, *ONE_OWNER, *secured, "--set", "preconditioner.staleness.hard_bound=40")
+    with launch(directory, *arguments) as command:
+        command.wait_for_line(" 10/")
+        command.family()
+        started = time.monotonic()
+        command.signal(signal.SIGINT)
+        command.wait_for_line("run the same command again to resume")
+        assert time.monotonic() - started < 10
+        command.expect(75, seconds=60)  # now only the page about the run is made
+        assert command.left_behind() == []
+    assert "The run stopped at step " in (directory / "report.html").read_text(encoding="utf-8")
+    stopped = summary_of(directory)
+    assert stopped["status"] == "stopped" and stopped["steps"] >= 10
+    assert checkpoints_of(directory) == [stopped["steps"]]
+    with launch(directory, *arguments) as command:
         address = addresses(command).control
-        command.wait_for_line("pool with 1 owners")
-        command.wait_for_line("step ")
-        pool = command.members("-m kfdist pool")[0]
+        command.wait_for_line(f"resumed at step {stopped['steps']}")
+        command.wait_for_line(f"/{STEPS}")
+        pool = command.wait_for_member("-m kfdist pool")
+        command.wait_until("the pool served", lambda: bool(ready_file_of(pool)))
         shutil.rmtree(directory / "logs")  # somebody tidies up; who is started again makes it anew
         os.kill(command.members("-m kfdist serve")[0].pid, signal.SIGKILL)
         os.kill(command.members("ray::Owner")[0].pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""How a run ends when somebody asks it to, and that the same command then resumes it."""
+"""How a run ends when somebody asks it to; `test_faults.py` has the Ctrl-C after which the same command resumes it."""
 
 import os
 import signal
@@ -9,32 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launches import ENDLESS, LOCAL, ONE_OWNER, ONE_RANK, SMALL, checkpoints_of, launch, summary_of
+from tests.support.launches import ENDLESS, LOCAL, ONE_OWNER, ONE_RANK, SMALL, launch, summary_of
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def test_ctrl_c_ends_everything_in_time_and_the_same_command_resumes(tmp_path: Path):
-    directory, arguments = tmp_path / "run", (*ONE_OWNER, *SMALL, "--set", "run.steps=150")
-    with launch(directory, *arguments) as command:
-        command.wait_for_line(" 10/150")
-        command.family()
-        started = time.monotonic()
-        command.signal(signal.SIGINT)
-        command.wait_for_line("run the same command again to resume")
-        assert time.monotonic() - started < 10
-        command.expect(75, seconds=40)  # now only the page about the run is made
-        assert command.left_behind() == []
-    assert "The run stopped at step " in (directory / "report.html").read_text(encoding="utf-8")
-    assert summary_of(directory)["status"] == "stopped"
-    stopped_at = summary_of(directory)["steps"]
-    assert 10 <= stopped_at < 150 and checkpoints_of(directory) == [stopped_at]
-    with launch(directory, *arguments) as command:
-        command.wait_for_line(f"resumed at step {stopped_at}")
-        command.expect(0)
-        assert command.left_behind() == []
-    assert summary_of(directory)["status"] == "finished" and summary_of(directory)["steps"] == 150
-    assert summary_of(directory)["metrics"]["test_accuracy"] >= 0.97
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path):
