@@ -158,7 +158,7 @@ def test_asap_resumes_in_the_middle_of_broadcasts_and_waiting_jobs(faults: Fault
         stopped = stop_at_half(tmp_path, "asap")
     check_invariants(stopped.records)
     assert stopped.facts[0]["travelling"], "no broadcast was running"
-    rest = run_ranks(4, second_part, tmp_path, 80, "asap")
+    rest = run_ranks(4, second_part, tmp_path, 50, "asap")
     check_invariants([first + second for first, second in zip(stopped.records, rest, strict=True)])
     for group, versions in stopped.facts[0]["pending"].items():
         newest = max((version for record in rest[0] for name, version in record.adopted if name == group), default=-1)

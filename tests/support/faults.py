@@ -145,6 +145,13 @@ class Place:
         return fault
 
 
+_KNOWN: dict[Path, tuple[int, list[Fault]]] = {}
+"""The faults that a script had when its folder was last changed, at a time in nanoseconds; places are reached often."""
+
+_SAME_TIME = 100_000_000
+"""Nanoseconds in which a folder may change twice and have one time of its last change."""
+
+
 @dataclass(frozen=True)
 class Faults:
     """The script; by default that of the session, which any process of a test may read and add to."""
@@ -157,7 +164,14 @@ class Faults:
 
     def all(self) -> list[Fault]:
         """Returns every fault, those that were lifted, too."""
-        return [fault for file in sorted(self.folder.glob("*.fault")) if (fault := _read(file)) is not None]
+        changed = self.folder.stat().st_mtime_ns
+        known = _KNOWN.get(self.folder)
+        if known is None or known[0] != changed:
+            found = [fault for file in sorted(self.folder.glob("*.fault")) if (fault := _read(file)) is not None]
+            known = changed, found
+            if time.time_ns() - changed > _SAME_TIME:
+                _KNOWN[self.folder] = known
+        return list(known[1])
 
     def check(self) -> None:
         """Fails the test where a fault didn't happen.

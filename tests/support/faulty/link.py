@@ -30,6 +30,7 @@ class FaultyLink(LocalLink):
         self.reported: list[InForce] = []
         self._polls = self._results = 0
         self._on_the_way: list[_Arrival] = []
+        self._withholds = False
 
     def start(self, context: LinkContext) -> None:
         for fault in reach("fail", start=context.worker_rank):
@@ -41,12 +42,15 @@ class FaultyLink(LocalLink):
         reach(poll=self._polls)
         for result in super().poll():
             self._send(result)
-        arrived = [each for each in self._on_the_way if each.due <= self._polls and not self._withheld(each)]
+        due = [each for each in self._on_the_way if each.due <= self._polls]
+        arrived = [each for each in due if not self._withheld(each)]
+        self._withholds = len(arrived) < len(due)
         self._on_the_way = [each for each in self._on_the_way if each not in arrived]
         return [each.result for each in arrived]
 
     def wait(self, seconds: float) -> None:
-        super().wait(min(seconds, 0.002))  # what comes next may depend on the number of polls alone
+        # What comes next may depend on the number of polls alone, but for what is withheld.
+        super().wait(min(seconds, 0.05 if self._withholds else 0.002))
 
     def settings(self) -> RunSettings:
         return self.wanted
