@@ -23,7 +23,7 @@ from kfdist.control.run_service import RunService
 from kfdist.control.store import Store
 from kfdist.control.watchers import QUEUED_CHANGES
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2, membership_pb2_grpc, run_pb2, run_pb2_grpc
-from kfdist.rpc.certificate_faults import watched_expiries
+from kfdist.rpc.certificate_faults import expiry_samples
 from kfdist.rpc.servers import bind, make_server
 from kfdist.system.credentials import Credentials
 from kfdist.system.files import write_ready_file
@@ -104,7 +104,7 @@ class Controller:
                 credentials can't be used.
         """
         credentials = self._options.credentials
-        exporter = Exporter() if credentials is None else Exporter(watched_expiries(credentials))
+        exporter = Exporter(expiry_samples(credentials, "controller"))
         self._server = make_server(credentials)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._server.stop, None)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -22,6 +23,9 @@ _LOG = logging.getLogger(__name__)
 MAX_RUNS = 64
 """Runs that are exported; beyond that, the longest silent one is dropped."""
 
+LAST_GAUGES_SECONDS = 60.0
+"""How long the gauges of a run that has ended are exported, for a scrape to see the last of them."""
+
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 _FAMILIES = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, Kind.HISTOGRAM: HistogramMetricFamily}
@@ -31,15 +35,16 @@ class Exporter(Collector):
     """Holds what members measured and what the controller knows of runs; scrapes read it from other threads.
 
     Args:
-        expiries: Returns when certificates expire, in seconds since 1970, by file; asked at each scrape.
+        measure: Returns what the controller itself measures, of metrics that belong to no run; asked at each scrape.
     """
 
-    def __init__(self, expiries: Callable[[], Mapping[str, float]] = dict) -> None:
-        self._expiries = expiries
+    def __init__(self, measure: Callable[[], Sequence[MetricSample]] = list) -> None:
+        self._measure = measure
         self._keep: Callable[[Mapping[str, KeptCounters]], None] = lambda counters: None
         self._scraping = threading.Lock()
         self._lock = threading.Lock()
         self._runs: OrderedDict[str, RunSeries] = OrderedDict()
+        self._common = RunSeries()  # of metrics that belong to no run
         self._dropped: Counter[str] = Counter()
         self._retired_owners = 0
 
@@ -59,13 +64,19 @@ class Exporter(Collector):
         """Takes a member's samples.
 
         Args:
-            run: The run they belong to.
+            run: The run they belong to; "" for those of metrics that belong to none.
             sender: The member.
             life: Names the member's present life; its counters began at zero with it.
             samples: What it measured.
         """
         with self._lock:
-            self._dropped.update(self._series(run).ingest(sender, life, samples))
+            common = [sample for sample in samples if _is_common(sample)]
+            self._dropped.update(self._common.ingest(_in_common(run, sender), life, common))
+            of_run = [sample for sample in samples if not _is_common(sample)]
+            if run:
+                self._dropped.update(self._series(run).ingest(sender, life, of_run))
+            elif of_run:
+                self._dropped["wrong_labels"] += len(of_run)
 
     def drop(self, reason: str, count: int) -> None:
         """Counts samples that were refused before `ingest`."""
@@ -93,10 +104,24 @@ class Exporter(Collector):
             self._series(record.name).record = record
 
     def forget_gauges(self, run: str, sender: Sender) -> None:
-        """Ends the gauges of a member that went silent."""
+        """Ends the gauges of a rank that went silent."""
         with self._lock:
+            self._common.forget_gauges(_in_common(run, sender))
             if run in self._runs:
                 self._runs[run].forget_gauges(sender)
+
+    def release(self, run: str, sender: Sender) -> None:
+        """Ends what a rank that has ended told beside its run's gauges, of which the last are still to be seen."""
+        with self._lock:
+            self._common.forget_gauges(_in_common(run, sender))
+
+    def forget_owner(self, owner_id: str) -> None:
+        """Ends the gauges of an owner that went silent."""
+        sender = Sender("owner", owner_id)
+        with self._lock:
+            self._common.forget_gauges(_in_common("", sender))
+            for series in self._runs.values():
+                series.forget_gauges(sender)
 
     def gauges_of(self, run: str, sender: Sender) -> dict[str, float]:
         """Returns a member's gauges by metric name; of labelled ones, the worst value."""
@@ -110,20 +135,22 @@ class Exporter(Collector):
 
     @override
     def collect(self) -> Iterator[Family]:
-        expiries = self._expiries()  # reads files, for which beats must not wait
+        measured = self._measure()  # reads files, for which beats must not wait
         with self._scraping:  # what a scrape shows is kept before a later one keeps more
             with self._lock:
-                families = self._families(expiries)
+                self._common.ingest(Sender("controller", ""), "", measured)
+                families = self._families()
                 counters = {run: series.kept() for run, series in self._runs.items() if series.counted}
                 for run in counters:
                     self._runs[run].counted = False
             self._make_durable(counters)
         yield from families.values()
 
-    def _families(self, expiries: Mapping[str, float]) -> dict[str, Family]:
+    def _families(self) -> dict[str, Family]:
         families: dict[str, Family] = {}
         for run, series in self._runs.items():
-            for metric, labels, value in [*series.values(), *_facts(series)]:
+            shown = [each for each in series.values() if not (each[0].kind is Kind.GAUGE and _is_over(series))]
+            for metric, labels, value in [*shown, *_facts(series)]:
                 _add(_family(families, metric), [run, *labels], value)
             for metric, labels in series.zeros():
                 _add(_family(families, metric), [run, *labels], 0.0)
@@ -132,8 +159,8 @@ class Exporter(Collector):
         for reason, count in self._dropped.items():
             _add(_family(families, METRICS["kfdist_samples_dropped_total"]), [reason], count)
         _add(_family(families, METRICS["kfdist_retired_owners"]), [], self._retired_owners)
-        for file, expiry in expiries.items():
-            _add(_family(families, METRICS["kfdist_certificate_expiry_timestamp_seconds"]), [file], expiry)
+        for metric, labels, value in self._common.values():
+            _add(_family(families, metric), list(labels), value)
         here = versions()
         build = [here[name] for name in ("kfdist", "python", "grpcio")]
         _add(_family(families, METRICS["kfdist_build_info"]), build, 1)
@@ -157,6 +184,23 @@ class Exporter(Collector):
                 self._runs.popitem(last=False)
         self._runs.move_to_end(run)
         return self._runs[run]
+
+
+def _is_common(sample: MetricSample) -> bool:
+    """Whether a sample's metric belongs to no run."""
+    metric = METRICS.get(sample.name)
+    return metric is not None and not metric.by_run
+
+
+def _in_common(run: str, sender: Sender) -> Sender:
+    """Names a sender among those of all runs."""
+    return replace(sender, name=f"{run}/{sender.name}")
+
+
+def _is_over(series: RunSeries) -> bool:
+    """Whether the run has ended, so that what its gauges say is of the past."""
+    ended = series.record is not None and series.record.state.ended
+    return ended and time.time() - series.heard > LAST_GAUGES_SECONDS
 
 
 def _facts(series: RunSeries) -> Iterator[tuple[Metric, tuple[str, ...], float]]:

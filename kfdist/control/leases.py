@@ -83,6 +83,7 @@ class Members:
     def release_worker(self, run: str, worker_rank: int) -> None:
         """Ends the lease of a rank that said that it has ended."""
         self._runs[run] = self._clock()
+        self._exporter.release(run, Sender("worker", str(worker_rank)))
         crew = self._crews.get(run)
         if crew is not None:
             crew.heard.pop(worker_rank, None)
@@ -142,6 +143,7 @@ class Members:
         for owner_id in silent_owners:
             if self._expired(self._owners[owner_id], now):  # else it returned during the commit
                 del self._owners[owner_id]
+                self._exporter.forget_owner(owner_id)
 
     def _count_retired_owners(self) -> None:
         self._exporter.retired(sum(owner.draining and not owner.live for owner in self._ledger.owners.values()))

@@ -189,12 +189,12 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         return membership_pb2.HeartbeatResponse(owners=self._owners())
 
     def _ingest(self, owner: OwnerRecord, samples: Sequence[MetricSample]) -> None:
-        """Takes an owner's samples; each names the run that it belongs to, as an owner works for many."""
+        """Takes an owner's samples; each names the run that it belongs to, if to any, as an owner works for many."""
         runs = {run.name: run for run in self._ledger.runs()} if samples else {}
         for name, of_run in _by_run(samples).items():
-            if name not in runs:
+            if name and name not in runs:
                 self._exporter.drop("unknown_run", len(of_run))
-            elif not runs[name].state.ended:
+            elif not name or not runs[name].state.ended:
                 sender = Sender("owner", owner.owner_id)
                 self._exporter.ingest(name, sender, f"{owner.restarts}/{owner.pid}", of_run)
 

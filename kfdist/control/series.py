@@ -133,8 +133,8 @@ class RunSeries:
             The number of dropped samples by reason.
         """
         if self._lives.get(sender) != life:
-            self._lives[sender] = life
             self.forget_gauges(sender)  # such as those of blocks and methods that the new life doesn't have
+            self._lives[sender] = life
         dropped: Counter[str] = Counter()
         gauges: dict[Key, float] = {}
         for sample in samples:
@@ -177,6 +177,7 @@ class RunSeries:
 
     def forget_gauges(self, sender: Sender) -> None:
         """Ends a silent sender's gauges, which describe the past; its counters stay counted."""
+        self._lives.pop(sender, None)
         for key in list(self._gauges):
             self._gauges[key].pop(sender, None)
             if not self._gauges[key]:

@@ -23,6 +23,7 @@ from kfdist.owner.inversion_service import InversionServicer, ServiceLimits
 from kfdist.owner.membership import Membership
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import add_InversionServiceServicer_to_server
+from kfdist.rpc.certificate_faults import expiry_samples
 from kfdist.rpc.servers import bind, make_server
 from kfdist.system.addresses import join_address, split_address
 from kfdist.system.credentials import Credentials
@@ -89,6 +90,7 @@ class Owner:
         if options.log:
             _log_to(Path(options.log))
         self._options = options
+        self._expiries = expiry_samples(options.credentials, "owner")
         self._memory = _Memory(options)
         self.starts = self._memory.starts
         # First, since it takes longest to start.
@@ -199,10 +201,11 @@ class Owner:
         await self._membership.run()
 
     def _measure(self) -> list[MetricSample]:
-        return [
-            MetricSample(name="kfdist_restarts_total", value=lost, labels={"process": "inverter", "run": run})
-            for run, lost in self._servicer.processes_lost.items()
+        lost = [
+            MetricSample(name="kfdist_restarts_total", value=count, labels={"process": "inverter", "run": run})
+            for run, count in self._servicer.processes_lost.items()
         ]
+        return [*lost, *self._expiries()]
 
     async def _status(self) -> dict[str, Any]:
         if self._background is not None and self._background.done():

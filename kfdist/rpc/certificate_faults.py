@@ -3,7 +3,7 @@
 import datetime
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -11,6 +11,7 @@ from cryptography.exceptions import InvalidSignature
 from kfdist.errors import EnvironmentFault
 from kfdist.system.credentials import Credentials, Reread
 from kfdist.system.files import is_private
+from kfdist.types import MetricSample
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,20 +46,33 @@ def certificate_fault(credentials: Credentials) -> str:
     return ""
 
 
-def watched_expiries(credentials: Credentials) -> Callable[[], Mapping[str, float]]:
+def expiry_samples(credentials: Credentials | None, process: str) -> Callable[[], Sequence[MetricSample]]:
     """Returns a function that says when this process's certificate and its authority's expire, as they are then.
 
-    By the file's name, in seconds since 1970. Files that can't be read any more leave the last answer in force.
+    Files that can't be read any more leave the last answer in force. Without credentials there is nothing to say.
+
+    Args:
+        credentials: This process's.
+        process: The kind of process that it is, for the label `process`.
+
+    Raises:
+        EnvironmentFault: The files can't be read.
     """
+    if credentials is None:
+        return list
     files = credentials.identity_files
 
-    def read() -> Mapping[str, float]:
+    def read() -> Sequence[MetricSample]:
         identity = credentials.identity()
         held = {files[0].name: identity.own, files[1].name: identity.authority}
-        return {
-            name: min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(pem))
+        return [
+            MetricSample(
+                name="kfdist_certificate_expiry_timestamp_seconds",
+                value=min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(pem)),
+                labels={"process": process, "file": name},
+            )
             for name, pem in held.items()
-        }
+        ]
 
     reread = Reread(files, read)
     return lambda: reread.value

@@ -217,6 +217,14 @@ _DECLARED = (
         "Samples that ranks dropped because the controller or the courier took none for too long, over all ranks.",
         across=Across.SUM,
     ),
+    # Of all runs.
+    _gauge(
+        "kfdist_certificate_expiry_timestamp_seconds",
+        "When the first certificate of a file that controller, owners or ranks read expires, in seconds since 1970.",
+        labels=("process", "file"),
+        across=Across.MIN,
+        by_run=False,
+    ),
     # What the controller sees by itself.
     _fact("kfdist_up", "1 while ranks of the run are heard of within the lease, else 0."),
     _fact("kfdist_run_state", "1 for the state that the run is in, 0 for the others.", labels=("state",)),
@@ -239,13 +247,6 @@ _DECLARED = (
     _gauge(
         "kfdist_retired_owners",
         "Owners that are gone and had been drained before, so that nobody misses them.",
-        by_run=False,
-        sent=False,
-    ),
-    _gauge(
-        "kfdist_certificate_expiry_timestamp_seconds",
-        "When a certificate that the controller reads expires, in seconds since 1970, by file.",
-        labels=("file",),
         by_run=False,
         sent=False,
     ),

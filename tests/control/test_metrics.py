@@ -21,6 +21,8 @@ from tests.support.waits import eventually
 
 RANKS = [Sender("worker", str(rank)) for rank in range(3)]
 BYTES = "kfdist_bytes_total"
+EXPIRY = "kfdist_certificate_expiry_timestamp_seconds"
+FILES = {"client.pem": "rank", "owner.pem": "owner"}
 
 
 def exported(run: RunSeries) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -224,8 +226,6 @@ def test_a_scrape_shows_everything_declared(controller, member):
     eventually(lambda: values(controller.scrape()).get('kfdist_run_step{run="digits"}'), lambda step: step == 11)
     text = controller.scrape()
     for metric in METRICS.values():
-        if metric.name == "kfdist_certificate_expiry_timestamp_seconds":  # there are none
-            continue
         assert f"# TYPE {metric.name} {metric.kind}" in text
         assert f"# HELP {metric.name} {metric.help}" in text
     found = values(text)
@@ -292,6 +292,47 @@ def test_owners_that_were_drained_before_they_went_are_retired(controller, clien
     assert eventually(counts, lambda seen: seen == (0, 1))
     member.register_owner("owner-1", restarts=1)
     assert eventually(counts, lambda seen: seen == (1, 0))
+
+
+def test_the_first_certificate_to_expire_is_told_and_an_owners_only_while_it_lives(controller, client, member):
+    def told() -> dict[str, float]:
+        found = values(controller.scrape())
+        return {name: value for name, value in found.items() if name.startswith(EXPIRY)}
+
+    member.register_owner("owner-0")
+    for rank in (0, 1):
+        member.register_worker("digits", rank=rank, world_size=2)
+    for rank, when in ((0, 300), (1, 200)):
+        member.beat_worker("digits", rank=rank, samples=(sample(EXPIRY, when, process="rank", file="client.pem"),))
+    member.beat_owner("owner-0", (sample(EXPIRY, 100, process="owner", file="owner.pem"), sample("kfdist_loss", 1)))
+    rank, owner = (f'{EXPIRY}{{file="{file}",process="{process}"}}' for file, process in FILES.items())
+    assert told() == {rank: 200, owner: 100}
+    assert values(controller.scrape())['kfdist_samples_dropped_total{reason="wrong_labels"}'] == 1
+
+    def kept_alive() -> dict[str, float]:
+        for each in (0, 1):
+            member.beat_worker("digits", rank=each)
+        return told()
+
+    assert eventually(kept_alive, lambda seen: owner not in seen) == {rank: 200}
+    eventually(told, lambda seen: not seen)
+
+
+def test_gauges_of_a_run_that_has_ended_are_shown_for_a_last_scrape_only(controller, client, member, monkeypatch):
+    member.register_worker("digits")
+    member.beat_worker("digits", samples=(sample("kfdist_loss", 1.5), sample("kfdist_steps_total", 9)))
+    expiry = sample(EXPIRY, 300, process="rank", file="client.pem")
+    member.beat_worker("digits", samples=(expiry,))
+    assert EXPIRY in controller.scrape()
+    member.beat_worker("digits", phase="finished", samples=(expiry,))
+    assert EXPIRY not in controller.scrape()
+    assert values(controller.scrape())['kfdist_loss{run="digits"}'] == 1.5
+    monkeypatch.setattr("kfdist.control.exporter.LAST_GAUGES_SECONDS", 0.0)
+    found = values(controller.scrape())
+    assert 'kfdist_loss{run="digits"}' not in found
+    assert found['kfdist_steps_total{run="digits"}'] == 9
+    assert found['kfdist_run_state{run="digits",state="finished"}'] == 1
+    assert "kfdist_loss" in [each.name for each in client.samples("digits")]
 
 
 def test_a_lost_run_shows_no_gauges_of_the_past(controller, client, member):

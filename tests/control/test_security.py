@@ -198,7 +198,8 @@ def test_renewed_certificates_and_tokens_count_without_a_restart(
 def test_the_controller_tells_when_its_certificates_expire(secured: ControllerThread, directory, ours: Credentials):
     def told() -> dict[str, float]:
         found = values(scrape_secured(secured.controller.metrics_address, ours))
-        return {file: found[f'kfdist_certificate_expiry_timestamp_seconds{{file="{file}"}}'] for file in names}
+        name = "kfdist_certificate_expiry_timestamp_seconds"
+        return {file: found[f'{name}{{file="{file}",process="controller"}}'] for file in names}
 
     names = ("controller.pem", "ca.pem")
     days = {file: (expiry - time.time()) / 86400 for file, expiry in told().items()}

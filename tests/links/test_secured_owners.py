@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -18,11 +19,13 @@ from kfdist.links.link import LinkCounters
 from kfdist.links.shared_memory import create_input, create_output
 from kfdist.links.socket_messages import CourierSetup, Done, Submit
 from kfdist.owner.inversion_service import InversionServicer
+from kfdist.owner.owner import Owner as Real
+from kfdist.owner.owner import OwnerOptions
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import Owner
-from kfdist.rpc.certificates import make_certificates
+from kfdist.rpc.certificates import make_certificates, renew_certificates
 from kfdist.system.credentials import Credentials, Role
 from kfdist.telemetry.tracing import Tracing
-from tests.support.controller import ControllerThread
+from tests.support.controller import ControllerThread, eventually, values
 from tests.support.jobs import context
 from tests.support.owners import start_echo
 
@@ -208,3 +211,33 @@ def test_a_controller_that_does_not_trust_a_courier_is_named_once_with_the_reaso
     with ControllerThread(tmp_path / "c.sqlite", credentials=controllers) as controller:
         asyncio.run(told(controller.address))
     assert caplog.text.count("refuses the token") == 1
+
+
+def test_owners_and_ranks_tell_when_their_certificates_expire_and_that_they_were_renewed(
+    ours: Credentials, tmp_path: Path
+):
+    ranks = copied(ours, tmp_path)
+    controllers, owners = (Credentials.at(role, ours.certificates, None) for role in (Role.CONTROLLER, Role.OWNER))
+
+    def told(process: str, file: str) -> int | None:
+        found = values(controller.scrape())
+        expiry = found.get(f'kfdist_certificate_expiry_timestamp_seconds{{file="{file}",process="{process}"}}')
+        return None if expiry is None else round((expiry - time.time()) / 86400)
+
+    async def rank_tells() -> None:
+        task = asyncio.create_task(session(controller.address, OwnerDirectory(), ranks).run())
+        await asyncio.to_thread(eventually, lambda: told("rank", "client.pem"), lambda days: days == 365)
+        renew_certificates(Path(ranks.certificates), days=20)
+        await asyncio.to_thread(eventually, lambda: told("rank", "client.pem"), lambda days: days == 20)
+        task.cancel()
+
+    with ControllerThread(tmp_path / "c.sqlite", credentials=controllers, lease_seconds=2.0) as controller:
+        owner = Real(OwnerOptions(owner_id="owner-0", controller=controller.address, credentials=owners))
+        try:
+            eventually(lambda: told("owner", "owner.pem"), lambda days: days == 365, seconds=60)
+            assert told("owner", "ca.pem") == 3650
+            asyncio.run(rank_tells())
+        finally:
+            owner.close()
+        for process, file in (("owner", "owner.pem"), ("rank", "client.pem")):
+            eventually(lambda: told(process, file), lambda days: days is None)  # noqa: B023 - called at once

@@ -22,6 +22,7 @@ from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2
 from kfdist.rpc._generated.kfdist.v1.inversion_pb2_grpc import InversionServiceStub
 from kfdist.rpc._generated.kfdist.v1.membership_pb2_grpc import MembershipServiceStub
 from kfdist.rpc.beats import BEAT_SECONDS, BeatStream, group_messages, in_force_message, settings_of
+from kfdist.rpc.certificate_faults import expiry_samples
 from kfdist.rpc.channels import CALL_SECONDS, open_aio_channel
 from kfdist.rpc.status import code_of, details_of, refusal_of
 from kfdist.system.credentials import Role
@@ -186,12 +187,13 @@ class ControllerSession:
     async def _heartbeat(self, stub: MembershipServiceStub) -> None:
         """Beats until told to end; then once more, with all that is left to tell."""
         stream = BeatStream(stub)
+        expiries = expiry_samples(self._setup.credentials, "rank")
         assignment_revision = -1
         try:
             while True:
                 last = self._ending
                 with self._taken_samples() as samples:
-                    response = await stream.beat(self._standing(), samples)
+                    response = await stream.beat(self._standing(), [*samples, *expiries()])
                 self._connected, self._away = True, False
                 self._learn_settings(response.settings)
                 self._learn_owners(response.owners)
