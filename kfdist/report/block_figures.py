@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from kfdist.report.block_names import short_names
 from kfdist.report.drawing import FAINT, INK, SERIES, drawing, plain_counts, plain_powers
 
 _COLUMNS = 160
 _ROW_INCHES = 0.17
 _MOST_INCHES = 9.0
-_LABEL_CHARACTERS = 20
 _LEAST_SHARE = 1e-9
 """Of the largest eigenvalue: below it there is nothing but rounding, which would squeeze all the rest."""
 
@@ -43,7 +43,7 @@ def heatmap(names: Sequence[str], windows: Sequence[tuple[int, int]], rows: Sequ
             vmin=0,
         )
         every = max(1, math.ceil(len(names) * 0.115 / (_MOST_INCHES - 1.1)))
-        axes.set_yticks(range(0, len(names), every), [_short(name) for name in names[::every]], fontsize=7)
+        axes.set_yticks(range(0, len(names), every), short_names(names)[::every], fontsize=7)
         axes.grid(visible=False)
         plain_counts(axes.xaxis)
         axes.set_xlabel("step")
@@ -66,7 +66,7 @@ def spectra(blocks: Mapping[str, Mapping[str, Mapping[int, Sequence[tuple[int, f
     factors = sorted({factor for found in blocks.values() for factor in found})
     steps = sorted({step for found in blocks.values() for curves in found.values() for step in curves})
     with drawing(0.6 + 1.45 * len(blocks), rows=len(blocks), columns=len(factors)) as drawn:
-        for row, (block, found) in enumerate(blocks.items()):
+        for row, (name, found) in enumerate(zip(short_names(list(blocks)), blocks.values(), strict=True)):
             for column, factor in enumerate(factors):
                 axes = drawn.axes[row * len(factors) + column]
                 for step, points in found.get(factor, {}).items():
@@ -82,7 +82,7 @@ def spectra(blocks: Mapping[str, Mapping[str, Mapping[int, Sequence[tuple[int, f
                 axes.set_yscale("log")
                 highest = max((value for points in found.get(factor, {}).values() for _, value in points), default=1.0)
                 axes.set_ylim(bottom=max(axes.get_ylim()[0], _LEAST_SHARE * highest))
-                axes.set_title(f"{_short(block)}: {factor}", color=INK)
+                axes.set_title(f"{name}: {factor}", color=INK)
                 plain_powers(axes.xaxis)
                 plain_powers(axes.yaxis)
         inches = drawn.figure.get_figheight()
@@ -92,13 +92,3 @@ def spectra(blocks: Mapping[str, Mapping[str, Mapping[int, Sequence[tuple[int, f
         drawn.figure.supxlabel("place of the eigenvalue", y=0.02 / inches, fontsize=8.5, color=INK)
         drawn.figure.legend(loc="upper center", ncols=4)  # its room is known already
     return drawn.svg
-
-
-def _short(name: str) -> str:
-    """Shortens a long name so that blocks stay apart: its words become letters, the first ones first."""
-    parts = name.split(".")
-    for place, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) > _LABEL_CHARACTERS:
-            parts[place] = part if part.isdecimal() else part[:1]
-    found = ".".join(parts)
-    return found if len(found) <= _LABEL_CHARACTERS else f"{found[: _LABEL_CHARACTERS - 1]}…"

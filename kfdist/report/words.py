@@ -10,13 +10,13 @@ _TIMES = ((86_400, "days"), (3600, "hours"), (60, "minutes"))
 
 
 def number(value: Any) -> str:
-    """Says a number with about four digits; a dash for None."""
+    """Says a number with about four digits, a large one with all before the point; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e6):
-        return f"{int(value):,}"
+    if isinstance(value, int) or 1e3 <= abs(value) < 1e9 or (value.is_integer() and abs(value) < 1e3):
+        return f"{round(value):,}"
     return f"{value:.4g}"
 
 
@@ -34,18 +34,24 @@ def seconds(value: float | None) -> str:
     """Says a duration in the unit that fits it."""
     if value is None or not math.isfinite(value):
         return "–"
-    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s")):
-        if value < limit:
-            return f"{value * factor:.3g} {unit}"
+    for factor, limit, unit in ((1e6, 1000, "µs"), (1e3, 1000, "ms"), (1.0, 120, "s")):
+        if (shown := _three(value * factor)) < limit:
+            return f"{shown:g} {unit}"
     if value < 7200:
         return f"{value / 60:.1f} min"
     return f"{value / 3600:.1f} h" if value < 172_800 else f"{value / 86_400:.1f} days"
 
 
+def _three(value: float) -> float:
+    """Rounds to three digits: what is then a thousand is said in the next unit."""
+    return float(f"{value:.3g}")
+
+
 def size(value: float) -> str:
     """Says bytes in the unit that fits them, in powers of 1000."""
-    factor, unit = size_unit(value)
-    return f"{value / factor:.3g} {unit}"
+    shown = _three(value)
+    factor, unit = size_unit(shown)
+    return f"{shown / factor:.4g} {unit}"
 
 
 def size_unit(value: float) -> tuple[int, str]:
