@@ -67,7 +67,13 @@ def look_at(page: Path, views: Sequence[View], expressions: Mapping[str, str] = 
     """
     assert PROGRAM is not None
     with tempfile.TemporaryDirectory() as profile:
-        options = ["--remote-debugging-port=0", f"--user-data-dir={profile}", "--no-sandbox", "--disable-gpu"]
+        options = [
+            "--headless",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={profile}",
+            "--no-sandbox",
+            "--disable-gpu",
+        ]
         line = [PROGRAM, *options, "about:blank"]
         browser = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:

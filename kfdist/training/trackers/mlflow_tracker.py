@@ -3,27 +3,29 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
 from kfdist.system.files import replace_file
-from kfdist.training.trackers.tracker import Tracker
+from kfdist.training.trackers.tracker import Numbers, Tracker
 
 REFERENCE = "mlflow.json"
-"""In the run directory: which run of which server it is."""
+"""In the run directory: which run of which server it is, and the last step that it was told of each metric."""
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-_AT_ONCE = 100
+_SETTINGS_AT_ONCE, _METRICS_AT_ONCE = 100, 1000
+"""What a server takes in one request."""
 _LONGEST_VALUE = 500
 
 
 class MlflowTracker(Tracker):
     """Logs metrics and parameters; where to, MLFLOW_TRACKING_URI says, and else files in RUN/mlruns.
 
-    The experiment is MLFLOW_EXPERIMENT_NAME, or the run's name.
+    The experiment is MLFLOW_EXPERIMENT_NAME, or the run's name. A run that is resumed at an earlier step tells nothing
+    a second time: MLflow would keep both, and draw spikes.
 
     Args:
         directory: The run directory.
@@ -35,6 +37,8 @@ class MlflowTracker(Tracker):
         self._name = name
         self._client: Any = None
         self._id = ""
+        self._reference: dict[str, Any] = {}
+        self._known: Mapping[str, int] = {}
 
     @override
     def start(self, config: Mapping[str, Any], step: int) -> None:
@@ -57,8 +61,8 @@ class MlflowTracker(Tracker):
         known = self._client.get_experiment_by_name(experiment)
         where = known.experiment_id if known is not None else self._client.create_experiment(experiment)
         self._id = self._client.create_run(where, run_name=self._name).info.run_id
-        reference = {"tracking_uri": place, "run_id": self._id}
-        replace_file(self._directory / REFERENCE, json.dumps(reference).encode())
+        self._reference = {"tracking_uri": place, "run_id": self._id, "last_steps": {}}
+        self._write_reference()
         self._log_settings(config)
 
     def _former(self, place: str) -> str:
@@ -73,25 +77,41 @@ class MlflowTracker(Tracker):
         if there != place:
             return ""
         try:
-            return found if self._client.get_run(found).info.lifecycle_stage == "active" else ""
+            if self._client.get_run(found).info.lifecycle_stage != "active":
+                return ""
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return ""
+        self._reference = {"last_steps": {}, **reference}
+        self._known = dict(self._reference["last_steps"])
+        return found
+
+    def _write_reference(self) -> None:
+        replace_file(self._directory / REFERENCE, json.dumps(self._reference).encode())
 
     def _log_settings(self, config: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
         settings = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in config.items()]
-        for first in range(0, len(settings), _AT_ONCE):
-            self._client.log_batch(self._id, params=settings[first : first + _AT_ONCE])
+        for first in range(0, len(settings), _SETTINGS_AT_ONCE):
+            self._client.log_batch(self._id, params=settings[first : first + _SETTINGS_AT_ONCE])
 
     @override
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, numbers: Sequence[Numbers]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+        new = [
+            Metric(name, value, now, step)
+            for step, values in numbers
+            for name, value in values.items()
+            if step > self._known.get(name, -1)
+        ]
+        for first in range(0, len(new), _METRICS_AT_ONCE):
+            self._client.log_batch(self._id, metrics=new[first : first + _METRICS_AT_ONCE])
+        self._reference["last_steps"].update((metric.key, metric.step) for metric in new)
+        self._write_reference()
 
     @override
     def close(self, status: str) -> None:

@@ -1,12 +1,12 @@
 """TensorBoard: event files in the run directory, which a resumed run goes on with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
-from kfdist.training.trackers.tracker import Tracker
+from kfdist.training.trackers.tracker import Numbers, Tracker
 
 DIRECTORY = "tensorboard"
 """In the run directory: tensorboard --logdir RUN/tensorboard shows it."""
@@ -33,9 +33,10 @@ class TensorBoardTracker(Tracker):
         self._writer.add_text("configuration", f"| key | value |\n|---|---|\n{rows}", step)
 
     @override
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+    def log(self, numbers: Sequence[Numbers]) -> None:
+        for step, values in numbers:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     @override

@@ -5,7 +5,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -19,6 +19,9 @@ _CLOSE_SECONDS = 10.0
 """How long a finished run waits for all of its trackers together."""
 _HURRIED_CLOSE_SECONDS = 2.0
 """The same for one that stopped or failed, whose ranks are soon killed."""
+Numbers = tuple[int, Mapping[str, float]]
+"""Steps that are done, and finite numbers by name, such as "loss" or "staleness/max"."""
+
 _PREFIXES = {"trained": "test_", "averaged": "averaged_test_"}
 
 
@@ -33,8 +36,8 @@ class Tracker(Protocol):
             step: Steps that are done; what it has of later ones is of a past that was lost.
         """
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes finite numbers by name, such as "loss" or "staleness/max", after `step` steps."""
+    def log(self, numbers: Sequence[Numbers]) -> None:
+        """Takes all numbers that have come since the last call, oldest first."""
 
     def close(self, status: str) -> None:
         """Ends.
@@ -89,16 +92,14 @@ class _Told:
 
     name: str
     tracker: Tracker
-    waiting: queue.Queue[tuple[int, Mapping[str, float]] | str] = field(
-        default_factory=lambda: queue.Queue(_MOST_WAITING)
-    )
+    waiting: queue.Queue[Numbers | str] = field(default_factory=lambda: queue.Queue(_MOST_WAITING))
     failed: bool = False
 
     def begin(self, config: Mapping[str, Any], step: int) -> None:
         self.thread = threading.Thread(target=self._run, args=(config, step), name=f"tracker {self.name}", daemon=True)
         self.thread.start()
 
-    def put(self, item: tuple[int, Mapping[str, float]] | str) -> None:
+    def put(self, item: Numbers | str) -> None:
         if self.failed:
             return
         try:
@@ -115,13 +116,28 @@ class _Told:
     def _run(self, config: Mapping[str, Any], step: int) -> None:
         try:
             self.tracker.start(config, step)
-            while not isinstance(item := self.waiting.get(), str):
+            status = ""
+            while not status:
+                numbers, status = self._next()
                 if self.failed:
                     return
-                self.tracker.log(*item)
-            self.tracker.close(item)
+                if numbers:
+                    self.tracker.log(numbers)
+            self.tracker.close(status)
         except BaseException as error:  # whatever a library raises, SystemExit too, a run goes on without it
             self._give_up(f"{type(error).__name__}: {error}")
+
+    def _next(self) -> tuple[list[Numbers], str]:
+        """Takes all that waits, at least one thing; the second is how the run ended, empty if it goes on."""
+        numbers: list[Numbers] = []
+        item = self.waiting.get()
+        while not isinstance(item, str):
+            numbers.append(item)
+            try:
+                item = self.waiting.get_nowait()
+            except queue.Empty:
+                return numbers, ""
+        return numbers, item
 
     def _give_up(self, reason: str) -> None:
         if not self.failed:

@@ -1,9 +1,10 @@
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from kfdist.errors import ConfigError
 from kfdist.training.trackers import tracker as trackers
-from kfdist.training.trackers.tracker import Tracker, TrackerFeed, numbers_of
+from kfdist.training.trackers.tracker import Numbers, Tracker, TrackerFeed, numbers_of
 from tests.support.recorded import record
 
 
@@ -30,18 +31,19 @@ class Kept(Tracker):
     def start(self, config: Mapping[str, Any], step: int) -> None:
         self.calls.append(("start", config["run.name"], step))
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.calls.append(("log", step, dict(values)))
+    def log(self, numbers: Sequence[Numbers]) -> None:
+        self.calls += [("log", step, dict(values)) for step, values in numbers]
 
     def close(self, status: str) -> None:
         self.calls.append(("close", status))
 
 
 class Failing(Kept):
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        super().log(step, values)
-        if step == 3:
-            raise ConnectionError("the server has gone")
+    def log(self, numbers: Sequence[Numbers]) -> None:
+        for each in numbers:
+            super().log([each])
+            if each[0] == 3:
+                raise ConnectionError("the server has gone")
 
 
 class Hanging(Kept):
@@ -49,7 +51,7 @@ class Hanging(Kept):
         super().__init__()
         self.end = threading.Event()
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, numbers: Sequence[Numbers]) -> None:
         self.end.wait()
 
 
@@ -144,6 +146,24 @@ def test_a_failure_is_recorded_before_trackers_are_waited_for(monkeypatch: pytes
     assert looking.calls[-1] == ("failed", "failed", "ValueError: a bug")
 
 
+def test_a_tracker_gets_all_that_has_come_while_it_was_busy_at_once() -> None:
+    class Slow(Kept):
+        def start(self, config: Mapping[str, Any], step: int) -> None:
+            ready.wait()
+
+        def log(self, numbers: Sequence[Numbers]) -> None:
+            self.calls.append([step for step, _ in numbers])
+
+    ready, slow = threading.Event(), Slow()
+    told = TrackerFeed({"it": slow}, {"run.name": "digits"}, 0)
+    for step in (1, 2, 3):
+        told.tell({"event": "step", "step": step, "loss": 1.0})
+    ready.set()
+    told.close("finished")
+    assert slow.calls[0][0] == 1 and [step for call in slow.calls[:-1] for step in call] == [1, 2, 3]
+    assert slow.calls[-1] == ("close", "finished")
+
+
 def test_values_that_nobody_takes_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
     hanging = Hanging()
     told = TrackerFeed({"it": hanging}, {"run.name": "digits"}, 0)
@@ -196,12 +216,21 @@ def test_mlflow_has_a_resumed_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path
     client = MlflowClient(tracking_uri=(run / "mlruns").as_uri())
     experiment = client.get_experiment_by_name("digits")
     assert experiment is not None
+    earlier = shutil.copytree(run, tmp_path / "earlier")
     go("run.steps=12")
     [found] = client.search_runs([experiment.experiment_id])
     assert (found.info.run_name, found.info.status) == ("digits", "FINISHED")
     assert found.data.params["preconditioner.method"] == "rs-kfac"
     losses = [(metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, "loss")]
     assert losses == [(line["step"], line["loss"]) for line in steps_of(run)]
+    # As if killed at step 12, with the checkpoint of step 6 as the newest.
+    shutil.rmtree(earlier / "mlruns")
+    for told in ("mlruns", "mlflow.json"):
+        (run / told).replace(earlier / told)
+    shutil.rmtree(run)
+    earlier.replace(run)
+    go("run.steps=13")
+    assert [metric.step for metric in client.get_metric_history(found.info.run_id, "loss")] == list(range(1, 14))
     client.delete_run(found.info.run_id)
     go("run.steps=14")  # a new one, as the old one is gone
     [other] = client.search_runs([experiment.experiment_id])
