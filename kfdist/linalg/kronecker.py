@@ -154,10 +154,17 @@ def _plus(sum_: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> Tensor:
 
 
 class FactoredInverse(NamedTuple):
-    """V -> (G + lambda_G I)^{-1} V (A + lambda_A I)^{-1}, ready to be multiplied."""
+    """V -> (G + lambda_G I)^{-1} V (A + lambda_A I)^{-1}, ready to be multiplied.
+
+    Attributes:
+        A: Of A.
+        G: Of G.
+        scale: The product of their scales, `[c]`; None for 1.
+    """
 
     A: FactorInverse
     G: FactorInverse
+    scale: Tensor | None
 
     @classmethod
     def of(
@@ -171,21 +178,18 @@ class FactoredInverse(NamedTuple):
     ) -> "FactoredInverse":
         """Works it out for positive lambda_A and lambda_G; `steady` as in `FactorInverse.of`."""
         p, q = G.vectors.shape[-2], A.vectors.shape[-2]
-        return cls(
-            FactorInverse.of(A, damping_A, columns=p, steady=steady),
-            FactorInverse.of(G, damping_G, columns=q, steady=steady),
-        )
+        of_A = FactorInverse.of(A, damping_A, columns=p, steady=steady)
+        of_G = FactorInverse.of(G, damping_G, columns=q, steady=steady)
+        if of_A.scale is None or of_G.scale is None:
+            return cls(of_A, of_G, of_G.scale if of_A.scale is None else of_A.scale)
+        return cls(of_A, of_G, of_A.scale * of_G.scale)
 
     def solve(self, gradient: Float[Tensor, "c p q"]) -> tuple[Float[Tensor, "c p q"], Float[Tensor, " c"] | None]:
         """Returns X and s such that s X is the product; None for 1. One pass over X less than multiplying s onto it."""
-        A, G = self
+        A, G, scale = self
         if A.scale is None:  # what makes a tensor first, then what overwrites it
-            X = G.multiply_left(A.multiply_right(gradient, overwrite=False), overwrite=True)
-        else:
-            X = A.multiply_right(G.multiply_left(gradient, overwrite=False), overwrite=True)
-        if A.scale is None or G.scale is None:
-            return X, G.scale if A.scale is None else A.scale
-        return X, A.scale * G.scale
+            return G.multiply_left(A.multiply_right(gradient, overwrite=False), overwrite=True), scale
+        return A.multiply_right(G.multiply_left(gradient, overwrite=False), overwrite=True), scale
 
 
 class JointInverse(NamedTuple):

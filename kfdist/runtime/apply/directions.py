@@ -92,22 +92,31 @@ class Solved(NamedTuple):
         """Returns U; `X` may be overwritten."""
         return Direction(self.X, self.scale).finished()
 
+    @property
+    def uniform(self) -> bool:
+        """Whether one number scales all of its matrices, and all or none were measured."""
+        return all(each is None or len(each) == 1 for each in (self.scale, self.measured))
+
     def product(self) -> Tensor:
-        """Returns <U, V> of what was measured, `[1]`."""
+        """Returns <X, V> where `uniform`, else <U, V> of what was measured; `[1]`."""
         X, V = self.X, self.gradient
-        if len(X) == 1 and X.is_contiguous() and V.is_contiguous():
-            found = torch.dot(X.view(-1), V.view(-1)).view(1)
-        else:
+        if not self.uniform:
             found = torch.sum(X * V, (1, 2))
-        found = found if self.scale is None else found * self.scale
-        found = found if self.measured is None else torch.where(self.measured, found, 0.0)
-        return found if len(found) == 1 else found.sum(0, keepdim=True)
+            found = found if self.scale is None else found * self.scale
+            found = found if self.measured is None else torch.where(self.measured, found, 0.0)
+            return found.sum(0, keepdim=True)
+        if X.is_contiguous() and V.is_contiguous():
+            return torch.dot(X.view(-1), V.view(-1)).view(1)
+        return torch.sum(X * V).view(1)
 
     def write(self, factor: Tensor | None) -> None:
         """Puts factor U into `.grad`, for a scalar factor; what was never measured keeps V."""
         if self.measured is not None and factor is not None:
             factor = torch.where(self.measured, factor, 1.0)
-        scale = self.scale if factor is None else factor if self.scale is None else factor * self.scale
+        self.write_scaled(self.scale if factor is None else factor if self.scale is None else factor * self.scale)
+
+    def write_scaled(self, scale: Tensor | None) -> None:
+        """Puts scale X into `.grad`."""
         self.block.write_gradient(self.X, None if scale is None else scale.to(self.X.dtype))
 
 
@@ -188,14 +197,40 @@ def precondition_gradients(
         for each in found:
             each.write(None)
         return None
+    # What there is one number a block of is computed for all of them together: on a GPU each operation is a launch.
+    scales, measured = _uniform_scales(found), _uniformly_measured(found)
     products = torch.cat([each.product() for each in found])
+    products = products if scales is None else products * scales
+    products = products if measured is None else torch.where(measured, products, 0.0)
     shares = _shares(products, [each.memory for each in found])
     rates = [learning_rate(each.block.parameters()[0]) for each in found]
     total = _weighted_sum(rates, shares.square() * products)
     factor = torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
-    for each, scale in zip(found, (shares * factor).split(1), strict=True):
-        each.write(scale)
+    factors = shares * factor
+    factors = factors if scales is None else factors * scales
+    factors = factors if measured is None else torch.where(measured, factors, 1.0)
+    for each, scale in zip(found, factors.split(1), strict=True):
+        if each.uniform:
+            each.write_scaled(scale)
+        else:
+            each.write(scale)
     return factor
+
+
+def _uniform_scales(found: Sequence[Solved]) -> Tensor | None:
+    """Returns the scale of each block that is `uniform`, 1 for the others, `[blocks]`; None where all are 1."""
+    if all(each.scale is None or not each.uniform for each in found):
+        return None
+    one = found[0].X.new_ones(1)
+    return torch.cat([each.scale if each.scale is not None and each.uniform else one for each in found])
+
+
+def _uniformly_measured(found: Sequence[Solved]) -> Tensor | None:
+    """Returns whether each block that is `uniform` was measured, true for the others, `[blocks]`; None for all."""
+    if all(each.measured is None or not each.uniform for each in found):
+        return None
+    true = torch.ones(1, dtype=torch.bool, device=found[0].X.device)
+    return torch.cat([each.measured if each.measured is not None and each.uniform else true for each in found])
 
 
 def _weighted_sum(rates: Sequence[float | Tensor], terms: Tensor) -> Tensor:
