@@ -4,6 +4,7 @@ Nothing here does more than hold its fields, and nothing imports torch: the cour
 """
 
 import hashlib
+import mmap
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ class LateBytes:
 
     def __init__(self, make: Callable[[], bytes]) -> None:
         self._make: Callable[[], bytes] | None = make
-        self._made = b""
+        self._made: bytes | mmap.mmap = b""
         self._lock = threading.Lock()
 
     @classmethod
@@ -94,7 +95,21 @@ class LateBytes:
 
     @property
     def value(self) -> bytes:
-        """The bytes."""
+        """The bytes; a copy of them where `move_to` was called."""
+        made = self._held()
+        return made if isinstance(made, bytes) else made[:]
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self._held())
+
+    def move_to(self, shared: mmap.mmap) -> None:
+        """Lets go of the bytes, which from now on are those of shared memory that nobody can change."""
+        with self._lock:
+            self._made, self._make = shared, None
+
+    def _held(self) -> bytes | mmap.mmap:
         with self._lock:
             if self._make is not None:
                 self._made, self._make = self._make(), None

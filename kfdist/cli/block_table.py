@@ -69,6 +69,7 @@ def age(seconds: float) -> str:
 
 _STALE = NumberColumn(metric=STALENESS, head="STALE", form=steps)
 _RANK = NumberColumn(metric="kfdist_inversion_rank", head="RANK", form=steps)
+_DIRECTION = NumberColumn(metric="kfdist_inversion_direction_error", head="DIR ERR", form=scientific)
 _RESIDUAL = NumberColumn(metric="kfdist_inversion_residual", head="RESIDUAL", form=scientific)
 _RETRIES = NumberColumn(metric="kfdist_inversion_rung", head="RETRIES", form=steps)
 _AGE = NumberColumn(metric="kfdist_staleness_seconds", head="AGE", form=age)
@@ -76,8 +77,29 @@ _APPROXIMATION = NumberColumn(metric="kfdist_inversion_approximation_error", hea
 _ORTHOGONALITY = NumberColumn(metric="kfdist_inversion_orthogonality_error", head="ORTHOG", form=scientific)
 _EIGENVALUE = NumberColumn(metric="kfdist_inversion_smallest_eigenvalue", head="MIN EIG", form=scientific)
 
-COLUMNS = (_STALE, _RANK, _RESIDUAL, _RETRIES, _AGE, _APPROXIMATION, _ORTHOGONALITY, _EIGENVALUE)
+COLUMNS = (_STALE, _RANK, _RESIDUAL, _RETRIES, _AGE, _DIRECTION, _APPROXIMATION, _ORTHOGONALITY, _EIGENVALUE)
 """All columns, the most wanted first."""
+
+
+def rank_note(samples: Sequence[MetricSample]) -> str:
+    """Says of how many blocks `rank` leaves out eigenpairs that the error asked for would need; empty if of none."""
+    limits = {
+        sample.labels.get("block"): sample.value
+        for sample in samples
+        if sample.name == "kfdist_inversion_limited_by_rank"
+    }
+    limited = [name for name, value in limits.items() if value]
+    errors = [
+        sample.value
+        for sample in samples
+        if sample.name == "kfdist_inversion_direction_error" and sample.labels.get("block") in limited
+    ]
+    if not errors:
+        return ""
+    return (
+        f"rank limits {len(limited)} of {len(limits)} blocks: components of their directions may be off by up to "
+        f"{max(errors):.2g} of themselves, more than the direction_error asked for; coverage() has the means"
+    )
 
 
 def blocks_of(samples: Sequence[MetricSample]) -> list[Block]:

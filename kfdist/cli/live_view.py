@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from kfdist.cli.block_table import STALENESS, age, block_table, blocks_of, shortened, steps
+from kfdist.cli.block_table import STALENESS, age, block_table, blocks_of, rank_note, shortened, steps
 from kfdist.control.client import OwnerView, RunView
 from kfdist.control.control_records import RunState
 from kfdist.telemetry.metrics import METRICS, Kind
@@ -135,6 +135,8 @@ class RunPicture:
         shown = blocks[: max(_FEWEST_BLOCKS, room)]
         yield Text()
         yield block_table(shown, width, full_bar=full, plain=plain)
+        if note := rank_note(self.samples):
+            yield Text(note, style="dim")
         if rest := len(blocks) - len(shown):
             worst = blocks[len(shown)].staleness
             than = "" if worst is None else f", none staler than {steps(worst)} steps"

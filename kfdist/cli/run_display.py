@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kfdist.cli.block_table import COLUMNS, block_table, blocks_of, shortened
+from kfdist.cli.block_table import COLUMNS, block_table, blocks_of, rank_note, shortened
 from kfdist.cli.find_runs import Survey
 from kfdist.cli.live_view import ranks_of, step_of
 from kfdist.cli.run_files import RunFiles
@@ -320,6 +320,8 @@ def _print_blocks(samples: Sequence[MetricSample]) -> None:
     if not blocks:
         return
     print()
+    if note := rank_note(samples):
+        print(f"{note}\n")
     if sys.stdout.isatty():
         console = Console()
         shown = blocks[:_SHOWN_BLOCKS]

@@ -175,7 +175,8 @@ class WeightedSums:
         """Folds one due batch in, without a host sync.
 
         Args:
-            batch: This rank's batch; None if it had none. A non-finite one adds zero, like none, and is counted.
+            batch: This rank's batch; None if it had none. A non-finite one adds zero, like none, and is counted. Its sums
+                are overwritten where they are the first and become the average's own memory.
             rho: The decay of this folding, the same on all ranks.
             step_is_finite: Where it is false, the whole step is skipped and nothing changes.
         """
@@ -194,6 +195,11 @@ class WeightedSums:
                 _fold_thin(part, batch.thin[name], torch.where(finite, gain, zero), rho, kept, step_is_finite)
                 continue
             self._in_use[name] = None
+            if rho == 0.0 and step_is_finite is None and _same_form(total, batch.sums[name]):
+                self.sums[name] = batch.sums[name]
+                for part, _ in _slices(batch.sums[name], batch.sums[name]):
+                    torch.where(finite, part, zero, out=part)
+                continue
             for part, new in _slices(total, batch.sums[name]):
                 part.mul_(kept).add_(torch.where(finite, new, zero).mul_(gain))
         found = {EXAMPLES: batch.examples, POSITIONS: batch.positions, PAIRS: batch.pairs}
@@ -257,6 +263,12 @@ def _fold_thin(
         else:
             ThinRows(rows, each.columns).add_to(total, kept=decay)
         decay = 1.0
+
+
+def _same_form(total: Tensor, new: Tensor) -> bool:
+    """Says whether a batch's sum can take the place of an average: a whole tensor of its own, of the same form."""
+    alone = new.is_contiguous() and new.untyped_storage().nbytes() == new.nbytes
+    return alone and (new.shape, new.dtype) == (total.shape, total.dtype)
 
 
 def _slices(total: Tensor, new: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -43,12 +43,15 @@ class Kept(NamedTuple):
         A: Of the factor of the inputs.
         G: Of the factor of the output gradients.
         error: Bound on every component of a direction, relative to itself, at the damping that it was made for.
+        mean_error: By how much the components that lie outside both bases change on average, relative to themselves, at
+            that damping; known of the traces, whatever the eigenvalues are that were never found.
         least_damping: Smallest damping for which there are enough; 0 where nothing was cut off.
     """
 
     A: Spectrum
     G: Spectrum
     error: float
+    mean_error: float
     least_damping: float
 
 
@@ -108,25 +111,57 @@ def keep_enough(
     sides = _Choices.of(A, cuts=direction_error > 0), _Choices.of(G, cuts=direction_error > 0)
     sizes = A.vectors.shape[-2], G.vectors.shape[-2]
 
+    def split(damping: float) -> tuple[Tensor, Tensor]:
+        if damping_rule == "relative":
+            return split_by_largest(A.values[..., 0], G.values[..., 0], damping=damping)
+        return split_by_trace(*traces, d_in=sizes[0], d_out=sizes[1], damping=damping)
+
     def bounds(damping: float) -> tuple[Tensor, Tensor, Tensor]:
         if damping_rule == "common":
             return _common_bounds(*sides, damping)
-        if damping_rule == "relative":
-            split = split_by_largest(A.values[..., 0], G.values[..., 0], damping=damping)
-        else:
-            split = split_by_trace(*traces, d_in=sizes[0], d_out=sizes[1], damping=damping)
-        gammas = [each.double().cpu().unsqueeze(-1) for each in split]
+        gammas = [each.double().cpu().unsqueeze(-1) for each in split(damping)]
         e_A, e_G = (side.deviations(gamma, torch.ones_like(gamma)) for side, gamma in zip(sides, gammas, strict=True))
         return e_A.amax(0), e_G.amax(0), ((1 + e_A.unsqueeze(-1)) * (1 + e_G.unsqueeze(-2)) - 1).amax(0)
 
     i, j = _fewest(*sides, bounds(damping / MARGIN), direction_error)
     cuts = i < len(sides[0].ranks) - 1 or j < len(sides[1].ranks) - 1
+    kept = _leading(A, sides[0].ranks[i]), _leading(G, sides[1].ranks[j])
     return Kept(
-        A=_leading(A, sides[0].ranks[i]),
-        G=_leading(G, sides[1].ranks[j]),
+        A=kept[0],
+        G=kept[1],
         error=float(bounds(damping)[2][i, j]),
+        mean_error=_mean_error(kept, traces, None if damping_rule == "common" else split(damping), damping),
         least_damping=damping / MARGIN if cuts else 0.0,
     )
+
+
+def _mean_error(
+    kept: tuple[Spectrum, Spectrum],
+    traces: tuple[Float[Tensor, " c"], Float[Tensor, " c"]],
+    gammas: tuple[Float[Tensor, " c"], Float[Tensor, " c"]] | None,
+    damping: float,
+) -> float:
+    """Returns how far the mean over the components outside both bases is from 0, of the worst of c.
+
+    A change is linear in the eigenvalue that t stands for, so its mean needs only theirs: the rest of the trace, over
+    as many as there are. It may hide that some components grow and others shrink, and isn't of any one gradient.
+    """
+    outside = [(_rest(each, of_one), each.tail.double().cpu()) for each, of_one in zip(kept, traces, strict=True)]
+    (m_A, t_A), (m_G, t_G) = outside
+    if gammas is None:
+        change = (m_A * m_G - t_A * t_G) / (t_A * t_G + damping)
+    else:
+        of_A, of_G = (each.double().cpu() for each in gammas)
+        change = (m_A + of_A) / (t_A + of_A) * ((m_G + of_G) / (t_G + of_G)) - 1
+    return float(change.abs().max())
+
+
+def _rest(kept: Spectrum, trace: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
+    """Returns the mean of the eigenvalues that aren't kept; the tail where all are."""
+    outside = kept.vectors.shape[-2] - kept.values.shape[-1]
+    if not outside:
+        return kept.tail.double().cpu()
+    return (trace.double().cpu() - kept.values.double().cpu().sum(-1)).clamp_min(0) / outside
 
 
 def _common_bounds(A: _Choices, G: _Choices, damping: float) -> tuple[Tensor, Tensor, Tensor]:

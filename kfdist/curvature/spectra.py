@@ -194,7 +194,8 @@ def enough_of(
     """Makes the preconditioner of as many eigenpairs as its directions need; see `kept_pairs`.
 
     Returns:
-        The preconditioner, and what was kept: `rank_*`, and the bound that holds, `direction_error`.
+        The preconditioner, and what was kept: `rank_*`, the bound that holds, `direction_error`, the mean behind it,
+        `mean_direction_error`, and `limited_by_rank`, 1 where that bound is above what was asked for, else 0.
     """
     kept = keep_enough(
         A, G, traces=traces, damping_rule=damping_rule, damping=damping, direction_error=direction_error or 0.0
@@ -208,7 +209,9 @@ def enough_of(
         least_damping=kept.least_damping,
     )
     ranks = {f"rank_{label}": float(each.values.shape[-1]) for label, each in (("A", kept.A), ("G", kept.G))}
-    return preconditioner, {**ranks, "direction_error": kept.error}
+    limited = direction_error is not None and 0 < direction_error < kept.error
+    errors = {"direction_error": kept.error, "mean_direction_error": kept.mean_error}
+    return preconditioner, {**ranks, **errors, "limited_by_rank": float(limited)}
 
 
 def probes_like(matrix: Float[Tensor, "c d k"], *, seed: int, label: str) -> Float[Tensor, "c d 4"]:

@@ -203,7 +203,7 @@ def make_forecast(
     if cut:
         remarks.append(
             f"inverses of {', '.join(cut)} are taken to have as many eigenpairs as they may: how many direction_error "
-            "cuts off is known once they are there"
+            "cuts off, and where rank allows too few for it, is known once they are there (`kfdist status` says it)"
         )
     return Forecast(
         title=_title(config),

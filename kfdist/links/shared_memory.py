@@ -25,6 +25,15 @@ def create_input(payload: bytes) -> int:
     return descriptor
 
 
+def mapped(descriptor: int) -> mmap.mmap:
+    """Maps what `create_input` returned, to be read; it lasts as long as the object, also when all descriptors are closed.
+
+    Pages that are never read through it take nothing of this process.
+    """
+    # Private: older kernels refuse shared mappings of what is sealed against writing, also those that only read.
+    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+
+
 def create_output() -> int:
     """Returns the descriptor of a new, empty memfd for a result."""
     return os.memfd_create("kfdist-output", os.MFD_CLOEXEC)

@@ -155,6 +155,11 @@ _WORST: Mapping[str, tuple[str, Callable[[Iterable[float]], float]]] = {
     "smallest_eigenvalue": ("smallest eigenvalue", min),
 }
 
+_ERRORS: Mapping[str, str] = {
+    "direction_error": "direction error at most",
+    "mean_direction_error": "mean outside of what is kept",
+}
+
 
 def diagnostics(run: Recorded) -> Chapter:
     """Returns the chapter on how good inverses are, and on what didn't go as configured."""
@@ -170,9 +175,24 @@ def diagnostics(run: Recorded) -> Chapter:
     plots = [plot for quantity in _WORST if (plot := _over_steps(run, windows, quantity)) is not None]
     last = windows[-1]
     rows = [_block_row(run, block, found) for block, found in last["diagnostics"].items()]
-    heads = ("block", "method", "ranks kept", "largest residual", "smallest eigenvalue", "retries")
+    heads = ("block", "method", "ranks kept", "largest residual", "smallest eigenvalue", "retries", *_ERRORS.values())
     table = Table(caption=f"The inverses in use at step {last['step']:,}", heads=heads, rows=rows, folded=True)
-    return Chapter(title=title, sentences=[_mishaps(run)], plots=plots, tables=[*_mishap_table(run), table])
+    sentences = [_mishaps(run), *_limited_by_rank(last)]
+    return Chapter(title=title, sentences=sentences, plots=plots, tables=[*_mishap_table(run), table])
+
+
+def _limited_by_rank(window: Line) -> list[str]:
+    """Says where `rank` keeps directions from being as near to exact ones as was asked for."""
+    asked = {block: found for block, found in window["diagnostics"].items() if "limited_by_rank" in found}
+    limited = [found for found in asked.values() if found["limited_by_rank"]]
+    if not limited:
+        return []
+    worst, mean = (max(found.get(name) or 0.0 for found in limited) for name in _ERRORS)
+    return [
+        f"Of {words.counted(len(asked), 'block')}, {len(limited)} would need more eigenpairs than `rank` allows for the "
+        f"direction_error asked for: single components of their directions may be off by up to {words.number(worst)} of "
+        f"themselves, those outside of what is kept by up to {words.number(mean)} on average."
+    ]
 
 
 def _over_steps(run: Recorded, windows: Sequence[Line], quantity: str) -> Plot | None:
@@ -207,7 +227,8 @@ def _block_row(run: Recorded, block: str, found: Mapping[str, float | None]) -> 
     ranks = "/".join(words.number(value) for value in _of_quantity(found, "rank")) or "–"
     residuals, eigenvalues = (_of_quantity(found, quantity) for quantity in ("residual", "smallest_eigenvalue"))
     worst = (max(residuals, default=None), min(eigenvalues, default=None), found.get("rung"))
-    return [block, run.methods.get(block, ""), ranks, *map(words.number, worst)]
+    errors = (found.get(name) for name in _ERRORS)
+    return [block, run.methods.get(block, ""), ranks, *map(words.number, (*worst, *errors))]
 
 
 def _of_quantity(diagnostics: Mapping[str, float | None], quantity: str) -> list[float]:

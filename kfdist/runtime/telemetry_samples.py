@@ -161,7 +161,7 @@ def diagnostic_samples(block: BlockName, diagnostics: Mapping[str, float]) -> li
         for quantity, gauge in _GAUGES.items()
         for factor, value in _by_factor(quantity, diagnostics).items()
     ]
-    for name in ("rung", "direction_error"):
+    for name in ("rung", "direction_error", "limited_by_rank"):
         if name in diagnostics:
             samples.append(_sample(f"kfdist_inversion_{name}", diagnostics[name], block=block))
     return samples
@@ -181,6 +181,9 @@ def diagnostic_note(version: int, outcome: Inversion) -> str:
             shown = values if quantity == "rank" else [METRICS[metric].across.worst(values)]
             words = metric.removeprefix("kfdist_inversion_").replace("_", " ")
             facts.append(f"{words} {'/'.join(f'{value:.3g}' for value in shown)}")
+    if outcome.diagnostics.get("limited_by_rank"):
+        worst, mean = (outcome.diagnostics[f"{which}direction_error"] for which in ("", "mean_"))
+        facts.append(f"limited by rank: direction error up to {worst:.2g}, mean {mean:.2g}")
     return ": ".join(filter(None, (f"version {version} ({outcome.outcome})", ", ".join(facts))))
 
 

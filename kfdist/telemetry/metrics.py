@@ -189,6 +189,10 @@ _DECLARED = (
         "Bound on the relative change of a direction's components by the eigenpairs that a block's inverse lacks.",
     ),
     _of_block(
+        "kfdist_inversion_limited_by_rank",
+        "1 where `rank` leaves out eigenpairs that the direction error asked for would need, else 0.",
+    ),
+    _of_block(
         "kfdist_inversion_rung",
         "Retries that a block's inverse took: 0 as configured, then float64, then more and more damping.",
     ),

@@ -1,4 +1,4 @@
-"""How many kernels an operation on tensors launches: what its thread dispatches, views and allocations left out."""
+"""How many kernels operations on tensors launch: those that a thread dispatches, views and allocations left out."""
 
 from collections import Counter
 from typing import Any
@@ -7,15 +7,18 @@ from kfdist.torch_internals import TorchDispatchMode
 
 _NO_KERNEL = frozenset(
     """_reshape_alias _unsafe_view alias as_strided detach diagonal empty empty_like empty_strided expand lift_fresh
-    new_empty new_empty_strided permute select slice split split_with_sizes squeeze t transpose unbind unsqueeze
-    view""".split()
+    new_empty new_empty_strided permute promote_types result_type select slice split split_with_sizes squeeze t
+    transpose unbind unsqueeze view""".split()
 )
 
 
 class Launches(TorchDispatchMode):
-    """Counts, inside the `with`, the operations that launch a kernel on a GPU, by name; the same on every device.
+    """Counts, inside the `with`, the operations that launch a kernel on a GPU; the same ones on every device.
 
-    An operation is taken for one launch. Library calls may take more: a dot product of cuBLAS is two.
+    One operation is taken for one launch; inside of a library's call there may be more.
+
+    Attributes:
+        by_name: How often each was called.
     """
 
     def __init__(self) -> None:
@@ -23,6 +26,7 @@ class Launches(TorchDispatchMode):
         self.by_name: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation, and counts it."""
         del types
         name = func.overloadpacket.__name__
         if name not in _NO_KERNEL:

@@ -1,10 +1,13 @@
 """Payloads that are made late: once, by whichever thread asks first, of what was handed over."""
 
+import gc
+import os
 import threading
 import time
 
 import pytest
 
+from kfdist.links.shared_memory import create_input, mapped
 from kfdist.types import Job, LateBytes
 
 
@@ -61,3 +64,16 @@ def test_one_that_could_not_be_made_says_why_whenever_it_is_asked_for():
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             _ = late.value
+
+
+def test_bytes_that_moved_to_shared_memory_are_read_there_and_nothing_else_holds_them():
+    late = LateBytes(lambda: b"payload" * 1000)
+    assert late.size == 7000
+    descriptor = create_input(late.value)
+    shared = mapped(descriptor)
+    os.close(descriptor)
+    late.move_to(shared)
+    assert late.value == b"payload" * 1000 and late.size == 7000
+    assert not any(isinstance(each, bytes) for each in gc.get_referents(late.__dict__))
+    with pytest.raises(TypeError):
+        shared[0] = 1

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from kfdist.links.shared_memory import create_input, create_output
+from kfdist.links.shared_memory import create_input, create_output, mapped
 from kfdist.links.socket_messages import Submit
 from kfdist.types import Job
 
@@ -66,8 +66,11 @@ class Handover:
 
     def prepare(self, entry: HeldJob) -> tuple[Submit, tuple[int, int]]:
         """Puts a job into shared memory; returns its message and descriptors, which stay open here."""
+        digest = entry.job.digest
         if entry.input is None:
             entry.input = create_input(entry.job.payload)
+            if entry.job.content.size:
+                entry.job.content.move_to(mapped(entry.input))  # the bytes are there once, not in this process too
         if entry.output is None:
             entry.output = create_output()
         if entry.ticket is None:
@@ -77,10 +80,10 @@ class Handover:
             ticket=entry.ticket,
             group=entry.job.group,
             version=entry.job.version,
-            digest=entry.job.digest,
+            digest=digest,
             deadline_seconds=entry.job.deadline_seconds,
             fingerprint=entry.job.fingerprint,
-            payload_bytes=len(entry.job.payload),
+            payload_bytes=entry.job.content.size,
             submitted_ns=entry.submitted_ns,
         )
         return submit, (entry.input, entry.output)

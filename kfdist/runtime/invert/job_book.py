@@ -136,7 +136,7 @@ class JobBook:
             line = self._lines[result.group]
             job = line.finish(result)
             if job is not None:
-                self.bytes_sent += len(job.payload)
+                self.bytes_sent += job.content.size
                 self._news.append(result)
                 self._submit(line.next())
 

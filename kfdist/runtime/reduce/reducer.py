@@ -78,13 +78,16 @@ class StatisticsReducer:
 
         Args:
             due: What is due.
-            batches: This rank's batch, by block.
+            batches: This rank's batch, by block; sums that are folded go, as they may be as large as the averages.
             step_is_finite: Boolean scalar; where false nothing changes. None: true.
         """
         for track in due.folding:
             rho = decay_at(self._timetable.foldings_until(track, due.step), self._settings.ema_decay)
             for block in track.group.blocks:
-                self.sums[block.name].fold(batches.get(block.name), rho, step_is_finite)
+                batch = batches.get(block.name)
+                self.sums[block.name].fold(batch, rho, step_is_finite)
+                if batch is not None and not track.group.inverter.online:  # whose rows are good if its sums are
+                    batch.sums, batch.thin = {}, {}
 
     def reduce(
         self, due: Due, batches: Mapping[BlockName, BatchStatistics], step_is_finite: Tensor | None

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from kfdist.cli.block_table import Block, age, block_table, blocks_of, shortened, staleness_bar
+from kfdist.cli.block_table import Block, age, block_table, blocks_of, rank_note, shortened, staleness_bar
 from kfdist.types import MetricSample
 
 LAYERS = ["attention.self.query", "attention.output.dense", "output.dense"]
@@ -85,6 +85,17 @@ def test_the_worst_factor_counts_and_what_was_not_measured_is_a_dash():
     assert {"4", "16", "-2.0e+00"} <= {cell.strip() for cell in fc}
     assert other.count("-") + sum(cell.strip() == "-" for cell in other) >= 1
     assert drawn([], 80) == ["BLOCK"]
+
+
+def test_it_says_of_how_many_blocks_the_rank_is_the_limit():
+    def told(**limited: float) -> str:
+        errors = {"a": 0.03, "b": 0.51, "c": 0.4}
+        samples = [sample("inversion_direction_error", errors[name], block=name) for name in limited]
+        return rank_note([*samples, *(sample("inversion_limited_by_rank", v, block=k) for k, v in limited.items())])
+
+    assert told() == told(a=0.0, b=0.0) == ""
+    assert "2 of 3 blocks" in told(a=0.0, b=1.0, c=1.0) and "up to 0.51" in told(a=0.0, b=1.0, c=1.0)
+    assert "up to 0.4 of" in told(a=0.0, b=0.0, c=1.0)
 
 
 def test_bars_are_full_at_the_bound_and_ascii_where_nothing_else_can_be_shown():

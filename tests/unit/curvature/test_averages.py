@@ -146,6 +146,27 @@ def test_a_step_that_is_finite_folds_as_without_the_question():
     assert all(torch.equal(a, b) for a, b in zip(state(sums), state(plain), strict=True))
 
 
+def test_the_first_batch_becomes_the_average_and_takes_no_memory_beside_it():
+    """Of the first step's sums there would else be two of each."""
+    first, sums = batch(1), empty()
+    kept = {name: total.clone() for name, total in first.sums.items()}
+    sums.fold(first, 0.0)
+    for name, total in sums.sums.items():
+        assert total.data_ptr() == first.sums[name].data_ptr() and torch.equal(total, kept[name])
+    second = batch(2)
+    sums.fold(second, 0.5)
+    assert all(torch.equal(sums.sums[name], 0.5 * kept[name] + 0.5 * second.sums[name]) for name in kept)
+
+
+def test_a_first_batch_that_is_part_of_another_tensor_is_copied():
+    first, sums = batch(1), empty()
+    whole = torch.cat([first.sums["A"], first.sums["A"]])
+    first.sums["A"] = whole[:C]
+    sums.fold(first, 0.0)
+    sums.fold(batch(2), 0.5)
+    assert torch.equal(whole[:C], whole[C:]) and not torch.equal(sums.sums["A"], whole[:C])
+
+
 def test_float32_batches_go_into_float64_sums():
     sums = empty()
     sums.fold(batch(1, dtype=torch.float32), 0.0)

@@ -49,6 +49,13 @@ def test_the_note_has_all_ranks_and_the_worst_of_the_rest():
     assert diagnostic_note(40, outcome) == (
         "version 40 (float64): rank 17/10, residual 3.25e-07, smallest eigenvalue -0.25"
     )
+    errors = {"rank_A": 220.0, "direction_error": 0.51, "mean_direction_error": 0.042}
+    limited = Inversion(preconditioner=None, outcome=Outcome.DONE, diagnostics=errors | {"limited_by_rank": 1.0})
+    assert diagnostic_note(9, limited) == (
+        "version 9 (done): rank 220, limited by rank: direction error up to 0.51, mean 0.042"
+    )
+    enough = Inversion(preconditioner=None, outcome=Outcome.DONE, diagnostics=errors | {"limited_by_rank": 0.0})
+    assert diagnostic_note(9, enough) == "version 9 (done): rank 220"
     assert diagnostic_note(7, Inversion(preconditioner=None, outcome=Outcome.DONE)) == "version 7 (done)"
 
 
