@@ -131,18 +131,18 @@ class AbstractPreconditioner(ABC):
         Raises:
             ValueError: The gradient has another shape.
         """
-        return self.direction(gradient, damping, BlockMemory() if memory is None else memory).finished()
+        with torch.autocast(gradient.device.type, enabled=False):
+            return self.direction(gradient, damping, BlockMemory() if memory is None else memory).finished()
 
     def direction(self, gradient: Float[Tensor, "c p q"], damping: float, memory: BlockMemory) -> Direction:
-        """Applies the inverse as `apply` does, but for a factor that the direction may lack."""
+        """Applies the inverse as `apply` does, but for a factor that the direction may lack; not under autocast."""
         if tuple(gradient.shape) != self.shape:
             raise ValueError(f"the gradient has shape {tuple(gradient.shape)}, the preconditioner is for {self.shape}")
-        with torch.autocast(gradient.device.type, enabled=False):
-            solved = self._solve(gradient.to(self.trace_A.dtype), damping, memory)
-            X, scale = (solved, None) if isinstance(solved, Tensor) else solved
-            if X.dtype == gradient.dtype:
-                return Direction(X, scale)
-            return Direction(Direction(X, scale).finished().to(gradient.dtype))
+        solved = self._solve(gradient.to(self.trace_A.dtype), damping, memory)
+        X, scale = (solved, None) if isinstance(solved, Tensor) else solved
+        if X.dtype == gradient.dtype:
+            return Direction(X, scale)
+        return Direction(Direction(X, scale).finished().to(gradient.dtype))
 
     @classmethod
     def directions(
@@ -152,7 +152,7 @@ class AbstractPreconditioner(ABC):
         damping: float,
         memories: Sequence[BlockMemory],
     ) -> list[Direction]:
-        """Applies the inverses of a group of blocks; methods that couple blocks override it.
+        """Applies the inverses of a group of blocks, not under autocast; methods that couple blocks override it.
 
         Args:
             members: One per block, in the group's order.
@@ -174,8 +174,9 @@ class AbstractPreconditioner(ABC):
         damping: float,
         memories: Sequence[BlockMemory],
     ) -> list[Float[Tensor, "_ _ _"]]:
-        """Returns `directions`, finished."""
-        return [found.finished() for found in cls.directions(members, gradients, damping, memories)]
+        """Returns `directions`, finished; also under autocast."""
+        with torch.autocast(gradients[0].device.type if gradients else "cpu", enabled=False):
+            return [found.finished() for found in cls.directions(members, gradients, damping, memories)]
 
     def apply_to_rows(
         self, a: Float[Tensor, "c n q"], g: Float[Tensor, "c n p"], examples: float, damping: float
@@ -436,9 +437,9 @@ class CoupledPreconditioner(AbstractPreconditioner):
         damping: float,
         memories: Sequence[BlockMemory],
     ) -> list[Direction]:
-        """Multiplies the damped inverse of the group onto its gradients, without a host sync.
+        """Multiplies the damped inverse of the group onto its gradients, without a host sync; not under autocast.
 
-        Computes in the dtype of the members' own tensors, also under autocast.
+        Computes in the dtype of the members' own tensors.
 
         Raises:
             ValueError: Members are missing or in another order, or a gradient has another shape.
@@ -456,9 +457,8 @@ class CoupledPreconditioner(AbstractPreconditioner):
                     f"the gradient at place {member.place} has shape {tuple(gradient.shape)}, "
                     f"the preconditioner is for {member.shape}"
                 )
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            given = [gradient.to(member.trace_A.dtype) for member, gradient in zip(members, gradients, strict=True)]
-            solved = cls._solve_group(members, given, damping, memories)
+        given = [gradient.to(member.trace_A.dtype) for member, gradient in zip(members, gradients, strict=True)]
+        solved = cls._solve_group(members, given, damping, memories)
         return [Direction(found.to(gradient.dtype)) for found, gradient in zip(solved, gradients, strict=True)]
 
     @override

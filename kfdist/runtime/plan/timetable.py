@@ -196,8 +196,12 @@ class Timetable:
         requests = {}
         for track in self._tracks:
             group, folds, updates = track.group, self.folds(track, step), self.updates(track, step)
+            calibrates = group.index in calibrating
             for block in group.blocks:
-                needs, seed = group.needs[block.name], block_seed(self._seed, block.name, step)
+                needs = group.needs[block.name]
+                if not (folds or updates or calibrates or needs.applied_rows):
+                    continue  # on most steps, for most blocks: seeds and requests cost as much as a small product
+                seed = block_seed(self._seed, block.name, step)
                 request = Request(
                     sums=needs.sums if folds else frozenset(),
                     rows=_BOTH if needs.applied_rows else needs.increments if updates else frozenset(),
@@ -208,7 +212,7 @@ class Timetable:
                     # What there is at first is of one batch: all of it, whatever it costs.
                     whole=folds and self.foldings_until(track, step) <= 1,
                     seed=seed,
-                    **self._samples(needs, updates=updates, calibrates=group.index in calibrating),
+                    **self._samples(needs, updates=updates, calibrates=calibrates),
                 )
                 if request.sums or request.rows or request.samples is not None:
                     requests[block.name] = request
