@@ -175,8 +175,8 @@ class WeightedSums:
         """Folds one due batch in, without a host sync.
 
         Args:
-            batch: This rank's batch; None if it had none. A non-finite one adds zero, like none, and is counted. Its sums
-                are overwritten where they are the first and become the average's own memory.
+            batch: This rank's batch; None if it had none. A non-finite one adds zero, like none, and is counted. A
+                first one's sums become the average's own memory, and change with it later.
             rho: The decay of this folding, the same on all ranks.
             step_is_finite: Where it is false, the whole step is skipped and nothing changes.
         """

@@ -26,7 +26,7 @@ def create_input(payload: bytes) -> int:
 
 
 def mapped(descriptor: int) -> mmap.mmap:
-    """Maps what `create_input` returned, to be read; it lasts as long as the object, also when all descriptors are closed.
+    """Maps what `create_input` returned, to be read; it lasts as long as the object, whatever becomes of descriptors.
 
     Pages that are never read through it take nothing of this process.
     """

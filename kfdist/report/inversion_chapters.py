@@ -189,8 +189,8 @@ def _limited_by_rank(window: Line) -> list[str]:
         return []
     worst, mean = (max(found.get(name) or 0.0 for found in limited) for name in _ERRORS)
     return [
-        f"Of {words.counted(len(asked), 'block')}, {len(limited)} would need more eigenpairs than `rank` allows for the "
-        f"direction_error asked for: single components of their directions may be off by up to {words.number(worst)} of "
+        f"Of {words.counted(len(asked), 'block')}, {len(limited)} would need more eigenpairs than `rank` allows for "
+        f"the direction_error asked for: components of their directions may be off by up to {words.number(worst)} of "
         f"themselves, those outside of what is kept by up to {words.number(mean)} on average."
     ]
 
