@@ -1,6 +1,6 @@
 """`kfdist bench overhead`: what a step costs beside plain SGD's, in one process, by turns (issue: "Fast")."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from kfdist import checks
 from kfdist.bench.results import conditions, table
 from kfdist.bench.served import served
 from kfdist.bench.timings import Cores, gemm_rate, means, percentiles, running_on, spread
-from kfdist.bench.trainee import PARTS, TimedStep, Trainee
+from kfdist.bench.trainee import KINDS, PARTS, TimedStep, Trainee
 from kfdist.bench.workloads import WORKLOADS
 from kfdist.links.link import AbstractLink
 from kfdist.links.local import LocalLink
@@ -166,10 +166,17 @@ def summary(found: Mapping[str, list[TimedStep]], warm: int) -> dict[str, Any]:
             name: round(sum(1e3 * each > 1.5 * by_name[name]["cpu"]["p50"] for each in cpu[name]) / len(cpu[name]), 4)
             for name in by_name
         },
+        "by_kind": _by_kind(timed["kfdist"]),
         "first_step_seconds": {name: round(steps[0].total, 3) for name, steps in found.items()},
         **by_name,
         "preconditioner_phases": means([step.phases for step in timed["kfdist"]]),
     }
+
+
+def _by_kind(steps: Sequence[TimedStep]) -> dict[str, dict[str, float]]:
+    """Returns of each kind of step how many there were, and the spread of the training thread's CPU time."""
+    kinds = {kind: [step.cpu for step in steps if step.kind == kind] for kind in KINDS}
+    return {kind: {"steps": len(found), **spread(found)} for kind, found in kinds.items() if found}
 
 
 def describe(content: Mapping[str, Any]) -> str:
@@ -185,6 +192,11 @@ def describe(content: Mapping[str, Any]) -> str:
     ]
     parts = [[part, *(each["parts"][part]["mean"] for each in both.values())] for part in PARTS]
     phases = [[f"  {phase}", None, mean] for phase, mean in content["preconditioner_phases"].items()]
+    middle = content["kfdist"]["cpu"]["p50"]
+    kinds = [
+        [kind, found["steps"], found["p50"], found["max"], found["max"] / middle]
+        for kind, found in content["by_kind"].items()
+    ]
     place = PARTS.index("preconditioner") + 1
     flops = {name: sum(each.values()) / 1e9 for name, each in content["flops"].items()}
     rates = reached(content)
@@ -197,6 +209,8 @@ def describe(content: Mapping[str, Any]) -> str:
             table(["ms a step", *keys, "p99/p50"], whole),
             "",
             table(["mean ms by part", *both], [*parts[:place], *phases, *parts[place:]]),
+            "",
+            table(["kfdist's steps, ms of CPU", "steps", "p50", "max", "max/p50 of all"], kinds),
             "",
             f"mean {ratio:.2f} x SGD's, median {content['p50_ratio_to_sgd']:.2f} x, main thread's CPU "
             f"{content['cpu_ratio_to_sgd']:.2f} x; {long['kfdist']:.1%} of kfdist's steps take over 1.5 medians of its "

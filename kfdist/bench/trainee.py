@@ -15,6 +15,10 @@ PARTS = ("zero_grad", "forward", "backward", "preconditioner", "optimizer")
 """Of a step, in order."""
 
 
+KINDS = ("adopts", "reduces", "folds", "nothing due")
+"""Of steps behind a preconditioner, by the most that some group has at it; the first that holds."""
+
+
 @dataclass(frozen=True)
 class TimedStep:
     """One step.
@@ -23,11 +27,13 @@ class TimedStep:
         seconds: Of the wall clock, by part.
         cpu: CPU seconds of the thread that trains.
         phases: Of the preconditioner's part, by its own phases.
+        kind: One of `KINDS`; empty without a preconditioner.
     """
 
     seconds: Mapping[str, float]
     cpu: float
     phases: Mapping[str, float]
+    kind: str = ""
 
     @property
     def total(self) -> float:
@@ -56,7 +62,8 @@ class Trainee:
 
     def step(self) -> TimedStep:
         """Trains one step; making the batch isn't part of it."""
-        batch, report = self._draw(), None
+        batch, report, own = self._draw(), None, self.preconditioner
+        due = None if own is None else own.pipeline.timetable.due(own.next_step)
         begun, marks = time.thread_time(), [time.perf_counter()]
         self.optimizer.zero_grad()
         marks.append(time.perf_counter())
@@ -64,15 +71,19 @@ class Trainee:
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())
-        if self.preconditioner is not None:
-            report = self.preconditioner.step()
+        if own is not None:
+            report = own.step()
         marks.append(time.perf_counter())
         self.optimizer.step()
         marks.append(time.perf_counter())
         cpu = time.thread_time() - begun
         self.loss = loss.detach()
         seconds = {name: after - before for name, (before, after) in zip(PARTS, pairwise(marks), strict=True)}
-        return TimedStep(seconds, cpu, {} if report is None else report.phase_seconds)
+        if report is None or due is None:
+            return TimedStep(seconds, cpu, {})
+        holds = (report.adopted, due.reducing, due.folding, True)
+        kind = next(kind for kind, held in zip(KINDS, holds, strict=True) if held)
+        return TimedStep(seconds, cpu, report.phase_seconds, kind)
 
     def flops(self, steps: int) -> dict[str, int]:
         """Counts the operations of a step in which nothing is due: the least of so many steps, by part."""

@@ -14,8 +14,8 @@ from kfdist.cli.main import run
 from kfdist.errors import ConfigError
 
 
-def timed(milliseconds: float, **phases: float) -> TimedStep:
-    return TimedStep({**dict.fromkeys(PARTS, 0.0), "backward": milliseconds / 1e3}, milliseconds / 2e3, phases)
+def timed(milliseconds: float, kind: str = "", **phases: float) -> TimedStep:
+    return TimedStep({**dict.fromkeys(PARTS, 0.0), "backward": milliseconds / 1e3}, milliseconds / 2e3, phases, kind)
 
 
 def test_the_spread_of_a_hundred_steps():
@@ -29,7 +29,11 @@ def test_the_first_steps_dont_count_and_ratios_are_of_the_others():
     found = summary(
         {
             "sgd": [timed(9.0), timed(2.0), timed(2.0)],
-            "kfdist": [timed(99.0), timed(3.0, fold=0.001), timed(13.0, fold=0.003, precondition=0.01)],
+            "kfdist": [
+                timed(99.0),
+                timed(3.0, "folds", fold=0.001),
+                timed(13.0, "adopts", fold=0.003, precondition=0.01),
+            ],
         },
         warm=1,
     )
@@ -41,6 +45,10 @@ def test_the_first_steps_dont_count_and_ratios_are_of_the_others():
     assert found["first_step_seconds"] == {"sgd": 0.009, "kfdist": 0.099}
     assert found["preconditioner_phases"] == {"precondition": 5.0, "fold": 2.0}
     assert found["sgd"]["parts"]["backward"]["mean"] == 2.0
+    assert {kind: (each["steps"], each["max"]) for kind, each in found["by_kind"].items()} == {
+        "adopts": (1, 6.5),
+        "folds": (1, 1.5),
+    }
 
 
 def test_diagnostics_are_averaged_over_the_blocks_that_have_them():
@@ -87,5 +95,6 @@ def test_it_measures_writes_and_draws(
     assert 0 < shown["p50"] <= shown["p99"] <= shown["max"] and shown["mean_ratio_to_sgd"] > 0
     assert shown["flops"]["sgd"]["forward_and_backward"] > 1e9 and shown["versions"]["torch"] == torch.__version__
     assert reached(shown)["passes"] > 0
+    assert sum(each["steps"] for each in shown["by_kind"].values()) == 4
     svg = out.with_suffix(".svg").read_text()
     assert svg.startswith('<svg width="640"') and "--series-0: #" in svg and "kfdist" in svg
