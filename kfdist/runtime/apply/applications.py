@@ -65,7 +65,7 @@ class Applying:
             for each in self._applications(step, damping, {})
         ]
         found: dict[nn.Parameter, Tensor] = {}
-        for solved in solve(applications, self.communicator):
+        for solved in solve(applications, self.communicator, multiplied=False):
             block = solved.block
             for part, direction in zip(block.parts, block.from_matrix(solved.direction()), strict=True):
                 gradient = part.parameter.grad

@@ -70,23 +70,23 @@ class Application:
 
 
 class Solved(NamedTuple):
-    """A block's direction U = scale X beside its gradient V.
+    """A block's direction U = scale X. Its gradient V is gone: where it was copied, it would double the memory taken.
 
     Attributes:
         block: The block.
-        gradient: V, to be read before the block's gradient is written.
         X: `[c, p, q]`; V where nothing was measured.
         scale: `[c]` or `[1]`; None for 1.
         measured: Which of the c matrices were ever measured, `[c]` or `[1]`; None for all.
         memory: The block's.
+        product: <X, V> where `uniform`, else <U, V> of what was measured; `[1]`. None where nobody asked.
     """
 
     block: Block
-    gradient: Tensor
     X: Tensor
     scale: Tensor | None
     measured: Tensor | None
     memory: BlockMemory
+    product: Tensor | None
 
     def direction(self) -> Tensor:
         """Returns U; `X` may be overwritten."""
@@ -97,17 +97,17 @@ class Solved(NamedTuple):
         """Whether one number scales all of its matrices, and all or none were measured."""
         return all(each is None or len(each) == 1 for each in (self.scale, self.measured))
 
-    def product(self) -> Tensor:
-        """Returns <X, V> where `uniform`, else <U, V> of what was measured; `[1]`."""
-        X, V = self.X, self.gradient
+    def multiplied(self, V: Tensor) -> "Solved":
+        """Returns it with its `product`."""
+        X = self.X
         if not self.uniform:
             found = torch.sum(X * V, (1, 2))
             found = found if self.scale is None else found * self.scale
             found = found if self.measured is None else torch.where(self.measured, found, 0.0)
-            return found.sum(0, keepdim=True)
+            return self._replace(product=found.sum(0, keepdim=True))
         if X.is_contiguous() and V.is_contiguous():
-            return torch.dot(X.view(-1), V.view(-1)).view(1)
-        return torch.sum(X * V).view(1)
+            return self._replace(product=torch.dot(X.view(-1), V.view(-1)).view(1))
+        return self._replace(product=torch.sum(X * V).view(1))
 
     def write(self, factor: Tensor | None) -> None:
         """Puts factor U into `.grad`, for a scalar factor; what was never measured keeps V."""
@@ -120,7 +120,7 @@ class Solved(NamedTuple):
         self.block.write_gradient(self.X, None if scale is None else scale.to(self.X.dtype))
 
 
-def solve(applications: Sequence[Application], communicator: Communicator) -> list[Solved]:
+def solve(applications: Sequence[Application], communicator: Communicator, *, multiplied: bool) -> list[Solved]:
     """Returns the directions of all blocks that have a gradient; `.grad` stays as it is.
 
     Directions that are exchanged are computed by one rank each and broadcast.
@@ -128,38 +128,50 @@ def solve(applications: Sequence[Application], communicator: Communicator) -> li
     Args:
         applications: The groups that have a gradient and a snapshot, in the same order on all ranks.
         communicator: Carries the exchanged directions.
+        multiplied: Whether their products with the gradients are wanted.
     """
-    found: list[Solved] = []
+    found: list[list[Solved]] = []
     travelling: dict[int, list[Tensor]] = {}
-    received: list[tuple[AbstractPreconditioner, Tensor, BlockMemory]] = []
-    for each in applications:
+    received: list[tuple[int, Sequence[Tensor], Sequence[Tensor]]] = []
+    for place, each in enumerate(applications):
         gradients = each.gradients()
-        if each.exchanged and each.solver != communicator.rank:
-            directions = [Direction(torch.empty_like(V)) for V in gradients]
+        if not each.exchanged:
+            found.append(_solved(each, gradients, each.directions(gradients), multiplied=multiplied))
+            continue
+        found.append([])
+        if each.solver == communicator.rank:
+            finished = [direction.finished() for direction in each.directions(gradients)]
         else:
-            directions = each.directions(gradients)
-        if each.exchanged:
-            finished = [direction.finished() for direction in directions]
-            directions = [Direction(X) for X in finished]
-            travelling.setdefault(each.solver, []).extend(finished)
-            received += zip(each.preconditioners, finished, each.memories, strict=True)
-        together = zip(each.blocks, gradients, directions, each.measured(), each.memories, strict=True)
-        found += [
-            Solved(block, V, direction.X, direction.scale, measured, memory)
-            for block, V, direction, measured, memory in together
-            if _takes_part(block)
-        ]
+            finished = [torch.empty_like(V) for V in gradients]
+        travelling.setdefault(each.solver, []).extend(finished)
+        received.append((place, gradients, finished))
     for solver, travelled in sorted(travelling.items()):
         _broadcast(travelled, solver, communicator)
-    for preconditioner, direction, memory in received:
-        preconditioner.receive(direction, memory)
-    return [each if each.measured is None else _known(each, each.measured) for each in found]
+    for place, gradients, finished in received:
+        each = applications[place]
+        for preconditioner, direction, memory in zip(each.preconditioners, finished, each.memories, strict=True):
+            preconditioner.receive(direction, memory)
+        found[place] = _solved(each, gradients, [Direction(X) for X in finished], multiplied=multiplied)
+    return [one for of_group in found for one in of_group]
 
 
-def _known(solved: Solved, measured: Tensor) -> Solved:
-    """Puts V, without a host sync, where nothing was measured."""
-    scale = None if solved.scale is None else torch.where(measured, solved.scale, 1.0)
-    return solved._replace(X=torch.where(measured.view(-1, 1, 1), solved.X, solved.gradient), scale=scale)
+def _solved(
+    application: Application, gradients: Sequence[Tensor], directions: Sequence[Direction], *, multiplied: bool
+) -> list[Solved]:
+    """Joins what belongs to each block that has a gradient; V, without a host sync, where nothing was measured."""
+    blocks, memories = application.blocks, application.memories
+    found: list[Solved] = []
+    for block, V, (X, scale), measured, memory in zip(
+        blocks, gradients, directions, application.measured(), memories, strict=True
+    ):
+        if not _takes_part(block):
+            continue
+        if measured is not None:
+            X = torch.where(measured.view(-1, 1, 1), X, V)
+            scale = None if scale is None else torch.where(measured, scale, 1.0)
+        one = Solved(block, X, scale, measured, memory, None)
+        found.append(one.multiplied(V) if multiplied else one)
+    return found
 
 
 def precondition_gradients(
@@ -192,14 +204,14 @@ def precondition_gradients(
     """
     if not applications:
         return None
-    found = solve(applications, communicator)
+    found = solve(applications, communicator, multiplied=kl_clip is not None)
     if kl_clip is None or not found:
         for each in found:
             each.write(None)
         return None
     # What there is one number a block of is computed for all of them together: on a GPU each operation is a launch.
     scales, measured = _uniform_scales(found), _uniformly_measured(found)
-    products = torch.cat([each.product() for each in found])
+    products = torch.cat([each.product for each in found if each.product is not None])
     products = products if scales is None else products * scales
     products = products if measured is None else torch.where(measured, products, 0.0)
     shares = _shares(products, [each.memory for each in found])
