@@ -211,7 +211,7 @@ def precondition_gradients(
         return None
     # What there is one number a block of is computed for all of them together: on a GPU each operation is a launch.
     scales, measured = _uniform_scales(found), _uniformly_measured(found)
-    products = torch.cat([each.product for each in found if each.product is not None])
+    products = torch.cat([each.product for each in found if each.product is not None])  # they all have one
     products = products if scales is None else products * scales
     products = products if measured is None else torch.where(measured, products, 0.0)
     shares = _shares(products, [each.memory for each in found])
