@@ -1,0 +1,100 @@
+"""Other forms of what a step does with the directions of all blocks, beside the form in use; CPU time of one thread.
+
+    python benchmarks/application_forms.py
+
+The clip's products one dot a block, or all entries multiplied by one foreach and added up; the write-back one
+multiplication a block into `.grad`, or one foreach multiplication and one foreach copy; blocks of equal shape and equal
+numbers of eigenpairs one after another, or stacked, multiplied as one batch, and taken apart again.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kfdist.linalg.kronecker import FactoredInverse, Spectrum
+
+RESNET18 = [(64, 147), *[(64, 576)] * 4, (128, 576), *[(128, 1152)] * 3, (256, 1152), *[(256, 2304)] * 3]
+RESNET18 += [(512, 2304), *[(512, 4608)] * 3, (128, 64), (256, 128), (512, 256)]
+"""p and q of its convolutions; the head has a bias, as all of the GPT's have."""
+
+GPT = [(384, 129, 32, 32), (128, 129, 32, 32), (512, 129, 64, 32), (128, 513, 32, 64)]
+"""p, q, r_G and r_A of what each of the GPT's four layers has."""
+
+LAYERS = 4
+
+
+def milliseconds(run: Callable[[], object], repetitions: int = 15) -> float:
+    """Returns the median CPU time of this thread."""
+    run()
+    found = []
+    for _ in range(repetitions):
+        begun = time.thread_time()
+        run()
+        found.append(1e3 * (time.thread_time() - begun))
+    return sorted(found)[repetitions // 2]
+
+
+def clip_and_write() -> dict[str, tuple[float, float]]:
+    """Returns, of ResNet-18's blocks, both forms of the clip's products and of the write-back."""
+    X, V = ([torch.randn(shape) for shape in RESNET18] for _ in range(2))
+    scales = list(torch.rand(len(X)))
+
+    def write() -> None:
+        for x, v, scale in zip(X, V, scales, strict=True):
+            torch.mul(x, scale, out=v)
+
+    def write_together() -> None:
+        torch._foreach_copy_(V, torch._foreach_mul(X, scales))  # noqa: SLF001 the name that torch gives it
+
+    def clip() -> Tensor:
+        return torch.stack([torch.dot(x.view(-1), v.view(-1)) for x, v in zip(X, V, strict=True)])
+
+    def clip_together() -> Tensor:
+        return torch.stack([each.sum() for each in torch._foreach_mul(X, V)])  # noqa: SLF001
+
+    return {
+        "clip": (milliseconds(clip), milliseconds(clip_together)),
+        "write-back": (milliseconds(write), milliseconds(write_together)),
+    }
+
+
+def _inverse(p: int, q: int, r_G: int, r_A: int, count: int) -> FactoredInverse:
+    A, G = (
+        Spectrum(torch.linalg.qr(torch.randn(count, d, r)).Q, torch.rand(count, r), torch.rand(count))
+        for d, r in ((q, r_A), (p, r_G))
+    )
+    return FactoredInverse.of(A, G, torch.full((count,), 0.1), torch.full((count,), 0.1), steady=True)
+
+
+def batched() -> dict[str, tuple[float, float]]:
+    """Returns, of the GPT's shapes, four blocks one after another, and stacked."""
+    found = {}
+    for p, q, r_G, r_A in GPT:
+        single = [_inverse(p, q, r_G, r_A, 1) for _ in range(LAYERS)]
+        together = _inverse(p, q, r_G, r_A, LAYERS)
+        gradients = [torch.randn(1, p, q) for _ in range(LAYERS)]
+
+        def apart(single: Sequence[FactoredInverse] = single, gradients: Sequence[Tensor] = gradients) -> None:
+            for inverse, V in zip(single, gradients, strict=True):
+                inverse.solve(V)
+
+        def stacked(together: FactoredInverse = together, gradients: Sequence[Tensor] = gradients) -> None:
+            together.solve(torch.cat(list(gradients)))[0].split(1)
+
+        found[f"{LAYERS} blocks of {p} x {q}, {r_G} and {r_A} pairs"] = (milliseconds(apart), milliseconds(stacked))
+    return found
+
+
+def main() -> None:
+    """Prints a table."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    print(f"{'ms':50}{'in use':>10}{'other':>10}")
+    for name, (used, other) in {**clip_and_write(), **batched()}.items():
+        print(f"{name:50}{used:10.3f}{other:10.3f}")
+
+
+if __name__ == "__main__":
+    main()
