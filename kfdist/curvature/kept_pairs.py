@@ -145,10 +145,15 @@ def _mean_error(
 
     A change is linear in the eigenvalue that t stands for, so its mean needs only theirs: the rest of the trace, over
     as many as there are. It may hide that some components grow and others shrink, and isn't of any one gradient.
+    Nothing is outside of a complete basis; then, and if `gammas` are None, it is of the leading eigenvector there.
     """
     outside = [(_rest(each, of_one), each.tail.double().cpu()) for each, of_one in zip(kept, traces, strict=True)]
     (m_A, t_A), (m_G, t_G) = outside
     if gammas is None:
+        leading = [each.values[..., 0].double().cpu() if each.complete else None for each in kept]
+        (m_A, t_A), (m_G, t_G) = (
+            pair if alone is None else (alone, alone) for pair, alone in zip(outside, leading, strict=True)
+        )
         change = (m_A * m_G - t_A * t_G) / (t_A * t_G + damping)
     else:
         of_A, of_G = (each.double().cpu() for each in gammas)

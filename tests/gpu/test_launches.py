@@ -54,4 +54,4 @@ def test_what_a_block_more_launches(device: torch.device, layer: Callable[[], nn
     few, many = (launched(device, [layer() for _ in range(count)], rank) for count in (3, 5))
     more = {name: (many[name] - few[name]) / 2 for name in many if many[name] != few[name]}
     assert sum(more.values()) <= most, more
-    assert few.total() - 3 * sum(more.values()) <= 20, few
+    assert few.total() - 3 * sum(more.values()) <= 30, few

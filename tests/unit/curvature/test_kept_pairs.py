@@ -87,12 +87,12 @@ def test_every_component_stays_within_the_bound(rule: DampingRule, continued: bo
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("error", [ERROR, 0.0], ids=["cut", "all found"])
 def test_the_mean_error_is_that_of_the_components_outside_both_bases(rule: DampingRule, error: float) -> None:
-    """Of the worst group; known without the eigenvalues that were never found."""
+    """Of the worst group; known without the eigenvalues that were never found. Of a whole basis, the leading one."""
     names = ("slow", "fast")
     kept, made = kept_of(names, rule, 1e-2, error=error)
     found, exact = components(made, names, rule, 1e-2)
     outside = [slice(each.values.shape[-1], None) for each in (kept.G, kept.A)]
-    complete = [slice(None) if each.complete else rest for each, rest in zip((kept.G, kept.A), outside, strict=True)]
+    complete = [slice(1) if each.complete else rest for each, rest in zip((kept.G, kept.A), outside, strict=True)]
     change = (found / exact - 1)[:, complete[0], complete[1]]
     assert kept.mean_error == pytest.approx(float(change.mean((1, 2)).abs().max()), rel=1e-6)
 
