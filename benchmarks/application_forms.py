@@ -4,7 +4,8 @@
 
 The clip's products one dot a block, or all entries multiplied by one foreach and added up; the write-back one
 multiplication a block into `.grad`, or one foreach multiplication and one foreach copy; blocks of equal shape and equal
-numbers of eigenpairs one after another, or stacked, multiplied as one batch, and taken apart again.
+numbers of eigenpairs one after another, or stacked, multiplied as one batch, and taken apart again; the products of
+both sides one after the other, or the last two of the four as one of twice the depth.
 """
 
 import time
@@ -23,6 +24,9 @@ GPT = [(384, 129, 32, 32), (128, 129, 32, 32), (512, 129, 64, 32), (128, 513, 32
 """p, q, r_G and r_A of what each of the GPT's four layers has."""
 
 LAYERS = 4
+
+DEEP = [(1024, 785, 160, 128), (1024, 1025, 160, 192), (512, 4608, 128, 220)]
+"""p, q, r_G and r_A of blocks whose products take long."""
 
 
 def milliseconds(run: Callable[[], object], repetitions: int = 15) -> float:
@@ -87,12 +91,44 @@ def batched() -> dict[str, tuple[float, float]]:
     return found
 
 
+def joined() -> dict[str, tuple[float, float]]:
+    """Returns both sides of some blocks one after the other, and with the products onto the result joined.
+
+    X = V + L_G P (I + U_A L_A^T) + Q L_A^T = V + [L_G, Q] [P + P U_A L_A^T; L_A^T], with P = U_G^T V and Q = V U_A.
+    """
+    found = {}
+    for p, q, r_G, r_A in DEEP:
+        inverse, V = _inverse(p, q, r_G, r_A, 1), torch.randn(1, p, q)
+        (L_A, U_A, _), (L_G, U_G, _), _ = inverse
+        assert U_A is not None and U_G is not None, "so few pairs are no matrix"
+        left, right = torch.empty(1, p, r_G + r_A), torch.empty(1, r_G + r_A, q)
+        left[..., :r_G], right[:, r_G:] = L_G, L_A.mT
+
+        def one_after_another(inverse: FactoredInverse = inverse, V: Tensor = V) -> None:
+            inverse.solve(V)
+
+        def together(
+            V: Tensor = V,
+            left: Tensor = left,
+            right: Tensor = right,
+            bases: tuple[Tensor, Tensor, Tensor] = (U_G, U_A, L_A),
+        ) -> None:
+            U_G, U_A, L_A = bases
+            P, r_G = U_G.mT @ V, U_G.shape[-1]
+            left[..., r_G:] = V @ U_A
+            right[:, :r_G] = torch.baddbmm(P, P @ U_A, L_A.mT)
+            torch.baddbmm(V, left, right)
+
+        found[f"{p} x {q}, {r_G} and {r_A} pairs"] = (milliseconds(one_after_another), milliseconds(together))
+    return found
+
+
 def main() -> None:
     """Prints a table."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     print(f"{'ms':50}{'in use':>10}{'other':>10}")
-    for name, (used, other) in {**clip_and_write(), **batched()}.items():
+    for name, (used, other) in {**clip_and_write(), **batched(), **joined()}.items():
         print(f"{name:50}{used:10.3f}{other:10.3f}")
 
 
