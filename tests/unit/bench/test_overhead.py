@@ -8,7 +8,7 @@ import torch
 
 from kfdist.bench.overhead import OverheadSettings, mean_diagnostics, reached, summary
 from kfdist.bench.timings import percentile, percentiles, spread
-from kfdist.bench.trainee import PARTS, TimedStep
+from kfdist.bench.trainee import PARTS, TimedStep, counting
 from kfdist.bench.workloads import WORKLOADS, smooth_images
 from kfdist.cli.main import run
 from kfdist.errors import ConfigError
@@ -49,6 +49,14 @@ def test_the_first_steps_dont_count_and_ratios_are_of_the_others():
         "adopts": (1, 6.5),
         "folds": (1, 1.5),
     }
+
+
+def test_products_that_are_added_in_place_are_counted():
+    left, right = torch.zeros(2, 3, 7), torch.zeros(2, 7, 5)
+    for product in (lambda: torch.zeros(2, 3, 5).baddbmm_(left, right), lambda: left @ right):
+        with counting() as counted:
+            product()
+        assert counted.get_total_flops() == 2 * 2 * 3 * 7 * 5
 
 
 def test_diagnostics_are_averaged_over_the_blocks_that_have_them():
