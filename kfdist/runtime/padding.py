@@ -16,15 +16,31 @@ of the blocks must have so many. Where a class token alone is used, only the las
 at zero all rows are zero: there is nothing to say."""
 
 
+_IGNORED = (
+    "Those that the loss ignores (padding, masked tokens, nodes without a label) count in the statistics unless they "
+    "are known: before each backward call preconditioner.batch(mask=...), [N, T], or, without positions, "
+    "batch(examples=...) with the number of terms that the loss averages. If they are none (dead units, margins that "
+    "are met, positions beside a class token), there is nothing to do"
+)
+_FITTED = (
+    "There were none at first, so that they are hardly padding. A softmax makes them where logits are some hundred "
+    "apart: steps have become too long, and examples are fitted exactly. Raise damping, or lower kl_clip or the "
+    "learning rate. Units that have died and margins that are met make them too"
+)
+
+
 class PaddingNotice:
     """Warns once. The counts are read when they have reached the host, perhaps at a later step: no step waits."""
 
     def __init__(self) -> None:
         self._coming: tuple[Sequence[tuple[BlockName, int]], HostCopy] | None = None
+        self._advice: str | None = None
         self._said = False
 
     def look(self, counts: Mapping[BlockName, tuple[Tensor, int]], *, level: int) -> None:
         """Takes one step's counts, unless others are still on their way, and warns of those that have come.
+
+        What the loss ignores is there from the first counts on; what training makes of it comes later.
 
         Args:
             counts: By block, how many rows are zero, on the device, and of how many.
@@ -39,17 +55,15 @@ class PaddingNotice:
             return
         (rows, copy), self._coming = self._coming, None
         zeros = copy.wait()[0].tolist()
+        if self._advice is None:
+            self._advice = _IGNORED if any(zeros) else _FITTED
         shares = sorted((zero / of, name) for zero, (name, of) in zip(zeros, rows, strict=True) if zero < of)
         share, name = shares[(len(shares) - 1) // 2] if shares else (0.0, "")
         if share >= LARGE_SHARE:
             self._said = True
             warnings.warn(
                 f"{share:.0%} or more of the examples' or positions' output gradients are exactly zero in half of the "
-                f"layers, as in {name!r}. Those that the loss ignores (padding, masked tokens, nodes without a label) "
-                "count in the statistics unless they are known: before each backward call preconditioner."
-                "batch(mask=...), [N, T], or, without positions, batch(examples=...) with the number of terms that the "
-                "loss averages. If they are none (dead units, margins that are met, "
-                "positions beside a class token), there is nothing to do",
+                f"layers, as in {name!r}. {self._advice}",
                 KfdistWarning,
                 stacklevel=level,
             )
