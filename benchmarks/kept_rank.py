@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python -m benchmarks.kept_rank [MODEL ...] [--steps STEPS] [--json FILE]
 
-Trains each with `kfdist.Preconditioner(model)`: rs-kfac, rank 220, damping 1e-3, periods 10 and 100, inverses one step
+Trains each with `kfdist.Preconditioner(model)`: rs-kfac, rank 220, damping 0.03, periods 10 and 100, inverses one step
 late; SGD with momentum 0.9 beneath. At some steps it looks at the inverses in use. Applying one to a gradient of p x q
 takes 4 k p q operations for each factor that is held by k eigenpairs, or 2 d p q where its d x d inverse, if d is at
 most 2 k, is applied as a dense matrix. "bytes" are those of the eigenpairs. The figures don't depend on the machine or

@@ -88,7 +88,7 @@ class Preconditioner(StatedLoss, Inspection):
         model: nn.Module,
         method: Method = "rs-kfac",
         *,
-        damping: Scalar = 1e-3,
+        damping: Scalar = 0.03,
         ema_decay: float = 0.95,
         factor_period: int = 10,
         inverse_period: int | Mapping[int, int] = 100,
