@@ -124,13 +124,15 @@ class HeldFactor:
         repair = self.vectors.shape[-1] > 0 and self._orthogonality(seed, label) > ORTHOGONALITY_LIMIT
         before = reorthogonalise(self.vectors, self.values) if repair else (self.vectors, self.values)
         before = before[0][..., : self.rank], before[1][..., : self.rank]
-        filled = rows.abs().amax((0, 2)) > 0
+        sizes = torch.linalg.vector_norm(rows, dim=-1)
+        filled = sizes.amax(0) > 0
         filled[0] = True  # an update of nothing is one too
-        rows = rows[:, filled]
+        if not bool(filled.all()):
+            rows = rows[:, filled]
         vectors, values = brand_update(*before, rows)
         probes = probes_like(vectors, seed=seed, label=label)
         residual = float(update_residual(before, rows, (vectors, values), probes).max())
-        after = replace(self, vectors=vectors, values=values, trace=self.trace + rows.square().sum((-2, -1)))
+        after = replace(self, vectors=vectors, values=values, trace=self.trace + sizes.square().sum(-1))
         return after, {f"residual_{label}": residual, f"repairs_{label}": float(repair)}
 
     def _orthogonality(self, seed: int, label: str) -> float:

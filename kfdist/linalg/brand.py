@@ -18,6 +18,13 @@ _OVERLAP_TOLERANCE = 50.0
 _LEAST_OUTSIDE = 0.25
 """Least square of a unit vector's part outside a span whose direction has lost no more than a bit to rounding."""
 
+_LOSS_TOLERANCE = 300.0
+"""Loss of orthogonality that is expected of products, in units of rounding, up to which they are used: 4e-5 in float32,
+as ||Q^T Q - I||, Frobenius."""
+
+_ROWS = 64
+"""Rows of a Gram matrix that are computed at once: of each such block, what is above the diagonal is left out."""
+
 
 def brand_update(
     vectors: Float[Tensor, "c d r"], values: Float[Tensor, "c r"], rows: Float[Tensor, "c n d"]
@@ -28,6 +35,10 @@ def brand_update(
     [[diag(w) + P P^T, P R^T], [R P^T, R R^T]] = Z diag(w+) Z^T; then U+ = [U Q] Z. E is made orthogonal to U twice:
     where rows lie nearly within the span of U, rounding of the first pass is not small beside E.
     O(d (r + n)^2 + (r + n)^3).
+
+    R is the Cholesky factor of E^T E, summed in float64, and Q = E R^{-1} isn't formed: with the blocks X and Y of Z,
+    U+ = U X + E R^{-1} Y. That is all products. Where E is so near to having dependent columns that orthogonality
+    would be lost, Q and R come from Householder reflections, in about twice the time.
 
     Args:
         vectors: U; r may be 0.
@@ -44,17 +55,66 @@ def brand_update(
     d, r, n = vectors.shape[-2], vectors.shape[-1], rows.shape[-2]
     if r + n > d:
         raise ValueError(f"rank {r} and {n} rows don't fit into {d} dimensions; sketch the rows or lower the rank")
-    B = rows.mT
-    P = vectors.mT @ B
-    E = B - vectors @ P
-    rest = vectors.mT @ E
-    P, E = P + rest, E - vectors @ rest
-    Q, R = _complement(vectors, E)
+    P = vectors.mT @ rows.mT
+    E = torch.baddbmm(rows, P.mT, vectors.mT, alpha=-1).mT
+    rest = vectors.mT @ E  # what the second pass takes off
+    triangle = _triangle(E, rest)
+    if triangle is None:
+        Q, R = _complement(vectors, torch.baddbmm(E.mT, rest.mT, vectors.mT, alpha=-1).mT)
+        found, Z = _core(values, P + rest, R)
+        return torch.cat([vectors, Q], -1) @ Z, found
+    R, inverse = triangle
+    found, Z = _core(values, P + rest, R)
+    X, Y = Z.split([r, n], dim=-2)
+    Y = inverse @ Y
+    return (vectors @ (X - rest @ Y)).baddbmm_(E, Y), found
+
+
+def _core(
+    values: Float[Tensor, "c r"], P: Float[Tensor, "c r n"], R: Float[Tensor, "c n n"]
+) -> tuple[Float[Tensor, "c r+n"], Float[Tensor, "c r+n r+n"]]:
+    """Returns the eigenvalues, not negative, and the eigenvectors of what is to be decomposed in the basis [U Q]."""
     corner = torch.cat([P, R], -2)
     small = corner @ corner.mT
-    small.diagonal(dim1=-2, dim2=-1)[..., :r].add_(values)
+    small.diagonal(dim1=-2, dim2=-1)[..., : values.shape[-1]].add_(values)
     found, Z = eigh_descending(small)
-    return torch.cat([vectors, Q], -1) @ Z, found.clamp_min(0)
+    return found.clamp_min(0), Z
+
+
+def _triangle(
+    columns: Float[Tensor, "c d n"], overlap: Float[Tensor, "c r n"]
+) -> tuple[Float[Tensor, "c n n"], Float[Tensor, "c n n"]] | None:
+    """Returns R and R^{-1}, upper triangular, for E - U (U^T E) = Q R; None where Q wouldn't be orthogonal enough.
+
+    With D the lengths of the columns of E and k = ||D R^{-1}||, Frobenius, rounding of E R^{-1} costs eps k and that of
+    the Gram matrix its own eps k^2: what the products lose is known before they are made.
+
+    Args:
+        columns: E.
+        overlap: U^T E.
+    """
+    wide = overlap.double()
+    gram = _gram(columns) - wide.mT @ wide
+    lower, info = torch.linalg.cholesky_ex(gram)
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(lower.mT, unit.expand_as(gram), upper=True)
+    sizes = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    growth = torch.linalg.matrix_norm(sizes.unsqueeze(-1) * inverse)
+    eps = torch.finfo(columns.dtype).eps
+    loss = eps * growth + torch.finfo(gram.dtype).eps * growth.square()
+    if not bool(((info == 0) & (loss <= _LOSS_TOLERANCE * eps)).all()):
+        return None
+    return lower.mT.to(columns), inverse.to(columns)
+
+
+def _gram(columns: Float[Tensor, "c d n"]) -> Float[Tensor, "c n n"]:
+    """Returns the lower triangle of E^T E in float64; above it are zeros, but for parts of the diagonal blocks."""
+    rows = columns.mT.double()
+    n = rows.shape[-2]
+    gram = rows.new_zeros(*rows.shape[:-1], n)
+    for begin in range(0, n, _ROWS):
+        gram[..., begin:, begin : begin + _ROWS] = rows[..., begin:, :] @ rows[..., begin : begin + _ROWS, :].mT
+    return gram
 
 
 def _complement(

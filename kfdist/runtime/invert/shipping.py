@@ -66,7 +66,8 @@ class Inverting:
         if mine:
             # Kept as of now: how soon the copy reaches the host must not change what the job says.
             previous = {track.group.name: track.snapshot.states for track in mine}
-            groups = [track.group for track in mine]
+            # The largest first: whoever is free takes the next one, and the last one to end is a small one.
+            groups = sorted((track.group for track in mine), key=lambda group: group.spec.cost, reverse=True)
             tensors = reduced_tensors(groups, reduction)
             self.departures.append(Departure(reduction.step, groups, tensors, damping=damping, previous=previous))
         own = invert_own(reduction, seed=self.in_force.settings.seed)

@@ -60,8 +60,10 @@ def test_what_would_take_too_long_is_not_tried(monkeypatch: pytest.MonkeyPatch, 
 def test_ratios_are_of_equal_sizes():
     found = faster({"kfac-eigen": points(1.0, 8.0), "rs-kfac": points(0.5, 1.0, 2.0)})
     assert found == {"1": {"rs-kfac": 2.0}, "2": {"rs-kfac": 8.0}}
-    operations = 4 * 220 * 256 + 4 * 256**2 + 2 * 476 * 220
-    assert brand_over_bound([{"d": 1, "seconds": 3.0}], 220, float(operations)) == {"1": 3.0}
+    products, small = 4 * 220 * 256 + 4 * 256**2 + 2 * 476**2, 9 * 476**3
+    points_of_brand = [{"d": 2, "seconds": 3.0}]
+    assert brand_over_bound(points_of_brand, 220, 2.0 * products) == {"2": 3.0}
+    assert brand_over_bound(points_of_brand, 220, 2.0 * products + small, eigendecomposition=True) == {"2": 3.0}
 
 
 @pytest.mark.parametrize(

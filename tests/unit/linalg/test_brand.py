@@ -1,5 +1,7 @@
 """Brand's update, its truncation, repair and correction, and sketched rows, against dense float64 truth."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,16 +105,41 @@ def test_degenerate_rows_leave_the_basis_orthonormal(kind: str, basis: str, dtyp
     assert float(found[1].min()) >= 0
 
 
-def test_the_second_pass_makes_rows_near_the_span_orthogonal_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pass would leave E with 1e-16/1e-8 of U in it, and only the wide QR of [U E] could get rid of that."""
-    vectors, values = some_state(8)
-    rows = gaussian(C, 6, 8, seed=4) @ vectors.mT + 1e-8 * gaussian(C, 6, D, seed=2)
+def widths_of_qr(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list that grows by the number of columns of each QR decomposition from now on."""
     widths: list[int] = []
     qr = torch.linalg.qr
     monkeypatch.setattr(torch.linalg, "qr", lambda matrix: widths.append(matrix.shape[-1]) or qr(matrix))
+    return widths
+
+
+def test_the_second_pass_makes_rows_near_the_span_orthogonal_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass would leave E with 1e-16/1e-8 of U in it."""
+    vectors, values = some_state(8)
+    rows = gaussian(C, 6, 8, seed=4) @ vectors.mT + 1e-8 * gaussian(C, 6, D, seed=2)
+    widths = widths_of_qr(monkeypatch)
     found = brand_update(vectors, values, rows)
-    assert widths == [6]
+    assert widths == []  # neither has it been seen afterwards, and mended by reflections
     assert float(orthogonality_error(found[0]).max()) <= 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("smallest", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-9])
+def test_directions_of_any_length_leave_the_basis_orthonormal(
+    smallest: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products alone, where they are good enough, and else reflections, which a QR decomposition tells."""
+    vectors, values = some_state(8)
+    turn = torch.linalg.qr(gaussian(C, 16, 16, seed=7)).Q
+    lengths = torch.logspace(0, math.log10(smallest), 16, dtype=torch.float64)
+    rows = turn @ (lengths[:, None] * torch.linalg.qr(gaussian(C, D, 16, seed=2)).Q.mT)
+    widths = widths_of_qr(monkeypatch)
+    found = brand_update(vectors.to(dtype), values.to(dtype), rows.to(dtype))
+    if smallest in (1e-1, 1e-9):
+        assert bool(widths) == (smallest == 1e-9)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    assert float(orthogonality_error(found[0]).max()) <= tolerance
+    assert relative_error(dense(*found), dense(vectors, values) + rows.mT @ rows) <= tolerance
 
 
 def test_more_columns_than_dimensions_are_refused() -> None:
