@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kfdist.optim.adaptive import AdaptiveStep as AdaptiveStep
     from kfdist.optim.adaptive_settings import AdaptiveReport as AdaptiveReport
     from kfdist.optim.adaptive_settings import AdaptiveSettings as AdaptiveSettings
+    from kfdist.optim.optimizer import Optimizer as Optimizer
     from kfdist.policies.staleness import Asap as Asap
     from kfdist.policies.staleness import FixedLag as FixedLag
     from kfdist.runtime.invert.service import Service as Service
@@ -43,6 +44,7 @@ _NAMES = {
     "kfdist.errors": "KfdistError KfdistWarning",
     "kfdist.optim.adaptive": "AdaptiveStep",
     "kfdist.optim.adaptive_settings": "AdaptiveReport AdaptiveSettings",
+    "kfdist.optim.optimizer": "Optimizer",
     "kfdist.policies.staleness": "Asap FixedLag",
     "kfdist.runtime.invert.service": "Service connect",
     "kfdist.runtime.preconditioner": "Preconditioner",

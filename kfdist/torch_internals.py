@@ -35,6 +35,17 @@ NO_BACKWARD = -1
 grouped_mm = torch._grouped_mm  # pyright: ignore[reportPrivateImportUsage]
 """What `torch.nn.functional.grouped_mm` calls without offering itself to a mode."""
 
+foreach_add_ = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+foreach_addcmul_ = torch._foreach_addcmul_  # pyright: ignore[reportPrivateImportUsage]
+foreach_div = torch._foreach_div  # pyright: ignore[reportPrivateImportUsage]
+foreach_div_ = torch._foreach_div_  # pyright: ignore[reportPrivateImportUsage]
+foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+foreach_mul = torch._foreach_mul  # pyright: ignore[reportPrivateImportUsage]
+foreach_mul_ = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+foreach_sqrt = torch._foreach_sqrt  # pyright: ignore[reportPrivateImportUsage]
+"""Operations on lists of tensors, a few kernels for all of them; torch's own optimizers are made of these."""
+
 _TRANSPOSES = frozenset({"TBackward0", "TransposeBackward0"})
 
 _VIEWS = _TRANSPOSES | {

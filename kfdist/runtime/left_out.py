@@ -14,9 +14,13 @@ class LeftOutNotice:
 
     Args:
         period: Steps between two looks at the model.
+
+    Attributes:
+        instead: What becomes of them, in words.
     """
 
     def __init__(self, period: int) -> None:
+        self.instead = "They keep their plain gradients"
         self._period = period
         self._steps = 0
         self._said: set[str] = set()
@@ -39,4 +43,4 @@ class LeftOutNotice:
             left_out = {name: why for name, why in left_out.items() if name in used}
         if left_out:
             self._said.update(left_out)
-            warnings.warn(left_out_warning(left_out, now.share), KfdistWarning, stacklevel=level)
+            warnings.warn(left_out_warning(left_out, now.share, self.instead), KfdistWarning, stacklevel=level)

@@ -86,6 +86,7 @@ class Pipeline:
         *,
         step_is_finite: Tensor | None,
         learning_rates: Callable[[int], Callable[[nn.Parameter], float]] | None,
+        into: dict[nn.Parameter, Tensor] | None = None,
     ) -> StepReport:
         """One step of the method; the order of the lines is the algorithm.
 
@@ -95,6 +96,7 @@ class Pipeline:
             learning_rates: By step, the learning rate of a parameter, for the KL clip; None leaves the gradients as
                 they are. Asked once the ranks have compared their arguments, so that none waits for one that gave up
                 alone, and before anything is folded.
+            into: Where directions go, by parameter, in the place of `.grad`.
 
         Raises:
             Interrupted: On all ranks, inside an agreed wait; the step is then not done.
@@ -137,7 +139,7 @@ class Pipeline:
             self.calibration.measure(step, batches, step_is_finite)
         if learning_rate is not None:
             with phase("precondition"):
-                self.applying.apply(step, batches, learning_rate)
+                self.applying.apply(step, batches, learning_rate, into)
         with phase("announce"):
             ledgers = [track.ledger for track in self.tracks if not track.group.own]
             self.agreement.announce(ledgers, self._digest(step), self.capture.biases.seen)

@@ -25,7 +25,7 @@ from kfdist.runtime.plan.groups import refuse_applied_rows
 from kfdist.runtime.plan.layers import check_block
 from kfdist.runtime.plan.planner import Method, Plan, make_plan, needs_costs
 from kfdist.runtime.settings import Settings, StepReport
-from kfdist.runtime.state import pipeline_state, restore_pipeline
+from kfdist.runtime.state import check_state, pipeline_state, restore_pipeline
 from kfdist.runtime.stated_loss import StatedLoss
 from kfdist.types import Fisher, MetricSample, WeightSharing
 
@@ -224,8 +224,8 @@ class Preconditioner(StatedLoss, Inspection):
     def _refuse_if_attached(self, call: str) -> None:
         if self.attached:
             raise KfdistError(
-                f"{call}() was called, and the optimizer that was attached runs step() before each of its own steps: "
-                f"leave out attach(), or {call}()"
+                f"{call}() was called, and the {type(self._rates.optimizer).__name__} that has this Preconditioner "
+                f"does that at each of its own steps: leave out {call}(), or attach() if it was called"
             )
 
     def directions(self, damping: float) -> dict[nn.Parameter, Tensor]:
@@ -244,7 +244,11 @@ class Preconditioner(StatedLoss, Inspection):
         self._rates.needed = clips and bool(self._plan.blocks)  # users may turn the clip on and off
         return self._rates.at(step)
 
-    def _step(self, rates: Callable[[int], Callable[[nn.Parameter], float]] | None) -> StepReport:
+    def _step(
+        self,
+        rates: Callable[[int], Callable[[nn.Parameter], float]] | None,
+        into: dict[nn.Parameter, Tensor] | None = None,
+    ) -> StepReport:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
         for block in self._plan.blocks:
@@ -255,7 +259,7 @@ class Preconditioner(StatedLoss, Inspection):
         self._left_out.look(self._plan.coverage, self._plan.model, level=4)
         with plain_arithmetic(self._plan.device):
             finite = finite_step(self._grad_scaler, self._rates.optimizer, self._plan.model.parameters())
-            return self.pipeline.step(step_is_finite=finite, learning_rates=rates)
+            return self.pipeline.step(step_is_finite=finite, learning_rates=rates, into=into)
 
     def attach(self, optimizer: Any) -> Self:
         """Reads the optimizer's learning rates, per group, as they change, and runs `step` before each of its steps.
@@ -274,6 +278,22 @@ class Preconditioner(StatedLoss, Inspection):
         """
         self._rates.attach(optimizer, self._parameters, lambda: self._step(self._rates_at))
         return self
+
+    def hand_over(self, optimizer: torch.optim.Optimizer) -> Callable[[dict[nn.Parameter, Tensor]], StepReport]:
+        """Leaves the steps to an optimizer that asks for directions and does all else, as `kfdist.Optimizer` does.
+
+        Args:
+            optimizer: Its learning rates are read; it steps parameters without a block by a method of its own.
+
+        Returns:
+            What does a step: as `step`, with its errors, but `.grad` stays and the directions go into the table given.
+
+        Raises:
+            ConfigError: As for `attach`.
+        """
+        self._rates.attach(optimizer, self._parameters, None)
+        self._left_out.instead = f"The {type(optimizer).__name__} steps them by a first-order method"
+        return lambda into: self._step(self._rates_at, into)
 
     def request_stop(self) -> None:
         """Asks all ranks to stop at the same later step (`StepReport.stop`). Safe to call from a signal handler."""
@@ -303,6 +323,10 @@ class Preconditioner(StatedLoss, Inspection):
         """
         with plain_arithmetic(self._plan.device):
             restore_pipeline(self.pipeline, state)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises what `load_state_dict` would raise, and changes nothing."""
+        check_state(self.pipeline, state)
 
     def fold(self) -> None:
         """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""

@@ -52,12 +52,7 @@ def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
         KfdistError: The pipeline has made a step already: its ranks share a table and broadcasts by now.
         CheckpointError: The state is of another format, model, or number of ranks.
     """
-    if pipeline.started:
-        raise KfdistError(
-            "load_state_dict() was called after a step or another load; close() this Preconditioner, make a new one, "
-            "and load before its first step"
-        )
-    _check(pipeline, state)
+    check_state(pipeline, state)
     state = _as_newest(state)
     if state["statistics"] == FOLDED:
         state = {**state, "sums": _scaled(state["sums"], 1.0 / pipeline.training.world_size)}
@@ -126,7 +121,13 @@ def _as_newest(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**state, "changes": {"damping": damping} if damping else {}, "stages": []}
 
 
-def _check(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
+def check_state(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
+    """Checks that `restore_pipeline` can take a state; arguments and errors are its own."""
+    if pipeline.started:
+        raise KfdistError(
+            "load_state_dict() was called after a step or another load; close() this Preconditioner, make a new one, "
+            "and load before its first step"
+        )
     world_size = pipeline.training.world_size
     if state.get("format") not in _READABLE_FORMATS:
         raise CheckpointError(

@@ -39,6 +39,11 @@ class ParameterPart:
         assert isinstance(weight, nn.Parameter), "make_blocks lets no other weight through"
         return cls("weight", weight, transposed=transposed)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the parameter, in the parameter's own shape."""
+        return self.rows is None and self.fold is None and not self.transposed
+
     def of(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Returns the block's part of a tensor shaped like the parameter, as a view."""
         part = tensor if self.rows is None else tensor[self.rows]

@@ -35,13 +35,15 @@ class Applying:
         step: int,
         batches: Mapping[BlockName, BatchStatistics],
         learning_rate: Callable[[nn.Parameter], float],
+        into: dict[nn.Parameter, Tensor] | None,
     ) -> None:
-        """Replaces the gradients in `.grad` by clipped directions.
+        """Replaces the gradients in `.grad` by clipped directions; or puts these elsewhere.
 
         Args:
             step: The step.
             batches: This rank's batch, for inverses that are multiplied onto rows.
             learning_rate: The learning rate of a parameter, for the KL clip.
+            into: Where the directions go, by parameter, in the place of `.grad`.
         """
         damping = self.in_force.damping(step)
         applications = self._applications(step, damping, batches)
@@ -54,6 +56,7 @@ class Applying:
             kl_clip=self.in_force.settings.kl_clip,
             learning_rate=learning_rate,
             communicator=self.communicator,
+            into=into,
         )
         if factor is not None or self.in_force.settings.kl_clip is None:
             self.counters.kl_clip_factor = factor
@@ -66,13 +69,7 @@ class Applying:
         ]
         found: dict[nn.Parameter, Tensor] = {}
         for solved in solve(applications, self.communicator, multiplied=False):
-            block = solved.block
-            for part, direction in zip(block.parts, block.from_matrix(solved.direction()), strict=True):
-                gradient = part.parameter.grad
-                assert gradient is not None, "only blocks with gradients have directions"
-                # Rows of a parameter that no block has keep their gradients.
-                whole = found.setdefault(part.parameter, gradient.to_dense().to(direction.dtype, copy=True))
-                part.write(whole, direction)
+            solved.write(None, found)
         return found
 
     def _applications(

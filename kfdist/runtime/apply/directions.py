@@ -1,4 +1,4 @@
-"""Applies adopted snapshots to the gradients in `.grad`, with the KL clip; no host sync."""
+"""Applies adopted snapshots to gradients, with the KL clip; no host sync."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverse import AbstractPreconditioner, Direction
+from kfdist.linalg.sparse_rows import dense_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +89,6 @@ class Solved(NamedTuple):
     memory: BlockMemory
     product: Tensor | None
 
-    def direction(self) -> Tensor:
-        """Returns U; `X` may be overwritten."""
-        return Direction(self.X, self.scale).finished()
-
     @property
     def uniform(self) -> bool:
         """Whether one number scales all of its matrices, and all or none were measured."""
@@ -109,15 +106,34 @@ class Solved(NamedTuple):
             return self._replace(product=torch.dot(X.view(-1), V.view(-1)).view(1))
         return self._replace(product=torch.sum(X * V).view(1))
 
-    def write(self, factor: Tensor | None) -> None:
-        """Puts factor U into `.grad`, for a scalar factor; what was never measured keeps V."""
+    def write(self, factor: Tensor | None, into: dict[nn.Parameter, Tensor] | None) -> None:
+        """Puts factor U into `.grad` or, given one, a table of directions; what was never measured keeps V.
+
+        Args:
+            factor: A scalar, `[1]`; None for 1.
+            into: By parameter, of the direction's dtype. Rows of a parameter that no block has keep their gradients.
+        """
         if self.measured is not None and factor is not None:
             factor = torch.where(self.measured, factor, 1.0)
-        self.write_scaled(self.scale if factor is None else factor if self.scale is None else factor * self.scale)
+        scale = self.scale if factor is None else factor if self.scale is None else factor * self.scale
+        self.write_scaled(scale, into)
 
-    def write_scaled(self, scale: Tensor | None) -> None:
-        """Puts scale X into `.grad`."""
-        self.block.write_gradient(self.X, None if scale is None else scale.to(self.X.dtype))
+    def write_scaled(self, scale: Tensor | None, into: dict[nn.Parameter, Tensor] | None) -> None:
+        """Puts scale X into `.grad` or, given one, a table of directions."""
+        scale = None if scale is None else scale.to(self.X.dtype)
+        if into is None:
+            self.block.write_gradient(self.X, scale)
+            return
+        U = self.X if scale is None else self.X * scale.view(-1, 1, 1)
+        for part, direction in zip(self.block.parts, self.block.from_matrix(U), strict=True):
+            if part.whole:
+                into[part.parameter] = direction
+                continue
+            gradient = part.parameter.grad
+            assert gradient is not None, "only blocks with gradients have directions"
+            if part.parameter not in into:
+                into[part.parameter] = dense_of(gradient).to(direction.dtype, copy=True)
+            part.write(into[part.parameter], direction)
 
 
 def solve(applications: Sequence[Application], communicator: Communicator, *, multiplied: bool) -> list[Solved]:
@@ -180,8 +196,9 @@ def precondition_gradients(
     kl_clip: float | None,
     learning_rate: Callable[[nn.Parameter], float],
     communicator: Communicator,
+    into: dict[nn.Parameter, Tensor] | None = None,
 ) -> Tensor | None:
-    r"""Replaces each V_l in `.grad` by nu nu_l U_l with U_l = (F_l + lambda I)^-1 V_l.
+    r"""Replaces each V_l in `.grad` by nu nu_l U_l with U_l = (F_l + lambda I)^-1 V_l; or puts that elsewhere.
 
     nu = min(1, sqrt(kappa / sum_l lr_l^2 nu_l^2 <U_l, V_l>)) bounds the step's predicted KL divergence by kappa
     (algorithms.md 1.4); where the sum is not positive nu is 1. A layer's learning rate is its weight's.
@@ -198,6 +215,7 @@ def precondition_gradients(
         kl_clip: kappa; None turns both clips off.
         learning_rate: The learning rate of a parameter; asked only with a `kl_clip`.
         communicator: Carries directions that one rank computes for all.
+        into: Where the result goes, by parameter, in the place of `.grad`.
 
     Returns:
         nu, on the device; None where nothing was clipped.
@@ -207,7 +225,7 @@ def precondition_gradients(
     found = solve(applications, communicator, multiplied=kl_clip is not None)
     if kl_clip is None or not found:
         for each in found:
-            each.write(None)
+            each.write(None, into)
         return None
     # What there is one number a block of is computed for all of them together: on a GPU each operation is a launch.
     scales, measured = _uniform_scales(found), _uniformly_measured(found)
@@ -223,9 +241,9 @@ def precondition_gradients(
     factors = factors if measured is None else torch.where(measured, factors, 1.0)
     for each, scale in zip(found, factors.split(1), strict=True):
         if each.uniform:
-            each.write_scaled(scale)
+            each.write_scaled(scale, into)
         else:
-            each.write(scale)
+            each.write(scale, into)
     return factor
 
 

@@ -34,13 +34,14 @@ class LearningRates:
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def attach(self, optimizer: Any, parameters: Sequence[nn.Parameter], step: Callable[[], object]) -> None:
+    def attach(self, optimizer: Any, parameters: Sequence[nn.Parameter], step: Callable[[], object] | None) -> None:
         """From now on, without an `lr`, reads `optimizer`'s, and runs `step` before each of its steps.
 
         Args:
             optimizer: One that steps at least one of the parameters, or a wrapper of it.
             parameters: Those of the blocks.
-            step: What to run: when there are gradients, at the end of a closure where the optimizer is given one.
+            step: What to run: when there are gradients, at the end of a closure where the optimizer is given one. None:
+                nothing, the optimizer does it.
 
         Raises:
             ConfigError: An optimizer is attached already, this one steps none of the parameters, or it has no learning
@@ -51,7 +52,7 @@ class LearningRates:
         bare = bare_optimizer(optimizer, parameters)
         if self.needed and self._lr is None:
             self._of_optimizer(bare)
-        self.optimizer, self._hook = bare, step_before(bare, step)
+        self.optimizer, self._hook = bare, None if step is None else step_before(bare, step)
 
     def detach(self) -> None:
         """Runs nothing before the optimizer's steps any more; safe to call twice."""

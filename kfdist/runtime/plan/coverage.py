@@ -9,6 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from kfdist.capture.unmeasured import UNSEEN
 from kfdist.curvature.blocks import Block
+from kfdist.curvature.by_width import FIRST_ORDER
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.layers import bare_parameters, named_layers
 from kfdist.types import BlockName
@@ -16,7 +17,7 @@ from kfdist.types import BlockName
 NO_METHOD = 'method "none" leaves it to the optimizer'
 SKIPPED = "skipped by configuration"
 UNMATCHED = "no pattern of the method table matches"
-_WANTED = frozenset({NO_METHOD, SKIPPED, UNMATCHED})
+_WANTED = frozenset({NO_METHOD, SKIPPED, UNMATCHED, FIRST_ORDER})
 """Reasons that the user gave."""
 
 _ADDED = "it was added after the Preconditioner was made; close that and make a new one"
@@ -192,10 +193,13 @@ def coverage_of(model: nn.Module, groups: Sequence[BlockGroup], reasons: Mapping
     return Coverage(tuple(rows))
 
 
-def left_out_warning(reasons: Mapping[str, str], share: float) -> str:
-    """Says that trained parameters have no block, and why; `share` is that of what is preconditioned."""
+def left_out_warning(reasons: Mapping[str, str], share: float, instead: str) -> str:
+    """Says that trained parameters have no block, and why; `share` is that of what is preconditioned.
+
+    What becomes of the others is said in `instead`.
+    """
     return (
-        f"{len(reasons)} parameters have gradients and no block: {_listed(reasons)}. They keep their plain gradients; "
+        f"{len(reasons)} parameters have gradients and no block: {_listed(reasons)}. {instead}; "
         f"{share:.2%} of the trained numbers are preconditioned, see coverage(). `skip` says that this is wanted"
     )
 

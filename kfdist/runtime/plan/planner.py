@@ -21,6 +21,7 @@ from kfdist.curvature.blocks import (
     make_blocks,
     multiplied_weights,
 )
+from kfdist.curvature.by_width import ByWidth
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.inverters.kfac_diagonal import KfacDiagonal
@@ -35,7 +36,9 @@ from kfdist.runtime.plan.layers import SHARDED, bare_model, device_of, is_compil
 from kfdist.runtime.settings import Settings
 from kfdist.types import GroupSpec
 
-Choice = str | AbstractInverter | Auto
+_Entry = AbstractInverter | Auto | ByWidth
+
+Choice = str | _Entry
 """An inverter's name or "auto", an inverter, or a chooser of them."""
 
 NONE = "none"
@@ -201,7 +204,7 @@ def make_plan(
     )
 
 
-def _smaller_budgets(patterns: Mapping[str, AbstractInverter | Auto]) -> dict[str, AbstractInverter | Auto]:
+def _smaller_budgets(patterns: Mapping[str, _Entry]) -> dict[str, _Entry]:
     """Halves what "auto" may spend on a block; empty where nothing is chosen, or little can be spent already."""
     chosen = [each for each in patterns.values() if isinstance(each, Auto)]
     if not chosen or min(each.bytes_per_block for each in chosen) < _LEAST_BYTES_PER_BLOCK:
@@ -261,7 +264,7 @@ def _check_accepted(model: nn.Module, group: Sequence[_Chosen]) -> None:
         raise ConfigError(f"{inverter.name} can't invert {', '.join(map(repr, blocks))}: {reason}", path="method")
 
 
-def _patterns(method: Method) -> dict[str, AbstractInverter | Auto]:
+def _patterns(method: Method) -> dict[str, _Entry]:
     if method == NONE:
         return {}
     table = method if isinstance(method, Mapping) else {"*": method}
@@ -271,7 +274,7 @@ def _patterns(method: Method) -> dict[str, AbstractInverter | Auto]:
     for glob, value in table.items():
         if isinstance(value, str):
             value = make_choice(value)
-        if not isinstance(value, AbstractInverter | Auto):
+        if not isinstance(value, _Entry):
             raise ConfigError(f"method {value!r} is of type {type(value).__name__}; a name or an inverter is needed")
         patterns[glob] = value
     return patterns
@@ -330,7 +333,7 @@ def _bare_blocks(
 
 def _choose(
     block: Block,
-    patterns: Mapping[str, AbstractInverter | Auto],
+    patterns: Mapping[str, _Entry],
     settings: Settings,
     costs: MeasuredCosts | None,
 ) -> _Chosen | str:
@@ -340,12 +343,16 @@ def _choose(
     pattern = next((glob for glob in patterns if _covers(glob, block.name)), None)
     if pattern is None:
         return UNMATCHED
+    inverter, reason = patterns[pattern], ""
+    if isinstance(inverter, ByWidth):
+        found = inverter.choose(block)
+        if isinstance(found, str):
+            return found
+        inverter, reason = found
     if isinstance(block, UnitBlock):
         return _Chosen(block, UnitWise(), pattern, "")
     if isinstance(block, EmbeddingBlock):
         return _Chosen(block, KfacDiagonal(), pattern, "")
-    inverter = patterns[pattern]
-    reason = ""
     if isinstance(inverter, Auto):
         if costs is None:
             raise ConfigError('"auto" needs to know what inversions cost; give `costs` (kfdist.curvature.auto)')

@@ -99,7 +99,7 @@ def test_a_step_by_hand_beside_an_attached_optimizer_is_refused(call: str):
     model = two_layers()
     with preconditioner(model, lr=None).attach(torch.optim.SGD(model.parameters(), lr=0.1)) as pre:
         backward(model)
-        with pytest.raises(KfdistError, match=rf"leave out attach\(\), or {call}\(\)"):
+        with pytest.raises(KfdistError, match=rf"leave out {call}\(\), or attach\(\)"):
             getattr(pre, call)()
         assert pre.next_step == 0
 

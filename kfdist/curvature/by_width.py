@@ -1,0 +1,41 @@
+"""The methods that `kfdist.Optimizer` takes by itself: chosen by a block's kind and width, never by measured cost.
+
+So a run that is resumed, also on another machine, chooses as it did when its checkpoint was written.
+"""
+
+from dataclasses import dataclass
+
+from kfdist import checks
+from kfdist.curvature.blocks import Block, EmbeddingBlock, UnitBlock
+from kfdist.curvature.inverter import AbstractInverter
+from kfdist.curvature.inverters.kfac import KfacEigen
+from kfdist.curvature.inverters.rs_kfac import RsKfac
+
+FIRST_ORDER = "left to a first-order method: a table, a norm, a lone vector, or a matrix too wide for dense factors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByWidth:
+    """Chooses `kfac-eigen` for matrices up to a width, `rs-kfac` up to another; nothing else has a block.
+
+    Attributes:
+        eigen: The largest dimension whose factor is decomposed as a whole, which takes about a second.
+        sketched: The largest dimension that has a dense factor: 128 MiB in float32, where the head of a language model
+            would have one of 10 GB.
+    """
+
+    eigen: int = 1024
+    sketched: int = 8192
+
+    def __post_init__(self) -> None:
+        checks.count("eigen", self.eigen, least=1)
+        checks.count("sketched", self.sketched, least=self.eigen)
+
+    def choose(self, block: Block) -> tuple[AbstractInverter, str] | str:
+        """Returns the method and why, or why there is none; of the block alone."""
+        width = max(block.shape.d_in, block.shape.d_out)
+        if isinstance(block, UnitBlock | EmbeddingBlock) or width > self.sketched:
+            return FIRST_ORDER
+        if width <= self.eigen:
+            return KfacEigen(), f"{width} wide, of at most {self.eigen}"
+        return RsKfac(), f"{width} wide, of more than {self.eigen}"

@@ -1,0 +1,165 @@
+"""How parameters move: first-order updates, directions given the length of such an update, momentum and decay.
+
+Lists run over the parameters of one group, alike in order. Everything is done by torch's foreach operations, on the
+parameters' device, and nothing waits for it; a step's number is on the CPU, as in torch.optim.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from kfdist.torch_internals import (
+    foreach_add_,
+    foreach_addcmul_,
+    foreach_div,
+    foreach_div_,
+    foreach_lerp_,
+    foreach_mul,
+    foreach_mul_,
+    foreach_norm,
+    foreach_sqrt,
+)
+
+Graft = Literal["adamw", "sgd"]
+"""Whose length a direction is given."""
+
+State = dict[str, Any]
+"""What an optimizer keeps of one parameter, by name."""
+
+
+class Kept(NamedTuple):
+    """How many tensors of a parameter's shape are kept of one with a block, and of one without."""
+
+    of_blocks: int
+    of_others: int
+
+
+KEPT: Mapping[str, Kept] = {"adamw": Kept(3, 2), "sgd": Kept(1, 1), "none": Kept(1, 2)}
+"""By graft."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Members:
+    """Those parameters of a group that a step treats alike, with their gradients and states.
+
+    Attributes:
+        parameters: The parameters.
+        gradients: Their gradients, dense.
+        states: Their states.
+        group: The group's settings: lr, betas, eps, weight_decay.
+    """
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    states: list[State]
+    group: Mapping[str, Any]
+
+    def kept(self, name: str) -> list[Tensor]:
+        """Returns a tensor of each state, zeros where it is new."""
+        for parameter, state in zip(self.parameters, self.states, strict=True):
+            if name not in state:
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return [state[name] for state in self.states]
+
+    def counts(self) -> list[Tensor]:
+        """Returns the steps done of each, scalars on the CPU."""
+        for state in self.states:
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        return [state["step"] for state in self.states]
+
+    def count(self) -> list[float]:
+        """Counts this step; returns each parameter's number of steps, from 1."""
+        return [float(count.add_(1)) for count in self.counts()]
+
+
+def step_by_adamw(members: Members) -> None:
+    """Makes AdamW's step, by torch's own function (Loshchilov and Hutter, arXiv 1711.05101)."""
+    group = members.group
+    beta1, beta2 = group["betas"]
+    adamw(
+        members.parameters,
+        members.gradients,
+        members.kept("exp_avg"),
+        members.kept("exp_avg_sq"),
+        [],
+        members.counts(),
+        has_complex=any(map(torch.is_complex, members.parameters)),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def adamw_updates(members: Members) -> list[Tensor]:
+    """Advances AdamW's moments by the gradients; returns m_hat / (sqrt(v_hat) + eps), what it would step along."""
+    beta1, beta2 = members.group["betas"]
+    gradients, steps = members.gradients, members.count()
+    first, second = members.kept("exp_avg"), members.kept("exp_avg_sq")
+    foreach_lerp_(first, gradients, 1 - beta1)
+    foreach_mul_(second, beta2)
+    foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+    root = foreach_sqrt(second)
+    foreach_div_(root, [math.sqrt(1 - beta2**t) for t in steps])
+    foreach_add_(root, members.group["eps"])
+    updates = foreach_div(first, root)
+    foreach_div_(updates, [1 - beta1**t for t in steps])
+    return list(updates)
+
+
+def grafted(directions: list[Tensor], gradients: list[Tensor], updates: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Gives each direction the length of an update; one that is zero, not finite or uphill is replaced by the update.
+
+    Args:
+        directions: U, shaped like the parameters.
+        gradients: V; a direction is uphill where <U, V> is not positive.
+        updates: What the graft would step along.
+
+    Returns:
+        |update| U / |U|, or the update; and how many were replaced, a scalar on the device.
+    """
+    lengths = torch.stack(foreach_norm(directions))
+    wanted = torch.stack(foreach_norm(updates))
+    slopes = torch.stack([torch.sum(U * V) for U, V in zip(directions, gradients, strict=True)])
+    usable = (slopes > 0) & (lengths > 0) & lengths.isfinite()
+    scales = torch.where(usable, wanted / lengths, 1.0)
+    together = zip(directions, updates, usable.unbind(), scales.unbind(), strict=True)
+    steps = [torch.where(kept, scale * U, update).to(update.dtype) for U, update, kept, scale in together]
+    return steps, (~usable).sum()
+
+
+def move_by_average(members: Members, steps: list[Tensor]) -> None:
+    """Moves parameters along the bias-corrected average of their steps over time, after the decay."""
+    beta1, counts = members.group["betas"][0], [float(count) for count in members.counts()]
+    fresh = ["momentum" not in state for state in members.states]
+    average = members.kept("momentum")
+    for place in (place for place, new in enumerate(fresh) if new and counts[place] > 1):
+        # A parameter that had no block before: as if it had always been stepped like this.
+        average[place].add_(steps[place], alpha=1 - beta1 ** (counts[place] - 1))
+    foreach_lerp_(average, steps, 1 - beta1)
+    _decay(members)
+    lr = members.group["lr"]
+    foreach_add_(members.parameters, foreach_mul(average, [-lr / (1 - beta1**t) for t in counts]))
+
+
+def move_by_momentum(members: Members, steps: list[Tensor]) -> None:
+    """Moves parameters along the sum of their steps, each of which fades by beta1 a step, after the decay."""
+    momentum = members.kept("momentum")
+    foreach_mul_(momentum, members.group["betas"][0])
+    foreach_add_(momentum, steps)
+    _decay(members)
+    foreach_add_(members.parameters, momentum, alpha=-members.group["lr"])
+
+
+def _decay(members: Members) -> None:
+    if members.group["weight_decay"]:
+        foreach_mul_(members.parameters, 1 - members.group["lr"] * members.group["weight_decay"])

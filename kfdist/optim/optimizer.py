@@ -1,0 +1,310 @@
+"""`kfdist.Optimizer`: second-order training in one line."""
+
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from kfdist import checks
+from kfdist.curvature.auto import AUTO
+from kfdist.curvature.by_width import ByWidth
+from kfdist.errors import CheckpointError, ConfigError, KfdistError
+from kfdist.optim.graft import (
+    Graft,
+    Members,
+    adamw_updates,
+    grafted,
+    move_by_average,
+    move_by_momentum,
+    step_by_adamw,
+)
+from kfdist.optim.options import Curvature
+from kfdist.runtime.preconditioner import Preconditioner
+from kfdist.runtime.settings import StepReport
+
+Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+"""Parameters, or groups of them with settings of their own, as torch's optimizers take them."""
+
+
+class Optimizer(torch.optim.Optimizer):
+    r"""Steps a model along second-order directions, and what has none by a first-order method.
+
+    It makes a `kfdist.Preconditioner` of the model, which measures in forward and backward, and does all that comes
+    after: V being the gradient of a parameter and U = (F + lambda I)^-1 V its direction,
+
+        graft     what a direction becomes        momentum of it                  what parameters without a block get
+        "adamw"   S = |a| U / |U|                 average, bias-corrected         AdamW
+        "sgd"     S = |V| U / |U|                 sum that fades by beta1         SGD with momentum
+        None      S = U, clipped (`kl_clip`)      sum that fades by beta1         AdamW
+
+    and in each row theta <- (1 - lr weight_decay) theta - lr M for the momentum M of S. Here a is AdamW's own update,
+    m_hat / (sqrt(v_hat) + eps). So with a graft, as Anil et al. (arXiv 2002.09018) have it for Shampoo, a parameter's
+    step has the direction of the curvature and the length of the method whose learning rate and schedule were tuned
+    before. A direction that is zero, not finite or uphill (<U, V> <= 0) is replaced by the graft's update; the device
+    decides, nothing waits for it.
+
+    With several ranks all of them must make it, and step equally often, with DDP's or otherwise averaged gradients.
+
+    Args:
+        model: The model, on its device, also wrapped by DDP or torch.compile; or a Preconditioner of it, with no
+            learning rate and, under a graft, no KL clip, which this optimizer closes with itself.
+        lr: Learning rate: the graft's.
+        betas: Decay of momentum and of AdamW's first moment, and decay of its second moment.
+        eps: Added to the root of AdamW's second moment.
+        weight_decay: Decoupled from the gradient, for all parameters.
+        params: The model's parameters if None; else parameters, or groups with their own lr, betas, eps and
+            weight_decay. Others than the model's may be among them.
+        graft: As above.
+        **curvature: What `kfdist.Preconditioner` is made with, which documents it. Here `method` is "auto" if not
+            given: `kfac-eigen` for matrices up to 1,024 wide and `rs-kfac` for those up to 8,192; wider ones, tables,
+            norms and lone vectors have no block. Any of Preconditioner's own methods and tables can be given instead
+            (`kfdist.Auto()` is its "auto", by measured cost).
+
+    Attributes:
+        preconditioner: Measures, inverts and says what it does: `coverage()`, `observe()`, `paused()`.
+
+    Raises:
+        ConfigError: A value is out of range, or the Preconditioner refuses its own.
+        EnvironmentFault: As for `kfdist.Preconditioner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Preconditioner,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        params: Groups | None = None,
+        graft: Graft | None = "adamw",
+        **curvature: Unpack[Curvature],
+    ) -> None:
+        self.graft = graft
+        bare = model.model if isinstance(model, Preconditioner) else model
+        given = bare.parameters() if params is None else params
+        super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.preconditioner = _preconditioner_of(model, graft, curvature)
+        try:
+            self._solve = self.preconditioner.hand_over(self)
+        except ConfigError:
+            if self.preconditioner is not model:
+                self.preconditioner.abandon()
+            raise
+        if graft is not None:
+            self.preconditioner.pipeline.in_force.fixed["kl_clip"] = "grafting gives each step its length"
+        self._directions: dict[nn.Parameter, Tensor] = {}
+        self._blocked: set[nn.Parameter] = set()
+        self._replaced: Tensor | int = 0
+        self._solved = False
+        self._saved: Mapping[str, Any] | None = None
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step, between backward (and unscaling, clipping) and `zero_grad`.
+
+        Collective with several ranks. `.grad` stays as it is.
+
+        Args:
+            closure: Runs forward and backward and returns the loss, as Lightning's does.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            The errors of `kfdist.Preconditioner.step`; then no parameter has changed.
+            KfdistError: A gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._solved:
+            self.precondition()
+        with torch.no_grad():
+            for group in self.param_groups:
+                self._step_group(group)
+        self._directions, self._solved = {}, False
+        return loss
+
+    def precondition(self) -> StepReport:
+        """Does the first half of the next `step`: all that the ranks do together, with its errors.
+
+        For loops that want its report, or that have a GradScaler skip `step` on overflow while the statistics' schedule
+        goes on. To be called before each step, or before none.
+        """
+        if self._saved is not None:
+            self.preconditioner.load_state_dict(self._saved)
+            self._saved = None
+        self._directions = {}
+        report = self._solve(self._directions)
+        blocks = (block for group in self.preconditioner.groups for block in group.blocks)
+        self._blocked = {parameter for block in blocks for parameter in block.parameters()}
+        self._solved = True
+        return report
+
+    @property
+    def replaced(self) -> int:
+        """How many directions gave way to the graft's update since this was made, over all parameters and steps.
+
+        Asking waits for the device.
+        """
+        return int(self._replaced)
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        having = [p for p in group["params"] if p.grad is not None]
+        if blocked := [p for p in having if p in self._blocked]:
+            members, directions = self._members(group, blocked), [self._direction(p) for p in blocked]
+            if self.graft == "adamw":
+                move_by_average(members, self._grafted(members, directions, adamw_updates(members)))
+            elif self.graft == "sgd":
+                move_by_momentum(members, self._grafted(members, directions, members.gradients))
+            else:
+                move_by_momentum(members, directions)
+        if others := [p for p in having if p not in self._blocked]:
+            members = self._members(group, others)
+            if self.graft == "sgd":
+                move_by_momentum(members, members.gradients)
+            else:
+                step_by_adamw(members)
+
+    def _members(self, group: dict[str, Any], having: list[nn.Parameter]) -> Members:
+        gradients = [p.grad for p in having if p.grad is not None]
+        if sparse := [p for p, gradient in zip(having, gradients, strict=True) if gradient.is_sparse]:
+            raise KfdistError(
+                f"{len(sparse)} parameters, the first of shape {tuple(sparse[0].shape)}, have sparse gradients, which "
+                "neither grafts nor AdamW take; make the embedding with sparse=False, or leave its parameters out of "
+                "`params` and step them by torch.optim.SparseAdam"
+            )
+        return Members(
+            parameters=list(having), gradients=gradients, states=[self.state[p] for p in having], group=group
+        )
+
+    def _grafted(self, members: Members, directions: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
+        steps, replaced = grafted(directions, members.gradients, updates)
+        self._replaced = self._replaced + replaced
+        return steps
+
+    def _direction(self, parameter: nn.Parameter) -> Tensor:
+        """Returns U, where there is an inverse; else what moves the parameter as if it had no block."""
+        assert parameter.grad is not None, "members have gradients"
+        if parameter in self._directions:
+            return self._directions[parameter]
+        return parameter.grad if self.graft is None else torch.zeros_like(parameter.grad)
+
+    # Groups and state ------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, as torch's optimizers do; those that the Preconditioner doesn't know have no block.
+
+        Raises:
+            ConfigError: A setting of the group is out of range.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_settings({**self.param_groups[-1], "graft": self.graft})
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns torch's two entries, with this rank's Preconditioner's state as a third, "preconditioner".
+
+        It refers to tensors in use, as torch's does: save or copy it before the next step. Of several ranks each saves
+        its own; or rank 0's is for all after `preconditioner.fold()`, which all ranks call.
+        """
+        saved = self.preconditioner.state_dict() if self._saved is None else self._saved
+        return {**super().state_dict(), "preconditioner": saved}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from a saved state, bit for bit. To be called before the first step, on all ranks.
+
+        One without a Preconditioner's part, as torch.optim.AdamW's, brings moments and settings alone.
+
+        Raises:
+            CheckpointError: It is of another model, or the Preconditioner's part is of another method or number of
+                ranks.
+            KfdistError: A step was made.
+        """
+        saved = state_dict.get("preconditioner")
+        if saved is not None:
+            self.preconditioner.check_state(saved)
+        self._check_shapes(state_dict)
+        super().load_state_dict({"state": state_dict["state"], "param_groups": state_dict["param_groups"]})
+        for state in self.state.values():
+            if "step" in state:  # whatever device the file was read to: reading it must not wait for one
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
+        if saved is not None:
+            # Only before the first step: what is under way is shipped when it is restored, and Accelerate loads twice.
+            self._saved = saved
+
+    def _check_shapes(self, state_dict: Mapping[str, Any]) -> None:
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved = [len(group["params"]) for group in state_dict["param_groups"]]
+        if sizes != saved:
+            raise CheckpointError(
+                f"the optimizer's state has groups of {saved} parameters and this optimizer has {sizes}; load it into "
+                "an optimizer made of the same model with the same groups"
+            )
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for place, (number, parameter) in enumerate(zip(numbers, parameters, strict=True)):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if name != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"parameter {place} has {name} of shape {tuple(value.shape)} in the optimizer's state and has "
+                        f"shape {tuple(parameter.shape)} itself; the state is of another model"
+                    )
+
+    # The end ---------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Closes the Preconditioner; parameters can't be stepped any more. All ranks must call it; safe twice."""
+        self.preconditioner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.preconditioner.__exit__(kind, error, trace)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses a graft that isn't there, and numbers of a parameter group that are out of range.
+
+    Raises:
+        ConfigError: With the setting as its path.
+    """
+    if settings["graft"] is not None:
+        checks.choice("graft", settings["graft"], typing.get_args(Graft), hint="or None")
+    for name in ("lr", "eps", "weight_decay"):
+        checks.number(name, settings[name], least=0)
+    betas = settings["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ConfigError(f"is {betas!r}; two numbers are needed, such as (0.9, 0.999)", path="betas")
+    for number, beta in enumerate(betas):
+        checks.number(f"betas[{number}]", beta, least=0, below=1)
+
+
+def _preconditioner_of(model: nn.Module | Preconditioner, graft: Graft | None, curvature: Curvature) -> Preconditioner:
+    kl_clip = model.settings.kl_clip if isinstance(model, Preconditioner) else curvature.get("kl_clip")
+    if graft is not None and kl_clip is not None:
+        raise ConfigError(
+            f"is {kl_clip!r}, and graft is {graft!r}, which gives each step its length; set kl_clip=None or graft=None",
+            path="kl_clip",
+        )
+    if isinstance(model, Preconditioner):
+        if curvature:
+            raise ConfigError(f"{', '.join(curvature)} can't be set beside a Preconditioner, which has them")
+        return model
+    if curvature.get("method", AUTO) == AUTO:
+        curvature["method"] = ByWidth()
+    if graft is not None:
+        curvature["kl_clip"] = None
+    return Preconditioner(model, **curvature)

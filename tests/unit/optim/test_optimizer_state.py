@@ -1,0 +1,201 @@
+"""`kfdist.Optimizer`'s state, its arguments, and what it chooses by itself."""
+
+import copy
+import inspect
+import io
+import typing
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kfdist
+from kfdist.curvature.by_width import FIRST_ORDER, ByWidth
+from kfdist.errors import CheckpointError, ConfigError, KfdistError, KfdistWarning
+from kfdist.optim.options import Curvature
+from tests.support.optimizing import backward, optimizer_of, small_model, train
+
+
+@pytest.mark.parametrize("graft", ["adamw", "sgd", None])
+def test_a_saved_run_goes_on_bit_for_bit(graft: Any):
+    """Also through torch.save, which HF's Trainer reads with weights_only."""
+    model = small_model()
+    with optimizer_of(model, graft=graft, inverse_period=3) as optimizer:
+        train(model, optimizer, 4)
+        saved = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+        expected = train(model, optimizer, 5)
+    saved.seek(0)
+    read = torch.load(saved, weights_only=True)
+    other = small_model()
+    with optimizer_of(other, graft=graft, inverse_period=3) as optimizer:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as Accelerate does, for the device
+        other.load_state_dict(read["model"])
+        optimizer.load_state_dict(read["optimizer"])
+        again = optimizer.state_dict()
+        assert again["preconditioner"]["step"] == 4
+        mine = train(other, optimizer, 5)
+    assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+def test_adamws_state_brings_its_moments():
+    model, other = small_model(), small_model()
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.5)
+    train(model, adamw, 3)
+    with optimizer_of(other, skip=("2",)) as optimizer:
+        optimizer.load_state_dict(adamw.state_dict())
+        assert optimizer.param_groups[0]["lr"] == 0.5
+        train(other, optimizer, 1)
+        assert float(optimizer.state[other[0].weight]["step"]) == 4.0
+
+
+def test_a_state_of_another_model_or_method_is_refused_by_name_and_changes_nothing():
+    torch.manual_seed(0)
+    wider = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    with optimizer_of(wider) as optimizer:
+        train(wider, optimizer, 1)
+        saved = optimizer.state_dict()
+    model = small_model()
+    with optimizer_of(model) as optimizer:
+        with pytest.raises(CheckpointError, match=r"block '0' has a factor"):
+            optimizer.load_state_dict(saved)
+        without = {key: value for key, value in saved.items() if key != "preconditioner"}
+        with pytest.raises(CheckpointError, match=r"parameter 0 has \w+ of shape \(6, 4\) .* has shape \(5, 4\)"):
+            optimizer.load_state_dict(without)
+        with pytest.raises(CheckpointError, match=r"groups of \[1, 5\] parameters and this optimizer has \[6\]"):
+            first, *rest = range(6)
+            groups = [{**saved["param_groups"][0], "params": params} for params in ([first], rest)]
+            optimizer.load_state_dict({**without, "param_groups": groups})
+        assert not optimizer.state
+        train(model, optimizer, 1)
+        with pytest.raises(KfdistError, match="after a step or another load"):
+            optimizer.load_state_dict(optimizer.state_dict())
+    with (
+        optimizer_of(small_model(), method="rs-kfac") as optimizer,
+        pytest.raises(CheckpointError, match="'kfac-eigen' in the checkpoint and has 'rs-kfac' now"),
+    ):
+        other = small_model()
+        with optimizer_of(other) as theirs:
+            train(other, theirs, 1)
+            optimizer.load_state_dict(theirs.state_dict())
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -1.0}, "lr: "),
+    ({"eps": float("nan")}, "eps: "),
+    ({"weight_decay": -0.1}, "weight_decay: "),
+    ({"betas": (0.9, 1.0)}, r"betas\[1\]: "),
+    ({"graft": "adam"}, r'graft: .*"?adamw"?'),
+    ({"kl_clip": 1e-3}, r"kl_clip: is 0.001, and graft is 'adamw', .* set kl_clip=None or graft=None"),
+    ({"damping": -1.0}, "damping: "),
+    ({"method": "kfacc"}, "kfac"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_arguments_are_refused_by_name(changes: dict[str, Any], message: str):
+    model = small_model()
+    with pytest.raises(ConfigError, match=message):
+        optimizer_of(model, **changes)
+    with optimizer_of(model):  # and nothing of it is left on the model
+        pass
+
+
+def test_a_group_with_a_bad_setting_is_refused():
+    model = small_model()
+    with pytest.raises(ConfigError, match="lr: "):
+        optimizer_of(model, params=[{"params": list(model.parameters()), "lr": -1.0}])
+
+
+def test_parameters_of_another_model_are_refused():
+    model = small_model()
+    with pytest.raises(ConfigError, match="steps none of the preconditioned parameters"):
+        optimizer_of(model, params=small_model().parameters())
+    with optimizer_of(model):
+        pass
+
+
+def test_a_preconditioner_can_be_given_and_is_closed_with_it():
+    model = small_model()
+    preconditioner = kfdist.Preconditioner(model, "kfac-eigen", kl_clip=None, skip=("2",))
+    with pytest.raises(ConfigError, match="damping can't be set beside a Preconditioner"):
+        kfdist.Optimizer(preconditioner, damping=0.1)
+    with kfdist.Optimizer(preconditioner, lr=0.1) as optimizer:
+        assert optimizer.preconditioner is preconditioner
+        train(model, optimizer, 1)
+    with pytest.raises(KfdistError, match="after close"):
+        backward(model, 0)
+        optimizer.step()
+    clipping = kfdist.Preconditioner(model, "kfac-eigen", kl_clip=1e-3)
+    with pytest.raises(ConfigError, match="kl_clip"):
+        kfdist.Optimizer(clipping)
+    clipping.close()
+
+
+def test_the_options_are_those_of_the_preconditioner():
+    theirs = dict(inspect.signature(kfdist.Preconditioner).parameters)
+    for name in ("model", "lr"):
+        del theirs[name]
+    mine = typing.get_type_hints(Curvature)
+    assert {name: each.annotation for name, each in theirs.items()} == mine
+
+
+# "auto" ---------------------------------------------------------------------------------------------------------------
+
+
+class Language(nn.Module):
+    def __init__(self, vocabulary: int = 40) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, 8)
+        self.norm = nn.LayerNorm(8)
+        self.scale = nn.Parameter(torch.ones(8))
+        self.wide, self.head = nn.Linear(8, 24), nn.Linear(24, vocabulary)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.wide(self.scale * self.norm(self.table(tokens))))
+
+
+def test_auto_gives_matrices_a_method_by_width_and_leaves_the_rest_to_first_order():
+    coverage = kfdist.Preconditioner(Language(), ByWidth(eigen=16, sketched=30), kl_clip=None).coverage()
+    methods = {row.parameter: row.method for row in coverage.rows}
+    assert methods == {
+        "table.weight": None,
+        "norm.weight": None,
+        "norm.bias": None,
+        "scale": None,
+        "wide.weight": "rs-kfac",
+        "wide.bias": "rs-kfac",
+        "head.weight": None,
+        "head.bias": None,
+    }
+    assert {row.reason for row in coverage.rows if row.method is None} == {FIRST_ORDER}
+    assert coverage.left_out() == {}  # wanted: nothing to warn of
+
+
+def test_auto_is_the_default_and_measures_nothing():
+    with kfdist.Optimizer(Language()) as optimizer:
+        methods = {row.parameter: row.method for row in optimizer.preconditioner.coverage().rows}
+        assert methods["wide.weight"] == methods["head.weight"] == "kfac-eigen"
+        assert methods["table.weight"] is None
+        assert optimizer.preconditioner.costs is None
+
+
+def test_what_no_block_can_have_is_told_to_be_stepped_by_a_first_order_method():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.PReLU(5), nn.Bilinear(5, 5, 3)).double()
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.layers[1](self.layers[0](x))
+            return self.layers[2](hidden, hidden)
+
+    with (
+        optimizer_of(both := Both()) as optimizer,
+        pytest.warns(KfdistWarning, match="The Optimizer steps them by a first-order method"),
+    ):
+        train(both, optimizer, 1)

@@ -1,0 +1,300 @@
+"""`kfdist.Optimizer` against the formulas: directions by graft, momentum, decay, and what has no block."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kfdist
+from kfdist.optim.graft import grafted
+from tests.support.optimizing import BETAS, DECAY, EPS, LR, SYNCHRONOUS, backward, optimizer_of, small_model, train
+from tests.support.preconditioning import rows
+
+EXACT = 1e-12
+"""float64, the same operations in another order."""
+
+
+def assert_close(mine: list[Tensor], theirs: list[Tensor], tolerance: float = EXACT) -> None:
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# A plain reference, one parameter at a time ---------------------------------------------------------------------------
+
+
+class PlainAdamw:
+    """m_hat / (sqrt(v_hat) + eps)."""
+
+    def __init__(self) -> None:
+        self.m = self.v = 0.0
+        self.t = 0
+
+    def update(self, gradient: Tensor) -> Tensor:
+        self.t += 1
+        self.m = BETAS[0] * self.m + (1 - BETAS[0]) * gradient
+        self.v = BETAS[1] * self.v + (1 - BETAS[1]) * gradient**2
+        return (self.m / (1 - BETAS[0] ** self.t)) / ((self.v / (1 - BETAS[1] ** self.t)).sqrt() + EPS)
+
+
+class PlainGradient:
+    def update(self, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class PlainAverage:
+    def __init__(self) -> None:
+        self.m = 0.0
+        self.t = 0
+
+    def of(self, step: Tensor) -> Tensor:
+        self.t += 1
+        self.m = BETAS[0] * self.m + (1 - BETAS[0]) * step
+        return self.m / (1 - BETAS[0] ** self.t)
+
+
+class PlainMomentum:
+    def __init__(self) -> None:
+        self.m = 0.0
+
+    def of(self, step: Tensor) -> Tensor:
+        self.m = BETAS[0] * self.m + step
+        return self.m
+
+
+def reference(graft: str, steps: int = 4) -> list[Tensor]:
+    """Trains `small_model` by the formulas alone; directions are those that `Preconditioner.step` writes."""
+    model = small_model()
+    kind, momentum = (PlainAdamw, PlainAverage) if graft == "adamw" else (PlainGradient, PlainMomentum)
+    updates, momenta = [[each() for _ in model.parameters()] for each in (kind, momentum)]
+    with kfdist.Preconditioner(model, **SYNCHRONOUS, skip=("2",), kl_clip=None) as preconditioner, torch.no_grad():
+        for seed in range(steps):
+            with torch.enable_grad():
+                backward(model, seed)
+            plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            preconditioner.step()
+            for place, (p, gradient) in enumerate(zip(model.parameters(), plain, strict=True)):
+                update, direction = updates[place].update(gradient), p.grad
+                assert direction is not None
+                if torch.equal(direction, gradient):  # the norm's: no block
+                    moved = momenta[place].of(gradient) if graft == "sgd" else update
+                else:
+                    moved = momenta[place].of(update.norm() / direction.norm() * direction)
+                p.mul_(1 - LR * DECAY).sub_(LR * moved)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("graft", ["adamw", "sgd"])
+def test_grafted_steps_are_those_of_the_formulas(graft: Any):
+    model = small_model()
+    with optimizer_of(model, graft=graft, skip=("2",)) as optimizer:
+        assert_close(train(model, optimizer), reference(graft))
+
+
+@pytest.mark.parametrize("kl_clip", [None, 1e-3])
+def test_without_a_graft_blocks_are_stepped_as_by_preconditioner_and_sgd(kl_clip: float | None):
+    model, other = (nn.Sequential(*list(small_model())[::3]) for _ in range(2))  # linear layers alone
+    other[0].out_features = model[0].out_features
+    with optimizer_of(model, graft=None, kl_clip=kl_clip, weight_decay=0.0) as optimizer:
+        mine = train(model, optimizer)
+    sgd = torch.optim.SGD(other.parameters(), lr=LR, momentum=BETAS[0])
+    with kfdist.Preconditioner(other, **SYNCHRONOUS, kl_clip=kl_clip).attach(sgd):
+        assert_close(mine, train(other, sgd))
+
+
+@pytest.mark.parametrize("graft", ["adamw", None])
+def test_what_has_no_block_gets_adamws_steps_to_the_bit(graft: Any):
+    model, other = small_model(), small_model()
+    with optimizer_of(model, graft=graft, method="none", kl_clip=None) as optimizer:
+        mine = train(model, optimizer)
+    theirs = train(other, torch.optim.AdamW(other.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY))
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_without_a_block_sgds_graft_is_sgd():
+    model, other = small_model(), small_model()
+    with optimizer_of(model, graft="sgd", method="none", weight_decay=0.0) as optimizer:
+        mine = train(model, optimizer)
+    assert_close(mine, train(other, torch.optim.SGD(other.parameters(), lr=LR, momentum=BETAS[0])))
+
+
+# Grafting a direction -------------------------------------------------------------------------------------------------
+
+
+def test_a_grafted_direction_has_the_updates_norm_and_its_own_direction():
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (5,))]
+    updates = [torch.randn(each.shape, generator=generator, dtype=torch.float64) for each in gradients]
+    directions = [1e9 * gradient for gradient in gradients]
+    for S, U, update in zip(grafted(directions, gradients, updates)[0], directions, updates, strict=True):
+        assert float(S.norm()) == pytest.approx(float(update.norm()), rel=EXACT)
+        torch.testing.assert_close(S / S.norm(), U / U.norm(), rtol=EXACT, atol=EXACT)
+
+
+SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
+    "zero": torch.zeros_like,
+    "nan": lambda U: U * torch.nan,
+    "one nan": lambda U: torch.where(torch.arange(U.numel()).view(U.shape) == 1, torch.nan, U),
+    "infinite": lambda U: U * torch.inf,
+    "uphill": torch.neg,
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_direction_that_is_no_descent_is_replaced_by_the_update(spoil: Callable[[Tensor], Tensor]):
+    V = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64)
+    update = torch.tensor([[0.5, 0.1], [0.2, -0.3]], dtype=torch.float64)
+    (bad, good), replaced = grafted([spoil(V), 2 * V], [V, V], [update, update])
+    assert torch.equal(bad, update) and int(replaced) == 1
+    assert not torch.equal(good, update)
+
+
+def test_a_block_whose_inversion_failed_gets_the_grafts_update():
+    """Without an inverse there is no direction; the first update of AdamW goes into an average of its own."""
+    model, other = small_model(), small_model()
+    with optimizer_of(model, skip=("2",)) as optimizer:
+        backward(model, 0)
+        optimizer.precondition()
+        optimizer._directions.clear()  # as if no inversion had succeeded yet
+        optimizer.step()
+        assert optimizer.replaced == 4
+    adamw = torch.optim.AdamW(other.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    backward(other, 0)
+    adamw.step()
+    assert_close([p.detach() for p in model.parameters()], [p.detach() for p in other.parameters()])
+
+
+def test_low_precision_parameters_are_grafted_without_overflow():
+    """U = V / lambda may be larger than float16 reaches; it is made small before it is rounded."""
+    V = torch.full((2, 2), 1.0, dtype=torch.float16)
+    (S,), _ = grafted([torch.full((2, 2), 1e6)], [V], [0.5 * V])
+    assert S.dtype == torch.float16
+    torch.testing.assert_close(S, 0.5 * V)
+
+
+# A block that comes later ---------------------------------------------------------------------------------------------
+
+
+def test_a_parameter_whose_block_comes_later_starts_its_average_with_its_first_step():
+    model = small_model()
+    with optimizer_of(model, skip=("2",), weight_decay=0.0) as optimizer:
+        train(model, optimizer, 3)
+        weight = model[0].weight
+        del optimizer.state[weight]["momentum"]  # as AdamW leaves it
+        before = weight.detach().clone()
+        backward(model, 7)
+        optimizer.precondition()
+        direction = optimizer._directions[weight].clone()
+        optimizer.step()
+    moved = (before - weight.detach()) / LR
+    torch.testing.assert_close(moved / moved.norm(), direction / direction.norm(), rtol=1e-9, atol=1e-9)
+
+
+# Around the step ------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_stay_as_they_are():
+    model = small_model()
+    with optimizer_of(model, skip=("2",)) as optimizer:
+        backward(model, 0)
+        before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        optimizer.step()
+        assert all(
+            torch.equal(a, b.grad) for a, b in zip(before, model.parameters(), strict=True) if b.grad is not None
+        )
+
+
+def test_a_closure_is_called_once_with_gradients_on():
+    model, other = small_model(), small_model()
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return backward(model, 0)
+
+    with optimizer_of(model, skip=("2",)) as optimizer, torch.no_grad():
+        loss = optimizer.step(closure)
+    with optimizer_of(other, skip=("2",)) as optimizer:
+        expected = backward(other, 0)
+        optimizer.step()
+    assert calls == [True] and torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_groups_have_their_own_settings_and_schedulers_change_them():
+    """A group of half the learning rate moves half as far, and a scheduler's next rate is what the next step takes."""
+    model = small_model()
+    slow, rest = [model[0].weight], [p for p in model.parameters() if p is not model[0].weight]
+    groups = [{"params": rest}, {"params": slow, "lr": LR / 2, "weight_decay": 0.0}]
+    with optimizer_of(model, params=groups, skip=("2",), betas=(0.0, 0.95)) as optimizer:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+        lengths = []
+        for seed in range(2):
+            before = model[0].weight.detach().clone()
+            backward(model, seed)
+            optimizer.step()
+            scheduler.step()
+            lengths.append(float((model[0].weight.detach() - before).norm()))
+        state = optimizer.state[model[0].weight]
+        v = state["exp_avg_sq"] / (1 - 0.95**2)
+        update = state["exp_avg"] / (v.sqrt() + EPS)
+    assert lengths[0] == pytest.approx(LR / 2 * 20**0.5, rel=1e-3)  # the first update is +-1 in all 20 places
+    assert lengths[1] == pytest.approx(LR / 20 * float(update.norm()), rel=EXACT)
+
+
+def test_frozen_and_tied_parameters_are_stepped_once_or_not_at_all():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    model[2].weight = model[0].weight
+    model[3].bias.requires_grad_(False)
+    frozen = model[3].bias.detach().clone()
+    with optimizer_of(model) as optimizer:
+        before = model[0].weight.detach().clone()
+        train(model, optimizer, 1)
+    assert torch.equal(model[3].bias, frozen)
+    moved = (model[0].weight.detach() - (1 - LR * DECAY) * before).norm()
+    assert float(moved) == pytest.approx(LR * 4, rel=1e-3)  # the first update is +-1 in all 16 places
+
+
+def test_the_average_gradient_of_micro_batches_is_stepped_as_one():
+    model, other = small_model(), small_model()
+    x, y = rows(n=8)
+    with optimizer_of(model, skip=("2",)) as optimizer:
+        for half in (slice(0, 4), slice(4, 8)):
+            (nn.functional.cross_entropy(model(x[half]), y[half]) / 2).backward()
+        optimizer.step()
+    with optimizer_of(other, skip=("2",)) as optimizer:
+        nn.functional.cross_entropy(other(x), y).backward()
+        optimizer.step()
+    assert_close([p.detach() for p in model.parameters()], [p.detach() for p in other.parameters()], 1e-9)
+
+
+def test_a_scaled_loss_gives_the_same_steps_and_an_overflow_none():
+    found = []
+    for enabled in (False, True):
+        model = small_model()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        with optimizer_of(model, skip=("2",), grad_scaler=scaler) as optimizer:
+            for seed in range(3):
+                x, y = rows(seed=seed)
+                optimizer.zero_grad()
+                scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            found.append([p.detach().clone() for p in model.parameters()])
+            if enabled:
+                scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+                model[0].weight.grad.fill_(torch.inf)
+                scaler.step(optimizer)
+                assert_close([p.detach() for p in model.parameters()], found[-1], 0.0)
+    assert_close(found[1], found[0], 1e-10)
+
+
+def test_a_preconditioners_own_step_is_refused_with_the_remedy():
+    with optimizer_of(small_model(), skip=("2",)) as optimizer:
+        with pytest.raises(
+            kfdist.KfdistError, match=r"the Optimizer that has this Preconditioner .* leave out step\(\)"
+        ):
+            optimizer.preconditioner.step()
