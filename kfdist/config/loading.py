@@ -17,6 +17,7 @@ from kfdist.config.findings import config_error
 from kfdist.config.recipes import recipes
 from kfdist.config.sections import Config
 from kfdist.config.service_sections import SecuritySection
+from kfdist.config.task_sections import OWN_OPTIMIZER
 from kfdist.config.toml import parse_value
 from kfdist.errors import ConfigError
 
@@ -66,7 +67,12 @@ def load_config(
     merged: Table = _merge(Config().model_dump(exclude_none=True), dict(defaults))
     for layers in sources:
         merged = _merge(merged, reduce(_overlay, (layer.table for layer in layers), {}))
-    return config_from_table(merged, [layer for layers in sources for layer in layers])
+    layers = [layer for layers in sources for layer in layers]
+    if merged.get("optimizer", {}).get("name") == OWN_OPTIMIZER and not _sets(layers, "preconditioner", "kl_clip"):
+        # Its default is for optimizers that take directions as they are; grafting has no clip.
+        graft = merged["optimizer"].get("settings", {}).get("graft")
+        merged = merged if graft == "none" else _merge(merged, {"preconditioner": {"kl_clip": 0.0}})
+    return config_from_table(merged, layers)
 
 
 def security_from_environment(
@@ -107,6 +113,10 @@ def config_from_table(table: Mapping[str, Any], layers: Sequence[_Layer] = ()) -
         return Config.model_validate(dict(table))
     except ValidationError as error:
         raise config_error(error, Config, origin=origin) from None
+
+
+def _sets(layers: Sequence[_Layer], *keys: str) -> bool:
+    return any(_contains(layer.table, keys) for layer in layers)
 
 
 def _contains(table: Any, keys: Sequence[str]) -> bool:

@@ -35,6 +35,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _grafts_replace_the_clip(self) -> Self:
+        if self.optimizer.grafts and self.preconditioner.kl_clip:
+            raise ConfigError(
+                f'is {self.preconditioner.kl_clip:g}, and optimizer.name = "kfdist" gives each step the length of its '
+                'graft\'s; set it to 0, or optimizer.settings.graft = "none"',
+                path="preconditioner.kl_clip",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _others_need_security(self) -> Self:
         for name in ("address", "metrics_address"):
             address = getattr(self.control, name)

@@ -120,10 +120,19 @@ class DataSection(Section):
         return self
 
 
+OWN_OPTIMIZER = "kfdist"
+"""The name of `kfdist.Optimizer` among the optimizers."""
+
+
 class OptimizerSection(Section):
     """The optimizer that applies the preconditioned gradients, and its learning rate."""
 
-    name: str = Field(default="sgd", min_length=1, description="an optimizer of torch.optim, in lower case")
+    name: str = Field(
+        default="sgd",
+        min_length=1,
+        description='an optimizer of torch.optim, in lower case; or "kfdist", which gives directions the length of '
+        "another's steps (kfdist.Optimizer): settings.graft, and no kl_clip with it",
+    )
     lr: float = Field(default=0.1, gt=0, description="the peak learning rate")
     lr_batch_size: int | None = Field(
         default=None,
@@ -160,6 +169,11 @@ class OptimizerSection(Section):
     milestone_factor: float = Field(
         default=0.1, gt=0, le=1, description="what a milestone multiplies the learning rate by"
     )
+
+    @property
+    def grafts(self) -> bool:
+        """Whether steps have a length of their own, so that there is no KL clip."""
+        return self.name == OWN_OPTIMIZER and self.settings.get("graft") != "none"
 
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> Self:

@@ -25,7 +25,7 @@ def checkpoint_bytes(config: Config) -> int | None:
     model = make_outline(config, Given()).model
     plan = plan_of(config, model, world_size=config.cluster.workers, costs=MeasuredCosts(rates={}))
     parameters = list(model.parameters())
-    optimizer = optimizer_line(config, parameters).bytes
+    optimizer = optimizer_line(config, plan, parameters).bytes
     if optimizer is None:
         return None
     kept = bytes_of([*parameters, *model.buffers()]) + optimizer

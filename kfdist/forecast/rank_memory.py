@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfdist.config import Config
+from kfdist.config.task_sections import OWN_OPTIMIZER
 from kfdist.curvature.footprint import NUMBER_BYTES, footprint
 from kfdist.forecast.inversion_costs import Costs
 from kfdist.forecast.outline import META
 from kfdist.forecast.rehearsal import Rehearsal
+from kfdist.optim.graft import KEPT
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.reduce.reducer import empty_sums
@@ -54,7 +56,7 @@ def rank_lines(config: Config, plan: Plan, rehearsal: Rehearsal, costs: Costs) -
         Line("parameters", bytes_of(known), note=note),
         Line("buffers", bytes_of(model.buffers())),
         Line("gradients", trained),
-        optimizer_line(config, known),
+        optimizer_line(config, plan, known),
     ]
     if config.optimizer.average_decay is not None:
         lines.append(Line("moving average of the weights", bytes_of(known)))
@@ -65,8 +67,15 @@ def rank_lines(config: Config, plan: Plan, rehearsal: Rehearsal, costs: Costs) -
     return [*lines, *_activation_lines(config, rehearsal), *_inversion_lines(config, plan)]
 
 
-def optimizer_line(config: Config, parameters: Sequence[nn.Parameter]) -> Line:
-    """Has the optimizer make its state on the meta device, where the parameters are."""
+def optimizer_line(config: Config, plan: Plan, parameters: Sequence[nn.Parameter]) -> Line:
+    """Has the optimizer make its state on the meta device, where the parameters are; kfdist's own is counted."""
+    if config.optimizer.name == OWN_OPTIMIZER:
+        blocked = {parameter for block in plan.blocks for parameter in block.parameters()}
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        kept = KEPT[str(config.optimizer.settings.get("graft", "adamw"))]
+        of_blocks = bytes_of(parameter for parameter in trained if parameter in blocked)
+        found = kept.of_blocks * of_blocks + kept.of_others * (bytes_of(trained) - of_blocks)
+        return Line("optimizer state", found, note=config.optimizer.name)
     try:
         optimizer = make_optimizer(config.optimizer, iter(parameters))
         for parameter in parameters:

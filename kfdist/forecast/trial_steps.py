@@ -22,7 +22,7 @@ from kfdist.policies.staleness import Asap
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.training.method import plan_of
-from kfdist.training.optimizers import make_optimizer
+from kfdist.training.optimizers import optimizer_of, precondition
 
 _SECONDS = 1.0
 """How long steps are made, once the first one is over, in this thread's time."""
@@ -96,15 +96,15 @@ class _Steps:
         ).train()
 
     def run(self) -> Trial:
-        optimizer = make_optimizer(self._config.optimizer, self._model.parameters())
         with self._preconditioner() as preconditioner:
+            optimizer = optimizer_of(self._config.optimizer, preconditioner)
             seconds: list[float] = []
             while not self._is_enough(seconds):
                 begun = time.thread_time()
                 optimizer.zero_grad(set_to_none=True)
                 for _ in range(self._config.data.micro_batches):
                     self._forward_and_backward(preconditioner)
-                preconditioner.step()
+                precondition(preconditioner, optimizer)
                 optimizer.step()
                 seconds.append(time.thread_time() - begun)
         counted = seconds[_WARM:]

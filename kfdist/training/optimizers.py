@@ -1,4 +1,4 @@
-"""Optimizers of torch.optim by name, and learning rates as pure functions of the step."""
+"""Optimizers by name, torch's and kfdist's own, and learning rates as pure functions of the step."""
 
 import inspect
 import math
@@ -11,7 +11,11 @@ from torch import nn
 
 from kfdist import checks
 from kfdist.config import OptimizerSection
+from kfdist.config.task_sections import OWN_OPTIMIZER
 from kfdist.errors import ConfigError
+from kfdist.optim.optimizer import Optimizer, check_settings
+from kfdist.runtime.preconditioner import Preconditioner
+from kfdist.runtime.settings import StepReport
 from kfdist.torch_internals import never_compiled
 
 _UNFIT = frozenset({"Optimizer", "LBFGS", "SparseAdam"})
@@ -24,8 +28,63 @@ def optimizers() -> Mapping[str, type[torch.optim.Optimizer]]:
     return {name.lower(): kind for name, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)}
 
 
+def check_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> None:
+    """Checks that `optimizer_of` can make the configured optimizer of a model with these parameters; errors alike."""
+    if section.name == OWN_OPTIMIZER:
+        _own_settings(section)
+    else:
+        make_optimizer(section, parameters)
+
+
+def optimizer_of(section: OptimizerSection, preconditioner: Preconditioner) -> torch.optim.Optimizer:
+    """Makes the configured optimizer of a preconditioner's model; kfdist's own has it, see `precondition`.
+
+    Raises:
+        ConfigError: As for `make_optimizer`.
+    """
+    parameters = preconditioner.model.parameters()
+    if section.name != OWN_OPTIMIZER:
+        return make_optimizer(section, parameters)
+    settings = _own_settings(section)
+    return Optimizer(preconditioner, params=_groups(section, parameters), **settings)
+
+
+def precondition(preconditioner: Preconditioner, optimizer: torch.optim.Optimizer) -> StepReport:
+    """Makes the preconditioner's part of a step, which kfdist's own optimizer asks for itself."""
+    return optimizer.precondition() if isinstance(optimizer, Optimizer) else preconditioner.step()
+
+
+def _groups(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> Any:
+    groups = list(parameters)
+    if section.decay_vectors:
+        return groups
+    vectors = [parameter for parameter in groups if parameter.dim() <= 1]
+    matrices = [parameter for parameter in groups if parameter.dim() > 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _own_settings(section: OptimizerSection) -> dict[str, Any]:
+    """Returns what kfdist's own optimizer is made with; `momentum` is its first beta unless `betas` are given."""
+    defaults = {"graft": "adamw", "betas": (section.momentum, 0.999), "eps": 1e-8}
+    for key in section.settings:
+        if key not in defaults:
+            near = checks.suggestion(key, defaults) or ";"
+            raise ConfigError(
+                f"unknown key{near} {section.name} takes: {', '.join(sorted(defaults))}",
+                path=f"optimizer.settings.{key}",
+            )
+    found = {**defaults, **section.settings, "lr": section.lr, "weight_decay": section.weight_decay}
+    if found["graft"] == "none":  # TOML has no null
+        found["graft"] = None
+    try:
+        check_settings(found)
+    except ConfigError as error:
+        raise error.under("optimizer.settings") from None
+    return found
+
+
 def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Makes the configured optimizer; `momentum` is left out for those that have none.
+    """Makes the configured optimizer of torch; `momentum` is left out for those that have none.
 
     Where vectors aren't decayed, they are the second of two groups.
 
@@ -33,7 +92,7 @@ def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]
         ConfigError: The name or a setting is unknown, or the optimizer refuses the values.
     """
     known = optimizers()
-    kind = known[checks.choice("optimizer.name", section.name, sorted(known))]
+    kind = known[checks.choice("optimizer.name", section.name, sorted([*known, OWN_OPTIMIZER]))]
     signature = inspect.signature(kind).parameters
     accepted = set(signature) - {"params"}
     for key in section.settings:
@@ -46,11 +105,7 @@ def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]
     arguments = {"lr": section.lr, "momentum": section.momentum, "weight_decay": section.weight_decay}
     # TOML has arrays only, torch wants tuples (betas).
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in section.settings.items()}
-    groups: Any = list(parameters)
-    if not section.decay_vectors:
-        vectors = [parameter for parameter in groups if parameter.dim() <= 1]
-        matrices = [parameter for parameter in groups if parameter.dim() > 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups = _groups(section, parameters)
     try:
         return never_compiled(kind)(groups, **{k: v for k, v in arguments.items() if k in accepted} | settings)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:

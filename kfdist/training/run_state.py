@@ -33,7 +33,6 @@ class Materials:
         data: The task; what of it is in memory is on that device.
         sampler: Deals the data to the ranks.
         model: The model, on the device.
-        optimizer: Applies the gradients.
         plan: What a preconditioner does to the model.
     """
 
@@ -41,7 +40,6 @@ class Materials:
     data: DataSet
     sampler: Sampler
     model: nn.Module
-    optimizer: torch.optim.Optimizer
     plan: Plan
 
 
@@ -57,6 +55,7 @@ class Training(Materials):
         scaler: Scales the loss with float16, else disabled.
         reducer: Averages the gradients over the ranks.
         preconditioner: Turns them into second-order directions.
+        optimizer: Applies these.
         forward_state: What a forward changes besides gradients.
         average: The moving average of the weights, if one is kept.
     """
@@ -68,6 +67,7 @@ class Training(Materials):
     scaler: torch.amp.GradScaler
     reducer: GradientReducer
     preconditioner: Preconditioner
+    optimizer: torch.optim.Optimizer
     forward_state: ForwardState
     average: WeightAverage | None
 
@@ -96,14 +96,16 @@ def collect_state(training: Training, standing: Standing) -> tuple[dict[str, Any
     folded = training.config.checkpoint.statistics == "folded"
     if folded:
         training.preconditioner.fold()
-    preconditioner = training.preconditioner.state_dict()
+    optimizer = training.optimizer.state_dict()
+    # kfdist's own brings the preconditioner's state along.
+    preconditioner = optimizer.pop("preconditioner", None) or training.preconditioner.state_dict()
     # The snapshots are the same on all ranks, and after folding the sums are too; both are large.
     common = {"snapshots", "sums"} if folded else {"snapshots"}
     shared = {
         "standing": asdict(standing),
         "examples": len(training.data.train),
         "parameters": dict(training.model.named_parameters()),
-        "optimizer": training.optimizer.state_dict(),
+        "optimizer": optimizer,
         "scaler": training.scaler.state_dict(),
         "preconditioner": {key: value for key, value in preconditioner.items() if key in common},
     }

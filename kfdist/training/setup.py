@@ -26,7 +26,7 @@ from kfdist.system.credentials import Credentials, Role
 from kfdist.system.spawn import module_command, with_package
 from kfdist.training.averaging import WeightAverage
 from kfdist.training.method import Damping, inverse_periods, plan_of
-from kfdist.training.optimizers import LearningRate, make_optimizer
+from kfdist.training.optimizers import LearningRate, check_optimizer, optimizer_of
 from kfdist.training.run_state import Materials, Standing, Training
 from kfdist.training.trackers.tracker import check_installed
 from kfdist.training.trial import try_own_data, try_own_task
@@ -169,8 +169,8 @@ def gather_materials(
     plan = plan_of(config, model, world_size=world_size, costs=costs)
     if tried:
         try_own_task(config, data, model, device)
-    optimizer = make_optimizer(config.optimizer, model.parameters())
-    return Materials(device=device, data=data, sampler=sampler, model=model, optimizer=optimizer, plan=plan)
+    check_optimizer(config.optimizer, model.parameters())
+    return Materials(device=device, data=data, sampler=sampler, model=model, plan=plan)
 
 
 def make_training(
@@ -255,6 +255,7 @@ def make_training(
         scaler=scaler,
         reducer=reducer,
         preconditioner=preconditioner,
+        optimizer=optimizer_of(config.optimizer, preconditioner),
         forward_state=forward_state,
         average=None if average_decay is None else WeightAverage(model, average_decay),
     )

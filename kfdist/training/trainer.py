@@ -17,7 +17,7 @@ from kfdist.runtime.settings import StepReport
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.evaluation import Evaluation, evaluate
 from kfdist.training.history import History
-from kfdist.training.optimizers import set_learning_rate
+from kfdist.training.optimizers import precondition, set_learning_rate
 from kfdist.training.progress import Progress, ProgressLine, shown
 from kfdist.training.reporting import MetricsLog
 from kfdist.training.run_state import Standing, Training, collect_state
@@ -123,7 +123,7 @@ class Trainer:
             measured += self._forward_and_backward(inputs, targets)
         training.reducer.reduce()
         training.scaler.unscale_(training.optimizer)
-        report = training.preconditioner.step()
+        report = precondition(training.preconditioner, training.optimizer)
         training.scaler.step(training.optimizer)
         training.scaler.update()
         if training.average is not None:

@@ -246,7 +246,8 @@ def test_groups_have_their_own_settings_and_schedulers_change_them():
 
 def test_frozen_and_tied_parameters_are_stepped_once_or_not_at_all():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    layers = [nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)]
+    model = nn.Sequential(*layers).double()
     model[2].weight = model[0].weight
     model[3].bias.requires_grad_(False)
     frozen = model[3].bias.detach().clone()

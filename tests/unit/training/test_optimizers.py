@@ -1,6 +1,7 @@
 """Optimizers by name and learning rates by step."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kfdist.config import OptimizerSection, PreconditionerSection
+import kfdist
+from kfdist.config import Config, OptimizerSection, PreconditionerSection, load_config
 from kfdist.data.sampler import Position, Sampler
 from kfdist.errors import ConfigError
+from kfdist.optim.graft import KEPT
 from kfdist.training.method import Damping, inverse_periods
-from kfdist.training.optimizers import LearningRate, make_optimizer, optimizers
+from kfdist.training.optimizers import LearningRate, check_optimizer, make_optimizer, optimizer_of, optimizers
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -137,3 +140,63 @@ def test_a_warm_up_goes_on_from_where_it_was_when_the_number_of_ranks_changes(
     rates = [rate(step) for step in range(steps, steps + 50)]
     assert rates == sorted(rates) and rates[-1] == 1.0
     assert all(b - a < 1.001 / (5 * new.steps_per_epoch) for a, b in pairwise(rates))
+
+
+# kfdist's own -------------------------------------------------------------------------------------------------------
+
+
+def own_optimizer(**changes: Any) -> kfdist.Optimizer:
+    section = OptimizerSection(**{"name": "kfdist", "lr": 0.5, "momentum": 0.7, "weight_decay": 0.25, **changes})
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    check_optimizer(section, model.parameters())
+    preconditioner = kfdist.Preconditioner(model, "kfac-eigen", kl_clip=None)
+    made = optimizer_of(section, preconditioner)
+    assert isinstance(made, kfdist.Optimizer) and made.preconditioner is preconditioner
+    made.close()
+    return made
+
+
+def test_kfdists_own_optimizer_is_made_of_the_section() -> None:
+    made = own_optimizer(decay_vectors=False)
+    assert made.graft == "adamw"
+    matrices, vectors = made.param_groups
+    assert (matrices["lr"], matrices["betas"], matrices["weight_decay"]) == (0.5, (0.7, 0.999), 0.25)
+    assert {p.dim() for p in vectors["params"]} == {1} and vectors["weight_decay"] == 0.0
+    made = own_optimizer(settings={"graft": "none", "betas": [0.5, 0.75], "eps": 1e-6})
+    (group,) = made.param_groups
+    assert (made.graft, list(group["betas"]), group["eps"]) == (None, [0.5, 0.75], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"graf": "sgd"}, r"optimizer\.settings\.graf: unknown key.*graft"),
+        ({"graft": "adam"}, r"optimizer\.settings\.graft: "),
+        ({"betas": [0.9, 1.0]}, r"optimizer\.settings\.betas\[1\]: "),
+        ({"betas": [0.9]}, r"optimizer\.settings\.betas: is \[0.9\]; two numbers"),
+    ],
+)
+def test_its_settings_are_checked_before_anything_is_made(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_optimizer(OptimizerSection(name="kfdist", settings=settings), [])
+
+
+def test_a_graft_has_no_clip_and_an_explicit_one_is_refused() -> None:
+    own = ["optimizer.name=kfdist"]
+    assert load_config(None, overrides=own, environment={}).preconditioner.kl_clip == 0.0
+    without = [*own, "optimizer.settings.graft=none"]
+    assert (
+        load_config(None, overrides=without, environment={}).preconditioner.kl_clip == Config().preconditioner.kl_clip
+    )
+    with pytest.raises(ConfigError, match=r"preconditioner\.kl_clip: is 0.01.*set it to 0, or optimizer"):
+        load_config(None, overrides=[*own, "preconditioner.kl_clip=0.01"], environment={})
+
+
+@pytest.mark.parametrize("graft", ["adamw", "sgd", "none"])
+def test_what_it_keeps_of_each_parameter_is_as_planned(graft: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    with kfdist.Optimizer(model, graft=None if graft == "none" else graft) as made:  # type: ignore[arg-type]
+        model(torch.ones(5, 3)).square().sum().backward()
+        made.step()
+        shapes = {p: sum(each.shape == p.shape for each in made.state[p].values()) for p in model.parameters()}
+    assert [shapes[p] for p in model.parameters()] == [KEPT[graft].of_blocks] * 2 + [KEPT[graft].of_others] * 2
