@@ -39,7 +39,7 @@ class Kept(NamedTuple):
     of_others: int
 
 
-KEPT: Mapping[str, Kept] = {"adamw": Kept(3, 2), "sgd": Kept(1, 1), "none": Kept(1, 2)}
+KEPT: Mapping[str, Kept] = {"adamw": Kept(2, 2), "sgd": Kept(1, 1), "none": Kept(1, 2)}
 """By graft."""
 
 
@@ -101,19 +101,15 @@ def step_by_adamw(members: Members) -> None:
 
 
 def adamw_updates(members: Members) -> list[Tensor]:
-    """Advances AdamW's moments by the gradients; returns m_hat / (sqrt(v_hat) + eps), what it would step along."""
-    beta1, beta2 = members.group["betas"]
-    gradients, steps = members.gradients, members.count()
-    first, second = members.kept("exp_avg"), members.kept("exp_avg_sq")
-    foreach_lerp_(first, gradients, 1 - beta1)
+    """Advances AdamW's second moment; returns V / (sqrt(v_hat) + eps), whose average is what AdamW steps along."""
+    beta2, gradients, steps = members.group["betas"][1], members.gradients, members.count()
+    second = members.kept("exp_avg_sq")
     foreach_mul_(second, beta2)
     foreach_addcmul_(second, gradients, gradients, 1 - beta2)
     root = foreach_sqrt(second)
     foreach_div_(root, [math.sqrt(1 - beta2**t) for t in steps])
     foreach_add_(root, members.group["eps"])
-    updates = foreach_div(first, root)
-    foreach_div_(updates, [1 - beta1**t for t in steps])
-    return list(updates)
+    return list(foreach_div(gradients, root))
 
 
 def grafted(directions: list[Tensor], gradients: list[Tensor], updates: list[Tensor]) -> tuple[list[Tensor], Tensor]:

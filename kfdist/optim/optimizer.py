@@ -40,11 +40,11 @@ class Optimizer(torch.optim.Optimizer):
         "sgd"     S = |V| U / |U|                 sum that fades by beta1         SGD with momentum
         None      S = U, clipped (`kl_clip`)      sum that fades by beta1         AdamW
 
-    and in each row theta <- (1 - lr weight_decay) theta - lr M for the momentum M of S. Here a is AdamW's own update,
-    m_hat / (sqrt(v_hat) + eps). So with a graft, as Anil et al. (arXiv 2002.09018) have it for Shampoo, a parameter's
-    step has the direction of the curvature and the length of the method whose learning rate and schedule were tuned
-    before. A direction that is zero, not finite or uphill (<U, V> <= 0) is replaced by the graft's update; the device
-    decides, nothing waits for it.
+    and in each row theta <- (1 - lr weight_decay) theta - lr M for the momentum M of S. Here a = V / (sqrt(v_hat) +
+    eps), whose average over time AdamW steps along, with the bias-corrected second moment v_hat. So with a graft, as
+    Anil et al. (arXiv 2002.09018) have it for Shampoo, a parameter's step has the direction of the curvature and the
+    length of the method whose learning rate and schedule were tuned before. A direction that is zero, not finite or
+    uphill (<U, V> <= 0) is replaced by a, or by V; the device decides, nothing waits for it.
 
     With several ranks all of them must make it, and step equally often, with DDP's or otherwise averaged gradients.
 
@@ -52,7 +52,7 @@ class Optimizer(torch.optim.Optimizer):
         model: The model, on its device, also wrapped by DDP or torch.compile; or a Preconditioner of it, with no
             learning rate and, under a graft, no KL clip, which this optimizer closes with itself.
         lr: Learning rate: the graft's.
-        betas: Decay of momentum and of AdamW's first moment, and decay of its second moment.
+        betas: Decay of momentum, which is AdamW's first moment too, and decay of AdamW's second moment.
         eps: Added to the root of AdamW's second moment.
         weight_decay: Decoupled from the gradient, for all parameters.
         params: The model's parameters if None; else parameters, or groups with their own lr, betas, eps and
