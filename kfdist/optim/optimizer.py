@@ -100,7 +100,6 @@ class Optimizer(torch.optim.Optimizer):
         self._blocked: set[nn.Parameter] = set()
         self._replaced: Tensor | int = 0
         self._solved = False
-        self._saved: Mapping[str, Any] | None = None
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -137,9 +136,6 @@ class Optimizer(torch.optim.Optimizer):
         For loops that want its report, or that have a GradScaler skip `step` on overflow while the statistics' schedule
         goes on. To be called before each step, or before none.
         """
-        if self._saved is not None:
-            self.preconditioner.load_state_dict(self._saved)
-            self._saved = None
         self._directions = {}
         report = self._solve(self._directions)
         blocks = (block for group in self.preconditioner.groups for block in group.blocks)
@@ -217,18 +213,17 @@ class Optimizer(torch.optim.Optimizer):
         It refers to tensors in use, as torch's does: save or copy it before the next step. Of several ranks each saves
         its own; or rank 0's is for all after `preconditioner.fold()`, which all ranks call.
         """
-        saved = self.preconditioner.state_dict() if self._saved is None else self._saved
-        return {**super().state_dict(), "preconditioner": saved}
+        return {**super().state_dict(), "preconditioner": self.preconditioner.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from a saved state, bit for bit. To be called before the first step, on all ranks.
+        """Goes on from a saved state, bit for bit. To be called before the first forward, on all ranks, once.
 
         One without a Preconditioner's part, as torch.optim.AdamW's, brings moments and settings alone.
 
         Raises:
             CheckpointError: It is of another model, or the Preconditioner's part is of another method or number of
                 ranks.
-            KfdistError: A step was made.
+            KfdistError: A step was made, or a state loaded before.
         """
         saved = state_dict.get("preconditioner")
         if saved is not None:
@@ -238,9 +233,9 @@ class Optimizer(torch.optim.Optimizer):
         for state in self.state.values():
             if "step" in state:  # whatever device the file was read to: reading it must not wait for one
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
-        if saved is not None:
-            # Only before the first step: what is under way is shipped when it is restored, and Accelerate loads twice.
-            self._saved = saved
+        # Accelerate loads what a new optimizer has into itself; a Preconditioner takes a state once, and not this one.
+        if saved is not None and (saved["step"], saved["statistics_step"]) != (0, -1):
+            self.preconditioner.load_state_dict(saved)
 
     def _check_shapes(self, state_dict: Mapping[str, Any]) -> None:
         sizes = [len(group["params"]) for group in self.param_groups]
