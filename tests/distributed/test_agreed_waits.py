@@ -14,9 +14,9 @@ from kfdist.errors import Interrupted
 from kfdist.policies.staleness import Asap, FixedLag
 from kfdist.types import Desired, RunSettings
 from tests.support.adoption_runs import Record, TrainingRank, check_invariants
-from tests.support.waits import eventually
 from tests.support.faults import Faults
 from tests.support.ranks import run_ranks
+from tests.support.waits import eventually
 
 STUCK = 8
 """The first version that no owner delivers in the tests of waits."""
