@@ -1,9 +1,11 @@
 """MLflow: one run of it for a run of ours, however often that is resumed."""
 
+import getpass
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ class MlflowTracker(Tracker):
         self._name = name
         self._client: Any = None
         self._id = ""
+        self._begun = int(time.time() * 1000)  # numbers come later, and MLflow's import takes seconds
         self._reference: dict[str, Any] = {}
         self._known: Mapping[str, int] = {}
 
@@ -60,10 +63,22 @@ class MlflowTracker(Tracker):
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or self._name
         known = self._client.get_experiment_by_name(experiment)
         where = known.experiment_id if known is not None else self._client.create_experiment(experiment)
-        self._id = self._client.create_run(where, run_name=self._name).info.run_id
+        run = self._client.create_run(where, start_time=self._begun, run_name=self._name, tags=self._tags())
+        self._id = run.info.run_id
         self._reference = {"tracking_uri": place, "run_id": self._id, "last_steps": {}}
         self._write_reference()
         self._log_settings(config)
+
+    def _tags(self) -> dict[str, str]:
+        """Returns what MLflow shows of where a run comes from."""
+        tags = {
+            "mlflow.source.name": "kfdist",
+            "mlflow.source.type": "LOCAL",
+            "kfdist.directory": str(self._directory.absolute()),
+        }
+        with suppress(KeyError, OSError):  # a container's user may have no name
+            tags["mlflow.user"] = getpass.getuser()
+        return tags
 
     def _former(self, place: str) -> str:
         """Returns the id of the run that an earlier start made there; empty if there is none, or none any more."""

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_a_tracker_gets_all_that_has_come_while_it_was_busy_at_once() -> None:
             ready.wait()
 
         def log(self, numbers: Sequence[Numbers]) -> None:
-            self.calls.append([step for step, _ in numbers])
+            self.calls.append(tuple(step for step, _ in numbers))
 
     ready, slow = threading.Event(), Slow()
     told = TrackerFeed({"it": slow}, {"run.name": "digits"}, 0)
@@ -211,7 +212,7 @@ def test_mlflow_has_a_resumed_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path
         monkeypatch.setenv(name, "true")
     from mlflow.tracking import MlflowClient
 
-    go = partial(record, tmp_path / "run", 'run.trackers=["mlflow"]')
+    go, begun = partial(record, tmp_path / "run", 'run.trackers=["mlflow"]'), time.time() - 0.001  # it has milliseconds
     run = go("run.steps=6")
     client = MlflowClient(tracking_uri=(run / "mlruns").as_uri())
     experiment = client.get_experiment_by_name("digits")
@@ -221,6 +222,9 @@ def test_mlflow_has_a_resumed_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path
     [found] = client.search_runs([experiment.experiment_id])
     assert (found.info.run_name, found.info.status) == ("digits", "FINISHED")
     assert found.data.params["preconditioner.method"] == "rs-kfac"
+    assert found.data.tags["mlflow.source.name"] == "kfdist"
+    assert found.data.tags["kfdist.directory"] == str(run)
+    assert begun <= found.info.start_time / 1000 <= steps_of(run)[0]["time"]
     losses = [(metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, "loss")]
     assert losses == [(line["step"], line["loss"]) for line in steps_of(run)]
     # As if killed at step 12, with the checkpoint of step 6 as the newest.
