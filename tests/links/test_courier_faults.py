@@ -58,8 +58,9 @@ def test_a_courier_in_the_middle_of_jobs(controller, owners, start_link, number,
 
 
 def test_the_next_courier_says_where_a_rank_stands_that_tells_nothing_new(controller, start_link):
-    link = start_link(controller.address, as_told=replace(context(), run="paused"))
     with controller.client() as client:
+        client.create("paused")
+        link = start_link(controller.address, as_told=replace(context(), run="paused"))
         link.report(InForce(values={"damping": 0.5}))
         link.beat(41, "paused", [])
         eventually(lambda: client.get("paused"), lambda run: run.state is RunState.PAUSED)
