@@ -10,9 +10,10 @@ from kfdist.control.series import RunSeries, Sender
 from kfdist.errors import EnvironmentFault
 from kfdist.telemetry.metrics import METRICS, Kind
 from kfdist.types import MetricSample
-from tests.support.controller import ControllerThread, Member, address_of_its_own, eventually, sample, values
+from tests.support.controller import ControllerThread, Member, address_of_its_own, sample, values
 from tests.support.killed_controllers import KilledController
 from tests.support.prometheus import Prometheus, needs_prometheus
+from tests.support.waits import eventually
 
 COUNTERS = [metric.name for metric in METRICS.values() if metric.kind is Kind.COUNTER and metric.by_run]
 CRASHES = 'kfdist_failures_total{reason="crash",run="digits"}'
