@@ -301,9 +301,10 @@ def test_zero_rows_that_were_not_there_at_first_are_told_as_examples_fitted_exac
     model, x = nn.Linear(Q, 3), torch.randn(6, Q)
     with preconditioner(model, "kfac") as pre, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for scale in (1.0, 1.0, 1e6):  # logits far apart: the softmax is 0 or 1
+        for scale in (1.0, 1.0, 1e6):  # logits far apart at last: the softmax is 0 or 1
             model.zero_grad()
-            logits = scale * model(x)
+            model.weight.data.mul_(scale)
+            logits = model(x)
             labels = logits.argmax(1)
             labels[4:] = (labels[4:] + 1) % 3  # two examples of six aren't fitted
             nn.functional.cross_entropy(logits, labels).backward()
