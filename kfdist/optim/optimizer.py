@@ -12,6 +12,7 @@ from kfdist import checks
 from kfdist.curvature.auto import AUTO
 from kfdist.curvature.by_width import ByWidth
 from kfdist.errors import CheckpointError, ConfigError, KfdistError
+from kfdist.optim.curvature_options import Curvature
 from kfdist.optim.graft import (
     Graft,
     Members,
@@ -21,7 +22,6 @@ from kfdist.optim.graft import (
     move_by_momentum,
     step_by_adamw,
 )
-from kfdist.optim.options import Curvature
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.settings import StepReport
 

@@ -1,5 +1,6 @@
 """`kfdist.Optimizer` over ranks: the serial steps, equal parameters on all ranks, and states that go on."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def first_part(communicator: Communicator) -> dict[str, Any]:
 
 
 def second_part(communicator: Communicator, saved: dict[str, Any]) -> list[torch.Tensor]:
+    saved = copy.deepcopy(saved)  # tensors that are handed to several processes are one in all of them
     net = small_model()
     net.load_state_dict(saved["model"])
     model = DistributedDataParallel(net)

@@ -13,7 +13,7 @@ from torch import nn
 import kfdist
 from kfdist.curvature.by_width import FIRST_ORDER, ByWidth
 from kfdist.errors import CheckpointError, ConfigError, KfdistError, KfdistWarning
-from kfdist.optim.options import Curvature
+from kfdist.optim.curvature_options import Curvature
 from tests.support.optimizing import backward, optimizer_of, small_model, train
 
 
