@@ -50,6 +50,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "kfac-eigen": ("kfac-eigen", {}),
     "kfac-tridiagonal": ("kfac-tridiagonal", {"assume_chain": True}),
     "ekfac": ("ekfac", {}),
+    "ekfac-adam": ("ekfac-adam", {}),
     "rs-kfac": ("rs-kfac", {"rank": LARGE_RANK}),
     "sre-kfac": ("sre-kfac", {"rank": LARGE_RANK}),
     "b-kfac": ("b-kfac", BRAND),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kfdist.curvature.inverters import BRKfac as BRKfac
     from kfdist.curvature.inverters import CgFac as CgFac
     from kfdist.curvature.inverters import Ekfac as Ekfac
+    from kfdist.curvature.inverters import EkfacAdam as EkfacAdam
     from kfdist.curvature.inverters import Eva as Eva
     from kfdist.curvature.inverters import Kfac as Kfac
     from kfdist.curvature.inverters import KfacEigen as KfacEigen
@@ -39,8 +40,8 @@ __version__ = "0.1.0"
 _NAMES = {
     "kfdist.capture.requests": "Sampling",
     "kfdist.curvature.auto": "Auto",
-    "kfdist.curvature.inverters": "BKfac BKfacC BRKfac CgFac Ekfac Eva Kfac KfacEigen KfacTridiagonal "
-    "RsKfac Seng SreKfac TwoLevel",
+    "kfdist.curvature.inverters": "BKfac BKfacC BRKfac CgFac Ekfac EkfacAdam Eva Kfac KfacEigen "
+    "KfacTridiagonal RsKfac Seng SreKfac TwoLevel",
     "kfdist.errors": "KfdistError KfdistWarning",
     "kfdist.optim.adaptive": "AdaptiveStep",
     "kfdist.optim.adaptive_settings": "AdaptiveReport AdaptiveSettings",

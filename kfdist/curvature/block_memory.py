@@ -38,6 +38,8 @@ class BlockMemory:
         measured: Whether any rank ever had statistics of it, a boolean scalar; None unless ranks invert it themselves.
         counts: Directions that `apply` replaced, by reason: integer scalars, which telemetry sums over the blocks.
         first_use: <U, V> at the first step on which the inverse in use met a gradient, a scalar; None before it.
+        learns: Whether the gradient that meets the inverse next is a step's own, from which methods with moments learn;
+            a boolean scalar where only the device knows whether the step will be skipped.
         steady: Whether the damping stays as it is from step to step, so that preparing for it may take time.
         prepared: What was worked out of the inverse in use.
     """
@@ -46,6 +48,7 @@ class BlockMemory:
     measured: Tensor | None = None
     counts: dict[str, Tensor] = field(default_factory=dict)
     first_use: Tensor | None = None
+    learns: Tensor | bool = False
     steady: bool = False
     prepared: Prepared | None = field(default=None, repr=False, compare=False)
 

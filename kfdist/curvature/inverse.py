@@ -55,6 +55,8 @@ class AbstractPreconditioner(ABC):
         damping_at_apply: Whether `apply` obeys its `damping`; otherwise damping was fixed at the inversion.
         calibrated: Whether the ranks measure part of it themselves while it is in use (see `calibration_sums`).
         keeps_memory: Whether what a block's memory keeps outlives the snapshot; otherwise a newer one starts afresh.
+        normalised: Whether directions have the size of Adam's, about 1 for each entry in some basis, momentum included:
+            nothing clips them, grafts onto them or averages them again, and a learning rate is AdamW's.
 
     The traces give `fallback` its scale. A method that knows only the trace of the whole block puts that into `trace_A`
     and 1 into `trace_G`.
@@ -63,6 +65,7 @@ class AbstractPreconditioner(ABC):
     damping_at_apply: ClassVar[bool]
     calibrated: ClassVar[bool] = False
     keeps_memory: ClassVar[bool] = False
+    normalised: ClassVar[bool] = False
 
     trace_A: Tensor
     trace_G: Tensor
@@ -103,6 +106,10 @@ class AbstractPreconditioner(ABC):
         Returns:
             A tensor of its own, or one that lacks a factor.
         """
+
+    def take_over(self, before: "AbstractPreconditioner", memory: BlockMemory) -> None:
+        """Makes what the memory keeps fit this inverse, which comes into use after `before`; where `keeps_memory`."""
+        del before, memory
 
     def receive(self, direction: Float[Tensor, "c p q"], memory: BlockMemory) -> None:
         """Keeps of an exchanged direction what must be equal on all ranks; called on each, the solver included.

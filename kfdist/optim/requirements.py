@@ -18,8 +18,8 @@ def check_arguments(
 
     Raises:
         ConfigError: A value is out of range; or the preconditioner clips or scales the gradients, adopts inverses
-            when they happen to arrive, has an optimizer attached, or uses a method whose damping isn't the lambda of
-            F + lambda I or, though gamma is searched for, is fixed at the inversion.
+            when they happen to arrive, has an optimizer attached, or uses a method that has no damping, or whose
+            damping isn't the lambda of F + lambda I or, though gamma is searched for, is fixed at the inversion.
     """
     if loss is not None:
         checks.choice("loss", loss, LOSSES, hint="or None where the closure calls observe itself")
@@ -45,6 +45,12 @@ def check_arguments(
         raise ConfigError(
             "the preconditioner has a grad_scaler; AdaptiveStep does its own backward without scaling: leave it out, "
             "and use bfloat16 if a smaller dtype is wanted"
+        )
+    normalised = [group.name for group in preconditioner.groups if group.inverter.produces.normalised]
+    if normalised:
+        raise ConfigError(
+            f"blocks {', '.join(map(repr, normalised))} have a method whose directions have Adam's size; AdaptiveStep "
+            "needs (F + lambda I)^-1 of the gradient: use kfac-eigen or ekfac"
         )
     fixed = {
         group.inverter.name: group.name

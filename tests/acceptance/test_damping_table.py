@@ -22,6 +22,7 @@ from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.curvature.inverters.ekfac import EkfacBasis
 from kfdist.curvature.references import damping_shares, weighted_fisher
 from kfdist.curvature.statistics import MeanVectors
+from kfdist.linalg.psd import trace
 from tests.acceptance.problems import Problem, wide
 from tests.acceptance.ways import Directions, applied, calibrated, inverted
 from tests.support.matrices import relative_error
@@ -77,6 +78,15 @@ def measured(problem: Problem) -> Directions:
     return found
 
 
+def mean_eigenvalue(problem: Problem) -> Directions:
+    """tau V, tau = tr(A) tr(G)/(p q)."""
+    found = {}
+    for name, V in problem.gradients.items():
+        A, G = problem.factors[name].A, problem.factors[name].G
+        found[name] = trace(A)[:, None, None] * trace(G)[:, None, None] / V[0].numel() * V
+    return found
+
+
 def between(problem: Problem) -> Directions:
     """pi G V + V A/pi."""
     found = {}
@@ -125,6 +135,7 @@ TABLE = [
         why="as kfac; what neighbours add, Psi_A (x) Psi_G, goes down as 1/lambda",
     ),
     Row(method="ekfac", rate=JOINT, error=measured, why="damps the measured scales"),
+    Row(method="ekfac-adam", rate=JOINT, error=mean_eigenvalue, why="before its first step, as V/(lambda + tau)"),
     Row(method="rs-kfac", rate=FACTORED, error=between, why="pi by default, as kfac"),
     Row(method="rs-kfac", rate=JOINT, error=product, why="damps products of eigenvalues", settings=COMMON),
     Row(method="rs-kfac", rate=FACTORED, error=None, why="also truncated", settings=CUT),

@@ -27,6 +27,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac-tridiagonal": ("kfac-tridiagonal", {}),
     "two-level": ("two-level", {}),
     "ekfac": ("ekfac", {}),
+    "ekfac-adam": ("ekfac-adam", {}),
     "rs-kfac": ("rs-kfac", {"rank": 6, "oversampling": 3}),
     "sre-kfac": ("sre-kfac", {"rank": 6, "oversampling": 3}),
     "b-kfac": ("b-kfac", ROOM),

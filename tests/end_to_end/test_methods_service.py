@@ -57,6 +57,7 @@ CASES: Mapping[str, Case] = {
     "kfac-eigen": Case(own=DAMPED),
     "kfac-tridiagonal": Case(model=CHAIN),
     "ekfac": Case(own=("settings.examples=64", *DAMPED)),
+    "ekfac-adam": Case(),
     "rs-kfac": Case(own=("settings.rank=32",)),
     "sre-kfac": Case(own=("settings.rank=32",)),
     "b-kfac": Case(own=BRAND, covered="Brand on A"),

@@ -257,6 +257,8 @@ CASES = [
     ),
     # What the ranks measure is tested in tests/unit/curvature/inverters/test_ekfac.py; before that, it scales.
     InverterCase(name="ekfac", reference=scaled),
+    # The same of what it learns, in test_ekfac_adam.py.
+    InverterCase(name="ekfac-adam", reference=scaled),
     InverterCase(
         name="cg-fac",
         settings=CONVERGED,

@@ -14,6 +14,7 @@ from kfdist.curvature.inverter import AbstractInverter
 from kfdist.curvature.inverters.b_kfac import BKfac, BKfacC, BRKfac
 from kfdist.curvature.inverters.cg_fac import CgFac, ConjugateGradient
 from kfdist.curvature.inverters.ekfac import Ekfac, EkfacBasis
+from kfdist.curvature.inverters.ekfac_adam import AdamBasis, EkfacAdam
 from kfdist.curvature.inverters.eva import Eva, EvaPreconditioner
 from kfdist.curvature.inverters.kfac import Kfac, KfacEigen
 from kfdist.curvature.inverters.kfac_diagonal import DiagonalInverse, KfacDiagonal
@@ -30,6 +31,7 @@ INVERTERS: Mapping[str, type[AbstractInverter]] = {
     "kfac-eigen": KfacEigen,
     "kfac-tridiagonal": KfacTridiagonal,
     "ekfac": Ekfac,
+    "ekfac-adam": EkfacAdam,
     "rs-kfac": RsKfac,
     "sre-kfac": SreKfac,
     "b-kfac": BKfac,
@@ -54,6 +56,7 @@ PRECONDITIONERS: Mapping[str, type[AbstractPreconditioner]] = {
     "diagonal-inverse": DiagonalInverse,
     "conjugate-gradient": ConjugateGradient,
     "ekfac-basis": EkfacBasis,
+    "adam-basis": AdamBasis,
     "eva": EvaPreconditioner,
     "seng-explicit": SengExplicit,
     "seng-implicit": SengImplicit,

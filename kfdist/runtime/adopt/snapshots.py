@@ -121,11 +121,13 @@ class SnapshotInstaller:
 
 def _use(track: Track, snapshot: Snapshot) -> None:
     """Puts a snapshot in the place of the last one, with fresh memories unless the method keeps them."""
-    track.snapshot = snapshot
+    before, track.snapshot = track.snapshot.preconditioners, snapshot
     for name, preconditioner in snapshot.preconditioners.items():
         track.memories[name].first_use = None
         if not preconditioner.keeps_memory:
             track.memories[name].kept = {}
+        elif name in before:
+            preconditioner.take_over(before[name], track.memories[name])
     calibrated = any(preconditioner.calibrated for preconditioner in snapshot.preconditioners.values())
     track.calibrations = 0 if calibrated else None
 

@@ -36,6 +36,7 @@ class Applying:
         batches: Mapping[BlockName, BatchStatistics],
         learning_rate: Callable[[nn.Parameter], float],
         into: dict[nn.Parameter, Tensor] | None,
+        step_is_finite: Tensor | None,
     ) -> None:
         """Replaces the gradients in `.grad` by clipped directions; or puts these elsewhere.
 
@@ -44,6 +45,7 @@ class Applying:
             batches: This rank's batch, for inverses that are multiplied onto rows.
             learning_rate: The learning rate of a parameter, for the KL clip.
             into: Where the directions go, by parameter, in the place of `.grad`.
+            step_is_finite: Boolean scalar; where false the gradients are nothing to learn from. None: true.
         """
         damping = self.in_force.damping(step)
         applications = self._applications(step, damping, batches)
@@ -51,6 +53,7 @@ class Applying:
         for each in applications:
             for memory in each.memories:
                 memory.steady = steady and each.damping == damping
+                memory.learns = True if step_is_finite is None else step_is_finite
         factor = precondition_gradients(
             applications,
             kl_clip=self.in_force.settings.kl_clip,
@@ -64,7 +67,7 @@ class Applying:
     def directions(self, step: int, damping: float) -> dict[nn.Parameter, Tensor]:
         """Returns (F + damping I)^-1 grad by parameter, from the snapshots in use; nothing is written or kept."""
         applications = [
-            replace(each, memories=[replace(memory.copy(), steady=False) for memory in each.memories])
+            replace(each, memories=[replace(memory.copy(), steady=False, learns=False) for memory in each.memories])
             for each in self._applications(step, damping, {})
         ]
         found: dict[nn.Parameter, Tensor] = {}
@@ -101,7 +104,8 @@ class Applying:
             preconditioners=[inverses[block.name] for block in group.blocks],
             memories=[track.memories[block.name] for block in group.blocks],
             damping=damping * decision.damping_factor,
-            fallback=decision.fallback,
+            # What is normalised has its size from the newest gradients, however old its basis.
+            fallback=decision.fallback and not any(each.normalised for each in inverses.values()),
             solver=group.courier_rank,
             rows=batches.get(first) if group.needs[first].applied_rows else None,
         )

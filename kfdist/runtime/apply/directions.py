@@ -79,6 +79,7 @@ class Solved(NamedTuple):
         scale: `[c]` or `[1]`; None for 1.
         measured: Which of the c matrices were ever measured, `[c]` or `[1]`; None for all.
         memory: The block's.
+        normalised: Whether nothing clips it.
         product: <X, V> where `uniform`, else <U, V> of what was measured; `[1]`. None where nobody asked.
     """
 
@@ -87,6 +88,7 @@ class Solved(NamedTuple):
     scale: Tensor | None
     measured: Tensor | None
     memory: BlockMemory
+    normalised: bool
     product: Tensor | None
 
     @property
@@ -177,15 +179,16 @@ def _solved(
     """Joins what belongs to each block that has a gradient; V, without a host sync, where nothing was measured."""
     blocks, memories = application.blocks, application.memories
     found: list[Solved] = []
-    for block, V, (X, scale), measured, memory in zip(
-        blocks, gradients, directions, application.measured(), memories, strict=True
+    normalised = [inverse.normalised for inverse in application.preconditioners]
+    for block, V, (X, scale), measured, memory, sized in zip(
+        blocks, gradients, directions, application.measured(), memories, normalised, strict=True
     ):
         if not _takes_part(block):
             continue
         if measured is not None:
             X = torch.where(measured.view(-1, 1, 1), X, V)
             scale = None if scale is None else torch.where(measured, scale, 1.0)
-        one = Solved(block, X, scale, measured, memory, None)
+        one = Solved(block, X, scale, measured, memory, sized, None)
         found.append(one.multiplied(V) if multiplied else one)
     return found
 
@@ -208,7 +211,8 @@ def precondition_gradients(
     older inverse does: a gradient that has left the directions in which curvature was measured meets lambda alone, and
     the prediction no longer bounds anything (docs/decisions/0017).
 
-    What was never measured (`Application.measured`) keeps V and isn't in the sum.
+    What was never measured (`Application.measured`) keeps V and isn't in the sum; normalised directions aren't either,
+    and keep their size.
 
     Args:
         applications: The groups that have a gradient and a snapshot.
@@ -223,23 +227,25 @@ def precondition_gradients(
     if not applications:
         return None
     found = solve(applications, communicator, multiplied=kl_clip is not None)
-    if kl_clip is None or not found:
-        for each in found:
+    clipped = [each for each in found if kl_clip is not None and not each.normalised]
+    for each in found:
+        if kl_clip is None or each.normalised:
             each.write(None, into)
+    if kl_clip is None or not clipped:
         return None
     # What there is one number a block of is computed for all of them together: on a GPU each operation is a launch.
-    scales, measured = _uniform_scales(found), _uniformly_measured(found)
-    products = torch.cat([each.product for each in found if each.product is not None])  # they all have one
+    scales, measured = _uniform_scales(clipped), _uniformly_measured(clipped)
+    products = torch.cat([each.product for each in clipped if each.product is not None])  # they all have one
     products = products if scales is None else products * scales
     products = products if measured is None else torch.where(measured, products, 0.0)
-    shares = _shares(products, [each.memory for each in found])
-    rates = [learning_rate(each.block.parameters()[0]) for each in found]
+    shares = _shares(products, [each.memory for each in clipped])
+    rates = [learning_rate(each.block.parameters()[0]) for each in clipped]
     total = _weighted_sum(rates, shares.square() * products)
     factor = torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
     factors = shares * factor
     factors = factors if scales is None else factors * scales
     factors = factors if measured is None else torch.where(measured, factors, 1.0)
-    for each, scale in zip(found, factors.split(1), strict=True):
+    for each, scale in zip(clipped, factors.split(1), strict=True):
         if each.uniform:
             each.write_scaled(scale, into)
         else:

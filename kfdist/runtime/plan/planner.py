@@ -30,7 +30,7 @@ from kfdist.curvature.jobs import job_bytes
 from kfdist.errors import ConfigError
 from kfdist.policies.assignment import courier_ranks
 from kfdist.runtime.plan.capacity import need_of
-from kfdist.runtime.plan.coverage import NO_METHOD, SKIPPED, UNMATCHED, Coverage, coverage_of
+from kfdist.runtime.plan.coverage import NO_METHOD, SKIPPED, UNMATCHED, WITHOUT_MOMENTS, Coverage, coverage_of
 from kfdist.runtime.plan.groups import BlockGroup, check_fisher, refuse_applied_rows
 from kfdist.runtime.plan.layers import SHARDED, bare_model, device_of, is_compiled, named_layers
 from kfdist.runtime.settings import Settings
@@ -349,10 +349,10 @@ def _choose(
         if isinstance(found, str):
             return found
         inverter, reason = found
-    if isinstance(block, UnitBlock):
-        return _Chosen(block, UnitWise(), pattern, "")
-    if isinstance(block, EmbeddingBlock):
-        return _Chosen(block, KfacDiagonal(), pattern, "")
+    if isinstance(block, UnitBlock | EmbeddingBlock):
+        if isinstance(inverter, AbstractInverter) and inverter.produces.normalised:
+            return WITHOUT_MOMENTS
+        return _Chosen(block, UnitWise() if isinstance(block, UnitBlock) else KfacDiagonal(), pattern, "")
     if isinstance(inverter, Auto):
         if costs is None:
             raise ConfigError('"auto" needs to know what inversions cost; give `costs` (kfdist.curvature.auto)')

@@ -44,7 +44,7 @@ def dense_directions(model: Net, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {"weight": norm[:, 0], "bias": norm[:, 1], "gamma": scale.mean(0) / (scale.square().mean(0) + DAMPING)}
 
 
-@pytest.mark.parametrize("method", [*INVERTERS, "auto"])
+@pytest.mark.parametrize("method", [*(name for name in INVERTERS if name != "ekfac-adam"), "auto"])
 def test_units_are_preconditioned_exactly_beside_every_method(method: str):
     model, x, y = made()
     expected = dense_directions(model, x, y)

@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kfac": {},
     "kfac-eigen": {},
     "ekfac": {"examples": EXAMPLES},
+    "ekfac-adam": {},
     "rs-kfac": LOW,
     "sre-kfac": LOW,
     "b-kfac": LOW | {"increment_rows": ROWS},

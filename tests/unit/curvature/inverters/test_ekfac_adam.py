@@ -1,0 +1,126 @@
+"""Adam in K-FAC's eigenbasis, against its formula with the first moment kept in the parameters' own coordinates."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.inverters.ekfac_adam import AdamBasis
+from kfdist.errors import ConfigError
+from tests.support.inversions import invert_with_ladder
+from tests.support.matrices import GOOD, C, P, Q, gaussian, make_factors, relative_error
+
+DAMPING = 1e-2
+BETA1, BETA2, EPS = 0.8, 0.9, 1e-3
+SPECTRA = list(GOOD)
+GRADIENTS = [gaussian(C, P, Q, seed=seed) for seed in range(6)]
+
+
+def basis_of(spectrum: str = SPECTRA[0], **settings: float) -> AdamBasis:
+    inverter = make_inverter("ekfac-adam", **{"beta1": BETA1, "beta2": BETA2, "eps": EPS, **settings})
+    factors = make_factors(spectrum, torch.float64)
+    found = invert_with_ladder(inverter, factors, damping=DAMPING, previous={}, seed=0).preconditioner
+    assert isinstance(found, AdamBasis)
+    return found
+
+
+def plain_steps(bases: Sequence[AdamBasis], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The directions of each step by the formula, the average as a sum over all gradients in their own coordinates."""
+    directions, v = [], torch.zeros(())
+    for t, (basis, gradient) in enumerate(zip(bases, gradients, strict=True), start=1):
+        U_G, U_A = basis.Q_G, basis.Q_A
+        past = sum((BETA1 ** (t - 1 - k) * (1 - BETA1) * gradients[k - 1] for k in range(1, t)), torch.zeros(()))
+        if t > 1 and basis is not bases[t - 2]:
+            mean = U_G.mT @ past @ U_A / (1 - BETA1 ** (t - 1))
+            v = torch.maximum(v, mean**2 * (1 - BETA2 ** (t - 1)))
+        average = BETA1 * past + (1 - BETA1) * gradient
+        ahead = (BETA1 * average + (1 - BETA1) * gradient) / (1 - BETA1 ** (t + 1))
+        v = BETA2 * v + (1 - BETA2) * (U_G.mT @ gradient @ U_A) ** 2
+        root = (v / (1 - BETA2**t)) ** 0.5
+        directions.append(U_G @ ((U_G.mT @ ahead @ U_A) / (root + EPS)) @ U_A.mT)
+    return directions
+
+
+def test_steps_equal_the_formula_across_a_change_of_basis() -> None:
+    first, second = basis_of(SPECTRA[0]), basis_of(SPECTRA[1])
+    bases = [first] * 3 + [second] * 3
+    memory, found = BlockMemory(learns=True), []
+    for step, (basis, gradient) in enumerate(zip(bases, GRADIENTS, strict=True)):
+        if step == 3:
+            basis.take_over(first, memory)
+        found.append(basis.apply(gradient, DAMPING, memory))
+    for ours, expected in zip(found, plain_steps(bases, GRADIENTS), strict=True):
+        assert relative_error(ours, expected) < 1e-12
+
+
+def test_a_step_in_a_new_basis_stays_short_where_eigenvectors_changed_places() -> None:
+    """A coordinate in which nothing was seen may take the place of one with a large average."""
+    basis = basis_of(eps=1e-30)
+    order = torch.arange(Q).roll(1)
+    other = replace(basis, Q_A=basis.Q_A[..., order])
+    V = torch.zeros(C, P, Q, dtype=torch.float64)
+    V[..., 0] = 1.0  # all in the first coordinate, which is the second of the other basis
+    memory = BlockMemory(learns=True)
+    for size in (1.0, 2.0, 1.0):
+        basis.apply(size * basis.matrix(V), DAMPING, memory)
+    other.take_over(basis, memory)
+    step = other.coordinates(other.apply(basis.matrix(1e-6 * V), DAMPING, memory))
+    assert 0.1 < float(step.abs().max()) < 1.5
+
+
+def test_a_first_step_that_is_skipped_leaves_directions_finite() -> None:
+    basis, memory = basis_of(), BlockMemory(learns=torch.tensor(False))
+    basis.apply(torch.full_like(GRADIENTS[0], torch.inf), DAMPING, memory)
+    basis.take_over(basis, memory)
+    memory.learns = True
+    assert bool(basis.apply(GRADIENTS[0], DAMPING, memory).isfinite().all())
+
+
+def test_first_step_is_the_sign_of_each_coordinate() -> None:
+    basis = basis_of(eps=1e-30)
+    U = basis.apply(GRADIENTS[0], DAMPING, BlockMemory(learns=True))
+    sign = (basis.Q_G.mT @ GRADIENTS[0] @ basis.Q_A).sign()
+    assert relative_error(basis.Q_G.mT @ U @ basis.Q_A, sign) < 1e-10
+
+
+def test_a_skipped_step_changes_nothing() -> None:
+    basis, memory, other = basis_of(), BlockMemory(learns=True), BlockMemory(learns=True)
+    for each in (memory, other):
+        basis.apply(GRADIENTS[0], DAMPING, each)
+    memory.learns = torch.tensor(False)
+    basis.apply(torch.full_like(GRADIENTS[1], torch.nan), DAMPING, memory)
+    assert memory.kept.keys() == other.kept.keys()
+    assert all(torch.equal(memory.kept[name], other.kept[name]) for name in memory.kept)
+    for each, learns in ((memory, torch.tensor(True)), (other, True)):
+        each.learns = learns
+    assert torch.equal(*(basis.apply(GRADIENTS[2], DAMPING, each) for each in (memory, other)))
+
+
+def test_a_direction_outside_a_step_is_linear_and_changes_nothing() -> None:
+    basis, memory = basis_of(), BlockMemory(learns=True)
+    basis.apply(GRADIENTS[0], DAMPING, memory)
+    memory.learns = False
+    before = {name: tensor.clone() for name, tensor in memory.kept.items()}
+    one, other, both = (basis.apply(V, DAMPING, memory) for V in (*GRADIENTS[:2], GRADIENTS[0] + GRADIENTS[1]))
+    assert relative_error(one + other, both) < 1e-12
+    assert all(torch.equal(memory.kept[name], before[name]) for name in before)
+
+
+def test_goes_on_from_a_checkpoint() -> None:
+    basis, memory = basis_of(), BlockMemory(learns=True)
+    for gradient in GRADIENTS[:3]:
+        basis.apply(gradient, DAMPING, memory)
+    resumed = BlockMemory.of_state(memory.state_dict(), torch.device("cpu"))
+    resumed.learns = True
+    for gradient in GRADIENTS[3:]:
+        assert torch.equal(*(basis.apply(gradient, DAMPING, each) for each in (memory, resumed)))
+
+
+@pytest.mark.parametrize("settings", [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}])
+def test_settings_out_of_range(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        make_inverter("ekfac-adam", **settings)
