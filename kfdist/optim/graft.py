@@ -147,6 +147,12 @@ def move_by_average(members: Members, steps: list[Tensor]) -> None:
     foreach_add_(members.parameters, foreach_mul(average, [-lr / (1 - beta1**t) for t in counts]))
 
 
+def move_along(members: Members, steps: list[Tensor]) -> None:
+    """Moves parameters along steps that have their momentum and size already, after the decay."""
+    _decay(members)
+    torch._foreach_add_(members.parameters, steps, alpha=-members.group["lr"])
+
+
 def move_by_momentum(members: Members, steps: list[Tensor]) -> None:
     """Moves parameters along the sum of their steps, each of which fades by beta1 a step, after the decay."""
     momentum = members.kept("momentum")

@@ -18,10 +18,12 @@ from kfdist.optim.graft import (
     Members,
     adamw_updates,
     grafted,
+    move_along,
     move_by_average,
     move_by_momentum,
     step_by_adamw,
 )
+from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.settings import StepReport
 
@@ -45,6 +47,10 @@ class Optimizer(torch.optim.Optimizer):
     Anil et al. (arXiv 2002.09018) have it for Shampoo, a parameter's step has the direction of the curvature and the
     length of the method whose learning rate and schedule were tuned before. A direction that is zero, not finite or
     uphill (<U, V> <= 0) is replaced by a, or by V; the device decides, nothing waits for it.
+
+    A direction of a normalised method, `ekfac-adam`, has a size and momentum of its own: theta <- (1 - lr weight_decay)
+    theta - lr U, with AdamW's learning rate. `betas` and `eps` are then those of parameters without a block; the
+    method has its own.
 
     With several ranks all of them must make it, and step equally often, with DDP's or otherwise averaged gradients.
 
@@ -89,6 +95,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.preconditioner = _preconditioner_of(model, graft, curvature)
         try:
+            self._check_normalised()
             self._solve = self.preconditioner.hand_over(self)
         except ConfigError:
             if self.preconditioner is not model:
@@ -98,8 +105,17 @@ class Optimizer(torch.optim.Optimizer):
             self.preconditioner.pipeline.in_force.fixed["kl_clip"] = "grafting gives each step its length"
         self._directions: dict[nn.Parameter, Tensor] = {}
         self._blocked: set[nn.Parameter] = set()
+        self._finished: set[nn.Parameter] = set()
         self._replaced: Tensor | int = 0
         self._solved = False
+
+    def _check_normalised(self) -> None:
+        normalised = {g.inverter.name for g in self.preconditioner.groups if g.inverter.produces.normalised}
+        if normalised and self.graft == "sgd":
+            raise ConfigError(
+                f"is 'sgd', and {', '.join(sorted(normalised))} goes by AdamW's learning rate; leave graft out",
+                path="graft",
+            )
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -138,8 +154,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._directions = {}
         report = self._solve(self._directions)
-        blocks = (block for group in self.preconditioner.groups for block in group.blocks)
-        self._blocked = {parameter for block in blocks for parameter in block.parameters()}
+        self._blocked = _parameters_of(self.preconditioner.groups)
+        normalised = [group for group in self.preconditioner.groups if group.inverter.produces.normalised]
+        self._finished = _parameters_of(normalised) & self._directions.keys()
         self._solved = True
         return report
 
@@ -153,7 +170,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         having = [p for p in group["params"] if p.grad is not None]
-        if blocked := [p for p in having if p in self._blocked]:
+        if finished := [p for p in having if p in self._finished]:
+            move_along(self._members(group, finished), [self._directions[p] for p in finished])
+        if blocked := [p for p in having if p in self._blocked and p not in self._finished]:
             members, directions = self._members(group, blocked), [self._direction(p) for p in blocked]
             if self.graft == "adamw":
                 move_by_average(members, self._grafted(members, directions, adamw_updates(members)))
@@ -285,6 +304,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"is {betas!r}; two numbers are needed, such as (0.9, 0.999)", path="betas")
     for number, beta in enumerate(betas):
         checks.number(f"betas[{number}]", beta, least=0, below=1)
+
+
+def _parameters_of(groups: Iterable[BlockGroup]) -> set[nn.Parameter]:
+    return {parameter for group in groups for block in group.blocks for parameter in block.parameters()}
 
 
 def _preconditioner_of(model: nn.Module | Preconditioner, graft: Graft | None, curvature: Curvature) -> Preconditioner:
