@@ -150,7 +150,7 @@ def move_by_average(members: Members, steps: list[Tensor]) -> None:
 def move_along(members: Members, steps: list[Tensor]) -> None:
     """Moves parameters along steps that have their momentum and size already, after the decay."""
     _decay(members)
-    torch._foreach_add_(members.parameters, steps, alpha=-members.group["lr"])
+    foreach_add_(members.parameters, steps, alpha=-members.group["lr"])
 
 
 def move_by_momentum(members: Members, steps: list[Tensor]) -> None:

@@ -139,7 +139,7 @@ class Pipeline:
             self.calibration.measure(step, batches, step_is_finite)
         if learning_rate is not None:
             with phase("precondition"):
-                self.applying.apply(step, batches, learning_rate, into, step_is_finite)
+                self.applying.apply(step, batches, learning_rate, step_is_finite, into)
         with phase("announce"):
             ledgers = [track.ledger for track in self.tracks if not track.group.own]
             self.agreement.announce(ledgers, self._digest(step), self.capture.biases.seen)

@@ -35,8 +35,8 @@ class Applying:
         step: int,
         batches: Mapping[BlockName, BatchStatistics],
         learning_rate: Callable[[nn.Parameter], float],
-        into: dict[nn.Parameter, Tensor] | None,
         step_is_finite: Tensor | None,
+        into: dict[nn.Parameter, Tensor] | None,
     ) -> None:
         """Replaces the gradients in `.grad` by clipped directions; or puts these elsewhere.
 
@@ -44,8 +44,8 @@ class Applying:
             step: The step.
             batches: This rank's batch, for inverses that are multiplied onto rows.
             learning_rate: The learning rate of a parameter, for the KL clip.
-            into: Where the directions go, by parameter, in the place of `.grad`.
             step_is_finite: Boolean scalar; where false the gradients are nothing to learn from. None: true.
+            into: Where the directions go, by parameter, in the place of `.grad`.
         """
         damping = self.in_force.damping(step)
         applications = self._applications(step, damping, batches)

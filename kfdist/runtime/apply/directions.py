@@ -79,8 +79,8 @@ class Solved(NamedTuple):
         scale: `[c]` or `[1]`; None for 1.
         measured: Which of the c matrices were ever measured, `[c]` or `[1]`; None for all.
         memory: The block's.
-        normalised: Whether nothing clips it.
         product: <X, V> where `uniform`, else <U, V> of what was measured; `[1]`. None where nobody asked.
+        normalised: Whether nothing clips it.
     """
 
     block: Block
@@ -88,8 +88,8 @@ class Solved(NamedTuple):
     scale: Tensor | None
     measured: Tensor | None
     memory: BlockMemory
-    normalised: bool
     product: Tensor | None
+    normalised: bool
 
     @property
     def uniform(self) -> bool:
@@ -178,8 +178,8 @@ def _solved(
 ) -> list[Solved]:
     """Joins what belongs to each block that has a gradient; V, without a host sync, where nothing was measured."""
     blocks, memories = application.blocks, application.memories
-    found: list[Solved] = []
     normalised = [inverse.normalised for inverse in application.preconditioners]
+    found: list[Solved] = []
     for block, V, (X, scale), measured, memory, sized in zip(
         blocks, gradients, directions, application.measured(), memories, normalised, strict=True
     ):
@@ -188,8 +188,8 @@ def _solved(
         if measured is not None:
             X = torch.where(measured.view(-1, 1, 1), X, V)
             scale = None if scale is None else torch.where(measured, scale, 1.0)
-        one = Solved(block, X, scale, measured, memory, sized, None)
-        found.append(one.multiplied(V) if multiplied else one)
+        one = Solved(block, X, scale, measured, memory, None, sized)
+        found.append(one.multiplied(V) if multiplied and not sized else one)
     return found
 
 
