@@ -27,7 +27,7 @@ CHAPTERS = [
     "Events",
     "Configuration, versions and hardware",
 ]
-_VOID = {"meta", "link", "br", "img", "hr", "input"}
+_VOID = {"meta", "link", "br", "img", "hr", "input", "wbr"}
 
 
 class Page(HTMLParser):
@@ -52,6 +52,8 @@ class Page(HTMLParser):
         self.links += [
             value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")
         ]
+        if tag == "wbr":
+            self.text = self.text.removesuffix(" ")
         self._heading = tag == "h2"
         if self.chapters and tag in ("figure", "table", "details"):
             counts = next(reversed(self.chapters.values()))
