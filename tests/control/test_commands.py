@@ -177,7 +177,8 @@ def test_steering(kfdist, digits):
     ("settings", "words"),
     [
         (["dampling=1"], ["'dampling=1'", "did you mean 'damping'?"]),
-        (["damping"], ["'damping'", "such as damping=0.01", "inverse_period"]),
+        (["damping"], ["damping: has no value; write damping=VALUE, or damping=configured"]),
+        (["0.01"], ["'0.01'", "such as damping=0.01", "inverse_period"]),
         (["damping=fast"], ["damping: is 'fast', which is no number"]),
         (["inverse_period=2.5"], ["inverse_period: is '2.5', which is no whole number"]),
         (["soft_bound=off"], ["soft_bound: is 'off'", "none", "configured"]),
