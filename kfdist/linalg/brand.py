@@ -18,9 +18,9 @@ _OVERLAP_TOLERANCE = 50.0
 _LEAST_OUTSIDE = 0.25
 """Least square of a unit vector's part outside a span whose direction has lost no more than a bit to rounding."""
 
-_LOSS_TOLERANCE = 300.0
-"""Loss of orthogonality that is expected of products, in units of rounding, up to which they are used: 4e-5 in float32,
-as ||Q^T Q - I||, Frobenius."""
+_LOSS_TOLERANCE = 10.0
+"""Loss of orthogonality that is expected of products, a column in the mean, in units of rounding, up to which they are
+used: what 200 updates lose stays below 1e-4 in float32."""
 
 _ROWS = 64
 """Rows of a Gram matrix that are computed at once: of each such block, what is above the diagonal is left out."""
@@ -86,8 +86,8 @@ def _triangle(
 ) -> tuple[Float[Tensor, "c n n"], Float[Tensor, "c n n"]] | None:
     """Returns R and R^{-1}, upper triangular, for E - U (U^T E) = Q R; None where Q wouldn't be orthogonal enough.
 
-    With D the lengths of the columns of E and k = ||D R^{-1}||, Frobenius, rounding of E R^{-1} costs eps k and that of
-    the Gram matrix its own eps k^2: what the products lose is known before they are made.
+    With D the lengths of the n columns of E and k = ||D R^{-1}|| / sqrt(n), Frobenius, rounding of E R^{-1} costs a
+    column eps k and that of the Gram matrix its own eps k^2: what products lose is known before they are made.
 
     Args:
         columns: E.
@@ -99,7 +99,7 @@ def _triangle(
     unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.solve_triangular(lower.mT, unit.expand_as(gram), upper=True)
     sizes = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    growth = torch.linalg.matrix_norm(sizes.unsqueeze(-1) * inverse)
+    growth = torch.linalg.matrix_norm(sizes.unsqueeze(-1) * inverse) / gram.shape[-1] ** 0.5
     eps = torch.finfo(columns.dtype).eps
     loss = eps * growth + torch.finfo(gram.dtype).eps * growth.square()
     if not bool(((info == 0) & (loss <= _LOSS_TOLERANCE * eps)).all()):

@@ -135,7 +135,7 @@ def test_directions_of_any_length_leave_the_basis_orthonormal(
     rows = turn @ (lengths[:, None] * torch.linalg.qr(gaussian(C, D, 16, seed=2)).Q.mT)
     widths = widths_of_qr(monkeypatch)
     found = brand_update(vectors.to(dtype), values.to(dtype), rows.to(dtype))
-    if smallest in (1e-1, 1e-9):
+    if dtype == torch.float32 and smallest in (1e-1, 1e-9):
         assert bool(widths) == (smallest == 1e-9)
     tolerance = 1e-13 if dtype == torch.float64 else 1e-5
     assert float(orthogonality_error(found[0]).max()) <= tolerance
