@@ -105,7 +105,7 @@ def test_as_configured_again(client, member, trains) -> None:
     client.update_settings("r", damping=None)
     settings = member.beat_worker("r").settings
     assert list(settings.as_configured) == ["damping"] and not settings.HasField("damping")
-    assert texts(client, "settings_changed")[-1].startswith(f"{WHO} set damping from 0.03 to as configured")
+    assert texts(client, "settings_changed")[-1].startswith(f"{WHO} set damping from 0.5 to as configured")
 
 
 def test_what_a_checkpoint_kept_is_told_when_a_start_begins_with_the_way_back(client, member, trains) -> None:

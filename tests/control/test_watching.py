@@ -99,6 +99,7 @@ def test_a_run_that_fails_while_it_is_watched_says_why_or_where_that_is_found(
 ):
     directory = machine / "runs" / "digits"
     directory.mkdir()
+    (directory / "config.toml").write_text('[run]\nname = "digits"\n')  # as a start leaves it before it trains
     client.create("digits", directory=str(directory))
     member.register_worker("digits")
     notice = RunNotice(pid=os.getpid(), address=controller.address, run="digits", directory=str(directory))
