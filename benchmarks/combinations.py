@@ -297,10 +297,19 @@ def tridiagonal(rows: Mapping[str, Rows], sharing: WeightSharing) -> dict[str, T
     return {"first": inner.view_as(first.V), "second": last.view_as(second.V)}
 
 
+def adams_first(rows: Rows, sharing: WeightSharing) -> Tensor:
+    """Returns Adam's first step in the eigenvectors of both factors, Q_G sign(Q_G^T V Q_A) Q_A^T."""
+    A, G = moments(rows.shared(sharing), rows.shared(sharing))
+    Q_A, Q_G = torch.linalg.eigh(A).eigenvectors, torch.linalg.eigh(G).eigenvectors
+    R = Q_G.T @ rows.V @ Q_A
+    return Q_G @ (R / (R.abs() + 1e-8)) @ Q_A.T
+
+
 SINGLE: Mapping[str, Callable[[Rows, WeightSharing], Tensor]] = {
     **dict.fromkeys(("kfac", "rs-kfac", "sre-kfac", "b-kfac", "b-r-kfac", "b-kfac-c"), factored),
     "kfac-eigen": joint,
     "ekfac": rescaled,
+    "ekfac-adam": adams_first,
     "seng": block,
     "eva": mean_vectors,
 }

@@ -303,8 +303,8 @@ class Capture:
 
     @property
     def pauses(self) -> bool:
-        """Whether this thread is inside `paused`."""
-        return bool(self._paused.depth)
+        """Whether this thread is inside `paused`; what checkpointing repeats is its first forward's, paused or not."""
+        return bool(self._paused.depth) and running_backward() == NO_BACKWARD
 
     def begin_calls(self) -> None:
         """A module is called from outside of the model (`kfdist.capture.seen_uses.Observed`)."""

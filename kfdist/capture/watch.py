@@ -107,7 +107,7 @@ class Watch(SeesOperations):
         if not thread.modules:
             self._observed.begin_calls()
         pauses = self._observed.pauses
-        if pauses and module is not self._model:
+        if pauses and thread.mode is None and module is not self._model:
             return
         thread.modules.append(module)
         if thread.mode is None and not pauses and id(module) in self._entries:

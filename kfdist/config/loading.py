@@ -68,11 +68,17 @@ def load_config(
     for layers in sources:
         merged = _merge(merged, reduce(_overlay, (layer.table for layer in layers), {}))
     layers = [layer for layers in sources for layer in layers]
-    if merged.get("optimizer", {}).get("name") == OWN_OPTIMIZER and not _sets(layers, "preconditioner", "kl_clip"):
+    optimizer = _table(merged.get("optimizer"))
+    if optimizer.get("name") == OWN_OPTIMIZER and not _sets(layers, "preconditioner", "kl_clip"):
         # Its default is for optimizers that take directions as they are; grafting has no clip.
-        graft = merged["optimizer"].get("settings", {}).get("graft")
+        graft = _table(optimizer.get("settings")).get("graft")
         merged = merged if graft == "none" else _merge(merged, {"preconditioner": {"kl_clip": 0.0}})
     return config_from_table(merged, layers)
+
+
+def _table(value: object) -> Mapping[str, Any]:
+    """Returns a table, empty where the value is none, which `config_from_table` says."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def security_from_environment(

@@ -206,13 +206,11 @@ class Store:
         """
         rows = [(run, _COUNTERS.dump_json(kept).decode()) for run, kept in counters.items()]
         with self._faults(), self._transaction() as cursor:
-            # The row keeps its place, which is the order in which runs were first counted.
-            cursor.executemany(
-                "INSERT INTO counters VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET counters = excluded.counters", rows
-            )
+            # A new row each time: the order of rows is that in which runs were counted last.
+            cursor.executemany("INSERT OR REPLACE INTO counters VALUES (?, ?)", rows)
 
     def counters(self, limit: int) -> dict[str, KeptCounters]:
-        """Returns the kept counters of the newest runs, at most `limit`, the newest last."""
+        """Returns the kept counters of the runs that were counted last, at most `limit`, the last one last."""
         with self._faults():
             rows = self._connection.execute(
                 "SELECT run, counters FROM counters ORDER BY rowid DESC LIMIT ?", (limit,)

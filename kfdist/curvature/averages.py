@@ -171,14 +171,21 @@ class WeightedSums:
         self.dropped = torch.zeros((), dtype=torch.float32, device=device)
         self._in_use: dict[str, slice | None] = {}
 
-    def fold(self, batch: BatchStatistics | None, rho: float, step_is_finite: Bool[Tensor, ""] | None = None) -> None:
+    def fold(
+        self,
+        batch: BatchStatistics | None,
+        rho: float,
+        step_is_finite: Bool[Tensor, ""] | None = None,
+        *,
+        takes_over: bool = True,
+    ) -> None:
         """Folds one due batch in, without a host sync.
 
         Args:
-            batch: This rank's batch; None if it had none. A non-finite one adds zero, like none, and is counted. A
-                first one's sums become the average's own memory, and change with it later.
+            batch: This rank's batch; None if it had none. A non-finite one adds zero, like none, and is counted.
             rho: The decay of this folding, the same on all ranks.
             step_is_finite: Where it is false, the whole step is skipped and nothing changes.
+            takes_over: Whether a first batch's sums become the average's own memory, and change with it from now on.
         """
         kept, gain = folding(rho, step_is_finite, like=self.like)
         for count in self.counts.values():
@@ -195,7 +202,7 @@ class WeightedSums:
                 _fold_thin(part, batch.thin[name], torch.where(finite, gain, zero), rho, kept, step_is_finite)
                 continue
             self._in_use[name] = None
-            if rho == 0.0 and step_is_finite is None and _same_form(total, batch.sums[name]):
+            if takes_over and rho == 0.0 and step_is_finite is None and _same_form(total, batch.sums[name]):
                 self.sums[name] = batch.sums[name]
                 for part, _ in _slices(batch.sums[name], batch.sums[name]):
                     torch.where(finite, part, zero, out=part)

@@ -33,7 +33,7 @@ class ByWidth:
 
     def choose(self, block: Block) -> tuple[AbstractInverter, str] | str:
         """Returns the method and why, or why there is none; of the block alone."""
-        width = max(block.shape.d_in, block.shape.d_out)
+        width = max(block.shape.d_in - block.homogeneous, block.shape.d_out)  # without the bias's coordinate
         if isinstance(block, UnitBlock | EmbeddingBlock) or width > self.sketched:
             return FIRST_ORDER
         if width <= self.eigen:

@@ -17,7 +17,7 @@ from kfdist.optim.graft import KEPT
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.reduce.reducer import empty_sums
-from kfdist.training.optimizers import make_optimizer
+from kfdist.training.optimizers import check_optimizer, make_optimizer
 from kfdist.types import GroupName
 
 
@@ -70,6 +70,7 @@ def rank_lines(config: Config, plan: Plan, rehearsal: Rehearsal, costs: Costs) -
 def optimizer_line(config: Config, plan: Plan, parameters: Sequence[nn.Parameter]) -> Line:
     """Has the optimizer make its state on the meta device, where the parameters are; kfdist's own is counted."""
     if config.optimizer.name == OWN_OPTIMIZER:
+        check_optimizer(config.optimizer, parameters)
         blocked = {parameter for block in plan.blocks for parameter in block.parameters()}
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         kept = KEPT[str(config.optimizer.settings.get("graft", "adamw"))]

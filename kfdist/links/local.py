@@ -1,13 +1,11 @@
 """The local link: this process inverts, in a thread, by the very function that owners run."""
 
-import os
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Sequence
 
-import torch
 from typing_extensions import override
 
 from kfdist.curvature.jobs import run_job
@@ -29,30 +27,11 @@ class _Work:
         while (job := self.jobs.get()) is not None:
             if self.closing.is_set():
                 return
-            self.invert(job, device)
+            try:
+                self.done.put(_invert(job, device))
+            except Exception as error:  # surfaces in the rank's main thread, at poll
+                self.done.put(error)
             del job  # with its matrices, which would stay until there is another
-
-    def invert(self, job: Job, device: str) -> None:
-        """Does one job."""
-        try:
-            self.done.put(_invert(job, device))
-        except Exception as error:  # surfaces in the rank's main thread, at poll
-            self.done.put(error)
-        except BaseException:  # an interrupt of whoever waits: the job is still to be done
-            self.jobs.put(job)
-            raise
-
-    def help(self, device: str) -> bool:
-        """Does one of the jobs that nobody has begun; returns whether there was one."""
-        try:
-            job = self.jobs.get_nowait()
-        except queue.Empty:
-            return False
-        if job is None:  # for the thread, which is to end
-            self.jobs.put(None)
-            return False
-        self.invert(job, device)
-        return True
 
     def end(self, thread: threading.Thread) -> None:
         """Ends the thread after the job it is working on; those behind it are dropped."""
@@ -63,9 +42,6 @@ class _Work:
 
 class LocalLink(AbstractLink):
     """Inverts in one background thread of the rank; needs no service. torch releases the GIL in its decompositions.
-
-    A thread that waits for a result has nothing else to do, and inverts too, where torch leaves it a core: at the first
-    step above all, at which every group is due.
 
     The thread ends with `close`, with a link that is forgotten, and with the interpreter, which would abort if it found
     the thread in the middle of a decomposition.
@@ -113,10 +89,7 @@ class LocalLink(AbstractLink):
 
     @override
     def wait(self, seconds: float) -> None:
-        """Blocks until `poll` may have something to return: `seconds`, or as long as one inversion takes here."""
-        if self._arrived or not self._work.done.empty():
-            return
-        if _spare_core() and self._work.help(self._device):
+        if self._arrived:
             return
         try:
             self._arrived.append(self._work.done.get(timeout=seconds))
@@ -144,12 +117,6 @@ class LocalLink(AbstractLink):
         """Ends the thread after the job it is working on; those behind it are dropped."""
         if self._thread is not None:
             self._work.end(self._thread)
-
-
-def _spare_core() -> bool:
-    """Says whether two inversions at once don't slow each other down; the thread count is part of the numbers."""
-    threads = torch.get_num_threads()
-    return threads == 1 or 2 * threads <= len(os.sched_getaffinity(0))
 
 
 def _invert(job: Job, device: str) -> JobResult:

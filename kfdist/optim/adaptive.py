@@ -185,7 +185,7 @@ class AdaptiveStep:
                 through it alone. It is called up to eight times and must use the same data each time; BatchNorm's
                 buffers and torch's generators are put back in between, so that dropout draws the same masks.
             *batch: What the closure is called with: tensors with the batch's examples along dim 0. It must take fewer
-                of them as well.
+                of them as well, with a finite loss of any two (a mask that leaves out all of them makes none).
 
         Returns:
             What was done. Afterwards `.grad` holds the gradient of the objective.
@@ -290,7 +290,8 @@ class AdaptiveStep:
         drawn = torch.randperm(rows, generator=generator, dtype=torch.int64, device="cpu")
 
         def some(order: Tensor, fraction: float) -> Tensor | None:
-            return None if fraction == 1 else order[: max(1, round(fraction * rows))]
+            # Two at least, if there are: BatchNorm takes no single one.
+            return None if fraction == 1 else order[: max(min(2, rows), round(fraction * rows))]
 
         settings = self._settings
         return _Parts(some(drawn, settings.statistics_fraction), some(drawn.flip(0), settings.model_fraction))
@@ -325,13 +326,18 @@ class AdaptiveStep:
         gradients = [gradient_of(p) for p in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
-        with torch.enable_grad():
-            evaluation = replay.again(rows)
-        self._tell(evaluation)
-        if self._preconditioner.settings.fisher == "empirical":  # the others were measured when they were observed
-            evaluation.loss.backward()
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
+
+        def measure(evaluation: Evaluation) -> None:
+            self._tell(evaluation)
+            if self._preconditioner.settings.fisher == "empirical":  # the others were measured when they were observed
+                evaluation.loss.backward()
+
+        try:
+            with torch.enable_grad():
+                replay.again(rows, then=measure)
+        finally:
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
 
     def _tell(self, evaluation: Evaluation) -> None:
         """Tells the preconditioner what it has to know of a forward that it measures, before its backward."""

@@ -105,6 +105,7 @@ class Optimizer(torch.optim.Optimizer):
             self.preconditioner.pipeline.in_force.fixed["kl_clip"] = "grafting gives each step its length"
         self._directions: dict[nn.Parameter, Tensor] = {}
         self._blocked: set[nn.Parameter] = set()
+        self._mixed = _mixed(self.preconditioner.groups)
         self._finished: set[nn.Parameter] = set()
         self._replaced: Tensor | int = 0
         self._solved = False
@@ -135,15 +136,23 @@ class Optimizer(torch.optim.Optimizer):
             KfdistError: A gradient is sparse.
         """
         loss = None
+        if closure is not None and self._solved:
+            raise KfdistError(
+                "step() was given a closure after precondition(), which has solved for the gradients of before; call "
+                "the closure before precondition(), and step() without one"
+            )
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if not self._solved:
             self.precondition()
-        with torch.no_grad():
-            for group in self.param_groups:
-                self._step_group(group)
-        self._directions, self._solved = {}, False
+        try:
+            with torch.no_grad():
+                self._refuse_sparse()
+                for group in self.param_groups:
+                    self._step_group(group)
+        finally:
+            self._directions, self._solved = {}, False
         return loss
 
     def precondition(self) -> StepReport:
@@ -152,11 +161,11 @@ class Optimizer(torch.optim.Optimizer):
         For loops that want its report, or that have a GradScaler skip `step` on overflow while the statistics' schedule
         goes on. To be called before each step, or before none.
         """
-        self._directions = {}
+        self._directions, self._solved = {}, False
         report = self._solve(self._directions)
-        self._blocked = _parameters_of(self.preconditioner.groups)
+        self._blocked = _parameters_of(self.preconditioner.groups) - self._mixed
         normalised = [group for group in self.preconditioner.groups if group.inverter.produces.normalised]
-        self._finished = _parameters_of(normalised) & self._directions.keys()
+        self._finished = _parameters_of(normalised) & self._blocked & self._directions.keys()
         self._solved = True
         return report
 
@@ -187,14 +196,17 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 step_by_adamw(members)
 
-    def _members(self, group: dict[str, Any], having: list[nn.Parameter]) -> Members:
-        gradients = [p.grad for p in having if p.grad is not None]
-        if sparse := [p for p, gradient in zip(having, gradients, strict=True) if gradient.is_sparse]:
+    def _refuse_sparse(self) -> None:
+        every = (p for group in self.param_groups for p in group["params"])
+        if sparse := [p for p in every if p.grad is not None and p.grad.is_sparse]:
             raise KfdistError(
                 f"{len(sparse)} parameters, the first of shape {tuple(sparse[0].shape)}, have sparse gradients, which "
                 "neither grafts nor AdamW take; make the embedding with sparse=False, or leave its parameters out of "
                 "`params` and step them by torch.optim.SparseAdam"
             )
+
+    def _members(self, group: dict[str, Any], having: list[nn.Parameter]) -> Members:
+        gradients = [p.grad for p in having if p.grad is not None]
         return Members(
             parameters=list(having), gradients=gradients, states=[self.state[p] for p in having], group=group
         )
@@ -304,6 +316,21 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"is {betas!r}; two numbers are needed, such as (0.9, 0.999)", path="betas")
     for number, beta in enumerate(betas):
         checks.number(f"betas[{number}]", beta, least=0, below=1)
+
+
+def _mixed(groups: Iterable[BlockGroup]) -> set[nn.Parameter]:
+    """Returns the parameters of which blocks have some rows only, or blocks with directions of several kinds.
+
+    A direction of one size beside one of another, or beside a gradient, can't be given one length: such a parameter is
+    stepped as if it had no block.
+    """
+    numbers: dict[nn.Parameter, int] = {}
+    kinds: dict[nn.Parameter, set[bool]] = {}
+    for group in groups:
+        for part in (part for block in group.blocks for part in block.parts):
+            numbers[part.parameter] = numbers.get(part.parameter, 0) + part.of(part.parameter).numel()
+            kinds.setdefault(part.parameter, set()).add(group.inverter.produces.normalised)
+    return {p for p, number in numbers.items() if number < p.numel() or len(kinds[p]) > 1}
 
 
 def _parameters_of(groups: Iterable[BlockGroup]) -> set[nn.Parameter]:

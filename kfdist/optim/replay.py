@@ -79,17 +79,21 @@ class Replay:
             )
         return evaluation
 
-    def again(self, rows: Tensor | None = None) -> Evaluation:
+    def again(
+        self, rows: Tensor | None = None, then: Callable[[Evaluation], None] = lambda evaluation: None
+    ) -> Evaluation:
         """Runs the closure once more, in the gradient mode of the caller.
 
         Args:
             rows: Which examples of the batch's tensors it is given; all if None.
+            then: What to do before buffers are put back: a backward through BatchNorm needs them as they were.
         """
         self._before.restore()
+        batch = self._batch if rows is None else [each.index_select(0, rows.to(each.device)) for each in self._batch]
         try:
-            if rows is None:
-                return _checked(self._closure(*self._batch))
-            return _checked(self._closure(*(each.index_select(0, rows.to(each.device)) for each in self._batch)))
+            evaluation = _checked(self._closure(*batch))
+            then(evaluation)
+            return evaluation
         finally:
             self._after.restore()
 

@@ -50,6 +50,8 @@ MISTAKES = [
         ["--set", 'preconditioner.methods={"0" = "kfac", "*" = {method = "b-kfac", brand_period = 3}}'],
         ['preconditioner.methods."*".brand_period: 3', "multiple of the factor period (2)"],
     ),
+    (["--set", "optimizer=adam"], ["optimizer", "'adam'"]),
+    (["--set", "optimizer.name=kfdist", "--set", "optimizer.settings=3"], ["optimizer.settings", "3"]),
     (["--set", 'preconditioner.skip=["*"]'], ["no layer that can be preconditioned", "skip"]),
     (["--set", 'preconditioner.skip=["nosuch*"]'], ["'nosuch*'", "matches no layer"]),
     (["--set", "cluster.owners=0"], ["cluster.owners", "at least 1", "local"]),

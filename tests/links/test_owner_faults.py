@@ -95,7 +95,9 @@ def test_an_owner_stopped_in_the_middle_of_an_inversion(owners, link, slow, epoc
 
 def test_a_crash_of_the_inversion_process(controller, link, epoch, faults):
     def restarts() -> float:
-        return values(controller.scrape())[f'kfdist_restarts_total{{process="inverter",run="{context().run}"}}']
+        return values(controller.scrape()).get(
+            f'kfdist_restarts_total{{process="inverter",run="{context().run}"}}', 0.0
+        )
 
     before = restarts()
     faults.at(inversion=EACH, times=1).kill()

@@ -25,9 +25,10 @@ from kfdist.rpc._generated.kfdist.v1.inversion_pb2 import Owner
 from kfdist.rpc.certificates import make_certificates, renew_certificates
 from kfdist.system.credentials import Credentials, Role
 from kfdist.telemetry.tracing import Tracing
-from tests.support.controller import ControllerThread, eventually, values
+from tests.support.controller import ControllerThread, values
 from tests.support.jobs import context
 from tests.support.owners import start_echo
+from tests.support.waits import eventually
 
 TICKETS = iter(range(1_000_000))
 

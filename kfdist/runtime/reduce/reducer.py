@@ -85,8 +85,9 @@ class StatisticsReducer:
             rho = decay_at(self._timetable.foldings_until(track, due.step), self._settings.ema_decay)
             for block in track.group.blocks:
                 batch = batches.get(block.name)
-                self.sums[block.name].fold(batch, rho, step_is_finite)
-                if batch is not None and not track.group.inverter.online:  # whose rows are good if its sums are
+                online = track.group.inverter.online  # whose rows are good if the batch's sums, left as they are, are
+                self.sums[block.name].fold(batch, rho, step_is_finite, takes_over=not online)
+                if batch is not None and not online:
                     batch.sums, batch.thin = {}, {}
 
     def reduce(

@@ -105,6 +105,17 @@ def test_checkpointing_changes_no_statistics(run: Callable[[nn.Module], None], r
 
 
 @KINDS
+def test_what_a_backward_inside_a_pause_repeats_belongs_to_its_forward(reentrant: bool):
+    x, y = batch(6)
+    model = Segmented(checkpointed(reentrant))
+    capture = armed_capture(model)
+    loss = nn.functional.cross_entropy(model(x), y)
+    with capture.paused():
+        loss.backward()
+    assert_factors_equal(factors_of(capture.drain()), measure(plain, one_batch), SAME)
+
+
+@KINDS
 def test_layers_that_are_only_called_by_themselves(reentrant: bool):
     """A forward before the step, repeated after it, must not hide the next one, which no call of the model begins."""
     segment = checkpointed(reentrant)

@@ -167,6 +167,13 @@ def test_a_first_batch_that_is_part_of_another_tensor_is_copied():
     assert torch.equal(whole[:C], whole[C:]) and not torch.equal(sums.sums["A"], whole[:C])
 
 
+def test_a_first_batch_that_others_still_look_at_stays_as_it_is():
+    first, sums = batch(1), empty()
+    first.sums["A"][..., 0, 0] = torch.nan
+    sums.fold(first, 0.0, takes_over=False)
+    assert not first.sums["A"].isfinite().all() and bool((sums.sums["A"] == 0).all())
+
+
 def test_float32_batches_go_into_float64_sums():
     sums = empty()
     sums.fold(batch(1, dtype=torch.float32), 0.0)

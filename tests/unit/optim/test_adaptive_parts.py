@@ -159,3 +159,26 @@ def test_what_is_no_batch_is_refused_before_anything_runs():
     for value in (0.0, 1.5):
         with pytest.raises(ConfigError, match="statistics_fraction"):
             kfdist.AdaptiveSettings(statistics_fraction=value)
+
+
+def test_parts_of_a_small_batch_have_two_examples_and_an_error_leaves_the_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    (x, y), sizes = problem(), []
+
+    def closure(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(x))
+        if len(sizes) == 6 + 2:
+            raise ValueError("no such examples")
+        output = model(x)
+        return output, functional.mse_loss(output, y)
+
+    with adaptive(model) as step:
+        step.step(closure, x[:5], y[:5])
+        assert sizes[:3] == [5, 2, 2]
+        del sizes[6:]
+        while len(sizes) < 6:
+            sizes.append(0)
+        with pytest.raises(ValueError, match="no such examples"):
+            step.step(closure, x[:5], y[:5])
+        assert all(p.grad is not None for p in model.parameters())

@@ -174,6 +174,15 @@ def test_auto_gives_matrices_a_method_by_width_and_leaves_the_rest_to_first_orde
     assert coverage.left_out() == {}  # wanted: nothing to warn of
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bias_makes_no_layer_wider(bias: bool):
+    model = nn.Sequential(*(nn.Linear(width, 8, bias=bias) for width in (16, 17, 30, 31)))
+    with kfdist.Preconditioner(model, ByWidth(eigen=16, sketched=30), kl_clip=None) as preconditioner:
+        methods = {row.parameter: row.method for row in preconditioner.coverage().rows}
+    found = [methods[f"{place}.weight"] for place in range(4)]
+    assert found == ["kfac-eigen", "rs-kfac", "rs-kfac", None]
+
+
 def test_auto_is_the_default_and_measures_nothing():
     with kfdist.Optimizer(Language()) as optimizer:
         methods = {row.parameter: row.method for row in optimizer.preconditioner.coverage().rows}

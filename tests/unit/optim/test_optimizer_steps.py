@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import kfdist
+from kfdist.errors import KfdistError
 from kfdist.optim.graft import grafted
 from tests.support.optimizing import BETAS, DECAY, EPS, LR, SYNCHRONOUS, backward, optimizer_of, small_model, train
 from tests.support.preconditioning import rows
@@ -303,3 +304,53 @@ def test_a_preconditioners_own_step_is_refused_with_the_remedy():
             kfdist.KfdistError, match=r"the Optimizer that has this Preconditioner .* leave out step\(\)"
         ):
             optimizer.preconditioner.step()
+
+
+# Half of what there is ------------------------------------------------------------------------------------------------
+
+
+def attention() -> nn.Module:
+    torch.manual_seed(0)
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.out = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.inner(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0])
+
+    return Attends().double()
+
+
+def test_a_parameter_whose_rows_have_directions_of_two_kinds_is_stepped_by_adamw():
+    model, reference = attention(), attention()
+    with optimizer_of(model, method={"inner.q_proj": "ekfac-adam", "*": "kfac-eigen"}) as optimizer:
+        backward(model, 0)
+        optimizer.step()
+    plain = torch.optim.AdamW(reference.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    backward(reference, 0)
+    plain.step()
+    mine, theirs = (each.get_parameter("inner.in_proj_weight").detach() for each in (model, reference))
+    assert_close([mine], [theirs])
+    assert not torch.equal(model.get_parameter("out.weight"), reference.get_parameter("out.weight"))
+
+
+def test_a_closure_after_precondition_is_refused_and_an_error_leaves_no_directions():
+    model = small_model()
+    with optimizer_of(model) as optimizer:
+        backward(model, 0)
+        optimizer.precondition()
+        with pytest.raises(KfdistError, match="closure after precondition"):
+            optimizer.step(lambda: backward(model, 1))
+        optimizer.step()
+        backward(model, 1)
+        optimizer.precondition()
+        before = [p.detach().clone() for p in model.parameters()]
+        last = list(model.parameters())[-1]
+        last.grad = torch.ones_like(last).to_sparse()
+        with pytest.raises(KfdistError, match="sparse"):
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert not optimizer._solved and not optimizer._directions
