@@ -119,6 +119,13 @@ class PreconditionerSection(Section):
         return self.method != "none"
 
     @property
+    def named_methods(self) -> list[str]:
+        """The methods that are named, here or in the table; not those that they are made of."""
+        if self.methods is None:
+            return [str(self.method)]
+        return [str(entry["method"]) for entry in self.methods.values()]
+
+    @property
     def described(self) -> str:
         """The method, to be shown, such as "rs-kfac" or "conv*: rs-kfac, head: kfac"."""
         if self.methods is None:

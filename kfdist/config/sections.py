@@ -7,9 +7,19 @@ from pydantic import Field, model_validator
 from kfdist.config.fields import Section
 from kfdist.config.preconditioner_section import PreconditionerSection
 from kfdist.config.service_sections import ClusterSection, ControlSection, SecuritySection
-from kfdist.config.task_sections import CheckpointSection, DataSection, ModelSection, OptimizerSection, RunSection
+from kfdist.config.task_sections import (
+    OWN_OPTIMIZER,
+    CheckpointSection,
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    RunSection,
+)
 from kfdist.errors import ConfigError
 from kfdist.system.addresses import UNPROTECTED, is_loopback, split_address
+
+NORMALISED_METHODS = frozenset({"ekfac-adam"})
+"""Methods whose directions have a size of their own; those whose inverters say so (a test compares)."""
 
 
 class Config(Section):
@@ -41,6 +51,17 @@ class Config(Section):
                 f'is {self.preconditioner.kl_clip:g}, and optimizer.name = "kfdist" gives each step the length of its '
                 'graft\'s; set it to 0, or optimizer.settings.graft = "none"',
                 path="preconditioner.kl_clip",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _directions_of_adams_size_need_an_optimizer_that_knows(self) -> Self:
+        method = next((each for each in self.preconditioner.named_methods if each in NORMALISED_METHODS), None)
+        if method is not None and self.optimizer.name != OWN_OPTIMIZER:
+            raise ConfigError(
+                f"is {self.optimizer.name!r}, and directions of {method!r} have Adam's size and momentum already; set "
+                f"it to {OWN_OPTIMIZER!r}, and optimizer.lr to AdamW's learning rate",
+                path="optimizer.name",
             )
         return self
 

@@ -14,7 +14,7 @@ from kfdist.errors import ConfigError, Interrupted, KfdistError
 from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.links.link import AbstractLink
 from kfdist.policies.staleness import Adoption, Asap
-from kfdist.runtime.apply.attachment import ScalerNotice
+from kfdist.runtime.apply.attachment import ScalerNotice, warn_of_normalised
 from kfdist.runtime.apply.rates import LearningRates, Scalar, finite_step
 from kfdist.runtime.assembly import assemble
 from kfdist.runtime.inspection import Inspection
@@ -277,6 +277,7 @@ class Preconditioner(StatedLoss, Inspection):
                 no learning rates for the KL clip.
         """
         self._rates.attach(optimizer, self._parameters, lambda: self._step(self._rates_at))
+        warn_of_normalised(self.groups, self._rates.optimizer)
         return self
 
     def hand_over(self, optimizer: torch.optim.Optimizer) -> Callable[[dict[nn.Parameter, Tensor]], StepReport]:

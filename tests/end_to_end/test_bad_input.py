@@ -50,7 +50,7 @@ MISTAKES = [
         ["--set", 'preconditioner.methods={"0" = "kfac", "*" = {method = "b-kfac", brand_period = 3}}'],
         ['preconditioner.methods."*".brand_period: 3', "multiple of the factor period (2)"],
     ),
-    (["--set", "optimizer=adam"], ["optimizer", "'adam'"]),
+    (method("ekfac-adam"), ["optimizer.name", "is 'sgd'", "'ekfac-adam'", "Adam's size", "set it to 'kfdist'"]),
     (["--set", "optimizer.name=kfdist", "--set", "optimizer.settings=3"], ["optimizer.settings", "3"]),
     (["--set", 'preconditioner.skip=["*"]'], ["no layer that can be preconditioned", "skip"]),
     (["--set", 'preconditioner.skip=["nosuch*"]'], ["'nosuch*'", "matches no layer"]),

@@ -43,7 +43,7 @@ class Case:
 
     Attributes:
         own: Values of the section `preconditioner` besides the method.
-        model: Values that choose the model.
+        model: Values that choose the model, and its optimizer where the method asks for one.
         covered: What `coverage()` must say of at least one parameter.
     """
 
@@ -57,7 +57,7 @@ CASES: Mapping[str, Case] = {
     "kfac-eigen": Case(own=DAMPED),
     "kfac-tridiagonal": Case(model=CHAIN),
     "ekfac": Case(own=("settings.examples=64", *DAMPED)),
-    "ekfac-adam": Case(),
+    "ekfac-adam": Case(model=(*SMALL_CNN, "optimizer.name=kfdist", "optimizer.lr=0.01")),
     "rs-kfac": Case(own=("settings.rank=32",)),
     "sre-kfac": Case(own=("settings.rank=32",)),
     "b-kfac": Case(own=BRAND, covered="Brand on A"),

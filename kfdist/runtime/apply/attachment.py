@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from kfdist.errors import ConfigError, KfdistWarning
+from kfdist.runtime.plan.groups import BlockGroup
 
 
 def bare_optimizer(optimizer: Any, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -143,3 +144,15 @@ def _calling_scaler() -> torch.amp.GradScaler | None:
                 return scaler
         frame = frame.f_back
     return None
+
+
+def warn_of_normalised(groups: Sequence[BlockGroup], optimizer: torch.optim.Optimizer | None) -> None:
+    """Warns of an optimizer that gives directions a size or momentum which those of some methods have already."""
+    named = sorted({group.inverter.name for group in groups if group.inverter.produces.normalised})
+    plain = isinstance(optimizer, torch.optim.SGD) and not any(each["momentum"] for each in optimizer.param_groups)
+    if named and not plain:
+        text = (
+            f"directions of {', '.join(named)} have Adam's size and momentum already, and {type(optimizer).__name__} "
+            "gives them its own besides: use kfdist.Optimizer(model, lr=AdamW's), or SGD without momentum at that rate"
+        )
+        warnings.warn(text, KfdistWarning, stacklevel=3)

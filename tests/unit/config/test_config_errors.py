@@ -242,3 +242,10 @@ def test_a_section_must_be_a_table(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"^run: is 3, an integer; it must be a table") as caught:
         load_config(path, environment={})
     assert caught.value.path == "run"
+
+
+def test_a_value_in_the_place_of_a_section_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('optimizer = "adam"\n')
+    with pytest.raises(ConfigError, match="optimizer.*'adam'|'adam'.*optimizer"):
+        load_config(file, environment={})

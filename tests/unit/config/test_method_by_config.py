@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from kfdist.config import load_config, to_toml
+from kfdist.config.sections import NORMALISED_METHODS
 from kfdist.curvature.auto import Auto
 from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.errors import ConfigError
@@ -19,8 +20,16 @@ def method_of(*overrides: str, file: Path | None = None) -> Method:
 
 @pytest.mark.parametrize("name", INVERTERS)
 def test_every_method_is_one_line_of_the_configuration(name: str) -> None:
-    """The settings of the default method go with it."""
-    assert method_of(f"preconditioner.method={name}") == make_inverter(name)
+    """The settings of the default method go with it; the optimizer has to be kfdist's where directions have a size."""
+    wanted = make_inverter(name)
+    assert (name in NORMALISED_METHODS) == wanted.produces.normalised
+    optimizer = "kfdist" if wanted.produces.normalised else "sgd"
+    assert method_of(f"preconditioner.method={name}", f"optimizer.name={optimizer}") == wanted
+
+
+def test_directions_that_have_a_size_are_refused_to_an_optimizer_that_gives_them_another() -> None:
+    with pytest.raises(ConfigError, match="is 'adamw', and directions of 'ekfac-adam' have Adam's size"):
+        method_of('preconditioner.methods={"*" = "ekfac-adam"}', "optimizer.name=adamw")
 
 
 def test_auto_is_one_line_of_the_configuration() -> None:

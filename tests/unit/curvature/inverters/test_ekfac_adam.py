@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import kfdist
 from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.inverters.ekfac_adam import AdamBasis
-from kfdist.errors import ConfigError
+from kfdist.errors import ConfigError, KfdistWarning
 from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import GOOD, C, P, Q, gaussian, make_factors, relative_error
 
@@ -124,3 +125,14 @@ def test_goes_on_from_a_checkpoint() -> None:
 def test_settings_out_of_range(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         make_inverter("ekfac-adam", **settings)
+
+
+def test_an_optimizer_with_momentum_is_warned_of():
+    model = nn.Linear(3, 2)
+    with kfdist.Preconditioner(model, "ekfac-adam", kl_clip=None) as preconditioner:
+        with pytest.warns(
+            KfdistWarning, match="directions of ekfac-adam have Adam's size and momentum already, and SGD"
+        ):
+            preconditioner.attach(torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9))
+    with kfdist.Preconditioner(model, "ekfac-adam", kl_clip=None) as preconditioner:
+        preconditioner.attach(torch.optim.SGD(model.parameters(), lr=1e-3))
