@@ -32,7 +32,7 @@ from kfdist.data.sampler import Position
 from kfdist.system.provenance import versions
 from kfdist.training.evaluation import evaluate
 from kfdist.training.method import make_method
-from kfdist.training.optimizers import LearningRate, set_learning_rate
+from kfdist.training.optimizers import LearningRate, make_optimizer, set_learning_rate
 from kfdist.training.setup import gather_materials
 
 TARGET_ACCURACY = 0.98
@@ -83,7 +83,8 @@ def train_until_target(config: Config, *, second_order: bool, total_steps: int) 
     """
     device, alone = torch.device("cpu"), Communicator(None)
     materials = gather_materials(config, 1, device)
-    model, optimizer, data, sampler = materials.model, materials.optimizer, materials.data, materials.sampler
+    model, data, sampler = materials.model, materials.data, materials.sampler
+    optimizer = make_optimizer(config.optimizer, model.parameters())
     test = [(data.test.inputs, data.test.labels)]
     learning_rate = LearningRate(section=config.optimizer, total_steps=total_steps)
     preconditioner = make_preconditioner(model, config, learning_rate) if second_order else None

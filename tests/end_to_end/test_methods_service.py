@@ -20,7 +20,7 @@ from tests.support.service_methods import Trained, inversions, service, train
 pytestmark = pytest.mark.timeout(300)
 
 STEPS_IN_LOCKSTEP, STEPS_ASAP = 9, 200
-LEAST_ACCURACY = 0.97
+LEAST_ACCURACY = 0.95
 
 # Convolutions of 10 x 8 and 73 x 16, linear layers of 257 x 32 and 33 x 10: a step costs little, and the widest factor
 # is wider than the ranks and rows below.
