@@ -94,7 +94,8 @@ def parameters(directory: Path) -> torch.Tensor:
 
 def events(directory: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind in metrics.jsonl."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    whole = (directory / "metrics.jsonl").read_text().rpartition("\n")[0]  # the last line may be half written
+    lines = [json.loads(line) for line in whole.splitlines()]
     return [line for line in lines if line["event"] == kind]
 
 
