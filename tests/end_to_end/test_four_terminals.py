@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def test_a_run_by_hand_in_four_terminals(tmp_path: Path, certificates: Path):
     config = tmp_path / "it.toml"
     config.write_text(
-        f'[run]\nname = "by-hand"\ndir = "{tmp_path / "run"}"\nsteps = 300\n'
+        f'[run]\nname = "by-hand"\ndir = "{tmp_path / "run"}"\nsteps = 200\n'
         '[control]\naddress = "0.0.0.0:0"\nmetrics_address = "0.0.0.0:0"\n'
         f'[cluster]\nowner_address = "node"\n[security]\ncertificates = "{certificates}"\n'
     )
@@ -35,7 +35,7 @@ def test_a_run_by_hand_in_four_terminals(tmp_path: Path, certificates: Path):
             pool.wait_for_file(owners_ready)  # the second owner may come later than the ranks' thirtieth step
             torchrun = ("--nproc-per-node", "2", "-m", "kfdist", "worker", str(config), "--controller", address)
             with Command(*torchrun, module="torch.distributed.run") as ranks:
-                ranks.wait_for_line("step 30/300", seconds=90)
+                ranks.wait_for_line(" 30/200", seconds=90)
                 shown = json.loads(run("status", "--json", str(tmp_path / "run")))  # finds address and certificates
                 seen += [json.dumps(shown), scrape_secured(told["metrics_address"], ours)]
                 assert "kfdist_run_step" in seen[-1]
@@ -46,11 +46,11 @@ def test_a_run_by_hand_in_four_terminals(tmp_path: Path, certificates: Path):
                 assert len(list(rays.rglob("*.out"))) > 3  # logs of Ray's processes, and of owners
                 assert secrets_found(certificates, texts=[], folder=rays) == []
                 assert shown["live_workers"] == 2 and shown["live_owners"] == 2
-                assert shown["total_steps"] == 300 and shown["state"] == "running"
+                assert shown["total_steps"] == 200 and shown["state"] == "running"
                 ranks.expect(0)
                 assert ranks.left_behind(5) == []
             shown = json.loads(run("status", "by-hand", "--address", address, "--json", environment=us))
-            assert shown["state"] == "finished" and shown["step"] == 300
+            assert shown["state"] == "finished" and shown["step"] == 200
             pool.family()
             pool.signal(signal.SIGTERM)
             pool.expect(0, seconds=15)
