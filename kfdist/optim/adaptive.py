@@ -175,7 +175,7 @@ class AdaptiveStep:
     def step(self, closure: Closure, *batch: Tensor) -> AdaptiveReport:
         """Makes one step of training. Collective: all ranks must call it.
 
-        Given the batch, it costs about two and a half gradients: curvature is measured on a part of the examples
+        Given the batch, it costs about three gradients where layers are large: curvature is measured on a part of the examples
         (`AdaptiveSettings.statistics_fraction`, `model_fraction`), drawn anew at every step. Without, all of it is.
 
         Args:
