@@ -175,8 +175,8 @@ class AdaptiveStep:
     def step(self, closure: Closure, *batch: Tensor) -> AdaptiveReport:
         """Makes one step of training. Collective: all ranks must call it.
 
-        Given the batch, it costs about three gradients where layers are large: curvature is measured on a part of the examples
-        (`AdaptiveSettings.statistics_fraction`, `model_fraction`), drawn anew at every step. Without, all of it is.
+        Given the batch, curvature is measured on a part of the examples (`AdaptiveSettings.statistics_fraction`,
+        `model_fraction`), drawn anew at every step. Without, all of it is, at a higher price (docs/methods/kfac.md).
 
         Args:
             closure: Runs the model on this step's batch and returns (output, loss) without a backward, or (output,
