@@ -10,7 +10,6 @@ the seed and on the last bits of the libraries, not on the machine's load. docs/
 import argparse
 import json
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfdist.bench.contest import TASKS, Task
+from kfdist.bench.contest_tasks import TASKS
 from kfdist.bench.to_target import IN_A_ROW, held
-from kfdist.bench.workloads import Batch, SmallGpt, source_text
 from kfdist.system.provenance import versions
 
 GOALS = {"autoencoder": (0.0126, 0.0054, 0.0030, 0.0022), "cnn": (0.05, 0.04, 0.035, 0.03), "gpt": (2.0, 1.8, 1.6, 1.5)}
 RATES = {"autoencoder": 0.005, "cnn": 0.01, "gpt": 0.01}
 STEPS = {"autoencoder": 800, "cnn": 150, "gpt": 250}
 MOST_OF_THE_PAST = 0.8
-CONTEXT, HELD_OUT = 64, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,27 +224,7 @@ class AdamInABasis:
         self.steps += 1
 
 
-def _windows() -> tuple[Batch, Batch]:
-    text = source_text()
-    windows = text[: len(text) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
-    kept, held_out = windows[: int(0.95 * len(windows))], windows[int(0.95 * len(windows)) :][:HELD_OUT]
-    return (kept[:, :-1], kept[:, 1:]), (held_out[:, :-1], held_out[:, 1:])
-
-
-GPT = Task(
-    title="character GPT of 3 layers, width 96, context 64, batch 32, on the standard library's source",
-    metric="validation loss",
-    goal=1.3,
-    seconds=45.0,
-    batch_size=32,
-    data=cache(_windows),
-    build=lambda: SmallGpt(layers=3, width=96, context=CONTEXT),
-    loss=lambda outputs, targets: F.cross_entropy(outputs.flatten(0, -2), targets.flatten()),
-    loss_name="cross_entropy",
-    on_test=True,
-    evaluation_period=25,
-)
-WORK = {"autoencoder": TASKS["digits-autoencoder"], "cnn": TASKS["digits-cnn"], "gpt": GPT}
+WORK = {"autoencoder": TASKS["digits-autoencoder"], "cnn": TASKS["digits-cnn"], "gpt": TASKS["character-gpt"]}
 
 
 def train(name: str, variant: Variant, lr: float, steps: int, seed: int) -> dict[str, Any]:

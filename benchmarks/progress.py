@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfdist
-from kfdist.bench.contest import TASKS, Task
+from kfdist.bench.contest_tasks import TASKS, Task
 from kfdist.bench.measuring import measured
 from kfdist.bench.results import as_json, table
 from kfdist.bench.to_target import IN_A_ROW

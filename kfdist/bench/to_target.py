@@ -1,9 +1,10 @@
-"""`kfdist bench target`: seconds and steps to a target, for kfdist and for first-order optimizers.
+"""`kfdist bench target`: seconds and steps to a target, for kfdist and for others.
 
 A cell is one training: a task, a rival, a learning rate, a seed. It is written as soon as it is done, and a cell that
-the file has isn't trained again, so that a measurement may be interrupted, and extended by new tasks, rivals, rates and
-seeds. Seconds are those of training on one thread, the first inversion included and evaluations left out; kfdist's
-inversions run on another core.
+the file has isn't trained again, so that a measurement may be interrupted, and extended by new tasks, rivals and
+seeds. A rival's learning rate is tuned with one seed, over as many values for each, and further ones where the best
+lies at an edge; reported are other seeds. Seconds are those of training on one thread, the first inversion included and
+evaluations left out; kfdist's inversions run on another core, and a second time all of it on one core.
 """
 
 import json
@@ -14,14 +15,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kfdist import checks
-from kfdist.bench.contest import RIVALS, TASKS, Rival, Task
+from kfdist.bench.contest_rivals import RIVALS, Rival
+from kfdist.bench.contest_tasks import TASKS, Task
 from kfdist.bench.results import table
 from kfdist.bench.timings import Cores, running_on
 from kfdist.errors import ConfigError
@@ -32,79 +33,172 @@ _MOST_POINTS = 120
 IN_A_ROW = 3
 """Measurements at the goal that count as having reached it: a loss that jumps about is below it at times."""
 
+TUNING_SEED = 0
+"""Learning rates are tuned with it; reported are those after it."""
+
+MOST_FURTHER_RATES = 3
+"""Learning rates beyond those given that are tried where the best lies at an edge."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSettings:
     """What is measured.
 
     Attributes:
-        tasks: Keys of `TASKS`; all if empty.
+        tasks: Keys of `TASKS`; if empty, all whose data are there.
         rivals: Keys of `RIVALS`; all if empty.
         seconds: Of training, at most; a task's own if None.
-        seeds: How many, from 0.
+        seeds: How many are reported; 0 only tunes.
+        folder: Where the data of tasks are that aren't in a package.
     """
 
     tasks: Sequence[str] = ()
     rivals: Sequence[str] = ()
     seconds: float | None = None
-    seeds: int = 1
+    seeds: int = 3
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         for name in self.tasks:
             checks.choice("--task", name, TASKS)
+            if TASKS[name].needs_folder:
+                TASKS[name].data(self.folder)  # it says what is wrong before others have trained
         for name in self.rivals:
             checks.choice("--rival", name, RIVALS)
-        checks.count("--seeds", self.seeds, least=1)
+        checks.count("--seeds", self.seeds, least=0)
         if self.seconds is not None:
             checks.number("--seconds", self.seconds, above=0)
 
-    def cells(self) -> Iterator[tuple[str, str, float, int]]:
-        """Yields task, rival, learning rate and seed of every training."""
-        for task, rival, seed in product(self.tasks or TASKS, self.rivals or RIVALS, range(self.seeds)):
-            for rate in RIVALS[rival].rates:
-                yield task, rival, rate, seed
+    def work(self) -> Iterator[tuple[str, Task]]:
+        """Yields the tasks to do, by their names."""
+        there = [name for name, task in TASKS.items() if self.folder is not None or not task.needs_folder]
+        for name in self.tasks or there:
+            task = replace(TASKS[name], folder=self.folder)
+            yield name, task if self.seconds is None else replace(task, seconds=self.seconds)
+
+    def competitors(self) -> list[str]:
+        """Returns the rivals and those whose rates they take, in the order of `RIVALS`."""
+        chosen = set(self.rivals or RIVALS)
+        chosen |= {RIVALS[name].rate_of for name in chosen}
+        return [name for name in RIVALS if name in chosen]
+
+
+class Contest:
+    """The cells of a measurement.
+
+    Args:
+        known: Those that are known, by `cell_name`; one that had fewer seconds or another goal is trained again.
+        done: Told all that is known after each training.
+    """
+
+    def __init__(self, known: Mapping[str, Any], done: Callable[[dict[str, Any]], None]) -> None:
+        self._cells = dict(known)
+        self._done = done
+        self._goals = {
+            name: {"metric": task.metric, "goal": task.goal, "title": task.title} for name, task in TASKS.items()
+        }
+        for name, goal in self._goals.items():
+            goal["goal"] = self._goal(name)
+
+    def content(self) -> dict[str, Any]:
+        """Returns "cells", by name, and "config"."""
+        config = {"threads": torch.get_num_threads(), "goals": self._goals, "tuning_seed": TUNING_SEED}
+        return {"bench": "target", "config": config, "cells": self._cells}
+
+    def hold(self, name: str, task: Task, competitors: Sequence[str], seeds: int) -> None:
+        """Tunes and trains everyone on a task.
+
+        Raises:
+            ConfigError: The goal is what others reach, and there are none.
+        """
+        for rival in competitors:
+            goal = self._goal(name) if RIVALS[rival].kfdist else task.goal
+            if goal is None and RIVALS[rival].kfdist:
+                raise ConfigError(
+                    f"{name}'s goal is what the best of the others reaches, and none of them was trained; add one, "
+                    "such as --rival adamw",
+                    path="--rival",
+                )
+            work = replace(task, goal=goal)
+            rate = self._tuned(name, work, rival)
+            for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
+                self._train(name, work, rival, rate, seed)
+                if RIVALS[rival].kfdist:
+                    self._train(name, work, rival, rate, seed, one_core=True)
+            self._goals[name]["goal"] = self._goal(name)
+
+    def _tuned(self, name: str, task: Task, rival: str) -> float:
+        if leader := RIVALS[rival].rate_of:
+            found = best(cells_of(self._cells, name, leader))
+            assert found is not None, "competitors come after those whose rates they take"
+            self._train(name, task, rival, found["rate"], TUNING_SEED)
+            return found["rate"]
+        rates = list(RIVALS[rival].rates)
+        for rate in rates:
+            self._train(name, task, rival, rate, TUNING_SEED)
+        for _ in range(MOST_FURTHER_RATES if len(rates) > 1 else 0):
+            found = best(cells_of(self._cells, name, rival))
+            assert found is not None, "the rates were trained"
+            if (further := beyond(rates, found["rate"])) is None:
+                break
+            rates = sorted([*rates, further])
+            self._train(name, task, rival, further, TUNING_SEED)
+        found = best(cells_of(self._cells, name, rival))
+        assert found is not None, "the rates were trained"
+        return found["rate"]
+
+    def _train(self, name: str, task: Task, rival: str, rate: float, seed: int, *, one_core: bool = False) -> None:
+        cell = cell_name(name, rival, rate, seed, one_core=one_core)
+        known = self._cells.get(cell)
+        if known is None or known["limit"] < task.seconds or known["goal"] != task.goal:
+            found = train(task, RIVALS[rival], rate, seed, one_core=one_core)
+            self._cells[cell] = {**found, "task": name, "rival": rival}
+            self._done(self.content())
+
+    def _goal(self, name: str) -> float | None:
+        """Returns a task's goal; where it is what the best of the others reaches, None before there are any."""
+        if TASKS[name].goal is not None:
+            return TASKS[name].goal
+        others = [best(cells_of(self._cells, name, rival)) for rival in RIVALS if not RIVALS[rival].kfdist]
+        return min((each["last"] for each in others if each is not None and each["last"] is not None), default=None)
 
 
 def measure_target(
     settings: TargetSettings, known: Mapping[str, Any], done: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Trains every cell that isn't known yet.
-
-    Args:
-        settings: Which cells.
-        known: Those that are known, by `cell_name`; one that had fewer seconds is trained again.
-        done: Told what is known after each one.
+    """Trains every cell that isn't known yet; see `Contest`.
 
     Returns:
         "cells", by name, the known ones with them, and "config".
     """
-    cells, content = dict(known), {"bench": "target", "config": {"threads": torch.get_num_threads(), "goals": _goals()}}
-    for task, rival, rate, seed in settings.cells():
-        name = cell_name(task, rival, rate, seed)
-        work = TASKS[task] if settings.seconds is None else replace(TASKS[task], seconds=settings.seconds)
-        if name not in cells or cells[name]["limit"] < work.seconds:
-            cells[name] = {**train(work, RIVALS[rival], rate, seed), "task": task, "rival": rival}
-            done({**content, "cells": cells})
-    return {**content, "cells": cells}
+    contest = Contest(known, done)
+    for name, task in settings.work():
+        contest.hold(name, task, settings.competitors(), settings.seeds)
+    return contest.content()
 
 
-def cell_name(task: str, rival: str, rate: float, seed: int) -> str:
+def cell_name(task: str, rival: str, rate: float, seed: int, *, one_core: bool = False) -> str:
     """Returns the name of a cell."""
-    return f"{task}/{rival}/{rate:g}/{seed}"
+    return f"{task}/{rival}/{rate:g}/{seed}{'/one core' if one_core else ''}"
 
 
-def _goals() -> dict[str, Any]:
-    return {name: {"metric": task.metric, "goal": task.goal, "title": task.title} for name, task in TASKS.items()}
+def beyond(rates: Sequence[float], chosen: float) -> float | None:
+    """Returns the next learning rate, of two a decade, beyond the edge that the chosen one is; None if it is none."""
+    if chosen == rates[-1]:
+        return float(f"{10 * rates[-2]:.6g}")
+    return float(f"{rates[1] / 10:.6g}") if chosen == rates[0] else None
 
 
-def train(task: Task, rival: Rival, rate: float, seed: int) -> dict[str, Any]:
+def train(task: Task, rival: Rival, rate: float, seed: int, *, one_core: bool = False) -> dict[str, Any]:
     """Trains until the goal is held, or for the task's seconds; returns when it was reached and how the metric fell."""
     cores, model = Cores(), task.model(seed)
+    goal = -math.inf if task.goal is None else task.goal
     if rival.whole:
         task = replace(task, batch_size=len(task.examples(test=False)[0]))
     batches, curve, spent, steps = task.batches(seed), [(0.0, 0, task.value(model))], 0.0, 0
-    with running_on(cores.others), rival.training(task, model, rate) as step, running_on(cores.training):
-        while spent < task.seconds and math.isfinite(curve[-1][2]) and not held(curve, task.goal):
+    others = cores.training if one_core else cores.others
+    with running_on(others), rival.training(task, model, rate) as step, running_on(cores.training):
+        while spent < task.seconds and math.isfinite(curve[-1][2]) and not held(curve, goal):
             for _ in range(1 if rival.whole else task.evaluation_period):
                 batch = next(batches)
                 begun = time.perf_counter()
@@ -112,11 +206,13 @@ def train(task: Task, rival: Rival, rate: float, seed: int) -> dict[str, Any]:
                 spent += time.perf_counter() - begun
                 steps += 1
             curve.append((round(spent, 4), steps, task.value(model)))
-    first = curve[-IN_A_ROW] if held(curve, task.goal) else None
+    first = curve[-IN_A_ROW] if held(curve, goal) else None
     return {
         "rate": rate,
         "seed": seed,
+        "one_core": one_core,
         "limit": task.seconds,
+        "goal": task.goal,
         "seconds": first and first[0],
         "steps": first and first[1],
         "steps_done": steps,
@@ -158,49 +254,68 @@ def known_cells(file: Path) -> dict[str, Any]:
 
 
 def best(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Chooses a rival's best learning rate on a task, and sums its seeds up.
+    """Chooses a rival's best learning rate on a task, and sums its other seeds up.
 
-    The best one reaches the goal with most seeds, and then soonest; where none does, it comes closest.
+    The best one reaches the goal soonest with the tuning seed; where none does, it comes closest.
 
     Args:
         cells: The rival's, of all rates and seeds.
 
     Returns:
-        Medians over the seeds: "seconds" and "steps" are None where fewer than half of them reached the goal. None
-        without a cell.
+        Medians over the seeds that weren't tuned with, of the tuning one where there are no others yet: "seconds", of
+        which "one_core_seconds" are those on one core, and "steps" are None where fewer than half of them reached the
+        goal. None without a cell.
     """
-    by_rate: dict[float, list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        by_rate.setdefault(cell["rate"], []).append(cell)
-    if not by_rate:
+    every = list(cells)
+    tuning = [cell for cell in every if cell["seed"] == TUNING_SEED and not cell["one_core"]]
+    if not tuning:
         return None
+    chosen = min(tuning, key=lambda cell: (*(_or_infinite(cell[name]) for name in ("seconds", "last")), cell["rate"]))
+    rate = chosen["rate"]
+    others = [cell for cell in every if cell["rate"] == rate and cell["seed"] != TUNING_SEED]
+    reported = [cell for cell in others if not cell["one_core"]] or [chosen]
+    rates = [cell["rate"] for cell in tuning]
+    return {
+        "rate": rate,
+        "at_edge": len(rates) > 1 and rate in (min(rates), max(rates)),
+        "tuned": reported == [chosen],
+        "seeds": len(reported),
+        **{name: _median(reported, name) for name in ("seconds", "steps", "last", "milliseconds_a_step")},
+        "one_core_seconds": _median([cell for cell in others if cell["one_core"]], "seconds"),
+    }
 
-    def median(of_rate: Sequence[Mapping[str, Any]], name: str) -> float:
-        return statistics.median(math.inf if cell[name] is None else cell[name] for cell in of_rate)
 
-    rate, chosen = min(by_rate.items(), key=lambda each: (median(each[1], "seconds"), median(each[1], "last"), each[0]))
-    found = {name: median(chosen, name) for name in ("seconds", "steps", "last", "milliseconds_a_step")}
-    summed = {name: value if math.isfinite(value) else None for name, value in found.items()}
-    return {"rate": rate, "at_edge": rate in (min(by_rate), max(by_rate)), "seeds": len(chosen), **summed}
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _median(cells: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    found = statistics.median([_or_infinite(cell[name]) for cell in cells]) if cells else math.inf
+    return found if math.isfinite(found) else None
 
 
 def describe(content: Mapping[str, Any]) -> str:
     """Puts a measurement into tables, one a task."""
     blocks = []
     for name, task in content["config"]["goals"].items():
-        rows = [
-            [
-                RIVALS[rival].title if rival in RIVALS else rival,
-                f"{found['rate']:g}{'*' if found['at_edge'] else ''}",
-                *(found[key] for key in ("milliseconds_a_step", "seconds", "steps", "last", "seeds")),
-            ]
-            for rival in _rivals_of(content, name)
-            if (found := best(_cells_of(content, name, rival))) is not None
-        ]
-        head = ["", "rate", "ms a step", "seconds", "steps", "last", "seeds"]
+        rows = []
+        for rival in _rivals_of(content, name):
+            found = best(cells_of(content["cells"], name, rival))
+            if found is not None:
+                title = RIVALS[rival].title if rival in RIVALS else rival
+                rate = f"{found['rate']:g}{'*' if found['at_edge'] else ''}" if found["rate"] else "none"
+                keys = ("milliseconds_a_step", "seconds", "one_core_seconds", "steps", "last")
+                rows.append(
+                    [title, rate, *(found[key] for key in keys), f"{found['seeds']}{'+' if found['tuned'] else ''}"]
+                )
+        head = ["", "rate", "ms a step", "seconds", "one core", "steps", "last", "seeds"]
         if rows:
-            blocks.append(f"{task['title']}: {task['metric']} {task['goal']:g}\n{table(head, rows)}")
-    marks = f"*: the best rate is at an edge of those tried; -: not reached, {IN_A_ROW} measurements in a row"
+            goal = "not known yet" if task["goal"] is None else f"{task['goal']:.4g}"
+            blocks.append(f"{task['title']}: {task['metric']} {goal}\n{table(head, rows)}")
+    marks = (
+        f"*: the best rate is at an edge of those tried; -: not reached, {IN_A_ROW} measurements in a row; one core: "
+        "seconds where inversions share the training's core; +: the seed that rates were tuned with"
+    )
     return "\n\n".join([*blocks, marks])
 
 
@@ -208,8 +323,9 @@ def _rivals_of(content: Mapping[str, Any], task: str) -> list[str]:
     return list(dict.fromkeys(cell["rival"] for cell in content["cells"].values() if cell["task"] == task))
 
 
-def _cells_of(content: Mapping[str, Any], task: str, rival: str) -> list[Mapping[str, Any]]:
-    return [cell for cell in content["cells"].values() if (cell["task"], cell["rival"]) == (task, rival)]
+def cells_of(cells: Mapping[str, Mapping[str, Any]], task: str, rival: str) -> list[Mapping[str, Any]]:
+    """Returns the cells of a rival on a task."""
+    return [cell for cell in cells.values() if (cell["task"], cell["rival"]) == (task, rival)]
 
 
 def plot(content: Mapping[str, Any]) -> str:
@@ -222,13 +338,12 @@ def plot(content: Mapping[str, Any]) -> str:
             for column, unit in enumerate(("seconds", "steps")):
                 axes = drawn.axes[2 * row + column]
                 for rival in _rivals_of(content, task):
-                    cells = _cells_of(content, task, rival)
-                    found = best(cells)
-                    cell = next(each for each in cells if found is not None and each["rate"] == found["rate"])
+                    cell = _typical(cells_of(content["cells"], task, rival))
                     colour = SERIES[known.index(rival) % len(SERIES)]
                     points = [point for point in cell["curve"] if point[column] > 0]
                     axes.plot([p[column] for p in points], [p[2] for p in points], color=colour, label=rival)
-                axes.axhline(goals[task]["goal"], color=INK, linewidth=0.8, linestyle="--")
+                if goals[task]["goal"] is not None:
+                    axes.axhline(goals[task]["goal"], color=INK, linewidth=0.8, linestyle="--")
                 axes.set_xscale("log")
                 axes.set_yscale("log")
                 plain_powers(axes.xaxis)
@@ -246,3 +361,12 @@ def plot(content: Mapping[str, Any]) -> str:
         }
         drawn.figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=3)
     return drawn.svg
+
+
+def _typical(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the cell of the best rate whose seconds are in the middle."""
+    found = best(cells)
+    assert found is not None, "a rival that is drawn was tuned"
+    seeds = [each for each in cells if each["rate"] == found["rate"] and not each["one_core"]]
+    reported = [each for each in seeds if found["tuned"] or each["seed"] != TUNING_SEED]
+    return sorted(reported, key=lambda cell: _or_infinite(cell["seconds"]))[len(reported) // 2]

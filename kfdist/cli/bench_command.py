@@ -131,7 +131,9 @@ def _traffic(
 def _target(
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--task", metavar="digits-autoencoder|digits-cnn", help="Repeatable; all if not given."),
+        typer.Option(
+            "--task", metavar="NAME", help="digits-autoencoder, digits-cnn, ...; repeatable; all whose data are there."
+        ),
     ] = None,
     rivals: Annotated[
         list[str] | None,
@@ -141,19 +143,26 @@ def _target(
         float | None,
         typer.Option(parser=number(), metavar="S", help="Of training, at most; a task's own if not given."),
     ] = None,
-    seeds: Annotated[int, typer.Option(parser=whole(), metavar="N", help="How many.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(parser=whole(), metavar="N", help="How many beside the one that rates are tuned with.")
+    ] = 3,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="The folder with MNIST's four files, for its tasks.")
+    ] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure seconds and steps to a target, beside other optimizers.
 
-    All of it takes ten minutes. Trainings that the file has aren't done again, so that the command may be
-    interrupted and given again.
+    Learning rates are tuned for each. The digits take half an hour, text and MNIST some hours each. Trainings that
+    the file has aren't done again, so that the command may be interrupted and given again.
     """
     from kfdist.bench.results import DIRECTORY, write_result
     from kfdist.bench.to_target import TargetSettings, describe, known_cells, measure_target, plot
 
-    settings = TargetSettings(tasks=tuple(tasks or ()), rivals=tuple(rivals or ()), seconds=seconds, seeds=seeds)
+    settings = TargetSettings(
+        tasks=tuple(tasks or ()), rivals=tuple(rivals or ()), seconds=seconds, seeds=seeds, folder=data
+    )
     file = out or DIRECTORY / "target.json"
     known = known_cells(file)
 

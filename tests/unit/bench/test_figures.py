@@ -46,7 +46,7 @@ def test_the_figures_are_those_of_the_results():
 
 def test_the_soonest_of_both_sides_is_told():
     def cell(rival: str, seconds: float | None) -> dict[str, Any]:
-        known = {"rate": 0.1, "seed": 0, "steps": 1, "last": 0.5, "milliseconds_a_step": 1.0}
+        known = {"rate": 0.1, "seed": 0, "one_core": False, "steps": 1, "last": 0.5, "milliseconds_a_step": 1.0}
         return {"task": "digits-cnn", "rival": rival, "seconds": seconds, **known}
 
     cells = [cell("sgd", 3.0), cell("adamw", 2.0), cell("rs-kfac", None)]

@@ -1,17 +1,22 @@
-"""`kfdist bench target`: which cells there are, which rate is the best, and that everyone can train."""
+"""`kfdist bench target`: which trainings there are, which rate is the best, and that everyone can train."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from kfdist.bench.contest import RIVALS, TASKS
+from kfdist.bench import to_target
+from kfdist.bench.contest_rivals import RIVALS
+from kfdist.bench.contest_tasks import TASKS, Task, small_resnet
 from kfdist.bench.to_target import (
+    Contest,
     TargetSettings,
     best,
-    cell_name,
+    beyond,
     describe,
     held,
     known_cells,
@@ -22,9 +27,12 @@ from kfdist.bench.to_target import (
 from kfdist.errors import ConfigError
 
 
-def cell(rate: float, seconds: float | None, last: float | None = 1.0, seed: int = 0) -> dict[str, Any]:
+def cell(
+    rate: float, seconds: float | None, last: float | None = 1.0, seed: int = 0, *, one_core: bool = False
+) -> dict[str, Any]:
     steps = None if seconds is None else int(10 * seconds)
-    return {"rate": rate, "seed": seed, "seconds": seconds, "steps": steps, "last": last, "milliseconds_a_step": 100.0}
+    result = {"seconds": seconds, "steps": steps, "last": last, "milliseconds_a_step": 100.0}
+    return {"rate": rate, "seed": seed, "one_core": one_core, **result}
 
 
 def test_the_best_rate_is_the_soonest_at_the_goal():
@@ -39,37 +47,85 @@ def test_where_none_reaches_the_goal_the_closest_is_the_best_and_what_diverged_i
     assert (found["rate"], found["seconds"], found["last"]) == (0.2, None, 0.4)
 
 
-def test_a_rate_is_judged_by_the_median_of_its_seeds():
-    lucky = [cell(0.1, 1.0), cell(0.1, None, seed=1), cell(0.1, None, seed=2)]
-    steady = [cell(0.2, 3.0, seed=seed) for seed in range(3)]
-    found = best([*lucky, *steady])
-    assert found is not None and (found["rate"], found["seconds"], found["seeds"]) == (0.2, 3.0, 3)
+def test_what_is_reported_are_seeds_that_the_rate_was_not_tuned_with():
+    tuning = [cell(0.1, 1.0), cell(0.2, 3.0)]
+    found = best(tuning)
+    assert found is not None and (found["seconds"], found["seeds"], found["tuned"]) == (1.0, 1, True)
+    others = [cell(0.1, seconds, seed=seed + 1) for seed, seconds in enumerate((5.0, None, 4.0))]
+    alone = [cell(0.1, 7.0, seed=1, one_core=True), cell(0.2, 0.1, seed=1)]
+    found = best([*tuning, *others, *alone])
+    assert found is not None and (found["rate"], found["seconds"], found["seeds"]) == (0.1, 5.0, 3)
+    assert found["one_core_seconds"] == 7.0 and not found["tuned"]
     assert best([]) is None
 
 
-def test_what_is_known_is_not_trained_again_unless_it_had_less_time():
-    settings = TargetSettings(tasks=("digits-cnn",), rivals=("adamw",), seconds=1e-6)
-    told: list[int] = []
+def test_rates_go_on_beyond_an_edge_by_two_a_decade():
+    assert beyond([1e-3, 3e-3, 1e-2, 3e-2], 3e-2) == 0.1
+    assert beyond([1e-3, 3e-3, 1e-2, 3e-2], 1e-3) == 3e-4
+    assert beyond([1e-3, 3e-3, 1e-2, 3e-2], 3e-3) is None
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int, bool, float | None]]:
+    """Trainings that were asked for; each costs as many seconds as its rate is far from 1, and 9 is its last value."""
+    asked = []
+
+    def trained(task: Task, rival: Any, rate: float, seed: int, *, one_core: bool = False) -> dict[str, Any]:
+        name = next(each for each in RIVALS if RIVALS[each] is rival)
+        asked.append((name, rate, seed, one_core, task.goal))
+        done = cell(rate, abs(rate - 1.0) if task.goal else None, abs(rate - 1.0), seed, one_core=one_core)
+        return {**done, "limit": task.seconds, "goal": task.goal}
+
+    monkeypatch.setattr(to_target, "train", trained)
+    return asked
+
+
+def test_a_rate_is_tuned_with_one_seed_beyond_its_edges_and_others_are_reported(told: list[Any]):
+    contest = Contest({}, lambda content: None)
+    contest.hold("digits-cnn", TASKS["digits-cnn"], ["adamw", "optimizer"], seeds=2)
+    tuned = [(rate, 0) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)]
+    assert [each[1:3] for each in told if each[0] == "adamw"] == [*tuned, (1.0, 1), (1.0, 2)]
+    own = [each[1:4] for each in told if each[0] == "optimizer"]
+    assert own == [(1.0, 0, False), *((1.0, seed, one) for seed in (1, 2) for one in (False, True))]
+    assert "adamw" in RIVALS[TargetSettings(rivals=("optimizer",)).competitors()[0]].title.lower()
+
+
+def test_a_goal_that_others_set_is_known_before_kfdist_trains(told: list[Any]):
+    contest = Contest({}, lambda content: None)
+    contest.hold("mnist-autoencoder", TASKS["mnist-autoencoder"], ["sgd", "rs-kfac"], seeds=0)
+    assert {goal for name, *_, goal in told if name == "sgd"} == {None}
+    (last,) = {goal for name, *_, goal in told if name == "rs-kfac"}
+    assert last == min(abs(rate - 1.0) for name, rate, *_ in told if name == "sgd")
+    with pytest.raises(ConfigError, match="none of them was trained; add one"):
+        Contest({}, lambda content: None).hold("mnist-autoencoder", TASKS["mnist-autoencoder"], ["rs-kfac"], seeds=0)
+
+
+def test_what_is_known_is_not_trained_again_unless_it_had_less_time_or_another_goal():
+    settings = TargetSettings(tasks=("digits-autoencoder",), rivals=("adamw",), seconds=1e-6, seeds=0)
+    counts: list[int] = []
     known: dict[str, Any] = {}
-    found = measure_target(settings, known, lambda content: told.append(len(content["cells"])))
-    assert told == [1, 2, 3, 4] and known == {}
-    assert all(each["steps_done"] == TASKS["digits-cnn"].evaluation_period for each in found["cells"].values())
+    found = measure_target(settings, known, lambda content: counts.append(len(content["cells"])))
+    assert counts == list(range(1, len(counts) + 1)) and len(counts) >= 4 and known == {}
+    assert all(each["steps_done"] == TASKS["digits-autoencoder"].evaluation_period for each in found["cells"].values())
     measure_target(settings, found["cells"], lambda content: pytest.fail("everything is known"))
-    short = {**found["cells"], cell_name("digits-cnn", "adamw", 0.01, 0): cell(0.01, 1.0) | {"limit": 1e-9}}
-    told.clear()
-    measure_target(settings, short, lambda content: told.append(len(content["cells"])))
-    assert told == [4]
+    for changed in ({"limit": 1e-9}, {"goal": 1.0}):
+        name = next(iter(found["cells"]))
+        other = {**found["cells"], name: found["cells"][name] | changed}
+        counts.clear()
+        measure_target(settings, other, lambda content: counts.append(len(content["cells"])))
+        assert counts == [len(found["cells"])]
     shown = describe(found)
-    assert "digits CNN" in shown and "AdamW" in shown and "autoencoder" not in shown
+    assert "digits autoencoder" in shown and "AdamW" in shown and "CNN" not in shown
     assert "adamw" in plot(found)
 
 
 @pytest.mark.parametrize("rival", RIVALS)
 def test_everyone_trains(rival: str):
-    task = replace(TASKS["digits-autoencoder"], seconds=1e-6, evaluation_period=1)
+    task = replace(TASKS["digits-autoencoder"], seconds=1e-6, evaluation_period=2)  # SOAP's first step is none
     chosen = RIVALS[rival]
-    found = train(task, chosen, chosen.rates[0], 0)
-    assert found["steps_done"] == 1 and found["seconds"] is None and found["last"] != found["curve"][0][2]
+    found = train(task, chosen, chosen.rates[0] if chosen.rates else 1e-3, 0)
+    assert found["steps_done"] == (1 if chosen.whole else 2)
+    assert found["seconds"] is None and found["last"] != found["curve"][0][2]
 
 
 def test_a_reached_goal_ends_the_training():
@@ -93,7 +149,46 @@ def test_another_files_content_is_refused(tmp_path: Path):
         known_cells(file)
 
 
-@pytest.mark.parametrize("given", [{"tasks": ("x",)}, {"rivals": ("x",)}, {"seeds": 0}, {"seconds": 0.0}])
+@pytest.mark.parametrize("given", [{"tasks": ("x",)}, {"rivals": ("x",)}, {"seeds": -1}, {"seconds": 0.0}])
 def test_wrong_settings_are_refused(given: dict[str, Any]):
     with pytest.raises(ConfigError, match=f"--{next(iter(given)).rstrip('s') if 's' in next(iter(given)) else ''}"):
         TargetSettings(**given)
+
+
+def test_data_that_are_not_there_are_missed_before_anything_trains(tmp_path: Path):
+    with pytest.raises(ConfigError, match="--data: .*train-images-idx3-ubyte.gz"):
+        TargetSettings(tasks=("mnist-resnet",))
+    with pytest.raises(ConfigError, match="--data: .*can't be read"):
+        TargetSettings(tasks=("digits-cnn", "mnist-resnet"), folder=tmp_path)
+    assert "mnist-resnet" not in dict(TargetSettings().work())
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    """Five images of each part in files as MNIST's."""
+    for part in ("train", "t10k"):
+        pixels = bytes(range(256)) * 16
+        with gzip.open(tmp_path / f"{part}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(bytes(16) + pixels[: 5 * 784])
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(bytes(8) + bytes([3, 1, 4, 1, 5]))
+    return tmp_path
+
+
+def test_mnists_files_are_read(mnist: Path):
+    task = replace(TASKS["mnist-resnet"], folder=mnist)
+    inputs, targets = task.examples(test=True)
+    assert inputs.shape == (5, 1, 28, 28) and targets.tolist() == [3, 1, 4, 1, 5]
+    assert inputs.flatten()[:256].equal(torch.arange(256) / 255)
+    model = small_resnet()
+    wrong = (model.eval()(inputs).argmax(1) != targets).float().mean()
+    assert task.value(model) == pytest.approx(float(wrong))
+    flat, again = replace(TASKS["mnist-autoencoder"], folder=mnist).examples(test=False)
+    assert flat.shape == (5, 784) and flat is again
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_model_of_a_task_takes_its_examples(name: str, mnist: Path):
+    task = replace(TASKS[name], folder=mnist, most_measured=2)
+    inputs, targets = task.examples(test=False)
+    task.loss(task.model(0)(inputs[:2]), targets[:2]).backward()
+    assert 0 <= task.value(task.model(0))
