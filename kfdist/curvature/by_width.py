@@ -3,7 +3,7 @@
 So a run that is resumed, also on another machine, chooses as it did when its checkpoint was written.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kfdist import checks
 from kfdist.curvature.blocks import Block, EmbeddingBlock, UnitBlock
@@ -16,14 +16,16 @@ FIRST_ORDER = "left to a first-order method: a table, a norm, a lone vector, or 
 
 @dataclass(frozen=True, kw_only=True)
 class ByWidth:
-    """Chooses `kfac-eigen` for matrices up to a width, `rs-kfac` up to another; nothing else has a block.
+    """Chooses a method of whole eigenbases for matrices up to a width, `rs-kfac` up to another; nothing else has a block.
 
     Attributes:
+        dense: The method of the narrower ones.
         eigen: The largest dimension whose factor is decomposed as a whole, which takes about a second.
         sketched: The largest dimension that has a dense factor: 128 MiB in float32, where the head of a language model
             would have one of 10 GB.
     """
 
+    dense: AbstractInverter = field(default_factory=KfacEigen)
     eigen: int = 1024
     sketched: int = 8192
 
@@ -37,5 +39,5 @@ class ByWidth:
         if isinstance(block, UnitBlock | EmbeddingBlock) or width > self.sketched:
             return FIRST_ORDER
         if width <= self.eigen:
-            return KfacEigen(), f"{width} wide, of at most {self.eigen}"
+            return self.dense, f"{width} wide, of at most {self.eigen}"
         return RsKfac(), f"{width} wide, of more than {self.eigen}"

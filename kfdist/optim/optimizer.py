@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kfdist import checks
 from kfdist.curvature.auto import AUTO
 from kfdist.curvature.by_width import ByWidth
+from kfdist.curvature.inverters.ekfac_adam import EkfacAdam
 from kfdist.errors import CheckpointError, ConfigError, KfdistError
 from kfdist.optim.curvature_options import Curvature
 from kfdist.optim.graft import (
@@ -65,8 +66,8 @@ class Optimizer(torch.optim.Optimizer):
             weight_decay. Others than the model's may be among them.
         graft: As above.
         **curvature: What `kfdist.Preconditioner` is made with, which documents it. Here `method` is "auto" if not
-            given: `kfac-eigen` for matrices up to 1,024 wide and `rs-kfac` for those up to 8,192; wider ones, tables,
-            norms and lone vectors have no block. Any of Preconditioner's own methods and tables can be given instead
+            given: `ekfac-adam` (with another graft `kfac-eigen`) for matrices up to 1,024 wide and `rs-kfac` for those
+            up to 8,192; wider ones, tables, norms and lone vectors have no block. Any of Preconditioner's own methods and tables can be given instead
             (`kfdist.Auto()` is its "auto", by measured cost).
 
     Attributes:
@@ -349,7 +350,8 @@ def _preconditioner_of(model: nn.Module | Preconditioner, graft: Graft | None, c
             raise ConfigError(f"{', '.join(curvature)} can't be set beside a Preconditioner, which has them")
         return model
     if curvature.get("method", AUTO) == AUTO:
-        curvature["method"] = ByWidth()
+        # Under SGD's lengths, or the Newton step's, a direction of Adam's size is another method's.
+        curvature["method"] = ByWidth(dense=EkfacAdam()) if graft == "adamw" else ByWidth()
     if graft is not None:
         curvature["kl_clip"] = None
     return Preconditioner(model, **curvature)

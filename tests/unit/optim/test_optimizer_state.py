@@ -183,10 +183,11 @@ def test_a_bias_makes_no_layer_wider(bias: bool):
     assert found == ["kfac-eigen", "rs-kfac", "rs-kfac", None]
 
 
-def test_auto_is_the_default_and_measures_nothing():
-    with kfdist.Optimizer(Language()) as optimizer:
+@pytest.mark.parametrize(("graft", "method"), [("adamw", "ekfac-adam"), ("sgd", "kfac-eigen"), (None, "kfac-eigen")])
+def test_auto_is_the_default_and_measures_nothing(graft: Any, method: str):
+    with kfdist.Optimizer(Language(), graft=graft) as optimizer:
         methods = {row.parameter: row.method for row in optimizer.preconditioner.coverage().rows}
-        assert methods["wide.weight"] == methods["head.weight"] == "kfac-eigen"
+        assert methods["wide.weight"] == methods["head.weight"] == method
         assert methods["table.weight"] is None
         assert optimizer.preconditioner.costs is None
 
