@@ -16,7 +16,7 @@ FIRST_ORDER = "left to a first-order method: a table, a norm, a lone vector, or 
 
 @dataclass(frozen=True, kw_only=True)
 class ByWidth:
-    """Chooses a method of whole eigenbases for matrices up to a width, `rs-kfac` up to another; nothing else has a block.
+    """Chooses a method of eigenbases for matrices up to a width, `rs-kfac` up to another; nothing else has a block.
 
     Attributes:
         dense: The method of the narrower ones.

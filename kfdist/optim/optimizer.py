@@ -67,7 +67,8 @@ class Optimizer(torch.optim.Optimizer):
         graft: As above.
         **curvature: What `kfdist.Preconditioner` is made with, which documents it. Here `method` is "auto" if not
             given: `ekfac-adam` (with another graft `kfac-eigen`) for matrices up to 1,024 wide and `rs-kfac` for those
-            up to 8,192; wider ones, tables, norms and lone vectors have no block. Any of Preconditioner's own methods and tables can be given instead
+            up to 8,192; wider ones, tables, norms and lone vectors have no block. Any of Preconditioner's own methods
+            and tables can be given instead
             (`kfdist.Auto()` is its "auto", by measured cost).
 
     Attributes:
