@@ -5,10 +5,12 @@ from kfdist.config.named_functions import is_own
 from kfdist.curvature.auto import MeasuredCosts
 from kfdist.curvature.averages import WeightedSums
 from kfdist.curvature.footprint import NUMBER_BYTES
+from kfdist.curvature.inverter import AbstractInverter
 from kfdist.forecast.outline import META, Given, make_outline
 from kfdist.forecast.rank_memory import bytes_of, optimizer_line
 from kfdist.runtime.reduce.reducer import empty_sums
 from kfdist.training.method import plan_of
+from kfdist.types import BlockShape
 
 
 def checkpoint_bytes(config: Config) -> int | None:
@@ -33,13 +35,15 @@ def checkpoint_bytes(config: Config) -> int | None:
         kept += bytes_of(parameters)
     copies = config.cluster.workers if config.checkpoint.statistics == "per-rank" else 1
     statistics = sum(_saved(sums) for sums in empty_sums(plan.groups, META).values())
-    inverses = sum(
-        block.shape.groups * group.inverter.estimate(block.shape).numbers
-        for group in plan.groups
-        for block in group.blocks
-    )
+    inverses = sum(_kept_numbers(group.inverter, block.shape) for group in plan.groups for block in group.blocks)
     return kept + copies * statistics + NUMBER_BYTES * inverses
 
 
 def _saved(sums: WeightedSums) -> int:
     return bytes_of(sums.state_dict().values())
+
+
+def _kept_numbers(inverter: AbstractInverter, shape: BlockShape) -> int:
+    """Returns how many numbers an inverse has, with what outlives it, such as moments."""
+    estimate = inverter.estimate(shape)
+    return shape.groups * (estimate.numbers + (estimate.prepared if inverter.produces.keeps_memory else 0))

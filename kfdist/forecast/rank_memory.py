@@ -72,10 +72,13 @@ def optimizer_line(config: Config, plan: Plan, parameters: Sequence[nn.Parameter
     if config.optimizer.name == OWN_OPTIMIZER:
         check_optimizer(config.optimizer, parameters)
         blocked = {parameter for block in plan.blocks for parameter in block.parameters()}
+        normalised = [group for group in plan.groups if group.inverter.produces.normalised]  # with moments of its own
+        finished = {parameter for group in normalised for block in group.blocks for parameter in block.parameters()}
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         kept = KEPT[str(config.optimizer.settings.get("graft", "adamw"))]
-        of_blocks = bytes_of(parameter for parameter in trained if parameter in blocked)
-        found = kept.of_blocks * of_blocks + kept.of_others * (bytes_of(trained) - of_blocks)
+        of_blocks = bytes_of(parameter for parameter in trained if parameter in blocked - finished)
+        of_others = bytes_of(parameter for parameter in trained if parameter not in blocked)
+        found = kept.of_blocks * of_blocks + kept.of_others * of_others
         return Line("optimizer state", found, note=config.optimizer.name)
     try:
         optimizer = make_optimizer(config.optimizer, iter(parameters))

@@ -12,10 +12,14 @@ from kfdist.training.worker import train_together
 from tests.support.training import SMALL
 
 
-@pytest.mark.parametrize("statistics", ["per-rank", "folded"])
+@pytest.mark.parametrize("statistics", ["per-rank", "folded", "moments in the inverses"])
 def test_it_is_about_what_a_run_writes(statistics: str, tmp_path: Path) -> None:
-    lines = ["model.settings.hidden=[128, 96]", "run.steps=10", "cluster.workers=1", 'optimizer.name="adamw"']
-    lines += [f'checkpoint.statistics="{statistics}"', f'run.dir="{tmp_path / "run"}"', "optimizer.lr=0.001"]
+    lines = ["model.settings.hidden=[128, 96]", "run.steps=10", "cluster.workers=1", "optimizer.lr=0.001"]
+    if statistics == "moments in the inverses":
+        lines += ["preconditioner.method=ekfac-adam", "optimizer.name=kfdist"]
+    else:
+        lines += [f'checkpoint.statistics="{statistics}"', "optimizer.name=adamw"]
+    lines += [f'run.dir="{tmp_path / "run"}"']
     lines += ["preconditioner.adoption=fixed-lag", "preconditioner.lag=0"]  # with nothing under way at the end
     (tmp_path / "run.toml").write_text(SMALL)
     config = load_config(tmp_path / "run.toml", environment={}, overrides=lines)

@@ -195,7 +195,11 @@ def test_a_graft_has_no_clip_and_an_explicit_one_is_refused() -> None:
 @pytest.mark.parametrize("graft", ["adamw", "sgd", "none"])
 def test_what_it_keeps_of_each_parameter_is_as_planned(graft: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    with kfdist.Optimizer(model, graft=None if graft == "none" else graft) as made:  # type: ignore[arg-type]
+    with kfdist.Optimizer(
+        model,
+        graft=None if graft == "none" else graft,  # type: ignore[arg-type]
+        method={"0": "kfac-eigen"},
+    ) as made:
         model(torch.ones(5, 3)).square().sum().backward()
         made.step()
         shapes = {p: sum(each.shape == p.shape for each in made.state[p].values()) for p in model.parameters()}
