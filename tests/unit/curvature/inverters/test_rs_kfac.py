@@ -28,16 +28,25 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 P, Q = 40, 60
 DAMPING = 1e-1
 V = gaussian(1, P, Q, seed=1)
+SMALL = p, q = 20, 30
+"""For what is compared with a dense solver, whose time grows with (p q)^3."""
+v = gaussian(1, p, q, seed=1)
 
 both_methods = pytest.mark.parametrize("name", ["rs-kfac", "sre-kfac"])
 
 
-def factors(dtype: torch.dtype = torch.float64, *, rank: int | None = None, decay: float = 0.8) -> KroneckerFactors:
+def factors(
+    dtype: torch.dtype = torch.float64,
+    *,
+    rank: int | None = None,
+    decay: float = 0.8,
+    size: tuple[int, int] = (P, Q),
+) -> KroneckerFactors:
     def spectrum(d: int) -> Tensor:
         values = decay ** torch.arange(d, dtype=torch.float64)
         return torch.where(torch.arange(d) < (rank or d), values, 0.0)
 
-    A, G = with_spectrum(spectrum(Q)[None], seed=2), with_spectrum(spectrum(P)[None], seed=3)
+    G, A = (with_spectrum(spectrum(d)[None], seed=seed) for d, seed in zip(size, (3, 2), strict=True))
     return KroneckerFactors(A=A.to(dtype), G=G.to(dtype))
 
 
@@ -64,22 +73,22 @@ def rebuilt(values: Tensor, vectors: Tensor) -> Tensor:
 @pytest.mark.parametrize("rule", ["pi", "relative"])
 def test_r1_full_rank_equals_the_dense_factored_solve(name: str, dtype: torch.dtype, rule: str) -> None:
     """R1: r = d gives (G + lambda_G I)^{-1} V (A + lambda_A I)^{-1}."""
-    given = factors(dtype)
-    _, made = invert(given, name=name, rank=Q, damping_rule=rule)
+    given = factors(dtype, size=SMALL)
+    _, made = invert(given, name=name, rank=q, damping_rule=rule)
     shares = damping_shares(given.A, given.G, rule=rule, damping=DAMPING)
-    expected = solve_factored_dense(given.A, given.G, shares, V)
-    assert relative_error(made.apply(V.to(dtype), DAMPING), expected) < TOLERANCE[dtype]
+    expected = solve_factored_dense(given.A, given.G, shares, v)
+    assert relative_error(made.apply(v.to(dtype), DAMPING), expected) < TOLERANCE[dtype]
 
 
 @both_methods
 def test_r2_factors_of_the_rank_are_exact(name: str) -> None:
     """R2: rank(M) = r with five more columns loses nothing."""
-    given = factors(rank=12)
+    given = factors(rank=12, size=SMALL)
     outcome, made = invert(given, name=name, rank=12, oversampling=5)
-    assert made.U_A.shape == (1, Q, 12) and made.U_G.shape == (1, P, 12)
+    assert made.U_A.shape == (1, q, 12) and made.U_G.shape == (1, p, 12)
     shares = damping_shares(given.A, given.G, rule="pi", damping=DAMPING)
-    expected = solve_factored_dense(given.A, given.G, shares, V)
-    assert relative_error(made.apply(V, DAMPING), expected) < TOLERANCE[torch.float64]
+    expected = solve_factored_dense(given.A, given.G, shares, v)
+    assert relative_error(made.apply(v, DAMPING), expected) < TOLERANCE[torch.float64]
     assert outcome.diagnostics["approximation_error_A"] < TOLERANCE[torch.float64]
 
 
@@ -87,23 +96,23 @@ def test_r2_factors_of_the_rank_are_exact(name: str) -> None:
 @pytest.mark.parametrize("continued", [False, True])
 def test_r3_continuation_inverts_the_completed_matrix(name: str, continued: bool) -> None:
     """R3: the missing eigenvalues count as the smallest kept one, or as zero; pi still comes from the full traces."""
-    given = factors()
+    given = factors(size=SMALL)
     # The oversampled sketch is the whole space, so that truncation is exact and only the formula is tested.
-    _, made = invert(given, name=name, rank=10, oversampling=Q, spectrum_continuation=continued)
-    assert made.U_A.shape == (1, Q, 10)
+    _, made = invert(given, name=name, rank=10, oversampling=q, spectrum_continuation=continued)
+    assert made.U_A.shape == (1, q, 10)
     shares = damping_shares(given.A, given.G, rule="pi", damping=DAMPING)
     A, G = leading_part(given.A, 10, continued=continued), leading_part(given.G, 10, continued=continued)
-    expected = solve_factored_dense(A, G, shares, V)
-    assert relative_error(made.apply(V, DAMPING), expected) < TOLERANCE[torch.float64]
+    expected = solve_factored_dense(A, G, shares, v)
+    assert relative_error(made.apply(v, DAMPING), expected) < TOLERANCE[torch.float64]
 
 
 def test_continuation_is_nearer_to_the_truth_on_a_slow_spectrum() -> None:
-    values = torch.linspace(2, 1, Q, dtype=torch.float64)
-    given = KroneckerFactors(A=with_spectrum(values[None], seed=2), G=with_spectrum(values[None, :P], seed=3))
+    values = torch.linspace(2, 1, q, dtype=torch.float64)
+    given = KroneckerFactors(A=with_spectrum(values[None], seed=2), G=with_spectrum(values[None, :p], seed=3))
     shares = damping_shares(given.A, given.G, rule="pi", damping=DAMPING)
-    truth = solve_factored_dense(given.A, given.G, shares, V)
+    truth = solve_factored_dense(given.A, given.G, shares, v)
     errors = [
-        relative_error(invert(given, rank=10, spectrum_continuation=on)[1].apply(V, DAMPING), truth)
+        relative_error(invert(given, rank=10, spectrum_continuation=on)[1].apply(v, DAMPING), truth)
         for on in (True, False)
     ]
     assert errors[0] < 0.2 * errors[1]
