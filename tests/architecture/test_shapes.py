@@ -8,11 +8,11 @@ from typing import Any, get_args, get_origin
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
+from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
 from kfdist.linalg.psd import eigen_residual, symmetrise
-from tests.support.shapes import PACKAGES
+from tests.support.shapes import PACKAGES, checked
 
 ANY_SHAPE = {"parameter_digest"}
 """Functions of tensors whose shapes don't matter."""
@@ -56,3 +56,22 @@ def test_a_wrong_shape_is_refused_at_the_call() -> None:
     eigen_residual(square, one, square, square)
     with pytest.raises(TypeCheckError, match="vectors"):
         eigen_residual(square, one, square[..., :2], square)
+
+
+def test_a_wrong_result_is_refused_though_arguments_of_these_shapes_have_passed() -> None:
+    wrong = False
+
+    def doubled(x: Float[Tensor, "n d"], *, why: str = "") -> Float[Tensor, "n d"]:  # noqa: ARG001
+        return (x if not wrong else x.mT) * 2
+
+    looked_at = checked(doubled)
+    for _ in range(2):
+        assert looked_at(torch.ones(2, 3), why="any").shape == (2, 3)
+    wrong = True
+    with pytest.raises(TypeCheckError, match="return value"):
+        looked_at(torch.ones(2, 3))
+    with pytest.raises(TypeCheckError, match="parameters"):
+        looked_at(torch.ones(2))
+    with pytest.raises(TypeCheckError, match="parameters"):
+        looked_at(torch.ones(2, 3, dtype=torch.int64))
+    assert looked_at(torch.ones(3, 3)).shape == (3, 3)
