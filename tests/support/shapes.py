@@ -30,14 +30,10 @@ def checked(function: FunctionType) -> Any:
     shapes = {name: hint for name, hint in hints.items() if _says_shape(hint)}
     if not shapes:
         return function
-    function.__annotations__ = shapes
-    try:
-        return _checked_once(function, frozenset(shapes))
-    finally:
-        function.__annotations__ = hints
+    return _checked_once(function, shapes)
 
 
-def _checked_once(function: FunctionType, shaped: frozenset[str]) -> Callable[..., Any]:
+def _checked_once(function: FunctionType, shapes: dict[str, Any]) -> Callable[..., Any]:
     """Has a call looked at unless one of the same shapes has passed: a look takes a few tenths of a millisecond."""
     held: list[Any] = []
     lock = threading.Lock()
@@ -46,25 +42,32 @@ def _checked_once(function: FunctionType, shaped: frozenset[str]) -> Callable[..
     def held_result(*_args: Any, **_kwargs: Any) -> Any:
         return held.pop()
 
-    look = jaxtyped(typechecker=beartype)
-    whole, of_result = look(function), look(held_result)
+    @functools.cache  # made at the first call: making all takes longer than most processes use them
+    def looked_at(what: Callable[..., Any]) -> Callable[..., Any]:
+        hints = function.__annotations__
+        function.__annotations__ = shapes
+        try:
+            return jaxtyped(typechecker=beartype)(what)
+        finally:
+            function.__annotations__ = hints
+
     parameters = inspect.signature(function).parameters.values()
-    if any(each.name in shaped and each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters):
-        return whole
-    places = [place for place, each in enumerate(parameters) if each.name in shaped]
+    if any(each.name in shapes and each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters):
+        return looked_at(function)
+    places = [place for place, each in enumerate(parameters) if each.name in shapes]
     passed: set[Hashable] = set()
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         by_place = tuple(_outline(args[place]) for place in places if place < len(args))
-        given = by_place, tuple((name, _outline(each)) for name, each in kwargs.items() if name in shaped)
-        result = function(*args, **kwargs) if given in passed else whole(*args, **kwargs)
-        both = given, _outline(result) if "return" in shaped else None
+        given = by_place, tuple((name, _outline(each)) for name, each in kwargs.items() if name in shapes)
+        result = function(*args, **kwargs) if given in passed else looked_at(function)(*args, **kwargs)
+        both = given, _outline(result) if "return" in shapes else None
         if given in passed and both not in passed:
             with lock:
                 held.append(result)
-                of_result(*args, **kwargs)
+                looked_at(held_result)(*args, **kwargs)
         passed.update((given, both))
         return result
 
