@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import typer.main
 from kfdist.cli.main import app
 from kfdist.config import Config, load_config
 from kfdist.training.run_directory import flat
-from tests.support.sources import FILES, PACKAGE, tree_of
+from tests.support.sources import FILES, PACKAGE, nodes_of
 
 EVERY_RUN = {"train", "worker", "serve", "pool"}
 STEERING = {"status", "list", "watch", "pause", "resume", "set", "checkpoint", "stop", "events"}
@@ -50,18 +51,20 @@ OTHERS = {"docker run": {"--shm-size"}, "ray start": {"--head"}, "ray job": {"--
 """Options of other programs, by the words before them."""
 
 
-def _texts(path: Path) -> Iterator[str]:
-    """Yields a file's strings but for docstrings and declared options; an f-string as one, with {} for its values."""
-    tree = tree_of(path)
-    skipped = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) or _declares(node)]
+@cache
+def _texts(path: Path) -> tuple[str, ...]:
+    """Returns a file's strings but for docstrings and declared options; an f-string as one, with {} for its values."""
+    skipped = [node for node in nodes_of(path) if isinstance(node, ast.JoinedStr) or _declares(node)]
     inside = {id(part) for node in skipped for part in ast.walk(node)}
-    for node in ast.walk(tree):
+    texts = []
+    for node in nodes_of(path):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             inside.add(id(node.value))
         elif isinstance(node, ast.JoinedStr):
-            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
-            yield node.value
+            texts.append(node.value)
+    return tuple(texts)
 
 
 def _declares(node: ast.AST) -> bool:

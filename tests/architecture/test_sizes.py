@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support import sources
-from tests.support.sources import ROOT, nodes_of
+from tests.support.sources import ROOT, tree_of
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
@@ -22,9 +22,13 @@ FILES = [
 
 
 def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in nodes_of(path):
+    left: list[ast.AST] = [tree_of(path)]
+    while left:
+        node = left.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node
+        if not isinstance(node, ast.Expr | ast.Assign | ast.Return | ast.expr):  # which hold no function
+            left += ast.iter_child_nodes(node)
 
 
 def _body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
