@@ -1,7 +1,6 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from tests.support.ranks import stop_fork_server
 
@@ -14,4 +13,6 @@ def fork_server() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
+    import torch  # the process that only hands tests out reads this file, too
+
     torch.set_num_threads(1)
