@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfdist.capture.capture import Capture
+from kfdist.capture.requests import Request
 from kfdist.curvature.references import dense_kronecker
 from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_of
 from tests.support.small_models import images, small_cnn
@@ -187,12 +188,14 @@ def test_the_mean_of_draws_is_exact(which: str):
     model, x = tanh_net(depth=2), normal(4, 3)
     exact = factors_of(observed(model, x, name, **arguments).drain())
     draws: dict[str, list[Tensor]] = {layer: [] for layer in exact}
+    capture = armed_capture(model, fisher="mc")
     for seed in range(DRAWS):
-        capture = observed(model, x, name, "mc", seed=seed, **arguments)
+        capture.arm(dict.fromkeys(exact, Request(seed=seed)))
+        output = model(x)
+        capture.observe(output, name, target=target_of(name, output), **arguments)
         for layer, (A, G) in factors_of(capture.drain()).items():
             torch.testing.assert_close(A, exact[layer][0])
             draws[layer].append(G)
-        capture.close()
     for layer, drawn in draws.items():
         stacked = torch.stack(drawn)
         error = stacked.std(0) / DRAWS**0.5
