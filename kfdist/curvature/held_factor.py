@@ -13,7 +13,7 @@ from kfdist.linalg.brand import (
     draw_columns,
     light_correction,
     reorthogonalise,
-    update_residual,
+    update_errors,
 )
 from kfdist.linalg.kronecker import Spectrum
 from kfdist.linalg.psd import eigen_residual, orthogonality_residual, trace
@@ -88,7 +88,7 @@ class HeldFactor:
     def to_state(self, label: str) -> dict[str, Tensor]:
         """Writes it down as tensors; a factor without rows has no weight there either."""
         state = {
-            f"U_{label}": self.vectors.clone(),
+            f"U_{label}": self.vectors,  # shared with what is applied: nothing writes into it
             f"w_{label}": self.values.clone(),
             f"trace_{label}": self.trace.clone(),
             f"rank_{label}": torch.tensor(self.rank, dtype=torch.int64, device="cpu"),
@@ -121,7 +121,8 @@ class HeldFactor:
         Returns:
             The factor with up to n columns more than its rank, and diagnostics.
         """
-        repair = self.vectors.shape[-1] > 0 and self._orthogonality(seed, label) > ORTHOGONALITY_LIMIT
+        leading = self.vectors[..., : self.rank]  # what is cut off here needs no check
+        repair = leading.shape[-1] > 0 and _orthogonality(leading, seed, label) > ORTHOGONALITY_LIMIT
         before = reorthogonalise(self.vectors, self.values) if repair else (self.vectors, self.values)
         before = before[0][..., : self.rank], before[1][..., : self.rank]
         sizes = torch.linalg.vector_norm(rows, dim=-1)
@@ -131,14 +132,13 @@ class HeldFactor:
             rows = rows[:, filled]
         vectors, values = brand_update(*before, rows)
         probes = probes_like(vectors, seed=seed, label=label)
-        residual = float(update_residual(before, rows, (vectors, values), probes).max())
+        residual, orthogonality = update_errors(before, rows, (vectors, values), probes)
         after = replace(self, vectors=vectors, values=values, trace=self.trace + sizes.square().sum(-1))
-        return after, {f"residual_{label}": residual, f"repairs_{label}": float(repair)}
-
-    def _orthogonality(self, seed: int, label: str) -> float:
-        """Estimates the groups' largest ||U^T U - I||, Frobenius, by probes: at a cost linear in k, not quadratic."""
-        probes = probes_like(self.vectors.mT, seed=seed, label=f"orthogonality/{label}")
-        return float(orthogonality_residual(self.vectors, probes).max()) * self.vectors.shape[-1] ** 0.5
+        return after, {
+            f"residual_{label}": float(residual.max()),
+            f"orthogonality_{label}": float(orthogonality.max()) * vectors.shape[-1] ** 0.5,
+            f"repairs_{label}": float(repair),
+        }
 
     def truncated(self) -> "HeldFactor":
         """Returns it with its leading r eigenpairs."""
@@ -179,13 +179,22 @@ class HeldFactor:
         """Returns the trace of the factor, also of what was cut off."""
         return self.trace if self.weight is None else self.trace / self.weight
 
-    def diagnostics(self, label: str, *, seed: int) -> dict[str, float]:
-        """Returns its diagnostics, with what probes say of U^T U; waits for the tensors."""
-        spectrum = self.spectrum(continued=False)
+    def diagnostics(self, label: str, found: Mapping[str, float], *, seed: int) -> dict[str, float]:
+        """Returns its diagnostics with those of how it came about; waits for the tensors.
+
+        Args:
+            label: The factor's letter.
+            found: Of the update or the decomposition; what these don't say of U^T U, probes do.
+            seed: The inversion's.
+        """
+        spectrum, orthogonality = self.spectrum(continued=False), f"orthogonality_{label}"
         return {
             f"rank_{label}": float(spectrum.values.shape[-1]),
             f"smallest_eigenvalue_{label}": float(spectrum.values.min()),
-            f"orthogonality_{label}": self._orthogonality(seed, label),
+            orthogonality: found[orthogonality]
+            if orthogonality in found
+            else _orthogonality(self.vectors, seed, label),
+            **found,
         }
 
     def approximation_error(self, matrix: Float[Tensor, "c d d"], *, seed: int, label: str) -> dict[str, float]:
@@ -194,3 +203,9 @@ class HeldFactor:
         probes = probes_like(matrix, seed=seed, label=label)
         error = eigen_residual(matrix, spectrum.values, spectrum.vectors, probes)
         return {f"approximation_error_{label}": float(error.max())}
+
+
+def _orthogonality(vectors: Float[Tensor, "c d k"], seed: int, label: str) -> float:
+    """Estimates the groups' largest ||U^T U - I||, Frobenius, by probes: at a cost linear in k, not quadratic."""
+    probes = probes_like(vectors.mT, seed=seed, label=f"orthogonality/{label}")
+    return float(orthogonality_residual(vectors, probes).max()) * vectors.shape[-1] ** 0.5

@@ -22,13 +22,16 @@ _LOSS_TOLERANCE = 10.0
 """Loss of orthogonality that is expected of products, a column in the mean, in units of rounding, up to which they are
 used: what 200 updates lose stays below 1e-4 in float32."""
 
+_SMALLEST_KEPT = 32.0
+"""Length, in units of rounding of the rows' own lengths, below which a direction of theirs is rounding."""
+
 _ROWS = 64
 """Rows of a Gram matrix that are computed at once: of each such block, what is above the diagonal is left out."""
 
 
 def brand_update(
     vectors: Float[Tensor, "c d r"], values: Float[Tensor, "c r"], rows: Float[Tensor, "c n d"]
-) -> tuple[Float[Tensor, "c d r+n"], Float[Tensor, "c r+n"]]:
+) -> tuple[Float[Tensor, "c d s"], Float[Tensor, "c s"]]:
     """Computes the eigendecomposition of U diag(w) U^T + B B^T for B = rows^T, exactly: nothing is cut off.
 
     Splits B = U P + E with E orthogonal to U, E = Q R, and decomposes the small matrix of algorithms.md 4.1,
@@ -36,17 +39,17 @@ def brand_update(
     where rows lie nearly within the span of U, rounding of the first pass is not small beside E.
     O(d (r + n)^2 + (r + n)^3).
 
-    R is the Cholesky factor of E^T E, summed in float64, and Q = E R^{-1} isn't formed: with the blocks X and Y of Z,
+    R comes from E^T E, summed in float64, and Q = E R^{-1} isn't formed: with the blocks X and Y of Z,
     U+ = U X + E R^{-1} Y. That is all products. Where E is so near to having dependent columns that orthogonality
     would be lost, Q and R come from Householder reflections, in about twice the time.
 
     Args:
         vectors: U; r may be 0.
         values: w.
-        rows: Zero and repeated rows and such within the span of U add eigenvalues of 0.
+        rows: Zero and repeated rows and such within the span of U add eigenvalues of 0, or none.
 
     Returns:
-        U+ and w+.
+        U+ and w+; s is r + n, or less where rows depend on each other but for rounding.
 
     Raises:
         ValueError: r + n > d: more columns than dimensions can't be orthogonal.
@@ -58,14 +61,14 @@ def brand_update(
     P = vectors.mT @ rows.mT
     E = torch.baddbmm(rows, P.mT, vectors.mT, alpha=-1).mT
     rest = vectors.mT @ E  # what the second pass takes off
-    triangle = _triangle(E, rest)
-    if triangle is None:
+    factor = _factor(E, P, rest)
+    if factor is None:
         Q, R = _complement(vectors, torch.baddbmm(E.mT, rest.mT, vectors.mT, alpha=-1).mT)
         found, Z = _core(values, P + rest, R)
         return torch.cat([vectors, Q], -1) @ Z, found
-    R, inverse = triangle
+    R, inverse = factor
     found, Z = _core(values, P + rest, R)
-    X, Y = Z.split([r, n], dim=-2)
+    X, Y = Z.split([r, R.shape[-2]], dim=-2)
     Y = inverse @ Y
     return (vectors @ (X - rest @ Y)).baddbmm_(E, Y), found
 
@@ -81,30 +84,54 @@ def _core(
     return found.clamp_min(0), Z
 
 
-def _triangle(
-    columns: Float[Tensor, "c d n"], overlap: Float[Tensor, "c r n"]
-) -> tuple[Float[Tensor, "c n n"], Float[Tensor, "c n n"]] | None:
-    """Returns R and R^{-1}, upper triangular, for E - U (U^T E) = Q R; None where Q wouldn't be orthogonal enough.
+def _factor(
+    columns: Float[Tensor, "c d n"], first: Float[Tensor, "c r n"], overlap: Float[Tensor, "c r n"]
+) -> tuple[Float[Tensor, "c m n"], Float[Tensor, "c n m"]] | None:
+    """Returns R and R^+ for E - U (U^T E) = Q R with m <= n columns of Q; None where Q wouldn't be orthogonal enough.
 
-    With D the lengths of the n columns of E and k = ||D R^{-1}|| / sqrt(n), Frobenius, rounding of E R^{-1} costs a
-    column eps k and that of the Gram matrix its own eps k^2: what products lose is known before they are made.
+    R is the Cholesky factor of the Gram matrix. Where that has none, since rows are repeated or otherwise dependent, it
+    is S V^T D of the eigenpairs V S^2 V^T of the Gram matrix of E D^{-1}, where D are the rows' lengths: those of
+    lengths S at the level of rounding of the rows are left out.
 
     Args:
         columns: E.
+        first: U^T B, what E has lost of the rows already.
         overlap: U^T E.
     """
     wide = overlap.double()
-    gram = _gram(columns) - wide.mT @ wide
+    gram = _gram(columns).baddbmm_(wide.mT, wide, alpha=-1)
+    sizes = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0)
     lower, info = torch.linalg.cholesky_ex(gram)
-    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower.mT, unit.expand_as(gram), upper=True)
-    sizes = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    growth = torch.linalg.matrix_norm(sizes.unsqueeze(-1) * inverse) / gram.shape[-1] ** 0.5
-    eps = torch.finfo(columns.dtype).eps
-    loss = eps * growth + torch.finfo(gram.dtype).eps * growth.square()
-    if not bool(((info == 0) & (loss <= _LOSS_TOLERANCE * eps)).all()):
+    if not bool(info.any()):
+        unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        R, inverse = lower.mT, torch.linalg.solve_triangular(lower.mT, unit.expand_as(gram), upper=True)
+    elif columns.dtype == gram.dtype:
+        return None  # lengths below the root of its rounding are unknown
+    else:
+        lengths = (sizes + first.double().square().sum(-2)).sqrt()
+        scales = torch.where(lengths > 0, 1 / lengths, 0)
+        squares, V = eigh_descending(scales.unsqueeze(-1) * gram * scales.unsqueeze(-2))
+        kept = (squares > (_SMALLEST_KEPT * torch.finfo(columns.dtype).eps) ** 2).sum(-1)
+        m = int(kept.max())
+        if m + first.shape[-2] == 0 or m != int(kept.min()):
+            return None
+        S, V = squares[..., :m].sqrt(), V[..., :m]
+        R, inverse = S.unsqueeze(-1) * V.mT * lengths.unsqueeze(-2), scales.unsqueeze(-1) * V / S.unsqueeze(-2)
+    if not _is_accurate(sizes.sqrt(), inverse, columns.dtype):
         return None
-    return lower.mT.to(columns), inverse.to(columns)
+    return R.to(columns), inverse.to(columns)
+
+
+def _is_accurate(sizes: Float[Tensor, "c n"], inverse: Float[Tensor, "c n m"], dtype: torch.dtype) -> bool:
+    """Says whether products leave the columns of Q = E R^+ orthogonal; waits for the tensors.
+
+    With D the lengths of the n columns of E and k = ||D R^+|| / sqrt(m), Frobenius, rounding of E R^+ costs a column
+    eps k and that of the Gram matrix its own eps k^2: what products lose is known before they are made.
+    """
+    growth = torch.linalg.matrix_norm(sizes.unsqueeze(-1) * inverse) / max(inverse.shape[-1], 1) ** 0.5
+    eps = torch.finfo(dtype).eps
+    loss = eps * growth + torch.finfo(inverse.dtype).eps * growth.square()
+    return bool((loss <= _LOSS_TOLERANCE * eps).all())
 
 
 def _gram(columns: Float[Tensor, "c d n"]) -> Float[Tensor, "c n n"]:
@@ -135,20 +162,30 @@ def _complement(
     return Q, Q.mT @ columns
 
 
-def update_residual(
+def update_errors(
     before: tuple[Float[Tensor, "c d r"], Float[Tensor, "c r"]],
     rows: Float[Tensor, "c n d"],
     after: tuple[Float[Tensor, "c d s"], Float[Tensor, "c s"]],
     probes: Float[Tensor, "c d k"],
-) -> Float[Tensor, " c"]:
-    """Estimates ||(S - U+ w+ U+^T) Z|| / ||S Z|| for S = U w U^T + rows^T rows, Frobenius, in O(d (r + n)).
+) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """Estimates how exact an update is and how orthonormal its basis, in O(d (r + n)).
 
-    `before` are U and w, `after` U+ and w+; Z are Gaussian probes. For S = 0 it is the size of the difference.
+    The first is ||(S - U+ w+ U+^T) Z|| / ||S Z|| for S = U w U^T + rows^T rows, Frobenius, and for S = 0 the size of
+    the difference. The second is ||U+^T U+ T - T|| / ||T|| for T = U+^T Z, random too: U+ is read three times for both.
+
+    Args:
+        before: U and w.
+        rows: What was added.
+        after: U+ and w+.
+        probes: Z, Gaussian.
     """
-    expected = _product(*before, probes) + rows.mT @ (rows @ probes)
-    difference = torch.linalg.matrix_norm(_product(*after, probes) - expected)
-    size = torch.linalg.matrix_norm(expected)
-    return torch.where(size > 0, difference / size, difference)
+    vectors, values = after
+    T = vectors.mT @ probes
+    found, spanned = (vectors @ torch.cat([values.unsqueeze(-1) * T, T], -1)).chunk(2, dim=-1)
+    expected = (_product(*before, probes)).baddbmm_(rows.mT, rows @ probes)
+    difference, size = torch.linalg.matrix_norm(found - expected), torch.linalg.matrix_norm(expected)
+    residual = torch.where(size > 0, difference / size, difference)
+    return residual, torch.linalg.matrix_norm(vectors.mT @ spanned - T) / torch.linalg.matrix_norm(T)
 
 
 def _product(

@@ -149,7 +149,7 @@ class AbstractBrandKfac(AbstractInverter):
                 return Inversion.failed(f"factor {label} holds no examples: every batch so far was dropped or absent")
             factors[label] = factor
             outcomes.append(outcome)
-            diagnostics |= factor.diagnostics(label, seed=seed) | found
+            diagnostics |= factor.diagnostics(label, found, seed=seed)
         A, G = factors["A"], factors["G"]
         preconditioner, kept = enough_of(
             A.spectrum(continued=self.spectrum_continuation),

@@ -15,7 +15,7 @@ from kfdist.linalg.brand import (
     orthogonality_error,
     reorthogonalise,
     solve_rows,
-    update_residual,
+    update_errors,
 )
 from kfdist.linalg.kronecker import FactoredInverse, Spectrum
 from kfdist.linalg.lowrank import sketch_rows
@@ -142,6 +142,28 @@ def test_directions_of_any_length_leave_the_basis_orthonormal(
     assert relative_error(dense(*found), dense(vectors, values) + rows.mT @ rows) <= tolerance
 
 
+@pytest.mark.parametrize(("kind", "columns"), [("duplicates", 3), ("all the same", 1), ("zero", 0)])
+def test_rows_that_depend_on_others_add_no_columns_and_take_no_reflections(
+    kind: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32. In float64 products can't tell such rows from those that differ by less than 1e-8."""
+    vectors, values = some_state(8)
+    widths = widths_of_qr(monkeypatch)
+    found, _ = brand_update(vectors.float(), values.float(), degenerate_rows(kind, vectors).float())
+    assert widths == []
+    assert found.shape == (C, D, 8 + columns)
+
+
+def test_groups_that_differ_in_their_directions_share_the_larger_number() -> None:
+    vectors, values = some_state(8)
+    rows = gaussian(C, 6, D, seed=2)
+    rows[0, 3:] = rows[0, :3]
+    found = brand_update(vectors, values, rows)
+    assert found[0].shape == (C, D, 14)
+    assert float(orthogonality_error(found[0]).max()) <= 1e-12
+    assert relative_error(dense(*found), dense(vectors, values) + rows.mT @ rows) <= 1e-12
+
+
 def test_more_columns_than_dimensions_are_refused() -> None:
     vectors, values = some_state(36)
     with pytest.raises(ValueError, match="rank 36 and 5 rows don't fit into 40 dimensions"):
@@ -161,16 +183,20 @@ def test_float32_stays_orthonormal_over_two_hundred_updates() -> None:
     assert relative_error(dense(vectors, values), average) < 1e-3  # 0.7^20: what is cut off is below it
 
 
-def test_the_residual_sees_a_wrong_update() -> None:
+def test_probes_see_a_wrong_update_and_a_spoiled_basis() -> None:
     before, rows = some_state(8), gaussian(C, 6, D, seed=1)
-    after = brand_update(*before, rows)
+    U, w = brand_update(*before, rows)
     probes = gaussian(C, D, 4, seed=9)
-    assert float(update_residual(before, rows, after, probes).max()) <= 1e-12
-    wrong = after[0], after[1] * torch.where(torch.arange(14) == 0, 1.1, 1.0)
-    assert float(update_residual(before, rows, wrong, probes).min()) > 1e-2
+    residual, orthogonality = update_errors(before, rows, (U, w), probes)
+    assert max(float(residual.max()), float(orthogonality.max())) <= 1e-12
+    residual, orthogonality = update_errors(before, rows, (U, w * torch.where(torch.arange(14) == 0, 1.1, 1.0)), probes)
+    assert float(residual.min()) > 1e-2
+    assert float(orthogonality.max()) <= 1e-12
+    residual, orthogonality = update_errors(before, rows, (U + 0.01 * U.roll(1, -1), w), probes)
+    assert float(orthogonality.min()) > 1e-3
     nothing = torch.zeros(C, 6, D, dtype=torch.float64)
     zero = (before[0], torch.zeros_like(before[1]))
-    assert float(update_residual(zero, nothing, brand_update(*zero, nothing), probes).max()) == 0.0
+    assert float(update_errors(zero, nothing, brand_update(*zero, nothing), probes)[0].max()) == 0.0
 
 
 def test_a_spoiled_basis_is_orthonormal_again_and_stands_for_the_same_matrix() -> None:
