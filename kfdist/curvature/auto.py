@@ -96,7 +96,7 @@ def measure_costs() -> MeasuredCosts:
 
     def sketch(matrix: torch.Tensor) -> None:
         columns = gaussian_sketch(matrix, 32, seed=0)
-        randomized_svd(matrix, range_basis(matrix, columns, power_iterations=sketched.power_iterations))
+        randomized_svd(*range_basis(matrix, columns, power_iterations=sketched.power_iterations))
 
     def brand(matrix: torch.Tensor) -> None:
         half = matrix.shape[-1] // 8

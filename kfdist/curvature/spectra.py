@@ -148,7 +148,7 @@ def randomized_spectrum(
 
     decompose = randomized_svd if method == "rsvd" else randomized_eigh
     # Handed on without a name, so that each goes as soon as the next one is there.
-    values, vectors = decompose(matrix, range_basis(matrix, sketch(), power_iterations=power_iterations))
+    values, vectors = decompose(*range_basis(matrix, sketch(), power_iterations=power_iterations))
     orthogonality = orthogonality_residual(vectors, probes_like(vectors.mT, seed=seed, label=label))
     # The whole sketch is looked at before it is cut: a large negative eigenvalue may hide behind `rank` positive ones.
     found = _factor_spectrum(values, vectors, rank, torch.zeros_like(orthogonality), orthogonality, label)

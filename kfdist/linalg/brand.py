@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from kfdist.linalg.gram import LOSS_TOLERANCE, Triangle, cholesky, gram
 from kfdist.linalg.kronecker import Spectrum, solve_left
 from kfdist.linalg.psd import eigh_descending, symmetrise
 
@@ -18,15 +19,8 @@ _OVERLAP_TOLERANCE = 50.0
 _LEAST_OUTSIDE = 0.25
 """Least square of a unit vector's part outside a span whose direction has lost no more than a bit to rounding."""
 
-_LOSS_TOLERANCE = 10.0
-"""Loss of orthogonality that is expected of products, a column in the mean, in units of rounding, up to which they are
-used: what 200 updates lose stays below 1e-4 in float32."""
-
 _SMALLEST_KEPT = 32.0
 """Length, in units of rounding of the rows' own lengths, below which a direction of theirs is rounding."""
-
-_ROWS = 64
-"""Rows of a Gram matrix that are computed at once: of each such block, what is above the diagonal is left out."""
 
 
 def brand_update(
@@ -99,49 +93,27 @@ def _factor(
         overlap: U^T E.
     """
     wide = overlap.double()
-    gram = _gram(columns).baddbmm_(wide.mT, wide, alpha=-1)
-    sizes = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0)
-    lower, info = torch.linalg.cholesky_ex(gram)
-    if not bool(info.any()):
-        unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        R, inverse = lower.mT, torch.linalg.solve_triangular(lower.mT, unit.expand_as(gram), upper=True)
-    elif columns.dtype == gram.dtype:
-        return None  # lengths below the root of its rounding are unknown
-    else:
-        lengths = (sizes + first.double().square().sum(-2)).sqrt()
-        scales = torch.where(lengths > 0, 1 / lengths, 0)
-        squares, V = eigh_descending(scales.unsqueeze(-1) * gram * scales.unsqueeze(-2))
-        kept = (squares > (_SMALLEST_KEPT * torch.finfo(columns.dtype).eps) ** 2).sum(-1)
-        m = int(kept.max())
-        if m + first.shape[-2] == 0 or m != int(kept.min()):
-            return None
-        S, V = squares[..., :m].sqrt(), V[..., :m]
-        R, inverse = S.unsqueeze(-1) * V.mT * lengths.unsqueeze(-2), scales.unsqueeze(-1) * V / S.unsqueeze(-2)
-    if not _is_accurate(sizes.sqrt(), inverse, columns.dtype):
+    squares = gram(columns).baddbmm_(wide.mT, wide, alpha=-1)
+    triangle = cholesky(squares) or _dependent(squares, first, columns.dtype)
+    if triangle is None or not triangle.loses_at_most(LOSS_TOLERANCE, columns.dtype):
         return None
-    return R.to(columns), inverse.to(columns)
+    return triangle.R.to(columns), triangle.inverse.to(columns)
 
 
-def _is_accurate(sizes: Float[Tensor, "c n"], inverse: Float[Tensor, "c n m"], dtype: torch.dtype) -> bool:
-    """Says whether products leave the columns of Q = E R^+ orthogonal; waits for the tensors.
-
-    With D the lengths of the n columns of E and k = ||D R^+|| / sqrt(m), Frobenius, rounding of E R^+ costs a column
-    eps k and that of the Gram matrix its own eps k^2: what products lose is known before they are made.
-    """
-    growth = torch.linalg.matrix_norm(sizes.unsqueeze(-1) * inverse) / max(inverse.shape[-1], 1) ** 0.5
-    eps = torch.finfo(dtype).eps
-    loss = eps * growth + torch.finfo(inverse.dtype).eps * growth.square()
-    return bool((loss <= _LOSS_TOLERANCE * eps).all())
-
-
-def _gram(columns: Float[Tensor, "c d n"]) -> Float[Tensor, "c n n"]:
-    """Returns the lower triangle of E^T E in float64; above it are zeros, but for parts of the diagonal blocks."""
-    rows = columns.mT.double()
-    n = rows.shape[-2]
-    gram = rows.new_zeros(*rows.shape[:-1], n)
-    for begin in range(0, n, _ROWS):
-        gram[..., begin:, begin : begin + _ROWS] = rows[..., begin:, :] @ rows[..., begin : begin + _ROWS, :].mT
-    return gram
+def _dependent(gram: Float[Tensor, "c n n"], first: Float[Tensor, "c r n"], dtype: torch.dtype) -> Triangle | None:
+    """Returns R of columns that depend on each other; None in float64, or where groups differ in how many are left."""
+    if dtype == gram.dtype:
+        return None  # lengths below the root of its rounding are unknown
+    lengths = (gram.diagonal(dim1=-2, dim2=-1).clamp_min(0) + first.double().square().sum(-2)).sqrt()
+    scales = torch.where(lengths > 0, 1 / lengths, 0)
+    squares, V = eigh_descending(scales.unsqueeze(-1) * gram * scales.unsqueeze(-2))
+    kept = (squares > (_SMALLEST_KEPT * torch.finfo(dtype).eps) ** 2).sum(-1)
+    m = int(kept.max())
+    if m + first.shape[-2] == 0 or m != int(kept.min()):
+        return None
+    S, V = squares[..., :m].sqrt(), V[..., :m]
+    R = S.unsqueeze(-1) * V.mT * lengths.unsqueeze(-2)
+    return Triangle.of(R, scales.unsqueeze(-1) * V / S.unsqueeze(-2), gram)
 
 
 def _complement(

@@ -8,10 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kfdist.linalg.gram import LOSS_TOLERANCE, cholesky, gram
 from kfdist.linalg.psd import eigh_descending, symmetrise
 
 SKETCH_NUMBERS = 1 << 22
 """Random numbers that a sketch of rows holds at a time (32 MiB in float64)."""
+
+PAIRED = 4
+"""Power iterations from which on two of them are saved: with fewer, as many are better (docs/performance.md)."""
+
+_INTERIM_TOLERANCE = 1e5
+"""`LOSS_TOLERANCE` of a basis that is multiplied again: its span matters, and rounding of the product has cost that as
+much already."""
 
 _DRAWN = 1 << 16
 """Random numbers of a test matrix that are drawn at a time."""
@@ -62,18 +70,64 @@ def sketch_rows(rows: Float[Tensor, "c n d"], size: int, *, seed: int) -> Float[
 
 def range_basis(
     matrix: Float[Tensor, "*c d d"], sketch: Float[Tensor, "*c d s"], *, power_iterations: int
-) -> Float[Tensor, "*c d s"]:
-    """Finds an orthonormal basis that nearly spans the dominant eigenvectors of `matrix`.
+) -> tuple[Float[Tensor, "*c d s"], Float[Tensor, "*c d s"]]:
+    """Finds an orthonormal basis Q that nearly spans the dominant eigenvectors of `matrix`, M.
 
     The basis is orthogonalised after every multiplication: without that, small modes drown in float32. Each of the
     `power_iterations`, further multiplications by the symmetric matrix, sharpens the decay of the spectrum.
 
-    Beside the matrix no more than two tensors of the sketch's size exist, the sketch included if the caller lets go
-    of it.
+    From `PAIRED` power iterations on, two fewer multiplications are as good: the last two bases span 2 s dimensions, of
+    which the Rayleigh-Ritz procedure takes the s best (a block Krylov space of two blocks; Musco and Musco, 2015).
+
+    Args:
+        matrix: M.
+        sketch: Where it begins, Gaussian or known directions; let go of.
+        power_iterations: n_p.
+
+    Returns:
+        Q and M Q.
     """
-    for _ in range(1 + power_iterations):
-        sketch, _ = _orthonormalised(_product(matrix, sketch))
-    return sketch
+    paired = power_iterations >= PAIRED and 2 * sketch.shape[-1] <= matrix.shape[-1]
+    for left in reversed(range(power_iterations - 2 if paired else 1 + power_iterations)):
+        tolerance = _INTERIM_TOLERANCE if left else LOSS_TOLERANCE
+        sketch, _ = _orthonormalised(_product(matrix, sketch), tolerance)
+    image = _product(matrix, sketch)
+    return _best_of_two(matrix, sketch, image) if paired else (sketch, image)
+
+
+def _best_of_two(
+    matrix: Float[Tensor, "*c d d"], basis: Float[Tensor, "*c d s"], image: Float[Tensor, "*c d s"]
+) -> tuple[Float[Tensor, "*c d s"], Float[Tensor, "*c d s"]]:
+    """Returns an orthonormal basis of the s dimensions of span [Q, M Q] in which M is largest, and M times it."""
+    corner = basis.mT @ image
+    following = _complement(basis, image - (corner.mT @ basis.mT).mT)
+    beyond = _product(matrix, following)
+    coupling = following.mT @ image
+    small = torch.cat([torch.cat([corner, coupling.mT], -1), torch.cat([coupling, following.mT @ beyond], -1)], -2)
+    values, Z = eigh_descending(symmetrise(small))
+    # By magnitude: a large negative eigenvalue, which no factor should have, must not be overlooked.
+    order = values.abs().argsort(dim=-1, descending=True, stable=True)[..., : basis.shape[-1]]
+    X, Y = Z.gather(-1, order.unsqueeze(-2).expand(*Z.shape[:-1], basis.shape[-1])).chunk(2, dim=-2)
+    chosen = (X.mT @ basis.mT).add_(Y.mT @ following.mT)
+    del basis, following
+    return chosen.mT, (X.mT @ image.mT).add_(Y.mT @ beyond.mT).mT
+
+
+def _complement(basis: Float[Tensor, "*c d s"], columns: Float[Tensor, "*c d s"]) -> Float[Tensor, "*c d s"]:
+    """Returns an orthonormal basis of the columns, orthogonal to another one, to which they are but for rounding.
+
+    Where nothing is left of a spectrum that falls off, the columns are rounding: any directions will do, but they are
+    made orthogonal to the basis once more, since rounding doesn't know it.
+    """
+    triangle = cholesky(gram(columns))
+    if triangle is not None and triangle.loses_at_most(_INTERIM_TOLERANCE, columns.dtype):
+        columns = _solved(columns, triangle.inverse)
+        columns = columns - ((columns.mT @ basis) @ basis.mT).mT
+        triangle = cholesky(gram(columns))
+        if triangle is not None and triangle.loses_at_most(LOSS_TOLERANCE, columns.dtype):
+            return _solved(columns, triangle.inverse)
+    # Householder reflections of both leave dependent columns no place within the basis.
+    return torch.linalg.qr(torch.cat([basis, columns], -1)).Q[..., basis.shape[-1] :]
 
 
 def _product(matrix: Float[Tensor, "*c d d"], columns: Float[Tensor, "*c d s"]) -> Float[Tensor, "*c d s"]:
@@ -81,10 +135,23 @@ def _product(matrix: Float[Tensor, "*c d d"], columns: Float[Tensor, "*c d s"]) 
     return (columns.mT @ matrix).mT
 
 
+def _solved(columns: Float[Tensor, "*c d s"], inverse: Float[Tensor, "*c s s"]) -> Float[Tensor, "*c d s"]:
+    """Returns E R^{-1}, column-major."""
+    return (inverse.to(columns).mT @ columns.mT).mT
+
+
 def _orthonormalised(
-    columns: Float[Tensor, "*c d s"],
+    columns: Float[Tensor, "*c d s"], tolerance: float = LOSS_TOLERANCE
 ) -> tuple[Float[Tensor, "*c d s"], Float[Tensor, "*c s s"]]:
-    """Returns Q, which overwrites the columns where they are column-major, and R with Q R = columns, s <= d."""
+    """Returns Q and R with Q R = columns, s <= d: by products or, where these lose more, by Householder reflections.
+
+    Args:
+        columns: Overwritten by reflections, where they are column-major.
+        tolerance: Of `Triangle.loses_at_most`.
+    """
+    triangle = None if columns.dtype == torch.float64 else cholesky(gram(columns))  # see `LOSS_TOLERANCE`
+    if triangle is not None and triangle.loses_at_most(tolerance, columns.dtype):
+        return _solved(columns, triangle.inverse), triangle.R.to(columns)
     tau = columns.new_empty(*columns.shape[:-2], columns.shape[-1])
     torch.geqrf(columns, out=(columns, tau))
     R = columns[..., : columns.shape[-1], :].triu()
@@ -92,17 +159,21 @@ def _orthonormalised(
 
 
 def randomized_svd(
-    matrix: Float[Tensor, "*c d d"], basis: Float[Tensor, "*c d s"]
+    basis: Float[Tensor, "*c d s"], image: Float[Tensor, "*c d s"]
 ) -> tuple[Float[Tensor, "*c s"], Float[Tensor, "*c d s"]]:
     """Computes M ~ V diag(w) V^T of symmetric M from B = Q^T M, Q orthonormal, and its right singular vectors V.
 
     V carries one more multiplication by M than Q does, so it is more accurate than `randomized_eigh` on the same basis.
     B^T = Z R reduces the d x s problem to an s x s one before the singular value decomposition.
 
+    Args:
+        basis: Q.
+        image: M Q; may be overwritten.
+
     Returns:
         Eigenvalues w, negative where the matrix is indefinite, descending in magnitude, and V.
     """
-    outer, reduced = _orthonormalised(_product(matrix, basis))
+    outer, reduced = _orthonormalised(image)
     left, values, right = torch.linalg.svd(reduced)
     # For a symmetric matrix the left singular vectors of B, brought back by Q, equal the right ones up to the sign of
     # the eigenvalue, which singular values don't have.
@@ -113,13 +184,17 @@ def randomized_svd(
 
 
 def randomized_eigh(
-    matrix: Float[Tensor, "*c d d"], basis: Float[Tensor, "*c d s"]
+    basis: Float[Tensor, "*c d s"], image: Float[Tensor, "*c d s"]
 ) -> tuple[Float[Tensor, "*c s"], Float[Tensor, "*c d s"]]:
     """Computes M ~ U diag(w) U^T of symmetric M from the projection Q^T M Q, Q orthonormal.
 
     Cheaper than `randomized_svd` but projected on both sides, so less accurate.
+
+    Args:
+        basis: Q.
+        image: M Q.
     """
-    values, rotation = eigh_descending(symmetrise(basis.mT @ (matrix @ basis)))
+    values, rotation = eigh_descending(symmetrise(basis.mT @ image))
     return values, basis @ rotation
 
 

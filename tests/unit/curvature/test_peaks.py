@@ -65,8 +65,9 @@ def peaks() -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.parametrize("method", ["rs-kfac", "sre-kfac"])
-def test_a_low_rank_inversion_holds_the_factor_and_two_copies_of_its_result(peaks, method):
-    assert FACTOR + LOW_RANK < peaks[method]["run"] <= FACTOR + 2 * LOW_RANK + SLACK
+def test_a_low_rank_inversion_holds_the_factor_and_seven_sketches(peaks, method):
+    """Two bases and the factor times both, of which two new ones are made, and one more on the way."""
+    assert FACTOR + LOW_RANK < peaks[method]["run"] <= FACTOR + 7 * LOW_RANK + SLACK
     assert peaks[method]["decode"] <= LOW_RANK + SLACK
 
 

@@ -20,7 +20,7 @@ Decompose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def leading(matrix: Tensor, decompose: Decompose, *, oversampling: int, power_iterations: int = 4, seed: int = 0):
     sketch = gaussian_sketch(matrix, RANK + oversampling, seed=seed)
-    values, vectors = decompose(matrix, range_basis(matrix, sketch, power_iterations=power_iterations))
+    values, vectors = decompose(*range_basis(matrix, sketch, power_iterations=power_iterations))
     return values[..., :RANK], vectors[..., :RANK]
 
 
@@ -73,7 +73,7 @@ def test_a_large_negative_eigenvalue_keeps_its_sign(decompose: Decompose) -> Non
     spectrum[:3] = torch.tensor([1.0, -2.0, 0.5])
     matrix = with_spectrum(spectrum, seed=5)
     sketch = gaussian_sketch(matrix, RANK, seed=0)
-    values, vectors = decompose(matrix, range_basis(matrix, sketch, power_iterations=4))
+    values, vectors = decompose(*range_basis(matrix, sketch, power_iterations=4))
     assert float(values.min()) == pytest.approx(-2.0)
     assert (rebuilt(values, vectors) - matrix).abs().max() < TOLERANCE
 
