@@ -167,17 +167,17 @@ def eigen_residual(
 ) -> Float[Tensor, "*c"]:
     """Estimates ||(M - U diag(w) U^T) Z|| / ||M Z||, Frobenius: the error of a decomposition, full or low-rank.
 
-    Z are Gaussian columns, the probes. For the zero matrix it is the size of the difference.
+    M is symmetric. Z are Gaussian columns, the probes. For the zero matrix it is the size of the difference.
     """
-    product = matrix @ probes
-    difference = product - vectors @ (values.unsqueeze(-1) * (vectors.mT @ probes))
+    product = (probes.mT @ matrix).mT  # narrow on the left: matrices of rows are read as they lie
+    difference = product - vectors @ (values.unsqueeze(-1) * (probes.mT @ vectors).mT)
     size = _norm(product)
     return torch.where(size > 0, _norm(difference) / size, _norm(difference))
 
 
 def orthogonality_residual(vectors: Float[Tensor, "*c d r"], probes: Float[Tensor, "*c r k"]) -> Float[Tensor, "*c"]:
     """Estimates how far U^T U is from I: ||U^T U Z - Z|| / ||Z||, Frobenius, for Gaussian probes Z."""
-    return _norm(vectors.mT @ (vectors @ probes) - probes) / _norm(probes)
+    return _norm(((vectors @ probes).mT @ vectors).mT - probes) / _norm(probes)
 
 
 def largest_eigenvalue(

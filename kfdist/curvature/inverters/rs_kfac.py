@@ -22,6 +22,7 @@ from kfdist.curvature.spectra import (
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.errors import ConfigError
 from kfdist.linalg.kronecker import DampingRule
+from kfdist.linalg.lowrank import PAIRED
 from kfdist.linalg.psd import trace
 from kfdist.types import BlockShape
 
@@ -47,8 +48,9 @@ class AbstractSketchedKfac(AbstractInverter):
     Attributes:
         rank: Eigenpairs r kept of each factor, clamped to its size.
         oversampling: Further columns l of the sketch.
-        power_iterations: Further multiplications of the sketch by the factor, orthogonalised after each.
-        spectrum_continuation: Take the eigenvalues that aren't kept as equal to the smallest kept one, instead of as 0.
+        power_iterations: Further multiplications of the sketch by the factor, orthogonalised after each; from 4 on, two
+            of them are saved without loss.
+        spectrum_continuation: Take the eigenvalues that aren't kept as equal to the smallest kept one.
         damping_rule: "pi" (factored Tikhonov), "relative" (the published rule lambda_A = phi w_max(A); damping is then
             phi) or "common" (exact on products of eigenvalues).
         rank_schedule: Pairs (inversion, rank) in rising order: from that inversion of the block on, counted from 0, the
@@ -124,15 +126,19 @@ class AbstractSketchedKfac(AbstractInverter):
     def factor_work(self, d: int) -> Work:
         """Counts the operations for one d x d factor, at the largest rank of the schedule.
 
-        q + 2 products of d x d with d x s and as many orthogonalisations, or a full decomposition.
+        q + 2 products of d x d with d x s and as many orthogonalisations; two products fewer where two bases are
+        joined (`range_basis`); or a full decomposition.
         """
         s = min(self._largest_rank, d) + self.oversampling
         if s >= d:
             return Work(Operation.EIGH, EIGH_FLOPS * d**3)
         q = self.power_iterations
-        flops = (q + 2) * 2.0 * d * d * s + (q + 1) * 4.0 * d * s * s
+        if q >= PAIRED and 2 * s <= d:
+            flops = q * 2.0 * d * d * s + (3 * q + 20) * 1.0 * d * s * s + EIGH_FLOPS * (2 * s) ** 3
+        else:
+            flops = (q + 2) * 2.0 * d * d * s + (q + 1) * 3.0 * d * s * s
         if self.decomposition == "rsvd":
-            flops += 6.0 * d * s * s + _SVD_FLOPS * s**3
+            flops += 7.0 * d * s * s + _SVD_FLOPS * s**3
         else:
             flops += 4.0 * d * s * s + EIGH_FLOPS * s**3
         return Work(Operation.SKETCH, flops)
