@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from kfdist import checks
+from kfdist.bench.brand_floor import brand_floor, over_floor
 from kfdist.bench.claim_e_widths import exponent
 from kfdist.bench.factor_problem import DAMPING, EXAMPLES, FOLDINGS, SMALL, Problem
 from kfdist.bench.results import conditions, table
@@ -86,6 +87,8 @@ def measure_inversion(settings: InversionSettings) -> dict[str, Any]:
         for name, points in found.items():
             if not points or _foreseen(name, points[-1], d) <= settings.limit_seconds:
                 points.append({"d": d, "rank": settings.rank, **_measure(name, problem, settings.rank)})
+        if found.get("b-kfac") and found["b-kfac"][-1]["d"] == d:
+            found["b-kfac"][-1]["floor"] = brand_floor(d, settings.rank, EXAMPLES)
     problem = Problem(settings.size_for_ranks)
     by_rank = {
         name: [{"d": problem.d, "rank": rank, **_measure(name, problem, rank)} for rank in settings.ranks]
@@ -114,6 +117,8 @@ def measure_inversion(settings: InversionSettings) -> dict[str, Any]:
         "brand_update_over_all_operations": brand_over_bound(
             found.get("b-kfac", []), settings.rank, rate, eigendecomposition=True
         ),
+        "brand_update_over_its_products": over_floor(found.get("b-kfac", []), "products"),
+        "brand_update_over_its_floor": over_floor(found.get("b-kfac", []), "products", "eigendecomposition"),
         "gemm_flops_per_second": rate,
     }
 
@@ -252,6 +257,8 @@ def describe(content: Mapping[str, Any]) -> str:
     for key, what in (
         ("brand_update_over_gemm_bound", "of its products at the rate of GEMM"),
         ("brand_update_over_all_operations", "of these and of the small eigendecomposition at that rate"),
+        ("brand_update_over_its_products", "that its products take alone"),
+        ("brand_update_over_its_floor", "that these and the small eigendecomposition take alone"),
     ):
         bounds = ", ".join(f"{value:g} at d = {d}" for d, value in content[key].items())
         parts.append(f"a Brand update of {EXAMPLES} rows over the seconds {what}: {bounds or 'not measured'}")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from kfdist.bench import factor_problem, inversion
+from kfdist.bench.brand_floor import over_floor
 from kfdist.bench.factor_problem import Problem
 from kfdist.bench.inversion import (
     InversionSettings,
@@ -34,6 +35,7 @@ def test_all_methods_are_measured_and_the_exact_ones_are_exact(few_examples: Non
     by_rank = found["by_rank"]
     assert set(by_rank) == {"rs-kfac", "sre-kfac", "b-kfac"}
     assert by_rank["rs-kfac"][1]["error"] < by_rank["rs-kfac"][0]["error"]
+    assert {len(found[f"brand_update_over_its_{name}"]) for name in ("products", "floor")} == {2}
     shown = describe(found)
     assert "error by rank, d = 90" in shown and "times faster" in shown
     assert "sre-kfac" in plot(found)
@@ -64,6 +66,12 @@ def test_ratios_are_of_equal_sizes():
     points_of_brand = [{"d": 2, "seconds": 3.0}]
     assert brand_over_bound(points_of_brand, 220, 2.0 * products) == {"2": 3.0}
     assert brand_over_bound(points_of_brand, 220, 2.0 * products + small, eigendecomposition=True) == {"2": 3.0}
+
+
+def test_a_floor_is_of_the_parts_named():
+    points_of_brand = [{"d": 2, "seconds": 6.0, "floor": {"products": 3.0, "eigendecomposition": 1.0}}]
+    assert over_floor(points_of_brand, "products") == {"2": 2.0}
+    assert over_floor(points_of_brand, "products", "eigendecomposition") == {"2": 1.5}
 
 
 @pytest.mark.parametrize(
