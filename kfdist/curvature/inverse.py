@@ -151,6 +151,42 @@ class AbstractPreconditioner(ABC):
             return Direction(X, scale)
         return Direction(Direction(X, scale).finished().to(gradient.dtype))
 
+    @property
+    def takes_apart(self) -> bool:
+        """Whether there is a `direction_apart`."""
+        return False
+
+    def direction_apart(
+        self, weight: Float[Tensor, "c p w"], bias: Float[Tensor, "c p 1"], damping: float, memory: BlockMemory
+    ) -> tuple[Direction, Float[Tensor, "c p 1"]]:
+        """Applies the inverse as `direction` does to a gradient whose last column, the bias's, lies elsewhere.
+
+        Joined, the weight's would be copied, into rows that begin anywhere, which products read more slowly.
+
+        Returns:
+            The weight's direction, and the bias's, which lacks the same factor.
+
+        Raises:
+            ValueError: The gradients have other shapes.
+        """
+        c, p, q = self.shape
+        if tuple(weight.shape) != (c, p, q - 1) or tuple(bias.shape) != (c, p, 1):
+            raise ValueError(
+                f"the gradients have shapes {tuple(weight.shape)} and {tuple(bias.shape)}, the preconditioner is for "
+                f"{(c, p, q - 1)} and {(c, p, 1)}"
+            )
+        dtype, own = weight.dtype, self.trace_A.dtype
+        (X, scale), last = self._solve_apart(weight.to(own), bias.to(own), damping, memory)
+        if dtype == own:
+            return Direction(X, scale), last
+        return Direction(Direction(X, scale).finished().to(dtype)), Direction(last, scale).finished().to(dtype)
+
+    def _solve_apart(
+        self, weight: Tensor, bias: Tensor, damping: float, memory: BlockMemory
+    ) -> tuple[Direction, Tensor]:
+        """Does what `_solve` does, as `direction_apart` says; only where `takes_apart`."""
+        raise NotImplementedError(f"{type(self).__name__} takes gradients whole")
+
     @classmethod
     def directions(
         cls,
@@ -401,6 +437,20 @@ class KroneckerSpectrum(AbstractPreconditioner):
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Direction:
         return Direction(*memory.form(self, lambda: self._prepare(damping, memory.steady), damping).solve(gradient))
+
+    @property
+    @override
+    def takes_apart(self) -> bool:
+        return self.damping_rule != "common"
+
+    @override
+    def _solve_apart(
+        self, weight: Tensor, bias: Tensor, damping: float, memory: BlockMemory
+    ) -> tuple[Direction, Tensor]:
+        inverse = memory.form(self, lambda: self._prepare(damping, memory.steady), damping)
+        assert isinstance(inverse, FactoredInverse), "which all rules but one make"
+        X, last, scale = inverse.solve_apart(weight, bias)
+        return Direction(X, scale), last
 
     def _prepare(self, damping: float, steady: bool) -> JointInverse | FactoredInverse:
         if self.damping_rule == "common":

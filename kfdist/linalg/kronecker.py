@@ -137,16 +137,32 @@ class FactorInverse(NamedTuple):
     def multiply_left(self, right_side: Float[Tensor, "c d n"], *, overwrite: bool) -> Float[Tensor, "c d n"]:
         """Multiplies it, but for the `scale`, from the left; into the given tensor if it may and can."""
         if self.right is None:
-            return self.left @ right_side
-        inner = self.right.mT @ right_side
-        return self.left @ inner if self.scale is None else _plus(right_side, self.left, inner, overwrite)
+            return torch.bmm(self.left, right_side)
+        inner = torch.bmm(self.right.mT, right_side)
+        return torch.bmm(self.left, inner) if self.scale is None else _plus(right_side, self.left, inner, overwrite)
 
     def multiply_right(self, left_side: Float[Tensor, "c n d"], *, overwrite: bool) -> Float[Tensor, "c n d"]:
         """Multiplies it, but for the `scale`, from the right; see `multiply_left`."""
         if self.right is None:
-            return left_side @ self.left
-        inner = left_side @ self.right
-        return inner @ self.left.mT if self.scale is None else _plus(left_side, inner, self.left.mT, overwrite)
+            return torch.bmm(left_side, self.left)
+        inner = torch.bmm(left_side, self.right)
+        if self.scale is None:
+            return torch.bmm(inner, self.left.mT)
+        return _plus(left_side, inner, self.left.mT, overwrite)
+
+    def multiply_right_apart(
+        self, most: Float[Tensor, "c n w"], last: Float[Tensor, "c n 1"], *, overwrite: bool
+    ) -> tuple[Float[Tensor, "c n w"], Float[Tensor, "c n 1"]]:
+        """Does what `multiply_right` does where the last column lies elsewhere, and leaves it there."""
+        left = self.left
+        if self.right is None:
+            product = torch.bmm(most, left[:, :-1, :-1]).baddbmm_(last, left[:, -1:, :-1])
+            return product, torch.bmm(most, left[:, :-1, -1:]).baddbmm_(last, left[:, -1:, -1:])
+        inner = torch.bmm(most, self.right[:, :-1]).baddbmm_(last, self.right[:, -1:])
+        upper, lowest = left[:, :-1].mT, left[:, -1:].mT
+        if self.scale is None:
+            return torch.bmm(inner, upper), torch.bmm(inner, lowest)
+        return _plus(most, inner, upper, overwrite), _plus(last, inner, lowest, overwrite)
 
 
 def _plus(sum_: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> Tensor:
@@ -190,6 +206,17 @@ class FactoredInverse(NamedTuple):
         if A.scale is None:  # what makes a tensor first, then what overwrites it
             return G.multiply_left(A.multiply_right(gradient, overwrite=False), overwrite=True), scale
         return A.multiply_right(G.multiply_left(gradient, overwrite=False), overwrite=True), scale
+
+    def solve_apart(
+        self, most: Float[Tensor, "c p w"], last: Float[Tensor, "c p 1"]
+    ) -> tuple[Float[Tensor, "c p w"], Float[Tensor, "c p 1"], Float[Tensor, " c"] | None]:
+        """Does what `solve` does where the last column lies elsewhere: returns X without it, it, and s."""
+        A, G, scale = self
+        if A.scale is None:
+            most, last = A.multiply_right_apart(most, last, overwrite=False)
+            return G.multiply_left(most, overwrite=True), G.multiply_left(last, overwrite=True), scale
+        most, last = G.multiply_left(most, overwrite=False), G.multiply_left(last, overwrite=False)
+        return *A.multiply_right_apart(most, last, overwrite=True), scale
 
 
 class JointInverse(NamedTuple):

@@ -190,12 +190,20 @@ class Block:
         """
         gradients = self._gradients()
         if not copied and not self.homogeneous:
-            only = self._weight_matrix(self.parts[0].of(gradients[0]))
-            # Where it begins decides on the last bits of products, and in a bucket of gradients it begins anywhere.
-            if only.dtype.itemsize >= 4 and only.is_contiguous() and only.data_ptr() % ALIGNMENT == 0:
-                return only
+            return _aligned(self._weight_matrix(self.parts[0].of(gradients[0])))
         joined = self.to_matrix(gradients)
         return joined.to(torch.promote_types(joined.dtype, torch.float32))
+
+    def gradient_apart(self) -> tuple[Float[Tensor, "c p w"], Float[Tensor, "c p 1"]]:
+        """Returns the gradients of the weight and of the bias, which are V's columns, in float32 at least.
+
+        Each may be `.grad` itself, to be read before `write_apart`. Only of a block that has a bias.
+
+        Raises:
+            ValueError: A parameter of the block has no gradient.
+        """
+        weight, bias = (part.of(each) for part, each in zip(self.parts, self._gradients(), strict=True))
+        return _aligned(self._weight_matrix(weight)), _aligned(bias.reshape(self.shape.groups, self.shape.d_out, 1))
 
     def write_gradient(self, direction: Float[Tensor, "c p q"], scale: Float[Tensor, "..."] | None = None) -> None:
         """Overwrites the layer's gradients in place with `direction`, or `scale` times it.
@@ -212,8 +220,23 @@ class Block:
             raise ValueError(f"block {self.name}: direction has shape {tuple(direction.shape)}, must be {expected}")
         if scale is not None and scale.numel() > 1:
             direction, scale = direction * scale.view(-1, 1, 1), None
-        factor = None if scale is None else scale.view(())
-        for part, gradient, new in zip(self.parts, self._gradients(), self.from_matrix(direction), strict=True):
+        self._write(self.from_matrix(direction), None if scale is None else scale.view(()))
+
+    def write_apart(
+        self, weight: Float[Tensor, "c p w"], bias: Float[Tensor, "c p 1"], scale: Float[Tensor, "..."] | None = None
+    ) -> None:
+        """Overwrites the gradients as `write_gradient` does with a direction whose bias's column lies elsewhere."""
+        if scale is not None and scale.numel() > 1:
+            weight, bias, scale = weight * scale.view(-1, 1, 1), bias * scale.view(-1, 1, 1), None
+        self._write(self.from_apart(weight, bias), None if scale is None else scale.view(()))
+
+    def from_apart(self, weight: Float[Tensor, "c p w"], bias: Float[Tensor, "c p 1"]) -> list[Float[Tensor, "..."]]:
+        """Does what `from_matrix` does with a matrix whose last column lies elsewhere."""
+        part = self.planned_parts[1]
+        return [self._weight_of(weight), bias.reshape(part.of(part.parameter).shape)]
+
+    def _write(self, directions: Sequence[Tensor], factor: Tensor | None) -> None:
+        for part, gradient, new in zip(self.parts, self._gradients(), directions, strict=True):
             part.write(gradient, new, factor)
 
     def _weight_matrix(self, weight: Tensor) -> Tensor:
@@ -232,3 +255,15 @@ class Block:
                     "preconditioner's step"
                 )
         return [part.parameter.grad.detach() for part in self.parts if part.parameter.grad is not None]
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """Returns it, or a copy, in float32 at least, whose place in memory decides on nothing.
+
+    Where it begins decides on the last bits of products, and in a bucket of gradients it begins anywhere.
+    """
+    if matrix.dtype.itemsize < 4:
+        return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0:
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)

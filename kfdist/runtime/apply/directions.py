@@ -42,6 +42,24 @@ class Application:
         """Whether one rank computes the direction for all."""
         return not self.fallback and any(each.exchanged for each in self.preconditioners)
 
+    @property
+    def apart(self) -> bool:
+        """Whether the gradients of a single block's weight and bias go their ways apart.
+
+        On the host memory is what counts, and joining them is a pass over both. On a GPU it is one launch, and apart
+        they need as many again.
+        """
+        block, inverse = self.blocks[0], self.preconditioners[0]
+        return (
+            len(self.blocks) == 1
+            and inverse.takes_apart
+            and block.has_bias
+            and not (block.routed or self.fallback or self.exchanged)
+            and self.rows is None
+            and self.memories[0].measured is None
+            and not joined_on(block.parameters()[0].device)
+        )
+
     def gradients(self) -> list[Tensor]:
         """Returns each block's V; zero where a coupled block took no part in the loss."""
         return [block.gradient(copied=False) if _takes_part(block) else _no_gradient(block) for block in self.blocks]
@@ -75,7 +93,7 @@ class Solved(NamedTuple):
 
     Attributes:
         block: The block.
-        X: `[c, p, q]`; V where nothing was measured.
+        X: `[c, p, q]`, or apart `[c, p, q-1]` and `[c, p, 1]`; V where nothing was measured.
         scale: `[c]` or `[1]`; None for 1.
         measured: Which of the c matrices were ever measured, `[c]` or `[1]`; None for all.
         memory: The block's.
@@ -84,7 +102,7 @@ class Solved(NamedTuple):
     """
 
     block: Block
-    X: Tensor
+    X: tuple[Tensor, ...]
     scale: Tensor | None
     measured: Tensor | None
     memory: BlockMemory
@@ -96,17 +114,15 @@ class Solved(NamedTuple):
         """Whether one number scales all of its matrices, and all or none were measured."""
         return all(each is None or len(each) == 1 for each in (self.scale, self.measured))
 
-    def multiplied(self, V: Tensor) -> "Solved":
-        """Returns it with its `product`."""
-        X = self.X
-        if not self.uniform:
-            found = torch.sum(X * V, (1, 2))
-            found = found if self.scale is None else found * self.scale
-            found = found if self.measured is None else torch.where(self.measured, found, 0.0)
-            return self._replace(product=found.sum(0, keepdim=True))
-        if X.is_contiguous() and V.is_contiguous():
-            return self._replace(product=torch.dot(X.view(-1), V.view(-1)).view(1))
-        return self._replace(product=torch.sum(X * V).view(1))
+    def multiplied(self, V: Sequence[Tensor]) -> "Solved":
+        """Returns it with its `product`; V is in as many parts as X."""
+        pairs = list(zip(self.X, V, strict=True))
+        if self.uniform:
+            return self._replace(product=_total([_dot(x, v) for x, v in pairs]).view(1))
+        found = _total([torch.sum(x * v, (1, 2)) for x, v in pairs])
+        found = found if self.scale is None else found * self.scale
+        found = found if self.measured is None else torch.where(self.measured, found, 0.0)
+        return self._replace(product=found.sum(0, keepdim=True))
 
     def write(self, factor: Tensor | None, into: dict[nn.Parameter, Tensor] | None) -> None:
         """Puts factor U into `.grad` or, given one, a table of directions; what was never measured keeps V.
@@ -122,12 +138,13 @@ class Solved(NamedTuple):
 
     def write_scaled(self, scale: Tensor | None, into: dict[nn.Parameter, Tensor] | None) -> None:
         """Puts scale X into `.grad` or, given one, a table of directions."""
-        scale = None if scale is None else scale.to(self.X.dtype)
+        block, apart = self.block, len(self.X) > 1
+        scale = None if scale is None else scale.to(self.X[0].dtype)
         if into is None:
-            self.block.write_gradient(self.X, scale)
+            (block.write_apart if apart else block.write_gradient)(*self.X, scale)
             return
-        U = self.X if scale is None else self.X * scale.view(-1, 1, 1)
-        for part, direction in zip(self.block.parts, self.block.from_matrix(U), strict=True):
+        U = [each if scale is None else each * scale.view(-1, 1, 1) for each in self.X]
+        for part, direction in zip(block.parts, (block.from_apart if apart else block.from_matrix)(*U), strict=True):
             if part.whole:
                 into[part.parameter] = direction
                 continue
@@ -152,6 +169,9 @@ def solve(applications: Sequence[Application], communicator: Communicator, *, mu
     travelling: dict[int, list[Tensor]] = {}
     received: list[tuple[int, Sequence[Tensor], Sequence[Tensor]]] = []
     for place, each in enumerate(applications):
+        if each.apart:
+            found.append([_solved_apart(each, multiplied=multiplied)])
+            continue
         gradients = each.gradients()
         if not each.exchanged:
             found.append(_solved(each, gradients, each.directions(gradients), multiplied=multiplied))
@@ -188,9 +208,34 @@ def _solved(
         if measured is not None:
             X = torch.where(measured.view(-1, 1, 1), X, V)
             scale = None if scale is None else torch.where(measured, scale, 1.0)
-        one = Solved(block, X, scale, measured, memory, None, sized)
-        found.append(one.multiplied(V) if multiplied and not sized else one)
+        one = Solved(block, (X,), scale, measured, memory, None, sized)
+        found.append(one.multiplied([V]) if multiplied and not sized else one)
     return found
+
+
+def _solved_apart(application: Application, *, multiplied: bool) -> Solved:
+    """Does what `_solved` does of the single block of a group that is `apart`."""
+    block, inverse, memory = application.blocks[0], application.preconditioners[0], application.memories[0]
+    V = block.gradient_apart()
+    (X, scale), last = inverse.direction_apart(*V, application.damping, memory)
+    one = Solved(block, (X, last), scale, None, memory, None, inverse.normalised)
+    return one.multiplied(V) if multiplied and not inverse.normalised else one
+
+
+def joined_on(device: torch.device) -> bool:
+    """Says whether a block's gradients of weight and bias are joined to one matrix where launches count."""
+    return device.type != "cpu"
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    """Returns the sum of one or two."""
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Returns <x, y>, a scalar."""
+    contiguous = x.is_contiguous() and y.is_contiguous()
+    return torch.dot(x.view(-1), y.view(-1)) if contiguous else torch.sum(x * y)
 
 
 def precondition_gradients(
@@ -257,7 +302,7 @@ def _uniform_scales(found: Sequence[Solved]) -> Tensor | None:
     """Returns the scale of each block that is `uniform`, 1 for the others, `[blocks]`; None where all are 1."""
     if all(each.scale is None or not each.uniform for each in found):
         return None
-    one = found[0].X.new_ones(1)
+    one = found[0].X[0].new_ones(1)
     return torch.cat([each.scale if each.scale is not None and each.uniform else one for each in found])
 
 
@@ -265,7 +310,7 @@ def _uniformly_measured(found: Sequence[Solved]) -> Tensor | None:
     """Returns whether each block that is `uniform` was measured, true for the others, `[blocks]`; None for all."""
     if all(each.measured is None or not each.uniform for each in found):
         return None
-    true = torch.ones(1, dtype=torch.bool, device=found[0].X.device)
+    true = torch.ones(1, dtype=torch.bool, device=found[0].X[0].device)
     return torch.cat([each.measured if each.measured is not None and each.uniform else true for each in found])
 
 

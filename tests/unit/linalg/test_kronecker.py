@@ -42,6 +42,14 @@ def solved(inverse: JointInverse | FactoredInverse) -> torch.Tensor:
     return X if scale is None else X * scale[:, None, None]
 
 
+def solved_apart(inverse: FactoredInverse) -> torch.Tensor:
+    given = V[..., :-1].clone(), V[..., -1:].clone()
+    most, last, scale = inverse.solve_apart(*given)
+    assert torch.equal(torch.cat(given, -1), V), "gradients stay"
+    X = torch.cat([most, last], -1)
+    return X if scale is None else X * scale[:, None, None]
+
+
 @pytest.mark.parametrize("tail", [0.0, 0.3])
 @pytest.mark.parametrize("rank_A", [3, Q])
 @pytest.mark.parametrize("rank_G", [2, P])
@@ -54,7 +62,9 @@ def test_solves_equal_dense_solves_of_the_completed_matrices(rank_A: int, rank_G
     shares = torch.tensor([0.2, 0.3]).double(), torch.tensor([0.4, 0.1]).double()
     expected = solve_factored_dense(dense(A), dense(G), shares, V)
     for steady in (True, False):
-        assert relative_error(solved(FactoredInverse.of(A, G, *shares, steady=steady)), expected) < TOLERANCE
+        inverse = FactoredInverse.of(A, G, *shares, steady=steady)
+        assert relative_error(solved(inverse), expected) < TOLERANCE
+        assert relative_error(solved_apart(inverse), expected) < TOLERANCE
 
 
 def test_the_dense_product_is_row_major() -> None:
