@@ -22,7 +22,7 @@ from kfdist.runtime.invert.service import Service
 from kfdist.runtime.left_out import LeftOutNotice
 from kfdist.runtime.ownership import Ownership
 from kfdist.runtime.plan.groups import refuse_applied_rows
-from kfdist.runtime.plan.layers import check_block
+from kfdist.runtime.plan.layers import check_blocks
 from kfdist.runtime.plan.planner import Method, Plan, make_plan, needs_costs
 from kfdist.runtime.settings import Settings, StepReport
 from kfdist.runtime.state import check_state, pipeline_state, restore_pipeline
@@ -251,8 +251,7 @@ class Preconditioner(StatedLoss, Inspection):
     ) -> StepReport:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
-        for block in self._plan.blocks:
-            check_block(self._plan.model, block, self._plan.device)
+        check_blocks(self._plan.model, self._plan.blocks, self._plan.device)
         self._folded = False
         if self._scaler_notice.done:
             self._scaler_notice.close()

@@ -162,6 +162,11 @@ class Block:
         """Returns the parameters that the block has a part of: the weight's and, if it is in the block, the bias's."""
         return [part.parameter for part in self.parts]
 
+    @property
+    def takes_part(self) -> bool:
+        """Whether all of them have a gradient."""
+        return not any(part.parameter.grad is None for part in self.parts)
+
     def to_matrix(self, tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "c p q"]:
         """Brings tensors shaped like `parameters()` (gradients, directions) to the block's matrix, bias last."""
         c, p = self.shape.groups, self.shape.d_out

@@ -93,7 +93,7 @@ class Applying:
             self.counters.fallbacks["no_snapshot"] += len(lacking)
             return None
         exchanged = any(each.exchanged for each in inverses.values())
-        takes_part = any(all(p.grad is not None for p in block.parameters()) for block in group.blocks)
+        takes_part = any(block.takes_part for block in group.blocks)
         if not (takes_part or exchanged):  # all ranks enter an exchange, whatever gradients they have
             return None
         # The plan says whose rows they are, not the inverse: the first step's are measured, and runs whose rows aren't

@@ -62,7 +62,7 @@ class Application:
 
     def gradients(self) -> list[Tensor]:
         """Returns each block's V; zero where a coupled block took no part in the loss."""
-        return [block.gradient(copied=False) if _takes_part(block) else _no_gradient(block) for block in self.blocks]
+        return [block.gradient(copied=False) if block.takes_part else _no_gradient(block) for block in self.blocks]
 
     def directions(self, gradients: Sequence[Tensor]) -> list[Direction]:
         """Returns each block's U = (F + lambda I)^-1 V; the gradients stay."""
@@ -203,7 +203,7 @@ def _solved(
     for block, V, (X, scale), measured, memory, sized in zip(
         blocks, gradients, directions, application.measured(), memories, normalised, strict=True
     ):
-        if not _takes_part(block):
+        if not block.takes_part:
             continue
         if measured is not None:
             X = torch.where(measured.view(-1, 1, 1), X, V)
@@ -342,10 +342,6 @@ def _shares(products: Tensor, memories: Sequence[BlockMemory]) -> Tensor:
 def _positive(number: Tensor) -> Tensor:
     """Keeps roots and quotients defined where a number is not positive; there the minimum picks 1."""
     return number.clamp_min(torch.finfo(number.dtype).tiny)
-
-
-def _takes_part(block: Block) -> bool:
-    return all(parameter.grad is not None for parameter in block.parameters())
 
 
 def _no_gradient(block: Block) -> Tensor:

@@ -67,26 +67,38 @@ def bare_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield from module.named_parameters(layer, recurse=False)
 
 
-def find_layer(model: nn.Module, name: str) -> nn.Module | None:
-    """Returns what `named_layers` calls `name` now, or None."""
-    module = bare_model(model)
-    for part in name.split(".") if name else ():
-        child = children_by_name(module).get(part)
-        if child is None:
-            return None
-        module = bare_model(child)
-    return module
+def find_layer(model: nn.Module, name: str, found: dict[str, nn.Module | None] | None = None) -> nn.Module | None:
+    """Returns what `named_layers` calls `name` now, or None.
+
+    Args:
+        model: The model.
+        name: The layer's.
+        found: Layers by name that were found already, to which those on the way to this one are added.
+    """
+    found = {} if found is None else found
+    if name not in found:
+        before, _, last = name.rpartition(".")
+        parent = find_layer(model, before, found) if name else None
+        child = model if not name else None if parent is None else children_by_name(parent).get(last)
+        found[name] = None if child is None else bare_model(child)
+    return found[name]
 
 
-def check_block(model: nn.Module, block: Block, device: torch.device) -> None:
+def check_blocks(model: nn.Module, blocks: Iterable[Block], device: torch.device) -> None:
     """Refuses a layer that was frozen, replaced, resized or moved since its block was made, by `ModelChanged`.
 
     Args:
         model: The model as it is now.
-        block: One of its blocks.
+        blocks: Its blocks.
         device: Where the model was when the blocks were made.
     """
-    module, parameters = find_layer(model, block.layer), block.parameters()
+    found: dict[str, nn.Module | None] = {}
+    for block in blocks:
+        _check_block(find_layer(model, block.layer, found), block, device)
+
+
+def _check_block(module: nn.Module | None, block: Block, device: torch.device) -> None:
+    parameters = block.parameters()
     change = None
     if module is not block.module:
         change = "replaced or removed"

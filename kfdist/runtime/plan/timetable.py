@@ -124,7 +124,8 @@ class Timetable:
 
     def _at(self, step: int) -> Schedule:
         """Returns the schedule that holds at `step`."""
-        return next(schedule for schedule in reversed(self._schedules) if schedule.begin <= step)
+        last = self._schedules[-1]  # asked several times a group and step
+        return last if last.begin <= step else next(each for each in reversed(self._schedules) if each.begin <= step)
 
     def inverse_period(self, step: int) -> int:
         """Returns the steps between two inversions of a group at `step`."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from kfdist.curvature.blocks import ParameterPart
 from kfdist.errors import ConfigError, ModelChanged
-from kfdist.runtime.plan.layers import bare_model, check_block, device_of, find_layer, named_layers
+from kfdist.runtime.plan.layers import bare_model, check_blocks, device_of, find_layer, named_layers
 from tests.support.factors import blocks_of
 from tests.support.plans import planned
 from tests.support.preconditioning import two_layers
@@ -84,9 +84,9 @@ def test_data_parallel_over_several_devices_is_refused():
 def test_a_moved_layer_is_named():
     model = two_layers()
     block = blocks_of(model)["2"]
-    check_block(model, block, torch.device("cpu"))
+    check_blocks(model, [block], torch.device("cpu"))
     with pytest.raises(ModelChanged, match="layer '2' was moved from cuda:0 to cpu"):
-        check_block(model, block, torch.device("cuda:0"))
+        check_blocks(model, [block], torch.device("cuda:0"))
 
 
 def test_layers_on_several_devices_are_refused():
