@@ -79,7 +79,7 @@ def measure_overhead(settings: OverheadSettings) -> dict[str, Any]:
                 kept = mean_diagnostics(kfdist.preconditioner.diagnostics())
                 flops = {"sgd": sgd.flops(1), "kfdist": kfdist.flops(min(_COUNTED, settings.steps))}
         rate = gemm_rate()
-    return {
+    content = {
         "bench": "overhead",
         "config": {
             **asdict(settings),
@@ -95,6 +95,7 @@ def measure_overhead(settings: OverheadSettings) -> dict[str, Any]:
         "flops": flops,
         "gemm_flops_per_second": rate,
     }
+    return {**content, "bounds": bounds(content)}
 
 
 @contextmanager
@@ -199,7 +200,7 @@ def describe(content: Mapping[str, Any]) -> str:
     ]
     place = PARTS.index("preconditioner") + 1
     flops = {name: sum(each.values()) / 1e9 for name, each in content["flops"].items()}
-    rates = reached(content)
+    rates, least = content["bounds"]["gflops_per_second"], content["bounds"]
     means_of_blocks = ", ".join(f"{name} {mean:g}" for name, mean in content["mean_diagnostics_at_the_end"].items())
     return "\n".join(
         [
@@ -220,22 +221,41 @@ def describe(content: Mapping[str, Any]) -> str:
             f"means over the blocks: {means_of_blocks or 'none'}",
             f"operations of a step in which nothing is due: SGD {flops['sgd']:.3g} GFLOP, kfdist {flops['kfdist']:.3g}",
             f"GFLOP/s: SGD's passes {rates['passes']:.0f}, kfdist's application {rates['application']:.0f}, a product "
-            f"of 1024 x 1024 {content['gemm_flops_per_second'] / 1e9:.0f}",
+            f"of 1024 x 1024 {rates['gemm']:.0f}",
+            f"the application's operations take {least['application_ms_at_gemm_rate']:.3g} ms at the product's rate; at "
+            f"the rate of SGD's passes a step takes {least['least_ratio_of_passes']:.2f} x theirs, or more",
             conditions(content),
         ]
     )
 
 
-def reached(content: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the rates in GFLOP/s of SGD's forward and backward, and of kfdist's application."""
+def bounds(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what operations say of the step, counted where nothing is due.
+
+    Args:
+        content: What was measured.
+
+    Returns:
+        The rates in GFLOP/s of SGD's forward and backward, of kfdist's application and of a large product; how many
+        times SGD's forward and backward these and the application take at the passes' own rate; and milliseconds of
+        the application at the product's rate.
+    """
     parts, counted = content["sgd"]["parts"], content["flops"]
-    passes = parts["forward"]["mean"] + parts["backward"]["mean"]
-    application = content["preconditioner_phases"].get("precondition", 0.0)
-    found = {
-        "passes": (counted["sgd"]["forward_and_backward"], passes),
-        "application": (counted["kfdist"]["preconditioner"], application),
+    passes, application = counted["sgd"]["forward_and_backward"], counted["kfdist"]["preconditioner"]
+    gemm = content["gemm_flops_per_second"]
+
+    def rate(operations: int, milliseconds: float) -> float:
+        return round(operations / (1e6 * milliseconds), 2) if milliseconds else 0.0
+
+    return {
+        "gflops_per_second": {
+            "passes": rate(passes, parts["forward"]["mean"] + parts["backward"]["mean"]),
+            "application": rate(application, content["preconditioner_phases"].get("precondition", 0.0)),
+            "gemm": round(gemm / 1e9, 2),
+        },
+        "least_ratio_of_passes": round(1 + application / passes, 4),
+        "application_ms_at_gemm_rate": round(1e3 * application / gemm, 4),
     }
-    return {name: operations / (1e6 * mean) if mean else 0.0 for name, (operations, mean) in found.items()}
 
 
 def plot(content: Mapping[str, Any]) -> str:

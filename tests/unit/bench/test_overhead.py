@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfdist.bench.overhead import OverheadSettings, mean_diagnostics, reached, summary
+from kfdist.bench.overhead import OverheadSettings, bounds, mean_diagnostics, summary
 from kfdist.bench.timings import percentile, percentiles, spread
 from kfdist.bench.trainee import PARTS, TimedStep, counting
 from kfdist.bench.workloads import WORKLOADS, smooth_images
@@ -59,6 +59,19 @@ def test_products_that_are_added_in_place_are_counted():
         assert counted.get_total_flops() == 2 * 2 * 3 * 7 * 5
 
 
+def test_what_operations_say_of_a_step():
+    found = bounds(
+        {
+            "sgd": {"parts": {"forward": {"mean": 4.0}, "backward": {"mean": 6.0}}},
+            "flops": {"sgd": {"forward_and_backward": 10**9}, "kfdist": {"preconditioner": 5 * 10**8}},
+            "preconditioner_phases": {"precondition": 10.0},
+            "gemm_flops_per_second": 2e11,
+        }
+    )
+    assert found["gflops_per_second"] == {"passes": 100.0, "application": 50.0, "gemm": 200.0}
+    assert found["least_ratio_of_passes"] == 1.5 and found["application_ms_at_gemm_rate"] == 2.5
+
+
 def test_diagnostics_are_averaged_over_the_blocks_that_have_them():
     found = mean_diagnostics({"a": {"rank_A": 10.0, "residual_A": 1e-3}, "b": {"rank_A": 15.0, "rank_G": 4.0}, "c": {}})
     assert found == {"rank_A": 12.5, "rank_G": 4.0}
@@ -102,7 +115,7 @@ def test_it_measures_writes_and_draws(
     assert shown == written
     assert 0 < shown["p50"] <= shown["p99"] <= shown["max"] and shown["mean_ratio_to_sgd"] > 0
     assert shown["flops"]["sgd"]["forward_and_backward"] > 1e9 and shown["versions"]["torch"] == torch.__version__
-    assert reached(shown)["passes"] > 0
+    assert shown["bounds"]["gflops_per_second"]["passes"] > 0
     assert sum(each["steps"] for each in shown["by_kind"].values()) == 4
     svg = out.with_suffix(".svg").read_text()
     assert svg.startswith('<svg width="640"') and "--series-0: #" in svg and "kfdist" in svg
