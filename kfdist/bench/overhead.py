@@ -222,8 +222,8 @@ def describe(content: Mapping[str, Any]) -> str:
             f"operations of a step in which nothing is due: SGD {flops['sgd']:.3g} GFLOP, kfdist {flops['kfdist']:.3g}",
             f"GFLOP/s: SGD's passes {rates['passes']:.0f}, kfdist's application {rates['application']:.0f}, a product "
             f"of 1024 x 1024 {rates['gemm']:.0f}",
-            f"the application's operations take {least['application_ms_at_gemm_rate']:.3g} ms at the product's rate; at "
-            f"the rate of SGD's passes a step takes {least['least_ratio_of_passes']:.2f} x theirs, or more",
+            f"the application's operations take {least['application_ms_at_gemm_rate']:.3g} ms at the product's rate; "
+            f"at the rate of SGD's passes a step takes {least['least_ratio_of_passes']:.2f} x theirs, or more",
             conditions(content),
         ]
     )
