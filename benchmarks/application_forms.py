@@ -5,7 +5,8 @@
 The clip's products one dot a block, or all entries multiplied by one foreach and added up; the write-back one
 multiplication a block into `.grad`, or one foreach multiplication and one foreach copy; blocks of equal shape and equal
 numbers of eigenpairs one after another, or stacked, multiplied as one batch, and taken apart again; the products of
-both sides one after the other, or the last two of the four as one of twice the depth.
+both sides one after the other, or the last two of the four as one of twice the depth; gradients of weight and bias
+apart, or joined; a block whole, or some rows at a time.
 """
 
 import time
@@ -27,6 +28,14 @@ LAYERS = 4
 
 DEEP = [(1024, 785, 160, 128), (1024, 1025, 160, 192), (512, 4608, 128, 220)]
 """p, q, r_G and r_A of blocks whose products take long."""
+
+WITH_BIAS = [(1024, 785, 64, 32), (1024, 1025, 64, 64), (384, 129, 32, 32), (512, 129, 32, 32)]
+"""p, q, r_G and r_A of the MLP's two large blocks, and of two of the GPT's, at the default damping."""
+
+ROWS = 256
+"""Rows of a tile; of 784 numbers they are 0.8 MB."""
+
+HALF = torch.tensor(0.5)
 
 
 def milliseconds(run: Callable[[], object], repetitions: int = 15) -> float:
@@ -124,12 +133,66 @@ def joined() -> dict[str, tuple[float, float]]:
     return found
 
 
+def with_bias() -> dict[str, tuple[float, float]]:
+    """Returns blocks with a bias, whose gradients of weight and bias go their ways apart, and joined as one matrix."""
+    found = {}
+    for p, q, r_G, r_A in WITH_BIAS:
+        inverse, weight, bias = _inverse(p, q, r_G, r_A, 1), torch.randn(p, q - 1), torch.randn(p)
+
+        def apart(inverse: FactoredInverse = inverse, weight: Tensor = weight, bias: Tensor = bias) -> None:
+            X, x, _ = inverse.solve_apart(weight.unsqueeze(0), bias.view(1, -1, 1))
+            (torch.dot(X.view(-1), weight.view(-1)) + torch.dot(x.view(-1), bias)).view(1)
+            torch.mul(X[0], HALF, out=torch.empty_like(weight)), torch.mul(x.view(-1), HALF, out=torch.empty_like(bias))
+
+        def joined(inverse: FactoredInverse = inverse, weight: Tensor = weight, bias: Tensor = bias) -> None:
+            V = torch.cat([weight.unsqueeze(0), bias.view(1, -1, 1)], -1)
+            X, _ = inverse.solve(V)
+            torch.dot(X.view(-1), V.view(-1)).view(1)
+            torch.mul(X[0, :, :-1], HALF, out=torch.empty_like(weight))
+            torch.mul(X[0, :, -1], HALF, out=torch.empty_like(bias))
+
+        found[f"{p} x {q} with bias, {r_G} and {r_A} pairs"] = (milliseconds(apart), milliseconds(joined))
+    return found
+
+
+def by_rows() -> dict[str, tuple[float, float]]:
+    """Returns blocks whole, and some rows at a time, so that what is read again is still in the core's own cache."""
+    found = {}
+    for p, q, r_G, r_A in DEEP:
+        inverse, V = _inverse(p, q, r_G, r_A, 1), torch.randn(1, p, q)
+        (L_A, U_A, _), (L_G, U_G, _), _ = inverse
+        assert U_A is not None and U_G is not None, "so few pairs are no matrix"
+
+        def whole(inverse: FactoredInverse = inverse, V: Tensor = V) -> None:
+            X, _ = inverse.solve(V)
+            torch.dot(X.view(-1), V.view(-1))
+
+        def by_rows(V: Tensor = V, bases: tuple[Tensor, Tensor, Tensor, Tensor] = (U_G, L_G, U_A, L_A)) -> None:
+            U_G, L_G, U_A, L_A = bases
+            P, X = torch.bmm(U_G.mT, V), torch.empty_like(V)
+            for first in range(0, V.shape[1], ROWS):
+                rows = slice(first, first + ROWS)
+                x, v = X[:, rows], V[:, rows]
+                torch.baddbmm(v, L_G[:, rows], P, out=x)
+                x.baddbmm_(torch.bmm(x, U_A), L_A.mT)
+                torch.dot(x.view(-1), v.view(-1))
+
+        found[f"{p} x {q}, {r_G} and {r_A} pairs, rows"] = (milliseconds(whole), milliseconds(by_rows))
+    return found
+
+
 def main() -> None:
     """Prints a table."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     print(f"{'ms':50}{'in use':>10}{'other':>10}")
-    for name, (used, other) in {**clip_and_write(), **batched(), **joined()}.items():
+    for name, (used, other) in {
+        **clip_and_write(),
+        **batched(),
+        **joined(),
+        **with_bias(),
+        **by_rows(),
+    }.items():
         print(f"{name:50}{used:10.3f}{other:10.3f}")
 
 
