@@ -236,7 +236,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 _WITHOUT_TENSORS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size, slice})
 """What most arguments are: told at once, as every operation's arguments are walked on a step that measures."""
 
-_PLAIN = frozenset({tuple, list, dict})
+_PLAIN = frozenset({tuple, list})
 """What holds them: whether something else is a tensor is asked of torch, which takes as long as all the rest."""
 
 
@@ -246,8 +246,8 @@ def _collect(value: Any, found: list[Tensor]) -> None:
         return
     if kind is Tensor or (kind not in _PLAIN and isinstance(value, Tensor)):
         found.append(value)
-    elif kind in _PLAIN or isinstance(value, (list, tuple)):
-        for item in value.values() if kind is dict else value:
+    elif isinstance(value, (list, tuple)):
+        for item in value:
             _collect(item, found)
     elif isinstance(value, Mapping):
         for item in value.values():

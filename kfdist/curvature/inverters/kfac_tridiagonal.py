@@ -13,7 +13,8 @@ from typing_extensions import override
 from kfdist import checks
 from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.chains import chain_refusal
-from kfdist.curvature.inverse import AbstractPreconditioner, CoupledPreconditioner
+from kfdist.curvature.coupled import CoupledPreconditioner
+from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import EIGH_FLOPS, NEGATIVE_TOLERANCE, probes_like
 from kfdist.curvature.statistics import ChainFactors, Needs

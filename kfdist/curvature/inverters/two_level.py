@@ -25,7 +25,8 @@ from typing_extensions import override
 
 from kfdist import checks
 from kfdist.curvature.block_memory import BlockMemory
-from kfdist.curvature.inverse import AbstractPreconditioner, CoupledPreconditioner, KroneckerSpectrum
+from kfdist.curvature.coupled import CoupledPreconditioner
+from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum
 from kfdist.curvature.inverter import AbstractInverter, Coupling, Estimate, Inversion, Placement
 from kfdist.curvature.statistics import CoarseFactors, KroneckerFactors, Needs
 from kfdist.errors import ConfigError
