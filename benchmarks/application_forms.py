@@ -142,7 +142,8 @@ def with_bias() -> dict[str, tuple[float, float]]:
         def apart(inverse: FactoredInverse = inverse, weight: Tensor = weight, bias: Tensor = bias) -> None:
             X, x, _ = inverse.solve_apart(weight.unsqueeze(0), bias.view(1, -1, 1))
             (torch.dot(X.view(-1), weight.view(-1)) + torch.dot(x.view(-1), bias)).view(1)
-            torch.mul(X[0], HALF, out=torch.empty_like(weight)), torch.mul(x.view(-1), HALF, out=torch.empty_like(bias))
+            torch.mul(X[0], HALF, out=torch.empty_like(weight))
+            torch.mul(x.view(-1), HALF, out=torch.empty_like(bias))
 
         def joined(inverse: FactoredInverse = inverse, weight: Tensor = weight, bias: Tensor = bias) -> None:
             V = torch.cat([weight.unsqueeze(0), bias.view(1, -1, 1)], -1)
