@@ -6,7 +6,7 @@ Nothing here does more than hold its fields, and nothing imports torch: the cour
 import hashlib
 import mmap
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -80,12 +80,13 @@ class LateBytes:
     """Bytes that are made when somebody first asks for them: once, in whichever thread that is.
 
     Args:
-        make: Makes them of what never changes. It is let go, with all that it holds, when it has been called.
+        make: Makes them, at once or in parts, of what never changes. It is let go, with all that it holds, when it has
+            been called.
     """
 
-    def __init__(self, make: Callable[[], bytes]) -> None:
-        self._make: Callable[[], bytes] | None = make
-        self._made: bytes | mmap.mmap = b""
+    def __init__(self, make: Callable[[], bytes | Sequence[bytes | memoryview]]) -> None:
+        self._make: Callable[[], bytes | Sequence[bytes | memoryview]] | None = make
+        self._made: Sequence[bytes | memoryview] | mmap.mmap = ()
         self._lock = threading.Lock()
 
     @classmethod
@@ -96,24 +97,38 @@ class LateBytes:
     @property
     def value(self) -> bytes:
         """The bytes; a copy of them where `move_to` was called."""
+        made = self._held(whole=True)
+        return made[:] if isinstance(made, mmap.mmap) else bytes(made[0])  # of bytes no copy is made
+
+    @property
+    def parts(self) -> Sequence[bytes | memoryview]:
+        """The bytes in parts, in order; nothing is copied, unless `move_to` was called."""
         made = self._held()
-        return made if isinstance(made, bytes) else made[:]
+        return (made[:],) if isinstance(made, mmap.mmap) else made
 
     @property
     def size(self) -> int:
         """How many there are."""
-        return len(self._held())
+        made = self._held()
+        return len(made) if isinstance(made, mmap.mmap) else sum(map(len, made))
 
     def move_to(self, shared: mmap.mmap) -> None:
         """Lets go of the bytes, which from now on are those of shared memory that nobody can change."""
         with self._lock:
             self._made, self._make = shared, None
 
-    def _held(self) -> bytes | mmap.mmap:
+    def _held(self, *, whole: bool = False) -> Sequence[bytes | memoryview] | mmap.mmap:
         with self._lock:
             if self._make is not None:
-                self._made, self._make = self._make(), None
+                made = self._make()
+                self._made, self._make = (made,) if isinstance(made, bytes) else made, None
+            if whole and not isinstance(self._made, mmap.mmap) and not _is_one(self._made):
+                self._made = (b"".join(self._made),)
             return self._made
+
+
+def _is_one(parts: Sequence[bytes | memoryview]) -> bool:
+    return len(parts) == 1 and isinstance(parts[0], bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +161,10 @@ class Job:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the payload, hexadecimal."""
-        return hashlib.sha256(self.payload).hexdigest()
+        digest = hashlib.sha256()
+        for part in self.content.parts:
+            digest.update(part)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

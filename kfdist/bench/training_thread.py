@@ -18,7 +18,7 @@ from kfdist.torch_internals import TorchDispatchMode, tree_leaves
 _COPIES = frozenset({"copy_", "clone", "_to_copy", "contiguous"})
 
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "encodes": ("pack", "encode_job", "encode_result", "packed_statistic", "job_record"),
+    "encodes": ("pack_parts", "job_parts", "encode_result", "packed_statistic", "job_record"),
     "hashes": ("digest", "digest_of"),
     "writes to shared memory": ("create_input", "write_at"),
     "decodes results": ("decode_result", "unpack"),

@@ -13,6 +13,7 @@ rho_k = min(1 - 1/k, decay) for the k-th folding (Martens & Grosse 2015, section
 estimates are plain averages; w is its own normaliser, so no bias correction is needed elsewhere.
 """
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,14 +21,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kfdist.curvature.late_sums import SYMMETRIC, LateSums
 from kfdist.curvature.statistics import Needs
 from kfdist.curvature.thin_sums import ThinRows
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from kfdist.types import BlockShape
 from kfdist.wire.records import RecordTree, make_tree
-
-SYMMETRIC = frozenset({"A", "G"})
-"""Sums that are symmetric matrices and travel as packed triangles."""
 
 EXAMPLES, POSITIONS, PAIRS = "n_examples", "n_positions", "n_pairs"
 """Names of the counts w among the tensors that travel: N, all examples' positions, and of coarse sums the pairs of
@@ -170,6 +169,7 @@ class WeightedSums:
         self.counts = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in counts.items()}
         self.dropped = torch.zeros((), dtype=torch.float32, device=device)
         self._in_use: dict[str, slice | None] = {}
+        self._handed_out: list[weakref.ref[LateSums]] = []
 
     def fold(
         self,
@@ -187,6 +187,7 @@ class WeightedSums:
             step_is_finite: Where it is false, the whole step is skipped and nothing changes.
             takes_over: Whether a first batch's sums become the average's own memory, and change with it from now on.
         """
+        self._freeze()
         kept, gain = folding(rho, step_is_finite, like=self.like)
         for count in self.counts.values():
             count.mul_(kept)
@@ -202,10 +203,13 @@ class WeightedSums:
                 _fold_thin(part, batch.thin[name], torch.where(finite, gain, zero), rho, kept, step_is_finite)
                 continue
             self._in_use[name] = None
-            if takes_over and rho == 0.0 and step_is_finite is None and _same_form(total, batch.sums[name]):
+            if takes_over and rho == 0.0 and _same_form(total, batch.sums[name]):
                 self.sums[name] = batch.sums[name]
-                for part, _ in _slices(batch.sums[name], batch.sums[name]):
-                    torch.where(finite, part, zero, out=part)
+                for part, new in _slices(total, batch.sums[name]):
+                    if step_is_finite is None:
+                        torch.where(finite, new, zero, out=new)
+                    else:
+                        torch.where(finite & step_is_finite, new, part * kept, out=new)
                 continue
             for part, new in _slices(total, batch.sums[name]):
                 part.mul_(kept).add_(torch.where(finite, new, zero).mul_(gain))
@@ -231,6 +235,21 @@ class WeightedSums:
         packed = {name: pack_triangle(total) if name in SYMMETRIC else total for name, total in self.sums.items()}
         return {**packed, **{name: count.reshape(-1) for name, count in self.counts.items()}}
 
+    def late(self) -> LateSums | dict[str, Tensor]:
+        """Returns what `packed` would, as it is now; packed when it is asked for, or before a folding changes it."""
+        if not self.sums:
+            return {}
+        found = LateSums(self.sums, self.counts)
+        self._handed_out = [each for each in self._handed_out if each() is not None] + [weakref.ref(found)]
+        return found
+
+    def _freeze(self) -> None:
+        """Has what was handed out and isn't packed yet packed now; what nobody wants any more isn't."""
+        handed_out, self._handed_out = self._handed_out, []
+        for each in handed_out:
+            if (found := each()) is not None:
+                found.freeze()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Returns copies of what `packed` returns, of w, and of the number dropped as "dropped"."""
         state = {**self.packed(), **self.counts, "dropped": self.dropped}
@@ -238,6 +257,7 @@ class WeightedSums:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from what `state_dict` returned."""
+        self._freeze()
         for name, total in self.sums.items():
             total.copy_(unpack_triangle(state[name]) if name in SYMMETRIC else state[name])
             self._in_use[name] = None
@@ -310,12 +330,15 @@ def means(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors: Sums, packed or not, and counts by name, as `WeightedSums.packed` has them.
     """
     found = {}
-    for name, total in tensors.items():
+    for name in tensors:
         if name in COUNTED_BY:
             counts = [tensors[each] for each in COUNTED_BY[name]]
             count = counts[0] if len(counts) == 1 else (counts[0] * counts[1]).sqrt()
             count = torch.where(count > 0, count, torch.ones_like(count))
-            found[name] = total / count.reshape(-1, *(1,) * (total.dim() - 1))
+            late = isinstance(tensors, LateSums)
+            total = tensors.own(name) if late else tensors[name]
+            count = count.reshape(-1, *(1,) * (total.dim() - 1))
+            found[name] = total.div_(count) if late else total / count  # a triangle of its own is divided in place
     return found
 
 

@@ -24,7 +24,7 @@ from kfdist.linalg.psd import triangle_size
 from kfdist.system.provenance import processor_field
 from kfdist.types import MAX_THREADS, BlockName, BlockShape
 from kfdist.wire.records import move, to_tree
-from kfdist.wire.tree import pack
+from kfdist.wire.tree import pack, pack_parts
 
 NO_STATISTICS = "no statistics: every batch since the start was dropped or absent"
 """Reason of a failure that needed no inversion; see `failure_result`."""
@@ -85,6 +85,27 @@ def encode_job(
     Raises:
         ValueError: A damping or thread count that isn't positive, no block, or a block without a seed.
     """
+    return b"".join(
+        job_parts(
+            inverter=inverter, statistics=statistics, damping=damping, seeds=seeds, previous=previous, threads=threads
+        )
+    )
+
+
+def job_parts(
+    *,
+    inverter: AbstractInverter,
+    statistics: Mapping[BlockName, Any],
+    damping: float,
+    seeds: Mapping[BlockName, int],
+    previous: Mapping[BlockName, Mapping[str, Tensor]],
+    threads: int,
+) -> list[bytes | memoryview]:
+    """Returns what `encode_job` does, of the same arguments, in parts: tensors on the CPU aren't copied.
+
+    Raises:
+        ValueError: As there.
+    """
     checks.number("damping", damping, above=0)
     _check_threads(threads)
     if not statistics:
@@ -102,7 +123,7 @@ def encode_job(
             }
         )
     method = {"name": inverter.name, "settings": inverter.settings()}
-    return pack(payloads.make("job", inverter=method, damping=damping, threads=threads, blocks=blocks))
+    return pack_parts(payloads.make("job", inverter=method, damping=damping, threads=threads, blocks=blocks))
 
 
 def chain_jobs(jobs: Sequence[bytes]) -> bytes:

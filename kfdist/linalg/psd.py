@@ -21,7 +21,7 @@ def trace(matrix: Float[Tensor, "*c d d"]) -> Float[Tensor, "*c"]:
     return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def pack_triangle(matrix: Num[Tensor, "*c d d"]) -> Num[Tensor, "*c t"]:
+def pack_triangle(matrix: Num[Tensor, "*c d d"], *, out: Num[Tensor, "*c t"] | None = None) -> Num[Tensor, "*c t"]:
     """Packs the lower triangles of symmetric matrices, diagonal included, into half the space.
 
     The layout is LAPACK's rectangular full packed idea: the triangle of the last columns is folded into the corner that
@@ -30,21 +30,23 @@ def pack_triangle(matrix: Num[Tensor, "*c d d"]) -> Num[Tensor, "*c t"]:
 
     Args:
         matrix: Only its lower triangle is read.
+        out: Where the result goes, contiguous; None for a fresh tensor.
 
     Returns:
-        t = d (d + 1)/2 numbers of each, in a fresh contiguous tensor.
+        t = d (d + 1)/2 numbers of each, contiguous.
     """
     d = matrix.shape[-1]
     half = (d + 1) // 2
     rows, offset = _rectangle(d)
-    rectangle = matrix.new_empty(*matrix.shape[:-2], rows, half)
+    packed = matrix.new_empty(*matrix.shape[:-2], rows * half) if out is None else out
+    rectangle = packed.unflatten(-1, (rows, half))
     rectangle[..., rows - d :, :] = matrix[..., :half]
     folded, corner = rectangle[..., : d - half, offset:], matrix[..., half:, half:].mT
     for begin, end in _blocks(d - half):
         diagonal = folded[..., begin:end, begin:end]
         diagonal.copy_(diagonal.tril(-1) + corner[..., begin:end, begin:end].triu())
         folded[..., begin:end, end:] = corner[..., begin:end, end:]
-    return rectangle.flatten(-2)
+    return packed
 
 
 def unpack_triangle(packed: Num[Tensor, "*c t"]) -> Num[Tensor, "*c d d"]:

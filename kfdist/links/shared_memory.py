@@ -13,11 +13,14 @@ _WORD_BYTES = 8
 _INPUT_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
-def create_input(payload: bytes) -> int:
-    """Returns the descriptor of a new memfd that holds `payload` and that nobody can change any more."""
+def create_input(*parts: bytes | memoryview) -> int:
+    """Returns the descriptor of a new memfd that holds some parts, in order, and that nobody can change any more."""
     descriptor = os.memfd_create("kfdist-input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        write_at(descriptor, 0, payload)
+        offset = 0
+        for part in parts:
+            write_at(descriptor, offset, part)
+            offset += len(part)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _INPUT_SEALS)
     except BaseException:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Tensors by name as one safetensors file: written with one copy, read without any.
+"""Tensors by name as one safetensors file: written and read without a copy.
 
 The format: eight bytes with the header's length, little-endian; the header, JSON, filled up with blanks to a multiple
 of eight; the tensors' bytes, those of the widest numbers first. The files are those of the safetensors library, byte
@@ -37,8 +37,8 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Returns the file of some tensors on the CPU; they may share memory."""
+def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """Returns the parts of the file of some tensors on the CPU, in order; the tensors' are their own memory."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
     order = list(names)
     stored = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
@@ -49,7 +49,7 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(_bytes(tensor) for _, tensor in stored)])
+    return [len(text).to_bytes(8, "little"), text, *(_bytes(tensor) for _, tensor in stored)]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

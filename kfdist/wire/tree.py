@@ -29,6 +29,15 @@ def pack(state: Any) -> bytes:
     Raises:
         TypeError: Something in it is none of the kinds above; names where it stands.
     """
+    return b"".join(pack_parts(state))
+
+
+def pack_parts(state: Any) -> list[bytes | memoryview]:
+    """Returns what `pack` does, in parts: a tensor's on the CPU is its own memory, which must not change any more.
+
+    Raises:
+        TypeError: Something in it is none of the kinds above; names where it stands.
+    """
     tensors: dict[str, Tensor] = {}
     skeleton = _take_apart(state, "", tensors)
     text = json.dumps(skeleton, allow_nan=False, separators=(",", ":"))

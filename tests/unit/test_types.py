@@ -69,7 +69,7 @@ def test_one_that_could_not_be_made_says_why_whenever_it_is_asked_for():
 def test_bytes_that_moved_to_shared_memory_are_read_there_and_nothing_else_holds_them():
     late = LateBytes(lambda: b"payload" * 1000)
     assert late.size == 7000
-    descriptor = create_input(late.value)
+    descriptor = create_input(*late.parts)
     shared = mapped(descriptor)
     os.close(descriptor)
     late.move_to(shared)

@@ -68,7 +68,7 @@ class Handover:
         """Puts a job into shared memory; returns its message and descriptors, which stay open here."""
         digest = entry.job.digest
         if entry.input is None:
-            entry.input = create_input(entry.job.payload)
+            entry.input = create_input(*entry.job.content.parts)
             if entry.job.content.size:
                 entry.job.content.move_to(mapped(entry.input))  # the bytes are there once, not in this process too
         if entry.output is None:

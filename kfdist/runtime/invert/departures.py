@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from kfdist.comm.host_copy import HostCopy
-from kfdist.curvature.averages import EXAMPLES, SYMMETRIC, means, measured, packed_statistic
+from kfdist.curvature.averages import EXAMPLES, means, measured, packed_statistic
+from kfdist.curvature.late_sums import SYMMETRIC, LateSums
 from kfdist.curvature.statistics import STATISTICS, Increment, Samples
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.types import BlockName, GroupName
@@ -23,7 +24,8 @@ class Departure:
     Args:
         version: The step.
         groups: The groups that this rank ships.
-        tensors: What was reduced of their blocks; blocks of which there is nothing are missing. They never change.
+        tensors: What was reduced of their blocks; blocks of which there is nothing are missing. They never change, or
+            are packed before they do.
         damping: lambda that the jobs say.
         previous: What the inverters left behind the last time, by group.
     """
@@ -41,20 +43,29 @@ class Departure:
         self.damping = damping
         self.previous = previous
         self._groups = groups
-        self._names = {block: list(of_block) for block, of_block in tensors.items()}
-        self._copy = HostCopy([tensor for of_block in tensors.values() for tensor in of_block.values()])
+        # Of a device's sums one block's are packed at a time, and copied: all triangles at once are half of the sums.
+        self._copies = {block: _on_its_way(of_block) for block, of_block in tensors.items()}
 
     def ready(self) -> bool:
         """Says, without blocking, whether the copy has landed."""
-        return self._copy.ready()
+        return all(copy is None or copy.ready() for copy, _ in self._copies.values())
 
     def arrived(self) -> Iterator[tuple[BlockGroup, Reduced]]:
         """Yields each group with its blocks' tensors on the host; with none where a block has no statistics at all."""
-        arrived = iter(self._copy.wait())
-        tensors = {block: {name: next(arrived) for name in names} for block, names in self._names.items()}
+        tensors = {
+            block: there if copy is None else dict(zip(there, copy.wait(), strict=True))
+            for block, (copy, there) in self._copies.items()
+        }
         for group in self._groups:
             found = {block.name: tensors[block.name] for block in group.blocks if block.name in tensors}
             yield group, found if len(found) == len(group.blocks) and all(map(_measured, found.values())) else {}
+
+
+def _on_its_way(of_block: Mapping[str, Tensor]) -> tuple[HostCopy | None, Mapping[str, Tensor] | list[str]]:
+    """Returns the copy of a block's tensors with their names, or the tensors if they are on the host."""
+    if isinstance(of_block, LateSums) and not of_block.is_cuda:
+        return None, of_block
+    return HostCopy(list(of_block.values())), list(of_block)
 
 
 def _measured(tensors: Mapping[str, Tensor]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverter import AbstractInverter
-from kfdist.curvature.jobs import NO_STATISTICS, encode_job, failure_result
+from kfdist.curvature.jobs import NO_STATISTICS, failure_result, job_parts
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.invert.departures import Departure, Reduced, job_record
@@ -175,10 +175,10 @@ class Inverting:
                 self._announce(JobResult(group=group, version=version, payload=payload, seconds=seconds, owner=owner))
 
 
-def _encode(inverter: AbstractInverter, tensors: Reduced, **said: Any) -> bytes:
+def _encode(inverter: AbstractInverter, tensors: Reduced, **said: Any) -> list[bytes | memoryview]:
     """Divides the sums and writes a job down, in a thread of the link."""
     statistics = {name: job_record(inverter.statistic, of_block) for name, of_block in tensors.items()}
-    return encode_job(inverter=inverter, statistics=statistics, **said)
+    return job_parts(inverter=inverter, statistics=statistics, **said)
 
 
 def reduced_tensors(groups: Sequence[BlockGroup], reduction: Reduction) -> Reduced:

@@ -34,7 +34,7 @@ class Reduction:
     Attributes:
         step: The step.
         tracks: The groups.
-        sums: By block, the summed tensors by name.
+        sums: By block, the summed tensors by name, where this rank needs them.
         samples: By block, the rows of all ranks, where this rank needs them.
     """
 
@@ -108,7 +108,9 @@ class StatisticsReducer:
         ]
         for batch in batches.values():
             batch.sums, batch.thin = {}, {}
-        reduced, sent = reduce_contributions(contributions, self._communicator)
+        rank = self._communicator.rank
+        mine = {name for group in groups if group.own or group.courier_rank == rank for name in group.needs}
+        reduced, sent = reduce_contributions(contributions, self._communicator, wanted=mine.__contains__)
         self._sums_sent += sent
         requests = self._sample_requests(step, groups, batches, step_is_finite)
         samples = self._samples.gather(requests) if requests else {}
@@ -153,7 +155,7 @@ class StatisticsReducer:
         statistic, needs = group.inverter.statistic, group.needs[name]
         if not group.inverter.online:
             return contribution_of_sums(name, statistic, sums)
-        dense = Contribution(block=name, statistic=statistic, summed={})
+        dense = Contribution(block=name, statistic=statistic, summed={}, like=sums.like)
         if self._timetable.inverts(track, step):
             dense = contribution_of_sums(name, statistic, sums)
         if batch is not None and batch.rows:

@@ -9,7 +9,7 @@ import torch
 
 from kfdist.bench import stall
 from kfdist.bench.training_thread import CopyCounter, kind_of
-from kfdist.curvature.jobs import decode_result, encode_job
+from kfdist.curvature.jobs import decode_result, job_parts
 
 
 class Part:
@@ -30,7 +30,7 @@ def test_copies_count_inside_the_method_alone():
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
-        (encode_job.__code__, "encodes"),
+        (job_parts.__code__, "encodes"),
         (decode_result.__code__, "decodes results"),
         ("<built-in method _hashlib.openssl_sha256>", "hashes"),
         (subprocess.run.__code__, None),

@@ -26,7 +26,7 @@ def test_an_increment_carries_dense_factors_only_where_they_are_due() -> None:
     sums = WeightedSums({"A": (1, D_A, D_A), "G": (1, D_G, D_G)}, dtype=torch.float64, device="cpu")
 
     def records(*, dense: bool) -> Mapping[str, RecordTree]:
-        empty = Contribution(block=name, statistic=Increment, summed={})
+        empty = Contribution(block=name, statistic=Increment, summed={}, like=sums.like)
         given = contribution_of_sums(name, Increment, sums) if dense else empty
         found = with_increment(
             given,

@@ -29,7 +29,7 @@ def increments(
     """What each rank brings."""
     return [
         with_increment(
-            Contribution(block="layer", statistic=Increment, summed={}),
+            Contribution(block="layer", statistic=Increment, summed={}, like=LIKE),
             NEEDS,
             {"A": (1, D_A), "G": (1, D_G)},
             each,
