@@ -1,10 +1,10 @@
 """Decompositions of one factor with their diagnostics, shared by the methods that damp at apply."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kfdist.curvature.inverse import KroneckerSpectrum
@@ -22,6 +22,9 @@ Decomposition = Literal["rsvd", "srevd"]
 
 EIGH_FLOPS = 9.0
 """Operations of a symmetric eigendecomposition over d^3: 4/3 to tridiagonalise, the rest for the eigenvectors."""
+
+_MOSTLY = 0.9
+"""Share of a factor's rows beyond which it isn't copied to leave out those that are zero."""
 
 PROBES = 4
 """Random columns by which residuals are estimated: enough to miss a gross error with probability below 1e-6, at a
@@ -121,7 +124,8 @@ def randomized_spectrum(
 ) -> FactorSpectrum:
     """Decomposes a factor by the randomised methods of algorithms.md 3.2.
 
-    Where rank + oversampling reaches d, a full eigendecomposition costs no more and is exact.
+    Where rank + oversampling reaches d, a full eigendecomposition costs no more and is exact. What never differed from
+    zero (patches of small images, pixels of a border) has neither rows nor columns: they are left out, exactly.
 
     Args:
         matrix: Symmetric.
@@ -138,6 +142,20 @@ def randomized_spectrum(
     rank = min(rank, d)
     if rank + oversampling >= d:
         return full_spectrum(matrix, rank=rank, seed=seed, label=label)
+    used = (matrix.diagonal(dim1=-2, dim2=-1) != 0).any(0)  # of a second moment the rest of the row is zero, too
+    if 0 < int(used.sum()) <= _MOSTLY * d:
+        places = used.nonzero().squeeze(-1)
+        found = randomized_spectrum(
+            matrix[:, places.unsqueeze(-1), places],
+            rank=rank,
+            oversampling=oversampling,
+            power_iterations=power_iterations,
+            method=method,
+            seed=seed,
+            label=label,
+            start=None if start is None else start[:, places],
+        )
+        return replace(found, spectrum=_spread_out(found.spectrum, used, rank))
 
     def sketch() -> Tensor:
         columns = gaussian_sketch(matrix, rank + oversampling, seed=split_seed(seed, f"sketch/{label}"))
@@ -156,6 +174,20 @@ def randomized_spectrum(
     neglected = eigen_residual(matrix, found.spectrum.values, found.spectrum.vectors, probes)
     found.diagnostics[f"approximation_error_{label}"] = neglected.max().item()
     return found
+
+
+def _spread_out(spectrum: Spectrum, used: Bool[Tensor, " d"], rank: int) -> Spectrum:
+    """Returns the leading `rank` pairs of a factor from those of its rows and columns that aren't zero.
+
+    Where those have fewer, pairs of eigenvalue 0 follow, whose vectors are axes of what is left out.
+    """
+    values, vectors = spectrum.values, spectrum.vectors
+    known = values.shape[-1]
+    whole = vectors.new_zeros(len(vectors), len(used), rank)
+    whole[:, used, :known] = vectors
+    axes = (~used).nonzero().squeeze(-1)[: rank - known]
+    whole[:, axes, torch.arange(known, rank, device=whole.device)] = 1.0
+    return Spectrum(whole, torch.cat([values, values.new_zeros(len(values), rank - known)], -1), spectrum.tail)
 
 
 def full_spectra(factors: KroneckerFactors, seed: int) -> tuple[FactorSpectrum, FactorSpectrum]:

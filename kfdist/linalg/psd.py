@@ -61,21 +61,37 @@ def unpack_triangle(packed: Num[Tensor, "*c t"]) -> Num[Tensor, "*c d d"]:
     rectangle = packed.unflatten(-1, (rows, half))
     matrix = packed.new_empty(*packed.shape[:-1], d, d)
     matrix[..., :half] = rectangle[..., rows - d :, :]
-    matrix[..., half:, half:] = rectangle[..., : d - half, offset:].mT
-    return mirror_lower_(matrix)
+    _mirror(matrix, columns=half)
+    folded, corner = rectangle[..., : d - half, offset:], matrix[..., half:, half:]
+    for begin, end in _blocks(d - half):
+        diagonal = folded[..., begin:end, begin:end]
+        corner[..., begin:end, begin:end] = diagonal.triu() + diagonal.triu(1).mT
+        for start, stop in _blocks(d - half, end):
+            corner[..., begin:end, start:stop] = folded[..., begin:end, start:stop]
+            corner[..., start:stop, begin:end] = folded[..., begin:end, start:stop].mT
+    return matrix
 
 
 def mirror_lower_(matrix: Num[Tensor, "*c d d"]) -> Num[Tensor, "*c d d"]:
     """Overwrites the upper triangles with the lower ones, in place, and returns the matrices."""
-    for begin, end in _blocks(matrix.shape[-1]):
-        diagonal = matrix[..., begin:end, begin:end]
-        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
-        matrix[..., begin:end, end:] = matrix[..., end:, begin:end].mT
+    _mirror(matrix, columns=matrix.shape[-1])
     return matrix
 
 
-def _blocks(d: int) -> list[tuple[int, int]]:
-    return [(begin, min(begin + _BLOCK, d)) for begin in range(0, d, _BLOCK)]
+def _mirror(matrix: Num[Tensor, "*c d d"], *, columns: int) -> None:
+    """Overwrites what is above the diagonal with what is below it in the first columns, a square at a time.
+
+    A square fits into a core's cache, and is read and written along rows; a strip of the matrix isn't.
+    """
+    for begin, end in _blocks(columns):
+        diagonal = matrix[..., begin:end, begin:end]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
+        for start, stop in _blocks(matrix.shape[-1], end):
+            matrix[..., begin:end, start:stop] = matrix[..., start:stop, begin:end].mT
+
+
+def _blocks(d: int, first: int = 0) -> list[tuple[int, int]]:
+    return [(begin, min(begin + _BLOCK, d)) for begin in range(first, d, _BLOCK)]
 
 
 def triangle_size(d: int) -> int:
@@ -138,10 +154,11 @@ def asymmetry(matrix: Float[Tensor, "*c d d"]) -> Float[Tensor, "*c"]:
     """Returns max |M - M^T| / max |M| of each matrix, 0 for the zero matrix; takes no memory of the matrix's size."""
     largest, difference = (matrix.new_zeros(matrix.shape[:-2]) for _ in range(2))
     for begin, end in _blocks(matrix.shape[-1]):
-        below, right = matrix[..., begin:, begin:end], matrix[..., begin:end, begin:].mT
-        difference = torch.maximum(difference, (below - right).abs().amax((-2, -1)))
-        for part in (below, right):
-            largest = torch.maximum(largest, torch.maximum(part.amax((-2, -1)), -part.amin((-2, -1))))
+        for start, stop in _blocks(matrix.shape[-1], begin):
+            below, right = matrix[..., start:stop, begin:end], matrix[..., begin:end, start:stop].mT
+            difference = torch.maximum(difference, (below - right).abs().amax((-2, -1)))
+            for part in (below, right) if start > begin else (below,):
+                largest = torch.maximum(largest, torch.maximum(part.amax((-2, -1)), -part.amin((-2, -1))))
     return torch.where(largest > 0, difference / largest, torch.zeros_like(largest))
 
 
