@@ -1,10 +1,11 @@
 """How much memory this process can still have: of the machine, of its control groups, and by its own limits."""
 
-import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from kfdist.system.seat import ranks_here
 
 _UNLIMITED = 1 << 60
 
@@ -27,8 +28,7 @@ def available_memory() -> Memory:
     The machine's and its control groups' memory is shared by the processes that a launcher or torchrun started here
     (LOCAL_WORLD_SIZE): each gets an equal part.
     """
-    sharing = os.environ.get("LOCAL_WORLD_SIZE", "")
-    parts = int(sharing) if sharing.isdecimal() and int(sharing) > 0 else 1
+    parts = ranks_here()
     shared = [*_machine(), *_control_groups()]
     words = f", shared by {parts} ranks" if parts > 1 else ""
     found = [Memory(memory.bytes // parts, memory.limit + words) for memory in shared] + list(_own_limits())

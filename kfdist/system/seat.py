@@ -1,5 +1,6 @@
 """Where a rank sits among the others, in torchrun's variables."""
 
+import os
 from dataclasses import dataclass
 
 
@@ -34,3 +35,9 @@ class Seat:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
         }
+
+
+def ranks_here() -> int:
+    """Returns how many ranks a launcher or torchrun started on this machine, this one included; 1 without either."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(said) if said.isdecimal() and int(said) > 0 else 1

@@ -1,16 +1,22 @@
-"""The link whose inverter is a thread of this process."""
+"""The link whose inverter is a thread of this process, and its help while somebody waits."""
 
+import os
+import threading
 import time
 import weakref
 
+import pytest
 import torch
 
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import encode_job
 from kfdist.curvature.statistics import KroneckerFactors
+from kfdist.links import local
 from kfdist.links.link import LinkContext
 from kfdist.links.local import LocalLink
-from kfdist.types import Job, LateBytes
+from kfdist.types import Job, JobResult, LateBytes
+
+CONTEXT = LinkContext(run="r", epoch=0, worker_rank=0, world_size=1, groups=(), fingerprint="")
 
 
 def test_a_job_that_is_done_is_let_go():
@@ -21,7 +27,7 @@ def test_a_job_that_is_done_is_let_go():
     )
     job = Job(run="r", epoch=0, group="b", version=0, content=LateBytes.of(payload), deadline_seconds=9, fingerprint="")
     link, kept = LocalLink(), weakref.ref(job)
-    link.start(LinkContext(run="r", epoch=0, worker_rank=0, world_size=1, groups=(), fingerprint=""))
+    link.start(CONTEXT)
     link.submit(job)
     del job
     link.wait(30)
@@ -31,3 +37,90 @@ def test_a_job_that_is_done_is_let_go():
         time.sleep(0.01)
     assert kept() is None
     link.close()
+
+
+class Inversions:
+    """Inversions that end when they are told to; counts how many there are at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, cores: int) -> None:
+        self.running, self.most = 0, 0
+        self.go = threading.Event()
+        self._lock = threading.Lock()
+        monkeypatch.setattr(local, "_invert", self)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda of: set(range(cores)))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    def __call__(self, job: Job, device: str) -> JobResult:
+        with self._lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        assert self.go.wait(30)
+        with self._lock:
+            self.running -= 1
+        return JobResult(group=job.group, version=job.version, payload=b"", seconds=0.0, owner=device)
+
+    def link(self, *, jobs: int) -> LocalLink:
+        """Returns a link that has so many jobs."""
+        link = LocalLink()
+        link.start(CONTEXT)
+        for number in range(jobs):
+            content = LateBytes.of(b"")
+            link.submit(Job(run="r", epoch=0, group=f"{number}", version=0, content=content, deadline_seconds=9))
+        return link
+
+    def reach(self, number: int) -> None:
+        """Waits until so many run at once."""
+        deadline = time.monotonic() + 30
+        while self.running != number and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert self.running == number
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 2), (64, 4)])
+def test_while_somebody_waits_all_cores_invert_up_to_a_limit(
+    monkeypatch: pytest.MonkeyPatch, cores: int, expected: int
+) -> None:
+    inversions = Inversions(monkeypatch, cores=cores)
+    link = inversions.link(jobs=7)
+    inversions.reach(1)
+    assert link.poll() == [] and inversions.running == 1, "who only looks has work of its own"
+    link.wait(0.01)
+    inversions.reach(expected)
+    link.wait(0.01)
+    inversions.reach(expected)
+    inversions.go.set()
+    found: list[JobResult] = []
+    deadline = time.monotonic() + 30
+    while len(found) < 7 and time.monotonic() < deadline:
+        link.wait(1)
+        found += link.poll()
+    assert sorted(each.group for each in found) == [f"{number}" for number in range(7)]
+    assert inversions.most == expected
+    link.close()
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    inversions = Inversions(monkeypatch, cores=4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    link = inversions.link(jobs=7)
+    link.wait(0.01)
+    inversions.reach(2)
+    inversions.go.set()
+    link.close()
+    assert inversions.most == 2
+
+
+def test_a_wait_ends_while_inversions_go_on_and_close_drops_what_nobody_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    inversions = Inversions(monkeypatch, cores=2)
+    link = inversions.link(jobs=5)
+    begun = time.monotonic()
+    link.wait(0.05)
+    assert time.monotonic() - begun < 5
+    inversions.reach(2)
+    closing = threading.Thread(target=link.close)
+    closing.start()
+    inversions.go.set()
+    closing.join(30)
+    assert not closing.is_alive() and inversions.running == 0
+    assert not any(each.name == "kfdist-inverter" for each in threading.enumerate())
