@@ -149,7 +149,7 @@ class WeightedSums:
 
     Attributes:
         like: A scalar of the sums' dtype and device.
-        sums: Weighted sums by name, as in `BatchStatistics`.
+        sums: Weighted sums by name, as in `BatchStatistics`, to be read.
         counts: w, by the names of `COUNTED_BY`.
         dropped: How many batches were dropped as non-finite, a scalar tensor (read it late: reading syncs a device).
     """
@@ -163,7 +163,9 @@ class WeightedSums:
         routed: bool = False,
     ) -> None:
         self.like: Float[Tensor, ""] = torch.zeros((), dtype=dtype, device=device)
-        self.sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        # One zero each: a first batch's sums take their place, and beside them zeros would be as much memory again.
+        self.sums = {name: self.like.new_zeros(()).expand(shape) for name, shape in shapes.items()}
+        self._made: set[str] = set()
         of_each = next(iter(shapes.values()))[:1] if routed and shapes else ()
         counts = {EXAMPLES: of_each, POSITIONS: of_each, **({PAIRS: shapes["g_cross"]} if "g_cross" in shapes else {})}
         self.counts = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in counts.items()}
@@ -192,8 +194,8 @@ class WeightedSums:
         for count in self.counts.values():
             count.mul_(kept)
         if batch is None or not self.sums:
-            for total in self.sums.values():
-                total.mul_(kept)
+            for name in self._made:
+                self.sums[name].mul_(kept)
             return
         finite = all_finite(_telling(batch, self.sums))  # all of it, or nothing
         zero = torch.zeros_like(self.like)
@@ -205,13 +207,14 @@ class WeightedSums:
             self._in_use[name] = None
             if takes_over and rho == 0.0 and _same_form(total, batch.sums[name]):
                 self.sums[name] = batch.sums[name]
+                self._made.add(name)
                 for part, new in _slices(total, batch.sums[name]):
                     if step_is_finite is None:
                         torch.where(finite, new, zero, out=new)
                     else:
                         torch.where(finite & step_is_finite, new, part * kept, out=new)
                 continue
-            for part, new in _slices(total, batch.sums[name]):
+            for part, new in _slices(self._memory_of(name), batch.sums[name]):
                 part.mul_(kept).add_(torch.where(finite, new, zero).mul_(gain))
         found = {EXAMPLES: batch.examples, POSITIONS: batch.positions, PAIRS: batch.pairs}
         for name, count in self.counts.items():
@@ -226,7 +229,15 @@ class WeightedSums:
         only = slices[0] if len(slices) == len(thin) and all(each == slices[0] for each in slices) else None
         if self._in_use.setdefault(name, only) != only or only is None:
             self._in_use[name] = only = None
-        return self.sums[name] if only is None else self.sums[name][:, only, only]
+        total = self._memory_of(name)
+        return total if only is None else total[:, only, only]
+
+    def _memory_of(self, name: str) -> Tensor:
+        """Returns a sum to be changed in place."""
+        if name not in self._made:
+            self.sums[name] = torch.zeros_like(self.sums[name], memory_format=torch.contiguous_format)
+            self._made.add(name)
+        return self.sums[name]
 
     def packed(self) -> dict[str, Tensor]:
         """Returns what travels in a reduction: the sums, symmetric ones as packed triangles, and w; none if empty."""
@@ -258,7 +269,8 @@ class WeightedSums:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from what `state_dict` returned."""
         self._freeze()
-        for name, total in self.sums.items():
+        for name in self.sums:
+            total = self._memory_of(name)
             total.copy_(unpack_triangle(state[name]) if name in SYMMETRIC else state[name])
             self._in_use[name] = None
         for name, count in self.counts.items():
