@@ -59,6 +59,20 @@ def test_what_the_bytes_were_made_of_is_let_go():
     assert released.is_set()
 
 
+def test_parts_are_hashed_and_counted_without_a_copy_and_joined_once_for_who_wants_them_whole():
+    held = bytearray(b"load")
+    shipped = job(LateBytes(lambda: [b"pay", memoryview(held)]))
+    assert shipped.digest == "239f59ed55e737c77147cf55ad0c1b030b6d7ee748a7426952f9b852d5a935e5"
+    assert [bytes(each) for each in shipped.content.parts] == [b"pay", b"load"] and shipped.content.size == 7
+    descriptor = create_input(*shipped.content.parts)
+    assert os.pread(descriptor, 8, 0) == b"payload"
+    os.close(descriptor)
+    with pytest.raises(BufferError):
+        held.append(0)  # the parts are that memory
+    assert shipped.payload is shipped.payload and shipped.payload == b"payload"
+    held.append(0)  # joined, they hold nothing else
+
+
 def test_one_that_could_not_be_made_says_why_whenever_it_is_asked_for():
     late = LateBytes(lambda: b"x" * (1 // 0))
     for _ in range(2):

@@ -123,6 +123,8 @@ def test_what_is_done_block_by_block_is_what_would_be_done_at_once(d: int, monke
     only_lower = torch.where(torch.ones(d, d).tril().bool(), matrix, torch.nan)
     packed = psd.pack_triangle(only_lower)
     assert packed.isfinite().all() and torch.equal(psd.unpack_triangle(packed), mirrored)
+    place = torch.empty_like(packed)
+    assert psd.pack_triangle(only_lower, out=place) is place and torch.equal(place, packed)
     assert torch.equal(psd.mirror_lower_(only_lower), mirrored)
     wanted = (matrix - matrix.mT).abs().amax((-2, -1)) / matrix.abs().amax((-2, -1))
     assert torch.equal(psd.asymmetry(matrix), wanted)

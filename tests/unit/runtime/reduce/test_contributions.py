@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfdist.curvature.averages import BatchStatistics
-from kfdist.curvature.statistics import Increment, Needs
-from kfdist.runtime.reduce.contributions import Contribution, with_increment
+from kfdist.comm.communicator import Communicator
+from kfdist.curvature.averages import BatchStatistics, WeightedSums
+from kfdist.curvature.statistics import Increment, KroneckerFactors, Needs
+from kfdist.runtime.reduce import contributions as contributions_module
+from kfdist.runtime.reduce.contributions import (
+    Contribution,
+    contribution_of_sums,
+    reduce_contributions,
+    with_increment,
+)
 from tests.support.matrices import gaussian
 
 D_A, D_G, ROWS = 5, 4, 8
@@ -93,3 +100,54 @@ def test_sketched_rows_have_the_second_moment_of_the_union_in_expectation() -> N
         error = found.std(0) / draws**0.5
         assert float(found.std(0).max()) > 0
         assert ((found.mean(0) - truth(batches, name, 0.25)).abs() <= 5 * error).all()
+
+
+class Doubling(Communicator):
+    """Two ranks that bring the same."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.world_size = 2
+        self.buckets: list[int] = []
+
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        self.buckets.append(tensor.numel())
+        return tensor.mul_(2)
+
+
+def of_block(name: str, dtype: torch.dtype = torch.float64) -> Contribution:
+    sums = WeightedSums({"A": (1, D_A, D_A), "G": (1, D_G, D_G), "a": (1, D_A)}, dtype=dtype, device="cpu")
+    found = {"A": gaussian(1, D_A, D_A, seed=ord(name)), "G": gaussian(1, D_G, D_G, seed=1)}
+    found["A"] += found["A"].mT.clone()
+    sums.fold(BatchStatistics({**found, "a": gaussian(1, D_A, seed=2)}, examples=3.0, positions=6.0), 0.0)
+    return contribution_of_sums(name, KroneckerFactors, sums)
+
+
+@pytest.mark.parametrize(("most", "buckets"), [(1 << 20, [4]), (700, [2, 2]), (1, [1, 1, 1, 1])])
+def test_blocks_are_summed_in_buckets_of_bounded_size_and_kept_where_they_are_wanted(
+    most: int, buckets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contributions_module, "_BUCKET_BYTES", most)
+    given, ranks = [of_block(name) for name in "wxyz"], Doubling()
+    size = sum(tensor.numel() for tensor in given[0].summed.values())
+    found, sent = reduce_contributions(given, ranks, wanted=lambda name: name in "xz")
+    assert ranks.buckets == [number * size for number in buckets] and sent == 4 * 8 * size
+    assert found.keys() == {"x", "z"}
+    for each in given[1::2]:
+        assert all(torch.equal(found[each.block][name], 2 * tensor) for name, tensor in each.summed.items())
+    held = {tensor.untyped_storage().nbytes() for of_one in found.values() for tensor in of_one.values()}
+    assert max(held) <= 8 * size, "nothing holds the memory of what isn't kept"
+
+
+def test_buckets_are_of_one_dtype_and_common_tensors_come_along() -> None:
+    ranks, increment = Doubling(), increments([batch(2, seed=1)])[0]
+    found, _ = reduce_contributions([of_block("w"), of_block("x", torch.float32), increment], ranks, wanted=bool)
+    assert len(ranks.buckets) == 3 and found["x"]["A"].dtype == torch.float32
+    assert torch.equal(found["layer"]["A_rows"], 2 * increment.summed["A_rows"])
+    assert torch.equal(found["layer"]["decay"], increment.common["decay"])
+
+
+def test_one_rank_alone_hands_on_what_it_has() -> None:
+    given = of_block("w")
+    found, sent = reduce_contributions([given], Communicator(None), wanted=bool)
+    assert found["w"] is given.summed and sent == sum(each.nbytes for each in given.summed.values())
