@@ -264,7 +264,7 @@ class WeightedSums:
     def state_dict(self) -> dict[str, Tensor]:
         """Returns copies of what `packed` returns, of w, and of the number dropped as "dropped"."""
         state = {**self.packed(), **self.counts, "dropped": self.dropped}
-        return {name: tensor.clone() for name, tensor in state.items()}
+        return {name: tensor if name in SYMMETRIC else tensor.clone() for name, tensor in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from what `state_dict` returned."""
