@@ -32,6 +32,7 @@ from kfdist.links.socket_messages import (
     Report,
     Taken,
 )
+from kfdist.system.memory import FreeMemory
 from kfdist.telemetry.tracing import traced
 from kfdist.types import Desired, InForce, Job, JobResult, MetricSample, RunSettings
 
@@ -127,6 +128,7 @@ class Pump:
         # A copy: the thread that trains may change its own environment while a courier is respawned.
         self._environment = dict(os.environ)
         self._handover = Handover()
+        self._free_memory = FreeMemory()
         self._traced = traced()
         self._outbox: deque[tuple[bytes, int]] = deque()
         self._queued_samples = 0
@@ -297,6 +299,7 @@ class Pump:
             self.counters += LinkCounters(resubmissions={"corrupt": 1})
             return
         self._handover.finish(entry)
+        self._free_memory.passed(entry.job.content.size + len(payload))
         self._mailbox.results.append(result)
         os.eventfd_write(self._mailbox.arrived, 1)
 

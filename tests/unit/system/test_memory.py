@@ -1,6 +1,8 @@
 """What memory there is: the least of what the machine, control groups and the process's own limits leave."""
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,31 @@ def test_a_control_group_leaves_its_limit_without_what_is_used_and_can_not_be_dr
 
 def test_bytes_in_words():
     assert [in_words(size) for size in (12, 2048, 3 << 20, 14 << 30)] == ["12 B", "2 KiB", "3 MiB", "14 GiB"]
+
+
+GAPS = """
+import mmap
+from kfdist.system import memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * mmap.PAGESIZE
+size, number = 1 << 16, 1000  # below what malloc maps on its own
+kept = [bytearray(b"x") * size for _ in range(number)]
+last = bytearray(b"x") * size
+del kept
+before, free = resident(), memory.FreeMemory()
+free.passed(memory._TRIMMED_EVERY - 1)
+between = resident()
+free.passed(1)
+assert between > before - size * number // 10, "nothing came and went yet"
+print((before - resident()) / (size * number))
+"""
+
+
+def test_what_malloc_keeps_is_given_back_when_enough_has_come_and_gone():
+    done = subprocess.run([sys.executable, "-c", GAPS], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 0.8
+
+
+def test_another_malloc_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _name: object())
+    assert not memory.give_back()
