@@ -44,28 +44,29 @@ class Departure:
         self.previous = previous
         self._groups = groups
         # Of a device's sums one block's are packed at a time, and copied: all triangles at once are half of the sums.
-        self._copies = {block: _on_its_way(of_block) for block, of_block in tensors.items()}
+        self._here = {block: of_block for block, of_block in tensors.items() if _is_late_on_host(of_block)}
+        self._copies = {
+            block: (list(of_block), HostCopy(list(of_block.values())))
+            for block, of_block in tensors.items()
+            if block not in self._here
+        }
 
     def ready(self) -> bool:
         """Says, without blocking, whether the copy has landed."""
-        return all(copy is None or copy.ready() for copy, _ in self._copies.values())
+        return all(copy.ready() for _, copy in self._copies.values())
 
     def arrived(self) -> Iterator[tuple[BlockGroup, Reduced]]:
         """Yields each group with its blocks' tensors on the host; with none where a block has no statistics at all."""
-        tensors = {
-            block: there if copy is None else dict(zip(there, copy.wait(), strict=True))
-            for block, (copy, there) in self._copies.items()
-        }
+        landed = {block: dict(zip(names, copy.wait(), strict=True)) for block, (names, copy) in self._copies.items()}
+        tensors: Reduced = {**self._here, **landed}
         for group in self._groups:
             found = {block.name: tensors[block.name] for block in group.blocks if block.name in tensors}
             yield group, found if len(found) == len(group.blocks) and all(map(_measured, found.values())) else {}
 
 
-def _on_its_way(of_block: Mapping[str, Tensor]) -> tuple[HostCopy | None, Mapping[str, Tensor] | list[str]]:
-    """Returns the copy of a block's tensors with their names, or the tensors if they are on the host."""
-    if isinstance(of_block, LateSums) and not of_block.is_cuda:
-        return None, of_block
-    return HostCopy(list(of_block.values())), list(of_block)
+def _is_late_on_host(of_block: Mapping[str, Tensor]) -> bool:
+    """Says whether nothing is to be copied, and nothing to be packed yet."""
+    return isinstance(of_block, LateSums) and not of_block.is_cuda
 
 
 def _measured(tensors: Mapping[str, Tensor]) -> bool:
