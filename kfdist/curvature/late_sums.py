@@ -7,6 +7,7 @@ writes the job down, so that not all of it lies beside the sums, and the thread 
 import threading
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -76,9 +77,9 @@ class LateSums(Mapping[str, Tensor]):
         return self._shapes
 
     @property
-    def is_cuda(self) -> bool:
-        """Whether the tensors are on a CUDA device."""
-        return self._like is not None and self._like.is_cuda
+    def on_host(self) -> bool:
+        """Whether the tensors are in the host's memory, which any thread may read at any time."""
+        return self._like is None or self._like.device == torch.device("cpu")
 
 
 def _packed(name: str, total: Tensor) -> Tensor:

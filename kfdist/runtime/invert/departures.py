@@ -66,7 +66,7 @@ class Departure:
 
 def _is_late_on_host(of_block: Mapping[str, Tensor]) -> bool:
     """Says whether nothing is to be copied, and nothing to be packed yet."""
-    return isinstance(of_block, LateSums) and not of_block.is_cuda
+    return isinstance(of_block, LateSums) and of_block.on_host
 
 
 def _measured(tensors: Mapping[str, Tensor]) -> bool:

@@ -56,7 +56,7 @@ def test_they_are_packed_once_asked_for_and_not_when_nobody_wants_them_any_more(
     pack = late_sums.pack_triangle
     monkeypatch.setattr(late_sums, "pack_triangle", lambda *given, **named: packed.append(1) or pack(*given, **named))
     late = handed_out(sums)
-    assert "A" in late and "B" not in late and not late.is_cuda and not packed
+    assert "A" in late and "B" not in late and late.on_host and not packed
     _ = late["A"]
     assert len(packed) == 1
     del late
