@@ -9,14 +9,17 @@ import pytest
 
 from kfdist.errors import EnvironmentFault
 from kfdist.links.rank.remote import RemoteLink
+from kfdist.system.memory import FreeMemory
 from kfdist.types import Desired, MetricSample
 from tests.support.controller import values
 from tests.support.jobs import RUN, collect, context, job, payload, result_of
 from tests.support.waits import eventually
 
 
-def test_results_are_those_of_this_process(controller, owners, start_link):
+def test_results_are_those_of_this_process(controller, owners, start_link, monkeypatch):
     del owners
+    passed: list[int] = []
+    monkeypatch.setattr(FreeMemory, "passed", lambda _free, size: passed.append(size))
     link = start_link(controller.address)
     jobs = [job(f"group{i}", data=payload(16 + i, seed=i, method="kfac-eigen")) for i in range(20)]
     for each in jobs:
@@ -32,6 +35,7 @@ def test_results_are_those_of_this_process(controller, owners, start_link):
     assert counters.resubmissions == {}
     assert counters.bytes_sent == sum(len(each.payload) for each in jobs)
     assert counters.bytes_received == sum(len(result.payload) for result in results.values())
+    assert sum(passed) == counters.bytes_sent + counters.bytes_received
 
 
 def test_a_group_goes_to_its_assigned_owner(controller, owners, start_link):
