@@ -25,7 +25,7 @@ def test_growth_is_that_of_the_second_half():
 
 def test_the_kernel_is_asked():
     peak = resident(os.getpid(), "VmHWM")
-    assert peak == resident("self", "VmHWM") > 10_000_000
+    assert 10_000_000 < peak <= resident("self", "VmHWM") < peak + 10_000_000  # to ask takes some, too
     assert resident("self", "VmNothing") == 0 and resident(2**22 + 1, "VmHWM") == 0
 
 
