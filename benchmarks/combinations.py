@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfdist
+from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.curvature.references import damping_shares
 from kfdist.errors import KfdistError
@@ -68,7 +69,9 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Every method, with the settings that change what is measured or where the inverse is applied; as exact as can be."""
 
-assert {method for method, _ in VARIANTS.values()} == set(INVERTERS), "a method is missing"
+assert {method for method, _ in VARIANTS.values()} == {
+    name for name, cls in INVERTERS.items() if not issubclass(cls, AbstractGradientInverter)
+}, "a method is missing"
 
 
 class Pooled(nn.Module):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kfdist.curvature.inverters import KfacTridiagonal as KfacTridiagonal
     from kfdist.curvature.inverters import RsKfac as RsKfac
     from kfdist.curvature.inverters import Seng as Seng
+    from kfdist.curvature.inverters import Shampoo as Shampoo
     from kfdist.curvature.inverters import SreKfac as SreKfac
     from kfdist.curvature.inverters import TwoLevel as TwoLevel
     from kfdist.errors import KfdistError as KfdistError
@@ -41,7 +42,7 @@ _NAMES = {
     "kfdist.capture.requests": "Sampling",
     "kfdist.curvature.auto": "Auto",
     "kfdist.curvature.inverters": "BKfac BKfacC BRKfac CgFac Ekfac EkfacAdam Eva Kfac KfacEigen "
-    "KfacTridiagonal RsKfac Seng SreKfac TwoLevel",
+    "KfacTridiagonal RsKfac Seng Shampoo SreKfac TwoLevel",
     "kfdist.errors": "KfdistError KfdistWarning",
     "kfdist.optim.adaptive": "AdaptiveStep",
     "kfdist.optim.adaptive_settings": "AdaptiveReport AdaptiveSettings",

@@ -4,6 +4,7 @@ Nothing here does more than hold its fields, and nothing imports torch: the cour
 """
 
 import hashlib
+import math
 import mmap
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -51,12 +52,25 @@ class BlockShape:
         d_in: Columns q of each matrix: input features per group, plus one where the layer has a bias.
         groups: Number c of independent matrices (grouped convolution), 1 for most layers.
         convolution: Whether the weight is used at many positions of an image, so that an example has many rows.
+        modes: Dimensions of each of the tensors that methods on gradients see in place of the matrices: `d_out`, and
+            those whose product is `d_in`. Empty where there are only matrices.
     """
 
     d_out: int
     d_in: int
     groups: int = 1
     convolution: bool = False
+    modes: tuple[int, ...] = ()
+
+    @classmethod
+    def of_tensors(cls, modes: tuple[int, ...], groups: int = 1) -> Self:
+        """Makes the shape of `groups` tensors of these dimensions."""
+        return cls(d_out=modes[0], d_in=math.prod(modes[1:]), groups=groups, modes=modes)
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """Dimensions of each of the tensors; of matrices both of theirs."""
+        return self.modes or (self.d_out, self.d_in)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kfdist.curvature.late_sums import SYMMETRIC, LateSums
-from kfdist.curvature.statistics import Needs
+from kfdist.curvature.statistics import MODES, Needs
 from kfdist.curvature.thin_sums import ThinRows
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from kfdist.types import BlockShape
@@ -131,6 +131,7 @@ def sum_shapes(
         "G_next": (c, p, p_next),
         "a_cross": (members,),
         "g_cross": (members,),
+        **{name: (c, d, d) for name, d in zip(MODES, shape.dimensions, strict=False)},
     }
     unknown = needs.sums - known.keys()
     if unknown:

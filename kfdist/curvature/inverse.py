@@ -57,6 +57,8 @@ class AbstractPreconditioner(ABC):
         keeps_memory: Whether what a block's memory keeps outlives the snapshot; otherwise a newer one starts afresh.
         normalised: Whether directions have the size of Adam's, about 1 for each entry in some basis, momentum included:
             nothing clips them, grafts onto them or averages them again, and a learning rate is AdamW's.
+        solves: Whether directions are (F + lambda I)^-1 V for a Fisher matrix F, so that <U, V> is a divergence, which
+            the KL clip bounds, and a quadratic model holds. Not so of what is normalised, or a root of a matrix.
 
     The traces give `fallback` its scale. A method that knows only the trace of the whole block puts that into `trace_A`
     and 1 into `trace_G`.
@@ -66,6 +68,7 @@ class AbstractPreconditioner(ABC):
     calibrated: ClassVar[bool] = False
     keeps_memory: ClassVar[bool] = False
     normalised: ClassVar[bool] = False
+    solves: ClassVar[bool] = True
 
     trace_A: Tensor
     trace_G: Tensor

@@ -18,7 +18,7 @@ from kfdist.curvature.inverter import AbstractInverter, Coupling, Inversion, Out
 from kfdist.curvature.inverters import FIXED, PRECONDITIONERS, make_inverter
 from kfdist.curvature.ladder import invert_group_with_ladder
 from kfdist.curvature.payloads import Tree
-from kfdist.curvature.statistics import STATISTICS, Needs
+from kfdist.curvature.statistics import MODES, STATISTICS, Needs
 from kfdist.errors import ConfigError
 from kfdist.linalg.psd import triangle_size
 from kfdist.system.provenance import processor_field
@@ -215,6 +215,7 @@ def job_bytes(needs: Iterable[tuple[BlockShape, Needs]], *, bytes_per_number: in
     for shape, wanted in needs:
         sizes = {"A": triangle_size(shape.d_in), "G": triangle_size(shape.d_out), "a": shape.d_in, "g": shape.d_out}
         sizes["A_diagonal"] = shape.d_in
+        sizes |= {name: triangle_size(d) for name, d in zip(MODES, shape.dimensions, strict=False)}
         numbers = sum(size for name, size in sizes.items() if name in wanted.sums)
         numbers += wanted.increment_rows * sum(sizes[name.lower()] for name in wanted.increments)
         if wanted.samples is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome
-from kfdist.curvature.statistics import Increment
+from kfdist.curvature.statistics import GradientMoments, Increment
 from kfdist.linalg.psd import asymmetry
 from kfdist.types import BlockName
 from kfdist.wire.records import contiguous, move, symmetric_fields, tensor_fields
@@ -147,7 +147,7 @@ def _input_fault(statistics: Any) -> str:
 def _check_shapes(statistics: Any, symmetric: Collection[str]) -> None:
     matrices = {label: tensor for label, tensor in tensor_fields(statistics).items() if label in symmetric}
     for label, matrix in matrices.items():
-        absent = isinstance(statistics, Increment) and matrix.shape[-2:] == (0, 0)
+        absent = isinstance(statistics, Increment | GradientMoments) and matrix.shape[-2:] == (0, 0)
         if matrix.dim() != 3 or matrix.shape[-1] != matrix.shape[-2] or (matrix.numel() == 0 and not absent):
             raise ValueError(f"factor {label} has shape {tuple(matrix.shape)}, must be [c, d, d]")
         if not matrix.is_floating_point():

@@ -178,6 +178,37 @@ class Increment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradientMoments:
+    """Weighted sums over steps of the second moments of a gradient, seen as c tensors `[d_1, ..., d_k]`, k up to 4.
+
+    Those of a mode are over all other dimensions: with X_i the tensor unfolded to `[d_i, rest]`, X_i X_i^T; some
+    methods weigh the rest. Nothing is divided: methods need the sums as well as the means.
+
+    Attributes:
+        mode_1: `[c, d_1, d_1]`; `[c, 0, 0]` for the modes after the k-th, likewise.
+        mode_2: The second mode's.
+        mode_3: The third's.
+        mode_4: The fourth's.
+        weight: The sum of the steps' weights, `[1]`: with a decay rho, 1 - rho^t after t steps; without, t.
+    """
+
+    mode_1: Tensor = symmetric_field()
+    mode_2: Tensor = symmetric_field()
+    mode_3: Tensor = symmetric_field()
+    mode_4: Tensor = symmetric_field()
+    weight: Tensor
+
+    @property
+    def sums(self) -> list[Float[Tensor, "c d d"]]:
+        """Those of the modes there are."""
+        return [each for each in (self.mode_1, self.mode_2, self.mode_3, self.mode_4) if each.shape[-1]]
+
+
+MODES = ("mode_1", "mode_2", "mode_3", "mode_4")
+"""The fields of `GradientMoments` that are moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleBudget:
     """How many examples' rows a method wants, for the whole job over all ranks.
 
@@ -226,5 +257,6 @@ STATISTICS: dict[str, type] = {
     "unit-fisher": UnitFisher,
     "samples": Samples,
     "increment": Increment,
+    "gradient-moments": GradientMoments,
 }
 """Records that may stand in a job, by name."""

@@ -7,7 +7,7 @@ from kfdist.curvature.averages import WeightedSums
 from kfdist.curvature.footprint import NUMBER_BYTES
 from kfdist.curvature.inverter import AbstractInverter
 from kfdist.forecast.outline import META, Given, make_outline
-from kfdist.forecast.rank_memory import bytes_of, optimizer_line
+from kfdist.forecast.rank_memory import bytes_of, moment_bytes, optimizer_line
 from kfdist.runtime.reduce.reducer import empty_sums
 from kfdist.training.method import plan_of
 from kfdist.types import BlockShape
@@ -36,7 +36,7 @@ def checkpoint_bytes(config: Config) -> int | None:
     copies = config.cluster.workers if config.checkpoint.statistics == "per-rank" else 1
     statistics = sum(_saved(sums) for sums in empty_sums(plan.groups, META).values())
     inverses = sum(_kept_numbers(group.inverter, block.shape) for group in plan.groups for block in group.blocks)
-    return kept + copies * statistics + NUMBER_BYTES * inverses
+    return kept + copies * statistics + moment_bytes(plan.groups) + NUMBER_BYTES * inverses
 
 
 def _saved(sums: WeightedSums) -> int:

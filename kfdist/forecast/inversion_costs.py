@@ -175,7 +175,7 @@ class _Calibration:
                     dearest[name] = inverter, shape
         for name, (inverter, shape) in dearest.items():
             most = _LARGEST_OF_ROWS if inverter.statistic is Samples else _LARGEST
-            self._do(name, inverter, replace(shape, d_out=min(shape.d_out, most), d_in=min(shape.d_in, most)))
+            self._do(name, inverter, _cut(shape, most))
 
     def go_on(self, deadline: float) -> None:
         """Does jobs of the plan's sizes, as long as the next one will be done by then, in this thread's time."""
@@ -199,6 +199,13 @@ class _Calibration:
             state=_bytes(outcome.state.values()) / numbers,
             result=len(result) / numbers,
         )
+
+
+def _cut(shape: BlockShape, most: int) -> BlockShape:
+    """Returns a shape whose dimensions are no longer than `most`."""
+    if shape.modes:
+        return BlockShape.of_tensors(tuple(min(d, most) for d in shape.modes))
+    return replace(shape, d_out=min(shape.d_out, most), d_in=min(shape.d_in, most))
 
 
 def _job(inverter: AbstractInverter, shape: BlockShape) -> tuple[float, bytes]:

@@ -16,6 +16,7 @@ from kfdist.forecast.rehearsal import Rehearsal
 from kfdist.optim.graft import KEPT
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.planner import Plan
+from kfdist.runtime.reduce.gradient_moments import empty_gradient_sums
 from kfdist.runtime.reduce.reducer import empty_sums
 from kfdist.training.optimizers import check_optimizer, make_optimizer
 from kfdist.types import GroupName
@@ -96,7 +97,10 @@ def optimizer_line(config: Config, plan: Plan, parameters: Sequence[nn.Parameter
 
 def _curvature_lines(plan: Plan, rehearsal: Rehearsal, costs: Costs) -> Iterable[Line]:
     sums = empty_sums(plan.groups, META)
-    yield Line("statistics", sum(bytes_of((*each.sums.values(), *each.counts.values())) for each in sums.values()))
+    captured = sum(bytes_of((*each.sums.values(), *each.counts.values())) for each in sums.values())
+    moments = [moment_bytes(g for g in plan.groups if g.courier_rank == rank) for rank in range(plan.world_size)]
+    spread = "gradients' moments of the rank that has most" if any(moments) and plan.world_size > 1 else ""
+    yield Line("statistics", captured + max(moments), note=spread)
     own = [group for group in plan.groups if group.own]
     sent = [group for group in plan.groups if not group.own]
     inverses = sum(inverse_bytes(group, costs) for group in sent)
@@ -160,6 +164,11 @@ def state_bytes(group: BlockGroup, costs: Costs) -> int:
 def result_bytes(group: BlockGroup, costs: Costs) -> int:
     """Returns the size of a group's result on its way."""
     return round(costs.numbers(group) * costs.method(group).result)
+
+
+def moment_bytes(groups: Iterable[BlockGroup]) -> int:
+    """Returns what the sums of gradients' moments take, which one rank of each group keeps."""
+    return sum(bytes_of(sums.tensors()) for sums in empty_gradient_sums(groups, META).values())
 
 
 def _scales(group: BlockGroup) -> int:

@@ -24,6 +24,7 @@ from kfdist.runtime.invert.shipping import reduced_tensors
 from kfdist.runtime.plan.coverage import Coverage
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.plan.timetable import Due, Timetable
+from kfdist.runtime.reduce.gradient_moments import empty_gradient_sums
 from kfdist.runtime.reduce.reducer import Reduction, StatisticsReducer
 from kfdist.runtime.track import Track
 from kfdist.torch_internals import storage_id
@@ -216,6 +217,9 @@ def _limits(reduction: Reduction, batches: Mapping[BlockName, BatchStatistics], 
 def _reduce(
     reducer: StatisticsReducer, track: Track, step: int, batches: Mapping[BlockName, BatchStatistics]
 ) -> Reduction:
+    if track.group.of_gradients:  # of which this rank's reducer has only what it would ship itself
+        sums = {name: each.packed() for name, each in empty_gradient_sums([track.group], META).items()}
+        return Reduction(step=step, tracks=(track,), sums=sums, samples={})
     return reducer.reduce(Due(step=step, folding=(), reducing=(track,)), batches, None)
 
 

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.statistics import (
+    MODES,
     ChainFactors,
     CoarseFactors,
     DiagonalFactors,
+    GradientMoments,
     Increment,
     KroneckerFactors,
     Needs,
@@ -103,6 +105,15 @@ def _increment(shape: BlockShape, needs: Needs) -> Increment:
     )
 
 
+def _moments(shape: BlockShape, needs: Needs) -> GradientMoments:
+    del needs
+    sums = {
+        name: _factor(d, seed) for seed, (name, d) in enumerate(zip(MODES, shape.dimensions, strict=False), start=1)
+    }
+    absent = {name: _float32((1, 0, 0), 0.0) for name in MODES if name not in sums}
+    return GradientMoments(**sums, **absent, weight=_float32((1,), 1.0))
+
+
 _MAKERS: Mapping[type, Callable[[BlockShape, Needs], Any]] = {
     KroneckerFactors: partial(_kronecker, KroneckerFactors),
     ChainFactors: _chain,
@@ -110,4 +121,5 @@ _MAKERS: Mapping[type, Callable[[BlockShape, Needs], Any]] = {
     DiagonalFactors: _diagonal,
     Samples: _samples,
     Increment: _increment,
+    GradientMoments: _moments,
 }

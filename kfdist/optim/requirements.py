@@ -46,11 +46,11 @@ def check_arguments(
             "the preconditioner has a grad_scaler; AdaptiveStep does its own backward without scaling: leave it out, "
             "and use bfloat16 if a smaller dtype is wanted"
         )
-    normalised = [group.name for group in preconditioner.groups if group.inverter.produces.normalised]
-    if normalised:
+    others = [group.name for group in preconditioner.groups if not group.inverter.produces.solves]
+    if others:
         raise ConfigError(
-            f"blocks {', '.join(map(repr, normalised))} have a method whose directions have Adam's size; AdaptiveStep "
-            "needs (F + lambda I)^-1 of the gradient: use kfac-eigen or ekfac"
+            f"blocks {', '.join(map(repr, others))} have a method whose directions have a size of their own; "
+            "AdaptiveStep needs (F + lambda I)^-1 of the gradient: use kfac-eigen or ekfac"
         )
     fixed = {
         group.inverter.name: group.name

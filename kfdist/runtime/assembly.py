@@ -246,7 +246,7 @@ def make_capture(plan: Plan, grad_scaler: torch.amp.GradScaler | None, rank: int
 
     return Capture(
         plan.model,
-        {block.name: block for block in plan.blocks},
+        {block.name: block for group in plan.groups if not group.of_gradients for block in group.blocks},
         sampling=plan.settings.sampling,
         grad_scaler=grad_scaler,
         fisher=plan.settings.fisher,

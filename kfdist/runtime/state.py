@@ -98,6 +98,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged["in_flight"] = {key: value for state in states for key, value in state["in_flight"].items()}
     heads = [head for state in states for head in state["online"].items()]
     merged["online"] = dict(sorted(heads, key=lambda head: int(head[1]["version"])))  # the newest of each group
+    merged["moments"] = {key: value for state in states for key, value in state.get("moments", {}).items()}
     merged["memories"] = {key: value for state in reversed(states) for key, value in state["memories"].items()}
     merged["snapshots"] = next((state["snapshots"] for state in states if state.get("snapshots")), {})
     if first["statistics"] == PER_RANK:
@@ -148,12 +149,23 @@ def check_state(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
             "and method it was written with"
         )
     methods = {track.group.name: track.group.inverter.name for track in pipeline.tracks}
+    if lacking := sorted(methods.keys() - state["methods"].keys()):
+        raise CheckpointError(
+            f"the checkpoint lacks the groups {lacking}; load it into the model and method it was written with"
+        )
     for name, stored in state["methods"].items():
         if methods.get(name) != stored:
             raise CheckpointError(
                 f"group {name!r} was inverted by {stored!r} in the checkpoint and has {methods.get(name)!r} now, which "
                 "can't go on from it; load it into the model and method it was written with"
             )
+    _check_sums(found, expected)
+    moments = pipeline.reducer.moments.state_dict()["moments"]
+    stored = state.get("moments", {})
+    _check_sums(stored, {name: sums for name, sums in moments.items() if name in stored})
+
+
+def _check_sums(found: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Mapping[str, Tensor]]) -> None:
     for block, sums in expected.items():
         kept = found[block]
         if kept.keys() != sums.keys():

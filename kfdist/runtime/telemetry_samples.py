@@ -47,7 +47,7 @@ def pipeline_samples(pipeline: Pipeline, link: LinkCounters) -> list[MetricSampl
         _sample("kfdist_jobs_replaced_total", sum(track.jobs.replaced for track in pipeline.tracks)),
         _sample(
             "kfdist_nonfinite_drops_total",
-            counters.drops.latest(sums.dropped for sums in pipeline.reducer.sums.values()),
+            counters.drops.latest(each.dropped for each in pipeline.reducer.every),
         ),
     ]
     return samples if pipeline.training.rank else [*samples, *_common_samples(pipeline)]
@@ -145,7 +145,7 @@ def pipeline_totals(pipeline: Pipeline, link: LinkCounters) -> dict[str, Any]:
         "resubmissions": dict(link.resubmissions),
         "courier_restarts": link.courier_restarts,
         "samples_lost": link.samples_dropped,
-        "nonfinite_drops": round(sum(float(sums.dropped) for sums in pipeline.reducer.sums.values())),
+        "nonfinite_drops": round(sum(float(each.dropped) for each in pipeline.reducer.every)),
     }
 
 

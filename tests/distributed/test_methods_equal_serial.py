@@ -93,6 +93,7 @@ CASES = {
     # A coordinate is divided by its own size, also one of which few digits are left.
     "ekfac-adam": Case(model="grouped", method="ekfac-adam", batch=24, tolerance=1e-7),
     "eva": Case(model="grouped", method="eva"),
+    "shampoo": Case(model="grouped", method="shampoo", settings={"vectors": True, "block_size": 5}, tolerance=1e-8),
     "seng": Case(model="grouped", method="seng", settings={"columns": None, "form": "explicit"}, note="explicit"),
     "seng, implicit": Case(model="grouped", method="seng", settings={"form": "implicit"}, note="implicit"),
     "cg-fac": Case(model="grouped", method="cg-fac", settings={"operator": "kronecker", "warm_start": True}),

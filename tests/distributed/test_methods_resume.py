@@ -27,6 +27,7 @@ KINDS: dict[str, Any] = {
     "cg-fac, exchanged": make_inverter("cg-fac", warm_start=True, operator="block", solve="owner", examples=16),
     "seng": make_inverter("seng", examples=16, column_sample_size=4),
     "eva": "eva",
+    "shampoo": make_inverter("shampoo", vectors=True, block_size=8),
     "two-level": {"0": "kfac", "*": make_inverter("two-level", inner="rs-kfac", inner_settings={"rank": 4})},
     "mixed": {"0": "kfac-eigen", "7": make_inverter("cg-fac", warm_start=True), "*": "eva"},
 }
@@ -150,7 +151,7 @@ def test_folded_states_of_four_ranks_go_on_at_one(kind: str, alone: dict[str, di
     own = [
         memory["kept"] or memory["counts"] or memory["measured"] is not None for memory in before["memories"].values()
     ]
-    assert any(own) == (kind not in ("b-kfac", "two-level"))
+    assert any(own) == (kind not in ("b-kfac", "two-level", "shampoo"))
     assert {group for group, _ in found["adopted"]} == set(before["adopted"])
 
 

@@ -21,6 +21,7 @@ from kfdist.curvature.blocks.layer_block import LayerBlock as LayerBlock
 from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.curvature.blocks.units import Role
 from kfdist.curvature.blocks.units import UnitBlock as UnitBlock
+from kfdist.curvature.blocks.whole import TensorBlock as TensorBlock
 from kfdist.types import BlockName, WeightSharing
 
 _Maker = Callable[[BlockName, Any, WeightSharing, bool], Sequence[Block]]
@@ -218,6 +219,28 @@ def make_bare_block(name: str, layer: str, module: nn.Module, attribute: str) ->
         return "it is frozen (requires_grad is False)"
     reason = _reason_against_parameter(attribute, parameter)
     return reason or UnitBlock(name, module, [ParameterPart(attribute, parameter)], ["either"], layer)
+
+
+def make_tensor_block(name: str, layer: str, module: nn.Module, attribute: str, *, most: int) -> TensorBlock | str:
+    """Makes the block of a whole parameter, for methods that take its gradient and ask for nothing else.
+
+    Args:
+        name: The parameter's dotted name.
+        layer: Its module's.
+        module: That module.
+        attribute: The parameter's name in it.
+        most: Longest dimension that isn't cut.
+
+    Returns:
+        The block, or the reason why there is none.
+    """
+    parameter = getattr(module, attribute)
+    if not parameter.requires_grad:
+        return "it is frozen (requires_grad is False)"
+    if isinstance(module, TABLES) and module.sparse:
+        return "its gradients are sparse; make the embedding with sparse=False"
+    reason = _reason_against_parameter(attribute, parameter)
+    return reason or TensorBlock(name, module, ParameterPart(attribute, parameter), layer, most=most)
 
 
 def _maker(module: nn.Module) -> _Maker | None:

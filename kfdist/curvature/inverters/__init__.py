@@ -22,6 +22,7 @@ from kfdist.curvature.inverters.kfac_tridiagonal import ChainLink, KfacTridiagon
 from kfdist.curvature.inverters.rs_kfac import RsKfac, SreKfac
 from kfdist.curvature.inverters.seng import Seng
 from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
+from kfdist.curvature.inverters.shampoo import ModeRoots, Shampoo
 from kfdist.curvature.inverters.two_level import TwoLevel, TwoLevelBlock
 from kfdist.curvature.inverters.unit_wise import UnitWise, UnitWiseInverse
 from kfdist.errors import ConfigError
@@ -41,6 +42,7 @@ INVERTERS: Mapping[str, type[AbstractInverter]] = {
     "seng": Seng,
     "eva": Eva,
     "two-level": TwoLevel,
+    "shampoo": Shampoo,
 }
 """Every method that can be chosen, by its name in configurations and jobs."""
 
@@ -60,6 +62,7 @@ PRECONDITIONERS: Mapping[str, type[AbstractPreconditioner]] = {
     "eva": EvaPreconditioner,
     "seng-explicit": SengExplicit,
     "seng-implicit": SengImplicit,
+    "mode-roots": ModeRoots,
 }
 """Every kind of result by its name on the wire and in checkpoints."""
 

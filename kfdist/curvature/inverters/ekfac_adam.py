@@ -50,6 +50,7 @@ class AdamBasis(AbstractPreconditioner):
     damping_at_apply: ClassVar[bool] = True
     keeps_memory: ClassVar[bool] = True
     normalised: ClassVar[bool] = True
+    solves: ClassVar[bool] = False
 
     Q_A: Tensor
     Q_G: Tensor

@@ -98,7 +98,7 @@ class Solved(NamedTuple):
         measured: Which of the c matrices were ever measured, `[c]` or `[1]`; None for all.
         memory: The block's.
         product: <X, V> where `uniform`, else <U, V> of what was measured; `[1]`. None where nobody asked.
-        normalised: Whether nothing clips it.
+        clipped: Whether the KL clip is for it.
     """
 
     block: Block
@@ -107,7 +107,7 @@ class Solved(NamedTuple):
     measured: Tensor | None
     memory: BlockMemory
     product: Tensor | None
-    normalised: bool
+    clipped: bool
 
     @property
     def uniform(self) -> bool:
@@ -198,18 +198,18 @@ def _solved(
 ) -> list[Solved]:
     """Joins what belongs to each block that has a gradient; V, without a host sync, where nothing was measured."""
     blocks, memories = application.blocks, application.memories
-    normalised = [inverse.normalised for inverse in application.preconditioners]
+    solves = [inverse.solves for inverse in application.preconditioners]
     found: list[Solved] = []
-    for block, V, (X, scale), measured, memory, sized in zip(
-        blocks, gradients, directions, application.measured(), memories, normalised, strict=True
+    for block, V, (X, scale), measured, memory, clipped in zip(
+        blocks, gradients, directions, application.measured(), memories, solves, strict=True
     ):
         if not block.takes_part:
             continue
         if measured is not None:
             X = torch.where(measured.view(-1, 1, 1), X, V)
             scale = None if scale is None else torch.where(measured, scale, 1.0)
-        one = Solved(block, (X,), scale, measured, memory, None, sized)
-        found.append(one.multiplied([V]) if multiplied and not sized else one)
+        one = Solved(block, (X,), scale, measured, memory, None, clipped)
+        found.append(one.multiplied([V]) if multiplied and clipped else one)
     return found
 
 
@@ -218,8 +218,8 @@ def _solved_apart(application: Application, *, multiplied: bool) -> Solved:
     block, inverse, memory = application.blocks[0], application.preconditioners[0], application.memories[0]
     V = block.gradient_apart()
     (X, scale), last = inverse.direction_apart(*V, application.damping, memory)
-    one = Solved(block, (X, last), scale, None, memory, None, inverse.normalised)
-    return one.multiplied(V) if multiplied and not inverse.normalised else one
+    one = Solved(block, (X, last), scale, None, memory, None, inverse.solves)
+    return one.multiplied(V) if multiplied and inverse.solves else one
 
 
 def joined_on(device: torch.device) -> bool:
@@ -256,8 +256,8 @@ def precondition_gradients(
     older inverse does: a gradient that has left the directions in which curvature was measured meets lambda alone, and
     the prediction no longer bounds anything (docs/decisions/0017).
 
-    What was never measured (`Application.measured`) keeps V and isn't in the sum; normalised directions aren't either,
-    and keep their size.
+    What was never measured (`Application.measured`) keeps V and isn't in the sum; directions that don't solve for a
+    Fisher matrix aren't either, and keep their size.
 
     Args:
         applications: The groups that have a gradient and a snapshot.
@@ -272,9 +272,9 @@ def precondition_gradients(
     if not applications:
         return None
     found = solve(applications, communicator, multiplied=kl_clip is not None)
-    clipped = [each for each in found if kl_clip is not None and not each.normalised]
+    clipped = [each for each in found if kl_clip is not None and each.clipped]
     for each in found:
-        if kl_clip is None or each.normalised:
+        if kl_clip is None or not each.clipped:
             each.write(None, into)
     if kl_clip is None or not clipped:
         return None

@@ -7,7 +7,7 @@ from torch import Tensor
 from kfdist.comm.host_copy import HostCopy
 from kfdist.curvature.averages import EXAMPLES, means, measured, packed_statistic
 from kfdist.curvature.late_sums import SYMMETRIC, LateSums
-from kfdist.curvature.statistics import STATISTICS, Increment, Samples
+from kfdist.curvature.statistics import STATISTICS, GradientMoments, Increment, Samples
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.types import BlockName, GroupName
 from kfdist.wire.records import RecordTree, make_tree
@@ -73,7 +73,7 @@ def _measured(tensors: Mapping[str, Tensor]) -> bool:
     """Says whether any usable batch is in what was reduced; an increment without dense factors may hold anything."""
     if EXAMPLES in tensors:
         return bool(measured(tensors))
-    return "weight" not in tensors or float(tensors["weight"].sum()) > 0.0  # of samples
+    return "weight" not in tensors or float(tensors["weight"].sum()) > 0.0  # of samples, or of steps
 
 
 def job_record(statistic: type, tensors: Mapping[str, Tensor]) -> RecordTree:
@@ -82,7 +82,7 @@ def job_record(statistic: type, tensors: Mapping[str, Tensor]) -> RecordTree:
     A thread of the link may call it: the tensors are on the host, and nothing changes them.
     """
     kind = next(name for name, known in STATISTICS.items() if known is statistic)
-    if statistic is Samples:
+    if statistic in (Samples, GradientMoments):
         return make_tree(kind, tensors)
     if statistic is Increment:
         return make_tree(kind, _increment(tensors))

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kfdist.curvature.blocks import Block
+from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.inverter import Coupling, Placement
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.statistics import MeanVectors, Needs
@@ -37,6 +38,11 @@ class BlockGroup:
     def own(self) -> bool:
         """Whether every rank inverts it for itself: no job, no owner, no column in the ranks' table."""
         return self.inverter.placement is Placement.WORKER
+
+    @property
+    def of_gradients(self) -> bool:
+        """Whether it is measured by the gradients that all ranks share, and nothing of it is captured."""
+        return isinstance(self.inverter, AbstractGradientInverter)
 
     @property
     def coupled(self) -> bool:

@@ -33,6 +33,7 @@ from kfdist.runtime.plan.capacity import need_of
 from kfdist.runtime.plan.coverage import NO_METHOD, SKIPPED, UNMATCHED, WITHOUT_MOMENTS, Coverage, coverage_of
 from kfdist.runtime.plan.groups import BlockGroup, check_fisher, refuse_applied_rows
 from kfdist.runtime.plan.layers import SHARDED, bare_model, device_of, is_compiled, named_layers
+from kfdist.runtime.plan.whole_parameters import whole_parameters
 from kfdist.runtime.settings import Settings
 from kfdist.types import GroupSpec
 
@@ -131,17 +132,22 @@ def make_plan(
     held = held_matrices(model)
     outline = all(parameter.is_meta for parameter in model.parameters())
     made: dict[str, Sequence[Block] | str] = {}
+    open_layers = [pair for pair in layers if not _barred(*pair, patterns, settings, outline=outline)]
+    whole = whole_parameters(open_layers, patterns, _covers, skipped=lambda name: _skips(settings, name))
     for name, module in layers:
+        if whole.has_part_of(module):
+            made[name] = []
+            continue
         biased = id(getattr(module, "weight", None)) not in unlike
         blocks = _barred(name, module, patterns, settings, outline=outline) or make_blocks(
             name, module, settings.weight_sharing, biased=biased, held=held.get(id(module))
         )
         made[name] = blocks if isinstance(blocks, str) else [_head_if(each, heads, settings) for each in blocks]
     tied = _tied_to_tables(block for blocks in made.values() if not isinstance(blocks, str) for block in blocks)
-    reasons: dict[str, str] = {}
-    chosen: list[_Chosen] = []
-    owners: dict[Hashable, Block] = {}
-    taken: set[int] = set()
+    reasons: dict[str, str] = dict(whole.reasons)
+    chosen: list[_Chosen] = [_Chosen(*each, reason="") for each in whole.blocks]
+    owners: dict[Hashable, Block] = {each.block.name: each.block for each in chosen}
+    taken: set[int] = set(whole.taken)
     for name, blocks in made.items():
         if isinstance(blocks, str):
             reasons[name] = blocks
@@ -159,7 +165,6 @@ def make_plan(
                 reasons[block.name] = found
             else:
                 chosen.append(found)
-    open_layers = [pair for pair in layers if not _barred(*pair, patterns, settings, outline=outline)]
     for block in _bare_blocks(open_layers, taken, reasons):
         owners[block.name] = block
         found = _choose(block, patterns, settings, costs)
@@ -299,11 +304,16 @@ def _covers(glob: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), glob) for end in range(1, len(parts) + 1))
 
 
+def _skips(settings: Settings, name: str) -> bool:
+    """Says whether the user leaves a module, or what is inside it, out."""
+    return any(_covers(glob, name) for glob in settings.skip)
+
+
 def _barred(name: str, module: nn.Module, patterns: Mapping[str, object], settings: Settings, *, outline: bool) -> str:
     """Returns why a layer is to have no blocks; empty if it may."""
     if not patterns:
         return NO_METHOD
-    if any(_covers(glob, name) for glob in settings.skip):
+    if _skips(settings, name):
         return SKIPPED
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
         raise ConfigError(f"layer {name!r} has sharded (DTensor) parameters; {SHARDED}")
@@ -338,7 +348,7 @@ def _choose(
     costs: MeasuredCosts | None,
 ) -> _Chosen | str:
     """Returns a block with its method, or why it has none."""
-    if any(_covers(glob, block.name) for glob in settings.skip):
+    if _skips(settings, block.name):
         return SKIPPED
     pattern = next((glob for glob in patterns if _covers(glob, block.name)), None)
     if pattern is None:

@@ -196,6 +196,8 @@ class Timetable:
         """
         requests = {}
         for track in self._tracks:
+            if track.group.of_gradients:
+                continue
             group, folds, updates = track.group, self.folds(track, step), self.updates(track, step)
             calibrates = group.index in calibrating
             for block in group.blocks:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import reduce_flat
 from kfdist.curvature.averages import BatchStatistics, WeightedSums, all_finite, decay_at, sum_shapes
+from kfdist.curvature.gradient_sums import GradientSums
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.statistics import Samples
 from kfdist.runtime.plan.groups import BlockGroup
@@ -21,6 +22,7 @@ from kfdist.runtime.reduce.contributions import (
     with_increment,
 )
 from kfdist.runtime.reduce.example_rows import SampleExchange, SampleRequest
+from kfdist.runtime.reduce.gradient_moments import GradientMomentSums
 from kfdist.runtime.settings import Settings
 from kfdist.runtime.track import Track
 from kfdist.seeds import block_seed, rank_seed
@@ -55,7 +57,8 @@ class StatisticsReducer:
         device: Where the statistics live.
 
     Attributes:
-        sums: This rank's (S, w) by block.
+        sums: This rank's (S, w) by block, of those that are captured.
+        moments: Of those whose methods measure gradients alone.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class StatisticsReducer:
         device: torch.device,
     ) -> None:
         self.sums = empty_sums(groups, device)
+        self.moments = GradientMomentSums(groups, communicator.rank, device)
         self._settings = settings
         self._timetable = timetable
         self._communicator = communicator
@@ -74,14 +78,17 @@ class StatisticsReducer:
         self._sums_sent = 0
 
     def fold(self, due: Due, batches: Mapping[BlockName, BatchStatistics], step_is_finite: Tensor | None) -> None:
-        """Folds this rank's batch into the sums that are due.
+        """Folds this rank's batch, and the gradients, into the sums that are due.
 
         Args:
             due: What is due.
             batches: This rank's batch, by block; sums that are folded go, as they may be as large as the averages.
             step_is_finite: Boolean scalar; where false nothing changes. None: true.
         """
+        self.moments.fold(due.folding, self._settings.ema_decay, step_is_finite)
         for track in due.folding:
+            if track.group.of_gradients:
+                continue
             rho = decay_at(self._timetable.foldings_until(track, due.step), self._settings.ema_decay)
             for block in track.group.blocks:
                 batch = batches.get(block.name)
@@ -100,10 +107,11 @@ class StatisticsReducer:
             batches: This rank's batch, by block; its sums, which are folded, go: they may be as large as the inversion.
             step_is_finite: Boolean scalar; where false rows count for nothing. None: true.
         """
-        step, groups = due.step, [track.group for track in due.reducing]
+        captured = [track for track in due.reducing if not track.group.of_gradients]
+        step, groups = due.step, [track.group for track in captured]
         contributions = [
             self._contribution(step, track, name, batches.get(name), step_is_finite)
-            for track in due.reducing
+            for track in captured
             for name in track.group.needs
         ]
         for batch in batches.values():
@@ -114,15 +122,22 @@ class StatisticsReducer:
         self._sums_sent += sent
         requests = self._sample_requests(step, groups, batches, step_is_finite)
         samples = self._samples.gather(requests) if requests else {}
-        return Reduction(step=step, tracks=due.reducing, sums=reduced, samples=samples)
+        sums = {**reduced, **self.moments.due(due.reducing)}
+        return Reduction(step=step, tracks=due.reducing, sums=sums, samples=samples)
 
     @property
     def bytes_sent(self) -> int:
         """Bytes of the sums and rows that this rank contributed."""
         return self._sums_sent + self._samples.bytes_sent
 
+    @property
+    def every(self) -> list[WeightedSums | GradientSums]:
+        """This rank's sums of both kinds."""
+        return [*self.sums.values(), *self.moments.sums.values()]
+
     def average(self) -> None:
         """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""
+        self.moments.share(self._communicator)
         states = [sums.state_dict() for sums in self.sums.values()]
         if not states:
             return
@@ -133,6 +148,7 @@ class StatisticsReducer:
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's sums, and how many positions its rows have room for."""
         return {
+            **self.moments.state_dict(),
             "sums": {name: sums.state_dict() for name, sums in self.sums.items()},
             "frames": dict(self._samples.frames),
         }
@@ -141,6 +157,7 @@ class StatisticsReducer:
         """Goes on from what `state_dict` returned."""
         for name, sums in self.sums.items():
             sums.load_state_dict(state["sums"][name])
+        self.moments.load_state_dict(state)
         self._samples.frames.update({name: int(size) for name, size in state["frames"].items()})
 
     def _contribution(
@@ -215,9 +232,9 @@ def _count_dropped(sums: WeightedSums, rows: Iterable[Tensor]) -> None:
 
 
 def empty_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[BlockName, WeightedSums]:
-    """Makes all blocks' sums: float64 for float64 parameters, else float32."""
+    """Makes the sums of all blocks that are captured: float64 for float64 parameters, else float32."""
     sums = {}
-    for group in groups:
+    for group in (group for group in groups if not group.of_gradients):
         chained = group.inverter.coupling is Coupling.CHAIN
         for position, block in enumerate(group.blocks):
             following = group.blocks[position + 1].shape if chained and position + 1 < len(group.blocks) else None

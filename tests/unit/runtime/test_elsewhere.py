@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import kfdist
-from kfdist.curvature.inverters import INVERTERS
+from tests.support.captured_methods import CAPTURED
 from tests.support.elsewhere import ELSEWHERE, Elsewhere, There, TwoDevices, Waits
 from tests.support.on_devices import JOINING, MODELS
 
 TRIED = [
-    *((method, "layers" if method in JOINING else "convolutions") for method in INVERTERS),
+    *((method, "layers" if method in JOINING else "convolutions") for method in CAPTURED),
     *(("rs-kfac", name) for name in ("norms", "lstm", "transformer", "embedding", "sparse embedding")),
 ]
 IN_EVERY_RUN = [(method, "convolutions") for method in ("rs-kfac", "b-kfac", "seng", "eva")] + [

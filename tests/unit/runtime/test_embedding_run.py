@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfdist
-from kfdist.curvature.inverters import INVERTERS
 from kfdist.linalg.kronecker import split_by_trace
+from tests.support.captured_methods import CAPTURED
 
 N, T, V, P, CLASSES, DAMPING = 6, 3, 9, 4, 3, 0.1
 
@@ -48,7 +48,7 @@ def step_once(model: nn.Sequential, ids: Tensor, y: Tensor, method: str) -> Tens
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in INVERTERS if name not in ("kfac-tridiagonal", "two-level", "ekfac-adam")]
+    "method", [name for name in CAPTURED if name not in ("kfac-tridiagonal", "two-level", "ekfac-adam")]
 )
 def test_beside_every_method(method: str):
     model, ids, y = made()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfdist
-from kfdist.curvature.inverters import INVERTERS
+from tests.support.captured_methods import CAPTURED
 
 
 def model() -> nn.Module:
@@ -38,7 +38,7 @@ def untouched(net: nn.Module, pre: kfdist.Preconditioner) -> bool:
 
 
 @pytest.mark.parametrize("spoiled", [range(1), range(3)])
-@pytest.mark.parametrize("method", INVERTERS)
+@pytest.mark.parametrize("method", CAPTURED)
 def test_a_block_without_statistics_is_due_again_soon(method: str, spoiled: range):
     net = model()
     with make(net, method) as pre:

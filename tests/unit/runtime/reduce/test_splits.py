@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kfdist.capture.capture import Capture
 from kfdist.curvature.averages import BatchStatistics, means
 from kfdist.curvature.inverter import AbstractInverter, Coupling
-from kfdist.curvature.inverters import INVERTERS, make_inverter
+from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.references import factors_of_rows, weighted_fisher
 from kfdist.curvature.statistics import Increment, Samples
 from kfdist.linalg.psd import unpack_triangle
@@ -23,6 +23,7 @@ from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.example_rows import SampleRequest, local_samples
 from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.track import Track
+from tests.support.captured_methods import CAPTURED
 from tests.support.factors import Factors, rows_by_definition
 from tests.support.lockstep import in_lockstep
 from tests.support.plans import planned
@@ -289,7 +290,7 @@ def case(method: str, split: Split, *, stated: bool, **settings: Any) -> tuple[P
 
 @pytest.mark.parametrize("loss", ["per example", "per token", "padded"])
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("method", INVERTERS)
+@pytest.mark.parametrize("method", CAPTURED)
 def test_any_split_is_one_process_on_all_rows(method: str, split: str, loss: str) -> None:
     stated = loss != "per example"
     plan, (parts_of, parts) = case(method, SPLITS[split], stated=stated)

@@ -1,0 +1,73 @@
+"""Which parameters methods on gradients take: whole ones, whatever module they are of and however it uses them."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from kfdist.curvature.blocks import TensorBlock, make_tensor_block
+from kfdist.curvature.gradient_inverter import AbstractGradientInverter
+from kfdist.runtime.plan.coverage import VECTOR
+
+
+@dataclass
+class WholeParameters:
+    """What methods on gradients have.
+
+    Attributes:
+        blocks: Their blocks, each with its method and the glob that chose it, in the model's order.
+        reasons: Why other parameters that the globs give them have no block, by dotted name.
+        taken: Ids of all of these parameters: no other method has a block of them.
+    """
+
+    blocks: list[tuple[TensorBlock, AbstractGradientInverter, str]] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    taken: set[int] = field(default_factory=set)
+
+    def has_part_of(self, module: nn.Module) -> bool:
+        """Whether one of a module's own parameters is among them."""
+        return any(id(parameter) in self.taken for parameter in module.parameters(recurse=False))
+
+
+def whole_parameters(
+    layers: Iterable[tuple[str, nn.Module]],
+    patterns: Mapping[str, object],
+    covers: Callable[[str, str], bool],
+    *,
+    skipped: Callable[[str], bool],
+) -> WholeParameters:
+    """Makes the blocks of methods on gradients, one per parameter.
+
+    Args:
+        layers: Modules by name that may have blocks.
+        patterns: Methods by glob; the first that covers a parameter's dotted name has it.
+        covers: Says whether a glob covers a name.
+        skipped: Says whether the user leaves a name out.
+    """
+    found = WholeParameters()
+    if not any(isinstance(each, AbstractGradientInverter) for each in patterns.values()):
+        return found
+    for layer, module, attribute, parameter in _own_parameters(layers):
+        name = f"{layer}.{attribute}".lstrip(".")
+        pattern = next((glob for glob in patterns if covers(glob, name)), "")
+        inverter = patterns.get(pattern)
+        if id(parameter) in found.taken or not isinstance(inverter, AbstractGradientInverter) or skipped(name):
+            continue
+        found.taken.add(id(parameter))
+        if parameter.dim() < (1 if inverter.vectors else 2):
+            found.reasons[name] = VECTOR
+            continue
+        block = make_tensor_block(name, layer, module, attribute, most=inverter.block_size)
+        if isinstance(block, str):
+            found.reasons[name] = block
+        else:
+            found.blocks.append((block, inverter, pattern))
+    return found
+
+
+def _own_parameters(
+    layers: Iterable[tuple[str, nn.Module]],
+) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    for layer, module in layers:
+        for attribute, parameter in module.named_parameters(recurse=False):
+            yield layer, module, attribute, parameter
