@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kfdist.curvature.inverters import RsKfac as RsKfac
     from kfdist.curvature.inverters import Seng as Seng
     from kfdist.curvature.inverters import Shampoo as Shampoo
+    from kfdist.curvature.inverters import Soap as Soap
     from kfdist.curvature.inverters import SreKfac as SreKfac
     from kfdist.curvature.inverters import TwoLevel as TwoLevel
     from kfdist.errors import KfdistError as KfdistError
@@ -42,7 +43,7 @@ _NAMES = {
     "kfdist.capture.requests": "Sampling",
     "kfdist.curvature.auto": "Auto",
     "kfdist.curvature.inverters": "BKfac BKfacC BRKfac CgFac Ekfac EkfacAdam Eva Kfac KfacEigen "
-    "KfacTridiagonal RsKfac Seng Shampoo SreKfac TwoLevel",
+    "KfacTridiagonal RsKfac Seng Shampoo Soap SreKfac TwoLevel",
     "kfdist.errors": "KfdistError KfdistWarning",
     "kfdist.optim.adaptive": "AdaptiveStep",
     "kfdist.optim.adaptive_settings": "AdaptiveReport AdaptiveSettings",

@@ -38,6 +38,21 @@ class Pooled(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(tokens)))).mean(1))
 
 
+class Square(nn.Module):
+    """A sequence of tokens through square matrices, pooled before the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(6, 6, bias=False, dtype=torch.float64) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1).view(len(x), 12, 6)
+        for layer in self.layers:
+            tokens = torch.tanh(layer(tokens))
+        return tokens.mean(1)
+
+
 def perceptron() -> nn.Module:
     """Three layers, the first two with factors that Brand's updates take at rank 4 and 8 rows."""
     torch.manual_seed(0)
@@ -75,7 +90,13 @@ class Case:
     tolerance: float = EXACT
 
 
-MODELS = {"grouped": small_cnn, "convolutional": convolutional, "perceptron": perceptron, "pooled": Pooled}
+MODELS = {
+    "grouped": small_cnn,
+    "convolutional": convolutional,
+    "perceptron": perceptron,
+    "pooled": Pooled,
+    "square": Square,
+}
 BRAND = {"rank": 4, "increment_rows": 8, "oversampling": 3}
 CASES = {
     "kfac-tridiagonal": Case(model="perceptron", method="kfac-tridiagonal"),
@@ -93,6 +114,8 @@ CASES = {
     # A coordinate is divided by its own size, also one of which few digits are left.
     "ekfac-adam": Case(model="grouped", method="ekfac-adam", batch=24, tolerance=1e-7),
     "eva": Case(model="grouped", method="eva"),
+    # The moments of one gradient have a null space unless its matrix is square, with the same freedom.
+    "soap": Case(model="square", method="soap", batch=24, tolerance=1e-6),
     "shampoo": Case(model="grouped", method="shampoo", settings={"vectors": True, "block_size": 5}, tolerance=1e-8),
     "seng": Case(model="grouped", method="seng", settings={"columns": None, "form": "explicit"}, note="explicit"),
     "seng, implicit": Case(model="grouped", method="seng", settings={"form": "implicit"}, note="implicit"),

@@ -66,6 +66,7 @@ CASES: Mapping[str, Case] = {
     "cg-fac": Case(own=("settings.examples=64", "settings.rows=1024", "settings.max_iterations=5", "damping=0.3")),
     "seng": Case(own=("settings.column_sample_size=16", *DAMPED), covered="sketched 256 of 8224 entries"),
     "eva": Case(own=DAMPED),
+    "soap": Case(own=("kl_clip=0",), model=(*SMALL_CNN, "optimizer.name=kfdist", "optimizer.lr=0.01")),
     "shampoo": Case(own=("kl_clip=0",), model=(*SMALL_CNN, "optimizer.name=kfdist", "optimizer.lr=0.003")),
     "two-level": Case(covered="around kfac-eigen"),
     "auto": Case(own=DAMPED, covered="of a budget of"),

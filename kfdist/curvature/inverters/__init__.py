@@ -23,6 +23,7 @@ from kfdist.curvature.inverters.rs_kfac import RsKfac, SreKfac
 from kfdist.curvature.inverters.seng import Seng
 from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
 from kfdist.curvature.inverters.shampoo import ModeRoots, Shampoo
+from kfdist.curvature.inverters.soap import ModeBasis, Soap
 from kfdist.curvature.inverters.two_level import TwoLevel, TwoLevelBlock
 from kfdist.curvature.inverters.unit_wise import UnitWise, UnitWiseInverse
 from kfdist.errors import ConfigError
@@ -43,6 +44,7 @@ INVERTERS: Mapping[str, type[AbstractInverter]] = {
     "eva": Eva,
     "two-level": TwoLevel,
     "shampoo": Shampoo,
+    "soap": Soap,
 }
 """Every method that can be chosen, by its name in configurations and jobs."""
 
@@ -63,6 +65,7 @@ PRECONDITIONERS: Mapping[str, type[AbstractPreconditioner]] = {
     "seng-explicit": SengExplicit,
     "seng-implicit": SengImplicit,
     "mode-roots": ModeRoots,
+    "mode-basis": ModeBasis,
 }
 """Every kind of result by its name on the wire and in checkpoints."""
 

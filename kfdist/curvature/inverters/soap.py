@@ -1,0 +1,170 @@
+"""SOAP: Adam in Shampoo's eigenbasis; bases on the owner, moments on the ranks."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from kfdist import checks
+from kfdist.curvature.adam_moments import SECOND, AbstractAdamBasis
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.gradient_inverter import AbstractGradientInverter
+from kfdist.curvature.inverse import AbstractPreconditioner
+from kfdist.curvature.inverter import Estimate, Inversion, Operation, Outcome, Work
+from kfdist.curvature.spectra import EIGH_FLOPS, full_spectrum
+from kfdist.curvature.statistics import GradientMoments
+from kfdist.linalg.modes import mode_products
+from kfdist.linalg.psd import trace
+from kfdist.types import BlockShape
+
+SecondMoments = Literal["permute", "estimate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeBasis(AbstractAdamBasis):
+    r"""Eigenvectors of the gradient's second moment along each mode; the ranks keep Adam's moments in them.
+
+    R is V with Q_i^T along each mode, and momentum is Adam's own. When another basis comes into use, the rows of v
+    along each mode are put in the order of what their old vectors have in the new moment, diag(Q_old^T M Q_old),
+    descending, as published; or v is estimated, as if coordinates were uncorrelated, by the squares of Q_new^T Q_old.
+
+    Attributes:
+        Q_1: Eigenvectors in columns, `[c, d_1, d_1]`, those of the largest eigenvalue first; `[c, 0, 0]` for modes that
+            aren't there, likewise.
+        Q_2: The second mode's.
+        Q_3: The third's.
+        Q_4: The fourth's.
+        w_1: Their eigenvalues, `[c, d_1]`; `[c, 0]` for modes that aren't there, likewise.
+        w_2: The second mode's.
+        w_3: The third's.
+        w_4: The fourth's.
+        second_moments: Which of the two becomes of v.
+    """
+
+    nesterov: ClassVar[bool] = False
+
+    Q_1: Tensor
+    Q_2: Tensor
+    Q_3: Tensor
+    Q_4: Tensor
+    w_1: Tensor
+    w_2: Tensor
+    w_3: Tensor
+    w_4: Tensor
+    second_moments: SecondMoments
+
+    @property
+    def bases(self) -> list[Float[Tensor, "c d d"]]:
+        """Those of the modes there are."""
+        return [each for each in (self.Q_1, self.Q_2, self.Q_3, self.Q_4) if each.shape[-1]]
+
+    @property
+    def modes(self) -> tuple[int, ...]:
+        """The dimensions of the tensors."""
+        return tuple(each.shape[-1] for each in self.bases)
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int, int]:
+        modes = self.modes
+        return len(self.Q_1), modes[0], math.prod(modes[1:])
+
+    def _multiplied(self, matrix: Tensor, along: list[Tensor]) -> Tensor:
+        return mode_products(matrix.reshape(len(matrix), *self.modes), along).reshape(self.shape)
+
+    @override
+    def coordinates(self, matrix: Float[Tensor, "c p q"]) -> Float[Tensor, "c p q"]:
+        return self._multiplied(matrix, [Q.mT for Q in self.bases])
+
+    @override
+    def matrix(self, coordinates: Float[Tensor, "c p q"]) -> Float[Tensor, "c p q"]:
+        return self._multiplied(coordinates, self.bases)
+
+    @override
+    def second_moment(self, before: AbstractAdamBasis, memory: BlockMemory) -> Float[Tensor, "c p q"]:
+        assert isinstance(before, ModeBasis), "take_over lets no other through"
+        v = memory.kept[SECOND]
+        squares = [(new.mT @ old).square() for new, old in zip(self.bases, before.bases, strict=True)]
+        if self.second_moments == "estimate":
+            return self._multiplied(v, squares)
+        tensors = v.reshape(len(v), *self.modes)
+        values = (self.w_1, self.w_2, self.w_3, self.w_4)
+        for mode, (square, w) in enumerate(zip(squares, values, strict=False), start=1):
+            order = (w.unsqueeze(-2) @ square).squeeze(-2).argsort(dim=-1, descending=True, stable=True)
+            index = order.view(len(order), *(-1 if place == mode else 1 for place in range(1, tensors.dim())))
+            tensors = tensors.gather(mode, index.expand(tensors.shape))
+        return tensors.reshape(self.shape)
+
+    @override
+    def fallback(self, gradient: Float[Tensor, "c p q"], damping: float) -> Float[Tensor, "c p q"]:
+        """Scales a gradient to the size of Adam's, by the root of its entries' mean square so far."""
+        del damping
+        scale = (self.trace_A / math.prod(self.modes)).sqrt().add(self.eps).view(-1, 1, 1)
+        return (gradient.to(scale.dtype) / scale).to(gradient.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soap(AbstractGradientInverter):
+    """Decomposes the gradient's second moments for their eigenvectors alone (Vyas et al., arXiv 2409.11321).
+
+    The ranks then keep Adam's moments in them.
+
+    Attributes:
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        second_moments: What becomes of them in a new basis: "permute" as published, or "estimate" (`ModeBasis`).
+    """
+
+    name: ClassVar[str] = "soap"
+    produces: ClassVar[type[AbstractPreconditioner]] = ModeBasis
+
+    beta1: float = 0.95
+    beta2: float = 0.95
+    eps: float = 1e-8
+    second_moments: SecondMoments = "permute"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta1", "beta2"):
+            checks.number(name, getattr(self, name), least=0, below=1)
+        checks.number("eps", self.eps, above=0)
+        checks.choice("second_moments", self.second_moments, ("permute", "estimate"))
+
+    @override
+    def invert(
+        self, statistics: GradientMoments, *, damping: float, previous: Mapping[str, Tensor], seed: int
+    ) -> Inversion:
+        del damping, previous
+        moments = [each / statistics.weight.view(-1, 1, 1) for each in statistics.sums]
+        found = [full_spectrum(M, rank=M.shape[-1], seed=seed, label=str(i)) for i, M in enumerate(moments, start=1)]
+        absent, total = 4 - len(found), trace(moments[0])
+        none = moments[0].new_zeros(len(moments[0]), 0, 0)
+        Q = [*(each.spectrum.vectors for each in found), *[none] * absent]
+        w = [*(each.spectrum.values for each in found), *[total.new_zeros(len(total), 0)] * absent]
+        return Inversion(
+            preconditioner=ModeBasis(
+                trace_A=total,
+                trace_G=torch.ones_like(total),
+                **{f"Q_{mode}": each for mode, each in enumerate(Q, start=1)},
+                **{f"w_{mode}": each for mode, each in enumerate(w, start=1)},
+                beta1=self.beta1,
+                beta2=self.beta2,
+                eps=self.eps,
+                second_moments=self.second_moments,
+            ),
+            outcome=Outcome.worst(*(each.outcome for each in found)),
+            diagnostics={name: value for each in found for name, value in each.diagnostics.items()},
+        )
+
+    @override
+    def estimate(self, shape: BlockShape) -> Estimate:
+        """Counts a full eigendecomposition of each mode, the bases with their eigenvalues, and both moments."""
+        sizes = shape.dimensions
+        work = [Work(Operation.EIGH, EIGH_FLOPS * d**3) for d in sizes]
+        return Estimate(work, sum(d * (d + 1) for d in sizes), prepared=2 * math.prod(sizes))
