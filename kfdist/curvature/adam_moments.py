@@ -100,6 +100,6 @@ class AbstractAdamBasis(AbstractPreconditioner):
         return torch.lerp(first, R, 1 - self.beta1).div_(torch.lerp(first_weight, torch.ones_like(one), 1 - self.beta1))
 
 
-def positive(weight: Tensor) -> Tensor:
+def positive(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Keeps quotients defined before the first step that wasn't skipped."""
     return weight.clamp_min(torch.finfo(weight.dtype).tiny)

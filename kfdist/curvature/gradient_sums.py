@@ -68,7 +68,7 @@ class GradientSums:
         self._weight.add_(counts, alpha=gain)
         self.dropped.add_((~finite).to(self.dropped.dtype))
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Float[Tensor, "..."]]:
         """Returns what it holds, for who counts its bytes."""
         return [*self._sums.values(), self._weight, self.dropped]
 

@@ -32,7 +32,7 @@ TABLE_COLUMNS = ["method", "when", "an inversion costs", "memory a block", "stat
 WIDE = BlockShape(d_out=4000, d_in=4001)
 """A layer on which every method does what it is there for."""
 
-MEASURED = {"A", "G", "a", "g", "A_next", "G_next", "a_cross", "g_cross"}
+MEASURED = {"A", "G", "a", "g", "A_next", "G_next", "a_cross", "g_cross", "mode_1", "mode_2"}
 """Sums that a row of the README's table may name."""
 
 

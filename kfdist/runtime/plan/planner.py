@@ -184,15 +184,6 @@ def make_plan(
             "requires_grad"
         )
     groups = _make_groups(model, chosen, world_size)
-    notes = {
-        each.block.name: "; ".join(
-            filter(
-                None,
-                (each.inverter.note(each.block.shape), each.reason, LOOKED_UP if each.block.looked_up else ""),
-            )
-        )
-        for each in chosen
-    }
     _check_rows(groups, settings, world_size)
     smaller = _smaller_budgets(patterns)
     if costs is not None and costs.memory is not None and smaller and need_of(groups, on_host=True) > costs.memory:
@@ -202,11 +193,24 @@ def make_plan(
         settings=settings,
         world_size=world_size,
         groups=groups,
-        coverage=coverage_of(model, groups, {**reasons, **notes}),
+        coverage=coverage_of(model, groups, {**reasons, **_notes(chosen)}),
         device=device_of(model, (each.block for each in chosen)),
         costs=costs if any(isinstance(each, Auto) for each in patterns.values()) else None,
         compiled=compiled,
     )
+
+
+def _notes(chosen: Iterable[_Chosen]) -> dict[str, str]:
+    """Returns what there is to say of each block, by its name."""
+    return {
+        each.block.name: "; ".join(
+            filter(
+                None,
+                (each.inverter.note(each.block.shape), each.reason, LOOKED_UP if each.block.looked_up else ""),
+            )
+        )
+        for each in chosen
+    }
 
 
 def _smaller_budgets(patterns: Mapping[str, _Entry]) -> dict[str, _Entry]:

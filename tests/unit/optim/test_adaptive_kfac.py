@@ -119,7 +119,8 @@ def test_the_first_direction_is_the_preconditioners():
         (PI, {"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler"),
         ("kfac", {}, 'fixed at the inversion.*KfacEigen\\(damping_rule="pi"\\)'),
         ({"0": "kfac", "*": PI}, {}, "'kfac' \\(block '0'\\)"),
-        ("ekfac-adam", {}, "Adam's size.*use kfac-eigen or ekfac"),
+        ("ekfac-adam", {}, "a size of their own.*use kfac-eigen or ekfac"),
+        ("shampoo", {}, "a size of their own.*use kfac-eigen or ekfac"),
         (make_inverter("kfac-eigen", damping_rule="relative"), {}, "a fraction of the largest eigenvalue"),
     ],
 )
