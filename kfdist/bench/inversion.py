@@ -35,6 +35,8 @@ LEFT_OUT = {
     "ekfac": "an inversion is kfac-eigen's; the scales are measured by the ranks",
     "kfac-tridiagonal": "couples a chain of layers",
     "two-level": "couples all layers; a block's inversion is that of its inner method",
+    "shampoo": "takes gradients' moments; eigendecompositions are kfac-eigen's",
+    "soap": "takes gradients' moments; eigendecompositions are kfac-eigen's",
     "b-r-kfac": "an update is b-kfac's, a refresh rs-kfac's",
     "b-kfac-c": "an update is b-kfac's, a correction less than rs-kfac's",
 }

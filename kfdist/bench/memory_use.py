@@ -158,6 +158,7 @@ def _rank(settings: MemorySettings, service: Service) -> dict[str, Any]:
         shared.append(resident(link.courier_pid, "RssShmem"))
     peak["kfdist, later"] = resident("self", "VmHWM")
     sums = [each for of_block in own.pipeline.reducer.sums.values() for each in of_block.sums.values()]
+    sums += [each for of_block in own.pipeline.reducer.moments.sums.values() for each in of_block.tensors()]
     snapshots = [each for inverse in own.inverses().values() for each in tensor_fields(inverse).values()]
     state = [each for of_one in trainee.optimizer.state.values() for each in tree_leaves(of_one)]
     own.close()

@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kfdist.curvature.averages import sum_shapes
+from kfdist.curvature.block_memory import BlockMemory
+from kfdist.curvature.blocks.whole import as_tensors
 from kfdist.curvature.gradient_inverter import AbstractGradientInverter
+from kfdist.curvature.gradient_sums import GradientSums
 from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
 from kfdist.curvature.statistics import MODES, GradientMoments
 from kfdist.types import BlockShape
-from kfdist.wire.records import tensor_fields
+from kfdist.wire.records import map_tensors, tensor_fields
 from tests.support.captured_methods import OF_GRADIENTS
 from tests.support.inversions import invert_with_ladder
 
@@ -115,3 +120,25 @@ def test_its_settings_make_it_again_and_its_cost_grows(name: str, settings: dict
     assert written.keys() == {field.name for field in fields(inverter)}
     costs = [inverter.cost(BlockShape.of_tensors((d, d, 3))) for d in (64, 512)]
     assert 0 < costs[0] < costs[1]
+
+
+@over_methods
+@over_shapes
+def test_a_step_reads_no_value_back_to_the_host(name: str, settings: dict[str, Any], dims: tuple[int, ...]) -> None:
+    """Fake tensors have no values: folding, applying, learning and a change of basis pass on them."""
+    inverter = made(name, settings)
+    record = statistics(inverter, dims, torch.float32)
+    found = invert_with_ladder(inverter, record, damping=1.0, previous={}, seed=SEED).preconditioner
+    assert found is not None
+    shape, mode = BlockShape.of_tensors(dims, C), FakeTensorMode()
+    fake, other = (map_tensors(mode.from_tensor, found) for _ in range(2))
+    with mode:
+        sums = GradientSums(sum_shapes(shape, inverter.needs(shape)), C, dtype=torch.float32, device="cpu")
+        gradient = torch.zeros(fake.shape)
+        for finite in (None, torch.tensor(True)):
+            sums.fold(inverter.moments(as_tensors(gradient, dims), fake), inverter.decay(0.9), finite)
+            memory = BlockMemory(learns=True if finite is None else finite)
+            assert fake.apply(gradient, 1.0, memory).shape == gradient.shape
+            other.take_over(fake, memory)
+            assert other.apply(gradient, 1.0, memory).shape == gradient.shape
+        assert sums.packed().keys() == {*MODES, "weight"}

@@ -81,7 +81,7 @@ def test_compiled_code_is_never_made_to_run_eagerly_and_steps_are_the_same(metho
 
             return run
 
-        called = torch.compile(model, backend=backend) if compiles else model
+        called: Any = torch.compile(model, backend=backend) if compiles else model
         with kfdist.Preconditioner(called, method, **SYNCHRONOUS) as pre:
             for step in range(3):
                 model.zero_grad()

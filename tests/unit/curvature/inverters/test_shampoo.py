@@ -42,7 +42,7 @@ def reference(past: list[Tensor], weights: list[float], exponent: float | None, 
         M = sum((w * X @ X.mT for w, X in zip(weights, unfolded, strict=True)), torch.zeros(()))
         eps = EPS * float(torch.linalg.eigvalsh(M).max()) if relative else EPS
         root = power(M + eps * torch.eye(len(M), dtype=M.dtype), -(1 / (2 * k) if exponent is None else exponent))
-        found = torch.tensordot(root, found, dims=([1], [mode])).movedim(0, mode)
+        found = (found.movedim(mode, -1) @ root.mT).movedim(-1, mode)
     return found.reshape(past[-1].shape)
 
 

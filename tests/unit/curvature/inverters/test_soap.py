@@ -31,7 +31,7 @@ def preconditioner_of(model: nn.Module, **options: Any) -> kfdist.Preconditioner
 
 def along(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     for mode, matrix in enumerate(matrices):
-        tensor = torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
+        tensor = (tensor.movedim(mode, -1) @ matrix.mT).movedim(-1, mode)
     return tensor
 
 
