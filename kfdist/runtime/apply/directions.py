@@ -140,8 +140,11 @@ class Solved(NamedTuple):
         """Puts scale X into `.grad` or, given one, a table of directions."""
         block, apart = self.block, len(self.X) > 1
         scale = None if scale is None else scale.to(self.X[0].dtype)
+        if into is None and apart:
+            block.write_apart(self.X[0], self.X[1], scale)
+        elif into is None:
+            block.write_gradient(self.X[0], scale)
         if into is None:
-            (block.write_apart if apart else block.write_gradient)(*self.X, scale)
             return
         U = [each if scale is None else each * scale.view(-1, 1, 1) for each in self.X]
         for part, direction in zip(block.parts, (block.from_apart if apart else block.from_matrix)(*U), strict=True):
