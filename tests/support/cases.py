@@ -89,26 +89,13 @@ class InverterCase:
         return make_inverter(self.name, **self.settings)
 
 
-def known_part(matrix: Tensor, rank: int, *, continued: bool) -> Tensor:
-    """The leading part with what methods that follow damping take the missing eigenvalues to be, unless continued.
-
-    That is half of what each can be at most, by the last eigenvalue that isn't missing and by the trace.
-    """
-    if continued or rank >= matrix.shape[-1]:
-        return leading_part(matrix, rank, continued=continued)
-    values, vectors = torch.linalg.eigh(matrix.double())
-    missing = matrix.shape[-1] - rank
-    values[..., :missing] = torch.minimum(values[..., missing], values[..., :missing].sum(-1)).unsqueeze(-1) / 2
-    return vectors @ torch.diag_embed(values) @ vectors.mT
-
-
 def factored(rule: str, *, rank: int = 10**6, continued: bool = False) -> Reference:
     """Each factor truncated to its leading part, then damped by `rule` from its full self."""
 
     def reference(factors: KroneckerFactors, damping: float, gradient: Tensor) -> Tensor:
         A, G = project_to_psd(factors.A), project_to_psd(factors.G)
         shares = damping_shares(A, G, rule=rule, damping=damping)
-        A, G = known_part(A, rank, continued=continued), known_part(G, rank, continued=continued)
+        A, G = leading_part(A, rank, continued=continued), leading_part(G, rank, continued=continued)
         return solve_factored_dense(A, G, shares, gradient)
 
     return reference
