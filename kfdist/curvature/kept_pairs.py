@@ -1,9 +1,8 @@
 r"""How many eigenpairs a snapshot needs: as many as hold its directions near those of all (docs/decisions/0026).
 
-A factor is known by its trace and its r leading eigenpairs; its other eigenvalues are at most w_r, and at most what
-these leave of the trace. Let k pairs be kept, and every other eigenvalue x, of the pairs cut off and of what was never
-found, be replaced by one number t. With h = w_{k+1}, or the smaller of these two where nothing is cut off, x lies in
-[0, h]. In the eigenbasis of the whole factor a direction's components are those
+A factor is known by its r leading eigenpairs; its other eigenvalues are at most w_r. Let k pairs be kept, and every
+other eigenvalue x, of the pairs cut off and of what was never found, be replaced by one number t. With h = w_{k+1}, or
+w_r where nothing is cut off, x lies in [0, h]. In the eigenbasis of the whole factor a direction's components are those
 of the gradient over x + gamma, where gamma is the damping of the factor, so each changes by
 
     (x + gamma) / (t + gamma) - 1,    at most    e = max(t, h - t) / (t + gamma) in magnitude.
@@ -62,8 +61,7 @@ class _Choices(NamedTuple):
     Attributes:
         ranks: The numbers of pairs k.
         largest: h, the largest eigenvalue that isn't kept, `[c, n]`; 0 where there is none.
-        tails: t, what the eigenvalues that aren't kept are taken to be, `[c, n]`: h/2, but for the last what the
-            spectrum says, if it says more than 0 or nothing may be changed.
+        tails: t, what the eigenvalues that aren't kept are taken to be, `[c, n]`.
         leading: The largest eigenvalue of all, `[c, 1]`.
     """
 
@@ -73,22 +71,14 @@ class _Choices(NamedTuple):
     leading: Float[Tensor, "c 1"]
 
     @classmethod
-    def of(cls, spectrum: Spectrum, trace: Float[Tensor, " c"], *, cuts: bool) -> "_Choices":
+    def of(cls, spectrum: Spectrum, *, cuts: bool) -> "_Choices":
         values, tail = spectrum.values.double().cpu(), spectrum.tail.double().cpu().unsqueeze(-1)
         fewer = list(range(MULTIPLE, values.shape[-1], MULTIPLE)) if cuts else []
-        rest = (trace.double().cpu().unsqueeze(-1) - values.sum(-1, keepdim=True)).clamp_min(0)
-        cut_off, last = values[..., fewer], torch.minimum(values[..., -1:], rest)
+        cut_off, last = values[..., fewer], torch.maximum(values[..., -1:], tail)
         if spectrum.complete:
             last, tail = torch.zeros_like(last), torch.zeros_like(tail)
-        elif cuts:  # where the method itself has nothing to say of them
-            tail = torch.where(tail > 0, tail, last / 2)
         largest, tails = torch.cat([cut_off, last], -1), torch.cat([cut_off / 2, tail], -1)
         return cls([*fewer, values.shape[-1]], largest, tails, values[..., :1])
-
-    def kept(self, spectrum: Spectrum, place: int) -> Spectrum:
-        """Returns the pairs of one choice, with its t."""
-        k, tail = self.ranks[place], self.tails[:, place].to(spectrum.tail)
-        return Spectrum(spectrum.vectors[..., :k], spectrum.values[..., :k], tail)
 
     def deviations(self, damping: Float[Tensor, "c 1"], factor: Float[Tensor, "c 1"]) -> Float[Tensor, "c n"]:
         """Returns e for the eigenvalues `factor` x + `damping`."""
@@ -118,8 +108,7 @@ def keep_enough(
         damping: lambda, or phi, of the version.
         direction_error: Largest bound; 0 keeps all pairs.
     """
-    cuts = direction_error > 0
-    sides = _Choices.of(A, traces[0], cuts=cuts), _Choices.of(G, traces[1], cuts=cuts)
+    sides = _Choices.of(A, cuts=direction_error > 0), _Choices.of(G, cuts=direction_error > 0)
     sizes = A.vectors.shape[-2], G.vectors.shape[-2]
 
     def split(damping: float) -> tuple[Tensor, Tensor]:
@@ -135,14 +124,14 @@ def keep_enough(
         return e_A.amax(0), e_G.amax(0), ((1 + e_A.unsqueeze(-1)) * (1 + e_G.unsqueeze(-2)) - 1).amax(0)
 
     i, j = _fewest(*sides, bounds(damping / MARGIN), direction_error)
-    fewer = i < len(sides[0].ranks) - 1 or j < len(sides[1].ranks) - 1
-    kept = sides[0].kept(A, i), sides[1].kept(G, j)
+    cuts = i < len(sides[0].ranks) - 1 or j < len(sides[1].ranks) - 1
+    kept = _leading(A, sides[0].ranks[i]), _leading(G, sides[1].ranks[j])
     return Kept(
         A=kept[0],
         G=kept[1],
         error=float(bounds(damping)[2][i, j]),
         mean_error=_mean_error(kept, traces, None if damping_rule == "common" else split(damping), damping),
-        least_damping=damping / MARGIN if fewer else 0.0,
+        least_damping=damping / MARGIN if cuts else 0.0,
     )
 
 
@@ -202,3 +191,10 @@ def _fewest(A: _Choices, G: _Choices, bounds: tuple[Tensor, Tensor, Tensor], mos
     share = math.sqrt(1 + most) - 1
     i, j = (next((i for i, e in enumerate(alone.tolist()) if e <= share), len(alone) - 1) for alone in bounds[:2])
     return i, j
+
+
+def _leading(spectrum: Spectrum, k: int) -> Spectrum:
+    if k == spectrum.values.shape[-1]:
+        return spectrum
+    values = spectrum.values
+    return Spectrum(spectrum.vectors[..., :k], values[..., :k], values[..., k] / 2)
