@@ -5,7 +5,7 @@ such as a model that branches on its input: then the fault is told, and the figu
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from kfdist.runtime.invert.shipping import reduced_tensors
 from kfdist.runtime.plan.coverage import Coverage
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.plan.timetable import Due, Timetable
-from kfdist.runtime.reduce.gradient_moments import empty_gradient_sums
 from kfdist.runtime.reduce.reducer import Reduction, StatisticsReducer
 from kfdist.runtime.track import Track
 from kfdist.torch_internals import storage_id
@@ -126,7 +125,9 @@ def _plain_forward(outline: Outline, size: int) -> tuple[float, int]:
 
 def _measured_step(plan: Plan, outline: Outline, size: int, *, flops: float, activations: int) -> Rehearsal:
     ranks = _Ranks(plan.world_size)
-    tracks = [Track.of(group, queued=False) for group in plan.groups]
+    # A rank has only what it ships itself: here it is all of it.
+    groups = [replace(group, courier_rank=0) for group in plan.groups]
+    tracks = [Track.of(group, queued=False) for group in groups]
     schedules = plan.settings.schedules(len(tracks), together=plan.compiled)
     timetable = Timetable(schedules, tracks, seed=plan.settings.seed, rank=0, world_size=plan.world_size)
     capture = make_capture(plan, None, 0)
@@ -143,7 +144,7 @@ def _measured_step(plan: Plan, outline: Outline, size: int, *, flops: float, act
             parameter.grad = None
     measured = sum(map(_batch_bytes, batches.values()))
     with plain_arithmetic(META):
-        reducer = StatisticsReducer(plan.groups, plan.settings, timetable, ranks, META)
+        reducer = StatisticsReducer(groups, plan.settings, timetable, ranks, META)
         reducer.fold(timetable.due(0), batches, None)
         inverting, own = {}, {}
         for track in tracks:
@@ -217,9 +218,6 @@ def _limits(reduction: Reduction, batches: Mapping[BlockName, BatchStatistics], 
 def _reduce(
     reducer: StatisticsReducer, track: Track, step: int, batches: Mapping[BlockName, BatchStatistics]
 ) -> Reduction:
-    if track.group.of_gradients:  # of which this rank's reducer has only what it would ship itself
-        sums = {name: each.packed() for name, each in empty_gradient_sums([track.group], META).items()}
-        return Reduction(step=step, tracks=(track,), sums=sums, samples={})
     return reducer.reduce(Due(step=step, folding=(), reducing=(track,)), batches, None)
 
 
