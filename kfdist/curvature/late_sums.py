@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -52,12 +53,12 @@ class LateSums(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:  # a `Mapping` would pack for it
         return name in self._shapes
 
-    def own(self, name: str) -> Tensor:
+    def own(self, name: str) -> Float[Tensor, "..."]:
         """Returns a tensor as `[]` does, which is the caller's to change."""
         with self._lock:
             return _packed(name, self._live[name]) if name in self._live else self._kept[name].clone()
 
-    def put(self, name: str, place: Tensor) -> None:
+    def put(self, name: str, place: Float[Tensor, "..."]) -> None:
         """Writes a tensor to where it is wanted, contiguous memory of its size."""
         with self._lock:
             if name in self._live and name in SYMMETRIC:

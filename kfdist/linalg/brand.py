@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from kfdist.linalg.gram import LOSS_TOLERANCE, Triangle, cholesky, gram
+from kfdist.linalg.gram import LOSS_TOLERANCE, Triangle, cholesky, gram, products_are_exact
 from kfdist.linalg.kronecker import Spectrum, solve_left
 from kfdist.linalg.psd import eigh_descending, symmetrise
 
@@ -92,9 +92,13 @@ def _factor(
         first: U^T B, what E has lost of the rows already.
         overlap: U^T E.
     """
+    if not products_are_exact():
+        return None
     wide = overlap.double()
     squares = gram(columns).baddbmm_(wide.mT, wide, alpha=-1)
-    triangle = cholesky(squares) or _dependent(squares, first, columns.dtype)
+    triangle = cholesky(squares)
+    if triangle is None or not triangle.loses_at_most(LOSS_TOLERANCE, columns.dtype):
+        triangle = _dependent(squares, first, columns.dtype)  # of repeated rows the last pivots' signs are rounding
     if triangle is None or not triangle.loses_at_most(LOSS_TOLERANCE, columns.dtype):
         return None
     return triangle.R.to(columns), triangle.inverse.to(columns)

@@ -65,6 +65,15 @@ def gram(columns: Float[Tensor, "*c d n"]) -> Float[Tensor, "*c n n"]:
     return total
 
 
+def products_are_exact() -> bool:
+    """Says whether products of float32 round as float32.
+
+    Where torch may take shorter numbers (`torch.set_float32_matmul_precision`), columns lose more than `loses_at_most`
+    foretells.
+    """
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def cholesky(gram: Float[Tensor, "*c n n"]) -> Triangle | None:
     """Factorises Gram matrices, of which the lower triangle is read; None where one isn't positive definite."""
     lower, info = torch.linalg.cholesky_ex(gram)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kfdist.linalg.gram import LOSS_TOLERANCE, cholesky, gram
+from kfdist.linalg.gram import LOSS_TOLERANCE, Triangle, cholesky, gram, products_are_exact
 from kfdist.linalg.psd import eigh_descending, symmetrise
 
 SKETCH_NUMBERS = 1 << 22
@@ -119,12 +119,12 @@ def _complement(basis: Float[Tensor, "*c d s"], columns: Float[Tensor, "*c d s"]
     Where nothing is left of a spectrum that falls off, the columns are rounding: any directions will do, but they are
     made orthogonal to the basis once more, since rounding doesn't know it.
     """
-    triangle = cholesky(gram(columns))
-    if triangle is not None and triangle.loses_at_most(_INTERIM_TOLERANCE, columns.dtype):
+    triangle = _triangle(columns, _INTERIM_TOLERANCE)
+    if triangle is not None:
         columns = _solved(columns, triangle.inverse)
         columns = columns - ((columns.mT @ basis) @ basis.mT).mT
-        triangle = cholesky(gram(columns))
-        if triangle is not None and triangle.loses_at_most(LOSS_TOLERANCE, columns.dtype):
+        triangle = _triangle(columns, LOSS_TOLERANCE)
+        if triangle is not None:
             return _solved(columns, triangle.inverse)
     # Householder reflections of both leave dependent columns no place within the basis.
     return torch.linalg.qr(torch.cat([basis, columns], -1)).Q[..., basis.shape[-1] :]
@@ -133,6 +133,12 @@ def _complement(basis: Float[Tensor, "*c d s"], columns: Float[Tensor, "*c d s"]
 def _product(matrix: Float[Tensor, "*c d d"], columns: Float[Tensor, "*c d s"]) -> Float[Tensor, "*c d s"]:
     """Multiplies a symmetric matrix onto columns; the product is column-major, as LAPACK wants it."""
     return (columns.mT @ matrix).mT
+
+
+def _triangle(columns: Float[Tensor, "*c d s"], tolerance: float) -> Triangle | None:
+    """Returns by what the columns become orthonormal; None where that loses more than the tolerance."""
+    triangle = cholesky(gram(columns)) if products_are_exact() else None
+    return triangle if triangle is not None and triangle.loses_at_most(tolerance, columns.dtype) else None
 
 
 def _solved(columns: Float[Tensor, "*c d s"], inverse: Float[Tensor, "*c s s"]) -> Float[Tensor, "*c d s"]:
@@ -149,8 +155,8 @@ def _orthonormalised(
         columns: Overwritten by reflections, where they are column-major.
         tolerance: Of `Triangle.loses_at_most`.
     """
-    triangle = None if columns.dtype == torch.float64 else cholesky(gram(columns))  # see `LOSS_TOLERANCE`
-    if triangle is not None and triangle.loses_at_most(tolerance, columns.dtype):
+    triangle = None if columns.dtype == torch.float64 else _triangle(columns, tolerance)  # see `LOSS_TOLERANCE`
+    if triangle is not None:
         return _solved(columns, triangle.inverse), triangle.R.to(columns)
     tau = columns.new_empty(*columns.shape[:-2], columns.shape[-1])
     torch.geqrf(columns, out=(columns, tau))

@@ -23,6 +23,7 @@ SHOWN_BY = {
     "forecast/earlier_run.py": {"plan"},
     "forecast/outline.py": {"plan"},
     "forecast/step_time.py": {"plan"},
+    "bench/contest_tasks.py": {"bench target"},
     "bench/inversion.py": {"bench inversion"},
     "bench/memory_use.py": {"bench memory"},
     "bench/overhead.py": {"bench overhead"},

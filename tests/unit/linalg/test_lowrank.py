@@ -111,6 +111,25 @@ def test_r6_vectors_are_orthonormal_in_float32(decompose: Decompose, spectrum: s
 
 
 @both_methods
+def test_where_products_may_be_rounded_to_fewer_bits_bases_are_made_by_reflections(
+    decompose: Decompose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shortened(matrix: Tensor, columns: Tensor) -> Tensor:  # as a processor with such products would
+        return (columns.mT.bfloat16() @ matrix.bfloat16()).mT.float()
+
+    monkeypatch.setattr(lowrank, "_product", shortened)
+    monkeypatch.setattr(lowrank, "_solved", lambda columns, inverse: pytest.fail("made by products"))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        matrix = with_spectrum(1 / torch.arange(1, 101).double(), seed=0).float()
+        values, _ = leading(matrix[None], decompose, oversampling=5)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert values[0, :2].tolist() == pytest.approx([1.0, 0.5], rel=0.02)
+
+
+@both_methods
 def test_a_large_negative_eigenvalue_keeps_its_sign(decompose: Decompose) -> None:
     spectrum = torch.zeros(D)
     spectrum[:3] = torch.tensor([1.0, -2.0, 0.5])

@@ -68,6 +68,7 @@ def test_every_matrix_and_stack_of_any_model_has_a_block(method: str) -> None:
 
 @pytest.mark.parametrize("method", OF_GRADIENTS)
 def test_compiled_code_is_never_made_to_run_eagerly_and_steps_are_the_same(method: str) -> None:
+    torch.compiler.reset()  # how often a forward is compiled anew is counted over all tests of a process
     plain, found = Odd(), []
     for compiles in (False, True):
         model, runs = copy.deepcopy(plain), []
