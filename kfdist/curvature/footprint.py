@@ -44,5 +44,5 @@ def footprint(inverter: AbstractInverter, shape: BlockShape) -> Footprint:
     return Footprint(
         kept=NUMBER_BYTES * (sums + 2 * result + prepared),
         folding=NUMBER_BYTES * (sums + rows),
-        inversion=NUMBER_BYTES * (sums // 2 + rows + sums + 2 * result),
+        inversion=NUMBER_BYTES * (sums // 2 + rows + sums + result + max(result, shape.groups * estimate.workspace)),
     )

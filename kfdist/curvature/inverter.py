@@ -120,11 +120,13 @@ class Estimate(NamedTuple):
         work: The operations of one inversion.
         numbers: Most numbers in the result and its state.
         prepared: Most numbers that a rank works out of the result for its damping, and keeps while it is in use.
+        workspace: Most numbers at once beside the statistics and the result, where they are more than another result.
     """
 
     work: Sequence[Work]
     numbers: int
     prepared: int = 0
+    workspace: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ Decomposition = Literal["rsvd", "srevd"]
 EIGH_FLOPS = 9.0
 """Operations of a symmetric eigendecomposition over d^3: 4/3 to tridiagonalise, the rest for the eigenvectors."""
 
-_MOSTLY = 0.9
+MOSTLY = 0.5
 """Share of a factor's rows beyond which it isn't copied to leave out those that are zero."""
 
 PROBES = 4
@@ -143,7 +143,7 @@ def randomized_spectrum(
     if rank + oversampling >= d:
         return full_spectrum(matrix, rank=rank, seed=seed, label=label)
     used = (matrix.diagonal(dim1=-2, dim2=-1) != 0).any(0)  # of a second moment the rest of the row is zero, too
-    if 0 < int(used.sum()) <= _MOSTLY * d:
+    if 0 < int(used.sum()) <= MOSTLY * d:
         places = used.nonzero().squeeze(-1)
         found = randomized_spectrum(
             matrix[:, places.unsqueeze(-1), places],

@@ -13,6 +13,7 @@ from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum, 
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import (
     EIGH_FLOPS,
+    MOSTLY,
     AdaptiveRank,
     Decomposition,
     FactorSpectrum,
@@ -34,6 +35,9 @@ PUBLISHED_RULE = AdaptiveRank(grow_above=0.053, shrink_below=0.026, grow=10, shr
 
 RANKS = (512, 256, 128, 64, 32)
 """Ranks that "auto" tries low-rank methods with."""
+
+_SKETCHES = 7
+"""Tensors of a sketch's size that a decomposition has at once (tests/unit/curvature/test_peaks.py)."""
 
 _SVD_FLOPS = 22.0
 """Operations of the singular value decomposition of a square matrix, over s^3."""
@@ -121,7 +125,13 @@ class AbstractSketchedKfac(AbstractInverter):
         pairs = [(d, min(self._largest_rank, d)) for d in sizes]
         numbers = sum(d * r for d, r in pairs)
         prepared = prepared_numbers(*pairs, damping_rule=self.damping_rule)
-        return Estimate([self.factor_work(d) for d in sizes], copies * numbers, prepared)
+        work = [self.factor_work(d) for d in sizes]
+        return Estimate(work, copies * numbers, prepared, max(map(self._workspace, sizes)))
+
+    def _workspace(self, d: int) -> int:
+        """Counts what a d x d factor's decomposition has at once: its sketches, and a copy where many rows are zero."""
+        s = min(self._largest_rank, d) + self.oversampling
+        return 0 if s >= d else _SKETCHES * s * d + round((MOSTLY * d) ** 2)
 
     def factor_work(self, d: int) -> Work:
         """Counts the operations for one d x d factor, at the largest rank of the schedule.
