@@ -112,7 +112,7 @@ class Contest:
             ConfigError: The goal is what others reach, and there are none.
         """
         for rival in competitors:
-            goal = self._goal(name) if RIVALS[rival].kfdist else task.goal
+            goal = self._goal(name) if task.goal is None and RIVALS[rival].kfdist else task.goal
             if goal is None and RIVALS[rival].kfdist:
                 raise ConfigError(
                     f"{name}'s goal is what the best of the others reaches, and none of them was trained; add one, "
@@ -120,6 +120,7 @@ class Contest:
                     path="--rival",
                 )
             work = replace(task, goal=goal)
+            self._forget_other_terms(name, work, rival)
             rate = self._tuned(name, work, rival)
             for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
                 self._train(name, work, rival, rate, seed)
@@ -127,30 +128,36 @@ class Contest:
                     self._train(name, work, rival, rate, seed, one_core=True)
             self._goals[name]["goal"] = self._goal(name)
 
+    def _forget_other_terms(self, name: str, task: Task, rival: str) -> None:
+        """Lets go of a rival's cells that had fewer seconds or another goal, or the rate of a leader who has another."""
+        for cell in cells_of(self._cells, name, rival):
+            same = cell["limit"] >= task.seconds and cell["goal"] == task.goal
+            leader = RIVALS[rival].rate_of
+            if not same or (leader and cell["rate"] != self._best_rate(name, leader)):
+                del self._cells[cell_name(name, rival, cell["rate"], cell["seed"], one_core=cell["one_core"])]
+
     def _tuned(self, name: str, task: Task, rival: str) -> float:
+        given = RIVALS[rival].rates
         if leader := RIVALS[rival].rate_of:
-            found = best(cells_of(self._cells, name, leader))
-            assert found is not None, "competitors come after those whose rates they take"
-            self._train(name, task, rival, found["rate"], TUNING_SEED)
-            return found["rate"]
-        rates = list(RIVALS[rival].rates)
-        for rate in rates:
+            given = (self._best_rate(name, leader),)
+        for rate in given:
             self._train(name, task, rival, rate, TUNING_SEED)
-        for _ in range(MOST_FURTHER_RATES if len(rates) > 1 else 0):
-            found = best(cells_of(self._cells, name, rival))
-            assert found is not None, "the rates were trained"
-            if (further := beyond(rates, found["rate"])) is None:
+        while len(given) > 1:
+            tried = sorted({each["rate"] for each in cells_of(self._cells, name, rival)} | set(given))
+            further = beyond(tried, self._best_rate(name, rival))
+            if further is None or len(tried) >= len(given) + MOST_FURTHER_RATES:
                 break
-            rates = sorted([*rates, further])
             self._train(name, task, rival, further, TUNING_SEED)
+        return self._best_rate(name, rival)
+
+    def _best_rate(self, name: str, rival: str) -> float:
         found = best(cells_of(self._cells, name, rival))
-        assert found is not None, "the rates were trained"
+        assert found is not None, "competitors come after those whose rates they take"
         return found["rate"]
 
     def _train(self, name: str, task: Task, rival: str, rate: float, seed: int, *, one_core: bool = False) -> None:
         cell = cell_name(name, rival, rate, seed, one_core=one_core)
-        known = self._cells.get(cell)
-        if known is None or known["limit"] < task.seconds or known["goal"] != task.goal:
+        if cell not in self._cells:
             found = train(task, RIVALS[rival], rate, seed, one_core=one_core)
             self._cells[cell] = {**found, "task": name, "rival": rival}
             self._done(self.content())

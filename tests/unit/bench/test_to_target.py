@@ -90,6 +90,26 @@ def test_a_rate_is_tuned_with_one_seed_beyond_its_edges_and_others_are_reported(
     assert "adamw" in RIVALS[TargetSettings(rivals=("optimizer",)).competitors()[0]].title.lower()
 
 
+def test_an_interrupted_tuning_goes_on_as_if_it_had_not_been(told: list[Any]):
+    kept: list[dict[str, Any]] = []
+    Contest({}, lambda content: kept.append(dict(content["cells"]))).hold(
+        "digits-cnn", TASKS["digits-cnn"], ["adamw"], seeds=1
+    )
+    whole = [each[:3] for each in told]
+    for cells in kept:
+        told.clear()
+        Contest(cells, lambda content: None).hold("digits-cnn", TASKS["digits-cnn"], ["adamw"], seeds=1)
+        assert [each[:3] for each in told] == whole[len(cells) :]
+
+
+def test_what_was_trained_for_another_goal_counts_no_more(told: list[Any]):
+    contest = Contest({}, lambda content: None)
+    contest.hold("digits-cnn", TASKS["digits-cnn"], ["adamw", "optimizer"], seeds=1)
+    other = replace(TASKS["digits-cnn"], goal=0.5)
+    contest.hold("digits-cnn", other, ["adamw", "optimizer"], seeds=1)
+    assert {each["goal"] for each in contest.content()["cells"].values()} == {0.5}
+
+
 def test_a_goal_that_others_set_is_known_before_kfdist_trains(told: list[Any]):
     contest = Contest({}, lambda content: None)
     contest.hold("mnist-autoencoder", TASKS["mnist-autoencoder"], ["sgd", "rs-kfac"], seeds=0)
