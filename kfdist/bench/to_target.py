@@ -129,7 +129,7 @@ class Contest:
             self._goals[name]["goal"] = self._goal(name)
 
     def _forget_other_terms(self, name: str, task: Task, rival: str) -> None:
-        """Lets go of a rival's cells that had fewer seconds or another goal, or the rate of a leader who has another."""
+        """Lets go of a rival's cells of fewer seconds or another goal, or of a rate that its leader has no more."""
         for cell in cells_of(self._cells, name, rival):
             same = cell["limit"] >= task.seconds and cell["goal"] == task.goal
             leader = RIVALS[rival].rate_of

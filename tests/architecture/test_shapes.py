@@ -75,3 +75,13 @@ def test_a_wrong_result_is_refused_though_arguments_of_these_shapes_have_passed(
     with pytest.raises(TypeCheckError, match="parameters"):
         looked_at(torch.ones(2, 3, dtype=torch.int64))
     assert looked_at(torch.ones(3, 3)).shape == (3, 3)
+
+
+def test_a_result_is_refused_that_another_numbers_shape_would_have_been() -> None:
+    def cut(columns: Float[Tensor, "c d"], width: int) -> Float[Tensor, "c {width}"]:
+        return columns[:, : min(width, 3)]
+
+    looked_at = checked(cut)
+    looked_at(torch.zeros(2, 9), 3)
+    with pytest.raises(TypeCheckError, match="cut"):
+        looked_at(torch.zeros(2, 9), 5)

@@ -55,13 +55,17 @@ def _checked_once(function: FunctionType, shapes: dict[str, Any]) -> Callable[..
     if any(each.name in shapes and each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters):
         return looked_at(function)
     places = [place for place, each in enumerate(parameters) if each.name in shapes]
+    # Numbers that shapes name, as "{width}" does.
+    numbers = {place: each.name for place, each in enumerate(parameters) if f"{{{each.name}" in str(shapes)}
     passed: set[Hashable] = set()
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         by_place = tuple(_outline(args[place]) for place in places if place < len(args))
-        given = by_place, tuple((name, _outline(each)) for name, each in kwargs.items() if name in shapes)
+        by_name = tuple((name, _outline(each)) for name, each in kwargs.items() if name in shapes)
+        named = tuple(args[place] if place < len(args) else kwargs.get(name) for place, name in numbers.items())
+        given = by_place, by_name, named
         result = function(*args, **kwargs) if given in passed else looked_at(function)(*args, **kwargs)
         both = given, _outline(result) if "return" in shapes else None
         if given in passed and both not in passed:
