@@ -33,6 +33,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {"cg-fac": {"tolerance": 1e-6, "max_
 
 LEFT_OUT = {
     "ekfac": "an inversion is kfac-eigen's; the scales are measured by the ranks",
+    "ekfac-adam": "an inversion is kfac-eigen's; a direction is Adam's, not the inverse's",
     "kfac-tridiagonal": "couples a chain of layers",
     "two-level": "couples all layers; a block's inversion is that of its inner method",
     "shampoo": "takes gradients' moments; eigendecompositions are kfac-eigen's",
