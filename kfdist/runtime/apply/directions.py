@@ -80,12 +80,20 @@ class Application:
     def measured(self) -> list[Tensor | None]:
         """Returns, of each block, which of its c matrices were ever measured, `[c]` or `[1]`; None for all.
 
-        Of those that weren't, as of an expert that no row has met yet, nothing is known, and they keep V.
+        Of those that weren't, as of an expert that no row has met yet, nothing is known, and they keep V. Not so under
+        a normalised method: zero factors have the axes for a basis, in which its direction is plain Adam's, and V would
+        be a step of quite another size.
         """
-        return [
-            each.trace_A > 0 if block.routed else None if memory.measured is None else memory.measured.view(1)
-            for block, each, memory in zip(self.blocks, self.preconditioners, self.memories, strict=True)
-        ]
+        together = zip(self.blocks, self.preconditioners, self.memories, strict=True)
+        return [_measured(*each) for each in together]
+
+
+def _measured(block: Block, inverse: AbstractPreconditioner, memory: BlockMemory) -> Tensor | None:
+    if inverse.normalised:
+        return None
+    if block.routed:
+        return inverse.trace_A > 0
+    return None if memory.measured is None else memory.measured.view(1)
 
 
 class Solved(NamedTuple):

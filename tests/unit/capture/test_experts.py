@@ -213,6 +213,23 @@ def test_an_expert_without_statistics_keeps_its_gradient(method: str, kl_clip: f
             torch.testing.assert_close(model.experts.grad[[0, 1, 3]], truth)
 
 
+def test_an_expert_without_statistics_has_adams_direction_beside_the_others_of_a_normalised_method():
+    torch.manual_seed(0)
+    model = Stacked(routed_by(ROUTES)).double()
+    with preconditioner(model, "ekfac-adam", kl_clip=None, factor_period=2, inverse_period=2) as pre:
+        for routes in (ROUTES, torch.arange(N * T) % E):
+            model.use = routed_by(routes)
+            model.zero_grad()
+            model(torch.randn(N, T, Q, dtype=torch.float64)).square().sum().div(N).backward()
+            assert model.experts.grad is not None
+            plain = model.experts.grad.clone()
+            pre.step()
+    # Adam's second step with Nesterov's momentum, after a first gradient of zero.
+    average, root = (0.9 * 0.1 + 0.1) / (1 - 0.9**3), (0.05 / (1 - 0.95**2)) ** 0.5
+    V = plain[[2, 4]]
+    torch.testing.assert_close(model.experts.grad[[2, 4]], average * V / (root * V.abs() + 1e-8))
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("routes", [[2] * 7, [0, 2, 2, 2, 1, 0, 2], [1]], ids=str)
 def test_rows_are_found_however_few_or_many_met_an_expert(routes: list[int], rows: int):
