@@ -162,7 +162,12 @@ def check_state(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     _check_sums(found, expected)
     moments = pipeline.reducer.moments.state_dict()["moments"]
     stored = state.get("moments", {})
-    _check_sums(stored, {name: sums for name, sums in moments.items() if name in stored})
+    if lacking := sorted(moments.keys() - stored.keys()):
+        raise CheckpointError(
+            f"the state lacks the gradients' moments of {lacking}, which another rank kept; call preconditioner.fold() "
+            "on all ranks before state_dict(), or load into each rank the state that it saved itself"
+        )
+    _check_sums(stored, moments)
 
 
 def _check_sums(found: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Mapping[str, Tensor]]) -> None:

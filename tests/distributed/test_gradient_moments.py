@@ -3,12 +3,56 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import GradientReducer
+from kfdist.errors import CheckpointError
 from tests.support.ranks import run_ranks
+
+
+def pair_and_state(communicator: Communicator, *, fold: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Trains one step; the state is rank 0's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    with shampoo_of(model) as pre:
+        model(torch.ones(4, 6)).square().mean().backward()
+        pre.step()
+        if fold:
+            pre.fold()
+        states: list[Any] = [pre.state_dict()]
+    torch.distributed.broadcast_object_list(states, 0)
+    return model, states[0]
+
+
+def shampoo_of(model: nn.Module) -> kfdist.Preconditioner:
+    return kfdist.Preconditioner(
+        model, "shampoo", factor_period=1, inverse_period=1, kl_clip=None, adoption=kfdist.FixedLag(0)
+    )
+
+
+def loads_of_rank_0s_state(communicator: Communicator) -> dict[bool, str | dict[str, dict[str, Tensor]]]:
+    found: dict[bool, Any] = {}
+    for fold in (False, True):
+        model, state = pair_and_state(communicator, fold=fold)
+        with shampoo_of(model) as pre:
+            try:
+                pre.check_state(state)
+            except CheckpointError as error:
+                found[fold] = str(error)
+                continue
+            pre.load_state_dict(state)
+            found[fold] = pre.state_dict()["moments"]
+    return found
+
+
+def test_rank_0s_state_is_for_all_after_fold_alone() -> None:
+    first, second = run_ranks(2, loads_of_rank_0s_state)
+    (lost,) = second[True]
+    assert f"lacks the gradients' moments of ['{lost}']" in second[False] and "fold()" in second[False]
+    assert lost not in first[False] and lost not in first[True]
+    assert float(second[True][lost]["weight"]) > 0
 
 
 def sums_of(communicator: Communicator) -> dict[str, Any]:

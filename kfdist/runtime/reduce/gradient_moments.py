@@ -77,11 +77,9 @@ class GradientMomentSums:
         return {"moments": {**self._copies, **{name: sums.state_dict() for name, sums in self.sums.items()}}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state_dict` returned on the ranks that shipped these blocks; others begin anew."""
-        stored = state.get("moments", {})  # older checkpoints lack it
+        """Goes on from what `state_dict` returned on the ranks that shipped these blocks, or after `share`."""
         for name, sums in self.sums.items():
-            if name in stored:
-                sums.load_state_dict(stored[name])
+            sums.load_state_dict(state["moments"][name])
 
 
 def empty_gradient_sums(groups: Iterable[BlockGroup], device: torch.device) -> dict[BlockName, GradientSums]:
