@@ -5,9 +5,11 @@ from kfdist.config.named_functions import is_own
 from kfdist.curvature.auto import MeasuredCosts
 from kfdist.curvature.averages import WeightedSums
 from kfdist.curvature.footprint import NUMBER_BYTES
+from kfdist.curvature.gradient_sums import GradientSums
 from kfdist.curvature.inverter import AbstractInverter
 from kfdist.forecast.outline import META, Given, make_outline
-from kfdist.forecast.rank_memory import bytes_of, moment_bytes, optimizer_line
+from kfdist.forecast.rank_memory import bytes_of, optimizer_line
+from kfdist.runtime.reduce.gradient_moments import empty_gradient_sums
 from kfdist.runtime.reduce.reducer import empty_sums
 from kfdist.training.method import plan_of
 from kfdist.types import BlockShape
@@ -36,10 +38,11 @@ def checkpoint_bytes(config: Config) -> int | None:
     copies = config.cluster.workers if config.checkpoint.statistics == "per-rank" else 1
     statistics = sum(_saved(sums) for sums in empty_sums(plan.groups, META).values())
     inverses = sum(_kept_numbers(group.inverter, block.shape) for group in plan.groups for block in group.blocks)
-    return kept + copies * statistics + moment_bytes(plan.groups) + NUMBER_BYTES * inverses
+    moments = sum(_saved(sums) for sums in empty_gradient_sums(plan.groups, META).values())
+    return kept + copies * statistics + moments + NUMBER_BYTES * inverses
 
 
-def _saved(sums: WeightedSums) -> int:
+def _saved(sums: WeightedSums | GradientSums) -> int:
     return bytes_of(sums.state_dict().values())
 
 

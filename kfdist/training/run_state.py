@@ -99,8 +99,8 @@ def collect_state(training: Training, standing: Standing) -> tuple[dict[str, Any
     optimizer = training.optimizer.state_dict()
     # kfdist's own brings the preconditioner's state along.
     preconditioner = optimizer.pop("preconditioner", None) or training.preconditioner.state_dict()
-    # The snapshots are the same on all ranks, and after folding the sums are too; both are large.
-    common = {"snapshots", "sums"} if folded else {"snapshots"}
+    # The snapshots are the same on all ranks, and after folding the sums and moments are too; all are large.
+    common = {"snapshots", "sums", "moments"} if folded else {"snapshots"}
     shared = {
         "standing": asdict(standing),
         "examples": len(training.data.train),

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from kfdist.config import load_config
 from kfdist.errors import LossNotFinite
+from kfdist.forecast.checkpoint_size import checkpoint_bytes
 from kfdist.runtime.invert import service
 from kfdist.training import checkpoint
 from tests.support.faults import Faults
 from tests.support.faulty.link import FaultyLink
-from tests.support.training import FIXED_LAG, Stop, checkpoint_states, events, parameters, train
+from tests.support.training import FIXED_LAG, SMALL, Stop, checkpoint_states, events, parameters, train
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,23 @@ def test_folded_checkpoints_are_smaller(tmp_path: Path):
         newest = max((tmp_path / statistics / "checkpoints").iterdir())
         sizes[statistics] = sum(path.stat().st_size for path in newest.iterdir())
     assert sizes["folded"] < 0.8 * sizes["per-rank"]
+
+
+def test_folded_checkpoints_have_gradients_moments_once_and_are_as_large_as_foretold(tmp_path: Path):
+    method = ("preconditioner.method=shampoo", "preconditioner.settings={}", *FIXED_LAG[:1], "preconditioner.lag=0")
+    optimizer = ("optimizer.name=kfdist", "optimizer.lr=0.001", "model.settings.hidden=[96, 64]")
+    common = (*method, *optimizer, "checkpoint.statistics=folded", "cluster.workers=2")
+    whole = train(tmp_path / "whole", *common, ranks=2)
+    train(tmp_path / "halves", *common, "run.steps=16", ranks=2)
+    assert all("moments" not in state["preconditioner"] for state in checkpoint_states(tmp_path / "halves"))
+    newest = max((tmp_path / "halves" / "checkpoints").iterdir())
+    (tmp_path / "run.toml").write_text(SMALL)
+    foretold = checkpoint_bytes(load_config(tmp_path / "run.toml", environment={}, overrides=common))
+    assert foretold == pytest.approx(sum(path.stat().st_size for path in newest.iterdir()), rel=0.15)
+    rest = train(tmp_path / "halves", *common, ranks=2)
+    assert_equal_on_all_ranks(whole, rest)
+    fewer = train(tmp_path / "whole", *common, "run.steps=42", "run.accept_changes=true", ranks=1)
+    assert (fewer["steps"], fewer["codes"]) == (42, [0])
 
 
 def lose_the_disk_of_rank_1(worker_rank: int) -> None:
