@@ -22,6 +22,7 @@ from kfdist.curvature.blocks import (
     multiplied_weights,
 )
 from kfdist.curvature.by_width import ByWidth
+from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
 from kfdist.curvature.inverters.kfac_diagonal import KfacDiagonal
@@ -371,12 +372,31 @@ def _choose(
         if costs is None:
             raise ConfigError('"auto" needs to know what inversions cost; give `costs` (kfdist.curvature.auto)')
         inverter, reason = inverter.choose(block.shape, costs)
+    if isinstance(inverter, AbstractGradientInverter):
+        return _refused_part(block, inverter, pattern, settings)
     if block.routed and not _takes_experts(inverter, block):
         return (
             f"{inverter.name} takes rows of examples, or products with other layers, which experts don't have; give it "
             "kfac, kfac-eigen, rs-kfac or eva by a pattern"
         )
     return _Chosen(block, inverter, pattern, reason)
+
+
+def _refused_part(block: Block, inverter: AbstractInverter, pattern: str, settings: Settings) -> str:
+    """Refuses a block that isn't a whole parameter, which is all that methods on gradients take.
+
+    Raises:
+        ConfigError: But where the user leaves the parameter out: then that is the reason, and returned.
+    """
+    names = [f"{block.layer}.{part.attribute}".lstrip(".") for part in block.parts]
+    if _skips(settings, names[0]):
+        return SKIPPED
+    raise ConfigError(
+        f"{inverter.name} takes whole parameters, and {pattern!r} gives it {block.name!r}, a part of "
+        f"{names[0]!r} or of a layer whose parameters another pattern has; give the parameter's name for a pattern, "
+        f"as in {{{names[0]!r}: {inverter.name!r}}}",
+        path="method",
+    )
 
 
 def _takes_experts(inverter: AbstractInverter, block: Block) -> bool:

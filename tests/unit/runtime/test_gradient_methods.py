@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import kfdist
 from kfdist.curvature.blocks import TensorBlock
+from kfdist.errors import ConfigError
 from tests.support.captured_methods import OF_GRADIENTS
 from tests.support.optimizing import optimizer_of, small_model, train
 
@@ -115,6 +116,16 @@ def test_a_table_gives_each_method_its_own_parameters() -> None:
             model(torch.randn(8, 4)).square().sum(1).mean().backward()
             pre.step()
         assert set(pre.counters()["inversions"]["by_method"]) == {"shampoo", "kfac", "unit-wise"}
+
+
+def test_a_part_of_a_parameter_is_refused_with_the_parameters_name() -> None:
+    model, x = nn.MultiheadAttention(6, 2), torch.randn(5, 4, 6)
+    with pytest.raises(ConfigError, match=r"gives it 'q_proj', .* as in \{'in_proj_weight': 'shampoo'\}"):
+        kfdist.Preconditioner(model, {"q_proj": "shampoo", "*": "kfac-eigen"}, **SYNCHRONOUS)
+    with kfdist.Preconditioner(model, {"in_proj_weight": "shampoo", "*": "kfac-eigen"}, **SYNCHRONOUS) as pre:
+        model(x, x, x)[0].square().mean().backward()
+        pre.step()
+        assert {row.parameter: row.method for row in pre.coverage().rows}["in_proj_weight"] == "shampoo"
 
 
 def test_the_kl_clip_is_not_for_roots() -> None:
