@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from kfdist.curvature.blocks.base import Block, Operation, ParameterPart
+from kfdist.errors import KfdistError
 from kfdist.types import BlockName, BlockShape
 
 MOST_MODES = 4
@@ -57,6 +58,24 @@ class TensorBlock(Block):
             cut = cut.permute(*(place for mode in range(k) for place in (mode, k + mode)))
             tensor = cut.reshape(self._filled)[tuple(slice(d) for d in self._dims)]
         return tensor.reshape(self.parts[0].parameter.shape)
+
+    def refuse_sparse(self) -> None:
+        """Refuses a gradient whose direction would have other rows than it has.
+
+        Raises:
+            KfdistError: The gradient is sparse, as `F.embedding(..., sparse=True)` makes it.
+        """
+        gradient = self.parts[0].parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            raise KfdistError(
+                f"parameter {self.name!r} has a sparse gradient, which methods on gradients don't take; look it up "
+                f"with sparse=False, or leave it out with skip=({self.name!r},)"
+            )
+
+    @override
+    def _gradients(self) -> list[Tensor]:
+        self.refuse_sparse()
+        return super()._gradients()
 
 
 def tensor_dims(shape: Sequence[int]) -> list[int]:

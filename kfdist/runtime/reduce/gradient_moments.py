@@ -9,7 +9,7 @@ from torch import Tensor
 from kfdist.comm.communicator import Communicator
 from kfdist.comm.reduce import reduce_flat
 from kfdist.curvature.averages import sum_shapes
-from kfdist.curvature.blocks.whole import as_tensors
+from kfdist.curvature.blocks.whole import TensorBlock, as_tensors
 from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.gradient_sums import GradientSums
 from kfdist.runtime.plan.groups import BlockGroup
@@ -46,11 +46,16 @@ class GradientMomentSums:
             folding: The groups that are due.
             ema_decay: rho, where the method has none of its own.
             step_is_finite: Boolean scalar; where false nothing changes. None: true.
+
+        Raises:
+            KfdistError: A gradient is sparse.
         """
         self._copies = {}
         for track in folding:
             inverter = track.group.inverter
             for block in track.group.blocks:
+                if isinstance(block, TensorBlock):
+                    block.refuse_sparse()  # on all ranks, so that none waits for one that raised
                 if block.name in self.sums and isinstance(inverter, AbstractGradientInverter):
                     moments = None
                     if all(parameter.grad is not None for parameter in block.parameters()):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import kfdist
 from kfdist.curvature.blocks import TensorBlock
-from kfdist.errors import ConfigError
+from kfdist.errors import ConfigError, KfdistError
 from tests.support.captured_methods import OF_GRADIENTS
 from tests.support.optimizing import optimizer_of, small_model, train
 
@@ -161,6 +161,33 @@ def test_sparse_and_frozen_parameters_have_no_block_and_say_why() -> None:
     with kfdist.Preconditioner(model, "shampoo", **SYNCHRONOUS) as pre:
         reasons = {row.parameter: row.reason for row in pre.coverage().rows if row.block is None}
     assert "sparse=False" in reasons["table.weight"] and "frozen" in reasons["frozen.weight"]
+
+
+class BareTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 3))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(F.embedding(ids, self.table, sparse=True))
+
+
+@pytest.mark.parametrize("method", OF_GRADIENTS)
+def test_sparse_gradients_of_a_bare_parameter_are_refused_by_name(method: str) -> None:
+    for skip in ((), ("table",)):
+        model = BareTable()
+        with kfdist.Preconditioner(model, method, skip=skip, **SYNCHRONOUS) as pre:
+            model(torch.tensor([1, 3])).square().sum().backward()
+            if skip:
+                pre.step()
+                continue
+            with pytest.raises(
+                KfdistError, match=r"'table' has a sparse gradient, .* sparse=False, .* skip=\('table',\)"
+            ):
+                pre.step()
+            with pytest.raises(KfdistError, match="'table' has a sparse gradient"):
+                pre.groups[0].blocks[0].gradient()
 
 
 @pytest.mark.parametrize("method", OF_GRADIENTS)
