@@ -19,7 +19,8 @@ SKIPPED = "skipped by configuration"
 UNMATCHED = "no pattern of the method table matches"
 WITHOUT_MOMENTS = "left to the optimizer: directions of a table or norm don't have the size of Adam's"
 VECTOR = "left to the optimizer: a vector; the method's `vectors` takes them too"
-_WANTED = frozenset({NO_METHOD, SKIPPED, UNMATCHED, FIRST_ORDER, WITHOUT_MOMENTS, VECTOR})
+SCALAR = "left to the optimizer: a single number, of which there are no moments"
+_WANTED = frozenset({NO_METHOD, SKIPPED, UNMATCHED, FIRST_ORDER, WITHOUT_MOMENTS, VECTOR, SCALAR})
 """Reasons that the user gave."""
 
 _ADDED = "it was added after the Preconditioner was made; close that and make a new one"

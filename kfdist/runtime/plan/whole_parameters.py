@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from kfdist.curvature.blocks import TensorBlock, make_tensor_block
 from kfdist.curvature.gradient_inverter import AbstractGradientInverter
-from kfdist.runtime.plan.coverage import VECTOR
+from kfdist.runtime.plan.coverage import SCALAR, VECTOR
 
 
 @dataclass
@@ -54,8 +55,8 @@ def whole_parameters(
         if id(parameter) in found.taken or not isinstance(inverter, AbstractGradientInverter) or skipped(name):
             continue
         found.taken.add(id(parameter))
-        if parameter.dim() < (1 if inverter.vectors else 2):
-            found.reasons[name] = VECTOR
+        if reason := _too_few_dimensions(parameter, inverter):
+            found.reasons[name] = reason
             continue
         block = make_tensor_block(name, layer, module, attribute, most=inverter.block_size)
         if isinstance(block, str):
@@ -63,6 +64,15 @@ def whole_parameters(
         else:
             found.blocks.append((block, inverter, pattern))
     return found
+
+
+def _too_few_dimensions(parameter: nn.Parameter, inverter: AbstractGradientInverter) -> str:
+    """Returns why a method doesn't take a single number or a vector; nothing of a lazy one, of no dimensions yet."""
+    if isinstance(parameter, UninitializedParameter):
+        return ""
+    if parameter.dim() == 0:
+        return SCALAR
+    return VECTOR if parameter.dim() == 1 and not inverter.vectors else ""
 
 
 def _own_parameters(

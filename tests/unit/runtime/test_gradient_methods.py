@@ -163,6 +163,16 @@ def test_sparse_and_frozen_parameters_have_no_block_and_say_why() -> None:
     assert "sparse=False" in reasons["table.weight"] and "frozen" in reasons["frozen.weight"]
 
 
+@pytest.mark.parametrize("vectors", [False, True])
+def test_lazy_parameters_and_single_numbers_say_why_they_have_no_block(vectors: bool) -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    model.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
+    with kfdist.Preconditioner(model, kfdist.Shampoo(vectors=vectors), **SYNCHRONOUS) as pre:
+        reasons = {row.parameter: row.reason for row in pre.coverage().rows if row.block is None}
+    assert "lazy and not yet initialised; run one forward" in reasons["0.weight"]
+    assert "a single number" in reasons["scale"]
+
+
 class BareTable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
