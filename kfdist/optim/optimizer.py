@@ -182,7 +182,10 @@ class Optimizer(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any]) -> None:
         having = [p for p in group["params"] if p.grad is not None]
         if finished := [p for p in having if p in self._finished]:
-            move_along(self._members(group, finished), [self._directions[p] for p in finished])
+            members = self._members(group, finished)
+            for state in members.states:  # of the time before the first inverse, or of AdamW: the block has its own
+                state.clear()
+            move_along(members, [self._directions[p] for p in finished])
         if blocked := [p for p in having if p in self._blocked and p not in self._finished]:
             members, directions = self._members(group, blocked), [self._direction(p) for p in blocked]
             if self.graft == "adamw":
@@ -251,7 +254,8 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a saved state, bit for bit. To be called before the first forward, on all ranks, once.
 
-        One without a Preconditioner's part, as torch.optim.AdamW's, brings moments and settings alone.
+        One without a Preconditioner's part, as torch.optim.AdamW's, brings moments and settings alone; blocks of
+        normalised methods begin their moments anew.
 
         Raises:
             CheckpointError: It is of another model, or the Preconditioner's part is of another method or number of

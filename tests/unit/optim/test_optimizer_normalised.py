@@ -55,6 +55,19 @@ def test_a_saved_run_goes_on_bit_for_bit():
         assert all(map(torch.equal, train(other, optimizer, 4), expected))
 
 
+@pytest.mark.parametrize("method", ["ekfac-adam", "soap"])
+def test_adamws_moments_go_where_blocks_have_their_own(method: str):
+    model, other = small_model(), small_model()
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.5)
+    train(model, adamw, 3)
+    with optimizer_of(other, method=method) as optimizer:
+        optimizer.load_state_dict(copy.deepcopy(adamw.state_dict()))
+        assert "exp_avg_sq" in optimizer.state[other[0].weight]
+        train(other, optimizer, 1)
+        assert not optimizer.state[other[0].weight] and not optimizer.state[other[3].weight]
+        assert float(optimizer.state[other[2].weight]["step"]) == 4.0
+
+
 def test_the_learning_rate_is_adamws_so_sgds_graft_is_refused():
     with pytest.raises(ConfigError, match="graft.*ekfac-adam goes by AdamW's learning rate"):
         optimizer_of(small_model(), graft="sgd", **ADAM)
