@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kfdist.capture.requests import Sampling as Sampling
     from kfdist.curvature.auto import Auto as Auto
+    from kfdist.curvature.by_width import ByWidth as ByWidth
     from kfdist.curvature.inverters import BKfac as BKfac
     from kfdist.curvature.inverters import BKfacC as BKfacC
     from kfdist.curvature.inverters import BRKfac as BRKfac
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "kfdist.capture.requests": "Sampling",
     "kfdist.curvature.auto": "Auto",
+    "kfdist.curvature.by_width": "ByWidth",
     "kfdist.curvature.inverters": "BKfac BKfacC BRKfac CgFac Ekfac EkfacAdam Eva Kfac KfacEigen "
     "KfacTridiagonal RsKfac Seng Shampoo Soap SreKfac TwoLevel",
     "kfdist.errors": "KfdistError KfdistWarning",

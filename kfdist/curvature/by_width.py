@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from kfdist import checks
 from kfdist.curvature.blocks import Block, EmbeddingBlock, UnitBlock
+from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.inverter import AbstractInverter
 from kfdist.curvature.inverters.kfac import KfacEigen
 from kfdist.curvature.inverters.rs_kfac import RsKfac
+from kfdist.errors import ConfigError
 
 FIRST_ORDER = "left to a first-order method: a table, a norm, a lone vector, or a matrix too wide for dense factors"
 
@@ -23,6 +25,9 @@ class ByWidth:
         eigen: The largest dimension whose factor is decomposed as a whole, which takes about a second.
         sketched: The largest dimension that has a dense factor: 128 MiB in float32, where the head of a language model
             would have one of 10 GB.
+
+    Raises:
+        ConfigError: A width is out of range, or the method is one on gradients.
     """
 
     dense: AbstractInverter = field(default_factory=KfacEigen)
@@ -30,6 +35,12 @@ class ByWidth:
     sketched: int = 8192
 
     def __post_init__(self) -> None:
+        if isinstance(self.dense, AbstractGradientInverter):
+            raise ConfigError(
+                f"is {self.dense.name}, which takes whole parameters, whatever their width; give it as `method`, or to "
+                "patterns of a table",
+                path="dense",
+            )
         checks.count("eigen", self.eigen, least=1)
         checks.count("sketched", self.sketched, least=self.eigen)
 

@@ -14,6 +14,7 @@ from kfdist.runtime.pipeline import Pipeline
 FORMAT = 6
 _READABLE_FORMATS = (5, FORMAT)
 PER_RANK, FOLDED = "per-rank", "folded"
+_EARLIER_DEFAULT = "; a checkpoint of kfdist.Optimizer's earlier default goes on with method=kfdist.ByWidth()"
 
 
 def pipeline_state(pipeline: Pipeline, *, folded: bool) -> dict[str, Any]:
@@ -158,6 +159,7 @@ def check_state(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"group {name!r} was inverted by {stored!r} in the checkpoint and has {methods.get(name)!r} now, which "
                 "can't go on from it; load it into the model and method it was written with"
+                f"{_EARLIER_DEFAULT if (stored, methods.get(name)) == ('kfac-eigen', 'ekfac-adam') else ''}"
             )
     _check_sums(found, expected)
     moments = pipeline.reducer.moments.state_dict()["moments"]

@@ -81,6 +81,27 @@ def test_a_state_of_another_model_or_method_is_refused_by_name_and_changes_nothi
             optimizer.load_state_dict(theirs.state_dict())
 
 
+def test_a_checkpoint_of_the_earlier_default_goes_on_with_the_method_that_its_refusal_names():
+    """`kfac-eigen` for all isn't that method: norms had no block."""
+    model = small_model()
+    with optimizer_of(model, method=kfdist.ByWidth()) as optimizer:
+        train(model, optimizer, 2)
+        saved = copy.deepcopy(optimizer.state_dict())
+    for method, message in (("auto", r"default goes on with method=kfdist.ByWidth\(\)"), ("kfac-eigen", "lacks")):
+        with (
+            optimizer_of(small_model(), method=method) as optimizer,
+            pytest.raises(CheckpointError, match=message),
+        ):
+            optimizer.load_state_dict(saved)
+    with optimizer_of(small_model(), method=kfdist.ByWidth()) as optimizer:
+        optimizer.load_state_dict(saved)
+
+
+def test_methods_on_gradients_have_no_widths():
+    with pytest.raises(ConfigError, match="dense: is shampoo, which takes whole parameters"):
+        kfdist.ByWidth(dense=kfdist.Shampoo())
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"lr": -1.0}, "lr: "),
     ({"eps": float("nan")}, "eps: "),
