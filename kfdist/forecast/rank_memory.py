@@ -9,11 +9,12 @@ from torch.nn.parameter import UninitializedParameter
 
 from kfdist.config import Config
 from kfdist.config.task_sections import OWN_OPTIMIZER
-from kfdist.curvature.footprint import NUMBER_BYTES, footprint
+from kfdist.curvature.footprint import NUMBER_BYTES
 from kfdist.forecast.inversion_costs import Costs
 from kfdist.forecast.outline import META
 from kfdist.forecast.rehearsal import Rehearsal
 from kfdist.optim.graft import KEPT
+from kfdist.runtime.plan.capacity import largest_inversion
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.reduce.gradient_moments import empty_gradient_sums
@@ -130,18 +131,13 @@ def _activation_lines(config: Config, rehearsal: Rehearsal) -> Iterable[Line]:
 def _inversion_lines(config: Config, plan: Plan) -> Iterable[Line]:
     sent = [group for group in plan.groups if not group.own]
     if config.cluster.link == "local" and sent:
-        most = max(inversion_bytes(group) for group in sent)
-        yield Line("an inversion under way", most, passing=True, note="in the host's memory, the largest block's")
+        note = "in the host's memory, the largest block's; more where it is free"
+        yield Line("an inversion under way", largest_inversion(sent), passing=True, note=note)
 
 
 def owner_bytes(groups: Iterable[BlockGroup]) -> int:
     """Returns what an owner's process holds at the worst moment of its inversions: one is done at a time."""
-    return max((inversion_bytes(group) for group in groups), default=0)
-
-
-def inversion_bytes(group: BlockGroup) -> int:
-    """Returns what an inversion of a group takes: the job, its dense factors, and the result twice."""
-    return sum(footprint(group.inverter, block.shape).inversion for block in group.blocks)
+    return largest_inversion(groups)
 
 
 def inverse_bytes(group: BlockGroup, costs: Costs) -> int:

@@ -20,6 +20,7 @@ class LinkContext:
         groups: Every group of the run, in model order.
         fingerprint: What the numbers of this rank depend on.
         assignment: How groups are dealt to owners: "round_robin", "model_order" or "lpt".
+        inversion_bytes: What the largest group's inversion takes, estimated.
     """
 
     run: str
@@ -29,6 +30,7 @@ class LinkContext:
     groups: Sequence[GroupSpec]
     fingerprint: str
     assignment: str = "round_robin"
+    inversion_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

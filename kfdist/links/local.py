@@ -13,11 +13,12 @@ from typing_extensions import override
 from kfdist.curvature.jobs import run_job
 from kfdist.errors import KfdistError
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
+from kfdist.system.memory import available_memory
 from kfdist.system.seat import ranks_here
 from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
 
 _MOST_AT_ONCE = 4
-"""Inversions at once while the thread that trains waits: each takes a few times the memory of its factors."""
+"""Inversions at once while the thread that trains waits."""
 
 
 class _Work:
@@ -28,15 +29,34 @@ class _Work:
         self.done: queue.SimpleQueue[JobResult | BaseException] = queue.SimpleQueue()
         self.closing = threading.Event()
         self.threads: list[threading.Thread] = []
+        self.largest = 0
+
+    def fitting(self) -> int:
+        """Returns how many of the largest inversions the free memory is enough for.
+
+        Plans were checked for one at a time (`kfdist.runtime.plan.capacity`).
+        """
+        return available_memory().bytes // max(1, self.largest)
+
+    def working(self) -> set[threading.Thread]:
+        """Returns the threads that go on."""
+        return {each for each in self.threads if each.is_alive()}
 
     def start(self, device: str, *, stays: bool) -> None:
-        """Starts a thread that works off the jobs: until it is told to end or, if it doesn't stay, while some wait."""
+        """Starts a thread that works off the jobs.
+
+        Args:
+            device: Where.
+            stays: Whether it goes on until it is told to end; else while jobs wait and memory is free for one more.
+        """
         thread = threading.Thread(target=self._invert, args=(device, stays), name="kfdist-inverter", daemon=True)
         thread.start()
         self.threads = [each for each in self.threads if each.is_alive()] + [thread]
 
     def _invert(self, device: str, stays: bool) -> None:
         while not self.closing.is_set():
+            if not stays and self.fitting() < len(self.working() | {threading.current_thread()}):
+                return
             try:
                 job = self.jobs.get(block=stays)
             except queue.Empty:
@@ -62,8 +82,8 @@ class LocalLink(AbstractLink):
     """Inverts in a background thread of the rank; needs no service. torch releases the GIL in its decompositions.
 
     While the thread that trains waits for results, as it does for the first version of a model, its core and all that
-    idle beside it help: further threads take jobs, each job by one thread, and end when none is left. So the wait is
-    as short after a stop as without them, and a result is what one thread would give.
+    idle beside it help: further threads take jobs, each job by one thread, while memory is free for one more, and end
+    when none is left. So the wait is as short after a stop as without them, and a result is what one thread would give.
 
     The threads end with `close`, with a link that is forgotten, and with the interpreter, which would abort if it found
     one in the middle of a decomposition.
@@ -79,7 +99,7 @@ class LocalLink(AbstractLink):
 
     @override
     def start(self, context: LinkContext) -> None:
-        del context
+        self._work.largest = context.inversion_bytes
         weakref.finalize(self, self._work.end)
         self._work.start(self._device, stays=True)
 
@@ -141,9 +161,11 @@ class LocalLink(AbstractLink):
         work = self._work
         if work.jobs.empty() or self._device != "cpu":
             return
-        working = [each for each in work.threads if each.is_alive()]
+        working = work.working()
         cores = os.sched_getaffinity(0).union(*(_cores_of(each) for each in working))
         room = min(_MOST_AT_ONCE, len(cores) // ranks_here() // torch.get_num_threads())
+        if room > len(working):
+            room = min(room, work.fitting())
         for _ in range(min(work.jobs.qsize(), room - len(working))):
             work.start(self._device, stays=False)
 

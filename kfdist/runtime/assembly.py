@@ -27,7 +27,7 @@ from kfdist.runtime.invert.job_book import JobBook
 from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, make_link
 from kfdist.runtime.invert.shipping import Inverting
 from kfdist.runtime.pipeline import Pipeline
-from kfdist.runtime.plan.capacity import check_memory, memory_of
+from kfdist.runtime.plan.capacity import check_memory, largest_inversion, memory_of
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.noise_scale import NoiseScale
@@ -104,14 +104,16 @@ def assemble(
     communicators = make_communicators(world)
     made = make_link(link)
     pipeline = _pipeline(plan, terms, communicators, made, grad_scaler)
+    sent = [group for group in plan.groups if not group.own]
     context = LinkContext(
         run=terms.run,
         epoch=terms.epoch,
         worker_rank=world.rank,
         world_size=world.world_size,
-        groups=[group.spec for group in plan.groups if not group.own],
+        groups=[group.spec for group in sent],
         fingerprint=terms.fingerprint,
         assignment="round_robin" if service is None else service.assignment,
+        inversion_bytes=largest_inversion(sent),
     )
     assembly = Assembly(terms=terms, communicators=communicators, link=made, pipeline=pipeline)
     try:

@@ -1,6 +1,6 @@
 """Whether a plan fits into memory, found out before anything is allocated."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -27,6 +27,8 @@ def memory_of(device: torch.device) -> Memory:
 def need_of(groups: Sequence[BlockGroup], *, on_host: bool) -> int:
     """Returns the bytes that a plan takes on a rank: all that is kept, and the largest block's that comes and goes.
 
+    A rank that inverts for itself begins further inversions beside one only where memory is free (`LocalLink`).
+
     Args:
         groups: Of the plan.
         on_host: Whether the statistics are in the host's memory, where they are inverted, too.
@@ -34,6 +36,11 @@ def need_of(groups: Sequence[BlockGroup], *, on_host: bool) -> int:
     each = [footprint(group.inverter, block.shape) for group in groups for block in group.blocks]
     passing = [max(one.folding, one.inversion) if on_host else one.folding for one in each]
     return sum(one.kept for one in each) + max(passing, default=0)
+
+
+def largest_inversion(groups: Iterable[BlockGroup]) -> int:
+    """Returns the bytes of the group inversion that takes most: the job, its dense factors, and the result twice."""
+    return max((sum(footprint(g.inverter, block.shape).inversion for block in g.blocks) for g in groups), default=0)
 
 
 def check_memory(groups: Sequence[BlockGroup], device: torch.device, there_is: Memory) -> None:

@@ -4,17 +4,22 @@ import os
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+import kfdist
+from kfdist.curvature.footprint import footprint
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import encode_job
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.links import local
 from kfdist.links.link import LinkContext
 from kfdist.links.local import LocalLink
-from kfdist.types import Job, JobResult, LateBytes
+from kfdist.system.memory import Memory
+from kfdist.types import BlockShape, Job, JobResult, LateBytes
 
 CONTEXT = LinkContext(run="r", epoch=0, worker_rank=0, world_size=1, groups=(), fingerprint="")
 
@@ -60,10 +65,10 @@ class Inversions:
             self.running -= 1
         return JobResult(group=job.group, version=job.version, payload=b"", seconds=0.0, owner=device)
 
-    def link(self, *, jobs: int) -> LocalLink:
-        """Returns a link that has so many jobs."""
+    def link(self, *, jobs: int, inversion_bytes: int = 0) -> LocalLink:
+        """Returns a link that has so many jobs, the largest of which takes so much."""
         link = LocalLink()
-        link.start(CONTEXT)
+        link.start(replace(CONTEXT, inversion_bytes=inversion_bytes))
         for number in range(jobs):
             content = LateBytes.of(b"")
             link.submit(Job(run="r", epoch=0, group=f"{number}", version=0, content=content, deadline_seconds=9))
@@ -109,6 +114,34 @@ def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -
     inversions.go.set()
     link.close()
     assert inversions.most == 2
+
+
+def test_only_as_many_help_as_memory_is_free_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 2000
+    monkeypatch.setattr(local, "available_memory", lambda: Memory(free, "a test"))
+    inversions = Inversions(monkeypatch, cores=64)
+    link = inversions.link(jobs=7, inversion_bytes=1000)
+    link.wait(0.01)
+    inversions.reach(2)
+    free -= 1  # less than two have now: whoever helps ends after its job
+    inversions.go.set()
+    found: list[JobResult] = []
+    deadline = time.monotonic() + 30
+    while len(found) < 7 and time.monotonic() < deadline:
+        link.wait(1)
+        found += link.poll()
+        assert len(found) < 3 or inversions.running < 2
+    assert len(found) == 7 and inversions.most == 2
+    link.close()
+
+
+def test_the_link_knows_what_the_largest_inversion_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    link, told = LocalLink(), []
+    monkeypatch.setattr(link, "start", told.append)
+    model = nn.Sequential(nn.Linear(3, 20), nn.Linear(20, 30, bias=False), nn.Linear(30, 2))
+    kfdist.Preconditioner(model, "kfac", link=link).close()
+    shape = BlockShape(d_out=30, d_in=20)
+    assert [each.inversion_bytes for each in told] == [footprint(make_inverter("kfac"), shape).inversion]
 
 
 def test_a_wait_ends_while_inversions_go_on_and_close_drops_what_nobody_began(monkeypatch: pytest.MonkeyPatch) -> None:
