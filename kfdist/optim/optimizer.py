@@ -49,9 +49,9 @@ class Optimizer(torch.optim.Optimizer):
     length of the method whose learning rate and schedule were tuned before. A direction that is zero, not finite or
     uphill (<U, V> <= 0) is replaced by a, or by V; the device decides, nothing waits for it.
 
-    A direction of a normalised method, `ekfac-adam`, has a size and momentum of its own: theta <- (1 - lr weight_decay)
-    theta - lr U, with AdamW's learning rate. `betas` and `eps` are then those of parameters without a block; the
-    method has its own.
+    A direction of a normalised method, `ekfac-adam`, has a size and momentum of its own, and nothing replaces it: theta
+    <- (1 - lr weight_decay) theta - lr U, with AdamW's learning rate. `betas` and `eps` are then those of parameters
+    without a block; the method has its own.
 
     With several ranks all of them must make it, and step equally often, with DDP's or otherwise averaged gradients.
 

@@ -69,6 +69,23 @@ def test_adamws_moments_go_where_blocks_have_their_own(method: str):
         assert not first and not last and float(norm["step"]) == 4.0
 
 
+def test_a_direction_that_is_uphill_stays():
+    """Momentum leads on when the gradient turns round."""
+    model = small_model()
+    weight = next(model.parameters())
+    with optimizer_of(model, weight_decay=0.0, **ADAM) as optimizer:
+        for step in range(6):
+            backward(model, 0)
+            assert weight.grad is not None
+            if step == 5:
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad.neg_()
+            before = weight.detach().clone()
+            optimizer.step()
+        assert float(torch.sum((weight.detach() - before) * weight.grad)) > 0 and optimizer.replaced == 0
+
+
 def test_the_learning_rate_is_adamws_so_sgds_graft_is_refused():
     with pytest.raises(ConfigError, match="graft.*ekfac-adam goes by AdamW's learning rate"):
         optimizer_of(small_model(), graft="sgd", **ADAM)
