@@ -69,10 +69,16 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def _take_hooks_away() -> None:
-    """Ends captures that tests left in mid-step: a hook of theirs on all modules makes every later forward slower."""
+    """Ends what captures leave behind that tests dropped between an observed forward and its backward.
+
+    Their hooks on all modules make every later forward slower, and while one is open compiled code runs eagerly.
+    """
     if modules := sys.modules.get("torch.nn.modules.module"):
         for name in ("forward_pre", "forward", "backward_pre", "backward"):
             getattr(modules, f"_global_{name}_hooks").clear()
+    if internals := sys.modules.get("kfdist.torch_internals"):
+        for steps in list(internals.EagerSteps._open):
+            steps.close()
 
 
 def _keep_for_good() -> None:
