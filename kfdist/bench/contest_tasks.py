@@ -115,8 +115,8 @@ def _mnist(folder: Path | None) -> tuple[Batch, Batch]:
         raise ConfigError(f"isn't given, and this task's data are {_MNIST}; name their folder", path="--data")
     parts = []
     for part in ("train", "t10k"):
-        pixels = _bytes_of(folder, f"{part}-images-idx3-ubyte", header=16).reshape(-1, 1, 28, 28)
-        labels = _bytes_of(folder, f"{part}-labels-idx1-ubyte", header=8)
+        pixels = _bytes_of(folder, f"{part}-images-idx3-ubyte", header=16, each=784).reshape(-1, 1, 28, 28)
+        labels = _bytes_of(folder, f"{part}-labels-idx1-ubyte", header=8, each=1)
         if len(pixels) != len(labels):
             raise ConfigError(
                 f"{str(folder)!r} has {len(pixels)} images and {len(labels)} labels of {part}; get the files anew",
@@ -126,7 +126,7 @@ def _mnist(folder: Path | None) -> tuple[Batch, Batch]:
     return parts[0], parts[1]
 
 
-def _bytes_of(folder: Path, name: str, *, header: int) -> Tensor:
+def _bytes_of(folder: Path, name: str, *, header: int, each: int) -> Tensor:
     """Returns the bytes of an IDX file behind its header."""
     plain, packed = folder / name, folder / f"{name}.gz"
     try:
@@ -135,6 +135,11 @@ def _bytes_of(folder: Path, name: str, *, header: int) -> Tensor:
         raise ConfigError(
             f"{str(packed)!r} can't be read ({error}); the folder must have {_MNIST}", path="--data"
         ) from None
+    if len(content) <= header or (len(content) - header) % each:
+        raise ConfigError(
+            f"{name} in {str(folder)!r} has {len(content)} bytes, not {header} and {each} an example; get it anew",
+            path="--data",
+        )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
 
 

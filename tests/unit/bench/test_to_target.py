@@ -206,6 +206,13 @@ def test_mnists_files_are_read(mnist: Path):
     assert flat.shape == (5, 784) and flat is again
 
 
+@pytest.mark.parametrize("kept", [0, 16, 1000])
+def test_a_file_that_was_cut_off_is_refused(kept: int, mnist: Path):
+    (mnist / "t10k-images-idx3-ubyte").write_bytes(bytes(kept))
+    with pytest.raises(ConfigError, match=f"--data: t10k-images-idx3-ubyte in .* has {kept} bytes.*get it anew"):
+        TargetSettings(tasks=("mnist-resnet",), folder=mnist)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_model_of_a_task_takes_its_examples(name: str, mnist: Path):
     task = replace(TASKS[name], folder=mnist, most_measured=2)
