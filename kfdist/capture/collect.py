@@ -138,12 +138,16 @@ class Collector:
         if isinstance(block, EmbeddingBlock) and not _has_examples(visit, output_gradient):
             self.indivisible[block.name] = _LOOKED_UP_FOR_ALL
             return
-        activation, output_gradient = self._by_example(visit, block, output_gradient)
+        whole = output_gradient
+        activation, output_gradient = self._by_example(visit, block, whole)
         if not len(activation) or not visit.examples(len(activation)):
             self.empty.add(visit.name)
             return
         pending, first = self._begin(visit, output_gradient)
-        fresh = None if tells is None else self._fresh(visit, block, *self._by_example(visit, block, tells))
+        fresh = None
+        if tells is not None:
+            told = (activation, output_gradient) if tells is whole else self._by_example(visit, block, tells)
+            fresh = self._fresh(visit, block, *told)
         if request.samples is not None:
             if pending.reservoir is None:
                 pending.reservoir = Reservoir(

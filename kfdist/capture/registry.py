@@ -79,9 +79,11 @@ class Registry:
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter of a block, or a view or copy of one."""
+        if id(tensor) in self._parameters:
+            return True  # these two tell most tensors, at once
         whole = base_of(tensor)
         if not self._holds(tensor) and (whole is None or not self._holds(whole)):
-            return False  # most tensors, at once
+            return False
         return self.geometry(tensor) is not None
 
     def _holds(self, whole: Tensor) -> bool:

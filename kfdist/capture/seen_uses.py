@@ -129,8 +129,9 @@ class SeenUses:
         odd: str,
     ) -> None:
         """Takes an operation on a block's parameter; see `SeesOperations.saw`. It runs in the forward of `module`."""
-        used = [each for each in tensors_in((args, kwargs)) if self.registry.knows(each)]
-        moved = len(list(tensors_in((args, kwargs)))) == 1 and (
+        given = tensors_in((args, kwargs))
+        used = [each for each in given if self.registry.knows(each)]
+        moved = len(given) == 1 and (
             function in MOVES
             or (function in REFLECTIONS and not _is_scaled(args, kwargs) and self.registry.is_bare(used[0]))
         )
@@ -205,7 +206,7 @@ class SeenUses:
         output: Tensor,
     ) -> None:
         """Takes an operation on looked-up rows; see `SeesOperations.saw_rows`."""
-        lookups, given = self.forward.lookups, list(tensors_in((args, kwargs)))
+        lookups, given = self.forward.lookups, tensors_in((args, kwargs))
         handled = self._add_rows(module, addends(args, kwargs), output) if function in SUMS else []
         others = [each for each in given if lookups.of(each) is None]
         for rows in given:

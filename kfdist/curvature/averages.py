@@ -13,9 +13,11 @@ rho_k = min(1 - 1/k, decay) for the k-th folding (Martens & Grosse 2015, section
 estimates are plain averages; w is its own normaliser, so no bias correction is needed elsewhere.
 """
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from jaxtyping import Bool, Float
@@ -199,11 +201,17 @@ class WeightedSums:
                 self.sums[name].mul_(kept)
             return
         finite = all_finite(_telling(batch, self.sums))  # all of it, or nothing
-        zero = torch.zeros_like(self.like)
+        zero = self.like  # which it is
+        usable = torch.where(finite, gain, zero)
+        root = usable.sqrt() if batch.thin else zero
         for name, total in self.sums.items():
             if name in batch.thin:
                 part = self._part_in_use(name, batch.thin[name])
-                _fold_thin(part, batch.thin[name], torch.where(finite, gain, zero), rho, kept, step_is_finite)
+                if step_is_finite is not None:
+                    part.mul_(kept)
+                found = batch.thin[name]
+                thin = [ThinRows(torch.where(finite, each.rows, zero).mul_(root), each.columns) for each in found]
+                _fold_thin(part, thin, decay=rho if step_is_finite is None else 1.0)
                 continue
             self._in_use[name] = None
             if takes_over and rho == 0.0 and _same_form(total, batch.sums[name]):
@@ -216,13 +224,16 @@ class WeightedSums:
                         torch.where(finite & step_is_finite, new, part * kept, out=new)
                 continue
             for part, new in _slices(self._memory_of(name), batch.sums[name]):
-                part.mul_(kept).add_(torch.where(finite, new, zero).mul_(gain))
+                part.mul_(kept).addcmul_(torch.where(finite, new, zero), usable)
         found = {EXAMPLES: batch.examples, POSITIONS: batch.positions, PAIRS: batch.pairs}
         for name, count in self.counts.items():
             new = found[name]
             assert new is not None, "coarse sums come with their pairs"
-            count.add_(torch.where(finite, gain * new, zero))
-        self.dropped.add_((~finite).to(self.dropped.dtype))
+            if isinstance(new, Tensor):
+                count.addcmul_(usable, new)
+            else:
+                count.add_(usable, alpha=new)
+        self.dropped.add_(~finite)
 
     def _part_in_use(self, name: str, thin: Sequence[ThinRows]) -> Tensor:
         """Returns the part of a sum that rows are folded into: outside of the columns that ever came it is zero."""
@@ -280,28 +291,22 @@ class WeightedSums:
 
 
 def _telling(batch: BatchStatistics, names: Iterable[str]) -> Iterator[Tensor]:
-    """Yields what is finite where all of a batch is; of products of rows their diagonals, which bound the rest."""
+    """Yields what is finite where all of a batch is; of products of rows the length, which bounds them."""
     for name in names:
         if name in batch.thin:
-            yield from (each.squares() for each in batch.thin[name])
+            yield from (each.length() for each in batch.thin[name])
         else:
             yield batch.sums[name]
     yield from batch.rows.values()
 
 
-def _fold_thin(
-    total: Tensor, thin: Sequence[ThinRows], gain: Tensor, rho: float, kept: Tensor, step_is_finite: Tensor | None
-) -> None:
-    """Folds rows into a sum; where the host knows that the step counts, the decay is part of the product."""
-    if step_is_finite is not None:
-        total.mul_(kept)
-    decay = rho if step_is_finite is None else 1.0
+def _fold_thin(total: Tensor, thin: Sequence[ThinRows], *, decay: float) -> None:
+    """Folds rows into a sum, with its decay as part of the product."""
     for each in thin:
-        rows = torch.where(gain > 0, each.rows, torch.zeros_like(gain)).mul_(gain.sqrt())
-        if total.shape[-1] == rows.shape[-1] and each.columns is not None:  # of the part of the sum that is in use
-            total.mul_(decay).add_(rows.mT @ rows)
+        if total.shape[-1] == each.rows.shape[-1] and each.columns is not None:  # of the part of the sum that is in use
+            total.mul_(decay).add_(each.rows.mT @ each.rows)
         else:
-            ThinRows(rows, each.columns).add_to(total, kept=decay)
+            each.add_to(total, kept=decay)
         decay = 1.0
 
 
@@ -313,10 +318,10 @@ def _same_form(total: Tensor, new: Tensor) -> bool:
 
 def _slices(total: Tensor, new: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Takes two tensors apart along rows: what is computed of a slice is no temporary of a wide layer's size."""
-    if total.dim() < 2:
+    most = _SLICE.get(total.device.type, _SLICE[""])
+    if total.dim() < 2 or total.numel() <= most:
         yield total, new
         return
-    most = _SLICE.get(total.device.type, _SLICE[""])
     rows = max(1, most * total.shape[1] // max(1, total.numel()))
     yield from zip(total.split(rows, dim=1), new.split(rows, dim=1), strict=True)
 
@@ -333,7 +338,7 @@ def folding(
 
 def all_finite(tensors: Iterable[Float[Tensor, "..."]]) -> Bool[Tensor, ""]:
     """Says whether all entries are finite: a sum is non-finite if any entry is."""
-    return torch.isfinite(torch.stack([tensor.sum() for tensor in tensors]).sum())
+    return reduce(torch.add, (tensor.sum() for tensor in tensors)).abs() < math.inf
 
 
 def means(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ A moving average of width d takes them up in one product onto itself, and reads 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -34,9 +35,9 @@ class ThinRows:
         """Returns rows multiplied by a factor."""
         return ThinRows(self.rows * factor, self.columns)
 
-    def squares(self) -> Float[Tensor, "c w"]:
-        """Returns the diagonal of the sum: it is finite where all of the sum is."""
-        return self.rows.square().sum(1)
+    def length(self) -> Float[Tensor, ""]:
+        """Returns the root of the sum's trace, that is of all rows' squares: it is finite where all of the sum is."""
+        return torch.linalg.vector_norm(self.rows)
 
     def add_to(self, total: Float[Tensor, "c d d"], *, kept: float = 1.0) -> None:
         """Multiplies a sum by `kept` and adds the products to it, in place."""

@@ -16,12 +16,20 @@ def plain_arithmetic(device: torch.device) -> Iterator[None]:
     Args:
         device: Where it is computed, beside the CPU.
     """
+    if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _is_autocast(device)):
+        yield  # as in most hooks: four contexts would take as long as a small product
+        return
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         if device.type in ("cpu", "meta"):  # autocast knows no meta
             yield
         else:
             with torch.autocast(device.type, enabled=False):
                 yield
+
+
+def _is_autocast(device: torch.device) -> bool:
+    kinds = {"cpu", device.type} - {"meta"}
+    return any(torch.is_autocast_enabled(kind) for kind in kinds)
 
 
 @contextmanager

@@ -127,5 +127,7 @@ def _windows(tensor: Tensor, chosen: Tensor | None) -> Tensor:
 def _drawn(tensor: Tensor, chosen: Tensor) -> Tensor:
     """Copies rows of `[N, T, d]`, which may lie in any order."""
     chosen = chosen.to(tensor.device, non_blocking=True)
+    if tensor.is_contiguous():
+        return tensor.view(-1, tensor.shape[-1]).index_select(0, chosen).unsqueeze(0)
     positions = tensor.shape[1]
     return tensor[chosen // positions, chosen % positions].unsqueeze(0)

@@ -6,6 +6,7 @@ least where r_A q = r_G p: see `affordable_rows`. The error that this makes is i
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from jaxtyping import Int64
@@ -77,4 +78,10 @@ def draw_rows(rows: int, count: int, seed: int) -> Int64[Tensor, " count"]:
         return torch.arange(rows, device="cpu")
     generator = torch.Generator(device="cpu").manual_seed(seed)
     within = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
-    return ((torch.arange(count, device="cpu") + within) * (rows / count)).long().clamp_max_(rows - 1)
+    return within.add_(_strata(count)).mul_(rows / count).long().clamp_max_(rows - 1)
+
+
+@lru_cache(maxsize=64)
+def _strata(count: int) -> Tensor:
+    """Returns the numbers from 0 to `count` - 1, which nobody may change."""
+    return torch.arange(count, dtype=torch.float64, device="cpu")

@@ -7,7 +7,6 @@ Their blocks are small enough to be the Fisher matrix itself, not a product of f
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -54,4 +53,5 @@ class UnitBlock(Block):
         """Returns the sum over examples of v v^T of each unit, for gradients v."""
         if gradients.shape[-1] == 1:
             return gradients.square().sum(0).unsqueeze(-1)
-        return torch.einsum("nci,ncj->cij", gradients, gradients)
+        by_unit = gradients.transpose(0, 1)
+        return by_unit.mT @ by_unit
