@@ -33,16 +33,22 @@ class HeldFactor:
         vectors: U, `[c, d, k]`, orthonormal.
         values: w, `[c, k]`, descending.
         trace: Of S, also of what was cut off, `[c]`.
+        missing: Bound on ||S* - S|| in the spectral norm, `[c]`, for the whole sum S* that nothing was cut off of. It
+            decays as S does, and the largest eigenvalue that an update cuts off is added to it.
         weight: Decayed count of what is in S, examples (of A) or positions (of G), a scalar; None for a factor
             without rows.
         rank: Eigenpairs r that outlive the next update.
+        decomposed: Whether U and w are of a decomposition, which rows have not moved since: what is missing is then
+            orthogonal to U.
     """
 
     vectors: Tensor
     values: Tensor
     trace: Tensor
+    missing: Tensor
     weight: Tensor | None
     rank: int
+    decomposed: bool = False
 
     @classmethod
     def empty(cls, like: Float[Tensor, "c n d"], rank: int) -> "HeldFactor":
@@ -50,23 +56,38 @@ class HeldFactor:
         c, _, d = like.shape
         zero = like.new_zeros(c)
         return cls(
-            vectors=like.new_zeros(c, d, 0), values=like.new_zeros(c, 0), trace=zero, weight=zero.sum(), rank=rank
+            vectors=like.new_zeros(c, d, 0),
+            values=like.new_zeros(c, 0),
+            trace=zero,
+            missing=zero,
+            weight=zero.sum(),
+            rank=rank,
         )
 
     @classmethod
-    def decomposed(
+    def of_dense(
         cls, found: FactorSpectrum, matrix: Float[Tensor, "c d d"], *, weight: Float[Tensor, ""] | None, rank: int
     ) -> "HeldFactor":
-        """Takes over the decomposition of a dense factor M, as S = weight M."""
+        """Takes over the decomposition of a dense factor M, as S = weight M; no more than w_r is missing of it."""
         scale = torch.ones((), dtype=matrix.dtype, device=matrix.device) if weight is None else weight
         values = found.spectrum.values * scale
-        return cls(vectors=found.spectrum.vectors, values=values, trace=trace(matrix) * scale, weight=weight, rank=rank)
+        return cls(
+            vectors=found.spectrum.vectors,
+            values=values,
+            trace=trace(matrix) * scale,
+            missing=torch.zeros_like(values[..., 0]) if found.spectrum.complete else values[..., -1].clone(),
+            weight=weight,
+            rank=rank,
+            decomposed=True,
+        )
 
     @classmethod
     def from_state(
         cls, state: Mapping[str, Tensor], label: str, like: Float[Tensor, "..."], *, rank: int | None
     ) -> "HeldFactor | None":
         """Reads what `to_state` wrote; None if there is nothing.
+
+        Older checkpoints don't say what is missing: it is no more than the larger one of S* and S is.
 
         Args:
             state: Of the last version.
@@ -77,12 +98,16 @@ class HeldFactor:
         if f"U_{label}" not in state:
             return None
         weight = state.get(f"weight_{label}")
+        values, whole = state[f"w_{label}"].to(like), state[f"trace_{label}"].to(like)
+        missing = state.get(f"missing_{label}")
         return cls(
             vectors=state[f"U_{label}"].to(like),
-            values=state[f"w_{label}"].to(like),
-            trace=state[f"trace_{label}"].to(like),
+            values=values,
+            trace=whole,
+            missing=_at_most(values, whole) if missing is None else missing.to(like),
             weight=None if weight is None else weight.to(like),
             rank=int(state[f"rank_{label}"]) if rank is None else rank,
+            decomposed=weight is None,
         )
 
     def to_state(self, label: str) -> dict[str, Tensor]:
@@ -91,6 +116,7 @@ class HeldFactor:
             f"U_{label}": self.vectors,  # shared with what is applied: nothing writes into it
             f"w_{label}": self.values.clone(),
             f"trace_{label}": self.trace.clone(),
+            f"missing_{label}": self.missing.clone(),
             f"rank_{label}": torch.tensor(self.rank, dtype=torch.int64, device="cpu"),
         }
         if self.weight is not None:
@@ -106,7 +132,13 @@ class HeldFactor:
         """Returns it with S <- decay S, and the weight as if the new rows were in S already."""
         assert self.weight is not None
         weight = decay * self.weight + counted
-        return replace(self, values=decay * self.values, trace=decay * self.trace, weight=weight)
+        return replace(
+            self,
+            values=decay * self.values,
+            trace=decay * self.trace,
+            missing=decay * self.missing,
+            weight=weight,
+        )
 
     def updated(self, rows: Float[Tensor, "c n d"], *, seed: int, label: str) -> tuple["HeldFactor", dict[str, float]]:
         """Adds rows^T rows to S by Brand's update.
@@ -124,6 +156,7 @@ class HeldFactor:
         leading = self.vectors[..., : self.rank]  # what is cut off here needs no check
         repair = leading.shape[-1] > 0 and _orthogonality(leading, seed, label) > ORTHOGONALITY_LIMIT
         before = reorthogonalise(self.vectors, self.values) if repair else (self.vectors, self.values)
+        missing = self.missing + self._largest_beyond(before[1])
         before = before[0][..., : self.rank], before[1][..., : self.rank]
         sizes = torch.linalg.vector_norm(rows, dim=-1)
         filled = sizes.amax(0) > 0
@@ -133,7 +166,14 @@ class HeldFactor:
         vectors, values = brand_update(*before, rows)
         probes = probes_like(vectors, seed=seed, label=label)
         residual, orthogonality = update_errors(before, rows, (vectors, values), probes)
-        after = replace(self, vectors=vectors, values=values, trace=self.trace + sizes.square().sum(-1))
+        after = replace(
+            self,
+            vectors=vectors,
+            values=values,
+            trace=self.trace + sizes.square().sum(-1),
+            missing=missing,
+            decomposed=False,
+        )
         return after, {
             f"residual_{label}": float(residual.max()),
             f"orthogonality_{label}": float(orthogonality.max()) * vectors.shape[-1] ** 0.5,
@@ -142,13 +182,25 @@ class HeldFactor:
 
     def truncated(self) -> "HeldFactor":
         """Returns it with its leading r eigenpairs."""
-        return replace(self, vectors=self.vectors[..., : self.rank], values=self.values[..., : self.rank])
+        return replace(
+            self,
+            vectors=self.vectors[..., : self.rank],
+            values=self.values[..., : self.rank],
+            missing=self.missing + self._largest_beyond(self.values),
+        )
+
+    def _largest_beyond(self, values: Float[Tensor, "c k"]) -> Float[Tensor, " c"]:
+        """Returns the largest eigenvalue that isn't of the leading r; 0 where there are no others."""
+        return values[..., self.rank] if values.shape[-1] > self.rank else torch.zeros_like(self.missing)
 
     def corrected(self, matrix: Float[Tensor, "c d d"], *, fraction: float, seed: int, label: str) -> "HeldFactor":
         """Refreshes m = round(fraction k + 1) random ones of its k eigenpairs from the dense factor M = S / weight.
 
         Those of eigenvalue zero don't count: rows that only fill up, or repeat each other, leave vectors there that are
         made of rounding, and so would the result be.
+
+        With C = S* - S and the projection P onto those, C - P C P takes the place of C: of [[a, b], [b^T, d]], a
+        becomes 0, which makes the norm at most 2 / sqrt(3) as large, for b^2 + d^2 <= ||C||^2 on every vector.
         """
         assert self.weight is not None
         floor = self.values[..., :1] * self.vectors.shape[-2] * torch.finfo(self.values.dtype).eps
@@ -156,7 +208,9 @@ class HeldFactor:
         m = min(round(fraction * k + 1), k)
         columns = draw_columns(k, m, seed=split_seed(seed, f"correction/{label}"), device=matrix.device)
         vectors, values = light_correction(self.vectors, self.values / self.weight, matrix, columns)
-        return replace(self, vectors=vectors, values=values * self.weight)
+        values = values * self.weight
+        missing = torch.minimum(2 / 3**0.5 * self.missing, _at_most(values, self.trace))
+        return replace(self, vectors=vectors, values=values, missing=missing)
 
     def adapted(self, rule: AdaptiveRank, *, most: int) -> "HeldFactor":
         """Returns it with the rank for the next update; unchanged while it has fewer eigenpairs than its rank.
@@ -178,6 +232,12 @@ class HeldFactor:
     def mean_trace(self) -> Float[Tensor, " c"]:
         """Returns the trace of the factor, also of what was cut off."""
         return self.trace if self.weight is None else self.trace / self.weight
+
+    def mean_missing(self) -> Float[Tensor, " c"] | None:
+        """Returns what may be missing of the factor; None where that is orthogonal to U and no larger than w_r."""
+        if self.decomposed or self.weight is None:
+            return None
+        return self.missing / self.weight
 
     def diagnostics(self, label: str, found: Mapping[str, float], *, seed: int) -> dict[str, float]:
         """Returns its diagnostics with those of how it came about; waits for the tensors.
@@ -203,6 +263,11 @@ class HeldFactor:
         probes = probes_like(matrix, seed=seed, label=label)
         error = eigen_residual(matrix, spectrum.values, spectrum.vectors, probes)
         return {f"approximation_error_{label}": float(error.max())}
+
+
+def _at_most(values: Float[Tensor, "c k"], whole: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
+    """Returns what ||S* - S|| can't exceed, whatever was cut off: neither S* nor S has negative eigenvalues."""
+    return torch.maximum(values[..., 0], whole) if values.shape[-1] else whole.clone()
 
 
 def _orthogonality(vectors: Float[Tensor, "c d k"], seed: int, label: str) -> float:

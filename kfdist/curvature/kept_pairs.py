@@ -36,13 +36,18 @@ MARGIN = 2.0
 own."""
 
 
+Missing = tuple[Float[Tensor, " c"] | None, Float[Tensor, " c"] | None]
+"""Of A and of G, `[c]`: a bound on the eigenvalues' magnitudes of what a factor is without the pairs found."""
+
+
 class Kept(NamedTuple):
     """The eigenpairs of both factors that are kept.
 
     Attributes:
         A: Of the factor of the inputs.
         G: Of the factor of the output gradients.
-        error: Bound on every component of a direction, relative to itself, at the damping that it was made for.
+        error: Bound on every component of a direction, relative to itself, at the damping that it was made for; where
+            something is missing, on the whole direction.
         mean_error: By how much the components that lie outside both bases change on average, relative to themselves, at
             that damping; known of the traces, whatever the eigenvalues are that were never found.
         least_damping: Smallest damping for which there are enough; 0 where nothing was cut off.
@@ -63,26 +68,38 @@ class _Choices(NamedTuple):
         largest: h, the largest eigenvalue that isn't kept, `[c, n]`; 0 where there is none.
         tails: t, what the eigenvalues that aren't kept are taken to be, `[c, n]`.
         leading: The largest eigenvalue of all, `[c, 1]`.
+        missing: m, `[c, 1]`; 0 where what isn't known is orthogonal to the pairs.
     """
 
     ranks: list[int]
     largest: Float[Tensor, "c n"]
     tails: Float[Tensor, "c n"]
     leading: Float[Tensor, "c 1"]
+    missing: Float[Tensor, "c 1"]
 
     @classmethod
-    def of(cls, spectrum: Spectrum, *, cuts: bool) -> "_Choices":
+    def of(cls, spectrum: Spectrum, missing: Float[Tensor, " c"] | None, *, cuts: bool) -> "_Choices":
         values, tail = spectrum.values.double().cpu(), spectrum.tail.double().cpu().unsqueeze(-1)
         fewer = list(range(MULTIPLE, values.shape[-1], MULTIPLE)) if cuts else []
         cut_off, last = values[..., fewer], torch.maximum(values[..., -1:], tail)
         if spectrum.complete:
-            last, tail = torch.zeros_like(last), torch.zeros_like(tail)
+            tail = torch.zeros_like(tail)
+        if spectrum.complete or missing is not None:
+            last = torch.zeros_like(last)
+        unknown = torch.zeros_like(last) if missing is None else missing.double().cpu().unsqueeze(-1)
         largest, tails = torch.cat([cut_off, last], -1), torch.cat([cut_off / 2, tail], -1)
-        return cls([*fewer, values.shape[-1]], largest, tails, values[..., :1])
+        return cls([*fewer, values.shape[-1]], largest, tails, values[..., :1], unknown)
 
     def deviations(self, damping: Float[Tensor, "c 1"], factor: Float[Tensor, "c 1"]) -> Float[Tensor, "c n"]:
         """Returns e for the eigenvalues `factor` x + `damping`."""
-        return factor * torch.maximum(self.tails, self.largest - self.tails) / (factor * self.tails + damping)
+        return factor * (self._replaced() + self.missing) / (factor * self.tails + damping)
+
+    def replaced_deviations(self, damping: Float[Tensor, "c 1"], factor: Float[Tensor, "c 1"]) -> Float[Tensor, "c n"]:
+        """Returns e as `deviations` does, as if nothing were missing."""
+        return factor * self._replaced() / (factor * self.tails + damping)
+
+    def _replaced(self) -> Float[Tensor, "c n"]:
+        return torch.maximum(self.tails, self.largest - self.tails)
 
 
 def keep_enough(
@@ -93,12 +110,13 @@ def keep_enough(
     damping_rule: DampingRule,
     damping: float,
     direction_error: float,
+    missing: Missing = (None, None),
 ) -> Kept:
     """Cuts off the eigenpairs of a block's factors that its directions don't need.
 
     Of all choices that hold the bound at damping / `MARGIN`, the one with the fewest pairs of both factors together,
     which is what applying costs. Where even all pairs don't hold it, each factor keeps as many as make its own share of
-    the error small, or all. Waits for the tensors.
+    the error small, or all; what is missing doesn't count there, since no pair brings it back. Waits for the tensors.
 
     Args:
         A: Of the factor of the inputs, as it was found.
@@ -107,8 +125,10 @@ def keep_enough(
         damping_rule: How damping acts.
         damping: lambda, or phi, of the version.
         direction_error: Largest bound; 0 keeps all pairs.
+        missing: m of A and of G; None where what wasn't found is orthogonal to the pairs and at most w_r.
     """
-    sides = _Choices.of(A, cuts=direction_error > 0), _Choices.of(G, cuts=direction_error > 0)
+    cuts = direction_error > 0
+    sides = _Choices.of(A, missing[0], cuts=cuts), _Choices.of(G, missing[1], cuts=cuts)
     sizes = A.vectors.shape[-2], G.vectors.shape[-2]
 
     def split(damping: float) -> tuple[Tensor, Tensor]:
@@ -116,22 +136,28 @@ def keep_enough(
             return split_by_largest(A.values[..., 0], G.values[..., 0], damping=damping)
         return split_by_trace(*traces, d_in=sizes[0], d_out=sizes[1], damping=damping)
 
-    def bounds(damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    def bounds(sides: tuple[_Choices, _Choices], damping: float) -> tuple[Tensor, Tensor, Tensor]:
         if damping_rule == "common":
             return _common_bounds(*sides, damping)
         gammas = [each.double().cpu().unsqueeze(-1) for each in split(damping)]
         e_A, e_G = (side.deviations(gamma, torch.ones_like(gamma)) for side, gamma in zip(sides, gammas, strict=True))
         return e_A.amax(0), e_G.amax(0), ((1 + e_A.unsqueeze(-1)) * (1 + e_G.unsqueeze(-2)) - 1).amax(0)
 
-    i, j = _fewest(*sides, bounds(damping / MARGIN), direction_error)
+    least = damping / MARGIN
+    places = _fewest(*sides, bounds(sides, least)[2], direction_error)
+    if places is None:
+        found = _Choices.of(A, None, cuts=cuts), _Choices.of(G, None, cuts=cuts)
+        known = bounds(found, least)
+        places = _fewest(*found, known[2], direction_error) or _shares(known, direction_error)
+    i, j = places
     cuts = i < len(sides[0].ranks) - 1 or j < len(sides[1].ranks) - 1
     kept = _leading(A, sides[0].ranks[i]), _leading(G, sides[1].ranks[j])
     return Kept(
         A=kept[0],
         G=kept[1],
-        error=float(bounds(damping)[2][i, j]),
+        error=float(bounds(sides, damping)[2][i, j]),
         mean_error=_mean_error(kept, traces, None if damping_rule == "common" else split(damping), damping),
-        least_damping=damping / MARGIN if cuts else 0.0,
+        least_damping=least if cuts else 0.0,
     )
 
 
@@ -144,7 +170,8 @@ def _mean_error(
     """Returns how far the mean over the components outside both bases is from 0, of the worst of c.
 
     A change is linear in the eigenvalue that t stands for, so its mean needs only theirs: the rest of the trace, over
-    as many as there are. It may hide that some components grow and others shrink, and isn't of any one gradient.
+    as many as there are; what is missing counts as if it lay there. It may hide that some components grow and others
+    shrink, and isn't of any one gradient.
     Nothing is outside of a complete basis; then, and if `gammas` are None, it is of the leading eigenvector there.
     """
     outside = [(_rest(each, of_one), each.tail.double().cpu()) for each, of_one in zip(kept, traces, strict=True)]
@@ -172,22 +199,51 @@ def _rest(kept: Spectrum, trace: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
 def _common_bounds(A: _Choices, G: _Choices, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the bounds of exact damping: of each factor alone, `[n_A]` and `[n_G]`, and of both, `[n_A, n_G]`."""
     joint = torch.full_like(A.leading, damping)
-    e_A, e_G = A.deviations(joint, G.leading), G.deviations(joint, A.leading)
+    e_A, e_G = A.replaced_deviations(joint, G.leading), G.replaced_deviations(joint, A.leading)
     tails = A.tails.unsqueeze(-1) * G.tails.unsqueeze(-2)
     largest = A.largest.unsqueeze(-1) * G.largest.unsqueeze(-2)
     both = torch.maximum(largest - tails, tails) / (tails + damping)
     either = torch.maximum(e_A.unsqueeze(-1), e_G.unsqueeze(-2))
-    return e_A.amax(0), e_G.amax(0), torch.maximum(either, both).amax(0)
+    of_A = _beside(G.leading, A.tails.unsqueeze(-1), G.largest.unsqueeze(-2), tails, damping) * A.missing.unsqueeze(-1)
+    of_G = _beside(A.leading, G.tails.unsqueeze(-2), A.largest.unsqueeze(-1), tails, damping) * G.missing.unsqueeze(-1)
+    of_both = (A.missing * G.missing).unsqueeze(-1) / (tails + damping)
+    together = torch.maximum(either, both) + of_A + of_G + of_both
+    return A.deviations(joint, G.leading).amax(0), G.deviations(joint, A.leading).amax(0), together.amax(0)
 
 
-def _fewest(A: _Choices, G: _Choices, bounds: tuple[Tensor, Tensor, Tensor], most: float) -> tuple[int, int]:
-    """Returns the places of the choices to make for A and G."""
-    table = bounds[2].tolist()
+def _beside(
+    leading: Float[Tensor, "c 1"],
+    tails: Float[Tensor, "c ..."],
+    largest: Float[Tensor, "c ..."],
+    products: Float[Tensor, "c n m"],
+    damping: float,
+) -> Float[Tensor, "c n m"]:
+    """Returns the largest of v / (v' t + lambda), for the other factor's eigenvalues v and what they are kept as, v'.
+
+    Args:
+        leading: The largest v of those that are kept.
+        tails: t.
+        largest: h, the largest of those that aren't.
+        products: t_A t_G, which are t times what those are kept as.
+        damping: lambda.
+    """
+    leading = leading.unsqueeze(-1)
+    return torch.maximum(leading / (leading * tails + damping), largest / (products + damping))
+
+
+def _fewest(A: _Choices, G: _Choices, bounds: Float[Tensor, "n m"], most: float) -> tuple[int, int] | None:
+    """Returns the places of the choices with the fewest pairs of those that hold the bound; None where none does."""
+    table = bounds.tolist()
     enough = [(k + m, table[i][j], i, j) for i, k in enumerate(A.ranks) for j, m in enumerate(G.ranks)]
     enough = [each for each in enough if each[1] <= most]
-    if enough:
-        _, _, i, j = min(enough)
-        return i, j
+    if not enough:
+        return None
+    _, _, i, j = min(enough)
+    return i, j
+
+
+def _shares(bounds: tuple[Tensor, Tensor, Tensor], most: float) -> tuple[int, int]:
+    """Returns the places of the choices that make each factor's own share of the bound small, or of all pairs."""
     share = math.sqrt(1 + most) - 1
     i, j = (next((i for i, e in enumerate(alone.tolist()) if e <= share), len(alone) - 1) for alone in bounds[:2])
     return i, j

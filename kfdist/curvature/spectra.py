@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfdist.curvature.inverse import KroneckerSpectrum
 from kfdist.curvature.inverter import Inversion, Outcome
-from kfdist.curvature.kept_pairs import keep_enough
+from kfdist.curvature.kept_pairs import Missing, keep_enough
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.errors import ConfigError
 from kfdist.linalg.kronecker import DampingRule, Spectrum
@@ -222,15 +222,22 @@ def enough_of(
     damping_rule: DampingRule,
     damping: float,
     direction_error: float | None,
+    missing: Missing = (None, None),
 ) -> tuple[KroneckerSpectrum, dict[str, float]]:
-    """Makes the preconditioner of as many eigenpairs as its directions need; see `kept_pairs`.
+    """Makes the preconditioner of as many eigenpairs as its directions need; see `kept_pairs.keep_enough`.
 
     Returns:
         The preconditioner, and what was kept: `rank_*`, the bound that holds, `direction_error`, the mean behind it,
         `mean_direction_error`, and `limited_by_rank`, 1 where that bound is above what was asked for, else 0.
     """
     kept = keep_enough(
-        A, G, traces=traces, damping_rule=damping_rule, damping=damping, direction_error=direction_error or 0.0
+        A,
+        G,
+        traces=traces,
+        damping_rule=damping_rule,
+        damping=damping,
+        direction_error=direction_error or 0.0,
+        missing=missing,
     )
     preconditioner = KroneckerSpectrum.of(
         kept.A,

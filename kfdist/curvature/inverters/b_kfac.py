@@ -158,6 +158,7 @@ class AbstractBrandKfac(AbstractInverter):
             damping_rule=self.damping_rule,
             damping=damping,
             direction_error=self.direction_error,
+            missing=(A.mean_missing(), G.mean_missing()),
         )
         return Inversion(
             preconditioner=preconditioner,
@@ -231,7 +232,7 @@ class AbstractBrandKfac(AbstractInverter):
             seed=seed,
             label=label,
         )
-        factor = HeldFactor.decomposed(found, dense, weight=weight, rank=rank)
+        factor = HeldFactor.of_dense(found, dense, weight=weight, rank=rank)
         return factor, found.outcome, found.diagnostics
 
     def _update_work(self, d: int) -> list[Work]:
