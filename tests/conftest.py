@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import uuid
@@ -64,21 +63,7 @@ def pytest_collection() -> Iterator[None]:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if nextitem is not None and nextitem.path != item.path:
-        _take_hooks_away()
         _keep_for_good()
-
-
-def _take_hooks_away() -> None:
-    """Ends what captures leave behind that tests dropped between an observed forward and its backward.
-
-    Their hooks on all modules make every later forward slower, and while one is open compiled code runs eagerly.
-    """
-    if modules := sys.modules.get("torch.nn.modules.module"):
-        for name in ("forward_pre", "forward", "backward_pre", "backward"):
-            getattr(modules, f"_global_{name}_hooks").clear()
-    if internals := sys.modules.get("kfdist.torch_internals"):
-        for steps in list(internals.EagerSteps._open):
-            steps.close()
 
 
 def _keep_for_good() -> None:

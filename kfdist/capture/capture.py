@@ -4,7 +4,8 @@ With the empirical Fisher a call is measured when the loss's backward reaches it
 by `Capture.observe`, from gradients of the model's own predictions, and the loss's backward counts for nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -98,6 +99,7 @@ class Capture:
         coarse: Sequence[Sequence[str]] = (),
         rank: int = 0,
     ) -> None:
+        self._itself: weakref.ref[Capture] = weakref.ref(self)
         self._blocks = dict(blocks)
         self._fisher: Fisher = fisher
         self._groups = (chains, coarse)
@@ -326,7 +328,7 @@ class Capture:
         if not any(parameter.requires_grad for parameter in self._parameters()):
             return
         # The first gradient of a backward arrives here, also where it then meets no armed layer.
-        hook = partial(self._on_model_gradient, forward, self._generation)
+        hook = partial(_tell, self._itself, Capture._on_model_gradient, forward, self._generation)
         for tensor in tensors_in(output):
             if tensor.requires_grad and not oddity(tensor):
                 tensor.register_hook(hook)
@@ -376,10 +378,12 @@ class Capture:
     def _expect(self, use: Use, edge: GradientEdge) -> None:
         """Waits for the gradient of a use's output."""
         if self._observer is None:
-            edge.node.register_prehook(partial(self._on_output_gradient, use, edge.output_nr))
+            told = partial(_tell, self._itself, Capture._on_output_gradient, use, edge.output_nr)
+            edge.node.register_prehook(told)
         elif use.rerun_in == NO_BACKWARD:
             number = self._observer.remember(use, edge)
-            edge.node.register_prehook(partial(self._on_observed_backward, number, use.forward, self._generation))
+            of_it = (number, use.forward, self._generation)
+            edge.node.register_prehook(partial(_tell, self._itself, Capture._on_observed_backward, *of_it))
         elif not self._observer.running:
             self._observer.repeated(use.name)
 
@@ -458,3 +462,12 @@ class Capture:
         dropped, moved_on = self._batches.dropped(self._parameters()), self._loss_scale.moved_on()
         if dropped or moved_on:
             self.discard()
+
+
+def _tell(capture: weakref.ref[Capture], hook: Callable[..., None], *arguments: Any) -> None:
+    """Calls a hook of the graph, unless nobody has the capture any more.
+
+    The graph's hooks must not hold it: what is observed holds the graph, and no collector looks into autograd's nodes.
+    """
+    if (found := capture()) is not None:
+        hook(found, *arguments)
