@@ -64,17 +64,12 @@ def __getattr__(name: str) -> Any:
     """Loads a public name at its first use, so that `import kfdist` stays free of side effects."""
     if name not in _HOMES:
         raise AttributeError(f"module 'kfdist' has no attribute {name!r}; it has {', '.join(__all__)}")
-    import gc
     from importlib import import_module
 
-    # What modules make stays: a full collection on the way would look at all that torch made, for a tenth of a second.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    from kfdist.system.imports import uncollected
+
+    with uncollected():
         value = getattr(import_module(_HOMES[name]), name)
-    finally:
-        if collects:
-            gc.enable()
     globals()[name] = value
     return value
 

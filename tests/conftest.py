@@ -58,6 +58,7 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.enable()
         _keep_for_good()
+        _pass_on_what_torch_logs()
 
 
 @pytest.hookimpl(trylast=True)
@@ -70,6 +71,16 @@ def _keep_for_good() -> None:
     """Has no collection look again through what is there, such as modules: a full one would take 0.6 s at the end."""
     gc.collect()
     gc.freeze()
+
+
+def _pass_on_what_torch_logs() -> None:
+    """Has torch's loggers, some forty, pass on to the root's handlers what they log.
+
+    To each logger that doesn't, pytest adds its handler, six times a test: 0.3 ms of CPU, and 0.06 where all do.
+    """
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger):
+            logger.propagate = True
 
 
 def pytest_unconfigure() -> None:

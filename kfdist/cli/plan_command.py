@@ -9,6 +9,7 @@ import typer
 from kfdist.checks import choice
 from kfdist.cli.options import FREE_PORTS, AsJson, ConfigFile, Overrides, load, number, whole
 from kfdist.errors import ConfigError
+from kfdist.system.imports import uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +69,9 @@ def _plan(
         f"cluster.{name}={count}" for name, count in (("workers", world), ("owners", owners)) if count is not None
     ]
     checked = load(config, given, defaults=FREE_PORTS)
-    from kfdist.forecast.forecast import make_forecast
-    from kfdist.forecast.step_time import GPUS
+    with uncollected():
+        from kfdist.forecast.forecast import make_forecast
+        from kfdist.forecast.step_time import GPUS
 
     for name in gpu or ():
         choice("--gpu", name.upper(), GPUS, hint="of others, --step-seconds says how long a step takes")

@@ -8,6 +8,7 @@ import typer
 
 from kfdist.cli.complete import complete_run
 from kfdist.cli.options import AsJson
+from kfdist.system.imports import uncollected
 
 _HOME = Path("runs")
 
@@ -44,11 +45,13 @@ def _report(
     """
     directories = [_directory_of(run) for run in runs]
     if len(directories) == 1:
-        from kfdist.report.page import write_report
+        with uncollected():
+            from kfdist.report.page import write_report
 
         written = write_report(directories[0], output)
     else:
-        from kfdist.report.comparison import write_comparison
+        with uncollected():
+            from kfdist.report.comparison import write_comparison
 
         written = write_comparison(directories, output)
     print(json.dumps({"report": str(written)}) if as_json else f"report: {written}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kfdist.cli.options import FREE_PORTS, AsJson, ConfigFile, Controller, Overrides, load, whole
+from kfdist.system.imports import uncollected
 
 if TYPE_CHECKING:
     from kfdist.control.controller import Controller as RunningController
@@ -31,7 +32,8 @@ def _train(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJs
     checked = load(config, overrides, defaults=FREE_PORTS)
     with stop_requests() as requests:
         # torch takes seconds to import; a bad configuration is told before that, and Ctrl-C is heard during it.
-        from kfdist.launch.launcher import train
+        with uncollected():
+            from kfdist.launch.launcher import train
 
         code = train(checked, Terminal(as_json=as_json), requests)
     raise typer.Exit(code)
@@ -45,7 +47,8 @@ def _worker(config: ConfigFile = None, overrides: Overrides = None, controller: 
     with 75; the same command resumes.
     """
     checked = load(config, overrides, controller=controller)
-    from kfdist.training.worker import run_worker
+    with uncollected():
+        from kfdist.training.worker import run_worker
 
     ending = run_worker(checked)
     if ending.message:

@@ -51,6 +51,9 @@ class RunSection(Section):
         description="what is told the numbers of metrics.jsonl besides: tensorboard (RUN/tensorboard), mlflow "
         "(MLFLOW_TRACKING_URI, else RUN/mlruns); each is an extra of kfdist",
     )
+    report: bool = Field(
+        default=True, description="whether `kfdist train` ends with report.html; `kfdist report` writes it at any time"
+    )
     accept_changes: bool = Field(
         default=False, description="whether a run directory started with another configuration may be taken over"
     )

@@ -390,9 +390,9 @@ class Launch:
         return code
 
     def _report(self) -> None:
-        """Writes the page about the run, of a launch that trained; another Ctrl-C gives it up."""
+        """Writes the page about the run, if asked for, of a launch that trained; another Ctrl-C gives it up."""
         asked = self._requests.count
-        if self._has_trained() and asked < _IMPATIENT:
+        if self._config.run.report and self._has_trained() and asked < _IMPATIENT:
             if line := report_line(self._config.run.directory, unless=lambda: self._requests.count > asked):
                 self._terminal.say(line)
 

@@ -6,6 +6,7 @@ of answer, and the seconds of the inversion, with the bytes of the result to fol
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 from enum import StrEnum
 from multiprocessing.connection import Connection
 
+from kfdist.system.imports import uncollected
 from kfdist.system.lifetime import exit_with_process
 
 
@@ -44,9 +46,11 @@ def main() -> None:
 
 
 def _serve(owner: Connection, threads: int, device: str, gpu_share: float) -> None:
-    import torch
+    with uncollected():
+        import torch
 
-    from kfdist.curvature.jobs import fingerprint, job_threads, run_job
+        from kfdist.curvature.jobs import fingerprint, job_threads, run_job
+    gc.freeze()  # nor at the end, when a collection of all that torch made takes longer than a small job
 
     def say(**content: object) -> None:
         owner.send_bytes(json.dumps(content).encode())

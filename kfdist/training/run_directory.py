@@ -32,6 +32,7 @@ HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_pe
     "run.target_accuracy",
     "run.stop_at_target",
     "run.trackers",
+    "run.report",
     "run.device",
     "cluster.workers",
     "cluster.owners",

@@ -54,7 +54,7 @@ class Observed:
 def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     directory = tmp_path_factory.mktemp("default") / "run"
     started = time.monotonic()
-    with launch(directory) as command, ExitStack() as stack:
+    with launch(directory, report=True) as command, ExitStack() as stack:
         served = addresses(command)
         prometheus = None
         if PROMETHEUS is not None:

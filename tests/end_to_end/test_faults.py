@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def test_a_killed_rank_ends_the_run_which_resumes_from_its_newest_checkpoint_until_sigterm(tmp_path: Path):
     directory, arguments = tmp_path / "run", (*LOCAL, *ENDLESS, "--set", "checkpoint.period=10")
-    with launch(directory, *arguments) as command:
+    with launch(directory, *arguments, report=True) as command:
         command.wait_for_line(" 30/")
         os.kill(command.members("-m kfdist worker")[1].pid, signal.SIGKILL)
         command.expect(1, seconds=30)
@@ -45,8 +45,9 @@ def test_a_killed_rank_ends_the_run_which_resumes_from_its_newest_checkpoint_unt
         command.wait_for_line("step ")
         command.signal(signal.SIGTERM)  # as polite a stop as Ctrl-C
         command.wait_for_line("run the same command again to resume", seconds=20)
-        command.expect(75, seconds=60)  # now only the page about the run is made
+        command.expect(75, seconds=20)
         assert command.left_behind() == []
+    assert (directory / "report.html").read_text(encoding="utf-8") == page, "no other was asked for"
     stopped = summary_of(directory)
     assert stopped["status"] == "stopped" and stopped["steps"] >= newest + 10
     assert checkpoints_of(directory)[-1] == stopped["steps"]
@@ -61,7 +62,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_and_goes_on_over_killed_controller_owne
     ours = Credentials(role=Role.CLIENT, certificates=str(certificates), token_file=str(certificates / "token"))
     # Without owners it goes on for so many steps; then it waits for them, and leaves the processor to the new ones.
     arguments = (*ENDLESS, *ONE_OWNER, *secured, "--set", "preconditioner.staleness.hard_bound=40")
-    with launch(directory, *arguments) as command:
+    with launch(directory, *arguments, report=True) as command:
         command.wait_for_line(" 10/")
         command.family()
         started = time.monotonic()

@@ -12,7 +12,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def launch(directory: Path, root: Path, *overrides: str) -> Command:
-    settings = ("checkpoint.period=2", f"data.settings.root={root}", f"run.dir={directory}", *overrides)
+    settings = (
+        "checkpoint.period=2",
+        f"data.settings.root={root}",
+        f"run.dir={directory}",
+        "run.report=false",
+        *overrides,
+    )
     return Command("train", "imagenet-resnet50-smoke", *(word for each in settings for word in ("--set", each)))
 
 

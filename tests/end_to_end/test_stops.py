@@ -51,7 +51,7 @@ def test_a_rank_that_hangs_does_not_outlast_ctrl_c(tmp_path: Path):
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path):
     directory = tmp_path / "run"
-    settings = [f"run.dir={directory}", "run.steps=30", "run.log_period=1", "cluster.workers=1"]
+    settings = [f"run.dir={directory}", "run.steps=30", "run.log_period=1", "cluster.workers=1", "run.report=false"]
     arguments = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, "-m", "kfdist", "train", *arguments, *LOCAL, *SMALL]
     shell = ["bash", "-c", 'set -o pipefail; "$@" | head --lines 2', "bash"]

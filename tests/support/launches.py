@@ -14,6 +14,7 @@ Train = Callable[..., tuple[int, str]]
 """A `kfdist train` in the test's own process, the fixture `train` of tests/end_to_end: exit code and words."""
 
 LOCAL = ("--set", "cluster.link=local")
+NO_REPORT = ("--set", "run.report=false")
 ONE_RANK = ("--set", "cluster.workers=1")
 ONE_OWNER = ("--set", "cluster.owners=1")
 SMALL = ("--set", "model.settings.channels=8", "--set", "model.settings.hidden=32")
@@ -36,9 +37,15 @@ class Addresses:
     metrics: str
 
 
-def launch(directory: Path, *arguments: str) -> Command:
-    """Starts `kfdist train` in a run directory."""
-    return Command("train", "--set", f"run.dir={directory}", *arguments)
+def launch(directory: Path, *arguments: str, report: bool = False) -> Command:
+    """Starts `kfdist train` in a run directory.
+
+    Args:
+        directory: The run's.
+        *arguments: Of the command.
+        report: Whether it draws its report, which takes seconds.
+    """
+    return Command("train", "--set", f"run.dir={directory}", *(() if report else NO_REPORT), *arguments)
 
 
 def addresses(command: Command) -> Addresses:

@@ -104,6 +104,7 @@ def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
     assert ("instead of writing a checkpoint" in capsys.readouterr().err) == (code == ExitCode.RESUMABLE)
 
 
+@pytest.mark.parametrize("asked_for", [True, False])
 @pytest.mark.parametrize(
     ("raises", "requests", "trains", "words"),
     [
@@ -119,11 +120,12 @@ def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
     ],
 )
 def test_a_launch_that_trained_leaves_a_report_however_it_ends(
-    monkeypatch, tmp_path: Path, capsys, raises: Exception, requests: int, trains: bool, words: str
+    monkeypatch, tmp_path: Path, capsys, raises: Exception, requests: int, trains: bool, words: str, asked_for: bool
 ):
     (tmp_path / "metrics.jsonl").touch()  # of an earlier start
     asked = StopRequests()
-    launch = Launch(load_config(None, overrides=[f"run.dir={tmp_path}"]), Terminal(as_json=False), asked)
+    overrides = [f"run.dir={tmp_path}", f"run.report={str(asked_for).lower()}"]
+    launch = Launch(load_config(None, overrides=overrides), Terminal(as_json=False), asked)
 
     def end() -> None:
         if trains:
@@ -145,5 +147,7 @@ def test_a_launch_that_trained_leaves_a_report_however_it_ends(
             launch.run()
     else:
         launch.run()
-    told = "".join(f"{page['status']}: {page.get('error', '')}\n" for page in pages) + capsys.readouterr().out
-    assert bool(pages) == bool(words) and re.search(words, told)
+    said = capsys.readouterr().out
+    told = "".join(f"{page['status']}: {page.get('error', '')}\n" for page in pages) + said
+    assert bool(pages) == (asked_for and bool(words))
+    assert re.search(words, told) if asked_for else "report" not in said
