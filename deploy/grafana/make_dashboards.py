@@ -214,6 +214,18 @@ _RUN_PANELS = (
         log=True,
     ),
     Graph(
+        "Length of a step over that of the parameters, and the graft's factor",
+        "none",
+        [
+            (f"quantile(0.5, kfdist_step_length_ratio{{{_RUN}}})", "step, median over blocks"),
+            (f"max(kfdist_step_length_ratio{{{_RUN}}})", "step, longest"),
+            (f"quantile(0.5, kfdist_graft_ratio{{{_RUN}}})", "graft, median over blocks"),
+            (f"max(kfdist_graft_ratio{{{_RUN}}})", "graft, largest"),
+        ],
+        "Of one step in ten at most. kfdist.Optimizer grafts directions that have no length of their own.",
+        log=True,
+    ),
+    Graph(
         "Gradient noise scale",
         "short",
         [(f"kfdist_gradient_noise_scale_examples{{{_RUN}}}", "examples")],

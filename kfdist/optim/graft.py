@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from kfdist.runtime.step_lengths import GraftLengths
 from kfdist.torch_internals import (
     foreach_add_,
     foreach_addcmul_,
@@ -112,7 +113,9 @@ def adamw_updates(members: Members) -> list[Tensor]:
     return list(foreach_div(gradients, root))
 
 
-def grafted(directions: list[Tensor], gradients: list[Tensor], updates: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def grafted(
+    directions: list[Tensor], gradients: list[Tensor], updates: list[Tensor]
+) -> tuple[list[Tensor], GraftLengths]:
     """Gives each direction the length of an update; one that is zero, not finite or uphill is replaced by the update.
 
     Args:
@@ -121,7 +124,7 @@ def grafted(directions: list[Tensor], gradients: list[Tensor], updates: list[Ten
         updates: What the graft would step along.
 
     Returns:
-        |update| U / |U|, or the update; and how many were replaced, a scalar on the device.
+        |update| U / |U|, or the update; and the lengths, on the device.
     """
     lengths = torch.stack(foreach_norm(directions))
     wanted = torch.stack(foreach_norm(updates))
@@ -130,7 +133,7 @@ def grafted(directions: list[Tensor], gradients: list[Tensor], updates: list[Ten
     scales = torch.where(usable, wanted / lengths, 1.0)
     together = zip(directions, updates, usable.unbind(), scales.unbind(), strict=True)
     steps = [torch.where(kept, scale * U, update).to(update.dtype) for U, update, kept, scale in together]
-    return steps, (~usable).sum()
+    return steps, GraftLengths(wanted, lengths, usable)
 
 
 def move_by_average(members: Members, steps: list[Tensor]) -> None:

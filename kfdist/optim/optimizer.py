@@ -217,8 +217,9 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _grafted(self, members: Members, directions: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
-        steps, replaced = grafted(directions, members.gradients, updates)
-        self._replaced = self._replaced + replaced
+        steps, lengths = grafted(directions, members.gradients, updates)
+        self._replaced = self._replaced + (~lengths.usable).sum()
+        self.preconditioner.pipeline.grafts.note(members.parameters, lengths, self._replaced)
         return steps
 
     def _direction(self, parameter: nn.Parameter) -> Tensor:

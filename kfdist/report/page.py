@@ -25,6 +25,7 @@ CHAPTERS = (
     costs.bytes_moved,
     inverses.spectra,
     inverses.diagnostics,
+    training.step_lengths,
     training.noise,
     training.events,
     training.configuration,

@@ -65,6 +65,63 @@ def metric_curves(run: Recorded, name: str) -> Iterator[Curve]:
         yield from curve(evaluated, f"test_{name}", Curve(name=shown, x=(), y=(), colour=colour, marked=True))
 
 
+def step_lengths(run: Recorded) -> Chapter:
+    """Returns the chapter on how far steps move the blocks."""
+    title = "Length of steps"
+    curves = list(_spread(run, "step_length", "step", 0))
+    if not curves:
+        return Chapter(
+            title=title, sentences=["It was not measured: no block is preconditioned, or steps were too few."]
+        )
+    grafts = list(_spread(run, "graft_ratio", "graft", 2))
+    clips = list(curve(run.steps, "kl_clip_factor", Curve(name="factor of the KL clip", x=(), y=(), colour=4)))
+    plots = [
+        Plot(
+            svg=figures.lines(each, x="step", y=what, starts=later_starts(run)),
+            told=f"{what.capitalize()} by step; at the end "
+            f"{words.listed([f'{one.name} {words.number(one.y[-1])}' for one in each])}.",
+        )
+        for what, each in (("change over norm", curves), ("factor of directions", [*grafts, *clips]))
+        if each
+    ]
+    replaced = next((line["graft_replacements"] for line in reversed(run.steps) if line.get("graft_replacements")), 0)
+    return Chapter(
+        title=title,
+        sentences=[
+            "How far a step moved the parameters of a block: the norm of their change over their own, lr |direction| / "
+            "|theta|. Of a step in each log period; the median and the largest over the blocks.",
+            *(
+                ["A graft multiplies a direction by the length of its own update over the direction's."]
+                if grafts
+                else []
+            ),
+            *([f"In the last start {replaced:,.0f} directions gave way to the graft's update."] if replaced else []),
+        ],
+        plots=plots,
+        tables=[_lengths_by_block(run)],
+    )
+
+
+def _lengths_by_block(run: Recorded) -> Table:
+    """Returns the last lengths of each block, the longest step first."""
+    last = next((line for line in reversed(run.windows) if line.get("step_lengths")), {})
+    steps, grafts = last.get("step_lengths", {}), last.get("graft_ratios", {})
+    order = sorted(steps, key=lambda name: steps[name] or 0.0, reverse=True)
+    return Table(
+        caption=f"Length of a step up to step {last.get('step', 0):,}",
+        heads=("block", "change over norm", "graft's factor"),
+        rows=[[name, words.number(steps[name]), words.number(grafts.get(name))] for name in order],
+        folded=len(order) > _FOLDED_FROM,
+    )
+
+
+def _spread(run: Recorded, key: str, name: str, colour: int) -> Iterator[Curve]:
+    """Yields the median and the largest of what a step has of all blocks."""
+    lines = [{"step": line["step"], **(line.get(key) or {})} for line in run.steps]
+    yield from curve(lines, "p50", Curve(name=f"{name}, median", x=(), y=(), colour=colour))
+    yield from curve(lines, "max", Curve(name=f"{name}, largest", x=(), y=(), colour=colour + 1))
+
+
 def noise(run: Recorded) -> Chapter:
     """Returns the chapter on the gradient noise scale."""
     title = "Gradient noise scale"

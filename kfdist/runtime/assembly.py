@@ -33,6 +33,7 @@ from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.noise_scale import NoiseScale
 from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.settings import JobTerms
+from kfdist.runtime.step_lengths import GraftRatios, StepLengths, parameters_of
 from kfdist.runtime.track import Track
 from kfdist.system.memory import Memory
 from kfdist.system.provenance import versions
@@ -199,6 +200,7 @@ def _pipeline(
     rank = communicators.training.rank
     counters = PipelineCounters()
     tracks = [Track.of(group, queued=settings.lag is not None) for group in groups]
+    told = parameters_of(groups if rank == 0 else ())
     world_size = communicators.training.world_size
     schedules = settings.schedules(len(groups), together=plan.compiled)
     timetable = Timetable(schedules, tracks, seed=settings.seed, rank=rank, world_size=world_size, settings=settings)
@@ -236,6 +238,8 @@ def _pipeline(
         calibration=Calibration(tracks, in_force, timetable, communicators.statistics),
         applying=Applying(tracks, in_force, communicators.statistics, counters),
         counters=counters,
+        lengths=StepLengths(told),
+        grafts=GraftRatios(told),
     )
 
 

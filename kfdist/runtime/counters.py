@@ -95,6 +95,13 @@ class PipelineCounters:
     drops: LateTotal = field(default_factory=LateTotal)
     replaced: defaultdict[str, LateTotal] = field(default_factory=lambda: defaultdict(LateTotal))
 
+    def late_kl_clip_factor(self) -> float | None:
+        """Returns the factor of the KL clip as of a little earlier; None where it hasn't clipped."""
+        if self.kl_clip_factor is None:
+            return None
+        factor = self.kl_clip.latest([self.kl_clip_factor])
+        return factor if self.kl_clip.arrived else None
+
     def begin_step(self) -> None:
         """Forgets what was measured of the last step."""
         self.phase_seconds = {}

@@ -25,6 +25,7 @@ from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.noise_scale import NoiseScale
 from kfdist.runtime.reduce.reducer import StatisticsReducer
 from kfdist.runtime.settings import Settings, StepReport
+from kfdist.runtime.step_lengths import GraftRatios, StepLengths
 from kfdist.runtime.track import Track
 from kfdist.types import GroupName
 
@@ -50,6 +51,8 @@ class Pipeline:
         calibration: Measures what is in use.
         applying: Multiplies it onto the gradients.
         counters: What happened so far.
+        lengths: How far steps move each group; of rank 0 alone.
+        grafts: What grafts multiplied directions by; of rank 0 alone.
         notices: Warns of what measurements give reason to.
         next_step: The step that `step` will do next.
         statistics_step: The newest step whose statistics are folded; equals `next_step` after an interrupted step.
@@ -72,6 +75,8 @@ class Pipeline:
     calibration: Calibration
     applying: Applying
     counters: PipelineCounters
+    lengths: StepLengths
+    grafts: GraftRatios
     next_step: int = field(default=0, init=False)
     statistics_step: int = field(default=-1, init=False)
     started: bool = field(default=False, init=False)
@@ -108,6 +113,8 @@ class Pipeline:
         step, phase = self.next_step, self.counters.phase
         self.started = True
         self.counters.begin_step()
+        self.lengths.end()
+        self.grafts.begin()
         with phase("agree"):
             table = self.agreement.table(step)
             if table is None:
@@ -197,6 +204,7 @@ class Pipeline:
 
     def _finish(self, step: int, adopted: tuple[tuple[GroupName, int], ...], damping: float) -> StepReport:
         """Counts the step and arms the capture for the next one."""
+        self.lengths.begin()
         self.counters.end_step(max((track.staleness(step) for track in self.tracks), default=0))
         self.adopting.settle(step)
         self.next_step = step + 1

@@ -73,13 +73,13 @@ def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
         *_taken("kfdist_step_seconds", "phase", counters.step_seconds),
     ]
     counters.adoption_waits.clear()
-    if counters.kl_clip_factor is not None:
-        factor = counters.kl_clip.latest([counters.kl_clip_factor])
-        samples += [_sample("kfdist_kl_clip_factor", factor)] if counters.kl_clip.arrived else []
+    if (factor := counters.late_kl_clip_factor()) is not None:
+        samples.append(_sample("kfdist_kl_clip_factor", factor))
     if counters.trust_ratio is not None:
         samples.append(_sample("kfdist_trust_ratio", counters.trust_ratio))
     if (noise_scale := pipeline.noise_scale.latest()) is not None:
         samples.append(_sample("kfdist_gradient_noise_scale_examples", noise_scale))
+    samples += _length_samples(pipeline)
     samples += _staleness_samples(pipeline.tracks, step)
     samples += _method_samples(pipeline.tracks)
     for track in pipeline.tracks:
@@ -112,6 +112,20 @@ def _staleness_samples(tracks: Sequence[Track], step: int) -> list[MetricSample]
             if age is not None:
                 samples[name, label] = max(age, samples.get((name, label), 0.0))
     return [_sample(name, age, block=label) for (name, label), age in samples.items()]
+
+
+def _length_samples(pipeline: Pipeline) -> list[MetricSample]:
+    """Returns how far a step moved each group, and what its graft did; has the next step measured."""
+    found = {"kfdist_step_length_ratio": pipeline.lengths.latest(), "kfdist_graft_ratio": pipeline.grafts.latest()}
+    pipeline.lengths.ask()
+    labels = {track.group.name: _label(track) for track in pipeline.tracks}
+    worst: dict[tuple[str, str], float] = {}
+    for name, values in found.items():
+        for group, value in values.items():
+            worst[name, labels[group]] = max(value, worst.get((name, labels[group]), 0.0))
+    samples = [_sample(name, value, block=label) for (name, label), value in worst.items()]
+    replaced = pipeline.grafts.replaced()
+    return samples if replaced is None else [*samples, _sample("kfdist_graft_replacements_total", replaced)]
 
 
 def pipeline_totals(pipeline: Pipeline, link: LinkCounters) -> dict[str, Any]:

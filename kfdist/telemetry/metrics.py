@@ -148,6 +148,15 @@ _DECLARED = (
         "kfdist_trust_ratio",
         "Change of the objective over the change that the quadratic model predicted, in AdaptiveStep's newest trial.",
     ),
+    _of_block(
+        "kfdist_step_length_ratio",
+        "Norm of the change of a block's parameters in a step over their norm: lr |direction| / |theta|.",
+    ),
+    _of_block("kfdist_graft_ratio", "Length that the graft gave a block's direction over the length that it had."),
+    _counter(
+        "kfdist_graft_replacements_total",
+        "Directions that were zero, not finite or uphill, and gave way to the graft's update; by parameter and step.",
+    ),
     # Inversions and what they cost.
     _histogram(
         "kfdist_inversion_seconds",

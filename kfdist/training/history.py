@@ -5,7 +5,8 @@ Each line is an object with `event`, `time` and `step`:
     start     `start`, the number of this start; `blocks`, their names in order; `methods`, one for each
     window    the steps since the last window of this start. `staleness`: the largest of each block in it, null where
               it has no inverse yet. `phases` and `inversions` (by method, over all ranks): `Durations` of it.
-              `totals`: since the start, over all ranks. `diagnostics`: by block, of the inversion in use
+              `totals`: since the start, over all ranks. `diagnostics`: by block, of the inversion in use.
+              `step_lengths`, `graft_ratios`: by group, of a step of it, as far as it has them
     spectrum  `factors`: by block and factor, `size` and `points`, (index from 1, eigenvalue) of the inverse in use;
               EKFAC's are "scales", of the whole block
 
@@ -114,12 +115,12 @@ class History:
             phases={phase: seconds.to_json() for phase, seconds in self._phases.items()},
             inversions=_merged(rank["inversions"] for rank in ranks),
             totals=self._totals(own, [rank["counters"] for rank in ranks]),
-            diagnostics={
-                block: {name: _short(value) for name, value in found.items()}
-                for block, found in preconditioner.diagnostics().items()
-            },
+            diagnostics={block: _rounded(found) for block, found in preconditioner.diagnostics().items()},
             damping=preconditioner.pipeline.in_force.damping(step - 1) if preconditioner.groups else None,
             noise_scale=preconditioner.noise_scale(),
+            step_lengths=_rounded(preconditioner.pipeline.lengths.latest()),
+            graft_ratios=_rounded(preconditioner.pipeline.grafts.latest()),
+            graft_replacements=preconditioner.pipeline.grafts.replaced(),
         )
         self._phases.clear()
         self._staleness.clear()
@@ -178,6 +179,10 @@ def _points(values: Tensor, size: int) -> dict[str, Any]:
     ratio = len(found) ** (1 / max(_POINTS - 1, 1))
     indices = sorted({min(round(ratio**n), len(found)) for n in range(_POINTS)}) if found else []
     return {"size": size, "points": [(index, _short(found[index - 1])) for index in indices]}
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: _short(value) for name, value in values.items()}
 
 
 def _short(value: float) -> float:

@@ -4,8 +4,9 @@ import hashlib
 import math
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,6 +233,7 @@ class Trainer:
             lr=lr,
             noise_scale=training.preconditioner.noise_scale(),
             staleness={"p50": staleness[len(staleness) // 2], "max": staleness[-1]} if staleness else None,
+            **self._step_lengths(),
             step_seconds=sum(self.step_seconds[-self._tallied :]) / self._tallied,
             input_seconds=sum(self.input_seconds[-self._tallied :]) / self._tallied,
             phase_seconds=dict(report.phase_seconds) if report else {},
@@ -251,6 +253,21 @@ class Trainer:
         self._tally.zero_()
         self._tallied = 0
         self._window_start = now
+
+    def _step_lengths(self) -> dict[str, Any]:
+        """Returns how far steps go: over the blocks, and the factor of the KL clip; as of a little earlier."""
+        pipeline = self._training.preconditioner.pipeline
+
+        def spread(values: Iterable[float]) -> dict[str, float] | None:
+            found = sorted(value for value in values if math.isfinite(value))
+            return {"p50": found[len(found) // 2], "max": found[-1]} if found else None
+
+        return {
+            "step_length": spread(pipeline.lengths.latest().values()),
+            "graft_ratio": spread(pipeline.grafts.latest().values()),
+            "graft_replacements": pipeline.grafts.replaced(),
+            "kl_clip_factor": pipeline.counters.late_kl_clip_factor(),
+        }
 
     def _tell_unreadable(self) -> None:
         if isinstance(self._training.feed, LoaderFeed):  # on all ranks alike

@@ -23,6 +23,7 @@ CHAPTERS = [
     "Bytes by purpose",
     "Spectrum of the factors at checkpoints",
     "Diagnostics of the inversions",
+    "Length of steps",
     "Gradient noise scale",
     "Events",
     "Configuration, versions and hardware",
@@ -98,7 +99,7 @@ def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
 def test_a_finished_run_has_every_chapter_with_figures_and_numbers(finished: Path, page: Page) -> None:
     assert list(page.chapters) == CHAPTERS
     figures = {title: counts.get("figure", 0) for title, counts in page.chapters.items()}
-    assert list(figures.values()) == [2, 1, 2, 1, 1, 1, 3, 1, 0, 0]
+    assert list(figures.values()) == [2, 1, 2, 1, 1, 1, 3, 2, 1, 0, 0]
     assert all(counts.get("table") for title, counts in page.chapters.items() if title != "Gradient noise scale")
     summary = json.loads((finished / "summary.json").read_text())
     assert f"{100 * summary['metrics']['test_accuracy']:.2f} %" in page.text

@@ -41,6 +41,22 @@ def test_a_start_names_the_blocks_of_its_windows(run: Path) -> None:
     assert set(window["diagnostics"]) == set(start["blocks"])
 
 
+def test_lengths_of_steps_and_grafts_are_in_both_files(tmp_path: Path) -> None:
+    overrides = ("run.log_period=6", "run.steps=24", "preconditioner.method=kfac-eigen", "preconditioner.settings={}")
+    grafted = ("optimizer.name=kfdist", "optimizer.settings={graft='sgd'}", "preconditioner.kl_clip=0")
+    run = record(tmp_path / "run", *overrides, *grafted)
+    start, *windows = (line for line in lines_of(run) if line["event"] != "spectrum")
+    last = windows[-1]
+    for name in ("step_lengths", "graft_ratios"):
+        assert set(last[name]) == set(start["blocks"]) and all(value > 0 for value in last[name].values())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    step = [line for line in metrics if line["event"] == "step"][-1]
+    for name, values in (("step_length", last["step_lengths"]), ("graft_ratio", last["graft_ratios"])):
+        assert step[name]["max"] == pytest.approx(max(values.values()), rel=1e-3)
+        assert min(values.values()) * 0.999 <= step[name]["p50"] <= step[name]["max"]
+    assert step["graft_replacements"] >= 0 and step["kl_clip_factor"] is None
+
+
 def test_spectra_are_of_the_inverses_at_checkpoints(run: Path) -> None:
     spectra = [line for line in lines_of(run) if line["event"] == "spectrum"]
     assert [line["step"] for line in spectra] == [13, 26]
