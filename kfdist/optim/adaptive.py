@@ -30,10 +30,17 @@ _ROUNDING = 8.0
 
 @dataclass(frozen=True)
 class _Batch:
-    """The step's batch: this rank's share of all terms, and the mean loss over all ranks before the step."""
+    """The step's batch: this rank's share of all terms, and the mean loss over all ranks before the step.
+
+    Attributes:
+        share: As said.
+        loss: As said.
+        in_parts: Whether the quadratic model is made of a part of it on every rank.
+    """
 
     share: float
     loss: float
+    in_parts: bool
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,19 @@ class _Parts:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """The direction for one gamma, and the best step in the span of it and the last step."""
+    """The direction for one gamma, and the best step in the span of it and the last step.
+
+    Attributes:
+        gamma: As said.
+        direction: As said.
+        model: As said.
+        loss: This rank's before the step, on the examples that the model is made of.
+    """
 
     gamma: float
     direction: list[Tensor]
     model: ModelStep
+    loss: Tensor
 
 
 @dataclass(frozen=True)
@@ -208,7 +223,7 @@ class AdaptiveStep:
             raise
         damping = self._trust.damping
         chosen = self._choose(replay, measured, parts)
-        outcome = self._move(replay, measured, chosen)
+        outcome = self._move(replay, measured, parts, chosen)
         coefficients = (*chosen.model.coefficients, 0.0) if chosen is not None else (0.0, 0.0)
         report = AdaptiveReport(
             step=self._count,
@@ -251,9 +266,13 @@ class AdaptiveStep:
         return self._trust.damping
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns lambda, gamma, the number of steps, and the last step by parameter name; equal on all ranks."""
+        """Returns lambda, gamma, the numbers of steps and rejections, and the last step by parameter name.
+
+        Equal on all ranks.
+        """
         last = self._last and dict(zip(self._names, (each.clone() for each in self._last), strict=True))
-        return {"steps": self._count, "damping": self._trust.damping, "gamma": self._trust.gamma, "last": last}
+        trust = {"damping": self._trust.damping, "gamma": self._trust.gamma, "rejected": self._trust.rejected}
+        return {"steps": self._count, **trust, "last": last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a saved state.
@@ -278,6 +297,7 @@ class AdaptiveStep:
         self._undecided = self._undecided and not self._count
         self._trust.damping = float(state["damping"])
         self._trust.gamma = float(state["gamma"])
+        self._trust.rejected = int(state.get("rejected", 0))
 
     # The verbs -------------------------------------------------------------------------------------------------------
 
@@ -305,7 +325,8 @@ class AdaptiveStep:
             evaluation = replay.first()
         n = float(evaluation.examples)
         loss = evaluation.loss.detach().double()
-        totals = self._fisher.sum_over_ranks(torch.stack([torch.full_like(loss, n), n * loss]))
+        whole = float(parts.model is None)
+        totals = self._fisher.sum_over_ranks(torch.stack([loss.new_tensor(n), n * loss, loss.new_tensor(whole)]))
         total, mean = totals[0], totals[1] / totals[0]
         if not math.isfinite(mean):
             replay.undo()
@@ -319,7 +340,7 @@ class AdaptiveStep:
         self._reduce_gradients(n / total)
         if parts.statistics is not None:
             self._measure_statistics(replay, parts.statistics)
-        return _Batch(share=n / total, loss=mean)
+        return _Batch(share=n / total, loss=mean, in_parts=not totals[2])
 
     def _measure_statistics(self, replay: Replay, rows: Tensor) -> None:
         """Runs forward and backward on some examples for the preconditioner alone; `.grad` stays as it is."""
@@ -352,7 +373,7 @@ class AdaptiveStep:
             members = [p for p in self._parameters if p.dtype == dtype]
             own = [torch.zeros_like(p) if p.grad is None else p.grad * share for p in members]
             for parameter, gradient in zip(members, reduce_flat(own, self._preconditioner.world), strict=True):
-                parameter.grad = gradient.add_(parameter.detach(), alpha=self._eta)
+                parameter.grad = gradient.add_(parameter.detach(), alpha=self._eta) if self._eta else gradient
 
     def _first_damping(self, replay: Replay, batch: _Batch, parts: _Parts) -> float:
         """Returns the mean curvature; 1 where the model's derivatives overflow."""
@@ -377,27 +398,31 @@ class AdaptiveStep:
                 relative_accuracy=self._accuracy,
             )
             if model is not None and (best is None or model.change < best.model.change):
-                best = _Candidate(gamma, direction, model)
+                best = _Candidate(gamma, direction, model, fisher.loss)
         return best
 
-    def _move(self, replay: Replay, batch: _Batch, chosen: _Candidate | None) -> _Outcome:
-        """Moves the parameters, measures the objective and adapts lambda; or undoes a step that made it worse."""
+    def _move(self, replay: Replay, batch: _Batch, parts: _Parts, chosen: _Candidate | None) -> _Outcome:
+        """Moves the parameters, measures the objective and adapts lambda; or undoes a step that made it worse.
+
+        Where lambda isn't due, a step that lowers the objective on the model's examples stands without any more ado.
+        """
         if chosen is None:
             return self._refuse(None, None)
         c, last = chosen.model.coefficients, self._last
         delta = [c[0] * each for each in chosen.direction]
         if len(c) > 1 and last is not None:
             delta = [each.add_(previous, alpha=c[1]) for each, previous in zip(delta, last, strict=True)]
-        judged = self._settings.rejection or self._trust.adapts(self._count + 1)
+        adapts = self._trust.adapts(self._count + 1)
         saved = [p.detach().clone() for p in self._parameters] if self._settings.rejection else []
         before = self._penalty()
         with torch.no_grad():
             for parameter, each in zip(self._parameters, delta, strict=True):
                 parameter.add_(each)
+        grown = self._penalty() - before
         new_loss = rho = None
-        if judged:
+        if adapts or (self._settings.rejection and not self._falls(replay, batch, parts, chosen, grown)):
             new_loss = self._loss_now(replay, batch)
-            change = (new_loss - batch.loss) + (self._penalty() - before)
+            change = (new_loss - batch.loss) + grown
             predicted = chosen.model.undamped_change
             rho = change / predicted if predicted else math.nan
             if self._settings.rejection and not change <= 0.0:
@@ -405,15 +430,16 @@ class AdaptiveStep:
                     for parameter, values in zip(self._parameters, saved, strict=True):
                         parameter.copy_(values)
                 return self._refuse(new_loss, rho)
-            if self._trust.adapts(self._count + 1):
+            if adapts:
                 self._trust.adapt(rho)
         self._trust.gamma = chosen.gamma
+        self._trust.accept()
         self._last = delta
         return _Outcome(new_loss, rho, accepted=True)
 
     def _refuse(self, new_loss: float | None, rho: float | None) -> _Outcome:
         """Raises lambda and forgets the last step: the parameters didn't change."""
-        self._trust.raise_damping()
+        self._trust.reject()
         self._last = None
         return _Outcome(new_loss, rho, accepted=False)
 
@@ -429,6 +455,18 @@ class AdaptiveStep:
         with torch.no_grad(), self._preconditioner.paused():
             loss = replay.again().loss.detach().double()
         return self._fisher.sum_over_ranks((batch.share * loss).reshape(1))[0]
+
+    def _falls(self, replay: Replay, batch: _Batch, parts: _Parts, chosen: _Candidate, grown: float) -> bool:
+        """Says of a part of the batch whether the objective fell on it, at that part of the price.
+
+        False where there is no part, and after a step that was rejected, as this one may well be.
+        """
+        if not batch.in_parts or self._trust.rejected:
+            return False
+        with torch.no_grad(), self._preconditioner.paused():
+            loss = replay.again(parts.model).loss.detach().double()
+        change = self._fisher.sum_over_ranks((batch.share * (loss - chosen.loss.double())).reshape(1))[0]
+        return change + grown <= 0.0
 
     def _penalty(self) -> float:
         """Returns eta/2 |theta|^2."""

@@ -9,6 +9,9 @@ from kfdist.runtime.settings import StepReport
 _BASE = 19 / 20
 """The paper's factor per step, from which both omegas are made (algorithms.md 1.2)."""
 
+_MOST_DOUBLINGS = 5
+"""Thirty-two notches at once are a factor of about 3,700 by the paper's omega_1."""
+
 GOOD_RATIO = 3 / 4
 BAD_RATIO = 1 / 4
 
@@ -34,7 +37,9 @@ class AdaptiveSettings:
         gamma_period: T2, the steps between two searches.
         gamma_factor: omega_2 in (0, 1).
         momentum: Whether the last step is a second direction of the model.
-        rejection: Whether a step that raises the objective, or makes it infinite or NaN, is undone.
+        rejection: Whether a step that raises the objective, or makes it infinite or NaN, is undone. Where the model is
+            made of a part of the batch, such a step is found on that part first, but for those that adapt lambda: it
+            is undone if the whole batch agrees.
         differentiation: "forward", "double_backward", or "auto": forward mode until an operator turns out to have no
             forward derivative.
     """
@@ -73,7 +78,8 @@ class AdaptiveReport:
     Attributes:
         step: The step, from 0.
         loss: The mean loss over the ranks' batches before the step, without weight decay.
-        new_loss: The same after the step, even if that was undone; None if it wasn't measured.
+        new_loss: The same after the step, even if that was undone; None if it wasn't measured, as where a part of the
+            batch was enough to accept the step.
         rho: Change of the objective over the change that the model without lambda predicted; None if `new_loss` is.
         alpha: Coefficient of the new direction; 0 if the model could not be formed.
         momentum: mu, coefficient of the last step; 0 if there was none.
@@ -110,6 +116,7 @@ class Trust:
     Attributes:
         damping: lambda.
         gamma: The factored damping; sqrt(lambda + eta) until a search has moved it.
+        rejected: How many steps were rejected in a row.
     """
 
     def __init__(self, settings: AdaptiveSettings, damping: float, weight_decay: float) -> None:
@@ -117,6 +124,7 @@ class Trust:
         self._weight_decay = weight_decay
         self.damping = damping
         self.gamma = math.sqrt(damping + weight_decay)
+        self.rejected = 0
 
     def candidates(self, count: int) -> list[float]:
         """Returns the gammas to try at step number `count`, the present one first."""
@@ -144,6 +152,18 @@ class Trust:
     def raise_damping(self) -> None:
         """Raises lambda by one notch."""
         self._set(self.damping / self._settings.damping_factor)
+
+    def accept(self) -> None:
+        """A step stands."""
+        self.rejected = 0
+
+    def reject(self) -> None:
+        """Raises lambda by 1, 2, 4, ... notches at one rejected step after another, each of which was in vain.
+
+        Source: Nielsen (1999), Damping parameter in Marquardt's method.
+        """
+        self._set(self.damping * self._settings.damping_factor ** -(2.0 ** min(self.rejected, _MOST_DOUBLINGS)))
+        self.rejected += 1
 
     def _set(self, damping: float) -> None:
         self.damping = min(max(damping, self._settings.smallest_damping), self._settings.largest_damping)

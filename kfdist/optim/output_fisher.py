@@ -62,6 +62,9 @@ class OutputFisher:
         run: Runs the model, always on the same data; called once here, and once for each direction in forward mode.
         model: The module whose parameters move.
 
+    Attributes:
+        loss: The loss of that forward, a scalar.
+
     Raises:
         KfdistError: The loss does not depend on the output.
     """
@@ -79,6 +82,7 @@ class OutputFisher:
                 "computed from"
             )
         self._slope = slope
+        self.loss = loss.detach()
 
     def along(self, direction: Mapping[nn.Parameter, Tensor], how: Differentiation) -> OutputProduct:
         """Computes J u and H J u of a direction u in the space of the parameters.

@@ -82,5 +82,12 @@ def gram(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
 
     One piece after the other is made float64, so that no vector is copied whole.
     """
-    pieces = (torch.stack([each.reshape(-1) for each in alike]).double() for alike in zip(*vectors, strict=True))
+
+    def joined(alike: Sequence[Tensor]) -> Tensor:
+        piece = alike[0].new_empty(len(alike), alike[0].numel(), dtype=torch.float64)
+        for row, each in zip(piece, alike, strict=True):  # in one pass over each
+            row.copy_(each.reshape(-1))
+        return piece
+
+    pieces = map(joined, zip(*vectors, strict=True))
     return torch.stack([piece @ piece.mT for piece in pieces]).sum(0)

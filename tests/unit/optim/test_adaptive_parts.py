@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import kfdist
 from kfdist.errors import ConfigError, KfdistError
@@ -69,6 +70,40 @@ def test_curvature_is_measured_on_parts_that_share_no_example_and_change_with_th
             assert not statistics & of_model
             seen.append((statistics, of_model))
     assert len(set(seen)) == 3
+
+
+def test_a_part_is_enough_to_accept_a_step_and_the_whole_batch_judges_those_that_adapt_lambda():
+    model, calls, (x, y) = network(), [], problem()
+    judged: list[bool] = []
+    with adaptive(model, damping_period=5) as step:
+        for _ in range(10):
+            calls.clear()
+            report = step.step(closure_of(model, calls), x, y)
+            assert report.accepted and (report.new_loss is None) == (report.rho is None)
+            judged.append(report.new_loss is not None)
+            last, of_model = calls[-1][0], calls[2][0]
+            assert torch.equal(last, x[:, 0] if judged[-1] else of_model)
+    assert judged[4] and judged[9] and judged.count(False) >= 6
+
+
+@pytest.mark.parametrize("worse_everywhere", [False, True])
+def test_a_step_that_is_worse_on_a_part_is_undone_if_the_whole_batch_agrees(worse_everywhere: bool):
+    model, (x, y) = network(), problem()
+    with adaptive(model, damping_period=100) as step:
+        step.step(closure_of(model), x, y)
+        start = [p.detach().clone() for p in model.parameters()]
+        damping = step.damping
+
+        def elsewhere(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            output, loss = closure_of(model)(x, y)
+            moved = not all(map(torch.equal, start, [p.detach() for p in model.parameters()]))
+            # Jacobian products move nothing, but run on other tensors: their loss isn't looked at.
+            return output, loss * 100 if moved and (worse_everywhere or len(x) < EXAMPLES) else loss
+
+        report = step.step(elsewhere, x, y)
+        assert report.accepted != worse_everywhere and report.new_loss is not None
+        assert all(map(torch.equal, start, [p.detach() for p in model.parameters()])) == worse_everywhere
+        assert (step.damping > damping) == worse_everywhere
 
 
 @pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
@@ -182,3 +217,28 @@ def test_parts_of_a_small_batch_have_two_examples_and_an_error_leaves_the_gradie
         with pytest.raises(ValueError, match="no such examples"):
             step.step(closure, x[:5], y[:5])
         assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("made_first", [True, False])
+def test_torchs_averaged_model_averages_the_iterates_of_growing_batches(made_first: bool):
+    model, (x, y), decay = network(), problem(), 0.9
+
+    def averaged_model() -> AveragedModel:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    averaged = averaged_model() if made_first else None
+    before = closure_of(model)(x, y)[1].item()
+    with kfdist.AdaptiveStep.for_model(model, "mse", seed=3) as step:
+        averaged = averaged or averaged_model()
+        expected: list[Tensor] = []
+        for number in range(30):
+            size = min(round(16 ** (1 - number / 20) * EXAMPLES ** (number / 20)), EXAMPLES)
+            step.step(closure_of(model), x[:size], y[:size])
+            averaged.update_parameters(model)
+            now = [p.detach().clone() for p in model.parameters()]
+            expected = [decay * e + (1 - decay) * p for e, p in zip(expected, now, strict=True)] if expected else now
+            if number == 15:  # evaluated in between, with or without gradients, it is no part of what is measured
+                closure_of(averaged)(x, y)[1].backward()
+    for average, parameter in zip(averaged.parameters(), expected, strict=True):
+        torch.testing.assert_close(average.detach(), parameter, rtol=1e-12, atol=1e-12)
+    assert closure_of(averaged)(x, y)[1].item() < 0.5 * before  # seen: 0.21

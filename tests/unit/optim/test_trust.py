@@ -40,6 +40,17 @@ def test_lambda_stays_within_its_bounds():
     assert each.damping == 3.0
 
 
+def test_rejections_in_a_row_raise_lambda_ever_faster():
+    each = trust(damping=1.0, damping_factor=0.5)
+    seen = []
+    for _ in range(3):
+        each.reject()
+        seen.append(each.damping)
+    each.accept()
+    each.reject()
+    assert [*seen, each.damping] == [2.0, 8.0, 128.0, 256.0]
+
+
 def test_lambda_is_adapted_every_period():
     assert [count for count in range(1, 13) if trust(damping_period=4).adapts(count)] == [4, 8, 12]
 
