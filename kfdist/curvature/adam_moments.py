@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,8 @@ from kfdist.curvature.inverse import AbstractPreconditioner
 
 FIRST, SECOND, FIRST_WEIGHT, SECOND_WEIGHT = "first", "second", "first_weight", "second_weight"
 """What a block's memory keeps: m, v, and 1 - beta^t of either, by the moments' own recursion."""
+
+_Weight = TypeVar("_Weight", Tensor, "Tensor | float", float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +52,11 @@ class AbstractAdamBasis(AbstractPreconditioner):
 
     @abstractmethod
     def coordinates(self, matrix: Float[Tensor, "c p q"]) -> Float[Tensor, "c p q"]:
-        """Returns the coordinates of a gradient."""
+        """Returns the coordinates of a gradient, in a tensor of their own."""
 
     @abstractmethod
-    def matrix(self, coordinates: Float[Tensor, "c p q"]) -> Float[Tensor, "c p q"]:
-        """Returns the matrix that has these coordinates."""
+    def matrix(self, coordinates: Float[Tensor, "c p q"], scale: float = 1.0) -> Float[Tensor, "c p q"]:
+        """Returns `scale` times the matrix that has these coordinates."""
 
     @abstractmethod
     def second_moment(self, before: "AbstractAdamBasis", memory: BlockMemory) -> Float[Tensor, "c p q"]:
@@ -70,36 +72,56 @@ class AbstractAdamBasis(AbstractPreconditioner):
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
-        R = self.coordinates(gradient)
-        if memory.learns is not False:
-            R = self._learn(R, memory)
-        elif SECOND not in memory.kept:
+        R, kept = self.coordinates(gradient), memory.kept
+        if memory.learns is False and SECOND not in kept:
             return self.fallback(gradient, damping)
-        kept = memory.kept
-        root = (kept[SECOND] / positive(kept[SECOND_WEIGHT])).sqrt_().add_(self.eps)
-        return self.matrix(R.div_(root))
+        # R becomes n weight, and n / (sqrt(v / w) + eps) is (n weight) / (sqrt(v) + eps sqrt(w)) sqrt(w) / weight: what
+        # is one number is left to the product, in the place of a pass over the coordinates for each.
+        weight = 1.0 if memory.learns is False else self._learn(R, memory)
+        root_weight = positive(_known(kept[SECOND_WEIGHT], memory)) ** 0.5
+        R.div_(kept[SECOND].sqrt().add_(self.eps * root_weight))
+        scale = root_weight / weight
+        return self.matrix(R.mul_(scale)) if isinstance(scale, Tensor) else self.matrix(R, scale)
 
-    def _learn(self, R: Tensor, memory: BlockMemory) -> Tensor:
-        """Folds R into the moments, unless the step is skipped; returns the average n. R is overwritten."""
-        kept = memory.kept
+    def _learn(self, R: Tensor, memory: BlockMemory) -> Tensor | float:
+        """Folds R into the moments, unless the step is skipped; makes of R a multiple of n, and returns of which.
+
+        The weights of the moments, 1 - beta^t, follow the moments' own recursion.
+        """
+        kept, beta1, beta2 = memory.kept, self.beta1, self.beta2
         if SECOND not in kept:
             kept |= {name: torch.zeros_like(R) for name in (FIRST, SECOND)}
             kept |= {name: R.new_zeros(()) for name in (FIRST_WEIGHT, SECOND_WEIGHT)}
-        one = R.new_ones(())
+        first, second = kept[FIRST], kept[SECOND]
         if isinstance(memory.learns, Tensor):
             # A skipped step has weight zero; its gradient, which may not be finite, must not be multiplied by that.
-            R, one = torch.where(memory.learns, R, 0.0), memory.learns.to(R.dtype)
-        fresh1, fresh2 = one * (1 - self.beta1), one * (1 - self.beta2)
-        first = kept[FIRST].lerp_(R, fresh1)
-        kept[SECOND].lerp_(R.square(), fresh2)
-        # 1 - beta^t, by the moments' own recursion.
-        first_weight = kept[FIRST_WEIGHT].lerp_(torch.ones_like(one), fresh1)
-        kept[SECOND_WEIGHT].lerp_(torch.ones_like(one), fresh2)
+            R.masked_fill_(memory.learns.logical_not(), 0.0)
+            one = memory.learns.to(R.dtype)
+            first.lerp_(R, one * (1 - beta1))
+            second.lerp_(R.square(), one * (1 - beta2))
+        else:
+            one = 1.0
+            first.lerp_(R, 1 - beta1)
+            second.mul_(beta2).addcmul_(R, R, value=1 - beta2)
+        weights = [_known(kept[name], memory) for name in (FIRST_WEIGHT, SECOND_WEIGHT)]
+        new1, new2 = (w + one * (1 - beta) * (1 - w) for w, beta in zip(weights, (beta1, beta2), strict=True))
+        for name, new in ((FIRST_WEIGHT, new1), (SECOND_WEIGHT, new2)):
+            kept[name] = new if isinstance(new, Tensor) else kept[name].fill_(new)
         if not self.nesterov:
-            return first / positive(first_weight)
-        return torch.lerp(first, R, 1 - self.beta1).div_(torch.lerp(first_weight, torch.ones_like(one), 1 - self.beta1))
+            R.copy_(first)
+            return positive(new1)
+        R.lerp_(first, beta1)
+        return positive(new1 + (1 - beta1) * (1 - new1))
 
 
-def positive(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def positive(weight: _Weight) -> _Weight:
     """Keeps quotients defined before the first step that wasn't skipped."""
-    return weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    if isinstance(weight, Tensor):
+        return weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    return weight
+
+
+def _known(weight: Float[Tensor, ""], memory: BlockMemory) -> Float[Tensor, ""] | float:
+    """Returns a weight as a number where the host knows it; on a device, or of a step that may be skipped, it stays."""
+    known = weight.device.type == "cpu" and not isinstance(memory.learns, Tensor)
+    return weight.item() if known else weight

@@ -47,11 +47,12 @@ class AdamBasis(AbstractAdamBasis):
 
     @override
     def coordinates(self, matrix: Float[Tensor, "c p q"]) -> Float[Tensor, "c p q"]:
-        return self.Q_G.mT @ matrix @ self.Q_A
+        return torch.bmm(torch.bmm(self.Q_G.mT, matrix), self.Q_A)
 
     @override
-    def matrix(self, coordinates: Float[Tensor, "c p q"]) -> Float[Tensor, "c p q"]:
-        return self.Q_G @ coordinates @ self.Q_A.mT
+    def matrix(self, coordinates: Float[Tensor, "c p q"], scale: float = 1.0) -> Float[Tensor, "c p q"]:
+        # With beta = 0 the first argument isn't read.
+        return torch.bmm(torch.baddbmm(coordinates, self.Q_G, coordinates, beta=0, alpha=scale), self.Q_A.mT)
 
     @override
     def second_moment(self, before: AbstractAdamBasis, memory: BlockMemory) -> Float[Tensor, "c p q"]:

@@ -82,8 +82,9 @@ class ModeBasis(AbstractAdamBasis):
         return self._multiplied(matrix, [Q.mT for Q in self.bases])
 
     @override
-    def matrix(self, coordinates: Float[Tensor, "c p q"]) -> Float[Tensor, "c p q"]:
-        return self._multiplied(coordinates, self.bases)
+    def matrix(self, coordinates: Float[Tensor, "c p q"], scale: float = 1.0) -> Float[Tensor, "c p q"]:
+        matrix = self._multiplied(coordinates, self.bases)
+        return matrix if scale == 1.0 else matrix.mul_(scale)
 
     @override
     def second_moment(self, before: AbstractAdamBasis, memory: BlockMemory) -> Float[Tensor, "c p q"]:

@@ -96,9 +96,17 @@ def test_a_skipped_step_changes_nothing() -> None:
     basis.apply(torch.full_like(GRADIENTS[1], torch.nan), DAMPING, memory)
     assert memory.kept.keys() == other.kept.keys()
     assert all(torch.equal(memory.kept[name], other.kept[name]) for name in memory.kept)
-    for each, learns in ((memory, torch.tensor(True)), (other, True)):
-        each.learns = learns
+    for each in (memory, other):
+        each.learns = torch.tensor(True)
     assert torch.equal(*(basis.apply(GRADIENTS[2], DAMPING, each) for each in (memory, other)))
+
+
+def test_a_step_that_might_have_been_skipped_is_like_any_other() -> None:
+    basis, memory, other = basis_of(), BlockMemory(learns=True), BlockMemory(learns=torch.tensor(True))
+    for gradient in GRADIENTS:
+        found, expected = (basis.apply(gradient, DAMPING, each) for each in (memory, other))
+        assert relative_error(found, expected) < 1e-12
+    assert all(relative_error(memory.kept[name], other.kept[name]) < 1e-12 for name in memory.kept)
 
 
 def test_a_direction_outside_a_step_is_linear_and_changes_nothing() -> None:
