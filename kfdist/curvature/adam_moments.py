@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,6 @@ from kfdist.curvature.inverse import AbstractPreconditioner
 
 FIRST, SECOND, FIRST_WEIGHT, SECOND_WEIGHT = "first", "second", "first_weight", "second_weight"
 """What a block's memory keeps: m, v, and 1 - beta^t of either, by the moments' own recursion."""
-
-_Weight = TypeVar("_Weight", Tensor, "Tensor | float", float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,56 +70,76 @@ class AbstractAdamBasis(AbstractPreconditioner):
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
-        R, kept = self.coordinates(gradient), memory.kept
-        if memory.learns is False and SECOND not in kept:
+        R, kept, weight = self.coordinates(gradient), memory.kept, 1.0
+        if memory.learns is not False:
+            R, weight = self._learn(R, memory)
+        elif SECOND not in kept:
             return self.fallback(gradient, damping)
-        # R becomes n weight, and n / (sqrt(v / w) + eps) is (n weight) / (sqrt(v) + eps sqrt(w)) sqrt(w) / weight: what
-        # is one number is left to the product, in the place of a pass over the coordinates for each.
-        weight = 1.0 if memory.learns is False else self._learn(R, memory)
-        root_weight = positive(_known(kept[SECOND_WEIGHT], memory)) ** 0.5
+        # R is n weight, and n / (sqrt(v / w) + eps) is (n weight) / (sqrt(v) + eps sqrt(w)) sqrt(w) / weight: what is
+        # one number is left to the product, in the place of passes over the coordinates.
+        root_weight = _positive(_known(kept[SECOND_WEIGHT], memory), memory) ** 0.5
         R.div_(kept[SECOND].sqrt().add_(self.eps * root_weight))
         scale = root_weight / weight
         return self.matrix(R.mul_(scale)) if isinstance(scale, Tensor) else self.matrix(R, scale)
 
-    def _learn(self, R: Tensor, memory: BlockMemory) -> Tensor | float:
-        """Folds R into the moments, unless the step is skipped; makes of R a multiple of n, and returns of which.
+    def _learn(self, R: Tensor, memory: BlockMemory) -> tuple[Tensor, Tensor | float]:
+        """Folds R, which is overwritten, into the moments, unless the step is skipped; returns n times what, and what.
 
         The weights of the moments, 1 - beta^t, follow the moments' own recursion.
         """
-        kept, beta1, beta2 = memory.kept, self.beta1, self.beta2
+        kept, fresh1, fresh2 = memory.kept, 1 - self.beta1, 1 - self.beta2
         if SECOND not in kept:
             kept |= {name: torch.zeros_like(R) for name in (FIRST, SECOND)}
             kept |= {name: R.new_zeros(()) for name in (FIRST_WEIGHT, SECOND_WEIGHT)}
         first, second = kept[FIRST], kept[SECOND]
         if isinstance(memory.learns, Tensor):
             # A skipped step has weight zero; its gradient, which may not be finite, must not be multiplied by that.
-            R.masked_fill_(memory.learns.logical_not(), 0.0)
-            one = memory.learns.to(R.dtype)
-            first.lerp_(R, one * (1 - beta1))
-            second.lerp_(R.square(), one * (1 - beta2))
+            R, learned = torch.where(memory.learns, R, 0.0), memory.learns.to(R.dtype)
+            weighed1, weighed2 = learned * fresh1, learned * fresh2
+            weight = _fold_weights(kept, weighed1, weighed2, memory)
+            first.lerp_(R, weighed1)
+            second.lerp_(R.square(), weighed2)
         else:
-            one = 1.0
-            first.lerp_(R, 1 - beta1)
-            second.mul_(beta2).addcmul_(R, R, value=1 - beta2)
-        weights = [_known(kept[name], memory) for name in (FIRST_WEIGHT, SECOND_WEIGHT)]
-        new1, new2 = (w + one * (1 - beta) * (1 - w) for w, beta in zip(weights, (beta1, beta2), strict=True))
-        for name, new in ((FIRST_WEIGHT, new1), (SECOND_WEIGHT, new2)):
-            kept[name] = new if isinstance(new, Tensor) else kept[name].fill_(new)
+            weight = _fold_weights(kept, fresh1, fresh2, memory)
+            first.lerp_(R, fresh1)
+            second.mul_(self.beta2).addcmul_(R, R, value=fresh2)
         if not self.nesterov:
-            R.copy_(first)
-            return positive(new1)
-        R.lerp_(first, beta1)
-        return positive(new1 + (1 - beta1) * (1 - new1))
+            return R.copy_(first), _positive(weight, memory)
+        return R.lerp_(first, self.beta1), weight * self.beta1 + fresh1
 
 
-def positive(weight: _Weight) -> _Weight:
+def _fold_weights(
+    kept: dict[str, Tensor], fresh1: Tensor | float, fresh2: Tensor | float, memory: BlockMemory
+) -> Tensor | float:
+    """Brings the weights of both moments to this step; returns the first's."""
+    one = None
+    for name, fresh in ((FIRST_WEIGHT, fresh1), (SECOND_WEIGHT, fresh2)):
+        weight = _known(kept[name], memory)
+        if isinstance(weight, Tensor):
+            one = torch.ones_like(weight) if one is None else one
+            weight.lerp_(one, fresh)
+        else:
+            kept[name].fill_(weight + (1 - weight) * fresh)
+    return _known(kept[FIRST_WEIGHT], memory)
+
+
+def _positive(weight: Tensor | float, memory: BlockMemory) -> Tensor | float:
     """Keeps quotients defined before the first step that wasn't skipped."""
-    if isinstance(weight, Tensor):
-        return weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    if isinstance(weight, Tensor) and isinstance(memory.learns, Tensor):
+        return positive(weight)
     return weight
 
 
+def positive(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Keeps quotients defined where nothing was weighed yet."""
+    return weight.clamp_min(torch.finfo(weight.dtype).tiny)
+
+
 def _known(weight: Float[Tensor, ""], memory: BlockMemory) -> Float[Tensor, ""] | float:
-    """Returns a weight as a number where the host knows it; on a device, or of a step that may be skipped, it stays."""
-    known = weight.device.type == "cpu" and not isinstance(memory.learns, Tensor)
-    return weight.item() if known else weight
+    """Returns a weight as a number where the host has it at hand; of a step that may be skipped it has not."""
+    return weight.item() if read_on(weight.device) and not isinstance(memory.learns, Tensor) else weight
+
+
+def read_on(device: torch.device) -> bool:
+    """Says whether the host reads a number without waiting for a device."""
+    return device.type == "cpu"

@@ -96,11 +96,13 @@ class FactorInverse(NamedTuple):
         left: `[c, d, d]` or `[c, d, r]`.
         right: U, `[c, d, r]`.
         scale: 1/(tail + damping), `[c]`.
+        weights: Where there is a scale, of the columns of `right` in `left`: (tail - w)/(w + damping), `[c, r]`.
     """
 
     left: Tensor
     right: Tensor | None = None
     scale: Tensor | None = None
+    weights: Tensor | None = None
 
     @classmethod
     def of(cls, factor: Spectrum, damping: Float[Tensor, " c"], *, columns: int, steady: bool) -> "FactorInverse":
@@ -122,9 +124,10 @@ class FactorInverse(NamedTuple):
             left = U / damped.unsqueeze(-2)
             return cls(left @ U.mT) if dense else cls(left, U)
         scale = torch.reciprocal(factor.tail + damping)
-        left = U * ((factor.tail.unsqueeze(-1) - w) / damped).unsqueeze(-2)
+        weights = (factor.tail.unsqueeze(-1) - w) / damped
+        left = U * weights.unsqueeze(-2)
         if not dense:
-            return cls(left, U, scale)
+            return cls(left, U, scale, weights)
         matrix = left @ U.mT
         matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
         return cls(matrix.mul_(scale[:, None, None]))
@@ -199,6 +202,11 @@ class FactoredInverse(NamedTuple):
         if of_A.scale is None or of_G.scale is None:
             return cls(of_A, of_G, of_G.scale if of_A.scale is None else of_A.scale)
         return cls(of_A, of_G, of_A.scale * of_G.scale)
+
+    @property
+    def of_low_rank(self) -> bool:
+        """Whether both sides are scale (I + left right^T)."""
+        return self.A.weights is not None and self.G.weights is not None
 
     def solve(self, gradient: Float[Tensor, "c p q"]) -> tuple[Float[Tensor, "c p q"], Float[Tensor, " c"] | None]:
         """Returns X and s such that s X is the product; None for 1. One pass over X less than multiplying s onto it."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kfdist import checks
 from kfdist.curvature.auto import AUTO
+from kfdist.curvature.blocks.base import ParameterPart
 from kfdist.curvature.by_width import ByWidth
 from kfdist.curvature.inverters.ekfac_adam import EkfacAdam
 from kfdist.errors import CheckpointError, ConfigError, KfdistError
@@ -106,7 +107,9 @@ class Optimizer(torch.optim.Optimizer):
         if graft is not None:
             self.preconditioner.pipeline.in_force.fixed["kl_clip"] = "grafting gives each step its length"
         self._directions: dict[nn.Parameter, Tensor] = {}
+        self._parts: list[tuple[ParameterPart, ...]] | None = None
         self._blocked: set[nn.Parameter] = set()
+        self._normalised: set[nn.Parameter] = set()
         self._mixed = _mixed(self.preconditioner.groups)
         self._finished: set[nn.Parameter] = set()
         self._replaced: Tensor | int = 0
@@ -165,11 +168,20 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._directions, self._solved = {}, False
         report = self._solve(self._directions)
-        self._blocked = _parameters_of(self.preconditioner.groups) - self._mixed
-        normalised = [group for group in self.preconditioner.groups if group.inverter.produces.normalised]
-        self._finished = _parameters_of(normalised) & self._blocked & self._directions.keys()
+        self._follow_parts()
+        self._finished = self._normalised & self._directions.keys()
         self._solved = True
         return report
+
+    def _follow_parts(self) -> None:
+        """Finds out which parameters have blocks, again where a block has taken in or left out its bias."""
+        groups = self.preconditioner.groups
+        parts = [block.parts for group in groups for block in group.blocks]
+        if parts == self._parts:
+            return
+        self._parts = parts
+        self._blocked = _parameters_of(groups) - self._mixed
+        self._normalised = self._blocked & _parameters_of(g for g in groups if g.inverter.produces.normalised)
 
     @property
     def replaced(self) -> int:

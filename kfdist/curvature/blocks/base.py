@@ -240,6 +240,16 @@ class Block:
         part = self.planned_parts[1]
         return [self._weight_of(weight), bias.reshape(part.of(part.parameter).shape)]
 
+    def written_over(self, *matrices: Float[Tensor, "c p _"]) -> None:
+        """Brings to `.grad` what was written over `gradient_apart`'s tensors, or `gradient(copied=False)`'s.
+
+        That is nothing where they are `.grad` itself.
+        """
+        found = self.from_apart(*matrices) if len(matrices) > 1 else self.from_matrix(*matrices)
+        for part, gradient, new in zip(self.parts, self._gradients(), found, strict=True):
+            if new.data_ptr() != part.of(gradient).data_ptr():
+                part.write(gradient, new)
+
     def _write(self, directions: Sequence[Tensor], factor: Tensor | None) -> None:
         for part, gradient, new in zip(self.parts, self._gradients(), directions, strict=True):
             part.write(gradient, new, factor)
@@ -253,13 +263,15 @@ class Block:
         return matrix.reshape(self.weight.shape)
 
     def _gradients(self) -> list[Tensor]:
-        for part in self.parts:
-            if part.parameter.grad is None:
+        found = [part.parameter.grad for part in self.parts]
+        for part, gradient in zip(self.parts, found, strict=True):
+            if gradient is None:
                 raise ValueError(
                     f"block {self.name}: its {part.attribute} has no gradient; call backward() before the "
                     "preconditioner's step"
                 )
-        return [part.parameter.grad.detach() for part in self.parts if part.parameter.grad is not None]
+        # A gradient has a graph only after a backward that makes one.
+        return [each.detach() if each.requires_grad else each for each in found if each is not None]
 
 
 def _aligned(matrix: Tensor) -> Tensor:

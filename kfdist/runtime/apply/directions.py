@@ -13,6 +13,7 @@ from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverse import AbstractPreconditioner, Direction
 from kfdist.linalg.sparse_rows import dense_of
+from kfdist.runtime.apply.in_place import InPlace, in_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +44,25 @@ class Application:
         return not self.fallback and any(each.exchanged for each in self.preconditioners)
 
     @property
-    def apart(self) -> bool:
-        """Whether the gradients of a single block's weight and bias go their ways apart.
+    def alone(self) -> bool:
+        """Whether it is a single block on the host, of which the inverse's `_solve` is all there is to do.
 
-        On the host memory is what counts, and joining them is a pass over both. On a GPU it is one launch, and apart
-        they need as many again.
+        On the host memory is what counts: a pass over it that joins the gradients of weight and bias, or that makes a
+        direction beside its gradient. On a GPU it is launches, of which both save some.
         """
-        block, inverse = self.blocks[0], self.preconditioners[0]
+        block = self.blocks[0]
         return (
             len(self.blocks) == 1
-            and inverse.takes_apart
-            and block.has_bias
             and not (block.routed or self.fallback or self.exchanged)
             and self.rows is None
             and self.memories[0].measured is None
-            and not joined_on(block.parameters()[0].device)
+            and not joined_on(block.weight.device)
         )
+
+    @property
+    def apart(self) -> bool:
+        """Whether the gradients of weight and bias go their ways apart, of one that is `alone`."""
+        return self.preconditioners[0].takes_apart and self.blocks[0].has_bias
 
     def gradients(self) -> list[Tensor]:
         """Returns each block's V; zero where a coupled block took no part in the loss."""
@@ -166,7 +170,9 @@ class Solved(NamedTuple):
             part.write(into[part.parameter], direction)
 
 
-def solve(applications: Sequence[Application], communicator: Communicator, *, multiplied: bool) -> list[Solved]:
+def solve(
+    applications: Sequence[Application], communicator: Communicator, *, multiplied: bool, overwrites: bool = False
+) -> list[Solved | InPlace]:
     """Returns the directions of all blocks that have a gradient; `.grad` stays as it is.
 
     Directions that are exchanged are computed by one rank each and broadcast.
@@ -175,14 +181,20 @@ def solve(applications: Sequence[Application], communicator: Communicator, *, mu
         applications: The groups that have a gradient and a snapshot, in the same order on all ranks.
         communicator: Carries the exchanged directions.
         multiplied: Whether their products with the gradients are wanted.
+        overwrites: Whether they will be written into `.grad`, so that it may be in the midst of making them.
     """
-    found: list[list[Solved]] = []
+    found: list[Sequence[Solved | InPlace]] = []
     travelling: dict[int, list[Tensor]] = {}
     received: list[tuple[int, Sequence[Tensor], Sequence[Tensor]]] = []
     for place, each in enumerate(applications):
-        if each.apart:
-            found.append([_solved_apart(each, multiplied=multiplied)])
-            continue
+        if each.alone:
+            block, inverse, memory = each.blocks[0], each.preconditioners[0], each.memories[0]
+            one = in_place(block, inverse, each.damping, memory, multiplied=multiplied) if overwrites else None
+            if one is None and each.apart:
+                one = _solved_apart(each, multiplied=multiplied)
+            if one is not None:
+                found.append([one])
+                continue
         gradients = each.gradients()
         if not each.exchanged:
             found.append(_solved(each, gradients, each.directions(gradients), multiplied=multiplied))
@@ -282,7 +294,7 @@ def precondition_gradients(
     """
     if not applications:
         return None
-    found = solve(applications, communicator, multiplied=kl_clip is not None)
+    found = solve(applications, communicator, multiplied=kl_clip is not None, overwrites=into is None)
     clipped = [each for each in found if kl_clip is not None and each.clipped]
     for each in found:
         if kl_clip is None or not each.clipped:
@@ -309,19 +321,20 @@ def precondition_gradients(
     return factor
 
 
-def _uniform_scales(found: Sequence[Solved]) -> Tensor | None:
+def _uniform_scales(found: Sequence[Solved | InPlace]) -> Tensor | None:
     """Returns the scale of each block that is `uniform`, 1 for the others, `[blocks]`; None where all are 1."""
     if all(each.scale is None or not each.uniform for each in found):
         return None
-    one = found[0].X[0].new_ones(1)
+    products = [each.product for each in found if each.product is not None]
+    one = products[0].new_ones(1)
     return torch.cat([each.scale if each.scale is not None and each.uniform else one for each in found])
 
 
-def _uniformly_measured(found: Sequence[Solved]) -> Tensor | None:
+def _uniformly_measured(found: Sequence[Solved | InPlace]) -> Tensor | None:
     """Returns whether each block that is `uniform` was measured, true for the others, `[blocks]`; None for all."""
     if all(each.measured is None or not each.uniform for each in found):
         return None
-    true = torch.ones(1, dtype=torch.bool, device=found[0].X[0].device)
+    true = torch.ones(1, dtype=torch.bool, device=found[0].block.weight.device)
     return torch.cat([each.measured if each.measured is not None and each.uniform else true for each in found])
 
 
