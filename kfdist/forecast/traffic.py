@@ -105,7 +105,7 @@ class TrafficForecast:
         if not rehearsal.inverting and self._plan.groups:
             return None
         for group in self._plan.groups:
-            inversions = self._schedule.count_until(group.index, steps - 1, self._schedule.inverse_period)
+            inversions = self._inversions(group, steps)
             sent += inversions * rehearsal.inverting[group.name].reduced
             if group.name in rehearsal.updating:
                 sent += (self._jobs(group, steps) - inversions) * rehearsal.updating[group.name].reduced
@@ -126,13 +126,19 @@ class TrafficForecast:
         period = group.inverter.update_period(self._schedule.factor_period, self._schedule.inverse_period)
         return self._schedule.count_until(group.index, steps - 1, period)
 
+    def _inversions(self, group: BlockGroup, steps: int) -> int:
+        """Counts the jobs with dense sums: all but those of online methods in between."""
+        if not group.inverter.online:
+            return self._jobs(group, steps)
+        return self._schedule.count_until(group.index, steps - 1, self._schedule.inverse_period)
+
     def _job_bytes(self, groups: Sequence[BlockGroup], steps: int) -> float | None:
         sent, rehearsal = 0.0, self._rehearsal
         if not rehearsal.inverting and groups:
             return None
         for group in groups:
             jobs = self._jobs(group, steps)
-            inversions = self._schedule.count_until(group.index, steps - 1, self._schedule.inverse_period)
+            inversions = self._inversions(group, steps)
             between = rehearsal.updating.get(group.name)
             sent += inversions * rehearsal.inverting[group.name].job
             sent += (jobs - inversions) * between.job if between is not None else 0

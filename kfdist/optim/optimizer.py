@@ -32,6 +32,11 @@ from kfdist.runtime.settings import StepReport
 Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 """Parameters, or groups of them with settings of their own, as torch's optimizers take them."""
 
+BASIS_PERIOD, EMA_DECAY = 20, 0.8
+"""What "auto" has under AdamW's graft in the place of the Preconditioner's 100 and .95: steps between two bases, and
+the largest weight of the past in statistics (docs/decisions/0033). At 512 wide a core decomposes both factors in a
+quarter of the time in which it multiplies by their bases in so many steps."""
+
 
 class Optimizer(torch.optim.Optimizer):
     r"""Steps a model along second-order directions, and what has none by a first-order method.
@@ -68,9 +73,10 @@ class Optimizer(torch.optim.Optimizer):
         graft: As above.
         **curvature: What `kfdist.Preconditioner` is made with, which documents it. Here `method` is "auto" if not
             given: `ekfac-adam` (with another graft `kfac-eigen`) for matrices up to 1,024 wide and `rs-kfac` for those
-            up to 8,192; wider ones, tables, norms and lone vectors have no block. Any of Preconditioner's own methods
-            and tables can be given instead
-            (`kfdist.Auto()` is its "auto", by measured cost).
+            up to 8,192; wider ones, tables, norms and lone vectors have no block. Beside this `ekfac-adam`,
+            `ema_decay` is .8 if not given, and where no period is given either, a basis comes every 20 steps. Any of
+            Preconditioner's own methods and tables can be given instead (`kfdist.Auto()` is its "auto", by measured
+            cost).
 
     Attributes:
         preconditioner: Measures, inverts and says what it does: `coverage()`, `observe()`, `paused()`.
@@ -369,7 +375,17 @@ def _preconditioner_of(model: nn.Module | Preconditioner, graft: Graft | None, c
         return model
     if curvature.get("method", AUTO) == AUTO:
         # Under SGD's lengths, or the Newton step's, a direction of Adam's size is another method's.
-        curvature["method"] = ByWidth(dense=EkfacAdam()) if graft == "adamw" else ByWidth()
+        if graft == "adamw":
+            curvature["method"] = _own_table(curvature)
+            curvature.setdefault("ema_decay", EMA_DECAY)
+        else:
+            curvature["method"] = ByWidth()
     if graft is not None:
         curvature["kl_clip"] = None
     return Preconditioner(model, **curvature)
+
+
+def _own_table(curvature: Curvature) -> ByWidth:
+    """Returns what "auto" is under AdamW's graft; periods that were given hold for all blocks."""
+    given = curvature.keys() & {"factor_period", "inverse_period"}
+    return ByWidth(dense=EkfacAdam(basis_period=None if given else BASIS_PERIOD))

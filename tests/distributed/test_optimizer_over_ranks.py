@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfdist.comm.communicator import Communicator
+from kfdist.optim.optimizer import Optimizer
 from kfdist.policies.staleness import FixedLag
 from tests.support.optimizing import optimizer_of, small_model
 from tests.support.preconditioning import rows
@@ -68,6 +69,29 @@ def test_two_ranks_step_as_one_process_on_the_whole_batch() -> None:
 def test_each_ranks_own_state_goes_on_bit_for_bit() -> None:
     expected = run_ranks(2, train, "adamw")
     assert_alike(run_ranks(2, train, "adamw", 3), expected[0], 0.0)
+
+
+def train_by_default(communicator: Communicator, stop: int | None = None) -> list[torch.Tensor]:
+    """Trains 24 steps with the default method and periods, whose first layer's basis is renewed at step 20."""
+    saved: dict[str, Any] = {}
+    net = small_model()
+    for seeds in [range(24)] if stop is None else [range(stop), range(stop, 24)]:
+        model = net if communicator.world_size == 1 else DistributedDataParallel(net)
+        with Optimizer(model, lr=0.01, skip=("2",), adoption=FixedLag(1)) as optimizer:
+            if saved:
+                optimizer.load_state_dict(saved)
+            steps(communicator, model, optimizer, seeds)
+            saved = optimizer.state_dict()
+            versions = [group.snapshot.version for group in optimizer.preconditioner.pipeline.tracks]
+            assert versions[0] == (20 if seeds.stop == 24 else 0)
+    return [p.detach() for p in net.parameters()]
+
+
+def test_the_default_steps_as_one_process_and_goes_on_bit_for_bit() -> None:
+    """Across the renewal of a basis that comes more often than an inverse period."""
+    expected = run_ranks(2, train_by_default)
+    assert_alike(expected, train_by_default(Communicator(None)), EXACT)
+    assert_alike(run_ranks(2, train_by_default, 13), expected[0], 0.0)
 
 
 def first_part(communicator: Communicator) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class EkfacAdam(AbstractInverter):
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Added to the root of the second moment.
+        basis_period: Most steps between two bases, if not as many as between two inversions: rounded down to what
+            divides the inverse period, by whole factor periods, of which it is at least one.
     """
 
     name: ClassVar[str] = "ekfac-adam"
@@ -78,11 +80,21 @@ class EkfacAdam(AbstractInverter):
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    basis_period: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
             checks.number(name, getattr(self, name), least=0, below=1)
         checks.number("eps", self.eps, above=0)
+        if self.basis_period is not None:
+            checks.count("basis_period", self.basis_period, least=1, hint="steps, or None")
+
+    @override
+    def update_period(self, factor_period: int, inverse_period: int) -> int:
+        if self.basis_period is None:
+            return inverse_period
+        most = max(factor_period, min(self.basis_period, inverse_period))
+        return max(each for each in range(factor_period, most + 1, factor_period) if inverse_period % each == 0)
 
     @override
     def invert(

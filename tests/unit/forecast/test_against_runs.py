@@ -8,6 +8,7 @@ import torch
 from kfdist.comm.communicator import Communicator
 from kfdist.config import Config, load_config
 from kfdist.curvature.auto import MeasuredCosts
+from kfdist.optim.optimizer import Optimizer
 from kfdist.training.run_state import Standing, Training
 from kfdist.training.setup import gather_materials, make_training
 from tests.support.forecasts import Foretold, foretold
@@ -31,6 +32,14 @@ CONFIGURATIONS = {
         f'model.name="{MODELS}:convolutions"',
         'preconditioner.method="kfac-eigen"',
         "data.batch_size=16",
+    ],
+    "bases more often than inverses": [
+        'preconditioner.method="ekfac-adam"',
+        "preconditioner.settings={ basis_period = 4 }",
+        "preconditioner.inverse_period=20",
+        "preconditioner.kl_clip=0",
+        'optimizer.name="kfdist"',
+        "optimizer.lr=0.01",
     ],
     "transformer": [
         f'model.name="{MODELS}:tagger"',
@@ -76,7 +85,8 @@ def _train(training: Training, config: Config) -> None:
             inputs, targets = data.train.inputs[begin : begin + size], data.train.labels[begin : begin + size]
             (data.objective.loss(training.model(inputs), targets) / parts).backward()
         training.reducer.reduce()
-        training.preconditioner.step()
+        if not isinstance(training.optimizer, Optimizer):  # which asks for its directions itself
+            training.preconditioner.step()
         training.optimizer.step()
 
 

@@ -213,6 +213,33 @@ def test_auto_is_the_default_and_measures_nothing(graft: Any, method: str):
         assert optimizer.preconditioner.costs is None
 
 
+@pytest.mark.parametrize(("changes", "expected"), [({}, [20, 100]), ({"inverse_period": 50}, [50, 50])])
+def test_the_default_renews_bases_more_often_than_inverses_unless_periods_are_given(
+    changes: dict[str, Any], expected: list[int]
+):
+    widest = ByWidth().eigen
+    model = nn.Sequential(nn.Linear(widest, 2), nn.Linear(2, widest + 1))
+    with kfdist.Optimizer(model, **changes) as optimizer:
+        assert periods_of(optimizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, 0.8), ({"ema_decay": 0.9}, 0.9), ({"method": "ekfac-adam"}, 0.95), ({"graft": "sgd"}, 0.95)],
+)
+def test_statistics_forget_sooner_under_the_default(changes: dict[str, Any], expected: float):
+    with kfdist.Optimizer(small_model(), **changes) as optimizer:
+        assert optimizer.preconditioner.settings.ema_decay == expected
+    with kfdist.Preconditioner(small_model()) as preconditioner:
+        assert preconditioner.settings.ema_decay == 0.95 and preconditioner.settings.inverse_period == 100
+
+
+def periods_of(optimizer: kfdist.Optimizer) -> list[int]:
+    preconditioner = optimizer.preconditioner
+    ((_, period),) = [(each.begin, each.inverse_period) for each in preconditioner.settings.schedules(groups=0)]
+    return [group.inverter.update_period(10, period) for group in preconditioner.groups]
+
+
 def test_what_no_block_can_have_is_said_to_be_stepped_by_a_first_order_method():
     model = small_model()
     nn.utils.parametrizations.weight_norm(model[0])

@@ -129,10 +129,28 @@ def test_goes_on_from_a_checkpoint() -> None:
         assert torch.equal(*(basis.apply(gradient, DAMPING, each) for each in (memory, resumed)))
 
 
-@pytest.mark.parametrize("settings", [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}])
+@pytest.mark.parametrize("settings", [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"basis_period": 0}])
 def test_settings_out_of_range(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         make_inverter("ekfac-adam", **settings)
+
+
+@pytest.mark.parametrize(
+    ("basis_period", "factor_period", "inverse_period", "expected"),
+    [
+        (None, 10, 100, 100),
+        (20, 10, 100, 20),
+        (20, 10, 10, 10),  # never less often than inversions
+        (20, 10, 50, 10),  # 20 doesn't divide 50
+        (20, 8, 32, 16),
+        (5, 10, 100, 10),  # never more often than foldings
+    ],
+)
+def test_a_basis_comes_as_often_as_asked_for_where_that_fits(
+    basis_period: int | None, factor_period: int, inverse_period: int, expected: int
+) -> None:
+    inverter = make_inverter("ekfac-adam", basis_period=basis_period)
+    assert inverter.update_period(factor_period, inverse_period) == expected
 
 
 def test_an_optimizer_with_momentum_is_warned_of():
