@@ -3,10 +3,12 @@
     python -m benchmarks.figures [--check]
 
 Between `<!-- figures: NAME -->` and `<!-- end -->` stands what `benchmarks/results/NAME.json` says, as the command
-printed it; between `<!-- figures: five -->` and the end, five of them as a table. `--check` only says whether it does.
+printed it; in the place of "worth", when each side reached the targets, and of "five", what users ask for first, both
+as tables. `--check` only says whether it does.
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -44,6 +46,8 @@ def block(name: str) -> str:
     """Returns what stands between the marks of a name."""
     if name == "five":
         return five({each: result(each) for each in DESCRIBED})
+    if name == "worth":
+        return worth(result("target"))
     content = result(name)
     if content is None:
         return "Not measured yet.\n"
@@ -80,31 +84,52 @@ def five(results: Mapping[str, dict[str, Any] | None]) -> str:
         (error,) = (each["error"] for each in found["by_size"]["rs-kfac"] if each["d"] == int(d))
         said = f"{times['rs-kfac']:.0f} times faster; error of the direction {error:.1%}"
         rows.append((f"`rs-kfac`'s inversion at d = {d} against an eigendecomposition", said, "inversion"))
-    if (found := results["target"]) is not None:
-        for task, words in found["config"]["goals"].items():
-            if (said := soonest(found, task)) is not None:
-                rows.append((f"Seconds to {words['metric']} {words['goal']:g}, {task}", said, "target"))
     if not rows:
         return "Not measured yet.\n"
     head = ["| question | answer | `kfdist bench` |", "|---|---|---|"]
     return "\n".join([*head, *(f"| {what} | {said} | `{name}` |" for what, said, name in rows)]) + "\n"
 
 
-def soonest(content: Mapping[str, Any], task: str) -> str | None:
-    """Says when the best of kfdist's and the best of the others reached a task's goal."""
-    by_side: dict[bool, list[tuple[float, str]]] = {True: [], False: []}
-    for name, rival in to_target.RIVALS.items():
-        cells = [each for each in content["cells"].values() if (each["task"], each["rival"]) == (task, name)]
-        found = to_target.best(cells)
-        if found is not None:
-            by_side[rival.kfdist].append((float("inf") if found["seconds"] is None else found["seconds"], name))
-    if not all(by_side.values()):
-        return None
-    said = []
-    for side in (True, False):
-        seconds, name = min(by_side[side])
-        said.append(f"{name} {'never' if seconds == float('inf') else f'{seconds:.1f} s'}")
-    return f"kfdist's best: {said[0]}; best of the others: {said[1]}"
+def worth(target: Mapping[str, Any] | None) -> str:
+    """Returns seconds and steps to each target that both sides were trained for, as a table."""
+    if target is None:
+        return "Not measured yet.\n"
+    rows = []
+    for task, goal in target["config"]["goals"].items():
+        found = {name: each for name in to_target.RIVALS if (each := _summed_up(target, task, name)) is not None}
+        sides = [
+            {name: each for name, each in found.items() if to_target.RIVALS[name].kfdist is ours}
+            for ours in (True, False)
+        ]
+        if all(sides) and "optimizer" in found and "adamw" in found:
+            cells = [said(found["optimizer"]), said(found["adamw"]), *(soonest(side) for side in sides)]
+            rows.append(f"| {goal['title']}: {goal['metric']} {goal['goal']:.2g} | {' | '.join(cells)} |")
+    if not rows:
+        return "Not measured yet.\n"
+    columns = "`kfdist.Optimizer`, untuned", "AdamW, tuned", "kfdist's best, tuned", "best of the others, tuned"
+    return "\n".join([f"| to a target | {' | '.join(columns)} |", "|---|---|---|---|---|", *rows]) + "\n"
+
+
+def _summed_up(target: Mapping[str, Any], task: str, rival: str) -> dict[str, Any] | None:
+    return to_target.best(to_target.cells_of(target["cells"], task, rival))
+
+
+def said(found: Mapping[str, Any]) -> str:
+    """Says when a target was reached, or what was reached in place of it."""
+    if found["seconds"] is None:
+        return "never" if found["last"] is None else f"never ({found['last']:.2g})"
+    return f"{found['seconds']:.2g} s, {found['steps']:.0f} steps"
+
+
+def soonest(side: Mapping[str, Mapping[str, Any]]) -> str:
+    """Names who reached a target first, or came closest, and says when."""
+
+    def rank(name: str) -> tuple[float, float]:
+        seconds, last = (side[name][key] for key in ("seconds", "last"))
+        return math.inf if seconds is None else seconds, math.inf if last is None else last
+
+    first = min(side, key=rank)
+    return f"{first}: {said(side[first])}"
 
 
 def filled(text: str) -> str:

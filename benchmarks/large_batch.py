@@ -3,10 +3,10 @@
     PYTHONPATH=. python -m benchmarks.large_batch [TASK ...] [--seeds SEEDS]
 
 The batch of a task of `kfdist bench target` is doubled until the steps to a goal stop falling, by a tenth or more, for
-both methods, or there are no more examples. At each batch the learning rate of each is tuned anew, with seed 0, over as many values, and
-further ones where the best lies at an edge; what is reported are the medians of other seeds. A goal is reached when
-three measurements in a row are at it. Steps are counted, not seconds: a busy machine changes nothing, as inverses
-are adopted one step late (`FixedLag(1)`). Cells are written as they are done, and a cell that the file has
+both methods, or there are no more examples. At each batch the learning rate of each is tuned anew, with seed 0, over as
+many values, and further ones where the best lies at an edge; what is reported are the medians of other seeds. A goal is
+reached when three measurements in a row are at it. Steps are counted, not seconds: a busy machine changes nothing, as
+inverses are adopted one step late (`FixedLag(1)`). Cells are written as they are done, and a cell that the file has
 isn't trained again. What the file has is drawn beside it and printed.
 """
 

@@ -23,7 +23,7 @@ def test_the_library_example_runs():
     example = _blocks("python")[0]
     done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "rs-kfac" in done.stdout
+    assert "ekfac-adam" in done.stdout
 
 
 def test_the_library_example_is_short():

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks import figures
-from benchmarks.figures import DESCRIBED, PAGES, five, soonest
+from benchmarks.figures import DESCRIBED, PAGES, five, worth
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -16,7 +16,7 @@ def test_pages_show_the_committed_results(page):
 
 def test_every_result_has_its_place():
     shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert all(f"<!-- figures: {name} -->\n" in shown for name in (*DESCRIBED, "five"))
+    assert all(f"<!-- figures: {name} -->\n" in shown for name in (*DESCRIBED, "five", "worth"))
 
 
 NONE: dict[str, Any] = dict.fromkeys(DESCRIBED)
@@ -44,12 +44,36 @@ def test_the_figures_are_those_of_the_results():
     assert shown.count("\n") == 6
 
 
-def test_the_soonest_of_both_sides_is_told():
-    def cell(rival: str, seconds: float | None) -> dict[str, Any]:
-        known = {"rate": 0.1, "seed": 0, "one_core": False, "steps": 1, "last": 0.5, "milliseconds_a_step": 1.0}
-        return {"task": "digits-cnn", "rival": rival, "seconds": seconds, **known}
+def _cell(rival: str, seconds: float | None, last: float = 0.5, *, seed: int = 1, rate: float = 0.1) -> dict[str, Any]:
+    known = {"rate": rate, "seed": seed, "one_core": False, "steps": 40, "milliseconds_a_step": 1.0}
+    return {"task": "digits-cnn", "rival": rival, "seconds": seconds, "last": last, **known}
 
-    cells = [cell("sgd", 3.0), cell("adamw", 2.0), cell("rs-kfac", None)]
-    content = {"cells": {str(number): each for number, each in enumerate(cells)}}
-    assert soonest(content, "digits-cnn") == "kfdist's best: rs-kfac never; best of the others: adamw 2.0 s"
-    assert soonest(content, "digits-autoencoder") is None
+
+def _target(*cells: dict[str, Any]) -> dict[str, Any]:
+    tuned = [{**each, "seed": 0} for each in cells]
+    goals = {
+        task: {"title": task, "metric": "loss", "goal": goal}
+        for task, goal in (("digits-cnn", 0.03), ("mnist-autoencoder", None))
+    }
+    every = dict(enumerate([*cells, *tuned]))
+    return {"config": {"goals": goals}, "cells": every}
+
+
+def test_the_first_table_tells_when_both_sides_reached_a_target():
+    cells = [_cell("sgd", 1.5), _cell("adamw", 2.04), _cell("rs-kfac", 1.25), _cell("optimizer", None, last=0.046)]
+    rows = worth(_target(*cells)).splitlines()
+    assert len(rows) == 3
+    title, default, adamw, ours, best = (cell.strip() for cell in rows[2].strip("|").split("|"))
+    assert title == "digits-cnn: loss 0.03"
+    assert (default, adamw) == ("never (0.046)", "2 s, 40 steps")
+    assert (ours, best) == ("rs-kfac: 1.2 s, 40 steps", "sgd: 1.5 s, 40 steps")
+
+
+def test_where_nobody_reached_a_target_the_closest_is_named():
+    cells = [_cell("adamw", None, last=0.2), _cell("sgd", None, last=0.1), _cell("optimizer", None, last=0.05)]
+    assert "| optimizer: never (0.05) | sgd: never (0.1) |" in worth(_target(*cells))
+
+
+@pytest.mark.parametrize("cells", [[], [_cell("adamw", 1.0)], [_cell("optimizer", 1.0), _cell("rs-kfac", 1.0)]])
+def test_a_task_without_both_sides_has_no_row(cells: list[dict[str, Any]]):
+    assert worth(_target(*cells)) == worth(None) == "Not measured yet.\n"
