@@ -66,7 +66,7 @@ def _by(*make: Callable[[nn.Module, float], torch.optim.Optimizer | None]) -> Ca
 
 
 def _sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=True)
 
 
 def _behind(method: Any, **settings: Any) -> Callable[[Task, nn.Module, float], Any]:
@@ -153,7 +153,7 @@ def _muon(model: nn.Module, lr: float) -> torch.optim.Optimizer | None:
 
 def _rest_by_adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     rest = [parameter for parameter in model.parameters() if parameter.ndim != 2]
-    return torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)
+    return torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, fused=True)
 
 
 _RATES = {"sgd": (0.03, 0.1, 0.3, 1.0), "adamw": (1e-3, 3e-3, 1e-2, 3e-2)}
@@ -162,7 +162,8 @@ _RATES = {"sgd": (0.03, 0.1, 0.3, 1.0), "adamw": (1e-3, 3e-3, 1e-2, 3e-2)}
 
 def _others() -> Iterator[tuple[str, Rival]]:
     yield "sgd", Rival(title="SGD, momentum 0.9", rates=_RATES["sgd"], training=_by(_sgd))
-    adamw = _by(lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr))
+    # Fused, as the fastest form that torch has of them on a CPU.
+    adamw = _by(lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, fused=True))
     yield "adamw", Rival(title="AdamW", rates=_RATES["adamw"], training=adamw)
     if hasattr(torch.optim, "Muon"):
         training = _by(_muon, _rest_by_adamw)
