@@ -65,7 +65,7 @@ class Curve:
 
 
 CURVES: Mapping[str, Curve] = {
-    "digits-cnn": Curve(task=TASKS["digits-cnn"], first=32, examples=38_400, steps=400, every=64),
+    "digits-cnn": Curve(task=TASKS["digits-cnn"], first=32, examples=102_400, steps=400, every=64),
     "mnist-resnet": Curve(
         task=replace(TASKS["mnist-resnet"], goal=0.015, most_measured=2000),
         first=128,
