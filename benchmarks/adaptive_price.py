@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "products with F": ((NetworkFisher, "product"),),
     "inverses times gradients": ((kfdist.AdaptiveStep, "_direction"),),
     "inner products": ((NetworkFisher, "inner_products"),),
-    "the loss afterwards": ((kfdist.AdaptiveStep, "_loss_now"),),
+    "the loss afterwards": ((kfdist.AdaptiveStep, "_loss_now"), (kfdist.AdaptiveStep, "_falls")),
     "parameters moved": ((kfdist.AdaptiveStep, "_move"),),
     "the closure's state kept and put back": ((Replay, "__init__"),),
     "the rest": ((kfdist.AdaptiveStep, "step"),),
