@@ -118,7 +118,8 @@ def said(found: Mapping[str, Any]) -> str:
     """Says when a target was reached, or what was reached in place of it."""
     if found["seconds"] is None:
         return "never" if found["last"] is None else f"never ({found['last']:.2g})"
-    return f"{found['seconds']:.2g} s, {found['steps']:.0f} steps"
+    seconds = f"{found['seconds']:.0f}" if found["seconds"] >= 10 else f"{found['seconds']:.2g}"
+    return f"{seconds} s, {found['steps']:.0f} steps"
 
 
 def soonest(side: Mapping[str, Mapping[str, Any]]) -> str:

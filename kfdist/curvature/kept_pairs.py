@@ -150,14 +150,14 @@ def keep_enough(
         known = bounds(found, least)
         places = _fewest(*found, known[2], direction_error) or _shares(known, direction_error)
     i, j = places
-    cuts = i < len(sides[0].ranks) - 1 or j < len(sides[1].ranks) - 1
+    is_cut = i < len(sides[0].ranks) - 1 or j < len(sides[1].ranks) - 1
     kept = _leading(A, sides[0].ranks[i]), _leading(G, sides[1].ranks[j])
     return Kept(
         A=kept[0],
         G=kept[1],
         error=float(bounds(sides, damping)[2][i, j]),
         mean_error=_mean_error(kept, traces, None if damping_rule == "common" else split(damping), damping),
-        least_damping=least if cuts else 0.0,
+        least_damping=least if is_cut else 0.0,
     )
 
 

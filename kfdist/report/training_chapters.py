@@ -84,7 +84,8 @@ def step_lengths(run: Recorded) -> Chapter:
         for what, each in (("change over norm", curves), ("factor of directions", [*grafts, *clips]))
         if each
     ]
-    replaced = next((line["graft_replacements"] for line in reversed(run.steps) if line.get("graft_replacements")), 0)
+    counts = (line.get("graft_replacements") for line in reversed(run.steps))
+    replaced = next((count for count in counts if count is not None), 0)  # of the last start, be it none
     return Chapter(
         title=title,
         sentences=[

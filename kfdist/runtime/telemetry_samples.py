@@ -1,5 +1,6 @@
 """What a pipeline measured: as samples for the controller, totals for the summary, and notes for `coverage()`."""
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -122,7 +123,8 @@ def _length_samples(pipeline: Pipeline) -> list[MetricSample]:
     worst: dict[tuple[str, str], float] = {}
     for name, values in found.items():
         for group, value in values.items():
-            worst[name, labels[group]] = max(value, worst.get((name, labels[group]), 0.0))
+            known = worst.get((name, labels[group]), 0.0)
+            worst[name, labels[group]] = known if math.isnan(known) or known > value else value  # NaN is the worst
     samples = [_sample(name, value, block=label) for (name, label), value in worst.items()]
     replaced = pipeline.grafts.replaced()
     return samples if replaced is None else [*samples, _sample("kfdist_graft_replacements_total", replaced)]

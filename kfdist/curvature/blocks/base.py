@@ -280,7 +280,8 @@ def _aligned(matrix: Tensor) -> Tensor:
     Where it begins decides on the last bits of products, and in a bucket of gradients it begins anywhere.
     """
     if matrix.dtype.itemsize < 4:
-        return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        wider = torch.promote_types(matrix.dtype, torch.float32)
+        return matrix.to(wider, memory_format=torch.contiguous_format)
     if matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0:
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)

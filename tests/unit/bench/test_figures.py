@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks import figures
-from benchmarks.figures import DESCRIBED, PAGES, five, worth
+from benchmarks.figures import DESCRIBED, PAGES, five, said, worth
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -67,6 +67,11 @@ def test_the_first_table_tells_when_both_sides_reached_a_target():
     assert title == "digits-cnn: loss 0.03"
     assert (default, adamw) == ("never (0.046)", "2 s, 40 steps")
     assert (ours, best) == ("rs-kfac: 1.2 s, 40 steps", "sgd: 1.5 s, 40 steps")
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(132.4, "132 s"), (12.04, "12 s"), (9.96, "10 s"), (1.234, "1.2 s")])
+def test_seconds_are_plain_numbers(seconds: float, words: str):
+    assert said(_cell("adamw", seconds)) == f"{words}, 40 steps"
 
 
 def test_where_nobody_reached_a_target_the_closest_is_named():
