@@ -77,7 +77,7 @@ class AbstractAdamBasis(AbstractPreconditioner):
             return self.fallback(gradient, damping)
         # R is n weight, and n / (sqrt(v / w) + eps) is (n weight) / (sqrt(v) + eps sqrt(w)) sqrt(w) / weight: what is
         # one number is left to the product, in the place of passes over the coordinates.
-        root_weight = _positive(_known(kept[SECOND_WEIGHT], memory), memory) ** 0.5
+        root_weight = never_zero(_known(kept[SECOND_WEIGHT], memory), R.dtype) ** 0.5
         R.div_(kept[SECOND].sqrt().add_(self.eps * root_weight))
         scale = root_weight / weight
         return self.matrix(R.mul_(scale)) if isinstance(scale, Tensor) else self.matrix(R, scale)
@@ -104,7 +104,7 @@ class AbstractAdamBasis(AbstractPreconditioner):
             first.lerp_(R, fresh1)
             second.mul_(self.beta2).addcmul_(R, R, value=fresh2)
         if not self.nesterov:
-            return R.copy_(first), _positive(weight, memory)
+            return R.copy_(first), never_zero(weight, R.dtype)
         return R.lerp_(first, self.beta1), weight * self.beta1 + fresh1
 
 
@@ -123,16 +123,10 @@ def _fold_weights(
     return _known(kept[FIRST_WEIGHT], memory)
 
 
-def _positive(weight: Tensor | float, memory: BlockMemory) -> Tensor | float:
-    """Keeps quotients defined before the first step that wasn't skipped."""
-    if isinstance(weight, Tensor) and isinstance(memory.learns, Tensor):
-        return positive(weight)
-    return weight
-
-
-def positive(weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Keeps quotients defined where nothing was weighed yet."""
-    return weight.clamp_min(torch.finfo(weight.dtype).tiny)
+def never_zero(weight: Float[Tensor, ""] | float, dtype: torch.dtype) -> Float[Tensor, ""] | float:
+    """Keeps quotients defined before the first step that wasn't skipped; the dtype is that of the moments."""
+    tiny = torch.finfo(dtype).tiny
+    return weight.clamp_min(tiny) if isinstance(weight, Tensor) else max(weight, tiny)
 
 
 def _known(weight: Float[Tensor, ""], memory: BlockMemory) -> Float[Tensor, ""] | float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from kfdist import checks
-from kfdist.curvature.adam_moments import FIRST, FIRST_WEIGHT, SECOND, SECOND_WEIGHT, AbstractAdamBasis, positive
+from kfdist.curvature.adam_moments import FIRST, FIRST_WEIGHT, SECOND, SECOND_WEIGHT, AbstractAdamBasis, never_zero
 from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
@@ -58,7 +58,7 @@ class AdamBasis(AbstractAdamBasis):
     def second_moment(self, before: AbstractAdamBasis, memory: BlockMemory) -> Float[Tensor, "c p q"]:
         del before
         kept = memory.kept
-        squared = (kept[FIRST] / positive(kept[FIRST_WEIGHT])).square_()
+        squared = (kept[FIRST] / never_zero(kept[FIRST_WEIGHT], kept[FIRST].dtype)).square_()
         return torch.maximum(kept[SECOND], squared.mul_(kept[SECOND_WEIGHT]))
 
 

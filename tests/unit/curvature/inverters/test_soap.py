@@ -139,6 +139,15 @@ def test_second_moments_are_permuted_as_pytorch_optimizer_permutes_them() -> Non
     assert torch.equal(found, state["exp_avg_sq"]) and not torch.equal(found, v)
 
 
+def test_a_first_step_that_is_skipped_leaves_directions_defined() -> None:
+    generator = torch.Generator().manual_seed(0)
+    V = torch.randn(1, 4, 15, generator=generator, dtype=torch.float64)
+    basis, memory = basis_of([V.view(4, 3, 5)]), BlockMemory(learns=torch.tensor(False))
+    basis.apply(torch.full_like(V, torch.nan), 1.0, memory)
+    memory.learns = False
+    torch.testing.assert_close(basis.apply(V, 1.0, memory), V / EPS)  # v is 0
+
+
 def test_a_direction_before_any_step_has_the_size_of_adams() -> None:
     model = Tensors(((4, 6),))
     with preconditioner_of(model) as pre:
