@@ -85,7 +85,9 @@ class StepLengths:
         return self._known
 
     def _entries(self, parameter: nn.Parameter) -> Tensor:
-        flat = parameter.detach().reshape(-1)
+        # Dimensions in the order of memory, whichever it is: of a dense tensor that is a view, channels_last or not.
+        order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+        flat = parameter.detach().permute(order).reshape(-1)
         if flat.numel() <= ENTRIES:
             return flat.to(torch.float64, copy=True)
         key = flat.numel(), flat.device

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 import kfdist
 from kfdist.runtime.step_lengths import ENTRIES, PERIOD, StepLengths
 from kfdist.telemetry.metrics import fault_in
+from tests.support.kernel_launches import Launches
 from tests.support.optimizing import backward as backward_of
 from tests.support.optimizing import optimizer_of, small_model
 from tests.support.preconditioning import backward, preconditioner, two_layers
@@ -125,6 +126,22 @@ def test_a_large_parameter_is_sampled_and_counts_by_its_size():
     found = lengths.latest()
     assert found.keys() == {"fc"}
     assert abs(found["fc"] / float(change.norm() / before.norm()) - 1) < 0.03
+
+
+def test_a_large_parameter_is_not_copied_whichever_its_layout():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(64, 40, 5, 5).to(memory_format=torch.channels_last))]
+    weights += [nn.Parameter(torch.randn(300, 200).mT), nn.Parameter(torch.randn(300, 200))]
+    lengths = StepLengths({"fc": weights})
+    lengths.ask()
+    with Launches() as counted:
+        lengths.begin()
+    assert counted.by_name["clone"] == 0 < counted.by_name["index"]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(1.25)
+    lengths.end()
+    assert abs(lengths.latest()["fc"] - 0.25) < 1e-6
 
 
 def test_parameters_that_do_not_move_have_length_zero():
