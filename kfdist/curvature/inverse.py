@@ -23,7 +23,6 @@ from kfdist.linalg.kronecker import (
     split_by_largest,
     split_by_trace,
 )
-from kfdist.linalg.projected import ProjectedGradient
 from kfdist.wire.records import move, symmetric_field
 
 _CHEAP_DIMENSION = 256
@@ -194,19 +193,16 @@ class AbstractPreconditioner(ABC):
         """Does what `_solve` does, as `direction_apart` says; only where `takes_apart`."""
         raise NotImplementedError(f"{type(self).__name__} takes gradients whole")
 
-    def projected(
-        self, gradient: tuple[Tensor, ...], damping: float, memory: BlockMemory
-    ) -> tuple[ProjectedGradient, Tensor] | None:
-        """Returns what makes X of a gradient in its own memory, and s, `[c]`, such that s X is the direction.
+    def in_place_form(self, damping: float, memory: BlockMemory) -> FactoredInverse | None:
+        """Returns the form, with a scale, that a `ProjectedGradient` can be made with; it looks at no gradient.
 
         None where an inverse has no such form, or it isn't worth it.
 
         Args:
-            gradient: V, or its weight's and its bias's columns as for `direction_apart`; of the inverse's dtype.
             damping: lambda of F + lambda I.
             memory: What the block keeps from step to step.
         """
-        del gradient, damping, memory
+        del damping, memory
         return None
 
     @classmethod
@@ -475,16 +471,14 @@ class KroneckerSpectrum(AbstractPreconditioner):
         return Direction(X, scale), last
 
     @override
-    def projected(
-        self, gradient: tuple[Tensor, ...], damping: float, memory: BlockMemory
-    ) -> tuple[ProjectedGradient, Tensor] | None:
+    def in_place_form(self, damping: float, memory: BlockMemory) -> FactoredInverse | None:
         c, p, q = self.shape
-        if c > 1 or p * q < _LARGE or self.damping_rule == "common" or gradient[0].dtype != self.U_A.dtype:
+        if c > 1 or p * q < _LARGE or self.damping_rule == "common":
             return None
         inverse = memory.form(self, lambda: self._prepare(damping, memory.steady), damping)
         if not isinstance(inverse, FactoredInverse) or not inverse.of_low_rank or inverse.scale is None:
             return None
-        return ProjectedGradient.of(inverse, gradient), inverse.scale
+        return inverse
 
     def _prepare(self, damping: float, steady: bool) -> JointInverse | FactoredInverse:
         if self.damping_rule == "common":

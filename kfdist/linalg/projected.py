@@ -29,15 +29,15 @@ class ProjectedGradient(NamedTuple):
     """
 
     inverse: FactoredInverse
-    V: tuple[Tensor, ...]
+    V: tuple[Float[Tensor, "c p _"], ...]
     along_G: Float[Tensor, "c r_G q"]
     along_A: Float[Tensor, "c p r_A"]
     inner: Float[Tensor, "c r_G r_A"]
     lengths_A: Float[Tensor, "c r_A"]
 
     @classmethod
-    def of(cls, inverse: FactoredInverse, V: tuple[Tensor, ...]) -> "ProjectedGradient":
-        """Projects a gradient; the inverse is `of_low_rank`."""
+    def of(cls, inverse: FactoredInverse, V: tuple[Float[Tensor, "c p _"], ...]) -> "ProjectedGradient":
+        """Projects a gradient, of the inverse's dtype; the inverse is `of_low_rank`."""
         U_A, U_G = inverse.A.right, inverse.G.right
         assert U_A is not None and U_G is not None, "it is of low rank"
         most, *last = V

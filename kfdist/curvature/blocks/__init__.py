@@ -13,6 +13,7 @@ from kfdist.curvature.blocks.bare import multiplied_weights as multiplied_weight
 from kfdist.curvature.blocks.base import Block as Block
 from kfdist.curvature.blocks.base import Operation as Operation
 from kfdist.curvature.blocks.base import ParameterPart as ParameterPart
+from kfdist.curvature.blocks.base import note_shared as note_shared
 from kfdist.curvature.blocks.conv import ConvBlock, ConvTransposeBlock
 from kfdist.curvature.blocks.embedding import BAGS
 from kfdist.curvature.blocks.embedding import EmbeddingBlock as EmbeddingBlock

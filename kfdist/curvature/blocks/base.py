@@ -1,7 +1,8 @@
 """A block of the curvature: whose parameters it has, and their gradients as matrices."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import ClassVar
 
 import torch
@@ -43,6 +44,15 @@ class ParameterPart:
     def whole(self) -> bool:
         """Whether it is all of the parameter, in the parameter's own shape."""
         return self.rows is None and self.fold is None and not self.transposed
+
+    def overlaps(self, other: "ParameterPart") -> bool:
+        """Says whether some numbers of a parameter belong to both."""
+        if self.parameter is not other.parameter:
+            return False
+        if self.rows is None or other.rows is None:
+            return True
+        mine, theirs = (range(len(self.parameter))[rows] for rows in (self.rows, other.rows))
+        return max(mine.start, theirs.start) < min(mine.stop, theirs.stop)
 
     def of(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Returns the block's part of a tensor shaped like the parameter, as a view."""
@@ -100,6 +110,7 @@ class Block:
         routed: Whether each row meets one of the c matrices (`ExpertsBlock`).
         maskable: Whether its batched activations are `[N, T, q]`, of which a mask can leave out rows.
         looked_up: Whether an embedding has the same weight: what is looked up enters the gradient, and not the block.
+        shares: Whether another block has some of the same numbers, as of layers that have one bias (`note_shared`).
 
     Args:
         name: As above.
@@ -129,6 +140,7 @@ class Block:
         self.parts: tuple[ParameterPart, ...] = (weight,) if bias is None else (weight, bias)
         self.homogeneous = bias is not None
         self.looked_up = False
+        self.shares = False
         self.planned_parts: tuple[ParameterPart, ...] = self.parts
         self._made_with = [part.parameter.shape for part in self.planned_parts]
 
@@ -272,6 +284,18 @@ class Block:
                 )
         # A gradient has a graph only after a backward that makes one.
         return [each.detach() if each.requires_grad else each for each in found if each is not None]
+
+
+def note_shared(blocks: Iterable[Block]) -> None:
+    """Has each block know whether it `shares` numbers of a parameter with another of them."""
+    having: dict[nn.Parameter, list[tuple[Block, ParameterPart]]] = {}
+    for block in blocks:
+        for part in block.planned_parts:  # those that are left out may be kept again
+            having.setdefault(part.parameter, []).append((block, part))
+    for entries in having.values():
+        for (one, part), (other, others) in combinations(entries, 2):
+            if one is not other and part.overlaps(others):
+                one.shares = other.shares = True
 
 
 def _aligned(matrix: Tensor) -> Tensor:

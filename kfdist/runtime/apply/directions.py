@@ -48,12 +48,13 @@ class Application:
         """Whether it is a single block on the host, of which the inverse's `_solve` is all there is to do.
 
         On the host memory is what counts: a pass over it that joins the gradients of weight and bias, or that makes a
-        direction beside its gradient. On a GPU it is launches, of which both save some.
+        direction beside its gradient. On a GPU it is launches, of which both save some. A block that shares numbers of
+        a parameter isn't: what is written over its gradient would be in the midst of the other's.
         """
         block = self.blocks[0]
         return (
             len(self.blocks) == 1
-            and not (block.routed or self.fallback or self.exchanged)
+            and not (block.routed or block.shares or self.fallback or self.exchanged)
             and self.rows is None
             and self.memories[0].measured is None
             and not joined_on(block.weight.device)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kfdist.curvature.block_memory import BlockMemory
@@ -65,12 +66,19 @@ def in_place(
         memory: What it keeps from step to step.
         multiplied: Whether the direction's product with the gradient is wanted.
     """
-    V = block.gradient_apart() if block.has_bias else (block.gradient(copied=False),)
-    found = inverse.projected(V, damping, memory)
-    if found is None:
+    form = inverse.in_place_form(damping, memory)
+    if form is None or form.scale is None or not _has_gradients_of(block, form.scale.dtype):
         return None
-    projected, scale = found
+    # Only now, since it may copy them, and the usual way would again.
+    V = block.gradient_apart() if block.has_bias else (block.gradient(copied=False),)
+    projected = ProjectedGradient.of(form, V)
     product = projected.product() if multiplied else None
     if multiplied and product is None:
         return None
-    return InPlace(block, projected, scale, memory, product)
+    return InPlace(block, projected, form.scale, memory, product)
+
+
+def _has_gradients_of(block: Block, dtype: torch.dtype) -> bool:
+    """Says whether the block gives its gradients in a dtype."""
+    gradients = [parameter.grad for parameter in block.parameters()]
+    return all(each is not None and torch.promote_types(each.dtype, torch.float32) == dtype for each in gradients)

@@ -20,6 +20,7 @@ from kfdist.curvature.blocks import (
     make_bare_block,
     make_blocks,
     multiplied_weights,
+    note_shared,
 )
 from kfdist.curvature.by_width import ByWidth
 from kfdist.curvature.gradient_inverter import AbstractGradientInverter
@@ -184,6 +185,7 @@ def make_plan(
             f"{SUPPORTED} have a block; check `skip`, the method's globs and "
             "requires_grad"
         )
+    note_shared(each.block for each in chosen)
     groups = _make_groups(model, chosen, world_size)
     _check_rows(groups, settings, world_size)
     smaller = _smaller_budgets(patterns)
