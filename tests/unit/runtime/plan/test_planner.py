@@ -199,3 +199,13 @@ def test_a_layer_without_values_in_a_model_that_has_some_has_no_block():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4, device="meta"), nn.Linear(4, 2))
     said = reasons(model)
     assert said == dict.fromkeys(("1.weight", "1.bias"), "Linear: its weight is on the meta device and has no values")
+
+
+def test_blocks_of_the_same_numbers_of_a_parameter_are_noted():
+    model = Attention()
+    assert not any(block.shares for block in planned(model, "kfac").blocks), "q, k and v are different rows of one"
+    layer = model.encoder[0]
+    assert isinstance(layer, nn.Linear)
+    model.attention.out_proj.bias = layer.bias
+    found = {block.name for block in planned(model, "kfac").blocks if block.shares}
+    assert found == {"encoder.0", "attention.out_proj"}
