@@ -208,16 +208,15 @@ def describe(cells: Mapping[str, Any]) -> str:
             there = math.isfinite(steps)
             rows.append(
                 [
-                    f"{batch:,}",
-                    method,
+                    f"{batch:>5,} {method}",
                     f"{rate:g}",
                     f"{steps:g}" if there else "-",
                     batch * steps / 1e3 if there else None,
                 ]
             )
         if rows:
-            head = ["batch", "", "rate", "steps", "1,000 examples"]
-            blocks.append(f"{curve.task.title}: {curve.task.metric} {curve.task.goal:g}\n{table(head, rows)}")
+            head = ["batch", "rate", "steps", "1,000 examples"]
+            blocks.append(f"{name}: {curve.task.metric} {curve.task.goal:g}\n{table(head, rows)}")
     return "\n\n".join(blocks)
 
 
@@ -232,21 +231,24 @@ def plot(cells: Mapping[str, Any]) -> str:
                 reached = [point for point in points if math.isfinite(point[1])]
                 axes.plot(*_columns(reached), color=colour, marker="o", markersize=3, label=method)
                 if reached:
-                    ideal = [
-                        (batch, reached[0][0] * reached[0][1] / batch) for batch in batches if batch >= reached[0][0]
-                    ]
+                    (first, steps), *_ = reached
+                    ideal = [(batch, first * steps / batch) for batch in batches if batch >= first]
                     axes.plot(*_columns(ideal), color=FAINT, linestyle=":", linewidth=0.8)
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
-            plain_powers(axes.xaxis)
+            axes.set_yscale("log")
             plain_powers(axes.yaxis)
+            low, high = axes.get_ylim()
+            ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= tick <= high]
+            axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
             axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
             axes.set_title(f"{name}: steps to {CURVES[name].task.metric} {CURVES[name].task.goal:g}")
         drawn.axes[-1].set_xlabel("examples a step")
-        inches = drawn.figure.get_figheight()
-        drawn.figure.subplots_adjust(left=0.12, right=0.98, bottom=0.75 / inches, top=1 - 0.3 / inches, hspace=0.35)
-        handles, labels = drawn.axes[0].get_legend_handles_labels()
-        drawn.figure.legend(handles, labels, loc="lower center", ncols=2)
+        if len(names) == 1:
+            drawn.legend(list(METHODS))
+        else:
+            inches = drawn.figure.get_figheight()
+            drawn.figure.subplots_adjust(left=0.12, right=0.98, bottom=0.75 / inches, top=1 - 0.3 / inches, hspace=0.35)
+            drawn.figure.legend(*drawn.axes[0].get_legend_handles_labels(), loc="lower center", ncols=2)
     return drawn.svg
 
 
