@@ -131,9 +131,9 @@ def never_zero(weight: Float[Tensor, ""] | float, dtype: torch.dtype) -> Float[T
 
 def _known(weight: Float[Tensor, ""], memory: BlockMemory) -> Float[Tensor, ""] | float:
     """Returns a weight as a number where the host has it at hand; of a step that may be skipped it has not."""
-    return weight.item() if read_on(weight.device) and not isinstance(memory.learns, Tensor) else weight
+    return weight.item() if is_at_hand(weight) and not isinstance(memory.learns, Tensor) else weight
 
 
-def read_on(device: torch.device) -> bool:
-    """Says whether the host reads a number without waiting for a device."""
-    return device.type == "cpu"
+def is_at_hand(weight: Float[Tensor, ""]) -> bool:
+    """Says whether the host reads a number without waiting: not on an accelerator, not of a tensor being traced."""
+    return weight.device.type == "cpu" and type(weight) is Tensor

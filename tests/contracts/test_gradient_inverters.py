@@ -129,7 +129,7 @@ def test_a_step_reads_no_value_back_to_the_host(
     name: str, settings: dict[str, Any], dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fake tensors have no values: folding, applying, learning and a change of basis pass on them, as on a GPU."""
-    monkeypatch.setattr(adam_moments, "read_on", lambda _device: False)
+    monkeypatch.setattr(adam_moments, "is_at_hand", lambda _weight: False)
     inverter = made(name, settings)
     record = statistics(inverter, dims, torch.float32)
     found = invert_with_ladder(inverter, record, damping=1.0, previous={}, seed=SEED).preconditioner
