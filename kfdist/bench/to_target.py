@@ -361,7 +361,12 @@ def plot(content: Mapping[str, Any]) -> str:
                 axes.set_title(task if column == 0 else "")
         inches = drawn.figure.get_figheight()
         drawn.figure.subplots_adjust(
-            left=0.14, right=0.98, bottom=0.85 / inches, top=1 - 0.25 / inches, hspace=0.5, wspace=0.3
+            left=0.14,
+            right=0.98,
+            bottom=(0.5 + 0.19 * math.ceil(len(known) / 3)) / inches,
+            top=1 - 0.25 / inches,
+            hspace=0.5,
+            wspace=0.3,
         )
         handles = {
             label: line for axes in drawn.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
