@@ -16,6 +16,7 @@ from kfdist.bench.results import conditions, table
 from kfdist.config import Config, load_config
 from kfdist.errors import ConfigError
 from kfdist.forecast.forecast import Forecast, make_forecast
+from kfdist.forecast.inversion_costs import Costs
 from kfdist.forecast.outline import Given
 from kfdist.policies.adoption import AdoptionLedger, encode_table
 from kfdist.report.drawing import SERIES, drawing, plain_powers
@@ -73,13 +74,14 @@ def measure_scale(settings: ScaleSettings) -> dict[str, Any]:
     Raises:
         ConfigError: The configuration is wrong.
     """
-    by_ranks, forecast = [], None
+    by_ranks, forecast, costs = [], None, None
     for ranks in settings.ranks:
-        forecast = _forecast(settings, ranks, settings.owners[-1])
+        forecast = _forecast(settings, ranks, settings.owners[-1], costs)
+        costs = forecast.costs  # measured once, so that a slow moment of the machine is everybody's
         by_ranks.append(_of_ranks(settings, forecast, ranks))
     by_owners = []
     for owners in settings.owners:
-        forecast = _forecast(settings, settings.ranks[-1], owners)
+        forecast = _forecast(settings, settings.ranks[-1], owners, costs)
         by_owners.append({"owners": owners, **_of_owners(forecast)})
     assert forecast is not None
     blocks = sum(block.owner is not None for block in forecast.blocks)
@@ -99,8 +101,9 @@ def measure_scale(settings: ScaleSettings) -> dict[str, Any]:
     }
 
 
-def _forecast(settings: ScaleSettings, ranks: int, owners: int) -> Forecast:
-    return make_forecast(_config(settings, ranks, owners), Given(), step_seconds=settings.step_seconds)
+def _forecast(settings: ScaleSettings, ranks: int, owners: int, costs: Costs | None) -> Forecast:
+    config = _config(settings, ranks, owners)
+    return make_forecast(config, Given(), step_seconds=settings.step_seconds, costs=costs)
 
 
 def _config(settings: ScaleSettings, ranks: int, owners: int) -> Config:

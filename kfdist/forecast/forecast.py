@@ -99,6 +99,7 @@ class Forecast:
         owners: Those of the run; ranks with a local link.
         by_method: Seconds of one inverse period by method, on this machine's CPU.
         threads: Of each inversion.
+        costs: What the inversions are counted by.
         ages: By step time.
         advice: What to do about it.
     """
@@ -112,6 +113,7 @@ class Forecast:
     owners: tuple[OwnerForecast, ...]
     by_method: Mapping[str, float]
     threads: int
+    costs: Costs
     ages: tuple[AgeForecast, ...]
     advice: tuple[str, ...]
 
@@ -151,6 +153,7 @@ def make_forecast(
     step_seconds: float | None = None,
     from_run: Path | None = None,
     gpus: Sequence[str] = (),
+    costs: Costs | None = None,
 ) -> Forecast:
     """Finds out what a run will take. Nothing is started, and nothing is written.
 
@@ -160,6 +163,7 @@ def make_forecast(
         step_seconds: How long a step takes; None if that isn't known.
         from_run: The directory of an earlier run, whose measurements count; None without one.
         gpus: Names of GPUs that ranks might have.
+        costs: What inversions of this plan's groups take here; measured if None.
 
     Raises:
         ConfigError: A value is wrong.
@@ -169,7 +173,7 @@ def make_forecast(
     world = config.cluster.workers
     plan = plan_of(config, outline.model, world_size=world, costs=_costs_for_auto(config, from_run))
     rehearsal = rehearse(plan, outline, examples=config.data.batch_size, micro_batches=config.data.micro_batches)
-    costs = measure(plan.groups, threads=config.cluster.threads, limits=rehearsal.limits)
+    costs = costs or measure(plan.groups, threads=config.cluster.threads, limits=rehearsal.limits)
     sent = [group for group in plan.groups if not group.own]
     owner_of = _owner_of(config, sent)
     times = step_times(
@@ -215,6 +219,7 @@ def make_forecast(
         owners=_owners(config, plan, sent, owner_of, costs),
         by_method=_by_method(plan, sent, costs),
         threads=config.cluster.threads,
+        costs=costs,
         ages=ages,
         advice=tuple(_advice(config, plan, sent, costs, ages, earlier)),
     )
