@@ -189,12 +189,7 @@ def _own() -> Iterator[tuple[str, Rival]]:
             _RATES["sgd"],
             _behind("kfac-eigen", factor_period=2, inverse_period=10),
         ),
-        (
-            "ekfac-adam",
-            "Optimizer, ekfac-adam, periods 5 and 5",
-            _RATES["adamw"],
-            _optimizer(method="ekfac-adam", factor_period=5, inverse_period=5, weight_decay=0.0),
-        ),
+        ("optimizer-tuned", "Optimizer, its own best rate", _RATES["adamw"], _optimizer()),
     ]:
         yield name, Rival(title=f"kfdist: {title}", rates=rates, training=training, kfdist=True)
     yield (

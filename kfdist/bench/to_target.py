@@ -2,11 +2,13 @@
 
 A cell is one training: a task, a rival, a learning rate, a seed. It is written as soon as it is done, and a cell that
 the file has isn't trained again, so that a measurement may be interrupted, and extended by new tasks, rivals and
-seeds. A rival's learning rate is tuned with one seed, over as many values for each, and further ones where the best
-lies at an edge; reported are other seeds. Seconds are those of training on one thread, the first inversion included and
-evaluations left out; kfdist's inversions run on another core, and a second time all of it on one core.
+seeds. A rival's learning rate is tuned with one seed, over as many values for each, two a decade, further ones where
+the best lies at an edge, and then halfway to its neighbours; reported are other seeds. Seconds are those of training on
+one thread, the first inversion included and evaluations left out; kfdist's inversions run on another core, and a second
+time all of it on one core.
 """
 
+import itertools
 import json
 import math
 import os
@@ -38,6 +40,9 @@ TUNING_SEED = 0
 
 MOST_FURTHER_RATES = 3
 """Learning rates beyond those given that are tried where the best lies at an edge."""
+
+_NEAR = 2.0
+"""Rates with a lesser quotient count as tuned; two a decade are 3 and 3.3 times apart, those halfway 1.7 to 1.9."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +149,8 @@ class Contest:
             self._train(name, task, rival, rate, TUNING_SEED)
         while len(given) > 1:
             tried = sorted({each["rate"] for each in cells_of(self._cells, name, rival)} | set(given))
-            further = beyond(tried, self._best_rate(name, rival))
-            if further is None or len(tried) >= len(given) + MOST_FURTHER_RATES:
+            further = next_rate(tried, self._best_rate(name, rival), least=given[0], most=given[-1])
+            if further is None:
                 break
             self._train(name, task, rival, further, TUNING_SEED)
         return self._best_rate(name, rival)
@@ -189,11 +194,35 @@ def cell_name(task: str, rival: str, rate: float, seed: int, *, one_core: bool =
     return f"{task}/{rival}/{rate:g}/{seed}{'/one core' if one_core else ''}"
 
 
+def next_rate(rates: Sequence[float], chosen: float, *, least: float, most: float) -> float | None:
+    """Returns the learning rate to try next.
+
+    Args:
+        rates: Those that were tried, growing.
+        chosen: The best of them.
+        least: The least of those that tuning began with.
+        most: The greatest.
+
+    Returns:
+        The next of two a decade beyond the edge that the chosen one is, at most `MOST_FURTHER_RATES`; then what is
+        halfway, in logarithms, to a neighbour that is two a decade away; None if both are nearer.
+    """
+    place = rates.index(chosen)
+    edge = place in (0, len(rates) - 1)
+    beyond_given = sum(not least <= rate <= most for rate in rates)
+    if edge and beyond_given < MOST_FURTHER_RATES:
+        return beyond(rates, chosen)
+    around = rates[max(place - 1, 0) : place + 2]
+    wide = [(below, above) for below, above in itertools.pairwise(around) if above > _NEAR * below]
+    return float(f"{math.sqrt(wide[0][0] * wide[0][1]):.2g}") if wide else None
+
+
 def beyond(rates: Sequence[float], chosen: float) -> float | None:
     """Returns the next learning rate, of two a decade, beyond the edge that the chosen one is; None if it is none."""
+    digits = f"{chosen:e}"[0]
     if chosen == rates[-1]:
-        return float(f"{10 * rates[-2]:.6g}")
-    return float(f"{rates[1] / 10:.6g}") if chosen == rates[0] else None
+        return float(f"{chosen * (10 / 3 if digits == '3' else 3):.6g}")
+    return float(f"{chosen / (3 if digits == '3' else 10 / 3):.6g}") if chosen == rates[0] else None
 
 
 def train(task: Task, rival: Rival, rate: float, seed: int, *, one_core: bool = False) -> dict[str, Any]:

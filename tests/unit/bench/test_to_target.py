@@ -16,11 +16,11 @@ from kfdist.bench.to_target import (
     Contest,
     TargetSettings,
     best,
-    beyond,
     describe,
     held,
     known_cells,
     measure_target,
+    next_rate,
     plot,
     train,
 )
@@ -59,10 +59,26 @@ def test_what_is_reported_are_seeds_that_the_rate_was_not_tuned_with():
     assert best([]) is None
 
 
-def test_rates_go_on_beyond_an_edge_by_two_a_decade():
-    assert beyond([1e-3, 3e-3, 1e-2, 3e-2], 3e-2) == 0.1
-    assert beyond([1e-3, 3e-3, 1e-2, 3e-2], 1e-3) == 3e-4
-    assert beyond([1e-3, 3e-3, 1e-2, 3e-2], 3e-3) is None
+RATES = [1e-3, 3e-3, 1e-2, 3e-2]
+
+
+@pytest.mark.parametrize(
+    ("tried", "chosen", "wanted"),
+    [
+        (RATES, 3e-2, 0.1),
+        (RATES, 1e-3, 3e-4),
+        ([*RATES, 0.1, 0.3, 1.0], 1.0, 0.55),  # no further than three beyond
+        (RATES, 3e-3, 1.7e-3),
+        ([1e-3, 1.7e-3, *RATES[1:]], 3e-3, 5.5e-3),
+        ([1e-3, 1.7e-3, *RATES[1:]], 1.7e-3, None),
+        ([1e-3, 1.7e-3, 3e-3, 5.5e-3, 1e-2, 3e-2], 3e-3, None),
+        ([3e-4, *RATES], 3e-4, 1e-4),
+    ],
+)
+def test_rates_go_on_beyond_an_edge_by_two_a_decade_and_then_halfway(
+    tried: list[float], chosen: float, wanted: float | None
+):
+    assert next_rate(tried, chosen, least=1e-3, most=3e-2) == wanted
 
 
 @pytest.fixture
@@ -83,7 +99,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int, bool, f
 def test_a_rate_is_tuned_with_one_seed_beyond_its_edges_and_others_are_reported(told: list[Any]):
     contest = Contest({}, lambda content: None)
     contest.hold("digits-cnn", TASKS["digits-cnn"], ["adamw", "optimizer"], seeds=2)
-    tuned = [(rate, 0) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)]
+    tuned = [(rate, 0) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 0.55)]
     assert [each[1:3] for each in told if each[0] == "adamw"] == [*tuned, (1.0, 1), (1.0, 2)]
     own = [each[1:4] for each in told if each[0] == "optimizer"]
     assert own == [(1.0, 0, False), *((1.0, seed, one) for seed in (1, 2) for one in (False, True))]
