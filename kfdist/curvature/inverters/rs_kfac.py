@@ -126,9 +126,9 @@ class AbstractSketchedKfac(AbstractInverter):
         numbers = sum(d * r for d, r in pairs)
         prepared = prepared_numbers(*pairs, damping_rule=self.damping_rule)
         work = [self.factor_work(d) for d in sizes]
-        return Estimate(work, copies * numbers, prepared, max(map(self._workspace, sizes)))
+        return Estimate(work, copies * numbers, prepared, max(map(self.workspace, sizes)))
 
-    def _workspace(self, d: int) -> int:
+    def workspace(self, d: int) -> int:
         """Counts what a d x d factor's decomposition has at once: its sketches, and a copy where many rows are zero."""
         s = min(self._largest_rank, d) + self.oversampling
         return 0 if s >= d else _SKETCHES * s * d + round((MOSTLY * d) ** 2)
