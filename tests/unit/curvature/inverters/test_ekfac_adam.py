@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 import kfdist
 from kfdist.curvature.block_memory import BlockMemory
-from kfdist.curvature.inverters import make_inverter
+from kfdist.curvature.inverters import PRECONDITIONERS, make_inverter
 from kfdist.curvature.inverters.ekfac_adam import AdamBasis
+from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.errors import ConfigError, KfdistWarning
+from kfdist.types import BlockShape
+from kfdist.wire.records import from_tree, move, to_tree
 from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import GOOD, C, P, Q, gaussian, make_factors, relative_error
 
@@ -21,7 +24,7 @@ SPECTRA = list(GOOD)
 GRADIENTS = [gaussian(C, P, Q, seed=seed) for seed in range(6)]
 
 
-def basis_of(spectrum: str = SPECTRA[0], *, dtype: torch.dtype = torch.float64, **settings: float) -> AdamBasis:
+def basis_of(spectrum: str = SPECTRA[0], *, dtype: torch.dtype = torch.float64, **settings: float | None) -> AdamBasis:
     inverter = make_inverter("ekfac-adam", **{"beta1": BETA1, "beta2": BETA2, "eps": EPS, **settings})
     factors = make_factors(spectrum, dtype)
     found = invert_with_ladder(inverter, factors, damping=DAMPING, previous={}, seed=0).preconditioner
@@ -33,7 +36,7 @@ def plain_steps(bases: Sequence[AdamBasis], gradients: Sequence[Tensor]) -> list
     """The directions of each step by the formula, the average as a sum over all gradients in their own coordinates."""
     directions, v = [], torch.zeros(())
     for t, (basis, gradient) in enumerate(zip(bases, gradients, strict=True), start=1):
-        U_G, U_A = basis.Q_G, basis.Q_A
+        U_G, U_A = basis.G.matrix(), basis.A.matrix()
         past = sum((BETA1 ** (t - 1 - k) * (1 - BETA1) * gradients[k - 1] for k in range(1, t)), torch.zeros(()))
         if t > 1 and basis is not bases[t - 2]:
             mean = U_G.mT @ past @ U_A / (1 - BETA1 ** (t - 1))
@@ -46,8 +49,10 @@ def plain_steps(bases: Sequence[AdamBasis], gradients: Sequence[Tensor]) -> list
     return directions
 
 
-def test_steps_equal_the_formula_across_a_change_of_basis() -> None:
-    first, second = basis_of(SPECTRA[0]), basis_of(SPECTRA[1])
+@pytest.mark.parametrize("ranks", [(None, None), (3, 3), (None, 3), (3, 2)], ids=str)
+def test_steps_equal_the_formula_across_a_change_of_basis(ranks: tuple[int | None, int | None]) -> None:
+    first, second = basis_of(SPECTRA[0], rank=ranks[0]), basis_of(SPECTRA[1], rank=ranks[1])
+    assert (first.A.reflected, second.G.reflected) == (ranks[0] is not None, ranks[1] is not None)
     bases = [first] * 3 + [second] * 3
     memory, found = BlockMemory(learns=True), []
     for step, (basis, gradient) in enumerate(zip(bases, GRADIENTS, strict=True)):
@@ -137,7 +142,54 @@ def test_goes_on_from_a_checkpoint() -> None:
         assert torch.equal(*(basis.apply(gradient, DAMPING, each) for each in (memory, resumed)))
 
 
-@pytest.mark.parametrize("settings", [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"basis_period": 0}])
+def wide_factors(rows: int) -> KroneckerFactors:
+    """Factors 100 and 20 wide, of some rows whose directions matter less and less."""
+    a = gaussian(1, rows, 100, seed=7) * torch.logspace(0, -2, rows, dtype=torch.float64).unsqueeze(-1)
+    return KroneckerFactors(A=a.mT @ a, G=make_identity(20))
+
+
+def make_identity(d: int) -> Tensor:
+    return torch.eye(d, dtype=torch.float64).expand(1, d, d).clone()
+
+
+@pytest.mark.parametrize(("energy", "kept"), [(1.0, 45), (0.999, 45), (0.9, 32)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_wide_factor_has_its_leading_eigenvectors_first(energy: float, kept: int, dtype: torch.dtype) -> None:
+    factors = move(wide_factors(rows=60), "cpu", dtype)
+    inverter = make_inverter("ekfac-adam", rank=45, energy=energy)
+    found = invert_with_ladder(inverter, factors, damping=DAMPING, previous={}, seed=0)
+    basis = found.preconditioner
+    assert isinstance(basis, AdamBasis)
+    assert (basis.A.reflected, basis.G.reflected) == (True, False)
+    assert found.diagnostics["rank_A"] == basis.Y_A.shape[-1] == kept
+    vectors, Q = torch.linalg.eigh(factors.A.double())[1].flip(-1), basis.A.matrix().double()
+    overlaps = (vectors[..., :4] * Q[..., :4]).sum(-2).abs()
+    assert relative_error(overlaps, torch.ones_like(overlaps)) < 1e-3
+    assert relative_error(Q.mT @ Q, make_identity(100)) < 10 * torch.finfo(dtype).eps
+
+
+def test_payloads_of_before_there_were_reflections_are_read() -> None:
+    basis = basis_of(rank=None)
+    tree = to_tree(basis, PRECONDITIONERS)
+    for name in ("Y_A", "Y_G"):
+        del tree["fields"][name]
+    found = from_tree(tree, PRECONDITIONERS)
+    assert torch.equal(found.coordinates(GRADIENTS[0]), basis.coordinates(GRADIENTS[0]))
+
+
+def test_few_eigenvectors_are_cheaper_and_smaller_in_the_estimate() -> None:
+    shape = BlockShape(d_out=128, d_in=1025)
+    few, all_of_them = (make_inverter("ekfac-adam", rank=rank) for rank in (224, None))
+    assert few.cost(shape) < all_of_them.cost(shape) / 3
+    assert few.estimate(shape).numbers == 128**2 + 2 * 1025 * 224
+    assert all_of_them.estimate(shape).numbers == 128**2 + 1025**2
+    assert few.estimate(shape).prepared == all_of_them.estimate(shape).prepared == 2 * 128 * 1025
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rank": 0}, {"energy": 0.0}, {"energy": 1.1}, {"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"basis_period": 0}],
+)
 def test_settings_out_of_range(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         make_inverter("ekfac-adam", **settings)
