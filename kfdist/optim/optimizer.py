@@ -37,6 +37,10 @@ BASIS_PERIOD, EMA_DECAY = 20, 0.8
 the largest weight of the past in statistics (docs/decisions/0033). At 512 wide a core decomposes both factors in a
 quarter of the time in which it multiplies by their bases in so many steps."""
 
+WIDEST = ByWidth().sketched
+"""The largest dimension to which "auto" gives `ekfac-adam` under AdamW's graft: its bases of wide factors have few
+eigenvectors (docs/decisions/0034), so only the room for the factor sets a limit."""
+
 
 class Optimizer(torch.optim.Optimizer):
     r"""Steps a model along second-order directions, and what has none by a first-order method.
@@ -72,8 +76,8 @@ class Optimizer(torch.optim.Optimizer):
             weight_decay. Others than the model's may be among them.
         graft: As above.
         **curvature: What `kfdist.Preconditioner` is made with, which documents it. Here `method` is "auto" if not
-            given: `ekfac-adam` (with another graft `kfac-eigen`) for matrices up to 1,024 wide and `rs-kfac` for those
-            up to 8,192; wider ones, tables, norms and lone vectors have no block. Beside this `ekfac-adam`,
+            given: `ekfac-adam` for matrices up to 8,192 wide, or with another graft `kfac-eigen` up to 1,024 and
+            `rs-kfac` beyond; wider ones, tables, norms and lone vectors have no block. Beside this `ekfac-adam`,
             `ema_decay` is .8 if not given, and where no period is given either, a basis comes every 20 steps. Any of
             Preconditioner's own methods and tables can be given instead (`kfdist.Auto()` is its "auto", by measured
             cost).
@@ -388,4 +392,4 @@ def _preconditioner_of(model: nn.Module | Preconditioner, graft: Graft | None, c
 def _own_table(curvature: Curvature) -> ByWidth:
     """Returns what "auto" is under AdamW's graft; periods that were given hold for all blocks."""
     given = curvature.keys() & {"factor_period", "inverse_period"}
-    return ByWidth(dense=EkfacAdam(basis_period=None if given else BASIS_PERIOD))
+    return ByWidth(dense=EkfacAdam(basis_period=None if given else BASIS_PERIOD), eigen=WIDEST)

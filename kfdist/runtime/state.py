@@ -14,7 +14,14 @@ from kfdist.runtime.pipeline import Pipeline
 FORMAT = 6
 _READABLE_FORMATS = (5, FORMAT)
 PER_RANK, FOLDED = "per-rank", "folded"
-_EARLIER_DEFAULT = "; a checkpoint of kfdist.Optimizer's earlier default goes on with method=kfdist.ByWidth()"
+_EARLIER_DEFAULTS = {
+    ("kfac-eigen", "ekfac-adam"): "; a checkpoint of kfdist.Optimizer's earlier default goes on with "
+    "method=kfdist.ByWidth()",
+    ("rs-kfac", "ekfac-adam"): "; a checkpoint of kfdist.Optimizer's earlier default goes on with "
+    "method=kfdist.ByWidth(dense=kfdist.EkfacAdam(basis_period=20)), ema_decay=0.8, or where narrower layers have "
+    "kfac-eigen in it with method=kfdist.ByWidth()",
+}
+"""What a refusal adds, by the method in the checkpoint and the one that takes its place now."""
 
 
 def pipeline_state(pipeline: Pipeline, *, folded: bool) -> dict[str, Any]:
@@ -159,7 +166,7 @@ def check_state(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"group {name!r} was inverted by {stored!r} in the checkpoint and has {methods.get(name)!r} now, which "
                 "can't go on from it; load it into the model and method it was written with"
-                f"{_EARLIER_DEFAULT if (stored, methods.get(name)) == ('kfac-eigen', 'ekfac-adam') else ''}"
+                f"{_EARLIER_DEFAULTS.get((stored, methods.get(name) or ''), '')}"
             )
     _check_sums(found, expected)
     moments = pipeline.reducer.moments.state_dict()["moments"]

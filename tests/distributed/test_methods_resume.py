@@ -23,7 +23,7 @@ KINDS: dict[str, Any] = {
     "b-kfac": make_inverter("b-kfac", rank=3, increment_rows=8, oversampling=2),
     "ekfac": "ekfac",
     "ekfac-adam": "ekfac-adam",
-    "ekfac-adam, few": make_inverter("ekfac-adam", rank=2),
+    "ekfac-adam, few": make_inverter("ekfac-adam", rank=1),
     "cg-fac": make_inverter("cg-fac", warm_start=True, jacobi=True),
     "cg-fac, exchanged": make_inverter("cg-fac", warm_start=True, operator="block", solve="owner", examples=16),
     "seng": make_inverter("seng", examples=16, column_sample_size=4),

@@ -259,7 +259,7 @@ CASES = [
     InverterCase(name="ekfac", reference=scaled),
     # The same of what it learns, in test_ekfac_adam.py.
     InverterCase(name="ekfac-adam", reference=scaled),
-    InverterCase(name="ekfac-adam", settings={"rank": 3}, reference=scaled),
+    InverterCase(name="ekfac-adam", settings={"rank": 2}, reference=scaled),
     InverterCase(
         name="cg-fac",
         settings=CONVERGED,

@@ -1,6 +1,5 @@
 """Adam in K-FAC's eigenbasis: bases on the owner, moments on the ranks (docs/decisions/0034 has the narrow ones)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +15,6 @@ from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.inverters.rs_kfac import SreKfac
-from kfdist.curvature.kept_pairs import MULTIPLE
 from kfdist.curvature.spectra import EIGH_FLOPS, FactorSpectrum, full_spectrum, randomized_spectrum
 from kfdist.curvature.statistics import KroneckerFactors
 from kfdist.linalg.orthonormal_basis import OrthonormalBasis
@@ -89,8 +87,9 @@ class AdamBasis(AbstractAdamBasis):
 class EkfacAdam(AbstractInverter):
     """Decomposes both factors for their eigenvectors alone; the ranks then keep Adam's moments in them.
 
-    A factor wider than twice `rank` has a basis that begins with the leading eigenvectors, found with a Gaussian sketch
-    as `sre-kfac` finds them; the rest of it is near to the axes. To narrower ones all eigenvectors are as cheap.
+    A factor more than four times as wide as `rank` has a basis that begins with the leading eigenvectors, found with a
+    Gaussian sketch as `sre-kfac` finds them; the rest of it is near to the axes. A step multiplies by it in less than
+    half of the operations of a full basis.
 
     Attributes:
         beta1: Decay of the first moment.
@@ -98,8 +97,7 @@ class EkfacAdam(AbstractInverter):
         eps: Added to the root of the second moment.
         basis_period: Most steps between two bases, if not as many as between two inversions: rounded down to what
             divides the inverse period, by whole factor periods, of which it is at least one.
-        rank: Most eigenvectors of a factor wider than twice as much; None: all of every factor.
-        energy: Of such a factor as many are kept as hold this share of its trace.
+        rank: Leading eigenvectors of a factor more than four times as wide; None: all of every factor.
     """
 
     name: ClassVar[str] = "ekfac-adam"
@@ -109,8 +107,7 @@ class EkfacAdam(AbstractInverter):
     beta2: float = 0.95
     eps: float = 1e-8
     basis_period: int | None = None
-    rank: int | None = 224
-    energy: float = 0.99
+    rank: int | None = 128
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -120,7 +117,6 @@ class EkfacAdam(AbstractInverter):
             checks.count("basis_period", self.basis_period, least=1, hint="steps, or None")
         if self.rank is not None:
             checks.count("rank", self.rank, least=1, hint="eigenvectors, or None for all")
-        checks.number("energy", self.energy, above=0, most=1)
 
     @override
     def update_period(self, factor_period: int, inverse_period: int) -> int:
@@ -170,8 +166,8 @@ class EkfacAdam(AbstractInverter):
         return Estimate(work, numbers, prepared=2 * shape.d_in * shape.d_out, workspace=workspace)
 
     def _is_wide(self, d: int) -> bool:
-        """Says whether a basis of reflections multiplies in fewer operations, 4 r d a row, than 2 d^2."""
-        return self.rank is not None and 2 * self.rank < d
+        """Says whether a basis of reflections multiplies a row in less than half of the operations, 4 r d for 2 d^2."""
+        return self.rank is not None and 4 * self.rank < d
 
     def _basis(self, matrix: Float[Tensor, "c d d"], label: str, seed: int) -> tuple[OrthonormalBasis, FactorSpectrum]:
         d = matrix.shape[-1]
@@ -188,22 +184,7 @@ class EkfacAdam(AbstractInverter):
             seed=seed,
             label=label,
         )
-        kept = _enough(found.spectrum.values, trace(matrix), self.energy)
-        found.diagnostics[f"rank_{label}"] = float(kept)
-        return OrthonormalBasis.completing(found.spectrum.vectors[..., :kept]), found
-
-
-def _enough(values: Float[Tensor, "c r"], total: Float[Tensor, " c"], energy: float) -> int:
-    """Returns how many leading eigenvalues add up to a share of the trace, in whole multiples; at most all there are.
-
-    Args:
-        values: Descending, not negative.
-        total: The trace.
-        energy: The share; the group that needs most decides.
-    """
-    short = (values.cumsum(-1) < energy * total.unsqueeze(-1)).sum(-1)
-    needed = int(short.max()) + 1
-    return min(math.ceil(needed / MULTIPLE) * MULTIPLE, values.shape[-1])
+        return OrthonormalBasis.completing(found.spectrum.vectors), found
 
 
 def _sketched(rank: int) -> SreKfac:

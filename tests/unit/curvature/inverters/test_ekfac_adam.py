@@ -49,7 +49,7 @@ def plain_steps(bases: Sequence[AdamBasis], gradients: Sequence[Tensor]) -> list
     return directions
 
 
-@pytest.mark.parametrize("ranks", [(None, None), (3, 3), (None, 3), (3, 2)], ids=str)
+@pytest.mark.parametrize("ranks", [(None, None), (1, 1), (None, 1), (1, None)], ids=str)
 def test_steps_equal_the_formula_across_a_change_of_basis(ranks: tuple[int | None, int | None]) -> None:
     first, second = basis_of(SPECTRA[0], rank=ranks[0]), basis_of(SPECTRA[1], rank=ranks[1])
     assert (first.A.reflected, second.G.reflected) == (ranks[0] is not None, ranks[1] is not None)
@@ -152,16 +152,15 @@ def make_identity(d: int) -> Tensor:
     return torch.eye(d, dtype=torch.float64).expand(1, d, d).clone()
 
 
-@pytest.mark.parametrize(("energy", "kept"), [(1.0, 45), (0.999, 45), (0.9, 32)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_wide_factor_has_its_leading_eigenvectors_first(energy: float, kept: int, dtype: torch.dtype) -> None:
+def test_a_wide_factor_has_its_leading_eigenvectors_first(dtype: torch.dtype) -> None:
     factors = move(wide_factors(rows=60), "cpu", dtype)
-    inverter = make_inverter("ekfac-adam", rank=45, energy=energy)
+    inverter = make_inverter("ekfac-adam", rank=20)
     found = invert_with_ladder(inverter, factors, damping=DAMPING, previous={}, seed=0)
     basis = found.preconditioner
     assert isinstance(basis, AdamBasis)
     assert (basis.A.reflected, basis.G.reflected) == (True, False)
-    assert found.diagnostics["rank_A"] == basis.Y_A.shape[-1] == kept
+    assert found.diagnostics["rank_A"] == basis.Y_A.shape[-1] == 20
     vectors, Q = torch.linalg.eigh(factors.A.double())[1].flip(-1), basis.A.matrix().double()
     overlaps = (vectors[..., :4] * Q[..., :4]).sum(-2).abs()
     assert relative_error(overlaps, torch.ones_like(overlaps)) < 1e-3
@@ -179,16 +178,16 @@ def test_payloads_of_before_there_were_reflections_are_read() -> None:
 
 def test_few_eigenvectors_are_cheaper_and_smaller_in_the_estimate() -> None:
     shape = BlockShape(d_out=128, d_in=1025)
-    few, all_of_them = (make_inverter("ekfac-adam", rank=rank) for rank in (224, None))
+    few, all_of_them = (make_inverter("ekfac-adam", rank=rank) for rank in (128, None))
     assert few.cost(shape) < all_of_them.cost(shape) / 3
-    assert few.estimate(shape).numbers == 128**2 + 2 * 1025 * 224
+    assert few.estimate(shape).numbers == 128**2 + 2 * 1025 * 128
     assert all_of_them.estimate(shape).numbers == 128**2 + 1025**2
     assert few.estimate(shape).prepared == all_of_them.estimate(shape).prepared == 2 * 128 * 1025
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rank": 0}, {"energy": 0.0}, {"energy": 1.1}, {"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"basis_period": 0}],
+    [{"rank": 0}, {"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"basis_period": 0}],
 )
 def test_settings_out_of_range(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
