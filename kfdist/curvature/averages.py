@@ -28,7 +28,7 @@ from kfdist.curvature.statistics import MODES, Needs
 from kfdist.curvature.thin_sums import ThinRows
 from kfdist.linalg.psd import pack_triangle, unpack_triangle
 from kfdist.types import BlockShape
-from kfdist.wire.records import RecordTree, make_tree
+from kfdist.wire.records import RecordTree, can_travel_as_rows, make_tree
 
 EXAMPLES, POSITIONS, PAIRS = "n_examples", "n_positions", "n_pairs"
 """Names of the counts w among the tensors that travel: N, all examples' positions, and of coarse sums the pairs of
@@ -175,6 +175,7 @@ class WeightedSums:
         self.dropped = torch.zeros((), dtype=torch.float32, device=device)
         self._in_use: dict[str, slice | None] = {}
         self._handed_out: list[weakref.ref[LateSums]] = []
+        self._rows: dict[str, Tensor] = {}
 
     def fold(
         self,
@@ -193,6 +194,7 @@ class WeightedSums:
             takes_over: Whether a first batch's sums become the average's own memory, and change with it from now on.
         """
         self._freeze()
+        self._rows = {}
         kept, gain = folding(rho, step_is_finite, like=self.like)
         for count in self.counts.values():
             count.mul_(kept)
@@ -206,12 +208,15 @@ class WeightedSums:
         root = usable.sqrt() if batch.thin else zero
         for name, total in self.sums.items():
             if name in batch.thin:
+                first = name not in self._made
                 part = self._part_in_use(name, batch.thin[name])
                 if step_is_finite is not None:
                     part.mul_(kept)
                 found = batch.thin[name]
                 thin = [ThinRows(torch.where(finite, each.rows, zero).mul_(root), each.columns) for each in found]
                 _fold_thin(part, thin, decay=rho if step_is_finite is None else 1.0)
+                if first and (few := _few_rows(total, thin)) is not None:
+                    self._rows[name] = few
                 continue
             self._in_use[name] = None
             if takes_over and rho == 0.0 and _same_form(total, batch.sums[name]):
@@ -262,7 +267,7 @@ class WeightedSums:
         """Returns what `packed` would, as it is now; packed when it is asked for, or before a folding changes it."""
         if not self.sums:
             return {}
-        found = LateSums(self.sums, self.counts)
+        found = LateSums(self.sums, self.counts, self._rows)
         self._handed_out = [each for each in self._handed_out if each() is not None] + [weakref.ref(found)]
         return found
 
@@ -281,6 +286,7 @@ class WeightedSums:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from what `state_dict` returned."""
         self._freeze()
+        self._rows = {}
         for name in self.sums:
             total = self._memory_of(name)
             total.copy_(unpack_triangle(state[name]) if name in SYMMETRIC else state[name])
@@ -308,6 +314,18 @@ def _fold_thin(total: Tensor, thin: Sequence[ThinRows], *, decay: float) -> None
         else:
             each.add_to(total, kept=decay)
         decay = 1.0
+
+
+def _few_rows(total: Tensor, thin: Sequence[ThinRows]) -> Tensor | None:
+    """Returns the rows whose products a sum on the host is, where they can travel in its place; else None."""
+    width = total.shape[-1]
+    sizes = [each.rows.shape[1] for each in thin]
+    if total.device.type != "cpu" or not can_travel_as_rows(sum(sizes), width):
+        return None
+    whole = total.new_zeros(len(total), sum(sizes), width)
+    for each, part in zip(thin, whole.split(sizes, dim=1), strict=True):
+        part[..., slice(None) if each.columns is None else each.columns] = each.rows
+    return whole
 
 
 def _same_form(total: Tensor, new: Tensor) -> bool:
@@ -347,16 +365,24 @@ def means(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         tensors: Sums, packed or not, and counts by name, as `WeightedSums.packed` has them.
     """
+    return _means(tensors, [name for name in tensors if name in COUNTED_BY])
+
+
+def _count_of(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Returns what a sum is divided by; one where nothing was counted."""
+    counts = [tensors[each] for each in COUNTED_BY[name]]
+    count = counts[0] if len(counts) == 1 else (counts[0] * counts[1]).sqrt()
+    return torch.where(count > 0, count, torch.ones_like(count))
+
+
+def _means(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     found = {}
-    for name in tensors:
-        if name in COUNTED_BY:
-            counts = [tensors[each] for each in COUNTED_BY[name]]
-            count = counts[0] if len(counts) == 1 else (counts[0] * counts[1]).sqrt()
-            count = torch.where(count > 0, count, torch.ones_like(count))
-            late = isinstance(tensors, LateSums)
-            total = tensors.own(name) if late else tensors[name]
-            count = count.reshape(-1, *(1,) * (total.dim() - 1))
-            found[name] = total.div_(count) if late else total / count  # a triangle of its own is divided in place
+    for name in names:
+        count = _count_of(tensors, name)
+        late = isinstance(tensors, LateSums)
+        total = tensors.own(name) if late else tensors[name]
+        count = count.reshape(-1, *(1,) * (total.dim() - 1))
+        found[name] = total.div_(count) if late else total / count  # a triangle of its own is divided in place
     return found
 
 
@@ -373,6 +399,9 @@ def packed_statistic(kind: str, tensors: Mapping[str, Tensor]) -> RecordTree:
         tensors: Sums and counts by name; triangles stay triangles.
 
     Returns:
-        The record's tree, ready for a job's payload: the rank never builds the square matrices.
+        The record's tree, ready for a job's payload: the rank never builds the square matrices. Sums of few products
+        are their rows.
     """
-    return make_tree(kind, means(tensors))
+    rows = tensors.rows if isinstance(tensors, LateSums) else {}
+    few = {name: {"rows": each / _count_of(tensors, name).sqrt().reshape(-1, 1, 1)} for name, each in rows.items()}
+    return make_tree(kind, few | _means(tensors, [each for each in tensors if each in COUNTED_BY and each not in few]))

@@ -277,7 +277,9 @@ def _run(job: Tree, device: torch.device | str) -> Tree:
     units = [statistics] if inverter.coupling is not Coupling.NONE else [{n: each} for n, each in statistics.items()]
     outcomes: dict[BlockName, Inversion] = {}
     for unit in units:
-        outcomes |= invert_group_with_ladder(inverter, unit, damping=damping, previous=previous, seeds=seeds)
+        outcomes |= invert_group_with_ladder(
+            inverter, unit, damping=damping, previous=previous, seeds=seeds, symmetric=True
+        )
     return _result(outcomes)
 
 

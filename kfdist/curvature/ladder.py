@@ -41,6 +41,7 @@ def invert_group_with_ladder(
     damping: float,
     previous: Mapping[BlockName, Mapping[str, Tensor]],
     seeds: Mapping[BlockName, int],
+    symmetric: bool = False,
 ) -> dict[BlockName, Inversion]:
     """Inverts a group of blocks, climbing float32, float64, more damping until all results pass their checks.
 
@@ -50,6 +51,7 @@ def invert_group_with_ladder(
         damping: lambda, finite and positive.
         previous: State of the last version per block.
         seeds: The only source of randomness, per block.
+        symmetric: Whether symmetric statistics are known to be: they travelled as triangles, or as rows.
 
     Returns:
         The outcomes; all FAILED, each with a reason, if no rung held for all of them. The preconditioners have the
@@ -61,7 +63,7 @@ def invert_group_with_ladder(
     """
     if not (math.isfinite(damping) and damping > 0):
         raise ValueError(f"damping is {damping}, must be finite and positive")
-    faults = {name: _input_fault(each) for name, each in statistics.items()}
+    faults = {name: _input_fault(each, symmetric) for name, each in statistics.items()}
     if any(faults.values()):
         return _failed(faults, previous)
     tensor = _first_tensor(statistics)
@@ -129,7 +131,7 @@ def _attempt(
         return dict.fromkeys(statistics, Inversion.failed(f"LAPACK gave up: {error}"))
 
 
-def _input_fault(statistics: Any) -> str:
+def _input_fault(statistics: Any, known_symmetric: bool) -> str:
     """Returns what makes a block's statistics useless, or nothing.
 
     Raises:
@@ -138,7 +140,9 @@ def _input_fault(statistics: Any) -> str:
     symmetric = symmetric_fields(statistics)
     _check_shapes(statistics, symmetric)
     faults = (
-        _matrix_fault(f"factor {label}", tensor) if label in symmetric else _number_fault(label, tensor)
+        _matrix_fault(f"factor {label}", tensor, known_symmetric)
+        if label in symmetric
+        else _number_fault(label, tensor)
         for label, tensor in tensor_fields(statistics).items()
     )
     return next(filter(None, faults), "")
@@ -169,12 +173,12 @@ def _is_finite(tensor: Tensor) -> bool:
     return math.isfinite(float(tensor.sum()))
 
 
-def _matrix_fault(what: str, matrix: Tensor) -> str:
+def _matrix_fault(what: str, matrix: Tensor, known_symmetric: bool) -> str:
     """Returns what makes a factor no second moment at all, or nothing."""
     fault = _number_fault(what, matrix)
     if fault or not matrix.numel():
         return fault
-    relative = float(asymmetry(matrix).max())
+    relative = 0.0 if known_symmetric else float(asymmetry(matrix).max())
     if relative > ASYMMETRY_LIMIT:
         return f"{what} is not symmetric: relative difference {relative:.3g}, rounding makes {ASYMMETRY_LIMIT:g}"
     lowest = float(matrix.diagonal(dim1=-2, dim2=-1).min())

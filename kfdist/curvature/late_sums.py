@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from kfdist.linalg.psd import pack_triangle, triangle_size
+from kfdist.linalg.psd import pack_triangle, sum_of_products, triangle_size
 
 SYMMETRIC = frozenset({"A", "G"})
 """Sums that are symmetric matrices and travel as packed triangles."""
@@ -26,9 +26,19 @@ class LateSums(Mapping[str, Tensor]):
     Args:
         totals: The sums by name. Whoever changes them calls `freeze` first.
         counts: Its counts by name, which may change at any time.
+        rows: Of those that are the products of few rows so far, these rows, `[c, r, d]`, which never change.
+
+    Attributes:
+        rows: As given: what travels in the place of a triangle.
     """
 
-    def __init__(self, totals: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        totals: Mapping[str, Tensor],
+        counts: Mapping[str, Tensor],
+        rows: Mapping[str, Float[Tensor, "c r d"]] | None = None,
+    ) -> None:
+        self.rows = dict(rows or {})
         self._lock = threading.Lock()
         self._live = dict(totals)
         self._kept = {name: count.reshape(-1).clone() for name, count in counts.items()}
@@ -38,6 +48,8 @@ class LateSums(Mapping[str, Tensor]):
 
     @override
     def __getitem__(self, name: str) -> Tensor:
+        if name in self.rows:
+            return self.own(name)
         with self._lock:
             return _packed(name, self._live[name]) if name in self._live else self._kept[name]
 
@@ -55,21 +67,24 @@ class LateSums(Mapping[str, Tensor]):
 
     def own(self, name: str) -> Float[Tensor, "..."]:
         """Returns a tensor as `[]` does, which is the caller's to change."""
+        if name in self.rows:  # whether or not the sum has changed since, so that no bit depends on it
+            return pack_triangle(sum_of_products(self.rows[name]))
         with self._lock:
             return _packed(name, self._live[name]) if name in self._live else self._kept[name].clone()
 
     def put(self, name: str, place: Float[Tensor, "..."]) -> None:
         """Writes a tensor to where it is wanted, contiguous memory of its size."""
         with self._lock:
-            if name in self._live and name in SYMMETRIC:
-                pack_triangle(self._live[name], out=place.view(self._shapes[name]))
-            else:
-                place.copy_((self._live if name in self._live else self._kept)[name].reshape(-1))
+            live = self._live.get(name)
+            if live is not None and name in SYMMETRIC:
+                pack_triangle(live, out=place.view(self._shapes[name]))
+                return
+        place.copy_((self[name] if live is None else live).reshape(-1))
 
     def freeze(self) -> None:
         """Packs what nobody has asked for: the sums are about to change."""
         with self._lock:
-            self._kept |= {name: _packed(name, total) for name, total in self._live.items()}
+            self._kept |= {name: _packed(name, each) for name, each in self._live.items() if name not in self.rows}
             self._live = {}
 
     @property

@@ -5,7 +5,7 @@ Eigenvalues are always in descending order.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from kfdist.linalg.gram import LOSS_TOLERANCE, Triangle, cholesky, gram, products_are_exact
@@ -20,6 +20,9 @@ PAIRED = 4
 _INTERIM_TOLERANCE = 1e5
 """`LOSS_TOLERANCE` of a basis that is multiplied again: its span matters, and rounding of the product has cost that as
 much already."""
+
+_SPARE = 16
+"""Rows that a submatrix has more than the largest rank that it is to tell."""
 
 _DRAWN = 1 << 16
 """Random numbers of a test matrix that are drawn at a time."""
@@ -66,6 +69,34 @@ def sketch_rows(rows: Float[Tensor, "c n d"], size: int, *, seed: int) -> Float[
         drawn = torch.randn(shape, generator=generator, dtype=dtype, device=device)
         total.baddbmm_(drawn.to(rows).mT, some)  # in place: autocast leaves such products alone
     return total.div_(size**0.5)
+
+
+def numerical_rank(matrix: Float[Tensor, "*c d d"], places: Int64[Tensor, " m"], *, most: int) -> int | None:
+    """Counts the dimensions of the range of a positive semi-definite matrix in float32, if they are few.
+
+    It looks at a submatrix alone, of `most` rows and columns and a few more, evenly spaced. Of a matrix of that rank
+    or less it is singular; where its rank is the matrix's, as that of all but special rows is, that is the answer.
+    It may be too small, so whoever relies on it checks what he makes of it. Waits for the matrix.
+
+    Args:
+        matrix: M.
+        places: Rows that are looked at, in order: those that aren't zero.
+        most: Rank from which on the answer is None; small beside d.
+    """
+    m = min(most + _SPARE, len(places))
+    if not m:
+        return None
+    some = places[torch.arange(m, device=places.device) * len(places) // m]
+    part = matrix[..., some.unsqueeze(-1), some].double()
+    lower, info = torch.linalg.cholesky_ex(part)
+    least = torch.finfo(torch.float32).eps
+    diagonal = part.diagonal(dim1=-2, dim2=-1).amax(-1)
+    pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    if not bool(((info > 0) | (pivots <= least * diagonal)).all()):
+        return None  # at a third of m^3 operations, of what costs ten thousand times as many
+    values = torch.linalg.eigvalsh(part)
+    found = int((values > least * values[..., -1:]).sum(-1).max())
+    return found if found <= most else None
 
 
 def range_basis(

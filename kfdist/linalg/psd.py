@@ -94,6 +94,18 @@ def _blocks(d: int, first: int = 0) -> list[tuple[int, int]]:
     return [(begin, min(begin + _BLOCK, d)) for begin in range(first, d, _BLOCK)]
 
 
+def sum_of_products(rows: Float[Tensor, "*c r d"]) -> Float[Tensor, "*c d d"]:
+    """Returns rows^T rows, exactly symmetric; columns that are zero take neither time nor, untouched, memory."""
+    used = (rows != 0).flatten(end_dim=-2).any(0)
+    places = used.nonzero().squeeze(-1)
+    if 2 * len(places) > len(used):
+        return mirror_lower_(rows.mT @ rows)
+    total = rows.new_zeros(*rows.shape[:-2], len(used), len(used))
+    some = rows[..., places]
+    total[..., places.unsqueeze(-1), places] = mirror_lower_(some.mT @ some)
+    return total
+
+
 def triangle_size(d: int) -> int:
     """Returns how many numbers the triangle of a d x d matrix has."""
     return d * (d + 1) // 2

@@ -2,7 +2,8 @@
 
 A record's fields are tensors, static values that JSON can hold (numbers, strings, booleans), or records themselves. A
 `Literal` field holds one of its words, which is checked on arrival. A tensor field whose metadata says `symmetric`
-holds symmetric matrices and travels as packed triangles.
+holds symmetric matrices and travels as packed triangles or, where they are few, as rows whose products they are a sum
+of: `{"rows": ROWS}`, `[..., r, d]` for ROWS^T ROWS.
 
 A record travels as a tree, `{"kind": KIND, "fields": {FIELD: VALUE}}`, where KIND is its class's name in a table that
 both sides know, and the value of a field that is a record is a tree again.
@@ -15,12 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, g
 import torch
 from torch import Tensor
 
-from kfdist.linalg.psd import pack_triangle, unpack_triangle
+from kfdist.linalg.psd import pack_triangle, sum_of_products, unpack_triangle
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RecordType = TypeVar("RecordType", bound="DataclassInstance")
+
+_WIDEST = 256
+"""How much wider than they are many rows may be that travel in the place of their products."""
 
 RecordTree = dict[str, Any]
 """A record ready to travel: `kind` and `fields`."""
@@ -153,6 +157,8 @@ def from_tree(tree: Any, table: Mapping[str, type]) -> Any:
 
 def _field_of(kind: str, f: Field[Any], value: Any, table: Mapping[str, type]) -> Any:
     cls = table[kind]
+    if f.metadata.get("symmetric") and isinstance(value, dict):
+        return _of_rows(kind, f.name, value)
     if _is_record(cls, f):
         inner = from_tree(value, table)
         if not isinstance(inner, _hint(cls, f)):
@@ -166,6 +172,26 @@ def _field_of(kind: str, f: Field[Any], value: Any, table: Mapping[str, type]) -
     if f.metadata.get("symmetric"):
         return unpack_triangle(value)
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def can_travel_as_rows(rows: int, width: int) -> bool:
+    """Says whether so many rows are sent in the place of the triangle of their products.
+
+    They take a quarter of its bytes or less; and not so little that a small payload asks its reader for any memory.
+    """
+    return 0 < 8 * rows <= width <= _WIDEST * rows
+
+
+def _of_rows(kind: str, name: str, value: dict[Any, Any]) -> Tensor:
+    rows = value.get("rows")
+    if value.keys() != {"rows"} or not isinstance(rows, Tensor) or rows.dim() < 2 or not rows.is_floating_point():
+        raise ValueError(f"field {name!r} of {kind} must be a triangle, or floating-point rows alone")
+    if rows.shape[-1] > _WIDEST * rows.shape[-2]:
+        raise ValueError(
+            f"field {name!r} of {kind} has {rows.shape[-2]} rows of {rows.shape[-1]} numbers; so few of that width "
+            "travel as a triangle"
+        )
+    return sum_of_products(rows)
 
 
 def _described(value: object) -> str:

@@ -13,6 +13,7 @@ from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum, 
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import (
     EIGH_FLOPS,
+    FULL_BELOW,
     MOSTLY,
     AdaptiveRank,
     Decomposition,
@@ -47,7 +48,7 @@ _SVD_FLOPS = 22.0
 class AbstractSketchedKfac(AbstractInverter):
     """Keeps the leading eigenpairs of each factor, found with a Gaussian sketch; applies their inverse in O(r p q).
 
-    The sketch has s = r + l columns; where s reaches the size of a factor, the factor is decomposed in full.
+    The sketch has s = r + l columns; a factor of size 3 s or less is decomposed in full, which is exact and faster.
 
     Attributes:
         rank: Eigenpairs r kept of each factor, clamped to its size.
@@ -131,7 +132,7 @@ class AbstractSketchedKfac(AbstractInverter):
     def workspace(self, d: int) -> int:
         """Counts what a d x d factor's decomposition has at once: its sketches, and a copy where many rows are zero."""
         s = min(self._largest_rank, d) + self.oversampling
-        return 0 if s >= d else _SKETCHES * s * d + round((MOSTLY * d) ** 2)
+        return 0 if d <= FULL_BELOW * s else _SKETCHES * s * d + round((MOSTLY * d) ** 2)
 
     def factor_work(self, d: int) -> Work:
         """Counts the operations for one d x d factor, at the largest rank of the schedule.
@@ -140,7 +141,7 @@ class AbstractSketchedKfac(AbstractInverter):
         joined (`range_basis`); or a full decomposition.
         """
         s = min(self._largest_rank, d) + self.oversampling
-        if s >= d:
+        if d <= FULL_BELOW * s:
             return Work(Operation.EIGH, EIGH_FLOPS * d**3)
         q = self.power_iterations
         if q >= PAIRED and 2 * s <= d:

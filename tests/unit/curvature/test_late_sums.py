@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from kfdist.curvature import late_sums
-from kfdist.curvature.averages import BatchStatistics, WeightedSums, means
+from kfdist.curvature.averages import BatchStatistics, WeightedSums, means, packed_statistic
 from kfdist.curvature.late_sums import LateSums
+from kfdist.curvature.statistics import STATISTICS
+from kfdist.curvature.thin_sums import ThinRows
+from kfdist.linalg.psd import pack_triangle
+from kfdist.wire.records import from_tree
 
 C, P, Q = 2, 3, 4
 SHAPES = {"A": (C, Q, Q), "G": (C, P, P), "a": (C, Q)}
@@ -105,3 +109,42 @@ def test_a_first_batch_is_taken_over_also_where_the_device_decides_whether_it_co
     expected = batch(1).sums
     for name, total in sums.sums.items():
         assert torch.equal(total, expected[name] if finite else torch.zeros_like(total))
+
+
+WIDE = 64
+
+
+def thin_sums(rows: Tensor, columns: Tensor | None = None) -> WeightedSums:
+    sums = WeightedSums({"A": (1, WIDE, WIDE), "G": (1, 8, 8)}, dtype=torch.float32, device="cpu")
+    sums.fold(BatchStatistics({"G": torch.eye(8)[None]}, 5.0, 10.0, thin={"A": [ThinRows(rows, columns)]}), 0.0)
+    return sums
+
+
+@pytest.mark.parametrize("columns", [None, torch.arange(3, 23)], ids=["all", "some"])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_sum_of_few_rows_travels_as_these_whatever_changes_later(columns: Tensor | None, later: bool) -> None:
+    rows = torch.randn(1, 6, WIDE if columns is None else len(columns), generator=torch.Generator().manual_seed(0))
+    sums = thin_sums(rows, columns)
+    wanted = sums.sums["A"] / 5.0
+    late = handed_out(sums)
+    if later:
+        sums.fold(BatchStatistics({"G": torch.eye(8)[None]}, 5.0, 10.0, thin={"A": [ThinRows(rows, columns)]}), 0.5)
+    tree = packed_statistic("kronecker-factors", late)
+    assert tree["fields"]["A"]["rows"].shape == (1, 6, WIDE)
+    read = from_tree(tree, STATISTICS)
+    torch.testing.assert_close(read.A, wanted)
+    assert torch.equal(read.A, read.A.mT)
+    torch.testing.assert_close(read.G, torch.eye(8)[None] / 10.0)
+    torch.testing.assert_close(late["A"], pack_triangle(5.0 * wanted))
+    place = torch.empty(late.shapes["A"]).view(-1)
+    late.put("A", place)
+    torch.testing.assert_close(place, pack_triangle(5.0 * wanted).view(-1))
+
+
+def test_a_sum_of_many_rows_or_of_two_batches_or_one_that_was_loaded_travels_as_a_triangle() -> None:
+    few, many = (torch.randn(1, count, WIDE, generator=torch.Generator().manual_seed(1)) for count in (6, 9))
+    assert not handed_out(thin_sums(many)).rows
+    twice, loaded = thin_sums(few), thin_sums(few)
+    twice.fold(BatchStatistics({"G": torch.eye(8)[None]}, 5.0, 10.0, thin={"A": [ThinRows(few)]}), 0.5)
+    loaded.load_state_dict(loaded.state_dict())
+    assert handed_out(thin_sums(few)).rows and not handed_out(twice).rows and not handed_out(loaded).rows

@@ -1,4 +1,4 @@
-"""Randomised decompositions of factors of which rows and columns are zero."""
+"""Randomised decompositions of factors of which rows and columns are zero, or that have few dimensions."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kfdist.curvature import spectra
 from kfdist.curvature.spectra import FactorSpectrum, randomized_spectrum
+from kfdist.linalg import lowrank
 from tests.support.matrices import with_spectrum
 
 D, RANK = 60, 12
@@ -53,7 +54,77 @@ def test_the_decomposition_is_of_what_is_not_zero_alone(monkeypatch: pytest.Monk
         return basis(matrix, sketch, power_iterations=power_iterations)
 
     monkeypatch.setattr(spectra, "range_basis", noted)
+    monkeypatch.setattr(spectra, "FULL_BELOW", 1)
     decomposed(partly_zero(30))
     decomposed(partly_zero(31))
     assert sizes == [30, D], "a copy of more would cost as much memory as it saves time"
     assert not decomposed(torch.zeros(2, D, D).double()).spectrum.values.any()
+
+
+WIDE = 400
+
+
+def of_rows(rows: int, seed: int = 0, groups: int = 1) -> Tensor:
+    """Factors in float32 that are sums over so few rows, of which the last are small."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(0, -2, rows).unsqueeze(-1)
+    found = torch.randn(groups, rows, WIDE, generator=generator) * sizes
+    return found.mT @ found
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40, 90])
+def test_a_factor_of_few_rows_is_decomposed_whole_by_two_products(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Also where it has more dimensions than pairs are kept of."""
+    products, multiply = [], lowrank._product
+
+    def noted(matrix: Tensor, columns: Tensor) -> Tensor:
+        products.append(columns.shape[-1])
+        return multiply(matrix, columns)
+
+    monkeypatch.setattr(lowrank, "_product", noted)
+    matrix = of_rows(rows, groups=2)
+    found = randomized_spectrum(matrix, rank=50, oversampling=5, power_iterations=4, method="rsvd", seed=1, label="A")
+    assert products == [rows + 5] * 2, "its rank is found"
+    w, U = found.spectrum.values.double(), found.spectrum.vectors.double()
+    exact = torch.linalg.eigvalsh(matrix.double()).flip(-1)
+    kept = w.shape[-1]
+    assert kept == min(50, rows + 5)
+    torch.testing.assert_close(w, exact[..., :kept], rtol=1e-4, atol=1e-5 * float(exact.max()))
+    error = torch.linalg.matrix_norm(matrix - U @ torch.diag_embed(w) @ U.mT)
+    beyond = torch.linalg.vector_norm(exact[..., kept:], dim=-1)
+    assert (error <= 1.0001 * beyond + 1e-5 * exact[..., 0]).all()
+    torch.testing.assert_close(U.mT @ U, torch.eye(kept).double().expand(2, -1, -1), rtol=0, atol=1e-4)
+
+
+def test_dimensions_that_the_submatrix_does_not_show_are_found_all_the_same():
+    """One row that is zero wherever the rank is looked for: the result is checked, and not taken."""
+    matrix = of_rows(8)
+    places = torch.arange(116) * WIDE // 116
+    hidden = torch.randn(1, WIDE, generator=torch.Generator().manual_seed(5))
+    hidden[:, places] = 0.0
+    matrix = matrix + 3 * hidden.mT @ hidden
+    assert lowrank.numerical_rank(matrix, torch.arange(WIDE), most=100) == 8
+    found = randomized_spectrum(matrix, rank=50, oversampling=0, power_iterations=4, method="rsvd", seed=1, label="A")
+    w, U = found.spectrum.values, found.spectrum.vectors
+    error = torch.linalg.matrix_norm(matrix - U @ torch.diag_embed(w) @ U.mT)
+    assert float(error / torch.linalg.matrix_norm(matrix)) < 1e-5
+    assert w.shape[-1] == 50
+
+
+@pytest.mark.parametrize("rows", [101, 200, 2000])
+def test_more_dimensions_than_are_few_are_told_from_a_submatrix(rows: int):
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(1, rows, WIDE, generator=generator)
+    assert lowrank.numerical_rank(matrix.mT @ matrix, torch.arange(WIDE), most=100) is None
+
+
+@pytest.mark.parametrize("d", [50, 51, 52])
+def test_a_factor_hardly_wider_than_the_sketch_is_decomposed_in_full(d: int):
+    matrix = with_spectrum((0.9 ** torch.arange(d, dtype=torch.float64)).expand(1, d), seed=3)
+    found = decomposed(matrix)
+    exact = torch.linalg.eigvalsh(matrix).flip(-1)
+    error = float(torch.linalg.vector_norm(exact[..., RANK:]) / torch.linalg.vector_norm(exact))
+    if d <= spectra.FULL_BELOW * (RANK + 5):
+        torch.testing.assert_close(found.spectrum.values, exact[..., :RANK])
+        assert found.diagnostics["approximation_error_A"] == pytest.approx(error)
+    assert found.spectrum.vectors.shape == (1, d, RANK)

@@ -125,3 +125,35 @@ def test_a_word_that_the_class_does_not_know_is_refused(word: Any) -> None:
     tree["fields"]["word"] = word
     with pytest.raises(ValueError, match="word"):
         records.from_tree(tree, TABLE)
+
+
+def leaf(value: object) -> Any:
+    fields = {"rows": torch.ones(1), "matrix": value}
+    return records.from_tree({"kind": "leaf", "fields": fields}, {"leaf": Leaf})
+
+
+def test_symmetric_matrices_come_as_rows_where_they_are_few() -> None:
+    rows = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(leaf({"rows": rows}).matrix, rows.mT @ rows)
+    rows[..., 5:] = 0.0
+    found = leaf({"rows": rows}).matrix
+    torch.testing.assert_close(found, rows.mT @ rows)
+    assert torch.equal(found, found.mT) and found.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "rows alone"),
+        ({"rows": 3}, "rows alone"),
+        ({"rows": torch.ones(2, 2), "more": 1}, "rows alone"),
+        ({"rows": torch.ones(2, 2, dtype=torch.int64)}, "rows alone"),
+        ({"rows": torch.ones(1, 2, 513)}, "2 rows of 513 numbers"),
+        ({"rows": torch.ones(1, 0, 5)}, "0 rows of 5 numbers"),
+    ],
+)
+def test_rows_that_are_none_or_would_take_any_memory_are_refused(value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        leaf(value)
+    assert records.can_travel_as_rows(2, 512) and not records.can_travel_as_rows(2, 513)
+    assert not records.can_travel_as_rows(3, 23) and not records.can_travel_as_rows(0, 0)
