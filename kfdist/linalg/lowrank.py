@@ -21,6 +21,9 @@ _INTERIM_TOLERANCE = 1e5
 """`LOSS_TOLERANCE` of a basis that is multiplied again: its span matters, and rounding of the product has cost that as
 much already."""
 
+_ROUNDING = 4
+"""Eigenvalues, in units of rounding of the largest, that are none: sums of products leave less than one."""
+
 _SPARE = 16
 """Rows that a submatrix has more than the largest rank that it is to tell."""
 
@@ -72,7 +75,7 @@ def sketch_rows(rows: Float[Tensor, "c n d"], size: int, *, seed: int) -> Float[
 
 
 def numerical_rank(matrix: Float[Tensor, "*c d d"], places: Int64[Tensor, " m"], *, most: int) -> int | None:
-    """Counts the dimensions of the range of a positive semi-definite matrix in float32, if they are few.
+    """Counts the dimensions of the range of a positive semi-definite matrix, but for rounding, if they are few.
 
     It looks at a submatrix alone, of `most` rows and columns and a few more, evenly spaced. Of a matrix of that rank
     or less it is singular; where its rank is the matrix's, as that of all but special rows is, that is the answer.
@@ -89,7 +92,7 @@ def numerical_rank(matrix: Float[Tensor, "*c d d"], places: Int64[Tensor, " m"],
     some = places[torch.arange(m, device=places.device) * len(places) // m]
     part = matrix[..., some.unsqueeze(-1), some].double()
     lower, info = torch.linalg.cholesky_ex(part)
-    least = torch.finfo(torch.float32).eps
+    least = _ROUNDING * torch.finfo(matrix.dtype).eps
     diagonal = part.diagonal(dim1=-2, dim2=-1).amax(-1)
     pivots = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
     if not bool(((info > 0) | (pivots <= least * diagonal)).all()):

@@ -49,7 +49,7 @@ def test_what_is_zero_is_left_out_and_the_result_is_that_of_the_whole(
 def test_the_decomposition_is_of_what_is_not_zero_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, basis = [], spectra.range_basis
 
-    def noted(matrix: Tensor, sketch: Tensor, *, power_iterations: int) -> Tensor:
+    def noted(matrix: Tensor, sketch: Tensor, *, power_iterations: int) -> tuple[Tensor, Tensor]:
         sizes.append(matrix.shape[-1])
         return basis(matrix, sketch, power_iterations=power_iterations)
 
