@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from kfdist.checks import suggestion
+from kfdist.config.defaults import defaults_beside
 from kfdist.config.findings import config_error
 from kfdist.config.recipes import recipes
 from kfdist.config.sections import Config
 from kfdist.config.service_sections import SecuritySection
-from kfdist.config.task_sections import OWN_OPTIMIZER
 from kfdist.config.toml import parse_value
 from kfdist.errors import ConfigError
 
@@ -64,21 +64,11 @@ def load_config(
     """
     file = [_file(path)] if path is not None else []
     sources = (file, _environment(environment), [_override(text) for text in overrides])
-    merged: Table = _merge(Config().model_dump(exclude_none=True), dict(defaults))
-    for layers in sources:
-        merged = _merge(merged, reduce(_overlay, (layer.table for layer in layers), {}))
+    tables = [reduce(_overlay, (layer.table for layer in layers), {}) for layers in sources]
+    built_in = _merge(Config().model_dump(exclude_none=True), defaults_beside(reduce(_merge, tables, dict(defaults))))
+    merged: Table = reduce(_merge, [dict(defaults), *tables], built_in)
     layers = [layer for layers in sources for layer in layers]
-    optimizer = _table(merged.get("optimizer"))
-    if optimizer.get("name") == OWN_OPTIMIZER and not _sets(layers, "preconditioner", "kl_clip"):
-        # Its default is for optimizers that take directions as they are; grafting has no clip.
-        graft = _table(optimizer.get("settings")).get("graft")
-        merged = merged if graft == "none" else _merge(merged, {"preconditioner": {"kl_clip": 0.0}})
     return config_from_table(merged, layers)
-
-
-def _table(value: object) -> Mapping[str, Any]:
-    """Returns a table, empty where the value is none, which `config_from_table` says."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def security_from_environment(
@@ -119,10 +109,6 @@ def config_from_table(table: Mapping[str, Any], layers: Sequence[_Layer] = ()) -
         return Config.model_validate(dict(table))
     except ValidationError as error:
         raise config_error(error, Config, origin=origin) from None
-
-
-def _sets(layers: Sequence[_Layer], *keys: str) -> bool:
-    return any(_contains(layer.table, keys) for layer in layers)
 
 
 def _contains(table: Any, keys: Sequence[str]) -> bool:

@@ -13,6 +13,9 @@ from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Adoption, Asap, AtHardBound, FixedLag, oldest
 from kfdist.types import MAX_STEPS, Fisher, WeightSharing
 
+BY_WIDTH = "by-width"
+"""The method's name that chooses by the blocks' width, `kfdist.ByWidth`; a test compares."""
+
 
 class StalenessSection(Section):
     """What happens under `asap` when the inverse in use gets old; the names are those of `kfdist.Asap`."""
@@ -38,16 +41,20 @@ class PreconditionerSection(Section):
     """The second-order method; the names are those of `kfdist.Preconditioner`."""
 
     method: str | None = Field(
-        default="rs-kfac",
+        default="by-width",
         min_length=1,
-        description='an inverter of kfdist.curvature.inverters; "auto" picks one per block; "none" leaves the '
-        "optimizer alone, for comparisons",
+        description='an inverter of kfdist.curvature.inverters; "by-width" has a dense one for blocks that aren\'t '
+        'too wide, and rs-kfac; "auto" picks by measured cost; "none" leaves the optimizer alone, for comparisons. '
+        "rs-kfac for optimizers of torch.optim",
     )
     methods: Methods | None = Field(
         default=None,
         description="methods by glob on module names, the first match wins; excludes preconditioner.method",
     )
-    settings: Settings = Field(default_factory=lambda: {"rank": 128}, description="the inverter's own settings")
+    settings: Settings = Field(
+        default_factory=lambda: {"dense": "ekfac-adam", "dense_settings": {"basis_period": 20}},
+        description="the method's own settings; nothing of the default's beside a period that is given",
+    )
     damping: float = Field(default=0.03, gt=0, description="lambda of F + lambda I, at first")
     damping_decay: float = Field(
         default=1.0, gt=0, le=1, description="what an epoch multiplies the damping by, a step at a time; 1: nothing"
@@ -65,20 +72,32 @@ class PreconditionerSection(Section):
         description="how linear layers treat positions: each alone, or inputs averaged and gradients summed over them",
     )
     ema_decay: float = Field(
-        default=0.95, ge=0, lt=1, description="what an update of the statistics keeps of the old ones"
+        default=0.8,
+        ge=0,
+        lt=1,
+        description="what an update of the statistics keeps of the old ones; 0.95 with a method that is given",
     )
-    factor_period: int = Field(default=2, ge=1, le=MAX_STEPS, description="steps between two updates of the statistics")
-    inverse_period: int = Field(
+    factor_period: int = Field(
         default=10,
         ge=1,
         le=MAX_STEPS,
-        description="steps between two inversions of a block, a multiple of factor_period, at first",
+        description="steps between two updates of the statistics; 2 for optimizers of torch.optim",
+    )
+    inverse_period: int = Field(
+        default=100,
+        ge=1,
+        le=MAX_STEPS,
+        description="steps between two inversions of a block, a multiple of factor_period, at first; 10 for optimizers "
+        "of torch.optim",
     )
     inverse_period_epochs: CountStages = Field(
         default=(), description="[epoch, inverse_period] pairs: from that epoch on, that inverse_period"
     )
     kl_clip: float = Field(
-        default=1e-2, ge=0, description="bound kappa of the squared step length in the Fisher's norm; 0 turns it off"
+        default=0.0,
+        ge=0,
+        description="bound kappa of the squared step length in the Fisher's norm; 0 turns it off; 0.01 for optimizers "
+        "of torch.optim",
     )
     adoption: Literal["asap", "fixed-lag"] = Field(default="asap", description="when a finished inverse is taken up")
     lag: int | None = Field(
@@ -120,10 +139,10 @@ class PreconditionerSection(Section):
 
     @property
     def named_methods(self) -> list[str]:
-        """The methods that are named, here or in the table; not those that they are made of."""
-        if self.methods is None:
-            return [str(self.method)]
-        return [str(entry["method"]) for entry in self.methods.values()]
+        """The methods that are named, here or in the table, and the dense ones of "by-width"."""
+        entries = [{**self.settings, "method": self.method}] if self.methods is None else self.methods.values()
+        dense = [entry["dense"] for entry in entries if entry["method"] == BY_WIDTH and "dense" in entry]
+        return [str(name) for name in (*(entry["method"] for entry in entries), *dense)]
 
     @property
     def described(self) -> str:

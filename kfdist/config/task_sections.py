@@ -131,12 +131,12 @@ class OptimizerSection(Section):
     """The optimizer that applies the preconditioned gradients, and its learning rate."""
 
     name: str = Field(
-        default="sgd",
+        default="kfdist",
         min_length=1,
-        description='an optimizer of torch.optim, in lower case; or "kfdist", which gives directions the length of '
-        "another's steps (kfdist.Optimizer): settings.graft, and no kl_clip with it",
+        description="kfdist.Optimizer, which goes by the learning rate of AdamW or of settings.graft, without kl_clip; "
+        "or an optimizer of torch.optim, in lower case, with other defaults (docs/decisions/0035)",
     )
-    lr: float = Field(default=0.1, gt=0, description="the peak learning rate")
+    lr: float = Field(default=0.01, gt=0, description="the peak learning rate; 0.1 for optimizers of torch.optim")
     lr_batch_size: int | None = Field(
         default=None,
         ge=1,
@@ -144,7 +144,9 @@ class OptimizerSection(Section):
         "if not given",
     )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum, for the optimizers that have one")
-    weight_decay: float = Field(default=5e-4, ge=0, description="weight decay")
+    weight_decay: float = Field(
+        default=1e-2, ge=0, description="weight decay, decoupled; 5e-4 for optimizers of torch.optim"
+    )
     decay_vectors: bool = Field(
         default=True, description="whether it acts on parameters of one dimension too: biases and norms"
     )

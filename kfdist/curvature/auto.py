@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kfdist import checks
+from kfdist.curvature.by_width import BY_WIDTH, ByWidth
 from kfdist.curvature.footprint import footprint
 from kfdist.curvature.inverter import AbstractInverter, Operation, Work
 from kfdist.curvature.inverters import INVERTERS, check_settings, make_inverter
@@ -230,16 +231,19 @@ def _seconds(value: float) -> str:
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
 
 
-def make_choice(name: str, /, **settings: Any) -> AbstractInverter | Auto:
-    """Makes what a method's name stands for: an inverter, or the chooser of them for "auto".
+def make_choice(name: str, /, **settings: Any) -> AbstractInverter | Auto | ByWidth:
+    """Makes what a method's name stands for: an inverter, or a chooser of them for "auto" and "by-width".
 
     Args:
-        name: A key of `INVERTERS`, or "auto".
-        **settings: Fields of the inverter or of `Auto`; what is left out keeps its default.
+        name: A key of `INVERTERS`, "auto" or "by-width".
+        **settings: Fields of the inverter or chooser, which keep their defaults where left out; for "by-width" the name
+            of the dense method is `dense`, and its settings are `dense_settings`.
 
     Raises:
         ConfigError: Unknown name or setting, or a value that isn't allowed.
     """
+    if name == BY_WIDTH:
+        return ByWidth.by_names(**settings)
     if name != AUTO:
         return make_inverter(name, **settings)
     check_settings(name, Auto, settings)

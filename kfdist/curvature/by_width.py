@@ -3,15 +3,21 @@
 So a run that is resumed, also on another machine, chooses as it did when its checkpoint was written.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from kfdist import checks
 from kfdist.curvature.blocks import Block, EmbeddingBlock, UnitBlock
 from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.inverter import AbstractInverter
+from kfdist.curvature.inverters import allowed, make_inverter
 from kfdist.curvature.inverters.kfac import KfacEigen
 from kfdist.curvature.inverters.rs_kfac import RsKfac
 from kfdist.errors import ConfigError
+
+BY_WIDTH = "by-width"
+"""Its name as a method."""
 
 FIRST_ORDER = "left to a first-order method: a table, a norm, a lone vector, or a matrix too wide for dense factors"
 
@@ -43,6 +49,32 @@ class ByWidth:
             )
         checks.count("eigen", self.eigen, least=1)
         checks.count("sketched", self.sketched, least=self.eigen)
+
+    @classmethod
+    def by_names(
+        cls, *, dense: str = KfacEigen.name, dense_settings: Mapping[str, Any] | None = None, **widths: Any
+    ) -> Self:
+        """Makes one as a configuration writes it.
+
+        Args:
+            dense: The name of the method of the narrower ones.
+            dense_settings: Its settings; what is left out keeps its default.
+            **widths: `eigen` and `sketched`.
+
+        Raises:
+            ConfigError: Unknown name or setting, or a value that isn't allowed.
+        """
+        known = ("dense", "dense_settings", "eigen", "sketched")
+        for name in widths.keys() - set(known):
+            raise ConfigError(f"{BY_WIDTH} has no setting {name!r}{allowed(name, list(known))}", path="settings")
+        if dense_settings is not None and not isinstance(dense_settings, Mapping):
+            raise ConfigError(f"is {dense_settings!r}; a table of settings is needed", path="dense_settings")
+        try:
+            inverter = make_inverter(dense, **(dense_settings or {}))
+        except ConfigError as error:
+            places = {"method": "dense", "settings": "dense_settings"}
+            raise error.at(places.get(error.path, f"dense_settings.{error.path}")) from None
+        return cls(dense=inverter, **widths)
 
     def choose(self, block: Block) -> tuple[AbstractInverter, str] | str:
         """Returns the method and why, or why there is none; of the block alone."""

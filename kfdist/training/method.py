@@ -11,6 +11,7 @@ from kfdist.comm.together import on_rank_zero
 from kfdist.config import Config, PreconditionerSection
 from kfdist.config.toml import format_key
 from kfdist.curvature.auto import Auto, MeasuredCosts, make_choice, measure_costs
+from kfdist.curvature.by_width import ByWidth
 from kfdist.curvature.inverter import AbstractInverter
 from kfdist.errors import ConfigError
 from kfdist.runtime.plan.planner import NONE, Method, Plan, make_plan, needs_costs
@@ -142,7 +143,7 @@ def make_method(section: PreconditionerSection) -> Method:
         raise error.under("preconditioner.settings" if of_settings else "preconditioner") from None
 
 
-def _entry_of(pattern: str, entry: Mapping[str, Any]) -> AbstractInverter | Auto:
+def _entry_of(pattern: str, entry: Mapping[str, Any]) -> AbstractInverter | Auto | ByWidth:
     """Makes the method of one pattern; the entry holds its name beside its settings."""
     try:
         return make_choice(entry["method"], **{name: value for name, value in entry.items() if name != "method"})

@@ -82,7 +82,7 @@ from kfdist.config import OptimizerSection
 from kfdist.training.optimizers import make_optimizer
 
 weight = torch.nn.Parameter(torch.ones(2))
-optimizer = make_optimizer(OptimizerSection(), [weight])
+optimizer = make_optimizer(OptimizerSection(name="sgd"), [weight])
 optimizer.zero_grad()
 weight.sum().backward()
 optimizer.step()

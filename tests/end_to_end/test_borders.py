@@ -30,6 +30,7 @@ settings = { shape = [12], train_examples = 20000 }
 [model]
 name = "tests.support.small_models:unhurried_mlp"
 [optimizer]
+name = "sgd"
 schedule = "constant"
 [preconditioner]
 settings = { rank = 6 }

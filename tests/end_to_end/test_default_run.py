@@ -21,6 +21,10 @@ from tests.support.prometheus import PROMETHEUS, BoardPanel, Prometheus, concret
 pytestmark = pytest.mark.timeout(300)
 
 
+EMPTY = ("kfdist_graft_ratio", "kfdist_inversion_approximation_error")
+"""Metrics that this run lacks: its method gives directions a length of its own, and keeps whole factors."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Observed:
     """What was seen of the run.
@@ -91,7 +95,7 @@ def test_it_ends_well_and_says_accuracy_staleness_and_where_the_files_are(observ
 
 
 def test_it_learns(observed: Observed):
-    assert observed.summary["metrics"]["test_accuracy"] >= 0.98
+    assert observed.summary["metrics"]["test_accuracy"] >= 0.985
 
 
 def test_every_process_is_in_its_place_while_it_trains(observed: Observed):
@@ -121,9 +125,9 @@ def test_the_summary_has_the_promised_figures(observed: Observed):
     assert summary["status"] == "finished" and summary["steps"] == 120 and summary["seconds"] > 0
     assert set(summary["step_seconds"]) >= {"mean", "p50", "p99"}
     assert 0 <= summary["staleness_steps"]["p50"] <= summary["staleness_steps"]["max"]
-    # Four blocks, due at step 0 and then every ten steps with their phases.
-    assert summary["inversions"]["completed"] >= 44 and summary["inversions"]["failed"] == 0
-    assert summary["inversions"]["by_method"] == {"rs-kfac": summary["inversions"]["completed"]}
+    # Four blocks, due at step 0 and then every twenty steps with their phases.
+    assert summary["inversions"]["completed"] >= 20 and summary["inversions"]["failed"] == 0
+    assert summary["inversions"]["by_method"] == {"ekfac-adam": summary["inversions"]["completed"]}
     assert summary["owner_restarts"] == 0 and summary["restarts"] == {"controller": 0, "pool": 0}
     local = ("gradients", "statistics", "jobs", "results", "snapshots")
     assert all(summary["bytes"][purpose] > 0 for purpose in (*local, "to_owners", "from_owners"))
@@ -138,9 +142,8 @@ def test_both_ranks_end_with_the_same_parameters(observed: Observed):
 
 def test_its_configuration_is_kept_and_says_where_the_controller_was(observed: Observed):
     config = tomllib.loads((observed.directory / "config.toml").read_text())
-    assert config["preconditioner"]["method"] == "rs-kfac"
-    # An eighth of the largest factor, 1025 with the bias.
-    assert config["preconditioner"]["settings"]["rank"] <= 1024 // 8
+    assert config["optimizer"]["name"] == "kfdist"
+    assert config["preconditioner"]["settings"] == {"dense": "ekfac-adam", "dense_settings": {"basis_period": 20}}
     assert config["cluster"]["workers"] == 2 and config["cluster"]["owners"] == 2
     assert not config["control"]["address"].endswith(":0")
 
@@ -160,7 +163,7 @@ def test_its_progress_is_kept(observed: Observed):
     [
         "kfdist_staleness_steps{",
         "kfdist_staleness_seconds{",
-        'kfdist_inversion_seconds_count{method="rs-kfac"',
+        'kfdist_inversion_seconds_count{method="ekfac-adam"',
         "kfdist_steps_total{",
         "kfdist_step_seconds_count{",
         'kfdist_bytes_total{purpose="jobs"',
@@ -213,7 +216,7 @@ def test_every_panel_of_the_dashboards_has_data(observed: Observed):
         (panel.board, panel.title, expression)
         for panel, histories in observed.panels.items()
         for expression, history in histories.items()
-        if "kfdist_graft_ratio" not in expression  # this run grafts nothing
+        if not any(name in expression for name in EMPTY)
         and not any(math.isfinite(float(value)) for series in history for _, value in series["values"])
     ]
     assert empty == []

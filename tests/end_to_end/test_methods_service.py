@@ -24,8 +24,9 @@ LEAST_ACCURACY = 0.95
 
 # Convolutions of 10 x 8 and 73 x 16, linear layers of 257 x 32 and 33 x 10: a step costs little, and the widest factor
 # is wider than the ranks and rows below.
-SMALL_CNN = ("model.settings.channels=8", "model.settings.hidden=32")
-CHAIN = ("model.name=mlp", "model.settings.hidden=[64, 32]")
+SMALL_CNN = ("optimizer.name=sgd", "model.settings.channels=8", "model.settings.hidden=32")
+OWN = ("optimizer.name=kfdist", "preconditioner.factor_period=2", "preconditioner.inverse_period=10")
+CHAIN = ("optimizer.name=sgd", "model.name=mlp", "model.settings.hidden=[64, 32]")
 LOCKSTEP = ("adoption=fixed-lag", "lag=0", "inverse_period=4")
 
 BRAND = ("settings.rank=32", "settings.increment_rows=128")
@@ -57,7 +58,7 @@ CASES: Mapping[str, Case] = {
     "kfac-eigen": Case(own=DAMPED),
     "kfac-tridiagonal": Case(model=CHAIN),
     "ekfac": Case(own=("settings.examples=64", *DAMPED)),
-    "ekfac-adam": Case(model=(*SMALL_CNN, "optimizer.name=kfdist", "optimizer.lr=0.01")),
+    "ekfac-adam": Case(model=(*SMALL_CNN, *OWN)),
     "rs-kfac": Case(own=("settings.rank=32",)),
     "sre-kfac": Case(own=("settings.rank=32",)),
     "b-kfac": Case(own=BRAND, covered="Brand on A"),
@@ -66,8 +67,8 @@ CASES: Mapping[str, Case] = {
     "cg-fac": Case(own=("settings.examples=64", "settings.rows=1024", "settings.max_iterations=5", "damping=0.3")),
     "seng": Case(own=("settings.column_sample_size=16", *DAMPED), covered="sketched 256 of 8224 entries"),
     "eva": Case(own=DAMPED),
-    "soap": Case(own=("kl_clip=0",), model=(*SMALL_CNN, "optimizer.name=kfdist", "optimizer.lr=0.01")),
-    "shampoo": Case(own=("kl_clip=0",), model=(*SMALL_CNN, "optimizer.name=kfdist", "optimizer.lr=0.003")),
+    "soap": Case(model=(*SMALL_CNN, *OWN)),
+    "shampoo": Case(model=(*SMALL_CNN, *OWN, "optimizer.lr=0.003")),
     "two-level": Case(covered="around kfac-eigen"),
     "auto": Case(own=DAMPED, covered="of a budget of"),
 }

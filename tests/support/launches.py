@@ -17,8 +17,9 @@ LOCAL = ("--set", "cluster.link=local")
 NO_REPORT = ("--set", "run.report=false")
 ONE_RANK = ("--set", "cluster.workers=1")
 ONE_OWNER = ("--set", "cluster.owners=1")
-SMALL = ("--set", "model.settings.channels=8", "--set", "model.settings.hidden=32")
-"""A model of which steps and inversions cost little."""
+OFTEN = ("--set", "preconditioner.factor_period=2", "--set", "preconditioner.inverse_period=10")
+SMALL = ("--set", "model.settings.channels=8", "--set", "model.settings.hidden=32", *OFTEN)
+"""A model of which steps and inversions cost little, so that there can be many of these."""
 STEPS = 10_000_000
 ENDLESS = (*SMALL, "--set", f"run.steps={STEPS}")
 """For a run that doesn't end by itself while a test looks at it."""

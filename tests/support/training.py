@@ -31,6 +31,7 @@ settings = { shape = [12], train_examples = 200 }
 name = "mlp"
 settings = { hidden = [24, 16] }
 [optimizer]
+name = "sgd"
 schedule = "constant"
 [preconditioner]
 method = "rs-kfac"

@@ -80,14 +80,14 @@ def make_inverter(name: str, /, **settings: Any) -> AbstractInverter:
     Raises:
         ConfigError: Unknown name or setting, or a value that isn't allowed.
     """
-    if name == "auto":
+    if name in ("auto", "by-width"):
         raise ConfigError(
-            "auto isn't an inverter, it chooses one per block; give it as a Preconditioner's method, or use "
+            f"{name} isn't an inverter, it chooses one per block; give it as a Preconditioner's method, or use "
             "kfdist.curvature.auto.make_choice",
             path="method",
         )
     if name not in INVERTERS:
-        raise ConfigError(f"unknown method {name!r}{_allowed(name, [*INVERTERS, 'auto'])}", path="method")
+        raise ConfigError(f"unknown method {name!r}{allowed(name, [*INVERTERS, 'auto', 'by-width'])}", path="method")
     cls = INVERTERS[name]
     check_settings(name, cls, settings)
     return cls(**settings)
@@ -107,8 +107,9 @@ def check_settings(name: str, cls: type, settings: Mapping[str, Any]) -> None:
     known = [f.name for f in fields(cls)]
     for setting in settings:
         if setting not in known:
-            raise ConfigError(f"{name} has no setting {setting!r}{_allowed(setting, known)}", path="settings")
+            raise ConfigError(f"{name} has no setting {setting!r}{allowed(setting, known)}", path="settings")
 
 
-def _allowed(word: str, known: list[str]) -> str:
+def allowed(word: str, known: list[str]) -> str:
+    """Returns the end of a sentence about a word that isn't known: what is near it, and what there is."""
     return f"{suggestion(word, known) or ';'} {'allowed are ' + ', '.join(known) if known else 'it has none'}"

@@ -68,9 +68,9 @@ BAD = [
     # combinations
     ("cluster.owners=0", "cluster.owners", ['link = "service" needs at least 1', 'method = "none" needs none']),
     (
-        "preconditioner.inverse_period=7",
+        "preconditioner.inverse_period=17",
         "preconditioner.inverse_period",
-        ["is 7", "no multiple", "take 6 or 8"],
+        ["is 17", "no multiple", "take 10 or 20"],
     ),
     ("preconditioner.lag=3", "preconditioner.lag", ["is 3", "fixed-lag"]),
     ("preconditioner.adoption=fixed-lag", "preconditioner.lag", ["is missing", "lag = 5"]),

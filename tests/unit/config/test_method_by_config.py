@@ -1,17 +1,21 @@
 """From the configuration's method to what `kfdist.Preconditioner` takes: by one line, or by name pattern."""
 
+import re
 from pathlib import Path
 
 import pytest
 from torch import nn
 
+import kfdist
 from kfdist.config import load_config, to_toml
+from kfdist.config.preconditioner_section import BY_WIDTH
 from kfdist.config.sections import NORMALISED_METHODS
+from kfdist.curvature import by_width
 from kfdist.curvature.auto import Auto
 from kfdist.curvature.inverters import INVERTERS, make_inverter
 from kfdist.errors import ConfigError
 from kfdist.runtime.plan.planner import Method
-from kfdist.training.method import make_method
+from kfdist.training.method import make_method, plan_of
 
 
 def method_of(*overrides: str, file: Path | None = None) -> Method:
@@ -23,13 +27,63 @@ def test_every_method_is_one_line_of_the_configuration(name: str) -> None:
     """The settings of the default method go with it; the optimizer has to be kfdist's where directions have a size."""
     wanted = make_inverter(name)
     assert (name in NORMALISED_METHODS) == wanted.produces.normalised
-    optimizer = "kfdist" if wanted.produces.normalised else "sgd"
-    assert method_of(f"preconditioner.method={name}", f"optimizer.name={optimizer}") == wanted
+    assert method_of(f"preconditioner.method={name}") == wanted
+    if not wanted.produces.normalised:
+        assert method_of(f"preconditioner.method={name}", "optimizer.name=sgd") == wanted
 
 
 def test_directions_that_have_a_size_are_refused_to_an_optimizer_that_gives_them_another() -> None:
     with pytest.raises(ConfigError, match="is 'adamw', and directions of 'ekfac-adam' have Adam's size"):
         method_of('preconditioner.methods={"*" = "ekfac-adam"}', "optimizer.name=adamw")
+    dense = ["preconditioner.method=by-width", "preconditioner.settings.dense=ekfac-adam"]
+    with pytest.raises(ConfigError, match="is 'adamw', and directions of 'ekfac-adam' have Adam's size"):
+        method_of(*dense, "optimizer.name=adamw")
+
+
+def test_by_width_is_made_by_names() -> None:
+    assert BY_WIDTH == by_width.BY_WIDTH
+    assert method_of(f"preconditioner.method={BY_WIDTH}", "optimizer.name=sgd") == kfdist.ByWidth()
+    made = method_of(
+        f"preconditioner.method={BY_WIDTH}",
+        "preconditioner.settings.dense=kfac",
+        "preconditioner.settings.dense_settings.damping_rule=relative",
+        "preconditioner.settings.eigen=64",
+    )
+    assert made == kfdist.ByWidth(dense=make_inverter("kfac", damping_rule="relative"), eigen=64)
+
+
+@pytest.mark.parametrize("graft", ["adamw", "sgd", "none"])
+@pytest.mark.parametrize("periods", [{}, {"inverse_period": 40}, {"factor_period": 5}])
+def test_the_default_is_what_the_optimizer_takes_by_itself(graft: str, periods: dict[str, int]) -> None:
+    given = [f"optimizer.settings.graft={graft}", *(f"preconditioner.{name}={n}" for name, n in periods.items())]
+    config = load_config(None, environment={}, overrides=given)
+    settings = plan_of(config, small_model(), world_size=1, costs=None).settings
+    with kfdist.Optimizer(
+        small_model(),
+        graft=None if graft == "none" else graft,  # type: ignore[arg-type]
+        **periods,  # type: ignore[arg-type]
+    ) as optimizer:
+        theirs = optimizer.preconditioner
+        names = ("factor_period", "inverse_period", "ema_decay", "damping", "kl_clip", "fisher", "sampling")
+        assert {n: getattr(settings, n) for n in names} == {n: getattr(theirs.settings, n) for n in names}
+        plan = plan_of(config, small_model(), world_size=1, costs=None)
+        assert [group.inverter for group in plan.groups] == [group.inverter for group in theirs.groups]
+        (group,) = optimizer.param_groups
+        assert config.optimizer.weight_decay == group["weight_decay"]
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 1100), nn.Tanh(), nn.Linear(1100, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+
+def test_an_optimizer_of_torch_has_the_defaults_it_had() -> None:
+    config = load_config(None, environment={}, overrides=["optimizer.name=sgd"])
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (0.1, 5e-4)
+    section = config.preconditioner
+    assert (section.method, section.settings, section.ema_decay) == ("rs-kfac", {"rank": 128}, 0.95)
+    assert (section.factor_period, section.inverse_period, section.kl_clip) == (2, 10, 1e-2)
+    named = load_config(None, environment={}, overrides=["optimizer.name=sgd", "preconditioner.method=kfac"])
+    assert (named.preconditioner.settings, named.preconditioner.inverse_period) == ({}, 10)
 
 
 def test_auto_is_one_line_of_the_configuration() -> None:
@@ -84,18 +138,37 @@ def test_a_table_of_methods_keeps_its_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "path", "words"),
+    ("overrides", "path", "words"),
     [
         ("preconditioner.method=rskfac", "preconditioner.method", "did you mean 'rs-kfac'"),
         ("preconditioner.method=autp", "preconditioner.method", "did you mean 'auto'"),
-        ("preconditioner.settings.ranks=3", "preconditioner.settings", "did you mean 'rank'"),
-        ("preconditioner.settings.name=3", "preconditioner.settings", "rs-kfac has no setting 'name'"),
+        ("optimizer.name=sgd preconditioner.settings.ranks=3", "preconditioner.settings", "did you mean 'rank'"),
         (
-            "preconditioner.settings.rank={least = 3}",
+            "optimizer.name=sgd preconditioner.settings.name=3",
+            "preconditioner.settings",
+            "has no setting 'name'",
+        ),
+        (
+            "optimizer.name=sgd preconditioner.settings.rank={least=3}",
             "preconditioner.settings.rank",
             "{'least': 3} is not allowed; must be a whole number",
         ),
-        ("preconditioner.settings.rank=0", "preconditioner.settings.rank", "0 is not allowed"),
+        ("optimizer.name=sgd preconditioner.settings.rank=0", "preconditioner.settings.rank", "0 is not allowed"),
+        ("preconditioner.settings.eigem=3", "preconditioner.settings", "did you mean 'eigen'"),
+        ("preconditioner.settings.eigen=0", "preconditioner.settings.eigen", "0 is not allowed"),
+        ("preconditioner.settings.dense=ekfac-adan", "preconditioner.settings.dense", "did you mean 'ekfac-adam'"),
+        ("preconditioner.settings.dense=soap", "preconditioner.settings.dense", "takes whole parameters"),
+        ("preconditioner.settings.dense_settings=3", "preconditioner.settings.dense_settings", "3"),
+        (
+            "preconditioner.settings.dense_settings.basis_perod=3",
+            "preconditioner.settings.dense_settings",
+            "did you mean 'basis_period'",
+        ),
+        (
+            "preconditioner.settings.dense_settings.basis_period=0",
+            "preconditioner.settings.dense_settings.basis_period",
+            "0 is not allowed",
+        ),
         ("preconditioner.methods.head=kfak", "preconditioner.methods.head.method", "did you mean 'kfac'"),
         ('preconditioner.methods={"a.*" = "kfak"}', 'preconditioner.methods."a.*".method', "did you mean 'kfac'"),
         (
@@ -110,16 +183,14 @@ def test_a_table_of_methods_keeps_its_order(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_a_method_is_told_with_its_path(override: str, path: str, words: str) -> None:
+def test_what_is_wrong_with_a_method_is_told_with_its_path(overrides: str, path: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        method_of(override)
+        method_of(*re.split(r" (?=preconditioner\.)", overrides))
     assert caught.value.path == path
     assert str(caught.value).startswith(f"{path}: ") and words in str(caught.value)
 
 
 def test_the_preconditioner_takes_what_is_made() -> None:
-    import kfdist
-
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     made = method_of('preconditioner.methods={"0" = "rs-kfac", "*" = "auto"}')
     assert made is not None

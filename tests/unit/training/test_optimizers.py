@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kfdist
-from kfdist.config import Config, OptimizerSection, PreconditionerSection, load_config
+from kfdist.config import OptimizerSection, PreconditionerSection, load_config
 from kfdist.data.sampler import Position, Sampler
 from kfdist.errors import ConfigError
 from kfdist.optim.graft import KEPT
@@ -38,7 +38,8 @@ def test_the_usual_ones_are_offered_and_those_that_do_not_fit_are_not():
 
 
 def test_arguments_arrive():
-    sgd = make_optimizer(OptimizerSection(momentum=0.5, weight_decay=0.25, settings={"nesterov": True}), parameters())
+    section = OptimizerSection(name="sgd", momentum=0.5, weight_decay=0.25, settings={"nesterov": True})
+    sgd = make_optimizer(section, parameters())
     assert {key: sgd.defaults[key] for key in ("momentum", "weight_decay", "nesterov")} == {
         "momentum": 0.5,
         "weight_decay": 0.25,
@@ -52,8 +53,16 @@ def test_arguments_arrive():
     ("section", "path", "words"),
     [
         (OptimizerSection(name="sdg"), "optimizer.name", "did you mean 'sgd'"),
-        (OptimizerSection(settings={"nestrov": True}), "optimizer.settings.nestrov", "did you mean 'nesterov'"),
-        (OptimizerSection(momentum=0.0, settings={"nesterov": True}), "optimizer.settings", "sgd refuses .*Nesterov"),
+        (
+            OptimizerSection(name="sgd", settings={"nestrov": True}),
+            "optimizer.settings.nestrov",
+            "did you mean 'nesterov'",
+        ),
+        (
+            OptimizerSection(name="sgd", momentum=0.0, settings={"nesterov": True}),
+            "optimizer.settings",
+            "sgd refuses .*Nesterov",
+        ),
         (OptimizerSection(name="adam", settings={"betas": [2.0, 0.5]}), "optimizer.settings", "adam refuses .*beta"),
         (
             OptimizerSection(name="adam", settings={"betas": 0.9}),
@@ -92,7 +101,7 @@ def test_a_schedule_rises_to_its_peak_and_never_again(schedule: str, warmup: int
 
 def test_biases_and_norms_may_stay_undecayed():
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
-    section = OptimizerSection(decay_vectors=False, weight_decay=0.1)
+    section = OptimizerSection(name="sgd", lr=0.1, decay_vectors=False, weight_decay=0.1)
     decayed, rest = make_optimizer(section, model.parameters()).param_groups
     assert [parameter.dim() for parameter in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.1
     assert [parameter.dim() for parameter in rest["params"]] == [1, 1, 1, 1] and rest["weight_decay"] == 0.0
@@ -185,9 +194,7 @@ def test_a_graft_has_no_clip_and_an_explicit_one_is_refused() -> None:
     own = ["optimizer.name=kfdist"]
     assert load_config(None, overrides=own, environment={}).preconditioner.kl_clip == 0.0
     without = [*own, "optimizer.settings.graft=none"]
-    assert (
-        load_config(None, overrides=without, environment={}).preconditioner.kl_clip == Config().preconditioner.kl_clip
-    )
+    assert load_config(None, overrides=without, environment={}).preconditioner.kl_clip == 1e-3
     with pytest.raises(ConfigError, match=r"preconditioner\.kl_clip: is 0.01.*set it to 0, or optimizer"):
         load_config(None, overrides=[*own, "preconditioner.kl_clip=0.01"], environment={})
 

@@ -59,9 +59,9 @@ def test_a_run_that_an_older_version_started_goes_on_with_the_defaults_of_keys_t
 
 
 def test_settings_that_a_run_was_started_without_are_a_change(tmp_path: Path):
-    started(config_in(tmp_path, 'preconditioner.method="rs-kfac"')).close()
+    started(config_in(tmp_path, "optimizer.name=sgd", "preconditioner.method=rs-kfac")).close()
     with pytest.raises(ConfigError, match=r"\+ preconditioner\.settings\.rank = 128"):
-        inspect_run(config_in(tmp_path))
+        inspect_run(config_in(tmp_path, "optimizer.name=sgd"))
 
 
 def test_a_path_that_the_system_refuses_is_told(tmp_path: Path):
@@ -140,7 +140,7 @@ def test_what_does_not_change_the_mathematics_may_change(tmp_path: Path, change:
 
 
 def test_what_changes_the_mathematics_is_refused_with_a_diff_unless_it_is_accepted(tmp_path: Path):
-    started(config_in(tmp_path, "preconditioner.settings.rank=30")).close()
+    started(config_in(tmp_path, "preconditioner.method=rs-kfac", "preconditioner.settings.rank=30")).close()
     changed = ["optimizer.lr=0.125", "preconditioner.method=kfac", "run.steps=999"]
     for attempt in (inspect_run, RunDirectory.open):
         with pytest.raises(ConfigError) as caught:

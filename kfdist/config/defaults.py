@@ -1,0 +1,48 @@
+"""Defaults that depend on what else is configured: the sections' own are those of kfdist's own optimizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kfdist.config.task_sections import OWN_OPTIMIZER
+
+Table = dict[str, Any]
+
+_TORCHS: Mapping[str, Table] = {
+    "optimizer": {"lr": 0.1, "weight_decay": 5e-4},
+    "preconditioner": {"ema_decay": 0.95, "factor_period": 2, "inverse_period": 10, "kl_clip": 1e-2},
+}
+"""What goes with an optimizer of torch, which takes directions as they are."""
+
+_TORCHS_METHOD: Table = {"method": "rs-kfac", "settings": {"rank": 128}}
+
+_PERIODS = ("factor_period", "inverse_period", "inverse_period_epochs")
+
+
+def defaults_beside(given: Mapping[str, Any]) -> Table:
+    """Returns what differs from the sections' defaults, as `kfdist.Optimizer` differs where it is given arguments.
+
+    Args:
+        given: What a configuration says, without any default; tables may be of any type yet.
+    """
+    optimizer, preconditioner = table_of(given.get("optimizer")), table_of(given.get("preconditioner"))
+    named = bool(preconditioner.keys() & {"method", "methods"})
+    if optimizer.get("name", OWN_OPTIMIZER) != OWN_OPTIMIZER:
+        method = {} if named else _TORCHS_METHOD
+        return {**_TORCHS, "preconditioner": {**_TORCHS["preconditioner"], **method}}
+    graft, found = table_of(optimizer.get("settings")).get("graft", "adamw"), Table()
+    if named or graft != "adamw":
+        found["ema_decay"] = 0.95
+    if not named and graft != "adamw":
+        # Under SGD's lengths, or the Newton step's, a direction of Adam's size is another method's.
+        found |= {"method": "by-width", "settings": {"dense": "kfac-eigen"}}
+    elif not named and (preconditioner.keys() & set(_PERIODS) or "dense" in table_of(preconditioner.get("settings"))):
+        # A period that is given holds for all blocks, and another dense method has settings of its own.
+        found |= {"method": "by-width", "settings": {"dense": "ekfac-adam"}}
+    if graft == "none":
+        found["kl_clip"] = 1e-3
+    return {"preconditioner": found}
+
+
+def table_of(value: object) -> Mapping[str, Any]:
+    """Returns a table, empty where the value is none, which `config_from_table` says."""
+    return value if isinstance(value, Mapping) else {}
