@@ -258,6 +258,12 @@ _INVERSION_PANELS = (
         ],
     ),
     Graph(
+        "Staleness in periods of the block",
+        "short",
+        [(f"topk(5, kfdist_staleness_steps{{{_RUN}}} / kfdist_update_period_steps{{{_RUN}}})", "{{block}}")],
+        "Some blocks get new inverses more often than others. At best one and a delay; above three an alert fires.",
+    ),
+    Graph(
         "Age of the statistics in use",
         "s",
         [

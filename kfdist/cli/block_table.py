@@ -11,6 +11,7 @@ from kfdist.telemetry.metrics import METRICS
 from kfdist.types import MetricSample
 
 STALENESS = "kfdist_staleness_steps"
+PERIOD = "kfdist_update_period_steps"
 METHOD = "kfdist_block_method_info"
 NAME_LEAST = 12
 """Columns that a block's name has at least, before other columns go."""
@@ -32,6 +33,11 @@ class Block:
     def staleness(self) -> float | None:
         """Training steps since the statistics in its inverse."""
         return self.values.get(STALENESS)
+
+    @property
+    def periods_old(self) -> float | None:
+        """The same in its own steps between two inverses; in training steps, where a run doesn't tell these."""
+        return None if self.staleness is None else self.staleness / (self.values.get(PERIOD) or 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +109,8 @@ def rank_note(samples: Sequence[MetricSample]) -> str:
 
 
 def blocks_of(samples: Sequence[MetricSample]) -> list[Block]:
-    """Returns the blocks that samples tell of, the stalest first; those without an inverse last."""
-    shown = {column.metric for column in COLUMNS}
+    """Returns the blocks that samples tell of, the stalest by their periods first; those without an inverse last."""
+    shown = {PERIOD, *(column.metric for column in COLUMNS)}
     values: dict[str, dict[str, float]] = {}
     methods: dict[str, str] = {}
     for sample in samples:
@@ -117,7 +123,7 @@ def blocks_of(samples: Sequence[MetricSample]) -> list[Block]:
             known = of_block.get(sample.name, sample.value)
             of_block[sample.name] = METRICS[sample.name].across.worst([known, sample.value])
     blocks = [Block(name=name, method=methods.get(name, ""), values=of_block) for name, of_block in values.items()]
-    return sorted(blocks, key=lambda block: -1.0 if block.staleness is None else block.staleness, reverse=True)
+    return sorted(blocks, key=lambda block: -1.0 if block.periods_old is None else block.periods_old, reverse=True)
 
 
 def shortened(text: str, width: int) -> str:
@@ -146,7 +152,7 @@ def block_table(
     Args:
         blocks: What to draw.
         width: Characters of a line. Columns that don't fit are left out, those at the end of `COLUMNS` first.
-        full_bar: The staleness of a full bar.
+        full_bar: How many periods of a block a full bar is; steps, where a run doesn't tell the blocks' periods.
         bars: Whether there are any.
         plain: Whether bars are made of ASCII.
     """
@@ -192,7 +198,7 @@ def block_table(
         for column in kept:
             row.append(written[column.head][number])
             if column is _STALE and bar:
-                row.append(staleness_bar(block.staleness, full_bar, bar, plain=plain))
+                row.append(staleness_bar(block.periods_old, full_bar, bar, plain=plain))
             if column is _STALE and with_method:
                 row.append(block.method)
         table.add_row(*row)

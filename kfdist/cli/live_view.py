@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from kfdist.cli.block_table import STALENESS, age, block_table, blocks_of, rank_note, shortened, steps
+from kfdist.cli.block_table import PERIOD, STALENESS, age, block_table, blocks_of, rank_note, shortened, steps
 from kfdist.control.client import OwnerView, RunView
 from kfdist.control.control_records import RunState
 from kfdist.telemetry.metrics import METRICS, Kind
@@ -28,7 +28,7 @@ _AGE = "kfdist_staleness_seconds"
 _FEWEST_BLOCKS = 3
 _LISTED_OWNERS = 4
 _FULL_BAR_PERIODS = 3
-"""A bar is full where a block's inverse is so many times as old as the period of inversions."""
+"""A bar is full where a block's inverse is so many times as old as the steps between two of its inverses."""
 _TROUBLE = (
     ("kfdist_fallbacks_total", "fallbacks"),
     ("kfdist_failures_total", "failures"),
@@ -130,16 +130,17 @@ class RunPicture:
         blocks = blocks_of(self.samples)
         if not blocks:
             return
-        period = self.run.gauges.get("kfdist_inverse_period_steps", 0.0)
-        full = _FULL_BAR_PERIODS * period or max(blocks[0].staleness or 0.0, 1.0)
+        # Ranks of before blocks' periods were told tell the run's alone.
+        period = 1.0 if PERIOD in self.run.gauges else self.run.gauges.get("kfdist_inverse_period_steps", 0.0)
+        full = _FULL_BAR_PERIODS * period or max(blocks[0].periods_old or 0.0, 1.0)
         shown = blocks[: max(_FEWEST_BLOCKS, room)]
         yield Text()
         yield block_table(shown, width, full_bar=full, plain=plain)
         if note := rank_note(self.samples):
             yield Text(note, style="dim")
         if rest := len(blocks) - len(shown):
-            worst = blocks[len(shown)].staleness
-            than = "" if worst is None else f", none staler than {steps(worst)} steps"
+            stale = [block.staleness for block in blocks[len(shown) :] if block.staleness is not None]
+            than = f", none staler than {steps(max(stale))} steps" if stale else ""
             yield Text(shortened(f"and {rest} more{than}", width), style="dim")
 
 

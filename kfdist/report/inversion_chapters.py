@@ -35,11 +35,11 @@ def staleness(run: Recorded) -> Chapter:
         return Chapter(title=title, sentences=["No inverse was taken into use yet."])
     steps = [max((value for value in line["staleness"] if value is not None), default=math.nan) for line in windows]
     worst = max((value, line["step"]) for value, line in zip(steps, windows, strict=True) if math.isfinite(value))
-    table_rows = []
+    table_rows, periods = [], dict(zip(names, windows[-1].get("periods", ()), strict=False))  # none in older histories
     for name, row in zip(names, rows, strict=True):
         known = sorted(value for value in row if value is not None)
         shown = (known[len(known) // 2], known[-1], row[-1]) if known else (None, None, None)
-        table_rows.append([name, run.methods[name], *map(words.number, shown)])
+        table_rows.append([name, run.methods[name], *map(words.number, (periods.get(name), *shown))])
     heatmap = Plot(
         svg=block_figures.heatmap(names, spans, rows),
         told=(
@@ -51,13 +51,14 @@ def staleness(run: Recorded) -> Chapter:
         title=title,
         sentences=[
             "Staleness is the number of steps between the statistics in a block's inverse and the step that uses it. "
-            "Each cell has the largest of its steps; a block has no cell before its first inverse."
+            "Each cell has the largest of its steps; a block has no cell before its first inverse. "
+            "At best an inverse gets as old as the steps between two of them, and a delay."
         ],
         plots=[heatmap],
         tables=[
             Table(
                 caption="Staleness by block: the largest of each window of steps",
-                heads=("block", "method", "median", "largest", "last"),
+                heads=("block", "method", "steps between inverses", "median", "largest", "last"),
                 rows=table_rows,
                 folded=True,
             )

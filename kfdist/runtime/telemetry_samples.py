@@ -11,6 +11,7 @@ from kfdist.curvature.inverter import Inversion
 from kfdist.curvature.inverters.unit_wise import UnitWise
 from kfdist.links.link import LinkCounters
 from kfdist.runtime.pipeline import Pipeline
+from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.track import Track
 from kfdist.telemetry.metrics import METRICS
 from kfdist.types import BlockName, MetricSample
@@ -81,7 +82,7 @@ def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
     if (noise_scale := pipeline.noise_scale.latest()) is not None:
         samples.append(_sample("kfdist_gradient_noise_scale_examples", noise_scale))
     samples += _length_samples(pipeline)
-    samples += _staleness_samples(pipeline.tracks, step)
+    samples += _staleness_samples(pipeline.tracks, pipeline.timetable, step)
     samples += _method_samples(pipeline.tracks)
     for track in pipeline.tracks:
         for block, outcome in track.snapshot.outcomes.items():
@@ -99,8 +100,11 @@ def _label(track: Track) -> str:
     return CLOSED_FORMS if isinstance(track.group.inverter, UnitWise) else track.group.name
 
 
-def _staleness_samples(tracks: Sequence[Track], step: int) -> list[MetricSample]:
-    """Returns how old each group's inverse is; those with closed forms, of which there may be many, share the worst."""
+def _staleness_samples(tracks: Sequence[Track], timetable: Timetable, step: int) -> list[MetricSample]:
+    """Returns how old each group's inverse is, and its period.
+
+    Those with closed forms, of which there may be many, share the worst.
+    """
     samples: dict[tuple[str, str], float] = {}
     for track in tracks:
         label = _label(track)
@@ -108,6 +112,7 @@ def _staleness_samples(tracks: Sequence[Track], step: int) -> list[MetricSample]
             "kfdist_staleness_steps": track.staleness(step),
             "kfdist_staleness_seconds": track.age_seconds(),
             "kfdist_delay_steps": track.delay,
+            "kfdist_update_period_steps": timetable.update_period(track, step),
         }
         for name, age in ages.items():
             if age is not None:

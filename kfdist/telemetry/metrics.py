@@ -119,6 +119,7 @@ _DECLARED = (
     _of_block(
         "kfdist_delay_steps", "Training steps between the statistics in a block's inverse and the step that adopted it."
     ),
+    _of_block("kfdist_update_period_steps", "Training steps between two inverses of a block: its method's own period."),
     _gauge("kfdist_inverse_period_steps", "Training steps between two inversions of a block."),
     _gauge(
         "kfdist_block_method_info",

@@ -4,7 +4,8 @@ Each line is an object with `event`, `time` and `step`:
 
     start     `start`, the number of this start; `blocks`, their names in order; `methods`, one for each
     window    the steps since the last window of this start. `staleness`: the largest of each block in it, null where
-              it has no inverse yet. `phases` and `inversions` (by method, over all ranks): `Durations` of it.
+              it has no inverse yet. `periods`: each block's steps between two inverses, at its end. `phases` and
+              `inversions` (by method, over all ranks): `Durations` of it.
               `totals`: since the start, over all ranks. `diagnostics`: by block, of the inversion in use.
               `step_lengths`, `graft_ratios`: by group, of a step of it, as far as it has them
     spectrum  `factors`: by block and factor, `size` and `points`, (index from 1, eigenvalue) of the inverse in use;
@@ -111,6 +112,11 @@ class History:
                 self._staleness[group.name] if block.name in inverses else None
                 for group in preconditioner.groups
                 for block in group.blocks
+            ],
+            periods=[
+                preconditioner.pipeline.timetable.update_period(track, step - 1)
+                for track in preconditioner.pipeline.tracks
+                for _ in track.group.blocks
             ],
             phases={phase: seconds.to_json() for phase, seconds in self._phases.items()},
             inversions=_merged(rank["inversions"] for rank in ranks),

@@ -131,6 +131,10 @@ class Timetable:
         """Returns the steps between two inversions of a group at `step`."""
         return self._at(step).inverse_period
 
+    def update_period(self, track: Track, step: int) -> int:
+        """Returns the steps between two jobs of a group at `step`: where its method has a period of its own, that."""
+        return self._periods[self._at(step).begin][track.group.index]
+
     def takes_norms(self, step: int, *, measures: bool) -> bool:
         """Says whether `step` takes the norms of gradients: with the first group's foldings.
 
@@ -152,8 +156,8 @@ class Timetable:
 
     def updates(self, track: Track, step: int) -> bool:
         """Says whether the group has a job; online methods have them more often than inversions."""
-        index, schedule = track.group.index, self._at(step)
-        return schedule.due(index, step, self._periods[schedule.begin][index]) or self._out_of_turn(track, step)
+        period = self.update_period(track, step)
+        return self._at(step).due(track.group.index, step, period) or self._out_of_turn(track, step)
 
     def _out_of_turn(self, track: Track, step: int) -> bool:
         """Says whether a group is inverted out of turn: as users want it, or because it starves.

@@ -33,9 +33,9 @@ def transformer(count: int = 24) -> list[Block]:
     return blocks_of(samples)
 
 
-def drawn(blocks: list[Block], width: int, **options) -> list[str]:
+def drawn(blocks: list[Block], width: int, *, full_bar: float = 100, **options) -> list[str]:
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(block_table(blocks, width, full_bar=100, **options))
+    console.print(block_table(blocks, width, full_bar=full_bar, **options))
     return console.file.getvalue().splitlines()
 
 
@@ -66,6 +66,16 @@ def test_the_stalest_come_first_and_names_keep_what_differs():
     assert all(name.startswith("…") for name in names)
     whole = [line.split()[0] for line in drawn(blocks, 160)[1:]]
     assert whole == [block.name for block in blocks]
+
+
+def test_a_block_is_as_stale_as_its_own_period_says():
+    told = {"often": (60, 20), "seldom": (100, 100), "untold": (2, None)}
+    samples = [sample("staleness_steps", age, block=name) for name, (age, _) in told.items()]
+    samples += [sample("update_period_steps", every, block=name) for name, (_, every) in told.items() if every]
+    blocks = blocks_of(samples)
+    assert [(block.name, block.periods_old) for block in blocks] == [("often", 3.0), ("untold", 2.0), ("seldom", 1.0)]
+    bars = [line.count("#") for line in drawn(blocks, 80, full_bar=3, plain=True)[1:]]
+    assert bars[0] == 3 * bars[2] > 0
 
 
 def test_the_worst_factor_counts_and_what_was_not_measured_is_a_dash():

@@ -142,6 +142,18 @@ def test_staleness_and_delay_of_a_lag():
     assert seen == [[0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [5, 0], [2, 2], [3, 2]]
 
 
+def test_a_method_with_a_period_of_its_own_is_judged_by_that():
+    model = two_layers()
+    table = {"0": kfdist.EkfacAdam(basis_period=4), "*": "rs-kfac"}
+    with preconditioner(model, table, factor_period=2, inverse_period=12, kl_clip=None) as pre:
+        backward(model)
+        pre.step()
+        found = told(pre)
+        names = {labels[0] for name, *labels in found if name == "kfdist_update_period_steps"}
+        assert {found["kfdist_update_period_steps", name] for name in names - {"0"}} == {12}
+        assert found["kfdist_update_period_steps", "0"] == 4 and found["kfdist_inverse_period_steps",] == 12
+
+
 def test_waits_for_results_are_told_once():
     model = two_layers()
     with preconditioner(model) as pre:
