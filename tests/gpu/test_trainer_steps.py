@@ -30,6 +30,7 @@ settings = { shape = [2, 8, 8], train_examples = 64, noise = 3.0 }
 [model]
 name = "digits-cnn"
 [optimizer]
+name = "sgd"
 average_decay = 0.9
 [preconditioner]
 method = "rs-kfac"
