@@ -64,10 +64,11 @@ class Trial:
 
 
 def default_config(seed: int) -> Config:
-    """Returns the bundled run's configuration, the ranks' batches joined in one process."""
+    """Returns the bundled run's configuration under SGD, the ranks' batches joined in one process."""
     config = load_config(None, environment={})
     size = config.data.batch_size * config.cluster.workers
-    return load_config(None, overrides=[f"run.seed={seed}", f"data.batch_size={size}"], environment={})
+    given = ["optimizer.name=sgd", f"run.seed={seed}", f"data.batch_size={size}"]
+    return load_config(None, overrides=given, environment={})
 
 
 def train_until_target(config: Config, *, second_order: bool, total_steps: int) -> tuple[int | None, float]:
