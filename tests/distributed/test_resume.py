@@ -190,6 +190,16 @@ def test_folded_checkpoints_have_gradients_moments_once_and_are_as_large_as_fore
     assert (fewer["steps"], fewer["codes"]) == (42, [0])
 
 
+def test_a_run_by_the_default_optimizer_and_method_resumes_bit_for_bit_also_between_two_bases(tmp_path: Path):
+    method = ("preconditioner.method=by-width", "preconditioner.settings={dense='ekfac-adam'}", *FIXED_LAG)
+    common = (*method, "optimizer.name=kfdist", "optimizer.lr=0.003", "optimizer.warmup_steps=9")
+    whole = train(tmp_path / "whole", *common, ranks=2)
+    train(tmp_path / "halves", *common, "run.steps=19", ranks=2)
+    rest = train(tmp_path / "halves", *common, ranks=2)
+    assert rest["inversions"]["by_method"].keys() == {"ekfac-adam"}
+    assert_equal_on_all_ranks(whole, rest)
+
+
 def lose_the_disk_of_rank_1(worker_rank: int) -> None:
     if worker_rank != 1:
         return
