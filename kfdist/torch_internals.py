@@ -37,6 +37,7 @@ grouped_mm = torch._grouped_mm  # pyright: ignore[reportPrivateImportUsage]
 
 foreach_add_ = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 foreach_addcmul_ = torch._foreach_addcmul_  # pyright: ignore[reportPrivateImportUsage]
+foreach_copy_ = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 foreach_div = torch._foreach_div  # pyright: ignore[reportPrivateImportUsage]
 foreach_div_ = torch._foreach_div_  # pyright: ignore[reportPrivateImportUsage]
 foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -70,20 +70,46 @@ class AbstractAdamBasis(AbstractPreconditioner):
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
-        R, kept, weight = self.coordinates(gradient), memory.kept, 1.0
-        if memory.learns is not False:
-            R, weight = self._learn(R, memory)
+        R, kept, learns = self.coordinates(gradient), memory.kept, memory.learns is not False
+        if learns:
+            R = self._learn(R, memory)
         elif SECOND not in kept:
             return self.fallback(gradient, damping)
-        # R is n weight, and n / (sqrt(v / w) + eps) is (n weight) / (sqrt(v) + eps sqrt(w)) sqrt(w) / weight: what is
-        # one number is left to the product, in the place of passes over the coordinates.
-        root_weight = never_zero(_known(kept[SECOND_WEIGHT], memory), R.dtype) ** 0.5
-        R.div_(kept[SECOND].sqrt().add_(self.eps * root_weight))
-        scale = root_weight / weight
+        first_weight = _known(kept[FIRST_WEIGHT], memory) if learns else None
+        added, scale = self.scales(first_weight, _known(kept[SECOND_WEIGHT], memory), R.dtype)
+        R.div_(kept[SECOND].sqrt().add_(added))
         return self.matrix(R.mul_(scale)) if isinstance(scale, Tensor) else self.matrix(R, scale)
 
-    def _learn(self, R: Tensor, memory: BlockMemory) -> tuple[Tensor, Tensor | float]:
-        """Folds R, which is overwritten, into the moments, unless the step is skipped; returns n times what, and what.
+    def scales(
+        self, first_weight: Tensor | float | None, second_weight: Tensor | float, dtype: torch.dtype
+    ) -> tuple[Any, Any]:
+        """Returns what is added to sqrt(v), and what multiplies the quotient; tensors where the weights are.
+
+        R is n weight, and n / (sqrt(v / w) + eps) is (n weight) / (sqrt(v) + eps sqrt(w)) sqrt(w) / weight: what is one
+        number is left to the product, in the place of passes over the coordinates.
+
+        Args:
+            first_weight: 1 - beta1^t; None where R is V's.
+            second_weight: w.
+            dtype: The moments'.
+        """
+        root = never_zero(second_weight, dtype) ** 0.5
+        if first_weight is None:
+            return self.eps * root, root
+        weight = first_weight * self.beta1 + (1 - self.beta1) if self.nesterov else never_zero(first_weight, dtype)
+        return self.eps * root, root / weight
+
+    def fold(self, R: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Folds R into both moments of a step that isn't skipped; returns n times its weight, over R."""
+        first.lerp_(R, 1 - self.beta1)
+        second.mul_(self.beta2).addcmul_(R, R, value=1 - self.beta2)
+        return self._momentum(R, first)
+
+    def _momentum(self, R: Tensor, first: Tensor) -> Tensor:
+        return R.lerp_(first, self.beta1) if self.nesterov else R.copy_(first)
+
+    def _learn(self, R: Tensor, memory: BlockMemory) -> Tensor:
+        """Folds R, which is overwritten, into the moments, unless the step is skipped; returns n times its weight.
 
         The weights of the moments, 1 - beta^t, follow the moments' own recursion.
         """
@@ -91,27 +117,25 @@ class AbstractAdamBasis(AbstractPreconditioner):
         if SECOND not in kept:
             kept |= {name: torch.zeros_like(R) for name in (FIRST, SECOND)}
             kept |= {name: R.new_zeros(()) for name in (FIRST_WEIGHT, SECOND_WEIGHT)}
-        first, second = kept[FIRST], kept[SECOND]
-        if isinstance(memory.learns, Tensor):
-            # A skipped step has weight zero; its gradient, which may not be finite, must not be multiplied by that.
-            R, learned = torch.where(memory.learns, R, 0.0), memory.learns.to(R.dtype)
-            weighed1, weighed2 = learned * fresh1, learned * fresh2
-            weight = _fold_weights(kept, weighed1, weighed2, memory)
-            first.lerp_(R, weighed1)
-            second.lerp_(R.square(), weighed2)
-        else:
-            weight = _fold_weights(kept, fresh1, fresh2, memory)
-            first.lerp_(R, fresh1)
-            second.mul_(self.beta2).addcmul_(R, R, value=fresh2)
-        if not self.nesterov:
-            return R.copy_(first), never_zero(weight, R.dtype)
-        return R.lerp_(first, self.beta1), weight * self.beta1 + fresh1
+        if not isinstance(memory.learns, Tensor):
+            _fold_weights(kept, fresh1, fresh2, memory)
+            return self.fold(R, kept[FIRST], kept[SECOND])
+        # A skipped step has weight zero; its gradient, which may not be finite, must not be multiplied by that.
+        R, learned = torch.where(memory.learns, R, 0.0), memory.learns.to(R.dtype)
+        weighed1, weighed2 = learned * fresh1, learned * fresh2
+        _fold_weights(kept, weighed1, weighed2, memory)
+        kept[FIRST].lerp_(R, weighed1)
+        kept[SECOND].lerp_(R.square(), weighed2)
+        return self._momentum(R, kept[FIRST])
 
 
-def _fold_weights(
-    kept: dict[str, Tensor], fresh1: Tensor | float, fresh2: Tensor | float, memory: BlockMemory
-) -> Tensor | float:
-    """Brings the weights of both moments to this step; returns the first's."""
+def next_weight(weight: float, fresh: float) -> float:
+    """Returns 1 - beta^(t+1) of 1 - beta^t, with 1 - beta for `fresh`."""
+    return weight + (1 - weight) * fresh
+
+
+def _fold_weights(kept: dict[str, Tensor], fresh1: Tensor | float, fresh2: Tensor | float, memory: BlockMemory) -> None:
+    """Brings the weights of both moments to this step."""
     one = None
     for name, fresh in ((FIRST_WEIGHT, fresh1), (SECOND_WEIGHT, fresh2)):
         weight = _known(kept[name], memory)
@@ -119,8 +143,7 @@ def _fold_weights(
             one = torch.ones_like(weight) if one is None else one
             weight.lerp_(one, fresh)
         else:
-            kept[name].fill_(weight + (1 - weight) * fresh)
-    return _known(kept[FIRST_WEIGHT], memory)
+            kept[name].fill_(next_weight(weight, fresh))
 
 
 def never_zero(weight: Float[Tensor, ""] | float, dtype: torch.dtype) -> Float[Tensor, ""] | float:

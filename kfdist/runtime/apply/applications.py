@@ -1,13 +1,14 @@
 """The apply verb: which inverse is multiplied onto which gradient at a step, and what is in force instead."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.runtime.apply.directions import Application, precondition_gradients, solve
+from kfdist.runtime.apply.together import Together
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.track import Track
@@ -23,12 +24,14 @@ class Applying:
         in_force: The settings of the method in force.
         communicator: Carries directions that one rank computes for all.
         counters: Counts what is less than a fresh inverse.
+        together: Applies those of small blocks in one go, where it can.
     """
 
     tracks: Sequence[Track]
     in_force: SettingsInForce
     communicator: Communicator
     counters: PipelineCounters
+    together: Together = field(default_factory=Together)
 
     def apply(
         self,
@@ -55,7 +58,7 @@ class Applying:
                 memory.steady = steady and each.damping == damping
                 memory.learns = True if step_is_finite is None else step_is_finite
         factor = precondition_gradients(
-            applications,
+            self.together.apply(applications, into),
             kl_clip=self.in_force.settings.kl_clip,
             learning_rate=learning_rate,
             communicator=self.communicator,
