@@ -143,6 +143,11 @@ def children_by_name(module: nn.Module) -> Mapping[str, nn.Module | None]:
     return children if isinstance(children, dict) else dict(children.items())
 
 
+def parameters_by_name(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """Returns a module's own parameters by name, as they are now, without making a list of them."""
+    return module._parameters
+
+
 def runs_compiled(module: nn.Module) -> bool:
     """Says whether `module.compile()` was called, which leaves no other trace."""
     return module._compiled_call_impl is not None

@@ -121,6 +121,7 @@ class Capture:
         self.zero_rows: Mapping[str, tuple[Tensor, int]] = {}
         self._watch = Watch(model, self._blocks.values(), self)
         self.masked = MaskedRows()
+        self._rests = False
         self.biases = Biases(self._blocks.values(), self._watch.uses)
         self._not_whole = Unmeasured(self._blocks, self._watch.uses, self.biases)
 
@@ -134,6 +135,11 @@ class Capture:
         Raises:
             ConfigError: It can't be measured.
         """
+        if self._rests and not (requests or norms or self._looks):
+            return
+        if self._rests:
+            self._forget_everything()  # what went by unwatched
+            self._rests = False
         chains, coarse = self._groups
         check_requests(requests, blocks=self._blocks, chains=chains, coarse=coarse, fisher=self._fisher)
         self._requests = dict(requests)
@@ -150,6 +156,11 @@ class Capture:
     def look(self) -> None:
         """Watches the next forward also if nothing is due: a run that goes on must know which biases are left out."""
         self._looks = True
+
+    @property
+    def rests(self) -> bool:
+        """Whether the last drain and the one before it found nothing, for nothing was watched."""
+        return self._rests
 
     @property
     def scaled(self) -> bool:
@@ -244,6 +255,10 @@ class Capture:
         Raises:
             KfdistError: With "mc" or "exact": a block was due and its backward came, but nothing was observed.
         """
+        if self._rests:
+            self._stated = Stated()
+            return {}
+        watched = bool(self._requests or self._looks or self.norms.watched)
         try:
             if self._observer is not None:
                 self._observer.check_complete()
@@ -262,6 +277,7 @@ class Capture:
             self._watch.reset()
         self._looks = self._looks and not self._watch.looked
         self._not_whole.note(self._requests, drained.keys(), empty)
+        self._rests = not (watched or self._looks)
         return drained
 
     @property

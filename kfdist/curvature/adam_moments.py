@@ -143,6 +143,7 @@ def _fold_weights(kept: dict[str, Tensor], fresh1: Tensor | float, fresh2: Tenso
             one = torch.ones_like(weight) if one is None else one
             weight.lerp_(one, fresh)
         else:
+            assert isinstance(fresh, float), "no tensor, where the weight is at hand"
             kept[name].fill_(next_weight(weight, fresh))
 
 

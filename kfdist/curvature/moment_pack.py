@@ -48,13 +48,13 @@ class MomentPack:
             return [flat[begin : begin + size].view(shape) for begin, size, shape in parts]
 
         self._R, self._first, self._second, self._roots = (like.new_zeros(count) for _ in range(4))
-        self._weights = like.new_zeros(2, len(members))
+        self._weights = [like.new_zeros(len(members)) for _ in range(2)]
         self.gradients = views(self._R)
         self._divisors = views(self._roots)
         weights = [row.unbind() for row in self._weights]
         kept = zip(views(self._first), views(self._second), *weights, strict=True)
         names = FIRST, SECOND, FIRST_WEIGHT, SECOND_WEIGHT
-        self._kept = [dict(zip(names, of_block, strict=True)) for of_block in kept]
+        self._kept: list[dict[str, Tensor]] = [dict(zip(names, of_block, strict=True)) for of_block in kept]
 
     def directions(
         self, members: Sequence[AbstractAdamBasis], memories: Sequence[BlockMemory]
@@ -72,8 +72,9 @@ class MomentPack:
         like.fold(self._R, self._first, self._second)
         scales = self._scales(like)
         torch.sqrt(self._second, out=self._roots)
-        if len(set(scales)) == 1:
+        if len(scales) == 1:
             self._R.div_(self._roots.add_(scales[0][0]))
+            scales *= len(members)
         else:
             foreach_add_(self._divisors, [added for added, _ in scales])
             foreach_div_(self.gradients, self._divisors)
@@ -81,11 +82,29 @@ class MomentPack:
         return [member.matrix(U, scale) for member, U, (_, scale) in triples]
 
     def _scales(self, like: AbstractAdamBasis) -> list[tuple[float, float]]:
-        """Brings the weights of the moments to this step; returns what `AbstractAdamBasis.scales` makes of them."""
-        freshs, dtype = (1 - like.beta1, 1 - like.beta2), self._weights.dtype
-        both = zip(self._weights.tolist(), freshs, strict=True)
-        self._weights.copy_(torch.tensor([[next_weight(w, fresh) for w in row] for row, fresh in both], dtype=dtype))
-        return [like.scales(*each, dtype) for each in zip(*self._weights.tolist(), strict=True)]
+        """Brings the weights of the moments to this step; returns what `AbstractAdamBasis.scales` makes of them.
+
+        Returns:
+            One entry per block; a single one where all are alike, as they are but after a step that some sat out.
+        """
+        known = zip(self._weights, (1 - like.beta1, 1 - like.beta2), strict=True)
+        both = [[next_weight(w, fresh) for w in _distinct(row)] for row, fresh in known]
+        for row, weights in zip(self._weights, both, strict=True):
+            if len(weights) == 1:
+                row.fill_(weights[0])
+            else:
+                row.copy_(torch.tensor(weights, dtype=row.dtype))
+        first, second = (_distinct(row) for row in self._weights)  # rounded, as they are kept
+        count = max(len(first), len(second))
+        first, second = (each * count if len(each) == 1 else each for each in (first, second))
+        dtype = self._R.dtype
+        return [like.scales(w1, w2, dtype) for w1, w2 in zip(first, second, strict=True)]
+
+
+def _distinct(row: Float[Tensor, " blocks"]) -> list[float]:
+    """Returns the numbers of a row; a single one where all are alike."""
+    numbers = row.tolist()
+    return numbers[:1] if numbers.count(numbers[0]) == len(numbers) else numbers
 
 
 def _take_in(memory: BlockMemory, kept: dict[str, Tensor]) -> None:

@@ -202,13 +202,20 @@ class Optimizer(torch.optim.Optimizer):
         return int(self._replaced)
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        having = [p for p in group["params"] if p.grad is not None]
-        if finished := [p for p in having if p in self._finished]:
+        finished: list[nn.Parameter] = []
+        blocked: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for p in group["params"]:
+            if p.grad is not None:
+                kind = finished if p in self._finished else blocked if p in self._blocked else others
+                kind.append(p)
+        if finished:
             members = self._members(group, finished)
             for state in members.states:  # of the time before the first inverse, or of AdamW: the block has its own
-                state.clear()
+                if state:
+                    state.clear()
             move_along(members, [self._directions[p] for p in finished])
-        if blocked := [p for p in having if p in self._blocked and p not in self._finished]:
+        if blocked:
             members, directions = self._members(group, blocked), [self._direction(p) for p in blocked]
             if self.graft == "adamw":
                 move_by_average(members, self._grafted(members, directions, adamw_updates(members)))
@@ -216,7 +223,7 @@ class Optimizer(torch.optim.Optimizer):
                 move_by_momentum(members, self._grafted(members, directions, members.gradients))
             else:
                 move_by_momentum(members, directions)
-        if others := [p for p in having if p not in self._blocked]:
+        if others:
             members = self._members(group, others)
             if self.graft == "sgd":
                 move_by_momentum(members, members.gradients)
@@ -224,8 +231,8 @@ class Optimizer(torch.optim.Optimizer):
                 step_by_adamw(members)
 
     def _refuse_sparse(self) -> None:
-        every = (p for group in self.param_groups for p in group["params"])
-        if sparse := [p for p in every if p.grad is not None and p.grad.is_sparse]:
+        gradients = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        if sparse := [p for p, gradient in gradients if gradient is not None and gradient.is_sparse]:
             raise KfdistError(
                 f"{len(sparse)} parameters, the first of shape {tuple(sparse[0].shape)}, have sparse gradients, which "
                 "neither grafts nor AdamW take; make the embedding with sparse=False, or leave its parameters out of "

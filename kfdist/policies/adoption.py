@@ -8,6 +8,7 @@ at the same step. Nothing here communicates, reads a clock or imports torch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ABSENT = -(2**63)
 """Identity of the maximum over int64: a column nobody fills."""
@@ -18,8 +19,7 @@ NO_VERSION = -1
 _COMMON_COLUMNS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class AgreedGroup:
+class AgreedGroup(NamedTuple):
     """What one step's table says of a group, equal on all ranks.
 
     Attributes:
@@ -159,7 +159,7 @@ def decode_table(columns: Sequence[int]) -> AgreedTable:
     revision, stop, highest, not_lowest = columns[3 * groups :]
     return AgreedTable(
         groups=tuple(
-            AgreedGroup(announced=newest, received=-least, rejected=wrong)
+            AgreedGroup(newest, -least, wrong)
             for newest, least, wrong in zip(announced, not_received, rejected, strict=True)
         ),
         revision=revision,

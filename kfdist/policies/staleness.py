@@ -76,6 +76,10 @@ class Decision:
         return (*raised, "fallback" if self.fallback else "kept")
 
 
+NOTHING = Decision()
+"""What there is to say of nearly all groups in nearly all steps."""
+
+
 @dataclass(frozen=True)
 class FixedLag:
     """Adoption of version v by all ranks at step v + lag, waited for; `FixedLag(0)` is synchronous K-FAC.
@@ -100,7 +104,7 @@ class FixedLag:
     def decide(self, staleness: int) -> Decision:
         """Asks for nothing: staleness is at most inverse_period + lag - 1 by construction."""
         del staleness
-        return Decision()
+        return NOTHING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,8 @@ class Asap:
 
     def decide(self, staleness: int) -> Decision:
         """Decides for a group whose snapshot is `staleness` steps old; the same on all ranks."""
+        if self.soft_bound is None and self.hard_bound is None:
+            return NOTHING
         factor = 1.0
         if self.soft_bound is not None and staleness > self.soft_bound:
             factor = staleness / self.soft_bound

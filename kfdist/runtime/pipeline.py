@@ -128,7 +128,8 @@ class Pipeline:
             if self.statistics_step == step:
                 due, norms = due.again(), None  # what an interruption left to do
             batches = self.capture.drain()
-            self.notices.look(self.capture, step, level=5)
+            if not self.capture.rests:
+                self.notices.look(self.capture, step, level=5)
         with phase("fold"):
             self.reducer.fold(due, batches, step_is_finite)
         with phase("reduce"):

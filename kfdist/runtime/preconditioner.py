@@ -22,7 +22,7 @@ from kfdist.runtime.invert.service import Service
 from kfdist.runtime.left_out import LeftOutNotice
 from kfdist.runtime.ownership import Ownership
 from kfdist.runtime.plan.groups import refuse_applied_rows
-from kfdist.runtime.plan.layers import check_blocks
+from kfdist.runtime.plan.layers import StandingBlocks
 from kfdist.runtime.plan.planner import Method, Plan, make_plan, needs_costs
 from kfdist.runtime.settings import Settings, StepReport
 from kfdist.runtime.state import check_state, pipeline_state, restore_pipeline
@@ -184,6 +184,7 @@ class Preconditioner(StatedLoss, Inspection):
         }
         self._ownership = Ownership(parameters)
         self._parameters = list(parameters.values())
+        self._blocks = StandingBlocks(plan.model, plan.blocks, plan.device)
         try:
             with plain_arithmetic(plan.device):
                 self._assembly = assemble(plan, world, link, grad_scaler)
@@ -251,7 +252,7 @@ class Preconditioner(StatedLoss, Inspection):
     ) -> StepReport:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
-        check_blocks(self._plan.model, self._plan.blocks, self._plan.device)
+        self._blocks.check()
         self._folded = False
         if self._scaler_notice.done:
             self._scaler_notice.close()

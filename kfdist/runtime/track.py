@@ -12,7 +12,7 @@ from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import Inversion
 from kfdist.curvature.jobs import encode_result
 from kfdist.policies.adoption import NO_VERSION, AdoptionLedger
-from kfdist.policies.staleness import Adoption, Decision
+from kfdist.policies.staleness import NOTHING, Adoption, Decision
 from kfdist.runtime.invert.job_book import JobLine
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.types import BlockName
@@ -112,7 +112,7 @@ class Track:
 
     def decision(self, step: int, adoption: Adoption) -> Decision:
         """Returns what the bounds on staleness say of the snapshot in use; nothing where there is none yet."""
-        return adoption.decide(self.staleness(step)) if self.snapshot.preconditioners else Decision()
+        return adoption.decide(self.staleness(step)) if self.snapshot.preconditioners else NOTHING
 
     def age_seconds(self) -> float | None:
         """Returns how old the statistics in use are; None before the first snapshot or after a resume."""

@@ -177,7 +177,7 @@ class Block:
     @property
     def takes_part(self) -> bool:
         """Whether all of them have a gradient."""
-        return not any(part.parameter.grad is None for part in self.parts)
+        return all([part.parameter.grad is not None for part in self.parts])  # a list: asked of each block a step
 
     def to_matrix(self, tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "c p q"]:
         """Brings tensors shaped like `parameters()` (gradients, directions) to the block's matrix, bias last."""

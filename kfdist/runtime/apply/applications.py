@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
+from kfdist.policies.staleness import NOTHING
 from kfdist.runtime.apply.directions import Application, precondition_gradients, solve
 from kfdist.runtime.apply.together import Together
 from kfdist.runtime.counters import PipelineCounters
@@ -90,15 +91,16 @@ class Applying:
         """Returns how a group is treated at `step`; None where its gradients stay as they are."""
         group, inverses = track.group, track.snapshot.preconditioners
         decision = track.decision(step, self.in_force.settings.adoption)
-        self.counters.fallbacks.update(decision.reasons)
-        lacking = [block for block in group.blocks if block.name not in inverses]
+        if decision is not NOTHING:
+            self.counters.fallbacks.update(decision.reasons)
+        lacking = sum(block.name not in inverses for block in group.blocks)
         if lacking:
-            self.counters.fallbacks["no_snapshot"] += len(lacking)
+            self.counters.fallbacks["no_snapshot"] += lacking
             return None
-        exchanged = any(each.exchanged for each in inverses.values())
-        takes_part = any(block.takes_part for block in group.blocks)
-        if not (takes_part or exchanged):  # all ranks enter an exchange, whatever gradients they have
-            return None
+        if not any(block.takes_part for block in group.blocks):
+            # All ranks enter an exchange, whatever gradients they have.
+            if not any(each.exchanged for each in inverses.values()):
+                return None
         # The plan says whose rows they are, not the inverse: the first step's are measured, and runs whose rows aren't
         # those of the gradient are refused, before there is any inverse. Such a group has a single block.
         first = group.blocks[0].name

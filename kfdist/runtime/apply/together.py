@@ -34,9 +34,13 @@ class _Packed:
     parameters: list[nn.Parameter]
     inputs: list[Tensor]
 
+    def gradients(self) -> list[Tensor]:
+        """Returns `.grad` of the parameters, which all have one."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
     def directions(self, members: list[AbstractAdamBasis], memories: list[BlockMemory]) -> list[Tensor]:
         """Returns the directions of the gradients, by parameter."""
-        foreach_copy_(self.inputs, [parameter.grad for parameter in self.parameters])
+        foreach_copy_(self.inputs, self.gradients())
         found = self.pack.directions(members, memories)
         return [part for block, U in zip(self.blocks, found, strict=True) for part in block.from_matrix(U)]
 
@@ -72,7 +76,7 @@ class Together:
             begin += len(of_pack)
             directions = packed.directions(_members(of_pack), [each.memories[0] for each in of_pack])
             if into is None:
-                foreach_copy_([parameter.grad for parameter in packed.parameters], directions)
+                foreach_copy_(packed.gradients(), directions)
             else:
                 into.update(zip(packed.parameters, directions, strict=True))
         return [] if len(chosen) == len(applications) else [each for each in applications if each not in chosen]
@@ -89,7 +93,7 @@ class Together:
 
 
 def _fits(block: Block, inverse: AbstractAdamBasis) -> bool:
-    """Says whether a block, as it was planned, is small, the host's, and all of its parameters, which are no others'."""
+    """Says whether a block, as it was planned, is small, the host's, and has whole parameters that no other has."""
     parts = block.planned_parts
     if joined_on(block.weight.device) or block.routed or block.shares or not all(part.whole for part in parts):
         return False

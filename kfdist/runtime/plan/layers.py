@@ -1,13 +1,13 @@
 """The layers of a model by name, without the parts that wrappers add, and whether they still are what they were."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 from torch import nn
 
 from kfdist.curvature.blocks import Block
 from kfdist.errors import ConfigError, ModelChanged
-from kfdist.torch_internals import children_by_name, runs_compiled
+from kfdist.torch_internals import children_by_name, parameters_by_name, runs_compiled
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """Where torch.compile's and the activation checkpoint wrapper keep the module that they wrap."""
@@ -82,6 +82,69 @@ def find_layer(model: nn.Module, name: str, found: dict[str, nn.Module | None] |
         child = model if not name else None if parent is None else children_by_name(parent).get(last)
         found[name] = None if child is None else bare_model(child)
     return found[name]
+
+
+class StandingBlocks:
+    """Does at each step what `check_blocks` does, which walks through the model, as a look at what it found before.
+
+    Args:
+        model: The model.
+        blocks: Its blocks.
+        device: Where the model was when the blocks were made.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Iterable[Block], device: torch.device) -> None:
+        self._model = model
+        self._blocks = list(blocks)
+        self._device = device
+        self._children: list[tuple[nn.Module, str, nn.Module]] | None = None
+        self._parameters: list[tuple[nn.Module, str, nn.Parameter, torch.Size]] = []
+
+    def check(self) -> None:
+        """Refuses a layer that was frozen, replaced, resized or moved, by `ModelChanged`."""
+        if self._stand():
+            return
+        check_blocks(self._model, self._blocks, self._device)
+        layers = {id(block.module) for block in self._blocks}
+        self._children = list(_ways_to(self._model, layers))
+        self._parameters = [
+            (block.module, part.attribute, part.parameter, part.parameter.shape)
+            for block in self._blocks
+            for part in block.planned_parts
+        ]
+
+    def _stand(self) -> bool:
+        """Says whether all is as `check_blocks` last found it; where it isn't, or that isn't known, it looks again."""
+        if self._children is None:
+            return False
+        for parent, name, child in self._children:
+            if children_by_name(parent).get(name) is not child:
+                return False
+        device = self._device
+        for module, name, parameter, shape in self._parameters:
+            if parameters_by_name(module).get(name) is not parameter or not parameter.requires_grad:
+                return False
+            if parameter.shape != shape or parameter.device != device:
+                return False
+        return True
+
+
+def _ways_to(model: nn.Module, layers: Set[int]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yields the steps from module to child that lead to some layers, each once; layers are given by their ids."""
+    seen: dict[int, bool] = {}
+
+    def visit(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        seen[id(module)] = id(module) in layers
+        for name, child in children_by_name(module).items():
+            if child is None:
+                continue
+            if id(child) not in seen:
+                yield from visit(child)
+            if seen[id(child)]:
+                seen[id(module)] = True
+                yield module, name, child
+
+    yield from visit(model)
 
 
 def check_blocks(model: nn.Module, blocks: Iterable[Block], device: torch.device) -> None:

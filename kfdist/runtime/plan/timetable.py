@@ -121,6 +121,24 @@ class Timetable:
         self._periods = {
             each.begin: [_update_period(track.group, each) for track in self._tracks] for each in schedules
         }
+        self._places = {each.begin: self._due_places(each) for each in schedules}
+        self._samples_always = any(needs.applied_rows for track in self._tracks for needs in track.group.needs.values())
+
+    def _due_places(self, schedule: Schedule) -> dict[int, set[int]]:
+        """Returns, by period, when in it some group folds or has a job."""
+        places: dict[int, set[int]] = {}
+        for track, own in zip(self._tracks, self._periods[schedule.begin], strict=True):
+            for period in (schedule.factor_period, own):
+                places.setdefault(period, set()).add(schedule.phase(track.group.index) % period)
+        return places
+
+    def _is_quiet(self, step: int) -> bool:
+        """Says whether no group folds or has a job at `step`: asked before each group is, as on most steps none has."""
+        schedule = self._at(step)
+        past = step - schedule.begin
+        if past == 0 or any([past % period in places for period, places in self._places[schedule.begin].items()]):
+            return False
+        return not (self.fresh or any([track.without_statistics for track in self._tracks]))
 
     def _at(self, step: int) -> Schedule:
         """Returns the schedule that holds at `step`."""
@@ -168,6 +186,8 @@ class Timetable:
 
     def due(self, step: int) -> Due:
         """Returns what is due at `step`."""
+        if self._is_quiet(step):
+            return Due(step=step, folding=(), reducing=())
         return Due(
             step=step,
             folding=tuple(track for track in self._tracks if self.folds(track, step)),
@@ -199,6 +219,8 @@ class Timetable:
             calibrating: Groups whose snapshot in use, or about to be, wants samples of this step.
         """
         requests = {}
+        if not (calibrating or self._samples_always) and self._is_quiet(step):
+            return requests
         for track in self._tracks:
             if track.group.of_gradients:
                 continue
