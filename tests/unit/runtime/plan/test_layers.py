@@ -1,5 +1,6 @@
 """The names of layers lead back to them, whatever wraps the model and its parts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from kfdist.curvature.blocks import ParameterPart
 from kfdist.errors import ConfigError, ModelChanged
-from kfdist.runtime.plan.layers import bare_model, check_blocks, device_of, find_layer, named_layers
+from kfdist.runtime.plan.layers import StandingBlocks, bare_model, check_blocks, device_of, find_layer, named_layers
 from tests.support.factors import blocks_of
 from tests.support.plans import planned
 from tests.support.preconditioning import two_layers
@@ -87,6 +88,45 @@ def test_a_moved_layer_is_named():
     check_blocks(model, [block], torch.device("cpu"))
     with pytest.raises(ModelChanged, match="layer '2' was moved from cuda:0 to cpu"):
         check_blocks(model, [block], torch.device("cuda:0"))
+
+
+def _replace(model: nn.Sequential) -> None:
+    model[2] = nn.Linear(4, 3)
+
+
+def _give_parameter(model: nn.Sequential) -> None:
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+
+
+def _freeze(model: nn.Sequential) -> None:
+    model[2].weight.requires_grad_(False)
+
+
+def _resize(model: nn.Sequential) -> None:
+    model[2].weight.data = torch.zeros(9, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(_replace, "replaced or removed"), (_give_parameter, "given other"), (_freeze, "frozen"), (_resize, "resized")],
+)
+def test_what_stood_before_is_looked_at_again(change: Callable[[nn.Sequential], None], said: str):
+    model = two_layers()
+    standing = StandingBlocks(nn.Sequential(model), blocks_of(nn.Sequential(model)).values(), torch.device("cpu"))
+    for _ in range(2):
+        standing.check()
+    change(model)
+    for _ in range(2):
+        with pytest.raises(ModelChanged, match=f"layer '0.2' was {said}"):
+            standing.check()
+
+
+def test_what_stands_is_not_walked_through_again(monkeypatch: pytest.MonkeyPatch):
+    model = nn.Sequential(two_layers())
+    standing = StandingBlocks(model, blocks_of(model).values(), torch.device("cpu"))
+    standing.check()
+    monkeypatch.setattr("kfdist.runtime.plan.layers.check_blocks", lambda *_: pytest.fail("walked through again"))
+    standing.check()
 
 
 def test_layers_on_several_devices_are_refused():
