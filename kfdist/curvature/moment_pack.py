@@ -93,7 +93,7 @@ class MomentPack:
             if len(weights) == 1:
                 row.fill_(weights[0])
             else:
-                row.copy_(torch.tensor(weights, dtype=row.dtype))
+                row.copy_(torch.tensor(weights, dtype=row.dtype, device="cpu"))
         first, second = (_distinct(row) for row in self._weights)  # rounded, as they are kept
         count = max(len(first), len(second))
         first, second = (each * count if len(each) == 1 else each for each in (first, second))

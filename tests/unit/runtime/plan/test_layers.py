@@ -95,15 +95,16 @@ def _replace(model: nn.Sequential) -> None:
 
 
 def _give_parameter(model: nn.Sequential) -> None:
-    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+    weight = model.get_parameter("2.weight")
+    model[2].weight = nn.Parameter(weight.detach().clone())
 
 
 def _freeze(model: nn.Sequential) -> None:
-    model[2].weight.requires_grad_(False)
+    model.get_parameter("2.weight").requires_grad_(False)
 
 
 def _resize(model: nn.Sequential) -> None:
-    model[2].weight.data = torch.zeros(9, 9)
+    model.get_parameter("2.weight").data = torch.zeros(9, 9)
 
 
 @pytest.mark.parametrize(
