@@ -169,3 +169,18 @@ def test_a_run_follows_periods_that_change_and_resumes_before_the_change() -> No
     after, _ = run(range(5, 14), halves, state)
     assert before + after == versions
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), halves.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["kfac", "b-r-kfac", "ekfac-adam"])
+@pytest.mark.parametrize("starving", [frozenset[int](), frozenset({1})])
+def test_what_is_due_of_all_groups_is_what_is_due_of_each(method: str, starving: frozenset[int]) -> None:
+    settings: dict[str, Any] = {"b-r-kfac": {"rank": 4, "increment_rows": 8}, "ekfac-adam": {"basis_period": 6}}
+    later = [Schedule(factor_period=FACTOR, inverse_period=6, groups=2, begin=14)]
+    table, tracks = timetable(make_inverter(method, **settings.get(method, {})), starving=starving, later=later)
+    for step in range(40):
+        found = table.due(step)
+        assert found.folding == tuple(track for track in tracks if table.folds(track, step))
+        assert found.reducing == tuple(track for track in tracks if table.updates(track, step))
+        wanted = {block.name for track in {*found.folding, *found.reducing} for block in track.group.blocks}
+        assert requests(table, step).keys() <= wanted
+        assert bool(requests(table, step)) >= bool(found.folding)
