@@ -26,7 +26,6 @@ import kfdist
 from kfdist.bench.contest_tasks import TASKS, Task
 from kfdist.bench.results import table
 from kfdist.optim.network_fisher import NetworkFisher
-from kfdist.optim.output_fisher import OutputFisher
 from kfdist.optim.replay import Replay
 
 WARM_UP = 20
@@ -34,8 +33,7 @@ PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "gradient of the batch": ((kfdist.AdaptiveStep, "_measure"),),
     "statistics": ((kfdist.AdaptiveStep, "_measure_statistics"), (kfdist.AdaptiveStep, "_tell")),
     "statistics folded, inverted, adopted": ((kfdist.Preconditioner, "update"),),
-    "linearised": ((NetworkFisher, "linearise"), (OutputFisher, "__init__")),
-    "products with F": ((NetworkFisher, "product"),),
+    "linearised, products with F": ((NetworkFisher, "linearise"),),
     "inverses times gradients": ((kfdist.AdaptiveStep, "_direction"),),
     "inner products": ((NetworkFisher, "inner_products"),),
     "the loss afterwards": ((kfdist.AdaptiveStep, "_loss_now"), (kfdist.AdaptiveStep, "_falls")),

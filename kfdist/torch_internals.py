@@ -161,6 +161,17 @@ def with_tensors_for_parameters(module: nn.Module, tensors: Mapping[str, Tensor]
     return stateless._reparametrize_module(module, dict(tensors))
 
 
+@contextmanager
+def without_slow_loops() -> Iterator[None]:
+    """Makes `torch.func.vmap` fail where it would run an operator that it doesn't know once for each slice, warning."""
+    enabled = torch._C._functorch._is_vmap_fallback_enabled()  # pyright: ignore[reportAttributeAccessIssue]
+    torch._C._functorch._set_vmap_fallback_enabled(False)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(enabled)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def entries_of(sparse: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the numbers `[n]` of the rows that a sparse matrix has entries of, and these `[n, p]`, as a view.
 

@@ -377,28 +377,28 @@ class AdaptiveStep:
 
     def _first_damping(self, replay: Replay, batch: _Batch, parts: _Parts) -> float:
         """Returns the mean curvature; 1 where the model's derivatives overflow."""
-        fisher = self._fisher.linearise(replay, parts.model)
-        mean = self._fisher.mean_curvature(fisher, batch.share, self._preconditioner.settings.seed)
+        seed = self._preconditioner.settings.seed
+        mean = self._fisher.mean_curvature(replay, parts.model, batch.share, seed)
         settings = self._settings
         return min(max(mean, settings.smallest_damping), settings.largest_damping) if math.isfinite(mean) else 1.0
 
     def _choose(self, replay: Replay, batch: _Batch, parts: _Parts) -> _Candidate | None:
         """Tries each candidate for gamma and returns the step with the smallest M; None if none has a finite M."""
-        fisher = self._fisher.linearise(replay, parts.model)
         last = [self._last] if self._settings.momentum and self._last is not None else []
-        along_last = [self._fisher.product(fisher, each) for each in last]
+        gammas = self._trust.candidates(self._count + 1)
+        directions = [self._direction(gamma) for gamma in gammas]
+        seen = self._fisher.linearise(replay, parts.model, [*directions, *last])
+        along_last = seen.products[len(directions) :]
         best: _Candidate | None = None
-        for gamma in self._trust.candidates(self._count + 1):
-            direction = self._direction(gamma)
-            basis, products = [direction, *last], [self._fisher.product(fisher, direction), *along_last]
+        for gamma, direction, product in zip(gammas, directions, seen.products, strict=False):
             model = minimise_model(
-                self._fisher.inner_products(basis, products, batch.share),
+                self._fisher.inner_products([direction, *last], [product, *along_last], batch.share),
                 damping=self._trust.damping,
                 weight_decay=self._eta,
                 relative_accuracy=self._accuracy,
             )
             if model is not None and (best is None or model.change < best.model.change):
-                best = _Candidate(gamma, direction, model, fisher.loss)
+                best = _Candidate(gamma, direction, model, seen.loss)
         return best
 
     def _move(self, replay: Replay, batch: _Batch, parts: _Parts, chosen: _Candidate | None) -> _Outcome:

@@ -1,19 +1,40 @@
 """Products of the whole network's exact Fisher with directions, over all ranks' batches."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
 
 from kfdist.comm.reduce import reduce_flat
-from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputFisher, OutputProduct
+from kfdist.optim.output_fisher import (
+    Differentiation,
+    NoForwardDerivative,
+    NotTogether,
+    OutputFisher,
+    OutputProduct,
+)
 from kfdist.optim.quadratic_model import InnerProducts, gram
 from kfdist.optim.replay import Replay
 from kfdist.runtime.preconditioner import Preconditioner
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """The network at the present parameters, on this rank's examples or some of them.
+
+    Attributes:
+        loss: Theirs, a scalar.
+        products: J u and H J u of each direction that was asked for.
+    """
+
+    loss: Tensor
+    products: list[OutputProduct]
 
 
 class NetworkFisher:
@@ -32,20 +53,42 @@ class NetworkFisher:
         self._parameters = parameters
         self._may_change = differentiation == "auto"
         self._how = Differentiation.FORWARD if self._may_change else Differentiation(differentiation)
+        self._together = self._may_change
 
-    def linearise(self, replay: Replay, rows: Tensor | None) -> OutputFisher:
-        """Linearises the model at the present parameters, on this rank's batch or some of its examples."""
+    def linearise(self, replay: Replay, rows: Tensor | None, directions: Sequence[Sequence[Tensor]]) -> Linearised:
+        """Linearises the model at the present parameters, once for all directions.
+
+        Args:
+            replay: The step's closure.
+            rows: Which examples of this rank's batch; all if None, and then one direction runs after the other: all
+                together would take the memory of several training forwards.
+            directions: What J u and H J u are wanted of, by parameter.
+        """
+        evaluate = replay.of(rows)
+        u = [dict(zip(self._parameters, each, strict=True)) for each in directions]
 
         def run() -> tuple[Tensor, Tensor]:
-            with self._preconditioner.paused():
-                evaluation = replay.again(rows)
+            evaluation = evaluate()
             return evaluation.output, evaluation.loss
 
-        return OutputFisher(run, self._preconditioner.model)
+        @contextmanager
+        def around() -> Iterator[None]:
+            with self._preconditioner.paused(), replay.replaying():
+                yield
 
-    def product(self, fisher: OutputFisher, direction: Sequence[Tensor]) -> OutputProduct:
-        """Computes J u and H J u on this rank's examples."""
-        u = dict(zip(self._parameters, direction, strict=True))
+        model = self._preconditioner.model
+        if self._together and rows is not None:
+            try:
+                fisher = OutputFisher(run, model, around=around, together=u)
+                return Linearised(fisher.loss, fisher.products_together())
+            except NotTogether as error:
+                self._together = False
+                _LOG.info("AdaptiveStep: %s; directions are taken one after the other from now on", error)
+        fisher = OutputFisher(run, model, around=around)
+        return Linearised(fisher.loss, [self._product(fisher, each) for each in u])
+
+    def _product(self, fisher: OutputFisher, u: Mapping[nn.Parameter, Tensor]) -> OutputProduct:
+        """Computes J u and H J u, going over to the double backward for good where forward mode fails."""
         try:
             return fisher.along(u, self._how)
         except NoForwardDerivative as error:
@@ -78,14 +121,14 @@ class NetworkFisher:
                 matrix[i, j] = matrix[j, i] = next(sums)
         return InnerProducts(slopes=slopes, fisher=fisher, gram=lengths)
 
-    def mean_curvature(self, fisher: OutputFisher, share: float, seed: int) -> float:
+    def mean_curvature(self, replay: Replay, rows: Tensor | None, share: float, seed: int) -> float:
         """Estimates tr F over the number of parameters: the mean of u^T F u for a random u of independent entries.
 
         Source: Hutchinson (1990), with a single u.
         """
         draw = torch.Generator(device="cpu").manual_seed(seed)
         u = [torch.randn(p.shape, generator=draw, dtype=p.dtype, device="cpu").to(p.device) for p in self._parameters]
-        seen = self.product(fisher, u)
+        seen = self.linearise(replay, rows, [u]).products[0]
         curvature = share * gram([[seen.change], [seen.curvature]])[0, 1]
         return self.sum_over_ranks(curvature.reshape(1))[0] / sum(p.numel() for p in self._parameters)
 

@@ -5,15 +5,17 @@ torch computes it, u^T F v = (J u)^T H (J v), H = d^2 L / dz^2. For the losses t
 the Fisher of the predicted distribution: diag(p) - p p^T for cross-entropy (whatever the labels and their smoothing;
 0 for ignored ones), 2/C for the mean squared error over C outputs, p (1 - p) for binary cross-entropy on logits, each
 over the number of terms that the mean counts. H is never formed: H v comes from differentiating the loss twice with
-respect to the output, and J u from one pass in forward mode, or else from differentiating the backward pass.
+respect to the output, and J u from a pass in forward mode, one for all directions where that is possible, or else from
+differentiating the backward pass.
 
 Source: Schraudolph (2002) for the product; Pearlmutter's and the "double backward" trick for J u without forward mode.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfdist.errors import KfdistError
-from kfdist.torch_internals import with_tensors_for_parameters
+from kfdist.torch_internals import with_tensors_for_parameters, without_slow_loops
 
 Differentiable = Callable[[], tuple[Tensor, Tensor]]
 """Runs the model and returns (output, loss), in the gradient mode of the caller."""
@@ -31,13 +33,17 @@ class Differentiation(StrEnum):
     """How J u is computed."""
 
     FORWARD = "forward"
-    """Forward-mode automatic differentiation: about the cost of two forwards."""
+    """Forward-mode automatic differentiation: about the cost of three forwards, one of them for the outputs."""
     DOUBLE_BACKWARD = "double_backward"
     """The derivative of the backward pass, which is linear in its argument: one more backward, and its graph."""
 
 
 class NoForwardDerivative(KfdistError):
     """An operator of the model has no derivative in forward mode."""
+
+
+class NotTogether(KfdistError):
+    """Something in the model or the loss can't run with the tangents of several directions at once."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +62,40 @@ class OutputProduct:
 class OutputFisher:
     """The Fisher at the present parameters and batch, as products with directions.
 
-    It keeps the graph of one forward alive.
+    It keeps the graph of one forward alive, with those of the tangents that it was made together with.
 
     Args:
         run: Runs the model, always on the same data; called once here, and once for each direction in forward mode.
         model: The module whose parameters move.
+        around: What each run is inside of.
+        together: Directions that are wanted, all of the same parameters, for `products_together`.
 
     Attributes:
         loss: The loss of that forward, a scalar.
 
     Raises:
         KfdistError: The loss does not depend on the output.
+        NotTogether: Directions were given, and the run failed with them; without them it may not.
     """
 
-    def __init__(self, run: Differentiable, model: nn.Module) -> None:
+    def __init__(
+        self,
+        run: Differentiable,
+        model: nn.Module,
+        *,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        together: Sequence[Mapping[nn.Parameter, Tensor]] = (),
+    ) -> None:
         self._run = run
         self._model = model
+        self._around = around
         self._rows: tuple[Tensor, dict[nn.Parameter, Tensor]] | None = None
-        with torch.enable_grad(), _plain_attention():
-            self._output, loss = run()
+        self._changes: Sequence[Tensor] = ()
+        with torch.enable_grad(), _plain_attention(), around():
+            if together:
+                self._changes, self._output, loss = self._linearised_with(together)
+            else:
+                self._output, loss = run()
             (slope,) = torch.autograd.grad(loss, self._output, create_graph=True, allow_unused=True)
         if slope is None:
             raise KfdistError(
@@ -99,15 +120,49 @@ class OutputFisher:
             change = self._forward_mode(direction) if forward else self._double_backward(direction)
         return OutputProduct(change, self._hessian_product(change))
 
+    def products_together(self) -> list[OutputProduct]:
+        """Returns J u and H J u of the directions that it was made with."""
+        return [OutputProduct(change, self._hessian_product(change)) for change in self._changes]
+
+    def _linearised_with(
+        self, directions: Sequence[Mapping[nn.Parameter, Tensor]]
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+        """Runs the model once, with all tangents on it; returns J u of each direction, the output and the loss.
+
+        Only the tangents have a dimension more. What they are made of, the output and the loss are computed once.
+        """
+        parameters = list(directions[0])
+        stacked = [torch.stack([u[p] for u in directions]) for p in parameters]
+
+        def run(*tensors: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            with with_tensors_for_parameters(self._model, self._by_name(dict(zip(parameters, tensors, strict=True)))):
+                output, loss = self._run()
+            return output, (output, loss)
+
+        def along(*tangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            _, change, (output, loss) = torch.func.jvp(run, tuple(parameters), tangents, has_aux=True)
+            return change, output, loss
+
+        try:
+            with without_slow_loops():
+                out_dims: Any = (0, None, None)  # torch declares them as numbers
+                changes, output, loss = torch.func.vmap(along, out_dims=out_dims, randomness="same")(*stacked)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            raise NotTogether(str(error)) from error
+        return changes.detach().unbind(), output, loss
+
+    def _by_name(self, tensors: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors by each name of their parameters: a tied one has several, and all must be replaced."""
+        by_id = {id(parameter): tensor for parameter, tensor in tensors.items()}
+        named = self._model.named_parameters(remove_duplicate=False)
+        return {name: by_id[id(parameter)] for name, parameter in named if id(parameter) in by_id}
+
     def _forward_mode(self, direction: Mapping[nn.Parameter, Tensor]) -> Tensor:
         # Without a graph: that of the tangents would cost twice the memory of the training forward's.
         with torch.no_grad(), forward_ad.dual_level():
-            moving = {id(p): forward_ad.make_dual(p.detach(), u) for p, u in direction.items()}
-            # Every name of a tied parameter must be replaced, or part of its derivative is lost.
-            named = self._model.named_parameters(remove_duplicate=False)
-            swapped = {name: moving[id(parameter)] for name, parameter in named if id(parameter) in moving}
+            swapped = self._by_name({p: forward_ad.make_dual(p.detach(), u) for p, u in direction.items()})
             try:
-                with with_tensors_for_parameters(self._model, swapped):
+                with self._around(), with_tensors_for_parameters(self._model, swapped):
                     output, _ = self._run()
             except (NotImplementedError, RuntimeError) as error:
                 if _lacks_forward_mode(error):

@@ -1,7 +1,8 @@
 """Runs a closure several times in one step as if it ran once: the same dropout masks, buffers updated once."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +89,23 @@ class Replay:
             rows: Which examples of the batch's tensors it is given; all if None.
             then: What to do before buffers are put back: a backward through BatchNorm needs them as they were.
         """
-        self._before.restore()
-        batch = self._batch if rows is None else [each.index_select(0, rows.to(each.device)) for each in self._batch]
-        try:
-            evaluation = _checked(self._closure(*batch))
+        run = self.of(rows)
+        with self.replaying():
+            evaluation = run()
             then(evaluation)
             return evaluation
+
+    def of(self, rows: Tensor | None) -> Callable[[], Evaluation]:
+        """Returns what runs the closure on some examples, on all if None, from the state that it finds."""
+        batch = self._batch if rows is None else [each.index_select(0, rows.to(each.device)) for each in self._batch]
+        return lambda: _checked(self._closure(*batch))
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Puts the state of the training forward's start in place, and afterwards that of its end."""
+        self._before.restore()
+        try:
+            yield
         finally:
             self._after.restore()
 

@@ -31,6 +31,7 @@ from kfdist.torch_internals import (
     was_unscaled,
     when_backward_ends,
     with_tensors_for_parameters,
+    without_slow_loops,
 )
 
 PACKAGE = Path(__file__).parents[2] / "kfdist"
@@ -125,6 +126,17 @@ def test_parameters_are_replaced_for_a_while():
     with with_tensors_for_parameters(model, {"0.weight": torch.full((1, 2), 5.0)}):
         assert float(model(torch.ones(1, 2))) == 10.0
     assert model[0].weight is weight
+
+
+def test_an_operator_that_cannot_be_batched_fails_instead_of_running_slice_by_slice():
+    def unknown(x: Tensor) -> Tensor:
+        return torch.histc(x, bins=2)
+
+    x = torch.rand(3, 4)
+    with without_slow_loops(), pytest.raises(RuntimeError, match="fallback"):
+        torch.func.vmap(unknown)(x)
+    with pytest.warns(UserWarning, match="performance drop"):
+        assert torch.func.vmap(unknown)(x).shape == (3, 2)
 
 
 def test_a_living_storage_has_an_id_of_its_own():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kfdist.errors import KfdistError
-from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, OutputFisher
+from kfdist.optim.output_fisher import Differentiation, NoForwardDerivative, NotTogether, OutputFisher
 
 EXACT = 1e-10
 """float64 sums of at most a few hundred terms."""
@@ -210,6 +210,61 @@ def test_forward_mode_and_double_backward_agree(name: str):
     assert forward.change.abs().max() > 1e-3
     torch.testing.assert_close(forward.change, backward.change, rtol=EXACT, atol=EXACT)
     torch.testing.assert_close(forward.curvature, backward.curvature, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("many", [1, 4])
+def test_directions_taken_together_are_those_taken_apart(name: str, many: int):
+    make, shape = MODELS[name]
+    torch.manual_seed(2)
+    model, x = make().double(), draw(N, *shape, seed=4)
+    directions = [{p: draw(*p.shape, seed=20 * j + i) for i, p in enumerate(model.parameters())} for j in range(many)]
+    runs: list[torch.Size] = []
+
+    def run() -> tuple[Tensor, Tensor]:
+        output = model(x)
+        runs.append(output.shape)
+        return output, functional.softplus(output).square().mean()
+
+    names = {key: id(value) for key, value in model.named_parameters(remove_duplicate=False)}
+    try:
+        together = OutputFisher(run, model, together=directions)
+    except NotTogether:
+        assert name in ("batch norm", "recurrent")  # the one changes its buffers, the other has an operator of its own
+        return
+    finally:
+        assert {key: id(value) for key, value in model.named_parameters(remove_duplicate=False)} == names
+    assert len(runs) == 1
+    apart = OutputFisher(run, model)
+    torch.testing.assert_close(together.loss, apart.loss, rtol=EXACT, atol=EXACT)
+    for u, product in zip(directions, together.products_together(), strict=True):
+        expected = apart.along(u, Differentiation.DOUBLE_BACKWARD)
+        assert expected.curvature.abs().max() > 1e-4
+        assert not product.change.requires_grad and not product.curvature.requires_grad
+        torch.testing.assert_close(product.change, expected.change, rtol=EXACT, atol=EXACT)
+        torch.testing.assert_close(product.curvature, expected.curvature, rtol=EXACT, atol=EXACT)
+
+
+def test_directions_taken_together_see_the_same_dropout_as_a_plain_run():
+    torch.manual_seed(3)
+    model, x = (
+        nn.Sequential(nn.Linear(5, 40), nn.Dropout(0.5), nn.Tanh(), nn.Linear(40, 2)).double(),
+        draw(N, 5, seed=0),
+    )
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(7)
+        output = model(x)
+        return output, output.square().mean()
+
+    u = some_direction(model)
+    apart = OutputFisher(run, model)
+    together = OutputFisher(run, model, together=[u, {p: 2 * each for p, each in u.items()}])
+    expected = apart.along(u, Differentiation.FORWARD).change
+    once, twice = together.products_together()
+    assert together.loss == apart.loss
+    torch.testing.assert_close(once.change, expected, rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(twice.change, 2 * expected, rtol=EXACT, atol=EXACT)
 
 
 class _Cube(torch.autograd.Function):
