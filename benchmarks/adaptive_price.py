@@ -33,7 +33,7 @@ PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "gradient of the batch": ((kfdist.AdaptiveStep, "_measure"),),
     "statistics": ((kfdist.AdaptiveStep, "_measure_statistics"), (kfdist.AdaptiveStep, "_tell")),
     "statistics folded, inverted, adopted": ((kfdist.Preconditioner, "update"),),
-    "linearised, products with F": ((NetworkFisher, "linearise"),),
+    "linearised, products with F": ((NetworkFisher, "products"),),
     "inverses times gradients": ((kfdist.AdaptiveStep, "_direction"),),
     "inner products": ((NetworkFisher, "inner_products"),),
     "the loss afterwards": ((kfdist.AdaptiveStep, "_loss_now"), (kfdist.AdaptiveStep, "_falls")),

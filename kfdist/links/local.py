@@ -20,6 +20,9 @@ from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
 _MOST_AT_ONCE = 4
 """Inversions at once while the thread that trains waits."""
 
+_SMALL = 1 << 26
+"""Bytes that are there if a step of training is."""
+
 
 class _Work:
     """What the thread that trains and those that invert share."""
@@ -34,8 +37,11 @@ class _Work:
     def fitting(self) -> int:
         """Returns how many of the largest inversions the free memory is enough for.
 
-        Plans were checked for one at a time (`kfdist.runtime.plan.capacity`).
+        Plans were checked for one at a time (`kfdist.runtime.plan.capacity`). For small ones the system isn't asked:
+        that takes milliseconds.
         """
+        if self.largest * _MOST_AT_ONCE < _SMALL:
+            return _MOST_AT_ONCE
         return available_memory().bytes // max(1, self.largest)
 
     def working(self) -> set[threading.Thread]:

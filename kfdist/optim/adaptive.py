@@ -35,12 +35,12 @@ class _Batch:
     Attributes:
         share: As said.
         loss: As said.
-        in_parts: Whether the quadratic model is made of a part of it on every rank.
+        part_loss: This rank's on the examples whose statistics are measured; None where, on some rank, all are.
     """
 
     share: float
     loss: float
-    in_parts: bool
+    part_loss: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,11 @@ class _Candidate:
         gamma: As said.
         direction: As said.
         model: As said.
-        loss: This rank's before the step, on the examples that the model is made of.
     """
 
     gamma: float
     direction: list[Tensor]
     model: ModelStep
-    loss: Tensor
 
 
 @dataclass(frozen=True)
@@ -325,7 +323,7 @@ class AdaptiveStep:
             evaluation = replay.first()
         n = float(evaluation.examples)
         loss = evaluation.loss.detach().double()
-        whole = float(parts.model is None)
+        whole = float(not apart)
         totals = self._fisher.sum_over_ranks(torch.stack([loss.new_tensor(n), n * loss, loss.new_tensor(whole)]))
         total, mean = totals[0], totals[1] / totals[0]
         if not math.isfinite(mean):
@@ -338,12 +336,15 @@ class AdaptiveStep:
             self._tell(evaluation)
         evaluation.loss.backward()
         self._reduce_gradients(n / total)
-        if parts.statistics is not None:
-            self._measure_statistics(replay, parts.statistics)
-        return _Batch(share=n / total, loss=mean, in_parts=not totals[2])
+        part_loss = self._measure_statistics(replay, parts.statistics) if parts.statistics is not None else None
+        return _Batch(share=n / total, loss=mean, part_loss=None if totals[2] else part_loss)
 
-    def _measure_statistics(self, replay: Replay, rows: Tensor) -> None:
-        """Runs forward and backward on some examples for the preconditioner alone; `.grad` stays as it is."""
+    def _measure_statistics(self, replay: Replay, rows: Tensor) -> Tensor:
+        """Runs forward and backward on some examples for the preconditioner alone; `.grad` stays as it is.
+
+        Returns:
+            Their loss.
+        """
         gradients = [gradient_of(p) for p in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
@@ -355,7 +356,7 @@ class AdaptiveStep:
 
         try:
             with torch.enable_grad():
-                replay.again(rows, then=measure)
+                return replay.again(rows, then=measure).loss.detach()
         finally:
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -387,10 +388,10 @@ class AdaptiveStep:
         last = [self._last] if self._settings.momentum and self._last is not None else []
         gammas = self._trust.candidates(self._count + 1)
         directions = [self._direction(gamma) for gamma in gammas]
-        seen = self._fisher.linearise(replay, parts.model, [*directions, *last])
-        along_last = seen.products[len(directions) :]
+        products = self._fisher.products(replay, parts.model, [*directions, *last])
+        along_last = products[len(directions) :]
         best: _Candidate | None = None
-        for gamma, direction, product in zip(gammas, directions, seen.products, strict=False):
+        for gamma, direction, product in zip(gammas, directions, products, strict=False):
             model = minimise_model(
                 self._fisher.inner_products([direction, *last], [product, *along_last], batch.share),
                 damping=self._trust.damping,
@@ -398,13 +399,13 @@ class AdaptiveStep:
                 relative_accuracy=self._accuracy,
             )
             if model is not None and (best is None or model.change < best.model.change):
-                best = _Candidate(gamma, direction, model, seen.loss)
+                best = _Candidate(gamma, direction, model)
         return best
 
     def _move(self, replay: Replay, batch: _Batch, parts: _Parts, chosen: _Candidate | None) -> _Outcome:
         """Moves the parameters, measures the objective and adapts lambda; or undoes a step that made it worse.
 
-        Where lambda isn't due, a step that lowers the objective on the model's examples stands without any more ado.
+        Where lambda isn't due, a step that lowers the objective on the statistics' examples just stands.
         """
         if chosen is None:
             return self._refuse(None, None)
@@ -420,7 +421,7 @@ class AdaptiveStep:
                 parameter.add_(each)
         grown = self._penalty() - before
         new_loss = rho = None
-        if adapts or (self._settings.rejection and not self._falls(replay, batch, parts, chosen, grown)):
+        if adapts or (self._settings.rejection and not self._falls(replay, batch, parts, grown)):
             new_loss = self._loss_now(replay, batch)
             change = (new_loss - batch.loss) + grown
             predicted = chosen.model.undamped_change
@@ -456,16 +457,17 @@ class AdaptiveStep:
             loss = replay.again().loss.detach().double()
         return self._fisher.sum_over_ranks((batch.share * loss).reshape(1))[0]
 
-    def _falls(self, replay: Replay, batch: _Batch, parts: _Parts, chosen: _Candidate, grown: float) -> bool:
+    def _falls(self, replay: Replay, batch: _Batch, parts: _Parts, grown: float) -> bool:
         """Says of a part of the batch whether the objective fell on it, at that part of the price.
 
-        False where there is no part, and after a step that was rejected, as this one may well be.
+        It is the part that the model isn't made of. False where there is none, and after a step that was rejected, as
+        this one may well be.
         """
-        if not batch.in_parts or self._trust.rejected:
+        if batch.part_loss is None or self._trust.rejected:
             return False
         with torch.no_grad(), self._preconditioner.paused():
-            loss = replay.again(parts.model).loss.detach().double()
-        change = self._fisher.sum_over_ranks((batch.share * (loss - chosen.loss.double())).reshape(1))[0]
+            loss = replay.again(parts.statistics).loss.detach().double()
+        change = self._fisher.sum_over_ranks((batch.share * (loss - batch.part_loss.double())).reshape(1))[0]
         return change + grown <= 0.0
 
     def _penalty(self) -> float:

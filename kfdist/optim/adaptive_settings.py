@@ -37,11 +37,12 @@ class AdaptiveSettings:
         gamma_period: T2, the steps between two searches.
         gamma_factor: omega_2 in (0, 1).
         momentum: Whether the last step is a second direction of the model.
-        rejection: Whether a step that raises the objective, or makes it infinite or NaN, is undone. Where the model is
-            made of a part of the batch, such a step is found on that part first, but for those that adapt lambda: it
-            is undone if the whole batch agrees.
+        rejection: Whether a step that raises the objective, or makes it infinite or NaN, is undone. Where statistics
+            are of a part of the batch, such a step is found on that part first, but for those that adapt lambda: it is
+            undone if the whole batch agrees.
         differentiation: "forward", "double_backward", or "auto": forward mode until an operator turns out to have no
-            forward derivative.
+            forward derivative, for all directions at once where the model is made of a part of the batch and all of it
+            can run so.
     """
 
     statistics_fraction: float = 1 / 8

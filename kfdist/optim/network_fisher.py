@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import torch
@@ -24,19 +23,6 @@ from kfdist.runtime.preconditioner import Preconditioner
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Linearised:
-    """The network at the present parameters, on this rank's examples or some of them.
-
-    Attributes:
-        loss: Theirs, a scalar.
-        products: J u and H J u of each direction that was asked for.
-    """
-
-    loss: Tensor
-    products: list[OutputProduct]
-
-
 class NetworkFisher:
     """Forms the numbers that the quadratic model is made of. All ranks make the same calls.
 
@@ -55,14 +41,16 @@ class NetworkFisher:
         self._how = Differentiation.FORWARD if self._may_change else Differentiation(differentiation)
         self._together = self._may_change
 
-    def linearise(self, replay: Replay, rows: Tensor | None, directions: Sequence[Sequence[Tensor]]) -> Linearised:
-        """Linearises the model at the present parameters, once for all directions.
+    def products(
+        self, replay: Replay, rows: Tensor | None, directions: Sequence[Sequence[Tensor]]
+    ) -> list[OutputProduct]:
+        """Computes J u and H J u of all directions at the present parameters, for one linearisation.
 
         Args:
             replay: The step's closure.
             rows: Which examples of this rank's batch; all if None, and then one direction runs after the other: all
                 together would take the memory of several training forwards.
-            directions: What J u and H J u are wanted of, by parameter.
+            directions: The u, by parameter.
         """
         evaluate = replay.of(rows)
         u = [dict(zip(self._parameters, each, strict=True)) for each in directions]
@@ -79,13 +67,12 @@ class NetworkFisher:
         model = self._preconditioner.model
         if self._together and rows is not None:
             try:
-                fisher = OutputFisher(run, model, around=around, together=u)
-                return Linearised(fisher.loss, fisher.products_together())
+                return OutputFisher(run, model, around=around, together=u).products_together()
             except NotTogether as error:
                 self._together = False
                 _LOG.info("AdaptiveStep: %s; directions are taken one after the other from now on", error)
         fisher = OutputFisher(run, model, around=around)
-        return Linearised(fisher.loss, [self._product(fisher, each) for each in u])
+        return [self._product(fisher, each) for each in u]
 
     def _product(self, fisher: OutputFisher, u: Mapping[nn.Parameter, Tensor]) -> OutputProduct:
         """Computes J u and H J u, going over to the double backward for good where forward mode fails."""
@@ -128,7 +115,7 @@ class NetworkFisher:
         """
         draw = torch.Generator(device="cpu").manual_seed(seed)
         u = [torch.randn(p.shape, generator=draw, dtype=p.dtype, device="cpu").to(p.device) for p in self._parameters]
-        seen = self.linearise(replay, rows, [u]).products[0]
+        (seen,) = self.products(replay, rows, [u])
         curvature = share * gram([[seen.change], [seen.curvature]])[0, 1]
         return self.sum_over_ranks(curvature.reshape(1))[0] / sum(p.numel() for p in self._parameters)
 

@@ -70,9 +70,6 @@ class OutputFisher:
         around: What each run is inside of.
         together: Directions that are wanted, all of the same parameters, for `products_together`.
 
-    Attributes:
-        loss: The loss of that forward, a scalar.
-
     Raises:
         KfdistError: The loss does not depend on the output.
         NotTogether: Directions were given, and the run failed with them; without them it may not.
@@ -103,7 +100,6 @@ class OutputFisher:
                 "computed from"
             )
         self._slope = slope
-        self.loss = loss.detach()
 
     def along(self, direction: Mapping[nn.Parameter, Tensor], how: Differentiation) -> OutputProduct:
         """Computes J u and H J u of a direction u in the space of the parameters.
@@ -140,7 +136,8 @@ class OutputFisher:
             return output, (output, loss)
 
         def along(*tangents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            _, change, (output, loss) = torch.func.jvp(run, tuple(parameters), tangents, has_aux=True)
+            returned: Any = torch.func.jvp(run, tuple(parameters), tangents, has_aux=True)
+            _, change, (output, loss) = returned
             return change, output, loss
 
         try:

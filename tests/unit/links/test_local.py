@@ -117,10 +117,10 @@ def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_only_as_many_help_as_memory_is_free_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = 2000
+    free = 2000 << 20
     monkeypatch.setattr(local, "available_memory", lambda: Memory(free, "a test"))
     inversions = Inversions(monkeypatch, cores=64)
-    link = inversions.link(jobs=7, inversion_bytes=1000)
+    link = inversions.link(jobs=7, inversion_bytes=1000 << 20)
     link.wait(0.01)
     inversions.reach(2)
     free -= 1  # less than two have now: whoever helps ends after its job
@@ -133,6 +133,20 @@ def test_only_as_many_help_as_memory_is_free_for(monkeypatch: pytest.MonkeyPatch
         assert len(found) < 3 or inversions.running < 2
     assert len(found) == 7 and inversions.most == 2
     link.close()
+
+
+def test_the_system_is_not_asked_for_the_memory_of_small_inversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> Memory:
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr(local, "available_memory", asked)
+    inversions = Inversions(monkeypatch, cores=64)
+    link = inversions.link(jobs=7, inversion_bytes=1000)
+    link.wait(0.01)
+    inversions.reach(local._MOST_AT_ONCE)
+    inversions.go.set()
+    link.close()
+    assert inversions.most == local._MOST_AT_ONCE
 
 
 def test_the_link_knows_what_the_largest_inversion_takes(monkeypatch: pytest.MonkeyPatch) -> None:

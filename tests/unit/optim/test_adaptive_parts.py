@@ -81,8 +81,8 @@ def test_a_part_is_enough_to_accept_a_step_and_the_whole_batch_judges_those_that
             report = step.step(closure_of(model, calls), x, y)
             assert report.accepted and (report.new_loss is None) == (report.rho is None)
             judged.append(report.new_loss is not None)
-            last, of_model = calls[-1][0], calls[2][0]
-            assert torch.equal(last, x[:, 0] if judged[-1] else of_model)
+            last, of_statistics = calls[-1][0], calls[1][0]
+            assert torch.equal(last, x[:, 0] if judged[-1] else of_statistics)
     assert judged[4] and judged[9] and judged.count(False) >= 6
 
 

@@ -236,7 +236,6 @@ def test_directions_taken_together_are_those_taken_apart(name: str, many: int):
         assert {key: id(value) for key, value in model.named_parameters(remove_duplicate=False)} == names
     assert len(runs) == 1
     apart = OutputFisher(run, model)
-    torch.testing.assert_close(together.loss, apart.loss, rtol=EXACT, atol=EXACT)
     for u, product in zip(directions, together.products_together(), strict=True):
         expected = apart.along(u, Differentiation.DOUBLE_BACKWARD)
         assert expected.curvature.abs().max() > 1e-4
@@ -262,7 +261,6 @@ def test_directions_taken_together_see_the_same_dropout_as_a_plain_run():
     together = OutputFisher(run, model, together=[u, {p: 2 * each for p, each in u.items()}])
     expected = apart.along(u, Differentiation.FORWARD).change
     once, twice = together.products_together()
-    assert together.loss == apart.loss
     torch.testing.assert_close(once.change, expected, rtol=EXACT, atol=EXACT)
     torch.testing.assert_close(twice.change, 2 * expected, rtol=EXACT, atol=EXACT)
 
