@@ -35,9 +35,11 @@ def defaults_beside(given: Mapping[str, Any]) -> Table:
     if not named and graft != "adamw":
         # Under SGD's lengths, or the Newton step's, a direction of Adam's size is another method's.
         found |= {"method": "by-width", "settings": {"dense": "kfac-eigen"}}
-    elif not named and (preconditioner.keys() & set(_PERIODS) or "dense" in table_of(preconditioner.get("settings"))):
-        # A period that is given holds for all blocks, and another dense method has settings of its own.
-        found |= {"method": "by-width", "settings": {"dense": "ekfac-adam"}}
+    elif not named and "dense" in table_of(preconditioner.get("settings")):
+        found |= {"method": "by-width", "settings": {}}  # it has settings of its own
+    elif not named and preconditioner.keys() & set(_PERIODS):
+        # A period that is given holds for all blocks.
+        found |= {"method": "by-width", "settings": {"dense": "ekfac-adam", "wide": "ekfac-adam"}}
     if graft == "none":
         found["kl_clip"] = 1e-3
     return {"preconditioner": found}

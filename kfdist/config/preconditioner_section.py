@@ -52,7 +52,11 @@ class PreconditionerSection(Section):
         description="methods by glob on module names, the first match wins; excludes preconditioner.method",
     )
     settings: Settings = Field(
-        default_factory=lambda: {"dense": "ekfac-adam", "dense_settings": {"basis_period": 20}},
+        default_factory=lambda: {
+            "dense": "ekfac-adam",
+            "dense_settings": {"basis_period": 20},
+            "wide": "ekfac-adam",
+        },
         description="the method's own settings; nothing of the default's beside a period that is given",
     )
     damping: float = Field(default=0.03, gt=0, description="lambda of F + lambda I, at first")
@@ -139,10 +143,15 @@ class PreconditionerSection(Section):
 
     @property
     def named_methods(self) -> list[str]:
-        """The methods that are named, here or in the table, and the dense ones of "by-width"."""
-        entries = [{**self.settings, "method": self.method}] if self.methods is None else self.methods.values()
-        dense = [entry["dense"] for entry in entries if entry["method"] == BY_WIDTH and "dense" in entry]
-        return [str(name) for name in (*(entry["method"] for entry in entries), *dense)]
+        """The methods that are named, here or in the table, and those that "by-width" chooses from."""
+        entries = [{**self.settings, "method": self.method}] if self.methods is None else list(self.methods.values())
+        fields = ("method", "dense", "wide")
+        return [
+            str(entry[name])
+            for entry in entries
+            for name in fields
+            if name in entry and (name == "method" or entry["method"] == BY_WIDTH)
+        ]
 
     @property
     def described(self) -> str:

@@ -236,8 +236,8 @@ def make_choice(name: str, /, **settings: Any) -> AbstractInverter | Auto | ByWi
 
     Args:
         name: A key of `INVERTERS`, "auto" or "by-width".
-        **settings: Fields of the inverter or chooser, which keep their defaults where left out; for "by-width" the name
-            of the dense method is `dense`, and its settings are `dense_settings`.
+        **settings: Fields of the inverter or chooser, which keep their defaults where left out; for "by-width" as
+            `ByWidth.by_names` takes them.
 
     Raises:
         ConfigError: Unknown name or setting, or a value that isn't allowed.

@@ -24,11 +24,13 @@ FIRST_ORDER = "left to a first-order method: a table, a norm, a lone vector, or 
 
 @dataclass(frozen=True, kw_only=True)
 class ByWidth:
-    """Chooses a method of eigenbases for matrices up to a width, `rs-kfac` up to another; nothing else has a block.
+    """Chooses one method for matrices up to a width, another up to a second one; nothing else has a block.
 
     Attributes:
-        dense: The method of the narrower ones.
-        eigen: The largest dimension of those; a factor of 1,024 is decomposed as a whole in less than a second.
+        dense: The method of the narrower ones, of eigenbases.
+        wide: The method of the wider ones, of few eigenvectors.
+        eigen: The largest dimension of the narrower ones; a factor of 1,024 is decomposed as a whole in less than a
+            second.
         sketched: The largest dimension that has a dense factor: 128 MiB in float32, where the head of a language model
             would have one of 10 GB.
 
@@ -37,44 +39,42 @@ class ByWidth:
     """
 
     dense: AbstractInverter = field(default_factory=KfacEigen)
+    wide: AbstractInverter = field(default_factory=RsKfac)
     eigen: int = 1024
     sketched: int = 8192
 
     def __post_init__(self) -> None:
-        if isinstance(self.dense, AbstractGradientInverter):
-            raise ConfigError(
-                f"is {self.dense.name}, which takes whole parameters, whatever their width; give it as `method`, or to "
-                "patterns of a table",
-                path="dense",
-            )
+        for name in ("dense", "wide"):
+            inverter = getattr(self, name)
+            if isinstance(inverter, AbstractGradientInverter):
+                raise ConfigError(
+                    f"is {inverter.name}, which takes whole parameters, whatever their width; give it as `method`, or "
+                    "to patterns of a table",
+                    path=name,
+                )
         checks.count("eigen", self.eigen, least=1)
         checks.count("sketched", self.sketched, least=self.eigen)
 
     @classmethod
-    def by_names(
-        cls, *, dense: str = KfacEigen.name, dense_settings: Mapping[str, Any] | None = None, **widths: Any
-    ) -> Self:
+    def by_names(cls, **settings: Any) -> Self:
         """Makes one as a configuration writes it.
 
         Args:
-            dense: The name of the method of the narrower ones.
-            dense_settings: Its settings; what is left out keeps its default.
-            **widths: `eigen` and `sketched`.
+            **settings: Fields of this class. `dense` and `wide` are names of methods, whose own settings are
+                `dense_settings` and `wide_settings`. What is left out keeps its default.
 
         Raises:
             ConfigError: Unknown name or setting, or a value that isn't allowed.
         """
-        known = ("dense", "dense_settings", "eigen", "sketched")
-        for name in widths.keys() - set(known):
+        known = ("dense", "dense_settings", "wide", "wide_settings", "eigen", "sketched")
+        for name in settings.keys() - set(known):
             raise ConfigError(f"{BY_WIDTH} has no setting {name!r}{allowed(name, list(known))}", path="settings")
-        if dense_settings is not None and not isinstance(dense_settings, Mapping):
-            raise ConfigError(f"is {dense_settings!r}; a table of settings is needed", path="dense_settings")
-        try:
-            inverter = make_inverter(dense, **(dense_settings or {}))
-        except ConfigError as error:
-            places = {"method": "dense", "settings": "dense_settings"}
-            raise error.at(places.get(error.path, f"dense_settings.{error.path}")) from None
-        return cls(dense=inverter, **widths)
+        made = {name: settings[name] for name in ("eigen", "sketched") if name in settings}
+        for field_name, default in (("dense", KfacEigen.name), ("wide", RsKfac.name)):
+            of_it = f"{field_name}_settings"
+            if settings.keys() & {field_name, of_it}:
+                made[field_name] = _named(settings.get(field_name, default), settings.get(of_it), field_name, of_it)
+        return cls(**made)
 
     def choose(self, block: Block) -> tuple[AbstractInverter, str] | str:
         """Returns the method and why, or why there is none; of the block alone."""
@@ -83,4 +83,15 @@ class ByWidth:
             return FIRST_ORDER
         if width <= self.eigen:
             return self.dense, f"{width} wide, of at most {self.eigen}"
-        return RsKfac(), f"{width} wide, of more than {self.eigen}"
+        return self.wide, f"{width} wide, of more than {self.eigen}"
+
+
+def _named(name: str, settings: Any, field_name: str, of_it: str) -> AbstractInverter:
+    """Makes a method by its name and settings, with the fields that they were given in as the paths of errors."""
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(f"is {settings!r}; a table of settings is needed", path=of_it)
+    try:
+        return make_inverter(name, **(settings or {}))
+    except ConfigError as error:
+        places = {"method": field_name, "settings": of_it}
+        raise error.at(places.get(error.path, f"{of_it}.{error.path}")) from None

@@ -37,10 +37,6 @@ BASIS_PERIOD, EMA_DECAY = 20, 0.8
 the largest weight of the past in statistics (docs/decisions/0033). At 512 wide a core decomposes both factors in a
 quarter of the time in which it multiplies by their bases in so many steps."""
 
-WIDEST = ByWidth().sketched
-"""The largest dimension to which "auto" gives `ekfac-adam` under AdamW's graft: its bases of wide factors have few
-eigenvectors (docs/decisions/0034), so only the room for the factor sets a limit."""
-
 
 class Optimizer(torch.optim.Optimizer):
     r"""Steps a model along second-order directions, and what has none by a first-order method.
@@ -78,7 +74,8 @@ class Optimizer(torch.optim.Optimizer):
         **curvature: What `kfdist.Preconditioner` is made with, which documents it. Here `method` is "auto" if not
             given: `ekfac-adam` for matrices up to 8,192 wide, or with another graft `kfac-eigen` up to 1,024 and
             `rs-kfac` beyond; wider ones, tables, norms and lone vectors have no block. Beside this `ekfac-adam`,
-            `ema_decay` is .8 if not given, and where no period is given either, a basis comes every 20 steps. Any of
+            `ema_decay` is .8 if not given, and where no period is given either, a basis comes every 20 steps up to
+            1,024 wide, and every `inverse_period` steps beyond. Any of
             Preconditioner's own methods and tables can be given instead (`kfdist.Auto()` is its "auto", by measured
             cost).
 
@@ -397,6 +394,9 @@ def _preconditioner_of(model: nn.Module | Preconditioner, graft: Graft | None, c
 
 
 def _own_table(curvature: Curvature) -> ByWidth:
-    """Returns what "auto" is under AdamW's graft; periods that were given hold for all blocks."""
+    """Returns what "auto" is under AdamW's graft; periods that were given hold for all blocks.
+
+    A wide layer's factors are nearly all that travels, and its bases follow the run's inverse period (decision 34).
+    """
     given = curvature.keys() & {"factor_period", "inverse_period"}
-    return ByWidth(dense=EkfacAdam(basis_period=None if given else BASIS_PERIOD), eigen=WIDEST)
+    return ByWidth(dense=EkfacAdam(basis_period=None if given else BASIS_PERIOD), wide=EkfacAdam())

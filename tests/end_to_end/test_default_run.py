@@ -143,7 +143,11 @@ def test_both_ranks_end_with_the_same_parameters(observed: Observed):
 def test_its_configuration_is_kept_and_says_where_the_controller_was(observed: Observed):
     config = tomllib.loads((observed.directory / "config.toml").read_text())
     assert config["optimizer"]["name"] == "kfdist"
-    assert config["preconditioner"]["settings"] == {"dense": "ekfac-adam", "dense_settings": {"basis_period": 20}}
+    assert config["preconditioner"]["settings"] == {
+        "dense": "ekfac-adam",
+        "dense_settings": {"basis_period": 20},
+        "wide": "ekfac-adam",
+    }
     assert config["cluster"]["workers"] == 2 and config["cluster"]["owners"] == 2
     assert not config["control"]["address"].endswith(":0")
 

@@ -47,9 +47,15 @@ def test_by_width_is_made_by_names() -> None:
         f"preconditioner.method={BY_WIDTH}",
         "preconditioner.settings.dense=kfac",
         "preconditioner.settings.dense_settings.damping_rule=relative",
+        "preconditioner.settings.wide_settings.rank=64",
         "preconditioner.settings.eigen=64",
     )
-    assert made == kfdist.ByWidth(dense=make_inverter("kfac", damping_rule="relative"), eigen=64)
+    dense, wide = make_inverter("kfac", damping_rule="relative"), make_inverter("rs-kfac", rank=64)
+    assert made == kfdist.ByWidth(dense=dense, wide=wide, eigen=64)
+
+
+def test_another_dense_method_has_none_of_the_defaults_settings() -> None:
+    assert method_of("preconditioner.settings.dense=kfac") == kfdist.ByWidth(dense=make_inverter("kfac"))
 
 
 @pytest.mark.parametrize("graft", ["adamw", "sgd", "none"])

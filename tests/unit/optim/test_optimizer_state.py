@@ -237,8 +237,8 @@ def test_auto_is_the_default_and_measures_nothing(graft: Any, method: str):
         assert optimizer.preconditioner.costs is None
 
 
-@pytest.mark.parametrize(("changes", "expected"), [({}, [20, 20]), ({"inverse_period": 50}, [50, 50])])
-def test_the_default_renews_bases_more_often_than_inverses_unless_periods_are_given(
+@pytest.mark.parametrize(("changes", "expected"), [({}, [20, 100]), ({"inverse_period": 50}, [50, 50])])
+def test_the_default_renews_narrow_layers_bases_more_often_unless_periods_are_given(
     changes: dict[str, Any], expected: list[int]
 ):
     model = nn.Sequential(nn.Linear(30, 2), nn.Linear(2, ByWidth().eigen + 1))
