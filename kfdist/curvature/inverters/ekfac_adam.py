@@ -21,7 +21,7 @@ from kfdist.linalg.orthonormal_basis import OrthonormalBasis
 from kfdist.linalg.psd import trace
 from kfdist.types import BlockShape
 
-_NONE = torch.empty(0, 0, 0)
+_NONE = torch.empty(0, 0, 0, dtype=torch.float32, device="cpu")
 """No reflections: what payloads of before there were any lack."""
 
 
