@@ -30,7 +30,7 @@ class MomentPack:
     in place changes the pack, and one that was replaced since, by another basis or a checkpoint, is taken in again.
 
     Args:
-        members: The blocks' bases, all of one method and dtype.
+        members: The blocks' bases, all of one method with the same settings, and of one dtype.
 
     Attributes:
         gradients: One per block, `[c, p, q]`, for the caller to fill in before each `directions`, which overwrites it.
@@ -62,7 +62,7 @@ class MomentPack:
         """Folds `gradients` into the moments and returns the directions, in tensors of their own, without autocast.
 
         Args:
-            members: The bases in use now, with the shapes of those it was made with.
+            members: The bases in use now, with the shapes, settings and dtype of those it was made with.
             memories: What each block keeps.
         """
         for memory, kept in zip(memories, self._kept, strict=True):

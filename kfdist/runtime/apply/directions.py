@@ -16,7 +16,7 @@ from kfdist.linalg.sparse_rows import dense_of
 from kfdist.runtime.apply.in_place import InPlace, in_place
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # those of a step are compared by identity
 class Application:
     """How the gradients of a group's blocks are treated this step.
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,33 +46,45 @@ class _Packed:
         return [part for block, U in zip(self.blocks, found, strict=True) for part in block.from_matrix(U)]
 
 
+@dataclass(frozen=True, eq=False)
+class _Packing:
+    """Packs of some blocks.
+
+    Attributes:
+        blocks: The blocks, in order.
+        settings: How the method of each was set when they were packed.
+        packs: Their packs, in the same order.
+    """
+
+    blocks: list[Block]
+    settings: list[tuple[Any, ...]]
+    packs: list[_Packed]
+
+
 @dataclass
 class Together:
     """Finds the directions of blocks that are small, where what is said to torch costs more than what it computes.
 
-    Which blocks have a gradient may differ from step to step. Once the same ones have it twice in a row, their moments
-    are put side by side; until then, and while others have it, they are treated one by one.
+    Which blocks have a gradient may differ from step to step. Once the same ones have it twice, with no others new in
+    between, their moments are put side by side; until then they are treated one by one. The last two such packings are
+    kept, for models that alternate.
     """
 
-    _packs: list[_Packed] = field(default_factory=list)
-    _blocks: list[Block] = field(default_factory=list)
+    _packings: list[_Packing] = field(default_factory=list)
     _seen: list[Block] = field(default_factory=list)
     _fit: dict[Block, bool] = field(default_factory=dict)
 
     def apply(self, applications: list[Application], into: dict[nn.Parameter, Tensor] | None) -> list[Application]:
         """Writes the directions of those it is for into `.grad` or, given one, a table; returns the other ones."""
-        chosen = [each for each in applications if self._takes(each)]
-        blocks = [each.blocks[0] for each in chosen]
-        if len(blocks) < 2:
+        chosen: list[Application] = []
+        others: list[Application] = []
+        for each in applications:
+            (chosen if self._takes(each) else others).append(each)
+        packs = self._packs_of(chosen) if len(chosen) >= 2 else None
+        if packs is None:
             return applications
-        if blocks != self._blocks:
-            if blocks != self._seen:
-                self._seen = blocks
-                return applications
-            self._blocks = blocks
-            self._packs = _packed(chosen)
         begin = 0
-        for packed in self._packs:
+        for packed in packs:
             of_pack = chosen[begin : begin + len(packed.blocks)]
             begin += len(of_pack)
             directions = packed.directions(_members(of_pack), [each.memories[0] for each in of_pack])
@@ -79,7 +92,26 @@ class Together:
                 foreach_copy_(packed.gradients(), directions)
             else:
                 into.update(zip(packed.parameters, directions, strict=True))
-        return [] if len(chosen) == len(applications) else [each for each in applications if each not in chosen]
+        return others
+
+    def _packs_of(self, chosen: list[Application]) -> list[_Packed] | None:
+        """Returns the packs of blocks that were seen before, else None.
+
+        A pack computes with one method's settings. After a resume with other ones, bases of before are in use beside
+        new ones: where any differ from those that were packed, all are packed again.
+        """
+        blocks, settings = [each.blocks[0] for each in chosen], [_settings(each) for each in _members(chosen)]
+        known = next((each for each in self._packings if each.blocks == blocks), None)
+        if known is None and blocks != self._seen:
+            self._seen = blocks
+            return None
+        if known is None or known.settings != settings:
+            packing = _Packing(blocks, settings, _packed(chosen))
+            self._packings = [each for each in self._packings if each is not known][-1:] + [packing]
+            return packing.packs
+        if known is not self._packings[-1]:
+            self._packings.reverse()
+        return known.packs
 
     def _takes(self, application: Application) -> bool:
         if len(application.blocks) != 1 or application.memories[0].learns is not True:
@@ -109,19 +141,19 @@ def _packed(chosen: Sequence[Application]) -> list[_Packed]:
     """Puts blocks whose method is set alike side by side, in order, at most `_MOST` numbers together."""
     groups: list[list[Application]] = []
     alike, room = None, 0
-    for each in chosen:
-        inverse = each.preconditioners[0]
-        assert isinstance(inverse, AbstractAdamBasis), "which is what is chosen"
-        settings, size = (
-            (type(inverse), inverse.beta1, inverse.beta2, inverse.eps, inverse.trace_A.dtype),
-            math.prod(inverse.shape),
-        )
+    for each, inverse in zip(chosen, _members(chosen), strict=True):
+        settings, size = _settings(inverse), math.prod(inverse.shape)
         if settings != alike or size > room:
             groups.append([])
             alike, room = settings, _MOST
         groups[-1].append(each)
         room -= size
     return [_packed_group(group) for group in groups]
+
+
+def _settings(inverse: AbstractAdamBasis) -> tuple[Any, ...]:
+    """Returns what blocks of one pack have in common."""
+    return type(inverse), inverse.beta1, inverse.beta2, inverse.eps, inverse.trace_A.dtype
 
 
 def _packed_group(group: Sequence[Application]) -> _Packed:

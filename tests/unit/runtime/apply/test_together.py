@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 import kfdist
 from kfdist.curvature.adam_moments import FIRST, FIRST_WEIGHT, SECOND
+from kfdist.curvature.inverters.ekfac_adam import EkfacAdam
 from kfdist.optim.optimizer import Optimizer
+from kfdist.runtime.apply import together as packing
 from kfdist.runtime.apply.applications import Applying
 from kfdist.runtime.apply.together import Together
 
-DTYPES = [torch.float32, torch.float64]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 class Model(nn.Module):
@@ -31,7 +33,7 @@ class Model(nn.Module):
         return self.head(hidden) if whole else hidden
 
 
-def make(method: str, dtype: torch.dtype) -> tuple[Model, Optimizer]:
+def make(method: str | EkfacAdam, dtype: torch.dtype) -> tuple[Model, Optimizer]:
     torch.manual_seed(0)
     model = Model().to(dtype)
     return model, Optimizer(
@@ -64,9 +66,7 @@ def memories(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("partly", [(), (6,), (4, 5, 6), (2, 4, 6, 8)])
-@pytest.mark.parametrize(
-    ("method", "dtype"), [("ekfac-adam", DTYPES[0]), ("ekfac-adam", DTYPES[1]), ("soap", DTYPES[0])]
-)
+@pytest.mark.parametrize(("method", "dtype"), [*(("ekfac-adam", dtype) for dtype in DTYPES), ("soap", DTYPES[0])])
 def test_steps_are_those_of_blocks_one_by_one(
     method: str, dtype: torch.dtype, partly: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ):
@@ -101,6 +101,34 @@ def test_a_state_of_the_middle_of_training_goes_on_bit_for_bit():
         model.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])
         assert all(map(torch.equal, train(model, optimizer, range(6, 10)), expected))
+
+
+def test_other_betas_after_a_resume_are_those_of_new_bases_alone(monkeypatch: pytest.MonkeyPatch):
+    model, optimizer = make("ekfac-adam", torch.float32)
+    with optimizer:
+        train(model, optimizer, range(5))
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+    def resumed() -> list[Tensor]:
+        model, optimizer = make(EkfacAdam(beta1=0.5, beta2=0.6, eps=1e-3), torch.float32)
+        with optimizer:
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+            return train(model, optimizer, range(5, 14))
+
+    together = resumed()
+    one_by_one(monkeypatch)
+    assert all(map(torch.equal, together, resumed()))
+
+
+def test_models_that_alternate_are_packed_once(monkeypatch: pytest.MonkeyPatch):
+    packed: list[int] = []
+    pack = packing._packed
+    monkeypatch.setattr(packing, "_packed", lambda chosen: packed.append(len(chosen)) or pack(chosen))
+    model, optimizer = make("ekfac-adam", torch.float32)
+    with optimizer:
+        train(model, optimizer, range(18), partly=[4, 5, 8, 9, 12, 13, 16, 17])
+    assert packed == [3, 2]
 
 
 def test_skipped_steps_and_directions_outside_of_steps_change_no_moment():
