@@ -225,7 +225,7 @@ class HeldFactor:
         """
         if self.values.shape[-1] < self.rank:
             return self
-        return replace(self, rank=rule.following(self.values[..., : self.rank], most))
+        return replace(self, rank=rule.following(self.values[..., : self.rank], most, rank=self.rank))
 
     def spectrum(self, *, continued: bool) -> Spectrum:
         """Returns the eigenpairs of S / weight; other eigenvalues are 0 or, if `continued`, the smallest kept one."""

@@ -24,8 +24,8 @@ EIGH_FLOPS = 9.0
 """Operations of a symmetric eigendecomposition over d^3: 4/3 to tridiagonalise, the rest for the eigenvectors."""
 
 FULL_BELOW = 3
-"""Widths of a sketch up to which a factor is decomposed in full: that is exact and takes less time (a core: 24 ms in
-place of 63 at d = 512, 75 in place of 93 at 768, for sketches 230 wide)."""
+"""Widths of a sketch up to which a factor is decomposed in full on a CPU: that is exact and takes less time (a core:
+24 ms in place of 63 at d = 512, 75 in place of 93 at 768, for sketches 230 wide)."""
 
 MOSTLY = 0.5
 """Share of a factor's rows beyond which it isn't copied to leave out those that are zero."""
@@ -74,16 +74,21 @@ class AdaptiveRank(NamedTuple):
             allowed = f"from {self.least} to {self.most}"
             raise ConfigError(f"{rank} is not allowed with adaptive_rank; must be {allowed}", path="rank")
 
-    def following(self, values: Float[Tensor, "c r"], d: int) -> int:
+    def following(self, values: Float[Tensor, "c r"], d: int, *, rank: int) -> int:
         """Returns the rank of the next decomposition; waits for the values.
 
         Args:
-            values: Kept eigenvalues, descending, not negative; the group that falls off least decides.
+            values: Kept eigenvalues, descending, not negative; the group that falls off least decides. Where a factor
+                has fewer than `rank` that aren't zero, fewer may be given.
             d: Size of the factor, which clamps the rank.
+            rank: The rank that was asked for.
         """
-        rank, largest = values.shape[-1], values[..., 0]
-        falls = torch.where(largest > 0, values[..., -1] / largest, torch.zeros_like(largest))
-        e = float(falls.max())
+        rank = min(rank, d)
+        if values.shape[-1] < rank:
+            e = 0.0
+        else:
+            largest = values[..., 0]
+            e = float(torch.where(largest > 0, values[..., -1] / largest, torch.zeros_like(largest)).max())
         if e > self.grow_above:
             rank += self.grow
         elif e < self.shrink_below:
@@ -104,6 +109,15 @@ class FactorSpectrum:
     spectrum: Spectrum
     outcome: Outcome
     diagnostics: dict[str, float]
+
+
+def is_narrow(d: int, sketch: int, device: torch.device | str = "cpu") -> bool:
+    """Says whether a d x d factor is decomposed in full and not by a sketch so wide.
+
+    On a CPU up to `FULL_BELOW` widths. An accelerator's products are far faster than its eigendecompositions: there,
+    only where the sketch would be as wide as the factor. Estimates, which don't know the device, count a CPU's.
+    """
+    return d <= (FULL_BELOW if torch.device(device).type == "cpu" else 1) * sketch
 
 
 def full_spectrum(matrix: Float[Tensor, "c d d"], *, rank: int, seed: int, label: str) -> FactorSpectrum:
@@ -139,7 +153,7 @@ def randomized_spectrum(
 ) -> FactorSpectrum:
     """Decomposes a factor by the randomised methods of algorithms.md 3.2.
 
-    Where a full eigendecomposition costs no more, it is that (`FULL_BELOW`). What never differed from zero (patches of
+    Where a full eigendecomposition costs no more, it is that (`is_narrow`). What never differed from zero (patches of
     small images, pixels of a border) has neither rows nor columns: they are left out, exactly. A factor of few
     examples, as at the first step, has as few dimensions: they are found whole, by two narrow products.
 
@@ -156,7 +170,7 @@ def randomized_spectrum(
     """
     d = matrix.shape[-1]
     rank = min(rank, d)
-    if d <= FULL_BELOW * (rank + oversampling):
+    if is_narrow(d, rank + oversampling, matrix.device):
         return full_spectrum(matrix, rank=rank, seed=seed, label=label)
     used = (matrix.diagonal(dim1=-2, dim2=-1) != 0).any(0)  # of a second moment the rest of the row is zero, too
     if 0 < int(used.sum()) <= MOSTLY * d:
@@ -199,7 +213,7 @@ def randomized_spectrum(
 def _of_few_dimensions(
     matrix: Float[Tensor, "c d d"], used: Bool[Tensor, " d"], *, rank: int, oversampling: int, seed: int, label: str
 ) -> FactorSpectrum | None:
-    """Returns all that there is of a factor whose range has few dimensions; None where it has more."""
+    """Returns all that there is of a factor whose range has few dimensions, perhaps less than `rank`; else None."""
     dimensions = numerical_rank(matrix, used.nonzero().squeeze(-1), most=min(matrix.shape[-1] // 4, _MOST_DIMENSIONS))
     if dimensions is None:
         return None

@@ -13,12 +13,12 @@ from kfdist.curvature.inverse import AbstractPreconditioner, KroneckerSpectrum, 
 from kfdist.curvature.inverter import AbstractInverter, Estimate, Inversion, Operation, Outcome, Work
 from kfdist.curvature.spectra import (
     EIGH_FLOPS,
-    FULL_BELOW,
     MOSTLY,
     AdaptiveRank,
     Decomposition,
     FactorSpectrum,
     enough_of,
+    is_narrow,
     randomized_spectrum,
 )
 from kfdist.curvature.statistics import KroneckerFactors
@@ -115,7 +115,7 @@ class AbstractSketchedKfac(AbstractInverter):
             preconditioner=preconditioner,
             outcome=Outcome.worst(A.outcome, G.outcome),
             diagnostics=A.diagnostics | G.diagnostics | kept,
-            state=self._state(found, inversion),
+            state=self._state(found, inversion, previous),
         )
 
     @override
@@ -130,18 +130,21 @@ class AbstractSketchedKfac(AbstractInverter):
         return Estimate(work, copies * numbers, prepared, max(map(self.workspace, sizes)))
 
     def workspace(self, d: int) -> int:
-        """Counts what a d x d factor's decomposition has at once: its sketches, and a copy where many rows are zero."""
+        """Counts what a d x d factor's decomposition has at once: its sketches, and a copy where many rows are zero.
+
+        Nothing for a factor that a CPU decomposes in full; an accelerator has a few sketches of it.
+        """
         s = min(self._largest_rank, d) + self.oversampling
-        return 0 if d <= FULL_BELOW * s else _SKETCHES * s * d + round((MOSTLY * d) ** 2)
+        return 0 if is_narrow(d, s) else _SKETCHES * s * d + round((MOSTLY * d) ** 2)
 
     def factor_work(self, d: int) -> Work:
         """Counts the operations for one d x d factor, at the largest rank of the schedule.
 
         q + 2 products of d x d with d x s and as many orthogonalisations; two products fewer where two bases are
-        joined (`range_basis`); or a full decomposition.
+        joined (`range_basis`); or a full decomposition, where that is a CPU's way (`is_narrow`).
         """
         s = min(self._largest_rank, d) + self.oversampling
-        if d <= FULL_BELOW * s:
+        if is_narrow(d, s):
             return Work(Operation.EIGH, EIGH_FLOPS * d**3)
         q = self.power_iterations
         if q >= PAIRED and 2 * s <= d:
@@ -186,14 +189,17 @@ class AbstractSketchedKfac(AbstractInverter):
             return int(previous[f"rank_{label}"])
         return next((rank for start, rank in reversed(self.rank_schedule) if inversion >= start), self.rank)
 
-    def _state(self, found: Mapping[str, FactorSpectrum], inversion: int) -> dict[str, Tensor]:
+    def _state(
+        self, found: Mapping[str, FactorSpectrum], inversion: int, previous: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         if self.rank_schedule:
             state["inversions"] = torch.tensor(inversion + 1, dtype=torch.int64, device="cpu")
         for label, factor in found.items():
             if self.adaptive_rank:
                 d = factor.spectrum.vectors.shape[-2]
-                following = PUBLISHED_RULE.following(factor.spectrum.values, d)
+                asked = self._rank_of(label, inversion, previous)
+                following = PUBLISHED_RULE.following(factor.spectrum.values, d, rank=asked)
                 state[f"rank_{label}"] = torch.tensor(following, dtype=torch.int64, device="cpu")
             if self.warm_start:
                 state[f"U_{label}"] = factor.spectrum.vectors.clone()

@@ -124,7 +124,12 @@ def test_a_factor_hardly_wider_than_the_sketch_is_decomposed_in_full(d: int):
     found = decomposed(matrix)
     exact = torch.linalg.eigvalsh(matrix).flip(-1)
     error = float(torch.linalg.vector_norm(exact[..., RANK:]) / torch.linalg.vector_norm(exact))
-    if d <= spectra.FULL_BELOW * (RANK + 5):
+    if spectra.is_narrow(d, RANK + 5):
         torch.testing.assert_close(found.spectrum.values, exact[..., :RANK])
         assert found.diagnostics["approximation_error_A"] == pytest.approx(error)
     assert found.spectrum.vectors.shape == (1, d, RANK)
+
+
+def test_an_accelerator_decomposes_in_full_what_is_no_wider_than_the_sketch():
+    assert [spectra.is_narrow(d, 230, "cpu") for d in (230, 231, 690, 691)] == [True, True, True, False]
+    assert [spectra.is_narrow(d, 230, "cuda") for d in (230, 231, 690, 691)] == [True, False, False, False]

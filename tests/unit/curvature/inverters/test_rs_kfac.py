@@ -260,12 +260,21 @@ def test_an_adaptive_rank_follows_each_factors_spectrum(name: str) -> None:
 )
 def test_the_adaptive_rule_stays_in_its_bounds(values: list[float], d: int, expected: int) -> None:
     rule = AdaptiveRank(grow_above=0.053, shrink_below=0.026, grow=10, shrink=10, least=10, most=700)
-    assert rule.following(torch.tensor([values]), d) == expected
+    assert rule.following(torch.tensor([values]), d, rank=len(values)) == expected
 
 
 def test_the_group_that_falls_off_least_decides_the_rank() -> None:
     rule = AdaptiveRank(grow_above=0.5, shrink_below=0.1, grow=1, shrink=1, least=1, most=9)
-    assert rule.following(torch.tensor([[1.0, 0.01], [2.0, 1.5]]), 9) == 3
+    assert rule.following(torch.tensor([[1.0, 0.01], [2.0, 1.5]]), 9, rank=2) == 3
+
+
+@both_methods
+def test_an_adaptive_rank_goes_on_from_what_was_asked_for_where_a_batch_has_fewer_pairs(name: str) -> None:
+    rows = torch.randn(1, 32, 800, generator=torch.Generator().manual_seed(0))
+    outcome, _ = invert_with(
+        make_inverter(name, adaptive_rank=True, rank=220), KroneckerFactors(A=rows.mT @ rows / 32, G=torch.eye(3)[None])
+    )
+    assert (int(outcome.state["rank_A"]), int(outcome.state["rank_G"])) == (210, 3)
 
 
 @both_methods
