@@ -159,7 +159,7 @@ class Capture:
 
     @property
     def rests(self) -> bool:
-        """Whether the last drain and the one before it found nothing, for nothing was watched."""
+        """Whether nothing was watched before the last drain, and nothing has been armed since: there is nothing new."""
         return self._rests
 
     @property

@@ -28,6 +28,11 @@ class MaskNotice:
         self._share = ""
         self._said: set[str] = set()
 
+    @property
+    def coming(self) -> bool:
+        """Whether numbers are on their way."""
+        return self._coming is not None or (self._ignored is not None and not self._fitted)
+
     def look(self, masked: MaskedRows, step: int, *, unseen: Collection[BlockName], level: int) -> None:
         """Takes one step's masks, unless the numbers of others are still on their way, and warns of what is known.
 

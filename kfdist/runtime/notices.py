@@ -28,6 +28,11 @@ class Notices:
         self._said: set[tuple[BlockName, str]] = set()
         self._doubted = False
 
+    @property
+    def coming(self) -> bool:
+        """Whether numbers are on their way to the host, for which `look` is to be called also where nothing is new."""
+        return self._padding.coming or self.masks.coming
+
     def look(self, capture: Capture, step: int, *, level: int) -> None:
         """Takes what was measured for a step, and warns.
 

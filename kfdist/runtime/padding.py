@@ -37,6 +37,11 @@ class PaddingNotice:
         self._advice: str | None = None
         self._said = False
 
+    @property
+    def coming(self) -> bool:
+        """Whether counts are on their way."""
+        return self._coming is not None
+
     def look(self, counts: Mapping[BlockName, tuple[Tensor, int]], *, level: int) -> None:
         """Takes one step's counts, unless others are still on their way, and warns of those that have come.
 

@@ -128,7 +128,7 @@ class Pipeline:
             if self.statistics_step == step:
                 due, norms = due.again(), None  # what an interruption left to do
             batches = self.capture.drain()
-            if not self.capture.rests:
+            if not self.capture.rests or self.notices.coming:
                 self.notices.look(self.capture, step, level=5)
         with phase("fold"):
             self.reducer.fold(due, batches, step_is_finite)

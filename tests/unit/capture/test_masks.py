@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from kfdist.capture.capture import Capture
 from kfdist.capture.masks import aligned
 from kfdist.capture.requests import Request, Sampling
+from kfdist.comm.host_copy import HostCopy
 from kfdist.curvature.blocks import make_blocks
 from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.curvature.references import per_example_gradients
 from kfdist.errors import ConfigError, KfdistWarning
+from kfdist.runtime import masking, padding
 from tests.support.factors import armed_capture, blocks_of, factors_of
 from tests.support.preconditioning import preconditioner
 
@@ -277,6 +279,39 @@ def test_many_zero_rows_are_warned_of_once(share: float, count: int) -> None:
         and "batch(mask=...)" in each
         for each in said
     )
+
+
+class LateCopy(HostCopy):
+    """Reaches the host a step later, as a GPU's numbers do."""
+
+    asked = 0
+
+    def ready(self) -> bool:
+        self.asked += 1
+        return self.asked > 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_counts_that_come_later_are_taken_at_a_step_that_measures_nothing(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (padding, masking):
+        monkeypatch.setattr(module, "HostCopy", LateCopy)
+    model = Tokens()
+    x, keep = torch.randn(N, T, Q, dtype=torch.float64), torch.arange(N * T).view(N, T) >= N * T / 2
+    said = []
+    with preconditioner(model, "kfac", factor_period=9, inverse_period=9) as pre:
+        for step in range(4):
+            model.zero_grad()
+            if masked:
+                pre.batch(mask=keep)
+            (model(x).square().sum(-1) * keep).sum().backward()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                pre.step()
+            said += [step for each in caught if issubclass(each.category, KfdistWarning)]
+        assert not pre.pipeline.notices.coming
+    assert said == ([] if masked else [1])
 
 
 @pytest.mark.parametrize(("labelled", "stated", "count"), [(2, None, 1), (2, 2, 0), (5, None, 0)])

@@ -11,7 +11,7 @@ from kfdist.curvature.averages import BatchStatistics, WeightedSums, means, pack
 from kfdist.curvature.late_sums import LateSums
 from kfdist.curvature.statistics import STATISTICS
 from kfdist.curvature.thin_sums import ThinRows
-from kfdist.linalg.psd import pack_triangle
+from kfdist.linalg.psd import pack_triangle, sum_of_products
 from kfdist.wire.records import from_tree
 
 C, P, Q = 2, 3, 4
@@ -139,6 +139,22 @@ def test_a_sum_of_few_rows_travels_as_these_whatever_changes_later(columns: Tens
     place = torch.empty(late.shapes["A"]).view(-1)
     late.put("A", place)
     torch.testing.assert_close(place, pack_triangle(5.0 * wanted).view(-1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_bit_of_a_sum_of_two_pieces_depends_on_when_it_is_asked_for(frozen: bool) -> None:
+    sums = WeightedSums({"A": (1, WIDE, WIDE)}, dtype=torch.float32, device="cpu")
+    pieces = [torch.randn(1, 4, WIDE, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    sums.fold(BatchStatistics({}, 5.0, 10.0, thin={"A": [ThinRows(each) for each in pieces]}), 0.0)
+    late = handed_out(sums)
+    assert late.rows["A"].shape == (1, 8, WIDE)
+    if frozen:
+        late.freeze()
+    place = torch.empty(late.shapes["A"]).view(-1)
+    late.put("A", place)
+    expected = pack_triangle(sum_of_products(late.rows["A"]))
+    assert torch.equal(place, expected.view(-1))
+    assert torch.equal(late["A"], expected) and torch.equal(late.own("A"), expected)
 
 
 def test_a_sum_of_many_rows_or_of_two_batches_or_one_that_was_loaded_travels_as_a_triangle() -> None:
