@@ -320,7 +320,7 @@ def _few_rows(total: Tensor, thin: Sequence[ThinRows]) -> Tensor | None:
     """Returns the rows whose products a sum on the host is, where they can travel in its place; else None."""
     width = total.shape[-1]
     sizes = [each.rows.shape[1] for each in thin]
-    if total.device.type != "cpu" or not can_travel_as_rows(sum(sizes), width):
+    if total.device.type != "cpu" or not can_travel_as_rows(sum(sizes), width, len(total)):
         return None
     whole = total.new_zeros(len(total), sum(sizes), width)
     for each, part in zip(thin, whole.split(sizes, dim=1), strict=True):

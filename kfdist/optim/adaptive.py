@@ -460,8 +460,8 @@ class AdaptiveStep:
     def _falls(self, replay: Replay, batch: _Batch, parts: _Parts, grown: float) -> bool:
         """Says of a part of the batch whether the objective fell on it, at that part of the price.
 
-        It is the part that the model isn't made of. False where there is none, and after a step that was rejected, as
-        this one may well be.
+        It is a part that the model isn't made of, where the fractions leave room for both. False where there is none,
+        and after a step that was rejected, as this one may well be.
         """
         if batch.part_loss is None or self._trust.rejected:
             return False

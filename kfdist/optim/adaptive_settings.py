@@ -42,7 +42,8 @@ class AdaptiveSettings:
             undone if the whole batch agrees.
         differentiation: "forward", "double_backward", or "auto": forward mode until an operator turns out to have no
             forward derivative, for all directions at once where the model is made of a part of the batch and all of it
-            can run so.
+            can run so. What a model keeps of such a run (`self.log.append(output.detach())`) is a tensor inside
+            `torch.func`, which can be neither copied nor saved: give "double_backward" where it keeps something.
     """
 
     statistics_fraction: float = 1 / 8

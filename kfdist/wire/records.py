@@ -9,6 +9,7 @@ A record travels as a tree, `{"kind": KIND, "fields": {FIELD: VALUE}}`, where KI
 both sides know, and the value of a field that is a record is a tree again.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -25,6 +26,12 @@ RecordType = TypeVar("RecordType", bound="DataclassInstance")
 
 _WIDEST = 256
 """How much wider than they are many rows may be that travel in the place of their products."""
+
+_LARGEST = 1 << 28
+"""Numbers of a sum of products that may be asked for by rows, which are few: 1 GiB in float32, d = 16,384."""
+
+_OF_ROWS = frozenset({torch.float32, torch.float64})
+"""What rows are of: sums are made of them, which nothing narrower keeps."""
 
 RecordTree = dict[str, Any]
 """A record ready to travel: `kind` and `fields`."""
@@ -174,22 +181,24 @@ def _field_of(kind: str, f: Field[Any], value: Any, table: Mapping[str, type]) -
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def can_travel_as_rows(rows: int, width: int) -> bool:
-    """Says whether so many rows are sent in the place of the triangle of their products.
+def can_travel_as_rows(rows: int, width: int, matrices: int = 1) -> bool:
+    """Says whether so many rows of each of some matrices are sent in the place of the triangles of their products.
 
-    They take a quarter of its bytes or less; and not so little that a small payload asks its reader for any memory.
+    They take a quarter of their bytes or less; and not so little that a small payload asks its reader for any memory:
+    sums are at most 256 times as large as what travels, and of 2^28 numbers. Readers refuse others.
     """
-    return 0 < 8 * rows <= width <= _WIDEST * rows
+    return 0 < 8 * rows <= width <= _WIDEST * rows and matrices * width * width <= _LARGEST
 
 
 def _of_rows(kind: str, name: str, value: dict[Any, Any]) -> Tensor:
     rows = value.get("rows")
-    if value.keys() != {"rows"} or not isinstance(rows, Tensor) or rows.dim() < 2 or not rows.is_floating_point():
-        raise ValueError(f"field {name!r} of {kind} must be a triangle, or floating-point rows alone")
-    if rows.shape[-1] > _WIDEST * rows.shape[-2]:
+    if not isinstance(rows, Tensor) or rows.dim() < 2 or rows.dtype not in _OF_ROWS or value.keys() != {"rows"}:
+        raise ValueError(f"field {name!r} of {kind} must be a triangle, or rows alone, of float32 or float64")
+    *matrices, count, width = rows.shape
+    if not can_travel_as_rows(count, width, math.prod(matrices)):
         raise ValueError(
-            f"field {name!r} of {kind} has {rows.shape[-2]} rows of {rows.shape[-1]} numbers; so few of that width "
-            "travel as a triangle"
+            f"field {name!r} of {kind} has {count} rows of {width} numbers for {math.prod(matrices)} matrices, which "
+            "travel as triangles"
         )
     return sum_of_products(rows)
 

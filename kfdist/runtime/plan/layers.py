@@ -99,6 +99,8 @@ class StandingBlocks:
         self._device = device
         self._children: list[tuple[nn.Module, str, nn.Module]] | None = None
         self._parameters: list[tuple[nn.Module, str, nn.Parameter, torch.Size]] = []
+        self._left_out: list[tuple[nn.Parameter, torch.Size]] = []
+        self._kept: list[bool] = []
 
     def check(self) -> None:
         """Refuses a layer that was frozen, replaced, resized or moved, by `ModelChanged`."""
@@ -110,12 +112,18 @@ class StandingBlocks:
         self._parameters = [
             (block.module, part.attribute, part.parameter, part.parameter.shape)
             for block in self._blocks
-            for part in block.planned_parts
+            for part in block.parts
         ]
+        self._left_out = [
+            (part.parameter, part.parameter.shape)
+            for block in self._blocks
+            for part in block.planned_parts[len(block.parts) :]
+        ]
+        self._kept = [block.has_bias for block in self._blocks]
 
     def _stand(self) -> bool:
         """Says whether all is as `check_blocks` last found it; where it isn't, or that isn't known, it looks again."""
-        if self._children is None:
+        if self._children is None or [block.has_bias for block in self._blocks] != self._kept:
             return False
         for parent, name, child in self._children:
             if children_by_name(parent).get(name) is not child:
@@ -126,7 +134,7 @@ class StandingBlocks:
                 return False
             if parameter.shape != shape or parameter.device != device:
                 return False
-        return True
+        return all([parameter.shape == shape for parameter, shape in self._left_out])  # `resized` looks at these
 
 
 def _ways_to(model: nn.Module, layers: Set[int]) -> Iterator[tuple[nn.Module, str, nn.Module]]:

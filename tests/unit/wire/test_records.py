@@ -150,6 +150,11 @@ def test_symmetric_matrices_come_as_rows_where_they_are_few() -> None:
         ({"rows": torch.ones(2, 2, dtype=torch.int64)}, "rows alone"),
         ({"rows": torch.ones(1, 2, 513)}, "2 rows of 513 numbers"),
         ({"rows": torch.ones(1, 0, 5)}, "0 rows of 5 numbers"),
+        ({"rows": torch.ones(1, 2, 15)}, "2 rows of 15 numbers"),
+        ({"rows": torch.ones(1, 2, 16, dtype=torch.bfloat16)}, "rows alone, of float32 or float64"),
+        ({"rows": torch.ones(1, 2, 16, dtype=torch.float16)}, "rows alone, of float32 or float64"),
+        ({"rows": torch.ones(1, 65, 16640)}, "65 rows of 16640 numbers for 1 matrices"),
+        ({"rows": torch.ones(4097, 1, 256)}, "for 4097 matrices"),
     ],
 )
 def test_rows_that_are_none_or_would_take_any_memory_are_refused(value: object, message: str) -> None:
@@ -157,3 +162,4 @@ def test_rows_that_are_none_or_would_take_any_memory_are_refused(value: object, 
         leaf(value)
     assert records.can_travel_as_rows(2, 512) and not records.can_travel_as_rows(2, 513)
     assert not records.can_travel_as_rows(3, 23) and not records.can_travel_as_rows(0, 0)
+    assert records.can_travel_as_rows(1, 256, 4096) and not records.can_travel_as_rows(1, 256, 4097)

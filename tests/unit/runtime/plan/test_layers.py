@@ -130,6 +130,32 @@ def test_what_stands_is_not_walked_through_again(monkeypatch: pytest.MonkeyPatch
     standing.check()
 
 
+def _freeze_bias(model: nn.Sequential) -> None:
+    model.get_parameter("2.bias").requires_grad_(False)
+
+
+def _give_bias(model: nn.Sequential) -> None:
+    model[2].bias = nn.Parameter(model.get_parameter("2.bias").detach().clone())
+
+
+@pytest.mark.parametrize("change", [_freeze_bias, _give_bias])
+def test_a_bias_that_is_left_out_may_change_until_it_is_kept(
+    change: Callable[[nn.Sequential], None], monkeypatch: pytest.MonkeyPatch
+):
+    model = two_layers()
+    blocks = blocks_of(model)
+    standing = StandingBlocks(model, blocks.values(), torch.device("cpu"))
+    blocks["2"].keep_bias(False)
+    change(model)
+    standing.check()
+    with monkeypatch.context() as patched:
+        patched.setattr("kfdist.runtime.plan.layers.check_blocks", lambda *_: pytest.fail("walked through again"))
+        standing.check()
+    blocks["2"].keep_bias(True)
+    with pytest.raises(ModelChanged, match="layer '2' was"):
+        standing.check()
+
+
 def test_layers_on_several_devices_are_refused():
     here, there = nn.Linear(2, 2), nn.Linear(2, 2)
     model = nn.ModuleDict({"here": here, "there": there})

@@ -96,6 +96,36 @@ def test_starving_groups_are_due_at_every_step() -> None:
     assert list(requests(table, 1)) == [second.group.name]
 
 
+def test_on_a_step_on_which_nothing_is_due_all_groups_are_quiet_but_those_wanted_now() -> None:
+    table, (first, second) = timetable("kfac")
+    assert not (table.due(4).folding or table.due(4).reducing or requests(table, 4))
+    table.fresh = frozenset({second.group.name})
+    assert (table.due(4).folding, table.due(4).reducing) == ((second,), (second,))
+    asked = requests(table, 4)
+    assert list(asked) == [second.group.name] and asked[second.group.name].sums == {"A", "G"}
+    table.fresh = frozenset()
+    first.without_statistics = True
+    assert (table.due(4).folding, table.due(4).reducing) == ((first,), (first,))
+    assert list(requests(table, 4)) == [first.group.name]
+
+
+def test_calibration_asks_for_samples_on_a_step_on_which_nothing_is_due() -> None:
+    table, (_, second) = timetable(make_inverter("ekfac", examples=8, rows=20))
+    assert not table.due(4).folding and requests(table, 4) == {}
+    asked = requests(table, 4, calibrating=(1,))
+    assert list(asked) == [second.group.name]
+    assert (asked[second.group.name].samples, asked[second.group.name].sums) == (8, frozenset())
+
+
+def test_rows_that_an_inverse_is_multiplied_onto_are_asked_for_at_every_step() -> None:
+    table, tracks = timetable(make_inverter("b-kfac", rank=4, increment_rows=8, apply_to="rows"))
+    for step in (4, 5):
+        assert not (table.due(step).folding or table.due(step).reducing)
+        asked = requests(table, step)
+        assert list(asked) == [track.group.name for track in tracks]
+        assert all(each.rows == {"A", "G"} and each.most_rows is None and not each.sums for each in asked.values())
+
+
 def test_a_step_done_again_makes_only_what_ranks_invert_themselves() -> None:
     """Its sums are folded and its jobs under way."""
     table, (first, second) = timetable({"0": "kfac", "1": "eva"})
