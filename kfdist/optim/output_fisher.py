@@ -131,7 +131,8 @@ class OutputFisher:
         stacked = [torch.stack([u[p] for u in directions]) for p in parameters]
 
         def run(*tensors: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            with with_tensors_for_parameters(self._model, self._by_name(dict(zip(parameters, tensors, strict=True)))):
+            swapped = self._by_name(dict(zip(parameters, tensors, strict=True))) | self._buffers()
+            with with_tensors_for_parameters(self._model, swapped):
                 output, loss = self._run()
             return output, (output, loss)
 
@@ -153,6 +154,12 @@ class OutputFisher:
         by_id = {id(parameter): tensor for parameter, tensor in tensors.items()}
         named = self._model.named_parameters(remove_duplicate=False)
         return {name: by_id[id(parameter)] for name, parameter in named if id(parameter) in by_id}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Returns copies of the buffers by name: what was made outside of `torch.func.jvp` can't be changed inside."""
+        named = list(self._model.named_buffers(remove_duplicate=False))
+        copies = {id(buffer): buffer.clone() for _, buffer in named}
+        return {name: copies[id(buffer)] for name, buffer in named}
 
     def _forward_mode(self, direction: Mapping[nn.Parameter, Tensor]) -> Tensor:
         # Without a graph: that of the tangents would cost twice the memory of the training forward's.
