@@ -144,8 +144,9 @@ def children_by_name(module: nn.Module) -> Mapping[str, nn.Module | None]:
 
 
 def parameters_by_name(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    """Returns a module's own parameters by name, as they are now, without making a list of them."""
-    return module._parameters
+    """Returns a module's own parameters by name, as they are now; of a scripted module in a dict of their own."""
+    parameters = module._parameters
+    return parameters if isinstance(parameters, dict) else dict(parameters.items())
 
 
 def runs_compiled(module: nn.Module) -> bool:

@@ -81,7 +81,10 @@ class AbstractAdamBasis(AbstractPreconditioner):
         return self.matrix(R.mul_(scale)) if isinstance(scale, Tensor) else self.matrix(R, scale)
 
     def scales(
-        self, first_weight: Tensor | float | None, second_weight: Tensor | float, dtype: torch.dtype
+        self,
+        first_weight: Float[Tensor, ""] | float | None,
+        second_weight: Float[Tensor, ""] | float,
+        dtype: torch.dtype,
     ) -> tuple[Any, Any]:
         """Returns what is added to sqrt(v), and what multiplies the quotient; tensors where the weights are.
 
@@ -99,7 +102,9 @@ class AbstractAdamBasis(AbstractPreconditioner):
         weight = first_weight * self.beta1 + (1 - self.beta1) if self.nesterov else never_zero(first_weight, dtype)
         return self.eps * root, root / weight
 
-    def fold(self, R: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def fold(
+        self, R: Float[Tensor, "..."], first: Float[Tensor, "..."], second: Float[Tensor, "..."]
+    ) -> Float[Tensor, "..."]:
         """Folds R into both moments of a step that isn't skipped; returns n times its weight, over R."""
         first.lerp_(R, 1 - self.beta1)
         second.mul_(self.beta2).addcmul_(R, R, value=1 - self.beta2)

@@ -9,7 +9,7 @@ from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.policies.staleness import NOTHING
 from kfdist.runtime.apply.directions import Application, precondition_gradients, solve
-from kfdist.runtime.apply.together import Together
+from kfdist.runtime.apply.side_by_side import Together
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.track import Track

@@ -489,25 +489,3 @@ def test_a_forward_of_another_thread_is_not_taken_for_one_that_checkpointing_rep
         thread.start()
         thread.join()
     assert {each.examples for each in capture.drain().values()} == {4}
-
-
-def test_a_capture_that_rested_measures_what_comes_then_and_nothing_of_before() -> None:
-    model = small_cnn()
-    capture = armed_capture(model)
-    backward(model)
-    requests = {name: Request(sums=frozenset({"A", "G"})) for name in capture.drain()}
-    assert not capture.rests
-    for _ in range(3):
-        capture.arm({})
-        capture.state_examples(3)
-        backward(model, seed=1)
-        assert not capture.drain()
-        assert capture.rests
-    x, y = images(8, seed=2)
-    before = nn.functional.cross_entropy(model(x), y)
-    capture.arm(requests)
-    assert not capture.rests
-    before.backward()
-    model.zero_grad()
-    backward(model)
-    assert_factors_equal(factors_of(capture.drain()), alone(), 1e-6)

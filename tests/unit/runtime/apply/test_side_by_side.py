@@ -12,9 +12,9 @@ import kfdist
 from kfdist.curvature.adam_moments import FIRST, FIRST_WEIGHT, SECOND
 from kfdist.curvature.inverters.ekfac_adam import EkfacAdam
 from kfdist.optim.optimizer import Optimizer
-from kfdist.runtime.apply import together as packing
+from kfdist.runtime.apply import side_by_side as packing
 from kfdist.runtime.apply.applications import Applying
-from kfdist.runtime.apply.together import Together
+from kfdist.runtime.apply.side_by_side import Together
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
