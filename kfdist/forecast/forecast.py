@@ -20,7 +20,7 @@ from kfdist.forecast.rehearsal import rehearse
 from kfdist.forecast.step_time import StepTime, step_times
 from kfdist.forecast.traffic import RINGS, Traffic, TrafficForecast, schedule_of
 from kfdist.forecast.trial_steps import try_steps
-from kfdist.policies.advice import batch_advice, owner_advice
+from kfdist.policies.advice import batch_advice, owner_advice, shortest_period
 from kfdist.policies.staleness import FixedLag, usual_delay
 from kfdist.runtime.plan.coverage import Coverage
 from kfdist.runtime.plan.groups import BlockGroup
@@ -347,14 +347,16 @@ def _advice(
         found = {}
         for count in sorted(counts):
             dealt = deal(sent, count, config.cluster.assignment)
-            found[count] = play(sent, schedule, dealt, costs.seconds, seconds, delay).steps
+            found[count] = play(sent, schedule, dealt, costs.seconds, seconds, delay).steps_by_period
         bounds = config.preconditioner.staleness
         bound = bounds.soft_bound if bounds.soft_bound is not None else bounds.hard_bound
-        said += owner_advice(owners, found, bound, inverse_period=schedule.inverse_period, delay=delay)
+        said += owner_advice(owners, found, bound, delay=delay)
     batch = config.cluster.workers * config.data.batch_size
     noise = None if earlier is None else earlier.noise_scale
     inverting = owners if config.preconditioner.inverts and config.cluster.link == "service" else 0
-    return said + batch_advice(batch, noise, owners=inverting, inverse_period=schedule.inverse_period)
+    periods = [group.inverter.update_period(schedule.factor_period, schedule.inverse_period) for group in sent]
+    period, key = shortest_period(config.preconditioner.model_dump(), periods)
+    return said + batch_advice(batch, noise, owners=inverting, period=period, period_key=key)
 
 
 def _lag_advice(lag: int, ages: Ages, step_time: StepTime) -> list[str]:

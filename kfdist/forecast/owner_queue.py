@@ -6,6 +6,7 @@ the order in which they come; of each group one job is under way and one waits, 
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ class Ages:
 
     Attributes:
         steps: The largest staleness of any block, in steps.
+        steps_by_period: The largest of the blocks with each period, by the steps between two inverses.
         mean_steps: The mean over steps and blocks.
         delay_steps: The largest number of steps from statistics to their adoption.
         replaced: Jobs that never ran as a newer one took their place, of all.
@@ -36,6 +38,7 @@ class Ages:
     """
 
     steps: int
+    steps_by_period: Mapping[int, int]
     mean_steps: float
     delay_steps: int
     replaced: float
@@ -165,19 +168,20 @@ def _ages(
     replaced: float,
 ) -> Ages:
     """Reads ages off the adoptions: from one to the next, an inverse ages by a step each step."""
-    oldest, summed, delays = 0, 0.0, [delay]
+    oldest, summed, delays = defaultdict[int, int](int), 0.0, [delay]
     begin, end = counted.start, counted.stop
     for state in states:
         following = [*(at for at, _ in state.adopted[1:]), end]
         for (at, version), until in zip(state.adopted, following, strict=True):
             since, last = max(at, begin), min(until, end) - 1
             if last >= since:
-                oldest = max(oldest, last - version)
+                oldest[state.period] = max(oldest[state.period], last - version)
                 summed += (since + last - 2 * version) * (last - since + 1) / 2
             if begin <= at < end and at:
                 delays.append(at - version)
     return Ages(
-        steps=oldest,
+        steps=max(oldest.values()),
+        steps_by_period=dict(oldest),
         mean_steps=summed / ((end - begin) * len(states)),
         delay_steps=max(delays),
         replaced=replaced,

@@ -1,6 +1,7 @@
 """Whether a larger batch pays, and how many owners keep inverses fresh: in sentences, for a plan and for a report."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from kfdist.policies.staleness import oldest
 
@@ -13,14 +14,45 @@ def gain(batch: float, noise_scale: float) -> float:
     return 1.0 / (1.0 + noise_scale / batch)
 
 
-def batch_advice(batch: int, noise_scale: float | None, *, owners: int, inverse_period: int) -> list[str]:
+def shortest_period(preconditioner: Mapping[str, Any], periods: Collection[int]) -> tuple[int, str]:
+    """Returns the fewest steps between two inverses of a block, and the key of a configuration that sets them.
+
+    Args:
+        preconditioner: The configuration's section as a table.
+        periods: The steps between two inverses, of each block; none if that isn't known.
+    """
+    inverse_period, factor_period = preconditioner.get("inverse_period", 1), preconditioner.get("factor_period", 1)
+    period = min([inverse_period, *periods])
+    if period == inverse_period:
+        return period, "preconditioner.inverse_period"
+    keys = _keys_of("basis_period", preconditioner, "preconditioner")
+    return period, next(keys, "") if period > factor_period else "preconditioner.factor_period"
+
+
+def _keys_of(name: str, table: Mapping[str, Any], path: str) -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _keys_of(name, value, f"{path}.{key}")
+        elif key == name:
+            yield f"{path}.{key}"
+
+
+def batch_advice(
+    batch: int,
+    noise_scale: float | None,
+    *,
+    owners: int,
+    period: int,
+    period_key: str = "preconditioner.inverse_period",
+) -> list[str]:
     """Says where a batch stands beside the critical one, and what further machines are better used for past it.
 
     Args:
         batch: Examples of a step over all ranks.
         noise_scale: The gradient noise scale tr(Sigma) / |G|^2 of a run, a number of examples; None if none is known.
         owners: How many owners there are; 0 where nothing is inverted.
-        inverse_period: Steps between two inversions of a block.
+        period: Fewest steps between two inverses of a block.
+        period_key: What sets them (`shortest_period`).
 
     Returns:
         Sentences; the first one names the critical batch, or says that it isn't known.
@@ -42,19 +74,19 @@ def batch_advice(batch: int, noise_scale: float | None, *, owners: int, inverse_
     else:
         sentences += [
             f"Past it, twice the batch saves only {saved:.0%} of the steps at twice the cost of each. Instead:",
-            *_instead(batch, noise_scale, owners, inverse_period),
+            *_instead(batch, noise_scale, owners, period, period_key),
         ]
     return sentences
 
 
-def _instead(batch: int, noise_scale: float, owners: int, inverse_period: int) -> list[str]:
+def _instead(batch: int, noise_scale: float, owners: int, period: int, period_key: str) -> list[str]:
     listed = []
     if owners:
         listed.append(f"- more owners than {owners} (cluster.owners), so that inverses are younger when they are used;")
         listed.append(
-            f"- a shorter preconditioner.inverse_period than {inverse_period}, which those owners then keep up with;"
-            if inverse_period > 1
-            else "- a method that is closer to the full curvature, as inverse_period is 1 already;"
+            f"- a shorter {period_key} than {period}, which those owners then keep up with;"
+            if period > 1
+            else "- a method that is closer to the full curvature, as every step has a new inverse already;"
         )
     most = max(1, round(noise_scale))
     listed.append(f"- a smaller batch: {most:,} examples take about {_steps(batch, most, noise_scale)} the steps, each")
@@ -67,33 +99,53 @@ def _steps(batch: int, smaller: int, noise_scale: float) -> str:
 
 
 def owner_advice(
-    owners: int, staleness: Mapping[int, int], bound: int | None, *, inverse_period: int, delay: int
+    owners: int, staleness: Mapping[int, Mapping[int, int]], bound: int | None, *, delay: int
 ) -> list[str]:
     """Says how many owners keep staleness within a bound.
 
     Args:
         owners: How many there are.
-        staleness: The largest staleness in steps by the number of owners, `owners` among them.
-        bound: The configured bound; None if there is none: then what the periods alone allow, half a period late.
-        inverse_period: Steps between two inversions of a block.
+        staleness: By the number of owners, `owners` among them: the largest staleness in steps of the blocks with each
+            period, by that period. A period is the steps between two inverses.
+        bound: The configured bound; None if there is none: then what a block's period allows, half a period late.
         delay: Steps from statistics to adoption, of an inversion that takes less than a step.
     """
-    least = oldest(inverse_period, delay)
-    wanted = bound if bound is not None else least + inverse_period // 2
-    words = (
-        f"the bound of {wanted}" if bound is not None else f"{wanted} steps, half a period beyond the least, {least}"
-    )
-    enough = min((count for count, steps in staleness.items() if steps <= wanted), default=None)
-    now = f"With {owners} owner{'' if owners == 1 else 's'} staleness reaches {staleness[owners]} steps"
+    wanted = {period: _wanted(period, bound, delay) for period in staleness[owners]}
+
+    def beyond(count: int) -> float:
+        """Returns how far the worst blocks are beyond what is wanted of them, in periods of theirs."""
+        return max((steps - wanted[period]) / period for period, steps in staleness[count].items())
+
+    def worst(count: int) -> int:
+        return max(staleness[count], key=lambda period: (staleness[count][period] - wanted[period]) / period)
+
+    def words(period: int) -> str:
+        if bound is not None:
+            return f"the bound of {bound}"
+        return f"{wanted[period]} steps, half a period beyond the least, {oldest(period, delay)}"
+
+    enough = min((count for count in staleness if beyond(count) <= 0), default=None)
+    period = worst(owners)
+    of = f" of blocks inverted every {period}" if len(wanted) > 1 else ""
+    now = f"With {owners} owner{'' if owners == 1 else 's'} staleness reaches {staleness[owners][period]} steps{of}"
     if enough is None:
-        best = min(staleness.values())
-        most = min(count for count, steps in staleness.items() if steps == best)
+        best = min(sorted(staleness), key=beyond)
+        late = worst(best)
+        of = f" of blocks inverted every {late}" if late != period else ""
         return [
-            f"{now}; no number of owners keeps it within {words}: it is {best} at best, with {most}. Raise "
-            "inverse_period, take a cheaper method for the dearest blocks, or give owners more threads."
+            f"{now}; no number of owners keeps it within {words(late)}: it is {staleness[best][late]} at best{of}, "
+            f"with {best}. Invert less often, take a cheaper method for the dearest blocks, or give owners more "
+            "threads."
         ]
-    if staleness[owners] > wanted:
-        return [f"{now}, above {words}; {enough} owners keep it at {staleness[enough]}: cluster.owners = {enough}."]
+    if beyond(owners) > 0:
+        return [
+            f"{now}, above {words(period)}; {enough} owners keep it at {staleness[enough][period]}: "
+            f"cluster.owners = {enough}."
+        ]
     if enough < owners:
-        return [f"{now}, within {words}; {enough} would be enough ({staleness[enough]})."]
-    return [f"{now}, within {words}."]
+        return [f"{now}, within {words(period)}; {enough} would be enough ({staleness[enough][period]})."]
+    return [f"{now}, within {words(period)}."]
+
+
+def _wanted(period: int, bound: int | None, delay: int) -> int:
+    return bound if bound is not None else oldest(period, delay) + period // 2

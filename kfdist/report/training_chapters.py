@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from kfdist.policies.advice import batch_advice
+from kfdist.policies.advice import batch_advice, shortest_period
 from kfdist.report import figures, words
 from kfdist.report.figures import Curve
 from kfdist.report.parts import Chapter, Plot, Table, curve, flat, inverts, later_starts
@@ -164,9 +164,10 @@ def advice(run: Recorded, scale: float, batch: int | None) -> list[str]:
     measured = f"In the second half of the run the gradient noise scale was {words.number(scale)} examples (median)."
     if batch is None:
         return [measured]
-    period = run.config.get("preconditioner", {}).get("inverse_period", 1)
+    known = run.windows[-1].get("periods", ()) if run.windows else ()  # none in older histories
+    period, key = shortest_period(run.config.get("preconditioner", {}), known)
     owners = run.config.get("cluster", {}).get("owners", 0) if inverts(run) else 0
-    return [measured, *batch_advice(batch, scale, owners=owners, inverse_period=period)]
+    return [measured, *batch_advice(batch, scale, owners=owners, period=period, period_key=key)]
 
 
 def events(run: Recorded) -> Chapter:

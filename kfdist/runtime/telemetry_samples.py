@@ -10,6 +10,7 @@ from torch import Tensor
 from kfdist.curvature.inverter import Inversion
 from kfdist.curvature.inverters.unit_wise import UnitWise
 from kfdist.links.link import LinkCounters
+from kfdist.policies.staleness import FixedLag
 from kfdist.runtime.pipeline import Pipeline
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.track import Track
@@ -56,7 +57,7 @@ def pipeline_samples(pipeline: Pipeline, link: LinkCounters) -> list[MetricSampl
 
 
 def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
-    counters, step = pipeline.counters, pipeline.last_step
+    counters, step, adoption = pipeline.counters, pipeline.last_step, pipeline.in_force.settings.adoption
     replaced = {reason: counters.replaced[reason].latest(counts) for reason, counts in _replaced(pipeline).items()}
     # Reasons of failures have numbers in them: without bound as label values. The summary has them.
     failures = {"inversion_failed": sum(counters.failures.values()), "damaged_broadcast": counters.resent}
@@ -65,6 +66,7 @@ def _common_samples(pipeline: Pipeline) -> list[MetricSample]:
         _sample("kfdist_steps_total", counters.steps),
         _sample("kfdist_damping", counters.adaptive_damping or pipeline.in_force.damping(step)),
         _sample("kfdist_inverse_period_steps", pipeline.timetable.inverse_period(step)),
+        _sample("kfdist_lag_steps", adoption.lag if isinstance(adoption, FixedLag) else 0),
         _sample("kfdist_adoptions_total", counters.adoptions),
         _sample("kfdist_refreshes_total", counters.outgrown),
         *(_sample("kfdist_adoption_wait_seconds", seconds) for seconds in counters.adoption_waits),

@@ -119,8 +119,11 @@ _DECLARED = (
     _of_block(
         "kfdist_delay_steps", "Training steps between the statistics in a block's inverse and the step that adopted it."
     ),
-    _of_block("kfdist_update_period_steps", "Training steps between two inverses of a block: its method's own period."),
-    _gauge("kfdist_inverse_period_steps", "Training steps between two inversions of a block."),
+    _of_block(
+        "kfdist_update_period_steps", "Training steps between two inverses of this block, as its method has them."
+    ),
+    _gauge("kfdist_inverse_period_steps", "The run's inverse_period, for methods without a period of their own."),
+    _gauge("kfdist_lag_steps", "Agreed training steps from statistics to adoption under a fixed lag; 0 without one."),
     _gauge(
         "kfdist_block_method_info",
         "Always 1; the label names the method of a block.",

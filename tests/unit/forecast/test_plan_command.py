@@ -40,6 +40,8 @@ def test_ranks_owners_and_a_step_time_as_asked() -> None:
     assert gradients["total"] == 8 * 4 * 151_306
     assert gradients["wire"] == pytest.approx(4 * 151_306 * 2 * 7 / 8)
     assert told["advice"][0].startswith("With 3 owners staleness reaches 23 steps")
+    default = _told("--step-seconds", "1000", "--owners", "1", "--world", "2")  # a basis every 20 steps, not every 100
+    assert default["advice"][0].endswith("reaches 23 steps, within 33 steps, half a period beyond the least, 23.")
 
 
 def test_gpus_have_figures_or_are_refused() -> None:
@@ -64,6 +66,8 @@ def test_an_earlier_run_has_the_step_time_and_the_noise_scale(tmp_path: Path) ->
     assert told["staleness"][0]["seconds"] == 0.25 and "measured" in told["staleness"][0]["source"]
     assert any("critical batch is about 20 examples" in each for each in told["advice"])
     assert any("a smaller batch" in each for each in told["advice"])
+    key = "preconditioner.settings.dense_settings.basis_period"
+    assert any(f"a shorter {key} than 20" in each for each in told["advice"])
     (tmp_path / "summary.json").write_text(json.dumps({"status": "running"}))
     lines = [{"event": "start"}, {"event": "step", "step": 9, "step_seconds": 0.125, "noise_scale": None}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines) + '{"torn')

@@ -10,8 +10,10 @@ import pytest
 from kfdist.control import run_rules
 from kfdist.control.store import Batch, RunUpdate, Store
 from kfdist.errors import ConfigError
+from kfdist.report.inversion_chapters import staleness
 from kfdist.report.page import status, write_report
 from kfdist.report.recorded import Recorded
+from kfdist.report.training_chapters import advice
 from kfdist.training.history import window_length
 from tests.support.recorded import long_history, record
 
@@ -116,6 +118,28 @@ def test_a_page_stands_by_itself(page: Page) -> None:
     assert [link for link in page.links if not link.startswith(("#", "data:"))] == []
     assert len(set(page.ids)) == len(page.ids)
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+
+
+def test_each_block_has_its_methods_own_period(tmp_path: Path) -> None:
+    """In the history, in the table, and in what is advised past the critical batch."""
+    dense = 'dense = "ekfac-adam", dense_settings = { basis_period = 20 }'
+    directory = record(
+        tmp_path / "run",
+        "preconditioner.method=by-width",
+        f'preconditioner.settings={{ {dense}, wide = "rs-kfac", eigen = 20 }}',  # the last of three layers is narrower
+        "preconditioner.factor_period=10",
+        "preconditioner.inverse_period=100",
+        "optimizer.name=kfdist",
+        "run.steps=3",
+    )
+    history = lines_of(directory, "history.jsonl")
+    start, windows = history[0], [line for line in history if line["event"] == "window"]
+    assert set(zip(start["methods"], windows[-1]["periods"], strict=True)) == {("ekfac-adam", 20), ("rs-kfac", 100)}
+    recorded = Recorded.of(directory)
+    [table] = staleness(recorded).tables
+    assert {row[1]: row[2] for row in table.rows} == {"ekfac-adam": "20", "rs-kfac": "100"}
+    said = " ".join(advice(recorded, 10.0, 1000))
+    assert "a shorter preconditioner.settings.dense_settings.basis_period than 20" in said
 
 
 def test_without_a_preconditioner_it_says_so(plain: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_staleness_and_delay_of_a_lag():
             pre.step()
             found = told(pre)
             seen.append([found[f"kfdist_{name}_steps", "0"] for name in ("staleness", "delay")])
-            assert found["kfdist_inverse_period_steps",] == 4
+            assert found["kfdist_inverse_period_steps",] == 4 and found["kfdist_lag_steps",] == 2
     # Version 0 is waited for at step 0, version 4 adopted at step 6.
     assert seen == [[0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [5, 0], [2, 2], [3, 2]]
 
@@ -151,6 +151,7 @@ def test_a_method_with_a_period_of_its_own_is_judged_by_that():
         found = told(pre)
         names = {labels[0] for name, *labels in found if name == "kfdist_update_period_steps"}
         assert {found["kfdist_update_period_steps", name] for name in names - {"0"}} == {12}
+        assert found["kfdist_lag_steps",] == 0
         assert found["kfdist_update_period_steps", "0"] == 4 and found["kfdist_inverse_period_steps",] == 12
 
 
