@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from kfdist.config.preconditioner_section import BY_WIDTH, PreconditionerSection
 from kfdist.config.task_sections import OWN_OPTIMIZER
 
 Table = dict[str, Any]
@@ -15,6 +16,9 @@ _TORCHS: Mapping[str, Table] = {
 
 _TORCHS_METHOD: Table = {"method": "rs-kfac", "settings": {"rank": 128}}
 
+_OWN = PreconditionerSection().settings
+"""The default method's."""
+
 _PERIODS = ("factor_period", "inverse_period", "inverse_period_epochs")
 
 
@@ -25,21 +29,23 @@ def defaults_beside(given: Mapping[str, Any]) -> Table:
         given: What a configuration says, without any default; tables may be of any type yet.
     """
     optimizer, preconditioner = table_of(given.get("optimizer")), table_of(given.get("preconditioner"))
+    settings = table_of(preconditioner.get("settings"))
+    others = {name for name in ("dense", "wide") if settings.get(name, _OWN[name]) != _OWN[name]}
     named = bool(preconditioner.keys() & {"method", "methods"})
     if optimizer.get("name", OWN_OPTIMIZER) != OWN_OPTIMIZER:
         method = {} if named else _TORCHS_METHOD
         return {**_TORCHS, "preconditioner": {**_TORCHS["preconditioner"], **method}}
     graft, found = table_of(optimizer.get("settings")).get("graft", "adamw"), Table()
-    if named or graft != "adamw":
+    if named or others or graft != "adamw":
         found["ema_decay"] = 0.95
     if not named and graft != "adamw":
         # Under SGD's lengths, or the Newton step's, a direction of Adam's size is another method's.
-        found |= {"method": "by-width", "settings": {"dense": "kfac-eigen"}}
-    elif not named and "dense" in table_of(preconditioner.get("settings")):
-        found |= {"method": "by-width", "settings": {}}  # it has settings of its own
+        found |= {"method": BY_WIDTH, "settings": {"dense": "kfac-eigen"}}
+    elif not named and "dense" in others:
+        found |= {"method": BY_WIDTH, "settings": {}}  # it has settings of its own
     elif not named and preconditioner.keys() & set(_PERIODS):
         # A period that is given holds for all blocks.
-        found |= {"method": "by-width", "settings": {"dense": "ekfac-adam", "wide": "ekfac-adam"}}
+        found |= {"method": BY_WIDTH, "settings": {name: _OWN[name] for name in ("dense", "wide")}}
     if graft == "none":
         found["kl_clip"] = 1e-3
     return {"preconditioner": found}

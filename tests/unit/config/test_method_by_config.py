@@ -1,7 +1,9 @@
 """From the configuration's method to what `kfdist.Preconditioner` takes: by one line, or by name pattern."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -62,13 +64,34 @@ def test_another_dense_method_has_none_of_the_defaults_settings() -> None:
 @pytest.mark.parametrize("periods", [{}, {"inverse_period": 40}, {"factor_period": 5}])
 def test_the_default_is_what_the_optimizer_takes_by_itself(graft: str, periods: dict[str, int]) -> None:
     given = [f"optimizer.settings.graft={graft}", *(f"preconditioner.{name}={n}" for name, n in periods.items())]
+    _compare(given, graft=None if graft == "none" else graft, **periods)
+
+
+DENSE = "preconditioner.settings.dense"
+WIDE = "preconditioner.settings.wide"
+BASES = kfdist.EkfacAdam(basis_period=20)
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        ((f"{DENSE}=kfac-eigen",), {"method": kfdist.ByWidth(dense=kfdist.KfacEigen())}),
+        (("preconditioner.method=by-width", f"{DENSE}=kfac-eigen"), {"method": kfdist.ByWidth()}),
+        ((f"{WIDE}=rs-kfac",), {"method": kfdist.ByWidth(dense=BASES, wide=make_inverter("rs-kfac"))}),
+        ((f"{DENSE}=ekfac-adam",), {}),
+        ((f"{WIDE}=ekfac-adam",), {}),
+        ((f"{DENSE}=ekfac-adam", "preconditioner.inverse_period=40"), {"inverse_period": 40}),
+    ],
+)
+def test_a_method_that_is_named_is_what_the_optimizer_takes(given: tuple[str, ...], arguments: dict[str, Any]) -> None:
+    """However it is spelled; the default's own name is the default."""
+    _compare(given, **arguments)
+
+
+def _compare(given: Sequence[str], **arguments: Any) -> None:
     config = load_config(None, environment={}, overrides=given)
     settings = plan_of(config, small_model(), world_size=1, costs=None).settings
-    with kfdist.Optimizer(
-        small_model(),
-        graft=None if graft == "none" else graft,  # type: ignore[arg-type]
-        **periods,  # type: ignore[arg-type]
-    ) as optimizer:
+    with kfdist.Optimizer(small_model(), **arguments) as optimizer:
         theirs = optimizer.preconditioner
         names = ("factor_period", "inverse_period", "ema_decay", "damping", "kl_clip", "fisher", "sampling")
         assert {n: getattr(settings, n) for n in names} == {n: getattr(theirs.settings, n) for n in names}
