@@ -7,6 +7,7 @@ from typing import Any
 
 from kfdist.errors import ConfigError
 from kfdist.policies import tuning
+from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Adoption, Asap, FixedLag
 from kfdist.policies.tuning import changed
 from kfdist.runtime.plan.groups import BlockGroup
@@ -39,6 +40,11 @@ class SettingsInForce:
             self.fixed = dict.fromkeys(tuning.NAMES, "the run has no second-order method whose setting this is")
         elif configured.kl_clip is None and configured.lr is None:
             self.fixed = {"kl_clip": "it was made without a clip, and without a learning rate to clip by"}
+        self._ignored: dict[str, str] = {}
+        if groups and all(group.inverter.produces.normalised for group in groups):
+            names = ", ".join(sorted({group.inverter.name for group in groups}))
+            self._ignored = {"damping": f"{names}, the run's only method, has none: its steps have Adam's length"}
+        self.fixed |= self._ignored
 
     def damping(self, step: int) -> float:
         """Returns lambda at `step`: the stand-in's, what users set last, or as configured.
@@ -62,11 +68,17 @@ class SettingsInForce:
         changes = changed(self.changes, said)
         if changes == self.changes:
             return ""
+        return self._take(changes, said=said)
+
+    def _take(self, changes: dict[str, Value], *, said: Mapping[str, Value | None]) -> str:
         try:
             for name, reason in self.fixed.items():
                 if changes.get(name) != self.changes.get(name):
                     raise ConfigError(f"can't be changed: {reason}", path=name)
-            self.settings = self._with(changes)
+            settings = self._with(changes)
+            if said.keys() == {"inverse_period"} and said["inverse_period"] is not None:
+                self._refuse_without_effect(settings)
+            self.settings = settings
         except ConfigError as error:
             return str(error)
         self.changes = changes
@@ -105,7 +117,9 @@ class SettingsInForce:
         Raises:
             ConfigError: What users had changed doesn't go with the configuration of now.
         """
-        if refused := self.take(state["changes"]):
+        # Of before these were refused.
+        changes = {name: value for name, value in state["changes"].items() if name not in self._ignored}
+        if refused := self._take(changed(self.changes, changes), said={}):
             raise ConfigError(
                 f"users had changed settings of the run, as the checkpoint has them, and that doesn't go with the "
                 f"configuration any more: {refused}; configure what goes with it, or start a new run"
@@ -118,9 +132,24 @@ class SettingsInForce:
             given["kl_clip"] = given["kl_clip"] or None
         settings = replace(self._configured, **given, adoption=_adoption(self._configured.adoption, changes))
         for schedule in settings.schedules(groups=0):
-            for group in self._groups:
-                group.inverter.update_period(schedule.factor_period, schedule.inverse_period)
+            self._periods(schedule)
         return settings
+
+    def _refuse_without_effect(self, settings: Settings) -> None:
+        """Refuses an inverse period by which no group is inverted more or less often than it is."""
+        if any(group.inverter.online for group in self._groups):
+            return  # their jobs between two inversions are others than those at them
+        before, after = ([self._periods(each) for each in one.schedules(groups=0)] for one in (self.settings, settings))
+        if before == after:
+            periods = " and ".join(map(str, sorted(set(after[-1]))))
+            raise ConfigError(
+                f"would change nothing: blocks are inverted every {periods} steps, as their methods have it "
+                "(basis_period); give a shorter one, or factor_period beside it",
+                path="inverse_period",
+            )
+
+    def _periods(self, schedule: Schedule) -> list[int]:
+        return [group.inverter.update_period(schedule.factor_period, schedule.inverse_period) for group in self._groups]
 
 
 ADOPTING = ("adoption", "lag", *tuning.STALENESS)

@@ -91,6 +91,29 @@ def test_a_method_with_a_period_of_its_own_says_so_and_refuses() -> None:
     assert held.take({"inverse_period": 12}) == ""
 
 
+def test_an_inverse_period_that_changes_nothing_is_refused_and_one_that_acts_is_not() -> None:
+    held = in_force(kfdist.EkfacAdam(basis_period=4), factor_period=2, inverse_period=12, kl_clip=None)
+    assert "inverse_period: would change nothing: blocks are inverted every 4 steps" in held.take(
+        {"inverse_period": 24}
+    )
+    assert held.changes == {}
+    assert held.take({"inverse_period": 2}) == ""  # below the basis_period, it is what bounds
+    assert held.take({"inverse_period": None}) == ""
+    assert held.take({"inverse_period": 24, "hard_bound": 26}) == ""  # the bound goes by it
+    mixed = {"0": kfdist.EkfacAdam(basis_period=4), "*": "kfac-eigen"}
+    assert in_force(mixed, factor_period=2, inverse_period=12, kl_clip=None).take({"inverse_period": 24}) == ""
+
+
+def test_damping_can_be_changed_where_a_method_has_one() -> None:
+    held = in_force("ekfac-adam", kl_clip=None)
+    assert "damping: can't be changed: ekfac-adam, the run's only method, has none" in held.take({"damping": 0.1})
+    assert "damping" in held.told(0).fixed
+    assert in_force({"0": "ekfac-adam", "*": "kfac-eigen"}, kl_clip=None).take({"damping": 0.1}) == ""
+    held.load_state_dict({"changes": {"damping": 0.1, "hard_bound": 500}})  # of before it was refused
+    assert held.changes == {"hard_bound": 500}
+    held.load_state_dict({"changes": {"inverse_period": 200}})
+
+
 def test_a_run_without_a_method_has_nothing_to_set() -> None:
     assert "no second-order method" in in_force("none").take({"damping": 0.1})
 
