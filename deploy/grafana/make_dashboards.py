@@ -254,7 +254,8 @@ _INVERSION_PANELS = (
         [
             (f"max(kfdist_staleness_steps{{{_RUN}}})", "stalest block"),
             (f"quantile(0.5, kfdist_staleness_steps{{{_RUN}}})", "median over blocks"),
-            (f"kfdist_inverse_period_steps{{{_RUN}}}", "inversion period"),
+            (f"min(kfdist_update_period_steps{{{_RUN}}})", "shortest period of a block"),
+            (f"max(kfdist_update_period_steps{{{_RUN}}})", "longest period of a block"),
         ],
     ),
     Graph(

@@ -115,9 +115,15 @@ class RunPicture:
             ("waiting inversions", "kfdist_queue_depth", steps),
             ("stalest block", STALENESS, lambda value: f"{steps(value)} steps"),
             ("its age", _AGE, age),
-            ("inverse every", "kfdist_inverse_period_steps", lambda value: f"{steps(value)} steps"),
         )
-        return [(name, form(gauges[metric])) for name, metric, form in named if metric in gauges]
+        found = [(name, form(gauges[metric])) for name, metric, form in named if metric in gauges]
+        # Ranks of before blocks' periods were told tell the run's alone.
+        periods = [sample.value for sample in self.samples if sample.name == PERIOD]
+        periods = periods or [gauges[name] for name in ("kfdist_inverse_period_steps",) if name in gauges]
+        if periods:
+            span = " to ".join(steps(value) for value in sorted({min(periods), max(periods)}))
+            found.append(("inverses every", f"{span} steps"))
+        return found
 
     def _trouble(self) -> list[Fact]:
         totals: dict[str, float] = {}

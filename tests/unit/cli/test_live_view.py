@@ -51,6 +51,20 @@ def lines(picture: RunPicture, width: int = 80, height: int = 24) -> list[str]:
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("periods", "words"),
+    [((20, 20), "inverses every 20 steps"), ((20, 100), "inverses every 20 to 100 steps"), ((), "every 100 steps")],
+)
+def test_the_periods_are_the_blocks_own(periods, words):
+    """The run's, 100, is that of methods without one, and all that ranks of earlier versions tell."""
+    told = [
+        MetricSample(name="kfdist_update_period_steps", value=value, labels={"block": str(place)})
+        for place, value in enumerate(periods)
+    ]
+    shown = run(gauges={"kfdist_inverse_period_steps": 100.0})
+    assert words in "\n".join(lines(RunPicture(run=shown, samples=told)))
+
+
 @pytest.mark.parametrize("width", [40, 80, 160])
 def test_everything_fits(width):
     picture = RunPicture(run=run(), samples=BLOCKS, owners=owners(a=200, b=100), losses=[2.0, 1.0, 0.125], rate=12.5)
