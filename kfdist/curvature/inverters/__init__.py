@@ -80,6 +80,8 @@ def make_inverter(name: str, /, **settings: Any) -> AbstractInverter:
     Raises:
         ConfigError: Unknown name or setting, or a value that isn't allowed.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"is {name!r}; a method's name is needed, such as 'rs-kfac'", path="method")
     if name in ("auto", "by-width"):
         raise ConfigError(
             f"{name} isn't an inverter, it chooses one per block; give it as a Preconditioner's method, or use "

@@ -186,6 +186,13 @@ def test_a_table_of_methods_keeps_its_order(tmp_path: Path) -> None:
         ("preconditioner.settings.eigem=3", "preconditioner.settings", "did you mean 'eigen'"),
         ("preconditioner.settings.eigen=0", "preconditioner.settings.eigen", "0 is not allowed"),
         ("preconditioner.settings.dense=ekfac-adan", "preconditioner.settings.dense", "did you mean 'ekfac-adam'"),
+        ("preconditioner.settings.dense=3", "preconditioner.settings.dense", "is 3; a method's name is needed"),
+        ("preconditioner.settings.wide=[1]", "preconditioner.settings.wide", "is [1]; a method's name is needed"),
+        (
+            "preconditioner.method=two-level preconditioner.settings.inner=3",
+            "preconditioner.settings.inner",
+            "is 3; a method's name is needed",
+        ),
         ("preconditioner.settings.dense=soap", "preconditioner.settings.dense", "takes whole parameters"),
         ("preconditioner.settings.dense_settings=3", "preconditioner.settings.dense_settings", "3"),
         (
