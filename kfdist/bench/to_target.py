@@ -24,7 +24,7 @@ import torch
 
 from kfdist import checks
 from kfdist.bench.contest_rivals import RIVALS, Rival
-from kfdist.bench.contest_tasks import TASKS, Task
+from kfdist.bench.contest_tasks import FIRST_DATA, TASKS, Task
 from kfdist.bench.results import table
 from kfdist.bench.timings import Cores, running_on
 from kfdist.errors import ConfigError
@@ -134,9 +134,10 @@ class Contest:
             self._goals[name]["goal"] = self._goal(name)
 
     def _forget_other_terms(self, name: str, task: Task, rival: str) -> None:
-        """Lets go of a rival's cells of fewer seconds or another goal, or of a rate that its leader has no more."""
+        """Lets go of a rival's cells of fewer seconds, another goal or data, or a rate that its leader has no more."""
         for cell in cells_of(self._cells, name, rival):
             same = cell["limit"] >= task.seconds and cell["goal"] == task.goal
+            same = same and cell.get("data_version", FIRST_DATA) == task.data_version
             leader = RIVALS[rival].rate_of
             if not same or (leader and cell["rate"] != self._best_rate(name, leader)):
                 del self._cells[cell_name(name, rival, cell["rate"], cell["seed"], one_core=cell["one_core"])]
@@ -249,6 +250,7 @@ def train(task: Task, rival: Rival, rate: float, seed: int, *, one_core: bool = 
         "one_core": one_core,
         "limit": task.seconds,
         "goal": task.goal,
+        "data_version": task.data_version,
         "seconds": first and first[0],
         "steps": first and first[1],
         "steps_done": steps,
@@ -276,7 +278,7 @@ def _thinned(curve: list[tuple[float, int, float]]) -> list[tuple[float, int, fl
 
 
 def known_cells(file: Path) -> dict[str, Any]:
-    """Returns the cells of an earlier measurement.
+    """Returns the cells of an earlier measurement, but for those of rivals that there are no more.
 
     Raises:
         ConfigError: The file is of something else.
@@ -284,8 +286,9 @@ def known_cells(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, TypeError, OSError):
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        return {name: cell for name, cell in cells.items() if cell["rival"] in RIVALS}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise ConfigError(f"{str(file)!r} has no cells of this measurement; name another file", path="--out") from None
 
 

@@ -14,6 +14,9 @@ _TORCHS: Mapping[str, Table] = {
 }
 """What goes with an optimizer of torch, which takes directions as they are."""
 
+_LR = 0.003
+"""Where to begin on a task of which nothing is known (docs/tuning.md); the section's was the best on the digits."""
+
 _TORCHS_METHOD: Table = {"method": "rs-kfac", "settings": {"rank": 128}}
 
 _OWN = PreconditionerSection().settings
@@ -48,7 +51,14 @@ def defaults_beside(given: Mapping[str, Any]) -> Table:
         found |= {"method": BY_WIDTH, "settings": {name: _OWN[name] for name in ("dense", "wide")}}
     if graft == "none":
         found["kl_clip"] = 1e-3
-    return {"preconditioner": found}
+    return {"optimizer": _rate(given, graft), "preconditioner": found}
+
+
+def _rate(given: Mapping[str, Any], graft: object) -> Table:
+    if graft == "sgd":
+        return {"lr": _TORCHS["optimizer"]["lr"]}  # the lengths are SGD's
+    named = any("name" in table_of(given.get(section)) for section in ("data", "model"))
+    return {"lr": _LR} if named else {}
 
 
 def table_of(value: object) -> Mapping[str, Any]:

@@ -43,8 +43,9 @@ class PreconditionerSection(Section):
     method: str | None = Field(
         default="by-width",
         min_length=1,
-        description='an inverter of kfdist.curvature.inverters; "by-width" has a dense one for blocks that aren\'t '
-        'too wide, and rs-kfac; "auto" picks by measured cost; "none" leaves the optimizer alone, for comparisons. '
+        description='an inverter of kfdist.curvature.inverters; "by-width" has one for blocks up to 1,024 wide '
+        '(`dense`) and one for wider ones (`wide`), both ekfac-adam by default; "auto" picks by '
+        'measured cost; "none" leaves the optimizer alone, for comparisons. '
         "rs-kfac for optimizers of torch.optim",
     )
     methods: Methods | None = Field(
@@ -57,7 +58,7 @@ class PreconditionerSection(Section):
             "dense_settings": {"basis_period": 20},
             "wide": "ekfac-adam",
         },
-        description="the method's own settings; nothing of the default's beside a period that is given",
+        description="the method's own settings; without basis_period beside a period that is given",
     )
     damping: float = Field(default=0.03, gt=0, description="lambda of F + lambda I, at first")
     damping_decay: float = Field(

@@ -136,7 +136,12 @@ class OptimizerSection(Section):
         description="kfdist.Optimizer, which goes by the learning rate of AdamW or of settings.graft, without kl_clip; "
         "or an optimizer of torch.optim, in lower case, with other defaults (docs/decisions/0035)",
     )
-    lr: float = Field(default=0.01, gt=0, description="the peak learning rate; 0.1 for optimizers of torch.optim")
+    lr: float = Field(
+        default=0.01,
+        gt=0,
+        description="the peak learning rate, of the digits run; 0.003 where data or model are named; 0.1 "
+        'for optimizers of torch.optim and with graft = "sgd"',
+    )
     lr_batch_size: int | None = Field(
         default=None,
         ge=1,

@@ -16,12 +16,14 @@ from kfdist.telemetry.metrics import METRICS, Across, Kind, Metric, fault_in
 from kfdist.types import MetricSample
 
 MAX_BLOCKS = 512
-"""Blocks with a separate series in each metric; all others share the series "other", which has their worst value."""
+"""Blocks with a separate series, the same ones in each metric; others share "other", which has their worst value."""
 
 MAX_LABEL_VALUES = 64
 """Values of any other label of a metric; samples with more are dropped and counted."""
 
 OTHER = "other"
+
+BLOCK = "block"
 
 Key = tuple[str, tuple[str, ...]]
 """A series: the metric's name and its label values in declared order."""
@@ -253,10 +255,11 @@ class RunSeries:
         labels = []
         for label in metric.labels:
             value = sample.labels[label]
-            known = self._values.setdefault((metric.name, label), set())
+            # Blocks are the same of all metrics, so that "other" stands for the same blocks in all of them.
+            known = self._values.setdefault((BLOCK if label == BLOCK else metric.name, label), set())
             if value not in known:
-                if len(known) >= (MAX_BLOCKS if label == "block" else MAX_LABEL_VALUES):
-                    if label != "block":
+                if len(known) >= (MAX_BLOCKS if label == BLOCK else MAX_LABEL_VALUES):
+                    if label != BLOCK:
                         return None
                     value = OTHER
                 else:

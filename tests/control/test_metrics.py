@@ -177,6 +177,15 @@ class TestSeries:
                 "other": offset + 2,
             }
 
+    def test_other_stands_for_the_same_blocks_in_every_metric(self, monkeypatch):
+        """Else staleness would be compared with another block's period."""
+        monkeypatch.setattr(series, "MAX_BLOCKS", 2)
+        run, names = RunSeries(), ("kfdist_staleness_steps", "kfdist_update_period_steps")
+        for name, order in zip(names, ((0, 1, 2, 3), (3, 2, 1, 0)), strict=True):
+            run.ingest(RANKS[0], "1", [MetricSample(name=name, value=i, labels={"block": f"b{i}"}) for i in order])
+        found = [{labels for (each, labels) in exported(run) if each == name} for name in names]
+        assert found[0] == found[1] == {("b0",), ("b1",), ("other",)}
+
     @pytest.mark.parametrize(
         ("name", "worst"), [("kfdist_inversion_rung", 3.0), ("kfdist_inversion_smallest_eigenvalue", -2.0)]
     )

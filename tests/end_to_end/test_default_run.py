@@ -21,8 +21,8 @@ from tests.support.prometheus import PROMETHEUS, BoardPanel, Prometheus, concret
 pytestmark = pytest.mark.timeout(300)
 
 
-EMPTY = ("kfdist_graft_ratio", "kfdist_kl_clip_factor", "kfdist_inversion_approximation_error")
-"""Metrics that this run lacks: its method gives directions a length of their own, and keeps whole factors."""
+EMPTY = ("kfdist_graft_ratio", "kfdist_kl_clip_factor")
+"""Metrics that this run lacks: its method gives directions a length of their own, and nothing grafts or clips them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +188,12 @@ def test_the_controller_exports_what_people_watch(observed: Observed, name: str)
     assert lines, observed.metrics
     # What was built is a fact about the controller, all else about a run.
     assert all('run="digits"' in line for line in lines) or name == "kfdist_build_info{"
+
+
+def test_the_controller_exports_nothing_of_what_the_run_lacks(observed: Observed):
+    assert [
+        line for line in observed.metrics.splitlines() if line.startswith(tuple(f"{name}{{" for name in EMPTY))
+    ] == []
 
 
 def test_status_shows_the_run_while_it_trains(observed: Observed):

@@ -144,12 +144,14 @@ def test_what_is_known_is_not_trained_again_unless_it_had_less_time_or_another_g
     assert counts == list(range(1, len(counts) + 1)) and len(counts) >= 4 and known == {}
     assert all(each["steps_done"] == TASKS["digits-autoencoder"].evaluation_period for each in found["cells"].values())
     measure_target(settings, found["cells"], lambda content: pytest.fail("everything is known"))
-    for changed in ({"limit": 1e-9}, {"goal": 1.0}):
+    for changed in ({"limit": 1e-9}, {"goal": 1.0}, {"data_version": "0"}):
         name = next(iter(found["cells"]))
         other = {**found["cells"], name: found["cells"][name] | changed}
         counts.clear()
         measure_target(settings, other, lambda content: counts.append(len(content["cells"])))
         assert counts == [len(found["cells"])]
+    before = {name: {key: each[key] for key in each if key != "data_version"} for name, each in found["cells"].items()}
+    measure_target(settings, before, lambda content: pytest.fail("cells that don't say are of a task's first data"))
     shown = describe(found)
     assert "digits autoencoder" in shown and "AdamW" in shown and "CNN" not in shown
     assert "adamw" in plot(found)
@@ -183,6 +185,12 @@ def test_another_files_content_is_refused(tmp_path: Path):
     file.write_text(json.dumps({"steps": 3}))
     with pytest.raises(ConfigError, match="--out: .*target.json.*name another file"):
         known_cells(file)
+
+
+def test_cells_of_rivals_that_are_no_more_are_left_out(tmp_path: Path):
+    file = tmp_path / "target.json"
+    file.write_text(json.dumps({"cells": {"a": {"rival": "adamw"}, "b": {"rival": "ekfac-adam"}}}))
+    assert "ekfac-adam" not in RIVALS and known_cells(file) == {"a": {"rival": "adamw"}}
 
 
 @pytest.mark.parametrize("given", [{"tasks": ("x",)}, {"rivals": ("x",)}, {"seeds": -1}, {"seconds": 0.0}])

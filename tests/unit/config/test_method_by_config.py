@@ -115,6 +115,22 @@ def test_an_optimizer_of_torch_has_the_defaults_it_had() -> None:
     assert (named.preconditioner.settings, named.preconditioner.inverse_period) == ({}, 10)
 
 
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [
+        ((), 0.01),
+        (("run.steps=3", "preconditioner.method=kfac"), 0.01),
+        (("data.name=synthetic",), 0.003),
+        (("model.name=mlp",), 0.003),
+        (("optimizer.settings.graft=sgd",), 0.1),
+        (("data.name=synthetic", "optimizer.name=adamw"), 0.1),
+        (("data.name=synthetic", "optimizer.lr=0.5"), 0.5),
+    ],
+)
+def test_the_learning_rate_that_is_best_on_the_digits_is_the_digits_runs(given: tuple[str, ...], rate: float) -> None:
+    assert load_config(None, environment={}, overrides=given).optimizer.lr == rate
+
+
 def test_auto_is_one_line_of_the_configuration() -> None:
     assert method_of("preconditioner.method=auto") == Auto()
     tuned = method_of(
