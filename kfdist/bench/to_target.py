@@ -1,11 +1,12 @@
 """`kfdist bench target`: seconds and steps to a target, for kfdist and for others.
 
 A cell is one training: a task, a rival, a learning rate, a seed. It is written as soon as it is done, and a cell that
-the file has isn't trained again, so that a measurement may be interrupted, and extended by new tasks, rivals and
-seeds. A rival's learning rate is tuned with one seed, over as many values for each, two a decade, further ones where
-the best lies at an edge, and then halfway to its neighbours; reported are other seeds. Seconds are those of training on
-one thread, the first inversion included and evaluations left out; kfdist's inversions run on another core, and a second
-time all of it on one core.
+the file has isn't trained again, so that a measurement may be interrupted, and extended by new tasks, rivals and seeds.
+A rival's learning rate is tuned with one seed, over as many values for each, two a decade, further ones where the best
+lies at an edge, and then halfway to its neighbours; reported are other seeds, of the rate that is best with them where
+several have been trained with them, so that an unlucky tuning doesn't make a rival look slow. Seconds are those of
+training on one thread, the first inversion included and evaluations left out; kfdist's inversions run on another core,
+and a second time all of it on one core.
 """
 
 import itertools
@@ -150,11 +151,14 @@ class Contest:
             self._train(name, task, rival, rate, TUNING_SEED)
         while len(given) > 1:
             tried = sorted({each["rate"] for each in cells_of(self._cells, name, rival)} | set(given))
-            further = next_rate(tried, self._best_rate(name, rival), least=given[0], most=given[-1])
+            further = next_rate(tried, self._tuned_rate(name, rival), least=given[0], most=given[-1])
             if further is None:
                 break
             self._train(name, task, rival, further, TUNING_SEED)
-        return self._best_rate(name, rival)
+        return self._tuned_rate(name, rival)
+
+    def _tuned_rate(self, name: str, rival: str) -> float:
+        return tuned(cells_of(self._cells, name, rival))["rate"]
 
     def _best_rate(self, name: str, rival: str) -> float:
         found = best(cells_of(self._cells, name, rival))
@@ -292,10 +296,17 @@ def known_cells(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{str(file)!r} has no cells of this measurement; name another file", path="--out") from None
 
 
+def tuned(cells: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the tuning seed's best cell: it reaches the goal soonest or, where none does, comes closest."""
+    own = [cell for cell in cells if cell["seed"] == TUNING_SEED and not cell["one_core"]]
+    return min(own, key=lambda cell: (*(_or_infinite(cell[name]) for name in ("seconds", "last")), cell["rate"]))
+
+
 def best(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Chooses a rival's best learning rate on a task, and sums its other seeds up.
 
-    The best one reaches the goal soonest with the tuning seed; where none does, it comes closest.
+    Of the rates that seeds beside the tuning one were trained with, it is the one whose medians reach the goal soonest
+    or, where none does, come closest; without any, it is the tuning seed's.
 
     Args:
         cells: The rival's, of all rates and seeds.
@@ -309,19 +320,29 @@ def best(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     tuning = [cell for cell in every if cell["seed"] == TUNING_SEED and not cell["one_core"]]
     if not tuning:
         return None
-    chosen = min(tuning, key=lambda cell: (*(_or_infinite(cell[name]) for name in ("seconds", "last")), cell["rate"]))
-    rate = chosen["rate"]
-    others = [cell for cell in every if cell["rate"] == rate and cell["seed"] != TUNING_SEED]
-    reported = [cell for cell in others if not cell["one_core"]] or [chosen]
-    rates = [cell["rate"] for cell in tuning]
+    reported: dict[float, list[Mapping[str, Any]]] = {}
+    for cell in every:
+        if cell["seed"] != TUNING_SEED and not cell["one_core"]:
+            reported.setdefault(cell["rate"], []).append(cell)
+    most = max(map(len, reported.values()), default=0)
+    whole = {rate: found for rate, found in reported.items() if len(found) == most}
+    chosen = tuned(tuning)
+    rate = min(whole, key=lambda rate: (*_reached(whole[rate]), rate), default=chosen["rate"])
+    shown, rates = whole.get(rate, [chosen]), [cell["rate"] for cell in tuning]
+    one_core = [cell for cell in every if cell["rate"] == rate and cell["seed"] != TUNING_SEED and cell["one_core"]]
     return {
         "rate": rate,
         "at_edge": len(rates) > 1 and rate in (min(rates), max(rates)),
-        "tuned": reported == [chosen],
-        "seeds": len(reported),
-        **{name: _median(reported, name) for name in ("seconds", "steps", "last", "milliseconds_a_step")},
-        "one_core_seconds": _median([cell for cell in others if cell["one_core"]], "seconds"),
+        "tuned": not whole,
+        "seeds": len(shown),
+        **{name: _median(shown, name) for name in ("seconds", "steps", "last", "milliseconds_a_step")},
+        "one_core_seconds": _median(one_core, "seconds"),
     }
+
+
+def _reached(cells: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Returns the medians by which rates are compared, infinite where there is none."""
+    return _or_infinite(_median(cells, "seconds")), _or_infinite(_median(cells, "last"))
 
 
 def _or_infinite(value: float | None) -> float:

@@ -172,6 +172,15 @@ def test_a_reached_goal_ends_the_training():
     assert found["steps_done"] == 2 * task.evaluation_period and found["seconds"] == 0.0 and found["steps"] == 0
 
 
+def test_an_unlucky_tuning_makes_nobody_slow():
+    tuning = [cell(0.1, 1.0), cell(0.2, 3.0)]
+    others = [cell(rate, seconds, seed=seed) for rate, seconds in ((0.1, 5.0), (0.2, 2.0)) for seed in (1, 2)]
+    found = best([*tuning, *others])
+    assert found is not None and (found["rate"], found["seconds"], found["seeds"]) == (0.2, 2.0, 2)
+    found = best([*tuning, *others[:-1]])  # with fewer seeds it is no match yet
+    assert found is not None and (found["rate"], found["seconds"]) == (0.1, 5.0)
+
+
 def test_one_lucky_measurement_is_not_the_goal():
     below, above = (0.0, 0, 0.9), (0.0, 0, 1.1)
     assert held([above, below, below, below], 1.0)
