@@ -88,8 +88,8 @@ class EkfacAdam(AbstractInverter):
     """Decomposes both factors for their eigenvectors alone; the ranks then keep Adam's moments in them.
 
     A factor more than four times as wide as `rank` has a basis that begins with the leading eigenvectors, found with a
-    Gaussian sketch as `sre-kfac` finds them; the rest of it is near to the axes. A step multiplies by it in less than
-    half of the operations of a full basis.
+    Gaussian sketch as `sre-kfac` finds them; of a factor of fewer rows, as at the first step, there are only as many.
+    The rest of it is near to the axes. A step multiplies by it in less than half of the operations of a full basis.
 
     Attributes:
         beta1: Decay of the first moment.
