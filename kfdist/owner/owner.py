@@ -220,6 +220,7 @@ class Owner:
             "restarts": self.starts - 1,
             "pid": os.getpid(),
             "child_pid": self._executor.pid,
+            "niceness": os.nice(0),
             "queue_depth": self._servicer.queue_depth,
             "completed": self._servicer.completed,
             "failed": dict(self._servicer.failed),

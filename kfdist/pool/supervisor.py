@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,6 +194,8 @@ class Supervisor:
                 # It says itself how often it was started where it remembers that, else it is a new one here.
                 slot.restarts = max(slot.restarts + (slot.process[0] > 0), status["restarts"])
                 slot.process = process
+                if slowed := _slowed(status):
+                    _LOG.info("%s is started%s", name, slowed)
                 if slot.restarts:
                     _LOG.info("%s is back at %s (restart %s)", name, status["address"], slot.restarts)
             slot.status = status
@@ -226,7 +228,7 @@ class Supervisor:
             elif slot.status["fault"]:
                 reason = f"can't invert: {slot.status['fault']}"
             elif not slot.status["fingerprint"]:
-                reason = "has no inversion process yet"
+                reason = f"has no inversion process yet{_slowed(slot.status)}"
             elif slot.status["refusal"]:
                 reason = f"can't register: {slot.status['refusal']}"
             else:
@@ -245,6 +247,16 @@ def fault_of_start(report: str) -> str:
     """Returns why an owner's constructor refused, from Ray's report of it; empty if that isn't why the owner died."""
     found = re.findall(rf"^{re.escape(errors.__name__)}\.\w+: (.*)", report, re.MULTILINE)
     return found[-1] if "creation task" in report and found else ""
+
+
+def _slowed(status: Mapping[str, Any]) -> str:
+    """Returns what to know of an owner that others go before; empty of one with an ordinary priority."""
+    if status["niceness"] <= 0:
+        return ""
+    return (
+        f", at niceness {status['niceness']}, so that beside busy processes it gets hardly any time; "
+        "RAY_worker_niceness=0 in the environment of that node's `ray start` gives it its share"
+    )
 
 
 def _last_line(error: object) -> str:

@@ -53,12 +53,13 @@ class Pool:
         return {owner.owner_id: (owner.address, owner.restarts) for owner in self.controller.live_owners()}
 
 
-def start_pool(folder: Path, controller: ControllerThread, *arguments: str) -> Pool:
+def start_pool(folder: Path, controller: ControllerThread, *arguments: str, **environment: str) -> Pool:
     ready = folder / "ready.json"
     command = Command(
         *("pool", "--set", f"run.name={RUN}", "--set", f"run.dir={folder / 'run'}"),
         *("--controller", controller.address),
         *("--ready-file", str(ready), "--json", *arguments),
+        environment=environment,
     )
     try:
         said = command.wait_for_file(ready, START_SECONDS)
@@ -127,6 +128,8 @@ def test_owners_serve_and_look_as_they_should(pool, link):
     assert set(pool.owner_processes().values()) == set(owners)
     children = pool.titled("kfdist.owner.child")
     assert set(children.values()) == set(owners)  # each owner has one process that inverts
+    priorities = {os.getpriority(os.PRIO_PROCESS, process) for process in [*owners, *children]}
+    assert priorities == {os.getpriority(os.PRIO_PROCESS, 0)}  # nobody goes before them
     shown = json.loads(pool.command.wait_for_line("owners"))["owners"]
     assert [(owner["owner_id"], owner["address"]) for owner in shown] == [
         (name, pool.registered()[name][0]) for name in pool.names()
@@ -256,6 +259,13 @@ def test_two_pools_serve_one_controller(tmp_path):
             assert {result.owner for result in results.values()} == {owners[1]}
         finally:
             link.close()
+
+
+def test_an_owner_that_others_go_before_is_told_of(controller, tmp_path):
+    lower = os.getpriority(os.PRIO_PROCESS, 0) + 1
+    pool = start_pool(tmp_path, controller, "--set", "cluster.owners=1", RAY_worker_niceness=str(lower))
+    with pool.command:
+        assert f"at niceness {lower}" in pool.command.wait_for_line("RAY_worker_niceness=0")
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("parent", marks=pytest.mark.slow)])

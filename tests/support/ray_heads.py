@@ -66,7 +66,10 @@ def ray_head(*, cpus: int, variables: Mapping[str, str] | None = None) -> Iterat
     options += ["--dashboard-host", "127.0.0.1", "--include-dashboard", "true", "--num-cpus", str(cpus)]
     options += ["--temp-dir", directory, "--object-store-memory", "100000000", "--disable-usage-stats", "--block"]
     started = Command(
-        *("start", "--head", *options), module="ray.scripts.scripts", environment={**ENVIRONMENT, **(variables or {})}
+        *("start", "--head", *options),
+        module="ray.scripts.scripts",
+        # Ray's own niceness for workers, 15, would leave ranks and owners nothing beside other tests.
+        environment={**ENVIRONMENT, "RAY_worker_niceness": "0", **(variables or {})},
     )
     try:
         with started as command:

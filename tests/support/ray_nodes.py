@@ -9,6 +9,8 @@ from tests.support.commands import Command
 from tests.support.hosts import Host
 
 NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+# Ray's own niceness for workers, 15, would leave owners nothing beside other tests.
+_NODE = {**NO_TOKEN, "RAY_worker_niceness": "0"}
 OWN = ("--num-cpus", "2", "--object-store-memory", "100000000", "--disable-usage-stats", "--block")
 
 
@@ -31,9 +33,9 @@ def ray_nodes(
     join = ("start", "--address", address, "--node-ip-address", node.address)
     module = "ray.scripts.scripts"
     try:
-        with Command(*start, *OWN, *head_has, module=module, host=head.prefix, environment=NO_TOKEN) as first:
+        with Command(*start, *OWN, *head_has, module=module, host=head.prefix, environment=_NODE) as first:
             first.wait_for_line("Ray runtime started")
-            with Command(*join, *OWN, *node_has, module=module, host=node.prefix, environment=NO_TOKEN) as second:
+            with Command(*join, *OWN, *node_has, module=module, host=node.prefix, environment=_NODE) as second:
                 second.wait_for_line("Ray runtime started")
                 yield address
     finally:
