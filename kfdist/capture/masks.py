@@ -82,9 +82,11 @@ class ZeroRows:
         if output_gradient.shape[:2].numel() >= _MANY_ROWS and output_gradient.shape[dim] >= _MANY_ROWS // 8:
             every = slice(None, None, 8)
             output_gradient = output_gradient[:, every] if dim else output_gradient[every]
-        zeros = (output_gradient == 0).all(-1).sum()
-        before, rows = self.counts.get(name, (torch.zeros_like(zeros), 0))
-        self.counts[name] = before + zeros, rows + output_gradient.shape[:2].numel()
+        zeros, rows = (output_gradient == 0).all(-1).sum(), output_gradient.shape[:2].numel()
+        if name in self.counts:
+            before, rows_before = self.counts[name]
+            zeros, rows = before + zeros, rows_before + rows
+        self.counts[name] = zeros, rows
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kfdist.checks import is_number
 from kfdist.wire.records import from_tree
-from kfdist.wire.tree import outline, unpack
+from kfdist.wire.tree import entry, outline, unpack
 
 FORMAT = 3
 """Moves with every change that an older reader would misread."""
@@ -59,9 +59,7 @@ def read_head(payload: bytes, content: str) -> Tree:
         ValueError: It is torn, garbage, of another format or of other content.
     """
     head = _opened(outline, payload, content)
-    found = {key: head.get(key) for key in ("format", "content")} if isinstance(head, dict) else head
-    if found != {"format": FORMAT, "content": content}:
-        raise ValueError(f"the payload is {shortened(found)}, must be a {content} of format {FORMAT}")
+    _check_head(head, content)
     return head
 
 
@@ -73,12 +71,22 @@ def read(payload: bytes, content: str) -> Tree:
     Raises:
         ValueError: It is malformed; the message says what is wrong.
     """
-    read_head(payload, content)
-    tree = _opened(partial(unpack, share=True), payload, content)
+    try:
+        tree = _opened(partial(unpack, share=True), payload, content)
+    except ValueError:
+        read_head(payload, content)  # of another format or content, it says so
+        raise
+    _check_head(tree, content)
     _refuse_other_parts(f"the {content}", tree.keys() - {"format", "content"}, _PARTS[content])
     if content in _BLOCK_PARTS:
         _check_blocks(tree.get("blocks"), _BLOCK_PARTS[content])
     return tree
+
+
+def _check_head(tree: Any, content: str) -> None:
+    found = {key: tree.get(key) for key in ("format", "content")} if isinstance(tree, dict) else tree
+    if found != {"format": FORMAT, "content": content}:
+        raise ValueError(f"the payload is {shortened(found)}, must be a {content} of format {FORMAT}")
 
 
 def _opened(reader: Callable[[bytes], Any], payload: bytes, content: str) -> Any:
@@ -112,10 +120,9 @@ def _refuse_other_parts(whole: str, found: Iterable[object], known: set[str]) ->
 def links(payload: bytes) -> list[bytes]:
     """Takes a chain apart; any other payload is a chain of one, and whoever reads it says what is wrong with it."""
     try:
-        head = outline(payload)
+        if entry(payload, "content") != "chain":
+            return [payload]
     except ValueError:
-        return [payload]
-    if not isinstance(head, dict) or head.get("content") != "chain":
         return [payload]
     jobs = read(payload, "chain").get("jobs")
     if not isinstance(jobs, list) or not jobs or not all(isinstance(job, bytes) for job in jobs):

@@ -12,6 +12,7 @@ both sides know, and the value of a field that is a record is a tree again.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -207,6 +208,7 @@ def _described(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:200]
 
 
+@cache
 def _fields(cls: type) -> tuple[Field[Any], ...]:
     if not is_dataclass(cls):
         raise ValueError(f"{cls.__name__} is not a dataclass")
@@ -217,9 +219,11 @@ def _hint(cls: type, f: Field[Any]) -> Any:
     return f.type if not isinstance(f.type, str) else get_type_hints(cls)[f.name]
 
 
+@cache
 def _is_tensor(cls: type, f: Field[Any]) -> bool:
     return _hint(cls, f) is Tensor
 
 
+@cache
 def _is_record(cls: type, f: Field[Any]) -> bool:
     return is_dataclass(_hint(cls, f))

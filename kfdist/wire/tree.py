@@ -87,6 +87,23 @@ def outline(content: bytes) -> Any:
         raise ValueError(f"not a state file of kfdist, or damaged: {error!r}") from error
 
 
+def entry(content: bytes, key: str) -> Any:
+    """Reads the header alone, and of it one number, string, truth value or None: what a state that is a dict has there.
+
+    Returns:
+        None also where it has no such key, isn't a dict, or has something else there.
+
+    Raises:
+        ValueError: The bytes weren't made by `pack`, or are damaged.
+    """
+    try:
+        skeleton = _read_skeleton(content)
+    except _FAULTS as error:
+        raise ValueError(f"not a state file of kfdist, or damaged: {error!r}") from error
+    found = skeleton.get(key) if isinstance(skeleton, dict) else None
+    return None if isinstance(found, dict | list) else found
+
+
 def _read_skeleton(content: bytes) -> Any:
     """Reads eight bytes of length, then JSON (the safetensors format), and in its metadata our own."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
