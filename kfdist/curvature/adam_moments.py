@@ -56,6 +56,14 @@ class AbstractAdamBasis(AbstractPreconditioner):
     def matrix(self, coordinates: Float[Tensor, "c p q"], scale: float = 1.0) -> Float[Tensor, "c p q"]:
         """Returns `scale` times the matrix that has these coordinates."""
 
+    def turn(self, matrix: Float[Tensor, "c p q"]) -> None:
+        """Overwrites a gradient with its coordinates."""
+        matrix.copy_(self.coordinates(matrix))
+
+    def turn_back(self, coordinates: Float[Tensor, "c p q"], scale: float) -> None:
+        """Overwrites coordinates with what `matrix` returns of them."""
+        coordinates.copy_(self.matrix(coordinates, scale))
+
     @abstractmethod
     def second_moment(self, before: "AbstractAdamBasis", memory: BlockMemory) -> Float[Tensor, "c p q"]:
         """Returns v in this basis, with m turned already, of v in the basis of `before`."""

@@ -17,7 +17,7 @@ from kfdist.curvature.adam_moments import (
     next_weight,
 )
 from kfdist.curvature.block_memory import BlockMemory
-from kfdist.torch_internals import foreach_add_, foreach_copy_, foreach_div_
+from kfdist.torch_internals import foreach_add_, foreach_div_
 
 _ALIGNED = 16
 """Numbers; a block begins at a multiple of so many, as a tensor of its own would."""
@@ -33,7 +33,7 @@ class MomentPack:
         members: The blocks' bases, all of one method with the same settings, and of one dtype.
 
     Attributes:
-        gradients: One per block, `[c, p, q]`, for the caller to fill in before each `directions`, which overwrites it.
+        gradients: One per block, `[c, p, q]`, for the caller to fill in before each `turn_to_directions`.
     """
 
     def __init__(self, members: Sequence[AbstractAdamBasis]) -> None:
@@ -56,10 +56,8 @@ class MomentPack:
         names = FIRST, SECOND, FIRST_WEIGHT, SECOND_WEIGHT
         self._kept: list[dict[str, Tensor]] = [dict(zip(names, of_block, strict=True)) for of_block in kept]
 
-    def directions(
-        self, members: Sequence[AbstractAdamBasis], memories: Sequence[BlockMemory]
-    ) -> list[Float[Tensor, "c p q"]]:
-        """Folds `gradients` into the moments and returns the directions, in tensors of their own, without autocast.
+    def turn_to_directions(self, members: Sequence[AbstractAdamBasis], memories: Sequence[BlockMemory]) -> None:
+        """Folds `gradients` into the moments and overwrites them with the directions, without autocast.
 
         Args:
             members: The bases in use now, with the shapes, settings and dtype of those it was made with.
@@ -68,7 +66,8 @@ class MomentPack:
         for memory, kept in zip(memories, self._kept, strict=True):
             _take_in(memory, kept)
         like = members[0]
-        foreach_copy_(self.gradients, [m.coordinates(V) for m, V in zip(members, self.gradients, strict=True)])
+        for member, V in zip(members, self.gradients, strict=True):
+            member.turn(V)
         like.fold(self._R, self._first, self._second)
         scales = self._scales(like)
         torch.sqrt(self._second, out=self._roots)
@@ -78,8 +77,8 @@ class MomentPack:
         else:
             foreach_add_(self._divisors, [added for added, _ in scales])
             foreach_div_(self.gradients, self._divisors)
-        triples = zip(members, self.gradients, scales, strict=True)
-        return [member.matrix(U, scale) for member, U, (_, scale) in triples]
+        for member, U, (_, scale) in zip(members, self.gradients, scales, strict=True):
+            member.turn_back(U, scale)
 
     def _scales(self, like: AbstractAdamBasis) -> list[tuple[float, float]]:
         """Brings the weights of the moments to this step; returns what `AbstractAdamBasis.scales` makes of them.

@@ -66,17 +66,19 @@ class OrthonormalBasis(NamedTuple):
         unit = torch.eye(self.size, dtype=self.W.dtype, device=self.W.device).expand(len(self.W), -1, -1)
         return self.rotated(unit)
 
-    def rotated(self, X: Float[Tensor, "c n d"]) -> Float[Tensor, "c n d"]:
-        """Returns X Q: what rows X have for coordinates."""
+    def rotated(self, X: Float[Tensor, "c n d"], out: Float[Tensor, "c n d"] | None = None) -> Float[Tensor, "c n d"]:
+        """Returns X Q: what rows X have for coordinates; in `out`, another tensor than X, if given."""
         if not self.reflected:
-            return torch.bmm(X, self.W)
-        return torch.baddbmm(X, torch.bmm(X, self.W), self.Y.mT, alpha=-1)
+            return torch.bmm(X, self.W, out=out)
+        return torch.baddbmm(X, torch.bmm(X, self.W), self.Y.mT, alpha=-1, out=out)
 
-    def rotated_back(self, X: Float[Tensor, "c n d"]) -> Float[Tensor, "c n d"]:
-        """Returns X Q^T: the rows with coordinates X."""
+    def rotated_back(
+        self, X: Float[Tensor, "c n d"], out: Float[Tensor, "c n d"] | None = None
+    ) -> Float[Tensor, "c n d"]:
+        """Returns X Q^T: the rows with coordinates X; in `out`, another tensor than X, if given."""
         if not self.reflected:
-            return torch.bmm(X, self.W.mT)
-        return torch.baddbmm(X, torch.bmm(X, self.Y), self.W.mT, alpha=-1)
+            return torch.bmm(X, self.W.mT, out=out)
+        return torch.baddbmm(X, torch.bmm(X, self.Y), self.W.mT, alpha=-1, out=out)
 
     def columns_rotated(self, X: Float[Tensor, "c d n"]) -> Float[Tensor, "c d n"]:
         """Returns Q^T X: what columns X have for coordinates."""

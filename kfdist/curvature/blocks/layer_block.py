@@ -338,11 +338,14 @@ class LayerBlock(Block, ABC):
         A, a = inputs.second, inputs.first
         if self.homogeneous and a is not None:
             A = inputs.bordered(rows, ones=biased)
+        if "a" not in wanted:
+            a = None  # summed for the border alone
+        elif self.homogeneous and a is not None:
             a = torch.cat([a, a.new_full((len(a), 1), float(biased)) * rows], dim=-1)
         return FactorSums(
             A=inputs.none(2) if A is None else A,
             G=outputs.none(2) if outputs.second is None else outputs.second,
-            a=inputs.none(1) if a is None or "a" not in wanted else a,
+            a=inputs.none(1) if a is None else a,
             g=outputs.none(1) if outputs.first is None else outputs.first,
             rows=rows,
         )

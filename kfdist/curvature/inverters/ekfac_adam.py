@@ -76,6 +76,14 @@ class AdamBasis(AbstractAdamBasis):
         return self.A.rotated_back(self.G.columns_rotated_back(coordinates, scale))
 
     @override
+    def turn(self, matrix: Float[Tensor, "c p q"]) -> None:
+        self.A.rotated(self.G.columns_rotated(matrix), out=matrix)
+
+    @override
+    def turn_back(self, coordinates: Float[Tensor, "c p q"], scale: float) -> None:
+        self.A.rotated_back(self.G.columns_rotated_back(coordinates, scale), out=coordinates)
+
+    @override
     def second_moment(self, before: AbstractAdamBasis, memory: BlockMemory) -> Float[Tensor, "c p q"]:
         del before
         kept = memory.kept

@@ -27,23 +27,23 @@ class _Packed:
         pack: Their moments.
         blocks: The blocks.
         parameters: All of theirs, in order.
-        inputs: The pack's gradients, by parameter, in the parameter's shape.
+        views: The pack's gradients, by parameter, in the parameter's shape.
     """
 
     pack: MomentPack
     blocks: list[Block]
     parameters: list[nn.Parameter]
-    inputs: list[Tensor]
+    views: list[Tensor]
 
     def gradients(self) -> list[Tensor]:
         """Returns `.grad` of the parameters, which all have one."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def directions(self, members: list[AbstractAdamBasis], memories: list[BlockMemory]) -> list[Tensor]:
-        """Returns the directions of the gradients, by parameter."""
-        foreach_copy_(self.inputs, self.gradients())
-        found = self.pack.directions(members, memories)
-        return [part for block, U in zip(self.blocks, found, strict=True) for part in block.from_matrix(U)]
+        """Returns the directions of the gradients, by parameter: the pack's own memory, until the next step."""
+        foreach_copy_(self.views, self.gradients())
+        self.pack.turn_to_directions(members, memories)
+        return self.views
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +158,8 @@ def _settings(inverse: AbstractAdamBasis) -> tuple[Any, ...]:
 
 def _packed_group(group: Sequence[Application]) -> _Packed:
     blocks, pack = [each.blocks[0] for each in group], MomentPack(_members(group))
-    inputs = [part for block, V in zip(blocks, pack.gradients, strict=True) for part in block.from_matrix(V)]
-    return _Packed(pack, blocks, [p for block in blocks for p in block.parameters()], inputs)
+    views = [part for block, V in zip(blocks, pack.gradients, strict=True) for part in block.from_matrix(V)]
+    return _Packed(pack, blocks, [p for block in blocks for p in block.parameters()], views)
 
 
 def _members(group: Sequence[Application]) -> list[AbstractAdamBasis]:

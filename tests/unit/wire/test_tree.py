@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from kfdist.wire.tree import outline, pack, unpack
+from kfdist.wire.tree import entry, outline, pack, unpack
 
 
 def same(one: object, two: object) -> bool:
@@ -87,7 +87,7 @@ def test_what_would_need_pickle_is_refused_by_its_place(state: object, place: st
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 8, bytes(8) + b"{}", (10**12).to_bytes(8, "little") + b"{}"])
 def test_other_files_are_refused(content: bytes):
-    for read in (unpack, outline):
+    for read in (unpack, outline, lambda content: entry(content, "a")):
         with pytest.raises(ValueError, match="not a state file of kfdist, or damaged"):
             read(content)
 
@@ -113,6 +113,14 @@ def test_the_outline_is_the_state_without_tensors_and_bytes():
     assert outline(content) == {"a": None, "b": [1, (None, 2.5), {"c": None}], 3: {"$odd": math.inf}}
     length = int.from_bytes(content[:8], "little")
     assert outline(content[: 8 + length]) == outline(content), "it reads the header alone"
+
+
+def test_an_entry_is_what_a_header_says_and_nothing_made_of_tensors():
+    content = pack({"a": "chain", "b": torch.arange(3), "c": [1], "d": 2.5, "e": None, "f": (1,)})
+    length = int.from_bytes(content[:8], "little")
+    found = {key: entry(content[: 8 + length], key) for key in "abcdefg"}
+    assert found == {"a": "chain", "b": None, "c": None, "d": 2.5, "e": None, "f": None, "g": None}
+    assert entry(pack([1, 2]), "a") is None
 
 
 @given(st.binary(max_size=60), st.integers(0, 200))
