@@ -128,7 +128,7 @@ def _measured_step(plan: Plan, outline: Outline, size: int, *, flops: float, act
     # A rank has only what it ships itself: here it is all of it.
     groups = [replace(group, courier_rank=0) for group in plan.groups]
     tracks = [Track.of(group, queued=False) for group in groups]
-    schedules = plan.settings.schedules(len(tracks), together=plan.compiled)
+    schedules = plan.settings.schedules(len(tracks), together=plan.together)
     timetable = Timetable(schedules, tracks, seed=plan.settings.seed, rank=0, world_size=plan.world_size)
     capture = make_capture(plan, None, 0)
     try:

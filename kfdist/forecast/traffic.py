@@ -60,7 +60,7 @@ class TrafficForecast:
         self._plan = plan
         self._rehearsal = rehearsal
         self._costs = costs
-        self._schedule = plan.settings.schedules(len(plan.groups), together=plan.compiled)[0]
+        self._schedule = plan.settings.schedules(len(plan.groups), together=plan.together)[0]
 
     def per_step(self) -> list[Traffic]:
         """Returns the bytes of an average step, once the first one, at which all is due, is over."""
@@ -157,4 +157,4 @@ def _slope(begun: float | None, later: float | None, steps: int) -> float | None
 
 def schedule_of(plan: Plan) -> Schedule:
     """Returns the schedule that a run begins with."""
-    return plan.settings.schedules(len(plan.groups), together=plan.compiled)[0]
+    return plan.settings.schedules(len(plan.groups), together=plan.together)[0]

@@ -202,7 +202,7 @@ def _pipeline(
     tracks = [Track.of(group, queued=settings.lag is not None) for group in groups]
     told = parameters_of(groups if rank == 0 else ())
     world_size = communicators.training.world_size
-    schedules = settings.schedules(len(groups), together=plan.compiled)
+    schedules = settings.schedules(len(groups), together=plan.together)
     timetable = Timetable(schedules, tracks, seed=settings.seed, rank=rank, world_size=world_size, settings=settings)
     book = JobBook(link, {track.group.name: track.jobs for track in tracks})
     in_force = SettingsInForce(settings, groups)

@@ -50,6 +50,23 @@ class BlockGroup:
         return self.inverter.coupling is not Coupling.NONE
 
 
+_FEW = 1 << 19
+"""Numbers in the factors of a small model: as many as in those of one layer of 512, which fold at one step anyway."""
+
+
+def are_small(groups: Iterable[BlockGroup]) -> bool:
+    """Says whether all of a model's blocks cost about what a step that measures costs besides, its hooks and its start.
+
+    Only of methods whose directions have Adam's size: for these it is shown that which batches are measured is no
+    matter for progress (docs/performance.md, "To a target").
+    """
+    groups = list(groups)
+    shapes = [block.shape for group in groups for block in group.blocks]
+    numbers = sum(shape.groups * (shape.d_in**2 + shape.d_out**2) for shape in shapes)
+    alike = all(group.inverter.produces.normalised and not group.of_gradients for group in groups)
+    return bool(groups) and alike and numbers <= _FEW
+
+
 def check_fisher(fisher: Fisher, groups: Iterable[BlockGroup]) -> None:
     """Refuses methods that take of the output gradients what the Fisher matrix of predictions doesn't have.
 

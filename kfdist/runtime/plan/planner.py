@@ -33,7 +33,7 @@ from kfdist.errors import ConfigError
 from kfdist.policies.assignment import courier_ranks
 from kfdist.runtime.plan.capacity import need_of
 from kfdist.runtime.plan.coverage import NO_METHOD, SKIPPED, UNMATCHED, WITHOUT_MOMENTS, Coverage, coverage_of
-from kfdist.runtime.plan.groups import BlockGroup, check_fisher, refuse_applied_rows
+from kfdist.runtime.plan.groups import BlockGroup, are_small, check_fisher, refuse_applied_rows
 from kfdist.runtime.plan.layers import SHARDED, bare_model, device_of, is_compiled, named_layers
 from kfdist.runtime.plan.whole_parameters import whole_parameters
 from kfdist.runtime.settings import Settings
@@ -73,8 +73,7 @@ class Plan:
         coverage: What happens to each parameter, and why.
         device: Where the blocks are, and their statistics.
         costs: What inversions cost, if "auto" chose by it.
-        compiled: Whether torch.compile made the model, or a part of it: it runs eagerly on steps that measure, so
-            all of its blocks are folded at the same steps.
+        compiled: Whether torch.compile made the model, or a part of it: it runs eagerly on steps that measure.
     """
 
     model: nn.Module
@@ -90,6 +89,14 @@ class Plan:
     def blocks(self) -> tuple[Block, ...]:
         """The blocks of all groups."""
         return tuple(block for group in self.groups for block in group.blocks)
+
+    @property
+    def together(self) -> bool:
+        """Whether all blocks are folded at the same steps: where a step that measures costs much whatever it measures.
+
+        Else they are spread, so that no step takes much longer than the others.
+        """
+        return self.compiled or are_small(self.groups)
 
 
 @dataclass(frozen=True)

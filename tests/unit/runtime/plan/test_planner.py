@@ -209,3 +209,35 @@ def test_blocks_of_the_same_numbers_of_a_parameter_are_noted():
     model.attention.out_proj.bias = layer.bias
     found = {block.name for block in planned(model, "kfac").blocks if block.shares}
     assert found == {"encoder.0", "attention.out_proj"}
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "together"),
+    [
+        (nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 300)), "ekfac-adam", True),
+        (nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 700)), "ekfac-adam", False),
+        (nn.Sequential(*(nn.Linear(128, 128) for _ in range(20))), "ekfac-adam", False),
+        (nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 300)), "kfac", False),
+        (nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 300)), "soap", False),
+        (nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), {"0": "ekfac-adam", "1": "kfac"}, False),
+        (nn.Sequential(nn.Linear(64, 64)), "none", False),
+    ],
+)
+def test_few_small_blocks_with_directions_of_adams_size_fold_at_the_same_steps(
+    model: nn.Module, method: Any, together: bool
+):
+    assert planned(model, method).together is together
+
+
+def test_a_small_model_is_measured_at_one_step_of_a_factor_period():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = kfdist.Optimizer(model, factor_period=3, inverse_period=6, adoption=kfdist.FixedLag(1))
+    pipeline, measured = optimizer.preconditioner.pipeline, []
+    with optimizer:
+        for _ in range(13):
+            measured.append(len(pipeline.timetable.requests(pipeline.next_step, calibrating=())))
+            optimizer.zero_grad()
+            model(torch.randn(8, 5)).square().mean().backward()
+            optimizer.step()
+    assert measured == [3, 0, 0] * 4 + [3]
