@@ -26,6 +26,7 @@ from kfdist.optim.graft import (
     step_by_adamw,
 )
 from kfdist.runtime.plan.groups import BlockGroup
+from kfdist.runtime.plan.layers import check_model
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.settings import StepReport
 
@@ -101,6 +102,7 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         self.graft = graft
         bare = model.model if isinstance(model, Preconditioner) else model
+        check_model(bare)
         given = bare.parameters() if params is None else params
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.preconditioner = _preconditioner_of(model, graft, curvature)

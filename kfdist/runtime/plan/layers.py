@@ -16,6 +16,16 @@ SHARDED = "kfdist needs whole-layer gradients: use DistributedDataParallel, or k
 """What to do instead of sharding a model's layers."""
 
 
+def check_model(model: object) -> None:
+    """Refuses what is no module, such as the parameters that other optimizers take, by `ConfigError`."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"is a {type(model).__name__} and must be the model itself, an nn.Module: curvature is measured in its "
+            "layers. kfdist.Optimizer takes parameters, or groups of them, as `params` beside it",
+            path="model",
+        )
+
+
 def bare_model(model: nn.Module) -> nn.Module:
     """Strips the wrappers of torch.compile, DistributedDataParallel and activation checkpointing, in any order.
 

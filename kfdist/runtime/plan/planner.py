@@ -34,7 +34,7 @@ from kfdist.policies.assignment import courier_ranks
 from kfdist.runtime.plan.capacity import need_of
 from kfdist.runtime.plan.coverage import NO_METHOD, SKIPPED, UNMATCHED, WITHOUT_MOMENTS, Coverage, coverage_of
 from kfdist.runtime.plan.groups import BlockGroup, are_small, check_fisher, refuse_applied_rows
-from kfdist.runtime.plan.layers import SHARDED, bare_model, device_of, is_compiled, named_layers
+from kfdist.runtime.plan.layers import SHARDED, bare_model, check_model, device_of, is_compiled, named_layers
 from kfdist.runtime.plan.whole_parameters import whole_parameters
 from kfdist.runtime.settings import Settings
 from kfdist.types import GroupSpec
@@ -132,6 +132,7 @@ def make_plan(
         ConfigError: A glob matches no module, a method is unknown, refuses its layers or doesn't go with the Fisher, or
             no layer of the model has a block.
     """
+    check_model(model)
     compiled = is_compiled(model)
     model, skip = bare_model(model), settings.skip
     patterns = _patterns(method)

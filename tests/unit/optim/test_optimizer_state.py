@@ -271,3 +271,11 @@ def test_what_no_block_can_have_is_said_to_be_stepped_by_a_first_order_method():
         pytest.warns(KfdistWarning, match=r"no block: .*weight.* The Optimizer steps them by a first-order method"),
     ):
         train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("make", [kfdist.Optimizer, kfdist.Preconditioner])
+def test_parameters_in_the_place_of_the_model_are_refused_with_where_they_go(make: Any) -> None:
+    parameters = list(small_model().parameters())
+    for given in (parameters, iter(parameters), [{"params": parameters}]):
+        with pytest.raises(ConfigError, match=r"^model: is a .* and must be the model itself.* as `params`"):
+            make(given)
