@@ -152,7 +152,8 @@ class RunFiles:
     def advice(self) -> str:
         """Says what can be done with a run that trains no more."""
         if self.state is RunState.FINISHED:
-            return "a higher run.steps trains on from here"
+            given = "run.steps" if _of(self.config, "run", "steps") else "run.epochs"
+            return f"a higher {given} trains on from here"
         if self.checkpoint is None:
             return "there is no checkpoint: the command that started it begins anew"
         return f"the command that started it resumes it from step {self.checkpoint}"

@@ -9,7 +9,7 @@ from torch import nn
 from kfdist.config.fields import by_name
 from kfdist.config.named_functions import is_own, own_function, own_result
 from kfdist.models.small import DigitsCnn, Mlp
-from kfdist.models.torchvision_models import CifarResNet18, CifarVgg16Bn, TorchvisionModel
+from kfdist.models.torchvision_models import CifarResNet18, CifarVgg16Bn, TorchvisionModel, refuse_architecture
 
 MODELS: Mapping[str, type[DigitsCnn | Mlp | TorchvisionModel | CifarResNet18 | CifarVgg16Bn]] = {
     "digits-cnn": DigitsCnn,
@@ -35,6 +35,7 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if not is_own(name):
+            refuse_architecture(name, MODELS)
             return by_name(MODELS, name, settings, section="model").build(example_shape, classes)
         function = own_function(name, section="model")
         shape = tuple(example_shape)

@@ -1,6 +1,6 @@
 """Models of torchvision, by name; it loads also beside a CPU-only torch (`kfdist.vision`)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -8,7 +8,7 @@ from torch import nn
 
 from kfdist import checks
 from kfdist.config.fields import Section, Settings
-from kfdist.errors import ConfigError
+from kfdist.errors import ConfigError, KfdistError
 from kfdist.vision import import_torchvision
 
 
@@ -37,6 +37,30 @@ class TorchvisionModel(Section):
                 f"is {dict(self.arguments)!r}; torchvision's {name} refuses it: {error}",
                 path="model.settings.arguments",
             ) from None
+
+
+def refuse_architecture(name: str, models: Collection[str]) -> None:
+    """Refuses the name of a classifier of torchvision in the place of a model's, with where it goes.
+
+    Args:
+        name: The name as configured.
+        models: The names of models.
+
+    Raises:
+        ConfigError: It is one. Without torchvision nothing is.
+    """
+    if name in models:
+        return
+    try:
+        torchvision = import_torchvision()
+    except KfdistError:
+        return
+    if name in torchvision.models.list_models(module=torchvision.models):
+        raise ConfigError(
+            f'is {name!r}, a classifier of torchvision; set model.name = "torchvision" and '
+            f'model.settings.architecture = "{name}"',
+            path="model.name",
+        )
 
 
 class CifarResNet18(Section):

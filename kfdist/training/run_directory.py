@@ -97,7 +97,7 @@ def read_costs(directory: Path) -> MeasuredCosts | None:
     file = directory / _COSTS
     try:
         return MeasuredCosts.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # what the directory can't be is for those to say that make it
         return None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise EnvironmentFault(
@@ -246,8 +246,8 @@ def _refuse_drift(config: Config) -> None:
 
 
 def _finished(config: Config, summary: Mapping[str, Any]) -> str:
-    if summary.get("status") != "finished":
-        return ""
+    if summary.get("status") != "finished" or summary.get("unsaved_steps"):
+        return ""  # or its last checkpoint is lacking: a start makes the steps since the newest anew
     for key, done in (("steps", summary.get("steps")), ("epochs", summary.get("data_epochs"))):
         wanted = getattr(config.run, key)
         if wanted is not None and isinstance(done, int) and done >= wanted:

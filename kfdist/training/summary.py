@@ -68,6 +68,7 @@ def summarise(training: Training, trainer: Trainer, *, start: int, stopped: str)
         "start": start,
         "stop_reason": stopped,
         "checkpoint_faults": trainer.checkpoint_faults,
+        "unsaved_steps": trainer.unsaved_steps,
         "unreadable": trainer.unreadable.summary(),
         "time_to_target": target_summary(training.config.run.target_accuracy, standing.reached),
         "metrics": dict(trainer.metrics),

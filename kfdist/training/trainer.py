@@ -67,6 +67,7 @@ class Trainer:
         self.step_seconds = array("d")
         self.input_seconds = array("d")
         self.checkpoint_faults = 0
+        self._saved_step = standing.step
         self.asked_to_stop = False
         self._told_steps = 0
         self._evaluated = -1
@@ -108,7 +109,7 @@ class Trainer:
                 self.asked_to_stop = interruption.reason == "stop"
             else:
                 stopped = self._after_step(report)
-        self._checkpoint()
+        self._checkpoint(last=True)
         self._history.write_if_due(self.standing.step, ended=True)
         if not stopped and self._evaluated != self.standing.step:
             self._evaluate()
@@ -333,7 +334,12 @@ class Trainer:
         self._log.write("target", target_accuracy=target, **asdict(reached))
         self._progress.say(f"step {reached.step}: test accuracy {target:.2%} was reached after {reached.seconds:.1f} s")
 
-    def _checkpoint(self) -> None:
+    @property
+    def unsaved_steps(self) -> int:
+        """Steps that are in no checkpoint."""
+        return self.standing.step - self._saved_step
+
+    def _checkpoint(self, *, last: bool = False) -> None:
         """Writes a checkpoint of the present standing; a failure is told and the run goes on."""
         # Never keep parameters that are NaN already: the loss up to here is looked at first.
         self._report()
@@ -354,9 +360,14 @@ class Trainer:
             "checkpoint", step=saved.step, fault=saved.fault, bytes=saved.bytes, seconds=round(saved.seconds, 6)
         )
         self._history.write_spectra(saved.step)
-        if saved.fault:
-            self.checkpoint_faults += 1
-            self._progress.say(
-                f"the checkpoint at step {saved.step} could not be written ({saved.fault}); the run goes on and older "
-                "checkpoints are kept; make room before the next one"
-            )
+        if not saved.fault:
+            self._saved_step = saved.step
+            return
+        self.checkpoint_faults += 1
+        then = (
+            f"older checkpoints are kept; make room and start the run again, which makes the last {self.unsaved_steps} "
+            "steps anew: their parameters are lost"
+            if last
+            else "the run goes on and older checkpoints are kept; make room before the next one"
+        )
+        self._progress.say(f"the checkpoint at step {saved.step} could not be written ({saved.fault}); {then}")

@@ -233,6 +233,12 @@ def test_a_controller_that_is_away_leaves_the_files(kfdist, post, training):
         kfdist("stop")
 
 
+def test_a_run_that_was_given_in_epochs_is_lengthened_in_epochs(kfdist, machine):
+    path = run_directory(machine / "runs" / "digits")
+    (path / "config.toml").write_text((path / "config.toml").read_text().replace("steps = 60", "epochs = 3"))
+    assert "a higher run.epochs trains on from here" in kfdist("status", "digits")
+
+
 @pytest.mark.parametrize(
     ("status", "state", "advice"),
     [

@@ -223,6 +223,17 @@ def test_a_fault_on_one_ranks_disk_is_told_and_training_goes_on(tmp_path: Path):
     ]
     faults = {line["step"]: line["fault"] for line in events(tmp_path, "checkpoint")}
     assert faults == {10: "", 20: "rank 1: [Errno 28] No space left on device", 30: "", 40: ""}
+    assert summary["unsaved_steps"] == 0
+
+
+def test_a_run_whose_last_checkpoint_was_not_written_is_finished_by_another_start(tmp_path: Path):
+    common = ("run.steps=20", "checkpoint.period=10")
+    lost = train(tmp_path, *common, ranks=2, prepare=lose_the_disk_of_rank_1)
+    assert (lost["status"], lost["steps"], lost["unsaved_steps"]) == ("finished", 20, 10)
+    found = train(tmp_path, *common, ranks=2)
+    assert (found["start"], found["unsaved_steps"], found["codes"]) == (2, 0, [0] * 2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000020"]
+    assert train(tmp_path, *common, ranks=2)["start"] == 2  # now it is done
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def test_the_networks_for_cifar_have_their_published_size(name: str, settings: d
             "model.settings.arguments",
             "resnet18 refuses it: .*zero_init",
         ),
+        ("resnet18", {}, "model.name", 'set model.name = "torchvision" and model.settings.architecture = "resnet18"'),
         ("cifar-resnet18", {}, "model.name", r"takes \[3, 32, 32\], but the data has \[3, 64, 64\]"),
     ],
 )

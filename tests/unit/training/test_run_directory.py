@@ -171,6 +171,13 @@ def test_a_finished_run_says_so_and_how_to_go_on(tmp_path: Path):
     assert inspect_run(config_in(tmp_path, "run.epochs=3")) == ""
     write_summary(tmp_path, {"status": "stopped", "steps": 20, "data_epochs": 2})
     assert inspect_run(config) == ""
+    write_summary(tmp_path, {"status": "finished", "steps": 20, "data_epochs": 2, "unsaved_steps": 10})
+    assert inspect_run(config) == ""
+
+
+def test_a_run_directory_under_a_file_is_no_matter_of_costs(tmp_path: Path):
+    (tmp_path / "file").touch()
+    assert read_costs(tmp_path / "file" / "run") is None
 
 
 def test_the_costs_of_the_first_start_are_kept(tmp_path: Path):
