@@ -57,14 +57,15 @@ def run_pool(
         cluster = RayCluster(config, directory)
         try:
             expect_no_more()
-            _supervise(Supervisor(cluster, config), cluster.directory, ready_file, on_ready, ended.is_set)
+            _supervise(cluster, Supervisor(cluster, config), ready_file, on_ready, ended.is_set)
         finally:
             cluster.close()
 
 
 def _supervise(
-    supervisor: Supervisor, directory: Path, ready_file: Path | None, on_ready: OnReady, ended: Callable[[], bool]
+    cluster: RayCluster, supervisor: Supervisor, ready_file: Path | None, on_ready: OnReady, ended: Callable[[], bool]
 ) -> None:
+    directory = cluster.directory
     supervisor.wait_until_registered(ended)
     if not ended():
         on_ready(supervisor.status())
@@ -81,6 +82,7 @@ def _supervise(
                 _LOG.warning("%s", fault)  # what was told before still holds, but for the number of restarts
             told = restarts
         supervisor.watch()
+        cluster.check()
         if not directory.exists():
             raise EnvironmentFault(
                 f"the pool's directory {directory} was removed, and Ray's sockets with it; start again"

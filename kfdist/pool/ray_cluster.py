@@ -20,8 +20,17 @@ from typing import Any
 from kfdist.config import Config
 from kfdist.errors import EnvironmentFault
 from kfdist.pool.bundles import resources_of
-from kfdist.pool.ray_directory import log_tail, make_directory, remove, remove_stale, start_guardian, sweep
+from kfdist.pool.ray_directory import (
+    log_tail,
+    make_directory,
+    raylet_of,
+    remove,
+    remove_stale,
+    start_guardian,
+    sweep,
+)
 from kfdist.system.addresses import split_address
+from kfdist.system.processes import command_line
 from kfdist.system.spawn import with_package
 
 _LOG = logging.getLogger(__name__)
@@ -68,6 +77,7 @@ class RayCluster:
         environment.setdefault("RAY_NUM_REDIS_GET_RETRIES", _CONNECT_TRIES)
         if not self._own:
             _check_reachable(self._address)
+        self._raylet = 0
         self.ray: Any = None
         remove_stale()
         self.directory, self._hold = make_directory(directory)
@@ -79,9 +89,26 @@ class RayCluster:
                 set_auth_mode(environment)
             self.ray = self._import_ray()
             self._connect(config, environment["RAY_AUTH_MODE"])
+            if self._own:
+                self._raylet = raylet_of(self.directory)
         except BaseException:
             self.close()
             raise
+
+    def check(self) -> None:
+        """Looks whether a private Ray still has its raylet: without it no owner lives, and Ray starts none again.
+
+        A raylet also ends by itself where one of its agents was killed, as for want of memory.
+
+        Raises:
+            EnvironmentFault: It hasn't.
+        """
+        if self._raylet and not command_line(self._raylet):
+            told = log_tail(self.directory / "ray")
+            raise EnvironmentFault(
+                f"Ray's raylet (process {self._raylet}) has ended, and all owners with it; start the pool again. Where "
+                "memory is short (dmesg), give it more" + (f"; the end of its log:\n{told}" if told else "")
+            )
 
     def close(self) -> None:
         """Disconnects; a private Ray ends, with all its processes and files. Safe to call twice."""

@@ -74,6 +74,12 @@ def ray_processes(directory: Path) -> set[int]:
     return {pid for pid in living_processes() if pid != os.getpid() and _belongs(pid, prefix)}
 
 
+def raylet_of(directory: Path) -> int:
+    """Returns the process of the raylet of the Ray whose directory this is; 0 where none is found."""
+    programs = {pid: command_line(pid).split(b"\0")[0] for pid in ray_processes(directory)}
+    return next((pid for pid, program in programs.items() if program.endswith(b"/raylet")), 0)
+
+
 def sweep(directory: Path, *, seconds: float = _SWEEP_SECONDS, word: str = "") -> set[int]:
     """Kills the processes of a Ray until none is left; returns those that outlasted `seconds`.
 

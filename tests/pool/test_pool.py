@@ -180,6 +180,20 @@ def test_a_ray_with_other_authentication_is_told_from_one_that_is_not_there(pool
     assert "RAY_AUTH_MODE is 'disabled' here: a cluster with a token needs RAY_AUTH_MODE=token" in text
 
 
+def test_a_pool_whose_raylet_has_ended_ends_and_says_so(controller, tmp_path):
+    """Whoever started the pool starts it again; Ray wouldn't start the owners, and the pool had waited for ever."""
+    lost = start_pool(tmp_path, controller, "--set", "cluster.owners=1")
+    try:
+        (raylet,) = lost.command.members("raylet --")
+        os.kill(raylet.pid, signal.SIGKILL)
+        said = lost.command.expect(1, 60)
+        assert f"Ray's raylet (process {raylet.pid}) has ended, and all owners with it; start the pool again" in said
+        assert lost.command.left_behind(10) == []
+        assert not lost.directory.exists()
+    finally:
+        lost.command.close()
+
+
 def test_an_owner_that_is_killed_comes_back_where_it_was(pool, link):
     name, other = pool.names()
     before, killed = pool.registered(), pool.owner_processes()[name]
