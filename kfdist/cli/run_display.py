@@ -236,7 +236,8 @@ def _settings(run: RunView) -> list[tuple[str, str]]:
         facts.append(("changed by users", f"{', '.join(run.changed)}; the others are as configured"))
     if run.obeyed_revision:
         facts.append(
-            ("asked for last", f"revision {run.obeyed_revision}, obeyed by all ranks at step {run.obeyed_step}")
+            # Asked for by users, or what a new start began with: nobody may have asked for anything.
+            ("taken up last", f"revision {run.obeyed_revision}, by all ranks at step {run.obeyed_step}")
         )
     if run.settings and run.settings_revision > run.obeyed_revision:
         facts.append(("not obeyed yet", f"revision {run.settings_revision}; kfdist events says what it is"))

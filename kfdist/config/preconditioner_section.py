@@ -17,6 +17,9 @@ BY_WIDTH = "by-width"
 """The method's name that chooses by the blocks' width, `kfdist.ByWidth`; a test compares."""
 
 
+_DAMPING_KEYS = ("damping", "damping_decay", "damping_epochs")
+
+
 class StalenessSection(Section):
     """What happens under `asap` when the inverse in use gets old; the names are those of `kfdist.Asap`."""
 
@@ -167,6 +170,13 @@ class PreconditionerSection(Section):
         if self.lag is not None:
             return FixedLag(self.lag, wait_limit_seconds=self.wait_limit_seconds)
         return Asap(**self.staleness.model_dump(), wait_limit_seconds=self.wait_limit_seconds)
+
+    @property
+    def damping_given(self) -> str:
+        """The key of a damping other than the default; empty where there is none."""
+        fields = type(self).model_fields
+        changed = (key for key in _DAMPING_KEYS if getattr(self, key) != fields[key].default)
+        return next((f"preconditioner.{key}" for key in changed), "")
 
     @model_validator(mode="before")
     @classmethod

@@ -46,6 +46,10 @@ class SettingsInForce:
             self._ignored = {"damping": f"{names}, the run's only method, has none: its steps have Adam's length"}
         self.fixed |= self._ignored
 
+    def without_effect(self, name: str) -> str:
+        """Returns why a setting does nothing in this run; nothing where it does something."""
+        return self._ignored.get(name, "")
+
     def damping(self, step: int) -> float:
         """Returns lambda at `step`: the stand-in's, what users set last, or as configured.
 

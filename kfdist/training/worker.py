@@ -268,8 +268,11 @@ def _announce(training: Training, standing: Standing, progress: Progress, remark
         f"{config.data.name}, {config.optimizer.name} with {config.preconditioner.described}, "
         f"{training.learning_rate.total_steps} steps of {ranks} x {config.data.batch_size} examples"
     )
-    if changes := training.preconditioner.pipeline.in_force.changes:
-        progress.say(tuning.kept(config.run.name, changes))
+    in_force = training.preconditioner.pipeline.in_force
+    if in_force.changes:
+        progress.say(tuning.kept(config.run.name, in_force.changes))
+    if (given := config.preconditioner.damping_given) and (why := in_force.without_effect("damping")):
+        progress.say(f"{given} does nothing here: {why}")
 
 
 @contextmanager

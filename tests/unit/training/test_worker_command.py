@@ -109,3 +109,21 @@ def test_one_rank_from_the_command_line(tmp_path: Path):
     changed = subprocess.run([*command, "--set", "optimizer.lr=0.5"], capture_output=True, text=True, env=environment)
     assert changed.returncode == 2
     assert "+ optimizer.lr = 0.5" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("dense", "override", "told"),
+    [
+        ("ekfac-adam", "preconditioner.damping=0.1", "preconditioner.damping does nothing here: ekfac-adam, the run's"),
+        ("ekfac-adam", "preconditioner.damping_decay=0.9", "preconditioner.damping_decay does nothing here"),
+        ("kfac-eigen", "preconditioner.damping=0.1", ""),
+        ("ekfac-adam", "run.log_period=2", ""),
+    ],
+)
+def test_a_damping_that_no_method_of_the_run_has_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dense: str, override: str, told: str
+):
+    method = ("preconditioner.method=by-width", f"preconditioner.settings={{dense={dense!r}}}")
+    run_worker(small(tmp_path, "optimizer.name=kfdist", *method, "run.steps=2", "checkpoint.period=0", override))
+    said = capsys.readouterr().out
+    assert told in said and ("does nothing" in said) == bool(told)
