@@ -38,6 +38,10 @@ def supervisor(restarts: Any, watched: Any) -> Any:
     )
 
 
+def cluster(directory: Path) -> Any:
+    return SimpleNamespace(directory=directory, check=lambda: None)
+
+
 def test_a_ready_file_whose_folder_was_removed_does_not_end_the_pool(tmp_path: Path, caplog):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -49,17 +53,19 @@ def test_a_ready_file_whose_folder_was_removed_does_not_end_the_pool(tmp_path: P
             folder.rmdir()
 
     pool = supervisor(iter([0, 1, 1]), watch)
-    command._supervise(pool, tmp_path, folder / "ready.json", lambda owners: None, lambda: next(turns, None) is None)
+    ready = folder / "ready.json"
+    command._supervise(cluster(tmp_path), pool, ready, lambda owners: None, lambda: next(turns, None) is None)
     assert caplog.text.count("can't be written") == 1
 
 
 def test_a_ready_file_that_could_never_be_written_is_refused(tmp_path: Path):
     pool = supervisor(iter([0]), lambda: None)
     with pytest.raises(EnvironmentFault, match="can't be written"):
-        command._supervise(pool, tmp_path, tmp_path / "no" / "ready.json", lambda owners: None, lambda: False)
+        ready = tmp_path / "no" / "ready.json"
+        command._supervise(cluster(tmp_path), pool, ready, lambda owners: None, lambda: False)
 
 
 def test_a_pool_whose_directory_was_removed_ends_so_that_another_is_started(tmp_path: Path):
     pool = supervisor(iter([0]), lambda: None)
     with pytest.raises(EnvironmentFault, match=r"gone was removed, and Ray's sockets with it"):
-        command._supervise(pool, tmp_path / "gone", None, lambda owners: None, lambda: False)
+        command._supervise(cluster(tmp_path / "gone"), pool, None, lambda owners: None, lambda: False)
