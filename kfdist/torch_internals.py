@@ -4,6 +4,7 @@ Each function says why the public interface won't do. tests/unit/test_torch_inte
 tests/distributed/test_group_internals.py check that each still exists and does what is assumed here.
 """
 
+import functools
 import inspect
 import sys
 import warnings
@@ -292,6 +293,26 @@ def never_compiled(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimi
 
 
 _MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+
+
+def _marked_where_compiled(name: str) -> Callable[..., Any]:
+    marked = getattr(torch.optim.Optimizer, name)
+    plain = inspect.unwrap(marked)
+
+    @functools.wraps(plain)
+    def method(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        return (marked if "torch._dynamo" in sys.modules else plain)(self, *args, **kwargs)
+
+    return method
+
+
+class CompilerFreeOptimizer(torch.optim.Optimizer):
+    """The base of optimizers that load no compiler, which takes two seconds; where it is loaded, torch's as it is.
+
+    For the reason that `never_compiled` gives; this is also for who steps inside of compiled code.
+    """
+
+    add_param_group, zero_grad, state_dict, load_state_dict = map(_marked_where_compiled, _MARKED)
 
 
 # GradScaler -------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def rank_lines(config: Config, plan: Plan, rehearsal: Rehearsal, costs: Costs) -
 def optimizer_line(config: Config, plan: Plan, parameters: Sequence[nn.Parameter]) -> Line:
     """Has the optimizer make its state on the meta device, where the parameters are; kfdist's own is counted."""
     if config.optimizer.name == OWN_OPTIMIZER:
-        check_optimizer(config.optimizer, parameters)
+        check_optimizer(config.optimizer, parameters, plan.groups)
         blocked = {parameter for block in plan.blocks for parameter in block.parameters()}
         normalised = [group for group in plan.groups if group.inverter.produces.normalised]  # with moments of its own
         finished = {parameter for group in normalised for block in group.blocks for parameter in block.parameters()}

@@ -29,6 +29,7 @@ from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.layers import check_model
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.settings import StepReport
+from kfdist.torch_internals import CompilerFreeOptimizer
 
 Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 """Parameters, or groups of them with settings of their own, as torch's optimizers take them."""
@@ -39,7 +40,7 @@ the largest weight of the past in statistics (docs/decisions/0033). At 512 wide 
 quarter of the time in which it multiplies by their bases in so many steps."""
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(CompilerFreeOptimizer):
     r"""Steps a model along second-order directions, and what has none by a first-order method.
 
     It makes a `kfdist.Preconditioner` of the model, which measures in forward and backward, and does all that comes
@@ -107,7 +108,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.preconditioner = _preconditioner_of(model, graft, curvature)
         try:
-            self._check_normalised()
+            check_graft(graft, self.preconditioner.groups)
             self._solve = self.preconditioner.hand_over(self)
         except ConfigError:
             if self.preconditioner is not model:
@@ -123,14 +124,6 @@ class Optimizer(torch.optim.Optimizer):
         self._finished: set[nn.Parameter] = set()
         self._replaced: Tensor | int = 0
         self._solved = False
-
-    def _check_normalised(self) -> None:
-        normalised = {g.inverter.name for g in self.preconditioner.groups if g.inverter.produces.normalised}
-        if normalised and self.graft == "sgd":
-            raise ConfigError(
-                f"is 'sgd', and {', '.join(sorted(normalised))} goes by AdamW's learning rate; leave graft out",
-                path="graft",
-            )
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -351,6 +344,20 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"is {betas!r}; two numbers are needed, such as (0.9, 0.999)", path="betas")
     for number, beta in enumerate(betas):
         checks.number(f"betas[{number}]", beta, least=0, below=1)
+
+
+def check_graft(graft: Graft | None, groups: Iterable[BlockGroup]) -> None:
+    """Refuses SGD's graft beside methods that go by AdamW's learning rate.
+
+    Raises:
+        ConfigError: With "graft" as its path.
+    """
+    normalised = {group.inverter.name for group in groups if group.inverter.produces.normalised}
+    if normalised and graft == "sgd":
+        raise ConfigError(
+            f"is 'sgd', and {', '.join(sorted(normalised))} goes by AdamW's learning rate; leave graft out",
+            path="graft",
+        )
 
 
 def _mixed(groups: Iterable[BlockGroup]) -> set[nn.Parameter]:

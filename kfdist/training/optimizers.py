@@ -13,7 +13,8 @@ from kfdist import checks
 from kfdist.config import OptimizerSection
 from kfdist.config.task_sections import OWN_OPTIMIZER
 from kfdist.errors import ConfigError
-from kfdist.optim.optimizer import Optimizer, check_settings
+from kfdist.optim.optimizer import Optimizer, check_graft, check_settings
+from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.settings import StepReport
 from kfdist.torch_internals import never_compiled
@@ -28,12 +29,22 @@ def optimizers() -> Mapping[str, type[torch.optim.Optimizer]]:
     return {name.lower(): kind for name, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)}
 
 
-def check_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> None:
-    """Checks that `optimizer_of` can make the configured optimizer of a model with these parameters; errors alike."""
-    if section.name == OWN_OPTIMIZER:
-        _own_settings(section)
-    else:
+def check_optimizer(
+    section: OptimizerSection, parameters: Iterable[nn.Parameter], groups: Iterable[BlockGroup]
+) -> None:
+    """Checks that `optimizer_of` can make the configured optimizer of a model with these parameters and groups.
+
+    Raises:
+        ConfigError: It can't.
+    """
+    if section.name != OWN_OPTIMIZER:
         make_optimizer(section, parameters)
+        return
+    settings = _own_settings(section)
+    try:
+        check_graft(settings["graft"], groups)
+    except ConfigError as error:
+        raise error.under("optimizer.settings") from None
 
 
 def optimizer_of(section: OptimizerSection, preconditioner: Preconditioner) -> torch.optim.Optimizer:

@@ -169,7 +169,7 @@ def gather_materials(
     plan = plan_of(config, model, world_size=world_size, costs=costs)
     if tried:
         try_own_task(config, data, model, device)
-    check_optimizer(config.optimizer, model.parameters())
+    check_optimizer(config.optimizer, model.parameters(), plan.groups)
     return Materials(device=device, data=data, sampler=sampler, model=model, plan=plan)
 
 

@@ -77,16 +77,23 @@ assert before == after, {key: (before[key], after[key]) for key in before if bef
 
 RANK = """
 import torch
+import kfdist
 import kfdist.training.worker
 from kfdist.config import OptimizerSection
-from kfdist.training.optimizers import make_optimizer
+from kfdist.training.optimizers import make_optimizer, optimizer_of
 
-weight = torch.nn.Parameter(torch.ones(2))
-optimizer = make_optimizer(OptimizerSection(name="sgd"), [weight])
-optimizer.zero_grad()
-weight.sum().backward()
-optimizer.step()
-optimizer.load_state_dict(optimizer.state_dict())
+model = torch.nn.Linear(2, 2)
+own = kfdist.Preconditioner(model, "ekfac-adam", kl_clip=None, factor_period=1, inverse_period=1)
+for optimizer in (
+    make_optimizer(OptimizerSection(name="sgd"), model.parameters()),
+    optimizer_of(OptimizerSection(name="kfdist"), own),
+):
+    optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(4, 2)).square().sum().backward()
+        optimizer.step()
+own.close()
 """
 """The compiler would be loaded by an optimizer, at its first call."""
 
@@ -104,7 +111,7 @@ UNUSED = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy
             {"ray", "grpc", *UNUSED},
         ),
         ("rank", RANK, {"ray", "grpc", "matplotlib", *UNUSED}),
-        ("launcher", "import kfdist.launch.launcher", {"ray", "grpc"}),
+        ("launcher", "import kfdist.launch.launcher", {"ray", "grpc", *UNUSED}),
         ("courier", "import kfdist.links.courier.__main__", {"ray", "torch"}),
         ("controller", "import kfdist.control.controller", {"ray", "torch"}),
         ("command line", "import kfdist.cli.main", {"ray", "torch", "grpc", "sklearn", "numpy"}),

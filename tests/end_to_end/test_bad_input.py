@@ -54,7 +54,10 @@ MISTAKES = [
         [*method("ekfac-adam"), "--set", "optimizer.name=sgd"],
         ["optimizer.name", "is 'sgd'", "'ekfac-adam'", "Adam's size", "set it to 'kfdist'"],
     ),
-    (["--set", "optimizer.settings.graft=sgd", *method("ekfac-adam")], ["'sgd'", "ekfac-adam", "learning rate"]),
+    (
+        ["--set", "optimizer.settings.graft=sgd", *method("ekfac-adam")],
+        ["optimizer.settings.graft: is 'sgd'", "ekfac-adam", "learning rate"],
+    ),
     (["--set", "optimizer.name=kfdist", "--set", "optimizer.settings=3"], ["optimizer.settings", "3"]),
     (["--set", 'preconditioner.skip=["*"]'], ["no layer that can be preconditioned", "skip"]),
     (["--set", 'preconditioner.skip=["nosuch*"]'], ["'nosuch*'", "matches no layer"]),

@@ -6,7 +6,7 @@ Neither grpc nor ray may come in here: that ranks do without them would be seen 
 import gc
 
 import pytest  # noqa: F401
-import torch._dynamo  # noqa: F401  # torch's optimizers load it at their first step
+import torch._dynamo  # noqa: F401  # what tests' own optimizers of torch load at their first step
 
 import tests.support.adoption_runs  # noqa: F401
 import tests.support.training  # noqa: F401

@@ -157,7 +157,7 @@ def test_a_warm_up_goes_on_from_where_it_was_when_the_number_of_ranks_changes(
 def own_optimizer(**changes: Any) -> kfdist.Optimizer:
     section = OptimizerSection(**{"name": "kfdist", "lr": 0.5, "momentum": 0.7, "weight_decay": 0.25, **changes})
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    check_optimizer(section, model.parameters())
+    check_optimizer(section, model.parameters(), [])
     preconditioner = kfdist.Preconditioner(model, "kfac-eigen", kl_clip=None)
     made = optimizer_of(section, preconditioner)
     assert isinstance(made, kfdist.Optimizer) and made.preconditioner is preconditioner
@@ -187,7 +187,7 @@ def test_kfdists_own_optimizer_is_made_of_the_section() -> None:
 )
 def test_its_settings_are_checked_before_anything_is_made(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_optimizer(OptimizerSection(name="kfdist", settings=settings), [])
+        check_optimizer(OptimizerSection(name="kfdist", settings=settings), [], [])
 
 
 def test_a_graft_has_no_clip_and_an_explicit_one_is_refused() -> None:
