@@ -21,7 +21,9 @@ OFTEN = ("--set", "preconditioner.factor_period=2", "--set", "preconditioner.inv
 SMALL = ("--set", "model.settings.channels=8", "--set", "model.settings.hidden=32", *OFTEN)
 """A model of which steps and inversions cost little, so that there can be many of these."""
 STEPS = 10_000_000
-ENDLESS = (*SMALL, "--set", f"run.steps={STEPS}")
+UNHURRIED = ("--set", "model.name=tests.support.small_models:unhurried_cnn", *OFTEN)
+"""The same model with a rest in each step: what a test waits for, as Ray's start, has the cores meanwhile."""
+ENDLESS = (*UNHURRIED, "--set", f"run.steps={STEPS}")
 """For a run that doesn't end by itself while a test looks at it."""
 
 
