@@ -1,11 +1,15 @@
 """What every inversion method must do, over generated spectra and precisions; see `tests.support.cases`."""
 
+import functools
 import hashlib
+import inspect
 import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -36,9 +40,36 @@ V = gaussian(C, P, Q, seed=3)
 HELPERS = {"seng_directions"}
 """Modules of `inverters/` that hold half a method."""
 
+Check = Callable[..., None]
+
+
+def over(name: str, values: Callable[[InverterCase], Iterable[Any]]) -> Callable[[Check], Check]:
+    """Has a test go through the values of one argument by itself; a failure says at which.
+
+    To collect and report a test each would take longer than most of these checks.
+    """
+
+    def decorate(check: Check) -> Check:
+        @functools.wraps(check)
+        def through_all(*, case: InverterCase, **given: Any) -> None:
+            for value in values(case):
+                try:
+                    check(case=case, **{name: value}, **given)
+                except BaseException as error:
+                    error.add_note(f"with {name} = {value!r}")
+                    raise
+
+        signature = inspect.signature(check)
+        left = [parameter for parameter in signature.parameters.values() if parameter.name != name]
+        through_all.__signature__ = signature.replace(parameters=left)  # pyright: ignore[reportAttributeAccessIssue]
+        return through_all
+
+    return decorate
+
+
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-over_good = pytest.mark.parametrize("spectrum", GOOD)
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+over_good = over("spectrum", lambda _: GOOD)
+over_dtypes = over("dtype", lambda _: DTYPES)
 
 
 _inverted: dict[tuple[str, str, torch.dtype, float], Inversion] = {}
@@ -96,7 +127,8 @@ def test_acts_as_a_symmetric_positive_matrix(case: InverterCase, spectrum: str, 
     assert (found * V).sum((1, 2)).min() > 0
 
 
-@pytest.mark.parametrize(("case", "spectrum"), [pytest.param(c, s, id=f"{c.id}-{s}") for c in CASES for s in c.spectra])
+@over_cases
+@over("spectrum", lambda case: case.spectra)
 @over_dtypes
 def test_equals_its_reference(case: InverterCase, spectrum: str, dtype: torch.dtype) -> None:
     factors = make_factors(spectrum, dtype)
@@ -137,9 +169,10 @@ def test_fallback_has_the_size_of_the_mean_eigenvalue(case: InverterCase, spectr
     assert relative_error(outcome.preconditioner.fallback(V, DAMPING), expected) <= TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize(("case", "spectrum"), [pytest.param(c, s, id=f"{c.id}-{s}") for c in CASES for s in c.bad])
+@over_cases
+@over("spectrum", lambda case: case.bad)
 @over_dtypes
-@pytest.mark.parametrize("both", [True, False], ids=["both", "A-only"])
+@over("both", lambda _: (True, False))
 def test_says_what_became_of_bad_input(case: InverterCase, dtype: torch.dtype, spectrum: str, both: bool) -> None:
     statistics = case.statistics(make_factors(spectrum, dtype, good_G=not both))
     outcome = invert_with_ladder(case.make(), statistics, damping=DAMPING, previous={}, seed=SEED)

@@ -57,18 +57,23 @@ def _checked_once(function: FunctionType, shapes: dict[str, Any]) -> Callable[..
     places = [place for place, each in enumerate(parameters) if each.name in shapes]
     # Numbers that shapes name, as "{width}" does.
     numbers = {place: each.name for place, each in enumerate(parameters) if f"{{{each.name}" in str(shapes)}
+    returns = "return" in shapes
     passed: set[Hashable] = set()
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        by_place = tuple(_outline(args[place]) for place in places if place < len(args))
-        by_name = tuple((name, _outline(each)) for name, each in kwargs.items() if name in shapes)
-        named = tuple(args[place] if place < len(args) else kwargs.get(name) for place, name in numbers.items())
+        count = len(args)
+        by_place = tuple([_outline(args[place]) for place in places if place < count])
+        by_name = tuple([(name, _outline(each)) for name, each in kwargs.items() if name in shapes])
+        named = tuple([args[place] if place < count else kwargs.get(name) for place, name in numbers.items()])
         given = by_place, by_name, named
-        result = function(*args, **kwargs) if given in passed else looked_at(function)(*args, **kwargs)
-        both = given, _outline(result) if "return" in shapes else None
-        if given in passed and both not in passed:
+        known = given in passed
+        result = function(*args, **kwargs) if known else looked_at(function)(*args, **kwargs)
+        both = given, _outline(result) if returns else None
+        if known and both in passed:  # as nearly always
+            return result
+        if known:
             with lock:
                 held.append(result)
                 looked_at(held_result)(*args, **kwargs)
