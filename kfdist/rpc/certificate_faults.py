@@ -1,17 +1,21 @@
-"""What of a process's own certificate makes others refuse it, and when it expires."""
+"""What of a process's own certificate makes others refuse it, and when it expires.
+
+Most processes have none: the library that reads it takes a while to import, and is imported where one is read.
+"""
 
 import datetime
 import logging
 import socket
 from collections.abc import Callable, Sequence
-
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from typing import TYPE_CHECKING
 
 from kfdist.errors import EnvironmentFault
 from kfdist.system.credentials import Credentials, Reread
 from kfdist.system.files import is_private
 from kfdist.types import MetricSample
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,6 +26,8 @@ def certificate_fault(credentials: Credentials) -> str:
     Raises:
         EnvironmentFault: The files can't be read.
     """
+    from cryptography import x509
+
     identity, now = credentials.identity(), datetime.datetime.now(datetime.UTC)
     chain = x509.load_pem_x509_certificates(identity.own)
     path, authority_path = credentials.identity_files
@@ -63,6 +69,8 @@ def expiry_samples(credentials: Credentials | None, process: str) -> Callable[[]
     files = credentials.identity_files
 
     def read() -> Sequence[MetricSample]:
+        from cryptography import x509
+
         identity = credentials.identity()
         held = {files[0].name: identity.own, files[1].name: identity.authority}
         return [
@@ -95,7 +103,9 @@ def check_credentials(credentials: Credentials) -> None:
             _LOG.warning("other users of node %s may read %s; `chmod 600` it", socket.gethostname(), path)
 
 
-def _names(certificate: x509.Certificate) -> list[str]:
+def _names(certificate: "x509.Certificate") -> list[str]:
+    from cryptography import x509
+
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:
@@ -103,7 +113,9 @@ def _names(certificate: x509.Certificate) -> list[str]:
     return extension.value.get_values_for_type(x509.DNSName)
 
 
-def _signed(certificate: x509.Certificate, *, by: x509.Certificate) -> bool:
+def _signed(certificate: "x509.Certificate", *, by: "x509.Certificate") -> bool:
+    from cryptography.exceptions import InvalidSignature
+
     try:
         certificate.verify_directly_issued_by(by)
     except (ValueError, TypeError, InvalidSignature):

@@ -23,8 +23,6 @@ from kfdist.training.run_state import Standing, Training
 from kfdist.training.setup import gather_materials, make_training
 from kfdist.training.summary import parameter_sha256
 from kfdist.training.trainer import Trainer
-from tests.support.commands import Command
-from tests.support.controller import ControllerThread
 from tests.support.held import held_since, storages
 from tests.support.ranks import run_ranks
 
@@ -57,6 +55,10 @@ class Trained:
 @contextmanager
 def service(folder: Path) -> Iterator[str]:
     """Starts a controller and a pool of owners on a Ray of its own; gives the controller's address."""
+    # Ranks read this file, too, and do without gRPC.
+    from tests.support.commands import Command
+    from tests.support.controller import ControllerThread
+
     ready = folder / "ready.json"
     with (
         ControllerThread(folder / "control.sqlite") as controller,

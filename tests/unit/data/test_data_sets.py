@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from kfdist.data.sets import load_data, stratified_split
 from kfdist.errors import ConfigError
@@ -23,6 +22,8 @@ def test_digits_are_all_there_and_divided_once():
 
 
 def test_digits_are_those_of_scikit_learn_which_is_not_imported():
+    from sklearn.datasets import load_digits  # with scipy, which no other test loads
+
     pixels, labels = load_digits(return_X_y=True)
     data = load_data("digits", {})
     train, test = stratified_split(torch.from_numpy(labels), 0.2, 0)
