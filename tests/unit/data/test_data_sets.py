@@ -22,7 +22,7 @@ def test_digits_are_all_there_and_divided_once():
 
 
 def test_digits_are_those_of_scikit_learn_which_is_not_imported():
-    from sklearn.datasets import load_digits  # with scipy, which no other test loads
+    from sklearn.datasets import load_digits  # here: with scipy it takes a second of each process that collects
 
     pixels, labels = load_digits(return_X_y=True)
     data = load_data("digits", {})
