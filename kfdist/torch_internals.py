@@ -307,9 +307,9 @@ def _marked_where_compiled(name: str) -> Callable[..., Any]:
 
 
 class CompilerFreeOptimizer(torch.optim.Optimizer):
-    """The base of optimizers that load no compiler, which takes two seconds; where it is loaded, torch's as it is.
+    """The last base of an optimizer that loads no compiler, for who steps outside of compiled code.
 
-    For the reason that `never_compiled` gives; this is also for who steps inside of compiled code.
+    For the reason that `never_compiled` gives. Where the compiler is loaded, torch's methods are as they are.
     """
 
     add_param_group, zero_grad, state_dict, load_state_dict = map(_marked_where_compiled, _MARKED)

@@ -29,7 +29,6 @@ from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.layers import check_model
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.settings import StepReport
-from kfdist.torch_internals import CompilerFreeOptimizer
 
 Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 """Parameters, or groups of them with settings of their own, as torch's optimizers take them."""
@@ -40,7 +39,7 @@ the largest weight of the past in statistics (docs/decisions/0033). At 512 wide 
 quarter of the time in which it multiplies by their bases in so many steps."""
 
 
-class Optimizer(CompilerFreeOptimizer):
+class Optimizer(torch.optim.Optimizer):
     r"""Steps a model along second-order directions, and what has none by a first-order method.
 
     It makes a `kfdist.Preconditioner` of the model, which measures in forward and backward, and does all that comes

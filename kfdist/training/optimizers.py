@@ -17,10 +17,14 @@ from kfdist.optim.optimizer import Optimizer, check_graft, check_settings
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.settings import StepReport
-from kfdist.torch_internals import never_compiled
+from kfdist.torch_internals import CompilerFreeOptimizer, never_compiled
 
 _UNFIT = frozenset({"Optimizer", "LBFGS", "SparseAdam"})
 """The base class, one that needs a closure, one for sparse gradients only."""
+
+
+class RanksOptimizer(Optimizer, CompilerFreeOptimizer):
+    """kfdist's own where a whole step is never compiled, as in `kfdist train`: it loads no compiler."""
 
 
 def optimizers() -> Mapping[str, type[torch.optim.Optimizer]]:
@@ -57,7 +61,7 @@ def optimizer_of(section: OptimizerSection, preconditioner: Preconditioner) -> t
     if section.name != OWN_OPTIMIZER:
         return make_optimizer(section, parameters)
     settings = _own_settings(section)
-    return Optimizer(preconditioner, params=_groups(section, parameters), **settings)
+    return RanksOptimizer(preconditioner, params=_groups(section, parameters), **settings)
 
 
 def precondition(preconditioner: Preconditioner, optimizer: torch.optim.Optimizer) -> StepReport:
