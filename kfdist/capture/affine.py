@@ -207,25 +207,51 @@ def lay_out(
     return Layout(tuple(dims), numbers.as_strided(sizes, steps, offset).reshape(-1), whole.numel())
 
 
-def _batch_norm(given: Arguments, output: Tensor) -> Sequence[Affine]:
-    training = given["training"] if "training" in given else given["use_input_stats"]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _OverTheBatch:
+    """Makes x_hat of an operand where its channels are normalised over dim 0 and positions, or by running statistics.
 
-    def normalised(x: Tensor, chosen: Tensor | None) -> Tensor:
-        if chosen is not None and kept is None and training and function is torch.batch_norm:
-            return normalised(x, None).index_select(0, chosen)  # an entry's x_hat depends on all the others
+    It holds neither the operand nor itself: a hook of the graph has it, and would keep the graph, activations included,
+    until a garbage collection, which finds one layer of a chain at a time.
+
+    Attributes:
+        function: `torch.batch_norm`, or `torch.instance_norm`, whose entries of dim 0 don't depend on each other.
+        running: Mean and variance that it is normalised by; None where the batch's own are used.
+        kept: The mean and inverse deviation of each channel, `[C]`, of the whole batch; None where they aren't known.
+        eps: Added to variances.
+        cudnn_enabled: As the function takes it.
+    """
+
+    function: Callable[..., Tensor]
+    running: tuple[Tensor, Tensor] | None
+    kept: tuple[Tensor, Tensor] | None
+    eps: float
+    cudnn_enabled: bool
+
+    def __call__(self, x: Tensor, chosen: Tensor | None) -> Tensor:
+        own = self.running is None
+        if chosen is not None and self.kept is None and own and self.function is torch.batch_norm:
+            return self(x, None).index_select(0, chosen)  # an entry's x_hat depends on all the others
         wide = (x if chosen is None else x.index_select(0, chosen)).to(accumulation_dtype(x))
-        if chosen is not None and kept is not None:
-            mean, scale = (each.to(wide.dtype).reshape(1, -1, *(1,) * (x.dim() - 2)) for each in kept)
+        if chosen is not None and self.kept is not None:
+            mean, scale = (each.to(wide.dtype).reshape(1, -1, *(1,) * (x.dim() - 2)) for each in self.kept)
             return (wide - mean) * scale
         # Without running statistics where the batch's own are used: they would be updated once more.
-        mean, var = (
-            (None, None) if training else (given["running_mean"].to(wide.dtype), given["running_var"].to(wide.dtype))
-        )
-        return function(wide, None, None, mean, var, training, 0.0, given["eps"], given["cudnn_enabled"])
+        mean, var = (None, None) if self.running is None else (each.to(wide.dtype) for each in self.running)
+        return self.function(wide, None, None, mean, var, own, 0.0, self.eps, self.cudnn_enabled)
 
+
+def _batch_norm(given: Arguments, output: Tensor) -> Sequence[Affine]:
     function = torch.batch_norm if "training" in given else torch.instance_norm
-    # The mean and inverse deviation that its backward needs: all of the batch is behind them.
-    kept = batch_statistics(output) if function is torch.batch_norm and training else None
+    training = given["training"] if "training" in given else given["use_input_stats"]
+    normalised = _OverTheBatch(
+        function=function,
+        running=None if training else (given["running_mean"], given["running_var"]),
+        # The mean and inverse deviation that its backward needs: all of the batch is behind them.
+        kept=batch_statistics(output) if function is torch.batch_norm and training else None,
+        eps=given["eps"],
+        cudnn_enabled=given["cudnn_enabled"],
+    )
     scale, shift = given["weight"], given["bias"]
     return [Affine(scale=scale, shift=shift, operand=given["input"], normalised=normalised, place=1)]
 
