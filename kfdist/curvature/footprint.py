@@ -14,8 +14,8 @@ class Footprint(NamedTuple):
     """Bytes of one block on one rank, in float32.
 
     Attributes:
-        kept: Averages, the inverse in use with the state of the next one, the bytes that both came in, and what is
-            worked out of the inverse for its damping.
+        kept: Averages, the inverse in use with the state of the next one, what is worked out of the inverse for its
+            damping, and of online methods the bytes of the last result, which the next job goes on from.
         folding: The batch's own sums, beside the averages that they are added to.
         inversion: The job, its dense factors, and the result twice (`kfdist.curvature.jobs.run_job`).
     """
@@ -40,9 +40,10 @@ def footprint(inverter: AbstractInverter, shape: BlockShape) -> Footprint:
         * sum({"A": shape.d_in, "G": shape.d_out}[name] for name in needs.increments)
     )
     estimate = inverter.estimate(shape)
+    copies = 2 if inverter.online else 1
     result, prepared = shape.groups * estimate.numbers, shape.groups * estimate.prepared
     return Footprint(
-        kept=NUMBER_BYTES * (sums + 2 * result + prepared),
+        kept=NUMBER_BYTES * (sums + copies * result + prepared),
         folding=NUMBER_BYTES * (sums + rows),
         inversion=NUMBER_BYTES * (sums // 2 + rows + sums + result + max(result, shape.groups * estimate.workspace)),
     )

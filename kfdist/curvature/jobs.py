@@ -5,7 +5,7 @@ The bytes of a result are a function of the job's bytes, the device and the thre
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -190,9 +190,19 @@ def failure_result(reasons: Mapping[BlockName, str]) -> bytes:
     return pack(_result({name: Inversion.failed(reasons[name]) for name in sorted(reasons)}))
 
 
-def encode_result(preconditioners: Mapping[BlockName, AbstractPreconditioner]) -> bytes:
-    """Encodes the preconditioners of a group that the ranks made themselves as a result like any other."""
-    return pack(_result({name: Inversion(preconditioner=made) for name, made in preconditioners.items()}))
+def encode_result(
+    preconditioners: Mapping[BlockName, AbstractPreconditioner], outcomes: Mapping[BlockName, Inversion] | None = None
+) -> bytes:
+    """Encodes the preconditioners of a group: the very bytes that they were decoded from.
+
+    Args:
+        preconditioners: By block, on any device.
+        outcomes: What `decode_result` said of their inversions; none for those that the ranks made themselves, which
+            become a result like any other.
+    """
+    said = outcomes or {}
+    made = {name: said.get(name, Inversion(preconditioner=None)) for name in preconditioners}
+    return pack(_result({name: replace(one, preconditioner=preconditioners[name]) for name, one in made.items()}))
 
 
 def job_threads(payload: bytes) -> int:

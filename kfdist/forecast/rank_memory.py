@@ -111,9 +111,10 @@ def _curvature_lines(plan: Plan, rehearsal: Rehearsal, costs: Costs) -> Iterable
     prepared = sum(prepared_bytes(group) for group in sent)
     if prepared:
         yield Line("worked out of them for the damping", prepared)
-    if sent:
-        received = sum(result_bytes(group, costs) for group in sent)
-        yield Line("the bytes they came in", received, note="kept for checkpoints")
+    online = [group for group in sent if group.inverter.online]
+    if online:
+        received = sum(result_bytes(group, costs) for group in online)
+        yield Line("results that the next jobs go on from", received, note="as bytes, by the rank that ships them")
     scales = sum(_scales(group) for group in sent)
     if scales:
         yield Line("scales that ranks measure", scales)

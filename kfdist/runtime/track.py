@@ -24,13 +24,11 @@ class Snapshot:
 
     Attributes:
         version: Step whose statistics are in it; `NO_VERSION` before the first good result.
-        payload: The bytes it was decoded from, the same on all ranks; empty where the ranks made it themselves.
         preconditioners: By block name.
         outcomes: How each block's inversion went, by block name; empty where the ranks made it themselves.
     """
 
     version: int = NO_VERSION
-    payload: bytes = b""
     preconditioners: Mapping[BlockName, AbstractPreconditioner] = field(default_factory=dict)
     outcomes: Mapping[BlockName, Inversion] = field(default_factory=dict)
 
@@ -40,10 +38,13 @@ class Snapshot:
         return {name: outcome.state for name, outcome in self.outcomes.items()}
 
     def encoded(self) -> bytes:
-        """Returns its bytes, the same on all ranks; empty before the first one."""
-        if self.payload or not self.preconditioners:
-            return self.payload
-        return encode_result(self.preconditioners)
+        """Returns the bytes it was decoded from, the same on all ranks; empty before the first one.
+
+        They aren't kept beside the tensors: they are as many, and only who writes a checkpoint wants them.
+        """
+        if not self.preconditioners:
+            return b""
+        return encode_result(self.preconditioners, self.outcomes)
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.gradient_sums import GradientSums
 from kfdist.curvature.inverter import Outcome
 from kfdist.curvature.inverters import make_inverter
-from kfdist.curvature.jobs import decode_result, encode_job, run_job
+from kfdist.curvature.jobs import decode_result, encode_job, encode_result, run_job
 from kfdist.curvature.statistics import MODES, GradientMoments
 from kfdist.types import BlockShape
 from kfdist.wire.records import map_tensors, tensor_fields
@@ -92,8 +92,10 @@ def test_travels_whole_and_depends_on_its_job_alone(name: str, settings: dict[st
     direct = invert_with_ladder(
         inverter, statistics(inverter, dims, torch.float32), damping=1.0, previous={}, seed=SEED
     ).preconditioner
-    arrived = decode_result(results[0]).outcomes["b"].preconditioner
+    outcomes = decode_result(results[0]).outcomes
+    arrived = outcomes["b"].preconditioner
     assert direct is not None and arrived is not None
+    assert encode_result({"b": arrived}, outcomes) == results[0]
     expected, found = tensor_fields(direct), tensor_fields(arrived)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[each], expected[each]) for each in expected)

@@ -20,7 +20,7 @@ from kfdist.curvature import inverters
 from kfdist.curvature.inverse import KroneckerInverse
 from kfdist.curvature.inverter import AbstractInverter, Inversion, Outcome, Placement
 from kfdist.curvature.inverters import FIXED, INVERTERS, make_inverter
-from kfdist.curvature.jobs import decode_result, encode_job, run_job
+from kfdist.curvature.jobs import decode_result, encode_job, encode_result, run_job
 from kfdist.curvature.ladder import RESIDUAL_LIMIT
 from kfdist.types import BlockShape
 from kfdist.wire.records import tensor_fields
@@ -256,7 +256,8 @@ def test_depends_on_its_arguments_alone(case: InverterCase) -> None:
 def test_travels_whole(case: InverterCase, dtype: torch.dtype) -> None:
     """Through the wire and back, nothing changes by a bit."""
     direct = invert(case, "decaying", dtype)
-    arrived = decode_result(run_job(job(case, "decaying", dtype))).outcomes["block"]
+    result = run_job(job(case, "decaying", dtype))
+    arrived = decode_result(result).outcomes["block"]
     assert direct.preconditioner is not None and arrived.preconditioner is not None
     assert type(arrived.preconditioner) is type(direct.preconditioner)
     expected, found = tensor_fields(direct.preconditioner), tensor_fields(arrived.preconditioner)
@@ -264,6 +265,7 @@ def test_travels_whole(case: InverterCase, dtype: torch.dtype) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert (arrived.outcome, arrived.reason, arrived.diagnostics) == (direct.outcome, direct.reason, direct.diagnostics)
     assert torch.equal(applied(arrived, V.to(dtype)), applied(direct, V.to(dtype)))
+    assert encode_result({"block": arrived.preconditioner}, {"block": arrived}) == result
 
 
 _FRESH = """

@@ -109,7 +109,7 @@ class TrainingRank:
             parameters=self.digest(),
             adopted=report.adopted,
             versions=self.pre.versions(),
-            payloads={track.group.name: _sha256(track.snapshot.payload) for track in pipeline.tracks},
+            payloads={track.group.name: _sha256(track.snapshot.encoded()) for track in pipeline.tracks},
             staleness=self.pre.staleness(),
             damping=pipeline.in_force.damping(report.step),
             policy=dict(policy),

@@ -19,9 +19,10 @@ def storages() -> dict[int, int]:
 
 
 def held_since(before: dict[int, int], data: DataSet, preconditioner: Preconditioner) -> int:
-    """Returns the bytes that came since `before` and aren't the data's, with those that inverses came in."""
+    """Returns the bytes that came since `before` and aren't the data's, with those that online jobs go on from."""
     held = sum(size for address, size in storages().items() if address not in before)
     for part in (data.train, data.test):
         if isinstance(part, Examples):
             held -= sum(each.untyped_storage().nbytes() for each in (part.inputs, part.labels))
-    return held + sum(len(track.snapshot.payload) for track in preconditioner.pipeline.tracks)
+    heads = [track.jobs.head for track in preconditioner.pipeline.tracks]
+    return held + sum(len(head[1]) for head in heads if head is not None)

@@ -54,7 +54,7 @@ class SnapshotInstaller:
             if outcome.preconditioner is not None:
                 self._note(name, version, outcome)
                 preconditioners[name] = outcome.preconditioner
-        _use(track, Snapshot(version, payload, preconditioners, result.outcomes))
+        _use(track, Snapshot(version, preconditioners, result.outcomes))
         return True
 
     def install_own(self, track: Track, version: int, made: OwnInversion) -> None:
@@ -72,7 +72,7 @@ class SnapshotInstaller:
                 kept[name] = contiguous(map_tensors(partial(torch.where, now), kept[name], before[name]))
                 ever = track.memories[name].measured
                 known[name] = now if ever is None else now | ever
-        _use(track, Snapshot(version, b"", kept))
+        _use(track, Snapshot(version, kept))
         for name in kept:
             track.memories[name].measured = known[name]
         self.ask_whether_measured(track)
