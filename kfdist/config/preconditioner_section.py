@@ -3,6 +3,7 @@
 Every `*_period` counts training steps; other units are in the names.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -107,6 +108,12 @@ class PreconditionerSection(Section):
         description="bound kappa of the squared step length in the Fisher's norm; 0 turns it off; 0.01 for optimizers "
         "of torch.optim",
     )
+    kl_clip_decay: float = Field(
+        default=1.0, gt=0, le=1, description="what an epoch multiplies kl_clip by, a step at a time; 1: nothing"
+    )
+    kl_clip_epochs: Stages = Field(
+        default=(), description="[epoch, kl_clip] pairs: from that epoch on, that kl_clip; excludes kl_clip_decay"
+    )
     adoption: Literal["asap", "fixed-lag"] = Field(default="asap", description="when a finished inverse is taken up")
     lag: int | None = Field(
         default=None,
@@ -193,10 +200,10 @@ class PreconditionerSection(Section):
         if self.methods is not None and self.settings:
             reason = "they go with preconditioner.method; in a table of methods, write settings beside each `method`"
             raise ConfigError(f"is {self.settings!r}; {reason}", path="settings")
-        if self.damping_epochs and self.damping_decay != 1.0:
-            raise ConfigError(
-                f"is {self.damping_decay} and damping_epochs is given too; give one of them", path="damping_decay"
-            )
+        self._check_schedule("damping", self.damping_decay, self.damping_epochs)
+        self._check_schedule("kl_clip", self.kl_clip_decay, self.kl_clip_epochs)
+        if not self.kl_clip and (self.kl_clip_epochs or self.kl_clip_decay != 1.0):
+            raise ConfigError("is 0, which is no clip to begin a schedule with; give one above 0", path="kl_clip")
         if self.adoption == "asap" and self.lag is not None:
             raise ConfigError(
                 f'is {self.lag}; it goes with adoption = "fixed-lag" only: set that, or remove lag', path="lag"
@@ -213,6 +220,11 @@ class PreconditionerSection(Section):
         except ConfigError as error:
             raise error if error.path == "inverse_period" else error.under("staleness") from None
         return self
+
+    @staticmethod
+    def _check_schedule(name: str, decay: float, stages: Sequence[object]) -> None:
+        if stages and decay != 1.0:
+            raise ConfigError(f"is {decay} and {name}_epochs is given too; give one of them", path=f"{name}_decay")
 
     @property
     def inverse_periods(self) -> tuple[int, ...]:

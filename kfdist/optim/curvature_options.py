@@ -27,7 +27,7 @@ class Curvature(TypedDict, total=False):
     weight_sharing: WeightSharing
     sampling: Sampling
     skip: Sequence[str]
-    kl_clip: float | None
+    kl_clip: Scalar | None
     adoption: Literal["asap"] | Adoption
     seed: int
     digest_period: int

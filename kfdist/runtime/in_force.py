@@ -57,11 +57,16 @@ class SettingsInForce:
             ConfigError: A schedule gave something else than a positive, finite number.
         """
         damping = self.settings.damping_at(step) if self.stand_in is None else self.stand_in()
-        if not (math.isfinite(damping) and damping > 0.0):
-            raise ConfigError(
-                f"the damping schedule gave {damping!r} at step {step}; a positive, finite number is needed"
-            )
-        return damping
+        return _checked("damping", damping, step)
+
+    def kl_clip(self, step: int) -> float | None:
+        """Returns kappa at `step`: what users set last, or as configured; None where nothing is clipped.
+
+        Raises:
+            ConfigError: A schedule gave something else than a positive, finite number.
+        """
+        kl_clip = self.settings.kl_clip_at(step)
+        return None if kl_clip is None else _checked("kl_clip", kl_clip, step)
 
     def take(self, said: Mapping[str, Value | None]) -> str:
         """Takes up what users say of the settings, all of it or nothing.
@@ -93,7 +98,7 @@ class SettingsInForce:
         settings, adoption = self.settings, self.settings.adoption
         values: dict[str, Value] = {
             "damping": settings.damping_at(step),
-            "kl_clip": settings.kl_clip or 0.0,
+            "kl_clip": settings.kl_clip_at(step) or 0.0,
             "factor_period": settings.factor_period,
             "inverse_period": settings.inverse_period_at(step),
         }
@@ -154,6 +159,12 @@ class SettingsInForce:
 
     def _periods(self, schedule: Schedule) -> list[int]:
         return [group.inverter.update_period(schedule.factor_period, schedule.inverse_period) for group in self._groups]
+
+
+def _checked(name: str, value: float, step: int) -> float:
+    if not (math.isfinite(value) and value > 0.0):
+        raise ConfigError(f"the {name} schedule gave {value!r} at step {step}; a positive, finite number is needed")
+    return value
 
 
 ADOPTING = ("adoption", "lag", *tuning.STALENESS)

@@ -106,8 +106,8 @@ class Pipeline:
         Raises:
             Interrupted: On all ranks, inside an agreed wait; the step is then not done.
             RanksDiverged: The ranks' parameters differ.
-            ConfigError: A schedule gave a damping or a learning rate out of range, there is no learning rate to clip by
-                or, at the first step, the ranks were made differently.
+            ConfigError: A schedule gave a damping, a clip or a learning rate out of range, there is no learning rate to
+                clip by or, at the first step, the ranks were made differently.
             CheckpointError: At the first step, ranks would begin in different places.
         """
         step, phase = self.next_step, self.counters.phase
@@ -121,7 +121,10 @@ class Pipeline:
                 self._agree_on_start()
             self.capture.biases.settle(self.agreement.biases)
             self.adopting.follow()
-            damping = self.in_force.damping(step)
+            damping, _ = (
+                self.in_force.damping(step),
+                self.in_force.kl_clip(step),
+            )  # a bad one is refused before a folding
             learning_rate = None if learning_rates is None else learning_rates(step)
         with phase("capture"):
             due, norms = self.timetable.due(step), self.capture.norms.found()

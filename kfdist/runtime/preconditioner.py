@@ -66,7 +66,8 @@ class Preconditioner(StatedLoss, Inspection):
             where they are pooled before the loss (Eschenhagen et al., arXiv 2311.00636).
         sampling: How much of a batch is measured; by default what 5 % of a forward and backward pay for.
         skip: Globs on the names of modules that, with everything inside them, are not preconditioned.
-        kl_clip: kappa of the KL clip, over all blocks and block by block (docs/methods/kfac.md); None turns it off.
+        kl_clip: kappa of the KL clip, over all blocks and block by block (docs/methods/kfac.md): a positive number, or
+            a callable of the step; None turns it off.
         lr: Learning rate for the KL clip: a number, a callable of the step, or None to read an attached optimizer.
         adoption: When a finished inverse is taken into use: `kfdist.FixedLag(k)`, where `FixedLag(0)` is synchronous,
             or `kfdist.Asap(...)`; "asap" is `Asap()`.
@@ -96,7 +97,7 @@ class Preconditioner(StatedLoss, Inspection):
         weight_sharing: WeightSharing = "expand",
         sampling: Sampling = Sampling(),
         skip: Sequence[str] = (),
-        kl_clip: float | None = 1e-3,
+        kl_clip: Scalar | None = 1e-3,
         lr: Scalar | None = None,
         adoption: Literal["asap"] | Adoption = "asap",
         seed: int = 0,

@@ -29,7 +29,7 @@ class Settings:
     weight_sharing: WeightSharing
     sampling: Sampling
     skip: tuple[str, ...]
-    kl_clip: float | None
+    kl_clip: Scalar | None
     lr: Scalar | None
     adoption: Adoption
     seed: int
@@ -44,8 +44,9 @@ class Settings:
         checks.choice("weight_sharing", self.weight_sharing, get_args(WeightSharing))
         if not isinstance(self.sampling, Sampling):
             raise ConfigError(f"is {self.sampling!r}; kfdist.Sampling(...) is needed", path="sampling")
-        if self.kl_clip is not None:
-            checks.number("kl_clip", self.kl_clip, above=0, hint="or None, which turns the clip off")
+        if self.kl_clip is not None and not callable(self.kl_clip):
+            hint = "or a callable of the step, or None, which turns the clip off"
+            checks.number("kl_clip", self.kl_clip, above=0, hint=hint)
         if self.lr is not None and not callable(self.lr):
             checks.number("lr", self.lr, least=0, hint="or a callable of the step")
         if not isinstance(self.adoption, Adoption):
@@ -86,6 +87,10 @@ class Settings:
     def damping_at(self, step: int) -> float:
         """Returns lambda at `step`, as its schedule gives it."""
         return float(self.damping(step) if callable(self.damping) else self.damping)
+
+    def kl_clip_at(self, step: int) -> float | None:
+        """Returns kappa at `step`, as its schedule gives it; None where nothing is clipped."""
+        return None if self.kl_clip is None else float(self.kl_clip(step) if callable(self.kl_clip) else self.kl_clip)
 
     def canonical(self, step: int) -> dict[str, str]:
         """Returns every field as text, for ranks to compare: schedules by their value at `step`."""

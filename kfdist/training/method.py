@@ -1,6 +1,6 @@
 """From the preconditioner's section of a configuration to a plan, with the configuration's paths in what is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from kfdist.training.run_directory import read_costs
 
 
 def inverse_periods(section: PreconditionerSection, *, steps_per_epoch: int, epoch_zero: int) -> dict[int, int]:
-    """Returns the inverse periods by the step that each begins at; the arguments are those of `Damping`."""
+    """Returns the inverse periods by the step that each begins at; the arguments are those of `ByEpoch`."""
     begun = {0: section.inverse_period}
     for epoch, period in section.inverse_period_epochs:
         begun[max(0, epoch_zero + epoch * steps_per_epoch)] = period
@@ -29,24 +29,42 @@ def inverse_periods(section: PreconditionerSection, *, steps_per_epoch: int, epo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Damping:
-    """lambda as a function of the step; nothing of it needs saving.
+class ByEpoch:
+    """A number as a function of the step; nothing of it needs saving.
 
     Attributes:
-        section: What is configured.
+        first: What it is in epoch 0.
+        decay: What an epoch multiplies it by, a step at a time.
+        stages: Pairs of an epoch and the number from then on, in the place of the decay.
         steps_per_epoch: Steps of a pass over the data.
         epoch_zero: Step at which epoch 0 began, or would have at this number of ranks.
     """
 
-    section: PreconditionerSection
+    first: float
+    decay: float
+    stages: Sequence[tuple[int, float]]
     steps_per_epoch: int
     epoch_zero: int = 0
 
     def __call__(self, step: int) -> float:
-        """Returns lambda at step number `step`, counted from 0."""
-        section, epoch = self.section, (step - self.epoch_zero) / self.steps_per_epoch
-        reached = [value for begin, value in section.damping_epochs if epoch >= begin]
-        return reached[-1] if reached else section.damping * section.damping_decay**epoch
+        """Returns the number at step number `step`, counted from 0."""
+        epoch = (step - self.epoch_zero) / self.steps_per_epoch
+        reached = [value for begin, value in self.stages if epoch >= begin]
+        return reached[-1] if reached else self.first * self.decay**epoch
+
+
+def damping_of(section: PreconditionerSection, *, steps_per_epoch: int, epoch_zero: int = 0) -> ByEpoch:
+    """Returns lambda as a function of the step; the arguments are those of `ByEpoch`."""
+    first, decay, stages = section.damping, section.damping_decay, section.damping_epochs
+    return ByEpoch(first=first, decay=decay, stages=stages, steps_per_epoch=steps_per_epoch, epoch_zero=epoch_zero)
+
+
+def kl_clip_of(section: PreconditionerSection, *, steps_per_epoch: int, epoch_zero: int = 0) -> ByEpoch | None:
+    """Returns kappa as a function of the step, None without a clip; the arguments are those of `ByEpoch`."""
+    first, decay, stages = section.kl_clip, section.kl_clip_decay, section.kl_clip_epochs
+    if not first:
+        return None
+    return ByEpoch(first=first, decay=decay, stages=stages, steps_per_epoch=steps_per_epoch, epoch_zero=epoch_zero)
 
 
 def plan_of(config: Config, model: nn.Module, *, world_size: int, costs: MeasuredCosts | None) -> Plan:

@@ -25,7 +25,7 @@ from kfdist.system.addresses import server_address
 from kfdist.system.credentials import Credentials, Role
 from kfdist.system.spawn import module_command, with_package
 from kfdist.training.averaging import WeightAverage
-from kfdist.training.method import Damping, inverse_periods, plan_of
+from kfdist.training.method import damping_of, inverse_periods, kl_clip_of, plan_of
 from kfdist.training.optimizers import LearningRate, check_optimizer, optimizer_of
 from kfdist.training.run_state import Materials, Standing, Training
 from kfdist.training.trackers.tracker import check_installed
@@ -237,7 +237,8 @@ def make_training(
     settings = replace(
         plan.settings,
         lr=learning_rate,
-        damping=Damping(section=config.preconditioner, **epochs),
+        damping=damping_of(config.preconditioner, **epochs),
+        kl_clip=kl_clip_of(config.preconditioner, **epochs),
         inverse_period=inverse_periods(config.preconditioner, **epochs),
     )
     preconditioner = Preconditioner.from_plan(

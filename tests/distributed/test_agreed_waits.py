@@ -260,8 +260,8 @@ def test_periods_and_adoption_change_on_all_ranks_at_the_same_step() -> None:
     assert any(record.adopted for record in records[26:])
 
 
-def bad_schedule(communicator: Communicator) -> tuple[int, str]:
-    rank = TrainingRank(communicator, damping=lambda step: 0.1 if step < 6 else -1.0)
+def bad_schedule(communicator: Communicator, name: str) -> tuple[int, str]:
+    rank = TrainingRank(communicator, **{name: lambda step: 0.1 if step < 6 else -1.0})
     try:
         rank.run(12)
     except ValueError as error:
@@ -270,6 +270,7 @@ def bad_schedule(communicator: Communicator) -> tuple[int, str]:
     return -1, ""
 
 
-def test_a_damping_schedule_gone_wrong_stops_all_ranks_alike() -> None:
-    results = run_ranks(4, bad_schedule)
-    assert set(results) == {(6, "the damping schedule gave -1.0 at step 6; a positive, finite number is needed")}
+@pytest.mark.parametrize("name", ["damping", "kl_clip"])
+def test_a_schedule_gone_wrong_stops_all_ranks_alike(name: str) -> None:
+    results = run_ranks(4, bad_schedule, name)
+    assert set(results) == {(6, f"the {name} schedule gave -1.0 at step 6; a positive, finite number is needed")}

@@ -51,7 +51,7 @@ class Applying:
             step_is_finite: Boolean scalar; where false the gradients are nothing to learn from. None: true.
             into: Where the directions go, by parameter, in the place of `.grad`.
         """
-        damping = self.in_force.damping(step)
+        damping, kl_clip = self.in_force.damping(step), self.in_force.kl_clip(step)
         applications = self._applications(step, damping, batches)
         steady = not callable(self.in_force.settings.damping)
         for each in applications:
@@ -60,12 +60,12 @@ class Applying:
                 memory.learns = True if step_is_finite is None else step_is_finite
         factor = precondition_gradients(
             self.together.apply(applications, into),
-            kl_clip=self.in_force.settings.kl_clip,
+            kl_clip=kl_clip,
             learning_rate=learning_rate,
             communicator=self.communicator,
             into=into,
         )
-        if factor is not None or self.in_force.settings.kl_clip is None:
+        if factor is not None or kl_clip is None:
             self.counters.kl_clip_factor = factor
 
     def directions(self, step: int, damping: float) -> dict[nn.Parameter, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from kfdist.config import load_config
 from kfdist.config.recipes import described, recipes
 from kfdist.errors import ConfigError
-from kfdist.training.method import Damping
+from kfdist.training.method import damping_of
 from kfdist.training.optimizers import LearningRate
 from kfdist.training.setup import gather_materials
 from tests.support.pictures import write_cifar10, write_folders
@@ -72,7 +72,7 @@ def test_learning_rates_are_the_published_ones(name: str, rates: dict[float, flo
 )
 def test_dampings_are_the_published_ones(name: str, values: dict[float, float]):
     section = load_config(Path(name), environment={}).preconditioner
-    damping = Damping(section=section, steps_per_epoch=100)
+    damping = damping_of(section, steps_per_epoch=100)
     assert {epoch: damping(round(epoch * 100)) for epoch in values} == pytest.approx(values, rel=1e-4)
 
 

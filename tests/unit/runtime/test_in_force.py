@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kfdist
-from kfdist.errors import Interrupted
+from kfdist.errors import ConfigError, Interrupted
 from kfdist.policies import tuning
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Asap, FixedLag
@@ -248,6 +248,39 @@ def test_the_clip_can_be_changed_and_taken_away() -> None:
     assert clipped.parameters != free.parameters
     moved = [[(a - b) for a, b in zip(run.parameters[1], Run().parameters[1], strict=True)] for run in (free, clipped)]
     assert max(map(abs, moved[0])) > 10 * max(map(abs, moved[1]))
+
+
+def test_a_clip_by_schedule_is_the_clip_that_users_set_at_its_steps_and_goes_on_after_a_resume() -> None:
+    def schedule(step: int) -> float:
+        return 1e-6 if step < 4 else 1e-3
+
+    by_hand, by_schedule, stopped, resumed = Run(kl_clip=1e-6), *(Run(kl_clip=schedule) for _ in range(3))
+    by_hand.steps(3)
+    by_hand.set(kl_clip=1e-3)  # said before step 3, in force at step 4
+    by_hand.steps(4)
+    by_schedule.steps(7)
+    stopped.steps(3)
+    resumed.model.load_state_dict(stopped.model.state_dict())
+    resumed.pre.load_state_dict(stopped.pre.state_dict())
+    resumed.steps(4)
+    assert by_schedule.parameters == by_hand.parameters == resumed.parameters
+    told = by_schedule.pre.pipeline.in_force.told
+    assert [told(step).values["kl_clip"] for step in (3, 4)] == [1e-6, 1e-3]
+    by_schedule.set(kl_clip=1e-5)
+    by_schedule.steps(2)
+    assert told(9).values["kl_clip"] == 1e-5  # for the rest of the run
+    for run in (by_hand, by_schedule, stopped, resumed):
+        run.pre.close()
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan")])
+def test_a_clip_out_of_range_is_refused_before_anything_is_folded(value: float) -> None:
+    run = Run(kl_clip=lambda step: 1e-3 if step < 2 else value)
+    run.steps(2)
+    with pytest.raises(ConfigError, match=f"the kl_clip schedule gave {value!r} at step 2; a positive"):
+        run.steps(1)
+    assert run.pre.pipeline.statistics_step == 1
+    run.pre.close()
 
 
 @pytest.mark.parametrize(

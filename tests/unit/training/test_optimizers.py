@@ -14,7 +14,7 @@ from kfdist.config import OptimizerSection, PreconditionerSection, load_config
 from kfdist.data.sampler import Position, Sampler
 from kfdist.errors import ConfigError
 from kfdist.optim.graft import KEPT
-from kfdist.training.method import Damping, inverse_periods
+from kfdist.training.method import damping_of, inverse_periods, kl_clip_of
 from kfdist.training.optimizers import LearningRate, check_optimizer, make_optimizer, optimizer_of, optimizers
 
 
@@ -119,10 +119,14 @@ def test_epochs_stay_where_they_were_when_the_number_of_ranks_changes():
     section = OptimizerSection(lr=1.0, schedule="step", milestone_epochs=(4, 6), warmup_epochs=1)
     rate = LearningRate(section=section, total_steps=60, steps_per_epoch=5, epoch_zero=begin)
     assert [rate(step) for step in (30, 34, 35, 44, 45)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
-    damping = Damping(
-        section=PreconditionerSection(damping=1.0, damping_decay=0.5), steps_per_epoch=5, epoch_zero=begin
-    )
+    damped = PreconditionerSection(damping=1.0, damping_decay=0.5)
+    damping = damping_of(damped, steps_per_epoch=5, epoch_zero=begin)
     assert damping(30) == 0.125 and damping(35) == 0.0625
+    kl_clip = kl_clip_of(
+        PreconditionerSection(kl_clip=1.0, kl_clip_epochs=((2, 0.5), (4, 0.1))), steps_per_epoch=5, epoch_zero=begin
+    )
+    assert kl_clip is not None and [kl_clip(step) for step in (24, 25, 34, 35)] == [1.0, 0.5, 0.5, 0.1]
+    assert kl_clip_of(damped, steps_per_epoch=5) is None
     changing = PreconditionerSection(inverse_period=20, inverse_period_epochs=((2, 30), (5, 10)))
     assert inverse_periods(changing, steps_per_epoch=5, epoch_zero=begin) == {0: 20, 25: 30, 40: 10}
     assert inverse_periods(changing, steps_per_epoch=5, epoch_zero=-20) == {0: 30, 5: 10}

@@ -50,7 +50,7 @@ def test_a_mark_that_an_editor_put_before_the_saved_configuration_changes_nothin
 def test_a_run_that_an_older_version_started_goes_on_with_the_defaults_of_keys_that_are_new(tmp_path: Path):
     started(config_in(tmp_path)).close()
     saved = tmp_path / "config.toml"
-    new = ("damping_decay", "damping_epochs", "inverse_period_epochs")
+    new = ("damping_decay", "damping_epochs", "inverse_period_epochs", "kl_clip_decay", "kl_clip_epochs")
     kept = [line for line in saved.read_text(encoding="utf-8").splitlines() if not line.startswith(new)]
     saved.write_text("\n".join(kept), encoding="utf-8")
     assert inspect_run(config_in(tmp_path)) == ""
