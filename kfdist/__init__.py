@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kfdist.curvature.inverters import Kfac as Kfac
     from kfdist.curvature.inverters import KfacEigen as KfacEigen
     from kfdist.curvature.inverters import KfacTridiagonal as KfacTridiagonal
+    from kfdist.curvature.inverters import KlShampoo as KlShampoo
     from kfdist.curvature.inverters import RsKfac as RsKfac
     from kfdist.curvature.inverters import Seng as Seng
     from kfdist.curvature.inverters import Shampoo as Shampoo
@@ -45,7 +46,7 @@ _NAMES = {
     "kfdist.curvature.auto": "Auto",
     "kfdist.curvature.by_width": "ByWidth",
     "kfdist.curvature.inverters": "BKfac BKfacC BRKfac CgFac Ekfac EkfacAdam Eva Kfac KfacEigen "
-    "KfacTridiagonal RsKfac Seng Shampoo Soap SreKfac TwoLevel",
+    "KfacTridiagonal KlShampoo RsKfac Seng Shampoo Soap SreKfac TwoLevel",
     "kfdist.errors": "KfdistError KfdistWarning",
     "kfdist.optim.adaptive": "AdaptiveStep",
     "kfdist.optim.adaptive_settings": "AdaptiveReport AdaptiveSettings",

@@ -18,7 +18,7 @@ from kfdist.config.task_sections import (
 from kfdist.errors import ConfigError
 from kfdist.system.addresses import UNPROTECTED, is_loopback, split_address
 
-NORMALISED_METHODS = frozenset({"ekfac-adam", "soap"})
+NORMALISED_METHODS = frozenset({"ekfac-adam", "soap", "kl-shampoo"})
 """Methods whose directions have a size of their own; those whose inverters say so (a test compares)."""
 
 

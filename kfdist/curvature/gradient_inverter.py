@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from kfdist import checks
+from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import AbstractInverter
 from kfdist.curvature.statistics import MODES, GradientMoments, Needs
@@ -43,13 +44,14 @@ class AbstractGradientInverter(AbstractInverter):
         return ema_decay
 
     def moments(
-        self, tensor: Float[Tensor, "c ..."], inverse: AbstractPreconditioner | None
+        self, tensor: Float[Tensor, "c ..."], inverse: AbstractPreconditioner | None, memory: BlockMemory
     ) -> dict[str, Float[Tensor, "c p p"]]:
-        """Returns what one step's gradient adds to the sums, by name of the mode.
+        """Returns what one step's gradient adds to the sums, by name of the mode, without a host sync.
 
         Args:
             tensor: The gradient.
             inverse: What is in use; None before the first.
+            memory: What the block keeps beside it, which stays.
         """
-        del inverse
+        del inverse, memory
         return {MODES[mode]: mode_moment(tensor, mode) for mode in range(tensor.dim() - 1)}

@@ -20,10 +20,15 @@ def mode_moment(tensor: Float[Tensor, "c ..."], mode: int) -> Float[Tensor, "c p
     return matrix @ matrix.mT
 
 
+def mode_product(tensor: Float[Tensor, "c ..."], matrix: Float[Tensor, "c _ _"], mode: int) -> Float[Tensor, "c ..."]:
+    """Multiplies a matrix onto one mode, the first being 0, of which the product has as many as the matrix has rows."""
+    product = matrix @ unfolded(tensor, mode)
+    rest = [size for place, size in enumerate(tensor.shape) if place not in (0, mode + 1)]
+    return product.reshape(len(product), product.shape[1], *rest).movedim(1, mode + 1)
+
+
 def mode_products(tensor: Float[Tensor, "c ..."], matrices: Sequence[Float[Tensor, "c _ _"]]) -> Float[Tensor, "c ..."]:
     """Multiplies a matrix onto each mode: entry (a, b, ...) becomes the sum of M_1[a, i] M_2[b, j] ... X[i, j, ...]."""
     for mode, matrix in enumerate(matrices):
-        product = matrix @ unfolded(tensor, mode)
-        rest = [size for place, size in enumerate(tensor.shape) if place not in (0, mode + 1)]
-        tensor = product.reshape(len(product), product.shape[1], *rest).movedim(1, mode + 1)
+        tensor = mode_product(tensor, matrix, mode)
     return tensor

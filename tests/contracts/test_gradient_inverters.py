@@ -47,7 +47,7 @@ def statistics(inverter: AbstractGradientInverter, dims: tuple[int, ...], dtype:
     sums: dict[str, Any] = {}
     for _ in range(6):
         tensor = torch.randn(C, *dims, generator=generator, dtype=torch.float64)
-        for mode, moment in inverter.moments(tensor, None).items():
+        for mode, moment in inverter.moments(tensor, None, BlockMemory()).items():
             sums[mode] = sums.get(mode, 0.0) + moment
     absent = torch.zeros(C, 0, 0, dtype=dtype)
     moments = {mode: sums[mode].to(dtype) if mode in sums else absent for mode in MODES}
@@ -142,9 +142,9 @@ def test_a_step_reads_no_value_back_to_the_host(
         sums = GradientSums(sum_shapes(shape, inverter.needs(shape)), C, dtype=torch.float32, device="cpu")
         gradient = torch.zeros(fake.shape)
         for finite in (None, torch.tensor(True)):
-            sums.fold(inverter.moments(as_tensors(gradient, dims), fake), inverter.decay(0.9), finite)
             memory = BlockMemory(learns=True if finite is None else finite)
             assert fake.apply(gradient, 1.0, memory).shape == gradient.shape
+            sums.fold(inverter.moments(as_tensors(gradient, dims), fake, memory), inverter.decay(0.9), finite)
             other.take_over(fake, memory)
             assert other.apply(gradient, 1.0, memory).shape == gradient.shape
         assert sums.packed().keys() == {*MODES, "weight"}

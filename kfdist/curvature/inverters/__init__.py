@@ -19,6 +19,7 @@ from kfdist.curvature.inverters.eva import Eva, EvaPreconditioner
 from kfdist.curvature.inverters.kfac import Kfac, KfacEigen
 from kfdist.curvature.inverters.kfac_diagonal import DiagonalInverse, KfacDiagonal
 from kfdist.curvature.inverters.kfac_tridiagonal import ChainLink, KfacTridiagonal
+from kfdist.curvature.inverters.kl_shampoo import KlBasis, KlShampoo
 from kfdist.curvature.inverters.rs_kfac import RsKfac, SreKfac
 from kfdist.curvature.inverters.seng import Seng
 from kfdist.curvature.inverters.seng_directions import SengExplicit, SengImplicit
@@ -45,6 +46,7 @@ INVERTERS: Mapping[str, type[AbstractInverter]] = {
     "two-level": TwoLevel,
     "shampoo": Shampoo,
     "soap": Soap,
+    "kl-shampoo": KlShampoo,
 }
 """Every method that can be chosen, by its name in configurations and jobs."""
 
@@ -66,6 +68,7 @@ PRECONDITIONERS: Mapping[str, type[AbstractPreconditioner]] = {
     "seng-implicit": SengImplicit,
     "mode-roots": ModeRoots,
     "mode-basis": ModeBasis,
+    "kl-basis": KlBasis,
 }
 """Every kind of result by its name on the wire and in checkpoints."""
 

@@ -16,9 +16,9 @@ from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.inverse import AbstractPreconditioner
 from kfdist.curvature.inverter import Estimate, Inversion, Operation, Outcome, Work
-from kfdist.curvature.spectra import EIGH_FLOPS, full_spectrum
+from kfdist.curvature.mode_vectors import AbstractModeVectors, means, mode_spectra, vector_fields
+from kfdist.curvature.spectra import EIGH_FLOPS
 from kfdist.curvature.statistics import GradientMoments
-from kfdist.linalg.modes import mode_products
 from kfdist.linalg.psd import trace
 from kfdist.types import BlockShape
 
@@ -26,7 +26,7 @@ SecondMoments = Literal["permute", "estimate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModeBasis(AbstractAdamBasis):
+class ModeBasis(AbstractModeVectors, AbstractAdamBasis):
     r"""Eigenvectors of the gradient's second moment along each mode; the ranks keep Adam's moments in them.
 
     R is V with Q_i^T along each mode, and momentum is Adam's own. When another basis comes into use, the rows of v
@@ -34,12 +34,7 @@ class ModeBasis(AbstractAdamBasis):
     descending, as published; or v is estimated, as if coordinates were uncorrelated, by the squares of Q_new^T Q_old.
 
     Attributes:
-        Q_1: Eigenvectors in columns, `[c, d_1, d_1]`, those of the largest eigenvalue first; `[c, 0, 0]` for modes that
-            aren't there, likewise.
-        Q_2: The second mode's.
-        Q_3: The third's.
-        Q_4: The fourth's.
-        w_1: Their eigenvalues, `[c, d_1]`; `[c, 0]` for modes that aren't there, likewise.
+        w_1: The eigenvalues, `[c, d_1]`; `[c, 0]` for modes that aren't there, likewise.
         w_2: The second mode's.
         w_3: The third's.
         w_4: The fourth's.
@@ -48,51 +43,19 @@ class ModeBasis(AbstractAdamBasis):
 
     nesterov: ClassVar[bool] = False
 
-    Q_1: Tensor
-    Q_2: Tensor
-    Q_3: Tensor
-    Q_4: Tensor
     w_1: Tensor
     w_2: Tensor
     w_3: Tensor
     w_4: Tensor
     second_moments: SecondMoments
 
-    @property
-    def bases(self) -> list[Float[Tensor, "c d d"]]:
-        """Those of the modes there are."""
-        return [each for each in (self.Q_1, self.Q_2, self.Q_3, self.Q_4) if each.shape[-1]]
-
-    @property
-    def modes(self) -> tuple[int, ...]:
-        """The dimensions of the tensors."""
-        return tuple(each.shape[-1] for each in self.bases)
-
-    @property
-    @override
-    def shape(self) -> tuple[int, int, int]:
-        modes = self.modes
-        return len(self.Q_1), modes[0], math.prod(modes[1:])
-
-    def _multiplied(self, matrix: Tensor, along: list[Tensor]) -> Tensor:
-        return mode_products(matrix.reshape(len(matrix), *self.modes), along).reshape(self.shape)
-
-    @override
-    def coordinates(self, matrix: Float[Tensor, "c p q"]) -> Float[Tensor, "c p q"]:
-        return self._multiplied(matrix, [Q.mT for Q in self.bases])
-
-    @override
-    def matrix(self, coordinates: Float[Tensor, "c p q"], scale: float = 1.0) -> Float[Tensor, "c p q"]:
-        matrix = self._multiplied(coordinates, self.bases)
-        return matrix if scale == 1.0 else matrix.mul_(scale)
-
     @override
     def second_moment(self, before: AbstractAdamBasis, memory: BlockMemory) -> Float[Tensor, "c p q"]:
         assert isinstance(before, ModeBasis), "take_over lets no other through"
         v = memory.kept[SECOND]
-        squares = [(new.mT @ old).square() for new, old in zip(self.bases, before.bases, strict=True)]
+        squares = self.squares(before)
         if self.second_moments == "estimate":
-            return self._multiplied(v, squares)
+            return self.multiplied(v, squares)
         tensors = v.reshape(len(v), *self.modes)
         values = (self.w_1, self.w_2, self.w_3, self.w_4)
         for mode, (square, w) in enumerate(zip(squares, values, strict=False), start=1):
@@ -100,13 +63,6 @@ class ModeBasis(AbstractAdamBasis):
             index = order.view(len(order), *(-1 if place == mode else 1 for place in range(1, tensors.dim())))
             tensors = tensors.gather(mode, index.expand(tensors.shape))
         return tensors.reshape(self.shape)
-
-    @override
-    def fallback(self, gradient: Float[Tensor, "c p q"], damping: float) -> Float[Tensor, "c p q"]:
-        """Scales a gradient to the size of Adam's, by the root of its entries' mean square so far."""
-        del damping
-        scale = (self.trace_A / math.prod(self.modes)).sqrt().add(self.eps).view(-1, 1, 1)
-        return (gradient.to(scale.dtype) / scale).to(gradient.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,17 +98,15 @@ class Soap(AbstractGradientInverter):
         self, statistics: GradientMoments, *, damping: float, previous: Mapping[str, Tensor], seed: int
     ) -> Inversion:
         del damping, previous
-        moments = [each / statistics.weight.view(-1, 1, 1) for each in statistics.sums]
-        found = [full_spectrum(M, rank=M.shape[-1], seed=seed, label=str(i)) for i, M in enumerate(moments, start=1)]
-        absent, total = 4 - len(found), trace(moments[0])
-        none = moments[0].new_zeros(len(moments[0]), 0, 0)
-        Q = [*(each.spectrum.vectors for each in found), *[none] * absent]
-        w = [*(each.spectrum.values for each in found), *[total.new_zeros(len(total), 0)] * absent]
+        moments = means(statistics)
+        found, total = mode_spectra(moments, seed), trace(moments[0])
+        absent = [total.new_zeros(len(total), 0)] * (4 - len(found))
+        w = [*(each.spectrum.values for each in found), *absent]
         return Inversion(
             preconditioner=ModeBasis(
                 trace_A=total,
                 trace_G=torch.ones_like(total),
-                **{f"Q_{mode}": each for mode, each in enumerate(Q, start=1)},
+                **vector_fields(found),
                 **{f"w_{mode}": each for mode, each in enumerate(w, start=1)},
                 beta1=self.beta1,
                 beta2=self.beta2,

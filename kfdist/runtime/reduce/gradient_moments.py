@@ -60,7 +60,8 @@ class GradientMomentSums:
                     moments = None
                     if all(parameter.grad is not None for parameter in block.parameters()):
                         tensor = as_tensors(block.gradient(copied=False), block.shape.modes)
-                        moments = inverter.moments(tensor, track.snapshot.preconditioners.get(block.name))
+                        in_use = track.snapshot.preconditioners.get(block.name)
+                        moments = inverter.moments(tensor, in_use, track.memories[block.name])
                     self.sums[block.name].fold(moments, inverter.decay(ema_decay), step_is_finite)
 
     def due(self, reducing: Iterable[Track]) -> dict[BlockName, dict[str, Tensor]]:
