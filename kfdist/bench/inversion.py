@@ -38,6 +38,7 @@ LEFT_OUT = {
     "two-level": "couples all layers; a block's inversion is that of its inner method",
     "shampoo": "takes gradients' moments; eigendecompositions are kfac-eigen's",
     "soap": "takes gradients' moments; eigendecompositions are kfac-eigen's",
+    "kl-shampoo": "takes gradients' moments; eigendecompositions are kfac-eigen's",
     "b-r-kfac": "an update is b-kfac's, a refresh rs-kfac's",
     "b-kfac-c": "an update is b-kfac's, a correction less than rs-kfac's",
 }

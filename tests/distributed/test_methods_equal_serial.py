@@ -117,6 +117,7 @@ CASES = {
     "eva": Case(model="grouped", method="eva"),
     # The moments of one gradient have a null space unless its matrix is square, with the same freedom.
     "soap": Case(model="square", method="soap", batch=24, tolerance=1e-6),
+    "kl-shampoo": Case(model="square", method="kl-shampoo", batch=24, tolerance=1e-6),
     "shampoo": Case(model="grouped", method="shampoo", settings={"vectors": True, "block_size": 5}, tolerance=1e-8),
     "seng": Case(model="grouped", method="seng", settings={"columns": None, "form": "explicit"}, note="explicit"),
     "seng, implicit": Case(model="grouped", method="seng", settings={"form": "implicit"}, note="implicit"),

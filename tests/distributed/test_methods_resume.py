@@ -29,6 +29,7 @@ KINDS: dict[str, Any] = {
     "seng": make_inverter("seng", examples=16, column_sample_size=4),
     "eva": "eva",
     "soap": make_inverter("soap", vectors=True, block_size=8),
+    "kl-shampoo": make_inverter("kl-shampoo", vectors=True, block_size=8),
     "shampoo": make_inverter("shampoo", vectors=True, block_size=8),
     "two-level": {"0": "kfac", "*": make_inverter("two-level", inner="rs-kfac", inner_settings={"rank": 4})},
     "mixed": {"0": "kfac-eigen", "7": make_inverter("cg-fac", warm_start=True), "*": "eva"},

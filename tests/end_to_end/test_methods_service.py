@@ -68,6 +68,7 @@ CASES: Mapping[str, Case] = {
     "seng": Case(own=("settings.column_sample_size=16", *DAMPED), covered="sketched 256 of 8224 entries"),
     "eva": Case(own=DAMPED),
     "soap": Case(model=(*SMALL_CNN, *OWN)),
+    "kl-shampoo": Case(model=(*SMALL_CNN, *OWN)),
     "shampoo": Case(model=(*SMALL_CNN, *OWN, "optimizer.lr=0.003")),
     "two-level": Case(covered="around kfac-eigen"),
     "auto": Case(own=DAMPED, covered="of a budget of"),

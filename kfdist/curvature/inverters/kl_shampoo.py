@@ -109,14 +109,16 @@ class KlBasis(AbstractModeVectors):
         """Returns what one gradient says of each mode's eigenvalues, by the others' as they are."""
         squares = C.square().reshape(len(C), *self.modes)
         shares = [(1.0 / _above_zero(value) / value.shape[-1]).unsqueeze(1) for value in values]
-        kappa = self.kappa * math.prod(value.mean(1) for value in values)
+        kappa = math.prod(
+            (value.mean(1) for value in values), start=torch.full_like(squares.flatten(1)[:, 0], self.kappa)
+        )
         found = []
         for mode in range(len(values)):
             others = [(place, share) for place, share in enumerate(shares) if place != mode]
             summed, added = squares, kappa
             for place, share in others:
                 summed, added = mode_product(summed, share, place), added * share.sum((1, 2))
-            found.append(summed.flatten(1) + torch.as_tensor(added).view(-1, 1))
+            found.append(summed.flatten(1) + added.unsqueeze(1))
         return found
 
 
@@ -125,6 +127,18 @@ def begun(values: Sequence[Float[Tensor, "_ _"]], tensors: Float[Tensor, "c ..."
     start = tensors.square().flatten(1).mean(1, keepdim=True).pow(1.0 / len(values))
     unseen = torch.stack([value.amax(1) for value in values]).amin(0).unsqueeze(1) <= 0
     return [torch.where(unseen, start, value) for value in values]
+
+
+def _in_use(
+    inverse: AbstractPreconditioner | None, memory: BlockMemory, tensor: Float[Tensor, "c ..."]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns bases and eigenvalues by which a gradient is weighed; before any, the axes and what it says of itself."""
+    values = inverse.values(memory) if isinstance(inverse, KlBasis) else []
+    if isinstance(inverse, KlBasis) and values:
+        return [Q.to(tensor) for Q in inverse.bases], begun([value.to(tensor) for value in values], tensor)
+    c, *dims = tensor.shape
+    axes = [torch.eye(d, dtype=tensor.dtype, device=tensor.device).expand(c, d, d) for d in dims]
+    return axes, begun([tensor.new_zeros(c, d) for d in dims], tensor)
 
 
 def _above_zero(value: Tensor) -> Tensor:
@@ -149,7 +163,7 @@ class KlShampoo(AbstractGradientInverter):
     name: ClassVar[str] = "kl-shampoo"
     produces: ClassVar[type[AbstractPreconditioner]] = KlBasis
 
-    beta1: float = 0.95
+    beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     kappa: float = 1e-4
@@ -166,23 +180,14 @@ class KlShampoo(AbstractGradientInverter):
         self, tensor: Float[Tensor, "c ..."], inverse: AbstractPreconditioner | None, memory: BlockMemory
     ) -> dict[str, Float[Tensor, "c p p"]]:
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        dims, like = tensor.shape[1:], tensor.new_zeros(len(tensor), 1)
-        known = inverse.values(memory) if isinstance(inverse, KlBasis) else []
-        if isinstance(inverse, KlBasis) and known:
-            bases = [Q.to(like) for Q in inverse.bases]
-        else:
-            known, bases = (
-                [like.expand(-1, d) for d in dims],
-                [torch.eye(d).to(like).expand(len(like), d, d) for d in dims],
-            )
-        values = begun([value.to(like) for value in known], tensor)
+        bases, values = _in_use(inverse, memory, tensor)
         # Along Q (d lambda)^(-1/2) a gradient has the second moments that it has by S^-1 / d.
         weighed = [
             Q.mT * _above_zero(value * len(value[0])).rsqrt().unsqueeze(-1)
             for Q, value in zip(bases, values, strict=True)
         ]
         found = {}
-        for mode, name in zip(range(len(dims)), MODES, strict=False):
+        for mode, name in zip(range(len(bases)), MODES, strict=False):
             X = tensor
             for place, matrix in enumerate(weighed):
                 X = X if place == mode else mode_product(X, matrix, place)
@@ -195,8 +200,8 @@ class KlShampoo(AbstractGradientInverter):
     ) -> Inversion:
         del damping, previous
         moments = means(statistics)
-        found, total = mode_spectra(moments, seed), math.prod(trace(M) for M in moments)
-        assert isinstance(total, Tensor), "there is a mode"
+        found, traces = mode_spectra(moments, seed), [trace(M) for M in moments]
+        total = math.prod(traces, start=torch.ones_like(traces[0]))
         return Inversion(
             preconditioner=KlBasis(
                 trace_A=total,

@@ -55,7 +55,7 @@ def test_a_saved_run_goes_on_bit_for_bit():
         assert all(map(torch.equal, train(other, optimizer, 4), expected))
 
 
-@pytest.mark.parametrize("method", ["ekfac-adam", "soap"])
+@pytest.mark.parametrize("method", ["ekfac-adam", "soap", "kl-shampoo"])
 def test_adamws_moments_go_where_blocks_have_their_own(method: str):
     model, other = small_model(), small_model()
     adamw = torch.optim.AdamW(model.parameters(), lr=0.5)
