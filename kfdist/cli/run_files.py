@@ -17,6 +17,7 @@ from kfdist.control.client import EventView, RunView
 from kfdist.control.control_records import RunState
 from kfdist.system.files import lock_holder
 from kfdist.system.run_notices import Place, place_of
+from kfdist.system.run_summary import unsaved
 
 DATABASE = "control.sqlite"
 _MARKS = ("config.toml", "summary.json", DATABASE)
@@ -144,6 +145,7 @@ class RunFiles:
             "staleness median": staleness.get("p50"),
             "staleness max": staleness.get("max"),
             "checkpoint": self.checkpoint,
+            "unsaved steps": self._summary.get("unsaved_steps") or None,
             "stopped because": self._summary.get("stop_reason"),
             "error": self._summary.get("error"),
         }
@@ -152,6 +154,8 @@ class RunFiles:
     def advice(self) -> str:
         """Says what can be done with a run that trains no more."""
         if self.state is RunState.FINISHED:
+            if lost := unsaved(self._summary):
+                return lost
             given = "run.steps" if _of(self.config, "run", "steps") else "run.epochs"
             return f"a higher {given} trains on from here"
         if self.checkpoint is None:

@@ -47,6 +47,7 @@ from kfdist.system.processes import (
     reap_orphans,
     sweep,
 )
+from kfdist.system.run_summary import unsaved
 from kfdist.system.spawn import inherited_environment, module_command
 from kfdist.training.run_directory import inspect_run, read_costs
 from kfdist.training.setup import check_devices, gather_materials
@@ -384,10 +385,12 @@ class Launch:
                 f"files: {self._config.run.directory} (summary.json, metrics.jsonl, checkpoints/, logs/)"
             )
         else:
-            self._terminal.say(f"stopped before the last step; {RESUME_ADVICE}")
+            lost = f"; {told}" if (told := unsaved(summary)) else ""
+            self._terminal.say(f"stopped before the last step; {RESUME_ADVICE}{lost}")
         self._terminal.result(summary)
         self._report()
-        return code
+        # Ranks end with 0 all the same: torchrun would have them train onto the same full disk again.
+        return ExitCode.ENVIRONMENT if code == ExitCode.DONE and unsaved(summary) else code
 
     def _report(self) -> None:
         """Writes the page about the run, if asked for, of a launch that trained; another Ctrl-C gives it up."""

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TextIO
 
+from kfdist.system.run_summary import unsaved
+
 _ERASE_LINE = "\r\x1b[2K"
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -67,6 +69,8 @@ def summary_line(summary: Mapping[str, Any]) -> str:
         parts.append(f"test accuracy {100 * accuracy:.2f} %")
     if staleness.get("p50") is not None:
         parts.append(f"staleness {staleness['p50']:g} steps (median), {staleness['max']:g} (max)")
+    if lost := unsaved(summary):
+        parts.append(f"but {lost}")
     return ", ".join(parts)
 
 

@@ -47,13 +47,13 @@ def refuse_architecture(name: str, models: Collection[str]) -> None:
         models: The names of models.
 
     Raises:
-        ConfigError: It is one. Without torchvision nothing is.
+        ConfigError: It is one. Where torchvision can't be imported nothing is.
     """
     if name in models:
         return
     try:
         torchvision = import_torchvision()
-    except KfdistError:
+    except (KfdistError, ImportError, OSError, RuntimeError):  # not installed, or broken: the name is unknown anyway
         return
     if name in torchvision.models.list_models(module=torchvision.models):
         raise ConfigError(

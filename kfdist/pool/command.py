@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,9 @@ OnReady = Callable[[list[dict[str, Any]]], None]
 _LOG = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP_SECONDS = 1.0
+"""How long after its raylet's end a pool may still be asked to end, for the two to count as stopped together."""
+_TICK_SECONDS = 0.05
 
 
 class _Ended(BaseException):
@@ -66,7 +70,11 @@ def _supervise(
     cluster: RayCluster, supervisor: Supervisor, ready_file: Path | None, on_ready: OnReady, ended: Callable[[], bool]
 ) -> None:
     directory = cluster.directory
-    supervisor.wait_until_registered(ended)
+
+    def check() -> None:
+        _check_ray(cluster, ended)
+
+    supervisor.wait_until_registered(ended, check)
     if not ended():
         on_ready(supervisor.status())
     told = None
@@ -82,11 +90,26 @@ def _supervise(
                 _LOG.warning("%s", fault)  # what was told before still holds, but for the number of restarts
             told = restarts
         supervisor.watch()
-        cluster.check()
-        if not directory.exists():
+        check()
+        if not ended() and not directory.exists():
             raise EnvironmentFault(
                 f"the pool's directory {directory} was removed, and Ray's sockets with it; start again"
             )
+
+
+def _check_ray(cluster: RayCluster, ended: Callable[[], bool]) -> None:
+    """Raises if Ray's raylet has ended, unless the pool is to end, too."""
+    if ended():
+        return
+    try:
+        cluster.check()
+    except EnvironmentFault:
+        # Whoever stops everything at once, such as a service manager, may have sent it the signal first.
+        deadline = time.monotonic() + _STOP_SECONDS
+        while not ended():
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_TICK_SECONDS)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class RayCluster:
     Attributes:
         ray: The module, imported once the environment is right.
         directory: The pool's new directory; a private Ray has its files there, too.
+        own: Whether this is a private Ray, of this pool alone.
     """
 
     def __init__(
@@ -71,11 +72,11 @@ class RayCluster:
             EnvironmentFault: Ray can't be started or reached, or refuses the connection.
         """
         self._address = config.cluster.ray
-        self._own = self._address == LOCAL
+        self.own = self._address == LOCAL
         environment.update(with_package(environment))
         environment["RAY_USAGE_STATS_ENABLED"] = "0"
         environment.setdefault("RAY_NUM_REDIS_GET_RETRIES", _CONNECT_TRIES)
-        if not self._own:
+        if not self.own:
             _check_reachable(self._address)
         self._raylet = 0
         self.ray: Any = None
@@ -83,13 +84,13 @@ class RayCluster:
         self.directory, self._hold = make_directory(directory)
         self._guardian = start_guardian(self.directory)
         try:
-            if self._own:
+            if self.own:
                 self._set_own_token(environment)
             else:
                 set_auth_mode(environment)
             self.ray = self._import_ray()
             self._connect(config, environment["RAY_AUTH_MODE"])
-            if self._own:
+            if self.own:
                 self._raylet = raylet_of(self.directory)
         except BaseException:
             self.close()
@@ -137,7 +138,7 @@ class RayCluster:
             # A container's /dev/shm may have 64 MB; owners keep nothing in the object store.
             RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE="1",
         )
-        # Ray starts workers at niceness 15: beside anything busy, ranks too, owners would hardly get any of it.
+        # Ray adds 15 to its workers' niceness: beside anything busy, ranks too, owners would hardly get any time.
         environment.setdefault("RAY_worker_niceness", "0")
 
     def _import_ray(self) -> ModuleType:
@@ -165,10 +166,10 @@ class RayCluster:
                 namespace=f"kfdist-{config.run.name}",
                 log_to_driver=False,
                 configure_logging=False,
-                **(own if self._own else {}),
+                **(own if self.own else {}),
             )
         except Exception as error:  # Ray raises bare ones, too, as where a node "timed out during startup"
-            if self._own:
+            if self.own:
                 told = log_tail(self.directory / "ray")
                 raise EnvironmentFault(
                     f"Ray can't be started: {str(error).strip() or type(error).__name__}; it needs some 500 MB of "

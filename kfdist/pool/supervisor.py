@@ -5,6 +5,7 @@ pinged, and one that doesn't answer is killed, which makes it Ray's business aga
 """
 
 import logging
+import os
 import re
 import secrets
 import time
@@ -77,6 +78,7 @@ class Supervisor:
         self._ray = cluster.ray
         self._controller = config.control.address
         self._directory = cluster.directory / "owners"
+        self._usual = os.nice(0) if cluster.own else None
         self._introduced: list[tuple[str, str, int]] = []
         self._placement = place(self._ray, config)
         logs = config.run.directory.absolute() / "logs"
@@ -101,18 +103,20 @@ class Supervisor:
             for index, name in enumerate(names)
         ]
 
-    def wait_until_registered(self, ended: Callable[[], bool]) -> None:
+    def wait_until_registered(self, ended: Callable[[], bool], check: Callable[[], None]) -> None:
         """Watches until every owner is known to the controller.
 
         Args:
             ended: Whether the pool was asked to end; this returns at once then.
+            check: Called again and again; raises where Ray is no more.
 
         Raises:
-            EnvironmentFault: It took too long; says what is missing.
+            EnvironmentFault: It took too long; says what is missing. Or by `check`.
         """
         begun = reported = time.monotonic()
         while not ended():
             self.watch()
+            check()
             waiting = [slot for slot in self._slots if not slot.status.get("registered")]
             if not waiting:
                 return
@@ -194,7 +198,7 @@ class Supervisor:
                 # It says itself how often it was started where it remembers that, else it is a new one here.
                 slot.restarts = max(slot.restarts + (slot.process[0] > 0), status["restarts"])
                 slot.process = process
-                if slowed := _slowed(status):
+                if slowed := _slowed(status, self._usual):
                     _LOG.info("%s is started%s", name, slowed)
                 if slot.restarts:
                     _LOG.info("%s is back at %s (restart %s)", name, status["address"], slot.restarts)
@@ -228,7 +232,7 @@ class Supervisor:
             elif slot.status["fault"]:
                 reason = f"can't invert: {slot.status['fault']}"
             elif not slot.status["fingerprint"]:
-                reason = f"has no inversion process yet{_slowed(slot.status)}"
+                reason = f"has no inversion process yet{_slowed(slot.status, self._usual)}"
             elif slot.status["refusal"]:
                 reason = f"can't register: {slot.status['refusal']}"
             else:
@@ -249,14 +253,20 @@ def fault_of_start(report: str) -> str:
     return found[-1] if "creation task" in report and found else ""
 
 
-def _slowed(status: Mapping[str, Any]) -> str:
-    """Returns what to know of an owner that others go before; empty of one with an ordinary priority."""
-    if status["niceness"] <= 0:
+def _slowed(status: Mapping[str, Any], usual: int | None) -> str:
+    """Returns what to know of an owner that others go before; empty of one that nobody does.
+
+    Args:
+        status: What it says of itself; one of an older kfdist, on a Ray that others started, says no niceness.
+        usual: The niceness of a pool with a Ray of its own, which owners keep; None for another Ray.
+    """
+    niceness = status.get("niceness", 0)
+    if niceness <= (0 if usual is None else usual):
         return ""
-    return (
-        f", at niceness {status['niceness']}, so that beside busy processes it gets hardly any time; "
-        "RAY_worker_niceness=0 in the environment of that node's `ray start` gives it its share"
-    )
+    slow = f", at niceness {niceness}, so that beside busy processes it gets hardly any time"
+    if usual is None:
+        return f"{slow}; RAY_worker_niceness=0 in the environment of that node's `ray start` gives it its share"
+    return f"{slow}; without RAY_worker_niceness in the pool's environment it keeps the pool's {usual}"
 
 
 def _last_line(error: object) -> str:

@@ -16,6 +16,7 @@ from kfdist.report.drawing import unique
 from kfdist.report.parts import Chapter
 from kfdist.report.recorded import Recorded
 from kfdist.system.files import replace_file
+from kfdist.system.run_summary import unsaved
 
 CHAPTERS = (
     training.progress,
@@ -100,7 +101,9 @@ def status(run: Recorded) -> str:
     if run.holder is not None:
         return f"The run goes on: step {step:,} was done when this page was made."
     if found == "finished":
-        return f"The run is finished: {words.counted(run.summary.get('steps', step), 'step')}."
+        lost = unsaved(run.summary)
+        told = f" But {lost}." if lost else ""
+        return f"The run is finished: {words.counted(run.summary.get('steps', step), 'step')}.{told}"
     kept = any(line["event"] == "checkpoint" and not line.get("fault") for line in run.told)
     resumable = f"The same command {'resumes it from its newest checkpoint' if kept else 'begins it anew'}."
     seen = f" The launcher says: {ended}." if ended else ""

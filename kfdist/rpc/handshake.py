@@ -5,6 +5,7 @@ import ssl
 import time
 
 from kfdist.errors import EnvironmentFault
+from kfdist.rpc.certificate_faults import certificate_fault
 from kfdist.system.addresses import split_address
 from kfdist.system.credentials import Credentials, Role
 
@@ -78,8 +79,6 @@ def _explain(address: str, credentials: Credentials | None, server: Role, second
         return wanted if speaks_tls else ""
     if not speaks_tls:
         return f"the {server} at {address} doesn't speak TLS: it was started without security.certificates"
-    from kfdist.rpc.certificate_faults import certificate_fault  # its library takes a while to import
-
     return certificate_fault(credentials) or (
         f"the {server} at {address} refuses the certificate {credentials.identity_files[0]}: it trusts another "
         "authority; give both sides certificates of one `kfdist certs init`"

@@ -6,6 +6,7 @@ import grpc.aio
 
 from kfdist.errors import ConfigError
 from kfdist.rpc.authentication import TokenInterceptor, server_credentials
+from kfdist.rpc.certificate_faults import check_credentials
 from kfdist.rpc.channels import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, Options, message_limits
 from kfdist.system.addresses import UNPROTECTED, check_bindable, is_loopback, join_address, split_address, unbindable
 from kfdist.system.credentials import Credentials
@@ -104,8 +105,6 @@ def bind(
     """
     host, port = check_protected(address, credentials, path=path)
     if credentials is not None:
-        from kfdist.rpc.certificate_faults import check_credentials  # its library takes a while to import
-
         check_credentials(credentials)
     check_bindable(host, port, path=path)  # first, since gRPC itself would write to standard error
     try:

@@ -26,6 +26,7 @@ from kfdist.config import Config, to_toml
 from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.files import lock_holder, replace_file, write_file
+from kfdist.system.run_summary import unsaved
 
 HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_period", "run.accept_changes") + (
     "run.eval_epochs",
@@ -246,7 +247,7 @@ def _refuse_drift(config: Config) -> None:
 
 
 def _finished(config: Config, summary: Mapping[str, Any]) -> str:
-    if summary.get("status") != "finished" or summary.get("unsaved_steps"):
+    if summary.get("status") != "finished" or unsaved(summary):
         return ""  # or its last checkpoint is lacking: a start makes the steps since the newest anew
     for key, done in (("steps", summary.get("steps")), ("epochs", summary.get("data_epochs"))):
         wanted = getattr(config.run, key)

@@ -15,6 +15,7 @@ from kfdist.config import to_toml
 from kfdist.data.feed import LoaderFeed
 from kfdist.errors import Interrupted, LossNotFinite
 from kfdist.runtime.settings import StepReport
+from kfdist.system.run_summary import unsaved
 from kfdist.training.checkpoint import CheckpointStore
 from kfdist.training.evaluation import Evaluation, evaluate
 from kfdist.training.history import History
@@ -364,10 +365,10 @@ class Trainer:
             self._saved_step = saved.step
             return
         self.checkpoint_faults += 1
-        then = (
-            f"older checkpoints are kept; make room and start the run again, which makes the last {self.unsaved_steps} "
-            "steps anew: their parameters are lost"
-            if last
-            else "the run goes on and older checkpoints are kept; make room before the next one"
-        )
+        kept = "older checkpoints are kept" if self._saved_step else "there is none yet"
+        then = f"the run goes on, and {kept}; make room before the next one"
+        if last:
+            lost = unsaved({"steps": self.standing.step, "unsaved_steps": self.unsaved_steps})
+            then = f"{kept}; {lost}" if lost else f"{kept}, and no step is lost"
+            then += "; make room first"
         self._progress.say(f"the checkpoint at step {saved.step} could not be written ({saved.fault}); {then}")

@@ -111,9 +111,9 @@ UNUSED = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy
             {"ray", "grpc", *UNUSED},
         ),
         ("rank", RANK, {"ray", "grpc", "matplotlib", *UNUSED}),
-        ("launcher", "import kfdist.launch.launcher", {"ray", "grpc", *UNUSED}),
-        ("courier", "import kfdist.links.courier.__main__", {"ray", "torch"}),
-        ("controller", "import kfdist.control.controller", {"ray", "torch"}),
+        ("launcher", "import kfdist.launch.launcher", {"ray", "grpc", "cryptography", *UNUSED}),
+        ("courier", "import kfdist.links.courier.__main__", {"ray", "torch", "cryptography"}),
+        ("controller", "import kfdist.control.controller", {"ray", "torch", "cryptography"}),
         ("command line", "import kfdist.cli.main", {"ray", "torch", "grpc", "sklearn", "numpy"}),
     ],
 )

@@ -239,6 +239,15 @@ def test_a_run_that_was_given_in_epochs_is_lengthened_in_epochs(kfdist, machine)
     assert "a higher run.epochs trains on from here" in kfdist("status", "digits")
 
 
+def test_a_finished_run_whose_last_steps_are_in_no_checkpoint_says_so(kfdist, machine):
+    path = run_directory(machine / "runs" / "digits")
+    (path / "summary.json").write_text('{"status": "finished", "steps": 60, "unsaved_steps": 20}')
+    words = "the last 20 steps are in no checkpoint; the same command makes them anew from step 40"
+    assert words in kfdist("status", "digits")
+    with pytest.raises(ConfigError, match=f"has ended .finished at step .*{words}"):
+        kfdist("pause", "digits")
+
+
 @pytest.mark.parametrize(
     ("status", "state", "advice"),
     [

@@ -18,6 +18,7 @@ from kfdist.launch.submission.train_worker import Board, RankOptions, run_rank
 from kfdist.launch.terminal import summary_line
 from kfdist.pool.ray_cluster import set_auth_mode
 from kfdist.system.files import replace_file
+from kfdist.system.run_summary import unsaved
 
 _ROOM_SECONDS = 60.0
 _TICK_SECONDS = 0.2
@@ -199,4 +200,6 @@ def _conclude(config: Config, summary: dict[str, Any]) -> int:
         replace_file(directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     if summary.get("status") != "finished":
         print(f"{summary_line(summary)}; submit again to resume", flush=True)
+    elif lost := unsaved(summary):
+        raise EnvironmentFault(f"the run is finished, but {lost}: make room, and submit again")
     return ExitCode.DONE

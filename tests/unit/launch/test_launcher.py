@@ -1,6 +1,7 @@
 """What `kfdist train` checks before it starts anything."""
 
 import datetime
+import json
 import re
 import shutil
 import signal
@@ -102,6 +103,28 @@ def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
     monkeypatch.setattr(launch, "_end_children", lambda *_: summary.write_text(written))
     assert launch._stop_ranks() == code
     assert ("instead of writing a checkpoint" in capsys.readouterr().err) == (code == ExitCode.RESUMABLE)
+
+
+@pytest.mark.parametrize(
+    ("unsaved_steps", "code", "told"),
+    [
+        (None, ExitCode.DONE, False),
+        (0, ExitCode.DONE, False),
+        (10, ExitCode.ENVIRONMENT, True),
+        (10, ExitCode.RESUMABLE, True),
+    ],
+)
+def test_a_launch_says_whether_its_last_steps_are_in_no_checkpoint(
+    tmp_path: Path, capsys, unsaved_steps: int | None, code: int, told: bool
+):
+    overrides = [f"run.dir={tmp_path}", "run.report=false"]
+    launch = Launch(load_config(None, overrides=overrides), Terminal(as_json=False), StopRequests())
+    summary = {"status": "finished", "steps": 20, **({} if unsaved_steps is None else {"unsaved_steps": unsaved_steps})}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    asked = code if code == ExitCode.RESUMABLE else ExitCode.DONE
+    assert launch._conclude(asked) == code
+    words = "the last 10 steps are in no checkpoint; the same command makes them anew from step 10"
+    assert (words in "".join(capsys.readouterr())) == told
 
 
 @pytest.mark.parametrize("asked_for", [True, False])

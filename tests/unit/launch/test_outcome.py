@@ -133,6 +133,10 @@ def test_the_summary_in_a_line():
     )
     without = {"status": "stopped", "steps": 3, "seconds": 1.0, "staleness_steps": {"p50": None, "max": None}}
     assert summary_line(without) == "stopped: 3 steps in 1.0 s"
+    assert summary_line({**without, "unsaved_steps": 0}) == summary_line(without)
+    assert summary_line({**without, "unsaved_steps": 1}) == (
+        "stopped: 3 steps in 1.0 s, but the last step is in no checkpoint; the same command makes it anew from step 2"
+    )
 
 
 def test_how_long_checkpoints_took_is_read_from_the_end_of_what_the_run_told(tmp_path: Path):

@@ -1,11 +1,13 @@
 """Models that torchvision brings, and those of the papers that are made of them."""
 
+from typing import NoReturn
+
 import pytest
 import torch
 from torch import nn
 
 from kfdist.errors import ConfigError
-from kfdist.models import build_model
+from kfdist.models import build_model, torchvision_models
 
 
 def build(name: str, settings: dict[str, object], classes: int = 10, size: int = 32) -> nn.Module:
@@ -54,3 +56,24 @@ def test_what_does_not_fit_is_refused(name: str, settings: dict[str, object], pa
     with pytest.raises(ConfigError, match=words) as caught:
         build(name, settings, size=64)
     assert caught.value.path == path
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ConfigError("isn't installed"),
+        ImportError("No module named 'PIL'"),
+        OSError("libc"),
+        RuntimeError("no nms"),
+    ],
+)
+def test_without_a_working_torchvision_an_unknown_model_is_refused_as_ever(
+    monkeypatch: pytest.MonkeyPatch, fault: Exception
+):
+    def broken() -> NoReturn:
+        raise fault
+
+    monkeypatch.setattr(torchvision_models, "import_torchvision", broken)
+    with pytest.raises(ConfigError, match="cifar-resnet18") as caught:
+        build("cifar-resnet17", {})
+    assert caught.value.path == "model.name"

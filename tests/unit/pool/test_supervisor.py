@@ -1,8 +1,10 @@
 """What the pool makes of Ray's words, and refuses before it starts a Ray."""
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import pytest
 
@@ -10,8 +12,9 @@ from kfdist.config import load_config
 from kfdist.control.validation import NAME
 from kfdist.errors import EnvironmentFault
 from kfdist.owner.owner import OwnerOptions
-from kfdist.pool import supervisor
+from kfdist.pool import command, supervisor
 from kfdist.pool.command import run_pool
+from kfdist.pool.ray_cluster import RayCluster
 from kfdist.pool.supervisor import fault_of_start, owner_names
 
 REPORT = """\
@@ -58,7 +61,7 @@ def test_a_bundle_with_a_gpu_makes_owners_invert_on_it(
     monkeypatch.setattr(supervisor, "place", lambda ray, config: placement)
     config = load_config(None, overrides=[f"run.dir={tmp_path}", f"cluster.bundle.gpus={gpus}"], environment={})
     ray = SimpleNamespace(remote=lambda owner: Actor(), exceptions=SimpleNamespace(ActorAlreadyExistsError=KeyError))
-    supervisor.Supervisor(SimpleNamespace(ray=ray, directory=tmp_path), config)  # pyright: ignore[reportArgumentType]
+    supervisor.Supervisor(SimpleNamespace(ray=ray, directory=tmp_path, own=True), config)  # pyright: ignore[reportArgumentType]
     assert [(each.device, each.gpu_share) for each in given] == [(device, share)] * config.cluster.owners
 
 
@@ -80,8 +83,61 @@ def test_an_owner_that_ray_refuses_is_not_tried_again(tmp_path: Path, monkeypatc
     monkeypatch.setattr(supervisor, "place", lambda ray, config: placement)
     config = load_config(None, overrides=[f"run.dir={tmp_path}"], environment={})
     with pytest.raises(EnvironmentFault, match=r"Ray refuses owner-.*-0: Use the 'memory' option"):
-        supervisor.Supervisor(SimpleNamespace(ray=ray, directory=tmp_path), config)  # pyright: ignore[reportArgumentType]
+        supervisor.Supervisor(SimpleNamespace(ray=ray, directory=tmp_path, own=True), config)  # pyright: ignore[reportArgumentType]
     assert refusals == []
+
+
+@pytest.mark.parametrize(
+    ("status", "usual", "words"),
+    [
+        ({"niceness": 0}, None, ""),
+        ({}, None, ""),  # of an older kfdist
+        ({"niceness": 15}, None, "at niceness 15, .*ray start"),
+        ({"niceness": 0}, 0, ""),
+        ({"niceness": 10}, 10, ""),  # the pool runs under `nice` itself
+        ({"niceness": 12}, 10, "at niceness 12, .*without RAY_worker_niceness in the pool's environment .* 10"),
+    ],
+)
+def test_an_owner_is_slowed_if_others_go_before_it_that_do_not_go_before_its_pool(
+    status: dict[str, int], usual: int | None, words: str
+):
+    told = supervisor._slowed(status, usual)
+    assert re.fullmatch(f".*{words}.*", told) if words else told == ""
+    assert ("ray start" in told) == (usual is None and bool(words))
+
+
+@pytest.mark.parametrize("asked_after", [None, 0, 3])
+def test_a_raylet_that_ends_as_the_pool_is_stopped_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, asked_after: int | None
+):
+    looks = 0
+
+    def ended() -> bool:
+        nonlocal looks
+        looks += 1
+        return asked_after is not None and looks > asked_after
+
+    def check() -> NoReturn:
+        raise EnvironmentFault("Ray's raylet has ended")
+
+    monkeypatch.setattr(command, "_STOP_SECONDS", 0.2)
+    cluster = cast(RayCluster, SimpleNamespace(check=check))
+    with pytest.raises(EnvironmentFault) if asked_after is None else nullcontext():
+        command._check_ray(cluster, ended)
+
+
+def test_a_raylet_that_ends_while_owners_start_is_told_of_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def check() -> NoReturn:
+        raise EnvironmentFault("Ray's raylet has ended")
+
+    placement = SimpleNamespace(owner=None, remembers=False, host="", options=lambda index: {})
+    monkeypatch.setattr(supervisor, "place", lambda ray, config: placement)
+    monkeypatch.setattr(supervisor.Supervisor, "_make_actor", lambda *_: None)
+    monkeypatch.setattr(supervisor.Supervisor, "watch", lambda self: None)
+    cluster = cast(RayCluster, SimpleNamespace(ray=None, directory=tmp_path, own=True))
+    starting = supervisor.Supervisor(cluster, load_config(None, overrides=[f"run.dir={tmp_path}"], environment={}))
+    with pytest.raises(EnvironmentFault, match="raylet has ended"):
+        starting.wait_until_registered(lambda: False, check)
 
 
 def test_no_two_pools_have_an_owner_of_the_same_name_and_a_controller_takes_every_name():

@@ -154,6 +154,11 @@ def test_without_a_preconditioner_it_says_so(plain: Path, tmp_path: Path) -> Non
     [
         ({"status": "finished", "steps": 40}, "The run is finished: 40 steps."),
         (
+            {"status": "finished", "steps": 40, "unsaved_steps": 10},
+            "The run is finished: 40 steps. But the last 10 steps are in no checkpoint; the same command makes them "
+            "anew from step 30.",
+        ),
+        (
             {"status": "stopped", "steps": 12, "stop_reason": "a signal"},
             "The run stopped at step 12: a signal. The same command begins it anew.",
         ),

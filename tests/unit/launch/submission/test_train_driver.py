@@ -44,6 +44,15 @@ def test_the_jobs_node_has_the_summary_also_where_it_shares_no_directory(tmp_pat
     assert capsys.readouterr().out == "stopped: 35 steps in 2.0 s; submit again to resume\n"
 
 
+def test_a_job_whose_last_checkpoint_is_lacking_has_failed(tmp_path: Path):
+    config = load_config(None, overrides=[f"run.dir={tmp_path}"], environment={})
+    done = {"status": "finished", "steps": 35, "seconds": 2.0}
+    assert _conclude(config, done) == _conclude(config, {**done, "unsaved_steps": 0}) == 0
+    with pytest.raises(EnvironmentFault, match=r"the last 5 steps are in no checkpoint.*from step 30.*submit again"):
+        _conclude(config, {**done, "unsaved_steps": 5})
+    assert json.loads((tmp_path / "summary.json").read_text())["unsaved_steps"] == 5
+
+
 def test_a_cluster_that_lost_nodes_is_told_once_each_time(capsys):
     def node(address: str, *, alive: bool = True) -> dict[str, object]:
         return {"Alive": alive, "NodeManagerAddress": address, "Resources": {"CPU": 2}, "Labels": {}}
