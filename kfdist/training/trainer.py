@@ -365,10 +365,21 @@ class Trainer:
             self._saved_step = saved.step
             return
         self.checkpoint_faults += 1
-        kept = "older checkpoints are kept" if self._saved_step else "there is none yet"
-        then = f"the run goes on, and {kept}; make room before the next one"
-        if last:
-            lost = unsaved({"steps": self.standing.step, "unsaved_steps": self.unsaved_steps})
-            then = f"{kept}; {lost}" if lost else f"{kept}, and no step is lost"
-            then += "; make room first"
+        then = after_lacking_checkpoint(saved.step, self._saved_step, last=last)
         self._progress.say(f"the checkpoint at step {saved.step} could not be written ({saved.fault}); {then}")
+
+
+def after_lacking_checkpoint(step: int, saved_step: int, *, last: bool) -> str:
+    """Says what is kept, what is lost and what to do where the checkpoint at `step` couldn't be written.
+
+    Args:
+        step: How many steps are done.
+        saved_step: How many are in the newest checkpoint; 0 if there is none.
+        last: Whether the run ends with it.
+    """
+    kept = "older checkpoints are kept" if saved_step else "there is none yet"
+    if not last:
+        return f"the run goes on, and {kept}; make room before the next one"
+    if lost := unsaved({"steps": step, "unsaved_steps": step - saved_step}):
+        return f"{kept}; make room first: {lost}"
+    return f"{kept}, and no step is lost; make room first"
