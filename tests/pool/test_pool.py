@@ -281,7 +281,8 @@ def test_an_owner_that_others_go_before_is_told_of(controller, tmp_path):
     pool = start_pool(tmp_path, controller, "--set", "cluster.owners=1", RAY_worker_niceness="1")
     with pool.command:
         said = pool.command.wait_for_line("without RAY_worker_niceness in the pool's environment")
-    assert f"at niceness {usual + 1}, " in said and said.endswith(f"keeps the pool's {usual}")
+    assert f"at niceness {usual + 1}, " in said
+    assert f"keeps the pool's {usual}\"" in said
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("parent", marks=pytest.mark.slow)])
