@@ -179,6 +179,11 @@ class PreconditionerSection(Section):
         return Asap(**self.staleness.model_dump(), wait_limit_seconds=self.wait_limit_seconds)
 
     @property
+    def kl_clip_schedule(self) -> str:
+        """The key of a schedule of `kl_clip`; empty where there is none."""
+        return "kl_clip_epochs" if self.kl_clip_epochs else "kl_clip_decay" if self.kl_clip_decay != 1.0 else ""
+
+    @property
     def damping_given(self) -> str:
         """The key of a damping other than the default; empty where there is none."""
         fields = type(self).model_fields
@@ -202,8 +207,6 @@ class PreconditionerSection(Section):
             raise ConfigError(f"is {self.settings!r}; {reason}", path="settings")
         self._check_schedule("damping", self.damping_decay, self.damping_epochs)
         self._check_schedule("kl_clip", self.kl_clip_decay, self.kl_clip_epochs)
-        if not self.kl_clip and (self.kl_clip_epochs or self.kl_clip_decay != 1.0):
-            raise ConfigError("is 0, which is no clip to begin a schedule with; give one above 0", path="kl_clip")
         if self.adoption == "asap" and self.lag is not None:
             raise ConfigError(
                 f'is {self.lag}; it goes with adoption = "fixed-lag" only: set that, or remove lag', path="lag"

@@ -46,11 +46,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _grafts_replace_the_clip(self) -> Self:
+        schedule = self.preconditioner.kl_clip_schedule
+        if self.optimizer.grafts and schedule:
+            raise ConfigError(
+                'is given, and optimizer.name = "kfdist" gives each step the length of its graft\'s, without a clip: '
+                'leave it out, or set optimizer.settings.graft = "none"',
+                path=f"preconditioner.{schedule}",
+            )
         if self.optimizer.grafts and self.preconditioner.kl_clip:
             raise ConfigError(
                 f'is {self.preconditioner.kl_clip:g}, and optimizer.name = "kfdist" gives each step the length of its '
                 'graft\'s; set it to 0, or optimizer.settings.graft = "none"',
                 path="preconditioner.kl_clip",
+            )
+        if schedule and not self.preconditioner.kl_clip:
+            raise ConfigError(
+                "is 0, which is no clip to begin a schedule with; give one above 0", path="preconditioner.kl_clip"
             )
         return self
 

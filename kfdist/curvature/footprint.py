@@ -18,16 +18,24 @@ class Footprint(NamedTuple):
             damping, and of online methods the bytes of the last result, which the next job goes on from.
         folding: The batch's own sums, beside the averages that they are added to.
         inversion: The job, its dense factors, and the result twice (`kfdist.curvature.jobs.run_job`).
+        encoded: The result's bytes, which `state_dict` makes of the inverse in use, in the host's memory. Those of all
+            blocks are there until the checkpoint is written; meanwhile inversions go on.
     """
 
     kept: int
     folding: int
     inversion: int
+    encoded: int
+
+    @property
+    def passing(self) -> int:
+        """What comes and goes at the worst moment, where the rank inverts for itself, in the memory of the averages."""
+        return max(self.folding, self.inversion + self.encoded)
 
     @property
     def most(self) -> int:
         """What there is at the worst moment, where the rank inverts for itself."""
-        return self.kept + max(self.folding, self.inversion)
+        return self.kept + self.passing
 
 
 def footprint(inverter: AbstractInverter, shape: BlockShape) -> Footprint:
@@ -46,4 +54,5 @@ def footprint(inverter: AbstractInverter, shape: BlockShape) -> Footprint:
         kept=NUMBER_BYTES * (sums + copies * result + prepared),
         folding=NUMBER_BYTES * (sums + rows),
         inversion=NUMBER_BYTES * (sums // 2 + rows + sums + result + max(result, shape.groups * estimate.workspace)),
+        encoded=NUMBER_BYTES * result,
     )

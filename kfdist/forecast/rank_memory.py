@@ -64,6 +64,8 @@ def rank_lines(config: Config, plan: Plan, rehearsal: Rehearsal, costs: Costs) -
         lines.append(Line("moving average of the weights", bytes_of(known)))
     if plan.groups:
         lines += [*_curvature_lines(plan, rehearsal, costs)]
+        note = "in the host's memory, by rank 0, until the checkpoint is written"
+        lines.append(Line("inverses as a checkpoint's bytes", _saved_bytes(plan, rehearsal, costs), True, note))
     if plan.world_size > 1:
         lines.append(Line("gradients on their way", trained, passing=True, note="buckets that are being reduced"))
     return [*lines, *_activation_lines(config, rehearsal), *_inversion_lines(config, plan)]
@@ -113,7 +115,10 @@ def _curvature_lines(plan: Plan, rehearsal: Rehearsal, costs: Costs) -> Iterable
         yield Line("worked out of them for the damping", prepared)
     online = [group for group in sent if group.inverter.online]
     if online:
-        received = sum(result_bytes(group, costs) for group in online)
+        received = max(
+            sum(result_bytes(group, costs) for group in online if group.courier_rank == rank)
+            for rank in range(plan.world_size)
+        )
         yield Line("results that the next jobs go on from", received, note="as bytes, by the rank that ships them")
     scales = sum(_scales(group) for group in sent)
     if scales:
@@ -161,6 +166,11 @@ def state_bytes(group: BlockGroup, costs: Costs) -> int:
 def result_bytes(group: BlockGroup, costs: Costs) -> int:
     """Returns the size of a group's result on its way."""
     return round(costs.numbers(group) * costs.method(group).result)
+
+
+def _saved_bytes(plan: Plan, rehearsal: Rehearsal, costs: Costs) -> int:
+    sent = sum(result_bytes(group, costs) for group in plan.groups if not group.own)
+    return sent + sum(rehearsal.own.values())
 
 
 def moment_bytes(groups: Iterable[BlockGroup]) -> int:

@@ -270,7 +270,11 @@ class Optimizer(torch.optim.Optimizer):
         It refers to tensors in use, as torch's does: save or copy it before the next step. Of several ranks each saves
         its own; or rank 0's is for all after `preconditioner.fold()`, which all ranks call.
         """
-        return {**super().state_dict(), "preconditioner": self.preconditioner.state_dict()}
+        return {**self.moments_state(), "preconditioner": self.preconditioner.state_dict()}
+
+    def moments_state(self) -> dict[str, Any]:
+        """Returns torch's two entries alone, for who saves the Preconditioner's state by itself."""
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a saved state, bit for bit. To be called before the first forward, on all ranks, once.

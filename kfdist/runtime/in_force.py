@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -56,17 +57,15 @@ class SettingsInForce:
         Raises:
             ConfigError: A schedule gave something else than a positive, finite number.
         """
-        damping = self.settings.damping_at(step) if self.stand_in is None else self.stand_in()
-        return _checked("damping", damping, step)
+        return self.settings.damping_at(step) if self.stand_in is None else _checked(self.stand_in(), step)
 
     def kl_clip(self, step: int) -> float | None:
         """Returns kappa at `step`: what users set last, or as configured; None where nothing is clipped.
 
         Raises:
-            ConfigError: A schedule gave something else than a positive, finite number.
+            ConfigError: A schedule gave something else than a positive, finite number, or None or 0.
         """
-        kl_clip = self.settings.kl_clip_at(step)
-        return None if kl_clip is None else _checked("kl_clip", kl_clip, step)
+        return self.settings.kl_clip_at(step)
 
     def take(self, said: Mapping[str, Value | None]) -> str:
         """Takes up what users say of the settings, all of it or nothing.
@@ -94,11 +93,17 @@ class SettingsInForce:
         return ""
 
     def told(self, step: int) -> InForce:
-        """Returns what the controller is told of it at `step`."""
+        """Returns what the controller is told of it at `step`: without the value of a schedule that gives none.
+
+        Rank 0 alone tells it, also before the step: there a bad schedule is refused on all ranks at once.
+        """
         settings, adoption = self.settings, self.settings.adoption
-        values: dict[str, Value] = {
-            "damping": settings.damping_at(step),
-            "kl_clip": settings.kl_clip_at(step) or 0.0,
+        values: dict[str, Value] = {}
+        with suppress(ConfigError):
+            values["damping"] = settings.damping_at(step)
+        with suppress(ConfigError):
+            values["kl_clip"] = settings.kl_clip_at(step) or 0.0
+        values |= {
             "factor_period": settings.factor_period,
             "inverse_period": settings.inverse_period_at(step),
         }
@@ -161,10 +166,10 @@ class SettingsInForce:
         return [group.inverter.update_period(schedule.factor_period, schedule.inverse_period) for group in self._groups]
 
 
-def _checked(name: str, value: float, step: int) -> float:
-    if not (math.isfinite(value) and value > 0.0):
-        raise ConfigError(f"the {name} schedule gave {value!r} at step {step}; a positive, finite number is needed")
-    return value
+def _checked(damping: float, step: int) -> float:
+    if not (math.isfinite(damping) and damping > 0.0):
+        raise ConfigError(f"the damping is {damping!r} at step {step}; a positive, finite number is needed")
+    return damping
 
 
 ADOPTING = ("adoption", "lag", *tuning.STALENESS)

@@ -101,7 +101,7 @@ class Pipeline:
             learning_rates: By step, the learning rate of a parameter, for the KL clip; None leaves the gradients as
                 they are. Asked once the ranks have compared their arguments, so that none waits for one that gave up
                 alone, and before anything is folded.
-            into: Where directions go, by parameter, in the place of `.grad`.
+            into: Where directions go, by parameter, in the place of `.grad`. The next step may write over its tensors.
 
         Raises:
             Interrupted: On all ranks, inside an agreed wait; the step is then not done.
@@ -121,10 +121,8 @@ class Pipeline:
                 self._agree_on_start()
             self.capture.biases.settle(self.agreement.biases)
             self.adopting.follow()
-            damping, _ = (
-                self.in_force.damping(step),
-                self.in_force.kl_clip(step),
-            )  # a bad one is refused before a folding
+            damping = self.in_force.damping(step)
+            self.in_force.kl_clip(step)  # a bad one is refused before a folding
             learning_rate = None if learning_rates is None else learning_rates(step)
         with phase("capture"):
             due, norms = self.timetable.due(step), self.capture.norms.found()

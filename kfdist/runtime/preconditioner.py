@@ -67,7 +67,8 @@ class Preconditioner(StatedLoss, Inspection):
         sampling: How much of a batch is measured; by default what 5 % of a forward and backward pay for.
         skip: Globs on the names of modules that, with everything inside them, are not preconditioned.
         kl_clip: kappa of the KL clip, over all blocks and block by block (docs/methods/kfac.md): a positive number, or
-            a callable of the step; None turns it off.
+            a callable of the step, the same on all ranks; None turns it off, and so does a callable that gives None or
+            0, for that step.
         lr: Learning rate for the KL clip: a number, a callable of the step, or None to read an attached optimizer.
         adoption: When a finished inverse is taken into use: `kfdist.FixedLag(k)`, where `FixedLag(0)` is synchronous,
             or `kfdist.Asap(...)`; "asap" is `Asap()`.
@@ -242,8 +243,8 @@ class Preconditioner(StatedLoss, Inspection):
             return self.pipeline.directions(damping)
 
     def _rates_at(self, step: int) -> Callable[[nn.Parameter], float]:
-        clips = self.pipeline.in_force.settings.kl_clip is not None
-        self._rates.needed = clips and bool(self._plan.blocks)  # users may turn the clip on and off
+        clips = self.pipeline.in_force.kl_clip(step) is not None
+        self._rates.needed = clips and bool(self._plan.blocks)  # users and schedules turn the clip on and off
         return self._rates.at(step)
 
     def _step(
@@ -289,6 +290,7 @@ class Preconditioner(StatedLoss, Inspection):
 
         Returns:
             What does a step: as `step`, with its errors, but `.grad` stays and the directions go into the table given.
+            The next step may write over its tensors: copy what is to outlive it.
 
         Raises:
             ConfigError: As for `attach`.
@@ -307,12 +309,18 @@ class Preconditioner(StatedLoss, Inspection):
 
     # State -----------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, snapshots: bool = True) -> dict[str, Any]:
         """Returns this rank's state: its sums, the adopted snapshots, what is under way. Local, no collective.
 
         After `fold` and before the next `step` the sums are the totals of all ranks, good for any world size.
+
+        Args:
+            snapshots: Whether the adopted snapshots are in it, as bytes: as much memory again as they take, on the
+                host, for as long as the state is kept. They are equal on all ranks: a checkpoint of all ranks' states
+                needs them of one. A state without them goes on without inverses until the next ones come, so give it
+                another rank's "snapshots" before it is loaded.
         """
-        return pipeline_state(self.pipeline, folded=self._folded)
+        return pipeline_state(self.pipeline, folded=self._folded, snapshots=snapshots)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts this rank where `state` says; jobs under way are shipped again. Local, no collective.

@@ -1,8 +1,9 @@
 """What a preconditioner is told, and what its steps report."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import get_args
+from typing import SupportsFloat, get_args
 
 from kfdist import checks
 from kfdist.capture.requests import Sampling
@@ -64,7 +65,11 @@ class Settings:
         return self.adoption.lag if isinstance(self.adoption, FixedLag) else None
 
     def schedules(self, groups: int, *, together: bool = False) -> list[Schedule]:
-        """Returns when each of `groups` groups is folded, all of them `together` or not, and inverted: one by one."""
+        """Returns when each of `groups` groups is folded, all of them `together` or not, and inverted.
+
+        Foldings and inversions of the groups are spread over their periods. An inversion comes at a folding of its
+        group: where they fold together, several groups are inverted at one step.
+        """
         given = self.inverse_period
         stages = dict(given) if isinstance(given, Mapping) else {0: given}
         begins = [checks.count("inverse_period", begin, least=0, hint="the step it begins at") for begin in stages]
@@ -85,17 +90,60 @@ class Settings:
         return reached[-1]
 
     def damping_at(self, step: int) -> float:
-        """Returns lambda at `step`, as its schedule gives it."""
-        return float(self.damping(step) if callable(self.damping) else self.damping)
+        """Returns lambda at `step`, as its schedule gives it.
+
+        Raises:
+            ConfigError: The schedule failed, or gave no positive, finite number.
+        """
+        return _positive("damping", _given("damping", self.damping, step), step)
 
     def kl_clip_at(self, step: int) -> float | None:
-        """Returns kappa at `step`, as its schedule gives it; None where nothing is clipped."""
-        return None if self.kl_clip is None else float(self.kl_clip(step) if callable(self.kl_clip) else self.kl_clip)
+        """Returns kappa at `step`, as its schedule gives it; None where nothing is clipped: it gave None or 0.
+
+        Raises:
+            ConfigError: The schedule failed, or gave neither that nor a positive, finite number.
+        """
+        given = _given("kl_clip", self.kl_clip, step)
+        return None if given is None or _number(given) == 0.0 else _positive("kl_clip", given, step)
 
     def canonical(self, step: int) -> dict[str, str]:
-        """Returns every field as text, for ranks to compare: schedules by their value at `step`."""
+        """Returns every field as text, for ranks to compare: schedules by their value at `step`, or how they fail."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: repr(value(step) if callable(value) else value) for name, value in values.items()}
+        return {name: _described(name, value, step) for name, value in values.items()}
+
+
+def _given(name: str, value: object, step: int) -> object:
+    """Returns a setting or, of a schedule, what it gives at `step`; whatever it raises becomes a ConfigError."""
+    if not callable(value):
+        return value
+    try:
+        return value(step)
+    except Exception as error:
+        raise ConfigError(f"the {name} schedule failed at step {step}: {error!r}") from error
+
+
+def _described(name: str, value: object, step: int) -> str:
+    try:
+        return repr(_given(name, value, step))
+    except ConfigError as error:
+        return str(error)
+
+
+def _number(value: object) -> float:
+    """Returns a number of Python's, numpy's or torch's as a float; NaN of all else, words and truth values included."""
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # of arrays, say
+        return math.nan
+
+
+def _positive(name: str, value: object, step: int) -> float:
+    number = _number(value)
+    if not (math.isfinite(number) and number > 0.0):
+        raise ConfigError(f"the {name} schedule gave {value!r} at step {step}; a positive, finite number is needed")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)

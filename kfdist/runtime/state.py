@@ -24,12 +24,13 @@ _EARLIER_DEFAULTS = {
 """What a refusal adds, by the method in the checkpoint and the one that takes its place now."""
 
 
-def pipeline_state(pipeline: Pipeline, *, folded: bool) -> dict[str, Any]:
+def pipeline_state(pipeline: Pipeline, *, folded: bool, snapshots: bool = True) -> dict[str, Any]:
     """Describes one rank's pipeline between two steps.
 
     Args:
         pipeline: The pipeline.
         folded: Whether every rank's sums are the reduced ones; then the totals are stored, good for any world size.
+        snapshots: Whether the snapshots, equal on all ranks, are in it.
     """
     world_size = pipeline.training.world_size
     state = {
@@ -43,7 +44,7 @@ def pipeline_state(pipeline: Pipeline, *, folded: bool) -> dict[str, Any]:
         **pipeline.reducer.state_dict(),
         **pipeline.noise_scale.state_dict(),
         **pipeline.inverting.state_dict(),
-        **pipeline.adopting.state_dict(),
+        **pipeline.adopting.state_dict(snapshots=snapshots),
         **pipeline.in_force.state_dict(),
         **pipeline.agreement.state_dict(),
         **pipeline.timetable.state_dict(pipeline.next_step),

@@ -40,7 +40,7 @@ class Snapshot:
     def encoded(self) -> bytes:
         """Returns the bytes it was decoded from, the same on all ranks; empty before the first one.
 
-        They aren't kept beside the tensors: they are as many, and only who writes a checkpoint wants them.
+        They aren't kept beside the tensors: they are as many, and only a state for a checkpoint has them.
         """
         if not self.preconditioners:
             return b""

@@ -27,6 +27,9 @@ class RanksOptimizer(Optimizer, CompilerFreeOptimizer):
     """kfdist's own where a whole step is never compiled, as in `kfdist train`: it loads no compiler."""
 
 
+RanksOptimizer.__name__ = RanksOptimizer.__qualname__ = Optimizer.__name__  # in messages it is what users know
+
+
 def optimizers() -> Mapping[str, type[torch.optim.Optimizer]]:
     """Returns the optimizers of torch.optim by their names in lower case."""
     kinds = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name not in _UNFIT}

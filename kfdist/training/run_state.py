@@ -14,6 +14,7 @@ from kfdist.data.feed import Feed
 from kfdist.data.sampler import Position, Sampler
 from kfdist.data.task import DataSet
 from kfdist.errors import CheckpointError
+from kfdist.optim.optimizer import Optimizer
 from kfdist.runtime.forward_state import ForwardState, seed_rank
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.preconditioner import Preconditioner
@@ -92,13 +93,17 @@ class Standing:
 
 
 def collect_state(training: Training, standing: Standing) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the state that all ranks share and this rank's own. All ranks must call it."""
+    """Returns the state that all ranks share and this rank's own. All ranks must call it.
+
+    The snapshots' bytes are in rank 0's alone, which `CheckpointStore.save` writes: they are as large as the inverses.
+    """
     folded = training.config.checkpoint.statistics == "folded"
     if folded:
         training.preconditioner.fold()
-    optimizer = training.optimizer.state_dict()
-    # kfdist's own brings the preconditioner's state along.
-    preconditioner = optimizer.pop("preconditioner", None) or training.preconditioner.state_dict()
+    saved = training.optimizer
+    # The state_dict of kfdist's own brings the preconditioner's along.
+    optimizer = saved.moments_state() if isinstance(saved, Optimizer) else saved.state_dict()
+    preconditioner = training.preconditioner.state_dict(snapshots=training.communicator.rank == 0)
     # The snapshots are the same on all ranks, and after folding the sums and moments are too; all are large.
     common = {"snapshots", "sums", "moments"} if folded else {"snapshots"}
     shared = {

@@ -203,6 +203,25 @@ def test_a_run_by_the_default_optimizer_and_method_resumes_bit_for_bit_also_betw
     assert_equal_on_all_ranks(whole, rest)
 
 
+def look_who_encodes(worker_rank: int) -> None:
+    save = checkpoint.CheckpointStore.save
+
+    def looking(store: checkpoint.CheckpointStore, shared: Any, own: Any, **said: Any) -> Any:
+        assert bool(shared["preconditioner"]["snapshots"]) == (worker_rank == 0)
+        assert "snapshots" not in own["preconditioner"]
+        assert "preconditioner" not in shared["optimizer"]
+        return save(store, shared, own, **said)
+
+    checkpoint.CheckpointStore.save = looking  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("optimizer", [(), ("optimizer.name=kfdist", "optimizer.lr=0.003", "preconditioner.kl_clip=0")])
+def test_snapshots_are_encoded_by_the_rank_alone_that_writes_them(tmp_path: Path, optimizer: tuple[str, ...]):
+    whole = train(tmp_path / "whole", *FIXED_LAG, *optimizer, ranks=2)
+    train(tmp_path / "halves", *FIXED_LAG, *optimizer, "run.steps=19", ranks=2, prepare=look_who_encodes)
+    assert_equal_on_all_ranks(whole, train(tmp_path / "halves", *FIXED_LAG, *optimizer, ranks=2))
+
+
 def lose_the_disk_of_rank_1(worker_rank: int) -> None:
     if worker_rank != 1:
         return

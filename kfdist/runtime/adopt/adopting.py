@@ -184,14 +184,18 @@ class Adopting:
         self.inverting.ship_all()
         return self.exchange.await_results(step, wanted, exact=exact)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns, by group, the snapshot in use and what is under way; the same on all ranks."""
+    def state_dict(self, *, snapshots: bool = True) -> dict[str, Any]:
+        """Returns, by group, the snapshot in use and what is under way; the same on all ranks.
+
+        Args:
+            snapshots: Whether the snapshots are in it, as bytes, which take as much memory again as they do.
+        """
         named = {track.group.name: track for track in self.tracks}
         return {
             "snapshots": {
                 name: {"version": track.snapshot.version, "payload": track.snapshot.encoded()}
                 for name, track in named.items()
-                if track.snapshot.preconditioners
+                if snapshots and track.snapshot.preconditioners
             },
             "adopted": {name: track.ledger.adopted for name, track in named.items()},
             "starving": [name for name, track in named.items() if track.without_statistics],

@@ -75,7 +75,10 @@ class Together:
     _fit: dict[Block, bool] = field(default_factory=dict)
 
     def apply(self, applications: list[Application], into: dict[nn.Parameter, Tensor] | None) -> list[Application]:
-        """Writes the directions of those it is for into `.grad` or, given one, a table; returns the other ones."""
+        """Writes the directions of those it is for into `.grad` or, given one, a table; returns the other ones.
+
+        What is in the table is the packs' own memory, which the next step writes over.
+        """
         chosen: list[Application] = []
         others: list[Application] = []
         for each in applications:

@@ -27,15 +27,19 @@ def memory_of(device: torch.device) -> Memory:
 def need_of(groups: Sequence[BlockGroup], *, on_host: bool) -> int:
     """Returns the bytes that a plan takes on a rank: all that is kept, and the largest block's that comes and goes.
 
-    A rank that inverts for itself begins further inversions beside one only where memory is free (`LocalLink`).
+    On the host that is its inversion beside the bytes of all inverses, which a state for a checkpoint has. A rank that
+    inverts for itself begins further inversions beside one only where memory is free (`LocalLink`).
 
     Args:
         groups: Of the plan.
         on_host: Whether the statistics are in the host's memory, where they are inverted, too.
     """
     each = [footprint(group.inverter, block.shape) for group in groups for block in group.blocks]
-    passing = [max(one.folding, one.inversion) if on_host else one.folding for one in each]
-    return sum(one.kept for one in each) + max(passing, default=0)
+    passing = max((one.folding for one in each), default=0)
+    if on_host:
+        saving = max((one.inversion for one in each), default=0) + sum(one.encoded for one in each)
+        passing = max(passing, saving)
+    return sum(one.kept for one in each) + passing
 
 
 def largest_inversion(groups: Iterable[BlockGroup]) -> int:
@@ -63,8 +67,8 @@ def check_memory(groups: Sequence[BlockGroup], device: torch.device, there_is: M
     whole = "" if len(sizes) == 1 else f"; all {len(sizes)} blocks together need {in_words(need)}"
     raise EnvironmentFault(
         f"layer {name!r} ({shape.d_in} inputs, {shape.d_out} outputs) with {group.inverter.name} needs "
-        f"{in_words(found.kept)} for its averages and inverse and {in_words(max(found.folding, found.inversion))} more "
-        f"while they are measured and inverted{whole}; there are {in_words(there_is.bytes)} ({there_is.limit}). "
+        f"{in_words(found.kept)} for its averages and inverse and {in_words(found.passing)} more "
+        f"while they are measured, inverted and saved{whole}; there are {in_words(there_is.bytes)} ({there_is.limit}). "
         f"{_NOTHING_FITS if fixed else _advice(name, shape, need - found.most, there_is.bytes)}"
     )
 

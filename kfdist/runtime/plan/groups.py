@@ -58,7 +58,7 @@ def are_small(groups: Iterable[BlockGroup]) -> bool:
     """Says whether all of a model's blocks cost about what a step that measures costs besides, its hooks and its start.
 
     Only of methods whose directions have Adam's size: for these it is shown that which batches are measured is no
-    matter for progress (docs/performance.md, "To a target").
+    matter for progress (docs/performance.md, "A step beside SGD's").
     """
     groups = list(groups)
     shapes = [block.shape for group in groups for block in group.blocks]

@@ -1,5 +1,6 @@
 """Settings changed while a run trains: taken up whole or not at all, counted right, and kept over a resume."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -163,7 +164,8 @@ class Run:
         self.model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
         self.link = link or FaultyLink()
         given: dict[str, Any] = {"factor_period": 2, "inverse_period": 4, "adoption": FixedLag(0), "lr": 0.1}
-        self.pre = kfdist.Preconditioner(self.model, "kfac-eigen", damping=0.1, link=self.link, **given | arguments)
+        given |= {"damping": 0.1} | arguments
+        self.pre = kfdist.Preconditioner(self.model, "kfac-eigen", link=self.link, **given)
         self.adopted: list[list[int]] = []
 
     def set(self, **changes: Value | None) -> None:
@@ -273,13 +275,48 @@ def test_a_clip_by_schedule_is_the_clip_that_users_set_at_its_steps_and_goes_on_
         run.pre.close()
 
 
-@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan")])
-def test_a_clip_out_of_range_is_refused_before_anything_is_folded(value: float) -> None:
-    run = Run(kl_clip=lambda step: 1e-3 if step < 2 else value)
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "1e-3", True, torch.ones(2)])
+@pytest.mark.parametrize("name", ["kl_clip", "damping"])
+def test_a_schedule_out_of_range_is_refused_before_anything_is_folded(name: str, value: Any) -> None:
+    run = Run(**{name: lambda step: 1e-3 if step < 2 else value})
     run.steps(2)
-    with pytest.raises(ConfigError, match=f"the kl_clip schedule gave {value!r} at step 2; a positive"):
+    run.pre.beat("running")  # rank 0's alone, so it doesn't fail
+    assert name not in run.pre.pipeline.in_force.told(2).values
+    with pytest.raises(ConfigError, match=re.escape(f"the {name} schedule gave {value!r} at step 2; a positive")):
         run.steps(1)
     assert run.pre.pipeline.statistics_step == 1
+    run.pre.close()
+
+
+@pytest.mark.parametrize("begin", [0, 2])
+@pytest.mark.parametrize("name", ["kl_clip", "damping"])
+def test_what_a_schedule_raises_is_told_at_the_step_and_not_before(name: str, begin: int) -> None:
+    run = Run(**{name: lambda step: 1e-3 if step < begin else [][step]})
+    run.steps(begin)
+    assert name not in run.pre.pipeline.in_force.told(begin).values
+    with pytest.raises(ConfigError, match=f"the {name} schedule failed at step {begin}: IndexError"):
+        run.steps(1)
+    run.pre.close()
+
+
+@pytest.mark.parametrize("off", [None, 0, 0.0])
+def test_a_schedule_turns_the_clip_off_as_users_do(off: float | None) -> None:
+    by_hand, by_schedule = Run(kl_clip=1e-6), Run(kl_clip=lambda step: 1e-6 if step < 4 else off)
+    by_hand.steps(3)
+    by_hand.set(kl_clip=0.0)  # said before step 3, in force at step 4
+    by_hand.steps(4)
+    by_schedule.steps(7)
+    assert by_schedule.parameters == by_hand.parameters
+    assert [run.pre.pipeline.in_force.told(7).values["kl_clip"] for run in (by_hand, by_schedule)] == [0.0, 0.0]
+    by_hand.pre.close()
+    by_schedule.pre.close()
+
+
+def test_a_schedule_without_a_clip_needs_no_learning_rate() -> None:
+    run = Run(kl_clip=lambda step: None if step < 2 else 1e-3, lr=None)
+    run.steps(2)
+    with pytest.raises(ConfigError, match="kl_clip is set but there is no learning rate"):
+        run.steps(1)
     run.pre.close()
 
 

@@ -180,6 +180,17 @@ def test_kfdists_own_optimizer_is_made_of_the_section() -> None:
     assert (made.graft, list(group["betas"]), group["eps"]) == (None, [0.5, 0.75], 1e-6)
 
 
+def test_messages_call_it_by_the_name_that_users_know() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    with kfdist.Preconditioner(model, "kfac-eigen", kl_clip=None) as preconditioner:
+        made = optimizer_of(OptimizerSection(name="kfdist"), preconditioner)
+        with pytest.warns(kfdist.errors.KfdistWarning, match=r"no block: .* The Optimizer steps them"):
+            for _ in range(11):
+                model(torch.ones(5, 3)).square().sum().backward()
+                made.step()
+    assert repr(made).startswith("Optimizer (") and type(made).__qualname__ == "Optimizer"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -201,6 +212,19 @@ def test_a_graft_has_no_clip_and_an_explicit_one_is_refused() -> None:
     assert load_config(None, overrides=without, environment={}).preconditioner.kl_clip == 1e-3
     with pytest.raises(ConfigError, match=r"preconditioner\.kl_clip: is 0.01.*set it to 0, or optimizer"):
         load_config(None, overrides=[*own, "preconditioner.kl_clip=0.01"], environment={})
+
+
+@pytest.mark.parametrize(("key", "value"), [("kl_clip_epochs", "[[2, 0.1]]"), ("kl_clip_decay", "0.5")])
+@pytest.mark.parametrize("clip", [[], ["preconditioner.kl_clip=0.01"]])
+def test_a_schedule_of_the_clip_goes_with_no_graft(key: str, value: str, clip: list[str]) -> None:
+    own = ["optimizer.name=kfdist", f"preconditioner.{key}={value}", *clip]
+    with pytest.raises(ConfigError, match=rf"preconditioner\.{key}: .* its graft's, .*: leave it out, or set optim"):
+        load_config(None, overrides=own, environment={})
+    clipped = load_config(None, overrides=[*own, "optimizer.settings.graft=none"], environment={})
+    assert clipped.preconditioner.kl_clip > 0
+    with pytest.raises(ConfigError, match=r"preconditioner\.kl_clip: is 0, .* no clip to begin a schedule with"):
+        off = ["optimizer.name=sgd", "preconditioner.method=kfac", "preconditioner.kl_clip=0", own[1]]
+        load_config(None, overrides=off, environment={})
 
 
 @pytest.mark.parametrize("graft", ["adamw", "sgd", "none"])
