@@ -1,4 +1,4 @@
-"""A schedule that gives nonsense is refused on all ranks at the same step, also where rank 0 tells a controller of it."""
+"""A schedule that gives nonsense is refused on all ranks at one step, also where rank 0 tells a controller of it."""
 
 import pytest
 

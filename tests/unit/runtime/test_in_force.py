@@ -278,7 +278,8 @@ def test_a_clip_by_schedule_is_the_clip_that_users_set_at_its_steps_and_goes_on_
 @pytest.mark.parametrize("value", [-1.0, float("nan"), "1e-3", True, torch.ones(2)])
 @pytest.mark.parametrize("name", ["kl_clip", "damping"])
 def test_a_schedule_out_of_range_is_refused_before_anything_is_folded(name: str, value: Any) -> None:
-    run = Run(**{name: lambda step: 1e-3 if step < 2 else value})
+    given: dict[str, Any] = {name: lambda step: 1e-3 if step < 2 else value}
+    run = Run(**given)
     run.steps(2)
     run.pre.beat("running")  # rank 0's alone, so it doesn't fail
     assert name not in run.pre.pipeline.in_force.told(2).values
@@ -291,7 +292,8 @@ def test_a_schedule_out_of_range_is_refused_before_anything_is_folded(name: str,
 @pytest.mark.parametrize("begin", [0, 2])
 @pytest.mark.parametrize("name", ["kl_clip", "damping"])
 def test_what_a_schedule_raises_is_told_at_the_step_and_not_before(name: str, begin: int) -> None:
-    run = Run(**{name: lambda step: 1e-3 if step < begin else [][step]})
+    given: dict[str, Any] = {name: lambda step: 1e-3 if step < begin else [][step]}
+    run = Run(**given)
     run.steps(begin)
     assert name not in run.pre.pipeline.in_force.told(begin).values
     with pytest.raises(ConfigError, match=f"the {name} schedule failed at step {begin}: IndexError"):
