@@ -45,6 +45,8 @@ class Unmeasured:
             self._reasons.pop(name, None)
             self.unseen.discard(name)
             block, unhandled = self._blocks[name], self._uses.unhandled[name, False]
+            if block.frozen and name not in measured:  # a bias that is trained all the same has a gradient
+                continue
             if block.has_bias:
                 unhandled = unhandled | self._uses.unhandled[name, True]
             others = ", ".join(sorted(unhandled))

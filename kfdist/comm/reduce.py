@@ -22,7 +22,8 @@ class GradientReducer:
     are started in that fixed order on every rank, as soon as they and all before them are full.
 
     With several ranks every parameter has a gradient afterwards: zero where no rank had one, so an optimizer applies
-    its weight decay and momentum to it. A sparse gradient stays sparse, with the rows of all ranks; it travels densely.
+    its weight decay and momentum to it. One that was frozen since has none, and travels as zero. A sparse gradient
+    stays sparse, with the rows of all ranks; it travels densely.
 
     Args:
         parameters: Equal in number, shape and order on all ranks; frozen ones are left out.
@@ -109,6 +110,8 @@ def _scatter(flat: Tensor, bucket: Sequence[nn.Parameter]) -> None:
     for parameter in bucket:
         mean = flat[offset : offset + parameter.numel()].view_as(parameter)
         offset += parameter.numel()
+        if parameter.grad is None and not parameter.requires_grad:
+            continue
         if parameter.grad is None:
             parameter.grad = mean.clone()
         elif parameter.grad.is_sparse:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kfdist.capture.requests import Sampling
 from kfdist.comm.reduce import reduce_flat
-from kfdist.errors import CheckpointError, Interrupted, LossNotFinite
+from kfdist.errors import CheckpointError, Interrupted, LossNotFinite, ModelChanged
 from kfdist.links.link import AbstractLink
 from kfdist.optim.adaptive_settings import AdaptiveReport, AdaptiveSettings, Trust
 from kfdist.optim.network_fisher import NetworkFisher, gradient_of
@@ -207,7 +207,9 @@ class AdaptiveStep:
             LossNotFinite: The loss is infinite or NaN before the step, on some rank; nothing was changed.
             KfdistError: The closure returned something else than it must, or the batch is none.
             Interrupted: By the preconditioner; the step was not made, and buffers and generators are as before it.
+            ModelChanged: A parameter was frozen since construction: the quadratic model is one of all of them.
         """
+        self._refuse_frozen()
         replay = Replay(closure, batch, self._preconditioner.model, self._parameters[0].device)
         parts = self._parts(replay.rows)
         measured = self._measure(replay, parts)
@@ -296,6 +298,14 @@ class AdaptiveStep:
         self._trust.damping = float(state["damping"])
         self._trust.gamma = float(state["gamma"])
         self._trust.rejected = int(state.get("rejected", 0))
+
+    def _refuse_frozen(self) -> None:
+        frozen = [name for name, p in zip(self._names, self._parameters, strict=True) if not p.requires_grad]
+        if frozen:
+            raise ModelChanged(
+                f"parameter {frozen[0]!r} was frozen after the AdaptiveStep was made, which moves all that were "
+                "trained then; close it and make a new one"
+            )
 
     # The verbs -------------------------------------------------------------------------------------------------------
 

@@ -204,7 +204,7 @@ class Preconditioner(StatedLoss, Inspection):
         Collective: all ranks must call it.
 
         Raises:
-            ModelChanged: A layer was frozen, replaced or resized since construction.
+            ModelChanged: A layer was replaced, resized or moved since construction.
             Interrupted: A stop was asked for, or the wait limit passed, inside an agreed wait; on all ranks alike.
             RanksDiverged: The ranks' parameters differ.
             ConfigError: There is a KL clip but no learning rate.

@@ -155,7 +155,7 @@ def check_state(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
         surplus, lacking = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
         raise CheckpointError(
             f"the checkpoint has blocks {surplus} that the model lacks, and lacks {lacking}; load it into the model "
-            "and method it was written with"
+            "and method it was written with, and freeze layers that were trained then only after that"
         )
     methods = {track.group.name: track.group.inverter.name for track in pipeline.tracks}
     if lacking := sorted(methods.keys() - state["methods"].keys()):

@@ -176,8 +176,14 @@ class Block:
 
     @property
     def takes_part(self) -> bool:
-        """Whether all of them have a gradient."""
-        return all([part.parameter.grad is not None for part in self.parts])  # a list: asked of each block a step
+        """Whether they have gradients; one that is frozen beside another that isn't counts as zero."""
+        lacking = [part.parameter for part in self.parts if part.parameter.grad is None]
+        return not lacking or (len(lacking) < len(self.parts) and not any(each.requires_grad for each in lacking))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of it is measured for now, since its weight isn't trained."""
+        return not self.parts[0].parameter.requires_grad
 
     def to_matrix(self, tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "c p q"]:
         """Brings tensors shaped like `parameters()` (gradients, directions) to the block's matrix, bias last."""
@@ -203,7 +209,7 @@ class Block:
                 `write_gradient`.
 
         Raises:
-            ValueError: A parameter of the block has no gradient.
+            ValueError: A parameter of the block has no gradient and isn't frozen, or all are.
         """
         gradients = self._gradients()
         if not copied and not self.homogeneous:
@@ -275,9 +281,11 @@ class Block:
         return matrix.reshape(self.weight.shape)
 
     def _gradients(self) -> list[Tensor]:
-        found = [part.parameter.grad for part in self.parts]
-        for part, gradient in zip(self.parts, found, strict=True):
-            if gradient is None:
+        found, takes_part = [part.parameter.grad for part in self.parts], self.takes_part
+        for place, (part, gradient) in enumerate(zip(self.parts, found, strict=True)):
+            if gradient is None and takes_part:
+                found[place] = torch.zeros_like(part.parameter)  # what is written into it is lost
+            elif gradient is None:
                 raise ValueError(
                     f"block {self.name}: its {part.attribute} has no gradient; call backward() before the "
                     "preconditioner's step"

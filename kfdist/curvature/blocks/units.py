@@ -9,6 +9,7 @@ from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import override
 
 from kfdist.curvature.blocks.base import Block, Operation, ParameterPart
 from kfdist.types import BlockName, BlockShape
@@ -48,6 +49,11 @@ class UnitBlock(Block):
         super().__init__(name, module, parts[0], parts[1] if len(parts) > 1 else None, layer)
         self.roles = tuple(roles)
         self.shape = BlockShape(d_out=1, d_in=len(parts), groups=self.weight.numel())
+
+    @property
+    @override
+    def frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.parameters())
 
     def fisher_sum(self, gradients: Float[Tensor, "n c k"]) -> Float[Tensor, "c k k"]:
         """Returns the sum over examples of v v^T of each unit, for gradients v."""

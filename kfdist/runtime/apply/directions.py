@@ -161,11 +161,12 @@ class Solved(NamedTuple):
             return
         U = [each if scale is None else each * scale.view(-1, 1, 1) for each in self.X]
         for part, direction in zip(block.parts, (block.from_apart if apart else block.from_matrix)(*U), strict=True):
+            gradient = part.parameter.grad
+            if gradient is None:  # frozen
+                continue
             if part.whole:
                 into[part.parameter] = direction
                 continue
-            gradient = part.parameter.grad
-            assert gradient is not None, "only blocks with gradients have directions"
             if part.parameter not in into:
                 into[part.parameter] = dense_of(gradient).to(direction.dtype, copy=True)
             part.write(into[part.parameter], direction)

@@ -122,6 +122,8 @@ class Together:
         block, inverse = application.blocks[0], application.preconditioners[0]
         if not isinstance(inverse, AbstractAdamBasis) or block.has_bias is not block.homogeneous:
             return False
+        if any([part.parameter.grad is None for part in block.parts]):
+            return False  # frozen in part
         if (fits := self._fit.get(block)) is None:
             fits = self._fit[block] = _fits(block, inverse)
         return fits

@@ -24,7 +24,10 @@ _WANTED = frozenset({NO_METHOD, SKIPPED, UNMATCHED, FIRST_ORDER, WITHOUT_MOMENTS
 """Reasons that the user gave."""
 
 _ADDED = "it was added after the Preconditioner was made; close that and make a new one"
-_TRAINED_LATER = "it was frozen, or had no values, when the Preconditioner was made; close that and make a new one"
+_TRAINED_LATER = (
+    "it was frozen, or had no values, when the Preconditioner was made, and has no block: freeze layers after that; or "
+    "close it now and make a new one, whose statistics begin anew"
+)
 _MOST_NAMES_SHOWN = 5
 """Of one reason in a warning."""
 

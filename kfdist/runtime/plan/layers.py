@@ -113,7 +113,7 @@ class StandingBlocks:
         self._kept: list[bool] = []
 
     def check(self) -> None:
-        """Refuses a layer that was frozen, replaced, resized or moved, by `ModelChanged`."""
+        """Refuses a layer that was replaced, resized or moved, by `ModelChanged`; it may be frozen and thawed."""
         if self._stand():
             return
         check_blocks(self._model, self._blocks, self._device)
@@ -140,7 +140,7 @@ class StandingBlocks:
                 return False
         device = self._device
         for module, name, parameter, shape in self._parameters:
-            if parameters_by_name(module).get(name) is not parameter or not parameter.requires_grad:
+            if parameters_by_name(module).get(name) is not parameter:
                 return False
             if parameter.shape != shape or parameter.device != device:
                 return False
@@ -166,7 +166,7 @@ def _ways_to(model: nn.Module, layers: Set[int]) -> Iterator[tuple[nn.Module, st
 
 
 def check_blocks(model: nn.Module, blocks: Iterable[Block], device: torch.device) -> None:
-    """Refuses a layer that was frozen, replaced, resized or moved since its block was made, by `ModelChanged`.
+    """Refuses a layer that was replaced, resized or moved since its block was made, by `ModelChanged`.
 
     Args:
         model: The model as it is now.
@@ -185,16 +185,14 @@ def _check_block(module: nn.Module | None, block: Block, device: torch.device) -
         change = "replaced or removed"
     elif any(getattr(module, part.attribute) is not part.parameter for part in block.parts):
         change = "given other parameters (replaced or resized)"
-    elif not all(parameter.requires_grad for parameter in parameters):
-        change = "frozen"
     elif block.resized:
         change = "resized"
     elif any(parameter.device != device for parameter in parameters):
         change = f"moved from {device} to {parameters[0].device}"
     if change is not None:
         raise ModelChanged(
-            f"layer {block.name!r} was {change} after the Preconditioner was made; make a new Preconditioner after "
-            "changing the model"
+            f"layer {block.name!r} was {change} after the Preconditioner was made; close that, and make a new "
+            "Preconditioner (or kfdist.Optimizer) of the model as it is now"
         )
 
 

@@ -58,7 +58,9 @@ class GradientMomentSums:
                     block.refuse_sparse()  # on all ranks, so that none waits for one that raised
                 if block.name in self.sums and isinstance(inverter, AbstractGradientInverter):
                     moments = None
-                    if all(parameter.grad is not None for parameter in block.parameters()):
+                    if block.frozen and not block.takes_part:
+                        continue  # as `StatisticsReducer.fold` has it
+                    if block.takes_part:
                         tensor = as_tensors(block.gradient(copied=False), block.shape.modes)
                         in_use = track.snapshot.preconditioners.get(block.name)
                         moments = inverter.moments(tensor, in_use, track.memories[block.name])

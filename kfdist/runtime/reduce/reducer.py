@@ -92,6 +92,8 @@ class StatisticsReducer:
             rho = decay_at(self._timetable.foldings_until(track, due.step), self._settings.ema_decay)
             for block in track.group.blocks:
                 batch = batches.get(block.name)
+                if batch is None and block.frozen:
+                    continue  # the average stays as it is, and its weight doesn't fade away
                 online = track.group.inverter.online  # whose rows are good if the batch's sums, left as they are, are
                 self.sums[block.name].fold(batch, rho, step_is_finite, takes_over=not online)
                 if batch is not None and not online:
@@ -177,13 +179,14 @@ class StatisticsReducer:
             dense = contribution_of_sums(name, statistic, sums)
         if batch is not None and batch.rows:
             _count_dropped(sums, batch.rows.values())
-        shape = next(block.shape for block in group.blocks if block.name == name)
+        block = next(block for block in group.blocks if block.name == name)
+        shape, rests = block.shape, batch is None and block.frozen
         return with_increment(
             dense,
             needs,
             {"A": (shape.groups, shape.d_in), "G": (shape.groups, shape.d_out)},
             batch,
-            rho=decay_at(self._timetable.updates_until(track, step), self._settings.ema_decay),
+            rho=1.0 if rests else decay_at(self._timetable.updates_until(track, step), self._settings.ema_decay),
             step_is_finite=step_is_finite,
             like=sums.like,
             rank=self._communicator.rank,

@@ -151,14 +151,6 @@ def test_a_gan_loop():
 # After construction the model stays as it is --------------------------------------------------------------------------
 
 
-def freeze(model: Any) -> None:
-    model[2].requires_grad_(False)
-
-
-def freeze_the_bias(model: Any) -> None:
-    model[2].bias.requires_grad_(False)
-
-
 def replace(model: nn.Sequential) -> None:
     model[2] = nn.Linear(5, 3).double()
 
@@ -190,8 +182,6 @@ def parametrize(model: nn.Sequential) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (freeze, "frozen"),
-        (freeze_the_bias, "frozen"),
         (replace, "replaced"),
         (remove, "removed"),
         (replace_the_weight, "replaced"),
