@@ -100,7 +100,7 @@ def test_a_frozen_blocks_statistics_and_moments_stay_and_go_on_when_it_is_thawed
                 for key, each in stored[name].items():
                     assert torch.equal(each, before["preconditioner"][kind][name][key]), (kind, name, key)
         for name, memory in after["preconditioner"]["memories"].items():
-            if name == "0" or name.startswith("0."):
+            if way != "soap" and (name == "0" or name.startswith("0.")):  # whose basis is turned on at each inversion
                 torch.testing.assert_close(memory["kept"], before["preconditioner"]["memories"][name]["kept"])
         assert str(after["state"].get(0)) == str(before["state"].get(0))
         model[0].requires_grad_(True)
