@@ -34,7 +34,7 @@ def test_a_bare_exception_of_ray_becomes_a_sentence_with_the_end_of_its_log(monk
 
 def supervisor(restarts: Any, watched: Any) -> Any:
     return SimpleNamespace(
-        wait_until_registered=lambda ended: None, status=list, restarts=lambda: next(restarts), watch=watched
+        wait_until_registered=lambda ended, check: None, status=list, restarts=lambda: next(restarts), watch=watched
     )
 
 
