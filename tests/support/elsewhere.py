@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kfdist.comm.host_copy import HostCopy
 from kfdist.curvature import blocks, jobs
+from kfdist.runtime.apply import directions, side_by_side
 from kfdist.wire.records import map_tensors
 
 ELSEWHERE = torch.device("cpu", 1)
@@ -74,6 +75,8 @@ class Elsewhere(TorchDispatchMode):
         self._patch.setattr(HostCopy, "__init__", copied)
         # What it does for a GPU; here the device's type is the CPU's.
         self._patch.setattr(jobs, "move", _moved)
+        for user in (directions, side_by_side):
+            self._patch.setattr(user, "joined_on", lambda device: device == ELSEWHERE)
         # Our tensors are of another class than a GPU's.
         self._patch.setattr(blocks, "_reason_against_parameter", lambda label, parameter: "")
         return super().__enter__()
