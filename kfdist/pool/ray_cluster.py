@@ -35,6 +35,9 @@ from kfdist.system.spawn import with_package
 
 _LOG = logging.getLogger(__name__)
 
+_SLOW_START = "timed out during startup"
+"""What Ray says then, in a bare exception; it has no switch for how long."""
+
 LOCAL = "local"
 
 _OBJECT_STORE_BYTES = 80 << 20
@@ -160,14 +163,9 @@ class RayCluster:
             # Inside the pool's private directory, as Ray opens its own to all users of the machine.
             "_temp_dir": str(self.directory / "ray"),
         }
+        options = {"namespace": f"kfdist-{config.run.name}", "log_to_driver": False, "configure_logging": False}
         try:
-            self.ray.init(
-                address=self._address,
-                namespace=f"kfdist-{config.run.name}",
-                log_to_driver=False,
-                configure_logging=False,
-                **(own if self.own else {}),
-            )
+            self._init(**options, **(own if self.own else {}))
         except Exception as error:  # Ray raises bare ones, too, as where a node "timed out during startup"
             if self.own:
                 told = log_tail(self.directory / "ray")
@@ -182,6 +180,18 @@ class RayCluster:
                 "RAY_AUTH_TOKEN, one without needs RAY_AUTH_MODE=disabled. Both sides need the same Ray "
                 f"({self.ray.__version__} here) and the same Python"
             ) from error
+
+    def _init(self, **options: Any) -> None:
+        """Connects to Ray, or starts it: again if it took longer than the 30 s that Ray gives a raylet."""
+        try:
+            self.ray.init(address=self._address, **options)
+        except Exception as error:
+            if not self.own or _SLOW_START not in str(error):
+                raise
+            _LOG.warning("Ray's start took more than 30 s; it is ended and started once more")
+            self.ray.shutdown()
+            sweep(self.directory)
+            self.ray.init(address=self._address, **options)
 
 
 def set_auth_mode(environment: MutableMapping[str, str] = os.environ) -> None:

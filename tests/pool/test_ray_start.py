@@ -18,7 +18,7 @@ def test_a_bare_exception_of_ray_becomes_a_sentence_with_the_end_of_its_log(monk
 
     def init(**_: object) -> None:
         logs = directory / "ray" / "session_2026" / "logs"
-        logs.mkdir(parents=True)
+        logs.mkdir(parents=True, exist_ok=True)
         (logs / "raylet.err").write_text("no room in /dev/shm\n")
         raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
 
@@ -30,6 +30,21 @@ def test_a_bare_exception_of_ray_becomes_a_sentence_with_the_end_of_its_log(monk
     assert first.startswith("Ray can't be started: The current node timed out during startup.; it needs")
     assert log == ["raylet.err:", "no room in /dev/shm"]
     assert not directory.exists()
+
+
+def test_a_ray_that_was_slow_to_start_is_started_again(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("kfdist.pool.ray_directory._LONGEST", 1000)
+    inits: list[str] = []
+
+    def init(**_: object) -> None:
+        inits.append("init")
+        if len(inits) == 1:
+            raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: inits.append("shutdown"))
+    monkeypatch.setattr(RayCluster, "_import_ray", lambda self: ray)
+    RayCluster(load_config(None, environment={}), tmp_path / "ray", environment={}).close()
+    assert inits == ["init", "shutdown", "init", "shutdown"]
 
 
 def supervisor(restarts: Any, watched: Any) -> Any:
