@@ -3,10 +3,11 @@
 A cell is one training: a task, a rival, a learning rate, a seed. It is written as soon as it is done, and a cell that
 the file has isn't trained again, so that a measurement may be interrupted, and extended by new tasks, rivals and seeds.
 A rival's learning rate is tuned with one seed, over as many values for each, two a decade, further ones where the best
-lies at an edge, and then halfway to its neighbours; reported are other seeds, of the rate that is best with them where
-several have been trained with them, so that an unlucky tuning doesn't make a rival look slow. Seconds are those of
-training on one thread, the first inversion included and evaluations left out; kfdist's inversions run on another core,
-and a second time all of it on one core.
+lies at an edge, and then halfway to its neighbours. Other seeds are reported, with which the best rates of the tuning
+are trained, by default one and for short tasks two, so that an unlucky tuning doesn't make a rival look slow. Seconds
+are those of training, the first inversion included and evaluations left out. Everyone has two cores and trains on two
+threads, between which kfdist's inversions find their place; a second time kfdist trains on one thread and has the other
+core invert.
 """
 
 import itertools
@@ -41,6 +42,12 @@ TUNING_SEED = 0
 
 MOST_FURTHER_RATES = 3
 """Learning rates beyond those given that are tried where the best lies at an edge."""
+
+SHORT_SECONDS = 30.0
+"""Of tasks that last at most so long two rates are trained with the reported seeds, of others one."""
+
+_SLACK = 1.25
+"""A rate is tuned for so many times the seconds in which the best one so far reached the goal: it can't win later."""
 
 _NEAR = 2.0
 """Rates with a lesser quotient count as tuned; two a decade are 3 and 3.3 times apart, those halfway 1.7 to 1.9."""
@@ -108,7 +115,7 @@ class Contest:
 
     def content(self) -> dict[str, Any]:
         """Returns "cells", by name, and "config"."""
-        config = {"threads": torch.get_num_threads(), "goals": self._goals, "tuning_seed": TUNING_SEED}
+        config = {"goals": self._goals, "tuning_seed": TUNING_SEED}
         return {"bench": "target", "config": config, "cells": self._cells}
 
     def hold(self, name: str, task: Task, competitors: Sequence[str], seeds: int) -> None:
@@ -127,11 +134,13 @@ class Contest:
                 )
             work = replace(task, goal=goal)
             self._forget_other_terms(name, work, rival)
-            rate = self._tuned(name, work, rival)
-            for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
-                self._train(name, work, rival, rate, seed)
-                if RIVALS[rival].kfdist:
-                    self._train(name, work, rival, rate, seed, one_core=True)
+            self._tune(name, work, rival)
+            ranked = ranked_rates(cells_of(self._cells, name, rival))
+            for rate in ranked[: 2 if task.seconds <= SHORT_SECONDS else 1]:
+                for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
+                    self._train(name, work, rival, rate, seed)
+            for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds) if RIVALS[rival].kfdist else ():
+                self._train(name, work, rival, self._best_rate(name, rival), seed, apart=True)
             self._goals[name]["goal"] = self._goal(name)
 
     def _forget_other_terms(self, name: str, task: Task, rival: str) -> None:
@@ -141,35 +150,50 @@ class Contest:
             same = same and cell.get("data_version", FIRST_DATA) == task.data_version
             leader = RIVALS[rival].rate_of
             if not same or (leader and cell["rate"] != self._best_rate(name, leader)):
-                del self._cells[cell_name(name, rival, cell["rate"], cell["seed"], one_core=cell["one_core"])]
+                del self._cells[cell_name(name, rival, cell["rate"], cell["seed"], apart=cell["apart"])]
 
-    def _tuned(self, name: str, task: Task, rival: str) -> float:
+    def _tune(self, name: str, task: Task, rival: str) -> None:
         given = RIVALS[rival].rates
         if leader := RIVALS[rival].rate_of:
             given = (self._best_rate(name, leader),)
         for rate in given:
-            self._train(name, task, rival, rate, TUNING_SEED)
+            self._train(name, task, rival, rate, TUNING_SEED, within=self._seconds_to_win(name, rival))
         while len(given) > 1:
             tried = sorted({each["rate"] for each in cells_of(self._cells, name, rival)} | set(given))
             further = next_rate(tried, self._tuned_rate(name, rival), least=given[0], most=given[-1])
             if further is None:
                 break
-            self._train(name, task, rival, further, TUNING_SEED)
-        return self._tuned_rate(name, rival)
+            self._train(name, task, rival, further, TUNING_SEED, within=self._seconds_to_win(name, rival))
+
+    def _seconds_to_win(self, name: str, rival: str) -> float:
+        """Returns for how long a rival's next rate may train: in the end it would be slower than the best so far."""
+        tuning = _tuning_cells(cells_of(self._cells, name, rival))
+        return _SLACK * min((_or_infinite(cell["seconds"]) for cell in tuning), default=math.inf)
 
     def _tuned_rate(self, name: str, rival: str) -> float:
-        return tuned(cells_of(self._cells, name, rival))["rate"]
+        return ranked_rates(cells_of(self._cells, name, rival))[0]
 
     def _best_rate(self, name: str, rival: str) -> float:
         found = best(cells_of(self._cells, name, rival))
         assert found is not None, "competitors come after those whose rates they take"
         return found["rate"]
 
-    def _train(self, name: str, task: Task, rival: str, rate: float, seed: int, *, one_core: bool = False) -> None:
-        cell = cell_name(name, rival, rate, seed, one_core=one_core)
+    def _train(
+        self,
+        name: str,
+        task: Task,
+        rival: str,
+        rate: float,
+        seed: int,
+        *,
+        within: float = math.inf,
+        apart: bool = False,
+    ) -> None:
+        cell = cell_name(name, rival, rate, seed, apart=apart)
         if cell not in self._cells:
-            found = train(task, RIVALS[rival], rate, seed, one_core=one_core)
-            self._cells[cell] = {**found, "task": name, "rival": rival}
+            limited = replace(task, seconds=min(task.seconds, within))
+            found = train(limited, RIVALS[rival], rate, seed, apart=apart)
+            self._cells[cell] = {**found, "task": name, "rival": rival, "limit": task.seconds}
             self._done(self.content())
 
     def _goal(self, name: str) -> float | None:
@@ -194,9 +218,9 @@ def measure_target(
     return contest.content()
 
 
-def cell_name(task: str, rival: str, rate: float, seed: int, *, one_core: bool = False) -> str:
+def cell_name(task: str, rival: str, rate: float, seed: int, *, apart: bool = False) -> str:
     """Returns the name of a cell."""
-    return f"{task}/{rival}/{rate:g}/{seed}{'/one core' if one_core else ''}"
+    return f"{task}/{rival}/{rate:g}/{seed}{'/apart' if apart else ''}"
 
 
 def next_rate(rates: Sequence[float], chosen: float, *, least: float, most: float) -> float | None:
@@ -230,15 +254,26 @@ def beyond(rates: Sequence[float], chosen: float) -> float | None:
     return float(f"{chosen / (3 if digits == '3' else 10 / 3):.6g}") if chosen == rates[0] else None
 
 
-def train(task: Task, rival: Rival, rate: float, seed: int, *, one_core: bool = False) -> dict[str, Any]:
-    """Trains until the goal is held, or for the task's seconds; returns when it was reached and how the metric fell."""
+def train(task: Task, rival: Rival, rate: float, seed: int, *, apart: bool = False) -> dict[str, Any]:
+    """Trains until the goal is held, or for the task's seconds; returns when it was reached and how the metric fell.
+
+    Args:
+        task: What to reach.
+        rival: Who trains.
+        rate: Its learning rate.
+        seed: Of the model and the batches.
+        apart: Whether it trains on one core, on one thread, and inverts on another; else on both, on a thread for each.
+    """
     cores, model = Cores(), task.model(seed)
+    training = cores.training if apart else sorted({*cores.training, *cores.others})
+    others = cores.others if apart else training
+    threads = torch.get_num_threads()
     goal = -math.inf if task.goal is None else task.goal
     if rival.whole:
         task = replace(task, batch_size=len(task.examples(test=False)[0]))
     batches, curve, spent, steps = task.batches(seed), [(0.0, 0, task.value(model))], 0.0, 0
-    others = cores.training if one_core else cores.others
-    with running_on(others), rival.training(task, model, rate) as step, running_on(cores.training):
+    torch.set_num_threads(len(training))
+    with running_on(others), rival.training(task, model, rate) as step, running_on(training):
         while spent < task.seconds and math.isfinite(curve[-1][2]) and not held(curve, goal):
             for _ in range(1 if rival.whole else task.evaluation_period):
                 batch = next(batches)
@@ -247,11 +282,13 @@ def train(task: Task, rival: Rival, rate: float, seed: int, *, one_core: bool = 
                 spent += time.perf_counter() - begun
                 steps += 1
             curve.append((round(spent, 4), steps, task.value(model)))
+    torch.set_num_threads(threads)
     first = curve[-IN_A_ROW] if held(curve, goal) else None
     return {
         "rate": rate,
         "seed": seed,
-        "one_core": one_core,
+        "apart": apart,
+        "threads": len(training),
         "limit": task.seconds,
         "goal": task.goal,
         "data_version": task.data_version,
@@ -282,7 +319,7 @@ def _thinned(curve: list[tuple[float, int, float]]) -> list[tuple[float, int, fl
 
 
 def known_cells(file: Path) -> dict[str, Any]:
-    """Returns the cells of an earlier measurement, but for those of rivals that there are no more.
+    """Returns the cells of an earlier measurement, but for those of another form or of rivals that there are no more.
 
     Raises:
         ConfigError: The file is of something else.
@@ -291,15 +328,20 @@ def known_cells(file: Path) -> dict[str, Any]:
         return {}
     try:
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-        return {name: cell for name, cell in cells.items() if cell["rival"] in RIVALS}
+        return {name: cell for name, cell in cells.items() if cell["rival"] in RIVALS and "apart" in cell}
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise ConfigError(f"{str(file)!r} has no cells of this measurement; name another file", path="--out") from None
 
 
-def tuned(cells: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Returns the tuning seed's best cell: it reaches the goal soonest or, where none does, comes closest."""
-    own = [cell for cell in cells if cell["seed"] == TUNING_SEED and not cell["one_core"]]
-    return min(own, key=lambda cell: (*(_or_infinite(cell[name]) for name in ("seconds", "last")), cell["rate"]))
+def _tuning_cells(cells: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns those of the tuning seed, the best first: soonest at the goal or, where none is, closest to it."""
+    own = [cell for cell in cells if cell["seed"] == TUNING_SEED and not cell["apart"]]
+    return sorted(own, key=lambda cell: (*(_or_infinite(cell[name]) for name in ("seconds", "last")), cell["rate"]))
+
+
+def ranked_rates(cells: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Returns the learning rates that were tried with the tuning seed, the best first."""
+    return [cell["rate"] for cell in _tuning_cells(cells)]
 
 
 def best(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -312,31 +354,31 @@ def best(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
         cells: The rival's, of all rates and seeds.
 
     Returns:
-        Medians over the seeds that weren't tuned with, of the tuning one where there are no others yet: "seconds", of
-        which "one_core_seconds" are those on one core, and "steps" are None where fewer than half of them reached the
-        goal. None without a cell.
+        Medians over the seeds that weren't tuned with, of the tuning one where there are no others yet: "seconds",
+        "apart_seconds", those on a core for training alone, and "steps" are None where fewer than half of them reached
+        the goal. None without a cell.
     """
     every = list(cells)
-    tuning = [cell for cell in every if cell["seed"] == TUNING_SEED and not cell["one_core"]]
+    tuning = _tuning_cells(every)
     if not tuning:
         return None
     reported: dict[float, list[Mapping[str, Any]]] = {}
     for cell in every:
-        if cell["seed"] != TUNING_SEED and not cell["one_core"]:
+        if cell["seed"] != TUNING_SEED and not cell["apart"]:
             reported.setdefault(cell["rate"], []).append(cell)
     most = max(map(len, reported.values()), default=0)
     whole = {rate: found for rate, found in reported.items() if len(found) == most}
-    chosen = tuned(tuning)
+    chosen = tuning[0]
     rate = min(whole, key=lambda rate: (*_reached(whole[rate]), rate), default=chosen["rate"])
     shown, rates = whole.get(rate, [chosen]), [cell["rate"] for cell in tuning]
-    one_core = [cell for cell in every if cell["rate"] == rate and cell["seed"] != TUNING_SEED and cell["one_core"]]
+    apart = [cell for cell in every if cell["rate"] == rate and cell["seed"] != TUNING_SEED and cell["apart"]]
     return {
         "rate": rate,
         "at_edge": len(rates) > 1 and rate in (min(rates), max(rates)),
         "tuned": not whole,
         "seeds": len(shown),
         **{name: _median(shown, name) for name in ("seconds", "steps", "last", "milliseconds_a_step")},
-        "one_core_seconds": _median(one_core, "seconds"),
+        "apart_seconds": _median(apart, "seconds"),
     }
 
 
@@ -364,17 +406,18 @@ def describe(content: Mapping[str, Any]) -> str:
             if found is not None:
                 title = RIVALS[rival].title if rival in RIVALS else rival
                 rate = f"{found['rate']:g}{'*' if found['at_edge'] else ''}" if found["rate"] else "none"
-                keys = ("milliseconds_a_step", "seconds", "one_core_seconds", "steps", "last")
+                keys = ("milliseconds_a_step", "seconds", "apart_seconds", "steps", "last")
                 rows.append(
                     [title, rate, *(found[key] for key in keys), f"{found['seeds']}{'+' if found['tuned'] else ''}"]
                 )
-        head = ["", "rate", "ms a step", "seconds", "one core", "steps", "last", "seeds"]
+        head = ["", "rate", "ms a step", "seconds", "own core", "steps", "last", "seeds"]
         if rows:
             goal = "not known yet" if task["goal"] is None else f"{task['goal']:.4g}"
             blocks.append(f"{task['title']}: {task['metric']} {goal}\n{table(head, rows)}")
     marks = (
-        f"*: the best rate is at an edge of those tried; -: not reached, {IN_A_ROW} measurements in a row; one core: "
-        "seconds where inversions share the training's core; +: the seed that rates were tuned with"
+        f"two threads on two cores; *: the best rate is at an edge of those tried; -: not reached, {IN_A_ROW} "
+        "measurements in a row; own core: seconds where training has one core and one thread, and inversions have the "
+        "other core; +: the seed that rates were tuned with"
     )
     return "\n\n".join([*blocks, marks])
 
@@ -432,6 +475,6 @@ def _typical(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Returns the cell of the best rate whose seconds are in the middle."""
     found = best(cells)
     assert found is not None, "a rival that is drawn was tuned"
-    seeds = [each for each in cells if each["rate"] == found["rate"] and not each["one_core"]]
+    seeds = [each for each in cells if each["rate"] == found["rate"] and not each["apart"]]
     reported = [each for each in seeds if found["tuned"] or each["seed"] != TUNING_SEED]
     return sorted(reported, key=lambda cell: _or_infinite(cell["seconds"]))[len(reported) // 2]

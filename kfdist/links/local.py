@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from typing_extensions import override
 
-from kfdist.curvature.jobs import run_job
+from kfdist.curvature.jobs import job_threads, run_job
 from kfdist.errors import KfdistError
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
+from kfdist.system.background import Share, give_way, set_own_threads
 from kfdist.system.memory import available_memory
 from kfdist.system.seat import ranks_here
 from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
@@ -33,6 +34,9 @@ class _Work:
         self.closing = threading.Event()
         self.threads: list[threading.Thread] = []
         self.largest = 0
+        self.threads_a_job = 1
+        self.background = False
+        self.share: Share | None = None
 
     def fitting(self) -> int:
         """Returns how many of the largest inversions the free memory is enough for.
@@ -59,16 +63,29 @@ class _Work:
         thread.start()
         self.threads = [each for each in self.threads if each.is_alive()] + [thread]
 
+    def relieve(self, device: str) -> None:
+        """Has a thread of ordinary priority do what one in the background did, which can't have its priority back."""
+        self.background, self.share = False, None
+        self.start(device, stays=True)
+
     def _invert(self, device: str, stays: bool) -> None:
+        share: Share | None = None
         while not self.closing.is_set():
             if not stays and self.fitting() < len(self.working() | {threading.current_thread()}):
                 return
+            if share is not None:
+                if share is not self.share:  # another has taken over
+                    return
+                if self.jobs.empty():
+                    share.idles()
             try:
                 job = self.jobs.get(block=stays)
             except queue.Empty:
                 return
             if job is None or self.closing.is_set():
                 return
+            if stays and self.background and share is None and give_way():
+                self.share = share = Share(threading.current_thread())
             try:
                 self.done.put(_invert(job, device))
             except Exception as error:  # surfaces in the rank's main thread, at poll
@@ -87,6 +104,11 @@ class _Work:
 class LocalLink(AbstractLink):
     """Inverts in a background thread of the rank; needs no service. torch releases the GIL in its decompositions.
 
+    Under `asap` jobs are inverted by one thread of torch, on Linux at the lowest priority once the first version is
+    there: on what training leaves of the cores. Where that is next to nothing, because something else takes all of
+    them, an ordinary thread takes over. With a lag a job has as many threads as the rank, because that decides its last
+    bits, and an ordinary priority, because the rank waits for it.
+
     While the thread that trains waits for results, as it does for the first version of a model, its core and all that
     idle beside it help: further threads take jobs, each job by one thread, while memory is free for one more, and end
     when none is left. So the wait is as short after a stop as without them, and a result is what one thread would give.
@@ -102,6 +124,7 @@ class LocalLink(AbstractLink):
         self._device = device
         self._work = _Work()
         self._arrived: list[JobResult | BaseException] = []
+        self._has_delivered = self._starved = False
 
     @override
     def start(self, context: LinkContext) -> None:
@@ -111,7 +134,14 @@ class LocalLink(AbstractLink):
 
     @override
     def submit(self, job: Job) -> None:
-        self._work.jobs.put(job)
+        work = self._work
+        awaited = _is_awaited(job) or not self._has_delivered
+        if awaited and work.background:
+            work.relieve(self._device)
+        # A thread that waits for another device gets little of a core, and needs none.
+        work.background = not awaited and self._device == "cpu" and not self._starved
+        work.threads_a_job = torch.get_num_threads() if _is_awaited(job) else 1
+        work.jobs.put(job)
 
     @override
     def poll(self) -> list[JobResult]:
@@ -121,6 +151,9 @@ class LocalLink(AbstractLink):
             KfdistError: An inversion raised; bad statistics never do (they give a failed result), so this is a defect.
         """
         finished, self._arrived = self._arrived, []
+        if self._work.share is not None and self._work.share.starves():
+            self._starved = True
+            self._work.relieve(self._device)
         while True:
             try:
                 finished.append(self._work.done.get_nowait())
@@ -129,6 +162,7 @@ class LocalLink(AbstractLink):
         for each in finished:
             if isinstance(each, BaseException):
                 raise KfdistError(f"the inversion thread failed: {each}") from each
+        self._has_delivered = self._has_delivered or bool(finished)
         return [each for each in finished if isinstance(each, JobResult)]
 
     @override
@@ -169,7 +203,7 @@ class LocalLink(AbstractLink):
             return
         working = work.working()
         cores = os.sched_getaffinity(0).union(*(_cores_of(each) for each in working))
-        room = min(_MOST_AT_ONCE, len(cores) // ranks_here() // torch.get_num_threads())
+        room = min(_MOST_AT_ONCE, len(cores) // ranks_here() // work.threads_a_job)
         if room > len(working):
             room = min(room, work.fitting())
         for _ in range(min(work.jobs.qsize(), room - len(working))):
@@ -184,7 +218,13 @@ def _cores_of(thread: threading.Thread) -> set[int]:
         return set()
 
 
+def _is_awaited(job: Job) -> bool:
+    """Says whether a job is one of a fixed lag: it names who may invert it, and the rank will wait for its result."""
+    return bool(job.fingerprint)
+
+
 def _invert(job: Job, device: str) -> JobResult:
+    set_own_threads(job_threads(job.payload) if _is_awaited(job) else 1)
     begun = time.perf_counter()
     payload = run_job(job.payload, device=device)
     seconds = time.perf_counter() - begun

@@ -32,6 +32,7 @@ from kfdist.links.socket_messages import (
     Report,
     Taken,
 )
+from kfdist.system.background import set_own_threads
 from kfdist.system.memory import FreeMemory
 from kfdist.telemetry.tracing import traced
 from kfdist.types import Desired, InForce, Job, JobResult, MetricSample, RunSettings
@@ -149,6 +150,7 @@ class Pump:
         """The thread's body: carries until the inbox says None, then ends the courier."""
         # Signals belong to the thread that trains; taken here, they would not wake it from its waits.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        set_own_threads(1)  # it copies and packs, which more threads do no sooner
         self._selector.register(self._mailbox.wake, selectors.EVENT_READ)
         try:
             while not self._ending:

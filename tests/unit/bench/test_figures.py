@@ -45,7 +45,7 @@ def test_the_figures_are_those_of_the_results():
 
 
 def _cell(rival: str, seconds: float | None, last: float = 0.5, *, seed: int = 1, rate: float = 0.1) -> dict[str, Any]:
-    known = {"rate": rate, "seed": seed, "one_core": False, "steps": 40, "milliseconds_a_step": 1.0}
+    known = {"rate": rate, "seed": seed, "apart": False, "steps": 40, "milliseconds_a_step": 1.0}
     return {"task": "digits-cnn", "rival": rival, "seconds": seconds, "last": last, **known}
 
 

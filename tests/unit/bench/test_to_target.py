@@ -28,11 +28,11 @@ from kfdist.errors import ConfigError
 
 
 def cell(
-    rate: float, seconds: float | None, last: float | None = 1.0, seed: int = 0, *, one_core: bool = False
+    rate: float, seconds: float | None, last: float | None = 1.0, seed: int = 0, *, apart: bool = False
 ) -> dict[str, Any]:
     steps = None if seconds is None else int(10 * seconds)
     result = {"seconds": seconds, "steps": steps, "last": last, "milliseconds_a_step": 100.0}
-    return {"rate": rate, "seed": seed, "one_core": one_core, **result}
+    return {"rate": rate, "seed": seed, "apart": apart, **result}
 
 
 def test_the_best_rate_is_the_soonest_at_the_goal():
@@ -52,10 +52,10 @@ def test_what_is_reported_are_seeds_that_the_rate_was_not_tuned_with():
     found = best(tuning)
     assert found is not None and (found["seconds"], found["seeds"], found["tuned"]) == (1.0, 1, True)
     others = [cell(0.1, seconds, seed=seed + 1) for seed, seconds in enumerate((5.0, None, 4.0))]
-    alone = [cell(0.1, 7.0, seed=1, one_core=True), cell(0.2, 0.1, seed=1)]
+    alone = [cell(0.1, 7.0, seed=1, apart=True), cell(0.2, 0.1, seed=1)]
     found = best([*tuning, *others, *alone])
     assert found is not None and (found["rate"], found["seconds"], found["seeds"]) == (0.1, 5.0, 3)
-    assert found["one_core_seconds"] == 7.0 and not found["tuned"]
+    assert found["apart_seconds"] == 7.0 and not found["tuned"]
     assert best([]) is None
 
 
@@ -86,10 +86,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int, bool, f
     """Trainings that were asked for; each costs as many seconds as its rate is far from 1, and 9 is its last value."""
     asked = []
 
-    def trained(task: Task, rival: Any, rate: float, seed: int, *, one_core: bool = False) -> dict[str, Any]:
+    def trained(task: Task, rival: Any, rate: float, seed: int, *, apart: bool = False) -> dict[str, Any]:
         name = next(each for each in RIVALS if RIVALS[each] is rival)
-        asked.append((name, rate, seed, one_core, task.goal))
-        done = cell(rate, abs(rate - 1.0) if task.goal else None, abs(rate - 1.0), seed, one_core=one_core)
+        asked.append((name, rate, seed, apart, task.goal))
+        done = cell(rate, abs(rate - 1.0) if task.goal else None, abs(rate - 1.0), seed, apart=apart)
         return {**done, "limit": task.seconds, "goal": task.goal}
 
     monkeypatch.setattr(to_target, "train", trained)
@@ -100,9 +100,12 @@ def test_a_rate_is_tuned_with_one_seed_beyond_its_edges_and_others_are_reported(
     contest = Contest({}, lambda content: None)
     contest.hold("digits-cnn", TASKS["digits-cnn"], ["adamw", "optimizer"], seeds=2)
     tuned = [(rate, 0) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 0.55)]
-    assert [each[1:3] for each in told if each[0] == "adamw"] == [*tuned, (1.0, 1), (1.0, 2)]
+    assert [each[1:3] for each in told if each[0] == "adamw"] == [
+        *tuned,
+        *((rate, seed) for rate in (1.0, 0.55) for seed in (1, 2)),
+    ]
     own = [each[1:4] for each in told if each[0] == "optimizer"]
-    assert own == [(1.0, 0, False), *((1.0, seed, one) for seed in (1, 2) for one in (False, True))]
+    assert own == [(1.0, 0, False), *((1.0, seed, apart) for apart in (False, True) for seed in (1, 2))]
     assert "adamw" in RIVALS[TargetSettings(rivals=("optimizer",)).competitors()[0]].title.lower()
 
 
@@ -116,6 +119,25 @@ def test_an_interrupted_tuning_goes_on_as_if_it_had_not_been(told: list[Any]):
         told.clear()
         Contest(cells, lambda content: None).hold("digits-cnn", TASKS["digits-cnn"], ["adamw"], seeds=1)
         assert [each[:3] for each in told] == whole[len(cells) :]
+
+
+def test_a_long_task_reports_one_rate_and_no_rate_is_tuned_past_the_best(monkeypatch: pytest.MonkeyPatch):
+    limits: dict[float, float] = {}
+
+    def trained(task: Task, rival: Any, rate: float, seed: int, *, apart: bool = False) -> dict[str, Any]:
+        if seed == 0:
+            limits[rate] = task.seconds
+        found = {0.001: 80.0, 0.003: 40.0}.get(rate)
+        seconds = found if found is not None and found <= task.seconds else None
+        return {**cell(rate, seconds, 1.0, seed, apart=apart), "limit": task.seconds, "goal": task.goal}
+
+    monkeypatch.setattr(to_target, "train", trained)
+    contest = Contest({}, lambda content: None)
+    contest.hold("character-gpt", replace(TASKS["character-gpt"], seconds=90.0), ["adamw"], seeds=2)
+    assert [limits[rate] for rate in RATES] == [90.0, 90.0, 50.0, 50.0]
+    cells = contest.content()["cells"].values()
+    assert {each["limit"] for each in cells} == {90.0}, "it isn't trained again for having had less time"
+    assert {each["rate"] for each in cells if each["seed"] > 0} == {0.003}
 
 
 def test_what_was_trained_for_another_goal_counts_no_more(told: list[Any]):
@@ -198,8 +220,9 @@ def test_another_files_content_is_refused(tmp_path: Path):
 
 def test_cells_of_rivals_that_are_no_more_are_left_out(tmp_path: Path):
     file = tmp_path / "target.json"
-    file.write_text(json.dumps({"cells": {"a": {"rival": "adamw"}, "b": {"rival": "ekfac-adam"}}}))
-    assert "ekfac-adam" not in RIVALS and known_cells(file) == {"a": {"rival": "adamw"}}
+    adamw = {"rival": "adamw", "apart": False}
+    file.write_text(json.dumps({"cells": {"a": adamw, "b": {**adamw, "rival": "ekfac-adam"}, "c": {"rival": "adamw"}}}))
+    assert "ekfac-adam" not in RIVALS and known_cells(file) == {"a": adamw}, "c is of an older form"
 
 
 @pytest.mark.parametrize("given", [{"tasks": ("x",)}, {"rivals": ("x",)}, {"seeds": -1}, {"seconds": 0.0}])
