@@ -159,10 +159,11 @@ def _flat_mnist(folder: Path | None) -> tuple[Batch, Batch]:
 def _windows(folder: Path | None) -> tuple[Batch, Batch]:
     """Cuts the source into texts; every twentieth is held out, of which some from all over the source are measured.
 
-    It is more text than a training reads: with less of it the loss of what is held out would soon rise.
+    There are .6 MB of it: AdamW reaches a validation loss of 1.40 in 600 steps. With .2 MB, which it reads five times
+    meanwhile, that is 1.22, and with all 5 it is 1.6.
     """
     del folder
-    text = source_text("*.py")
+    text = source_text("[a-c]*.py")
     texts = text[: len(text) // (_CONTEXT + 1) * (_CONTEXT + 1)].view(-1, _CONTEXT + 1)
     held_out = torch.arange(len(texts)) % _HELD_OUT == 0
     train, test = texts[~held_out], texts[held_out]
@@ -251,7 +252,7 @@ TASKS: Mapping[str, Task] = {
         seconds=90.0,
         batch_size=32,
         data=_windows,
-        data_version="2",  # 5 MB of text, held out all over it
+        data_version="3",  # .6 MB of text, held out all over it
         build=lambda: SmallGpt(layers=3, width=96, context=_CONTEXT),
         loss=_next_characters,
         loss_name="cross_entropy",
