@@ -84,7 +84,12 @@ def use_faulty_links(worker_rank: int) -> None:
     ("stop", "overrides", "reason"),
     [
         (Stop(step=13, worker_rank=1), (), "asked to stop while it waited"),
-        (None, ("preconditioner.wait_limit_seconds=2",), "outlasted wait_limit_seconds"),
+        pytest.param(
+            None,
+            ("preconditioner.wait_limit_seconds=2",),
+            "outlasted wait_limit_seconds",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["signal", "wait limit"],
 )
@@ -107,7 +112,7 @@ def test_periodic_checkpoints_do_not_change_a_bit(tmp_path: Path):
     assert len(list((tmp_path / "often" / "checkpoints").iterdir())) == 3
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_lower_precision_learns_and_resumes_with_the_scale_of_its_loss(tmp_path: Path, precision: str):
     common = (*FIXED_LAG, f"run.precision={precision}")
     whole = train(tmp_path / "whole", *common, ranks=2)
@@ -131,7 +136,7 @@ def test_targets_drawn_from_the_model_are_drawn_alike_after_a_resume(tmp_path: P
     ("statistics", "before", "after"),
     [
         ("folded", 4, 2),
-        ("per-rank", 2, 3),
+        pytest.param("per-rank", 2, 3, marks=pytest.mark.slow),
         pytest.param("per-rank", 4, 2, marks=pytest.mark.slow),
         pytest.param("folded", 3, 1, marks=pytest.mark.slow),
     ],

@@ -74,6 +74,7 @@ def stuck_at(directory: Path, *, seconds: float = 2.0) -> int:
     return stands
 
 
+@pytest.mark.slow
 def test_fixed_lag_waits_for_owners_that_are_cut_off_obeys_and_changes_no_number(service: Service, tmp_path: Path):
     directory = service.folder / "a" / "lagged"
     fixed_lag = ("preconditioner.adoption=fixed-lag", "preconditioner.lag=5")

@@ -27,6 +27,7 @@ from tests.support.launches import (
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_which_resumes_from_its_newest_checkpoint_until_sigterm(tmp_path: Path):
     directory, arguments = tmp_path / "run", (*LOCAL, *ENDLESS, "--set", "checkpoint.period=10")
     with launch(directory, *arguments, report=True) as command:
@@ -53,6 +54,7 @@ def test_a_killed_rank_ends_the_run_which_resumes_from_its_newest_checkpoint_unt
     assert checkpoints_of(directory)[-1] == stopped["steps"]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_ctrl_c_resumes_and_goes_on_over_killed_controller_owner_and_pool_until_kfdist_stop(
     tmp_path: Path, certificates: Path
 ):

@@ -275,6 +275,7 @@ def test_two_pools_serve_one_controller(tmp_path):
             link.close()
 
 
+@pytest.mark.slow
 def test_an_owner_that_others_go_before_is_told_of(controller, tmp_path):
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     # Ray adds it to its own.
