@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,8 +47,9 @@ MOST_FURTHER_RATES = 3
 SHORT_SECONDS = 30.0
 """Of tasks that last at most so long two rates are trained with the reported seeds, of others one."""
 
-_SLACK = 1.25
-"""A rate is tuned for so many times the seconds in which the best one so far reached the goal: it can't win later."""
+_SLACK = 1.5
+"""A rate is tuned for so many times the seconds in which the best one so far reached the goal: it can't win later,
+and has to hold the goal for some measurements."""
 
 _NEAR = 2.0
 """Rates with a lesser quotient count as tuned; two a decade are 3 and 3.3 times apart, those halfway 1.7 to 1.9."""
@@ -267,13 +269,16 @@ def train(task: Task, rival: Rival, rate: float, seed: int, *, apart: bool = Fal
     cores, model = Cores(), task.model(seed)
     training = cores.training if apart else sorted({*cores.training, *cores.others})
     others = cores.others if apart else training
-    threads = torch.get_num_threads()
     goal = -math.inf if task.goal is None else task.goal
     if rival.whole:
         task = replace(task, batch_size=len(task.examples(test=False)[0]))
     batches, curve, spent, steps = task.batches(seed), [(0.0, 0, task.value(model))], 0.0, 0
-    torch.set_num_threads(len(training))
-    with running_on(others), rival.training(task, model, rate) as step, running_on(training):
+    with (
+        _computing_on(len(training)),
+        running_on(others),
+        rival.training(task, model, rate) as step,
+        running_on(training),
+    ):
         while spent < task.seconds and math.isfinite(curve[-1][2]) and not held(curve, goal):
             for _ in range(1 if rival.whole else task.evaluation_period):
                 batch = next(batches)
@@ -282,7 +287,6 @@ def train(task: Task, rival: Rival, rate: float, seed: int, *, apart: bool = Fal
                 spent += time.perf_counter() - begun
                 steps += 1
             curve.append((round(spent, 4), steps, task.value(model)))
-    torch.set_num_threads(threads)
     first = curve[-IN_A_ROW] if held(curve, goal) else None
     return {
         "rate": rate,
@@ -301,6 +305,16 @@ def train(task: Task, rival: Rival, rate: float, seed: int, *, apart: bool = Fal
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "load": round(os.getloadavg()[0], 2),
     }
+
+
+@contextmanager
+def _computing_on(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def held(curve: Sequence[Sequence[float]], goal: float) -> bool:

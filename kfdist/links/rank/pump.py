@@ -15,6 +15,7 @@ from typing import Self
 
 from kfdist.errors import EnvironmentFault
 from kfdist.links import socket_messages
+from kfdist.links.background import set_own_threads
 from kfdist.links.link import LinkCounters
 from kfdist.links.rank.courier_process import COURIER_MODULE, CourierProcess
 from kfdist.links.rank.handover import Handover
@@ -32,7 +33,6 @@ from kfdist.links.socket_messages import (
     Report,
     Taken,
 )
-from kfdist.system.background import set_own_threads
 from kfdist.system.memory import FreeMemory
 from kfdist.telemetry.tracing import traced
 from kfdist.types import Desired, InForce, Job, JobResult, MetricSample, RunSettings

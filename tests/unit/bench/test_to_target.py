@@ -134,7 +134,7 @@ def test_a_long_task_reports_one_rate_and_no_rate_is_tuned_past_the_best(monkeyp
     monkeypatch.setattr(to_target, "train", trained)
     contest = Contest({}, lambda content: None)
     contest.hold("character-gpt", replace(TASKS["character-gpt"], seconds=90.0), ["adamw"], seeds=2)
-    assert [limits[rate] for rate in RATES] == [90.0, 90.0, 50.0, 50.0]
+    assert [limits[rate] for rate in RATES] == [90.0, 90.0, 60.0, 60.0]
     cells = contest.content()["cells"].values()
     assert {each["limit"] for each in cells} == {90.0}, "it isn't trained again for having had less time"
     assert {each["rate"] for each in cells if each["seed"] > 0} == {0.003}

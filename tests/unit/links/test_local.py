@@ -225,8 +225,7 @@ def test_after_the_first_version_inversions_take_what_training_leaves_unless_som
         assert seen.invert(link, ASAP)[:2] == (1, usual), "the rank waits for its first version"
         assert seen.invert(link, ASAP)[:2] == (1, 19)
         assert seen.invert(link, ASAP)[:2] == (1, 19)
-        # The thread that was in the background may have begun to wait for this job before another took over.
-        seen.invert(link, LAGGED)
+        assert seen.invert(link, LAGGED)[:2] == (2, usual)
         assert seen.invert(link, LAGGED)[:2] == (2, usual)
         assert seen.invert(link, ASAP)[:2] == (1, 19), "the lag is no more"
         assert torch.get_num_threads() == 2
@@ -245,8 +244,35 @@ def test_a_thread_that_starves_in_the_background_is_relieved_for_good(monkeypatc
         seen.invert(link, ASAP)
         assert seen.invert(link, ASAP)[1] == 19
         monkeypatch.setattr(local.Share, "starves", lambda share: True)
-        assert link.poll() == []
-        seen.invert(link, ASAP)  # taken by whoever waited for it first
         assert [seen.invert(link, ASAP)[1] for _ in range(3)] == [usual] * 3
     finally:
         link.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_what_a_starving_thread_is_at_is_done_by_the_one_that_relieves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    starves, go, doing = threading.Event(), threading.Event(), []
+    seen, link = Seen(monkeypatch), LocalLink()
+    invert = local._invert
+
+    def slow(job: Job, device: str) -> JobResult:
+        doing.append(threading.get_native_id())
+        if len(doing) == 2:  # in the background
+            starves.set()
+            assert go.wait(30)
+        return invert(job, device)
+
+    monkeypatch.setattr(local, "_invert", slow)
+    monkeypatch.setattr(local.Share, "starves", lambda share: starves.is_set())
+    link.start(CONTEXT)
+    try:
+        seen.invert(link, ASAP)
+        seen.invert(link, ASAP)
+        assert len(doing) == 3 and len(set(doing[1:])) == 2
+        go.set()
+        link.wait(30)
+        assert len(link.poll()) == 1, "the first thread's result, which nobody waits for any more"
+        assert seen.invert(link, ASAP)[2] == doing[2]
+    finally:
+        link.close()
+    assert not any(each.name == "kfdist-inverter" for each in threading.enumerate())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from kfdist.system.background import Share, give_way, set_own_threads
+from kfdist.links.background import Share, give_way, set_own_threads
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +33,15 @@ def test_a_threads_number_is_its_own() -> None:
     seen: list[int] = []
 
     def alone() -> None:
-        set_own_threads(1)
-        _ = torch.randn(300, 300) @ torch.randn(300, 300)
-        seen.append(torch.get_num_threads())
+        for count in (1, 3, 1):
+            set_own_threads(count)
+            _ = torch.randn(300, 300) @ torch.randn(300, 300)
+            seen.append(torch.get_num_threads())
+            assert told_by_a_thread(torch.get_num_threads) == 2, "threads that begin later"
 
     told_by_a_thread(alone)
-    assert seen == [1]
+    assert seen == [1, 3, 1]
     assert torch.get_num_threads() == 2, "the thread that trains"
-    assert told_by_a_thread(torch.get_num_threads) == 2, "threads that begin later"
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
@@ -57,13 +58,23 @@ def test_only_the_thread_itself_gives_way() -> None:
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
+def test_where_no_thread_may_give_way_it_goes_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refused)
+    assert told_by_a_thread(give_way) is False
+
+
 @contextmanager
 def a_share(work: Callable[[threading.Event], None]) -> Iterator[tuple[Share, threading.Event]]:
     ends = threading.Event()
     thread = threading.Thread(target=work, args=(ends,))
     thread.start()
     try:
-        yield Share(thread), ends
+        share = Share(thread)
+        share.works()
+        yield share, ends
     finally:
         ends.set()
         thread.join()
@@ -95,8 +106,9 @@ def test_a_thread_that_gets_nothing_starves_and_one_that_computes_or_idles_does_
         assert not within(1.5, share)
 
     with a_share(waiting) as (share, _):
-        deadline = time.monotonic() + 1.5
-        while time.monotonic() < deadline:
-            share.idles()
-            assert not share.starves()
-            time.sleep(0.05)
+        assert not share.starves()
+        share.idles()
+        assert not within(1.5, share)
+        share.works()
+        assert not share.starves(), "what it had nothing to do doesn't count"
+        assert within(10, share)
