@@ -53,7 +53,7 @@ class ClusterSection(Section):
         default=1,
         ge=1,
         le=MAX_THREADS,
-        description="CPU threads of each rank and of each inversion; part of the run's numbers",
+        description="CPU threads of each rank and of each owner's inversion; part of the run's numbers",
     )
     ray: RayAddress = Field(default="local", description="where Ray is")
     assignment: Literal["round_robin", "model_order", "lpt"] = Field(
