@@ -44,7 +44,7 @@ TUNING_SEED = 0
 MOST_FURTHER_RATES = 3
 """Learning rates beyond those given that are tried where the best lies at an edge."""
 
-SHORT_SECONDS = 30.0
+_SHORT_SECONDS = 30.0
 """Of tasks that last at most so long two rates are trained with the reported seeds, of others one."""
 
 _SLACK = 1.5
@@ -138,7 +138,7 @@ class Contest:
             self._forget_other_terms(name, work, rival)
             self._tune(name, work, rival)
             ranked = ranked_rates(cells_of(self._cells, name, rival))
-            for rate in ranked[: 2 if task.seconds <= SHORT_SECONDS else 1]:
+            for rate in ranked[: 2 if task.seconds <= _SHORT_SECONDS else 1]:
                 for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
                     self._train(name, work, rival, rate, seed)
             for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds) if RIVALS[rival].kfdist else ():
@@ -333,18 +333,21 @@ def _thinned(curve: list[tuple[float, int, float]]) -> list[tuple[float, int, fl
 
 
 def known_cells(file: Path) -> dict[str, Any]:
-    """Returns the cells of an earlier measurement, but for those of another form or of rivals that there are no more.
+    """Returns the cells of an earlier measurement, but for those of rivals that there are no more.
 
     Raises:
-        ConfigError: The file is of something else.
+        ConfigError: The file is of something else, or of a version whose cells were made otherwise.
     """
     if not file.exists():
         return {}
     try:
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-        return {name: cell for name, cell in cells.items() if cell["rival"] in RIVALS and "apart" in cell}
+        made_alike = {name: {**cell, "apart": bool(cell["apart"])} for name, cell in cells.items()}
+        return {name: cell for name, cell in made_alike.items() if cell["rival"] in RIVALS}
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        raise ConfigError(f"{str(file)!r} has no cells of this measurement; name another file", path="--out") from None
+        raise ConfigError(
+            f"{str(file)!r} has no cells of this version's measurement; name another file", path="--out"
+        ) from None
 
 
 def _tuning_cells(cells: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

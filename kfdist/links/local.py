@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from kfdist.curvature.jobs import job_threads, run_job
 from kfdist.errors import KfdistError
-from kfdist.links.background import Share, give_way, set_own_threads
+from kfdist.links.own_threads import Share, give_way, set_own_threads
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
 from kfdist.system.memory import available_memory
 from kfdist.system.seat import ranks_here

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from kfdist.links.background import Share, give_way, set_own_threads
+from kfdist.links.own_threads import Share, give_way, set_own_threads
 
 
 @pytest.fixture(autouse=True)

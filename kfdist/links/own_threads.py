@@ -1,4 +1,4 @@
-"""A thread that computes beside the one that trains, and takes nothing from it."""
+"""Threads that compute beside the one that trains: how many of torch's, at which priority, and what they get."""
 
 import os
 import sys
