@@ -3,9 +3,9 @@
     PYTHONPATH=. python -m benchmarks.inverting_thread [OUT.json]
 
 For three tasks of `kfdist bench target`: the wall time of a step of AdamW and of `kfdist.Optimizer` with its defaults,
-with torch's two threads. "as it is" is LocalLink; "one thread" has it invert at the priority of the thread that trains;
-"two threads" also has it invert on as many threads as torch trains on, which is what a thread does that says nothing.
-The variants take turns. Writes benchmarks/results/inverting_thread.json unless told otherwise.
+with torch's two threads. "as it is" is LocalLink, which inverts on one thread; "two threads" has it invert on as many
+as torch trains on, which is what a thread does that says nothing. The variants take turns. Writes
+benchmarks/results/inverting_thread.json unless told otherwise.
 """
 
 import json
@@ -29,13 +29,11 @@ WORK = {"digits-autoencoder": 300, "digits-cnn": 120, "character-gpt": 40}
 """Steps of each task."""
 
 ROUNDS, WARM = 3, 20
-VARIANTS = "adamw", "two threads", "one thread", "as it is"
+VARIANTS = "adamw", "two threads", "as it is"
 
 
 def steps(task: str, variant: str) -> dict[str, float]:
     """Trains, and returns milliseconds a step: the mean and the median."""
-    if variant in ("one thread", "two threads"):
-        local.give_way = lambda: False
     if variant == "two threads":
         local.set_own_threads = lambda count: None
     torch.set_num_threads(2)

@@ -5,16 +5,15 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from typing_extensions import override
 
 from kfdist.curvature.jobs import job_threads, run_job
 from kfdist.errors import KfdistError
-from kfdist.links.own_threads import Share, give_way, set_own_threads
 from kfdist.links.link import AbstractLink, LinkContext, LinkCounters
+from kfdist.links.own_threads import set_own_threads
 from kfdist.system.memory import available_memory
 from kfdist.system.seat import ranks_here
 from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
@@ -26,15 +25,6 @@ _SMALL = 1 << 26
 """Bytes that are there if a step of training is."""
 
 
-class _Background:
-    """A thread that has given way, for good, and the job that it is at."""
-
-    def __init__(self, thread: threading.Thread) -> None:
-        self.thread = thread
-        self.share = Share(thread)
-        self.job: Job | None = None
-
-
 class _Work:
     """What the thread that trains and those that invert share."""
 
@@ -44,8 +34,6 @@ class _Work:
         self.closing = threading.Event()
         self.threads: list[threading.Thread] = []
         self.largest = 0
-        self.may_give_way = False
-        self.background: _Background | None = None
 
     def fitting(self) -> int:
         """Returns how many of the largest inversions the free memory is enough for.
@@ -68,53 +56,25 @@ class _Work:
             device: Where.
             stays: Whether it goes on until it is told to end; else while jobs wait and memory is free for one more.
         """
-        thread = threading.Thread(target=self._work, args=(device, stays), name="kfdist-inverter", daemon=True)
+        thread = threading.Thread(target=self._invert, args=(device, stays), name="kfdist-inverter", daemon=True)
         thread.start()
         self.threads = [each for each in self.threads if each.is_alive()] + [thread]
 
-    def relieve(self, device: str, *, again: bool) -> None:
-        """Has another thread, of ordinary priority, do what the one in the background did: it can't have its own back.
-
-        Args:
-            device: Where.
-            again: Whether the other also does the job that the first is at, which may last; the first result counts.
-        """
-        relieved, self.background, self.may_give_way = self.background, None, False
-        if relieved is None:
-            return
-        if again and (job := relieved.job) is not None:
-            self.jobs.put(job)
-        with _running_on(_cores_of(relieved.thread)):
-            self.start(device, stays=True)
-
-    def _work(self, device: str, stays: bool) -> None:
-        own: _Background | None = None
+    def _invert(self, device: str, stays: bool) -> None:
         while not self.closing.is_set():
             if not stays and self.fitting() < len(self.working() | {threading.current_thread()}):
                 return
-            if own is not None and self.jobs.empty():
-                own.share.idles()
             try:
                 job = self.jobs.get(block=stays)
             except queue.Empty:
                 return
             if job is None or self.closing.is_set():
                 return
-            if stays and own is None and self.may_give_way and give_way():
-                self.background = own = _Background(threading.current_thread())
-            if own is not None:
-                if own is not self.background:
-                    self.jobs.put(job)  # whoever has taken over doesn't give way
-                    return
-                own.job = job
-                own.share.works()
             try:
                 self.done.put(_invert(job, device))
             except Exception as error:  # surfaces in the rank's main thread, at poll
                 self.done.put(error)
             del job  # with its matrices, which would stay until there is another
-            if own is not None:
-                own.job = None
 
     def end(self) -> None:
         """Ends the threads after the jobs they are working on; those behind them are dropped."""
@@ -128,10 +88,9 @@ class _Work:
 class LocalLink(AbstractLink):
     """Inverts in a background thread of the rank; needs no service. torch releases the GIL in its decompositions.
 
-    Under `asap`, where the rank trains on the CPU, a job is inverted by one thread of torch, and on Linux at the lowest
-    priority once there has been a result: on what training leaves of the cores. Where that is next to nothing, because
-    something else takes all of them, an ordinary thread takes over. With a lag a job has as many threads as the rank,
-    because that decides its last bits, and an ordinary priority, because the rank waits for it.
+    Under `asap`, where the rank trains on the CPU, a job is inverted by one thread of torch: with more, every operation
+    of the training would wait for its own (`set_own_threads`). With a lag a job has as many as the rank, because that
+    decides its last bits, which must be an owner's.
 
     While the thread that trains waits for results, as it does for the first version of a model, its core and all that
     idle beside it help: further threads take jobs, each job by one thread, while memory is free for one more, and end
@@ -148,8 +107,7 @@ class LocalLink(AbstractLink):
         self._device = device
         self._work = _Work()
         self._arrived: list[JobResult | BaseException] = []
-        self._has_delivered = self._starved = False
-        self._threads = 1
+        self._threads_a_job = 1
 
     @override
     def start(self, context: LinkContext) -> None:
@@ -159,13 +117,8 @@ class LocalLink(AbstractLink):
 
     @override
     def submit(self, job: Job) -> None:
-        work = self._work
-        awaited = _is_exact(job) or not self._has_delivered
-        if awaited and work.background is not None:
-            work.relieve(self._device, again=False)
-        work.may_give_way = self._device == "cpu" and not (awaited or self._starved or _trains_elsewhere())
-        self._threads = torch.get_num_threads() if _is_exact(job) or _trains_elsewhere() else 1
-        work.jobs.put(job)
+        self._threads_a_job = torch.get_num_threads() if _has_the_ranks_threads(job) else 1
+        self._work.jobs.put(job)
 
     @override
     def poll(self) -> list[JobResult]:
@@ -174,7 +127,6 @@ class LocalLink(AbstractLink):
         Raises:
             KfdistError: An inversion raised; bad statistics never do (they give a failed result), so this is a defect.
         """
-        self._look_after_background()
         finished, self._arrived = self._arrived, []
         while True:
             try:
@@ -184,7 +136,6 @@ class LocalLink(AbstractLink):
         for each in finished:
             if isinstance(each, BaseException):
                 raise KfdistError(f"the inversion thread failed: {each}") from each
-        self._has_delivered = self._has_delivered or bool(finished)
         return [each for each in finished if isinstance(each, JobResult)]
 
     @override
@@ -218,13 +169,6 @@ class LocalLink(AbstractLink):
         """Ends the threads after the jobs they are working on; those behind them are dropped."""
         self._work.end()
 
-    def _look_after_background(self) -> None:
-        """Relieves a thread that starves in the background, where there is memory for what it is at and one more."""
-        background = self._work.background
-        if background is not None and background.share.starves() and self._work.fitting() > 1:
-            self._starved = True
-            self._work.relieve(self._device, again=True)
-
     def _have_help(self) -> None:
         """Has the cores that idle while this thread waits take jobs, too."""
         work = self._work
@@ -232,7 +176,7 @@ class LocalLink(AbstractLink):
             return
         working = work.working()
         cores = os.sched_getaffinity(0).union(*(_cores_of(each) for each in working))
-        room = min(_MOST_AT_ONCE, len(cores) // ranks_here() // self._threads)
+        room = min(_MOST_AT_ONCE, len(cores) // ranks_here() // self._threads_a_job)
         if room > len(working):
             room = min(room, work.fitting())
         for _ in range(min(work.jobs.qsize(), room - len(working))):
@@ -247,29 +191,17 @@ def _cores_of(thread: threading.Thread) -> set[int]:
         return set()
 
 
-@contextmanager
-def _running_on(cores: set[int]) -> Iterator[None]:
-    """Has threads that are started in the context run on some cores; where there are none, on those of this thread."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores or before)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+def _has_the_ranks_threads(job: Job) -> bool:
+    """Says whether a job is inverted with as many threads of torch as the rank trains with.
 
-
-def _is_exact(job: Job) -> bool:
-    """Says whether a job is one of a fixed lag: it names who may invert it, to the bit, and the rank waits for it."""
-    return bool(job.fingerprint)
-
-
-def _trains_elsewhere() -> bool:
-    """Says whether the process has a GPU: its cores idle, and no small operation on them waits for an inversion."""
-    return torch.cuda.is_initialized()
+    It is where a fixed lag names who may invert it, to the bit, and where the process trains on a GPU: its cores idle,
+    and no small operation on them waits for an inversion.
+    """
+    return bool(job.fingerprint) or torch.cuda.is_initialized()
 
 
 def _invert(job: Job, device: str) -> JobResult:
-    set_own_threads(job_threads(job.payload) if _is_exact(job) or _trains_elsewhere() else 1)
+    set_own_threads(job_threads(job.payload) if _has_the_ranks_threads(job) else 1)
     begun = time.perf_counter()
     payload = run_job(job.payload, device=device)
     seconds = time.perf_counter() - begun

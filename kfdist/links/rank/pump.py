@@ -15,8 +15,8 @@ from typing import Self
 
 from kfdist.errors import EnvironmentFault
 from kfdist.links import socket_messages
-from kfdist.links.own_threads import set_own_threads
 from kfdist.links.link import LinkCounters
+from kfdist.links.own_threads import set_own_threads
 from kfdist.links.rank.courier_process import COURIER_MODULE, CourierProcess
 from kfdist.links.rank.handover import Handover
 from kfdist.links.shared_memory import read_private

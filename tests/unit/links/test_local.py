@@ -1,7 +1,6 @@
 """The link whose inverter is a thread of this process, and its help while somebody waits."""
 
 import os
-import sys
 import threading
 import time
 import weakref
@@ -174,105 +173,29 @@ def test_a_wait_ends_while_inversions_go_on_and_close_drops_what_nobody_began(mo
     assert not any(each.name == "kfdist-inverter" for each in threading.enumerate())
 
 
-ASAP, LAGGED = "", "an owner like this rank"
-
-
-class Seen:
-    """Inversions that note how their threads are: torch's threads, niceness and the thread's number."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.told: list[tuple[int, int, int]] = []
-        invert = local._invert
-
-        def noted(job: Job, device: str) -> JobResult:
-            result = invert(job, device)
-            thread = threading.get_native_id()
-            self.told.append((torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, thread), thread))
-            return result
-
-        monkeypatch.setattr(local, "_invert", noted)
-
-    def invert(self, link: LocalLink, fingerprint: str) -> tuple[int, int, int]:
-        factors = KroneckerFactors(A=torch.eye(3)[None], G=torch.eye(2)[None])
-        payload = encode_job(
-            inverter=make_inverter("kfac"),
-            statistics={"b": factors},
-            damping=0.1,
-            seeds={"b": 1},
-            previous={},
-            threads=2,
-        )
-        content = LateBytes.of(payload)
-        link.submit(
-            Job(run="r", epoch=0, group="b", version=0, content=content, deadline_seconds=9, fingerprint=fingerprint)
-        )
-        deadline = time.monotonic() + 30
-        while not (found := link.poll()) and time.monotonic() < deadline:
-            time.sleep(0.005)  # instead of a wait, in which another thread might help
-        assert [result.group for result in found] == ["b"]
-        return self.told[-1]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
-def test_after_the_first_version_inversions_take_what_training_leaves_unless_somebody_waits_for_them(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("fingerprint", "threads"), [("", 1), ("an owner like this rank", 2)], ids=["asap", "lag"])
+def test_a_job_takes_one_thread_of_torch_unless_a_lag_asks_for_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, fingerprint: str, threads: int
 ) -> None:
-    before, usual = torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, 0)
+    seen: list[int] = []
+
+    def run(payload: bytes, *, device: str) -> bytes:
+        seen.append(torch.get_num_threads())
+        return payload
+
+    monkeypatch.setattr(local, "run_job", run)
+    factors, kfac = KroneckerFactors(A=torch.eye(3)[None], G=torch.eye(2)[None]), make_inverter("kfac")
+    payload = encode_job(inverter=kfac, statistics={"b": factors}, damping=0.1, seeds={"b": 1}, previous={}, threads=2)
+    job = Job(run="r", epoch=0, group="b", version=0, content=LateBytes.of(payload), deadline_seconds=9)
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    seen, link = Seen(monkeypatch), LocalLink()
+    link = LocalLink()
     link.start(CONTEXT)
     try:
-        assert seen.invert(link, ASAP)[:2] == (1, usual), "the rank waits for its first version"
-        assert seen.invert(link, ASAP)[:2] == (1, 19)
-        assert seen.invert(link, ASAP)[:2] == (1, 19)
-        assert seen.invert(link, LAGGED)[:2] == (2, usual)
-        assert seen.invert(link, LAGGED)[:2] == (2, usual)
-        assert seen.invert(link, ASAP)[:2] == (1, 19), "the lag is no more"
-        assert torch.get_num_threads() == 2
+        link.submit(replace(job, fingerprint=fingerprint))
+        link.wait(30)
+        assert len(link.poll()) == 1
+        assert seen == [threads] and torch.get_num_threads() == 2
     finally:
         link.close()
         torch.set_num_threads(before)
-    assert not any(each.name == "kfdist-inverter" for each in threading.enumerate())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
-def test_a_thread_that_starves_in_the_background_is_relieved_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = os.getpriority(os.PRIO_PROCESS, 0)
-    seen, link = Seen(monkeypatch), LocalLink()
-    link.start(CONTEXT)
-    try:
-        seen.invert(link, ASAP)
-        assert seen.invert(link, ASAP)[1] == 19
-        monkeypatch.setattr(local.Share, "starves", lambda share: True)
-        assert [seen.invert(link, ASAP)[1] for _ in range(3)] == [usual] * 3
-    finally:
-        link.close()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
-def test_what_a_starving_thread_is_at_is_done_by_the_one_that_relieves_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    starves, go, doing = threading.Event(), threading.Event(), []
-    seen, link = Seen(monkeypatch), LocalLink()
-    invert = local._invert
-
-    def slow(job: Job, device: str) -> JobResult:
-        doing.append(threading.get_native_id())
-        if len(doing) == 2:  # in the background
-            starves.set()
-            assert go.wait(30)
-        return invert(job, device)
-
-    monkeypatch.setattr(local, "_invert", slow)
-    monkeypatch.setattr(local.Share, "starves", lambda share: starves.is_set())
-    link.start(CONTEXT)
-    try:
-        seen.invert(link, ASAP)
-        seen.invert(link, ASAP)
-        assert len(doing) == 3 and len(set(doing[1:])) == 2
-        go.set()
-        link.wait(30)
-        assert len(link.poll()) == 1, "the first thread's result, which nobody waits for any more"
-        assert seen.invert(link, ASAP)[2] == doing[2]
-    finally:
-        link.close()
-    assert not any(each.name == "kfdist-inverter" for each in threading.enumerate())
