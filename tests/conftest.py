@@ -12,6 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,8 @@ def _pass_on_what_torch_logs() -> None:
 
 
 def pytest_unconfigure() -> None:
+    # It would end by itself, when it notices that this process has, and may be there a moment longer.
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
     shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
     shutil.rmtree(os.environ[DIRECTORY_VARIABLE], ignore_errors=True)
 
