@@ -55,9 +55,13 @@ class ClusterSection(Section):
         le=MAX_THREADS,
         description="CPU threads of each rank and of each owner's inversion; part of the run's numbers",
     )
-    ray: RayAddress = Field(default="local", description="where Ray is")
+    ray: RayAddress = Field(
+        default="local", description='where Ray is: "local" for one of our own, "auto", or an address, "10.0.0.2:6379"'
+    )
     assignment: Literal["round_robin", "model_order", "lpt"] = Field(
-        default="round_robin", description="how groups are dealt to owners"
+        default="round_robin",
+        description="how groups are dealt to owners: in turn from the dearest on, in turn in the model's order, or "
+        "lpt: the dearest first, to whoever has least to do",
     )
     link: Literal["service", "local"] = Field(
         default="service", description="service: owners invert; local: the ranks do it themselves"

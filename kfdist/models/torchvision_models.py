@@ -99,7 +99,11 @@ class CifarVgg16Bn(Section):
     512 x 8 x 4 features, then 16384-2048-classes, whose factors are wide.
     """
 
-    pools: Literal["square", "alternating"] = Field(default="square", description="whose modification: see the docs")
+    pools: Literal["square", "alternating"] = Field(
+        default="square",
+        description="square: five 2 x 2 pools, as in RS-KFAC's paper; alternating: pools along one side at a time, as "
+        "in B-KFAC's, which leaves wide factors",
+    )
     dropout: float = Field(default=0.5, ge=0, lt=1, description="share of the hidden units dropped in training")
 
     def build(self, example_shape: Sequence[int], classes: int) -> nn.Module:

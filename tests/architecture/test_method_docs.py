@@ -164,19 +164,12 @@ def test_settings_tables_are_of_methods(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_named_tests_files_and_links_exist(page: str) -> None:
+def test_named_tests_and_files_exist(page: str) -> None:
     text = TEXTS[page]
     for path, test in re.findall(r"`((?:tests|kfdist|benchmarks|docs)/[\w./-]+)(?:::(\w+))?`", text):
         assert (ROOT / path).exists(), path
         if test:
             assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{test}"
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
-        assert (ROOT / "docs" / "methods" / target).exists(), target
-
-
-def test_links_of_the_readme_exist() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", README):
-        assert (ROOT / target).exists(), target
 
 
 def test_sources_are_those_that_the_code_names() -> None:

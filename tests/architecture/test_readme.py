@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
+from kfdist.cli.main import app
 from kfdist.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -62,3 +64,17 @@ def test_every_file_it_names_exists():
     for name in re.findall(r"`((?:kfdist|tests|docs|benchmarks)/[\w./-]+)`", README):
         if "my_method" not in name:
             assert (ROOT / name).exists(), name
+
+
+def test_every_command_but_worker_prints_json():
+    def leaves(group):
+        for name, command in group.commands.items():
+            if not command.hidden:
+                yield from leaves(command) if hasattr(command, "commands") else [(name, command)]
+
+    without = {name for name, command in leaves(get_command(app)) if "--json" not in _options_of(command)}
+    assert without == {"worker"}
+
+
+def _options_of(command) -> set[str]:
+    return {option for parameter in command.params for option in parameter.opts}

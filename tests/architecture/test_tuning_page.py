@@ -28,8 +28,3 @@ def test_settings_exist():
     named = {each.partition("=")[0] for each in QUOTED if re.fullmatch(r'[a-z_]+(="[a-z-]+")?', each)}
     assert named - {"observe"} - set(METRICS) <= known
     assert hasattr(kfdist.Preconditioner, "observe")
-
-
-def test_links_lead_to_pages():
-    for target in re.findall(r"\]\(([\w/.-]+\.md)", PAGE):
-        assert (ROOT / "docs" / target).exists(), target
