@@ -111,13 +111,15 @@ def worth(target: Mapping[str, Any] | None) -> str:
 
 
 def _summed_up(target: Mapping[str, Any], task: str, rival: str) -> dict[str, Any] | None:
-    return to_target.best(to_target.cells_of(target["cells"], task, rival))
+    cells = to_target.cells_of(target["cells"], task, rival)
+    found = to_target.best(cells)
+    return found and {**found, "limit": max(cell["limit"] for cell in cells)}
 
 
 def said(found: Mapping[str, Any]) -> str:
     """Says when a target was reached, or what was reached in place of it."""
     if found["seconds"] is None:
-        return "never" if found["last"] is None else f"never ({found['last']:.2g})"
+        return "diverges" if found["last"] is None else f"{found['last']:.2g} after {found['limit']:g} s"
     seconds = f"{found['seconds']:.0f}" if found["seconds"] >= 10 else f"{found['seconds']:.2g}"
     return f"{seconds} s, {found['steps']:.0f} steps"
 

@@ -287,7 +287,7 @@ TASKS: Mapping[str, Task] = {
         loss_name="cross_entropy",
         measure=_errors,
         on_test=True,
-        evaluation_period=50,
+        evaluation_period=100,
         needs_folder=True,
     ),
 }

@@ -51,6 +51,10 @@ _SLACK = 1.5
 """A rate is tuned for so many times the seconds in which the best one so far reached the goal: it can't win later,
 and has to hold the goal for some measurements."""
 
+_HOPELESS_AFTER = 0.25
+"""Of a long task's seconds, after which a rate that is tuned is given up where its best value so far is more than
+`_SLACK` times what the best rate had by then."""
+
 _NEAR = 2.0
 """Rates with a lesser quotient count as tuned; two a decade are 3 and 3.3 times apart, those halfway 1.7 to 1.9."""
 
@@ -159,18 +163,20 @@ class Contest:
         if leader := RIVALS[rival].rate_of:
             given = (self._best_rate(name, leader),)
         for rate in given:
-            self._train(name, task, rival, rate, TUNING_SEED, within=self._seconds_to_win(name, rival))
+            self._try(name, task, rival, rate)
         while len(given) > 1:
             tried = sorted({each["rate"] for each in cells_of(self._cells, name, rival)} | set(given))
             further = next_rate(tried, self._tuned_rate(name, rival), least=given[0], most=given[-1])
             if further is None:
                 break
-            self._train(name, task, rival, further, TUNING_SEED, within=self._seconds_to_win(name, rival))
+            self._try(name, task, rival, further)
 
-    def _seconds_to_win(self, name: str, rival: str) -> float:
-        """Returns for how long a rival's next rate may train: in the end it would be slower than the best so far."""
+    def _try(self, name: str, task: Task, rival: str, rate: float) -> None:
+        """Trains with the tuning seed for as long as the rate may still turn out to be a rival's best."""
         tuning = _tuning_cells(cells_of(self._cells, name, rival))
-        return _SLACK * min((_or_infinite(cell["seconds"]) for cell in tuning), default=math.inf)
+        within = _SLACK * min((_or_infinite(cell["seconds"]) for cell in tuning), default=math.inf)
+        beside = tuning[0]["curve"] if tuning and task.seconds > _SHORT_SECONDS else ()
+        self._train(name, task, rival, rate, TUNING_SEED, within=within, beside=beside)
 
     def _tuned_rate(self, name: str, rival: str) -> float:
         return ranked_rates(cells_of(self._cells, name, rival))[0]
@@ -189,12 +195,13 @@ class Contest:
         seed: int,
         *,
         within: float = math.inf,
+        beside: Sequence[Sequence[float]] = (),
         apart: bool = False,
     ) -> None:
         cell = cell_name(name, rival, rate, seed, apart=apart)
         if cell not in self._cells:
             limited = replace(task, seconds=min(task.seconds, within))
-            found = train(limited, RIVALS[rival], rate, seed, apart=apart)
+            found = train(limited, RIVALS[rival], rate, seed, beside=beside, apart=apart)
             self._cells[cell] = {**found, "task": name, "rival": rival, "limit": task.seconds}
             self._done(self.content())
 
@@ -256,7 +263,15 @@ def beyond(rates: Sequence[float], chosen: float) -> float | None:
     return float(f"{chosen / (3 if digits == '3' else 10 / 3):.6g}") if chosen == rates[0] else None
 
 
-def train(task: Task, rival: Rival, rate: float, seed: int, *, apart: bool = False) -> dict[str, Any]:
+def train(
+    task: Task,
+    rival: Rival,
+    rate: float,
+    seed: int,
+    *,
+    beside: Sequence[Sequence[float]] = (),
+    apart: bool = False,
+) -> dict[str, Any]:
     """Trains until the goal is held, or for the task's seconds; returns when it was reached and how the metric fell.
 
     Args:
@@ -264,6 +279,7 @@ def train(task: Task, rival: Rival, rate: float, seed: int, *, apart: bool = Fal
         rival: Who trains.
         rate: Its learning rate.
         seed: Of the model and the batches.
+        beside: The curve of another rate; see `hopeless`.
         apart: Whether it trains on one core, on one thread, and inverts on another; else on both, on a thread for each.
     """
     cores, model = Cores(), task.model(seed)
@@ -287,6 +303,8 @@ def train(task: Task, rival: Rival, rate: float, seed: int, *, apart: bool = Fal
                 spent += time.perf_counter() - begun
                 steps += 1
             curve.append((round(spent, 4), steps, task.value(model)))
+            if spent >= _HOPELESS_AFTER * task.seconds and hopeless(curve, beside):
+                break
     first = curve[-IN_A_ROW] if held(curve, goal) else None
     return {
         "rate": rate,
@@ -325,6 +343,17 @@ def held(curve: Sequence[Sequence[float]], goal: float) -> bool:
         goal: Of the value, or less.
     """
     return len(curve) >= IN_A_ROW and all(point[2] <= goal for point in curve[-IN_A_ROW:])
+
+
+def hopeless(curve: Sequence[Sequence[float]], beside: Sequence[Sequence[float]]) -> bool:
+    """Says whether the least value so far is far above the least one of another curve by the same second.
+
+    Args:
+        curve: (seconds, steps, value).
+        beside: Likewise; may be empty.
+    """
+    by_then = [point[2] for point in beside if point[0] <= curve[-1][0]]
+    return bool(by_then) and min(point[2] for point in curve) > _SLACK * min(by_then)
 
 
 def _thinned(curve: list[tuple[float, int, float]]) -> list[tuple[float, int, float]]:

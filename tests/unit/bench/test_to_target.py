@@ -18,6 +18,7 @@ from kfdist.bench.to_target import (
     best,
     describe,
     held,
+    hopeless,
     known_cells,
     measure_target,
     next_rate,
@@ -31,7 +32,7 @@ def cell(
     rate: float, seconds: float | None, last: float | None = 1.0, seed: int = 0, *, apart: bool = False
 ) -> dict[str, Any]:
     steps = None if seconds is None else int(10 * seconds)
-    result = {"seconds": seconds, "steps": steps, "last": last, "milliseconds_a_step": 100.0}
+    result = {"seconds": seconds, "steps": steps, "last": last, "milliseconds_a_step": 100.0, "curve": []}
     return {"rate": rate, "seed": seed, "apart": apart, **result}
 
 
@@ -86,7 +87,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int, bool, f
     """Trainings that were asked for; each costs as many seconds as its rate is far from 1, and 9 is its last value."""
     asked = []
 
-    def trained(task: Task, rival: Any, rate: float, seed: int, *, apart: bool = False) -> dict[str, Any]:
+    def trained(task: Task, rival: Any, rate: float, seed: int, *, apart: bool = False, **_: Any) -> dict[str, Any]:
         name = next(each for each in RIVALS if RIVALS[each] is rival)
         asked.append((name, rate, seed, apart, task.goal))
         done = cell(rate, abs(rate - 1.0) if task.goal else None, abs(rate - 1.0), seed, apart=apart)
@@ -124,7 +125,7 @@ def test_an_interrupted_tuning_goes_on_as_if_it_had_not_been(told: list[Any]):
 def test_a_long_task_reports_one_rate_and_no_rate_is_tuned_past_the_best(monkeypatch: pytest.MonkeyPatch):
     limits: dict[float, float] = {}
 
-    def trained(task: Task, rival: Any, rate: float, seed: int, *, apart: bool = False) -> dict[str, Any]:
+    def trained(task: Task, rival: Any, rate: float, seed: int, *, apart: bool = False, **_: Any) -> dict[str, Any]:
         if seed == 0:
             limits[rate] = task.seconds
         found = {0.001: 80.0, 0.003: 40.0}.get(rate)
@@ -138,6 +139,32 @@ def test_a_long_task_reports_one_rate_and_no_rate_is_tuned_past_the_best(monkeyp
     cells = contest.content()["cells"].values()
     assert {each["limit"] for each in cells} == {90.0}, "it isn't trained again for having had less time"
     assert {each["rate"] for each in cells if each["seed"] > 0} == {0.003}
+
+
+def test_a_rate_far_behind_the_best_one_of_a_long_task_is_given_up_early(monkeypatch: pytest.MonkeyPatch):
+    asked: dict[float, int] = {}
+
+    def trained(task: Task, rival: Any, rate: float, seed: int, *, beside: Any, apart: bool = False) -> dict[str, Any]:
+        asked.setdefault(rate, len(beside))
+        made = {**cell(rate, None, {0.003: 0.5}.get(rate, 1.0), seed, apart=apart), "curve": [(0.0, 0, 1.0)] * 3}
+        return {**made, "limit": task.seconds, "goal": task.goal}
+
+    monkeypatch.setattr(to_target, "train", trained)
+    for name, curves in (("character-gpt", [0, 3, 3, 3]), ("digits-cnn", [0, 0, 0, 0])):
+        asked.clear()
+        Contest({}, lambda content: None).hold(name, TASKS[name], ["adamw"], seeds=0)
+        assert [asked[rate] for rate in RATES] == curves
+    best_one = [(0.0, 0, 2.0), (1.0, 10, 1.0), (2.0, 20, 1.2), (9.0, 90, 0.1)]
+    assert hopeless([(0.0, 0, 2.0), (2.0, 5, 1.6)], best_one)
+    assert not hopeless([(0.0, 0, 2.0), (1.5, 4, 1.4), (2.0, 5, 1.8)], best_one), "it was near before"
+    assert not hopeless([(0.0, 0, 2.0), (2.0, 5, 1.6)], [])
+
+
+def test_a_training_ends_once_it_is_hopeless():
+    endless = replace(TASKS["digits-autoencoder"], goal=None, seconds=0.3, evaluation_period=2)
+    cut = train(endless, RIVALS["sgd"], 0.0, 0, beside=[(0.0, 0, 1e-9)])
+    whole = train(endless, RIVALS["sgd"], 0.0, 0, beside=[(0.0, 0, 1.0)])
+    assert 0.07 < cut["curve"][-1][0] < 0.3 <= whole["curve"][-1][0]
 
 
 def test_what_was_trained_for_another_goal_counts_no_more(told: list[Any]):
