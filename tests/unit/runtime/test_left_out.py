@@ -59,6 +59,14 @@ def test_what_is_thawed_later_is_said_and_counts(period: int) -> None:
     assert coverage.share == 0.5
 
 
+def test_what_is_skipped_is_no_news_when_it_is_thawed() -> None:
+    model = layers()
+    model[0].requires_grad_(False)
+    said, coverage = steps(model, lambda step: model[0].requires_grad_(step > 1), skip=["0"])
+    assert not said
+    assert coverage.share == 0.5
+
+
 def test_what_is_added_later_is_said_and_counts() -> None:
     model = layers()
     said, coverage = steps(model, lambda step: model.append(nn.Linear(Q, Q)) if step == 1 else None)
