@@ -252,6 +252,18 @@ def test_a_new_head_is_refused_and_a_new_optimizer_has_it() -> None:
         assert not any(torch.equal(a, b) for a, b in zip(copies(model), before, strict=True))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_converted_model_is_refused_before_anything_moves(way: str) -> None:
+    model = small_model()
+    with optimizer_of(model, way) as optimizer:
+        steps(model, optimizer, range(3))
+        model.float()  # gradients with it
+        before = copies(model)
+        with pytest.raises(ModelChanged, match="was converted from torch.float64 to torch.float32 after"):
+            optimizer.step()
+        assert_equal(copies(model), before)
+
+
 def test_a_compiled_model_is_trained_alike() -> None:
     found = []
     for compiles in (False, True):
