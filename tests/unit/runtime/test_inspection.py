@@ -45,6 +45,22 @@ def test_training_in_eval_mode_throughout_is_noticed_at_the_first_step():
         assert "eval mode" not in str(pre.coverage())
 
 
+@pytest.mark.parametrize(("frozen", "noticed"), [(["weight"], True), (["bias"], True), (["weight", "bias"], False)])
+def test_a_norm_in_eval_mode_is_noticed_unless_all_of_it_is_frozen(frozen: list[str], noticed: bool):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    with preconditioner(model, "kfac") as pre, warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", KfdistWarning)
+        for name in frozen:
+            model.get_parameter(f"1.{name}").requires_grad_(False)
+        model[1].eval()
+        backward(model)
+        pre.step()
+    said = [str(each.message) for each in heard if issubclass(each.category, KfdistWarning)]
+    assert len(said) == noticed
+    assert not said or "'1': it was used in eval mode alone" in said[0]
+
+
 def test_what_uses_a_weight_and_cannot_be_measured_is_named():
     class Quadratic(nn.Module):
         def __init__(self) -> None:
