@@ -105,7 +105,7 @@ def train_with_kfdist(architecture: Architecture, seed: int = 0, steps: int = ST
         losses=tuple(losses),
         share=coverage.share,
         blocks=len({row.block for row in coverage.rows} - {None}),
-        parameters=sum(row.elements for row in coverage.rows),
+        parameters=coverage.trained,
         left_out=tuple((row.parameter, row.reason) for row in coverage.rows if row.block is None and row.elements),
         unmeasured=tuple(sorted(unmeasured.items())),
         said=tuple(str(each.message) for each in heard if issubclass(each.category, kfdist.KfdistWarning)),

@@ -82,7 +82,7 @@ class LossNotFinite(KfdistError, ArithmeticError):
 
 
 class ModelChanged(KfdistError, RuntimeError):
-    """A layer was replaced, resized or moved after the preconditioner was made."""
+    """A layer was replaced, resized, moved or converted after the preconditioner was made."""
 
 
 class CheckpointError(KfdistError, RuntimeError):

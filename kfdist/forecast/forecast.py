@@ -125,14 +125,21 @@ class Forecast:
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON values."""
         rows = [
-            {"parameter": row.parameter, "elements": row.elements, "block": row.block, "method": row.method}
+            {"parameter": row.parameter, "elements": row.elements, "frozen": row.frozen}
+            | {"block": row.block, "method": row.method}
             | {"reason": ": ".join(filter(None, (row.reason, row.inversion)))}
             for row in self.coverage.rows
         ]
         return {
             "run": self.title,
             "remarks": list(self.remarks),
-            "coverage": {"share": self.coverage.share, "share_in_part": self.coverage.share_in_part, "rows": rows},
+            "coverage": {
+                "trained": self.coverage.trained,
+                "frozen": self.coverage.frozen,
+                "share": self.coverage.share,
+                "share_in_part": self.coverage.share_in_part,
+                "rows": rows,
+            },
             "blocks": [asdict(block) for block in self.blocks],
             "memory": {"lines": [asdict(line) for line in self.memory], "lasting_bytes": self.lasting_bytes},
             "bytes_per_step": [asdict(each) | {"ring": each.purpose in RINGS} for each in self.traffic],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from kfdist.errors import ConfigError
 from kfdist.runtime.step_lengths import GraftLengths
 from kfdist.torch_internals import (
     foreach_add_,
@@ -60,6 +61,11 @@ class Members:
     states: list[State]
     group: Mapping[str, Any]
 
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return rate_of(self.group)
+
     def kept(self, name: str) -> list[Tensor]:
         """Returns a tensor of each state, zeros where it is new."""
         for parameter, state in zip(self.parameters, self.states, strict=True):
@@ -79,6 +85,26 @@ class Members:
         return [float(count.add_(1)) for count in self.counts()]
 
 
+def rate_of(group: Mapping[str, Any]) -> Any:
+    """Returns a group's learning rate as a number, also where it is a tensor, as torch's optimizers take it.
+
+    Raises:
+        ConfigError: The tensor isn't one number; or it is on a device, for which each step would have to wait.
+    """
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return lr
+    if lr.numel() != 1:
+        raise ConfigError(f"is a tensor of shape {tuple(lr.shape)}; one number is needed", path="lr")
+    if lr.device.type != "cpu":
+        raise ConfigError(
+            f"is a tensor on {lr.device}, for which each step would have to wait; keep it on the CPU, as lr.cpu(), "
+            "wherever the model is: schedulers change it there",
+            path="lr",
+        )
+    return lr.item()
+
+
 def step_by_adamw(members: Members) -> None:
     """Makes AdamW's step, by torch's own function (Loshchilov and Hutter, arXiv 1711.05101)."""
     group = members.group
@@ -94,7 +120,7 @@ def step_by_adamw(members: Members) -> None:
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=group["lr"],
+        lr=members.rate,
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
@@ -146,14 +172,14 @@ def move_by_average(members: Members, steps: list[Tensor]) -> None:
         average[place].add_(steps[place], alpha=1 - beta1 ** (counts[place] - 1))
     foreach_lerp_(average, steps, 1 - beta1)
     _decay(members)
-    lr = members.group["lr"]
+    lr = members.rate
     foreach_add_(members.parameters, foreach_mul(average, [-lr / (1 - beta1**t) for t in counts]))
 
 
 def move_along(members: Members, steps: list[Tensor]) -> None:
     """Moves parameters along steps that have their momentum and size already, after the decay."""
     _decay(members)
-    foreach_add_(members.parameters, steps, alpha=-members.group["lr"])
+    foreach_add_(members.parameters, steps, alpha=-members.rate)
 
 
 def move_by_momentum(members: Members, steps: list[Tensor]) -> None:
@@ -162,9 +188,9 @@ def move_by_momentum(members: Members, steps: list[Tensor]) -> None:
     foreach_mul_(momentum, members.group["betas"][0])
     foreach_add_(momentum, steps)
     _decay(members)
-    foreach_add_(members.parameters, momentum, alpha=-members.group["lr"])
+    foreach_add_(members.parameters, momentum, alpha=-members.rate)
 
 
 def _decay(members: Members) -> None:
     if members.group["weight_decay"]:
-        foreach_mul_(members.parameters, 1 - members.group["lr"] * members.group["weight_decay"])
+        foreach_mul_(members.parameters, 1 - members.rate * members.group["weight_decay"])

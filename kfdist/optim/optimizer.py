@@ -23,6 +23,7 @@ from kfdist.optim.graft import (
     move_along,
     move_by_average,
     move_by_momentum,
+    rate_of,
     step_by_adamw,
 )
 from kfdist.runtime.plan.groups import BlockGroup
@@ -63,9 +64,10 @@ class Optimizer(torch.optim.Optimizer):
     With several ranks all of them must make it, and step equally often, with DDP's or otherwise averaged gradients.
 
     Args:
-        model: The model, on its device, also wrapped by DDP or torch.compile; or a Preconditioner of it, with no
-            learning rate and, under a graft, no KL clip, which this optimizer closes with itself.
-        lr: Learning rate: the graft's.
+        model: The model, on its device and of its dtype, also wrapped by DDP or torch.compile; or a Preconditioner of
+            it, with no learning rate and, under a graft, no KL clip, which this optimizer closes with itself.
+        lr: Learning rate: the graft's. A tensor of one number on the CPU is read at each step, as schedulers change it
+            in place.
         betas: Decay of momentum, which is AdamW's first moment too, and decay of AdamW's second moment.
         eps: Added to the root of AdamW's second moment.
         weight_decay: Decoupled from the gradient, for all parameters.
@@ -91,7 +93,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module | Preconditioner,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -140,6 +142,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             The errors of `kfdist.Preconditioner.step`; then no parameter has changed.
             KfdistError: A gradient is sparse.
+            ConfigError: A learning rate was replaced by a tensor that a step would have to wait for.
         """
         loss = None
         if closure is not None and self._solved:
@@ -150,6 +153,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            rate_of(group)  # is refused before anything is done
         if not self._solved:
             self.precondition()
         try:
@@ -295,6 +300,9 @@ class Optimizer(torch.optim.Optimizer):
         for state in self.state.values():
             if "step" in state:  # whatever device the file was read to: reading it must not wait for one
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor):  # likewise
+                group["lr"] = group["lr"].cpu()
         # Accelerate loads what a new optimizer has into itself; a Preconditioner takes a state once, and not this one.
         if saved is not None and (saved["step"], saved["statistics_step"]) != (0, -1):
             self.preconditioner.load_state_dict(saved)
@@ -340,7 +348,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """
     if settings["graft"] is not None:
         checks.choice("graft", settings["graft"], typing.get_args(Graft), hint="or None")
-    for name in ("lr", "eps", "weight_decay"):
+    checks.number("lr", rate_of(settings), least=0)
+    for name in ("eps", "weight_decay"):
         checks.number(name, settings[name], least=0)
     betas = settings["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:

@@ -47,9 +47,10 @@ class Preconditioner(StatedLoss, Inspection):
     without being trained on (a GAN's generator loss through its discriminator, a gradient penalty, an adversarial
     example) belongs inside `paused`.
 
-    Make it after the model is on its device. On steps that measure, one in `factor_period`, what torch.compile made
-    runs eagerly; compile the model itself, so that this is known. Clipping gradients changes no statistics; clipping
-    before `step` bounds what is preconditioned, clipping after it what the optimizer sees.
+    Make it after the model is on its device and has its dtype: `model.to` is refused afterwards, at the next step. On
+    steps that measure, one in `factor_period`, what torch.compile made runs eagerly; compile the model itself, so that
+    this is known. Clipping gradients changes no statistics; clipping before `step` bounds what is preconditioned,
+    clipping after it what the optimizer sees.
 
     Args:
         model: The model, also wrapped by DDP or torch.compile.
@@ -65,7 +66,8 @@ class Preconditioner(StatedLoss, Inspection):
         weight_sharing: How `nn.Linear` treats the positions of a sequence: "expand" for a loss per position, "reduce"
             where they are pooled before the loss (Eschenhagen et al., arXiv 2311.00636).
         sampling: How much of a batch is measured; by default what 5 % of a forward and backward pay for.
-        skip: Globs on the names of modules that, with everything inside them, are not preconditioned.
+        skip: Globs on the names of modules that, with everything inside them, are not preconditioned; of parameters,
+            too, that methods on gradients would take.
         kl_clip: kappa of the KL clip, over all blocks and block by block (docs/methods/kfac.md): a positive number, or
             a callable of the step, the same on all ranks; None turns it off, and so does a callable that gives None or
             0, for that step.
@@ -204,7 +206,7 @@ class Preconditioner(StatedLoss, Inspection):
         Collective: all ranks must call it.
 
         Raises:
-            ModelChanged: A layer was replaced, resized or moved since construction.
+            ModelChanged: A layer was replaced, resized, moved or converted (`model.to`) since construction.
             Interrupted: A stop was asked for, or the wait limit passed, inside an agreed wait; on all ranks alike.
             RanksDiverged: The ranks' parameters differ.
             ConfigError: There is a KL clip but no learning rate.

@@ -94,3 +94,9 @@ class Squashed(nn.Module):
 
 def squashed(*, example_shape: Sequence[int], classes: int) -> nn.Module:
     return Squashed(int(torch.tensor(tuple(example_shape), device="cpu").prod()), classes)
+
+
+def frozen_in_part(*, example_shape: Sequence[int], classes: int) -> nn.Module:
+    """A layer that is trained behind one that isn't."""
+    width = int(torch.tensor(tuple(example_shape), device="cpu").prod())
+    return nn.Sequential(nn.Flatten(), nn.Linear(width, 32).requires_grad_(False), nn.Tanh(), nn.Linear(32, classes))

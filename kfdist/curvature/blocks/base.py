@@ -142,7 +142,7 @@ class Block:
         self.looked_up = False
         self.shares = False
         self.planned_parts: tuple[ParameterPart, ...] = self.parts
-        self._made_with = [part.parameter.shape for part in self.planned_parts]
+        self._made_with = [(part.parameter.shape, part.parameter.dtype) for part in self.planned_parts]
 
     @property
     def weight(self) -> Float[Tensor, "..."]:
@@ -166,7 +166,13 @@ class Block:
     @property
     def resized(self) -> bool:
         """Whether a parameter has another shape than when the block was made."""
-        return [part.parameter.shape for part in self.planned_parts] != self._made_with
+        return [part.parameter.shape for part in self.planned_parts] != [shape for shape, _ in self._made_with]
+
+    @property
+    def converted(self) -> str:
+        """From which type to which a parameter was converted since the block was made; empty where none was."""
+        pairs = [(dtype, part.parameter.dtype) for part, (_, dtype) in zip(self.parts, self._made_with, strict=False)]
+        return next((f"from {before} to {now}" for before, now in pairs if before != now), "")
 
     # Gradients -------------------------------------------------------------------------------------------------------
 

@@ -89,6 +89,7 @@ class LearningRates:
                     f"the learning rate of the {type(optimizer).__name__} is {lr!r}, and the KL clip needs a number; "
                     "pass lr=..., a number or a callable of the step, or set kl_clip=None"
                 )
+            lr = lr.reshape(()) if isinstance(lr, Tensor) and lr.dim() else lr  # of one number all the same
             rates.update({id(parameter): lr for parameter in group["params"]})
         # A parameter that the optimizer does not know does not move: it adds nothing to the clip's sum.
         return lambda parameter: rates.get(id(parameter), 0.0)

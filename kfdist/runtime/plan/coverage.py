@@ -41,11 +41,12 @@ class CoverageRow:
 
     Attributes:
         parameter: Its dotted name.
-        elements: How many numbers that is; 0 where it is frozen, or lazy and not yet initialised.
+        elements: How many trained numbers that is; 0 where it is frozen, or lazy and not yet initialised.
         block: The block that preconditions it, or None.
         method: The block's inverter, or None.
         reason: Why it has no block; else what the method does with it and why it was chosen, where that says more
             than its name.
+        frozen: How many numbers it is where it is frozen (requires_grad is False); else 0.
         inversion: How the inversion in use went, or why the block isn't measured, or not in all its uses; empty before
             the first one, and where ranks invert for themselves. Not compared: it tells of one moment.
         measured: Whether its block, if it has one, was measured or hasn't been due yet. Not compared either.
@@ -57,9 +58,20 @@ class CoverageRow:
     block: str | None
     method: str | None
     reason: str
+    frozen: int = 0
     inversion: str = field(default="", compare=False)
     measured: bool = field(default=True, compare=False)
     in_part: bool = field(default=False, compare=False)
+
+    def as_of_now(self, parameter: nn.Parameter) -> "CoverageRow":
+        """Returns the same as the parameter is trained or frozen by now."""
+        if self.elements if parameter.requires_grad else self.frozen:
+            return self
+        numbers = self.elements + self.frozen or parameter.numel()
+        if not parameter.requires_grad:
+            return replace(self, elements=0, frozen=numbers)
+        later = self.block is None and numbers and self.reason not in _WANTED
+        return replace(self, elements=numbers, frozen=0, reason=_TRAINED_LATER if later else self.reason)
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,16 @@ class Coverage:
     mask: str = field(default="", compare=False)
 
     @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(row.elements for row in self.rows)
+
+    @property
+    def frozen(self) -> int:
+        """How many numbers are frozen, with a block or without."""
+        return sum(row.frozen for row in self.rows)
+
+    @property
     def share(self) -> float:
         """Share of the trained numbers that a block preconditions by all of its uses, in [0, 1]."""
         return self._share(row for row in self.rows if row.block is not None and row.measured and not row.in_part)
@@ -86,8 +108,7 @@ class Coverage:
         return self._share(row for row in self.rows if row.in_part)
 
     def _share(self, rows: Iterable[CoverageRow]) -> float:
-        trained = sum(row.elements for row in self.rows)
-        return sum(row.elements for row in rows) / max(trained, 1)
+        return sum(row.elements for row in rows) / max(self.trained, 1)
 
     def without_biases(self, blocks: Iterable[Block], reasons: Mapping[BlockName, str]) -> "Coverage":
         """Returns the same where some blocks, for the reasons given, leave out the bias that they were planned with."""
@@ -123,26 +144,21 @@ class Coverage:
         return Coverage(tuple(row if row.block is None else now(row, row.block) for row in self.rows))
 
     def as_of_now(self, model: nn.Module) -> "Coverage":
-        """Returns the same with what is trained by now and wasn't when the plan was made: thawed and added parameters.
+        """Returns the same with what is trained and frozen by now, and with parameters that were added.
 
         Args:
             model: The bare model.
         """
-        trained: dict[nn.Parameter, list[str]] = {}
+        names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in bare_parameters(model):
-            if parameter.requires_grad and not isinstance(parameter, UninitializedParameter):
-                trained.setdefault(parameter, []).append(name)
-        sizes = {name: parameter.numel() for parameter, found in trained.items() for name in found}
-        rows = [
-            replace(row, elements=sizes[row.parameter], reason=_TRAINED_LATER)
-            if row.block is None and not row.elements and sizes.get(row.parameter)
-            else row
-            for row in self.rows
-        ]
+            if not isinstance(parameter, UninitializedParameter):
+                names.setdefault(parameter, []).append(name)
+        parameters = {name: parameter for parameter, found in names.items() for name in found}
+        rows = [row.as_of_now(parameters[row.parameter]) if row.parameter in parameters else row for row in self.rows]
         known = {row.parameter for row in self.rows}
         rows += [
-            CoverageRow(found[0], parameter.numel(), None, None, _ADDED)
-            for parameter, found in trained.items()
+            CoverageRow(found[0], parameter.numel(), None, None, _ADDED).as_of_now(parameter)
+            for parameter, found in names.items()
             if known.isdisjoint(found)
         ]
         return replace(self, rows=tuple(rows))
@@ -159,12 +175,12 @@ class Coverage:
         width = max((len(row.parameter) for row in self.rows), default=0)
         lines = [
             f"{row.parameter:<{width}}  {row.method or '-':<16}  "
-            + ": ".join(filter(None, (row.block, row.reason, row.inversion)))
+            + ": ".join(filter(None, (row.block, "frozen" if row.frozen else "", row.reason, row.inversion)))
             for row in self.rows
         ]
-        trained = sum(row.elements for row in self.rows)
         more = f", {self.share_in_part:.2%} more by a part of their uses" if self.share_in_part else ""
-        lines.append(f"{self.share:.2%} of {trained:,} trained parameters are preconditioned{more}")
+        more += f"; {self.frozen:,} more are frozen" if self.frozen else ""
+        lines.append(f"{self.share:.2%} of {self.trained:,} trained parameters are preconditioned{more}")
         return "\n".join([*lines, self.mask] if self.mask else lines)
 
 
@@ -185,17 +201,19 @@ def coverage_of(model: nn.Module, groups: Sequence[BlockGroup], reasons: Mapping
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            counted = parameter.requires_grad and not isinstance(parameter, UninitializedParameter)
-            trained = parameter.numel() if counted else 0
+            lazy = isinstance(parameter, UninitializedParameter)
+            left = 0 if lazy else parameter.numel()
+            found = []
             for block, elements in by_parameter.get(id(parameter), ()):
-                trained -= elements
-                rows.append(CoverageRow(own_name, elements, block, methods[block], reasons.get(block, "")))
+                left -= elements
+                found.append(CoverageRow(own_name, elements, block, methods[block], reasons.get(block, "")))
             if id(parameter) not in by_parameter:
                 left_out = "its layer's block leaves it out"
                 reason = reasons.get(own_name) or (left_out if layer in with_blocks else reasons.get(layer, left_out))
-                rows.append(CoverageRow(own_name, trained, None, None, reason))
-            elif trained > 0:
-                rows.append(CoverageRow(own_name, trained, None, None, "the rest of it belongs to no block"))
+                found.append(CoverageRow(own_name, left, None, None, reason))
+            elif left > 0:
+                found.append(CoverageRow(own_name, left, None, None, "the rest of it belongs to no block"))
+            rows += found if lazy else [row.as_of_now(parameter) for row in found]
     return Coverage(tuple(rows))
 
 

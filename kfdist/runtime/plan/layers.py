@@ -108,19 +108,23 @@ class StandingBlocks:
         self._blocks = list(blocks)
         self._device = device
         self._children: list[tuple[nn.Module, str, nn.Module]] | None = None
-        self._parameters: list[tuple[nn.Module, str, nn.Parameter, torch.Size]] = []
+        self._parameters: list[tuple[nn.Module, str, nn.Parameter, torch.Size, torch.dtype]] = []
         self._left_out: list[tuple[nn.Parameter, torch.Size]] = []
         self._kept: list[bool] = []
 
     def check(self) -> None:
-        """Refuses a layer that was replaced, resized or moved, by `ModelChanged`; it may be frozen and thawed."""
+        """Refuses a layer that was replaced, resized, moved or converted; it may be frozen and thawed.
+
+        Raises:
+            ModelChanged: With the layer's name.
+        """
         if self._stand():
             return
         check_blocks(self._model, self._blocks, self._device)
         layers = {id(block.module) for block in self._blocks}
         self._children = list(_ways_to(self._model, layers))
         self._parameters = [
-            (block.module, part.attribute, part.parameter, part.parameter.shape)
+            (block.module, part.attribute, part.parameter, part.parameter.shape, part.parameter.dtype)
             for block in self._blocks
             for part in block.parts
         ]
@@ -139,10 +143,10 @@ class StandingBlocks:
             if children_by_name(parent).get(name) is not child:
                 return False
         device = self._device
-        for module, name, parameter, shape in self._parameters:
+        for module, name, parameter, shape, dtype in self._parameters:
             if parameters_by_name(module).get(name) is not parameter:
                 return False
-            if parameter.shape != shape or parameter.device != device:
+            if parameter.shape != shape or parameter.device != device or parameter.dtype != dtype:
                 return False
         return all([parameter.shape == shape for parameter, shape in self._left_out])  # `resized` looks at these
 
@@ -166,7 +170,7 @@ def _ways_to(model: nn.Module, layers: Set[int]) -> Iterator[tuple[nn.Module, st
 
 
 def check_blocks(model: nn.Module, blocks: Iterable[Block], device: torch.device) -> None:
-    """Refuses a layer that was replaced, resized or moved since its block was made, by `ModelChanged`.
+    """Refuses, by `ModelChanged`, a layer that was replaced, resized, moved or converted since its block was made.
 
     Args:
         model: The model as it is now.
@@ -189,6 +193,8 @@ def _check_block(module: nn.Module | None, block: Block, device: torch.device) -
         change = "resized"
     elif any(parameter.device != device for parameter in parameters):
         change = f"moved from {device} to {parameters[0].device}"
+    elif block.converted:
+        change = f"converted {block.converted}"
     if change is not None:
         raise ModelChanged(
             f"layer {block.name!r} was {change} after the Preconditioner was made; close that, and make a new "

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -34,7 +35,15 @@ from kfdist.policies.assignment import courier_ranks
 from kfdist.runtime.plan.capacity import need_of
 from kfdist.runtime.plan.coverage import NO_METHOD, SKIPPED, UNMATCHED, WITHOUT_MOMENTS, Coverage, coverage_of
 from kfdist.runtime.plan.groups import BlockGroup, are_small, check_fisher, refuse_applied_rows
-from kfdist.runtime.plan.layers import SHARDED, bare_model, check_model, device_of, is_compiled, named_layers
+from kfdist.runtime.plan.layers import (
+    SHARDED,
+    bare_model,
+    bare_parameters,
+    check_model,
+    device_of,
+    is_compiled,
+    named_layers,
+)
 from kfdist.runtime.plan.whole_parameters import whole_parameters
 from kfdist.runtime.settings import Settings
 from kfdist.types import GroupSpec
@@ -185,7 +194,9 @@ def make_plan(
     order = {name: position for position, (name, _) in enumerate(layers)}
     chosen.sort(key=lambda each: order[each.block.layer])
     names = list(dict.fromkeys([*(name for name, _ in layers), *(block.name for block in owners.values())]))
-    _check_globs([*patterns, *skip] if isinstance(method, Mapping) else list(skip), names)
+    others = [name for name, parameter in bare_parameters(model) if id(parameter) not in whole.taken]
+    _check_globs(patterns if isinstance(method, Mapping) else (), names, others)
+    _check_globs(skip, [*names, *whole.names], others)
     if patterns and not chosen:
         listed = "; ".join(f"{name or 'model'}: {reason}" for name, reason in reasons.items()) or "it has no parameters"
         raise ConfigError(
@@ -305,12 +316,17 @@ def needs_costs(method: Method) -> bool:
     return any(isinstance(each, Auto) for each in _patterns(method).values())
 
 
-def _check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
+def _check_globs(globs: Iterable[str], names: Sequence[str], others: Sequence[str]) -> None:
+    """Refuses globs that cover none of some names; `others` are those of parameters that no glob may name."""
     for glob in globs:
-        if glob != "*" and not any(_covers(glob, name) for name in names):
-            shown = ", ".join(repr(name) for name in names[:_MOST_NAMES_SHOWN])
-            more = ", ..." if len(names) > _MOST_NAMES_SHOWN else ""
-            raise ConfigError(f"the pattern {glob!r} matches no layer; the layers with parameters are {shown}{more}")
+        if glob == "*" or any(_covers(glob, name) for name in names):
+            continue
+        shown = ", ".join(repr(name) for name in names[:_MOST_NAMES_SHOWN])
+        more = ", ..." if len(names) > _MOST_NAMES_SHOWN else ""
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in others if _covers(glob, name))
+        instead = ", ".join(map(repr, filter(None, layers)))
+        hint = f"; only methods on gradients take single parameters: write {instead}" if instead else ""
+        raise ConfigError(f"the pattern {glob!r} matches no layer{hint}; the layers with parameters are {shown}{more}")
 
 
 def _covers(glob: str, name: str) -> bool:
@@ -383,7 +399,7 @@ def _choose(
             raise ConfigError('"auto" needs to know what inversions cost; give `costs` (kfdist.curvature.auto)')
         inverter, reason = inverter.choose(block.shape, costs)
     if isinstance(inverter, AbstractGradientInverter):
-        return _refused_part(block, inverter, pattern, settings)
+        _refuse_part(block, inverter, pattern)
     if block.routed and not _takes_experts(inverter, block):
         return (
             f"{inverter.name} takes rows of examples, or products with other layers, which experts don't have; give it "
@@ -392,15 +408,9 @@ def _choose(
     return _Chosen(block, inverter, pattern, reason)
 
 
-def _refused_part(block: Block, inverter: AbstractInverter, pattern: str, settings: Settings) -> str:
-    """Refuses a block that isn't a whole parameter, which is all that methods on gradients take.
-
-    Raises:
-        ConfigError: But where the user leaves the parameter out: then that is the reason, and returned.
-    """
+def _refuse_part(block: Block, inverter: AbstractInverter, pattern: str) -> NoReturn:
+    """Refuses a block that isn't a whole parameter, which is all that methods on gradients take, by `ConfigError`."""
     names = [f"{block.layer}.{part.attribute}".lstrip(".") for part in block.parts]
-    if _skips(settings, names[0]):
-        return SKIPPED
     raise ConfigError(
         f"{inverter.name} takes whole parameters, and {pattern!r} gives it {block.name!r}, a part of "
         f"{names[0]!r} or of a layer whose parameters another pattern has; give the parameter's name for a pattern, "

@@ -8,7 +8,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from kfdist.curvature.blocks import TensorBlock, make_tensor_block
 from kfdist.curvature.gradient_inverter import AbstractGradientInverter
-from kfdist.runtime.plan.coverage import SCALAR, VECTOR
+from kfdist.runtime.plan.coverage import SCALAR, SKIPPED, VECTOR
 
 
 @dataclass
@@ -19,11 +19,13 @@ class WholeParameters:
         blocks: Their blocks, each with its method and the glob that chose it, in the model's order.
         reasons: Why other parameters that the globs give them have no block, by dotted name.
         taken: Ids of all of these parameters: no other method has a block of them.
+        names: Of all of these parameters, as their globs and `skip` have them.
     """
 
     blocks: list[tuple[TensorBlock, AbstractGradientInverter, str]] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
+    names: list[str] = field(default_factory=list)
 
     def has_part_of(self, module: nn.Module) -> bool:
         """Whether one of a module's own parameters is among them."""
@@ -52,10 +54,11 @@ def whole_parameters(
         name = f"{layer}.{attribute}".lstrip(".")
         pattern = next((glob for glob in patterns if covers(glob, name)), "")
         inverter = patterns.get(pattern)
-        if id(parameter) in found.taken or not isinstance(inverter, AbstractGradientInverter) or skipped(name):
+        if id(parameter) in found.taken or not isinstance(inverter, AbstractGradientInverter):
             continue
         found.taken.add(id(parameter))
-        if reason := _too_few_dimensions(parameter, inverter):
+        found.names.append(name)
+        if reason := SKIPPED if skipped(name) else _too_few_dimensions(parameter, inverter):
             found.reasons[name] = reason
             continue
         block = make_tensor_block(name, layer, module, attribute, most=inverter.block_size)

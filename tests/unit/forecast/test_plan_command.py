@@ -44,6 +44,24 @@ def test_ranks_owners_and_a_step_time_as_asked() -> None:
     assert default["advice"][0].endswith("reaches 23 steps, within 33 steps, half a period beyond the least, 23.")
 
 
+@pytest.mark.parametrize(("optimizer", "kept"), [("kfdist", 0), ("adamw", 2)])
+def test_frozen_parameters_have_no_gradients_no_moments_and_are_counted_apart(optimizer: str, kept: int) -> None:
+    model = f'model.name="{MODELS}:frozen_in_part"'
+    told = _told("--world", "2", "--set", model, "--set", f'optimizer.name="{optimizer}"')
+    trained, frozen = 32 * 10 + 10, 64 * 32 + 32
+    covered = told["coverage"]
+    assert (covered["trained"], covered["frozen"], covered["share"]) == (trained, frozen, 1.0)
+    assert [row["frozen"] for row in covered["rows"]] == [64 * 32, 32, 0, 0]
+    memory = {line["what"]: line["bytes"] for line in told["memory"]["lines"]}
+    assert (memory["parameters"], memory["gradients"]) == (4 * (trained + frozen), 4 * trained)
+    assert memory["optimizer state"] == pytest.approx(4 * kept * trained, abs=8)  # beside two numbers of steps
+    sent = {each["purpose"]: each["total"] for each in told["bytes_per_step"]}
+    assert sent["gradients"] == 2 * 4 * trained
+    done = RUN.invoke(app, ["plan", "--set", model])
+    said = " ".join(done.output.split())
+    assert f"100.00% of {trained} trained parameters are preconditioned; {frozen:,} more are frozen" in said
+
+
 def test_gpus_have_figures_or_are_refused() -> None:
     told = _told("--gpu", "h200", "--gpu", "A100")
     by_name = {each["source"].split(":")[0]: each for each in told["staleness"]}

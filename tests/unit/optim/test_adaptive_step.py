@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kfdist.comm.communicator import Communicator
-from kfdist.errors import CheckpointError, ConfigError, Interrupted, LossNotFinite
+from kfdist.errors import CheckpointError, ConfigError, Interrupted, LossNotFinite, ModelChanged
 from kfdist.optim.adaptive import AdaptiveStep
 from kfdist.optim.adaptive_settings import AdaptiveSettings
 from kfdist.optim.output_fisher import NoForwardDerivative
@@ -298,6 +298,20 @@ def test_a_bad_batch_changes_nothing_and_is_told():
     assert same(values(model) + list(model.buffers()), before)
     assert formula.updates == 0 and step.damping == 1.0
     assert step.step(regression(model)).step == 0
+
+
+def test_a_parameter_that_was_frozen_since_is_refused_by_name_and_nothing_moves():
+    model = tanh_network()
+    formula = Formula(model)
+    step = stepper(formula)
+    step.step(regression(model))
+    model.get_parameter("2.bias").requires_grad_(False)
+    before = values(model)
+    with pytest.raises(ModelChanged, match=r"parameter '2\.bias' was frozen after the AdaptiveStep was made"):
+        step.step(regression(model))
+    assert same(values(model), before) and formula.updates == 1
+    model.get_parameter("2.bias").requires_grad_(True)
+    assert step.step(regression(model)).step == 1
 
 
 # The closure ----------------------------------------------------------------------------------------------------------

@@ -111,6 +111,24 @@ def test_a_frozen_blocks_statistics_and_moments_stay_and_go_on_when_it_is_thawed
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_what_is_frozen_before_the_first_step_gets_its_inverse_once_it_is_thawed(way: str) -> None:
+    model = small_model()
+    with optimizer_of(model, way) as optimizer:
+        model[0].requires_grad_(False)
+        before = copies(model[0])
+        steps(model, optimizer, range(25))
+        pre = optimizer.preconditioner
+        mine = {name for name in pre.versions() if name == "0" or name.startswith("0.")}
+        others = pre.versions().keys() - mine
+        assert mine and others and mine.isdisjoint(pre.inverses()) and others <= pre.inverses().keys()
+        assert_equal(copies(model[0]), before)
+        model[0].requires_grad_(True)
+        steps(model, optimizer, range(25, 50))
+        assert all(25 <= pre.versions()[name] < 50 for name in mine) and mine <= pre.inverses().keys()
+        assert not any(torch.equal(a, b) for a, b in zip(copies(model[0]), before, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_run_resumed_while_a_layer_is_frozen_goes_on_bit_for_bit(way: str) -> None:
     def go_on(model: nn.Sequential, optimizer: kfdist.Optimizer) -> list[Tensor]:
         steps(model, optimizer, range(6, 9))
@@ -237,6 +255,28 @@ def test_a_layer_frozen_from_the_start_and_thawed_later_is_adamws_with_the_right
         steps(model, optimizer, range(3))
 
 
+def test_a_bias_frozen_from_the_start_and_thawed_later_is_adamws_beside_its_weights_block() -> None:
+    model = small_model()
+    bias = model.get_parameter("0.bias")
+    bias.requires_grad_(False)
+    other = nn.Parameter(bias.detach().clone())
+    adamw = torch.optim.AdamW([other], lr=0.02, weight_decay=0.01)
+    with optimizer_of(model, "default", factor_period=2, inverse_period=4) as optimizer:
+        steps(model, optimizer, range(5))
+        assert torch.equal(bias, other)
+        bias.requires_grad_(True)
+        with pytest.warns(KfdistWarning, match=r"1 parameters have .*: '0\.bias': it was frozen.* first-order method"):
+            for seed in range(5, 12):
+                backward(model, seed)
+                assert bias.grad is not None
+                other.grad = bias.grad.clone()
+                optimizer.precondition()
+                assert bias not in optimizer._directions and model.get_parameter("0.weight") in optimizer._directions
+                optimizer.step()
+                adamw.step()
+        assert torch.equal(bias, other)
+
+
 def test_a_new_head_is_refused_and_a_new_optimizer_has_it() -> None:
     model = small_model()
     with optimizer_of(model, "default") as optimizer:
@@ -250,6 +290,18 @@ def test_a_new_head_is_refused_and_a_new_optimizer_has_it() -> None:
         before = copies(model)
         steps(model, optimizer, range(3))
         assert not any(torch.equal(a, b) for a, b in zip(copies(model), before, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_converted_model_is_refused_before_anything_moves(way: str) -> None:
+    model = small_model()
+    with optimizer_of(model, way) as optimizer:
+        steps(model, optimizer, range(3))
+        model.float()  # gradients with it
+        before = copies(model)
+        with pytest.raises(ModelChanged, match="was converted from torch.float64 to torch.float32 after"):
+            optimizer.step()
+        assert_equal(copies(model), before)
 
 
 def test_a_compiled_model_is_trained_alike() -> None:

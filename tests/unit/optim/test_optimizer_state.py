@@ -50,6 +50,28 @@ def test_adamws_state_brings_its_moments():
         assert float(optimizer.state[other[0].weight]["step"]) == 4.0
 
 
+def test_a_state_with_a_tensor_for_a_learning_rate_goes_on():
+    model, other = small_model(), small_model()
+    adamw = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.5))
+    train(model, adamw, 2)
+    saved = io.BytesIO()
+    torch.save(adamw.state_dict(), saved)
+    saved.seek(0)
+    with optimizer_of(other, skip=("2",)) as optimizer:
+        optimizer.load_state_dict(torch.load(saved, weights_only=True))
+        assert torch.equal(optimizer.param_groups[0]["lr"], torch.tensor(0.5))
+        mine = train(other, optimizer, 1)
+        again = io.BytesIO()
+        torch.save(optimizer.state_dict(), again)
+    again.seek(0)
+    third = small_model()
+    with optimizer_of(third, skip=("2",)) as optimizer:
+        optimizer.load_state_dict(torch.load(again, weights_only=True))
+        assert float(optimizer.param_groups[0]["lr"]) == 0.5
+        third.load_state_dict(other.state_dict())
+        assert not any(torch.equal(a, b) for a, b in zip(mine, train(third, optimizer, 1), strict=True))
+
+
 def test_a_state_of_another_model_or_method_is_refused_by_name_and_changes_nothing():
     torch.manual_seed(0)
     wider = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)).double()

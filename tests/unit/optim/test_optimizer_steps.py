@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import kfdist
-from kfdist.errors import KfdistError
+from kfdist.errors import ConfigError, KfdistError
 from kfdist.optim.graft import grafted
 from tests.support.optimizing import BETAS, DECAY, EPS, LR, SYNCHRONOUS, backward, optimizer_of, small_model, train
 from tests.support.preconditioning import rows
@@ -247,6 +247,64 @@ def test_groups_have_their_own_settings_and_schedulers_change_them():
         update = model[0].weight.grad / (v.sqrt() + EPS)
     assert lengths[0] == pytest.approx(LR / 2 * 20**0.5, rel=1e-3)  # the first update is +-1 in all 20 places
     assert lengths[1] == pytest.approx(LR / 20 * float(update.norm()), rel=EXACT)
+
+
+@pytest.mark.parametrize("graft", ["adamw", "sgd", None])
+def test_a_tensor_for_a_learning_rate_is_read_at_each_step(graft: Any):
+    """A scheduler changes it in place, and somebody may replace that of a group, by one of another shape too."""
+    found = []
+    for in_tensors in (False, True):
+        model = small_model()
+        rate: Any = torch.tensor(LR, dtype=torch.float64) if in_tensors else LR
+        first, *rest = model.parameters()
+        groups = [{"params": [first]}, {"params": rest}]
+        with optimizer_of(model, graft=graft, lr=rate, params=groups, skip=("2",)) as optimizer:
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+            for seed in range(3):
+                backward(model, seed)
+                optimizer.step()
+                scheduler.step()
+            for group in optimizer.param_groups:
+                assert float(group["lr"]) == LR / 8 and isinstance(group["lr"], Tensor) is in_tensors
+                assert not in_tensors or group["lr"] is rate
+            optimizer.param_groups[1]["lr"] = torch.tensor([LR], dtype=torch.float64) if in_tensors else LR
+            found.append(train(model, optimizer, 2))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [
+        (torch.tensor([0.1, 0.2]), r"^lr: is a tensor of shape \(2,\); one number is needed"),
+        (torch.tensor(0.1, device="meta"), r"^lr: is a tensor on meta, .* keep it on the CPU, as lr\.cpu\(\)"),
+        (torch.tensor(-0.5), "^lr: -0.5 is not allowed"),
+        (torch.tensor(torch.nan), "^lr: nan is not allowed"),
+    ],
+)
+def test_a_tensor_that_is_no_learning_rate_is_refused(rate: Tensor, said: str):
+    model = small_model()
+    with pytest.raises(ConfigError, match=said):
+        optimizer_of(model, lr=rate)
+    with optimizer_of(model) as optimizer, pytest.raises(ConfigError, match=said):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "lr": rate})
+
+
+@pytest.mark.parametrize("graft", ["adamw", None])
+def test_a_learning_rate_that_a_step_would_wait_for_is_refused_before_anything_is_done(graft: Any):
+    model = small_model()
+    first, *rest = model.parameters()
+    with optimizer_of(model, graft=graft, kl_clip=None, params=[{"params": [first]}, {"params": rest}]) as optimizer:
+        train(model, optimizer, 1)
+        optimizer.param_groups[1]["lr"] = torch.tensor(LR, device="meta")
+        before = [p.detach().clone() for p in model.parameters()]
+        backward(model, 1)
+        with pytest.raises(ConfigError, match="^lr: is a tensor on meta"):
+            optimizer.step()
+        assert optimizer.preconditioner.next_step == 1
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        optimizer.param_groups[1]["lr"] = LR
+        optimizer.step()
+        assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_frozen_and_tied_parameters_are_stepped_once_or_not_at_all():

@@ -118,6 +118,54 @@ def test_a_table_gives_each_method_its_own_parameters() -> None:
         assert set(pre.counters()["inversions"]["by_method"]) == {"shampoo", "kfac", "unit-wise"}
 
 
+def few_layers() -> nn.ModuleDict:
+    return nn.ModuleDict({"table": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 3, bias=False)})
+
+
+@pytest.mark.parametrize("method", OF_GRADIENTS)
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        (("table.weight",), ["head.weight"]),
+        (("head.weight",), ["table.weight"]),
+        (("head.weight", "norm.bias"), ["table.weight"]),
+        (("*d.weight",), ["table.weight"]),
+        (("table",), ["head.weight"]),
+    ],
+)
+def test_a_parameter_is_skipped_by_its_own_name(method: str, skip: tuple[str, ...], left: list[str]) -> None:
+    model = few_layers()
+    with kfdist.Preconditioner(model, method, skip=skip, **SYNCHRONOUS) as pre:
+        rows = {row.parameter: row for row in pre.coverage().rows}
+        assert [name for name, row in rows.items() if row.block] == left
+        skipped = {name for name, row in rows.items() if row.reason == "skipped by configuration"}
+        assert skipped >= {"table.weight", "head.weight"} - set(left)
+        assert ("norm.bias" in skipped) == ("norm.bias" in skip)
+        model["head"](model["norm"](model["table"](torch.arange(5)))).square().mean().backward()
+        before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        pre.step()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, before[name]) == (name not in left), name
+
+
+def test_a_parameter_that_a_pattern_gives_to_gradients_is_skipped_by_its_name_and_another_is_not() -> None:
+    model, table = few_layers(), {"head": "shampoo", "*": "kfac"}
+    with kfdist.Preconditioner(model, table, skip=("head.weight",), **SYNCHRONOUS) as pre:
+        methods = {row.parameter: row.method for row in pre.coverage().rows}
+    assert (methods["head.weight"], methods["table.weight"]) == (None, "kfac-diagonal")
+    with pytest.raises(ConfigError, match=r"'table.weight' matches no layer; .* single parameters: write 'table'; "):
+        kfdist.Preconditioner(model, table, skip=("table.weight",), **SYNCHRONOUS)
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac-adam", kfdist.ByWidth()])
+def test_a_parameters_own_name_is_refused_by_methods_on_layers_with_the_layers_name(method: Any) -> None:
+    said = r"'\*.weight' matches no layer; only .* single parameters: write 'table', 'norm', 'head'; .* are 'table', "
+    for skip, message in (("*.weight", said), ("head.weight", "write 'head'; "), ("head.wait", "no layer; the layers")):
+        with pytest.raises(ConfigError, match=message):
+            kfdist.Preconditioner(few_layers(), method, skip=skip, **SYNCHRONOUS)
+
+
 def test_a_part_of_a_parameter_is_refused_with_the_parameters_name() -> None:
     model, x = nn.MultiheadAttention(6, 2), torch.randn(5, 4, 6)
     with pytest.raises(ConfigError, match=r"gives it 'q_proj', .* as in \{'in_proj_weight': 'shampoo'\}"):

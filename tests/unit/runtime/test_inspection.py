@@ -45,6 +45,22 @@ def test_training_in_eval_mode_throughout_is_noticed_at_the_first_step():
         assert "eval mode" not in str(pre.coverage())
 
 
+@pytest.mark.parametrize(("frozen", "noticed"), [(["weight"], True), (["bias"], True), (["weight", "bias"], False)])
+def test_a_norm_in_eval_mode_is_noticed_unless_all_of_it_is_frozen(frozen: list[str], noticed: bool):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    with preconditioner(model, "kfac") as pre, warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", KfdistWarning)
+        for name in frozen:
+            model.get_parameter(f"1.{name}").requires_grad_(False)
+        model[1].eval()
+        backward(model)
+        pre.step()
+    said = [str(each.message) for each in heard if issubclass(each.category, KfdistWarning)]
+    assert len(said) == noticed
+    assert not said or "'1': it was used in eval mode alone" in said[0]
+
+
 def test_what_uses_a_weight_and_cannot_be_measured_is_named():
     class Quadratic(nn.Module):
         def __init__(self) -> None:
@@ -86,6 +102,40 @@ def test_a_block_of_which_some_uses_are_measured_counts_apart():
         assert first.inversion == "in part: it is also used by exp, which can't be measured"
         assert (coverage.share, coverage.share_in_part) == (pytest.approx(6 / 15), pytest.approx(9 / 15))
         assert "40.00% of 15 trained parameters are preconditioned, 60.00% more by a part of" in str(coverage)
+
+
+@pytest.mark.parametrize(("skip", "share"), [((), 1.0), (("2",), 0.0)])
+def test_what_is_frozen_counts_apart_from_what_is_trained(skip: tuple[str, ...], share: float):
+    model = two_layers()
+    with preconditioner(model, skip=skip) as pre:
+        before = pre.coverage()
+        assert (before.trained, before.frozen) == (25 + 18, 0)
+        assert "frozen" not in str(before)
+        model[0].requires_grad_(False)
+        backward(model)
+        pre.step()
+        coverage = pre.coverage()
+        assert (coverage.trained, coverage.frozen, coverage.share) == (18, 25, share)
+        assert [(row.elements, row.frozen) for row in coverage.rows] == [(0, 20), (0, 5), (15, 0), (3, 0)]
+        assert [row.block for row in coverage.rows[:2]] == ["0", "0"]
+        lines = str(coverage).splitlines()
+        assert ["frozen" in line for line in lines[:4]] == [True, True, False, False]
+        assert lines[4] == f"{share:.2%} of 18 trained parameters are preconditioned; 25 more are frozen"
+        model[0].requires_grad_(True)
+        assert pre.coverage() == before
+
+
+def test_what_was_frozen_when_it_was_made_counts_apart_too():
+    model = two_layers()
+    model[0].requires_grad_(False)
+    with preconditioner(model) as pre:
+        coverage = pre.coverage()
+        assert (coverage.trained, coverage.frozen, coverage.share) == (18, 25, 1.0)
+        model.append(nn.Linear(2, 2).requires_grad_(False))
+        assert (pre.coverage().trained, pre.coverage().frozen) == (18, 25 + 6)
+        model.get_parameter("0.weight").requires_grad_(True)
+        coverage = pre.coverage()
+        assert (coverage.trained, coverage.frozen, coverage.share) == (18 + 20, 5 + 6, 18 / 38)
 
 
 def test_a_batch_without_examples_is_named_and_what_is_wrong_later_too():

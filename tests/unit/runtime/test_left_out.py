@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from kfdist.errors import KfdistWarning
 from kfdist.runtime.preconditioner import Preconditioner
-from tests.support.preconditioning import preconditioner
+from tests.support.preconditioning import backward, preconditioner, two_layers
 
 Q = 4
 
@@ -56,6 +56,32 @@ def test_what_is_thawed_later_is_said_and_counts(period: int) -> None:
 
     said, coverage = steps(model, thaw, factor_period=period, inverse_period=period)
     assert len(said) == 1 and "'0.bias', '0.weight': it was frozen" in said[0]
+    assert coverage.share == 0.5
+
+
+def test_a_bias_that_is_thawed_later_keeps_its_plain_gradient_beside_its_weights_block() -> None:
+    model = two_layers()
+    bias, weight = model.get_parameter("0.bias"), model.get_parameter("0.weight")
+    bias.requires_grad_(False)
+    with preconditioner(model) as pre:
+        backward(model)
+        pre.step()
+        bias.requires_grad_(True)
+        model.zero_grad()
+        backward(model, seed=1)
+        assert bias.grad is not None and weight.grad is not None
+        before = bias.grad.clone(), weight.grad.clone()
+        with pytest.warns(KfdistWarning, match=r"'0\.bias': it was frozen.*keep their plain gradients"):
+            pre.step()
+        assert torch.equal(bias.grad, before[0]) and not torch.equal(weight.grad, before[1])
+        assert pre.coverage().share == 1 - 5 / 43
+
+
+def test_what_is_skipped_is_no_news_when_it_is_thawed() -> None:
+    model = layers()
+    model[0].requires_grad_(False)
+    said, coverage = steps(model, lambda step: model[0].requires_grad_(step > 1), skip=["0"])
+    assert not said
     assert coverage.share == 0.5
 
 

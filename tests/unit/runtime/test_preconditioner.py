@@ -179,6 +179,10 @@ def parametrize(model: nn.Sequential) -> None:
     nn.utils.parametrizations.weight_norm(model[2])
 
 
+def convert(model: nn.Sequential) -> None:
+    model[2].to(torch.float32)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -189,6 +193,7 @@ def parametrize(model: nn.Sequential) -> None:
         (resize, "resized"),
         (transpose, "resized"),
         (parametrize, "replaced"),
+        (convert, "converted from torch.float64 to torch.float32"),
     ],
 )
 def test_a_changed_layer_is_named(change: Callable[[nn.Sequential], None], said: str):
@@ -198,6 +203,32 @@ def test_a_changed_layer_is_named(change: Callable[[nn.Sequential], None], said:
         change(model)
         with pytest.raises(ModelChanged, match=f"layer '2' was .*{said}.*make a new Preconditioner"):
             pre.step()
+
+
+@pytest.mark.parametrize("done", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ["kfac-eigen", "ekfac", "b-kfac", "seng", "ekfac-adam", "soap"])
+def test_a_converted_model_is_refused_at_the_next_step(method: str, dtype: torch.dtype, done: int):
+    """Also before the first one, and after a forward and backward of what it is by now, which fail in no other way."""
+    model = two_layers().float()
+    x, y = rows()
+    with preconditioner(model, method, kl_clip=None) as pre:
+        for _ in range(done):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x.float()), y).backward()
+            pre.step()
+        model.to(dtype)
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x.to(dtype)), y).backward()
+        before = gradients(model)
+        with pytest.raises(ModelChanged, match=f"layer '0.*' was converted from torch.float32 to {dtype} .*make a new"):
+            pre.step()
+        assert all(torch.equal(mine, old) for mine, old in zip(gradients(model), before, strict=True))
+    with preconditioner(model, method, kl_clip=None) as pre:  # a new one of the model as it is now
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x.to(dtype)), y).backward()
+        pre.step()
+        assert all(version == 0 for version in pre.versions().values())
 
 
 def test_wrapping_a_layer_afterwards_is_no_change():

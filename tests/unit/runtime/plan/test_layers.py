@@ -103,9 +103,18 @@ def _resize(model: nn.Sequential) -> None:
     model.get_parameter("2.weight").data = torch.zeros(9, 9)
 
 
+def _convert(model: nn.Sequential) -> None:
+    model.get_parameter("2.bias").data = model.get_parameter("2.bias").float()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(_replace, "replaced or removed"), (_give_parameter, "given other"), (_resize, "resized")],
+    [
+        (_replace, "replaced or removed"),
+        (_give_parameter, "given other"),
+        (_resize, "resized"),
+        (_convert, "converted from torch.float64 to torch.float32"),
+    ],
 )
 def test_what_stood_before_is_looked_at_again(change: Callable[[nn.Sequential], None], said: str):
     model = two_layers()
