@@ -197,7 +197,7 @@ def test_periods_change_one_step_after_the_agreed_one() -> None:
     run.steps(10)
     # Said before step 5; the table started at its end is complete at step 6, whose measurements had begun.
     assert [step for step, versions in enumerate(run.adopted) if len(versions) == 2] == [0, 7]
-    assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 2, 4, 6, 7, 10, 13]
+    assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 3, 4, 7, 10, 13]
     run.pre.close()
 
 
@@ -210,9 +210,9 @@ def test_users_may_want_blocks_inverted_out_of_turn_and_get_it_once() -> None:
     run.steps(3)
     run.link.wanted = RunSettings(revision=3, refresh_serial=2)
     run.steps(6)
-    # Said before steps 4, 7 and 10; agreed on one later, inverted one after that; phases are 0 and 6.
-    assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 6, 12]
-    assert [len(versions) for versions in run.adopted if versions] == [2, 2, 2]
+    # Said before steps 4, 7 and 10; agreed on one later, inverted one after that; phases are 0 and 7.
+    assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 6, 7, 12]
+    assert [len(versions) for versions in run.adopted if versions] == [2, 1, 1, 2]
     run.pre.close()
 
 
