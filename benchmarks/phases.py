@@ -43,7 +43,7 @@ def network(seed: int) -> nn.Sequential:
 
 
 def train(phase_of: Callable[..., int], seed: int) -> tuple[float, list[float]]:
-    """Trains; returns the mean loss of the last hundred steps, and the CPU milliseconds of each step after the first."""
+    """Trains; returns the mean loss of the last hundred steps, and the CPU milliseconds of each step after `WARM`."""
     schedule.phase_of = phase_of
     teacher, model = network(1000 + seed), network(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

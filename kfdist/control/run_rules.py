@@ -43,8 +43,8 @@ def started(record: RunRecord, *, epoch: int, world_size: int) -> Change:
     """Opens the start `epoch` of a run, when its first rank registers.
 
     A run that hadn't ended keeps its settings, so that ranks that crashed and restarted stay paused, and do what the
-    last ones hadn't heard of. One that had ended gets them reset. Whether a refresh that was agreed on is lost, the first
-    report tells.
+    last ones hadn't heard of. One that had ended gets them reset. Whether a refresh that was agreed on is
+    lost, the first report tells.
     """
     if record.state.ended:
         record = _reset(record)
