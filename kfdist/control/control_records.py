@@ -64,7 +64,9 @@ class RunRecord:
         obeyed_revision: The newest revision of the settings that all ranks have taken up.
         obeyed_step: The step at which they did.
         refresh_revision: The revision that last asked for fresh inverses; 0 if none did since the last reset.
-        refresh_step: The step at which the ranks of this start agreed on it; -1 if they haven't.
+        refresh_step: The step at which the ranks last agreed on one, in whatever start; -1 if they haven't, or it was
+            lost.
+        refreshed: The groups that they agreed on then; none: all.
         in_force: What the ranks go by, as rank 0 last said in this start.
         fingerprint: What the numbers of its ranks depend on.
         live_workers: Ranks alive within the lease.
@@ -91,6 +93,7 @@ class RunRecord:
     obeyed_step: int = 0
     refresh_revision: int = 0
     refresh_step: int = -1
+    refreshed: tuple[GroupName, ...] = ()
     in_force: InForce = InForce()
     fingerprint: str = ""
     live_workers: int = 0

@@ -7,6 +7,7 @@ in `steering`.
 from collections.abc import Iterator
 from dataclasses import replace
 
+from kfdist.control import steering
 from kfdist.control.control_records import PHASES, Change, Event, RunRecord, RunState
 from kfdist.policies import tuning
 from kfdist.types import Desired, InForce
@@ -42,7 +43,8 @@ def started(record: RunRecord, *, epoch: int, world_size: int) -> Change:
     """Opens the start `epoch` of a run, when its first rank registers.
 
     A run that hadn't ended keeps its settings, so that ranks that crashed and restarted stay paused, and do what the
-    last ones hadn't heard of. One that had ended gets them reset.
+    last ones hadn't heard of. One that had ended gets them reset. Whether a refresh that was agreed on is
+    lost, the first report tells.
     """
     if record.state.ended:
         record = _reset(record)
@@ -51,7 +53,6 @@ def started(record: RunRecord, *, epoch: int, world_size: int) -> Change:
         record = replace(record, settings=replace(record.settings, refresh_serial=0, refresh=()))
     opened = replace(
         record,
-        refresh_step=-1,
         epoch=epoch,
         world_size=world_size,
         begun=False,
@@ -66,7 +67,10 @@ def reported(record: RunRecord, *, phase: str, step: int, in_force: InForce | No
     """Takes over where rank 0 says that the run stands and what it goes by. A start that has ended stays ended."""
     if record.state.ended:
         return Change(record)
-    record, events = _obeyed(record, in_force, phase) if in_force is not None else (record, ())
+    record, events = _refresh_lost(record, phase, step)
+    if in_force is not None:
+        record, told = _obeyed(record, in_force, phase)
+        events += told
     state = PHASES[phase]
     if not state.ended and record.settings.desired is Desired.STOPPED:
         state = RunState.STOPPING
@@ -109,7 +113,7 @@ def _obeyed(record: RunRecord, in_force: InForce, phase: str) -> tuple[RunRecord
         elif texts:
             events.append(Event(kind="settings_obeyed", text=what))
         if record.obeyed_revision < record.refresh_revision <= each.revision:
-            record = replace(record, refresh_step=each.step)
+            record = replace(record, refresh_step=each.step, refreshed=record.settings.refresh)
         record = replace(
             record,
             asked=tuple(asked for asked in record.asked if asked[0] > each.revision),
@@ -117,6 +121,26 @@ def _obeyed(record: RunRecord, in_force: InForce, phase: str) -> tuple[RunRecord
             obeyed_step=each.step,
         )
     return replace(record, in_force=replace(in_force, obeyed=())), tuple(events)
+
+
+def _refresh_lost(record: RunRecord, phase: str, step: int) -> tuple[RunRecord, tuple[Event, ...]]:
+    """Asks anew, by a start's first report, for a refresh that the start before it had agreed on and lost.
+
+    A checkpoint of after the step of the agreement has it, made or still to be made; one of that step or before hasn't,
+    and the ranks do that step again without it.
+    """
+    state = PHASES[phase]
+    if record.begun or state is RunState.FAILED or step > record.refresh_step:
+        return record, ()
+    text = (
+        f"the refresh agreed on at step {record.refresh_step} was lost with the ranks: start {record.epoch} goes on "
+        f"from step {step}"
+    )
+    record = replace(record, step=step, refresh_step=-1)
+    if state.ended or record.settings.desired is Desired.STOPPED:
+        return record, (Event(kind="refresh_lost", text=f"{text} and stops; ask the next one"),)
+    again = steering.refreshed(record, record.refreshed, "the controller")
+    return again.record, (Event(kind="refresh_lost", text=f"{text}, and it is asked for anew"), *again.events)
 
 
 def _stop_obeyed(record: RunRecord, step: int) -> tuple[RunRecord, tuple[Event, ...]]:
@@ -138,6 +162,8 @@ def _ended(record: RunRecord, events: tuple[Event, ...]) -> Change:
             "after it"
         )
         events = (*events, Event(kind="refresh_left", text=text))
+        # It is in this start's checkpoint, and lost only with that.
+        record = replace(record, refresh_step=record.step - 1)
     if record.asked:
         told = ", ".join(f"revision {revision} ({text})" for revision, text in record.asked)
         how = f"the run ended ({record.state}) at step {record.step} before its ranks took it up; ask its next start"

@@ -83,7 +83,7 @@ def checkpointed(record: RunRecord, who: str) -> Change:
 
 
 def refreshed(record: RunRecord, groups: Sequence[GroupName], who: str) -> Change:
-    """Notes a request for fresh inverses.
+    """Notes a request for fresh inverses; it joins one that the ranks haven't obeyed yet.
 
     Args:
         record: The run.
@@ -99,6 +99,8 @@ def refreshed(record: RunRecord, groups: Sequence[GroupName], who: str) -> Chang
     )
     what = f"refresh of {shown or 'all blocks'}"
     serial = record.settings.refresh_serial + 1
+    if record.refresh_revision > record.obeyed_revision:  # ranks hear of the newest request alone
+        groups = list(dict.fromkeys([*record.settings.refresh, *groups])) if record.settings.refresh and groups else []
     moved = _asked(record, f"{what}, inverted at the next step", refresh_serial=serial, refresh=tuple(groups))
     moved = replace(moved, refresh_revision=moved.settings.revision)
     return Change(moved, (_request("refresh_requested", what, moved, who),))

@@ -21,6 +21,7 @@ class LinkContext:
         fingerprint: What the numbers of this rank depend on.
         assignment: How groups are dealt to owners: "round_robin", "model_order" or "lpt".
         inversion_bytes: What the largest group's inversion takes, estimated.
+        step: The step that the rank does first.
     """
 
     run: str
@@ -31,6 +32,7 @@ class LinkContext:
     fingerprint: str
     assignment: str = "round_robin"
     inversion_bytes: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

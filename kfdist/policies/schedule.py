@@ -6,6 +6,8 @@ Every rank asks the same questions and gets the same answers, so every rank ente
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
 
 from kfdist import checks
 from kfdist.errors import ConfigError
@@ -18,7 +20,8 @@ class Schedule:
     Attributes:
         factor_period: Steps between two foldings of a group.
         inverse_period: Steps between two inversions of a group, a multiple of `factor_period`.
-        groups: How many groups share the work; their phases spread it evenly over `inverse_period`.
+        groups: How many groups share the work; their phases spread inversions over `inverse_period` and foldings over
+            `factor_period`.
         together: Whether all groups are folded at the same steps, so that the others measure nothing.
         begin: The step from which on it holds.
 
@@ -45,8 +48,7 @@ class Schedule:
 
     def phase(self, group: int) -> int:
         """Returns the step, from `begin` and modulo `inverse_period`, at which group number `group` is inverted."""
-        phase = group * self.inverse_period // max(self.groups, 1)
-        return phase - phase % self.factor_period if self.together else phase
+        return phase_of(group, max(self.groups, 1), self.factor_period, self.inverse_period, self.together)
 
     def folds(self, group: int, step: int) -> bool:
         """Says whether the group's statistics are folded at `step`; all are at `begin`."""
@@ -65,3 +67,22 @@ class Schedule:
         phase, step = self.phase(group) % period, step - self.begin
         after_first = (step - phase) // period + 1 if step >= phase else 0
         return after_first if phase == 0 else after_first + 1
+
+
+@lru_cache(maxsize=8192)  # asked several times a group and step
+def phase_of(group: int, groups: int, factor_period: int, inverse_period: int, together: bool) -> int:
+    """Returns a group's phase: about `group / groups` of the inverse period, at a step where few others fold.
+
+    A group's exact share of the period is `whole` foldings and a remainder of one. Where the numbers of groups and of
+    foldings have a common divisor, every remainder recurs so many times, and all groups that have it would fold at the
+    same steps: 10 groups all at once, where a period has 10 foldings. So each time it recurs it is moved on by another
+    part of the distance to the next remainder; up and down, so that neighbours stay about a share apart.
+    """
+    foldings = inverse_period // factor_period
+    whole, remainder = divmod(group * foldings, groups)
+    if together:
+        return whole * factor_period
+    rounds = gcd(foldings, groups)
+    turn = group * rounds // groups
+    moved = 2 * turn if 2 * turn < rounds else 2 * (rounds - turn) - 1
+    return whole * factor_period + factor_period * (remainder + moved) // groups

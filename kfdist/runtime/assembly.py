@@ -115,6 +115,7 @@ def assemble(
         fingerprint=terms.fingerprint,
         assignment="round_robin" if service is None else service.assignment,
         inversion_bytes=largest_inversion(sent),
+        step=0 if service is None else service.first_step,
     )
     assembly = Assembly(terms=terms, communicators=communicators, link=made, pipeline=pipeline)
     try:

@@ -327,7 +327,8 @@ class Preconditioner(StatedLoss, Inspection):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts this rank where `state` says; jobs under way are shipped again. Local, no collective.
 
-        To be called before the first step. The first step then checks that all ranks begin in the same place.
+        To be called before the first step, which then checks that all ranks begin in the same place. The controller, if
+        there is one, hears where that is.
 
         Raises:
             KfdistError: A step was made or a state loaded before.
@@ -335,6 +336,8 @@ class Preconditioner(StatedLoss, Inspection):
         """
         with plain_arithmetic(self._plan.device):
             restore_pipeline(self.pipeline, state)
+        # Until now its courier has told the controller of the step that it was started with.
+        self._assembly.link.beat(self.pipeline.next_step, "running", ())
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises what `load_state_dict` would raise, and changes nothing."""

@@ -188,7 +188,8 @@ def make_training(
         communicator: The training group.
         materials: What was checked before.
         epoch: This start's number.
-        standing: How far the run has come; decides the learning rates of runs that are measured in epochs.
+        standing: How far the run has come; decides the learning rates of runs that are measured in epochs, and is
+            what the controller hears first.
     """
     model, device = materials.model, materials.device
     total_steps, position = config.run.steps, materials.sampler.start(standing.position)
@@ -232,6 +233,7 @@ def make_training(
             certificates=config.security.certificates,
             token_file=config.security.token_file,
             device="cuda" if config.cluster.bundle.gpus else "cpu",
+            first_step=standing.step,
         )
     plan = materials.plan
     settings = replace(

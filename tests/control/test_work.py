@@ -119,10 +119,25 @@ def test_a_refresh_names_groups_by_globs_and_the_log_its_step(trains, member) ->
     with pytest.raises(ConfigError, match="groups: 'conf1' matches no group of the run; did you mean 'conv1'"):
         trains.refresh("r", ["conf1"])
     member.register_worker("r", epoch=2, groups=GROUPS)  # of which the last start's ranks haven't heard
-    told = InForce(obeyed=(Obeyed(revision=revision + 1, step=9),))
-    assert member.beat_worker("r", epoch=2, step=9, in_force=told).settings.refresh_serial == 2
+    told = InForce(obeyed=(Obeyed(revision=revision + 1, step=10),))
+    assert member.beat_worker("r", epoch=2, step=10, in_force=told).settings.refresh_serial == 2
     member.register_worker("r", epoch=3, groups=GROUPS)  # its ranks have no old request to obey
-    assert member.beat_worker("r", epoch=3).settings.refresh_serial == 0
+    assert member.beat_worker("r", epoch=3, step=11).settings.refresh_serial == 0
+    assert texts(trains, "refresh_lost") == []
+
+
+@long_lease
+def test_a_refresh_that_a_crash_undid_is_asked_of_the_resumed_ranks(trains, member) -> None:
+    revision = trains.refresh("r", ["head"]).settings_revision
+    member.beat_worker("r", step=9, in_force=InForce(obeyed=(Obeyed(revision=revision, step=9),)))
+    assert trains.get("r").obeyed_revision == revision
+    member.register_worker("r", epoch=2, groups=GROUPS)
+    settings = member.beat_worker("r", epoch=2, step=5).settings
+    assert (settings.refresh_serial, list(settings.refresh)) == (1, ["head"])
+    (text,) = texts(trains, "refresh_lost")
+    assert text.startswith("the refresh agreed on at step 9 was lost with the ranks: start 2 goes on from step 5")
+    shown = trains.get("r")
+    assert shown.settings_revision == settings.revision > shown.obeyed_revision == revision
 
 
 @long_lease

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -76,6 +77,16 @@ def test_commands_come_and_beats_go(controller, owners, start_link):
         link.close()
         assert client.get(RUN).step == 42  # the last beat is told before the courier ends
         assert client.get(RUN).state == "finished"
+
+
+def test_the_first_event_of_a_resumed_start_names_the_step_that_it_goes_on_with(controller, start_link):
+    start_link(controller.address, as_told=replace(context(), run="resumed", step=50))
+    with controller.client() as client:
+        eventually(
+            lambda: [run.state for run in client.runs() if run.name == "resumed"], lambda seen: seen == ["running"]
+        )
+        texts = [event.text for event in client.events("resumed") if event.kind == "running"]
+        assert texts == ["created -> running at step 50"] and client.get("resumed").step == 50
 
 
 def test_many_samples_are_told_in_parts(controller, owners, start_link):

@@ -85,7 +85,7 @@ class ControllerSession:
         self.in_force: InForce | None = None
         self._inversion_seconds = inversion_seconds
         self._revision = 0
-        self._step, self._phase = 0, "running"
+        self._step, self._phase = setup.context.step, "running"
         self._samples: deque[MetricSample] = deque()
         self._due = asyncio.Event()
         self._ending = False

@@ -30,6 +30,7 @@ class Service:
     deadline_seconds: float = DEADLINE_SECONDS
     credentials: Credentials | None = None
     device: str = "cpu"
+    first_step: int = 0
 
     def __post_init__(self) -> None:
         server_address(self.address, field="address")
@@ -43,6 +44,7 @@ class Service:
         checks.choice("assignment", self.assignment, POLICIES)
         checks.number("deadline_seconds", self.deadline_seconds, above=0)
         checks.choice("device", self.device, DEVICES)
+        checks.count("first_step", self.first_step, least=0)
 
 
 def connect(
@@ -55,6 +57,7 @@ def connect(
     certificates: str | None = None,
     token_file: str | None = None,
     device: str = "cpu",
+    first_step: int = 0,
 ) -> Service:
     """Says which service a preconditioner's inversions go to; nothing is contacted until the preconditioner is made.
 
@@ -69,6 +72,8 @@ def connect(
         token_file: The file with the token; `token` in that directory if None.
         device: Where the owners invert, "cpu" or "cuda". Only `FixedLag` looks at it: there an owner must compute what
             this rank would on such a device, bit for bit, so that it matters not who inverts.
+        first_step: The step at which this start begins, where a state is loaded: until the rank has said more, it is
+            what the controller knows of it.
 
     Raises:
         ConfigError: A value is out of range.
@@ -81,6 +86,7 @@ def connect(
         deadline_seconds=deadline_seconds,
         credentials=Credentials.at(Role.CLIENT, certificates, token_file),
         device=device,
+        first_step=first_step,
     )
 
 

@@ -211,7 +211,70 @@ def test_a_refresh_that_nobody_heard_of_is_for_the_next_start_after_a_crash_and_
     assert (again.settings.refresh_serial, again.settings.refresh) == (1, ("0",))
     heard = run_rules.reported(again, phase="running", step=4, in_force=InForce(obeyed=(Obeyed(revision=1, step=4),)))
     third = run_rules.started(heard.record, epoch=3, world_size=2).record
-    assert (third.settings.refresh_serial, third.settings.refresh, third.refresh_step) == (0, (), -1)
+    assert (third.settings.refresh_serial, third.settings.refresh) == (0, ())
+
+
+def agreed_refresh(phase: str = "running") -> RunRecord:
+    """A run whose ranks agreed on a refresh of block 0 at step 7, and did or ended as `phase` says."""
+    record = steering.refreshed(running(), ["0"], "ada").record
+    told = InForce(obeyed=(Obeyed(revision=1, step=7),))
+    return run_rules.reported(record, phase=phase, step=8, in_force=told).record
+
+
+def of_refreshes(change: Change) -> list[str]:
+    return [event.text for event in change.events if event.kind.startswith("refresh_")]
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["started again", "made ready for another start"])
+@pytest.mark.parametrize(("step", "is_lost"), [(3, True), (7, True), (8, False)])
+def test_a_refresh_that_is_lost_with_all_ranks_is_told_and_asked_for_anew(step: int, is_lost: bool, by_hand: bool):
+    record = run_rules.silent(agreed_refresh(), lease_seconds=10).record
+    record = RunRules.create(record) if by_hand else record
+    record = run_rules.started(record, epoch=2, world_size=2).record
+    assert (record.settings.refresh_serial, record.settings.refresh) == (0, ())
+    revision = record.settings.revision + 1
+    change = run_rules.reported(record, phase="running", step=step)
+    assert of_refreshes(change) == is_lost * [
+        f"the refresh agreed on at step 7 was lost with the ranks: start 2 goes on from step {step}, and it is asked "
+        "for anew",
+        f"refresh of 0 asked for at step {step} by the controller (revision {revision})",
+    ]
+    settings = change.record.settings
+    assert (settings.refresh_serial, settings.refresh) == ((1, ("0",)) if is_lost else (0, ()))
+    if is_lost:
+        told = InForce(obeyed=(Obeyed(revision=revision, step=step + 1),))
+        obeyed = run_rules.reported(change.record, phase="running", step=step + 2, in_force=told)
+        what = f"revision {revision} (refresh of 0, inverted at the next step), agreed on by all ranks at step"
+        assert [event.text for event in obeyed.events] == [f"{what} {step + 1}"]
+        assert obeyed.record.refresh_step == step + 1
+    else:
+        assert run_rules.reported(change.record, phase="running", step=step + 1).events == ()
+
+
+def test_a_lost_refresh_is_told_where_the_next_start_stops_and_waits_for_another_where_it_fails():
+    lost = run_rules.silent(agreed_refresh(), lease_seconds=10).record
+    stopping = run_rules.started(steering.desired(lost, Desired.STOPPED, "ada").record, epoch=2, world_size=2).record
+    text = "the refresh agreed on at step 7 was lost with the ranks: start 2 goes on from step 3 and stops; ask the"
+    assert of_refreshes(run_rules.reported(stopping, phase="running", step=3)) == [f"{text} next one"]
+    failed = run_rules.reported(run_rules.started(lost, epoch=2, world_size=2).record, phase="failed", step=3)
+    assert of_refreshes(failed) == []
+    third = run_rules.started(failed.record, epoch=3, world_size=2).record
+    assert len(of_refreshes(run_rules.reported(third, phase="running", step=3))) == 2
+
+
+def test_a_refresh_that_is_left_to_the_next_start_is_lost_with_its_checkpoint_alone():
+    again = run_rules.started(agreed_refresh("stopped"), epoch=2, world_size=2).record
+    assert of_refreshes(run_rules.reported(again, phase="running", step=8)) == []
+    assert len(of_refreshes(run_rules.reported(again, phase="running", step=5))) == 2
+
+
+def test_a_second_request_before_the_ranks_have_heard_of_the_first_is_for_both():
+    both = steering.refreshed(steering.refreshed(running(), ["0"], "ada").record, ["1", "0"], "ben").record
+    assert (both.settings.refresh_serial, both.settings.refresh) == (2, ("0", "1"))
+    assert steering.refreshed(both, [], "ada").record.settings.refresh == ()
+    everything = steering.refreshed(running(), [], "ada").record
+    assert steering.refreshed(everything, ["1"], "ben").record.settings.refresh == ()
+    assert steering.refreshed(agreed_refresh(), ["1"], "ben").record.settings.refresh == ("1",)
 
 
 def test_the_log_says_from_which_value_also_where_that_one_is_not_in_force_yet():

@@ -71,7 +71,29 @@ def test_inversions_are_spread_evenly_over_the_period(schedule: Schedule):
     busiest = max(phases.count(phase) for phase in phases)
     assert busiest == -(-schedule.groups // schedule.inverse_period), "no step has more than its share"
     gaps = [b - a for a, b in zip(phases, [*phases[1:], phases[0] + schedule.inverse_period], strict=True)]
-    assert max(gaps) - min(gaps) <= 1
+    share, moved = schedule.inverse_period / schedule.groups, 2 * schedule.factor_period / schedule.groups
+    assert all(abs(gap - share) < 1 + moved for gap in gaps)
+
+
+@given(schedules())
+def test_foldings_are_spread_evenly_over_their_period(schedule: Schedule):
+    for step in range(1, schedule.factor_period + 1):
+        folding = sum(schedule.folds(group, step) for group in range(schedule.groups))
+        assert folding in (schedule.groups // schedule.factor_period, -(-schedule.groups // schedule.factor_period))
+
+
+@pytest.mark.parametrize("groups", [5, 10, 20, 40])
+def test_numbers_of_groups_that_divide_the_periods_have_due_steps_of_their_own(groups: int):
+    schedule = Schedule(factor_period=10, inverse_period=100, groups=groups)
+    for period, busiest in ((10, -(-groups // 10)), (20, -(-groups // 20)), (100, 1)):
+        due = [sum(schedule.due(group, step, period) for group in range(groups)) for step in range(1, 101)]
+        assert max(due) == busiest
+
+
+def test_phases_are_exact_shares_of_the_period_where_these_spread_foldings_too():
+    for groups in (1, 3, 7, 41, 107):
+        schedule = Schedule(factor_period=10, inverse_period=100, groups=groups)
+        assert [schedule.phase(group) for group in range(groups)] == [100 * group // groups for group in range(groups)]
 
 
 @pytest.mark.parametrize("name", ["factor_period", "inverse_period"])

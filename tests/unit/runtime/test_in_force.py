@@ -197,7 +197,7 @@ def test_periods_change_one_step_after_the_agreed_one() -> None:
     run.steps(10)
     # Said before step 5; the table started at its end is complete at step 6, whose measurements had begun.
     assert [step for step, versions in enumerate(run.adopted) if len(versions) == 2] == [0, 7]
-    assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 2, 4, 6, 7, 10, 13]
+    assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 3, 4, 7, 10, 13]
     run.pre.close()
 
 
@@ -210,9 +210,9 @@ def test_users_may_want_blocks_inverted_out_of_turn_and_get_it_once() -> None:
     run.steps(3)
     run.link.wanted = RunSettings(revision=3, refresh_serial=2)
     run.steps(6)
-    # Said before steps 4, 7 and 10; agreed on one later, inverted one after that; phases are 0 and 6.
-    assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 6, 12]
-    assert [len(versions) for versions in run.adopted if versions] == [2, 2, 2]
+    # Said before steps 4, 7 and 10; agreed on one later, inverted one after that; phases are 0 and 7.
+    assert [step for step, versions in enumerate(run.adopted) if versions] == [0, 6, 7, 12]
+    assert [len(versions) for versions in run.adopted if versions] == [2, 1, 1, 2]
     run.pre.close()
 
 
@@ -254,23 +254,23 @@ def test_the_clip_can_be_changed_and_taken_away() -> None:
 
 def test_a_clip_by_schedule_is_the_clip_that_users_set_at_its_steps_and_goes_on_after_a_resume() -> None:
     def schedule(step: int) -> float:
-        return 1e-6 if step < 4 else 1e-3
+        return 1e-6 if step < 6 else 1e-3
 
     by_hand, by_schedule, stopped, resumed = Run(kl_clip=1e-6), *(Run(kl_clip=schedule) for _ in range(3))
-    by_hand.steps(3)
-    by_hand.set(kl_clip=1e-3)  # said before step 3, in force at step 4
+    by_hand.steps(5)
+    by_hand.set(kl_clip=1e-3)  # said before step 5, in force at step 6: a step that waits for inverses obeys at once
     by_hand.steps(4)
-    by_schedule.steps(7)
-    stopped.steps(3)
+    by_schedule.steps(9)
+    stopped.steps(5)
     resumed.model.load_state_dict(stopped.model.state_dict())
     resumed.pre.load_state_dict(stopped.pre.state_dict())
     resumed.steps(4)
     assert by_schedule.parameters == by_hand.parameters == resumed.parameters
     told = by_schedule.pre.pipeline.in_force.told
-    assert [told(step).values["kl_clip"] for step in (3, 4)] == [1e-6, 1e-3]
+    assert [told(step).values["kl_clip"] for step in (5, 6)] == [1e-6, 1e-3]
     by_schedule.set(kl_clip=1e-5)
     by_schedule.steps(2)
-    assert told(9).values["kl_clip"] == 1e-5  # for the rest of the run
+    assert told(11).values["kl_clip"] == 1e-5  # for the rest of the run
     for run in (by_hand, by_schedule, stopped, resumed):
         run.pre.close()
 
@@ -303,11 +303,11 @@ def test_what_a_schedule_raises_is_told_at_the_step_and_not_before(name: str, be
 
 @pytest.mark.parametrize("off", [None, 0, 0.0])
 def test_a_schedule_turns_the_clip_off_as_users_do(off: float | None) -> None:
-    by_hand, by_schedule = Run(kl_clip=1e-6), Run(kl_clip=lambda step: 1e-6 if step < 4 else off)
-    by_hand.steps(3)
-    by_hand.set(kl_clip=0.0)  # said before step 3, in force at step 4
+    by_hand, by_schedule = Run(kl_clip=1e-6), Run(kl_clip=lambda step: 1e-6 if step < 6 else off)
+    by_hand.steps(5)
+    by_hand.set(kl_clip=0.0)  # said before step 5, in force at step 6
     by_hand.steps(4)
-    by_schedule.steps(7)
+    by_schedule.steps(9)
     assert by_schedule.parameters == by_hand.parameters
     assert [run.pre.pipeline.in_force.told(7).values["kl_clip"] for run in (by_hand, by_schedule)] == [0.0, 0.0]
     by_hand.pre.close()

@@ -10,6 +10,7 @@ from torch import nn
 
 from kfdist.errors import CheckpointError, KfdistWarning
 from kfdist.wire.tree import pack, unpack
+from tests.support.faulty.link import FaultyLink
 from tests.support.preconditioning import backward, preconditioner, two_layers
 
 
@@ -37,6 +38,23 @@ def test_a_state_goes_on_from_a_file_without_pickled_code(by_torch: bool):
     _, resumed = trained(range(3, 5), again)
     _, whole = trained(range(5))
     assert all(torch.equal(one, other) for one, other in zip(resumed, whole, strict=True))
+
+
+def test_the_controller_hears_where_a_loaded_state_goes_on():
+    def trained(link: FaultyLink, steps: int, state: Any = None) -> dict[str, Any]:
+        model = two_layers()
+        with preconditioner(model, "kfac-eigen", link=link) as pre:
+            if state is not None:
+                pre.load_state_dict(state)
+            for step in range(steps):
+                model.zero_grad()
+                backward(model, seed=step)
+                pre.step()
+            return pre.state_dict()
+
+    resumed = FaultyLink()
+    trained(resumed, 0, trained(FaultyLink(), 3))
+    assert resumed.told == [(3, "running")]
 
 
 def test_a_state_of_an_older_format_is_refused_with_what_to_do():
