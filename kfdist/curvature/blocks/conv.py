@@ -17,6 +17,7 @@ from typing_extensions import override
 from kfdist.curvature.blocks.base import Operation, ParameterPart
 from kfdist.curvature.blocks.layer_block import LayerBlock
 from kfdist.curvature.thin_sums import Columns
+from kfdist.linalg.uploads import sent
 from kfdist.torch_internals import Convolution
 from kfdist.types import BlockName, BlockShape
 
@@ -143,8 +144,8 @@ class AbstractConvBlock(LayerBlock):
             on_one = (pixel >= 0) & (pixel <= (size - 1) * spread) & (pixel % spread == 0)
             within = within & _along(on_one, 1 + i, dims)
             index.append(_along((pixel // spread).clamp(0, size - 1), 1 + i, dims))
-        picked = activation.movedim(1, -1)[tuple(each.to(device, non_blocking=True) for each in index)]
-        rows = torch.where(within.to(device, non_blocking=True).unsqueeze(-1), picked, 0.0).movedim(-1, 1)
+        picked = activation.movedim(1, -1)[tuple(sent(each, device) for each in index)]
+        rows = torch.where(sent(within, device).unsqueeze(-1), picked, 0.0).movedim(-1, 1)
         rows = rows.unflatten(1, (self.shape.groups, -1)).flatten(2).transpose(0, 1)
         kernel, channels = self._conv.kernel_size, self._conv.in_channels // self.shape.groups
         if math.prod(map(len, met)) == math.prod(kernel):
@@ -157,14 +158,14 @@ class AbstractConvBlock(LayerBlock):
         columns = torch.arange(channels * math.prod(kernel), device="cpu").reshape(channels, *kernel)
         for i, places in enumerate(met):
             columns = columns.index_select(1 + i, torch.tensor(places, dtype=torch.int64, device="cpu"))
-        return rows, columns.flatten().to(device, non_blocking=True)
+        return rows, sent(columns.flatten(), device)
 
     @override
     def drawn_outputs(
         self, output_gradient: Float[Tensor, "N D ..."], chosen: Int64[Tensor, " r"]
     ) -> Float[Tensor, "c r p"]:
         at = torch.unravel_index(chosen, (len(output_gradient), *output_gradient.shape[2:]))
-        rows = output_gradient.movedim(1, -1)[tuple(each.to(output_gradient.device, non_blocking=True) for each in at)]
+        rows = output_gradient.movedim(1, -1)[tuple(sent(each, output_gradient.device) for each in at)]
         return rows.unflatten(-1, (self.shape.groups, -1)).transpose(0, 1)
 
     @override
