@@ -1,8 +1,8 @@
 """A second device on a machine without one: "cpu:1", whose tensors compute on the CPU and refuse what a GPU would.
 
-A GPU refuses an operation on tensors of two devices. It makes the host wait for a copy that blocks, which one of pageable
-memory does whatever it is told, unless it is small, and for an operator whose result or shape depends on values. On a
-CPU alone none of this can be seen.
+A GPU refuses an operation on tensors of two devices. It makes the host wait for a copy that blocks, as one of much
+pageable memory does whatever it is told, and for an operator whose result or shape depends on values. On a CPU alone
+none of this can be seen.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ READS = frozenset(
 decompositions look whether they have converged."""
 
 TAKES_NUMBERS_ALONG = frozenset({"index_put", "index_put_", "where"})
-"""Operators that copy a number of the host's to the device first, and wait for the copy; most take it as an argument."""
+"""Operators that copy a number of the host's to the device, and wait for that; others take it as an argument."""
 
 _SENT: dict[int, Tensor] = {}
 """What `kfdist.linalg.uploads.sent` is about to copy, by its id."""

@@ -226,7 +226,7 @@ def test_a_thread_inverts_on_the_gpu_of_the_rank_that_started_it(monkeypatch: py
 
 
 def test_a_device_that_cant_be_used_is_told_and_not_waited_for() -> None:
-    link = LocalLink("cuda:7")
+    link = LocalLink("cuda:99")
     link.start(CONTEXT)
     link.wait(30)
     with pytest.raises(KfdistError, match="the inversion thread failed"):
