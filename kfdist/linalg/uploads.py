@@ -12,9 +12,9 @@ Execution" in the CUDA C++ programming guide)."""
 def sent(tensor: Shaped[Tensor, "*shape"], device: torch.device | str) -> Shaped[Tensor, "*shape"]:
     """Returns a tensor on a device; where it comes from the host, without a wait for the device.
 
-    `to(device, non_blocking=True)` alone doesn't wait for pinned memory only. Of more pageable memory than
-    `TAKEN_AT_ONCE` the driver fills buffers of its own, in the stream's order: the host stands still until the device
-    has done what was enqueued before, and torch's synchronisation warnings say nothing of it. So larger tensors go by
+    Of pinned memory `to(device, non_blocking=True)` waits for nothing. Of more pageable memory than `TAKEN_AT_ONCE` it
+    does, and torch's synchronisation warnings say nothing of it: the driver fills buffers of its own, in the stream's
+    order, so that the host stands still until the device has done what was enqueued before. So larger tensors go by
     pinned memory, which torch keeps for the next ones and doesn't give away while a copy reads it.
 
     Args:

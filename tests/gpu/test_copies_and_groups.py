@@ -90,6 +90,7 @@ def test_tables_and_payloads_travel_without_a_wait(
     payload = os.urandom(1 << 16)
     header = Header.of(JobResult(group="a", version=3, payload=payload, seconds=0.1, owner="owner-0"))
     tables, digest = TableExchange(world), torch.tensor(77, device=device)
+    tables.agree([0])  # NCCL connects the ranks at the first collective, and may wait
     with without_waiting():
         tables.start([5, 6, 0, 0], digest)
         travelling = PayloadBroadcast(world, header, source=0, payload=payload)
