@@ -205,8 +205,8 @@ def _of_this_thread(device: str) -> str:
 def _apart(device: str) -> Iterator[None]:
     """Has what this thread does on a GPU go beside what others enqueue there.
 
-    A new thread enqueues on the default stream, where training is, too: steps would stand behind inversions. Nothing else
-    orders the two, and nothing has to: a job comes as bytes, and its result is bytes once it is there.
+    A new thread enqueues on the default stream, where training is, too: steps would stand behind inversions. Nothing
+    else orders the two, and nothing has to: a job comes as bytes, and its result is bytes once it is there.
     """
     if torch.device(device).type != "cuda":
         yield
