@@ -43,7 +43,7 @@ def product_precision(device: torch.device | str) -> str:
         said = backends.cuda.matmul.fp32_precision
     else:
         said = backends.mkldnn.matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return "ieee" if said == "none" else said
+    return "ieee" if said == "none" else str(said)
 
 
 @contextmanager
