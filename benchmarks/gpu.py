@@ -4,16 +4,23 @@
 
 ResNet-50 on synthetic images, 256 a step, under bfloat16 autocast with channels last, as the recipe imagenet-resnet50
 has it; inverses by an owner on CPUs, then by one on the same GPU. `--tiny` runs the same code on a CPU in seconds.
+
+The file is written after each part, so that nothing is lost where time runs out. A part that fails is told, and the
+others go on, as long as the device answers; the exit code is then 1.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,7 @@ from kfdist.errors import ConfigError
 from kfdist.links.link import AbstractLink
 from kfdist.links.local import LocalLink
 from kfdist.models import build_model
+from kfdist.system.files import replace_file
 from kfdist.system.provenance import processor_field, versions
 from kfdist.training.method import plan_of
 from kfdist.types import JobResult
@@ -129,6 +137,16 @@ def steps(task: Task, seconds: float, preconditioner_of: Any) -> dict[str, Any]:
             pre.step()
         optimizer.step()
 
+    with nullcontext() if pre is None else pre:  # which ends its processes where a step fails, too
+        found = timed(task, seconds, step)
+        if pre is not None:
+            totals = pre.counters()
+            found |= {"largest_staleness": max(pre.staleness().values()), "adoptions": totals["adoptions"]}
+    return found
+
+
+def timed(task: Task, seconds: float, step: Callable[[], None]) -> dict[str, Any]:
+    """Makes steps for some seconds; returns how long they took, and the most memory."""
     begun = time.perf_counter()
     step()  # with kfdist, this waits for the first inverses
     task.finish()
@@ -157,10 +175,6 @@ def steps(task: Task, seconds: float, preconditioner_of: Any) -> dict[str, Any]:
     }
     if task.device.type == "cuda":
         found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    if pre is not None:
-        totals = pre.counters()
-        found |= {"largest_staleness": max(pre.staleness().values()), "adoptions": totals["adoptions"]}
-        pre.close()
     return found
 
 
@@ -206,8 +220,62 @@ def inversions(task: Task, method: str, device: str) -> dict[str, Any]:
     }
 
 
-def measure(task: Task, seconds: float) -> dict[str, Any]:
-    """Measures all within a budget: three fifths for steps, the rest for inversions, cheap methods first."""
+@dataclass
+class Report:
+    """What was measured so far, as the file has it.
+
+    Attributes:
+        path: The file.
+        device: Where it is measured.
+        facts: What is told beside the measurements.
+        parts: The measurements, by kind and name.
+        lost: Why nothing more can be measured; empty while the device answers.
+    """
+
+    path: Path
+    device: torch.device
+    facts: Mapping[str, Any]
+    parts: dict[str, dict[str, dict[str, Any]]] = field(default_factory=lambda: {"steps": {}, "inversions": {}})
+    lost: str = ""
+
+    def add(self, kind: str, name: str, measured: Callable[[], dict[str, Any]]) -> None:
+        """Measures a part, and writes the file; what goes wrong is what it says of this part."""
+        found: dict[str, Any] = {"failed": self.lost}
+        if not self.lost:
+            try:
+                found = measured()
+            except Exception as error:
+                traceback.print_exc()
+                found = {"failed": f"{type(error).__name__}: {error}"}
+            self.lost = self._left_over()
+        self.parts[kind][name] = found
+        print(f"{kind}, {name}: {found}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file anew."""
+        text = json.dumps({**self.facts, **self.parts}, indent=2) + "\n"
+        replace_file(self.path, text.encode())
+
+    @property
+    def failures(self) -> list[str]:
+        """The parts that failed."""
+        return [f"{kind}, {name}" for kind, found in self.parts.items() for name in found if "failed" in found[name]]
+
+    def _left_over(self) -> str:
+        """Frees what the last part held; says whether the device, after an error of its own, no longer answers."""
+        gc.collect()
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                return f"the device doesn't answer any more: {error}"
+        return ""
+
+
+def measure(task: Task, seconds: float, report: Report) -> None:
+    """Measures all within a budget: about half for steps, the rest for inversions, cheap methods first."""
     ends = time.perf_counter() + seconds
     config = load_config(Path(RECIPE), environment={})
     threads = config.cluster.threads
@@ -220,20 +288,23 @@ def measure(task: Task, seconds: float) -> dict[str, Any]:
 
         return make
 
-    share = seconds / 5
-    found: dict[str, Any] = {"sgd": steps(task, share / 2, None)}
+    def with_owner(device: str) -> dict[str, Any]:
+        with served(threads=threads, device=device) as running:
+            return steps(task, share, preconditioner(running.service))
+
+    share = seconds / 8
+    report.add("steps", "sgd", lambda: steps(task, share / 2, None))
     if task.tiny:
-        found["kfdist, local"] = steps(task, share, preconditioner(LocalLink()))
+        report.add("steps", "kfdist, local", lambda: steps(task, share, preconditioner(LocalLink())))
     else:
         for device in ("cpu", task.device.type):
-            with served(threads=threads, device=device) as running:
-                found[f"kfdist, owner on {device}"] = steps(task, share, preconditioner(running.service))
-    of_methods: dict[str, dict[str, Any]] = {}
+            report.add("steps", f"kfdist, owner on {device}", partial(with_owner, device))
     cheap = ["rs-kfac", "sre-kfac", "kfac", "seng", "eva", "cg-fac", "ekfac", "b-kfac", "b-r-kfac", "b-kfac-c"]
     for method in dict.fromkeys([*cheap, *INVERTERS]):
-        over = time.perf_counter() > ends
-        of_methods[method] = {"skipped": "no time left"} if over else inversions(task, method, task.device.type)
-    return {"steps": found, "inversions": of_methods}
+        if time.perf_counter() > ends:
+            report.add("inversions", method, lambda: {"skipped": "no time left"})
+        else:
+            report.add("inversions", method, partial(inversions, task, method, task.device.type))
 
 
 def hardware(device: torch.device) -> Mapping[str, Any]:
@@ -245,7 +316,7 @@ def hardware(device: torch.device) -> Mapping[str, Any]:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Measures, writes and prints."""
+    """Measures, writes and prints; ends with 1 where a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=180.0, help="about how long it may take, the starts beside it")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -254,17 +325,16 @@ def main(words: list[str] | None = None) -> None:
     if not given.tiny and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here; --tiny tries the benchmark on a CPU")
     device = torch.device("cpu" if given.tiny else "cuda")
-    result = {
+    facts = {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(device),
         "versions": versions(),
-        **measure(Task(device=device, tiny=given.tiny), given.seconds),
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for part in ("steps", "inversions"):
-        for name, found in result[part].items():
-            print(f"{name}: {found}")
+    report = Report(path=given.out, device=device, facts=facts)
+    measure(Task(device=device, tiny=given.tiny), given.seconds, report)
+    if failures := report.failures:
+        raise SystemExit("failed: " + "; ".join(failures))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from kfdist.curvature.blocks.experts import ExpertsBlock
 from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.curvature.blocks.row_budget import affordable_examples, draw_rows
 from kfdist.curvature.blocks.rows import accumulation_dtype
+from kfdist.linalg.uploads import sent
 
 _EXAMPLES_SEED = 0x5851F42D4C957F2D
 """Keeps the draw of examples independent of the draw of positions, which has the block's own seed."""
@@ -264,7 +265,7 @@ class Collector:
             return None, 1.0
         seed = (request.seed + visit.number) & SEED_MASK
         chosen = spread(draw_rows(n, count, seed ^ _EXAMPLES_SEED), length, n)
-        return chosen.to(gradients.device, non_blocking=True), n / count
+        return sent(chosen, gradients.device), n / count
 
     def drain(self, repeats: int) -> dict[str, BatchStatistics]:
         """Returns the scaled statistics of the blocks that have any, and starts afresh.
@@ -331,7 +332,7 @@ class Collector:
         if mask is None and visit.stated.mask is not None:
             self.masked.fits_not(block.name, visit.stated, (shape[0], shape[1]))
         if mask is not None:
-            counted = mask.to(output_gradient.device, non_blocking=True) | (output_gradient != 0).any(-1)
+            counted = sent(mask, output_gradient.device) | (output_gradient != 0).any(-1)
             kept = counted if kept is None else kept & counted
         elif shape[1] > 1 or visit.stated.examples is None:
             self.zero_rows.add(block.name, output_gradient)
@@ -377,7 +378,7 @@ class Collector:
         seed = (self._requests[self._leader.get(visit.name, visit.name)].seed + number) & SEED_MASK
         generator = torch.Generator(device="cpu").manual_seed(seed ^ _EXAMPLES_SEED)
         chosen = spread(torch.randperm(n, generator=generator, device="cpu")[:kept], len(activation), n)
-        return chosen.to(activation.device, non_blocking=True), n / kept
+        return sent(chosen, activation.device), n / kept
 
     def _add_sums(self, pending: PendingStatistics, seen: MeasuredCall) -> int | Tensor:
         """Adds the plain sums that are asked for; returns the number of rows."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kfdist import checks
 from kfdist.errors import ConfigError
+from kfdist.linalg.uploads import sent
 
 LOSSES = ("cross_entropy", "mse", "binary_cross_entropy")
 
@@ -168,7 +169,7 @@ def _work(output: Tensor) -> Tensor:
 
 def _drawn(draw: Callable[..., Tensor], shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
     drawn = draw(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return drawn.to(like.device, like.dtype, non_blocking=True)
+    return sent(drawn.to(like.dtype), like.device)
 
 
 def _classes_last(logits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from kfdist.curvature.blocks import LayerBlock
 from kfdist.curvature.blocks.rows import TILE_BYTES, accumulation_dtype
 from kfdist.errors import KfdistError
 from kfdist.linalg.lowrank import compress_columns
+from kfdist.linalg.uploads import sent
 
 
 @dataclass
@@ -50,7 +51,7 @@ class _Calls:
         self.keys, self.chosen = [self.keys[index] for index in which], [self.chosen[index] for index in which]
         for rows, dim in ((self.a, 1), (self.g, 1), (self.positions, 0)):
             for visit, each in rows.items():
-                kept = torch.tensor(which, dtype=torch.int64, device="cpu").to(each.device, non_blocking=True)
+                kept = sent(torch.tensor(which, dtype=torch.int64, device="cpu"), each.device)
                 rows[visit] = each.index_select(dim, kept)
 
 
@@ -125,7 +126,7 @@ class Reservoir:
         g = g * scaling.of_rows(n, g)
         counted = a.new_full((len(calls.chosen),), positions)
         if kept is not None:
-            chosen = torch.tensor(calls.chosen, dtype=torch.int64, device="cpu").to(a.device, non_blocking=True)
+            chosen = sent(torch.tensor(calls.chosen, dtype=torch.int64, device="cpu"), a.device)
             counted = kept.reshape(examples, -1).sum(1, dtype=a.dtype)[chosen]
         calls.most[visit] = positions
         if visit not in calls.g:
@@ -146,7 +147,7 @@ class Reservoir:
         activation, output_gradient, counting = seen
         length, kept = len(activation), len(calls.chosen)
         places = spread(torch.tensor(calls.chosen, dtype=torch.int64, device="cpu"), length, calls.examples)
-        places = places.to(activation.device, non_blocking=True).view(kept, -1)
+        places = sent(places, activation.device).view(kept, -1)
         tile = kept
         if self._columns is not None:
             shape, positions = block.shape, block.output_windows(output_gradient[:0]).shape[2:-1].numel()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfdist.comm.communicator import Communicator, Pending
 from kfdist.comm.host_copy import HostCopy
+from kfdist.linalg.uploads import sent
 from kfdist.types import JobResult
 
 
@@ -58,7 +59,7 @@ class TableExchange:
         """
         if self._table is not None:
             raise AssertionError("a table was started while another is running")
-        table = torch.tensor(columns, dtype=torch.int64, device="cpu").to(self._communicator.device, non_blocking=True)
+        table = sent(torch.tensor(columns, dtype=torch.int64, device="cpu"), self._communicator.device)
         if digest is not None:
             table[-2:] = torch.stack([digest, ~digest])
         self.bytes_sent += table.numel() * 8
@@ -138,8 +139,7 @@ class PayloadBroadcast:
         self.payload: bytes | None = None
         self._sent = payload
         if payload is not None:
-            sent = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            buffer = sent.to(communicator.device, non_blocking=True)  # else the host would wait for the device
+            buffer = sent(torch.frombuffer(bytearray(payload), dtype=torch.uint8), communicator.device)
         else:
             buffer = torch.empty(header.size, dtype=torch.uint8, device=communicator.device)
         work = communicator.broadcast(buffer, source)

@@ -20,6 +20,7 @@ from kfdist.curvature.ladder import invert_group_with_ladder
 from kfdist.curvature.payloads import Tree
 from kfdist.curvature.statistics import MODES, STATISTICS, Needs
 from kfdist.errors import ConfigError
+from kfdist.linalg.arithmetic import product_precision
 from kfdist.linalg.psd import triangle_size
 from kfdist.system.provenance import processor_field
 from kfdist.types import MAX_THREADS, BlockName, BlockShape
@@ -259,7 +260,7 @@ def fingerprint(device: torch.device | str, threads: int) -> str:
         f"torch={torch.__version__}",
         # The same version comes with different BLAS and LAPACK; the build's own description tells them apart.
         f"build={hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:8]}",
-        f"matmul={torch.get_float32_matmul_precision()}",
+        f"matmul={product_precision(device)}",
     ]
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

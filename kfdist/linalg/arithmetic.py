@@ -32,19 +32,35 @@ def _is_autocast(device: torch.device) -> bool:
     return any(torch.is_autocast_enabled(kind) for kind in kinds)
 
 
+def product_precision(device: torch.device | str) -> str:
+    """Returns what products of float32 round their factors to on a device: "ieee" for not at all, "tf32" or "bf16".
+
+    By the setting of that kind of device alone. `torch.get_float32_matmul_precision` speaks for all of them together,
+    and raises where one was set by itself, as torch recommends (`torch.backends.cuda.matmul.fp32_precision`).
+    """
+    backends = torch.backends
+    if torch.device(device).type == "cuda":
+        said = backends.cuda.matmul.fp32_precision
+    else:
+        said = backends.mkldnn.matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return "ieee" if said == "none" else str(said)
+
+
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
     """Inside, products of float32 on a CUDA device round their factors to 10 bits (TF32) and sum in float32.
 
     For sums of many rows, whose rounding averages out; rows that were bfloat16 or float16 have no more bits. On a CPU
-    nothing changes: its products of bfloat16 would round the sums.
+    nothing changes, in other threads neither: its products of bfloat16 would round the sums, and a thread that inverts
+    there while this one measures must find the precision that it always finds.
     """
-    before = torch.get_float32_matmul_precision()
-    if device.type != "cuda" or before != "highest":
+    if device.type != "cuda" or product_precision(device) == "tf32":
         yield
         return
-    torch.set_float32_matmul_precision("high")
+    # Of all settings the one that is CUDA's alone and leaves torch's older and newer ones in agreement.
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = True
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.allow_tf32 = False

@@ -92,7 +92,7 @@ def _factor(
         first: U^T B, what E has lost of the rows already.
         overlap: U^T E.
     """
-    if not products_are_exact():
+    if not products_are_exact(columns.device):
         return None
     wide = overlap.double()
     squares = gram(columns).baddbmm_(wide.mT, wide, alpha=-1)

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kfdist.linalg.arithmetic import product_precision
+
 LOSS_TOLERANCE = 10.0
 """Loss of orthogonality that is expected of products, a column in the mean, in units of rounding, up to which they are
 used: what 200 of Brand's updates lose stays below 1e-4 in float32."""
@@ -65,13 +67,13 @@ def gram(columns: Float[Tensor, "*c d n"]) -> Float[Tensor, "*c n n"]:
     return total
 
 
-def products_are_exact() -> bool:
-    """Says whether products of float32 round as float32.
+def products_are_exact(device: torch.device) -> bool:
+    """Says whether products of float32 round as float32 on a device.
 
     Where torch may take shorter numbers (`torch.set_float32_matmul_precision`), columns lose more than `loses_at_most`
     foretells.
     """
-    return torch.get_float32_matmul_precision() == "highest"
+    return product_precision(device) == "ieee"
 
 
 def cholesky(gram: Float[Tensor, "*c n n"]) -> Triangle | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfdist.linalg.gram import LOSS_TOLERANCE, Triangle, cholesky, gram, products_are_exact
 from kfdist.linalg.psd import eigh_descending, symmetrise
+from kfdist.linalg.uploads import sent
 
 SKETCH_NUMBERS = 1 << 22
 """Random numbers that a sketch of rows holds at a time (32 MiB in float64)."""
@@ -171,7 +172,7 @@ def _product(matrix: Float[Tensor, "*c d d"], columns: Float[Tensor, "*c d s"]) 
 
 def _triangle(columns: Float[Tensor, "*c d s"], tolerance: float) -> Triangle | None:
     """Returns by what the columns become orthonormal; None where that loses more than the tolerance."""
-    triangle = cholesky(gram(columns)) if products_are_exact() else None
+    triangle = cholesky(gram(columns)) if products_are_exact(columns.device) else None
     return triangle if triangle is not None and triangle.loses_at_most(tolerance, columns.dtype) else None
 
 
@@ -271,7 +272,7 @@ def compress_columns(
         return g.mT @ a, unit
     generator = torch.Generator(device="cpu").manual_seed(0)
     basis = torch.randn((p, columns), generator=generator, dtype=torch.float64, device="cpu")
-    basis = basis.to(g.device, g.dtype, non_blocking=True)
+    basis = sent(basis.to(g.dtype), g.device)
     for _ in range(1 + iterations):
         # Orthogonalised each time: without that, small directions drown in float32.
         basis = torch.linalg.qr(g.mT @ (a @ (a.mT @ (g @ basis)))).Q

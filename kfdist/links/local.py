@@ -5,7 +5,8 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from typing_extensions import override
@@ -61,6 +62,13 @@ class _Work:
         self.threads = [each for each in self.threads if each.is_alive()] + [thread]
 
     def _invert(self, device: str, stays: bool) -> None:
+        try:
+            with _apart(device):
+                self._work_off(device, stays)
+        except Exception as error:  # a device that can't be used; surfaces as what an inversion raises does
+            self.done.put(error)
+
+    def _work_off(self, device: str, stays: bool) -> None:
         while not self.closing.is_set():
             if not stays and self.fitting() < len(self.working() | {threading.current_thread()}):
                 return
@@ -100,7 +108,8 @@ class LocalLink(AbstractLink):
     one in the middle of a decomposition.
 
     Args:
-        device: Where to invert; statistics arrive on the CPU.
+        device: Where to invert; statistics arrive on the CPU. "cuda" is the device that is current in the thread that
+            starts the link.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -111,6 +120,7 @@ class LocalLink(AbstractLink):
 
     @override
     def start(self, context: LinkContext) -> None:
+        self._device = _of_this_thread(self._device)
         self._work.largest = context.inversion_bytes
         weakref.finalize(self, self._work.end)
         self._work.start(self._device, stays=True)
@@ -181,6 +191,28 @@ class LocalLink(AbstractLink):
             room = min(room, work.fitting())
         for _ in range(min(work.jobs.qsize(), room - len(working))):
             work.start(self._device, stays=False)
+
+
+def _of_this_thread(device: str) -> str:
+    """Returns a device with the number that it has in this thread: in a new one the current device is the first one."""
+    named = torch.device(device)
+    if named.type != "cuda" or named.index is not None:
+        return device
+    return f"cuda:{torch.cuda.current_device()}"
+
+
+@contextmanager
+def _apart(device: str) -> Iterator[None]:
+    """Has what this thread does on a GPU go beside what others enqueue there.
+
+    A new thread enqueues on the default stream, where training is, too: steps would stand behind inversions. Nothing
+    else orders the two, and nothing has to: a job comes as bytes, and its result is bytes once it is there.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
 
 
 def _cores_of(thread: threading.Thread) -> set[int]:

@@ -78,10 +78,27 @@ def _serve(owner: Connection, threads: int, device: str, gpu_share: float) -> No
         except ValueError as error:  # the payload is malformed; anything wrong with its numbers would be a result
             say(kind=Answer.REFUSAL, reason=str(error))
         except Exception as error:  # out of memory, above all: may go better next time, or elsewhere
+            if device != "cpu" and not _device_answers():
+                raise  # in this process every later job would fail alike; without it the owner starts another
             say(kind=Answer.FAULT, reason=f"{type(error).__name__}: {error}")
         else:
             say(kind=Answer.RESULT, seconds=time.perf_counter() - begun)
             owner.send_bytes(result)
+
+
+def _device_answers() -> bool:
+    """Gives back what is cached of a GPU's memory; says whether it still does what this process asks.
+
+    After an error in a kernel, such as an access out of bounds, it never does again.
+    """
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kfdist.linalg.psd import pack_triangle, sum_of_products, unpack_triangle
+from kfdist.linalg.uploads import sent
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -82,11 +83,10 @@ def map_tensors(function: Callable[..., Tensor], record: RecordType, *others: An
 
 def move(record: RecordType, device: torch.device | str, dtype: torch.dtype | None = None) -> RecordType:
     """Returns the record with its tensors on `device`, floating-point ones as `dtype`; itself if nothing changes."""
-    non_blocking = torch.device(device).type != "cpu"  # nothing would tell the host when it may read
 
     def moved(tensor: Tensor) -> Tensor:
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=device, dtype=wanted, non_blocking=non_blocking)
+        return sent(tensor.to(wanted), device)
 
     after = map_tensors(moved, record)
     pairs = zip(tensor_fields(record).values(), tensor_fields(after).values(), strict=True)

@@ -1,34 +1,95 @@
 #!/usr/bin/env bash
-# The GPU tier, on a machine with a CUDA device: its tests, then the benchmark. Ten minutes at most; nothing is downloaded.
+# The GPU tier, on a machine with a CUDA device: its tests, then the benchmark. Within ten minutes; nothing is downloaded.
 #
 #   PYTHON   an interpreter that has torch with CUDA, and pytest; its versions needn't be those of constraints.txt
-#   RESULTS  where the benchmark writes gpu.json, and the tests tests.xml
+#   RESULTS  where gpu.log, the benchmark's gpu.json, and what pytest writes of each file of tests go
 #
 # What the interpreter lacks may lie in .whl as wheels, which `make gpu-wheels` puts there where there is a network.
+#
+# Each file of tests has a process of its own: a device that was lost in one of them is there again in the next. What
+# was found is in RESULTS at once, also where this script is killed. A part that runs out of time is interrupted, and the
+# others go on. The last lines say what failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 python=${PYTHON:-python3}
-results=${RESULTS:-benchmarks/results}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-if compgen -G '.whl/*.whl' >/dev/null; then
-  "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
-fi
-export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+mkdir -p "${RESULTS:-benchmarks/results}" || exit 1
+results=$(cd "${RESULTS:-benchmarks/results}" && pwd)
 
-"$python" - <<'END' || exit 1
-import platform, sys, torch
+all=540       # seconds that all of it may take
+benchmark=200 # those of them that the benchmark may
+failed=()
+
+# Ends, saying why, where the interpreter lacks something or there is no device.
+check() {
+  "$python" - <<'END'
+import importlib.util, platform, sys
+
+needed = """numpy torchvision pytest pytest_timeout hypothesis beartype jaxtyping safetensors pydantic typer rich packaging
+grpc grpc_health grpc_reflection grpc_status google.protobuf cryptography prometheus_client""".split()
+
+def missing(name):
+    try:
+        return importlib.util.find_spec(name) is None
+    except ModuleNotFoundError:  # what it is a part of
+        return True
+
+if missing("torch"):
+    sys.exit(f"{sys.executable} has no torch. Say make gpu PYTHON=... with an interpreter whose torch has CUDA, or have pip "
+             "install torch there: its wheels for Linux on x86-64 have CUDA, and any version from 2.9 on will do")
+import torch
+
 print(f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+if torch.version.cuda is None:
+    sys.exit("this torch is one for CPUs; say make gpu PYTHON=... with an interpreter whose torch has CUDA")
 if not torch.cuda.is_available():
     sys.exit("no CUDA device here; the GPU tier needs one (its tests' CPU halves are part of make test)")
 print(torch.cuda.get_device_name(), torch.cuda.mem_get_info())
+if lacking := [name for name in needed if missing(name)]:
+    sys.exit(f"{sys.executable} lacks {', '.join(lacking)}. Have pip install them, or where there is no network have make "
+             "gpu-wheels put them into .whl on a machine that has one, and copy that along")
 END
+}
 
-status=0
-mkdir -p "$results"
-mkdir -p "$results"
-timeout --kill-after=10 330 "$python" -m pytest -m gpu tests/gpu --timeout 100 --durations 10 --junit-xml "$results/tests.xml" \
-  || status=1
-timeout --kill-after=10 230 "$python" -m benchmarks.gpu --seconds 180 --out "$results/gpu.json" || status=1
-exit "$status"
+# Runs a command for at most so many seconds, and no longer than what is left of all but a reserve; notes a failure.
+part() {
+  local name=$1 seconds=$2 reserve=$3 code=0
+  shift 3
+  local left=$((all - reserve - SECONDS))
+  if ((left <= 0)); then
+    failed+=("$name (no time left)")
+    return
+  fi
+  printf '\n== %s, after %d s\n' "$name" "$SECONDS"
+  # Interrupted, pytest tells and writes what it has found.
+  timeout --signal=INT --kill-after=10 "$((seconds < left ? seconds : left))" "$@" || code=$?
+  case $code in
+    0) ;;
+    124 | 137) failed+=("$name (ran out of time)") ;;
+    *) failed+=("$name (exit code $code)") ;;
+  esac
+}
+
+run() {
+  if compgen -G '.whl/*.whl' >/dev/null; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || return 1
+  fi
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+  check || return 1
+  # First what the others build on.
+  for name in copies_and_groups steps inversions trainer_steps launches; do
+    part "tests/gpu/test_$name.py" 150 "$benchmark" "$python" -m pytest -v -m gpu "tests/gpu/test_$name.py" \
+      --timeout 100 --durations 5 --junit-xml "$results/test_$name.xml"
+  done
+  part "the benchmark" "$benchmark" 0 "$python" -m benchmarks.gpu --seconds 150 --out "$results/gpu.json"
+  printf '\n== %d s\n' "$SECONDS"
+  if ((${#failed[@]})); then
+    printf 'failed: %s\n' "${failed[@]}"
+    return 1
+  fi
+  echo "all passed"
+}
+
+run 2>&1 | tee "$results/gpu.log"

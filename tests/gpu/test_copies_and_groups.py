@@ -13,6 +13,7 @@ from kfdist.comm.background import Header, PayloadBroadcast, TableExchange
 from kfdist.comm.communicator import Communicator, join_training_group
 from kfdist.comm.host_copy import HostCopy, LateTotal
 from kfdist.comm.reduce import GradientReducer, reduce_flat
+from kfdist.linalg.uploads import sent
 from kfdist.types import JobResult
 from tests.support.on_devices import Trained
 
@@ -22,6 +23,9 @@ Busy = Callable[[], Callable[[], bool]]
 @pytest.mark.parametrize("aside", [False, True])
 def test_a_copy_is_that_of_the_moment_and_doesnt_wait(device: torch.device, keep_busy: Busy, aside: bool):
     source, resident = torch.zeros(1 << 20, device=device), torch.ones(2)
+    source += 1  # once before: CUDA loads a kernel at its first use, and waits for the device to do so
+    HostCopy([source, resident], aside=aside).wait()
+    source -= 1
     busy = keep_busy()
     source += 1
     copy = HostCopy([source, resident], aside=aside)
@@ -35,18 +39,34 @@ def test_a_copy_is_that_of_the_moment_and_doesnt_wait(device: torch.device, keep
     assert bool((arrived == 1).all())
 
 
+def test_what_the_host_sends_is_of_the_moment_and_doesnt_wait(device: torch.device, keep_busy: Busy):
+    """A mebibyte of pageable memory, for which `to(device, non_blocking=True)` waits."""
+    numbers = torch.arange(1 << 18, dtype=torch.float32)
+    sent(numbers, device)  # has torch pin memory, which it keeps
+    torch.zeros((), device=device).item()
+    busy = keep_busy()
+    there = sent(numbers, device)
+    if device.type == "cuda":
+        assert busy(), "the host waited for the device"
+        numbers.zero_()
+    assert there.device.type == device.type and torch.equal(there.cpu(), torch.arange(1 << 18, dtype=torch.float32))
+
+
 def test_a_total_of_the_device_comes_late(device: torch.device, keep_busy: Busy):
     total, count = LateTotal(), torch.tensor(3, device=device)
+    LateTotal().latest([count + 1])  # loads the kernels
     keep_busy()
     assert total.latest([count]) == (0.0 if device.type == "cuda" else 3.0)
     (count + 0).item()
+    keep_busy()
     assert total.latest([count + 1]) == (3.0 if device.type == "cuda" else 4.0)
 
 
 @pytest.fixture
 def world(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Communicator]:
     """A group of one rank, joined as ranks join."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in {**variables, "NCCL_SOCKET_IFNAME": "lo"}.items():  # as GLOO_SOCKET_IFNAME of all tests
         monkeypatch.setenv(name, value)
     joined = join_training_group(timeout_seconds=60, device=device.type)
     yield joined
@@ -70,6 +90,7 @@ def test_tables_and_payloads_travel_without_a_wait(
     payload = os.urandom(1 << 16)
     header = Header.of(JobResult(group="a", version=3, payload=payload, seconds=0.1, owner="owner-0"))
     tables, digest = TableExchange(world), torch.tensor(77, device=device)
+    tables.agree([0])  # NCCL connects the ranks at the first collective, and may wait
     with without_waiting():
         tables.start([5, 6, 0, 0], digest)
         travelling = PayloadBroadcast(world, header, source=0, payload=payload)

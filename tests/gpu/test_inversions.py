@@ -1,6 +1,6 @@
 """Inversions on a device against the dense reference and the CPU's result: by the function, by an owner, by a run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 
 import kfdist
 from kfdist.curvature.jobs import decode_result, encode_job, run_job
+from kfdist.links.local import LocalLink
 from kfdist.links.rank.remote import RemoteLink
 from kfdist.owner.owner import Owner, OwnerOptions
 from tests.support.cases import CASES, DAMPING, TOLERANCE, InverterCase
@@ -62,6 +63,25 @@ def test_every_method_inverts_and_applies_on_the_device(device: torch.device, ca
     result = run_job(payload(case, dtype), device=device)
     check(case, dtype, direction(result, dtype, device))
     assert run_job(payload(case, dtype), device=device) == result, "whoever inverts, a result is always the same"
+
+
+def test_the_local_links_inversions_wait_for_nothing_that_trains(
+    device: torch.device, keep_busy: Callable[[], Callable[[], bool]]
+) -> None:
+    """And so the other way round: its thread has a stream of its own."""
+    link = LocalLink(device.type)
+    link.start(context())
+    try:
+        link.submit(job(version=0))  # loads the kernels
+        first = collect(link, 1)["group", 0]
+        busy = keep_busy()
+        link.submit(job(version=1))
+        link.wait(30)
+        (second,) = link.poll()
+        assert busy() == (device.type == "cuda"), "the inversion stood behind the device's other work"
+    finally:
+        link.close()
+    assert second.payload == first.payload
 
 
 @pytest.fixture

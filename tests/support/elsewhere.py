@@ -1,7 +1,8 @@
 """A second device on a machine without one: "cpu:1", whose tensors compute on the CPU and refuse what a GPU would.
 
-A GPU refuses an operation on tensors of two devices, and makes the host wait for a copy that blocks and for an operator
-whose result or shape depends on values. On a CPU alone neither can be seen.
+A GPU refuses an operation on tensors of two devices. It makes the host wait for a copy that blocks, as one of much
+pageable memory does whatever it is told, and for an operator whose result or shape depends on values. On a CPU alone
+none of this can be seen.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kfdist.comm.host_copy import HostCopy
-from kfdist.curvature import blocks, jobs
+from kfdist.curvature import blocks
+from kfdist.linalg import uploads
 from kfdist.runtime.apply import directions, side_by_side
-from kfdist.wire.records import map_tensors
 
 ELSEWHERE = torch.device("cpu", 1)
 
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2", "bincount"}
-"""Operators whose result on the host, or whose shape, depends on values; `bincount` looks for the largest one."""
+READS = frozenset(
+    """_linalg_check_errors _linalg_eigh _linalg_svd _local_scalar_dense _unique2 bincount equal masked_select nonzero
+    unique_consecutive""".split()
+)
+"""Operators whose result on the host, or whose shape, depends on values; `bincount` looks for the largest one, and
+decompositions look whether they have converged."""
+
+TAKES_NUMBERS_ALONG = frozenset({"index_put", "index_put_", "where"})
+"""Operators that copy a number of the host's to the device, and wait for that; others take it as an argument."""
+
+_SENT: dict[int, Tensor] = {}
+"""What `kfdist.linalg.uploads.sent` is about to copy, by its id."""
 
 
 class There(Tensor):
@@ -73,8 +84,8 @@ class Elsewhere(TorchDispatchMode):
 
         # The one way to the host that doesn't wait, which asks for CUDA's events.
         self._patch.setattr(HostCopy, "__init__", copied)
-        # What it does for a GPU; here the device's type is the CPU's.
-        self._patch.setattr(jobs, "move", _moved)
+        # What pins memory for a GPU; here it says which copies are made like this.
+        self._patch.setattr(uploads, "_staged", _noted)
         for user in (directions, side_by_side):
             self._patch.setattr(user, "joined_on", lambda device: device == ELSEWHERE)
         # Our tensors are of another class than a GPU's.
@@ -108,9 +119,12 @@ class Elsewhere(TorchDispatchMode):
         return model
 
 
-def _moved(record: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
-    there = torch.device(device) == ELSEWHERE
-    return map_tensors(lambda tensor: tensor.to(device, dtype or tensor.dtype, non_blocking=there), record)
+def _noted(tensor: Tensor, device: torch.device) -> Tensor:
+    if device != ELSEWHERE or isinstance(tensor, There):
+        return tensor
+    staged = tensor.clone()
+    _SENT[id(staged)] = staged
+    return staged
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any], *, may_wait: bool) -> Any:
@@ -128,9 +142,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], *, may_wait: bool) -> Any
         leaves = bool(there) and target is not None and not goes
         crosses, returns = name == "_to_copy" and (leaves or not there), leaves
         blocks_ = not kwargs.get("non_blocking")
+    host = [each for each in given if not isinstance(each, There)]
+    by_sent = any([_SENT.pop(id(each), None) is not None for each in host])
     if crosses and blocks_ and not may_wait:
         raise Waits(f"{func}: a copy between host and device that blocks")
-    host = [each for each in given if not isinstance(each, There)]
+    if crosses and not returns and not by_sent and not may_wait:
+        raise Waits(f"{func}: a copy from the host that `sent` doesn't make, which a GPU waits for if it is large")
     if there and name != "copy_" and any(each.dim() for each in host):
         raise TwoDevices(f"{func} got tensors of both devices; on the host: {[tuple(each.shape) for each in host]}")
     generators = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Generator)]
@@ -139,7 +156,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], *, may_wait: bool) -> Any
     masked = name.startswith("index") and any(
         isinstance(each, Tensor) and each.dtype == torch.bool for each in tree_leaves(args[1:2])
     )
-    if not may_wait and (name in READS or masked):
+    if not may_wait and (name in READS or masked or (host and name in TAKES_NUMBERS_ALONG)):
         raise Waits(f"{func} reads values back to the host")
     if goes:
         kwargs = {**kwargs, "device": torch.device("cpu")}

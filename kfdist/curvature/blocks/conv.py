@@ -7,6 +7,7 @@ inputs. Each group is a separate matrix.
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +18,7 @@ from typing_extensions import override
 from kfdist.curvature.blocks.base import Operation, ParameterPart
 from kfdist.curvature.blocks.layer_block import LayerBlock
 from kfdist.curvature.thin_sums import Columns
+from kfdist.linalg.uploads import sent
 from kfdist.torch_internals import Convolution
 from kfdist.types import BlockName, BlockShape
 
@@ -133,18 +135,19 @@ class AbstractConvBlock(LayerBlock):
     ) -> tuple[Float[Tensor, "c r w"], Columns | None]:
         """Picks the patches' pixels one by one: no image is padded, and no other patch is laid out."""
         dims, device, sizes = self._dims, activation.device, output_gradient.shape[2:]
-        example, *at = torch.unravel_index(chosen, (len(activation), *sizes))
+        # From here on with the device: a patch has many pixels, whose numbers the host would work out in mid-backward.
+        example, *at = _unravelled(sent(chosen, device), sizes)
         met = self._met_places(activation.shape[2:], sizes)
-        index, within = [_along(example, 0, dims)], torch.ones((), dtype=torch.bool, device="cpu")
+        index, within = [_along(example, 0, dims)], torch.ones((), dtype=torch.bool, device=device)
         for i, (position, places) in enumerate(zip(at, met, strict=True)):
             size, spread = activation.shape[2 + i], self._spread[i]
             place = torch.tensor(places, dtype=torch.int64, device="cpu") * self._conv.dilation[i] - self._before[i]
-            pixel = position.unsqueeze(1) * self._stride[i] + place
+            pixel = position.unsqueeze(1) * self._stride[i] + sent(place, device)
             on_one = (pixel >= 0) & (pixel <= (size - 1) * spread) & (pixel % spread == 0)
             within = within & _along(on_one, 1 + i, dims)
             index.append(_along((pixel // spread).clamp(0, size - 1), 1 + i, dims))
-        picked = activation.movedim(1, -1)[tuple(each.to(device, non_blocking=True) for each in index)]
-        rows = torch.where(within.to(device, non_blocking=True).unsqueeze(-1), picked, 0.0).movedim(-1, 1)
+        picked = activation.movedim(1, -1)[tuple(index)]
+        rows = torch.where(within.unsqueeze(-1), picked, 0.0).movedim(-1, 1)
         rows = rows.unflatten(1, (self.shape.groups, -1)).flatten(2).transpose(0, 1)
         kernel, channels = self._conv.kernel_size, self._conv.in_channels // self.shape.groups
         if math.prod(map(len, met)) == math.prod(kernel):
@@ -157,14 +160,14 @@ class AbstractConvBlock(LayerBlock):
         columns = torch.arange(channels * math.prod(kernel), device="cpu").reshape(channels, *kernel)
         for i, places in enumerate(met):
             columns = columns.index_select(1 + i, torch.tensor(places, dtype=torch.int64, device="cpu"))
-        return rows, columns.flatten().to(device, non_blocking=True)
+        return rows, sent(columns.flatten(), device)
 
     @override
     def drawn_outputs(
         self, output_gradient: Float[Tensor, "N D ..."], chosen: Int64[Tensor, " r"]
     ) -> Float[Tensor, "c r p"]:
-        at = torch.unravel_index(chosen, (len(output_gradient), *output_gradient.shape[2:]))
-        rows = output_gradient.movedim(1, -1)[tuple(each.to(output_gradient.device, non_blocking=True) for each in at)]
+        at = _unravelled(sent(chosen, output_gradient.device), output_gradient.shape[2:])
+        rows = output_gradient.movedim(1, -1)[tuple(at)]
         return rows.unflatten(-1, (self.shape.groups, -1)).transpose(0, 1)
 
     @override
@@ -300,6 +303,18 @@ class ConvTransposeBlock(AbstractConvBlock):
         channels = self._conv.in_channels // self.shape.groups
         turned = matrix.reshape(self.shape.groups, self.shape.d_out, channels, *self._conv.kernel_size)
         return turned.transpose(1, 2).flatten(0, 1).flip(self._kernel_dims)
+
+
+def _unravelled(chosen: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Returns the example of each row, and its position along each dimension.
+
+    `torch.unravel_index` makes a tensor of the sizes, and the host would wait for its copy to the device.
+    """
+    found: list[Tensor] = []
+    for size in reversed(sizes):
+        found.insert(0, chosen % size)
+        chosen = chosen // size
+    return [chosen, *found]
 
 
 def _along(index: Tensor, dim: int, dims: int) -> Tensor:

@@ -12,6 +12,7 @@ from kfdist.curvature.blocks.linear import LinearBlock
 from kfdist.curvature.blocks.rows import RowSums, accumulation_dtype, draw_positions
 from kfdist.curvature.statistics import FactorSums
 from kfdist.linalg.sparse_rows import dense_of, overwrite
+from kfdist.linalg.uploads import sent
 from kfdist.types import BlockName, BlockShape
 
 LOOKUP = Operation("lookup")
@@ -114,7 +115,7 @@ class EmbeddingBlock(LinearBlock):
         outputs = RowSums(g, (1, p), second="G" in wanted, first="g" in wanted)
         used, some = kept, g
         if chosen is not None:
-            chosen = chosen.to(g.device, non_blocking=True)
+            chosen = sent(chosen, g.device)
             some, used = g.index_select(1, chosen), None if kept is None else kept.index_select(1, chosen)
         if kept is not None:
             assert used is not None, "it has the positions of the other"

@@ -18,6 +18,7 @@ from kfdist.curvature.blocks.rows import (
 )
 from kfdist.curvature.statistics import FactorSums
 from kfdist.curvature.thin_sums import Columns
+from kfdist.linalg.uploads import sent
 from kfdist.types import BlockShape
 
 SUMS = frozenset({"A", "G", "a", "g"})
@@ -207,7 +208,7 @@ class LayerBlock(Block, ABC):
         chosen = draw_positions(positions, positions_fraction, seed, most_positions)
         used = positions if chosen is None else len(chosen)
         if chosen is not None:
-            chosen = chosen.to(a.device, non_blocking=True)
+            chosen = sent(chosen, a.device)
         c, p, q = self.shape.groups, self.shape.d_out, self.shape.d_in - self.homogeneous
         first = "a" in wanted or ("A" in wanted and self.homogeneous)
         inputs = RowSums(a, (c, q), second="A" in wanted, first=first, border=self.homogeneous)
@@ -268,7 +269,7 @@ class LayerBlock(Block, ABC):
             if isinstance(columns, Tensor):
                 columns = F.pad(columns, (0, 1), value=self.shape.d_in - 1)
         if kept is not None:  # also of output gradients: that of padding needn't be zero
-            rows = torch.where(kept.flatten()[chosen.to(kept.device, non_blocking=True)].unsqueeze(-1), rows, 0.0)
+            rows = torch.where(kept.flatten()[sent(chosen, kept.device)].unsqueeze(-1), rows, 0.0)
         return rows, columns
 
     def example_rows(

@@ -7,6 +7,7 @@ from typing_extensions import override
 from kfdist.curvature.blocks.base import Operation, ParameterPart
 from kfdist.curvature.blocks.layer_block import LayerBlock
 from kfdist.curvature.blocks.rows import accumulation_dtype
+from kfdist.linalg.uploads import sent
 from kfdist.types import BlockName, BlockShape, WeightSharing
 
 
@@ -126,7 +127,7 @@ def _windows(tensor: Tensor, chosen: Tensor | None) -> Tensor:
 
 def _drawn(tensor: Tensor, chosen: Tensor) -> Tensor:
     """Copies rows of `[N, T, d]`, which may lie in any order."""
-    chosen = chosen.to(tensor.device, non_blocking=True)
+    chosen = sent(chosen, tensor.device)
     if tensor.is_contiguous():
         return tensor.view(-1, tensor.shape[-1]).index_select(0, chosen).unsqueeze(0)
     positions = tensor.shape[1]

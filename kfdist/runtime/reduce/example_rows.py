@@ -10,6 +10,7 @@ from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import ExampleRows, all_finite
 from kfdist.curvature.statistics import SampleBudget, Samples
 from kfdist.linalg.lowrank import compress_columns
+from kfdist.linalg.uploads import sent
 from kfdist.types import BlockName, BlockShape
 
 
@@ -163,12 +164,12 @@ def _fewer(rows: ExampleRows, examples: int, positions: int, seed: int) -> Examp
     generator = torch.Generator(device="cpu").manual_seed(seed)
     if a.shape[1] > examples:
         chosen = torch.randperm(a.shape[1], generator=generator, device="cpu")[:examples]
-        chosen = chosen.to(a.device, non_blocking=True)
+        chosen = sent(chosen, a.device)
         a, g, weight = a[:, chosen], g[:, chosen], weight[chosen] * (rows.a.shape[1] / examples)
         terms, own = terms[chosen], own[chosen]
     if a.shape[2] > positions:
         chosen = torch.randperm(a.shape[2], generator=generator, device="cpu")[:positions].sort().values
-        chosen = chosen.to(a.device, non_blocking=True)
+        chosen = sent(chosen, a.device)
         # Half of the scale each: sums of g a^T, a a^T and g g^T all keep their expectation.
         root = (rows.a.shape[2] / positions) ** 0.5
         a, g = a[:, :, chosen] * root, g[:, :, chosen] * root

@@ -4,6 +4,8 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from kfdist.curvature.footprint import footprint
 from kfdist.curvature.inverters import make_inverter
 from kfdist.curvature.jobs import encode_job
 from kfdist.curvature.statistics import KroneckerFactors
+from kfdist.errors import KfdistError
 from kfdist.links import local
 from kfdist.links.link import LinkContext
 from kfdist.links.local import LocalLink
@@ -199,3 +202,33 @@ def test_a_job_takes_one_thread_of_torch_unless_a_lag_asks_for_the_ranks(
     finally:
         link.close()
         torch.set_num_threads(before)
+
+
+def test_a_thread_inverts_on_the_gpu_of_the_rank_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a new thread the current device is the first one, whatever this one trains on."""
+    apart: list[str] = []
+
+    @contextmanager
+    def recorded(device: str) -> Iterator[None]:
+        apart.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(local, "_apart", recorded)
+    inversions = Inversions(monkeypatch, cores=4)
+    inversions.go.set()
+    link = LocalLink("cuda")
+    link.start(CONTEXT)
+    link.submit(Job(run="r", epoch=0, group="b", version=0, content=LateBytes.of(b""), deadline_seconds=9))
+    link.wait(30)
+    assert [result.owner for result in link.poll()] == ["cuda:3"] and apart == ["cuda:3"]
+    link.close()
+
+
+def test_a_device_that_cant_be_used_is_told_and_not_waited_for() -> None:
+    link = LocalLink("cuda:99")
+    link.start(CONTEXT)
+    link.wait(30)
+    with pytest.raises(KfdistError, match="the inversion thread failed"):
+        link.poll()
+    link.close()

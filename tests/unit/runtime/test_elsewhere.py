@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kfdist
+from kfdist.linalg.uploads import sent
 from tests.support.captured_methods import CAPTURED
 from tests.support.elsewhere import ELSEWHERE, Elsewhere, There, TwoDevices, Waits
 from tests.support.on_devices import JOINING, MODELS
@@ -68,14 +69,18 @@ def test_steps_neither_mix_devices_nor_wait(method: str, name: str):
         Tensor.cpu,
         torch.nonzero,
         lambda there: there[there > 0],
+        torch.linalg.eigh,
+        lambda there: torch.where(there > 0, there, torch.tensor(0.0)),
         lambda there: torch.zeros(3).to(ELSEWHERE),
+        lambda there: torch.zeros(3).to(ELSEWHERE, non_blocking=True),  # of pageable memory
         lambda there: there.copy_(torch.zeros(3)),
         lambda there: torch.zeros(3).copy_(there),
     ],
 )
 def test_what_waits_is_found(waiting):
     with Elsewhere() as elsewhere:
-        there = There(torch.ones(1)) if waiting is float else There(torch.ones(3))
+        shape = {float: (1,), torch.linalg.eigh: (3, 3)}.get(waiting, (3,))
+        there = There(torch.ones(shape))
         waiting(there)
         with elsewhere.without_waiting(), pytest.raises(Waits):
             waiting(there)
@@ -85,7 +90,8 @@ def test_what_mixes_devices_is_found():
     with Elsewhere() as elsewhere, elsewhere.without_waiting():
         there = torch.ones(3, device=ELSEWHERE)
         assert (there * torch.tensor(2.0)).device == ELSEWHERE, "a number of the host's is none of its tensors"
-        assert torch.ones(3).to(ELSEWHERE, non_blocking=True).device == ELSEWHERE
+        assert sent(torch.ones(3), ELSEWHERE).device == ELSEWHERE
+        assert torch.where(there > 0, there, 2.0).device == ELSEWHERE
         for mixed in (lambda: there + torch.ones(3), lambda: there[torch.tensor([0])]):
             with pytest.raises(TwoDevices):
                 mixed()
