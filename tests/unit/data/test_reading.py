@@ -87,6 +87,34 @@ def test_the_next_example_takes_the_place_of_a_corrupt_one_and_evaluation_leaves
     assert feed.take_corrupt() == {"file 1": "torn", "file 4": "torn"} and feed.take_corrupt() == {}
 
 
+def test_an_evaluation_leaves_out_a_batch_of_which_nothing_can_be_read():
+    damaged = Noisy(count=17, corrupt=(4, 5, 6, 7, 16))
+    feed = make_feed(DataSet(train=Noisy(), test=damaged, classes=20), serving(), Position())
+    assert [targets.tolist() for _, targets in feed.evaluation()] == [[0, 1, 2, 3], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert len(feed.take_corrupt()) == 5
+
+
+@dataclass(frozen=True)
+class Raising(Noisy):
+    error: Exception = RuntimeError()
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        raise self.error
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_what_a_data_set_raises_is_not_taken_for_the_end_of_its_process(processes: int):
+    def first_step(error: Exception) -> None:
+        data = DataSet(train=Raising(error=error), test=Noisy(), classes=20)
+        steps(data, serving(loader_processes=processes), Position(), 1)
+
+    with pytest.raises(RuntimeError, match="sizes differ") as raised:
+        first_step(RuntimeError("sizes differ"))
+    assert type(raised.value) is RuntimeError
+    with pytest.raises(EnvironmentFault, match=r"^no file can be opened; raise the limit$"):
+        first_step(EnvironmentFault("no file can be opened; raise the limit"))
+
+
 class Dying(Noisy):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         import os
