@@ -76,21 +76,26 @@ class SettingsInForce:
         changes = changed(self.changes, said)
         if changes == self.changes:
             return ""
-        return self._take(changes, said=said)
-
-    def _take(self, changes: dict[str, Value], *, said: Mapping[str, Value | None]) -> str:
         try:
-            for name, reason in self.fixed.items():
-                if changes.get(name) != self.changes.get(name):
-                    raise ConfigError(f"can't be changed: {reason}", path=name)
-            settings = self._with(changes)
-            if said.keys() == {"inverse_period"} and said["inverse_period"] is not None:
-                self._refuse_without_effect(settings)
-            self.settings = settings
+            self.settings = self._settings_of(changes, said=said)
         except ConfigError as error:
             return str(error)
         self.changes = changes
         return ""
+
+    def _settings_of(self, changes: Mapping[str, Value], *, said: Mapping[str, Value | None]) -> Settings:
+        """Returns the settings after some changes.
+
+        Raises:
+            ConfigError: One can't be changed, or they don't fit together.
+        """
+        for name, reason in self.fixed.items():
+            if changes.get(name) != self.changes.get(name):
+                raise ConfigError(f"can't be changed: {reason}", path=name)
+        settings = self._with(changes)
+        if said.keys() == {"inverse_period"} and said["inverse_period"] is not None:
+            self._refuse_without_effect(settings)
+        return settings
 
     def told(self, step: int) -> InForce:
         """Returns what the controller is told of it at `step`: without the value of a schedule that gives none.
@@ -131,13 +136,23 @@ class SettingsInForce:
         Raises:
             ConfigError: What users had changed doesn't go with the configuration of now.
         """
+        self.changes, self.settings = self._of_state(state)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises what `load_state_dict` would raise, and changes nothing."""
+        self._of_state(state)
+
+    def _of_state(self, state: Mapping[str, Any]) -> tuple[dict[str, Value], Settings]:
         # Of before these were refused.
-        changes = {name: value for name, value in state["changes"].items() if name not in self._ignored}
-        if refused := self._take(changed(self.changes, changes), said={}):
+        said = {name: value for name, value in state["changes"].items() if name not in self._ignored}
+        changes = changed(self.changes, said)
+        try:
+            return changes, self._settings_of(changes, said={})
+        except ConfigError as error:
             raise ConfigError(
                 f"users had changed settings of the run, as the checkpoint has them, and that doesn't go with the "
-                f"configuration any more: {refused}; configure what goes with it, or start a new run"
-            )
+                f"configuration any more: {error}; configure what goes with it, or start a new run"
+            ) from error
 
     def _with(self, changes: Mapping[str, Value]) -> Settings:
         """Returns the configured settings with these changes, checked."""
