@@ -16,6 +16,10 @@ from kfdist.runtime.settings import Settings
 from kfdist.types import InForce, Value
 
 
+_ADOPTING = ("adoption", "lag", *tuning.STALENESS)
+"""Settings that together say when a finished inverse is taken into use."""
+
+
 class SettingsInForce:
     """What all ranks go by; it changes on agreed settings alone, and so is the same on all ranks at the same step.
 
@@ -156,7 +160,7 @@ class SettingsInForce:
 
     def _with(self, changes: Mapping[str, Value]) -> Settings:
         """Returns the configured settings with these changes, checked."""
-        given: dict[str, Any] = {name: value for name, value in changes.items() if name not in ADOPTING}
+        given: dict[str, Any] = {name: value for name, value in changes.items() if name not in _ADOPTING}
         if "kl_clip" in given:
             given["kl_clip"] = given["kl_clip"] or None
         settings = replace(self._configured, **given, adoption=_adoption(self._configured.adoption, changes))
@@ -185,10 +189,6 @@ def _checked(damping: float, step: int) -> float:
     if not (math.isfinite(damping) and damping > 0.0):
         raise ConfigError(f"the damping is {damping!r} at step {step}; a positive, finite number is needed")
     return damping
-
-
-ADOPTING = ("adoption", "lag", *tuning.STALENESS)
-"""Settings that together say when a finished inverse is taken into use."""
 
 
 def _adoption(configured: Adoption, changes: Mapping[str, Value]) -> Adoption:
