@@ -15,7 +15,6 @@ from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.settings import Settings
 from kfdist.types import InForce, Value
 
-
 _ADOPTING = ("adoption", "lag", *tuning.STALENESS)
 """Settings that together say when a finished inverse is taken into use."""
 
