@@ -1,6 +1,7 @@
 """Examples read one by one: seeded by (seed, epoch, example), whoever reads them; what can't be read is replaced."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from kfdist.data import DataSet, Examples
 from kfdist.data.feed import LoaderFeed, Serving, make_feed
-from kfdist.data.reading import EVALUATION, CorruptExample, SeededReader
+from kfdist.data.reading import EVALUATION, Batch, CorruptExample, SeededReader
 from kfdist.data.sampler import Position, Sampler
 from kfdist.errors import ConfigError, EnvironmentFault
 
@@ -94,25 +95,22 @@ def test_an_evaluation_leaves_out_a_batch_of_which_nothing_can_be_read():
     assert len(feed.take_corrupt()) == 5
 
 
-@dataclass(frozen=True)
-class Raising(Noisy):
-    error: Exception = RuntimeError()
+def test_what_a_data_set_raises_is_not_taken_for_the_end_of_its_process():
+    feed = make_feed(DataSet(train=Noisy(), test=Noisy(), classes=20), serving(), Position())
+    assert isinstance(feed, LoaderFeed)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        raise self.error
+    def told(error: type[Exception], words: str) -> Iterator[Batch]:
+        raise error(words.format("Caught an exception in DataLoader worker process 0.\nTraceback:\n"))
+        yield
 
+    def receive(error: type[Exception], words: str) -> None:
+        list(feed._received(told(error, words)))
 
-@pytest.mark.parametrize("processes", [0, 1])
-def test_what_a_data_set_raises_is_not_taken_for_the_end_of_its_process(processes: int):
-    def first_step(error: Exception) -> None:
-        data = DataSet(train=Raising(error=error), test=Noisy(), classes=20)
-        steps(data, serving(loader_processes=processes), Position(), 1)
-
-    with pytest.raises(RuntimeError, match="sizes differ") as raised:
-        first_step(RuntimeError("sizes differ"))
-    assert type(raised.value) is RuntimeError
-    with pytest.raises(EnvironmentFault, match=r"^no file can be opened; raise the limit$"):
-        first_step(EnvironmentFault("no file can be opened; raise the limit"))
+    with pytest.raises(RuntimeError, match=r"^Caught (.|\n)*sizes differ$"):
+        receive(RuntimeError, "{}RuntimeError: sizes differ\n")
+    for words in ("no file can be opened", "{}kfdist.errors.EnvironmentFault: no file can be opened\n"):
+        with pytest.raises(EnvironmentFault, match=r"^no file can be opened$"):
+            receive(EnvironmentFault, words)
 
 
 class Dying(Noisy):
