@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kfdist.comm.communicator import Communicator
 from kfdist.data.objective import Objective
-from kfdist.training.modes import in_evaluation
+from kfdist.training.evaluation_mode import in_evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from kfdist.data.objective import Classification
 from kfdist.data.reading import CorruptExample, seeded
 from kfdist.data.task import DataSet, Examples
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.training.modes import in_evaluation
+from kfdist.training.evaluation_mode import in_evaluation
 
 _TRIED = 2
 _ASKED = 100
