@@ -141,7 +141,8 @@ class Collector:
             return
         whole = output_gradient
         activation, output_gradient = self._by_example(visit, block, whole)
-        if not len(activation) or not visit.examples(len(activation)):
+        examples = visit.examples(len(activation))
+        if not len(activation) or not examples:
             self.empty.add(visit.name)
             return
         pending, first = self._begin(visit, output_gradient)
@@ -159,7 +160,6 @@ class Collector:
                     pooled=request.samples_pooled,
                 )
             pending.reservoir.add(visit, block, activation, output_gradient, scaling, fresh)
-        examples = visit.examples(len(activation))
         entries = len(activation) // visit.grouped(len(activation))
         # How many rows count is known of all examples, also where some are measured.
         counted = None if fresh is None else block.pooled(activation, output_gradient, fresh)[2]
@@ -206,15 +206,15 @@ class Collector:
 
     def _add_routed(self, block: ExpertsBlock, visit: Visit, output_gradient: Tensor, scaling: Scaling) -> None:
         """Adds one product of experts: see `add`, and `ExpertsBlock` for what is counted."""
-        if not output_gradient.numel() or visit.reach is None:
+        n_rows = visit.activation.numel() // block.shape.d_in
+        examples = visit.examples(n_rows)
+        if not output_gradient.numel() or not examples or visit.reach is None:
             self.empty.add(visit.name)
             return
         pending, first = self._begin(visit, output_gradient)
         wanted = self._requests[visit.name].sums & (PLAIN_SUMS if first else frozenset({"G", "g"}))
         masked = visit.stated.mask is not None
         sums, rows = block.routed_sums(visit.activation, output_gradient, visit.reach, wanted, masked=masked)
-        n_rows = visit.activation.numel() // block.shape.d_in
-        examples = visit.examples(n_rows)
         boost = pending.share(visit, examples)
         for part, total in sums.items():
             scale = {"G": scaling.of_products, "g": scaling.of_rows}.get(part)
@@ -233,11 +233,11 @@ class Collector:
         if known and length < known and length != visit.stated.examples:
             self.indivisible[block.name] = "an operation whose result has no dimension of examples"
             return
-        if not length:
+        examples, n = visit.examples(length), visit.grouped(length)
+        if not length or not examples:
             self.empty.add(visit.name)
             return
         pending, first = self._begin(visit, gradients)
-        examples, n = visit.examples(length), visit.grouped(length)
         assert visit.of_units is not None, "it is a use of units"
         chosen, boost = self._drawn_examples(visit, gradients)
         found = visit.of_units(gradients, chosen=chosen)

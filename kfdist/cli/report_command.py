@@ -10,8 +10,6 @@ from kfdist.cli.complete import complete_run
 from kfdist.cli.options import AsJson
 from kfdist.system.imports import uncollected
 
-_HOME = Path("runs")
-
 
 def register(app: typer.Typer) -> None:
     """Adds the command to the command line."""
@@ -63,7 +61,7 @@ def _directory_of(run: str) -> Path:
     Raises:
         ConfigError: No run here has the name.
     """
-    from kfdist.cli.find_runs import ended_directories, unknown_run
+    from kfdist.cli.find_runs import HOME, ended_directories, unknown_run
     from kfdist.system.run_notices import notices
 
     given = Path(run)
@@ -73,7 +71,7 @@ def _directory_of(run: str) -> Path:
     going = {note.directory for note in posted if note.run == run}
     if len(going) == 1:
         return Path(going.pop())
-    for directory in (given, _HOME / run):
+    for directory in (given, HOME / run):
         if directory.is_dir():
             return directory
     raise unknown_run(run, [*(note.run for note in posted), *(path.name for path in ended_directories())])

@@ -50,11 +50,11 @@ class RunScreen:
         """Notes for how long the controller hasn't answered; called by the thread that listens."""
         self._away = seconds
 
-    def take(self, news: "queue.Queue[RunView | KfdistError | None]") -> bool:
+    def take(self, news: "queue.Queue[RunView | Exception | None]") -> bool:
         """Takes in what came within a frame's time; says whether more will come.
 
         Raises:
-            KfdistError: What ended the watch.
+            Exception: What ended the watch.
         """
         ends = time.monotonic() + FRAME_SECONDS
         with suppress(queue.Empty):
@@ -62,7 +62,7 @@ class RunScreen:
                 heard = news.get(timeout=left)
                 if heard is None:
                     return False
-                if isinstance(heard, KfdistError):
+                if isinstance(heard, Exception):
                     raise heard
                 first = self._run is None
                 self._note(heard)

@@ -19,7 +19,7 @@ from kfdist.cli.run_target import Target
 from kfdist.cli.watch_screen import FRAME_SECONDS, HINT, RunScreen, away_note
 from kfdist.control.client import RunView
 from kfdist.control.control_records import RunState
-from kfdist.errors import EnvironmentFault, KfdistError
+from kfdist.errors import EnvironmentFault
 
 AWAY_SECONDS = 600.0
 """How long a watch waits for a controller that was there."""
@@ -139,14 +139,14 @@ def _what_went_wrong(target: Target, state: RunState | None) -> str:
 
 def _show(target: Target, from_revision: int, console: Console) -> None:
     screen = RunScreen(target)
-    news: queue.Queue[RunView | KfdistError | None] = queue.Queue()
+    news: queue.Queue[RunView | Exception | None] = queue.Queue()
 
     def listen() -> None:
         try:
             for run in _changes(target, from_revision, screen.is_away):
                 news.put(run)
             news.put(None)
-        except KfdistError as error:
+        except Exception as error:  # whatever it is: the screen would wait for news for ever
             news.put(error)
 
     threading.Thread(target=listen, name="kfdist-watch", daemon=True).start()

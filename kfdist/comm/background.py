@@ -79,10 +79,10 @@ class TableExchange:
         self._communicator.all_reduce_max(round_).wait()
         return round_.tolist()
 
-    def share(self, values: Sequence[float], source: int = 0) -> list[float]:
-        """Returns rank `source`'s float64 values on all ranks."""
+    def share(self, values: Sequence[float]) -> list[float]:
+        """Returns rank 0's float64 values on all ranks."""
         shared = torch.tensor(values, dtype=torch.float64, device="cpu").to(self._communicator.device)
-        self._communicator.broadcast(shared, source).wait()
+        self._communicator.broadcast(shared, 0).wait()
         return shared.tolist()
 
 

@@ -110,10 +110,10 @@ class Communicator:
         self.all_reduce_sum(tensor).wait()
         return tensor
 
-    def broadcast_tensors_(self, tensors: Sequence[torch.Tensor], src: int = 0) -> None:
-        """Overwrites every rank's `tensors` with those of rank `src`."""
+    def broadcast_tensors_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Overwrites every rank's `tensors` with those of rank 0."""
         # Detached: autograd would record a collective on parameters and run it again backwards.
-        for work in [self.broadcast(tensor.detach(), src) for tensor in tensors]:
+        for work in [self.broadcast(tensor.detach(), 0) for tensor in tensors]:
             work.wait()
 
     def send(self, content: torch.Tensor, target: int) -> None:
@@ -126,9 +126,9 @@ class Communicator:
         dist.recv(buffer, self.global_rank(source), self.process_group)
         return buffer.cpu().numpy().tobytes()
 
-    def broadcast_json(self, value: Any, src: int = 0) -> Any:
-        """Returns rank `src`'s `value`, anything JSON can say, on all ranks."""
-        return self.all_gather_json(value if self.rank == src else None)[src]
+    def broadcast_json(self, value: Any) -> Any:
+        """Returns rank 0's `value`, anything JSON can say, on all ranks."""
+        return self.all_gather_json(value if self.rank == 0 else None)[0]
 
     def all_gather_json(self, value: Any) -> list[Any]:
         """Returns every rank's `value`, anything JSON can say, in rank order. JSON: no pickle crosses the wire."""

@@ -36,7 +36,7 @@ class CommunicatorSet:
     def close(self) -> None:
         """Gives the groups back, quiet, for the next set over these ranks; all ranks must, in the same order."""
         if self.training.process_group is not None:
-            _MADE[self.training.process_group].free.append(self)
+            _MADE[self.training.process_group].free.append((self.table, self.statistics, self.snapshots))
 
 
 @dataclass
@@ -47,11 +47,11 @@ class _Made:
     which would then find the dead ones' addresses in the store.
 
     Attributes:
-        free: Sets that were given back.
+        free: Groups that were given back; without the training group, whose end is to be the end of this, too.
         groups: The most groups this process had when it made one of kfdist's; the next one's name follows from it.
     """
 
-    free: list[CommunicatorSet] = field(default_factory=list)
+    free: list[tuple[Communicator, Communicator, Communicator]] = field(default_factory=list)
     groups: int = 0
 
 
@@ -113,7 +113,7 @@ def make_communicators(
         return CommunicatorSet(training, training, training, training)
     made = _MADE.setdefault(training.process_group, _Made())
     if made.free:
-        return made.free.pop()
+        return CommunicatorSet(training, *made.free.pop())
     padding = _make_equally_many(training, made)
     ranks = dist.get_process_group_ranks(training.process_group)
     whole = _group(training, "table", ranks)

@@ -137,7 +137,7 @@ def reduce_flat(tensors: Sequence[Tensor], communicator: Communicator) -> list[T
     """Sums each of `tensors` over the ranks, all in one flat bucket, and returns the sums in new storage.
 
     Args:
-        tensors: One dtype and device; shapes equal on all ranks.
+        tensors: On one device; shapes and dtypes equal on all ranks. Of several dtypes all travel as the widest.
         communicator: All its ranks must call this with the same list.
     """
     device = tensors[0].device
@@ -146,4 +146,4 @@ def reduce_flat(tensors: Sequence[Tensor], communicator: Communicator) -> list[T
     communicator.all_reduce_sum_(travelling)
     flat = travelling.to(device)
     pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+    return [piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, tensors, strict=True)]

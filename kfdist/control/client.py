@@ -237,17 +237,20 @@ class ControlClient:
         while True:
             request = run_pb2.WatchRequest(name=name, from_revision=seen)
             try:
+                if away_since is not None:  # a watch alone wouldn't tell that the controller is back before a change
+                    known = run_pb2.GetRequest(name=name)
+                    self._runs.Get(known, timeout=self._timeout_seconds, metadata=self._metadata)
+                    away_since = None
+                    on_away(0.0)
                 for response in self._runs.Watch(request, timeout=WATCH_SECONDS):
-                    if away_since is not None:
-                        away_since = None
-                        on_away(0.0)
                     seen = response.run.revision
                     yield _run_view(response.run)
             except grpc.RpcError as error:
                 code = code_of(error)
-                if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # of this call, not of the watch
+                late = code is grpc.StatusCode.DEADLINE_EXCEEDED
+                if late and away_since is None:  # of this call, not of the watch
                     continue
-                if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                if not late and code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                     raise self._fault(error) from None
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > away_seconds:

@@ -139,7 +139,9 @@ class Members:
 
     async def _drop_silent_owners(self, now: float) -> None:
         silent_owners = [owner_id for owner_id, heard in self._owners.items() if self._expired(heard, now)]
-        await self._ledger.put_owners([replace(self._ledger.owners[each], live=False) for each in silent_owners])
+        # One whose registration could not be committed is heard of, and known to nobody.
+        known = [self._ledger.owners[each] for each in silent_owners if each in self._ledger.owners]
+        await self._ledger.put_owners([replace(owner, live=False) for owner in known])
         for owner_id in silent_owners:
             if self._expired(self._owners[owner_id], now):  # else it returned during the commit
                 del self._owners[owner_id]

@@ -23,6 +23,9 @@ from kfdist.errors import ConfigError, EnvironmentFault
 _TEST_BATCH = 512
 """Examples in memory evaluated at once; bounds the memory, changes nothing else."""
 
+_DEAD = "DataLoader worker (pid"
+"""How torch begins to say that a loader process ended: "(pid 7) is killed by signal", "(pid(s) 7) exited"."""
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -174,9 +177,15 @@ class LoaderFeed(Feed):
         try:
             for batch in batches:
                 self.corrupt |= batch.corrupt
-                yield self._ready(batch.inputs, batch.targets)
+                if len(batch.targets):
+                    yield self._ready(batch.inputs, batch.targets)
+        except EnvironmentFault as fault:
+            _, raised_there, words = str(fault).rpartition(f"{EnvironmentFault.__name__}: ")
+            if not raised_there:
+                raise
+            raise EnvironmentFault(words.strip()) from fault  # they come behind a loader process's traceback
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not str(error).startswith(_DEAD):  # what the data set raised names the loader process, too
                 raise
             raise EnvironmentFault(
                 f"a loader process died ({error}); if it was killed for want of memory, lower data.loader_processes"

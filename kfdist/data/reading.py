@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     """Examples read for one forward.
 
     Attributes:
-        inputs: [n, ...].
+        inputs: [n, ...]; [0] where none of an evaluation's could be read.
         targets: [n, ...].
         corrupt: Why examples that should have been here couldn't be read, by name.
     """
@@ -102,8 +102,12 @@ class SeededReader:
         """
         epoch, indices = wanted
         corrupt: dict[str, str] = {}
-        examples = [self._read(epoch, index, corrupt) for index in indices]
-        inputs, targets = default_collate([example for example in examples if example is not None])
+        found = [self._read(epoch, index, corrupt) for index in indices]
+        examples = [example for example in found if example is not None]
+        if not examples:
+            nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
+            return Batch(nothing, nothing, corrupt)
+        inputs, targets = default_collate(examples)
         return Batch(inputs, targets, corrupt)
 
     def _read(self, epoch: int, index: int, corrupt: dict[str, str]) -> tuple[Tensor, Any] | None:

@@ -84,9 +84,11 @@ def check_shared_memory(config: Config, folder: Path = SHARED_MEMORY) -> Finding
 
 def check_writable(check: str, directory: Path, mend: str) -> Finding:
     """Checks that a file can be made in a directory, or in the nearest one above it that is there."""
-    there = next(each for each in (directory.absolute(), *directory.absolute().parents) if each.exists())
-    shown = f"{directory}" if there == directory.absolute() else f"{directory} (to be made in {there})"
+    shown = str(directory)
     try:
+        there = _nearest(directory)
+        if there != directory.absolute():
+            shown = f"{directory} (to be made in {there})"
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"kfdist")
     except OSError as error:
@@ -102,16 +104,24 @@ def check_disk(directory: Path, needed: int, what: str) -> Finding:
         needed: Bytes of the run's checkpoints; 0 if not known.
         what: What they are, in words.
     """
-    there = next(each for each in (directory.absolute(), *directory.absolute().parents) if each.exists())
     try:
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(_nearest(directory)).free
     except OSError as error:
-        return failed("disk", f"{there} can't be looked at ({error.strerror})", "choose another run.dir")
+        return failed("disk", f"{directory} can't be looked at ({error.strerror})", "choose another run.dir")
     seen = f"{in_words(free)} free for {directory}; needed: {what}"
     mend = "make room, choose another run.dir, or keep fewer (checkpoint.keep)"
     if needed and free < needed:
         return failed("disk", seen, mend)
     return ok("disk", seen) if free >= needed + _LOG_BYTES else warning("disk", seen, mend)
+
+
+def _nearest(directory: Path) -> Path:
+    """Returns a directory, or the nearest one above it that is there.
+
+    Raises:
+        OSError: It can't be looked at.
+    """
+    return next(each for each in (directory.absolute(), *directory.absolute().parents) if each.exists())
 
 
 def check_synchronised(answer: str | None) -> Finding:

@@ -76,6 +76,7 @@ class SupervisedProcess:
                 if self._obstacle == told:
                     return None
                 return f"the {self.name} can't be started again ({error}); trying every {_RETRY_SECONDS:g} s"
+            self._obstacle = ""
             return f"the {self.name} was started again ({self.restarts} of at most {RESTARTS_ALLOWED} times)"
         code = self.child.poll()
         if code is None:

@@ -30,11 +30,11 @@ _ROUNDING = 8.0
 
 @dataclass(frozen=True)
 class _Batch:
-    """The step's batch: this rank's share of all terms, and the mean loss over all ranks before the step.
+    """The step's batch.
 
     Attributes:
-        share: As said.
-        loss: As said.
+        share: This rank's part of all terms.
+        loss: The mean over all ranks before the step.
         part_loss: This rank's on the examples whose statistics are measured; None where, on some rank, all are.
     """
 
@@ -58,12 +58,12 @@ class _Parts:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """The direction for one gamma, and the best step in the span of it and the last step.
+    """A step that may be made.
 
     Attributes:
-        gamma: As said.
-        direction: As said.
-        model: As said.
+        gamma: The root of the damping of the direction.
+        direction: Delta, by parameter.
+        model: The best step in the span of it and the last step.
     """
 
     gamma: float
@@ -73,7 +73,13 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of a step."""
+    """What became of a step.
+
+    Attributes:
+        new_loss: The mean over all ranks after it; None where it wasn't looked at.
+        rho: The reduction ratio, likewise.
+        accepted: Whether it stands.
+    """
 
     new_loss: float | None
     rho: float | None

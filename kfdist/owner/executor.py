@@ -177,7 +177,10 @@ class Executor:
     def _start(self) -> "_Child":
         if self._closed:
             raise ChildCrashed("the owner is ending")
-        return _Child(self._module, self._arguments)
+        try:
+            return _Child(self._module, self._arguments)
+        except OSError as error:
+            raise ChildCrashed(f"no inversion process can be started: {error}") from error
 
     def _discard(self) -> str:
         """Ends the process in charge and says how it ended."""
@@ -188,7 +191,7 @@ class Executor:
         """Ends the process in charge, says how it ended, and lets the next one warm up."""
         with self._lock:
             ended = self._discard()
-            if not self._closed:
+            with contextlib.suppress(ChildCrashed):  # then the next job tries again
                 self._child = self._start()
             return ended
 
@@ -210,6 +213,7 @@ class _Child:
             "MKL_NUM_THREADS": threads,
         }
         ours, theirs = socket.socketpair()
+        self.connection = Connection(ours.detach())
         arguments = {**arguments, "connection": theirs.fileno(), "owner-pid": os.getpid()}
         with theirs:
             self._process = subprocess.Popen(
@@ -219,7 +223,6 @@ class _Child:
                 env=environment,
                 pass_fds=[theirs.fileno()],
             )
-        self.connection = Connection(ours.detach())
         self.greeted = False
 
     @property

@@ -15,6 +15,9 @@ from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.settings import Settings
 from kfdist.types import InForce, Value
 
+_ADOPTING = ("adoption", "lag", *tuning.STALENESS)
+"""Settings that together say when a finished inverse is taken into use."""
+
 
 class SettingsInForce:
     """What all ranks go by; it changes on agreed settings alone, and so is the same on all ranks at the same step.
@@ -76,21 +79,26 @@ class SettingsInForce:
         changes = changed(self.changes, said)
         if changes == self.changes:
             return ""
-        return self._take(changes, said=said)
-
-    def _take(self, changes: dict[str, Value], *, said: Mapping[str, Value | None]) -> str:
         try:
-            for name, reason in self.fixed.items():
-                if changes.get(name) != self.changes.get(name):
-                    raise ConfigError(f"can't be changed: {reason}", path=name)
-            settings = self._with(changes)
-            if said.keys() == {"inverse_period"} and said["inverse_period"] is not None:
-                self._refuse_without_effect(settings)
-            self.settings = settings
+            self.settings = self._settings_of(changes, said=said)
         except ConfigError as error:
             return str(error)
         self.changes = changes
         return ""
+
+    def _settings_of(self, changes: Mapping[str, Value], *, said: Mapping[str, Value | None]) -> Settings:
+        """Returns the settings after some changes.
+
+        Raises:
+            ConfigError: One can't be changed, or they don't fit together.
+        """
+        for name, reason in self.fixed.items():
+            if changes.get(name) != self.changes.get(name):
+                raise ConfigError(f"can't be changed: {reason}", path=name)
+        settings = self._with(changes)
+        if said.keys() == {"inverse_period"} and said["inverse_period"] is not None:
+            self._refuse_without_effect(settings)
+        return settings
 
     def told(self, step: int) -> InForce:
         """Returns what the controller is told of it at `step`: without the value of a schedule that gives none.
@@ -131,17 +139,27 @@ class SettingsInForce:
         Raises:
             ConfigError: What users had changed doesn't go with the configuration of now.
         """
+        self.changes, self.settings = self._of_state(state)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises what `load_state_dict` would raise, and changes nothing."""
+        self._of_state(state)
+
+    def _of_state(self, state: Mapping[str, Any]) -> tuple[dict[str, Value], Settings]:
         # Of before these were refused.
-        changes = {name: value for name, value in state["changes"].items() if name not in self._ignored}
-        if refused := self._take(changed(self.changes, changes), said={}):
+        said = {name: value for name, value in state["changes"].items() if name not in self._ignored}
+        changes = changed(self.changes, said)
+        try:
+            return changes, self._settings_of(changes, said={})
+        except ConfigError as error:
             raise ConfigError(
                 f"users had changed settings of the run, as the checkpoint has them, and that doesn't go with the "
-                f"configuration any more: {refused}; configure what goes with it, or start a new run"
-            )
+                f"configuration any more: {error}; configure what goes with it, or start a new run"
+            ) from error
 
     def _with(self, changes: Mapping[str, Value]) -> Settings:
         """Returns the configured settings with these changes, checked."""
-        given: dict[str, Any] = {name: value for name, value in changes.items() if name not in ADOPTING}
+        given: dict[str, Any] = {name: value for name, value in changes.items() if name not in _ADOPTING}
         if "kl_clip" in given:
             given["kl_clip"] = given["kl_clip"] or None
         settings = replace(self._configured, **given, adoption=_adoption(self._configured.adoption, changes))
@@ -170,10 +188,6 @@ def _checked(damping: float, step: int) -> float:
     if not (math.isfinite(damping) and damping > 0.0):
         raise ConfigError(f"the damping is {damping!r} at step {step}; a positive, finite number is needed")
     return damping
-
-
-ADOPTING = ("adoption", "lag", *tuning.STALENESS)
-"""Settings that together say when a finished inverse is taken into use."""
 
 
 def _adoption(configured: Adoption, changes: Mapping[str, Value]) -> Adoption:

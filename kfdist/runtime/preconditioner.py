@@ -333,6 +333,7 @@ class Preconditioner(StatedLoss, Inspection):
         Raises:
             KfdistError: A step was made or a state loaded before.
             CheckpointError: The state is of another format, model, or number of ranks.
+            ConfigError: What users had changed while the run trained doesn't go with the configuration any more.
         """
         with plain_arithmetic(self._plan.device):
             restore_pipeline(self.pipeline, state)

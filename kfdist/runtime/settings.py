@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import SupportsFloat, get_args
+from typing import get_args
 
 from kfdist import checks
 from kfdist.capture.requests import Sampling
 from kfdist.errors import ConfigError
 from kfdist.policies.schedule import Schedule
 from kfdist.policies.staleness import Adoption, Asap, FixedLag
-from kfdist.runtime.apply.rates import Scalar
+from kfdist.runtime.apply.rates import Scalar, given_at, number_of
 from kfdist.types import Fisher, RunSettings, WeightSharing
 
 
@@ -95,7 +95,7 @@ class Settings:
         Raises:
             ConfigError: The schedule failed, or gave no positive, finite number.
         """
-        return _positive("damping", _given("damping", self.damping, step), step)
+        return _positive("damping", given_at("damping", self.damping, step), step)
 
     def kl_clip_at(self, step: int) -> float | None:
         """Returns kappa at `step`, as its schedule gives it; None where nothing is clipped: it gave None or 0.
@@ -103,8 +103,8 @@ class Settings:
         Raises:
             ConfigError: The schedule failed, or gave neither that nor a positive, finite number.
         """
-        given = _given("kl_clip", self.kl_clip, step)
-        return None if given is None or _number(given) == 0.0 else _positive("kl_clip", given, step)
+        given = given_at("kl_clip", self.kl_clip, step)
+        return None if given is None or number_of(given) == 0.0 else _positive("kl_clip", given, step)
 
     def canonical(self, step: int) -> dict[str, str]:
         """Returns every field as text, for ranks to compare: schedules by their value at `step`, or how they fail."""
@@ -112,35 +112,15 @@ class Settings:
         return {name: _described(name, value, step) for name, value in values.items()}
 
 
-def _given(name: str, value: object, step: int) -> object:
-    """Returns a setting or, of a schedule, what it gives at `step`; whatever it raises becomes a ConfigError."""
-    if not callable(value):
-        return value
-    try:
-        return value(step)
-    except Exception as error:
-        raise ConfigError(f"the {name} schedule failed at step {step}: {error!r}") from error
-
-
 def _described(name: str, value: object, step: int) -> str:
     try:
-        return repr(_given(name, value, step))
+        return repr(given_at(name, value, step))
     except ConfigError as error:
         return str(error)
 
 
-def _number(value: object) -> float:
-    """Returns a number of Python's, numpy's or torch's as a float; NaN of all else, words and truth values included."""
-    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # of arrays, say
-        return math.nan
-
-
 def _positive(name: str, value: object, step: int) -> float:
-    number = _number(value)
+    number = number_of(value)
     if not (math.isfinite(number) and number > 0.0):
         raise ConfigError(f"the {name} schedule gave {value!r} at step {step}; a positive, finite number is needed")
     return number

@@ -60,6 +60,7 @@ def restore_pipeline(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     Raises:
         KfdistError: The pipeline has made a step already: its ranks share a table and broadcasts by now.
         CheckpointError: The state is of another format, model, or number of ranks.
+        ConfigError: What users had changed while the run trained doesn't go with the configuration any more.
     """
     check_state(pipeline, state)
     state = _as_newest(state)
@@ -178,6 +179,7 @@ def check_state(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
             "on all ranks before state_dict(), or load into each rank the state that it saved itself"
         )
     _check_sums(stored, moments)
+    pipeline.in_force.check_state(_as_newest(state))
 
 
 def _check_sums(found: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -65,8 +65,8 @@ def make_directory(path: Path) -> list[Path]:
     Raises:
         EnvironmentFault: It can't be made.
     """
-    made = [directory for directory in (path, *path.parents) if not directory.exists()]
     try:
+        made = [directory for directory in (path, *path.parents) if not directory.exists()]
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentFault(f"can't make {path} ({error.strerror}); choose another run.dir") from error

@@ -20,6 +20,9 @@ from kfdist.system.lifetime import LAUNCH_VARIABLE
 
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
+_TAIL_LINES, _TAIL_BYTES = 30, 1 << 20
+"""How much of the end of a log is told; of a long run's, which may have grown to gigabytes, no more is read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -81,15 +84,15 @@ class Child:
         if self.poll() is None:
             self._process.send_signal(number)
 
-    def log_tail(self, lines: int = 30) -> str:
+    def log_tail(self) -> str:
         """Returns the end of what it wrote to its log; empty if it wrote nothing."""
         try:
             with self.command.log.open("rb") as log:
-                log.seek(self._log_start)
+                log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 text = log.read().decode(errors="replace")
         except OSError as error:
             return f"(its log {self.command.log} can't be read: {error.strerror})"
-        return "\n".join(text.rstrip().splitlines()[-lines:])
+        return "\n".join(text.rstrip().splitlines()[-_TAIL_LINES:])
 
 
 def describe_exit(code: int) -> str:

@@ -192,36 +192,23 @@ def make_training(
             what the controller hears first.
     """
     model, device = materials.model, materials.device
-    total_steps, position = config.run.steps, materials.sampler.start(standing.position)
-    if total_steps is None:
-        total_steps = standing.step + materials.sampler.steps_until(config.run.epochs or 0, position)
     sampler, average_decay = materials.sampler, config.optimizer.average_decay
-    epoch_zero = sampler.epoch_zero(standing.step, position)
+    total_steps, position = config.run.steps, sampler.start(standing.position)
+    if total_steps is None:
+        total_steps = standing.step + sampler.steps_until(config.run.epochs or 0, position)
+    epochs = {"steps_per_epoch": sampler.steps_per_epoch, "epoch_zero": sampler.epoch_zero(standing.step, position)}
     learning_rate = LearningRate(
-        section=config.optimizer,
-        total_steps=total_steps,
-        steps_per_epoch=sampler.steps_per_epoch,
-        epoch_zero=epoch_zero,
-        step_examples=sampler.step_examples,
+        section=config.optimizer, total_steps=total_steps, step_examples=sampler.step_examples, **epochs
     )
-    epochs = {"steps_per_epoch": sampler.steps_per_epoch, "epoch_zero": epoch_zero}
     scaler = torch.amp.GradScaler(device.type, enabled=config.run.precision == "float16")
     seed_rank(config.run.seed, worker_rank=communicator.rank)
-    communicator.broadcast_tensors_([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])
+    communicator.broadcast_tensors_([*model.parameters(), *model.buffers()])
     # After the broadcast: buffers are remembered as they are now.
     forward_state = ForwardState(model, device)
     reducer = GradientReducer(list(model.parameters()), communicator)
     if config.data.micro_batches > 1:
         reducer.no_overlap()
-    serving = Serving(
-        sampler=materials.sampler,
-        worker_rank=communicator.rank,
-        device=device,
-        micro_batches=config.data.micro_batches,
-        seed=config.run.seed,
-        loader_processes=config.data.loader_processes,
-        channels_last=config.run.channels_last,
-    )
+    serving = _serving(config, sampler, communicator.rank, device)
     service = None
     if config.cluster.link == "service":
         service = connect(
@@ -261,6 +248,18 @@ def make_training(
         optimizer=optimizer_of(config.optimizer, preconditioner),
         forward_state=forward_state,
         average=None if average_decay is None else WeightAverage(model, average_decay),
+    )
+
+
+def _serving(config: Config, sampler: Sampler, worker_rank: int, device: torch.device) -> Serving:
+    return Serving(
+        sampler=sampler,
+        worker_rank=worker_rank,
+        device=device,
+        micro_batches=config.data.micro_batches,
+        seed=config.run.seed,
+        loader_processes=config.data.loader_processes,
+        channels_last=config.run.channels_last,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kfdist.config import to_toml
 from kfdist.data.feed import LoaderFeed
-from kfdist.errors import Interrupted, LossNotFinite
+from kfdist.errors import EnvironmentFault, Interrupted, LossNotFinite
 from kfdist.runtime.settings import StepReport
 from kfdist.system.run_summary import unsaved
 from kfdist.training.checkpoint import CheckpointStore
@@ -308,6 +308,11 @@ class Trainer:
             training.model, feed.evaluation(), training.data.objective, training.communicator, training.device
         )
         self._tell_unreadable()
+        if not result.examples:
+            raise EnvironmentFault(
+                "none of the test examples can be read, so that there is nothing to evaluate on; mend the data, and "
+                "start again, which resumes"
+            )
         found = {"loss": result.loss, **result.metrics}
         self.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         self._log.write(

@@ -14,6 +14,7 @@ from kfdist.data.objective import Classification
 from kfdist.data.reading import CorruptExample, seeded
 from kfdist.data.task import DataSet, Examples
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.training.evaluation_mode import in_evaluation
 
 _TRIED = 2
 _ASKED = 100
@@ -176,33 +177,22 @@ def _check_objective(data: DataSet[Any], output: Tensor, targets: Tensor) -> Non
 @contextmanager
 def _left_as_it_is(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluates inside, with gradients; modes, buffers and generators are put back."""
-    modes = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer, buffer.detach().clone())
-        for module in modes
+        for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-            model.eval()
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with forked, torch.enable_grad(), in_evaluation(model):
             yield
     finally:
-        _put_modes_back(modes)
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 setattr(module, name, buffer)  # a forward may put another one in its place
                 # One that is expanded can't be written to. Sparse ones can't be compared.
                 if buffer.layout != torch.strided or not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-def _put_modes_back(modes: dict[nn.Module, bool]) -> None:
-    # By train(), as some models do more there: merge their weights for evaluation, and undo that. Parents come first.
-    for module, training in modes.items():
-        if module.training != training:
-            module.train(training)
-    for module, training in modes.items():
-        module.training = training
 
 
 @contextmanager

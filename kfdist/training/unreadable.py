@@ -42,7 +42,10 @@ class Unreadable:
                 if name not in self.reasons:
                     self.reasons[name] = reason
                     self._log.write("unreadable", name=name, reason=reason)
-                    self._progress.say(f"{name} can't be read ({reason}); another example takes its place")
+                    self._progress.say(
+                        f"{name} can't be read ({reason}): training takes the next example in its place, evaluation "
+                        "leaves it out"
+                    )
         if len(self.reasons) > self._limit:
             *_, last = self.reasons.items()
             raise EnvironmentFault(

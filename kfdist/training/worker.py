@@ -4,7 +4,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -19,7 +19,7 @@ from kfdist.policies import tuning
 from kfdist.system.credentials import Role
 from kfdist.system.provenance import hardware, versions
 from kfdist.system.run_notices import RunNotice, place_of, posted
-from kfdist.training.checkpoint import CheckpointStore
+from kfdist.training.checkpoint import CheckpointStore, Loaded
 from kfdist.training.copies import Copies
 from kfdist.training.elastic_agent import check_nodes
 from kfdist.training.history import History
@@ -201,12 +201,27 @@ class _Start:
         loaded = store.load(newest) if newest is not None else None
         standing = standing_of(loaded) if loaded is not None else Standing()
         training = make_training(config, communicator, self._materials, epoch=epoch, standing=standing)
-        progress = make_progress(worker_rank=communicator.rank, total_steps=training.learning_rate.total_steps)
+        try:
+            return self._train_with(training, store, loaded, epoch)
+        except BaseException:
+            training.preconditioner.abandon()
+            raise
+        finally:
+            training.reducer.close()
+            training.feed.close()
+
+    def _train_with(self, training: Training, store: CheckpointStore, loaded: Loaded | None, epoch: int) -> Ending:
+        config, communicator = self._config, self._communicator
+        standing = standing_of(loaded) if loaded is not None else Standing()
+        total_steps = training.learning_rate.total_steps
         path = self._directory.path if self._directory is not None else None
         self._trackers = make_trackers(config if communicator.rank == 0 else None, standing)
-        log, details = MetricsLog(path, tell=self._trackers.tell), MetricsLog(path, "history.jsonl")
-        history = History(training, details)
-        try:
+        with (
+            closing(make_progress(worker_rank=communicator.rank, total_steps=total_steps)) as progress,
+            closing(MetricsLog(path, tell=self._trackers.tell)) as log,
+            closing(MetricsLog(path, "history.jsonl")) as details,
+        ):
+            history = History(training, details)
             if loaded is not None:
                 restore_state(training, loaded)
             _announce(training, standing, progress, store.remarks)
@@ -226,7 +241,7 @@ class _Start:
                 with _stopping_on_signals(training):
                     stopped = trainer.run()
             finally:
-                self._trained = trainer.standing.step > 0 or newest is not None
+                self._trained = trainer.standing.step > 0 or loaded is not None
             summary = summarise(training, trainer, start=epoch, stopped=stopped)
             log.write("end", step=trainer.standing.step, status=summary["status"])
             # Before the farewell, which waits for the controller: a rank that is killed meanwhile has done its work.
@@ -235,15 +250,6 @@ class _Start:
             self._ended = summary["status"]
             training.preconditioner.beat(summary["status"])
             training.preconditioner.close()
-        except BaseException:
-            training.preconditioner.abandon()
-            raise
-        finally:
-            training.reducer.close()
-            training.feed.close()
-            progress.close()
-            log.close()
-            details.close()
         if not stopped:
             return Ending(code=ExitCode.DONE)
         message = f"stopped at step {trainer.standing.step}: {stopped}; start the run again to resume"

@@ -219,6 +219,24 @@ def test_a_run_that_cannot_be_made_known_leaves_the_leases_running(tmp_path, mon
         eventually(lambda: client.get("r").state, lambda state: state is RunState.LOST)
 
 
+def test_an_owner_that_cannot_be_recorded_leaves_the_leases_running(tmp_path, monkeypatch):
+    monkeypatch.setattr("kfdist.control.store.BUSY_SECONDS", 0.05)
+    with (
+        ControllerThread(tmp_path / "c.sqlite", lease_seconds=0.5) as controller,
+        controller.client() as client,
+        Member(controller.address) as member,
+    ):
+        member.register_worker("r")
+        blocker = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)
+        blocker.execute("BEGIN IMMEDIATE")
+        with pytest.raises(grpc.RpcError, match="nothing was changed"):
+            member.register_owner("o")
+        blocker.execute("ROLLBACK")
+        blocker.close()
+        member.beat_worker("r")  # so that its lease ends after the owner's
+        eventually(lambda: client.get("r").state, lambda state: state is RunState.LOST)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_in_order_when_told(tmp_path, number):
     with ControllerProcess(tmp_path) as process:

@@ -7,11 +7,12 @@ from typing import Any
 import grpc
 import pytest
 
+from kfdist.control.client import ControlClient
 from kfdist.control.store import Batch, Store
 from kfdist.errors import ConfigError
 from kfdist.rpc._generated.kfdist.v1 import run_pb2, run_pb2_grpc
 from kfdist.rpc.channels import channel_options
-from tests.support.controller import ControllerThread
+from tests.support.controller import ControllerThread, address_of_its_own
 from tests.support.waits import eventually
 
 
@@ -173,6 +174,24 @@ def test_a_watch_outlives_the_controller(tmp_path):
         reader.join(20)
     client.close()
     assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_controller_that_is_back_is_heard_of_while_the_run_stays_as_it_is(tmp_path):
+    state, address = tmp_path / "c.sqlite", address_of_its_own()
+    told: list[float] = []
+    with ControllerThread(state, address=address) as first, first.client() as client:
+        revision = client.create("r").revision
+    client = ControlClient(address)
+    watch = client.watch("r", from_revision=revision, on_away=told.append)
+    reader = threading.Thread(target=next, args=(watch,), daemon=True)
+    reader.start()
+    eventually(lambda: told[-1:], bool)
+    with ControllerThread(state, address=address) as second, second.client() as other:
+        eventually(lambda: told[-1], lambda seconds: seconds == 0.0)
+        other.checkpoint("r")
+        reader.join(20)
+    client.close()
+    assert not reader.is_alive()
 
 
 def test_a_deadline_of_one_call_does_not_end_the_watch(client, monkeypatch):

@@ -1,5 +1,8 @@
 """Groups of ours come about in any job: one Preconditioner after another, beside groups that only some ranks have."""
 
+import gc
+import weakref
+
 import torch
 import torch.distributed as dist
 
@@ -49,3 +52,18 @@ def test_preconditioners_follow_each_other_in_one_job() -> None:
     for turn in range(3):
         for which in range(2):
             check_invariants([of_rank[turn][which] for of_rank in results])
+
+
+def gone_with_its_group(communicator: Communicator) -> bool:
+    group = dist.new_group(list(range(communicator.world_size)))
+    assert isinstance(group, dist.ProcessGroup)
+    make_communicators(Communicator(group)).close()
+    known = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return known() is None
+
+
+def test_a_training_group_that_is_destroyed_is_held_by_nobody() -> None:
+    assert run_ranks(2, gone_with_its_group) == [True, True]

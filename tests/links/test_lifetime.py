@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import kfdist
+from kfdist.links.rank import pump
 
 SCRIPT = """
     import sys
@@ -55,3 +56,14 @@ def test_a_preconditioner_that_is_forgotten_holds_no_thread():
     train()
     gc.collect()
     assert set(threading.enumerate()) <= before
+
+
+def test_a_link_whose_thread_can_not_begin_says_so(start_link, monkeypatch):
+    def refuse(count: int) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(pump, "set_own_threads", refuse)
+    link = start_link("127.0.0.1:9")
+    link.wait(30)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        link.poll()

@@ -1,5 +1,6 @@
 """The process that inverts: its results, its death, its deadline."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -116,6 +117,21 @@ def test_a_process_that_cannot_start_says_how_it_ended():
     executor.close()
     with pytest.raises(ChildCrashed):
         executor.run(payload(), 1.0)
+
+
+def test_a_job_tells_of_its_own_fault_where_no_next_process_can_be_started(executor, faults, monkeypatch):
+    faults.at(inversion=EACH, times=1).delay(60)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", refuse)
+        with pytest.raises(DeadlineExceeded):
+            executor.run(payload(), 0.5)
+        with pytest.raises(ChildCrashed, match="can be started: .*temporarily unavailable"):
+            executor.run(payload(), 60.0)
+    assert executor.run(payload(), 60.0).result == result_of(payload())
 
 
 def test_the_process_ends_with_its_owner_even_in_the_middle_of_an_inversion(faults):

@@ -36,26 +36,27 @@ class CourierProcess:
         Raises:
             EnvironmentFault: No process can be started.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        word, told = HeartbeatWord.create(), setup.write()
-        try:
-            self._process = subprocess.Popen(
-                module_command(module, str(theirs.fileno()), str(word), str(told)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=with_package(environment),
-                pass_fds=(theirs.fileno(), word, told),
-                start_new_session=True,
-            )
-            self._word = HeartbeatWord(word)
-            self.exit_descriptor = self._open_exit_descriptor()
-        except OSError as error:
-            ours.close()
-            raise EnvironmentFault(f"can't start a courier ({error}); kfdist needs Linux 5.3 or later") from error
-        finally:
-            theirs.close()
-            os.close(word)
-            os.close(told)
+        with contextlib.ExitStack() as passed, contextlib.ExitStack() as kept:
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                kept.callback(ours.close)
+                passed.callback(theirs.close)
+                passed.callback(os.close, word := HeartbeatWord.create())
+                passed.callback(os.close, told := setup.write())
+                self._process = subprocess.Popen(
+                    module_command(module, str(theirs.fileno()), str(word), str(told)),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env=with_package(environment),
+                    pass_fds=(theirs.fileno(), word, told),
+                    start_new_session=True,
+                )
+                self.exit_descriptor = self._open_exit_descriptor()
+                kept.callback(os.close, self.exit_descriptor)
+                self._word = HeartbeatWord(word)
+            except OSError as error:
+                raise EnvironmentFault(f"can't start a courier ({error}); kfdist needs Linux 5.3 or later") from error
+            kept.pop_all()
         ours.setblocking(False)
         self.channel = ours
         self.greeted = False

@@ -150,9 +150,9 @@ class Pump:
         """The thread's body: carries until the inbox says None, then ends the courier."""
         # Signals belong to the thread that trains; taken here, they would not wake it from its waits.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        set_own_threads(1)  # it copies and packs, which more threads do no sooner
-        self._selector.register(self._mailbox.wake, selectors.EVENT_READ)
         try:
+            set_own_threads(1)  # it copies and packs, which more threads do no sooner
+            self._selector.register(self._mailbox.wake, selectors.EVENT_READ)
             while not self._ending:
                 self._turn()
             self._say_goodbye()

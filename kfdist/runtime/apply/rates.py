@@ -1,8 +1,9 @@
 """What a preconditioner reads of the optimizer and the scaler."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,30 @@ from kfdist.torch_internals import was_unscaled
 
 Scalar = float | Callable[[int], float]
 """A number, or a callable of the step."""
+
+
+def given_at(name: str, value: object, step: int) -> object:
+    """Returns a setting or, of a schedule, what it gives at `step`.
+
+    Raises:
+        ConfigError: The schedule failed, by whatever it raised.
+    """
+    if not callable(value):
+        return value
+    try:
+        return value(step)
+    except Exception as error:
+        raise ConfigError(f"the {name} schedule failed at step {step}: {error!r}") from error
+
+
+def number_of(value: object) -> float:
+    """Returns a number of Python's, numpy's or torch's as a float; NaN of all else, words and truth values included."""
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # of arrays, say
+        return math.nan
 
 
 class LearningRates:
@@ -64,11 +89,13 @@ class LearningRates:
         """Returns the learning rate at `step` as a function of the parameter.
 
         Raises:
-            ConfigError: One is needed and there is no source, or a schedule gave a value out of range.
+            ConfigError: One is needed and there is no source, or a schedule failed or gave a value out of range.
         """
         if self._lr is not None:
-            value = float(self._lr(step) if callable(self._lr) else self._lr)
-            checks.number(f"lr at step {step}", value, least=0, hint="or a callable of the step")
+            given = given_at("lr", self._lr, step)
+            value = number_of(given)
+            told = given if math.isnan(value) else value
+            checks.number(f"lr at step {step}", told, least=0, hint="or a callable of the step")
             return lambda _parameter: value
         if not self.needed:
             return lambda _parameter: 1.0

@@ -1,6 +1,7 @@
 """Examples read one by one: seeded by (seed, epoch, example), whoever reads them; what can't be read is replaced."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from kfdist.data import DataSet, Examples
 from kfdist.data.feed import LoaderFeed, Serving, make_feed
-from kfdist.data.reading import EVALUATION, CorruptExample, SeededReader
+from kfdist.data.reading import EVALUATION, Batch, CorruptExample, SeededReader
 from kfdist.data.sampler import Position, Sampler
 from kfdist.errors import ConfigError, EnvironmentFault
 
@@ -85,6 +86,31 @@ def test_the_next_example_takes_the_place_of_a_corrupt_one_and_evaluation_leaves
     assert isinstance(feed, LoaderFeed)
     assert [len(targets) for _, targets in feed.evaluation()] == [3, 3, 4, 4, 4]
     assert feed.take_corrupt() == {"file 1": "torn", "file 4": "torn"} and feed.take_corrupt() == {}
+
+
+def test_an_evaluation_leaves_out_a_batch_of_which_nothing_can_be_read():
+    damaged = Noisy(count=17, corrupt=(4, 5, 6, 7, 16))
+    feed = make_feed(DataSet(train=Noisy(), test=damaged, classes=20), serving(), Position())
+    assert [targets.tolist() for _, targets in feed.evaluation()] == [[0, 1, 2, 3], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert len(feed.take_corrupt()) == 5
+
+
+def test_what_a_data_set_raises_is_not_taken_for_the_end_of_its_process():
+    feed = make_feed(DataSet(train=Noisy(), test=Noisy(), classes=20), serving(), Position())
+    assert isinstance(feed, LoaderFeed)
+
+    def told(error: type[Exception], words: str) -> Iterator[Batch]:
+        raise error(words.format("Caught an exception in DataLoader worker process 0.\nTraceback:\n"))
+        yield
+
+    def receive(error: type[Exception], words: str) -> None:
+        list(feed._received(told(error, words)))
+
+    with pytest.raises(RuntimeError, match=r"^Caught (.|\n)*sizes differ$"):
+        receive(RuntimeError, "{}RuntimeError: sizes differ\n")
+    for words in ("no file can be opened", "{}kfdist.errors.EnvironmentFault: no file can be opened\n"):
+        with pytest.raises(EnvironmentFault, match=r"^no file can be opened$"):
+            receive(EnvironmentFault, words)
 
 
 class Dying(Noisy):

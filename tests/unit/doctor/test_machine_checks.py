@@ -72,6 +72,12 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     assert check_writable("run directory", tmp_path / "file", "mend").verdict is Verdict.FAILED
 
 
+def test_a_directory_that_cannot_even_be_looked_at(tmp_path: Path) -> None:
+    run = tmp_path / ("x" * 300)
+    assert "File name too long" in check_writable("run directory", run, "choose another run.dir").seen
+    assert check_disk(run, 0, "nothing").verdict is Verdict.FAILED
+
+
 def test_a_disk_without_room(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(machine_checks.shutil, "disk_usage", lambda folder: Usage(0, 0, 2 << 30))
     assert check_disk(tmp_path / "new", 3 << 30, "3 GiB").verdict is Verdict.FAILED

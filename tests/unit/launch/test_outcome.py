@@ -107,9 +107,10 @@ def test_only_what_the_launch_made_is_removed(tmp_path: Path):
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
 
 
-def test_a_directory_that_cannot_be_made_is_the_machines_fault():
+@pytest.mark.parametrize("run", [Path("/proc/kfdist"), Path("/tmp") / ("x" * 300)])
+def test_a_directory_that_cannot_be_made_or_looked_at_is_the_machines_fault(run: Path):
     with pytest.raises(EnvironmentFault, match="another run.dir"):
-        make_directory(Path("/proc/kfdist/logs"))
+        make_directory(run / "logs")
 
 
 def test_the_summary_is_completed_where_there_is_one(tmp_path: Path):

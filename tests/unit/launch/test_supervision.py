@@ -89,12 +89,12 @@ def test_a_service_that_the_system_refuses_to_start_is_tried_until_it_starts(tmp
     monkeypatch.setattr(supervision, "_FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(supervision, "_RETRY_SECONDS", 0.01)
     service = _service(tmp_path, "die")
-    refusals = iter([OSError(24, "Too many open files")] * 9)
+    refusals = [OSError(24, "Too many open files")] * 9
     start = supervision.Child
 
     def child(command: Command) -> Child:
-        if (refusal := next(refusals, None)) is not None:
-            raise refusal
+        if refusals:
+            raise refusals.pop()
         return start(command)
 
     monkeypatch.setattr(supervision, "Child", child)
@@ -103,5 +103,11 @@ def test_a_service_that_the_system_refuses_to_start_is_tried_until_it_starts(tmp
     events = _events(service, until=service.ready)
     assert "can't be started again ([Errno 24] Too many open files)" in events[0]
     assert "started again (1 of" in events[1] and len(events) == 2
+    (tmp_path / "fate").write_text("stop")
+    _events(service, until=lambda: service.child is None)
+    refusals.append(OSError(24, "Too many open files"))
+    (tmp_path / "fate").write_text("serve")
+    told_anew, _ = _events(service, until=service.ready)
+    assert "can't be started again" in told_anew
     (tmp_path / "fate").write_text("stop")
     _events(service, until=lambda: service.child is None)

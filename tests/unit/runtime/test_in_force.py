@@ -360,3 +360,22 @@ def test_adoption_goes_from_asap_to_a_fixed_lag_and_back() -> None:
     run.steps(12)
     assert any(versions for versions in run.adopted[22:])
     run.pre.close()
+
+
+def test_a_state_with_changes_that_no_longer_fit_is_refused_before_anything_of_it_is_loaded() -> None:
+    def optimizer() -> kfdist.Optimizer:
+        model = nn.Sequential(nn.Linear(3, 2))
+        return kfdist.Optimizer(model, method="kfac-eigen", adoption=kfdist.FixedLag(0), inverse_period=10)
+
+    with optimizer() as stepped, optimizer() as fresh:
+        stepped.preconditioner.model(torch.ones(4, 3)).sum().backward()
+        stepped.step()
+        state = stepped.state_dict()
+        state["preconditioner"] = {**state["preconditioner"], "changes": {"adoption": "asap", "hard_bound": 3}}
+        for refused in (
+            lambda: fresh.preconditioner.check_state(state["preconditioner"]),
+            lambda: fresh.load_state_dict(state),
+        ):
+            with pytest.raises(ConfigError, match=r"users had changed settings.*hard_bound: is 3.*configure what goes"):
+                refused()
+        assert not fresh.state

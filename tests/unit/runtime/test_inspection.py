@@ -193,3 +193,22 @@ def test_layers_of_one_kind_and_reason_are_said_as_one():
         with pytest.warns(KfdistWarning, match=r"7 of the blocks .*measured: '\*\.first' \(7\): it is also") as heard:
             pre.step()
     assert len(str(heard[0].message)) < 400
+
+
+class Prompted(nn.Module):
+    """A model whose first input may be empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, prompt: Tensor, x: Tensor) -> Tensor:
+        return self.layer(self.norm(x)) + prompt.sum()
+
+
+def test_an_empty_first_input_breaks_no_norm():
+    model = Prompted()
+    with preconditioner(model, "kfac") as pre, pytest.warns(KfdistWarning, match="its batch had no examples"):
+        model(torch.zeros(0, 4), torch.randn(5, 4)).square().mean().backward()
+        pre.step()
+        assert pre.coverage().share == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kfdist.system import processes
 from kfdist.system.lifetime import LAUNCH_VARIABLE
 from kfdist.system.processes import Child, Command, children_of, describe_exit, launch_processes, sweep
 
@@ -41,6 +42,13 @@ def test_the_tail_of_a_log_leaves_out_what_an_earlier_start_wrote(tmp_path: Path
         _wait_for(lambda: child.poll() is not None)  # noqa: B023
     assert child.log_tail() == "second"
     assert (tmp_path / "child.log").read_text() == "first\nsecond\n"
+
+
+def test_of_a_large_log_the_end_alone_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processes, "_TAIL_BYTES", len("of the end\n"))
+    child = Child(_command(tmp_path, "print('the beginning\\nof the end')"))
+    _wait_for(lambda: child.poll() is not None)
+    assert child.log_tail() == "of the end"
 
 
 def test_a_child_has_a_session_of_its_own_so_that_ctrl_c_does_not_reach_it(tmp_path: Path):

@@ -1,11 +1,14 @@
 """The ranks' shares of the test data add up to the whole, and looking changes nothing."""
 
+import math
+
 import torch
 from torch import nn
 
 from kfdist.comm.communicator import Communicator
 from kfdist.data import DataSet, Examples, feed
 from kfdist.data.feed import Serving, make_feed
+from kfdist.data.objective import Classification
 from kfdist.data.sampler import Position, Sampler
 from kfdist.training.evaluation import Evaluation, evaluate
 
@@ -47,3 +50,19 @@ def test_shares_add_up_and_the_model_stays_as_it_was(monkeypatch):
         logits = model.eval()(examples.inputs)
     assert abs(whole.loss - nn.functional.cross_entropy(logits, examples.labels).item()) < 1e-5
     assert whole.metrics["accuracy"] == (logits.argmax(1) == examples.labels).double().mean().item()
+
+
+def test_a_part_that_is_frozen_in_evaluation_stays_there():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)))
+    model[1].eval()
+    examples = Examples(inputs=torch.randn(3, 5), labels=torch.tensor([0, 1, 2]))
+    data = DataSet(train=examples, test=examples, classes=4)
+    batches = [(examples.inputs, examples.labels)]
+    evaluate(model, batches, data.objective, Communicator(None), torch.device("cpu"))
+    assert [module.training for module in model.modules()] == [True, True, False, False, False]
+
+
+def test_an_evaluation_of_nothing_has_no_mean():
+    objective = Classification()
+    found = evaluate(nn.Linear(5, 4), [], objective, Communicator(None), torch.device("cpu"))
+    assert found.examples == 0 and math.isnan(found.loss) and math.isnan(found.metrics["accuracy"])

@@ -13,6 +13,7 @@ from kfdist.config import load_config
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.run_notices import notices, place_of
+from kfdist.training import worker
 from kfdist.training.setup import check_controller, choose_device, gather_materials
 from kfdist.training.worker import run_worker
 from tests.support.training import SMALL
@@ -55,6 +56,25 @@ def test_an_unreachable_controller_is_found_before_anything_starts(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"control\.address: .*port 0"):
         run_worker(small(tmp_path, "cluster.link=service", "control.address=127.0.0.1:0"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_fails_before_its_first_step_lets_go_of_its_preconditioner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    abandoned, abandon = [], Preconditioner.abandon
+
+    def note(preconditioner: Preconditioner) -> None:
+        abandoned.append(preconditioner)
+        abandon(preconditioner)
+
+    def refuse(*_: object) -> None:
+        raise OSError("no more files")
+
+    monkeypatch.setattr(Preconditioner, "abandon", note)
+    monkeypatch.setattr(worker, "make_trackers", refuse)
+    with pytest.raises(OSError, match="no more files"):
+        run_worker(small(tmp_path, "run.steps=2"))
+    assert len(abandoned) == 1
 
 
 def test_the_summary_is_written_before_the_farewell_in_which_a_stopped_rank_may_be_killed(

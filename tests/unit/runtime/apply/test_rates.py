@@ -19,12 +19,17 @@ def test_a_number_and_a_schedule():
     assert LearningRates(lambda step: torch.tensor(0.5), needed=True).at(3)(parameter) == 0.5  # type: ignore[arg-type, return-value]
 
 
-@pytest.mark.parametrize("bad", [-1.0, float("nan")])
-def test_a_schedules_bad_value_is_refused_with_its_step(bad: float):
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), None, True, "high"])
+def test_a_schedules_bad_value_is_refused_with_its_step(bad: Any):
     rates = LearningRates(lambda step: bad if step == 5 else 0.1, needed=True)
     rates.at(4)
     with pytest.raises(ConfigError, match="lr at step 5: "):
         rates.at(5)
+
+
+def test_a_schedule_that_fails_is_refused_with_its_step():
+    with pytest.raises(ConfigError, match="the lr schedule failed at step 2: IndexError"):
+        LearningRates(lambda step: (0.1, 0.2)[step], needed=True).at(2)
 
 
 def test_only_a_clip_needs_a_learning_rate():
