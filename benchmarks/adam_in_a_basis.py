@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfdist.bench.contest_tasks import TASKS
-from kfdist.bench.to_target import IN_A_ROW, held
+from kfdist.bench.target_cells import IN_A_ROW
+from kfdist.bench.to_target import held
 from kfdist.system.provenance import versions
 
 GOALS = {"autoencoder": (0.0126, 0.0054, 0.0030, 0.0022), "cnn": (0.05, 0.04, 0.035, 0.03), "gpt": (2.0, 1.8, 1.6, 1.5)}

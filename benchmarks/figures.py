@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kfdist.bench import inversion, memory_use, on_the_wire, overhead, scaling, stall, to_target
+from kfdist.bench import inversion, memory_use, on_the_wire, overhead, scaling, stall, target_cells
+from kfdist.bench.contest_rivals import RIVALS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,7 +31,7 @@ DESCRIBED: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "inversion": inversion.describe,
     "memory": memory_use.describe,
     "scale": scaling.describe,
-    "target": to_target.describe,
+    "target": target_cells.describe,
 }
 
 _MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -96,11 +97,8 @@ def worth(target: Mapping[str, Any] | None) -> str:
         return "Not measured yet.\n"
     rows = []
     for task, goal in target["config"]["goals"].items():
-        found = {name: each for name in to_target.RIVALS if (each := _summed_up(target, task, name)) is not None}
-        sides = [
-            {name: each for name, each in found.items() if to_target.RIVALS[name].kfdist is ours}
-            for ours in (True, False)
-        ]
+        found = {name: each for name in RIVALS if (each := _summed_up(target, task, name)) is not None}
+        sides = [{name: each for name, each in found.items() if RIVALS[name].kfdist is ours} for ours in (True, False)]
         if all(sides) and "optimizer" in found and "adamw" in found:
             cells = [said(found["optimizer"]), said(found["adamw"]), *(soonest(side) for side in sides)]
             rows.append(f"| {goal['title']}: {goal['metric']} {goal['goal']:.2g} | {' | '.join(cells)} |")
@@ -111,8 +109,8 @@ def worth(target: Mapping[str, Any] | None) -> str:
 
 
 def _summed_up(target: Mapping[str, Any], task: str, rival: str) -> dict[str, Any] | None:
-    cells = to_target.cells_of(target["cells"], task, rival)
-    found = to_target.best(cells)
+    cells = target_cells.cells_of(target["cells"], task, rival)
+    found = target_cells.best(cells)
     return found and {**found, "limit": max(cell["limit"] for cell in cells)}
 
 

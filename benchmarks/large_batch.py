@@ -28,7 +28,8 @@ import kfdist
 from kfdist.bench.contest_tasks import TASKS, Task
 from kfdist.bench.measuring import measured
 from kfdist.bench.results import as_json, table, write_result
-from kfdist.bench.to_target import IN_A_ROW, MOST_FURTHER_RATES, TUNING_SEED, beyond
+from kfdist.bench.target_cells import IN_A_ROW, TUNING_SEED
+from kfdist.bench.to_target import MOST_FURTHER_RATES, beyond
 from kfdist.report.drawing import FAINT, SERIES, drawing, plain_powers
 
 OUT = Path(__file__).parent / "results" / "large_batch.json"

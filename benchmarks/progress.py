@@ -34,7 +34,7 @@ import kfdist
 from kfdist.bench.contest_tasks import TASKS, Task
 from kfdist.bench.measuring import measured
 from kfdist.bench.results import as_json, table
-from kfdist.bench.to_target import IN_A_ROW
+from kfdist.bench.target_cells import IN_A_ROW
 from kfdist.bench.workloads import Batch, SmallGpt, source_text
 
 RESULTS = Path(__file__).parent / "results"

@@ -158,7 +158,8 @@ def _target(
     the file has aren't done again, so that the command may be interrupted and given again.
     """
     from kfdist.bench.results import DIRECTORY, write_result
-    from kfdist.bench.to_target import TargetSettings, describe, known_cells, measure_target, plot
+    from kfdist.bench.target_cells import describe, known_cells, plot
+    from kfdist.bench.to_target import TargetSettings, measure_target
 
     settings = TargetSettings(
         tasks=tuple(tasks or ()), rivals=tuple(rivals or ()), seconds=seconds, seeds=seeds, folder=data

@@ -31,6 +31,7 @@ SHOWN_BY = {
     "bench/results.py": MEASURING,
     "bench/scaling.py": {"bench scale"},
     "bench/stall.py": {"bench stall"},
+    "bench/target_cells.py": {"bench target"},
     "bench/to_target.py": {"bench target"},
     "bench/on_the_wire.py": {"bench traffic"},
     "cli/control_commands.py": STEERING,

@@ -51,5 +51,5 @@ def test_the_batch_is_doubled_until_neither_method_saves_a_tenth(monkeypatch: py
 
 
 def test_a_training_stops_at_its_goal():
-    found = large_batch.train(CURVES["digits-cnn"], "kfdist.Optimizer", 512, 0.01, 1)
+    found = large_batch.train(CURVES["digits-cnn"], "kfdist.Optimizer", 128, 0.01, 1)
     assert found["steps"] is not None and 2 <= found["steps"] < 60 and found["last"] <= 0.03
