@@ -12,7 +12,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from hypothesis import settings
 from kfdist.rpc.certificates import make_certificates
 from kfdist.system.run_notices import DIRECTORY_VARIABLE
 from tests.support.faults import FOLDER, Faults, written_script
+from tests.support.fork_server import stop_fork_server
 from tests.support.shapes import check_shapes
 
 _MARK = "KFDIST_TEST_SESSION"
@@ -86,7 +86,7 @@ def _pass_on_what_torch_logs() -> None:
 
 def pytest_unconfigure() -> None:
     # It would end by itself, when it notices that this process has, and may be there a moment longer.
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    stop_fork_server()
     shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
     shutil.rmtree(os.environ[DIRECTORY_VARIABLE], ignore_errors=True)
 

@@ -109,7 +109,8 @@ class LocalLink(AbstractLink):
 
     Args:
         device: Where to invert; statistics arrive on the CPU. "cuda" is the device that is current in the thread that
-            starts the link.
+            starts the link. There an inversion's products round to TF32 while this process sums statistics, as torch
+            has one setting for both: where bits matter, have the CPU or an owner invert.
     """
 
     def __init__(self, device: str = "cpu") -> None:

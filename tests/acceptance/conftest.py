@@ -1,14 +1,4 @@
-from collections.abc import Iterator
-
 import pytest
-
-from tests.support.ranks import stop_fork_server
-
-
-@pytest.fixture(scope="session", autouse=True)
-def fork_server() -> Iterator[None]:
-    yield
-    stop_fork_server()
 
 
 @pytest.fixture(autouse=True)

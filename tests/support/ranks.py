@@ -90,11 +90,3 @@ def _gather(ends: list[Connection], timeout: float) -> list[Any]:
             assert kind == "done", f"rank {rank} failed:\n{value}"
             results[rank] = value
     return [results[rank] for rank in range(len(ends))]
-
-
-def stop_fork_server() -> None:
-    """Ends the fork server and its resource tracker, which would otherwise live until the interpreter's exit."""
-    from multiprocessing import forkserver, resource_tracker
-
-    forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
-    resource_tracker._resource_tracker._stop()  # pyright: ignore[reportAttributeAccessIssue]
