@@ -1,6 +1,7 @@
 """Puts together what carries out a plan: the ranks' communicators, a link, and a pipeline between them."""
 
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from kfdist.comm.communicator_set import CommunicatorSet, make_communicators
 from kfdist.comm.together import on_every_rank, require_equal
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.jobs import fingerprint
-from kfdist.errors import EnvironmentFault, RankFailed
+from kfdist.errors import EnvironmentFault, KfdistWarning, RankFailed
 from kfdist.links.link import AbstractLink, LinkContext
 from kfdist.runtime.adopt.adopting import Adopting
 from kfdist.runtime.adopt.agreement import Agreement
@@ -27,7 +28,7 @@ from kfdist.runtime.invert.job_book import JobBook
 from kfdist.runtime.invert.service import DEADLINE_SECONDS, Service, make_link
 from kfdist.runtime.invert.shipping import Inverting
 from kfdist.runtime.pipeline import Pipeline
-from kfdist.runtime.plan.capacity import check_memory, largest_inversion, memory_of
+from kfdist.runtime.plan.capacity import check_memory, largest_inversion, memory_of, wide_factors
 from kfdist.runtime.plan.planner import Plan
 from kfdist.runtime.plan.timetable import Timetable
 from kfdist.runtime.reduce.noise_scale import NoiseScale
@@ -128,10 +129,15 @@ def assemble(
 
 
 def _check_memory(plan: Plan, world: Communicator) -> None:
-    """Refuses, on all ranks alike, a plan that doesn't fit where there is the least memory. Collective."""
+    """Refuses, on all ranks alike, a plan that doesn't fit where there is the least memory; warns of wide factors.
+
+    Collective.
+    """
     if plan.groups:
         found = on_every_rank(world, lambda: list(memory_of(plan.device)))
         check_memory(plan.groups, plan.device, min(Memory(*each) for each in found))
+        if world.rank == 0 and (said := wide_factors(plan.groups)):
+            warnings.warn(said, KfdistWarning, stacklevel=5)
 
 
 def _agree_on_terms(plan: Plan, world: Communicator, service: Service | None) -> JobTerms:

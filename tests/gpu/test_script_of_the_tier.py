@@ -1,10 +1,13 @@
 """`run.sh`, with a stand-in for the interpreter: what it runs, and that a part that fails doesn't end it."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from benchmarks.gpu import PARTS
 
 HERE = Path(__file__).parent
 ON_A_CPU = {"test_benchmark_of_a_gpu.py", Path(__file__).name}
@@ -53,16 +56,24 @@ def test_all_files_of_tests_and_the_benchmark_are_run(tmp_path: Path) -> None:
     assert ran.code == 0 and ran.said[-1] == "all passed" and ran.log == ran.said
     named = {word for call in ran.calls for word in call.split() if word.startswith("tests/gpu/")}
     assert named == {f"tests/gpu/{path.name}" for path in HERE.glob("test_*.py") if path.name not in ON_A_CPU}
-    assert "-m benchmarks.gpu" in ran.calls[-1]
+    parts = [call.split()[2] for call in ran.calls if call.startswith("-m benchmarks.gpu")]
+    assert parts == list(PARTS)
 
 
 @pytest.mark.parametrize(
-    ("failing", "name"), [("test_steps.py", "tests/gpu/test_steps.py"), ("benchmarks.gpu", "the benchmark")]
+    ("failing", "name"), [("test_steps.py", "tests/gpu/test_steps.py"), ("benchmarks.gpu gpt", "the benchmark of gpt")]
 )
 def test_what_failed_is_named_at_the_end_and_the_others_were_run(tmp_path: Path, failing: str, name: str) -> None:
     ran = Ran(tmp_path, failing=failing)
     assert ran.code == 1 and ran.said[-1] == f"failed: {name} (exit code 3)"
     assert "it failed" in ran.log and len(ran.calls) == len(Ran(tmp_path / "again").calls)
+
+
+def test_the_benchmarks_have_the_time_that_is_kept_for_them() -> None:
+    script = (HERE / "run.sh").read_text()
+    kept = re.search(r"^benchmark=(\d+)", script, re.MULTILINE)
+    limits = [int(limit) for limit in re.findall(r"^  measure \w+ (\d+) \d+$", script, re.MULTILINE)]
+    assert kept is not None and len(limits) == len(PARTS) and sum(limits) == int(kept.group(1))
 
 
 def test_without_a_device_nothing_is_run(tmp_path: Path) -> None:

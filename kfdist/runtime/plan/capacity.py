@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from kfdist.curvature.auto import ORDER
-from kfdist.curvature.footprint import footprint
+from kfdist.curvature.footprint import NUMBER_BYTES, footprint
 from kfdist.curvature.inverters import FIXED, INVERTERS, AbstractInverter
 from kfdist.errors import EnvironmentFault
 from kfdist.runtime.plan.groups import BlockGroup
@@ -13,6 +13,9 @@ from kfdist.system.memory import Memory, available_memory, in_words
 from kfdist.types import BlockShape
 
 _NOTHING_FITS = "No method fits: leave the layer out with skip, or take a machine with more memory"
+
+_WIDE = 1 << 31
+"""Bytes of a factor from which on it is warned of: of 23,171 outputs, or the 10 GB of a language model's head."""
 
 
 def memory_of(device: torch.device) -> Memory:
@@ -70,6 +73,28 @@ def check_memory(groups: Sequence[BlockGroup], device: torch.device, there_is: M
         f"{in_words(found.kept)} for its averages and inverse and {in_words(found.passing)} more "
         f"while they are measured, inverted and saved{whole}; there are {in_words(there_is.bytes)} ({there_is.limit}). "
         f"{_NOTHING_FITS if fixed else _advice(name, shape, need - found.most, there_is.bytes)}"
+    )
+
+
+def wide_factors(groups: Iterable[BlockGroup]) -> str:
+    """Says which layers have a dense factor of `_WIDE` bytes or more, for which there may be room; else nothing."""
+    found = []
+    for group in groups:
+        for block in group.blocks:
+            sizes = {"A": block.shape.d_in, "G": block.shape.d_out}
+            width = max((size for name, size in sizes.items() if name in group.needs[block.name].sums), default=0)
+            held = NUMBER_BYTES * width**2
+            if held >= _WIDE:
+                work = sum(each.flops for each in group.inverter.estimate(block.shape).work)
+                found.append(
+                    f"{block.name!r} with {group.inverter.name} ({width} x {width}, {in_words(held)} on each rank, half "
+                    f"of it in each job, {work / 1e12:.2g} TFLOP an inversion)"
+                )
+    if not found:
+        return ""
+    return (
+        f"so wide a factor is rarely worth it: {'; '.join(found)}. Leave the layer out with skip, or give it eva, "
+        "which has no factors, in a table of methods"
     )
 
 

@@ -167,6 +167,7 @@ def make_plan(
     chosen: list[_Chosen] = [_Chosen(*each, reason="") for each in whole.blocks]
     owners: dict[Hashable, Block] = {each.block.name: each.block for each in chosen}
     taken: set[int] = set(whole.taken)
+    tables: dict[str, str] = {}
     for name, blocks in made.items():
         if isinstance(blocks, str):
             reasons[name] = blocks
@@ -176,7 +177,7 @@ def make_plan(
             other = tied.get(id(block.parts[0].parameter))
             block.looked_up |= other is not None
             if other is not None and isinstance(block, EmbeddingBlock):
-                reasons[block.name] = f"its weight is tied to {other or 'the model'}, whose block is that of both"
+                tables[block.name] = other
                 continue
             first = owners.setdefault(_weight_key(block), block)
             found = _choose(block, patterns, settings, costs) if first is block else _tied(block, first)
@@ -184,6 +185,7 @@ def make_plan(
                 reasons[block.name] = found
             else:
                 chosen.append(found)
+    reasons |= _of_tied_tables(tables, reasons)
     for block in _bare_blocks(open_layers, taken, reasons):
         owners[block.name] = block
         found = _choose(block, patterns, settings, costs)
@@ -201,8 +203,7 @@ def make_plan(
         listed = "; ".join(f"{name or 'model'}: {reason}" for name, reason in reasons.items()) or "it has no parameters"
         raise ConfigError(
             f"{type(model).__name__} has no layer that can be preconditioned ({listed}). "
-            f"{SUPPORTED} have a block; check `skip`, the method's globs and "
-            "requires_grad"
+            f"{SUPPORTED} have a block; check `skip`, the method's globs and requires_grad"
         )
     note_shared(each.block for each in chosen)
     groups = _make_groups(model, chosen, world_size)
@@ -467,6 +468,14 @@ def _tied_to_tables(blocks: Iterable[Block]) -> dict[int, str]:
         id(each.parts[0].parameter): each.name for each in reversed(found) if not isinstance(each, EmbeddingBlock)
     }
     return {weight: name for weight, name in others.items() if weight in tables}
+
+
+def _of_tied_tables(tables: Mapping[str, str], reasons: Mapping[str, str]) -> dict[str, str]:
+    """Returns why tables whose weight a head has, by the head's name, have no block: where it has none, for its reason."""
+    return {
+        table: reasons.get(other, f"its weight is tied to {other or 'the model'}, whose block is that of both")
+        for table, other in tables.items()
+    }
 
 
 def _spec(position: int, members: Sequence[_Chosen]) -> GroupSpec:

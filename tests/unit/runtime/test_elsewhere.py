@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kfdist
+from kfdist.bench.workloads import SmallGpt
 from kfdist.linalg.uploads import sent
 from tests.support.captured_methods import CAPTURED
 from tests.support.elsewhere import ELSEWHERE, Elsewhere, There, TwoDevices, Waits
@@ -59,6 +60,41 @@ def test_steps_neither_mix_devices_nor_wait(method: str, name: str):
                 time.sleep(0.005)  # for the inversions of the background
             else:
                 pytest.fail(f"nothing newer was adopted than {pre.versions()}")
+            assert all(isinstance(each, There) and bool(each.here.isfinite().all()) for each in model.parameters())
+
+
+def test_steps_of_the_optimizer_on_a_gpt_neither_mix_devices_nor_wait():
+    """With few eigenvectors of each factor, and a tied head that is too wide for a block, as of models of a usual size."""
+    torch.manual_seed(0)
+    model = SmallGpt(layers=1, width=12, heads=2, context=4, characters=60).double()
+    model.head.weight = model.characters.weight
+    texts = torch.randint(0, 60, (4, 8, 5))
+    bases = kfdist.EkfacAdam(rank=2)
+    method = kfdist.ByWidth(dense=bases, wide=bases, eigen=12, sketched=48)
+    with Elsewhere() as elsewhere:
+        elsewhere.move(model)
+        model.head.weight = model.characters.weight  # which a model keeps on its way to a device
+        batches = [There(each) for each in texts]
+        given = {"factor_period": 2, "inverse_period": 4, "digest_period": 3}
+        with kfdist.Optimizer(model, lr=1e-3, method=method, **given) as optimizer:
+
+            def step(text: Tensor) -> None:
+                optimizer.zero_grad()
+                logits = model(text[:, :-1])
+                nn.functional.cross_entropy(logits.flatten(0, -2), text[:, 1:].flatten()).backward()
+                optimizer.step()
+
+            step(batches[0])  # waits for the first bases, as documented
+            first = optimizer.preconditioner.versions()
+            for text in itertools.islice(itertools.cycle(batches), 400):
+                with elsewhere.without_waiting():
+                    step(text)
+                if all(version > first[block] for block, version in optimizer.preconditioner.versions().items()):
+                    break
+                time.sleep(0.005)  # for the inversions of the background
+            else:
+                pytest.fail(f"nothing newer was adopted than {optimizer.preconditioner.versions()}")
+            assert not optimizer.preconditioner.pipeline.capture.unmeasured
             assert all(isinstance(each, There) and bool(each.here.isfinite().all()) for each in model.parameters())
 
 

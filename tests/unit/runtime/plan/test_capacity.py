@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 import kfdist
+from kfdist.bench.workloads import SmallGpt
 from kfdist.curvature.auto import Auto, MeasuredCosts
 from kfdist.curvature.footprint import footprint
 from kfdist.curvature.inverters import AbstractInverter, make_inverter
 from kfdist.errors import EnvironmentFault
-from kfdist.runtime.plan.capacity import check_memory, need_of
+from kfdist.runtime.plan import capacity
+from kfdist.runtime.plan.capacity import check_memory, need_of, wide_factors
 from kfdist.runtime.plan.planner import make_plan
 from kfdist.system.memory import Memory
 from kfdist.types import BlockShape
@@ -194,3 +196,20 @@ except EnvironmentFault as fault:
 def test_a_head_of_60000_classes_under_a_limit_of_6_gb(method: str, words: list[str]):
     done = subprocess.run([sys.executable, "-c", HEAD, method], capture_output=True, text=True, check=True)
     assert all(re.search(word, done.stdout) for word in words), done.stdout
+
+
+def test_a_head_whose_factor_is_wide_is_warned_of_where_there_is_room_for_it(monkeypatch: pytest.MonkeyPatch):
+    with torch.device("meta"):
+        model = SmallGpt(layers=1, width=768, heads=12, characters=50_304)
+    model.head.weight = model.characters.weight
+    for method, skip, said in (
+        ("rs-kfac", (), r"'head' with rs-kfac \(50304 x 50304, 9\.43 GiB on each rank, .* TFLOP an inversion\)\. Leave"),
+        ("rs-kfac", ("head", "characters"), "^$"),
+        ({"head": "eva", "*": "rs-kfac"}, (), "^$"),
+        (kfdist.ByWidth(), (), "^$"),  # as kfdist.Optimizer has it: such a head has no block
+    ):
+        groups = make_plan(model, method, settings(skip=skip), world_size=1).groups
+        assert re.search(said, wide_factors(groups)), wide_factors(groups)
+    monkeypatch.setattr(capacity, "_WIDE", 4 * 5000**2)
+    with pytest.warns(kfdist.KfdistWarning, match="'2' with rs-kfac"):
+        kfdist.Preconditioner(model_with_a_wide_head(), lr=0.1).close()

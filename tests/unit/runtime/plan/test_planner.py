@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import kfdist
+from kfdist.curvature.by_width import FIRST_ORDER
 from kfdist.curvature.inverters import make_inverter
 from kfdist.errors import ConfigError
 from tests.support.plans import planned
@@ -241,3 +242,20 @@ def test_a_small_model_is_measured_at_one_step_of_a_factor_period():
             model(torch.randn(8, 5)).square().mean().backward()
             optimizer.step()
     assert measured == [3, 0, 0] * 4 + [3]
+
+
+class Tied(nn.Module):
+    """A language model whose head has its table's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
+        self.head.weight = self.table.weight
+
+
+def test_a_table_has_no_block_for_its_heads_reason_where_the_head_has_none():
+    narrow, wide = (kfdist.ByWidth(eigen=4, sketched=widest) for widest in (9, 10))
+    coverage = planned(Tied(), narrow).coverage
+    assert {row.parameter: row.reason for row in coverage.rows if row.block is None} == {"table.weight": FIRST_ORDER}
+    assert coverage.left_out() == {}, "a warning would name a block that isn't there"
+    assert {row.block for row in planned(Tied(), wide).coverage.rows} == {"body", "head"}
