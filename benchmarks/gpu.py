@@ -1,6 +1,6 @@
 """Measures on a CUDA device what a step with kfdist costs, of three models, and how long inversions take by method.
 
-    python -m benchmarks.gpu [resnet50|gpt|vit|inversions ...] [--seconds 48] [--out benchmarks/results/gpu.json]
+    python -m benchmarks.gpu [resnet50|gpt|vit|inversions ...] [--seconds 44] [--out benchmarks/results/gpu.json]
 
 resnet50: as the recipe imagenet-resnet50 has it, SGD alone and behind `rs-kfac`, inverses by an owner on CPUs, then by
 one on the same GPU. gpt, vit: AdamW and `kfdist.Optimizer`; SGD alone and behind `rs-kfac`. All in bfloat16 autocast,
@@ -177,7 +177,7 @@ def main(words: list[str] | None = None) -> None:
     """Measures, writes and prints; ends with 1 where something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; all if none")
-    parser.add_argument("--seconds", type=float, default=48.0, help="of steps, or inversions, a part; starts beside it")
+    parser.add_argument("--seconds", type=float, default=44.0, help="of steps, or inversions, a part; starts beside it")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--tiny", action="store_true", help="small networks on a CPU, to try the benchmark itself")
     given = parser.parse_args(words)

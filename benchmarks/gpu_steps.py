@@ -92,7 +92,7 @@ def behind(
             preconditioner.attach(optimizer)
             yield optimizer, preconditioner
 
-    return Variant(name=name, trained=trained, beside="sgd", weight=2)
+    return Variant(name=name, trained=trained, beside="sgd", weight=3)
 
 
 def by_default(task: Task) -> Variant:
@@ -103,7 +103,7 @@ def by_default(task: Task) -> Variant:
         with kfdist.Optimizer(model, lr=task.training.adamw_lr) as optimizer:
             yield optimizer, optimizer.preconditioner
 
-    return Variant(name="kfdist.Optimizer", trained=trained, beside="adamw", weight=2)
+    return Variant(name="kfdist.Optimizer", trained=trained, beside="adamw", weight=3)
 
 
 def variants_of(part: str, task: Task, *, threads: int, tiny: bool) -> list[Variant]:
