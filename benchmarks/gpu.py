@@ -148,13 +148,13 @@ def measure_inversions(seconds: float, report: Report, device: torch.device, *, 
         device: Where.
         tiny: Whether the model is a small one.
     """
-    ends = time.perf_counter() + seconds
     task = Task((TINY if tiny else LARGE)["resnet50"], device)
     report.begin(INVERSIONS, {"model": task.training.title})
     known = report.found("resnet50", "steps").get("sgd", {})
     if "mean_ms" not in known:
         report.add(INVERSIONS, "steps", "sgd", lambda: steps(task, by_sgd(task), min(_SGD_SECONDS, seconds)))
         known = report.found(INVERSIONS, "steps")["sgd"]
+    ends = time.perf_counter() + seconds
     for method in dict.fromkeys([*_CHEAP, *INVERTERS]):
         if time.perf_counter() > ends:
             report.put(INVERSIONS, "methods", method, {"skipped": "no time left"})

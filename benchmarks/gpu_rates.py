@@ -47,7 +47,7 @@ def product_rates(device: torch.device, *, size: int = _SIZE) -> dict[str, float
                 clock.mark()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        found[name] = round(2 * size**3 / (1e9 * statistics.median(clock.milliseconds())), 3)
+        found[name] = _short(2 * size**3 / (1e9 * statistics.median(clock.milliseconds())))
     return found
 
 
@@ -79,9 +79,9 @@ def part_rates(task: Task, step: Callable[[], object], *, period: int) -> dict[s
     found: dict[str, dict[str, Any]] = {}
     for name, each in spans.items():
         took = each.milliseconds()
-        found[name] = {"ms_a_step": round(took / period, 4), "gflop_a_step": round(each.operations / 1e9 / period, 4)}
+        found[name] = {"ms_a_step": _short(took / period), "gflop_a_step": _short(each.operations / 1e9 / period)}
         if took and each.operations:
-            found[name]["tflops"] = round(each.operations / (1e9 * took), 4)
+            found[name]["tflops"] = _short(each.operations / (1e9 * took))
     return found
 
 
@@ -93,7 +93,11 @@ def shares(parts: Mapping[str, Mapping[str, Any]], products: Mapping[str, float]
         products: From `product_rates`.
     """
     return {
-        name: {form: round(each["tflops"] / rate, 4) for form, rate in products.items()}
+        name: {form: _short(each["tflops"] / rate) for form, rate in products.items()}
         for name, each in parts.items()
         if "tflops" in each
     }
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.4g}")

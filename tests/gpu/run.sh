@@ -95,7 +95,7 @@ run() {
   measure resnet50 110 44
   measure gpt 95 44
   measure vit 100 44
-  measure inversions 75 60
+  measure inversions 75 45
   printf '\n== %d s\n' "$SECONDS"
   if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}"

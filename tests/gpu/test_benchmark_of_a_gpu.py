@@ -33,9 +33,9 @@ def threads_restored():
     torch.set_num_threads(threads)
 
 
-def measured(tmp_path: Path, *words: str) -> dict[str, Any]:
+def measured(tmp_path: Path, *words: str, seconds: float = 0.1) -> dict[str, Any]:
     """Runs the benchmark, and returns what is in its file."""
-    main([*words, "--tiny", "--seconds", "0.1", "--out", str(tmp_path / "gpu.json")])
+    main([*words, "--tiny", "--seconds", str(seconds), "--out", str(tmp_path / "gpu.json")])
     return json.loads((tmp_path / "gpu.json").read_text())
 
 
@@ -48,7 +48,7 @@ def test_it_writes_what_steps_took(tmp_path: Path, part: str):
     assert found["steps"].keys() == VARIANTS[part].keys()
     for name, each in found["steps"].items():
         assert each["steps"] >= 1 and 0 < each["p50_ms"] <= each["p99_ms"] <= each["max_ms"]
-        assert 0 < each["loss"] < 20
+        assert 0 <= each["loss"] < 20
         assert ("parts" in each) == bool(VARIANTS[part][name])
     behind = {name for name, beside in VARIANTS[part].items() if beside}
     assert found["compared"].keys() == found["share of the card's rate"].keys() == behind
@@ -135,7 +135,7 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(
     monkeypatch.setattr(gpu, "inversions", failing)
     monkeypatch.setattr(gpu, "steps", lambda *_: {})
     with pytest.raises(SystemExit, match="failed: inversions, methods, kfac$"):
-        measured(tmp_path)
+        measured(tmp_path, seconds=60)
     found = json.loads((tmp_path / "gpu.json").read_text())["inversions"]["methods"]
     assert found.keys() == INVERTERS.keys()
     assert found["kfac"] == {"failed": "RuntimeError: out of memory"} and found["seng"] == {"method": "seng"}
@@ -150,7 +150,7 @@ def test_a_variant_that_fails_is_told_and_the_others_are_compared(tmp_path: Path
 
     monkeypatch.setattr(gpu, "steps", out_of_memory)
     with pytest.raises(SystemExit, match=r"failed: gpt, steps, kfdist\.Optimizer$"):
-        measured(tmp_path, "gpt")
+        measured(tmp_path, "gpt", seconds=60)
     found = json.loads((tmp_path / "gpu.json").read_text())["gpt"]
     assert found["compared"].keys() == {"rs-kfac"} and "out of memory" in found["steps"]["kfdist.Optimizer"]["failed"]
 
@@ -163,9 +163,9 @@ def test_what_was_measured_is_kept_where_time_runs_out(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(gpu, "inversions", interrupted)
     monkeypatch.setattr(gpu, "steps", lambda *_: {"steps": 7})
-    measured(tmp_path, "gpt")
+    measured(tmp_path, "gpt", seconds=60)
     with pytest.raises(KeyboardInterrupt):
-        measured(tmp_path, "resnet50", "inversions")
+        measured(tmp_path, "resnet50", "inversions", seconds=60)
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["gpt"]["steps"]["sgd"] == found["resnet50"]["steps"]["sgd"] == {"steps": 7}
     assert list(found["inversions"]["methods"]) == ["rs-kfac", "sre-kfac"]

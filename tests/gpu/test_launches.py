@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import kfdist
-from kfdist.runtime.apply import directions
+from kfdist.curvature import adam_moments
+from kfdist.curvature.inverters import AbstractInverter
+from kfdist.runtime.apply import directions, side_by_side
 from kfdist.runtime.apply.applications import Applying
 from tests.support.kernel_launches import Launches
 
@@ -19,15 +21,16 @@ STEPS = 12
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host, where launches cost nothing, has another form of blocks with a bias."""
-    monkeypatch.setattr(directions, "joined_on", lambda _device: True)
+    """The host, where launches cost nothing, has other forms of blocks with a bias, and of Adam's moments."""
+    for module in (directions, side_by_side):
+        monkeypatch.setattr(module, "joined_on", lambda _device: True)
+    monkeypatch.setattr(adam_moments, "is_at_hand", lambda _weight: False)
 
 
-def launched(device: torch.device, layers: list[nn.Module], rank: int) -> Counter[str]:
+def launched(device: torch.device, layers: list[nn.Module], inverter: AbstractInverter) -> Counter[str]:
     """Returns what the application launches at a step at which nothing was taken into use."""
     torch.manual_seed(0)
     model = nn.Sequential(*layers).to(device)
-    inverter = kfdist.RsKfac(rank=rank, oversampling=2, direction_error=0)
     given = {"factor_period": 50, "inverse_period": 50, "adoption": kfdist.FixedLag(0), "lr": 0.1}
     x, apply = torch.randn(16, WIDTH, device=device), Applying.apply
     with kfdist.Preconditioner(model, inverter, **given) as pre:
@@ -47,6 +50,16 @@ def launched(device: torch.device, layers: list[nn.Module], rank: int) -> Counte
     pytest.fail(f"something was adopted at each of {STEPS} steps")
 
 
+def assert_launches_at_most(
+    most: int, device: torch.device, layer: Callable[[], nn.Module], inverter: AbstractInverter, *, others: int
+) -> None:
+    """Checks what a block more launches, and all blocks together."""
+    few, many = (launched(device, [layer() for _ in range(count)], inverter) for count in (3, 5))
+    more = {name: (many[name] - few[name]) / 2 for name in many if many[name] != few[name]}
+    assert sum(more.values()) <= most, more
+    assert few.total() - 3 * sum(more.values()) <= others, few
+
+
 @pytest.mark.parametrize(
     ("layer", "rank", "most"),
     [
@@ -58,7 +71,11 @@ def launched(device: torch.device, layers: list[nn.Module], rank: int) -> Counte
     ids=["low rank", "matrices", "low rank with bias", "norm"],
 )
 def test_what_a_block_more_launches(device: torch.device, layer: Callable[[], nn.Module], rank: int, most: int):
-    few, many = (launched(device, [layer() for _ in range(count)], rank) for count in (3, 5))
-    more = {name: (many[name] - few[name]) / 2 for name in many if many[name] != few[name]}
-    assert sum(more.values()) <= most, more
-    assert few.total() - 3 * sum(more.values()) <= 30, few
+    inverter = kfdist.RsKfac(rank=rank, oversampling=2, direction_error=0)
+    assert_launches_at_most(most, device, layer, inverter, others=30)
+
+@pytest.mark.parametrize(("rank", "most"), [(4, 26), (None, 22)], ids=["few eigenvectors", "all eigenvectors"])
+def test_what_a_block_of_adams_moments_more_launches(device: torch.device, rank: int | None, most: int):
+    """Products there and back, 3 for the weights of the moments, 4 for the moments, 6 for their bias, 4 for the quotient."""
+    inverter = kfdist.EkfacAdam(rank=rank)
+    assert_launches_at_most(most, device, lambda: nn.Linear(WIDTH, WIDTH), inverter, others=0)
