@@ -76,6 +76,6 @@ def test_what_a_block_more_launches(device: torch.device, layer: Callable[[], nn
 
 @pytest.mark.parametrize(("rank", "most"), [(4, 26), (None, 22)], ids=["few eigenvectors", "all eigenvectors"])
 def test_what_a_block_of_adams_moments_more_launches(device: torch.device, rank: int | None, most: int):
-    """Products there and back, 3 for the weights of the moments, 4 for the moments, 6 for their bias, 4 for the quotient."""
+    """Products there and back; for the moments' weights 3, the moments 4, their bias 6, the quotient 4; and joining."""
     inverter = kfdist.EkfacAdam(rank=rank)
     assert_launches_at_most(most, device, lambda: nn.Linear(WIDTH, WIDTH), inverter, others=0)

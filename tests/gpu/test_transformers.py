@@ -1,6 +1,6 @@
 """A GPT with tied weights and a vision transformer in bfloat16 autocast: small ones of those that are measured.
 
-They have what the other models of this tier lack: attention's packed projections and its kernels, norms in float32 among
+They have what the other models of this tier lack: packed projections and kernels of attention, norms in float32 among
 layers in bfloat16, and a head that has the weight of a table.
 """
 

@@ -87,7 +87,7 @@ def wide_factors(groups: Iterable[BlockGroup]) -> str:
             if held >= _WIDE:
                 work = sum(each.flops for each in group.inverter.estimate(block.shape).work)
                 found.append(
-                    f"{block.name!r} with {group.inverter.name} ({width} x {width}, {in_words(held)} on each rank, half "
+                    f"{block.name!r} with {group.inverter.name} ({width} x {width}, {in_words(held)} on a rank, half "
                     f"of it in each job, {work / 1e12:.2g} TFLOP an inversion)"
                 )
     if not found:

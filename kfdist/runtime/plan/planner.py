@@ -471,7 +471,7 @@ def _tied_to_tables(blocks: Iterable[Block]) -> dict[int, str]:
 
 
 def _of_tied_tables(tables: Mapping[str, str], reasons: Mapping[str, str]) -> dict[str, str]:
-    """Returns why tables whose weight a head has, by the head's name, have no block: where it has none, for its reason."""
+    """Returns why tables whose weight a head has, given by its name, have no block: where it has none, its reason."""
     return {
         table: reasons.get(other, f"its weight is tied to {other or 'the model'}, whose block is that of both")
         for table, other in tables.items()

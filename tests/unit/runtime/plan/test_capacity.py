@@ -198,12 +198,12 @@ def test_a_head_of_60000_classes_under_a_limit_of_6_gb(method: str, words: list[
     assert all(re.search(word, done.stdout) for word in words), done.stdout
 
 
-def test_a_head_whose_factor_is_wide_is_warned_of_where_there_is_room_for_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_wide_factor_is_warned_of_where_there_is_room_for_it(monkeypatch: pytest.MonkeyPatch):
     with torch.device("meta"):
         model = SmallGpt(layers=1, width=768, heads=12, characters=50_304)
     model.head.weight = model.characters.weight
     for method, skip, said in (
-        ("rs-kfac", (), r"'head' with rs-kfac \(50304 x 50304, 9\.43 GiB on each rank, .* TFLOP an inversion\)\. Leave"),
+        ("rs-kfac", (), r"'head' with rs-kfac \(50304 x 50304, 9\.43 GiB on a rank, .* TFLOP an inversion\)\. Leave"),
         ("rs-kfac", ("head", "characters"), "^$"),
         ({"head": "eva", "*": "rs-kfac"}, (), "^$"),
         (kfdist.ByWidth(), (), "^$"),  # as kfdist.Optimizer has it: such a head has no block
