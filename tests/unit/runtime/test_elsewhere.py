@@ -64,7 +64,7 @@ def test_steps_neither_mix_devices_nor_wait(method: str, name: str):
 
 
 def test_steps_of_the_optimizer_on_a_gpt_neither_mix_devices_nor_wait():
-    """With few eigenvectors of each factor and a tied head that is too wide for a block, as in models of a usual size."""
+    """With few eigenvectors of each factor and a tied head too wide for a block, as in models of a usual size."""
     torch.manual_seed(0)
     model = SmallGpt(layers=1, width=12, heads=2, context=4, characters=60).double()
     model.head.weight = model.characters.weight
