@@ -16,6 +16,9 @@ from benchmarks.gpu_steps import compared, variants_of
 from benchmarks.gpu_tasks import LARGE, TINY, Task
 from kfdist.curvature.inverters import INVERTERS
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*output gradients are exactly zero:kfdist.errors.KfdistWarning")
+"""Of two layers, one of which sees a class token alone, half of those measured at a step may be of that one."""
+
 CPU = torch.device("cpu")
 SMALL = Task(TINY["resnet50"], CPU)
 VARIANTS = {

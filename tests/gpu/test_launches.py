@@ -74,8 +74,9 @@ def test_what_a_block_more_launches(device: torch.device, layer: Callable[[], nn
     inverter = kfdist.RsKfac(rank=rank, oversampling=2, direction_error=0)
     assert_launches_at_most(most, device, layer, inverter, others=30)
 
-@pytest.mark.parametrize(("rank", "most"), [(4, 26), (None, 22)], ids=["few eigenvectors", "all eigenvectors"])
+
+@pytest.mark.parametrize(("rank", "most"), [(4, 28), (None, 24)], ids=["few eigenvectors", "all eigenvectors"])
 def test_what_a_block_of_adams_moments_more_launches(device: torch.device, rank: int | None, most: int):
-    """Products there and back; for the moments' weights 3, the moments 4, their bias 6, the quotient 4; and joining."""
+    """Products there and back; weights of the moments 3, the moments 4, their bias 6, the quotient 4; joining, writing."""
     inverter = kfdist.EkfacAdam(rank=rank)
     assert_launches_at_most(most, device, lambda: nn.Linear(WIDTH, WIDTH), inverter, others=0)

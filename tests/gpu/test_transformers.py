@@ -7,6 +7,7 @@ layers in bfloat16, and a head that has the weight of a table.
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,17 @@ from benchmarks.gpu_tasks import TINY, Task
 from tests.support.traces import SPAN, profiled, waits_in, waits_of
 from tests.support.transformers import METHODS, Transformer, float64_loss
 
-over_transformers = pytest.mark.parametrize("name", ["gpt", "vit"])
-over_methods = pytest.mark.parametrize("method", METHODS)
+pytestmark = pytest.mark.filterwarnings("ignore:.*output gradients are exactly zero:kfdist.errors.KfdistWarning")
+"""Of two layers, one of which sees a class token alone, half of those measured at a step may be of that one."""
+
+ON_A_GPU = [pytest.param("cuda", *each, marks=pytest.mark.gpu) for each in product(("gpt", "vit"), METHODS)]
 
 
-@over_transformers
-@over_methods
+@pytest.mark.parametrize(
+    ("device", "name", "method"),
+    [("cpu", "gpt", "kfdist.Optimizer"), ("cpu", "vit", "rs-kfac"), *ON_A_GPU],
+    indirect=["device"],
+)
 def test_transformers_train_in_bfloat16_and_no_step_waits(
     device: torch.device, without_waiting: Callable[[], AbstractContextManager[None]], name: str, method: str
 ):
@@ -42,8 +48,7 @@ def test_transformers_train_in_bfloat16_and_no_step_waits(
         assert not training.pre.coverage().left_out()
 
 
-@over_transformers
-@over_methods
+@pytest.mark.parametrize(("device", "name", "method"), [("cpu", "gpt", "rs-kfac"), *ON_A_GPU], indirect=["device"])
 def test_the_profiler_sees_no_wait(device: torch.device, tmp_path: Path, name: str, method: str):
     with Transformer(name, device, method) as training:
         for _ in range(20):  # loads the kernels, and has torch pin memory
@@ -104,7 +109,7 @@ def test_waits_are_found_in_a_trace():
     ]
 
 
-@over_transformers
+@pytest.mark.parametrize("name", ["gpt", "vit"])
 def test_what_is_measured_in_bfloat16_is_what_float64_has(device: torch.device, name: str):
     """Sums are kept in float32, whatever the layers compute in."""
     found: list[dict[str, torch.Tensor]] = []
