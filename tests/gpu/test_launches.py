@@ -77,6 +77,6 @@ def test_what_a_block_more_launches(device: torch.device, layer: Callable[[], nn
 
 @pytest.mark.parametrize(("rank", "most"), [(4, 28), (None, 24)], ids=["few eigenvectors", "all eigenvectors"])
 def test_what_a_block_of_adams_moments_more_launches(device: torch.device, rank: int | None, most: int):
-    """Products there and back; weights of the moments 3, the moments 4, their bias 6, the quotient 4; joining, writing."""
+    """Products there and back; the moments' weights 3, the moments 4, their bias 6, the quotient 4; join and write."""
     inverter = kfdist.EkfacAdam(rank=rank)
     assert_launches_at_most(most, device, lambda: nn.Linear(WIDTH, WIDTH), inverter, others=0)

@@ -1,12 +1,14 @@
 """Small transformers as the benchmark for GPUs trains them, in bfloat16 autocast, stepped by kfdist."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 import kfdist
 from benchmarks.gpu_tasks import TINY, Task
 
-PERIODS = {"factor_period": 2, "inverse_period": 4}
+PERIODS: dict[str, Any] = {"factor_period": 2, "inverse_period": 4}
 METHODS = ("kfdist.Optimizer", "rs-kfac")
 
 
