@@ -26,8 +26,16 @@ if TYPE_CHECKING:
     from kfdist.curvature.inverters import Soap as Soap
     from kfdist.curvature.inverters import SreKfac as SreKfac
     from kfdist.curvature.inverters import TwoLevel as TwoLevel
+    from kfdist.errors import CheckpointError as CheckpointError
+    from kfdist.errors import ConfigError as ConfigError
+    from kfdist.errors import EnvironmentFault as EnvironmentFault
+    from kfdist.errors import Interrupted as Interrupted
     from kfdist.errors import KfdistError as KfdistError
     from kfdist.errors import KfdistWarning as KfdistWarning
+    from kfdist.errors import LossNotFinite as LossNotFinite
+    from kfdist.errors import ModelChanged as ModelChanged
+    from kfdist.errors import RankFailed as RankFailed
+    from kfdist.errors import RanksDiverged as RanksDiverged
     from kfdist.optim.adaptive import AdaptiveStep as AdaptiveStep
     from kfdist.optim.adaptive_settings import AdaptiveReport as AdaptiveReport
     from kfdist.optim.adaptive_settings import AdaptiveSettings as AdaptiveSettings
@@ -47,7 +55,8 @@ _NAMES = {
     "kfdist.curvature.by_width": "ByWidth",
     "kfdist.curvature.inverters": "BKfac BKfacC BRKfac CgFac Ekfac EkfacAdam Eva Kfac KfacEigen "
     "KfacTridiagonal KlShampoo RsKfac Seng Shampoo Soap SreKfac TwoLevel",
-    "kfdist.errors": "KfdistError KfdistWarning",
+    "kfdist.errors": "CheckpointError ConfigError EnvironmentFault Interrupted KfdistError KfdistWarning "
+    "LossNotFinite ModelChanged RankFailed RanksDiverged",
     "kfdist.optim.adaptive": "AdaptiveStep",
     "kfdist.optim.adaptive_settings": "AdaptiveReport AdaptiveSettings",
     "kfdist.optim.optimizer": "Optimizer",

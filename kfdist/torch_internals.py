@@ -335,6 +335,28 @@ def device_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
     return scaler._get_scale_async()
 
 
+# torch.utils.data ------------------------------------------------------------------------------------------------
+
+
+def end_loader_processes(source: Any) -> None:
+    """Ends the processes of a DataLoader or of its iterator; safe twice, and where there are none.
+
+    By themselves they end with the iterator, which lives as long as the traceback of an error that passed through it.
+    One that reads is given ten seconds to finish, and then killed.
+
+    Args:
+        source: A DataLoader with persistent processes, or an iterator of one; None does nothing.
+    """
+    iterator = getattr(source, "_iterator", source)
+    if not hasattr(iterator, "_shutdown_workers"):
+        return
+    iterator._shutdown_workers()
+    for process in iterator._workers:
+        if process.is_alive():  # torch asks by SIGTERM, which it may ignore
+            process.kill()
+            process.join(timeout=1.0)
+
+
 # torch.distributed ------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """A run at a glance: where it stands, who is alive, how the loss goes, and how stale each block is."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -105,25 +105,33 @@ class RunPicture:
         yield line
 
     def _measured(self) -> list[Fact]:
-        # Ages rise while ranks hang; what rank 0 sent last doesn't.
-        ages = [sample.value for sample in self.samples if sample.name == _AGE]
-        gauges = {**self.run.gauges, **({_AGE: max(ages)} if ages else {})}
+        # Of the samples where there are any: ages rise while ranks hang; what rank 0 sent last doesn't.
+        stalest, periods = self._stalest(), self._periods()
+        gauges = {**self.run.gauges, **{name: value for name, value in stalest.items() if name in (STALENESS, _AGE)}}
+        often = f", inverted every {steps(stalest[PERIOD])}" if PERIOD in stalest and len(set(periods)) > 1 else ""
         named = (
             ("accuracy", "kfdist_accuracy", lambda value: f"{value:.2%}"),
             ("damping", "kfdist_damping", lambda value: f"{value:.3g}"),
             ("noise scale", "kfdist_gradient_noise_scale_examples", lambda value: f"{value:,.0f} examples"),
             ("waiting inversions", "kfdist_queue_depth", steps),
-            ("stalest block", STALENESS, lambda value: f"{steps(value)} steps"),
+            ("stalest block", STALENESS, lambda value: f"{steps(value)} steps{often}"),
             ("its age", _AGE, age),
         )
         found = [(name, form(gauges[metric])) for name, metric, form in named if metric in gauges]
-        # Ranks of before blocks' periods were told tell the run's alone.
-        periods = [sample.value for sample in self.samples if sample.name == PERIOD]
-        periods = periods or [gauges[name] for name in ("kfdist_inverse_period_steps",) if name in gauges]
         if periods:
             span = " to ".join(steps(value) for value in sorted({min(periods), max(periods)}))
             found.append(("inverses every", f"{span} steps"))
         return found
+
+    def _stalest(self) -> Mapping[str, float]:
+        """Returns what was measured of the block whose inverse is the oldest by the block's own period, if any has."""
+        first = next(iter(blocks_of(self.samples)), None)
+        return {} if first is None or first.staleness is None else first.values
+
+    def _periods(self) -> list[float]:
+        """Returns the blocks' steps between two inverses; ranks of before these were told tell the run's alone."""
+        periods = [sample.value for sample in self.samples if sample.name == PERIOD]
+        return periods or [value for name, value in self.run.gauges.items() if name == "kfdist_inverse_period_steps"]
 
     def _trouble(self) -> list[Fact]:
         totals: dict[str, float] = {}

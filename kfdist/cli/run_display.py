@@ -106,7 +106,7 @@ def print_run(run: RunView, owners: Sequence[OwnerView], samples: Sequence[Metri
         print(json.dumps({**run.to_json(), "owners": [asdict(owner) for owner in owners], "samples": listed}))
         return
     _print_facts(_facts(run, owners) + _settings(run) + _counters(samples))
-    _print_blocks(samples)
+    _print_blocks(run.name, samples)
 
 
 def print_runs(runs: Sequence[RunView], *, as_json: bool) -> None:
@@ -316,7 +316,7 @@ def _print_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _print_blocks(samples: Sequence[MetricSample]) -> None:
+def _print_blocks(run: str, samples: Sequence[MetricSample]) -> None:
     blocks = blocks_of(samples)
     if not blocks:
         return
@@ -328,7 +328,7 @@ def _print_blocks(samples: Sequence[MetricSample]) -> None:
         shown = blocks[:_SHOWN_BLOCKS]
         console.print(block_table(shown, console.width, full_bar=1.0, bars=False))
         if len(blocks) > len(shown):
-            print(f"and {len(blocks) - len(shown)} more; `kfdist status | less` shows all")
+            print(f"and {len(blocks) - len(shown)} more; `kfdist status {run} | less` shows all")
         return
     columns = [column for column in COLUMNS if any(column.metric in block.values for block in blocks)]
     methods = any(block.method for block in blocks)

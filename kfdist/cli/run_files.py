@@ -136,12 +136,11 @@ class RunFiles:
 
     def remarks(self) -> dict[str, object]:
         """Returns what else is known: when it ended, what tests found, its newest checkpoint, what was wrong."""
-        evaluated = self._last("evaluation")
         staleness = self._summary.get("staleness_steps") or {}
         known = {
             "ended" if self.state.ended else "last heard of": self.heard,
             "seconds trained": self._summary.get("seconds"),
-            **{key.replace("_", " "): value for key, value in evaluated.items() if key.startswith("test_")},
+            **self._evaluated(),
             "staleness median": staleness.get("p50"),
             "staleness max": staleness.get("max"),
             "checkpoint": self.checkpoint,
@@ -150,6 +149,17 @@ class RunFiles:
             "error": self._summary.get("error"),
         }
         return {name: value for name, value in known.items() if value not in (None, "")}
+
+    def _evaluated(self) -> dict[str, object]:
+        """Returns what the last evaluation found, of the trained weights and, where an average is kept, of that."""
+        step = self._last("evaluation").get("step")
+        found: dict[str, object] = {}
+        for line in self._lines:
+            if line["event"] == "evaluation" and line.get("step") == step:
+                whose = "averaged " if line.get("weights") == "averaged" else ""
+                tested = {key: value for key, value in line.items() if key.startswith("test_")}
+                found |= {f"{whose}{key.replace('_', ' ')}": value for key, value in tested.items()}
+        return found
 
     def advice(self) -> str:
         """Says what can be done with a run that trains no more."""

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from kfdist.comm.rendezvous import torchruns_store
-from kfdist.errors import EnvironmentFault
+from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.system.seat import ranks_by_environment
 
 
 class Pending(Protocol):
@@ -158,6 +159,25 @@ def communicator(process_group: dist.ProcessGroup | None = None) -> Communicator
     return Communicator(process_group)
 
 
+def training_communicator(process_group: dist.ProcessGroup | None = None) -> Communicator:
+    """Does what `communicator` does, but never makes a process that was started beside others train alone.
+
+    Raises:
+        ConfigError: There is no group, and torchrun's variables say that this process is one of several.
+    """
+    found = communicator(process_group)
+    if found.process_group is None and "RANK" in os.environ and (count := ranks_by_environment()) > 1:
+        # A warning would go under in the output of so many processes, whose losses fall all the same.
+        raise ConfigError(
+            f"RANK is {os.environ['RANK']} and WORLD_SIZE is {count}, so {count} processes were started to train "
+            "together, and there is no process group by which they would: each would train a model of its own. Call "
+            "torch.distributed.init_process_group() before (Accelerate's Accelerator() does it, too), or give "
+            "`process_group`. If each process is meant to train a model of its own, take RANK and WORLD_SIZE out of "
+            "its os.environ before; under a service each then needs a run's name of its own"
+        )
+    return found
+
+
 def join_training_group(*, timeout_seconds: float = 600.0, device: str = "cpu") -> Communicator:
     """Joins the group that torchrun's variables describe, over NCCL for CUDA and gloo for the CPU.
 
@@ -169,9 +189,15 @@ def join_training_group(*, timeout_seconds: float = 600.0, device: str = "cpu") 
         The training group; a single process where RANK is unset.
 
     Raises:
-        EnvironmentFault: The other ranks could not be reached.
+        EnvironmentFault: The other ranks could not be reached, or this one isn't told which it is.
     """
     if "RANK" not in os.environ:
+        if (count := ranks_by_environment()) > 1:
+            raise EnvironmentFault(
+                f"WORLD_SIZE is {count} and RANK isn't set: this process can't know which of {count} ranks it is, and "
+                "alone it would train beside the others under the run's name. Start all ranks with torchrun (or "
+                "`kfdist train`), or take WORLD_SIZE out of its environment"
+            )
         return Communicator(None)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     try:

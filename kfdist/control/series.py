@@ -18,6 +18,10 @@ from kfdist.types import MetricSample
 MAX_BLOCKS = 512
 """Blocks with a separate series, the same ones in each metric; others share "other", which has their worst value."""
 
+_STALENESS, _PERIOD = "kfdist_staleness_steps", "kfdist_update_period_steps"
+_OF_ONE_BLOCK = (_STALENESS, "kfdist_staleness_seconds", "kfdist_delay_steps", _PERIOD)
+"""What "other" has of a single one of its blocks, the stalest by its own period: these are compared with each other."""
+
 MAX_LABEL_VALUES = 64
 """Values of any other label of a metric; samples with more are dropped and counted."""
 
@@ -139,7 +143,7 @@ class RunSeries:
             self._lives[sender] = life
         dropped: Counter[str] = Counter()
         gauges: dict[Key, float] = {}
-        for sample in samples:
+        for sample in self._without_less_stale(samples):
             fault = fault_in(sample) or self._take(sender, life, sample, gauges)
             if fault:
                 dropped[fault] += 1
@@ -232,6 +236,18 @@ class RunSeries:
     def _now(self, metric: Metric, told: Told) -> float:
         """Returns a gauge's value now: one that ages does so even while its sender hangs."""
         return told.value + (self._clock() - told.heard if metric.ages else 0.0)
+
+    def _without_less_stale(self, samples: Iterable[MetricSample]) -> list[MetricSample]:
+        """Leaves out how old blocks are that share "other", but for the one that is the stalest by its own period."""
+        samples = list(samples)
+        ages: dict[str, dict[str, float]] = {}
+        for sample in samples:
+            known = sample.name in (_STALENESS, _PERIOD) and not fault_in(sample)
+            if known and self._bounded(METRICS[sample.name], sample) == (OTHER,):
+                ages.setdefault(sample.labels[BLOCK], {})[sample.name] = sample.value
+        periods_old = {name: of.get(_STALENESS, 0.0) / (of.get(_PERIOD) or 1.0) for name, of in ages.items()}
+        silent = ages.keys() - {max(periods_old, key=periods_old.__getitem__, default="")}
+        return [each for each in samples if not (each.name in _OF_ONE_BLOCK and each.labels.get(BLOCK) in silent)]
 
     def _take(self, sender: Sender, life: str, sample: MetricSample, gauges: dict[Key, float]) -> str:
         metric = METRICS[sample.name]

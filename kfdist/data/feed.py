@@ -19,6 +19,7 @@ from kfdist.data.reading import EVALUATION, Batch, SeededReader
 from kfdist.data.sampler import Position, Sampler
 from kfdist.data.task import DataSet, Examples
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.torch_internals import end_loader_processes
 
 _TEST_BATCH = 512
 """Examples in memory evaluated at once; bounds the memory, changes nothing else."""
@@ -133,7 +134,7 @@ class LoaderFeed(Feed):
 
     The processes come from a fork server, a fresh interpreter without threads, gRPC or CUDA, so that a fork carries
     nothing along. They ignore SIGINT and SIGTERM, which torchrun and terminals send to the whole group while ranks
-    still write a checkpoint, and end when their rank does.
+    still write a checkpoint, and end with the feed, with an error of a data set, and with their rank.
 
     Args:
         data: The task.
@@ -171,6 +172,8 @@ class LoaderFeed(Feed):
 
     @override
     def close(self) -> None:
+        for source in (self._training, self._evaluation):
+            end_loader_processes(source)
         self._training = self._evaluation = None
 
     def _received(self, batches: Iterable[Batch]) -> Iterator[Pair]:
@@ -179,17 +182,11 @@ class LoaderFeed(Feed):
                 self.corrupt |= batch.corrupt
                 if len(batch.targets):
                     yield self._ready(batch.inputs, batch.targets)
-        except EnvironmentFault as fault:
-            _, raised_there, words = str(fault).rpartition(f"{EnvironmentFault.__name__}: ")
-            if not raised_there:
+        except Exception as error:
+            self.close()  # its traceback keeps the loader, whose other processes would read on while anybody holds it
+            if (told := _in_own_words(error)) is None:
                 raise
-            raise EnvironmentFault(words.strip()) from fault  # they come behind a loader process's traceback
-        except RuntimeError as error:
-            if not str(error).startswith(_DEAD):  # what the data set raised names the loader process, too
-                raise
-            raise EnvironmentFault(
-                f"a loader process died ({error}); if it was killed for want of memory, lower data.loader_processes"
-            ) from error
+            raise told from error
 
     def _loader(self, examples: Any, schedule: Any) -> "DataLoader[Batch]":
         processes = self.serving.loader_processes
@@ -239,6 +236,18 @@ def _sent(part: str) -> Iterator[None]:
             "name, or set data.loader_processes = 0",
             path="data.name",
         ) from error
+
+
+def _in_own_words(error: Exception) -> EnvironmentFault | None:
+    """Returns what is said in the place of an error that came while reading; None where it says it itself."""
+    if isinstance(error, EnvironmentFault):
+        _, raised_there, words = str(error).rpartition(f"{EnvironmentFault.__name__}: ")
+        return EnvironmentFault(words.strip()) if raised_there else None  # they come behind a process's traceback
+    if isinstance(error, RuntimeError) and str(error).startswith(_DEAD):  # what the data set raised names it, too
+        return EnvironmentFault(
+            f"a loader process died ({error}); if it was killed for want of memory, lower data.loader_processes"
+        )
+    return None
 
 
 def _ignore_stops(loader_process: int) -> None:

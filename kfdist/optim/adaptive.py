@@ -115,7 +115,7 @@ class AdaptiveStep:
         settings: Periods, factors, bounds and switches; the paper's if None.
 
     Raises:
-        ConfigError: A value is out of range, or the preconditioner doesn't fit.
+        ConfigError: A value is out of range, the preconditioner doesn't fit, or nothing of the model is trained.
     """
 
     def __init__(

@@ -17,15 +17,17 @@ def check_arguments(
     """Checks that the values are in range and that the preconditioner fits the adaptive step.
 
     Raises:
-        ConfigError: A value is out of range; or the preconditioner clips or scales the gradients, adopts inverses
-            when they happen to arrive, has an optimizer attached, or uses a method that has no damping, or whose
-            damping isn't the lambda of F + lambda I or, though gamma is searched for, is fixed at the inversion.
+        ConfigError: A value is out of range; or the model has no parameter that is trained; or the preconditioner
+            clips or scales the gradients, adopts inverses when they happen to arrive, has an optimizer attached, or
+            uses a method that has no damping, or whose damping isn't the lambda of F + lambda I or, though gamma is
+            searched for, is fixed at the inversion.
     """
     if loss is not None:
         checks.choice("loss", loss, LOSSES, hint="or None where the closure calls observe itself")
     checks.number("weight_decay", weight_decay, least=0)
     if damping is not None:
         checks.number("damping", damping, above=0)
+    _check_trained(preconditioner)
     settings = preconditioner.settings
     if settings.kl_clip is not None:
         raise ConfigError(
@@ -71,4 +73,14 @@ def check_arguments(
         raise ConfigError(
             f'blocks {", ".join(map(repr, relative))} have damping_rule="relative", for which damping is a fraction of '
             'the largest eigenvalue; AdaptiveStep tunes the lambda of F + lambda I: use damping_rule="pi"'
+        )
+
+
+def _check_trained(preconditioner: Preconditioner) -> None:
+    trained = [parameter.requires_grad for parameter in preconditioner.model.parameters()]
+    if not any(trained):
+        of_them = f"{len(trained)} parameters, and all of them are frozen" if trained else "no parameters"
+        raise ConfigError(
+            f"the model has {of_them}; AdaptiveStep moves those that are trained when it is made: set requires_grad of "
+            "what is to be trained, before the preconditioner is made"
         )

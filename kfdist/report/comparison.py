@@ -166,9 +166,11 @@ def _outcome(run: Recorded) -> Iterator[tuple[str, str]]:
     yield "trained for", words.seconds(summary.get("seconds") or (run.seconds() or [(0, None)])[-1][1])
     for name, value in (summary.get("metrics") or {}).items():
         yield name.replace("_", " "), words.metric(name, value)
-    accuracies = [line["test_accuracy"] for line in run.evaluations if line.get("test_accuracy") is not None]
-    if accuracies:
-        yield "best test accuracy", words.share(max(accuracies))
+    for weights, label in (("trained", "best test accuracy"), ("averaged", "best averaged test accuracy")):
+        evaluated = [line for line in run.evaluations if line.get("weights", "trained") == weights]
+        accuracies = [line["test_accuracy"] for line in evaluated if line.get("test_accuracy") is not None]
+        if accuracies:
+            yield label, words.share(max(accuracies))
     if (reached := summary.get("time_to_target") or {}).get("seconds") is not None:
         yield "time to the target", words.seconds(reached["seconds"])
     for part, label in (("p50", "step, p50"), ("p99", "step, p99")):

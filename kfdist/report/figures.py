@@ -40,7 +40,6 @@ def lines(
     x: str,
     y: str,
     starts: Sequence[float] = (),
-    top: float | None = None,
     log: bool | None = None,
     percent: bool = False,
 ) -> str:
@@ -51,7 +50,6 @@ def lines(
         x: What is to the right.
         y: What is upwards.
         starts: Where a resumed run's later starts are.
-        top: The upper end, if it is known.
         log: Whether upwards is logarithmic; if None, where the values span a factor of 30.
         percent: Whether values are shares.
     """
@@ -77,8 +75,6 @@ def lines(
         if log:
             axes.set_yscale("log")
             plain_powers(axes.yaxis)
-        elif top is not None:
-            axes.set_ylim(top=top)
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         plain_counts(axes.xaxis)

@@ -3,7 +3,7 @@
 import json
 import sqlite3
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ class Recorded:
         steps: Log periods, oldest first.
         evaluations: The same of evaluations.
         told: What else is worth telling: checkpoints, starts, ends, ...
-        windows: Of `history.jsonl`.
+        windows: Of `history.jsonl`, each with the number of its start in that file as `of_start`.
         spectra: Of `history.jsonl`.
         methods: The method of each block, by its name, in the model's order.
         controller_events: What the controller saw, the newest `SHOWN_EVENTS`: (seconds since 1970, kind, text).
@@ -78,7 +78,6 @@ class Recorded:
         metrics = _without_lost(_lines(directory / "metrics.jsonl", remarks))
         history = _without_lost(_lines(directory / "history.jsonl", remarks))
         config = _config(directory / "config.toml", remarks)
-        windows = [line for line in history if line["event"] == "window" and _OF_A_WINDOW <= line.keys()]
         blocks = next((line for line in reversed(history) if line["event"] == "start"), {})
         return cls(
             directory=directory,
@@ -88,7 +87,7 @@ class Recorded:
             steps=[line for line in metrics if line["event"] == "step"],
             evaluations=[line for line in metrics if line["event"] == "evaluation"],
             told=[line for line in metrics if line["event"] not in ("step", "evaluation")],
-            windows=windows,
+            windows=list(_windows(history)),
             spectra=[line for line in history if line["event"] == "spectrum" and line.get("factors")],
             methods=dict(zip(blocks.get("blocks", ()), blocks.get("methods", ()), strict=True)),
             controller_events=_controller_events(directory, config, remarks),
@@ -120,15 +119,7 @@ class Recorded:
 
     def by_start(self) -> list[Line]:
         """Returns the last totals of each start that has any; every start counts from 0."""
-        found: list[Line] = []
-        steps = 0
-        for window in self.windows:
-            if found and window["totals"]["steps"] > steps:
-                found[-1] = window["totals"]
-            else:
-                found.append(window["totals"])
-            steps = window["totals"]["steps"]
-        return found
+        return list({window["of_start"]: window["totals"] for window in self.windows}.values())
 
 
 def _lines(file: Path, remarks: list[str]) -> Iterator[Line]:
@@ -178,6 +169,16 @@ def _without_lost(lines: Iterator[Line]) -> list[Line]:
             kept = [each for each in kept if each["event"] == "start" or each["step"] <= line["step"]]
         kept.append(line)
     return kept
+
+
+def _windows(history: Iterable[Line]) -> Iterator[Line]:
+    """Yields the windows of steps that have all that is asked of them; other lines are of older kfdists."""
+    start = 0
+    for line in history:
+        if line["event"] == "start":
+            start += 1
+        elif line["event"] == "window" and _OF_A_WINDOW <= line.keys():
+            yield {**line, "of_start": start}
 
 
 def _config(file: Path, remarks: list[str]) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kfdist.capture.requests import Sampling
-from kfdist.comm.communicator import Communicator, communicator
+from kfdist.comm.communicator import Communicator, communicator, training_communicator
 from kfdist.comm.together import on_rank_zero
 from kfdist.curvature.auto import MeasuredCosts, measure_costs
 from kfdist.errors import ConfigError, Interrupted, KfdistError
@@ -77,13 +77,15 @@ class Preconditioner(StatedLoss, Inspection):
         seed: Seeds every random choice, together with the block's name and the version.
         digest_period: Steps between two comparisons of the ranks' parameters; 0 turns them off.
         grad_scaler: The AMP scaler whose scale the loss is multiplied by.
-        process_group: The ranks that train together; None: the default group, else this single process.
+        process_group: The ranks that train together; None: the default group, else this single process, unless
+            torchrun's variables (RANK, WORLD_SIZE) say that it is one of several.
         link: None inverts in the ranks themselves; `kfdist.connect(...)` uses a service.
         costs: What inversions cost, for "auto"; None lets rank 0 measure it. Measured anew, it may choose otherwise:
             to load a state into a new Preconditioner, give it `costs` of the one that saved it.
 
     Raises:
-        ConfigError: A value is out of range, a glob matches nothing, or no layer can be preconditioned.
+        ConfigError: A value is out of range, a glob matches nothing, no layer can be preconditioned, or this is one of
+            several processes that have no process group.
         EnvironmentFault: The ranks' machines differ in what numbers depend on, or the link cannot start.
     """
 
@@ -125,7 +127,7 @@ class Preconditioner(StatedLoss, Inspection):
             seed=seed,
             digest_period=digest_period,
         )
-        world = communicator(process_group)
+        world = training_communicator(process_group)
         if costs is None and needs_costs(method):  # from one rank: all have to choose alike
             costs = MeasuredCosts.from_json(on_rank_zero(world, lambda: measure_costs().to_json()))
         self._set_up(
@@ -148,7 +150,7 @@ class Preconditioner(StatedLoss, Inspection):
         Args:
             plan: What `kfdist.runtime.plan.planner.make_plan` returned, for as many ranks as the group has.
             grad_scaler: As for the constructor.
-            process_group: As for the constructor.
+            process_group: The ranks that train together; None: the default group, else this single process.
             link: As for the constructor.
 
         Raises:

@@ -39,5 +39,14 @@ class Seat:
 
 def ranks_here() -> int:
     """Returns how many ranks a launcher or torchrun started on this machine, this one included; 1 without either."""
-    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return _count("LOCAL_WORLD_SIZE")
+
+
+def ranks_by_environment() -> int:
+    """Returns how many ranks train together as torchrun's variables have it; 1 without them."""
+    return _count("WORLD_SIZE")
+
+
+def _count(variable: str) -> int:
+    said = os.environ.get(variable, "")
     return int(said) if said.isdecimal() and int(said) > 0 else 1

@@ -14,6 +14,7 @@ import torch
 
 from kfdist.config import load_config
 from kfdist.curvature.auto import Auto
+from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.inverters import INVERTERS
 from kfdist.optim.adaptive_settings import AdaptiveSettings
 from kfdist.types import BlockShape
@@ -31,6 +32,8 @@ TABLE_COLUMNS = ["method", "when", "an inversion costs", "memory a block", "stat
 
 WIDE = BlockShape(d_out=4000, d_in=4001)
 """A layer on which every method does what it is there for."""
+
+ON_GRADIENTS = [name for name, kind in INVERTERS.items() if issubclass(kind, AbstractGradientInverter)]
 
 MEASURED = {"A", "G", "a", "g", "A_next", "G_next", "a_cross", "g_cross", "mode_1", "mode_2"}
 """Sums that a row of the README's table may name."""
@@ -202,3 +205,9 @@ def test_python_examples_run(example: str) -> None:
 def test_configurations_are_valid(example: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(example)
     load_config(tmp_path / "run.toml", environment={})
+
+
+@pytest.mark.parametrize("name", ON_GRADIENTS)
+def test_a_method_on_gradients_says_where_it_was_tried(name: str) -> None:
+    section = TEXTS["gradients.md"].split(f"\n## `{name}`\n")[1].split("\n## ")[0]
+    assert re.search(r"^- \*\*Tried\*\* .*\[decision \d+\]", section, flags=re.MULTILINE)

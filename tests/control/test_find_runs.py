@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -277,6 +278,24 @@ def test_an_ended_run_answers_from_its_files(kfdist, machine, status, state, adv
     ]
     with pytest.raises(ConfigError, match=f"has ended .{state} at step .*{advice}"):
         kfdist("pause", "digits")
+
+
+def test_an_ended_run_says_of_both_evaluations_whose_they_are(kfdist, machine):
+    path = run_directory(machine / "runs" / "digits")
+    lines = [
+        {"event": "evaluation", "time": 1.7e9 + step, "step": step, "weights": weights, "test_accuracy": accuracy}
+        for step, weights, accuracy in ((59, "averaged", 0.5), (60, "trained", 0.9), (60, "averaged", 0.95))
+    ]
+    (path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    told = json.loads(kfdist("status", "digits", "--json"))["files"]
+    assert (told["test_accuracy"], told["averaged_test_accuracy"]) == (0.9, 0.95)
+    shown = kfdist("status", "digits")
+    assert re.search(r"^test accuracy +90.00%$", shown, flags=re.M)
+    assert re.search(r"^averaged test accuracy +95.00%$", shown, flags=re.M)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**lines[1], "step": 80, "test_accuracy": 0.91}) + "\n")
+    told = json.loads(kfdist("status", "digits", "--json"))["files"]
+    assert told["test_accuracy"] == 0.91 and "averaged_test_accuracy" not in told
 
 
 def test_events_of_an_ended_run_are_those_of_its_controller(kfdist, machine):

@@ -177,6 +177,27 @@ class TestSeries:
                 "other": offset + 2,
             }
 
+    def test_other_tells_how_old_the_block_is_that_is_the_stalest_by_its_own_period(self, monkeypatch):
+        """The alert compares them: a block due every 20 steps doesn't hide behind a healthy one due every 100."""
+        monkeypatch.setattr(series, "MAX_BLOCKS", 1)
+        run = RunSeries()
+        names = ("kfdist_staleness_steps", "kfdist_update_period_steps", "kfdist_staleness_seconds")
+        told = {"first": (1, 20, 0.5), "slow": (101, 100, 4.0), "stuck": (95, 20, 3.0), "new": (0, 20, 0.0)}
+        samples = [
+            MetricSample(name=name, value=values[place], labels={"block": block})
+            for place, name in enumerate(names)
+            for block, values in told.items()
+        ]
+        residuals = [
+            MetricSample(name="kfdist_inversion_rung", value=place, labels={"block": block})
+            for place, block in enumerate(told)
+        ]
+        assert run.ingest(RANKS[0], "1", [*samples, *residuals]) == {}
+        found = exported(run)
+        assert [round(found[name, ("other",)]) for name in names] == [95, 20, 3]
+        assert [round(found[name, ("first",)], 1) for name in names[:2]] == [1, 20]
+        assert found["kfdist_inversion_rung", ("other",)] == 3
+
     def test_other_stands_for_the_same_blocks_in_every_metric(self, monkeypatch):
         """Else staleness would be compared with another block's period."""
         monkeypatch.setattr(series, "MAX_BLOCKS", 2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfdist import checks
 from kfdist.errors import ConfigError, KfdistError
 from kfdist.runtime.apply.attachment import bare_optimizer, step_before
-from kfdist.torch_internals import was_unscaled
+from kfdist.torch_internals import entries_of, was_unscaled
 
 Scalar = float | Callable[[int], float]
 """A number, or a callable of the step."""
@@ -144,9 +144,12 @@ def finite_step(
 
 
 def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor | None:
-    """Returns a boolean scalar on the device: whether all gradients are finite. None without gradients."""
+    """Returns a boolean scalar on the device: whether all gradients are finite. None without gradients.
+
+    By the extremes of each, since a sum of finite numbers may overflow: one pass over them, and no copy.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
+    entries = [entries_of(each)[1] if each.is_sparse else each for each in gradients]
+    if not (entries := [each for each in entries if each.numel()]):
         return None
-    total = torch.stack([gradient.float().sum() for gradient in gradients]).sum()
-    return torch.isfinite(total)
+    return torch.isfinite(torch.stack([extreme for each in entries for extreme in each.aminmax()])).all()

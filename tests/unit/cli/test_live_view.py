@@ -65,6 +65,22 @@ def test_the_periods_are_the_blocks_own(periods, words):
     assert words in "\n".join(lines(RunPicture(run=shown, samples=told)))
 
 
+def test_the_stalest_block_is_the_one_that_is_oldest_by_its_own_period():
+    told = {"dense": (95.0, 20.0, 8.0), "wide": (101.0, 100.0, 9.0)}
+    names = ("kfdist_staleness_steps", "kfdist_update_period_steps", "kfdist_staleness_seconds")
+    samples = [
+        MetricSample(name=name, value=value, labels={"block": block})
+        for block, values in told.items()
+        for name, value in zip(names, values, strict=True)
+    ]
+    text = "\n".join(lines(RunPicture(run=run(), samples=samples), width=120))
+    assert "stalest block 95 steps, inverted every 20   its age 8.0 s" in text
+    alike = [each for each in samples if each.labels["block"] == "wide"]
+    text = "\n".join(lines(RunPicture(run=run(), samples=alike), width=120))
+    assert "stalest block 101 steps   its age 9.0 s" in text
+    assert "stalest block 12 steps" in "\n".join(lines(RunPicture(run=run()))), "of a run that ended: as it was told"
+
+
 @pytest.mark.parametrize("width", [40, 80, 160])
 def test_everything_fits(width):
     picture = RunPicture(run=run(), samples=BLOCKS, owners=owners(a=200, b=100), losses=[2.0, 1.0, 0.125], rate=12.5)

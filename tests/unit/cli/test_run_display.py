@@ -1,6 +1,7 @@
 """Tables of runs and events on terminals of any width."""
 
 import io
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from kfdist.cli.run_display import events_table, runs_table
+from kfdist.cli.run_display import events_table, print_run, runs_table
 from kfdist.control.client import EventView, RunView
 from kfdist.control.control_records import RunState
+from kfdist.types import MetricSample
 
 HEADS = ["RUN", "STATE", "STEP", "START", "RANKS", "OWNERS", "LOSS", "CREATED", "DIRECTORY"]
 NOW = datetime(2026, 11, 29, 9, 17, 15, tzinfo=UTC)
@@ -59,3 +61,12 @@ def test_events_are_whole_at_any_width(width: int) -> None:
     words = " ".join(drawn).split()
     assert [word for word in ["1234", "refresh_requested", *text.split()] if word not in words] == []
     assert ("KIND" in drawn[0]) == (width >= 80)
+
+
+def test_a_terminal_without_room_for_all_blocks_is_told_how_to_see_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [MetricSample(name="kfdist_staleness_steps", value=1, labels={"block": f"b{n}"}) for n in range(45)]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_run(run(name="mine", step=1, total_steps=2, directory=""), [], samples, as_json=False)
+    assert "and 5 more; `kfdist status mine | less` shows all" in capsys.readouterr().out

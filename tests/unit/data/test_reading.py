@@ -1,6 +1,8 @@
 """Examples read one by one: seeded by (seed, epoch, example), whoever reads them; what can't be read is replaced."""
 
+import multiprocessing
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -124,6 +126,48 @@ class Dying(Noisy):
 def test_a_loader_process_that_dies_is_a_sentence():
     with pytest.raises(EnvironmentFault, match=r"a loader process died .*data\.loader_processes"):
         steps(DataSet(train=Dying(), test=Noisy(), classes=20), serving(loader_processes=1), Position(), 1)
+
+
+@dataclass(frozen=True)
+class Failing(Noisy):
+    """Raises in one loader process; the other one reads, or hangs."""
+
+    hangs: bool = False
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        process = torch.utils.data.get_worker_info()
+        assert process is not None
+        if process.id == 0:
+            raise ValueError("sizes differ")
+        if self.hangs:
+            time.sleep(60)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("part", "hangs"), [("train", False), ("test", False), pytest.param("train", True, marks=pytest.mark.slow)]
+)
+def test_what_a_data_set_raises_in_one_loader_process_ends_the_others(part: str, hangs: bool):
+    before = set(multiprocessing.active_children())
+    train, test = (Failing(hangs=hangs), Noisy()) if part == "train" else (Noisy(), Failing(hangs=hangs))
+    feed = make_feed(DataSet(train=train, test=test, classes=20), serving(loader_processes=2), Position())
+    with pytest.raises(ValueError, match="sizes differ") as held:
+        list(feed.training_step(Position()) if part == "train" else feed.evaluation())
+    assert held.tb is not None  # has torch's frames, and they the loader
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_closing_ends_loader_processes_that_somebody_still_holds():
+    before = set(multiprocessing.active_children())
+    feed = make_feed(DataSet(train=Noisy(), test=Noisy(), classes=20), serving(loader_processes=1), Position())
+    batches = feed.evaluation()
+    next(batches)
+    next(feed.training_step(Position()))
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    feed.close()
+    assert set(multiprocessing.active_children()) <= before
+    feed.close()
+    del batches
 
 
 @pytest.mark.filterwarnings("ignore:Got pickle error")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import kfdist
 from kfdist.comm.communicator import Communicator
 from kfdist.errors import CheckpointError, ConfigError, Interrupted, LossNotFinite, ModelChanged
 from kfdist.optim.adaptive import AdaptiveStep
@@ -455,3 +456,23 @@ def test_a_state_of_another_model_is_refused():
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         AdaptiveStep(Formula(linear()), **arguments)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (linear().requires_grad_(False), "the model has 2 parameters, and all of them are frozen; .*set requires_grad"),
+        (nn.ReLU(), "the model has no parameters; "),
+    ],
+    ids=["frozen", "without parameters"],
+)
+def test_a_model_of_which_nothing_is_trained_is_refused(model: nn.Module, message: str):
+    with pytest.raises(ConfigError, match=message):
+        stepper(model)
+    with (
+        kfdist.Preconditioner(model, "none", kl_clip=None, adoption=kfdist.FixedLag(0)) as preconditioner,
+        pytest.raises(ConfigError, match=message),
+    ):
+        AdaptiveStep(preconditioner)
+    with pytest.raises(ConfigError, match="has no layer that can be preconditioned"):
+        AdaptiveStep.for_model(model)

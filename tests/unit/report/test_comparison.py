@@ -40,3 +40,14 @@ def test_a_run_is_not_compared_with_itself_and_not_with_too_many(finished: Path)
         write_comparison([finished, finished / ".." / finished.name])
     with pytest.raises(ConfigError, match=f"compare at most {MOST_RUNS}"):
         write_comparison([finished] * (MOST_RUNS + 1))
+
+
+def test_the_best_accuracy_says_whose_weights_it_is_of(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "averaged")
+    averaged = {"event": "evaluation", "time": 4e9, "step": 1, "weights": "averaged", "test_accuracy": 1.5}
+    with (tmp_path / "averaged" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(averaged) + "\n")
+    page = Page(write_comparison([finished, tmp_path / "averaged"], tmp_path / "comparison.html"))
+    words = " ".join(page.text.split())
+    assert "best averaged test accuracy – 150.00 %" in words
+    assert "150.00 %" not in words.replace("best averaged test accuracy – 150.00 %", "")

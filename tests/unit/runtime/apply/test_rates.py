@@ -1,13 +1,14 @@
 """Where the KL clip's learning rate comes from, and when an optimizer's step runs ours."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kfdist.errors import ConfigError, KfdistError
-from kfdist.runtime.apply.rates import LearningRates
+from kfdist.runtime.apply.rates import LearningRates, finite_gradients
 from tests.support.preconditioning import backward, factors, gradients, preconditioner, two_layers
 
 
@@ -157,3 +158,34 @@ def test_a_second_optimizer_or_another_models_is_refused():
         pre.attach(torch.optim.SGD(model.parameters(), lr=0.1))
         with pytest.raises(ConfigError, match="attached already"):
             pre.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def finite(*gradients: Tensor | None) -> bool | None:
+    parameters = []
+    for gradient in gradients:
+        parameter = nn.Parameter(
+            torch.zeros(()) if gradient is None else torch.zeros(gradient.shape).to(gradient.dtype)
+        )
+        parameter.grad = gradient
+        parameters.append(parameter)
+    found = finite_gradients(parameters)
+    return None if found is None else bool(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_whose_sum_overflows_are_finite_and_one_bad_number_is_found(dtype: torch.dtype):
+    largest = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
+    others = (largest, -largest, torch.zeros(0, dtype=dtype), None)
+    assert finite(*others) is True
+    for bad in (math.inf, -math.inf, math.nan):
+        spoiled = largest.clone()
+        spoiled[1, 2] = bad
+        assert finite(*others, spoiled) is False
+
+
+def test_gradients_of_several_dtypes_and_layouts_are_looked_at_together():
+    table = torch.sparse_coo_tensor([[1, 1]], [[1.0, 2.0], [3.0, 4.0]], (3, 2))
+    others = (torch.full((2,), 1e300, dtype=torch.float64), torch.ones(2, dtype=torch.float16))
+    assert finite(table, *others) is True
+    assert finite(table * math.inf, *others) is False
+    assert finite(None) is None and finite(torch.zeros(0)) is None
