@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kfdist.config import load_config
-from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.errors import CheckpointError, ConfigError, EnvironmentFault
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.run_notices import notices, place_of
 from kfdist.training import worker
@@ -168,3 +168,12 @@ def test_a_run_goes_on_in_another_precision(tmp_path: Path):
     for steps, precision in ((2, "float32"), (4, "float16"), (6, "bfloat16")):
         given = (f"run.steps={steps}", f"run.precision={precision}", "run.accept_changes=true")
         assert run_worker(small(tmp_path, *given)).code == 0
+
+
+def test_a_take_over_that_the_checkpoint_does_not_allow_leaves_the_run_as_it_was(tmp_path: Path):
+    run_worker(small(tmp_path, "run.steps=2"))
+    changed = ("optimizer.name=adamw", "run.steps=4")
+    with pytest.raises(CheckpointError, match=r"kept momentum_buffer .* adamw .* needs exp_avg"):
+        run_worker(small(tmp_path, *changed, "run.accept_changes=true"))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+    assert run_worker(small(tmp_path, "run.steps=4")).code == 0
