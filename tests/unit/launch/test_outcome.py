@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import sys
@@ -71,6 +72,18 @@ def test_a_launch_that_never_trained_leaves_no_directory(tmp_path: Path):
     made = make_directory(run / "logs")
     (run / "logs" / "rank-0.log").write_text("...")
     (run / "control.sqlite").write_text("...")
+    remove_untrained(made, unless_trained=run)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lock", ["lock", "control.sqlite.lock"])
+def test_a_launch_that_gives_way_to_another_one_leaves_it_its_directory(tmp_path: Path, lock: str):
+    run = tmp_path / "runs" / "it"
+    made = make_directory(run / "logs")  # by this launch, for both began at the same moment
+    with (run / lock).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        remove_untrained(made, unless_trained=run)
+        assert (run / "logs").exists() and (run / lock).exists()
     remove_untrained(made, unless_trained=run)
     assert list(tmp_path.iterdir()) == []
 
