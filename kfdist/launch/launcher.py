@@ -86,12 +86,24 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
         ConfigError: A value is wrong; nothing was started.
         EnvironmentFault: Something the run needs could not be had, or a process failed.
     """
-    if not (finished := check_launch(config)):
-        check_devices(config)
+    try:
+        with requests.raising():  # listing a large data set takes minutes
+            if not (finished := check_launch(config)):
+                check_devices(config)
+    except KeyboardInterrupt:
+        return stopped_in_checks(config, terminal)
+    if not finished:
         return Launch(config, terminal, requests).run()
     terminal.say(finished)
     terminal.result(read_summary(config.run.directory))
     return ExitCode.DONE
+
+
+def stopped_in_checks(config: Config, terminal: Terminal) -> int:
+    """Says that a launch was asked to stop before it had started anything; returns its exit code."""
+    terminal.say("stopped before anything was started; the same command starts it")
+    terminal.result(read_summary(config.run.directory))
+    return ExitCode.RESUMABLE
 
 
 def check_launch(config: Config, *, own_controller: bool = True) -> str:
