@@ -22,6 +22,7 @@ from kfdist.data.objective import Classification
 from kfdist.data.reading import CorruptExample, Readable
 from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.system.files import from_home
 from kfdist.vision import import_torchvision
 
 R = TypeVar("R", bound=Readable)
@@ -190,7 +191,7 @@ def both_folders(train: Path, test: Path, cuts: tuple[Cut, Cut], *, path: str) -
         path: The field that names them, for messages.
 
     Raises:
-        ConfigError: One isn't there, or has other classes.
+        ConfigError: One isn't there, has other classes, or only one.
     """
     trained, classes = list_pictures(train, cuts[0], path=path)
     tested, others = list_pictures(test, cuts[1], path=path)
@@ -198,6 +199,12 @@ def both_folders(train: Path, test: Path, cuts: tuple[Cut, Cut], *, path: str) -
         different = sorted(set(classes) ^ set(others))[:5]
         raise ConfigError(
             f"{train} and {test} have different classes, such as {different}; give both the same", path=path
+        )
+    if len(classes) < 2:
+        raise ConfigError(
+            f"{train} has one class, {classes[0]!r}, and there is nothing to tell apart; it must have a folder of images for "
+            "each of two classes or more",
+            path=path,
         )
     return trained, tested, len(classes)
 
@@ -243,9 +250,9 @@ class ImageFolders(ImageCuts):
         """Lists the images.
 
         Raises:
-            ConfigError: The folders aren't there, have different classes, or a class has no images.
+            ConfigError: The folders aren't there, have different classes or one alone, or a class has no images.
         """
-        root = Path(self.root).expanduser().absolute()
+        root = from_home(self.root).absolute()
         train, test, classes = both_folders(
             root / self.train_dir, root / self.test_dir, self.cuts(), path="data.settings.root"
         )

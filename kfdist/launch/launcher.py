@@ -26,7 +26,6 @@ from kfdist.launch.outcome import (
     child_fault,
     ending_of,
     longest_checkpoint,
-    read_summary,
     remove_untrained,
     report_line,
 )
@@ -47,7 +46,7 @@ from kfdist.system.processes import (
     reap_orphans,
     sweep,
 )
-from kfdist.system.run_summary import unsaved
+from kfdist.system.run_summary import read_summary, unsaved
 from kfdist.system.spawn import inherited_environment, module_command
 from kfdist.training.run_directory import inspect_run, read_costs
 from kfdist.training.setup import check_devices, gather_materials

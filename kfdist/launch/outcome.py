@@ -15,6 +15,7 @@ from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
 from kfdist.system.files import lock_holder, replace_file
 from kfdist.system.lifetime import PARENT_VARIABLE
 from kfdist.system.processes import Child, describe_exit
+from kfdist.system.run_summary import read_summary
 from kfdist.system.spawn import inherited_environment, module_command
 
 REPORT_SECONDS = 30.0
@@ -76,14 +77,6 @@ def _is_held(run_directory: Path) -> bool:
         return any(lock_holder(lock) is not None for lock in run_directory.glob("*lock"))
     except OSError:
         return True  # whose it is can't be told
-
-
-def read_summary(run_directory: Path) -> dict[str, Any]:
-    """Reads `summary.json` of a run directory; empty if there is none."""
-    try:
-        return json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
 
 
 def add_to_summary(run_directory: Path, **entries: Any) -> dict[str, Any]:

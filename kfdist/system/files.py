@@ -73,6 +73,11 @@ def make_directory(path: Path) -> list[Path]:
     return made
 
 
+def from_home(path: str) -> Path:
+    """Returns a path with the home in the place of its `~`; without one, of a user that nobody knows, as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def check_working_directory() -> None:
     """Checks that Ray can start in the working directory.
 

@@ -26,7 +26,7 @@ from kfdist.config import Config, to_toml
 from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.files import lock_holder, replace_file, write_file
-from kfdist.system.run_summary import unsaved
+from kfdist.system.run_summary import read_summary, unsaved
 
 HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_period", "run.accept_changes") + (
     "run.eval_epochs",
@@ -81,7 +81,7 @@ def inspect_run(config: Config) -> str:
             return ""
         _refuse_drift(config)
         holder = lock_holder(directory / "lock")
-        summary = _read_json(directory / "summary.json")
+        summary = read_summary(directory)
     except OSError as error:
         raise EnvironmentFault(f"can't read the run directory {directory}: {error}; check owner and mode") from error
     if holder is not None:
@@ -317,11 +317,3 @@ def _take_epoch(directory: Path, epoch: int, config: Config) -> None:
         write_file(directory / f"{epoch:05d}.toml", _as_saved(config).encode())
     except FileExistsError:
         raise _locked(directory.parent, "a trainer that started at the same moment") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

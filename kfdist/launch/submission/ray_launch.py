@@ -10,11 +10,11 @@ from typing_extensions import override
 from kfdist.config import Config
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
 from kfdist.launch.launcher import Launch, check_launch, stopped_in_checks
-from kfdist.launch.outcome import read_summary
 from kfdist.launch.submission.request import Submission
 from kfdist.launch.terminal import StopRequests, Terminal
 from kfdist.system.addresses import address_towards, is_loopback, join_address, split_address
 from kfdist.system.processes import Command
+from kfdist.system.run_summary import read_summary
 from kfdist.training.setup import check_controller
 
 _TRAIN_NEEDS = ("pandas", "pyarrow", "fsspec", "requests")

@@ -217,6 +217,8 @@ def test_all_mistakes_are_told_at_once():
         (None, ["no such file"]),
         (b"[run\n", ["isn't valid TOML", "line 1", "mend the line"]),
         (b"[run]\nname = '\xff'\n", ["isn't UTF-8", "byte 14", "save it as UTF-8"]),
+        pytest.param(b"run.steps = " + b"9" * 5000, ["isn't valid TOML", "4300 digits"], id="digits"),
+        pytest.param(b"run.steps = " + b"[" * 100_000, ["isn't valid TOML", "recursion"], id="brackets"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, words: list[str]):
@@ -238,6 +240,11 @@ def test_the_mark_that_some_editors_begin_utf8_with_is_no_mistake(tmp_path: Path
 def test_a_directory_is_no_file(tmp_path: Path):
     with pytest.raises(ConfigError, match="can't be read"):
         load_config(tmp_path, environment={})
+
+
+def test_a_name_that_no_file_has_is_told(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"can't be read \(File name too long\)"):
+        load_config(tmp_path / ("x" * 300), environment={})
 
 
 def test_a_section_must_be_a_table(tmp_path: Path):

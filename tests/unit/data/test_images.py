@@ -1,6 +1,7 @@
 """Images from folders, from CIFAR-10's files and from nowhere: what a batch of them is, and what is refused."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +138,11 @@ def lack_a_class(root: Path) -> None:
     (root / "val" / "class_01").rename(root / "val" / "other")
 
 
+def keep_one_class(root: Path) -> None:
+    for part in ("train", "val"):
+        shutil.rmtree(root / part / "class_01")
+
+
 def empty_a_class(root: Path) -> None:
     next((root / "train" / "class_01").iterdir()).unlink()
 
@@ -147,6 +153,8 @@ def empty_a_class(root: Path) -> None:
         (lambda root: None, {"train_dir": "trein"}, "No such file or directory.*a folder of images for each class"),
         (lack_a_class, {}, r"have different classes, such as \['class_01', 'other'\]"),
         (empty_a_class, {}, "class_01.*a folder of images for each class"),
+        (keep_one_class, {}, "train has one class, 'class_00', .*each of two classes or more"),
+        (lambda root: None, {"root": "~nobody-has-this-name/pictures"}, "~nobody-has-this-name/pictures/train can't be used"),
         (lambda root: None, {"test_resize": 9}, "is 9, less than test_size = 24"),
     ],
 )
