@@ -206,6 +206,7 @@ BROKEN = [
     (check_ray, f"{KUBERAY}/raycluster.yaml", "nvidia.com/gpu: 8", "nvidia.com/gpu: 4", "aren't one number"),
     (check_ray, f"{KUBERAY}/raycluster.yaml", r"\"inverter\": 1", r"\"inverters\": 1", "must offer the resource"),
     (check_ray, f"{KUBERAY}/run.toml", "owners = 4", "owners = 5", "5 owners need as many CPUs"),
+    (check_ray, f"{KUBERAY}/run.toml", "{ inverter = 0.01 }", "{}", "owners may be placed beside ranks"),
     (check_ray, f"{KUBERAY}/rayjobs.yaml", '"trainer": 1', '"gpu": 1', "which no group offers"),
     (check_ray, f"{KUBERAY}/rayjobs.yaml", "ray.io/cluster: kfdist", "ray.io/cluster: other", "for another cluster"),
 ]
