@@ -166,7 +166,7 @@ def _check_kept(optimizer: torch.optim.Optimizer, section: OptimizerSection, sav
         kept = saved["state"].get(number, {}).keys()
         if kept and not needed[parameter.dim()] <= kept:
             raise CheckpointError(
-                f"the checkpoint's optimizer kept {', '.join(sorted(kept))} of a parameter, and {section.name} as it is "
+                f"the checkpoint's optimizer kept {', '.join(sorted(kept))} of a parameter, and {section.name} as "
                 f"configured now needs {', '.join(sorted(needed[parameter.dim()]))}: it can't go on from there; undo "
                 "the change of [optimizer], or start a new run (run.dir)"
             )

@@ -55,4 +55,4 @@ def _check_job(files: Files, job: dict[str, Any], groups: dict[str, Any], path: 
         if int(limits.get("cpu", 0)) < cluster.owners:
             yield f"{where}: {cluster.owners} owners need as many CPUs, and the group has {limits.get('cpu')}"
         if resource not in cluster.bundle.resources:
-            yield f"{where}: owners may be placed beside ranks, as cluster.bundle.resources doesn't ask for {resource!r}"
+            yield f"{where}: owners may be placed beside ranks: cluster.bundle.resources lacks {resource!r}"

@@ -84,7 +84,7 @@ BROKEN = [
     (check_dockerfile, DOCKERFILE, '"kfdist", "status"', '"kfdist", "state"', "no command 'state'"),
     (check_dockerfile, DOCKERFILE, "EXPOSE 7070 9464", "EXPOSE 7070 9090", "exposes other ports"),
     (check_dockerfile, DOCKERFILE, "ENV HOME=/tmp", "ENV HOME=/home/kfdist", "must have HOME=/tmp"),
-    (check_dockerfile, DOCKERFILE, "ENV KFDIST_CONTROL_ADDRESS=127.0.0.1:7070\n", "", "asks no controller by its address"),
+    (check_dockerfile, DOCKERFILE, "ENV KFDIST_CONTROL_ADDRESS=127.0.0.1:7070\n", "", "asks no controller by its"),
     (check_dockerfile, DOCKERFILE, "FROM ${CUDA_BASE}", "FROM ${BASE}", "isn't made from a CUDA image"),
     # The compose file.
     (check_compose, COMPOSE, "[pool, --ready-file", "[pool, --ready", "No such option"),

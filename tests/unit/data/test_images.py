@@ -154,7 +154,7 @@ def empty_a_class(root: Path) -> None:
         (lack_a_class, {}, r"have different classes, such as \['class_01', 'other'\]"),
         (empty_a_class, {}, "class_01.*a folder of images for each class"),
         (keep_one_class, {}, "train has one class, 'class_00', .*each of two classes or more"),
-        (lambda root: None, {"root": "~nobody-has-this-name/pictures"}, "~nobody-has-this-name/pictures/train can't be used"),
+        (lambda root: None, {"root": "~no-such-user/pictures"}, "~no-such-user/pictures/train can.t be used"),
         (lambda root: None, {"test_resize": 9}, "is 9, less than test_size = 24"),
     ],
 )

@@ -22,7 +22,21 @@ def test_splitting_and_joining(address: str):
     assert server_address(address, field="--address") == split_address(address)
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":7070", "::1:7070", "host:65536", "host:-1", "host:٣", "a..b:70", f"{'x' * 64}.org:70"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "host",
+        "host:",
+        ":7070",
+        "::1:7070",
+        "host:65536",
+        "host:-1",
+        "host:٣",
+        "a..b:70",
+        f"{'x' * 64}.org:70",
+    ],
+)
 def test_what_is_no_address(address: str):
     with pytest.raises(ConfigError, match="is no address") as caught:
         server_address(address, field="control.address")
