@@ -53,7 +53,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         return membership_pb2.RegisterWorkerResponse(settings=settings_message(settings))
 
     def _begins_anew(self, request: membership_pb2.RegisterWorkerRequest) -> bool:
-        """Tells whether a rank is of a run whose starts are counted anew: another process was it, of a start that ended.
+        """Tells whether a rank is of a run whose starts are counted anew: another was it, in a start that has ended.
 
         The ranks of that start are forgotten, so that the first one alone begins it.
 
@@ -69,8 +69,8 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         if self._members.is_alive(request.run, request.worker_rank):
             raise Refusal(
                 grpc.StatusCode.ABORTED,
-                f"rank {request.worker_rank} of run {request.run!r}, start {request.epoch}, is process {known} already: "
-                "another run has this name; give one of them another name (run.name), or another controller",
+                f"rank {request.worker_rank} of run {request.run!r}, start {request.epoch}, is process {known} already, of "
+                "another run with this name; give one of them another name (run.name), or another controller",
             )
         return False
 
