@@ -69,8 +69,8 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         if self._members.is_alive(request.run, request.worker_rank):
             raise Refusal(
                 grpc.StatusCode.ABORTED,
-                f"rank {request.worker_rank} of run {request.run!r}, start {request.epoch}, is process {known} already, of "
-                "another run with this name; give one of them another name (run.name), or another controller",
+                f"rank {request.worker_rank} of run {request.run!r}, start {request.epoch}, is process {known} already:"
+                " another run has this name; give one of them another name (run.name), or another controller",
             )
         return False
 
