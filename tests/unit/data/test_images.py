@@ -154,7 +154,6 @@ def empty_a_class(root: Path) -> None:
         (lack_a_class, {}, r"have different classes, such as \['class_01', 'other'\]"),
         (empty_a_class, {}, "class_01.*a folder of images for each class"),
         (keep_one_class, {}, "train has one class, 'class_00', .*each of two classes or more"),
-        (lambda root: None, {"root": "~no-such-user/pictures"}, "~no-such-user/pictures/train can.t be used"),
         (lambda root: None, {"test_resize": 9}, "is 9, less than test_size = 24"),
     ],
 )
@@ -164,6 +163,12 @@ def test_folders_that_do_not_fit_are_refused(
     spoil(write_folders(tmp_path, classes=2, train=1, test=1))
     with pytest.raises(ConfigError, match=rf"^data\.settings\.(root|test_resize): .*{words}"):
         load(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", ["image-folder", "image-shards", "cifar10"])
+def test_a_home_that_nobody_has_is_a_folder_that_is_not_there(name: str):
+    with pytest.raises(ConfigError, match="~no-such-user/pictures"):
+        load_data(name, {"root": "~no-such-user/pictures"})
 
 
 def test_files_that_are_not_cifar_10_are_refused(tmp_path: Path):
