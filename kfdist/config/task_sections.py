@@ -24,7 +24,9 @@ class RunSection(Section):
     dir: FileName | None = Field(default=None, description="the run directory; runs/NAME if not given")
     seed: int = Field(default=1, ge=0, lt=2**63, description="seeds everything random in the run")
     steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="training steps; excludes run.epochs")
-    epochs: int | None = Field(default=None, ge=1, description="passes over the training data; excludes run.steps")
+    epochs: int | None = Field(
+        default=None, ge=1, le=MAX_STEPS, description="passes over the training data; excludes run.steps"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where ranks compute; auto takes CUDA if there is any"
     )

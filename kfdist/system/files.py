@@ -1,5 +1,6 @@
 """Files that are either wholly on the disk or not there at all, also when the power fails."""
 
+import errno
 import fcntl
 import json
 import os
@@ -40,6 +41,8 @@ def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
     Raises:
         OSError: It can't be written; the old content stays.
     """
+    if not path.name:  # as of a variable that isn't set, which Path takes for the working directory
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
