@@ -202,8 +202,8 @@ def both_folders(train: Path, test: Path, cuts: tuple[Cut, Cut], *, path: str) -
         )
     if len(classes) < 2:
         raise ConfigError(
-            f"{train} has one class, {classes[0]!r}, and there is nothing to tell apart; it must have a folder of images "
-            "for each of two classes or more",
+            f"{train} has one class, {classes[0]!r}, and there is nothing to tell apart; it must have a folder of "
+            "images for each of two classes or more",
             path=path,
         )
     return trained, tested, len(classes)
