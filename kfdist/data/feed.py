@@ -244,8 +244,8 @@ def _sent(part: str) -> Iterator[None]:
         if "AF_UNIX path too long" not in str(error):
             raise
         raise EnvironmentFault(
-            f"loader processes can't be started: {tempfile.gettempdir()}, where their sockets would be, is too long for "
-            "their names; set TMPDIR to a shorter one, such as /tmp, or data.loader_processes = 0"
+            f"loader processes can't be started: {tempfile.gettempdir()}, where their sockets would be, is too long "
+            "for their names; set TMPDIR to a shorter one, such as /tmp, or data.loader_processes = 0"
         ) from error
 
 
