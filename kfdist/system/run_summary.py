@@ -17,7 +17,7 @@ def read_summary(directory: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
