@@ -70,8 +70,8 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             raise Refusal(
                 grpc.StatusCode.ABORTED,
                 f"rank {request.worker_rank} of run {request.run!r}, start {request.epoch}, is process {known} already:"
-                " another run has this name; give one of them another name (run.name), or another controller; or, if it "
-                f"was killed, start again in {self._members.lease_seconds:.0f} s",
+                " another run has this name; give one of them another name (run.name), or another controller; or, if it"
+                f" was killed, start again in {self._members.lease_seconds:.0f} s",
             )
         return False
 
