@@ -27,6 +27,9 @@ from kfdist.vision import import_torchvision
 
 R = TypeVar("R", bound=Readable)
 
+_MOST_PIXELS = 1 << 27
+"""Of a resized image; Pillow opens none of many more."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
@@ -114,7 +117,25 @@ class Pictures:
             CorruptExample: It can't be read.
         """
         path = os.path.join(self.folder, os.fsdecode(bytes(self.names[index])))
-        return transform(self.cut)(decoded(lambda: open(path, "rb"), name=path)), int(self.labels[index])
+        return read_picture(lambda: open(path, "rb"), self.cut, name=path), int(self.labels[index])
+
+
+def read_picture(opened: Callable[[], BinaryIO], cut: Cut, *, name: str) -> Tensor:
+    """Decodes an image and cuts it; see `decoded`.
+
+    Raises:
+        CorruptExample: It can't be read, or is too small or too long to be cut so.
+        EnvironmentFault: No file can be opened any more.
+    """
+    image = decoded(opened, name=name)
+    shorter, longer = sorted(image.size)
+    if cut.kind == "centre" and cut.margin**2 * longer > _MOST_PIXELS * shorter:
+        reason = f"{longer} pixels along {shorter}, and more than fit in memory once the shorter side is resized"
+        raise CorruptExample(name, reason)
+    try:
+        return transform(cut)(image)
+    except ValueError as error:  # of an image that has less than what is to be cut out
+        raise CorruptExample(name, str(error)) from None
 
 
 def decoded(opened: Callable[[], BinaryIO], *, name: str) -> Any:

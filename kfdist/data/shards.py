@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from kfdist.data.images import Cut, ImageCuts, decoded, transform
+from kfdist.data.images import Cut, ImageCuts, read_picture
 from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError
 from kfdist.system.files import from_home
@@ -61,8 +61,9 @@ class ShardedPictures:
         """
         shard, offset, size = (int(number) for number in self.places[index])
         path = self.shards[shard]
-        image = decoded(lambda: io.BytesIO(_opened(path).read(size, offset)), name=f"{path}, {size} bytes at {offset}")
-        return transform(self.cut)(image), int(self.labels[index])
+        name = f"{path}, {size} bytes at {offset}"
+        picture = read_picture(lambda: io.BytesIO(_opened(path).read(size, offset)), self.cut, name=name)
+        return picture, int(self.labels[index])
 
 
 @dataclass(frozen=True)

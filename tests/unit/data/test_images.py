@@ -12,7 +12,7 @@ from PIL import Image
 
 from kfdist.data.cifar10 import CifarRecords
 from kfdist.data.feed import Serving, make_feed
-from kfdist.data.images import IMAGENET, Pictures, decoded
+from kfdist.data.images import IMAGENET, Cut, Pictures, decoded, read_picture
 from kfdist.data.reading import EVALUATION, CorruptExample, SeededReader
 from kfdist.data.sampler import Position, Sampler
 from kfdist.data.sets import load_data
@@ -109,6 +109,21 @@ def test_16_bits_become_8_and_32_have_no_range(tmp_path: Path):
     assert read.shape == (4, 4, 3) and (read[..., 1] == numbers // 256).all()
     with pytest.raises(CorruptExample, match="32-bit numbers of no known range"):
         decoded(lambda: open(tmp_path / "32.tiff", "rb"), name="32")
+
+
+@pytest.mark.parametrize(
+    ("size", "cut", "words"),
+    [
+        ((3000, 1), Cut(kind="centre", size=224, margin=256), "3000 pixels along 1, and more than fit in memory"),
+        ((8, 30), Cut(kind="padded", size=32, margin=4), "Required crop size"),
+    ],
+)
+def test_an_image_that_can_not_be_cut_is_named(size: tuple[int, int], cut: Cut, words: str, tmp_path: Path):
+    """One of 3000 pixels by one would have two hundred million once it is 256 high."""
+    Image.new("RGB", size).save(tmp_path / "x.png")
+    with pytest.raises(CorruptExample) as caught:
+        read_picture(lambda: open(tmp_path / "x.png", "rb"), cut, name="x")
+    assert caught.value.name == "x" and words in caught.value.reason
 
 
 def test_cifar_10_is_read_from_its_binary_files_and_from_folders(tmp_path: Path):
