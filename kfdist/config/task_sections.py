@@ -69,6 +69,11 @@ class RunSection(Section):
     def _a_target_to_stop_at(self) -> Self:
         if self.stop_at_target and self.target_accuracy is None:
             raise ConfigError("is true, but there is no run.target_accuracy; give one", path="stop_at_target")
+        if self.stop_at_target and not self.eval_period and not self.eval_epochs:
+            raise ConfigError(
+                "is true, but the run is evaluated at its end alone; give run.eval_period or run.eval_epochs",
+                path="stop_at_target",
+            )
         return self
 
     @model_validator(mode="after")

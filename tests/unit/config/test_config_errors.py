@@ -159,6 +159,16 @@ def test_a_long_name_of_words_is_no_secret(name: str):
         ),
         (["run.steps=3", "run.epochs=2"], "run.steps", ["both are given"]),
         (
+            ["run.stop_at_target=true", "run.eval_period=5"],
+            "run.stop_at_target",
+            ["is true", "no run.target_accuracy", "give one"],
+        ),
+        (
+            ["run.stop_at_target=true", "run.target_accuracy=0.9"],
+            "run.stop_at_target",
+            ["is true", "evaluated at its end alone", "run.eval_period or run.eval_epochs"],
+        ),
+        (
             ["preconditioner.method=kfac", "preconditioner.methods.head=kfac"],
             "preconditioner.methods",
             ["both are given", "give preconditioner.method or"],
