@@ -268,7 +268,7 @@ def _check_target(config: Config, data: DataSet) -> None:
     target, measured = config.run.target_accuracy, data.objective.metrics
     if target is not None and "accuracy" not in measured:
         raise ConfigError(
-            f"is {target}, but the data's objective measures {' and '.join(measured) or 'nothing beside its loss'}, and "
+            f"is {target}, but the data's objective measures {' and '.join(measured) or 'nothing but a loss'}, and "
             'never reaches it; leave it out, or have the objective measure "accuracy"',
             path="run.target_accuracy",
         )
