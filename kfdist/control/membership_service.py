@@ -290,6 +290,6 @@ def _check_epoch(record: RunRecord, epoch: int) -> None:
         raise Refusal(
             grpc.StatusCode.ABORTED,
             f"start {epoch} of run {record.name!r} is over: {record.epoch} is the newest. If its run directory was "
-            "deleted, so that counting began anew, or the clock that numbers a library user's starts was set back, give "
-            "the run another name or the controller another file",
+            "deleted, so that counting began anew, or the clock that numbers a library user's starts was set back, give"
+            " the run another name or the controller another file",
         )
