@@ -154,7 +154,7 @@ def decoded(opened: Callable[[], BinaryIO], *, name: str) -> Any:
     try:
         with opened() as file:
             return _in_colours(Image.open(file))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise EnvironmentFault(f"{name} can't be opened: {error.strerror}; raise the limit (ulimit -n)") from None
         # Pillow has its own error for nearly each kind of damage, and ends with the file's name or object.

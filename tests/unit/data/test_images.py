@@ -111,6 +111,15 @@ def test_16_bits_become_8_and_32_have_no_range(tmp_path: Path):
         decoded(lambda: open(tmp_path / "32.tiff", "rb"), name="32")
 
 
+def test_what_pillow_can_not_decode_is_named(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.dds")
+    content = bytearray((tmp_path / "x.dds").read_bytes())
+    content[80] = 1  # a pixel format that is for alpha alone
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(CorruptExample, match="Unknown pixel format"):
+        decoded(lambda: open(tmp_path / "x.jpg", "rb"), name="x")
+
+
 @pytest.mark.parametrize(
     ("size", "cut", "words"),
     [
