@@ -42,6 +42,12 @@ MAX_OWNERS = 4096
 MAX_STEPS = 10**12
 """More than any run makes; messages, and the float64 in which ranks share settings, hold it exactly."""
 
+MAX_DEADLINE_SECONDS = 86_400
+"""Longest deadline of an inversion that owners take; none of any layer takes a day."""
+
+MAX_WAIT_SECONDS = 10**8
+"""Three years: more than anybody waits, and what timers of all kinds can hold."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:

@@ -27,6 +27,8 @@ STATE_STYLES = {
 _AGE = "kfdist_staleness_seconds"
 _FEWEST_BLOCKS = 3
 _LISTED_OWNERS = 4
+_LONGEST_SECONDS = 1e9
+"""Thirty years: what is left of a run without an end in sight may be more than a timedelta holds."""
 _FULL_BAR_PERIODS = 3
 """A bar is full where a block's inverse is so many times as old as the steps between two of its inverses."""
 _TROUBLE = (
@@ -217,7 +219,8 @@ def _progress(run: RunView, rate: float | None, width: int) -> Iterator[Renderab
     share = f" {min(1.0, run.step / run.total_steps):4.0%}"
     left = ""
     if rate and run.state is RunState.RUNNING:
-        left = f"  {timedelta(seconds=round((run.total_steps - run.step) / rate))} left"
+        seconds = min((run.total_steps - run.step) / rate, _LONGEST_SECONDS)
+        left = f"  {timedelta(seconds=round(seconds))} left"
     room = min(60, width - len(share) - len(left))
     if room < 5:
         return

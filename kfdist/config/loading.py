@@ -120,9 +120,9 @@ def _contains(table: Any, keys: Sequence[str]) -> bool:
 
 
 def _file(path: Path) -> _Layer:
-    if not path.is_file():
-        path = recipes().get(str(path), path)
     try:
+        if not path.is_file():
+            path = recipes().get(str(path), path)
         # Some editors begin UTF-8 with a mark, which tomllib doesn't take.
         return _Layer(table=tomllib.loads(path.read_text(encoding="utf-8-sig")), origin=str(path))
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def _file(path: Path) -> _Layer:
         raise ConfigError(f"can't be read ({error.strerror}); give a readable TOML file", path=str(path)) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"isn't UTF-8 text (byte {error.start}); save it as UTF-8", path=str(path)) from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and nested brackets, too
         raise ConfigError(f"isn't valid TOML: {error}; mend the line", path=str(path)) from None
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from kfdist.config.fields import Address, FileName, Labels, Ports, RayAddress, Resources, SecretPlace, Section
 from kfdist.errors import ConfigError
 from kfdist.system.credentials import Credentials, Role
-from kfdist.types import MAX_OWNERS, MAX_RANKS, MAX_THREADS
+from kfdist.types import MAX_DEADLINE_SECONDS, MAX_OWNERS, MAX_RANKS, MAX_THREADS, MAX_WAIT_SECONDS
 
 
 class BundleSection(Section):
@@ -67,10 +67,13 @@ class ClusterSection(Section):
         default="service", description="service: owners invert; local: the ranks do it themselves"
     )
     job_deadline_seconds: float = Field(
-        default=60.0, gt=0, description="how long one inversion may take before it is killed and retried"
+        default=60.0,
+        gt=0,
+        le=MAX_DEADLINE_SECONDS,
+        description="how long one inversion may take before it is killed and retried",
     )
     group_timeout_seconds: float = Field(
-        default=300.0, gt=0, description="how long a rank waits in a collective for the others"
+        default=300.0, gt=0, le=MAX_WAIT_SECONDS, description="how long a rank waits in a collective for the others"
     )
 
     @model_validator(mode="after")

@@ -24,7 +24,9 @@ class RunSection(Section):
     dir: FileName | None = Field(default=None, description="the run directory; runs/NAME if not given")
     seed: int = Field(default=1, ge=0, lt=2**63, description="seeds everything random in the run")
     steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="training steps; excludes run.epochs")
-    epochs: int | None = Field(default=None, ge=1, description="passes over the training data; excludes run.steps")
+    epochs: int | None = Field(
+        default=None, ge=1, le=MAX_STEPS, description="passes over the training data; excludes run.steps"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where ranks compute; auto takes CUDA if there is any"
     )
@@ -67,6 +69,11 @@ class RunSection(Section):
     def _a_target_to_stop_at(self) -> Self:
         if self.stop_at_target and self.target_accuracy is None:
             raise ConfigError("is true, but there is no run.target_accuracy; give one", path="stop_at_target")
+        if self.stop_at_target and not self.eval_period and not self.eval_epochs:
+            raise ConfigError(
+                "is true, but the run is evaluated at its end alone; give run.eval_period or run.eval_epochs",
+                path="stop_at_target",
+            )
         return self
 
     @model_validator(mode="after")

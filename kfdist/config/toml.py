@@ -12,7 +12,7 @@ def parse_value(text: str) -> Any:
     """Reads a TOML value, such as `3`, `1e-3`, `true` or `["a", "b"]`; anything else is the string itself."""
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # besides what isn't TOML: numbers of thousands of digits, and nested brackets
         return text
     # A text with line breaks could bring more keys along; then it was meant as a string.
     return table["value"] if len(table) == 1 else text

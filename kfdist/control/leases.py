@@ -28,10 +28,11 @@ FLUSH_SECONDS = 0.5
 
 @dataclass
 class _Crew:
-    """The ranks of one start of a run, with the time of each one's last message."""
+    """The ranks of one start of a run: the time of each one's last message, and its process, also once it has ended."""
 
     epoch: int
     heard: dict[int, float] = field(default_factory=dict)
+    processes: dict[int, int] = field(default_factory=dict)
 
 
 class Members:
@@ -69,16 +70,41 @@ class Members:
         if self._ledger.owners.get(owner.owner_id) != replace(owner, live=True):
             await self._ledger.put_owners([replace(owner, live=True)])
 
-    def hear_worker(self, run: str, epoch: int, worker_rank: int) -> None:
-        """Renews a rank's lease; ranks of an older start are forgotten."""
+    def hear_worker(self, run: str, epoch: int, worker_rank: int, process: int = 0) -> None:
+        """Renews a rank's lease; ranks of an older start are forgotten.
+
+        Args:
+            run: The run.
+            epoch: Its start.
+            worker_rank: The rank.
+            process: Its process, where it registers.
+        """
         crew = self._crews.get(run)
         if crew is None or crew.epoch < epoch:
             for old_rank in crew.heard if crew else ():
                 self._exporter.forget_gauges(run, Sender("worker", str(old_rank)))
             crew = self._crews[run] = _Crew(epoch)
         crew.heard[worker_rank] = self._runs[run] = self._clock()
+        if process:
+            crew.processes[worker_rank] = process
         self._exporter.heard(run)
         self._ledger.note(run, live_workers=len(crew.heard))
+
+    def forget_crew(self, run: str) -> None:
+        """Forgets the ranks of a start that has ended: others begin one of the same number."""
+        crew = self._crews.pop(run, None)
+        for worker_rank in crew.heard if crew is not None else ():
+            self._exporter.forget_gauges(run, Sender("worker", str(worker_rank)))
+
+    def process_of(self, run: str, epoch: int, worker_rank: int) -> int:
+        """Returns which process has registered as a rank of a start; 0 if none has since the controller began."""
+        crew = self._crews.get(run)
+        return crew.processes.get(worker_rank, 0) if crew is not None and crew.epoch == epoch else 0
+
+    def is_alive(self, run: str, worker_rank: int) -> bool:
+        """Tells whether a rank of a run's newest start is within its lease."""
+        crew = self._crews.get(run)
+        return crew is not None and worker_rank in crew.heard
 
     def release_worker(self, run: str, worker_rank: int) -> None:
         """Ends the lease of a rank that said that it has ended."""

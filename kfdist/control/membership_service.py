@@ -46,10 +46,34 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         groups = None
         if request.worker_rank == 0 and request.groups:
             groups = Groups(policy=request.assignment or "round_robin", specs=groups_of(request.groups))
-        await self._ledger.change(request.run, lambda record: _registered(record, request), groups=groups)
-        self._members.hear_worker(request.run, request.epoch, request.worker_rank)
+        anew = self._begins_anew(request)
+        await self._ledger.change(request.run, lambda record: _registered(record, request, anew=anew), groups=groups)
+        self._members.hear_worker(request.run, request.epoch, request.worker_rank, request.pid)
         settings = self._ledger.run(request.run).settings
         return membership_pb2.RegisterWorkerResponse(settings=settings_message(settings))
+
+    def _begins_anew(self, request: membership_pb2.RegisterWorkerRequest) -> bool:
+        """Tells whether a rank is of a run whose starts are counted anew: another was it, in a start that has ended.
+
+        The ranks of that start are forgotten, so that the first one alone begins it.
+
+        Raises:
+            Refusal: ABORTED: another process is it, and two runs have one name.
+        """
+        known = self._members.process_of(request.run, request.epoch, request.worker_rank)
+        if not known or request.pid in (0, known):
+            return False
+        if self._ledger.run(request.run).state.ended:
+            self._members.forget_crew(request.run)
+            return True
+        if self._members.is_alive(request.run, request.worker_rank):
+            raise Refusal(
+                grpc.StatusCode.ABORTED,
+                f"rank {request.worker_rank} of run {request.run!r}, start {request.epoch}, is process {known} already:"
+                " another run has this name; give one of them another name (run.name), or another controller; or, if it"
+                f" was killed, start again in {self._members.lease_seconds:.0f} s",
+            )
+        return False
 
     @override
     @answers
@@ -232,15 +256,21 @@ async def _next_beat(
         ) from None
 
 
-def _registered(record: RunRecord | None, request: membership_pb2.RegisterWorkerRequest) -> Change:
-    """Applies a registration: makes an unknown run known, and opens its start for the first rank of it."""
+def _registered(record: RunRecord | None, request: membership_pb2.RegisterWorkerRequest, *, anew: bool) -> Change:
+    """Applies a registration: makes an unknown run known, and opens its start for the first rank of it.
+
+    Args:
+        record: The run.
+        request: The registration.
+        anew: Whether a start of this number has ended, and this is another one.
+    """
     events: list[Event] = []
     if record is None:
         made = run_rules.created(None, name=request.run, directory="", total_steps=0, now_ns=time.time_ns())
         record = made.record
         events += made.events
     _check_epoch(record, request.epoch)
-    if request.epoch > record.epoch or record.world_size == 0:
+    if request.epoch > record.epoch or record.world_size == 0 or anew:
         opened = run_rules.started(record, epoch=request.epoch, world_size=request.world_size)
         record = opened.record
         events += opened.events
@@ -260,5 +290,6 @@ def _check_epoch(record: RunRecord, epoch: int) -> None:
         raise Refusal(
             grpc.StatusCode.ABORTED,
             f"start {epoch} of run {record.name!r} is over: {record.epoch} is the newest. If its run directory was "
-            "deleted, so that counting began anew, give the run another name or the controller another file",
+            "deleted, so that counting began anew, or the clock that numbers a library user's starts was set back, give"
+            " the run another name or the controller another file",
         )

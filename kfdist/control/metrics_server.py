@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from kfdist.rpc.servers import check_protected
-from kfdist.system.addresses import is_loopback, join_address, unbindable
+from kfdist.system.addresses import is_loopback, join_address, socket_address, unbindable
 from kfdist.system.credentials import Credentials, Reread
 
 _LOG = logging.getLogger(__name__)
@@ -77,10 +77,10 @@ class _Server(ThreadingMixIn, TCPServer):
     daemon_threads = True
 
     def __init__(self, host: str, port: int, handler: Any, context: Reread[ssl.SSLContext] | None) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.address_family, own = socket_address(host, port)
         self._context = context
         self._room = threading.BoundedSemaphore(MAX_REQUESTS)
-        super().__init__((host, port), handler)
+        super().__init__(own, handler)
 
     @override
     def get_request(self) -> tuple[Any, Any]:

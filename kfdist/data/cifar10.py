@@ -16,6 +16,7 @@ from kfdist.data.images import Cut, Normalise, Pictures, both_folders, transform
 from kfdist.data.objective import Classification
 from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError
+from kfdist.system.files import from_home
 
 CIFAR = Normalise(mean=(0.4914, 0.4822, 0.4465), deviation=(0.2470, 0.2435, 0.2616))
 """Mean and deviation of the training images."""
@@ -68,7 +69,7 @@ class Cifar10(Section):
         Raises:
             ConfigError: They aren't there, or aren't CIFAR-10's.
         """
-        root = Path(self.root).expanduser().absolute()
+        root = from_home(self.root).absolute()
         cuts = Cut(kind="padded", size=32, margin=4), Cut(kind="centre", size=32, margin=32)
         if (root / "train").is_dir():
             train, test, classes = both_folders(root / "train", root / "test", cuts, path="data.settings.root")

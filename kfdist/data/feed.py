@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -235,6 +236,13 @@ def _sent(part: str) -> Iterator[None]:
             f"{part} can't be sent to loader processes ({error}); let it hold paths and numbers, and functions by "
             "name, or set data.loader_processes = 0",
             path="data.name",
+        ) from error
+    except OSError as error:
+        if "AF_UNIX path too long" not in str(error):
+            raise
+        raise EnvironmentFault(
+            f"loader processes can't be started: {tempfile.gettempdir()}, where their sockets would be, is too long "
+            "for their names; set TMPDIR to a shorter one, such as /tmp, or data.loader_processes = 0"
         ) from error
 
 

@@ -22,9 +22,13 @@ from kfdist.data.objective import Classification
 from kfdist.data.reading import CorruptExample, Readable
 from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.system.files import from_home
 from kfdist.vision import import_torchvision
 
 R = TypeVar("R", bound=Readable)
+
+_MOST_PIXELS = 1 << 27
+"""Of a resized image; Pillow opens none of many more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,25 @@ class Pictures:
             CorruptExample: It can't be read.
         """
         path = os.path.join(self.folder, os.fsdecode(bytes(self.names[index])))
-        return transform(self.cut)(decoded(lambda: open(path, "rb"), name=path)), int(self.labels[index])
+        return read_picture(lambda: open(path, "rb"), self.cut, name=path), int(self.labels[index])
+
+
+def read_picture(opened: Callable[[], BinaryIO], cut: Cut, *, name: str) -> Tensor:
+    """Decodes an image and cuts it; see `decoded`.
+
+    Raises:
+        CorruptExample: It can't be read, or is too small or too long to be cut so.
+        EnvironmentFault: No file can be opened any more.
+    """
+    image = decoded(opened, name=name)
+    shorter, longer = sorted(image.size)
+    if cut.kind == "centre" and cut.margin**2 * longer > _MOST_PIXELS * shorter:
+        reason = f"{longer} pixels along {shorter}, and more than fit in memory once the shorter side is resized"
+        raise CorruptExample(name, reason)
+    try:
+        return transform(cut)(image)
+    except ValueError as error:  # of an image that has less than what is to be cut out
+        raise CorruptExample(name, str(error)) from None
 
 
 def decoded(opened: Callable[[], BinaryIO], *, name: str) -> Any:
@@ -132,7 +154,7 @@ def decoded(opened: Callable[[], BinaryIO], *, name: str) -> Any:
     try:
         with opened() as file:
             return _in_colours(Image.open(file))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise EnvironmentFault(f"{name} can't be opened: {error.strerror}; raise the limit (ulimit -n)") from None
         # Pillow has its own error for nearly each kind of damage, and ends with the file's name or object.
@@ -190,7 +212,7 @@ def both_folders(train: Path, test: Path, cuts: tuple[Cut, Cut], *, path: str) -
         path: The field that names them, for messages.
 
     Raises:
-        ConfigError: One isn't there, or has other classes.
+        ConfigError: One isn't there, has other classes, or only one.
     """
     trained, classes = list_pictures(train, cuts[0], path=path)
     tested, others = list_pictures(test, cuts[1], path=path)
@@ -198,6 +220,12 @@ def both_folders(train: Path, test: Path, cuts: tuple[Cut, Cut], *, path: str) -
         different = sorted(set(classes) ^ set(others))[:5]
         raise ConfigError(
             f"{train} and {test} have different classes, such as {different}; give both the same", path=path
+        )
+    if len(classes) < 2:
+        raise ConfigError(
+            f"{train} has one class, {classes[0]!r}, and there is nothing to tell apart; it must have a folder of "
+            "images for each of two classes or more",
+            path=path,
         )
     return trained, tested, len(classes)
 
@@ -243,9 +271,9 @@ class ImageFolders(ImageCuts):
         """Lists the images.
 
         Raises:
-            ConfigError: The folders aren't there, have different classes, or a class has no images.
+            ConfigError: The folders aren't there, have different classes or one alone, or a class has no images.
         """
-        root = Path(self.root).expanduser().absolute()
+        root = from_home(self.root).absolute()
         train, test, classes = both_folders(
             root / self.train_dir, root / self.test_dir, self.cuts(), path="data.settings.root"
         )

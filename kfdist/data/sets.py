@@ -44,7 +44,7 @@ class Digits(Section):
     """scikit-learn's copy of the UCI handwritten digits: 1,797 images of 8 x 8 pixels, no download."""
 
     test_fraction: float = Field(default=0.2, gt=0, lt=1, description="share of the images kept for the test")
-    split_seed: int = Field(default=0, ge=0, description="decides which images those are")
+    split_seed: int = Field(default=0, ge=0, lt=2**63, description="decides which images those are")
 
     def load(self) -> DataSet[Examples]:
         """Reads the images, [N, 1, 8, 8] with pixels from 0 to 1."""
@@ -75,7 +75,7 @@ class Synthetic(Section):
     classes: int = Field(default=10, ge=2, description="classes")
     noise: float = Field(default=0.5, ge=0, description="standard deviation of the clouds; their centres have 1")
     condition: float = Field(default=100.0, ge=1, description="largest over smallest variance of the inputs")
-    seed: int = Field(default=0, ge=0, description="seeds the examples")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seeds the examples")
 
     def load(self) -> DataSet[Examples]:
         """Draws the examples; the same settings give the same ones."""

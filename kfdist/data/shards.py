@@ -18,12 +18,15 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from kfdist.data.images import Cut, ImageCuts, decoded, transform
+from kfdist.data.images import Cut, ImageCuts, read_picture
 from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError
+from kfdist.system.files import from_home
 
 _IMAGES = frozenset({"jpg", "jpeg", "png", "ppm", "webp"})
 _LABEL = "cls"
+_MOST_CLASSES = 10**8
+"""A file that says more is no class: a model has an output for each."""
 
 _OPEN = 128
 """How many shards a process keeps open, in the order of their last use. An operating system may allow it 1024 files, or
@@ -58,8 +61,9 @@ class ShardedPictures:
         """
         shard, offset, size = (int(number) for number in self.places[index])
         path = self.shards[shard]
-        image = decoded(lambda: io.BytesIO(_opened(path).read(size, offset)), name=f"{path}, {size} bytes at {offset}")
-        return transform(self.cut)(image), int(self.labels[index])
+        name = f"{path}, {size} bytes at {offset}"
+        picture = read_picture(lambda: io.BytesIO(_opened(path).read(size, offset)), self.cut, name=name)
+        return picture, int(self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,10 @@ def _examples(shard: Path) -> Iterator[tuple[int, int, int]]:
                 raise ValueError(f"example {key!r} has {', '.join(f'.{each}' for each in parts)}")
             file = tar.extractfile(parts[_LABEL])
             text = b"" if file is None else file.read(32)
-            if not text.strip().isdigit():
+            label = int(text) if text.strip().isdigit() else _MOST_CLASSES
+            if label >= _MOST_CLASSES:
                 raise ValueError(f"the class of example {key!r} is {text.decode(errors='replace')!r}")
-            return images[0].offset_data, images[0].size, int(text)
+            return images[0].offset_data, images[0].size, label
 
         for member in tar:
             if not member.isfile():
@@ -162,14 +167,19 @@ class ImageShards(ImageCuts):
         """Finds the images.
 
         Raises:
-            ConfigError: There are no shards, one can't be used, or a class is evaluated and not trained.
+            ConfigError: There are no shards, one can't be used, a class is evaluated and not trained, or only one is.
         """
-        root = Path(self.root).expanduser().absolute()
+        root = from_home(self.root).absolute()
         train, test = (
             list_shards(root, getattr(self, part), cut, path=f"data.settings.{part}")
             for part, cut in zip(("train", "test"), self.cuts(), strict=True)
         )
         classes = int(train.labels.max(initial=-1)) + 1
+        if len(train) and train.labels.min() == train.labels.max():
+            raise ConfigError(
+                f"{root / self.train} has images of class {train.labels[0]} alone, and there is nothing to tell apart",
+                path="data.settings.train",
+            )
         if test.labels.max(initial=-1) >= classes:
             raise ConfigError(
                 f"{root / self.test} has class {test.labels.max()}, and those to train on end at {classes - 1}",

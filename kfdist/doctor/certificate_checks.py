@@ -1,7 +1,6 @@
 """Whether the certificates are there, hold, are whose they should be, and are kept from others."""
 
 import datetime
-from pathlib import Path
 
 from cryptography import x509
 
@@ -10,7 +9,7 @@ from kfdist.doctor.finding import Finding, failed, ok, warning
 from kfdist.errors import EnvironmentFault
 from kfdist.rpc.certificate_faults import certificate_fault
 from kfdist.system.credentials import Credentials, Role
-from kfdist.system.files import is_private
+from kfdist.system.files import from_home, is_private
 
 SOON = datetime.timedelta(days=30)
 """What expires within this is warned of."""
@@ -57,7 +56,7 @@ def check_certificate(credentials: Credentials) -> Finding:
 
 def check_token(credentials: Credentials) -> Finding:
     """Checks the token's file."""
-    path = Path(credentials.token_file).expanduser()
+    path = from_home(credentials.token_file)
     try:
         credentials.token()
     except EnvironmentFault as fault:

@@ -11,7 +11,7 @@ from kfdist.config import Config
 from kfdist.control.client import ControlClient
 from kfdist.doctor.finding import Finding, failed, ok, warning
 from kfdist.errors import EnvironmentFault, KfdistError
-from kfdist.system.addresses import check_bindable, is_loopback, join_address, split_address
+from kfdist.system.addresses import check_bindable, is_loopback, join_address, socket_address, split_address
 from kfdist.system.credentials import Role
 
 SECONDS = 3.0
@@ -51,8 +51,9 @@ def is_elsewhere(host: str) -> bool:
     if is_loopback(host):
         return False
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.bind((host, 0))
+        family, address = socket_address(host, 0)
+        with socket.socket(family) as probe:
+            probe.bind(address)
     except socket.gaierror:
         return True
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from kfdist.data.sets import load_data
 from kfdist.data.task import Examples
 from kfdist.errors import ConfigError
 from kfdist.models import build_model
+from kfdist.system.files import from_home
 
 META = torch.device("meta")
 
@@ -197,7 +197,7 @@ def _cifar(settings: Mapping[str, Any]) -> ExampleOutline:
 def _images(settings: Mapping[str, Any]) -> ExampleOutline:
     """Describes images in folders or shards: the classes are the folders, if those are here."""
     size = settings.get("train_size", 224)
-    folder = Path(str(settings.get("root", ""))).expanduser() / str(settings.get("train_dir", "train"))
+    folder = from_home(str(settings.get("root", ""))) / str(settings.get("train_dir", "train"))
     classes, remark = _IMAGENETS_CLASSES, ""
     try:
         found = sum(entry.is_dir() for entry in folder.iterdir()) if settings.get("root") else 0

@@ -26,7 +26,6 @@ from kfdist.launch.outcome import (
     child_fault,
     ending_of,
     longest_checkpoint,
-    read_summary,
     remove_untrained,
     report_line,
 )
@@ -47,7 +46,7 @@ from kfdist.system.processes import (
     reap_orphans,
     sweep,
 )
-from kfdist.system.run_summary import unsaved
+from kfdist.system.run_summary import read_summary, unsaved
 from kfdist.system.spawn import inherited_environment, module_command
 from kfdist.training.run_directory import inspect_run, read_costs
 from kfdist.training.setup import check_devices, gather_materials
@@ -86,12 +85,24 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
         ConfigError: A value is wrong; nothing was started.
         EnvironmentFault: Something the run needs could not be had, or a process failed.
     """
-    if not (finished := check_launch(config)):
-        check_devices(config)
+    try:
+        with requests.raising():  # listing a large data set takes minutes
+            if not (finished := check_launch(config)):
+                check_devices(config)
+    except KeyboardInterrupt:
+        return stopped_in_checks(config, terminal)
+    if not finished:
         return Launch(config, terminal, requests).run()
     terminal.say(finished)
     terminal.result(read_summary(config.run.directory))
     return ExitCode.DONE
+
+
+def stopped_in_checks(config: Config, terminal: Terminal) -> int:
+    """Says that a launch was asked to stop before it had started anything; returns its exit code."""
+    terminal.say("stopped before anything was started; the same command starts it")
+    terminal.result(read_summary(config.run.directory))
+    return ExitCode.RESUMABLE
 
 
 def check_launch(config: Config, *, own_controller: bool = True) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode, KfdistError
-from kfdist.system.files import replace_file
+from kfdist.system.files import lock_holder, replace_file
 from kfdist.system.lifetime import PARENT_VARIABLE
 from kfdist.system.processes import Child, describe_exit
+from kfdist.system.run_summary import read_summary
 from kfdist.system.spawn import inherited_environment, module_command
 
 REPORT_SECONDS = 30.0
@@ -55,6 +56,8 @@ def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
         unless_trained: The run directory; with a checkpoint or a line of metrics in it, everything stays. A run that
             was stopped in the wait of its first step has both, but nothing that a new one doesn't make again.
     """
+    if _is_held(unless_trained):
+        return  # another launch began here at the same moment, and goes on
     summary = read_summary(unless_trained)
     stopped_at_once = summary.get("status") == "stopped" and summary.get("steps") == 0
     traces = (unless_trained / "checkpoints", unless_trained / "metrics.jsonl")
@@ -68,12 +71,12 @@ def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def read_summary(run_directory: Path) -> dict[str, Any]:
-    """Reads `summary.json` of a run directory; empty if there is none."""
+def _is_held(run_directory: Path) -> bool:
+    """Tells whether a trainer or a controller has its lock there."""
     try:
-        return json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
+        return any(lock_holder(lock) is not None for lock in run_directory.glob("*lock"))
+    except OSError:
+        return True  # whose it is can't be told
 
 
 def add_to_summary(run_directory: Path, **entries: Any) -> dict[str, Any]:

@@ -83,11 +83,28 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.count = 0
+        self._raising = False
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         """Counts one; a signal handler."""
         del number, frame
         self.count += 1
+        if self._raising:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raises KeyboardInterrupt at each request while the context lasts, and at once if one has come before.
+
+        For work that nobody counts requests in, and that leaves nothing to be ended in order.
+        """
+        self._raising = True
+        try:
+            if self.count:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._raising = False
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from kfdist.rpc._generated.kfdist.v1 import inversion_pb2
 from kfdist.rpc.chunking import Assembler, PayloadError, split
 from kfdist.rpc.status import Refusal, answers, streams
 from kfdist.telemetry.tracing import HEADER, Hop, Tracing
+from kfdist.types import MAX_DEADLINE_SECONDS
 
 _LONGEST_NAME = 1024
-_LONGEST_DEADLINE_MILLISECONDS = 24 * 3600 * 1000
+_LONGEST_DEADLINE_MILLISECONDS = MAX_DEADLINE_SECONDS * 1000
 _EPOCHS_KEPT = 1024
 
 MAX_OUTLINE_BYTES = 8 << 20

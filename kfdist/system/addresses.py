@@ -5,10 +5,14 @@ import fcntl
 import ipaddress
 import socket
 import struct
+from typing import Any
 
 from kfdist.errors import ConfigError, EnvironmentFault
 
 _SIOCGIFADDR = 0x8915  # <linux/sockios.h>
+
+_LONGEST_LABEL = 63
+"""Of a host's name; where one is longer, or empty, Python's resolver fails in its own words."""
 
 UNPROTECTED = (
     "other machines can reach it, which needs TLS and a token: make them with `kfdist certs init DIR` and set "
@@ -22,7 +26,7 @@ def split_address(address: str) -> tuple[str, int]:
     """Splits `host:port`; an IPv6 host stands in brackets.
 
     Raises:
-        ValueError: It isn't of that form, or the port isn't in 0..65535.
+        ValueError: It isn't of that form, the host can't be a name, or the port isn't in 0..65535.
     """
     host, separator, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
@@ -31,6 +35,8 @@ def split_address(address: str) -> tuple[str, int]:
         raise ValueError("an IPv6 host goes in brackets, such as [::1]:7070")
     if not separator or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ValueError("write host:port with a port from 0 to 65535, such as 127.0.0.1:7070 (port 0: any free one)")
+    if ":" not in host and not all(0 < len(label) <= _LONGEST_LABEL for label in host.removesuffix(".").split(".")):
+        raise ValueError(f"a host's name has 1 to {_LONGEST_LABEL} characters between dots")
     return host, int(port)
 
 
@@ -78,6 +84,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def socket_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """Returns the family of a host's sockets, IPv4's where it has such an address, and what they bind or connect to.
+
+    Raises:
+        OSError: It has no address.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+    return family, address
+
+
 def check_bindable(host: str, port: int, *, path: str) -> None:
     """Checks that a server could bind an address just now; port 0, any free one, always can.
 
@@ -103,9 +120,10 @@ def unbindable(host: str, port: int, *, path: str) -> EnvironmentFault:
 def _obstacle(host: str, port: int) -> str:
     """Returns why an address can't be bound just now, or an empty string."""
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        family, address = socket_address(host, port)
+        with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the past don't count
-            probe.bind((host, port))
+            probe.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return "is in use by another process; end that one"
@@ -133,6 +151,7 @@ def address_towards(host: str, port: int) -> str:
     Raises:
         OSError: There is no route.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
+    family, address = socket_address(host, port)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
         return probe.getsockname()[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from kfdist.errors import EnvironmentFault
+from kfdist.system.files import from_home
 
 _LOG = logging.getLogger(__name__)
 
@@ -88,13 +89,13 @@ class Credentials:
     @property
     def identity_files(self) -> tuple[Path, Path]:
         """This process's key with its certificate, and the authority's certificate, on this node."""
-        directory = Path(self.certificates).expanduser()
+        directory = from_home(self.certificates)
         return directory / self.role.file_name, directory / AUTHORITY_FILE
 
     @property
     def files(self) -> tuple[Path, ...]:
         """All files, on this node."""
-        return *self.identity_files, Path(self.token_file).expanduser()
+        return *self.identity_files, from_home(self.token_file)
 
     def identity(self) -> Identity:
         """Reads key and certificates.
@@ -136,7 +137,7 @@ class Credentials:
         Raises:
             EnvironmentFault: The file is missing or unreadable, or holds no token.
         """
-        path = Path(self.token_file).expanduser()
+        path = from_home(self.token_file)
         token = _read(path).decode("ascii", errors="replace").strip()
         if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
             raise _unusable(

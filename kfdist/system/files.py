@@ -1,5 +1,6 @@
 """Files that are either wholly on the disk or not there at all, also when the power fails."""
 
+import errno
 import fcntl
 import json
 import os
@@ -40,6 +41,8 @@ def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
     Raises:
         OSError: It can't be written; the old content stays.
     """
+    if not path.name:  # as of a variable that isn't set, which Path takes for the working directory
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -71,6 +74,11 @@ def make_directory(path: Path) -> list[Path]:
     except OSError as error:
         raise EnvironmentFault(f"can't make {path} ({error.strerror}); choose another run.dir") from error
     return made
+
+
+def from_home(path: str) -> Path:
+    """Returns a path with the home in the place of its `~`; without one, of a user that nobody knows, as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def check_working_directory() -> None:

@@ -1,7 +1,25 @@
-"""What a run's `summary.json` says in words, alike wherever it is told."""
+"""A run's `summary.json`: read, and said in words alike wherever it is told."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """Reads it; empty if there is none, or what is there is damaged: the next start writes it anew.
+
+    Args:
+        directory: The run's.
+
+    Raises:
+        OSError: It is there, and can't be read.
+    """
+    try:
+        content = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def unsaved(summary: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ from kfdist.training.progress import Progress, ProgressLine, shown
 _SHORTEST_BAR = 7
 _LONGEST_BAR = 40
 _GAP = 2
+_LONGEST_SECONDS = 1e9
+"""Thirty years: what is left of a run without an end in sight may be more than a timedelta holds."""
 
 
 class LiveProgress(Progress):
@@ -110,4 +112,4 @@ class _Line:
 
 
 def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=round(min(seconds, _LONGEST_SECONDS))))

@@ -12,7 +12,7 @@ from torch import nn
 from kfdist import checks
 from kfdist.config import OptimizerSection
 from kfdist.config.task_sections import OWN_OPTIMIZER
-from kfdist.errors import ConfigError
+from kfdist.errors import CheckpointError, ConfigError
 from kfdist.optim.optimizer import Optimizer, check_graft, check_settings
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.preconditioner import Preconditioner
@@ -132,6 +132,53 @@ def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]
         raise ConfigError(
             f"{section.name} refuses {dict(section.settings)!r}: {error}{hint}", path="optimizer.settings"
         ) from None
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, section: OptimizerSection, saved: Mapping[str, Any]) -> None:
+    """Puts an optimizer's state back; its settings stay as configured, which may have changed (run.accept_changes).
+
+    Args:
+        optimizer: What `optimizer_of` returned for the section.
+        section: The configuration of now.
+        saved: The state in a checkpoint.
+
+    Raises:
+        CheckpointError: It is of another model, or of an optimizer that keeps something else.
+    """
+    _check_kept(optimizer, section, saved)
+    configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(dict(saved))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the optimizer's state doesn't fit {section.name}: {error}") from error
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)  # torch has put the checkpoint's in their place
+
+
+def _check_kept(optimizer: torch.optim.Optimizer, section: OptimizerSection, saved: Mapping[str, Any]) -> None:
+    """Refuses a state that lacks what the optimizer goes on from: torch's would fail at the first step."""
+    if section.name == OWN_OPTIMIZER:
+        return  # it begins anew what isn't there
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    needed = {dim: _kept_by(section, dim) for dim in {parameter.dim() for parameter in parameters}}
+    for parameter, number in zip(parameters, numbers, strict=False):  # how many there are, torch compares
+        kept = saved["state"].get(number, {}).keys()
+        if kept and not needed[parameter.dim()] <= kept:
+            raise CheckpointError(
+                f"the checkpoint's optimizer kept {', '.join(sorted(kept))} of a parameter, and {section.name} as "
+                f"configured now needs {', '.join(sorted(needed[parameter.dim()]))}: it can't go on from there; undo "
+                "the change of [optimizer], or start a new run (run.dir)"
+            )
+
+
+def _kept_by(section: OptimizerSection, dim: int) -> set[str]:
+    """Returns the names of what an optimizer of torch keeps of a parameter, which it makes in the first step."""
+    parameter = nn.Parameter(torch.zeros([2] * dim, dtype=torch.float32, device="cpu"))
+    optimizer = make_optimizer(section, [parameter])
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return set(optimizer.state[parameter])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from kfdist.config import Config, to_toml
 from kfdist.curvature.auto import MeasuredCosts
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.files import lock_holder, replace_file, write_file
-from kfdist.system.run_summary import unsaved
+from kfdist.system.run_summary import read_summary, unsaved
 
 HARMLESS = ("run.dir", "run.steps", "run.epochs", "run.log_period", "run.eval_period", "run.accept_changes") + (
     "run.eval_epochs",
@@ -81,7 +81,7 @@ def inspect_run(config: Config) -> str:
             return ""
         _refuse_drift(config)
         holder = lock_holder(directory / "lock")
-        summary = _read_json(directory / "summary.json")
+        summary = read_summary(directory)
     except OSError as error:
         raise EnvironmentFault(f"can't read the run directory {directory}: {error}; check owner and mode") from error
     if holder is not None:
@@ -151,7 +151,7 @@ class RunDirectory:
         return opened
 
     def begin(self, epoch: int, config: Config, costs: MeasuredCosts | None = None) -> None:
-        """Takes a number for this start, and writes `config.toml`.
+        """Takes a number for this start; a new directory gets its `config.toml`, another keeps the last start's.
 
         Args:
             epoch: Higher than that of any start before, in any copy of the directory.
@@ -164,13 +164,29 @@ class RunDirectory:
         try:
             _take_epoch(self.path / "epochs", epoch, config)
             self._epoch = epoch
-            replace_file(self.path / "config.toml", _as_saved(config).encode())
+            if self._fresh:
+                self._write_configuration(config)
             if costs is not None and not (self.path / _COSTS).exists():
                 replace_file(self.path / _COSTS, json.dumps(costs.to_json()).encode())
         except OSError as error:
-            raise EnvironmentFault(
-                f"can't write to {self.path}: {error}; make room, or choose another run.dir"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def take_over(self, config: Config) -> None:
+        """Writes `config.toml`, once the start has taken up the run's state: one that can't leaves it as it was.
+
+        Raises:
+            EnvironmentFault: It can't be written.
+        """
+        try:
+            self._write_configuration(config)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _write_configuration(self, config: Config) -> None:
+        replace_file(self.path / "config.toml", _as_saved(config).encode())
+
+    def _unwritable(self, error: OSError) -> EnvironmentFault:
+        return EnvironmentFault(f"can't write to {self.path}: {error}; make room, or choose another run.dir")
 
     def check_current(self) -> None:
         """Checks that no later start has taken the directory over.
@@ -301,11 +317,3 @@ def _take_epoch(directory: Path, epoch: int, config: Config) -> None:
         write_file(directory / f"{epoch:05d}.toml", _as_saved(config).encode())
     except FileExistsError:
         raise _locked(directory.parent, "a trainer that started at the same moment") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -21,7 +21,7 @@ from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.runtime.state import merge_states
 from kfdist.training.averaging import WeightAverage
 from kfdist.training.checkpoint import Loaded
-from kfdist.training.optimizers import LearningRate
+from kfdist.training.optimizers import LearningRate, restore_optimizer
 from kfdist.training.target import Reached
 
 
@@ -154,11 +154,9 @@ def restore_state(training: Training, loaded: Loaded) -> None:
             "in them means nothing any more; restore the data, or start a new run"
         )
     _load_parameters(training.model, shared["parameters"])
-    try:
-        training.optimizer.load_state_dict(shared["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"the optimizer's state doesn't fit {training.config.optimizer.name}: {error}") from error
-    training.scaler.load_state_dict(shared["scaler"])
+    restore_optimizer(training.optimizer, training.config.optimizer, shared["optimizer"])
+    if shared["scaler"]:  # else the run had none, in another precision
+        training.scaler.load_state_dict(shared["scaler"])
     owns = [own for own in loaded.ranks if own is not None]
     if training.average is not None:
         if "average" not in shared:

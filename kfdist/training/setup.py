@@ -151,6 +151,7 @@ def gather_materials(
     tried = device.type == _kind_of_device(config)
     try_own_data(config, data, device if tried else None)
     _check_fisher(config, data)
+    _check_target(config, data)
     sampler = Sampler(
         examples=len(data.train),
         batch_size=config.data.batch_size,
@@ -261,6 +262,16 @@ def _serving(config: Config, sampler: Sampler, worker_rank: int, device: torch.d
         loader_processes=config.data.loader_processes,
         channels_last=config.run.channels_last,
     )
+
+
+def _check_target(config: Config, data: DataSet) -> None:
+    target, measured = config.run.target_accuracy, data.objective.metrics
+    if target is not None and "accuracy" not in measured:
+        raise ConfigError(
+            f"is {target}, but the data's objective measures {' and '.join(measured) or 'nothing but a loss'}, and "
+            'never reaches it; leave it out, or have the objective measure "accuracy"',
+            path="run.target_accuracy",
+        )
 
 
 def _check_fisher(config: Config, data: DataSet) -> None:

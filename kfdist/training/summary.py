@@ -115,8 +115,9 @@ def _gather_totals(training: Training, steps_done: int) -> dict[str, Any]:
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
-    """Replaces the run's summary."""
-    replace_file(directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    """Replaces the run's summary. What JSON has no number for, such as the test loss of a diverged model, is null."""
+    known = json.loads(json.dumps(summary), parse_constant=lambda _: None)
+    replace_file(directory / "summary.json", (json.dumps(known, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

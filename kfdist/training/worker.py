@@ -154,6 +154,10 @@ class _Start:
         assert self._directory is not None
         self._directory.begin(epoch, self._config, self._materials.plan.costs)
 
+    def _take_over(self) -> None:
+        assert self._directory is not None
+        self._directory.take_over(self._config)
+
     def _announced(self) -> AbstractContextManager[None]:
         """Lets `kfdist status` on this machine find the run, also where its controller is elsewhere or missing."""
         if self._communicator.rank != 0:
@@ -224,6 +228,7 @@ class _Start:
             history = History(training, details)
             if loaded is not None:
                 restore_state(training, loaded)
+            self._copies.on_leaders(self._take_over)
             _announce(training, standing, progress, store.remarks)
             log.write(
                 "start",

@@ -69,6 +69,32 @@ class TestFencing:
         assert code(caught) is grpc.StatusCode.INVALID_ARGUMENT
         assert "world_size is 4; start 1 of run 'r' has 2" in caught.value.details()
 
+    @pytest.mark.parametrize("controller", [60.0], indirect=True)
+    def test_two_runs_of_one_name_are_told_apart_by_their_processes(self, client, member):
+        member.register_worker("r", pid=1)
+        member.beat_worker("r", step=5)
+        with pytest.raises(grpc.RpcError) as caught:
+            member.register_worker("r", pid=2)
+        assert code(caught) is grpc.StatusCode.ABORTED
+        assert "rank 0 of run 'r', start 1, is process 1 already" in caught.value.details()
+        assert "give one of them another name" in caught.value.details()
+        member.register_worker("r", pid=1)  # its courier was respawned
+        member.register_worker("r", epoch=2, pid=2)  # it was started again
+        assert client.get("r").epoch == 2
+
+    @pytest.mark.parametrize("controller", [60.0], indirect=True)
+    def test_a_run_whose_starts_are_counted_anew_begins_again_once_it_has_ended(self, client, member):
+        """As one whose directory was removed, under the controller of before."""
+        for rank in range(2):
+            member.register_worker("r", rank=rank, world_size=2, pid=1 + rank)
+        member.beat_worker("r", phase="finished", step=10)  # rank 1 was killed, and is taken for alive
+        for rank in range(2):
+            member.register_worker("r", rank=rank, world_size=2, pid=3 + rank)
+        assert client.get("r").state is RunState.CREATED
+        member.beat_worker("r", step=1)
+        assert (client.get("r").state, client.get("r").step) == (RunState.RUNNING, 1)
+        assert [event.kind for event in client.events("r")].count("started") == 2
+
     def test_a_message_from_nobody_is_refused(self, member):
         with pytest.raises(grpc.RpcError) as caught:
             member.send(membership_pb2.HeartbeatRequest())

@@ -86,6 +86,9 @@ def _check_role(stage: Stage) -> Iterator[str]:
         yield from Command(f"{where}: HEALTHCHECK", listed).faults()
         if listed[0] == "test" and listed[-1] not in words:
             yield f"{where}: HEALTHCHECK looks at {listed[-1]}, which its command doesn't write"
+        asked = "KFDIST_CONTROL_ADDRESS=" in " ".join(stage.of("ENV"))
+        if stage.name == "controller" and not asked:
+            yield f"{where}: HEALTHCHECK asks no controller by its address, so that it is healthy without any"
 
 
 def _exec_form(lines: list[str]) -> list[str] | None:

@@ -88,6 +88,9 @@ def _check_kind(files: Files, path: str, found: dict[str, Any], where: str) -> I
             yield f"{where} names the service {spec['serviceName']}, which isn't there"
         if not {"readinessProbe", "livenessProbe"} <= probes:
             yield f"{where} needs a readinessProbe and a livenessProbe"
+        for name, command in commands(files, folder).items():
+            if name.startswith(where) and "Probe" in name and "KFDIST_CONTROL_ADDRESS" not in command.environment:
+                yield f"{name} asks no controller by its address, so that it succeeds without any"
     elif found["kind"] == "Deployment":
         if (spec["replicas"], spec["strategy"]["type"]) != (1, "Recreate"):
             yield f"{where} must be one pool at a time: one replica, replaced by Recreate"

@@ -50,6 +50,9 @@ def _check_job(files: Files, job: dict[str, Any], groups: dict[str, Any], path: 
         gpus = {limits.get("nvidia.com/gpu"), spec.get("entrypointNumGpus"), int(command.parsed.nproc_per_node)}
         if len(gpus) != 1:
             yield f"{where}: the trainer's GPUs, those reserved and the ranks aren't one number: {gpus}"
-    elif command.config is not None and int(limits.get("cpu", 0)) < command.config.cluster.owners:
-        owners = command.config.cluster.owners
-        yield f"{where}: {owners} owners need as many CPUs, and the group has {limits.get('cpu')}"
+    elif command.config is not None:
+        cluster = command.config.cluster
+        if int(limits.get("cpu", 0)) < cluster.owners:
+            yield f"{where}: {cluster.owners} owners need as many CPUs, and the group has {limits.get('cpu')}"
+        if resource not in cluster.bundle.resources:
+            yield f"{where}: owners may be placed beside ranks: cluster.bundle.resources lacks {resource!r}"

@@ -84,6 +84,7 @@ BROKEN = [
     (check_dockerfile, DOCKERFILE, '"kfdist", "status"', '"kfdist", "state"', "no command 'state'"),
     (check_dockerfile, DOCKERFILE, "EXPOSE 7070 9464", "EXPOSE 7070 9090", "exposes other ports"),
     (check_dockerfile, DOCKERFILE, "ENV HOME=/tmp", "ENV HOME=/home/kfdist", "must have HOME=/tmp"),
+    (check_dockerfile, DOCKERFILE, "ENV KFDIST_CONTROL_ADDRESS=127.0.0.1:7070\n", "", "asks no controller by its"),
     (check_dockerfile, DOCKERFILE, "FROM ${CUDA_BASE}", "FROM ${BASE}", "isn't made from a CUDA image"),
     # The compose file.
     (check_compose, COMPOSE, "[pool, --ready-file", "[pool, --ready", "No such option"),
@@ -206,6 +207,7 @@ BROKEN = [
     (check_ray, f"{KUBERAY}/raycluster.yaml", "nvidia.com/gpu: 8", "nvidia.com/gpu: 4", "aren't one number"),
     (check_ray, f"{KUBERAY}/raycluster.yaml", r"\"inverter\": 1", r"\"inverters\": 1", "must offer the resource"),
     (check_ray, f"{KUBERAY}/run.toml", "owners = 4", "owners = 5", "5 owners need as many CPUs"),
+    (check_ray, f"{KUBERAY}/run.toml", "{ inverter = 0.01 }", "{}", "owners may be placed beside ranks"),
     (check_ray, f"{KUBERAY}/rayjobs.yaml", '"trainer": 1', '"gpu": 1', "which no group offers"),
     (check_ray, f"{KUBERAY}/rayjobs.yaml", "ray.io/cluster: kfdist", "ray.io/cluster: other", "for another cluster"),
 ]

@@ -90,6 +90,13 @@ BROKEN = [
     (
         check_pods_further,
         f"{SERVICE}/controller.yaml",
+        "name: KFDIST_CONTROL_ADDRESS,",
+        "name: KFDIST_CONTROL__DATABASE,",
+        "asks no controller by its address",
+    ),
+    (
+        check_pods_further,
+        f"{SERVICE}/controller.yaml",
         "replicas: 1",
         "replicas: 2",
         "must have one replica: its state is one",

@@ -136,9 +136,11 @@ class Member:
         self._requests: queue.Queue[Any] = queue.Queue()
         self._answers: Any = None
 
-    def register_worker(self, run: str, rank: int = 0, world_size: int = 1, epoch: int = 1, **fields: Any) -> Any:
+    def register_worker(
+        self, run: str, rank: int = 0, world_size: int = 1, epoch: int = 1, pid: int = 0, **fields: Any
+    ) -> Any:
         request = membership_pb2.RegisterWorkerRequest(
-            run=run, epoch=epoch, worker_rank=rank, world_size=world_size, pid=os.getpid(), **fields
+            run=run, epoch=epoch, worker_rank=rank, world_size=world_size, pid=pid or os.getpid(), **fields
         )
         return self.stub.RegisterWorker(request, timeout=CALL_SECONDS)
 

@@ -9,12 +9,12 @@ from typing_extensions import override
 
 from kfdist.config import Config
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
-from kfdist.launch.launcher import Launch, check_launch
-from kfdist.launch.outcome import read_summary
+from kfdist.launch.launcher import Launch, check_launch, stopped_in_checks
 from kfdist.launch.submission.request import Submission
 from kfdist.launch.terminal import StopRequests, Terminal
 from kfdist.system.addresses import address_towards, is_loopback, join_address, split_address
 from kfdist.system.processes import Command
+from kfdist.system.run_summary import read_summary
 from kfdist.training.setup import check_controller
 
 _TRAIN_NEEDS = ("pandas", "pyarrow", "fsspec", "requests")
@@ -40,7 +40,10 @@ def run_job(terminal: Terminal, requests: StopRequests) -> int:
     own_controller = is_loopback(split_address(submitted.control.address)[0])
     config = on_cluster(submitted, os.environ.get("RAY_ADDRESS", ""))
     try:
-        finished = check_launch(config, own_controller=own_controller)
+        with requests.raising():
+            finished = check_launch(config, own_controller=own_controller)
+    except KeyboardInterrupt:
+        return stopped_in_checks(config, terminal)
     except ConfigError as error:
         if not error.path.startswith("data.settings"):
             raise

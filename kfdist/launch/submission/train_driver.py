@@ -10,7 +10,6 @@ from typing import Any
 
 from kfdist.config import Config, to_toml
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
-from kfdist.launch.outcome import read_summary
 from kfdist.launch.submission.request import Submission
 from kfdist.launch.submission.room import check_room, rank_resources
 from kfdist.launch.submission.storage import prepare_storage
@@ -18,7 +17,7 @@ from kfdist.launch.submission.train_worker import Board, RankOptions, run_rank
 from kfdist.launch.terminal import summary_line
 from kfdist.pool.ray_cluster import set_auth_mode
 from kfdist.system.files import replace_file
-from kfdist.system.run_summary import unsaved
+from kfdist.system.run_summary import read_summary, unsaved
 
 _ROOM_SECONDS = 60.0
 _TICK_SECONDS = 0.2

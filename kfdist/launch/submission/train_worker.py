@@ -16,12 +16,13 @@ from typing import Any
 
 from kfdist.config import Config, config_from_table
 from kfdist.errors import ConfigError, EnvironmentFault, KfdistError
-from kfdist.launch.outcome import child_fault, read_summary
+from kfdist.launch.outcome import child_fault
 from kfdist.launch.submission.train_checkpoints import Held, TrainCheckpoints
 from kfdist.system.addresses import interface_of
 from kfdist.system.files import lock_holder
 from kfdist.system.lifetime import PARENT_VARIABLE
 from kfdist.system.processes import Child, Command
+from kfdist.system.run_summary import read_summary
 from kfdist.system.seat import Seat
 from kfdist.system.spawn import inherited_environment, module_command
 

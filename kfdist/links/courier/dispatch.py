@@ -25,6 +25,7 @@ from kfdist.rpc.handshake import explain, token_refused
 from kfdist.rpc.status import code_of
 from kfdist.system.credentials import Credentials, Role, stamp
 from kfdist.telemetry.tracing import Hop, Tracing
+from kfdist.types import MAX_DEADLINE_SECONDS
 
 _LOG = logging.getLogger(__name__)
 
@@ -233,6 +234,7 @@ class Dispatcher:
 
     def _header(self, parcel: _Parcel) -> InvertHeader:
         submit = parcel.submit
+        seconds = min(submit.deadline_seconds * parcel.stretch, MAX_DEADLINE_SECONDS)  # owners refuse longer ones
         return InvertHeader(
             run=self._context.run,
             epoch=self._context.epoch,
@@ -240,7 +242,7 @@ class Dispatcher:
             version=submit.version,
             digest=submit.digest,
             payload_bytes=submit.payload_bytes,
-            deadline_milliseconds=max(1, round(submit.deadline_seconds * parcel.stretch * 1000)),
+            deadline_milliseconds=max(1, round(seconds * 1000)),
             fingerprint=submit.fingerprint,
         )
 

@@ -10,7 +10,7 @@ from kfdist.links.local import LocalLink
 from kfdist.policies.assignment import POLICIES
 from kfdist.system.addresses import server_address
 from kfdist.system.credentials import Credentials, Role
-from kfdist.types import RUN_NAME_PATTERN
+from kfdist.types import MAX_DEADLINE_SECONDS, RUN_NAME_PATTERN
 
 DEADLINE_SECONDS = 120.0
 """How long one inversion may run by default; the largest layer of ResNet-50 takes seconds."""
@@ -42,7 +42,7 @@ class Service:
         if self.epoch is not None:
             checks.count("epoch", self.epoch, least=1, hint="or None, which draws one from rank 0's clock")
         checks.choice("assignment", self.assignment, POLICIES)
-        checks.number("deadline_seconds", self.deadline_seconds, above=0)
+        checks.number("deadline_seconds", self.deadline_seconds, above=0, most=MAX_DEADLINE_SECONDS)
         checks.choice("device", self.device, DEVICES)
         checks.count("first_step", self.first_step, least=0)
 
@@ -67,7 +67,8 @@ def connect(
         epoch: Start of the run; a later start must have a larger one, since older messages are refused. None draws one
             from rank 0's clock.
         assignment: How groups are dealt to owners: "round_robin" (over cost-sorted groups), "model_order" or "lpt".
-        deadline_seconds: How long one inversion may run before its process is killed and the job sent again.
+        deadline_seconds: How long one inversion may run before its process is killed and the job sent again; a day at
+            most.
         certificates: Directory that `kfdist certs init` made, for a controller that demands TLS and a token.
         token_file: The file with the token; `token` in that directory if None.
         device: Where the owners invert, "cpu" or "cuda". Only `FixedLag` looks at it: there an owner must compute what

@@ -98,6 +98,11 @@ def test_everything_fits(width):
     assert f"and {300 - count} more, none staler than {299 - count} steps" in text
 
 
+def test_a_run_without_an_end_in_sight_is_shown():
+    shown = lines(RunPicture(run=run(total_steps=10**12), rate=1e-3), 160)
+    assert "11574 days, 1:46:40 left" in shown[1]
+
+
 def test_what_is_missing_is_said():
     picture = RunPicture(
         run=run(live_workers=254, world_size=256, gauges={}), owners=owners(**dict.fromkeys("abcdef", 3)), note="away"

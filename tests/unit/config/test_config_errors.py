@@ -47,6 +47,8 @@ BAD = [
     ("cluster.workers=0", "cluster.workers", ["is 0", "at least 1"]),
     ("cluster.owners=-1", "cluster.owners", ["is -1", "at least 0"]),
     ("cluster.threads=0", "cluster.threads", ["is 0", "at least 1"]),
+    ("cluster.job_deadline_seconds=1e5", "cluster.job_deadline_seconds", ["is 100000.0", "at most 86400", "killed"]),
+    ("cluster.group_timeout_seconds=1e15", "cluster.group_timeout_seconds", ["at most 100000000", "collective"]),
     ("cluster.bundle.cpus=0", "cluster.bundle.cpus", ["is 0", "greater than 0", "CPUs of each owner"]),
     ("cluster.bundle.gpus=2", "cluster.bundle.gpus", ["is 2", "at most 1", "share of a GPU"]),
     ("cluster.bundle.resources.slow=0", "cluster.bundle.resources.slow", ["is 0", "greater than 0"]),
@@ -157,6 +159,16 @@ def test_a_long_name_of_words_is_no_secret(name: str):
         ),
         (["run.steps=3", "run.epochs=2"], "run.steps", ["both are given"]),
         (
+            ["run.stop_at_target=true", "run.eval_period=5"],
+            "run.stop_at_target",
+            ["is true", "no run.target_accuracy", "give one"],
+        ),
+        (
+            ["run.stop_at_target=true", "run.target_accuracy=0.9"],
+            "run.stop_at_target",
+            ["is true", "evaluated at its end alone", "run.eval_period or run.eval_epochs"],
+        ),
+        (
             ["preconditioner.method=kfac", "preconditioner.methods.head=kfac"],
             "preconditioner.methods",
             ["both are given", "give preconditioner.method or"],
@@ -215,6 +227,8 @@ def test_all_mistakes_are_told_at_once():
         (None, ["no such file"]),
         (b"[run\n", ["isn't valid TOML", "line 1", "mend the line"]),
         (b"[run]\nname = '\xff'\n", ["isn't UTF-8", "byte 14", "save it as UTF-8"]),
+        pytest.param(b"run.steps = " + b"9" * 5000, ["isn't valid TOML", "4300 digits"], id="digits"),
+        pytest.param(b"run.steps = " + b"[" * 100_000, ["isn't valid TOML", "recursion"], id="brackets"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, words: list[str]):
@@ -236,6 +250,11 @@ def test_the_mark_that_some_editors_begin_utf8_with_is_no_mistake(tmp_path: Path
 def test_a_directory_is_no_file(tmp_path: Path):
     with pytest.raises(ConfigError, match="can't be read"):
         load_config(tmp_path, environment={})
+
+
+def test_a_name_that_no_file_has_is_told(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"can't be read \(File name too long\)"):
+        load_config(tmp_path / ("x" * 300), environment={})
 
 
 def test_a_section_must_be_a_table(tmp_path: Path):

@@ -122,6 +122,8 @@ def test_asap_from_above_drops_the_lag_from_below(tmp_path: Path):
         ("1\nb = 2", "1\nb = 2"),
         ("", ""),
         ("nan,", "nan,"),
+        pytest.param("9" * 5000, "9" * 5000, id="digits"),
+        pytest.param("[" * 100_000, "[" * 100_000, id="brackets"),
     ],
 )
 def test_values_are_toml_and_else_strings(text: str, value: object):

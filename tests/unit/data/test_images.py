@@ -1,6 +1,7 @@
 """Images from folders, from CIFAR-10's files and from nowhere: what a batch of them is, and what is refused."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from kfdist.data.cifar10 import CifarRecords
 from kfdist.data.feed import Serving, make_feed
-from kfdist.data.images import IMAGENET, Pictures, decoded
+from kfdist.data.images import IMAGENET, Cut, Pictures, decoded, read_picture
 from kfdist.data.reading import EVALUATION, CorruptExample, SeededReader
 from kfdist.data.sampler import Position, Sampler
 from kfdist.data.sets import load_data
@@ -110,6 +111,30 @@ def test_16_bits_become_8_and_32_have_no_range(tmp_path: Path):
         decoded(lambda: open(tmp_path / "32.tiff", "rb"), name="32")
 
 
+def test_what_pillow_can_not_decode_is_named(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.dds")
+    content = bytearray((tmp_path / "x.dds").read_bytes())
+    content[80] = 1  # a pixel format that is for alpha alone
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(CorruptExample, match="Unknown pixel format"):
+        decoded(lambda: open(tmp_path / "x.jpg", "rb"), name="x")
+
+
+@pytest.mark.parametrize(
+    ("size", "cut", "words"),
+    [
+        ((3000, 1), Cut(kind="centre", size=224, margin=256), "3000 pixels along 1, and more than fit in memory"),
+        ((8, 30), Cut(kind="padded", size=32, margin=4), "Required crop size"),
+    ],
+)
+def test_an_image_that_can_not_be_cut_is_named(size: tuple[int, int], cut: Cut, words: str, tmp_path: Path):
+    """One of 3000 pixels by one would have two hundred million once it is 256 high."""
+    Image.new("RGB", size).save(tmp_path / "x.png")
+    with pytest.raises(CorruptExample) as caught:
+        read_picture(lambda: open(tmp_path / "x.png", "rb"), cut, name="x")
+    assert caught.value.name == "x" and words in caught.value.reason
+
+
 def test_cifar_10_is_read_from_its_binary_files_and_from_folders(tmp_path: Path):
     records = write_cifar10(tmp_path / "files" / "cifar-10-batches-bin", each=20)
     data = load_data("cifar10", {"root": str(tmp_path / "files")})
@@ -137,6 +162,11 @@ def lack_a_class(root: Path) -> None:
     (root / "val" / "class_01").rename(root / "val" / "other")
 
 
+def keep_one_class(root: Path) -> None:
+    for part in ("train", "val"):
+        shutil.rmtree(root / part / "class_01")
+
+
 def empty_a_class(root: Path) -> None:
     next((root / "train" / "class_01").iterdir()).unlink()
 
@@ -147,6 +177,7 @@ def empty_a_class(root: Path) -> None:
         (lambda root: None, {"train_dir": "trein"}, "No such file or directory.*a folder of images for each class"),
         (lack_a_class, {}, r"have different classes, such as \['class_01', 'other'\]"),
         (empty_a_class, {}, "class_01.*a folder of images for each class"),
+        (keep_one_class, {}, "train has one class, 'class_00', .*each of two classes or more"),
         (lambda root: None, {"test_resize": 9}, "is 9, less than test_size = 24"),
     ],
 )
@@ -156,6 +187,12 @@ def test_folders_that_do_not_fit_are_refused(
     spoil(write_folders(tmp_path, classes=2, train=1, test=1))
     with pytest.raises(ConfigError, match=rf"^data\.settings\.(root|test_resize): .*{words}"):
         load(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", ["image-folder", "image-shards", "cifar10"])
+def test_a_home_that_nobody_has_is_a_folder_that_is_not_there(name: str):
+    with pytest.raises(ConfigError, match="~no-such-user/pictures"):
+        load_data(name, {"root": "~no-such-user/pictures"})
 
 
 def test_files_that_are_not_cifar_10_are_refused(tmp_path: Path):

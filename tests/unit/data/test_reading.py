@@ -1,10 +1,14 @@
 """Examples read one by one: seeded by (seed, epoch, example), whoever reads them; what can't be read is replaced."""
 
 import multiprocessing
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +172,34 @@ def test_closing_ends_loader_processes_that_somebody_still_holds():
     assert set(multiprocessing.active_children()) <= before
     feed.close()
     del batches
+
+
+LOADING = """
+import torch
+from kfdist.data.feed import Serving, make_feed
+from kfdist.data.sampler import Position, Sampler
+from kfdist.data.sets import load_data
+from kfdist.errors import EnvironmentFault
+
+data = load_data("synthetic-images", {"train_examples": 8, "test_examples": 2, "size": 8, "classes": 2})
+sampler = Sampler(examples=8, batch_size=4, world_size=1, seed=0)
+serving = Serving(sampler=sampler, worker_rank=0, device=torch.device("cpu"), loader_processes=1)
+try:
+    next(make_feed(data, serving, Position()).training_step(Position()))
+except EnvironmentFault as fault:
+    print(fault)
+"""
+
+
+def test_a_directory_for_temporary_files_that_is_too_long_for_sockets_is_a_sentence(tmp_path: Path):
+    """As the directories of jobs are on some clusters."""
+    directory = tmp_path / ("deep" * 30)
+    directory.mkdir()
+    variables = {**os.environ, "TMPDIR": str(directory)}
+    command = [sys.executable, "-c", LOADING]
+    said = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    assert f"{directory}, where their sockets would be" in said.stdout, said.stderr
+    assert "set TMPDIR to a shorter one" in said.stdout
 
 
 @pytest.mark.filterwarnings("ignore:Got pickle error")

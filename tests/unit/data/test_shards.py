@@ -120,6 +120,11 @@ def tear_off(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:1500])
 
 
+def misname_a_class(shard: Path) -> None:
+    member("9.cls", b"9" * 20)(shard)
+    member("9.jpg", b"1")(shard)
+
+
 def tear_a_member(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[: 3 * tarfile.BLOCKSIZE])
 
@@ -134,12 +139,19 @@ def tear_a_member(shard: Path) -> None:
         (member("9.jpg", b"1"), r"example '9' has \.jpg"),
         (member("9.cls", b"1"), r"example '9' has \.cls"),
         (member("9.json", b"1"), r"example '9' has \.json"),
+        (misname_a_class, r"the class of example '9' is '9{20}'"),
     ],
 )
 def test_shards_that_can_not_be_used_are_refused(tmp_path: Path, spoil: Callable[[Path], None], words: str):
     root = write_shards(write_folders(tmp_path / "folders", classes=2, train=2, test=1), tmp_path / "shards")
     spoil(root / "train-000000.tar")
     with pytest.raises(ConfigError, match=rf"^data\.settings\.train: .*{words}"):
+        load_data("image-shards", {"root": str(root)})
+
+
+def test_shards_of_one_class_are_refused(tmp_path: Path):
+    root = write_shards(write_folders(tmp_path / "folders", classes=1, train=2, test=1), tmp_path / "shards")
+    with pytest.raises(ConfigError, match=r"^data\.settings\.train: .*has images of class 0 alone"):
         load_data("image-shards", {"root": str(root)})
 
 

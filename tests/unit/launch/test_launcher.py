@@ -64,6 +64,28 @@ def test_ranks_without_a_gpu_are_found_before_one_is_started(
     assert train(config, Terminal(as_json=True), StopRequests()) == 0, "what has finished needs no device"
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_launch_can_be_stopped_in_its_checks(monkeypatch, tmp_path: Path, capsys, before: bool):
+    """Listing the images of a large data set takes minutes."""
+    requests = StopRequests()
+
+    def check(config: object) -> str:
+        assert not before, "it was asked to stop before"
+        requests.ask(signal.SIGINT, None)
+        pytest.fail("the checks went on")
+
+    monkeypatch.setattr(launcher, "check_launch", check)
+    monkeypatch.setattr(Launch, "run", lambda launch: pytest.fail("the launch was started"))
+    if before:
+        requests.ask(signal.SIGTERM, None)
+    config = load_config(None, overrides=[f"run.dir={tmp_path / 'run'}"], environment={})
+    assert train(config, Terminal(as_json=False), requests) == ExitCode.RESUMABLE
+    assert "stopped before anything was started" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    requests.ask(signal.SIGINT, None)
+    assert requests.count == 2, "outside of the checks a request is only counted"
+
+
 @pytest.mark.parametrize(
     ("given", "patience"), [(0.0, STOP_RANKS_SECONDS + 60.0), (10.0, STOP_RANKS_SECONDS + 60.0), (100.0, 100.0)]
 )

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import sys
@@ -13,13 +14,13 @@ from kfdist.launch.outcome import (
     child_fault,
     ending_of,
     longest_checkpoint,
-    read_summary,
     remove_untrained,
     report_line,
 )
 from kfdist.launch.terminal import summary_line
 from kfdist.system.files import make_directory
 from kfdist.system.processes import Child, Command
+from kfdist.system.run_summary import read_summary
 from kfdist.training.reporting import MetricsLog
 
 
@@ -75,6 +76,18 @@ def test_a_launch_that_never_trained_leaves_no_directory(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("lock", ["lock", "control.sqlite.lock"])
+def test_a_launch_that_gives_way_to_another_one_leaves_it_its_directory(tmp_path: Path, lock: str):
+    run = tmp_path / "runs" / "it"
+    made = make_directory(run / "logs")  # by this launch, for both began at the same moment
+    with (run / lock).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        remove_untrained(made, unless_trained=run)
+        assert (run / "logs").exists() and (run / lock).exists()
+    remove_untrained(made, unless_trained=run)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("trace", ["checkpoints", "metrics.jsonl"])
 def test_a_launch_that_trained_keeps_everything(tmp_path: Path, trace: str):
     run = tmp_path / "runs" / "it"
@@ -119,6 +132,12 @@ def test_the_summary_is_completed_where_there_is_one(tmp_path: Path):
     (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "owner_restarts": 0}))
     assert add_to_summary(tmp_path, owner_restarts=2) == {"status": "finished", "owner_restarts": 2}
     assert read_summary(tmp_path)["owner_restarts"] == 2
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b"\xff\x00"])
+def test_a_summary_that_is_damaged_is_no_reason_not_to_resume(tmp_path: Path, damaged: bytes):
+    (tmp_path / "summary.json").write_bytes(damaged)
+    assert read_summary(tmp_path) == {} == add_to_summary(tmp_path, restarts={})
 
 
 def test_the_summary_in_a_line():

@@ -1,8 +1,10 @@
 """Where servers listen without credentials, whoever makes them; and how many connections they have room for."""
 
 import resource
+import socket
 import threading
 import urllib.request
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,6 +14,8 @@ from kfdist.control.exporter import Exporter
 from kfdist.control.metrics_server import MetricsServer
 from kfdist.errors import ConfigError
 from kfdist.rpc import servers
+from kfdist.system.addresses import split_address
+from kfdist.system.credentials import Credentials, Role
 from tests.support.waits import eventually
 
 
@@ -67,5 +71,21 @@ def test_metrics_are_served_again_once_there_are_threads_again(monkeypatch: pyte
             short.setattr(threading.Thread, "start", scarce)
             assert get() == 0
         eventually(get, lambda status: status == 200)  # the slot is free just after the connection has ended
+    finally:
+        server.close()
+
+
+def test_metrics_are_served_at_a_name_that_has_no_ipv4_address(monkeypatch: pytest.MonkeyPatch, certificates: Path):
+    known = socket.getaddrinfo
+
+    def resolve(host: str, *rest: object, **named: object) -> object:
+        return known("::1" if host == "six.example" else host, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    server = MetricsServer(Exporter(), "six.example:0", Credentials.at(Role.CONTROLLER, str(certificates), None))
+    try:
+        host, port = split_address(server.address)
+        assert host == "six.example"
+        socket.create_connection(("::1", port), timeout=30).close()
     finally:
         server.close()

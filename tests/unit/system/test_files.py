@@ -36,6 +36,13 @@ def test_what_cant_be_replaced_stays(tmp_path: Path):
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_path_without_a_name_is_no_file():
+    with pytest.raises(IsADirectoryError):
+        replace_file(Path(""), b"content")
+    with pytest.raises(EnvironmentFault, match="can't be written: Is a directory"):
+        write_ready_file(Path(""), {})
+
+
 def test_ready_files(tmp_path: Path):
     path = tmp_path / "ready.json"
     assert read_ready_file(path) is None

@@ -99,3 +99,8 @@ def test_it_follows_a_resized_window(terminal, monkeypatch):
     (narrow,) = {frame for frame in frames(terminal) if "30/120" in frame}
     assert 80 < len(wide) < 120
     assert len(narrow) < 50
+
+
+def test_a_run_without_an_end_in_sight_is_shown(terminal, monkeypatch):
+    line = drawn(terminal, replace(LINE, total_steps=10**24, steps_per_second=1e-3), 160, monkeypatch)
+    assert "11574 days, 1:46:40 left" in line

@@ -12,10 +12,17 @@ from torch import nn
 import kfdist
 from kfdist.config import OptimizerSection, PreconditionerSection, load_config
 from kfdist.data.sampler import Position, Sampler
-from kfdist.errors import ConfigError
+from kfdist.errors import CheckpointError, ConfigError
 from kfdist.optim.graft import KEPT
 from kfdist.training.method import damping_of, inverse_periods, kl_clip_of
-from kfdist.training.optimizers import LearningRate, check_optimizer, make_optimizer, optimizer_of, optimizers
+from kfdist.training.optimizers import (
+    LearningRate,
+    check_optimizer,
+    make_optimizer,
+    optimizer_of,
+    optimizers,
+    restore_optimizer,
+)
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -239,3 +246,51 @@ def test_what_it_keeps_of_each_parameter_is_as_planned(graft: str) -> None:
         made.step()
         shapes = {p: sum(each.shape == p.shape for each in made.state[p].values()) for p in model.parameters()}
     assert [shapes[p] for p in model.parameters()] == [KEPT[graft].of_blocks] * 2 + [KEPT[graft].of_others] * 2
+
+
+def stepped(section: OptimizerSection) -> tuple[torch.optim.Optimizer, nn.Parameter, nn.Parameter]:
+    weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    optimizer = make_optimizer(section, [weight, bias])
+    for parameter in (weight, bias):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer, weight, bias
+
+
+@pytest.mark.parametrize("name", sorted(set(optimizers()) - {"muon"}))  # which takes no bias
+def test_every_optimizer_goes_on_from_its_own_state_with_the_settings_of_now(name: str):
+    saved = stepped(OptimizerSection(name=name, weight_decay=0.0))[0].state_dict()
+    section = OptimizerSection(name=name, momentum=0.5, weight_decay=0.25)
+    optimizer, *parameters = stepped(section)
+    configured = [{**group, "params": None} for group in optimizer.param_groups]
+    restore_optimizer(optimizer, section, saved)
+    assert [{**group, "params": None} for group in optimizer.param_groups] == configured
+    for number, parameter in enumerate(parameters):
+        state = saved["state"].get(number, {})
+        assert optimizer.state[parameter].keys() == state.keys()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"name": "sgd"}, {"name": "adamw"}, "kept momentum_buffer .* and adamw .* needs exp_avg, exp_avg_sq, step"),
+        ({"name": "adamw"}, {"name": "sgd"}, "kept exp_avg, exp_avg_sq, step .* and sgd .* needs momentum_buffer"),
+        ({"name": "adam"}, {"name": "adam", "settings": {"amsgrad": True}}, "max_exp_avg_sq"),
+        ({"name": "sgd", "decay_vectors": False}, {"name": "sgd"}, "number of parameter groups"),
+    ],
+)
+def test_a_state_that_lacks_what_the_optimizer_goes_on_from_is_refused(before: dict, after: dict, words: str):
+    saved = stepped(OptimizerSection(**before))[0].state_dict()
+    section = OptimizerSection(**after)
+    with pytest.raises(CheckpointError, match=words):
+        restore_optimizer(stepped(section)[0], section, saved)
+
+
+def test_moments_that_two_optimizers_have_in_common_are_taken_over():
+    saved = stepped(OptimizerSection(name="adam"))[0].state_dict()
+    section = OptimizerSection(name="adamw", settings={"betas": [0.5, 0.75]})
+    optimizer, weight, _ = stepped(section)
+    restore_optimizer(optimizer, section, saved)
+    assert torch.equal(optimizer.state[weight]["exp_avg"], saved["state"][0]["exp_avg"])
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.75)

@@ -11,7 +11,7 @@ import torch
 
 from kfdist.training.progress import PlainProgress, ProgressLine
 from kfdist.training.reporting import MetricsLog, make_progress
-from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics
+from kfdist.training.summary import modules_clean, parameter_sha256, step_statistics, write_summary
 
 LINE = ProgressLine(
     step=20, total_steps=120, loss=0.25, metrics={"accuracy": 0.875}, staleness=14, steps_per_second=31.5
@@ -97,3 +97,9 @@ def test_a_line_that_a_killed_process_left_unfinished_costs_no_later_one(tmp_pat
     first, torn, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert (json.loads(first)["event"], torn) == ("start", '{"event": "st')
     assert json.loads(second)["step"] == 12
+
+
+def test_a_summary_is_json_whatever_the_numbers_are(tmp_path: Path):
+    write_summary(tmp_path, {"steps": 1, "metrics": {"test_loss": math.nan, "noise": [math.inf, -math.inf, 0.5]}})
+    told = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert told == {"steps": 1, "metrics": {"test_loss": None, "noise": [None, None, 0.5]}}

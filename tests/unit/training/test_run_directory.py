@@ -21,6 +21,7 @@ def config_in(directory: Path, *overrides: str) -> Config:
 def started(config: Config, costs: MeasuredCosts | None = None) -> RunDirectory:
     opened = RunDirectory.open(config)
     opened.begin(opened.last_epoch + 1, config, costs)
+    opened.take_over(config)
     return opened
 
 
@@ -158,6 +159,16 @@ def test_what_changes_the_mathematics_is_refused_with_a_diff_unless_it_is_accept
     # Accepted once; from now on the new configuration is the run's, and the permission is used up.
     assert inspect_run(config_in(tmp_path, *changed)) == ""
     assert not load_config(tmp_path / "config.toml", environment={}).run.accept_changes
+
+
+def test_a_start_that_fails_before_it_has_taken_the_run_over_leaves_its_configuration(tmp_path: Path):
+    started(config_in(tmp_path)).close()
+    failing = config_in(tmp_path, "optimizer.lr=0.125", "run.accept_changes=true")
+    opened = RunDirectory.open(failing)
+    opened.begin(opened.last_epoch + 1, failing)
+    opened.abandon()
+    assert inspect_run(config_in(tmp_path)) == ""
+    assert "lr = 0.125" in (tmp_path / "epochs" / "00002.toml").read_text(encoding="utf-8")
 
 
 def test_a_finished_run_says_so_and_how_to_go_on(tmp_path: Path):

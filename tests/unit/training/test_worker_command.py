@@ -6,16 +6,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kfdist.config import load_config
-from kfdist.errors import ConfigError, EnvironmentFault
+from kfdist.errors import CheckpointError, ConfigError, EnvironmentFault
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.run_notices import notices, place_of
 from kfdist.training import worker
 from kfdist.training.setup import check_controller, choose_device, gather_materials
 from kfdist.training.worker import run_worker
+from kfdist.wire.tree import unpack
 from tests.support.training import SMALL
 
 
@@ -147,3 +149,31 @@ def test_a_damping_that_no_method_of_the_run_has_is_told(
     run_worker(small(tmp_path, "optimizer.name=kfdist", *method, "run.steps=2", "checkpoint.period=0", override))
     said = capsys.readouterr().out
     assert told in said and ("does nothing" in said) == bool(told)
+
+
+def optimizer_state(directory: Path) -> dict[str, Any]:
+    newest = max((directory / "run" / "checkpoints").iterdir())
+    return unpack((newest / "shared.safetensors").read_bytes())["optimizer"]
+
+
+def test_a_run_that_is_taken_over_has_the_optimizers_settings_of_now(tmp_path: Path):
+    run_worker(small(tmp_path, "run.steps=2", "optimizer.weight_decay=0.125"))
+    changed = ("optimizer.weight_decay=0.5", "optimizer.momentum=0.25", "run.accept_changes=true")
+    assert run_worker(small(tmp_path, "run.steps=4", *changed)).code == 0
+    (group,) = optimizer_state(tmp_path)["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0.5, 0.25)
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path: Path):
+    for steps, precision in ((2, "float32"), (4, "float16"), (6, "bfloat16")):
+        given = (f"run.steps={steps}", f"run.precision={precision}", "run.accept_changes=true")
+        assert run_worker(small(tmp_path, *given)).code == 0
+
+
+def test_a_take_over_that_the_checkpoint_does_not_allow_leaves_the_run_as_it_was(tmp_path: Path):
+    run_worker(small(tmp_path, "run.steps=2"))
+    changed = ("optimizer.name=adamw", "run.steps=4")
+    with pytest.raises(CheckpointError, match=r"kept momentum_buffer .* adamw .* needs exp_avg"):
+        run_worker(small(tmp_path, *changed, "run.accept_changes=true"))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+    assert run_worker(small(tmp_path, "run.steps=4")).code == 0

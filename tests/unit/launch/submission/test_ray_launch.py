@@ -3,6 +3,7 @@
 import datetime
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +41,20 @@ def test_data_that_the_jobs_node_lacks_hides_no_certificate_that_is_wrong(
     monkeypatch.setattr(RayLaunch, "run", lambda self: pytest.fail("the launch was started"))
     with pytest.raises(EnvironmentFault, match=r"owner\.pem expired on"):
         run_job(Terminal(as_json=False), StopRequests())
+
+
+def test_a_job_can_be_stopped_in_its_checks(tmp_path: Path, monkeypatch, capsys):
+    requests = StopRequests()
+    overrides = [f"run.dir={tmp_path / 'run'}", "control.address=127.0.0.1:0", "control.metrics_address=127.0.0.1:0"]
+    config = load_config(None, overrides=overrides, environment={})
+    submission = Submission(config=to_toml(config), gpus_per_worker=0, max_failures=0, storage=str(tmp_path))
+    for name, value in {**submission.variables(), "RAY_ADDRESS": "127.0.0.2:6379"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray_launch, "check_ray_train", lambda: None)
+    monkeypatch.setattr(launcher, "gather_materials", lambda *_: requests.ask(signal.SIGTERM, None))
+    monkeypatch.setattr(RayLaunch, "run", lambda self: pytest.fail("the launch was started"))
+    assert run_job(Terminal(as_json=False), requests) == ExitCode.RESUMABLE
+    assert "stopped before anything was started" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ class MembershipServiceServicer:
 
     def RegisterWorker(self, request, context):
         """Registers a training rank at its start, and again whenever its stream has ended. Makes an unknown run known; the
-        first rank of a newer epoch opens that start. Errors: ABORTED (older epoch than the run's), INVALID_ARGUMENT.
+        first rank of a newer epoch opens that start. Errors: ABORTED (older epoch than the run's, or another process is
+        that rank of that start), INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
