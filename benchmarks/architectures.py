@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +43,8 @@ class Architecture:
 
 @cache
 def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits  # here: with scipy it takes a second of each process that collects tests
+
     digits: Any = load_digits()
     return torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
 

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +49,7 @@ def measured(measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         torch.set_num_threads(threads)
 
 
+@cache  # results that a measurement writes on its way don't change what measured
 def _commit() -> str | None:
     """Returns the commit of the checkout that this package is in, and whether it was changed; None outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]

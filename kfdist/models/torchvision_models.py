@@ -113,10 +113,15 @@ class CifarVgg16Bn(Section):
             ConfigError: The images are of another size.
         """
         _of_cifars_size("cifar-vgg16bn", example_shape)
-        models = import_torchvision().models
-        network: Any = models.vgg16_bn(weights=None, num_classes=classes)
+        # torchvision's own network would come with a classifier of 119 million parameters, of which none is used.
+        vgg = import_torchvision().models.vgg
+        layers: Any = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:  # as it initialises them
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
         pools = iter(_POOLS[self.pools])
-        features = [nn.MaxPool2d(next(pools)) if isinstance(each, nn.MaxPool2d) else each for each in network.features]
+        features = [nn.MaxPool2d(next(pools)) if isinstance(each, nn.MaxPool2d) else each for each in layers]
         width, hidden = (512, 512) if self.pools == "square" else (512 * 8 * 4, 2048)
         return nn.Sequential(
             *features,

@@ -237,7 +237,7 @@ def test_an_owner_that_cannot_be_recorded_leaves_the_leases_running(tmp_path, mo
         eventually(lambda: client.get("r").state, lambda state: state is RunState.LOST)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_it_ends_in_order_when_told(tmp_path, number):
     with ControllerProcess(tmp_path) as process:
         address = process.wait_ready()

@@ -10,6 +10,7 @@ from kfdist.comm.reduce import GradientReducer
 from kfdist.curvature.averages import means
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn
+from tests.support.tiers import in_turn
 
 STEPS = 4
 EXACT = 1e-10
@@ -71,9 +72,9 @@ def train(communicator: Communicator, method: str, case: str, world_size: int) -
     return result
 
 
-@pytest.mark.parametrize("case", ["equal", "ragged"])
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("method", ["kfac", "kfac-eigen"])
+@pytest.mark.parametrize(
+    ("method", "world_size", "case"), in_turn(["kfac", "kfac-eigen"], [2, 4], ["equal", "ragged"], of=2)
+)
 def test_ranks_equal_one_process_on_the_union(method: str, world_size: int, case: str) -> None:
     torch.set_num_threads(1)
     serial = train(Communicator(None), method, case, world_size)

@@ -61,7 +61,13 @@ def train(communicator: Communicator, way: str, by_ddp: bool) -> list[torch.Tens
 
 @pytest.mark.parametrize(
     ("way", "by_ddp"),
-    [("default", True), ("default", False), ("ekfac-adam", True), ("kfac-eigen", True), ("cg-fac", True)],
+    [
+        ("default", True),
+        ("default", False),
+        ("ekfac-adam", True),
+        pytest.param("kfac-eigen", True, marks=pytest.mark.slow),
+        ("cg-fac", True),
+    ],
 )
 def test_two_ranks_step_as_one_process_while_a_layer_is_frozen_and_after_it_is_thawed(way: str, by_ddp: bool) -> None:
     expected = train(Communicator(None), way, by_ddp)

@@ -107,7 +107,7 @@ def train(communicator: Communicator, adoption: Any, factor_period: int) -> dict
 
 @pytest.mark.parametrize(
     ("adoption", "factor_period"),
-    [(FixedLag(0), 1), (FixedLag(2), 4), ("asap", 2)],
+    [pytest.param(FixedLag(0), 1, marks=pytest.mark.slow), (FixedLag(2), 4), ("asap", 2)],
     ids=["synchronous", "fixed-lag", "asap"],
 )
 def test_scales_are_those_of_the_step_of_adoption_and_then_averaged(

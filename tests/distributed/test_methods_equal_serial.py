@@ -18,7 +18,8 @@ from kfdist.curvature.inverters import make_inverter
 from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn
 
-STEPS = 4
+STEPS = 3
+"""Two inversions, and a step by each."""
 EXACT = 1e-10
 """float64 sums over a few dozen rows in another order differ by units of 1e-15; 1e-10 leaves room for the inverses."""
 
@@ -201,22 +202,29 @@ def train_all(
 # Light corrections pick random eigenvectors; where increments are filled up with zero rows, some of these stand for
 # eigenvalue 0 and are rounding's choice.
 RAGGED = tuple(name for name in CASES if name != "b-kfac-c")
-RUNS = [(2, False, tuple(CASES)), (2, True, RAGGED), (4, False, ON_FOUR)]
-_done: dict[tuple[int, bool], list[dict[str, dict[str, Tensor]]]] = {}
+# One of each kind of statistics; the others in the slow tier.
+SOON = ("kfac-tridiagonal", "two-level", "rs-kfac", "b-kfac", "ekfac-adam", "soap", "seng", "cg-fac, block")
+RUNS = [
+    (2, False, tuple(CASES), ()),
+    (2, True, SOON, ()),
+    (2, True, tuple(name for name in RAGGED if name not in SOON), pytest.mark.slow),
+    (4, False, ON_FOUR, ()),
+]
+_done: dict[tuple[int, bool, tuple[str, ...]], list[dict[str, dict[str, Tensor]]]] = {}
 
 
 def results(world_size: int, ragged: bool, names: tuple[str, ...]) -> list[dict[str, dict[str, Tensor]]]:
     """Every rank's results of all methods."""
-    if (world_size, ragged) not in _done:
-        _done[world_size, ragged] = run_ranks(world_size, train_all, names, world_size, ragged)
-    return _done[world_size, ragged]
+    if (world_size, ragged, names) not in _done:
+        _done[world_size, ragged, names] = run_ranks(world_size, train_all, names, world_size, ragged)
+    return _done[world_size, ragged, names]
 
 
 @pytest.mark.parametrize(
     ("world_size", "ragged", "names", "name"),
     [
-        pytest.param(w, ragged, names, name, id=f"{name} on {w}{' ragged' if ragged else ''}")
-        for w, ragged, names in RUNS
+        pytest.param(w, ragged, names, name, id=f"{name} on {w}{' ragged' if ragged else ''}", marks=marks)
+        for w, ragged, names, marks in RUNS
         for name in names
     ],
 )

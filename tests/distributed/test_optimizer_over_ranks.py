@@ -127,9 +127,9 @@ OWN = ("optimizer.name=kfdist", "optimizer.lr=0.01", "run.log_period=8")
 @pytest.mark.parametrize(
     "settings",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         ("optimizer.settings.graft=sgd", "optimizer.lr=0.1", "run.precision=float16"),
-        ("optimizer.settings.graft=none",),
+        pytest.param(("optimizer.settings.graft=none",), marks=pytest.mark.slow),
     ],
     ids=["adamw", "sgd, float16", "none"],
 )

@@ -1,4 +1,4 @@
-"""Four ranks, couriers, a controller and owners: bit for bit the ranks' own inversions, whatever fails on the way.
+"""Three ranks, couriers, a controller and owners: bit for bit the ranks' own inversions, whatever fails on the way.
 
 The owners are real processes without Ray around them; tests/end_to_end has them inside Ray.
 """
@@ -24,7 +24,7 @@ from tests.support.ranks import run_ranks
 from tests.support.small_models import images, small_cnn
 from tests.support.waits import eventually
 
-RANKS, STEPS = 4, 12
+RANKS, STEPS = 3, 12
 
 
 def train(communicator: Communicator, address: str | None, run: str, lag: int) -> tuple[str, dict]:

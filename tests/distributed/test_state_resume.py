@@ -21,7 +21,7 @@ from tests.support.faulty import broadcasts, inverter
 from tests.support.faulty.inverter import Moody
 from tests.support.ranks import run_ranks
 
-LAG, HALF, STEPS = 5, 13, 24
+RANKS, LAG, HALF, STEPS = 3, 5, 13, 24
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def second_part(
 
 @dataclass(frozen=True)
 class Stopped:
-    """Four ranks' run up to HALF: where their states are, what they recorded, and facts about the states."""
+    """The run up to HALF: where their states are, what they recorded, and facts about the states."""
 
     directory: Path
     records: list[list[Record]]
@@ -101,7 +101,7 @@ class Stopped:
 
 
 def stop_at_half(directory: Path, *how: Any) -> Stopped:
-    results = run_ranks(4, first_part, directory, HALF, *how)
+    results = run_ranks(RANKS, first_part, directory, HALF, *how)
     return Stopped(directory, [records for records, _ in results], [facts for _, facts in results])
 
 
@@ -115,7 +115,7 @@ def half(faults: Faults, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
 def whole(faults: Faults, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The parameters after each step of the uninterrupted run."""
     del faults
-    results = run_ranks(4, first_part, tmp_path_factory.mktemp("whole"), STEPS)
+    results = run_ranks(RANKS, first_part, tmp_path_factory.mktemp("whole"), STEPS)
     return parameters([records for records, _ in results])
 
 
@@ -125,7 +125,7 @@ def test_fixed_lag_resumed_with_versions_in_flight_is_bitwise_the_uninterrupted_
     in_flight = {key: entry for facts in half.facts for key, entry in facts["in_flight"].items()}
     assert any("job" in entry for entry in in_flight.values()), "no inversion was under way"
     assert any("result" in entry for entry in in_flight.values()), "no result waited for its step"
-    rest = run_ranks(4, second_part, half.directory)
+    rest = run_ranks(RANKS, second_part, half.directory)
     assert parameters(half.records) + parameters(rest) == whole
 
 
@@ -147,9 +147,9 @@ def until_the_limit(communicator: Communicator, directory: Path) -> tuple[list[R
 
 def test_a_run_interrupted_inside_a_wait_resumes_bit_for_bit(faults: Faults, tmp_path: Path, whole: list[str]) -> None:
     with faults.at(version=6).withhold():
-        results = run_ranks(4, until_the_limit, tmp_path)
-    assert [step for _, step in results] == [6 + LAG] * 4
-    rest = run_ranks(4, second_part, tmp_path)
+        results = run_ranks(RANKS, until_the_limit, tmp_path)
+    assert [step for _, step in results] == [6 + LAG] * RANKS
+    rest = run_ranks(RANKS, second_part, tmp_path)
     assert parameters([records for records, _ in results]) + parameters(rest) == whole
 
 
@@ -158,7 +158,7 @@ def test_asap_resumes_in_the_middle_of_broadcasts_and_waiting_jobs(faults: Fault
         stopped = stop_at_half(tmp_path, "asap")
     check_invariants(stopped.records)
     assert stopped.facts[0]["travelling"], "no broadcast was running"
-    rest = run_ranks(4, second_part, tmp_path, 50, "asap")
+    rest = run_ranks(RANKS, second_part, tmp_path, 50, "asap")
     check_invariants([first + second for first, second in zip(stopped.records, rest, strict=True)])
     for group, versions in stopped.facts[0]["pending"].items():
         newest = max((version for record in rest[0] for name, version in record.adopted if name == group), default=-1)
@@ -182,9 +182,9 @@ def test_chaos_every_step_is_a_good_one_to_stop_after(faults: Faults, tmp_path: 
     for name, adoption in (("fixed-lag", FixedLag(LAG)), ("asap", "asap")):
         (tmp_path / name).mkdir()
         with faults.at(payload=EACH).late(9):
-            ranks = run_ranks(4, saves_after_each_step, tmp_path / name, adoption)
+            ranks = run_ranks(RANKS, saves_after_each_step, tmp_path / name, adoption)
         for step in range(STEPS - 1):
-            rest = run_ranks(4, second_part, tmp_path / name / f"{step}", STEPS, adoption)
+            rest = run_ranks(RANKS, second_part, tmp_path / name / f"{step}", STEPS, adoption)
             check_invariants([first[: step + 1] + second for first, second in zip(ranks, rest, strict=True)])
             if name == "fixed-lag":
                 assert parameters(rest) == parameters(ranks)[step + 1 :]
@@ -207,12 +207,12 @@ def on_fewer_ranks(communicator: Communicator, directory: Path, writers: int) ->
 
 
 @pytest.mark.parametrize("fold", [False, True], ids=["per-rank", "folded"])
-def test_states_of_four_ranks_go_on_at_two_and_one(tmp_path: Path, half: Stopped, fold: bool) -> None:
+def test_states_of_all_ranks_go_on_at_two_and_one(tmp_path: Path, half: Stopped, fold: bool) -> None:
     stopped = stop_at_half(tmp_path, FixedLag(LAG), True) if fold else half
-    states = [unpack((stopped.directory / f"{rank}").read_bytes())["preconditioner"] for rank in range(4)]
+    states = [unpack((stopped.directory / f"{rank}").read_bytes())["preconditioner"] for rank in range(RANKS)]
     assert {state["statistics"] for state in states} == {"folded" if fold else "per-rank"}
     for world_size in (2, 1):
-        fewer = run_ranks(world_size, on_fewer_ranks, stopped.directory, 4)
+        fewer = run_ranks(world_size, on_fewer_ranks, stopped.directory, RANKS)
         check_invariants([records for _, records in fewer])
         for sums, _ in fewer:
             for block, total in sums.items():
@@ -239,10 +239,10 @@ def rank_zero_everywhere(communicator: Communicator, directory: Path) -> tuple[l
 
 
 def test_the_state_of_rank_0_alone_loads_everywhere_and_says_what_it_lacks(half: Stopped) -> None:
-    results = run_ranks(4, rank_zero_everywhere, half.directory)
+    results = run_ranks(RANKS, rank_zero_everywhere, half.directory)
     check_invariants([records for records, _ in results])
     assert "no rank's state has the inversions under way" in results[0][1][0]
-    assert [said for _, said in results[1:]] == [[], [], []]
+    assert [said for _, said in results[1:]] == [[], []]
     assert min(results[0][0][-1].versions.values()) >= HALF
 
 

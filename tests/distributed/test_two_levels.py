@@ -54,9 +54,14 @@ def train(communicator: Communicator, nodes: str, adoption: str | FixedLag) -> l
     return records
 
 
-def test_training_with_two_levels_is_the_same_training(faults: Faults) -> None:
+@pytest.mark.slow
+def test_training_with_two_levels_keeps_ranks_equal_as_soon_as_possible(faults: Faults) -> None:
     faults.at(result=EACH).late(5)
     check_invariants(run_ranks(4, train, "abab", "asap"))
+
+
+def test_training_with_two_levels_is_the_same_training(faults: Faults) -> None:
+    faults.at(result=EACH).late(5)
     flat, levels = (run_ranks(4, train, nodes, FixedLag(2)) for nodes in ("", "abab"))
     check_invariants(levels)
     assert [record.parameters for record in levels[0]] == [record.parameters for record in flat[0]]

@@ -16,7 +16,9 @@ from tests.support.launches import summary_of
 from tests.support.training import train
 from tests.support.waits import eventually
 
-pytestmark = pytest.mark.timeout(300)
+# Two nodes of Ray and seven hosts. What is cut off here, test_owner_faults, test_controller_away and test_staleness in
+# links/ stop and kill on one machine in every run.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 NAME = "apart"
 RUN = """
@@ -74,7 +76,6 @@ def stuck_at(directory: Path, *, seconds: float = 2.0) -> int:
     return stands
 
 
-@pytest.mark.slow
 def test_fixed_lag_waits_for_owners_that_are_cut_off_obeys_and_changes_no_number(service: Service, tmp_path: Path):
     directory = service.folder / "a" / "lagged"
     fixed_lag = ("preconditioner.adoption=fixed-lag", "preconditioner.lag=5")

@@ -1,4 +1,4 @@
-"""Every method through the service, by one line of the configuration: two ranks, two owners on Ray, the digits.
+"""Every method through the service, by one line of the configuration: two ranks, two owners, the digits.
 
 Owners must give bit for bit what the ranks themselves compute, the adopted inverses must be those of the method that
 was named, and it must train.
@@ -108,8 +108,8 @@ def test_the_table_has_every_method() -> None:
     assert set(CASES) == {*INVERTERS, "auto"}
 
 
-QUICK = ("kfac", "rs-kfac", "ekfac-adam", "seng")
-"""One method of each kind of statistics; the others are in the slow tier, because each starts eight processes."""
+QUICK = ("rs-kfac", "ekfac-adam", "seng")
+"""One method of each kind of statistics; the others are in the slow tier, because each starts several processes."""
 
 SOONER_OR_LATER = [pytest.param(method, marks=() if method in QUICK else pytest.mark.slow) for method in CASES]
 

@@ -14,10 +14,18 @@ from tests.support.launches import ENDLESS, LOCAL, ONE_OWNER, ONE_RANK, SMALL, l
 pytestmark = pytest.mark.timeout(300)
 
 
-def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path):
-    with launch(tmp_path / "runs" / "it", *ONE_OWNER, *ONE_RANK) as command:
-        command.wait_for_line("controller on ")
-        command.wait_for_member("raylet")
+@pytest.mark.parametrize(
+    ("where", "first", "member"),
+    [
+        (LOCAL, "files in", "-m kfdist worker"),
+        pytest.param(ONE_OWNER, "controller on ", "raylet", marks=pytest.mark.slow),
+    ],
+    ids=["ranks alone", "owners"],
+)
+def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path, where: tuple[str, ...], first: str, member: str):
+    with launch(tmp_path / "runs" / "it", *where, *ONE_RANK) as command:
+        command.wait_for_line(first)
+        command.wait_for_member(member)
         command.signal(signal.SIGINT)
         command.expect(75, seconds=15)
         assert command.left_behind() == []

@@ -72,6 +72,7 @@ def test_the_next_courier_says_where_a_rank_stands_that_tells_nothing_new(contro
         assert "running" not in [event.kind for event in client.events("paused")]
 
 
+@pytest.mark.slow
 def test_couriers_killed_over_and_over(controller, owners, start_link):
     del owners
     link = start_link(controller.address)

@@ -32,7 +32,11 @@ SCRIPT = """
 
 @pytest.mark.parametrize(
     ("last_line", "code"),
-    [("", 0), pytest.param("sys.exit(3)", 3, marks=pytest.mark.slow), ("raise ValueError('the script')", 1)],
+    [
+        ("", 0),
+        pytest.param("sys.exit(3)", 3, marks=pytest.mark.slow),
+        pytest.param("raise ValueError('the script')", 1, marks=pytest.mark.slow),
+    ],
     ids=["end", "exit", "raise"],
 )
 def test_a_script_that_ends_while_a_thread_inverts_ends_ordinarily(last_line: str, code: int):

@@ -8,9 +8,9 @@ import pytest
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.real_models import BEGIN, END, Training, described, sgd_losses, train_with_kfdist, train_with_sgd
 
-SHORT = ("mobilenet_v3_small", "GPT2LMHeadModel", "MixtralForCausalLM", "MambaForCausalLM", "LSTM")
+SHORT = ("mobilenet_v3_small", "GPT2LMHeadModel", "MixtralForCausalLM", "LSTM")
 """A small one of each kind: batch norm and depthwise convolutions with squeeze and excitation; a head tied to the
-embedding and `Conv1D`; experts; bare matrices; cells."""
+embedding and `Conv1D`; experts; cells."""
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coverage.md").read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""ResNet-18 with each method on two ranks, inverted by two owners on Ray, adopted as soon as all ranks have it."""
+"""ResNet-18 with each method on two ranks, inverted by two owners, adopted as soon as all ranks have it."""
 
 import math
 from collections.abc import Iterator, Mapping

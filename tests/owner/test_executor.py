@@ -72,7 +72,7 @@ def test_a_deadline_kills_the_process_and_the_next_one_is_as_good(executor, faul
     assert executor.run(payload(), 60.0).result == result_of(payload())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=pytest.mark.slow)])
 def test_a_crash_in_the_middle(executor, faults, number):
     faults.at(inversion=EACH, times=1).kill(number)
     pid = executor.pid

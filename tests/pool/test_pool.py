@@ -180,6 +180,7 @@ def test_a_ray_with_other_authentication_is_told_from_one_that_is_not_there(pool
     assert "RAY_AUTH_MODE is 'disabled' here: a cluster with a token needs RAY_AUTH_MODE=token" in text
 
 
+@pytest.mark.slow  # unit/pool/test_supervisor.py has what the pool does then, without a Ray
 def test_a_pool_whose_raylet_has_ended_ends_and_says_so(controller, tmp_path):
     """Whoever started the pool starts it again; Ray wouldn't start the owners, and the pool had waited for ever."""
     lost = start_pool(tmp_path, controller, "--set", "cluster.owners=1")
@@ -241,16 +242,18 @@ def test_an_owner_that_fails_to_start_again_is_made_anew_once_it_can_be(pool, li
     all_of_them_serve(link, [name, other])
 
 
-def test_sigterm_ends_everything(pool):
+def test_nothing_of_ray_is_left_when_the_pool_is_killed(pool):
     assert len(ray_processes(pool.directory)) >= 8
-    pool.command.signal(signal.SIGTERM)
-    pool.command.expect(0, seconds=10)
-    assert pool.command.left_behind(1.0) == []
-    assert not pool.directory.exists()
+    pool.command.signal(signal.SIGKILL)
+    pool.command.wait(5)
+    # Ray's own agents would live for half a minute more.
+    assert pool.command.left_behind(5.0) == []
+    eventually(pool.directory.exists, lambda there: not there)
 
 
 @pytest.mark.slow
 def test_two_pools_serve_one_controller(tmp_path):
+    """And SIGTERM, by which every launch ends its pool, leaves nothing of one."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
@@ -265,8 +268,11 @@ def test_two_pools_serve_one_controller(tmp_path):
         link.start(context())
         try:
             all_of_them_serve(link, owners)
+            directory = Path(json.loads((folders[0] / "ready.json").read_text())["directory"])
             first.signal(signal.SIGTERM)
-            first.expect(0)
+            first.expect(0, seconds=10)
+            assert first.left_behind(1.0) == []
+            assert not directory.exists()
             wanted = submit(link, "left", 4)
             results = collect(link, 4, seconds=60)
             check(results, wanted)
@@ -286,18 +292,14 @@ def test_an_owner_that_others_go_before_is_told_of(controller, tmp_path):
     assert f"keeps the pool's {usual}\"" in said
 
 
-@pytest.mark.parametrize("how", ["killed", pytest.param("parent", marks=pytest.mark.slow)])
-def test_nothing_of_ray_is_left_when_the_pool_is_killed_or_its_parent_ends(controller, tmp_path, how):
+@pytest.mark.slow
+def test_nothing_of_ray_is_left_when_the_parent_of_a_pool_ends(controller, tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as parent:
         pool = start_pool(tmp_path, controller, "--set", "cluster.owners=1", "--parent-pid", str(parent.pid))
         with pool.command:
             assert pool.titled("ray::Owner")
-            if how == "killed":
-                pool.command.signal(signal.SIGKILL)
-                pool.command.wait(5)
             parent.kill()
             pool.command.wait(10)
-            # Ray's own agents would live for half a minute more.
             assert pool.command.left_behind(5.0) == []
             eventually(pool.directory.exists, lambda there: not there)
 

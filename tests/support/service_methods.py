@@ -1,8 +1,8 @@
-"""Runs of every method by the trainer itself on two ranks, and the service that inverts for them, owners on a Ray."""
+"""Runs of every method by the trainer itself on two ranks, and the service that inverts for them."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,21 +54,14 @@ class Trained:
 
 @contextmanager
 def service(folder: Path) -> Iterator[str]:
-    """Starts a controller and a pool of owners on a Ray of its own; gives the controller's address."""
+    """Starts a controller and owners, in processes of their own without a Ray; gives the controller's address."""
     # Ranks read this file, too, and do without gRPC.
-    from tests.support.commands import Command
     from tests.support.controller import ControllerThread
+    from tests.support.owners import OwnerProcess
 
-    ready = folder / "ready.json"
-    with (
-        ControllerThread(folder / "control.sqlite") as controller,
-        Command(
-            *("pool", "--controller", controller.address, "--ready-file", str(ready)),
-            *("--set", f"cluster.owners={OWNERS}"),
-        ) as pool,
-    ):
-        pool.wait_for_file(ready)
-        pool.family()
+    with ControllerThread(folder / "control.sqlite") as controller, ExitStack() as owners:
+        for number in range(OWNERS):
+            owners.enter_context(OwnerProcess(f"owner-{number}", folder=folder, controller=controller.address))
         yield controller.address
 
 

@@ -12,5 +12,5 @@ def eventually(look: Callable[[], Value], wanted: Callable[[Value], bool], *, se
     ends = time.monotonic() + seconds
     while not wanted(seen := look()):
         assert time.monotonic() < ends, f"not as wanted after {seconds} s: {seen}"
-        time.sleep(0.02)
+        time.sleep(0.05)  # some looks take a hundredth of a second themselves
     return seen

@@ -22,7 +22,7 @@ from tests.support.small_models import images, small_cnn
 EXACT = 1e-10
 """float64; as algorithms.md asks."""
 
-DRAWS = 200
+DRAWS, EXAMPLES = 40, 32
 MONTE_CARLO = 5.0
 """Standard errors by which a mean over `DRAWS` draws may miss; the seeds are fixed."""
 
@@ -185,7 +185,7 @@ def test_terms_of_one_example_that_mix_are_kept_apart(flat: bool):
 @pytest.mark.parametrize("which", ["ce", "mse", "bce"])
 def test_the_mean_of_draws_is_exact(which: str):
     name, _, arguments = LOSSES[which]
-    model, x = tanh_net(depth=2), normal(4, 3)
+    model, x = tanh_net(depth=2), normal(EXAMPLES, 3)
     exact = factors_of(observed(model, x, name, **arguments).drain())
     draws: dict[str, list[Tensor]] = {layer: [] for layer in exact}
     capture = armed_capture(model, fisher="mc")

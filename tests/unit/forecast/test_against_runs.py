@@ -98,7 +98,14 @@ def _train(training: Training, config: Config) -> None:
         training.optimizer.step()
 
 
-@pytest.fixture(scope="module", params=list(CONFIGURATIONS))
+SLOW = {"low rank", "bases more often than inverses"}
+"""Whose layers other configurations have, too."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CONFIGURATIONS],
+)
 def seen(request: pytest.FixtureRequest) -> Seen:
     config = load_config(None, environment={}, overrides=[*COMMON, *CONFIGURATIONS[request.param]])
     expected = foretold(config, steps=STEPS)

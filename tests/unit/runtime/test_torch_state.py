@@ -116,7 +116,7 @@ def inference_and_autocast() -> Iterator[None]:
 Case = tuple[dict[str, Any], list[Tensor]]
 
 
-@pytest.mark.parametrize("around", [half_on_no_device, double])
+@pytest.mark.parametrize("around", [half_on_no_device, pytest.param(double, marks=pytest.mark.slow)])
 def test_what_is_set_for_all_of_torch_changes_no_bit(case: Case, around: Around) -> None:
     arguments, expected = case
     for found, alone in zip(trained(arguments, around, around), expected, strict=True):

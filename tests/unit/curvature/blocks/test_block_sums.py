@@ -15,6 +15,7 @@ from kfdist.curvature.blocks import rows
 from kfdist.curvature.blocks.layer_block import SUMS
 from kfdist.curvature.blocks.rows import draw_positions
 from tests.support.block_cases import CASES, assert_true_to_its_layer, block_of, call, make_case, multiplied
+from tests.support.tiers import in_turn
 
 TOLERANCE = 1e-11
 """Float64 sums of at most a few thousand products of numbers of size one."""
@@ -154,10 +155,8 @@ def test_positions_by_budget_average_to_the_whole(name: str) -> None:
         close(torch.stack([getattr(part, each) for part in parts]).mean(0), getattr(whole, each))
 
 
-@over_kinds
-@pytest.mark.parametrize("fraction", [1.0, 0.6])
-@pytest.mark.parametrize("rows_a_tile", [1, 3, 17])
-def test_tiles_change_nothing(name: str, fraction: float, rows_a_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "rows_a_tile", "fraction"), in_turn(CASES, [1, 3, 17], [1.0, 0.6], of=2))
+def test_tiles_change_nothing(name: str, rows_a_tile: int, fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, inputs = make_case(name)
     block, (_, _, gradient) = block_of(layer), call(layer, inputs)
     inputs = multiplied(layer, inputs)
@@ -180,9 +179,9 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    ("name", "fraction", "dtype"), in_turn(LARGE, [1.0, 0.5], [torch.float32, torch.bfloat16], of=2)
+)
 def test_memory_is_bounded_by_the_tile(
     name: str, fraction: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,8 +215,7 @@ def test_padded_inputs_and_copied_rows_count_too(
     assert tile / 4 < largest.bytes <= tile
 
 
-@over_kinds
-@pytest.mark.parametrize("tile", [4000, rows.TILE_BYTES])
+@pytest.mark.parametrize(("name", "tile"), in_turn(CASES, [4000, rows.TILE_BYTES], of=2))
 def test_nothing_waits_for_a_value(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake tensor has no values to read (see test_no_host_sync): in tiles, by budget, and for single examples."""
     layer, inputs = make_case(name)

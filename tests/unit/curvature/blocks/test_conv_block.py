@@ -93,18 +93,19 @@ def test_sums_equal_those_of_torchs_own_patches(dims: int, geometry: dict[str, A
     assert sums.rows == n * positions and block.shape.convolution
 
 
-@given(
-    dims=st.integers(1, 3),
-    kernel=st.tuples(*[st.integers(1, 4)] * 3),
-    stride=st.tuples(*[st.integers(1, 3)] * 3),
-    dilation=st.tuples(*[st.integers(1, 3)] * 3),
-    padding=st.one_of(st.tuples(*[st.integers(0, 3)] * 3), st.sampled_from(["same", "valid"])),
-    mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
-    groups=st.sampled_from([1, 2, 4]),
-    bias=st.booleans(),
-)
-@settings(max_examples=60)
-def test_any_geometry_that_torch_takes(
+ANY: dict[str, st.SearchStrategy[Any]] = {
+    "dims": st.integers(1, 3),
+    "kernel": st.tuples(*[st.integers(1, 4)] * 3),
+    "stride": st.tuples(*[st.integers(1, 3)] * 3),
+    "dilation": st.tuples(*[st.integers(1, 3)] * 3),
+    "padding": st.one_of(st.tuples(*[st.integers(0, 3)] * 3), st.sampled_from(["same", "valid"])),
+    "mode": st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+    "groups": st.sampled_from([1, 2, 4]),
+    "bias": st.booleans(),
+}
+
+
+def is_true_to_torch(
     dims: int, kernel: Any, stride: Any, dilation: Any, padding: Any, mode: str, groups: int, bias: bool
 ) -> None:
     layer = conv(
@@ -123,6 +124,19 @@ def test_any_geometry_that_torch_takes(
     except RuntimeError:
         assume(False)  # the kernel is larger than the image
     assert_true_to_its_layer(layer, images, tolerance=10 * TOLERANCE)
+
+
+@given(**ANY)
+@settings(max_examples=20)
+def test_any_geometry_that_torch_takes(**geometry: Any) -> None:
+    is_true_to_torch(**geometry)
+
+
+@pytest.mark.slow
+@given(**ANY)
+@settings(max_examples=100)
+def test_any_of_many_geometries(**geometry: Any) -> None:
+    is_true_to_torch(**geometry)
 
 
 @over_dims

@@ -46,18 +46,19 @@ def test_c2_rows_rebuild_outputs_and_gradients(dims: int, geometry: dict[str, An
     assert_true_to_its_layer(layer, gaussian(2, 4, *(5, 4, 3)[:dims], seed=1), tolerance=TOLERANCE)
 
 
-@given(
-    dims=st.integers(1, 3),
-    kernel=st.tuples(*[st.integers(1, 4)] * 3),
-    stride=st.tuples(*[st.integers(1, 3)] * 3),
-    dilation=st.tuples(*[st.integers(1, 3)] * 3),
-    padding=st.tuples(*[st.integers(0, 3)] * 3),
-    output_padding=st.tuples(*[st.integers(0, 2)] * 3),
-    groups=st.sampled_from([1, 2, 4]),
-    bias=st.booleans(),
-)
-@settings(max_examples=60)
-def test_any_geometry_that_torch_takes(dims: int, **geometry: Any) -> None:
+ANY: dict[str, st.SearchStrategy[Any]] = {
+    "dims": st.integers(1, 3),
+    "kernel": st.tuples(*[st.integers(1, 4)] * 3),
+    "stride": st.tuples(*[st.integers(1, 3)] * 3),
+    "dilation": st.tuples(*[st.integers(1, 3)] * 3),
+    "padding": st.tuples(*[st.integers(0, 3)] * 3),
+    "output_padding": st.tuples(*[st.integers(0, 2)] * 3),
+    "groups": st.sampled_from([1, 2, 4]),
+    "bias": st.booleans(),
+}
+
+
+def is_true_to_torch(dims: int, **geometry: Any) -> None:
     geometry["kernel_size"] = geometry.pop("kernel")
     layer = transposed(dims, **geometry)
     images = gaussian(2, 4, *(4, 3, 3)[:dims], seed=1)
@@ -66,6 +67,19 @@ def test_any_geometry_that_torch_takes(dims: int, **geometry: Any) -> None:
     except RuntimeError:
         assume(False)  # no output is left, or more output padding than stride and dilation allow
     assert_true_to_its_layer(layer, images, tolerance=10 * TOLERANCE)
+
+
+@given(**ANY)
+@settings(max_examples=20)
+def test_any_geometry_that_torch_takes(**geometry: Any) -> None:
+    is_true_to_torch(**geometry)
+
+
+@pytest.mark.slow
+@given(**ANY)
+@settings(max_examples=100)
+def test_any_of_many_geometries(**geometry: Any) -> None:
+    is_true_to_torch(**geometry)
 
 
 def test_an_output_size_chosen_by_the_caller() -> None:

@@ -16,6 +16,7 @@ from kfdist.wire.records import tensor_fields
 from tests.support.increments import folding_sequence, run_chain
 from tests.support.inversions import invert_with_ladder
 from tests.support.matrices import gaussian
+from tests.support.tiers import in_turn
 
 BOTH = frozenset({"A", "G"})
 METHODS = ["b-kfac", "b-r-kfac", "b-kfac-c"]
@@ -117,8 +118,7 @@ def one_by_one(jobs: list[bytes]) -> bytes:
     return result
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(("method", "dtype"), in_turn(METHODS, [torch.float32, torch.float64], of=2))
 def test_a_chain_of_jobs_equals_one_pass_bit_for_bit(method: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     make: dict[str, Any] = {"q": 60, "p": 50, "room": 6, "dense_at": lambda k: k % 3 == 0, "dtype": dtype}

@@ -1,5 +1,7 @@
 """Every combination of options is right or refused, and the committed table says which."""
 
+from itertools import islice
+
 import pytest
 
 from benchmarks.combinations import PAGE, Case, outcome, table, walk, written
@@ -15,10 +17,15 @@ MUST_WORK = [
 ]
 
 
+def test_what_must_work_does_and_of_the_others_every_fifth_is_right_or_refused() -> None:
+    """`outcome` raises where a direction is neither the truth's nor refused with a sentence."""
+    outcomes = {case: outcome(case) for case in [*islice(walk(), 0, None, 5), *MUST_WORK]}
+    assert [case for case in MUST_WORK if outcomes[case]] == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_any_combination_is_right_or_refused_and_the_table_says_which() -> None:
-    """`outcome` raises where a direction is neither the truth's nor refused with a sentence."""
     outcomes = {case: outcome(case) for case in walk()}
-    assert [case for case in MUST_WORK if outcomes[case]] == []
     page = PAGE.read_text(encoding="utf-8")
     assert written(page, table(outcomes)) == page, "run python -m benchmarks.combinations"

@@ -27,6 +27,7 @@ from tests.support.captured_methods import CAPTURED
 from tests.support.factors import Factors, rows_by_definition
 from tests.support.lockstep import in_lockstep
 from tests.support.plans import planned
+from tests.support.tiers import in_turn
 
 EXACT = 1e-10
 """float64 sums over a few dozen rows, in another order."""
@@ -288,9 +289,9 @@ def case(method: str, split: Split, *, stated: bool, **settings: Any) -> tuple[P
     return plan, [split, parts]
 
 
-@pytest.mark.parametrize("loss", ["per example", "per token", "padded"])
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("method", CAPTURED)
+@pytest.mark.parametrize(
+    ("method", "split", "loss"), in_turn(CAPTURED, SPLITS, ["per example", "per token", "padded"], of=3)
+)
 def test_any_split_is_one_process_on_all_rows(method: str, split: str, loss: str) -> None:
     stated = loss != "per example"
     plan, (parts_of, parts) = case(method, SPLITS[split], stated=stated)
