@@ -279,7 +279,9 @@ def train(
     goal = -math.inf if task.goal is None else task.goal
     if rival.whole:
         task = replace(task, batch_size=len(task.examples(test=False)[0]))
-    batches, curve, spent, steps = task.batches(seed), [(0.0, 0, task.value(model))], 0.0, 0
+    average = task.average(model)
+    measured = model if average is None else average
+    batches, curve, spent, steps = task.batches(seed), [(0.0, 0, task.value(measured))], 0.0, 0
     with (
         _computing_on(len(training)),
         running_on(others),
@@ -291,9 +293,11 @@ def train(
                 batch = next(batches)
                 begun = time.perf_counter()
                 step(batch)
+                if average is not None:
+                    average.update_parameters(model)
                 spent += time.perf_counter() - begun
                 steps += 1
-            curve.append((round(spent, 4), steps, task.value(model)))
+            curve.append((round(spent, 4), steps, task.value(measured)))
             if spent >= _HOPELESS_AFTER * task.seconds and hopeless(curve, beside):
                 break
     first = curve[-IN_A_ROW] if held(curve, goal) else None

@@ -219,6 +219,23 @@ def test_a_reached_goal_ends_the_training():
     assert found["steps_done"] == 2 * task.evaluation_period and found["seconds"] == 0.0 and found["steps"] == 0
 
 
+def test_where_weights_are_averaged_their_average_is_measured():
+    plain = replace(TASKS["digits-autoencoder"], goal=None, seconds=1e-6, evaluation_period=3)
+    averaged = replace(plain, average_decay=0.5)
+    last = train(averaged, RIVALS["adamw"], 1e-3, 0)["last"]
+    assert last != train(plain, RIVALS["adamw"], 1e-3, 0)["last"]
+
+    model, batches, weights = plain.model(0), plain.batches(0), []
+    with RIVALS["adamw"].training(plain, model, 1e-3) as step:
+        for _ in range(3):
+            step(next(batches))
+            weights.append({name: each.clone() for name, each in model.state_dict().items()})
+    # The average begins with the weights after the first step.
+    first, second, third = weights
+    model.load_state_dict({name: first[name] / 4 + second[name] / 4 + third[name] / 2 for name in first})
+    assert last == pytest.approx(plain.value(model), rel=1e-5)
+
+
 def test_an_unlucky_tuning_makes_nobody_slow():
     tuning = [cell(0.1, 1.0), cell(0.2, 3.0)]
     others = [cell(rate, seconds, seed=seed) for rate, seconds in ((0.1, 5.0), (0.2, 2.0)) for seed in (1, 2)]
