@@ -122,7 +122,10 @@ def test_an_interrupted_tuning_goes_on_as_if_it_had_not_been(told: list[Any]):
 def test_a_long_task_reports_one_rate_and_no_rate_is_tuned_past_the_best(monkeypatch: pytest.MonkeyPatch):
     limits: dict[float, float] = {}
 
-    def trained(task: Task, rival: Any, rate: float, seed: int, *, apart: bool = False, **_: Any) -> dict[str, Any]:
+    def trained(
+        task: Task, rival: Any, rate: float, seed: int, *, behind: float, apart: bool = False, **_: Any
+    ) -> dict[str, Any]:
+        assert behind == 22.5, "a quarter of the task's seconds, however many it is given"
         if seed == 0:
             limits[rate] = task.seconds
         found = {0.001: 80.0, 0.003: 40.0}.get(rate)
@@ -141,7 +144,9 @@ def test_a_long_task_reports_one_rate_and_no_rate_is_tuned_past_the_best(monkeyp
 def test_a_rate_far_behind_the_best_one_of_a_long_task_is_given_up_early(monkeypatch: pytest.MonkeyPatch):
     asked: dict[float, int] = {}
 
-    def trained(task: Task, rival: Any, rate: float, seed: int, *, beside: Any, apart: bool = False) -> dict[str, Any]:
+    def trained(
+        task: Task, rival: Any, rate: float, seed: int, *, beside: Any, apart: bool = False, **_: Any
+    ) -> dict[str, Any]:
         asked.setdefault(rate, len(beside))
         made = {**cell(rate, None, {0.003: 0.5}.get(rate, 1.0), seed, apart=apart), "curve": [(0.0, 0, 1.0)] * 3}
         return {**made, "limit": task.seconds, "goal": task.goal}
@@ -161,7 +166,10 @@ def test_a_training_ends_once_it_is_hopeless(monkeypatch: pytest.MonkeyPatch):
     """By a clock on which each step takes a second."""
     monkeypatch.setattr(to_target.time, "perf_counter", count().__next__)
     endless = replace(TASKS["digits-autoencoder"], goal=None, seconds=20.0, evaluation_period=2)
-    lengths = [train(endless, RIVALS["sgd"], 0.0, 0, beside=[(0.0, 0, value)])["curve"][-1][0] for value in (1e-9, 1.0)]
+    lengths = [
+        train(endless, RIVALS["sgd"], 0.0, 0, beside=[(0.0, 0, value)], behind=5.0)["curve"][-1][0]
+        for value in (1e-9, 1.0)
+    ]
     assert lengths == [6.0, 20.0]
 
 
