@@ -12,8 +12,9 @@ from kfdist.types import BlockName
 
 LARGE_SHARE = 0.2
 """From here on Omega is off by as much where zero rows are padding. Padding makes them in all blocks that see it: half
-of the blocks must have so many, by each one's newest counts, since a step may measure only a few of them. Where a class token alone is used, only the last layers have; behind a head that starts
-at zero all rows are zero: there is nothing to say."""
+of the blocks must have so many, by each one's newest counts, since a step may measure only a few of them. Where a class
+token alone is used, only the last layers have; behind a head that starts at zero all rows are zero: there is nothing to
+say."""
 
 
 _IGNORED = (

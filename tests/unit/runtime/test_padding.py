@@ -42,10 +42,10 @@ class ClassToken(nn.Module):
 def test_a_class_token_is_no_padding() -> None:
     torch.manual_seed(0)
     model = ClassToken()
-    with warnings.catch_warnings(), kfdist.Optimizer(model, lr=1e-3) as optimizer:
+    with warnings.catch_warnings(), kfdist.Preconditioner(model, lr=1e-3) as preconditioner:
         warnings.simplefilter("error", KfdistWarning)
         for _ in range(12):  # each block is measured once more after the first step
-            optimizer.zero_grad()
+            model.zero_grad()
             loss = nn.functional.cross_entropy(model(torch.randn(16, 10, 8)), torch.randint(3, (16,)))
             loss.backward()
-            optimizer.step()
+            preconditioner.step()
