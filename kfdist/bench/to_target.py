@@ -192,7 +192,7 @@ class Contest:
         cell = cell_name(name, rival, rate, seed, apart=apart)
         if cell not in self._cells:
             limited = replace(task, seconds=min(task.seconds, within))
-            found = train(limited, RIVALS[rival], rate, seed, beside=beside, apart=apart)
+            found = train(limited, RIVALS[rival], rate, seed, beside=beside, behind=early(task), apart=apart)
             self._cells[cell] = {**found, "task": name, "rival": rival, "limit": task.seconds}
             self._done(self.content())
 
@@ -261,6 +261,7 @@ def train(
     seed: int,
     *,
     beside: Sequence[Sequence[float]] = (),
+    behind: float = 0.0,
     apart: bool = False,
 ) -> dict[str, Any]:
     """Trains until the goal is held, or for the task's seconds; returns when it was reached and how the metric fell.
@@ -271,6 +272,7 @@ def train(
         rate: Its learning rate.
         seed: Of the model and the batches.
         beside: The curve of another rate; see `hopeless`.
+        behind: Seconds before which the two aren't compared.
         apart: Whether it trains on one core, on one thread, and inverts on another; else on both, on a thread for each.
     """
     cores, model = Cores(), task.model(seed)
@@ -279,7 +281,9 @@ def train(
     goal = -math.inf if task.goal is None else task.goal
     if rival.whole:
         task = replace(task, batch_size=len(task.examples(test=False)[0]))
-    batches, curve, spent, steps = task.batches(seed), [(0.0, 0, task.value(model))], 0.0, 0
+    average = task.average(model)
+    measured = model if average is None else average
+    batches, curve, spent, steps = task.batches(seed), [(0.0, 0, task.value(measured))], 0.0, 0
     with (
         _computing_on(len(training)),
         running_on(others),
@@ -291,10 +295,12 @@ def train(
                 batch = next(batches)
                 begun = time.perf_counter()
                 step(batch)
+                if average is not None:
+                    average.update_parameters(model)
                 spent += time.perf_counter() - begun
                 steps += 1
-            curve.append((round(spent, 4), steps, task.value(model)))
-            if spent >= _HOPELESS_AFTER * task.seconds and hopeless(curve, beside):
+            curve.append((round(spent, 4), steps, task.value(measured)))
+            if spent >= behind and hopeless(curve, beside):
                 break
     first = curve[-IN_A_ROW] if held(curve, goal) else None
     return {
@@ -334,6 +340,11 @@ def held(curve: Sequence[Sequence[float]], goal: float) -> bool:
         goal: Of the value, or less.
     """
     return len(curve) >= IN_A_ROW and all(point[2] <= goal for point in curve[-IN_A_ROW:])
+
+
+def early(task: Task) -> float:
+    """Returns the seconds of a task in which no rate that is tuned is given up."""
+    return _HOPELESS_AFTER * task.seconds
 
 
 def hopeless(curve: Sequence[Sequence[float]], beside: Sequence[Sequence[float]]) -> bool:

@@ -12,8 +12,9 @@ from kfdist.types import BlockName
 
 LARGE_SHARE = 0.2
 """From here on Omega is off by as much where zero rows are padding. Padding makes them in all blocks that see it: half
-of the blocks must have so many. Where a class token alone is used, only the last layers have; behind a head that starts
-at zero all rows are zero: there is nothing to say."""
+of the blocks must have so many, by each one's newest counts, since a step may measure only a few of them. Where a class
+token alone is used, only the last layers have; behind a head that starts at zero all rows are zero: there is nothing to
+say."""
 
 
 _IGNORED = (
@@ -34,6 +35,7 @@ class PaddingNotice:
 
     def __init__(self) -> None:
         self._coming: tuple[Sequence[tuple[BlockName, int]], HostCopy] | None = None
+        self._shares: dict[BlockName, float] = {}
         self._advice: str | None = None
         self._said = False
 
@@ -62,7 +64,11 @@ class PaddingNotice:
         zeros = copy.wait()[0].tolist()
         if self._advice is None:
             self._advice = _IGNORED if any(zeros) else _FITTED
-        shares = sorted((zero / of, name) for zero, (name, of) in zip(zeros, rows, strict=True) if zero < of)
+        for zero, (name, of) in zip(zeros, rows, strict=True):
+            self._shares.pop(name, None)
+            if zero < of:
+                self._shares[name] = zero / of
+        shares = sorted((share, name) for name, share in self._shares.items())
         share, name = shares[(len(shares) - 1) // 2] if shares else (0.0, "")
         if share >= LARGE_SHARE:
             self._said = True

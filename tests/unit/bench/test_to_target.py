@@ -122,7 +122,10 @@ def test_an_interrupted_tuning_goes_on_as_if_it_had_not_been(told: list[Any]):
 def test_a_long_task_reports_one_rate_and_no_rate_is_tuned_past_the_best(monkeypatch: pytest.MonkeyPatch):
     limits: dict[float, float] = {}
 
-    def trained(task: Task, rival: Any, rate: float, seed: int, *, apart: bool = False, **_: Any) -> dict[str, Any]:
+    def trained(
+        task: Task, rival: Any, rate: float, seed: int, *, behind: float, apart: bool = False, **_: Any
+    ) -> dict[str, Any]:
+        assert behind == 22.5, "a quarter of the task's seconds, however many it is given"
         if seed == 0:
             limits[rate] = task.seconds
         found = {0.001: 80.0, 0.003: 40.0}.get(rate)
@@ -141,7 +144,9 @@ def test_a_long_task_reports_one_rate_and_no_rate_is_tuned_past_the_best(monkeyp
 def test_a_rate_far_behind_the_best_one_of_a_long_task_is_given_up_early(monkeypatch: pytest.MonkeyPatch):
     asked: dict[float, int] = {}
 
-    def trained(task: Task, rival: Any, rate: float, seed: int, *, beside: Any, apart: bool = False) -> dict[str, Any]:
+    def trained(
+        task: Task, rival: Any, rate: float, seed: int, *, beside: Any, apart: bool = False, **_: Any
+    ) -> dict[str, Any]:
         asked.setdefault(rate, len(beside))
         made = {**cell(rate, None, {0.003: 0.5}.get(rate, 1.0), seed, apart=apart), "curve": [(0.0, 0, 1.0)] * 3}
         return {**made, "limit": task.seconds, "goal": task.goal}
@@ -161,7 +166,10 @@ def test_a_training_ends_once_it_is_hopeless(monkeypatch: pytest.MonkeyPatch):
     """By a clock on which each step takes a second."""
     monkeypatch.setattr(to_target.time, "perf_counter", count().__next__)
     endless = replace(TASKS["digits-autoencoder"], goal=None, seconds=20.0, evaluation_period=2)
-    lengths = [train(endless, RIVALS["sgd"], 0.0, 0, beside=[(0.0, 0, value)])["curve"][-1][0] for value in (1e-9, 1.0)]
+    lengths = [
+        train(endless, RIVALS["sgd"], 0.0, 0, beside=[(0.0, 0, value)], behind=5.0)["curve"][-1][0]
+        for value in (1e-9, 1.0)
+    ]
     assert lengths == [6.0, 20.0]
 
 
@@ -217,6 +225,23 @@ def test_a_reached_goal_ends_the_training():
     task = replace(TASKS["digits-autoencoder"], goal=1e9)
     found = train(task, RIVALS["sgd"], 0.1, 0)
     assert found["steps_done"] == 2 * task.evaluation_period and found["seconds"] == 0.0 and found["steps"] == 0
+
+
+def test_where_weights_are_averaged_their_average_is_measured():
+    plain = replace(TASKS["digits-autoencoder"], goal=None, seconds=1e-6, evaluation_period=3)
+    averaged = replace(plain, average_decay=0.5)
+    last = train(averaged, RIVALS["adamw"], 1e-3, 0)["last"]
+    assert last != train(plain, RIVALS["adamw"], 1e-3, 0)["last"]
+
+    model, batches, weights = plain.model(0), plain.batches(0), []
+    with RIVALS["adamw"].training(plain, model, 1e-3) as step:
+        for _ in range(3):
+            step(next(batches))
+            weights.append({name: each.clone() for name, each in model.state_dict().items()})
+    # The average begins with the weights after the first step.
+    first, second, third = weights
+    model.load_state_dict({name: first[name] / 4 + second[name] / 4 + third[name] / 2 for name in first})
+    assert last == pytest.approx(plain.value(model), rel=1e-5)
 
 
 def test_an_unlucky_tuning_makes_nobody_slow():
