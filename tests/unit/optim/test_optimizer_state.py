@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import kfdist
 from kfdist.curvature.by_width import FIRST_ORDER, ByWidth
@@ -293,6 +294,46 @@ def test_what_no_block_can_have_is_said_to_be_stepped_by_a_first_order_method():
         pytest.warns(KfdistWarning, match=r"no block: .*weight.* The Optimizer steps them by a first-order method"),
     ):
         train(model, optimizer, 1)
+
+
+class Multiplied(nn.Module):
+    """Multiplies with a weight in a way that isn't known before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * 0.5)
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.random_unstructured(layer, "weight", 0.5)
+
+
+HOOKS: dict[str, Any] = {
+    "norm": (nn.utils.weight_norm, "weight_v"),
+    "spectral norm": (nn.utils.spectral_norm, "weight_orig"),
+    "pruned": (pruned, "weight_orig"),
+    "scaled": (None, "weight"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("method", ["auto", "ekfac-adam"])
+@pytest.mark.parametrize("how", HOOKS)
+def test_a_weight_that_is_computed_is_said_to_be_stepped_by_a_first_order_method(how: str, method: str):
+    model, (hook, name) = small_model(), HOOKS[how]
+    if hook is None:
+        model[0] = Multiplied()
+    else:
+        hook(model[0])
+    why = "no product with it is found" if hook is None else "its weight is computed"
+    said = rf"no block: '0\.{name}': .*{why}.* The Optimizer steps them by a first-order method"
+    with optimizer_of(model, method=method) as optimizer:
+        with pytest.warns(KfdistWarning, match=said):
+            train(model, optimizer, 1)
+        assert list(optimizer.preconditioner.coverage().left_out()) == [f"0.{name}"]
 
 
 @pytest.mark.parametrize("make", [kfdist.Optimizer, kfdist.Preconditioner])
