@@ -142,7 +142,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             The errors of `kfdist.Preconditioner.step`; then no parameter has changed.
             KfdistError: A gradient is sparse.
-            ConfigError: A learning rate was replaced by a tensor that a step would have to wait for.
+            ConfigError: A learning rate was replaced by a tensor that a step would have to wait for; or all parameters
+                were replaced in its groups before the first step, as DeepSpeed does.
         """
         loss = None
         if closure is not None and self._solved:

@@ -209,7 +209,8 @@ class Preconditioner(StatedLoss, Inspection):
             ModelChanged: A layer was replaced, resized, moved or converted (`model.to`) since construction.
             Interrupted: A stop was asked for, or the wait limit passed, inside an agreed wait; on all ranks alike.
             RanksDiverged: The ranks' parameters differ.
-            ConfigError: There is a KL clip but no learning rate.
+            ConfigError: There is a KL clip but no learning rate, or the attached optimizer's parameters were
+                replaced by others after it was made.
             KfdistError: The gradients are still scaled, an optimizer is attached, or `close` was called.
         """
         self._refuse_if_attached("step")
@@ -256,6 +257,7 @@ class Preconditioner(StatedLoss, Inspection):
     ) -> StepReport:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
+        self._rates.look()
         self._blocks.check()
         self._folded = False
         if self._scaler_notice.done:
