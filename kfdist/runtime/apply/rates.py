@@ -90,8 +90,8 @@ class LearningRates:
         if self.optimizer is not None and not steps_any(self.optimizer, self._to_look_for):
             raise ConfigError(
                 f"the {type(self.optimizer).__name__} steps none of the preconditioned parameters any more: others "
-                "were put into its groups, as DeepSpeed and FSDP do with shards and Apex with copies, and nothing would "
-                "be preconditioned; train without that wrapper of the optimizer"
+                "were put into its groups, as DeepSpeed and FSDP do with shards and Apex with copies, and nothing "
+                "would be preconditioned; train without that wrapper of the optimizer"
             )
         self._to_look_for = ()
 
