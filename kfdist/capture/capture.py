@@ -68,8 +68,8 @@ class Capture:
     With `mc` and `exact`, all of this holds of `observe`, which stands for the backward that measures.
 
     Args:
-        model: The bare model (not its DDP wrapper); dim 0 of its first tensor input is the number of examples. Where a
-            layer is called without calling the model as a whole, it is dim 0 of the layer's input.
+        model: The bare model (not its DDP wrapper); dim 0 of its first tensor input is the number of examples. Where
+            modules inside are called without calling the model as a whole, it is that of the outermost one's.
         blocks: The blocks to measure, by name. All uses of a block's weight add up, wherever they are.
         sampling: How much of a batch is measured.
         grad_scaler: The scaler whose scale is in the output gradients, or None.
@@ -328,9 +328,9 @@ class Capture:
         """A module is called from outside of the model (`kfdist.capture.seen_uses.Observed`)."""
         self._passes.begin_calls()
 
-    def begin_forward(self) -> None:
-        """The model is called as a whole."""
-        self._passes.begin(captured=not self._paused.depth)
+    def begin_forward(self, *, whole: bool) -> None:
+        """The model is called as a whole, or a module inside without it."""
+        self._passes.begin(captured=not self._paused.depth, whole=whole)
 
     def end_call(self, inputs: Any, *, turned: bool) -> None:
         """A module's call has ended."""
@@ -339,7 +339,9 @@ class Capture:
     def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """That call has ended."""
         forward = self._passes.end(inputs, output)
-        if forward is None or not (forward.captured and module.training and torch.is_grad_enabled()):
+        if forward is None or not forward.whole:
+            return
+        if not (forward.captured and module.training and torch.is_grad_enabled()):
             return
         if not any(parameter.requires_grad for parameter in self._parameters()):
             return

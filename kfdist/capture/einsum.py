@@ -16,8 +16,9 @@ def as_product(
     """Returns what computes an einsum of an input and a matrix, or a stack of them, as a product; None for other sums.
 
     Every letter of the input but the one that is summed over must be in the output, and the matrix's other ones: each
-    matrix of a stack meets a part of the input of its own, or all of it (`btd,hdk->bhtk`). One of three letters, none of
-    which is both in the input and in the output, is a matrix with two letters for its rows or columns (`ibh,hnd->ibnd`).
+    matrix of a stack meets a part of the input of its own, or all of it (`btd,hdk->bhtk`). One of three letters, none
+    of which is both in the input and in the output, is a matrix with two letters for its rows or columns
+    (`ibh,hnd->ibnd`).
     """
     if kwargs or not args or not isinstance(args[0], str):
         return None

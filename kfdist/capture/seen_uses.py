@@ -41,14 +41,14 @@ class Observed(Protocol):
     def begin_calls(self) -> None:
         """A module of the model is called from outside of the model."""
 
-    def begin_forward(self) -> None:
-        """The model is called as a whole."""
+    def begin_forward(self, *, whole: bool) -> None:
+        """The model is called as a whole, or a module inside from outside of it."""
 
     def end_call(self, inputs: Any, *, turned: bool) -> None:
         """The call of a module with these arguments has ended; a `turned` one takes examples along dim 1."""
 
     def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """That call has ended; `inputs` are its arguments, `output` is None where it failed."""
+        """That call, of this module, has ended; `inputs` are its arguments, `output` is None where it failed."""
 
     def product(self, parts: Sequence[Part], product: Product, output: Tensor, *, training: bool) -> None:
         """Weights of blocks were used, in a module that is in training mode or not."""

@@ -104,7 +104,8 @@ class Watch(SeesOperations):
             thread.forget()
             self.uses.forward.forget()
             thread.start = self._start
-        if not thread.modules:
+        outermost = not thread.modules
+        if outermost:
             self._observed.begin_calls()
         pauses = self._observed.pauses
         if pauses and thread.mode is None and module is not self._model:
@@ -113,8 +114,8 @@ class Watch(SeesOperations):
         if thread.mode is None and not pauses and id(module) in self._entries:
             thread.mode, thread.mode_depth = OperationMode(self), len(thread.modules)
             thread.mode.__enter__()
-        if module is self._model:
-            self._observed.begin_forward()
+        if outermost or module is self._model:
+            self._observed.begin_forward(whole=module is self._model)
 
     def _leave(self, module: nn.Module, *call: Any) -> None:
         # Called with (args, kwargs, output), but with (args, output) where the forward raised an error.
@@ -127,7 +128,7 @@ class Watch(SeesOperations):
             leave_function_mode(thread.mode)
             thread.mode = None
         self._observed.end_call(call[:-1], turned=getattr(module, "batch_first", None) is False)
-        if module is self._model:
+        if not thread.modules or module is self._model:
             self._observed.end_forward(module, call[:-1], call[-1])
 
     @property
