@@ -3,7 +3,7 @@
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, NoReturn, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -325,6 +325,17 @@ class Optimizer(torch.optim.Optimizer):
                         f"parameter {place} has {name} of shape {tuple(value.shape)} in the optimizer's state and has "
                         f"shape {tuple(parameter.shape)} itself; the state is of another model"
                     )
+
+    def __getstate__(self) -> NoReturn:
+        """Refuses to be copied or pickled, of which torch's own would leave a part behind.
+
+        Raises:
+            KfdistError: Always.
+        """
+        raise KfdistError(
+            "a kfdist.Optimizer can't be copied or pickled: it measures one model, and inverts in threads or elsewhere; "
+            "make one of the model's copy, and give it what state_dict() returned by load_state_dict()"
+        )
 
     # The end ---------------------------------------------------------------------------------------------------------
 

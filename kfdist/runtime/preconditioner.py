@@ -1,7 +1,7 @@
 """`kfdist.Preconditioner`: the public face of the pipeline."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -341,6 +341,17 @@ class Preconditioner(StatedLoss, Inspection):
             restore_pipeline(self.pipeline, state)
         # Until now its courier has told the controller of the step that it was started with.
         self._assembly.link.beat(self.pipeline.next_step, "running", ())
+
+    def __getstate__(self) -> NoReturn:
+        """Refuses to be copied or pickled.
+
+        Raises:
+            KfdistError: Always.
+        """
+        raise KfdistError(
+            "a Preconditioner can't be copied or pickled: it measures one model, and inverts in threads or elsewhere; "
+            "make one of the model's copy, and give it what state_dict() returned by load_state_dict()"
+        )
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises what `load_state_dict` would raise, and changes nothing."""

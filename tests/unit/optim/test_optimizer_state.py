@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import pickle
 import typing
 from typing import Any
 
@@ -38,6 +39,19 @@ def test_a_saved_run_goes_on_bit_for_bit(graft: Any):
         assert again["preconditioner"]["step"] == 4
         mine = train(other, optimizer, 5)
     assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, copy.copy, pickle.dumps, lambda each: torch.save(each, io.BytesIO())])
+def test_a_copy_is_refused_and_the_model_can_be_copied(way: Any):
+    """torch's own would leave all behind but moments and groups, and fail at its first step."""
+    model = small_model()
+    with optimizer_of(model) as optimizer:
+        train(model, optimizer, 1)
+        for each in (optimizer, optimizer.preconditioner):
+            with pytest.raises(KfdistError, match=r"can't be copied or pickled.*load_state_dict\(\)"):
+                way(each)
+        way(model)
+        train(model, optimizer, 1)
 
 
 def test_adamws_state_brings_its_moments():
