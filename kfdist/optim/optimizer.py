@@ -333,7 +333,7 @@ class Optimizer(torch.optim.Optimizer):
             KfdistError: Always.
         """
         raise KfdistError(
-            "a kfdist.Optimizer can't be copied or pickled: it measures one model, and inverts in threads or elsewhere; "
+            "a kfdist.Optimizer can't be copied or pickled: it measures one model and inverts in threads or elsewhere; "
             "make one of the model's copy, and give it what state_dict() returned by load_state_dict()"
         )
 

@@ -349,7 +349,7 @@ class Preconditioner(StatedLoss, Inspection):
             KfdistError: Always.
         """
         raise KfdistError(
-            "a Preconditioner can't be copied or pickled: it measures one model, and inverts in threads or elsewhere; "
+            "a Preconditioner can't be copied or pickled: it measures one model and inverts in threads or elsewhere; "
             "make one of the model's copy, and give it what state_dict() returned by load_state_dict()"
         )
 
