@@ -285,6 +285,9 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a saved state, bit for bit. To be called before the first forward, on all ranks, once.
 
+        What `state_dict` returns right now may be given back at any time, as Accelerate does whenever it prepares an
+        optimizer.
+
         One without a Preconditioner's part, as torch.optim.AdamW's, brings moments and settings alone; blocks of
         normalised methods begin their moments anew.
 

@@ -25,7 +25,7 @@ from kfdist.runtime.plan.groups import refuse_applied_rows
 from kfdist.runtime.plan.layers import StandingBlocks
 from kfdist.runtime.plan.planner import Method, Plan, make_plan, needs_costs
 from kfdist.runtime.settings import Settings, StepReport
-from kfdist.runtime.state import check_state, pipeline_state, restore_pipeline
+from kfdist.runtime.state import check_state, is_of_now, pipeline_state, restore_pipeline
 from kfdist.runtime.stated_loss import StatedLoss
 from kfdist.types import Fisher, MetricSample, WeightSharing
 
@@ -330,13 +330,16 @@ class Preconditioner(StatedLoss, Inspection):
         """Puts this rank where `state` says; jobs under way are shipped again. Local, no collective.
 
         To be called before the first step, which then checks that all ranks begin in the same place. The controller, if
-        there is one, hears where that is.
+        there is one, hears where that is. What `state_dict` returns right now may be given back at any time, as
+        Accelerate does, and changes nothing.
 
         Raises:
             KfdistError: A step was made or a state loaded before.
             CheckpointError: The state is of another format, model, or number of ranks.
             ConfigError: What users had changed while the run trained doesn't go with the configuration any more.
         """
+        if is_of_now(self.pipeline, state):
+            return
         with plain_arithmetic(self._plan.device):
             restore_pipeline(self.pipeline, state)
         # Until now its courier has told the controller of the step that it was started with.
@@ -355,7 +358,8 @@ class Preconditioner(StatedLoss, Inspection):
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises what `load_state_dict` would raise, and changes nothing."""
-        check_state(self.pipeline, state)
+        if not is_of_now(self.pipeline, state):
+            check_state(self.pipeline, state)
 
     def fold(self) -> None:
         """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""

@@ -54,6 +54,22 @@ def test_a_copy_is_refused_and_the_model_can_be_copied(way: Any):
         train(model, optimizer, 1)
 
 
+def test_its_own_state_of_the_moment_may_be_given_back_at_any_time_as_accelerate_does():
+    """So a second Trainer may go on with an optimizer that a first one has trained."""
+    found = []
+    for again in (False, True):
+        model = small_model()
+        with optimizer_of(model, inverse_period=3, skip=("2",)) as optimizer:
+            train(model, optimizer, 4)
+            if again:
+                state = optimizer.state_dict()
+                optimizer.load_state_dict({**state, "preconditioner": dict(state["preconditioner"])})
+                with pytest.raises(KfdistError, match="after a step or another load"):
+                    optimizer.load_state_dict(copy.deepcopy(state))
+            found.append(train(model, optimizer, 5))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_adamws_state_brings_its_moments():
     model, other = small_model(), small_model()
     adamw = torch.optim.AdamW(model.parameters(), lr=0.5)
