@@ -123,7 +123,7 @@ def test_a_state_of_another_model_or_method_is_refused_by_name_and_changes_nothi
         assert not optimizer.state
         train(model, optimizer, 1)
         with pytest.raises(KfdistError, match="after a step or another load"):
-            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     with (
         optimizer_of(small_model(), method="rs-kfac") as optimizer,
         pytest.raises(CheckpointError, match="'kfac-eigen' in the checkpoint and has 'rs-kfac' now"),
