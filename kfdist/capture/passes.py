@@ -273,4 +273,4 @@ def _collect(value: Any, found: list[Tensor]) -> None:
             _collect(item, found)
     elif is_dataclass(value) and not isinstance(value, type):
         for each in fields(value):
-            _collect(getattr(value, each.name), found)
+            _collect(getattr(value, each.name, None), found)  # one that was never set has none

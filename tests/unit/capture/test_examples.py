@@ -1,7 +1,7 @@
 """How many examples a backward's loss averages: dim 0 of the model's first tensor, unless stated."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ N, T = 4, 5
 class Batch:
     name: str
     tokens: Tensor
+    length: int = field(init=False)  # and never set
 
 
 class TokenModel(nn.Module):
