@@ -29,6 +29,7 @@ from kfdist.capture.operations import Product
 from kfdist.capture.passes import ForwardPass, PassLog, Paused, tensors_in
 from kfdist.capture.registry import Part
 from kfdist.capture.requests import SEED_MASK, Request, Sampling, check_requests
+from kfdist.capture.saved_inputs import let_go_after, tell_when_there
 from kfdist.capture.stated import Stated, checked_examples
 from kfdist.capture.unmeasured import Unmeasured
 from kfdist.capture.uses import Held, Use, uses_of_affine, uses_of_product
@@ -58,8 +59,9 @@ class Capture:
     their number; those of one forward are one, and add their output gradients; those whose gradients are gone by the
     next one (`zero_grad`) count for nothing. Forwards before one backward are more positions of the same examples: a
     term of the loss goes through all of them, or the loss is the sum of their means. Between a forward and its backward
-    the inputs of armed layers are referenced, not copied (so non-reentrant checkpointing frees them no sooner than the
-    backward, on the steps that measure); after a backward that keeps its graph, its output gradients too.
+    the inputs of armed layers are referenced, not copied; those that somebody's hooks save, as in non-reentrant
+    checkpoints, are read when these give them back (`kfdist.capture.saved_inputs`). After a backward that keeps its
+    graph, its output gradients are, too.
 
     `torch.autograd.grad` through a captured forward counts for nothing, since it makes no gradients. Where it creates a
     graph for the loss (a gradient penalty), that part of the loss isn't measured, and `unmeasured` says so. Copies of
@@ -361,10 +363,12 @@ class Capture:
             return
         forward.measured = True
         forward.inputs.add((product.activation.dim(), len(product.activation)))  # of code without modules
-        uses, edge = uses_of_product(parts, product, output, forward, self._generation)
+        saved = None if self._observer else self._watch.uses.forward.saved  # what is observed is measured before
+        uses, edge = uses_of_product(parts, product, output, forward, self._generation, saved)
         for use in uses:
-            self._collector.check_input(use.name, use.activation)
+            self._collector.check_input(use.name, product.activation.mT if product.from_left else product.activation)
             self._expect(use, edge)
+        let_go_after(edge.node, [use.activation for use in uses])
 
     def affine(self, columns: Sequence[Columns], use: Affine, output: Tensor, *, training: bool) -> None:
         """Scales or shifts of blocks were used."""
@@ -397,7 +401,7 @@ class Capture:
         """Waits for the gradient of a use's output."""
         if self._observer is None:
             told = partial(_tell, self._itself, Capture._on_output_gradient, use, edge.output_nr)
-            edge.node.register_prehook(told)
+            tell_when_there(edge.node, use.activation, told)
         elif use.rerun_in == NO_BACKWARD:
             number = self._observer.remember(use, edge)
             of_it = (number, use.forward, self._generation)
@@ -416,7 +420,7 @@ class Capture:
         gradient = None if use.part.elsewhere else gradients[output_number]
         if gradient is None or use.generation != self._generation or use.name not in self._requests:
             return
-        if not self._accumulates(use.name):
+        if not self._accumulates(use.name) or not use.is_there:
             return
         use.check_unchanged()
         self._begin_backward(self._backward_of(use), use.forward)

@@ -25,6 +25,7 @@ from kfdist.capture.operations import (
 )
 from kfdist.capture.passes import tensors_in
 from kfdist.capture.registry import Part, Registry
+from kfdist.capture.saved_inputs import SavedInputs
 from kfdist.curvature.blocks import Block, LayerBlock
 from kfdist.curvature.blocks.embedding import LOOKUP
 from kfdist.torch_internals import changes_in_place
@@ -80,10 +81,12 @@ class WatchedForward(threading.local):
     def __init__(self) -> None:
         self.waiting: dict[int, _Waiting] = {}
         self.lookups = LookupLog()
+        self.saved = SavedInputs()
 
     def forget(self) -> None:
         """Starts afresh."""
         self.waiting, self.lookups = {}, LookupLog()
+        self.saved.forget()
 
 
 class SeenUses:

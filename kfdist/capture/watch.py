@@ -20,6 +20,7 @@ from typing_extensions import override
 from kfdist.capture.lookups import LookupLog
 from kfdist.capture.operation_mode import OperationMode, SeesOperations
 from kfdist.capture.registry import Registry
+from kfdist.capture.saved_inputs import SavedInputs
 from kfdist.capture.seen_uses import Observed, SeenUses, WatchedForward
 from kfdist.curvature.blocks import Block
 from kfdist.torch_internals import EagerSteps, eager_steps, leave_function_mode
@@ -140,6 +141,11 @@ class Watch(SeesOperations):
     def lookups(self) -> LookupLog:
         """What was looked up in this thread's forward."""
         return self.uses.forward.lookups
+
+    @property
+    def saved(self) -> SavedInputs:
+        """What the last operation of this thread has saved."""
+        return self.uses.forward.saved
 
     @override
     def saw(
