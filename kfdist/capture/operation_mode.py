@@ -16,7 +16,7 @@ from kfdist.capture.operations import PRODUCTS, is_composite
 from kfdist.capture.passes import tensors_in
 from kfdist.capture.recurrent import written_out
 from kfdist.capture.registry import Registry
-from kfdist.capture.saved_inputs import SavedInputs
+from kfdist.capture.saved_inputs import SaveLog
 from kfdist.torch_internals import oddity
 
 
@@ -34,7 +34,7 @@ class SeesOperations(Protocol):
         ...
 
     @property
-    def saved(self) -> SavedInputs:
+    def saved(self) -> SaveLog:
         """What the last operation has saved."""
         ...
 

@@ -57,7 +57,7 @@ class SavedInput:
             self.tensor = None
 
 
-class SavedInputs:
+class SaveLog:
     """What the last operation of a thread has saved under somebody's hooks."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from kfdist.capture.operations import (
 )
 from kfdist.capture.passes import tensors_in
 from kfdist.capture.registry import Part, Registry
-from kfdist.capture.saved_inputs import SavedInputs
+from kfdist.capture.saved_inputs import SaveLog
 from kfdist.curvature.blocks import Block, LayerBlock
 from kfdist.curvature.blocks.embedding import LOOKUP
 from kfdist.torch_internals import changes_in_place
@@ -81,7 +81,7 @@ class WatchedForward(threading.local):
     def __init__(self) -> None:
         self.waiting: dict[int, _Waiting] = {}
         self.lookups = LookupLog()
-        self.saved = SavedInputs()
+        self.saved = SaveLog()
 
     def forget(self) -> None:
         """Starts afresh."""

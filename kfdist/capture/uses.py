@@ -12,7 +12,7 @@ from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.operations import Product
 from kfdist.capture.passes import ForwardPass
 from kfdist.capture.registry import Part
-from kfdist.capture.saved_inputs import SavedInput, SavedInputs
+from kfdist.capture.saved_inputs import SavedInput, SaveLog
 from kfdist.capture.stated import Stated
 from kfdist.capture.visits import Scaling, Unit, Visit
 from kfdist.errors import KfdistError
@@ -122,7 +122,7 @@ def uses_of_product(
     output: Tensor,
     forward: ForwardPass,
     generation: int,
-    saved: SavedInputs | None,
+    saved: SaveLog | None,
 ) -> tuple[list[Use], GradientEdge]:
     """Returns the uses of blocks' weights in a product, and where the gradient of its output comes.
 

@@ -20,7 +20,7 @@ from typing_extensions import override
 from kfdist.capture.lookups import LookupLog
 from kfdist.capture.operation_mode import OperationMode, SeesOperations
 from kfdist.capture.registry import Registry
-from kfdist.capture.saved_inputs import SavedInputs
+from kfdist.capture.saved_inputs import SaveLog
 from kfdist.capture.seen_uses import Observed, SeenUses, WatchedForward
 from kfdist.curvature.blocks import Block
 from kfdist.torch_internals import EagerSteps, eager_steps, leave_function_mode
@@ -143,7 +143,7 @@ class Watch(SeesOperations):
         return self.uses.forward.lookups
 
     @property
-    def saved(self) -> SavedInputs:
+    def saved(self) -> SaveLog:
         """What the last operation of this thread has saved."""
         return self.uses.forward.saved
 

@@ -1,6 +1,7 @@
 """A digest of parameters that is exact, cheap, and never leaves the device."""
 
 from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from jaxtyping import Int64
@@ -23,12 +24,11 @@ def parameter_digest(tensors: Iterable[Tensor]) -> Int64[Tensor, ""]:
     """
     total: Tensor | None = None
     for index, tensor in enumerate(tensors):
-        own, place = _wrapped(_ODD[1] * (index + 1)), index + 1
         raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        for piece in raw.split(8 * _AT_ONCE.get(raw.device.type, _AT_ONCE[""])):
-            words = _words(piece)
-            own = _mixed_sum(words, place, index) + own
-            place += words.numel()
+        at_once = _AT_ONCE.get(raw.device.type, _AT_ONCE[""])
+        pieces = enumerate(raw.split(8 * at_once))
+        sums = [_mixed_sum(_words(piece), index + 1 + number * at_once, index) for number, piece in pieces]
+        own = reduce(torch.add, sums) + _wrapped(_ODD[1] * (index + 1))
         total = own if total is None else total * 31 + own
     return torch.zeros((), dtype=torch.int64, device="cpu") if total is None else total
 
