@@ -57,7 +57,7 @@ class UnitBlock(Block):
 
     @property
     def named_weight(self) -> bool:
-        """Whether it is a bare parameter of rows and columns that its module calls a weight, hardly a scale of units."""
+        """Whether it is a bare parameter of rows and columns that its module calls a weight: hardly any scale is."""
         part = self.parts[0]
         several = sum(size > 1 for size in part.parameter.shape) > 1
         return self.roles == ("either",) and several and part.attribute.startswith("weight")
