@@ -134,8 +134,9 @@ def _as_newest(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def is_of_now(pipeline: Pipeline, state: Mapping[str, Any]) -> bool:
     """Says whether a state is what this very pipeline has now, not a copy: then there is nothing to load."""
-    same_step = (state.get("step"), state.get("statistics_step")) == (pipeline.next_step, pipeline.statistics_step)
-    return same_step and state.get("gradient_noise") is pipeline.noise_scale.state_dict()["gradient_noise"]
+    at = state.get("format"), state.get("step"), state.get("statistics_step")
+    same = at == (FORMAT, pipeline.next_step, pipeline.statistics_step)
+    return same and state.get("gradient_noise") is pipeline.noise_scale.state_dict()["gradient_noise"]
 
 
 def check_state(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
