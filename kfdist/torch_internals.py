@@ -218,14 +218,18 @@ def product_edge(output: Tensor) -> tuple[GradientEdge, bool]:
     return GradientEdge(node, number), transposed
 
 
+def top_saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Returns what packs and unpacks what autograd saves here, as activation checkpointing does; None for nobody."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def batch_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
     """Returns the mean and the inverse deviation of each channel that a batch norm in training keeps for its backward.
 
     None where it keeps them otherwise, or somebody's hooks have them: then looking would call these.
     """
-    top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-    node, hooks = output.grad_fn, top_hooks(True)
-    if hooks is not None or not hasattr(node, "_saved_result1") or output.dim() < 2:
+    node = output.grad_fn
+    if top_saved_tensors_hooks() is not None or not hasattr(node, "_saved_result1") or output.dim() < 2:
         return None
     mean, scale = node._saved_result1.detach(), node._saved_result2.detach()  # type: ignore[union-attr]
     return (mean, scale) if mean.shape == scale.shape == output.shape[1:2] else None

@@ -29,6 +29,7 @@ from kfdist.capture.operations import Product
 from kfdist.capture.passes import ForwardPass, PassLog, Paused, tensors_in
 from kfdist.capture.registry import Part
 from kfdist.capture.requests import SEED_MASK, Request, Sampling, check_requests
+from kfdist.capture.saved_inputs import let_go_after, tell_when_there
 from kfdist.capture.stated import Stated, checked_examples
 from kfdist.capture.unmeasured import Unmeasured
 from kfdist.capture.uses import Held, Use, uses_of_affine, uses_of_product
@@ -58,8 +59,9 @@ class Capture:
     their number; those of one forward are one, and add their output gradients; those whose gradients are gone by the
     next one (`zero_grad`) count for nothing. Forwards before one backward are more positions of the same examples: a
     term of the loss goes through all of them, or the loss is the sum of their means. Between a forward and its backward
-    the inputs of armed layers are referenced, not copied (so non-reentrant checkpointing frees them no sooner than the
-    backward, on the steps that measure); after a backward that keeps its graph, its output gradients too.
+    the inputs of armed layers are referenced, not copied; those that somebody's hooks save, as in non-reentrant
+    checkpoints, are read when these give them back (`kfdist.capture.saved_inputs`). After a backward that keeps its
+    graph, its output gradients are, too.
 
     `torch.autograd.grad` through a captured forward counts for nothing, since it makes no gradients. Where it creates a
     graph for the loss (a gradient penalty), that part of the loss isn't measured, and `unmeasured` says so. Copies of
@@ -68,8 +70,8 @@ class Capture:
     With `mc` and `exact`, all of this holds of `observe`, which stands for the backward that measures.
 
     Args:
-        model: The bare model (not its DDP wrapper); dim 0 of its first tensor input is the number of examples. Where a
-            layer is called without calling the model as a whole, it is dim 0 of the layer's input.
+        model: The bare model (not its DDP wrapper); dim 0 of its first tensor input is the number of examples. Where
+            modules inside are called without calling the model as a whole, it is that of the outermost one's.
         blocks: The blocks to measure, by name. All uses of a block's weight add up, wherever they are.
         sampling: How much of a batch is measured.
         grad_scaler: The scaler whose scale is in the output gradients, or None.
@@ -328,9 +330,9 @@ class Capture:
         """A module is called from outside of the model (`kfdist.capture.seen_uses.Observed`)."""
         self._passes.begin_calls()
 
-    def begin_forward(self) -> None:
-        """The model is called as a whole."""
-        self._passes.begin(captured=not self._paused.depth)
+    def begin_forward(self, *, whole: bool) -> None:
+        """The model is called as a whole, or a module inside without it."""
+        self._passes.begin(captured=not self._paused.depth, whole=whole)
 
     def end_call(self, inputs: Any, *, turned: bool) -> None:
         """A module's call has ended."""
@@ -339,7 +341,9 @@ class Capture:
     def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """That call has ended."""
         forward = self._passes.end(inputs, output)
-        if forward is None or not (forward.captured and module.training and torch.is_grad_enabled()):
+        if forward is None or not forward.whole:
+            return
+        if not (forward.captured and module.training and torch.is_grad_enabled()):
             return
         if not any(parameter.requires_grad for parameter in self._parameters()):
             return
@@ -359,10 +363,12 @@ class Capture:
             return
         forward.measured = True
         forward.inputs.add((product.activation.dim(), len(product.activation)))  # of code without modules
-        uses, edge = uses_of_product(parts, product, output, forward, self._generation)
+        saved = None if self._observer else self._watch.uses.forward.saved  # what is observed is measured before
+        uses, edge = uses_of_product(parts, product, output, forward, self._generation, saved)
         for use in uses:
-            self._collector.check_input(use.name, use.activation)
+            self._collector.check_input(use.name, product.activation.mT if product.from_left else product.activation)
             self._expect(use, edge)
+        let_go_after(edge.node, [use.activation for use in uses])
 
     def affine(self, columns: Sequence[Columns], use: Affine, output: Tensor, *, training: bool) -> None:
         """Scales or shifts of blocks were used."""
@@ -395,7 +401,7 @@ class Capture:
         """Waits for the gradient of a use's output."""
         if self._observer is None:
             told = partial(_tell, self._itself, Capture._on_output_gradient, use, edge.output_nr)
-            edge.node.register_prehook(told)
+            tell_when_there(edge.node, use.activation, told)
         elif use.rerun_in == NO_BACKWARD:
             number = self._observer.remember(use, edge)
             of_it = (number, use.forward, self._generation)
@@ -414,7 +420,7 @@ class Capture:
         gradient = None if use.part.elsewhere else gradients[output_number]
         if gradient is None or use.generation != self._generation or use.name not in self._requests:
             return
-        if not self._accumulates(use.name):
+        if not self._accumulates(use.name) or not use.is_there:
             return
         use.check_unchanged()
         self._begin_backward(self._backward_of(use), use.forward)

@@ -15,9 +15,10 @@ def as_product(
 ) -> Callable[[], Tensor] | None:
     """Returns what computes an einsum of an input and a matrix, or a stack of them, as a product; None for other sums.
 
-    Every letter of the input but the one that is summed over must be in the output, and the matrix's other one. One of
-    three letters, none of which is both in the input and in the output, is a matrix with two letters for its rows or
-    columns (`ibh,hnd->ibnd`).
+    Every letter of the input but the one that is summed over must be in the output, and the matrix's other ones: each
+    matrix of a stack meets a part of the input of its own, or all of it (`btd,hdk->bhtk`). One of three letters, none
+    of which is both in the input and in the output, is a matrix with two letters for its rows or columns
+    (`ibh,hnd->ibnd`).
     """
     if kwargs or not args or not isinstance(args[0], str):
         return None
@@ -39,20 +40,24 @@ def as_product(
     stacks, matrix = list(terms[1][:-2]), list(terms[1][-2:])
     summed = [letter for letter in matrix if letter in letters and letter not in wanted]
     made = [letter for letter in matrix if letter in wanted and letter not in letters]
-    if len(summed) != 1 or len(made) != 1 or any(letter not in letters or letter not in wanted for letter in stacks):
+    if len(summed) != 1 or len(made) != 1 or any(letter not in wanted for letter in stacks):
         return None
-    kept = [letter for letter in letters if letter not in (*stacks, *summed)]
+    shared = [letter for letter in stacks if letter in letters]
+    kept = [letter for letter in letters if letter not in (*shared, *summed)]
     found = [*stacks, *kept, *made]
-    if len(set(found)) != len(letters) or sorted(found) != sorted(wanted):
+    if len(set(found)) != len(letters) + len(stacks) - len(shared) or sorted(found) != sorted(wanted):
+        return None
+    if stacks and not kept:
         return None
     straight = weight.mT if matrix[0] == summed[0] else weight
 
     def compute() -> Tensor:
-        rows = x.permute([letters.index(letter) for letter in (*stacks, *kept, *summed)])
+        rows = x.permute([letters.index(letter) for letter in (*shared, *kept, *summed)])
         if not stacks:
             y = F.linear(rows, straight)
-        else:
-            y = torch.bmm(rows.flatten(1, -2), straight.mT).unflatten(1, rows.shape[1:-1])
+        else:  # a stack has one letter
+            positions = rows.shape[len(shared) : -1]
+            y = torch.matmul(rows.flatten(len(shared), -2), straight.mT).unflatten(1, positions)
         return y.permute([found.index(letter) for letter in wanted])
 
     return compute

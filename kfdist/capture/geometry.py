@@ -64,7 +64,7 @@ class Geometry:
             index: Which ones they are, where they were picked.
         """
         if self == stack:
-            return Reach(ends=product.ends)
+            return Reach(ends=product.ends) if stack.shape[0] > 1 or product.ends is not None else Reach(expert=0)
         if (
             self.parameter != stack.parameter
             or self.shape[-2:] != stack.shape[1:]

@@ -75,7 +75,7 @@ class MicroBatches:
         found = {batch.whole: batch.whole.stated.examples for batch in self._of_backward.values()}
         for forward, batch in self._of_forward.items():
             if batch.whole in found:
-                found[batch.whole] = found[batch.whole] or forward.examples
+                found[batch.whole] = found[batch.whole] or (forward.examples if forward.whole else None)
         return found
 
     def of_forward(self, forward: ForwardPass) -> MicroBatch:

@@ -16,6 +16,7 @@ from kfdist.capture.operations import PRODUCTS, is_composite
 from kfdist.capture.passes import tensors_in
 from kfdist.capture.recurrent import written_out
 from kfdist.capture.registry import Registry
+from kfdist.capture.saved_inputs import SaveLog
 from kfdist.torch_internals import oddity
 
 
@@ -30,6 +31,11 @@ class SeesOperations(Protocol):
     @property
     def lookups(self) -> LookupLog:
         """Rows that were looked up."""
+        ...
+
+    @property
+    def saved(self) -> SaveLog:
+        """What the last operation has saved."""
         ...
 
     def saw(
@@ -83,7 +89,11 @@ class OperationMode(TorchFunctionMode):
             product = as_product(args, kwargs, registry.knows) if func is torch.einsum else None
             with self:
                 return _open(func)(*args, **kwargs) if product is None else product()
-        output = func(*args, **kwargs)
+        if func in PRODUCTS and not any(map(oddity, given)):
+            output = watch.saved.call(func, args, kwargs)
+        else:
+            watch.saved.forget()
+            output = func(*args, **kwargs)
         # `x[mask] = parameter` returns nothing and changes x.
         for each in tensors_in((args[:1] if func is Tensor.__setitem__ else output,)):
             odd = oddity(each)

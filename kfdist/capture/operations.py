@@ -129,8 +129,8 @@ def _matmul(given: Arguments, is_weight: Callable[[Tensor], bool]) -> Product | 
         stacked = weight.dim() == 3 and other.dim() > 1
         if not is_weight(weight) or not (stacked or (weight.dim() == 2 and other.dim() > (weight is left))):
             continue
-        if stacked and other.dim() == 2:
-            other = other.expand(len(weight), -1, -1)
+        if stacked and (other.dim() == 2 or other.shape[-3] == 1):  # each matrix meets all of it
+            other = other.expand(*other.shape[:-3], len(weight), -1, -1)
         if weight is right:
             return Product(Operation("linear"), other, weight, None, transposed=True)
         return Product(Operation("linear"), other, weight, None, from_left=True)

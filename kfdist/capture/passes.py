@@ -18,12 +18,14 @@ from kfdist.torch_internals import NO_BACKWARD, next_node, running_backward, run
 
 @dataclass(eq=False)
 class ForwardPass:
-    """One call of the model, or of a layer by itself.
+    """One call of the model, or of a module inside by itself.
 
     Attributes:
-        examples: How many examples it was given, known at its end; None where the model was not called as a whole.
+        examples: How many examples it was given, known at its end; None outside of any module, and where no tensor is
+            among what was given.
         captured: Whether its layers are measured; not so inside `Capture.paused`.
-        whole: Whether the model was called as a whole, so that its output tells when a backward begins.
+        whole: Whether the model was called as a whole, so that its output tells when a backward begins; else it is the
+            call of a module inside, as a Lightning module makes it, or of none.
         outer_backward: The backward it was run again in, as a whole, by reentrant checkpointing.
         first_node: Number of the first autograd node made after its start.
         end_node: Number of the first autograd node made after its end.
@@ -33,6 +35,7 @@ class ForwardPass:
         measured: Whether any layer of it is.
         turned: The first two dimensions of what modules with `batch_first=False` were given: dim 1 has the examples.
         time_first: Whether the model itself was given its examples along dim 1.
+        outputs: Dim 0 of what the model made, where no tensor was among what it was given.
         doubt: Why `examples` may not be how many terms the loss averages; empty where nothing speaks against it.
     """
 
@@ -47,6 +50,7 @@ class ForwardPass:
     measured: bool = False
     turned: set[tuple[int, int]] = field(default_factory=set)
     time_first: bool = False
+    outputs: int | None = None
     doubt: str = ""
 
     def is_turned(self, shape: Sequence[int], *, inside: bool = False) -> bool:
@@ -104,14 +108,16 @@ class PassLog:
         if running_backward() == NO_BACKWARD:
             self._thread.rerun = None
 
-    def begin(self, *, captured: bool) -> None:
-        """The model's forward starts, or is repeated by checkpointing."""
+    def begin(self, *, captured: bool, whole: bool) -> None:
+        """The model's forward starts, or is repeated by checkpointing; or the call of a module inside, without it."""
         repeated = running_backward() != NO_BACKWARD
+        if repeated and not whole:
+            return  # the graph knows which forward it repeats
         node = next_node()
         # Checkpointing the whole model makes its node just before it calls the model, without gradients.
         first = node if torch.is_grad_enabled() else node - 1
         captured = self._of_running_node().captured if repeated else captured
-        self._thread.open = ForwardPass(None, captured, True, running_backward(), first, node, self._thread.token)
+        self._thread.open = ForwardPass(None, captured, whole, running_backward(), first, node, self._thread.token)
 
     def called(self, inputs: Any, *, turned: bool) -> None:
         """A module inside, which takes examples along dim 1 if it is `turned`, was given these arguments."""
@@ -125,7 +131,7 @@ class PassLog:
             forward.turned |= {(each[0], each[1]) for each in shapes if each[1:] == shapes[0][1:]}
 
     def end(self, inputs: Any, output: Any) -> ForwardPass | None:
-        """The model's forward, of these arguments, ends; returns it."""
+        """The forward that has begun, of these arguments, ends; returns it."""
         done, self._thread.open = self._thread.open, None
         if done is not None:
             first, among = _first_tensor(inputs)
@@ -143,7 +149,11 @@ class PassLog:
                     "the model was given a list of tensors and made one batch of them (images, for detection): their "
                     f"number, {len(among)}, is taken for the number of terms that the loss averages"
                 )
-            elif done.examples and done.measured:
+            elif first is None and done.whole:
+                sizes = (each.size(0) for each in tensors_in(output) if each.dim() and each.requires_grad)
+                done.outputs = next(sizes, None)
+                done.doubt = _doubt_of_object(done.outputs)
+            elif done.examples and done.measured and done.whole:
                 done.doubt = _doubt_of_output(done.examples, output, inputs, time_first=done.time_first)
             done.end_node = next_node()
             self._passes.append(done)
@@ -226,6 +236,15 @@ def _doubt_of_output(examples: int, output: Any, inputs: Any, *, time_first: boo
     )
 
 
+def _doubt_of_object(outputs: int | None) -> str:
+    """Says what is taken for the number of terms where the model was given no tensor."""
+    taken = "of each layer's own input" if outputs is None else f"of its output, {outputs},"
+    return (
+        "no tensor was found in what the model was given (an object of a class of its own, such as a graph?), so that "
+        f"dim 0 {taken} is taken for the number of terms that the loss averages"
+    )
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """Returns the tensors of a model's inputs or outputs, in order."""
     found: list[Tensor] = []
@@ -254,4 +273,4 @@ def _collect(value: Any, found: list[Tensor]) -> None:
             _collect(item, found)
     elif is_dataclass(value) and not isinstance(value, type):
         for each in fields(value):
-            _collect(getattr(value, each.name), found)
+            _collect(getattr(value, each.name, None), found)  # one that was never set has none

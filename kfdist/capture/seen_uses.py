@@ -25,6 +25,7 @@ from kfdist.capture.operations import (
 )
 from kfdist.capture.passes import tensors_in
 from kfdist.capture.registry import Part, Registry
+from kfdist.capture.saved_inputs import SaveLog
 from kfdist.curvature.blocks import Block, LayerBlock
 from kfdist.curvature.blocks.embedding import LOOKUP
 from kfdist.torch_internals import changes_in_place
@@ -41,14 +42,14 @@ class Observed(Protocol):
     def begin_calls(self) -> None:
         """A module of the model is called from outside of the model."""
 
-    def begin_forward(self) -> None:
-        """The model is called as a whole."""
+    def begin_forward(self, *, whole: bool) -> None:
+        """The model is called as a whole, or a module inside from outside of it."""
 
     def end_call(self, inputs: Any, *, turned: bool) -> None:
         """The call of a module with these arguments has ended; a `turned` one takes examples along dim 1."""
 
     def end_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """That call has ended; `inputs` are its arguments, `output` is None where it failed."""
+        """That call, of this module, has ended; `inputs` are its arguments, `output` is None where it failed."""
 
     def product(self, parts: Sequence[Part], product: Product, output: Tensor, *, training: bool) -> None:
         """Weights of blocks were used, in a module that is in training mode or not."""
@@ -80,10 +81,12 @@ class WatchedForward(threading.local):
     def __init__(self) -> None:
         self.waiting: dict[int, _Waiting] = {}
         self.lookups = LookupLog()
+        self.saved = SaveLog()
 
     def forget(self) -> None:
         """Starts afresh."""
         self.waiting, self.lookups = {}, LookupLog()
+        self.saved.forget()
 
 
 class SeenUses:

@@ -12,6 +12,7 @@ from kfdist.capture.micro_batches import MicroBatch
 from kfdist.capture.operations import Product
 from kfdist.capture.passes import ForwardPass
 from kfdist.capture.registry import Part
+from kfdist.capture.saved_inputs import SavedInput, SaveLog
 from kfdist.capture.stated import Stated
 from kfdist.capture.visits import Scaling, Unit, Visit
 from kfdist.errors import KfdistError
@@ -24,7 +25,7 @@ class Use:
 
     Attributes:
         part: The block, its share of the product, and whether its bias was added, known when the forward is over.
-        activation: What its weight was multiplied with.
+        activation: What its weight was multiplied with; or what its node has of it once it has run, in its backward.
         version: The activation's, to notice changes.
         output_shape: Of the product, its own rows last.
         transposed: Whether gradients come with the last two dimensions exchanged.
@@ -37,7 +38,7 @@ class Use:
     """
 
     part: Part
-    activation: Tensor
+    activation: Tensor | SavedInput
     version: int | None
     output_shape: tuple[int, ...]
     transposed: bool
@@ -53,13 +54,25 @@ class Use:
         """The block."""
         return self.part.block
 
+    @property
+    def is_there(self) -> bool:
+        """Whether its activation is: its node doesn't unpack it where a backward asks for no gradient of the weight."""
+        return isinstance(self.activation, Tensor) or self.activation.tensor is not None
+
+    @property
+    def given(self) -> Tensor:
+        """The activation."""
+        found = self.activation if isinstance(self.activation, Tensor) else self.activation.tensor
+        assert found is not None, "it is there"
+        return found
+
     def check_unchanged(self) -> None:
         """Checks that the layer's input is still what the layer saw.
 
         Raises:
             KfdistError: It was changed in place.
         """
-        if self.version != changes_in_place(self.activation):
+        if isinstance(self.activation, Tensor) and self.version != changes_in_place(self.activation):
             raise KfdistError(
                 f"the input of layer {self.name!r} was changed in place between its forward and its backward, so its "
                 "statistics are lost (autocast had copied it, or torch itself would have refused); make that "
@@ -84,9 +97,9 @@ class Use:
     def visit(self, batch: MicroBatch, stated: Stated) -> Visit:
         """Returns what is measured of it in a micro-batch."""
         part, unit = self.part, Unit(batch, self.forward)
-        visit = Visit(self.name, self.activation, unit, stated, biased=part.biased, reach=part.reach)
+        visit = Visit(self.name, self.given, unit, stated, biased=part.biased, reach=part.reach)
         if self.columns is not None:
-            visit.of_units = partial(self.columns.gradients, operand=self.activation, turned=self._turned)
+            visit.of_units = partial(self.columns.gradients, operand=self.given, turned=self._turned)
         return visit
 
     @property
@@ -104,13 +117,29 @@ class Held:
 
 
 def uses_of_product(
-    parts: Iterable[Part], product: Product, output: Tensor, forward: ForwardPass, generation: int
+    parts: Iterable[Part],
+    product: Product,
+    output: Tensor,
+    forward: ForwardPass,
+    generation: int,
+    saved: SaveLog | None,
 ) -> tuple[list[Use], GradientEdge]:
-    """Returns the uses of blocks' weights in a product, and where the gradient of its output comes."""
+    """Returns the uses of blocks' weights in a product, and where the gradient of its output comes.
+
+    Args:
+        parts: The blocks' shares.
+        product: The product.
+        output: Its.
+        forward: In which forward.
+        generation: Of the capture.
+        saved: What the product has saved; None where its input is wanted before its node runs.
+    """
     edge, transposed = product_edge(output)
     shape, activation = tuple(output.shape), product.activation.detach()
     if product.from_left:  # y^T = x^T W^T
         shape, activation, transposed = (*shape[:-2], shape[-1], shape[-2]), activation.mT, not transposed
+    elif saved is not None:
+        activation = saved.input_of(edge.node, activation) or activation
     uses = [
         Use(
             part,

@@ -69,9 +69,9 @@ class Visit:
 
     def examples(self, length: int) -> int:
         """Returns N of an input whose dim 0 is `length`."""
-        if self.stated.examples is not None:
-            return self.stated.examples
-        return length if self.unit.forward.examples is None else self.unit.forward.examples
+        forward = self.unit.forward
+        known = (self.stated.examples, forward.examples, forward.outputs)
+        return next((each for each in known if each is not None), length)
 
     def grouped(self, length: int) -> int:
         """Returns how many examples share dim 0, one after another; the dimension itself where they don't fill it."""

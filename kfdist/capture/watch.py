@@ -20,6 +20,7 @@ from typing_extensions import override
 from kfdist.capture.lookups import LookupLog
 from kfdist.capture.operation_mode import OperationMode, SeesOperations
 from kfdist.capture.registry import Registry
+from kfdist.capture.saved_inputs import SaveLog
 from kfdist.capture.seen_uses import Observed, SeenUses, WatchedForward
 from kfdist.curvature.blocks import Block
 from kfdist.torch_internals import EagerSteps, eager_steps, leave_function_mode
@@ -104,7 +105,8 @@ class Watch(SeesOperations):
             thread.forget()
             self.uses.forward.forget()
             thread.start = self._start
-        if not thread.modules:
+        outermost = not thread.modules
+        if outermost:
             self._observed.begin_calls()
         pauses = self._observed.pauses
         if pauses and thread.mode is None and module is not self._model:
@@ -113,8 +115,8 @@ class Watch(SeesOperations):
         if thread.mode is None and not pauses and id(module) in self._entries:
             thread.mode, thread.mode_depth = OperationMode(self), len(thread.modules)
             thread.mode.__enter__()
-        if module is self._model:
-            self._observed.begin_forward()
+        if outermost or module is self._model:
+            self._observed.begin_forward(whole=module is self._model)
 
     def _leave(self, module: nn.Module, *call: Any) -> None:
         # Called with (args, kwargs, output), but with (args, output) where the forward raised an error.
@@ -127,7 +129,7 @@ class Watch(SeesOperations):
             leave_function_mode(thread.mode)
             thread.mode = None
         self._observed.end_call(call[:-1], turned=getattr(module, "batch_first", None) is False)
-        if module is self._model:
+        if not thread.modules or module is self._model:
             self._observed.end_forward(module, call[:-1], call[-1])
 
     @property
@@ -139,6 +141,11 @@ class Watch(SeesOperations):
     def lookups(self) -> LookupLog:
         """What was looked up in this thread's forward."""
         return self.uses.forward.lookups
+
+    @property
+    def saved(self) -> SaveLog:
+        """What the last operation of this thread has saved."""
+        return self.uses.forward.saved
 
     @override
     def saw(

@@ -21,6 +21,8 @@ BY_WIDTH = "by-width"
 
 FIRST_ORDER = "left to a first-order method: a table, a norm, a lone vector, or a matrix too wide for dense factors"
 
+UNMULTIPLIED = "left to a first-order method: no product with it is found in its module's code"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ByWidth:
@@ -78,6 +80,8 @@ class ByWidth:
 
     def choose(self, block: Block) -> tuple[AbstractInverter, str] | str:
         """Returns the method and why, or why there is none; of the block alone."""
+        if isinstance(block, UnitBlock) and block.named_weight:
+            return UNMULTIPLIED
         width = max(block.shape.d_in - block.homogeneous, block.shape.d_out)  # without the bias's coordinate
         if isinstance(block, UnitBlock | EmbeddingBlock) or width > self.sketched:
             return FIRST_ORDER

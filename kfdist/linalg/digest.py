@@ -1,6 +1,7 @@
 """A digest of parameters that is exact, cheap, and never leaves the device."""
 
 from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from jaxtyping import Int64
@@ -8,6 +9,10 @@ from torch import Tensor
 
 _ODD = (0x5851F42D4C957F2D, 0x14057B7EF767814F)
 _WITHOUT_SIGN = (1 << 35) - 1
+
+_AT_ONCE = {"cpu": 2**18, "": 2**22}
+"""Words of a tensor that are mixed at once, by device. There are twice as many numbers on the way, which of a language
+model's whole table would be more memory than a training has left."""
 
 
 def parameter_digest(tensors: Iterable[Tensor]) -> Int64[Tensor, ""]:
@@ -19,18 +24,24 @@ def parameter_digest(tensors: Iterable[Tensor]) -> Int64[Tensor, ""]:
     """
     total: Tensor | None = None
     for index, tensor in enumerate(tensors):
-        words = _words(tensor.detach())
-        places = torch.arange(index + 1, index + 1 + words.numel(), dtype=torch.int64, device=words.device)
-        weights = places * _ODD[0] + (index * 2 + 1)
-        mixed = words ^ ((words >> 29) & _WITHOUT_SIGN)  # a logical shift: then it is one-to-one
-        own = (mixed * (weights | 1)).sum() + _wrapped(_ODD[1] * (index + 1))
+        raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        at_once = _AT_ONCE.get(raw.device.type, _AT_ONCE[""])
+        pieces = enumerate(raw.split(8 * at_once))
+        sums = [_mixed_sum(_words(piece), index + 1 + number * at_once, index) for number, piece in pieces]
+        own = reduce(torch.add, sums) + _wrapped(_ODD[1] * (index + 1))
         total = own if total is None else total * 31 + own
     return torch.zeros((), dtype=torch.int64, device="cpu") if total is None else total
 
 
-def _words(tensor: Tensor) -> Int64[Tensor, " words"]:
-    flat = tensor.contiguous().view(-1)
-    raw = flat.view(torch.uint8)
+def _mixed_sum(words: Int64[Tensor, " words"], place: int, index: int) -> Int64[Tensor, ""]:
+    """Sums words of the tensor `index` times their weights; the first of them is at `place`."""
+    weights = torch.arange(place, place + words.numel(), dtype=torch.int64, device=words.device)
+    weights.mul_(_ODD[0]).add_(index * 2 + 1).bitwise_or_(1)
+    mixed = (words >> 29).bitwise_and_(_WITHOUT_SIGN).bitwise_xor_(words)  # a logical shift: then it is one-to-one
+    return mixed.mul_(weights).sum()
+
+
+def _words(raw: Tensor) -> Int64[Tensor, " words"]:
     rest = -raw.numel() % 8
     if rest:
         raw = torch.cat([raw, raw.new_zeros(rest)])

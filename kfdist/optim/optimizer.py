@@ -3,7 +3,7 @@
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, NoReturn, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +142,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             The errors of `kfdist.Preconditioner.step`; then no parameter has changed.
             KfdistError: A gradient is sparse.
-            ConfigError: A learning rate was replaced by a tensor that a step would have to wait for.
+            ConfigError: A learning rate was replaced by a tensor that a step would have to wait for; or all parameters
+                were replaced in its groups before the first step, as DeepSpeed does.
         """
         loss = None
         if closure is not None and self._solved:
@@ -284,6 +285,9 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from a saved state, bit for bit. To be called before the first forward, on all ranks, once.
 
+        What `state_dict` returns right now may be given back at any time, as Accelerate does whenever it prepares an
+        optimizer.
+
         One without a Preconditioner's part, as torch.optim.AdamW's, brings moments and settings alone; blocks of
         normalised methods begin their moments anew.
 
@@ -324,6 +328,17 @@ class Optimizer(torch.optim.Optimizer):
                         f"parameter {place} has {name} of shape {tuple(value.shape)} in the optimizer's state and has "
                         f"shape {tuple(parameter.shape)} itself; the state is of another model"
                     )
+
+    def __getstate__(self) -> NoReturn:
+        """Refuses to be copied or pickled, of which torch's own would leave a part behind.
+
+        Raises:
+            KfdistError: Always.
+        """
+        raise KfdistError(
+            "a kfdist.Optimizer can't be copied or pickled: it measures one model and inverts in threads or elsewhere; "
+            "make one of the model's copy, and give it what state_dict() returned by load_state_dict()"
+        )
 
     # The end ---------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """`kfdist.Preconditioner`: the public face of the pipeline."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from kfdist.runtime.plan.groups import refuse_applied_rows
 from kfdist.runtime.plan.layers import StandingBlocks
 from kfdist.runtime.plan.planner import Method, Plan, make_plan, needs_costs
 from kfdist.runtime.settings import Settings, StepReport
-from kfdist.runtime.state import check_state, pipeline_state, restore_pipeline
+from kfdist.runtime.state import check_state, is_of_now, pipeline_state, restore_pipeline
 from kfdist.runtime.stated_loss import StatedLoss
 from kfdist.types import Fisher, MetricSample, WeightSharing
 
@@ -211,7 +211,8 @@ class Preconditioner(StatedLoss, Inspection):
             ModelChanged: A layer was replaced, resized, moved or converted (`model.to`) since construction.
             Interrupted: A stop was asked for, or the wait limit passed, inside an agreed wait; on all ranks alike.
             RanksDiverged: The ranks' parameters differ.
-            ConfigError: There is a KL clip but no learning rate.
+            ConfigError: There is a KL clip but no learning rate, or the attached optimizer's parameters were
+                replaced by others after it was made.
             KfdistError: The gradients are still scaled, an optimizer is attached, or `close` was called.
         """
         self._refuse_if_attached("step")
@@ -258,6 +259,7 @@ class Preconditioner(StatedLoss, Inspection):
     ) -> StepReport:
         if self._closed:
             raise KfdistError("step() was called after close(); make a new Preconditioner")
+        self._rates.look()
         self._blocks.check()
         self._folded = False
         if self._scaler_notice.done:
@@ -330,21 +332,36 @@ class Preconditioner(StatedLoss, Inspection):
         """Puts this rank where `state` says; jobs under way are shipped again. Local, no collective.
 
         To be called before the first step, which then checks that all ranks begin in the same place. The controller, if
-        there is one, hears where that is.
+        there is one, hears where that is. What `state_dict` returns right now may be given back at any time, as
+        Accelerate does, and changes nothing.
 
         Raises:
             KfdistError: A step was made or a state loaded before.
             CheckpointError: The state is of another format, model, or number of ranks.
             ConfigError: What users had changed while the run trained doesn't go with the configuration any more.
         """
+        if is_of_now(self.pipeline, state):
+            return
         with plain_arithmetic(self._plan.device):
             restore_pipeline(self.pipeline, state)
         # Until now its courier has told the controller of the step that it was started with.
         self._assembly.link.beat(self.pipeline.next_step, "running", ())
 
+    def __getstate__(self) -> NoReturn:
+        """Refuses to be copied or pickled.
+
+        Raises:
+            KfdistError: Always.
+        """
+        raise KfdistError(
+            "a Preconditioner can't be copied or pickled: it measures one model and inverts in threads or elsewhere; "
+            "make one of the model's copy, and give it what state_dict() returned by load_state_dict()"
+        )
+
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises what `load_state_dict` would raise, and changes nothing."""
-        check_state(self.pipeline, state)
+        if not is_of_now(self.pipeline, state):
+            check_state(self.pipeline, state)
 
     def fold(self) -> None:
         """Collective: every rank's sums become the mean of all ranks' sums, so that any rank's state speaks for all."""

@@ -132,6 +132,13 @@ def _as_newest(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**state, "changes": {"damping": damping} if damping else {}, "stages": []}
 
 
+def is_of_now(pipeline: Pipeline, state: Mapping[str, Any]) -> bool:
+    """Says whether a state is what this very pipeline has now, not a copy: then there is nothing to load."""
+    at = state.get("format"), state.get("step"), state.get("statistics_step")
+    same = at == (FORMAT, pipeline.next_step, pipeline.statistics_step)
+    return same and state.get("gradient_noise") is pipeline.noise_scale.state_dict()["gradient_noise"]
+
+
 def check_state(pipeline: Pipeline, state: Mapping[str, Any]) -> None:
     """Checks that `restore_pipeline` can take a state; arguments and errors are its own."""
     if pipeline.started:

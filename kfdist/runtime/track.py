@@ -17,6 +17,11 @@ from kfdist.runtime.invert.job_book import JobLine
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.types import BlockName
 
+_MOST_AT_ONCE = 8
+"""Results without statistics in a row after which the next try waits for a folding. By then gradients that overflow at
+the start of AMP are over; a layer that nothing uses, or that is frozen, would have every step measured for it, with
+sums of zeros on their way between the ranks and compiled code run eagerly."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -68,6 +73,7 @@ class Track:
         delay: Steps from the statistics of the snapshot in use to its adoption; None before one or after a resume.
         without_statistics: Whether no rank had any statistics for the newest result, as far as it is known; the same on
             all ranks.
+        fruitless: How many results in a row had none; likewise.
     """
 
     group: BlockGroup
@@ -81,6 +87,7 @@ class Track:
     calibrations: int | None = None
     delay: int | None = None
     without_statistics: bool = False
+    fruitless: int = 0
     _taken: dict[int, float] = field(default_factory=dict)
 
     @classmethod
@@ -96,8 +103,17 @@ class Track:
 
     @property
     def starves(self) -> bool:
-        """Whether the group is due at once, because its newest result had no statistics and none is under way."""
+        """Whether the group is due out of turn, because its newest result had no statistics and none is under way."""
         return self.without_statistics and not self.pending
+
+    @property
+    def hurries(self) -> bool:
+        """Whether it is due at once, and not when it folds: no more after so many results, as of a layer not in use."""
+        return self.starves and self.fruitless <= _MOST_AT_ONCE and not self.group.inverter.patient
+
+    def tried(self, *, found: bool) -> None:
+        """Notes whether any rank had statistics for a result."""
+        self.without_statistics, self.fruitless = not found, 0 if found else self.fruitless + 1
 
     def outgrown(self, damping: float) -> bool:
         """Says whether the snapshot in use has too few eigenpairs for this damping, and no newer one is on its way.

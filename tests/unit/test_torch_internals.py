@@ -27,6 +27,7 @@ from kfdist.torch_internals import (
     running_node,
     scaler_cycle,
     storage_id,
+    top_saved_tensors_hooks,
     tree_leaves,
     was_unscaled,
     when_backward_ends,
@@ -258,3 +259,22 @@ def test_the_end_of_a_backward_is_told_and_one_that_fails_forgets_whom_to_tell()
     forgotten, _ = run(True)
     gc.collect()
     assert forgotten() is None and len(ends) == 2
+
+
+def test_what_saves_tensors_is_known_and_calling_it_keeps_its_count():
+    """Non-reentrant checkpointing counts what it saves: what is packed for it by another must be the same."""
+    assert top_saved_tensors_hooks() is None
+    packed: list[Tensor] = []
+
+    def pack(saved: Tensor) -> int:
+        packed.append(saved)
+        return len(packed) - 1
+
+    x = torch.randn(3, 2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, packed.__getitem__):
+        found = top_saved_tensors_hooks()
+        assert found is not None
+        with torch.autograd.graph.saved_tensors_hooks(*found):
+            y = x.sin()
+    y.sum().backward()
+    assert len(packed) == 1 and x.grad is not None and torch.equal(x.grad, x.detach().cos())

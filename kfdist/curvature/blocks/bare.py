@@ -271,3 +271,5 @@ def _of_einsum(text: str, operands: list[ast.expr]) -> Iterator[tuple[ast.expr, 
             yield operand, _LEFT if letters[-1] not in output else _RIGHT
         elif len(letters) == 3 and (fold := folded(letters, others, output)):
             yield operand, f"{_LEFT if letters[-1] not in output else _RIGHT}, folded after {fold}"
+        elif len(letters) == 3 and letters[0] in output and folded(letters[1:], others, output):
+            yield operand, _LEFT if letters[-1] not in output else _RIGHT  # each of a stack meets all of the input

@@ -55,6 +55,13 @@ class UnitBlock(Block):
     def frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.parameters())
 
+    @property
+    def named_weight(self) -> bool:
+        """Whether it is a bare parameter of rows and columns that its module calls a weight: hardly any scale is."""
+        part = self.parts[0]
+        several = sum(size > 1 for size in part.parameter.shape) > 1
+        return self.roles == ("either",) and several and part.attribute.startswith("weight")
+
     def fisher_sum(self, gradients: Float[Tensor, "n c k"]) -> Float[Tensor, "c k k"]:
         """Returns the sum over examples of v v^T of each unit, for gradients v."""
         if gradients.shape[-1] == 1:

@@ -199,6 +199,7 @@ class Adopting:
             },
             "adopted": {name: track.ledger.adopted for name, track in named.items()},
             "starving": [name for name, track in named.items() if track.without_statistics],
+            "fruitless": {name: track.fruitless for name, track in named.items() if track.fruitless},
             "pending": {name: list(track.pending) for name, track in named.items()},
             "memories": {
                 block: state
@@ -221,6 +222,7 @@ class Adopting:
             track.ledger.restore(int(state["adopted"][name]))
             track.pending = [int(version) for version in state["pending"][name]]
             track.without_statistics = name in state["starving"]
+            track.fruitless = int(state.get("fruitless", {}).get(name, 0))  # older checkpoints lack it
             if name in state["calibrations"]:
                 track.calibrations = int(state["calibrations"][name])
             for block in track.memories.keys() & state["memories"].keys():

@@ -45,7 +45,7 @@ class SnapshotInstaller:
             Whether the result was good.
         """
         result = decode_result(payload, device=self._device)
-        track.without_statistics = result.failed and result.reason == NO_STATISTICS
+        track.tried(found=not (result.failed and result.reason == NO_STATISTICS))
         if result.failed:
             self._counters.failures[result.reason] += 1
             return False
@@ -100,7 +100,7 @@ class SnapshotInstaller:
         plain = 0
         for track in [track for track, (version, _) in self._unsettled.items() if version < step]:
             version, measured = self._unsettled.pop(track)
-            track.without_statistics = not measured.wait()[0]
+            track.tried(found=bool(measured.wait()[0]))
             if track.without_statistics:
                 plain += (step - version + 1) * len(track.group.blocks)
         return plain

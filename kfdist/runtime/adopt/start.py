@@ -79,7 +79,7 @@ def _place(common: list[object], tracks: Sequence[Track]) -> int:
             track.group.name,
             track.pending,
             track.ledger.adopted,
-            track.without_statistics,
+            [track.without_statistics, track.fruitless],
             hashlib.sha256(track.snapshot.encoded()).hexdigest(),
         ]
         for track in tracks

@@ -34,14 +34,21 @@ def bare_optimizer(optimizer: Any, parameters: Sequence[nn.Parameter]) -> torch.
             f"attach() got a {type(optimizer).__name__}; a torch.optim.Optimizer is needed, or what wraps one as its "
             "`optimizer`; with another one, call preconditioner.step() before each of its steps"
         )
-    known = {id(parameter) for group in bare.param_groups for parameter in group["params"]}
-    if parameters and not any(id(parameter) in known for parameter in parameters):
+    if not steps_any(bare, parameters):
         raise ConfigError(
             f"the {type(bare).__name__} steps none of the preconditioned parameters; attach the optimizer of this "
             "model, made from model.parameters(); where it steps copies of them (DeepSpeed, Apex's FP16_Optimizer), "
             "call preconditioner.step() before each of its steps"
         )
     return bare
+
+
+def steps_any(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+    """Says whether an optimizer steps at least one of some parameters, if there are any."""
+    if not parameters:
+        return True
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return any(id(parameter) in known for parameter in parameters)
 
 
 def step_before(optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> RemovableHandle:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfdist import checks
 from kfdist.errors import ConfigError, KfdistError
-from kfdist.runtime.apply.attachment import bare_optimizer, step_before
+from kfdist.runtime.apply.attachment import bare_optimizer, step_before, steps_any
 from kfdist.torch_internals import entries_of, was_unscaled
 
 Scalar = float | Callable[[int], float]
@@ -57,6 +57,7 @@ class LearningRates:
         self._lr = lr
         self.needed = needed
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._to_look_for: Sequence[nn.Parameter] = ()
         self.optimizer: torch.optim.Optimizer | None = None
 
     def attach(self, optimizer: Any, parameters: Sequence[nn.Parameter], step: Callable[[], object] | None) -> None:
@@ -78,6 +79,21 @@ class LearningRates:
         if self.needed and self._lr is None:
             self._of_optimizer(bare)
         self.optimizer, self._hook = bare, None if step is None else step_before(bare, step)
+        self._to_look_for = parameters
+
+    def look(self) -> None:
+        """Looks, at the first step, whether the optimizer still steps what it did when it was attached.
+
+        Raises:
+            ConfigError: It steps other parameters alone, which have no blocks.
+        """
+        if self.optimizer is not None and not steps_any(self.optimizer, self._to_look_for):
+            raise ConfigError(
+                f"the {type(self.optimizer).__name__} steps none of the preconditioned parameters any more: others "
+                "were put into its groups, as DeepSpeed and FSDP do with shards and Apex with copies, and nothing "
+                "would be preconditioned; train without that wrapper of the optimizer"
+            )
+        self._to_look_for = ()
 
     def detach(self) -> None:
         """Runs nothing before the optimizer's steps any more; safe to call twice."""

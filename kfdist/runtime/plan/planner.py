@@ -23,7 +23,7 @@ from kfdist.curvature.blocks import (
     multiplied_weights,
     note_shared,
 )
-from kfdist.curvature.by_width import ByWidth
+from kfdist.curvature.by_width import UNMULTIPLIED, ByWidth
 from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
@@ -190,7 +190,7 @@ def make_plan(
         owners[block.name] = block
         found = _choose(block, patterns, settings, costs)
         if isinstance(found, str):
-            reasons[block.name] = found
+            reasons[block.name] = reasons.get(block.layer, found) if found == UNMULTIPLIED else found
         else:
             chosen.append(found)
     order = {name: position for position, (name, _) in enumerate(layers)}
@@ -393,7 +393,7 @@ def _choose(
         inverter, reason = found
     if isinstance(block, UnitBlock | EmbeddingBlock):
         if isinstance(inverter, AbstractInverter) and inverter.produces.normalised:
-            return WITHOUT_MOMENTS
+            return UNMULTIPLIED if isinstance(block, UnitBlock) and block.named_weight else WITHOUT_MOMENTS
         return _Chosen(block, UnitWise() if isinstance(block, UnitBlock) else KfacDiagonal(), pattern, "")
     if isinstance(inverter, Auto):
         if costs is None:

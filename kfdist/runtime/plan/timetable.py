@@ -40,7 +40,7 @@ class Due:
 
 
 class Timetable:
-    """The due dates of all groups, as they stand: one that starves (see `Track`) is due at once.
+    """The due dates of all groups, as they stand: one that hurries (see `Track`) is due at once.
 
     Args:
         schedules: The run's periods and the groups' phases, in the order in which they begin; the first at step 0.
@@ -138,7 +138,7 @@ class Timetable:
         past = step - schedule.begin
         if past == 0 or any([past % period in places for period, places in self._places[schedule.begin].items()]):
             return False
-        return not (self.fresh or any([track.without_statistics for track in self._tracks]))
+        return not (self.fresh or any([track.without_statistics and track.hurries for track in self._tracks]))
 
     def _at(self, step: int) -> Schedule:
         """Returns the schedule that holds at `step`."""
@@ -165,8 +165,7 @@ class Timetable:
 
     def folds(self, track: Track, step: int) -> bool:
         """Says whether the group's sums are folded."""
-        hurries = (track.starves and not track.group.inverter.patient) or track.group.name in self.fresh
-        return hurries or self._at(step).folds(track.group.index, step)
+        return track.hurries or track.group.name in self.fresh or self._at(step).folds(track.group.index, step)
 
     def inverts(self, track: Track, step: int) -> bool:
         """Says whether the group's sums are reduced, for an inversion."""
@@ -180,7 +179,7 @@ class Timetable:
     def _out_of_turn(self, track: Track, step: int) -> bool:
         """Says whether a group is inverted out of turn: as users want it, or because it starves.
 
-        One that starves is tried again at once or, where its method is patient, when it folds.
+        One that starves is tried again at once or, where its method is patient or that was in vain, when it folds.
         """
         return track.group.name in self.fresh or (track.starves and self.folds(track, step))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.factors import Factors, armed_capture, assert_factors_equal, factors_of
@@ -102,6 +103,49 @@ def another_forward_in_between(model: nn.Module) -> None:
 @pytest.mark.parametrize("run", [one_batch, micro_batches, two_forwards, another_forward_in_between])
 def test_checkpointing_changes_no_statistics(run: Callable[[nn.Module], None], reentrant: bool):
     assert_factors_equal(measure(checkpointed(reentrant), run), measure(plain, run), SAME)
+
+
+def test_inputs_inside_of_a_checkpoint_are_not_there_between_forward_and_backward():
+    """Else a step that measures takes the memory that checkpoints are for."""
+    model = Segmented(checkpointed(reentrant=False))
+    there: list[StorageWeakRef] = []
+    model.body[2].register_forward_pre_hook(lambda _, given: there.append(StorageWeakRef(given[0].untyped_storage())))
+    capture = armed_capture(model)
+    x, y = batch(6)
+    loss = nn.functional.cross_entropy(model(x), y)
+    assert [each.expired() for each in there] == [True]
+    loss.backward()
+    assert [each.expired() for each in there] == [True, True]
+    assert_factors_equal(factors_of(capture.drain()), measure(plain, one_batch), SAME)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_two_backwards_through_checkpoints(keep: bool):
+    def run(model: nn.Module) -> None:
+        x, y = batch(6)
+        output = model(x)
+        (nn.functional.cross_entropy(output, y) / 4).backward(retain_graph=True)
+        (nn.functional.cross_entropy(output, y) * 3 / 4).backward(retain_graph=keep)
+
+    assert_factors_equal(measure(checkpointed(reentrant=False), run), measure(plain, one_batch), SAME)
+
+
+def test_inputs_that_are_kept_elsewhere_until_the_backward():
+    def run(model: nn.Module) -> None:
+        with torch.autograd.graph.save_on_cpu():
+            one_batch(model)
+
+    assert_factors_equal(measure(plain, run), measure(plain, one_batch), SAME)
+
+
+def test_what_autocast_has_converted_inside_of_a_checkpoint():
+    def run(model: nn.Module) -> None:
+        x, y = batch(6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = nn.functional.cross_entropy(model.float()(x.float()).float(), y)
+        loss.backward()
+
+    assert_factors_equal(measure(checkpointed(reentrant=False), run), measure(plain, run), 2e-2)
 
 
 @KINDS

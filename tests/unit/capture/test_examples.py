@@ -1,17 +1,18 @@
 """How many examples a backward's loss averages: dim 0 of the model's first tensor, unless stated."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kfdist.capture.requests import Request
 from kfdist.errors import ConfigError, KfdistWarning
-from tests.support.factors import armed_capture, assert_factors_equal, factors_by_definition, factors_of
+from tests.support.factors import armed_capture, assert_factors_equal, blocks_of, factors_by_definition, factors_of
 from tests.support.preconditioning import preconditioner
 
 EXACT = 1e-12
@@ -24,6 +25,7 @@ N, T = 4, 5
 class Batch:
     name: str
     tokens: Tensor
+    length: int = field(init=False)  # and never set
 
 
 class TokenModel(nn.Module):
@@ -163,6 +165,97 @@ def test_whole_numbers_are_taken(good: Any):
 def test_other_values_are_refused(bad: Any):
     with pytest.raises(ConfigError, match="at least 1"):
         armed_capture(TokenModel()).state_examples(bad)
+
+
+# Modules inside that are called from outside --------------------------------------------------------------------------
+
+
+class Steps(nn.Module):
+    """Nobody calls it as a whole, as a Lightning module's training step: it calls what is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = TokenModel()
+
+    def training_step(self, x: Tensor, call: Callable[[nn.Module, Tensor], Any]) -> Tensor:
+        return call(self.net, x)
+
+
+CALLERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "plain": lambda net, x: net(x),
+    "reentrant": lambda net, x: checkpoint(net, x.requires_grad_(), use_reentrant=True),
+    "non-reentrant": lambda net, x: checkpoint(net, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("how", CALLERS)
+def test_a_module_that_is_called_from_outside_says_how_many_examples_there_are(how: str, k: int):
+    """Its layers see rows of all tokens, which each of them by itself would take for examples."""
+    model, (x, target) = Steps(), tokens_and_target()
+    capture = armed_capture(model)
+    for xs, ys in zip(x.chunk(k), target.chunk(k), strict=True):
+        (squared(model.training_step(xs, CALLERS[how]), ys).mean() / k).backward()
+    drained = capture.drain()
+    assert drained["net.layer"].examples == N and not capture.doubts
+    assert_factors_equal(factors_of(drained), {f"net.{name}": each for name, each in truth().items()}, EXACT)
+
+
+def test_what_is_called_after_a_module_is_no_part_of_it():
+    model, (x, target) = Steps(), tokens_and_target()
+    capture = armed_capture(model)
+    with torch.no_grad():
+        model.net(tokens_and_target(9)[0])
+    squared(model.net.layer(x), target).mean().backward()
+    assert capture.drain()["net.layer"].examples == N
+
+
+def test_a_time_first_module_that_is_called_from_outside_has_its_examples_along_dim_1():
+    model = nn.ModuleDict({"net": nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)}).double()
+    capture = armed_capture(model)
+    model["net"](torch.randn(3, 5, 4, dtype=torch.float64)).square().sum((0, 2)).mean().backward()
+    drained = capture.drain()
+    assert {name: each.examples for name, each in drained.items()} == dict.fromkeys(blocks_of(model), 5)
+
+
+# Objects that aren't tensors ------------------------------------------------------------------------------------------
+
+
+class Graph:
+    """Nodes of all graphs of a batch end to end."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self.nodes = torch.randn(sum(lengths), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class OfGraphs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 2).double()
+
+    def forward(self, batch: Graph) -> Tensor:
+        return torch.stack([graph.mean(0) for graph in self.layer(batch.nodes).split(batch.lengths)])
+
+
+@pytest.mark.parametrize("stated", [None, 3])
+def test_where_no_tensor_is_given_the_output_says_how_many_terms_there_are(stated: int | None):
+    model, batch = OfGraphs(), Graph([2, 3, 4])
+    seen: list[Tensor] = []
+    model.layer.register_forward_hook(lambda layer, given, output: output.register_hook(seen.append) and None)
+    capture = armed_capture(model)
+    if stated is not None:
+        capture.state_examples(stated)
+    model(batch).square().sum(1).mean().backward()
+    a, g = torch.cat([batch.nodes, torch.ones(9, 1, dtype=torch.float64)], dim=1), 3 * seen[0]
+    drained = capture.drain()
+    assert drained["layer"].examples == 3
+    assert_factors_equal(factors_of(drained), {"layer": ((a.mT @ a / 3)[None], (g.mT @ g / 9)[None])}, EXACT)
+    if stated is None:
+        assert "no tensor was found" in capture.doubts[0] and "dim 0 of its output, 3, is taken" in capture.doubts[0]
+    else:
+        assert not capture.doubts
 
 
 # Lists of images ------------------------------------------------------------------------------------------------------

@@ -121,7 +121,10 @@ def test_each_expert_has_the_factors_of_a_layer_called_with_its_rows(use: Callab
         assert not drained.examples[expert] and not drained.positions[expert]
 
 
-@pytest.mark.parametrize("how", ["bmm", "baddbmm", "matmul", "einsum"])
+HOWS = ["bmm", "baddbmm", "matmul", "broadcast", "from the left", "einsum", "einsum of one", "einsum apart"]
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_stacks_of_matrices_that_each_meet_all_rows(how: str):
     def use(x: Tensor, module: Any) -> Tensor:
         if how == "bmm":
@@ -132,6 +135,14 @@ def test_stacks_of_matrices_that_each_meet_all_rows(how: str):
             return torch.baddbmm(added, rows, module.experts.mT, beta=0.5).tanh().transpose(0, 1)
         if how == "matmul":
             return torch.matmul(x.flatten(0, 1), module.experts.mT).tanh().transpose(0, 1)
+        if how == "broadcast":
+            return torch.matmul(x.unsqueeze(1), module.experts.mT).tanh()
+        if how == "from the left":
+            return torch.matmul(module.experts, x.unsqueeze(1).mT).mT.tanh()
+        if how == "einsum of one":
+            return torch.einsum("nted,epd->nept", x.unsqueeze(2), module.experts).tanh()
+        if how == "einsum apart":
+            return torch.einsum("ntd,edp->netp", x, module.experts.mT).tanh()
         return torch.einsum("nted,epd->nept", x.unsqueeze(2).expand(-1, -1, E, -1), module.experts).tanh()
 
     class All(Apart):
@@ -145,6 +156,18 @@ def test_stacks_of_matrices_that_each_meet_all_rows(how: str):
     for expert in range(E):
         mine = {"": (found[0][expert][None], found[1][expert][None])}
         assert_factors_equal(mine, {"": expected[f"layers.{expert}"]}, 1e-12)
+
+
+def test_a_stack_of_one_matrix_meets_all_rows():
+    torch.manual_seed(0)
+    model = Stacked(lambda x, module: torch.matmul(x, module.experts.mT).tanh()).double()
+    model.experts = nn.Parameter(torch.randn(1, P, Q, dtype=torch.float64))
+    twin = nn.Sequential(nn.Linear(Q, P, bias=False), nn.Tanh()).double()
+    twin[0].weight = nn.Parameter(model.experts.detach()[0].clone())
+    x = torch.randn(N, T, Q, dtype=torch.float64)
+    torch.testing.assert_close(model(x), twin(x))
+    found, expected = factors_of(measured(model, x))["experts"], factors_of(measured(twin, x))["0"]
+    assert_factors_equal({"": found}, {"": expected}, 1e-12)
 
 
 def test_rows_of_padding_are_left_out():

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kfdist.bench.measuring import AllocationCounter
 from kfdist.linalg.digest import parameter_digest
 
 DTYPES = [
@@ -139,3 +140,15 @@ def test_any_number_of_tensors_has_a_digest(count: int, dtype: torch.dtype):
     last = tensors[-1].clone().view(torch.uint8)
     last[0] ^= 1
     assert parameter_digest([*tensors[:-1], last.view(dtype)]) != digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_large_tensor_takes_no_more_memory_than_a_piece_of_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """And its digest isn't another one: those of ranks with other devices, and of before, are compared to it."""
+    tensors = [made(dtype, 3), made(dtype, 40_003)[1:], made(dtype, 5)]
+    whole = parameter_digest(tensors)
+    monkeypatch.setattr("kfdist.linalg.digest._AT_ONCE", {"": 64})
+    with AllocationCounter() as counter:
+        digest = parameter_digest(tensors)
+    assert counter.peak_bytes <= 8 * 64 * 8
+    assert int(digest) == int(whole) == reference_digest(tensors)

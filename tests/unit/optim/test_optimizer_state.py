@@ -3,12 +3,14 @@
 import copy
 import inspect
 import io
+import pickle
 import typing
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import kfdist
 from kfdist.curvature.by_width import FIRST_ORDER, ByWidth
@@ -37,6 +39,35 @@ def test_a_saved_run_goes_on_bit_for_bit(graft: Any):
         assert again["preconditioner"]["step"] == 4
         mine = train(other, optimizer, 5)
     assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, copy.copy, pickle.dumps, lambda each: torch.save(each, io.BytesIO())])
+def test_a_copy_is_refused_and_the_model_can_be_copied(way: Any):
+    """torch's own would leave all behind but moments and groups, and fail at its first step."""
+    model = small_model()
+    with optimizer_of(model) as optimizer:
+        train(model, optimizer, 1)
+        for each in (optimizer, optimizer.preconditioner):
+            with pytest.raises(KfdistError, match=r"can't be copied or pickled.*load_state_dict\(\)"):
+                way(each)
+        way(model)
+        train(model, optimizer, 1)
+
+
+def test_its_own_state_of_the_moment_may_be_given_back_at_any_time_as_accelerate_does():
+    """So a second Trainer may go on with an optimizer that a first one has trained."""
+    found = []
+    for again in (False, True):
+        model = small_model()
+        with optimizer_of(model, inverse_period=3, skip=("2",)) as optimizer:
+            train(model, optimizer, 4)
+            if again:
+                state = optimizer.state_dict()
+                optimizer.load_state_dict({**state, "preconditioner": dict(state["preconditioner"])})
+                with pytest.raises(KfdistError, match="after a step or another load"):
+                    optimizer.load_state_dict(copy.deepcopy(state))
+            found.append(train(model, optimizer, 5))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_adamws_state_brings_its_moments():
@@ -92,7 +123,7 @@ def test_a_state_of_another_model_or_method_is_refused_by_name_and_changes_nothi
         assert not optimizer.state
         train(model, optimizer, 1)
         with pytest.raises(KfdistError, match="after a step or another load"):
-            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     with (
         optimizer_of(small_model(), method="rs-kfac") as optimizer,
         pytest.raises(CheckpointError, match="'kfac-eigen' in the checkpoint and has 'rs-kfac' now"),
@@ -293,6 +324,46 @@ def test_what_no_block_can_have_is_said_to_be_stepped_by_a_first_order_method():
         pytest.warns(KfdistWarning, match=r"no block: .*weight.* The Optimizer steps them by a first-order method"),
     ):
         train(model, optimizer, 1)
+
+
+class Multiplied(nn.Module):
+    """Multiplies with a weight in a way that isn't known before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * 0.5)
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.random_unstructured(layer, "weight", 0.5)
+
+
+HOOKS: dict[str, Any] = {
+    "norm": (nn.utils.weight_norm, "weight_v"),
+    "spectral norm": (nn.utils.spectral_norm, "weight_orig"),
+    "pruned": (pruned, "weight_orig"),
+    "scaled": (None, "weight"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("method", ["auto", "ekfac-adam"])
+@pytest.mark.parametrize("how", HOOKS)
+def test_a_weight_that_is_computed_is_said_to_be_stepped_by_a_first_order_method(how: str, method: str):
+    model, (hook, name) = small_model(), HOOKS[how]
+    if hook is None:
+        model[0] = Multiplied()
+    else:
+        hook(model[0])
+    why = "no product with it is found" if hook is None else "its weight is computed"
+    said = rf"no block: '0\.{name}': .*{why}.* The Optimizer steps them by a first-order method"
+    with optimizer_of(model, method=method) as optimizer:
+        with pytest.warns(KfdistWarning, match=said):
+            train(model, optimizer, 1)
+        assert list(optimizer.preconditioner.coverage().left_out()) == [f"0.{name}"]
 
 
 @pytest.mark.parametrize("make", [kfdist.Optimizer, kfdist.Preconditioner])

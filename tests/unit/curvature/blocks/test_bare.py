@@ -50,6 +50,7 @@ class Uses(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(3, 4)))
         self.experts, self.heads = nn.Parameter(torch.empty(2, 3, 4)), nn.Parameter(torch.empty(3, 2, 4))
         self.stacked, self.vector = nn.Parameter(torch.empty(2, 3, 4)), nn.Parameter(torch.empty(1, 4))
+        self.spread = nn.Parameter(torch.empty(2, 3, 4))
 
     def forward(self, x: Tensor, y: Any) -> Any:
         converted = self.renamed.to(x.dtype)
@@ -64,6 +65,7 @@ class Uses(nn.Module):
         yield F.embedding(y, self.both), x @ self.both.T
         yield torch.einsum("btd,kd->btk", x, self.summed), F.linear(torch.exp(self.other), y)
         yield torch.einsum("ebd,edk->ebk", x, self.experts), torch.einsum("btd,dhk->bthk", x, self.heads)
+        yield torch.einsum("btd,hdk->bhtk", x, self.spread)
 
 
 class Inherits(Uses):
@@ -72,7 +74,7 @@ class Inherits(Uses):
 
 def test_matrices_are_known_by_the_products_in_the_code():
     expected = dict.fromkeys(("straight", "keyword", "left", "indexed", "turned", "summed", "both"), "matrix")
-    expected |= dict.fromkeys(("right", "method", "renamed", "stacked", "experts"), "transpose")
+    expected |= dict.fromkeys(("right", "method", "renamed", "stacked", "experts", "spread"), "transpose")
     expected |= dict.fromkeys(("table", "numbered"), "table")
     expected |= {"heads": "transpose, folded after 1"}
     assert bare_matrices(Uses()) == expected

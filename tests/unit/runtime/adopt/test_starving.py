@@ -74,3 +74,39 @@ def test_a_resumed_run_waits_as_long(method: str, saved: int):
         assert a.grad is not None and b.grad is not None
         assert torch.equal(a.grad, b.grad)
     assert set(versions.values()) <= {2, 3, 4}
+
+
+class Staged(nn.Module):
+    """Its second layer may come into use later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 3), nn.Linear(3, 3)
+        self.both = False
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x)) if self.both else self.first(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_block_that_stays_without_statistics_is_due_when_it_folds_alone(frozen: bool):
+    """Else a head that nothing uses, or a frozen layer, would have every step measured."""
+    net, due = Staged(), []
+    with make(net, "kfac") as pre:
+        net.both = frozen
+        net.second.requires_grad_(not frozen)
+        for step in range(60):
+            if "second" in pre.pipeline.timetable.requests(step, calibrating=()):
+                due.append(step)
+            backward(net, step, range(0))
+            pre.step()
+        assert due[:9] == list(range(9)) and len(due) >= 14
+        assert {later - step for step, later in zip(due[9:], due[10:], strict=False)} == {10}
+        net.both = True
+        net.second.requires_grad_(True)
+        for step in range(60, 71):
+            backward(net, step, range(0))
+            pre.step()
+        assert 60 <= pre.versions()["second"] < 71

@@ -9,6 +9,7 @@ import torch
 import torch.optim.optimizer as optimizer_module
 from torch import nn
 
+import kfdist
 from kfdist.errors import ConfigError, KfdistError, KfdistWarning
 from tests.support.preconditioning import backward, preconditioner, rows, two_layers
 
@@ -52,6 +53,37 @@ def test_what_holds_no_torch_optimizer_is_refused_with_the_remedy(other: Any):
         pytest.raises(ConfigError, match=r"call preconditioner\.step\(\)"),
     ):
         pre.attach(other)
+
+
+def sharded(optimizer: torch.optim.Optimizer) -> None:
+    """As DeepSpeed's ZeRO does, and Apex with copies in float32."""
+    for group in optimizer.param_groups:
+        group["params"] = [nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_optimizer_whose_parameters_were_replaced_is_refused_before_anything_moves(own: bool):
+    model = two_layers()
+    if own:
+        optimizer: Any = kfdist.Optimizer(model)
+        pre = optimizer.preconditioner
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pre = preconditioner(model, lr=None).attach(optimizer)
+    with pre:
+        kept = [list(group["params"]) for group in optimizer.param_groups]
+        sharded(optimizer)
+        backward(model)
+        before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="none of the preconditioned parameters any more.*DeepSpeed"):
+                optimizer.step()
+        after = [p for group in optimizer.param_groups for p in group["params"]]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and pre.next_step == 0
+        for group, parameters in zip(optimizer.param_groups, kept, strict=True):
+            group["params"] = parameters
+        optimizer.step()
+        assert pre.next_step == 1
 
 
 class WithoutRate(torch.optim.SGD):
