@@ -68,7 +68,7 @@ def remove_stale() -> None:
 def ray_processes(directory: Path) -> set[int]:
     """Finds the living processes of the Ray whose directory this is and of no other Ray, the caller left out.
 
-    Another user's process that names the directory isn't one of them.
+    Another user's process that names the directory isn't one of them, nor is one that only reads there, such as `tail`.
     """
     prefix = f"{directory.resolve()}/"
     return {pid for pid in living_processes() if pid != os.getpid() and _belongs(pid, prefix)}
@@ -148,14 +148,28 @@ def _belongs(pid: int, prefix: str) -> bool:
     try:
         if Path(f"/proc/{pid}").stat().st_uid != os.getuid():
             return False
-        if prefix.encode() in command_line(pid):
+        if _names(command_line(pid), prefix.encode()):
             return True
         for entry in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                if os.readlink(entry.path).startswith(prefix):
+                if os.readlink(entry.path).startswith(prefix) and _writes(pid, entry.name):
                     return True
     except OSError:
         pass  # It ended meanwhile, or belongs to another user.
+    return False
+
+
+def _names(command: bytes, prefix: bytes) -> bool:
+    """Says whether a command is of a program of Ray's package, and names the directory."""
+    rays = any(b"/ray/" in word and prefix not in word for word in command.split(b"\0"))
+    return rays and prefix in command
+
+
+def _writes(pid: int, descriptor: str) -> bool:
+    """Says whether a process has opened a file for writing, as all of a Ray have their logs."""
+    for line in Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text(encoding="ascii").splitlines():
+        if line.startswith("flags:"):
+            return int(line.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
     return False
 
 

@@ -19,13 +19,14 @@ from kfdist.links.rank.remote import RemoteLink
 from kfdist.types import GroupSpec, Job, LateBytes
 
 print("script runs in", os.getpid(), flush=True)  # once, or somebody has run it again
+name = f"scripts-{{os.getpid()}}"  # another one's lease may last longer than it
 data = open({file!r}, "rb").read()
 link = RemoteLink({address!r})
-link.start(LinkContext(run="scripts", epoch=1, worker_rank=0, world_size=1,
+link.start(LinkContext(run=name, epoch=1, worker_rank=0, world_size=1,
     groups=[GroupSpec(name="g", cost=1.0, position=0, bytes=1)], fingerprint=""))
 
 def submit(version):
-    link.submit(Job(run="scripts", epoch=1, group="g", version=version, content=LateBytes.of(data),
+    link.submit(Job(run=name, epoch=1, group="g", version=version, content=LateBytes.of(data),
         deadline_seconds=60.0))
 
 def result():

@@ -101,3 +101,31 @@ def test_processes_are_found_by_the_files_they_hold(tmp_path, holder, monkeypatc
     assert holder.poll() is None
     assert sweep(tmp_path) == set()
     assert holder.wait() == -9
+
+
+def test_who_only_reads_a_log_is_left_alone(tmp_path, holder):
+    with subprocess.Popen(["tail", "-f", str(tmp_path / "log")], stdout=subprocess.DEVNULL) as reader:
+        while not any(link.is_symlink() and link.readlink() == tmp_path / "log" for link in opened(reader.pid)):
+            time.sleep(0.01)
+        assert ray_processes(tmp_path) == {holder.pid}
+        assert sweep(tmp_path) == set()
+        assert reader.poll() is None
+        reader.kill()
+
+
+def opened(pid: int) -> list[Path]:
+    return list(Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_a_program_of_rays_that_names_the_directory_is_found_before_it_opens_anything(tmp_path):
+    script = tmp_path / "site-packages" / "ray" / "agent.py"
+    script.parent.mkdir(parents=True)
+    script.write_text("import sys; print(flush=True); sys.stdin.read()")
+    files = tmp_path / "files"
+    command = [sys.executable, str(script), f"--session-dir={files}/session_1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as agent:
+        assert agent.stdout is not None
+        agent.stdout.readline()
+        assert ray_processes(files) == {agent.pid}
+        assert sweep(files) == set()
+        assert agent.wait() == -9
