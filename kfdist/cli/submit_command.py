@@ -82,7 +82,8 @@ def _submit(
     try:
         job = submit.submit(checked, request, sys.stderr if as_json else sys.stdout)
     except KeyboardInterrupt:
-        print("\nthe job goes on; the same command follows it again", file=sys.stderr)
+        again = "the same command" if follow else "the same command with --follow"
+        print(f"\na job that was submitted goes on; {again} shows its log", file=sys.stderr)
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     if as_json:
         print(submit.as_json(job, checked.run.name))
