@@ -115,11 +115,12 @@ def _summed_up(target: Mapping[str, Any], task: str, rival: str) -> dict[str, An
 
 
 def said(found: Mapping[str, Any]) -> str:
-    """Says when a target was reached, or what was reached in place of it."""
+    """Says when a target was reached, or what was reached in place of it, and where only the tuning's seed says so."""
+    alone = " (tuning's seed alone)" if found["tuned"] else ""
     if found["seconds"] is None:
-        return "diverges" if found["last"] is None else f"{found['last']:.2g} after {found['limit']:g} s"
+        return ("diverges" if found["last"] is None else f"{found['last']:.2g} after {found['limit']:g} s") + alone
     seconds = f"{found['seconds']:.0f}" if found["seconds"] >= 10 else f"{found['seconds']:.2g}"
-    return f"{seconds} s, {found['steps']:.0f} steps"
+    return f"{seconds} s, {found['steps']:.0f} steps{alone}"
 
 
 def soonest(side: Mapping[str, Mapping[str, Any]]) -> str:

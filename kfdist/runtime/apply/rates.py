@@ -166,6 +166,7 @@ def finite_gradients(parameters: Iterable[nn.Parameter]) -> Tensor | None:
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     entries = [entries_of(each)[1] if each.is_sparse else each for each in gradients]
+    entries = [torch.view_as_real(each.resolve_conj()) if each.is_complex() else each for each in entries]
     if not (entries := [each for each in entries if each.numel()]):
         return None
     return torch.isfinite(torch.stack([extreme for each in entries for extreme in each.aminmax()])).all()

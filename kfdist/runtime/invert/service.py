@@ -64,8 +64,9 @@ def connect(
     Args:
         address: The controller's address, "host:port".
         run: Name of the run at the controller.
-        epoch: Start of the run; a later start must have a larger one, since older messages are refused. None draws one
-            from rank 0's clock.
+        epoch: Start of the run; a later start must have a larger one, since older messages are refused. One of the same
+            number is taken for another run of this name, and stops, while the earlier one's ranks are within their
+            leases, some ten seconds after their last message. None draws one from rank 0's clock.
         assignment: How groups are dealt to owners: "round_robin" (over cost-sorted groups), "model_order" or "lpt".
         deadline_seconds: How long one inversion may run before its process is killed and the job sent again; a day at
             most.

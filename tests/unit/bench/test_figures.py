@@ -71,7 +71,14 @@ def test_the_first_table_tells_when_both_sides_reached_a_target():
 
 @pytest.mark.parametrize(("seconds", "words"), [(132.4, "132 s"), (12.04, "12 s"), (9.96, "10 s"), (1.234, "1.2 s")])
 def test_seconds_are_plain_numbers(seconds: float, words: str):
-    assert said(_cell("adamw", seconds)) == f"{words}, 40 steps"
+    found = {**_cell("adamw", seconds), "tuned": False}
+    assert said(found) == f"{words}, 40 steps"
+    assert said({**found, "tuned": True}) == f"{words}, 40 steps (tuning's seed alone)"
+
+
+def test_a_rival_without_reported_seeds_is_marked():
+    cells = [_cell("optimizer", 1.5), _cell("adamw", 2.04), _cell("sgd", 1.0, seed=0)]
+    assert "| sgd: 1 s, 40 steps (tuning's seed alone) |" in worth(_target(*cells))
 
 
 def test_where_nobody_reached_a_target_the_closest_is_named():

@@ -172,14 +172,14 @@ def finite(*gradients: Tensor | None) -> bool | None:
     return None if found is None else bool(found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
 def test_gradients_whose_sum_overflows_are_finite_and_one_bad_number_is_found(dtype: torch.dtype):
     largest = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
     others = (largest, -largest, torch.zeros(0, dtype=dtype), None)
     assert finite(*others) is True
     for bad in (math.inf, -math.inf, math.nan):
         spoiled = largest.clone()
-        spoiled[1, 2] = bad
+        spoiled[1, 2] = complex(0.0, bad) if dtype.is_complex else bad
         assert finite(*others, spoiled) is False
 
 
