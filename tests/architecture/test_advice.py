@@ -37,6 +37,7 @@ SHOWN_BY = {
     "cli/control_commands.py": STEERING,
     "cli/find_runs.py": STEERING,
     "cli/run_target.py": STEERING,
+    "cli/submit_command.py": {"submit"},
     "config/loading.py": EVERY_RUN,
     "control/client.py": STEERING,
     "report/page.py": {"report"},
