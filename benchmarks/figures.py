@@ -85,6 +85,11 @@ def five(results: Mapping[str, dict[str, Any] | None]) -> str:
         (error,) = (each["error"] for each in found["by_size"]["rs-kfac"] if each["d"] == int(d))
         said = f"{times['rs-kfac']:.0f} times faster; error of the direction {error:.1%}"
         rows.append((f"`rs-kfac`'s inversion at d = {d} against an eigendecomposition", said, "inversion"))
+    if (found := results["memory"]) is not None:
+        peak = {name: size / 1e9 for name, size in found["peak_bytes"].items()}
+        most = max(size for name, size in peak.items() if name != "sgd")
+        what = f"The most memory that a rank takes, {found['config']['method']}, of {found['config']['workload']}"
+        rows.append((what, f"{most:.2f} GB, SGD's {peak['sgd']:.2f}", "memory"))
     if not rows:
         return "Not measured yet.\n"
     head = ["| question | answer | `kfdist bench` |", "|---|---|---|"]
