@@ -91,8 +91,8 @@ bench: $(INSTALLED)  ## Measures all of it shortly, into bench-results/
 	  --rival adaptive --seconds 3 --seeds 0 --out bench-results/target.json
 	$(BIN)/kfdist bench scale --out bench-results/scale.json
 
-# What docs/performance.md has in frames but the character GPT's targets, about an hour on two cores with nothing beside
-# it. A target that was reached before isn't trained again: remove benchmarks/results/target.json for that.
+# What docs/performance.md has in frames but the targets of the character GPT and on MNIST, about an hour on two cores with
+# nothing beside it. A target that was reached before isn't trained again: remove benchmarks/results/target.json for that.
 bench-full: $(INSTALLED)  ## Measures all of it, and writes benchmarks/results/ and the tables made of it
 	for name in overhead stall traffic inversion memory scale; do $(BIN)/kfdist bench $$name || exit; done
 	$(BIN)/kfdist bench target $(DIGITS)

@@ -78,7 +78,7 @@ class RanksDiverged(KfdistError, RuntimeError):
 
 
 class LossNotFinite(KfdistError, ArithmeticError):
-    """The training loss became infinite or NaN; the parameters are of no use any more."""
+    """The loss is infinite or NaN. `AdaptiveStep.step` raises it before it changes anything; a run ends with it."""
 
 
 class ModelChanged(KfdistError, RuntimeError):

@@ -1,1 +1,1 @@
-"""Measurements that back what the documentation claims; `benchmarks/` holds the scripts that run them."""
+"""Measurements behind the figures of the documentation; `kfdist bench` runs them (`benchmarks/` has further ones)."""

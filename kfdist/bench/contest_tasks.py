@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kfdist.bench.workloads import Batch, SmallGpt, source_text
+from kfdist.bench.workloads import Batch, SmallGpt, mean_cross_entropy, source_text
 from kfdist.data.sets import Digits
 from kfdist.errors import ConfigError
 from kfdist.models.small import DigitsCnn
@@ -218,10 +218,6 @@ def small_resnet() -> nn.Sequential:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def _next_characters(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
-
-
 def _errors(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(-1) != targets).float().mean()
 
@@ -264,7 +260,7 @@ TASKS: Mapping[str, Task] = {
         data=_windows,
         data_version="3",  # .6 MB of text, held out all over it
         build=lambda: SmallGpt(layers=3, width=96, context=_CONTEXT),
-        loss=_next_characters,
+        loss=mean_cross_entropy,
         loss_name="cross_entropy",
         on_test=True,
         most_measured=256,

@@ -8,12 +8,10 @@ a small model trains long, inverting at every fifth step, and the processes' mem
 
 import gc
 import itertools
-import multiprocessing
 import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfdist import checks
+from kfdist.bench.own_process import in_own_process
 from kfdist.bench.results import conditions, table
 from kfdist.bench.served import served
 from kfdist.bench.trainee import Trainee
@@ -93,36 +92,6 @@ def allowed_bytes(parts: Mapping[str, int]) -> int:
         parts: Bytes of "parameters", "optimizer", "statistics" and "snapshots_twice".
     """
     return parts["statistics"] + parts["snapshots_twice"] + round(MARGIN * sum(parts.values()))
-
-
-def in_own_process(function: Any, *arguments: Any) -> Any:
-    """Runs a function in a new process, and returns what it returns.
-
-    Raises:
-        RuntimeError: It failed.
-    """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_reporting, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
-    try:
-        found = ours.recv()
-    except EOFError:
-        raise RuntimeError("a process of the measurement ended; what it said is above") from None
-    finally:
-        process.join()
-    if isinstance(found, BaseException):
-        raise found
-    return found
-
-
-def _reporting(result: Connection, function: Any, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    try:
-        result.send(function(*arguments))
-    except BaseException as error:
-        result.send(error)
 
 
 def resident(pid: int | str, what: str) -> int:

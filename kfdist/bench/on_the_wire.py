@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from kfdist import checks
 from kfdist.bench.own_network import enter_own_network, sent_bytes
+from kfdist.bench.own_process import answer, in_own_process
 from kfdist.bench.results import conditions, table
-from kfdist.bench.workloads import WORKLOADS, Batch
+from kfdist.bench.workloads import WORKLOADS, Batch, mean_cross_entropy
 from kfdist.comm.communicator import join_training_group
 from kfdist.comm.rendezvous import host_rendezvous
 from kfdist.errors import ConfigError, KfdistWarning
@@ -78,7 +78,7 @@ def measure_traffic(settings: TrafficSettings) -> dict[str, Any]:
     """
     found = {}
     for method in settings.methods:
-        counts = _in_own_network(settings, method)
+        counts = in_own_process(_count_in_own_network, settings, method)
         counts["kfdist_over_gradient"] = round(counts["kfdist_bytes_a_step"] / counts["gradient_bytes_a_step"], 5)
         found[method] = {**counts, "goal": GOALS.get(method) if settings.model == "resnet50" else None}
     return {
@@ -88,29 +88,7 @@ def measure_traffic(settings: TrafficSettings) -> dict[str, Any]:
     }
 
 
-def _in_own_network(settings: TrafficSettings, method: str) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_count_in_own_network, args=(settings, method, theirs))
-    process.start()
-    theirs.close()
-    try:
-        return _answer(ours)
-    finally:
-        process.join()
-
-
-def _answer(connection: Connection) -> Any:
-    try:
-        found = connection.recv()
-    except EOFError:
-        raise RuntimeError("a process of the measurement ended; what it said is above") from None
-    if isinstance(found, BaseException):
-        raise found
-    return found
-
-
-def _count_in_own_network(settings: TrafficSettings, method: str, result: Connection) -> None:
+def _count_in_own_network(settings: TrafficSettings, method: str) -> dict[str, Any]:
     """Runs in a process of its own: makes the network and the ranks in it, and counts while they work."""
     own = enter_own_network()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -128,24 +106,20 @@ def _count_in_own_network(settings: TrafficSettings, method: str, result: Connec
         counts, purposes = [], []
         for steps in (_REDUCTIONS, settings.inverse_period):
             for each in ranks:
-                _answer(each)  # it is ready, and has nothing under way
+                answer(each)  # it is ready, and has nothing under way
             before = sent_bytes()
             for each in ranks:
                 each.send(steps)
-            purposes = [_answer(each) for each in ranks]
+            purposes = [answer(each) for each in ranks]
             counts.append((sent_bytes() - before) / steps)
         by_purpose = {name: sum(each[name] for each in purposes) / settings.inverse_period for name in PURPOSES}
-        result.send(
-            {
-                "gradient_bytes_a_step": counts[0],
-                "kfdist_bytes_a_step": counts[1],
-                "kfdist_bytes_a_step_by_purpose": by_purpose,
-                "failed_inversions": max(each["failed"] for each in purposes),
-                "counted": "in a network namespace" if own else "on this machine's loopback, whatever else used it",
-            }
-        )
-    except BaseException as error:
-        result.send(error)
+        return {
+            "gradient_bytes_a_step": counts[0],
+            "kfdist_bytes_a_step": counts[1],
+            "kfdist_bytes_a_step_by_purpose": by_purpose,
+            "failed_inversions": max(each["failed"] for each in purposes),
+            "counted": "in a network namespace" if own else "on this machine's loopback, whatever else used it",
+        }
     finally:
         for process in processes:
             process.kill()
@@ -204,7 +178,7 @@ def _model_and_batch(name: str, seed: int) -> tuple[nn.Module, Batch]:
 
 def _backward(model: nn.Module, batch: Batch) -> None:
     model.zero_grad()
-    F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten()).backward()
+    mean_cross_entropy(model(batch[0]), batch[1]).backward()
 
 
 def describe(content: Mapping[str, Any]) -> str:

@@ -1,13 +1,12 @@
-"""`kfdist bench overhead`: what a step costs beside plain SGD's, in one process, by turns (issue: "Fast")."""
+"""`kfdist bench overhead`: what a step costs beside plain SGD's, in one process, by turns."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from matplotlib.ticker import LogLocator
-
 from kfdist import checks
+from kfdist.bench.plots import draw_step_times
 from kfdist.bench.results import conditions, table
 from kfdist.bench.served import served
 from kfdist.bench.timings import Cores, gemm_rate, means, percentiles, running_on, spread
@@ -15,7 +14,7 @@ from kfdist.bench.trainee import KINDS, PARTS, TimedStep, Trainee
 from kfdist.bench.workloads import WORKLOADS
 from kfdist.links.link import AbstractLink
 from kfdist.links.local import LocalLink
-from kfdist.report.drawing import SERIES, drawing, plain_powers
+from kfdist.report.drawing import SERIES, drawing
 from kfdist.runtime.invert.service import Service
 from kfdist.runtime.preconditioner import Preconditioner
 
@@ -263,14 +262,7 @@ def plot(content: Mapping[str, Any]) -> str:
     both = {"SGD": content["sgd"], "kfdist": content["kfdist"]}
     with drawing(4.6, rows=2) as drawn:
         above, below = drawn.axes
-        for number, (name, each) in enumerate(both.items()):
-            above.plot(each["percentiles"], range(101), color=SERIES[number], label=name)
-        above.set_xscale("log")
-        plain_powers(above.xaxis)
-        above.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5), numticks=8))
-        above.set_xlabel("ms that a step takes at most")
-        above.set_ylabel("% of the steps")
-        above.legend(loc="lower right")
+        draw_step_times(above, {name: each["percentiles"] for name, each in both.items()})
         left = [0.0] * len(both)
         for number, part in enumerate(PARTS):
             widths = [each["parts"][part]["mean"] for each in both.values()]

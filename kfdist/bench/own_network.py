@@ -7,7 +7,7 @@ import socket
 import struct
 from pathlib import Path
 
-_NEW_USER_AND_NETWORK = 0x10000000 | 0x40000000  # CLONE_NEWUSER | CLONE_NEWNET
+_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_NEWUSER, CLONE_NEWNET
 _GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 0x1  # SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP
 
 
@@ -18,7 +18,7 @@ def enter_own_network() -> bool:
         Whether the kernel allows it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    flags = _NEW_USER_AND_NETWORK if os.getuid() else 0x40000000
+    flags = _NEW_NETWORK | (_NEW_USER if os.getuid() else 0)
     if libc.unshare(flags) != 0:
         return False
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:

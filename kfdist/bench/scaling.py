@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kfdist import checks
+from kfdist.bench.on_the_wire import PURPOSES
 from kfdist.bench.results import conditions, table
 from kfdist.config import Config, load_config
 from kfdist.errors import ConfigError
@@ -21,9 +22,6 @@ from kfdist.forecast.outline import Given
 from kfdist.policies.adoption import AdoptionLedger, encode_table
 from kfdist.report.drawing import SERIES, drawing, plain_powers
 from kfdist.rpc.beats import BEAT_SECONDS
-
-PURPOSES = ("table", "statistics", "snapshots")
-"""What kfdist sends between ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +155,13 @@ def _of_owners(forecast: Forecast) -> dict[str, Any]:
     }
 
 
-def table_seconds(groups: int, repetitions: int = 200) -> float:
+def table_seconds(groups: int) -> float:
     """Measures what it takes to write the table of the ranks' agreement, which each rank does at each step.
 
     Args:
         groups: Of the run.
-        repetitions: Of which the mean is taken.
     """
+    repetitions = 200
     ledgers = [AdoptionLedger() for _ in range(groups)]
     begun = time.thread_time()
     for _ in range(repetitions):

@@ -13,16 +13,15 @@ from dataclasses import asdict, dataclass
 from multiprocessing.synchronize import Event
 from typing import Any
 
-from matplotlib.ticker import LogLocator
-
 from kfdist import checks
+from kfdist.bench.plots import draw_step_times
 from kfdist.bench.results import conditions, table
 from kfdist.bench.served import served
 from kfdist.bench.timings import Cores, percentiles, running_on, spread
 from kfdist.bench.trainee import Trainee
 from kfdist.bench.training_thread import KINDS, profile_steps
 from kfdist.bench.workloads import WORKLOADS
-from kfdist.report.drawing import SERIES, drawing, plain_powers
+from kfdist.report.drawing import drawing
 from kfdist.runtime.preconditioner import Preconditioner
 from kfdist.system.processes import children_of
 
@@ -210,13 +209,6 @@ def describe(content: Mapping[str, Any]) -> str:
 def plot(content: Mapping[str, Any]) -> str:
     """Draws which share of the steps takes how long, with owners at full speed and slowed."""
     with drawing(2.9) as drawn:
-        (axes,) = drawn.axes
-        for number, (name, each) in enumerate(content["by_speed"].items()):
-            axes.plot(each["percentiles"], range(101), color=SERIES[number], label=f"owner {name}")
-        axes.set_xscale("log")
-        plain_powers(axes.xaxis)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5), numticks=8))
-        axes.set_xlabel("ms that a step takes at most")
-        axes.set_ylabel("% of the steps")
-        axes.legend(loc="lower right")
+        by_speed = content["by_speed"].items()
+        draw_step_times(drawn.axes[0], {f"owner {name}": each["percentiles"] for name, each in by_speed})
     return drawn.svg

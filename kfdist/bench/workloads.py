@@ -37,9 +37,14 @@ class Workload:
     batches: Callable[[torch.Generator], Callable[[], Batch]]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the mean cross entropy, over positions too where there are any."""
+        """Returns the loss of a batch."""
         inputs, targets = batch
-        return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+        return mean_cross_entropy(model(inputs), targets)
+
+
+def mean_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Returns the mean cross entropy of logits [..., classes], over positions too where there are any."""
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
 def smooth_images(shape: Sequence[int], count: int, generator: torch.Generator) -> Batch:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
@@ -13,6 +12,7 @@ from kfdist.cli.block_table import PERIOD, STALENESS, age, block_table, blocks_o
 from kfdist.control.client import OwnerView, RunView
 from kfdist.control.control_records import RunState
 from kfdist.telemetry.metrics import METRICS, Kind
+from kfdist.training.progress import duration
 from kfdist.types import MetricSample
 
 STATE_STYLES = {
@@ -27,8 +27,6 @@ STATE_STYLES = {
 _AGE = "kfdist_staleness_seconds"
 _FEWEST_BLOCKS = 3
 _LISTED_OWNERS = 4
-_LONGEST_SECONDS = 1e9
-"""Thirty years: what is left of a run without an end in sight may be more than a timedelta holds."""
 _FULL_BAR_PERIODS = 3
 """A bar is full where a block's inverse is so many times as old as the steps between two of its inverses."""
 _TROUBLE = (
@@ -219,8 +217,7 @@ def _progress(run: RunView, rate: float | None, width: int) -> Iterator[Renderab
     share = f" {min(1.0, run.step / run.total_steps):4.0%}"
     left = ""
     if rate and run.state is RunState.RUNNING:
-        seconds = min((run.total_steps - run.step) / rate, _LONGEST_SECONDS)
-        left = f"  {timedelta(seconds=round(seconds))} left"
+        left = f"  {duration((run.total_steps - run.step) / rate)} left"
     room = min(60, width - len(share) - len(left))
     if room < 5:
         return

@@ -29,12 +29,10 @@ class ByWidth:
     """Chooses one method for matrices up to a width, another up to a second one; nothing else has a block.
 
     Attributes:
-        dense: The method of the narrower ones, of eigenbases.
-        wide: The method of the wider ones, of few eigenvectors.
-        eigen: The largest dimension of the narrower ones; a factor of 1,024 is decomposed as a whole in less than a
-            second.
-        sketched: The largest dimension that has a dense factor: 128 MiB in float32, where the head of a language model
-            would have one of 10 GB.
+        dense: The method of matrices up to `eigen` wide.
+        wide: The method of wider ones, up to `sketched`.
+        eigen: A factor of 1,024, the default, is decomposed as a whole in less than a second.
+        sketched: A factor of 8,192, the default, has 256 MiB in float32; a language model's head would have 10 GB.
 
     Raises:
         ConfigError: A width is out of range, or the method is one on gradients.

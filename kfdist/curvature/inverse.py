@@ -454,7 +454,7 @@ class KroneckerSpectrum(AbstractPreconditioner):
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Direction:
-        return Direction(*memory.form(self, lambda: self._prepare(damping, memory.steady), damping).solve(gradient))
+        return Direction(*self._form(damping, memory).solve(gradient))
 
     @property
     @override
@@ -465,7 +465,7 @@ class KroneckerSpectrum(AbstractPreconditioner):
     def _solve_apart(
         self, weight: Tensor, bias: Tensor, damping: float, memory: BlockMemory
     ) -> tuple[Direction, Tensor]:
-        inverse = memory.form(self, lambda: self._prepare(damping, memory.steady), damping)
+        inverse = self._form(damping, memory)
         assert isinstance(inverse, FactoredInverse), "which all rules but one make"
         X, last, scale = inverse.solve_apart(weight, bias)
         return Direction(X, scale), last
@@ -475,15 +475,18 @@ class KroneckerSpectrum(AbstractPreconditioner):
         c, p, q = self.shape
         if c > 1 or p * q < _LARGE or self.damping_rule == "common":
             return None
-        inverse = memory.form(self, lambda: self._prepare(damping, memory.steady), damping)
+        inverse = self._form(damping, memory)
         if not isinstance(inverse, FactoredInverse) or not inverse.of_low_rank or inverse.scale is None:
             return None
         return inverse
 
-    def _prepare(self, damping: float, steady: bool) -> JointInverse | FactoredInverse:
-        if self.damping_rule == "common":
-            return JointInverse.of(self.A, self.G, damping)
-        return FactoredInverse.of(self.A, self.G, *self.factor_damping(damping), steady=steady)
+    def _form(self, damping: float, memory: BlockMemory) -> JointInverse | FactoredInverse:
+        def make() -> JointInverse | FactoredInverse:
+            if self.damping_rule == "common":
+                return JointInverse.of(self.A, self.G, damping)
+            return FactoredInverse.of(self.A, self.G, *self.factor_damping(damping), steady=memory.steady)
+
+        return memory.form(self, make, damping)
 
 
 def prepared_numbers(*factors: tuple[int, int], damping_rule: DampingRule) -> int:

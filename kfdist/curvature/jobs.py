@@ -215,12 +215,11 @@ def job_threads(payload: bytes) -> int:
     return _check_threads(payloads.read_head(payloads.links(payload)[0], "job").get("threads"))
 
 
-def job_bytes(needs: Iterable[tuple[BlockShape, Needs]], *, bytes_per_number: int = 4) -> int:
-    """Estimates the size of a job on some blocks, for the balance of the courier ranks.
+def job_bytes(needs: Iterable[tuple[BlockShape, Needs]]) -> int:
+    """Estimates the size of a job on some blocks in float32, for the balance of the courier ranks.
 
     Args:
         needs: Shape and needs of each of the group's blocks.
-        bytes_per_number: 4 for float32.
     """
     total = 0
     for shape, wanted in needs:
@@ -232,7 +231,7 @@ def job_bytes(needs: Iterable[tuple[BlockShape, Needs]], *, bytes_per_number: in
         if wanted.samples is not None:
             columns = (wanted.samples.columns or 1) if shape.convolution else 1
             numbers += wanted.samples.examples * columns * (shape.d_in + shape.d_out)
-        total += shape.groups * numbers * bytes_per_number + 2 * _HEADER_BYTES_PER_TENSOR
+        total += shape.groups * numbers * torch.float32.itemsize + 2 * _HEADER_BYTES_PER_TENSOR
     return total
 
 

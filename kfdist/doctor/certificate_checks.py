@@ -5,7 +5,7 @@ import datetime
 from cryptography import x509
 
 from kfdist.config import Config
-from kfdist.doctor.finding import Finding, failed, ok, warning
+from kfdist.doctor.finding import Finding, divided, failed, ok, warning
 from kfdist.errors import EnvironmentFault
 from kfdist.rpc.certificate_faults import certificate_fault
 from kfdist.system.credentials import Credentials, Role
@@ -39,9 +39,9 @@ def check_certificate(credentials: Credentials) -> Finding:
     check, (own, _) = f"certificate of {credentials.role}", credentials.identity_files
     try:
         if fault := certificate_fault(credentials):  # also that key and certificate are a pair, and can be read
-            return failed(check, *_divided(fault))
+            return failed(check, *divided(fault))
     except EnvironmentFault as fault:
-        seen, mend = _divided(str(fault))
+        seen, mend = divided(fault)
         return failed(check, seen, mend or _COPY)
     certificate = x509.load_pem_x509_certificate(own.read_bytes())
     if not is_private(own):
@@ -60,14 +60,8 @@ def check_token(credentials: Credentials) -> Finding:
     try:
         credentials.token()
     except EnvironmentFault as fault:
-        seen, mend = _divided(str(fault))
+        seen, mend = divided(fault)
         return failed("token", seen, mend or _COPY)
     if not is_private(path):
         return failed("token", f"others may read {path}", f"chmod 600 {path}")
     return ok("token", f"{path} is there, for this user alone")
-
-
-def _divided(fault: str) -> tuple[str, str]:
-    """Divides a sentence into what is wrong and what to do."""
-    seen, _, mend = fault.partition("; ")
-    return seen, mend

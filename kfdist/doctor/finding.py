@@ -53,3 +53,9 @@ def worst(findings: Iterable[Finding]) -> Verdict:
     """Returns the worst verdict; OK without any findings."""
     order = list(Verdict)
     return max((finding.verdict for finding in findings), key=order.index, default=Verdict.OK)
+
+
+def divided(fault: str | Exception) -> tuple[str, str]:
+    """Divides the sentence of a fault into what is wrong and what to do."""
+    seen, _, mend = str(fault).partition("; ")
+    return seen, mend

@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 
 from kfdist.config import Config
 from kfdist.control.client import ControlClient
-from kfdist.doctor.finding import Finding, failed, ok, warning
+from kfdist.doctor.finding import Finding, divided, failed, ok, warning
 from kfdist.errors import EnvironmentFault, KfdistError
 from kfdist.system.addresses import check_bindable, is_loopback, join_address, socket_address, split_address
 from kfdist.system.credentials import Role
@@ -39,7 +39,7 @@ def check_server_port(check: str, address: str, path: str) -> Finding:
     try:
         check_bindable(host, port, path=path)
     except EnvironmentFault as fault:
-        seen, _, mend = str(fault).partition("; ")
+        seen, mend = divided(fault)
         if is_elsewhere(host):
             return ok(check, f"{address} is another machine's")
         return failed(check, seen, mend)
@@ -108,7 +108,7 @@ def check_controller(config: Config) -> Finding:
         with ControlClient(address, credentials, timeout_seconds=SECONDS) as client:
             runs = client.runs()
     except KfdistError as fault:
-        seen, _, mend = str(fault).partition("; ")
+        seen, mend = divided(fault)
         return failed("controller", seen, mend or f"another program may have {address}: choose another control.address")
     return ok("controller", f"answers at {address}, knows {len(runs)} run{'' if len(runs) == 1 else 's'}")
 

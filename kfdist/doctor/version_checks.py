@@ -56,15 +56,12 @@ def check_python(version: str, wanted: str) -> Finding:
     return failed("python", f"{version}; kfdist needs {wanted}", f"make an environment with Python {wanted}")
 
 
-def check_packages(
-    wanted: Iterable[Requirement], there: Mapping[str, str], tested: Mapping[str, str] = TESTED
-) -> list[Finding]:
+def check_packages(wanted: Iterable[Requirement], there: Mapping[str, str]) -> list[Finding]:
     """Checks the packages: all that are missing or of a wrong version, and whether the main ones were tested.
 
     Args:
         wanted: What kfdist asks for.
         there: Versions of what is installed.
-        tested: Versions of what the tests run on.
     """
     findings = []
     for each in wanted:
@@ -75,7 +72,7 @@ def check_packages(
             findings.append(
                 failed(each.name, f"{version}; kfdist needs {each.specifier}", f'pip install "{_bare(each)}"')
             )
-    for name, version in tested.items():
+    for name, version in TESTED.items():
         if name not in there or any(finding.check == name for finding in findings):
             continue
         if Version(there[name]).release[:2] == Version(version).release[:2]:

@@ -15,13 +15,14 @@ from kfdist.forecast.earlier_run import EarlierRun, read_earlier_run
 from kfdist.forecast.inversion_costs import Costs, measure
 from kfdist.forecast.outline import Given, make_outline
 from kfdist.forecast.owner_queue import Ages, deal, play
-from kfdist.forecast.rank_memory import Line, owner_bytes, rank_lines
+from kfdist.forecast.rank_memory import Line, rank_lines
 from kfdist.forecast.rehearsal import rehearse
 from kfdist.forecast.step_time import StepTime, step_times
 from kfdist.forecast.traffic import RINGS, Traffic, TrafficForecast, schedule_of
 from kfdist.forecast.trial_steps import try_steps
 from kfdist.policies.advice import batch_advice, owner_advice, shortest_period
 from kfdist.policies.staleness import FixedLag, usual_delay
+from kfdist.runtime.plan.capacity import largest_inversion
 from kfdist.runtime.plan.coverage import Coverage
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.planner import Plan, needs_costs
@@ -316,7 +317,7 @@ def _owners(
         OwnerForecast(
             groups=len(groups),
             seconds=sum(_seconds_of_period(plan, group, costs) for group in groups),
-            bytes=owner_bytes(groups),
+            bytes=largest_inversion(groups),
         )
         for groups in dealt
     )

@@ -192,11 +192,11 @@ class _Calibration:
         seconds, result = _job(inverter, shape)
         self.measured[repr(inverter), shape] = seconds
         outcome, numbers = decode_result(result).outcomes["block"], max(inverter.estimate(shape).numbers, 1)
-        inverse = 0 if outcome.preconditioner is None else _bytes(tensor_fields(outcome.preconditioner).values())
+        inverse = {} if outcome.preconditioner is None else tensor_fields(outcome.preconditioner)
         self.methods[name] = MethodCost(
             factor=seconds / self._estimated(inverter, shape),
-            inverse=inverse / numbers,
-            state=_bytes(outcome.state.values()) / numbers,
+            inverse=sum(each.nbytes for each in inverse.values()) / numbers,
+            state=sum(each.nbytes for each in outcome.state.values()) / numbers,
             result=len(result) / numbers,
         )
 
@@ -231,10 +231,6 @@ def _job(inverter: AbstractInverter, shape: BlockShape) -> tuple[float, bytes]:
 
 def _asks_for_more(setting: object, most: int) -> bool:
     return setting is None or (is_whole(setting) and setting > most)
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _product_rate() -> Rate:

@@ -126,14 +126,15 @@ def make_outline(config: Config, given: Given) -> Outline:
     except Exception as error:  # of the user's own code, or an operation without a kernel for meta tensors
         model = build()
         remarks.append(
-            f"the model can't be made on the meta device ({_first_line(error)}); its weights were made in memory, and "
+            f"the model can't be made on the meta device ({in_a_line(error)}); its weights were made in memory, and "
             "dropped"
         )
     return Outline(model=model.to(META), example=example, remarks=tuple(remarks))
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:120]}"
+def in_a_line(error: Exception) -> str:
+    """Returns the kind of an error that isn't ours and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:200]}"
 
 
 def _example_of(config: Config, given: Given) -> ExampleOutline:

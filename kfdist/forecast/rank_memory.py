@@ -89,7 +89,8 @@ def optimizer_line(config: Config, plan: Plan, parameters: Sequence[nn.Parameter
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         optimizer.step()
-        found = bytes_of(value for state in optimizer.state.values() for value in state.values() if _is_tensor(value))
+        values = (value for state in optimizer.state.values() for value in state.values())
+        found = bytes_of(value for value in values if isinstance(value, Tensor))
     except (RuntimeError, NotImplementedError) as error:
         return Line("optimizer state", None, note=f"{config.optimizer.name} can't be tried without values ({error})")
     finally:
@@ -141,11 +142,6 @@ def _inversion_lines(config: Config, plan: Plan) -> Iterable[Line]:
         yield Line("an inversion under way", largest_inversion(sent), passing=True, note=note)
 
 
-def owner_bytes(groups: Iterable[BlockGroup]) -> int:
-    """Returns what an owner's process holds at the worst moment of its inversions: one is done at a time."""
-    return largest_inversion(groups)
-
-
 def inverse_bytes(group: BlockGroup, costs: Costs) -> int:
     """Returns what a group's inverses take on a rank, with what their next inversion gets back."""
     method = costs.method(group)
@@ -189,10 +185,6 @@ def scale_bytes(groups: Iterable[BlockGroup]) -> Mapping[GroupName, int]:
     return {name: size for name, size in found.items() if size}
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
-
-
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Returns what tensors take."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

@@ -15,7 +15,7 @@ from typing_extensions import override
 from kfdist.comm.communicator import Communicator
 from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.jobs import encode_job
-from kfdist.forecast.outline import META, Outline
+from kfdist.forecast.outline import META, Outline, in_a_line
 from kfdist.linalg.arithmetic import plain_arithmetic
 from kfdist.runtime.assembly import make_capture
 from kfdist.runtime.invert.departures import job_record
@@ -102,8 +102,7 @@ def rehearse(plan: Plan, outline: Outline, *, examples: int, micro_batches: int)
             activations=activations,
         )
     except Exception as error:  # of the user's code, or an operation that needs values
-        first = (str(error) or "no message").splitlines()[0][:200]
-        return Rehearsal(coverage=plan.coverage, fault=f"{type(error).__name__}: {first}")
+        return Rehearsal(coverage=plan.coverage, fault=in_a_line(error))
 
 
 def _plain_forward(outline: Outline, size: int) -> tuple[float, int]:
@@ -226,7 +225,7 @@ def _own_bytes(
 ) -> int:
     made = invert_own(_reduce(reducer, track, 0, batches), seed=seed)
     inverses = [inverse for each in made.values() for inverse in each.preconditioners.values()]
-    return sum(_bytes(tensor) for inverse in inverses for tensor in tensor_fields(inverse).values())
+    return sum(tensor.nbytes for inverse in inverses for tensor in tensor_fields(inverse).values())
 
 
 def _job_bytes(track: Track, reduction: Reduction) -> int:
@@ -237,7 +236,7 @@ def _job_bytes(track: Track, reduction: Reduction) -> int:
         return 0
     emptied, content = {}, 0
     for name, record in records.items():
-        content += sum(_bytes(value) for value in record["fields"].values() if isinstance(value, Tensor))
+        content += sum(value.nbytes for value in record["fields"].values() if isinstance(value, Tensor))
         emptied[name] = _emptied(record)
     seeds = dict.fromkeys(records, 2**62)
     shell = encode_job(inverter=group.inverter, statistics=emptied, damping=1e-3, seeds=seeds, previous={}, threads=1)
@@ -258,11 +257,7 @@ def _emptied(record: RecordTree) -> RecordTree:
 
 def _batch_bytes(batch: BatchStatistics) -> int:
     rows: Sequence[Tensor] = () if batch.samples is None else (batch.samples.a, batch.samples.g)
-    return sum(_bytes(tensor) for tensor in (*batch.sums.values(), *batch.rows.values(), *rows))
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return sum(tensor.nbytes for tensor in (*batch.sums.values(), *batch.rows.values(), *rows))
 
 
 class _Ranks(Communicator):

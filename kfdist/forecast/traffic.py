@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch.nn.parameter import UninitializedParameter
+
 from kfdist.capture.gradient_norms import few
 from kfdist.comm.background import HEADER_COLUMNS
 from kfdist.config import Config
 from kfdist.forecast.inversion_costs import Costs
-from kfdist.forecast.rank_memory import result_bytes, scale_bytes, state_bytes
+from kfdist.forecast.rank_memory import bytes_of, result_bytes, scale_bytes, state_bytes
 from kfdist.forecast.rehearsal import Rehearsal
 from kfdist.policies.adoption import AdoptionLedger, encode_table
 from kfdist.policies.schedule import Schedule
@@ -60,6 +62,7 @@ class TrafficForecast:
         self._plan = plan
         self._rehearsal = rehearsal
         self._costs = costs
+        self._lazy = any(isinstance(each, UninitializedParameter) for each in plan.model.parameters())
         self._schedule = plan.settings.schedules(len(plan.groups), together=plan.together)[0]
 
     def per_step(self) -> list[Traffic]:
@@ -77,9 +80,9 @@ class TrafficForecast:
         groups = [group for group in self._plan.groups if not group.own]
         results = sum(self._jobs(group, steps) * result_bytes(group, self._costs) for group in groups)
         jobs = self._job_bytes(groups, steps)
-        statistics = self._statistics(steps)
+        gradients, statistics = self._gradients(steps), self._statistics(steps)
         reduced = {
-            "gradients": float(ranks * self._gradients() * steps) if ranks > 1 else 0.0,
+            "gradients": None if gradients is None else ranks * gradients,
             "statistics": None if statistics is None else ranks * statistics,
             "table": float(ranks * self._table(groups, steps)),
         }
@@ -96,13 +99,18 @@ class TrafficForecast:
         order = list(PURPOSES)
         return sorted(found, key=lambda each: order.index(each.purpose))
 
-    def _gradients(self) -> int:
-        return sum(each.numel() * each.element_size() for each in self._plan.model.parameters() if each.requires_grad)
+    def _gradients(self, steps: int) -> float | None:
+        """Returns what one rank contributes; None while lazy parameters have no sizes."""
+        if self._plan.world_size == 1:
+            return 0.0
+        if self._lazy:
+            return None
+        return float(bytes_of(each for each in self._plan.model.parameters() if each.requires_grad) * steps)
 
     def _statistics(self, steps: int) -> float | None:
-        """Returns what one rank contributes."""
+        """Returns what one rank contributes; None while lazy parameters have no sizes, or if no step was rehearsed."""
         sent, rehearsal = 0.0, self._rehearsal
-        if not rehearsal.inverting and self._plan.groups:
+        if self._lazy or not rehearsal.inverting and self._plan.groups:
             return None
         for group in self._plan.groups:
             inversions = self._inversions(group, steps)

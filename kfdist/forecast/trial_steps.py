@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kfdist.config import Config
 from kfdist.forecast.inversion_costs import Costs
-from kfdist.forecast.outline import Outline
+from kfdist.forecast.outline import Outline, in_a_line
+from kfdist.forecast.rank_memory import bytes_of
 from kfdist.models import build_model
 from kfdist.policies.staleness import Asap
 from kfdist.runtime.plan.planner import Plan
@@ -63,7 +64,7 @@ def try_steps(config: Config, outline: Outline, plan: Plan, costs: Costs, flops:
         flops: Operations of a rank's step.
     """
     inversions = sum(costs.seconds(group) for group in plan.groups if not group.own)
-    weights = sum(each.numel() * each.element_size() for each in outline.model.parameters())
+    weights = bytes_of(outline.model.parameters())
     if flops / costs.flops_per_second > _DEAREST_STEP or inversions > _DEAREST_INVERSIONS or weights > _LARGEST:
         return Trial(None, why_not="real steps would take too long here")
     former = torch.get_num_threads()
@@ -72,8 +73,7 @@ def try_steps(config: Config, outline: Outline, plan: Plan, costs: Costs, flops:
         with warnings.catch_warnings(action="ignore"):
             return _Steps(config, outline, plan).run()
     except Exception as error:  # of the user's own code
-        first = (str(error) or "no message").splitlines()[0][:120]
-        return Trial(None, why_not=f"real steps ended with {type(error).__name__}: {first}")
+        return Trial(None, why_not=f"real steps ended with {in_a_line(error)}")
     finally:
         torch.set_num_threads(former)
 

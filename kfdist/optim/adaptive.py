@@ -105,8 +105,10 @@ class AdaptiveStep:
     number of terms that it averages.
 
     Args:
-        preconditioner: Made with kl_clip=None and adoption=FixedLag(0), by methods that are damped at apply, such as
-            `KfacEigen(damping_rule="pi")`, the paper's factored Tikhonov damping. Its `damping` has no effect.
+        preconditioner: Made with kl_clip=None and adoption=FixedLag(k), k = 0 unless others invert. Its
+            `damping` has no effect, and the damping rule "relative" is refused. Where the method damps at the inversion
+            (`kfac`), give `AdaptiveSettings(gamma_search=False)`; `KfacEigen(damping_rule="pi")` has the same factored
+            damping and allows the search.
         loss: "mse", "cross_entropy" or "binary_cross_entropy" (on logits): the distribution that the preconditioner's
             "mc" and "exact" Fisher assume, with mean reduction; None if the closure calls `preconditioner.observe`
             itself (with a target, say). The F of the quadratic model always follows from the closure's loss.

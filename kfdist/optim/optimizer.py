@@ -57,9 +57,9 @@ class Optimizer(torch.optim.Optimizer):
     length of the method whose learning rate and schedule were tuned before. A direction that is zero, not finite or
     uphill (<U, V> <= 0) is replaced by a, or by V; the device decides, nothing waits for it.
 
-    A direction of a normalised method, `ekfac-adam`, has a size and momentum of its own, and nothing replaces it: theta
-    <- (1 - lr weight_decay) theta - lr U, with AdamW's learning rate. `betas` and `eps` are then those of parameters
-    without a block; the method has its own.
+    A direction of `ekfac-adam`, `soap` or `kl-shampoo` has a size and momentum of its own, and nothing replaces it:
+    theta <- (1 - lr weight_decay) theta - lr U, with AdamW's learning rate. `betas` and `eps` are then those of
+    parameters without a block; these methods have their own.
 
     With several ranks all of them must make it, and step equally often, with DDP's or otherwise averaged gradients.
 
@@ -76,11 +76,10 @@ class Optimizer(torch.optim.Optimizer):
         graft: As above.
         **curvature: What `kfdist.Preconditioner` is made with, which documents it. Here `method` is "auto" if not
             given: `ekfac-adam` for matrices up to 8,192 wide, or with another graft `kfac-eigen` up to 1,024 and
-            `rs-kfac` beyond; wider ones, tables, norms and lone vectors have no block. Beside this `ekfac-adam`,
-            `ema_decay` is .8 if not given, and where no period is given either, a basis comes every 20 steps up to
-            1,024 wide, and every `inverse_period` steps beyond. Any of
-            Preconditioner's own methods and tables can be given instead (`kfdist.Auto()` is its "auto", by measured
-            cost).
+            `rs-kfac` beyond; wider ones, tables, norms and lone vectors have no block. With that `ekfac-adam`
+            `ema_decay` is .8 if not given; where no period is given either, layers up to 1,024 wide have a new basis
+            every 20 steps, and wider ones every `inverse_period` steps. Any of Preconditioner's own methods and tables
+            can be given instead (`kfdist.Auto()` is its "auto", by measured cost).
 
     Attributes:
         preconditioner: Measures, inverts and says what it does: `coverage()`, `observe()`, `paused()`.

@@ -92,7 +92,7 @@ def _periods(run: Recorded) -> list[Line]:
 
 
 def _evaluations(run: Recorded) -> list[Line]:
-    return [line for line in run.evaluations if line.get("weights", "trained") == "trained"]
+    return run.evaluated("trained")
 
 
 def _steps(run: Recorded, steps: Sequence[float]) -> list[float]:
@@ -167,8 +167,7 @@ def _outcome(run: Recorded) -> Iterator[tuple[str, str]]:
     for name, value in (summary.get("metrics") or {}).items():
         yield name.replace("_", " "), words.metric(name, value)
     for weights, label in (("trained", "best test accuracy"), ("averaged", "best averaged test accuracy")):
-        evaluated = [line for line in run.evaluations if line.get("weights", "trained") == weights]
-        accuracies = [line["test_accuracy"] for line in evaluated if line.get("test_accuracy") is not None]
+        accuracies = [line["test_accuracy"] for line in run.evaluated(weights) if line.get("test_accuracy") is not None]
         if accuracies:
             yield label, words.share(max(accuracies))
     if (reached := summary.get("time_to_target") or {}).get("seconds") is not None:

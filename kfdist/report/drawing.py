@@ -62,31 +62,31 @@ class Drawing:
         height: Inches.
         rows: How many axes stand above each other.
         columns: How many stand side by side.
+
+    Attributes:
+        figure: The whole figure.
+        axes: Its axes, row by row.
+        svg: As it is drawn; empty until `finish`.
     """
 
     def __init__(self, height: float, rows: int = 1, columns: int = 1) -> None:
         # Finding out how much room many axes need takes longer than drawing them.
         layout = "constrained" if rows * columns == 1 else None
-        self._figure = Figure(figsize=(WIDTH, height), layout=layout)
-        grid = self._figure.subplots(rows, columns, squeeze=False)
+        self.figure = Figure(figsize=(WIDTH, height), layout=layout)
+        grid = self.figure.subplots(rows, columns, squeeze=False)
         self.axes: Sequence[Axes] = [axes for row in grid for axes in row]
         self.svg = ""
-
-    @property
-    def figure(self) -> Figure:
-        """The whole figure."""
-        return self._figure
 
     def legend(self, names: Sequence[str]) -> None:
         """Names what is drawn, below it, in as many columns as the names leave room for."""
         longest = max(map(len, names), default=0)
-        self._figure.legend(loc="outside lower center", ncols=max(1, min(3, _LEGEND_CHARACTERS // (longest + 8))))
+        self.figure.legend(loc="outside lower center", ncols=max(1, min(3, _LEGEND_CHARACTERS // (longest + 8))))
 
     def finish(self) -> None:
         """Turns it into SVG."""
         written = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        self._figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+        self.figure.savefig(written, format="svg", transparent=True, metadata=nothing)
         self.svg = _inline(written.getvalue())
 
 

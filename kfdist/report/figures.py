@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -76,13 +76,17 @@ def lines(
             axes.set_yscale("log")
             plain_powers(axes.yaxis)
         if percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+            axes.yaxis.set_major_formatter(FuncFormatter(_in_percent))
         plain_counts(axes.xaxis)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if len(curves) > 1:
             drawn.legend([curve.name for curve in curves])
     return drawn.svg
+
+
+def _in_percent(value: float, _: object) -> str:
+    return f"{100 * value:g} %"
 
 
 def _thinned(curve: Curve) -> Curve:
@@ -93,14 +97,7 @@ def _thinned(curve: Curve) -> Curve:
     ranges = ((x - x[0]) / max(x[-1] - x[0], 1e-9) * MOST_POINTS).astype(int)
     parts = np.split(np.arange(len(x)), np.flatnonzero(np.diff(ranges)) + 1)
     means = [float(np.nanmean(y[part])) if np.isfinite(y[part]).any() else math.nan for part in parts]
-    return Curve(
-        name=curve.name,
-        x=[float(x[part].mean()) for part in parts],
-        y=means,
-        colour=curve.colour,
-        marked=curve.marked,
-        dashed=curve.dashed,
-    )
+    return replace(curve, x=[float(x[part].mean()) for part in parts], y=means)
 
 
 def areas(x: Sequence[float], parts: Mapping[str, Sequence[float]], *, y: str) -> str:
@@ -144,7 +141,7 @@ def shares(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str) -> st
         axes.set_xscale("log")
         plain_powers(axes.xaxis)
         axes.set_ylim(0, 1.02)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axes.yaxis.set_major_formatter(FuncFormatter(_in_percent))
         axes.set_xlabel(x)
         axes.set_ylabel("share that takes at most so long")
         drawn.legend(list(curves))

@@ -15,6 +15,7 @@ from kfdist.system.files import lock_holder
 MOST_STEP_LINES = 8_000
 """How many of the lines that say how steps went are read; of more, every second, every third, ..."""
 SHOWN_EVENTS = 200
+"""The newest that a page has."""
 
 _STEP_LINE = b'{"event": "step"'
 _PASS_LINE = b'{"event": "epoch"'
@@ -116,6 +117,10 @@ class Recorded:
             last = line["time"]
             found.append((line["step"], trained))
         return found
+
+    def evaluated(self, weights: str) -> list[Line]:
+        """Returns the evaluations of the "trained" weights, or of their average ("averaged")."""
+        return [line for line in self.evaluations if line.get("weights", "trained") == weights]
 
     def by_start(self) -> list[Line]:
         """Returns the last totals of each start that has any; every start counts from 0."""

@@ -7,9 +7,8 @@ from kfdist.policies.advice import batch_advice, shortest_period
 from kfdist.report import figures, words
 from kfdist.report.figures import Curve
 from kfdist.report.parts import Chapter, Plot, Table, curve, flat, inverts, later_starts
-from kfdist.report.recorded import Line, Recorded
+from kfdist.report.recorded import SHOWN_EVENTS, Line, Recorded
 
-_SHOWN_EVENTS = 200
 _FOLDED_FROM = 20
 _NAMED_RESUMES = 6
 
@@ -61,8 +60,8 @@ def metric_curves(run: Recorded, name: str) -> Iterator[Curve]:
     """Yields a metric in training and in validation by step, each that has a value."""
     yield from curve(run.steps, name, Curve(name="training", x=(), y=()))
     for weights, shown, colour in (("trained", "validation", 1), ("averaged", "validation, averaged weights", 2)):
-        evaluated = [line for line in run.evaluations if line.get("weights", "trained") == weights]
-        yield from curve(evaluated, f"test_{name}", Curve(name=shown, x=(), y=(), colour=colour, marked=True))
+        like = Curve(name=shown, x=(), y=(), colour=colour, marked=True)
+        yield from curve(run.evaluated(weights), f"test_{name}", like)
 
 
 def step_lengths(run: Recorded) -> Chapter:
@@ -175,7 +174,7 @@ def events(run: Recorded) -> Chapter:
     rows = [(line["time"], line["event"], _event_text(line)) for line in run.told]
     rows += [(when, f"controller: {kind}", text) for when, kind, text in run.controller_events]
     rows.sort()
-    kept = rows[-_SHOWN_EVENTS:]
+    kept = rows[-SHOWN_EVENTS:]
     if not kept:
         return Chapter(title="Events", sentences=["Nothing was recorded."])
     table = Table(

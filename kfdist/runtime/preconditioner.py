@@ -43,14 +43,14 @@ class Preconditioner(StatedLoss, Inspection):
     backward whose gradients are gone before the next one, by `zero_grad`, counts for nothing; see `discard`.
 
     The loss is taken for a mean over dim 0 of the model's first tensor input (dim 1 where a module with
-    `batch_first=False` is given it so); say so with `batch` where it is not. A second loss that goes through the model
-    without being trained on (a GAN's generator loss through its discriminator, a gradient penalty, an adversarial
-    example) belongs inside `paused`.
+    `batch_first=False` is given it so); where it is another mean, say so with `batch`. A second loss that goes through
+    the model without being trained on (a GAN's generator loss through its discriminator, a gradient penalty, an
+    adversarial example) belongs inside `paused`.
 
-    Make it after the model is on its device and has its dtype: `model.to` is refused afterwards, at the next step. On
-    steps that measure, one in `factor_period`, what torch.compile made runs eagerly; compile the model itself, so that
-    this is known. Clipping gradients changes no statistics; clipping before `step` bounds what is preconditioned,
-    clipping after it what the optimizer sees.
+    Make it after the model is on its device and has its dtype: `model.to` is refused afterwards, at the next step.
+    Compiled code runs eagerly on steps that measure, one in `factor_period`; compile the model itself, so that this is
+    known. Clipping gradients changes no statistics; clipping before `step` bounds what is preconditioned, clipping
+    after it what the optimizer sees.
 
     Args:
         model: The model, also wrapped by DDP or torch.compile.

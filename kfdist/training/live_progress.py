@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -11,13 +10,11 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 from typing_extensions import override
 
-from kfdist.training.progress import Progress, ProgressLine, shown
+from kfdist.training.progress import Progress, ProgressLine, duration, shown
 
 _SHORTEST_BAR = 7
 _LONGEST_BAR = 40
 _GAP = 2
-_LONGEST_SECONDS = 1e9
-"""Thirty years: what is left of a run without an end in sight may be more than a timedelta holds."""
 
 
 class LiveProgress(Progress):
@@ -81,7 +78,7 @@ class _Line:
         loss, left, elapsed = (
             f"loss {line.loss:6.4f}",
             f"{self._left(line)} left",
-            f"{_duration(self._elapsed())} so far",
+            f"{duration(self._elapsed())} so far",
         )
         width = len(str(line.total_steps))
         shown_parts = [f"step {line.step:{width}d}/{line.total_steps}", loss, *metrics, *stale, rate, elapsed, left]
@@ -105,11 +102,7 @@ class _Line:
     def _left(self, line: ProgressLine) -> str:
         done, remaining = line.step - self.first, line.total_steps - line.step
         if remaining <= 0:
-            return _duration(0.0)
+            return duration(0.0)
         if done > 0:
-            return _duration(max(0.0, (self.heard - self.began) * remaining / done - (time.monotonic() - self.heard)))
-        return _duration(remaining / line.steps_per_second) if line.steps_per_second > 0 else "?"
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(min(seconds, _LONGEST_SECONDS))))
+            return duration(max(0.0, (self.heard - self.began) * remaining / done - (time.monotonic() - self.heard)))
+        return duration(remaining / line.steps_per_second) if line.steps_per_second > 0 else "?"

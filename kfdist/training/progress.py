@@ -2,9 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TextIO
 
 from typing_extensions import override
+
+_LONGEST_SECONDS = 1e9
+"""Thirty years: what is left of a run without an end in sight may be more than a timedelta holds."""
+
+
+def duration(seconds: float) -> str:
+    """Says a duration for people, as in "0:05:14"."""
+    return str(timedelta(seconds=round(min(seconds, _LONGEST_SECONDS))))
 
 
 def shown(metric: str, value: float, *, width: int = 0) -> str:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from kfdist.bench.memory_use import MemorySettings, in_own_process, train_long
+from kfdist.bench.memory_use import MemorySettings, train_long
+from kfdist.bench.own_process import in_own_process
 from kfdist.bench.served import served
 
 

@@ -100,3 +100,9 @@ def frozen_in_part(*, example_shape: Sequence[int], classes: int) -> nn.Module:
     """A layer that is trained behind one that isn't."""
     width = int(torch.tensor(tuple(example_shape), device="cpu").prod())
     return nn.Sequential(nn.Flatten(), nn.Linear(width, 32).requires_grad_(False), nn.Tanh(), nn.Linear(32, classes))
+
+
+def lazy(*, example_shape: Sequence[int], classes: int) -> nn.Module:
+    """A layer of which nobody knows how wide it is before the first forward."""
+    del example_shape
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(32), nn.Tanh(), nn.Linear(32, classes))

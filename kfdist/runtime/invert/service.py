@@ -64,18 +64,18 @@ def connect(
     Args:
         address: The controller's address, "host:port".
         run: Name of the run at the controller.
-        epoch: Start of the run; a later start must have a larger one, since older messages are refused. One of the same
-            number is taken for another run of this name, and stops, while the earlier one's ranks are within their
-            leases, some ten seconds after their last message. None draws one from rank 0's clock.
+        epoch: Number of this start of the run; a later start must have a larger one, since older messages are refused.
+            With the number of an earlier start that was heard of within the last ten seconds or so (its ranks' leases),
+            it is taken for another run of this name and stopped. None draws one from rank 0's clock.
         assignment: How groups are dealt to owners: "round_robin" (over cost-sorted groups), "model_order" or "lpt".
         deadline_seconds: How long one inversion may run before its process is killed and the job sent again; a day at
             most.
         certificates: Directory that `kfdist certs init` made, for a controller that demands TLS and a token.
         token_file: The file with the token; `token` in that directory if None.
-        device: Where the owners invert, "cpu" or "cuda". Only `FixedLag` looks at it: there an owner must compute what
-            this rank would on such a device, bit for bit, so that it matters not who inverts.
-        first_step: The step at which this start begins, where a state is loaded: until the rank has said more, it is
-            what the controller knows of it.
+        device: Where the owners invert, "cpu" or "cuda". Only `FixedLag` looks at it: an owner must then compute what
+            this rank would on such a device, bit for bit, so that it doesn't matter who inverts.
+        first_step: The step at which this start begins, if it loads a state; the controller shows it until the rank
+            tells another.
 
     Raises:
         ConfigError: A value is out of range.

@@ -1,14 +1,14 @@
 """`kfdist bench scale`: the model's arithmetic, and that assumptions are told with it."""
 
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from kfdist.bench import scaling
 from kfdist.bench.measuring import measured
 from kfdist.bench.scaling import ScaleSettings, checked_numbers, describe, measure_scale, network_seconds, plot
 from kfdist.errors import ConfigError
+from kfdist.forecast import forecast, inversion_costs
+from kfdist.policies.staleness import oldest, usual_delay
 
 FAST = ScaleSettings(gigabytes_a_second=2.0, hop_microseconds=10.0)
 
@@ -23,39 +23,50 @@ def test_bytes_take_their_time_and_each_collective_its_hops(
     assert network_seconds(FAST, size, collectives, ranks) == pytest.approx(seconds)
 
 
-COSTS = object()
+RUN = """
+[run]
+steps = 1000
+
+[model]
+name = "mlp"
+settings = { hidden = [64] }
+
+[data]
+name = "synthetic"
+
+[preconditioner]
+method = "rs-kfac"
+factor_period = 10
+inverse_period = 100
+"""
+
+GRADIENT_BYTES = 4 * (64 * 64 + 64 + 64 * 10 + 10)
+BLOCKS = 2
 
 
-def forecast(settings: ScaleSettings, ranks: int, owners: int, costs: Any) -> Any:
-    """Stands for plan's forecast, which has tests of its own and takes seconds; what was measured is used again."""
-    assert costs is (None if (ranks, owners) == (2, 4) else COSTS)
-    part = 2 * (ranks - 1) / ranks
-    wire = {"gradients": 100e6 * part, "statistics": 3e6 * part, "snapshots": 1e6, "table": 200.0, "jobs": None}
-    ages = SimpleNamespace(busy=(1 / owners,), steps=100, mean_steps=50.0, replaced=0.0, first_seconds=20 / owners)
-    return SimpleNamespace(
-        title="a run",
-        remarks=("a remark",),
-        blocks=[SimpleNamespace(owner=number % owners) for number in range(50)],
-        traffic=[SimpleNamespace(purpose=purpose, wire=size) for purpose, size in wire.items()],
-        ages=[SimpleNamespace(ages=ages)],
-        owners=[SimpleNamespace(bytes=1000)],
-        by_method={"rs-kfac": 20.0},
-        threads=4,
-        costs=COSTS,
+def test_a_run_is_calculated_and_shown_with_its_assumptions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "run.toml").write_text(RUN)
+    measurements: list[object] = []
+    measure = inversion_costs.measure
+    monkeypatch.setattr(inversion_costs, "_BUDGET", 0.0)
+    monkeypatch.setattr(
+        forecast, "measure", lambda *given, **named: measurements.append(measure(*given, **named)) or measurements[-1]
     )
-
-
-def test_a_run_is_calculated_and_shown_with_its_assumptions(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(scaling, "_forecast", forecast)
-    settings = ScaleSettings(ranks=(2, 1024), owners=(1, 4))
+    settings = ScaleSettings(config=str(tmp_path / "run.toml"), ranks=(2, 1024), owners=(1, 4), step_seconds=1e-3)
     found = measured(lambda: measure_scale(settings))
-    few, many = found["by_ranks"]
-    assert few["share_of_gradient"] == 0.04
-    assert many["share_of_gradient"] == pytest.approx(0.035, rel=0.01)
-    assert few["seconds_a_step"] == pytest.approx(4.0002e6 / 25e9 + 2 * 2 * 5e-6)  # 1 + 2 x 50/100 collectives
-    assert [each["first_step_seconds"] for each in found["by_owners"]] == [20.0, 5.0]
+    assert len(measurements) == 1, "what inversions take here is measured once"
+    for each in found["by_ranks"]:
+        ranks, sent = each["ranks"], sum(each["kfdist_bytes_of_a_rank"].values())
+        assert each["gradient_bytes_of_a_rank"] == pytest.approx(GRADIENT_BYTES * 2 * (ranks - 1) / ranks)
+        assert 0 < each["share_of_gradient"] == pytest.approx(sent / each["gradient_bytes_of_a_rank"], abs=1e-5)
+        # At each step the table, once in a period the statistics and the snapshot of each block.
+        assert each["seconds_a_step"] == pytest.approx(network_seconds(settings, sent, 1 + 2 * BLOCKS / 100, ranks))
+    alone, four = found["by_owners"]
+    assert alone["busy"] > four["busy"] > 0
+    least = oldest(100, usual_delay(ranks=1024, gpu=False))
+    assert least <= four["largest_staleness"] <= alone["largest_staleness"] < least + 20
     shown = describe(found)
-    assert all(sentence in shown for sentence in (*settings.assumptions(), "a remark"))
+    assert all(sentence in shown for sentence in settings.assumptions())
     assert "owners" in plot(found)
 
 

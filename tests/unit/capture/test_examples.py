@@ -158,7 +158,11 @@ def test_a_layer_called_by_itself_after_a_failed_forward_counts_its_own_input():
 
 @pytest.mark.parametrize("good", [1, 12, np.int64(3), torch.tensor(4)])
 def test_whole_numbers_are_taken(good: Any):
-    armed_capture(TokenModel()).state_examples(good)
+    model, (x, target) = TokenModel(), tokens_and_target()
+    capture = armed_capture(model)
+    capture.state_examples(good)
+    squared(model(x), target).mean().backward()
+    assert capture.drain()["layer"].examples == int(good)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.0, "3", None, True, torch.tensor(2.5)])

@@ -62,6 +62,13 @@ def test_frozen_parameters_have_no_gradients_no_moments_and_are_counted_apart(op
     assert f"100.00% of {trained} trained parameters are preconditioned; {frozen:,} more are frozen" in said
 
 
+@pytest.mark.parametrize("method", ["kfac", "none"])
+def test_what_ranks_reduce_of_lazy_parameters_is_not_known(method: str) -> None:
+    told = _told("--world", "2", "--set", f'model.name="{MODELS}:lazy"', "--set", f'preconditioner.method="{method}"')
+    sent = {each["purpose"]: each["total"] for each in told["bytes_per_step"]}
+    assert sent["gradients"] is None and sent["statistics"] is None
+
+
 def test_gpus_have_figures_or_are_refused() -> None:
     told = _told("--gpu", "h200", "--gpu", "A100")
     by_name = {each["source"].split(":")[0]: each for each in told["staleness"]}

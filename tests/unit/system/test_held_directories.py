@@ -49,4 +49,5 @@ def test_a_new_one_is_held_although_somebody_is_just_looking_at_it(tmp_path: Pat
     with (tmp_path / "lock").open("wb") as looked_at:
         fcntl.flock(looked_at, fcntl.LOCK_EX)
         threading.Timer(0.1, fcntl.flock, (looked_at.fileno(), fcntl.LOCK_UN)).start()
-        hold(tmp_path).close()
+        with hold(tmp_path), pytest.raises(BlockingIOError):
+            fcntl.flock(looked_at, fcntl.LOCK_EX | fcntl.LOCK_NB)
