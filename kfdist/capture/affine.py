@@ -68,6 +68,7 @@ class Columns:
         layout: Of the units.
         normalised: As in `Affine`.
         piece: As in `Affine`.
+        alone: Whether the output is made of parameters alone, and is the same for all examples.
     """
 
     block: str
@@ -75,6 +76,7 @@ class Columns:
     layout: Layout
     normalised: Normalised | None
     piece: tuple[int, int, int] | None
+    alone: bool = False
 
     @property
     def needs_operand(self) -> bool:

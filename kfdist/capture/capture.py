@@ -84,6 +84,7 @@ class Capture:
         biases: Those that blocks were planned with; whoever asks all ranks settles which of them stay.
         norms: Those of the micro-batches' gradients, until the next drain.
         masked: What masks left out before the last drain.
+        multiplied: The parameters, by id, that were seen to go into a product with an input, with a block or without.
         doubts: Why the examples of forwards before it, where none were stated, may be other ones than were counted.
         zero_rows: By block without a mask, with positions or no stated number of examples: how many output gradients
             before it are zero, of all.
@@ -122,6 +123,7 @@ class Capture:
         self.doubts: Sequence[str] = ()
         self.zero_rows: Mapping[str, tuple[Tensor, int]] = {}
         self._watch = Watch(model, self._blocks.values(), self)
+        self.multiplied = self._watch.uses.multiplied
         self.masked = MaskedRows()
         self._rests = False
         self.biases = Biases(self._blocks.values(), self._watch.uses)

@@ -43,6 +43,8 @@ _ROWS_SEEDS = {"A": 0x3C6EF372FE94F82B, "G": 0x1F83D9ABFB41BD6B}
 
 _RESERVOIR_SEED = 0x14057B7EF767814F
 
+_MADE_FOR_ALL = "an operation on parameters alone (B @ A, for W + B @ A), with one gradient for all examples"
+
 _LOOKED_UP_FOR_ALL = (
     "a lookup whose dim 0 isn't the examples (batch(examples=...) states their number where dim 0 of the model's first "
     "input isn't it)"
@@ -129,6 +131,9 @@ class Collector:
         """
         block, request = self._blocks[visit.name], self._requests[visit.name]
         self.masked.note(visit.stated)
+        if visit.for_all:
+            self.indivisible[block.name] = _MADE_FOR_ALL
+            return
         if isinstance(block, UnitBlock):
             self._add_units(block, visit, output_gradient, scaling)
             return

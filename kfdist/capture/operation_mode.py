@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from kfdist.capture.einsum import as_product
 from kfdist.capture.lookups import LookupLog
+from kfdist.capture.made_of_parameters import MadeOfParameters
 from kfdist.capture.operations import PRODUCTS, is_composite
 from kfdist.capture.passes import tensors_in
 from kfdist.capture.recurrent import written_out
@@ -36,6 +37,11 @@ class SeesOperations(Protocol):
     @property
     def saved(self) -> SaveLog:
         """What the last operation has saved."""
+        ...
+
+    @property
+    def made(self) -> MadeOfParameters:
+        """What was made of parameters alone."""
         ...
 
     def saw(
@@ -76,6 +82,7 @@ class OperationMode(TorchFunctionMode):
         if not any(map(registry.knows, given)):
             rows = any(watch.lookups.of(each) is not None for each in given)
             output = func(*args, **kwargs)
+            watch.made.note(func, given, output)
             for each in tensors_in((output,)) if rows else ():
                 if each.requires_grad and watch.lookups.of(each) is None:
                     watch.saw_rows(func, args, kwargs, each)
@@ -94,6 +101,7 @@ class OperationMode(TorchFunctionMode):
         else:
             watch.saved.forget()
             output = func(*args, **kwargs)
+        watch.made.note(func, given, output)
         # `x[mask] = parameter` returns nothing and changes x.
         for each in tensors_in((args[:1] if func is Tensor.__setitem__ else output,)):
             odd = oddity(each)

@@ -26,6 +26,7 @@ class Part:
         biased: Whether the block's bias was added, by the product itself or afterwards.
         reach: Which row met which expert; None for a block that isn't one of experts.
         elsewhere: Whether its output is measured where it is added to the examples, and not where it was looked up.
+        alone: Whether its output is made of parameters alone, and is the same for all examples.
     """
 
     block: str
@@ -33,6 +34,7 @@ class Part:
     biased: bool
     reach: Reach | None = None
     elsewhere: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from kfdist.capture.affine import MOVES, REFLECTIONS, Affine, Columns, affine_uses
 from kfdist.capture.lookups import Lookup, LookupLog, is_shared
+from kfdist.capture.made_of_parameters import MadeOfParameters, Origins, origins_in
 from kfdist.capture.operations import (
     COPIES,
     LOOKUPS,
@@ -76,17 +77,24 @@ class _Waiting:
 
 
 class WatchedForward(threading.local):
-    """What a thread's forward has made, and may yet meet something."""
+    """What a thread's forward has made, and may yet meet something.
 
-    def __init__(self) -> None:
+    Args:
+        given: As `MadeOfParameters` takes it. It must not hold the model, which may hold whoever watches it.
+        multiplied: As `SeenUses` has it, of all threads.
+    """
+
+    def __init__(self, given: Origins, multiplied: set[int]) -> None:
         self.waiting: dict[int, _Waiting] = {}
         self.lookups = LookupLog()
         self.saved = SaveLog()
+        self.made = MadeOfParameters(given, multiplied)
 
     def forget(self) -> None:
         """Starts afresh."""
         self.waiting, self.lookups = {}, LookupLog()
         self.saved.forget()
+        self.made.forget()
 
 
 class SeenUses:
@@ -95,23 +103,27 @@ class SeenUses:
     Args:
         blocks: What is looked for.
         observed: Is told of them.
+        model: The model.
 
     Attributes:
         registry: The blocks' parameters.
         unhandled: Functions that used a block's weight (or its bias, where the second is true) and can't be measured.
         biased: Whether the bias is added, of each block with one whose weight was used.
+        multiplied: The parameters, by id, that went into a product with an input, by themselves or by what was made of
+            them.
         places: The modules, by id, in whose own forward each block was used.
         forward: This thread's.
     """
 
-    def __init__(self, blocks: Collection[Block], observed: Observed) -> None:
+    def __init__(self, blocks: Collection[Block], observed: Observed, model: nn.Module) -> None:
         self._observed = observed
         self._with_bias = {block.name for block in blocks if block.has_bias and isinstance(block, LayerBlock)}
         self.registry = Registry(blocks)
         self.unhandled: dict[tuple[str, bool], set[str]] = defaultdict(set)
         self.biased: dict[str, bool] = {}
         self.places: dict[str, set[int]] = {}
-        self.forward = WatchedForward()
+        self.multiplied: set[int] = set()
+        self.forward = WatchedForward(origins_in(model), self.multiplied)
 
     def forget(self) -> None:
         """Forgets what this thread's forward has made, and copies of parameters."""
@@ -151,6 +163,9 @@ class SeenUses:
             numbers = picked_rows(function, args, kwargs)
             product = None if numbers is None else looked_up(used[0], numbers.detach() % len(used[0]))
         parts = [] if product is None else self.registry.parts(product)
+        alone = self.forward.made.holds(output)
+        for part in parts:
+            part.alone = alone
         handled: list[Tensor] = []
         if product is not None and parts:
             handled = self._use(module, parts, product, output)
@@ -165,7 +180,7 @@ class SeenUses:
             )
         of_units: set[tuple[int, str]] = set()
         for use in () if odd else affine_uses(function, args, kwargs, output, product):
-            of_units |= self._scale_or_shift(module, use, output)
+            of_units |= self._scale_or_shift(module, use, output, alone=alone)
         for each in used:
             done = any(each is other for other in handled)
             for name, as_bias in self.registry.users(each):
@@ -174,9 +189,9 @@ class SeenUses:
                 if (id(each), name) not in of_units and not (done and not self.registry.is_of_units(name)):
                     self.unhandled[name, as_bias].add(f"{_named(function, args, kwargs)} {odd}".strip())
 
-    def _scale_or_shift(self, module: nn.Module, use: Affine, output: Tensor) -> set[tuple[int, str]]:
+    def _scale_or_shift(self, module: nn.Module, use: Affine, output: Tensor, *, alone: bool) -> set[tuple[int, str]]:
         """Units were scaled or shifted; returns the tensors, by id, whose use is measured, and of which block."""
-        columns = self.registry.scaled_or_shifted(use, output)
+        columns = [replace(each, alone=alone) for each in self.registry.scaled_or_shifted(use, output)]
         if columns:
             self._observed.affine(columns, use, output, training=module.training)
         for each in columns:

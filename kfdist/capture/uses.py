@@ -97,7 +97,7 @@ class Use:
     def visit(self, batch: MicroBatch, stated: Stated) -> Visit:
         """Returns what is measured of it in a micro-batch."""
         part, unit = self.part, Unit(batch, self.forward)
-        visit = Visit(self.name, self.given, unit, stated, biased=part.biased, reach=part.reach)
+        visit = Visit(self.name, self.given, unit, stated, biased=part.biased, reach=part.reach, alone=part.alone)
         if self.columns is not None:
             visit.of_units = partial(self.columns.gradients, operand=self.given, turned=self._turned)
         return visit
@@ -173,7 +173,7 @@ def uses_of_affine(
         operand = affine.operand if affine.operand is not None and each.needs_operand else output.new_empty(0)
         uses.append(
             Use(
-                Part(each.block, slice(0), biased=True),
+                Part(each.block, slice(0), biased=True, alone=each.alone),
                 operand.detach(),
                 changes_in_place(operand),
                 tuple(output.shape),

@@ -46,6 +46,7 @@ class Visit:
         stated: What the user says of its micro-batch.
         biased: Whether the block's bias was added.
         reach: Which row met which expert, of a block of experts.
+        alone: Whether its output is made of parameters alone, and is the same for all examples.
         number: Which call of the block it is in this step; negative until it is first measured.
         kept: The rows of its input that are measured already, `[N, T]`; None without a mask of them.
         of_units: Of a block of units, makes the gradients `[n, c, k]` of all entries of an output's gradient, or of
@@ -58,9 +59,19 @@ class Visit:
     stated: Stated
     biased: bool = True
     reach: Reach | None = None
+    alone: bool = False
     number: int = -1
     kept: Tensor | None = None
     of_units: Callable[..., Tensor] | None = None
+
+    @property
+    def for_all(self) -> bool:
+        """Whether its gradient is a sum over several examples, as far as it is known.
+
+        Not where the model was given none, nor where it has as many rows as terms are stated that the loss averages.
+        """
+        rows = len(self.activation) if self.activation.dim() else 1
+        return self.alone and (self.unit.forward.examples or 1) > 1 and self.stated.examples != rows
 
     @property
     def counted(self) -> MicroBatch:

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from kfdist.capture.lookups import LookupLog
+from kfdist.capture.made_of_parameters import MadeOfParameters
 from kfdist.capture.operation_mode import OperationMode, SeesOperations
 from kfdist.capture.registry import Registry
 from kfdist.capture.saved_inputs import SaveLog
@@ -60,7 +61,7 @@ class Watch(SeesOperations):
         self._model = model
         self._ids = {id(module) for module in model.modules()}
         self._observed: Observed = weakref.proxy(observed)
-        self.uses = SeenUses(blocks, self._observed)
+        self.uses = SeenUses(blocks, self._observed, model)
         self._entries: Set[int] = frozenset()
         self._thread = _Thread()
         self._start = 0
@@ -97,7 +98,7 @@ class Watch(SeesOperations):
         self._thread.forget()
         self.uses.forget()
 
-    def _enter(self, module: nn.Module, _args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any) -> None:
         if id(module) not in self._ids or torch.compiler.is_compiling():
             return
         thread = self._thread
@@ -108,6 +109,7 @@ class Watch(SeesOperations):
         outermost = not thread.modules
         if outermost:
             self._observed.begin_calls()
+            self.made.begin(args)
         pauses = self._observed.pauses
         if pauses and thread.mode is None and module is not self._model:
             return
@@ -146,6 +148,11 @@ class Watch(SeesOperations):
     def saved(self) -> SaveLog:
         """What the last operation of this thread has saved."""
         return self.uses.forward.saved
+
+    @property
+    def made(self) -> MadeOfParameters:
+        """What this thread's forward has made of parameters alone."""
+        return self.uses.forward.made
 
     @override
     def saw(

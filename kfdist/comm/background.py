@@ -87,6 +87,7 @@ class TableExchange:
 
 
 _DIGEST_WORDS = 8
+_NO_DIGEST = 8 * _DIGEST_WORDS * "0"
 HEADER_COLUMNS = 2 + _DIGEST_WORDS
 """How many int64 columns a header has."""
 
@@ -103,9 +104,9 @@ class Header:
     digest: str
 
     @classmethod
-    def of(cls, result: JobResult) -> Self:
-        """Describes a frozen result."""
-        return cls(result.version, len(result.payload), result.digest)
+    def of(cls, result: JobResult, *, alone: bool = False) -> Self:
+        """Describes a frozen result; for a rank that is `alone` without a SHA-256: nobody else gets it."""
+        return cls(result.version, len(result.payload), _NO_DIGEST if alone else result.digest)
 
     def columns(self) -> list[int]:
         """Lays it out as non-negative int64 columns, so that a maximum with -1 leaves it alone."""
@@ -138,7 +139,9 @@ class PayloadBroadcast:
         self.header = header
         self.payload: bytes | None = None
         self._sent = payload
-        if payload is not None:
+        if payload is not None and communicator.process_group is None:
+            buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
+        elif payload is not None:
             buffer = sent(torch.frombuffer(bytearray(payload), dtype=torch.uint8), communicator.device)
         else:
             buffer = torch.empty(header.size, dtype=torch.uint8, device=communicator.device)

@@ -23,6 +23,8 @@ FIRST_ORDER = "left to a first-order method: a table, a norm, a lone vector, or 
 
 UNMULTIPLIED = "left to a first-order method: no product with it is found in its module's code"
 
+BARE = "left to a first-order method: a bare parameter of rows and columns, as positions and scales are"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ByWidth:
@@ -80,6 +82,8 @@ class ByWidth:
         """Returns the method and why, or why there is none; of the block alone."""
         if isinstance(block, UnitBlock) and block.named_weight:
             return UNMULTIPLIED
+        if isinstance(block, UnitBlock) and block.bare_matrix:
+            return BARE
         width = max(block.shape.d_in - block.homogeneous, block.shape.d_out)  # without the bias's coordinate
         if isinstance(block, UnitBlock | EmbeddingBlock) or width > self.sketched:
             return FIRST_ORDER

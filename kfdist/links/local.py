@@ -35,6 +35,7 @@ class _Work:
         self.closing = threading.Event()
         self.threads: list[threading.Thread] = []
         self.largest = 0
+        self.alone = False
 
     def fitting(self) -> int:
         """Returns how many of the largest inversions the free memory is enough for.
@@ -79,7 +80,10 @@ class _Work:
             if job is None or self.closing.is_set():
                 return
             try:
-                self.done.put(_invert(job, device))
+                result = _invert(job, device)
+                if not self.alone:
+                    _ = result.digest  # computed here, so that the thread that trains finds it ready
+                self.done.put(result)
             except Exception as error:  # surfaces in the rank's main thread, at poll
                 self.done.put(error)
             del job  # with its matrices, which would stay until there is another
@@ -123,6 +127,7 @@ class LocalLink(AbstractLink):
     def start(self, context: LinkContext) -> None:
         self._device = _of_this_thread(self._device)
         self._work.largest = context.inversion_bytes
+        self._work.alone = context.world_size == 1
         weakref.finalize(self, self._work.end)
         self._work.start(self._device, stays=True)
 
@@ -238,6 +243,4 @@ def _invert(job: Job, device: str) -> JobResult:
     begun = time.perf_counter()
     payload = run_job(job.payload, device=device)
     seconds = time.perf_counter() - begun
-    result = JobResult(group=job.group, version=job.version, payload=payload, seconds=seconds, owner="local")
-    _ = result.digest  # computed here, so that the thread that trains finds it ready
-    return result
+    return JobResult(group=job.group, version=job.version, payload=payload, seconds=seconds, owner="local")

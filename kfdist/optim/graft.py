@@ -7,6 +7,7 @@ parameters' device, and nothing waits for it; a step's number is on the CPU, as 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,6 +33,10 @@ Graft = Literal["adamw", "sgd"]
 
 State = dict[str, Any]
 """What an optimizer keeps of one parameter, by name."""
+
+_SMALL = 1e-12
+"""Norms in float32 between this and its inverse can be trusted: entries whose squares are lost are ten million times
+smaller."""
 
 
 class Kept(NamedTuple):
@@ -109,13 +114,18 @@ def step_by_adamw(members: Members) -> None:
     """Makes AdamW's step, by torch's own function (Loshchilov and Hutter, arXiv 1711.05101)."""
     group = members.group
     beta1, beta2 = group["betas"]
+    new = ["exp_avg" not in state and "step" in state for state in members.states]
+    first, counts = members.kept("exp_avg"), members.counts()
+    for place in (place for place, is_new in enumerate(new) if is_new):
+        # A parameter that had a block before: as if it had always had this gradient.
+        first[place].add_(members.gradients[place], alpha=1 - beta1 ** float(counts[place]))
     adamw(
         members.parameters,
         members.gradients,
-        members.kept("exp_avg"),
+        first,
         members.kept("exp_avg_sq"),
         [],
-        members.counts(),
+        counts,
         has_complex=any(map(torch.is_complex, members.parameters)),
         amsgrad=False,
         beta1=beta1,
@@ -152,14 +162,31 @@ def grafted(
     Returns:
         |update| U / |U|, or the update; and the lengths, on the device.
     """
-    lengths = torch.stack(foreach_norm(directions))
-    wanted = torch.stack(foreach_norm(updates))
-    slopes = torch.stack([torch.sum(U * V) for U, V in zip(directions, gradients, strict=True)])
-    usable = (slopes > 0) & (lengths > 0) & lengths.isfinite()
-    scales = torch.where(usable, wanted / lengths, 1.0)
-    together = zip(directions, updates, usable.unbind(), scales.unbind(), strict=True)
-    steps = [torch.where(kept, scale * U, update).to(update.dtype) for U, update, kept, scale in together]
+    lengths, wanted = norms_of(directions), norms_of(updates)
+    scales = (wanted / lengths).unbind()
+    steps = [scale * U for scale, U in zip(scales, directions, strict=True)]
+    # Of the scaled direction, which has an update's size: products of V and a far larger or smaller U leave the range.
+    slopes = torch.stack([torch.sum(S * V) for S, V in zip(steps, gradients, strict=True)])
+    usable = (slopes > 0) & slopes.isfinite()
+    for place, (update, kept) in enumerate(zip(updates, usable.unbind(), strict=True)):  # one by one: each takes memory
+        steps[place] = torch.where(kept, steps[place], update).to(update.dtype)
     return steps, GraftLengths(wanted, lengths, usable)
+
+
+def norms_of(tensors: list[Tensor]) -> Tensor:
+    """Returns the norms of real tensors, `[n]`, also where the squares of their entries leave their dtype's range.
+
+    They are summed in float32 at least; on a GPU in float64, which takes no launch more and no time beside the reading.
+    A CPU makes a copy for that, and does so for those alone whose norm in float32 can't be trusted.
+    """
+    kind = tensors[0].device.type
+    dtype = reduce(torch.promote_types, (each.dtype for each in tensors), torch.float32)
+    norms = list(foreach_norm(tensors, dtype=torch.float64 if kind == "cuda" else dtype))
+    if kind == "cpu" and dtype == torch.float32:
+        for place, norm in enumerate(torch.stack(norms).tolist()):
+            if not _SMALL < norm < 1 / _SMALL:
+                norms[place] = torch.linalg.vector_norm(tensors[place], dtype=torch.float64).to(dtype)
+    return torch.stack(norms)
 
 
 def move_by_average(members: Members, steps: list[Tensor]) -> None:

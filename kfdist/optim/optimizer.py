@@ -1,6 +1,7 @@
 """`kfdist.Optimizer`: second-order training in one line."""
 
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self, Unpack
@@ -13,7 +14,7 @@ from kfdist.curvature.auto import AUTO
 from kfdist.curvature.blocks.base import ParameterPart
 from kfdist.curvature.by_width import ByWidth
 from kfdist.curvature.inverters.ekfac_adam import EkfacAdam
-from kfdist.errors import CheckpointError, ConfigError, KfdistError
+from kfdist.errors import CheckpointError, ConfigError, KfdistError, KfdistWarning
 from kfdist.optim.curvature_options import Curvature
 from kfdist.optim.graft import (
     Graft,
@@ -120,10 +121,10 @@ class Optimizer(torch.optim.Optimizer):
         self._parts: list[tuple[ParameterPart, ...]] | None = None
         self._blocked: set[nn.Parameter] = set()
         self._normalised: set[nn.Parameter] = set()
-        self._mixed = _mixed(self.preconditioner.groups)
         self._finished: set[nn.Parameter] = set()
         self._replaced: Tensor | int = 0
         self._solved = False
+        _warn_of_mixed(self.preconditioner.groups, type(self).__name__)
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ class Optimizer(torch.optim.Optimizer):
         if parts == self._parts:
             return
         self._parts = parts
-        self._blocked = _parameters_of(groups) - self._mixed
+        self._blocked = _parameters_of(groups) - _mixed(groups)
         self._normalised = self._blocked & _parameters_of(g for g in groups if g.inverter.produces.normalised)
 
     @property
@@ -399,6 +400,22 @@ def _mixed(groups: Iterable[BlockGroup]) -> set[nn.Parameter]:
             numbers[part.parameter] = numbers.get(part.parameter, 0) + part.of(part.parameter).numel()
             kinds.setdefault(part.parameter, set()).add(group.inverter.produces.normalised)
     return {p for p, number in numbers.items() if number < p.numel() or len(kinds[p]) > 1}
+
+
+def _warn_of_mixed(groups: Sequence[BlockGroup], optimizer: str) -> None:
+    """Warns of parameters whose blocks come to nothing, though the Preconditioner has them."""
+    mixed = _mixed(groups)
+    parts = [(block, part) for group in groups for block in group.blocks for part in block.parts]
+    names = {f"{block.layer}.{part.attribute}".lstrip(".") for block, part in parts if part.parameter in mixed}
+    if names:
+        listed = ", ".join(map(repr, sorted(names)))
+        warnings.warn(
+            f"{len(names)} parameters ({listed}) have blocks of a part of their rows, or of methods whose directions "
+            f"differ in size, and a step has one length: the {optimizer} steps them by a first-order method, "
+            "whatever coverage() says. Give all their blocks methods of one kind, or leave all of them out by `skip`",
+            KfdistWarning,
+            stacklevel=3,
+        )
 
 
 def _parameters_of(groups: Iterable[BlockGroup]) -> set[nn.Parameter]:

@@ -75,6 +75,19 @@ class Decision:
             return raised
         return (*raised, "fallback" if self.fallback else "kept")
 
+    def followed(self, *, damps: bool, scales: bool) -> "Decision":
+        """Returns what a method can do of it, so that nothing is counted that isn't done.
+
+        Args:
+            damps: Whether its directions obey lambda when it is applied; else there is nothing to raise.
+            scales: Whether the scaled gradient has its directions' size; else it keeps the snapshot.
+        """
+        falls_back = self.fallback and scales
+        return Decision(
+            damping_factor=self.damping_factor if damps or falls_back else 1.0,
+            beyond="keep" if self.fallback and not scales else self.beyond,
+        )
+
 
 NOTHING = Decision()
 """What there is to say of nearly all groups in nearly all steps."""
@@ -149,7 +162,7 @@ class Asap:
         """Refuses bounds that normal operation would break.
 
         Args:
-            inverse_period: Steps between two inversions of a group.
+            inverse_period: Steps between two inversions of a group; of the run, where methods have shorter periods.
 
         Raises:
             ConfigError: With the bound's name as path, and the smallest legal value.
@@ -161,8 +174,9 @@ class Asap:
                 raise ConfigError(
                     f"is {bound}; an inverse is in use until its successor is adopted, at the earliest "
                     f"{SMALLEST_DELAY} steps after the successor's statistics: with inverse_period = {inverse_period} "
-                    f"staleness reaches {smallest} steps however fast owners are; the smallest legal value is "
-                    f"{smallest}",
+                    f"staleness reaches {smallest} steps however fast owners are (where methods have shorter periods "
+                    "of their own, a bound goes by the run's all the same: give a shorter inverse_period with it); the "
+                    f"smallest legal value is {smallest}",
                     path=name,
                 )
 

@@ -16,6 +16,7 @@ from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.jobs import fingerprint
 from kfdist.errors import EnvironmentFault, KfdistWarning, RankFailed
 from kfdist.links.link import AbstractLink, LinkContext
+from kfdist.policies.staleness import Asap
 from kfdist.runtime.adopt.adopting import Adopting
 from kfdist.runtime.adopt.agreement import Agreement
 from kfdist.runtime.adopt.calibration import Calibration
@@ -215,6 +216,8 @@ def _pipeline(
     in_force = SettingsInForce(settings, groups)
     if not terms.fingerprint:
         in_force.fixed.setdefault("lag", _NO_LAG)
+    if rank == 0:
+        _warn_of_soft_bound(in_force)
     agreement = Agreement(TableExchange(communicators.table), link, rank, in_force, [group.name for group in groups])
     wait_limit = settings.adoption.wait_limit_seconds
     exchange = SnapshotExchange(
@@ -248,6 +251,17 @@ def _pipeline(
         lengths=StepLengths(told),
         grafts=GraftRatios(told),
     )
+
+
+def _warn_of_soft_bound(in_force: SettingsInForce) -> None:
+    """Warns of a bound that none of the methods can obey."""
+    adoption, reason = in_force.settings.adoption, in_force.without_effect("soft_bound")
+    if isinstance(adoption, Asap) and adoption.soft_bound is not None and reason:
+        warnings.warn(
+            f"soft_bound = {adoption.soft_bound} does nothing: {reason}; hard_bound has a run wait for newer inverses",
+            KfdistWarning,
+            stacklevel=6,
+        )
 
 
 def make_capture(plan: Plan, grad_scaler: torch.amp.GradScaler | None, rank: int) -> Capture:

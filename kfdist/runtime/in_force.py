@@ -49,10 +49,14 @@ class SettingsInForce:
             names = ", ".join(sorted({group.inverter.name for group in groups}))
             self._ignored = {"damping": f"{names}, the run's only method, has none: its steps have Adam's length"}
         self.fixed |= self._ignored
+        self._idle = dict(self._ignored)
+        if groups and not any(group.obeys_damping for group in groups):
+            names = ", ".join(sorted({group.inverter.name for group in groups}))
+            self._idle["soft_bound"] = f"beyond it damping is raised, which directions of {names} don't obey"
 
     def without_effect(self, name: str) -> str:
         """Returns why a setting does nothing in this run; nothing where it does something."""
-        return self._ignored.get(name, "")
+        return self._idle.get(name, "")
 
     def damping(self, step: int) -> float:
         """Returns lambda at `step`: the stand-in's, what users set last, or as configured.
@@ -96,6 +100,8 @@ class SettingsInForce:
             if changes.get(name) != self.changes.get(name):
                 raise ConfigError(f"can't be changed: {reason}", path=name)
         settings = self._with(changes)
+        if said.get("soft_bound") and (reason := self.without_effect("soft_bound")):
+            raise ConfigError(f"would do nothing: {reason}; set hard_bound", path="soft_bound")
         if said.keys() == {"inverse_period"} and said["inverse_period"] is not None:
             self._refuse_without_effect(settings)
         return settings

@@ -37,7 +37,7 @@ class Inspection:
             for name, outcome in track.snapshot.outcomes.items()
         }
         capture = self.pipeline.capture
-        planned = self._plan.coverage.as_of_now(self._plan.model)
+        planned = self._plan.coverage.as_of_now(self._plan.model, capture.multiplied)
         planned = planned.without_biases(self._plan.blocks, capture.biases.left_out)
         found = planned.with_inversions(notes, capture.unmeasured, capture.unseen)
         return replace(found, mask=self.pipeline.notices.masks.describe())

@@ -1,6 +1,7 @@
 """Notices trained parameters that no block has, also those that are added or thawed after the plan was made."""
 
 import warnings
+from collections.abc import Set
 
 from torch import nn
 
@@ -25,18 +26,19 @@ class LeftOutNotice:
         self._steps = 0
         self._said: set[str] = set()
 
-    def look(self, planned: Coverage, model: nn.Module, *, level: int) -> None:
+    def look(self, planned: Coverage, model: nn.Module, multiplied: Set[int], *, level: int) -> None:
         """Looks at the model before a step, one in `period`, while it has its gradients.
 
         Args:
             planned: What is planned of each parameter.
             model: The bare model.
+            multiplied: The parameters, by id, that were seen in products.
             level: Whose line the warning shows.
         """
         self._steps += 1
         if (self._steps - 1) % self._period:
             return
-        now = planned.as_of_now(model)
+        now = planned.as_of_now(model, multiplied)
         left_out = {name: why for name, why in now.left_out().items() if name not in self._said}
         if left_out:
             used = {name for name, parameter in bare_parameters(model) if parameter.grad is not None}

@@ -264,7 +264,7 @@ class Preconditioner(StatedLoss, Inspection):
         self._folded = False
         if self._scaler_notice.done:
             self._scaler_notice.close()
-        self._left_out.look(self._plan.coverage, self._plan.model, level=4)
+        self._left_out.look(self._plan.coverage, self._plan.model, self.pipeline.capture.multiplied, level=4)
         with plain_arithmetic(self._plan.device):
             finite = finite_step(self._grad_scaler, self._rates.optimizer, self._plan.model.parameters())
             return self.pipeline.step(step_is_finite=finite, learning_rates=rates, into=into)

@@ -56,11 +56,14 @@ class UnitBlock(Block):
         return not any(parameter.requires_grad for parameter in self.parameters())
 
     @property
+    def bare_matrix(self) -> bool:
+        """Whether it is a bare parameter of rows and columns: positions, a scale, or a matrix in disguise."""
+        return self.roles == ("either",) and sum(size > 1 for size in self.parts[0].parameter.shape) > 1
+
+    @property
     def named_weight(self) -> bool:
-        """Whether it is a bare parameter of rows and columns that its module calls a weight: hardly any scale is."""
-        part = self.parts[0]
-        several = sum(size > 1 for size in part.parameter.shape) > 1
-        return self.roles == ("either",) and several and part.attribute.startswith("weight")
+        """Whether its module calls it a weight, besides: hardly any scale is."""
+        return self.bare_matrix and self.parts[0].attribute.startswith("weight")
 
     def fisher_sum(self, gradients: Float[Tensor, "n c k"]) -> Float[Tensor, "c k k"]:
         """Returns the sum over examples of v v^T of each unit, for gradients v."""

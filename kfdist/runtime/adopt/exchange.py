@@ -178,7 +178,8 @@ class SnapshotExchange:
         return track.group.courier_rank == self.communicator.rank
 
     def _own_header(self, track: Track, result: JobResult | None) -> list[int]:
-        return Header.of(result).columns() if self._is_mine(track) and result is not None else NO_HEADER
+        alone = self.communicator.world_size == 1
+        return Header.of(result, alone=alone).columns() if self._is_mine(track) and result is not None else NO_HEADER
 
     def _broadcast(self, track: Track, header: Header) -> PayloadBroadcast:
         payload = None

@@ -92,6 +92,9 @@ class Applying:
         group, inverses = track.group, track.snapshot.preconditioners
         decision = track.decision(step, self.in_force.settings.adoption)
         if decision is not NOTHING:
+            # What is normalised has its size from the newest gradients, however old its basis.
+            normalised = group.inverter.produces.normalised
+            decision = decision.followed(damps=group.obeys_damping, scales=not normalised)
             self.counters.fallbacks.update(decision.reasons)
         lacking = sum(block.name not in inverses for block in group.blocks)
         if lacking:
@@ -109,8 +112,7 @@ class Applying:
             preconditioners=[inverses[block.name] for block in group.blocks],
             memories=[track.memories[block.name] for block in group.blocks],
             damping=damping * decision.damping_factor,
-            # What is normalised has its size from the newest gradients, however old its basis.
-            fallback=decision.fallback and not any(each.normalised for each in inverses.values()),
+            fallback=decision.fallback,
             solver=group.courier_rank,
             rows=batches.get(first) if group.needs[first].applied_rows else None,
         )

@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from kfdist.capture.unmeasured import UNSEEN
 from kfdist.curvature.blocks import Block
-from kfdist.curvature.by_width import FIRST_ORDER
+from kfdist.curvature.by_width import BARE, FIRST_ORDER
 from kfdist.runtime.plan.groups import BlockGroup
 from kfdist.runtime.plan.layers import bare_parameters, named_layers
 from kfdist.types import BlockName
@@ -20,9 +20,13 @@ UNMATCHED = "no pattern of the method table matches"
 WITHOUT_MOMENTS = "left to the optimizer: directions of a table or norm don't have the size of Adam's"
 VECTOR = "left to the optimizer: a vector; the method's `vectors` takes them too"
 SCALAR = "left to the optimizer: a single number, of which there are no moments"
-_WANTED = frozenset({NO_METHOD, SKIPPED, UNMATCHED, FIRST_ORDER, WITHOUT_MOMENTS, VECTOR, SCALAR})
+_WANTED = frozenset({NO_METHOD, SKIPPED, UNMATCHED, FIRST_ORDER, WITHOUT_MOMENTS, VECTOR, SCALAR, BARE})
 """Reasons that the user gave."""
 
+_MULTIPLIED = (
+    "left to a first-order method: a product with it, or with what is made of it, was seen, and none is found in its "
+    "module's code; methods on gradients (soap, shampoo) take it by its name"
+)
 _ADDED = "it was added after the Preconditioner was made; close that and make a new one"
 _TRAINED_LATER = (
     "it was frozen, or had no values, when the Preconditioner was made, and has no block: freeze layers after that; or "
@@ -143,11 +147,12 @@ class Coverage:
 
         return Coverage(tuple(row if row.block is None else now(row, row.block) for row in self.rows))
 
-    def as_of_now(self, model: nn.Module) -> "Coverage":
+    def as_of_now(self, model: nn.Module, multiplied: Set[int] = frozenset()) -> "Coverage":
         """Returns the same with what is trained and frozen by now, and with parameters that were added.
 
         Args:
             model: The bare model.
+            multiplied: The parameters, by id, that went into products so far.
         """
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in bare_parameters(model):
@@ -155,6 +160,12 @@ class Coverage:
                 names.setdefault(parameter, []).append(name)
         parameters = {name: parameter for parameter, found in names.items() for name in found}
         rows = [row.as_of_now(parameters[row.parameter]) if row.parameter in parameters else row for row in self.rows]
+        rows = [
+            replace(row, reason=_MULTIPLIED)
+            if row.reason == BARE and id(parameters.get(row.parameter)) in multiplied
+            else row
+            for row in rows
+        ]
         known = {row.parameter for row in self.rows}
         rows += [
             CoverageRow(found[0], parameter.numel(), None, None, _ADDED).as_of_now(parameter)

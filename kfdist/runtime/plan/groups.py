@@ -45,6 +45,11 @@ class BlockGroup:
         return isinstance(self.inverter, AbstractGradientInverter)
 
     @property
+    def obeys_damping(self) -> bool:
+        """Whether its directions obey lambda at each step; else that was fixed at the inversion, or there is none."""
+        return self.inverter.produces.damping_at_apply and self.inverter.produces.solves
+
+    @property
     def coupled(self) -> bool:
         """Whether its blocks are measured and applied together."""
         return self.inverter.coupling is not Coupling.NONE

@@ -23,7 +23,7 @@ from kfdist.curvature.blocks import (
     multiplied_weights,
     note_shared,
 )
-from kfdist.curvature.by_width import UNMULTIPLIED, ByWidth
+from kfdist.curvature.by_width import BARE, UNMULTIPLIED, ByWidth
 from kfdist.curvature.gradient_inverter import AbstractGradientInverter
 from kfdist.curvature.inverter import Coupling
 from kfdist.curvature.inverters import AbstractInverter
@@ -393,7 +393,9 @@ def _choose(
         inverter, reason = found
     if isinstance(block, UnitBlock | EmbeddingBlock):
         if isinstance(inverter, AbstractInverter) and inverter.produces.normalised:
-            return UNMULTIPLIED if isinstance(block, UnitBlock) and block.named_weight else WITHOUT_MOMENTS
+            if not isinstance(block, UnitBlock) or not block.bare_matrix:
+                return WITHOUT_MOMENTS
+            return UNMULTIPLIED if block.named_weight else BARE
         return _Chosen(block, UnitWise() if isinstance(block, UnitBlock) else KfacDiagonal(), pattern, "")
     if isinstance(inverter, Auto):
         if costs is None:

@@ -23,6 +23,7 @@ from kfdist.links.link import LinkContext
 from kfdist.links.local import LocalLink
 from kfdist.system.memory import Memory
 from kfdist.types import BlockShape, Job, JobResult, LateBytes
+from tests.support.preconditioning import backward, preconditioner, two_layers
 
 CONTEXT = LinkContext(run="r", epoch=0, worker_rank=0, world_size=1, groups=(), fingerprint="")
 
@@ -232,3 +233,17 @@ def test_a_device_that_cant_be_used_is_told_and_not_waited_for() -> None:
     with pytest.raises(KfdistError, match="the inversion thread failed"):
         link.poll()
     link.close()
+
+
+def test_a_rank_that_is_alone_takes_no_digest_of_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else gets them; of all of a model's inverses it takes as long as a good part of a step."""
+
+    def digest(_: JobResult) -> str:
+        raise AssertionError("it was asked for")
+
+    monkeypatch.setattr(JobResult, "digest", property(digest))
+    model = two_layers()
+    with preconditioner(model) as pre:
+        backward(model)
+        pre.step()
+        assert set(pre.versions().values()) == {0}

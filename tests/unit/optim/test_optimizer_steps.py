@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import kfdist
-from kfdist.errors import ConfigError, KfdistError
+from kfdist.errors import ConfigError, KfdistError, KfdistWarning
 from kfdist.optim.graft import grafted
 from tests.support.optimizing import BETAS, DECAY, EPS, LR, SYNCHRONOUS, backward, optimizer_of, small_model, train
 from tests.support.preconditioning import rows
@@ -179,6 +179,24 @@ def test_low_precision_parameters_are_grafted_without_overflow():
     torch.testing.assert_close(S, 0.5 * V)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_lengths_are_right_where_their_squares_leave_float32s_range(size: float):
+    V = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    update = torch.tensor([[0.5, 0.1], [0.2, -0.3]])
+    (S, zero), lengths = grafted([size * V, torch.zeros(2)], [V, torch.ones(2)], [update, torch.ones(2)])
+    assert lengths.usable.tolist() == [True, False]
+    torch.testing.assert_close(S, float(update.norm() / V.norm()) * V)
+    assert torch.equal(zero, torch.ones(2))
+
+
+def test_a_gradient_of_float16_may_be_longer_than_float16_reaches():
+    """|V| is 2.4e5; SGD's graft gives the direction that length."""
+    V = torch.full((8, 8), 3e4, dtype=torch.float16)
+    (S,), lengths = grafted([1e-4 * V.float()], [V], [V])
+    assert lengths.usable.all()
+    torch.testing.assert_close(S, V)
+
+
 # A block that comes later ---------------------------------------------------------------------------------------------
 
 
@@ -195,6 +213,22 @@ def test_a_parameter_whose_block_comes_later_starts_its_average_with_its_first_s
         optimizer.step()
     moved = (before - weight.detach()) / LR
     torch.testing.assert_close(moved / moved.norm(), direction / direction.norm(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_parameter_that_loses_its_block_goes_on_by_adamws_full_length():
+    """As a bias that is used apart, or where a state is loaded for other blocks: there is a v, and no m yet."""
+    model = small_model()
+    with optimizer_of(model, skip=("2",), weight_decay=0.0) as optimizer:
+        train(model, optimizer, 3)
+        weight = model[0].weight
+        optimizer._blocked.discard(weight)
+        before = weight.detach().clone()
+        backward(model, 7)
+        optimizer.step()
+        v = optimizer.state[weight]["exp_avg_sq"] / (1 - BETAS[1] ** 4)
+        assert weight.grad is not None
+        expected = weight.grad / (v.sqrt() + EPS)
+    assert_close([(before - weight.detach()) / LR], [expected], 1e-9)
 
 
 # Around the step ------------------------------------------------------------------------------------------------------
@@ -384,7 +418,9 @@ def attention() -> nn.Module:
 
 def test_a_parameter_whose_rows_have_directions_of_two_kinds_is_stepped_by_adamw():
     model, reference = attention(), attention()
-    with optimizer_of(model, method={"inner.q_proj": "ekfac-adam", "*": "kfac-eigen"}) as optimizer:
+    with pytest.warns(KfdistWarning, match=r"'inner.in_proj_bias', 'inner.in_proj_weight'.* by a first-order method"):
+        optimizer = optimizer_of(model, method={"inner.q_proj": "ekfac-adam", "*": "kfac-eigen"})
+    with optimizer:
         backward(model, 0)
         optimizer.step()
     plain = torch.optim.AdamW(reference.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)

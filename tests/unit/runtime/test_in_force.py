@@ -115,6 +115,15 @@ def test_damping_can_be_changed_where_a_method_has_one() -> None:
     held.load_state_dict({"changes": {"inverse_period": 200}})
 
 
+@pytest.mark.parametrize("method", ["ekfac-adam", "kfac"])
+def test_a_soft_bound_is_refused_where_no_direction_obeys_damping(method: str) -> None:
+    held = in_force(method, kl_clip=None)
+    assert "soft_bound: would do nothing: beyond it damping is raised" in held.take({"soft_bound": 300})
+    assert held.changes == {} and held.take({"soft_bound": 0, "hard_bound": 300}) == ""
+    mixed = {"0": method, "*": "kfac-eigen"}
+    assert in_force(mixed, kl_clip=None).take({"soft_bound": 300}) == ""
+
+
 def test_a_run_without_a_method_has_nothing_to_set() -> None:
     assert "no second-order method" in in_force("none").take({"damping": 0.1})
 

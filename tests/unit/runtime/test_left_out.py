@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+import kfdist
+from kfdist.curvature.by_width import BARE
 from kfdist.errors import KfdistWarning
 from kfdist.runtime.preconditioner import Preconditioner
 from tests.support.preconditioning import backward, preconditioner, two_layers
@@ -105,3 +108,73 @@ def test_a_scripted_model_whose_operations_are_not_seen_is_said() -> None:
     said, coverage = steps(torch.jit.script(layers()))
     assert len(said) == 1 and "were due at step 0 and have gradients" in said[0]
     assert coverage.share == 0
+
+
+class Holds(nn.Module):
+    """Has positions, and a matrix that its code doesn't show as one."""
+
+    def __init__(self, shape: tuple[int, ...], use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.kernel = nn.Linear(Q, Q), nn.Parameter(torch.randn(shape))
+        self.positions, self.use = nn.Parameter(torch.randn(3, Q)), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.layer(x) + self.positions, self.kernel)
+
+
+DISGUISED: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
+    "scaled": ((2, Q), lambda x, w: F.linear(x, 0.5 * w)),
+    "tensordot": ((2, Q), lambda x, w: torch.tensordot(x, w, dims=([2], [1]))),
+    "convolution": ((2, 3, 2), F.conv1d),
+    "bilinear": ((2, Q, Q), lambda x, w: F.bilinear(x, x, w)),
+    "einsum": ((2, Q, Q), lambda x, w: torch.einsum("btq,btr,pqr->btp", x, x, w)),
+}
+
+
+def said_by_the_optimizer(model: nn.Module, **options: Any) -> tuple[list[str], dict[str, str]]:
+    """What is said in three steps, and the reasons of the parameters without a block after them."""
+    x = torch.randn(5, 3, Q)
+    with kfdist.Optimizer(model, **options) as optimizer, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KfdistWarning)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        rows = optimizer.preconditioner.coverage().rows
+    said = [str(each.message) for each in caught if issubclass(each.category, KfdistWarning)]
+    return said, {row.parameter: row.reason for row in rows if row.block is None}
+
+
+@pytest.mark.parametrize(("shape", "use"), DISGUISED.values(), ids=DISGUISED.keys())
+def test_a_bare_matrix_is_said_once_it_is_seen_in_a_product(
+    shape: tuple[int, ...], use: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    (said,), reasons = said_by_the_optimizer(Holds(shape, use))
+    assert said.startswith("1 parameters have gradients and no block: 'kernel': left to a first-order method: a prod")
+    assert "a product with it, or with what is made of it, was seen" in reasons["kernel"]
+    assert reasons["positions"] == BARE
+    assert not said_by_the_optimizer(Holds(shape, use), skip=("kernel",))[0]
+
+
+def test_what_is_added_or_scales_is_left_to_adamw_without_a_word() -> None:
+    said, reasons = said_by_the_optimizer(Holds((3, Q), lambda x, w: x * (1 + w) - w[None]))
+    assert not said and reasons == {"kernel": BARE, "positions": BARE}
+
+
+class Masked(Holds):
+    """Leaves out a part of its matrix, as a buffer says."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__((2, Q), F.linear)
+        self.register_buffer("mask", torch.tensor([[1.0], [0.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.layer(x) + self.positions, self.kernel * self.mask)
+
+
+def test_a_matrix_under_a_mask_is_one() -> None:
+    (said,), _ = said_by_the_optimizer(Masked())
+    assert "'kernel': left to a first-order method: a product with it" in said
