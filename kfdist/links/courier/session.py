@@ -180,6 +180,7 @@ class ControllerSession:
             fingerprint=context.fingerprint,
             assignment=context.assignment if leads else "",
             pid=self._setup.rank_pid,
+            process=self._setup.process,
         )
         response = await stub.RegisterWorker(request, timeout=CALL_SECONDS)
         self._learn_settings(response.settings)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import threading
+import uuid
 import weakref
 from collections.abc import Sequence
 
@@ -17,6 +18,9 @@ from kfdist.telemetry.tracing import check_traceable
 from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
 
 __all__ = ["RemoteLink", "RemoteOptions"]
+
+_words: dict[int, str] = {}
+"""This process's random word, by its id: a process that is forked from it draws another."""
 
 
 class RemoteLink(AbstractLink):
@@ -60,7 +64,13 @@ class RemoteLink(AbstractLink):
         check_traceable()
         self._pid = os.getpid()
         mailbox = Mailbox.open()
-        setup = CourierSetup(address=self._address, rank_pid=self._pid, context=context, credentials=self._credentials)
+        setup = CourierSetup(
+            address=self._address,
+            rank_pid=self._pid,
+            process=_words.setdefault(self._pid, uuid.uuid4().hex),
+            context=context,
+            credentials=self._credentials,
+        )
         try:
             self._pump = Pump(mailbox, setup, self._options)
         except BaseException:
