@@ -25,6 +25,7 @@ from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
     ending_of,
+    last_words,
     longest_checkpoint,
     remove_untrained,
     report_line,
@@ -329,7 +330,10 @@ class Launch:
         first = min(failed, key=lambda rank: (rank.poll() != ExitCode.BAD_INPUT, rank.poll() or 0))
         self._stopping = True
         self._end_children(self._ranks, FAILURE_SECONDS)
-        return child_fault(first, first.poll() or 0, "while training", f"{RESUME_ADVICE} from the newest checkpoint")
+        # They may be what the others waited for until that took too long, as for a batch that never came.
+        held = [last_words(rank) for rank in self._ranks if rank not in failed and rank.poll() == -signal.SIGKILL]
+        advice = "\n".join([*filter(None, held), f"{RESUME_ADVICE} from the newest checkpoint"])
+        return child_fault(first, first.poll() or 0, "while training", advice)
 
     # Ending
 

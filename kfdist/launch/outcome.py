@@ -33,7 +33,7 @@ def child_fault(child: Child, code: int, when: str, advice: str = "") -> KfdistE
         child: A process that has ended.
         code: How it ended, as `Child.poll` returns it.
         when: When it ended, such as "while training".
-        advice: What to do if it gave no reason.
+        advice: What to do, and what else is known, if it gave no reason.
     """
     tail = child.log_tail()
     _, marker, message = f"\n{tail}".rpartition("\nkfdist: ")
@@ -46,6 +46,12 @@ def child_fault(child: Child, code: int, when: str, advice: str = "") -> KfdistE
     name = child.name if child.name.startswith("rank") else f"the {child.name}"
     last = f"the end of its log ({child.command.log}):\n{tail}" if tail else "its log is empty"
     return EnvironmentFault("\n".join(filter(None, [f"{name} {describe_exit(code)} {when}; {last}", advice])))
+
+
+def last_words(child: Child) -> str:
+    """Says how the log ends of a child that had to be killed; empty if there is nothing in it."""
+    tail = child.log_tail().rpartition("\n")[2]
+    return f"{child.name} didn't end by itself; its log ends with: {tail}" if tail else ""
 
 
 def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:

@@ -120,6 +120,11 @@ def tear_off(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:1500])
 
 
+def make_a_fifo(shard: Path) -> None:
+    shard.unlink()
+    os.mkfifo(shard)
+
+
 def misname_a_class(shard: Path) -> None:
     member("9.cls", b"9" * 20)(shard)
     member("9.jpg", b"1")(shard)
@@ -139,6 +144,7 @@ def tear_a_member(shard: Path) -> None:
         (member("9.jpg", b"1"), r"example '9' has \.jpg"),
         (member("9.cls", b"1"), r"example '9' has \.cls"),
         (member("9.json", b"1"), r"example '9' has \.json"),
+        (make_a_fifo, "is no regular file"),
         (misname_a_class, r"the class of example '9' is '9{20}'"),
     ],
 )
