@@ -259,13 +259,21 @@ class Dispatcher:
                 pause = min(_FIRST_PAUSE_SECONDS * 2**parcel.rounds, _LONGEST_PAUSE_SECONDS)
                 parcel.rounds = min(parcel.rounds + 1, 16)
                 parcel.tried.clear()
-                await asyncio.sleep(pause)
+                await self._rest(pause)
             else:
                 self._explain_waiting(parcel)
                 # A suspension may end without any change, so this doesn't wait for one for long.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LONGEST_LOOK_AWAY_SECONDS):
                         await changed.wait()
+
+    async def _rest(self, seconds: float) -> None:
+        """Sleeps, until an owner comes or comes back at most: a pause grows with the outage that this ends."""
+        arrivals, ends = self._directory.arrivals, time.monotonic() + seconds
+        while self._directory.arrivals == arrivals and (left := ends - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
 
     def _connect(self, owner: KnownOwner) -> _Connection:
         connection = self._connections.get(owner.owner_id)
