@@ -346,6 +346,8 @@ class Launch:
         codes = [rank.poll() for rank in self._ranks]
         if codes and (all(code == ExitCode.DONE for code in codes) or self._is_finished()):
             return ExitCode.DONE  # the last step was made before the request was heard
+        if not (self._has_trained() or self._trains_elsewhere()):
+            return ExitCode.RESUMABLE  # they were still starting: no signal is handled then, and nothing is lost
         for rank, code in zip(self._ranks, codes, strict=True):
             if code is not None and code != ExitCode.RESUMABLE:
                 ended = f"{rank.name} {describe_exit(code)} instead of writing a checkpoint"

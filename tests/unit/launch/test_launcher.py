@@ -100,12 +100,13 @@ def test_ranks_have_time_to_stop_by_what_their_checkpoints_took(monkeypatch, tmp
 
 
 @pytest.mark.parametrize(
-    ("found", "written", "code"),
+    ("found", "written", "code", "told"),
     [
-        ("", '{"status": "finished", "start": 1}', ExitCode.DONE),  # they only waited for a controller that hung
-        ("", '{"status": "running", "start": 1}', ExitCode.RESUMABLE),
-        ('{"status": "finished", "start": 1}', '{"status": "finished", "start": 1}', ExitCode.RESUMABLE),
-        ('{"status": "finished", "start": 1}', '{"status": "finished", "start": 2}', ExitCode.DONE),
+        ("", '{"status": "finished", "start": 1}', ExitCode.DONE, False),  # they only waited for a controller that hung
+        ("", '{"status": "running", "start": 1}', ExitCode.RESUMABLE, True),
+        # Nothing of this launch: they were still starting.
+        ('{"status": "finished", "start": 1}', '{"status": "finished", "start": 1}', ExitCode.RESUMABLE, False),
+        ('{"status": "finished", "start": 1}', '{"status": "finished", "start": 2}', ExitCode.DONE, False),
     ],
 )
 def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
@@ -115,6 +116,7 @@ def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
     found: str,
     written: str,
     code: int,
+    told: bool,
 ):
     summary = tmp_path / "summary.json"
     if found:
@@ -124,7 +126,7 @@ def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
     monkeypatch.setattr(launch, "_ranks", [killed])
     monkeypatch.setattr(launch, "_end_children", lambda *_: summary.write_text(written))
     assert launch._stop_ranks() == code
-    assert ("instead of writing a checkpoint" in capsys.readouterr().err) == (code == ExitCode.RESUMABLE)
+    assert ("instead of writing a checkpoint" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize(
