@@ -109,6 +109,7 @@ class Dispatcher:
         count: Callable[[LinkCounters], None],
         fenced: Callable[[str], None],
         tracing: Tracing,
+        controller_is_unheard: Callable[[], bool] = lambda: False,
     ) -> None:
         """Begins without jobs.
 
@@ -119,6 +120,7 @@ class Dispatcher:
             count: Called with what there is to count.
             fenced: Called with the reason when an owner has seen a newer start of the run.
             tracing: Makes a span of each hop of a job.
+            controller_is_unheard: Tells whether nobody answers where the controller should be.
         """
         self._context = setup.context
         self._credentials = setup.credentials
@@ -127,6 +129,8 @@ class Dispatcher:
         self._count = count
         self._fenced = fenced
         self._tracing = tracing
+        self._address = setup.address
+        self._controller_is_unheard = controller_is_unheard
         self._on_their_way_back: dict[int, tuple[Hop, Hop]] = {}
         self._connections: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -321,7 +325,10 @@ class Dispatcher:
         if owners and all(owner.draining for owner in owners):
             self._warn("every owner is drained; jobs wait until one isn't (kfdist undrain OWNER) or another comes")
         elif not owners and time.monotonic() - self._begun > _POOL_START_SECONDS:
-            self._warn("no owner is known yet; jobs wait for one (is the pool running?)")
+            why = "is the pool running?"
+            if self._controller_is_unheard():
+                why = f"no controller answers at {self._address}, which would name owners: is `kfdist serve` running there?"
+            self._warn(f"no owner is known yet; jobs wait for one ({why})")
         elif owners and not self._directory.matching(fingerprint):
             others = sorted({owner.fingerprint for owner in owners})
             self._warn(

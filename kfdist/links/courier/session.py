@@ -93,6 +93,11 @@ class ControllerSession:
         self._away = False
         self._told = ""
 
+    @property
+    def is_unheard(self) -> bool:
+        """Whether nobody has answered where the controller should be, when it was last tried."""
+        return self._away and not self._told
+
     def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         """Takes in where the rank stands; it is told at the next beat, a new phase at once."""
         if phase != self._phase:

@@ -1,6 +1,7 @@
 """What a courier asks of an owner."""
 
 import asyncio
+import re
 from typing import Any, cast
 
 import pytest
@@ -69,3 +70,27 @@ def test_a_job_that_all_owners_failed_rests_until_one_of_them_comes_back():
         return rests, await asyncio.wait_for(choosing, timeout=2.0)  # and not after five seconds
 
     assert asyncio.run(choose()) == (True, owner)
+
+
+@pytest.mark.parametrize(
+    ("unheard", "words"),
+    [(False, r"\(is the pool running\?\)"), (True, r"\(no controller answers at 127\.0\.0\.1:7070, .*kfdist serve.*\)")],
+)
+def test_jobs_that_wait_for_a_first_owner_say_who_is_missing(caplog, unheard: bool, words: str):
+    """A library user who names a wrong address waits at the first step, and was asked whether the pool runs."""
+    setup = CourierSetup(address="127.0.0.1:7070", rank_pid=1, context=context())
+    dispatcher = Dispatcher(
+        setup,
+        OwnerDirectory(),
+        done=deaf,
+        count=deaf,
+        fenced=deaf,
+        tracing=Tracing("courier"),
+        controller_is_unheard=lambda: unheard,
+    )
+    parcel = _Parcel(submit=submitted(), payload=memoryview(b"x"), hop=Hop())
+    dispatcher._explain_waiting(parcel)
+    assert caplog.text == "", "ranks and pool start together"
+    dispatcher._begun -= 60
+    dispatcher._explain_waiting(parcel)
+    assert re.search(f"no owner is known yet; jobs wait for one {words}", caplog.text)
