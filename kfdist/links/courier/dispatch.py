@@ -327,7 +327,7 @@ class Dispatcher:
         elif not owners and time.monotonic() - self._begun > _POOL_START_SECONDS:
             why = "is the pool running?"
             if self._controller_is_unheard():
-                why = f"no controller answers at {self._address}, which would name owners: is `kfdist serve` running there?"
+                why = f"no controller answers at {self._address}, to name them: does `kfdist serve` run there?"
             self._warn(f"no owner is known yet; jobs wait for one ({why})")
         elif owners and not self._directory.matching(fingerprint):
             others = sorted({owner.fingerprint for owner in owners})

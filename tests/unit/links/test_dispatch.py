@@ -74,7 +74,7 @@ def test_a_job_that_all_owners_failed_rests_until_one_of_them_comes_back():
 
 @pytest.mark.parametrize(
     ("unheard", "words"),
-    [(False, r"\(is the pool running\?\)"), (True, r"\(no controller answers at 127\.0\.0\.1:7070, .*kfdist serve.*\)")],
+    [(False, r"\(is the pool running\?\)"), (True, r"\(no controller answers at 127.0.0.1:7070, .*kfdist serve.*\)")],
 )
 def test_jobs_that_wait_for_a_first_owner_say_who_is_missing(caplog, unheard: bool, words: str):
     """A library user who names a wrong address waits at the first step, and was asked whether the pool runs."""
