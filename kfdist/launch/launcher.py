@@ -25,6 +25,7 @@ from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
     ending_of,
+    is_held,
     last_words,
     longest_checkpoint,
     remove_untrained,
@@ -361,8 +362,9 @@ class Launch:
         return self._has_trained() and read_summary(self._config.run.directory).get("status") == "finished"
 
     def _has_trained(self) -> bool:
-        """Says whether the summary is of this launch."""
-        return read_summary(self._config.run.directory) != self._found
+        """Says whether the summary is of this launch, whose ranks have ended: others may have begun here meanwhile."""
+        directory = self._config.run.directory
+        return not is_held(directory, "lock") and read_summary(directory) != self._found
 
     def _end_children(self, children: Sequence[Child], seconds: float) -> None:
         """Sends SIGTERM and waits; then sends SIGKILL and waits for the kernel."""

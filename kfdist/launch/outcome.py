@@ -62,7 +62,7 @@ def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
         unless_trained: The run directory; with a checkpoint or a line of metrics in it, everything stays. A run that
             was stopped in the wait of its first step has both, but nothing that a new one doesn't make again.
     """
-    if _is_held(unless_trained):
+    if is_held(unless_trained):
         return  # another launch began here at the same moment, and goes on
     summary = read_summary(unless_trained)
     stopped_at_once = summary.get("status") == "stopped" and summary.get("steps") == 0
@@ -77,10 +77,10 @@ def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _is_held(run_directory: Path) -> bool:
-    """Tells whether a trainer or a controller has its lock there."""
+def is_held(run_directory: Path, locks: str = "*lock") -> bool:
+    """Tells whether a trainer ("lock") or a controller (another that `locks` matches) has its lock there."""
     try:
-        return any(lock_holder(lock) is not None for lock in run_directory.glob("*lock"))
+        return any(lock_holder(lock) is not None for lock in run_directory.glob(locks))
     except OSError:
         return True  # whose it is can't be told
 

@@ -1,6 +1,7 @@
 """What `kfdist train` checks before it starts anything."""
 
 import datetime
+import fcntl
 import json
 import re
 import shutil
@@ -198,3 +199,18 @@ def test_a_launch_that_trained_leaves_a_report_however_it_ends(
     told = "".join(f"{page['status']}: {page.get('error', '')}\n" for page in pages) + said
     assert bool(pages) == (asked_for and bool(words))
     assert re.search(words, told) if asked_for else "report" not in said
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_launch_that_fails_beside_another_leaves_the_others_summary(tmp_path: Path, held: bool):
+    """Both were started at once, and this one's controller found the file in use when the other one's ranks began."""
+    launch = Launch(load_config(None, overrides=[f"run.dir={tmp_path}"]), Terminal(as_json=True), StopRequests())
+    summary = {"status": "running", "start": 1}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with (tmp_path / "lock").open("w") as lock:
+        if held:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        launch._complete_summary(failed="another controller has the file")
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found == summary) == held
+    assert held or found["status"] == "failed"
