@@ -22,6 +22,7 @@ from kfdist.data.overdue import Overdue
 from kfdist.data.reading import EVALUATION, Batch, CorruptExample, SeededReader
 from kfdist.data.sampler import Position, Sampler
 from kfdist.errors import ConfigError, EnvironmentFault
+from tests.support.waits import eventually
 
 
 @dataclass(frozen=True)
@@ -255,16 +256,16 @@ def test_a_step_that_takes_long_is_no_wait_for_a_batch(caplog: pytest.LogCapture
 
 
 def test_nobody_watches_for_a_feed_that_is_closed_or_forgotten():
-    watchers = {each.ident for each in threading.enumerate() if each.name == "kfdist-overdue"}
+    def watchers() -> set[threading.Thread]:
+        return {each for each in threading.enumerate() if each.name == "kfdist-overdue"}
+
     for forgotten in (False, True):
+        before = watchers()
         feed = make_feed(DataSet(train=Noisy(), test=Noisy(), classes=20), serving(), Position())
         list(feed.training_step(Position()))
-        assert [each for each in threading.enumerate() if each.name == "kfdist-overdue" and each.ident not in watchers]
+        assert watchers() - before
         if not forgotten:
             feed.close()
         del feed
         gc.collect()
-        ends = time.monotonic() + 10
-        while {each.ident for each in threading.enumerate() if each.name == "kfdist-overdue"} - watchers:
-            assert time.monotonic() < ends
-            time.sleep(0.01)
+        eventually(lambda before=before: watchers() - before, lambda left: not left)
