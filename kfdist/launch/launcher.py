@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,15 @@ from kfdist.system.processes import (
     sweep,
 )
 from kfdist.system.run_summary import read_summary, unsaved
+from kfdist.system.slowness import told_while_long
 from kfdist.system.spawn import inherited_environment, module_command
 from kfdist.training.run_directory import inspect_run, read_costs
 from kfdist.training.setup import check_devices, gather_materials
 
 CONTROLLER_READY_SECONDS = 30.0
 POOL_READY_SECONDS = 120.0
+SLOW_SECONDS = 10.0
+"""How long checks may take without a word, and then between two."""
 STOP_RANKS_SECONDS = 6.5
 """How long ranks may take to stop after the first Ctrl-C, beside what their checkpoints took so far, three times over;
 with the services, all of a small run ends within 10 s."""
@@ -88,7 +92,8 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
         EnvironmentFault: Something the run needs could not be had, or a process failed.
     """
     try:
-        with requests.raising():  # listing a large data set takes minutes
+        # Listing a large data set takes minutes, and where its file system doesn't answer there is no end to it.
+        with requests.raising(), told_while_long(partial(say_slow, terminal, config), every_seconds=SLOW_SECONDS):
             if not (finished := check_launch(config)):
                 check_devices(config)
     except KeyboardInterrupt:
@@ -98,6 +103,14 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
     terminal.say(finished)
     terminal.result(read_summary(config.run.directory))
     return ExitCode.DONE
+
+
+def say_slow(terminal: Terminal, config: Config, seconds: float) -> None:
+    """Says that a launch is still in its checks after so many seconds, and at what."""
+    terminal.say(
+        f"still checking, for {seconds:.0f} s: the data ({config.data.name}) is listed, the model built, and both are "
+        "tried; nothing is started yet"
+    )
 
 
 def stopped_in_checks(config: Config, terminal: Terminal) -> int:

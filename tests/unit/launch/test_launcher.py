@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,3 +215,15 @@ def test_a_launch_that_fails_beside_another_leaves_the_others_summary(tmp_path: 
     found = json.loads((tmp_path / "summary.json").read_text())
     assert (found == summary) == held
     assert held or found["status"] == "failed"
+
+
+def test_checks_that_take_long_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    """As the listing of a folder does whose file system doesn't answer; nothing was said, without an end."""
+    monkeypatch.setattr(launcher, "SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(launcher, "check_launch", lambda config: time.sleep(0.5) or "done before")
+    monkeypatch.setattr(launcher, "read_summary", lambda directory: {})
+    config = load_config(None, overrides=[f"run.dir={tmp_path / 'run'}"], environment={})
+    assert train(config, Terminal(as_json=False), StopRequests()) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "done before"
+    assert lines[0].startswith("still checking, for 0 s: the data (digits) is listed")
