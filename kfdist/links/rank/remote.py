@@ -7,6 +7,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Sequence
+from functools import cache
 
 from typing_extensions import override
 
@@ -19,8 +20,12 @@ from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
 
 __all__ = ["RemoteLink", "RemoteOptions"]
 
-_words: dict[int, str] = {}
-"""This process's random word, by its id: a process that is forked from it draws another."""
+
+@cache
+def _word_of(process: int) -> str:
+    """Draws a random word of this process, given its id: one that is forked from it draws another."""
+    del process
+    return uuid.uuid4().hex
 
 
 class RemoteLink(AbstractLink):
@@ -67,7 +72,7 @@ class RemoteLink(AbstractLink):
         setup = CourierSetup(
             address=self._address,
             rank_pid=self._pid,
-            process=_words.setdefault(self._pid, uuid.uuid4().hex),
+            process=_word_of(self._pid),
             context=context,
             credentials=self._credentials,
         )
