@@ -151,7 +151,8 @@ def test_a_service_that_ends_is_started_again(tmp_path: Path):
     (tmp_path / "stopped").touch()
     code, said = job.end()
     assert code == 0
-    assert said.splitlines() == [f"kfdist {name} ended with 1; it is started again in 0.1 s" for name in ("serve", "pool")]
+    again = [f"kfdist {name} ended with 1; it is started again in 0.1 s" for name in ("pool", "serve")]
+    assert sorted(said.splitlines()) == again
     assert not list(tmp_path.glob("kfdist-77-*"))
 
 
