@@ -168,7 +168,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             )
         sender = Sender("worker", str(beat.worker_rank))
         samples = self._bounded(request)
-        self._exporter.ingest(beat.run, sender, str(beat.epoch), samples)
+        self._exporter.ingest(beat.run, sender, self._life(beat), samples)
         if PHASES[beat.phase].ended:
             self._members.release_worker(beat.run, beat.worker_rank)
         else:
@@ -184,6 +184,12 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             owners=self._owners(),
             assignment_revision=self._ledger.assignment(beat.run).revision,
         )
+
+    def _life(self, beat: membership_pb2.WorkerBeat) -> str:
+        """Returns what names a rank's life, in which it counts: starts may have one number, one after the other."""
+        process = self._members.process_of(beat.run, beat.epoch, beat.worker_rank)
+        word = process.word if process is not None else ""
+        return f"{beat.epoch}/{word}" if word else str(beat.epoch)
 
     async def _report(self, record: RunRecord, beat: membership_pb2.WorkerBeat) -> None:
         in_force = in_force_of(beat.in_force) if beat.HasField("in_force") else None

@@ -11,7 +11,7 @@ from kfdist.control.control_records import RunState
 from kfdist.policies.assignment import assign
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2
 from kfdist.types import GroupSpec
-from tests.support.controller import ControllerThread, Member, sample
+from tests.support.controller import ControllerThread, Member, sample, values
 from tests.support.waits import eventually
 
 GROUPS = [("conv1", 1e6), ("conv2", 8e6), ("fc1", 5e9), ("fc2", 3e5), ("fc3", 2e5)]
@@ -124,6 +124,14 @@ class TestFencing:
         member.beat_worker("r", step=1)
         assert (client.get("r").state, client.get("r").step) == (RunState.RUNNING, 1)
         assert [event.kind for event in client.events("r")].count("started") == 2
+
+    def test_starts_of_one_number_are_counted_together(self, member, controller):
+        for word, steps in (("a", 5), ("b", 7), ("b", 8)):
+            member.register_worker("r", process=word)
+            member.beat_worker("r", samples=(sample("kfdist_steps_total", steps),))
+            member.register_worker("r", process=word)  # its courier was respawned
+            member.beat_worker("r", phase="finished", samples=(sample("kfdist_steps_total", steps + 1),))
+        assert values(controller.scrape())['kfdist_steps_total{run="r"}'] == 6 + 9
 
     def test_a_message_from_nobody_is_refused(self, member):
         with pytest.raises(grpc.RpcError) as caught:
