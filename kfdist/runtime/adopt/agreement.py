@@ -234,7 +234,9 @@ class Agreement:
     def tell_end(self, step: int, *, failed: bool) -> None:
         """Tells the controller how this rank ends, unless it has been told; silence would be that of a lost rank."""
         if not self._told_end:
-            self.tell(step, "failed" if failed else "stopped" if self.stop or self._gave_up else "finished")
+            self._told_end = True
+            # What the run goes by was told when it was taken up; to tell it again would ask schedules of one more step.
+            self._link.beat(step, "failed" if failed else "stopped" if self.stop or self._gave_up else "finished", ())
 
     def _report(self, step: int) -> None:
         if self._worker_rank == 0:
