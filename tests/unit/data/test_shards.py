@@ -95,7 +95,7 @@ def test_more_shards_than_files_may_be_open(both: tuple[DataSet, DataSet], tmp_p
 def test_an_image_is_not_corrupt_because_too_many_files_are_open(
     both: tuple[DataSet, DataSet], part: int, monkeypatch: pytest.MonkeyPatch
 ):
-    def refused(*arguments: object) -> None:
+    def refused(*arguments: object, **options: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "some file")
 
     monkeypatch.setattr("builtins.open" if part == 0 else "kfdist.data.shards._opened", refused)
