@@ -145,11 +145,13 @@ def test_a_service_that_ends_is_started_again(tmp_path: Path):
     """Without owners, ranks with a fixed lag would wait for the rest of the job's time."""
     job = Job(tmp_path, LASTS="1", DIES="serve pool", RESTART_SECONDS="0.1")
     twice = [("pool", 2), ("serve", 2)]
-    eventually(lambda: sorted(Counter(each.arguments[0] for each in job.calls("kfdist")).items()), twice.__eq__)
-    assert len({tuple(each.arguments) for each in job.calls("kfdist")}) == 2, "as they were started before"
-    assert job.process.poll() is None
-    (tmp_path / "stopped").touch()
-    code, said = job.end()
+    try:
+        eventually(lambda: sorted(Counter(each.arguments[0] for each in job.calls("kfdist")).items()), twice.__eq__)
+        assert len({tuple(each.arguments) for each in job.calls("kfdist")}) == 2, "as they were started before"
+        assert job.process.poll() is None
+    finally:
+        (tmp_path / "stopped").touch()
+        code, said = job.end()
     assert code == 0
     again = [f"kfdist {name} ended with 1; it is started again in 0.1 s" for name in ("pool", "serve")]
     assert sorted(said.splitlines()) == again
