@@ -234,6 +234,9 @@ class Desired(StrEnum):
     STOPPED = "stopped"
 
 
+ENDED_PHASES = frozenset({"finished", "stopped", "failed"})
+"""The phases of a rank that does nothing more; until it has told one of them, its silence is that of a lost rank."""
+
 Value = int | float | str
 """What a setting of the method may be."""
 

@@ -72,13 +72,10 @@ def _status(
     from kfdist.cli.run_display import print_survey, print_target
 
     if run is not None:
-        print_target(find_run(run, address), as_json=as_json)
-        return
-    survey = look_around(address)
-    if len(survey.runs) == 1 and not as_json:
-        print_target(survey.runs[0].target, as_json=False)
+        answered = print_target(find_run(run, address), as_json=as_json)
     else:
-        print_survey(survey, as_json=as_json)
+        answered = print_survey(look_around(address), as_json=as_json, in_full=True)
+    _exit_with(answered)
 
 
 def _list(address: Address = None, as_json: AsJson = False) -> None:
@@ -89,7 +86,13 @@ def _list(address: Address = None, as_json: AsJson = False) -> None:
     from kfdist.cli.find_runs import look_around
     from kfdist.cli.run_display import print_survey
 
-    print_survey(look_around(address), as_json=as_json)
+    _exit_with(print_survey(look_around(address), as_json=as_json))
+
+
+def _exit_with(answered: bool) -> None:
+    """Ends a command that has told what it found; its exit code says whether all controllers answered."""
+    if not answered:
+        raise typer.Exit(ExitCode.ENVIRONMENT)
 
 
 def _watch(

@@ -31,10 +31,17 @@ _SURVEY_SECONDS = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A run as it was seen, and where."""
+    """A run as it was seen, and where.
+
+    Attributes:
+        view: How it stands.
+        target: Where it can be asked.
+        answered: Whether its controller did; else its files tell how it stands.
+    """
 
     view: RunView
     target: Target
+    answered: bool = True
 
     @property
     def going(self) -> bool:
@@ -160,7 +167,7 @@ def look_around(address: str | None) -> Survey:
             found += _ask(notes)
         except EnvironmentFault as fault:
             silent.append(str(fault))
-            found += [_by_files(note) for note in notes if note.run]
+            found += [replace(_by_files(note), answered=False) for note in notes if note.run]
     # A controller that listens on all addresses may have been asked at two of them.
     once = {(each.view.name, each.view.created, each.view.epoch): each for each in reversed(found)}
     return Survey(sorted(once.values(), key=lambda each: each.view.created, reverse=True), silent)

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 
 from rich.console import Console
@@ -35,8 +35,8 @@ _SHOWN_BLOCKS = 40
 """As many blocks as a terminal gets; a pipe gets all."""
 
 
-def print_target(target: Target, *, as_json: bool) -> None:
-    """Prints one run: as its controller tells it, else as its directory does.
+def print_target(target: Target, *, as_json: bool) -> bool:
+    """Prints one run: as its controller tells it, else as its directory does; says whether nobody failed to answer.
 
     Raises:
         ConfigError: Its controller doesn't know it.
@@ -44,7 +44,7 @@ def print_target(target: Target, *, as_json: bool) -> None:
     """
     if target.controller is None and target.files is not None:
         _print_files(target.files, as_json=as_json)
-        return
+        return True
     try:
         with target.client() as client:
             run, owners = target.view(client), client.owners(target.name)
@@ -52,18 +52,34 @@ def print_target(target: Target, *, as_json: bool) -> None:
     except EnvironmentFault as fault:
         if target.files is None:
             raise
-        print(f"kfdist: {fault}", file=sys.stderr)
+        print(f"kfdist: {fault}; this is what its files tell", file=sys.stderr)
         _print_files(target.files, as_json=as_json)
+        return False
+    return True
 
 
-def print_survey(survey: Survey, *, as_json: bool) -> None:
-    """Prints the runs that were found, a line for each, and which controllers didn't answer."""
+def print_survey(survey: Survey, *, as_json: bool, in_full: bool = False) -> bool:
+    """Prints the runs that were found and which controllers didn't answer; says whether all did.
+
+    Args:
+        survey: What was found.
+        as_json: All of it as one JSON object.
+        in_full: Whether to print all about a run that is the only one, rather than a line.
+    """
     for fault in survey.silent:
         print(f"kfdist: {fault}", file=sys.stderr)
-    if as_json or survey.runs:
-        print_runs([found.view for found in survey.runs], as_json=as_json)
+    if in_full and len(survey.runs) == 1 and not as_json:
+        (only,) = survey.runs
+        target = only.target if only.answered else replace(only.target, controller=None)
+        return print_target(target, as_json=False) and not survey.silent
+    if as_json:
+        told = {"silent": list(survey.silent)} if survey.silent else {}
+        print(json.dumps({"runs": [found.view.to_json() for found in survey.runs], **told}))
+    elif survey.runs:
+        print_runs([found.view for found in survey.runs])
     elif not survey.silent:
         print(survey.nothing())
+    return not survey.silent
 
 
 def _print_files(files: RunFiles, *, as_json: bool) -> None:
@@ -109,11 +125,9 @@ def print_run(run: RunView, owners: Sequence[OwnerView], samples: Sequence[Metri
     _print_blocks(run.name, samples)
 
 
-def print_runs(runs: Sequence[RunView], *, as_json: bool) -> None:
+def print_runs(runs: Sequence[RunView]) -> None:
     """Prints runs, a line for each."""
-    if as_json:
-        print(json.dumps({"runs": [run.to_json() for run in runs]}))
-    elif sys.stdout.isatty():
+    if sys.stdout.isatty():
         console = Console()
         console.print(runs_table(runs, console.width))
     else:

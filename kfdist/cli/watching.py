@@ -55,13 +55,14 @@ def watch_all(address: str | None, *, as_json: bool) -> None:
     """Shows all runs of this machine, or of one controller, until none of them goes on; a line each, at each change.
 
     Raises:
-        ConfigError, EnvironmentFault: As for `look_around`.
+        ConfigError: As for `look_around`.
+        EnvironmentFault: The one controller that was named isn't there, or went away and stays away.
         KeyboardInterrupt: The reader has had enough.
     """
     console = Console()
     on_screen = _has_screen(console) and not as_json
     known: dict[tuple[str, str], str] = {}
-    survey = look_around(address)
+    survey, heard, silent = look_around(address), time.monotonic(), ()
     with Live(console=console, screen=True, auto_refresh=False) if on_screen else nullcontext() as live:
         while True:
             runs = [found.view for found in survey.runs]
@@ -72,10 +73,18 @@ def watch_all(address: str | None, *, as_json: bool) -> None:
                 live.update(Group(runs_table(runs, console.width), Text(), *notes), refresh=True)
             else:
                 _print_changed(runs, known, as_json=as_json)
+                for fault in [each for each in survey.silent if each not in silent]:
+                    print(f"kfdist: {fault}", file=sys.stderr, flush=True)
+                silent = tuple(survey.silent)
             if not survey.going():
                 break
             time.sleep(FRAME_SECONDS)
-            survey = look_around(address)
+            try:
+                survey, heard = look_around(address), time.monotonic()
+            except EnvironmentFault as fault:  # of the one that was named, as while it is started again
+                if time.monotonic() - heard > AWAY_SECONDS:
+                    raise
+                survey = replace(survey, silent=[str(fault)])
     if on_screen:
         console.print(runs_table(runs, console.width) if runs else survey.nothing())
 

@@ -91,7 +91,9 @@ class ControlSection(Section):
         default="127.0.0.1:9464", description="where the controller serves /metrics over HTTP"
     )
     database: FileName | None = Field(
-        default=None, description="the controller's SQLite file; control.sqlite in the run directory if not given"
+        default=None,
+        description="the controller's SQLite file, seen from the working directory of whoever serves; control.sqlite "
+        "in the run directory if not given",
     )
 
 

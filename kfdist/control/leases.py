@@ -26,13 +26,32 @@ FLUSH_SECONDS = 0.5
 """Longest time until steps and counts are committed and shown to watchers."""
 
 
+@dataclass(frozen=True)
+class RankProcess:
+    """A process that registers as a rank.
+
+    Attributes:
+        pid: Its id where it runs; 0 if it isn't said.
+        word: A random word of its own; empty if it isn't said, as by couriers of before.
+    """
+
+    pid: int
+    word: str = ""
+
+    def is_another(self, process: "RankProcess") -> bool:
+        """Tells whether they are surely two: by their words, as containers have ids in common, else by their ids."""
+        if self.word and process.word:
+            return self.word != process.word
+        return 0 not in (self.pid, process.pid) and self.pid != process.pid
+
+
 @dataclass
 class _Crew:
     """The ranks of one start of a run: the time of each one's last message, and its process, also once it has ended."""
 
     epoch: int
     heard: dict[int, float] = field(default_factory=dict)
-    processes: dict[int, int] = field(default_factory=dict)
+    processes: dict[int, RankProcess] = field(default_factory=dict)
 
 
 class Members:
@@ -70,7 +89,7 @@ class Members:
         if self._ledger.owners.get(owner.owner_id) != replace(owner, live=True):
             await self._ledger.put_owners([replace(owner, live=True)])
 
-    def hear_worker(self, run: str, epoch: int, worker_rank: int, process: int = 0) -> None:
+    def hear_worker(self, run: str, epoch: int, worker_rank: int, process: RankProcess | None = None) -> None:
         """Renews a rank's lease; ranks of an older start are forgotten.
 
         Args:
@@ -85,7 +104,7 @@ class Members:
                 self._exporter.forget_gauges(run, Sender("worker", str(old_rank)))
             crew = self._crews[run] = _Crew(epoch)
         crew.heard[worker_rank] = self._runs[run] = self._clock()
-        if process:
+        if process is not None and (process.pid or process.word):
             crew.processes[worker_rank] = process
         self._exporter.heard(run)
         self._ledger.note(run, live_workers=len(crew.heard))
@@ -96,10 +115,10 @@ class Members:
         for worker_rank in crew.heard if crew is not None else ():
             self._exporter.forget_gauges(run, Sender("worker", str(worker_rank)))
 
-    def process_of(self, run: str, epoch: int, worker_rank: int) -> int:
-        """Returns which process has registered as a rank of a start; 0 if none has since the controller began."""
+    def process_of(self, run: str, epoch: int, worker_rank: int) -> RankProcess | None:
+        """Returns which process has registered as a rank of a start; None if none has since the controller began."""
         crew = self._crews.get(run)
-        return crew.processes.get(worker_rank, 0) if crew is not None and crew.epoch == epoch else 0
+        return crew.processes.get(worker_rank) if crew is not None and crew.epoch == epoch else None
 
     def is_alive(self, run: str, worker_rank: int) -> bool:
         """Tells whether a rank of a run's newest start is within its lease."""

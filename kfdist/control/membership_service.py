@@ -13,10 +13,11 @@ from kfdist.control import run_rules, validation
 from kfdist.control.control_records import PHASES, Change, Event, OwnerRecord, RunRecord
 from kfdist.control.dealing import Groups
 from kfdist.control.exporter import Exporter
-from kfdist.control.leases import Members
+from kfdist.control.leases import Members, RankProcess
 from kfdist.control.ledger import Ledger
 from kfdist.control.mutations import Request
 from kfdist.control.series import Sender
+from kfdist.policies.epochs import largest_epoch
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2, membership_pb2, membership_pb2_grpc
 from kfdist.rpc.authentication import caller_of
 from kfdist.rpc.beats import groups_of, in_force_of, samples_of, settings_message
@@ -46,13 +47,14 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         groups = None
         if request.worker_rank == 0 and request.groups:
             groups = Groups(policy=request.assignment or "round_robin", specs=groups_of(request.groups))
-        anew = self._begins_anew(request)
+        process = RankProcess(request.pid, request.process)
+        anew = self._begins_anew(request, process)
         await self._ledger.change(request.run, lambda record: _registered(record, request, anew=anew), groups=groups)
-        self._members.hear_worker(request.run, request.epoch, request.worker_rank, request.pid)
+        self._members.hear_worker(request.run, request.epoch, request.worker_rank, process)
         settings = self._ledger.run(request.run).settings
         return membership_pb2.RegisterWorkerResponse(settings=settings_message(settings))
 
-    def _begins_anew(self, request: membership_pb2.RegisterWorkerRequest) -> bool:
+    def _begins_anew(self, request: membership_pb2.RegisterWorkerRequest, process: RankProcess) -> bool:
         """Tells whether a rank is of a run whose starts are counted anew: another was it, in a start that has ended.
 
         The ranks of that start are forgotten, so that the first one alone begins it.
@@ -61,7 +63,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             Refusal: ABORTED: another process is it, and two runs have one name.
         """
         known = self._members.process_of(request.run, request.epoch, request.worker_rank)
-        if not known or request.pid in (0, known):
+        if known is None or not process.is_another(known):
             return False
         if self._ledger.run(request.run).state.ended:
             self._members.forget_crew(request.run)
@@ -69,9 +71,9 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
         if self._members.is_alive(request.run, request.worker_rank):
             raise Refusal(
                 grpc.StatusCode.ABORTED,
-                f"rank {request.worker_rank} of run {request.run!r}, start {request.epoch}, is process {known} already:"
-                " another run has this name; give one of them another name (run.name), or another controller; or, if it"
-                f" was killed, start again in {self._members.lease_seconds:.0f} s",
+                f"rank {request.worker_rank} of run {request.run!r}, start {request.epoch}, is process {known.pid} "
+                "already: another run has this name; give one of them another name (run.name), or another controller; "
+                f"or, if it was killed, start again in {self._members.lease_seconds:.0f} s",
             )
         return False
 
@@ -166,7 +168,7 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             )
         sender = Sender("worker", str(beat.worker_rank))
         samples = self._bounded(request)
-        self._exporter.ingest(beat.run, sender, str(beat.epoch), samples)
+        self._exporter.ingest(beat.run, sender, self._life(beat), samples)
         if PHASES[beat.phase].ended:
             self._members.release_worker(beat.run, beat.worker_rank)
         else:
@@ -182,6 +184,12 @@ class MembershipService(membership_pb2_grpc.MembershipServiceServicer):
             owners=self._owners(),
             assignment_revision=self._ledger.assignment(beat.run).revision,
         )
+
+    def _life(self, beat: membership_pb2.WorkerBeat) -> str:
+        """Returns what names a rank's life, in which it counts: starts may have one number, one after the other."""
+        process = self._members.process_of(beat.run, beat.epoch, beat.worker_rank)
+        word = process.word if process is not None else ""
+        return f"{beat.epoch}/{word}" if word else str(beat.epoch)
 
     async def _report(self, record: RunRecord, beat: membership_pb2.WorkerBeat) -> None:
         in_force = in_force_of(beat.in_force) if beat.HasField("in_force") else None
@@ -270,6 +278,7 @@ def _registered(record: RunRecord | None, request: membership_pb2.RegisterWorker
         record = made.record
         events += made.events
     _check_epoch(record, request.epoch)
+    _check_not_far_ahead(record, request.epoch)
     if request.epoch > record.epoch or record.world_size == 0 or anew:
         opened = run_rules.started(record, epoch=request.epoch, world_size=request.world_size)
         record = opened.record
@@ -292,4 +301,16 @@ def _check_epoch(record: RunRecord, epoch: int) -> None:
             f"start {epoch} of run {record.name!r} is over: {record.epoch} is the newest. If its run directory was "
             "deleted, so that counting began anew, or the clock that numbers a library user's starts was set back, give"
             " the run another name or the controller another file",
+        )
+
+
+def _check_not_far_ahead(record: RunRecord, epoch: int) -> None:
+    """Refuses a number that no start can have come to: all later starts would be refused for it."""
+    most = largest_epoch(record.epoch, in_directory=bool(record.directory), now_ns=time.time_ns())
+    if epoch > most:
+        raise Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"epoch is {epoch}; the newest start of run {record.name!r} is {record.epoch}, and the next one may be "
+            f"{most} at most, by this machine's clock or by those that its directory counts; give a smaller number, set"
+            " the clocks of both machines right, or give the run another name",
         )

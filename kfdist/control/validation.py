@@ -26,6 +26,7 @@ MAX_SAMPLES = 10_000
 MAX_CONFIG_CHARACTERS = 1 << 20
 MAX_TEXT_CHARACTERS = 4096
 MAX_REQUEST_ID_CHARACTERS = 128
+MAX_PROCESS_CHARACTERS = 128
 
 MAX_NAMED_CHARACTERS = 1 << 15
 """Of groups in a request, as JSON: couriers pass them on with the other settings in one message of 64 KiB."""
@@ -139,6 +140,7 @@ def check_worker(request: membership_pb2.RegisterWorkerRequest) -> None:
     number("world_size", request.world_size, least=1, most=MAX_RANKS)
     number("worker_rank", request.worker_rank, least=0, most=request.world_size - 1)
     _check_text("fingerprint", request.fingerprint, MAX_TEXT_CHARACTERS)
+    _check_text("process", request.process, MAX_PROCESS_CHARACTERS)
     if request.worker_rank:
         return
     if request.assignment:

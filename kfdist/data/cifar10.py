@@ -1,6 +1,7 @@
 """CIFAR-10: its binary version, which has no pickle in it, or folders of images."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,11 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from kfdist.config.fields import Section
-from kfdist.data.images import Cut, Normalise, Pictures, both_folders, transform
+from kfdist.data.images import Cut, Normalise, Pictures, both_folders, decoded, transform
 from kfdist.data.objective import Classification
+from kfdist.data.reading import CorruptExample
 from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError
-from kfdist.system.files import from_home
+from kfdist.system.files import from_home, open_regular
 
 CIFAR = Normalise(mean=(0.4914, 0.4822, 0.4465), deviation=(0.2470, 0.2435, 0.2616))
 """Mean and deviation of the training images."""
@@ -67,12 +69,14 @@ class Cifar10(Section):
         """Looks at the files; images are padded by 4 and cut at random to train, and left as they are to evaluate.
 
         Raises:
-            ConfigError: They aren't there, or aren't CIFAR-10's.
+            ConfigError: They aren't there, aren't CIFAR-10's, or are of another size.
         """
         root = from_home(self.root).absolute()
-        cuts = Cut(kind="padded", size=32, margin=4), Cut(kind="centre", size=32, margin=32)
+        cuts = Cut(kind="padded", size=32, margin=4), Cut(kind="whole", size=32)
         if (root / "train").is_dir():
             train, test, classes = both_folders(root / "train", root / "test", cuts, path="data.settings.root")
+            for part in (train, test):
+                _refuse_other_sizes(part)
             return self._task(train, test, classes)
         folder = root / "cifar-10-batches-bin"
         folder = folder if folder.is_dir() else root
@@ -85,6 +89,23 @@ class Cifar10(Section):
     def _task(self, train: Pictures | CifarRecords, test: Pictures | CifarRecords, classes: int) -> DataSet[Any]:
         objective = Classification(label_smoothing=self.label_smoothing)
         return DataSet(train=train, test=test, classes=classes, objective=objective, prepare=CIFAR)
+
+
+def _refuse_other_sizes(pictures: Pictures) -> None:
+    """Refuses images of another size by the first of them, before anything is started; others are told when they come.
+
+    A larger one would be trained on by a random piece of it at a time.
+    """
+    path, size = pictures.path(0), pictures.cut.size
+    with suppress(CorruptExample):  # which is replaced like any other
+        image = decoded(lambda: open_regular(path), name=path)
+        if image.size != (size, size):
+            raise ConfigError(
+                f"{path} has {image.width} x {image.height} pixels, and CIFAR-10's images have {size} x {size}; resize "
+                "them, or take data.name = 'image-folder', which cuts images of any size as its train_size and "
+                "test_size say",
+                path="data.settings.root",
+            )
 
 
 def _binary(files: Sequence[Path], cut: Cut) -> CifarRecords:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from kfdist.data.overdue import Overdue
 from kfdist.data.reading import EVALUATION, Batch, SeededReader
 from kfdist.data.sampler import Position, Sampler
 from kfdist.data.task import DataSet, Examples
@@ -148,6 +149,7 @@ class LoaderFeed(Feed):
         self._next = start
         self._training: Iterator[Batch] | None = None
         self._evaluation: DataLoader[Batch] | None = None
+        self._overdue = Overdue(worker_rank=serving.worker_rank, loader_processes=serving.loader_processes)
 
     @override
     def training_step(self, position: Position) -> Iterator[Pair]:
@@ -176,10 +178,11 @@ class LoaderFeed(Feed):
         for source in (self._training, self._evaluation):
             end_loader_processes(source)
         self._training = self._evaluation = None
+        self._overdue.close()
 
     def _received(self, batches: Iterable[Batch]) -> Iterator[Pair]:
         try:
-            for batch in batches:
+            for batch in self._overdue.watched(batches):
                 self.corrupt |= batch.corrupt
                 if len(batch.targets):
                     yield self._ready(batch.inputs, batch.targets)

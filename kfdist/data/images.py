@@ -22,7 +22,7 @@ from kfdist.data.objective import Classification
 from kfdist.data.reading import CorruptExample, Readable
 from kfdist.data.task import DataSet
 from kfdist.errors import ConfigError, EnvironmentFault
-from kfdist.system.files import from_home
+from kfdist.system.files import from_home, open_regular
 from kfdist.vision import import_torchvision
 
 R = TypeVar("R", bound=Readable)
@@ -38,12 +38,12 @@ class Cut:
     Attributes:
         kind: "resized": a random part of random aspect, resized (torchvision's RandomResizedCrop), perhaps mirrored;
             "padded": padded by `margin` and cut at random, perhaps mirrored; "centre": the shorter side is resized to
-            `margin`, and the middle is cut out.
+            `margin`, and the middle is cut out; "whole": as it is. Those that are padded or whole must have `size`.
         size: Height and width of the result.
         margin: See `kind`.
     """
 
-    kind: Literal["resized", "padded", "centre"]
+    kind: Literal["resized", "padded", "centre", "whole"]
     size: int
     margin: int = 0
 
@@ -54,7 +54,9 @@ def transform(cut: Cut) -> Any:
     import_torchvision()
     from torchvision.transforms import v2
 
-    if cut.kind == "centre":
+    if cut.kind == "whole":
+        steps = []
+    elif cut.kind == "centre":
         steps = [v2.Resize(cut.margin), v2.CenterCrop(cut.size)]
     else:
         first = v2.RandomResizedCrop(cut.size) if cut.kind == "resized" else v2.RandomCrop(cut.size, cut.margin)
@@ -116,25 +118,31 @@ class Pictures:
         Raises:
             CorruptExample: It can't be read.
         """
-        path = os.path.join(self.folder, os.fsdecode(bytes(self.names[index])))
-        return read_picture(lambda: open(path, "rb"), self.cut, name=path), int(self.labels[index])
+        path = self.path(index)
+        return read_picture(lambda: open_regular(path), self.cut, name=path), int(self.labels[index])
+
+    def path(self, index: int) -> str:
+        """Returns an image's file."""
+        return os.path.join(self.folder, os.fsdecode(bytes(self.names[index])))
 
 
 def read_picture(opened: Callable[[], BinaryIO], cut: Cut, *, name: str) -> Tensor:
     """Decodes an image and cuts it; see `decoded`.
 
     Raises:
-        CorruptExample: It can't be read, or is too small or too long to be cut so.
+        CorruptExample: It can't be read, or has a size that can't be cut so.
         EnvironmentFault: No file can be opened any more.
     """
     image = decoded(opened, name=name)
+    if cut.kind in ("padded", "whole") and image.size != (cut.size, cut.size):
+        raise CorruptExample(name, f"{image.width} x {image.height} pixels, and {cut.size} x {cut.size} are needed")
     shorter, longer = sorted(image.size)
     if cut.kind == "centre" and cut.margin**2 * longer > _MOST_PIXELS * shorter:
         reason = f"{longer} pixels along {shorter}, and more than fit in memory once the shorter side is resized"
         raise CorruptExample(name, reason)
     try:
         return transform(cut)(image)
-    except ValueError as error:  # of an image that has less than what is to be cut out
+    except ValueError as error:  # of a size of which nothing can be cut out
         raise CorruptExample(name, str(error)) from None
 
 

@@ -123,9 +123,11 @@ def _examples(shard: Path) -> Iterator[tuple[int, int, int]]:
     """Yields offset, bytes and label of each image.
 
     Raises:
-        ValueError: An example lacks its image or its label, or the label is no number from 0.
+        ValueError: It is no regular file, an example lacks its image or its label, or the label is no number from 0.
         TarError: The file is no tar file, compressed, or torn.
     """
+    if not shard.is_file():  # to open a FIFO might wait for ever
+        raise ValueError("it is no regular file")
     if shard.stat().st_size % tarfile.BLOCKSIZE:
         raise ValueError("its size is no multiple of a tar's blocks: it is torn, or compressed")
     key, parts = "", dict[str, tarfile.TarInfo]()

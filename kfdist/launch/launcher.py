@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
     ending_of,
+    is_held,
+    last_words,
     longest_checkpoint,
     remove_untrained,
     report_line,
@@ -47,12 +50,15 @@ from kfdist.system.processes import (
     sweep,
 )
 from kfdist.system.run_summary import read_summary, unsaved
+from kfdist.system.slowness import told_while_long
 from kfdist.system.spawn import inherited_environment, module_command
 from kfdist.training.run_directory import inspect_run, read_costs
 from kfdist.training.setup import check_devices, gather_materials
 
 CONTROLLER_READY_SECONDS = 30.0
 POOL_READY_SECONDS = 120.0
+SLOW_SECONDS = 10.0
+"""How long checks may take without a word, and then between two."""
 STOP_RANKS_SECONDS = 6.5
 """How long ranks may take to stop after the first Ctrl-C, beside what their checkpoints took so far, three times over;
 with the services, all of a small run ends within 10 s."""
@@ -86,7 +92,8 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
         EnvironmentFault: Something the run needs could not be had, or a process failed.
     """
     try:
-        with requests.raising():  # listing a large data set takes minutes
+        # Listing a large data set takes minutes, and where its file system doesn't answer there is no end to it.
+        with requests.raising(), told_while_long(partial(say_slow, terminal, config), every_seconds=SLOW_SECONDS):
             if not (finished := check_launch(config)):
                 check_devices(config)
     except KeyboardInterrupt:
@@ -96,6 +103,14 @@ def train(config: Config, terminal: Terminal, requests: StopRequests) -> int:
     terminal.say(finished)
     terminal.result(read_summary(config.run.directory))
     return ExitCode.DONE
+
+
+def say_slow(terminal: Terminal, config: Config, seconds: float) -> None:
+    """Says that a launch is still in its checks after so many seconds, and at what."""
+    terminal.say(
+        f"still checking, for {seconds:.0f} s: the data ({config.data.name}) is listed, the model built, and both are "
+        "tried; nothing is started yet"
+    )
 
 
 def stopped_in_checks(config: Config, terminal: Terminal) -> int:
@@ -329,7 +344,10 @@ class Launch:
         first = min(failed, key=lambda rank: (rank.poll() != ExitCode.BAD_INPUT, rank.poll() or 0))
         self._stopping = True
         self._end_children(self._ranks, FAILURE_SECONDS)
-        return child_fault(first, first.poll() or 0, "while training", f"{RESUME_ADVICE} from the newest checkpoint")
+        # They may be what the others waited for until that took too long, as for a batch that never came.
+        held = [last_words(rank) for rank in self._ranks if rank not in failed and rank.poll() == -signal.SIGKILL]
+        advice = "\n".join([*filter(None, held), f"{RESUME_ADVICE} from the newest checkpoint"])
+        return child_fault(first, first.poll() or 0, "while training", advice)
 
     # Ending
 
@@ -342,6 +360,8 @@ class Launch:
         codes = [rank.poll() for rank in self._ranks]
         if codes and (all(code == ExitCode.DONE for code in codes) or self._is_finished()):
             return ExitCode.DONE  # the last step was made before the request was heard
+        if not (self._has_trained() or self._trains_elsewhere()):
+            return ExitCode.RESUMABLE  # they were still starting: no signal is handled then, and nothing is lost
         for rank, code in zip(self._ranks, codes, strict=True):
             if code is not None and code != ExitCode.RESUMABLE:
                 ended = f"{rank.name} {describe_exit(code)} instead of writing a checkpoint"
@@ -355,8 +375,9 @@ class Launch:
         return self._has_trained() and read_summary(self._config.run.directory).get("status") == "finished"
 
     def _has_trained(self) -> bool:
-        """Says whether the summary is of this launch."""
-        return read_summary(self._config.run.directory) != self._found
+        """Says whether the summary is of this launch, whose ranks have ended: others may have begun here meanwhile."""
+        directory = self._config.run.directory
+        return not is_held(directory, "lock") and read_summary(directory) != self._found
 
     def _end_children(self, children: Sequence[Child], seconds: float) -> None:
         """Sends SIGTERM and waits; then sends SIGKILL and waits for the kernel."""

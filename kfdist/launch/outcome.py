@@ -33,7 +33,7 @@ def child_fault(child: Child, code: int, when: str, advice: str = "") -> KfdistE
         child: A process that has ended.
         code: How it ended, as `Child.poll` returns it.
         when: When it ended, such as "while training".
-        advice: What to do if it gave no reason.
+        advice: What to do, and what else is known, if it gave no reason.
     """
     tail = child.log_tail()
     _, marker, message = f"\n{tail}".rpartition("\nkfdist: ")
@@ -48,6 +48,12 @@ def child_fault(child: Child, code: int, when: str, advice: str = "") -> KfdistE
     return EnvironmentFault("\n".join(filter(None, [f"{name} {describe_exit(code)} {when}; {last}", advice])))
 
 
+def last_words(child: Child) -> str:
+    """Says how the log ends of a child that had to be killed; empty if there is nothing in it."""
+    tail = child.log_tail().rpartition("\n")[2]
+    return f"{child.name} didn't end by itself; its log ends with: {tail}" if tail else ""
+
+
 def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
     """Removes the directories of a launch that never trained, with the files of its services.
 
@@ -56,7 +62,7 @@ def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
         unless_trained: The run directory; with a checkpoint or a line of metrics in it, everything stays. A run that
             was stopped in the wait of its first step has both, but nothing that a new one doesn't make again.
     """
-    if _is_held(unless_trained):
+    if is_held(unless_trained):
         return  # another launch began here at the same moment, and goes on
     summary = read_summary(unless_trained)
     stopped_at_once = summary.get("status") == "stopped" and summary.get("steps") == 0
@@ -71,10 +77,10 @@ def remove_untrained(made: Sequence[Path], *, unless_trained: Path) -> None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _is_held(run_directory: Path) -> bool:
-    """Tells whether a trainer or a controller has its lock there."""
+def is_held(run_directory: Path, locks: str = "*lock") -> bool:
+    """Tells whether a trainer ("lock") or a controller (another that `locks` matches) has its lock there."""
     try:
-        return any(lock_holder(lock) is not None for lock in run_directory.glob("*lock"))
+        return any(lock_holder(lock) is not None for lock in run_directory.glob(locks))
     except OSError:
         return True  # whose it is can't be told
 

@@ -220,12 +220,14 @@ class CourierSetup:
     Attributes:
         address: Where the controller listens.
         rank_pid: The process whose end ends the courier.
+        process: A random word of that process, which tells it from those with this id in other containers.
         context: What the rank knows of the run.
         credentials: What to show to controller and owners; None where they demand nothing.
     """
 
     address: str
     rank_pid: int
+    process: str = ""
     context: LinkContext
     credentials: Credentials | None = None
 

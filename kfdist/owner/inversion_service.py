@@ -1,6 +1,7 @@
 """InversionService as an owner serves it: payloads in, one inversion at a time, results out. Needs no Ray."""
 
 import asyncio
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import grpc
 from kfdist.checks import count, number
 from kfdist.owner.executor import DeadlineExceeded, Execution, ExecutionFailed, Executor, PayloadRefused
 from kfdist.owner.fair_room import FairRoom
+from kfdist.policies.epochs import largest_epoch
 from kfdist.rpc._generated.kfdist.v1 import inversion_pb2
 from kfdist.rpc.chunking import Assembler, PayloadError, split
 from kfdist.rpc.status import Refusal, answers, streams
@@ -154,7 +156,10 @@ class InversionServicer:
         self._check_epoch(header.run, header.epoch)
 
     def _check_epoch(self, run: str, epoch: int) -> None:
-        newest = max(epoch, self._epochs.pop(run, 0))
+        known = self._epochs.get(run, 0)
+        number("epoch", epoch, least=0, most=largest_epoch(known, in_directory=False, now_ns=time.time_ns()))
+        newest = max(epoch, known)
+        self._epochs.pop(run, None)  # so that it comes last
         self._epochs[run] = newest
         while len(self._epochs) > _EPOCHS_KEPT:
             self._epochs.popitem(last=False)

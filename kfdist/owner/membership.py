@@ -57,19 +57,21 @@ class Membership:
     async def run(self) -> None:
         """Registers and beats for ever; retries while the controller is away or restarting."""
         while True:
+            answered = False
             try:
                 async with open_aio_channel(self._address, self._credentials, server=Role.CONTROLLER) as channel:
                     stub = MembershipServiceStub(channel)
                     response = await stub.RegisterOwner(self._request, timeout=CALL_SECONDS)
-                    self.registered, self.refusal = True, ""
+                    self.registered, self.refusal, answered = True, "", True
                     self._learn_peers(response.owners)
                     await self._beat(stub)
             except EnvironmentFault as fault:
                 self._tell(str(fault))  # of the files of the credentials
             except grpc.aio.AioRpcError as error:
                 # It is away, or was restarted and doesn't know this owner: both begin with a registration. Or it wants
-                # another certificate.
-                self._tell(await refusal_of(error, self._address, self._credentials, server=Role.CONTROLLER))
+                # another certificate, or can't write to its disk.
+                server, credentials = Role.CONTROLLER, self._credentials
+                self._tell(await refusal_of(error, self._address, credentials, server=server, answered=answered))
             except TimeoutError:
                 pass
             await asyncio.sleep(_PAUSE_SECONDS)

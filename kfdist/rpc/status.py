@@ -121,14 +121,32 @@ def fault_of(
 
 
 async def refusal_of(
-    error: grpc.aio.AioRpcError, address: str, credentials: Credentials | None, *, server: Role
+    error: grpc.aio.AioRpcError, address: str, credentials: Credentials | None, *, server: Role, answered: bool
 ) -> str:
-    """Says what in a process's certificate or token makes a server refuse its calls; empty if it is something else."""
+    """Says why a server that is there refuses a process's calls; empty if nobody is there, or it has only gone.
+
+    Args:
+        error: What gRPC raised.
+        address: Where the server listens.
+        credentials: What the process shows.
+        server: What the server is.
+        answered: Whether it took calls on this connection before. gRPC itself ends some of those as INTERNAL when the
+            server goes; a server that never took one says by that what is wrong with it, such as a full disk.
+    """
     match code_of(error):
         case grpc.StatusCode.UNAVAILABLE:
             return await asyncio.to_thread(explain, address, credentials, server=server)
         case grpc.StatusCode.UNAUTHENTICATED:
             return token_refused(address, server)
+        case (
+            grpc.StatusCode.INVALID_ARGUMENT
+            | grpc.StatusCode.FAILED_PRECONDITION
+            | grpc.StatusCode.RESOURCE_EXHAUSTED
+            | grpc.StatusCode.UNIMPLEMENTED
+        ):
+            return details_of(error)
+        case grpc.StatusCode.INTERNAL if not answered:
+            return details_of(error)
         case _:
             return ""
 

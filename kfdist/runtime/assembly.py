@@ -63,11 +63,17 @@ class Assembly:
     pipeline: Pipeline
 
     def close(self) -> None:
-        """Completes what is in flight, and ends it all. All ranks must call it."""
+        """Completes what is in flight, tells the controller that this rank has ended, and ends it all.
+
+        All ranks must call it.
+        """
+        failed = True
         try:
             self.pipeline.close()
             self.communicators.close()
+            failed = False
         finally:
+            self.pipeline.agreement.tell_end(self.pipeline.next_step, failed=failed)
             self.link.close()
 
     def abandon(self, *, is_failure: bool) -> None:

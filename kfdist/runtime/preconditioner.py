@@ -370,7 +370,11 @@ class Preconditioner(StatedLoss, Inspection):
         self._folded = True
 
     def close(self) -> None:
-        """Completes what is in flight, removes the hooks and stops the courier. All ranks must call it; safe twice."""
+        """Completes what is in flight, removes the hooks and stops the courier. All ranks must call it; safe twice.
+
+        The controller, if there is one, hears that the run has finished, or stopped where all ranks agreed on that,
+        unless `beat` has told it how the run ended.
+        """
         if not self._closed:
             self._let_go()
             self._assembly.close()

@@ -4,9 +4,10 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kfdist.errors import EnvironmentFault
 
@@ -74,6 +75,19 @@ def make_directory(path: Path) -> list[Path]:
     except OSError as error:
         raise EnvironmentFault(f"can't make {path} ({error.strerror}); choose another run.dir") from error
     return made
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Opens a regular file to read. Opening a FIFO, or reading a device, might wait for ever.
+
+    Raises:
+        OSError: It is no regular file, or can't be opened.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is no regular file")
+    return file
 
 
 def from_home(path: str) -> Path:

@@ -154,7 +154,7 @@ class CheckpointStore:
             listed = self._copies.on_leaders(self._resumable)
         except RankFailed as failure:
             raise CheckpointError(f"can't resume from the checkpoints in {self._directory}: {failure}") from failure
-        for name in sorted({name for names in listed.values() for name in names}, reverse=True):
+        for name in sorted({name for names in listed.values() for name in names}, key=_step_of, reverse=True):
             whole, damage = self._whole_copies(name)
             if whole:
                 self._complete(name, whole)
@@ -270,7 +270,10 @@ class CheckpointStore:
         sync_directory(self._directory)
 
     def _prune(self) -> None:
-        for name in self._candidates()[self._keep :]:
+        # One of a later step was found damaged, or it would have been resumed from, and must not cost a whole one its
+        # place; it stays until the run comes to its step again.
+        done = [name for name in self._candidates() if _step_of(name) <= (self._known_step or 0)]
+        for name in done[self._keep :]:
             # Without its manifest a checkpoint counts as damaged, so one that is half removed is never taken for whole.
             (self._directory / name / NAME).unlink(missing_ok=True)
             shutil.rmtree(self._directory / name, ignore_errors=True)
@@ -293,7 +296,8 @@ class CheckpointStore:
     def _candidates(self) -> list[str]:
         """Returns the names of what looks like checkpoints, newest first."""
         entries = self._directory.glob("step-*") if self._directory.exists() else ()
-        return sorted((e.name for e in entries if e.name.removeprefix("step-").isdigit()), reverse=True)
+        names = (each.name for each in entries)
+        return sorted((name for name in names if name.removeprefix("step-").isdigit()), key=_step_of, reverse=True)
 
     def _check_share(self, path: Path) -> tuple[float, str]:
         """Checks this rank's share of a checkpoint in its copy; returns when it was written, and its digest."""
@@ -321,6 +325,11 @@ def _unpack(manifest: Manifest, path: Path, name: str) -> Any:
         return unpack(manifest.check_file(path, name))
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
+
+
+def _step_of(name: str) -> int:
+    # By number: of names of more than eight digits the order is another.
+    return int(name.removeprefix("step-"))
 
 
 def _rank_file(rank: int) -> str:

@@ -277,7 +277,23 @@ def _finished(config: Config, summary: Mapping[str, Any]) -> str:
 
 def _as_saved(config: Config) -> str:
     # The permission to change is given for one start; a saved file must not give it for ever.
-    return to_toml(config.model_copy(update={"run": config.run.model_copy(update={"accept_changes": False})}))
+    run = config.run.model_copy(update={"accept_changes": False})
+    control = config.control.model_copy(update={"database": _absolute(config.control.database)})
+    secrets = {name: _absolute(getattr(config.security, name)) for name in ("certificates", "token_file")}
+    security = config.security.model_copy(update=secrets)
+    return to_toml(config.model_copy(update={"run": run, "control": control, "security": security}))
+
+
+def _absolute(path: str | None) -> str | None:
+    """Returns where a file is whatever the working directory: commands read the saved configuration in any."""
+    if path is None or path.startswith("~"):  # the home of whoever reads it
+        return path
+    try:
+        absolute = os.path.abspath(path)
+        absolute.encode()
+    except (OSError, UnicodeEncodeError):  # the working directory was removed, or isn't named in UTF-8, as TOML is
+        return path
+    return absolute
 
 
 def _lock(path: Path) -> BinaryIO:

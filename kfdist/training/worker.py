@@ -1,6 +1,7 @@
 """A training rank from its start to its end: what `kfdist worker` does."""
 
 import hashlib
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from kfdist.policies import tuning
 from kfdist.system.credentials import Role
 from kfdist.system.provenance import hardware, versions
 from kfdist.system.run_notices import RunNotice, place_of, posted
+from kfdist.system.slowness import told_while_long
 from kfdist.training.checkpoint import CheckpointStore, Loaded
 from kfdist.training.copies import Copies
 from kfdist.training.elastic_agent import check_nodes
@@ -39,6 +41,11 @@ from kfdist.training.summary import summarise, write_summary
 from kfdist.training.trackers.choosing import make_trackers
 from kfdist.training.trackers.tracker import TrackerFeed
 from kfdist.training.trainer import Trainer
+
+_LOG = logging.getLogger(__name__)
+
+_SLOW_SECONDS = 20.0
+"""How long a rank may prepare without a word, and then between two; it doesn't need as long where disks answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +92,13 @@ def train_together(config: Config, communicator: Communicator, device: torch.dev
     _check_same_configuration(config, communicator)
     copies = Copies.by_node(communicator, config.run.directory)
     finished = next(filter(None, copies.on_leaders(lambda: inspect_run(config)).values()), "")
-    materials = gather_materials(config, communicator.world_size, device, agree_on_costs(config, copies))
+
+    def say_slow(seconds: float) -> None:
+        text = "rank %d prepares for %.0f s: the data (%s) is listed, the model built, and both are tried"
+        _LOG.warning(text, communicator.rank, seconds, config.data.name)
+
+    with told_while_long(say_slow, every_seconds=_SLOW_SECONDS):
+        materials = gather_materials(config, communicator.world_size, device, agree_on_costs(config, copies))
     if finished:
         return Ending(code=ExitCode.DONE, message=finished if communicator.rank == 0 else "")
     return _Start(config, copies.probed(config.run.directory), materials).run()

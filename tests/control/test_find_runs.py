@@ -17,10 +17,12 @@ from typer.testing import CliRunner
 
 from kfdist.cli import control_commands, find_runs, main, settings_command
 from kfdist.cli.complete import complete_config, complete_owner, complete_run
+from kfdist.config import load_config
 from kfdist.control.control_records import RunState
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.system.credentials import Credentials, Role
 from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, place_of, posted
+from kfdist.training.run_directory import RunDirectory
 from tests.support.controller import ControllerThread, Member
 from tests.support.waits import eventually
 
@@ -60,11 +62,12 @@ def kfdist() -> Kfdist:
     control_commands.register(app)
     settings_command.register(app)
 
-    def run(*arguments: str) -> str:
+    def run(*arguments: str, code: int = 0, err: str = "") -> str:
         result = CliRunner().invoke(app, arguments)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == code, result.output
+        assert err in result.stderr
         return result.stdout
 
     return run
@@ -226,12 +229,23 @@ def test_every_command_that_takes_a_run_or_an_owner_has_it_completed():
     assert [each for each in named if each[2] is None] == []
 
 
-def test_a_controller_that_is_away_leaves_the_files(kfdist, post, training):
+def test_a_controller_that_is_away_leaves_the_files_and_an_exit_code(kfdist, post, training):
     post("127.0.0.1:1", "digits", training)
-    assert "40/60" in kfdist("status", "digits")
-    assert json.loads(kfdist("status", "--json"))["runs"][0]["state"] == "running"
+    fault = "no controller answers at 127.0.0.1:1"
+    for command in (("status", "digits"), ("status",), ("list",)):
+        assert "40/60" in kfdist(*command, code=1, err=fault)
+    told = json.loads(kfdist("status", "--json", code=1, err=fault))
+    assert told["runs"][0]["state"] == "running" and fault in told["silent"][0]
     with pytest.raises(EnvironmentFault, match="no controller answers at 127.0.0.1:1"):
         kfdist("stop")
+
+
+def test_a_controller_of_no_run_that_is_away_is_told_beside_the_run_of_another(kfdist, post, controller, client):
+    client.create("digits", total_steps=60)
+    post(controller.address)
+    assert "digits" in kfdist("status")
+    post("127.0.0.1:1")
+    assert "digits" in kfdist("status", code=1, err="no controller answers at 127.0.0.1:1")
 
 
 def test_a_run_that_was_given_in_epochs_is_lengthened_in_epochs(kfdist, machine):
@@ -306,6 +320,18 @@ def test_events_of_an_ended_run_are_those_of_its_controller(kfdist, machine):
     kinds = [event["kind"] for event in json.loads(kfdist("events", "digits", "--json"))["events"]]
     assert kinds == ["created", "pause_requested"]
     assert kfdist("events", "digits", "--after", "2") == "no event\n"
+
+
+def test_events_are_read_where_the_controller_wrote_them_from_any_working_directory(kfdist, machine, monkeypatch):
+    config = load_config(None, overrides=["run.dir=run", "control.database=served.sqlite"], environment={})
+    directory = RunDirectory.open(config)
+    directory.begin(1, config)
+    directory.close()
+    with ControllerThread(Path("served.sqlite")) as running, running.client() as client:
+        client.create("digits")
+    monkeypatch.chdir("/")
+    events = json.loads(kfdist("events", str(machine / "run"), "--json"))["events"]
+    assert [event["kind"] for event in events] == ["created"]
 
 
 def test_nothing_runs(kfdist, machine):

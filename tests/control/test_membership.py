@@ -11,7 +11,7 @@ from kfdist.control.control_records import RunState
 from kfdist.policies.assignment import assign
 from kfdist.rpc._generated.kfdist.v1 import membership_pb2
 from kfdist.types import GroupSpec
-from tests.support.controller import ControllerThread, Member, sample
+from tests.support.controller import ControllerThread, Member, sample, values
 from tests.support.waits import eventually
 
 GROUPS = [("conv1", 1e6), ("conv2", 8e6), ("fc1", 5e9), ("fc2", 3e5), ("fc3", 2e5)]
@@ -83,6 +83,36 @@ class TestFencing:
         assert client.get("r").epoch == 2
 
     @pytest.mark.parametrize("controller", [60.0], indirect=True)
+    def test_containers_whose_processes_have_one_id_are_told_apart_by_their_words(self, client, member):
+        member.register_worker("r", pid=7, process="a")
+        member.register_worker("r", pid=7, process="a")  # its courier was respawned
+        with pytest.raises(grpc.RpcError) as caught:
+            member.register_worker("r", pid=7, process="b")
+        assert code(caught) is grpc.StatusCode.ABORTED
+        assert "is process 7 already: another run has this name" in caught.value.details()
+        member.beat_worker("r", phase="finished")
+        member.register_worker("r", pid=7, process="b")
+        assert client.get("r").state is RunState.CREATED
+
+    def test_a_number_that_no_start_can_have_come_to_is_refused_and_locks_nobody_out(self, client, member):
+        now = time.time_ns() // 10**6
+        client.create("counted", directory="/runs/counted")
+        for run, newest, allowed, too_many in (
+            ("new", 0, now, 2**63 - 1),
+            ("of the clock", now - 9, now, now + 10**9),
+            ("counted", 5, 10_005, now),
+        ):
+            name = run.replace(" ", "-")
+            if newest:
+                member.register_worker(name, epoch=newest)
+            with pytest.raises(grpc.RpcError) as caught:
+                member.register_worker(name, epoch=too_many)
+            assert code(caught) is grpc.StatusCode.INVALID_ARGUMENT
+            assert f"epoch is {too_many}; the newest start of run {name!r} is {newest}" in caught.value.details()
+            member.register_worker(name, epoch=allowed)
+            assert client.get(name).epoch == allowed
+
+    @pytest.mark.parametrize("controller", [60.0], indirect=True)
     def test_a_run_whose_starts_are_counted_anew_begins_again_once_it_has_ended(self, client, member):
         """As one whose directory was removed, under the controller of before."""
         for rank in range(2):
@@ -94,6 +124,14 @@ class TestFencing:
         member.beat_worker("r", step=1)
         assert (client.get("r").state, client.get("r").step) == (RunState.RUNNING, 1)
         assert [event.kind for event in client.events("r")].count("started") == 2
+
+    def test_starts_of_one_number_are_counted_together(self, member, controller):
+        for word, steps in (("a", 5), ("b", 7), ("b", 8)):
+            member.register_worker("r", process=word)
+            member.beat_worker("r", samples=(sample("kfdist_steps_total", steps),))
+            member.register_worker("r", process=word)  # its courier was respawned
+            member.beat_worker("r", phase="finished", samples=(sample("kfdist_steps_total", steps + 1),))
+        assert values(controller.scrape())['kfdist_steps_total{run="r"}'] == 6 + 9
 
     def test_a_message_from_nobody_is_refused(self, member):
         with pytest.raises(grpc.RpcError) as caught:

@@ -20,7 +20,7 @@ from kfdist.cli.run_files import RunFiles
 from kfdist.cli.run_target import Endpoint, Target
 from kfdist.control.client import ControlClient
 from kfdist.system.run_notices import DIRECTORY_VARIABLE, RunNotice, posted
-from tests.support.controller import ControllerProcess, ControllerThread, Member, sample
+from tests.support.controller import ControllerProcess, ControllerThread, Member, address_of_its_own, sample
 from tests.support.waits import eventually
 
 
@@ -215,6 +215,31 @@ def test_several_runs_are_watched_until_none_goes_on(controller, client, member,
     watched.join(60)
     ended = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {(run["name"], run["step"]) for run in ended if run["state"] == "finished"} == {("digits", 0), ("cifar", 1)}
+
+
+def test_several_runs_are_watched_over_their_controllers_restart(tmp_path, capsys):
+    address = address_of_its_own()
+    state = tmp_path / "control.sqlite"
+    with ControllerThread(state, address=address) as first, Member(first.address) as member:
+        for name in ("digits", "cifar"):
+            member.register_worker(name)
+            member.beat_worker(name)
+        watched = threading.Thread(target=watching.watch_all, args=[address], kwargs={"as_json": True})
+        watched.start()
+        eventually(lambda: capsys.readouterr().out, bool, seconds=30)
+    said: list[str] = []
+    eventually(
+        lambda: said.append(capsys.readouterr().err) or "".join(said),
+        lambda text: f"no controller answers at {address}" in text,
+        seconds=30,
+    )
+    with ControllerThread(state, address=address) as second, Member(second.address) as member:
+        for name in ("digits", "cifar"):
+            member.beat_worker(name, step=9, phase="finished")
+        watched.join(60)
+        assert not watched.is_alive()
+    ended = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {run["name"] for run in ended if (run["state"], run["step"]) == ("finished", 9)} == {"cifar", "digits"}
 
 
 def test_a_terminal_without_unicode_gets_escapes_and_no_stack_trace(controller, client):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.distributed.run import get_args_parser  # noqa: TID251  # torchrun's 
 from kfdist.cli.main import app
 from kfdist.config import Config, load_config
 from kfdist.system.addresses import split_address
+from tests.support.waits import eventually
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "slurm" / "kfdist.sbatch"
 NODES = ("node1", "node2", "node3")
@@ -35,7 +37,13 @@ if name == "srun":
 if name == "kfdist" and arguments[0] == "stop":
     pathlib.Path(os.environ["STOPPED"]).touch()
 if name == "kfdist" and "--ready-file" in arguments:
+    if arguments[0] in os.environ.get("FAILS", "").split():
+        sys.exit(2)
     pathlib.Path(arguments[arguments.index("--ready-file") + 1]).touch()
+    died = pathlib.Path(os.environ["STOPPED"]).with_name(arguments[0])
+    if arguments[0] in os.environ.get("DIES", "").split() and not died.exists():
+        died.touch()
+        sys.exit(1)
     signal.pause()
 """
 
@@ -131,6 +139,31 @@ def test_before_the_time_is_over_it_stops_the_run_and_keeps_its_end(tmp_path: Pa
     stop = job.calls("kfdist")[-1].arguments
     parsed = typer.main.get_command(app).commands["stop"].make_context("stop", stop[1:]).params  # type: ignore[attr-defined]
     assert (parsed["run"], parsed["address"]) == ("kfdist", "node1:7070")
+
+
+def test_a_service_that_ends_is_started_again(tmp_path: Path):
+    """Without owners, ranks with a fixed lag would wait for the rest of the job's time."""
+    job = Job(tmp_path, LASTS="1", DIES="serve pool", RESTART_SECONDS="0.1")
+    twice = [("pool", 2), ("serve", 2)]
+    try:
+        eventually(lambda: sorted(Counter(each.arguments[0] for each in job.calls("kfdist")).items()), twice.__eq__)
+        assert len({tuple(each.arguments) for each in job.calls("kfdist")}) == 2, "as they were started before"
+        assert job.process.poll() is None
+    finally:
+        (tmp_path / "stopped").touch()
+        code, said = job.end()
+    assert code == 0
+    again = [f"kfdist {name} ended with 1; it is started again in 0.1 s" for name in ("pool", "serve")]
+    assert sorted(said.splitlines()) == again
+    assert not list(tmp_path.glob("kfdist-77-*"))
+
+
+@pytest.mark.parametrize("fails", ["serve", "pool"])
+def test_a_service_that_never_served_ends_the_job(tmp_path: Path, fails: str):
+    job = Job(tmp_path, FAILS=fails)
+    assert job.end()[0] == 1
+    assert [each.arguments[0] for each in job.calls("kfdist")] == ["serve", "pool"][: 1 + (fails == "pool")]
+    assert job.calls("srun") == []
 
 
 @pytest.mark.parametrize(

@@ -135,3 +135,20 @@ def test_a_drained_owner_gets_no_new_jobs_and_keeps_those_it_has() -> None:
     assert not directory.takes_jobs(first) and directory.takes_jobs(second)
     directory.update([first, second])
     assert directory.takes_jobs(first)
+
+
+@pytest.mark.parametrize("away", [[], ["a", "c"]], ids=["with all others", "alone"])
+def test_an_owner_that_comes_back_is_tried_at_once(directory, clock, away):
+    (owner,) = owners("b")
+    for _ in range(8):
+        directory.suspend(owner)
+        clock.now += 2.1
+    directory.suspend(owner)
+    directory.update(owners("a", "b", "c"))  # it is only unwell
+    arrivals = directory.arrivals
+    assert "b" not in order(directory)
+    directory.update(owners(*away))
+    assert directory.arrivals == arrivals
+    clock.now += 0.1
+    directory.update(owners("a", "b", "c"))
+    assert "b" in order(directory) and directory.arrivals > arrivals

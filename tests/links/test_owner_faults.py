@@ -147,7 +147,7 @@ def test_both_owners_are_away_for_a_while(owners, link, epoch):
         owner.kill()
     data = payload(40, seed=6)
     link.submit(job("patient", data=data, epoch=epoch))
-    link.wait(1.0)
+    eventually(lambda: link.counters().resubmissions.get("owner_lost", 0), lambda tries: tries > len(owners))
     assert link.poll() == []
     owners[0].start()  # the other one stays away: this is the last test
     (result,) = collect(link, 1).values()

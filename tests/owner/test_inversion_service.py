@@ -199,6 +199,14 @@ def test_an_older_start_of_a_run_is_refused_from_the_first_newer_call_on(stub):
     call(stub, [header(data, run="another", epoch=1), *chunks(data)])
 
 
+def test_an_epoch_that_no_start_can_have_come_to_is_refused_and_locks_nobody_out(stub):
+    data = payload(16)
+    code, message = refusal(stub, [header(data, run="ahead", epoch=2**62), *chunks(data)])
+    assert code is Code.INVALID_ARGUMENT
+    assert f"epoch: {2**62} is not allowed; must be a number of at least 0 and at most " in message
+    call(stub, [header(data, run="ahead", epoch=1), *chunks(data)])
+
+
 def test_a_payload_over_the_limit_is_refused_by_its_header(stub):
     sent = []
 

@@ -3,18 +3,20 @@
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 
 from typing_extensions import override
 
 from kfdist.config import Config
 from kfdist.errors import ConfigError, EnvironmentFault, ExitCode
-from kfdist.launch.launcher import Launch, check_launch, stopped_in_checks
+from kfdist.launch.launcher import SLOW_SECONDS, Launch, check_launch, say_slow, stopped_in_checks
 from kfdist.launch.submission.request import Submission
 from kfdist.launch.terminal import StopRequests, Terminal
 from kfdist.system.addresses import address_towards, is_loopback, join_address, split_address
 from kfdist.system.processes import Command
 from kfdist.system.run_summary import read_summary
+from kfdist.system.slowness import told_while_long
 from kfdist.training.setup import check_controller
 
 _TRAIN_NEEDS = ("pandas", "pyarrow", "fsspec", "requests")
@@ -40,7 +42,7 @@ def run_job(terminal: Terminal, requests: StopRequests) -> int:
     own_controller = is_loopback(split_address(submitted.control.address)[0])
     config = on_cluster(submitted, os.environ.get("RAY_ADDRESS", ""))
     try:
-        with requests.raising():
+        with requests.raising(), told_while_long(partial(say_slow, terminal, config), every_seconds=SLOW_SECONDS):
             finished = check_launch(config, own_controller=own_controller)
     except KeyboardInterrupt:
         return stopped_in_checks(config, terminal)

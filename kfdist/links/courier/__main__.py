@@ -106,7 +106,13 @@ class Courier:
         self._counted = LinkCounters()
         self._fenced = False
         self._dispatcher = Dispatcher(
-            setup, directory, done=self._tell_done, count=self._count, fenced=self._fence, tracing=tracing
+            setup,
+            directory,
+            done=self._tell_done,
+            count=self._count,
+            fenced=self._fence,
+            tracing=tracing,
+            controller_is_unheard=lambda: self._session.is_unheard,
         )
         self._session = ControllerSession(
             setup,

@@ -109,6 +109,7 @@ class Dispatcher:
         count: Callable[[LinkCounters], None],
         fenced: Callable[[str], None],
         tracing: Tracing,
+        controller_is_unheard: Callable[[], bool] = lambda: False,
     ) -> None:
         """Begins without jobs.
 
@@ -119,6 +120,7 @@ class Dispatcher:
             count: Called with what there is to count.
             fenced: Called with the reason when an owner has seen a newer start of the run.
             tracing: Makes a span of each hop of a job.
+            controller_is_unheard: Tells whether nobody answers where the controller should be.
         """
         self._context = setup.context
         self._credentials = setup.credentials
@@ -127,6 +129,8 @@ class Dispatcher:
         self._count = count
         self._fenced = fenced
         self._tracing = tracing
+        self._address = setup.address
+        self._controller_is_unheard = controller_is_unheard
         self._on_their_way_back: dict[int, tuple[Hop, Hop]] = {}
         self._connections: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -259,13 +263,21 @@ class Dispatcher:
                 pause = min(_FIRST_PAUSE_SECONDS * 2**parcel.rounds, _LONGEST_PAUSE_SECONDS)
                 parcel.rounds = min(parcel.rounds + 1, 16)
                 parcel.tried.clear()
-                await asyncio.sleep(pause)
+                await self._rest(pause)
             else:
                 self._explain_waiting(parcel)
                 # A suspension may end without any change, so this doesn't wait for one for long.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LONGEST_LOOK_AWAY_SECONDS):
                         await changed.wait()
+
+    async def _rest(self, seconds: float) -> None:
+        """Sleeps, until an owner comes or comes back at most: a pause grows with the outage that this ends."""
+        arrivals, ends = self._directory.arrivals, time.monotonic() + seconds
+        while self._directory.arrivals == arrivals and (left := ends - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
 
     def _connect(self, owner: KnownOwner) -> _Connection:
         connection = self._connections.get(owner.owner_id)
@@ -313,7 +325,10 @@ class Dispatcher:
         if owners and all(owner.draining for owner in owners):
             self._warn("every owner is drained; jobs wait until one isn't (kfdist undrain OWNER) or another comes")
         elif not owners and time.monotonic() - self._begun > _POOL_START_SECONDS:
-            self._warn("no owner is known yet; jobs wait for one (is the pool running?)")
+            why = "is the pool running?"
+            if self._controller_is_unheard():
+                why = f"no controller answers at {self._address}, to name them: does `kfdist serve` run there?"
+            self._warn(f"no owner is known yet; jobs wait for one ({why})")
         elif owners and not self._directory.matching(fingerprint):
             others = sorted({owner.fingerprint for owner in owners})
             self._warn(

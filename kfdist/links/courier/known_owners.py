@@ -43,7 +43,11 @@ class _Standing:
 
 
 class OwnerDirectory:
-    """The owners a courier knows, in the order in which it would try them."""
+    """The owners a courier knows, in the order in which it would try them.
+
+    Attributes:
+        arrivals: How often an owner has come, moved, or come back after a list without it.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Begins empty.
@@ -55,6 +59,8 @@ class OwnerDirectory:
         self._owners: dict[str, KnownOwner] = {}
         self._standing: dict[str, _Standing] = {}
         self._assigned: dict[str, str] = {}
+        self._unlisted: set[str] = set()
+        self.arrivals = 0
 
     @property
     def owners(self) -> list[KnownOwner]:
@@ -62,7 +68,10 @@ class OwnerDirectory:
         return list(self._owners.values())
 
     def update(self, owners: Iterable[KnownOwner]) -> None:
-        """Takes in a list of the live owners; an empty one is ignored, as it would leave nowhere to go."""
+        """Takes in a list of the live owners; an empty one forgets nobody, as it would leave nowhere to go.
+
+        One that comes back was started again, or can be reached again: what it did before counts no more.
+        """
         now = self._clock()
         listed = {owner.owner_id: owner for owner in owners}
         for owner_id in [known for known in self._owners if listed and known not in listed]:
@@ -71,9 +80,11 @@ class OwnerDirectory:
                 standing.absent_since = now
             if now - standing.absent_since >= _ABSENT_SECONDS:
                 del self._owners[owner_id], self._standing[owner_id]
+        unlisted, self._unlisted = self._unlisted, self._owners.keys() - listed.keys()
         for owner_id, owner in listed.items():
-            if not self.is_current(owner):
+            if not self.is_current(owner) or owner_id in unlisted:
                 self._standing[owner_id] = _Standing()
+                self.arrivals += 1
             self._standing[owner_id].absent_since = None
             self._owners[owner_id] = owner
 

@@ -38,12 +38,6 @@ _PEERS_SECONDS = 3.0
 _LAST_WORD_SECONDS = 8.0
 """How long a controller that isn't known to be away may take to hear that the rank has ended, which it would call lost
 otherwise: a short run may end before its courier has registered it, and a busy machine takes seconds for that."""
-_REFUSALS = (
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.UNIMPLEMENTED,
-)
 
 
 class ControllerSession:
@@ -93,6 +87,11 @@ class ControllerSession:
         self._away = False
         self._told = ""
 
+    @property
+    def is_unheard(self) -> bool:
+        """Whether nobody has answered where the controller should be, when it was last tried."""
+        return self._away and not self._told
+
     def beat(self, step: int, phase: str, samples: Sequence[MetricSample]) -> None:
         """Takes in where the rank stands; it is told at the next beat, a new phase at once."""
         if phase != self._phase:
@@ -137,11 +136,11 @@ class ControllerSession:
 
     async def _tell_refusal(self, error: grpc.aio.AioRpcError) -> None:
         """Says once why a controller that is there refuses this rank; nobody there is no news."""
-        if code_of(error) in _REFUSALS:
-            self._tell(details_of(error))
-        elif not self._ending:
-            address, credentials = self._setup.address, self._setup.credentials
-            self._tell(await refusal_of(error, address, credentials, server=Role.CONTROLLER))
+        if self._ending and code_of(error) is grpc.StatusCode.UNAVAILABLE:
+            return  # to find out why takes seconds
+        address, credentials = self._setup.address, self._setup.credentials
+        answered = self._connected
+        self._tell(await refusal_of(error, address, credentials, server=Role.CONTROLLER, answered=answered))
 
     def _tell(self, reason: str) -> None:
         if reason and reason != self._told:
@@ -180,6 +179,7 @@ class ControllerSession:
             fingerprint=context.fingerprint,
             assignment=context.assignment if leads else "",
             pid=self._setup.rank_pid,
+            process=self._setup.process,
         )
         response = await stub.RegisterWorker(request, timeout=CALL_SECONDS)
         self._learn_settings(response.settings)

@@ -4,8 +4,10 @@ import contextlib
 import os
 import select
 import threading
+import uuid
 import weakref
 from collections.abc import Sequence
+from functools import cache
 
 from typing_extensions import override
 
@@ -17,6 +19,13 @@ from kfdist.telemetry.tracing import check_traceable
 from kfdist.types import InForce, Job, JobResult, MetricSample, RunSettings
 
 __all__ = ["RemoteLink", "RemoteOptions"]
+
+
+@cache
+def _word_of(process: int) -> str:
+    """Draws a random word of this process, given its id: one that is forked from it draws another."""
+    del process
+    return uuid.uuid4().hex
 
 
 class RemoteLink(AbstractLink):
@@ -60,7 +69,13 @@ class RemoteLink(AbstractLink):
         check_traceable()
         self._pid = os.getpid()
         mailbox = Mailbox.open()
-        setup = CourierSetup(address=self._address, rank_pid=self._pid, context=context, credentials=self._credentials)
+        setup = CourierSetup(
+            address=self._address,
+            rank_pid=self._pid,
+            process=_word_of(self._pid),
+            context=context,
+            credentials=self._credentials,
+        )
         try:
             self._pump = Pump(mailbox, setup, self._options)
         except BaseException:

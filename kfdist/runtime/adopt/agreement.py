@@ -13,7 +13,7 @@ from kfdist.links.link import AbstractLink
 from kfdist.policies import tuning
 from kfdist.policies.adoption import ABSENT, AdoptionLedger, AgreedTable, decode_table, encode_table
 from kfdist.runtime.in_force import SettingsInForce
-from kfdist.types import Desired, GroupName, MetricSample, Obeyed, RunSettings
+from kfdist.types import ENDED_PHASES, Desired, GroupName, MetricSample, Obeyed, RunSettings
 
 WAITING_ROUND_SECONDS = 1.0
 """Longest a rank blocks on its own between two agreed rounds, so that a waiting run still hears stop and resume."""
@@ -62,6 +62,8 @@ class Agreement:
         self._groups = tuple(groups)
         self._fresh: set[GroupName] = set()
         self._stop_requested = False
+        self._gave_up = False
+        self._told_end = False
         self.in_force = in_force
         self.settings = RunSettings()
         self.stop = False
@@ -79,7 +81,7 @@ class Agreement:
             RanksDiverged: The ranks' parameters differ.
             Interrupted: On all ranks, when a stop was asked for during a pause.
         """
-        self._step = step
+        self._step, self._gave_up = step, False
         columns = self._table.complete()
         if columns is None:
             return None
@@ -196,6 +198,7 @@ class Agreement:
         if self.stop:
             raise Interrupted("the run was asked to stop while it waited", reason="stop")
         if agreed[2]:
+            self._gave_up = True
             raise Interrupted(
                 "the wait for an inversion outlasted wait_limit_seconds: no owner delivered it. Look at `kfdist "
                 "status` and the pool's log, then start the run again: it resumes at this step",
@@ -224,8 +227,16 @@ class Agreement:
 
     def tell(self, step: int, phase: str, samples: Sequence[MetricSample] = ()) -> None:
         """Tells the controller what the run is doing at `step`, and what it goes by."""
+        self._told_end = phase in ENDED_PHASES
         self._report(step)
         self._link.beat(step, phase, samples)
+
+    def tell_end(self, step: int, *, failed: bool) -> None:
+        """Tells the controller how this rank ends, unless it has been told; silence would be that of a lost rank."""
+        if not self._told_end:
+            self._told_end = True
+            # What the run goes by was told when it was taken up; to tell it again would ask schedules of one more step.
+            self._link.beat(step, "failed" if failed else "stopped" if self.stop or self._gave_up else "finished", ())
 
     def _report(self, step: int) -> None:
         if self._worker_rank == 0:

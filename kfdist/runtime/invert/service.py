@@ -1,6 +1,7 @@
 """Where a preconditioner's inversions are done when not in its own process."""
 
 import re
+import time
 from dataclasses import dataclass
 
 from kfdist import checks
@@ -8,6 +9,7 @@ from kfdist.errors import ConfigError
 from kfdist.links.link import AbstractLink
 from kfdist.links.local import LocalLink
 from kfdist.policies.assignment import POLICIES
+from kfdist.policies.epochs import largest_epoch
 from kfdist.system.addresses import server_address
 from kfdist.system.credentials import Credentials, Role
 from kfdist.types import MAX_DEADLINE_SECONDS, RUN_NAME_PATTERN
@@ -40,7 +42,10 @@ class Service:
                 "or digit at both ends"
             )
         if self.epoch is not None:
-            checks.count("epoch", self.epoch, least=1, hint="or None, which draws one from rank 0's clock")
+            hint = "or None, which draws one from rank 0's clock"
+            checks.count("epoch", self.epoch, least=1, hint=hint)
+            most = largest_epoch(0, in_directory=False, now_ns=time.time_ns())
+            checks.number("epoch", self.epoch, least=1, most=most, hint=hint)
         checks.choice("assignment", self.assignment, POLICIES)
         checks.number("deadline_seconds", self.deadline_seconds, above=0, most=MAX_DEADLINE_SECONDS)
         checks.choice("device", self.device, DEVICES)
@@ -64,8 +69,9 @@ def connect(
     Args:
         address: The controller's address, "host:port".
         run: Name of the run at the controller.
-        epoch: Number of this start of the run; a later start must have a larger one, since older messages are refused.
-            With the number of an earlier start that was heard of within the last ten seconds or so (its ranks' leases),
+        epoch: Number of this start of the run; a later start must have a larger one, since older messages are refused. At
+            most what the clock says in milliseconds since 1970, and a day. One of the same number begins once the earlier
+            one has ended: after `close`, or some ten seconds after the last message of ranks that were killed. Until then
             it is taken for another run of this name and stopped. None draws one from rank 0's clock.
         assignment: How groups are dealt to owners: "round_robin" (over cost-sorted groups), "model_order" or "lpt".
         deadline_seconds: How long one inversion may run before its process is killed and the job sent again; a day at

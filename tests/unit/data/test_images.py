@@ -1,5 +1,6 @@
 """Images from folders, from CIFAR-10's files and from nowhere: what a batch of them is, and what is refused."""
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -124,7 +125,9 @@ def test_what_pillow_can_not_decode_is_named(tmp_path: Path):
     ("size", "cut", "words"),
     [
         ((3000, 1), Cut(kind="centre", size=224, margin=256), "3000 pixels along 1, and more than fit in memory"),
-        ((8, 30), Cut(kind="padded", size=32, margin=4), "Required crop size"),
+        ((8, 30), Cut(kind="padded", size=32, margin=4), "8 x 30 pixels, and 32 x 32 are needed"),
+        ((64, 64), Cut(kind="padded", size=32, margin=4), "64 x 64 pixels, and 32 x 32 are needed"),
+        ((64, 64), Cut(kind="whole", size=32), "64 x 64 pixels, and 32 x 32 are needed"),
     ],
 )
 def test_an_image_that_can_not_be_cut_is_named(size: tuple[int, int], cut: Cut, words: str, tmp_path: Path):
@@ -151,6 +154,35 @@ def test_cifar_10_is_read_from_its_binary_files_and_from_folders(tmp_path: Path)
         tmp_path / "folders" / "test"
     )
     assert isinstance(load_data("cifar10", {"root": str(tmp_path / "folders")}).train, Pictures)
+
+
+@pytest.mark.parametrize(("train", "test"), [(64, 32), (32, 64)])
+def test_folders_of_other_images_are_not_taken_for_cifar_10(tmp_path: Path, train: int, test: int):
+    """They were trained on by random pieces of 32 x 32, without a word."""
+    root = write_folders(tmp_path / "root", classes=2, train=1, test=1, size=train)
+    other = write_folders(tmp_path / "other", classes=2, train=1, test=1, size=test)
+    (other / "val").rename(root / "test")
+    with pytest.raises(ConfigError, match=r"0000\.jpg has 64 x 64 pixels, and CIFAR-10's .*32 x 32; .*'image-folder'"):
+        load_data("cifar10", {"root": str(root)})
+
+
+def test_one_image_of_another_size_is_named_and_replaced(tmp_path: Path):
+    root = write_folders(tmp_path, classes=2, train=1, test=1, size=32)
+    (root / "val").rename(root / "test")
+    odd = root / "train" / "class_01" / "0000.jpg"
+    Image.new("RGB", (64, 64)).save(odd)
+    batch = reader(load_data("cifar10", {"root": str(root)})).__getitems__((0, [1]))
+    assert batch.targets.tolist() == [0] and list(batch.corrupt) == [str(odd)]
+
+
+def test_a_fifo_among_the_images_is_named_and_replaced(tmp_path: Path):
+    """To open it waited for a writer that never came."""
+    data = load(write_folders(tmp_path, classes=2, train=2, test=1))
+    fifo = tmp_path / "train" / "class_00" / "0001.jpg"
+    fifo.unlink()
+    os.mkfifo(fifo)
+    batch = reader(data).__getitems__((0, [1]))
+    assert batch.targets.tolist() == [1] and batch.corrupt == {str(fifo): "it is no regular file"}
 
 
 def test_synthetic_images_are_those_of_imagenets_size():

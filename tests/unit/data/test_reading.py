@@ -1,10 +1,12 @@
 """Examples read one by one: seeded by (seed, epoch, example), whoever reads them; what can't be read is replaced."""
 
+import gc
 import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +18,11 @@ import torch
 
 from kfdist.data import DataSet, Examples
 from kfdist.data.feed import LoaderFeed, Serving, make_feed
+from kfdist.data.overdue import Overdue
 from kfdist.data.reading import EVALUATION, Batch, CorruptExample, SeededReader
 from kfdist.data.sampler import Position, Sampler
 from kfdist.errors import ConfigError, EnvironmentFault
+from tests.support.waits import eventually
 
 
 @dataclass(frozen=True)
@@ -220,3 +224,48 @@ def test_an_evaluation_leaves_the_examples_in_memory_as_they_were():
     data = DataSet(train=examples, test=examples, classes=1, prepare=lambda inputs: inputs.div_(255.0))
     for _ in range(2):
         assert all(inputs.eq(1.0).all() for inputs, _ in make_feed(data, serving(), Position()).evaluation())
+
+
+class Slow(Noisy):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        time.sleep(0.25)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("loader_processes", [0, 1])
+def test_a_batch_that_does_not_come_is_told_again_and_again(caplog: pytest.LogCaptureFixture, loader_processes: int):
+    how = serving(rank=1, world_size=2, loader_processes=loader_processes)
+    feed = make_feed(DataSet(train=Slow(), test=Noisy(), classes=20), how, Position())
+    assert isinstance(feed, LoaderFeed)
+    feed._overdue = Overdue(worker_rank=1, loader_processes=loader_processes, seconds=0.2)
+    list(feed.training_step(Position()))  # four examples
+    feed.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) >= 2, "one a fifth of a second, of one at least"
+    assert all(text.startswith("rank 1 has waited ") for text in told)
+    assert f" s for a batch (data.loader_processes is {loader_processes}), and all ranks wait with it" in told[0]
+
+
+def test_a_step_that_takes_long_is_no_wait_for_a_batch(caplog: pytest.LogCaptureFixture):
+    overdue = Overdue(worker_rank=0, loader_processes=1, seconds=0.1)
+    nothing = Batch(torch.zeros(0), torch.zeros(0), {})
+    for _ in overdue.watched([nothing, nothing]):
+        time.sleep(0.4)
+    overdue.close()
+    assert caplog.records == []
+
+
+def test_nobody_watches_for_a_feed_that_is_closed_or_forgotten():
+    def watchers() -> set[threading.Thread]:
+        return {each for each in threading.enumerate() if each.name == "kfdist-overdue"}
+
+    for forgotten in (False, True):
+        before = watchers()
+        feed = make_feed(DataSet(train=Noisy(), test=Noisy(), classes=20), serving(), Position())
+        list(feed.training_step(Position()))
+        assert watchers() - before
+        if not forgotten:
+            feed.close()
+        del feed
+        gc.collect()
+        eventually(lambda before=before: watchers() - before, lambda left: not left)

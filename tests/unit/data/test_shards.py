@@ -95,7 +95,7 @@ def test_more_shards_than_files_may_be_open(both: tuple[DataSet, DataSet], tmp_p
 def test_an_image_is_not_corrupt_because_too_many_files_are_open(
     both: tuple[DataSet, DataSet], part: int, monkeypatch: pytest.MonkeyPatch
 ):
-    def refused(*arguments: object) -> None:
+    def refused(*arguments: object, **options: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "some file")
 
     monkeypatch.setattr("builtins.open" if part == 0 else "kfdist.data.shards._opened", refused)
@@ -120,6 +120,11 @@ def tear_off(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:1500])
 
 
+def make_a_fifo(shard: Path) -> None:
+    shard.unlink()
+    os.mkfifo(shard)
+
+
 def misname_a_class(shard: Path) -> None:
     member("9.cls", b"9" * 20)(shard)
     member("9.jpg", b"1")(shard)
@@ -139,6 +144,7 @@ def tear_a_member(shard: Path) -> None:
         (member("9.jpg", b"1"), r"example '9' has \.jpg"),
         (member("9.cls", b"1"), r"example '9' has \.cls"),
         (member("9.json", b"1"), r"example '9' has \.json"),
+        (make_a_fifo, "is no regular file"),
         (misname_a_class, r"the class of example '9' is '9{20}'"),
     ],
 )

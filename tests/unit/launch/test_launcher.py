@@ -1,10 +1,12 @@
 """What `kfdist train` checks before it starts anything."""
 
 import datetime
+import fcntl
 import json
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,12 +102,13 @@ def test_ranks_have_time_to_stop_by_what_their_checkpoints_took(monkeypatch, tmp
 
 
 @pytest.mark.parametrize(
-    ("found", "written", "code"),
+    ("found", "written", "code", "told"),
     [
-        ("", '{"status": "finished", "start": 1}', ExitCode.DONE),  # they only waited for a controller that hung
-        ("", '{"status": "running", "start": 1}', ExitCode.RESUMABLE),
-        ('{"status": "finished", "start": 1}', '{"status": "finished", "start": 1}', ExitCode.RESUMABLE),
-        ('{"status": "finished", "start": 1}', '{"status": "finished", "start": 2}', ExitCode.DONE),
+        ("", '{"status": "finished", "start": 1}', ExitCode.DONE, False),  # they only waited for a controller that hung
+        ("", '{"status": "running", "start": 1}', ExitCode.RESUMABLE, True),
+        # Nothing of this launch: they were still starting.
+        ('{"status": "finished", "start": 1}', '{"status": "finished", "start": 1}', ExitCode.RESUMABLE, False),
+        ('{"status": "finished", "start": 1}', '{"status": "finished", "start": 2}', ExitCode.DONE, False),
     ],
 )
 def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
@@ -115,6 +118,7 @@ def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
     found: str,
     written: str,
     code: int,
+    told: bool,
 ):
     summary = tmp_path / "summary.json"
     if found:
@@ -124,7 +128,7 @@ def test_ranks_that_had_to_be_killed_after_their_last_step_have_finished(
     monkeypatch.setattr(launch, "_ranks", [killed])
     monkeypatch.setattr(launch, "_end_children", lambda *_: summary.write_text(written))
     assert launch._stop_ranks() == code
-    assert ("instead of writing a checkpoint" in capsys.readouterr().err) == (code == ExitCode.RESUMABLE)
+    assert ("instead of writing a checkpoint" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize(
@@ -196,3 +200,30 @@ def test_a_launch_that_trained_leaves_a_report_however_it_ends(
     told = "".join(f"{page['status']}: {page.get('error', '')}\n" for page in pages) + said
     assert bool(pages) == (asked_for and bool(words))
     assert re.search(words, told) if asked_for else "report" not in said
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_launch_that_fails_beside_another_leaves_the_others_summary(tmp_path: Path, held: bool):
+    """Both were started at once, and this one's controller found the file in use when the other one's ranks began."""
+    launch = Launch(load_config(None, overrides=[f"run.dir={tmp_path}"]), Terminal(as_json=True), StopRequests())
+    summary = {"status": "running", "start": 1}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with (tmp_path / "lock").open("w") as lock:
+        if held:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        launch._complete_summary(failed="another controller has the file")
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert (found == summary) == held
+    assert held or found["status"] == "failed"
+
+
+def test_checks_that_take_long_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    """As the listing of a folder does whose file system doesn't answer; nothing was said, without an end."""
+    monkeypatch.setattr(launcher, "SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(launcher, "check_launch", lambda config: time.sleep(0.5) or "done before")
+    monkeypatch.setattr(launcher, "read_summary", lambda directory: {})
+    config = load_config(None, overrides=[f"run.dir={tmp_path / 'run'}"], environment={})
+    assert train(config, Terminal(as_json=False), StopRequests()) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "done before"
+    assert lines[0].startswith("still checking, for 0 s: the data (digits) is listed")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from kfdist.config import load_config
 from kfdist.errors import ConfigError, EnvironmentFault
 from kfdist.launch import outcome
+from kfdist.launch.launcher import Launch
 from kfdist.launch.outcome import (
     add_to_summary,
     child_fault,
@@ -17,22 +19,21 @@ from kfdist.launch.outcome import (
     remove_untrained,
     report_line,
 )
-from kfdist.launch.terminal import summary_line
+from kfdist.launch.terminal import StopRequests, Terminal, summary_line
 from kfdist.system.files import make_directory
 from kfdist.system.processes import Child, Command
 from kfdist.system.run_summary import read_summary
 from kfdist.training.reporting import MetricsLog
+from tests.support.waits import eventually
+
+
+def _child(tmp_path: Path, name: str, script: str) -> Child:
+    log = tmp_path / f"{name.replace(' ', '-')}.log"
+    return Child(Command(name=name, line=(sys.executable, "-c", script), environment=dict(os.environ), log=log))
 
 
 def _ended_child(tmp_path: Path, script: str) -> tuple[Child, int]:
-    child = Child(
-        Command(
-            name="rank 1",
-            line=(sys.executable, "-c", script),
-            environment=dict(os.environ),
-            log=tmp_path / "rank-1.log",
-        )
-    )
+    child = _child(tmp_path, "rank 1", script)
     deadline = time.monotonic() + 10
     while (code := child.poll()) is None:
         assert time.monotonic() < deadline
@@ -60,6 +61,22 @@ def test_a_child_that_crashed_is_shown_by_the_end_of_its_log(tmp_path: Path):
     first, *log, advice = str(fault).splitlines()
     assert first == f"rank 1 was killed by SIGABRT while training; the end of its log ({tmp_path / 'rank-1.log'}):"
     assert log[0] == "deep trouble" and advice == "run it again"
+
+
+def test_the_rank_that_the_others_waited_for_is_quoted_beside_the_one_that_gave_up(monkeypatch, tmp_path: Path):
+    launch = Launch(load_config(None, overrides=[f"run.dir={tmp_path}"]), Terminal(as_json=True), StopRequests())
+    waits = "import time; print('WARNING rank=1: rank 1 has waited 290 s for a batch', flush=True); time.sleep(600)"
+    deaf = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {waits}"
+    monkeypatch.setattr("kfdist.launch.launcher.FAILURE_SECONDS", 0.1)
+    monkeypatch.setattr("kfdist.launch.launcher.reap_orphans", lambda children: None)  # of this process
+    scripts = {"rank 0": "raise RuntimeError('timed out')", "rank 1": deaf, "rank 2": "import time; time.sleep(600)"}
+    launch._ranks = [_child(tmp_path, name, script) for name, script in scripts.items()]
+    eventually(lambda: (launch._ranks[0].poll(), launch._ranks[1].log_tail()), all)
+    first, *_, held, advice = str(launch._rank_failure(launch._ranks[:1])).splitlines()
+    assert first.startswith("rank 0 exited with 1 while training")
+    words = "WARNING rank=1: rank 1 has waited 290 s for a batch"
+    assert held == f"rank 1 didn't end by itself; its log ends with: {words}"
+    assert advice == "run the same command again to resume from the newest checkpoint"
 
 
 def test_a_child_that_died_in_silence_is_named_all_the_same(tmp_path: Path):

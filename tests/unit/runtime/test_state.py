@@ -54,7 +54,7 @@ def test_the_controller_hears_where_a_loaded_state_goes_on():
 
     resumed = FaultyLink()
     trained(resumed, 0, trained(FaultyLink(), 3))
-    assert resumed.told == [(3, "running")]
+    assert resumed.told == [(3, "running"), (3, "finished")]
 
 
 def test_a_state_of_an_older_format_is_refused_with_what_to_do():

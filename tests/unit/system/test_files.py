@@ -1,5 +1,6 @@
 """Files are whole or not there."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from kfdist.errors import EnvironmentFault
 from kfdist.system.files import (
     check_working_directory,
     is_private,
+    open_regular,
     read_ready_file,
     replace_file,
     write_file,
@@ -75,3 +77,17 @@ def test_who_may_read_a_file(tmp_path: Path, mode: int, private: bool):
     path.touch()
     path.chmod(mode)
     assert is_private(path) is private
+
+
+def test_regular_files_alone_are_opened_and_nothing_is_waited_for(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("file", "link"):
+        with open_regular(str(tmp_path / name)) as file:
+            assert file.read() == b"content"
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(OSError, match="it is no regular file"):
+            open_regular(str(path))
+    with pytest.raises(IsADirectoryError):
+        open_regular(str(tmp_path))

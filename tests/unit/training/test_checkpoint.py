@@ -100,6 +100,30 @@ def test_only_the_newest_are_kept(tmp_path: Path):
     assert_holds(fresh(tmp_path), 100)
 
 
+def test_a_damaged_one_of_a_later_step_costs_no_other_its_place(tmp_path: Path):
+    """The one that is kept was it, and what the resumed run wrote was removed as soon as it was there."""
+    save(fresh(tmp_path, keep=1), 9)
+    (tmp_path / "checkpoints" / "step-00000009" / "manifest.json").unlink()
+    store = fresh(tmp_path, keep=1)
+    assert store.newest() is None and len(store.remarks) == 1
+    for step in (3, 5):
+        assert save(store, step).fault == ""
+        assert_holds(fresh(tmp_path), step)
+    assert not (tmp_path / "checkpoints" / "step-00000003").exists()
+    save(store, 9)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000009"]
+    assert_holds(fresh(tmp_path), 9)
+
+
+def test_the_newest_is_that_of_the_largest_number(tmp_path: Path):
+    """Names have eight digits at least, and a run may have more steps."""
+    store = fresh(tmp_path, keep=2)
+    for step in (99_999_990, 99_999_999, 100_000_008):
+        save(store, step)
+    assert_holds(fresh(tmp_path), 100_000_008)
+    assert not (tmp_path / "checkpoints" / "step-99999990").exists()
+
+
 def test_the_same_step_is_written_once(tmp_path: Path):
     store = fresh(tmp_path)
     save(store, 4)

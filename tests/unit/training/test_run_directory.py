@@ -1,5 +1,6 @@
 """One trainer at a time, no drift, and nothing half made."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -245,3 +246,28 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match="can't make the run directory .*; choose another run.dir"):
         RunDirectory.open(config_in(tmp_path / "file" / "run"))
+
+
+def test_the_files_that_a_saved_configuration_names_are_found_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    config = config_in(
+        tmp_path / "run", "control.database=served/c.sqlite", "security.certificates=certs", "security.token_file=~/t"
+    )
+    started(config).close()
+    for file in ("config.toml", "epochs/00001.toml"):
+        saved = load_config(tmp_path / "run" / file, environment={})
+        assert saved.control.database == str(tmp_path / "work" / "served" / "c.sqlite")
+        assert saved.security.certificates == str(tmp_path / "work" / "certs")
+        assert saved.security.token_file == "~/t"
+    assert inspect_run(config) == "", "where files are is no other configuration"
+
+
+def test_a_working_directory_that_has_no_name_in_utf_8_stays_unnamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    work = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    work.mkdir()
+    monkeypatch.chdir(work)
+    started(config_in(tmp_path / "run", "control.database=c.sqlite")).close()
+    assert load_config(tmp_path / "run" / "config.toml", environment={}).control.database == "c.sqlite"

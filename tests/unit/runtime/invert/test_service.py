@@ -1,5 +1,7 @@
 """What a run demands of whoever inverts for it, before anything is contacted."""
 
+import time
+
 import pytest
 import torch
 
@@ -17,3 +19,10 @@ def test_with_a_fixed_lag_a_rank_without_a_gpu_cant_say_which_owners_it_needs(mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EnvironmentFault, match=r"owners must compute what this rank would.*cluster\.bundle\.gpus = 0"):
         preconditioner(two_layers(), link=kfdist.connect("127.0.0.1:7070", device="cuda"))
+
+
+@pytest.mark.parametrize("epoch", [0, 2**62])
+def test_a_start_has_a_number_that_the_controller_takes(epoch: int):
+    with pytest.raises(ConfigError, match=f"^epoch: {epoch} is not allowed; .*draws one from rank 0's clock"):
+        kfdist.connect("127.0.0.1:7070", epoch=epoch)
+    assert kfdist.connect("127.0.0.1:7070", epoch=int(time.time() * 1000)).epoch

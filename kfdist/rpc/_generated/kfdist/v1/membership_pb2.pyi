@@ -18,7 +18,7 @@ class GroupSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., cost: _Optional[float] = ..., position: _Optional[int] = ...) -> None: ...
 
 class RegisterWorkerRequest(_message.Message):
-    __slots__ = ("run", "epoch", "worker_rank", "world_size", "groups", "fingerprint", "assignment", "pid")
+    __slots__ = ("run", "epoch", "worker_rank", "world_size", "groups", "fingerprint", "assignment", "pid", "process")
     RUN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class RegisterWorkerRequest(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     run: str
     epoch: int
     worker_rank: int
@@ -35,7 +36,8 @@ class RegisterWorkerRequest(_message.Message):
     fingerprint: str
     assignment: str
     pid: int
-    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_rank: _Optional[int] = ..., world_size: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupSpec, _Mapping]]] = ..., fingerprint: _Optional[str] = ..., assignment: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    process: str
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., worker_rank: _Optional[int] = ..., world_size: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupSpec, _Mapping]]] = ..., fingerprint: _Optional[str] = ..., assignment: _Optional[str] = ..., pid: _Optional[int] = ..., process: _Optional[str] = ...) -> None: ...
 
 class RegisterWorkerResponse(_message.Message):
     __slots__ = ("settings",)
