@@ -49,10 +49,10 @@ class ProjectedGradient(NamedTuple):
         right = most.new_empty(len(most), r + U_A.shape[-1], w)
         torch.bmm(U_G.mT, most, out=right[:, :r])
         right[:, r:].copy_(A.left[:, :w].mT)
-        parts: tuple[Tensor, ...] = (right,)
+        parts = [right]
         if last:
             along_A.baddbmm_(last[0], U_A[:, w:])
-            parts = (right, torch.cat([torch.bmm(U_G.mT, last[0]), A.left[:, w:].mT], dim=1))
+            parts.append(torch.cat([torch.bmm(U_G.mT, last[0]), A.left[:, w:].mT], dim=1))
         if U_G.shape[-2] < U_A.shape[-2]:  # by way of the shorter dimension
             inner = torch.bmm(U_G.mT, along_A)
         else:
@@ -60,7 +60,7 @@ class ProjectedGradient(NamedTuple):
             inner = inner.baddbmm_(parts[1][:, :r], U_A[:, w:]) if last else inner
         squares = along_A.square().sum(1)
         left = torch.cat([G.left, along_A.baddbmm_(G.left, inner)], dim=-1)
-        return cls(inverse, V, left, parts, inner, squares)
+        return cls(inverse, V, left, tuple(parts), inner, squares)
 
     def product(self) -> Float[Tensor, "1"] | None:
         """Returns <X, V> of a single matrix; None where rounding decides on it. Compares numbers, so only on the host.
