@@ -109,7 +109,7 @@ def joined() -> dict[str, tuple[float, float]]:
     found = {}
     for p, q, r_G, r_A in DEEP:
         inverse, V = _inverse(p, q, r_G, r_A, 1), torch.randn(1, p, q)
-        (L_A, U_A, _), (L_G, U_G, _), _ = inverse
+        L_A, U_A, L_G, U_G = inverse.A.left, inverse.A.right, inverse.G.left, inverse.G.right
         assert U_A is not None and U_G is not None, "so few pairs are no matrix"
         left, right = torch.empty(1, p, r_G + r_A), torch.empty(1, r_G + r_A, q)
         left[..., :r_G], right[:, r_G:] = L_G, L_A.mT
@@ -161,7 +161,7 @@ def by_rows() -> dict[str, tuple[float, float]]:
     found = {}
     for p, q, r_G, r_A in DEEP:
         inverse, V = _inverse(p, q, r_G, r_A, 1), torch.randn(1, p, q)
-        (L_A, U_A, _), (L_G, U_G, _), _ = inverse
+        L_A, U_A, L_G, U_G = inverse.A.left, inverse.A.right, inverse.G.left, inverse.G.right
         assert U_A is not None and U_G is not None, "so few pairs are no matrix"
 
         def whole(inverse: FactoredInverse = inverse, V: Tensor = V) -> None:

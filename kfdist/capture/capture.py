@@ -86,6 +86,7 @@ class Capture:
         masked: What masks left out before the last drain.
         multiplied: The parameters, by id, that were seen to go into a product with an input, with a block or without.
         doubts: Why the examples of forwards before it, where none were stated, may be other ones than were counted.
+        micro_batches: How many backwards before it counted; 0 where nobody watched.
         zero_rows: By block without a mask, with positions or no stated number of examples: how many output gradients
             before it are zero, of all.
     """
@@ -121,6 +122,7 @@ class Capture:
         self._held: dict[Use, Held] = {}
         self._looks = False
         self.doubts: Sequence[str] = ()
+        self.micro_batches = 0
         self.zero_rows: Mapping[str, tuple[Tensor, int]] = {}
         self._watch = Watch(model, self._blocks.values(), self)
         self.multiplied = self._watch.uses.multiplied
@@ -259,6 +261,7 @@ class Capture:
         Raises:
             KfdistError: With "mc" or "exact": a block was due and its backward came, but nothing was observed.
         """
+        self.micro_batches = len(self._batches)
         if self._rests:
             self._stated = Stated()
             return {}

@@ -392,6 +392,8 @@ class Collector:
         for part in sorted(drawn):
             pending.add_drawn(part, seen, *drawn[part])
         wanted -= drawn.keys()
+        if not wanted and seen.kept is None:
+            return len(seen.activation) * seen.block.positions(seen.activation, seen.output_gradient)
         found = seen.block.factor_sums(
             seen.activation,
             seen.output_gradient,

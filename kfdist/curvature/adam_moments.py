@@ -11,9 +11,12 @@ from typing_extensions import override
 
 from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.inverse import AbstractPreconditioner
+from kfdist.linalg.uploads import sent
 
 FIRST, SECOND, FIRST_WEIGHT, SECOND_WEIGHT = "first", "second", "first_weight", "second_weight"
 """What a block's memory keeps: m, v, and 1 - beta^t of either, by the moments' own recursion."""
+
+_WEIGHTS = (FIRST_WEIGHT, SECOND_WEIGHT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,9 @@ class AbstractAdamBasis(AbstractPreconditioner):
     A direction given outside a training's steps learns nothing and takes V in the place of n. Before any step it is
     `fallback`'s.
 
+    The numbers 1 - beta^t are the host's, which tells a device what it makes of them; where only the device knows which
+    steps are skipped, they are the device's.
+
     Attributes:
         beta1: Decay of the first moment m.
         beta2: Decay of the second moment v.
@@ -42,6 +48,7 @@ class AbstractAdamBasis(AbstractPreconditioner):
     keeps_memory: ClassVar[bool] = True
     normalised: ClassVar[bool] = True
     solves: ClassVar[bool] = False
+    on_host: ClassVar[frozenset[str]] = frozenset(_WEIGHTS)
     nesterov: ClassVar[bool]
 
     beta1: float
@@ -127,9 +134,13 @@ class AbstractAdamBasis(AbstractPreconditioner):
         The weights of the moments, 1 - beta^t, follow the moments' own recursion.
         """
         kept, fresh1, fresh2 = memory.kept, 1 - self.beta1, 1 - self.beta2
+        place = R.device if isinstance(memory.learns, Tensor) else torch.device("cpu")
         if SECOND not in kept:
             kept |= {name: torch.zeros_like(R) for name in (FIRST, SECOND)}
-            kept |= {name: R.new_zeros(()) for name in (FIRST_WEIGHT, SECOND_WEIGHT)}
+            kept |= {name: R.new_zeros((), device=place) for name in _WEIGHTS}
+        for name in _WEIGHTS:
+            if kept[name].device != place:  # at the first step after a resume, at most
+                kept[name] = sent(kept[name], place)
         if not isinstance(memory.learns, Tensor):
             _fold_weights(kept, fresh1, fresh2, memory)
             return self.fold(R, kept[FIRST], kept[SECOND])

@@ -1,6 +1,6 @@
 """What a rank keeps of one block from step to step, beside the inverse in use."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -79,11 +79,14 @@ class BlockMemory:
         return state if any(value or isinstance(value, Tensor) for value in state.values()) else {}
 
     @classmethod
-    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> "BlockMemory":
-        """Goes on, on `device`, from what `state_dict` returned."""
+    def of_state(
+        cls, state: Mapping[str, Any], device: torch.device, *, on_host: Collection[str] = ()
+    ) -> "BlockMemory":
+        """Goes on, on `device`, from what `state_dict` returned; what it keeps by the names `on_host` stays there."""
         measured, first_use = state["measured"], state["first_use"]
+        kept = state["kept"].items()
         return cls(
-            kept={name: tensor.to(device, copy=True) for name, tensor in state["kept"].items()},
+            kept={name: tensor.to("cpu" if name in on_host else device, copy=True) for name, tensor in kept},
             measured=None if measured is None else measured.to(device, copy=True),
             counts={reason: tensor.to(device, copy=True) for reason, tensor in state["counts"].items()},
             first_use=None if first_use is None else first_use.to(device, copy=True),

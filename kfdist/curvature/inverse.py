@@ -62,6 +62,7 @@ class AbstractPreconditioner(ABC):
             nothing clips them, grafts onto them or averages them again, and a learning rate is AdamW's.
         solves: Whether directions are (F + lambda I)^-1 V for a Fisher matrix F, so that <U, V> is a divergence, which
             the KL clip bounds, and a quadratic model holds. Not so of what is normalised, or a root of a matrix.
+        on_host: Names of single numbers that a block's memory keeps on the host, so that no device works them out.
 
     The traces give `fallback` its scale. A method that knows only the trace of the whole block puts that into `trace_A`
     and 1 into `trace_G`.
@@ -72,6 +73,7 @@ class AbstractPreconditioner(ABC):
     keeps_memory: ClassVar[bool] = False
     normalised: ClassVar[bool] = False
     solves: ClassVar[bool] = True
+    on_host: ClassVar[frozenset[str]] = frozenset()
 
     trace_A: Tensor
     trace_G: Tensor

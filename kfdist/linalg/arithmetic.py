@@ -16,8 +16,13 @@ def plain_arithmetic(device: torch.device) -> Iterator[None]:
     Args:
         device: Where it is computed, beside the CPU.
     """
-    if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _is_autocast(device)):
-        yield  # as in most hooks: four contexts would take as long as a small product
+    if not (torch.is_inference_mode_enabled() or _is_autocast(device)):
+        # As nearly always: four contexts would take as long as a small product.
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                yield
+        else:
+            yield
         return
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         if device.type in ("cpu", "meta"):  # autocast knows no meta

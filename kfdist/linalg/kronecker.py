@@ -97,15 +97,20 @@ class FactorInverse(NamedTuple):
         right: U, `[c, d, r]`.
         scale: 1/(tail + damping), `[c]`.
         weights: Where there is a scale, of the columns of `right` in `left`: (tail - w)/(w + damping), `[c, r]`.
+        pieces: Views of what is multiplied from the right onto columns of which the last one lies elsewhere: of the
+            matrix its four corners, else `right` and `left^T`, each without what belongs to the last one, and that.
     """
 
     left: Tensor
     right: Tensor | None = None
     scale: Tensor | None = None
     weights: Tensor | None = None
+    pieces: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(cls, factor: Spectrum, damping: Float[Tensor, " c"], *, columns: int, steady: bool) -> "FactorInverse":
+    def of(
+        cls, factor: Spectrum, damping: Float[Tensor, " c"], *, columns: int, steady: bool, transposed: bool = False
+    ) -> "FactorInverse":
         """Works it out, as a matrix where that takes fewer operations.
 
         Multiplying a matrix takes 2 d^2 n operations and U 4 d r n; making the matrix takes 2 d^2 r.
@@ -115,6 +120,7 @@ class FactorInverse(NamedTuple):
             damping: Positive.
             columns: n, the size of the other side of what it is multiplied onto.
             steady: Whether it is multiplied often enough for the making not to count.
+            transposed: Whether the rows of left^T lie one after another in memory, for who multiplies from the right.
         """
         U, w = factor.vectors, factor.values
         d, r = U.shape[-2:]
@@ -122,15 +128,26 @@ class FactorInverse(NamedTuple):
         damped = w + damping.unsqueeze(-1)
         if factor.complete:  # nothing lies outside U: don't add and subtract it
             left = U / damped.unsqueeze(-2)
-            return cls(left @ U.mT) if dense else cls(left, U)
+            return cls._made(left @ U.mT) if dense else cls._made(left, U)
         scale = torch.reciprocal(factor.tail + damping)
         weights = (factor.tail.unsqueeze(-1) - w) / damped
         left = U * weights.unsqueeze(-2)
         if not dense:
-            return cls(left, U, scale, weights)
+            return cls._made(left.mT.contiguous().mT if transposed else left, U, scale, weights)
         matrix = left @ U.mT
         matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        return cls(matrix.mul_(scale[:, None, None]))
+        return cls._made(matrix.mul_(scale[:, None, None]))
+
+    @classmethod
+    def _made(
+        cls, left: Tensor, right: Tensor | None = None, scale: Tensor | None = None, weights: Tensor | None = None
+    ) -> "FactorInverse":
+        """Makes it with its pieces, which a step would otherwise cut anew for every block."""
+        if right is None:
+            pieces = left[:, :-1, :-1], left[:, -1:, :-1], left[:, :-1, -1:], left[:, -1:, -1:]
+        else:
+            pieces = right[:, :-1], right[:, -1:], left[:, :-1].mT, left[:, -1:].mT
+        return cls(left, right, scale, weights, pieces)
 
     @staticmethod
     def most_numbers(d: int, r: int) -> int:
@@ -157,12 +174,11 @@ class FactorInverse(NamedTuple):
         self, most: Float[Tensor, "c n w"], last: Float[Tensor, "c n 1"], *, overwrite: bool
     ) -> tuple[Float[Tensor, "c n w"], Float[Tensor, "c n 1"]]:
         """Does what `multiply_right` does where the last column lies elsewhere, and leaves it there."""
-        left = self.left
         if self.right is None:
-            product = torch.bmm(most, left[:, :-1, :-1]).baddbmm_(last, left[:, -1:, :-1])
-            return product, torch.bmm(most, left[:, :-1, -1:]).baddbmm_(last, left[:, -1:, -1:])
-        inner = torch.bmm(most, self.right[:, :-1]).baddbmm_(last, self.right[:, -1:])
-        upper, lowest = left[:, :-1].mT, left[:, -1:].mT
+            inside, below, beside, corner = self.pieces
+            return torch.bmm(most, inside).baddbmm_(last, below), torch.bmm(most, beside).baddbmm_(last, corner)
+        of_most, of_last, upper, lowest = self.pieces
+        inner = torch.bmm(most, of_most).baddbmm_(last, of_last)
         if self.scale is None:
             return torch.bmm(inner, upper), torch.bmm(inner, lowest)
         return _plus(most, inner, upper, overwrite), _plus(last, inner, lowest, overwrite)
@@ -197,7 +213,7 @@ class FactoredInverse(NamedTuple):
     ) -> "FactoredInverse":
         """Works it out for positive lambda_A and lambda_G; `steady` as in `FactorInverse.of`."""
         p, q = G.vectors.shape[-2], A.vectors.shape[-2]
-        of_A = FactorInverse.of(A, damping_A, columns=p, steady=steady)
+        of_A = FactorInverse.of(A, damping_A, columns=p, steady=steady, transposed=True)
         of_G = FactorInverse.of(G, damping_G, columns=q, steady=steady)
         if of_A.scale is None or of_G.scale is None:
             return cls(of_A, of_G, of_G.scale if of_A.scale is None else of_A.scale)

@@ -129,6 +129,7 @@ class Pipeline:
             if self.statistics_step == step:
                 due, norms = due.again(), None  # what an interruption left to do
             batches = self.capture.drain()
+            self.noise_scale.heard_of(self.capture.micro_batches)
             if not self.capture.rests or self.notices.coming:
                 self.notices.look(self.capture, step, level=5)
         with phase("fold"):
@@ -171,7 +172,9 @@ class Pipeline:
         """Tells the capture what to measure in the next step."""
         step = self.next_step
         requests = self.timetable.requests(step, calibrating=self.calibration.ask(step))
-        self.capture.arm(requests, norms=self.timetable.takes_norms(step, measures=bool(requests)))
+        # Where something else is measured, it is known whether there were several micro-batches.
+        norms = self.timetable.takes_norms(step, measures=bool(requests))
+        self.capture.arm(requests, norms=norms and (self.noise_scale.can_tell or not requests))
 
     def close(self) -> None:
         """Completes what is under way between the ranks and stops measuring. All ranks must call it."""

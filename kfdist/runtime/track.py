@@ -74,6 +74,7 @@ class Track:
         without_statistics: Whether no rank had any statistics for the newest result, as far as it is known; the same on
             all ranks.
         fruitless: How many results in a row had none; likewise.
+        prepared: What the application has worked out of the snapshot in use and its memories, and goes with them.
     """
 
     group: BlockGroup
@@ -88,6 +89,7 @@ class Track:
     delay: int | None = None
     without_statistics: bool = False
     fruitless: int = 0
+    prepared: object = None
     _taken: dict[int, float] = field(default_factory=dict)
 
     @classmethod

@@ -234,6 +234,12 @@ class Block:
         weight, bias = (part.of(each) for part, each in zip(self.parts, self._gradients(), strict=True))
         return _aligned(self._weight_matrix(weight)), _aligned(bias.reshape(self.shape.groups, self.shape.d_out, 1))
 
+    def has_gradient_in(self, matrices: Sequence[Float[Tensor, "c p _"]]) -> bool:
+        """Says whether what `gradient_apart` returned is `.grad` itself, and no copy."""
+        gradients = [part.parameter.grad for part in self.parts]
+        pairs = zip(matrices, gradients, self.parts, strict=True)
+        return all([each is not None and part.whole and V.data_ptr() == each.data_ptr() for V, each, part in pairs])
+
     def write_gradient(self, direction: Float[Tensor, "c p q"], scale: Float[Tensor, "..."] | None = None) -> None:
         """Overwrites the layer's gradients in place with `direction`, or `scale` times it.
 
@@ -287,15 +293,15 @@ class Block:
         return matrix.reshape(self.weight.shape)
 
     def _gradients(self) -> list[Tensor]:
-        found, takes_part = [part.parameter.grad for part in self.parts], self.takes_part
-        for place, (part, gradient) in enumerate(zip(self.parts, found, strict=True)):
-            if gradient is None and takes_part:
-                found[place] = torch.zeros_like(part.parameter)  # what is written into it is lost
-            elif gradient is None:
-                raise ValueError(
-                    f"block {self.name}: its {part.attribute} has no gradient; call backward() before the "
-                    "preconditioner's step"
-                )
+        found = [part.parameter.grad for part in self.parts]
+        lacking = [place for place, gradient in enumerate(found) if gradient is None]
+        if lacking and not self.takes_part:
+            raise ValueError(
+                f"block {self.name}: its {self.parts[lacking[0]].attribute} has no gradient; call backward() before "
+                "the preconditioner's step"
+            )
+        for place in lacking:
+            found[place] = torch.zeros_like(self.parts[place].parameter)  # what is written into it is lost
         # A gradient has a graph only after a backward that makes one.
         return [each.detach() if each.requires_grad else each for each in found if each is not None]
 

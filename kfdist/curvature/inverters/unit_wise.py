@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -34,10 +35,14 @@ class UnitWiseInverse(AbstractPreconditioner):
 
     @override
     def _solve(self, gradient: Tensor, damping: float, memory: BlockMemory) -> Tensor:
-        inverse = memory.form(self, lambda: self._inverse(damping), damping)
+        inverse = self.damped(damping, memory)
         if inverse.shape[-1] == 1:
             return gradient * inverse
         return (inverse * gradient).sum(-1).unsqueeze(1).to(gradient.dtype)
+
+    def damped(self, damping: float, memory: BlockMemory) -> Float[Tensor, "c k k"]:
+        """Returns (F_c + lambda I)^{-1}, which the memory keeps: of 2 x 2 numbers in float64."""
+        return memory.form(self, lambda: self._inverse(damping), damping)
 
     def _inverse(self, damping: float) -> Tensor:
         """Returns (F_c + lambda I)^{-1}; of 2 x 2 numbers in float64: they may move together, and cancel."""

@@ -79,7 +79,9 @@ class SnapshotInstaller:
 
     def restore_memory(self, track: Track, block: BlockName, state: Mapping[str, Any]) -> None:
         """Goes on from what a checkpoint has of a block's memory."""
-        track.memories[block] = BlockMemory.of_state(state, self._device)
+        on_host = track.group.inverter.produces.on_host
+        track.memories[block] = BlockMemory.of_state(state, self._device, on_host=on_host)
+        track.prepared = None
 
     def ask_whether_measured(self, track: Track) -> None:
         """Sends for what `settle` reads, where the ranks made the snapshot in use themselves."""
@@ -121,7 +123,7 @@ class SnapshotInstaller:
 
 def _use(track: Track, snapshot: Snapshot) -> None:
     """Puts a snapshot in the place of the last one, with fresh memories unless the method keeps them."""
-    before, track.snapshot = track.snapshot.preconditioners, snapshot
+    before, track.snapshot, track.prepared = track.snapshot.preconditioners, snapshot, None
     for name, preconditioner in snapshot.preconditioners.items():
         track.memories[name].first_use = None
         if not preconditioner.keeps_memory:

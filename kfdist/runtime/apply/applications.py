@@ -10,6 +10,7 @@ from kfdist.curvature.averages import BatchStatistics
 from kfdist.policies.staleness import NOTHING
 from kfdist.runtime.apply.directions import Application, precondition_gradients, solve
 from kfdist.runtime.apply.side_by_side import Together
+from kfdist.runtime.apply.units_together import UnitsTogether
 from kfdist.runtime.counters import PipelineCounters
 from kfdist.runtime.in_force import SettingsInForce
 from kfdist.runtime.track import Track
@@ -26,6 +27,7 @@ class Applying:
         communicator: Carries directions that one rank computes for all.
         counters: Counts what is less than a fresh inverse.
         together: Applies those of small blocks in one go, where it can.
+        units: Does the same of blocks of units.
     """
 
     tracks: Sequence[Track]
@@ -33,6 +35,7 @@ class Applying:
     communicator: Communicator
     counters: PipelineCounters
     together: Together = field(default_factory=Together)
+    units: UnitsTogether = field(default_factory=UnitsTogether)
 
     def apply(
         self,
@@ -64,6 +67,7 @@ class Applying:
             learning_rate=learning_rate,
             communicator=self.communicator,
             into=into,
+            together=self.units,
         )
         if factor is not None or kl_clip is None:
             self.counters.kl_clip_factor = factor
@@ -96,6 +100,8 @@ class Applying:
             normalised = group.inverter.produces.normalised
             decision = decision.followed(damps=group.obeys_damping, scales=not normalised)
             self.counters.fallbacks.update(decision.reasons)
+        elif (known := _as_before(track, damping)) is not None:
+            return known
         lacking = sum(block.name not in inverses for block in group.blocks)
         if lacking:
             self.counters.fallbacks["no_snapshot"] += lacking
@@ -107,7 +113,7 @@ class Applying:
         # The plan says whose rows they are, not the inverse: the first step's are measured, and runs whose rows aren't
         # those of the gradient are refused, before there is any inverse. Such a group has a single block.
         first = group.blocks[0].name
-        return Application(
+        found = Application(
             blocks=group.blocks,
             preconditioners=[inverses[block.name] for block in group.blocks],
             memories=[track.memories[block.name] for block in group.blocks],
@@ -116,3 +122,14 @@ class Applying:
             solver=group.courier_rank,
             rows=batches.get(first) if group.needs[first].applied_rows else None,
         )
+        if decision is NOTHING and not group.needs[first].applied_rows:
+            track.prepared = found
+        return found
+
+
+def _as_before(track: Track, damping: float) -> Application | None:
+    """Returns how a group was treated at an earlier step, where the same is to be done now."""
+    known = track.prepared
+    if not isinstance(known, Application) or known.damping != damping:
+        return None
+    return known if all([block.takes_part for block in known.blocks]) else None

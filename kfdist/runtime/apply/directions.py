@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from kfdist.curvature.averages import BatchStatistics
 from kfdist.curvature.block_memory import BlockMemory
 from kfdist.curvature.blocks import Block
 from kfdist.curvature.inverse import AbstractPreconditioner, Direction
+from kfdist.curvature.inverters.unit_wise import UnitWiseInverse
 from kfdist.linalg.sparse_rows import dense_of
 from kfdist.runtime.apply.in_place import InPlace, in_place
+from kfdist.runtime.apply.units_together import UnitsInUse, UnitsSolved, UnitsTogether, fit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # those of a step are compared by identity
@@ -38,12 +41,12 @@ class Application:
     solver: int = 0
     rows: BatchStatistics | None = None
 
-    @property
+    @cached_property
     def exchanged(self) -> bool:
         """Whether one rank computes the direction for all."""
         return not self.fallback and any(each.exchanged for each in self.preconditioners)
 
-    @property
+    @cached_property
     def alone(self) -> bool:
         """Whether it is a single block on the host, of which the inverse's `_solve` is all there is to do.
 
@@ -59,6 +62,14 @@ class Application:
             and self.memories[0].measured is None
             and not joined_on(block.weight.device)
         )
+
+    @property
+    def units(self) -> UnitsInUse | None:
+        """What it is for `UnitsTogether`; None where it isn't for that."""
+        block, inverse = self.blocks[0], self.preconditioners[0]
+        if len(self.blocks) > 1 or self.fallback or not isinstance(inverse, UnitWiseInverse) or not fit(block, inverse):
+            return None
+        return UnitsInUse(block, inverse, self.memories[0], self.damping)
 
     @property
     def apart(self) -> bool:
@@ -112,6 +123,7 @@ class Solved(NamedTuple):
         memory: The block's.
         product: <X, V> where `uniform`, else <U, V> of what was measured; `[1]`. None where nobody asked.
         clipped: Whether the KL clip is for it.
+        own: Views of `.grad` in the shape of X, where V is nothing else.
     """
 
     block: Block
@@ -121,6 +133,17 @@ class Solved(NamedTuple):
     memory: BlockMemory
     product: Tensor | None
     clipped: bool
+    own: tuple[Tensor, ...] = ()
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The block alone."""
+        return (self.block,)
+
+    @property
+    def memories(self) -> Sequence[BlockMemory]:
+        """Its alone."""
+        return (self.memory,)
 
     @property
     def uniform(self) -> bool:
@@ -153,7 +176,10 @@ class Solved(NamedTuple):
         """Puts scale X into `.grad` or, given one, a table of directions."""
         block, apart = self.block, len(self.X) > 1
         scale = None if scale is None else scale.to(self.X[0].dtype)
-        if into is None and apart:
+        if into is None and self.own and scale is not None and len(scale) == 1:
+            for x, gradient in zip(self.X, self.own, strict=True):
+                torch.mul(x, scale, out=gradient)
+        elif into is None and apart:
             block.write_apart(self.X[0], self.X[1], scale)
         elif into is None:
             block.write_gradient(self.X[0], scale)
@@ -243,7 +269,7 @@ def _solved_apart(application: Application, *, multiplied: bool) -> Solved:
     block, inverse, memory = application.blocks[0], application.preconditioners[0], application.memories[0]
     V = block.gradient_apart()
     (X, scale), last = inverse.direction_apart(*V, application.damping, memory)
-    one = Solved(block, (X, last), scale, None, memory, None, inverse.solves)
+    one = Solved(block, (X, last), scale, None, memory, None, inverse.solves, V if block.has_gradient_in(V) else ())
     return one.multiplied(V) if multiplied and inverse.solves else one
 
 
@@ -270,6 +296,7 @@ def precondition_gradients(
     learning_rate: Callable[[nn.Parameter], float],
     communicator: Communicator,
     into: dict[nn.Parameter, Tensor] | None = None,
+    together: UnitsTogether | None = None,
 ) -> Tensor | None:
     r"""Replaces each V_l in `.grad` by nu nu_l U_l with U_l = (F_l + lambda I)^-1 V_l; or puts that elsewhere.
 
@@ -290,13 +317,18 @@ def precondition_gradients(
         learning_rate: The learning rate of a parameter; asked only with a `kl_clip`.
         communicator: Carries directions that one rank computes for all.
         into: Where the result goes, by parameter, in the place of `.grad`.
+        together: Solves blocks of units together; None: each by itself.
 
     Returns:
         nu, on the device; None where nothing was clipped.
     """
     if not applications:
         return None
-    found = solve(applications, communicator, multiplied=kl_clip is not None, overwrites=into is None)
+    multiplied = kl_clip is not None
+    found: list[Solved | InPlace | UnitsSolved] = []
+    if together is not None:
+        found, applications = _of_units(applications, together, multiplied)
+    found += solve(applications, communicator, multiplied=multiplied, overwrites=into is None)
     clipped = [each for each in found if kl_clip is not None and each.clipped]
     for each in found:
         if kl_clip is None or not each.clipped:
@@ -308,14 +340,15 @@ def precondition_gradients(
     products = torch.cat([each.product for each in clipped if each.product is not None])  # they all have one
     products = products if scales is None else products * scales
     products = products if measured is None else torch.where(measured, products, 0.0)
-    shares = _shares(products, [each.memory for each in clipped])
-    rates = [learning_rate(each.block.parameters()[0]) for each in clipped]
+    shares = _shares(products, [memory for each in clipped for memory in each.memories])
+    rates = [learning_rate(block.parameters()[0]) for each in clipped for block in each.blocks]
     total = _weighted_sum(rates, shares.square() * products)
     factor = torch.sqrt(kl_clip / _positive(total)).clamp_max(1.0)
     factors = shares * factor
     factors = factors if scales is None else factors * scales
     factors = factors if measured is None else torch.where(measured, factors, 1.0)
-    for each, scale in zip(clipped, factors.split(1), strict=True):
+    counts = [len(each.blocks) for each in clipped]
+    for each, scale in zip(clipped, factors.split(counts), strict=True):
         if each.uniform:
             each.write_scaled(scale, into)
         else:
@@ -323,21 +356,34 @@ def precondition_gradients(
     return factor
 
 
-def _uniform_scales(found: Sequence[Solved | InPlace]) -> Tensor | None:
+def _of_units(
+    applications: Sequence[Application], together: UnitsTogether, multiplied: bool
+) -> tuple[list[Solved | InPlace | UnitsSolved], Sequence[Application]]:
+    """Solves the blocks of units; returns them, and the other groups."""
+    units = [each.units for each in applications]
+    found = together.solve([each for each in units if each is not None], multiplied=multiplied)
+    return [*found], [each for each, of_units in zip(applications, units, strict=True) if of_units is None]
+
+
+def _uniform_scales(found: Sequence[Solved | InPlace | UnitsSolved]) -> Tensor | None:
     """Returns the scale of each block that is `uniform`, 1 for the others, `[blocks]`; None where all are 1."""
     if all(each.scale is None or not each.uniform for each in found):
         return None
     products = [each.product for each in found if each.product is not None]
     one = products[0].new_ones(1)
-    return torch.cat([each.scale if each.scale is not None and each.uniform else one for each in found])
+    scales = [each.scale if each.uniform else None for each in found]
+    pairs = zip(found, scales, strict=True)
+    return torch.cat([one.expand(len(each.blocks)) if scale is None else scale for each, scale in pairs])
 
 
-def _uniformly_measured(found: Sequence[Solved | InPlace]) -> Tensor | None:
+def _uniformly_measured(found: Sequence[Solved | InPlace | UnitsSolved]) -> Tensor | None:
     """Returns whether each block that is `uniform` was measured, true for the others, `[blocks]`; None for all."""
     if all(each.measured is None or not each.uniform for each in found):
         return None
-    true = torch.ones(1, dtype=torch.bool, device=found[0].block.weight.device)
-    return torch.cat([each.measured if each.measured is not None and each.uniform else true for each in found])
+    true = torch.ones(1, dtype=torch.bool, device=found[0].blocks[0].weight.device)
+    measured = [each.measured if each.uniform else None for each in found]
+    pairs = zip(found, measured, strict=True)
+    return torch.cat([true.expand(len(each.blocks)) if known is None else known for each, known in pairs])
 
 
 def _weighted_sum(rates: Sequence[float | Tensor], terms: Tensor) -> Tensor:

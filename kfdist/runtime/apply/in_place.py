@@ -1,5 +1,6 @@
 """Directions that are made in the memory of their gradients, once their length is known."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,16 @@ class InPlace(NamedTuple):
     scale: Tensor
     memory: BlockMemory
     product: Tensor | None
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The block alone."""
+        return (self.block,)
+
+    @property
+    def memories(self) -> Sequence[BlockMemory]:
+        """Its alone."""
+        return (self.memory,)
 
     @property
     def measured(self) -> None:

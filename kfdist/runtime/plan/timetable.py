@@ -124,21 +124,30 @@ class Timetable:
         self._places = {each.begin: self._due_places(each) for each in schedules}
         self._samples_always = any(needs.applied_rows for track in self._tracks for needs in track.group.needs.values())
 
-    def _due_places(self, schedule: Schedule) -> dict[int, set[int]]:
-        """Returns, by period, when in it some group folds or has a job."""
-        places: dict[int, set[int]] = {}
-        for track, own in zip(self._tracks, self._periods[schedule.begin], strict=True):
-            for period in (schedule.factor_period, own):
-                places.setdefault(period, set()).add(schedule.phase(track.group.index) % period)
+    def _due_places(self, schedule: Schedule) -> dict[int, dict[int, list[int]]]:
+        """Returns, by period, which groups fold or have a job, by when in it."""
+        places: dict[int, dict[int, list[int]]] = {}
+        for place, own in enumerate(self._periods[schedule.begin]):
+            for period in {schedule.factor_period, own}:
+                at = schedule.phase(self._tracks[place].group.index) % period
+                places.setdefault(period, {}).setdefault(at, []).append(place)
         return places
 
-    def _is_quiet(self, step: int) -> bool:
-        """Says whether no group folds or has a job at `step`: asked before each group is, as on most steps none has."""
+    def _perhaps_due(self, step: int, others: Collection[int] = ()) -> list[Track]:
+        """Returns the groups that may fold or have a job at `step`, in order: most steps have few, and each is asked.
+
+        Args:
+            step: The step.
+            others: Places of groups that are asked in any case.
+        """
         schedule = self._at(step)
         past = step - schedule.begin
-        if past == 0 or any([past % period in places for period, places in self._places[schedule.begin].items()]):
-            return False
-        return not (self.fresh or any([track.without_statistics and track.hurries for track in self._tracks]))
+        if past == 0 or self.fresh:
+            return list(self._tracks)
+        found = {place for place, track in enumerate(self._tracks) if track.without_statistics}
+        for period, places in self._places[schedule.begin].items():
+            found.update(places.get(past % period, ()))
+        return [self._tracks[place] for place in sorted(found.union(others))]
 
     def _at(self, step: int) -> Schedule:
         """Returns the schedule that holds at `step`."""
@@ -185,12 +194,11 @@ class Timetable:
 
     def due(self, step: int) -> Due:
         """Returns what is due at `step`."""
-        if self._is_quiet(step):
-            return Due(step=step, folding=(), reducing=())
+        tracks = self._perhaps_due(step)
         return Due(
             step=step,
-            folding=tuple(track for track in self._tracks if self.folds(track, step)),
-            reducing=tuple(track for track in self._tracks if self.updates(track, step)),
+            folding=tuple([track for track in tracks if self.folds(track, step)]),
+            reducing=tuple([track for track in tracks if self.updates(track, step)]),
         )
 
     def foldings_until(self, track: Track, step: int) -> int:
@@ -218,9 +226,7 @@ class Timetable:
             calibrating: Groups whose snapshot in use, or about to be, wants samples of this step.
         """
         requests = {}
-        if not (calibrating or self._samples_always) and self._is_quiet(step):
-            return requests
-        for track in self._tracks:
+        for track in self._tracks if self._samples_always else self._perhaps_due(step, calibrating):
             if track.group.of_gradients:
                 continue
             group, folds, updates = track.group, self.folds(track, step), self.updates(track, step)

@@ -49,6 +49,7 @@ class NoiseScale:
         self._sent = self._sums
         self._copy: HostCopy | None = None
         self._known = (0.0, 0.0, 0.0)
+        self._alone = False
 
     def measure(self, found: MicroBatchNorms | None) -> None:
         """Folds one step into the averages; `.grad` is the mean of all ranks' gradients by now. Collective.
@@ -87,6 +88,16 @@ class NoiseScale:
         )
         self._sums = torch.where(usable, _KEPT * self._sums + new, self._sums)
         self._bring()
+
+    def heard_of(self, micro_batches: int) -> None:
+        """Takes note of how many micro-batches a step had on this rank; 0 where nobody knows."""
+        if micro_batches:
+            self._alone = micro_batches == 1 and self._communicator.world_size == 1
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether norms of a next step would say anything, as far as it is known: one gradient says nothing."""
+        return not self._alone
 
     def latest(self) -> float | None:
         """Returns B_simple in examples, as of a measurement that has reached the host.

@@ -6,9 +6,12 @@ from torch import Tensor
 
 from kfdist.linalg.kronecker import FactoredInverse, Spectrum
 from kfdist.linalg.projected import ProjectedGradient
+from tests.support.kernel_launches import Launches
 from tests.support.matrices import relative_error
 
 P, Q = 20, 15
+
+SIZES = ((P, Q), (Q, P))
 
 
 def spectrum(d: int, r: int, seed: int, *, tail: float = 0.1) -> Spectrum:
@@ -18,26 +21,29 @@ def spectrum(d: int, r: int, seed: int, *, tail: float = 0.1) -> Spectrum:
     return Spectrum(vectors.contiguous(), values, torch.full((1,), tail, dtype=torch.float64))
 
 
-def inverse(damping: float = 0.2) -> FactoredInverse:
-    A, G = spectrum(Q, 4, 0), spectrum(P, 3, 1)
+def inverse(p: int = P, q: int = Q, damping: float = 0.2) -> FactoredInverse:
+    A, G = spectrum(q, 4, 0), spectrum(p, 3, 1)
     return FactoredInverse.of(A, G, *(torch.full((1,), damping, dtype=torch.float64),) * 2, steady=True)
 
 
-def gradient() -> Tensor:
-    return torch.randn(1, P, Q, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+def gradient(p: int = P, q: int = Q) -> Tensor:
+    return torch.randn(1, p, q, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_direction_and_product(apart: bool) -> None:
-    V, scale = gradient(), 0.7
-    X, _ = inverse().solve(V)
+@pytest.mark.parametrize(("p", "q"), SIZES)
+def test_direction_and_product(p: int, q: int, apart: bool) -> None:
+    V, scale = gradient(p, q), 0.7
+    X, _ = inverse(p, q).solve(V)
     parts = (V[..., :-1].contiguous(), V[..., -1:].contiguous()) if apart else (V.clone(),)
-    projected = ProjectedGradient.of(inverse(), parts)
+    projected = ProjectedGradient.of(inverse(p, q), parts)
     assert relative_error(torch.cat(parts, -1), V) == 0, "projecting changes nothing"
     product = projected.product()
     assert product is not None and relative_error(product.squeeze(), (X * V).sum()) < 1e-12
-    projected.overwrite(scale)
+    with Launches() as launches:
+        projected.overwrite(scale)
     assert relative_error(torch.cat(parts, -1), scale * X) < 1e-12
+    assert launches.by_name == {"baddbmm_": len(parts)}, "one pass over each"
 
 
 def test_a_product_that_rounding_decides_on_is_none() -> None:

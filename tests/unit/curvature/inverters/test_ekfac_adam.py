@@ -142,6 +142,20 @@ def test_goes_on_from_a_checkpoint() -> None:
         assert torch.equal(*(basis.apply(gradient, DAMPING, each) for each in (memory, resumed)))
 
 
+def test_weights_of_moments_are_numbers_of_the_host() -> None:
+    """So no device works them out, unless it alone knows which steps are skipped; meta has no numbers at all."""
+    basis, memory = move(basis_of(), "meta"), BlockMemory(learns=True)
+    gradient = GRADIENTS[0].to("meta")
+    for _ in range(2):
+        basis.direction(gradient, DAMPING, memory)
+    assert float(memory.kept["first_weight"]) == pytest.approx(1 - BETA1**2)
+    back = BlockMemory.of_state(memory.state_dict(), torch.device("meta"), on_host=basis.on_host)
+    assert back.kept["first"].is_meta and float(back.kept["second_weight"]) == pytest.approx(1 - BETA2**2)
+    back.learns = torch.ones((), dtype=torch.bool, device="meta")
+    basis.direction(gradient, DAMPING, back)
+    assert all(kept.is_meta for kept in back.kept.values())
+
+
 def wide_factors(rows: int) -> KroneckerFactors:
     """Factors 100 and 20 wide, of some rows whose directions matter less and less."""
     a = gaussian(1, rows, 100, seed=7) * torch.logspace(0, -2, rows, dtype=torch.float64).unsqueeze(-1)

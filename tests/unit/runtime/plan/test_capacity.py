@@ -85,8 +85,11 @@ def kept_numbers(case: str) -> float:
         for state in snapshot.states.values():
             tensors += state.values()
         prepared = [each.prepared.form for each in track.memories.values() if each.prepared is not None]
-        known = {tensor.data_ptr() for tensor in tensors}
-        tensors += [each for each in tensors_in(prepared) if each.data_ptr() not in known]
+        known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        for each in tensors_in(prepared):
+            if (place := each.untyped_storage().data_ptr()) not in known:  # a view takes nothing
+                known.add(place)
+                tensors.append(each)
         for memory in track.memories.values():
             tensors += memory.kept.values()
         head = 0 if track.jobs.head is None else len(track.jobs.head[1])

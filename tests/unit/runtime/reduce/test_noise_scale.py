@@ -304,3 +304,18 @@ def test_equal_parts_are_the_papers_equations():
     signal, noise = unbiased(small, large, 1 / b, 1 / B)
     assert float(signal) == pytest.approx(float((B * large - b * small) / (B - b)))
     assert float(noise) == pytest.approx(float((small - large) / (1 / b - 1 / B)))
+
+
+def test_a_rank_alone_looks_at_norms_once_there_are_several_micro_batches():
+    net = two_layers()
+    with preconditioner(net) as pre:
+        norms = pre.pipeline.capture.norms
+        assert norms.watched
+        x, y = rows(8)
+        nn.functional.cross_entropy(net(x), y).backward()
+        pre.step()
+        assert not norms.watched
+        one_step(net, pre)
+        assert norms.watched and pre.noise_scale() is None
+        signal, noise = one_step(net, pre, seed=1)
+        assert pre.noise_scale() == pytest.approx(noise / signal, rel=EXACT)
