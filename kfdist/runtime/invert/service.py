@@ -69,10 +69,10 @@ def connect(
     Args:
         address: The controller's address, "host:port".
         run: Name of the run at the controller.
-        epoch: Number of this start of the run; a later start must have a larger one, since older messages are refused. At
-            most what the clock says in milliseconds since 1970, and a day. One of the same number begins once the earlier
-            one has ended: after `close`, or some ten seconds after the last message of ranks that were killed. Until then
-            it is taken for another run of this name and stopped. None draws one from rank 0's clock.
+        epoch: Number of this start of the run; a later start must have a larger one, since older messages are refused.
+            At most what the clock says in milliseconds since 1970, and a day. One of the same number begins once the
+            earlier one has ended: after `close`, or some ten seconds after the last message of ranks that were killed.
+            Until then it is taken for another run of this name and stopped. None draws one from rank 0's clock.
         assignment: How groups are dealt to owners: "round_robin" (over cost-sorted groups), "model_order" or "lpt".
         deadline_seconds: How long one inversion may run before its process is killed and the job sent again; a day at
             most.
