@@ -57,7 +57,7 @@ from kfdist.training.setup import check_devices, gather_materials
 
 CONTROLLER_READY_SECONDS = 30.0
 POOL_READY_SECONDS = 120.0
-SLOW_SECONDS = 10.0
+SLOW_SECONDS = 30.0
 """How long checks may take without a word, and then between two."""
 STOP_RANKS_SECONDS = 6.5
 """How long ranks may take to stop after the first Ctrl-C, beside what their checkpoints took so far, three times over;
